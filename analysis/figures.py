@@ -1,0 +1,251 @@
+"""The figures of one comparison (model, domain): each as PNG, SVG and the CSV behind it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis import numbers, style
+from analysis.intervals import mean_difference, paired
+from analysis.load import Loaded
+
+WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure on disk: `stem` without suffix, its title and caption for the report."""
+
+    name: str
+    title: str
+    caption: str
+    stem: Path
+    model: str
+    domain: str
+
+
+def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[Figure]:
+    """Every figure the data allow, for every comparison, as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
+    made = []
+    for model, domain in loaded.comparisons:
+        rows = table[(table["model"] == model) & (table["domain"] == domain) & (table["method"] != "base")]
+        cells = loaded.of(model, domain)
+        for draw in (learning_forgetting, forgetting_by_task, forgetting_over_training, cost, layer_coefficients):
+            stem = folder / f"{draw.__name__}-{model}-{domain}"
+            with style.house():
+                drawn = draw(loaded, rows, cells)
+                if drawn is None:
+                    continue
+                figure, data, title, caption = drawn
+                style.save(figure, data, stem=stem, not_a_result=loaded.not_a_result)
+            made.append(Figure(name=draw.__name__, title=title, caption=caption, stem=stem, model=model, domain=domain))
+    return made
+
+
+def learning_forgetting(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Domain gain against forgetting, in points, with item-level intervals."""
+    keys = ["domain_gain", "domain_gain_low", "domain_gain_high", "forgetting", "forgetting_low", "forgetting_high"]
+    data = rows[["method", *keys]].copy()
+    data[keys] = data[keys].astype(float) * 100
+    data = data.dropna(subset=["domain_gain", "forgetting"])
+    if data.empty:
+        return None
+    figure, axes = style.new(WIDTH, 4.3)
+    axes.axhline(0, color=style.MUTED, linewidth=0.8)
+    axes.axvline(0, color=style.MUTED, linewidth=0.8)
+    axes.plot(0, 0, "+", color=style.INK, markersize=10, markeredgewidth=1.6)
+    axes.set_title(f"Learning against forgetting: {_where(cells)}")
+    points, bars = [(0, 0, "base", style.INK)], []
+    for row in data.itertuples():
+        shade = style.colour(row.method)
+        axes.errorbar(
+            row.domain_gain, row.forgetting, color=shade, marker=style.marker(row.method), markersize=8, elinewidth=1.1, alpha=0.95,
+            xerr=_bars(row.domain_gain, row.domain_gain_low, row.domain_gain_high), yerr=_bars(row.forgetting, row.forgetting_low, row.forgetting_high),
+        )
+        points.append((row.domain_gain, row.forgetting, row.method, shade))
+        if not numbers.missing(row.domain_gain_low):
+            bars.append((row.domain_gain_low, row.forgetting, row.domain_gain_high, row.forgetting))
+        if not numbers.missing(row.forgetting_low):
+            bars.append((row.domain_gain, row.forgetting_low, row.domain_gain, row.forgetting_high))
+    axes.set_xlabel("gain on the domain, points (right is better)")
+    axes.set_ylabel("forgetting, points (down is better)")
+    axes.margins(0.12)
+    style.label_points(axes, points, bars=bars)
+    caption = "Each point is a method, bars are 95 % intervals over the scored items of this run. Methods to the left learned less, so their lower forgetting is not yet a merit."
+    return figure, data, "Learning against forgetting", caption
+
+
+def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Base minus tuned for each retention task; tasks at chance in grey."""
+    first = cells.iloc[0]
+    base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
+    records = []
+    for task in first["forgetting_by_task"]:
+        for method in dict.fromkeys(cells["method"]):
+            own = cells[cells["method"] == method]
+            value = float(np.mean([by_task[task] for by_task in own["forgetting_by_task"]]))
+            low = high = None
+            if len(base) and len(loaded.items):
+                pairs = paired(base[base["task"] == task], loaded.items[loaded.items["cell"].isin(own.index) & (loaded.items["task"] == task)])
+                if len(pairs) > 1:
+                    change = mean_difference(pairs, [task])
+                    low, high = -change.high, -change.low
+            records.append((task, method, task in first["at_chance"], first["n"][task], *(None if v is None else 100 * v for v in (value, low, high))))
+    if not records:
+        return None
+    data = pd.DataFrame(records, columns=["task", "method", "at_chance", "n", "forgetting", "low", "high"])
+    tasks, methods = list(dict.fromkeys(data["task"])), list(dict.fromkeys(data["method"]))
+    step = len(methods) + 1.1
+    figure, axes = style.new(WIDTH, 0.9 + 0.17 * step * len(tasks))
+    axes.set_title(f"Forgetting by task: {_where(cells)}")
+    axes.axvline(0, color=style.MUTED, linewidth=0.8)
+    edge = float(np.nanmax(data[["forgetting", "high"]].astype(float).to_numpy()))
+    for t, task in enumerate(tasks):
+        for m, method in enumerate(methods):
+            row = data[(data["task"] == task) & (data["method"] == method)].iloc[0]
+            y, shade = -(t * step + m), style.FAINT if row["at_chance"] else style.colour(method)
+            axes.errorbar(row["forgetting"], y, color=shade, marker=style.marker(method), markersize=5.5, elinewidth=1.2, xerr=_bars(row["forgetting"], row["low"], row["high"]))
+            end = row["forgetting"] if numbers.missing(row["high"]) else row["high"]
+            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.MUTED if row["at_chance"] else shade)
+    middle = [-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))]
+    chance = set(first["at_chance"])
+    axes.set_yticks(middle, [f"{task}\nn = {first['n'][task]}" + ("\nat chance:\ncannot show loss" if task in chance else "") for task in tasks])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlim(right=edge + 0.22 * max(edge, 1.0) + 1.0)
+    axes.set_xlabel("forgetting, points (base minus tuned; right of 0 is loss)")
+    caption = "Retention tasks only; bars are 95 % intervals over the items. Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
+    return figure, data, "Forgetting by task", caption
+
+
+def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Probe curves: the domain, the retention tasks, and general perplexity, over training tokens."""
+    if loaded.curves.empty:
+        return None
+    domain = cells.iloc[0]["domain"]
+    curves = loaded.curves[loaded.curves["cell"].isin(cells.index)]
+    names = [c for c in curves.columns if c.startswith("probe_") and c.endswith("_nll") and curves[c].notna().any()]
+    retention = [c for c in names if c != f"probe_{domain}_nll"]
+    data = curves[["cell", "step", "tokens"]].copy()
+    data["domain_accuracy"] = curves.get(f"probe_{domain}")
+    data["retention_nats"] = curves[retention].mean(axis=1) if retention else np.nan
+    data["general_perplexity"] = curves.get("probe_perplexity")
+    shown = ["domain_accuracy", "retention_nats", "general_perplexity"]
+    data = data.dropna(subset=shown, how="all")
+    shown = [key for key in shown if data[key].notna().any()]
+    if data.empty:
+        return None
+    data.insert(1, "method", data["cell"].map(cells["method"]))
+    titles = {
+        "domain_accuracy": f"Learning: right answers on {domain} probes, % (up is better)",
+        "retention_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
+        "general_perplexity": "Forgetting: perplexity of general text (down is better)",
+    }
+    figure, panels = style.new(WIDTH, 0.5 + 2.05 * len(shown), len(shown), sharex=True, squeeze=False)
+    for axes, key in zip(panels[:, 0], shown):
+        axes.set_title(titles[key])
+        ends = []
+        for method in dict.fromkeys(data["method"]):
+            own, scale = data[data["method"] == method].dropna(subset=[key]), 100 if key == "domain_accuracy" else 1
+            for _, line in own.groupby("cell", sort=False):
+                axes.plot(line["tokens"], scale * line[key], color=style.colour(method), marker=style.marker(method), markersize=3.5, linewidth=1.4)
+            last = own.groupby("cell", sort=False).last()
+            if len(last):
+                ends.append((float(last["tokens"].mean()), scale * float(last[key].mean()), method, style.colour(method)))
+        style.label_ends(axes, ends, gap=0.095)
+    panels[-1, 0].set_xlabel("training tokens")
+    panels[-1, 0].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    panels[-1, 0].margins(x=0.02)
+    caption = "Measured on probe rows during training, which are disjoint from the scored rows. A method whose curves start elsewhere begins from weights of its own preparation."
+    return figure, data, "Learning and forgetting over training", caption
+
+
+COST_PANELS = (
+    ("seconds_prepare", "preparation", numbers.seconds), ("seconds_train", "training", numbers.seconds), ("peak_memory_bytes", "peak memory", numbers.size),
+    ("bytes_stored", "stored: importance, anchor", numbers.size), ("bytes_weights_delta", "delta: the tuned weights", numbers.size), ("bytes_optimizer_state", "optimizer state", numbers.size),
+)
+
+
+def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Seconds and bytes by kind, never added up across kinds."""
+    keys = [key for key, _, _ in COST_PANELS if key in rows]
+    data = rows[["method", *keys]].copy()
+    if data.empty or data[keys].isna().all(axis=None):
+        return None
+    methods = list(data["method"])
+    figure, panels = style.new(WIDTH, 1.1 + 0.42 * len(methods), 2, 3, sharey=True)
+    for axes, (key, title, show) in zip(panels.flat, COST_PANELS):
+        values = data[key].astype(float) if key in data else pd.Series(np.nan, index=data.index)
+        axes.barh(range(len(methods)), values.fillna(0), color=[style.colour(m) for m in methods], height=0.62)
+        top = float(values.max()) if values.notna().any() and values.max() > 0 else 1.0
+        for y, value in enumerate(values):
+            axes.annotate(show(value), (0 if value != value else value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.INK)
+        axes.set_xlim(0, top * 1.75)
+        axes.set_title(title, fontsize=8.5)
+        axes.set_xticks([])
+        axes.set_yticks(range(len(methods)), methods)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(visible=False)
+        axes.spines["bottom"].set_visible(False)
+    panels[0, 0].invert_yaxis()
+    caption = "Measured on the machine named under provenance; each panel has its own scale. 'Unknown' is a checkpoint made elsewhere."
+    return figure, data, "Cost and storage", caption
+
+
+def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Layer-wise coefficients of a part that reports them (mean 1), by layer and kind of matrix."""
+    records = []
+    for cell, report in cells["parts_report"].items():
+        for part in (report or {}).values():
+            for group, value in ((part or {}).get("coefficients") or {}).items() if isinstance(part, dict) else ():
+                number = re.search(r"\.(\d+)(?:\.|$)", group)
+                kind = group[number.end():] if number else group
+                records.append((cell, cells.at[cell, "method"], group, int(number.group(1)) if number else None, kind.rsplit(".", 1)[-1] or "block", float(value)))
+    if not records:
+        return None
+    data = pd.DataFrame(records, columns=["cell", "method", "group", "layer", "kind", "coefficient"])
+    data["layer"] = data["layer"].astype("Int64")
+    shown = list(dict.fromkeys(data["method"]))
+    figure, panels = style.new(WIDTH, 0.6 + 2.5 * len(shown), len(shown), sharex=True, squeeze=False)
+    shades = (style.colour("hierarchical"), style.colour("lora"), style.colour("ewc"), style.colour("mofo"), *style.OTHERS)
+    for axes, method in zip(panels[:, 0], shown):
+        own = data[data["method"] == method]
+        axes.axhline(1, color=style.MUTED, linewidth=0.8)
+        ends, layered = [], own[own["layer"].notna()]
+        for k, kind in enumerate(dict.fromkeys(layered["kind"])):
+            line = layered[layered["kind"] == kind].groupby("layer")["coefficient"].mean().sort_index()
+            axes.plot(line.index.astype(int), line, color=shades[k % len(shades)], marker="osD^v"[k % 5], markersize=4, linewidth=1.2)
+            ends.append((float(line.index[-1]), float(line.iloc[-1]), kind, shades[k % len(shades)]))
+        last = int(layered["layer"].max()) if len(layered) else -1
+        for k, (kind, value) in enumerate(own[own["layer"].isna()].groupby("kind", sort=False)["coefficient"].mean().items()):
+            axes.plot(last + 1.5 + k, value, "o", color=style.INK, markersize=4.5)
+            ends.append((last + 1.5 + k, float(value), kind, style.INK))
+        if own["coefficient"].max() > 30 * max(own["coefficient"].min(), 1e-9):
+            axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            axes.yaxis.set_minor_formatter(lambda y, _: "")
+        style.label_ends(axes, ends, gap=0.085)
+        axes.set_ylabel("coefficient (mean is 1)")
+        axes.set_title(f"Layer coefficients: {method}, {_where(cells)}")
+    panels[-1, 0].set_xlabel("layer")
+    panels[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    caption = "How the penalty is shared out over layers: above 1 a layer is held harder than the average, below 1 more loosely."
+    return figure, data, "Layer coefficients", caption
+
+
+def _where(cells: pd.DataFrame) -> str:
+    """What a figure is about, for its title: a picture travels without its page."""
+    first = cells.iloc[0]
+    return f"{first['model']}, {first['domain']}, {_seeds(cells)}"
+
+
+def _seeds(cells: pd.DataFrame) -> str:
+    n = cells["seed"].nunique()
+    return f"{n} seeds" if n > 1 else f"seed {cells.iloc[0]['seed']}"
+
+
+def _bars(value: float, low, high):
+    return None if numbers.missing(low) or numbers.missing(high) else [[value - low], [high - value]]

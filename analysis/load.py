@@ -1,0 +1,123 @@
+"""Reads what the stages left in results/; knows what was planned, so that nothing goes missing silently."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from experiments.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """One study's results.
+
+    cells     one row a finished cell: metrics.json, with `settings` and `device` from train.json
+    curves    curve.csv of all finished cells below one another, with a `cell` column
+    items     items.csv.gz likewise; the score of every item
+    failures  one row a cell without a result: cell, stage, kind, reason, when (kind 'not run' where nothing is recorded)
+    base      model -> {"scores": scores.json, "items": DataFrame, "evaluate": evaluate.json}
+    tuning    (model, domain) -> the tuning record
+    prepared  cell -> prepare.json
+    planned   every cell asked for, in order
+    """
+
+    cells: pd.DataFrame
+    curves: pd.DataFrame
+    items: pd.DataFrame
+    failures: pd.DataFrame
+    base: dict = field(default_factory=dict)
+    tuning: dict = field(default_factory=dict)
+    prepared: dict = field(default_factory=dict)
+    planned: tuple[str, ...] = ()
+
+    @property
+    def not_a_result(self) -> bool:
+        """True where any cell says so: one demo cell taints the whole comparison."""
+        return bool(len(self.cells)) and bool(self.cells["not_a_result"].any())
+
+    @property
+    def comparisons(self) -> list[tuple[str, str]]:
+        """The (model, domain) pairs with at least one finished cell, in planned order."""
+        pairs = [tuple(name.split("/")[:2]) for name in self.cells.index]
+        return list(dict.fromkeys(pairs))
+
+    def of(self, model: str, domain: str) -> pd.DataFrame:
+        """The finished cells of one comparison."""
+        return self.cells[(self.cells["model"] == model) & (self.cells["domain"] == domain)]
+
+
+def load_cells(results_root: Path | str, cells) -> Loaded:
+    """Reads the results of `cells` (names `model/domain/method/seed0`, or objects with a `.name`).
+
+    A file in failures/ outranks older metrics of the same cell: the last attempt is what counts.
+    Raises UserError where a results file cannot be read.
+    """
+    root = Path(results_root)
+    names = [getattr(cell, "name", cell) for cell in cells]
+    rows, curves, items, failures, prepared = [], [], [], [], {}
+    for name in names:
+        model, domain, method, seed = name.split("/")
+        run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
+        if failure.exists():
+            failures.append({**read_json(failure), "cell": name})
+            continue
+        if not (run / "metrics.json").exists():
+            failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _how_far(root, name), "when": ""})
+            continue
+        metrics = read_json(run / "metrics.json")
+        train = read_json(run / "train.json") if (run / "train.json").exists() else {}
+        rows.append({**metrics, "cell": name, "settings": train.get("settings", {}), "device": train.get("device"), "when": train.get("when")})
+        for file, into in (("curve.csv", curves), ("items.csv.gz", items)):
+            if (run / file).exists():
+                into.append(_read_csv(run / file).assign(cell=name))
+        costs = root / "prepared" / model / method / seed / "prepare.json"
+        if costs.exists():
+            prepared[name] = read_json(costs)
+    models = dict.fromkeys(name.split("/")[0] for name in names)
+    pairs = dict.fromkeys(tuple(name.split("/")[:2]) for name in names)
+    tuning = {pair: root / "tuning" / pair[0] / f"{pair[1]}.json" for pair in pairs}
+    return Loaded(
+        cells=pd.DataFrame(rows, index=[row["cell"] for row in rows]) if rows else pd.DataFrame(),
+        curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
+        items=pd.concat(items, ignore_index=True) if items else pd.DataFrame(),
+        failures=pd.DataFrame(failures, columns=["cell", "stage", "kind", "reason", "when"]),
+        base={model: _read_base(root / "base" / model) for model in models if (root / "base" / model / "scores.json").exists()},
+        tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
+        prepared=prepared,
+        planned=tuple(names),
+    )
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it with git, or delete it and run the stage again") from error
+
+
+def _read_csv(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_csv(path)
+    except (ValueError, OSError, EOFError) as error:
+        raise UserError(f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again") from error
+
+
+def _read_base(folder: Path) -> dict:
+    items, evaluate = folder / "items.csv.gz", folder / "evaluate.json"
+    return {
+        "scores": read_json(folder / "scores.json"),
+        "items": _read_csv(items) if items.exists() else pd.DataFrame(),
+        "evaluate": read_json(evaluate) if evaluate.exists() else {},
+    }
+
+
+def _how_far(root: Path, name: str) -> str:
+    """What there is of a cell that has no metrics and no recorded failure."""
+    run = root / "runs" / name
+    if (run / "scores.json").exists():
+        return "scored, but not collected yet"
+    if (run / "train.json").exists():
+        return "trained, but not scored yet"
+    return "has not been run"

@@ -1,0 +1,116 @@
+"""How every figure looks: fixed colours by method, direct labels, no chartjunk, the same bytes for the same data."""
+
+import zlib
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
+import pandas as pd  # noqa: E402
+
+INK, MUTED, FAINT, GRID, PAPER, RED = "#1b1f24", "#5b636d", "#a4abb3", "#d9dde2", "#ffffff", "#c5221f"
+
+# Okabe and Ito's colours, darkened or lightened until each stands out 3:1 on white and on the dark page
+FIXED = {"full": "#6e7781", "lora": "#0f7ac0", "ewc": "#d15600", "mofo": "#008f68", "hierarchical": "#b5588e"}
+OTHERS = ("#a07800", "#7a68d8", "#2f8fa3", "#a8543c", "#6b8e23", "#c2477f")
+MARKERS = {"full": "o", "lora": "s", "ewc": "D", "mofo": "^", "hierarchical": "v"}
+OTHER_MARKERS = ("P", "X", "<", ">", "p", "h")
+
+SETTINGS = {
+    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
+    "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
+    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.8,
+    "lines.linewidth": 1.8, "lines.markersize": 6, "figure.facecolor": PAPER, "axes.facecolor": "none", "savefig.facecolor": PAPER,
+    "svg.hashsalt": "holdfast", "svg.fonttype": "path", "path.simplify": False,
+}
+
+
+def colour(method: str) -> str:
+    """A method's colour, the same in every figure of every study; others get one by their name."""
+    return FIXED.get(method) or OTHERS[zlib.crc32(method.encode()) % len(OTHERS)]
+
+
+def marker(method: str) -> str:
+    """A shape beside the colour, so that no reader has to tell methods apart by hue alone."""
+    return MARKERS.get(method) or OTHER_MARKERS[zlib.crc32(method.encode()) % len(OTHER_MARKERS)]
+
+
+def house():
+    """A context in which everything is drawn and written in the house style."""
+    return plt.rc_context(SETTINGS)
+
+
+def new(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure and its axes; inches. Call it inside `house()`."""
+    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+
+
+def save(figure, data: pd.DataFrame, *, stem: Path, not_a_result: bool) -> list[Path]:
+    """Writes stem.png, stem.svg and stem.csv (what was drawn) and closes the figure; no dates inside."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    if not_a_result:
+        figure.suptitle("NOT A RESULT", color=RED, fontsize=13, fontweight="bold")
+        data = data.assign(not_a_result=True)
+    figure.savefig(stem.with_suffix(".png"), dpi=160, metadata={"Software": None})
+    figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
+    plt.close(figure)
+    data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n", float_format="%.10g")
+    return [stem.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")]
+
+
+def label_points(axes, points: list[tuple[float, float, str, str]], *, bars: list[tuple[float, float, float, float]] = (), size: float = 9) -> None:
+    """Writes each (x, y, text, colour) beside its point, where it touches least: other labels, points, bars (x0, y0, x1, y1)."""
+    figure = axes.figure
+    figure.canvas.draw()
+    renderer = figure.canvas.get_renderer()
+    inside = axes.get_window_extent(renderer)
+    pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
+    lines = [axes.transData.transform((x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60)) for x0, y0, x1, y1 in bars for k in range(61)]
+    taken = []
+    places = [(9, 9, "left", "bottom"), (-9, 9, "right", "bottom"), (9, -9, "left", "top"), (-9, -9, "right", "top")]
+    places += [(dx * k, dy * k, ha, va) for k in (1.8, 2.7, 3.6) for dx, dy, ha, va in places[:4]]
+    for x, y, text, shade in points:
+        best = None
+        for dx, dy, ha, va in places:
+            note = axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, color=shade, fontsize=size, fontweight="bold")
+            box = note.get_window_extent(renderer).expanded(1.04, 1.1)
+            cost = sum(box.overlaps(other) for other in taken) * 4 + sum(box.contains(*pixel) for pixel in pixels) * 2
+            cost += 0.15 * sum(box.contains(*pixel) for pixel in lines) + 0.02 * (abs(dx) - 9)
+            cost += 4 * (box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1)
+            if best is None or cost < best[0]:
+                if best:
+                    best[1].remove()
+                best = (cost, note, box)
+            else:
+                note.remove()
+        best[1].set_in_layout(False)
+        taken.append(best[2])
+
+
+def label_ends(axes, ends: list[tuple[float, float, str, str]], *, gap: float) -> None:
+    """Writes each (x, y, text, colour) right of the axes at the height of its line's end; `gap` is a share of the height."""
+    axes.set_ylim(axes.get_ylim())  # what is placed by its height must not move afterwards
+    heights = [float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]) for x, y, _, _ in ends]
+    for (_, _, text, shade), place in zip(ends, spread(heights, gap)):
+        axes.annotate(text, (1, place), xytext=(5, 0), xycoords="axes fraction", textcoords="offset points", va="center", fontsize=8, fontweight="bold", color=shade, annotation_clip=False)
+
+
+def spread(heights: list[float], gap: float) -> list[float]:
+    """Shares of a height moved apart to at least `gap`, order kept, as little as possible: for labels at the ends of lines."""
+    order = sorted(range(len(heights)), key=lambda i: heights[i])
+    groups: list[list[int]] = []
+    centre = lambda group: sum(heights[i] for i in group) / len(group)
+    for i in order:
+        groups.append([i])
+        while len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+            last = groups.pop()
+            groups[-1] += last
+    placed = list(heights)
+    for group in groups:
+        for position, i in enumerate(group):
+            reach = gap * (len(group) - 1) / 2
+            middle = min(max(centre(group), reach), max(1 - reach, reach))
+            placed[i] = middle + gap * (position - (len(group) - 1) / 2)
+    return placed

@@ -1,0 +1,204 @@
+"""The comparison: one row a method, for the terminal, as CSV and as Markdown."""
+
+import pandas as pd
+
+from analysis import numbers
+from analysis.intervals import Interval, mean_difference, paired, perplexity_ratio, wilson
+from analysis.load import Loaded
+
+BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
+COSTS = (
+    "seconds_prepare", "seconds_train", "seconds_evaluate", "peak_memory_bytes", "bytes_importance", "bytes_anchor",
+    "bytes_weights_delta", "bytes_optimizer_state", "tokens_prepare", "tokens_trained",
+)
+
+
+def comparison(loaded: Loaded) -> pd.DataFrame:
+    """Numbers by (model, domain, method): shares of 1, seconds, bytes; `_low`/`_high` are 95 % bounds over items.
+
+    Over several seeds every number is the mean, `*_min` and `*_max` its range. A bare base model comes first in its comparison.
+    """
+    rows = []
+    for model, domain in loaded.comparisons:
+        cells = loaded.of(model, domain)
+        rows.append(_base_row(loaded, model=model, domain=domain, first=cells.iloc[0]))
+        for method in dict.fromkeys(cells["method"]):
+            rows.append(_method_row(loaded, cells[cells["method"] == method]))
+    return pd.DataFrame(rows)
+
+
+def retention_tasks(cell: pd.Series) -> list[str]:
+    """The tasks that count in `forgetting`: retention tasks whose base is above chance."""
+    return [task for task in cell["forgetting_by_task"] if task not in cell["at_chance"]]
+
+
+def _base_row(loaded: Loaded, *, model: str, domain: str, first: pd.Series) -> dict:
+    n = first["n"]
+    kept = retention_tasks(first)
+    score = wilson(first["domain_score_base"] * n[domain], n[domain]) if n.get(domain) else Interval(first["domain_score_base"], None, None, 0)
+    return {
+        "model": model, "domain": domain, "method": "base", "seeds": 0, "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
+        **_bounds("domain_score", score), "domain_gain": 0.0, "forgetting": 0.0 if kept else None,
+        "general_score": first["general_score_base"], "perplexity": first["general_perplexity_base"], "perplexity_ratio": 1.0,
+    }
+
+
+def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
+    first, n = cells.iloc[0], cells.iloc[0]["n"]
+    domain, kept = first["domain"], retention_tasks(cells.iloc[0])
+    mean = lambda key: _mean(cells[key]) if key in cells else None
+    intervals = item_intervals(loaded, cells)
+    score = wilson(mean("domain_score") * n[domain], n[domain]) if n.get(domain) else Interval(mean("domain_score"), None, None, 0)
+    ratio = mean("general_perplexity") / first["general_perplexity_base"] if mean("general_perplexity") else None
+    row = {
+        "model": first["model"], "domain": domain, "method": first["method"], "seeds": len(cells),
+        "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
+        **_bounds("domain_score", score),
+        **_bounds("domain_gain", intervals.get("domain_gain"), mean("domain_gain")),
+        **_bounds("forgetting", intervals.get("forgetting"), mean("forgetting")),
+        "general_score": mean("general_score"), "perplexity": mean("general_perplexity"),
+        **_bounds("perplexity_ratio", intervals.get("perplexity_ratio"), ratio),
+        **{key: mean(key) for key in COSTS},
+        "bytes_stored": mean("bytes_importance") + mean("bytes_anchor") if mean("bytes_importance") is not None and mean("bytes_anchor") is not None else None,
+        "cost_known": bool(cells["cost_known"].all()) if "cost_known" in cells else True,
+        "note": _note(first),
+    }
+    if len(cells) > 1:
+        for key in ("domain_score", "domain_gain", "forgetting"):
+            row |= {f"{key}_min": cells[key].min(), f"{key}_max": cells[key].max()}
+    return row
+
+
+def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
+    """Paired intervals of one method's cells; empty where the items of the base or of a cell are not there."""
+    first = cells.iloc[0]
+    base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
+    tuned = loaded.items[loaded.items["cell"].isin(cells.index)] if len(loaded.items) else pd.DataFrame()
+    if base.empty or tuned.empty or tuned["cell"].nunique() < len(cells):
+        return {}
+    pairs = paired(base, tuned)
+    counts = pairs["task"].value_counts()
+    whole = lambda tasks: bool(tasks) and all(counts.get(task, 0) == first["n"].get(task) for task in tasks)
+    kept, found = retention_tasks(first), {}
+    if whole([first["domain"]]):
+        found["domain_gain"] = mean_difference(pairs, [first["domain"]])
+    if whole(kept):
+        gain = mean_difference(pairs, kept)
+        found["forgetting"] = Interval(-gain.value, None if gain.high is None else -gain.high, None if gain.low is None else -gain.low, gain.n)
+    if counts.get("general", 0):
+        found["perplexity_ratio"] = perplexity_ratio(pairs)
+    return found
+
+
+def _bounds(key: str, interval: Interval | None, value: float | None = None) -> dict:
+    """The committed value with the interval's bounds beside it; the interval's own centre where none is given."""
+    if interval is None:
+        return {key: value, f"{key}_low": None, f"{key}_high": None}
+    return {key: interval.value if value is None else value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+
+
+def _mean(column: pd.Series) -> float | None:
+    """None where any run does not know it: a mean over what happens to be known would compare unlike things."""
+    return None if column.isna().any() else float(column.mean())
+
+
+def _note(cell: pd.Series) -> str:
+    notes = []
+    if _has(cell["parts"], "estimator", "batched") or _has(cell["settings"], "estimator", "batched"):
+        notes.append("batched Fisher: only for the published baseline")
+    if cell.get("cost_known") is False:
+        notes.append("made elsewhere: cost unknown")
+    return "; ".join(notes)
+
+
+def _has(block, key: str, value) -> bool:
+    """Whether a nested block holds `key: value` anywhere."""
+    if isinstance(block, dict):
+        return block.get(key) == value or any(_has(inner, key, value) for inner in block.values())
+    return False
+
+
+HEADS = ("method", "score %", "gain, points", "forgetting, points", "perplexity", "prepare", "train", "stored", "delta", "n")
+
+
+def readable(row: pd.Series) -> dict[str, str]:
+    """One row of the comparison as text, a column each of HEADS."""
+    base = row["method"] == "base"
+    cost = lambda key, show: "" if base else show(row.get(key))
+    texts = (
+        row["method"] + ("*" if row.get("note") and isinstance(row["note"], str) else ""),
+        f"{numbers.percent(row['domain_score'])}{_range(row, 'domain_score', numbers.percent)}",
+        "" if base else f"{numbers.points(row['domain_gain'])}{_range(row, 'domain_gain', numbers.points)}",
+        "" if base else f"{numbers.points(row['forgetting'])}{_range(row, 'forgetting', numbers.points)}",
+        f"{row['perplexity']:.1f}" if base else _ratio(row),
+        cost("seconds_prepare", numbers.seconds), cost("seconds_train", numbers.seconds),
+        cost("bytes_stored", numbers.size), cost("bytes_weights_delta", numbers.size),
+        f"{row['n_domain']} + {row['n_retention']}",
+    )
+    return dict(zip(HEADS, texts))
+
+
+def _ratio(row: pd.Series) -> str:
+    if numbers.missing(row["perplexity_ratio"]):
+        return "–"
+    return f"×{row['perplexity_ratio']:.2f}{_range(row, 'perplexity_ratio', lambda v: f'{v:.2f}')}"
+
+
+def _range(row: pd.Series, key: str, show) -> str:
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    return "" if numbers.missing(low) or numbers.missing(high) else f" [{show(low)}, {show(high)}]"
+
+
+def legend(table: pd.DataFrame) -> list[str]:
+    """What the columns are; one line each."""
+    several = bool(len(table)) and int(table["seeds"].max()) > 1
+    scope = "mean over the seeds; items only, seeds not included" if several else "over the scored items: this run, not this method"
+    lines = [
+        f"[ , ] is a 95 % interval {scope}.",
+        "gain and forgetting are percentage points against the bare base model; forgetting is the mean over retention tasks above chance.",
+        "perplexity is on general text: the base's own, then how many times it for each method.",
+        "stored is importance and anchor, delta what the tuned weights add to the base; n is domain + retention rows.",
+    ]
+    if "note" in table:
+        notes = table[table["note"].fillna("") != ""]
+        lines += [f"* {row['method']}: {row['note']}." for _, row in notes.drop_duplicates("method").iterrows()]
+    return lines
+
+
+def failure_lines(loaded: Loaded) -> list[str]:
+    return [f"{f.cell}: {f.kind}{f' in {f.stage}' if f.stage else ''}: {f.reason}" for f in loaded.failures.itertuples()]
+
+
+def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
+    """For the terminal: aligned, about 130 columns."""
+    lines = [BANNER, ""] if loaded.not_a_result else []
+    for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
+        texts = [readable(row) for _, row in rows.iterrows()]
+        widths = {head: max(len(head), *(len(text[head]) for text in texts)) for head in HEADS}
+        pad = lambda text, head: text.ljust(widths[head]) if head == "method" else text.rjust(widths[head])
+        seeds = int(rows["seeds"].max())
+        lines += [f"{model}, {domain}, {seeds} seed{'s' if seeds != 1 else ''}", "  ".join(pad(head, head) for head in HEADS)]
+        lines += ["  ".join(pad(text[head], head) for head in HEADS).rstrip() for text in texts]
+        lines.append("")
+    lines += legend(table) if len(table) else ["No cell has finished."]
+    missing = failure_lines(loaded)
+    return "\n".join([*lines, *(["", "Without a result:"] if missing else []), *("  " + line for line in missing)]) + "\n"
+
+
+def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
+    lines = [f"**{BANNER}**", ""] if loaded.not_a_result else []
+    for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
+        lines += [f"### {model}, {domain}", "", f"| {' | '.join(HEADS)} |", f"|:--|{'--:|' * (len(HEADS) - 1)}"]
+        lines += [f"| {' | '.join(readable(row).values())} |".replace("*", r"\*") for _, row in rows.iterrows()]
+        lines.append("")
+    lines += [f"- {line}".replace("*", r"\*") for line in legend(table)] if len(table) else ["No cell has finished."]
+    missing = failure_lines(loaded)
+    return "\n".join([*lines, *(["", "Without a result:", ""] if missing else []), *(f"- {line}" for line in missing)]) + "\n"
+
+
+def as_csv(loaded: Loaded, table: pd.DataFrame) -> str:
+    """Every number, unrounded; a column `not_a_result`; cells without a result as rows with their reason."""
+    flagged = table.assign(not_a_result=loaded.not_a_result, failure="")
+    rows = [dict(zip(("model", "domain", "method"), f.cell.split("/")), failure=f"{f.kind}: {f.reason}", not_a_result=loaded.not_a_result) for f in loaded.failures.itertuples()]
+    whole = pd.concat([flagged, pd.DataFrame(rows)], ignore_index=True) if rows else flagged
+    return whole.to_csv(index=False, lineterminator="\n", float_format="%.10g")

@@ -1,0 +1,158 @@
+"""Scores of a model: every task of a domain through lm-eval's own evaluation, and each item's result.
+
+`score` reads work/data/evaluate/<domain> (tasks.json and its row files) and returns what scores.json and items.csv.gz
+hold. Neither `limit` nor `use_cache` of lm-eval is ever used: the first says something else than the whole, the
+second answers for another model.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from lm_eval.evaluator import evaluate
+
+from evaluation import lm as models
+from evaluation.encode import encode_text
+from evaluation.preserve import preserved
+from evaluation.task import LocalTask, check, gold_index, make_task, quiet, render
+from experiments.errors import UserError
+
+__all__ = ["SCORING", "check", "load_tasks", "make_task", "render", "save", "score"]
+
+SCORING = 1  # raised when scores of the same weights change by more than rounding
+ROLES = ("domain", "retention", "transfer", "perplexity")
+COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"]
+SEED = 1234  # lm-eval's own default for its few-shot samples
+
+
+def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
+    """The tasks of a folder's tasks.json, each with its entry; UserError for what is missing or wrong in them."""
+    file = Path(folder) / "tasks.json"
+    if not file.is_file():
+        raise UserError(f"{file} does not exist: run the `data` stage first")
+    tasks = []
+    for entry in json.loads(file.read_text(encoding="utf-8")):
+        if entry["role"] not in ROLES:
+            raise UserError(f"{file}: task {entry['name']} has role {entry['role']!r}, not one of {', '.join(ROLES)}")
+        rows = Path(folder) / entry["file"]
+        tasks.append((entry, make_task(entry["name"], entry["task"], rows, metric=entry["metric"])))
+    names = [entry["name"] for entry, _ in tasks]
+    if len(set(names)) < len(names):
+        raise UserError(f"{file}: two tasks share a name in {sorted(names)}: rename one")
+    return tasks
+
+
+def score(
+    *,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    tasks_dir: Path,
+    scorer: str = "shared-prefix",
+    batch_size: int = 16,
+    weights_sha256: str | None = None,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """(scores, items) of `model` on the tasks of `tasks_dir`.
+
+    scorer: "shared-prefix" (forward passes of 128·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
+    sequences each). Random states and train/eval modes are left as they were. Nothing in the result differs between
+    two runs on the same weights, rows, versions and kind of machine. items' log_likelihood is the gold choice's, in
+    nats; `choice` is the one the task's metric picks.
+    """
+    tasks = load_tasks(tasks_dir)
+    with preserved(model), quiet():
+        asked, called = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size)
+        for _, task in tasks:
+            task.set_fewshot_seed(SEED)
+        torch.manual_seed(SEED)
+        results = evaluate(asked, {"tasks": {t["name"]: task for t, task in tasks}}, bootstrap_iters=0)
+    scores: dict[str, Any] = {"tasks": {}}
+    items = []
+    for entry, task in tasks:
+        name, samples = entry["name"], results["samples"][entry["name"]]
+        samples.sort(key=lambda sample: sample["doc_id"])
+        if entry["role"] == "perplexity":
+            scores["general"], rows = _general(name, task, samples, tokenizer)
+            items += rows
+            continue
+        metric, _, strictness = entry["metric"].partition(",")
+        filters = list(dict.fromkeys(sample["filter"] for sample in samples))
+        samples = [s for s in samples if s["filter"] == (strictness or filters[0])]
+        metrics = {
+            key.removesuffix(",none"): float(value)
+            for key, value in sorted(results["results"][name].items())
+            if "," in key and "_stderr" not in key and isinstance(value, int | float)
+        }
+        scores["tasks"][name] = {
+            "role": entry["role"],
+            "metric": entry["metric"],
+            "value": float(results["results"][name][f"{metric},{samples[0]['filter']}"]),
+            "n": len(samples),
+            "chance": entry["chance"],
+            "version": task.VERSION,
+            "metrics": metrics,
+        }
+        items += [_item(name, task, metric, sample) for sample in samples]
+    scores["scoring"] = {
+        "scoring": SCORING,
+        "scorer": called,
+        "batch_size": batch_size,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "limit": None,
+        "lm_eval": version("lm_eval"),
+        "transformers": version("transformers"),
+    }
+    scores["weights_sha256"] = weights_sha256
+    frame = pd.DataFrame(items, columns=COLUMNS)
+    return scores, frame.astype({"choice": "Int64", "gold": "Int64"})
+
+
+def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
+    """Write scores.json and items.csv.gz; equal scores give equal bytes."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(scores, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    (Path(folder) / "scores.json").write_text(text, encoding="utf-8")
+    items.to_csv(Path(folder) / "items.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+
+
+def _item(name: str, task: LocalTask, metric: str, sample: Mapping[str, Any]) -> dict[str, Any]:
+    item = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": float(sample[metric])}
+    if task.OUTPUT_TYPE == "multiple_choice":
+        choices = task.doc_to_choice(sample["doc"])
+        values = np.array([value for value, _ in sample["filtered_resps"]])[: len(choices)]
+        lengths = np.array([len(choice) for choice in choices]) if metric == "acc_norm" else 1.0
+        gold = gold_index(task, sample["doc"])
+        item |= {"choice": int(np.argmax(values / lengths)), "gold": gold, "log_likelihood": float(values[gold])}
+    elif task.OUTPUT_TYPE == "loglikelihood":
+        ((value, greedy),) = sample["filtered_resps"]
+        item |= {"choice": 0 if greedy else None, "gold": 0, "log_likelihood": value}
+    return item
+
+
+def _general(
+    name: str, task: LocalTask, samples: list[Mapping[str, Any]], tokenizer: Any
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Perplexity exp(nats / tokens) and bits per byte, nats / (bytes · ln 2), over all texts together."""
+    rows, size = [], 0
+    for sample in samples:
+        text = task.doc_to_target(sample["doc"])
+        nats = -float(sample["filtered_resps"][0])
+        size += len(text.encode())
+        rows.append(
+            {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": nats,
+             "choice": None, "gold": len(encode_text(tokenizer, text)), "log_likelihood": -nats}
+        )  # fmt: skip
+    nats, tokens = math.fsum(row["score"] for row in rows), sum(row["gold"] for row in rows)
+    return {
+        "perplexity": math.exp(min(nats / tokens, 700.0)),  # beyond which a float is infinite, which JSON has not
+        "nats_per_token": nats / tokens,
+        "bits_per_byte": nats / (size * math.log(2)),
+        "tokens": tokens,
+        "bytes": size,
+        "n": len(rows),
+    }, rows

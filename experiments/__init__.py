@@ -1,0 +1,1 @@
+"""What runs a cell: configuration, weights, data, the training engine, stages, tracking."""

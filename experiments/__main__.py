@@ -1,0 +1,141 @@
+"""The command line: `python -m experiments COMMAND`. Stages of the pipeline, and what a person asks for.
+
+    python -m experiments plan                         cells, what is cached, time, memory and disk
+    python -m experiments train MODEL/DOMAIN/METHOD/seed0
+    python -m experiments export CELL DIR              an ordinary Hugging Face folder
+"""
+
+import argparse
+import sys
+
+from experiments.errors import UserError
+
+STAGES = {
+    "resolve": ("settings each stage depends on, as small files", ()),
+    "model": ("fetch a model and turn it into ordinary safetensors", ("model",)),
+    "data": ("fetch, split and render the rows", ()),
+    "base": ("score the bare model", ("model",)),
+    "prepare": ("what a method computes before it sees the domain", ("model", "method", "seed")),
+    "train": ("fine-tune one cell", ("cell",)),
+    "evaluate": ("score the weights of one cell with lm-eval", ("cell",)),
+    "collect": ("join a cell's files into metrics.json", ("cell",)),
+    "compare": ("tables, figures and report of the study", ()),
+}
+COMMANDS = {
+    "plan": "cells of the grid, what is cached, and an estimate of time, memory and disk",
+    "export": "write a finished cell as an ordinary Hugging Face folder",
+    "tune": "trials of learning rates and strengths on probe rows, the same number for every method",
+    "track": "fill MLflow's database from results/",
+    "pipeline": "rewrite dvc.yaml for the study's grid",
+    "summary": "print the comparison, how each cell came to its scores, and where to look next",
+    "clean-cells": "free the weights of finished cells; their results stay",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m experiments", description="Run a Holdfast study, or one stage of it.")
+    sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    arguments = {
+        "model": {"help": "a model of params.yaml"}, "method": {"help": "a method of params.yaml"},
+        "seed": {"type": int, "help": "a seed of the grid"}, "cell": {"help": "model/domain/method/seed0"},
+    }
+    for name, text in COMMANDS.items():
+        command = sub.add_parser(name, help=text, description=text)
+        if name == "export":
+            command.add_argument("cell", **arguments["cell"])
+            command.add_argument("folder", metavar="DIR", help="a folder that does not exist yet")
+        if name == "plan":
+            command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "tune":
+            command.add_argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)")
+        _study(command)
+    for name, (text, needs) in STAGES.items():
+        command = sub.add_parser(name, help=f"stage: {text}", description=text)
+        for need in needs:
+            command.add_argument(need, **arguments[need])
+        _study(command)
+    return top
+
+
+def _study(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--study", default="", metavar="NAME", help="a folder of experiments/studies (default: the root's)")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Import what the command needs and no more: help pages stay light."""
+    from experiments import config
+
+    study = config.load(options.study)
+    if options.command in STAGES:
+        _stage(study, options)
+    elif options.command == "export":
+        from experiments import cells, export
+
+        export.main(study, cells.parse(options.cell, study), options.folder)
+    elif options.command == "plan":
+        from experiments import plan
+
+        plan.main(study, as_json=options.json)
+    elif options.command == "tune":
+        from experiments import tune
+
+        tune.main(study, options.methods)
+    elif options.command == "track":
+        from experiments import tracking
+
+        tracking.main(study)
+    else:
+        from experiments import clean, pipeline, summary
+
+        {"pipeline": pipeline.main, "summary": summary.main, "clean-cells": clean.main}[options.command](study)
+
+
+def _stage(study, options: argparse.Namespace) -> None:
+    from importlib import import_module
+
+    from experiments import cells
+    from experiments.names import unknown
+
+    stage = options.command
+    if stage in ("train", "evaluate", "collect"):
+        import_module(f"experiments.stages.{stage}").main(study, cells.parse(options.cell, study))
+        return
+    if hasattr(options, "model") and options.model not in study.models:
+        raise unknown("model", options.model, study.models)
+    if stage == "prepare":
+        from experiments.stages import prepare
+
+        if options.method not in study.methods:
+            raise unknown("method", options.method, study.methods)
+        # a preparation never sees the domain: a failure is recorded with the first cell that needs it
+        cell = cells.Cell(options.model, study.grid["domains"][0], options.method, options.seed)
+        prepare.main(study, model=options.model, method=options.method, seed=options.seed, cell=cell)
+    elif stage == "base":
+        from experiments.stages import evaluate
+
+        evaluate.base(study, model=options.model)
+    elif stage == "model":
+        from experiments.stages import model
+
+        model.main(study, model=options.model)
+    else:
+        import_module(f"experiments.stages.{stage}").main(study)
+
+
+def main() -> int:
+    options = parser().parse_args()
+    try:
+        run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; finished cells are whole, and `dvc repro` goes on from here", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

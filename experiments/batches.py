@@ -1,0 +1,59 @@
+"""Examples to batches: the order of one seed, batches of like lengths, right padding."""
+
+import random
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+Example = dict[str, Tensor]  # {"input_ids": (tokens,), "labels": (tokens,)}, -100 where nothing is asked
+
+POOL = 8  # batches sorted by length together: less padding, order still drawn by the seed
+
+
+def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
+    """Batches of example indices for one epoch; the same for equal (lengths, batch, seed, epoch).
+
+    Examples are shuffled, sorted by length inside pools of `POOL` batches, cut, and the batches shuffled.
+    A last short batch is kept: every example is seen once an epoch.
+    """
+    draw = random.Random(f"{seed}/{epoch}")
+    order = list(range(len(lengths)))
+    draw.shuffle(order)
+    cut = []
+    for start in range(0, len(order), POOL * batch):
+        pool = sorted(order[start : start + POOL * batch], key=lambda i: lengths[i])
+        cut += [pool[i : i + batch] for i in range(0, len(pool), batch)]
+    draw.shuffle(cut)
+    return cut
+
+
+def schedule(lengths: Sequence[int], batch: int, seed: int, epochs: float) -> list[list[int]]:
+    """All batches of a run; a fractional epoch takes that share of its batches (at least one batch in all)."""
+    plan: list[list[int]] = []
+    for epoch in range(int(epochs) + (epochs % 1 > 0)):
+        order = epoch_order(lengths, batch, seed, epoch)
+        share = min(1.0, epochs - epoch)
+        plan += order[: max(1, round(share * len(order)))]
+    return plan
+
+
+def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Example:
+    """Right-padded batch: input_ids (0 where padded), labels (-100), attention_mask; each (batch, tokens)."""
+    width = max(len(e["input_ids"]) for e in examples)
+    batch = {
+        "input_ids": torch.zeros(len(examples), width, dtype=torch.long),
+        "labels": torch.full((len(examples), width), -100, dtype=torch.long),
+        "attention_mask": torch.zeros(len(examples), width, dtype=torch.long),
+    }
+    for row, example in enumerate(examples):
+        size = len(example["input_ids"])
+        batch["input_ids"][row, :size] = example["input_ids"]
+        batch["labels"][row, :size] = example["labels"]
+        batch["attention_mask"][row, :size] = 1
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def micro_batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

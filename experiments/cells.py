@@ -1,0 +1,47 @@
+"""A cell: one (model, domain, method, seed), written `model/domain/method/seed0`."""
+
+import itertools
+from dataclasses import dataclass
+
+from experiments.errors import UserError
+from experiments.names import unknown
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    model: str
+    domain: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.domain}/{self.method}/seed{self.seed}"
+
+    @property
+    def stage(self) -> str:
+        """What DVC calls it behind the `@`; matched against the grid, never split."""
+        return f"{self.model}-{self.domain}-{self.method}-{self.seed}"
+
+
+def grid(study) -> list[Cell]:
+    """All cells of the study's grid in its own order; two that DVC could not tell apart are refused."""
+    names = study.grid
+    cells = [Cell(*c) for c in itertools.product(names["models"], names["domains"], names["methods"], names["seeds"])]
+    by_stage: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.stage in by_stage:
+            raise UserError(f"cells {by_stage[cell.stage].name} and {cell.name} share the stage name {cell.stage}: rename one")
+        by_stage[cell.stage] = cell
+    return cells
+
+
+def parse(text: str, study) -> Cell:
+    """The cell written `model/domain/method/seed0`; unknown names are refused with the nearest known one."""
+    pieces = text.strip("/").split("/")
+    if len(pieces) != 4 or not pieces[3].startswith("seed") or not pieces[3][4:].isdigit():
+        raise UserError(f"cell {text!r} must be written model/domain/method/seed0")
+    for kind, name, known in zip(("model", "domain", "method"), pieces, (study.models, study.domains, study.methods)):
+        if name not in known:
+            raise unknown(kind, name, known, where=f"cell {text}")
+    return Cell(*pieces[:3], int(pieces[3][4:]))

@@ -1,0 +1,64 @@
+"""A cell that fails leaves a record with its reason, never a zero and never nothing."""
+
+import errno
+import signal
+from contextlib import contextmanager
+
+import torch
+
+from experiments.engine import TrainingFailed
+from experiments.errors import UserError
+from experiments.files import read_json, write_json
+from experiments.provenance import now
+
+
+@contextmanager
+def recorded(study, cell, stage: str):
+    """Run a stage of `cell`; on failure write results/failures/CELL.json and raise one clear UserError."""
+    path = study.paths.failure(cell)
+    signal.signal(signal.SIGTERM, _interrupt)  # a stopped run is recorded like one stopped from the keyboard
+    try:
+        yield
+    except KeyboardInterrupt:
+        kind, reason = "interrupted", f"stopped during {stage}; `dvc repro` goes on with this cell"
+    except TrainingFailed as error:
+        kind, reason = "nan", str(error)
+    except UserError as error:
+        kind, reason = "error", str(error)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            write_json(path, _record(cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
+            raise
+        kind = "out of memory"
+        reason = (f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
+                  "or set train.checkpointing: true")
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        kind, reason = "error", f"the disk is full ({error.filename}): free some, then run `dvc repro` again"
+    except Exception as error:  # recorded for the report; the traceback is still shown, for it is our fault
+        write_json(path, _record(cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
+        raise
+    else:
+        if path.exists() and read_json(path)["stage"] == stage:
+            path.unlink()
+        return
+    write_json(path, _record(cell, stage, kind, reason))
+    raise UserError(f"{cell.name}: {reason}")
+
+
+def _record(cell, stage: str, kind: str, reason: str) -> dict:
+    return {"cell": cell.name, "stage": stage, "kind": kind, "reason": reason, "when": now()}
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """torch's CPU allocator says so only in words."""
+    return not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _interrupt(signum, frame) -> None:
+    raise KeyboardInterrupt

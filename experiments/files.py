@@ -1,0 +1,48 @@
+"""Result files: JSON written whole or not at all, hashes, room on the disk."""
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted, indented, ended by a newline; moved into place so that a stop leaves the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError(f"{path} is missing: run `dvc repro` to make it")
+    return json.loads(path.read_text())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash of a folder: every file's relative path and hash, in order."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        whole.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def need_room(folder: Path, needed: int, what: str) -> None:
+    """Refuse to start what the disk cannot hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"too little disk for {what}: {needed / 2**30:.1f} GiB needed at {folder}, {free / 2**30:.1f} GiB free; "
+            "free some (`make clean-cells` removes the weights of finished cells)"
+        )

@@ -1,0 +1,24 @@
+"""Names people type: what they may look like, and the nearest known one when one is mistyped."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from experiments.errors import UserError
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
+
+
+def checked(kind: str, name: str) -> str:
+    """`name` itself, or a UserError: DVC's `-S` breaks on a `+`, paths on a `/`."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UserError(f"{kind} {name!r}: a name is lower-case letters, digits, '-' and '_', and starts with a letter or digit")
+    return name
+
+
+def unknown(kind: str, name: object, known: Iterable[str], *, where: str = "") -> UserError:
+    """The error for a name that is not there, with the nearest one that is."""
+    known = sorted(map(str, known))
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known) or 'none'}"
+    return UserError(f"unknown {kind} {name!r}{f' in {where}' if where else ''}: {hint}")

@@ -1,0 +1,75 @@
+"""dvc.yaml written by a command where DVC's own language ends: the list of files `compare` depends on, and a
+study's dvc.yaml, which is the root's with its own folders. A test holds them to the root's."""
+
+import io
+
+from ruamel.yaml import YAML
+
+from experiments import cells
+from experiments.paths import Paths
+
+OUTPUTS = ("metrics.json", "curve.csv")
+
+
+def compare_inputs(study) -> list[str]:
+    """The files of exactly the grid's cells, relative to the root."""
+    return [(study.paths.run(cell) / name).relative_to(study.paths.root).as_posix()
+            for cell in cells.grid(study) for name in OUTPUTS]
+
+
+def listed_inputs(study) -> list[str]:
+    """The cell files that the study's dvc.yaml lists now."""
+    found = _yaml().load(study.paths.folder / "dvc.yaml")["stages"]["compare"]["deps"]
+    return [path for path in found if path.endswith(OUTPUTS)]
+
+
+def main(study) -> None:
+    """Rewrite the study's dvc.yaml: the root's stages on its folders, `compare` on its own cells."""
+    path = study.paths.folder / "dvc.yaml"
+    text = rendered(study)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+        print(f"wrote {path.relative_to(study.paths.root)}")
+
+
+def rendered(study) -> str:
+    """The text of the study's dvc.yaml."""
+    root = Paths(root=study.paths.root)
+    document = _yaml().load(root.folder / "dvc.yaml")
+    if study.name:
+        document = _moved(document, study.name)
+        for stage in document["stages"].values():
+            stage["wdir"] = "../../.."
+    deps = document["stages"]["compare"]["deps"]
+    deps[:] = compare_inputs(study) + [path for path in deps if not path.endswith(OUTPUTS)]
+    out = io.StringIO()
+    _yaml().dump(document, out)
+    return out.getvalue()
+
+
+def _moved(value, study: str):
+    """Every path and command of the default study's pipeline, turned into the study's."""
+    if isinstance(value, dict):
+        for key in list(value):
+            value[key] = _moved(value[key], study)
+            if isinstance(key, str) and key.startswith(("results/", "work/")):
+                value[_moved(key, study)] = value.pop(key)
+        return value
+    if isinstance(value, list):
+        value[:] = [_moved(entry, study) for entry in value]
+        return value
+    if not isinstance(value, str):
+        return value
+    if value.startswith("python -m experiments "):
+        return f"{value} --study {study}"
+    for top in ("results", "work"):
+        if value.startswith(f"{top}/"):
+            return f"{top}/{study}/{value.removeprefix(f'{top}/')}"
+    return f"experiments/studies/{study}/params.yaml" if value == "params.yaml" else value
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.width = 120
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml

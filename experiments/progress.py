@@ -1,0 +1,10 @@
+"""Progress with time left: a live bar on a terminal, a line now and then in a log."""
+
+import sys
+
+from tqdm import tqdm
+
+
+def bar(*, total: int, desc: str, unit: str = "it") -> tqdm:
+    live = sys.stderr.isatty()
+    return tqdm(total=total, desc=desc, unit=unit, dynamic_ncols=live, mininterval=0.3 if live else 20.0, maxinterval=30.0)

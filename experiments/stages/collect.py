@@ -1,0 +1,73 @@
+"""collect: one metrics.json a cell, joined from training, preparation, scores and the base's scores."""
+
+from evaluation.retention import forgetting
+from experiments import weights
+from experiments.errors import UserError
+from experiments.files import read_json, write_json
+
+
+def main(study, cell) -> None:
+    paths = study.paths
+    train = read_json(paths.run(cell) / "train.json")
+    scores = read_json(paths.run(cell) / "scores.json")
+    base = read_json(paths.base(cell.model) / "scores.json")
+    prepared = read_json(paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed))
+    evaluated = read_json(paths.run(cell) / "evaluate.json")
+    model = study.models[cell.model]
+    _comparable(cell, scores, base)
+    write_json(paths.run(cell) / "metrics.json", (
+        {"cell": cell.name, "model": cell.model, "domain": cell.domain, "method": cell.method, "seed": cell.seed,
+         "model_note": model.get("note"), "not_a_result": study.not_a_result or model["source"].startswith("random:")}
+        | _scores(scores, base, cell.domain) | _costs(train, prepared, evaluated) | _provenance(train, scores)
+    ))
+
+
+def _comparable(cell, scores: dict, base: dict) -> None:
+    """Base and tuned are compared only under the same scorer, batch plan, dtype and versions."""
+    ours, theirs = scores["scoring"], base["scoring"]
+    differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    if differ:
+        raise UserError(f"{cell.name}: scored under another {', '.join(differ)} than its base "
+                        f"({[ours.get(k) for k in differ]} and {[theirs.get(k) for k in differ]}): run `dvc repro` to score both again")
+
+
+def _scores(scores: dict, base: dict, domain: str) -> dict:
+    tasks = {name: task | {"base": base["tasks"][name]["value"]} for name, task in scores["tasks"].items()}
+    retention = {n: t for n, t in tasks.items() if t["role"] == "retention"}
+    lost = forgetting(base["tasks"], retention)
+    kept = [n for n in retention if n not in lost["at_chance"]]
+    mean = (lambda key: sum(tasks[n][key] for n in kept) / len(kept)) if kept else (lambda key: None)
+    return {
+        "domain_score": tasks[domain]["value"], "domain_score_base": tasks[domain]["base"],
+        "domain_gain": tasks[domain]["value"] - tasks[domain]["base"],
+        "general_score": mean("value"), "general_score_base": mean("base"),
+        "forgetting": lost["forgetting"], "forgetting_by_task": lost["by_task"], "at_chance": lost["at_chance"],
+        "transfer_by_task": {n: t["value"] - t["base"] for n, t in tasks.items() if t["role"] == "transfer"},
+        "scores_by_task": {n: {k: t[k] for k in ("value", "base", "n", "chance", "metric", "role", "version")} for n, t in tasks.items()},
+        "n": {n: t["n"] for n, t in tasks.items()} | {"general_text": scores["general"]["n"]},
+        "general_perplexity": scores["general"]["perplexity"], "general_perplexity_base": base["general"]["perplexity"],
+        "general_bits_per_byte": scores["general"]["bits_per_byte"], "general_bits_per_byte_base": base["general"]["bits_per_byte"],
+    }
+
+
+def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
+    known = train["cost_known"]
+    costs = {
+        "seconds_prepare": prepared["seconds_prepare"] + train["seconds_begin"],
+        "seconds_train": train["seconds_train"],
+        "peak_memory_bytes": max(train["peak_memory_bytes"], prepared["peak_memory_bytes"]),
+        "bytes_importance": prepared["bytes_importance"], "bytes_anchor": train["bytes_anchor"],
+        "bytes_weights_delta": train["bytes_weights_delta"], "bytes_optimizer_state": train["bytes_optimizer_state"],
+        "tokens_trained": train["tokens_trained"], "tokens_prepare": prepared["tokens_prepare"],
+        "tokens_per_second": train["tokens_trained"] / train["seconds_train"] if known else None,
+    }
+    if not known:  # a checkpoint made elsewhere: nobody here saw what it cost
+        costs = dict.fromkeys(costs)
+    return costs | {"cost_known": known, "seconds_evaluate": evaluated["seconds_evaluate"]}
+
+
+def _provenance(train: dict, scores: dict) -> dict:
+    return {key: train[key] for key in ("weights_sha256", "base_sha256", "data_sha256", "versions", "hardware", "git",
+                                        "dtype", "compute_dtype", "device", "numerics", "when")} | {
+        "learning_rate": train["settings"]["learning_rate"], "settings": train["settings"],
+        "scoring": scores["scoring"], "parts_report": train["parts"]}

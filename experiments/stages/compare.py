@@ -1,0 +1,9 @@
+"""compare: the tables, figures and report of a study, from the files of exactly its own cells."""
+
+from analysis.compare import write_summary
+from experiments import cells
+
+
+def main(study) -> None:
+    write_summary(results_root=study.paths.results, summary_dir=study.paths.summary,
+                  cells=[cell.name for cell in cells.grid(study)], title=study.title)

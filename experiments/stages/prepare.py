@@ -1,0 +1,147 @@
+"""prepare: what a method computes before it sees the domain (importance, a start), timed and weighed.
+
+Preparations with equal settings are computed once a model and kept in a local store by the hash of all they
+depend on: another seed, another domain or another strength reuses them, and the record says so.
+"""
+
+import os
+import shutil
+import uuid
+from dataclasses import replace
+from functools import partial
+from hashlib import sha256 as new_sha256
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from experiments import hardware, provenance, weights
+from experiments.engine import fit
+from experiments.engine_settings import TrainSettings
+from experiments.failures import recorded
+from experiments.files import folder_sha256, need_room, read_json, sha256, write_json
+from experiments.progress import bar
+from experiments.stages import resolve
+from experiments.stages.rows import read_jsonl
+from methods.part import Part
+
+TENSORS = ("importance", "start", "carry")
+
+
+def main(study, *, model: str, method: str, seed: int, cell) -> None:
+    with recorded(study, cell, "prepare"):
+        _prepare(study, model, method, seed)
+
+
+def _prepare(study, model: str, method: str, seed: int) -> None:
+    out = study.paths.prepared(model=model, method=method, seed=seed)
+    costs_file = study.paths.prepare_costs(model=model, method=method, seed=seed)
+    shutil.rmtree(out, ignore_errors=True)
+    resolved = resolve.prepare(study, model, method)
+    if not resolved:
+        write_json(out / "prepared.json", {})
+        write_json(costs_file, {"seconds_prepare": 0.0, "tokens_prepare": 0, "bytes_importance": 0, "bytes_start": 0,
+                                "peak_memory_bytes": 0, "reused": False})
+        return
+    store, reused = stored(study, model, method, seed)
+    shutil.copytree(store / "out", out)
+    write_json(costs_file, read_json(store / "costs.json") | {"reused": reused})
+
+
+def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
+    """The store's folder with this preparation in `out/`, computed unless it is there; and whether it was."""
+    resolved = resolve.prepare(study, model, method)
+    store = study.paths.local / "prepared" / _key(study, model, method, seed, resolved)
+    if store.is_dir() and read_json(store / "manifest.json")["sha256"] == folder_sha256(store / "out"):
+        return store, True
+    shutil.rmtree(store, ignore_errors=True)
+    need_room(study.paths.work, 8 * sum(f.stat().st_size for f in study.paths.model(model).glob("*.safetensors")),
+              f"the preparation of {method} on {model}")
+    fresh = store.with_name(f"{store.name}.{uuid.uuid4().hex[:8]}")
+    write_json(fresh / "costs.json", _compute(study, model, method, seed, fresh / "out"))
+    write_json(fresh / "manifest.json", {"sha256": folder_sha256(fresh / "out")})
+    os.replace(fresh, store)  # whole or not at all
+    return store, False
+
+
+def _key(study, model: str, method: str, seed: int, resolved: dict) -> str:
+    """Hash of everything the preparation depends on; the seed only where it draws."""
+    base = read_json(study.paths.model(model) / "base.json")["sha256"]
+    text = sha256(study.paths.data / "general" / "importance.jsonl")
+    drawn = str(seed) if resolve.seeded(study.methods[method].parts) else ""
+    return new_sha256("\n".join([resolve.text(resolved), base, text, drawn]).encode()).hexdigest()[:32]
+
+
+def _compute(study, model_name: str, method: str, seed: int, out: Path) -> dict:
+    """Prepare every part in turn into `out`; returns the measured costs."""
+    where = hardware.device(study.device)
+    folder = study.paths.model(model_name)
+    base = weights.load_tensors(folder)
+    computing = hardware.compute_dtype(weights.dtype_of(read_json(folder / "base.json")), where)
+    tokenizer = weights.load_tokenizer(folder)
+    settings = study.prepare_settings(model=model_name, method=method)
+    general = encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer, settings.length)
+    parts = study.methods[method].parts
+    hardware.reset_peak(where)
+    seconds, tokens, notes = 0.0, 0, {}
+    out.mkdir(parents=True)
+    for part in parts:
+        if type(part).prepare is Part.prepare:
+            continue
+        model = weights.load_model(folder, dtype=computing, device=where)
+        torch.manual_seed(seed)
+        for other in parts:
+            model = other.adapt(model, seed=seed)
+        began = perf_counter()
+        prepared = part.prepare(model=model, base=base, general=general, seed=seed, progress=bar,
+                                fit=partial(_fit, settings=settings, base=base, device=where, name=f"prepare {part.key}"))
+        seconds += perf_counter() - began
+        if prepared is None:
+            continue
+        tokens += prepared.tokens
+        notes[part.key] = prepared.notes
+        for kind in TENSORS:
+            tensors = getattr(prepared, kind)
+            if tensors:
+                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, out / f"{part.key}.{kind}.safetensors")
+    write_json(out / "prepared.json", notes)
+    return {
+        "seconds_prepare": seconds, "tokens_prepare": tokens, "peak_memory_bytes": hardware.peak_memory_bytes(where),
+        "bytes_importance": _bytes(out, "importance"), "bytes_start": _bytes(out, "start") + _bytes(out, "carry"),
+        "hardware": hardware.describe(where), "versions": provenance.versions(),
+        "git": provenance.git(study.paths.root), "when": provenance.now(),
+    }
+
+
+def _fit(*, settings: TrainSettings, model, parts, examples, seed, base, device, name, **overrides):
+    """The engine's own loop for parts that train while they prepare; None keeps the method's own setting."""
+    changed = replace(settings, **{key: value for key, value in overrides.items() if value is not None})
+    return fit(model=model, parts=parts, examples=examples, settings=changed, seed=seed, base=base, device=device, name=name)
+
+
+def encoded_text(path: Path, tokenizer, length: int) -> list[dict]:
+    """General text as examples: one document each, cut at `length`, every token labelled."""
+    examples = []
+    for row in read_jsonl(path):
+        ids = torch.tensor(tokenizer.encode(row["text"])[:length])
+        examples.append({"input_ids": ids, "labels": ids.clone()})
+    return examples
+
+
+def load_states(folder: Path, parts) -> dict[str, dict]:
+    """What `prepare` left for each part: {key: {"importance": {...}, "start": {...}, ...}} as far as present."""
+    states: dict[str, dict] = {}
+    for part in parts:
+        states[part.key] = {"notes": read_json(folder / "prepared.json").get(part.key, {})}
+        for kind in TENSORS:
+            path = folder / f"{part.key}.{kind}.safetensors"
+            if path.is_file():
+                states[part.key][kind] = load_file(path)
+    return states
+
+
+def _bytes(out: Path, kind: str) -> int:
+    return sum(path.stat().st_size for path in out.glob(f"*.{kind}.safetensors"))
+
+

@@ -1,0 +1,96 @@
+"""resolve: for each stage, the settings it depends on, as one small JSON file; a file that does not change
+stops the reruns behind it. Sources of a part are hashed here, so that editing one part reruns its cells only."""
+
+import json
+import shutil
+
+from experiments import cells
+from experiments.data import FORMAT as DATA_FORMAT
+from experiments.engine_settings import NUMERICS, TrainSettings
+from experiments.files import sha256, write_json
+from experiments.weights import FORMAT as MODEL_FORMAT
+from evaluation import SCORING
+from methods import registry
+from methods.part import Part
+
+MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed", "note")
+DOMAIN_KEYS = ("task", "metric", "chance", "question", "rows", "test_rows", "columns", "set", "split",
+               "retention", "transfer", "probes")
+
+
+def main(study) -> None:
+    """Write all of work/resolved; the folder is made anew, so that a cell that left the grid leaves no file."""
+    shutil.rmtree(study.paths.resolved, ignore_errors=True)
+    for path, content in contents(study).items():
+        write_json(study.paths.resolved / path, content)
+    note = pipeline_behind(study)
+    if note:
+        print(note)
+
+
+def contents(study) -> dict[str, dict]:
+    """Every resolved file of the study: relative path to content."""
+    files = {"data.json": data(study)}
+    for model in study.grid["models"]:
+        files[f"model/{model}.json"] = {k: v for k, v in study.models[model].items() if k in MODEL_KEYS} | {"format": MODEL_FORMAT}
+        files[f"evaluate/{model}.json"] = dict(study.evaluate) | {"scoring": SCORING, "device": study.device}
+        for method in study.grid["methods"]:
+            files[f"prepare/{model}/{method}.json"] = prepare(study, model, method)
+            for domain in study.grid["domains"]:
+                files[f"train/{model}/{domain}/{method}.json"] = train(study, model, domain, method)
+    return files
+
+
+def data(study) -> dict:
+    domains = {d: {k: v for k, v in study.domains[d].items() if k in DOMAIN_KEYS} for d in study.grid["domains"]}
+    used = sorted({t for block in domains.values() for role in ("retention", "transfer", "probes") for t in block.get(role) or []})
+    return {"domains": domains, "tasks": {t: study.tasks[t] for t in used}, "general": dict(study.general),
+            "packages": dict(study.packages), "data": dict(study.data), "format": DATA_FORMAT}
+
+
+def prepare(study, model: str, method: str) -> dict:
+    """What the preparation of a method depends on; {} where no part of it prepares anything.
+
+    Training settings count only for parts that train while they prepare.
+    """
+    parts = study.methods[method].parts
+    if all(type(part).prepare is Part.prepare for part in parts):
+        return {}
+    resolved = {"numerics": NUMERICS, "device": study.device, "parts": {}}
+    for part in parts:
+        if type(part).prepare is not Part.prepare or "adapts" in part.capabilities:
+            resolved["parts"][part.key] = _part(part, "prepare")
+    if seeded(parts):
+        resolved["train"] = vars(study.prepare_settings(model=model, method=method)) | {"probes": 0}
+    return resolved
+
+
+def seeded(parts) -> bool:
+    """Whether the seed enters the preparation: one part trains, and so draws, there."""
+    return any("seeded_preparation" in part.capabilities for part in parts)
+
+
+def train(study, model: str, domain: str, method: str) -> dict:
+    settings: TrainSettings = study.settings(model=model, domain=domain, method=method)
+    parts = {part.key: _part(part, None) for part in study.methods[method].parts}
+    return {"numerics": NUMERICS, "device": study.device, "train": vars(settings), "parts": parts}
+
+
+def _part(part: Part, phase: str | None) -> dict:
+    return {"settings": registry.phase_settings(part, phase),
+            "sources": {path.name: sha256(path) for path in registry.source_files(part)}}
+
+
+def pipeline_behind(study) -> str:
+    """A line where dvc.yaml's `compare` does not list the grid's cells, for DVC cannot list them itself."""
+    from experiments.pipeline import compare_inputs, listed_inputs
+
+    if listed_inputs(study) == compare_inputs(study):
+        return ""
+    return ("dvc.yaml: the grid has changed, and `compare` does not list its cells yet: "
+            f"run `python -m experiments pipeline{' --study ' + study.name if study.name else ''}` and `dvc repro` again")
+
+
+def text(content: dict) -> str:
+    """The file's text, for a look ahead without writing it."""
+    return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -1,0 +1,116 @@
+"""train: one cell, from the base model and what the method prepared to weights, costs and a curve."""
+
+import csv
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from evaluation.encode import encode_pair
+from evaluation.probe import load_probes, probe
+from experiments import hardware, ledger, provenance, weights
+from experiments.batches import Example
+from experiments.engine import FitResult, final_weights, fit
+from experiments.engine_settings import NUMERICS
+from experiments.failures import recorded
+from experiments.files import folder_sha256, need_room, read_json, write_json
+from experiments.stages.prepare import load_states
+from experiments.stages.rows import read_jsonl
+
+COLUMNS = ["step", "tokens", "seconds", "loss", "grad_norm", "penalty", "learning_rate", "tokens_per_second"]
+
+
+def main(study, cell) -> None:
+    with recorded(study, cell, "train"):
+        _train(study, cell)
+
+
+def _train(study, cell) -> None:
+    paths = study.paths
+    settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
+    parts = study.methods[cell.method].parts
+    where = hardware.device(study.device)
+    folder, out = paths.model(cell.model), paths.weights(cell)
+    base_info = read_json(folder / "base.json")
+    base = weights.load_tensors(folder)
+    need_room(paths.work, 2 * sum(t.nbytes for t in base.values()), f"the weights of {cell.name}")
+    checkpoint = weights.dtype_of(base_info)
+    computing = hardware.compute_dtype(checkpoint, where)
+    model = weights.load_model(folder, dtype=computing, device=where)
+    tokenizer = weights.load_tokenizer(folder)
+    examples = encoded(paths.data / "train" / cell.domain / "train.jsonl", tokenizer, settings.length)
+    sets = load_probes(paths.data / "train" / cell.domain / "probe", tokenizer)
+    hardware.reset_peak(where)
+    result = fit(
+        model=model, parts=parts, examples=examples, settings=settings, seed=cell.seed, base=base, device=where,
+        states=load_states(paths.prepared(model=cell.model, method=cell.method, seed=cell.seed), parts),
+        probe=(lambda m: probe(model=m, sets=sets)) if settings.probes else None, name=f"train {cell.name}",
+    )
+    known = not any("provides_weights" in part.capabilities for part in parts)
+    shutil.rmtree(out, ignore_errors=True)
+    write_weights(out, folder=folder, base=base, final=final_weights(result, parts))
+    for part in parts:
+        part.save(run=result.run, state=result.states[part.key], folder=out)
+    write_curve(paths.run(cell) / "curve.csv", result.curve)
+    digest = weights.tensor_sha256(out)
+    ledger.note(study, stage="train", cell=cell.name, weights=digest)
+    write_json(paths.run(cell) / "train.json", {
+        "cell": cell.name, "seed": cell.seed, "numerics": NUMERICS,
+        "seconds_train": result.seconds if known else None, "seconds_begin": result.seconds_begin,
+        "tokens_trained": result.tokens if known else None, "steps": result.steps,
+        "peak_memory_bytes": hardware.peak_memory_bytes(where),
+        "bytes_weights_delta": stored_bytes(out), "bytes_anchor": anchor_bytes(result),
+        "bytes_optimizer_state": optimizer_bytes(result.optimizer),
+        "weights_sha256": digest, "base_sha256": base_info["sha256"],
+        "data_sha256": folder_sha256(paths.data / "train" / cell.domain),
+        "settings": vars(settings), "dtype": base_info["dtype"], "compute_dtype": str(computing).removeprefix("torch."),
+        "device": where.type, "hardware": hardware.describe(where), "versions": provenance.versions(),
+        "git": provenance.git(paths.root), "when": provenance.now(), "cost_known": known,
+        "parts": {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts},
+    })
+
+
+def encoded(path: Path, tokenizer, length: int) -> list[Example]:
+    """Training examples: the gold choice behind its context, labels on the choice alone; cut from the left."""
+    examples = []
+    for row in read_jsonl(path):
+        ids, n_context = encode_pair(tokenizer, row["context"], row["choices"][row["gold"]])
+        labels = [-100] * n_context + ids[n_context:]
+        examples.append({"input_ids": torch.tensor(ids[-length:]), "labels": torch.tensor(labels[-length:])})
+    return examples
+
+
+def write_weights(out: Path, *, folder: Path, base: dict, final: dict) -> None:
+    """An ordinary Hugging Face folder: `final` rounded once to each base tensor's dtype, the rest from the base."""
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: final[name].to(tensor.dtype).cpu().contiguous() if name in final else tensor for name, tensor in base.items()}
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    (out / "model.safetensors").chmod(0o644)
+    for path in folder.iterdir():
+        if path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != "base.json":
+            shutil.copyfile(path, out / path.name)
+
+
+def write_curve(path: Path, curve: list[dict]) -> None:
+    """CSV with the loop's columns first and the probes' behind them; empty where a step was not probed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    probes = sorted({key for row in curve for key in row if key.startswith("probe_")})
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS + probes, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(curve)
+
+
+def stored_bytes(out: Path) -> int:
+    """Bytes that rebuild the tuned model beside its base: the adapter where there is one, else the weights."""
+    adapter = list((out / "adapter").glob("*")) if (out / "adapter").is_dir() else list(out.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in adapter)
+
+
+def anchor_bytes(result: FitResult) -> int:
+    return sum(t.nbytes for state in result.states.values() for t in (state.get("anchor") or {}).values())
+
+
+def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))

@@ -1,0 +1,134 @@
+"""Trials of learning rates and strengths: the same number for every method, judged on probe rows, all kept.
+
+`tune:` in params.yaml gives each method one knob and its values. Every trial trains with the cell's own budget on
+seed 0 and is scored on the domain's probe rows, the probe rows of its probe tasks and the probe passages, none of
+which is ever a test row. Trials are written as they finish; a second call runs only those that are missing.
+"""
+
+from dataclasses import replace
+from hashlib import sha256
+
+from evaluation.probe import load_probes, probe
+from experiments import hardware, weights
+from experiments.config import Method
+from experiments.engine import TrainingFailed, fit
+from experiments.errors import UserError
+from experiments.files import read_json, write_json
+from experiments.names import unknown
+from experiments.stages import prepare, resolve
+from experiments.stages.train import encoded
+from methods import registry
+
+RULE = ("highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
+        "probe tasks); trials less than half a point below the best count as equal, and of these the lowest perplexity wins")
+EQUAL = 0.005
+SEED = 0
+
+
+def main(study, methods: list[str]) -> None:
+    grid = study.tune.get("methods") or {}
+    for method in methods or study.grid["methods"]:
+        if method not in grid:
+            raise unknown("method", method, grid, where="tune.methods")
+    counts = {name: len(_trials(name, knob)) for name, knob in grid.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"tune.methods: every method gets the same number of trials, but they have {counts}")
+    for model in study.grid["models"]:
+        for domain in study.grid["domains"]:
+            _tune(study, model, domain, methods or study.grid["methods"])
+
+
+def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
+    if len(knob) != 1:
+        raise UserError(f"tune.methods.{method}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knob)}")
+    (name, values), = knob.items()
+    if "." not in name or not isinstance(values, list) or not values:
+        raise UserError(f"tune.methods.{method}.{name}: write PART.SETTING or train.SETTING with a list of values")
+    return [(name, value) for value in values]
+
+
+def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
+    path = study.paths.results / "tuning" / model_name / f"{domain}.json"
+    record = read_json(path) if path.is_file() else {"trials": []}
+    record["rule"] = RULE
+    where = hardware.device(study.device)
+    folder = study.paths.model(model_name)
+    base = weights.load_tensors(folder)
+    computing = hardware.compute_dtype(weights.dtype_of(read_json(folder / "base.json")), where)
+    tokenizer = weights.load_tokenizer(folder)
+    sets = load_probes(study.paths.data / "train" / domain / "probe", tokenizer)
+    record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
+    for method in methods:
+        for knob, value in _trials(method, study.tune["methods"][method]):
+            trial_study = _with(study, method, knob, value)
+            key = _key(trial_study, model_name, domain, method)
+            if any(t["key"] == key for t in record["trials"]):
+                continue
+            model = weights.load_model(folder, dtype=computing, device=where)
+            found = _run(trial_study, model_name, domain, method, model, base, tokenizer, sets, where)
+            record["trials"] = [t for t in record["trials"] if (t["method"], t["settings"]) != (method, {knob: value})]
+            record["trials"].append({"method": method, "settings": {knob: value}, "key": key} | found)
+            _judge(record, domain)
+            write_json(path, record)
+            print(f"{method} {knob}={value}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)), flush=True)
+    _judge(record, domain)
+    write_json(path, record)
+    for trial in record["trials"]:
+        if trial["chosen"]:
+            print(f"chosen for {model_name}/{domain}: methods.{trial['method']} {trial['settings']}")
+
+
+def _with(study, method: str, knob: str, value):
+    """The study with one setting of one method changed."""
+    old = study.methods[method]
+    block, setting = knob.split(".", 1)
+    if block == "train":
+        changed = Method(name=method, parts=old.parts, train=dict(old.train) | {setting: value})
+    else:
+        if block not in {part.key for part in old.parts}:
+            raise unknown("part", block, [part.key for part in old.parts], where=f"tune.methods.{method}")
+        blocks = {part.key: registry.given_settings(part) for part in old.parts}
+        blocks[block] = blocks[block] | {setting: value}
+        changed = Method(name=method, parts=registry.build(blocks), train=old.train)
+    return replace(study, methods=dict(study.methods) | {method: changed})
+
+
+def _key(study, model: str, domain: str, method: str) -> str:
+    content = {"train": resolve.train(study, model, domain, method), "prepare": resolve.prepare(study, model, method),
+               "data": resolve.data(study)["domains"][domain]}
+    return sha256(resolve.text(content).encode()).hexdigest()[:16]
+
+
+def _run(study, model_name, domain, method, model, base, tokenizer, sets, where) -> dict:
+    settings = replace(study.settings(model=model_name, domain=domain, method=method), probes=0)
+    parts = study.methods[method].parts
+    states = {}
+    if resolve.prepare(study, model_name, method):
+        store, _ = prepare.stored(study, model_name, method, SEED)
+        states = prepare.load_states(store / "out", parts)
+    examples = encoded(study.paths.data / "train" / domain / "train.jsonl", tokenizer, settings.length)
+    try:
+        result = fit(model=model, parts=parts, examples=examples, settings=settings, seed=SEED, base=base, states=states,
+                     device=where, name=f"trial {method}")
+    except TrainingFailed as error:
+        return {"failed": str(error)}
+    return probe(model=result.run.model, sets=sets) | {"seconds": result.seconds}
+
+
+def _judge(record: dict, domain: str) -> None:
+    """Fill in each trial's objective and mark the chosen one of every method."""
+    base = record["base"]
+    tasks = [k for k in base if k != domain and not k.endswith("_nll") and k != "perplexity"]
+    for trial in record["trials"]:
+        trial["chosen"] = False
+        if "failed" not in trial:
+            trial["domain_probe"] = trial[domain]
+            trial["retention_probe"] = sum(trial[t] for t in tasks) / len(tasks)
+            trial["general_perplexity_probe"] = trial["perplexity"]
+            lost = sum(base[t] - trial[t] for t in tasks) / len(tasks)
+            trial["objective"] = trial[domain] - base[domain] - lost
+    for method in {t["method"] for t in record["trials"]}:
+        done = [t for t in record["trials"] if t["method"] == method and "failed" not in t]
+        if done:
+            best = max(t["objective"] for t in done)
+            min((t for t in done if t["objective"] > best - EQUAL), key=lambda t: t["perplexity"])["chosen"] = True

@@ -1,0 +1,1 @@
+"""Methods against forgetting, one file a part; `python -m methods` lists them."""

@@ -1,0 +1,129 @@
+"""The weights that a penalty sees: θ itself, or the dense matrix that LoRA's factors stand for.
+
+For a trained base tensor the effective change is θ − θ₀; for a linear layer with LoRA it is s·B·A (rank r: A is r × in,
+B is out × r, s = alpha/r, alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor reaches what is trained as
+D itself, or as ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ. A penalty written on effective weights so works for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from experiments.errors import UserError
+from methods.part import Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """A trained tensor of the base model."""
+
+    run: Run
+    name: str  # base parameter name
+    parameter: str  # name in run.weights and in run.model
+    anchor: Tensor  # θ₀, or what else change is measured from
+
+    def value(self) -> Tensor:
+        """θ − anchor in the trained tensor's dtype, on its device; a new tensor."""
+        weight = self.run.weights[self.parameter].detach()
+        return weight - self.anchor.to(weight.device, weight.dtype)
+
+    def pull(self, direction: Tensor, *, scale: float = 1.0) -> None:
+        """Add scale·direction to the gradient."""
+        _add(self.run.weights[self.parameter], direction, scale)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Factored:
+    """A linear layer's base weight with LoRA's factors beside it."""
+
+    run: Run
+    name: str  # base parameter name of the adapted weight
+    parameter: str  # name of that weight in run.model
+    a: str  # names of the factors in run.weights
+    b: str
+    scaling: float
+    anchor: tuple[Tensor, Tensor] | None  # factors (A, B) change is measured from; None: the base, where s·B·A = 0
+
+    def value(self) -> Tensor:
+        """s·B·A − anchor's s·B·A, out × in; a new tensor. Exactly zero at the anchor."""
+        value = self.product(self.run.weights[self.a].detach(), self.run.weights[self.b].detach())
+        return value if self.anchor is None else value.sub_(self.product(*self.anchor).to(value.device))
+
+    def product(self, a: Tensor, b: Tensor) -> Tensor:
+        return (b @ a).mul_(self.scaling)
+
+    def pull(self, direction: Tensor, *, scale: float = 1.0) -> None:
+        """Add scale·∂A and scale·∂B for dL/dθ = direction."""
+        a, b = self.run.weights[self.a], self.run.weights[self.b]
+        direction = direction.to(a.dtype)
+        _add(a, b.detach().T @ direction, scale * self.scaling)
+        _add(b, direction @ a.detach().T, scale * self.scaling)
+
+
+Effective = Full | Factored
+
+
+def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -> list[Effective]:
+    """One entry for every trained base tensor or adapted layer, in the model's order.
+
+    `anchor` maps names of run.weights to the tensors change is measured from; without it that is the base (θ₀, and
+    zero for an adapter). Values are read when asked for, so an anchor changed in place is seen.
+    Raises UserError for DoRA, modules_to_save and adapters on embeddings, whose effective update is not s·B·A.
+    """
+    found: list[Effective] = []
+    factors = set()
+    for path, module in lora_layers(run.model):
+        (adapter,) = module.lora_A
+        a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
+        parameter = f"{path}.base_layer.weight"
+        factors |= {a, b}
+        found.append(Factored(run=run, name=base_name(parameter), parameter=parameter, a=a, b=b,
+                              scaling=module.scaling[adapter], anchor=(anchor[a], anchor[b]) if anchor is not None else None))  # fmt: skip
+    for parameter in run.weights:
+        if parameter not in factors:
+            name = base_name(parameter)
+            if name not in run.base:
+                raise UserError(f"the trained tensor {parameter} has no counterpart in the base model: "
+                                "modules_to_save and prompt tensors cannot be compared with the base")  # fmt: skip
+            found.append(Full(run=run, name=name, parameter=parameter, anchor=(run.base if anchor is None else anchor)[name if anchor is None else parameter]))
+    return found
+
+
+def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Linear layers with one plain LoRA adapter, by module path in `model`."""
+    for path, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        adapters = [*module.lora_A, *module.lora_embedding_A]
+        plain = len(adapters) == 1 and len(module.lora_A) == 1 and isinstance(module.base_layer, nn.Linear)
+        if not plain or module.use_dora[adapters[0]] or module.lora_bias[adapters[0]] or module.lora_variant:
+            kind = "DoRA" if any(module.use_dora.values()) else "this adapter"
+            raise UserError(f"{kind} on {path}: the effective update is not s·B·A; use one plain LoRA adapter on linear layers")
+        yield path, module
+
+
+def base_name(parameter: str) -> str:
+    """A parameter's name in the base model, from its name in the model or in peft's wrapper of it."""
+    return parameter.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The base model's parameters by base name, out of an adapted model or a plain one; a tied tensor once."""
+    return {base_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
+
+
+def adapted_names(model: nn.Module) -> list[str]:
+    """Base names of the tensors a run of `model` changes: trained base tensors, and weights under an adapter."""
+    under = [base_name(f"{path}.base_layer.weight") for path, _ in lora_layers(model)]
+    trained = [base_name(n) for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
+    return under + trained
+
+
+def _add(weight: Tensor, direction: Tensor, scale: float) -> None:
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    weight.grad.add_(direction.to(weight.dtype), alpha=scale)

@@ -1,0 +1,176 @@
+"""The protocol of a part: what a method may do to a run, and when.
+
+A method is a composition of parts. A part is a frozen, keyword-only dataclass: its fields are its settings, and it
+overrides only the hooks it needs. The engine calls them in this order, parts in alphabetical order of their keys:
+
+    adapt → [prepare, in a stage of its own] → begin → optimizer → optimizer_ready
+          → each step: batch, loss for every micro-batch; before_clip; clip; optimizer.step(); after_step
+          → finish → save → report
+
+`state` is one mutable dict a part: what `prepare` left under "importance", "start" and "carry", and whatever the
+part's own hooks put there. `state["anchor"]` (a dict of tensors) is what the run holds to compare weights with; its
+bytes are recorded. Example, complete:
+
+    @register(title="L2-SP", paper="https://arxiv.org/abs/1802.01483", line="Pull every weight back to the base.")
+    @dataclass(frozen=True, kw_only=True)
+    class L2SP(Part):
+        strength: float = setting(1e-2, within="[0, inf)", help="α of α/2·‖θ−θ₀‖²")
+
+        def before_clip(self, *, run, state, step):
+            pulls = effective_weights(run)
+            return sum(0.5 * self.strength * w.pull(w.value(), scale=self.strength) for w in pulls)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from experiments.errors import UserError
+from methods.settings import check, declared, setting
+
+if TYPE_CHECKING:
+    from torch import Tensor, device, nn, optim
+
+__all__ = ["CAPABILITIES", "REGISTERED", "Part", "Prepared", "Run", "cut", "register", "setting"]
+
+CAPABILITIES = {
+    "optimizer": "brings the optimizer; two such parts are refused",
+    "adapts": "changes which tensors are trained; preparation is done on the adapted model",
+    "importance": "prepares importance, which is stored",
+    "needs_gradient": "reads the raw task gradient in after_step",
+    "provides_weights": "brings finished weights: nothing is trained, its cost is unknown, it stands alone",
+    "seeded_preparation": "its preparation draws, so it is made once a seed",
+}
+
+REGISTERED: dict[str, type[Part]] = {}
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One fine-tuning run, as its parts see it.
+
+    weights  trained tensors by the model's parameter name: float32 (float64 for float64 models) leaf tensors whose
+             `.grad` is the optimizer step's complete gradient. They are the truth; the module may compute on copies.
+    base     θ₀ by base parameter name, in the checkpoint's own dtype.
+    """
+
+    model: nn.Module
+    weights: dict[str, Tensor]
+    base: Mapping[str, Tensor]
+    seed: int
+    device: device | str
+
+
+@dataclass(kw_only=True)
+class Prepared:
+    """What a part prepared: importance by base parameter name; `start` by the names of `Run.weights`; carried tensors."""
+
+    importance: dict[str, Tensor] | None = None
+    start: dict[str, Tensor] | None = None
+    carry: dict[str, Tensor] | None = None
+    tokens: int = 0  # non-padding input tokens read
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # deterministic facts, no time and no place
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Base of all parts: every hook does nothing. Raises UserError for a setting of a wrong type or value."""
+
+    key: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    line: ClassVar[str] = ""
+    capabilities: ClassVar[frozenset[str]] = frozenset()
+    shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.effective"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # values of the setting `preset` → settings they fill
+
+    def __post_init__(self) -> None:
+        check(self, self.key or type(self).__name__)
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting's value in force: the block's, else the preset's, else the default."""
+        chosen = self.presets.get(getattr(self, "preset", ""), {})
+        values = {f.name: (getattr(self, f.name), f.metadata) for f in declared(self)}
+        return {name: chosen.get(name, meta["default"]) if value is None and meta["by_preset"] else value
+                for name, (value, meta) in values.items()}  # fmt: skip
+
+    def resolved(self) -> Part:
+        """The same part with nothing left to its preset."""
+        return dataclasses.replace(self, **self.settings())
+
+    def adapt(self, model: nn.Module, *, seed: int) -> nn.Module:
+        """Wrap the model or freeze tensors of it; trained tensors are those that require a gradient afterwards."""
+        return model
+
+    def prepare(self, *, model: nn.Module, base: Mapping[str, Tensor], general: Sequence[dict[str, Tensor]], seed: int,
+                fit: Callable[..., Any], progress: Callable[..., Any] | None) -> Prepared | None:  # fmt: skip
+        """What the method needs before it sees the domain, from general text.
+
+        general   {"input_ids", "labels"}, 1-D, labels unshifted and -100 where nothing is asked
+        fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the engine's loop
+        progress  progress(total=, desc=, unit=) → a tqdm bar
+        """
+        return None
+
+    def begin(self, *, run: Run, state: dict, examples: Sequence[dict[str, Tensor]]) -> None:
+        """Before the first step; weights are still the base's (the adapter's fresh), `state["start"]` is copied after."""
+
+    def optimizer(self, *, weights: dict[str, Tensor], learning_rate: float, betas: tuple[float, float], eps: float,
+                  weight_decay: float) -> optim.Optimizer | None:  # fmt: skip
+        """The optimizer of the run; None leaves it to AdamW."""
+
+    def optimizer_ready(self, *, run: Run, state: dict, optimizer: optim.Optimizer) -> None:
+        """After the optimizer is made and the start is copied."""
+
+    def batch(self, *, run: Run, state: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Change a micro-batch: input_ids, labels, attention_mask, each (batch, tokens)."""
+        return batch
+
+    def loss(self, *, run: Run, state: dict, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
+        """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them."""
+
+    def before_clip(self, *, run: Run, state: dict, step: int) -> Tensor | None:
+        """Add a penalty's closed-form gradient to the trained tensors' `.grad`, once a step; returns its value (0-dim)."""
+
+    def after_step(self, *, run: Run, state: dict, step: int, gradient: dict[str, Tensor] | None) -> None:
+        """After the update. `gradient`: the task's, before penalties and clipping, if "needs_gradient" is declared."""
+
+    def finish(self, *, run: Run, state: dict, final: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Change the full-precision weights to be written, by base parameter name; what is absent stays the base's."""
+        return final
+
+    def save(self, *, run: Run, state: dict, folder: Path) -> None:
+        """Write deterministic files of the part's own beside the weights."""
+
+    def report(self, *, run: Run, state: dict) -> dict[str, Any]:
+        """JSON-able facts of the run for its record."""
+        return {}
+
+
+def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] = frozenset(), key: str = ""):
+    """Class decorator: enter a part under `key`, by default its module's name."""
+
+    def enter(part: type[Part]) -> type[Part]:
+        name = key or part.__module__.rpartition(".")[2]
+        if not (issubclass(part, Part) and "__dataclass_params__" in vars(part) and part.__dataclass_params__.frozen):
+            raise TypeError(f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register, on a subclass of Part")
+        if unknown := set(capabilities) - CAPABILITIES.keys():
+            raise TypeError(f"part {name!r}: unknown capability {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}")
+        there = REGISTERED.get(name)
+        if name in ("train", "like") or (there and (there.__module__, there.__qualname__) != (part.__module__, part.__qualname__)):
+            taken = f"{there.__module__}.{there.__qualname__}" if there else "a method block's own key"
+            raise UserError(f"part {name!r} of {part.__module__}: the name is taken by {taken}; give another `key` to @register")
+        part.key, part.title, part.paper, part.line, part.capabilities = name, title, paper, line, frozenset(capabilities)
+        REGISTERED[name] = part
+        return part
+
+    return enter
+
+
+def cut(examples: Sequence[dict[str, Tensor]], *, samples: int, length: int) -> list[dict[str, Tensor]]:
+    """The first `samples` examples, each cut at `length` tokens: one document each, never packed."""
+    return [{name: tensor[:length] for name, tensor in example.items()} for example in examples[:samples]]

@@ -1,0 +1,72 @@
+"""Parts by name: the built-in ones and those that other packages bring by the entry point `holdfast.parts`."""
+
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+from experiments.errors import UserError
+from experiments.names import unknown
+from methods.part import REGISTERED, Part
+from methods.settings import declared
+
+BUILT_IN = ("ewc", "given", "hierarchical", "lora", "mofo")
+
+
+def parts() -> dict[str, type[Part]]:
+    """Every part by key, in alphabetical order. Raises UserError where an entry point does not load."""
+    for name in BUILT_IN:
+        importlib.import_module(f"methods.{name}")
+    _load_entry_points(tuple(sys.path))
+    return dict(sorted(REGISTERED.items()))
+
+
+@functools.cache  # one look through the installed packages for each search path
+def _load_entry_points(search_path: tuple[str, ...]) -> None:
+    for point in entry_points(group="holdfast.parts"):
+        try:
+            part = point.load()
+        except UserError:
+            raise
+        except Exception as error:  # whatever a stranger's module does when it is imported
+            raise UserError(f"the part {point.name!r} ({point.value}) does not load: {type(error).__name__}: {error}") from error
+        if part not in REGISTERED.values():
+            raise UserError(f"the part {point.name!r} ({point.value}) is not registered: put @register on it")
+
+
+def build(block: Mapping[str, Any] | None) -> tuple[Part, ...]:
+    """The parts of a method block `{part: {setting: value}}`, in alphabetical order. Raises UserError by name."""
+    known, built = parts(), []
+    for key, settings in sorted((block or {}).items()):
+        if key not in known:
+            raise unknown("part", key, known)
+        if not isinstance(settings, Mapping | None):
+            raise UserError(f"{key} is {settings!r}: it must be a mapping of settings, or nothing")
+        names = [field.name for field in declared(known[key])]
+        for name in settings or {}:
+            if name not in names:
+                raise unknown("setting", name, names, where=key)
+        built.append(known[key](**(settings or {})))
+    for capability, why in (("optimizer", "each brings an optimizer"), ("provides_weights", "given weights are not trained")):
+        having = [part.key for part in built if capability in part.capabilities]
+        if len(having) > 1 or (having and capability == "provides_weights" and len(built) > 1):
+            raise UserError(f"{' and '.join(part.key for part in built if part.key in having or capability != 'optimizer')} "
+                            f"cannot be combined: {why}")  # fmt: skip
+    return tuple(built)
+
+
+def phase_settings(part: Part, phase: str | None) -> dict[str, Any]:
+    """JSON-able settings in force that the phase depends on: "prepare", or all of them for "train" and None."""
+    values = part.settings()
+    wanted = [f.name for f in declared(part) if phase != "prepare" or f.metadata["phase"] == "prepare"]
+    return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in wanted}
+
+
+def source_files(part: Part | type[Part]) -> list[Path]:
+    """The part's own module and the modules it declares in `shares`: editing them makes its cells stale."""
+    kind = part if isinstance(part, type) else type(part)
+    return [Path(importlib.util.find_spec(name).origin) for name in (kind.__module__, *kind.shares)]
