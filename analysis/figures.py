@@ -82,10 +82,10 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     first = cells.iloc[0]
     base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
     records = []
-    for task in first["forgetting_by_task"]:
+    for task in [task for task, about in first["scores_by_task"].items() if about["role"] == "retention"]:
         for method in dict.fromkeys(cells["method"]):
             own = cells[cells["method"] == method]
-            value = float(np.mean([by_task[task] for by_task in own["forgetting_by_task"]]))
+            value = float(np.mean([by_task[task]["base"] - by_task[task]["value"] for by_task in own["scores_by_task"]]))
             low = high = None
             if len(base) and len(loaded.items):
                 pairs = paired(base[base["task"] == task], loaded.items[loaded.items["cell"].isin(own.index) & (loaded.items["task"] == task)])
@@ -156,7 +156,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
             if len(last):
                 ends.append((float(last["tokens"].mean()), scale * float(last[key].mean()), method, style.colour(method)))
         style.label_ends(axes, ends, gap=0.095)
-    panels[-1, 0].set_xlabel("training tokens")
+    panels[-1, 0].set_xlabel(f"training tokens ({_where(cells)})")
     panels[-1, 0].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     panels[-1, 0].margins(x=0.02)
     caption = "Measured on probe rows during training, which are disjoint from the scored rows. A method whose curves start elsewhere begins from weights of its own preparation."
@@ -191,6 +191,7 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         axes.grid(visible=False)
         axes.spines["bottom"].set_visible(False)
     panels[0, 0].invert_yaxis()
+    figure.supxlabel(_where(cells), fontsize=8.5, color=style.MUTED)
     caption = "Measured on the machine named under provenance; each panel has its own scale. 'Unknown' is a checkpoint made elsewhere."
     return figure, data, "Cost and storage", caption
 
@@ -225,8 +226,9 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             ends.append((last + 1.5 + k, float(value), kind, style.INK))
         if own["coefficient"].max() > 30 * max(own["coefficient"].min(), 1e-9):
             axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
-            axes.yaxis.set_minor_formatter(lambda y, _: "")
+            axes.minorticks_off()
         style.label_ends(axes, ends, gap=0.085)
         axes.set_ylabel("coefficient (mean is 1)")
         axes.set_title(f"Layer coefficients: {method}, {_where(cells)}")

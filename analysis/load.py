@@ -13,7 +13,7 @@ from experiments.errors import UserError
 class Loaded:
     """One study's results.
 
-    cells     one row a finished cell: metrics.json, with `settings` and `device` from train.json
+    cells     one row a finished cell: metrics.json, with `settings`, `device` and `when` from train.json
     curves    curve.csv of all finished cells below one another, with a `cell` column
     items     items.csv.gz likewise; the score of every item
     failures  one row a cell without a result: cell, stage, kind, reason, when (kind 'not run' where nothing is recorded)
@@ -68,7 +68,7 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
             continue
         metrics = read_json(run / "metrics.json")
         train = read_json(run / "train.json") if (run / "train.json").exists() else {}
-        rows.append({**metrics, "cell": name, "settings": train.get("settings", {}), "device": train.get("device"), "when": train.get("when")})
+        rows.append({**metrics, "cell": name, **{key: train[key] for key in ("settings", "device", "when") if key in train}})
         for file, into in (("curve.csv", curves), ("items.csv.gz", items)):
             if (run / file).exists():
                 into.append(_read_csv(run / file).assign(cell=name))

@@ -104,9 +104,9 @@ def _mean(column: pd.Series) -> float | None:
 
 def _note(cell: pd.Series) -> str:
     notes = []
-    if _has(cell["parts"], "estimator", "batched") or _has(cell["settings"], "estimator", "batched"):
+    if any(_has(cell.get(key), "estimator", "batched") for key in ("parts", "settings", "parts_report")):
         notes.append("batched Fisher: only for the published baseline")
-    if cell.get("cost_known") is False:
+    if not cell.get("cost_known", True):
         notes.append("made elsewhere: cost unknown")
     return "; ".join(notes)
 

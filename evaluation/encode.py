@@ -56,7 +56,7 @@ def windows(ids: list[int], *, prefix: int, max_length: int) -> Iterator[tuple[l
         done = end
 
 
-def max_length(model: Any, tokenizer: Tokenizer) -> int:
+def max_length(model: Any, tokenizer: Tokenizer = None) -> int:
     """The longest input the model takes, read where HFLM reads it."""
     config = getattr(model.config, "text_config", None) or model.config
     for name in ("n_positions", "max_position_embeddings", "n_ctx"):

@@ -17,15 +17,15 @@ import pandas as pd
 import torch
 from lm_eval.evaluator import evaluate
 
-from evaluation import lm as models
+from evaluation import SCORING
+from evaluation import SCORING, lm as models
 from evaluation.encode import encode_text
 from evaluation.preserve import preserved
 from evaluation.task import LocalTask, check, gold_index, make_task, quiet, render
 from experiments.errors import UserError
 
-__all__ = ["SCORING", "check", "load_tasks", "make_task", "render", "save", "score"]
+__all__ = ["check", "load_tasks", "make_task", "render", "save", "score"]
 
-SCORING = 1  # raised when scores of the same weights change by more than rounding
 ROLES = ("domain", "retention", "transfer", "perplexity")
 COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"]
 SEED = 1234  # lm-eval's own default for its few-shot samples

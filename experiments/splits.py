@@ -81,7 +81,7 @@ def three_way(rows: Iterable[Row], *, question: Callable[[Row], str], train: int
         pool, more = distinct(test_rows)
         copies += more
         taken, rest = pool if test == "all" else pool[: _number(test, where)], ordered
-        _enough(taken, 1 if test == "all" else test, "test", len(pool), where)
+        _enough(taken, len(pool) if test == "all" else test, "test", len(pool), where)
         # also against the test rows that are not scored: a later, larger test set must not meet training rows
         seen = {text_hash(question(row)) for row in pool}
     sets = []
@@ -89,7 +89,7 @@ def three_way(rows: Iterable[Row], *, question: Callable[[Row], str], train: int
         free = [row for row in rest if keys[id(row)] not in seen]
         between += len(rest) - len(free)
         number = len(free) if wanted == "all" and name == "train" else _number(wanted, where)
-        _enough(free[:number], max(number, 1) if name == "train" else number, name, len(ordered), where)
+        _enough(free[:number], number, name, len(ordered), where)
         sets.append(free[:number])
         seen |= {keys[id(row)] for row in free[:number]}
         rest = free[number:]
@@ -117,8 +117,6 @@ def _number(wanted: int | str, where: str) -> int:
 
 
 def _enough(rows: list[Row], wanted: int, name: str, total: int, where: str) -> None:
-    if not rows and wanted and total and name == "train":
-        raise UserError(f"{where}: no rows are left for train out of {total}; ask for fewer test or probe rows")
-    if len(rows) < wanted:
+    if len(rows) < max(wanted, 0 if name == "probe" else 1):
         raise UserError(f"{where}: {wanted} {name} rows are asked for, {len(rows)} can be had out of {total}: "
                         "lower the numbers under `split`")  # fmt: skip

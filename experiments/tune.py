@@ -9,15 +9,15 @@ from dataclasses import replace
 from hashlib import sha256
 
 from evaluation.probe import load_probes, probe
+from experiments.base import dtype_of, load_tensors
 from experiments import hardware, weights
-from experiments.config import Method
+from experiments.config import build_method
 from experiments.engine import TrainingFailed, fit
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
 from experiments.names import unknown
 from experiments.stages import prepare, resolve
 from experiments.stages.train import encoded
-from methods import registry
 
 RULE = ("highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
         "probe tasks); trials less than half a point below the best count as equal, and of these the lowest perplexity wins")
@@ -53,8 +53,8 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     record["rule"] = RULE
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
-    base = weights.load_tensors(folder)
-    computing = hardware.compute_dtype(weights.dtype_of(read_json(folder / "base.json")), where)
+    base = load_tensors(folder)
+    computing = hardware.compute_dtype(dtype_of(read_json(folder / "base.json")), where)
     tokenizer = weights.load_tokenizer(folder)
     sets = load_probes(study.paths.data / "train" / domain / "probe", tokenizer)
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
@@ -80,17 +80,12 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
 
 def _with(study, method: str, knob: str, value):
     """The study with one setting of one method changed."""
-    old = study.methods[method]
-    block, setting = knob.split(".", 1)
-    if block == "train":
-        changed = Method(name=method, parts=old.parts, train=dict(old.train) | {setting: value})
-    else:
-        if block not in {part.key for part in old.parts}:
-            raise unknown("part", block, [part.key for part in old.parts], where=f"tune.methods.{method}")
-        blocks = {part.key: registry.given_settings(part) for part in old.parts}
-        blocks[block] = blocks[block] | {setting: value}
-        changed = Method(name=method, parts=registry.build(blocks), train=old.train)
-    return replace(study, methods=dict(study.methods) | {method: changed})
+    part, setting = knob.split(".", 1)
+    block = dict(study.methods[method].block)
+    if part != "train" and part not in block:
+        raise unknown("part", part, block, where=f"tune.methods.{method}")
+    block[part] = {**(block.get(part) or {}), setting: value}
+    return replace(study, methods=dict(study.methods) | {method: build_method(method, block)})
 
 
 def _key(study, model: str, domain: str, method: str) -> str:

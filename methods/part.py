@@ -17,8 +17,12 @@ bytes are recorded. Example, complete:
         strength: float = setting(1e-2, within="[0, inf)", help="α of α/2·‖θ−θ₀‖²")
 
         def before_clip(self, *, run, state, step):
-            pulls = effective_weights(run)
-            return sum(0.5 * self.strength * w.pull(w.value(), scale=self.strength) for w in pulls)
+            value = 0.0
+            for weight in effective_weights(run):
+                moved = weight.value()
+                weight.pull(moved, scale=self.strength)
+                value += self.strength / 2 * moved.square().sum()
+            return value
 """
 
 from __future__ import annotations
@@ -158,6 +162,8 @@ def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] 
         name = key or part.__module__.rpartition(".")[2]
         if not (issubclass(part, Part) and "__dataclass_params__" in vars(part) and part.__dataclass_params__.frozen):
             raise TypeError(f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register, on a subclass of Part")
+        if shadowed := [f.name for f in declared(part) if hasattr(Part, f.name)]:
+            raise TypeError(f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name; call it something else")
         if unknown := set(capabilities) - CAPABILITIES.keys():
             raise TypeError(f"part {name!r}: unknown capability {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}")
         there = REGISTERED.get(name)

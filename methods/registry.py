@@ -51,11 +51,11 @@ def build(block: Mapping[str, Any] | None) -> tuple[Part, ...]:
             if name not in names:
                 raise unknown("setting", name, names, where=key)
         built.append(known[key](**(settings or {})))
-    for capability, why in (("optimizer", "each brings an optimizer"), ("provides_weights", "given weights are not trained")):
-        having = [part.key for part in built if capability in part.capabilities]
-        if len(having) > 1 or (having and capability == "provides_weights" and len(built) > 1):
-            raise UserError(f"{' and '.join(part.key for part in built if part.key in having or capability != 'optimizer')} "
-                            f"cannot be combined: {why}")  # fmt: skip
+    optimizers = [part.key for part in built if "optimizer" in part.capabilities]
+    if len(optimizers) > 1:
+        raise UserError(f"{' and '.join(optimizers)} cannot be combined: each brings an optimizer; keep one")
+    if len(built) > 1 and any("provides_weights" in part.capabilities for part in built):
+        raise UserError(f"{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained")
     return tuple(built)
 
 

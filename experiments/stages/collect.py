@@ -1,7 +1,6 @@
 """collect: one metrics.json a cell, joined from training, preparation, scores and the base's scores."""
 
 from evaluation.retention import forgetting
-from experiments import weights
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
 

@@ -16,6 +16,7 @@ from time import perf_counter
 import torch
 from safetensors.torch import load_file, save_file
 
+from experiments.base import dtype_of, load_tensors
 from experiments import hardware, provenance, weights
 from experiments.engine import fit
 from experiments.engine_settings import TrainSettings
@@ -77,8 +78,8 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path) -> dict:
     """Prepare every part in turn into `out`; returns the measured costs."""
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
-    base = weights.load_tensors(folder)
-    computing = hardware.compute_dtype(weights.dtype_of(read_json(folder / "base.json")), where)
+    base = load_tensors(folder)
+    computing = hardware.compute_dtype(dtype_of(read_json(folder / "base.json")), where)
     tokenizer = weights.load_tokenizer(folder)
     settings = study.prepare_settings(model=model_name, method=method)
     general = encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer, settings.length)

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from evaluation.encode import encode_pair
 from evaluation.probe import load_probes, probe
+from experiments.base import dtype_of, load_tensors
 from experiments import hardware, ledger, provenance, weights
 from experiments.batches import Example
 from experiments.engine import FitResult, final_weights, fit
@@ -33,9 +34,9 @@ def _train(study, cell) -> None:
     where = hardware.device(study.device)
     folder, out = paths.model(cell.model), paths.weights(cell)
     base_info = read_json(folder / "base.json")
-    base = weights.load_tensors(folder)
+    base = load_tensors(folder)
     need_room(paths.work, 2 * sum(t.nbytes for t in base.values()), f"the weights of {cell.name}")
-    checkpoint = weights.dtype_of(base_info)
+    checkpoint = dtype_of(base_info)
     computing = hardware.compute_dtype(checkpoint, where)
     model = weights.load_model(folder, dtype=computing, device=where)
     tokenizer = weights.load_tokenizer(folder)

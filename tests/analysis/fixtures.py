@@ -76,18 +76,20 @@ def base_items(model: str, domain: str) -> pd.DataFrame:
 def tuned_items(base: pd.DataFrame, *, method: str, seed: int, domain: str) -> pd.DataFrame:
     """The base's items after fine-tuning: some right answers lost, some wrong ones gained."""
     draw = np.random.default_rng([seed, sum(map(ord, method))])
-    items = base.copy()
     harsh, learns = HARSHNESS.get(method, 0.5), LEARNING.get(method, 0.8)
-    for at, row in base.iterrows():
+    scores = []
+    for row in base.itertuples():
+        score = row.score
         if row.task == "general":
-            items.at[at, "score"] = row.score + row.gold * draw.normal(0.11 * harsh, 0.02)
-            continue
-        loss = TASKS["science" if row.task == domain else row.task][5] * (harsh if row.task not in (domain,) else learns)
-        if row.score and draw.random() < max(loss, 0) + 0.03:
-            items.at[at, "score"] = 0
-        elif not row.score and draw.random() < max(-loss, 0) * 1.4 + 0.03:
-            items.at[at, "score"] = 1
-    return items
+            score += row.gold * draw.normal(0.11 * harsh, 0.02)
+        else:
+            loss = TASKS["science" if row.task == domain else row.task][5] * (learns if row.task == domain else harsh)
+            if score and draw.random() < max(loss, 0) + 0.03:
+                score = 0
+            elif not score and draw.random() < max(-loss, 0) * 1.4 + 0.03:
+                score = 1
+        scores.append(score)
+    return base.assign(score=scores)
 
 
 def scores_of(items: pd.DataFrame, *, domain: str, sha256: str) -> dict:
@@ -179,8 +181,8 @@ def write_cell(root: Path, *, cell: str, base: pd.DataFrame, base_scores: dict, 
     curve_of(method=method, domain=domain, seed=seed).to_csv(folder / "curve.csv", index=False)
     before, after = base_scores["tasks"], scores["tasks"]
     at_chance = ["copa"]
-    lost = {t: before[t]["value"] - after[t]["value"] for t in after if after[t]["role"] == "retention"}
-    kept = [t for t in lost if t not in at_chance]
+    kept = [t for t in after if after[t]["role"] == "retention" and t not in at_chance]
+    lost = {t: before[t]["value"] - after[t]["value"] for t in kept}
     report = {part: {} for part in SETTINGS.get(method, {})}
     if "hierarchical" in report:
         report["hierarchical"] = {"coefficients": coefficients(), "warning": None}
@@ -208,7 +210,7 @@ def write_cell(root: Path, *, cell: str, base: pd.DataFrame, base_scores: dict, 
         "scores_by_task": {t: {"value": after[t]["value"], "base": before[t]["value"], "n": after[t]["n"], "chance": after[t]["chance"], "metric": after[t]["metric"], "role": after[t]["role"]} for t in after},
         "general_perplexity": scores["general"]["perplexity"], "general_perplexity_base": base_scores["general"]["perplexity"],
         "general_bits_per_byte": scores["general"]["bits_per_byte"], "general_bits_per_byte_base": base_scores["general"]["bits_per_byte"],
-        "seconds_evaluate": 190.0, "tokens_per_second": 54_000 / train, "n": {t: after[t]["n"] for t in after}, **preparation, **costs, **shared,
+        "seconds_evaluate": 190.0, "tokens_per_second": 54_000 / train, "n": {t: after[t]["n"] for t in after} | {"general_text": 128}, **preparation, **costs, **shared,
         "scoring": scores["scoring"], "parts_report": report, "learning_rate": 1e-5, "cost_known": True, "model_note": NOTE, "not_a_result": not_a_result,
     })
 
@@ -218,4 +220,6 @@ def write_tuning(root: Path, *, methods: tuple[str, ...], model: str, domain: st
     for method in methods:
         for k in range(3):
             trials.append({"method": method, "settings": {"train.learning_rate": [5e-6, 1e-5, 2e-5][k]}, "domain_probe": 0.7 + 0.02 * k, "retention_probe": 0.5 - 0.01 * k, "general_perplexity_probe": 21 + k, "objective": 0.2 + 0.01 * (k == 1), "seconds": 60.0 + k, "chosen": k == 1})
-    write_json(root / "tuning" / model / f"{domain}.json", {"rule": "highest domain probe gain minus retention probe loss", "trials": trials, "base": {"domain_probe": 0.6, "retention_probe": 0.51, "general_perplexity_probe": 20.7}})
+    if "mofo" in methods:
+        trials[0] = {"method": trials[0]["method"], "settings": {"train.learning_rate": 1.0}, "failed": "loss is NaN at step 3", "chosen": False}
+    write_json(root / "tuning" / model / f"{domain}.json", {"rule": "highest domain probe gain minus retention probe loss", "trials": trials, "base": {domain: 0.6, f"{domain}_nll": 1.5, "hellaswag": 0.44, "hellaswag_nll": 2.6, "piqa": 0.66, "piqa_nll": 2.4, "perplexity": 20.7}})

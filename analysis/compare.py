@@ -1,0 +1,34 @@
+"""Writes results/summary/: the table, the figures and the report."""
+
+from pathlib import Path
+
+from analysis.figures import write_figures
+from analysis.load import load_cells
+from analysis.report import write_report
+from analysis.tables import as_csv, as_markdown, as_text, comparison
+
+
+def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, title: str, planned=None) -> str:
+    """Table (text, CSV, Markdown), figures and report of `cells`; returns the table as text for the terminal.
+
+    cells    cells to compare, names `model/domain/method/seed0` or objects with a `.name`
+    planned  every cell the study asks for, where that is more than `cells`: those without a result are named
+    Figures of an earlier summary are removed first, so that none outlives its data.
+    """
+    root, folder = Path(results_root), Path(summary_dir)
+    names = [getattr(cell, "name", cell) for cell in cells]
+    asked = [getattr(cell, "name", cell) for cell in planned] if planned is not None else names
+    loaded = load_cells(root, dict.fromkeys([*asked, *names]))
+    table = comparison(loaded)
+    folder.mkdir(parents=True, exist_ok=True)
+    for suffix in ("png", "svg", "csv"):
+        for old in (folder / "figures").glob(f"*.{suffix}"):
+            old.unlink()
+    figures = write_figures(loaded, table, folder=folder / "figures")
+    (folder / "table.csv").write_text(as_csv(loaded, table), encoding="utf-8")
+    (folder / "table.md").write_text(as_markdown(loaded, table), encoding="utf-8")
+    reproduce = "make repro" if root.name == "results" else f"make study NAME={root.name}"
+    write_report(loaded, table, figures, path=folder / "report.html", title=title, reproduce=reproduce)
+    text = as_text(loaded, table)
+    (folder / "table.txt").write_text(text, encoding="utf-8")
+    return text

@@ -1,0 +1,142 @@
+"""The report: one self-contained HTML page from the loaded results, the comparison table and the figures."""
+
+import json
+import re
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from analysis import answer, numbers, style, tables
+from analysis.figures import Figure
+from analysis.load import Loaded
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+
+
+def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, reproduce: str) -> Path:
+    """Writes the page; `reproduce` is the command that makes the whole study."""
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=title,
+        reproduce=reproduce,
+        banner=tables.BANNER if loaded.not_a_result else "",
+        comparisons=[_comparison(loaded, table, figures, model=m, domain=d, folder=path.parent) for m, d in loaded.comparisons],
+        failures=loaded.failures.to_dict("records"),
+        planned=len(loaded.planned),
+        finished=len(loaded.cells),
+        legend=tables.legend(table) if len(table) else [],
+        heads=tables.HEADS,
+        tuning=[_tuning(pair, record) for pair, record in loaded.tuning.items()],
+        provenance=_provenance(loaded),
+        colours={method: style.colour(method) for method in dict.fromkeys(table["method"])} if len(table) else {},
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def short(digest) -> str:
+    return digest[:12] if isinstance(digest, str) else "–" if digest is None else short(json.dumps(digest, sort_keys=True))
+
+
+def inline(svg: str, *, prefix: str, label: str) -> str:
+    """An SVG file's text as an element for the page: ids of its own, no metadata, ink and grid in the page's colours."""
+    svg = svg[svg.index("<svg"):]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
+    svg = re.sub(r'\bid="', f'id="{prefix}-', svg).replace('xlink:href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+    for shade, name in ((style.INK, "ink"), (style.MUTED, "muted"), (style.GRID, "grid"), (style.PAPER, "paper")):
+        svg = svg.replace(shade, f"var(--{name})")
+    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
+    return svg.replace("<svg", f'<svg role="img" aria-label="{jinja2.filters.escape(label)}"', 1)
+
+
+def _comparison(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path) -> dict:
+    """Everything the page says of one (model, domain)."""
+    rows = table[(table["model"] == model) & (table["domain"] == domain)]
+    cells = loaded.of(model, domain)
+    first = cells.iloc[0]
+    kept = tables.retention_tasks(first)
+    methods = list(dict.fromkeys(cells["method"]))
+    mean = lambda task, method: float(pd.Series([by[task]["value"] for by in cells[cells["method"] == method]["scores_by_task"]]).mean())
+    tasks = [
+        {"name": task, **about, "counts": task in kept, "at_chance": task in first["at_chance"], "by_method": [mean(task, method) for method in methods]}
+        for task, about in first["scores_by_task"].items()
+    ]
+    order = ["domain", "retention", "transfer"]
+    return {
+        "model": model, "domain": domain, "methods": methods,
+        "anchor": f"{model}-{domain}",
+        "seeds": sorted(cells["seed"].unique().tolist()),
+        "note": next((note for note in cells["model_note"] if note), ""),
+        "answer": answer.sentences(rows, domain=domain, model=model, tasks=kept),
+        "rows": [_row(row) for _, row in rows.iterrows()],
+        "tasks": sorted(tasks, key=lambda task: order.index(task["role"]) if task["role"] in order else 9),
+        "at_chance": first["at_chance"],
+        "rules": _rules(cells),
+        "figures": [_figure(figure, folder) for figure in figures if (figure.model, figure.domain) == (model, domain)],
+        "warnings": [(cell, report["warning"]) for cell, parts in cells["parts_report"].items() for report in (parts or {}).values() if isinstance(report, dict) and report.get("warning")],
+    }
+
+
+def _row(row: pd.Series) -> dict:
+    """A table row: each text split into its value and its interval, so that a phone can set one below the other."""
+    texts = list(tables.readable(row).values())
+    return {"method": row["method"], "cells": [text.split(" [") if " [" in text else [text, ""] for text in texts[1:]], "name": texts[0]}
+
+
+def _figure(figure: Figure, folder: Path) -> dict:
+    stem = figure.stem.relative_to(folder).as_posix()
+    svg = inline(figure.stem.with_suffix(".svg").read_text(encoding="utf-8"), prefix=figure.stem.name, label=f"{figure.title}. {figure.caption}")
+    return {"title": figure.title, "caption": figure.caption, "svg": svg, "files": [(suffix.upper(), f"{stem}.{suffix}") for suffix in ("png", "svg", "csv")]}
+
+
+def _rules(cells: pd.DataFrame) -> list[tuple[str, str]]:
+    """What was held equal, read from the cells; where cells differ, all values are shown."""
+    scoring = [scoring if isinstance(scoring, dict) else {} for scoring in cells["scoring"]]
+    several = lambda values: ", ".join(dict.fromkeys(str(value) for value in values))
+    by_method = lambda key, show: ", ".join(f"{method} {' / '.join(dict.fromkeys(show(v) for v in own[key]))}" for method, own in cells.groupby("method", sort=False))
+    limits = several("no limit" if s.get("limit") is None else f"limit {s['limit']}" for s in scoring)
+    tokens = list(dict.fromkeys(cells["tokens_trained"].dropna()))
+    return [
+        ("training tokens", f"{tokens[0]:,.0f} for every method" if len(tokens) == 1 else by_method("tokens_trained", lambda v: "unknown" if numbers.missing(v) else f"{v:,.0f}")),
+        ("learning rate", by_method("learning_rate", lambda v: "unknown" if numbers.missing(v) else f"{v:g}")),
+        ("scorer", f"{several(s.get('scorer') for s in scoring)}, batch size {several(s.get('batch_size') for s in scoring)}, {limits}, lm-eval {several(s.get('lm_eval') for s in scoring)}"),
+        ("weights scored in", several(cells["dtype"])),
+        ("numerics, scoring", f"{several(cells['numerics'])}, {several(s.get('scoring') for s in scoring)}"),
+    ]
+
+
+def _tuning(pair: tuple[str, str], record: dict) -> dict:
+    base, domain = record.get("base") or {}, pair[1]
+    tasks = [key for key in base if key not in (domain, "perplexity") and not key.endswith("_nll")]
+    probes = {"domain": base.get(domain), "retention": sum(base[key] for key in tasks) / len(tasks) if tasks else None, "perplexity": base.get("perplexity")}
+    keys = ("domain_probe", "retention_probe", "general_perplexity_probe", "objective", "seconds", "failed")
+    trials = [{**dict.fromkeys(keys), **trial, "text": ", ".join(f"{key} = {value:g}" if isinstance(value, float) else f"{key} = {value}" for key, value in trial["settings"].items())} for trial in record.get("trials", [])]
+    return {"model": pair[0], "domain": pair[1], "rule": record.get("rule", ""), "trials": trials, "base": probes}
+
+
+def _provenance(loaded: Loaded) -> dict:
+    """Hashes by cell; versions, hardware and commits as the distinct ones with the cells they hold for."""
+    cells = loaded.cells
+    if not len(cells):
+        return {"cells": [], "groups": []}
+    groups = []
+    for key, show in (("git", _commit), ("hardware", _pairs), ("versions", _pairs)):
+        seen: dict[str, list[str]] = {}
+        for cell, value in cells[key].items():
+            seen.setdefault(show(value or {}), []).append(cell)
+        groups += [(key, text, "all cells" if len(names) == len(cells) else ", ".join(names)) for text, names in seen.items()]
+    keys = ("weights_sha256", "base_sha256", "data_sha256", "dtype", "device", "when")
+    return {"cells": [{"cell": cell, **{key: row.get(key) for key in keys}} for cell, row in cells.iterrows()], "groups": groups}
+
+
+def _commit(git: dict) -> str:
+    return f"commit {git.get('commit') or 'unknown'}" + (", with uncommitted changes (dirty)" if git.get("dirty") else "")
+
+
+def _pairs(block: dict) -> str:
+    show = lambda key, value: f"{key.removesuffix('_bytes')} {numbers.size(value) if key.endswith('_bytes') else value}"
+    return ", ".join(show(key, value) for key, value in block.items() if value is not None)

@@ -1,0 +1,97 @@
+"""Small fixed sets scored while a model is trained, and in choosing settings: no lm-eval, no trace left behind.
+
+A set is a file <name>.jsonl of work/data/train/<domain>/probe: rows {"context", "choices", "gold"} and, for an acc_norm
+task, "norm"; or {"text"} for general text. Probe rows are disjoint from every scored row.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evaluation import encode, shared_prefix
+from evaluation.preserve import preserved
+from experiments.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Item:
+    """One row, encoded: a request for each choice (or for each window of a text)."""
+
+    requests: tuple[shared_prefix.Request, ...]
+    gold: int | None  # None for a text
+    norm: tuple[int, ...] | None  # characters of each choice, where accuracy is per character
+
+
+Sets = dict[str, list[Item]]
+
+
+def load_probes(folder: Path, tokenizer: Any, *, max_length: int = encode.DEFAULT_MAX_LENGTH) -> Sets:
+    """Every set of a probe folder by its file's name, in alphabetical order, encoded once."""
+    files = sorted(Path(folder).glob("*.jsonl"))
+    if not files:
+        raise UserError(f"no probe sets (*.jsonl) in {folder}: run the `data` stage first")
+    return {file.stem: encoded(_rows(file), tokenizer, max_length=max_length) for file in files}
+
+
+def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int) -> list[Item]:
+    """Rows as HFLM would encode them; texts in windows of at most `max_length` tokens."""
+    items = []
+    for row in rows:
+        if "text" in row:
+            ids, prefix = encode.encode_text(tokenizer, row["text"]), encode.prefix_token(tokenizer)
+            pieces = tuple(encode.windows(ids, prefix=prefix, max_length=max_length))
+            items.append(Item(requests=pieces, gold=None, norm=None))
+        else:
+            pairs = [encode.encode_pair(tokenizer, row["context"], choice) for choice in row["choices"]]
+            requests = tuple((ids[:start], ids[start:]) for ids, start in pairs)
+            norm = tuple(row["norm"]) if row.get("norm") else None
+            items.append(Item(requests=requests, gold=row["gold"], norm=norm))
+    return items
+
+
+def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int = shared_prefix.TOKENS) -> dict[str, float]:
+    """{"<name>": accuracy, "<name>_nll": nats per token of the gold choice} for sets of choices, and
+    {"perplexity": exp(nats per token)} for the set of texts.
+
+    Accuracy is lm-eval's: the likeliest choice, per character for acc_norm; where there is only one choice (LAMBADA),
+    whether it is what the model would write. The model's modes and all random states are left as they were.
+    """
+    requests = [request for items in sets.values() for item in items for request in item.requests]
+    with preserved(model):
+        answers = iter(
+            shared_prefix.log_likelihoods(model, requests, max_length=encode.max_length(model), tokens=tokens)
+        )
+    report: dict[str, float] = {}
+    for name, items in sets.items():
+        scored = [[next(answers) for _ in item.requests] for item in items]
+        if items[0].gold is None:
+            nats = -math.fsum(value for values in scored for value, _ in values)
+            report["perplexity"] = math.exp(min(nats / _tokens(r for i in items for r in i.requests), 700.0))
+            continue
+        nats = -math.fsum(values[item.gold][0] for item, values in zip(items, scored))
+        report[name] = sum(_right(item, values) for item, values in zip(items, scored)) / len(items)
+        report[f"{name}_nll"] = nats / _tokens(item.requests[item.gold] for item in items)
+    return report
+
+
+def _right(item: Item, scored: list[tuple[float, bool]]) -> bool:
+    if len(scored) == 1:
+        return scored[0][1]
+    values = [value / length for (value, _), length in zip(scored, item.norm or [1] * len(scored))]
+    return values.index(max(values)) == item.gold
+
+
+def _tokens(requests: Iterable[shared_prefix.Request]) -> int:
+    return sum(len(continuation) for _, continuation in requests)
+
+
+def _rows(file: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+    if not rows:
+        raise UserError(f"probe set {file} is empty: it needs at least one row")
+    return rows

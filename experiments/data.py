@@ -1,0 +1,195 @@
+"""The `data` stage: every domain, task and general text of a study as files, split once, the same for every cell.
+
+    data/train/<domain>/train.jsonl, probe/<name>.jsonl     questions as the task renders them
+    data/general/importance.jsonl                           text that importance is computed on
+    data/evaluate/<domain>/<task>.jsonl, tasks.json         rows that lm-eval scores, and what each is for
+    data/data.json                                          sources, counts, dropped duplicates, checksums
+"""
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from evaluation.harness import make_task, render
+from experiments import packages, rows, splits
+from experiments.errors import UserError
+from experiments.names import unknown
+
+Row = dict[str, Any]
+_DEFAULTS = {"test": 200, "probe": 0}
+_GENERAL = {"text": "text", "importance": 512, "perplexity": 128, "probe": 16}
+
+
+def write_data(study: Any, out_dir: Path) -> dict[str, Any]:
+    """Write the data of the domains in `study.grid` to `out_dir` and return what data.json says.
+
+    `study` has the raw blocks of params.yaml: `domains`, `tasks`, `general`, `packages`, `data`, `grid`. Raises
+    UserError naming the block for a missing source or column, a wrong gold answer, or a split without rows.
+    """
+    out = Path(out_dir)
+    for part in ("train", "evaluate", "general"):
+        shutil.rmtree(out / part, ignore_errors=True)
+    reader = _Reader(study=study)
+    report: dict[str, Any] = {"general": _general(study.general, reader, out), "domains": {}}
+    for domain in study.grid["domains"]:
+        if domain not in study.domains:
+            raise unknown("domain", domain, study.domains, where="grid.domains")
+        report["domains"][domain] = _domain(domain, study.domains[domain], reader, out)
+    report["files"] = {str(path.relative_to(out)): packages.file_sha256(path)
+                       for part in ("train", "evaluate", "general")
+                       for path in sorted((out / part).rglob("*")) if path.is_file()}  # fmt: skip
+    for domain, said in report["domains"].items():
+        said["sha256"] = {part: _digest(report["files"], f"{part}/{domain}/") for part in ("train", "evaluate")}
+    (out / "data.json").write_text(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    return report
+
+
+def write_rows(path: Path, lines: Iterable[Row]) -> Path:
+    """One JSON object a line, keys sorted: equal rows give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False, sort_keys=True, default=str) + "\n" for line in lines)
+    return path
+
+
+@dataclass(kw_only=True)
+class _Reader:
+    """Reads each block's rows once, however many domains use them."""
+
+    study: Any
+    read_before: dict[str, rows.Rows] = field(default_factory=dict)
+
+    def __call__(self, block: Mapping[str, Any], key: str, *, where: str) -> rows.Rows:
+        if where not in self.read_before:
+            prefer = self.study.data.get("source", "pypi")
+            found = rows.read(block.get(key) or {}, packages=self.study.packages, prefer=prefer, where=where)
+            self.read_before[where] = rows.Rows(rows=rows.shape(found.rows, block, where=where), source=found.source)
+        return self.read_before[where]
+
+    def has(self, block: Mapping[str, Any], key: str) -> bool:
+        """Whether `key` names rows for the source in use: a hub test split is no matter of the package source."""
+        return self.study.data.get("source", "pypi") in (named := block.get(key) or {}) or "jsonl" in named
+
+
+def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -> dict[str, Any]:
+    where = f"domains.{domain}"
+    found = reader(block, "rows", where=where)
+    held_out = reader(block, "test_rows", where=f"{where}.test_rows") if reader.has(block, "test_rows") else None
+    wanted = block.get("split") or {}
+    if missing := [part for part in ("train", "probe", "test") if part not in wanted]:
+        raise UserError(f"{where}: `split` must say how many rows are for train, probe and test; {missing[0]} is missing")
+    expression = block.get("question")
+    if not expression:
+        raise UserError(f"{where}: `question` must name the column (or template) whose text the split goes by")
+    split = splits.three_way(
+        found.rows, question=lambda row: rows.text(row, expression, where=where), where=where,
+        test_rows=held_out.rows if held_out else None, **wanted)  # fmt: skip
+    folder = out / "train" / domain
+    write_rows(folder / "train.jsonl", _rendered(domain, block, split.train))
+    write_rows(folder / "probe" / f"{domain}.jsonl", _rendered(domain, block, split.probe))
+    write_rows(folder / "probe" / "general.jsonl", _lines(reader.study.general, reader)["probe"])
+    evaluate = out / "evaluate" / domain
+    write_rows(evaluate / f"{domain}.jsonl", split.test)
+    listed = [_entry(domain, block, "domain")]
+    make_task(domain, block["task"], evaluate / f"{domain}.jsonl", metric=block["metric"])  # checks every row
+    tasks = {}
+    for role in ("retention", "transfer"):
+        for name in block.get(role) or []:
+            if name in (domain, "general") or name in tasks:
+                raise UserError(f"{where}.{role} lists {name!r}, which is evaluated already: name each task once")
+            task, drawn, source = _task(name, reader, where=f"{where}.{role}")
+            same = isinstance(task["task"], str) and task["task"] == block["task"]
+            if same or source == found.source or (held_out and source == held_out.source):
+                raise UserError(f"{where}.{role} lists {name!r}, which is the domain's own task or rows: what is "
+                                "trained on cannot show retention or transfer")  # fmt: skip
+            file = write_rows(evaluate / f"{name}.jsonl", drawn.test)
+            make_task(name, task["task"], file, metric=task["metric"])
+            listed.append(_entry(name, task, role))
+            tasks[name] = _said(task, drawn, source) | {"role": role}
+    write_rows(evaluate / "general.jsonl", _lines(reader.study.general, reader)["perplexity"])
+    listed.append({"name": "general", "role": "perplexity", "task": "general_text", "metric": "perplexity",
+                   "chance": None, "file": "general.jsonl"})  # fmt: skip
+    (evaluate / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    probes = {}
+    for name in block.get("probes") or []:
+        task, drawn, _ = _task(name, reader, where=f"{where}.probes")
+        scored = {splits.normalised(row["context"]) for row in _rendered(name, task, drawn.test)}
+        probe = [row for row in _rendered(name, task, drawn.probe) if splits.normalised(row["context"]) not in scored]
+        if not probe:
+            raise UserError(f"{where}.probes lists {name!r}, but no rows are left for its probe behind its "
+                            f"{len(drawn.test)} test rows: lower tasks.{name}.test, or raise its `probe`")  # fmt: skip
+        write_rows(folder / "probe" / f"{name}.jsonl", probe)
+        probes[name] = {"n": len(probe), "duplicates": {"between": len(drawn.probe) - len(probe)}}
+    print(f"data: {domain}: {len(split.train)} train, {len(split.probe)} probe, {len(split.test)} test rows; "
+          f"{len(tasks)} other tasks", flush=True)  # fmt: skip
+    sources = found.source + (f" ; test: {held_out.source}" if held_out else "")
+    return _said(block, split, sources) | {"tasks": tasks, "probes": probes}
+
+
+def _task(name: str, reader: _Reader, *, where: str) -> tuple[Mapping[str, Any], splits.Split, str]:
+    if name not in reader.study.tasks:
+        raise unknown("task", name, reader.study.tasks, where=where)
+    block = _DEFAULTS | dict(reader.study.tasks[name])
+    found = reader(block, "rows", where=f"tasks.{name}")
+    return block, splits.sample(found.rows, test=block["test"], probe=block["probe"]), found.source
+
+
+def _rendered(name: str, block: Mapping[str, Any], drawn: list[Row]) -> list[Row]:
+    """The rows as lm-eval's task puts them: {"id", "context", "choices", "gold"}."""
+    if not drawn:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        return render(make_task(name, block["task"], write_rows(Path(folder) / "rows.jsonl", drawn),
+                                metric=block["metric"]))  # fmt: skip
+
+
+def _entry(name: str, block: Mapping[str, Any], role: str) -> dict[str, Any]:
+    if missing := [key for key in ("task", "metric", "chance") if block.get(key) is None]:
+        kind = "domains" if role == "domain" else "tasks"
+        raise UserError(f"{kind}.{name} has no `{missing[0]}`: every block states task, metric and chance")
+    return {"name": name, "role": role, "task": block["task"], "metric": block["metric"], "chance": block["chance"],
+            "file": f"{name}.jsonl"}  # fmt: skip
+
+
+def _general(block: Mapping[str, Any], reader: _Reader, out: Path) -> dict[str, Any]:
+    drawn = _lines(block, reader)
+    write_rows(out / "general" / "importance.jsonl", drawn["importance"])
+    return {"source": reader(block, "rows", where="general").source, "licence": block.get("licence", ""),
+            "n": {name: len(drawn[name]) for name in ("importance", "probe", "perplexity")},
+            "duplicates": {"within": drawn["copies"], "between": 0}}  # fmt: skip
+
+
+def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
+    """General text in three disjoint sets of {"id", "text"}: importance and probe from one half, perplexity the other."""
+    block = _GENERAL | dict(block)
+    found = reader(block, "rows", where="general")
+    texts = [rows.text(row, block["text"], where="general").strip() for row in found.rows]
+    if limit := block.get("max_words"):
+        texts = [" ".join(text.split()[:limit]) if len(text.split()) > limit else text for text in texts]
+    first, second, copies = splits.halves(text for text in texts if text)
+    ends = {"importance": (first, 0, block["importance"]), "perplexity": (second, 0, block["perplexity"]),
+            "probe": (first, block["importance"], block["probe"])}  # fmt: skip
+    drawn: dict[str, Any] = {"copies": copies}
+    for name, (half, start, number) in ends.items():
+        chosen = half[start : start + number]
+        if len(chosen) < number or not number:
+            raise UserError(f"general.{name} asks for {number} texts and {len(chosen)} can be had (the texts give halves "
+                            f"of {len(first)} and {len(second)}): lower it, or name more text")  # fmt: skip
+        drawn[name] = [{"id": splits.text_hash(text), "text": text} for text in chosen]
+    return drawn
+
+
+def _said(block: Mapping[str, Any], split: splits.Split, source: str) -> dict[str, Any]:
+    return {"source": source, "licence": block.get("licence", ""),
+            "n": {"train": len(split.train), "probe": len(split.probe), "test": len(split.test)},
+            "duplicates": {"within": split.duplicates_within, "between": split.duplicates_between}}  # fmt: skip
+
+
+def _digest(files: Mapping[str, str], prefix: str) -> str:
+    listed = "".join(f"{name} {sha}\n" for name, sha in sorted(files.items()) if name.startswith(prefix))
+    return hashlib.sha256(listed.encode()).hexdigest()

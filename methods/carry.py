@@ -1,0 +1,22 @@
+"""An optimizer's state as named tensors, carried from one training phase into the next."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from methods.part import Run
+
+
+def carried(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """{"<trained tensor>::<entry>": tensor} of everything the optimizer keeps (Adam: step, exp_avg, exp_avg_sq)."""
+    return {f"{name}::{entry}": value.detach().clone() for name, weight in run.weights.items()
+            for entry, value in optimizer.state.get(weight, {}).items() if isinstance(value, Tensor)}  # fmt: skip
+
+
+def restore_state(run: Run, optimizer: torch.optim.Optimizer, carry: dict[str, Tensor]) -> None:
+    """Put carried tensors into an optimizer of the same kind over the same trained tensors."""
+    for name, weight in run.weights.items():
+        entries = {key.partition("::")[2]: value for key, value in carry.items() if key.partition("::")[0] == name}
+        if entries:
+            optimizer.state[weight] = {entry: value.clone().to(weight.device) for entry, value in entries.items()}

@@ -1,0 +1,108 @@
+"""Elastic weight consolidation (Kirkpatrick et al. 2017), on all weights or on LoRA's effective update (EWC-LoRA).
+
+    penalty = strength/2 · Σ_i F_i (θ_i − θ₀,i)²        gradient strength · F ⊙ (θ − θ₀)
+
+F is the diagonal Fisher of the base model on general text (methods/fisher.py), in units of nats² a document; the
+penalty is added in closed form once an optimizer step, after accumulation and before clipping. With LoRA θ − θ₀ is
+s·B·A. The page docs/methods/ewc.md says what published baselines do differently.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from experiments.errors import UserError
+from methods.effective import adapted_names, base_parameters, effective_weights
+from methods.fisher import diagonal_fisher
+from methods.part import Part, Prepared, cut, register, setting
+
+__all__ = ["EWC", "diagonal_fisher"]
+
+
+@register(
+    title="EWC",
+    paper="https://arxiv.org/abs/1612.00796",
+    line="Hold each weight to the base as firmly as the Fisher information of general text says.",
+    capabilities=frozenset({"importance"}),
+)
+@dataclass(frozen=True, kw_only=True)
+class EWC(Part):
+    shares = ("methods.fisher", "methods.effective")
+
+    strength: float = setting(1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token")
+    samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over")
+    length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
+    estimator: Literal["empirical", "sampled", "batched"] = setting(
+        "empirical", phase="prepare", help="labels of the text, labels drawn from the model, or the published square of a batch's mean gradient")
+    scope: Literal["adapted", "whole-model"] = setting(
+        "adapted", phase="prepare", help="tensors the Fisher is computed and stored on: those that the method changes, or all")
+    batch_size: int = setting(8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone")
+
+    def prepare(self, *, model, base, general, seed, fit, progress):
+        """The Fisher by base parameter name. Its labels are drawn with one fixed seed: every cell of a model shares it."""
+        examples = cut(general, samples=self.samples, length=self.length)
+        everything = base_parameters(model)
+        names = adapted_names(model) if self.scope == "adapted" else list(everything)
+        with _bar(progress, len(examples)) as advance:
+            fisher = diagonal_fisher(model, _batches(examples, self.batch_size if self.estimator == "batched" else 1), self.estimator,
+                                     parameters={name: everything[name] for name in names}, progress=advance)  # fmt: skip
+        notes = {"estimator": self.estimator, "documents": len(examples), "entries": sum(f.numel() for f in fisher.values()),
+                 "scope": self.scope, "mean": _mean(fisher)}  # fmt: skip
+        if self.estimator == "batched":
+            notes["batch_size"] = self.batch_size
+        return Prepared(importance=fisher, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
+
+    def begin(self, *, run, state, examples):
+        weights = effective_weights(run)
+        if missing := [w.name for w in weights if w.name not in state["importance"]]:
+            raise UserError(f"ewc: the Fisher has nothing on {missing[0]} and {len(missing) - 1} more: prepare this method again")
+        # what the run holds on to: θ₀ of trained tensors; an adapter's anchor is zero and takes no room
+        state["anchor"] = {w.parameter: run.base[w.name].to(run.device) for w in weights if w.parameter in run.weights}
+        state["terms"] = [(w, state["importance"][w.name].to(run.device)) for w in weights]
+
+    def before_clip(self, *, run, state, step):
+        if not self.strength:
+            return None
+        value = torch.zeros((), device=run.device)
+        for weight, fisher in state["terms"]:
+            moved = weight.value()
+            force = fisher * moved
+            value = value + torch.dot(force.flatten(), moved.flatten())
+            weight.pull(force, scale=self.strength)
+        return value * (self.strength / 2)
+
+    def report(self, *, run, state):
+        said = {"strength": self.strength, "estimator": self.estimator, "scope": self.scope}
+        return said | ({"batch_size": self.batch_size} if self.estimator == "batched" else {})
+
+
+def _batches(examples: list[dict], size: int) -> Iterator[dict]:
+    """Right-padded batches; one document a batch needs no padding."""
+    for start in range(0, len(examples), size):
+        rows = examples[start : start + size]
+        pad = torch.nn.utils.rnn.pad_sequence
+        yield {
+            "input_ids": pad([e["input_ids"] for e in rows], batch_first=True),
+            "labels": pad([e["labels"] for e in rows], batch_first=True, padding_value=-100),
+            "attention_mask": pad([torch.ones_like(e["input_ids"]) for e in rows], batch_first=True),
+        }
+
+
+def _mean(fisher: dict[str, torch.Tensor]) -> float:
+    """Mean entry, to compare strengths between models; rounded, so that a last bit changes no file."""
+    entries = sum(f.numel() for f in fisher.values())
+    return float(f"{sum(f.double().sum().item() for f in fisher.values()) / entries:.4g}")
+
+
+@contextlib.contextmanager
+def _bar(progress, total: int) -> Iterator:
+    if progress is None:
+        yield None
+    else:
+        with progress(total=total, desc="fisher", unit="doc") as bar:
+            yield bar.update

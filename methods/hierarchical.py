@@ -1,0 +1,164 @@
+"""Hierarchical importance regularisation (Song et al. 2025, arXiv 2501.13669).
+
+A short training phase on general text finds θ* and Ω (methods/path_integral.py); the domain phase starts from θ* with
+
+    penalty = φ · Σ_l c_l Σ_i Ω_i (θ_i − θ*_i)²          c = L·softmax(‖Ω_l‖ / temperature)
+
+over L groups l, so that the coefficients' mean is 1. On LoRA's effective update s·B·A, as in the paper, or on full
+parameters. docs/methods/hierarchical.md lists where paper and code differ and what each preset takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from experiments.architecture import group_of
+from experiments.errors import UserError
+from methods.carry import carried, restore_state
+from methods.effective import base_parameters, effective_weights
+from methods.part import Part, Prepared, cut, register, setting
+from methods.path_integral import PathIntegral
+
+# What the sources say where they are ambiguous; a setting beside the preset wins.
+PAPER = {"strength": 1.0e-3, "temperature": 1.0, "groups": "blocks", "normalise": "sum", "keep_strength": False, "xi": 1.0e-9,
+         "gradient": "exact", "clamp": "end", "consolidate": "end", "carry_optimizer": False}  # fmt: skip
+OFFICIAL = PAPER | {"temperature": 1.0e8, "groups": "modules", "gradient": "displacement", "clamp": "step",
+                    "consolidate": "epoch", "carry_optimizer": True}  # fmt: skip
+
+
+@register(
+    title="Hierarchical",
+    paper="https://arxiv.org/abs/2501.13669",
+    line="Learn on general text which weights matter, by layer and by entry, then hold them while the domain is learned.",
+    capabilities=frozenset({"importance", "seeded_preparation"}),
+)
+@dataclass(frozen=True, kw_only=True)
+class Hierarchical(Part):
+    shares = ("methods.carry", "methods.effective", "methods.path_integral")
+    presets = {"paper": PAPER, "official": OFFICIAL}
+
+    preset: Literal["", "paper", "official"] = setting("", help="settles the settings not given as the paper or its code does")
+    strength: float = setting(1.0e-3, by_preset=True, within="[0, inf)", help="φ, against a loss in nats a labelled token")
+    temperature: Literal["auto"] | float = setting("auto", by_preset=True, within="(0, inf)",
+                                                   help="of the softmax over groups; auto is the norms' standard deviation")
+    groups: Literal["modules", "blocks"] = setting("modules", by_preset=True, help="a coefficient each module or each transformer block")
+    normalise: Literal["mean", "sum"] = setting("mean", by_preset=True, help="whether φ is for coefficients of mean 1 or of sum 1, as published")
+    keep_strength: bool = setting(True, by_preset=True, help="divide by the importance-weighted mean coefficient")
+    layer_wise: bool = setting(True, help="false: all coefficients 1 (ablation)")
+    element_wise: bool = setting(True, help="false: each tensor's Ω replaced by its mean (ablation)")
+    samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of the general phase")
+    length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
+    epochs: float = setting(1.0, phase="prepare", within="(0, inf)", help="of the general phase")
+    learning_rate: float | None = setting(None, phase="prepare", within="(0, inf)", help="of the general phase; null takes the method's own")
+    xi: float = setting(1.0e-9, phase="prepare", by_preset=True, within="(0, inf)", help="ξ of Ω's denominator")
+    gradient: Literal["exact", "displacement"] = setting("exact", phase="prepare", by_preset=True, help="dL/dθ, or the code's movement of the product")
+    clamp: Literal["end", "step"] = setting("end", phase="prepare", by_preset=True, help="when ω is kept from being negative")
+    consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", by_preset=True, help="when ω becomes Ω")
+    carry_optimizer: bool = setting(False, phase="prepare", by_preset=True, help="begin with Adam's state of the general phase")
+
+    def prepare(self, *, model, base, general, seed, fit, progress):
+        chosen = self.resolved()
+        examples = cut(general, samples=self.samples, length=self.length)
+        if not examples:
+            raise UserError("hierarchical: no general text to learn importance from")
+        integral = PathIntegral(gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi)
+        fresh = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name}
+        try:
+            result = fit(model=model, parts=(integral,), examples=examples, seed=seed, learning_rate=self.learning_rate, epochs=self.epochs)
+            importance = integral.consolidated(result.states[integral.key])
+            start = {name: weight.detach().clone() for name, weight in result.run.weights.items()}
+        finally:
+            integral.release()
+            _restore(model, base, fresh)
+        carry = carried(result.run, result.optimizer) if chosen.carry_optimizer else None
+        notes = {"documents": len(examples), "tokens": result.tokens, "entries": sum(o.numel() for o in importance.values())}
+        return Prepared(importance=importance, start=start, carry=carry, tokens=result.tokens, notes=notes)
+
+    def begin(self, *, run, state, examples):
+        chosen = self.resolved()
+        state["anchor"] = {name: tensor.to(run.device) for name, tensor in state["start"].items()}
+        weights = effective_weights(run, anchor=state["anchor"])
+        if missing := [w.name for w in weights if w.name not in state["importance"]]:
+            raise UserError(f"hierarchical: no importance of {missing[0]} and {len(missing) - 1} more: prepare this method again")
+        omega = {w.name: state["importance"][w.name].to(run.device) for w in weights}
+        names = {w.name: group_of(run.model, w.parameter) if chosen.groups == "blocks" else w.name.rpartition(".")[0] for w in weights}
+        groups = list(dict.fromkeys(names.values()))
+        squares, mass = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0)
+        for name, values in omega.items():
+            squares[names[name]] += values.double().square().sum().item()
+            mass[names[name]] += values.double().sum().item()
+        norms = torch.tensor([squares[g] for g in groups], dtype=torch.float64).sqrt()
+        found = layer_coefficients(norms, chosen.temperature) if self.layer_wise else torch.ones_like(norms)
+        share = (found / len(groups)).max().item()
+        if chosen.keep_strength:
+            found = keep_strength(found, torch.tensor([mass[g] for g in groups], dtype=torch.float64))
+        state["coefficients"] = dict(zip(groups, found.tolist(), strict=True))
+        state["norms"] = dict(zip(groups, norms.tolist(), strict=True))
+        state["largest_share"] = share
+        strength = chosen.strength / (len(groups) if chosen.normalise == "sum" else 1)
+        if not self.element_wise:
+            omega = {name: values.mean() for name, values in omega.items()}
+        state["terms"] = [(w, omega[w.name], strength * state["coefficients"][names[w.name]]) for w in weights]
+
+    def optimizer_ready(self, *, run, state, optimizer):
+        if self.resolved().carry_optimizer and state.get("carry"):
+            restore_state(run, optimizer, state["carry"])
+
+    def before_clip(self, *, run, state, step):
+        if not self.resolved().strength:
+            return None
+        value = torch.zeros((), device=run.device)
+        for weight, omega, strength in state["terms"]:
+            moved = weight.value()
+            force = omega * moved
+            value = value + strength * torch.dot(force.flatten(), moved.flatten())
+            weight.pull(force, scale=2 * strength)
+        return value
+
+    def report(self, *, run, state):
+        said = {"coefficients": state["coefficients"], "norms": state["norms"], "largest_share": state["largest_share"],
+                "settings": self.settings(), "warning": None}  # fmt: skip
+        if self.layer_wise and len(state["coefficients"]) > 1 and state["largest_share"] > 0.5:
+            first = max(state["coefficients"], key=state["coefficients"].get)
+            said["warning"] = (f"{first} takes {state['largest_share']:.0%} of the layer-wise weight: the softmax over norms is nearly "
+                               f"one-hot; a higher temperature spreads it")  # fmt: skip
+        return said
+
+
+def layer_coefficients(norms: Sequence[float] | Tensor, temperature: float | Literal["auto"] = "auto") -> Tensor:
+    """c = L·softmax(norms/temperature) over L groups, float64, so that their mean is 1.
+
+    "auto" is the norms' standard deviation (of the population: divided by L); where all are equal, every c is 1.
+    Raises UserError for a temperature that is not above 0.
+    """
+    norms = torch.as_tensor(norms, dtype=torch.float64)
+    if temperature == "auto":
+        spread = norms.std(correction=0)
+        if spread == 0:
+            return torch.ones_like(norms)
+        temperature = spread
+    elif isinstance(temperature, str) or not temperature > 0:
+        raise UserError(f"temperature is {temperature!r}: it must be 'auto' or a number above 0")
+    return len(norms) * torch.softmax(norms / temperature, dim=0)
+
+
+def keep_strength(coefficients: Tensor, mass: Tensor) -> Tensor:
+    """c / (Σ c_l·m_l / Σ m_l), m_l = ΣΩ of group l: Σ c_l ΣΩ is then what it is with every c at 1."""
+    mean = (coefficients * mass).sum() / mass.sum()
+    return coefficients / mean if mean > 0 else coefficients
+
+
+@torch.no_grad()
+def _restore(model: torch.nn.Module, base: dict[str, Tensor], fresh: dict[str, Tensor]) -> None:
+    """Give the model back as it came: trained base tensors from θ₀, an adapter's factors as they were drawn."""
+    for name, parameter in base_parameters(model).items():
+        if parameter.requires_grad:
+            parameter.copy_(base[name])
+    for name, parameter in model.named_parameters():
+        if name in fresh:
+            parameter.copy_(fresh[name])

@@ -1,0 +1,85 @@
+"""The parts in words, for the terminal and for docs/methods; all of it from the registry."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+
+from methods import registry
+from methods.part import Part
+from methods.settings import declared, describe
+
+BEGIN, END = "<!-- from the registry: begin -->", "<!-- from the registry: end -->"
+DOCS = Path(__file__).parent.parent / "docs" / "methods"
+
+
+def described(part: type[Part]) -> str:
+    """Title, paper, one line and settings of a part, for a terminal."""
+    lines = [f"{part.key}  ({part.title})  {part.paper}".rstrip(), f"    {part.line}"]
+    rows = settings(part)
+    width = max((len(row[0]) for row in rows), default=0)
+    shown = max((len(row[2]) for row in rows), default=0)
+    for name, kind, default, help, _ in rows:
+        lines.append(f"    {name:{width}}  {default:{shown}}  {help}" + (f" ({kind})" if help else kind))
+    return "\n".join(lines)
+
+
+def settings(part: type[Part]) -> list[tuple[str, str, str, str, str]]:
+    """(name, type in words, default in force, help, phase) of each setting."""
+    kinds = typing.get_type_hints(part)
+    rows = []
+    for field in declared(part):
+        within = field.metadata["within"]
+        kind = describe(kinds[field.name]) + (f" in {within}" if within else "")
+        rows.append((field.name, kind, yaml(field.metadata["default"]), field.metadata["help"], field.metadata["phase"]))
+    return rows
+
+
+def yaml(value: object) -> str:
+    """A default as it is written in params.yaml."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(str, value))}]"
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else str(value).lower()
+    if isinstance(value, float) and (abs(value) >= 1e4 or 0 < abs(value) < 1e-2):
+        mantissa, exponent = f"{value:e}".split("e")
+        return f"{float(mantissa)}e{int(exponent):+d}"  # PyYAML reads 1e-3 as text and 1.0e-3 as a number
+    return "''" if value == "" else str(value)
+
+
+def block(part: type[Part]) -> str:
+    """The generated block of a part's page."""
+    source = f"Source: <{part.paper}>. " if part.paper else ""
+    lines = [BEGIN, "", f"**{part.title}**: {part.line} {source}Part `{part.key}`.", ""]
+    lines += ["| setting | default | what | type | changes |", "|---|---|---|---|---|"]
+    for name, kind, default, help, phase in settings(part):
+        stages = "preparation and training" if phase == "prepare" else "training"
+        lines.append(f"| `{name}` | `{default}` | {help} | {kind} | {stages} |")
+    if part.presets:
+        names = sorted({name for chosen in part.presets.values() for name in chosen})
+        lines += ["", "| preset | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
+        for preset, chosen in part.presets.items():
+            lines.append(f"| `{preset}` | " + " | ".join(f"`{yaml(chosen[name])}`" if name in chosen else "" for name in names) + " |")
+    return "\n".join([*lines, "", END])
+
+
+def with_block(text: str, part: type[Part]) -> str:
+    """A page with its generated block brought up to date."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return before + block(part) + after
+
+
+def write_docs() -> list[Path]:
+    """Bring the pages of the built-in parts up to date; returns those that changed."""
+    changed = []
+    for key, part in registry.parts().items():
+        path = DOCS / f"{key}.md"
+        if key not in registry.BUILT_IN:
+            continue
+        old = path.read_text() if path.is_file() else f"# {part.title}\n\n{BEGIN}\n{END}\n"
+        new = with_block(old, part)
+        if new != old or not path.is_file():
+            path.write_text(new)
+            changed.append(path)
+    return changed

@@ -1,0 +1,94 @@
+"""Low-rank adaptation (Hu et al. 2021): W + s·B·A with A (rank × in) drawn, B (out × rank) zero; peft does the wrapping.
+
+s = alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023). The weights that are scored are merged, W + s·B·A in
+float32, and rounded once to the checkpoint's dtype; the adapter is saved beside them in peft's format.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import warnings
+from dataclasses import dataclass
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from experiments.errors import UserError
+from methods.effective import Factored, effective_weights
+from methods.part import Part, register, setting
+
+
+@register(
+    title="LoRA",
+    paper="https://arxiv.org/abs/2106.09685",
+    line="Train a low-rank update of chosen linear layers and merge it.",
+    capabilities=frozenset({"adapts"}),
+)
+@dataclass(frozen=True, kw_only=True)
+class LoRA(Part):
+    shares = ("methods.effective",)
+
+    rank: int = setting(8, phase="prepare", within="[1, inf)", help="rank of the update")
+    alpha: float = setting(32.0, phase="prepare", within="(0, inf)", help="the update's scale is alpha/rank")
+    dropout: float = setting(0.0, phase="prepare", within="[0, 1)", help="dropout on the adapter's input")
+    targets: tuple[str, ...] = setting(("q_proj", "v_proj"), phase="prepare", help="last names of the linear layers to adapt")
+    rslora: bool = setting(False, phase="prepare", help="scale alpha/√rank instead")
+
+    def adapt(self, model, *, seed):
+        from peft import LoraConfig, get_peft_model
+
+        self._check_targets(model)
+        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=sorted(self.targets),
+                            use_rslora=self.rslora, task_type="CAUSAL_LM")  # fmt: skip
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # peft's advice, none of which a setting here could follow
+            torch.manual_seed(seed)  # A is drawn here, in float32 on the CPU, whatever the model's dtype and device
+            return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+    def _check_targets(self, model: nn.Module) -> None:
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        if not self.targets:
+            raise UserError(f"lora.targets is empty: name at least one linear layer of {_known(linear)}")
+        for target in self.targets:
+            found = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
+            if not found:
+                near = difflib.get_close_matches(target, _known(linear), n=3, cutoff=0.4) or _known(linear)
+                raise UserError(f"lora.targets: {target!r} is no linear layer of this model; "
+                                f"nearest: {', '.join(near)} (all: {', '.join(_known(linear))})")  # fmt: skip
+            if any(module is model.get_output_embeddings() for module in found):
+                raise UserError(f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding, too); leave it out")
+
+    def finish(self, *, run, state, final):
+        merged = dict(final)
+        for weight in effective_weights(run):
+            if isinstance(weight, Factored):
+                update = weight.value()
+                base = final.get(weight.name, run.base[weight.name])
+                merged[weight.name] = base.to(update.device, update.dtype) + update
+        return merged
+
+    def save(self, *, run, state, folder):
+        """adapter/: adapter_model.safetensors and adapter_config.json, sorted; peft writes the latter from a set."""
+        out = folder / "adapter"
+        out.mkdir(parents=True, exist_ok=True)
+        tensors = {name.replace(".default.", "."): weight.detach().cpu().contiguous()
+                   for name, weight in run.weights.items() if ".lora_" in name}  # fmt: skip
+        save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        (out / "adapter_model.safetensors").chmod(0o644)
+        config = {
+            "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+            "init_lora_weights": True, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "peft_type": "LORA",
+            "r": self.rank, "target_modules": sorted(self.targets), "task_type": "CAUSAL_LM", "use_rslora": self.rslora,
+        }  # fmt: skip
+        (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+    def report(self, *, run, state):
+        adapted = [w for w in effective_weights(run) if isinstance(w, Factored)]
+        entries = sum(w.numel() for name, w in run.weights.items() if ".lora_" in name)
+        return {"adapted_layers": len(adapted), "trained_entries": entries, "scale": adapted[0].scaling}
+
+
+def _known(linear: dict[str, nn.Module]) -> list[str]:
+    return sorted({name.rpartition(".")[2] for name in linear})

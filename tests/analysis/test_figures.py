@@ -1,0 +1,114 @@
+import json
+
+import pandas as pd
+import pytest
+
+from analysis import style
+from analysis.figures import write_figures
+from analysis.load import load_cells
+from analysis.tables import comparison
+from tests.analysis.fixtures import METHODS, coefficients, write_results
+
+NAMES = ["learning_forgetting", "forgetting_by_task", "forgetting_over_training", "cost", "layer_coefficients"]
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    loaded = load_cells(root, write_results(root))
+    table = comparison(loaded)
+    return root, loaded, table, {figure.name: figure for figure in write_figures(loaded, table, folder=root / "figures")}
+
+
+def csv(figure):
+    return pd.read_csv(figure.stem.with_suffix(".csv"))
+
+
+def test_every_figure_is_there_in_three_forms(drawn):
+    _, _, _, figures = drawn
+    assert list(figures) == NAMES
+    for figure in figures.values():
+        assert figure.stem.name == f"{figure.name}-smollm2-135m-science"
+        assert figure.stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in figure.stem.with_suffix(".svg").read_text()
+        assert len(csv(figure)) and figure.caption
+
+
+def test_csv_holds_what_was_drawn(drawn):
+    root, loaded, table, figures = drawn
+    rows = table.set_index("method")
+    points = csv(figures["learning_forgetting"]).set_index("method")
+    assert points["forgetting"].to_list() == pytest.approx([100 * rows.at[m, "forgetting"] for m in METHODS])
+    assert points["domain_gain_low"].to_list() == pytest.approx([100 * rows.at[m, "domain_gain_low"] for m in METHODS])
+    by_task = csv(figures["forgetting_by_task"])
+    assert len(by_task) == 4 * len(METHODS) and set(by_task[by_task.at_chance]["task"]) == {"copa"}
+    metrics = json.loads((root / "runs/smollm2-135m/science/ewc/seed0/metrics.json").read_text())
+    copa = metrics["scores_by_task"]["copa"]
+    assert by_task[(by_task.task == "copa") & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(100 * (copa["base"] - copa["value"]))
+    for task, lost in metrics["forgetting_by_task"].items():
+        assert by_task[(by_task.task == task) & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(100 * lost)
+    assert csv(figures["cost"]).set_index("method").at["ewc", "bytes_stored"] == rows.at["ewc", "bytes_stored"]
+    probes, curve = csv(figures["forgetting_over_training"]), pd.read_csv(root / "runs/smollm2-135m/science/lora/seed0/curve.csv")
+    asked = [f"probe_{task}_nll" for task in ("hellaswag", "piqa", "lambada_openai", "copa")]
+    expected = curve.dropna(subset=["probe_perplexity"])
+    own = probes[probes.method == "lora"]
+    assert own["general_perplexity"].to_list() == pytest.approx(expected["probe_perplexity"].to_list())
+    assert own["retention_nats"].to_list() == pytest.approx(expected[asked].mean(axis=1).to_list())
+    layers = csv(figures["layer_coefficients"])
+    assert dict(zip(layers["group"], layers["coefficient"])) == pytest.approx(coefficients())
+
+
+def test_the_same_data_give_the_same_bytes(drawn, tmp_path):
+    _, loaded, table, figures = drawn
+    for again in write_figures(loaded, table, folder=tmp_path):
+        for suffix in (".svg", ".png", ".csv"):
+            assert again.stem.with_suffix(suffix).read_bytes() == figures[again.name].stem.with_suffix(suffix).read_bytes(), again.name + suffix
+
+
+def test_a_demo_is_marked_in_every_figure(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "hierarchical"), not_a_result=True)
+    loaded = load_cells(tmp_path, planned)
+    for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures"):
+        assert style.RED in figure.stem.with_suffix(".svg").read_text(), figure.name
+        assert csv(figure)["not_a_result"].all()
+
+
+def test_without_items_and_curves_the_rest_is_still_drawn(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "lora"))
+    for cell in planned:
+        (tmp_path / "runs" / cell / "items.csv.gz").unlink()
+        (tmp_path / "runs" / cell / "curve.csv").unlink()
+    loaded = load_cells(tmp_path, planned)
+    assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == ["learning_forgetting", "forgetting_by_task", "cost"]
+
+
+def test_block_coefficients_with_groups_outside_the_layers(tmp_path):
+    planned = write_results(tmp_path, methods=("hierarchical",))
+    path = tmp_path / "runs" / planned[0] / "metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["parts_report"]["hierarchical"]["coefficients"] = {"model.embed_tokens": 0.5, "model.layers.0": 1.5, "model.layers.1": 1.0, "model.norm": 1.0}
+    path.write_text(json.dumps(metrics))
+    loaded = load_cells(tmp_path, planned)
+    figures = write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")
+    found = csv(figures[-1])
+    assert figures[-1].name == "layer_coefficients" and found["coefficient"].to_list() == [0.5, 1.5, 1.0, 1.0]
+    assert found["layer"].isna().tolist() == [True, False, False, True]
+
+
+def test_colours_are_fixed_and_stand_out_on_both_pages():
+    def light(shade):
+        parts = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return sum(w * (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4) for w, p in zip((0.2126, 0.7152, 0.0722), parts))
+
+    contrast = lambda a, b: (max(light(a), light(b)) + 0.05) / (min(light(a), light(b)) + 0.05)
+    assert style.colour("ewc") == style.FIXED["ewc"] and style.colour("ewc-lora") == style.colour("ewc-lora")
+    for shade in (*style.FIXED.values(), *style.OTHERS):
+        assert contrast(shade, "#ffffff") >= 3 and contrast(shade, "#15181c") >= 3, shade
+
+
+def test_spread_keeps_order_and_distance():
+    placed = style.spread([0.5, 0.52, 0.51, 0.9], 0.1)
+    assert placed[0] < placed[2] < placed[1] < placed[3]
+    assert min(b - a for a, b in zip(sorted(placed), sorted(placed)[1:])) >= 0.1 - 1e-9
+    assert placed[3] == pytest.approx(0.9)
+    assert max(style.spread([0.99, 1.0, 1.0], 0.1)) <= 1 and min(style.spread([0.0, 0.01], 0.1)) >= 0

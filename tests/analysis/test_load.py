@@ -1,0 +1,68 @@
+import json
+
+import pytest
+
+from analysis.load import load_cells
+from experiments.errors import UserError
+from tests.analysis.fixtures import write_results
+
+
+def test_every_finished_cell_is_a_row_with_its_own_numbers(tmp_path):
+    planned = write_results(tmp_path)
+    loaded = load_cells(tmp_path, planned)
+    assert list(loaded.cells.index) == planned and loaded.failures.empty
+    for cell in planned:
+        metrics = json.loads((tmp_path / "runs" / cell / "metrics.json").read_text())
+        assert loaded.cells.at[cell, "forgetting"] == metrics["forgetting"]
+        assert (loaded.curves["cell"] == cell).sum() == 61
+        assert cell in loaded.prepared
+    assert loaded.comparisons == [("smollm2-135m", "science")]
+    assert set(loaded.base) == {"smollm2-135m"} and len(loaded.tuning) == 1
+    assert not loaded.not_a_result
+
+
+def test_missing_and_failed_cells_are_named_with_their_reason(tmp_path):
+    planned = write_results(tmp_path, failed={"mofo": "loss is NaN at step 12"}, missing=("ewc",))
+    loaded = load_cells(tmp_path, planned)
+    assert len(loaded.cells) == 3
+    found = loaded.failures.set_index("cell")
+    assert found.at["smollm2-135m/science/mofo/seed0", "reason"] == "loss is NaN at step 12"
+    assert found.at["smollm2-135m/science/mofo/seed0", "kind"] == "nan"
+    assert found.at["smollm2-135m/science/ewc/seed0", "kind"] == "not run"
+
+
+def test_a_recorded_failure_outranks_older_metrics(tmp_path):
+    planned = write_results(tmp_path)
+    failure = tmp_path / "failures" / f"{planned[0]}.json"
+    failure.parent.mkdir(parents=True)
+    failure.write_text(json.dumps({"cell": planned[0], "stage": "train", "kind": "out of memory", "reason": "no room", "when": ""}))
+    loaded = load_cells(tmp_path, planned)
+    assert planned[0] not in loaded.cells.index and list(loaded.failures["kind"]) == ["out of memory"]
+
+
+def test_a_cell_cut_off_between_stages_says_how_far_it_came(tmp_path):
+    planned = write_results(tmp_path, methods=("full",))
+    (tmp_path / "runs" / planned[0] / "metrics.json").unlink()
+    assert "scored" in load_cells(tmp_path, planned).failures.iloc[0]["reason"]
+    (tmp_path / "runs" / planned[0] / "scores.json").unlink()
+    assert "trained" in load_cells(tmp_path, planned).failures.iloc[0]["reason"]
+
+
+def test_nothing_at_all_is_not_an_error(tmp_path):
+    loaded = load_cells(tmp_path, ["m/d/full/seed0"])
+    assert loaded.cells.empty and loaded.comparisons == [] and len(loaded.failures) == 1
+
+
+def test_a_broken_file_is_named(tmp_path):
+    planned = write_results(tmp_path, methods=("full",))
+    path = tmp_path / "runs" / planned[0] / "metrics.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match="metrics.json"):
+        load_cells(tmp_path, planned)
+
+
+def test_cells_may_be_objects_with_a_name(tmp_path):
+    from experiments.cells import Cell
+
+    write_results(tmp_path, methods=("full",))
+    assert len(load_cells(tmp_path, [Cell("smollm2-135m", "science", "full", 0)]).cells) == 1

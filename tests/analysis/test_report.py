@@ -1,0 +1,109 @@
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from analysis import numbers, write_summary
+from analysis.load import load_cells
+from analysis.report import inline
+from analysis.tables import BANNER, comparison
+from tests.analysis.fixtures import METHODS, NOTE, write_results
+
+
+@pytest.fixture(scope="module")
+def summary(tmp_path_factory):
+    root = tmp_path_factory.mktemp("project") / "results"
+    planned = write_results(root)
+    text = write_summary(results_root=root, summary_dir=root / "summary", cells=planned, title="Five methods", planned=planned)
+    return root, planned, text, (root / "summary/report.html").read_text()
+
+
+def test_all_files_are_there(summary):
+    root, _, text, page = summary
+    assert {"table.txt", "table.csv", "table.md", "report.html", "figures"} == {path.name for path in (root / "summary").iterdir()}
+    assert len(list((root / "summary/figures").iterdir())) == 15
+    assert "hierarchical" in text and "<title>Five methods</title>" in page
+
+
+def test_nothing_on_the_page_is_loaded_from_anywhere(summary):
+    _, _, _, page = summary
+    assert not re.search(r"https?://", page)
+    assert not re.search(r"<(script|link|img|iframe)\b|@import|url\((?!#)", page)
+    for target in re.findall(r'href="([^"]*)"', page):
+        assert target.startswith(("#", "figures/")), target
+
+
+def test_links_and_ids_hold(summary):
+    root, _, _, page = summary
+    ids = re.findall(r'\bid="([^"]*)"', page)
+    assert len(ids) == len(set(ids))
+    for target in set(re.findall(r'href="#([^"]*)"', page)) | set(re.findall(r"url\(#([^)]*)\)", page)):
+        assert target in ids, target
+    for target in re.findall(r'href="(figures/[^"]*)"', page):
+        assert (root / "summary" / target).exists()
+
+
+def test_every_methods_numbers_are_on_the_page(summary):
+    root, planned, _, page = summary
+    table = comparison(load_cells(root, planned)).set_index("method")
+    for method in METHODS:
+        row = table.loc[method]
+        for text in (numbers.percent(row["domain_score"]), numbers.points(row["domain_gain"]), numbers.points(row["forgetting"]), f"×{row['perplexity_ratio']:.2f}", numbers.seconds(row["seconds_train"])):
+            assert text in page, (method, text)
+
+
+def test_the_page_says_what_a_sceptic_asks(summary):
+    _, planned, _, page = summary
+    assert NOTE in page and "At chance, cannot show loss:</strong> copa" in page
+    assert "this run, not this method" in page and "No cell has finished" not in page
+    assert "make repro" in page and "0123456789abcdef" in page and "shared-prefix" in page
+    assert "domain 60.0 %, retention 55.0 %" in page and "train.learning_rate = 1: loss is NaN at step 3" in page
+    assert "highest domain probe gain" in page and page.count("<td>yes</td>") == len(METHODS)
+    assert "Nothing: every planned cell has a result" in page and BANNER not in page
+    assert "prefers-color-scheme: dark" in page and "@media print" in page and "width=device-width" in page
+
+
+def test_the_answer_is_computed(summary):
+    root, planned, _, page = summary
+    table = comparison(load_cells(root, planned))
+    methods = table[table["method"] != "base"]
+    most = methods.loc[methods["forgetting"].idxmax()]
+    assert f"({most['method']})" in page and f"{numbers.points(most['forgetting'])} [{numbers.points(most['forgetting_low'])}" in page
+    assert "The methods did not learn equally much" in page
+
+
+def test_a_demo_is_marked_and_failures_are_named(tmp_path):
+    planned = write_results(tmp_path / "demo", not_a_result=True, failed={"mofo": "loss is NaN <at> step 12"}, missing=("ewc",))
+    write_summary(results_root=tmp_path / "demo", summary_dir=tmp_path / "out", cells=planned, title="Demo")
+    page = (tmp_path / "out/report.html").read_text()
+    assert f'role="alert">{BANNER}' in page and "NOT A RESULT" in (tmp_path / "out/table.md").read_text()
+    assert "loss is NaN &lt;at&gt; step 12" in page and "has not been run" in page and "3 of 5 planned" in page
+    assert "make study NAME=demo" in page
+
+
+def test_planned_cells_without_a_result_are_named_although_not_compared(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "lora"), missing=("lora",))
+    write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned[:1], title="t", planned=planned)
+    assert planned[1] in (tmp_path / "summary/report.html").read_text()
+
+
+def test_nothing_finished_still_makes_a_page_and_old_figures_go(tmp_path):
+    old = tmp_path / "summary/figures/old.png"
+    old.parent.mkdir(parents=True)
+    old.write_bytes(b"")
+    write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=["m/d/full/seed0"], title="t")
+    assert "No cell has finished" in (tmp_path / "summary/report.html").read_text() and not old.exists()
+
+
+def test_the_same_results_give_the_same_page(summary, tmp_path):
+    root, planned, _, page = summary
+    write_summary(results_root=root, summary_dir=tmp_path, cells=planned, title="Five methods", planned=planned)
+    assert (tmp_path / "report.html").read_text() == page
+
+
+def test_inline_svg_is_well_formed_and_follows_the_page(summary):
+    root, _, _, _ = summary
+    for path in (root / "summary/figures").glob("*.svg"):
+        text = inline(path.read_text(), prefix="p", label='a "label"')
+        ElementTree.fromstring(text)
+        assert "var(--ink)" in text and "metadata" not in text and "&#34;label" in text

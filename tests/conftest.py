@@ -1,0 +1,34 @@
+"""Tiny real models: random GPT-J and Llama, float32, and the byte-level tokenizer they share."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+import pytest
+import torch
+
+from experiments.random_models import build, byte_tokenizer as make_tokenizer
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def tiny_llama():
+    return build("llama", seed=0)
+
+
+@pytest.fixture
+def tiny_llama_untied():
+    return build("llama", seed=0, tie_word_embeddings=False)
+
+
+@pytest.fixture
+def tiny_gptj():
+    return build("gptj", seed=0)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer():
+    return make_tokenizer()

@@ -1,0 +1,138 @@
+"""score(): what it writes, that it repeats to the byte, and that it leaves no trace."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from evaluation import SCORING, encode, harness, lm
+from evaluation.retention import forgetting
+from experiments.errors import UserError
+from experiments.random_models import build
+from tests.evaluation.conftest import COPA, ENTRIES, HELLASWAG, TEXT, write_rows
+
+
+@pytest.fixture(scope="module", params=["shared-prefix", "hflm"])
+def scored(request, tasks_dir):
+    from experiments.random_models import byte_tokenizer
+
+    return request.param, *harness.score(
+        model=build("llama", seed=0), tokenizer=byte_tokenizer(), tasks_dir=tasks_dir, scorer=request.param,
+        batch_size=4, weights_sha256="abc",
+    )  # fmt: skip
+
+
+def test_shape_of_the_scores(scored):
+    scorer, scores, items = scored
+    assert list(scores["tasks"]) == [e["name"] for e in ENTRIES if e["role"] != "perplexity"]
+    hellaswag = scores["tasks"]["hellaswag"]
+    assert {k: hellaswag[k] for k in ("role", "metric", "n", "chance", "version")} == {
+        "role": "retention", "metric": "acc_norm", "n": len(HELLASWAG), "chance": 0.25, "version": 1.0}  # fmt: skip
+    assert hellaswag["value"] == hellaswag["metrics"]["acc_norm"]
+    assert set(hellaswag["metrics"]) == {"acc", "acc_norm"}
+    assert set(scores["tasks"]["lambada_openai"]["metrics"]) == {"acc", "perplexity"}
+    assert scores["scoring"] | {"lm_eval": "", "transformers": ""} == {
+        "scoring": SCORING, "scorer": scorer, "batch_size": 4, "dtype": "float32", "limit": None, "lm_eval": "",
+        "transformers": ""}  # fmt: skip
+    assert scores["weights_sha256"] == "abc"
+    assert list(items.columns) == harness.COLUMNS
+
+
+def test_items_average_to_the_scores(scored):
+    _, scores, items = scored
+    for name, task in scores["tasks"].items():
+        of_task = items[items.task == name]
+        assert of_task.score.mean() == pytest.approx(task["value"])
+        assert of_task.doc_id.tolist() == list(range(task["n"]))
+        assert of_task.log_likelihood.lt(0).all()
+        assert ((of_task.choice == of_task.gold).fillna(False) == (of_task.score == 1)).all()
+    assert items[items.task == "copa"].gold.tolist() == [row["label"] for row in COPA]
+
+
+def test_items_hold_no_text(scored):
+    assert "Question" not in scored[2].to_csv() and "water" not in scored[2].to_csv()
+
+
+def test_perplexity_is_exp_of_the_mean_nats_per_token(scored, byte_tokenizer):
+    _, scores, items = scored
+    model, nats, tokens = build("llama", seed=0).double(), 0.0, 0
+    for row in TEXT:
+        for context, piece in encode.windows(list(row["text"].encode()), prefix=256, max_length=512):
+            logits = model(torch.tensor([context + piece])).logits[0, len(context) - 1 : -1]
+            nats -= logits.log_softmax(-1).gather(1, torch.tensor(piece)[:, None]).sum().item()
+            tokens += len(piece)
+    size = sum(len(row["text"].encode()) for row in TEXT)
+    general = scores["general"]
+    assert (general["tokens"], general["bytes"], general["n"]) == (tokens, size, len(TEXT))
+    assert general["nats_per_token"] == pytest.approx(nats / tokens, rel=1e-5)
+    assert general["perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-4)
+    assert general["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
+    texts = items[items.task == "general"]
+    assert texts.score.sum() == pytest.approx(nats, rel=1e-5)
+    assert texts.gold.tolist() == [len(row["text"].encode()) for row in TEXT]
+    assert texts.choice.isna().all()
+
+
+def test_two_runs_give_the_same_bytes_and_base_against_itself_is_zero(tasks_dir, byte_tokenizer, tmp_path):
+    runs = []
+    for name in ("a", "b"):
+        harness.save(*harness.score(model=build("gptj", seed=0), tokenizer=byte_tokenizer, tasks_dir=tasks_dir), tmp_path / name)
+        runs.append(json.loads((tmp_path / name / "scores.json").read_text()))
+    for file in ("scores.json", "items.csv.gz"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    base = {name: task | {"chance": 0.0, "n": 1000} for name, task in runs[0]["tasks"].items()}
+    same = {name: task | {"chance": 0.0, "n": 1000} for name, task in runs[1]["tasks"].items()}
+    lost = forgetting(base, same)
+    assert lost["by_task"] and all(value == 0 for value in lost["by_task"].values()) and lost["forgetting"] == 0
+    back = pd.read_csv(tmp_path / "a" / "items.csv.gz")
+    assert list(back.columns) == harness.COLUMNS
+
+
+def test_modes_and_random_states_are_restored(tasks_dir, byte_tokenizer):
+    model = build("llama", seed=0).train()
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tasks_dir, scorer="hflm")
+    assert [module.training for module in model.modules()] == modes
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == before
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_hflm_uses_the_batch_size(batch_size, tasks_dir, tmp_path, byte_tokenizer, monkeypatch):
+    (tmp_path / "tasks.json").write_text(json.dumps(
+        [{"name": "copa", "role": "retention", "task": "copa", "metric": "acc", "chance": 0.5, "file": "copa.jsonl"}]
+    ))  # fmt: skip
+    write_rows(tmp_path / "copa.jsonl", COPA * 2)  # 16 different requests at most; equal ones are asked once each
+    model, sizes = build("llama", seed=0), []
+    real = model.forward
+    monkeypatch.setattr(model, "forward", lambda ids, **call: sizes.append(len(ids)) or real(ids, **call))
+    harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tmp_path, scorer="hflm", batch_size=batch_size)
+    assert max(sizes) == batch_size
+
+
+def test_quiet_where_nobody_watches(tasks_dir, byte_tokenizer, capfd):
+    for scorer in lm.SCORERS:
+        harness.score(model=build("llama", seed=0), tokenizer=byte_tokenizer, tasks_dir=tasks_dir, scorer=scorer)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_model_the_shared_prefix_does_not_fit_is_scored_by_hflm_and_says_so(tasks_dir, byte_tokenizer):
+    from tests.evaluation.test_shared_prefix import granite
+
+    scores, _ = harness.score(model=granite(max_position_embeddings=512), tokenizer=byte_tokenizer, tasks_dir=tasks_dir)
+    assert scores["scoring"]["scorer"].startswith("hflm (shared-prefix not used: its log-likelihoods differ")
+
+
+def test_refusals(tasks_dir, tmp_path, byte_tokenizer):
+    model = build("llama", seed=0)
+    with pytest.raises(UserError, match="scorer 'fast' is unknown"):
+        harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tasks_dir, scorer="fast")
+    with pytest.raises(UserError, match="batch_size 0"):
+        harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tasks_dir, batch_size=0)
+    with pytest.raises(UserError, match="tasks.json does not exist"):
+        harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tmp_path)

@@ -1,0 +1,150 @@
+"""Local rows in lm-eval's tasks: the shipped prompts, and every way of scoring 0.0 in silence refused by name."""
+
+import pytest
+
+from evaluation.task import SHIPPED, check, doc_hash, make_task, read_rows, render, shipped_yaml
+from experiments.errors import UserError
+from tests.evaluation.conftest import HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
+
+
+def made(tmp_path, rows, task="sciq", *, metric="acc", name="set"):
+    return make_task(name, task, write_rows(tmp_path / "rows.jsonl", rows), metric=metric)
+
+
+def test_shipped_prompt_on_local_rows(tmp_path):
+    first = render(made(tmp_path, SCIQ))[1]
+    assert first["context"] == "It has been said that \nQuestion: What is number 1?\nAnswer:"
+    assert first["choices"] == [" wind", " a longer wrong answer a longer wrong answer ", " w", " water 1"]
+    assert first["gold"] == 3
+    assert "norm" not in first
+
+
+def test_process_docs_and_acc_norm(tmp_path):
+    row = render(made(tmp_path, HELLASWAG, "hellaswag", metric="acc_norm"))[2]
+    assert row["context"] == "Baking: A man has 2 eggs.. He Breaks them"
+    assert row["choices"][1] == " into a bowl and stirs."  # [substeps] and double spaces removed by the task
+    assert row["gold"] == 2
+    assert row["norm"] == [len(choice) - 1 for choice in row["choices"]]
+
+
+def test_one_continuation(tmp_path):
+    row = render(made(tmp_path, LAMBADA, "lambada_openai"))[0]
+    assert row["context"].endswith("ran to the") and row["choices"] == [" house"] and row["gold"] == 0
+
+
+def test_id_is_the_doc_hash_of_the_processed_document(tmp_path):
+    task = made(tmp_path, HELLASWAG, "hellaswag")
+    assert [row["id"] for row in render(task)] == [doc_hash(doc) for doc in task.eval_docs]
+    assert len({row["id"] for row in render(task)}) == len(HELLASWAG)
+
+
+def test_inline_task_and_one_built_on_a_shipped_one(tmp_path):
+    rows = [{"q": "2+2?", "options": ["3", "4"], "answer": 1}, {"q": "1+1?", "options": ["2", "5"], "answer": 0}]
+    inline = {"doc_to_text": "{{q}}", "doc_to_choice": "options", "doc_to_target": "answer"}
+    assert render(made(tmp_path, rows, inline))[0] | {"id": ""} == {
+        "id": "", "context": "2+2?", "choices": [" 3", " 4"], "gold": 1}  # fmt: skip
+    described = render(made(tmp_path, SCIQ, {"include": "sciq", "description": "Science.\n"}))
+    assert described[0]["context"].startswith("Science.\n")
+
+
+def test_every_shipped_task_of_the_studies_is_found_without_the_index():
+    for name in ("sciq", "hellaswag", "piqa", "lambada_openai", "copa", "arc_easy", "arc_challenge", "openbookqa",
+                 "medmcqa", "winogrande", "commonsense_qa", "social_iqa", "boolq", "mmlu_anatomy"):  # fmt: skip
+        assert shipped_yaml(name).is_relative_to(SHIPPED)
+    assert shipped_yaml("arc_challenge").name == "arc_challenge.yaml"
+    assert not shipped_yaml("general_text").is_relative_to(SHIPPED)
+
+
+def test_unknown_task_names_its_neighbour():
+    with pytest.raises(UserError, match="hellaswagg.*did you mean hellaswag"):
+        shipped_yaml("hellaswagg")
+
+
+BOOLQ = [{"passage": "Water is wet.", "question": "is water wet", "answer": True}]
+
+
+def test_boolq_rows_with_answer_instead_of_label_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no column 'label' \(columns: \['answer', 'passage', 'question'\]\)"):
+        made(tmp_path, BOOLQ, "boolq")
+    assert render(made(tmp_path, [BOOLQ[0] | {"label": 1}], "boolq"))[0]["gold"] == 1
+
+
+def without(rows, column):
+    return [{key: value for key, value in row.items() if key != column} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "rows, task, column",
+    [(SCIQ, "sciq", "support"), (SCIQ, "sciq", "distractor2"), (HELLASWAG, "hellaswag", "endings"),
+     (HELLASWAG, "hellaswag", "label"), (LAMBADA, "lambada_openai", "text")],
+)  # fmt: skip
+def test_a_missing_column_is_named(rows, task, column, tmp_path):
+    with pytest.raises(UserError, match=f"{column}.*rename"):
+        made(tmp_path, without(rows, column), task)
+
+
+def test_a_value_missing_in_a_later_row_is_refused(tmp_path):
+    with pytest.raises(UserError, match="row 3"):
+        made(tmp_path, [*HELLASWAG[:2], HELLASWAG[2] | {"label": "4"}], "hellaswag")
+    with pytest.raises(UserError, match="row 2 has no 'support'"):
+        task = made(tmp_path, SCIQ)
+        check(task, [SCIQ[0], *without(SCIQ[1:2], "support")], ["question", "support"])
+
+
+@pytest.mark.parametrize("label", [2, -1, "x", None])
+def test_gold_outside_the_choices_is_refused(label, tmp_path):
+    inline = {"doc_to_text": "{{q}}", "doc_to_choice": ["no", "yes"], "doc_to_target": "label"}
+    rows = [{"q": "a", "label": 1}, {"q": "b", "label": label}]
+    with pytest.raises(UserError, match="row"):
+        made(tmp_path, rows, inline)
+
+
+def test_siqa_label_zero_becomes_minus_one_and_is_refused(tmp_path):
+    row = {"context": "A.", "question": "Why?", "answerA": "a", "answerB": "b", "answerC": "c", "label": "0"}
+    with pytest.raises(UserError, match="gold answer '-1'"):
+        made(tmp_path, [row], "social_iqa")
+
+
+def test_metric_the_task_does_not_have(tmp_path):
+    with pytest.raises(UserError, match=r"metric 'acc_norm'.*\['acc'\]"):
+        made(tmp_path, WINOGRANDE, "winogrande", metric="acc_norm")
+
+
+def test_choices_in_the_context_are_scored_but_not_rendered(tmp_path):
+    task = made(tmp_path, WINOGRANDE, "winogrande")
+    with pytest.raises(UserError, match="cannot be rendered"):
+        render(task)
+
+
+def test_unknown_key_of_an_inline_task(tmp_path):
+    with pytest.raises(UserError, match="'doc_to_txt'.*'doc_to_text'"):
+        made(tmp_path, SCIQ, {"doc_to_txt": "x"})
+
+
+def test_few_shot_from_the_scored_rows_is_refused(tmp_path):
+    with pytest.raises(UserError, match="num_fewshot is 2"):
+        made(tmp_path, SCIQ, {"include": "sciq", "num_fewshot": 2})
+
+
+def test_bad_files(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        read_rows(tmp_path / "none.jsonl")
+    with pytest.raises(UserError, match="is empty"):
+        read_rows(write_rows(tmp_path / "empty.jsonl", []))
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\nnot json\n')
+    with pytest.raises(UserError, match="line 2 is not JSON"):
+        read_rows(tmp_path / "bad.jsonl")
+
+
+def test_rows_are_read_anew_each_time_and_nothing_is_printed(tmp_path, capfd):
+    file = write_rows(tmp_path / "rows.jsonl", SCIQ[:1])
+    assert len(render(make_task("a", "sciq", file, metric="acc"))) == 1
+    write_rows(file, SCIQ[:2])
+    assert len(render(make_task("a", "sciq", file, metric="acc"))) == 2
+    made(tmp_path, HELLASWAG, "hellaswag")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_columns_that_only_later_rows_have(tmp_path):
+    rows = [SCIQ[0], SCIQ[1] | {"note": "x"}]
+    assert list(made(tmp_path, rows).eval_docs[0]) == [*SCIQ[0], "note"]

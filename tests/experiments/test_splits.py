@@ -1,0 +1,82 @@
+import random
+
+import pytest
+
+from experiments import splits
+from experiments.errors import UserError
+
+
+def numbered(n, *, prefix="What is number"):
+    return [{"id": i, "question": f"{prefix} {i}?", "answer": str(i)} for i in range(n)]
+
+
+def question(row):
+    return row["question"]
+
+
+def test_a_split_does_not_depend_on_the_order_of_rows_or_columns():
+    rows = numbered(60)
+    shuffled = [dict(reversed(row.items())) for row in random.Random(1).sample(rows, 60)]
+    one, other = (splits.three_way(r, question=question, train=30, probe=10, test=20) for r in (rows, shuffled))
+    assert (one.train, one.probe, one.test) == (other.train, other.probe, other.test)
+    assert (len(one.train), len(one.probe), len(one.test)) == (30, 10, 20)
+
+
+def test_no_question_is_in_two_sets_however_it_is_written():
+    rows = numbered(40) + [{"id": 100 + i, "question": f"  what IS number {i} ", "answer": "other"} for i in range(40)]
+    split = splits.three_way(rows, question=question, train="all", probe=11, test=21)
+    sets = [{splits.normalised(r["question"]) for r in part} for part in (split.train, split.probe, split.test)]
+    assert not (sets[0] & sets[1] or sets[0] & sets[2] or sets[1] & sets[2])
+    # 21 test rows take one row of an 11th question, 11 probe rows one of a 6th: their twins are dropped and counted
+    assert split.duplicates_between == 2 and split.duplicates_within == 0
+    assert len(split.train) + len(split.probe) + len(split.test) + 2 == 80
+
+
+def test_copies_are_dropped_and_counted():
+    rows = numbered(10) + [row | {"id": 50 + row["id"]} for row in numbered(4)]
+    split = splits.three_way(rows, question=question, train=5, probe=2, test=3)
+    assert split.duplicates_within == 4
+    assert splits.sample(rows, test=99, probe=9).duplicates_within == 4
+
+
+def test_separate_test_rows_clean_the_training_rows():
+    pool = numbered(6) + [{"question": "Only here?", "answer": "x"}]
+    split = splits.three_way(numbered(30), question=question, train="all", probe=4, test=3, test_rows=pool)
+    assert len(split.test) == 3 and all(row in pool for row in split.test)
+    # all six shared questions go, also those of test rows that are not scored
+    assert split.duplicates_between == 6 and len(split.train) == 20
+    assert len(splits.three_way(numbered(9), question=question, train=1, probe=0, test="all", test_rows=pool).test) == 7
+
+
+def test_a_larger_sample_holds_the_smaller_one():
+    rows = numbered(50)
+    small, large = splits.sample(rows, test=10, probe=5), splits.sample(rows, test=20, probe=5)
+    assert large.test[:10] == small.test and large.test[10:15] == small.probe
+    assert splits.sample(rows, test=200, probe=5).probe == []
+
+
+def test_the_sample_is_not_the_first_rows():
+    assert [row["id"] for row in splits.sample(numbered(50), test=10, probe=0).test] != list(range(10))
+
+
+def test_too_few_rows_are_refused():
+    with pytest.raises(UserError, match="domains.x: 8 train rows are asked for, 5 can be had out of 10"):
+        splits.three_way(numbered(10), question=question, train=8, probe=2, test=3, where="domains.x")
+    with pytest.raises(UserError, match="1 test rows|0 test rows"):
+        splits.three_way(numbered(10), question=question, train=8, probe=2, test=0, where="domains.x")
+    with pytest.raises(UserError, match="a split of 'al' rows"):
+        splits.three_way(numbered(10), question=question, train="al", probe=2, test=3)
+
+
+def test_halves_are_disjoint_and_stable_when_text_is_added():
+    texts = [f"Passage number {i}." for i in range(200)]
+    first, second, copies = splits.halves([*texts, "passage NUMBER 7"])
+    assert copies == 1 and sorted(first + second) == sorted(texts)
+    assert 70 < len(first) < 130
+    more, _, _ = splits.halves([*texts, *(f"Another {i}" for i in range(100))])
+    assert set(first) <= set(more)
+
+
+def test_normalising():
+    assert splits.normalised("  What's  H\u2082O?\n") == "what s h2o"
+    assert splits.text_hash("A b") == splits.text_hash("a  B!") != splits.text_hash("ab")

@@ -1,0 +1,130 @@
+"""EWC's closed form against the loss it stands for, and its laws."""
+
+import pytest
+import torch
+
+from experiments.errors import UserError
+from methods.ewc import EWC, diagonal_fisher
+from methods.lora import LoRA
+
+
+def base_of(model):
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def prepared(part, model, documents, base):
+    return part.prepare(model=model, base=base, general=documents, seed=0, fit=None, progress=None)
+
+
+def loss_form(run, fisher, strength):
+    """strength/2 · Σ F (θ − θ₀)² as a differentiable function of what is trained, written out once more."""
+    total = 0.0
+    for name, f in fisher.items():
+        factors = [w for n, w in run.weights.items() if ".lora_" in n and n.split(".lora_")[0].endswith(name.removesuffix(".weight"))]
+        if len(factors) == 2:
+            moved = run.model.peft_config["default"].lora_alpha / run.model.peft_config["default"].r * factors[1] @ factors[0]
+        elif name in run.weights:
+            moved = run.weights[name] - run.base[name]
+        else:
+            continue
+        total = total + strength / 2 * (f * moved**2).sum()
+    return total
+
+
+@pytest.mark.parametrize("adapter", [(), (LoRA(rank=3, alpha=7),)])
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gptj"])
+@pytest.mark.parametrize("scope", ["adapted", "whole-model"])
+def test_closed_form_is_the_gradient_of_the_loss_form(make, documents, run_of, drawn, kind, adapter, scope):
+    model, base = make(kind), base_of(make(kind))
+    for part in adapter:
+        model = part.adapt(model, seed=0)
+    ewc = EWC(strength=3.0, scope=scope)
+    fisher = prepared(ewc, model, documents, base).importance
+    assert len(fisher) == (4 if adapter and scope == "adapted" else len(base))
+    run, state = run_of(model, base), {"importance": fisher}
+    ewc.begin(run=run, state=state, examples=documents)
+    drawn(model)
+    wanted = loss_form(run, fisher, 3.0)
+    gradients = torch.autograd.grad(wanted, [*run.weights.values()])
+    for w in run.weights.values():
+        w.grad = torch.ones_like(w)  # it is added to what is there
+    value = ewc.before_clip(run=run, state=state, step=0)
+    assert wanted > 0
+    torch.testing.assert_close(value, wanted.detach(), rtol=1e-12, atol=0)
+    for (name, w), g in zip(run.weights.items(), gradients):
+        torch.testing.assert_close(w.grad - 1, g, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+    anchored = sum(t.nbytes for t in state["anchor"].values())
+    assert anchored == (0 if adapter else sum(t.nbytes for t in base.values()))
+
+
+@pytest.mark.parametrize("estimator", ["empirical", "sampled", "batched"])
+def test_preparation(make, documents, estimator):
+    part = EWC(estimator=estimator, samples=4, length=6, batch_size=3)
+    done = prepared(part, make(), documents, {})
+    short = [{n: t[:6] for n, t in d.items()} for d in documents[:4]]
+    singles = [{n: t[None] for n, t in d.items()} for d in short]
+    if estimator != "batched":
+        wanted = diagonal_fisher(make(), singles, estimator)
+        for name in wanted:
+            torch.testing.assert_close(done.importance[name], wanted[name])
+    assert done.tokens == sum(len(d["input_ids"]) for d in short)
+    assert done.notes["documents"] == 4 and done.notes.get("batch_size") == (3 if estimator == "batched" else None)
+    assert part.report(run=None, state={}).get("batch_size") == (3 if estimator == "batched" else None)
+    bars = []
+
+    class Bar:
+        def __init__(self, total, desc, unit):
+            self.total, self.n = total, 0
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            return None
+
+        def update(self, n):
+            self.n += n
+
+    part.prepare(model=make(), base={}, general=documents, seed=0, fit=None, progress=Bar)
+    assert bars[0].n == bars[0].total == 4
+
+
+@pytest.mark.parametrize("adapter", [(), (LoRA(rank=2),)])
+def test_zero_strength_is_plain_fine_tuning_bit_for_bit(make, documents, train, adapter):
+    model = make(dtype=torch.float32)
+    for part in adapter:
+        model = part.adapt(model, seed=0)
+    fisher = prepared(EWC(), model, documents, {}).importance
+    plain = train(make(dtype=torch.float32), adapter, documents)
+    nothing = train(make(dtype=torch.float32), (*adapter, EWC(strength=0.0)), documents, states={"ewc": {"importance": fisher}})
+    held = train(make(dtype=torch.float32), (*adapter, EWC(strength=1e4)), documents, states={"ewc": {"importance": fisher}})
+    assert all(torch.equal(w, nothing.run.weights[n]) for n, w in plain.run.weights.items())
+    assert any(not torch.equal(w, held.run.weights[n]) for n, w in plain.run.weights.items())
+    assert [row["penalty"] for row in nothing.curve] == [0, 0, 0] and held.curve[-1]["penalty"] > 0
+
+
+def test_a_strong_penalty_holds_the_weights(make, documents, train):
+    base = base_of(make())
+    fisher = prepared(EWC(), make(), documents, base).importance
+    moved = []
+    for strength in (0.0, 1e6):
+        result = train(make(), (EWC(strength=strength),), documents, states={"ewc": {"importance": fisher}}, epochs=6, learning_rate=3e-3)
+        moved.append(sum((fisher[n] * (w.detach() - base[n]) ** 2).sum().item() for n, w in result.run.weights.items()))
+    assert moved[1] < 0.2 * moved[0]
+
+
+def test_a_fisher_of_other_tensors_is_refused(make, documents, run_of):
+    state = {"importance": prepared(EWC(), LoRA(targets=("q_proj",)).adapt(make(), seed=0), documents, {}).importance}
+    with pytest.raises(UserError, match="ewc: the Fisher has nothing on .*v_proj"):
+        EWC().begin(run=run_of(LoRA().adapt(make(), seed=0), base_of(make())), state=state, examples=[])
+
+
+def test_bf16_checkpoints_are_held_in_their_own_dtype(make, documents, train):
+    base = {n: p.detach().clone() for n, p in make(dtype=torch.bfloat16).named_parameters()}
+    model = make(dtype=torch.bfloat16)
+    fisher = prepared(EWC(), model, documents, base).importance
+    result = train(model, (EWC(strength=1.0),), documents, states={"ewc": {"importance": fisher}}, base=base)
+    assert all(t.dtype == torch.bfloat16 for t in result.states["ewc"]["anchor"].values())
+    assert all(w.dtype == torch.float32 for w in result.run.weights.values())
+    assert result.curve[0]["penalty"] == 0 and result.curve[-1]["penalty"] > 0

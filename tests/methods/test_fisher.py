@@ -1,0 +1,174 @@
+"""The Fisher against one autograd call an example, whatever the batch, the padding and the order."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from experiments.errors import UserError
+from methods.ewc import diagonal_fisher
+from methods.fisher import _drawn
+from methods.lora import LoRA
+from methods.effective import base_parameters
+
+KINDS = ["llama-tied", "llama-untied", "gptj"]
+
+
+def brute_force(model, documents, labels=None):
+    """Mean over documents of the squared gradient of Σ nll, by torch.autograd.grad; unused tensors are zero."""
+    parameters = dict(model.named_parameters())
+    total = {n: torch.zeros_like(p) for n, p in parameters.items()}
+    for i, document in enumerate(documents):
+        wanted = document["labels"][1:] if labels is None else labels[i]
+        logits = model(input_ids=document["input_ids"][None]).logits[0, :-1]
+        loss = F.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
+        for name, g in zip(parameters, torch.autograd.grad(loss, parameters.values(), allow_unused=True)):
+            total[name] += 0 if g is None else g**2
+    return {n: (t / len(documents)).detach() for n, t in total.items()}
+
+
+def padded(documents, side="right", pad=3):
+    width = max(len(d["input_ids"]) for d in documents) + 1
+    rows = {"input_ids": [], "labels": [], "attention_mask": []}
+    for d in documents:
+        gap = width - len(d["input_ids"])
+        where = (0, gap) if side == "right" else (gap, 0)
+        rows["input_ids"].append(F.pad(d["input_ids"], where, value=pad))
+        rows["labels"].append(F.pad(d["labels"], where, value=7))  # a label on padding must not count
+        rows["attention_mask"].append(F.pad(torch.ones_like(d["input_ids"]), where))
+    return {n: torch.stack(r) for n, r in rows.items()}
+
+
+def same(found, wanted, rtol=1e-6):
+    """Equal to float32 rounding, float32, and the same names."""
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name].double(), wanted[name].double(), rtol=rtol, atol=rtol * 1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_brute_force_for_every_padding_batch_and_order(make, documents, kind):
+    model = make(kind)
+    wanted = brute_force(model, documents)
+    assert all(w.abs().sum() > 0 for w in wanted.values())
+    same(diagonal_fisher(model, [padded(documents)]), wanted)
+    same(diagonal_fisher(model, [padded(documents, "left")]), wanted)
+    same(diagonal_fisher(model, [padded(documents[3:]), padded(documents[:3], "left")]), wanted)
+    same(diagonal_fisher(model, [{n: t[None] for n, t in d.items()} for d in reversed(documents)]), wanted)
+
+
+def test_tied_tensors_appear_once_with_both_uses(make, documents):
+    names = diagonal_fisher(make("llama-tied"), [padded(documents)]).keys()
+    assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
+    assert "lm_head.weight" in diagonal_fisher(make("llama-untied"), [padded(documents)])
+
+
+def test_without_labels_every_token_is_one(make, documents):
+    model = make()
+    everything = [{"input_ids": d["input_ids"], "labels": d["input_ids"]} for d in documents]
+    batch = padded(documents)
+    del batch["labels"]
+    same(diagonal_fisher(model, [batch]), brute_force(model, everything))
+
+
+def test_an_example_without_a_label_counts_with_zero(make, documents):
+    model = make()
+    silent = {"input_ids": documents[0]["input_ids"], "labels": torch.full_like(documents[0]["labels"], -100)}
+    half = diagonal_fisher(model, [padded([documents[1], silent])])
+    same({n: 2 * f for n, f in half.items()}, brute_force(model, documents[1:2]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sampled_draws_by_seed_and_document_alone(make, documents, kind):
+    model = make(kind)
+    draws = []
+    for d in documents:
+        labels = torch.full((len(d["labels"]) - 1,), -100)
+        asked = d["labels"][1:] != -100
+        with torch.no_grad():
+            labels[asked] = _drawn(model(input_ids=d["input_ids"][None]).logits[0, :-1][asked], d["input_ids"], 3)
+        draws.append(labels)
+    wanted = brute_force(model, documents, draws)
+    same(diagonal_fisher(model, [padded(documents)], "sampled", seed=3), wanted)
+    same(diagonal_fisher(model, [padded(documents[::-1], "left")], "sampled", seed=3), wanted)
+    state = torch.random.get_rng_state()
+    other = diagonal_fisher(model, [padded(documents)], "sampled", seed=4)
+    assert any(not torch.allclose(other[n].double(), wanted[n]) for n in wanted)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_sampled_estimates_the_true_fisher(make):
+    model = make(vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    ids = torch.tensor([2, 3])
+    name, parameter = "model.norm.weight", model.model.norm.weight
+    chances = model(input_ids=ids[None]).logits[0, 0].log_softmax(-1)
+    exact = sum(c.exp().detach() * torch.autograd.grad(-c, parameter, retain_graph=True)[0] ** 2 for c in chances)
+    draws = [diagonal_fisher(model, [{"input_ids": ids[None]}], "sampled", seed=s, parameters=[name])[name] for s in range(600)]
+    torch.testing.assert_close(torch.stack(draws).mean(0).double(), exact, rtol=0.25, atol=0.05 * exact.max().item())
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batched_is_the_square_of_the_mean_gradient(make, documents, kind, side):
+    model = make(kind)
+    groups = [documents[:4], documents[4:]]
+    total = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for group in groups:
+        mean = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+        for d in group:
+            loss = F.cross_entropy(model(input_ids=d["input_ids"][None]).logits[0, :-1], d["labels"][1:], reduction="sum")
+            for n, g in zip(mean, torch.autograd.grad(loss, [*model.parameters()])):
+                mean[n] += g / len(group)
+        for n, g in mean.items():
+            total[n] += len(group) * g**2 / len(documents)
+    # GPT-J's attention scores are float32 whatever the model's dtype, so padding moves their last bits
+    same(diagonal_fisher(model, [padded(g, side) for g in groups], "batched"), total, rtol=1e-3 if kind == "gptj" else 1e-6)
+
+
+def test_left_over_gradients_do_not_leak_and_everything_is_restored(make, documents):
+    model = make(attention_dropout=0.5)
+    clean = diagonal_fisher(model, [padded(documents)])
+    model.train()
+    model.model.layers[0].eval()
+    frozen, stale = model.model.norm.weight, model.model.embed_tokens.weight
+    frozen.requires_grad_(False)
+    stale.grad = gradient = torch.full_like(stale, 9.0)
+    same(diagonal_fisher(model, [padded(documents)]), {n: f.double() for n, f in clean.items()})
+    assert stale.grad is gradient and (gradient == 9).all() and not frozen.requires_grad
+    assert model.training and not model.model.layers[0].training and model.model.layers[1].training
+    assert all(p.grad is None for p in model.parameters() if p is not stale)
+    assert not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    with torch.no_grad():
+        same(diagonal_fisher(model, [padded(documents)]), {n: f.double() for n, f in clean.items()})
+
+
+def test_restored_after_an_error_too(make, documents):
+    model = make()
+    model.model.norm.weight.requires_grad_(False)
+    with pytest.raises(KeyError):
+        diagonal_fisher(model, [padded(documents), {"input_ids": documents[0]["input_ids"][None], "attention_mask": None}, {}])
+    assert not model.model.norm.weight.requires_grad and not any(p._post_accumulate_grad_hooks for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gptj"])
+def test_under_a_fresh_adapter_the_base_weights_have_the_bases_fisher(make, documents, kind):
+    wanted = diagonal_fisher(make(kind), [padded(documents)])
+    adapted = LoRA(rank=2, dropout=0.5).adapt(make(kind), seed=1)
+    same(diagonal_fisher(adapted, [padded(documents)], parameters=base_parameters(adapted)), {n: f.double() for n, f in wanted.items()})
+    assert all(p.requires_grad == (".lora_" in n) for n, p in adapted.named_parameters())
+
+
+def test_bad_input_is_named(make, documents):
+    with pytest.raises(UserError, match="estimator is 'exact'.*empirical, sampled, batched"):
+        diagonal_fisher(make(), [padded(documents)], "exact")
+    with pytest.raises(UserError, match="no examples"):
+        diagonal_fisher(make(), [])
+
+
+def test_bf16_models_accumulate_in_float32(make, documents):
+    model = make(dtype=torch.bfloat16)
+    found = diagonal_fisher(model, [padded(documents)])
+    wanted = diagonal_fisher(make(dtype=torch.float32), [padded(documents)])
+    assert all(f.dtype == torch.float32 for f in found.values())
+    ratio = sum(f.sum() for f in found.values()) / sum(f.sum() for f in wanted.values())
+    assert ratio == pytest.approx(1, rel=0.1)

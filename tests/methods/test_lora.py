@@ -1,0 +1,95 @@
+"""LoRA: what is drawn, merged and saved."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+
+from experiments.engine import final_weights
+from experiments.errors import UserError
+from methods.lora import LoRA
+
+
+def logits(model, documents):
+    with torch.no_grad():
+        return model.eval()(input_ids=documents[0]["input_ids"][None]).logits
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("kind, targets", [("llama-tied", ("q_proj", "v_proj")), ("gptj", ("q_proj", "fc_in")), ("llama-untied", ("down_proj", "k_proj"))])
+def test_merged_and_saved_adapters_compute_what_was_trained(make, documents, train, tmp_path, kind, targets, rslora, dtype):
+    base = {n: p.detach().clone() for n, p in make(kind, dtype).named_parameters()}
+    part = LoRA(rank=3, alpha=6, targets=targets, rslora=rslora, dropout=0.1)
+    result = train(make(kind, dtype), (part,), documents, base=base)
+    trained = logits(result.run.model, documents)
+    final = final_weights(result, (part,))
+    assert {n.rsplit(".", 2)[-2] for n in final} == set(targets) and all(t.dtype == dtype for t in final.values())
+    merged = make(kind, dtype)
+    assert not torch.allclose(logits(merged, documents), trained, atol=1e-5)
+    with torch.no_grad():
+        for name, tensor in final.items():
+            merged.get_parameter(name).copy_(tensor)
+    near = {torch.float64: 1e-5 if kind == "gptj" else 1e-11, torch.float32: 1e-4}[dtype]  # gptj attends in float32
+    torch.testing.assert_close(logits(merged, documents), trained, rtol=near, atol=near)
+    part.save(run=result.run, state={}, folder=tmp_path)
+    loaded = PeftModel.from_pretrained(make(kind, dtype), tmp_path / "adapter", autocast_adapter_dtype=False)
+    torch.testing.assert_close(logits(loaded, documents), trained, rtol=near, atol=near)
+    beneath = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): p for n, p in result.run.model.named_parameters()}
+    assert all(torch.equal(beneath[name], tensor) for name, tensor in base.items())  # nothing but the adapter has moved
+
+
+def test_saved_files_are_the_same_bytes_every_time(make, documents, train, tmp_path):
+    for place in ("one", "two"):
+        part = LoRA(rank=2, targets=("v_proj", "q_proj", "down_proj"))
+        part.save(run=train(make(), (part,), documents).run, state={}, folder=tmp_path / place)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "one/adapter" / name).read_bytes() == (tmp_path / "two/adapter" / name).read_bytes()
+    config = json.loads((tmp_path / "one/adapter/adapter_config.json").read_text())
+    assert list(config) == sorted(config) and config["target_modules"] == ["down_proj", "q_proj", "v_proj"]
+
+
+def test_the_seed_alone_draws_the_adapter(make):
+    def draw(seed, noise):
+        torch.manual_seed(noise)
+        state = torch.random.get_rng_state()
+        model = LoRA(rank=2).adapt(make(dtype=torch.float32), seed=seed)
+        assert torch.equal(state, torch.random.get_rng_state())
+        return {n: p.detach() for n, p in model.named_parameters() if ".lora_" in n}
+
+    first, again, other = draw(0, 1), draw(0, 2), draw(1, 1)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    for name in first:
+        assert torch.equal(first[name], other[name]) == ("lora_B" in name)
+        assert ("lora_B" in name) == bool((first[name] == 0).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_adapters_take_the_models_dtype_and_alone_are_trained(make, dtype):
+    model = LoRA().adapt(make("gptj", dtype), seed=0)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert len(trained) == 8 and all(".lora_" in n for n in trained)
+    assert all(p.dtype == dtype for p in model.parameters())
+
+
+def test_targets_that_match_nothing_get_the_nearest_names(make):
+    with pytest.raises(UserError, match=r"lora.targets: 'q_prj' is no linear layer of this model; nearest: q_proj"):
+        LoRA(targets=("q_prj", "v_proj")).adapt(make(), seed=0)
+    with pytest.raises(UserError, match=r"'query_key_value' is no linear.*all: fc_in, fc_out, k_proj, lm_head, out_proj, q_proj, v_proj"):
+        LoRA(targets=("query_key_value",)).adapt(make("gptj"), seed=0)
+    with pytest.raises(UserError, match="lora.targets is empty"):
+        LoRA(targets=()).adapt(make(), seed=0)
+    with pytest.raises(UserError, match="'lm_head' is the head"):
+        LoRA(targets=("lm_head",)).adapt(make("llama-tied"), seed=0)
+
+
+def test_merging_keeps_what_another_part_has_written(make, documents, train):
+    part = LoRA(rank=2)
+    result = train(make(), (part,), documents)
+    plain = part.finish(run=result.run, state={}, final={})
+    name = next(iter(plain))
+    changed = part.finish(run=result.run, state={}, final={name: result.run.base[name] + 1, "other": torch.ones(1)})
+    torch.testing.assert_close(changed[name], plain[name] + 1)
+    assert changed["other"] == 1
+    assert part.report(run=result.run, state={}) == {"adapted_layers": 4, "trained_entries": 2 * (2 * (32 + 32) + 2 * (32 + 16)), "scale": 16}
