@@ -49,7 +49,7 @@ def _finished(loaded: Loaded, cell: str) -> Run:
     items = loaded.items[loaded.items["cell"] == cell] if len(loaded.items) else pd.DataFrame()
     end = _milliseconds(row["when"])
     start = end - round(1000 * float(curve["seconds"].max())) if len(curve) and curve["seconds"].notna().any() else end
-    settings = {**row["settings"], **(row["parts"] if isinstance(row.get("parts"), dict) else {}), **{key: row[key] for key in ("model", "domain", "method", "dtype", "numerics", "scoring")}, "seed": int(row["seed"])}
+    settings = {**(row["parts"] if isinstance(row.get("parts"), dict) else {}), **row["settings"], **{key: row[key] for key in ("model", "domain", "method", "dtype", "numerics", "scoring")}, "seed": int(row["seed"])}
     gain, lost = ("unknown" if pd.isna(row[key]) else f"{100 * row[key]:+.1f} points" for key in ("domain_gain", "forgetting"))
     flag = " **NOT A RESULT.**" if row["not_a_result"] else ""
     return Run(

@@ -20,32 +20,38 @@ from experiments.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One row, encoded: a request for each choice (or for each window of a text)."""
+    """One row, encoded: a request for each choice, or for a text all of it behind the prefix token."""
 
     requests: tuple[shared_prefix.Request, ...]
     gold: int | None  # None for a text
     norm: tuple[int, ...] | None  # characters of each choice, where accuracy is per character
 
+    def windows(self, max_length: int) -> list[shared_prefix.Request]:
+        """The requests as a model of `max_length` can take them: a long text in pieces."""
+        if self.gold is not None:
+            return list(self.requests)
+        (((prefix,), ids),) = self.requests
+        return list(encode.windows(ids, prefix=prefix, max_length=max_length))
+
 
 Sets = dict[str, list[Item]]
 
 
-def load_probes(folder: Path, tokenizer: Any, *, max_length: int = encode.DEFAULT_MAX_LENGTH) -> Sets:
+def load_probes(folder: Path, tokenizer: Any) -> Sets:
     """Every set of a probe folder by its file's name, in alphabetical order, encoded once."""
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
         raise UserError(f"no probe sets (*.jsonl) in {folder}: run the `data` stage first")
-    return {file.stem: encoded(_rows(file), tokenizer, max_length=max_length) for file in files}
+    return {file.stem: encoded(_rows(file), tokenizer) for file in files}
 
 
-def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, max_length: int) -> list[Item]:
-    """Rows as HFLM would encode them; texts in windows of at most `max_length` tokens."""
+def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
+    """Rows as HFLM would encode them."""
     items = []
     for row in rows:
         if "text" in row:
-            ids, prefix = encode.encode_text(tokenizer, row["text"]), encode.prefix_token(tokenizer)
-            pieces = tuple(encode.windows(ids, prefix=prefix, max_length=max_length))
-            items.append(Item(requests=pieces, gold=None, norm=None))
+            text = ([encode.prefix_token(tokenizer)], encode.encode_text(tokenizer, row["text"]))
+            items.append(Item(requests=(text,), gold=None, norm=None))
         else:
             pairs = [encode.encode_pair(tokenizer, row["context"], choice) for choice in row["choices"]]
             requests = tuple((ids[:start], ids[start:]) for ids, start in pairs)
@@ -61,14 +67,14 @@ def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int
     Accuracy is lm-eval's: the likeliest choice, per character for acc_norm; where there is only one choice (LAMBADA),
     whether it is what the model would write. The model's modes and all random states are left as they were.
     """
-    requests = [request for items in sets.values() for item in items for request in item.requests]
+    limit = encode.max_length(model)
+    asked = {name: [item.windows(limit) for item in items] for name, items in sets.items()}
+    requests = [request for rows in asked.values() for row in rows for request in row]
     with preserved(model):
-        answers = iter(
-            shared_prefix.log_likelihoods(model, requests, max_length=encode.max_length(model), tokens=tokens)
-        )
+        answers = iter(shared_prefix.log_likelihoods(model, requests, max_length=limit, tokens=tokens))
     report: dict[str, float] = {}
     for name, items in sets.items():
-        scored = [[next(answers) for _ in item.requests] for item in items]
+        scored = [[next(answers) for _ in row] for row in asked[name]]
         if items[0].gold is None:
             nats = -math.fsum(value for values in scored for value, _ in values)
             report["perplexity"] = math.exp(min(nats / _tokens(r for i in items for r in i.requests), 700.0))

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import jinja2
+import jinja2.meta
 import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._yaml_loader import load_yaml
-from lm_eval.utils import handle_non_serializable, hash_string
+from lm_eval.utils import env as jinja_env, handle_non_serializable, hash_string
 
 from experiments.errors import UserError
 
@@ -99,7 +99,7 @@ def make_task(name: str, task: str | Mapping[str, Any], rows_file: Path, *, metr
     """
     config = _config(name, task)
     rows = read_rows(rows_file)
-    with _named(f"task {name} ({rows_file})", rows):
+    with _named(f"task {name} ({rows_file})", rows, config):
         made = LocalTask(rows=rows, config=config, metric=metric)
     known = sorted(made.aggregation())
     perplexity = made.OUTPUT_TYPE == "loglikelihood_rolling" and metric == "perplexity"  # ours: exp(nats per token)
@@ -121,7 +121,7 @@ def check(task: LocalTask, rows: Iterable[Mapping[str, Any]], columns: Iterable[
                 )
     if task.OUTPUT_TYPE == "multiple_choice":
         for number, doc in enumerate(task.eval_docs, 1):
-            with _named(f"task {name}, row {number}", task.rows):
+            with _named(f"task {name}, row {number}", task.rows, vars(task.config)):
                 gold_index(task, doc, number)
 
 
@@ -234,15 +234,30 @@ def _dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
 
 
 @contextlib.contextmanager
-def _named(what: str, rows: list[dict[str, Any]]) -> Iterator[None]:
+def _named(what: str, rows: list[dict[str, Any]], config: Mapping[str, Any]) -> Iterator[None]:
     """Errors of a prompt that asks for a column the rows lack, told as such."""
+    columns = sorted(rows[0])
     try:
         yield
     except UserError:
         raise
-    except jinja2.UndefinedError as error:
-        raise UserError(f"{what}: {error.message} (columns: {sorted(rows[0])}): rename it in `columns:`") from error
     except KeyError as error:
-        raise UserError(f"{what}: no column {error} (columns: {sorted(rows[0])}): rename it in `columns:`") from error
-    except (TypeError, ValueError, IndexError, AttributeError, SyntaxError) as error:
+        raise UserError(f"{what}: no column {error} (columns: {columns}): rename it in `columns:`") from error
+    except (jinja2.TemplateError, TypeError, ValueError, IndexError, AttributeError, SyntaxError) as error:
+        # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
+        absent = sorted(_asked(config) - {column for row in rows for column in row})
+        if absent and not config.get("process_docs"):
+            told = f"no column {', '.join(map(repr, absent))} (columns: {columns}): rename it in `columns:`"
+            raise UserError(f"{what}: {told}") from error
         raise UserError(f"{what}: a row does not fit the task's prompt ({type(error).__name__}: {error})") from error
+
+
+def _asked(config: Mapping[str, Any]) -> set[str]:
+    """The columns that the task's templates name."""
+    templates = [config.get(key) for key in ("doc_to_text", "doc_to_choice", "doc_to_target")]
+    return {
+        column
+        for template in templates
+        if isinstance(template, str) and "{" in template
+        for column in jinja2.meta.find_undeclared_variables(jinja_env.parse(template))
+    }

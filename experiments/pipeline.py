@@ -1,5 +1,5 @@
-"""dvc.yaml written by a command where DVC's own language ends: the list of files `compare` depends on, and a
-study's dvc.yaml, which is the root's with its own folders. A test holds them to the root's."""
+"""dvc.yaml written by a command where DVC's own language ends: the cell files that `compare` depends on, the local
+rows that `data` reads, and a study's dvc.yaml, which is the root's with its own folders. A test holds them together."""
 
 import io
 
@@ -7,6 +7,7 @@ from ruamel.yaml import YAML
 
 from experiments import cells
 from experiments.paths import Paths
+from experiments.stages import resolve
 
 OUTPUTS = ("metrics.json", "curve.csv")
 
@@ -17,10 +18,17 @@ def compare_inputs(study) -> list[str]:
             for cell in cells.grid(study) for name in OUTPUTS]
 
 
-def listed_inputs(study) -> list[str]:
-    """The cell files that the study's dvc.yaml lists now."""
-    found = _yaml().load(study.paths.folder / "dvc.yaml")["stages"]["compare"]["deps"]
-    return [path for path in found if path.endswith(OUTPUTS)]
+def data_inputs(study) -> list[str]:
+    """The JSONL files of the user's own that the grid's domains, their tasks and the general text read."""
+    used = resolve.data(study)
+    blocks = [used["general"], *used["domains"].values(), *used["tasks"].values()]
+    return sorted({(block.get(key) or {})["jsonl"] for block in blocks for key in ("rows", "test_rows")
+                   if "jsonl" in (block.get(key) or {})})
+
+
+def behind(study) -> bool:
+    """Whether the study's dvc.yaml lists other cells or rows than its params.yaml asks for."""
+    return (study.paths.folder / "dvc.yaml").read_text() != rendered(study)
 
 
 def main(study) -> None:
@@ -42,6 +50,8 @@ def rendered(study) -> str:
             stage["wdir"] = "../../.."
     deps = document["stages"]["compare"]["deps"]
     deps[:] = compare_inputs(study) + [path for path in deps if not path.endswith(OUTPUTS)]
+    deps = document["stages"]["data"]["deps"]
+    deps[:] = data_inputs(study) + [path for path in deps if not path.endswith(".jsonl")]
     out = io.StringIO()
     _yaml().dump(document, out)
     return out.getvalue()

@@ -5,12 +5,14 @@
 The JSON and CSV files are the truth and this can be rebuilt from them at any time. Nothing here runs inside training.
 """
 
+import base64
 import filecmp
 import hashlib
 import json
 import logging
 import os
 import sqlite3
+import zlib
 from contextlib import closing
 from pathlib import Path
 from urllib.parse import unquote, urlparse
@@ -23,6 +25,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by mlflow when
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 FILES = ("metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json")
+VIEW, COLUMNS = "holdfast", ("domain_score", "domain_gain", "forgetting", "perplexity_ratio", "seconds_prepare", "seconds_train")
+# the rest of a view as MLflow 3.17 starts one; it refuses a view that lacks a key
+VIEW_STATE = {
+    **dict.fromkeys(("columnOrder", "runsPinned", "runsHidden"), []), **dict.fromkeys(("columnWidths", "runsExpanded", "runsVisibilityMap", "groupsExpanded"), {}),
+    **dict.fromkeys(("viewMaximized", "runListHidden", "isAccordionReordered"), False), **dict.fromkeys(("useGroupedValuesInCharts", "hideEmptyCharts", "autoRefreshEnabled"), True),
+    "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None,
+}
 METRICS, PARAMETERS, CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 1000, 100, 6000, 5000, 36  # MLflow's own limits
 
 
@@ -30,7 +39,13 @@ def main(study) -> None:
     """`python -m experiments track`: the study's grid into mlflow.db at the root, also from a temporary DVC copy."""
     root = Path(os.environ.get("DVC_ROOT", study.paths.root))
     made = track(results_root=study.paths.results, cells=grid(study), study=study.name or "default", database=root / "mlflow.db")
-    print(f"mlflow.db: {len(made)} runs of study {study.name or 'default'}; look with `make ui`, or `mlflow ui` in {root}")
+    print(f"mlflow.db: {len(made)} runs of study {study.name or 'default'}; start `mlflow ui` in {root} and open\n{link(study=study.name or 'default', database=root / 'mlflow.db')}")
+
+
+def link(*, study: str, database: Path | str, address: str = "http://127.0.0.1:5000") -> str:
+    """Where `mlflow ui` shows the study's runs with scores and costs as columns."""
+    experiment = _client(Path(database).resolve()).get_experiment_by_name(study)
+    return f"{address}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
 
 
 def track(*, results_root: Path | str, cells, study: str, database: Path | str) -> dict[str, str]:
@@ -39,13 +54,9 @@ def track(*, results_root: Path | str, cells, study: str, database: Path | str) 
     Experiment `study`, one run for each of `cells` with a result or a recorded failure; the run of a cell whose files are
     gone is deleted. The same files give the same runs, parameters and metrics, in this store or in a fresh one.
     """
-    from mlflow import MlflowClient
-
-    for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     root, database = Path(results_root), Path(database).resolve()
     database.parent.mkdir(parents=True, exist_ok=True)
-    client = MlflowClient(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}")
+    client = _client(database)
     experiment = _experiment(client, study, folder=database.parent / "mlartifacts" / study)
     runs = client.search_runs([experiment], max_results=50_000)
     loaded, exp_name, made = load_cells(root, cells), os.environ.get("DVC_EXP_NAME", ""), {}
@@ -69,13 +80,24 @@ def track(*, results_root: Path | str, cells, study: str, database: Path | str) 
     return made
 
 
+def _client(database: Path):
+    from mlflow import MlflowClient
+
+    for noisy in ("alembic", "mlflow", "mlflow.store.db.utils"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    return MlflowClient(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}")
+
+
 def _experiment(client, study: str, *, folder: Path) -> str:
+    """Its id; made or restored where it is not there, with a shared view whose columns are what a comparison needs."""
     found = client.get_experiment_by_name(study)
-    if found is None:
-        return client.create_experiment(study, artifact_location=folder.as_uri(), tags={"mlflow.experimentKind": "custom_model_development"})
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-    return found.experiment_id
+    identity = found.experiment_id if found else client.create_experiment(study, artifact_location=folder.as_uri(), tags={"mlflow.experimentKind": "custom_model_development"})
+    if found and found.lifecycle_stage == "deleted":
+        client.restore_experiment(identity)
+    # as MLflow's own page writes a shared view: zlib, base64, this prefix
+    view = json.dumps({**VIEW_STATE, "selectedColumns": [f"metrics.`{key}`" for key in COLUMNS]}).encode()
+    client.set_experiment_tag(identity, f"mlflow.sharedViewState.{VIEW}", f"deflate;{base64.b64encode(zlib.compress(view)).decode()}")
+    return identity
 
 
 def _digest(root: Path, cell: str) -> str:

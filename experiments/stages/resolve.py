@@ -83,12 +83,12 @@ def _part(part: Part, phase: str | None) -> dict:
 
 
 def pipeline_behind(study) -> str:
-    """A line where dvc.yaml's `compare` does not list the grid's cells, for DVC cannot list them itself."""
-    from experiments.pipeline import compare_inputs, listed_inputs
+    """A line where dvc.yaml's lists are not those of params.yaml, for DVC cannot make such lists itself."""
+    from experiments import pipeline  # which imports this module
 
-    if listed_inputs(study) == compare_inputs(study):
+    if not pipeline.behind(study):
         return ""
-    return ("dvc.yaml: the grid has changed, and `compare` does not list its cells yet: "
+    return ("dvc.yaml does not list this grid's cells or rows yet: "
             f"run `python -m experiments pipeline{' --study ' + study.name if study.name else ''}` and `dvc repro` again")
 
 

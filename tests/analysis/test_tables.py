@@ -136,3 +136,23 @@ def test_seconds(value, text):
 
 def test_points():
     assert [numbers.points(v) for v in (0.0312, -0.0312, 0.0, -0.0001, None)] == ["+3.1", "\N{MINUS SIGN}3.1", "0.0", "0.0", "–"]
+
+
+def test_a_checkpoint_made_elsewhere_goes_all_the_way(tmp_path):
+    """No cost, no curve, no retention task above chance: every form is still made."""
+    from analysis import write_summary
+    from analysis.mirror import run_of
+
+    planned = write_results(tmp_path, methods=("full", "mine"))
+    folder = tmp_path / "runs" / planned[1]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    unknown = [key for key in metrics if key.startswith(("seconds_", "bytes_", "tokens_", "peak_"))] + ["forgetting", "general_score"]
+    metrics |= dict.fromkeys(unknown) | {"cost_known": False, "forgetting_by_task": {}, "at_chance": ["hellaswag", "piqa", "lambada_openai", "copa"]}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "curve.csv").write_text("step,tokens,seconds,loss\n")
+    text = write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned, title="t")
+    assert "mine*" in text and "unknown" in text
+    assert "tasks above chance" in text and "forgetting" not in {key for key, *_ in run_of(load_cells(tmp_path, planned), planned[1]).metrics}
+    (tmp_path / "runs" / planned[0] / "metrics.json").unlink()
+    alone = write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned[1:], title="t")
+    assert "mine*" in alone and "cannot show forgetting" in (tmp_path / "summary/report.html").read_text()

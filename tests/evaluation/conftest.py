@@ -19,7 +19,7 @@ HELLASWAG = [
 ]  # fmt: skip
 LAMBADA = [{"text": f"The cat saw {i} dogs and then it ran to the {word}"} for i, word in enumerate(["house", "d", "."])]
 COPA = [
-    {"premise": "The man fell.", "question": "cause" if i % 2 else "effect", "choice1": "He slipped.",
+    {"premise": f"The man fell {i} times.", "question": "cause" if i % 2 else "effect", "choice1": "He slipped.",
      "choice2": "It rained for days.", "label": i % 2, "idx": i}
     for i in range(4)
 ]  # fmt: skip

@@ -107,7 +107,7 @@ def test_hflm_uses_the_batch_size(batch_size, tasks_dir, tmp_path, byte_tokenize
     (tmp_path / "tasks.json").write_text(json.dumps(
         [{"name": "copa", "role": "retention", "task": "copa", "metric": "acc", "chance": 0.5, "file": "copa.jsonl"}]
     ))  # fmt: skip
-    write_rows(tmp_path / "copa.jsonl", COPA * 2)  # 16 different requests at most; equal ones are asked once each
+    write_rows(tmp_path / "copa.jsonl", COPA)  # 8 different requests
     model, sizes = build("llama", seed=0), []
     real = model.forward
     monkeypatch.setattr(model, "forward", lambda ids, **call: sizes.append(len(ids)) or real(ids, **call))

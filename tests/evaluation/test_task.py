@@ -76,7 +76,7 @@ def without(rows, column):
 @pytest.mark.parametrize(
     "rows, task, column",
     [(SCIQ, "sciq", "support"), (SCIQ, "sciq", "distractor2"), (HELLASWAG, "hellaswag", "endings"),
-     (HELLASWAG, "hellaswag", "label"), (LAMBADA, "lambada_openai", "text")],
+     (HELLASWAG, "hellaswag", "label"), ([row | {"id": 1} for row in LAMBADA], "lambada_openai", "text")],
 )  # fmt: skip
 def test_a_missing_column_is_named(rows, task, column, tmp_path):
     with pytest.raises(UserError, match=f"{column}.*rename"):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.tracking import track
+from experiments.tracking import link, track
 from tests.analysis.fixtures import METHODS, write_results
 
 CELL = "smollm2-135m/science/{}/seed0".format
@@ -174,3 +174,17 @@ def test_tracking_opens_no_connection(database, results, monkeypatch):
     from mlflow.telemetry.utils import is_telemetry_disabled
 
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true" and is_telemetry_disabled()
+
+
+def test_the_link_opens_a_view_with_scores_as_columns(database, results):
+    import base64
+    import zlib
+
+    track(results_root=results, cells=[CELL("full")], study="default", database=database)
+    experiment = client(database).get_experiment_by_name("default")
+    address = link(study="default", database=database)
+    assert f"/experiments/{experiment.experiment_id}/runs?" in address and address.endswith("viewStateShareKey=holdfast")
+    view = json.loads(zlib.decompress(base64.b64decode(experiment.tags["mlflow.sharedViewState.holdfast"].removeprefix("deflate;"))))
+    assert "metrics.`forgetting`" in view["selectedColumns"]
+    shown = {f"metrics.`{key}`" for key in runs_of(database)[CELL("full")].data.metrics}
+    assert set(view["selectedColumns"]) <= shown
