@@ -152,7 +152,7 @@ def _range(row: pd.Series, key: str, show) -> str:
 def legend(table: pd.DataFrame) -> list[str]:
     """What the columns are; one line each."""
     several = bool(len(table)) and int(table["seeds"].max()) > 1
-    scope = "mean over the seeds; items only, seeds not included" if several else "over the scored items: this run, not this method"
+    scope = "of the mean over the seeds, by items only: seeds not included" if several else "over the scored items: this run, not this method"
     lines = [
         f"[ , ] is a 95 % interval {scope}.",
         "gain and forgetting are percentage points against the bare base model; forgetting is the mean over retention tasks above chance.",

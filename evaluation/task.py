@@ -30,6 +30,8 @@ from experiments.errors import UserError
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as `general_text`
+# a task's folder almost always begins with the first word of its name; these are looked for where they are
+HOMES = {"boolq": "super_glue", "copa": "super_glue", "social_iqa": "siqa"}
 SPLIT = "test"
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
@@ -185,9 +187,8 @@ def shipped_yaml(name: str) -> Path:
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError(f"task {name!r} is not a name: write a task of lm-eval, or a mapping of its YAML keys")
     wanted = re.compile(rf"""^["']?task["']?:\s*["']?{re.escape(name)}["']?\s*$""", re.MULTILINE)
-    stem = re.split(r"[_-]", name)[0]
-    # the task's own folder almost always begins with the first word of its name
-    for folder in (OWN, *sorted(SHIPPED.glob(f"{stem}*")), SHIPPED):
+    home = HOMES.get(name) or re.split(r"[_-]", name)[0] + "*"
+    for folder in (OWN, *sorted(SHIPPED.glob(home)), SHIPPED):
         for file in sorted(folder.rglob("*.yaml")):
             if wanted.search(file.read_text(encoding="utf-8", errors="ignore")):
                 return file

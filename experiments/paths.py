@@ -4,8 +4,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-# `dvc exp run --temp` runs in a temporary copy without what git ignores: DVC_ROOT names that copy, and the
-# first entry of DVC's own variable wins only where it is set by a person
 HERE = Path(__file__).resolve().parent.parent
 
 
@@ -59,6 +57,9 @@ class Paths:
     def base(self, model: str) -> Path:
         return self.results / "base" / model
 
+    def tuning(self, model: str, domain: str) -> Path:
+        return self.results / "tuning" / model / f"{domain}.json"
+
     def failure(self, cell) -> Path:
         return self.results / "failures" / f"{cell.name}.json"
 
@@ -68,5 +69,6 @@ class Paths:
 
     @property
     def local(self) -> Path:
-        """Caches and logs that survive `dvc exp run --temp`: below the real root, never an out."""
+        """Caches and logs, never an out. `dvc exp run --temp` runs in a temporary copy without what git ignores;
+        DVC_ROOT then names the real root."""
         return Path(os.environ.get("DVC_ROOT", self.root)) / "work" / "local"

@@ -9,13 +9,17 @@ from experiments import cells
 from experiments.paths import Paths
 from experiments.stages import resolve
 
-OUTPUTS = ("metrics.json", "curve.csv")
+OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz")
+BASE = ("scores.json", "items.csv.gz")
 
 
 def compare_inputs(study) -> list[str]:
-    """The files of exactly the grid's cells, relative to the root."""
-    return [(study.paths.run(cell) / name).relative_to(study.paths.root).as_posix()
-            for cell in cells.grid(study) for name in OUTPUTS]
+    """The files of exactly the grid's cells, of their bases and of their trials, relative to the root."""
+    files = [study.paths.run(cell) / name for cell in cells.grid(study) for name in OUTPUTS]
+    files += [study.paths.base(model) / name for model in study.grid["models"] for name in BASE]
+    trials = [study.paths.tuning(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
+    files += [path for path in trials if path.is_file()]
+    return [path.relative_to(study.paths.root).as_posix() for path in files]
 
 
 def data_inputs(study) -> list[str]:
@@ -49,7 +53,7 @@ def rendered(study) -> str:
         for stage in document["stages"].values():
             stage["wdir"] = "../../.."
     deps = document["stages"]["compare"]["deps"]
-    deps[:] = compare_inputs(study) + [path for path in deps if not path.endswith(OUTPUTS)]
+    deps[:] = compare_inputs(study) + [path for path in deps if not path.startswith("results/")]
     deps = document["stages"]["data"]["deps"]
     deps[:] = data_inputs(study) + [path for path in deps if not path.endswith(".jsonl")]
     out = io.StringIO()

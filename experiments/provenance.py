@@ -8,7 +8,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "safetensors", "tokenizers", "numpy")
 # "dirty" asks about the code and knobs alone: a rewritten result does not make the code another one
-CODE = ("experiments", "methods", "evaluation", "analysis", "params.yaml", "dvc.yaml")
+CODE = ("experiments", "methods", "evaluation", "analysis", "params.yaml", "dvc.yaml", ":(exclude)experiments/studies/*/dvc.lock")
 
 
 def versions() -> dict[str, str]:

@@ -48,7 +48,7 @@ def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
 
 
 def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
-    path = study.paths.results / "tuning" / model_name / f"{domain}.json"
+    path = study.paths.tuning(model_name, domain)
     record = read_json(path) if path.is_file() else {"trials": []}
     record["rule"] = RULE
     where = hardware.device(study.device)

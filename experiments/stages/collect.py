@@ -15,7 +15,7 @@ def main(study, cell) -> None:
     model = study.models[cell.model]
     _comparable(cell, scores, base)
     write_json(paths.run(cell) / "metrics.json", (
-        {"cell": cell.name, "model": cell.model, "domain": cell.domain, "method": cell.method, "seed": cell.seed,
+        {"cell": cell.name, "model": cell.model, "domain": cell.domain, "method": cell.method, "seed": cell.seed, "parts": dict(study.methods[cell.method].block),
          "model_note": model.get("note"), "not_a_result": study.not_a_result or model["source"].startswith("random:")}
         | _scores(scores, base, cell.domain) | _costs(train, prepared, evaluated) | _provenance(train, scores)
     ))

@@ -62,7 +62,7 @@ def test_perplexity_is_exp_of_the_mean_nats_per_token(scored, byte_tokenizer):
     model, nats, tokens = build("llama", seed=0).double(), 0.0, 0
     for row in TEXT:
         for context, piece in encode.windows(list(row["text"].encode()), prefix=256, max_length=512):
-            logits = model(torch.tensor([context + piece])).logits[0, len(context) - 1 : -1]
+            logits = model(torch.tensor([context + piece[:-1]])).logits[0, len(context) - 1 :]
             nats -= logits.log_softmax(-1).gather(1, torch.tensor(piece)[:, None]).sum().item()
             tokens += len(piece)
     size = sum(len(row["text"].encode()) for row in TEXT)

@@ -61,7 +61,7 @@ def test_probe_is_what_it_says(name, folder, byte_tokenizer, request):
         for context, continuation in encode.windows(
             byte_tokenizer.encode(row["text"]), prefix=byte_tokenizer.eos_token_id, max_length=512
         ):
-            logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
+            logits = model(torch.tensor([context + continuation[:-1]])).logits[0, len(context) - 1 :]
             total -= logits.double().log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum().item()
             count += len(continuation)
     assert found["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)

@@ -1,0 +1,221 @@
+"""A whole tiny grid through real DVC, lm-eval and MLflow: what reruns and what does not, by what ran.
+
+The checkout is copied and cut down to three methods; every promise about reruns is then one change and one `dvc repro`.
+"""
+
+import csv
+import gzip
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+from experiments.paths import HERE
+
+COPIED = ("experiments", "methods", "evaluation", "analysis", "dvc.yaml", ".dvcignore", ".gitignore")
+CELL = "llama-tiny/sums/{}/seed0"
+
+
+def run(folder: Path, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+    env.pop("PYTEST_CURRENT_TEST", None)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env | environment)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+    return done
+
+
+def repro(folder: Path, *targets: str, check: bool = True) -> list[str]:
+    """Run `dvc repro` and return the stages that ran."""
+    done = run(folder, "dvc", "repro", *targets, check=check)
+    return re.findall(r"Running stage '([^']+)'", done.stdout)
+
+
+def edit(folder: Path, change) -> None:
+    path = folder / "params.yaml"
+    yaml = YAML()
+    raw = yaml.load(path)
+    change(raw)
+    yaml.dump(raw, path)
+    run(folder, sys.executable, "-m", "experiments", "pipeline")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the checkout whose default study is the demo's, cut to three methods, run once."""
+    folder = tmp_path_factory.mktemp("project")
+    for name in COPIED:
+        source = HERE / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.lock"))
+        else:
+            shutil.copyfile(source, folder / name)
+    shutil.copyfile(HERE / "experiments" / "studies" / "demo" / "params.yaml", folder / "params.yaml")
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "config", "user.email", "test@example.org")
+    run(folder, "git", "config", "user.name", "test")
+    run(folder, "dvc", "init", "-q")
+    edit(folder, lambda raw: raw["grid"].update(methods=["full", "ewc", "hierarchical"]))
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "start")
+    ran = repro(folder)
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "results")
+    assert {name.partition("@")[0] for name in ran} == {"resolve", "model", "data", "base", "prepare", "train", "evaluate", "collect", "compare"}
+    return folder
+
+
+def metrics(folder: Path, method: str, seed: int = 0) -> dict:
+    return json.loads((folder / "results" / "runs" / f"llama-tiny/sums/{method}/seed{seed}" / "metrics.json").read_text())
+
+
+def test_files_of_a_cell(project):
+    found = metrics(project, "ewc")
+    wanted = {
+        "domain_score", "domain_gain", "general_score", "forgetting", "forgetting_by_task", "transfer_by_task",
+        "general_perplexity", "general_perplexity_base", "seconds_prepare", "seconds_train", "seconds_evaluate",
+        "peak_memory_bytes", "bytes_importance", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state",
+        "tokens_trained", "tokens_prepare", "n", "seed", "base_sha256", "data_sha256", "versions", "dtype", "hardware", "git",
+        "scoring", "numerics", "weights_sha256",
+    }  # fmt: skip
+    assert wanted <= found.keys()
+    assert found["not_a_result"] is True
+    assert found["bytes_importance"] == (project / "work/prepared/llama-tiny/ewc/seed0/ewc.importance.safetensors").stat().st_size
+    run_folder = project / "results" / "runs" / CELL.format("ewc")
+    with (run_folder / "curve.csv").open() as file:
+        curve = list(csv.DictReader(file))
+    assert {"step", "loss", "grad_norm", "penalty", "tokens_per_second", "probe_sums", "probe_colours", "probe_perplexity"} <= curve[0].keys()
+    assert [row["step"] for row in curve if row["probe_sums"]] == ["0", "4", "8"]
+    scores = (run_folder / "scores.json").read_text()
+    assert not re.search(r"second|host|commit|\bwhen\b", scores)
+    with gzip.open(run_folder / "items.csv.gz", "rt") as file:
+        text = file.read()
+    assert "plus" not in text  # hashes, never the question
+    tokens = {metrics(project, method)["tokens_trained"] for method in ("full", "ewc", "hierarchical")}
+    assert len(tokens) == 1  # the budget is equal
+
+
+def test_base_is_unchanged_and_a_copy_of_it_forgets_nothing(project):
+    base = json.loads((project / "results/base/llama-tiny/scores.json").read_text())
+    for method in ("full", "ewc", "hierarchical"):
+        assert metrics(project, method)["domain_score_base"] == base["tasks"]["sums"]["value"]
+
+
+def test_a_second_repro_runs_nothing(project):
+    assert repro(project) == []
+
+
+def test_editing_a_part_reruns_its_cells_only(project):
+    path = project / "methods" / "ewc.py"
+    path.write_text(path.read_text() + "\n# a comment\n")
+    ran = repro(project)
+    touched = {name.partition("@")[2] for name in ran if "@" in name}
+    assert touched <= {"llama-tiny-ewc-0", "llama-tiny-sums-ewc-0"}
+    assert "train@llama-tiny-sums-ewc-0" in ran
+    assert "evaluate@llama-tiny-sums-ewc-0" not in ran  # the weights came out equal
+
+
+def test_strength_reruns_training_and_reuses_the_preparation(project):
+    edit(project, lambda raw: raw["methods"]["ewc"]["ewc"].update(strength=7.0))
+    ran = repro(project)
+    assert "train@llama-tiny-sums-ewc-0" in ran
+    assert not [name for name in ran if name.startswith("prepare@")]
+
+
+def test_adding_a_seed_runs_only_new_cells(project):
+    edit(project, lambda raw: raw["grid"].update(seeds=[0, 1]))
+    ran = repro(project)
+    trained = {name for name in ran if name.startswith("train@")}
+    assert trained == {f"train@llama-tiny-sums-{m}-1" for m in ("full", "ewc", "hierarchical")}
+    prepared = json.loads((project / "results/prepared/llama-tiny/ewc/seed1/prepare.json").read_text())
+    drawn = json.loads((project / "results/prepared/llama-tiny/hierarchical/seed1/prepare.json").read_text())
+    assert prepared["reused"] is True  # no seed enters EWC's Fisher
+    assert drawn["reused"] is False  # the general phase trains an adapter drawn by the seed
+    assert metrics(project, "full", 0)["weights_sha256"] != metrics(project, "full", 1)["weights_sha256"]
+
+
+def test_adding_a_retention_task_from_jsonl_trains_nothing(project):
+    rows = project / "more.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"Is {i} even?", "choices": ["no", "yes"], "gold": int(i % 2 == 0)}) + "\n" for i in range(30)))
+
+    def change(raw):
+        raw["tasks"]["even"] = dict(raw["tasks"]["colours"]) | {"rows": {"jsonl": "more.jsonl"}, "test": 20, "probe": 0}
+        raw["domains"]["sums"]["retention"] = ["colours", "even"]
+
+    edit(project, change)
+    ran = repro(project)
+    assert not [name for name in ran if name.startswith(("train@", "prepare@", "model@"))]
+    assert [name for name in ran if name.startswith("evaluate@")]
+    assert metrics(project, "full")["n"]["even"] == 20
+
+
+def test_mlflow_is_a_mirror_that_can_be_rebuilt(project):
+    import mlflow
+
+    def runs():
+        run(project, sys.executable, "-m", "experiments", "track")
+        client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
+        experiment = client.get_experiment_by_name("default") or client.search_experiments()[0]
+        return {r.data.tags["holdfast.cell"]: (r.info.run_id, r.data.metrics["forgetting"] if "forgetting" in r.data.metrics else None)
+                for r in client.search_runs([experiment.experiment_id]) if "holdfast.cell" in r.data.tags}
+
+    first = runs()
+    assert len(first) == 6
+    assert runs() == first
+    (project / "mlflow.db").unlink()
+    assert {k: v[1] for k, v in runs().items()} == {k: v[1] for k, v in first.items()}
+
+
+def test_a_failed_cell_is_recorded_and_the_others_are_whole(project):
+    before = metrics(project, "full")
+    edit(project, lambda raw: raw["methods"]["ewc"].update(train={"learning_rate": 1.0e30, "clip": 0.0}))
+    done = run(project, "dvc", "repro", "-k", check=False)
+    assert done.returncode
+    assert "Traceback" not in done.stderr
+    record = json.loads((project / "results/failures/llama-tiny/sums/ewc/seed0.json").read_text())
+    assert record["kind"] == "nan"
+    assert "learning_rate" in record["reason"]
+    assert metrics(project, "full") == before
+    shown = run(project, sys.executable, "-m", "experiments", "summary", check=False)
+    assert shown.returncode == 1
+    assert "FAILED" in shown.stdout
+    edit(project, lambda raw: raw["methods"]["ewc"].pop("train"))
+    repro(project)
+    assert not (project / "results/failures/llama-tiny/sums/ewc/seed0.json").exists()
+
+
+def test_export_loads_in_lm_eval_and_scores_the_same(project, tmp_path):
+    run(project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"))
+    from experiments.weights import tensor_sha256
+
+    assert tensor_sha256(tmp_path / "out") == metrics(project, "full")["weights_sha256"]
+    again = run(project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"), check=False)
+    assert again.returncode == 2
+    assert "exists already" in again.stderr
+
+
+def test_a_fresh_clone_trains_again_and_keeps_equal_scores(project, tmp_path):
+    run(project, "git", "add", "-A")
+    run(project, "git", "commit", "-qm", "more")
+    run(tmp_path, "git", "clone", "-q", str(project), "clone")
+    clone = tmp_path / "clone"
+    ran = repro(clone, "evaluate@llama-tiny-sums-full-0")
+    assert "train@llama-tiny-sums-full-0" in ran
+    assert "evaluate@llama-tiny-sums-full-0" not in ran  # weights equal bit for bit: DVC keeps the committed scores
+    repro(clone, "collect@llama-tiny-sums-full-0")
+    shown = run(clone, sys.executable, "-m", "experiments", "summary", check=False).stdout
+    assert re.search(r"sums/full/seed0\s+reproduced here bit for bit", shown)
+    assert re.search(r"sums/ewc/seed0\s+kept from git", shown)
+
+
+def test_clean_cells_frees_weights_and_keeps_results(project):
+    before = metrics(project, "full")
+    run(project, sys.executable, "-m", "experiments", "clean-cells")
+    assert not list((project / "work" / "cells").rglob("*.safetensors"))
+    assert metrics(project, "full") == before
