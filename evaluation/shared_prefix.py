@@ -26,7 +26,7 @@ Request = tuple[Sequence[int], Sequence[int]]  # context ids, continuation ids; 
 
 TOKENS = 2048  # padded input tokens of one forward pass
 PACKED = 256  # a sequence no longer than this takes all continuations; a longer one up to twice its need
-LOGITS = 2**25  # logits alive at once: 128 MB in float32
+LOGITS = 2**22  # logits alive at once: 16 MB in float32, small enough that memory is not fetched anew each time
 
 _refusals: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = weakref.WeakKeyDictionary()
 
@@ -192,8 +192,8 @@ def _pick(states: Tensor, to_logits: Callable, row_of: Tensor, target: Tensor) -
         logits = logits if logits.dtype == torch.float64 else logits.float()
         here = ((row_of >= start) & (row_of < start + size)).nonzero().flatten()
         row, wanted = (row_of[here] - start).to(logits.device), target[here].to(logits.device)
-        values[here] = (logits[row, wanted] - logits.logsumexp(-1)[row]).double().cpu()
         greedy[here] = (logits.argmax(-1)[row] == wanted).cpu()
+        values[here] = logits.log_softmax(-1)[row, wanted].double().cpu()
     return values, greedy
 
 

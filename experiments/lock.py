@@ -19,11 +19,14 @@ class Lock:
         self._now = {(study.paths.resolved / name).relative_to(self._root).as_posix(): md5(resolve.text(content).encode()).hexdigest()
                      for name, content in resolve.contents(study).items()}
 
-    def done(self, stage: str) -> bool:
+    def recorded(self, stage: str) -> bool:
+        """Whether dvc.lock has the stage on the settings and sources of now."""
         entry = self._stages.get(stage)
-        if entry is None or not all((self._root / out["path"]).exists() for out in entry.get("outs", [])):
-            return False
-        return all(self._now.get(dep["path"], dep["md5"]) == dep["md5"] for dep in entry.get("deps", []) if "md5" in dep)
+        return entry is not None and all(self._now.get(d["path"], d.get("md5")) == d.get("md5") for d in entry.get("deps", []))
+
+    def done(self, stage: str) -> bool:
+        """The same, and its outs are here."""
+        return self.recorded(stage) and all((self._root / o["path"]).exists() for o in self._stages[stage].get("outs", []))
 
     def cell(self, cell) -> dict[str, bool]:
         """Which stages of a cell are done, each only if those before it are."""

@@ -101,6 +101,9 @@ def test_zero_strength_is_plain_fine_tuning_bit_for_bit(make, documents, train, 
     held = train(make(dtype=torch.float32), (*adapter, EWC(strength=1e4)), documents, states={"ewc": {"importance": fisher}})
     assert all(torch.equal(w, nothing.run.weights[n]) for n, w in plain.run.weights.items())
     assert any(not torch.equal(w, held.run.weights[n]) for n, w in plain.run.weights.items())
+    poison = {"ewc": {"importance": {n: f * torch.nan for n, f in fisher.items()}}}  # nothing is added, not zero times something
+    spared = train(make(dtype=torch.float32), (*adapter, EWC(strength=0.0)), documents, states=poison)
+    assert all(torch.equal(w, spared.run.weights[n]) for n, w in plain.run.weights.items())
     assert [row["penalty"] for row in nothing.curve] == [0, 0, 0] and held.curve[-1]["penalty"] > 0
 
 

@@ -32,6 +32,16 @@ def test_its_weights_come_out_whole(make, base, saved, run_of):
     assert part.report(run=run, state={}) == {"path": str(saved)}
 
 
+def test_the_engine_trains_nothing_for_it(make, saved, documents, train):
+    from experiments.engine import final_weights
+
+    part = Given(path=str(saved))
+    result = train(make("llama-tied", torch.bfloat16), (part,), documents)
+    tuned = dict(make("llama-tied", torch.bfloat16, seed=1).named_parameters())
+    assert result.steps == result.tokens == 0
+    assert all(torch.equal(t.bfloat16(), tuned[n]) for n, t in final_weights(result, (part,)).items())
+
+
 def test_shards_a_repeated_tied_head_and_old_buffers_fit(base, make, tmp_path):
     tensors = {n: p.detach() for n, p in make("llama-tied", torch.bfloat16, seed=1).named_parameters()}
     tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}

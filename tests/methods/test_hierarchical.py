@@ -199,6 +199,9 @@ def test_zero_strength_is_plain_fine_tuning_from_the_same_start(ready, documents
     plain = train(begun, (), documents, base=base)
     assert all(torch.equal(w, nothing.run.weights[n]) for n, w in plain.run.weights.items())
     assert any(not torch.equal(w, held.run.weights[n]) for n, w in plain.run.weights.items())
+    state["importance"] = {n: o * torch.nan for n, o in state["importance"].items()}  # nothing is added, not zero times something
+    spared = train(make(dtype=torch.float32), (*adapter, Hierarchical(strength=0.0)), documents, states={"hierarchical": state}, base=base)
+    assert all(torch.equal(w, spared.run.weights[n]) for n, w in plain.run.weights.items())
     assert held.curve[0]["penalty"] == 0 and held.curve[-1]["penalty"] > 0
     assert [row["penalty"] for row in nothing.curve] == [0, 0, 0]
 

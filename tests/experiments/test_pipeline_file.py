@@ -1,0 +1,61 @@
+"""dvc.yaml: the command that completes it, the studies it is written for, and what is cached."""
+
+import pytest
+from ruamel.yaml import YAML
+
+from experiments import cells, config, pipeline
+from experiments.files import read_json
+from experiments.lock import Lock
+from experiments.paths import HERE
+
+STUDIES = ["", *sorted(p.parent.name for p in (HERE / "experiments" / "studies").glob("*/params.yaml"))]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_dvc_yaml_is_what_the_command_writes(name):
+    study = config.load(name)
+    assert (study.paths.folder / "dvc.yaml").read_text() == pipeline.rendered(study), f"run `python -m experiments pipeline --study '{name}'`"
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_compare_lists_exactly_its_own_cells(name):
+    study = config.load(name)
+    deps = YAML(typ="safe").load(study.paths.folder / "dvc.yaml")["stages"]["compare"]["deps"]
+    listed = {d for d in deps if d.endswith("metrics.json")}
+    assert listed == {(study.paths.run(c) / "metrics.json").relative_to(HERE).as_posix() for c in cells.grid(study)}
+
+
+def test_a_study_keeps_to_its_own_folders():
+    stages = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "dvc.yaml")["stages"]
+    for name, stage in stages.items():
+        assert stage["wdir"] == "../../.."
+        assert stage["cmd"].endswith("--study demo"), name
+        outs = [next(iter(o)) if isinstance(o, dict) else o for o in [*stage.get("outs", []), *stage.get("metrics", [])]]
+        assert all(o.startswith(("results/demo", "work/demo")) for o in outs), name
+
+
+def test_the_committed_default_study_is_of_the_code_in_git():
+    """Each cell's recorded settings are those of params.yaml, and what tuning chose stands there."""
+    study = config.load()
+    lock = Lock(study)
+    for cell in cells.grid(study):
+        metrics = read_json(study.paths.run(cell) / "metrics.json")
+        assert metrics["settings"] == vars(study.settings(model=cell.model, domain=cell.domain, method=cell.method))
+        assert lock.recorded(f"train@{cell.stage}"), f"{cell.name}: dvc.lock is of other settings or sources: run `dvc repro`"
+
+
+def test_every_method_had_the_same_number_of_trials_and_got_what_they_chose():
+    study = config.load()
+    for model in study.grid["models"]:
+        for domain in study.grid["domains"]:
+            trials = read_json(study.paths.tuning(model, domain))["trials"]
+            counts = {m: sum(t["method"] == m for t in trials) for m in study.grid["methods"]}
+            assert len(set(counts.values())) == 1, counts
+            for trial in (t for t in trials if t["chosen"] and t["method"] in counts):
+                (knob, value), = trial["settings"].items()
+                part, setting = knob.split(".", 1)
+                if part == "train":
+                    used = getattr(study.settings(model=model, domain=domain, method=trial["method"]), setting)
+                else:
+                    used = {p.key: p for p in study.methods[trial["method"]].parts}[part].settings()[setting]
+                assert used == value, f"{trial['method']}: tuning chose {knob} {value}, params.yaml has {used}"

@@ -1,0 +1,51 @@
+"""Golden weights of every method, and the laws that hold across methods."""
+
+import json
+
+import pytest
+import torch
+
+from experiments.engine_settings import NUMERICS
+from tests import goldens
+
+STORED = json.loads(goldens.FILE.read_text())
+# transformers' norms and rotary embeddings compute in float32 even in float64 models
+TOLERANCE = 1e-6
+
+
+def test_goldens_are_of_these_numerics():
+    assert STORED["numerics"] == NUMERICS, "NUMERICS was raised: run `python -m tests.goldens` in the same commit"
+    assert STORED["cells"].keys() == {f"{a}/{m}" for a in goldens.ARCHITECTURES for m in goldens.METHODS}
+
+
+@pytest.mark.parametrize("cell", sorted(STORED["cells"]))
+def test_final_weights(cell):
+    architecture, method = cell.split("/")
+    found = goldens.signature(goldens.final(architecture, goldens.METHODS[method]))
+    wanted = STORED["cells"][cell]
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        scale = max(1.0, max(abs(v) for v in values))
+        for ours, theirs in zip(found[name], values, strict=True):
+            assert abs(ours - theirs) <= TOLERANCE * scale, f"{cell} {name}: {ours} is not {theirs}; raise NUMERICS if that is meant"
+
+
+def test_methods_differ():
+    signatures = [json.dumps(STORED["cells"][f"llama/{m}"]) for m in goldens.METHODS]
+    assert len(set(signatures)) == len(signatures)
+
+
+@pytest.mark.parametrize("architecture", goldens.ARCHITECTURES)
+@pytest.mark.parametrize(("method", "plain"), [("ewc", "full"), ("ewc-lora", "lora")])
+def test_zero_strength_is_plain_fine_tuning_bit_for_bit(architecture, method, plain):
+    zero = goldens.final(architecture, goldens.without_regulariser(goldens.METHODS[method]))
+    reference = goldens.final(architecture, goldens.METHODS[plain])
+    for name, tensor in reference.items():
+        assert torch.equal(zero[name], tensor), name
+
+
+def test_mofo_at_fraction_one_is_adamw():
+    one = goldens.final("llama", {"mofo": {"fraction": 1.0}})
+    plain = goldens.final("llama", {})
+    for name, tensor in plain.items():
+        torch.testing.assert_close(one[name], tensor, rtol=1e-9, atol=1e-12)
