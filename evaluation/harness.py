@@ -59,7 +59,7 @@ def score(
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """(scores, items) of `model` on the tasks of `tasks_dir`.
 
-    scorer: "shared-prefix" (forward passes of 128·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
+    scorer: "shared-prefix" (forward passes of 64·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
     sequences each). Random states and train/eval modes are left as they were. Nothing in the result differs between
     two runs on the same weights, rows, versions and kind of machine. items' log_likelihood is the gold choice's, in
     nats; `choice` is the one the task's metric picks.

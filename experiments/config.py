@@ -27,7 +27,7 @@ DOMAIN = {"task", "metric", "chance", "licence", "question", "rows", "test_rows"
           "retention", "transfer", "probes", "why", "train"}
 GENERAL = {"rows", "text", "importance", "perplexity", "probe", "max_words", "licence", "note"}
 EVALUATE = {"scorer": "shared-prefix", "batch_size": 16}
-TUNE = {"methods"}
+TUNE = {"methods", "epochs"}
 
 
 @dataclass(frozen=True, kw_only=True)

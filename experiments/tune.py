@@ -1,7 +1,7 @@
 """Trials of learning rates and strengths: the same number for every method, judged on probe rows, all kept.
 
-`tune:` in params.yaml gives each method one knob and its values. Every trial trains with the cell's own budget on
-seed 0 and is scored on the domain's probe rows, the probe rows of its probe tasks and the probe passages, none of
+`tune:` in params.yaml gives each method one knob and its values. Every trial trains for `tune.epochs` (the cell's own
+epochs where it is not set) on seed 0 and is scored on the domain's probe rows, the probe rows of its probe tasks and the probe passages, none of
 which is ever a test row. Trials are written as they finish; a second call runs only those that are missing.
 """
 
@@ -50,7 +50,7 @@ def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
 def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     path = study.paths.tuning(model_name, domain)
     record = read_json(path) if path.is_file() else {"trials": []}
-    record["rule"] = RULE
+    record |= {"rule": RULE, "epochs": study.tune.get("epochs")}
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
     base = load_tensors(folder)
@@ -60,7 +60,7 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
         for knob, value in _trials(method, study.tune["methods"][method]):
-            trial_study = _with(study, method, knob, value)
+            trial_study = _with(study, method, knob, value, study.tune.get("epochs"))
             key = _key(trial_study, model_name, domain, method)
             if any(t["key"] == key for t in record["trials"]):
                 continue
@@ -78,13 +78,15 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
             print(f"chosen for {model_name}/{domain}: methods.{trial['method']} {trial['settings']}")
 
 
-def _with(study, method: str, knob: str, value):
-    """The study with one setting of one method changed."""
+def _with(study, method: str, knob: str, value, epochs: float | None):
+    """The study with one setting of one method changed, and the trials' epochs."""
     part, setting = knob.split(".", 1)
     block = dict(study.methods[method].block)
     if part != "train" and part not in block:
         raise unknown("part", part, block, where=f"tune.methods.{method}")
     block[part] = {**(block.get(part) or {}), setting: value}
+    if epochs:
+        block["train"] = {**(block.get("train") or {}), "epochs": epochs}
     return replace(study, methods=dict(study.methods) | {method: build_method(method, block)})
 
 

@@ -89,7 +89,8 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
             if name not in run.base:
                 raise UserError(f"the trained tensor {parameter} has no counterpart in the base model: "
                                 "modules_to_save and prompt tensors cannot be compared with the base")  # fmt: skip
-            found.append(Full(run=run, name=name, parameter=parameter, anchor=(run.base if anchor is None else anchor)[name if anchor is None else parameter]))
+            start = run.base[name] if anchor is None else anchor[parameter]
+            found.append(Full(run=run, name=name, parameter=parameter, anchor=start))
     return found
 
 

@@ -38,7 +38,8 @@ class EWC(Part):
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over")
     length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
     estimator: Literal["empirical", "sampled", "batched"] = setting(
-        "empirical", phase="prepare", help="labels of the text, labels drawn from the model, or the published square of a batch's mean gradient")
+        "empirical", phase="prepare",
+        help="labels of the text, labels drawn from the model, or the published square of a batch's mean gradient")
     scope: Literal["adapted", "whole-model"] = setting(
         "adapted", phase="prepare", help="tensors the Fisher is computed and stored on: those that the method changes, or all")
     batch_size: int = setting(8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone")

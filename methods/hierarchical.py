@@ -47,16 +47,19 @@ class Hierarchical(Part):
     temperature: Literal["auto"] | float = setting("auto", by_preset=True, within="(0, inf)",
                                                    help="of the softmax over groups; auto is the norms' standard deviation")
     groups: Literal["modules", "blocks"] = setting("modules", by_preset=True, help="a coefficient each module or each transformer block")
-    normalise: Literal["mean", "sum"] = setting("mean", by_preset=True, help="whether φ is for coefficients of mean 1 or of sum 1, as published")
+    normalise: Literal["mean", "sum"] = setting(
+        "mean", by_preset=True, help="whether φ is for coefficients of mean 1 or of sum 1, as published")
     keep_strength: bool = setting(True, by_preset=True, help="divide by the importance-weighted mean coefficient")
     layer_wise: bool = setting(True, help="false: all coefficients 1 (ablation)")
     element_wise: bool = setting(True, help="false: each tensor's Ω replaced by its mean (ablation)")
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of the general phase")
     length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
     epochs: float = setting(1.0, phase="prepare", within="(0, inf)", help="of the general phase")
-    learning_rate: float | None = setting(None, phase="prepare", within="(0, inf)", help="of the general phase; null takes the method's own")
+    learning_rate: float | None = setting(None, phase="prepare", within="(0, inf)",
+                                          help="of the general phase; null takes the method's own")
     xi: float = setting(1.0e-9, phase="prepare", by_preset=True, within="(0, inf)", help="ξ of Ω's denominator")
-    gradient: Literal["exact", "displacement"] = setting("exact", phase="prepare", by_preset=True, help="dL/dθ, or the code's movement of the product")
+    gradient: Literal["exact", "displacement"] = setting("exact", phase="prepare", by_preset=True,
+                                                        help="dL/dθ, or the code's movement of the product")
     clamp: Literal["end", "step"] = setting("end", phase="prepare", by_preset=True, help="when ω is kept from being negative")
     consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", by_preset=True, help="when ω becomes Ω")
     carry_optimizer: bool = setting(False, phase="prepare", by_preset=True, help="begin with Adam's state of the general phase")

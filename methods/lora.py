@@ -58,7 +58,7 @@ class LoRA(Part):
                 raise UserError(f"lora.targets: {target!r} is no linear layer of this model; "
                                 f"nearest: {', '.join(near)} (all: {', '.join(_known(linear))})")  # fmt: skip
             if any(module is model.get_output_embeddings() for module in found):
-                raise UserError(f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding, too); leave it out")
+                raise UserError(f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding too): leave it out")
 
     def finish(self, *, run, state, final):
         merged = dict(final)
