@@ -16,7 +16,7 @@ from experiments.provenance import now
 def recorded(study, cell, stage: str):
     """Run a stage of `cell`; on failure write results/failures/CELL.json and raise one clear UserError."""
     path = study.paths.failure(cell)
-    signal.signal(signal.SIGTERM, _interrupt)  # a stopped run is recorded like one stopped from the keyboard
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by the system is stopped like from the keyboard
     try:
         yield
     except KeyboardInterrupt:
@@ -58,7 +58,3 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _interrupt(signum, frame) -> None:
-    raise KeyboardInterrupt

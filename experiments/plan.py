@@ -14,6 +14,7 @@ import torch
 from experiments import cells, hardware
 from experiments.errors import UserError
 from experiments.lock import Lock
+from methods.part import Part
 
 CHARACTERS_A_TOKEN = 4.0
 REACHED = 0.4  # share of a matrix product's rate that training reaches
@@ -51,11 +52,13 @@ def _cell(study, cell, rate: dict, cached: dict) -> dict:
     parts = study.methods[cell.method].parts
     n, size = rate["parameters"], rate["bytes_per_parameter"]
     tokens = _train_tokens(study, cell, settings)
-    general = int(study.general.get("importance", 0)) * settings.length
+    samples = [getattr(part, "samples", 0) for part in parts]  # documents of general text, about half of `length` each
+    general = sum(min(n, int(study.general.get("importance", n))) for n in samples) * settings.length / 2
+    prepares = any(type(part).prepare is not Part.prepare for part in parts)
     importance = any("importance" in part.capabilities for part in parts)
     adapts = any("adapts" in part.capabilities for part in parts)
     train = tokens / rate["train_tokens_per_second"]
-    prepare = general / rate["train_tokens_per_second"] if importance and not cached["prepared"] else 0.0
+    prepare = general / rate["train_tokens_per_second"] if prepares and not cached["prepared"] else 0.0
     evaluate = _scored_tokens(study, cell) / (3 * rate["train_tokens_per_second"])
     seconds = prepare + (0 if cached["trained"] else train) + (0 if cached["scored"] else evaluate)
     trained = 0.01 * n if adapts else n
@@ -123,10 +126,10 @@ def _shape(study, model: str) -> dict:
 
 def _flops(where: torch.device) -> float:
     """Matrix-product FLOP/s in the dtype training would compute in, best of three short ones."""
-    size = 8192 if where.type == "cuda" else 1024
+    size = 8192 if where.type == "cuda" else 2048
     a = torch.randn(size, size, device=where, dtype=hardware.compute_dtype(torch.bfloat16, where))
     best = float("inf")
-    for _ in range(4):
+    for _ in range(6):
         began = time.perf_counter()
         (a @ a).sum().item()
         best = min(best, time.perf_counter() - began)

@@ -39,7 +39,8 @@ def main(study) -> None:
     """`python -m experiments track`: the study's grid into mlflow.db at the root, also from a temporary DVC copy."""
     root = Path(os.environ.get("DVC_ROOT", study.paths.root))
     made = track(results_root=study.paths.results, cells=grid(study), study=study.name or "default", database=root / "mlflow.db")
-    print(f"mlflow.db: {len(made)} runs of study {study.name or 'default'}; start `mlflow ui` in {root} and open\n{link(study=study.name or 'default', database=root / 'mlflow.db')}")
+    print(f"mlflow.db: {len(made)} runs of study {study.name or 'default'}; `make ui` (or `mlflow ui`), then open\n  "
+          f"{link(study=study.name or 'default', database=root / 'mlflow.db')}")
 
 
 def link(*, study: str, database: Path | str, address: str = "http://127.0.0.1:5000") -> str:

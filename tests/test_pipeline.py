@@ -219,3 +219,54 @@ def test_clean_cells_frees_weights_and_keeps_results(project):
     run(project, sys.executable, "-m", "experiments", "clean-cells")
     assert not list((project / "work" / "cells").rglob("*.safetensors"))
     assert metrics(project, "full") == before
+
+
+def test_an_interrupted_run_is_recorded_and_goes_on(project):
+    import signal
+    import time
+
+    edit(project, lambda raw: raw["train"].update(epochs=500.0))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, "-m", "experiments", "train", CELL.format("full")], cwd=project, env=env,
+                               stderr=subprocess.PIPE, text=True)
+    seen = ""
+    while "step" not in seen and process.poll() is None:  # the bar says that training has begun
+        seen += process.stderr.read(64)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    rest = process.stderr.read()
+    assert process.wait() == 2
+    assert "Traceback" not in seen + rest
+    record = json.loads((project / "results/failures/llama-tiny/sums/full/seed0.json").read_text())
+    assert (record["kind"], record["stage"]) == ("interrupted", "train")
+    assert metrics(project, "ewc")
+    edit(project, lambda raw: raw["train"].update(epochs=1.0))
+    repro(project, "train@llama-tiny-sums-full-0")
+    assert not (project / "results/failures/llama-tiny/sums/full/seed0.json").exists()
+
+
+def test_dvc_exp_run_sets_one_setting_of_one_part(project):
+    run(project, "git", "add", "-A")
+    run(project, "git", "commit", "-qm", "before exp", check=False)
+    done = run(project, "dvc", "exp", "run", "-S", "methods.ewc.ewc.strength=3", "train@llama-tiny-sums-ewc-0")
+    assert "Running stage 'train@llama-tiny-sums-ewc-0'" in done.stdout
+    trained = json.loads((project / "results/runs" / CELL.format("ewc") / "train.json").read_text())
+    assert trained["parts"]["ewc"]["strength"] == 3.0
+
+
+def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
+    exported = project / "given"
+    shutil.copytree(project / "work/models/llama-tiny", exported)
+
+    def change(raw):
+        raw["methods"]["mine"] = {"given": {"path": "given"}}
+        raw["grid"] = raw["grid"] | {"methods": ["mine"], "seeds": [0]}
+
+    edit(project, change)
+    repro(project)
+    found = metrics(project, "mine")
+    assert found["cost_known"] is False
+    assert found["seconds_train"] is None and found["tokens_trained"] is None
+    assert found["domain_gain"] == 0.0  # the base against itself
+    assert found["general_perplexity"] == found["general_perplexity_base"]
+    assert all(value == 0.0 for value in found["forgetting_by_task"].values())

@@ -1,0 +1,91 @@
+"""A failure is a record with its reason; room on the disk is asked for before work starts."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from experiments import cells, config
+from experiments.engine import TrainingFailed
+from experiments.errors import UserError
+from experiments.failures import recorded
+from experiments.files import need_room, read_json, write_json
+from experiments.paths import HERE, Paths
+
+CELL = cells.Cell("llama-tiny", "sums", "full", 0)
+
+
+@pytest.fixture
+def study(tmp_path):
+    from dataclasses import replace
+
+    found = config.load("demo")
+    return replace(found, paths=Paths(study="demo", root=tmp_path))
+
+
+def fail(study, error, stage="train"):
+    with pytest.raises(UserError) as raised, recorded(study, CELL, stage):
+        error()
+    return read_json(study.paths.failure(CELL)), str(raised.value)
+
+
+def raiser(error):
+    def act():
+        raise error
+
+    return act
+
+
+def test_out_of_memory_names_what_would_help(study):
+    record, message = fail(study, lambda: torch.empty(2**55))  # torch's own allocator refuses
+    assert record["kind"] == "out of memory"
+    assert "train.micro_batch" in record["reason"] and "checkpointing" in message
+
+
+def test_not_a_number(study):
+    record, message = fail(study, raiser(TrainingFailed("train x: the loss is nan at step 3 of 9")))
+    assert (record["kind"], record["stage"]) == ("nan", "train")
+    assert message.startswith("llama-tiny/sums/full/seed0: ")
+
+
+def test_interrupted_by_keyboard_or_by_the_system(study):
+    assert fail(study, raiser(KeyboardInterrupt()))[0]["kind"] == "interrupted"
+    record, message = fail(study, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert record["kind"] == "interrupted"
+    assert "dvc repro" in message
+
+
+def test_our_own_mistake_is_recorded_and_still_shown(study):
+    with pytest.raises(ZeroDivisionError), recorded(study, CELL, "train"):
+        1 / 0  # noqa: B018
+    assert read_json(study.paths.failure(CELL))["reason"].startswith("ZeroDivisionError")
+
+
+def test_only_the_stage_that_failed_clears_the_record(study):
+    fail(study, raiser(UserError("no")), stage="evaluate")
+    with recorded(study, CELL, "train"):
+        pass
+    assert study.paths.failure(CELL).exists()
+    with recorded(study, CELL, "evaluate"):
+        pass
+    assert not study.paths.failure(CELL).exists()
+
+
+def test_too_little_disk_is_said_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match=r"too little disk for the weights: .* GiB needed .* GiB free"):
+        need_room(tmp_path, 10**18, "the weights")
+
+
+def test_a_result_file_is_whole_or_not_there(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"x": float("nan")})  # JSON has none
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+    with pytest.raises(UserError, match="b.json is missing: run `dvc repro`"):
+        read_json(tmp_path / "b.json")
+
+
+def test_root_is_the_checkout():
+    assert (HERE / "dvc.yaml").is_file()
