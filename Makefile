@@ -38,7 +38,7 @@ demo: setup
 	@$(MAKE) --no-print-directory study NAME=demo
 
 test: setup
-	@python -m pytest -n 2 -q tests
+	@python -m pytest
 
 ui: setup
 	@python -m experiments track

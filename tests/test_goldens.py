@@ -1,6 +1,7 @@
 """Golden weights of every method, and the laws that hold across methods."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -49,3 +50,13 @@ def test_mofo_at_fraction_one_is_adamw():
     plain = goldens.final("llama", {})
     for name, tensor in plain.items():
         torch.testing.assert_close(one[name], tensor, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", sorted(goldens.METHODS))
+def test_accumulation_multiplies_nothing(method):
+    """A penalty added to every micro-batch's loss would count four times here; dropout is off, for it draws by batch."""
+    blocks = {key: value | ({"dropout": 0.0} if key == "lora" else {}) for key, value in goldens.METHODS[method].items()}
+    whole = goldens.final("llama", blocks, settings=replace(goldens.SETTINGS, micro_batch=4))
+    pieces = goldens.final("llama", blocks, settings=replace(goldens.SETTINGS, micro_batch=1))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(pieces[name], tensor, rtol=1e-5, atol=1e-7)
