@@ -192,9 +192,18 @@ def test_a_failed_cell_is_recorded_and_the_others_are_whole(project):
 
 def test_export_loads_in_lm_eval_and_scores_the_same(project, tmp_path):
     run(project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"))
-    from experiments.weights import tensor_sha256
+    from tests.evaluation.test_command import LM_EVAL
 
-    assert tensor_sha256(tmp_path / "out") == metrics(project, "full")["weights_sha256"]
+    (tmp_path / "tasks").mkdir()
+    entry = json.loads((project / "work/data/evaluate/sums/tasks.json").read_text())[0]
+    rows = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(project / "work/data/evaluate/sums/sums.jsonl")}}}
+    task = dict(entry["task"]) | rows | {"task": "exported_sums", "test_split": "test", "output_type": "multiple_choice"}
+    (tmp_path / "tasks" / "sums.yaml").write_text(json.dumps(task))  # JSON is YAML
+    run(tmp_path, sys.executable, "-c", LM_EVAL, "run", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'out'},dtype=float32",
+        "--tasks", "exported_sums", "--include_path", str(tmp_path / "tasks"), "--batch_size", "4", "--device", "cpu",
+        "--output_path", str(tmp_path / "scores"), HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    (written,) = (tmp_path / "scores").rglob("results_*.json")
+    assert json.loads(written.read_text())["results"]["exported_sums"]["acc,none"] == metrics(project, "full")["domain_score"]
     again = run(project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"), check=False)
     assert again.returncode == 2
     assert "exists already" in again.stderr
