@@ -24,8 +24,14 @@ def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text)
 
 
-def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], int]:
-    """(ids of context and continuation, number of ids that are context). The rest are what is scored or trained on."""
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: bool = False) -> tuple[list[int], int]:
+    """(ids of context and continuation, number of ids that are context). The rest are what is scored or trained on.
+
+    With `end` the tokenizer's end of text stands behind the continuation: an answer that is written, and has to stop.
+    """
+    if end:
+        ids, start = encode_pair(tokenizer, context, continuation)
+        return ids + [tokenizer.eos_token_id], start
     if context == "":
         ids = tokenizer.encode(continuation, add_special_tokens=False)
         prefix = prefix_token(tokenizer)

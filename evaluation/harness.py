@@ -62,7 +62,8 @@ def score(
     scorer: "shared-prefix" (forward passes of 64·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
     sequences each). Random states and train/eval modes are left as they were. Nothing in the result differs between
     two runs on the same weights, rows, versions and kind of machine. items' log_likelihood is the gold choice's, in
-    nats; `choice` is the one the task's metric picks.
+    nats; `choice` is the one the task's metric picks. A written answer (GSM8K) has neither: its items hold the score by
+    the entry's metric and filter (`exact_match,strict-match`) alone, and scores' `metrics` those of all filters.
     """
     tasks = load_tasks(tasks_dir)
     with preserved(model), quiet():

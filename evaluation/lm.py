@@ -1,4 +1,4 @@
-"""The language models lm-eval asks: its own HFLM, and HFLM with the shared-prefix scorer in place of its forward passes."""
+"""The language models lm-eval asks: its own HFLM, and HFLM with our scorer and our generation in place of its forward passes."""
 
 import sys
 from collections.abc import Sequence
@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from lm_eval.models.huggingface import HFLM
+from lm_eval.models.utils import normalize_gen_kwargs
 
-from evaluation import encode, shared_prefix
+from evaluation import encode, generate, shared_prefix
 from experiments.errors import UserError
 
 SCORERS = ("shared-prefix", "hflm")
@@ -23,6 +24,10 @@ class QuietLM(HFLM):
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        _room(requests, self)
+        return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         # HFLM shows a bar for each batch of windows
         quiet = disable_tqdm or override_bs is not None or not sys.stderr.isatty()
@@ -32,8 +37,10 @@ class QuietLM(HFLM):
 class SharedPrefixLM(HFLM):
     """HFLM whose log-likelihoods come from `evaluation.shared_prefix`: each context once, the logits that are asked for.
 
-    Everything else (encoding, truncation from the left, rolling windows, generation) is HFLM's. Equal to HFLM within
-    1e-3 nats in float32; in half precision the softmax is taken in float32 here and in half there.
+    Everything else (encoding, truncation from the left, rolling windows) is HFLM's. Equal to HFLM within 1e-3 nats in
+    float32; in half precision the softmax is taken in float32 here and in half there. Texts come from
+    `evaluation.generate` and are HFLM's where the tokenizer's end of text is the model's own; where it is another token,
+    a text ends there, while HFLM writes on behind it.
     """
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -57,6 +64,21 @@ class SharedPrefixLM(HFLM):
             totals[owner] += value
         return totals
 
+    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
+        asked = _room(requests, self)
+        prompts = [
+            generate.Prompt(ids=tuple(self.tok_encode(request.args[0])), until=tuple(kwargs["until"]), tokens=kwargs["max_gen_toks"])
+            for request, kwargs in zip(requests, asked)
+        ]
+        return generate.texts(
+            model=self.model,
+            tokenizer=self.tokenizer,
+            prompts=prompts,
+            max_length=self.max_length,
+            batch_size=self.batch_size,
+            description="writing answers",
+        )
+
     def _ask(self, requests: list[shared_prefix.Request], what: str) -> list[tuple[float, bool]]:
         return shared_prefix.log_likelihoods(
             self.model,
@@ -65,6 +87,18 @@ class SharedPrefixLM(HFLM):
             tokens=self.batch_size * TOKENS_PER_BATCH_SIZE,
             description=what,
         )
+
+
+def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:
+    """Each request's generation settings; UserError where they leave no room for the prompt."""
+    settings = [normalize_gen_kwargs(request.args[1], asked.max_gen_toks) for request in requests]
+    for request, kwargs in zip(requests, settings):
+        if kwargs["max_gen_toks"] >= asked.max_length:
+            raise UserError(
+                f"task {request.task_name}: an answer may have {kwargs['max_gen_toks']} tokens, but the model takes {asked.max_length} in "
+                "all: lower `generation_kwargs: {max_gen_toks: ...}` of the task, or choose a model that takes more"
+            )
+    return settings
 
 
 def build(model: torch.nn.Module, tokenizer: Any, *, scorer: str, batch_size: int) -> tuple[HFLM, str]:

@@ -1,7 +1,8 @@
 """Small fixed sets scored while a model is trained, and in choosing settings: no lm-eval, no trace left behind.
 
 A set is a file <name>.jsonl of work/data/train/<domain>/probe: rows {"context", "choices", "gold"} and, for an acc_norm
-task, "norm"; or {"text"} for general text. Probe rows are disjoint from every scored row.
+task, "norm", for a task whose answers are written, "end"; or {"text"} for general text. Probe rows are disjoint from
+every scored row.
 """
 
 import json
@@ -25,9 +26,12 @@ class Item:
     requests: tuple[shared_prefix.Request, ...]
     gold: int | None  # None for a text
     norm: tuple[int, ...] | None  # characters of each choice, where accuracy is per character
+    written: bool = False  # the one choice is a whole solution: its log-likelihood counts, accuracy would take generation
 
     def windows(self, max_length: int) -> list[shared_prefix.Request]:
-        """The requests as a model of `max_length` can take them: a long text in pieces."""
+        """The requests as a model of `max_length` can take them: a long text in pieces, a long solution cut off."""
+        if self.written:
+            return [(context, solution[:max_length]) for context, solution in self.requests]
         if self.gold is not None:
             return list(self.requests)
         (((prefix,), ids),) = self.requests
@@ -53,10 +57,11 @@ def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
             text = ([encode.prefix_token(tokenizer)], encode.encode_text(tokenizer, row["text"]))
             items.append(Item(requests=(text,), gold=None, norm=None))
         else:
-            pairs = [encode.encode_pair(tokenizer, row["context"], choice) for choice in row["choices"]]
+            written = row.get("end", False)
+            pairs = [encode.encode_pair(tokenizer, row["context"], choice, end=written) for choice in row["choices"]]
             requests = tuple((ids[:start], ids[start:]) for ids, start in pairs)
             norm = tuple(row["norm"]) if row.get("norm") else None
-            items.append(Item(requests=requests, gold=row["gold"], norm=norm))
+            items.append(Item(requests=requests, gold=row["gold"], norm=norm, written=written))
     return items
 
 
@@ -65,7 +70,7 @@ def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int
     {"perplexity": exp(nats per token)} for the set of texts.
 
     Accuracy is lm-eval's: the likeliest choice, per character for acc_norm; where there is only one choice (LAMBADA),
-    whether it is what the model would write. The model's modes and all random states are left as they were.
+    whether it is what the model would write. Of written answers (GSM8K) there are the nats alone, end of text included. The model's modes and all random states are left as they were.
     """
     limit = encode.max_length(model)
     asked = {name: [item.windows(limit) for item in items] for name, items in sets.items()}
@@ -80,8 +85,9 @@ def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int
             report["perplexity"] = math.exp(min(nats / _tokens(r for i in items for r in i.requests), 700.0))
             continue
         nats = -math.fsum(values[item.gold][0] for item, values in zip(items, scored))
-        report[name] = sum(_right(item, values) for item, values in zip(items, scored)) / len(items)
-        report[f"{name}_nll"] = nats / _tokens(item.requests[item.gold] for item in items)
+        if not items[0].written:
+            report[name] = sum(_right(item, values) for item, values in zip(items, scored)) / len(items)
+        report[f"{name}_nll"] = nats / _tokens(row[item.gold] for item, row in zip(items, asked[name]))
     return report
 
 

@@ -33,6 +33,7 @@ OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as 
 # a task's folder almost always begins with the first word of its name; these are looked for where they are
 HOMES = {"boolq": "super_glue", "copa": "super_glue", "social_iqa": "siqa"}
 SPLIT = "test"
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
 
@@ -96,8 +97,10 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
 def make_task(name: str, task: str | Mapping[str, Any], rows_file: Path, *, metric: str) -> LocalTask:
     """The lm-eval task `task` on the rows of `rows_file`, known as `name`, reported by `metric`.
 
-    Every row is checked (`check`). Raises UserError for an unknown task, key or metric, a missing column, and a gold
-    answer that is not one of the choices.
+    A metric that lm-eval takes of several filters' answers is written METRIC,FILTER, such as
+    `exact_match,strict-match`; without a filter it is that of the task's first one. Every row is checked (`check`).
+    Raises UserError for an unknown task, key, metric or filter, a missing column, a gold answer that is not one of the
+    choices, and for answers that are to be drawn instead of written greedily.
     """
     config = _config(name, task)
     rows = read_rows(rows_file)
@@ -107,6 +110,11 @@ def make_task(name: str, task: str | Mapping[str, Any], rows_file: Path, *, metr
     perplexity = made.OUTPUT_TYPE == "loglikelihood_rolling" and metric == "perplexity"  # ours: exp(nats per token)
     if metric.partition(",")[0] not in known and not perplexity:
         raise UserError(f"task {name}: metric {metric!r} is not one of its metrics {known}: name one of them")
+    filters = [one.name for one in made._filters]
+    if metric.partition(",")[2] not in ("", *filters):
+        raise UserError(f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them")
+    if made.OUTPUT_TYPE == "generate_until":
+        _greedy(made)
     check(made, rows)
     return made
 
@@ -147,6 +155,28 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], number: int | None = Non
     return first if isinstance(first, int) else choices.index(first)
 
 
+def _solution(task: LocalTask, doc: Mapping[str, Any]) -> str:
+    """The text that answers a question in full: the target, the first of several."""
+    target = task.doc_to_target(doc)
+    if task.config.doc_to_choice is not None:
+        target = task.doc_to_choice(doc)[target]
+    return str(target[0] if isinstance(target, list) else target)
+
+
+def _greedy(task: LocalTask) -> None:
+    """Refuse what would make two runs on equal weights write different answers, and settings nobody would follow."""
+    name, settings = task.config.task, task.config.generation_kwargs or {}
+    for key, value in settings.items():
+        if key in ("temperature", "do_sample"):
+            if value:
+                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}, but answers are written greedily, so that equal weights "
+                                "score equally: set `do_sample: false` and leave temperature out")  # fmt: skip
+        elif key not in ("until", *LENGTHS):
+            raise UserError(f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): leave it out")
+    if task.config.repeats != 1:
+        raise UserError(f"task {name}: repeats is {task.config.repeats}, but greedy answers are all the same: set `repeats: 1`")
+
+
 def doc_hash(doc: Mapping[str, Any]) -> str:
     """lm-eval's doc_hash: sha256 of the document as it writes it down."""
     return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
@@ -157,10 +187,11 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
 
     `choices` begin with the target delimiter. Where the metric is acc_norm a row also has "norm", the lengths in
     characters by which lm-eval divides the choices' log-likelihoods. A task of one continuation (LAMBADA) has one
-    choice, gold 0. `id` is lm-eval's doc_hash.
+    choice, gold 0; so has a task whose answers are written (GSM8K), its choice the whole target, and the row has "end",
+    for end of text belongs behind it. `id` is lm-eval's doc_hash.
     """
     name, rendered = task.config.task, []
-    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood") or task.multiple_input:
+    if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "generate_until") or task.multiple_input:
         raise UserError(
             f"task {name} cannot be rendered as a context with choices "
             f"({'its choices stand in the context' if task.multiple_input else task.OUTPUT_TYPE}): "
@@ -171,6 +202,8 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"id": doc_hash(doc), "context": context}
         if task.OUTPUT_TYPE == "loglikelihood":
             row |= {"choices": [task.doc_to_target(doc)], "gold": 0}
+        elif task.OUTPUT_TYPE == "generate_until":
+            row |= {"choices": [f"{task.config.target_delimiter}{_solution(task, doc)}"], "gold": 0, "end": True}
         else:
             choices = task.doc_to_choice(doc)
             row["choices"] = [f"{task.config.target_delimiter}{choice}" for choice in choices]

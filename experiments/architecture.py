@@ -15,6 +15,11 @@ def plain(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def base_name(parameter: str) -> str:
+    """A parameter's name in the base model, from its name in the model or in peft's wrapper of it."""
+    return parameter.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without its head: token ids to the last hidden state (batch, tokens, width)."""
     inner = plain(model)
@@ -48,6 +53,19 @@ def _is_stack(modules: nn.ModuleList) -> bool:
     return len({type(m) for m in modules}) == 1 and any(True for _ in modules[0].parameters())
 
 
+def recompute_activations(model: nn.Module) -> None:
+    """Keep only each block's input for backward and compute the rest again: activation checkpointing."""
+    # the name before transformers 5.20
+    enable = getattr(plain(model), "activation_checkpointing_enable", None) or plain(model).gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile for each block: one graph serves all of them, and lengths may vary."""
+    for _, block in blocks(model):
+        block.compile(dynamic=None)
+
+
 def group_of(model: nn.Module, parameter: str) -> str:
     """The group a parameter counts in: `block.3`, `embedding`, `final_norm` or `head`.
 
@@ -65,8 +83,38 @@ def group_of(model: nn.Module, parameter: str) -> str:
     return "final_norm"
 
 
-def hidden_states(model: nn.Module, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """The backbone's last hidden state for a padded batch, without a cache. Shape (batch, tokens, width)."""
+def hidden_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The backbone's last hidden state, without a cache. Shape (batch, tokens, width).
+
+    The batch is padded, or packed: then `position_ids` begin at 0 in each example, and there is no attention mask.
+    """
+    # transformers looks for packed examples only where it gets neither a mask nor a cache
+    packed = {} if position_ids is None else {"position_ids": position_ids}
     return backbone(model)(
-        input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed
     ).last_hidden_state
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether examples packed in one row do not see each other; tried on six tokens, in evaluation mode.
+
+    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins.
+    """
+    device = next(model.parameters()).device
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    row = torch.tensor([[0, 1, 2, 3, 4, 5]], device=device)
+    other = torch.tensor([[5, 4, 3, 3, 4, 5]], device=device)  # another first example
+    was_training = model.training
+    model.eval()
+    try:
+        one, two = (hidden_states(model, ids, None, positions)[:, 3:] for ids in (row, other))
+    finally:
+        model.train(was_training)
+    # a key that is masked out has weight exactly 0, whatever it is
+    return torch.equal(one, two)

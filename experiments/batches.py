@@ -1,4 +1,4 @@
-"""Examples to batches: the order of one seed, batches of like lengths, right padding."""
+"""Examples to batches: the order of one seed, batches of like lengths, right padding or packed rows."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -52,6 +52,38 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         batch["labels"][row, :size] = example["labels"]
         batch["attention_mask"][row, :size] = 1
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def pack(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Rows of example indices of at most `tokens` tokens together: first fit, the longest first.
+
+    An example that is longer has a row of its own. Every example is in one row; indices and rows ascend.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        row = next((r for r, free in enumerate(room) if lengths[index] <= free), len(rows))
+        if row == len(rows):
+            rows.append([])
+            room.append(tokens)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return sorted(sorted(row) for row in rows)
+
+
+def collate_packed(examples: Sequence[Example], device: torch.device | str = "cpu") -> Example:
+    """One row of examples behind one another: input_ids, labels and position_ids, each (1, tokens).
+
+    Positions begin at 0 in each example, and there is no attention mask: with one, or with a cache, transformers would
+    take the row for a single text (`architecture.keeps_apart`). An example's first token is nobody's label.
+    """
+    labels = [torch.cat([torch.full_like(e["labels"][:1], -100), e["labels"][1:]]) for e in examples]
+    row = {
+        "input_ids": torch.cat([e["input_ids"] for e in examples]),
+        "labels": torch.cat(labels),
+        "position_ids": torch.cat([torch.arange(len(e["input_ids"])) for e in examples]),
+    }
+    return {name: tensor.unsqueeze(0).to(device) for name, tensor in row.items()}
 
 
 def micro_batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:

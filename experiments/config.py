@@ -20,7 +20,7 @@ TOP = {"title", "device", "not_a_result", "grid", "data", "packages", "models", 
        "methods", "train", "evaluate", "tune"}
 GRID = {"models", "domains", "methods", "seeds"}
 MODEL = {"source", "sha256", "bin_sha256", "dtype", "note", "licence", "train", "config", "seed",
-         "parameters", "layers", "width"}
+         "parameters", "layers", "width", "architecture", "compute_dtype", "processes"}
 ROWS = {"hub", "pypi", "jsonl"}
 TASK = {"task", "metric", "chance", "licence", "rows", "columns", "test", "probe", "set"}
 DOMAIN = {"task", "metric", "chance", "licence", "question", "rows", "test_rows", "columns", "set", "split",
@@ -68,6 +68,14 @@ class Study:
             merged |= block.get("train") or {}
         return TrainSettings(**(merged | dict(self.methods[method].train)))
 
+    def compute_dtype(self, model: str, checkpoint: "torch.dtype", where: "torch.device") -> "torch.dtype":
+        """The dtype forward and backward run in: the model block's `compute_dtype`, else what suits checkpoint and device."""
+        from experiments import hardware
+        from experiments.weights import as_dtype
+
+        chosen = self.models[model].get("compute_dtype")
+        return as_dtype(chosen) if chosen else hardware.compute_dtype(checkpoint, where)
+
     def prepare_settings(self, *, model: str, method: str) -> TrainSettings:
         """Settings of training inside `prepare`, which never sees the domain: train < model < method."""
         merged = dict(self.train) | (self.models[model].get("train") or {})
@@ -88,6 +96,9 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
             checked(f"{kind}:", block_name)
             _known(block, keys, f"{kind}.{block_name}")
             _train_keys(block.get("train"), f"{kind}.{block_name}.train")
+            count = block.get("processes", 1)
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise UserError(f"{kind}.{block_name}.processes is {count!r}: it must be a whole number from 1")
             for rows in ("rows", "test_rows"):
                 _known(block.get(rows) or {}, ROWS, f"{kind}.{block_name}.{rows}")
     for domain, block in domains.items():

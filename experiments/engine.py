@@ -1,28 +1,32 @@
-"""The training engine: one visible loop on torch and transformers, for every method.
+"""The training engine: one visible loop on torch and transformers, for every method, on one process or many.
 
 The loss of an optimizer step is Σ nll over all labelled tokens of its batch divided by their number, whatever
-the accumulation. Parts act through hooks only; the engine knows none of them by name. Hooks shared by several
-parts run in alphabetical order of their keys.
+the accumulation and the number of processes. Parts act through hooks only; the engine knows none of them by name.
+Hooks shared by several parts run in alphabetical order of their keys.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from experiments import architecture, batches
+from experiments import architecture, batches, hardware
 from experiments.engine_settings import TrainSettings, learning_rate
 from experiments.errors import UserError
+from experiments.flops import Flops
+from experiments.log import Log, TrainingFailed
 from experiments.loss import summed_nll
-from experiments.master import Masters
+from experiments.master import MasterWeights
+from experiments.moments import AdamW, Moments
 from experiments.progress import bar as progress
+from experiments.resume import Resume, random_state, set_random_state
+from experiments.sharding import ShardedWeights, Shards
 from methods.part import Part, Run
 
-class TrainingFailed(UserError):
-    """The loss stopped being a number."""
+__all__ = ["FitResult", "TrainingFailed", "final_weights", "fit"]
 
 
 @dataclass(kw_only=True)
@@ -33,9 +37,12 @@ class FitResult:
     states: dict[str, dict]
     optimizer: torch.optim.Optimizer
     tokens: int = 0  # non-padding input tokens
+    flops: float = 0.0  # executed in matrix products, recomputation left out
     steps: int = 0
-    seconds: float = 0.0  # inside the loop, without probes
+    resumed: int = 0  # steps that an interrupted run had already done
+    seconds: float = 0.0  # inside the loop, without probes and checkpoints
     seconds_begin: float = 0.0
+    peak_flops: float | None = None  # the device's, a second; of all processes' devices together
     curve: list[dict] = field(default_factory=list)
 
 
@@ -49,142 +56,247 @@ def fit(
     base: Mapping[str, Tensor],
     states: dict[str, dict] | None = None,
     device: torch.device | str = "cpu",
+    shards: Shards = Shards(),
+    compute_dtype: torch.dtype | None = None,
+    resume: Resume | None = None,
     probe: Callable[[nn.Module], dict[str, float]] | None = None,
     name: str = "train",
 ) -> FitResult:
     """Fine-tune `model` on `examples` with `parts`; the model is changed in place and returned in the run.
 
-    `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key. `probe` is called
+    `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key. With `shards` active the
+    model, on the CPU or on `device`, is shared among the processes and computes in `compute_dtype`; every process
+    gives the same arguments. `resume` is where an interrupted run is gone on from, bit for bit. `probe` is called
     outside timed training and must leave random state and mode as they were.
     Raises TrainingFailed where the loss is not finite.
     """
+    device = torch.device(device)
     parts = sorted(parts, key=lambda part: part.key)
     states = {part.key: dict((states or {}).get(part.key, {})) for part in parts}
     torch.manual_seed(seed)
     for part in parts:
         model = part.adapt(model, seed=seed)
+    if shards.rank:
+        torch.manual_seed(seed + 2**32 * shards.rank)  # its dropout is that of other examples
     model.train()
     if settings.checkpointing:
-        architecture.plain(model).activation_checkpointing_enable({"use_reentrant": False})
-    masters = Masters(model)
-    run = Run(model=model, weights=masters.weights, base=base, seed=seed, device=device)
+        architecture.recompute_activations(model)
+    if settings.pack and not architecture.keeps_apart(model):
+        raise UserError(f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets packed "
+                        "examples see each other: set train.pack: 0")
+    flops = Flops(model)
+    computing = compute_dtype or next(model.parameters()).dtype
+    if settings.compile:
+        architecture.compile_blocks(model)
+    trained = (ShardedWeights(model, shards=shards, compute_dtype=computing, device=device, base=base) if shards.active
+               else MasterWeights(model, base=base))  # fmt: skip
+    if not any("provides_weights" in part.capabilities for part in parts):
+        lengths = [len(e["input_ids"]) for e in examples]
+        plan = batches.schedule(lengths, settings.batch, seed, settings.epochs)
+        epoch = -(-len(lengths) // settings.batch)
+    else:
+        plan, epoch = [], 1
+    run = Run(model=model, weights=trained.weights, shapes=trained.shapes, base=base, seed=seed, device=device, shards=shards,
+              moments=_moments(trained, settings, seed, shards), epoch=epoch)  # fmt: skip
 
     started = time.perf_counter()
     for part in parts:
         part.begin(run=run, state=states[part.key], examples=examples)
     seconds_begin = time.perf_counter() - started
     _start_from(run, states)
-    masters.push()
     optimizer = _optimizer(parts, run, settings)
     for part in parts:
         part.optimizer_ready(run=run, state=states[part.key], optimizer=optimizer)
+    peak, _ = hardware.dense_peak(device, computing)
+    result = FitResult(run=run, states=states, optimizer=optimizer, seconds_begin=seconds_begin,
+                       peak_flops=peak and peak * shards.world)  # fmt: skip
+    probe_steps = {round(i * len(plan) / settings.probes) for i in range(settings.probes)} if settings.probes and probe else set()
 
-    trained = not any("provides_weights" in part.capabilities for part in parts)
-    plan = batches.schedule([len(e["input_ids"]) for e in examples], settings.batch, seed, settings.epochs) if trained else []
-    result = FitResult(run=run, states=states, optimizer=optimizer, seconds_begin=seconds_begin)
-    probe_steps = {round(i * len(plan) / settings.probes) for i in range(settings.probes)} if settings.probes else set()
-    with progress(total=len(plan), desc=name, unit="step") as bar:
-        for step, indices in enumerate(plan):
-            if probe and step in probe_steps:
-                if step == 0:
-                    result.curve.append({"step": 0, "tokens": 0, "seconds": 0.0})
-                result.curve[-1] |= _probed(probe, model)
-            began = time.perf_counter()
+    with progress(total=len(plan), desc=name, unit="step", disable=not shards.first) as bar:
+        log = Log(name=name, steps=len(plan), learning_rate=settings.learning_rate, device=device, peak=result.peak_flops, bar=bar)
+        if resume is not None:
+            result.resumed = _resumed(resume, run, parts, states, optimizer, log, result, bar)
+        trained.push()
+        for step in range(result.resumed, len(plan)):
+            if step in probe_steps:
+                with log.pause():
+                    if step == 0:
+                        log.curve.append({"step": 0, "tokens": 0, "seconds": 0.0})
+                    log.curve[-1] |= _probed(probe, trained)
             rate = learning_rate(settings, step, len(plan))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            loss, penalty, norm, tokens = _step(
-                run, parts, states, masters, optimizer, settings, [examples[i] for i in indices], step
-            )
-            seconds = time.perf_counter() - began
-            result.tokens += tokens
-            result.steps += 1
-            result.seconds += seconds
-            if not math.isfinite(loss):
-                raise TrainingFailed(
-                    f"{name}: the loss is {loss} at step {step + 1} of {len(plan)}; "
-                    f"lower train.learning_rate ({settings.learning_rate}) or a part's strength"
-                )
-            line = {
-                "step": step + 1, "tokens": result.tokens, "seconds": result.seconds, "loss": loss,
-                "grad_norm": norm, "penalty": penalty, "learning_rate": rate, "tokens_per_second": tokens / seconds,
-            }
-            result.curve.append(line)
-            bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
-            bar.update()
-    if probe and result.curve:
-        result.curve[-1] |= _probed(probe, model)
+            batch = [examples[i] for i in plan[step]]
+            read = _step(run, parts, states, trained, optimizer, settings, batch, step)
+            lengths = [len(e["input_ids"]) for e in batch]
+            executed = flops.step(lengths=lengths, labelled=_labelled(batch))
+            result.flops += executed
+            log.step({"step": step + 1, "learning_rate": rate}, tokens=sum(lengths), flops=executed, read=read)
+            if resume is not None and step + 1 < len(plan) and resume.due():
+                with log.pause():
+                    _keep(resume, run, parts, states, optimizer, log, result, step + 1)
+        log.flush()
+        if probe_steps and log.curve:
+            log.curve[-1] |= _probed(probe, trained)
+    trained.release()
+    result.steps, result.curve, result.seconds, result.tokens = len(plan), log.curve, log.seconds, log.tokens
     model.eval()
     return result
 
 
-def _step(run, parts, states, masters, optimizer, settings, examples, step) -> tuple[float, float, float, int]:
-    """One optimizer step; returns loss (nats a labelled token), penalty, gradient norm, input tokens."""
-    asked = sum(int((e["labels"][1:] != -100).sum()) for e in examples)
-    tokens = sum(len(e["input_ids"]) for e in examples)
-    head = architecture.head(run.model)
-    masters.zero()
-    total = 0.0
-    for indices in batches.micro_batches(range(len(examples)), settings.micro_batch):
-        batch = batches.collate([examples[i] for i in indices], run.device)
-        for part in parts:
+def _step(run, parts, states, trained, optimizer, settings, examples, step) -> dict[str, Tensor | float]:
+    """One optimizer step; returns loss (nats a labelled token), penalty and gradient norm, on the device."""
+    asked = _labelled(examples)
+    trained.zero()
+    total = torch.zeros((), device=run.device)
+    for batch, real in _micro_batches(examples, run, settings):
+        hooked = parts if real else ()
+        for part in hooked:
             batch = part.batch(run=run, state=states[part.key], batch=batch)
-        # padding stands on the right, where a causal model cannot see it: no mask, and the faster attention kernel
-        hidden = architecture.hidden_states(run.model, batch["input_ids"], None)
-        loss = summed_nll(hidden, batch["labels"], head) / asked
-        total += loss.item()
-        for part in parts:
-            extra = part.loss(run=run, state=states[part.key], batch=batch, hidden=hidden)
-            if extra is not None:
-                loss = loss + extra / asked
-        loss.backward()
-        masters.gather()
-    masters.complete()
+        nll, loss = trained.compute(_loss, batch, run, hooked, states)
+        total += nll / asked
+        (loss * (run.shards.world / asked)).backward()  # reduction over processes takes the mean
+    trained.complete()
     wanted = any("needs_gradient" in part.capabilities for part in parts)
     gradient = {n: w.grad.clone() for n, w in run.weights.items()} if wanted else None
-    penalty = 0.0
+    penalty = torch.zeros((), device=run.device)
     with torch.no_grad():
         for part in parts:
             value = part.before_clip(run=run, state=states[part.key], step=step)
             if value is not None:
-                penalty += float(value)
-        norm = torch.nn.utils.clip_grad_norm_(run.weights.values(), settings.clip or math.inf)
+                penalty = penalty + value
+        norm = _clip(run, settings.clip)
         optimizer.step()
-        masters.push()
+        trained.push()
         for part in parts:
             part.after_step(run=run, state=states[part.key], step=step, gradient=gradient)
-    return total, penalty, float(norm), tokens
+    return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}
+
+
+def _micro_batches(examples: list[batches.Example], run: Run, settings: TrainSettings) -> Iterator[tuple[batches.Example, bool]]:
+    """This process's share of a step, piece by piece, and whether it is real.
+
+    Processes that share weights compute together, so one with fewer pieces than another computes on two tokens
+    without a label in their place.
+    """
+    shares = [examples[rank :: run.shards.world] for rank in range(run.shards.world)]
+    if settings.pack:
+        cuts = [batches.pack([len(e["input_ids"]) for e in share], settings.pack) for share in shares]
+    else:
+        cuts = [list(batches.micro_batches(range(len(share)), settings.micro_batch)) for share in shares]
+    mine = shares[run.shards.rank]
+    collate = batches.collate_packed if settings.pack else batches.collate
+    for indices in cuts[run.shards.rank]:
+        yield collate([mine[i] for i in indices], run.device), True
+    nothing = {"input_ids": examples[0]["input_ids"][:2], "labels": torch.full_like(examples[0]["labels"][:2], -100)}
+    for _ in range(max(map(len, cuts)) - len(cuts[run.shards.rank])):
+        yield collate([nothing], run.device), False
+
+
+def _loss(model: nn.Module, batch: batches.Example, run: Run, parts, states) -> tuple[Tensor, Tensor]:
+    """Σ nll of a micro-batch, detached, and the same with what parts add to it."""
+    # padding stands on the right, where a causal model cannot see it: no mask, and the faster attention kernel
+    hidden = architecture.hidden_states(model, batch["input_ids"], None, batch.get("position_ids"))
+    loss = summed_nll(hidden, batch["labels"], architecture.head(model))
+    nll = loss.detach()
+    for part in parts:
+        extra = part.loss(run=run, state=states[part.key], batch=batch, hidden=hidden)
+        if extra is not None:
+            loss = loss + extra
+    return nll, loss
+
+
+def _labelled(examples: Sequence[batches.Example]) -> int:
+    return sum(int((e["labels"][1:] != -100).sum()) for e in examples)
+
+
+def _clip(run: Run, limit: float) -> Tensor:
+    """Scale the gradients down to the norm `limit` (0: none), as torch does; returns their norm over all processes."""
+    gradients = [weight.grad for weight in run.weights.values()]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    norm = run.shards.sum(norms.square().sum()).sqrt()
+    run.clipped = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    torch._foreach_mul_(gradients, run.clipped)
+    return norm
+
+
+def _moments(trained, settings: TrainSettings, seed: int, shards: Shards) -> Moments:
+    moments = Moments(dtype=settings.moments, seed=seed)
+    for name, weight in trained.weights.items():
+        shape = trained.shapes[name]
+        rows = shards.rows(shape[0]).start if shape else 0
+        moments.place(weight, name=name, offset=rows * math.prod(shape[1:]))
+    return moments
 
 
 def _start_from(run: Run, states: dict[str, dict]) -> None:
     """Copy the weights that a part prepared as the start of fine-tuning."""
     with torch.no_grad():
         for state in states.values():
-            for name, value in (state.get("start") or {}).items():
-                run.weights[name].copy_(value)
+            for name, value in (state.pop("start", None) or {}).items():
+                run.weights[name].copy_(run.shards.local(value))
 
 
 def _optimizer(parts: Sequence[Part], run: Run, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer of the part that brings one, else fused AdamW."""
-    chosen = {
-        "learning_rate": settings.learning_rate, "betas": (settings.beta1, settings.beta2),
-        "eps": settings.eps, "weight_decay": settings.weight_decay,
-    }
+    betas, chosen = (settings.beta1, settings.beta2), {"eps": settings.eps, "weight_decay": settings.weight_decay}
     for part in parts:
-        optimizer = part.optimizer(weights=run.weights, **chosen)
+        optimizer = part.optimizer(run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)
         if optimizer is not None:
             return optimizer
-    lr = chosen.pop("learning_rate")
-    return torch.optim.AdamW(run.weights.values(), lr=lr, fused=True, **chosen)
+    if settings.moments == "float32":
+        return torch.optim.AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, fused=True, **chosen)
+    return AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, moments=run.moments, **chosen)
 
 
-def _probed(probe, model) -> dict[str, float]:
-    return {f"probe_{name}": value for name, value in probe(model).items()}
+def _probed(probe, trained) -> dict[str, float]:
+    return {f"probe_{name}": value for name, value in trained.compute(probe).items()}
+
+
+def _kept(run: Run, parts, states) -> dict[str, Tensor]:
+    """Every tensor that is there before the first step and changes with the steps."""
+    kept = {f"weights/{name}": weight.detach() for name, weight in run.weights.items()}
+    for part in parts:
+        kept |= {f"{part.key}/{key}": tensor for key, tensor in part.keep(run=run, state=states[part.key]).items()}
+    return kept
+
+
+def _keep(resume: Resume, run: Run, parts, states, optimizer, log: Log, result: FitResult, step: int) -> None:
+    moments = {f"optimizer/{name}/{key}": value for name, weight in run.weights.items()
+               for key, value in optimizer.state.get(weight, {}).items()}  # fmt: skip
+    resume.save(_kept(run, parts, states) | moments,
+                {"step": step, "curve": log.curve, "seconds": log.seconds, "tokens": log.tokens, "flops": result.flops,
+                 "random": random_state(run.device)})  # fmt: skip
+
+
+def _resumed(resume: Resume, run: Run, parts, states, optimizer, log: Log, result: FitResult, bar) -> int:
+    """Go on from the newest checkpoint; returns the number of steps it has behind it."""
+    found = resume.load(into=_kept(run, parts, states), device=run.device)
+    if found is None:
+        return 0
+    tensors, position = found
+    for name, weight in run.weights.items():
+        here = f"optimizer/{name}/"
+        entries = {key.removeprefix(here): value for key, value in tensors.items() if key.startswith(here)}
+        if entries:
+            optimizer.state[weight] = entries
+    log.curve, log.seconds, log.tokens, result.flops = (position[key] for key in ("curve", "seconds", "tokens", "flops"))
+    set_random_state(position["random"], run.device)
+    bar.update(position["step"])
+    return position["step"]
 
 
 def final_weights(result: FitResult, parts: Sequence[Part]) -> dict[str, Tensor]:
-    """Full-precision final weights by base parameter name: trained tensors, then every part's `finish`."""
-    final = {n: w.detach() for n, w in result.run.weights.items() if n in result.run.base}
+    """Full-precision final weights by base parameter name: trained tensors, then every part's `finish`.
+
+    Every process must ask; the first one gets them, whole and on the CPU, the others nothing.
+    """
+    run, final = result.run, {}
+    for name in run.weights:
+        if name in run.base:
+            whole = run.whole(name)
+            if run.shards.first:
+                final[name] = whole.cpu()
     for part in sorted(parts, key=lambda part: part.key):
-        final = part.finish(run=result.run, state=result.states[part.key], final=final)
+        final = part.finish(run=run, state=result.states[part.key], final=final)
     return final

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from experiments.errors import UserError
 
-NUMERICS = 1  # raise when trained weights change by more than rounding; the golden weights change with it
+NUMERICS = 2  # raise when trained weights change by more than rounding; the golden weights change with it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,11 @@ class TrainSettings:
     beta2: float = 0.999
     eps: float = 1.0e-8
     clip: float = 1.0  # largest gradient norm, penalties included; 0 is no clipping
+    pack: int = 0  # tokens of a row of several examples, a forward pass each, in place of padded micro-batches; 0: none
+    moments: str = "float32"  # Adam's m and v: float32, or bfloat16 with stochastic rounding, 4 bytes a weight less
     checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
+    compile: bool = False  # torch.compile of each block: minutes at the start, faster steps on a GPU
+    checkpoint_seconds: float = 900.0  # between two checkpoints that an interrupted run goes on from; 0 after every step
     probes: int = 4  # times a run is probed while it trains
 
     def __post_init__(self) -> None:
@@ -35,13 +40,20 @@ class TrainSettings:
         for name in ("beta1", "beta2", "warmup"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}: it must be in [0, 1)")
-        for name in ("weight_decay", "clip", "probes"):
+        for name in ("weight_decay", "clip", "probes", "pack", "checkpoint_seconds"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}: it must not be negative")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"train.schedule is {self.schedule!r}: it must be one of {', '.join(SCHEDULES)}")
+        for name, known in (("schedule", SCHEDULES), ("moments", MOMENTS)):
+            if getattr(self, name) not in known:
+                raise UserError(f"train.{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}")
 
 
+    def numeric(self) -> dict[str, Any]:
+        """The settings that a run's weights can depend on."""
+        return {name: value for name, value in vars(self).items() if name != "checkpoint_seconds"}
+
+
+MOMENTS = ("float32", "bfloat16")
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),

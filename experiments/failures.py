@@ -2,13 +2,15 @@
 
 import errno
 import signal
+import time
 from contextlib import contextmanager
 
 import torch
 
-from experiments.engine import TrainingFailed
+from experiments import processes
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
+from experiments.log import TrainingFailed
 from experiments.provenance import now
 
 
@@ -16,11 +18,14 @@ from experiments.provenance import now
 def recorded(study, cell, stage: str):
     """Run a stage of `cell`; on failure write results/failures/CELL.json and raise one clear UserError."""
     path = study.paths.failure(cell)
+    began = time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by the system is stopped like from the keyboard
     try:
         yield
     except KeyboardInterrupt:
         kind, reason = "interrupted", f"stopped during {stage}; `dvc repro` goes on with this cell"
+        if not processes.first() or (path.exists() and path.stat().st_mtime > began):
+            raise  # stopped because another process of this run failed, which has said why
     except TrainingFailed as error:
         kind, reason = "nan", str(error)
     except UserError as error:
@@ -40,7 +45,7 @@ def recorded(study, cell, stage: str):
         write_json(path, _record(cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
         raise
     else:
-        if path.exists() and read_json(path)["stage"] == stage:
+        if processes.first() and path.exists() and read_json(path)["stage"] == stage:
             path.unlink()
         return
     write_json(path, _record(cell, stage, kind, reason))

@@ -1,34 +1,40 @@
-"""Float32-exact updates: a float32 master of every trained tensor, the module computing in its own dtype.
+"""Float32-exact updates in one process: a float32 master of every trained tensor, the module computing in its own dtype.
 
 A bf16 weight loses every update smaller than 1/256 of itself; the master keeps them. Where the module
 already computes in float32 or float64 the master is the parameter itself and nothing is copied.
 """
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from experiments.architecture import base_name
 
-class Masters:
-    """The trained tensors of `module`, by parameter name, in `weights`: leaf tensors with `.grad`."""
 
-    def __init__(self, module: nn.Module):
-        trained = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+class MasterWeights:
+    """The trained tensors of `model`, by parameter name, in `weights`: leaf tensors with `.grad`.
+
+    A master begins as the base's own number, which a module in fewer bits may not hold. Bytes a weight in bf16: 2 for
+    the module, 4 for the master, 4 for its gradient; a gradient in bf16 lives for one tensor at a time.
+    """
+
+    def __init__(self, model: nn.Module, *, base: Mapping[str, Tensor]):
+        self._model = model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {
-            name: p if p.dtype in (torch.float32, torch.float64) else p.detach().float().requires_grad_()
-            for name, p in trained
+            name: p if p.dtype in (torch.float32, torch.float64)
+            else base.get(base_name(name), p.detach()).to(p.device, torch.float32, copy=True).requires_grad_()
+            for name, p in trained.items()
         }
-        self._copies = [(p, self.weights[name]) for name, p in trained if self.weights[name] is not p]
+        self.shapes = {name: p.shape for name, p in trained.items()}
+        self._copies = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
+        self._hooks = [parameter.register_post_accumulate_grad_hook(_adder(master)) for parameter, master in self._copies]
 
-    @torch.no_grad()
-    def gather(self) -> None:
-        """Add the module's gradients of one micro-batch to the masters', in float32, and free them."""
-        for parameter, master in self._copies:
-            if parameter.grad is not None:
-                if master.grad is None:
-                    master.grad = parameter.grad.float()
-                else:
-                    master.grad += parameter.grad
-                parameter.grad = None
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(model, *arguments)."""
+        return function(self._model, *arguments)
 
     @torch.no_grad()
     def complete(self) -> None:
@@ -48,3 +54,22 @@ class Masters:
             master.grad = None
         for parameter, _ in self._copies:
             parameter.grad = None
+
+    def release(self) -> None:
+        """Leave the model as it came, but for its weights."""
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _adder(master: Tensor) -> Callable[[Tensor], None]:
+    """A hook that adds a parameter's complete gradient to its master's, in float32, and frees it."""
+
+    def add(parameter: Tensor) -> None:
+        with torch.no_grad():
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            else:
+                master.grad += parameter.grad
+        parameter.grad = None
+
+    return add

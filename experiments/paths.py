@@ -72,3 +72,8 @@ class Paths:
         """Caches and logs, never an out. `dvc exp run --temp` runs in a temporary copy without what git ignores;
         DVC_ROOT then names the real root."""
         return Path(os.environ.get("DVC_ROOT", self.root)) / "work" / "local"
+
+    @property
+    def resume(self) -> Path:
+        """Where interrupted runs go on from."""
+        return self.local / "resume" / (self.study or "default")

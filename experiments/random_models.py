@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from experiments.attention import with_sdpa
 from experiments.errors import UserError
 
 EOS, PAD = "<|eos|>", "<|pad|>"
@@ -55,7 +56,7 @@ def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, *
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     except (ValueError, ZeroDivisionError, TypeError) as error:
         raise UserError(f"random:{architecture} cannot be built from {asked}: {error}") from error
-    return model.eval()
+    return with_sdpa(model).eval()
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -54,7 +54,7 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
     base = load_tensors(folder)
-    computing = hardware.compute_dtype(dtype_of(read_json(folder / "base.json")), where)
+    computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json")), where)
     tokenizer = weights.load_tokenizer(folder)
     sets = load_probes(study.paths.data / "train" / domain / "probe", tokenizer)
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)

@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from experiments import hub, packages, random_models
+from experiments.attention import with_sdpa
 from experiments.errors import UserError
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -77,7 +78,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
                 folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:  # fmt: skip
         raise UserError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    return model.to(device).eval()
+    return with_sdpa(model).to(device).eval()
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:

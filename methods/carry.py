@@ -9,8 +9,9 @@ from methods.part import Run
 
 
 def carried(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"<trained tensor>::<entry>": tensor} of everything the optimizer keeps (Adam: step, exp_avg, exp_avg_sq)."""
-    return {f"{name}::{entry}": value.detach().clone() for name, weight in run.weights.items()
+    """{"<trained tensor>::<entry>": whole tensor} of everything the optimizer keeps (Adam: step, exp_avg, exp_avg_sq)."""
+    return {f"{name}::{entry}": (run.shards.whole(value, run.shapes[name]) if value.shape == weight.shape else value).detach().cpu().clone()
+            for name, weight in run.weights.items()
             for entry, value in optimizer.state.get(weight, {}).items() if isinstance(value, Tensor)}  # fmt: skip
 
 
@@ -19,4 +20,5 @@ def restore_state(run: Run, optimizer: torch.optim.Optimizer, carry: dict[str, T
     for name, weight in run.weights.items():
         entries = {key.partition("::")[2]: value for key, value in carry.items() if key.partition("::")[0] == name}
         if entries:
-            optimizer.state[weight] = {entry: value.clone().to(weight.device) for entry, value in entries.items()}
+            optimizer.state[weight] = {entry: (run.shards.local(value) if value.shape == run.shapes[name] else value).to(weight.device, copy=True)
+                                       for entry, value in entries.items()}  # fmt: skip

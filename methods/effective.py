@@ -3,6 +3,9 @@
 For a trained base tensor the effective change is θ − θ₀; for a linear layer with LoRA it is s·B·A (rank r: A is r × in,
 B is out × r, s = alpha/r, alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor reaches what is trained as
 D itself, or as ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ. A penalty written on effective weights so works for both.
+
+Where several processes share the model, each sees its own rows of every effective weight: of s·B·A the rows of its piece
+of B, times the whole of A; ∂A is then summed over processes, ∂B is complete where it is made.
 """
 
 from __future__ import annotations
@@ -13,18 +16,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from experiments.architecture import base_name
 from experiments.errors import UserError
+from methods.importance import Codes, penalise
 from methods.part import Run
 
 
 @dataclass(frozen=True, kw_only=True)
 class Full:
-    """A trained tensor of the base model."""
+    """A trained tensor of the base model; this process's rows of it."""
 
     run: Run
     name: str  # base parameter name
     parameter: str  # name in run.weights and in run.model
-    anchor: Tensor  # θ₀, or what else change is measured from
+    anchor: Tensor  # the same rows of θ₀, or of what else change is measured from
 
     def value(self) -> Tensor:
         """θ − anchor in the trained tensor's dtype, on its device; a new tensor."""
@@ -35,22 +40,31 @@ class Full:
         """Add scale·direction to the gradient."""
         _add(self.run.weights[self.parameter], direction, scale)
 
+    def penalise(self, importance: Tensor | Codes, *, scale: float) -> Tensor:
+        """Add scale·Ω⊙(θ − anchor) to the gradient; returns ΣΩ(θ − anchor)², 0-dim. No temporary of the tensor's size."""
+        weight = self.run.weights[self.parameter]
+        return penalise(weight=weight.detach(), anchor=self.anchor, importance=importance, gradient=weight.grad, scale=scale)
+
+    def wholly(self, local: Tensor) -> Tensor:
+        """The whole tensor from rows of its kind; every process must ask."""
+        return self.run.shards.whole(local, self.run.shapes[self.parameter])
+
 
 @dataclass(frozen=True, kw_only=True)
 class Factored:
-    """A linear layer's base weight with LoRA's factors beside it."""
+    """A linear layer's base weight with LoRA's factors beside it; this process's rows of it."""
 
     run: Run
     name: str  # base parameter name of the adapted weight
-    parameter: str  # name of that weight in run.model
+    layer: str  # path of the adapted layer in run.model
     a: str  # names of the factors in run.weights
     b: str
     scaling: float
-    anchor: tuple[Tensor, Tensor] | None  # factors (A, B) change is measured from; None: the base, where s·B·A = 0
+    anchor: tuple[Tensor, Tensor] | None  # factors (A whole, rows of B) change is measured from; None: the base, where s·B·A = 0
 
     def value(self) -> Tensor:
         """s·B·A − anchor's s·B·A, out × in; a new tensor. Exactly zero at the anchor."""
-        value = self.product(self.run.weights[self.a].detach(), self.run.weights[self.b].detach())
+        value = self.product(self.run.whole(self.a), self.run.weights[self.b].detach())
         return value if self.anchor is None else value.sub_(self.product(*self.anchor).to(value.device))
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
@@ -60,8 +74,20 @@ class Factored:
         """Add scale·∂A and scale·∂B for dL/dθ = direction."""
         a, b = self.run.weights[self.a], self.run.weights[self.b]
         direction = direction.to(a.dtype)
-        _add(a, b.detach().T @ direction, scale * self.scaling)
-        _add(b, direction @ a.detach().T, scale * self.scaling)
+        _add(a, self.run.shards.local(self.run.shards.sum(b.detach().T @ direction)), scale * self.scaling)
+        _add(b, direction @ self.run.whole(self.a).T, scale * self.scaling)
+
+    def penalise(self, importance: Tensor | Codes, *, scale: float) -> Tensor:
+        """Add the gradient of scale/2·ΣΩ⊙value² to the factors'; returns ΣΩ⊙value², 0-dim."""
+        moved = self.value()
+        force = torch.zeros_like(moved)
+        value = penalise(weight=moved, anchor=None, importance=importance, gradient=force, scale=1.0)
+        self.pull(force, scale=scale)
+        return value
+
+    def wholly(self, local: Tensor) -> Tensor:
+        """The whole matrix from rows of its kind; every process must ask."""
+        return self.run.shards.whole(local, torch.Size((self.run.shapes[self.b][0], self.run.shapes[self.a][1])))
 
 
 Effective = Full | Factored
@@ -70,8 +96,9 @@ Effective = Full | Factored
 def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -> list[Effective]:
     """One entry for every trained base tensor or adapted layer, in the model's order.
 
-    `anchor` maps names of run.weights to the tensors change is measured from; without it that is the base (θ₀, and
-    zero for an adapter). Values are read when asked for, so an anchor changed in place is seen.
+    `anchor` maps names of run.weights to what change is measured from: rows of trained base tensors and of B, the whole of
+    A (`anchored`); without it that is the base (θ₀, and zero for an adapter). Values are read when asked for, so an anchor
+    changed in place is seen.
     Raises UserError for DoRA, modules_to_save and adapters on embeddings, whose effective update is not s·B·A.
     """
     found: list[Effective] = []
@@ -79,9 +106,8 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
     for path, module in lora_layers(run.model):
         (adapter,) = module.lora_A
         a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
-        parameter = f"{path}.base_layer.weight"
         factors |= {a, b}
-        found.append(Factored(run=run, name=base_name(parameter), parameter=parameter, a=a, b=b,
+        found.append(Factored(run=run, name=base_name(f"{path}.base_layer.weight"), layer=path, a=a, b=b,
                               scaling=module.scaling[adapter], anchor=(anchor[a], anchor[b]) if anchor is not None else None))  # fmt: skip
     for parameter in run.weights:
         if parameter not in factors:
@@ -89,9 +115,14 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
             if name not in run.base:
                 raise UserError(f"the trained tensor {parameter} has no counterpart in the base model: "
                                 "modules_to_save and prompt tensors cannot be compared with the base")  # fmt: skip
-            start = run.base[name] if anchor is None else anchor[parameter]
+            start = run.shards.local(run.base[name]) if anchor is None else anchor[parameter]
             found.append(Full(run=run, name=name, parameter=parameter, anchor=start))
     return found
+
+
+def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole `tensors` by names of run.weights, as an anchor of `effective_weights` on the run's device."""
+    return {name: (tensor if ".lora_A." in name else run.shards.local(tensor)).to(run.device) for name, tensor in tensors.items()}
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -105,11 +136,6 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             kind = "DoRA" if any(module.use_dora.values()) else "this adapter"
             raise UserError(f"{kind} on {path}: the effective update is not s·B·A; use one plain LoRA adapter on linear layers")
         yield path, module
-
-
-def base_name(parameter: str) -> str:
-    """A parameter's name in the base model, from its name in the model or in peft's wrapper of it."""
-    return parameter.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

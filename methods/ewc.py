@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 
+from experiments.architecture import base_name
 from experiments.errors import UserError
-from methods.effective import adapted_names, base_parameters, effective_weights
+from experiments.sharding import Shards
+from methods.effective import Full, adapted_names, anchored, base_parameters, effective_weights
 from methods.fisher import diagonal_fisher
+from methods.importance import encode, placed
 from methods.part import Part, Prepared, cut, register, setting
 
 __all__ = ["EWC", "diagonal_fisher"]
@@ -32,7 +35,7 @@ __all__ = ["EWC", "diagonal_fisher"]
 )
 @dataclass(frozen=True, kw_only=True)
 class EWC(Part):
-    shares = ("methods.fisher", "methods.effective")
+    shares = ("methods.effective", "methods.fisher", "methods.importance")
 
     strength: float = setting(1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token")
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over")
@@ -42,39 +45,39 @@ class EWC(Part):
         help="labels of the text, labels drawn from the model, or the published square of a batch's mean gradient")
     scope: Literal["adapted", "whole-model"] = setting(
         "adapted", phase="prepare", help="tensors the Fisher is computed and stored on: those that the method changes, or all")
+    bits: Literal[8, 32] = setting(8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float")
     batch_size: int = setting(8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone")
 
-    def prepare(self, *, model, base, general, seed, fit, progress):
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         """The Fisher by base parameter name. Its labels are drawn with one fixed seed: every cell of a model shares it."""
         examples = cut(general, samples=self.samples, length=self.length)
         everything = base_parameters(model)
         names = adapted_names(model) if self.scope == "adapted" else list(everything)
         with _bar(progress, len(examples)) as advance:
             fisher = diagonal_fisher(model, _batches(examples, self.batch_size if self.estimator == "batched" else 1), self.estimator,
-                                     parameters={name: everything[name] for name in names}, progress=advance)  # fmt: skip
+                                     parameters={name: everything[name] for name in names}, progress=advance,
+                                     shards=shards, resume=resume)  # fmt: skip
         notes = {"estimator": self.estimator, "documents": len(examples), "entries": sum(f.numel() for f in fisher.values()),
                  "scope": self.scope, "mean": _mean(fisher)}  # fmt: skip
         if self.estimator == "batched":
             notes["batch_size"] = self.batch_size
-        return Prepared(importance=fisher, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
+        importance = {name: encode(fisher.pop(name), name=name) if self.bits == 8 else fisher.pop(name).cpu() for name in list(fisher)}
+        return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
 
     def begin(self, *, run, state, examples):
-        weights = effective_weights(run)
+        # what the run holds on to: θ₀ of trained tensors; an adapter's anchor is zero and takes no room
+        state["anchor"] = anchored(run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base})
+        weights = [replace(w, anchor=state["anchor"][w.parameter]) if isinstance(w, Full) else w for w in effective_weights(run)]
         if missing := [w.name for w in weights if w.name not in state["importance"]]:
             raise UserError(f"ewc: the Fisher has nothing on {missing[0]} and {len(missing) - 1} more: prepare this method again")
-        # what the run holds on to: θ₀ of trained tensors; an adapter's anchor is zero and takes no room
-        state["anchor"] = {w.parameter: run.base[w.name].to(run.device) for w in weights if w.parameter in run.weights}
-        state["terms"] = [(w, state["importance"][w.name].to(run.device)) for w in weights]
+        state["terms"] = [(w, placed(run, state["importance"][w.name])) for w in weights]
 
     def before_clip(self, *, run, state, step):
         if not self.strength:
             return None
         value = torch.zeros((), device=run.device)
         for weight, fisher in state["terms"]:
-            moved = weight.value()
-            force = fisher * moved
-            value = value + torch.dot(force.flatten(), moved.flatten())
-            weight.pull(force, scale=self.strength)
+            value = value + weight.penalise(fisher, scale=self.strength)
         return value * (self.strength / 2)
 
     def report(self, *, run, state):

@@ -5,6 +5,7 @@
 The square is outside the sum over tokens and inside the sum over examples, so there is no cheaper way than one
 backward pass an example; each runs alone and unpadded, which makes F independent of batch size, padding and order.
 A hook squares each tensor's gradient as soon as it is complete and frees it: no gradient buffer, one float32 F.
+Several processes take the batches in turn, each with the whole weights, and add up their sums of squares once, at the end.
 """
 
 from __future__ import annotations
@@ -12,19 +13,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from experiments.errors import UserError
+from experiments.sharding import Shards
+
+if TYPE_CHECKING:
+    from experiments.resume import Resume
 
 ESTIMATORS = ("empirical", "sampled", "batched")
 
 
 def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], estimator: str = "empirical", *, seed: int = 0,
                     parameters: Mapping[str, nn.Parameter] | Iterable[str] | None = None,
-                    progress: Callable[[int], object] | None = None) -> dict[str, Tensor]:  # fmt: skip
+                    progress: Callable[[int], object] | None = None, shards: Shards | None = None,
+                    resume: Resume | None = None) -> dict[str, Tensor]:  # fmt: skip
     """F of `model`'s parameters on `batches`: float32 tensors by parameter name, shaped like the parameters.
 
     batches     dicts of (examples, tokens) tensors: input_ids; attention_mask where padded, on either side; labels as
@@ -35,10 +43,15 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
                 the empirical scale, and the batches' sizes and composition matter. Not a Fisher; kept for comparison.
     parameters  what to compute F of: names, or parameters under the names they are to have; all by default.
                 A tied tensor has one name; its uses are summed before squaring.
-    progress    called with the number of examples done after each batch
+    progress    called after each batch with the number of examples that all processes did meanwhile; first with those
+                done before an interruption
+    shards      the processes to split the batches over; each has the whole weights and gives the same arguments, and F
+                is the same on all. One by default.
+    resume      where the sums are kept from time to time; a pass begun again goes on from there to the same F, bit for bit
 
     The model computes in evaluation mode; its modes, gradients and requires_grad flags are left as they were.
-    An example without a label counts with a zero gradient. Raises UserError for an unknown estimator and for no examples.
+    An example without a label counts with a zero gradient. Raises UserError for an unknown estimator, for no examples
+    and for weights that are cut into shards.
     """
     if estimator not in ESTIMATORS:
         raise UserError(f"estimator is {estimator!r}: it must be one of {', '.join(ESTIMATORS)}")
@@ -47,6 +60,19 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
         parameters = everything
     elif not isinstance(parameters, Mapping):
         parameters = {name: everything[name] for name in parameters}
+    for name, p in parameters.items():
+        if isinstance(p, DTensor):
+            raise UserError(
+                f"{name} is cut into shards: its gradient is a mean over processes, and the square of a mean is not the mean "
+                "of squares; compute the Fisher on whole weights, before fully_shard"
+            )
+    shards = shards or Shards()
+    batches = list(batches)
+    rows = [sum(len(batch["input_ids"]) for batch in batches[at : at + shards.world]) for at in range(0, len(batches), shards.world)]
+    examples = sum(rows)
+    if not examples:
+        raise UserError("the Fisher has no examples: give at least one document of general text")
+    mine = batches[shards.rank :: shards.world]
     device = next(iter(everything.values())).device
     wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in parameters.items()}
     total = {name: torch.zeros_like(p, dtype=wide[name], requires_grad=False) for name, p in parameters.items()}
@@ -60,26 +86,28 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
 
         return hook
 
-    examples = 0
+    before = resume.load(total, device) if resume else None
+    done = before[1]["rounds"] if before else 0
+    if done and progress is not None:
+        progress(sum(rows[:done]))
     with _only_these(model, parameters, square_into), torch.enable_grad():
-        for batch in batches:
-            rows = len(batch["input_ids"])
-            examples += rows
-            if estimator == "batched":
-                weight = rows
-                loss = _batch_nll(model, batch, device)
-                if loss is not None:
-                    (loss / rows).backward()
-            else:
-                for ids, labels in _documents(batch):
-                    loss = _document_nll(model, ids.to(device), labels.to(device), seed if estimator == "sampled" else None)
+        for turn in range(done, len(rows)):
+            for batch in mine[turn : turn + 1]:  # none in the last round of a process with one batch less
+                if estimator == "batched":
+                    weight = len(batch["input_ids"])
+                    loss = _batch_nll(model, batch, device)
                     if loss is not None:
-                        loss.backward()
+                        (loss / weight).backward()
+                else:
+                    for ids, labels in _documents(batch):
+                        loss = _document_nll(model, ids.to(device), labels.to(device), seed if estimator == "sampled" else None)
+                        if loss is not None:
+                            loss.backward()
+            if resume and resume.due():
+                resume.save(total, {"rounds": turn + 1})
             if progress is not None:
-                progress(rows)
-    if not examples:
-        raise UserError("the Fisher has no examples: give at least one document of general text")
-    return {name: (value / examples).float() for name, value in total.items()}
+                progress(rows[turn])
+    return {name: (shards.sum(value) / examples).float() for name, value in total.items()}
 
 
 def _documents(batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

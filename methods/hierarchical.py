@@ -20,7 +20,9 @@ from torch import Tensor
 from experiments.architecture import group_of
 from experiments.errors import UserError
 from methods.carry import carried, restore_state
-from methods.effective import base_parameters, effective_weights
+from experiments.sharding import Shards
+from methods.effective import Full, anchored, effective_weights
+from methods.importance import encode, placed, totals
 from methods.part import Part, Prepared, cut, register, setting
 from methods.path_integral import PathIntegral
 
@@ -39,7 +41,7 @@ OFFICIAL = PAPER | {"temperature": 1.0e8, "groups": "modules", "gradient": "disp
 )
 @dataclass(frozen=True, kw_only=True)
 class Hierarchical(Part):
-    shares = ("methods.carry", "methods.effective", "methods.path_integral")
+    shares = ("methods.carry", "methods.effective", "methods.importance", "methods.path_integral")
     presets = {"paper": PAPER, "official": OFFICIAL}
 
     preset: Literal["", "paper", "official"] = setting("", help="settles the settings not given as the paper or its code does")
@@ -62,39 +64,46 @@ class Hierarchical(Part):
                                                         help="dL/dθ, or the code's movement of the product")
     clamp: Literal["end", "step"] = setting("end", phase="prepare", by_preset=True, help="when ω is kept from being negative")
     consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", by_preset=True, help="when ω becomes Ω")
+    bits: Literal[8, 32] = setting(8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float")
     carry_optimizer: bool = setting(False, phase="prepare", by_preset=True, help="begin with Adam's state of the general phase")
 
-    def prepare(self, *, model, base, general, seed, fit, progress):
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         chosen = self.resolved()
         examples = cut(general, samples=self.samples, length=self.length)
         if not examples:
             raise UserError("hierarchical: no general text to learn importance from")
         integral = PathIntegral(gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi)
-        fresh = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and ".lora_" in name}
         try:
             result = fit(model=model, parts=(integral,), examples=examples, seed=seed, learning_rate=self.learning_rate, epochs=self.epochs)
-            importance = integral.consolidated(result.states[integral.key])
-            start = {name: weight.detach().clone() for name, weight in result.run.weights.items()}
+            run, state = result.run, result.states[integral.key]
+            rows = integral.consolidated(state)
         finally:
             integral.release()
-            _restore(model, base, fresh)
-        carry = carried(result.run, result.optimizer) if chosen.carry_optimizer else None
-        notes = {"documents": len(examples), "tokens": result.tokens, "entries": sum(o.numel() for o in importance.values())}
+        importance = {}
+        for weight in state["displaced"]:
+            whole = weight.wholly(rows.pop(weight.name))
+            importance[weight.name] = encode(whole, name=weight.name) if self.bits == 8 else whole.cpu()
+        # θ* is rounded once to the checkpoint's own dtype, so that fine-tuning starts exactly at its anchor and two bytes hold it
+        start = {name: run.whole(name).to(base[name].dtype if name in base else run.weights[name].dtype).cpu().clone() for name in run.weights}
+        carry = carried(run, result.optimizer) if chosen.carry_optimizer else None
+        notes = {"documents": len(examples), "tokens": result.tokens, "entries": sum(t.numel() for t in importance.values())}
         return Prepared(importance=importance, start=start, carry=carry, tokens=result.tokens, notes=notes)
 
     def begin(self, *, run, state, examples):
         chosen = self.resolved()
-        state["anchor"] = {name: tensor.to(run.device) for name, tensor in state["start"].items()}
+        state["anchor"] = anchored(run, state["start"])
         weights = effective_weights(run, anchor=state["anchor"])
         if missing := [w.name for w in weights if w.name not in state["importance"]]:
             raise UserError(f"hierarchical: no importance of {missing[0]} and {len(missing) - 1} more: prepare this method again")
-        omega = {w.name: state["importance"][w.name].to(run.device) for w in weights}
-        names = {w.name: group_of(run.model, w.parameter) if chosen.groups == "blocks" else w.name.rpartition(".")[0] for w in weights}
+        importance = {w.name: state["importance"][w.name] for w in weights}
+        names = {w.name: (group_of(run.model, w.parameter if isinstance(w, Full) else f"{w.layer}.base_layer.weight") if chosen.groups == "blocks"
+                          else w.name.rpartition(".")[0]) for w in weights}  # fmt: skip
         groups = list(dict.fromkeys(names.values()))
-        squares, mass = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0)
-        for name, values in omega.items():
-            squares[names[name]] += values.double().square().sum().item()
-            mass[names[name]] += values.double().sum().item()
+        squares, mass, sums = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0), {}
+        for name, values in importance.items():
+            sums[name], square = totals(values)  # of the whole tensor, which every process has on the CPU
+            squares[names[name]] += square
+            mass[names[name]] += sums[name]
         norms = torch.tensor([squares[g] for g in groups], dtype=torch.float64).sqrt()
         found = layer_coefficients(norms, chosen.temperature) if self.layer_wise else torch.ones_like(norms)
         share = (found / len(groups)).max().item()
@@ -104,8 +113,8 @@ class Hierarchical(Part):
         state["norms"] = dict(zip(groups, norms.tolist(), strict=True))
         state["largest_share"] = share
         strength = chosen.strength / (len(groups) if chosen.normalise == "sum" else 1)
-        if not self.element_wise:
-            omega = {name: values.mean() for name, values in omega.items()}
+        omega = {name: placed(run, values) if self.element_wise else torch.tensor(sums[name] / values.numel(), device=run.device)
+                 for name, values in importance.items()}  # fmt: skip
         state["terms"] = [(w, omega[w.name], strength * state["coefficients"][names[w.name]]) for w in weights]
 
     def optimizer_ready(self, *, run, state, optimizer):
@@ -117,10 +126,7 @@ class Hierarchical(Part):
             return None
         value = torch.zeros((), device=run.device)
         for weight, omega, strength in state["terms"]:
-            moved = weight.value()
-            force = omega * moved
-            value = value + strength * torch.dot(force.flatten(), moved.flatten())
-            weight.pull(force, scale=2 * strength)
+            value = value + strength * weight.penalise(omega, scale=2 * strength)
         return value
 
     def report(self, *, run, state):
@@ -155,13 +161,3 @@ def keep_strength(coefficients: Tensor, mass: Tensor) -> Tensor:
     mean = (coefficients * mass).sum() / mass.sum()
     return coefficients / mean if mean > 0 else coefficients
 
-
-@torch.no_grad()
-def _restore(model: torch.nn.Module, base: dict[str, Tensor], fresh: dict[str, Tensor]) -> None:
-    """Give the model back as it came: trained base tensors from θ₀, an adapter's factors as they were drawn."""
-    for name, parameter in base_parameters(model).items():
-        if parameter.requires_grad:
-            parameter.copy_(base[name])
-    for name, parameter in model.named_parameters():
-        if name in fresh:
-            parameter.copy_(fresh[name])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -28,7 +29,7 @@ from methods.part import Part, register, setting
 )
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Part):
-    shares = ("methods.effective",)
+    shares = ("methods.effective", "methods.importance")
 
     rank: int = setting(8, phase="prepare", within="[1, inf)", help="rank of the update")
     alpha: float = setting(32.0, phase="prepare", within="(0, inf)", help="the update's scale is alpha/rank")
@@ -64,17 +65,19 @@ class LoRA(Part):
         merged = dict(final)
         for weight in effective_weights(run):
             if isinstance(weight, Factored):
-                update = weight.value()
-                base = final.get(weight.name, run.base[weight.name])
-                merged[weight.name] = base.to(update.device, update.dtype) + update
+                update = weight.wholly(weight.value())
+                if run.shards.first:
+                    base = final.get(weight.name, run.base[weight.name])
+                    merged[weight.name] = (base.to(update.device, update.dtype) + update).cpu()
         return merged
 
     def save(self, *, run, state, folder):
         """adapter/: adapter_model.safetensors and adapter_config.json, sorted; peft writes the latter from a set."""
+        tensors = {name.replace(".default.", "."): run.whole(name).cpu().contiguous() for name in run.weights if ".lora_" in name}
+        if not run.shards.first:
+            return
         out = folder / "adapter"
         out.mkdir(parents=True, exist_ok=True)
-        tensors = {name.replace(".default.", "."): weight.detach().cpu().contiguous()
-                   for name, weight in run.weights.items() if ".lora_" in name}  # fmt: skip
         save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
         (out / "adapter_model.safetensors").chmod(0o644)
         config = {
@@ -86,7 +89,7 @@ class LoRA(Part):
 
     def report(self, *, run, state):
         adapted = [w for w in effective_weights(run) if isinstance(w, Factored)]
-        entries = sum(w.numel() for name, w in run.weights.items() if ".lora_" in name)
+        entries = sum(math.prod(shape) for name, shape in run.shapes.items() if ".lora_" in name)
         return {"adapted_layers": len(adapted), "trained_entries": entries, "scale": adapted[0].scaling}
 
 

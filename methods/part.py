@@ -9,7 +9,8 @@ overrides only the hooks it needs. The engine calls them in this order, parts in
 
 `state` is one mutable dict a part: what `prepare` left under "importance", "start" and "carry", and whatever the
 part's own hooks put there. `state["anchor"]` (a dict of tensors) is what the run holds to compare weights with; its
-bytes are recorded. Example, complete:
+bytes are recorded. Where several processes train one model, each holds some rows of every tensor: a part works on these
+(`run.weights`, `run.shards.local`), and what is of all rows it sums (`run.shards.sum`). Example, complete:
 
     @register(title="L2-SP", paper="https://arxiv.org/abs/1802.01483", line="Pull every weight back to the base.")
     @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,7 @@ bytes are recorded. Example, complete:
                 moved = weight.value()
                 weight.pull(moved, scale=self.strength)
                 value += self.strength / 2 * moved.square().sum()
-            return value
+            return value  # of this process's rows; the engine adds them up
 """
 
 from __future__ import annotations
@@ -34,10 +35,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from experiments.errors import UserError
+from experiments.moments import Moments
+from experiments.sharding import Shards
 from methods.settings import check, declared, setting
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn, optim
+
+    from experiments.resume import Resume
+    from methods.importance import Codes
 
 __all__ = ["CAPABILITIES", "REGISTERED", "Part", "Prepared", "Run", "cut", "register", "setting"]
 
@@ -59,7 +65,13 @@ class Run:
 
     weights  trained tensors by the model's parameter name: float32 (float64 for float64 models) leaf tensors whose
              `.grad` is the optimizer step's complete gradient. They are the truth; the module may compute on copies.
-    base     θ₀ by base parameter name, in the checkpoint's own dtype.
+             Where several processes share the model these are this process's rows, cut along the first dimension.
+    shapes   shapes of the whole tensors, by the same names
+    base     θ₀ by base parameter name, whole, in the checkpoint's own dtype.
+    shards   this process among those that share the model
+    moments  how an optimizer of Adam's kind keeps its m and v
+    epoch    optimizer steps an epoch takes
+    clipped  what clipping multiplied the last step's gradients by; a 0-dim tensor, None before the first
     """
 
     model: nn.Module
@@ -67,13 +79,26 @@ class Run:
     base: Mapping[str, Tensor]
     seed: int
     device: device | str
+    shapes: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    shards: Shards = dataclasses.field(default_factory=Shards)
+    moments: Moments = dataclasses.field(default_factory=Moments)
+    epoch: int = 1
+    clipped: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.shapes = self.shapes or {name: weight.shape for name, weight in self.weights.items()}
+
+    def whole(self, name: str) -> Tensor:
+        """The whole trained tensor `name`, detached; every process must ask."""
+        return self.shards.whole(self.weights[name].detach(), self.shapes[name])
 
 
 @dataclass(kw_only=True)
 class Prepared:
-    """What a part prepared: importance by base parameter name; `start` by the names of `Run.weights`; carried tensors."""
+    """What a part prepared: importance by base parameter name, tensors or 8-bit codes (methods/importance.py); `start` by
+    the names of `Run.weights`; carried tensors. Whole tensors; of several processes the first one's are kept."""
 
-    importance: dict[str, Tensor] | None = None
+    importance: dict[str, Tensor | Codes] | None = None
     start: dict[str, Tensor] | None = None
     carry: dict[str, Tensor] | None = None
     tokens: int = 0  # non-padding input tokens read
@@ -111,21 +136,25 @@ class Part:
         return model
 
     def prepare(self, *, model: nn.Module, base: Mapping[str, Tensor], general: Sequence[dict[str, Tensor]], seed: int,
-                fit: Callable[..., Any], progress: Callable[..., Any] | None) -> Prepared | None:  # fmt: skip
+                fit: Callable[..., Any], progress: Callable[..., Any] | None, shards: Shards = Shards(), resume: Resume | None = None,
+                ) -> Prepared | None:  # fmt: skip
         """What the method needs before it sees the domain, from general text.
 
         general   {"input_ids", "labels"}, 1-D, labels unshifted and -100 where nothing is asked
-        fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the engine's loop
+        fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the engine's loop,
+                  which shares the model among the processes and goes on where it was interrupted
         progress  progress(total=, desc=, unit=) → a tqdm bar
+        shards    the processes at work; each has the whole model
+        resume    where a pass of the part's own keeps what it has so far; None: nowhere
         """
         return None
 
     def begin(self, *, run: Run, state: dict, examples: Sequence[dict[str, Tensor]]) -> None:
         """Before the first step; weights are still the base's (the adapter's fresh), `state["start"]` is copied after."""
 
-    def optimizer(self, *, weights: dict[str, Tensor], learning_rate: float, betas: tuple[float, float], eps: float,
+    def optimizer(self, *, run: Run, learning_rate: float, betas: tuple[float, float], eps: float,
                   weight_decay: float) -> optim.Optimizer | None:  # fmt: skip
-        """The optimizer of the run; None leaves it to AdamW."""
+        """The optimizer over `run.weights`; None leaves it to AdamW."""
 
     def optimizer_ready(self, *, run: Run, state: dict, optimizer: optim.Optimizer) -> None:
         """After the optimizer is made and the start is copied."""
@@ -138,17 +167,27 @@ class Part:
         """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them."""
 
     def before_clip(self, *, run: Run, state: dict, step: int) -> Tensor | None:
-        """Add a penalty's closed-form gradient to the trained tensors' `.grad`, once a step; returns its value (0-dim)."""
+        """Add a penalty's closed-form gradient to the trained tensors' `.grad`, once a step.
+
+        Returns its value (0-dim) on this process's rows; the engine adds the processes' values up.
+        """
 
     def after_step(self, *, run: Run, state: dict, step: int, gradient: dict[str, Tensor] | None) -> None:
         """After the update. `gradient`: the task's, before penalties and clipping, if "needs_gradient" is declared."""
 
+    def keep(self, *, run: Run, state: dict) -> dict[str, Tensor]:
+        """Tensors of the part that change while it trains: a run that was interrupted gets them back in place."""
+        return {}
+
     def finish(self, *, run: Run, state: dict, final: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Change the full-precision weights to be written, by base parameter name; what is absent stays the base's."""
+        """Change the full-precision weights to be written, by base parameter name; what is absent stays the base's.
+
+        Whole tensors on the CPU at the first process, which writes them; `final` is empty at the others.
+        """
         return final
 
     def save(self, *, run: Run, state: dict, folder: Path) -> None:
-        """Write deterministic files of the part's own beside the weights."""
+        """Write deterministic files of the part's own beside the weights; all processes are asked, the first one writes."""
 
     def report(self, *, run: Run, state: dict) -> dict[str, Any]:
         """JSON-able facts of the run for its record."""

@@ -5,22 +5,29 @@
 g is the raw task gradient at the start of a step, Δθ the optimizer's actual movement in it, Δ the whole movement since
 the start of the phase. −∫ g·dθ over all weights is the loss's fall (Zenke et al. 2017). θ is the effective weight: a
 trained tensor, or s·B·A of an adapted layer, whose true gradient dL/dθ is dL/dW of the frozen W beneath the adapter.
+
+Of a trained tensor ω is added up inside the optimizer's step, which knows Δθ: no copy of weights or gradients is kept.
+Of several processes each has the rows of ω that it has of the weights.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
 
-from methods.effective import Factored, effective_weights
+from experiments.moments import AdamW
+from methods.effective import Factored, effective_weights, lora_layers
 from methods.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)
 class PathIntegral(Part):
     """Accumulates Ω in state["importance"] of the fit it takes part in; call `release` afterwards, also after an error.
+
+    It stands alone in its fit: g is what the optimizer sees, with clipping undone.
 
     gradient     "exact": dL/dθ. "displacement": for adapters s·(B·∂A + ∂B·A − lr·∂B·∂A), the movement of the product
                  under plain gradient descent divided by −lr, which the paper's own code takes for the gradient
@@ -29,7 +36,6 @@ class PathIntegral(Part):
     """
 
     key = "path_integral"
-    capabilities = frozenset({"needs_gradient"})
 
     gradient: Literal["exact", "displacement"] = "exact"
     clamp: Literal["end", "step"] = "end"
@@ -38,74 +44,98 @@ class PathIntegral(Part):
     undo: list[Any] = field(default_factory=list, repr=False)
 
     def begin(self, *, run, state, examples):
-        state["before"] = {name: weight.detach().clone() for name, weight in run.weights.items()}
-        state["moved"] = effective_weights(run, anchor=state["before"])  # in the step
-        state["displaced"] = effective_weights(run)  # since the start
-        state["omega"] = {w.name: torch.zeros_like(w.value()) for w in state["moved"]}
-        state["importance"] = {name: torch.zeros_like(omega) for name, omega in state["omega"].items()}
-        state["examples"], state["seen"], state["open"] = len(examples), 0, False
+        weights = effective_weights(run)
+        factored = [w for w in weights if isinstance(w, Factored)]
+        state["displaced"] = weights  # since the start
+        state["omega"] = {w.name: torch.zeros_like(w.value()) for w in weights}
+        state["importance"] = {}
+        factors = {name for w in factored for name in (w.a, w.b)}
+        state["before"] = {name: run.whole(name).clone() if ".lora_A." in name else run.weights[name].detach().clone()
+                           for name in run.weights if name in factors}  # fmt: skip
+        state["moved"] = [replace(w, anchor=(state["before"][w.a], state["before"][w.b])) for w in factored]  # in the step
         if self.gradient == "exact":
-            parameters = dict(run.model.named_parameters())
-            state["dense"] = {w.name: self._listen(parameters[w.parameter], state["omega"][w.name].dtype)
-                              for w in state["moved"] if isinstance(w, Factored)}  # fmt: skip
+            layers = dict(lora_layers(run.model))
+            state["dense"] = {w.name: self._listen(layers[w.layer], dtype=state["omega"][w.name].dtype) for w in factored}
 
-    def _listen(self, frozen: torch.nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-        """A buffer that sums dL/dW of a frozen weight over micro-batches. W is not among the trained tensors and stays still."""
-        total = torch.zeros_like(frozen, dtype=dtype, requires_grad=False)
+    def _listen(self, layer: nn.Module, *, dtype: torch.dtype) -> Tensor:
+        """A buffer that sums dL/dW = Σ (dL/dy)ᵀ·x of the frozen W under an adapter; y = W·x + s·B·A·x has W·x's gradient."""
+        frozen = layer.base_layer.weight
+        total = torch.zeros(frozen.shape, dtype=dtype, device=frozen.device)
 
-        def collect(parameter: torch.Tensor) -> None:
-            total.add_(parameter.grad)
-            parameter.grad = None
+        def forward(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            x = arguments[0].detach().flatten(0, -2)
 
-        required = frozen.requires_grad
-        frozen.requires_grad_(True)
-        handle = frozen.register_post_accumulate_grad_hook(collect)
-        self.undo.append(lambda: (handle.remove(), frozen.requires_grad_(required)))
+            def backward(gradient: Tensor) -> None:
+                total.add_(gradient.flatten(0, -2).T @ x)
+
+            if output.requires_grad:
+                output.register_hook(backward)
+
+        self.undo.append(layer.register_forward_hook(forward).remove)
         return total
 
     def release(self) -> None:
-        """Take the hooks off and freeze again what was frozen."""
+        """Take the hooks off."""
         while self.undo:
             self.undo.pop()()
 
+    def optimizer(self, *, run, learning_rate, betas, eps, weight_decay):
+        return AdamW(run.weights.values(), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, moments=run.moments)
+
     def optimizer_ready(self, *, run, state, optimizer):
         state["optimizer"] = optimizer
+        names = {id(run.weights[w.parameter]): w.name for w in state["displaced"] if not isinstance(w, Factored)}
 
-    def batch(self, *, run, state, batch):
-        state["seen"] += len(batch["input_ids"])
-        return batch
+        def watch(weight: Tensor, piece: slice, movement: Tensor) -> None:
+            gradient = weight.grad.view(-1)[piece]
+            if run.clipped is not None:
+                gradient = gradient / run.clipped
+            state["omega"][names[id(weight)]].view(-1)[piece].addcmul_(gradient, movement, value=-1)
+
+        if names:
+            optimizer.watch = watch
+
+    @torch.no_grad()
+    def before_clip(self, *, run, state, step):
+        if self.gradient == "displacement":
+            state["gradient"] = {name: (run.shards.whole(run.weights[name].grad, run.shapes[name]) if ".lora_A." in name
+                                        else run.weights[name].grad).clone() for name in state["before"]}  # fmt: skip
 
     @torch.no_grad()
     def after_step(self, *, run, state, step, gradient):
         for weight in state["moved"]:
-            omega = state["omega"][weight.name]
-            omega.addcmul_(self._gradient(weight, state, gradient), weight.value(), value=-1)
-            if self.clamp == "step":
-                omega.clamp_(min=0)
-        for name, weight in run.weights.items():
-            state["before"][name].copy_(weight)
+            state["omega"][weight.name].addcmul_(self._gradient(weight, state), weight.value(), value=-1)
+        for name, before in state["before"].items():
+            before.copy_(run.whole(name) if ".lora_A." in name else run.weights[name])
         for total in state.get("dense", {}).values():
             total.zero_()
-        state["open"] = True
-        if self.consolidate == "epoch" and state["seen"] % state["examples"] == 0:
+        if self.clamp == "step":
+            for omega in state["omega"].values():
+                omega.clamp_(min=0)
+        if self.consolidate == "epoch" and (step + 1) % run.epoch == 0:
             self.consolidated(state)
 
-    def _gradient(self, weight, state: dict, gradient: dict[str, torch.Tensor]) -> torch.Tensor:
-        if not isinstance(weight, Factored):
-            return gradient[weight.parameter]
+    def _gradient(self, weight: Factored, state: dict) -> Tensor:
+        shards = weight.run.shards
         if self.gradient == "exact":
-            return state["dense"][weight.name]
-        a, b, ga, gb = state["before"][weight.a], state["before"][weight.b], gradient[weight.a], gradient[weight.b]
+            # the loss that each process differentiates is `world` times its share of the step's
+            return shards.local(shards.sum(state["dense"][weight.name])) / shards.world
+        a, b, ga, gb = state["before"][weight.a], state["before"][weight.b], state["gradient"][weight.a], state["gradient"][weight.b]
         rate = state["optimizer"].param_groups[0]["lr"]
         return (b @ ga).add_(gb @ a).sub_(gb @ ga, alpha=rate).mul_(weight.scaling)
 
+    def keep(self, *, run, state):
+        return {f"{kind}/{name}": tensor for kind in ("omega", "importance", "before") for name, tensor in state[kind].items()}
+
     @torch.no_grad()
-    def consolidated(self, state: dict) -> dict[str, torch.Tensor]:
-        """Ω by base parameter name, with the ω of steps not yet consolidated added in and begun anew."""
-        if state["open"]:
-            for weight in state["displaced"]:
-                omega = state["omega"][weight.name]
-                state["importance"][weight.name] += omega.clamp(min=0) / weight.value().square_().add_(self.xi)
-                omega.zero_()
-            state["open"] = False
+    def consolidated(self, state: dict) -> dict[str, Tensor]:
+        """Ω by base parameter name, with the ω since the last time added in and begun anew; this process's rows."""
+        for weight in state["displaced"]:
+            omega = state["omega"].pop(weight.name)
+            omega.clamp_(min=0).div_(weight.value().square_().add_(self.xi))
+            if weight.name in state["importance"]:
+                omega.add_(state["importance"][weight.name])
+            state["importance"][weight.name] = omega
+            if self.consolidate == "epoch":
+                state["omega"][weight.name] = torch.zeros_like(omega)
         return state["importance"]

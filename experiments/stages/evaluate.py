@@ -33,7 +33,7 @@ def _score(study, folder: Path, model_name: str, tasks: Path, out: Path) -> str:
     """Score the weights in `folder`; writes scores, items and costs to `out`, returns the weights' hash."""
     where = hardware.device(study.device)
     checkpoint = dtype_of(read_json(study.paths.model(model_name) / "base.json"))
-    model = weights.load_model(folder, dtype=hardware.compute_dtype(checkpoint, where), device=where)
+    model = weights.load_model(folder, dtype=study.compute_dtype(model_name, checkpoint, where), device=where)
     digest = weights.tensor_sha256(folder)
     hardware.reset_peak(where)
     began = perf_counter()

@@ -17,52 +17,70 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.base import dtype_of, load_tensors
-from experiments import hardware, provenance, weights
+from experiments import hardware, plan, processes, provenance, weights
 from experiments.engine import fit
 from experiments.engine_settings import TrainSettings
 from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, sha256, write_json
 from experiments.progress import bar
+from experiments.resume import Resume
+from experiments.sharding import Shards
 from experiments.stages import resolve
 from experiments.stages.rows import read_jsonl
+from methods import importance
 from methods.part import Part
 
 TENSORS = ("importance", "start", "carry")
 
 
 def main(study, *, model: str, method: str, seed: int, cell) -> None:
+    needed = bool(resolve.prepare(study, model, method))
+    if needed and (count := processes.asked_for(study.models[model])):
+        processes.start(count, ["prepare", model, method, str(seed), "--study", study.name])
+        return
     with recorded(study, cell, "prepare"):
         _prepare(study, model, method, seed)
+    processes.leave()
 
 
 def _prepare(study, model: str, method: str, seed: int) -> None:
     out = study.paths.prepared(model=model, method=method, seed=seed)
     costs_file = study.paths.prepare_costs(model=model, method=method, seed=seed)
-    shutil.rmtree(out, ignore_errors=True)
-    resolved = resolve.prepare(study, model, method)
-    if not resolved:
+    if not resolve.prepare(study, model, method):
+        shutil.rmtree(out, ignore_errors=True)
         write_json(out / "prepared.json", {})
         write_json(costs_file, {"seconds_prepare": 0.0, "tokens_prepare": 0, "bytes_importance": 0, "bytes_start": 0,
                                 "peak_memory_bytes": 0, "reused": False})
         return
     store, reused = stored(study, model, method, seed)
-    shutil.copytree(store / "out", out)
-    write_json(costs_file, read_json(store / "costs.json") | {"reused": reused})
+    if processes.first():
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(store / "out", out)
+        write_json(costs_file, read_json(store / "costs.json") | {"reused": reused})
 
 
 def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     """The store's folder with this preparation in `out/`, computed unless it is there; and whether it was."""
+    where = hardware.device(study.device)
+    shards = processes.join(where)
     resolved = resolve.prepare(study, model, method)
-    store = study.paths.local / "prepared" / _key(study, model, method, seed, resolved)
-    if store.is_dir() and read_json(store / "manifest.json")["sha256"] == folder_sha256(store / "out"):
+    key = _key(study, model, method, seed, resolved)
+    store = study.paths.local / "prepared" / key
+    whole = shards.first and store.is_dir() and read_json(store / "manifest.json")["sha256"] == folder_sha256(store / "out")
+    if shards.said_by_first(whole):
         return store, True
-    shutil.rmtree(store, ignore_errors=True)
-    need_room(study.paths.work, 8 * sum(f.stat().st_size for f in study.paths.model(model).glob("*.safetensors")),
-              f"the preparation of {method} on {model}")
-    fresh = store.with_name(f"{store.name}.{uuid.uuid4().hex[:8]}")
-    write_json(fresh / "costs.json", _compute(study, model, method, seed, fresh / "out"))
-    write_json(fresh / "manifest.json", {"sha256": folder_sha256(fresh / "out")})
-    os.replace(fresh, store)  # whole or not at all
+    fresh = store.with_name(f"{store.name}.{shards.said_by_first(uuid.uuid4().hex[:8])}")
+    if shards.first:
+        shutil.rmtree(store, ignore_errors=True)
+        need_room(study.paths.work, 8 * sum(f.stat().st_size for f in study.paths.model(model).glob("*.safetensors")),
+                  f"the preparation of {method} on {model}")
+    costs = _compute(study, model, method, seed, fresh / "out", key=key, shards=shards)
+    if shards.first:
+        write_json(fresh / "costs.json", costs)
+        write_json(fresh / "manifest.json", {"sha256": folder_sha256(fresh / "out")})
+        os.replace(fresh, store)  # whole or not at all
+        shutil.rmtree(study.paths.resume / "prepare" / key, ignore_errors=True)
+    shards.wait()
     return store, False
 
 
@@ -74,19 +92,22 @@ def _key(study, model: str, method: str, seed: int, resolved: dict) -> str:
     return new_sha256("\n".join([resolve.text(resolved), base, text, drawn]).encode()).hexdigest()[:32]
 
 
-def _compute(study, model_name: str, method: str, seed: int, out: Path) -> dict:
+def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: str, shards: Shards) -> dict:
     """Prepare every part in turn into `out`; returns the measured costs."""
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
     base = load_tensors(folder)
-    computing = hardware.compute_dtype(dtype_of(read_json(folder / "base.json")), where)
+    checkpoint = dtype_of(read_json(folder / "base.json"))
+    computing = study.compute_dtype(model_name, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
     settings = study.prepare_settings(model=model_name, method=method)
     general = encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer, settings.length)
     parts = study.methods[method].parts
+    plan.refuse_preparation(study, model_name, method, where=where, checkpoint=checkpoint, computing=computing)
     hardware.reset_peak(where)
     seconds, tokens, notes = 0.0, 0, {}
-    out.mkdir(parents=True)
+    if shards.first:
+        out.mkdir(parents=True)
     for part in parts:
         if type(part).prepare is Part.prepare:
             continue
@@ -94,9 +115,12 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path) -> dict:
         torch.manual_seed(seed)
         for other in parts:
             model = other.adapt(model, seed=seed)
+        resume = Resume(study.paths.resume / "prepare" / key / part.key, every=settings.checkpoint_seconds,
+                        identity={"preparation": key, "part": part.key, "device": where.type, "compute_dtype": str(computing)}, rank=shards.rank, world=shards.world)  # fmt: skip
         began = perf_counter()
-        prepared = part.prepare(model=model, base=base, general=general, seed=seed, progress=bar,
-                                fit=partial(_fit, settings=settings, base=base, device=where, name=f"prepare {part.key}"))
+        prepared = part.prepare(model=model, base=base, general=general, seed=seed, progress=bar, shards=shards, resume=resume,
+                                fit=partial(_fit, settings=settings, base=base, device=where, shards=shards, compute_dtype=computing,
+                                            resume=resume, name=f"prepare {part.key}"))  # fmt: skip
         seconds += perf_counter() - began
         if prepared is None:
             continue
@@ -104,21 +128,26 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path) -> dict:
         notes[part.key] = prepared.notes
         for kind in TENSORS:
             tensors = getattr(prepared, kind)
-            if tensors:
+            if tensors and shards.first:
+                tensors = importance.to_file(tensors) if kind == "importance" else tensors
                 save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, out / f"{part.key}.{kind}.safetensors")
+    peak = int(shards.sum(torch.tensor(hardware.peak_memory_bytes(where))).item())
+    if not shards.first:
+        return {}
     write_json(out / "prepared.json", notes)
     return {
-        "seconds_prepare": seconds, "tokens_prepare": tokens, "peak_memory_bytes": hardware.peak_memory_bytes(where),
+        "seconds_prepare": seconds, "tokens_prepare": tokens, "peak_memory_bytes": peak,
         "bytes_importance": _bytes(out, "importance"), "bytes_start": _bytes(out, "start") + _bytes(out, "carry"),
-        "hardware": hardware.describe(where), "versions": provenance.versions(),
+        "processes": shards.world, "hardware": hardware.describe(where), "versions": provenance.versions(),
         "git": provenance.git(study.paths.root), "when": provenance.now(),
     }
 
 
-def _fit(*, settings: TrainSettings, model, parts, examples, seed, base, device, name, **overrides):
+def _fit(*, settings: TrainSettings, model, parts, examples, seed, base, device, name, shards=Shards(), compute_dtype=None, resume=None, **overrides):
     """The engine's own loop for parts that train while they prepare; None keeps the method's own setting."""
     changed = replace(settings, **{key: value for key, value in overrides.items() if value is not None})
-    return fit(model=model, parts=parts, examples=examples, settings=changed, seed=seed, base=base, device=device, name=name)
+    return fit(model=model, parts=parts, examples=examples, settings=changed, seed=seed, base=base, device=device, shards=shards,
+               compute_dtype=compute_dtype, resume=resume, name=name)  # fmt: skip
 
 
 def encoded_text(path: Path, tokenizer, length: int) -> list[dict]:
@@ -138,7 +167,8 @@ def load_states(folder: Path, parts) -> dict[str, dict]:
         for kind in TENSORS:
             path = folder / f"{part.key}.{kind}.safetensors"
             if path.is_file():
-                states[part.key][kind] = load_file(path)
+                tensors = load_file(path)
+                states[part.key][kind] = importance.from_file(tensors) if kind == "importance" else tensors
     return states
 
 

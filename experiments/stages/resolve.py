@@ -34,7 +34,7 @@ def contents(study) -> dict[str, dict]:
     files = {"data.json": data(study)}
     for model in study.grid["models"]:
         files[f"model/{model}.json"] = {k: v for k, v in study.models[model].items() if k in MODEL_KEYS} | {"format": MODEL_FORMAT}
-        files[f"evaluate/{model}.json"] = dict(study.evaluate) | {"scoring": SCORING, "device": study.device}
+        files[f"evaluate/{model}.json"] = dict(study.evaluate) | {"scoring": SCORING, "device": study.device} | _computing(study, model)
         for method in study.grid["methods"]:
             files[f"prepare/{model}/{method}.json"] = prepare(study, model, method)
             for domain in study.grid["domains"]:
@@ -62,8 +62,8 @@ def prepare(study, model: str, method: str) -> dict:
         if type(part).prepare is not Part.prepare or "adapts" in part.capabilities:
             resolved["parts"][part.key] = _part(part, "prepare")
     if seeded(parts):
-        resolved["train"] = vars(study.prepare_settings(model=model, method=method)) | {"probes": 0}
-    return resolved
+        resolved["train"] = study.prepare_settings(model=model, method=method).numeric() | {"probes": 0}
+    return resolved | _computing(study, model)
 
 
 def seeded(parts) -> bool:
@@ -74,7 +74,12 @@ def seeded(parts) -> bool:
 def train(study, model: str, domain: str, method: str) -> dict:
     settings: TrainSettings = study.settings(model=model, domain=domain, method=method)
     parts = {part.key: _part(part, None) for part in study.methods[method].parts}
-    return {"numerics": NUMERICS, "device": study.device, "train": vars(settings), "parts": parts}
+    return {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts} | _computing(study, model)
+
+
+def _computing(study, model: str) -> dict:
+    """The dtype to compute in where the model's block names one."""
+    return {"compute_dtype": study.models[model]["compute_dtype"]} if "compute_dtype" in study.models[model] else {}
 
 
 def _part(part: Part, phase: str | None) -> dict:

@@ -10,21 +10,29 @@ from safetensors.torch import save_file
 from evaluation.encode import encode_pair
 from evaluation.probe import load_probes, probe
 from experiments.base import dtype_of, load_tensors
-from experiments import hardware, ledger, provenance, weights
+from experiments import hardware, ledger, plan, processes, provenance, weights
 from experiments.batches import Example
 from experiments.engine import FitResult, final_weights, fit
 from experiments.engine_settings import NUMERICS
 from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, write_json
+from experiments.flops import mfu
+from experiments.resume import Resume
+from experiments.sharding import Shards
+from experiments.stages import resolve
 from experiments.stages.prepare import load_states
 from experiments.stages.rows import read_jsonl
 
-COLUMNS = ["step", "tokens", "seconds", "loss", "grad_norm", "penalty", "learning_rate", "tokens_per_second"]
+COLUMNS = ["step", "tokens", "seconds", "loss", "grad_norm", "penalty", "learning_rate", "tokens_per_second", "mfu"]
 
 
 def main(study, cell) -> None:
+    if count := processes.asked_for(study.models[cell.model]):
+        processes.start(count, ["train", cell.name, "--study", study.name])
+        return
     with recorded(study, cell, "train"):
         _train(study, cell)
+    processes.leave()
 
 
 def _train(study, cell) -> None:
@@ -32,44 +40,64 @@ def _train(study, cell) -> None:
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
     parts = study.methods[cell.method].parts
     where = hardware.device(study.device)
+    shards = processes.join(where)
     folder, out = paths.model(cell.model), paths.weights(cell)
     base_info = read_json(folder / "base.json")
     base = load_tensors(folder)
-    need_room(paths.work, 2 * sum(t.nbytes for t in base.values()), f"the weights of {cell.name}")
+    prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
+    need_room(paths.work, 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), f"the weights of {cell.name}")
     checkpoint = dtype_of(base_info)
-    computing = hardware.compute_dtype(checkpoint, where)
-    model = weights.load_model(folder, dtype=computing, device=where)
+    computing = study.compute_dtype(cell.model, checkpoint, where)
+    plan.refuse_training(study, cell, where=where, checkpoint=checkpoint, computing=computing)
+    # to be shared among processes it is cut on the CPU, in the checkpoint's own dtype, and moved piece by piece
+    model = weights.load_model(folder, dtype=checkpoint if shards.active else computing, device="cpu" if shards.active else where)
     tokenizer = weights.load_tokenizer(folder)
     examples = encoded(paths.data / "train" / cell.domain / "train.jsonl", tokenizer, settings.length)
     sets = load_probes(paths.data / "train" / cell.domain / "probe", tokenizer)
+    data = folder_sha256(paths.data / "train" / cell.domain)
+    resume = Resume(paths.resume / "train" / cell.name, every=settings.checkpoint_seconds, rank=shards.rank, world=shards.world, identity={
+        "base": base_info["sha256"], "data": data, "settings": resolve.train(study, cell.model, cell.domain, cell.method),
+        "prepared": folder_sha256(prepared), "seed": cell.seed, "device": where.type, "compute_dtype": str(computing)})  # fmt: skip
     hardware.reset_peak(where)
     result = fit(
-        model=model, parts=parts, examples=examples, settings=settings, seed=cell.seed, base=base, device=where,
-        states=load_states(paths.prepared(model=cell.model, method=cell.method, seed=cell.seed), parts),
+        model=model, parts=parts, examples=examples, settings=settings, seed=cell.seed, base=base, device=where, shards=shards,
+        compute_dtype=computing, resume=resume, states=load_states(prepared, parts),
         probe=(lambda m: probe(model=m, sets=sets)) if settings.probes else None, name=f"train {cell.name}",
     )
     known = not any("provides_weights" in part.capabilities for part in parts)
-    shutil.rmtree(out, ignore_errors=True)
-    write_weights(out, folder=folder, base=base, final=final_weights(result, parts))
+    final = final_weights(result, parts)
+    if shards.first:
+        shutil.rmtree(out, ignore_errors=True)
+        write_weights(out, folder=folder, base=base, final=final)
     for part in parts:
         part.save(run=result.run, state=result.states[part.key], folder=out)
+    reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts}
+    costs = {"bytes_anchor": _everywhere(shards, anchor_bytes(result)), "bytes_optimizer_state": _everywhere(shards, optimizer_bytes(result.optimizer))}
+    peaks = _everywhere(shards, hardware.peak_memory_bytes(where))
+    if not shards.first:
+        return
     write_curve(paths.run(cell) / "curve.csv", result.curve)
     digest = weights.tensor_sha256(out)
     ledger.note(study, stage="train", cell=cell.name, weights=digest)
-    write_json(paths.run(cell) / "train.json", {
+    write_json(paths.run(cell) / "train.json", costs | {
         "cell": cell.name, "seed": cell.seed, "numerics": NUMERICS,
         "seconds_train": result.seconds if known else None, "seconds_begin": result.seconds_begin,
-        "tokens_trained": result.tokens if known else None, "steps": result.steps,
-        "peak_memory_bytes": hardware.peak_memory_bytes(where),
-        "bytes_weights_delta": stored_bytes(out), "bytes_anchor": anchor_bytes(result),
-        "bytes_optimizer_state": optimizer_bytes(result.optimizer),
-        "weights_sha256": digest, "base_sha256": base_info["sha256"],
-        "data_sha256": folder_sha256(paths.data / "train" / cell.domain),
-        "settings": vars(settings), "dtype": base_info["dtype"], "compute_dtype": str(computing).removeprefix("torch."),
+        "tokens_trained": result.tokens if known else None, "steps": result.steps, "steps_resumed": result.resumed,
+        "flops": result.flops, "mfu": mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,
+        "peak_flops": result.peak_flops, "peak_flops_basis": hardware.dense_peak(where, computing)[1],
+        "peak_memory_bytes": peaks, "processes": shards.world, "sharded": shards.active,
+        "bytes_weights_delta": stored_bytes(out),
+        "weights_sha256": digest, "base_sha256": base_info["sha256"], "data_sha256": data,
+        "settings": settings.numeric(), "dtype": base_info["dtype"], "compute_dtype": str(computing).removeprefix("torch."),
         "device": where.type, "hardware": hardware.describe(where), "versions": provenance.versions(),
-        "git": provenance.git(paths.root), "when": provenance.now(), "cost_known": known,
-        "parts": {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts},
+        "git": provenance.git(paths.root), "when": provenance.now(), "cost_known": known, "parts": reports,
     })
+    resume.clear()
+
+
+def _everywhere(shards: Shards, count: int) -> int:
+    """The sum of a number over all processes."""
+    return int(shards.sum(torch.tensor(count)).item())
 
 
 def encoded(path: Path, tokenizer, length: int) -> list[Example]:

@@ -68,6 +68,23 @@ def test_probe_is_what_it_says(name, folder, byte_tokenizer, request):
     assert set(found) == {"science", "science_nll", "normed", "normed_nll", "lambada", "lambada_nll", "perplexity"}
 
 
+@torch.no_grad()
+def test_written_answers_have_the_nats_of_the_solution_and_its_end(tmp_path, byte_tokenizer, tiny_llama):
+    rows = [{"context": "Q: 1+1?\nA:", "choices": [" 1+1=2\n#### 2"], "gold": 0, "end": True},
+            {"context": "Q: long?\nA:", "choices": [" x" * 400], "gold": 0, "end": True}]  # fmt: skip
+    write_rows(tmp_path / "math.jsonl", rows)
+    found = probe(model=tiny_llama, sets=load_probes(tmp_path, byte_tokenizer))
+    assert set(found) == {"math_nll"}  # no accuracy: that takes generation
+    nats = tokens = 0
+    for row, kept in zip(rows, (len(rows[0]["choices"][0]) + 1, 512)):  # the model takes 512: the rest of the solution is cut
+        solution = [*row["choices"][0].encode(), byte_tokenizer.eos_token_id][:kept]
+        ids = [*row["context"].encode(), *solution][-513:]
+        logits = tiny_llama(torch.tensor([ids[:-1]])).logits[0, -kept:].double()
+        nats -= logits.log_softmax(-1).gather(1, torch.tensor(solution)[:, None]).sum().item()
+        tokens += kept
+    assert found["math_nll"] == pytest.approx(nats / tokens, abs=1e-5)
+
+
 def test_probe_leaves_modes_random_states_and_gradients_as_they_were(folder, byte_tokenizer):
     model = build("gptj", seed=0, resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     sets = load_probes(folder, byte_tokenizer)

@@ -119,6 +119,30 @@ def test_a_column_emptied_makes_another_domain_of_the_same_rows(study, tmp_path)
     assert all(row["hint"] == "" for row in lines(tmp_path / "out/evaluate/closed/closed.jsonl"))
 
 
+def test_written_answers_trained_on_in_other_columns_than_they_are_scored_in(study, tmp_path):
+    """As MetaMathQA for GSM8K: the training rows' columns are renamed at their source, and both go through one prompt."""
+    train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    solved = [{"query": f"How much is {i}+{i}?", "response": f"It is {i + i}.\nThe answer is: {i + i}", "type": "sum"} for i in range(40)]
+    train.write_text("".join(json.dumps(row) + "\n" for row in solved))
+    asked = [{"question": f"how much is {i} + {i}", "answer": f"{i}+{i}={i + i}\n#### {i + i}"} for i in range(35, 45)]
+    test.write_text("".join(json.dumps(row) + "\n" for row in asked))
+    study.domains["sums"] = {
+        "task": {"include": "gsm8k", "num_fewshot": 0}, "metric": "exact_match,flexible-extract", "chance": 0.0, "question": "question",
+        "columns": ["question", "answer"], "split": {"train": "all", "probe": 5, "test": "all"}, "retention": ["fish"], "probes": ["fish"],
+        "rows": {"jsonl": {"path": str(train), "columns": {"question": "query", "answer": "response"}}}, "test_rows": {"jsonl": str(test)},
+    }  # fmt: skip
+    study.grid["domains"] = ["sums"]
+    report = data.write_data(study, tmp_path / "out")["domains"]["sums"]
+    assert report["n"] == {"train": 30, "probe": 5, "test": 10} and report["duplicates"]["between"] == 5  # 35 to 39 are scored
+    rendered = [row for name in ("train", "probe/sums") for row in lines(tmp_path / f"out/train/sums/{name}.jsonl")]
+    assert {row["context"] for row in rendered} == {f"Question: {row['query']}\nAnswer:" for row in solved[:35]}
+    assert {row["choices"][0] for row in rendered} == {f" {row['response']}" for row in solved[:35]}
+    assert all(row["gold"] == 0 and row["end"] for row in rendered)
+    assert sorted(row["answer"] for row in lines(tmp_path / "out/evaluate/sums/sums.jsonl")) == sorted(row["answer"] for row in asked)
+    listed = json.loads((tmp_path / "out/evaluate/sums/tasks.json").read_text())
+    assert listed[0]["metric"] == "exact_match,flexible-extract" and listed[0]["chance"] == 0.0
+
+
 def test_bad_blocks_are_told_by_name(study, tmp_path):
     birds, fish, general = study.domains["birds"], study.tasks["fish"], study.general
     for block, change, message in (

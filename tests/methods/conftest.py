@@ -80,3 +80,12 @@ def drawn():
         return model
 
     return draw_into
+
+
+@pytest.fixture
+def dense():
+    """dense(importance): the float64 values that codes or tensors stand for, by name."""
+    from methods.importance import Codes, decode
+
+    return lambda importance: {n: decode(v.codes, low=v.low, step=v.step, dtype=torch.float64) if isinstance(v, Codes) else v.double()
+                               for n, v in importance.items()}  # fmt: skip

@@ -1,14 +1,20 @@
-"""The Fisher against one autograd call an example, whatever the batch, the padding and the order."""
+"""The Fisher against one autograd call an example, whatever the batch, the padding, the order and the number of processes."""
+
+import math
+import multiprocessing
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.nn import functional as F
 
 from experiments.errors import UserError
-from methods.ewc import diagonal_fisher
-from methods.fisher import _drawn
-from methods.lora import LoRA
+from experiments.random_models import build
+from experiments.resume import Resume
+from experiments.sharding import Shards
 from methods.effective import base_parameters
+from methods.fisher import ESTIMATORS, _drawn, diagonal_fisher
+from methods.lora import LoRA
 
 KINDS = ["llama-tied", "llama-untied", "gptj"]
 
@@ -145,8 +151,9 @@ def test_left_over_gradients_do_not_leak_and_everything_is_restored(make, docume
 def test_restored_after_an_error_too(make, documents):
     model = make()
     model.model.norm.weight.requires_grad_(False)
-    with pytest.raises(KeyError):
-        diagonal_fisher(model, [padded(documents), {"input_ids": documents[0]["input_ids"][None], "attention_mask": None}, {}])
+    ids = documents[0]["input_ids"][None]
+    with pytest.raises(RuntimeError):
+        diagonal_fisher(model, [padded(documents), {"input_ids": ids, "labels": ids[:, 1:]}])
     assert not model.model.norm.weight.requires_grad and not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
@@ -172,3 +179,137 @@ def test_bf16_models_accumulate_in_float32(make, documents):
     assert all(f.dtype == torch.float32 for f in found.values())
     ratio = sum(f.sum() for f in found.values()) / sum(f.sum() for f in wanted.values())
     assert ratio == pytest.approx(1, rel=0.1)
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopping(after):
+    """A progress callback that stops the pass once `after` examples are done in all, and what it was told."""
+    told = []
+
+    def progress(count):
+        told.append(count)
+        if sum(told) >= after:
+            raise Stopped
+
+    return progress, told
+
+
+def counted(model):
+    """The examples `model` sees, as a list that grows."""
+    seen = []
+    model.register_forward_pre_hook(lambda module, arguments, named: seen.extend([0] * len(named["input_ids"])), with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_pass_that_is_interrupted_twice_gives_the_same_bits(make, documents, tmp_path, estimator, dtype):
+    batches = [padded(documents[at : at + 2]) for at in (0, 2, 4)]
+    wanted = diagonal_fisher(make(dtype=dtype), batches, estimator)
+    seen = []
+    for after in (2, 4, math.inf):
+        model = make(dtype=dtype)
+        part = counted(model)
+        progress, told = stopping(after)
+        resume = Resume(tmp_path / "run", identity={}, every=0)
+        if after < math.inf:
+            with pytest.raises(Stopped):
+                diagonal_fisher(model, batches, estimator, resume=resume, progress=progress)
+        else:
+            found = diagonal_fisher(model, batches, estimator, resume=resume, progress=progress)
+        assert told == {2: [2], 4: [2, 2], math.inf: [4, 2]}[after]
+        seen += part
+    assert len(seen) == len(documents)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+
+
+def test_without_a_checkpoint_due_nothing_is_kept(make, documents, tmp_path):
+    model = make()
+    wanted = diagonal_fisher(model, [padded(documents)])
+    found = diagonal_fisher(model, [padded(documents)], resume=Resume(tmp_path / "run", identity={}))
+    assert all(torch.equal(found[n], wanted[n]) for n in wanted) and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def two_processes(tmp_path):
+    """two_processes(target, *arguments): what target(rank, *arguments) returns in each of a gloo group's two processes."""
+    context = multiprocessing.get_context("forkserver")  # a fork of this process could not use autograd where there is a GPU
+    context.set_forkserver_preload([__name__])
+    runs = []
+
+    def run(target, *arguments):
+        runs.append(target)
+        files = [tmp_path / f"{len(runs)}-{rank}.pt" for rank in range(2)]
+        store = tmp_path / f"{len(runs)}.store"
+        children = [context.Process(target=_joined, args=(rank, store, file, target, arguments)) for rank, file in enumerate(files)]
+        for child in children:
+            child.start()
+        for child in children:
+            child.join(120)
+        assert [child.exitcode for child in children] == [0, 0]
+        return [torch.load(file) for file in files]
+
+    return run
+
+
+def _joined(rank, store, file, target, arguments):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.save(target(rank, *arguments), file)
+    dist.destroy_process_group()
+
+
+def _tiny():
+    return build("llama", seed=0, dtype=torch.float64, vocab_size=31, eos_token_id=1, pad_token_id=0)
+
+
+def _fisher(rank, batches, estimator, folder, after):
+    """(F or None where it was stopped, what progress was told, examples this process saw)."""
+    model = _tiny()
+    seen, (progress, told) = counted(model), stopping(after)
+    shards, resume = Shards(rank=rank, world=2, active=True), folder and Resume(folder, identity={}, every=0, rank=rank, world=2)
+    try:
+        found = diagonal_fisher(model, torch.load(batches), estimator, shards=shards, resume=resume, progress=progress)
+    except Stopped:
+        found = None
+    return found, told, len(seen)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_two_processes_give_the_same_and_go_on_where_they_stopped(make, documents, tmp_path, two_processes, estimator):
+    """Of five batches one process has three and one has two."""
+    groups = [documents[:1], documents[1:2], documents[2:4], documents[4:5], documents[5:]]
+    batches = [padded(group, side) for group, side in zip(groups, ("left", "right", "right", "left", "right"))]
+    torch.save(batches, tmp_path / "batches.pt")
+    one = diagonal_fisher(_tiny(), batches, estimator)
+    (first, told, seen), (second, told_second, seen_second) = two_processes(_fisher, tmp_path / "batches.pt", estimator, None, math.inf)
+    assert told == told_second == [2, 3, 1] and (seen, seen_second) == (4, 2)
+    same(first, {n: f.double() for n, f in one.items()})
+    assert all(torch.equal(first[n], second[n]) for n in one)
+
+    stopped = two_processes(_fisher, tmp_path / "batches.pt", estimator, tmp_path / "run", 4)
+    assert stopped == [(None, [2, 3], 3), (None, [2, 3], 2)]
+    ended = two_processes(_fisher, tmp_path / "batches.pt", estimator, tmp_path / "run", math.inf)
+    assert [seen for _, _, seen in ended] == [1, 0]
+    for found, told, _ in ended:
+        assert told == [5, 1] and all(torch.equal(found[n], first[n]) for n in one)
+
+
+def _refused(rank):
+    from torch.distributed.fsdp import fully_shard
+
+    model = _tiny()
+    fully_shard(model)
+    try:
+        diagonal_fisher(model, [{"input_ids": torch.tensor([[2, 3, 4]])}], shards=Shards(rank=rank, world=2, active=True))
+    except UserError as error:
+        return str(error)
+
+
+def test_weights_cut_into_shards_are_refused(two_processes):
+    for message in two_processes(_refused):
+        assert message.startswith("model.embed_tokens.weight is cut into shards: ")
+        assert "the square of a mean is not the mean of squares" in message

@@ -4,8 +4,13 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 
-from methods.mofo import MoFO, MomentumFilter, kth_largest
+from experiments.moments import MOMENTS, AdamW, Moments
+from experiments.sharding import Shards
+from methods import mofo
+from methods.mofo import MoFO, MomentumFilter, kth_largest, kth_largest_of_all
 from methods.part import Run
 
 SHAPES = [(7, 5), (3,), (2, 3, 4), (1, 1), (40, 30), ()]
@@ -14,6 +19,20 @@ SHAPES = [(7, 5), (3,), (2, 3, 4), (1, 1), (40, 30), ()]
 def tensors(dtype, seed=0):
     draw = torch.Generator().manual_seed(seed)
     return [torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+def placed(ps, kind):
+    kept = Moments(dtype=kind, seed=1)
+    for i, p in enumerate(ps):
+        kept.place(p, name=f"w{i}")
+    return kept
+
+
+def advance(ps, optimizer, seeds):
+    for seed in seeds:
+        for p, g in zip(ps, tensors(ps[0].dtype, seed)):
+            p.grad = g
+        optimizer.step()
 
 
 def reference(ps, gradients, lr, b1, b2, eps, decay, fraction, decay_all):
@@ -61,6 +80,32 @@ def test_fraction_one_is_adamw(dtype, near):
         torch.testing.assert_close(p, q, rtol=near, atol=near)
 
 
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_fraction_one_is_our_adamw_to_the_bit(kind):
+    pair = []
+    for optimizer in (lambda ps, **given: MoFO(ps, fraction=1.0, **given), AdamW):
+        ps = [p.requires_grad_() for p in tensors(torch.float32)]
+        kept = placed(ps, kind)
+        pair.append((ps, optimizer(ps, lr=0.02, weight_decay=0.1, moments=kept)))
+        advance(*pair[-1], range(1, 5))
+    assert all(torch.equal(p, q) for p, q in zip(pair[0][0], pair[1][0]))
+
+
+def test_bfloat16_moments_select_by_the_unrounded_momentum():
+    """The masks are those of |m| in float64, computed from the stored m before the step, to a float32's rounding."""
+    (p,) = ps = [torch.zeros(60, 50, requires_grad=True)]
+    optimizer = MoFO(ps, lr=0.1, fraction=0.1, moments=placed(ps, "bfloat16"))
+    for seed in range(1, 5):
+        before, stored = p.detach().clone(), optimizer.state[p]["exp_avg"].double() if seed > 1 else 0.0
+        p.grad = torch.randn(60, 50, generator=torch.Generator().manual_seed(seed))
+        optimizer.step()
+        m = 0.9 * stored + 0.1 * p.grad.double()
+        largest = set(m.abs().flatten().topk(300).indices.tolist())
+        assert set((p.detach() != before).flatten().nonzero().flatten().tolist()) == largest
+        assert optimizer.realised_fraction()["last"] == 0.1  # 300 of 3000: rounded momenta would tie
+        assert optimizer.state[p]["exp_avg"].dtype == torch.bfloat16
+
+
 def test_only_the_largest_momenta_move_and_all_momenta_advance():
     p = torch.zeros(10, 10, requires_grad=True)
     optimizer = MoFO([p], lr=0.1, fraction=0.15)
@@ -95,13 +140,27 @@ def test_kth_largest_is_exact(zeros, dtype):
         assert float(kth_largest(size.clone(), k)) == float(wanted)
 
 
-def test_state_round_trips_in_mid_run():
-    def advance(ps, optimizer, seeds):
-        for seed in seeds:
-            for p, g in zip(ps, tensors(torch.float64, seed)):
-                p.grad = g
-            optimizer.step()
+@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize("counted", [100, 1 << 24])
+def test_kth_largest_of_all_is_exact(zeros, counted, monkeypatch):
+    monkeypatch.setattr(mofo, "COUNTED", counted)
+    draw = torch.Generator().manual_seed(1)
+    for spread in (0.0, 1e-4, 1.0, 30.0):  # from equal entries and few bins to many, subnormal and infinite ones
+        size = (torch.randn(997, generator=draw) * spread).exp2() * 2.0**-100 * (torch.rand(997, generator=draw) >= zeros)
+        size[0], size[1] = 1e-42, torch.inf
+        for k in (1, 2, 50, 99, 500, 996, 997):
+            assert kth_largest_of_all(size.clone(), k, Shards()) == size.sort(descending=True).values[k - 1]
 
+
+def test_an_empty_tensor_is_left_alone():
+    p = torch.zeros(0, 4, requires_grad=True)
+    p.grad = torch.zeros(0, 4)
+    optimizer = MoFO([p], lr=0.1)
+    optimizer.step()
+    assert optimizer.realised_fraction() == {"last": None, "mean": None}
+
+
+def test_state_round_trips_in_mid_run():
     whole = [p.requires_grad_() for p in tensors(torch.float64)]
     first = MoFO(whole, lr=0.01, fraction=0.2, weight_decay=0.1)
     advance(whole, first, range(1, 4))
@@ -163,6 +222,69 @@ def test_wrong_settings_are_named(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} is .*must be in"):
         MoFO([torch.zeros(2, 2, requires_grad=True)], **({"lr": 0.1} | wrong))
+
+
+def test_sizes_go_with_the_parameters():
+    ps = [torch.zeros(2, 2, requires_grad=True) for _ in range(2)]
+    with pytest.raises(ValueError, match="1 sizes for 2 parameters"):
+        MoFO([ps[0], ps[1], ps[0]], lr=0.1, sizes=[4])
+
+
+# two processes: the rows of every tensor, from where the second process's begin
+SHARDED = {"even": ((40, 30), 20), "uneven": ((7, 5), 5), "second empty": ((3, 4), 3), "first empty": ((2, 9), 0),
+           "vector": ((5,), 3), "deep": ((5, 3, 4), 2), "ties": ((6, 6), 4), "zero": ((4, 6), 1), "no gradient": ((6, 5), 3),
+           "large": ((90, 100), 31), "tiny": ((1, 2), 1)}  # fmt: skip
+SETTINGS = [("float32", 0.1, False), ("float32", 0.37, True), ("bfloat16", 0.1, True), ("bfloat16", 1.0, False)]
+
+
+def sharded_gradient(name, shape, seed):
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(seed + 100 * len(name)))
+    if name == "ties":
+        gradient = gradient.round().clamp(-1, 1)
+    if name == "zero" or (name == "no gradient" and seed == 2):
+        gradient.zero_()
+    return gradient
+
+
+def train_on(shards, kind, fraction, decay_all):
+    """{name: this process's rows after every step} and the realised fractions."""
+    kept, weights = Moments(dtype=kind, seed=3), {}
+    rows = {n: slice(0, None) if shards.world == 1 else (slice(0, cut), slice(cut, None))[shards.rank] for n, (_, cut) in SHARDED.items()}
+    for name, (shape, _) in SHARDED.items():
+        whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
+        weights[name] = whole[rows[name]].clone().requires_grad_()
+        kept.place(weights[name], name=name, offset=rows[name].start * whole[0].numel())
+    optimizer = MoFO(weights.values(), lr=0.01, weight_decay=0.1, fraction=fraction, decay_all=decay_all, moments=kept, shards=shards,
+                     sizes=[torch.Size(shape).numel() for shape, _ in SHARDED.values()])  # fmt: skip
+    way = {name: [] for name in SHARDED}
+    for step in range(1, 4):
+        for name, weight in weights.items():
+            weight.grad = sharded_gradient(name, SHARDED[name][0], step)[rows[name]].clone()
+            if name == "no gradient" and step == 2 and shards.world > 1:
+                weight.grad = None
+        optimizer.step()
+        for name, weight in weights.items():
+            way[name].append(weight.detach().clone())
+    return way, optimizer.realised_fraction()
+
+
+def one_of_two(rank, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save([train_on(Shards(rank=rank, world=2, active=True), *settings) for settings in SETTINGS], f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_move_the_entries_that_one_moves(tmp_path):
+    processes.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
+    pieces = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    for settings, (first, realised), (second, realised_there) in zip(SETTINGS, *pieces, strict=True):
+        wanted, fractions = train_on(Shards(), *settings)
+        assert realised == realised_there == fractions
+        for name, steps in wanted.items():
+            assert any(len(piece[0]) == 0 for piece in (first[name], second[name])) == ("empty" in name or name == "tiny")
+            for step, a, b in zip(steps, first[name], second[name]):
+                assert torch.equal(step, torch.cat([a, b])), (settings, name)  # weights, and so masks
 
 
 def test_the_part_trains_a_model_and_reports(make, documents, train):

@@ -1,0 +1,103 @@
+"""Greedy continuations in batches: transformers' `generate` with its cache of keys and values, prompts padded on the left.
+
+Each row ends on its own, at the end of text or behind the first of its stop strings; lm-eval's HFLM goes on until a
+whole batch has met the same one. The texts are the same: what follows a stop string is cut off.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lm_eval.models.utils import postprocess_generated_text
+from torch import Tensor
+from tqdm import tqdm
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """What is continued: its ids (not empty), the strings it stops at, and the most tokens to write."""
+
+    ids: tuple[int, ...]
+    until: tuple[str, ...]
+    tokens: int
+
+
+@torch.no_grad()
+def texts(
+    *, model: torch.nn.Module, tokenizer: Any, prompts: Sequence[Prompt], max_length: int, batch_size: int, description: str | None = None
+) -> list[str]:
+    """The likeliest next token, again and again, for each prompt; special tokens left out, cut before its stop string.
+
+    A prompt longer than `max_length` less its `tokens` loses its beginning. The tokenizer needs a padding token.
+    """
+    written = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].until, prompts[i].tokens, -len(prompts[i].ids), prompts[i].ids))
+    bar = tqdm(total=len(prompts), desc=description, unit="text", disable=None if description else True)
+    with bar:
+        for batch in _batches(order, prompts, batch_size):
+            for number, text in zip(batch, _continued(model, tokenizer, [prompts[i] for i in batch], max_length)):
+                written[number] = text
+            bar.update(len(batch))
+    return written
+
+
+def ends_of_text(model: torch.nn.Module, tokenizer: Any) -> list[int]:
+    """The tokens that end a text: the model's own and the tokenizer's."""
+    named = model.generation_config.eos_token_id
+    ids = named if isinstance(named, list) else [named]
+    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+
+
+def _batches(order: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
+    """At most `size` prompts together, all with the same stop strings and number of tokens, longest first."""
+    batches: list[list[int]] = []
+    for number in order:
+        new = prompts[number]
+        first = prompts[batches[-1][0]] if batches else None
+        if first is None or len(batches[-1]) == size or (first.until, first.tokens) != (new.until, new.tokens):
+            batches.append([])
+        batches[-1].append(number)
+    return batches
+
+
+def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_length: int) -> list[str]:
+    until, tokens = batch[0].until, batch[0].tokens
+    rows = [prompt.ids[-(max_length - tokens) :] for prompt in batch]
+    width = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + list(row) for row in rows])
+    seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    device = next(model.parameters()).device
+    ends = ends_of_text(model, tokenizer)
+    whole = model.generate(
+        input_ids=ids.to(device), attention_mask=seen.to(device), max_new_tokens=tokens, do_sample=False,
+        temperature=None, top_p=None, top_k=None, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends,
+        stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, until, start=width, rows=len(batch))]),
+    )  # fmt: skip
+    found = []
+    for row in whole[:, width:].tolist():
+        end = next((place for place, token in enumerate(row) if token in ends), len(row))
+        found.append(postprocess_generated_text(tokenizer.decode(row[:end], skip_special_tokens=True), list(until), None))
+    return found
+
+
+class _StopStrings(StoppingCriteria):
+    """Which rows have written one of the strings, looking at as many last tokens as the longest string can take."""
+
+    def __init__(self, tokenizer: Any, until: tuple[str, ...], *, start: int, rows: int):
+        self.tokenizer, self.until, self.start = tokenizer, [text for text in until if text], start
+        self.window = max((len(text.encode()) for text in self.until), default=0) + 4
+        self.done = torch.zeros(rows, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        if self.until:
+            tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, input_ids.shape[1] - self.window) :], skip_special_tokens=True)
+            for row, tail in enumerate(tails):
+                # a tail cut inside a character can read otherwise than the whole does
+                if not self.done[row] and self._in(tail):
+                    self.done[row] = self._in(self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True))
+        return self.done.to(input_ids.device)
+
+    def _in(self, text: str) -> bool:
+        return any(stop in text for stop in self.until)

@@ -1,0 +1,415 @@
+"""Peak memory of preparing and of training a cell, by kind, before anything is loaded.
+
+What is held, in bytes a weight (c: bytes of the compute dtype, w: 4, or 8 for float64; k: of the checkpoint; m: 2 or w,
+`train.moments`; N: processes that share the model):
+
+    kind          one process                          shared, each of N
+    weights       c                                    trained w/N, frozen k/N
+    masters       trained w, where c < w               -
+    gradients     trained w                            trained w/N
+    moments       trained 2m                           trained 2m/N
+    anchor        trained base tensors k; adapters w if the part's preparation trains; /N
+    importance    regularised matrices 1 (`bits: 8`) or 4; /N
+    scratch       what optimizer and penalty keep or take beside them, on the largest tensor
+
+What comes and goes: activations (all that is alive at the end of a forward pass of one micro-batch of the longest
+examples), logits (one chunk with its log-softmax and gradients), transient (the most that backward takes beyond the
+activations; where the model is shared, the gathered copies and what gradients are reduced in). Activations and their
+backward pass are not a formula: the real modules run on fake tensors, which have shapes and no numbers.
+
+`total` is the larger of two moments: the end of the forward pass, with activations, logits and transient, and with all
+gradients only where a step accumulates several passes; and the update, with all gradients and without activations.
+Kinds added up can so be more than `total`. CUDA's own context and the allocator's gaps are not in it.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, masking_utils
+
+from experiments import architecture, loss, moments, random_models
+from experiments.attention import with_sdpa
+from experiments.engine_settings import TrainSettings
+from experiments.errors import UserError
+from methods.effective import adapted_names, base_parameters, lora_layers
+from methods.part import Part
+
+Phase = Literal["prepare", "train"]
+KINDS = ("weights", "masters", "gradients", "moments", "anchor", "importance", "scratch", "activations", "logits", "transient", "total")
+HELD = ("weights", "masters", "moments", "anchor", "importance", "scratch")  # from the first step to the last
+PIECE = 1 << 24  # entries that a penalty works on at once (methods/importance.py)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shape:
+    """A model without its weights."""
+
+    config: PreTrainedConfig
+
+    def build(self, *, parts: Sequence[Part] = (), layers: int | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model as `parts` adapt it, on the meta device; with its first `layers` blocks alone if that is given."""
+        config = type(self.config).from_dict(self.config.to_dict())  # what building a model notes in its config stays there
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        with torch.device("meta"):
+            model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            for part in sorted(parts, key=lambda part: part.key):
+                model = part.adapt(model, seed=0)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)  # an adapter follows its base's dtype on every other device
+        return model
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.build().parameters())
+
+
+def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
+    """The shape of the model `name`: from its folder where it was made, else from its block, without fetching it.
+
+    The block of a model that is not random says it as `architecture:`, transformers' config with its `model_type`.
+    Raises UserError where there is neither, and for a config that transformers does not take.
+    """
+    if (folder / "config.json").is_file():
+        return Shape(config=AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+    kind, _, rest = str(block.get("source", "")).partition(":")
+    if kind == "random":
+        with torch.device("meta"):
+            return Shape(config=random_models.build(rest, seed=0, **(block.get("config") or {})).config)
+    chosen = dict(block.get("architecture") or {})
+    if "model_type" not in chosen:
+        raise UserError(f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro`, or add to its block "
+                        "`architecture:` with model_type and the sizes of its config.json")  # fmt: skip
+    try:
+        return Shape(config=AutoConfig.for_model(**chosen))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"models.{name}.architecture: transformers cannot make a config of it: {error}") from error
+
+
+def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: TrainSettings, checkpoint_dtype: torch.dtype,
+            compute_dtype: torch.dtype, device_type: str, processes: int | None = None) -> dict[str, int]:  # fmt: skip
+    """Peak bytes of one process in `phase`, {kind: bytes} by `KINDS`; all 0 for a preparation of parts that prepare nothing.
+
+    settings   of training in that phase; `length` is taken for the longest example, so put in what is known to be shorter
+    processes  how many share the model; None: one process that does not share
+
+    A part is known by its capabilities and settings: one with "seeded_preparation" trains while it prepares, another
+    that prepares makes a Fisher pass, for which every process has the whole model.
+    """
+    layout = _Layout(shape=shape, parts=tuple(parts), checkpoint=checkpoint_dtype, compute=compute_dtype,
+                     device=device_type, processes=processes)  # fmt: skip
+    if phase == "train":
+        return layout.training(settings)
+    prepared = [layout.general_phase(part, settings) if "seeded_preparation" in part.capabilities else layout.fisher(part, settings)
+                for part in parts if type(part).prepare is not Part.prepare]  # fmt: skip
+    return max(prepared, key=lambda kinds: kinds["total"], default=_total({}))
+
+
+def refuse(*, what: str, available: int | None, settings: TrainSettings, processes: int | None = None, **inputs: Any) -> dict[str, int]:
+    """The prediction where it fits into `available` bytes (None: not known, so it fits); `predict` takes the other arguments.
+
+    Raises UserError naming `what`, by how much it does not fit, and what each change of settings would save.
+    """
+    found = predict(settings=settings, processes=processes, **inputs)
+    if available is None or found["total"] <= available:
+        return found
+
+    def total(*, processes: int | None = processes, **changed: Any) -> int:
+        return predict(settings=dataclasses.replace(settings, **changed), processes=processes, **inputs)["total"]
+
+    helps = _helps(total, found["total"], available, settings, processes)
+    advice = f"What would help: {'; '.join(helps)}" if helps else "No setting helps: take a smaller model, adapters, or a larger device"
+    most = ", ".join(f"{kind} {_gib(found[kind])}" for kind in sorted(KINDS[:-1], key=found.get, reverse=True)[:4] if found[kind])
+    raise UserError(f"{what} would take {_gib(found['total'])} of memory at its peak, {_gib(found['total'] - available)} more than the "
+                    f"{_gib(available)} free here (most of it: {most}). {advice}")  # fmt: skip
+
+
+def _helps(total: Callable[..., int], now: int, available: int, settings: TrainSettings, processes: int | None) -> list[str]:
+    """Changes that save memory, each with the bytes; of micro-batches and processes the first that fits."""
+    helps = []
+    for key, value, said in (("checkpointing", True, "checkpointing: true"), ("moments", "bfloat16", "moments: bfloat16")):
+        saved = now - total(**{key: value})
+        if saved > 0:
+            helps.append(f"`train.{said}` saves {_gib(saved)}{' and fits' if now - saved <= available else ''}")
+    smaller = [] if settings.pack else [settings.micro_batch >> i for i in range(1, settings.micro_batch.bit_length())]
+    fitting = next((size for size in smaller if total(micro_batch=size) <= available), None)
+    if fitting:
+        helps.append(f"`train.micro_batch: {fitting}` fits")
+    fitting = next((n for n in (2, 4, 8) if n > (processes or 1) and total(processes=n) <= available), None)
+    if fitting:
+        helps.append(f"`processes: {fitting}` in the model's block fits, with as many devices like this one")
+    return helps
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """The bytes of one model as its parts adapt it."""
+
+    shape: Shape
+    parts: tuple[Part, ...]
+    checkpoint: torch.dtype
+    compute: torch.dtype
+    device: str
+    processes: int | None
+
+    def training(self, settings: TrainSettings) -> dict[str, int]:
+        if any("provides_weights" in part.capabilities for part in self.parts):
+            return _total({"weights": self._count.base * self.compute.itemsize})
+        return self._fit(settings, parts=self.parts, held={
+            "anchor": sum(map(self._anchor, self.parts)), "importance": sum(map(self._importance, self.parts)),
+        })  # fmt: skip
+
+    def general_phase(self, part: Part, settings: TrainSettings) -> dict[str, int]:
+        """Training with float32 ω of every regularised weight; under an adapter also the sum of dL/dW it comes from."""
+        count = self._count
+        settings = dataclasses.replace(settings, length=min(settings.length, getattr(part, "length", settings.length)))
+        omega = self._wide * (count.regularised + count.adapted)
+        return self._fit(settings, parts=(), held={"importance": _share(omega, self.processes)})
+
+    def fisher(self, part: Part, settings: TrainSettings) -> dict[str, int]:
+        """One document's forward and backward pass (`batched`: of a batch of them), a float32 F, one gradient at a time."""
+        count, wide = self._count, self._wide
+        documents = getattr(part, "batch_size", 1) if getattr(part, "estimator", "") == "batched" else 1
+        length = min(settings.length, getattr(part, "length", settings.length))
+        whole = getattr(part, "scope", "adapted") == "whole-model"
+        alive, work = activations(self.shape, parts=_adapting(self.parts), dtype=self.compute, rows=documents, length=length,
+                                  fisher="whole-model" if whole else "adapted")  # fmt: skip
+        return _total({
+            "weights": count.all * self.compute.itemsize,
+            "importance": wide * (count.base if whole else count.regularised),
+            "scratch": (self.compute.itemsize + wide * self._half) * (count.largest_base if whole else count.largest_regularised),
+            "activations": alive, "transient": work, "logits": 3 * wide * count.vocabulary * documents * length,
+        })  # fmt: skip
+
+    def _fit(self, settings: TrainSettings, *, parts: Sequence[Part], held: dict[str, int]) -> dict[str, int]:
+        count, wide, n = self._count, self._wide, self.processes
+        moment = 2 if settings.moments == "bfloat16" else wide
+        rows, length = (1, max(settings.pack, settings.length)) if settings.pack else (settings.micro_batch, settings.length)
+        alive, work = activations(self.shape, parts=_adapting(self.parts), dtype=self.compute, rows=rows, length=length,
+                                  checkpointing=settings.checkpointing, packed=bool(settings.pack))  # fmt: skip
+        labelled = rows * length
+        kinds = held | {
+            "gradients": _share(wide * count.trained, n), "moments": _share(2 * moment * count.trained, n),
+            "scratch": self._scratch(settings, parts), "activations": alive, "transient": work,
+            "logits": 3 * wide * count.vocabulary * min(labelled, loss.CHUNK)
+            + (2 * self.compute.itemsize * count.width * labelled if labelled > loss.CHUNK else 0),
+        }  # fmt: skip
+        if n is None:
+            kinds["weights"] = count.all * self.compute.itemsize
+            kinds["masters"] = wide * count.trained * self._half
+        else:
+            kinds["weights"] = _share(wide * count.trained + self.checkpoint.itemsize * (count.all - count.trained), n)
+            kinds["transient"] += self.compute.itemsize * (count.root + 2 * count.block)
+            kinds["transient"] += (self.compute.itemsize + wide) * max(count.root_trained, count.block_trained)
+        accumulates = bool(settings.pack) or settings.batch > settings.micro_batch * (n or 1)
+        # the head's gradient is complete while all blocks still hold their activations
+        return _total(kinds, kept=kinds["gradients"] if accumulates else _share(wide * count.head_trained, n))
+
+    def _scratch(self, settings: TrainSettings, parts: Sequence[Part]) -> int:
+        count, wide, n, cpu = self._count, self._wide, self.processes, self.device == "cpu"
+        largest = _share(count.largest_trained, n)
+        chunk = min(largest, moments.CPU_CHUNK if cpu else moments.CHUNK)
+        taken = 28 * chunk if settings.moments == "bfloat16" else 0  # float32 update, m and v, and their random bits
+        for part in parts:
+            if "optimizer" in part.capabilities:  # the update and |m|, and what the largest entries are found with
+                taken += 2 * wide * largest
+                fraction = getattr(part, "fraction", 0.0)
+                taken += wide * largest if cpu else 12 * chunk if n and n > 1 else int((wide + 8) * fraction * largest)
+            if "importance" in part.capabilities:
+                taken += 2 * wide * _share(count.largest_adapted, n) + 4 * wide * min(_share(count.largest_regularised, n), PIECE)
+            if "needs_gradient" in part.capabilities:
+                taken += _share(wide * count.trained, n)
+        return taken
+
+    def _anchor(self, part: Part) -> int:
+        if "importance" not in part.capabilities:
+            return 0
+        trains = "seeded_preparation" in part.capabilities  # then it starts from adapters of its own
+        held = self.checkpoint.itemsize * self._count.trained_base + self._wide * self._count.adapters * trains
+        return _share(held, self.processes)
+
+    def _importance(self, part: Part) -> int:
+        if "importance" not in part.capabilities:
+            return 0
+        return _share(self._count.regularised * getattr(part, "bits", 32) // 8, self.processes)
+
+    @property
+    def _wide(self) -> int:
+        return max(4, self.compute.itemsize)
+
+    @property
+    def _half(self) -> bool:
+        """Whether the module computes in fewer bits than its masters have."""
+        return self.compute.itemsize < self._wide
+
+    @property
+    def _count(self) -> "_Count":
+        return _counted(self.shape, _adapting(self.parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Count:
+    """Numbers of weights. Root: what stands outside the blocks; block: the largest one."""
+
+    all: int
+    base: int
+    trained: int
+    trained_base: int
+    adapters: int
+    adapted: int  # entries of the matrices under adapters
+    regularised: int  # these, and trained base tensors
+    largest_base: int
+    largest_trained: int
+    largest_adapted: int
+    largest_regularised: int
+    root: int
+    block: int
+    root_trained: int
+    block_trained: int
+    head_trained: int
+    vocabulary: int
+    width: int
+
+
+@functools.cache
+def _counted(shape: Shape, parts: tuple[Part, ...]) -> _Count:
+    model = shape.build(parts=parts)
+    everything, base = dict(model.named_parameters()), base_parameters(model)
+    trained = {name: p.numel() for name, p in everything.items() if p.requires_grad}
+    regularised = [base[name].numel() for name in adapted_names(model)]
+    adapted = [layer.base_layer.weight.numel() for _, layer in lora_layers(model)]
+    blocks = [list(block.parameters()) for _, block in architecture.blocks(model)]
+    inside = {id(p) for block in blocks for p in block}
+    root = [p for p in everything.values() if id(p) not in inside]
+    head = architecture.head(model).weight
+    adapters = sum(n for name, n in trained.items() if ".lora_" in name)
+    return _Count(
+        all=sum(p.numel() for p in everything.values()), base=sum(p.numel() for p in base.values()),
+        trained=sum(trained.values()), trained_base=sum(trained.values()) - adapters, adapters=adapters,
+        adapted=sum(adapted), regularised=sum(regularised),
+        largest_base=max(p.numel() for p in base.values()), largest_trained=max(trained.values(), default=0),
+        largest_adapted=max(adapted, default=0), largest_regularised=max(regularised, default=0),
+        root=_entries(root), block=max(map(_entries, blocks)), root_trained=_entries(p for p in root if p.requires_grad),
+        block_trained=max(_entries(p for p in block if p.requires_grad) for block in blocks),
+        head_trained=head.numel() if head.requires_grad else 0, vocabulary=head.shape[0], width=head.shape[1],
+    )
+
+
+def _entries(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+def _adapting(parts: Sequence[Part]) -> tuple[Part, ...]:
+    return tuple(part for part in parts if "adapts" in part.capabilities)
+
+
+def _share(count: int, processes: int | None) -> int:
+    return -(-count // (processes or 1))
+
+
+def _total(kinds: dict[str, int], *, kept: int = 0) -> dict[str, int]:
+    """All kinds and their `total`; `kept`: bytes of gradients that are there at the end of a forward pass."""
+    found = {kind: int(kinds.get(kind, 0)) for kind in KINDS[:-1]}
+    passing = found["activations"] + found["logits"] + found["transient"] + kept
+    return found | {"total": sum(found[kind] for kind in HELD) + max(passing, found["gradients"])}
+
+
+@functools.cache
+def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtype, rows: int, length: int, checkpointing: bool = False,
+                packed: bool = False, fisher: str = "") -> tuple[int, int]:  # fmt: skip
+    """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
+
+    Weights, their gradients and the logits are not in it. `parts` adapt the model; `fisher`: "adapted" or "whole-model"
+    tensors get a gradient, in evaluation mode. Every block but the first takes the same, so one and two of them are run.
+    """
+    depth = shape.config.num_hidden_layers
+    runs = [_run_on_fake(shape, parts, dtype, layers, rows, length, checkpointing, packed, fisher) for layers in range(1, min(depth, 2) + 1)]
+    (alive, peak), (last_alive, last_peak) = runs[0], runs[-1]
+    beyond = max(0, last_peak - last_alive)
+    return alive + (depth - 1) * (last_alive - alive), beyond
+
+
+def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, layers: int, rows: int, length: int, checkpointing: bool,
+                 packed: bool, fisher: str) -> tuple[int, int]:  # fmt: skip
+    model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
+    with FakeTensorMode():
+        _fake(model)
+        if fisher:
+            base, names = base_parameters(model), adapted_names(model)
+            model.requires_grad_(False)
+            for name in base if fisher == "whole-model" else names:
+                base[name].requires_grad_(True)
+        if checkpointing:
+            architecture.recompute_activations(model)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_forget)
+        trained = architecture.plain(model).get_input_embeddings().weight.requires_grad
+        positions = {"position_ids": torch.empty(1, length, dtype=torch.long)} if packed else {}
+        # transformers reads from positions whether a row is packed, and a fake tensor has none: it takes it for packed
+        unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+        with contextlib.nullcontext() if packed else unpacked, _Alive(*model.parameters(), *model.buffers()) as alive:
+            # rows as an embedding gives them; the gradient of the embedding itself comes when all activations are gone
+            row = torch.empty(shape.config.hidden_size, dtype=dtype, requires_grad=trained)
+            embedded = row.expand(rows, length, -1).clone()
+            hidden = architecture.backbone(model)(inputs_embeds=embedded, use_cache=False, **positions).last_hidden_state
+            del embedded
+            after_forward = alive.now
+            if hidden.requires_grad:
+                hidden.backward(torch.empty_like(hidden))
+    return after_forward, alive.peak
+
+
+def _fake(model: nn.Module) -> None:
+    """Tensors like the model's in their place, of the mode in force; a tied one becomes two, which no backbone notices."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages made under it that are alive: `now`, and `peak` at most."""
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, storage._cdata)
+        return made
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"

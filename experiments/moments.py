@@ -1,0 +1,239 @@
+"""Adam's moments m and v, kept in float32 or in bfloat16, and AdamW on top of them.
+
+    m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  update = −lr·m̂/(√v̂+ε),  m̂ = m/(1−β₁ᵗ),  v̂ = v/(1−β₂ᵗ)
+
+bfloat16 halves the memory of both. A step changes v by less than a bfloat16 can show (β₂ = 0.999 moves it by a
+thousandth, neighbours lie 1/128 apart), so nearest rounding would stop it where it stands: it is rounded at random
+instead, up with the probability that makes the mean right. The update comes from m and v before they are rounded.
+
+An entry's random bits are a hash of (seed, step, tensor's name, index of the entry in the whole tensor) and of nothing
+else: they depend on no chunk, no device and no number of processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+MOMENTS = ("float32", "bfloat16")
+CHUNK = 1 << 24  # entries of a tensor worked on at once: the bound of every temporary
+CPU_CHUNK = 1 << 18  # there what stays in the cache is three times as fast
+VECTOR = 64  # a multiple of every CPU's vector length, in entries
+BLOCK = 1 << 31  # indices that one hash key serves: those an int32 can hold
+
+
+@dataclass
+class _Place:
+    """Where a weight stands, and its step count on the host."""
+
+    weight: Tensor  # held, so that its id stays its own
+    name: str
+    offset: int
+    step: Tensor | None = None  # the tensor that was counted, and its version: any other write to it makes us read it
+    version: int = -1
+    count: int = 0
+
+
+class Moments:
+    """How the optimizers of a run keep m and v.
+
+    dtype   "float32" (for float64 weights: float64), or "bfloat16" with stochastic rounding
+    seed    of the stochastic rounding
+
+    Raises ValueError for another dtype.
+    """
+
+    def __init__(self, *, dtype: str = "float32", seed: int = 0):
+        if dtype not in MOMENTS:
+            raise ValueError(f"moments are {dtype!r}: they must be one of {', '.join(MOMENTS)}")
+        self.dtype, self.seed = dtype, seed
+        self._places: dict[int, _Place] = {}
+
+    def place(self, weight: Tensor, *, name: str, offset: int = 0) -> None:
+        """Say that `weight` is the piece of the flattened tensor `name` that begins at its entry `offset`.
+
+        bfloat16 moments need it for every weight; float32 ones do not.
+        """
+        self._places[id(weight)] = _Place(weight, name, offset)
+
+    @torch.no_grad()
+    def adam(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any], update: Tensor, lr: float,
+             betas: tuple[float, float], eps: float, magnitude: Tensor | None = None) -> None:  # fmt: skip
+        """Advance m and v by one step and write −lr·m̂/(√v̂+ε) over `update`.
+
+        state      "step" (0-dim float32), "exp_avg" and "exp_avg_sq" (like `weight`, in the chosen dtype), made at the
+                   first call; all three are tensors on the weight's device
+        update     contiguous, shape and dtype of `weight`
+        magnitude  contiguous, shape of `weight`: receives |m| before it is rounded
+
+        The result for an entry is the same whatever the entries around it. Raises ValueError for a sparse gradient,
+        and for bfloat16 moments of a weight that `place` was not told of.
+        """
+        self._advance(weight, gradient, state)
+        gradient, update = gradient.reshape(-1), update.view(-1)
+        for piece in _pieces(weight):
+            size = None if magnitude is None else magnitude.view(-1)[piece]
+            self._adam(weight, gradient[piece], state, update[piece], piece, lr, betas, eps, size)
+
+    def _advance(self, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+        """Make the state or put it right after a load, and count the step."""
+        if gradient.is_sparse:
+            raise ValueError("there are no moments of sparse gradients: build the embedding with sparse=False")
+        dtype = torch.bfloat16 if self.dtype == "bfloat16" else _wide(weight)
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
+            state["exp_avg"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+            state["exp_avg_sq"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
+        for name, value in state.items():  # load_state_dict gives m and v the weight's dtype and leaves the step on the CPU
+            state[name] = value.to(weight.device, torch.float32 if name == "step" else dtype)
+        step = state["step"]
+        if self.dtype == "bfloat16":
+            if id(weight) not in self._places:
+                raise ValueError(f"bfloat16 moments of an unknown weight of shape {tuple(weight.shape)}: call place(weight, name=…) first")
+            place = self._places[id(weight)]
+            if place.step is not step or place.version != step._version:
+                place.step, place.count = step, int(step)  # the one wait for the device, at the start and after a load
+            step += 1
+            place.version, place.count = step._version, place.count + 1
+        else:
+            step += 1
+
+    def _adam(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], update: Tensor, piece: slice, lr: float,
+              betas: tuple[float, float], eps: float, magnitude: Tensor | None) -> None:  # fmt: skip
+        """One piece of `adam`: every tensor but the weight and the state is the flattened piece itself."""
+        kept = state["exp_avg"].view(-1)[piece], state["exp_avg_sq"].view(-1)[piece]
+        wide = _wide(weight) if self.dtype == "float32" else torch.float32
+        m, v = (moment.to(wide) for moment in kept)  # the moments themselves where they are wide already
+        moved = update.zero_() if update.dtype == wide else torch.zeros_like(update, dtype=wide)
+        _fused_adam(moved, gradient.to(wide), m, v, state["step"], lr, betas, eps)
+        if moved is not update:
+            update.copy_(moved)
+        if magnitude is not None:
+            torch.abs(m, out=magnitude) if magnitude.dtype == m.dtype else magnitude.copy_(m.abs())
+        if self.dtype == "bfloat16":
+            place = self._places[id(weight)]
+            bits = random_bits(seed=self.seed, step=place.count, name=place.name, start=place.offset + piece.start,
+                               entries=len(m), device=m.device)  # fmt: skip
+            round_stochastically(m, bits & 0xFFFF, out=kept[0])
+            round_stochastically(v, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), out=kept[1])
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay, Loshchilov and Hutter, arXiv 1711.05101) over `Moments`.
+
+        θ ← θ − lr·( m̂/(√v̂+ε) + weight_decay·θ )
+
+    watch   called with (weight, piece, movement) for every piece of every weight just before the movement is added:
+            `piece` is a slice of the flattened weight, `movement` all that is added to it, weight decay included;
+            it must not be kept, for it is scratch. Watching changes no weight.
+    """
+
+    watch: Callable[[Tensor, slice, Tensor], None] | None = None
+
+    def __init__(self, params: Iterable, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+                 weight_decay: float = 0.0, moments: Moments | None = None):  # fmt: skip
+        self._moments = moments or Moments()
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+        return loss
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state, decay = self.state[p], group["lr"] * group["weight_decay"]
+        self._moments._advance(p, p.grad, state)
+        flat, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
+        for piece in _pieces(p):
+            update = torch.empty_like(flat[piece])
+            self._moments._adam(p, gradient[piece], state, update, piece, group["lr"], group["betas"], group["eps"], None)
+            if decay:
+                update.add_(flat[piece], alpha=-decay)
+            if self.watch:
+                self.watch(p, piece, update)
+            flat[piece].add_(update)
+        if not p.is_contiguous():  # flattening has copied it
+            p.copy_(flat.view(p.shape))
+
+
+def _pieces(weight: Tensor) -> Iterator[slice]:
+    chunk = CPU_CHUNK if weight.device.type == "cpu" else CHUNK
+    for start in range(0, weight.numel(), chunk):
+        yield slice(start, min(start + chunk, weight.numel()))
+
+
+def _wide(weight: Tensor) -> torch.dtype:
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: float, betas: tuple[float, float],
+                eps: float) -> None:  # fmt: skip
+    """torch's fused kernel on a zeroed "parameter" without weight decay, which then holds the update; all tensors 1-D."""
+
+    def kernel(update, gradient, m, v):
+        torch._fused_adamw_([update], [gradient], [m], [v], [], [step], lr=lr, beta1=betas[0], beta2=betas[1],
+                            weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)  # fmt: skip
+
+    tensors = (update, gradient, m, v)
+    # the CPU kernel's scalar loop over the last entries rounds otherwise than its vectors: no entry may be a last one
+    odd = len(update) % VECTOR if update.device.type == "cpu" else 0
+    whole = len(update) - odd
+    if whole:
+        kernel(*(t[:whole] for t in tensors))
+    if odd:
+        padded = [pad(t[whole:], (0, VECTOR - odd)) for t in tensors]
+        kernel(*padded)
+        for t, result in zip(tensors, padded):
+            if t is not gradient:
+                t[whole:] = result[:odd]
+
+
+def random_bits(*, seed: int, step: int, name: str, start: int, entries: int, device: torch.device | str = "cpu") -> Tensor:
+    """32 random bits for each of the entries start, start+1, … of the tensor `name`: (entries,), int32.
+
+    The entry's index, xor a key hashed from all else, through a 32-bit finaliser (Wellons' lowbias32). Integers only,
+    with products modulo 2³²: the same on every device.
+    """
+    bits = torch.empty(entries, dtype=torch.int32, device=device)
+    shifted = torch.empty_like(bits)
+    done = 0
+    while done < entries:
+        block, low = divmod(start + done, BLOCK)
+        some = min(entries - done, BLOCK - low)
+        key = blake2b(f"{seed}/{step}/{block}/{name}".encode(), digest_size=4).digest()
+        x, spare = bits[done : done + some], shifted[done : done + some]
+        torch.arange(low, low + some, out=x)
+        x.bitwise_xor_(int.from_bytes(key, "little", signed=True))
+        for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, None)):
+            # the shift copies the sign downwards; the mask makes it the unsigned one
+            torch.bitwise_right_shift(x, shift, out=spare).bitwise_and_((1 << (32 - shift)) - 1)
+            x.bitwise_xor_(spare)
+            if factor is not None:
+                x.mul_(factor)
+        done += some
+    return bits
+
+
+def round_stochastically(value: Tensor, bits: Tensor, *, out: Tensor) -> None:
+    """Round float32 `value` (overwritten) to bfloat16 `out`: up in magnitude with the probability that keeps the mean.
+
+    bits    int32 in [0, 2¹⁶), uniform: as many as a bfloat16 drops of a float32
+
+    A value that bfloat16 can hold stays what it is, and so do zeros, infinities and NaN.
+    """
+    unknown = value.isnan()
+    out.view(torch.int16).copy_(value.view(torch.int32).add_(bits).bitwise_right_shift_(16))
+    out.masked_fill_(unknown, torch.nan)  # the bits of a NaN may have carried into something else

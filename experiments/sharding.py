@@ -1,0 +1,138 @@
+"""Several processes as one run: who holds which rows, and sums over all of them.
+
+Every tensor is cut along its first dimension as torch.chunk would cut it, which is how fully_shard lays parameters
+out; a process holds one contiguous piece of each, possibly an empty one. `Shards()` is a run of one process, and all
+of this is then nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from experiments import architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """This process among `world`; `active` where torch's process group runs, also with a world of one."""
+
+    rank: int = 0
+    world: int = 1
+    active: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> slice:
+        """The rows of a tensor of `count` rows that this process holds."""
+        size = -(-count // self.world)
+        return slice(min(count, self.rank * size), min(count, (self.rank + 1) * size))
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a whole tensor; a 0-dim tensor is held by all."""
+        return tensor if self.world == 1 or tensor.dim() == 0 else tensor[self.rows(len(tensor))]
+
+    def whole(self, local: Tensor, shape: torch.Size) -> Tensor:
+        """The whole tensor of `shape` from every process's rows of it; all must ask."""
+        if self.world == 1:
+            return local
+        size = -(-shape[0] // self.world)
+        padded = local.new_zeros((size, *shape[1:]))
+        padded[: len(local)] = local
+        pieces = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(pieces, padded)
+        return torch.cat(pieces)[: shape[0]]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor's sum over processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def said_by_first(self, value: Any) -> Any:
+        """The first process's `value`, on all."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+
+class _Root(nn.Module):
+    """What fully_shard takes for the whole model: whatever is computed inside its forward finds the weights it needs."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        return function(self.model, *arguments)
+
+
+class ShardedWeights:
+    """The trained tensors of `model` as this process's float32 rows of them, and the model computing on gathered copies.
+
+    torch's fully_shard keeps float32 shards, gathers one block at a time in `compute_dtype`, reduces gradients in
+    float32 and adds them up over micro-batches: the update is exact in float32, at 4 bytes a weight and 4 a gradient
+    divided by the number of processes, with no second copy. Frozen tensors stay in their own dtype.
+
+    weights   leaf tensors by parameter name that share storage with the shards
+    shapes    whole shapes of the same tensors
+    """
+
+    def __init__(self, model: nn.Module, *, shards: Shards, compute_dtype: torch.dtype, device: torch.device,
+                 base: Mapping[str, Tensor]):  # fmt: skip
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+        self._shards = shards
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        wide = torch.float64 if compute_dtype == torch.float64 else torch.float32
+        mesh = init_device_mesh(device.type, (shards.world,))
+        half = compute_dtype not in (torch.float32, torch.float64)
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=wide) if half else MixedPrecisionPolicy()
+        self._root = _Root(model)
+        names = {id(p): name for name, p in model.named_parameters()}
+        for module in [block for _, block in architecture.blocks(model)] + [self._root]:
+            # one block after the other, so that the float32 copy of the whole model never exists on one device
+            for parameter in module.parameters():
+                if parameter.requires_grad and id(parameter) in names and parameter.dtype != wide:
+                    start = base.get(architecture.base_name(names[id(parameter)]), parameter.detach())
+                    parameter.data = start.to(wide)
+            fully_shard(module, mesh=mesh, mp_policy=policy)
+        self._parameters = {name: p for name, p in model.named_parameters() if name in set(trained)}
+        self.shapes = {name: p.shape for name, p in self._parameters.items()}
+        self.weights = {name: p.to_local().detach().requires_grad_() for name, p in self._parameters.items()}
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(model, *arguments), with the weights gathered as it goes; every process must call it together."""
+        return self._root(function, *arguments)
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        for name, weight in self.weights.items():
+            gradient = self._parameters[name].grad
+            weight.grad = torch.zeros_like(weight) if gradient is None else gradient.to_local()
+
+    def push(self) -> None:
+        """The weights are the shards themselves."""
+
+    def zero(self) -> None:
+        for name, weight in self.weights.items():
+            weight.grad = self._parameters[name].grad = None
+
+    def release(self) -> None:
+        """The model stays sharded."""

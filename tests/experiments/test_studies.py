@@ -1,0 +1,190 @@
+"""The studies that need a GPU and the hub: all that can be held true of them without either."""
+
+import copy
+import dataclasses
+import json
+import re
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from evaluation.task import make_task, shipped_yaml
+from experiments import cells, config, pipeline
+from experiments.files import read_json
+from experiments.paths import HERE
+from experiments.stages import collect, data, evaluate, model as model_stage, prepare, resolve, train
+from tests.evaluation.conftest import COPA, HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
+
+NAMES = ("paper", "mofo-math")
+FIELD = {  # words that no subject of a domain's MMLU retention task has in its name
+    "science": "anatomy astronomy biology chemistry physics nutrition virology genetics medicine mathematics computer",
+    "medical": "anatomy biology medicine medical clinical nutrition virology genetics aging sexuality psychology",
+    "physical": "physics astronomy electrical",
+}
+ROWS = {  # one row of each data set, with the columns it has on the hub
+    "Rowan/hellaswag": HELLASWAG[0], "allenai/sciq": SCIQ[0], "EleutherAI/lambada_openai": LAMBADA[0], "aps/super_glue": COPA[0],
+    "allenai/winogrande": WINOGRANDE[0],
+    "baber/piqa": {"goal": "Open a jar.", "sol1": "Turn the lid.", "sol2": "Turn the table.", "label": 0},
+    "allenai/ai2_arc": {"id": "a", "question": "What is wet?", "choices": {"text": ["water", "sand"], "label": ["A", "B"]}, "answerKey": "A"},
+    "allenai/openbookqa": {"id": "a", "question_stem": "Water is", "choices": {"text": ["wet", "dry"], "label": ["A", "B"]}, "answerKey": "A"},
+    "tau/commonsense_qa": {"id": "a", "question": "Where is water?", "question_concept": "water", "answerKey": "E",
+                           "choices": {"label": list("ABCDE"), "text": ["sun", "fire", "sand", "dust", "sea"]}},
+    "lighteval/siqa": {"context": "Ann ran.", "question": "Why?", "answerA": "late", "answerB": "tall", "answerC": "red", "label": "1"},
+    "cais/mmlu": {"question": "What is wet?", "subject": "world_religions", "choices": ["sun", "sea", "sand", "dust"], "answer": 1},
+    "openlifescienceai/medmcqa": {"id": "a", "question": "What beats?", "opa": "heart", "opb": "nail", "opc": "hair", "opd": "tooth", "cop": 0},
+    "meta-math/MetaMathQA": {"query": "1+1?", "response": "2\nThe answer is: 2", "type": "GSM_SV", "original_question": "1+1?"},
+    "openai/gsm8k": {"question": "1+1?", "answer": "1+1=2\n#### 2"},
+}  # fmt: skip
+
+
+def hub_sources(study):
+    blocks = [*study.domains.values(), *study.tasks.values(), study.general]
+    return [block[key]["hub"] for block in blocks for key in ("rows", "test_rows") if "hub" in (block.get(key) or {})]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_loads_and_every_name_resolves(name):
+    study = config.load(name)
+    assert resolve.contents(study) and not pipeline.behind(study)
+    assert study.data["source"] == "hub" and not study.not_a_result
+    for block in (*study.domains.values(), *study.tasks.values()):
+        assert {"task", "metric", "chance", "licence"} <= block.keys()
+        task = block["task"]
+        assert shipped_yaml(task if isinstance(task, str) else task["include"])
+
+
+def test_the_papers_grid():
+    study = config.load("paper")
+    assert len(cells.grid(study)) == 2 * 3 * 6 * 3
+    assert set(study.grid["methods"]) == {"full", "lora", "ewc", "ewc-lora", "mofo", "hierarchical"} == set(study.tune["methods"])
+    assert {len(values) for knob in study.tune["methods"].values() for values in knob.values()} == {4}
+    for cell in cells.grid(study):  # held equal over methods: the budget and the precision of the optimizer's state
+        settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
+        assert (settings.epochs, settings.batch, settings.length, settings.moments) == (3.0, 80, 512, "bfloat16")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sources_are_pinned(name):
+    study = config.load(name)
+    loose = {source["path"] for source in hub_sources(study) if not re.fullmatch("[0-9a-f]{40}", source.get("revision", ""))}
+    assert loose <= {"lighteval/siqa"}
+    for block in study.models.values():
+        assert re.fullmatch(r"hub:[^@]+@[0-9a-f]{40}", block["source"]) or block["source"].startswith("pypi:")
+    root = config.load()
+    for shared in set(study.models) & set(root.models):
+        for key in ("source", "sha256", "bin_sha256", "parameters", "layers", "width"):
+            assert study.models[shared].get(key) == root.models[shared].get(key), (shared, key)
+
+
+@pytest.mark.parametrize(("name", "model"), [("paper", "gptj-6b"), ("paper", "llama3-8b"), ("mofo-math", "llama3-8b")])
+def test_the_architecture_is_the_models(name, model):
+    """Built without memory, it has the parameters, layers and width that the block states."""
+    block = config.load(name).models[model]
+    asked = dict(block["architecture"])
+    made = AutoConfig.for_model(asked.pop("model_type"), **asked)
+    assert {key: getattr(made, key) for key in asked if key != "rope_theta"} == {k: v for k, v in asked.items() if k != "rope_theta"}
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(made)
+    assert sum(p.numel() for p in built.parameters()) == block["parameters"]
+    assert (made.num_hidden_layers, made.hidden_size) == (block["layers"], block["width"])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_task_takes_the_rows_of_its_data_set(name, tmp_path):
+    """Columns, prompt and metric fit; a metric or column that does not exist is refused by make_task."""
+    from experiments.rows import shape
+
+    study = config.load(name)
+    for where, block in {**study.domains, **study.tasks}.items():
+        for key in ("rows", "test_rows"):
+            if source := (block.get(key) or {}).get("hub"):
+                rows = shape(shape([ROWS[source["path"]]], source, where=where), block, where=where)
+                made = make_task(where, block["task"], write_rows(tmp_path / "rows.jsonl", rows), metric=block["metric"])
+                assert made.config.num_fewshot == 0 and len(made.eval_docs) == 1
+                if source["path"] == "cais/mmlu":
+                    said = "about world religions" if name == "mofo-math" else "(with answers).\n\nWhat is wet?"
+                    assert said in made.fewshot_context(made.eval_docs[0], num_fewshot=0)
+        if "question" in block:
+            assert block["question"] in rows[0]
+
+
+@pytest.mark.parametrize("domain", FIELD)
+def test_mmlu_for_retention_has_no_subject_of_the_domains_field(domain):
+    study = config.load("paper")
+    name = f"mmlu_not_{domain}"
+    assert name in study.domains[domain]["retention"]
+    subjects = study.tasks[name]["rows"]["hub"]["name"]
+    known = {path.stem.removeprefix("mmlu_") for path in shipped_yaml("mmlu_anatomy").parent.glob("mmlu_*.yaml")}
+    assert set(subjects) < known and len(set(subjects)) == len(subjects) and "miscellaneous" not in subjects
+    assert not [s for s in subjects if any(word in s.split("_") for word in FIELD[domain].split())]
+    left_out = known - set(subjects)
+    assert all(any(word in s.split("_") for word in (*FIELD[domain].split(), "miscellaneous", *EXTRA[domain])) for s in left_out), left_out
+
+
+# science leaves out health and every formal science too
+EXTRA = {"science": "clinical aging sexuality algebra statistics learning security engineering".split(), "medical": [], "physical": ["engineering"]}
+
+
+def local(study_name, root, change):
+    """A study's params.yaml in a root of its own, changed."""
+    raw = copy.deepcopy(YAML(typ="safe").load(HERE / "experiments" / "studies" / study_name / "params.yaml"))
+    change(raw)
+    with open(root / "params.yaml", "w") as file:
+        YAML().dump(raw, file)
+    return config.load(root=root)
+
+
+def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, monkeypatch):
+    """mofo-math on a tiny random model and rows written here, through the stages' own code."""
+    solved = [{"question": f"Ann has {i} pens and buys {j}. How many?", "answer": f"{i}+{j}={i + j}\n#### {i + j}"} for i in range(6) for j in range(6)]
+    write_rows(tmp_path / "solved.jsonl", [{"query": row["question"], "response": row["answer"]} for row in solved])
+    write_rows(tmp_path / "test.jsonl", solved[:4])
+    write_rows(tmp_path / "other.jsonl", [HELLASWAG[i % 6] | {"ctx_a": f"A man has {i} cups. He"} for i in range(12)])
+    write_rows(tmp_path / "text.jsonl", [{"passage": f"Passage {i} tells of {i * i} things."} for i in range(30)])
+
+    def change(raw):
+        raw |= {"device": "cpu", "data": {"source": "pypi"}, "not_a_result": True}
+        raw["grid"] = {"models": ["tiny"], "domains": ["math"], "methods": ["full", "mofo"], "seeds": [0]}
+        raw["models"] = {"tiny": {"source": "random:llama", "seed": 0, "dtype": "float32"}}
+        raw["train"] |= {"batch": 8, "micro_batch": 8, "length": 128, "epochs": 0.25, "probes": 1}
+        math = raw["domains"]["math"]
+        math["task"]["generation_kwargs"]["max_gen_toks"] = 12
+        math |= {"split": {"train": "all", "probe": 4, "test": "all"}, "retention": ["hellaswag"], "probes": ["hellaswag"]}
+        math["rows"] = {"jsonl": {"path": str(tmp_path / "solved.jsonl"), "columns": math["rows"]["hub"]["columns"]}}
+        math["test_rows"] = {"jsonl": str(tmp_path / "test.jsonl")}
+        raw["domains"] = {"math": math}
+        raw["tasks"] = {"hellaswag": raw["tasks"]["hellaswag"] | {"rows": {"jsonl": str(tmp_path / "other.jsonl")}, "test": 6, "probe": 4}}
+        raw["general"] |= {"rows": {"jsonl": str(tmp_path / "text.jsonl")}, "importance": 4, "perplexity": 4, "probe": 2}
+
+    monkeypatch.chdir(tmp_path)
+    study = local("mofo-math", tmp_path, change)
+    data.main(study)
+    said = read_json(study.paths.data / "data.json")["domains"]["math"]
+    assert said["n"] == {"train": 28, "probe": 4, "test": 4} and said["duplicates"]["between"] == 4
+    model_stage.main(study, model="tiny")
+    evaluate.base(study, model="tiny")
+    for cell in cells.grid(study):
+        prepare.main(study, model=cell.model, method=cell.method, seed=cell.seed, cell=cell)
+        train.main(study, cell)
+        evaluate.main(study, cell)
+        collect.main(study, cell)
+        metrics = read_json(study.paths.run(cell) / "metrics.json")
+        math = metrics["scores_by_task"]["math"]
+        assert math | {"version": 0} == {
+            "value": 0.0, "base": 0.0, "n": 4, "chance": 0.0, "metric": "exact_match,flexible-extract", "role": "domain", "version": 0}  # fmt: skip
+        curve = (study.paths.run(cell) / "curve.csv").read_text().splitlines()[0].split(",")
+        assert {"probe_math_nll", "probe_hellaswag", "probe_perplexity"} <= set(curve) and "probe_math" not in curve
+        assert read_json(study.paths.run(cell) / "train.json")["steps"] == 1
+    rows = [json.loads(line) for line in (study.paths.data / "train/math/train.jsonl").read_text().splitlines()]
+    assert all(row["end"] and row["choices"][0].startswith(" ") for row in rows)
+
+
+def test_the_small_variant_is_three_changes_away():
+    study = config.load("mofo-math")
+    small = dataclasses.replace(
+        study, data={"source": "pypi"}, grid=dict(study.grid) | {"models": ["smollm2-135m"], "domains": ["math-small"]})
+    used = resolve.data(small)
+    assert all("pypi" in block["rows"] for block in (*used["domains"].values(), *used["tasks"].values(), used["general"]))
+    assert small.settings(model="smollm2-135m", domain="math-small", method="full").moments == "float32"
