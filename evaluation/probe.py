@@ -70,7 +70,8 @@ def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int
     {"perplexity": exp(nats per token)} for the set of texts.
 
     Accuracy is lm-eval's: the likeliest choice, per character for acc_norm; where there is only one choice (LAMBADA),
-    whether it is what the model would write. Of written answers (GSM8K) there are the nats alone, end of text included. The model's modes and all random states are left as they were.
+    whether it is what the model would write. Of written answers (GSM8K) there are the nats alone, end of text included.
+    The model's modes and all random states are left as they were.
     """
     limit = encode.max_length(model)
     asked = {name: [item.windows(limit) for item in items] for name, items in sets.items()}

@@ -169,10 +169,11 @@ def _greedy(task: LocalTask) -> None:
     for key, value in settings.items():
         if key in ("temperature", "do_sample"):
             if value:
-                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}, but answers are written greedily, so that equal weights "
-                                "score equally: set `do_sample: false` and leave temperature out")  # fmt: skip
+                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}, but answers are written greedily, so that "
+                                "equal weights score equally: set `do_sample: false` and leave temperature out")  # fmt: skip
         elif key not in ("until", *LENGTHS):
-            raise UserError(f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): leave it out")
+            raise UserError(f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): "
+                            "leave it out")  # fmt: skip
     if task.config.repeats != 1:
         raise UserError(f"task {name}: repeats is {task.config.repeats}, but greedy answers are all the same: set `repeats: 1`")
 

@@ -10,16 +10,16 @@ What is held, in bytes a weight (c: bytes of the compute dtype, w: 4, or 8 for f
     moments       trained 2m                           trained 2m/N
     anchor        trained base tensors k; adapters w if the part's preparation trains; /N
     importance    regularised matrices 1 (`bits: 8`) or 4; /N
-    scratch       what optimizer and penalty keep or take beside them, on the largest tensor
+    scratch       what optimizer and penalty take beside them: of the largest tensor, or of a piece
 
-What comes and goes: activations (all that is alive at the end of a forward pass of one micro-batch of the longest
-examples), logits (one chunk with its log-softmax and gradients), transient (the most that backward takes beyond the
-activations; where the model is shared, the gathered copies and what gradients are reduced in). Activations and their
-backward pass are not a formula: the real modules run on fake tensors, which have shapes and no numbers.
+What comes and goes: activations (all that is alive at the end of the forward pass of one micro-batch of the longest
+examples), logits (of one chunk, with their log-softmax and its gradient), transient (the most that backward takes beyond
+the activations; where the model is shared, also the gathered copies and what gradients are reduced in). Activations and
+their backward pass are no formula: the real modules run on fake tensors, which have shapes and no numbers.
 
-`total` is the larger of two moments: the end of the forward pass, with activations, logits and transient, and with all
-gradients only where a step accumulates several passes; and the update, with all gradients and without activations.
-Kinds added up can so be more than `total`. CUDA's own context and the allocator's gaps are not in it.
+`total` is what is held and the larger of two moments: a pass, with activations and with logits or transient, and with all
+gradients only if a step accumulates several passes; and the update, with all gradients and without activations. It is
+so less than the kinds added up. CUDA's own context and the gaps of its allocator are not in it.
 """
 
 import contextlib
@@ -44,12 +44,13 @@ from experiments.attention import with_sdpa
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from methods.effective import adapted_names, base_parameters, lora_layers
+from methods.importance import CPU_PIECE, CUDA_PIECE
 from methods.part import Part
 
 Phase = Literal["prepare", "train"]
 KINDS = ("weights", "masters", "gradients", "moments", "anchor", "importance", "scratch", "activations", "logits", "transient", "total")
-HELD = ("weights", "masters", "moments", "anchor", "importance", "scratch")  # from the first step to the last
-PIECE = 1 << 24  # entries that a penalty works on at once (methods/importance.py)
+HELD = ("weights", "masters", "moments", "anchor", "importance")  # from the first step to the last
+MOST_PROCESSES = 8  # that are proposed
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,6 +125,8 @@ def refuse(*, what: str, available: int | None, settings: TrainSettings, process
 
     Raises UserError naming `what`, by how much it does not fit, and what each change of settings would save.
     """
+    if available is not None and inputs["device_type"] == "cpu":
+        available //= processes or 1  # there they share it
     found = predict(settings=settings, processes=processes, **inputs)
     if available is None or found["total"] <= available:
         return found
@@ -131,7 +134,7 @@ def refuse(*, what: str, available: int | None, settings: TrainSettings, process
     def total(*, processes: int | None = processes, **changed: Any) -> int:
         return predict(settings=dataclasses.replace(settings, **changed), processes=processes, **inputs)["total"]
 
-    helps = _helps(total, found["total"], available, settings, processes)
+    helps = _helps(total, found["total"], available, settings, processes if inputs["device_type"] != "cpu" else MOST_PROCESSES)
     advice = f"What would help: {'; '.join(helps)}" if helps else "No setting helps: take a smaller model, adapters, or a larger device"
     most = ", ".join(f"{kind} {_gib(found[kind])}" for kind in sorted(KINDS[:-1], key=found.get, reverse=True)[:4] if found[kind])
     raise UserError(f"{what} would take {_gib(found['total'])} of memory at its peak, {_gib(found['total'] - available)} more than the "
@@ -140,16 +143,21 @@ def refuse(*, what: str, available: int | None, settings: TrainSettings, process
 
 def _helps(total: Callable[..., int], now: int, available: int, settings: TrainSettings, processes: int | None) -> list[str]:
     """Changes that save memory, each with the bytes; of micro-batches and processes the first that fits."""
-    helps = []
+    helps, changes = [], {}
     for key, value, said in (("checkpointing", True, "checkpointing: true"), ("moments", "bfloat16", "moments: bfloat16")):
         saved = now - total(**{key: value})
         if saved > 0:
+            changes[key] = value
             helps.append(f"`train.{said}` saves {_gib(saved)}{' and fits' if now - saved <= available else ''}")
+    if len(changes) > 1:
+        saved = now - total(**changes)
+        helps.append(f"both save {_gib(saved)}{' and fit' if now - saved <= available else ''}")
     smaller = [] if settings.pack else [settings.micro_batch >> i for i in range(1, settings.micro_batch.bit_length())]
     fitting = next((size for size in smaller if total(micro_batch=size) <= available), None)
     if fitting:
         helps.append(f"`train.micro_batch: {fitting}` fits")
-    fitting = next((n for n in (2, 4, 8) if n > (processes or 1) and total(processes=n) <= available), None)
+    more = [2**i for i in range(1, MOST_PROCESSES.bit_length()) if 2**i > (processes or 1)]
+    fitting = next((n for n in more if total(processes=n) <= available), None)
     if fitting:
         helps.append(f"`processes: {fitting}` in the model's block fits, with as many devices like this one")
     return helps
@@ -186,54 +194,61 @@ class _Layout:
         documents = getattr(part, "batch_size", 1) if getattr(part, "estimator", "") == "batched" else 1
         length = min(settings.length, getattr(part, "length", settings.length))
         whole = getattr(part, "scope", "adapted") == "whole-model"
-        alive, work = activations(self.shape, parts=_adapting(self.parts), dtype=self.compute, rows=documents, length=length,
+        alive, work = activations(self.shape, parts=adapting(self.parts), dtype=self.compute, rows=documents, length=length,
                                   fisher="whole-model" if whole else "adapted")  # fmt: skip
-        return _total({
+        kinds = {
             "weights": count.all * self.compute.itemsize,
             "importance": wide * (count.base if whole else count.regularised),
             "scratch": (self.compute.itemsize + wide * self._half) * (count.largest_base if whole else count.largest_regularised),
             "activations": alive, "transient": work, "logits": 3 * wide * count.vocabulary * documents * length,
-        })  # fmt: skip
+        }  # fmt: skip
+        return _total(kinds, passing=alive + max(kinds["logits"], work, kinds["scratch"]))
 
     def _fit(self, settings: TrainSettings, *, parts: Sequence[Part], held: dict[str, int]) -> dict[str, int]:
-        count, wide, n = self._count, self._wide, self.processes
+        count, wide, narrow, n = self._count, self._wide, self.compute.itemsize, self.processes
         moment = 2 if settings.moments == "bfloat16" else wide
         rows, length = (1, max(settings.pack, settings.length)) if settings.pack else (settings.micro_batch, settings.length)
-        alive, work = activations(self.shape, parts=_adapting(self.parts), dtype=self.compute, rows=rows, length=length,
+        alive, work = activations(self.shape, parts=adapting(self.parts), dtype=self.compute, rows=rows, length=length,
                                   checkpointing=settings.checkpointing, packed=bool(settings.pack))  # fmt: skip
-        labelled = rows * length
-        kinds = held | {
-            "gradients": _share(wide * count.trained, n), "moments": _share(2 * moment * count.trained, n),
-            "scratch": self._scratch(settings, parts), "activations": alive, "transient": work,
-            "logits": 3 * wide * count.vocabulary * min(labelled, loss.CHUNK)
-            + (2 * self.compute.itemsize * count.width * labelled if labelled > loss.CHUNK else 0),
-        }  # fmt: skip
+        labelled, copies = rows * length, 0
+        kinds = held | {"gradients": _share(wide * count.trained, n), "moments": _share(2 * moment * count.trained, n)}
         if n is None:
-            kinds["weights"] = count.all * self.compute.itemsize
+            kinds["weights"] = narrow * count.all
             kinds["masters"] = wide * count.trained * self._half
         else:
             kinds["weights"] = _share(wide * count.trained + self.checkpoint.itemsize * (count.all - count.trained), n)
-            kinds["transient"] += self.compute.itemsize * (count.root + 2 * count.block)
-            kinds["transient"] += (self.compute.itemsize + wide) * max(count.root_trained, count.block_trained)
+            copies = narrow * (count.root + 2 * count.block) + (narrow + wide) * max(count.root_trained, count.block_trained)
+        kinds["logits"] = 3 * wide * count.vocabulary * min(labelled, loss.CHUNK)
+        if labelled > loss.CHUNK:  # the rows that logits are computed of, their gradient, and the head's of the chunks so far
+            kinds["logits"] += 2 * narrow * count.width * labelled + narrow * count.head_trained
+        kept, passing = self._scratch(settings, parts)
+        kinds |= {"scratch": kept + passing, "activations": alive, "transient": work + copies}
         accumulates = bool(settings.pack) or settings.batch > settings.micro_batch * (n or 1)
         # the head's gradient is complete while all blocks still hold their activations
-        return _total(kinds, kept=kinds["gradients"] if accumulates else _share(wide * count.head_trained, n))
+        head = 0 if accumulates else _share(wide * count.head_trained, n)
+        return _total(
+            kinds, kept=kept,
+            passing=alive + copies + max(kinds["logits"], work + head) + (kinds["gradients"] if accumulates else 0),
+            update=kinds["gradients"] + max(passing, narrow * count.largest_trained * self._half),
+        )  # fmt: skip
 
-    def _scratch(self, settings: TrainSettings, parts: Sequence[Part]) -> int:
+    def _scratch(self, settings: TrainSettings, parts: Sequence[Part]) -> tuple[int, int]:
+        """Bytes that are kept from step to step, and bytes that are taken during the update alone."""
         count, wide, n, cpu = self._count, self._wide, self.processes, self.device == "cpu"
         largest = _share(count.largest_trained, n)
         chunk = min(largest, moments.CPU_CHUNK if cpu else moments.CHUNK)
-        taken = 28 * chunk if settings.moments == "bfloat16" else 0  # float32 update, m and v, and their random bits
+        kept, passing = 0, 28 * chunk if settings.moments == "bfloat16" else 0  # float32 update, m, v, and their random bits
         for part in parts:
             if "optimizer" in part.capabilities:  # the update and |m|, and what the largest entries are found with
-                taken += 2 * wide * largest
-                fraction = getattr(part, "fraction", 0.0)
-                taken += wide * largest if cpu else 12 * chunk if n and n > 1 else int((wide + 8) * fraction * largest)
+                kept += (3 if cpu else 2) * wide * largest
+                if not cpu:
+                    passing += 12 * chunk if n and n > 1 else int((wide + 8) * getattr(part, "fraction", 0.0) * largest)
             if "importance" in part.capabilities:
-                taken += 2 * wide * _share(count.largest_adapted, n) + 4 * wide * min(_share(count.largest_regularised, n), PIECE)
+                piece = min(_share(count.largest_regularised, n), CPU_PIECE if cpu else CUDA_PIECE)
+                passing += 2 * wide * _share(count.largest_adapted, n) + 4 * wide * piece
             if "needs_gradient" in part.capabilities:
-                taken += _share(wide * count.trained, n)
-        return taken
+                passing += _share(wide * count.trained, n)
+        return kept, passing
 
     def _anchor(self, part: Part) -> int:
         if "importance" not in part.capabilities:
@@ -258,7 +273,7 @@ class _Layout:
 
     @property
     def _count(self) -> "_Count":
-        return _counted(self.shape, _adapting(self.parts))
+        return _counted(self.shape, adapting(self.parts))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +328,8 @@ def _entries(parameters: Iterable[Tensor]) -> int:
     return sum(p.numel() for p in parameters)
 
 
-def _adapting(parts: Sequence[Part]) -> tuple[Part, ...]:
+def adapting(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Those that change which tensors are trained: FLOPs and activations depend on no others."""
     return tuple(part for part in parts if "adapts" in part.capabilities)
 
 
@@ -321,11 +337,10 @@ def _share(count: int, processes: int | None) -> int:
     return -(-count // (processes or 1))
 
 
-def _total(kinds: dict[str, int], *, kept: int = 0) -> dict[str, int]:
-    """All kinds and their `total`; `kept`: bytes of gradients that are there at the end of a forward pass."""
+def _total(kinds: dict[str, int], *, kept: int = 0, passing: int = 0, update: int = 0) -> dict[str, int]:
+    """All kinds and their `total`: what is held, `kept` scratch included, and the larger of two moments."""
     found = {kind: int(kinds.get(kind, 0)) for kind in KINDS[:-1]}
-    passing = found["activations"] + found["logits"] + found["transient"] + kept
-    return found | {"total": sum(found[kind] for kind in HELD) + max(passing, found["gradients"])}
+    return found | {"total": sum(found[kind] for kind in HELD) + kept + max(passing, update)}
 
 
 @functools.cache
@@ -370,7 +385,7 @@ def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, laye
             del embedded
             after_forward = alive.now
             if hidden.requires_grad:
-                hidden.backward(torch.empty_like(hidden))
+                hidden.sum().backward()
     return after_forward, alive.peak
 
 

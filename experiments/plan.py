@@ -1,24 +1,28 @@
 """The cells of a study before they run: what is cached, and what the rest will cost in time, memory and disk.
 
-Estimates, each with its basis: training 6 FLOPs and scoring 2 FLOPs a parameter and token, over the rate this
-machine reaches (from its own earlier runs of the model where there are any, else from a short matrix product);
-memory 2 bytes a parameter for the weights, 4 for the float32 masters, 4 to 6 for gradients, 8 for Adam's moments,
-and what a method's importance and anchor add; disk the weights of a cell.
+Time: the matrix FLOPs of the cell (experiments/flops.py, on the model without its weights) over the rate that earlier
+cells of the model reached on this machine, else over a share of the device's peak. Rows that are not there yet count as
+half of `length`. Memory: experiments/memory.py, by kind, for both phases, with examples as long as `length` allows;
+a cell that cannot fit into what is free here is marked. Disk: the weights of a cell. Nothing is loaded or fetched.
 """
 
+import functools
 import json
-import time
+from dataclasses import dataclass
 
 import torch
 
-from experiments import cells, hardware
-from experiments.errors import UserError
+from experiments import cells, hardware, memory
+from experiments.flops import Flops
 from experiments.lock import Lock
+from experiments.weights import as_dtype
 from methods.part import Part
 
 CHARACTERS_A_TOKEN = 4.0
-REACHED = 0.4  # share of a matrix product's rate that training reaches
-ACTIVATION_BYTES = 34  # a token, layer and unit of width, without recomputation
+UNKNOWN_ROWS = 10_000  # training rows of a domain that takes all there are, before they are here
+UNKNOWN_SCORED = 250_000  # tokens to score before they are here
+REACHED = 0.4  # share of a device's peak that training reaches
+REFERENCE = "NVIDIA H200"  # whose time is told for a study on CUDA where there is no such device
 
 
 def main(study, *, as_json: bool) -> None:
@@ -27,14 +31,11 @@ def main(study, *, as_json: bool) -> None:
 
 
 def make(study) -> dict:
-    """{"cells": [...], "total": {...}} with seconds, bytes and what they rest on."""
+    """{"cells": [...], "total": {...}, "basis": {...}} with seconds, bytes and what they rest on."""
     lock = Lock(study)
-    rates: dict[str, dict] = {}
-    planned = []
-    for cell in cells.grid(study):
-        if cell.model not in rates:
-            rates[cell.model] = _rate(study, cell.model)
-        planned.append(_cell(study, cell, rates[cell.model], lock.cell(cell)))
+    planners = {model: _Model(study=study, name=model) for model in study.grid["models"]}
+    available = _available(study)
+    planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available) for cell in cells.grid(study)]
     todo = [c for c in planned if not c["cached"]["scored"]]
     return {
         "study": study.title, "cells": planned,
@@ -42,111 +43,164 @@ def make(study) -> dict:
             "cells": len(planned), "to_run": len(todo),
             "seconds": sum(c["seconds"] for c in todo), "disk_bytes": sum(c["disk_bytes"] for c in todo),
             "peak_memory_bytes": max((c["memory_bytes"] for c in planned), default=0),
+            "available_memory_bytes": available, "too_large": sum(c["fits"] is False for c in planned),
         },
-        "basis": {model: rate["basis"] for model, rate in rates.items()},
+        "basis": {model: planner.rate[1] for model, planner in planners.items()},
     }
 
 
-def _cell(study, cell, rate: dict, cached: dict) -> dict:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Model:
+    """A model of the grid without its weights: its FLOPs and bytes, and the rate it trains at."""
+
+    study: object
+    name: str
+
+    @functools.cached_property
+    def shape(self) -> memory.Shape:
+        return memory.shape_of(self.name, self.study.models[self.name], self.study.paths.model(self.name))
+
+    @functools.cached_property
+    def checkpoint(self) -> torch.dtype:
+        """The base's dtype: as it was made, else as its block says, else bfloat16 (random models: float32)."""
+        made, block = self.study.paths.model(self.name) / "base.json", self.study.models[self.name]
+        if made.is_file():
+            return as_dtype(json.loads(made.read_text())["dtype"])
+        return as_dtype(block.get("dtype") or ("float32" if block["source"].startswith("random:") else "bfloat16"))
+
+    @functools.cached_property
+    def compute(self) -> torch.dtype:
+        where = _device(self.study)
+        if where.type == "cuda" and not torch.cuda.is_available():
+            chosen = self.study.models[self.name].get("compute_dtype")
+            return as_dtype(chosen) if chosen else torch.promote_types(self.checkpoint, torch.bfloat16)
+        return self.study.compute_dtype(self.name, self.checkpoint, where)
+
+    @property
+    def processes(self) -> int | None:
+        return self.study.models[self.name].get("processes")
+
+    @functools.cached_property
+    def rate(self) -> tuple[float, str]:
+        """FLOP/s that training reaches, and what that rests on."""
+        here = hardware.describe(_device(self.study)) if _is_here(self.study) else None
+        reached = []
+        for path in sorted((self.study.paths.results / "runs" / self.name).glob("*/*/*/train.json")):
+            train = json.loads(path.read_text())
+            method = train["cell"].split("/")[2]
+            if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
+                # earlier records have no FLOPs; their rows were short, so that attention's share is small
+                flops = train.get("flops") or train["tokens_trained"] * self.flops(method).step(lengths=(1,), labelled=0)
+                reached.append(flops / train["seconds_train"])
+        if reached:
+            return min(reached), f"{len(reached)} earlier cells on this machine"
+        if here is None:
+            peak, basis = hardware.data_sheet_peak(REFERENCE, self.compute), f"data sheet of {REFERENCE}; there is no CUDA device here"
+        else:
+            peak, basis = hardware.dense_peak(_device(self.study), self.compute)
+        devices = self.processes or 1 if _device(self.study).type == "cuda" else 1
+        many = f"{devices} times " if devices > 1 else ""
+        return REACHED * peak * devices, f"{REACHED:.0%} of {many}{peak / 1e12:.2f} TFLOP/s ({basis})"
+
+    def flops(self, method: str) -> Flops:
+        return _flops(self.shape, memory.adapting(self.study.methods[method].parts))
+
+    @functools.cached_property
+    def scoring(self) -> Flops:
+        """The same without anything trained: forward passes."""
+        return Flops(self.shape.build().requires_grad_(False))
+
+    def memory(self, phase: memory.Phase, *, parts, settings) -> dict[str, int]:
+        return memory.predict(phase=phase, shape=self.shape, parts=parts, settings=settings, checkpoint_dtype=self.checkpoint,
+                              compute_dtype=self.compute, device_type=_device(self.study).type, processes=self.processes)  # fmt: skip
+
+
+@functools.cache
+def _flops(shape: memory.Shape, adapters: tuple[Part, ...]) -> Flops:
+    return Flops(shape.build(parts=adapters))
+
+
+def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> dict:
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
+    preparing = study.prepare_settings(model=cell.model, method=cell.method)
     parts = study.methods[cell.method].parts
-    n, size = rate["parameters"], rate["bytes_per_parameter"]
-    tokens = _train_tokens(study, cell, settings)
-    samples = [getattr(part, "samples", 0) for part in parts]  # documents of general text, about half of `length` each
-    general = sum(min(n, int(study.general.get("importance", n))) for n in samples) * settings.length / 2
-    prepares = any(type(part).prepare is not Part.prepare for part in parts)
-    importance = any("importance" in part.capabilities for part in parts)
-    adapts = any("adapts" in part.capabilities for part in parts)
-    train = tokens / rate["train_tokens_per_second"]
-    prepare = general / rate["train_tokens_per_second"] if prepares and not cached["prepared"] else 0.0
-    evaluate = _scored_tokens(study, cell) / (3 * rate["train_tokens_per_second"])
-    seconds = prepare + (0 if cached["trained"] else train) + (0 if cached["scored"] else evaluate)
-    trained = 0.01 * n if adapts else n
-    activations = settings.micro_batch * settings.length * rate["layers"] * rate["width"] * ACTIVATION_BYTES
-    memory = n * size + trained * 16 + (4 * n + size * n if importance and not adapts else 0) + activations
-    return {"cell": cell.name, "cached": cached, "tokens": tokens, "seconds": round(seconds, 1),
-            "seconds_prepare": round(prepare, 1), "seconds_train": round(train, 1), "seconds_evaluate": round(evaluate, 1),
-            "memory_bytes": int(memory), "disk_bytes": int(n * size)}
+    rate, _ = model.rate
+    lengths, labelled = _train_rows(study, cell, settings)
+    trained = not any("provides_weights" in part.capabilities for part in parts)
+    train = settings.epochs * model.flops(cell.method).step(lengths=lengths, labelled=labelled) / rate if trained else 0.0
+    prepare = _prepare_flops(study, cell, model, preparing) / rate
+    scored = _scored_tokens(study, cell)
+    evaluate = model.scoring.step(lengths=[256] * (scored // 256), labelled=scored) / rate
+    seconds = {"prepare": prepare * (not cached["prepared"]), "train": train * (not cached["trained"]),
+               "evaluate": evaluate * (not cached["scored"])}  # fmt: skip
+    kinds = {"prepare": model.memory("prepare", parts=parts, settings=preparing), "train": model.memory("train", parts=parts, settings=settings)}
+    peak = max(found["total"] for found in kinds.values())
+    together = model.processes or 1 if _device(study).type == "cpu" else 1  # processes on a CPU share its memory
+    return {"cell": cell.name, "cached": cached, "tokens": int(settings.epochs * sum(lengths)) if trained else 0,
+            "seconds": round(sum(seconds.values()), 1)} | {f"seconds_{stage}": round(value, 1) for stage, value in seconds.items()} | {
+            "memory_bytes": peak, "memory": kinds, "fits": None if available is None else together * peak <= available,
+            "disk_bytes": model.shape.parameters * model.checkpoint.itemsize}  # fmt: skip
 
 
-def _train_tokens(study, cell, settings) -> int:
+def _prepare_flops(study, cell, model: _Model, settings) -> float:
+    """One forward and backward pass over each document, or the epochs of training on them."""
+    flops = 0.0
+    for part in study.methods[cell.method].parts:
+        if type(part).prepare is not Part.prepare:
+            documents = min(part.samples, int(study.general.get("importance", part.samples)))
+            lengths = [min(part.length, settings.length) // 2] * documents
+            flops += getattr(part, "epochs", 1.0) * model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths))
+    return flops
+
+
+def _train_rows(study, cell, settings) -> tuple[list[int], int]:
+    """Tokens of each training row, and labelled tokens of all."""
     path = study.paths.data / "train" / cell.domain / "train.jsonl"
     if path.is_file():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        characters = sum(min(len(r["context"]) + len(r["choices"][r["gold"]]), CHARACTERS_A_TOKEN * settings.length) for r in rows)
-        return int(settings.epochs * characters / CHARACTERS_A_TOKEN)
-    return int(settings.epochs * study.domains[cell.domain]["split"]["train"] * settings.length / 2)
+        answers = [min(_tokens(r["choices"][r["gold"]]), settings.length) for r in rows]
+        return [min(_tokens(r["context"]) + answer, settings.length) for r, answer in zip(rows, answers)], sum(answers)
+    count = study.domains[cell.domain]["split"]["train"]
+    lengths = [settings.length // 2] * (count if isinstance(count, int) else UNKNOWN_ROWS)
+    return lengths, sum(lengths)
+
+
+def _tokens(text: str) -> int:
+    return max(1, round(len(text) / CHARACTERS_A_TOKEN))
 
 
 def _scored_tokens(study, cell) -> int:
     folder = study.paths.data / "evaluate" / cell.domain
-    size = sum(p.stat().st_size for p in folder.glob("*.jsonl")) if folder.is_dir() else 1_000_000
-    return int(size / CHARACTERS_A_TOKEN)
+    return int(sum(p.stat().st_size for p in folder.glob("*.jsonl")) / CHARACTERS_A_TOKEN) if folder.is_dir() else UNKNOWN_SCORED
 
 
-def _rate(study, model: str) -> dict:
-    """Parameters and training tokens a second of a model here, and what the figure rests on."""
-    shape = _shape(study, model)
-    where = hardware.device(study.device)
-    here = hardware.describe(where)
-    measured = []
-    for path in sorted((study.paths.results / "runs" / model).glob("*/*/*/train.json")):
-        train = json.loads(path.read_text())
-        if train["hardware"] == here and train["seconds_train"]:
-            measured.append(train["tokens_trained"] / train["seconds_train"])
-    if measured:
-        return shape | {"train_tokens_per_second": min(measured), "basis": f"{len(measured)} earlier cells on this machine"}
-    flops = _flops(where)
-    return shape | {"train_tokens_per_second": REACHED * flops / (6 * shape["parameters"]),
-                    "basis": f"a matrix product here: {flops / 1e12:.2f} TFLOP/s"}
+def _is_here(study) -> bool:
+    return study.device != "cuda" or torch.cuda.is_available()
 
 
-def _shape(study, model: str) -> dict:
-    """Parameters, layers and width: from the model's folder, else its block (`parameters:`), without fetching it."""
-    folder, block = study.paths.model(model), study.models[model]
-    if (folder / "base.json").is_file():
-        config = json.loads((folder / "config.json").read_text())
-        parameters = json.loads((folder / "base.json").read_text())["parameters"]
-        layers = config.get("num_hidden_layers") or config["n_layer"]
-        width = config.get("hidden_size") or config["n_embd"]
-    elif block["source"].startswith("random:"):
-        from experiments.random_models import build
-
-        with torch.device("meta"):
-            built = build(block["source"].removeprefix("random:"), seed=0, **(block.get("config") or {}))
-        parameters = sum(p.numel() for p in built.parameters())
-        layers, width = built.config.num_hidden_layers, built.config.hidden_size
-    elif block.get("parameters"):
-        parameters, layers, width = (int(block[k]) for k in ("parameters", "layers", "width"))
-    else:
-        raise UserError(f"models.{model}: not fetched yet, so its size is unknown: add `parameters:`, `layers:` and `width:` to its block")
-    return {"parameters": parameters, "layers": layers, "width": width,
-            "bytes_per_parameter": {"float32": 4, "float64": 8}.get(block.get("dtype", "bfloat16"), 2)}
+def _device(study) -> torch.device:
+    return hardware.device(study.device) if _is_here(study) else torch.device("cuda")
 
 
-def _flops(where: torch.device) -> float:
-    """Matrix-product FLOP/s in the dtype training would compute in, best of three short ones."""
-    size = 8192 if where.type == "cuda" else 2048
-    a = torch.randn(size, size, device=where, dtype=hardware.compute_dtype(torch.bfloat16, where))
-    best = float("inf")
-    for _ in range(6):
-        began = time.perf_counter()
-        (a @ a).sum().item()
-        best = min(best, time.perf_counter() - began)
-    return 2 * size**3 / best
+def _available(study) -> int | None:
+    return hardware.available_memory(_device(study)) if _is_here(study) else None
 
 
 def text(plan: dict) -> str:
     """The plan as a table for a terminal."""
     width = max(len(c["cell"]) for c in plan["cells"])
-    lines = [f"{plan['study']}: {plan['total']['cells']} cells, {plan['total']['to_run']} to run", "",
-             f"{'cell':<{width}}  {'cached':<24}  {'time':>7}  {'memory':>8}  {'disk':>8}"]
+    total = plan["total"]
+    lines = [f"{plan['study']}: {total['cells']} cells, {total['to_run']} to run", "",
+             f"{'cell':<{width}}  {'cached':<24}  {'time':>9}  {'memory':>10}  {'disk':>10}"]  # fmt: skip
     for c in plan["cells"]:
         done = [stage for stage, yes in c["cached"].items() if yes]
-        lines.append(f"{c['cell']:<{width}}  {', '.join(done) or '-':<24}  {_minutes(c['seconds']):>7}  "
-                     f"{_gib(c['memory_bytes']):>8}  {_gib(c['disk_bytes']):>8}")
-    total = plan["total"]
+        lines.append(f"{c['cell']:<{width}}  {', '.join(done) or '-':<24}  {_minutes(c['seconds']):>9}  "
+                     f"{_gib(c['memory_bytes']):>10}  {_gib(c['disk_bytes']):>10}{'  does not fit' if c['fits'] is False else ''}")
     lines += ["", f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, peak memory about {_gib(total['peak_memory_bytes'])}"]
+    if total["available_memory_bytes"] is not None:
+        lines[-1] += f" of {_gib(total['available_memory_bytes'])} free here"
+    if total["too_large"]:
+        lines.append(f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, and a run says what would help")
     lines += [f"{model}: estimated from {basis}" for model, basis in plan["basis"].items()]
     return "\n".join(lines)
 

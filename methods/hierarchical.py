@@ -113,7 +113,7 @@ class Hierarchical(Part):
         state["norms"] = dict(zip(groups, norms.tolist(), strict=True))
         state["largest_share"] = share
         strength = chosen.strength / (len(groups) if chosen.normalise == "sum" else 1)
-        omega = {name: placed(run, values) if self.element_wise else torch.tensor(sums[name] / values.numel(), device=run.device)
+        omega = {name: placed(run, values) if self.element_wise else torch.tensor(sums[name] / values.numel(), dtype=torch.float64, device=run.device)
                  for name, values in importance.items()}  # fmt: skip
         state["terms"] = [(w, omega[w.name], strength * state["coefficients"][names[w.name]]) for w in weights]
 

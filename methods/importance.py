@@ -166,7 +166,7 @@ def totals(values: Tensor | Codes) -> tuple[float, float]:
         counts = torch.zeros(_CODES + 1, dtype=torch.float64)
         for (piece,) in pieces(values.codes):
             counts += piece.bincount(minlength=_CODES + 1).cpu()
-        each = _table(values.low, values.step, torch.float32, counts.device).double()
+        each = _table(values.low, values.step, torch.float64, counts.device)
         return (counts * each).sum().item(), (counts * each.square()).sum().item()
     total = square = 0.0
     for (piece,) in pieces(values):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from experiments.base import dtype_of, load_tensors
-from experiments import hardware, plan, processes, provenance, weights
+from experiments import hardware, memory, processes, provenance, weights
 from experiments.engine import fit
 from experiments.engine_settings import TrainSettings
 from experiments.failures import recorded
@@ -103,7 +103,10 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     settings = study.prepare_settings(model=model_name, method=method)
     general = encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer, settings.length)
     parts = study.methods[method].parts
-    plan.refuse_preparation(study, model_name, method, where=where, checkpoint=checkpoint, computing=computing)
+    memory.refuse(what=f"preparing {method} on {model_name}", available=hardware.available_memory(where), phase="prepare",
+                  shape=memory.shape_of(model_name, study.models[model_name], folder), parts=parts, settings=settings,
+                  checkpoint_dtype=checkpoint, compute_dtype=computing, device_type=where.type,
+                  processes=shards.world if shards.active else None)  # fmt: skip
     hardware.reset_peak(where)
     seconds, tokens, notes = 0.0, 0, {}
     if shards.first:

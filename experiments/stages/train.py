@@ -2,6 +2,7 @@
 
 import csv
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 from evaluation.encode import encode_pair
 from evaluation.probe import load_probes, probe
 from experiments.base import dtype_of, load_tensors
-from experiments import hardware, ledger, plan, processes, provenance, weights
+from experiments import hardware, ledger, memory, processes, provenance, weights
 from experiments.batches import Example
 from experiments.engine import FitResult, final_weights, fit
 from experiments.engine_settings import NUMERICS
@@ -48,11 +49,15 @@ def _train(study, cell) -> None:
     need_room(paths.work, 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), f"the weights of {cell.name}")
     checkpoint = dtype_of(base_info)
     computing = study.compute_dtype(cell.model, checkpoint, where)
-    plan.refuse_training(study, cell, where=where, checkpoint=checkpoint, computing=computing)
-    # to be shared among processes it is cut on the CPU, in the checkpoint's own dtype, and moved piece by piece
-    model = weights.load_model(folder, dtype=checkpoint if shards.active else computing, device="cpu" if shards.active else where)
     tokenizer = weights.load_tokenizer(folder)
     examples = encoded(paths.data / "train" / cell.domain / "train.jsonl", tokenizer, settings.length)
+    longest = max(len(e["input_ids"]) for e in examples)
+    memory.refuse(what=f"training {cell.name}", available=hardware.available_memory(where), phase="train",
+                  shape=memory.shape_of(cell.model, study.models[cell.model], folder), parts=parts,
+                  settings=replace(settings, length=longest), checkpoint_dtype=checkpoint, compute_dtype=computing,
+                  device_type=where.type, processes=shards.world if shards.active else None)  # fmt: skip
+    # to be shared among processes it is cut on the CPU, in the checkpoint's own dtype, and moved piece by piece
+    model = weights.load_model(folder, dtype=checkpoint if shards.active else computing, device="cpu" if shards.active else where)
     sets = load_probes(paths.data / "train" / cell.domain / "probe", tokenizer)
     data = folder_sha256(paths.data / "train" / cell.domain)
     resume = Resume(paths.resume / "train" / cell.name, every=settings.checkpoint_seconds, rank=shards.rank, world=shards.world, identity={
@@ -104,7 +109,7 @@ def encoded(path: Path, tokenizer, length: int) -> list[Example]:
     """Training examples: the gold choice behind its context, labels on the choice alone; cut from the left."""
     examples = []
     for row in read_jsonl(path):
-        ids, n_context = encode_pair(tokenizer, row["context"], row["choices"][row["gold"]])
+        ids, n_context = encode_pair(tokenizer, row["context"], row["choices"][row["gold"]], end=row.get("end", False))
         labels = [-100] * n_context + ids[n_context:]
         examples.append({"input_ids": torch.tensor(ids[-length:]), "labels": torch.tensor(labels[-length:])})
     return examples

@@ -86,14 +86,21 @@ def test_a_row_stops_when_it_has_met_a_stop_string(learned, byte_tokenizer, monk
     prompts = [f"Question: {row['question']}\nAnswer:" for row in ROWS[:2]]
     asked, _ = lm.build(learned, byte_tokenizer, scorer="shared-prefix", batch_size=2)
     widths, real = [], learned.generate
-    monkeypatch.setattr(learned, "generate", lambda **call: widths.append((call["input_ids"].shape[1], (out := real(**call)).shape[1])) or out)
+
+    def watched(**call):
+        out = real(**call)
+        widths.append((call["input_ids"].shape[1], out.shape[1]))
+        return out
+
+    monkeypatch.setattr(learned, "generate", watched)
     assert asked.generate_until(requests(prompts, until=["+2=", "+5"], max_gen_toks=200)) == [" 1", " 3"]
     ((before, after),) = widths
     assert after - before == len(" 1+2=")
 
 
 def test_a_long_prompt_loses_its_beginning(learned, byte_tokenizer):
-    asked = [generate.Prompt(ids=tuple(b"x" * n + b"Question: " + ROWS[0]["question"].encode() + b"\nAnswer:"), until=("#",), tokens=30) for n in (600, 900)]
+    end = b"Question: " + ROWS[0]["question"].encode() + b"\nAnswer:"
+    asked = [generate.Prompt(ids=tuple(b"x" * n + end), until=("#",), tokens=30) for n in (600, 900)]
     short = [generate.Prompt(ids=prompt.ids[-(512 - 30) :], until=("#",), tokens=30) for prompt in asked]
     settings = {"model": learned, "tokenizer": byte_tokenizer, "max_length": 512, "batch_size": 2}
     assert generate.texts(prompts=asked, **settings) == generate.texts(prompts=short, **settings)
@@ -120,7 +127,8 @@ def _scored(model, tokenizer, folder, scorer):
     """Scores with the general text that every domain has."""
     listed = json.loads((folder / "tasks.json").read_text())
     if not any(entry["role"] == "perplexity" for entry in listed):
-        listed.append({"name": "general", "role": "perplexity", "task": "general_text", "metric": "perplexity", "chance": None, "file": "general.jsonl"})
+        listed.append({"name": "general", "role": "perplexity", "task": "general_text", "metric": "perplexity",
+                       "chance": None, "file": "general.jsonl"})  # fmt: skip
         write_rows(folder / "general.jsonl", [{"text": "Water is wet."}])
         (folder / "tasks.json").write_text(json.dumps(listed))
     return harness.score(model=model, tokenizer=tokenizer, tasks_dir=folder, scorer=scorer, batch_size=2)
@@ -132,7 +140,8 @@ def test_the_metrics_filter_is_the_one_that_counts(learned, byte_tokenizer, tmp_
     write_rows(tmp_path / "math.jsonl", ROWS)
     values = {}
     for name in ("strict-match", "flexible-extract"):
-        entry = {"name": "math", "role": "domain", "task": cut, "metric": f"exact_match,{name}", "chance": 0.0, "file": "math.jsonl"}
+        entry = {"name": "math", "role": "domain", "task": cut, "metric": f"exact_match,{name}", "chance": 0.0,
+                 "file": "math.jsonl"}  # fmt: skip
         (tmp_path / "tasks.json").write_text(json.dumps([entry]))
         scores, items = _scored(learned, byte_tokenizer, tmp_path, "shared-prefix")
         values[name] = scores["tasks"]["math"]["value"]
@@ -143,14 +152,16 @@ def test_the_metrics_filter_is_the_one_that_counts(learned, byte_tokenizer, tmp_
 def test_rendered_with_the_whole_solution_and_its_end(tmp_path, byte_tokenizer):
     row = render(task(tmp_path))[0]
     assert {k: v for k, v in row.items() if k != "id"} == {
-        "context": "Question: Ann has 1 pens and buys 2. How many?\nAnswer:", "choices": [" 1+2=3\n#### 3"], "gold": 0, "end": True}  # fmt: skip
+        "context": "Question: Ann has 1 pens and buys 2. How many?\nAnswer:",
+        "choices": [" 1+2=3\n#### 3"], "gold": 0, "end": True}  # fmt: skip
     ids, start = encode.encode_pair(byte_tokenizer, row["context"], row["choices"][0], end=True)
     assert bytes(ids[start:-1]) == b" 1+2=3\n#### 3" and ids[-1] == EOS_ID
     assert encode.encode_pair(byte_tokenizer, row["context"], row["choices"][0]) == (ids[:-1], start)
 
 
 def test_several_right_answers_render_as_the_first(tmp_path):
-    several = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "answers", "metric_list": [{"metric": "exact_match"}]}
+    several = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "answers",
+               "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
     rows = [{"q": "a", "answers": ["yes", "y"]}]
     made = make_task("qa", several, write_rows(tmp_path / "qa.jsonl", rows), metric="exact_match")
     assert render(made)[0]["choices"] == [" yes"]

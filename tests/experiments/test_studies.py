@@ -23,17 +23,23 @@ FIELD = {  # words that no subject of a domain's MMLU retention task has in its 
     "medical": "anatomy biology medicine medical clinical nutrition virology genetics aging sexuality psychology",
     "physical": "physics astronomy electrical",
 }
+EXTRA = {  # words of the other subjects that are left out: for science health and every formal science
+    "science": "clinical aging sexuality algebra statistics learning security engineering", "medical": "", "physical": "engineering",
+}  # fmt: skip
 ROWS = {  # one row of each data set, with the columns it has on the hub
     "Rowan/hellaswag": HELLASWAG[0], "allenai/sciq": SCIQ[0], "EleutherAI/lambada_openai": LAMBADA[0], "aps/super_glue": COPA[0],
     "allenai/winogrande": WINOGRANDE[0],
     "baber/piqa": {"goal": "Open a jar.", "sol1": "Turn the lid.", "sol2": "Turn the table.", "label": 0},
-    "allenai/ai2_arc": {"id": "a", "question": "What is wet?", "choices": {"text": ["water", "sand"], "label": ["A", "B"]}, "answerKey": "A"},
-    "allenai/openbookqa": {"id": "a", "question_stem": "Water is", "choices": {"text": ["wet", "dry"], "label": ["A", "B"]}, "answerKey": "A"},
+    "allenai/ai2_arc": {"id": "a", "question": "What is wet?", "answerKey": "A",
+                        "choices": {"text": ["water", "sand"], "label": ["A", "B"]}},
+    "allenai/openbookqa": {"id": "a", "question_stem": "Water is", "answerKey": "A",
+                           "choices": {"text": ["wet", "dry"], "label": ["A", "B"]}},
     "tau/commonsense_qa": {"id": "a", "question": "Where is water?", "question_concept": "water", "answerKey": "E",
                            "choices": {"label": list("ABCDE"), "text": ["sun", "fire", "sand", "dust", "sea"]}},
     "lighteval/siqa": {"context": "Ann ran.", "question": "Why?", "answerA": "late", "answerB": "tall", "answerC": "red", "label": "1"},
     "cais/mmlu": {"question": "What is wet?", "subject": "world_religions", "choices": ["sun", "sea", "sand", "dust"], "answer": 1},
-    "openlifescienceai/medmcqa": {"id": "a", "question": "What beats?", "opa": "heart", "opb": "nail", "opc": "hair", "opd": "tooth", "cop": 0},
+    "openlifescienceai/medmcqa": {"id": "a", "question": "What beats?", "opa": "heart", "opb": "nail", "opc": "hair", "opd": "tooth",
+                                  "cop": 0},
     "meta-math/MetaMathQA": {"query": "1+1?", "response": "2\nThe answer is: 2", "type": "GSM_SV", "original_question": "1+1?"},
     "openai/gsm8k": {"question": "1+1?", "answer": "1+1=2\n#### 2"},
 }  # fmt: skip
@@ -120,11 +126,8 @@ def test_mmlu_for_retention_has_no_subject_of_the_domains_field(domain):
     assert set(subjects) < known and len(set(subjects)) == len(subjects) and "miscellaneous" not in subjects
     assert not [s for s in subjects if any(word in s.split("_") for word in FIELD[domain].split())]
     left_out = known - set(subjects)
-    assert all(any(word in s.split("_") for word in (*FIELD[domain].split(), "miscellaneous", *EXTRA[domain])) for s in left_out), left_out
-
-
-# science leaves out health and every formal science too
-EXTRA = {"science": "clinical aging sexuality algebra statistics learning security engineering".split(), "medical": [], "physical": ["engineering"]}
+    words = {"miscellaneous", *FIELD[domain].split(), *EXTRA[domain].split()}
+    assert all(words & set(s.split("_")) for s in left_out), left_out
 
 
 def local(study_name, root, change):
@@ -138,7 +141,8 @@ def local(study_name, root, change):
 
 def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, monkeypatch):
     """mofo-math on a tiny random model and rows written here, through the stages' own code."""
-    solved = [{"question": f"Ann has {i} pens and buys {j}. How many?", "answer": f"{i}+{j}={i + j}\n#### {i + j}"} for i in range(6) for j in range(6)]
+    pairs = [(i, j) for i in range(6) for j in range(6)]
+    solved = [{"question": f"Ann has {i} pens and buys {j}. How many?", "answer": f"{i}+{j}={i + j}\n#### {i + j}"} for i, j in pairs]
     write_rows(tmp_path / "solved.jsonl", [{"query": row["question"], "response": row["answer"]} for row in solved])
     write_rows(tmp_path / "test.jsonl", solved[:4])
     write_rows(tmp_path / "other.jsonl", [HELLASWAG[i % 6] | {"ctx_a": f"A man has {i} cups. He"} for i in range(12)])
@@ -173,7 +177,8 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         metrics = read_json(study.paths.run(cell) / "metrics.json")
         math = metrics["scores_by_task"]["math"]
         assert math | {"version": 0} == {
-            "value": 0.0, "base": 0.0, "n": 4, "chance": 0.0, "metric": "exact_match,flexible-extract", "role": "domain", "version": 0}  # fmt: skip
+            "value": 0.0, "base": 0.0, "n": 4, "chance": 0.0, "metric": "exact_match,flexible-extract", "role": "domain",
+            "version": 0}  # fmt: skip
         curve = (study.paths.run(cell) / "curve.csv").read_text().splitlines()[0].split(",")
         assert {"probe_math_nll", "probe_hellaswag", "probe_perplexity"} <= set(curve) and "probe_math" not in curve
         assert read_json(study.paths.run(cell) / "train.json")["steps"] == 1
@@ -181,7 +186,7 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
     assert all(row["end"] and row["choices"][0].startswith(" ") for row in rows)
 
 
-def test_the_small_variant_is_three_changes_away():
+def test_the_small_variant_needs_no_hub():
     study = config.load("mofo-math")
     small = dataclasses.replace(
         study, data={"source": "pypi"}, grid=dict(study.grid) | {"models": ["smollm2-135m"], "domains": ["math-small"]})

@@ -1,0 +1,67 @@
+"""Models with random weights made on the device itself, methods and random tokens: for cost and checks, never for scores."""
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from experiments import random_models
+from experiments.memory import Shape
+from methods import registry
+from methods.part import Part
+
+Example = dict[str, torch.Tensor]
+
+# architecture, its real sizes, and sizes of the same kind that a CPU can take
+_MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "gptj-6b": ("gptj", {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "vocab_size": 50400, "n_positions": 2048}, {}),
+    "llama3-8b": ("llama", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
+    }, {"tie_word_embeddings": False}),
+}  # fmt: skip
+
+METHODS: dict[str, Mapping[str, Any]] = {
+    "full": {}, "mofo": {"mofo": {}}, "ewc": {"ewc": {}}, "hierarchical": {"hierarchical": {}}, "lora": {"lora": {}},
+    "hierarchical-lora": {"hierarchical": {}, "lora": {}},
+}  # fmt: skip
+
+
+class Skipped(Exception):
+    """A piece cannot be done here; the message says why."""
+
+
+def build(architecture: str, *, device: torch.device, dtype: torch.dtype, **config: Any) -> PreTrainedModel:
+    """A random model whose weights are drawn on `device`, and whose buffers (rotary frequencies) are computed there."""
+    with device:
+        return random_models.build(architecture, seed=0, dtype=dtype, **config)
+
+
+def build_named(name: str, *, tiny: bool, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    architecture, full, small = _MODELS[name]
+    return build(architecture, device=device, dtype=dtype, **(small if tiny else full))
+
+
+@cache
+def shape_named(name: str, *, tiny: bool) -> Shape:
+    return Shape(config=build_named(name, tiny=tiny, device=torch.device("meta"), dtype=torch.float32).config)
+
+
+def parts_of(method: str) -> tuple[Part, ...]:
+    """The method's parts with default settings. Raises Skipped where peft is needed and not there."""
+    block = METHODS[method]
+    if "lora" in block:
+        try:
+            import peft  # noqa: F401
+        except ImportError as error:
+            raise Skipped(f"peft cannot be imported here: {error}") from error
+    return registry.build(block)
+
+
+def random_examples(count: int, length: int, *, vocabulary: int, seed: int = 0) -> list[Example]:
+    """`count` examples of `length` random tokens, every one of them labelled."""
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (count, length), generator=draw)
+    return [{"input_ids": row, "labels": row.clone()} for row in ids]

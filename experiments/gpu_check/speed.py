@@ -1,0 +1,249 @@
+"""Seconds and bytes of full-size models with random weights: each method's preparation and steps, and optimizers alone.
+
+The goals are stated for one H200 (docs/gpu-check.md); a goal that is missed is a number and no failure.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from experiments import hardware, memory
+from experiments.engine import FitResult
+from experiments.engine_settings import TrainSettings
+from experiments.flops import mfu
+from experiments.gpu_check import running, sizes
+from experiments.gpu_check.sizes import Skipped
+from experiments.gpu_check.stopwatch import Stopwatch
+from experiments.moments import AdamW, Moments
+from experiments.sharding import Shards
+from methods.mofo import MoFO
+from methods.part import Part
+
+MFU_GOALS = {("llama3-8b", "full"): 0.45, ("gptj-6b", "full"): 0.40}
+MOFO_GOAL = 1.3  # times fused AdamW
+PENALTY_GOAL = 0.03  # of a step
+STEPS = 6  # counted, behind the warm-up
+DOCUMENTS = 16  # of a Fisher pass, likewise
+SPARE = 1 << 30  # of a GPU's memory, for what nobody predicts
+PREPARED_LENGTH = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What a speed piece is of."""
+
+    model: str
+    tiny: bool
+    rows: int
+    length: int
+    compile: bool = False
+
+    @property
+    def shape(self) -> memory.Shape:
+        return sizes.shape_named(self.model, tiny=self.tiny)
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+
+def measure(size: Size, *, method: str, layout: str, device: torch.device, shards: Shards) -> dict:
+    """One method in one layout: preparation, then steps of one micro-batch. Raises Skipped where it is predicted not to fit."""
+    parts = sizes.parts_of(method)
+    if size.length > (longest := size.shape.config.max_position_embeddings):
+        raise Skipped(f"{size.model} takes {longest} tokens, not {size.length}")
+    settings = _settings(size)
+    processes = 1 if layout == "sharded" else None
+    preparing = dataclasses.replace(settings, **_of_preparation(size))
+    predict = lambda phase, of: memory.predict(phase=phase, shape=size.shape, parts=parts, settings=of, checkpoint_dtype=torch.bfloat16,
+                                               compute_dtype=torch.bfloat16, device_type=device.type, processes=processes)  # fmt: skip
+    preparing, predicted_prepare = _fitting(preparing, lambda of: predict("prepare", of), device, f"preparing {method}")
+    settings, predicted = _fitting(settings, lambda of: predict("train", of), device, f"training {method}")
+    make = lambda: sizes.build_named(size.model, tiny=size.tiny, device=device, dtype=torch.bfloat16)
+    vocabulary = size.shape.config.vocab_size
+    given = {"device": device, "shards": shards if processes else Shards(), "compute_dtype": torch.bfloat16}
+
+    trains = any("seeded_preparation" in part.capabilities for part in parts)
+    count = (running.WARM + STEPS) * preparing.batch if trains else running.WARM + DOCUMENTS
+    general = sizes.random_examples(count, preparing.length, vocabulary=vocabulary, seed=1)
+    prepared = running.prepare(parts=[dataclasses.replace(p, samples=count) if hasattr(p, "samples") else p for p in parts], make=make,
+                               general=general, settings=preparing, **given)  # fmt: skip
+
+    peak = running.Peak(device)
+    model = make()
+    written = sum(p.nbytes for p in model.parameters())
+    base = running.base_of(model, parts)
+    examples = sizes.random_examples((running.WARM + STEPS) * size.rows, size.length, vocabulary=vocabulary)
+    result, watch = running.train(parts=parts, model=model, base=base, states=prepared.states, examples=examples, settings=settings, **given)
+    step = median(watch.steps(skip=running.WARM))
+    reached = mfu(result.flops / result.steps, step, result.peak_flops)
+    penalty = median(watch.between("backward", "penalty", skip=running.WARM)) if "penalty" in _adds(parts) else None
+    outcome = {
+        "status": "measured", "layout": layout, "rows": size.rows, "length": size.length, "compiled": size.compile,
+        "checkpointing": settings.checkpointing, "moments": settings.moments, "steps": STEPS,
+        "seconds_step": step, "seconds_steps": watch.steps(skip=running.WARM), "tokens_per_second": size.tokens / step, "mfu": reached,
+        "peak_flops": result.peak_flops, "peak_flops_basis": hardware.dense_peak(device, torch.bfloat16)[1],
+        "seconds_forward": median(watch.between("begin", "forward", skip=running.WARM)),
+        "seconds_backward": median(watch.between("forward", "backward", skip=running.WARM)),
+        "seconds_penalty": penalty, "share_penalty": penalty and penalty / step,
+        "seconds_optimizer": median(watch.between("update begins", "update ends", skip=running.WARM)),
+        "seconds_begin": result.seconds_begin,
+        "prepare": _prepared(prepared, predicted_prepare, preparing),
+        "memory": {"predicted": predicted, "held": held(result, prepared.bytes_stored), **_passing(watch, peak.before),
+                   "peak": (most := peak.bytes()), "predicted_over_peak": most and predicted["total"] / most},
+        "bytes": _stored(result, prepared, written),
+    }  # fmt: skip
+    goal = MFU_GOALS.get((size.model, method))
+    outcome["goals"] = ([_goal("mfu", reached, ">=", goal)] if goal else []) + (
+        [_goal("share_penalty", outcome["share_penalty"], "<=", PENALTY_GOAL)] if penalty is not None else []
+    )
+    return outcome if not size.tiny else outcome | {"goals": []}
+
+
+def optimizers(size: Size, *, device: torch.device) -> dict:
+    """A step of each optimizer alone, on float32 tensors of the model's shapes: all of them, or the first that fit."""
+    shapes = [p.shape for p in size.shape.build().parameters()]
+    chosen = _first_that_fit(shapes, _room(device))
+    if not chosen:
+        raise Skipped("not even the first tensor fits, with its gradient and moments")
+    draw = torch.Generator(device).manual_seed(0)
+    weights = [torch.empty(shape, device=device).normal_(std=0.02, generator=draw).requires_grad_() for shape in chosen]
+    for weight in weights:
+        weight.grad = torch.empty_like(weight, requires_grad=False).normal_(std=1e-3, generator=draw)
+    # the path of several processes, which this one plays alone
+    pieces = {"shards": SimpleNamespace(rank=0, world=2, sum=lambda tensor: tensor), "sizes": [weight.numel() for weight in weights]}
+    makers: dict[str, Callable[[Moments, Moments], torch.optim.Optimizer]] = {
+        "adamw fused, float32 moments": lambda wide, half: torch.optim.AdamW(weights, lr=1e-6, fused=True),
+        "adamw, bfloat16 moments": lambda wide, half: AdamW(weights, lr=1e-6, moments=half),
+        "mofo, float32 moments": lambda wide, half: MoFO(weights, lr=1e-6, moments=wide),
+        "mofo, bfloat16 moments": lambda wide, half: MoFO(weights, lr=1e-6, moments=half),
+        "mofo by histogram, bfloat16 moments": lambda wide, half: MoFO(weights, lr=1e-6, moments=half, **pieces),
+    }
+    seconds, peaks = {}, {}
+    for name, maker in makers.items():
+        half = Moments(dtype="bfloat16")
+        for index, weight in enumerate(weights):
+            half.place(weight, name=str(index))
+        peak = running.Peak(device)
+        optimizer = maker(Moments(), half)
+        seconds[name] = _seconds(optimizer.step, device)
+        peaks[name] = peak.bytes()
+        del optimizer
+    fused = seconds["adamw fused, float32 moments"]
+    times = {name: value / fused for name, value in seconds.items()}
+    entries, all_entries = (sum(shape.numel() for shape in some) for some in (chosen, shapes))
+    goals = [_goal(f"{name} / adamw fused", times[name], "<=", MOFO_GOAL) for name in times if name.startswith("mofo,")]
+    return {"status": "measured", "seconds": seconds, "times_fused_adamw": times, "bytes_beside_weights": peaks,
+            "tensors": len(chosen), "tensors_of": len(shapes), "entries": entries, "entries_of": all_entries,
+            "goals": [] if size.tiny else goals}  # fmt: skip
+
+
+def held(result: FitResult, stored: dict[str, int]) -> dict[str, int]:
+    """Bytes by the kinds of memory.predict that stay from step to step, and gradients, as they are on the device."""
+    run, model = result.run, result.run.model
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    shared = {t.untyped_storage().data_ptr() for t in local}
+    moments = [value for state in result.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
+    return {
+        "weights": _bytes(local), "masters": _bytes(w for w in run.weights.values() if w.untyped_storage().data_ptr() not in shared),
+        "gradients": _bytes(w.grad for w in run.weights.values() if w.grad is not None), "moments": _bytes(moments),
+        "anchor": _bytes(anchors), "importance": stored.get("importance", 0),
+    }  # fmt: skip
+
+
+def _settings(size: Size) -> TrainSettings:
+    return TrainSettings(batch=size.rows, micro_batch=size.rows, length=size.length, learning_rate=1e-6, schedule="constant",
+                         moments="bfloat16", compile=size.compile, probes=0)  # fmt: skip
+
+
+def _of_preparation(size: Size) -> dict:
+    """As many tokens a step as in training, in shorter documents."""
+    length = min(PREPARED_LENGTH, size.length)
+    return {"length": length, "batch": size.tokens // length, "micro_batch": size.tokens // length}
+
+
+def _fitting(settings: TrainSettings, predict: Callable[[TrainSettings], dict], device: torch.device, what: str) -> tuple[TrainSettings, dict]:
+    """The settings, with checkpointing where only that fits, and what they are predicted to take."""
+    room = _room(device)
+    for checkpointing in (False, True):
+        chosen = dataclasses.replace(settings, checkpointing=checkpointing)
+        predicted = predict(chosen)
+        if room is None or predicted["total"] <= room:
+            return chosen, predicted
+    raise Skipped(f"{what} is predicted to take {predicted['total'] / 2**30:.1f} GiB with checkpointing, {room / 2**30:.1f} GiB are free")
+
+
+def _room(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    running.forget(device)
+    return torch.cuda.mem_get_info(device)[0] - SPARE
+
+
+def _adds(parts: Sequence[Part]) -> set[str]:
+    return {"penalty" for part in parts if type(part).before_clip is not Part.before_clip}
+
+
+def _prepared(found: running.Preparation, predicted: dict, settings: TrainSettings) -> dict | None:
+    if not found.states:
+        return None
+    a_token = found.seconds_token
+    return {"seconds_per_million_tokens": a_token and a_token * 1e6, "seconds_measured": found.seconds, "tokens_measured": found.tokens,
+            "checkpointing": settings.checkpointing, "bytes_peak": found.bytes_peak, "predicted": predicted,
+            "predicted_over_peak": found.bytes_peak and predicted["total"] / found.bytes_peak}  # fmt: skip
+
+
+def _passing(watch: Stopwatch, before: int) -> dict:
+    """Bytes between steps, and what a forward pass leaves beyond them; None on a CPU."""
+    if not watch.bytes_held:
+        return {"between_steps": None, "forward": None}
+    return {"between_steps": watch.bytes_held - before, "forward": watch.bytes_forward - watch.bytes_held}
+
+
+def _stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
+    """Bytes of what a study would keep: tuned weights, or the adapter that stands for them; importance, start, anchor."""
+    factors = [result.run.weights[name] for name in result.run.weights if ".lora_" in name]
+    anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
+    kept = {"adapter": _bytes(factors)} if factors else {"weights": weights}
+    return kept | prepared.bytes_stored | ({"anchor": _bytes(anchors)} if anchors else {})
+
+
+def _first_that_fit(shapes: Sequence[torch.Size], room: int | None) -> list[torch.Size]:
+    """Tensors in the model's order: weight, gradient and both moments in float32, and MoFO's scratch on the largest."""
+    chosen, held, largest = [], 0, 0
+    for shape in shapes:
+        held, largest = held + 16 * shape.numel(), max(largest, shape.numel())
+        if room is not None and held + 16 * largest > room:
+            break
+        chosen.append(shape)
+    return chosen
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    """The median of some calls, by the device's own clock."""
+    watch = Stopwatch(device)
+    for _ in range(running.WARM + STEPS):
+        watch.mark("begin")
+        step()
+        watch.end()
+    return median(watch.between("begin", "end", skip=running.WARM))
+
+
+def _goal(what: str, value: float | None, sign: str, goal: float) -> dict:
+    met = None if value is None else value >= goal if sign == ">=" else value <= goal
+    return {"what": what, "value": value, "goal": f"{sign} {goal:g}", "stated_for": "NVIDIA H200", "met": met}
+
+
+def _tensors(anchor: dict | None) -> list[Tensor]:
+    return list((anchor or {}).values())
+
+
+def _bytes(tensors) -> int:
+    return sum(tensor.nbytes for tensor in tensors)

@@ -1,0 +1,134 @@
+"""The plan: models that are nowhere here, times from FLOPs, memory by kind."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from experiments import config, hardware, memory, plan
+from experiments.flops import Flops
+from experiments.paths import HERE
+
+DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
+DEFAULT = YAML(typ="safe").load(HERE / "params.yaml")
+ANSWER, QUESTION = 40, 200  # characters: 10 and 50 tokens
+
+
+def study(tmp_path, **changes):
+    raw = copy.deepcopy(DEMO)
+    raw["grid"] |= {"methods": ["full", "lora", "ewc"]} | changes.pop("grid", {})
+    raw["models"] = changes.pop("models", raw["models"] | {name: DEFAULT["models"][name] for name in ("gptj-6b", "llama3-8b")})
+    raw |= changes
+    out = io.StringIO()
+    YAML().dump(raw, out)
+    (tmp_path / "params.yaml").write_text(out.getvalue())
+    return config.load(root=tmp_path)
+
+
+def with_rows(tmp_path, count=6):
+    folder = tmp_path / "work" / "data" / "train" / "sums"
+    folder.mkdir(parents=True)
+    row = {"context": "q" * QUESTION, "choices": ["a", "b" * ANSWER], "gold": 1}
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for _ in range(count)))
+
+
+def test_the_target_models_are_planned_without_being_fetched(tmp_path):
+    made = plan.make(study(tmp_path, grid={"models": ["gptj-6b", "llama3-8b"]}))
+    cells = {c["cell"]: c for c in made["cells"]}
+    available = made["total"]["available_memory_bytes"]
+    for model, parameters in (("gptj-6b", 6_050_882_784), ("llama3-8b", 8_030_261_248)):
+        full, lora, ewc = (cells[f"{model}/sums/{method}/seed0"] for method in ("full", "lora", "ewc"))
+        assert full["disk_bytes"] == 2 * parameters
+        assert full["memory"]["train"]["moments"] == 8 * parameters
+        assert full["memory_bytes"] == full["memory"]["train"]["total"] > 12 * parameters
+        assert ewc["memory"]["prepare"]["total"] > 6 * parameters and full["memory"]["prepare"]["total"] == 0
+        assert ewc["memory_bytes"] > full["memory_bytes"] > lora["memory_bytes"] > 2 * parameters
+        assert full["seconds_train"] > lora["seconds_train"] > 0
+        assert ewc["seconds_prepare"] > 0 == full["seconds_prepare"]
+        for cell in (full, lora, ewc):
+            assert cell["fits"] == (cell["memory_bytes"] <= available)
+    assert made["total"]["too_large"] == sum(not c["fits"] for c in cells.values())
+    assert made["total"]["peak_memory_bytes"] == max(c["memory_bytes"] for c in cells.values())
+    json.dumps(made)
+
+
+@pytest.mark.parametrize("name", ["", "paper", "mofo-math"])
+def test_stated_sizes_are_those_of_the_architecture(name):
+    models = YAML(typ="safe").load((HERE / "experiments" / "studies" / name if name else HERE) / "params.yaml")["models"]
+    described = {model: block for model, block in models.items() if "architecture" in block}
+    assert described
+    for model, block in described.items():
+        shape = memory.shape_of(model, block, HERE / "nowhere")
+        assert shape.parameters == block["parameters"], model
+        assert (shape.config.num_hidden_layers, shape.config.hidden_size) == (block["layers"], block["width"]), model
+
+
+def test_training_time_is_flops_over_the_rate_of_earlier_cells(tmp_path):
+    with_rows(tmp_path, count=6)
+    here = study(tmp_path, train={"batch": 8, "micro_batch": 8, "length": 128, "epochs": 2.0})
+    shape = memory.shape_of("llama-tiny", here.models["llama-tiny"], tmp_path / "nowhere")
+    earlier = {"cell": "llama-tiny/sums/full/seed0", "hardware": hardware.describe(torch.device("cpu")),
+               "seconds_train": 4.0, "tokens_trained": 10, "flops": 8e6}  # fmt: skip
+    path = tmp_path / "results" / "runs" / "llama-tiny" / "sums" / "full" / "seed0" / "train.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(earlier))
+    made = plan.make(here)
+    assert made["basis"]["llama-tiny"] == "1 earlier cells on this machine"
+    for cell, method in zip(made["cells"], ("full", "lora", "ewc")):
+        model = shape.build(parts=memory.adapting(here.methods[method].parts))
+        flops = 2 * Flops(model).step(lengths=[60] * 6, labelled=60)
+        assert cell["seconds_train"] == pytest.approx(flops / 2e6, abs=0.06)
+        assert cell["tokens"] == 2 * 6 * 60
+    path.write_text(json.dumps(earlier | {"hardware": {"cpu": "another"}}))
+    assert plan.make(here)["basis"]["llama-tiny"].endswith("TFLOP/s (matrix product measured here)")
+    path.write_text(json.dumps({k: v for k, v in earlier.items() if k != "flops"}))  # as records were before they had FLOPs
+    flops = Flops(shape.build())
+    rate = 10 * flops.step(lengths=(1,), labelled=0) / 4.0
+    assert plan.make(here)["cells"][0]["seconds_train"] == pytest.approx(2 * flops.step(lengths=[60] * 6, labelled=60) / rate, rel=0.01)
+
+
+def test_long_rows_are_cut_and_all_rows_are_a_guess(tmp_path):
+    with_rows(tmp_path, count=3)
+    short = study(tmp_path, train={"batch": 8, "micro_batch": 8, "length": 32, "epochs": 1.0})
+    assert plan.make(short)["cells"][0]["tokens"] == 3 * 32
+    domains = copy.deepcopy(DEMO["domains"])
+    domains["sums"]["split"]["train"] = "all"
+    (tmp_path / "elsewhere").mkdir()
+    unknown = study(tmp_path / "elsewhere", train={"batch": 8, "micro_batch": 8, "length": 32, "epochs": 1.0}, domains=domains)
+    assert plan.make(unknown)["cells"][0]["tokens"] == plan.UNKNOWN_ROWS * 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_a_study_on_cuda_is_planned_where_there_is_none(tmp_path):
+    made = plan.make(study(tmp_path, device="cuda", grid={"models": ["llama3-8b"], "methods": ["full"]}))
+    assert made["basis"]["llama3-8b"] == "40% of 989.00 TFLOP/s (data sheet of NVIDIA H200; there is no CUDA device here)"
+    (cell,) = made["cells"]
+    assert cell["fits"] is None and made["total"]["available_memory_bytes"] is None
+    assert cell["memory"]["train"]["weights"] == 2 * 8_030_261_248  # bf16, as a GPU computes
+    assert "free here" not in plan.text(made)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
+def test_processes_share_memory_and_time(tmp_path):
+    block = DEFAULT["models"]["llama3-8b"]
+    cells = []
+    for model in (block, block | {"processes": 4}):
+        made = plan.make(study(tmp_path, device="cuda", grid={"models": ["big"], "methods": ["full"]}, models={"big": model}))
+        cells += made["cells"]
+    alone, shared = cells
+    assert made["basis"]["big"].startswith("40% of 4 times 989.00 TFLOP/s")
+    assert shared["seconds_train"] == pytest.approx(alone["seconds_train"] / 4, abs=0.1)
+    assert shared["memory"]["train"]["gradients"] == alone["memory"]["train"]["gradients"] // 4
+
+
+def test_text_marks_what_does_not_fit(tmp_path):
+    made = plan.make(study(tmp_path))
+    assert "does not fit" not in plan.text(made)
+    made["cells"][1]["fits"], made["total"]["too_large"] = False, 1
+    lines = plan.text(made).splitlines()
+    assert [line.endswith("does not fit") for line in lines[3:6]] == [False, True, False]
+    assert "1 cells do not fit here" in plan.text(made)
+    assert "free here" in plan.text(made)

@@ -1,0 +1,133 @@
+"""Tiny cells of every method, in one process or several, whole or stopped on the way; `python -m tests.experiments.worlds`
+is what test_sharding.py starts."""
+
+import os
+import sys
+import tempfile
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from experiments.engine import final_weights, fit
+from experiments.random_models import build
+from experiments.resume import Resume
+from experiments.sharding import Shards
+from experiments.stages.prepare import _fit
+from methods import registry
+from methods.part import Part
+from tests import goldens
+
+
+def without_chance(key: str, block: dict) -> dict:
+    """Float importance, for a last bit of Ω can change an 8-bit code, and no dropout, which each process draws for itself."""
+    return block | ({"bits": 32} if key in ("ewc", "hierarchical") else {"dropout": 0.0} if key == "lora" else {})
+
+
+METHODS = {name: {key: without_chance(key, block) for key, block in blocks.items()} for name, blocks in goldens.METHODS.items()}
+
+
+NEVER = 1 << 30
+
+
+class Stopped(Exception):
+    """What a kill is to a test in one process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stop(Part):
+    """Ends the run once `left[0]` optimizer steps or Fisher examples are done."""
+
+    key = "stop"
+    left: list[int] = field(default_factory=lambda: [NEVER])
+
+    def after_step(self, **_):
+        self.left[0] -= 1
+        if self.left[0] <= 0:
+            raise Stopped
+
+    def bar(self, **_):
+        return self
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def update(self, count):
+        self.left[0] -= count - 1
+        self.after_step()
+
+
+def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=torch.float32, folder: Path | None = None, stop: int = NEVER,
+         blocks: dict | None = None, **settings) -> dict:  # fmt: skip
+    """Prepare and train one cell; with `folder` a checkpoint after every step, and `stop` ends it after so many steps."""
+    chosen = replace(goldens.SETTINGS, **settings)
+    make = partial(build, architecture, seed=1, dtype=dtype)
+    base = {n: p.detach().clone() for n, p in make().named_parameters()}
+    parts, states, stopper = registry.build(blocks or METHODS[method]), {}, Stop(left=[stop])
+    keep = partial(Resume, rank=shards.rank, world=shards.world, every=0.0 if folder else float("inf"), identity={"method": method})
+    folder = folder or Path(tempfile.mkdtemp())
+
+    def general(*, parts, **arguments):
+        return _fit(settings=chosen, base=base, device="cpu", name="prepare", shards=shards, resume=keep(folder / "general"),
+                    parts=(*parts, stopper), **arguments)  # fmt: skip
+
+    for part in parts:
+        model = make()
+        for other in parts:
+            model = other.adapt(model, seed=5)
+        prepared = part.prepare(model=model, base=base, general=goldens.texts(8, seed=11, labelled=False), seed=5, shards=shards,
+                                resume=keep(folder / part.key), progress=stopper.bar, fit=general)  # fmt: skip
+        if prepared:
+            states[part.key] = {k: getattr(prepared, k) for k in ("importance", "start", "carry") if getattr(prepared, k)}
+    result = fit(model=make(), parts=(*parts, stopper), examples=goldens.texts(18, seed=12, labelled=True), settings=chosen, seed=5, base=base,
+                 states=states, shards=shards, resume=keep(folder / "train"))  # fmt: skip
+    reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts}
+    return {"final": final_weights(result, parts), "reports": reports, "resumed": result.resumed,
+            "curve": [{k: row[k] for k in ("step", "loss", "penalty", "grad_norm", "tokens")} for row in result.curve]}  # fmt: skip
+
+
+def everything(shards: Shards, folder: Path) -> dict:
+    """All methods on both architectures, and what else must not depend on the processes."""
+    architectures = ("llama",) if shards.active and shards.world == 1 else goldens.ARCHITECTURES
+    found = {(a, m): cell(a, m, shards=shards) for a in architectures for m in METHODS}
+    found["mofo", "lora"] = cell("llama", "", shards=shards, blocks={"mofo": {"fraction": 0.2}, "lora": {"rank": 2}})
+    found["official"] = cell("llama", "", shards=shards, blocks={"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32}})
+    found["moments"] = cell("llama", "full", shards=shards, moments="bfloat16")
+    found["packed"] = cell("llama", "full", shards=shards, pack=64)
+    found["recomputed"] = cell("gptj", "ewc", shards=shards, checkpointing=True)
+    found["one at a time"] = cell("gptj", "mofo", shards=shards, micro_batch=1)
+    return found
+
+
+def stopped(shards: Shards, folder: Path) -> dict:
+    """Cells stopped on the way, three times, beside the same ones left alone."""
+    found = {}
+    for architecture, method in (("llama", "full"), ("gptj", "ewc"), ("llama", "hierarchical"), ("gptj", "hierarchical-full"), ("llama", "mofo")):
+        here = folder / method
+        for stop in (2, 5, 12):
+            try:
+                cell(architecture, method, shards=shards, folder=here, stop=stop)
+            except Stopped:
+                pass
+        found[method] = (cell(architecture, method, shards=shards), cell(architecture, method, shards=shards, folder=here))
+    return found
+
+
+def _work(rank: int, world: int, folder: str, job: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/{job}-{world}", rank=rank, world_size=world)
+    found = {"everything": everything, "stopped": stopped}[job](Shards(rank=rank, world=world, active=True), Path(folder))
+    if rank == 0:
+        torch.save(found, f"{folder}/{job}-{world}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    mp.spawn(_work, (int(sys.argv[1]), sys.argv[2], sys.argv[3]), nprocs=int(sys.argv[1]))
