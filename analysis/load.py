@@ -21,6 +21,7 @@ class Loaded:
     tuning    (model, domain) -> the tuning record
     prepared  cell -> prepare.json
     planned   every cell asked for, in order
+    gpu       the newest GPU check (results/gpu/*.json, docs/gpu-check.md); None where there is none
     """
 
     cells: pd.DataFrame
@@ -31,6 +32,7 @@ class Loaded:
     tuning: dict = field(default_factory=dict)
     prepared: dict = field(default_factory=dict)
     planned: tuple[str, ...] = ()
+    gpu: dict | None = None
 
     @property
     def not_a_result(self) -> bool:
@@ -87,7 +89,15 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
         prepared=prepared,
         planned=tuple(names),
+        gpu=newest_gpu_check(root),
     )
+
+
+def newest_gpu_check(root: Path) -> dict | None:
+    """The last written check of a GPU; it is the machine's and no study's, and lies beside the default study's results."""
+    files = [path for folder in (root / "gpu", root.parent / "gpu") for path in sorted(folder.glob("*.json"))]
+    found = [check for check in map(read_json, files) if not check.get("tiny")]
+    return max(found, key=lambda check: check.get("when") or "", default=None)
 
 
 def read_json(path: Path) -> dict:

@@ -30,6 +30,7 @@ def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, 
         heads=tables.HEADS,
         tuning=[_tuning(pair, record) for pair, record in loaded.tuning.items()],
         provenance=_provenance(loaded),
+        gpu=_gpu(loaded.gpu),
         colours={method: style.colour(method) for method in dict.fromkeys(table["method"])} if len(table) else {},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,36 @@ def _tuning(pair: tuple[str, str], record: dict) -> dict:
     keys = ("domain_probe", "retention_probe", "general_perplexity_probe", "objective", "seconds", "failed")
     trials = [{**dict.fromkeys(keys), **trial, "text": ", ".join(f"{key} = {value:g}" if isinstance(value, float) else f"{key} = {value}" for key, value in trial["settings"].items())} for trial in record.get("trials", [])]
     return {"model": pair[0], "domain": pair[1], "rule": record.get("rule", ""), "trials": trials, "base": probes}
+
+
+def _gpu(check: dict | None) -> dict | None:
+    """The newest GPU check: what failed, and a row for each measured method; None where nothing was measured."""
+    if check is None:
+        return None
+    named = lambda part: {name.split("/", 1)[1]: piece for name, piece in check["pieces"].items() if name.startswith(f"{part}/")}
+    checked, measured = named("checks"), named("speed")
+    rows = [_gpu_row(name, piece) for name, piece in measured.items() if not name.endswith("/optimizers")]
+    optimizers = [(name.split("/")[0], optimizer, 1e3 * seconds, piece["times_fused_adamw"][optimizer], piece["entries"] / piece["entries_of"])
+                  for name, piece in measured.items() if name.endswith("/optimizers") for optimizer, seconds in piece.get("seconds_by_optimizer", {}).items()]  # fmt: skip
+    count = lambda *status: sum(piece["status"] in status for piece in checked.values())
+    return {
+        "device": check["device"], "when": check["when"], "facts": _pairs(check["hardware"]), "versions": _pairs(check["versions"]),
+        "commit": _commit(check["git"]), "passed": count("passed"), "skipped": count("skipped"),
+        "failed": [(name, piece) for name, piece in checked.items() if piece["status"] in ("failed", "broken", "out of memory")],
+        "rows": rows, "optimizers": optimizers,
+        "goals": [(name, goal) for name, piece in measured.items() for goal in piece.get("goals", [])],
+    }
+
+
+def _gpu_row(name: str, piece: dict) -> dict:
+    model, method, layout, shape = name.split("/")
+    memory, stored, prepare = piece.get("memory") or {}, piece.get("bytes") or {}, piece.get("prepare") or {}
+    return {
+        "model": model, "method": method, "layout": layout, "shape": shape, "status": piece["status"], "reason": piece.get("reason", ""),
+        "tokens_per_second": piece.get("tokens_per_second"), "mfu": piece.get("mfu"), "seconds_optimizer": piece.get("seconds_optimizer"),
+        "share_penalty": piece.get("share_penalty"), "prepare": prepare.get("seconds_per_million_tokens"), "peak": memory.get("peak"),
+        "predicted": (memory.get("predicted") or {}).get("total"), "stored": sum(stored.values()), "checkpointing": piece.get("checkpointing"),
+    }  # fmt: skip
 
 
 def _provenance(loaded: Loaded) -> dict:

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from experiments.errors import UserError
+from experiments.gpu_check.options import add_options
 
 STAGES = {
     "resolve": ("settings each stage depends on, as small files", ()),
@@ -29,6 +30,7 @@ COMMANDS = {
     "pipeline": "rewrite dvc.yaml for the study's grid",
     "summary": "print the comparison, how each cell came to its scores, and where to look next",
     "clean-cells": "free the weights of finished cells; their results stay",
+    "gpu-check": "what holds and what it costs on this machine's GPU, with random weights; needs no study",
 }
 
 
@@ -48,7 +50,10 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--json", action="store_true", help="print JSON")
         if name == "tune":
             command.add_argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)")
-        _study(command)
+        if name == "gpu-check":
+            add_options(command)
+        else:
+            _study(command)
     for name, (text, needs) in STAGES.items():
         command = sub.add_parser(name, help=f"stage: {text}", description=text)
         for need in needs:
@@ -61,8 +66,12 @@ def _study(command: argparse.ArgumentParser) -> None:
     command.add_argument("--study", default="", metavar="NAME", help="a folder of experiments/studies (default: the root's)")
 
 
-def run(options: argparse.Namespace) -> None:
-    """Import what the command needs and no more: help pages stay light."""
+def run(options: argparse.Namespace) -> int:
+    """Import what the command needs and no more: help pages stay light. Returns the exit status."""
+    if options.command == "gpu-check":  # it must run where nothing but torch and transformers is installed
+        from experiments.gpu_check import command
+
+        return command.main(options)
     from experiments import config
 
     study = config.load(options.study)
@@ -88,6 +97,7 @@ def run(options: argparse.Namespace) -> None:
         from experiments import clean, pipeline, summary
 
         {"pipeline": pipeline.main, "summary": summary.main, "clean-cells": clean.main}[options.command](study)
+    return 0
 
 
 def _stage(study, options: argparse.Namespace) -> None:
@@ -125,7 +135,7 @@ def _stage(study, options: argparse.Namespace) -> None:
 def main() -> int:
     options = parser().parse_args()
     try:
-        run(options)
+        return run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -134,7 +144,6 @@ def main() -> int:
         return 130
     except BrokenPipeError:
         return 1
-    return 0
 
 
 if __name__ == "__main__":

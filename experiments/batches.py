@@ -86,6 +86,11 @@ def collate_packed(examples: Sequence[Example], device: torch.device | str = "cp
     return {name: tensor.unsqueeze(0).to(device) for name, tensor in row.items()}
 
 
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without waiting for what a GPU is busy with."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def micro_batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(indices), size):
         yield indices[start : start + size]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from experiments import architecture, batches, hardware
+from experiments import architecture, batches, hardware, interruption
 from experiments.engine_settings import TrainSettings, learning_rate
 from experiments.errors import UserError
 from experiments.flops import Flops
@@ -22,7 +22,7 @@ from experiments.loss import summed_nll
 from experiments.master import MasterWeights
 from experiments.moments import AdamW, Moments
 from experiments.progress import bar as progress
-from experiments.resume import Resume, random_state, set_random_state
+from experiments.resume import Resume
 from experiments.sharding import ShardedWeights, Shards
 from methods.part import Part, Run
 
@@ -115,7 +115,8 @@ def fit(
     with progress(total=len(plan), desc=name, unit="step", disable=not shards.first) as bar:
         log = Log(name=name, steps=len(plan), learning_rate=settings.learning_rate, device=device, peak=result.peak_flops, bar=bar)
         if resume is not None:
-            result.resumed = _resumed(resume, run, parts, states, optimizer, log, result, bar)
+            result.resumed = interruption.gone_on(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log)
+            bar.update(result.resumed)
         trained.push()
         for step in range(result.resumed, len(plan)):
             if step in probe_steps:
@@ -129,17 +130,17 @@ def fit(
             batch = [examples[i] for i in plan[step]]
             read = _step(run, parts, states, trained, optimizer, settings, batch, step)
             lengths = [len(e["input_ids"]) for e in batch]
-            executed = flops.step(lengths=lengths, labelled=_labelled(batch))
-            result.flops += executed
-            log.step({"step": step + 1, "learning_rate": rate}, tokens=sum(lengths), flops=executed, read=read)
+            log.step({"step": step + 1, "learning_rate": rate}, tokens=sum(lengths), read=read,
+                     flops=flops.step(lengths=lengths, labelled=_labelled(batch)))  # fmt: skip
             if resume is not None and step + 1 < len(plan) and resume.due():
                 with log.pause():
-                    _keep(resume, run, parts, states, optimizer, log, result, step + 1)
+                    interruption.kept(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log, step=step + 1)
         log.flush()
         if probe_steps and log.curve:
             log.curve[-1] |= _probed(probe, trained)
     trained.release()
-    result.steps, result.curve, result.seconds, result.tokens = len(plan), log.curve, log.seconds, log.tokens
+    result.steps, result.curve, result.seconds = len(plan), log.curve, log.seconds
+    result.tokens, result.flops = log.tokens, log.flops
     model.eval()
     return result
 
@@ -153,6 +154,8 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> d
         hooked = parts if real else ()
         for part in hooked:
             batch = part.batch(run=run, state=states[part.key], batch=batch)
+        # labels stay on the CPU: what they select is known there
+        batch = {name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()}
         nll, loss = trained.compute(_loss, batch, run, hooked, states)
         total += nll / asked
         (loss * (run.shards.world / asked)).backward()  # reduction over processes takes the mean
@@ -187,10 +190,10 @@ def _micro_batches(examples: list[batches.Example], run: Run, settings: TrainSet
     mine = shares[run.shards.rank]
     collate = batches.collate_packed if settings.pack else batches.collate
     for indices in cuts[run.shards.rank]:
-        yield collate([mine[i] for i in indices], run.device), True
+        yield collate([mine[i] for i in indices]), True
     nothing = {"input_ids": examples[0]["input_ids"][:2], "labels": torch.full_like(examples[0]["labels"][:2], -100)}
     for _ in range(max(map(len, cuts)) - len(cuts[run.shards.rank])):
-        yield collate([nothing], run.device), False
+        yield collate([nothing]), False
 
 
 def _loss(model: nn.Module, batch: batches.Example, run: Run, parts, states) -> tuple[Tensor, Tensor]:
@@ -251,39 +254,6 @@ def _optimizer(parts: Sequence[Part], run: Run, settings: TrainSettings) -> torc
 
 def _probed(probe, trained) -> dict[str, float]:
     return {f"probe_{name}": value for name, value in trained.compute(probe).items()}
-
-
-def _kept(run: Run, parts, states) -> dict[str, Tensor]:
-    """Every tensor that is there before the first step and changes with the steps."""
-    kept = {f"weights/{name}": weight.detach() for name, weight in run.weights.items()}
-    for part in parts:
-        kept |= {f"{part.key}/{key}": tensor for key, tensor in part.keep(run=run, state=states[part.key]).items()}
-    return kept
-
-
-def _keep(resume: Resume, run: Run, parts, states, optimizer, log: Log, result: FitResult, step: int) -> None:
-    moments = {f"optimizer/{name}/{key}": value for name, weight in run.weights.items()
-               for key, value in optimizer.state.get(weight, {}).items()}  # fmt: skip
-    resume.save(_kept(run, parts, states) | moments,
-                {"step": step, "curve": log.curve, "seconds": log.seconds, "tokens": log.tokens, "flops": result.flops,
-                 "random": random_state(run.device)})  # fmt: skip
-
-
-def _resumed(resume: Resume, run: Run, parts, states, optimizer, log: Log, result: FitResult, bar) -> int:
-    """Go on from the newest checkpoint; returns the number of steps it has behind it."""
-    found = resume.load(into=_kept(run, parts, states), device=run.device)
-    if found is None:
-        return 0
-    tensors, position = found
-    for name, weight in run.weights.items():
-        here = f"optimizer/{name}/"
-        entries = {key.removeprefix(here): value for key, value in tensors.items() if key.startswith(here)}
-        if entries:
-            optimizer.state[weight] = entries
-    log.curve, log.seconds, log.tokens, result.flops = (position[key] for key in ("curve", "seconds", "tokens", "flops"))
-    set_random_state(position["random"], run.device)
-    bar.update(position["step"])
-    return position["step"]
 
 
 def final_weights(result: FitResult, parts: Sequence[Part]) -> dict[str, Tensor]:

@@ -9,18 +9,21 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from experiments.batches import sent
+
 CHUNK = 1024  # rows of logits alive at once
 
 
 def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden rows that predict a label, and those labels (transformers' shift: position t predicts t+1).
 
-    hidden (batch, tokens, width), labels (batch, tokens) with -100 where nothing is asked.
-    Returns (rows, width) and (rows,).
+    hidden (batch, tokens, width), labels (batch, tokens) with -100 where nothing is asked; labels on the CPU spare a
+    GPU the wait for their number. Returns (rows, width) and (rows,) on the device of `hidden`.
     """
-    targets = labels[:, 1:]
-    asked = targets != -100
-    return hidden[:, :-1][asked], targets[asked]
+    targets = labels.cpu()[:, 1:]
+    line, column = (targets != -100).nonzero(as_tuple=True)
+    rows = sent(line * labels.shape[1] + column, hidden.device)
+    return hidden.flatten(0, 1).index_select(0, rows), sent(targets[line, column], hidden.device)
 
 
 def summed_nll(hidden: Tensor, labels: Tensor, head: torch.nn.Linear) -> Tensor:

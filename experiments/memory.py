@@ -352,14 +352,15 @@ def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtyp
     tensors get a gradient, in evaluation mode. Every block but the first takes the same, so one and two of them are run.
     """
     depth = shape.config.num_hidden_layers
-    runs = [_run_on_fake(shape, parts, dtype, layers, rows, length, checkpointing, packed, fisher) for layers in range(1, min(depth, 2) + 1)]
-    (alive, peak), (last_alive, last_peak) = runs[0], runs[-1]
-    beyond = max(0, last_peak - last_alive)
-    return alive + (depth - 1) * (last_alive - alive), beyond
+    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, fisher)
+    one, _ = run(layers=1)
+    two, peak = run(layers=min(depth, 2))
+    return one + (depth - 1) * (two - one), max(0, peak - two)
 
 
-def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, layers: int, rows: int, length: int, checkpointing: bool,
-                 packed: bool, fisher: str) -> tuple[int, int]:  # fmt: skip
+def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows: int, length: int, checkpointing: bool,
+                 packed: bool, fisher: str, *, layers: int) -> tuple[int, int]:  # fmt: skip
+    """Bytes alive after the forward pass of the first `layers` blocks, and at most in it and in the backward pass."""
     model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
     with FakeTensorMode():
         _fake(model)

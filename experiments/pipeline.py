@@ -26,8 +26,8 @@ def data_inputs(study) -> list[str]:
     """The JSONL files of the user's own that the grid's domains, their tasks and the general text read."""
     used = resolve.data(study)
     blocks = [used["general"], *used["domains"].values(), *used["tasks"].values()]
-    return sorted({(block.get(key) or {})["jsonl"] for block in blocks for key in ("rows", "test_rows")
-                   if "jsonl" in (block.get(key) or {})})
+    files = [block[key]["jsonl"] for block in blocks for key in ("rows", "test_rows") if "jsonl" in (block.get(key) or {})]
+    return sorted({file["path"] if isinstance(file, dict) else file for file in files})
 
 
 def behind(study) -> bool:

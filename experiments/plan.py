@@ -133,7 +133,8 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     evaluate = model.scoring.step(lengths=[256] * (scored // 256), labelled=scored) / rate
     seconds = {"prepare": prepare * (not cached["prepared"]), "train": train * (not cached["trained"]),
                "evaluate": evaluate * (not cached["scored"])}  # fmt: skip
-    kinds = {"prepare": model.memory("prepare", parts=parts, settings=preparing), "train": model.memory("train", parts=parts, settings=settings)}
+    kinds = {"prepare": model.memory("prepare", parts=parts, settings=preparing),
+             "train": model.memory("train", parts=parts, settings=settings)}  # fmt: skip
     peak = max(found["total"] for found in kinds.values())
     together = model.processes or 1 if _device(study).type == "cpu" else 1  # processes on a CPU share its memory
     return {"cell": cell.name, "cached": cached, "tokens": int(settings.epochs * sum(lengths)) if trained else 0,
@@ -196,9 +197,10 @@ def text(plan: dict) -> str:
         done = [stage for stage, yes in c["cached"].items() if yes]
         lines.append(f"{c['cell']:<{width}}  {', '.join(done) or '-':<24}  {_minutes(c['seconds']):>9}  "
                      f"{_gib(c['memory_bytes']):>10}  {_gib(c['disk_bytes']):>10}{'  does not fit' if c['fits'] is False else ''}")
-    lines += ["", f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, peak memory about {_gib(total['peak_memory_bytes'])}"]
-    if total["available_memory_bytes"] is not None:
-        lines[-1] += f" of {_gib(total['available_memory_bytes'])} free here"
+    free = total["available_memory_bytes"]
+    room = "" if free is None else f" of {_gib(free)} free here"
+    lines += ["", f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, "
+                  f"peak memory about {_gib(total['peak_memory_bytes'])}{room}"]  # fmt: skip
     if total["too_large"]:
         lines.append(f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, and a run says what would help")
     lines += [f"{model}: estimated from {basis}" for model, basis in plan["basis"].items()]

@@ -1,7 +1,9 @@
 """The processes of one run: joined where torchrun started them, started where a model's block says how many."""
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import uuid
 from datetime import timedelta
@@ -13,6 +15,7 @@ from experiments.errors import UserError
 from experiments.sharding import Shards
 
 PATIENCE = timedelta(hours=6)  # the others wait while the first one writes weights or looks for a preparation
+PR_SET_PDEATHSIG = 1
 STARTED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
 
 
@@ -21,6 +24,8 @@ def join(device: torch.device) -> Shards:
     if STARTED not in os.environ:
         return Shards()
     if not dist.is_initialized():
+        if sys.platform == "linux":  # torchrun killed outright would leave its processes at work
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)

@@ -140,13 +140,20 @@ def _hub(block: Row, _: Mapping[str, str]) -> Rows:
     if not path or not split:
         raise UserError("a hub source needs `path: OWNER/NAME` and `split:`")
     names = name if isinstance(name, list) else [name]
+    # `datasets` takes any revision in its cache for the one asked for, offline or when the hub refuses: ask and check
+    asked = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
     try:
-        parts = [datasets.load_dataset(path, one, split=split, revision=revision, data_files=block.get("data_files"))
+        parts = [datasets.load_dataset(path, one, split=split, revision=asked or revision, data_files=block.get("data_files"))
                  for one in names]  # fmt: skip
     except Exception as error:  # datasets and its HTTP library raise a dozen kinds
         raise hub.refused(error, kind="data set", name=path, revision=revision) from error
-    commit = re.search(r"@([0-9a-f]{40})/", " ".join(parts[0].info.download_checksums or {}))
-    at = commit[1] if commit else revision or "unknown revision"
+    found = {commit for part in parts for url in part.info.download_checksums or {}
+             for commit in re.findall(rf"datasets/{re.escape(path)}@([0-9a-f]{{40}})/", url)}  # fmt: skip
+    pinned = asked or (revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else None)
+    if len(found | ({pinned} - {None})) > 1:
+        raise UserError(f"data set {path!r} in the local cache is of commit {', '.join(sorted(found))}, not {pinned or 'one'}: "
+                        "fetch the revision named with HF_HUB_OFFLINE unset")  # fmt: skip
+    at = next(iter(found), pinned or revision or "unknown revision")
     which = f"{','.join(names)}/{split}" if name else split
     return Rows(rows=[row for part in parts for row in part], source=f"hub:{path}@{at}/{which}")
 

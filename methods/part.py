@@ -160,11 +160,14 @@ class Part:
         """After the optimizer is made and the start is copied."""
 
     def batch(self, *, run: Run, state: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Change a micro-batch: input_ids, labels, attention_mask, each (batch, tokens)."""
+        """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each (batch, tokens)."""
         return batch
 
     def loss(self, *, run: Run, state: dict, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
-        """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them."""
+        """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them.
+
+        hidden (batch, tokens, width) and all of the batch but its labels are on the run's device.
+        """
 
     def before_clip(self, *, run: Run, state: dict, step: int) -> Tensor | None:
         """Add a penalty's closed-form gradient to the trained tensors' `.grad`, once a step.

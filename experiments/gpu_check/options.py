@@ -16,7 +16,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--methods", type=_among(METHODS), default=METHODS[:5], metavar="LIST",
                          help=f"of {','.join(METHODS)} (default: all but the last)")  # fmt: skip
     command.add_argument("--layouts", type=_among(LAYOUTS), default=LAYOUTS, metavar="LIST", help="of plain,sharded")
-    command.add_argument("--shape", type=_shape, default=(4, 2048), metavar="ROWSxLENGTH", help="of a micro-batch (default: 4x2048)")
+    command.add_argument("--shape", type=_shape, metavar="ROWSxLENGTH", help="of a micro-batch (default: 4x2048)")
     command.add_argument("--compile", action="store_true", help="torch.compile each block in the speed part")
     command.add_argument("--only", default="", metavar="TEXT", help="pieces whose name contains this")
     command.add_argument("--again", action="store_true", help="repeat pieces that the file already has of this code")

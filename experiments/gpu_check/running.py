@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
+import io
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
@@ -37,7 +38,7 @@ class Preparation:
     bytes_peak: int | None = None
 
 
-@contextmanager
+@contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Shards]:
     """A process group of this process alone, which fully_shard needs; no network is asked."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -49,9 +50,9 @@ def process_group(device: torch.device) -> Iterator[Shards]:
 
 
 def forget(device: torch.device) -> None:
-    """Give back what the last piece held, so that the next one begins with an empty device."""
-    gc.collect()
+    """Give back what the last piece held on a GPU, so that the next one begins with an empty device."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
@@ -114,8 +115,9 @@ def train(*, parts: Sequence[Part], model: nn.Module, base: dict, states: dict, 
           device: torch.device, shards: Shards, compute_dtype: torch.dtype, **more: Any) -> tuple[FitResult, Stopwatch]:  # fmt: skip
     """The engine's loop with a stopwatch in it."""
     watch = Stopwatch(device)
-    result = fit(model=model, parts=(*parts, *watch.parts), examples=examples, settings=settings, seed=0, base=base, states=states,
-                 device=device, shards=shards, compute_dtype=compute_dtype, **more)  # fmt: skip
+    with contextlib.redirect_stderr(io.StringIO()):  # a bar for each of many short fits
+        result = fit(model=model, parts=(*parts, *watch.parts), examples=examples, settings=settings, seed=0, base=base, states=states,
+                     device=device, shards=shards, compute_dtype=compute_dtype, **more)  # fmt: skip
     return result, watch
 
 

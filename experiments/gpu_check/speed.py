@@ -95,9 +95,9 @@ def measure(size: Size, *, method: str, layout: str, device: torch.device, shard
         "seconds_optimizer": median(watch.between("update begins", "update ends", skip=running.WARM)),
         "seconds_begin": result.seconds_begin,
         "prepare": _prepared(prepared, predicted_prepare, preparing),
-        "memory": {"predicted": predicted, "held": held(result, prepared.bytes_stored), **_passing(watch, peak.before),
+        "memory": {"predicted": predicted, "held": held(result, prepared), **_passing(watch, peak.before),
                    "peak": (most := peak.bytes()), "predicted_over_peak": most and predicted["total"] / most},
-        "bytes": _stored(result, prepared, written),
+        "bytes": stored(result, prepared, written),
     }  # fmt: skip
     goal = MFU_GOALS.get((size.model, method))
     outcome["goals"] = ([_goal("mfu", reached, ">=", goal)] if goal else []) + (
@@ -139,12 +139,12 @@ def optimizers(size: Size, *, device: torch.device) -> dict:
     times = {name: value / fused for name, value in seconds.items()}
     entries, all_entries = (sum(shape.numel() for shape in some) for some in (chosen, shapes))
     goals = [_goal(f"{name} / adamw fused", times[name], "<=", MOFO_GOAL) for name in times if name.startswith("mofo,")]
-    return {"status": "measured", "seconds": seconds, "times_fused_adamw": times, "bytes_beside_weights": peaks,
+    return {"status": "measured", "seconds_by_optimizer": seconds, "times_fused_adamw": times, "bytes_beside_weights": peaks,
             "tensors": len(chosen), "tensors_of": len(shapes), "entries": entries, "entries_of": all_entries,
             "goals": [] if size.tiny else goals}  # fmt: skip
 
 
-def held(result: FitResult, stored: dict[str, int]) -> dict[str, int]:
+def held(result: FitResult, prepared: running.Preparation) -> dict[str, int]:
     """Bytes by the kinds of memory.predict that stay from step to step, and gradients, as they are on the device."""
     run, model = result.run, result.run.model
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
@@ -154,8 +154,16 @@ def held(result: FitResult, stored: dict[str, int]) -> dict[str, int]:
     return {
         "weights": _bytes(local), "masters": _bytes(w for w in run.weights.values() if w.untyped_storage().data_ptr() not in shared),
         "gradients": _bytes(w.grad for w in run.weights.values() if w.grad is not None), "moments": _bytes(moments),
-        "anchor": _bytes(anchors), "importance": stored.get("importance", 0),
+        "anchor": _bytes(anchors), "importance": prepared.bytes_stored.get("importance", 0),
     }  # fmt: skip
+
+
+def stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
+    """Bytes of what a study would keep: tuned weights, or the adapter that stands for them; importance, start, anchor."""
+    factors = [result.run.weights[name] for name in result.run.weights if ".lora_" in name]
+    anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
+    kept = {"adapter": _bytes(factors)} if factors else {"weights": weights}
+    return kept | prepared.bytes_stored | ({"anchor": _bytes(anchors)} if anchors else {})
 
 
 def _settings(size: Size) -> TrainSettings:
@@ -205,14 +213,6 @@ def _passing(watch: Stopwatch, before: int) -> dict:
     if not watch.bytes_held:
         return {"between_steps": None, "forward": None}
     return {"between_steps": watch.bytes_held - before, "forward": watch.bytes_forward - watch.bytes_held}
-
-
-def _stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
-    """Bytes of what a study would keep: tuned weights, or the adapter that stands for them; importance, start, anchor."""
-    factors = [result.run.weights[name] for name in result.run.weights if ".lora_" in name]
-    anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
-    kept = {"adapter": _bytes(factors)} if factors else {"weights": weights}
-    return kept | prepared.bytes_stored | ({"anchor": _bytes(anchors)} if anchors else {})
 
 
 def _first_that_fit(shapes: Sequence[torch.Size], room: int | None) -> list[torch.Size]:

@@ -59,6 +59,7 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
         "bytes_weights_delta": train["bytes_weights_delta"], "bytes_optimizer_state": train["bytes_optimizer_state"],
         "tokens_trained": train["tokens_trained"], "tokens_prepare": prepared["tokens_prepare"],
         "tokens_per_second": train["tokens_trained"] / train["seconds_train"] if known else None,
+        "mfu": train["mfu"], "processes": train["processes"],
     }
     if not known:  # a checkpoint made elsewhere: nobody here saw what it cost
         costs = dict.fromkeys(costs)

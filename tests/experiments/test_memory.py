@@ -1,6 +1,7 @@
 """Predicted memory against what real modules save, and against bytes a weight by hand."""
 
 import dataclasses
+import gc
 import itertools
 from pathlib import Path
 
@@ -12,8 +13,10 @@ from experiments.engine import fit
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.random_models import build
+from experiments.sharding import Shards
 from methods import registry
 from methods.importance import encode
+from methods.part import Part
 
 LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}  # fmt: skip
@@ -66,21 +69,22 @@ def saved_bytes(model, rows, length, position_ids=None):
     return sum(storage.nbytes() for storage in kept.values())
 
 
-SIZES = [
-    ("llama", {}),
-    ("llama", {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 6, "num_key_value_heads": 1}),
-    ("llama", {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3, "num_key_value_heads": 4}),
-    ("gptj", {}),
-    ("gptj", {"n_embd": 64, "n_layer": 4, "n_head": 2, "rotary_dim": 8}),
-    ("gptj", {"n_embd": 48, "n_layer": 1, "n_head": 3, "n_inner": 80}),
-]
+SIZES = [  # and the shape of a batch
+    ("llama", {}, (1, 48)),
+    ("llama", {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 6,
+               "num_key_value_heads": 1}, (4, 32)),
+    ("llama", {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3, "num_key_value_heads": 4}, (2, 80)),
+    ("gptj", {}, (4, 32)),
+    ("gptj", {"n_embd": 64, "n_layer": 4, "n_head": 2, "rotary_dim": 8}, (1, 48)),
+    ("gptj", {"n_embd": 48, "n_layer": 1, "n_head": 3, "n_inner": 80}, (3, 24)),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("family", "config"), SIZES)
+@pytest.mark.parametrize(("family", "config", "batch"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "length"), [(1, 48), (4, 32)])
 @pytest.mark.parametrize("adapters", [(), ("q_proj", "v_proj")])
-def test_activations_are_what_autograd_keeps(family, config, dtype, rows, length, adapters):
+def test_activations_are_what_autograd_keeps(family, config, batch, dtype, adapters):
+    rows, length = batch
     parts = registry.build({"lora": {"rank": 4, "targets": adapters}}) if adapters else ()
     model = build(family, seed=0, dtype=dtype, **config).train()
     for part in parts:
@@ -122,6 +126,7 @@ def test_activations_grow_with_tokens_and_layers(llama3):
 
 def allocated(run):
     """The most that the CPU allocator held while `run` ran, beyond what it held before."""
+    gc.collect()  # what an earlier test left would be freed meanwhile
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         run()
     held = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -141,7 +146,8 @@ def test_peak_of_a_pass_is_the_allocators(family, checkpointing):
     ids = torch.randint(0, 200, (4, 256), generator=torch.Generator().manual_seed(0))
 
     def run():
-        architecture.hidden_states(model, ids, None).sum().backward()
+        hidden = architecture.hidden_states(model, ids, None)  # named, so that it is held as in the engine's loop
+        hidden.sum().backward()
 
     alive, beyond = memory.activations(tiny(family, **{layers: 6}), dtype=torch.float32, rows=4, length=256, checkpointing=checkpointing)
     assert alive + beyond == pytest.approx(allocated(run), rel=0.03)
@@ -259,18 +265,24 @@ def test_total_is_the_larger_of_two_moments(llama3):
     assert once["gradients"] > once["activations"] + once["logits"]
     assert once["total"] == held + once["gradients"] + 2 * head  # the embedding's bf16 gradient on its way
     longer = predict(llama3, "full", batch=8, micro_batch=8, length=1024)
-    assert longer["activations"] > longer["gradients"] and longer["transient"] + 4 * head > longer["logits"]
-    assert longer["total"] == held + longer["activations"] + longer["transient"] + 4 * head
+    assert longer["activations"] > longer["gradients"]
+    assert longer["total"] == held + longer["activations"] + max(longer["logits"], longer["transient"] + 4 * head)
     several = predict(llama3, "full", batch=64, micro_batch=8, length=1024)
     assert several["total"] == held + longer["activations"] + max(longer["logits"], longer["transient"]) + longer["gradients"]
 
 
-SETTINGS = [{"batch": 4}, {"batch": 8}, {"batch": 8, "moments": "bfloat16"}, {"batch": 8, "checkpointing": True}, {"batch": 4, "pack": 256}]
+LARGE, SMALL = 4000, 258  # vocabularies: logits outweigh activations, or the other way round
 
 
-@pytest.mark.parametrize("vocabulary", [258, 4000])
-@pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("method", ["full", "mofo", "ewc", "lora", "ewc-lora"])
+@pytest.mark.parametrize(
+    ("method", "settings", "vocabulary"),
+    [
+        ("full", {"batch": 4}, LARGE), ("full", {"batch": 8}, LARGE), ("full", {"batch": 4, "checkpointing": True}, LARGE),
+        ("full", {"batch": 4}, SMALL), ("mofo", {"batch": 8}, SMALL), ("mofo", {"batch": 4, "pack": 256}, LARGE),
+        ("ewc", {"batch": 8, "moments": "bfloat16"}, LARGE), ("ewc", {"batch": 4, "pack": 256}, SMALL),
+        ("lora", {"batch": 4, "checkpointing": True}, SMALL), ("ewc-lora", {"batch": 8}, SMALL),
+    ],
+)  # fmt: skip
 def test_total_is_the_peak_of_a_real_run(method, settings, vocabulary):
     """What the engine's own loop allocates on the CPU; the model and the base are there before."""
     config = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": vocabulary}
@@ -289,7 +301,7 @@ def test_total_is_the_peak_of_a_real_run(method, settings, vocabulary):
                            compute_dtype=torch.bfloat16, device_type="cpu")  # fmt: skip
     # on the CPU anchor and importance are the very tensors that were there before
     before = sum(p.nbytes for p in base.values()) + kinds["anchor"] + kinds["importance"]
-    assert kinds["total"] - before == pytest.approx(allocated(run), rel=0.05)
+    assert kinds["total"] - before == pytest.approx(allocated(run), rel=0.03)
 
 
 # preparation
@@ -316,6 +328,37 @@ def test_batched_fisher_holds_a_batch(llama3):
     assert batch["activations"] == pytest.approx(4 * one["activations"], rel=0.01)
     whole = predict(llama3, "", phase="prepare", parts=registry.build({"lora": {}, "ewc": {"scope": "whole-model"}}))
     assert whole["importance"] == 4 * llama3.parameters
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"ewc": {}}, {"lora": {}, "ewc": {}}, {"lora": {}, "ewc": {"scope": "whole-model", "estimator": "batched", "batch_size": 4}},
+        {"hierarchical": {}}, {"lora": {}, "hierarchical": {}},
+    ],
+)  # fmt: skip
+def test_total_is_the_peak_of_a_real_preparation(block):
+    """Long documents and a small model: what a part does with the finished importance is then not the peak."""
+    config = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 2000}
+    model, parts = build("llama", seed=0, dtype=torch.bfloat16, **config), registry.build(block)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for part in parts:
+        model = part.adapt(model, seed=0)
+    draw = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 200, (256,), generator=draw) for _ in range(8)]
+    settings = TrainSettings(batch=4, micro_batch=4, length=256, probes=0)
+
+    def fitting(*, learning_rate, epochs, **arguments):
+        return fit(settings=dataclasses.replace(settings, epochs=epochs), base=base, **arguments)
+
+    def run():
+        parts[0].prepare(model=model, base=base, general=[{"input_ids": row, "labels": row} for row in ids], seed=0, fit=fitting,
+                         progress=None, shards=Shards(), resume=None)  # fmt: skip
+
+    assert type(parts[0]).prepare is not Part.prepare
+    kinds = memory.predict(phase="prepare", shape=tiny("llama", **config), parts=parts, settings=settings, checkpoint_dtype=torch.bfloat16,
+                           compute_dtype=torch.bfloat16, device_type="cpu")  # fmt: skip
+    assert kinds["total"] - kinds["weights"] == pytest.approx(allocated(run), rel=0.03)
 
 
 # refusing
