@@ -132,7 +132,7 @@ def _gpu(check: dict | None) -> dict | None:
     return {
         "device": check["device"], "when": check["when"], "facts": _pairs(check["hardware"]), "versions": _pairs(check["versions"]),
         "commit": _commit(check["git"]), "passed": count("passed"), "skipped": count("skipped"),
-        "failed": [(name, piece) for name, piece in checked.items() if piece["status"] in ("failed", "broken", "out of memory")],
+        "failed": [(name, piece["status"], piece.get("reason", "")) for name, piece in checked.items() if piece["status"] in ("failed", "broken", "out of memory")],
         "rows": rows, "optimizers": optimizers,
         "goals": [(name, goal) for name, piece in measured.items() for goal in piece.get("goals", [])],
     }

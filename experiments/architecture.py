@@ -61,9 +61,9 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile for each block: one graph serves all of them, and lengths may vary."""
+    """torch.compile for each block's computation: one graph serves all blocks, and hooks stay outside of it."""
     for _, block in blocks(model):
-        block.compile(dynamic=None)
+        block.forward = torch.compile(block.forward)
 
 
 def group_of(model: nn.Module, parameter: str) -> str:

@@ -17,6 +17,8 @@ from huggingface_hub import constants, errors
 from experiments.errors import UserError
 from experiments.files import need_room
 
+constants.HF_HUB_DISABLE_TELEMETRY = True  # or the client asks the hub what started it, for its statistics
+
 
 def snapshot(name: str, *, revision: str, patterns: list[str], copy_to: Path, copy_bytes: int | None = None) -> Path:
     """The local folder of a model repository's files at `revision`; the folder's name is the commit it stands for.

@@ -24,6 +24,7 @@ from experiments import hub, packages
 from experiments.errors import UserError
 
 Row = dict[str, Any]
+_COMMIT = re.compile("[0-9a-f]{40}")
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
 
@@ -136,6 +137,7 @@ def _hub(block: Row, _: Mapping[str, str]) -> Rows:
     import datasets
 
     datasets.logging.set_verbosity_error()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load is told to a counter outside the hub
     path, name, split, revision = (block.get(key) for key in ("path", "name", "split", "revision"))
     if not path or not split:
         raise UserError("a hub source needs `path: OWNER/NAME` and `split:`")
@@ -147,13 +149,13 @@ def _hub(block: Row, _: Mapping[str, str]) -> Rows:
                  for one in names]  # fmt: skip
     except Exception as error:  # datasets and its HTTP library raise a dozen kinds
         raise hub.refused(error, kind="data set", name=path, revision=revision) from error
-    found = {commit for part in parts for url in part.info.download_checksums or {}
-             for commit in re.findall(rf"datasets/{re.escape(path)}@([0-9a-f]{{40}})/", url)}  # fmt: skip
-    pinned = asked or (revision if re.fullmatch(r"[0-9a-f]{40}", revision or "") else None)
-    if len(found | ({pinned} - {None})) > 1:
-        raise UserError(f"data set {path!r} in the local cache is of commit {', '.join(sorted(found))}, not {pinned or 'one'}: "
+    # the cache keeps the rows of a commit in a folder of that name
+    found = {folder for part in parts for file in part.cache_files if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name)}
+    wanted = asked or (revision if _COMMIT.fullmatch(revision or "") else None)
+    if len(found | ({wanted} - {None})) > 1:
+        raise UserError(f"data set {path!r} in the local cache is of commit {', '.join(sorted(found))}, not {wanted or 'one'}: "
                         "fetch the revision named with HF_HUB_OFFLINE unset")  # fmt: skip
-    at = next(iter(found), pinned or revision or "unknown revision")
+    at = next(iter(found), asked or "unknown revision")
     which = f"{','.join(names)}/{split}" if name else split
     return Rows(rows=[row for part in parts for row in part], source=f"hub:{path}@{at}/{which}")
 

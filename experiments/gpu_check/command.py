@@ -12,6 +12,7 @@ from typing import Any
 
 # before CUDA starts: without it torch has no deterministic matrix products to compare bit for bit
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look there for attention kernels
 
 import torch
 
@@ -22,7 +23,8 @@ from experiments.gpu_check.record import Record, file_of
 from experiments.gpu_check.sizes import Skipped
 from experiments.sharding import Shards
 
-EXPECTED = {"checks": 10.0, "speed": 60.0, "comparison": 90.0}  # seconds that a piece of a part takes at least, as far as is known beforehand
+EXPECTED = {"checks": 10.0, "speed": 60.0, "comparison": 90.0}  # seconds of a piece of a part, before one was timed
+COMPILING = 120.0  # of one that compiles
 EXPECTED_TINY = 2.0
 
 
@@ -32,6 +34,7 @@ class Piece:
 
     name: str
     measure: Callable[[], dict]
+    compiles: bool = False
 
     @property
     def part(self) -> str:
@@ -42,8 +45,8 @@ def main(options: argparse.Namespace) -> int:
     """Exit status: 1 if a check failed or a piece broke, else 0. Raises UserError for what cannot be asked of this machine."""
     device = hardware.device("auto")
     if device.type != "cuda" and not options.tiny:
-        raise UserError("gpu-check: torch finds no CUDA GPU here, and full sizes take one: use --tiny, which measures nothing and shows that "
-                        "the command works, or run it on a machine with a GPU")  # fmt: skip
+        raise UserError("gpu-check: torch finds no CUDA GPU here, and full sizes take one: use --tiny, which measures nothing and shows "
+                        "that the command works, or run it on a machine with a GPU")  # fmt: skip
     parts = options.parts or (("comparison",) if options.weights else ("checks", "speed"))
     given = comparison.find(weights=options.weights, data=options.data, domain=options.domain, rows=options.rows,
                             learning_rate=options.learning_rate) if "comparison" in parts else None  # fmt: skip
@@ -66,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
 def _pieces(options: argparse.Namespace, parts, given, record: Record, device: torch.device, shards: Shards) -> Iterator[Piece]:
     if "checks" in parts:
         for name, check in checks.checks(tiny=options.tiny, shards=shards).items():
-            yield Piece(name=f"checks/{name}", measure=lambda check=check: check(device))
+            yield Piece(name=f"checks/{name}", measure=lambda check=check: check(device), compiles="flex" in name)
     if "speed" in parts:
         rows, length = options.shape or ((2, 32) if options.tiny else (4, 2048))
         for model in options.models:
@@ -75,13 +78,15 @@ def _pieces(options: argparse.Namespace, parts, given, record: Record, device: t
             ending = f"{rows}x{length}{'-compiled' if options.compile else ''}"
             for method in options.methods:
                 for layout in options.layouts:
-                    run = lambda size=size, method=method, layout=layout: speed.measure(size, method=method, layout=layout, device=device, shards=shards)
-                    yield Piece(name=f"speed/{model}/{method}/{layout}/{ending}", measure=run)
+                    run = lambda size=size, method=method, layout=layout: speed.measure(
+                        size, method=method, layout=layout, device=device, shards=shards)  # fmt: skip
+                    yield Piece(name=f"speed/{model}/{method}/{layout}/{ending}", measure=run, compiles=options.compile)
     if given is not None:
         first = f"comparison/{given.name}/base"
         yield Piece(name=first, measure=lambda: comparison.base(given, device=device))
         for method in options.methods:
-            run = lambda method=method: comparison.method(given, method=method, before=_probes(record, first), device=device, shards=shards)
+            run = lambda method=method: comparison.method(
+                given, method=method, before=_probes(record, first), device=device, shards=shards)  # fmt: skip
             yield Piece(name=f"comparison/{given.name}/{method}/{given.rows}-rows-rate-{given.learning_rate:g}", measure=run)
 
 
@@ -94,7 +99,7 @@ def _probes(record: Record, name: str) -> dict[str, float]:
 
 def _done(piece: Piece, record: Record, clock: "_Clock", device: torch.device, *, tiny: bool) -> dict:
     """The piece's outcome, measured and written down; whatever happens in it, the next one can go on."""
-    if not clock.enough_for(piece.part, tiny=tiny):
+    if not clock.enough_for(piece, tiny=tiny):
         outcome = {"status": "skipped", "reason": "not begun: its time would not have been enough; call again, and it goes on here"}
         record.add(piece.name, outcome)
         return outcome
@@ -111,7 +116,7 @@ def _done(piece: Piece, record: Record, clock: "_Clock", device: torch.device, *
         outcome = {"status": "broken", "reason": f"{type(error).__name__}: {error}", "where": _where(error)}
     seconds = monotonic() - began
     if outcome["status"] != "skipped":
-        clock.took(piece.part, seconds)
+        clock.took(piece, seconds)
     outcome = outcome | {"seconds": seconds}
     record.add(piece.name, outcome)
     return outcome
@@ -137,12 +142,14 @@ class _Clock:
     def left(self) -> float:
         return max(0.0, self._end - monotonic())
 
-    def took(self, part: str, seconds: float) -> None:
-        self._longest[part] = max(seconds, self._longest.get(part, 0.0))
+    def took(self, piece: Piece, seconds: float) -> None:
+        if not piece.compiles:
+            self._longest[piece.part] = max(seconds, self._longest.get(piece.part, 0.0))
 
-    def enough_for(self, part: str, *, tiny: bool) -> bool:
+    def enough_for(self, piece: Piece, *, tiny: bool) -> bool:
         """Whether a piece of the part is expected to end in time: it may take a fifth longer than the longest so far."""
-        return self.left() >= max(1.2 * self._longest.get(part, 0.0), EXPECTED_TINY if tiny else EXPECTED[part])
+        expected = EXPECTED_TINY if tiny else COMPILING if piece.compiles else EXPECTED[piece.part]
+        return self.left() >= max(1.2 * self._longest.get(piece.part, 0.0), expected)
 
 
 def _say(text: str, clock: _Clock) -> None:

@@ -48,10 +48,10 @@ def find(*, weights: Path | None, data: Path, domain: str, rows: int, learning_r
         raise UserError(f"--weights {weights}: no config.json and *.safetensors there; give a model folder in Hugging Face layout")
     folders = sorted(path.parent for path in (data / "train").glob("*/train.jsonl"))
     if not folders:
-        raise UserError(f"--data {data}: no train/DOMAIN/train.jsonl there; make a study's data with `dvc repro data` and give its folder")
+        raise UserError(f"--data {data}: no train/DOMAIN/train.jsonl there; make a study's data with `dvc repro data`, give its folder")
     chosen = [folder for folder in folders if not domain or folder.name == domain]
     if len(chosen) != 1:
-        raise UserError(f"--domain {domain or '(not given)'}: {data / 'train'} has {', '.join(f.name for f in folders)}; give one of them")
+        raise UserError(f"--domain {domain or '(not given)'}: {data / 'train'} has {', '.join(f.name for f in folders)}; give one")
     return Given(weights=weights, domain=chosen[0], general=data / "general" / "importance.jsonl", rows=rows, learning_rate=learning_rate)
 
 
@@ -70,7 +70,8 @@ def method(given: Given, *, method: str, before: dict[str, float], device: torch
     sets = load_probes(given.domain / "probe", tokenizer)
     examples = encoded(given.domain / "train.jsonl", tokenizer, 512)[: given.rows]
     longest = max(len(example["input_ids"]) for example in examples)
-    settings = TrainSettings(learning_rate=given.learning_rate, batch=8, micro_batch=8, length=longest, warmup=0.1, moments="bfloat16", probes=1)
+    settings = TrainSettings(learning_rate=given.learning_rate, batch=8, micro_batch=8, length=longest, warmup=0.1, moments="bfloat16",
+                             probes=1)  # fmt: skip
     general = encoded_text(given.general, tokenizer, 512) if _prepares(parts) else []
     layout, settings, predicted = _fitting(given, parts, settings, device, shards, computing)
     among = shards if layout == "sharded" else Shards()
@@ -85,16 +86,18 @@ def method(given: Given, *, method: str, before: dict[str, float], device: torch
                               probe=lambda trained: probe(model=trained, sets=sets, tokens=TOKENS), **common)  # fmt: skip
     most = peak.bytes()
     after = {key.removeprefix("probe_"): value for key, value in result.curve[-1].items() if key.startswith("probe_")}
+    losses = [row["loss"] for row in result.curve if "loss" in row]
     name = given.domain.name
     kept = sorted(key for key in before if key not in (name, "perplexity") and not key.endswith("_nll"))
     return {
         "status": "measured", "layout": layout, "checkpointing": settings.checkpointing, "learning_rate": given.learning_rate,
         "steps": result.steps, "tokens": result.tokens, "probes": after,
         "gain": after[name] - before[name] if name in before else None,
-        "forgetting": sum(before[key] - after[key] for key in kept) / len(kept) if kept else None, "forgetting_of": kept,
+        "forgetting": sum(before[key] - after[key] for key in kept) / len(kept) if kept else None,
+        "forgetting_of": kept,
         "perplexity_ratio": after["perplexity"] / before["perplexity"] if "perplexity" in before else None,
         "seconds_prepare": prepared.seconds, "seconds_train": result.seconds, "tokens_per_second": result.tokens / result.seconds,
-        "mfu": mfu(result.flops, result.seconds, result.peak_flops), "loss": [row["loss"] for row in result.curve if "loss" in row][:: max(1, result.steps - 1)],
+        "mfu": mfu(result.flops, result.seconds, result.peak_flops), "loss_first": losses[0], "loss_last": losses[-1],
         "memory": {"predicted": predicted, "held": held(result, prepared), "peak": most},
         "bytes": stored(result, prepared, written),
     }  # fmt: skip
@@ -117,9 +120,9 @@ def _fitting(given: Given, parts, settings: TrainSettings, device: torch.device,
     for layout in ("plain", "sharded") if shards.active else ("plain",):
         for checkpointing in (False, True):
             chosen = dataclasses.replace(settings, checkpointing=checkpointing)
-            needs = [memory.predict(phase=phase, shape=shape, parts=parts, settings=chosen, checkpoint_dtype=shape.config.dtype or torch.float32,
-                                    compute_dtype=computing, device_type=device.type, processes=1 if layout == "sharded" else None)
-                     for phase in ("train", "prepare")]  # fmt: skip
+            needs = [memory.predict(phase=phase, shape=shape, parts=parts, settings=chosen, compute_dtype=computing,
+                                    checkpoint_dtype=shape.config.dtype or torch.float32, device_type=device.type,
+                                    processes=1 if layout == "sharded" else None) for phase in ("train", "prepare")]  # fmt: skip
             if room is None or max(kinds["total"] for kinds in needs) <= room:
                 return layout, chosen, needs[0]
     raise Skipped(f"predicted to take {max(kinds['total'] for kinds in needs) / 2**30:.1f} GiB at least, {room / 2**30:.1f} GiB are free")

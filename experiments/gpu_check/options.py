@@ -24,7 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--tiny", action="store_true", help="tiny sizes, on the CPU too: tries the command and measures nothing")
     command.add_argument("--out", type=Path, metavar="FILE", help="default: results/gpu/NAME-OF-THE-GPU.json")
     command.add_argument("--weights", type=Path, metavar="DIR", help="comparison: a model in Hugging Face layout")
-    command.add_argument("--data", type=Path, default=Path("work/data"), metavar="DIR", help="comparison: a study's data (default: work/data)")
+    command.add_argument("--data", type=Path, default=Path("work/data"), metavar="DIR", help="comparison: a study's (default: work/data)")
     command.add_argument("--domain", default="", help="comparison: a folder of DATA/train (default: the only one)")
     command.add_argument("--rows", type=_whole, default=600, help="comparison: training rows (default: 600)")
     command.add_argument("--learning-rate", type=_positive, default=1e-5, help="comparison: of every method (default: 1e-5)")

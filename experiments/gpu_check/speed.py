@@ -80,7 +80,8 @@ def measure(size: Size, *, method: str, layout: str, device: torch.device, shard
     written = sum(p.nbytes for p in model.parameters())
     base = running.base_of(model, parts)
     examples = sizes.random_examples((running.WARM + STEPS) * size.rows, size.length, vocabulary=vocabulary)
-    result, watch = running.train(parts=parts, model=model, base=base, states=prepared.states, examples=examples, settings=settings, **given)
+    result, watch = running.train(parts=parts, model=model, base=base, states=prepared.states, examples=examples, settings=settings,
+                                  **given)  # fmt: skip
     step = median(watch.steps(skip=running.WARM))
     reached = mfu(result.flops / result.steps, step, result.peak_flops)
     penalty = median(watch.between("backward", "penalty", skip=running.WARM)) if "penalty" in _adds(parts) else None
@@ -177,7 +178,8 @@ def _of_preparation(size: Size) -> dict:
     return {"length": length, "batch": size.tokens // length, "micro_batch": size.tokens // length}
 
 
-def _fitting(settings: TrainSettings, predict: Callable[[TrainSettings], dict], device: torch.device, what: str) -> tuple[TrainSettings, dict]:
+def _fitting(settings: TrainSettings, predict: Callable[[TrainSettings], dict], device: torch.device,
+             what: str) -> tuple[TrainSettings, dict]:  # fmt: skip
     """The settings, with checkpointing where only that fits, and what they are predicted to take."""
     room = _room(device)
     for checkpointing in (False, True):

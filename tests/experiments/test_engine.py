@@ -129,3 +129,24 @@ def test_checkpointing_changes_nothing_but_memory():
     run(saved, settings=settings(checkpointing=True))
     for name, value in weights(plain).items():
         torch.testing.assert_close(weights(saved)[name], value, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_compiled_blocks_give_the_same_weights(architecture, monkeypatch):
+    compiled = []
+
+    def without_code_generation(function):
+        compiled.append(function)
+        return real(function, backend="aot_eager")  # graphs are captured and differentiated; generating code takes minutes
+
+    real = torch.compile
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    torch._dynamo.reset()
+    plain, ours = (build(architecture, seed=0) for _ in range(2))
+    run(plain)
+    run(ours, settings=settings(compile=True))
+    assert len(compiled) == 2
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 4, "every block has a graph of its own: a deep model would run out of them"
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(ours)[name], value, rtol=1e-4, atol=1e-6)

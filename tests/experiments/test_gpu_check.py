@@ -59,7 +59,8 @@ def guarded(tmp_path_factory):
     """One call without the modules and without a network, as on a bare GPU machine."""
     out = tmp_path_factory.mktemp("gpu") / "out.json"
     arguments = ["gpu-check", "--tiny", "--methods", "full,ewc,lora", "--models", "llama3-8b", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-c", GUARD, *arguments], cwd=HERE, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run([sys.executable, "-c", GUARD, *arguments], cwd=HERE, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done
 
@@ -69,7 +70,8 @@ def test_runs_with_torch_and_transformers_alone(guarded):
     found = pieces(out)
     assert not any(piece["status"] in ("failed", "broken", "out of memory") for piece in found.values())
     for name in ("attention-float32", "attention-bfloat16", "cross-entropy", "random-bits", "mofo-threshold", "zero-strength",
-                 "importance-8-bit", "resume-full", "resume-mofo", "resume-ewc", "sharded-float32", "packed-gptj-sdpa", "packed-llama-eager"):  # fmt: skip
+                 "importance-8-bit", "resume-full", "resume-mofo", "resume-ewc", "sharded-float32", "sharded-bfloat16",
+                 "packed-gptj-eager", "packed-gptj-sdpa", "packed-llama-eager", "packed-llama-sdpa"):  # fmt: skip
         assert found[f"checks/{name}"]["status"] == "passed", name
     for name in ("checks/zero-strength-lora", "speed/llama3-8b/lora/plain/2x32"):
         assert found[name]["status"] == "skipped" and "peft" in found[name]["reason"]
@@ -194,7 +196,7 @@ def test_full_sizes_on_a_cpu_and_a_comparison_of_nothing_are_refused(tmp_path):
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [("--parts", "speed,chekcs"), ("--shape", "4"), ("--minutes", "0"), ("--rows", "-1"), ("--methods", "")])
+@pytest.mark.parametrize("arguments", [("--parts", "speed,chekcs"), ("--shape", "4"), ("--minutes", "0"), ("--rows", "0")])
 def test_options_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["gpu-check", *arguments])
@@ -268,7 +270,8 @@ def study(tmp_path):
 def test_real_weights_are_probed_before_and_after(study, tmp_path):
     model, data = study
     out = tmp_path / "out.json"
-    assert run("--weights", model, "--data", data, "--methods", "full,hierarchical", "--rows", 16, "--learning-rate", "1e-2", "--out", out) == 0
+    asked = ("--methods", "full,hierarchical", "--rows", 16, "--learning-rate", "1e-2")
+    assert run("--weights", model, "--data", data, *asked, "--out", out) == 0
     found = pieces(out)
     base, full = found["comparison/tiny/sums/base"], found["comparison/tiny/sums/full/16-rows-rate-0.01"]
     assert base["rows"] == {"general": 1, "other": 8, "sums": 8} and base["probes"].keys() == full["probes"].keys()
@@ -288,7 +291,7 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
 
     def page():
         loaded = load_cells(root, planned)
-        return write_report(loaded, comparison(loaded), [], path=root / "summary/report.html", title="x", reproduce="make repro").read_text()
+        return write_report(loaded, comparison(loaded), [], path=root / "summary/report.html", title="x", reproduce="make").read_text()
 
     assert "Not measured: there is no file in results/gpu/" in page()
     whole = json.loads(guarded[0].read_text())
