@@ -30,11 +30,28 @@ class MasterWeights:
         }
         self.shapes = {name: p.shape for name, p in trained.items()}
         self._copies = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
-        self._hooks = [parameter.register_post_accumulate_grad_hook(_adder(master)) for parameter, master in self._copies]
+        self._reached: set[int] = set()  # masters that have a gradient of this step in the buffer that is kept for them
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._adder(master)) for parameter, master in self._copies]
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(model, *arguments)."""
         return function(self._model, *arguments)
+
+    def _adder(self, master: Tensor) -> Callable[[Tensor], None]:
+        """A hook that adds a parameter's complete gradient to its master's, in float32, and frees it."""
+
+        @torch.no_grad()
+        def add(parameter: Tensor) -> None:
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            elif id(master) in self._reached:
+                master.grad += parameter.grad
+            else:
+                master.grad.copy_(parameter.grad)
+            self._reached.add(id(master))
+            parameter.grad = None
+
+        return add
 
     @torch.no_grad()
     def complete(self) -> None:
@@ -42,6 +59,9 @@ class MasterWeights:
         for master in self.weights.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
+        for _, master in self._copies:
+            if id(master) not in self._reached:
+                master.grad.zero_()
 
     @torch.no_grad()
     def push(self) -> None:
@@ -50,26 +70,15 @@ class MasterWeights:
             parameter.copy_(master)
 
     def zero(self) -> None:
-        for master in self.weights.values():
-            master.grad = None
-        for parameter, _ in self._copies:
-            parameter.grad = None
+        self._reached.clear()
+        copied = {id(master) for _, master in self._copies}
+        for weight in self.weights.values():
+            # on the CPU new memory costs a page fault for every page, at every step; a GPU's room is for activations meanwhile
+            if weight.is_cuda or id(weight) not in copied:
+                weight.grad = None
 
     def release(self) -> None:
         """Leave the model as it came, but for its weights."""
         for hook in self._hooks:
             hook.remove()
 
-
-def _adder(master: Tensor) -> Callable[[Tensor], None]:
-    """A hook that adds a parameter's complete gradient to its master's, in float32, and frees it."""
-
-    def add(parameter: Tensor) -> None:
-        with torch.no_grad():
-            if master.grad is None:
-                master.grad = parameter.grad.float()
-            else:
-                master.grad += parameter.grad
-        parameter.grad = None
-
-    return add

@@ -18,7 +18,7 @@ the activations; where the model is shared, also the gathered copies and what gr
 their backward pass are no formula: the real modules run on fake tensors, which have shapes and no numbers.
 
 `total` is what is held and the larger of two moments: a pass, with activations and with logits or transient, and with all
-gradients only if a step accumulates several passes; and the update, with all gradients and without activations. It is
+gradients only if a step accumulates several passes, or masters are on the CPU; and the update, with all gradients and without activations. It is
 so less than the kinds added up. CUDA's own context and the gaps of its allocator are not in it.
 """
 
@@ -43,7 +43,7 @@ from experiments import architecture, loss, moments, random_models
 from experiments.attention import with_sdpa
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
-from methods.effective import adapted_names, base_parameters, lora_layers
+from methods.effective import adapted_names, base_parameters, factors, lora_layers
 from methods.importance import CPU_PIECE, CUDA_PIECE
 from methods.part import Part
 
@@ -223,12 +223,14 @@ class _Layout:
             kinds["logits"] += 2 * narrow * count.width * labelled + narrow * count.head_trained
         kept, passing = self._scratch(settings, parts)
         kinds |= {"scratch": kept + passing, "activations": alive, "transient": work + copies}
-        accumulates = bool(settings.pack) or settings.batch > settings.micro_batch * (n or 1)
+        # gradients are there in a pass where several are added up, and where masters on the CPU keep their buffers
+        waiting = bool(settings.pack) or settings.batch > settings.micro_batch * (n or 1)
+        waiting = waiting or (self.device == "cpu" and n is None and self._half)
         # the head's gradient is complete while all blocks still hold their activations
-        head = 0 if accumulates else _share(wide * count.head_trained, n)
+        head = 0 if waiting else _share(wide * count.head_trained, n)
         return _total(
             kinds, kept=kept,
-            passing=alive + copies + max(kinds["logits"], work + head) + (kinds["gradients"] if accumulates else 0),
+            passing=alive + copies + max(kinds["logits"], work + head) + (kinds["gradients"] if waiting else 0),
             update=kinds["gradients"] + max(passing, narrow * count.largest_trained * self._half),
         )  # fmt: skip
 
@@ -311,7 +313,7 @@ def _counted(shape: Shape, parts: tuple[Part, ...]) -> _Count:
     inside = {id(p) for block in blocks for p in block}
     root = [p for p in everything.values() if id(p) not in inside]
     head = architecture.head(model).weight
-    adapters = sum(n for name, n in trained.items() if ".lora_" in name)
+    adapters = sum(trained[name] for name in set.union(*factors(model)))
     return _Count(
         all=sum(p.numel() for p in everything.values()), base=sum(p.numel() for p in base.values()),
         trained=sum(trained.values()), trained_base=sum(trained.values()) - adapters, adapters=adapters,

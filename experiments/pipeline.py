@@ -19,6 +19,7 @@ def compare_inputs(study) -> list[str]:
     files += [study.paths.base(model) / name for model in study.grid["models"] for name in BASE]
     trials = [study.paths.tuning(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
     files += [path for path in trials if path.is_file()]
+    files += sorted((study.paths.root / "results" / "gpu").glob("*.json"))
     return [path.relative_to(study.paths.root).as_posix() for path in files]
 
 

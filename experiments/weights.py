@@ -7,8 +7,8 @@
 
 The same source gives the same bytes, file for file; nothing in them names the machine they were made on. A REVISION that
 is no commit, and `main` where there is none, is resolved: base.json has the commit. Code that a folder brings along is
-never run. Weights are mapped from their files, not read: beside the system's file cache, host memory holds nothing of a
-model kept in its own dtype, and one copy in the new dtype of one that is cast.
+never run. A folder's weights are mapped from their files, not read: beside the system's file cache, host memory holds
+nothing of a model that keeps its dtype, and one copy in the new dtype of one that is cast. Files of 5 GB at most are written.
 """
 
 import hashlib
@@ -82,10 +82,13 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
     folder = _checked(Path(folder))
     try:
         with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # fmt: skip
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False,
+                output_loading_info=True)  # fmt: skip
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model")
     return with_sdpa(model).to(device).eval()
 
 
@@ -174,7 +177,10 @@ def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str
 
 def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = as_dtype(block.get("dtype") or "auto")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if (folder / "config.json").is_file() else {}
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{name} has no config.json that can be read: {error}") from error
     if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
         raise UserError(f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
                         "architecture that transformers has")  # fmt: skip
@@ -218,7 +224,8 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str) -> PreTrained
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file.name} does not fit its config.json as a causal language model: {error}") from error
+        raise UserError(f"{file.name} does not fit its config.json as a causal language model: "
+                        f"{' '.join(str(error).split())}") from error  # fmt: skip
     return model.eval()
 
 

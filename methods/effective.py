@@ -122,7 +122,14 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
 
 def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole `tensors` by names of run.weights, as an anchor of `effective_weights` on the run's device."""
-    return {name: (tensor if ".lora_A." in name else run.shards.local(tensor)).to(run.device) for name, tensor in tensors.items()}
+    whole, _ = factors(run.model)
+    return {name: (tensor if name in whole else run.shards.local(tensor)).to(run.device) for name, tensor in tensors.items()}
+
+
+def factors(model: nn.Module) -> tuple[set[str], set[str]]:
+    """Names of LoRA's factors among the model's parameters: the A's and the B's."""
+    layers = [(path, next(iter(module.lora_A))) for path, module in lora_layers(model)]
+    return {f"{path}.lora_A.{adapter}.weight" for path, adapter in layers}, {f"{path}.lora_B.{adapter}.weight" for path, adapter in layers}
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -140,14 +147,14 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base model's parameters by base name, out of an adapted model or a plain one; a tied tensor once."""
-    return {base_name(n): p for n, p in model.named_parameters() if ".lora_" not in n}
+    adapters = set.union(*factors(model))
+    return {base_name(n): p for n, p in model.named_parameters() if n not in adapters}
 
 
 def adapted_names(model: nn.Module) -> list[str]:
     """Base names of the tensors a run of `model` changes: trained base tensors, and weights under an adapter."""
     under = [base_name(f"{path}.base_layer.weight") for path, _ in lora_layers(model)]
-    trained = [base_name(n) for n, p in model.named_parameters() if p.requires_grad and ".lora_" not in n]
-    return under + trained
+    return under + [name for name, p in base_parameters(model).items() if p.requires_grad]
 
 
 def _add(weight: Tensor, direction: Tensor, scale: float) -> None:

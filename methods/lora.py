@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from experiments.errors import UserError
-from methods.effective import Factored, effective_weights
+from methods.effective import Factored, effective_weights, factors
 from methods.part import Part, register, setting
 
 
@@ -73,7 +73,8 @@ class LoRA(Part):
 
     def save(self, *, run, state, folder):
         """adapter/: adapter_model.safetensors and adapter_config.json, sorted; peft writes the latter from a set."""
-        tensors = {name.replace(".default.", "."): run.whole(name).cpu().contiguous() for name in run.weights if ".lora_" in name}
+        tensors = {name.replace(".default.", "."): run.whole(name).cpu().contiguous()
+                   for name in sorted(set.union(*factors(run.model)))}  # fmt: skip
         if not run.shards.first:
             return
         out = folder / "adapter"
@@ -89,7 +90,7 @@ class LoRA(Part):
 
     def report(self, *, run, state):
         adapted = [w for w in effective_weights(run) if isinstance(w, Factored)]
-        entries = sum(math.prod(shape) for name, shape in run.shapes.items() if ".lora_" in name)
+        entries = sum(math.prod(run.shapes[name]) for w in adapted for name in (w.a, w.b))
         return {"adapted_layers": len(adapted), "trained_entries": entries, "scale": adapted[0].scaling}
 
 

@@ -49,9 +49,7 @@ class PathIntegral(Part):
         state["displaced"] = weights  # since the start
         state["omega"] = {w.name: torch.zeros_like(w.value()) for w in weights}
         state["importance"] = {}
-        factors = {name for w in factored for name in (w.a, w.b)}
-        state["before"] = {name: run.whole(name).clone() if ".lora_A." in name else run.weights[name].detach().clone()
-                           for name in run.weights if name in factors}  # fmt: skip
+        state["before"] = {name: tensor.clone() for w in factored for name, tensor in self._factors(w, run.weights).items()}
         state["moved"] = [replace(w, anchor=(state["before"][w.a], state["before"][w.b])) for w in factored]  # in the step
         if self.gradient == "exact":
             layers = dict(lora_layers(run.model))
@@ -98,15 +96,15 @@ class PathIntegral(Part):
     @torch.no_grad()
     def before_clip(self, *, run, state, step):
         if self.gradient == "displacement":
-            state["gradient"] = {name: (run.shards.whole(run.weights[name].grad, run.shapes[name]) if ".lora_A." in name
-                                        else run.weights[name].grad).clone() for name in state["before"]}  # fmt: skip
+            gradients = {name: weight.grad for name, weight in run.weights.items()}
+            state["gradient"] = {name: tensor.clone() for w in state["moved"] for name, tensor in self._factors(w, gradients).items()}
 
     @torch.no_grad()
     def after_step(self, *, run, state, step, gradient):
         for weight in state["moved"]:
             state["omega"][weight.name].addcmul_(self._gradient(weight, state), weight.value(), value=-1)
-        for name, before in state["before"].items():
-            before.copy_(run.whole(name) if ".lora_A." in name else run.weights[name])
+            for name, tensor in self._factors(weight, run.weights).items():
+                state["before"][name].copy_(tensor)
         for total in state.get("dense", {}).values():
             total.zero_()
         if self.clamp == "step":
@@ -114,6 +112,12 @@ class PathIntegral(Part):
                 omega.clamp_(min=0)
         if self.consolidate == "epoch" and (step + 1) % run.epoch == 0:
             self.consolidated(state)
+
+    @staticmethod
+    def _factors(weight: Factored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The whole A and this process's rows of B, of the weights or of their gradients."""
+        whole = weight.run.shards.whole(tensors[weight.a].detach(), weight.run.shapes[weight.a])
+        return {weight.a: whole, weight.b: tensors[weight.b].detach()}
 
     def _gradient(self, weight: Factored, state: dict) -> Tensor:
         shards = weight.run.shards

@@ -22,6 +22,7 @@ from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.stopwatch import Stopwatch
 from experiments.moments import AdamW, Moments
 from experiments.sharding import Shards
+from methods.effective import factors
 from methods.mofo import MoFO
 from methods.part import Part
 
@@ -161,9 +162,9 @@ def held(result: FitResult, prepared: running.Preparation) -> dict[str, int]:
 
 def stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
     """Bytes of what a study would keep: tuned weights, or the adapter that stands for them; importance, start, anchor."""
-    factors = [result.run.weights[name] for name in result.run.weights if ".lora_" in name]
+    adapter = [result.run.weights[name] for name in set.union(*factors(result.run.model))]
     anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
-    kept = {"adapter": _bytes(factors)} if factors else {"weights": weights}
+    kept = {"adapter": _bytes(adapter)} if adapter else {"weights": weights}
     return kept | prepared.bytes_stored | ({"anchor": _bytes(anchors)} if anchors else {})
 
 

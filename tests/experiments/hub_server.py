@@ -52,8 +52,10 @@ class Hub:
 
     folders: dict[tuple[str, str], Path] = field(default_factory=dict)
     faults: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # name: HTTP status, X-Error-Code, X-Error-Message
+    gated: set[str] = field(default_factory=set)  # names whose files are refused, but not what is said of them
     renamed: dict[str, str] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)  # file: how many times it ends halfway
+    sizes: dict[str, int] = field(default_factory=dict)  # file: bytes it is said to have
     asked: list[str] = field(default_factory=list)
 
     def __enter__(self) -> "Hub":
@@ -89,6 +91,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif name in self.state.faults:
             status, code, message = self.state.faults[name]
             self._answer(status, headers={"X-Error-Code": code, "X-Error-Message": message})
+        elif what == "resolve" and name in self.state.gated:
+            self._answer(403, headers={"X-Error-Code": "GatedRepo", "X-Error-Message": "Access is restricted"})
         elif (kind, name) not in self.state.folders:
             self._answer(401, headers={"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"})
         elif revision not in (None, "main", COMMIT):
@@ -111,6 +115,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
             return
         content, headers = file.read_bytes(), {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if inside in self.state.sizes:
+            headers["X-Linked-Size"] = str(self.state.sizes[inside])
         start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))
         if start:
             headers["Content-Range"] = f"bytes {start[1]}-{len(content) - 1}/{len(content)}"

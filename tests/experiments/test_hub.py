@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -24,10 +25,11 @@ from experiments import hub
 from experiments.errors import UserError
 copy_to, *names = sys.argv[1:]
 for name in names:
-    kind, name, revision = name.split(":")
+    kind, name, revision, *copy_bytes = name.split(":")
     try:
         if kind == "model":
-            print(hub.snapshot(name, revision=revision, patterns=["*.json", "*.safetensors"], copy_to=Path(copy_to)))
+            print(hub.snapshot(name, revision=revision, patterns=["*.json", "*.safetensors"], copy_to=Path(copy_to),
+                               copy_bytes=int(copy_bytes[0]) if copy_bytes else None))
         else:
             print(hub.data_set_commit(name, revision=revision))
     except UserError as error:
@@ -104,6 +106,11 @@ def test_a_cache_that_is_damaged_or_lacks_a_file_is_refused_by_the_files_name(tm
         with pytest.raises(UserError, match=f"{file.name} of someone/tiny is missing"):
             make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
         blob.write_bytes(whole)
+    shutil.copytree(snapshot, tmp_path / "copy", symlinks=False)  # as on a file system without links: nothing to check against
+    shutil.rmtree(snapshot)
+    shutil.copytree(tmp_path / "copy", snapshot)
+    assert make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")["sha256"] == weights.tensor_sha256(tmp_path / "given")
+    shutil.rmtree(tmp_path / "made")
     shard.unlink()
     with pytest.raises(UserError, match=f"model 'tiny': .*{shard.name}"):
         make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
@@ -124,16 +131,6 @@ def test_a_bin_of_the_hub_needs_its_checksum(tmp_path, cache):
     assert base["revision"] == COMMIT and not list((tmp_path / "made").glob("*.bin"))
     for a, b in zip(weights.load_model(tmp_path / "made", dtype="auto").parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
-
-
-def test_no_room_is_said_before_anything_is_fetched(tmp_path, monkeypatch):
-    files = [huggingface_hub.DryRunFileInfo(commit_hash=COMMIT, file_size=size, filename="x", local_path="x", is_cached=not fetch,
-                                            will_download=fetch) for size, fetch in ((2**70, True), (2**71, False))]  # fmt: skip
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, dry_run=False, **__: files if dry_run else pytest.fail("fetched"))
-    for copy_bytes, needed in ((None, 2**70 + 3 * 2**70), (2**69, 2**70 + 2**69)):
-        with pytest.raises(UserError, match=f"too little disk for someone/big .*a copy.*: {needed / 2**30:.1f} GiB needed"):
-            hub.snapshot("someone/big", revision=COMMIT, patterns=["*"], copy_to=tmp_path / "out", copy_bytes=copy_bytes)
 
 
 @pytest.fixture(scope="module")
@@ -163,18 +160,21 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
         "broken": r"cannot be fetched now: the hub has a fault of its own \(HTTP 503\). Run again later",
         "fault": r"cannot be fetched now: the hub has a fault of its own \(HTTP 500\)",
     }  # fmt: skip
+    folders = {("models", "someone/tiny"): given / "model", ("datasets", "someone/rows"): given / "rows",
+               ("models", "someone/llama"): given / "model"}  # fmt: skip
     asked = [f"{kind}:someone/{name}:{revision}" for kind in ("model", "data set") for name in faults for revision in ("main", COMMIT)]
-    more = ["model:someone/tiny:v9", f"model:someone/tiny:{'e' * 40}", "model:not/a/name:main", "data set:someone/rows:v9"]
-    folders = {("models", "someone/tiny"): given / "model", ("datasets", "someone/rows"): given / "rows"}
-    with Hub(folders=folders, faults={f"someone/{name}": fault for name, fault in faults.items()}) as server:
+    more = ["model:someone/tiny:v9", f"model:someone/tiny:{'e' * 40}", "model:not/a/name:main", "data set:someone/rows:v9",
+            f"model:someone/llama:{COMMIT}"]  # fmt: skip
+    with Hub(folders=folders, faults={f"someone/{name}": fault for name, fault in faults.items()}, gated={"someone/llama"}) as server:
         lines = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), *asked, *more, HF_ENDPOINT=server.url).splitlines()
     for request, line in zip(asked, lines, strict=False):
         kind, name, revision = request.split(":")
         expected = said[name.removeprefix("someone/")].replace("{page}", "datasets/" if kind == "data set" else "")
         assert re.match(f"{kind} '{name}' at revision {revision} {expected}", line), (request, line)
-    branch, commit, name, rows = lines[len(asked) :]
+    branch, commit, name, rows, files = lines[len(asked) :]
     assert "model 'someone/tiny' at revision v9 does not exist" in branch and "not that revision" in branch
     assert f"model 'someone/tiny' at revision {'e' * 40} does not exist" in commit
+    assert f"model 'someone/llama' at revision {COMMIT} is gated: accept its terms" in files
     assert "OWNER/NAME" in name and "data set 'someone/rows' at revision v9 does not exist" in rows
     # nobody answers there any more
     lines = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), "model:someone/tiny:main", f"model:someone/tiny:{COMMIT}",
@@ -182,6 +182,17 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
     assert len(lines) == 3 and all("the hub is not reachable. Check the network" in line for line in lines)
     line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), "model:someone/tiny:main", HF_HUB_OFFLINE="1")
     assert "model 'someone/tiny' at revision main is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set" in line
+
+
+def test_a_disk_without_room_is_told_before_anything_is_fetched(tmp_path, given):
+    """Room for what is to be fetched and for a copy: of the same size, or of the size that parameters and dtype make."""
+    shard = next((given / "model").glob("model-00001-of-*.safetensors")).name
+    with Hub(folders={("models", "someone/big"): given / "model"}, sizes={shard: 2**60}) as server:
+        same, smaller = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), f"model:someone/big:{COMMIT}",
+                                   f"model:someone/big:{COMMIT}:{2**58}", HF_ENDPOINT=server.url).splitlines()  # fmt: skip
+    for line, needed in ((same, 2**61), (smaller, 2**60 + 2**58)):
+        assert f"too little disk for someone/big ({2**30:.1f} GiB to fetch" in line and f": {needed / 2**30:.1f} GiB needed at" in line
+    assert not [request for request in server.asked if request.startswith("GET") and "/resolve/" in request]
 
 
 def test_a_download_that_is_cut_off_goes_on_or_begins_anew(tmp_path, given):
@@ -240,6 +251,10 @@ def test_rows_of_the_hub_are_of_the_commit_asked_for_also_from_the_cache(tmp_pat
         server.faults["someone/rows"] = (429, "", "slow down")
         line = run_python(ROWS, tmp_path / "hf", other, HF_ENDPOINT=server.url)
         assert "the hub limits how often it is asked (HTTP 429)" in line
+        server.faults.clear()
+        server.gated.add("someone/rows")
+        line = run_python(ROWS, tmp_path / "new", COMMIT, HF_ENDPOINT=server.url)
+        assert f"data set 'someone/rows' at revision {COMMIT} is gated: accept its terms at https://huggingface.co/datasets/" in line
     kept, refused = run_python(ROWS, tmp_path / "hf", COMMIT, other, HF_HUB_OFFLINE="1").splitlines()
     assert kept == f"5 hub:someone/rows@{COMMIT}/train"
     assert f"'someone/rows' in the local cache is of commit {COMMIT}, not {other}" in refused
@@ -300,14 +315,20 @@ def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
     fill_cache(tmp_path / "hf" / "hub", "someone/tiny", tmp_path / "given")
     study = tmp_path / "root" / "experiments" / "studies" / "demo"
     study.mkdir(parents=True)
-    (study / "dvc.yaml").touch()
+    for file in ("dvc.yaml", "experiments/studies/demo/dvc.yaml"):
+        (tmp_path / "root" / file).write_text(Path(file).read_text())
     text = Path("experiments/studies/demo/params.yaml").read_text()
-    (study / "params.yaml").write_text(text.replace("random:llama", f"hub:someone/tiny@{COMMIT}"))
+    text = text.replace("random:llama", f"hub:someone/tiny@{COMMIT}")
+    text = text.replace("dtype: float32", "dtype: float16\n    compute_dtype: float64")
+    (study / "params.yaml").write_text(text)
     said = run_python(STAGES, tmp_path / "hf", str(tmp_path / "root"), f"path:{tmp_path / 'gptj'}", "random:gptj",
                       f"hub:someone/tiny@{COMMIT}", HF_HUB_OFFLINE="1")  # fmt: skip
     assert said.splitlines()[-1] == "nothing asked"
+    measured = json.loads((tmp_path / "root/results/demo/runs/llama-tiny/sums/ewc/seed0/train.json").read_text())
+    assert measured["compute_dtype"] == "float64" and measured["dtype"] == "float16"
     trained = weights.load_model(tmp_path / "root/work/demo/cells/llama-tiny/sums/ewc/seed0/weights", dtype="auto")
-    assert not all(torch.equal(a, b) for a, b in zip(trained.parameters(), model.parameters(), strict=True))
+    assert trained.dtype == torch.float16
+    assert not all(torch.equal(a, b.half()) for a, b in zip(trained.parameters(), model.parameters(), strict=True))
 
 
 ONLINE = GUARD + """
@@ -321,6 +342,7 @@ weights.materialise(name="tiny", block={"source": "random:gptj"}, packages={}, o
 assert not asked, asked
 allowed.append(hub)
 base = weights.materialise(name="tiny", block={"source": "hub:someone/tiny@main"}, packages={}, out_dir=out / "hub")
+weights.materialise(name="old", block={"source": "hub:someone/old", "bin_sha256": sys.argv[2]}, packages={}, out_dir=out / "old")
 rows.read({"hub": {"path": "someone/rows", "split": "train"}}, packages={}, prefer="hub", where="tasks.tiny")
 assert asked and all(f", {hub})" in address for address in asked), asked
 print(base["revision"], base["sha256"])
@@ -329,7 +351,16 @@ print(base["revision"], base["sha256"])
 
 def test_a_hub_source_asks_the_hub_and_nobody_else(tmp_path, given):
     """Without HF_HUB_OFFLINE too, and for a branch, where transformers would ask for a conversion and `datasets` for an export."""
-    with Hub(folders={("models", "someone/tiny"): given / "model", ("datasets", "someone/rows"): given / "rows"}) as server:
-        said = run_python(ONLINE, tmp_path / "hf", str(tmp_path), HF_ENDPOINT=server.url)
+    old = given / "old"
+    model = save(old)
+    (old / "model.safetensors").unlink()
+    torch.save(model.state_dict(), old / "pytorch_model.bin")
+    (old / "pytorch_model.bin.index.json").write_text("{}")
+    folders = {("models", "someone/tiny"): given / "model", ("models", "someone/old"): old, ("datasets", "someone/rows"): given / "rows"}
+    with Hub(folders=folders) as server:
+        said = run_python(ONLINE, tmp_path / "hf", str(tmp_path), digest(old / "pytorch_model.bin"), HF_ENDPOINT=server.url)
     assert said.splitlines()[-1] == f"{COMMIT} {weights.tensor_sha256(given / 'model')}"
-    assert not [request for request in server.asked if "original" in request or ".py" in request.split("/rows/")[0] or "discussions" in request]
+    # what a repository has beside its weights stays there: copies in other forms, and code
+    assert not [request for request in server.asked if "original" in request or "/modeling_own.py" in request or "agent" in request]
+    assert all(request.split()[1].startswith(("/api/models/someone/", "/api/datasets/someone/", "/someone/", "/datasets/someone/"))
+               for request in server.asked)  # fmt: skip

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from experiments.paths import HERE
 from experiments.sharding import Shards
@@ -32,7 +33,13 @@ def alone():
 @pytest.fixture(scope="module", params=[1, 2])
 def shared(request, tmp_path_factory):
     """The same cells by `fully_shard`, on one process and on two."""
-    return start(request.param, tmp_path_factory.mktemp("worlds"), "everything")
+    if request.param == 2:
+        return start(2, tmp_path_factory.mktemp("worlds"), "everything")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        return worlds.everything(Shards(active=True), Path())
+    finally:
+        dist.destroy_process_group()
 
 
 def away(tensor: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -1,21 +1,17 @@
 import hashlib
 import json
 import os
-import subprocess
-import sys
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from experiments import random_models, weights
 from experiments.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def make(out, *, name="tiny", **block):
@@ -72,9 +68,9 @@ def test_the_hash_of_weights_does_not_depend_on_their_files(tmp_path):
     assert weights.tensor_sha256(tmp_path / "other") != weights.tensor_sha256(tmp_path / "one")
 
 
-def as_bin(folder, architecture, **extra):
+def as_bin(folder, architecture, *, vocabulary=258, **extra):
     """A model folder as old versions of transformers wrote it: pickled tensors, with buffers among them."""
-    model = random_models.build(architecture, seed=5)
+    model = random_models.build(architecture, seed=5, vocab_size=vocabulary)
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config |= {"rotary": True, "scale_attn_weights": True, "summary_type": "cls_index", "tokenizer_class": "GPT2Tokenizer",
@@ -112,9 +108,16 @@ def test_a_bin_that_is_a_program_is_not_run(tmp_path):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     _, sha = as_bin(tmp_path / "old", "gptj", program=Program())
-    with pytest.raises(UserError, match="holds more than tensors"):
-        make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=sha)
+    file = tmp_path / "old" / "pytorch_model.bin"
+    for content in (file.read_bytes(), pickle.dumps(Program(), protocol=2)):  # among tensors, and a bare pickle
+        file.write_bytes(content)
+        with pytest.raises(UserError, match="checksum of pytorch_model.bin differs"):  # before it is opened
+            make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256="0" * 64)
+        with pytest.raises(UserError, match="holds more than tensors"):
+            make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=hashlib.sha256(content).hexdigest())
     assert not (tmp_path / "ran").exists()
+    pickle.loads(content)  # it would have run
+    assert (tmp_path / "ran").exists()
 
 
 def test_a_failure_leaves_the_old_folder_alone(tmp_path):
@@ -133,82 +136,122 @@ def test_a_failure_leaves_the_old_folder_alone(tmp_path):
     assert contents(tmp_path / "a") == before
 
 
-def hub_process(code, tmp_path, **environment):
-    """Run code in a fresh Python: the hub client reads its environment when it is imported."""
-    clean = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and not k.startswith("HF_")}
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, timeout=120,
-                          env=clean | {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"} | environment)  # fmt: skip
+def test_tied_weights_stay_tied_and_are_written_once(tmp_path):
+    model, sha = as_bin(tmp_path / "old", "llama")
+    assert "lm_head.weight" in torch.load(tmp_path / "old" / "pytorch_model.bin", weights_only=True)
+    made = make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=sha)
+    assert "lm_head.weight" not in load_file(tmp_path / "new" / "model.safetensors")
+    loaded = weights.load_model(tmp_path / "new", dtype="auto")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    assert made["parameters"] == sum(p.numel() for p in model.parameters())
 
 
-def test_a_cached_hub_model_works_offline_at_its_pinned_commit(tmp_path):
-    make(tmp_path / "a", source="random:llama", seed=3)
-    snapshot = tmp_path / "hf" / "hub" / "models--someone--tiny" / "snapshots" / COMMIT
-    snapshot.mkdir(parents=True)
-    for path in (tmp_path / "a").iterdir():
-        (snapshot / path.name).write_bytes(path.read_bytes())
-    code = f"""
-from experiments import weights
-from experiments.errors import UserError
-print(weights.materialise(name="t", block={{"source": "hub:someone/tiny@{COMMIT}"}}, packages={{}},
-                          out_dir={str(tmp_path / "b")!r})["revision"])
-try:
-    weights.materialise(name="t", block={{"source": "hub:someone/other"}}, packages={{}}, out_dir={str(tmp_path / "c")!r})
-except UserError as error:
-    print(error)
-"""
-    done = hub_process(code, tmp_path, HF_HUB_OFFLINE="1")
-    assert done.returncode == 0, done.stderr
-    revision, refusal = done.stdout.strip().splitlines()
-    assert revision == COMMIT
-    assert refusal.startswith("model 't': model 'someone/other' at revision main is not in the local hub cache")
-    assert weights.tensor_sha256(tmp_path / "b") == weights.tensor_sha256(tmp_path / "a")
+@pytest.mark.parametrize("form", ["bin", "safetensors"])
+def test_generation_settings_are_those_of_the_source(tmp_path, form):
+    """Also settings that contradict one another, which transformers would not write: LLaMA-2 came with such."""
+    model, sha = as_bin(tmp_path / "old", "llama")
+    if form == "safetensors":
+        (tmp_path / "old" / "pytorch_model.bin").unlink()
+        model.save_pretrained(tmp_path / "old")
+    for settings in ({"do_sample": True, "temperature": 0.6, "eos_token_id": [256, 257]}, {"temperature": 0.9, "eos_token_id": 256}):
+        (tmp_path / "old" / "generation_config.json").write_text(json.dumps(settings))
+        make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", **({"bin_sha256": sha} if form == "bin" else {}))
+        written = json.loads((tmp_path / "new" / "generation_config.json").read_text())
+        assert {name: written.get(name) for name in settings} == settings
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers as the hub does for a gated repository, a missing one and a missing revision."""
+def test_other_bins_than_one_file_of_tensors_by_name_are_refused(tmp_path):
+    model, _ = as_bin(tmp_path / "old", "gptj")
+    file, state = tmp_path / "old" / "pytorch_model.bin", dict(model.state_dict())
+    name = "transformer.h.1.mlp.fc_in.weight"
+    for content, message in (
+        ({"model": state}, "holds more than tensors by their names"), ([*state.values()], "holds more than tensors by their names"),
+        ({n: t for n, t in state.items() if n != name}, rf"lacks 1 of the model's tensors \({name}"),
+        (state | {name: torch.zeros(3)}, f"does not fit its config.json.*{name}"),
+    ):  # fmt: skip
+        torch.save(content, file)
+        with pytest.raises(UserError, match=message):
+            make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    # as torch wrote files before 1.6
+    torch.save(state, file, _use_new_zipfile_serialization=False)
+    make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    file.rename(tmp_path / "old" / "pytorch_model-00001-of-00001.bin")
+    with pytest.raises(UserError, match="there is no pytorch_model.bin: remove bin_sha256"):
+        make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256="0" * 64)
+    (tmp_path / "old" / "pytorch_model.bin.index.json").write_text("{}")
+    with pytest.raises(UserError, match="cut into several files, which are not read"):
+        make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256="0" * 64)
 
-    def do_GET(self):
-        if "/gated" in self.path:
-            code, kind = 403, "GatedRepo"
-        elif "/known" in self.path:
-            code, kind = 404, "RevisionNotFound"
-        else:
-            code, kind = 401, "RepoNotFound"
-        self.send_response(code)
-        self.send_header("X-Error-Code", kind)
-        self.send_header("X-Error-Message", "no")
-        self.end_headers()
 
-    do_HEAD = do_GET
+@pytest.mark.parametrize("model_type", ["llama", "their-own"])
+def test_code_that_a_folder_brings_along_is_not_run(tmp_path, model_type):
+    make(tmp_path / "old", source="random:llama", seed=3)
+    for file, name, own in (("config.json", "auto_map", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+                            ("config.json", "model_type", model_type),
+                            ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]})):  # fmt: skip
+        path = tmp_path / "old" / file
+        path.write_text(json.dumps(json.loads(path.read_text()) | {name: own}))
+    ran = tmp_path / "ran"
+    (tmp_path / "old" / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n")
+    if model_type == "llama":
+        make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
+        everything = b"".join(contents(tmp_path / "new").values())
+        assert b"auto_map" not in everything and not (tmp_path / "new" / "own.py").exists()
+        weights.load_model(tmp_path / "old", dtype="auto"), weights.load_tokenizer(tmp_path / "old")
+    else:
+        with pytest.raises(UserError, match="needs code of its own .*never run: choose a model of an architecture that transformers has"):
+            make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
+        with pytest.raises(UserError, match="cannot be loaded"):
+            weights.load_model(tmp_path / "old", dtype="auto")
+        assert type(weights.load_tokenizer(tmp_path / "old")).__module__.startswith("transformers.")  # its files are enough
+    assert not ran.exists()
 
-    def log_message(self, *_):
-        pass
+
+@pytest.mark.parametrize(("architecture", "name"), [("gptj", "lm_head.weight"), ("llama", "model.layers.1.mlp.up_proj.weight")])
+def test_weights_that_lack_a_tensor_are_refused(tmp_path, architecture, name):
+    make(tmp_path / "old", source=f"random:{architecture}", seed=3)
+    file = tmp_path / "old" / "model.safetensors"
+    save_file({n: t for n, t in load_file(file).items() if n != name}, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"old lacks 1 of the model's tensors \({name}"):
+        make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
 
 
-def test_gated_missing_and_unreachable_hub_models_are_told_apart(tmp_path):
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    code = """
-import sys
-from experiments import hub
-from experiments.errors import UserError
-for name in sys.argv[1:] or ["someone/gated", "someone/known", "someone/none", "not/a/name"]:
-    try:
-        hub.snapshot(name, revision="main", patterns=["*.json"])
-    except UserError as error:
-        print(error)
-"""
-    try:
-        said = hub_process(code, tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
-    finally:
-        server.shutdown()
-        server.server_close()
-    gated, revision, missing, invalid = said.stdout.strip().splitlines()
-    assert "model 'someone/gated'" in gated and "is gated: accept its terms at" in gated and "hf auth login" in gated
-    assert "'someone/known'" in revision and "not that revision" in revision
-    assert "'someone/none'" in missing and "was not found on the hub" in missing
-    assert "OWNER/NAME" in invalid
-    # the server is gone: nobody answers there any more
-    gone = hub_process(code.replace("sys.argv[1:] or ", "").replace(', "someone/known", "someone/none", "not/a/name"', ""),
-                       tmp_path, HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")  # fmt: skip
-    assert "the hub is not reachable" in gone.stdout, gone
+def test_damaged_files_are_told_by_folder(tmp_path):
+    make(tmp_path / "old", source="random:llama", seed=3)
+    whole = contents(tmp_path / "old")
+    for file, message in (("model.safetensors", "cannot be loaded as a causal language model"), ("tokenizer.json", "holds no tokenizer"),
+                          ("config.json", "has no config.json that can be read")):  # fmt: skip
+        for cut in (len(whole[file]) // 2, 20, 0):
+            (tmp_path / "old" / file).write_bytes(whole[file][:cut])
+            with pytest.raises(UserError, match=f"model 'tiny': {tmp_path / 'old'} {message}"):
+                make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
+        (tmp_path / "old" / file).write_bytes(whole[file])
+    make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_the_tokenizer_files_that_came_with_gptj(tmp_path, whole):
+    """vocab.json, merges.txt, added_tokens.json and special_tokens_map.json, with tokenizer.json or without."""
+    model, sha = as_bin(tmp_path / "old", "gptj", vocabulary=262)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "old" / file).unlink()
+    end, extra = "<|endoftext|>", {f"<|extratoken_{i}|>": 258 + i for i in range(1, 4)}
+    vocab = {symbol: i for symbol, i in random_models.byte_tokenizer().get_vocab().items() if i < 256}
+    vocab |= {"he": 256, "Ġhe": 257, end: 258}
+    (tmp_path / "old" / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "old" / "merges.txt").write_text("#version: 0.2\nh e\nĠ he\n")
+    (tmp_path / "old" / "added_tokens.json").write_text(json.dumps(extra))
+    (tmp_path / "old" / "special_tokens_map.json").write_text(json.dumps({"bos_token": end, "eos_token": end, "unk_token": end}))
+    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 2048}))
+    if whole:
+        first = weights.load_tokenizer(tmp_path / "old")
+        first.save_pretrained(tmp_path / "saved")
+        (tmp_path / "saved" / "tokenizer.json").rename(tmp_path / "old" / "tokenizer.json")
+    make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=sha)
+    tokenizer = weights.load_tokenizer(tmp_path / "new")
+    byte = {symbol: i for symbol, i in vocab.items() if i < 256}
+    for text, ids in (("he he", [256, 257]), ("the", [byte["t"], 256]), (f"he{end}", [256, 258]), ("é", [byte["Ã"], byte["©"]]),
+                      ("<|extratoken_2|>", [260])):  # fmt: skip
+        assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
+    assert tokenizer.eos_token_id == 258 and len(tokenizer) == 262 and tokenizer.model_max_length == 2048
+    assert tokenizer.is_fast and (tmp_path / "new" / "tokenizer.json").is_file()
