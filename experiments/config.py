@@ -181,6 +181,9 @@ def _methods(blocks: dict) -> dict[str, Method]:
 def build_method(name: str, block: Mapping[str, Any]) -> Method:
     """The method of one block without `like:`; its parts are checked by their own rules."""
     _train_keys(block.get("train"), f"methods.{name}.train")
+    if "moments" in (block.get("train") or {}):
+        raise UserError(f"methods.{name}.train.moments: Adam's precision is one for all methods, or it is part of what is compared; "
+                        "set it under `train:` or in a model's block")
     parts = {key: value for key, value in block.items() if key != "train"}
     try:
         return Method(name=name, parts=registry.build(parts), train=block.get("train") or {}, block=block)
