@@ -32,3 +32,11 @@ def tiny_gptj():
 @pytest.fixture(scope="session")
 def byte_tokenizer():
     return make_tokenizer()
+
+
+SLOW = ("test_pipeline.py", "test_interruption.py", "test_sharding.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest begin first: a worker that gets one of them last keeps the other one waiting."""
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
