@@ -1,0 +1,107 @@
+"""Bytes of activations, counted and not estimated: the real modules run on fake tensors, which have shapes and no numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import masking_utils
+
+from experiments import architecture
+from methods.effective import adapted_names, base_parameters
+from methods.part import Part
+
+if TYPE_CHECKING:
+    from experiments.memory import Shape
+
+
+@functools.cache
+def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtype, rows: int, length: int, checkpointing: bool = False,
+                packed: bool = False, fisher: str = "") -> tuple[int, int]:  # fmt: skip
+    """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
+
+    Weights, their gradients and the logits are not in it. `parts` adapt the model; `fisher`: "adapted" or "whole-model"
+    tensors get a gradient, in evaluation mode. Every block but the first takes the same, so one and two of them are run.
+    """
+    depth = shape.config.num_hidden_layers
+    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, fisher)
+    one, _ = run(layers=1)
+    two, peak = run(layers=min(depth, 2))
+    return one + (depth - 1) * (two - one), max(0, peak - two)
+
+
+def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows: int, length: int, checkpointing: bool,
+                 packed: bool, fisher: str, *, layers: int) -> tuple[int, int]:  # fmt: skip
+    """Bytes alive after the forward pass of the first `layers` blocks, and at most in it and in the backward pass."""
+    model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
+    with FakeTensorMode():
+        _fake(model)
+        if fisher:
+            base, names = base_parameters(model), adapted_names(model)
+            model.requires_grad_(False)
+            for name in base if fisher == "whole-model" else names:
+                base[name].requires_grad_(True)
+        if checkpointing:
+            architecture.recompute_activations(model)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_forget)
+        trained = architecture.plain(model).get_input_embeddings().weight.requires_grad
+        positions = {"position_ids": torch.empty(1, length, dtype=torch.long)} if packed else {}
+        # transformers reads from positions whether a row is packed, and a fake tensor has none: it takes it for packed
+        unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
+        with contextlib.nullcontext() if packed else unpacked, _Alive(*model.parameters(), *model.buffers()) as alive:
+            # rows as an embedding gives them; the gradient of the embedding itself comes when all activations are gone
+            row = torch.empty(shape.config.hidden_size, dtype=dtype, requires_grad=trained)
+            embedded = row.expand(rows, length, -1).clone()
+            hidden = architecture.backbone(model)(inputs_embeds=embedded, use_cache=False, **positions).last_hidden_state
+            del embedded
+            after_forward = alive.now
+            if hidden.requires_grad:
+                hidden.sum().backward()
+    return after_forward, alive.peak
+
+
+def _fake(model: nn.Module) -> None:
+    """Tensors like the model's in their place, of the mode in force; a tied one becomes two, which no backbone notices."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages made under it that are alive: `now`, and `peak` at most."""
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, storage._cdata)
+        return made
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
