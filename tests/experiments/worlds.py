@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.tensor import DTensor
 
 from experiments.engine import final_weights, fit
 from experiments.random_models import build
@@ -89,19 +90,21 @@ def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=tor
                  states=states, shards=shards, resume=keep(folder / "train"))  # fmt: skip
     reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts}
     return {"final": final_weights(result, parts), "reports": reports, "resumed": result.resumed,
+            "shared": [isinstance(p, DTensor) for p in result.run.model.parameters()],
             "curve": [{k: row[k] for k in ("step", "loss", "penalty", "grad_norm", "tokens")} for row in result.curve]}  # fmt: skip
 
 
 def everything(shards: Shards, folder: Path) -> dict:
-    """All methods on both architectures, and what else must not depend on the processes."""
+    """Ten steps of all methods on both architectures, and what else must not depend on the processes."""
+    ten = partial(cell, shards=shards, epochs=2.0)
     architectures = ("llama",) if shards.active and shards.world == 1 else goldens.ARCHITECTURES
-    found = {(a, m): cell(a, m, shards=shards) for a in architectures for m in METHODS}
-    found["mofo", "lora"] = cell("llama", "", shards=shards, blocks={"mofo": {"fraction": 0.2}, "lora": {"rank": 2}})
-    found["official"] = cell("llama", "", shards=shards, blocks={"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32}})
-    found["moments"] = cell("llama", "full", shards=shards, moments="bfloat16")
-    found["packed"] = cell("llama", "full", shards=shards, pack=64)
-    found["recomputed"] = cell("gptj", "ewc", shards=shards, checkpointing=True)
-    found["one at a time"] = cell("gptj", "mofo", shards=shards, micro_batch=1)
+    found = {(a, m): ten(a, m) for a in architectures for m in METHODS}
+    found["mofo", "lora"] = ten("llama", "", blocks={"mofo": {"fraction": 0.2}, "lora": {"rank": 2}})
+    found["official"] = ten("llama", "", blocks={"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32}})
+    found["moments"] = ten("llama", "full", moments="bfloat16")
+    found["packed"] = ten("llama", "full", pack=64)
+    found["recomputed"] = ten("gptj", "ewc", checkpointing=True)
+    found["one at a time"] = ten("gptj", "mofo", micro_batch=1)
     return found
 
 
