@@ -2,6 +2,7 @@
 # make test    set-up, then the tests
 # make demo    tiny random models through the whole pipeline (not a result)
 # make ui      refill MLflow's database from results/, then its dashboard
+# make bench   each fast path against its counterpart, ratios and figures in results/bench
 # make study NAME=...   another study of experiments/studies
 SHELL := /bin/bash
 PYTHON ?= python3.11
@@ -12,7 +13,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: repro test demo ui study setup clean-cells
+.PHONY: repro test demo ui bench study setup clean-cells
 .DEFAULT_GOAL := repro
 
 setup: .venv/installed
@@ -39,6 +40,9 @@ demo: setup
 
 test: setup
 	@python -m pytest
+
+bench: setup
+	@python -m experiments bench
 
 ui: setup
 	@python -m experiments track

@@ -8,6 +8,7 @@
 import argparse
 import sys
 
+from experiments.bench import command as bench
 from experiments.errors import UserError
 from experiments.gpu_check.options import add_options
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "summary": "print the comparison, how each cell came to its scores, and where to look next",
     "clean-cells": "free the weights of finished cells; their results stay",
     "gpu-check": "what holds and what it costs on this machine's GPU, with random weights; needs no study",
+    "bench": "time each fast path against its plain or library counterpart and keep the ratios; needs no study",
 }
 
 
@@ -52,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)")
         if name == "gpu-check":
             add_options(command)
+        elif name == "bench":
+            bench.add_options(command)
         else:
             _study(command)
     for name, (text, needs) in STAGES.items():
@@ -72,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
         from experiments.gpu_check import command
 
         return command.main(options)
+    if options.command == "bench":
+        return bench.main(options)
     from experiments import config
 
     study = config.load(options.study)
