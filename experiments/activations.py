@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from experiments import architecture
+from experiments.attention import PRODUCTS
 from methods.effective import adapted_names, base_parameters
 from methods.part import Part
 
@@ -25,23 +26,26 @@ if TYPE_CHECKING:
 
 @functools.cache
 def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtype, rows: int, length: int, checkpointing: bool = False,
-                packed: bool = False, fisher: str = "") -> tuple[int, int]:  # fmt: skip
+                packed: bool = False, fisher: str = "", device: str = "cpu") -> tuple[int, int]:  # fmt: skip
     """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
 
     Weights, their gradients and the logits are not in it. `parts` adapt the model; `fisher`: "adapted" or "whole-model"
     tensors get a gradient, in evaluation mode. Every block but the first takes the same, so one and two of them are run.
+    On a `device` that is not the CPU attention is SDPA's alone.
     """
     depth = shape.config.num_hidden_layers
-    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, fisher)
+    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, fisher, device)
     one, _ = run(layers=1)
     two, peak = run(layers=min(depth, 2))
     return one + (depth - 1) * (two - one), max(0, peak - two)
 
 
 def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows: int, length: int, checkpointing: bool,
-                 packed: bool, fisher: str, *, layers: int) -> tuple[int, int]:  # fmt: skip
+                 packed: bool, fisher: str, device: str, *, layers: int) -> tuple[int, int]:  # fmt: skip
     """Bytes alive after the forward pass of the first `layers` blocks, and at most in it and in the backward pass."""
     model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
+    if device != "cpu" and architecture.plain(model).config._attn_implementation == PRODUCTS:
+        architecture.plain(model).config._attn_implementation = "sdpa"  # fake tensors have no device to tell it by
     with FakeTensorMode():
         _fake(model)
         if fisher:

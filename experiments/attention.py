@@ -1,26 +1,33 @@
-"""Scaled-dot-product attention for GPT-J, which transformers has for Llama and not for GPT-J.
+"""Attention that transformers' models compute otherwise or not at all: SDPA for GPT-J, and matrix products on the CPU.
 
     softmax(Q·Kᵀ/√(head width) + mask)·V
 
 Eager attention holds a score for every pair of tokens, in float32, for the backward pass; torch's fused kernels hold
-none of them.
+none of them. On a GPU they are the faster too. On the CPU torch's fused kernel takes four to six times as long as the
+two products and the softmax that it stands for, as long as texts are short.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 Model = TypeVar("Model", bound=nn.Module)
 
+PRODUCTS = "products"  # what transformers is to know `products` by
+LONGEST = 512  # tokens; beyond, the scores of a layer no longer stay in the cache and are many bytes to keep
+
 
 def with_sdpa(model: Model) -> Model:
-    """`model` itself, its eager GPT-J attention replaced by SDPA in place; other attention is left as it is.
+    """`model` itself, its eager GPT-J attention replaced by SDPA in place, and all SDPA by `products`, which is SDPA on a GPU.
 
     Logits are eager's to rounding (of float32 in a float64 model too, whose scores eager computes in float32). Weights,
     names and saved files are unchanged. As with SDPA in Llama, there are no attention weights to return. A new model made
     from this model's `config` object, in place of a saved one, needs `attn_implementation="eager"` and `with_sdpa` again.
+    Other attention is left as it is.
     """
     for module in model.modules():
         if type(module) is GPTJAttention:
@@ -28,7 +35,39 @@ def with_sdpa(model: Model) -> Model:
             module.__class__ = GPTJSdpaAttention
             # what the model's masks are made for; transformers does not save it
             module.config._attn_implementation = "sdpa"
+    if model.config._attn_implementation == "sdpa":
+        model.config._attn_implementation = PRODUCTS
     return model
+
+
+def products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
+             dropout: float = 0.0, scaling: float | None = None, **others: Any) -> tuple[Tensor, None]:  # fmt: skip
+    """Attention as transformers asks for it: queries (batch, heads, tokens, width), keys and values of as many heads or
+    of a divisor's, masks additive or boolean, None for causal. Returns (batch, tokens, heads, width).
+
+    Queries that share keys are one matrix, so that a group of heads costs one product. Scores are rounded to the
+    model's dtype before the softmax, which is taken in float32, as in transformers' eager attention. What is on a GPU,
+    is longer than LONGEST, drops out, or continues a cache without a mask is SDPA's.
+    """
+    (batch, heads, tokens, width), (groups, keys) = query.shape, key.shape[1:3]
+    unknown = others.keys() & {"softcap", "position_bias", "cache", "is_causal", "s_aux"}
+    if query.device.type != "cpu" or max(tokens, keys) > LONGEST or dropout or unknown or (attention_mask is None and 1 < tokens != keys):
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    query = query * (width**-0.5 if scaling is None else scaling)
+    scores = query.reshape(batch * groups, -1, width) @ key.reshape(batch * groups, keys, width).transpose(1, 2)
+    by_head = scores.view(batch, heads, tokens, keys)
+    if attention_mask is None and tokens > 1:
+        by_head.add_(torch.full((tokens, keys), -torch.inf, dtype=query.dtype, device=query.device).triu_(1))
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        by_head.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+    elif attention_mask is not None:
+        by_head.add_(attention_mask)
+    mixed = scores.softmax(-1) @ value.reshape(batch * groups, keys, width)
+    return mixed.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PRODUCTS, products)
+AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
 
 
 class GPTJSdpaAttention(GPTJAttention):
@@ -39,6 +78,6 @@ class GPTJSdpaAttention(GPTJAttention):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(query.dtype)
         dropout = self.attn_dropout.p if self.training else 0.0
-        sdpa = AttentionInterface()["sdpa"]
-        mixed, _ = sdpa(self, query, key, value, attention_mask, dropout=dropout, scaling=1 / self.scale_attn)
+        attend = AttentionInterface()[self.config._attn_implementation]
+        mixed, _ = attend(self, query, key, value, attention_mask, dropout=dropout, scaling=1 / self.scale_attn)
         return mixed.transpose(1, 2), None

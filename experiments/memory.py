@@ -204,7 +204,7 @@ class _Layout:
         moment = 2 if settings.moments == "bfloat16" else wide
         rows, length = (1, max(settings.pack, settings.length)) if settings.pack else (settings.micro_batch, settings.length)
         alive, work = activations(self.shape, parts=adapting(self.parts), dtype=self.compute, rows=rows, length=length,
-                                  checkpointing=settings.checkpointing, packed=bool(settings.pack))  # fmt: skip
+                                  checkpointing=settings.checkpointing, packed=bool(settings.pack), device=self.device)  # fmt: skip
         labelled, copies = rows * length, 0
         kinds = held | {"gradients": _share(wide * count.trained, n), "moments": _share(2 * moment * count.trained, n)}
         if n is None:

@@ -8,10 +8,10 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
 
-from experiments.attention import GPTJSdpaAttention, with_sdpa
+from experiments.attention import LONGEST, PRODUCTS, GPTJSdpaAttention, products, with_sdpa
 from experiments.random_models import build
 from experiments.weights import load_model
 
@@ -169,7 +169,7 @@ def test_saved_files_are_plain(tmp_path):
 def test_copies(how):
     model, _ = both()
     twin = how(model)
-    assert type(twin.transformer.h[1].attn) is GPTJSdpaAttention and twin.config._attn_implementation == "sdpa"
+    assert type(twin.transformer.h[1].attn) is GPTJSdpaAttention and twin.config._attn_implementation == PRODUCTS
     assert torch.equal(twin(ids(), attention_mask=LEFT).logits, model(ids(), attention_mask=LEFT).logits)
     torch.nn.init.zeros_(twin.transformer.h[0].attn.out_proj.weight)
     assert not torch.equal(twin(ids()).logits, model(ids()).logits)
@@ -198,17 +198,71 @@ def test_the_model_itself_and_twice_is_once():
     parameters = dict(plain.named_parameters())
     assert with_sdpa(plain) is plain and with_sdpa(plain) is plain
     assert all(p is parameters[n] for n, p in plain.named_parameters())
-    assert plain.config._attn_implementation == "sdpa"
+    assert plain.config._attn_implementation == PRODUCTS
 
 
 def test_other_models_are_left_as_they_are():
     llama = build("llama", seed=0)
     kinds = [type(m) for m in llama.modules()]
     assert with_sdpa(llama) is llama and [type(m) for m in llama.modules()] == kinds
-    assert llama.config._attn_implementation == "sdpa"  # by transformers
+    assert llama.config._attn_implementation == PRODUCTS
     _, flash = both()
     flash.config._attn_implementation = "flash_attention_2"
     for block in flash.transformer.h:
         block.attn.__class__ = GPTJFlashAttention2  # as it is where flash_attn is installed
     assert with_sdpa(flash) is flash and type(flash.transformer.h[0].attn) is GPTJFlashAttention2
     assert flash.config._attn_implementation == "flash_attention_2"
+
+
+def attended(attend, *, heads=6, groups=2, tokens=7, keys=7, mask=None, dtype=torch.float64, **others):
+    """What an attention gives and its gradients of queries, keys and values."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, t, 8, dtype=dtype, generator=draw).requires_grad_() for n, t in ((heads, tokens), (groups, keys), (groups, keys)))
+    mixed, _ = attend(GPTJAttention, q, k, v, mask, scaling=0.3, **others)
+    mixed.backward(torch.randn(mixed.shape, dtype=dtype, generator=draw))
+    return mixed.detach(), q.grad, k.grad, v.grad
+
+
+def by_hand(module, q, k, v, mask, *, scaling, **others):
+    """The formula, a head and a query at a time."""
+    rows = []
+    for b in range(len(q)):
+        for t in range(q.shape[2]):
+            for h in range(q.shape[1]):
+                g = h // (q.shape[1] // k.shape[1])
+                scores = scaling * k[b, g] @ q[b, h, t]
+                if mask is None and q.shape[2] > 1:
+                    scores = torch.where(torch.arange(len(scores)) <= t, scores, -torch.inf)
+                elif mask is not None and mask.dtype == torch.bool:
+                    scores = torch.where(mask[b, 0, t], scores, -torch.inf)
+                elif mask is not None:
+                    scores = scores + mask[b, 0, t]
+                rows.append(scores.softmax(-1) @ v[b, g])
+    return torch.stack(rows).view(len(q), q.shape[2], q.shape[1], -1), None
+
+
+SEEN = torch.tensor([[1, 1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).bool()[:, None, None] & torch.ones(7, 7).tril().bool()
+
+
+@pytest.mark.parametrize("groups", [1, 2, 6])
+@pytest.mark.parametrize("mask", [None, SEEN, torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(~SEEN, -1e9)], ids=["causal", "bool", "additive"])
+def test_products_are_the_formula(mask, groups):
+    for found, wanted in zip(attended(products, groups=groups, mask=mask), attended(by_hand, groups=groups, mask=mask)):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_products_of_one_query_behind_a_cache_see_all_of_it():
+    for found, wanted in zip(attended(products, tokens=1), attended(by_hand, tokens=1)):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("case", [{"tokens": 3}, {"tokens": LONGEST + 1, "keys": LONGEST + 1}, {"dropout": 0.5}])
+def test_what_products_do_not_compute_is_sdpa_s(case, monkeypatch):
+    asked = []
+    sdpa = AttentionInterface()["sdpa"]
+    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *a, **k: asked.append(k["dropout"]) or sdpa(*a, **k))
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups, module.training = True, 3, True
+    q, k, v = (torch.randn(1, n, t, 8) for n, t in ((6, case.get("tokens", 7)), (2, case.get("keys", 7)), (2, case.get("keys", 7))))
+    products(module, q, k, v, None, scaling=0.3, dropout=case.get("dropout", 0.0))
+    assert asked == [case.get("dropout", 0.0)]

@@ -45,8 +45,7 @@ def test_matrices_equal_the_counters(kind, targets):
     architecture_name, config = MODELS[kind]
     names = {"mlp-out": "fc_out", "attention-out": "out_proj"} if kind == "gptj" else {"mlp-out": "down_proj", "attention-out": "o_proj"}
     model = adapted(build(architecture_name, seed=0, **config), [names.get(t, t) for t in targets])
-    matrices, attention = counted(model)
-    assert attention == 0  # the fused kernel is not in the counter's list on the CPU
+    matrices, _ = counted(model)
     assert without_attention(Flops(model))(LENGTHS, LABELLED) == matrices
 
 
