@@ -59,7 +59,7 @@ def _cost(methods: pd.DataFrame) -> str:
     quick, slow = _ends(known, "seconds_train")
     text = f"Training took {numbers.seconds(quick['seconds_train'])} ({quick['method']})"
     text += "" if quick is slow else f" to {numbers.seconds(slow['seconds_train'])} ({slow['method']})"
-    prepared = known[known["seconds_prepare"].fillna(0) > 0]
+    prepared = known[known["seconds_prepare"].fillna(0) >= 0.0005]  # the clock of a method that prepares nothing reads microseconds
     if len(prepared):
         text += "; preparation took " + _and([f"{numbers.seconds(row['seconds_prepare'])} for {row['method']}" for _, row in prepared.iterrows()])
     stored = known[known["bytes_stored"].fillna(0) > 0]

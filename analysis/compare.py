@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from analysis import costs
 from analysis.figures import write_figures
 from analysis.load import load_cells
 from analysis.report import write_report
@@ -26,7 +27,7 @@ def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, t
             old.unlink()
     figures = write_figures(loaded, table, folder=folder / "figures")
     (folder / "table.csv").write_text(as_csv(loaded, table), encoding="utf-8")
-    (folder / "table.md").write_text(as_markdown(loaded, table), encoding="utf-8")
+    (folder / "table.md").write_text(as_markdown(loaded, table) + costs.as_markdown(loaded), encoding="utf-8")
     reproduce = "make repro" if root.name == "results" else f"make study NAME={root.name}"
     write_report(loaded, table, figures, path=folder / "report.html", title=title, reproduce=reproduce)
     text = as_text(loaded, table)

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import numbers, style
+from analysis.costs import costs
 from analysis.intervals import mean_difference, paired
 from analysis.load import Loaded
 
@@ -163,37 +164,44 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     return figure, data, "Learning and forgetting over training", caption
 
 
+# a row of panels is one kind on one scale
 COST_PANELS = (
-    ("seconds_prepare", "preparation", numbers.seconds), ("seconds_train", "training", numbers.seconds), ("peak_memory_bytes", "peak memory", numbers.size),
-    ("bytes_stored", "stored: importance, anchor", numbers.size), ("bytes_weights_delta", "delta: the tuned weights", numbers.size), ("bytes_optimizer_state", "optimizer state", numbers.size),
-)
+    ("seconds", numbers.seconds, (("seconds_prepare", "preparation"), ("seconds_train", "training"), ("seconds_evaluate", "scoring"))),
+    ("memory", numbers.size, (("peak_memory_prepare_bytes", "peak, preparation"), ("peak_memory_train_bytes", "peak, training"), ("bytes_optimizer_state", "optimizer state"))),
+    ("bytes to keep", numbers.size, (("bytes_weights_delta", "weights or adapter"), ("bytes_importance", "importance"), ("bytes_start", "start"), ("bytes_anchor", "anchor"))),
+)  # fmt: skip
 
 
 def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Seconds and bytes by kind, never added up across kinds."""
-    keys = [key for key, _, _ in COST_PANELS if key in rows]
-    data = rows[["method", *keys]].copy()
-    if data.empty or data[keys].isna().all(axis=None):
+    """Seconds, memory and bytes by kind: a row of panels each, on one scale, never added up across kinds."""
+    table = costs(loaded)
+    data = table[(table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])].drop(columns=["model", "domain"])
+    if data[[key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]].isna().all(axis=None):
         return None
     methods = list(data["method"])
-    figure, panels = style.new(WIDTH, 1.1 + 0.42 * len(methods), 2, 3, sharey=True)
-    for axes, (key, title, show) in zip(panels.flat, COST_PANELS):
-        values = data[key].astype(float) if key in data else pd.Series(np.nan, index=data.index)
-        axes.barh(range(len(methods)), values.fillna(0), color=[style.colour(m) for m in methods], height=0.62)
-        top = float(values.max()) if values.notna().any() and values.max() > 0 else 1.0
-        for y, value in enumerate(values):
-            axes.annotate(show(value), (0 if value != value else value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.INK)
-        axes.set_xlim(0, top * 1.75)
-        axes.set_title(title, fontsize=8.5)
-        axes.set_xticks([])
-        axes.set_yticks(range(len(methods)), methods)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(visible=False)
-        axes.spines["bottom"].set_visible(False)
-    panels[0, 0].invert_yaxis()
+    figure, grid = style.new(WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
+    for line, (kind, show, panels) in zip(grid, COST_PANELS):
+        values = data[[key for key, _ in panels]].astype(float)
+        widest = values.max(axis=None)
+        for axes, (key, title) in zip(line, panels):
+            axes.barh(range(len(methods)), values[key].fillna(0), color=[style.colour(m) for m in methods], height=0.62)
+            for y, value in enumerate(values[key]):
+                text = "–" if value < 0.0005 else show(value)
+                axes.annotate(text, (0 if value != value else value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.INK)
+            axes.set_xlim(0, 1.95 * widest if widest > 0 else 1)
+            axes.set_title(title, fontsize=8.5)
+            axes.set_xticks([])
+            axes.set_yticks(range(len(methods)), methods)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(visible=False)
+            axes.spines["bottom"].set_visible(False)
+        for axes in line[len(panels):]:
+            axes.set_axis_off()
+        line[0].set_ylabel(kind, fontweight="bold")
+    grid[0, 0].invert_yaxis()
     figure.supxlabel(_where(cells), fontsize=8.5, color=style.MUTED)
-    caption = "Measured on the machine named under provenance; each panel has its own scale. 'Unknown' is a checkpoint made elsewhere."
-    return figure, data, "Cost and storage", caption
+    caption = "Measured on the machine named under provenance. The panels of a row share one scale. – is nothing of the kind, 'unknown' a checkpoint made elsewhere."
+    return figure, data, "Cost by kind", caption
 
 
 def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):

@@ -13,7 +13,8 @@ from experiments.errors import UserError
 class Loaded:
     """One study's results.
 
-    cells     one row a finished cell: metrics.json, with `settings`, `device` and `when` from train.json
+    cells     one row a finished cell: metrics.json, with `settings`, `device`, `when` and `steps` from train.json
+              and the two peaks apart: `peak_memory_train_bytes` from there, the preparation's in `prepared`
     curves    curve.csv of all finished cells below one another, with a `cell` column
     items     items.csv.gz likewise; the score of every item
     failures  one row a cell without a result: cell, stage, kind, reason, when (kind 'not run' where nothing is recorded)
@@ -22,6 +23,7 @@ class Loaded:
     prepared  cell -> prepare.json
     planned   every cell asked for, in order
     gpu       the newest GPU check (results/gpu/*.json, docs/gpu-check.md); None where there is none
+    bench     path -> benchmark record (results/bench/*.json), the newest of each name, in alphabetical order
     """
 
     cells: pd.DataFrame
@@ -33,6 +35,7 @@ class Loaded:
     prepared: dict = field(default_factory=dict)
     planned: tuple[str, ...] = ()
     gpu: dict | None = None
+    bench: dict[Path, dict] = field(default_factory=dict)
 
     @property
     def not_a_result(self) -> bool:
@@ -70,7 +73,8 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
             continue
         metrics = read_json(run / "metrics.json")
         train = read_json(run / "train.json") if (run / "train.json").exists() else {}
-        rows.append({**metrics, "cell": name, **{key: train[key] for key in ("settings", "device", "when") if key in train}})
+        rows.append({**metrics, "cell": name, **{key: train[key] for key in ("settings", "device", "when", "steps") if key in train},
+                     "peak_memory_train_bytes": train.get("peak_memory_bytes")})  # fmt: skip
         for file, into in (("curve.csv", curves), ("items.csv.gz", items)):
             if (run / file).exists():
                 into.append(_read_csv(run / file).assign(cell=name))
@@ -90,14 +94,58 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         prepared=prepared,
         planned=tuple(names),
         gpu=newest_gpu_check(root),
+        bench=newest_benchmarks(root),
     )
 
 
 def newest_gpu_check(root: Path) -> dict | None:
     """The last written check of a GPU; it is the machine's and no study's, and lies beside the default study's results."""
-    files = [path for folder in (root / "gpu", root.parent / "gpu") for path in sorted(folder.glob("*.json"))]
-    found = [check for check in map(read_json, files) if not check.get("tiny")]
+    found = [check for check in map(read_json, _beside(root, "gpu")) if not check.get("tiny")]
     return max(found, key=lambda check: check.get("when") or "", default=None)
+
+
+def newest_benchmarks(root: Path) -> dict[Path, dict]:
+    """The last record of every benchmark, by its path; the machine's and no study's, like the GPU check.
+
+    Raises UserError where a file is not a record as `python -m experiments bench` writes it.
+    """
+    newest: dict[str, tuple[Path, dict]] = {}
+    for path in _beside(root, "bench"):
+        record = read_json(path)
+        if wrong := _not_a_benchmark(record):
+            raise UserError(f"{path} is not a benchmark's record ({wrong}): delete it, or write it again with `python -m experiments bench {path.stem}`")
+        if path.stem not in newest or record["when"] > newest[path.stem][1]["when"]:
+            newest[path.stem] = path, record
+    return dict(newest[name] for name in sorted(newest))
+
+
+def _beside(root: Path, folder: str) -> list[Path]:
+    """The JSON files of a folder in the default study's results, whichever study `root` belongs to."""
+    return [path for place in (root / folder, root.parent / folder) for path in sorted(place.glob("*.json"))]
+
+
+def _not_a_benchmark(record) -> str:
+    """What keeps a file's content from being a benchmark's record; empty where nothing does."""
+    try:
+        for key in ("title", "text", "when"):
+            if not isinstance(record[key], str):
+                return f"{key} is no text"
+        if not record["races"]:
+            return "it holds no race"
+        for race in record["races"]:
+            for row in race["rows"]:
+                for key in ("seconds_min", "seconds_median", "ratio_min", "ratio_median"):
+                    float(row[key])
+            if race["against"] not in (runners := [row["runner"] for row in race["rows"]]):
+                return f"{race['against']!r} is no runner of {race['title']!r}"
+            for goal in race["goals"]:
+                goal["text"], goal["met"]
+                if goal["runner"] not in runners:
+                    return f"the goal of {goal['runner']!r} has no runner"
+            race["title"], race["rounds"], dict(race["facts"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def read_json(path: Path) -> dict:

@@ -26,8 +26,10 @@ def seconds(value: float | None) -> str:
     """252.3 -> '4 min 12 s'."""
     if missing(value):
         return "unknown"
+    if value < 0.95:
+        return f"{1000 * value:.0f} ms" if value >= 0.0005 else "0 s"
     if value < 10:
-        return f"{value:.1f} s" if value else "0 s"
+        return f"{value:.1f} s"
     whole = round(value)
     if whole < 60:
         return f"{whole} s"
@@ -48,3 +50,15 @@ def size(value: float | None) -> str:
     else:
         unit = "TB"
     return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.1f} {unit}"
+
+
+def times(ratio: float | None) -> str:
+    """How many times a reference: 1.183 -> '×1.18', 24.7 -> '×24.7', 0.0411 -> '×0.041'."""
+    if missing(ratio):
+        return "–"
+    return f"×{ratio:.0f}" if ratio >= 99.5 else f"×{ratio:.1f}" if ratio >= 9.95 else f"×{ratio:.2f}" if ratio >= 0.0995 else f"×{ratio:.2g}"
+
+
+def count(value: float | None) -> str:
+    """A measured number of things, to three digits: 71528.6 -> '71,500'."""
+    return "–" if missing(value) else f"{float(f'{value:.3g}'):,.0f}"

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from analysis import answer, numbers, style, tables
+from analysis import answer, bench, costs, numbers, style, tables
 from analysis.figures import Figure
 from analysis.load import Loaded
 
@@ -18,11 +18,12 @@ def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, 
     """Writes the page; `reproduce` is the command that makes the whole study."""
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
+    costed = costs.costs(loaded)
     page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=title,
         reproduce=reproduce,
         banner=tables.BANNER if loaded.not_a_result else "",
-        comparisons=[_comparison(loaded, table, figures, model=m, domain=d, folder=path.parent) for m, d in loaded.comparisons],
+        comparisons=[_comparison(loaded, table, costed, figures, model=m, domain=d, folder=path.parent) for m, d in loaded.comparisons],
         failures=loaded.failures.to_dict("records"),
         planned=len(loaded.planned),
         finished=len(loaded.cells),
@@ -31,6 +32,8 @@ def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, 
         tuning=[_tuning(pair, record) for pair, record in loaded.tuning.items()],
         provenance=_provenance(loaded),
         gpu=_gpu(loaded.gpu),
+        claim=next((bench.claim(record) for file, record in loaded.bench.items() if file.stem == bench.HEADLINE), None),
+        benchmarks=[_benchmark(file, record, path.parent) for file, record in loaded.bench.items()],
         colours={method: style.colour(method) for method in dict.fromkeys(table["method"])} if len(table) else {},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,7 +57,7 @@ def inline(svg: str, *, prefix: str, label: str) -> str:
     return svg.replace("<svg", f'<svg role="img" aria-label="{jinja2.filters.escape(label)}"', 1)
 
 
-def _comparison(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path) -> dict:
+def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path) -> dict:
     """Everything the page says of one (model, domain)."""
     rows = table[(table["model"] == model) & (table["domain"] == domain)]
     cells = loaded.of(model, domain)
@@ -67,6 +70,8 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, m
         for task, about in first["scores_by_task"].items()
     ]
     order = ["domain", "retention", "transfer"]
+    spent = costed[(costed["model"] == model) & (costed["domain"] == domain)]
+    drawn = [(figure.name, _figure(figure, folder)) for figure in figures if (figure.model, figure.domain) == (model, domain)]
     return {
         "model": model, "domain": domain, "methods": methods,
         "anchor": f"{model}-{domain}",
@@ -77,7 +82,11 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, m
         "tasks": sorted(tasks, key=lambda task: order.index(task["role"]) if task["role"] in order else 9),
         "at_chance": first["at_chance"],
         "rules": _rules(cells),
-        "figures": [_figure(figure, folder) for figure in figures if (figure.model, figure.domain) == (model, domain)],
+        "figures": [figure for name, figure in drawn if name != "cost"],
+        "cost": {
+            "tables": [(costs.SECONDS_HEADS, [costs.seconds_row(row) for _, row in spent.iterrows()]), (costs.BYTES_HEADS, [costs.bytes_row(row) for _, row in spent.iterrows()])],
+            "formula": costs.formula(spent), "figures": [figure for name, figure in drawn if name == "cost"],
+        },
         "warnings": [(cell, report["warning"]) for cell, parts in cells["parts_report"].items() for report in (parts or {}).values() if isinstance(report, dict) and report.get("warning")],
     }
 
@@ -92,6 +101,17 @@ def _figure(figure: Figure, folder: Path) -> dict:
     stem = figure.stem.relative_to(folder).as_posix()
     svg = inline(figure.stem.with_suffix(".svg").read_text(encoding="utf-8"), prefix=figure.stem.name, label=f"{figure.title}. {figure.caption}")
     return {"title": figure.title, "caption": figure.caption, "svg": svg, "files": [(suffix.upper(), f"{stem}.{suffix}") for suffix in ("png", "svg", "csv")]}
+
+
+def _benchmark(file: Path, record: dict, folder: Path) -> dict:
+    """A benchmark for the page, its figure as an element of it."""
+    found = bench.shown(file, record, folder=folder)
+    label = f"{record['title']}: times the reference of each race"
+    return found | {
+        "svg": inline(found["svg"], prefix=f"bench-{file.stem}", label=label) if found["svg"] else "",
+        "lead": "; ".join(filter(None, [found["when"][:16].replace("T", " "), _pairs(found["hardware"]), f"load {found['load']}" if found["load"] is not None else "",
+                                        _pairs(found["versions"]), _commit(found["git"])])),
+    }  # fmt: skip
 
 
 def _rules(cells: pd.DataFrame) -> list[tuple[str, str]]:

@@ -46,7 +46,7 @@ def _base_row(loaded: Loaded, *, model: str, domain: str, first: pd.Series) -> d
 def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
     first, n = cells.iloc[0], cells.iloc[0]["n"]
     domain, kept = first["domain"], retention_tasks(cells.iloc[0])
-    mean = lambda key: _mean(cells[key]) if key in cells else None
+    mean = lambda key: mean_if_known(cells[key]) if key in cells else None
     intervals = item_intervals(loaded, cells)
     score = wilson(mean("domain_score") * n[domain], n[domain]) if n.get(domain) else Interval(mean("domain_score"), None, None, 0)
     ratio = mean("general_perplexity") / first["general_perplexity_base"] if mean("general_perplexity") else None
@@ -97,7 +97,7 @@ def _bounds(key: str, interval: Interval | None, value: float | None = None) -> 
     return {key: interval.value if value is None else value, f"{key}_low": interval.low, f"{key}_high": interval.high}
 
 
-def _mean(column: pd.Series) -> float | None:
+def mean_if_known(column: pd.Series) -> float | None:
     """None where any run does not know it: a mean over what happens to be known would compare unlike things."""
     return None if column.isna().any() else float(column.mean())
 

@@ -14,13 +14,16 @@ BASE = ("scores.json", "items.csv.gz")
 
 
 def compare_inputs(study) -> list[str]:
-    """The files of exactly the grid's cells, of their bases and of their trials, relative to the root."""
-    files = [study.paths.run(cell) / name for cell in cells.grid(study) for name in OUTPUTS]
+    """The files of exactly the grid's cells, their preparations, bases and trials, relative to the root; of each machine's own
+    measurements (GPU checks, benchmarks) those that there are."""
+    grid = cells.grid(study)
+    files = [study.paths.run(cell) / name for cell in grid for name in OUTPUTS]
+    files += [study.paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed) for cell in grid]
     files += [study.paths.base(model) / name for model in study.grid["models"] for name in BASE]
     trials = [study.paths.tuning(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
     files += [path for path in trials if path.is_file()]
-    files += sorted((study.paths.root / "results" / "gpu").glob("*.json"))
-    return [path.relative_to(study.paths.root).as_posix() for path in files]
+    files += [path for kind in ("gpu", "bench") for path in sorted((study.paths.root / "results" / kind).glob("*.json"))]
+    return list(dict.fromkeys(path.relative_to(study.paths.root).as_posix() for path in files))
 
 
 def data_inputs(study) -> list[str]:

@@ -12,6 +12,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from experiments.bench import show
+from experiments.bench.race import Race
+
 METHODS = ("full", "lora", "ewc", "mofo", "hierarchical")
 # name: role, metric, rows, chance, share right in the base, share of right answers a harsh method loses
 TASKS = {
@@ -223,3 +226,18 @@ def write_tuning(root: Path, *, methods: tuple[str, ...], model: str, domain: st
     if "mofo" in methods:
         trials[0] = {"method": trials[0]["method"], "settings": {"train.learning_rate": 1.0}, "failed": "loss is NaN at step 3", "chosen": False}
     write_json(root / "tuning" / model / f"{domain}.json", {"rule": "highest domain probe gain minus retention probe loss", "trials": trials, "base": {domain: 0.6, f"{domain}_nll": 1.5, "hellaswag": 0.44, "hellaswag_nll": 2.6, "piqa": 0.66, "piqa_nll": 2.4, "perplexity": 20.7}})
+
+
+def write_bench(root: Path, name: str, *, races: list[Race], when: str = "2030-01-02T03:00:00+00:00", text: str = "What is compared, and why.", drawn: bool = True) -> Path:
+    """A benchmark's record and figure, in the form `python -m experiments bench` writes."""
+    record = {"name": name, "title": f"Title of {name}", "text": text, "races": [race.record() for race in races], "hardware": HARDWARE,
+              "load": 0.4, "versions": VERSIONS, "git": GIT, "when": when}  # fmt: skip
+    write_json(root / "bench" / f"{name}.json", record)
+    if drawn:
+        show.draw(record, stem=root / "bench" / name)
+    return root / "bench" / f"{name}.json"
+
+
+def steps_race() -> Race:
+    """Steps by method: ewc takes 1.5, 1.2 and 1.1 times full in the three rounds, its fastest 1.25 times the fastest of full."""
+    return Race(title="smollm2-135m, science: a step", against="full", seconds={"full": [0.2, 0.3, 0.25], "ewc": [0.3, 0.36, 0.275], "lora": [0.1, 0.15, 0.125]})

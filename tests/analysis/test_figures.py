@@ -47,7 +47,9 @@ def test_csv_holds_what_was_drawn(drawn):
     assert by_task[(by_task.task == "copa") & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(100 * (copa["base"] - copa["value"]))
     for task, lost in metrics["forgetting_by_task"].items():
         assert by_task[(by_task.task == task) & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(100 * lost)
-    assert csv(figures["cost"]).set_index("method").at["ewc", "bytes_stored"] == rows.at["ewc", "bytes_stored"]
+    cost = csv(figures["cost"]).set_index("method")
+    assert cost.at["ewc", "bytes_importance"] + cost.at["ewc", "bytes_anchor"] == rows.at["ewc", "bytes_stored"]
+    assert cost.at["ewc", "peak_memory_prepare_bytes"] == 2_000_000_000 and cost.at["full", "step_ratio"] == 1
     probes, curve = csv(figures["forgetting_over_training"]), pd.read_csv(root / "runs/smollm2-135m/science/lora/seed0/curve.csv")
     asked = [f"probe_{task}_nll" for task in ("hellaswag", "piqa", "lambada_openai", "copa")]
     expected = curve.dropna(subset=["probe_perplexity"])

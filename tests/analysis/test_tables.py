@@ -129,9 +129,14 @@ def test_sizes(value, text):
     assert numbers.size(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0 s"), (4.25, "4.2 s"), (59.6, "1 min 00 s"), (252.3, "4 min 12 s"), (7260, "2 h 01 min"), (float("nan"), "unknown")])
+@pytest.mark.parametrize(("value", "text"), [(0, "0 s"), (1e-6, "0 s"), (0.0123, "12 ms"), (0.94, "940 ms"), (0.96, "1.0 s"), (4.25, "4.2 s"), (59.6, "1 min 00 s"), (252.3, "4 min 12 s"), (7260, "2 h 01 min"), (float("nan"), "unknown")])
 def test_seconds(value, text):
     assert numbers.seconds(value) == text
+
+
+def test_times_and_counts():
+    assert [numbers.times(v) for v in (1.183, 24.66, 123.4, 0.0411, None)] == ["×1.18", "×24.7", "×123", "×0.041", "–"]
+    assert [numbers.count(v) for v in (71528.6, 0.0, 1_234_567, None)] == ["71,500", "0", "1,230,000", "–"]
 
 
 def test_points():

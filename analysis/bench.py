@@ -1,0 +1,86 @@
+"""Benchmark records (results/bench/*.json) as the report shows them; the headline claim is one of them."""
+
+import os
+from pathlib import Path
+
+from analysis import numbers
+
+HEADLINE = "headline"
+
+
+def shown(path: Path, record: dict, *, folder: Path) -> dict:
+    """One record for a page that lies in `folder`: its races as rows of text, its facts, the files beside it."""
+    beside = [(suffix.upper(), path.with_suffix(f".{suffix}")) for suffix in ("png", "svg", "csv", "json")]
+    return {
+        "name": path.stem, "title": record["title"], "text": record["text"], "when": record["when"], "load": record.get("load"),
+        "hardware": record.get("hardware") or {}, "versions": record.get("versions") or {}, "git": record.get("git") or {},
+        "races": [_race(race) for race in record["races"]],
+        "missed": [f"{goal['runner']} {goal['text']} ({race['title']})" for race in record["races"] for goal in race["goals"] if not goal["met"]],
+        "goals": sum(len(race["goals"]) for race in record["races"]),
+        "svg": path.with_suffix(".svg").read_text(encoding="utf-8") if path.with_suffix(".svg").is_file() else "",
+        "files": [(kind, Path(os.path.relpath(file, folder)).as_posix()) for kind, file in beside if file.is_file()],
+    }  # fmt: skip
+
+
+def facts(block: dict) -> list[tuple[str, str]]:
+    """Whatever a benchmark found worth saying, as names and values to read; its sentence stands apart."""
+    name = lambda key: key.removeprefix("bytes_").removesuffix("_bytes").replace("_", " ")
+    return [(name(key), as_text(value, bytes=_counts_bytes(key))) for key, value in block.items() if key != "sentence"]
+
+
+def as_text(value, *, bytes: bool = False) -> str:
+    """A JSON value in words: 0.0003071 -> '0.0003071', [True, 3.0] -> 'yes, 3', {'a': 1} -> 'a: 1'."""
+    if isinstance(value, dict):
+        return "; ".join(f"{key}: {as_text(inner, bytes=bytes or _counts_bytes(key))}" for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(as_text(inner, bytes=bytes) for inner in value)
+    if value is None or isinstance(value, bool):
+        return {None: "unknown", True: "yes", False: "no"}[value]
+    if isinstance(value, int | float):
+        if bytes and value >= 0:
+            return numbers.size(value)
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
+    return str(value)
+
+
+def _shares(value) -> str:
+    return " to ".join(map(_shares, value)) if isinstance(value, list) else f"{100 * value:.3g} %" if isinstance(value, int | float) else as_text(value)
+
+
+# what is claimed, and the facts of the headline's race that say so: the paper's, against its baseline, against a Fisher of the same matrices
+CLAIMED = (
+    ("preparation, times as long as ours (EWC-LoRA by batch size)", as_text,
+     ("paper: times faster", "times as long, EWC-LoRA by batch size", "times as long, Fisher of the adapted matrices")),
+    ("storage of our importance, share of theirs", _shares,
+     ("paper: share of the storage", "share of EWC-LoRA's storage", "share of the storage of a Fisher of the adapted matrices")),
+)  # fmt: skip
+
+
+def claim(record: dict) -> dict:
+    """The headline record for its own block: the sentence and the claim beside what was measured; all facts where they are others."""
+    races = []
+    for race in record["races"]:
+        found = race["facts"]
+        rows = [(what, *(show(found[key]) for key in keys)) for what, show, keys in CLAIMED if found.keys() >= set(keys)]
+        races.append({"title": race["title"], "sentence": str(found.get("sentence", "")), "rows": rows, "facts": [] if rows else facts(found)})
+    return {"title": record["title"], "races": races}
+
+
+def _race(race: dict) -> dict:
+    goals: dict[str, list] = {}
+    for goal in race["goals"]:
+        goals.setdefault(goal["runner"], []).append((goal["text"], bool(goal["met"])))
+    rows = [{"runner": row["runner"], "goals": goals.get(row["runner"], []),
+             "times": [_milliseconds(row["seconds_min"]), _milliseconds(row["seconds_median"])],
+             "ratios": [numbers.times(row["ratio_min"]), numbers.times(row["ratio_median"])]} for row in race["rows"]]  # fmt: skip
+    return {"title": race["title"], "against": race["against"], "rounds": race["rounds"], "rows": rows, "goals": bool(goals),
+            "sentence": str(race["facts"].get("sentence", "")), "facts": facts(race["facts"])}  # fmt: skip
+
+
+def _milliseconds(seconds: float) -> str:
+    value = 1000 * seconds
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"
+
+
+def _counts_bytes(key: str) -> bool:
+    return key.startswith("bytes_") or key.endswith(("_bytes", " bytes")) or key == "bytes"
