@@ -17,7 +17,6 @@ import pandas as pd
 import torch
 from lm_eval.evaluator import evaluate
 
-from evaluation import SCORING
 from evaluation import SCORING, lm as models
 from evaluation.encode import encode_text
 from evaluation.preserve import preserved
@@ -56,18 +55,20 @@ def score(
     scorer: str = "shared-prefix",
     batch_size: int = 16,
     weights_sha256: str | None = None,
+    kept: Path | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """(scores, items) of `model` on the tasks of `tasks_dir`.
 
     scorer: "shared-prefix" (forward passes of 64·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
-    sequences each). Random states and train/eval modes are left as they were. Nothing in the result differs between
-    two runs on the same weights, rows, versions and kind of machine. items' log_likelihood is the gold choice's, in
-    nats; `choice` is the one the task's metric picks. A written answer (GSM8K) has neither: its items hold the score by
-    the entry's metric and filter (`exact_match,strict-match`) alone, and scores' `metrics` those of all filters.
+    sequences each). kept: a folder in which shared-prefix keeps token ids for the next model. Random states and
+    train/eval modes are left as they were. Nothing in the result differs between two runs on the same weights, rows,
+    versions and kind of machine. items' log_likelihood is the gold choice's, in nats; `choice` is the one the task's
+    metric picks. A written answer (GSM8K) has neither: its items hold the score by the entry's metric and filter
+    (`exact_match,strict-match`) alone, and scores' `metrics` those of all filters.
     """
     tasks = load_tasks(tasks_dir)
     with preserved(model), quiet():
-        asked, called = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size)
+        asked, called = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size, kept=kept)
         for _, task in tasks:
             task.set_fewshot_seed(SEED)
         torch.manual_seed(SEED)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from evaluation import encode, generate, shared_prefix
+from evaluation.kept import KeptTokens
 from experiments.errors import UserError
 
 SCORERS = ("shared-prefix", "hflm")
@@ -41,15 +43,27 @@ class SharedPrefixLM(HFLM):
     float32; in half precision the softmax is taken in float32 here and in half there. Texts come from
     `evaluation.generate` and are HFLM's where the tokenizer's end of text is the model's own; where it is another token,
     a text ends there, while HFLM writes on behind it.
+
+    kept    a folder in which the ids of choices are kept for the next model, or None
     """
 
+    def __init__(self, *args: Any, kept: Path | None = None, **settings: Any):
+        super().__init__(*args, **settings)
+        self.kept = KeptTokens(kept, self.tokenizer, [self.add_bos_token, self.prefix_token_id]) if kept else None
+
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        pairs = self.kept.load([request.args for request in requests]) if self.kept else None
+        if pairs is not None:
+            return self._ask(pairs, "scoring choices")
         return super().loglikelihood(requests, disable_tqdm=True)  # encoding takes moments
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        return self._ask([(context, continuation) for _, context, continuation in requests], "scoring choices")
+        pairs = [(context, continuation) for _, context, continuation in requests]
+        if self.kept:
+            self.kept.save([texts for texts, _, _ in requests], pairs)
+        return self._ask(pairs, "scoring choices")
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         pieces, owners = [], []
@@ -101,7 +115,7 @@ def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:
     return settings
 
 
-def build(model: torch.nn.Module, tokenizer: Any, *, scorer: str, batch_size: int) -> tuple[HFLM, str]:
+def build(model: torch.nn.Module, tokenizer: Any, *, scorer: str, batch_size: int, kept: Path | None = None) -> tuple[HFLM, str]:
     """The lm-eval model for `scorer`, and what it is called in the scores (with the reason where it is not used)."""
     if scorer not in SCORERS:
         raise UserError(f"scorer {scorer!r} is unknown: choose one of {', '.join(SCORERS)}")
@@ -111,6 +125,6 @@ def build(model: torch.nn.Module, tokenizer: Any, *, scorer: str, batch_size: in
         model.eval()
         reason = shared_prefix.refusal(model)
         if not reason:
-            return SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), scorer
+            return SharedPrefixLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, kept=kept), scorer
         scorer = f"hflm (shared-prefix not used: {reason})"
     return QuietLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), scorer

@@ -26,7 +26,8 @@ Request = tuple[Sequence[int], Sequence[int]]  # context ids, continuation ids; 
 
 TOKENS = 1024  # padded input tokens of one forward pass: 512 to 1024 is fastest on a CPU, a GPU wants more
 PACKED = 256  # a sequence no longer than this takes all continuations; a longer one up to twice its need
-LOGITS = 2**22  # logits alive at once: 16 MB in float32, small enough that memory is not fetched anew each time
+LOGITS = 2**22  # logits alive at once, in the model's dtype: small enough that memory is not fetched anew each time
+CACHED = 2**18  # logits whose softmax is taken at once on the CPU: 1 MB in float32 stays in its cache, four times as fast
 
 _refusals: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = weakref.WeakKeyDictionary()
 
@@ -65,7 +66,7 @@ def log_likelihoods(
     """
     shared = not refusal(model)
     results = [(0.0, True)] * len(requests)
-    batches = list(_batches(_sequences(requests, max_length, shared), tokens))
+    batches = plan(requests, max_length=max_length, tokens=tokens, shared=shared)
     bar = tqdm(
         total=sum(s.length for batch in batches for s in batch),
         desc=description,
@@ -79,6 +80,11 @@ def log_likelihoods(
                 results[request] = result
             bar.update(sum(s.length for s in batch))
     return results
+
+
+def plan(requests: Sequence[Request], *, max_length: int, tokens: int = TOKENS, shared: bool = True) -> list[list[Row]]:
+    """The forward passes that score `requests`, in order: rows of like lengths, each padded to the first, the longest."""
+    return list(_batches(_sequences(requests, max_length, shared), tokens))
 
 
 def _sequences(requests: Sequence[Request], max_length: int, shared: bool) -> list[Row]:
@@ -182,18 +188,28 @@ def _mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
 def _pick(states: Tensor, to_logits: Callable, row_of: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """log softmax of each target at its row, as float64 on the CPU, and whether it is the row's argmax.
 
-    The softmax is taken in float32 (float64 for a float64 model) over a chunk of rows at a time.
+    The softmax is taken in float32 (float64 for a float64 model), on the CPU over a few rows at a time.
     """
     values = torch.empty(len(target), dtype=torch.float64)
     greedy = torch.empty(len(target), dtype=torch.bool)
-    size = max(1, LOGITS // getattr(to_logits, "out_features", states.shape[-1]))
+    order = row_of.argsort(stable=True)
+    row_of = row_of[order]
+    vocabulary = getattr(to_logits, "out_features", states.shape[-1])
+    size = max(1, LOGITS // vocabulary)
+    block = max(1, CACHED // vocabulary) if states.device.type == "cpu" else size
     for start in range(0, len(states), size):
-        logits = to_logits(states[start : start + size])
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        here = ((row_of >= start) & (row_of < start + size)).nonzero().flatten()
-        row, wanted = (row_of[here] - start).to(logits.device), target[here].to(logits.device)
-        greedy[here] = (logits.argmax(-1)[row] == wanted).cpu()
-        values[here] = logits.log_softmax(-1)[row, wanted].double().cpu()
+        chunk = to_logits(states[start : start + size])
+        for first in range(start, start + len(chunk), block):
+            logits = chunk[first - start : first - start + block]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            begin, end = torch.searchsorted(row_of, torch.tensor([first, first + len(logits)])).tolist()
+            here = order[begin:end]
+            row, wanted = (row_of[begin:end] - first).to(logits.device), target[here].to(logits.device)
+            best = logits[row, wanted] == logits.amax(-1)[row]
+            # of equal logits the first is the argmax, which takes as long as the softmax: only where it may be the target
+            best[best.clone()] = logits[row[best]].argmax(-1) == wanted[best]
+            greedy[here] = best.cpu()
+            values[here] = logits.log_softmax(-1)[row, wanted].double().cpu()
     return values, greedy
 
 

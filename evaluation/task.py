@@ -36,6 +36,10 @@ SPLIT = "test"
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
+# lm-eval compiles a task's few templates again for every row and every use: most of the time scoring spends outside the model
+if not hasattr(jinja_env.from_string, "cache_info"):
+    jinja_env.from_string = functools.lru_cache(maxsize=256)(jinja_env.from_string)
+
 
 class LocalTask(ConfigurableTask):
     """An lm-eval task whose documents are rows held in memory: nothing is downloaded, nothing is cached."""

@@ -57,9 +57,9 @@ def products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atten
     scores = query.reshape(batch * groups, -1, width) @ key.reshape(batch * groups, keys, width).transpose(1, 2)
     by_head = scores.view(batch, heads, tokens, keys)
     if attention_mask is None and tokens > 1:
-        by_head.add_(torch.full((tokens, keys), -torch.inf, dtype=query.dtype, device=query.device).triu_(1))
+        by_head.add_(torch.full((tokens, keys), -torch.inf, dtype=scores.dtype, device=query.device).triu_(1))
     elif attention_mask is not None and attention_mask.dtype == torch.bool:
-        by_head.masked_fill_(~attention_mask, torch.finfo(query.dtype).min)
+        by_head.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
     elif attention_mask is not None:
         by_head.add_(attention_mask)
     mixed = scores.softmax(-1) @ value.reshape(batch * groups, keys, width)

@@ -39,6 +39,7 @@ from experiments.attention import with_sdpa
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from methods.effective import adapted_names, base_parameters, factors, lora_layers
+from methods.fisher import TOKENS
 from methods.importance import CPU_PIECE, CUDA_PIECE
 from methods.part import Part
 
@@ -184,10 +185,10 @@ class _Layout:
         return self._fit(settings, parts=(), held={"importance": _share(omega, self.processes)})
 
     def fisher(self, part: Part, settings: TrainSettings) -> dict[str, int]:
-        """One document's forward and backward pass (`batched`: of a batch of them), a float32 F, one gradient at a time."""
+        """A pass of as many documents as `TOKENS` hold (`batched`: of a batch), a float32 F, one gradient at a time."""
         count, wide = self._count, self._wide
-        documents = getattr(part, "batch_size", 1) if getattr(part, "estimator", "") == "batched" else 1
         length = min(settings.length, getattr(part, "length", settings.length))
+        documents = part.batch_size if getattr(part, "estimator", "") == "batched" else max(1, min(part.samples, TOKENS // length))
         whole = getattr(part, "scope", "adapted") == "whole-model"
         alive, work = activations(self.shape, parts=adapting(self.parts), dtype=self.compute, rows=documents, length=length,
                                   fisher="whole-model" if whole else "adapted")  # fmt: skip

@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from experiments.threads import scratch, spread
+
 MOMENTS = ("float32", "bfloat16")
 CHUNK = 1 << 24  # entries of a tensor worked on at once: the bound of every temporary
 CPU_CHUNK = 1 << 18  # there what stays in the cache is three times as fast
@@ -131,7 +133,8 @@ class AdamW(torch.optim.Optimizer):
 
     watch   called with (weight, piece, movement) for every piece of every weight just before the movement is added:
             `piece` is a slice of the flattened weight, `movement` all that is added to it, weight decay included;
-            it must not be kept, for it is scratch. Watching changes no weight.
+            it must not be kept, for it is scratch. Watching changes no weight. On the CPU several threads call at
+            once, each for a piece of its own.
     """
 
     watch: Callable[[Tensor, slice, Tensor], None] | None = None
@@ -157,14 +160,23 @@ class AdamW(torch.optim.Optimizer):
         state, decay = self.state[p], group["lr"] * group["weight_decay"]
         self._moments._advance(p, p.grad, state)
         flat, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
-        for piece in _pieces(p):
-            update = torch.empty_like(flat[piece])
+        cpu = p.device.type == "cpu"
+
+        def advance(piece: slice) -> None:
+            weight = flat[piece]
+            update = scratch("update", len(weight), weight.dtype) if cpu else torch.empty_like(weight)
             self._moments._adam(p, gradient[piece], state, update, piece, group["lr"], group["betas"], group["eps"], None)
             if decay:
-                update.add_(flat[piece], alpha=-decay)
+                update.add_(weight, alpha=-decay)
             if self.watch:
                 self.watch(p, piece, update)
-            flat[piece].add_(update)
+            weight.add_(update)
+
+        if cpu:
+            spread(advance, list(_pieces(p)))
+        else:
+            for piece in _pieces(p):
+                advance(piece)
         if not p.is_contiguous():  # flattening has copied it
             p.copy_(flat.view(p.shape))
 

@@ -3,7 +3,8 @@
 Time: the matrix FLOPs of the cell (experiments/flops.py, on the model without its weights) over the rate that earlier
 cells of the model reached on this machine, else over a share of the device's peak. Rows that are not there yet count as
 half of `length`. Memory: experiments/memory.py, by kind, for both phases, with examples as long as `length` allows;
-a cell that cannot fit into what is free here is marked. Disk: the weights of a cell. Nothing is loaded or fetched.
+a cell that cannot fit into what is free here is marked. Disk: what is kept of a cell's weights (experiments/tuned.py), an
+adapter or a difference from the base. Nothing is loaded or fetched.
 """
 
 import functools
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments import cells, hardware, memory
+from experiments import cells, hardware, memory, tuned
 from experiments.flops import Flops
 from experiments.lock import Lock
 from experiments.weights import as_dtype
@@ -42,6 +43,7 @@ def make(study) -> dict:
         "total": {
             "cells": len(planned), "to_run": len(todo),
             "seconds": sum(c["seconds"] for c in todo), "disk_bytes": sum(c["disk_bytes"] for c in todo),
+            "disk_bytes_all": sum(c["disk_bytes"] for c in planned),
             "peak_memory_bytes": max((c["memory_bytes"] for c in planned), default=0),
             "available_memory_bytes": available, "too_large": sum(c["fits"] is False for c in planned),
         },
@@ -140,7 +142,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     return {"cell": cell.name, "cached": cached, "tokens": int(settings.epochs * sum(lengths)) if trained else 0,
             "seconds": round(sum(seconds.values()), 1)} | {f"seconds_{stage}": round(value, 1) for stage, value in seconds.items()} | {
             "memory_bytes": peak, "memory": kinds, "fits": None if available is None else together * peak <= available,
-            "disk_bytes": model.shape.parameters * model.checkpoint.itemsize}  # fmt: skip
+            "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint)}  # fmt: skip
 
 
 def _prepare_flops(study, cell, model: _Model, settings) -> float:
@@ -203,7 +205,9 @@ def text(plan: dict) -> str:
                   f"peak memory about {_gib(total['peak_memory_bytes'])}{room}"]  # fmt: skip
     if total["too_large"]:
         lines.append(f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, and a run says what would help")
-    lines += [f"{model}: estimated from {basis}" for model, basis in plan["basis"].items()]
+    lines.append(f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other weights as their difference "
+                 f"from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each further bit of mantissa")  # fmt: skip
+    lines += [f"{model}: time estimated from {basis}" for model, basis in plan["basis"].items()]
     return "\n".join(lines)
 
 
@@ -212,4 +216,4 @@ def _minutes(seconds: float) -> str:
 
 
 def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"

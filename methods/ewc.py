@@ -20,9 +20,10 @@ from experiments.architecture import base_name
 from experiments.errors import UserError
 from experiments.sharding import Shards
 from methods.effective import Full, adapted_names, anchored, base_parameters, effective_weights
-from methods.fisher import diagonal_fisher
+from methods.fisher import by_length, diagonal_fisher
 from methods.importance import encode, placed
 from methods.part import Part, Prepared, cut, register, setting
+from methods.stored import refuse_thin_floats, thin
 
 __all__ = ["EWC", "diagonal_fisher"]
 
@@ -35,18 +36,24 @@ __all__ = ["EWC", "diagonal_fisher"]
 )
 @dataclass(frozen=True, kw_only=True)
 class EWC(Part):
-    shares = ("methods.effective", "methods.fisher", "methods.importance")
+    shares = ("methods.effective", "methods.fisher", "methods.importance", "methods.per_example", "methods.stored")
 
     strength: float = setting(1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token")
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over")
     length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
-    estimator: Literal["empirical", "sampled", "batched"] = setting(
+    estimator: Literal["empirical", "sampled", "signed", "batched"] = setting(
         "empirical", phase="prepare",
-        help="labels of the text, labels drawn from the model, or the published square of a batch's mean gradient")
+        help="labels of the text, labels drawn from the model, the text's under a random sign a document, or the published square of "
+             "a batch's mean gradient")
     scope: Literal["adapted", "whole-model"] = setting(
         "adapted", phase="prepare", help="tensors the Fisher is computed and stored on: those that the method changes, or all")
     bits: Literal[8, 32] = setting(8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float")
+    density: float = setting(1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept")
     batch_size: int = setting(8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone")
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_thin_floats(self)
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         """The Fisher by base parameter name. Its labels are drawn with one fixed seed: every cell of a model shares it."""
@@ -54,7 +61,7 @@ class EWC(Part):
         everything = base_parameters(model)
         names = adapted_names(model) if self.scope == "adapted" else list(everything)
         with _bar(progress, len(examples)) as advance:
-            fisher = diagonal_fisher(model, _batches(examples, self.batch_size if self.estimator == "batched" else 1), self.estimator,
+            fisher = diagonal_fisher(model, _batches(examples, self.batch_size if self.estimator == "batched" else None), self.estimator,
                                      parameters={name: everything[name] for name in names}, progress=advance,
                                      shards=shards, resume=resume)  # fmt: skip
         notes = {"estimator": self.estimator, "documents": len(examples), "entries": sum(f.numel() for f in fisher.values()),
@@ -62,6 +69,8 @@ class EWC(Part):
         if self.estimator == "batched":
             notes["batch_size"] = self.batch_size
         importance = {name: encode(fisher.pop(name), name=name) if self.bits == 8 else fisher.pop(name).cpu() for name in list(fisher)}
+        if self.density < 1:
+            importance, notes["kept"] = thin(importance, density=self.density)
         return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
 
     def begin(self, *, run, state, examples):
@@ -82,13 +91,19 @@ class EWC(Part):
 
     def report(self, *, run, state):
         said = {"strength": self.strength, "estimator": self.estimator, "scope": self.scope}
+        if self.density < 1:
+            said["kept"] = state.get("notes", {}).get("kept")
         return said | ({"batch_size": self.batch_size} if self.estimator == "batched" else {})
 
 
-def _batches(examples: list[dict], size: int) -> Iterator[dict]:
-    """Right-padded batches; one document a batch needs no padding."""
-    for start in range(0, len(examples), size):
-        rows = examples[start : start + size]
+def _batches(examples: list[dict], size: int | None) -> Iterator[dict]:
+    """Right-padded batches of `size` documents in their order; without a size, of as many of like lengths as one pass takes."""
+    if size is None:
+        groups = by_length([len(e["input_ids"]) for e in examples])
+    else:
+        groups = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+    for group in groups:
+        rows = [examples[i] for i in group]
         pad = torch.nn.utils.rnn.pad_sequence
         yield {
             "input_ids": pad([e["input_ids"] for e in rows], batch_first=True),

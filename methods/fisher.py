@@ -2,9 +2,11 @@
 
     F_i = (1/N) Σ_n (∂/∂θ_i Σ_t −log p_θ(y_nt | x_n,<t))²
 
-The square is outside the sum over tokens and inside the sum over examples, so there is no cheaper way than one
-backward pass an example; each runs alone and unpadded, which makes F independent of batch size, padding and order.
-A hook squares each tensor's gradient as soon as it is complete and frees it: no gradient buffer, one float32 F.
+The square is outside the sum over tokens and inside the sum over examples, so there is no cheaper way than one matrix
+product an example and weight; all else is done for several examples of like lengths at once (methods/per_example.py).
+Padding on the right is seen by no token and has no gradient, so F depends on batch size, padding and order by rounding
+alone. A model with layers that are not known there has one backward pass an example, in which a hook squares each tensor's
+gradient as soon as it is complete and frees it. Either way there is no gradient buffer, and one float32 F.
 Several processes take the batches in turn, each with the whole weights, and add up their sums of squares once, at the end.
 """
 
@@ -12,21 +14,23 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from experiments.errors import UserError
 from experiments.sharding import Shards
+from methods.per_example import Squares
 
 if TYPE_CHECKING:
     from experiments.resume import Resume
 
-ESTIMATORS = ("empirical", "sampled", "batched")
+ESTIMATORS = ("empirical", "sampled", "signed", "batched")
+TOKENS = 512  # of one forward pass, padding included, unless one document is longer
 
 
 def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], estimator: str = "empirical", *, seed: int = 0,
@@ -39,6 +43,9 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
                 transformers takes them (unshifted, −100 ignored), without them every token is a label
     estimator   "empirical": the labels given. "sampled": labels drawn from the model at every labelled position, by a
                 generator seeded with `seed` and the example's input ids: the true Fisher's estimate.
+                "signed": (Σ_n s_n ∂/∂θ_i Σ_t …)² of examples of like lengths together, s_n = ±1 drawn from `seed` and the
+                example's input ids alone: the empirical F in the mean over signs, noisier, at the price of plain training.
+                The noise, and no more, depends on the batches; examples that are the same have the same sign.
                 "batched": the square of each batch's mean gradient, as published baselines compute it: about 1/batch of
                 the empirical scale, and the batches' sizes and composition matter. Not a Fisher; kept for comparison.
     parameters  what to compute F of: names, or parameters under the names they are to have; all by default.
@@ -61,7 +68,7 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
     elif not isinstance(parameters, Mapping):
         parameters = {name: everything[name] for name in parameters}
     for name, p in parameters.items():
-        if isinstance(p, DTensor):
+        if hasattr(p, "placements"):  # a DTensor, whose module takes a second to import
             raise UserError(
                 f"{name} is cut into shards: its gradient is a mean over processes, and the square of a mean is not the mean "
                 "of squares; compute the Fisher on whole weights, before fully_shard"
@@ -86,6 +93,7 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
 
         return hook
 
+    squares = Squares.of(model, parameters, total) if estimator in ("empirical", "sampled") else None
     before = resume.load(total, device) if resume else None
     done = before[1]["rounds"] if before else 0
     if done and progress is not None:
@@ -99,15 +107,50 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
                     if loss is not None:
                         (loss / weight).backward()
                 else:
-                    for ids, labels in _documents(batch):
-                        loss = _document_nll(model, ids.to(device), labels.to(device), seed if estimator == "sampled" else None)
-                        if loss is not None:
-                            loss.backward()
+                    documents = list(_documents(batch))
+                    for group in by_length([len(ids) for ids, _ in documents]):
+                        _accumulate(model, [documents[i] for i in group], estimator, seed, squares, device)
             if resume and resume.due():
                 resume.save(total, {"rounds": turn + 1})
             if progress is not None:
                 progress(rows[turn])
     return {name: shards.sum(total.pop(name)).div_(examples).float() for name in list(total)}  # never a second copy of F
+
+
+def by_length(lengths: Sequence[int], tokens: int = TOKENS) -> list[list[int]]:
+    """Indices in groups of like lengths, longest first: at most `tokens` a group when padded; what is longer is alone."""
+    groups: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
+            groups[-1].append(index)
+        else:
+            groups.append([index])
+    return groups
+
+
+def _accumulate(model: nn.Module, documents: list[tuple[Tensor, Tensor]], estimator: str, seed: int, squares: Squares | None,
+                device: torch.device) -> None:  # fmt: skip
+    """Backward passes of (input ids, labels) of examples: by `squares` of all together, or into the parameters' hooks."""
+    if estimator == "signed":
+        ids, labels = _padded(documents, device)
+        if (labels[:, 1:] != -100).any():
+            signs = torch.tensor([_sign(ids, seed) for ids, _ in documents], device=device)
+            (_nll(model, ids, labels) * signs).sum().backward()
+        return
+    seed = seed if estimator == "sampled" else None
+    documents = [(ids, labels) for ids, labels in documents if (labels[1:] != -100).any()]
+    lengths = [len(ids) for ids, _ in documents]
+    if documents and squares is not None:
+        ids, labels = _padded(documents, device)
+        if squares.add(ids, lambda: _nll(model, ids, labels, lengths, seed).sum()):
+            return
+    for document, length in zip(documents, lengths, strict=True):
+        _nll(model, *_padded([document], device), [length], seed).sum().backward()
+
+
+def _padded(documents: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
+    ids, labels = zip(*documents, strict=True)
+    return pad_sequence(ids, batch_first=True).to(device), pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
 
 
 def _documents(batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -125,23 +168,36 @@ def _filled(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     return mask, (ids if labels is None else labels).masked_fill(~mask, -100)
 
 
-def _document_nll(model: nn.Module, ids: Tensor, labels: Tensor, seed: int | None) -> Tensor | None:
-    """Σ −log p(label) of one document (1-D ids and labels), in nats; None without a label. Logits only where labelled."""
-    asked = (labels[1:] != -100).nonzero().flatten()
-    if not len(asked):
-        return None
-    logits = model(input_ids=ids[None], logits_to_keep=asked, use_cache=False).logits[0]
+def _nll(model: nn.Module, ids: Tensor, labels: Tensor, lengths: Sequence[int] = (), seed: int | None = None) -> Tensor:
+    """Σ −log p(label) of each right-padded example, in nats, of labels drawn by `seed` if there is one.
+
+    The last real token of an example sees no padding, so there is no attention mask. Logits only where an example has a label.
+    """
+    asked = (labels[:, 1:] != -100).any(0).nonzero().flatten()
+    targets = labels[:, 1:][:, asked]
+    logits = model(input_ids=ids, logits_to_keep=asked, use_cache=False).logits
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    targets = labels[1:][asked] if seed is None else _drawn(logits.detach(), ids, seed)
-    return F.cross_entropy(logits, targets, reduction="sum")
+    if seed is not None:
+        for row, length, wanted in zip(range(len(ids)), lengths, targets != -100, strict=True):
+            targets[row, wanted] = _drawn(logits[row, wanted].detach(), ids[row, :length], seed)
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none").view(targets.shape).sum(1)
 
 
 def _drawn(logits: Tensor, ids: Tensor, seed: int) -> Tensor:
     """A label for each row of logits, drawn on the CPU so that every device draws the same."""
-    text = f"{seed}:{','.join(map(str, ids.tolist()))}"
-    generator = torch.Generator().manual_seed(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1)
+    generator = torch.Generator().manual_seed(_number(ids, seed))
     chances = logits.double().softmax(-1).cpu()
     return torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)
+
+
+def _sign(ids: Tensor, seed: int) -> int:
+    return 1 - 2 * (_number(ids, seed) % 2)
+
+
+def _number(ids: Tensor, seed: int) -> int:
+    """63 random bits of a document."""
+    text = f"{seed}:{','.join(map(str, ids.tolist()))}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _batch_nll(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Tensor | None:

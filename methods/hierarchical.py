@@ -25,6 +25,7 @@ from methods.effective import Full, anchored, effective_weights
 from methods.importance import encode, placed, totals
 from methods.part import Part, Prepared, cut, register, setting
 from methods.path_integral import PathIntegral
+from methods.stored import refuse_thin_floats, thin
 
 # What the sources say where they are ambiguous; a setting beside the preset wins.
 PAPER = {"strength": 1.0e-3, "temperature": 1.0, "groups": "blocks", "normalise": "sum", "keep_strength": False, "xi": 1.0e-9,
@@ -41,7 +42,7 @@ OFFICIAL = PAPER | {"temperature": 1.0e8, "groups": "modules", "gradient": "disp
 )
 @dataclass(frozen=True, kw_only=True)
 class Hierarchical(Part):
-    shares = ("methods.carry", "methods.effective", "methods.importance", "methods.path_integral")
+    shares = ("methods.carry", "methods.effective", "methods.importance", "methods.path_integral", "methods.stored")
     presets = {"paper": PAPER, "official": OFFICIAL}
 
     preset: Literal["", "paper", "official"] = setting("", help="settles the settings not given as the paper or its code does")
@@ -65,7 +66,12 @@ class Hierarchical(Part):
     clamp: Literal["end", "step"] = setting("end", phase="prepare", by_preset=True, help="when ω is kept from being negative")
     consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", by_preset=True, help="when ω becomes Ω")
     bits: Literal[8, 32] = setting(8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float")
+    density: float = setting(1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept")
     carry_optimizer: bool = setting(False, phase="prepare", by_preset=True, help="begin with Adam's state of the general phase")
+
+    def __post_init__(self):
+        super().__post_init__()
+        refuse_thin_floats(self)
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         chosen = self.resolved()
@@ -87,6 +93,8 @@ class Hierarchical(Part):
         start = {name: run.whole(name).to(base[name].dtype if name in base else run.weights[name].dtype).cpu().clone() for name in run.weights}
         carry = carried(run, result.optimizer) if chosen.carry_optimizer else None
         notes = {"documents": len(examples), "tokens": result.tokens, "entries": sum(t.numel() for t in importance.values())}
+        if self.density < 1:
+            importance, notes["kept"] = thin(importance, density=self.density)
         return Prepared(importance=importance, start=start, carry=carry, tokens=result.tokens, notes=notes)
 
     def begin(self, *, run, state, examples):
@@ -132,6 +140,8 @@ class Hierarchical(Part):
     def report(self, *, run, state):
         said = {"coefficients": state["coefficients"], "norms": state["norms"], "largest_share": state["largest_share"],
                 "settings": self.settings(), "warning": None}  # fmt: skip
+        if self.density < 1:
+            said["kept"] = state.get("notes", {}).get("kept")
         if self.layer_wise and len(state["coefficients"]) > 1 and state["largest_share"] > 0.5:
             first = max(state["coefficients"], key=state["coefficients"].get)
             said["warning"] = (f"{first} takes {state['largest_share']:.0%} of the layer-wise weight: the softmax over norms is nearly "

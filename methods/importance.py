@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from experiments.errors import UserError
+from experiments.threads import scratch, spread
 
 if TYPE_CHECKING:
     from methods.part import Run
@@ -31,9 +33,8 @@ OCTAVES = 40
 CPU_PIECE = 1 << 18  # entries worked on at once: a few float32 copies of them fit in a core's cache
 CUDA_PIECE = 1 << 24
 
-SCALE = "::scale"  # behind a tensor's name in a file: its low and step
-
 _CODES = 255  # that are not 0
+_PAIRED = 1 << 16  # entries of a tensor from which on its codes are decoded two at once
 _SMALLEST = -126  # log2 of float32's smallest normal number
 
 
@@ -48,6 +49,24 @@ class Codes:
     def numel(self) -> int:
         return self.codes.numel()
 
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes
+
+    def cpu(self) -> Codes:
+        return replace(self, codes=self.codes.cpu())
+
+    def scaled(self, factor: float) -> Codes:
+        """factor times the values, factor > 0: the same codes."""
+        return replace(self, low=_round(self.low + math.log2(factor)))
+
+    def histogram(self) -> tuple[Tensor, Tensor]:
+        """How many entries have each of the 256 codes, and what it stands for; (256,) each, float64, on the CPU."""
+        counts = torch.zeros(_CODES + 1, dtype=torch.float64)
+        for (piece,) in pieces(self.codes):
+            counts += piece.bincount(minlength=_CODES + 1).cpu()
+        return counts, _table(self.low, self.step, torch.float64, counts.device)
+
 
 @torch.no_grad()
 def encode(values: Tensor, *, name: str = "a tensor") -> Codes:
@@ -57,7 +76,7 @@ def encode(values: Tensor, *, name: str = "a tensor") -> Codes:
     Raises UserError calling the tensor `name` for a value that is negative, infinite or not a number in float32.
     """
     flat = values.detach().reshape(-1)
-    low, step, nothing = _range(flat, _largest(flat, name))
+    low, step, nothing = _range(flat, largest(flat, name))
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     for code, piece in pieces(codes, flat):
         piece = piece.float()
@@ -68,16 +87,16 @@ def encode(values: Tensor, *, name: str = "a tensor") -> Codes:
     return Codes(codes=codes.view(values.shape), low=low, step=step)
 
 
-def _largest(flat: Tensor, name: str) -> float:
-    """The largest value, 0 of none."""
-    largest = 0.0
+def largest(flat: Tensor, name: str) -> float:
+    """The largest value, 0 of none. Raises UserError calling the tensor `name` for one that no importance can have."""
+    highest = 0.0
     for (piece,) in pieces(flat):
         least, most = (bound.item() for bound in piece.float().aminmax())
         if not (least >= 0 and most < math.inf):  # also true of a NaN
             raise UserError(f"importance of {name} lies in {least:g} to {most:g}: it must be finite and not negative; "
                             "prepare this method again in float32, or with other general text")  # fmt: skip
-        largest = max(largest, most)
-    return largest
+        highest = max(highest, most)
+    return highest
 
 
 def _range(flat: Tensor, largest: float) -> tuple[float, float, float]:
@@ -115,42 +134,12 @@ def _table(low: float, step: float, dtype: torch.dtype, device: torch.device) ->
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Contiguous tensors of one size and device, flat and cut alike into pieces that are views of them."""
     size = CUDA_PIECE if tensors[0].is_cuda else CPU_PIECE
-    yield from zip(*(tensor.view(-1).split(size) for tensor in tensors if tensor.numel()), strict=True)
-
-
-def to_file(importance: Mapping[str, Tensor | Codes]) -> dict[str, Tensor]:
-    """What safetensors stores: codes by name, beside them `NAME::scale`, float64 (low, step); other tensors as they are.
-
-    Raises UserError naming a tensor with a value that is negative, infinite or not a number.
-    """
-    stored = {}
-    for name, values in importance.items():
-        if isinstance(values, Codes):
-            stored[name] = values.codes
-            stored[name + SCALE] = torch.tensor([values.low, values.step], dtype=torch.float64)
-        else:
-            _largest(values.detach().reshape(-1), name)
-            stored[name] = values
-    return stored
-
-
-def from_file(tensors: Mapping[str, Tensor]) -> dict[str, Tensor | Codes]:
-    """Importance by name, out of what `to_file` made; floating-point tensors are passed on as they are.
-
-    Raises UserError for codes without their scale.
-    """
-    importance: dict[str, Tensor | Codes] = {}
-    for name, tensor in tensors.items():
-        if name.endswith(SCALE):
-            continue
-        if tensor.dtype == torch.uint8:
-            if name + SCALE not in tensors:
-                raise UserError(f"importance of {name} is in 8 bits and its scale is missing: prepare this method again")
-            low, step = tensors[name + SCALE].tolist()
-            importance[name] = Codes(codes=tensor, low=low, step=step)
-        else:
-            importance[name] = tensor
-    return importance
+    flat = [tensor.view(-1) for tensor in tensors if tensor.numel()]
+    if flat and len(flat[0]) <= size:  # splitting takes longer than working on a small one
+        flat = [(tensor,) for tensor in flat]
+    else:
+        flat = [tensor.split(size) for tensor in flat]
+    yield from zip(*flat, strict=True)
 
 
 def placed(run: Run, values: Tensor | Codes) -> Tensor | Codes:
@@ -163,10 +152,7 @@ def placed(run: Run, values: Tensor | Codes) -> Tensor | Codes:
 def totals(values: Tensor | Codes) -> tuple[float, float]:
     """ΣF and ΣF², added up in float64."""
     if isinstance(values, Codes):
-        counts = torch.zeros(_CODES + 1, dtype=torch.float64)
-        for (piece,) in pieces(values.codes):
-            counts += piece.bincount(minlength=_CODES + 1).cpu()
-        each = _table(values.low, values.step, torch.float64, counts.device)
+        counts, each = values.histogram()
         return (counts * each).sum().item(), (counts * each.square()).sum().item()
     total = square = 0.0
     for (piece,) in pieces(values):
@@ -190,14 +176,58 @@ def penalise(*, weight: Tensor, anchor: Tensor | None, importance: Tensor | Code
     rows = [weight.detach(), gradient] + ([] if single else [factor]) + ([] if anchor is None else [anchor])
     if any(row.shape != weight.shape for row in rows):
         raise ValueError(f"shapes differ: {', '.join(str(tuple(row.shape)) for row in rows)}")
-    sums = []
-    for theta, out, *rest in pieces(*rows):
-        f = factor if single else rest[0]
-        f = decode(f, low=importance.low, step=importance.step, dtype=wide) if coded else f.to(wide)
-        moved = theta.to(wide)
-        if anchor is not None:
-            moved = torch.sub(moved, rest[-1]).to(wide)
-        force = f * moved
-        sums.append(torch.dot(force, moved))
+    table = _table(importance.low, importance.step, wide, weight.device) if coded else None
+    pairs = _pairs(table) if coded and _in_pairs(factor, table) else None
+
+    def added(piece: tuple[Tensor, ...]) -> Tensor:
+        theta, out, *rest = piece
+        moved, force = (_scratch(use, theta, wide) for use in ("moved", "force"))
+        if anchor is None:
+            moved = theta.to(wide)
+        else:
+            torch.sub(theta.to(wide), _widened(rest[-1], into=moved), out=moved)
+        if coded:
+            _decode(rest[0], table, pairs, out=force).mul_(moved)
+        else:
+            torch.mul(_widened(factor if single else rest[0], into=force), moved, out=force)
+        value = torch.dot(force, moved)
         out.add_(force, alpha=scale)
+        return value
+
+    work = list(pieces(*rows))
+    sums = [added(piece) for piece in work] if weight.is_cuda else spread(added, work)
+    # added up in the pieces' order: no number of threads changes the sum
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=wide, device=weight.device)
+
+
+def _scratch(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(len(like), dtype=dtype, device=like.device) if like.is_cuda else scratch(use, len(like), dtype)
+
+
+def _widened(values: Tensor, *, into: Tensor) -> Tensor:
+    """`values`, for an operation with wider ones: a GPU widens on the way, the CPU would take new memory for it."""
+    return values if values.is_cuda or values.dim() == 0 or values.dtype.itemsize >= into.dtype.itemsize else into.copy_(values)
+
+
+def _in_pairs(codes: Tensor, table: Tensor) -> bool:
+    """Whether looking two codes up at once pays for the table of their 65536 values."""
+    return codes.device.type == "cpu" and table.dtype == torch.float32 and codes.numel() >= _PAIRED and sys.byteorder == "little"
+
+
+def _pairs(table: Tensor) -> Tensor:
+    """By two neighbouring codes read as one uint16 their two float32, side by side in a float64: (65536,), until the next call."""
+    first = table.view(torch.int32).long()  # none has a sign
+    found = scratch("pairs", len(table) ** 2, torch.int64).view(len(table), len(table))
+    for some, second in zip(found.chunk(2), (first << 32).chunk(2)):  # halves are too little for torch to wake its threads
+        torch.add(first, second[:, None], out=some)
+    return found.view(torch.float64).view(-1)
+
+
+def _decode(codes: Tensor, table: Tensor, pairs: Tensor | None, *, out: Tensor) -> Tensor:
+    """The values of uint8 `codes` (entries,), in `out`."""
+    if pairs is None or len(codes) % 2 or codes.storage_offset() % 2:
+        torch.index_select(table, 0, codes.int(), out=out)
+    else:
+        index = scratch("index", len(codes) // 2, torch.int32).copy_(codes.view(torch.uint16))
+        torch.index_select(pairs, 0, index, out=out.view(torch.float64))
+    return out

@@ -1,7 +1,7 @@
 """Low-rank adaptation (Hu et al. 2021): W + s·B·A with A (rank × in) drawn, B (out × rank) zero; peft does the wrapping.
 
-s = alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023). The weights that are scored are merged, W + s·B·A in
-float32, and rounded once to the checkpoint's dtype; the adapter is saved beside them in peft's format.
+s = alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023). The weights that are scored are merged, W + s·B·A, and rounded
+to the checkpoint's dtype. The adapter is saved in peft's format, and is enough to merge the same bits again (`merged`).
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import json
 import math
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+from experiments.architecture import base_name
 from experiments.errors import UserError
 from methods.effective import Factored, effective_weights, factors
 from methods.part import Part, register, setting
+
+PIECE = 1 << 17  # entries merged at a time, which stay in the processor's cache
 
 
 @register(
@@ -62,14 +66,14 @@ class LoRA(Part):
                 raise UserError(f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding too): leave it out")
 
     def finish(self, *, run, state, final):
-        merged = dict(final)
+        changed = dict(final)
         for weight in effective_weights(run):
             if isinstance(weight, Factored):
-                update = weight.wholly(weight.value())
+                a, b = run.whole(weight.a), run.whole(weight.b)
                 if run.shards.first:
-                    base = final.get(weight.name, run.base[weight.name])
-                    merged[weight.name] = (base.to(update.device, update.dtype) + update).cpu()
-        return merged
+                    base = final[weight.name] if weight.name in final else run.base[weight.name]
+                    changed[weight.name] = merged(base, a=a, b=b, scale=weight.scaling)
+        return changed
 
     def save(self, *, run, state, folder):
         """adapter/: adapter_model.safetensors and adapter_config.json, sorted; peft writes the latter from a set."""
@@ -92,6 +96,33 @@ class LoRA(Part):
         adapted = [w for w in effective_weights(run) if isinstance(w, Factored)]
         entries = sum(math.prod(run.shapes[name]) for w in adapted for name in (w.a, w.b))
         return {"adapted_layers": len(adapted), "trained_entries": entries, "scale": adapted[0].scaling}
+
+
+def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float) -> Tensor:
+    """W + s·B·A (W out × in, A rank × in, B out × rank) on the CPU, in float32, float64 for a float64 W; a new tensor.
+
+    The same bits on every machine and with any number of threads: a matrix product adds in an order of its own, so here the
+    ranks are added one after the other, in float64, and the sum is rounded to float32.
+    """
+    a, b = a.detach().cpu().double(), b.detach().cpu().double()
+    out = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+    size = max(1, PIECE // a.shape[1])
+    for at in range(0, len(out), size):
+        rows = slice(at, at + size)
+        total, product = (torch.zeros(len(out[rows]), a.shape[1], dtype=torch.float64) for _ in range(2))
+        for of_b, of_a in zip(b[rows].T, a):
+            total += torch.mul(of_b[:, None], of_a, out=product)  # two roundings: addcmul is one on some machines
+        out[rows] = total.mul_(scale).add_(weight[rows].cpu())
+    return out
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """A and B by base name of the weight they adapt, and the scale, from the files that `save` writes."""
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
+             for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}  # fmt: skip
+    return found, config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
 
 
 def _known(linear: dict[str, nn.Module]) -> list[str]:

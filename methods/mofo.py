@@ -7,26 +7,43 @@
 Only the entries with the largest momentum of each tensor move, so that the run stays near the base. Ties are kept, also
 where the threshold is 0; tensors of fewer than two dimensions (norms, biases) move in full.
 
-The threshold is exact: numpy's vectorised partition on the CPU, torch.topk elsewhere. Where each process holds a piece
-of every tensor it is the k-th largest of the whole tensor all the same, found in histograms that are summed over the
-processes. m and v may be kept in bfloat16 (experiments.moments); |m| is then read before it is rounded.
+The threshold comes first, from the |m| that the step will arrive at, and is exact (methods.selection); then m, v and θ
+advance together, a piece at a time, so that nothing as large as a tensor is held but what the partition reorders on the
+CPU: |m| of one tensor a thread. On other devices, and where each process holds a piece of every tensor, histograms take
+its place: the threshold is then the k-th largest of the whole tensor all the same. m and v may be kept in bfloat16
+(experiments.moments); |m| is then read before it is rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from threading import Barrier
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.moments import Moments
+from experiments.moments import AdamW, Moments, _pieces
 from methods.part import Part, register, setting
+from methods.selection import kth_by_histogram, kth_largest, kth_largest_of_all  # noqa: F401
 
 ALLOWED = "(0, 1]"
-COUNTED = 1 << 24  # entries that enter a histogram at once: the bound of its temporaries
+SHARED = 1 << 18  # entries for which another thread is worth while
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A tensor's part of a step."""
+
+    weight: Tensor
+    gradients: list[Tensor]  # of the tensor and of its twins
+    state: dict[str, Any]
+    group: dict[str, Any]
 
 
 class MoFO(torch.optim.Optimizer):
@@ -41,6 +58,9 @@ class MoFO(torch.optim.Optimizer):
     With several processes each holds a slice, which may be empty, of every flattened parameter with the parameter's own
     number of dimensions, and all call `step` and `realised_fraction` together; a missing gradient is then one of zeros,
     and |m| of float64 parameters is selected in float32. The masks are those of one process.
+
+    On the CPU one process gives every thread a tensor at a time; the result does not depend on their number. Scratch: 4 bytes
+    (8 for float64) for an entry of the largest tensor, of the second largest too where there are two threads, and so on.
 
     A parameter given twice is one tensor, and so are two that share storage if there is one process: their gradients
     are summed. Raises ValueError for a fraction outside (0, 1], for sparse gradients, and for another number of sizes
@@ -98,60 +118,109 @@ class MoFO(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        shared = {id(first): others for first, *others in self._twins.values() if others}
         self._moved, self._entries = None, 0
+        jobs = list(self._jobs())
+        for job, moved in zip(jobs, self._move_all(jobs)):
+            if moved is not None:
+                self._moved = moved if self._moved is None else self._moved + moved.to(self._moved.device)
+                self._entries += self._whole(job.weight)
+        if self._moved is not None:
+            self._moved_total = self._moved if self._moved_total is None else self._moved_total + self._moved
+            self._entries_total += self._entries
+        return loss
+
+    def _jobs(self) -> Iterator[_Job]:
+        shared = {id(first): others for first, *others in self._twins.values() if others}
         for group in self.param_groups:
             for p in group["params"]:
                 gradients = [t.grad for t in (p, *shared.get(id(p), ())) if t.grad is not None]
                 if not gradients and self._shards is not None:  # the others may have one, and wait in the reduction
                     gradients = [torch.zeros_like(p)]
                 if gradients:
-                    self._update(p, sum(gradients[1:], gradients[0]), group)
-        if self._moved is not None:
-            self._moved_total = self._moved if self._moved_total is None else self._moved_total + self._moved
-            self._entries_total += self._entries
-        return loss
+                    yield _Job(weight=p, gradients=gradients, state=self.state[p], group=group)
 
-    def _update(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
-        entries, decay = self._sizes.get(id(p), p.numel()), group["lr"] * group["weight_decay"]
+    def _move_all(self, jobs: list[_Job]) -> list[Tensor | None]:
+        """What `_move` says of every job."""
+        done: list[Tensor | None] = [None] * len(jobs)
+        order, workers = list(range(len(jobs))), 1  # several processes meet their reductions in this one order
+        if self._shards is None and all(job.weight.is_cpu for job in jobs):
+            # what is large comes first: threads end together, and the room for a thread's first tensor holds all later ones
+            order.sort(key=lambda index: -jobs[index].weight.numel())
+            workers = _workers([jobs[index].weight.numel() for index in order])
+        rest = iter(order[workers:])
+
+        def work(worker: int) -> None:
+            with torch.no_grad():  # every thread has a mode of its own
+                for index in chain(order[worker : worker + 1], rest):
+                    done[index] = self._move(jobs[index], worker)
+
+        if workers == 1:
+            work(0)
+        else:
+            list(_threads(workers, torch.get_num_threads() // workers, os.getpid()).map(work, range(workers)))
+        return done
+
+    def _move(self, job: _Job, worker: int) -> Tensor | None:
+        """Advance m and v of a tensor and move its chosen entries; how many, where it is filtered."""
+        p, state, group, (beta, _) = job.weight, job.state, job.group, job.group["betas"]
+        gradient = sum(job.gradients[1:], job.gradients[0])
+        self._moments._advance(p, gradient, state)
+        wide = torch.promote_types(p.dtype, torch.float32)
+        flat, gradient, m = p.detach().reshape(-1), gradient.reshape(-1), state["exp_avg"].view(-1)
+        decay = group["lr"] * group["weight_decay"]
+
+        def sizes(piece: slice, out: Tensor | None = None) -> Tensor:
+            """|m| as it will be, by the same operation on the same piece each time: the threshold is met to the bit."""
+            return torch.lerp(m[piece].to(wide), gradient[piece].to(wide), 1 - beta, out=out).abs_()
+
+        entries = self._whole(p)
         filtered = p.dim() >= 2 and entries > 0
-        update = self._room("update", p)
-        size = self._room("size", p, torch.promote_types(p.dtype, torch.float32)) if filtered else None
-        self._moments.adam(weight=p, gradient=gradient, state=self.state[p], update=update, lr=group["lr"],
-                           betas=group["betas"], eps=group["eps"], magnitude=size)  # fmt: skip
-        keep = self._keep(p, size, entries, group["fraction"]) if filtered else None
-        if decay and filtered and group["decay_all"]:
-            p.mul_(1 - decay)
-        elif decay:
-            update.add_(p, alpha=-decay)
         if filtered:
-            p.addcmul_(update, keep.to(update.dtype))
-        else:
-            p.add_(update)
+            threshold = self._threshold(p, sizes, max(1, int(group["fraction"] * entries)), wide, worker)
+            moved = torch.zeros((), dtype=torch.float64, device=p.device)
+        pieces = list(_pieces(p))
+        longest = pieces[0].stop if pieces else 0
+        updates, kept = self._room("update", worker, longest, flat), self._room("keep", worker, longest, flat, wide)
+        again = filtered and not (m.dtype == wide and p.is_cpu and _kernel_is_lerp(wide, beta))
+        for piece in pieces:
+            weight, update, keep = flat[piece], updates[: piece.stop - piece.start], kept[: piece.stop - piece.start]
+            if again:
+                sizes(piece, keep)
+            self._moments._adam(p, gradient[piece], state, update, piece, group["lr"], group["betas"], group["eps"], None)
+            if filtered:
+                keep = (keep if again else torch.abs(m[piece], out=keep)).to(threshold.dtype).ge_(threshold)
+                moved += keep.sum()
+            if decay and filtered and group["decay_all"]:
+                weight.mul_(1 - decay)
+            elif decay:
+                update.add_(weight, alpha=-decay)
+            if filtered:
+                weight.addcmul_(update, keep.to(update.dtype))
+            else:
+                weight.add_(update)
+        if not p.is_contiguous():  # flattening has copied it
+            p.copy_(flat.view(p.shape))
+        return moved if filtered else None
 
-    def _keep(self, p: Tensor, size: Tensor, entries: int, fraction: float) -> Tensor:
-        """F of the tensor of `entries` of which `p` is here: 1 or 0, over `size`; counts what moves."""
-        k = max(1, int(fraction * entries))
-        if self._shards is not None:
-            size = size.float()
-            threshold = kth_largest_of_all(size, k, self._shards)
-        elif size.is_cpu:  # the partition reorders its copy
-            threshold = kth_largest(self._room("order", p, size.dtype).copy_(size), k)
-        else:
-            threshold = kth_largest(size, k)
-        keep = size.ge_(threshold)
-        moved = keep.sum().double()
-        self._moved = moved if self._moved is None else self._moved + moved.to(self._moved.device)
-        self._entries += entries
-        return keep
+    def _threshold(self, p: Tensor, sizes: Callable[..., Tensor], k: int, wide: torch.dtype, worker: int) -> Tensor:
+        """The k-th largest |m| of the whole tensor, 0-dim."""
+        if self._shards is None and p.is_cpu:
+            room = self._room("order", worker, p.numel(), p, wide)
+            for piece in _pieces(p):
+                sizes(piece, room[piece])
+            return kth_largest(room, k)
+        return kth_by_histogram(lambda: (sizes(piece).float() for piece in _pieces(p)), k, device=p.device, shards=self._shards)
 
-    def _room(self, use: str, p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Scratch shaped like `p`: one allocation a use, device and dtype, as large as the largest tensor."""
-        dtype = dtype or p.dtype
-        key = (use, p.device, dtype)
-        if key not in self._scratch or self._scratch[key].numel() < p.numel():
-            self._scratch[key] = torch.empty(p.numel(), dtype=dtype, device=p.device)
-        return self._scratch[key][: p.numel()].view(p.shape)
+    def _room(self, use: str, worker: int, entries: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A thread's flat scratch on the device of `like`: one allocation a use, as large as the largest so far."""
+        dtype, key = dtype or like.dtype, (use, worker, like.device)
+        if key not in self._scratch or self._scratch[key].numel() < entries * dtype.itemsize:
+            self._scratch[key] = torch.empty(entries * dtype.itemsize, dtype=torch.uint8, device=like.device)
+        return self._scratch[key][: entries * dtype.itemsize].view(dtype)
+
+    def _whole(self, p: Tensor) -> int:
+        """Entries of the whole tensor."""
+        return self._sizes.get(id(p), p.numel())
 
     def realised_fraction(self) -> dict[str, float | None]:
         """Share of the filtered tensors' entries that moved, in the last step and over all steps of this object."""
@@ -163,40 +232,37 @@ class MoFO(torch.optim.Optimizer):
         return float(moved if self._shards is None else self._shards.sum(moved.clone())) / entries
 
 
-def kth_largest(size: Tensor, k: int) -> Tensor | float:
-    """The exact k-th largest of non-negative entries; `size` (contiguous scratch) may come back in another order."""
-    if size.device.type != "cpu" or size.dtype not in (torch.float32, torch.float64):
-        return torch.topk(size.flatten(), k, sorted=False).values.min()
-    values = size.view(-1).numpy()
-    sample = values[:: max(1, values.size // 4096)]
-    if np.count_nonzero(sample) <= 0.6 * sample.size:
-        # many equal values make the partition forty times slower, and zeros (rows without gradient) are the usual ones
-        values = values[values > 0]
-        if values.size < k:
-            return 0.0
-    place = values.size - k
-    values.partition(place)
-    return float(values[place])
+def _workers(entries: Sequence[int]) -> int:
+    """How many threads share tensors of so many entries, the largest first: more would only wait for that one."""
+    total = sum(entries)
+    return max(1, min(torch.get_num_threads(), total // SHARED, -(-total // max(entries, default=1)))) if total else 1
 
 
-def kth_largest_of_all(size: Tensor, k: int, shards: Any) -> Tensor:
-    """The exact k-th largest of the non-negative float32 entries of all processes, a 0-dim tensor; every process calls it.
+@cache
+def _kernel_is_lerp(dtype: torch.dtype, beta: float) -> bool:
+    """Whether the CPU's fused kernel advances m as torch.lerp does: then the m it leaves is that of the threshold."""
+    p, m, draw = torch.zeros(4099, dtype=dtype), torch.zeros(4099, dtype=dtype), torch.Generator().manual_seed(0)
+    optimizer = AdamW([p], betas=(beta, 0.5))
+    for _ in range(3):
+        p.grad = torch.randn(4099, dtype=dtype, generator=draw)
+        optimizer.step()
+        m.lerp_(p.grad, 1 - beta)
+    return torch.equal(m, optimizer.state[p]["exp_avg"])
 
-    The bits of non-negative floats are ordered as the floats are. The upper 16 name a bin: the one that holds the k-th
-    largest is found in the histogram of all; the lower 16 in a second one, of the entries in that bin.
-    """
-    pieces = size.view(-1).view(torch.int32).split(COUNTED)
-    upper, k = _bin_of_kth(sum(torch.bincount(bits >> 16, minlength=1 << 15) for bits in pieces), k, shards)
-    inside = (bits[bits >> 16 == upper] & 0xFFFF for bits in pieces)
-    lower, _ = _bin_of_kth(sum(torch.bincount(bits, minlength=1 << 16) for bits in inside), k, shards)
-    return (upper << 16 | lower).int().view(torch.float32)
 
+@cache
+def _threads(workers: int, each: int, process: int) -> ThreadPoolExecutor:
+    """`workers` threads of `process` (those of a parent are not there after a fork), whose operations use `each` threads."""
+    ours, all_here = torch.get_num_threads(), Barrier(workers)
 
-def _bin_of_kth(counts: Tensor, k: int | Tensor, shards: Any) -> tuple[Tensor, Tensor]:
-    """The bin that holds the k-th largest entry of all processes, and its rank among those in that bin; both 0-dim."""
-    from_above = shards.sum(counts).flip(0).cumsum(0)
-    before = from_above < k
-    return len(counts) - 1 - before.sum(), k - (from_above * before).max()
+    def begin() -> None:
+        torch.set_num_threads(each)
+        all_here.wait(timeout=60)
+
+    pool = ThreadPoolExecutor(workers, "mofo", begin)
+    list(pool.map(lambda _: None, range(workers)))
+    torch.set_num_threads(ours)  # what is said in a thread holds there, and for threads that begin later
+    return pool
 
 
 @register(
@@ -207,6 +273,8 @@ def _bin_of_kth(counts: Tensor, k: int | Tensor, shards: Any) -> tuple[Tensor, T
 )
 @dataclass(frozen=True, kw_only=True)
 class MomentumFilter(Part):
+    shares = ("methods.selection",)
+
     fraction: float = setting(0.1, within=ALLOWED, help="share of each tensor's entries that move in a step")
     decay_all: bool = setting(False, help="weight decay on every entry, as published, and not only on those that move")
 

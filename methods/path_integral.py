@@ -85,10 +85,13 @@ class PathIntegral(Part):
         names = {id(run.weights[w.parameter]): w.name for w in state["displaced"] if not isinstance(w, Factored)}
 
         def watch(weight: Tensor, piece: slice, movement: Tensor) -> None:
-            gradient = weight.grad.view(-1)[piece]
+            gradient, factor = weight.grad.view(-1)[piece], -1.0
             if run.clipped is not None:
-                gradient = gradient / run.clipped
-            state["omega"][names[id(weight)]].view(-1)[piece].addcmul_(gradient, movement, value=-1)
+                if weight.is_cuda:  # where reading the number would wait for the device
+                    gradient = gradient / run.clipped
+                else:
+                    factor = (factor / run.clipped).item()
+            state["omega"][names[id(weight)]].view(-1)[piece].addcmul_(gradient, movement, value=factor)
 
         if names:
             optimizer.watch = watch

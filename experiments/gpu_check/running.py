@@ -19,8 +19,8 @@ from experiments.engine import FitResult, fit
 from experiments.engine_settings import TrainSettings
 from experiments.gpu_check.stopwatch import Stopwatch
 from experiments.sharding import Shards
-from methods import importance
 from methods.effective import base_parameters
+from methods.importance import Codes
 from methods.part import Part
 
 WARM = 2  # steps or documents that are not counted: kernels are chosen and memory is fetched in them
@@ -34,7 +34,7 @@ class Preparation:
     seconds: float = 0.0
     seconds_token: float | None = None
     tokens: int = 0
-    bytes_stored: dict[str, int] = field(default_factory=dict)  # by kind, as written to files
+    bytes_stored: dict[str, int] = field(default_factory=dict)  # by kind; a file of importance is smaller, being compressed
     bytes_peak: int | None = None
 
 
@@ -102,10 +102,8 @@ def prepare(*, parts: Sequence[Part], make: Callable[[], nn.Module], general: Se
         state = found.states[part.key] = {}
         for kind in ("importance", "start", "carry"):
             if tensors := getattr(prepared, kind):
-                stored = importance.to_file(tensors) if kind == "importance" else tensors
-                stored = {name: tensor.detach().cpu() for name, tensor in stored.items()}
-                found.bytes_stored[kind] = found.bytes_stored.get(kind, 0) + sum(t.nbytes for t in stored.values())
-                state[kind] = importance.from_file(stored) if kind == "importance" else stored
+                state[kind] = {name: t.cpu() if isinstance(t, Codes) else t.detach().cpu() for name, t in tensors.items()}
+                found.bytes_stored[kind] = found.bytes_stored.get(kind, 0) + sum(t.nbytes for t in state[kind].values())
         del prepared
     found.bytes_peak = peak.bytes() if found.states else None
     return found

@@ -1,12 +1,14 @@
-"""base and evaluate: scores of one folder of weights on the rows of a domain (or of all, for the base)."""
+"""base and evaluate: scores of the base's or a cell's weights on the rows of a domain (or of all, for the base)."""
 
 import json
 import tempfile
 from pathlib import Path
 from time import perf_counter
 
+import torch
+
 from evaluation import harness
-from experiments import hardware, ledger, provenance, weights
+from experiments import hardware, ledger, provenance, tuned, weights
 from experiments.base import dtype_of
 from experiments.failures import recorded
 from experiments.files import read_json, write_json
@@ -19,26 +21,31 @@ def base(study, *, model: str) -> None:
         # tasks that domains share are scored once
         entries = {e["name"]: e | {"file": str((f / e["file"]).resolve())} for f in folders for e in read_json(f / "tasks.json")}
         (Path(together) / "tasks.json").write_text(json.dumps(list(entries.values())))
-        _score(study, study.paths.model(model), model, Path(together), study.paths.base(model))
+        folder, (dtype, where) = study.paths.model(model), _computing(study, model)
+        _score(study, model, weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder),
+               tasks=Path(together), out=study.paths.base(model))  # fmt: skip
 
 
 def main(study, cell) -> None:
     with recorded(study, cell, "evaluate"):
-        folder = study.paths.weights(cell)
-        digest = _score(study, folder, cell.model, study.paths.data / "evaluate" / cell.domain, study.paths.run(cell))
+        dtype, where = _computing(study, cell.model)
+        model, digest = tuned.load(study.paths.weights(cell), folder=study.paths.model(cell.model), dtype=dtype, device=where)
+        _score(study, cell.model, model, digest, tasks=study.paths.data / "evaluate" / cell.domain, out=study.paths.run(cell))
         ledger.note(study, stage="evaluate", cell=cell.name, weights=digest)
 
 
-def _score(study, folder: Path, model_name: str, tasks: Path, out: Path) -> str:
-    """Score the weights in `folder`; writes scores, items and costs to `out`, returns the weights' hash."""
+def _computing(study, model_name: str) -> tuple[torch.dtype, torch.device]:
     where = hardware.device(study.device)
-    checkpoint = dtype_of(read_json(study.paths.model(model_name) / "base.json"))
-    model = weights.load_model(folder, dtype=study.compute_dtype(model_name, checkpoint, where), device=where)
-    digest = weights.tensor_sha256(folder)
+    return study.compute_dtype(model_name, dtype_of(read_json(study.paths.model(model_name) / "base.json")), where), where
+
+
+def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path) -> None:
+    """Score `model`, whose weights' hash is `digest`; writes scores, items and costs to `out`."""
+    where = hardware.device(study.device)
     hardware.reset_peak(where)
     began = perf_counter()
-    scores, items = harness.score(model=model, tokenizer=weights.load_tokenizer(folder), tasks_dir=tasks,
-                                  weights_sha256=digest, **study.evaluate)
+    scores, items = harness.score(model=model, tokenizer=weights.load_tokenizer(study.paths.model(model_name)), tasks_dir=tasks,
+                                  weights_sha256=digest, **study.evaluate)  # fmt: skip
     seconds = perf_counter() - began
     harness.save(scores, items, out)
     write_json(out / "evaluate.json", {
@@ -46,4 +53,3 @@ def _score(study, folder: Path, model_name: str, tasks: Path, out: Path) -> str:
         "hardware": hardware.describe(where), "versions": provenance.versions(),
         "git": provenance.git(study.paths.root), "when": provenance.now(),
     })
-    return digest

@@ -27,8 +27,8 @@ from experiments.resume import Resume
 from experiments.sharding import Shards
 from experiments.stages import resolve
 from experiments.stages.rows import read_jsonl
-from methods import importance
 from methods.part import Part
+from methods.stored import load_importance, save_importance
 
 TENSORS = ("importance", "start", "carry")
 
@@ -132,10 +132,12 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         tokens += prepared.tokens
         notes[part.key] = prepared.notes
         for kind in TENSORS:
-            tensors = getattr(prepared, kind)
+            tensors, path = getattr(prepared, kind), out / f"{part.key}.{kind}.safetensors"
             if tensors and shards.first:
-                tensors = importance.to_file(tensors) if kind == "importance" else tensors
-                save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, out / f"{part.key}.{kind}.safetensors")
+                if kind == "importance":
+                    save_importance(tensors, path)
+                else:
+                    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     peak = int(shards.sum(torch.tensor(hardware.peak_memory_bytes(where))).item())
     if not shards.first:
         return {}
@@ -172,8 +174,7 @@ def load_states(folder: Path, parts) -> dict[str, dict]:
         for kind in TENSORS:
             path = folder / f"{part.key}.{kind}.safetensors"
             if path.is_file():
-                tensors = load_file(path)
-                states[part.key][kind] = importance.from_file(tensors) if kind == "importance" else tensors
+                states[part.key][kind] = load_importance(path) if kind == "importance" else load_file(path)
     return states
 
 

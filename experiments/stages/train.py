@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from evaluation.encode import encode_pair
 from evaluation.probe import load_probes, probe
 from experiments.base import dtype_of, load_tensors
-from experiments import hardware, ledger, memory, processes, provenance, weights
+from experiments import hardware, ledger, memory, processes, provenance, tuned, weights
 from experiments.batches import Example
 from experiments.engine import FitResult, final_weights, fit
 from experiments.engine_settings import NUMERICS
@@ -46,15 +45,15 @@ def _train(study, cell) -> None:
     base_info = read_json(folder / "base.json")
     base = load_tensors(folder)
     prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
-    need_room(paths.work, 2 * sum(file.stat().st_size for file in folder.glob("*.safetensors")), f"the weights of {cell.name}")
     checkpoint = dtype_of(base_info)
+    shape = memory.shape_of(cell.model, study.models[cell.model], folder)
+    need_room(paths.work, 2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint), f"the weights of {cell.name}")
     computing = study.compute_dtype(cell.model, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
     examples = encoded(paths.data / "train" / cell.domain / "train.jsonl", tokenizer, settings.length)
     longest = max(len(e["input_ids"]) for e in examples)
     memory.refuse(what=f"training {cell.name}", available=hardware.available_memory(where), phase="train",
-                  shape=memory.shape_of(cell.model, study.models[cell.model], folder), parts=parts,
-                  settings=replace(settings, length=longest), checkpoint_dtype=checkpoint, compute_dtype=computing,
+                  shape=shape, parts=parts, settings=replace(settings, length=longest), checkpoint_dtype=checkpoint, compute_dtype=computing,
                   device_type=where.type, processes=shards.world if shards.active else None)  # fmt: skip
     # to be shared among processes it is cut on the CPU, in the checkpoint's own dtype, and moved piece by piece
     model = weights.load_model(folder, dtype=checkpoint if shards.active else computing, device="cpu" if shards.active else where)
@@ -73,7 +72,7 @@ def _train(study, cell) -> None:
     final = final_weights(result, parts)
     if shards.first:
         shutil.rmtree(out, ignore_errors=True)
-        write_weights(out, folder=folder, base=base, final=final)
+        out.mkdir(parents=True)
     for part in parts:
         part.save(run=result.run, state=result.states[part.key], folder=out)
     reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts}
@@ -82,7 +81,7 @@ def _train(study, cell) -> None:
     if not shards.first:
         return
     write_curve(paths.run(cell) / "curve.csv", result.curve)
-    digest = weights.tensor_sha256(out)
+    digest = tuned.keep(out, folder=folder, base=base, final=final)
     ledger.note(study, stage="train", cell=cell.name, weights=digest)
     write_json(paths.run(cell) / "train.json", costs | {
         "cell": cell.name, "seed": cell.seed, "numerics": NUMERICS,
@@ -91,7 +90,7 @@ def _train(study, cell) -> None:
         "flops": result.flops, "mfu": mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,
         "peak_flops": result.peak_flops, "peak_flops_basis": hardware.dense_peak(where, computing)[1],
         "peak_memory_bytes": peaks, "processes": shards.world, "sharded": shards.active,
-        "bytes_weights_delta": stored_bytes(out),
+        "bytes_weights_delta": tuned.kept_bytes(out),
         "weights_sha256": digest, "base_sha256": base_info["sha256"], "data_sha256": data,
         "settings": settings.numeric(), "dtype": base_info["dtype"], "compute_dtype": str(computing).removeprefix("torch."),
         "device": where.type, "hardware": hardware.describe(where), "versions": provenance.versions(),
@@ -115,17 +114,6 @@ def encoded(path: Path, tokenizer, length: int) -> list[Example]:
     return examples
 
 
-def write_weights(out: Path, *, folder: Path, base: dict, final: dict) -> None:
-    """An ordinary Hugging Face folder: `final` rounded once to each base tensor's dtype, the rest from the base."""
-    out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: final[name].to(tensor.dtype).cpu().contiguous() if name in final else tensor for name, tensor in base.items()}
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    (out / "model.safetensors").chmod(0o644)
-    for path in folder.iterdir():
-        if path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != "base.json":
-            shutil.copyfile(path, out / path.name)
-
-
 def write_curve(path: Path, curve: list[dict]) -> None:
     """CSV with the loop's columns first and the probes' behind them; empty where a step was not probed."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -134,12 +122,6 @@ def write_curve(path: Path, curve: list[dict]) -> None:
         writer = csv.DictWriter(file, COLUMNS + probes, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(curve)
-
-
-def stored_bytes(out: Path) -> int:
-    """Bytes that rebuild the tuned model beside its base: the adapter where there is one, else the weights."""
-    adapter = list((out / "adapter").glob("*")) if (out / "adapter").is_dir() else list(out.glob("*.safetensors"))
-    return sum(path.stat().st_size for path in adapter)
 
 
 def anchor_bytes(result: FitResult) -> int:

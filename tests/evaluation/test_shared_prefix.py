@@ -146,3 +146,13 @@ def test_order_of_requests_does_not_matter():
     straight = shared_prefix.log_likelihoods(model, requests, max_length=512)
     backwards = shared_prefix.log_likelihoods(model, requests[::-1], max_length=512)[::-1]
     assert [v for v, _ in straight] == pytest.approx([v for v, _ in backwards], abs=1e-4)
+
+
+@pytest.mark.parametrize("cached", [1, 7, 2**18])
+def test_of_equal_logits_the_first_is_the_argmax(cached, monkeypatch):
+    monkeypatch.setattr(shared_prefix, "CACHED", cached)
+    logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 0.0], [0.0, 1.0, 5.0]])
+    rows, targets = torch.tensor([2, 0, 0, 1, 0, 1]), torch.tensor([2, 2, 1, 0, 0, 1])
+    values, greedy = shared_prefix._pick(logits, torch.nn.Identity(), rows, targets)
+    assert greedy.tolist() == (logits.argmax(-1)[rows] == targets).tolist() == [True, False, True, True, False, False]
+    assert values.tolist() == pytest.approx(logits.double().log_softmax(-1)[rows, targets].tolist(), abs=1e-6)

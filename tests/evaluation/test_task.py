@@ -1,6 +1,7 @@
 """Local rows in lm-eval's tasks: the shipped prompts, and every way of scoring 0.0 in silence refused by name."""
 
 import pytest
+from lm_eval.utils import env as jinja_env
 
 from evaluation.task import SHIPPED, check, doc_hash, make_task, read_rows, render, shipped_yaml
 from experiments.errors import UserError
@@ -17,6 +18,14 @@ def test_shipped_prompt_on_local_rows(tmp_path):
     assert first["choices"] == [" wind", " a longer wrong answer a longer wrong answer ", " w", " water 1"]
     assert first["gold"] == 3
     assert "norm" not in first
+
+
+def test_a_template_is_compiled_once(tmp_path, monkeypatch):
+    compiled, real = [], jinja_env.compile
+    monkeypatch.setattr(jinja_env, "compile", lambda source, *args, **settings: compiled.append(source) or real(source, *args, **settings))
+    mapping = {"include": "sciq", "doc_to_text": "{{question}}, asked once:"}  # no other test has compiled it
+    assert len(render(made(tmp_path, SCIQ, mapping))) == len(SCIQ)
+    assert compiled.count(mapping["doc_to_text"]) == 1 and len(set(compiled)) == len(compiled)
 
 
 def test_process_docs_and_acc_norm(tmp_path):

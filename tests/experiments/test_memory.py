@@ -312,7 +312,7 @@ def test_preparations(llama3):
     assert predict(llama3, "full", phase="prepare") == dict.fromkeys(memory.KINDS, 0)
     fisher = predict(llama3, "ewc", phase="prepare", length=64)
     assert (fisher["weights"], fisher["importance"], fisher["gradients"], fisher["moments"]) == (2 * n, 4 * n, 0, 0)
-    assert fisher["scratch"] == 6 * 128256 * 4096 and fisher["logits"] == 12 * 128256 * 64
+    assert fisher["scratch"] == 6 * 128256 * 4096 and fisher["logits"] == 12 * 128256 * 512  # eight documents of 64
     assert predict(llama3, "ewc", phase="prepare", processes=8)["weights"] == 2 * n  # a Fisher is of whole weights
     general = predict(llama3, "hierarchical", phase="prepare")
     train = predict(llama3, "full")
@@ -322,7 +322,7 @@ def test_preparations(llama3):
 
 
 def test_batched_fisher_holds_a_batch(llama3):
-    one = predict(llama3, "", phase="prepare", parts=registry.build({"ewc": {}}))
+    one = predict(llama3, "", phase="prepare", parts=registry.build({"ewc": {"estimator": "batched", "batch_size": 1}}))
     batch = predict(llama3, "", phase="prepare", parts=registry.build({"ewc": {"estimator": "batched", "batch_size": 4}}))
     assert batch["logits"] == 4 * one["logits"]
     assert batch["activations"] == pytest.approx(4 * one["activations"], rel=0.01)

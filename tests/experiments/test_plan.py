@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -36,12 +37,14 @@ def with_rows(tmp_path, count=6):
 
 
 def test_the_target_models_are_planned_without_being_fetched(tmp_path):
+    adapters = {"gptj-6b": 28 * 2 * 4 * (4096 + 4096), "llama3-8b": 32 * 4 * ((4096 + 4096) + (4096 + 1024))}  # rank 4 on q and v
     made = plan.make(study(tmp_path, grid={"models": ["gptj-6b", "llama3-8b"]}))
     cells = {c["cell"]: c for c in made["cells"]}
     available = made["total"]["available_memory_bytes"]
     for model, parameters in (("gptj-6b", 6_050_882_784), ("llama3-8b", 8_030_261_248)):
         full, lora, ewc = (cells[f"{model}/sums/{method}/seed0"] for method in ("full", "lora", "ewc"))
-        assert full["disk_bytes"] == 2 * parameters
+        assert full["disk_bytes"] == ewc["disk_bytes"] == parameters // 2  # 4 bits a weight
+        assert lora["disk_bytes"] == 4 * adapters[model]
         assert full["memory"]["train"]["moments"] == 8 * parameters
         assert full["memory_bytes"] == full["memory"]["train"]["total"] > 12 * parameters
         assert ewc["memory"]["prepare"]["total"] > 6 * parameters and full["memory"]["prepare"]["total"] == 0
@@ -132,3 +135,18 @@ def test_text_marks_what_does_not_fit(tmp_path):
     assert [line.endswith("does not fit") for line in lines[3:6]] == [False, True, False]
     assert "1 cells do not fit here" in plan.text(made)
     assert "free here" in plan.text(made)
+
+
+def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan._Model, "memory", lambda self, phase, **_: {"total": 0})  # memory and time have tests of their own
+    monkeypatch.setattr(plan._Model, "flops", lambda self, method: SimpleNamespace(step=lambda **_: 0.0))
+    monkeypatch.setattr(plan._Model, "scoring", SimpleNamespace(step=lambda **_: 0.0))
+    methods = DEMO["methods"] | {"more": {"ewc": {"strength": 1.0, "samples": 16}}}
+    domains = {name: copy.deepcopy(DEMO["domains"]["sums"]) for name in ("one", "two", "three")}
+    grid = {"models": ["gptj-6b", "llama3-8b"], "domains": list(domains), "methods": ["full", "lora", "ewc", "mofo", "more"]}
+    made = plan.make(study(tmp_path, grid=grid, domains=domains, methods=methods))
+    full = 3 * 4 * (6_050_882_784 + 8_030_261_248) // 2
+    assert len(made["cells"]) == 30 and full < made["total"]["disk_bytes_all"] == made["total"]["disk_bytes"] < 1.001 * full
+    text = plan.text(made)
+    assert "disk of all 30 cells: 78.7" in text and "about 4 bits a weight in bf16" in text
+    assert any(line.endswith("3.74 GiB") or "3.74 GiB " in line for line in text.splitlines()) and "MiB" in text

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from experiments.errors import UserError
 from methods.ewc import EWC, diagonal_fisher
@@ -35,12 +36,12 @@ def loss_form(run, fisher, strength):
 
 @pytest.mark.parametrize("adapter", [(), (LoRA(rank=3, alpha=7),)])
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gptj"])
-@pytest.mark.parametrize("scope, bits", [("adapted", 8), ("whole-model", 32)])
-def test_closed_form_is_the_gradient_of_the_loss_form(make, documents, run_of, drawn, dense, kind, adapter, scope, bits):
+@pytest.mark.parametrize("scope, bits, density", [("adapted", 8, 1.0), ("whole-model", 32, 1.0), ("adapted", 8, 0.2)])
+def test_closed_form_is_the_gradient_of_the_loss_form(make, documents, run_of, drawn, dense, kind, adapter, scope, bits, density):
     model, base = make(kind), base_of(make(kind))
     for part in adapter:
         model = part.adapt(model, seed=0)
-    ewc = EWC(strength=3.0, scope=scope, bits=bits)
+    ewc = EWC(strength=3.0, scope=scope, bits=bits, density=density)
     fisher = prepared(ewc, model, documents, base).importance
     assert len(fisher) == (4 if adapter and scope == "adapted" else len(base))
     run, state = run_of(model, base), {"importance": fisher}
@@ -59,14 +60,16 @@ def test_closed_form_is_the_gradient_of_the_loss_form(make, documents, run_of, d
     assert anchored == (0 if adapter else sum(t.nbytes for t in base.values()))
 
 
-@pytest.mark.parametrize("estimator", ["empirical", "sampled", "batched"])
+@pytest.mark.parametrize("estimator", ["empirical", "sampled", "signed", "batched"])
 def test_preparation(make, documents, dense, estimator):
     part = EWC(estimator=estimator, samples=4, length=6, batch_size=3, bits=32)
     done = prepared(part, make(), documents, {})
     short = [{n: t[:6] for n, t in d.items()} for d in documents[:4]]
     singles = [{n: t[None] for n, t in d.items()} for d in short]
     if estimator != "batched":
-        wanted = diagonal_fisher(make(), singles, estimator)
+        together = [{n: pad_sequence([d[n] for d in short], batch_first=True, padding_value=-100 if n == "labels" else 0) for n in short[0]}]
+        together[0]["attention_mask"] = pad_sequence([torch.ones_like(d["input_ids"]) for d in short], batch_first=True)
+        wanted = diagonal_fisher(make(), together if estimator == "signed" else singles, estimator)
         for name in wanted:
             torch.testing.assert_close(done.importance[name], wanted[name])
     assert done.tokens == sum(len(d["input_ids"]) for d in short)
@@ -75,6 +78,13 @@ def test_preparation(make, documents, dense, estimator):
     coded = prepared(replace(part, bits=8), make(), documents, {}).importance
     for name, values in dense(coded).items():
         torch.testing.assert_close(values, done.importance[name].double(), rtol=0.06, atol=1e-9 * done.importance[name].max().item())
+    few = prepared(replace(part, bits=8, density=0.2), make(), documents, {})
+    kept = few.notes["kept"]
+    values = torch.cat([f.flatten() for f in dense(few.importance).values()])
+    assert 0 < kept["share"] <= 0.2 and kept["share"] == pytest.approx((values > 0).double().mean().item(), rel=1e-3)
+    assert values.sum().item() == pytest.approx(sum(f.sum().item() for f in dense(coded).values()), rel=1e-3)
+    assert replace(part, bits=8, density=0.2).report(run=None, state={"notes": few.notes})["kept"] == kept
+    assert "kept" not in done.notes and "kept" not in part.report(run=None, state={})
     bars = []
 
     class Bar:

@@ -1,20 +1,25 @@
 """The Fisher against one autograd call an example, whatever the batch, the padding, the order and the number of processes."""
 
+import itertools
 import math
 import multiprocessing
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.nn import functional as F
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from experiments.errors import UserError
 from experiments.random_models import build
 from experiments.resume import Resume
 from experiments.sharding import Shards
+from methods import fisher, per_example
 from methods.effective import base_parameters
-from methods.fisher import ESTIMATORS, _drawn, diagonal_fisher
+from methods.fisher import ESTIMATORS, _drawn, by_length, diagonal_fisher
 from methods.lora import LoRA
+from methods.per_example import Squares
 
 KINDS = ["llama-tied", "llama-untied", "gptj"]
 
@@ -25,7 +30,7 @@ def brute_force(model, documents, labels=None):
     total = {n: torch.zeros_like(p) for n, p in parameters.items()}
     for i, document in enumerate(documents):
         wanted = document["labels"][1:] if labels is None else labels[i]
-        logits = model(input_ids=document["input_ids"][None]).logits[0, :-1]
+        logits = model(input_ids=document["input_ids"][None], use_cache=False).logits[0, :-1]
         loss = F.cross_entropy(logits, wanted, ignore_index=-100, reduction="sum")
         for name, g in zip(parameters, torch.autograd.grad(loss, parameters.values(), allow_unused=True)):
             total[name] += 0 if g is None else g**2
@@ -67,6 +72,119 @@ def test_tied_tensors_appear_once_with_both_uses(make, documents):
     names = diagonal_fisher(make("llama-tied"), [padded(documents)]).keys()
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
     assert "lm_head.weight" in diagonal_fisher(make("llama-untied"), [padded(documents)])
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """(examples, whether they were done together) of each pass by `Squares`."""
+    done, add = [], Squares.add
+
+    def spied(self, ids, loss):
+        done.append((len(ids), add(self, ids, loss)))
+        return done[-1][1]
+
+    monkeypatch.setattr(Squares, "add", spied)
+    return done
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float32_in_groups_and_pieces(make, documents, monkeypatch, passes, kind):
+    """A weight in pieces of which the last is smaller; documents of like lengths together; to float32's rounding."""
+    monkeypatch.setattr(per_example, "CPU_PIECE", 150)
+    monkeypatch.setattr(fisher.by_length, "__defaults__", (22,))
+    model = make(kind)
+    wanted = brute_force(model, documents)
+    found = diagonal_fisher(model.float(), [padded(documents)])
+    assert passes == [(1, True), (2, True), (3, True)]
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
+def test_the_padding_token_as_a_word(make, documents, passes, kind):
+    """nn.Embedding has no gradient at its padding_idx, wherever it occurs; a tied head has."""
+    model = make(kind)
+    for d in documents:
+        d["input_ids"][2] = d["labels"][3] = 0
+    same(diagonal_fisher(model, [padded(documents)]), brute_force(model, documents))
+    assert passes == [(6, True)]
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gptj"])
+def test_some_tensors_alone_and_backward_no_further_than_they_need(make, documents, passes, kind):
+    model = make(kind)
+    wanted = brute_force(model, documents)
+    names = [name for name in wanted if any(part in name for part in (".1.self_attn.q_proj.", ".1.attn.q_proj.", ".1.mlp.fc_in.bias"))]
+    needed = []
+    blocks = model.model.layers if kind == "llama-tied" else model.transformer.h
+    for block in blocks:
+        block.register_forward_hook(lambda module, arguments, output: needed.append((output if kind == "llama-tied" else output[0]).requires_grad))
+    same(diagonal_fisher(model, [padded(documents)], parameters=names), {name: wanted[name] for name in names})
+    assert needed == [False, True] and passes == [(6, True)] and len(names) == (1 if kind == "llama-tied" else 2)
+
+
+def test_under_an_adapter_the_factors_too(make, documents, drawn, passes):
+    model = drawn(LoRA(rank=2, targets=("q_proj", "v_proj")).adapt(make(), seed=1)).requires_grad_(True)
+    same(diagonal_fisher(model, [padded(documents)]), brute_force(model, documents))
+    assert passes == [(6, True)]
+
+
+class Gate(nn.Module):
+    """A scale that is no factor of the output."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, size, dtype=torch.float64))
+
+    def forward(self, x):
+        return x * torch.tanh(self.weight)
+
+
+def test_unknown_layers_are_computed_one_example_at_a_time(make, documents, passes):
+    model = make()
+    model.model.layers[0].input_layernorm = Gate(32)
+    same(diagonal_fisher(model, [padded(documents)]), brute_force(model, documents))
+    assert passes == []
+    model = make()
+    model.model.layers[1] = model.model.layers[0]  # its weights are used twice
+    same(diagonal_fisher(model, [padded(documents)]), brute_force(model, documents))
+    assert passes == [(6, False)]
+
+
+def test_norms_are_told_by_what_they_compute():
+    known = [LlamaRMSNorm(8), nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8), LlamaRMSNorm(8).bfloat16()]
+    assert [per_example._kind(m) for m in known] == ["norm"] * 5
+    unknown = [Gate(8), nn.PReLU(8), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1), nn.Embedding(4, 8, max_norm=1.0)]
+    assert [per_example._kind(m) for m in unknown] == ["unknown"] * 5
+
+
+def test_groups_of_like_lengths():
+    assert by_length([5, 9, 4, 100, 8, 5], 18) == [[3], [1, 4], [0, 5, 2]]
+    assert by_length([7, 7, 7], 14) == [[0, 1], [2]] and by_length([], 14) == []
+
+
+@pytest.mark.parametrize("kind", ["llama-tied", "gptj"])
+def test_signed_is_the_empirical_fisher_in_the_mean_over_signs(make, documents, monkeypatch, kind):
+    model, batch, total = make(kind), [padded(documents[:4])], {}
+    for signs in itertools.product((1, -1), repeat=4):
+        of = {tuple(d["input_ids"].tolist()): sign for d, sign in zip(documents, signs)}
+        monkeypatch.setattr(fisher, "_sign", lambda ids, seed: of[tuple(ids.tolist())])
+        for name, f in diagonal_fisher(model, batch, "signed").items():
+            total[name] = total.get(name, 0) + f.double() / 16
+    same({name: t.float() for name, t in total.items()}, brute_force(model, documents[:4]), rtol=1e-5)
+
+
+def test_signs_are_of_seed_and_document_alone(make, documents):
+    model = make()
+    batch, turned = padded(documents), padded(documents[::-1], "left")
+    first = diagonal_fisher(model, [batch], "signed", seed=3)
+    same(diagonal_fisher(model, [turned], "signed", seed=3), {n: f.double() for n, f in first.items()}, rtol=1e-4)
+    others = [diagonal_fisher(model, [batch], "signed", seed=s)["model.norm.weight"] for s in range(4, 8)]
+    assert any(not torch.allclose(other, first["model.norm.weight"]) for other in others)
+    alone = [{n: t[None] for n, t in d.items()} for d in documents]
+    same(diagonal_fisher(model, alone, "signed"), brute_force(model, documents))
+    signs = [fisher._sign(torch.tensor([i, 5]), 0) for i in range(400)]
+    assert set(signs) == {1, -1} and abs(sum(signs)) < 80
 
 
 def test_without_labels_every_token_is_one(make, documents):
@@ -157,6 +275,24 @@ def test_restored_after_an_error_too(make, documents):
     assert not model.model.norm.weight.requires_grad and not any(p._post_accumulate_grad_hooks for p in model.parameters())
 
 
+@pytest.mark.parametrize("at", ["forward", "backward"])
+def test_restored_after_an_error_in_a_pass(make, documents, at):
+    model = make()
+    frozen = model.model.norm.weight.requires_grad_(False)
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    layer = model.model.layers[0].mlp
+    handle = layer.register_forward_hook(lambda m, a, output: fail() if at == "forward" else output.register_hook(fail) and None)
+    with pytest.raises(RuntimeError, match="no"):
+        diagonal_fisher(model, [padded(documents)])
+    handle.remove()
+    assert [p for p in model.parameters() if not p.requires_grad] == [frozen]
+    assert all(p.grad is None and not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 @pytest.mark.parametrize("kind", ["llama-tied", "gptj"])
 def test_under_a_fresh_adapter_the_base_weights_have_the_bases_fisher(make, documents, kind):
     wanted = diagonal_fisher(make(kind), [padded(documents)])
@@ -166,7 +302,7 @@ def test_under_a_fresh_adapter_the_base_weights_have_the_bases_fisher(make, docu
 
 
 def test_bad_input_is_named(make, documents):
-    with pytest.raises(UserError, match="estimator is 'exact'.*empirical, sampled, batched"):
+    with pytest.raises(UserError, match="estimator is 'exact'.*empirical, sampled, signed, batched"):
         diagonal_fisher(make(), [padded(documents)], "exact")
     with pytest.raises(UserError, match="no examples"):
         diagonal_fisher(make(), [])

@@ -96,7 +96,7 @@ def block_of(name):
 
 @pytest.mark.parametrize("settings", [
     {}, {"groups": "blocks"}, {"keep_strength": False, "temperature": 2.0}, {"layer_wise": False}, {"element_wise": False},
-    {"bits": 32}, {"preset": "paper"}, {"preset": "official", "strength": 0.5}, {"normalise": "sum"},
+    {"bits": 32}, {"density": 0.2}, {"preset": "paper"}, {"preset": "official", "strength": 0.5}, {"normalise": "sum"},
 ])  # fmt: skip
 @pytest.mark.parametrize("kind, adapter", [("llama-tied", (LORA,)), ("gptj", (LORA,)), ("llama-untied", ())])
 def test_closed_form_is_the_gradient_of_the_loss_form(ready, documents, run_of, drawn, dense, settings, kind, adapter):
@@ -134,6 +134,11 @@ def test_closed_form_is_the_gradient_of_the_loss_form(ready, documents, run_of, 
         torch.testing.assert_close(w.grad, g, rtol=1e-9, atol=1e-12 * wanted.item(), msg=lambda m, n=name: f"{n}: {m}")
     report = part.report(run=run, state=state)
     assert json.loads(json.dumps(report))["coefficients"] == state["coefficients"]
+    if chosen["density"] < 1:
+        values = torch.cat([o.flatten() for o in importance.values()])
+        share = (values > 0).double().mean().item()
+        assert 0 < share <= 0.2 and done.notes["kept"]["share"] == pytest.approx(share, rel=1e-3)
+        assert part.report(run=run, state=state | {"notes": done.notes})["kept"] == done.notes["kept"]
 
 
 def test_switching_the_layers_off_leaves_the_total_strength(ready, documents, run_of):

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from experiments.errors import UserError
 from experiments.sharding import Shards
 from methods import importance
-from methods.importance import Codes, decode, encode, from_file, penalise, placed, to_file, totals
+from methods.importance import Codes, decode, encode, penalise, placed, totals
 
 ROUNDING = 2.0**-23  # float32's
 
@@ -128,35 +127,15 @@ def test_what_is_no_importance_is_refused_by_name(bad):
     values = torch.tensor([1.0, bad, 2.0])
     with pytest.raises(UserError, match=r"h\.0\.weight.*finite and not negative"):
         encode(values, name="h.0.weight")
-    with pytest.raises(UserError, match=r"h\.0\.weight.*finite and not negative"):
-        to_file({"fine": torch.ones(3), "h.0.weight": values})
     with pytest.raises(UserError, match="finite"):
         encode(torch.tensor([1e300], dtype=torch.float64))
 
 
-def test_through_a_file(tmp_path):
-    made = {"a.weight": encode(drawn(24).view(4, 6)), "a.bias": encode(torch.zeros(3)), "b": drawn(5), "c": encode(torch.tensor(2.0))}
-    file = tmp_path / "ewc.importance.safetensors"
-    save_file(to_file(made), file)
-    found = from_file(load_file(file))
-    assert found.keys() == made.keys()
-    assert torch.equal(found["b"], made["b"])
-    for name in ("a.weight", "a.bias", "c"):
-        assert torch.equal(found[name].codes, made[name].codes)
-        assert (found[name].low, found[name].step) == (made[name].low, made[name].step)
-        assert torch.equal(decoded(found[name]), decoded(made[name]))
-
-
-def test_codes_cost_a_byte_an_entry(tmp_path):
-    save_file(to_file({"w": encode(drawn(10_000))}), tmp_path / "w.safetensors")
-    assert (tmp_path / "w.safetensors").stat().st_size < 10_000 + 500
-
-
-def test_codes_without_their_scale_are_refused():
-    stored = to_file({"w": encode(drawn(4))})
-    del stored["w::scale"]
-    with pytest.raises(UserError, match="importance of w"):
-        from_file(stored)
+def test_scaled_values_have_the_same_codes():
+    coded = encode(drawn())
+    scaled = coded.scaled(1.7)
+    assert torch.equal(scaled.codes, coded.codes)
+    torch.testing.assert_close(decoded(scaled, torch.float64), 1.7 * decoded(coded, torch.float64), rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("coded", [True, False])
@@ -213,6 +192,42 @@ def test_penalty_against_the_formula(dtype, anchor_dtype, kind, piece, monkeypat
     torch.testing.assert_close(found.double(), total, **close)
     for now, before in zip((weight, anchor, given.codes if kind == "codes" else given), kept, strict=True):
         assert before is None or torch.equal(now, before)
+
+
+@pytest.fixture
+def threads():
+    yield torch.set_num_threads
+    torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", ["codes", "float32", "bfloat16"])
+def test_number_of_threads_changes_no_bit_of_the_penalty(kind, threads, monkeypatch):
+    monkeypatch.setattr(importance, "CPU_PIECE", 1 << 12)
+    monkeypatch.setattr(importance, "_PAIRED", 1)
+    weight, anchor = drawn(100_001), drawn(100_001, seed=1).bfloat16()
+    given = encode(drawn(100_001, seed=2)) if kind == "codes" else drawn(100_001, seed=2).to(getattr(torch, kind))
+
+    def found(number):
+        threads(number)
+        gradient = torch.zeros_like(weight)
+        value = penalise(weight=weight, anchor=anchor, importance=given, gradient=gradient, scale=0.3)
+        assert torch.get_num_threads() == number
+        return value, gradient
+
+    alone, together = found(1), [found(number) for number in (2, 3, 2)]
+    assert alone[0] > 0 and all(torch.equal(a, b) for others in together for a, b in zip(alone, others))
+
+
+@pytest.mark.parametrize("entries, start", [(1000, 0), (999, 0), (1000, 1), (1000, 2), (1, 0), (0, 0)])
+def test_codes_decoded_two_at_once_are_what_they_stand_for(entries, start, monkeypatch):
+    codes = torch.randint(0, 256, (entries + start,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))[start:]
+    codes[:3] = torch.tensor([0, 255, 0], dtype=torch.uint8)[: len(codes)]
+    exact = torch.where(codes == 0, 0.0, (-30 + (codes.double() - 1) * (40 / 254)).exp2())
+    for least in (1, 1 << 30):
+        monkeypatch.setattr(importance, "_PAIRED", least)
+        gradient = torch.zeros(entries)
+        penalise(weight=torch.ones(entries), anchor=None, importance=Codes(codes=codes, low=-30.0, step=40 / 254), gradient=gradient, scale=1.0)
+        torch.testing.assert_close(gradient.double(), exact, rtol=2.0**-24, atol=0)
 
 
 def test_penalty_on_half_precision_weights_is_computed_in_float32():

@@ -8,7 +8,7 @@ from peft import PeftModel
 
 from experiments.engine import final_weights
 from experiments.errors import UserError
-from methods.lora import LoRA
+from methods.lora import LoRA, merged, read_adapter
 
 
 def logits(model, documents):
@@ -93,3 +93,29 @@ def test_merging_keeps_what_another_part_has_written(make, documents, train):
     torch.testing.assert_close(changed[name], plain[name] + 1)
     assert changed["other"] == 1
     assert part.report(run=result.run, state={}) == {"adapted_layers": 4, "trained_entries": 2 * (2 * (32 + 32) + 2 * (32 + 16)), "scale": 16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_merging_adds_rank_after_rank_in_float64(dtype, monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((13, 9), (5, 9), (13, 5)))
+    expected = [[float(weight[i, j]) + 0.7 * sum(float(b[i, k]) * float(a[k, j]) for k in range(5)) for j in range(9)] for i in range(13)]
+    wide = torch.promote_types(dtype, torch.float32)
+    for threads, piece in ((1, 1 << 17), (2, 20), (1, 1)):
+        monkeypatch.setattr("methods.lora.PIECE", piece)
+        torch.set_num_threads(threads)
+        found = merged(weight, a=a, b=b, scale=0.7)
+        torch.set_num_threads(1)
+        assert found.dtype == wide and torch.equal(found, torch.tensor(expected, dtype=torch.float64).to(wide))  # bit for bit
+
+
+def test_the_saved_adapter_merges_to_the_same_bits(make, documents, train, tmp_path):
+    for kind, rslora in (("llama-tied", True), ("gptj", False)):
+        part = LoRA(rank=3, alpha=7.0, rslora=rslora)
+        result = train(make(kind, torch.float32), (part,), documents)
+        final = part.finish(run=result.run, state={}, final={})
+        part.save(run=result.run, state={}, folder=tmp_path / kind)
+        found, scale = read_adapter(tmp_path / kind / "adapter")
+        assert found.keys() == final.keys()
+        for name, (a, b) in found.items():
+            assert torch.equal(merged(result.run.base[name], a=a, b=b, scale=scale), final[name])

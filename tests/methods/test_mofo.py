@@ -1,6 +1,8 @@
 """MoFO against ten lines of its definition, and against AdamW where it must be AdamW."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch.multiprocessing as processes
 from experiments.moments import MOMENTS, AdamW, Moments
 from experiments.sharding import Shards
 from methods import mofo
-from methods.mofo import MoFO, MomentumFilter, kth_largest, kth_largest_of_all
+from methods.mofo import MoFO, MomentumFilter
 from methods.part import Run
 
 SHAPES = [(7, 5), (3,), (2, 3, 4), (1, 1), (40, 30), ()]
@@ -130,26 +132,122 @@ def test_ties_are_kept_and_a_zero_threshold_keeps_all():
     assert optimizer.realised_fraction()["last"] == pytest.approx((8 + 20) / 40)
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.7, 0.95, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_kth_largest_is_exact(zeros, dtype):
-    draw = torch.Generator().manual_seed(1)
-    size = torch.rand(997, generator=draw).to(dtype) * (torch.rand(997, generator=draw) >= zeros)
-    for k in (1, 2, 50, 99, 500, 996, 997):
-        wanted = size.sort(descending=True).values[k - 1]
-        assert float(kth_largest(size.clone(), k)) == float(wanted)
+def gradient_of(kind, shape, seed):
+    draw = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(shape, generator=draw, dtype=torch.float64).exp_().mul_(torch.randn(shape, generator=draw, dtype=torch.float64))
+    if kind == "ties":
+        return gradient.round().clamp(-2, 2)
+    if kind == "constant":
+        return torch.full_like(gradient, 0.25)
+    if kind.endswith("zeros"):
+        zero = torch.rand(shape[0], generator=torch.Generator().manual_seed(0)) < float(kind.split()[0])  # rows, in every step
+        gradient[zero] = 0.0
+    return gradient
 
 
-@pytest.mark.parametrize("zeros", [0.0, 0.3, 0.95, 1.0])
-@pytest.mark.parametrize("counted", [100, 1 << 24])
-def test_kth_largest_of_all_is_exact(zeros, counted, monkeypatch):
-    monkeypatch.setattr(mofo, "COUNTED", counted)
-    draw = torch.Generator().manual_seed(1)
-    for spread in (0.0, 1e-4, 1.0, 30.0):  # from equal entries and few bins to many, subnormal and infinite ones
-        size = (torch.randn(997, generator=draw) * spread).exp2() * 2.0**-100 * (torch.rand(997, generator=draw) >= zeros)
-        size[0], size[1] = 1e-42, torch.inf
-        for k in (1, 2, 50, 99, 500, 996, 997):
-            assert kth_largest_of_all(size.clone(), k, Shards()) == size.sort(descending=True).values[k - 1]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["plain", "ties", "constant", "0.7 zeros", "0.95 zeros"])
+@pytest.mark.parametrize("shape", [(300, 400), (1, 1), (3, 2), (520, 513)])  # 520·513 is more than a piece
+def test_masks_are_those_of_a_sorted_topk(kind, shape, dtype):
+    """The official step's filter on the same m, bit for bit, and weights that are AdamW's where it is 1."""
+    ours, free = (torch.ones(shape, dtype=dtype).requires_grad_() for _ in range(2))
+    pair, k = (MoFO([ours], lr=0.1, fraction=0.15), AdamW([free], lr=0.1)), max(1, int(0.15 * ours.numel()))
+    for seed in range(1, 5):
+        before = ours.detach().clone()
+        with torch.no_grad():
+            free.copy_(ours)
+        for p, optimizer in zip((ours, free), pair):
+            p.grad = gradient_of(kind, shape, seed).to(dtype)
+            optimizer.step()
+        m = pair[0].state[ours]["exp_avg"]
+        mask = m.abs() >= torch.topk(m.abs().flatten(), k)[0].min()
+        assert torch.equal(ours, torch.where(mask, free, before))
+        assert pair[0].realised_fraction()["last"] == mask.sum() / ours.numel()
+        if kind == "constant":
+            assert mask.all()
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", MOMENTS)
+def test_threads_change_no_bit(kind, threads, monkeypatch):
+    monkeypatch.setattr(mofo, "SHARED", 1)
+    shapes, runs = [(700, 640), (3, 4), (400, 300), (0, 5), (50,), (640, 333), (1, 1), (2, 100_003)], []
+    for count in (1, 2, 3, 5):
+        threads(count)
+        ps = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_() for i, shape in enumerate(shapes)]
+        optimizer = MoFO(ps, lr=0.1, weight_decay=0.1, fraction=0.2, moments=placed(ps, kind))
+        for step in range(3):
+            for i, p in enumerate(ps):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+            optimizer.step()
+        assert torch.get_num_threads() == count  # of this thread, and of one that begins now
+        with ThreadPoolExecutor(1) as fresh:
+            assert fresh.submit(torch.get_num_threads).result() == count
+        runs.append((ps, optimizer))
+    for ps, optimizer in runs[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(ps, runs[0][0]))
+        assert optimizer.realised_fraction() == runs[0][1].realised_fraction()
+        for p, q in zip(ps, runs[0][0]):
+            assert all(torch.equal(value, runs[0][1].state[q][name]) for name, value in optimizer.state[p].items())
+
+
+def test_what_goes_wrong_in_a_thread_is_raised(threads, monkeypatch):
+    monkeypatch.setattr(mofo, "SHARED", 1)
+    threads(2)
+    ps = [torch.zeros(3, 2, requires_grad=True) for _ in range(4)]
+    for p in ps:
+        p.grad = torch.ones(3, 2)
+    with pytest.raises(ValueError, match="unknown weight of shape"):
+        MoFO(ps, moments=Moments(dtype="bfloat16")).step()
+
+
+def test_scratch_is_of_the_largest_tensors(threads, monkeypatch):
+    monkeypatch.setattr(mofo, "SHARED", 1)
+    for count, wanted in ((1, 4 * 90_000), (2, 4 * (90_000 + 80_000)), (4, 4 * (90_000 + 80_000 + 70_000))):
+        threads(count)
+        ps = [torch.ones(shape, requires_grad=True) for shape in ((100, 700), (10, 10), (100, 900), (100, 800))]
+        optimizer = MoFO(ps, lr=0.1)
+        for _ in range(3):
+            for p in ps:
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        assert sum(room.nbytes for (use, *_), room in optimizer._scratch.items() if use == "order") == wanted
+
+
+def test_a_kernel_that_is_not_lerp_changes_no_mask(monkeypatch):
+    """Elsewhere the fused kernel may round m in its own way: |m| is then computed twice and not read from its result."""
+    runs = []
+    for same in (True, False):
+        monkeypatch.setattr(mofo, "_kernel_is_lerp", lambda dtype, beta, same=same: same)
+        p = torch.zeros(300, 400, requires_grad=True)
+        optimizer = MoFO([p], lr=0.1)
+        for seed in range(3):
+            p.grad = gradient_of("plain", p.shape, seed).float()
+            optimizer.step()
+        runs.append(p)
+    assert torch.equal(*runs)
+
+
+def test_histograms_move_the_entries_that_a_partition_moves():
+    """What other devices and several processes run, here in one process with as many tensors as it likes."""
+    alone = SimpleNamespace(rank=0, world=2, sum=lambda tensor: tensor)
+    runs = []
+    for shards in (None, alone):
+        ps = [torch.ones(shape, requires_grad=True) for shape in ((520, 513), (40, 30), (1, 1))]
+        optimizer = MoFO(ps, lr=0.1, weight_decay=0.1, fraction=0.15, shards=shards)
+        for seed in range(3):
+            for p, kind in zip(ps, ("0.7 zeros", "ties", "plain")):
+                p.grad = gradient_of(kind, p.shape, seed).float()
+            optimizer.step()
+        runs.append((ps, optimizer.realised_fraction()))
+    assert runs[0][1] == runs[1][1]
+    assert all(torch.equal(p, q) for p, q in zip(runs[0][0], runs[1][0]))
 
 
 def test_an_empty_tensor_is_left_alone():
@@ -191,13 +289,14 @@ def test_a_tied_tensor_is_one_partition():
 
 
 def test_strided_and_half_precision_tensors():
-    start, gradient = torch.randn(5, 8), torch.randn(5, 8)
+    start, gradient = (t.bfloat16().float() for t in torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0)))
     plain, strided = start.clone().requires_grad_(), start.t().contiguous().t().requires_grad_()
     half = start.bfloat16().requires_grad_()
     for p in (plain, strided, half):
         p.grad = gradient.to(p.dtype)
         MoFO([p], lr=0.1, fraction=0.25).step()
     assert torch.equal(plain, strided)
+    assert torch.equal(half != start, plain != start)
     torch.testing.assert_close(half.float(), plain, rtol=2e-2, atol=2e-2)
 
 
@@ -300,3 +399,10 @@ def test_the_part_trains_a_model_and_reports(make, documents, train):
     assert any(changed.all() for name, changed in moved.items() if changed.dim() == 1)
     report = part.report(run=result.run, state=result.states["mofo"])
     assert report["fraction"] == 0.2 and 0.15 < report["realised_fraction"] < 0.6
+
+
+def test_threads_are_as_many_as_have_work(threads):
+    threads(8)
+    assert mofo._workers([]) == mofo._workers([0, 0]) == mofo._workers([900]) == mofo._workers([1 << 24]) == 1
+    assert mofo._workers([1 << 24, 1 << 23, 1 << 22]) == 2  # a third would end before the first
+    assert mofo._workers([1 << 20] * 100) == 8 and mofo._workers([1 << 10] * 700) == 2

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from experiments import moments
 from experiments.batches import schedule
 from methods.lora import LoRA
 from methods.part import Run
@@ -138,6 +139,32 @@ def test_it_changes_nothing_in_training_and_gives_the_model_back(make, documents
         part.release()
         part.release()
         assert not any(module._forward_hooks for module in watched.run.model.modules())
+
+
+def test_omega_is_the_gradient_times_what_copies_of_the_weights_show_on_any_number_of_threads(monkeypatch):
+    monkeypatch.setattr(moments, "CPU_CHUNK", 64)
+    draw = torch.Generator().manual_seed(0)
+    start, gradients = (torch.randn(30, 40, generator=draw, dtype=torch.float64) for _ in range(2))
+
+    def found(threads):
+        weight = torch.nn.Parameter(start.clone())
+        run = Run(model=torch.nn.ParameterDict({"w": weight}), weights={"w": weight}, base={"w": start}, seed=0, device="cpu")
+        part, state = PathIntegral(), {}
+        part.begin(run=run, state=state, examples=[])
+        optimizer = part.optimizer(run=run, learning_rate=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+        part.optimizer_ready(run=run, state=state, optimizer=optimizer)
+        torch.set_num_threads(threads)
+        omega = torch.zeros_like(start)
+        for step in range(3):
+            weight.grad, run.clipped = gradients * (step + 1) / 4, torch.tensor(0.25)
+            before = weight.detach().clone()
+            optimizer.step()
+            omega -= gradients * (step + 1) * (weight.detach() - before)
+        torch.set_num_threads(1)
+        torch.testing.assert_close(state["omega"]["w"], omega, rtol=1e-9, atol=1e-12)
+        return weight.detach(), state["omega"]["w"]
+
+    assert all(torch.equal(a, b) for a, b in zip(found(1), found(3)))
 
 
 def test_bf16_models_are_measured_on_their_float32_weights(make, documents, train):

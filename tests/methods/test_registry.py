@@ -51,7 +51,7 @@ def test_a_block_becomes_sorted_parts():
     ({"ewc": {"strength": float("inf")}}, "ewc.strength is inf: it must be a number"),
     ({"ewc": {"samples": 0}}, r"ewc.samples is 0: it must be a whole number in \[1, inf\)"),
     ({"ewc": {"samples": 2.5}}, "ewc.samples is 2.5: it must be a whole number"),
-    ({"ewc": {"estimator": "exact"}}, "ewc.estimator is 'exact': it must be one of empirical, sampled, batched"),
+    ({"ewc": {"estimator": "exact"}}, "ewc.estimator is 'exact': it must be one of empirical, sampled, signed, batched"),
     ({"lora": {"targets": "q_proj"}}, "lora.targets is 'q_proj': it must be a list of names"),
     ({"lora": {"targets": ["q_proj", 3]}}, "lora.targets is .*: it must be a list of names"),
     ({"lora": {"dropout": 1.0}}, r"lora.dropout is 1.0: it must be a number in \[0, 1\)"),
@@ -65,7 +65,7 @@ def test_what_is_wrong_is_named(block, said):
 
 def test_a_phase_depends_on_its_settings():
     ewc = EWC(strength=5.0, samples=3)
-    assert registry.phase_settings(ewc, "prepare") == {"samples": 3, "length": 512, "estimator": "empirical", "scope": "adapted", "bits": 8, "batch_size": 8}
+    assert registry.phase_settings(ewc, "prepare") == {"samples": 3, "length": 512, "estimator": "empirical", "scope": "adapted", "bits": 8, "density": 1.0, "batch_size": 8}
     assert registry.phase_settings(ewc, None) == registry.phase_settings(ewc, "train") == {"strength": 5.0, **registry.phase_settings(ewc, "prepare")}
     assert registry.phase_settings(LoRA(), "prepare")["targets"] == ["q_proj", "v_proj"]
     # a strength sweep and a preset that changes no preparation prepare once; one that changes it does not
@@ -77,7 +77,7 @@ def test_a_phase_depends_on_its_settings():
 
 def test_source_files_are_the_parts_own_and_what_it_shares():
     names = [path.name for path in registry.source_files(EWC)]
-    assert names == ["ewc.py", "effective.py", "fisher.py", "importance.py"]
+    assert names == ["ewc.py", "effective.py", "fisher.py", "importance.py", "per_example.py", "stored.py"]
     assert [p.name for p in registry.source_files(MomentumFilter())] == ["mofo.py"]
     for part in registry.parts().values():
         files = registry.source_files(part)

@@ -1,0 +1,59 @@
+"""Token ids of a suite's requests, kept on disk from one model to the next: every cell of a study asks the same questions.
+
+A file is named by the sha256 of all that the ids follow from: the texts themselves, the tokenizer's whole definition and
+the versions of what encodes. What has changed has another name and is never found; what cannot be read whole is encoded
+and written again. The files may be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Pair = tuple[list[int], list[int]]  # ids of a context, ids of its continuation
+
+
+class KeptTokens:
+    """The files of `folder` for one tokenizer; `settings` is whatever else decides how lm-eval encodes (JSON values)."""
+
+    def __init__(self, folder: Path, tokenizer: Any, settings: Any):
+        self.folder = Path(folder)
+        # a tokenizer without a Rust half is Python code, of which there is no definition to hash: nothing of it is kept
+        half = getattr(tokenizer, "backend_tokenizer", None)
+        versions = [version(name) for name in ("lm_eval", "tokenizers", "transformers")]
+        self.definition = half and json.dumps([type(tokenizer).__name__, half.to_str(), tokenizer.special_tokens_map, settings, versions], default=str)
+
+    def load(self, texts: Sequence[tuple[str, str]]) -> list[Pair] | None:
+        """The ids of each (context, continuation), None where they are not kept or the file is damaged."""
+        if not self.definition:
+            return None
+        try:
+            with np.load(self._file(texts), allow_pickle=False) as kept:  # zip's checksums are compared on reading
+                ids, lengths = kept["ids"], kept["lengths"]
+            if lengths.shape != (len(texts), 2) or lengths.min(initial=0) < 0 or lengths.sum() != len(ids):
+                return None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+        pieces = [piece.tolist() for piece in np.split(ids, lengths.ravel().cumsum()[:-1])]
+        return list(zip(pieces[::2], pieces[1::2], strict=True))
+
+    def save(self, texts: Sequence[tuple[str, str]], pairs: Sequence[Pair]) -> None:
+        """Keep `pairs`, the ids of `texts`, for the next model."""
+        if not self.definition:
+            return
+        file = self._file(texts)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")  # cells may be scored side by side
+        ids = np.array([i for pair in pairs for piece in pair for i in piece], dtype=np.int32)
+        with open(part, "wb") as stream:
+            np.savez(stream, ids=ids, lengths=np.array([[len(piece) for piece in pair] for pair in pairs], dtype=np.int64))
+        part.replace(file)
+
+    def _file(self, texts: Sequence[tuple[str, str]]) -> Path:
+        return self.folder / f"{hashlib.sha256(json.dumps([self.definition, texts]).encode()).hexdigest()}.npz"

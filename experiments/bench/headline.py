@@ -1,0 +1,164 @@
+"""The paper behind hierarchical importance (arXiv 2501.13669) claims preparation about 20 times faster and 10-15 % of the storage of
+EWC-LoRA's, which computes and keeps a Fisher of the whole model. Here everyone prepares from the same documents: its importance, along
+a phase of LoRA training; the whole model's Fisher as the published scripts approximate it, from batches of 8 and of 1; and an exact
+Fisher of the adapted matrices alone, in the same bits. Only `prepare` is timed, as in a cell; storage is of real files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from experiments.bench.race import Race, race
+
+TITLE = "Preparing importance: 20 times faster, 10-15 % of the storage?"
+OURS, SAME = "hierarchical", "Fisher, adapted matrices"
+PUBLISHED = {8: "EWC-LoRA, batches of 8", 1: "EWC-LoRA, batches of 1"}
+CLAIM = {"times_faster": 20.0, "storage": (0.10, 0.15)}
+# documents the published code reads: hierarchical's own phase, and the two Fisher scripts by their batch size
+EPOCHS, DOCUMENTS = 5, {OURS: 2000, 8: 5000, 1: 20000}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Findings:
+    """Times of a baseline are multiples of hierarchical's; storage is hierarchical's as a share of a baseline's."""
+
+    documents: int
+    tokens: int
+    times: dict[int, float]  # the published baseline's, by its batch size
+    times_same: float
+    storage: float  # of the published baseline's files
+    storage_same: float
+    entries: float  # importances kept, as a share of the published baseline's
+
+    def by_arithmetic(self) -> dict[int, float]:
+        """The times at the published numbers of documents; documents are taken to be equally long."""
+        return {size: ratio * DOCUMENTS[size] / (DOCUMENTS[OURS] * EPOCHS) for size, ratio in self.times.items()}
+
+    def sentence(self) -> str:
+        """What was found of the claim and where the difference comes from."""
+        most, larger = max(self.times.values()), max(self.by_arithmetic().values())
+        low, high = CLAIM["storage"]
+        each = " and ".join(f"{_times(ratio)} (batches of {size})" for size, ratio in self.times.items())
+        time = (f"On the same {self.documents} documents ({self.tokens:,} tokens) the published baseline takes {each} as long to prepare as "
+                f"hierarchical importance; the paper claims about {CLAIM['times_faster']:g} times. An exact Fisher of the adapted matrices alone "
+                f"takes {_times(self.times_same)} as long. ")  # fmt: skip
+        if most >= CLAIM["times_faster"] / 2:
+            time += "So work per token accounts for most of the claim"
+        elif larger >= CLAIM["times_faster"] / 2:
+            time += (f"The published numbers of documents would make it {_times(larger)} (arithmetic): with them, most of the claim is "
+                     "accounted for")  # fmt: skip
+        else:
+            time += (f"The published numbers of documents would make it {_times(larger)} at most (arithmetic): what is left of the claim "
+                     "comes neither from work per token nor from the documents, as measured here")  # fmt: skip
+        if self.times_same < 1:
+            time += ", and importance of the same matrices is had in less time from a Fisher"
+        storage = (f". Its importance takes {_percent(self.storage)} of the published baseline's storage, where the paper claims "
+                   f"{_percent(low)} to {_percent(high)}: ")  # fmt: skip
+        if self.storage < self.entries * 0.95:
+            storage += (f"{_percent(self.entries)} because only the adapted matrices are kept, the rest of the way because an entry is kept in "
+                        "fewer bits. ")  # fmt: skip
+        else:
+            storage += f"the adapted matrices are {_percent(self.entries)} of the weights. "
+        if abs(self.storage_same - 1) < 0.1:
+            storage += (f"A Fisher of the same matrices, kept in the same way, takes as much ({_percent(self.storage_same)}): the saving comes "
+                        "from what is kept, not from the kind of importance.")  # fmt: skip
+        else:
+            storage += f"Of the storage of a Fisher of the same matrices, kept in the same way, it takes {_percent(self.storage_same)}."
+        return time + storage
+
+
+def measure(*, small: bool, rounds: int) -> Iterator[Race]:
+    import torch
+
+    from experiments.bench import subject
+    from experiments.gpu_check import running
+    from experiments.sharding import Shards
+    from methods.ewc import EWC
+
+    on = subject.find(small=small)
+    documents = on.general[: 6 if small else 16]
+    hierarchical = on.study.methods["hierarchical"].parts
+    adapting = tuple(part for part in hierarchical if "adapts" in part.capabilities)
+    own = next(part for part in hierarchical if part.key == "hierarchical")
+    given = {"samples": len(documents), "length": own.length}
+    contestants = {
+        OURS: (*adapting, replace(own, samples=len(documents), epochs=1.0)),
+        **{name: (*adapting, EWC(scope="whole-model", estimator="batched", batch_size=size, bits=32, **given)) for size, name in PUBLISHED.items()},
+        SAME: (*adapting, EWC(bits=own.bits, density=own.density, **given)),
+    }
+    common = {"make": on.make, "general": documents, "device": torch.device("cpu"), "shards": Shards(), "compute_dtype": on.dtype,
+              "settings": replace(on.study.prepare_settings(model=on.study.grid["models"][0], method="hierarchical"), probes=0)}  # fmt: skip
+    sizes: dict[str, dict[str, int]] = {}
+    tokens: dict[str, int] = {}
+
+    def seconds(name: str) -> float:
+        found = running.prepare(parts=contestants[name], **common)
+        if name not in sizes:
+            sizes[name] = _stored(found.states, plain=name in PUBLISHED.values())
+        tokens[name] = found.tokens
+        return found.seconds
+
+    # an argument of its own for each: a closure over the loop's variable would time the last one alone
+    found = race(f"{on.name}: {len(documents)} documents of general text", {name: lambda name=name: seconds(name) for name in contestants},
+                 against=OURS, rounds=rounds or 3, warm=int(small), own_clock=True)  # fmt: skip
+    whole = sizes[PUBLISHED[8]]
+    findings = Findings(
+        documents=len(documents), tokens=tokens[OURS], times={size: found.ratio_median(name) for size, name in PUBLISHED.items()},
+        times_same=found.ratio_median(SAME), storage=sizes[OURS]["importance"] / whole["importance"],
+        storage_same=sizes[OURS]["importance"] / sizes[SAME]["importance"], entries=sizes[OURS]["entries"] / whole["entries"],
+    )  # fmt: skip
+    found.facts.update({
+        "sentence": findings.sentence(),
+        "paper: times faster": CLAIM["times_faster"], "paper: share of the storage": list(CLAIM["storage"]),
+        "times as long, EWC-LoRA by batch size": {str(size): _short(t) for size, t in findings.times.items()},
+        "times as long, Fisher of the adapted matrices": _short(findings.times_same),
+        "share of EWC-LoRA's storage": _short(findings.storage), "share of EWC-LoRA's entries": _short(findings.entries),
+        "share of the storage of a Fisher of the adapted matrices": _short(findings.storage_same),
+        "arithmetic, not measured: times as long at the published numbers of documents, by batch size":
+            {str(size): _short(t) for size, t in findings.by_arithmetic().items()},
+        "published documents, hierarchical": f"{DOCUMENTS[OURS]:,} in {EPOCHS} epochs",
+        "published documents, EWC-LoRA by batch size": {str(size): DOCUMENTS[size] for size in PUBLISHED},
+        "tokens read": tokens,
+        "microseconds a token": {name: _short(1e6 * median(found.seconds[name]) / tokens[name]) for name in contestants},
+        **{f"bytes_stored by {name}": {kind: count for kind, count in sizes[name].items() if kind != "entries"} for name in contestants},
+        "entries": {name: sizes[name]["entries"] for name in contestants},
+        "computed in": str(on.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
+        "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher is in full precision",
+    })  # fmt: skip
+    yield found
+
+
+def _stored(states: dict[str, dict], *, plain: bool) -> dict[str, int]:
+    """Bytes of the files, and entries of importance. `plain`: a float an entry and no compression, as published checkpoints are."""
+    from safetensors.torch import save_file
+
+    from methods.stored import save_importance
+
+    (state,) = states.values()
+    found = {"entries": sum(values.numel() for values in state["importance"].values())}
+    with TemporaryDirectory() as folder:
+        for kind in ("importance", "start", "carry"):
+            if kind in state:
+                path = Path(folder) / kind
+                if kind == "importance" and not plain:
+                    save_importance(state[kind], path)
+                else:
+                    save_file({name: tensor.contiguous() for name, tensor in state[kind].items()}, path)
+                found[kind] = path.stat().st_size
+    return found
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def _times(ratio: float) -> str:
+    return f"{_short(ratio):g} times"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g} %"

@@ -1,0 +1,144 @@
+"""What is kept of a cell: folders that rebuild its weights, and nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from experiments import memory, tuned, weights
+from experiments.base import load_tensors
+from experiments.errors import UserError
+from methods.lora import LoRA
+from methods.part import Run
+
+BLOCK = {"source": "random:llama", "dtype": "bfloat16", "config": {"vocab_size": 300}}
+PART = LoRA(rank=3, alpha=7.0, targets=("q_proj", "down_proj"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model in bf16."""
+    out = tmp_path_factory.mktemp("base") / "model"
+    weights.materialise(name="tiny", block=BLOCK, packages={}, out_dir=out)
+    return out
+
+
+@pytest.fixture
+def moved(folder):
+    """Final weights in float32: one tensor as it was, the others moved by 1 %."""
+    draw = torch.Generator().manual_seed(3)
+    base = load_tensors(folder)
+    return {name: base[name].float() * (1 + 0.01 * torch.randn(base[name].shape, generator=draw)) for name in sorted(base)[1:]}
+
+
+@pytest.fixture
+def adapted(folder, tmp_path):
+    """A folder with the adapter of a model that LoRA has wrapped and noise has trained, and its final weights."""
+    model = PART.adapt(weights.load_model(folder, dtype=torch.float32), seed=0)
+    run = Run(model=model, weights={n: p for n, p in model.named_parameters() if p.requires_grad}, base=load_tensors(folder), seed=0, device="cpu")
+    draw = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in run.weights.values():
+            p.add_(0.05 * torch.randn(p.shape, generator=draw))
+    out = tmp_path / "adapted"
+    PART.save(run=run, state={}, folder=out)
+    return out, PART.finish(run=run, state={}, final={})
+
+
+def ordinary(folder, final, target):
+    """The plain Hugging Face folder of the same weights, written here."""
+    shutil.copytree(folder, target)
+    (target / "base.json").unlink()
+    base = load_tensors(folder)
+    (target / "model.safetensors").unlink()
+    save_file({n: final[n].bfloat16() if n in final else base[n].clone() for n in base}, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_a_difference_rebuilds_the_model_and_its_folder(folder, moved, tmp_path):
+    plain = ordinary(folder, moved, tmp_path / "plain")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    digest = tuned.keep(tmp_path / "cell", folder=folder, base=load_tensors(folder), final=moved)
+    assert digest == weights.tensor_sha256(plain) == tuned.weights_sha256(tmp_path / "cell")
+    assert {path.name for path in (tmp_path / "cell").iterdir()} == {"delta.safetensors", "weights.json"}
+    sizes = [path.stat().st_size for path in (tmp_path / "cell").iterdir()]
+    assert tuned.kept_bytes(tmp_path / "cell") == sum(sizes) < 0.6 * (plain / "model.safetensors").stat().st_size
+    for dtype in (torch.bfloat16, torch.float32):
+        model, found = tuned.load(tmp_path / "cell", folder=folder, dtype=dtype)
+        expected = weights.load_model(plain, dtype=dtype).state_dict()
+        assert found == digest and not model.training
+        assert model.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) and tensor.dtype == dtype for name, tensor in model.state_dict().items())
+    tuned.write_folder(tmp_path / "cell", folder=folder, target=tmp_path / "made")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == {path.name: path.read_bytes() for path in plain.iterdir()}
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # the model was rebuilt in memory that its file is mapped to
+
+
+def test_an_adapter_is_all_that_is_kept(folder, adapted, tmp_path):
+    out, final = adapted
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    plain = ordinary(folder, final, tmp_path / "plain")
+    digest = tuned.keep(out, folder=folder, base=load_tensors(folder), final=final)
+    assert {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()} == files | {"weights.json"}
+    assert json.loads((out / "weights.json").read_text())["kind"] == "adapter"
+    assert tuned.load(out, folder=folder, dtype=torch.bfloat16)[1] == digest == weights.tensor_sha256(plain)
+    tuned.write_folder(out, folder=folder, target=tmp_path / "made")
+    assert weights.tensor_sha256(tmp_path / "made") == digest
+    shape = memory.shape_of("tiny", BLOCK, folder)
+    tensors = load_file(out / "adapter" / "adapter_model.safetensors")
+    assert tuned.expected_bytes(shape=shape, parts=(PART,), checkpoint=torch.bfloat16) == sum(t.nbytes for t in tensors.values())
+
+
+@pytest.mark.parametrize("touched", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
+def test_what_another_part_changed_is_kept_beside_the_adapter(folder, adapted, tmp_path, touched):
+    out, final = adapted
+    tensor = (final[touched] if touched in final else load_tensors(folder)[touched].float()).clone()
+    tensor.view(-1)[0] += 0.25
+    final = final | {touched: tensor}
+    digest = tuned.keep(out, folder=folder, base=load_tensors(folder), final=final)
+    assert json.loads((out / "weights.json").read_text())["kind"] == "delta" and (out / "adapter").is_dir()
+    assert tuned.load(out, folder=folder, dtype=torch.bfloat16)[1] == digest == weights.tensor_sha256(ordinary(folder, final, tmp_path / "plain"))
+
+
+def test_expected_bytes():
+    shape = memory.shape_of("tiny", BLOCK, Path("nowhere"))
+    entries = shape.parameters
+    for dtype, bits in ((torch.bfloat16, 4), (torch.float16, 7), (torch.float32, 20), (torch.float64, 64)):
+        assert tuned.expected_bytes(shape=shape, parts=(), checkpoint=dtype) == entries * bits // 8
+
+
+def test_what_does_not_fit_is_refused(folder, moved, adapted, tmp_path):
+    out = tmp_path / "cell"
+    digest = tuned.keep(out, folder=folder, base=load_tensors(folder), final=moved)
+    other = tmp_path / "other"
+    weights.materialise(name="tiny", block=BLOCK | {"seed": 1}, packages={}, out_dir=other)
+    with pytest.raises(UserError, match="made beside a base with base_sha256"):
+        tuned.load(out, folder=other, dtype=torch.bfloat16)
+    retokenised = tmp_path / "retokenised"
+    shutil.copytree(folder, retokenised)
+    (retokenised / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="base_files_sha256"):
+        tuned.load(out, folder=retokenised, dtype=torch.bfloat16)
+    about = json.loads((out / "weights.json").read_text())
+    (out / "weights.json").write_text(json.dumps(about | {"weights_sha256": "0" * 64}))
+    with pytest.raises(UserError, match=f"gives weights {digest[:12]}, not the 000000000000"):
+        tuned.write_folder(out, folder=folder, target=tmp_path / "made")
+    assert not (tmp_path / "made").exists()
+    (out / "weights.json").write_text(json.dumps(about | {"version": 0}))
+    with pytest.raises(UserError, match="is of version 0, this program reads 1"):
+        tuned.load(out, folder=folder, dtype=torch.bfloat16)
+    (out / "weights.json").unlink()
+    with pytest.raises(UserError, match="holds no weights.json"):
+        tuned.load(out, folder=folder, dtype=torch.bfloat16)
+    out, final = adapted
+    tuned.keep(out, folder=folder, base=load_tensors(folder), final=final)
+    file = out / "adapter" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-3] + b"abc")
+    with pytest.raises(UserError, match="gives weights"):
+        tuned.load(out, folder=folder, dtype=torch.bfloat16)
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(UserError, match="is damaged or no adapter"):
+        tuned.load(out, folder=folder, dtype=torch.bfloat16)
