@@ -27,7 +27,9 @@ class KeptTokens:
         # a tokenizer without a Rust half is Python code, of which there is no definition to hash: nothing of it is kept
         half = getattr(tokenizer, "backend_tokenizer", None)
         versions = [version(name) for name in ("lm_eval", "tokenizers", "transformers")]
-        self.definition = half and json.dumps([type(tokenizer).__name__, half.to_str(), tokenizer.special_tokens_map, settings, versions], default=str)
+        self.definition = half and json.dumps(
+            [type(tokenizer).__name__, half.to_str(), tokenizer.special_tokens_map, settings, versions], default=str
+        )
 
     def load(self, texts: Sequence[tuple[str, str]]) -> list[Pair] | None:
         """The ids of each (context, continuation), None where they are not kept or the file is damaged."""

@@ -170,6 +170,8 @@ def penalise(*, weight: Tensor, anchor: Tensor | None, importance: Tensor | Code
     is the sum, which is 0-dim. A gradient of a coarser dtype is rounded once, when F·(θ − θ₀) is added.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    if isinstance(importance, Codes) and importance.codes.dim() == 0:
+        importance = decode(importance.codes, low=importance.low, step=importance.step, dtype=wide)
     coded = isinstance(importance, Codes)
     factor = importance.codes if coded else importance
     single = factor.dim() == 0

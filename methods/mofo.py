@@ -17,7 +17,7 @@ its place: the threshold is then the k-th largest of the whole tensor all the sa
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -166,50 +166,51 @@ class MoFO(torch.optim.Optimizer):
         gradient = sum(job.gradients[1:], job.gradients[0])
         self._moments._advance(p, gradient, state)
         wide = torch.promote_types(p.dtype, torch.float32)
-        flat, gradient, m = p.detach().reshape(-1), gradient.reshape(-1), state["exp_avg"].view(-1)
-        decay = group["lr"] * group["weight_decay"]
+        flat, decay = p.detach().reshape(-1), group["lr"] * group["weight_decay"]
+        pieces = list(_pieces(p))
+        longest = pieces[0].stop if pieces else 1
+        parts = list(zip(pieces, *(t.reshape(-1).split(longest) for t in (flat, gradient, state["exp_avg"]))))
 
-        def sizes(piece: slice, out: Tensor | None = None) -> Tensor:
-            """|m| as it will be, by the same operation on the same piece each time: the threshold is met to the bit."""
-            return torch.lerp(m[piece].to(wide), gradient[piece].to(wide), 1 - beta, out=out).abs_()
+        def size(gradient: Tensor, m: Tensor, out: Tensor | None = None) -> Tensor:
+            """|m| of a piece as it will be, by the same operation each time: the threshold is met to the bit."""
+            gradient, m = (t if t.dtype == wide else t.to(wide) for t in (gradient, m))
+            return torch.lerp(m, gradient, 1 - beta, out=out).abs_()
 
-        entries = self._whole(p)
+        entries, moved = self._whole(p), []
         filtered = p.dim() >= 2 and entries > 0
         if filtered:
-            threshold = self._threshold(p, sizes, max(1, int(group["fraction"] * entries)), wide, worker)
-            moved = torch.zeros((), dtype=torch.float64, device=p.device)
-        pieces = list(_pieces(p))
-        longest = pieces[0].stop if pieces else 0
+            k = max(1, int(group["fraction"] * entries))
+            if self._shards is None and p.is_cpu:
+                room = self._room("order", worker, p.numel(), p, wide)
+                for (_, _, g, m), out in zip(parts, room.split(longest)):
+                    size(g, m, out)
+                threshold = kth_largest(room, k)
+            else:
+                threshold = kth_by_histogram(lambda: (size(g, m).float() for _, _, g, m in parts), k, device=p.device, shards=self._shards)
+        again = filtered and not (state["exp_avg"].dtype == wide and p.is_cpu and _kernel_is_lerp(wide, beta))
         updates, kept = self._room("update", worker, longest, flat), self._room("keep", worker, longest, flat, wide)
-        again = filtered and not (m.dtype == wide and p.is_cpu and _kernel_is_lerp(wide, beta))
-        for piece in pieces:
-            weight, update, keep = flat[piece], updates[: piece.stop - piece.start], kept[: piece.stop - piece.start]
+        for piece, weight, g, m in parts:
+            update, keep = updates[: len(weight)], kept[: len(weight)]
             if again:
-                sizes(piece, keep)
-            self._moments._adam(p, gradient[piece], state, update, piece, group["lr"], group["betas"], group["eps"], None)
+                size(g, m, keep)
+            self._moments._adam(p, g, state, update, piece, group["lr"], group["betas"], group["eps"], None)
             if filtered:
-                keep = (keep if again else torch.abs(m[piece], out=keep)).to(threshold.dtype).ge_(threshold)
-                moved += keep.sum()
+                keep = keep if again else torch.abs(m, out=keep)
+                keep = (keep if keep.dtype == threshold.dtype else keep.to(threshold.dtype)).ge_(threshold)
+                moved.append(keep.sum())
             if decay and filtered and group["decay_all"]:
                 weight.mul_(1 - decay)
             elif decay:
                 update.add_(weight, alpha=-decay)
             if filtered:
-                weight.addcmul_(update, keep.to(update.dtype))
+                weight.addcmul_(update, keep if keep.dtype == update.dtype else keep.to(update.dtype))
             else:
                 weight.add_(update)
         if not p.is_contiguous():  # flattening has copied it
             p.copy_(flat.view(p.shape))
-        return moved if filtered else None
-
-    def _threshold(self, p: Tensor, sizes: Callable[..., Tensor], k: int, wide: torch.dtype, worker: int) -> Tensor:
-        """The k-th largest |m| of the whole tensor, 0-dim."""
-        if self._shards is None and p.is_cpu:
-            room = self._room("order", worker, p.numel(), p, wide)
-            for piece in _pieces(p):
-                sizes(piece, room[piece])
-            return kth_largest(room, k)
-        return kth_by_histogram(lambda: (sizes(piece).float() for piece in _pieces(p)), k, device=p.device, shards=self._shards)
+        if not filtered:
+            return None
+        return torch.stack(moved).sum(dtype=torch.float64) if moved else torch.zeros((), dtype=torch.float64, device=p.device)
 
     def _room(self, use: str, worker: int, entries: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A thread's flat scratch on the device of `like`: one allocation a use, as large as the largest so far."""

@@ -45,7 +45,7 @@ def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks
     hardware.reset_peak(where)
     began = perf_counter()
     scores, items = harness.score(model=model, tokenizer=weights.load_tokenizer(study.paths.model(model_name)), tasks_dir=tasks,
-                                  weights_sha256=digest, **study.evaluate)  # fmt: skip
+                                  weights_sha256=digest, kept=study.paths.local / "tokens", **study.evaluate)  # fmt: skip
     seconds = perf_counter() - began
     harness.save(scores, items, out)
     write_json(out / "evaluate.json", {

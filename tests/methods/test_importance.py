@@ -259,6 +259,14 @@ def test_penalty_on_nothing_is_zero(shape):
         assert found.item() == 0 and found.dim() == 0
 
 
+def test_penalty_on_one_number():
+    weight, gradient = torch.tensor(3.0), torch.tensor(1.0)
+    for given in (encode(torch.tensor(0.25)), torch.tensor(0.25)):
+        gradient.fill_(1)
+        found = penalise(weight=weight, anchor=torch.tensor(1.0), importance=given, gradient=gradient, scale=2.0)
+        assert (found.item(), gradient.item()) == (1.0, 2.0)
+
+
 def test_penalty_refuses_what_it_would_get_wrong():
     weight = torch.ones(4, 6)
     with pytest.raises(ValueError, match=r"shapes differ.*\(6, 4\)"):

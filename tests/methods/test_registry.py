@@ -78,7 +78,7 @@ def test_a_phase_depends_on_its_settings():
 def test_source_files_are_the_parts_own_and_what_it_shares():
     names = [path.name for path in registry.source_files(EWC)]
     assert names == ["ewc.py", "effective.py", "fisher.py", "importance.py", "per_example.py", "stored.py"]
-    assert [p.name for p in registry.source_files(MomentumFilter())] == ["mofo.py"]
+    assert [p.name for p in registry.source_files(MomentumFilter())] == ["mofo.py", "selection.py"]
     for part in registry.parts().values():
         files = registry.source_files(part)
         assert all(path.is_file() for path in files)
