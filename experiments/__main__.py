@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("cell", **arguments["cell"])
             command.add_argument("folder", metavar="DIR", help="a folder that does not exist yet")
         if name == "plan":
+            command.add_argument("patterns", nargs="*", metavar="CELL", help="cells to plan, `*` for any text (default: the whole grid)")
             command.add_argument("--json", action="store_true", help="print JSON")
         if name == "tune":
             command.add_argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)")
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
     elif options.command == "plan":
         from experiments import plan
 
-        plan.main(study, as_json=options.json)
+        plan.main(study, as_json=options.json, patterns=options.patterns)
     elif options.command == "tune":
         from experiments import tune
 

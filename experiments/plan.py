@@ -9,11 +9,14 @@ adapter or a difference from the base. Nothing is loaded or fetched.
 
 import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 
 from experiments import cells, hardware, memory, tuned
+from experiments.errors import UserError
 from experiments.flops import Flops
 from experiments.lock import Lock
 from experiments.weights import as_dtype
@@ -26,17 +29,23 @@ REACHED = 0.4  # share of a device's peak that training reaches
 REFERENCE = "NVIDIA H200"  # whose time is told for a study on CUDA where there is no such device
 
 
-def main(study, *, as_json: bool) -> None:
-    plan = make(study)
+def main(study, *, as_json: bool, patterns: Sequence[str] = ()) -> None:
+    plan = make(study, patterns=patterns)
     print(json.dumps(plan, indent=1) if as_json else text(plan))
 
 
-def make(study) -> dict:
-    """{"cells": [...], "total": {...}, "basis": {...}} with seconds, bytes and what they rest on."""
+def make(study, *, patterns: Sequence[str] = ()) -> dict:
+    """{"cells": [...], "total": {...}, "basis": {...}} with seconds, bytes and what they rest on.
+
+    Only cells whose names match one of `patterns` (`*/full/seed0`), if there are any. Raises UserError where none does.
+    """
     lock = Lock(study)
+    chosen = [cell for cell in cells.grid(study) if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
+    if not chosen:
+        raise UserError(f"no cell of the grid matches {' or '.join(patterns)}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text")
     planners = {model: _Model(study=study, name=model) for model in study.grid["models"]}
     available = _available(study)
-    planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available) for cell in cells.grid(study)]
+    planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available) for cell in chosen]
     todo = [c for c in planned if not c["cached"]["scored"]]
     return {
         "study": study.title, "cells": planned,

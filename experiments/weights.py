@@ -11,7 +11,6 @@ never run. A folder's weights are mapped from their files, not read: beside the 
 nothing of a model that keeps its dtype, and one copy in the new dtype of one that is cast. Files of 5 GB at most are written.
 """
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -37,6 +36,8 @@ from transformers import (
 
 from experiments import hub, packages, random_models
 from experiments.attention import with_sdpa
+from experiments.base import load_tensors
+from experiments.delta import sha256_of
 from experiments.errors import UserError
 from experiments.files import need_room
 
@@ -106,20 +107,7 @@ def tensor_sha256(folder: Path) -> str:
 
     It does not depend on how the tensors are cut into files.
     """
-    files = sorted(_checked(Path(folder)).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    where = {}
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            where |= dict.fromkeys(tensors.keys(), file)
-    opened: dict[Path, Any] = {}
-    for tensor_name in sorted(where):
-        file = where[tensor_name]
-        tensors = opened.setdefault(file, safe_open(file, framework="pt"))
-        tensor = tensors.get_tensor(tensor_name).contiguous()
-        digest.update(f"{tensor_name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return sha256_of(load_tensors(_checked(Path(folder))))
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:

@@ -10,6 +10,7 @@ import torch
 from ruamel.yaml import YAML
 
 from experiments import config, hardware, memory, plan
+from experiments.errors import UserError
 from experiments.flops import Flops
 from experiments.paths import HERE
 
@@ -150,3 +151,10 @@ def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
     text = plan.text(made)
     assert "disk of all 30 cells: 78.7" in text and "about 4 bits a weight in bf16" in text
     assert any(line.endswith("3.74 GiB") or "3.74 GiB " in line for line in text.splitlines()) and "MiB" in text
+
+
+def test_only_the_cells_that_are_asked_for(tmp_path):
+    made = plan.make(study(tmp_path), patterns=["*/full/seed0", "*/ewc/*"])
+    assert [c["cell"].split("/")[2] for c in made["cells"]] == ["full", "ewc"] and made["total"]["cells"] == 2
+    with pytest.raises(UserError, match="no cell of the grid matches nothing or else: cells are MODEL"):
+        plan.make(study(tmp_path), patterns=["nothing", "else"])
