@@ -38,6 +38,7 @@ from experiments.activations import activations
 from experiments.attention import with_sdpa
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
+from methods import selection
 from methods.effective import adapted_names, base_parameters, factors, lora_layers
 from methods.fisher import TOKENS
 from methods.importance import CPU_PIECE, CUDA_PIECE
@@ -237,10 +238,12 @@ class _Layout:
         chunk = min(largest, moments.CPU_CHUNK if cpu else moments.CHUNK)
         kept, passing = 0, 28 * chunk if settings.moments == "bfloat16" else 0  # float32 update, m, v, and their random bits
         for part in parts:
-            if "optimizer" in part.capabilities:  # the update and |m|, and what the largest entries are found with
-                kept += (3 if cpu else 2) * wide * largest
-                if not cpu:
-                    passing += 12 * chunk if n and n > 1 else int((wide + 8) * getattr(part, "fraction", 0.0) * largest)
+            if "optimizer" in part.capabilities:  # update and mask of a piece; |m| that a partition reorders, or histograms
+                kept += 2 * wide * chunk
+                if cpu and not (n and n > 1):
+                    kept += wide * largest
+                else:
+                    passing = max(passing, 28 * chunk + selection.HISTOGRAM)
             if "importance" in part.capabilities:
                 piece = min(_share(count.largest_regularised, n), CPU_PIECE if cpu else CUDA_PIECE)
                 passing += 2 * wide * _share(count.largest_adapted, n) + 4 * wide * piece

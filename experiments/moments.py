@@ -21,8 +21,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from experiments.threads import scratch, spread
-
 MOMENTS = ("float32", "bfloat16")
 CHUNK = 1 << 24  # entries of a tensor worked on at once: the bound of every temporary
 CPU_CHUNK = 1 << 18  # there what stays in the cache is three times as fast
@@ -133,8 +131,7 @@ class AdamW(torch.optim.Optimizer):
 
     watch   called with (weight, piece, movement) for every piece of every weight just before the movement is added:
             `piece` is a slice of the flattened weight, `movement` all that is added to it, weight decay included;
-            it must not be kept, for it is scratch. Watching changes no weight. On the CPU several threads call at
-            once, each for a piece of its own.
+            it must not be kept, for it is scratch. Watching changes no weight.
     """
 
     watch: Callable[[Tensor, slice, Tensor], None] | None = None
@@ -160,23 +157,16 @@ class AdamW(torch.optim.Optimizer):
         state, decay = self.state[p], group["lr"] * group["weight_decay"]
         self._moments._advance(p, p.grad, state)
         flat, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
-        cpu = p.device.type == "cpu"
-
-        def advance(piece: slice) -> None:
+        update = None
+        for piece in _pieces(p):
             weight = flat[piece]
-            update = scratch("update", len(weight), weight.dtype) if cpu else torch.empty_like(weight)
+            update = torch.empty_like(weight) if update is None else update[: len(weight)]  # the first piece is the longest
             self._moments._adam(p, gradient[piece], state, update, piece, group["lr"], group["betas"], group["eps"], None)
             if decay:
                 update.add_(weight, alpha=-decay)
             if self.watch:
                 self.watch(p, piece, update)
             weight.add_(update)
-
-        if cpu:
-            spread(advance, list(_pieces(p)))
-        else:
-            for piece in _pieces(p):
-                advance(piece)
         if not p.is_contiguous():  # flattening has copied it
             p.copy_(flat.view(p.shape))
 
@@ -203,7 +193,9 @@ def _fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Te
     # the CPU kernel's scalar loop over the last entries rounds otherwise than its vectors: no entry may be a last one
     odd = len(update) % VECTOR if update.device.type == "cpu" else 0
     whole = len(update) - odd
-    if whole:
+    if not odd:
+        kernel(*tensors)
+    elif whole:
         kernel(*(t[:whole] for t in tensors))
     if odd:
         padded = [pad(t[whole:], (0, VECTOR - odd)) for t in tensors]

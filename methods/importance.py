@@ -24,13 +24,12 @@ import torch
 from torch import Tensor
 
 from experiments.errors import UserError
-from experiments.threads import scratch, spread
 
 if TYPE_CHECKING:
     from methods.part import Run
 
 OCTAVES = 40
-CPU_PIECE = 1 << 18  # entries worked on at once: a few float32 copies of them fit in a core's cache
+CPU_PIECE = 1 << 20  # entries worked on at once: a few float32 copies of them fit in a shared cache; smaller ones wait more for threads
 CUDA_PIECE = 1 << 24
 
 _CODES = 255  # that are not 0
@@ -181,29 +180,21 @@ def penalise(*, weight: Tensor, anchor: Tensor | None, importance: Tensor | Code
     table = _table(importance.low, importance.step, wide, weight.device) if coded else None
     pairs = _pairs(table) if coded and _in_pairs(factor, table) else None
 
-    def added(piece: tuple[Tensor, ...]) -> Tensor:
-        theta, out, *rest = piece
-        moved, force = (_scratch(use, theta, wide) for use in ("moved", "force"))
+    room = torch.empty(3, min(weight.numel(), CUDA_PIECE if weight.is_cuda else CPU_PIECE), dtype=wide, device=weight.device)
+    sums = []
+    for theta, out, *rest in pieces(*rows):
+        moved, force, spare = room[:, : len(theta)]  # one memory for all pieces: fresh pages cost more than the arithmetic
         if anchor is None:
             moved = theta.to(wide)
         else:
             torch.sub(theta.to(wide), _widened(rest[-1], into=moved), out=moved)
         if coded:
-            _decode(rest[0], table, pairs, out=force).mul_(moved)
+            _decode(rest[0], table, pairs, spare=spare, out=force).mul_(moved)
         else:
             torch.mul(_widened(factor if single else rest[0], into=force), moved, out=force)
-        value = torch.dot(force, moved)
+        sums.append(torch.dot(force, moved))
         out.add_(force, alpha=scale)
-        return value
-
-    work = list(pieces(*rows))
-    sums = [added(piece) for piece in work] if weight.is_cuda else spread(added, work)
-    # added up in the pieces' order: no number of threads changes the sum
     return torch.stack(sums).sum() if sums else torch.zeros((), dtype=wide, device=weight.device)
-
-
-def _scratch(use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty(len(like), dtype=dtype, device=like.device) if like.is_cuda else scratch(use, len(like), dtype)
 
 
 def _widened(values: Tensor, *, into: Tensor) -> Tensor:
@@ -217,19 +208,16 @@ def _in_pairs(codes: Tensor, table: Tensor) -> bool:
 
 
 def _pairs(table: Tensor) -> Tensor:
-    """By two neighbouring codes read as one uint16 their two float32, side by side in a float64: (65536,), until the next call."""
+    """By two neighbouring codes read as one uint16 their two float32, side by side in a float64: (65536,)."""
     first = table.view(torch.int32).long()  # none has a sign
-    found = scratch("pairs", len(table) ** 2, torch.int64).view(len(table), len(table))
-    for some, second in zip(found.chunk(2), (first << 32).chunk(2)):  # halves are too little for torch to wake its threads
-        torch.add(first, second[:, None], out=some)
-    return found.view(torch.float64).view(-1)
+    return torch.add(first, first[:, None], alpha=1 << 32).view(torch.float64).view(-1)
 
 
-def _decode(codes: Tensor, table: Tensor, pairs: Tensor | None, *, out: Tensor) -> Tensor:
-    """The values of uint8 `codes` (entries,), in `out`."""
+def _decode(codes: Tensor, table: Tensor, pairs: Tensor | None, *, spare: Tensor, out: Tensor) -> Tensor:
+    """The values of uint8 `codes` (entries,), in `out`; both it and `spare` are (entries,) of the table's type."""
+    index = spare.view(torch.int32)  # for float64 twice as long as needed
     if pairs is None or len(codes) % 2 or codes.storage_offset() % 2:
-        torch.index_select(table, 0, codes.int(), out=out)
+        torch.index_select(table, 0, index[: len(codes)].copy_(codes), out=out)
     else:
-        index = scratch("index", len(codes) // 2, torch.int32).copy_(codes.view(torch.uint16))
-        torch.index_select(pairs, 0, index, out=out.view(torch.float64))
+        torch.index_select(pairs, 0, index[: len(codes) // 2].copy_(codes.view(torch.uint16)), out=out.view(torch.float64))
     return out

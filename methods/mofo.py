@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.moments import AdamW, Moments, _pieces
+from experiments.moments import AdamW, Moments, _fused_adam, _pieces
 from methods.part import Part, register, setting
-from methods.selection import kth_by_histogram, kth_largest, kth_largest_of_all  # noqa: F401
+from methods.selection import kth_by_histogram, kth_largest
 
 ALLOWED = "(0, 1]"
 SHARED = 1 << 18  # entries for which another thread is worth while
@@ -169,7 +169,9 @@ class MoFO(torch.optim.Optimizer):
         flat, decay = p.detach().reshape(-1), group["lr"] * group["weight_decay"]
         pieces = list(_pieces(p))
         longest = pieces[0].stop if pieces else 1
-        parts = list(zip(pieces, *(t.reshape(-1).split(longest) for t in (flat, gradient, state["exp_avg"]))))
+        kinds = (flat, gradient.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
+        parts = list(zip(pieces, *(t.split(longest) for t in kinds)))
+        plain = all(t.dtype == wide for t in kinds)  # nothing to convert or to round
 
         def size(gradient: Tensor, m: Tensor, out: Tensor | None = None) -> Tensor:
             """|m| of a piece as it will be, by the same operation each time: the threshold is met to the bit."""
@@ -182,18 +184,21 @@ class MoFO(torch.optim.Optimizer):
             k = max(1, int(group["fraction"] * entries))
             if self._shards is None and p.is_cpu:
                 room = self._room("order", worker, p.numel(), p, wide)
-                for (_, _, g, m), out in zip(parts, room.split(longest)):
+                for (_, _, g, m, _), out in zip(parts, room.split(longest)):
                     size(g, m, out)
                 threshold = kth_largest(room, k)
             else:
-                threshold = kth_by_histogram(lambda: (size(g, m).float() for _, _, g, m in parts), k, device=p.device, shards=self._shards)
-        again = filtered and not (state["exp_avg"].dtype == wide and p.is_cpu and _kernel_is_lerp(wide, beta))
+                threshold = kth_by_histogram(lambda: (size(g, m).float() for _, _, g, m, _ in parts), k, device=p.device, shards=self._shards)
+        again = filtered and not (plain and p.is_cpu and _kernel_is_lerp(wide, beta))
         updates, kept = self._room("update", worker, longest, flat), self._room("keep", worker, longest, flat, wide)
-        for piece, weight, g, m in parts:
-            update, keep = updates[: len(weight)], kept[: len(weight)]
+        for piece, weight, g, m, v in parts:
+            update, keep = (updates, kept) if len(weight) == longest else (updates[: len(weight)], kept[: len(weight)])
             if again:
                 size(g, m, keep)
-            self._moments._adam(p, g, state, update, piece, group["lr"], group["betas"], group["eps"], None)
+            if plain:  # what _adam does then; every further operation here is one more that threads wait for each other in
+                _fused_adam(update.zero_(), g, m, v, state["step"], group["lr"], group["betas"], group["eps"])
+            else:
+                self._moments._adam(p, g, state, update, piece, group["lr"], group["betas"], group["eps"], None)
             if filtered:
                 keep = keep if again else torch.abs(m, out=keep)
                 keep = (keep if keep.dtype == threshold.dtype else keep.to(threshold.dtype)).ge_(threshold)
@@ -258,6 +263,7 @@ def _threads(workers: int, each: int, process: int) -> ThreadPoolExecutor:
 
     def begin() -> None:
         torch.set_num_threads(each)
+        torch.get_num_threads()  # torch settles a thread's number when it is first read, and would then read ours
         all_here.wait(timeout=60)
 
     pool = ThreadPoolExecutor(workers, "mofo", begin)

@@ -90,7 +90,7 @@ class PathIntegral(Part):
                 if weight.is_cuda:  # where reading the number would wait for the device
                     gradient = gradient / run.clipped
                 else:
-                    factor = (factor / run.clipped).item()
+                    factor = (factor / run.clipped.double()).item()
             state["omega"][names[id(weight)]].view(-1)[piece].addcmul_(gradient, movement, value=factor)
 
         if names:

@@ -9,6 +9,7 @@ Their bits, read as integers, are ordered as they are, and integers are what bot
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,7 @@ RAMP = 1 << 16
 COUNTED = 1 << 24  # entries that enter a histogram at once: the bound of its temporaries
 LANES = 64  # copies of a histogram: neighbours count into different ones, for those that meet in a cell wait in line
 TRASH = 1024  # cells, in each copy, for entries that are not to be counted: as many for the same reason
-# (i·golden ratio) mod 1: evenly spread, and in step with no length of a row
-_PLACES = np.arange(SAMPLE) * 0.6180339887498949 % 1
+HISTOGRAM = (12 * LANES + 8) * ((1 << 16) + TRASH)  # bytes that counting takes beside its pieces
 
 
 def kth_largest(size: Tensor, k: int) -> Tensor:
@@ -49,9 +49,15 @@ def _heavy(values: np.ndarray) -> int | None:
     """A value that about an eighth of the entries share, if there is one."""
     if values.size < SAMPLE:
         return None
-    sample = np.sort(values[(_PLACES * values.size).astype(np.intp)])
+    sample = np.sort(values[_places(values.size)])
     same = sample[HEAVY:] == sample[:-HEAVY]
     return int(sample[HEAVY:][same][0]) if same.any() else None
+
+
+@lru_cache(256)
+def _places(entries: int) -> np.ndarray:
+    """Where the sample is taken: at (i·golden ratio mod 1) of the entries, evenly spread and in step with no length of a row."""
+    return (np.arange(SAMPLE) * 0.6180339887498949 % 1 * entries).astype(np.intp)
 
 
 def _spread(bits: Tensor, heavy: int, *, below: bool) -> None:

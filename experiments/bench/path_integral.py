@@ -58,4 +58,4 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     runners = {ADAMW: adamw(start, gradients).step, "ours, not watched": alone.step, "ours": ours, "copies of the weights": by_copies}
     facts = {"entries": sum(values.numel() for values in start), "threads": torch.get_num_threads(), "difference": float(f"{difference:.2g}")}
     yield race("A step with ω", runners, against=ADAMW, rounds=rounds or 9, facts=facts,
-               goals=[Goal(runner="ours, not watched", limit=1.1)])  # fmt: skip
+               goals=[] if small else [Goal(runner="ours, not watched", limit=1.1)])  # fmt: skip

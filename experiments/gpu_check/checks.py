@@ -27,7 +27,7 @@ from experiments.gpu_check.sizes import Skipped
 from experiments.paths import HERE
 from experiments.resume import Resume
 from experiments.sharding import Shards
-from methods import importance, mofo, registry
+from methods import importance, registry, selection
 from methods.effective import base_parameters
 from methods.part import Part
 
@@ -175,7 +175,7 @@ def random_bits(device: torch.device, *, tiny: bool) -> dict:
 
 
 def mofo_threshold(device: torch.device, *, tiny: bool) -> dict:
-    """MoFO's k-th largest |m|, by topk (one process) and by histograms (several), against a sorted copy: equal."""
+    """MoFO's k-th largest |m|, as one process finds it and as several do, against a sorted copy: equal."""
     entries = 20_000 if tiny else 40_000_000  # beyond what enters one histogram
     draw = torch.Generator(device).manual_seed(0)
     heavy = torch.randn(entries, device=device, generator=draw).exp_().mul_(1e-4)
@@ -186,7 +186,7 @@ def mofo_threshold(device: torch.device, *, tiny: bool) -> dict:
         ordered = size.sort(descending=True).values
         for k in (1, entries // 10, entries // 2, entries):
             wanted = ordered[k - 1].item()
-            ways = {"topk": mofo.kth_largest(size.clone(), k), "histogram": mofo.kth_largest_of_all(size.clone(), k, Shards())}
+            ways = {"one": selection.kth_largest(size.clone(), k), "several": selection.kth_largest_of_all(size.clone(), k, Shards())}
             for path, found in ways.items():
                 if float(found) != wanted:
                     wrong.append(f"{what}, k={k}, {path}: {float(found)!r} for {wanted!r}")

@@ -23,7 +23,7 @@ from experiments.gpu_check.stopwatch import Stopwatch
 from experiments.paths import HERE
 from experiments.random_models import build, byte_tokenizer
 from experiments.sharding import Shards
-from methods import mofo
+from methods import selection
 from tests.analysis.fixtures import write_results
 
 CPU = torch.device("cpu")
@@ -164,7 +164,7 @@ def test_a_wrong_device_fails_its_check_and_a_broken_piece_costs_no_other(tmp_pa
         return bits(**given | {"seed": len(calls)})
 
     monkeypatch.setattr(moments, "random_bits", every_other)
-    monkeypatch.setattr(mofo, "kth_largest", lambda size, k: torch.topk(size, min(k + 1, len(size))).values.min())
+    monkeypatch.setattr(selection, "kth_largest", lambda size, k: torch.topk(size, min(k + 1, len(size))).values.min())
 
     def exhausted(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
@@ -180,7 +180,7 @@ def test_a_wrong_device_fails_its_check_and_a_broken_piece_costs_no_other(tmp_pa
         "random-bits": "failed", "mofo-threshold": "failed", "cross-entropy": "out of memory", "importance-8-bit": "broken",
         "attention-float32": "passed"}  # fmt: skip
     assert "1.00 TiB" in found["cross-entropy"]["reason"] and found["importance-8-bit"]["reason"].startswith("ZeroDivisionError")
-    assert any("heavy-tailed, k=1, topk" in wrong for wrong in found["mofo-threshold"]["wrong"])
+    assert any("heavy-tailed, k=1, one" in wrong for wrong in found["mofo-threshold"]["wrong"])
     assert "1 failed: checks/mofo-threshold" in capsys.readouterr().out
 
 

@@ -14,9 +14,11 @@ from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.random_models import build
 from experiments.sharding import Shards
+from experiments.moments import CHUNK, CPU_CHUNK
 from methods import registry
 from methods.importance import encode
 from methods.part import Part
+from methods.selection import HISTOGRAM
 
 LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}  # fmt: skip
@@ -235,8 +237,8 @@ def test_adapters(llama3):
 
 def test_scratch_of_mofo_is_of_the_largest_tensor(llama3):
     largest = 128256 * 4096
-    assert predict(llama3, "mofo")["scratch"] == 8 * largest + int(12 * 0.1 * largest)
-    assert predict(llama3, "mofo", device="cpu")["scratch"] == 12 * largest
+    assert predict(llama3, "mofo")["scratch"] == 8 * CHUNK + 28 * CHUNK + HISTOGRAM
+    assert predict(llama3, "mofo", device="cpu")["scratch"] == 4 * largest + 8 * CPU_CHUNK
     assert predict(llama3, "full")["scratch"] == 0
 
 

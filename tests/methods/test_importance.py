@@ -194,30 +194,6 @@ def test_penalty_against_the_formula(dtype, anchor_dtype, kind, piece, monkeypat
         assert before is None or torch.equal(now, before)
 
 
-@pytest.fixture
-def threads():
-    yield torch.set_num_threads
-    torch.set_num_threads(1)
-
-
-@pytest.mark.parametrize("kind", ["codes", "float32", "bfloat16"])
-def test_number_of_threads_changes_no_bit_of_the_penalty(kind, threads, monkeypatch):
-    monkeypatch.setattr(importance, "CPU_PIECE", 1 << 12)
-    monkeypatch.setattr(importance, "_PAIRED", 1)
-    weight, anchor = drawn(100_001), drawn(100_001, seed=1).bfloat16()
-    given = encode(drawn(100_001, seed=2)) if kind == "codes" else drawn(100_001, seed=2).to(getattr(torch, kind))
-
-    def found(number):
-        threads(number)
-        gradient = torch.zeros_like(weight)
-        value = penalise(weight=weight, anchor=anchor, importance=given, gradient=gradient, scale=0.3)
-        assert torch.get_num_threads() == number
-        return value, gradient
-
-    alone, together = found(1), [found(number) for number in (2, 3, 2)]
-    assert alone[0] > 0 and all(torch.equal(a, b) for others in together for a, b in zip(alone, others))
-
-
 @pytest.mark.parametrize("entries, start", [(1000, 0), (999, 0), (1000, 1), (1000, 2), (1, 0), (0, 0)])
 def test_codes_decoded_two_at_once_are_what_they_stand_for(entries, start, monkeypatch):
     codes = torch.randint(0, 256, (entries + start,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))[start:]
