@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from experiments import hub, random_models, weights
+from experiments import hub, random_models, tuned, weights
 from experiments.errors import UserError
 from tests.experiments.hub_server import COMMIT, Hub, digest, fill_cache, run_python
 
@@ -326,9 +326,11 @@ def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
     assert said.splitlines()[-1] == "nothing asked"
     measured = json.loads((tmp_path / "root/results/demo/runs/llama-tiny/sums/ewc/seed0/train.json").read_text())
     assert measured["compute_dtype"] == "float64" and measured["dtype"] == "float16"
-    trained = weights.load_model(tmp_path / "root/work/demo/cells/llama-tiny/sums/ewc/seed0/weights", dtype="auto")
-    assert trained.dtype == torch.float16
-    assert not all(torch.equal(a, b.half()) for a, b in zip(trained.parameters(), model.parameters(), strict=True))
+    work = tmp_path / "root/work/demo"
+    trained, _ = tuned.tensors(work / "cells/llama-tiny/sums/ewc/seed0/weights", folder=work / "models/llama-tiny")
+    base = dict(model.named_parameters())
+    assert {tensor.dtype for tensor in trained.values()} == {torch.float16}
+    assert not all(torch.equal(tensor, base[name].half()) for name, tensor in trained.items())
 
 
 ONLINE = GUARD + """
