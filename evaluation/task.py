@@ -36,7 +36,7 @@ SPLIT = "test"
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
-# lm-eval compiles a task's few templates again for every row and every use: most of the time scoring spends outside the model
+# lm-eval compiles a template again at every use: most of the time that scoring spends outside the model
 if not hasattr(jinja_env.from_string, "cache_info"):
     jinja_env.from_string = functools.lru_cache(maxsize=256)(jinja_env.from_string)
 

@@ -1,4 +1,4 @@
-"""What a tuned model takes beside its base, and the seconds to write and to read that: the lossless difference of experiments/delta.py
+"""What a tuned model takes beside its base, and the seconds to write and to read that: the lossless difference of experiments/difference.py
 against zstd of the tensor as it is, and against zstd of the byte planes of its XOR with the base (as ZipLLM does, arXiv 2505.06252).
 
 Simulated bf16 weights of N(0, 0.02²) moved by noise of a share of that, and where a cell of the default study is here, its own weights.
@@ -22,18 +22,18 @@ CHANGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import zstandard
 
-    from experiments import delta
+    from experiments import delta, difference
 
     compress, decompress = zstandard.ZstdCompressor(level=3).compress, zstandard.ZstdDecompressor().decompress
     for what, base, tuned in _pairs(1 << 16 if small else 1 << 23, changes=CHANGES[::4] if small else CHANGES):
         encoders = {
-            "difference": partial(delta.encode, base, tuned, threads=1),
+            "difference": partial(difference.encode, base, tuned, threads=1),
             "XOR planes + zstd": lambda base=base, tuned=tuned: compress(_planes(_bits(base) ^ _bits(tuned))),
             "zstd": lambda tuned=tuned: compress(_bits(tuned)),
         }
         coded = {name: encode() for name, encode in encoders.items()}
         decoders = {
-            "difference": partial(delta.decode, base, coded["difference"], threads=1),
+            "difference": partial(difference.decode, base, coded["difference"], threads=1),
             "XOR planes + zstd": lambda base=base, coded=coded: _bits(base) ^ _joined(decompress(coded["XOR planes + zstd"])),
             "zstd": lambda coded=coded: np.frombuffer(decompress(coded["zstd"]), np.uint16),
         }

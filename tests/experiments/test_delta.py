@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from experiments import delta, weights
+from experiments import delta, difference, weights
 from experiments.bench.delta import entropy
 from experiments.errors import UserError
 
@@ -33,34 +33,34 @@ def any_bits(count, *, dtype, seed):
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("count", [1, 7, 1000, 40_000])
 def test_every_bit_comes_back(dtype, count, monkeypatch):
-    monkeypatch.setattr(delta, "CHUNK", 1 << 14)
-    monkeypatch.setattr(delta, "SMALLEST", 300)
+    monkeypatch.setattr(difference, "CHUNK", 1 << 14)
+    monkeypatch.setattr(difference, "SMALLEST", 300)
     one, other = any_bits(count, dtype=dtype, seed=0), any_bits(count, dtype=dtype, seed=1)
     pairs = [(one, other), (one, one), (one, torch.where(torch.arange(len(one)) % 97 == 3, other, one))]
     pairs += [drawn(count, change=change, dtype=dtype) for change in (1e-4, 1e-2, 1.0, 1e4)]
     for base, tuned in pairs:
-        assert delta.same(delta.decode(base, delta.encode(base, tuned)), tuned)
+        assert delta.same(difference.decode(base, difference.encode(base, tuned)), tuned)
     square = one[:1].reshape(()), other[:1].reshape(())
-    assert delta.decode(square[0], delta.encode(*square)).shape == ()
+    assert difference.decode(square[0], difference.encode(*square)).shape == ()
 
 
 def test_ordinals_are_in_the_order_of_the_numbers():
     bits = torch.arange(-(1 << 15), 1 << 15).to(torch.int16)
     numbers = bits.view(torch.bfloat16)
     finite = numbers[~numbers.isnan()]
-    order = np.argsort(delta._ordinal(delta._bits(finite)))
+    order = np.argsort(difference._ordinal(difference._bits(finite)))
     ordered = finite.double().numpy()[order]
     assert (np.diff(ordered) >= 0).all() and (np.diff(ordered) == 0).sum() == 1  # −0.0 and 0.0
-    assert (delta._bits_of(delta._ordinal(delta._bits(numbers))) == delta._bits(numbers)).all()
+    assert (difference._bits_of(difference._ordinal(difference._bits(numbers))) == difference._bits(numbers)).all()
 
 
-@pytest.mark.parametrize("radix", delta.RADICES)
+@pytest.mark.parametrize("radix", difference.RADICES)
 def test_digits_unpack(radix):
     for count in (1, 2, 23, 240):
         values = np.arange(count, dtype=np.uint32) * 7 % (radix + 2)
-        packed = delta._pack(values, radix)
-        assert len(packed) == -(-count // delta.RADICES[radix])
-        assert (delta._unpack(packed, radix, count) == np.minimum(values, radix - 1)).all()
+        packed = difference._pack(values, radix)
+        assert len(packed) == -(-count // difference.RADICES[radix])
+        assert (difference._unpack(packed, radix, count) == np.minimum(values, radix - 1)).all()
 
 
 def test_entropy_of_a_known_source():
@@ -72,7 +72,7 @@ def test_entropy_of_a_known_source():
 @pytest.mark.parametrize("change", [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1])
 def test_bytes_are_near_the_entropy_given_the_bases_exponent(change):
     base, tuned = drawn(1 << 19, change=change)
-    assert 8 * len(delta.encode(base, tuned)) / len(base) <= 1.3 * entropy(base, tuned)
+    assert 8 * len(difference.encode(base, tuned)) / len(base) <= 1.3 * entropy(base, tuned)
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_a_file_rebuilds_weights_of_the_same_hash(pair, tmp_path, monkeypatch):
     found = delta.Delta(path, base=base, base_sha256="a" * 64)
     assert list(found) == list(base) and all(delta.same(found[name], tuned[name]) for name in base)
     assert [name for name, _ in delta.verified(found, sha256=found.sha256, what=path)] == sorted(base)
-    monkeypatch.setattr(delta, "THREADS", 1)
+    monkeypatch.setattr(difference, "THREADS", 1)
     delta.write(tmp_path / "again", base=base, tuned=tuned, base_sha256="a" * 64)
     assert (tmp_path / "again").read_bytes() == path.read_bytes()
 
