@@ -4,7 +4,7 @@
 
 Eager attention holds a score for every pair of tokens, in float32, for the backward pass; torch's fused kernels hold
 none of them. On a GPU they are the faster too. On the CPU torch's fused kernel takes four to six times as long as the
-two products and the softmax that it stands for, as long as texts are short.
+two products and the softmax that it stands for, as long as their scores stay in its cache.
 """
 
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 PRODUCTS = "products"  # what transformers is to know `products` by
 LONGEST = 512  # tokens; beyond, the scores of a layer no longer stay in the cache and are many bytes to keep
+BLOCK = 256  # queries of a longer text that attend at once
 
 
 def with_sdpa(model: Model) -> Model:
@@ -45,25 +46,42 @@ def products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atten
     """Attention as transformers asks for it: queries (batch, heads, tokens, width), keys and values of as many heads or
     of a divisor's, masks additive or boolean, None for causal. Returns (batch, tokens, heads, width).
 
-    Queries that share keys are one matrix, so that a group of heads costs one product. Scores are rounded to the
-    model's dtype before the softmax, which is taken in float32, as in transformers' eager attention. What is on a GPU,
-    is longer than LONGEST, drops out, or continues a cache without a mask is SDPA's.
+    Scores are rounded to the model's dtype before the softmax, which is taken in float32, as in transformers' eager
+    attention. A text longer than LONGEST is worked on in blocks of queries where no gradient is asked for, and is
+    SDPA's where one is. What is on a GPU, drops out, or continues a cache without a mask is SDPA's too.
+    """
+    tokens, keys = query.shape[2], key.shape[2]
+    long = max(tokens, keys) > LONGEST
+    unknown = others.keys() & {"softcap", "position_bias", "cache", "is_causal", "s_aux"}
+    if query.device.type != "cpu" or dropout or unknown or (long and torch.is_grad_enabled()) or (attention_mask is None and 1 < tokens != keys):
+        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if not long:
+        return _mixed(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
+    blocks = []
+    for start in range(0, tokens, BLOCK):
+        end = min(start + BLOCK, tokens)
+        seen = end if attention_mask is None and tokens > 1 else keys
+        mask = None if attention_mask is None else attention_mask[..., start:end, :] if attention_mask.shape[-2] > 1 else attention_mask
+        blocks.append(_mixed(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask))
+    return torch.cat(blocks, 2).transpose(1, 2).contiguous(), None
+
+
+def _mixed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Values mixed for scaled queries, (batch, heads, tokens, width); without a mask the last query sees every key.
+
+    Queries that share keys are one matrix, so that a group of heads costs one product.
     """
     (batch, heads, tokens, width), (groups, keys) = query.shape, key.shape[1:3]
-    unknown = others.keys() & {"softcap", "position_bias", "cache", "is_causal", "s_aux"}
-    if query.device.type != "cpu" or max(tokens, keys) > LONGEST or dropout or unknown or (attention_mask is None and 1 < tokens != keys):
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
-    query = query * (width**-0.5 if scaling is None else scaling)
     scores = query.reshape(batch * groups, -1, width) @ key.reshape(batch * groups, keys, width).transpose(1, 2)
     by_head = scores.view(batch, heads, tokens, keys)
-    if attention_mask is None and tokens > 1:
-        by_head.add_(torch.full((tokens, keys), -torch.inf, dtype=scores.dtype, device=query.device).triu_(1))
-    elif attention_mask is not None and attention_mask.dtype == torch.bool:
-        by_head.masked_fill_(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        by_head.add_(attention_mask)
-    mixed = scores.softmax(-1) @ value.reshape(batch * groups, keys, width)
-    return mixed.view(batch, heads, tokens, width).transpose(1, 2).contiguous(), None
+    if mask is None and tokens > 1:
+        by_head.add_(torch.full((tokens, keys), -torch.inf, dtype=scores.dtype, device=query.device).triu_(1 + keys - tokens))
+    elif mask is not None and mask.dtype == torch.bool:
+        by_head.masked_fill_(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        by_head.add_(mask)
+    return (scores.softmax(-1) @ value.reshape(batch * groups, keys, width)).view(batch, heads, tokens, width)
 
 
 AttentionInterface.register(PRODUCTS, products)

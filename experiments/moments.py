@@ -62,27 +62,13 @@ class Moments:
         """
         self._places[id(weight)] = _Place(weight, name, offset)
 
-    @torch.no_grad()
-    def adam(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any], update: Tensor, lr: float,
-             betas: tuple[float, float], eps: float, magnitude: Tensor | None = None) -> None:  # fmt: skip
-        """Advance m and v by one step and write −lr·m̂/(√v̂+ε) over `update`.
+    def advance(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
+        """Make the state or put it right after a load, and count the step.
 
-        state      "step" (0-dim float32), "exp_avg" and "exp_avg_sq" (like `weight`, in the chosen dtype), made at the
-                   first call; all three are tensors on the weight's device
-        update     contiguous, shape and dtype of `weight`
-        magnitude  contiguous, shape of `weight`: receives |m| before it is rounded
+        state   "step" (0-dim float32), "exp_avg" and "exp_avg_sq" (like `weight`, in the chosen dtype), all on its device
 
-        The result for an entry is the same whatever the entries around it. Raises ValueError for a sparse gradient,
-        and for bfloat16 moments of a weight that `place` was not told of.
+        Raises ValueError for a sparse gradient, and for bfloat16 moments of a weight that `place` was not told of.
         """
-        self._advance(weight, gradient, state)
-        gradient, update = gradient.reshape(-1), update.view(-1)
-        for piece in _pieces(weight):
-            size = None if magnitude is None else magnitude.view(-1)[piece]
-            self._adam(weight, gradient[piece], state, update[piece], piece, lr, betas, eps, size)
-
-    def _advance(self, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
-        """Make the state or put it right after a load, and count the step."""
         if gradient.is_sparse:
             raise ValueError("there are no moments of sparse gradients: build the embedding with sparse=False")
         dtype = torch.bfloat16 if self.dtype == "bfloat16" else _wide(weight)
@@ -104,18 +90,19 @@ class Moments:
         else:
             step += 1
 
-    def _adam(self, weight: Tensor, gradient: Tensor, state: dict[str, Any], update: Tensor, piece: slice, lr: float,
-              betas: tuple[float, float], eps: float, magnitude: Tensor | None) -> None:  # fmt: skip
-        """One piece of `adam`: every tensor but the weight and the state is the flattened piece itself."""
+    def move(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any], update: Tensor, piece: slice, lr: float,
+             betas: tuple[float, float], eps: float) -> None:  # fmt: skip
+        """After `advance`, m and v of one piece and −lr·m̂/(√v̂+ε) over `update`; an entry's result is the same in any piece.
+
+        `gradient` and `update` are the flattened piece itself; `piece` is where it stands in the flattened weight.
+        """
         kept = state["exp_avg"].view(-1)[piece], state["exp_avg_sq"].view(-1)[piece]
         wide = _wide(weight) if self.dtype == "float32" else torch.float32
         m, v = (moment.to(wide) for moment in kept)  # the moments themselves where they are wide already
         moved = update.zero_() if update.dtype == wide else torch.zeros_like(update, dtype=wide)
-        _fused_adam(moved, gradient.to(wide), m, v, state["step"], lr, betas, eps)
+        fused_adam(moved, gradient.to(wide), m, v, state["step"], lr=lr, betas=betas, eps=eps)
         if moved is not update:
             update.copy_(moved)
-        if magnitude is not None:
-            torch.abs(m, out=magnitude) if magnitude.dtype == m.dtype else magnitude.copy_(m.abs())
         if self.dtype == "bfloat16":
             place = self._places[id(weight)]
             bits = random_bits(seed=self.seed, step=place.count, name=place.name, start=place.offset + piece.start,
@@ -155,13 +142,14 @@ class AdamW(torch.optim.Optimizer):
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
         state, decay = self.state[p], group["lr"] * group["weight_decay"]
-        self._moments._advance(p, p.grad, state)
+        self._moments.advance(weight=p, gradient=p.grad, state=state)
         flat, gradient = p.detach().reshape(-1), p.grad.reshape(-1)
         update = None
-        for piece in _pieces(p):
+        for piece in pieces(p):
             weight = flat[piece]
             update = torch.empty_like(weight) if update is None else update[: len(weight)]  # the first piece is the longest
-            self._moments._adam(p, gradient[piece], state, update, piece, group["lr"], group["betas"], group["eps"], None)
+            self._moments.move(weight=p, gradient=gradient[piece], state=state, update=update, piece=piece, lr=group["lr"],
+                               betas=group["betas"], eps=group["eps"])  # fmt: skip
             if decay:
                 update.add_(weight, alpha=-decay)
             if self.watch:
@@ -171,7 +159,8 @@ class AdamW(torch.optim.Optimizer):
             p.copy_(flat.view(p.shape))
 
 
-def _pieces(weight: Tensor) -> Iterator[slice]:
+def pieces(weight: Tensor) -> Iterator[slice]:
+    """The flattened weight cut into what is worked on at once."""
     chunk = CPU_CHUNK if weight.device.type == "cpu" else CHUNK
     for start in range(0, weight.numel(), chunk):
         yield slice(start, min(start + chunk, weight.numel()))
@@ -181,8 +170,8 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def _fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Tensor, lr: float, betas: tuple[float, float],
-                eps: float) -> None:  # fmt: skip
+def fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Tensor, *, lr: float, betas: tuple[float, float],
+               eps: float) -> None:  # fmt: skip
     """torch's fused kernel on a zeroed "parameter" without weight decay, which then holds the update; all tensors 1-D."""
 
     def kernel(update, gradient, m, v):

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.moments import AdamW, Moments, _fused_adam, _pieces
+from experiments.moments import AdamW, Moments, fused_adam, pieces
 from methods.part import Part, register, setting
 from methods.selection import kth_by_histogram, kth_largest
 
@@ -164,13 +164,14 @@ class MoFO(torch.optim.Optimizer):
         """Advance m and v of a tensor and move its chosen entries; how many, where it is filtered."""
         p, state, group, (beta, _) = job.weight, job.state, job.group, job.group["betas"]
         gradient = sum(job.gradients[1:], job.gradients[0])
-        self._moments._advance(p, gradient, state)
+        self._moments.advance(weight=p, gradient=gradient, state=state)
         wide = torch.promote_types(p.dtype, torch.float32)
         flat, decay = p.detach().reshape(-1), group["lr"] * group["weight_decay"]
-        pieces = list(_pieces(p))
-        longest = pieces[0].stop if pieces else 1
+        adam = {key: group[key] for key in ("lr", "betas", "eps")}
+        cuts = list(pieces(p))
+        longest = cuts[0].stop if cuts else 1
         kinds = (flat, gradient.reshape(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1))
-        parts = list(zip(pieces, *(t.split(longest) for t in kinds)))
+        parts = list(zip(cuts, *(t.split(longest) for t in kinds)))
         plain = all(t.dtype == wide for t in kinds)  # nothing to convert or to round
 
         def size(gradient: Tensor, m: Tensor, out: Tensor | None = None) -> Tensor:
@@ -195,10 +196,10 @@ class MoFO(torch.optim.Optimizer):
             update, keep = (updates, kept) if len(weight) == longest else (updates[: len(weight)], kept[: len(weight)])
             if again:
                 size(g, m, keep)
-            if plain:  # what _adam does then; every further operation here is one more that threads wait for each other in
-                _fused_adam(update.zero_(), g, m, v, state["step"], group["lr"], group["betas"], group["eps"])
+            if plain:  # what `move` does then; every further operation here is one more that threads wait for each other in
+                fused_adam(update.zero_(), g, m, v, state["step"], **adam)
             else:
-                self._moments._adam(p, g, state, update, piece, group["lr"], group["betas"], group["eps"], None)
+                self._moments.move(weight=p, gradient=g, state=state, update=update, piece=piece, **adam)
             if filtered:
                 keep = keep if again else torch.abs(m, out=keep)
                 keep = (keep if keep.dtype == threshold.dtype else keep.to(threshold.dtype)).ge_(threshold)

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
 
-from experiments.attention import LONGEST, PRODUCTS, GPTJSdpaAttention, products, with_sdpa
+from experiments.attention import BLOCK, LONGEST, PRODUCTS, GPTJSdpaAttention, products, with_sdpa
 from experiments.random_models import build
 from experiments.weights import load_model
 
@@ -266,3 +266,20 @@ def test_what_products_do_not_compute_is_sdpa_s(case, monkeypatch):
     q, k, v = (torch.randn(1, n, t, 8) for n, t in ((6, case.get("tokens", 7)), (2, case.get("keys", 7)), (2, case.get("keys", 7))))
     products(module, q, k, v, None, scaling=0.3, dropout=case.get("dropout", 0.0))
     assert asked == [case.get("dropout", 0.0)]
+
+
+@pytest.mark.parametrize("mask", [None, "additive", "boolean", "one row"])
+@pytest.mark.parametrize("tokens", [LONGEST + 1, LONGEST + 2 * BLOCK, 1])
+def test_a_long_text_in_blocks_of_queries(tokens, mask):
+    """Without gradients; against scores of all pairs at once."""
+    keys = max(tokens, LONGEST + 5) if mask or tokens == 1 else tokens
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, n, 8, generator=draw, dtype=torch.float64) for heads, n in ((6, tokens), (2, keys), (2, keys)))
+    allowed = torch.ones(tokens, keys).tril(keys - tokens).bool() if mask is None else torch.rand(2, 1, tokens, keys, generator=draw) < 0.5
+    allowed = (allowed[:, :, :1] if mask == "one row" else allowed) | (torch.arange(keys) == 0)
+    given = {None: None, "boolean": allowed}.get(mask, torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, -1e9))
+    wide = [t.repeat_interleave(3, 1) for t in (k, v)]
+    scores = (0.3 * q @ wide[0].mT).masked_fill(~allowed, -torch.inf)
+    with torch.no_grad():
+        found, _ = products(torch.nn.Module(), q, k, v, given, scaling=0.3)
+    torch.testing.assert_close(found, (scores.softmax(-1) @ wide[1]).transpose(1, 2), rtol=0, atol=1e-12)

@@ -121,10 +121,12 @@ def test_moments_are_unbiased_and_m_and_v_round_independently():
     gradient, seeds, entries = 0.77, 100, 512
     ups = []
     for seed in range(seeds):
-        kept, weight, state = Moments(dtype="bfloat16", seed=seed), torch.zeros(entries), {}
+        kept, weight = Moments(dtype="bfloat16", seed=seed), torch.zeros(entries)
         kept.place(weight, name="w")
-        kept.adam(weight=weight, gradient=torch.full_like(weight, gradient), state=state, update=torch.empty_like(weight),
-                  lr=0.01, betas=(0.9, 0.95), eps=EPS)  # fmt: skip
+        optimizer = AdamW([weight], lr=0.01, betas=(0.9, 0.95), eps=EPS, moments=kept)
+        weight.grad = torch.full_like(weight, gradient)
+        optimizer.step()
+        state = optimizer.state[weight]
         ups.append(torch.stack([state["exp_avg"], state["exp_avg_sq"]]).double())
     ups = torch.stack(ups, dim=1).view(2, -1)
     for found, wanted in zip(ups, (0.1 * gradient, 0.05 * gradient**2)):
@@ -305,22 +307,6 @@ def test_a_state_written_in_place_is_continued():
             now.copy_(then)
     advance(weights, optimizer, range(4, 7))
     assert same(contents(weights, optimizer), wanted)
-
-
-@pytest.mark.parametrize("kind", MOMENTS)
-def test_magnitude_is_of_the_unrounded_m(kind):
-    shape = (30, 41)
-    weight, state = torch.zeros(shape), {}
-    kept = Moments(dtype=kind)
-    kept.place(weight, name="w")
-    update, size = torch.empty(shape), torch.empty(shape)
-    for seed in range(1, 4):
-        (gradient,) = tensors(seed=seed, shapes=[shape])
-        m = 0.9 * state["exp_avg"].double() + 0.1 * gradient.double() if state else 0.1 * gradient.double()
-        kept.adam(weight=weight, gradient=gradient, state=state, update=update, lr=0.1, betas=BETAS, eps=EPS, magnitude=size)
-        torch.testing.assert_close(size.double(), m.abs(), rtol=1e-5, atol=1e-7)
-        assert torch.equal(size, state["exp_avg"].float().abs()) == (kind == "float32")
-    assert (weight == 0).all() and (update != 0).all()  # the update is handed out, not applied
 
 
 def test_wrong_uses_are_named():
