@@ -16,7 +16,7 @@ def sentences(rows: pd.DataFrame, *, domain: str, model: str, tasks: list[str]) 
     said.append(_cost(methods))
     several = int(methods["seeds"].max()) > 1
     said.append(
-        ("The intervals cover the scored items; what differs between seeds is not in them. " if several else "One seed: the intervals cover the scored items of this run and say nothing of another run of the method. ")
+        ("The intervals are over seeds and scored items. " if several else "One seed: the intervals cover the scored items of this run and say nothing of another run of the method. ")
         + "The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
     )
     return said

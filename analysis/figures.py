@@ -7,12 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style
+from analysis import drift, flips_show, front, matched_show, numbers, style
 from analysis.costs import costs
 from analysis.intervals import mean_difference, paired
 from analysis.load import Loaded
-
-WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +28,12 @@ class Figure:
 def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[Figure]:
     """Every figure the data allow, for every comparison, as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
     made = []
+    draws = (front.gain_forgetting_front, matched_show.matched_gain, forgetting_by_task, forgetting_over_training,
+             *flips_show.FIGURES, *drift.FIGURES, layer_coefficients, cost)  # fmt: skip
     for model, domain in loaded.comparisons:
         rows = table[(table["model"] == model) & (table["domain"] == domain) & (table["method"] != "base")]
         cells = loaded.of(model, domain)
-        for draw in (learning_forgetting, forgetting_by_task, forgetting_over_training, cost, layer_coefficients):
+        for draw in draws:
             stem = folder / f"{draw.__name__}-{model}-{domain}"
             with style.house():
                 drawn = draw(loaded, rows, cells)
@@ -43,39 +43,6 @@ def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[
                 style.save(figure, data, stem=stem, not_a_result=loaded.not_a_result)
             made.append(Figure(name=draw.__name__, title=title, caption=caption, stem=stem, model=model, domain=domain))
     return made
-
-
-def learning_forgetting(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Domain gain against forgetting, in points, with item-level intervals."""
-    keys = ["domain_gain", "domain_gain_low", "domain_gain_high", "forgetting", "forgetting_low", "forgetting_high"]
-    data = rows[["method", *keys]].copy()
-    data[keys] = data[keys].astype(float) * 100
-    data = data.dropna(subset=["domain_gain", "forgetting"])
-    if data.empty:
-        return None
-    figure, axes = style.new(WIDTH, 4.3)
-    axes.axhline(0, color=style.MUTED, linewidth=0.8)
-    axes.axvline(0, color=style.MUTED, linewidth=0.8)
-    axes.plot(0, 0, "+", color=style.INK, markersize=10, markeredgewidth=1.6)
-    axes.set_title(f"Learning against forgetting: {_where(cells)}")
-    points, bars = [(0, 0, "base", style.INK)], []
-    for row in data.itertuples():
-        shade = style.colour(row.method)
-        axes.errorbar(
-            row.domain_gain, row.forgetting, color=shade, marker=style.marker(row.method), markersize=8, elinewidth=1.1, alpha=0.95,
-            xerr=_bars(row.domain_gain, row.domain_gain_low, row.domain_gain_high), yerr=_bars(row.forgetting, row.forgetting_low, row.forgetting_high),
-        )
-        points.append((row.domain_gain, row.forgetting, row.method, shade))
-        if not numbers.missing(row.domain_gain_low):
-            bars.append((row.domain_gain_low, row.forgetting, row.domain_gain_high, row.forgetting))
-        if not numbers.missing(row.forgetting_low):
-            bars.append((row.domain_gain, row.forgetting_low, row.domain_gain, row.forgetting_high))
-    axes.set_xlabel("gain on the domain, points (right is better)")
-    axes.set_ylabel("forgetting, points (down is better)")
-    axes.margins(0.12)
-    style.label_points(axes, points, bars=bars)
-    caption = "Each point is a method, bars are 95 % intervals over the scored items of this run. Methods to the left learned less, so their lower forgetting is not yet a merit."
-    return figure, data, "Learning against forgetting", caption
 
 
 def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
@@ -99,15 +66,15 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     data = pd.DataFrame(records, columns=["task", "method", "at_chance", "n", "forgetting", "low", "high"])
     tasks, methods = list(dict.fromkeys(data["task"])), list(dict.fromkeys(data["method"]))
     step = len(methods) + 1.1
-    figure, axes = style.new(WIDTH, 0.9 + 0.17 * step * len(tasks))
-    axes.set_title(f"Forgetting by task: {_where(cells)}")
+    figure, axes = style.new(style.WIDTH, 0.9 + 0.17 * step * len(tasks))
+    axes.set_title(f"Forgetting by task: {style.where(cells)}")
     axes.axvline(0, color=style.MUTED, linewidth=0.8)
     edge = float(np.nanmax(data[["forgetting", "high"]].astype(float).to_numpy()))
     for t, task in enumerate(tasks):
         for m, method in enumerate(methods):
             row = data[(data["task"] == task) & (data["method"] == method)].iloc[0]
             y, shade = -(t * step + m), style.FAINT if row["at_chance"] else style.colour(method)
-            axes.errorbar(row["forgetting"], y, color=shade, marker=style.marker(method), markersize=5.5, elinewidth=1.2, xerr=_bars(row["forgetting"], row["low"], row["high"]))
+            axes.errorbar(row["forgetting"], y, color=shade, marker=style.marker(method), markersize=5.5, elinewidth=1.2, xerr=style.bars(row["forgetting"], row["low"], row["high"]))
             end = row["forgetting"] if numbers.missing(row["high"]) else row["high"]
             axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.MUTED if row["at_chance"] else shade)
     middle = [-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))]
@@ -145,7 +112,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
         "retention_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
         "general_perplexity": "Forgetting: perplexity of general text (down is better)",
     }
-    figure, panels = style.new(WIDTH, 0.5 + 2.05 * len(shown), len(shown), sharex=True, squeeze=False)
+    figure, panels = style.new(style.WIDTH, 0.5 + 2.05 * len(shown), len(shown), sharex=True, squeeze=False)
     for axes, key in zip(panels[:, 0], shown):
         axes.set_title(titles[key])
         ends = []
@@ -157,7 +124,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
             if len(last):
                 ends.append((float(last["tokens"].mean()), scale * float(last[key].mean()), method, style.colour(method)))
         style.label_ends(axes, ends, gap=0.095)
-    panels[-1, 0].set_xlabel(f"training tokens ({_where(cells)})")
+    panels[-1, 0].set_xlabel(f"training tokens ({style.where(cells)})")
     panels[-1, 0].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     panels[-1, 0].margins(x=0.02)
     caption = "Measured on probe rows during training, which are disjoint from the scored rows. A method whose curves start elsewhere begins from weights of its own preparation."
@@ -179,7 +146,7 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     if data[[key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]].isna().all(axis=None):
         return None
     methods = list(data["method"])
-    figure, grid = style.new(WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
+    figure, grid = style.new(style.WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
     for line, (kind, show, panels) in zip(grid, COST_PANELS):
         values = data[[key for key, _ in panels]].astype(float)
         widest = values.max(axis=None)
@@ -199,7 +166,7 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.set_axis_off()
         line[0].set_ylabel(kind, fontweight="bold")
     grid[0, 0].invert_yaxis()
-    figure.supxlabel(_where(cells), fontsize=8.5, color=style.MUTED)
+    figure.supxlabel(style.where(cells), fontsize=8.5, color=style.MUTED)
     caption = "Measured on the machine named under provenance. The panels of a row share one scale. – is nothing of the kind, 'unknown' a checkpoint made elsewhere."
     return figure, data, "Cost by kind", caption
 
@@ -218,7 +185,7 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     data = pd.DataFrame(records, columns=["cell", "method", "group", "layer", "kind", "coefficient"])
     data["layer"] = data["layer"].astype("Int64")
     shown = list(dict.fromkeys(data["method"]))
-    figure, panels = style.new(WIDTH, 0.6 + 2.5 * len(shown), len(shown), sharex=True, squeeze=False)
+    figure, panels = style.new(style.WIDTH, 0.6 + 2.5 * len(shown), len(shown), sharex=True, squeeze=False)
     shades = (style.colour("hierarchical"), style.colour("lora"), style.colour("ewc"), style.colour("mofo"), *style.OTHERS)
     for axes, method in zip(panels[:, 0], shown):
         own = data[data["method"] == method]
@@ -239,23 +206,8 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.minorticks_off()
         style.label_ends(axes, ends, gap=0.085)
         axes.set_ylabel("coefficient (mean is 1)")
-        axes.set_title(f"Layer coefficients: {method}, {_where(cells)}")
+        axes.set_title(f"Layer coefficients: {method}, {style.where(cells)}")
     panels[-1, 0].set_xlabel("layer")
     panels[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     caption = "How the penalty is shared out over layers: above 1 a layer is held harder than the average, below 1 more loosely."
     return figure, data, "Layer coefficients", caption
-
-
-def _where(cells: pd.DataFrame) -> str:
-    """What a figure is about, for its title: a picture travels without its page."""
-    first = cells.iloc[0]
-    return f"{first['model']}, {first['domain']}, {_seeds(cells)}"
-
-
-def _seeds(cells: pd.DataFrame) -> str:
-    n = cells["seed"].nunique()
-    return f"{n} seeds" if n > 1 else f"seed {cells.iloc[0]['seed']}"
-
-
-def _bars(value: float, low, high):
-    return None if numbers.missing(low) or numbers.missing(high) else [[value - low], [high - value]]

@@ -21,6 +21,7 @@ class Loaded:
     base      model -> {"scores": scores.json, "items": DataFrame, "evaluate": evaluate.json}
     tuning    (model, domain) -> the tuning record
     prepared  cell -> prepare.json
+    drift     cell -> drift.json
     planned   every cell asked for, in order
     gpu       the newest GPU check (results/gpu/*.json, docs/gpu-check.md); None where there is none
     bench     path -> benchmark record (results/bench/*.json), the newest of each name, in alphabetical order
@@ -33,6 +34,7 @@ class Loaded:
     base: dict = field(default_factory=dict)
     tuning: dict = field(default_factory=dict)
     prepared: dict = field(default_factory=dict)
+    drift: dict = field(default_factory=dict)
     planned: tuple[str, ...] = ()
     gpu: dict | None = None
     bench: dict[Path, dict] = field(default_factory=dict)
@@ -61,7 +63,7 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
     """
     root = Path(results_root)
     names = [getattr(cell, "name", cell) for cell in cells]
-    rows, curves, items, failures, prepared = [], [], [], [], {}
+    rows, curves, items, failures, prepared, drift = [], [], [], [], {}, {}
     for name in names:
         model, domain, method, seed = name.split("/")
         run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
@@ -81,6 +83,8 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         costs = root / "prepared" / model / method / seed / "prepare.json"
         if costs.exists():
             prepared[name] = read_json(costs)
+        if (run / "drift.json").exists():
+            drift[name] = read_json(run / "drift.json")
     models = dict.fromkeys(name.split("/")[0] for name in names)
     pairs = dict.fromkeys(tuple(name.split("/")[:2]) for name in names)
     tuning = {pair: root / "tuning" / pair[0] / f"{pair[1]}.json" for pair in pairs}
@@ -92,6 +96,7 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         base={model: _read_base(root / "base" / model) for model in models if (root / "base" / model / "scores.json").exists()},
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
         prepared=prepared,
+        drift=drift,
         planned=tuple(names),
         gpu=newest_gpu_check(root),
         bench=newest_benchmarks(root),

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from analysis import answer, bench, costs, numbers, style, tables
+from analysis import answer, bench, costs, drift, flips, front, matched_show, numbers, significance, style, tables
 from analysis.figures import Figure
 from analysis.load import Loaded
 
@@ -16,10 +16,10 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, reproduce: str) -> Path:
     """Writes the page; `reproduce` is the command that makes the whole study."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
     costed = costs.costs(loaded)
-    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+    page = environment.get_template(TEMPLATE.name).render(
         title=title,
         reproduce=reproduce,
         banner=tables.BANNER if loaded.not_a_result else "",
@@ -82,10 +82,15 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figur
         "tasks": sorted(tasks, key=lambda task: order.index(task["role"]) if task["role"] in order else 9),
         "at_chance": first["at_chance"],
         "rules": _rules(cells),
-        "figures": [figure for name, figure in drawn if name != "cost"],
+        "figures": dict(drawn),
+        "front": front.section(loaded, model=model, domain=domain),
+        "significance": significance.section(loaded, model=model, domain=domain),
+        "matched": matched_show.section(loaded, model=model, domain=domain),
+        "flips": flips.section(loaded, model=model, domain=domain),
+        "drift": drift.section(loaded, model=model, domain=domain),
         "cost": {
             "tables": [(costs.SECONDS_HEADS, [costs.seconds_row(row) for _, row in spent.iterrows()]), (costs.BYTES_HEADS, [costs.bytes_row(row) for _, row in spent.iterrows()])],
-            "formula": costs.formula(spent), "figures": [figure for name, figure in drawn if name == "cost"],
+            "formula": costs.formula(spent),
         },
         "warnings": [(cell, report["warning"]) for cell, parts in cells["parts_report"].items() for report in (parts or {}).values() if isinstance(report, dict) and report.get("warning")],
     }

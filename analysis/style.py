@@ -9,6 +9,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 import pandas as pd  # noqa: E402
 
+from analysis import numbers  # noqa: E402
+
+WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page
 INK, MUTED, FAINT, GRID, PAPER, RED = "#1b1f24", "#5b636d", "#a4abb3", "#d9dde2", "#ffffff", "#c5221f"
 
 # Okabe and Ito's colours, darkened or lightened until each stands out 3:1 on white and on the dark page
@@ -58,6 +61,17 @@ def save(figure, data: pd.DataFrame, *, stem: Path, not_a_result: bool) -> list[
     plt.close(figure)
     data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n", float_format="%.10g")
     return [stem.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")]
+
+
+def where(cells: pd.DataFrame) -> str:
+    """What a figure is about, for its title: a picture travels without its page."""
+    first, seeds = cells.iloc[0], cells["seed"].nunique()
+    return f"{first['model']}, {first['domain']}, " + (f"{seeds} seeds" if seeds > 1 else f"seed {first['seed']}")
+
+
+def bars(value: float, low, high):
+    """An interval as matplotlib's error bar; None where a bound is missing."""
+    return None if numbers.missing(low) or numbers.missing(high) else [[value - low], [high - value]]
 
 
 def label_points(axes, points: list[tuple[float, float, str, str]], *, bars: list[tuple[float, float, float, float]] = (), size: float = 9) -> None:

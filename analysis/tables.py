@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from analysis import numbers
-from analysis.intervals import Interval, mean_difference, paired, perplexity_ratio, wilson
+from analysis import intervals, numbers
+from analysis.intervals import SCOPES, Interval, mean_difference, paired, perplexity_ratio, wilson
 from analysis.load import Loaded
 
 BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
@@ -47,17 +47,19 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
     first, n = cells.iloc[0], cells.iloc[0]["n"]
     domain, kept = first["domain"], retention_tasks(cells.iloc[0])
     mean = lambda key: mean_if_known(cells[key]) if key in cells else None
-    intervals = item_intervals(loaded, cells)
-    score = wilson(mean("domain_score") * n[domain], n[domain]) if n.get(domain) else Interval(mean("domain_score"), None, None, 0)
+    found = item_intervals(loaded, cells)
+    score = found.get("domain_score") or (wilson(mean("domain_score") * n[domain], n[domain]) if n.get(domain) else Interval(mean("domain_score"), None, None, 0))
     ratio = mean("general_perplexity") / first["general_perplexity_base"] if mean("general_perplexity") else None
+    if len(cells) > 1 and "perplexity_ratio" in found:
+        ratio = None  # the interval's own centre is the geometric mean
     row = {
         "model": first["model"], "domain": domain, "method": first["method"], "seeds": len(cells),
         "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
         **_bounds("domain_score", score),
-        **_bounds("domain_gain", intervals.get("domain_gain"), mean("domain_gain")),
-        **_bounds("forgetting", intervals.get("forgetting"), mean("forgetting")),
+        **_bounds("domain_gain", found.get("domain_gain"), mean("domain_gain")),
+        **_bounds("forgetting", found.get("forgetting"), mean("forgetting")),
         "general_score": mean("general_score"), "perplexity": mean("general_perplexity"),
-        **_bounds("perplexity_ratio", intervals.get("perplexity_ratio"), ratio),
+        **_bounds("perplexity_ratio", found.get("perplexity_ratio"), ratio),
         **{key: mean(key) for key in COSTS},
         "bytes_stored": mean("bytes_importance") + mean("bytes_anchor") if mean("bytes_importance") is not None and mean("bytes_anchor") is not None else None,
         "cost_known": bool(cells["cost_known"].all()) if "cost_known" in cells else True,
@@ -70,7 +72,7 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
 
 
 def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
-    """Paired intervals of one method's cells; empty where the items of the base or of a cell are not there."""
+    """Intervals of one method's cells, crossed with seeds where there are several; empty where items of the base or of a cell are not there."""
     first = cells.iloc[0]
     base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
     tuned = loaded.items[loaded.items["cell"].isin(cells.index)] if len(loaded.items) else pd.DataFrame()
@@ -82,9 +84,9 @@ def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
     kept, found = retention_tasks(first), {}
     if whole([first["domain"]]):
         found["domain_gain"] = mean_difference(pairs, [first["domain"]])
+        found["domain_score"] = intervals.score(tuned, first["domain"])
     if whole(kept):
-        gain = mean_difference(pairs, kept)
-        found["forgetting"] = Interval(-gain.value, None if gain.high is None else -gain.high, None if gain.low is None else -gain.low, gain.n)
+        found["forgetting"] = -mean_difference(pairs, kept)
     if counts.get("general", 0):
         found["perplexity_ratio"] = perplexity_ratio(pairs)
     return found
@@ -152,7 +154,7 @@ def _range(row: pd.Series, key: str, show) -> str:
 def legend(table: pd.DataFrame) -> list[str]:
     """What the columns are; one line each."""
     several = bool(len(table)) and int(table["seeds"].max()) > 1
-    scope = "of the mean over the seeds, by items only: seeds not included" if several else "over the scored items: this run, not this method"
+    scope = f"over seeds and items: {SCOPES['method']}" if several else f"over the scored items: {SCOPES['run']}"
     lines = [
         f"[ , ] is a 95 % interval {scope}.",
         "gain and forgetting are percentage points against the bare base model; forgetting is the mean over retention tasks above chance.",

@@ -8,6 +8,7 @@
 import argparse
 import sys
 
+from experiments import allocator
 from experiments.bench import command as bench
 from experiments.errors import UserError
 from experiments.gpu_check.options import add_options
@@ -21,12 +22,16 @@ STAGES = {
     "train": ("fine-tune one cell", ("cell",)),
     "evaluate": ("score the weights of one cell with lm-eval", ("cell",)),
     "collect": ("join a cell's files into metrics.json", ("cell",)),
+    "drift": ("how far a cell's weights moved from the base, and where", ("cell",)),
     "compare": ("tables, figures and report of the study", ()),
 }
 COMMANDS = {
     "plan": "cells of the grid, what is cached, and an estimate of time, memory and disk",
     "export": "write a finished cell as an ordinary Hugging Face folder",
     "tune": "trials of learning rates and strengths on probe rows, the same number for every method",
+    "sweep": "one knob of a method over several values: writes method blocks into the study's params.yaml",
+    "gate": "exit 1 where a finished cell forgot more than a limit: for continuous integration",
+    "flips": "print the questions that most runs forgot, with their text from the local rows",
     "track": "fill MLflow's database from results/",
     "pipeline": "rewrite dvc.yaml for the study's grid",
     "summary": "print the comparison, how each cell came to its scores, and where to look next",
@@ -51,8 +56,22 @@ def parser() -> argparse.ArgumentParser:
         if name == "plan":
             command.add_argument("patterns", nargs="*", metavar="CELL", help="cells to plan, `*` for any text (default: the whole grid)")
             command.add_argument("--json", action="store_true", help="print JSON")
+        if name == "flips":
+            command.add_argument("patterns", nargs="*", metavar="CELL", help="cells to look at, `*` for any text (default: the whole grid)")
+            command.add_argument("--top", type=int, default=10, metavar="N", help="questions of each model and domain (default: 10)")
         if name == "tune":
             command.add_argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)")
+        if name == "sweep":
+            command.add_argument("method", **arguments["method"])
+            command.add_argument("knob", metavar="KNOB", help="PART.SETTING, such as ewc.strength, or train.learning_rate")
+            command.add_argument("values", metavar="VALUES", help="a range LOW..HIGH, at equal ratios, or a list A,B,C")
+            command.add_argument("--points", type=int, metavar="N", help="values of a range (default 5)")
+            command.add_argument("--linear", action="store_true", help="equal distances in place of equal ratios")
+        if name == "gate":
+            command.add_argument("patterns", nargs="*", metavar="CELL", help="cells to judge, `*` for any text (default: the whole grid)")
+            command.add_argument("--max-forgetting", type=float, required=True, metavar="SHARE", help="the most that may be lost: 0.02 is 2 points")
+            command.add_argument("--min-gain", type=float, metavar="SHARE", help="the least that must be learned")
+            command.add_argument("--confidence", action="store_true", help="judge by the ends of the 95 %% intervals, not by the values")
         if name == "gpu-check":
             add_options(command)
         elif name == "bench":
@@ -73,6 +92,7 @@ def _study(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Import what the command needs and no more: help pages stay light. Returns the exit status."""
+    allocator.keep_memory()
     if options.command == "gpu-check":  # it must run where nothing but torch and transformers is installed
         from experiments.gpu_check import command
 
@@ -92,10 +112,23 @@ def run(options: argparse.Namespace) -> int:
         from experiments import plan
 
         plan.main(study, as_json=options.json, patterns=options.patterns)
+    elif options.command == "flips":
+        from experiments import flips
+
+        flips.main(study, patterns=options.patterns, top=options.top)
     elif options.command == "tune":
         from experiments import tune
 
         tune.main(study, options.methods)
+    elif options.command == "sweep":
+        from experiments import sweep
+
+        sweep.main(study, method=options.method, knob=options.knob, values=options.values, points=options.points, linear=options.linear)
+    elif options.command == "gate":
+        from experiments import gate
+
+        return gate.main(study, patterns=options.patterns, max_forgetting=options.max_forgetting, min_gain=options.min_gain,
+                         confidence=options.confidence)  # fmt: skip
     elif options.command == "track":
         from experiments import tracking
 
@@ -114,7 +147,7 @@ def _stage(study, options: argparse.Namespace) -> None:
     from experiments.names import unknown
 
     stage = options.command
-    if stage in ("train", "evaluate", "collect"):
+    if stage in ("train", "evaluate", "collect", "drift"):
         import_module(f"experiments.stages.{stage}").main(study, cells.parse(options.cell, study))
         return
     if hasattr(options, "model") and options.model not in study.models:

@@ -1,15 +1,16 @@
 """dvc.yaml written by a command where DVC's own language ends: the cell files that `compare` depends on, the local
-rows that `data` reads, and a study's dvc.yaml, which is the root's with its own folders. A test holds them together."""
+rows that `data` reads, the importance that `drift` measures against, and a study's dvc.yaml, which is the root's with its
+own folders. A test holds them together."""
 
 import io
 
 from ruamel.yaml import YAML
 
-from experiments import cells
+from experiments import cells, drift
 from experiments.paths import Paths
 from experiments.stages import resolve
 
-OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz")
+OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
 BASE = ("scores.json", "items.csv.gz")
 
 
@@ -32,6 +33,14 @@ def data_inputs(study) -> list[str]:
     blocks = [used["general"], *used["domains"].values(), *used["tasks"].values()]
     files = [block[key]["jsonl"] for block in blocks for key in ("rows", "test_rows") if "jsonl" in (block.get(key) or {})]
     return sorted({file["path"] if isinstance(file, dict) else file for file in files})
+
+
+def drift_inputs(study) -> list[str]:
+    """What was prepared of the importance that drift is measured against, where a method of the grid has one."""
+    if (reference := drift.reference(study)) is None:
+        return []
+    folder = study.paths.work / "prepared" / "${item.model}" / reference[0] / "seed${item.seed}"
+    return [folder.relative_to(study.paths.root).as_posix()]
 
 
 def behind(study) -> bool:
@@ -60,6 +69,8 @@ def rendered(study) -> str:
     deps[:] = compare_inputs(study) + [path for path in deps if not path.startswith("results/")]
     deps = document["stages"]["data"]["deps"]
     deps[:] = data_inputs(study) + [path for path in deps if not path.endswith(".jsonl")]
+    deps = document["stages"]["drift"]["deps"]
+    deps[:] = [path for path in deps if "/prepared/" not in path] + drift_inputs(study)
     out = io.StringIO()
     _yaml().dump(document, out)
     return out.getvalue()

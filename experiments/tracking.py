@@ -1,84 +1,116 @@
-"""MLflow as a mirror of results/: one run a cell, found again by its tag, filled anew whenever its files changed.
+"""MLflow as a mirror of results/: a run a method and below it one a cell, found again by tag, filled anew when what they hold changed.
 
     python -m experiments track ; mlflow ui
 
 The JSON and CSV files are the truth and this can be rebuilt from them at any time. Nothing here runs inside training.
 """
 
-import base64
 import filecmp
 import hashlib
 import json
 import logging
 import os
 import sqlite3
-import zlib
 from contextlib import closing
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+from analysis.comparable import KIND, guarded
 from analysis.load import load_cells
 from analysis.mirror import Run, run_of
+from analysis.mirror_groups import base_of, group_of, groups
+from analysis.tables import comparison
+from experiments import dashboard
 from experiments.cells import grid
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by mlflow when it is first used
 os.environ.setdefault("DO_NOT_TRACK", "true")
 
 FILES = ("metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json")
-VIEW, COLUMNS = "holdfast", ("domain_score", "domain_gain", "forgetting", "perplexity_ratio", "seconds_prepare", "seconds_train")
-# the rest of a view as MLflow 3.17 starts one; it refuses a view that lacks a key
-VIEW_STATE = {
-    **dict.fromkeys(("columnOrder", "runsPinned", "runsHidden"), []), **dict.fromkeys(("columnWidths", "runsExpanded", "runsVisibilityMap", "groupsExpanded"), {}),
-    **dict.fromkeys(("viewMaximized", "runListHidden", "isAccordionReordered"), False), **dict.fromkeys(("useGroupedValuesInCharts", "hideEmptyCharts", "autoRefreshEnabled"), True),
-    "runsHiddenMode": "FIRST_10_RUNS", "groupBy": None,
-}
+KINDS = ("holdfast.cell", "holdfast.group", "holdfast.base")  # the tag that names a run says what it is of
+PARENT = "mlflow.parentRunId"
 METRICS, PARAMETERS, CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 1000, 100, 6000, 5000, 36  # MLflow's own limits
 
 
 def main(study) -> None:
     """`python -m experiments track`: the study's grid into mlflow.db at the root, also from a temporary DVC copy."""
     root = Path(os.environ.get("DVC_ROOT", study.paths.root))
-    made = track(results_root=study.paths.results, cells=grid(study), study=study.name or "default", database=root / "mlflow.db")
-    print(f"mlflow.db: {len(made)} runs of study {study.name or 'default'}; `make ui` (or `mlflow ui`), then open\n  "
-          f"{link(study=study.name or 'default', database=root / 'mlflow.db')}")
+    name, database = study.name or "default", root / "mlflow.db"
+    made = track(results_root=study.paths.results, cells=grid(study), study=name, database=database)
+    print(f"mlflow.db: {len(made)} cells of study {name}; `make ui` (or `mlflow ui`), then open\n  {link(study=name, database=database)}\n  "
+          f"{link(study=name, database=database, charts=True)}")  # fmt: skip
 
 
-def link(*, study: str, database: Path | str, address: str = "http://127.0.0.1:5000") -> str:
-    """Where `mlflow ui` shows the study's runs with scores and costs as columns."""
+def link(*, study: str, database: Path | str, address: str = "http://127.0.0.1:5000", charts: bool = False) -> str:
+    """Where `mlflow ui` shows the study's runs with scores and costs as columns, or its charts."""
     experiment = _client(Path(database).resolve()).get_experiment_by_name(study)
-    return f"{address}/#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={VIEW}"
+    return f"{address}/{dashboard.address(experiment.experiment_id, charts=charts)}"
 
 
 def track(*, results_root: Path | str, cells, study: str, database: Path | str) -> dict[str, str]:
     """Fills the store `database` (sqlite; artefacts in `mlartifacts` beside it) from results/; returns run id by cell.
 
-    Experiment `study`, one run for each of `cells` with a result or a recorded failure; the run of a cell whose files are
-    gone is deleted. The same files give the same runs, parameters and metrics, in this store or in a fresh one.
+    Experiment `study`; a run for each of `cells` with a result or a recorded failure, below the run of its (model, domain,
+    method) with the aggregate; one for the bare base of each (model, domain). A run whose files are gone is deleted. The
+    same files give the same runs, parameters and metrics, in this store or in a fresh one.
     """
     root, database = Path(results_root), Path(database).resolve()
     database.parent.mkdir(parents=True, exist_ok=True)
     client = _client(database)
     experiment = _experiment(client, study, folder=database.parent / "mlartifacts" / study)
-    runs = client.search_runs([experiment], max_results=50_000)
-    loaded, exp_name, made = load_cells(root, cells), os.environ.get("DVC_EXP_NAME", ""), {}
-    for cell in loaded.planned:
-        own = [run for run in runs if run.data.tags.get("holdfast.cell") == cell]
-        run = run_of(loaded, cell)
+    before, exp_name = client.search_runs([experiment], max_results=50_000), os.environ.get("DVC_EXP_NAME", "")
+    store = _Store(client=client, database=database, experiment=experiment, exp_name=exp_name, runs=before)
+    loaded, made = load_cells(root, cells), {}
+    compared = guarded(loaded)
+    table, work = comparison(compared), "work" if study == "default" else f"work/{study}"
+    aside = {row["cell"]: row["reason"] for row in compared.failures.to_dict("records") if row["kind"] == KIND}
+    for model, domain in dict.fromkeys(tuple(cell.split("/")[:2]) for cell in loaded.planned):
+        store.place(f"{model}/{domain}", base_of(compared, model, domain, table=table), files=[])
+    for group, planned in groups(loaded).items():
+        runs = {cell: run_of(loaded, cell, work=work, aside=aside.get(cell, "")) for cell in planned}
+        aggregate = group_of(group, table=table, cells=planned, runs=[run for run in runs.values() if run])
+        above = store.place(group, aggregate, files=_of_group(root, group))
+        for cell, run in runs.items():
+            identity = store.place(cell, run, files=_of_cell(root, cell), above=above)
+            if identity:
+                made[cell] = identity
+    return made
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Store:
+    """The open store and what stood in the experiment before."""
+
+    client: object
+    database: Path
+    experiment: str
+    exp_name: str
+    runs: list
+
+    def place(self, key: str, run: Run | None, *, files: list[tuple[Path, str]], above: str | None = None) -> str | None:
+        """Makes or resumes the run named `key` and answers with its id; None and the old ones deleted where there is none now."""
+        own = [old for old in self.runs if key in (old.data.tags.get(kind) for kind in KINDS)]
         if run is None:
             for gone in own:
-                client.delete_run(gone.info.run_id)
-            continue
-        digest = _digest(root, cell)
+                self.client.delete_run(gone.info.run_id)
+            return None
+        digest = hashlib.sha256(json.dumps(asdict(run), sort_keys=True, default=str).encode()).hexdigest()
         same = [old for old in own if old.data.tags.get("holdfast.digest") == digest]
-        resumed = same or [old for old in own if old.data.tags.get("DVC_EXP_NAME", "") == exp_name]
-        made[cell] = run_id = resumed[0].info.run_id if resumed else client.create_run(experiment, run_name=run.title).info.run_id
+        resumed = same or [old for old in own if old.data.tags.get("DVC_EXP_NAME", "") == self.exp_name]
+        identity = resumed[0].info.run_id if resumed else self.client.create_run(self.experiment, run_name=run.title).info.run_id
+        # an unchanged cell of a DVC experiment stays where it is, below a parent that still stands
+        standing = resumed[0].data.tags.get(PARENT) if same else None
         if not same:
-            _clear(database, run_id)
-            _fill(client, run_id, run, exp_name=exp_name)
-            _finish(database, run_id, run)
-            client.set_tag(run_id, "holdfast.digest", digest)  # last: a run cut off half-way is filled again
-        _artefacts(client, run_id, root=root, cell=cell)
-    return made
+            _clear(self.database, identity)
+            _fill(self.client, identity, run, exp_name=self.exp_name)
+            _finish(self.database, identity, run)
+        if above and standing not in {old.info.run_id for old in self.runs}:
+            self.client.set_tag(identity, PARENT, above)
+        _artefacts(self.client, identity, files=[(file, folder) for file, folder in files if file.exists()], texts=run.texts)
+        if not same:
+            self.client.set_tag(identity, "holdfast.digest", digest)  # last: a run cut off half-way is filled again
+        return identity
 
 
 def _client(database: Path):
@@ -90,22 +122,14 @@ def _client(database: Path):
 
 
 def _experiment(client, study: str, *, folder: Path) -> str:
-    """Its id; made or restored where it is not there, with a shared view whose columns are what a comparison needs."""
+    """Its id; made or restored where it is not there, with the view and the text its page opens with."""
     found = client.get_experiment_by_name(study)
-    identity = found.experiment_id if found else client.create_experiment(study, artifact_location=folder.as_uri(), tags={"mlflow.experimentKind": "custom_model_development"})
+    identity = found.experiment_id if found else client.create_experiment(study, artifact_location=folder.as_uri())
     if found and found.lifecycle_stage == "deleted":
         client.restore_experiment(identity)
-    # as MLflow's own page writes a shared view: zlib, base64, this prefix
-    view = json.dumps({**VIEW_STATE, "selectedColumns": [f"metrics.`{key}`" for key in COLUMNS]}).encode()
-    client.set_experiment_tag(identity, f"mlflow.sharedViewState.{VIEW}", f"deflate;{base64.b64encode(zlib.compress(view)).decode()}")
+    for key, value in dashboard.tags(study=study, identity=identity).items():
+        client.set_experiment_tag(identity, key, value)
     return identity
-
-
-def _digest(root: Path, cell: str) -> str:
-    """The sha256 of everything a run is filled from."""
-    model, _, method, seed = cell.split("/")
-    files = [root / "failures" / f"{cell}.json", *(root / "runs" / cell / name for name in (*FILES, "items.csv.gz")), root / "prepared" / model / method / seed / "prepare.json"]
-    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() if file.exists() else b"-" for file in files)).hexdigest()
 
 
 def _clear(database: Path, run_id: str) -> None:
@@ -130,12 +154,11 @@ def _fill(client, run_id: str, run: Run, *, exp_name: str) -> None:
         client.log_batch(run_id, metrics=metrics[at : at + METRICS])
     inputs = []
     for name, digest, rows, role in run.datasets:
-        about = Dataset(name=name, digest=digest[:DIGEST_CHARACTERS], source_type="local", source=json.dumps({"sha256": digest}), profile=json.dumps({"rows": rows}) if rows else None)
+        source, profile = json.dumps({"sha256": digest}), json.dumps({"rows": rows}) if rows else None
+        about = Dataset(name=name, digest=digest[:DIGEST_CHARACTERS], source_type="local", source=source, profile=profile)
         inputs.append(DatasetInput(about, [InputTag("mlflow.data.context", role)]))
     if inputs:
         client.log_inputs(run_id, inputs)
-    if run.environment:
-        client.log_text(run_id, json.dumps(run.environment, indent=2, sort_keys=True), "environment.json")
 
 
 def _finish(database: Path, run_id: str, run: Run) -> None:
@@ -144,13 +167,29 @@ def _finish(database: Path, run_id: str, run: Run) -> None:
         connection.execute("UPDATE runs SET status = ?, start_time = ?, end_time = ? WHERE run_uuid = ?", (run.status, run.start, run.end, run_id))
 
 
-def _artefacts(client, run_id: str, *, root: Path, cell: str) -> None:
-    """The cell's own files, the summary's report and its comparison's figures; only what differs is copied."""
-    model, domain, _, _ = cell.split("/")
+def _of_cell(root: Path, cell: str) -> list[tuple[Path, str]]:
+    """A cell's own files, with the folder each goes to."""
+    return [(root / "runs" / cell / name, "") for name in FILES] + [(root / "failures" / f"{cell}.json", "failure")]
+
+
+def _of_group(root: Path, group: str) -> list[tuple[Path, str]]:
+    """The report and its comparison's figures."""
+    model, domain, _ = group.split("/")
+    figures = sorted((root / "summary" / "figures").glob(f"*-{model}-{domain}.png"))
+    return [(root / "summary" / "report.html", ""), *((figure, "figures") for figure in figures)]
+
+
+def _artefacts(client, run_id: str, *, files: list[tuple[Path, str]], texts: dict[str, str]) -> None:
+    """`files` and `texts` and nothing else; only what differs is written."""
     home = Path(unquote(urlparse(client.get_run(run_id).info.artifact_uri).path))
-    wanted = [(root / "runs" / cell / name, "") for name in FILES] + [(root / "failures" / f"{cell}.json", "failure"), (root / "summary" / "report.html", "")]
-    wanted += [(figure, "figures") for figure in sorted((root / "summary" / "figures").glob(f"*-{model}-{domain}.png"))]
-    for file, folder in wanted:
+    wanted = {home / folder / file.name for file, folder in files} | {home / name for name in texts}
+    for old in home.rglob("*"):
+        if old.is_file() and old not in wanted:
+            old.unlink()
+    for file, folder in files:
         copy = home / folder / file.name
-        if file.exists() and not (copy.exists() and filecmp.cmp(file, copy, shallow=False)):
+        if not (copy.exists() and filecmp.cmp(file, copy, shallow=False)):
             client.log_artifact(run_id, str(file), folder or None)
+    for name, text in texts.items():
+        if not (home / name).exists() or (home / name).read_text() != text:
+            client.log_text(run_id, text, name)

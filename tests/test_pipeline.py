@@ -67,7 +67,7 @@ def project(tmp_path_factory):
     ran = repro(folder)
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "results")
-    assert {name.partition("@")[0] for name in ran} == {"resolve", "model", "data", "base", "prepare", "train", "evaluate", "collect", "compare"}
+    assert {name.partition("@")[0] for name in ran} == {"resolve", "model", "data", "base", "prepare", "train", "evaluate", "collect", "drift", "compare"}
     return folder
 
 

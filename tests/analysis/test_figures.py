@@ -9,7 +9,8 @@ from analysis.load import load_cells
 from analysis.tables import comparison
 from tests.analysis.fixtures import METHODS, coefficients, write_results
 
-NAMES = ["learning_forgetting", "forgetting_by_task", "forgetting_over_training", "cost", "layer_coefficients"]
+NAMES = ["gain_forgetting_front", "matched_gain", "forgetting_by_task", "forgetting_over_training", "answers_lost_and_gained", "lost_in_common",
+         "layer_coefficients", "cost"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_every_figure_is_there_in_three_forms(drawn):
 def test_csv_holds_what_was_drawn(drawn):
     root, loaded, table, figures = drawn
     rows = table.set_index("method")
-    points = csv(figures["learning_forgetting"]).set_index("method")
+    points = csv(figures["gain_forgetting_front"]).set_index("method")
     assert points["forgetting"].to_list() == pytest.approx([100 * rows.at[m, "forgetting"] for m in METHODS])
     assert points["domain_gain_low"].to_list() == pytest.approx([100 * rows.at[m, "domain_gain_low"] for m in METHODS])
     by_task = csv(figures["forgetting_by_task"])
@@ -81,7 +82,7 @@ def test_without_items_and_curves_the_rest_is_still_drawn(tmp_path):
         (tmp_path / "runs" / cell / "items.csv.gz").unlink()
         (tmp_path / "runs" / cell / "curve.csv").unlink()
     loaded = load_cells(tmp_path, planned)
-    assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == ["learning_forgetting", "forgetting_by_task", "cost"]
+    assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == ["gain_forgetting_front", "forgetting_by_task", "cost"]
 
 
 def test_block_coefficients_with_groups_outside_the_layers(tmp_path):
@@ -92,8 +93,8 @@ def test_block_coefficients_with_groups_outside_the_layers(tmp_path):
     path.write_text(json.dumps(metrics))
     loaded = load_cells(tmp_path, planned)
     figures = write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")
-    found = csv(figures[-1])
-    assert figures[-1].name == "layer_coefficients" and found["coefficient"].to_list() == [0.5, 1.5, 1.0, 1.0]
+    found = csv(next(figure for figure in figures if figure.name == "layer_coefficients"))
+    assert found["coefficient"].to_list() == [0.5, 1.5, 1.0, 1.0]
     assert found["layer"].isna().tolist() == [True, False, False, True]
 
 

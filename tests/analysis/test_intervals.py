@@ -3,42 +3,142 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.stats import t as student
 
-from analysis.intervals import mean_difference, paired, perplexity_ratio, wilson
+from analysis.crossed import crossed
+from analysis.intervals import mean_difference, of_arrays, of_shares, overall, paired, perplexity_ratio, score, wilson
+from experiments.errors import UserError
 
 
-def items(task, scores, gold=0):
-    return pd.DataFrame({"task": task, "doc_id": range(len(scores)), "doc_hash": [f"{task}{i}" for i in range(len(scores))], "score": scores, "gold": gold})
+def items(task, scores, gold=0, cell=None):
+    hashes = [f"{task}{i}" for i in range(len(scores))]
+    frame = pd.DataFrame({"task": task, "doc_id": range(len(scores)), "doc_hash": hashes, "score": scores, "gold": gold})
+    return frame if cell is None else frame.assign(cell=cell)
 
 
 def test_wilson_by_hand():
     found = wilson(8, 10)  # Wilson's interval of 8 in 10, worked out by hand
     assert found.value == 0.8 and found.low == pytest.approx(0.4902, abs=1e-4) and found.high == pytest.approx(0.9433, abs=1e-4)
+    assert found.scope == "run"
 
 
-def test_paired_joins_on_the_item_and_averages_over_runs():
+def test_paired_joins_on_the_item_and_keeps_each_run():
     base = items("a", [1, 0, 1])
-    tuned = pd.concat([items("a", [1, 1, 0]).iloc[::-1], items("a", [1, 0, 0])])
-    assert list(paired(base, tuned)["tuned"]) == [1, 0.5, 0]
+    tuned = pd.concat([items("a", [1, 1, 0], cell="m/seed0").iloc[::-1], items("a", [1, 0, 0], cell="m/seed1")])
+    pairs = paired(base, tuned)
+    assert list(pairs["tuned"]) == [1, 0.5, 0]
+    assert list(pairs["m/seed0"]) == [1, 1, 0] and list(pairs["m/seed1"]) == [1, 0, 0]
     other = items("a", [1, 1, 1]).assign(doc_hash=["x", "y", "z"])
     assert paired(base, other).empty  # same positions, other rows: nothing to pair
+
+
+def test_a_row_scored_twice_is_refused():
+    base = items("a", [1, 0, 1])
+    twice = pd.concat([items("a", [1, 1, 0], cell="m/seed0")] * 2)
+    with pytest.raises(UserError, match="m/seed0.*a0.*twice"):
+        paired(base, twice)
 
 
 def test_mean_difference_weights_tasks_equally():
     base = pd.concat([items("a", [1, 1, 1, 0]), items("b", [1, 0])])
     tuned = pd.concat([items("a", [0, 1, 1, 0]), items("b", [1, 1])])
     found = mean_difference(paired(base, tuned), ["a", "b"])
-    # differences a: -1 0 0 0, mean -.25, s^2 .25; b: 0 1, mean .5, s^2 .5
-    assert found.value == pytest.approx(0.125) and found.n == 6
-    assert found.high - found.value == pytest.approx(1.959964 * math.sqrt(0.25 / 4 + 0.5 / 2) / 2, rel=1e-6)
-    assert not found.excludes_zero
+    # differences a: -1 0 0 0, mean -.25, s^2 .25; b: 0 1, mean .5, s^2 .5; one seed, so items alone with Satterthwaite's t
+    first, second = 0.25 / 4 / 4, 0.5 / 2 / 4
+    df = (first + second) ** 2 / (first**2 / 3 + second**2 / 1)
+    assert found.value == pytest.approx(0.125) and found.n == 6 and found.df == pytest.approx(df)
+    assert found.high - found.value == pytest.approx(student.ppf(0.975, df) * math.sqrt(first + second))
+    assert not found.excludes_zero and found.scope == "run" and found.says == "this run, not this method"
+
+
+def test_one_task_is_two_way_random_effects():
+    """Against the mean squares of a table worked out cell by cell: (MS_seed + MS_item - MS_rest) / (S n)."""
+    table = np.random.default_rng(0).normal(size=(4, 30)) + np.array([[2.0], [0.0], [1.0], [-1.0]])
+    seeds, n = table.shape
+    squares = {"seed": 0.0, "item": 0.0, "rest": 0.0}
+    for s in range(seeds):
+        for i in range(n):
+            by_seed, by_item, mean = table[s].mean(), table[:, i].mean(), table.mean()
+            squares["seed"] += (by_seed - mean) ** 2 / (seeds - 1)
+            squares["item"] += (by_item - mean) ** 2 / (n - 1)
+            squares["rest"] += (table[s, i] - by_seed - by_item + mean) ** 2 / ((seeds - 1) * (n - 1))
+    variance = (squares["seed"] + squares["item"] - squares["rest"]) / (seeds * n)
+    bottom = squares["seed"] ** 2 / (seeds - 1) + squares["item"] ** 2 / (n - 1) + squares["rest"] ** 2 / ((seeds - 1) * (n - 1))
+    found = of_arrays([table])
+    assert found.error == pytest.approx(math.sqrt(variance)) and found.df == pytest.approx((variance * seeds * n) ** 2 / bottom)
+    assert found.scope == "method" and found.seeds == 4 and found.n == 30
+    assert found.high - found.value >= student.ppf(0.975, found.df) * found.error - 1e-12
+
+
+def test_a_seed_moves_all_tasks_together():
+    """Three tasks, each without any item difference, and seeds 0, 3, 6 apart in all of them: only the seeds' spread is left."""
+    tasks = [np.repeat([[0.0], [3.0], [6.0]], n, axis=1) for n in (10, 20, 30)]
+    found = of_arrays(tasks)
+    assert found.value == 3.0 and found.error == pytest.approx(3 / math.sqrt(3))  # sd 3 over three seeds, not over nine
+    assert found.df == pytest.approx(2) and found.high == pytest.approx(3 + student.ppf(0.975, 2) * math.sqrt(3))
+
+
+def test_seeds_that_agree_too_well_do_not_narrow_the_interval():
+    """Seeds whose means are equal by construction: MS_seed is 0, less than MS_rest, and the items' part stays whole."""
+    draw = np.random.default_rng(1)
+    table = draw.normal(size=(3, 200))
+    table -= table.mean(axis=1, keepdims=True)
+    found, alone = of_arrays([table]), of_arrays([table.mean(axis=0, keepdims=True)])
+    assert found.error == pytest.approx(alone.error)
+
+
+def test_a_grid_of_studies_is_each_study():
+    draw = np.random.default_rng(2)
+    many = [draw.normal(size=(5, 3, 20)), draw.normal(size=(5, 3, 7))]
+    together = crossed(many)
+    for k in range(5):
+        one = of_arrays([task[k] for task in many])
+        assert (together.value[k], together.error[k], together.df[k]) == pytest.approx((one.value, one.error, one.df))
+        assert together.half[k] == pytest.approx(one.high - one.value)
+    with pytest.raises(ValueError, match="different numbers of seeds"):
+        crossed([many[0], many[1][:, :2]])
 
 
 def test_equal_items_have_no_width_and_one_item_has_no_bounds():
     base = items("a", [1, 0, 1])
     assert mean_difference(paired(base, base), ["a"]).high == 0
     one = items("a", [1])
-    assert mean_difference(paired(one, one), ["a"]).low is None
+    alone = mean_difference(paired(one, one), ["a"])
+    assert alone.low is None and alone.detectable is None and (-alone).high is None
+    assert of_arrays([np.zeros((3, 4))]).high == 0
+
+
+def test_overall_is_the_mean_over_tasks_and_refuses_other_rows():
+    base = pd.concat([items("a", [1, 1, 1, 0]), items("b", [1, 0])])
+    runs = [pd.concat([items("a", [0, 1, 1, 0]), items("b", [1, 1])]), pd.concat([items("a", [0, 0, 1, 0]), items("b", [0, 1])])]
+    tuned = pd.concat([rows.assign(cell=f"seed{k}") for k, rows in enumerate(runs)])
+    found = -overall(base=base, tuned=tuned, tasks=["a", "b"])
+    assert found.value == pytest.approx(-np.mean([(-0.25 + 0.5) / 2, (-0.5 + 0) / 2])) and (found.seeds, found.n, found.scope) == (2, 6, "method")
+    assert found.low < found.value < found.high
+    with pytest.raises(UserError, match="seed1.*1 stand in one only, first b1 of b"):
+        overall(base=base, tuned=tuned.iloc[:-1], tasks=["a", "b"])
+    with pytest.raises(UserError, match="no scored row of task c"):
+        overall(base=base, tuned=tuned, tasks=["a", "c"])
+
+
+def test_detectable_is_found_in_four_studies_of_five():
+    draw, found = np.random.default_rng(3), of_arrays([np.random.default_rng(4).normal(size=(1, 400))])
+    again = crossed([found.detectable + draw.normal(size=(4000, 1, 400))])
+    assert np.mean(again.value - again.half > 0) == pytest.approx(0.8, abs=0.06)  # the error is known from one study only
+
+
+def test_score_is_wilsons_for_one_seed_and_stays_inside_for_several():
+    right = [1] * 8 + [0] * 2
+    one = score(items("a", right), "a")
+    assert (one.low, one.high) == (wilson(8, 10).low, wilson(8, 10).high)
+    assert (score(items("a", right, cell="seed0"), "a").low, one.scope) == (one.low, "run")
+    alike = pd.concat([items("a", right, cell="seed0"), items("a", right, cell="seed1")])
+    both = score(alike, "a")  # seeds that agree leave the items' variance p(1-p)/(n-1): Wilson's for n - 1 rows, with its t for z
+    by_hand = wilson(0.8 * 9, 9, z=student.ppf(0.975, 9))
+    assert (both.low, both.high, both.scope, both.seeds) == (pytest.approx(by_hand.low), pytest.approx(by_hand.high), "method", 2)
+    apart = of_shares(np.array([[1.0] * 40, [0.0] * 40]))
+    assert apart.value == 0.5 and apart.low < 0.1 and apart.high > 0.9 and 0 <= apart.low
+    assert of_shares(np.ones((3, 50))).low > 0.9 and of_shares(np.ones((3, 50))).high == pytest.approx(1)
 
 
 def test_perplexity_ratio_by_hand():
@@ -46,22 +146,13 @@ def test_perplexity_ratio_by_hand():
     found = perplexity_ratio(paired(base, tuned))
     ratio = 20 / 150
     residuals = np.array([10 - ratio * 100, 10 - ratio * 50])
-    half = 1.959964 * math.sqrt((residuals**2).sum() * 2) / 150
+    half = student.ppf(0.975, 1) * math.sqrt((residuals**2).sum() * 2) / 150
     assert found.value == pytest.approx(math.exp(ratio)) and found.high == pytest.approx(math.exp(ratio + half), rel=1e-6)
 
 
-def test_coverage_of_the_paired_interval():
-    """95 % over items: in 1000 drawn studies of 3 tasks x 100 items, the truth is inside 93 to 97 times in 100."""
-    draw, inside = np.random.default_rng(0), 0
-    for _ in range(1000):
-        tasks, loss, keep = ("a", "b", "c"), (0.05, 0.1, 0.2), []
-        for lost in loss:
-            base = draw.random(100) < 0.6
-            keep.append(np.where(base, draw.random(100) >= lost, draw.random(100) < 0.02).astype(float) - base)
-        value = np.mean([d.mean() for d in keep])
-        pairs = pd.DataFrame({"task": np.repeat(tasks, 100), "base": 0.0, "tuned": np.concatenate(keep)})
-        found = mean_difference(pairs, list(tasks))
-        assert found.value == pytest.approx(value)
-        truth = np.mean([-0.6 * lost + 0.4 * 0.02 for lost in loss])
-        inside += found.low <= truth <= found.high
-    assert 0.93 <= inside / 1000 <= 0.97
+def test_perplexity_ratio_over_seeds_is_the_geometric_mean():
+    base = items("general", [300.0, 100.0, 200.0], [100, 50, 80])
+    tuned = pd.concat([items("general", [310.0, 110.0, 205.0], cell="a"), items("general", [330.0, 120.0, 230.0], cell="b")])
+    found = perplexity_ratio(paired(base, tuned))
+    assert found.value == pytest.approx(math.exp((25 / 230 + 80 / 230) / 2)) and found.scope == "method"
+    assert found.error >= 55 / 230 / 2 * 0.99  # two seeds 55 / 230 apart: s / sqrt(2) is half of that, and passages add to it

@@ -21,7 +21,7 @@ def summary(tmp_path_factory):
 def test_all_files_are_there(summary):
     root, _, text, page = summary
     assert {"table.txt", "table.csv", "table.md", "report.html", "figures"} == {path.name for path in (root / "summary").iterdir()}
-    assert len(list((root / "summary/figures").iterdir())) == 15
+    assert len(list((root / "summary/figures").iterdir())) == 24
     assert "hierarchical" in text and "<title>Five methods</title>" in page
 
 

@@ -18,20 +18,23 @@ def client(database: Path):
     return MlflowClient(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}")
 
 
-def runs_of(database: Path, study: str = "default") -> dict:
+def runs_of(database: Path, study: str = "default", *, kind: str = "cell") -> dict:
     found = client(database)
     experiment = found.get_experiment_by_name(study)
-    return {run.data.tags["holdfast.cell"]: run for run in found.search_runs([experiment.experiment_id])}
+    return {run.data.tags[f"holdfast.{kind}"]: run for run in found.search_runs([experiment.experiment_id]) if f"holdfast.{kind}" in run.data.tags}
 
 
 def content(database: Path) -> dict:
     """All that a rebuilt store must have again: no run ids."""
     found, all_of_it = client(database), {}
-    for cell, run in runs_of(database).items():
+    every = {key: run for kind in ("cell", "group", "base") for key, run in runs_of(database, kind=kind).items()}
+    keys = {run.info.run_id: key for key, run in every.items()}
+    for cell, run in every.items():
         points = {key: [(m.step, m.timestamp, m.value) for m in found.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
         inputs = sorted((d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs)
         files = sorted(file.path for file in found.list_artifacts(run.info.run_id))
-        all_of_it[cell] = (run.info.status, run.info.start_time, run.info.end_time, run.data.params, points, run.data.tags, inputs, files)
+        tags = run.data.tags | ({"mlflow.parentRunId": keys[run.data.tags["mlflow.parentRunId"]]} if "mlflow.parentRunId" in run.data.tags else {})
+        all_of_it[cell] = (run.info.status, run.info.start_time, run.info.end_time, run.data.params, points, tags, inputs, files)
     return all_of_it
 
 
@@ -80,8 +83,86 @@ def test_a_run_holds_parameters_curves_scores_costs_data_and_files(database, res
     assert tags["mlflow.note.content"].count("\n\n") == 1 and "ewc" in tags["mlflow.note.content"]
     data = {d.dataset.name: (d.dataset.digest, d.tags[0].value) for d in run.inputs.dataset_inputs}
     assert data["science train"] == (metrics["data_sha256"][:36], "training") and data["hellaswag"][1] == "evaluation" and len(data) == 10
-    assert {f.path for f in found.list_artifacts(run.info.run_id)} == {"metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json", "environment.json", "report.html", "figures"}
+    assert {f.path for f in found.list_artifacts(run.info.run_id)} == {"metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json", "environment.json", "model.json"}
     assert (database.parent / "mlartifacts").is_dir()
+    home = database.parent / "mlartifacts" / "default" / run.info.run_id / "artifacts"
+    model = json.loads((home / "model.json").read_text())
+    assert (model["path"], model["sha256"], model["bytes_beside_base"]) == (f"work/cells/{CELL('ewc')}/weights", metrics["weights_sha256"], metrics["bytes_weights_delta"])
+    # what tells of the machine is where MLflow shows system metrics
+    assert run.data.metrics["system/peak_memory_train_bytes"] == 3_100_000_000 and run.data.metrics["system/peak_memory_prepare_bytes"] == 2_000_000_000
+    assert len(found.get_metric_history(run.info.run_id, "system/tokens_per_second")) == 60
+    above = runs_of(database, kind="group")[CELL("ewc").rsplit("/", 1)[0]]
+    assert {f.path for f in found.list_artifacts(above.info.run_id)} == {"report.html", "figures"}
+    assert [f.path for f in found.list_artifacts(above.info.run_id, "figures")] == ["figures/cost-smollm2-135m-science.png"]
+
+
+def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_path):
+    from analysis.load import load_cells
+    from analysis.tables import comparison
+
+    root = tmp_path / "seeds"
+    cells = write_results(root, methods=("full", "ewc"), seeds=(0, 1, 2))
+    made = track(results_root=root, cells=cells, study="default", database=database)
+    above, children = runs_of(database, kind="group"), runs_of(database)
+    assert set(above) == {"smollm2-135m/science/full", "smollm2-135m/science/ewc"} and set(children) == set(made) == set(cells)
+    for cell, run in children.items():
+        assert run.data.tags["mlflow.parentRunId"] == above[cell.rsplit("/", 1)[0]].info.run_id
+    row, run = comparison(load_cells(root, cells)).set_index("method").loc["ewc"], above["smollm2-135m/science/ewc"]
+    own = [children[cell] for cell in cells if "/ewc/" in cell]
+    assert len({child.data.metrics["forgetting"] for child in own}) > 1
+    for key in ("forgetting", "forgetting_low", "forgetting_high", "domain_gain", "domain_gain_low", "perplexity_ratio", "seconds_train", "bytes_anchor"):
+        assert run.data.metrics[key] == row[key]
+    assert run.data.metrics["forgetting"] == pytest.approx(sum(child.data.metrics["forgetting"] for child in own) / 3)
+    assert run.data.metrics["forgetting/piqa"] == pytest.approx(sum(child.data.metrics["forgetting/piqa"] for child in own) / 3)
+    last = lambda found: [m.value for m in client(database).get_metric_history(found.info.run_id, "curve/loss") if m.step == 60]
+    assert last(run) == [pytest.approx(sum(last(child)[0] for child in own) / 3)]
+    assert run.data.params["seeds"] == "0, 1, 2" and run.data.params["ewc.strength"] == "10000.0" and "seed" not in run.data.params
+    assert run.data.tags["git.commit"] == own[0].data.tags["git.commit"] and run.data.tags["git.dirty"] == "False"
+    assert run.data.tags["mlflow.note.content"].count("\n\n") == 1 and "mean of 3 seeds" in run.data.tags["mlflow.note.content"]
+    assert len(run.inputs.dataset_inputs) == 10
+    base = runs_of(database, kind="base")["smollm2-135m/science"]
+    assert base.data.metrics["forgetting"] == base.data.metrics["domain_gain"] == 0 and base.data.metrics["domain_score"] == own[0].data.metrics["domain_score_base"]
+
+
+def test_a_seed_more_changes_the_run_above_and_no_other_child(database, tmp_path):
+    root = tmp_path / "seeds"
+    cells = write_results(root, methods=("full",), seeds=(0, 1))
+    first = track(results_root=root, cells=cells[:1], study="default", database=database)
+    alone = runs_of(database, kind="group")["smollm2-135m/science/full"]
+    assert "one seed: this run, not this method" in alone.data.tags["mlflow.note.content"]
+    second = track(results_root=root, cells=cells, study="default", database=database)
+    above = runs_of(database, kind="group")["smollm2-135m/science/full"]
+    assert above.info.run_id == alone.info.run_id and above.data.metrics["seeds"] == 2 and second[cells[0]] == first[cells[0]]
+    assert {run.data.tags["mlflow.parentRunId"] for run in runs_of(database).values()} == {above.info.run_id}
+
+
+def test_a_cell_under_other_rules_is_shown_and_not_in_the_mean(database, tmp_path):
+    root = tmp_path / "seeds"
+    cells = write_results(root, methods=("full", "ewc"), seeds=(0, 1, 2))
+    other = root / "runs" / "smollm2-135m/science/ewc/seed2" / "metrics.json"
+    other.write_text(json.dumps(json.loads(other.read_text()) | {"numerics": 2}))
+    track(results_root=root, cells=cells, study="default", database=database)
+    runs, above = runs_of(database), runs_of(database, kind="group")["smollm2-135m/science/ewc"]
+    out, kept = runs[cells[5]], [runs[cell] for cell in cells[3:5]]
+    assert out.info.status == above.info.status == "FINISHED" and "forgetting" in out.data.metrics
+    assert "numerics" in out.data.tags["not_comparable"].lower() and out.data.tags["not_comparable"] in out.data.tags["mlflow.note.content"]
+    assert above.data.tags["not_comparable"] == cells[5] and "mean of 2 of 3 seeds" in above.data.tags["mlflow.note.content"]
+    for key in ("forgetting", "forgetting/piqa"):
+        assert above.data.metrics[key] == pytest.approx(sum(run.data.metrics[key] for run in kept) / 2)
+        assert above.data.metrics[key] != pytest.approx(sum(run.data.metrics[key] for run in [*kept, out]) / 3)
+
+
+def test_a_store_of_single_runs_is_taken_over(database, results):
+    """A store written before methods had runs: its cells keep their ids and find their parents."""
+    first = track(results_root=results, cells=[CELL("full")], study="default", database=database)
+    found = client(database)
+    found.delete_run(runs_of(database, kind="group")["smollm2-135m/science/full"].info.run_id)
+    for key in ("holdfast.digest", "mlflow.parentRunId"):
+        if key in found.get_run(first[CELL("full")]).data.tags:
+            found.delete_tag(first[CELL("full")], key)
+    assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == first
+    above = runs_of(database, kind="group")["smollm2-135m/science/full"]
+    assert runs_of(database)[CELL("full")].data.tags["mlflow.parentRunId"] == above.info.run_id
 
 
 def test_twice_gives_the_same_runs_and_a_fresh_store_the_same_content(database, results, migrated, tmp_path):
@@ -119,11 +200,17 @@ def test_a_failed_cell_shows_failed_with_its_reason_and_recovers(database, tmp_p
     run = runs_of(database)[CELL("mofo")]
     assert run.info.status == "FAILED" and "loss is NaN at step 12" in run.data.tags["failure.reason"]
     assert "loss is NaN at step 12" in run.data.tags["mlflow.note.content"] and run.data.metrics == {}
+    above = runs_of(database, kind="group")["smollm2-135m/science/mofo"]
+    assert above.info.status == "FAILED" and "loss is NaN at step 12" in above.data.tags["mlflow.note.content"]
+    assert [f.path for f in client(database).list_artifacts(run.info.run_id)] == ["failure"]
     shutil.rmtree(root)
     write_results(root, methods=("full", "mofo"))
     assert track(results_root=root, cells=cells, study="default", database=database) == first
     run = runs_of(database)[CELL("mofo")]
     assert run.info.status == "FINISHED" and "failure.reason" not in run.data.tags and "forgetting" in run.data.metrics
+    assert not client(database).list_artifacts(run.info.run_id, "failure")
+    above = runs_of(database, kind="group")["smollm2-135m/science/mofo"]
+    assert above.info.status == "FINISHED" and "failure.reason" not in above.data.tags and "forgetting" in above.data.metrics
 
 
 def test_a_cell_that_never_ran_has_no_run_and_one_that_is_gone_loses_it(database, results):
@@ -131,7 +218,7 @@ def test_a_cell_that_never_ran_has_no_run_and_one_that_is_gone_loses_it(database
     assert set(track(results_root=results, cells=cells, study="default", database=database)) == {CELL("full"), CELL("lora")}
     shutil.rmtree(results / "runs" / CELL("lora"))
     track(results_root=results, cells=cells, study="default", database=database)
-    assert set(runs_of(database)) == {CELL("full")}
+    assert set(runs_of(database)) == {CELL("full")} and set(runs_of(database, kind="group")) == {"smollm2-135m/science/full"}
 
 
 def test_studies_are_experiments_of_their_own(database, results):
@@ -186,5 +273,8 @@ def test_the_link_opens_a_view_with_scores_as_columns(database, results):
     assert f"/experiments/{experiment.experiment_id}/runs?" in address and address.endswith("viewStateShareKey=holdfast")
     view = json.loads(zlib.decompress(base64.b64decode(experiment.tags["mlflow.sharedViewState.holdfast"].removeprefix("deflate;"))))
     assert "metrics.`forgetting`" in view["selectedColumns"]
-    shown = {f"metrics.`{key}`" for key in runs_of(database)[CELL("full")].data.metrics}
-    assert set(view["selectedColumns"]) <= shown
+    metrics = runs_of(database, kind="group")["smollm2-135m/science/full"].data.metrics
+    assert set(view["selectedColumns"]) <= {f"metrics.`{key}`" for key in metrics}
+    drawn = {axis for chart in view["compareRunCharts"] for axis in ([chart["metricKey"]] if chart["type"] == "BAR" else [chart["xaxis"]["key"], chart["yaxis"]["key"]])}
+    assert {"forgetting", "domain_gain"} <= drawn <= set(metrics)
+    assert link(study="default", database=database, charts=True).replace("compareRunsMode=CHART&", "") == address

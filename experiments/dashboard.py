@@ -1,0 +1,66 @@
+"""What MLflow's page of a study shows without any set-up: columns, charts and a text, as its page stores them itself.
+
+The page loads a shared view from an experiment's tag, by its name in the address. The shapes here are those of
+MLflow 3.17; tests/experiments/test_dashboard.py opens them in a real browser.
+"""
+
+import base64
+import json
+import zlib
+
+VIEW = "holdfast"
+COLUMNS = (
+    "domain_score", "domain_gain", "forgetting", "forgetting_low", "forgetting_high", "perplexity_ratio", "seconds_prepare", "seconds_train", "seeds",
+)  # fmt: skip
+# the grid's own names of columns: without an order it sorts metrics by name
+NAME, ORDER = "attributes.`Run Name`", ("runDateAndNestInfo", "duration", *(f"metrics.`{key}`" for key in COLUMNS))
+SECTIONS = {"answer": "Forgetting against gain", "costs": "Costs"}
+COSTS = ("seconds_prepare", "seconds_train", "peak_memory_bytes", "bytes_importance", "bytes_anchor", "bytes_weights_delta")
+# the rest of a view as MLflow starts one; it refuses a view that lacks a key
+STATE = {
+    **dict.fromkeys(("runsPinned", "runsHidden"), []), **dict.fromkeys(("runsExpanded", "runsVisibilityMap", "groupsExpanded"), {}),
+    **dict.fromkeys(("viewMaximized", "runListHidden"), False),
+    **dict.fromkeys(("useGroupedValuesInCharts", "hideEmptyCharts", "autoRefreshEnabled"), True),
+    "columnOrder": [NAME, *ORDER], "columnWidths": {NAME: 260, "runDateAndNestInfo": 120, "duration": 80, **dict.fromkeys(ORDER[2:], 115)},
+    "runsHiddenMode": "SHOW_ALL", "groupBy": None, "isAccordionReordered": True,  # it would sort the sections by name
+    "globalLineChartConfig": {"xAxisKey": "step", "lineSmoothness": 0, "selectedXAxisMetricKey": ""},
+}  # fmt: skip
+
+
+def tags(*, study: str, identity: str) -> dict[str, str]:
+    """The tags of experiment number `identity`: the shared view and the text above the runs."""
+    state = json.dumps({**STATE, "selectedColumns": ORDER[2:], "compareRunCharts": _charts(), "compareRunSections": _sections()})
+    view = f"deflate;{base64.b64encode(zlib.compress(state.encode())).decode()}"
+    text = (
+        f"Study **{study}**: [table]({address(identity)}) · [charts: forgetting against gain, costs, curves]({address(identity, charts=True)})\n\n"
+        "A run is a (model, domain, method), the mean over its seeds; the + before it opens its seeds; its artifacts hold figures and report. "
+        "Rebuilt from results/ by `python -m experiments track`."
+    )
+    return {f"mlflow.sharedViewState.{VIEW}": view, "mlflow.note.content": text, "mlflow.experimentKind": "custom_model_development"}
+
+
+def address(identity: str, *, charts: bool = False) -> str:
+    """Where the page of experiment number `identity` is, without the host."""
+    return f"#/experiments/{identity}/runs?workflowType=machine_learning&{'compareRunsMode=CHART&' if charts else ''}viewStateShareKey={VIEW}"
+
+
+def _charts() -> list[dict]:
+    axis = lambda key: {"key": key, "type": "METRIC", "dataAccessKey": key}
+    bar = lambda key, section: _card(f"bar-{key}", section=section, type="BAR", metricKey=key, displayName=key)
+    return [
+        _card("scatter", section="answer", type="SCATTER", displayName="Forgetting against gain", xaxis=axis("domain_gain"), yaxis=axis("forgetting")),
+        *(bar(key, "answer") for key in ("forgetting", "domain_gain", "perplexity_ratio")),
+        *(bar(key, "costs") for key in COSTS),
+    ]
+
+
+def _card(name: str, *, section: str, **about) -> dict:
+    """A chart; of every run, where the page would stop at ten."""
+    place = {"uuid": f"holdfast-{name}", "metricSectionId": f"holdfast-{section}"}
+    return {**place, "deleted": False, "isGenerated": False, "runsCountToCompare": 100, **about}
+
+
+def _sections() -> list[dict]:
+    """Ours first; the page adds one for every other group of metrics behind them."""
+    about = {"display": True, "columns": 2, "isReordered": False, "deleted": False, "isGenerated": False}
+    return [{"uuid": f"holdfast-{key}", "name": name, **about} for key, name in SECTIONS.items()]

@@ -1,0 +1,34 @@
+"""drift: one drift.json a cell, how far its weights are from the base's, in what directions, and how important those are."""
+
+from experiments import drift, hardware, memory, tuned
+from experiments.base import load_tensors
+from experiments.delta import verified
+from experiments.files import read_json, write_json
+from methods.importance import totals
+from methods.stored import load_importance
+
+
+def main(study, cell) -> None:
+    folder, out = study.paths.model(cell.model), study.paths.weights(cell)
+    found, digest = tuned.tensors(out, folder=folder)
+    model = memory.shape_of(cell.model, study.models[cell.model], folder).build()
+    against, importance = _importance(study, cell)
+    measured = drift.measure(base=load_tensors(folder), tuned=verified(found, sha256=digest, what=out), roles=drift.roles(model),
+                             importance=importance, device=hardware.device(study.device))  # fmt: skip
+    write_json(study.paths.run(cell) / "drift.json",
+               {"cell": cell.name, "weights_sha256": digest, "base_sha256": read_json(folder / "base.json")["sha256"],
+                "reference": against, "top": drift.TOP, "rank_limit": drift.LARGEST} | measured)  # fmt: skip
+
+
+def _importance(study, cell) -> tuple[dict | None, dict | None]:
+    """What the reference method prepared for this model and seed, and a line about it; nothing where it is not there."""
+    if (reference := drift.reference(study)) is None:
+        return None, None
+    method, part = reference
+    path = study.paths.prepared(model=cell.model, method=method, seed=cell.seed) / f"{part}.importance.safetensors"
+    if not path.is_file():
+        return None, None
+    importance = load_importance(path)
+    entries = sum(values.numel() for values in importance.values())
+    mean = sum(totals(values)[0] for values in importance.values()) / entries
+    return {"method": method, "part": part, "entries": entries, "mean": float(f"{mean:.4g}")}, importance

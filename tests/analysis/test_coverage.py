@@ -1,0 +1,108 @@
+"""How often the truth lies in the 95 % interval, over drawn studies: at least 93 in 100 for every number of seeds and items and every spread."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import norm
+
+from analysis.crossed import crossed
+from analysis.intervals import Z, of_shares, perplexity_ratio
+
+STUDIES = 1000
+GRID = [(seeds, n, spread) for seeds in (3, 5) for n in (100, 500) for spread in (0, 1, 2, 5)]
+
+
+def normal(draw, *, seeds: int, sizes: tuple, spread: float):
+    """Differences with item and rest parts of one size; the seeds' standard deviation is `spread` times one run's item error."""
+    error = np.sqrt(sum(1 / n for n in sizes)) / len(sizes)
+    shift = spread * error * draw.standard_normal((STUDIES, seeds, 1))
+    item = lambda n: np.sqrt(0.5) * draw.standard_normal((STUDIES, 1, n))
+    return [shift + item(n) + np.sqrt(0.5) * draw.standard_normal((STUDIES, seeds, n)) for n in sizes], 0.0
+
+
+def right_or_wrong(draw, *, seeds: int, sizes: tuple, spread: float):
+    """Tuned minus base of answers scored 0 or 1: right where a latent ability passes a bound, which each seed moves for all items.
+
+    Most of the ability belongs to the item, so that most differences are 0. The truth: the mean of -1, 0 and 1 over all items and seeds.
+    """
+    own, drawn, bound, drop = 0.9, 0.1, -0.3, 0.25
+    error = np.sqrt(_variance(own, drawn, bound, drop) * sum(1 / n for n in sizes)) / len(sizes)
+    scale = spread * error / norm.pdf(bound + drop)
+    shift, tasks = scale * draw.standard_normal((STUDIES, seeds, 1)), []
+    for n in sizes:
+        item = np.sqrt(own) * draw.standard_normal((STUDIES, 1, n))
+        before = item + np.sqrt(drawn) * draw.standard_normal((STUDIES, 1, n)) > bound
+        moved = item + np.sqrt(drawn / 2) * draw.standard_normal((STUDIES, 1, n)) + np.sqrt(drawn / 2) * draw.standard_normal((STUDIES, seeds, n))
+        tasks.append((moved + shift > bound + drop) * 1.0 - before)
+    return tasks, norm.sf((bound + drop) / np.sqrt(1 + scale**2)) - norm.sf(bound)
+
+
+def _variance(own, drawn, bound, drop):
+    draw = np.random.default_rng(3)
+    item = np.sqrt(own) * draw.standard_normal(200_000)
+    right = lambda at: item + np.sqrt(drawn) * draw.standard_normal(200_000) > at
+    return (right(bound + drop) * 1.0 - right(bound)).var()
+
+
+def covered(tasks, truth):
+    found = crossed(tasks)
+    return float((np.abs(found.value - truth) <= found.half).mean())
+
+
+def by_items_only(tasks, truth):
+    """The interval that forgets the seeds: each item's mean over them, and the normal distribution."""
+    means = [task.mean(axis=1) for task in tasks]
+    error = np.sqrt(sum(mean.var(axis=1, ddof=1) / mean.shape[1] for mean in means)) / len(means)
+    return float((np.abs(np.mean([mean.mean(axis=1) for mean in means], axis=0) - truth) <= Z * error).mean())
+
+
+@pytest.mark.parametrize("tasks", (1, 3))
+@pytest.mark.parametrize("study", (normal, right_or_wrong))
+def test_the_crossed_interval_covers_on_the_whole_grid(study, tasks):
+    missed = {}
+    for seeds, n, spread in GRID:
+        if (tasks, n) == (3, 500):
+            continue  # three tasks of 500 take long and say what three of 100 do
+        draw = np.random.default_rng([seeds, n, spread, tasks])
+        share = covered(*study(draw, seeds=seeds, sizes=(n,) * tasks, spread=spread))
+        if not 0.93 <= share <= 0.99:
+            missed[seeds, n, spread] = share
+    assert not missed
+
+
+def test_an_interval_over_items_alone_fails_where_seeds_differ():
+    for study in (normal, right_or_wrong):
+        drawn = study(np.random.default_rng(1), seeds=3, sizes=(100,), spread=5)
+        assert by_items_only(*drawn) < 0.6 < 0.93 <= covered(*drawn)
+        alike = study(np.random.default_rng(2), seeds=3, sizes=(100,), spread=0)
+        assert by_items_only(*alike) > 0.92  # what fails it is the seeds
+
+
+def test_tasks_of_unequal_size_and_a_single_seed_cover():
+    draw = np.random.default_rng(4)
+    assert 0.93 <= covered(*normal(draw, seeds=4, sizes=(100, 200, 300), spread=1)) <= 0.98
+    for study in (normal, right_or_wrong):  # one seed, about this run: the seeds' part is no part of the truth, so there is no spread
+        assert 0.93 <= covered(*study(draw, seeds=1, sizes=(100, 100, 100), spread=0)) <= 0.97
+
+
+@pytest.mark.parametrize("spread", (0.0, 0.3))
+def test_the_score_over_seeds_covers(spread):
+    draw, bound, inside = np.random.default_rng(5), -1.0, 0
+    truth = norm.sf(bound / np.sqrt(1 + spread**2))
+    for _ in range(STUDIES):
+        ability = np.sqrt(0.8) * draw.standard_normal(100) + np.sqrt(0.2) * draw.standard_normal((3, 100)) + spread * draw.standard_normal((3, 1))
+        found = of_shares((ability > bound) * 1.0)
+        inside += found.low <= truth <= found.high
+    assert 0.93 <= inside / STUDIES <= 0.99
+
+
+@pytest.mark.parametrize("spread", (0.0, 0.02))
+def test_the_perplexity_ratio_over_seeds_covers(spread):
+    draw, inside = np.random.default_rng(6), 0
+    tokens = draw.integers(80, 200, size=128)
+    for _ in range(STUDIES):
+        nats = 0.1 + spread * draw.standard_normal((3, 1)) + 0.03 * draw.standard_normal(128) + 0.02 * draw.standard_normal((3, 128))
+        runs = dict(zip("abc", nats * tokens))
+        found = perplexity_ratio(pd.DataFrame({"task": "general", "gold": tokens, "base": 0.0, "tuned": 0.0, **runs}))
+        inside += found.low <= np.exp(0.1) <= found.high
+    assert 0.93 <= inside / STUDIES <= 0.99

@@ -1,0 +1,129 @@
+"""The gate: exit statuses and the line of each cell."""
+
+import json
+import shutil
+
+import pytest
+
+from experiments import config, gate
+from experiments.__main__ import parser, run
+from experiments.errors import UserError
+from experiments.paths import HERE
+from tests.analysis.fixtures import write_json, write_results
+
+METHODS = ("full", "lora", "ewc", "mofo", "hierarchical")
+
+
+@pytest.fixture
+def study(tmp_path):
+    """The default study's grid over made-up results: nothing is a measurement."""
+    shutil.copy(HERE / "params.yaml", tmp_path)
+    write_results(tmp_path / "results", methods=METHODS)
+    return config.load(root=tmp_path)
+
+
+def metrics(study, method):
+    path = study.paths.results / "runs/smollm2-135m/science" / method / "seed0/metrics.json"
+    return path, json.loads(path.read_text())
+
+
+def judged(study, capsys, *patterns, **limits):
+    status = gate.main(study, patterns=patterns, **limits)
+    return status, capsys.readouterr().out.splitlines()
+
+
+def test_every_cell_within_the_limit_passes(study, capsys):
+    status, lines = judged(study, capsys, max_forgetting=0.5)
+    assert status == 0 and len(lines) == 6
+    assert [line.split()[:2] for line in lines[:5]] == [["pass", f"smollm2-135m/science/{m}/seed0"] for m in METHODS]
+    assert lines[5] == "5 of 5 cells pass: forgetting at most +50.0 points"
+    assert all("n = 600" in line and "n = 300" in line and "[" in line for line in lines[:5])  # retention rows above chance, domain rows
+
+
+def test_the_limit_is_the_most_that_passes(study, capsys):
+    _, found = metrics(study, "full")
+    at = found["forgetting"]
+    assert at > 0.02
+    assert judged(study, capsys, "*/full/*", max_forgetting=at)[0] == 0
+    status, lines = judged(study, capsys, "*/full/*", max_forgetting=at - 1e-6)
+    assert status == 1 and lines[0].startswith("FAIL") and "forgetting: is above" in lines[0] and lines[1].startswith("0 of 1 cells pass")
+
+
+def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):
+    from analysis.load import load_cells
+    from analysis.tables import item_intervals
+
+    cell = "smollm2-135m/science/mofo/seed0"
+    loaded = load_cells(study.paths.results, [cell])
+    found = item_intervals(loaded, loaded.cells)
+    value, high = found["forgetting"].value, found["forgetting"].high
+    assert high > value
+    between = (value + high) / 2
+    assert judged(study, capsys, cell, max_forgetting=between)[0] == 0
+    status, lines = judged(study, capsys, cell, max_forgetting=between, confidence=True)
+    assert status == 1 and "the upper end of its interval is above" in lines[0] and "by the ends of the 95 % intervals" in lines[1]
+    assert judged(study, capsys, cell, max_forgetting=high, confidence=True)[0] == 0
+    gain = found["domain_gain"]
+    least = (gain.value + gain.low) / 2
+    assert judged(study, capsys, cell, max_forgetting=0.5, min_gain=least)[0] == 0
+    status, lines = judged(study, capsys, cell, max_forgetting=0.5, min_gain=least, confidence=True)
+    assert status == 1 and "gain: the lower end of its interval is below" in lines[0]
+
+
+def test_a_cell_that_learned_too_little_fails(study, capsys):
+    _, found = metrics(study, "lora")
+    status, lines = judged(study, capsys, "*/lora/*", max_forgetting=0.5, min_gain=found["domain_gain"] + 1e-6)
+    assert status == 1 and "gain: is below" in lines[0]
+
+
+def test_failed_and_missing_cells_fail_the_gate(study, capsys):
+    cell = "smollm2-135m/science/ewc/seed0"
+    failed = {"cell": cell, "stage": "train", "reason": "loss is NaN", "kind": "nan", "when": "x"}
+    write_json(study.paths.results / "failures" / f"{cell}.json", failed)
+    shutil.rmtree(study.paths.results / "runs/smollm2-135m/science/mofo")
+    status, lines = judged(study, capsys, max_forgetting=0.9)
+    assert status == 1 and lines[-1].startswith("3 of 5")
+    assert lines[2].split(maxsplit=2) == ["FAIL", cell, "nan in train: loss is NaN"]
+    assert lines[3].startswith("FAIL") and lines[3].endswith("not run: has not been run")
+
+
+def test_what_cannot_show_forgetting_does_not_pass(study, capsys):
+    path, found = metrics(study, "full")
+    write_json(path, found | {"forgetting": None, "forgetting_by_task": {}, "at_chance": ["copa", "piqa"]})
+    status, lines = judged(study, capsys, "*/full/*", max_forgetting=0.9)
+    assert status == 1 and "no forgetting: no retention task of science is above chance" in lines[0]
+
+
+def test_without_items_only_the_values_can_be_judged(study, capsys):
+    path, _ = metrics(study, "full")
+    (path.parent / "items.csv.gz").unlink()
+    status, lines = judged(study, capsys, "*/full/*", max_forgetting=0.9)
+    assert status == 0 and "no interval: items are missing" in lines[0]
+    status, lines = judged(study, capsys, "*/full/*", max_forgetting=0.9, confidence=True)
+    assert status == 1 and "forgetting has no interval to go by" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("patterns", "limits", "message"),
+    [
+        (["*/full/*", "*/ewd/*"], {"max_forgetting": 0.1}, r"no cell of the grid matches \*/ewd/\*"),
+        ([], {"max_forgetting": 2.0}, "--max-forgetting 2.0: it is a share of 1, so that 2 points are 0.02"),
+        ([], {"max_forgetting": float("nan")}, "--max-forgetting nan"),
+        ([], {"max_forgetting": 0.1, "min_gain": 5.0}, "--min-gain 5.0"),
+    ],
+)
+def test_bad_input(study, patterns, limits, message):
+    with pytest.raises(UserError, match=message):
+        gate.main(study, patterns=patterns, **limits)
+
+
+def test_random_weights_are_said_to_be_no_result(study, capsys):
+    path, found = metrics(study, "full")
+    write_json(path, found | {"not_a_result": True})
+    assert judged(study, capsys, "*/full/*", max_forgetting=0.9)[1][0].startswith("NOT A RESULT")
+
+
+def test_the_command_line_gives_the_exit_status(study, capsys, monkeypatch):
+    monkeypatch.setattr(config, "load", lambda name: study)
+    assert run(parser().parse_args(["gate", "--max-forgetting", "0.9", "*/full/*"])) == 0
+    assert run(parser().parse_args(["gate", "--max-forgetting", "-0.9"])) == 1
