@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from analysis import costs
+from analysis.comparable import guarded
 from analysis.figures import write_figures
 from analysis.load import load_cells
 from analysis.report import write_report
@@ -19,7 +20,7 @@ def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, t
     root, folder = Path(results_root), Path(summary_dir)
     names = [getattr(cell, "name", cell) for cell in cells]
     asked = [getattr(cell, "name", cell) for cell in planned] if planned is not None else names
-    loaded = load_cells(root, dict.fromkeys([*asked, *names]))
+    loaded = guarded(load_cells(root, dict.fromkeys([*asked, *names])))
     table = comparison(loaded)
     folder.mkdir(parents=True, exist_ok=True)
     for suffix in ("png", "svg", "csv"):

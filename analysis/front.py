@@ -8,7 +8,8 @@ import pandas as pd
 
 from analysis import numbers, style
 from analysis.load import Loaded
-from analysis.resample import Resampled, family, resampled, reversed_interval
+from analysis.resample import Resampled, resampled, reversed_interval
+from experiments.families import family
 
 ALL = "all methods"
 MARGIN = 5  # points between the worst forgetting seen and the reference point

@@ -7,7 +7,8 @@ from analysis import numbers, style
 from analysis.load import Loaded
 from analysis.matched import BARELY, Trajectories, levels, matched, trajectories
 from analysis.matched_sweep import gaps
-from analysis.resample import family, resampled
+from analysis.resample import resampled
+from experiments.families import family
 
 MANY = 10  # methods beyond which lines are named by their family
 TITLES = {

@@ -16,7 +16,8 @@ from analysis.load import Loaded
 SCALARS = (
     "domain_score", "domain_score_base", "domain_gain", "general_score", "general_score_base", "forgetting", "general_perplexity",
     "general_perplexity_base", "general_bits_per_byte", "seconds_prepare", "seconds_train", "seconds_evaluate", "peak_memory_bytes",
-    "bytes_importance", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state", "tokens_trained", "tokens_prepare", "tokens_per_second", "mfu",
+    "bytes_importance", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state", "tokens_trained", "tokens_prepare",
+    "tokens_per_second", "mfu",
 )
 # columns of a curve that tell about the machine and not about the model: the dashboard shows `system/` on a page of its own
 MACHINE = ("tokens_per_second", "mfu")

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from analysis import answer, bench, costs, drift, flips, front, matched_show, numbers, significance, style, tables
+from analysis import answer, bench, claims, costs, drift, flips, front, matched_show, numbers, significance, style, tables
 from analysis.figures import Figure
 from analysis.load import Loaded
 
@@ -33,6 +33,7 @@ def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, 
         provenance=_provenance(loaded),
         gpu=_gpu(loaded.gpu),
         claim=next((bench.claim(record) for file, record in loaded.bench.items() if file.stem == bench.HEADLINE), None),
+        claims=claims.section(loaded, table, drift=loaded.drift),
         benchmarks=[_benchmark(file, record, path.parent) for file, record in loaded.bench.items()],
         colours={method: style.colour(method) for method in dict.fromkeys(table["method"])} if len(table) else {},
     )

@@ -1,6 +1,5 @@
 """Gain and forgetting of every method under the same redrawn items and seeds, for numbers that mix methods (fronts)."""
 
-import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,14 +8,10 @@ from scipy.stats import chi2
 
 from analysis.intervals import KEYS
 from analysis.load import Loaded
+from experiments.families import family
 from analysis.tables import retention_tasks
 
 DRAWS = 2000
-
-
-def family(method: str) -> str:
-    """The method a sweep's block belongs to: 'ewc-s3' -> 'ewc'; a name without '-s<number>' is its own family."""
-    return re.sub(r"-s\d+$", "", method)
 
 
 @dataclass(frozen=True, kw_only=True)

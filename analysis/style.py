@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 import pandas as pd  # noqa: E402
 
 from analysis import numbers  # noqa: E402
+from experiments.families import family  # noqa: E402
 
 WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page
 INK, MUTED, FAINT, GRID, PAPER, RED = "#1b1f24", "#5b636d", "#a4abb3", "#d9dde2", "#ffffff", "#c5221f"
@@ -31,12 +32,14 @@ SETTINGS = {
 
 
 def colour(method: str) -> str:
-    """A method's colour, the same in every figure of every study; others get one by their name."""
+    """A method's colour, the same in every figure of every study and for all blocks of a sweep; others get one by their name."""
+    method = family(method)
     return FIXED.get(method) or OTHERS[zlib.crc32(method.encode()) % len(OTHERS)]
 
 
 def marker(method: str) -> str:
     """A shape beside the colour, so that no reader has to tell methods apart by hue alone."""
+    method = family(method)
     return MARKERS.get(method) or OTHER_MARKERS[zlib.crc32(method.encode()) % len(OTHER_MARKERS)]
 
 

@@ -5,6 +5,7 @@ hold. Neither `limit` nor `use_cache` of lm-eval is ever used: the first says so
 second answers for another model.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -97,6 +98,7 @@ def score(
             "n": len(samples),
             "chance": entry["chance"],
             "version": task.VERSION,
+            "prompt": _prompt(samples),
             "metrics": metrics,
         }
         items += [_item(name, task, metric, sample) for sample in samples]
@@ -134,6 +136,12 @@ def _item(name: str, task: LocalTask, metric: str, sample: Mapping[str, Any]) ->
         ((value, greedy),) = sample["filtered_resps"]
         item |= {"choice": 0 if greedy else None, "gold": 0, "log_likelihood": value}
     return item
+
+
+def _prompt(samples: list[Mapping[str, Any]]) -> str:
+    """A digest of all that was asked, as lm-eval hashed it: two tables of one prompt and one set of rows have it in common."""
+    asked = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
+    return hashlib.sha256(asked.encode()).hexdigest()[:16]
 
 
 def _general(

@@ -12,7 +12,7 @@ VIEW = "holdfast"
 COLUMNS = (
     "domain_score", "domain_gain", "forgetting", "forgetting_low", "forgetting_high", "perplexity_ratio", "seconds_prepare", "seconds_train", "seeds",
 )  # fmt: skip
-# the grid's own names of columns: without an order it sorts metrics by name
+# the grid's own names of columns; it sorts metrics by name where a view gives no order, or where the view comes after the grid
 NAME, ORDER = "attributes.`Run Name`", ("runDateAndNestInfo", "duration", *(f"metrics.`{key}`" for key in COLUMNS))
 SECTIONS = {"answer": "Forgetting against gain", "costs": "Costs"}
 COSTS = ("seconds_prepare", "seconds_train", "peak_memory_bytes", "bytes_importance", "bytes_anchor", "bytes_weights_delta")
@@ -48,7 +48,7 @@ def _charts() -> list[dict]:
     axis = lambda key: {"key": key, "type": "METRIC", "dataAccessKey": key}
     bar = lambda key, section: _card(f"bar-{key}", section=section, type="BAR", metricKey=key, displayName=key)
     return [
-        _card("scatter", section="answer", type="SCATTER", displayName="Forgetting against gain", xaxis=axis("domain_gain"), yaxis=axis("forgetting")),
+        _card("scatter", section="answer", type="SCATTER", displayName=SECTIONS["answer"], xaxis=axis("domain_gain"), yaxis=axis("forgetting")),
         *(bar(key, "answer") for key in ("forgetting", "domain_gain", "perplexity_ratio")),
         *(bar(key, "costs") for key in COSTS),
     ]

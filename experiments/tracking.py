@@ -107,7 +107,7 @@ class _Store:
             _finish(self.database, identity, run)
         if above and standing not in {old.info.run_id for old in self.runs}:
             self.client.set_tag(identity, PARENT, above)
-        _artefacts(self.client, identity, files=[(file, folder) for file, folder in files if file.exists()], texts=run.texts)
+        _artefacts(self.client, identity, beside=self.database.parent, files=[(file, folder) for file, folder in files if file.exists()], texts=run.texts)
         if not same:
             self.client.set_tag(identity, "holdfast.digest", digest)  # last: a run cut off half-way is filled again
         return identity
@@ -179,12 +179,15 @@ def _of_group(root: Path, group: str) -> list[tuple[Path, str]]:
     return [(root / "summary" / "report.html", ""), *((figure, "figures") for figure in figures)]
 
 
-def _artefacts(client, run_id: str, *, files: list[tuple[Path, str]], texts: dict[str, str]) -> None:
-    """`files` and `texts` and nothing else; only what differs is written."""
+def _artefacts(client, run_id: str, *, beside: Path, files: list[tuple[Path, str]], texts: dict[str, str]) -> None:
+    """`files` and `texts` and nothing else; only what differs is written.
+
+    A copied database still names the first one's folder: what is not `beside` this database is not deleted.
+    """
     home = Path(unquote(urlparse(client.get_run(run_id).info.artifact_uri).path))
     wanted = {home / folder / file.name for file, folder in files} | {home / name for name in texts}
     for old in home.rglob("*"):
-        if old.is_file() and old not in wanted:
+        if old.is_file() and old not in wanted and home.is_relative_to(beside):
             old.unlink()
     for file, folder in files:
         copy = home / folder / file.name

@@ -14,6 +14,7 @@ from experiments import hardware, weights
 from experiments.config import build_method
 from experiments.engine import TrainingFailed, fit
 from experiments.errors import UserError
+from experiments.families import family
 from experiments.files import read_json, write_json
 from experiments.names import unknown
 from experiments.stages import prepare, resolve
@@ -27,7 +28,8 @@ SEED = 0
 
 def main(study, methods: list[str]) -> None:
     grid = study.tune.get("methods") or {}
-    for method in methods or study.grid["methods"]:
+    methods = methods or [name for name in study.grid["methods"] if family(name) == name]  # blocks of a sweep are trials themselves
+    for method in methods:
         if method not in grid:
             raise unknown("method", method, grid, where="tune.methods")
     counts = {name: len(_trials(name, knob)) for name, knob in grid.items()}
@@ -36,7 +38,7 @@ def main(study, methods: list[str]) -> None:
     for model in study.grid["models"]:
         for domain in study.grid["domains"]:
             _refuse_generated(study, domain)
-            _tune(study, model, domain, methods or study.grid["methods"])
+            _tune(study, model, domain, methods)
 
 
 def _refuse_generated(study, domain: str) -> None:

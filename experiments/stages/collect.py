@@ -42,7 +42,7 @@ def _scores(scores: dict, base: dict, domain: str) -> dict:
         "general_score": mean("value"), "general_score_base": mean("base"),
         "forgetting": lost["forgetting"], "forgetting_by_task": lost["by_task"], "at_chance": lost["at_chance"],
         "transfer_by_task": {n: t["value"] - t["base"] for n, t in tasks.items() if t["role"] == "transfer"},
-        "scores_by_task": {n: {k: t[k] for k in ("value", "base", "n", "chance", "metric", "role", "version")} for n, t in tasks.items()},
+        "scores_by_task": {n: {k: t[k] for k in ("value", "base", "n", "chance", "metric", "role", "version", "prompt")} for n, t in tasks.items()},
         "n": {n: t["n"] for n, t in tasks.items()} | {"general_text": scores["general"]["n"]},
         "general_perplexity": scores["general"]["perplexity"], "general_perplexity_base": base["general"]["perplexity"],
         "general_bits_per_byte": scores["general"]["bits_per_byte"], "general_bits_per_byte_base": base["general"]["bits_per_byte"],

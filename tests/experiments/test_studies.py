@@ -176,9 +176,9 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         collect.main(study, cell)
         metrics = read_json(study.paths.run(cell) / "metrics.json")
         math = metrics["scores_by_task"]["math"]
-        assert math | {"version": 0} == {
+        assert math | {"version": 0, "prompt": ""} == {
             "value": 0.0, "base": 0.0, "n": 4, "chance": 0.0, "metric": "exact_match,flexible-extract", "role": "domain",
-            "version": 0}  # fmt: skip
+            "version": 0, "prompt": ""}  # fmt: skip
         curve = (study.paths.run(cell) / "curve.csv").read_text().splitlines()[0].split(",")
         assert {"probe_math_nll", "probe_hellaswag", "probe_perplexity"} <= set(curve) and "probe_math" not in curve
         assert read_json(study.paths.run(cell) / "train.json")["steps"] == 1
