@@ -1,8 +1,9 @@
 """dvc.yaml written by a command where DVC's own language ends: the cell files that `compare` depends on, the local
-rows that `data` reads, the importance that `drift` measures against, and a study's dvc.yaml, which is the root's with its
-own folders. A test holds them together."""
+rows that `data` reads, the importance that `drift` measures against, what `dvc plots` shows, and a study's dvc.yaml,
+which is the root's with its own folders. A test holds them together."""
 
 import io
+import os
 
 from ruamel.yaml import YAML
 
@@ -43,6 +44,18 @@ def drift_inputs(study) -> list[str]:
     return [folder.relative_to(study.paths.root).as_posix()]
 
 
+def plots(study) -> list:
+    """What `dvc plots` shows: the figures that there are, and the loss of finished cells along their training. Relative to dvc.yaml."""
+    place = lambda path: os.path.relpath(path, study.paths.folder)
+    shown: list = [place(path) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
+    for model in study.grid["models"]:
+        for domain in study.grid["domains"]:
+            own = [study.paths.run(cell) / "curve.csv" for cell in cells.grid(study) if (cell.model, cell.domain) == (model, domain)]
+            if curves := {place(path): "loss" for path in own if path.is_file()}:
+                shown.append({f"loss, {model}, {domain}": {"x": "tokens", "y": curves}})
+    return shown
+
+
 def behind(study) -> bool:
     """Whether the study's dvc.yaml lists other cells or rows than its params.yaml asks for."""
     return (study.paths.folder / "dvc.yaml").read_text() != rendered(study)
@@ -71,6 +84,9 @@ def rendered(study) -> str:
     deps[:] = data_inputs(study) + [path for path in deps if not path.endswith(".jsonl")]
     deps = document["stages"]["drift"]["deps"]
     deps[:] = [path for path in deps if "/prepared/" not in path] + drift_inputs(study)
+    document.pop("plots", None)
+    if shown := plots(study):
+        document["plots"] = shown
     out = io.StringIO()
     _yaml().dump(document, out)
     return out.getvalue()

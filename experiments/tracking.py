@@ -107,7 +107,8 @@ class _Store:
             _finish(self.database, identity, run)
         if above and standing not in {old.info.run_id for old in self.runs}:
             self.client.set_tag(identity, PARENT, above)
-        _artefacts(self.client, identity, beside=self.database.parent, files=[(file, folder) for file, folder in files if file.exists()], texts=run.texts)
+        there = [(file, folder) for file, folder in files if file.exists()]
+        _artefacts(self.client, identity, beside=self.database.parent, files=there, texts=run.texts)
         if not same:
             self.client.set_tag(identity, "holdfast.digest", digest)  # last: a run cut off half-way is filled again
         return identity
