@@ -45,7 +45,12 @@ def drift_inputs(study) -> list[str]:
 
 
 def plots(study) -> list:
-    """What `dvc plots` shows: the figures that there are, and the loss of finished cells along their training. Relative to dvc.yaml."""
+    """What `dvc plots` shows: the figures that there are, and the loss of finished cells along their training. Relative to dvc.yaml.
+
+    A demo has none: its results are not in git, and its dvc.yaml is.
+    """
+    if study.not_a_result:
+        return []
     place = lambda path: os.path.relpath(path, study.paths.folder)
     shown: list = [place(path) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
     for model in study.grid["models"]:

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 
 from experiments.paths import HERE
 
-COPIED = ("experiments", "methods", "evaluation", "analysis", "dvc.yaml", ".dvcignore", ".gitignore")
+COPIED = ("experiments", "methods", "evaluation", "analysis", "docs", "dvc.yaml", ".dvcignore", ".gitignore")
 CELL = "llama-tiny/sums/{}/seed0"
 
 

@@ -28,7 +28,7 @@ def test_all_files_are_there(summary):
 def test_nothing_on_the_page_is_loaded_from_anywhere(summary):
     _, _, _, page = summary
     assert not re.search(r"https?://", page)
-    assert not re.search(r"<(script|link|img|iframe)\b|@import|url\((?!#)", page)
+    assert not re.search(r"<(link|img|iframe)\b|<script [^>]|\bfetch\(|@import|url\((?!#)", page)
     for target in re.findall(r'href="([^"]*)"', page):
         assert target.startswith(("#", "figures/")), target
 

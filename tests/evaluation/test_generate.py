@@ -113,8 +113,8 @@ def test_exact_match_through_lm_evals_filters(scorer, learned, byte_tokenizer, t
     write_rows(tmp_path / "math.jsonl", [*ROWS[:2], wrong, *ROWS[3:]])
     (tmp_path / "tasks.json").write_text(json.dumps([entry]))
     scores, items = _scored(learned, byte_tokenizer, tmp_path, scorer)
-    assert scores["tasks"]["math"] | {"version": 0} == {
-        "role": "domain", "metric": "exact_match,strict-match", "value": 0.8, "n": 5, "chance": 0.0, "version": 0,
+    assert scores["tasks"]["math"] | {"version": 0, "prompt": ""} == {
+        "role": "domain", "metric": "exact_match,strict-match", "value": 0.8, "n": 5, "chance": 0.0, "version": 0, "prompt": "",
         "metrics": {"exact_match,strict-match": 0.8, "exact_match,flexible-extract": 0.8}}  # fmt: skip
     items = items[items.task == "math"]
     assert items.score.tolist() == [1, 1, 0, 1, 1]
