@@ -45,7 +45,7 @@ def drift_inputs(study) -> list[str]:
 
 
 def plots(study) -> list:
-    """What `dvc plots` shows: the figures that there are, and the loss of finished cells along their training. Relative to dvc.yaml.
+    """What `dvc plots` shows: the figures that there are, and the loss of the grid's cells along their training. Relative to dvc.yaml.
 
     A demo has none: its results are not in git, and its dvc.yaml is.
     """
@@ -56,8 +56,7 @@ def plots(study) -> list:
     for model in study.grid["models"]:
         for domain in study.grid["domains"]:
             own = [study.paths.run(cell) / "curve.csv" for cell in cells.grid(study) if (cell.model, cell.domain) == (model, domain)]
-            if curves := {place(path): "loss" for path in own if path.is_file()}:
-                shown.append({f"loss, {model}, {domain}": {"x": "tokens", "y": curves}})
+            shown.append({f"loss, {model}, {domain}": {"x": "tokens", "y": {place(path): "loss" for path in own}}})
     return shown
 
 
