@@ -149,12 +149,12 @@ def test_a_list_has_its_own_number_of_points_and_a_block_is_not_swept(demo):
 def test_every_studys_params_keep_every_other_line(path):
     """First, middle and last method: comments between blocks stay where they were."""
     text = path.read_text()
-    methods = list(config.read_yaml(path)["methods"])
+    methods = [name for name in config.read_yaml(path)["methods"] if family(name) == name]
     for method in (methods[0], "mofo", methods[-1]):
-        blocks = {f"{method}-s{k}": {"like": method, "train": {"learning_rate": 1e-7 * k}} for k in (1, 2, 3)}
+        blocks = {f"{method}-s{k}": {"like": method, "train": {"learning_rate": 1e-7 * k}} for k in (7, 8, 9)}
         made = with_methods(text, blocks=blocks, grid=list(blocks), behind=method, where="params.yaml")
         new, old = added_lines(text, made)
-        own = [f"  {method}-s{k}: {{like: {method}, train: {{learning_rate: {k}.0e-7}}}}" for k in (1, 2, 3)]
+        own = [f"  {method}-s{k}: {{like: {method}, train: {{learning_rate: {k}.0e-7}}}}" for k in (7, 8, 9)]
         assert [line for line in new if line in own] == own and len(old) <= 1
         rows = made.splitlines()
         assert rows[rows.index(own[0]) - 1].strip() and not rows[rows.index(own[0]) - 1].startswith("#")
