@@ -1,7 +1,6 @@
 """The report: one self-contained HTML page from the loaded results, the comparison table and the figures."""
 
 import json
-import re
 from pathlib import Path
 
 import jinja2
@@ -9,6 +8,7 @@ import pandas as pd
 
 from analysis import answer, bench, claims, costs, drift, flips, front, matched_show, numbers, significance, style, tables
 from analysis.figures import Figure
+from analysis.inline import inline
 from analysis.load import Loaded
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
@@ -18,12 +18,12 @@ def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, 
     """Writes the page; `reproduce` is the command that makes the whole study."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
-    costed = costs.costs(loaded)
+    costed, drawn = costs.costs(loaded), {}
     page = environment.get_template(TEMPLATE.name).render(
         title=title,
         reproduce=reproduce,
         banner=tables.BANNER if loaded.not_a_result else "",
-        comparisons=[_comparison(loaded, table, costed, figures, model=m, domain=d, folder=path.parent) for m, d in loaded.comparisons],
+        comparisons=[_comparison(loaded, table, costed, figures, model=m, domain=d, folder=path.parent, drawn=drawn) for m, d in loaded.comparisons],
         failures=loaded.failures.to_dict("records"),
         planned=len(loaded.planned),
         finished=len(loaded.cells),
@@ -34,7 +34,7 @@ def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, 
         gpu=_gpu(loaded.gpu),
         claim=next((bench.claim(record) for file, record in loaded.bench.items() if file.stem == bench.HEADLINE), None),
         claims=claims.section(loaded, table, drift=loaded.drift),
-        benchmarks=[_benchmark(file, record, path.parent) for file, record in loaded.bench.items()],
+        benchmarks=[_benchmark(file, record, path.parent, drawn) for file, record in loaded.bench.items()],
         colours={method: style.colour(method) for method in dict.fromkeys(table["method"])} if len(table) else {},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,19 +46,7 @@ def short(digest) -> str:
     return digest[:12] if isinstance(digest, str) else "–" if digest is None else short(json.dumps(digest, sort_keys=True))
 
 
-def inline(svg: str, *, prefix: str, label: str) -> str:
-    """An SVG file's text as an element for the page: ids of its own, no metadata, ink and grid in the page's colours."""
-    svg = svg[svg.index("<svg"):]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg)
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg).replace('xlink:href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
-    for shade, name in ((style.INK, "ink"), (style.MUTED, "muted"), (style.GRID, "grid"), (style.PAPER, "paper")):
-        svg = svg.replace(shade, f"var(--{name})")
-    svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
-    return svg.replace("<svg", f'<svg role="img" aria-label="{jinja2.filters.escape(label)}"', 1)
-
-
-def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path) -> dict:
+def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path, drawn: dict) -> dict:
     """Everything the page says of one (model, domain)."""
     rows = table[(table["model"] == model) & (table["domain"] == domain)]
     cells = loaded.of(model, domain)
@@ -72,7 +60,7 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figur
     ]
     order = ["domain", "retention", "transfer"]
     spent = costed[(costed["model"] == model) & (costed["domain"] == domain)]
-    drawn = [(figure.name, _figure(figure, folder)) for figure in figures if (figure.model, figure.domain) == (model, domain)]
+    shown = {figure.name: _figure(figure, folder, prefix=f"f{number}", drawn=drawn) for number, figure in enumerate(figures) if (figure.model, figure.domain) == (model, domain)}
     return {
         "model": model, "domain": domain, "methods": methods,
         "anchor": f"{model}-{domain}",
@@ -83,7 +71,7 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figur
         "tasks": sorted(tasks, key=lambda task: order.index(task["role"]) if task["role"] in order else 9),
         "at_chance": first["at_chance"],
         "rules": _rules(cells),
-        "figures": dict(drawn),
+        "figures": shown,
         "front": front.section(loaded, model=model, domain=domain),
         "significance": significance.section(loaded, model=model, domain=domain),
         "matched": matched_show.section(loaded, model=model, domain=domain),
@@ -103,18 +91,18 @@ def _row(row: pd.Series) -> dict:
     return {"method": row["method"], "cells": [text.split(" [") if " [" in text else [text, ""] for text in texts[1:]], "name": texts[0]}
 
 
-def _figure(figure: Figure, folder: Path) -> dict:
+def _figure(figure: Figure, folder: Path, *, prefix: str, drawn: dict) -> dict:
     stem = figure.stem.relative_to(folder).as_posix()
-    svg = inline(figure.stem.with_suffix(".svg").read_text(encoding="utf-8"), prefix=figure.stem.name, label=f"{figure.title}. {figure.caption}")
+    svg = inline(figure.stem.with_suffix(".svg").read_text(encoding="utf-8"), prefix=prefix, label=f"{figure.title}. {figure.caption}", drawn=drawn)
     return {"title": figure.title, "caption": figure.caption, "svg": svg, "files": [(suffix.upper(), f"{stem}.{suffix}") for suffix in ("png", "svg", "csv")]}
 
 
-def _benchmark(file: Path, record: dict, folder: Path) -> dict:
+def _benchmark(file: Path, record: dict, folder: Path, drawn: dict) -> dict:
     """A benchmark for the page, its figure as an element of it."""
     found = bench.shown(file, record, folder=folder)
     label = f"{record['title']}: times the reference of each race"
     return found | {
-        "svg": inline(found["svg"], prefix=f"bench-{file.stem}", label=label) if found["svg"] else "",
+        "svg": inline(found["svg"], prefix=f"bench-{file.stem}", label=label, drawn=drawn) if found["svg"] else "",
         "lead": "; ".join(filter(None, [found["when"][:16].replace("T", " "), _pairs(found["hardware"]), f"load {found['load']}" if found["load"] is not None else "",
                                         _pairs(found["versions"]), _commit(found["git"])])),
     }  # fmt: skip

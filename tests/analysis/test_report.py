@@ -5,7 +5,7 @@ import pytest
 
 from analysis import numbers, write_summary
 from analysis.load import load_cells
-from analysis.report import inline
+from analysis.inline import inline
 from analysis.tables import BANNER, comparison
 from tests.analysis.fixtures import METHODS, NOTE, write_results
 
@@ -106,4 +106,4 @@ def test_inline_svg_is_well_formed_and_follows_the_page(summary):
     for path in (root / "summary/figures").glob("*.svg"):
         text = inline(path.read_text(), prefix="p", label='a "label"')
         ElementTree.fromstring(text)
-        assert "var(--ink)" in text and "metadata" not in text and "&#34;label" in text
+        assert "var(--ink)" in text and "metadata" not in text and "&quot;label" in text
