@@ -1,25 +1,30 @@
-"""The answer in a few sentences, every number computed from the comparison."""
+"""The answer in three sentences, every number computed from the comparison."""
 
 import pandas as pd
 
 from analysis import numbers
 
+NAMED = 3  # methods named one by one in a sentence
+
 
 def sentences(rows: pd.DataFrame, *, domain: str, model: str, tasks: list[str]) -> list[str]:
-    """What one comparison says. `rows` are its rows of the comparison table with the base; `tasks` count in forgetting."""
+    """What one comparison says in three sentences: what was learned, what was forgotten, what it cost.
+
+    `rows` are its rows of the comparison table with the base; `tasks` count in forgetting.
+    """
     base, methods = rows[rows["method"] == "base"].iloc[0], rows[rows["method"] != "base"]
-    said = [_learning(base, methods, domain=domain, model=model)]
     if methods["forgetting"].notna().any():
-        said.append(_forgetting(methods, tasks=tasks))
+        forgotten = _forgetting(methods, tasks=tasks)
     else:
-        said.append("No retention task is above chance for the base model, so this comparison cannot show forgetting.")
-    said.append(_cost(methods))
-    several = int(methods["seeds"].max()) > 1
-    said.append(
-        ("The intervals are over seeds and scored items. " if several else "One seed: the intervals cover the scored items of this run and say nothing of another run of the method. ")
-        + "The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
-    )
-    return said
+        forgotten = "No retention task is above chance for the base model, so this comparison cannot show forgetting."
+    return [_learning(base, methods, domain=domain, model=model), forgotten, _cost(methods)]
+
+
+def reading(rows: pd.DataFrame) -> str:
+    """What the answer's intervals are about, and what it leaves out."""
+    several = int(rows["seeds"].max()) > 1
+    about = "The intervals are over seeds and scored items. " if several else "One seed: the intervals cover the scored items of this run and say nothing of another run of the method. "
+    return about + "The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
 
 
 def _learning(base: pd.Series, methods: pd.DataFrame, *, domain: str, model: str) -> str:
@@ -32,24 +37,32 @@ def _learning(base: pd.Series, methods: pd.DataFrame, *, domain: str, model: str
 
 def _forgetting(methods: pd.DataFrame, *, tasks: list[str]) -> str:
     least, most = _ends(methods, "forgetting")
-    n = int(methods["n_retention"].iloc[0])
-    over = f"Over {_count(len(tasks), 'retention task')} ({n} rows)"
+    text = f"Over {_count(len(tasks), 'retention task')} ({int(methods['n_retention'].iloc[0])} rows) "
     if least is most:
-        text = f"{over} {most['method']} forgets {_with_range(most)} points."
+        text += f"{most['method']} forgets {_with_range(most)} points"
     else:
-        text = f"{over} forgetting runs from {_with_range(least)} points ({least['method']}) to {_with_range(most)} ({most['method']})."
-    known = methods[methods["forgetting_low"].notna()] if "forgetting_low" in methods else methods.iloc[:0]
-    unclear = list(known[(known["forgetting_low"] <= 0) & (known["forgetting_high"] >= 0)]["method"])
-    if unclear:
-        text += f" For {_and(unclear)} no change can be told from zero at this number of rows."
-    elif len(known):
-        text += " No method's interval reaches zero." if len(known) > 1 else " Its interval does not reach zero."
+        text += f"forgetting runs from {_with_range(least)} points ({least['method']}) to {_with_range(most)} ({most['method']})"
+    text += _unclear(methods)
     ratios = methods.dropna(subset=["perplexity_ratio"])
     if len(ratios):
         low, high = _ends(ratios, "perplexity_ratio")
         spread = f"×{low['perplexity_ratio']:.2f} ({low['method']})" + ("" if low is high else f" to ×{high['perplexity_ratio']:.2f} ({high['method']})")
-        text += f" Perplexity on general text is {spread} of the base's."
-    return text
+        text += f"; perplexity on general text is {spread} of the base's"
+    return text + "."
+
+
+def _unclear(methods: pd.DataFrame) -> str:
+    """Which methods' intervals of forgetting reach zero; nothing where there are no intervals."""
+    known = methods[methods["forgetting_low"].notna()] if "forgetting_low" in methods else methods.iloc[:0]
+    unclear = list(known[(known["forgetting_low"] <= 0) & (known["forgetting_high"] >= 0)]["method"])
+    if len(known) < 2:
+        return ", which cannot be told from zero" if unclear else ""
+    if not unclear:
+        return ", and no method's interval reaches zero"
+    if len(unclear) == len(known):
+        return ", none of which can be told from zero"
+    whose = _and(unclear) if len(unclear) <= NAMED else f"{len(unclear)} of {len(known)} methods"
+    return f", where {whose} cannot be told from zero"
 
 
 def _cost(methods: pd.DataFrame) -> str:
@@ -61,11 +74,19 @@ def _cost(methods: pd.DataFrame) -> str:
     text += "" if quick is slow else f" to {numbers.seconds(slow['seconds_train'])} ({slow['method']})"
     prepared = known[known["seconds_prepare"].fillna(0) >= 0.0005]  # the clock of a method that prepares nothing reads microseconds
     if len(prepared):
-        text += "; preparation took " + _and([f"{numbers.seconds(row['seconds_prepare'])} for {row['method']}" for _, row in prepared.iterrows()])
+        text += "; preparation took " + _each(prepared, "seconds_prepare", numbers.seconds)
     stored = known[known["bytes_stored"].fillna(0) > 0]
     if len(stored):
-        text += "; importance and anchor take " + _and([f"{numbers.size(row['bytes_stored'])} for {row['method']}" for _, row in stored.iterrows()])
+        text += "; importance and anchor take " + _each(stored, "bytes_stored", numbers.size)
     return text + "."
+
+
+def _each(methods: pd.DataFrame, key: str, show) -> str:
+    """A value a method; of more than NAMED, the least and the most."""
+    if len(methods) <= NAMED:
+        return _and([f"{show(row[key])} for {row['method']}" for _, row in methods.iterrows()])
+    low, high = _ends(methods, key)
+    return f"{show(low[key])} ({low['method']}) to {show(high[key])} ({high['method']})"
 
 
 def _ends(methods: pd.DataFrame, key: str) -> tuple[pd.Series, pd.Series]:

@@ -6,12 +6,13 @@ from analysis import costs
 from analysis.comparable import guarded
 from analysis.figures import write_figures
 from analysis.load import load_cells
+from analysis.permutation import all_tests
 from analysis.report import write_report
 from analysis.tables import as_csv, as_markdown, as_text, comparison
 
 
 def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, title: str, planned=None) -> str:
-    """Table (text, CSV, Markdown), figures and report of `cells`; returns the table as text for the terminal.
+    """Table (text, CSV, Markdown), paired tests (CSV), figures and report of `cells`; returns the table as text for the terminal.
 
     cells    cells to compare, names `model/domain/method/seed0` or objects with a `.name`
     planned  every cell the study asks for, where that is more than `cells`: those without a result are named
@@ -26,11 +27,13 @@ def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, t
     for suffix in ("png", "svg", "csv"):
         for old in (folder / "figures").glob(f"*.{suffix}"):
             old.unlink()
+    tests = all_tests(loaded)
     figures = write_figures(loaded, table, folder=folder / "figures")
     (folder / "table.csv").write_text(as_csv(loaded, table), encoding="utf-8")
+    (folder / "tests.csv").write_text(tests.to_csv(index=False, lineterminator="\n", float_format="%.6g"), encoding="utf-8")
     (folder / "table.md").write_text(as_markdown(loaded, table) + costs.as_markdown(loaded), encoding="utf-8")
     reproduce = "make repro" if root.name == "results" else f"make study NAME={root.name}"
-    write_report(loaded, table, figures, path=folder / "report.html", title=title, reproduce=reproduce)
+    write_report(loaded, table, tests, figures, path=folder / "report.html", title=title, reproduce=reproduce)
     text = as_text(loaded, table)
     (folder / "table.txt").write_text(text, encoding="utf-8")
     return text

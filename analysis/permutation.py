@@ -52,6 +52,12 @@ def holm(p: Sequence[float]) -> np.ndarray:
     return corrected
 
 
+def all_tests(loaded: Loaded) -> pd.DataFrame:
+    """`tests_of` every comparison, below each other, `model` and `domain` first."""
+    rows = [tests_of(loaded, model=model, domain=domain).assign(model=model, domain=domain) for model, domain in loaded.comparisons]
+    return pd.concat(rows, ignore_index=True)[["model", "domain", *COLUMNS]] if rows else pd.DataFrame(columns=["model", "domain", *COLUMNS])
+
+
 def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     """Every test of one comparison, a row each (COLUMNS); first against the base, then between methods. Empty where there are no items.
 

@@ -14,7 +14,7 @@ from analysis.load import Loaded
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, reproduce: str) -> Path:
+def write_report(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, reproduce: str) -> Path:
     """Writes the page; `reproduce` is the command that makes the whole study."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
@@ -23,7 +23,7 @@ def write_report(loaded: Loaded, table: pd.DataFrame, figures: list[Figure], *, 
         title=title,
         reproduce=reproduce,
         banner=tables.BANNER if loaded.not_a_result else "",
-        comparisons=[_comparison(loaded, table, costed, figures, model=m, domain=d, folder=path.parent, drawn=drawn) for m, d in loaded.comparisons],
+        comparisons=[_comparison(loaded, table, tests, costed, figures, model=m, domain=d, folder=path.parent, drawn=drawn) for m, d in loaded.comparisons],
         failures=loaded.failures.to_dict("records"),
         planned=len(loaded.planned),
         finished=len(loaded.cells),
@@ -46,7 +46,7 @@ def short(digest) -> str:
     return digest[:12] if isinstance(digest, str) else "–" if digest is None else short(json.dumps(digest, sort_keys=True))
 
 
-def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path, drawn: dict) -> dict:
+def _comparison(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, costed: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path, drawn: dict) -> dict:
     """Everything the page says of one (model, domain)."""
     rows = table[(table["model"] == model) & (table["domain"] == domain)]
     cells = loaded.of(model, domain)
@@ -67,13 +67,14 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, costed: pd.DataFrame, figur
         "seeds": sorted(cells["seed"].unique().tolist()),
         "note": next((note for note in cells["model_note"] if note), ""),
         "answer": answer.sentences(rows, domain=domain, model=model, tasks=kept),
+        "reading": answer.reading(rows),
         "rows": [_row(row) for _, row in rows.iterrows()],
         "tasks": sorted(tasks, key=lambda task: order.index(task["role"]) if task["role"] in order else 9),
         "at_chance": first["at_chance"],
         "rules": _rules(cells),
         "figures": shown,
         "front": front.section(loaded, model=model, domain=domain),
-        "significance": significance.section(loaded, model=model, domain=domain),
+        "significance": significance.section(loaded, tests, model=model, domain=domain),
         "matched": matched_show.section(loaded, model=model, domain=domain),
         "flips": flips.section(loaded, model=model, domain=domain),
         "drift": drift.section(loaded, model=model, domain=domain),

@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis import numbers
 from analysis.load import Loaded
-from analysis.permutation import FLIPS, KINDS, LEVEL, mcnemar, tests_of
+from analysis.permutation import FLIPS, KINDS, LEVEL, mcnemar
 
 NAMED = 6  # findings named one by one in a sentence; beyond, they are counted and the table names them
 
@@ -25,9 +25,9 @@ def found(test: pd.Series) -> bool:
     return bool(test["p_holm"] < LEVEL)
 
 
-def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
-    """What analysis/sections/significance.html.j2 shows of one comparison; None where there are no items to test."""
-    tests = tests_of(loaded, model=model, domain=domain)
+def section(loaded: Loaded, tests: pd.DataFrame, *, model: str, domain: str) -> dict | None:
+    """What analysis/sections/significance.html.j2 shows of one comparison of `all_tests`; None where there are no items to test."""
+    tests = tests[(tests["model"] == model) & (tests["domain"] == domain)]
     if tests.empty:
         return None
     with_base, between = tests[tests["b"] == "base"], tests[tests["b"] != "base"]

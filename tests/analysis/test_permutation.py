@@ -158,7 +158,7 @@ def test_sentences_say_nothing_as_plainly_as_something():
 
 
 def test_the_section_renders_with_its_numbers(seeds, tests):
-    made = section(seeds[1], model=MODEL, domain=DOMAIN)
+    made = section(seeds[1], permutation.all_tests(seeds[1]), model=MODEL, domain=DOMAIN)
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SECTIONS), autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.get_template("significance.html.j2").render(significance=made)
     row = tests.loc[("forgetting", "full", "base")]
@@ -169,10 +169,11 @@ def test_the_section_renders_with_its_numbers(seeds, tests):
 
 def test_nothing_to_test_is_no_section(tmp_path):
     none = load_cells(tmp_path, [f"{MODEL}/{DOMAIN}/full/seed0"])
-    assert permutation.tests_of(none, model=MODEL, domain=DOMAIN).empty and section(none, model=MODEL, domain=DOMAIN) is None
+    assert permutation.tests_of(none, model=MODEL, domain=DOMAIN).empty and section(none, permutation.all_tests(none), model=MODEL, domain=DOMAIN) is None
     planned = write_results(tmp_path, methods=("full",))
     (tmp_path / "runs" / planned[0] / "items.csv.gz").unlink()
-    assert section(load_cells(tmp_path, planned), model=MODEL, domain=DOMAIN) is None
+    bare = load_cells(tmp_path, planned)
+    assert section(bare, permutation.all_tests(bare), model=MODEL, domain=DOMAIN) is None
 
 
 def _with(loaded, **changed):

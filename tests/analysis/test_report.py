@@ -1,9 +1,11 @@
 import re
 import xml.etree.ElementTree as ElementTree
 
+import pandas as pd
 import pytest
 
 from analysis import numbers, write_summary
+from analysis.answer import sentences
 from analysis.load import load_cells
 from analysis.inline import inline
 from analysis.tables import BANNER, comparison
@@ -20,7 +22,7 @@ def summary(tmp_path_factory):
 
 def test_all_files_are_there(summary):
     root, _, text, page = summary
-    assert {"table.txt", "table.csv", "table.md", "report.html", "figures"} == {path.name for path in (root / "summary").iterdir()}
+    assert {"table.txt", "table.csv", "table.md", "tests.csv", "report.html", "figures"} == {path.name for path in (root / "summary").iterdir()}
     assert len(list((root / "summary/figures").iterdir())) == 24
     assert "hierarchical" in text and "<title>Five methods</title>" in page
 
@@ -30,7 +32,7 @@ def test_nothing_on_the_page_is_loaded_from_anywhere(summary):
     assert not re.search(r"https?://", page)
     assert not re.search(r"<(link|img|iframe)\b|<script [^>]|\bfetch\(|@import|url\((?!#)", page)
     for target in re.findall(r'href="([^"]*)"', page):
-        assert target.startswith(("#", "figures/")), target
+        assert target.startswith(("#", "figures/")) or target == "tests.csv", target
 
 
 def test_links_and_ids_hold(summary):
@@ -70,6 +72,19 @@ def test_the_answer_is_computed(summary):
     most = methods.loc[methods["forgetting"].idxmax()]
     assert f"({most['method']})" in page and f"{numbers.points(most['forgetting'])} [{numbers.points(most['forgetting_low'])}" in page
     assert "The methods did not learn equally much" in page
+    said = re.search(r'<div class="answer">(.*?)</div>', page, re.S)[1]
+    assert len(re.findall(r"<p>.*?</p>", said)) == 3 and len(re.findall(r"\.(?= [A-Z]|</p>)", said)) == 3
+
+
+def test_many_methods_are_counted_and_not_listed():
+    names = ["full", "lora", "ewc", "mofo", "l2sp"]
+    rows = pd.DataFrame({"method": ["base", *names], "seeds": 1, "n_domain": 300, "n_retention": 700, "domain_score": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
+                         "forgetting": [0, 0.01, 0.02, 0.03, 0.04, 0.05], "forgetting_low": [None, -0.01, -0.01, -0.01, -0.01, 0.01],
+                         "forgetting_high": [None, 0.03, 0.04, 0.05, 0.06, 0.09], "perplexity_ratio": [1.0, None, None, None, None, None],
+                         "seconds_train": [None, 10, 20, 30, 40, 50], "seconds_prepare": [None, 1, 2, 3, 4, 5], "bytes_stored": [None, 0, 0, 10, 0, 20]})  # fmt: skip
+    learned, forgotten, cost = sentences(rows, domain="sums", model="m", tasks=["a", "b"])
+    assert "4 of 5 methods cannot be told from zero" in forgotten and forgotten.count(".") == forgotten.count(".0") + 1
+    assert "preparation took 1.0 s (full) to 5.0 s (l2sp)" in cost and "10 B for ewc and 20 B for l2sp" in cost
 
 
 def test_a_demo_is_marked_and_failures_are_named(tmp_path):
