@@ -11,7 +11,6 @@ import functools
 import io
 import json
 import logging
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields
@@ -20,18 +19,14 @@ from typing import Any
 
 import datasets
 import jinja2.meta
-import lm_eval.tasks
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.task import TaskConfig
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env as jinja_env, handle_non_serializable, hash_string
 
+from evaluation.shipped import shipped_yaml
 from experiments.errors import UserError
 
-SHIPPED = Path(lm_eval.tasks.__file__).parent
-OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as `general_text`
-# a task's folder almost always begins with the first word of its name; these are looked for where they are
-HOMES = {"boolq": "super_glue", "copa": "super_glue", "social_iqa": "siqa"}
 SPLIT = "test"
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
@@ -217,21 +212,6 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
                 row["norm"] = [len(choice) for choice in choices]
         rendered.append(row)
     return rendered
-
-
-@functools.cache
-def shipped_yaml(name: str) -> Path:
-    """The YAML file that defines task `name`: ours, else lm-eval's, found by its text (lm-eval's index takes 7 s)."""
-    if not re.fullmatch(r"[\w.+-]+", name):
-        raise UserError(f"task {name!r} is not a name: write a task of lm-eval, or a mapping of its YAML keys")
-    wanted = re.compile(rf"""^["']?task["']?:\s*["']?{re.escape(name)}["']?\s*$""", re.MULTILINE)
-    home = HOMES.get(name) or re.split(r"[_-]", name)[0] + "*"
-    for folder in (OWN, *sorted(SHIPPED.glob(home)), SHIPPED):
-        for file in sorted(folder.rglob("*.yaml")):
-            if wanted.search(file.read_text(encoding="utf-8", errors="ignore")):
-                return file
-    near = difflib.get_close_matches(name, (file.stem for file in SHIPPED.rglob("*.yaml")), n=3)
-    raise UserError(f"task {name!r} is not shipped with lm-eval" + (f": did you mean {', '.join(near)}?" if near else ""))
 
 
 def _config(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:

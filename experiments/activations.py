@@ -21,7 +21,7 @@ from methods.effective import adapted_names, base_parameters
 from methods.part import Part
 
 if TYPE_CHECKING:
-    from experiments.memory import Shape
+    from experiments.shape import Shape
 
 
 @functools.cache

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from experiments.log import Log
-from experiments.resume import Resume, random_state, set_random_state
+from experiments.random_state import random_state, set_random_state
+from experiments.resume import Resume
 from methods.part import Part, Run
 
 

@@ -24,20 +24,18 @@ so less than the kinds added up. CUDA's own context and the gaps of its allocato
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from torch import Tensor
 
-from experiments import architecture, loss, moments, random_models
+from experiments import architecture, loss, moments
 from experiments.activations import activations
-from experiments.attention import with_sdpa
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
+from experiments.shape import Shape
 from methods import selection
 from methods.effective import adapted_names, base_parameters, factors, lora_layers
 from methods.fisher import TOKENS
@@ -48,54 +46,6 @@ Phase = Literal["prepare", "train"]
 KINDS = ("weights", "masters", "gradients", "moments", "anchor", "importance", "scratch", "activations", "logits", "transient", "total")
 HELD = ("weights", "masters", "moments", "anchor", "importance")  # from the first step to the last
 MOST_PROCESSES = 8  # that are proposed
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Shape:
-    """A model without its weights."""
-
-    config: PreTrainedConfig
-
-    def build(self, *, parts: Sequence[Part] = (), layers: int | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """The model as `parts` adapt it, on the meta device; with its first `layers` blocks alone if that is given."""
-        config = type(self.config).from_dict(self.config.to_dict())  # what building a model notes in its config stays there
-        if layers is not None:
-            config.num_hidden_layers = layers
-            if getattr(config, "layer_types", None):
-                config.layer_types = config.layer_types[:layers]
-        with torch.device("meta"):
-            model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
-            for part in sorted(parts, key=lambda part: part.key):
-                model = part.adapt(model, seed=0)
-        for p in model.parameters():
-            p.data = p.data.to(dtype)  # an adapter follows its base's dtype on every other device
-        return model
-
-    @functools.cached_property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.build().parameters())
-
-
-def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
-    """The shape of the model `name`: from its folder where it was made, else from its block, without fetching it.
-
-    The block of a model that is not random says it as `architecture:`, transformers' config with its `model_type`.
-    Raises UserError where there is neither, and for a config that transformers does not take.
-    """
-    if (folder / "config.json").is_file():
-        return Shape(config=AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
-    kind, _, rest = str(block.get("source", "")).partition(":")
-    if kind == "random":
-        with torch.device("meta"):
-            return Shape(config=random_models.build(rest, seed=0, **(block.get("config") or {})).config)
-    chosen = dict(block.get("architecture") or {})
-    if "model_type" not in chosen:
-        raise UserError(f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro`, or add to its block "
-                        "`architecture:` with model_type and the sizes of its config.json")  # fmt: skip
-    try:
-        return Shape(config=AutoConfig.for_model(**chosen))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"models.{name}.architecture: transformers cannot make a config of it: {error}") from error
 
 
 def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: TrainSettings, checkpoint_dtype: torch.dtype,

@@ -19,6 +19,7 @@ from experiments import cells, hardware, memory, tuned
 from experiments.errors import UserError
 from experiments.flops import Flops
 from experiments.lock import Lock
+from experiments.shape import Shape, shape_of
 from experiments.weights import as_dtype
 from methods.part import Part
 
@@ -68,8 +69,8 @@ class _Model:
     name: str
 
     @functools.cached_property
-    def shape(self) -> memory.Shape:
-        return memory.shape_of(self.name, self.study.models[self.name], self.study.paths.model(self.name))
+    def shape(self) -> Shape:
+        return shape_of(self.name, self.study.models[self.name], self.study.paths.model(self.name))
 
     @functools.cached_property
     def checkpoint(self) -> torch.dtype:
@@ -127,7 +128,7 @@ class _Model:
 
 
 @functools.cache
-def _flops(shape: memory.Shape, adapters: tuple[Part, ...]) -> Flops:
+def _flops(shape: Shape, adapters: tuple[Part, ...]) -> Flops:
     return Flops(shape.build(parts=adapters))
 
 

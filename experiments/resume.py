@@ -11,10 +11,8 @@ Every process keeps a DCP checkpoint of its own: DCP would take tensors of the s
 import json
 import math
 import os
-import random
 import re
 import shutil
-import stat
 import sys
 import uuid
 import warnings
@@ -31,7 +29,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from experiments.errors import UserError
-from experiments.files import need_room, sha256
+from experiments.files import exposed, need_room, sha256
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -56,7 +54,7 @@ class Resume:
         self.every, self.rank, self.world = every, rank, world
         self._last = monotonic()
         self._warned = False
-        if rank == 0 and os.path.lexists(self.folder) and not _exposed(self.folder):
+        if rank == 0 and os.path.lexists(self.folder) and not exposed(self.folder):
             for part in self.folder.glob("*.part"):  # of saves that were killed
                 _remove(part)
 
@@ -106,7 +104,7 @@ class Resume:
         try:
             if not os.path.lexists(self.folder):
                 return []
-            if why := _exposed(self.folder):
+            if why := exposed(self.folder):
                 return [(self.folder, f"it {why}")]
             return [(path, None) for path in sorted(self.folder.iterdir(), reverse=True) if NAME.fullmatch(path.name)]
         except OSError as error:
@@ -117,7 +115,7 @@ class Resume:
         try:
             entries = sorted(path.rglob("*"))
             for entry in (path, *entries):
-                if why := _exposed(entry):
+                if why := exposed(entry):
                     return f"{'it' if entry == path else entry.relative_to(path)} {why}"
             if not (path / MANIFEST).is_file():
                 return f"{MANIFEST} is missing"
@@ -161,7 +159,7 @@ class Resume:
         """An empty folder for the next save, or None where there is no place for it."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if why := _exposed(self.folder):
+            if why := exposed(self.folder):
                 raise OSError(f"{self.folder} {why}")
             need_room(self.folder, needed, "a checkpoint")
             last = max((int(path.name[5:]) for path in self.folder.iterdir() if NAME.fullmatch(path.name)), default=0)
@@ -238,53 +236,6 @@ class Resume:
         if self.world > 1:
             dist.broadcast_object_list(value, src=0)
         return value[0]
-
-
-def random_state(device: torch.device | str) -> dict:
-    """The state of every generator a run may draw from, as JSON: torch's, that of `device`, Python's, numpy's."""
-    device = torch.device(device)
-    version, words, gauss = random.getstate()
-    state = {"torch": _hex(torch.get_rng_state()), "python": [version, list(words), gauss]}
-    if device.type == "cuda":
-        state["cuda"] = _hex(torch.cuda.get_rng_state(device))
-    if numpy := sys.modules.get("numpy"):
-        kind, keys, *rest = numpy.random.get_state()
-        state["numpy"] = [kind, keys.tolist(), *rest]
-    return state
-
-
-def set_random_state(state: dict, device: torch.device | str) -> None:
-    """Set what `random_state` gave on the same kind of device."""
-    device = torch.device(device)
-    torch.set_rng_state(_from_hex(state["torch"]))
-    version, words, gauss = state["python"]
-    random.setstate((version, tuple(words), gauss))
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(_from_hex(state["cuda"]), device)
-    if "numpy" in state:
-        import numpy
-
-        numpy.random.set_state(tuple(state["numpy"]))
-
-
-def _hex(state: Tensor) -> str:
-    return bytes(state.tolist()).hex()
-
-
-def _from_hex(text: str) -> Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def _exposed(path: Path) -> str | None:
-    """Why somebody else may have written `path`, or None."""
-    facts = path.lstat()
-    if not (stat.S_ISDIR(facts.st_mode) or stat.S_ISREG(facts.st_mode)):
-        return "is a symbolic link" if stat.S_ISLNK(facts.st_mode) else "is neither a file nor a folder"
-    if facts.st_uid != os.getuid():
-        return f"belongs to user {facts.st_uid}, not to {os.getuid()}"
-    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "can be written by others (`chmod go-w` closes it)"
-    return None
 
 
 def _stored(own: Path) -> dict:

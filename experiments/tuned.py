@@ -24,6 +24,7 @@ from experiments import delta, memory, weights
 from experiments.base import load_tensors
 from experiments.errors import UserError
 from experiments.files import need_room, read_json, sha256, write_json
+from experiments.shape import Shape
 from methods.effective import factors
 from methods.lora import merged, read_adapter
 from methods.part import Part
@@ -54,7 +55,7 @@ def kept_bytes(out: Path) -> int:
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
-def expected_bytes(*, shape: memory.Shape, parts: Sequence[Part], checkpoint: torch.dtype) -> int:
+def expected_bytes(*, shape: Shape, parts: Sequence[Part], checkpoint: torch.dtype) -> int:
     """Bytes that a cell will keep: those of its adapter's tensors, else of a difference of every trained weight.
 
     `BITS` a weight in bf16 is a relative change of 1 % (0.1 %: 1; 10 %: 7.3); each further bit of mantissa is one more.
@@ -67,7 +68,7 @@ def expected_bytes(*, shape: memory.Shape, parts: Sequence[Part], checkpoint: to
 
 
 @functools.cache
-def _trained(shape: memory.Shape, adapting: tuple[Part, ...]) -> tuple[int, bool]:
+def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, bool]:
     """Entries that are trained, and whether all of them are an adapter's."""
     model = shape.build(parts=adapting)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}

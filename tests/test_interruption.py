@@ -44,8 +44,8 @@ def folder(tmp_path_factory):
         shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copyfile(HERE / "dvc.yaml", folder / "dvc.yaml")
     raw = YAML(typ="safe").load(HERE / "experiments/studies/demo/params.yaml")
-    raw["train"] |= {"epochs": 12.0, "checkpoint_seconds": 0.0}
-    raw["methods"] = {"full": {}, "hierarchical": {"hierarchical": {"epochs": 12.0}}}
+    raw["train"] |= {"epochs": 4.0, "checkpoint_seconds": 0.0}
+    raw["methods"] = {"full": {}, "hierarchical": {"hierarchical": {"epochs": 4.0}}}
     raw["grid"]["methods"] = list(raw["methods"])
     raw["models"]["llama-tiny"]["processes"] = 2
     raw.pop("tune", None)

@@ -6,7 +6,8 @@
     sizes        models with random weights, methods, random tokens
     running      prepare and train as the stages do, without files
     stopwatch    times and bytes of a step, by the engine's own hooks
-    checks       does it compute the same here: needs no data
+    checks       does it compute the same here: needs no data; of kernels and of fits
+    waiting      where the host waits for the device
     speed        seconds and bytes of full-size models with random weights
     comparison   real weights before and after a short fine-tuning
 """

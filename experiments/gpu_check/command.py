@@ -18,9 +18,10 @@ import torch
 
 from experiments import hardware
 from experiments.errors import UserError
-from experiments.gpu_check import checks, comparison, running, sizes, speed
+from experiments.gpu_check import checks, comparison, running, speed
 from experiments.gpu_check.record import Record, file_of
 from experiments.gpu_check.sizes import Skipped
+from experiments.gpu_check.waiting import short_path
 from experiments.sharding import Shards
 
 EXPECTED = {"checks": 10.0, "speed": 60.0, "comparison": 90.0}  # seconds of a piece of a part, before one was timed
@@ -182,4 +183,4 @@ def _table(record: Record, names: list[str]) -> str:
 
 
 def _where(error: Exception) -> list[str]:
-    return [f"{checks.short_path(frame.filename)}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+    return [f"{short_path(frame.filename)}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]

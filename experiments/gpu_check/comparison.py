@@ -17,6 +17,7 @@ from experiments.flops import mfu
 from experiments.gpu_check import running, sizes
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.speed import SPARE, held, stored
+from experiments.shape import shape_of
 from experiments.sharding import Shards
 from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
@@ -104,7 +105,7 @@ def method(given: Given, *, method: str, before: dict[str, float], device: torch
 
 
 def _computing(given: Given, device: torch.device) -> torch.dtype:
-    config = memory.shape_of("weights", {}, given.weights).config
+    config = shape_of("weights", {}, given.weights).config
     return hardware.compute_dtype(config.dtype or torch.float32, device)
 
 
@@ -114,7 +115,7 @@ def _prepares(parts) -> bool:
 
 def _fitting(given: Given, parts, settings: TrainSettings, device: torch.device, shards: Shards, computing: torch.dtype):
     """The first layout that is predicted to fit: plain before sharded, without checkpointing before with."""
-    shape = memory.shape_of("weights", {}, given.weights)
+    shape = shape_of("weights", {}, given.weights)
     running.forget(device)
     room = torch.cuda.mem_get_info(device)[0] - SPARE if device.type == "cuda" else None
     for layout in ("plain", "sharded") if shards.active else ("plain",):

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from experiments import random_models
-from experiments.memory import Shape
+from experiments.shape import Shape
 from methods import registry
 from methods.part import Part
 
@@ -28,6 +28,15 @@ METHODS: dict[str, Mapping[str, Any]] = {
     "hierarchical-lora": {"hierarchical": {}, "lora": {}},
 }  # fmt: skip
 
+# architecture sizes of the checks: heads as wide as the real ones, a few layers
+MEDIUM = {
+    "gptj": {"n_embd": 1024, "n_layer": 4, "n_head": 4, "rotary_dim": 64, "vocab_size": 4096, "n_positions": 512},
+    "llama": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
+              "vocab_size": 4096, "max_position_embeddings": 512, "tie_word_embeddings": False},
+}  # fmt: skip
+LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,
+          "vocab_size": 32000, "max_position_embeddings": 1024, "tie_word_embeddings": False}  # fmt: skip
+
 
 class Skipped(Exception):
     """A piece cannot be done here; the message says why."""
@@ -42,6 +51,14 @@ def build(architecture: str, *, device: torch.device, dtype: torch.dtype, **conf
 def build_named(name: str, *, tiny: bool, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     architecture, full, small = _MODELS[name]
     return build(architecture, device=device, dtype=dtype, **(small if tiny else full))
+
+
+def medium(kind: str, tiny: bool) -> dict:
+    return {} if tiny else MEDIUM[kind]
+
+
+def llama(device: torch.device, tiny: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    return build("llama", device=device, dtype=dtype, **medium("llama", tiny))
 
 
 @cache

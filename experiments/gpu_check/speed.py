@@ -21,6 +21,7 @@ from experiments.gpu_check import running, sizes
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.stopwatch import Stopwatch
 from experiments.moments import AdamW, Moments
+from experiments.shape import Shape
 from experiments.sharding import Shards
 from methods.effective import factors
 from methods.mofo import MoFO
@@ -46,7 +47,7 @@ class Size:
     compile: bool = False
 
     @property
-    def shape(self) -> memory.Shape:
+    def shape(self) -> Shape:
         return sizes.shape_named(self.model, tiny=self.tiny)
 
     @property

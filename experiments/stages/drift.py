@@ -1,9 +1,10 @@
 """drift: one drift.json a cell, how far its weights are from the base's, in what directions, and how important those are."""
 
-from experiments import drift, hardware, memory, tuned
+from experiments import drift, hardware, tuned
 from experiments.base import load_tensors
 from experiments.delta import verified
 from experiments.files import read_json, write_json
+from experiments.shape import shape_of
 from methods.importance import totals
 from methods.stored import load_importance
 
@@ -11,7 +12,7 @@ from methods.stored import load_importance
 def main(study, cell) -> None:
     folder, out = study.paths.model(cell.model), study.paths.weights(cell)
     found, digest = tuned.tensors(out, folder=folder)
-    model = memory.shape_of(cell.model, study.models[cell.model], folder).build()
+    model = shape_of(cell.model, study.models[cell.model], folder).build()
     against, importance = _importance(study, cell)
     measured = drift.measure(base=load_tensors(folder), tuned=verified(found, sha256=digest, what=out), roles=drift.roles(model),
                              importance=importance, device=hardware.device(study.device))  # fmt: skip

@@ -24,6 +24,7 @@ from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, sha256, write_json
 from experiments.progress import bar
 from experiments.resume import Resume
+from experiments.shape import shape_of
 from experiments.sharding import Shards
 from experiments.stages import resolve
 from experiments.stages.rows import read_jsonl
@@ -104,7 +105,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     general = encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer, settings.length)
     parts = study.methods[method].parts
     memory.refuse(what=f"preparing {method} on {model_name}", available=hardware.available_memory(where), phase="prepare",
-                  shape=memory.shape_of(model_name, study.models[model_name], folder), parts=parts, settings=settings,
+                  shape=shape_of(model_name, study.models[model_name], folder), parts=parts, settings=settings,
                   checkpoint_dtype=checkpoint, compute_dtype=computing, device_type=where.type,
                   processes=shards.world if shards.active else None)  # fmt: skip
     hardware.reset_peak(where)

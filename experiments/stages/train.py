@@ -18,6 +18,7 @@ from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, write_json
 from experiments.flops import mfu
 from experiments.resume import Resume
+from experiments.shape import shape_of
 from experiments.sharding import Shards
 from experiments.stages import resolve
 from experiments.stages.prepare import load_states
@@ -46,7 +47,7 @@ def _train(study, cell) -> None:
     base = load_tensors(folder)
     prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
     checkpoint = dtype_of(base_info)
-    shape = memory.shape_of(cell.model, study.models[cell.model], folder)
+    shape = shape_of(cell.model, study.models[cell.model], folder)
     need_room(paths.work, 2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint), f"the weights of {cell.name}")
     computing = study.compute_dtype(cell.model, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from evaluation import harness, lm
-from evaluation.task import shipped_yaml
+from evaluation.shipped import shipped_yaml
 from experiments.random_models import build, byte_tokenizer
 from tests.evaluation.conftest import ENTRIES
 

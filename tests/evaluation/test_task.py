@@ -3,7 +3,8 @@
 import pytest
 from lm_eval.utils import env as jinja_env
 
-from evaluation.task import SHIPPED, check, doc_hash, make_task, read_rows, render, shipped_yaml
+from evaluation.shipped import SHIPPED, shipped_yaml
+from evaluation.task import check, doc_hash, make_task, read_rows, render
 from experiments.errors import UserError
 from tests.evaluation.conftest import HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
 

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from analysis.load import load_cells, newest_gpu_check
+from analysis.permutation import all_tests
 from analysis.report import write_report
 from analysis.tables import comparison
 from experiments import moments
 from experiments.__main__ import parser
 from experiments.errors import UserError
-from experiments.gpu_check import checks, command, record, sizes, speed
+from experiments.gpu_check import command, kernels, record, sizes, speed, waiting
 from experiments.gpu_check.record import Record
 from experiments.gpu_check.running import process_group
 from experiments.gpu_check.stopwatch import Stopwatch
@@ -169,8 +170,8 @@ def test_a_wrong_device_fails_its_check_and_a_broken_piece_costs_no_other(tmp_pa
     def exhausted(*arguments, **named):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 TiB")
 
-    monkeypatch.setattr(checks, "cross_entropy", exhausted)
-    monkeypatch.setattr(checks, "importance_in_8_bits", lambda *a, **k: 1 / 0)
+    monkeypatch.setattr(kernels, "cross_entropy", exhausted)
+    monkeypatch.setattr(kernels, "importance_in_8_bits", lambda *a, **k: 1 / 0)
     out = tmp_path / "out.json"
     for only in ("random-bits", "mofo-threshold", "cross-entropy", "importance-8-bit", "attention-float32"):
         status = run("--parts", "checks", "--only", only, "--out", out)
@@ -234,7 +235,7 @@ def test_tensors_that_do_not_fit_are_left_out():
 
 def test_waits_are_counted_by_place():
     places = {}
-    with checks.places_of_warnings(places):
+    with waiting.places_of_warnings(places):
         for _ in range(3):
             warnings.warn("called a synchronizing CUDA operation")
         warnings.warn("something else")
@@ -291,7 +292,7 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
 
     def page():
         loaded = load_cells(root, planned)
-        return write_report(loaded, comparison(loaded), [], path=root / "summary/report.html", title="x", reproduce="make").read_text()
+        return write_report(loaded, comparison(loaded), all_tests(loaded), [], path=root / "summary/report.html", title="x", reproduce="make").read_text()
 
     assert "Not measured: there is no file in results/gpu/" in page()
     whole = json.loads(guarded[0].read_text())

@@ -326,7 +326,7 @@ def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
     assert said.splitlines()[-1] == "nothing asked"
     measured = json.loads((tmp_path / "root/results/demo/runs/llama-tiny/sums/ewc/seed0/train.json").read_text())
     assert measured["compute_dtype"] == "float64" and measured["dtype"] == "float16"
-    work = tmp_path / "root/work/demo"
+    work = tmp_path / "root" / "work" / "demo"
     trained, _ = tuned.tensors(work / "cells/llama-tiny/sums/ewc/seed0/weights", folder=work / "models/llama-tiny")
     base = dict(model.named_parameters())
     assert {tensor.dtype for tensor in trained.values()} == {torch.float16}

@@ -13,6 +13,7 @@ from experiments.engine import fit
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.random_models import build
+from experiments.shape import shape_of
 from experiments.sharding import Shards
 from experiments.moments import CHUNK, CPU_CHUNK
 from methods import registry
@@ -32,16 +33,16 @@ HERE = Path("nowhere")
 
 @pytest.fixture(scope="module")
 def llama3():
-    return memory.shape_of("llama3-8b", {"source": "hub:x", "architecture": LLAMA3}, HERE)
+    return shape_of("llama3-8b", {"source": "hub:x", "architecture": LLAMA3}, HERE)
 
 
 @pytest.fixture(scope="module")
 def gptj():
-    return memory.shape_of("gptj-6b", {"source": "hub:x", "architecture": GPTJ}, HERE)
+    return shape_of("gptj-6b", {"source": "hub:x", "architecture": GPTJ}, HERE)
 
 
 def tiny(family, **config):
-    return memory.shape_of("tiny", {"source": f"random:{family}", "config": config}, HERE)
+    return shape_of("tiny", {"source": f"random:{family}", "config": config}, HERE)
 
 
 def predict(shape, method, *, phase="train", dtype=torch.bfloat16, device="cuda", processes=None, parts=None, **settings):
@@ -406,12 +407,12 @@ def test_refusal_where_nothing_helps(gptj):
 
 def test_shape_of_a_model_that_is_not_there():
     with pytest.raises(UserError, match="models.m: not fetched yet.*architecture"):
-        memory.shape_of("m", {"source": "hub:x"}, HERE)
+        shape_of("m", {"source": "hub:x"}, HERE)
     with pytest.raises(UserError, match="models.m.architecture"):
-        memory.shape_of("m", {"source": "hub:x", "architecture": {"model_type": "no-such"}}, HERE)
+        shape_of("m", {"source": "hub:x", "architecture": {"model_type": "no-such"}}, HERE)
 
 
 def test_shape_from_a_folder(tiny_llama_untied, tmp_path):
     tiny_llama_untied.config.save_pretrained(tmp_path)
-    shape = memory.shape_of("m", {"source": "hub:x"}, tmp_path)
+    shape = shape_of("m", {"source": "hub:x"}, tmp_path)
     assert shape.parameters == sum(p.numel() for p in tiny_llama_untied.parameters())

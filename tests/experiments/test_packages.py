@@ -1,5 +1,6 @@
 import hashlib
 import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -80,4 +81,4 @@ def test_what_is_asked_for_must_be_exact(index):
 def test_downloads_lie_below_the_real_root_of_an_experiment(monkeypatch):
     monkeypatch.delenv("HOLDFAST_CACHE", raising=False)
     monkeypatch.setenv("DVC_ROOT", "/somewhere")
-    assert str(packages.cache_folder()) == "/somewhere/work/downloads"
+    assert packages.cache_folder() == Path("/somewhere", "work", "downloads")

@@ -13,6 +13,7 @@ from experiments import config, hardware, memory, plan
 from experiments.errors import UserError
 from experiments.flops import Flops
 from experiments.paths import HERE
+from experiments.shape import shape_of
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 DEFAULT = YAML(typ="safe").load(HERE / "params.yaml")
@@ -65,7 +66,7 @@ def test_stated_sizes_are_those_of_the_architecture(name):
     described = {model: block for model, block in models.items() if "architecture" in block}
     assert described
     for model, block in described.items():
-        shape = memory.shape_of(model, block, HERE / "nowhere")
+        shape = shape_of(model, block, HERE / "nowhere")
         assert shape.parameters == block["parameters"], model
         assert (shape.config.num_hidden_layers, shape.config.hidden_size) == (block["layers"], block["width"]), model
 
@@ -73,7 +74,7 @@ def test_stated_sizes_are_those_of_the_architecture(name):
 def test_training_time_is_flops_over_the_rate_of_earlier_cells(tmp_path):
     with_rows(tmp_path, count=6)
     here = study(tmp_path, train={"batch": 8, "micro_batch": 8, "length": 128, "epochs": 2.0})
-    shape = memory.shape_of("llama-tiny", here.models["llama-tiny"], tmp_path / "nowhere")
+    shape = shape_of("llama-tiny", here.models["llama-tiny"], tmp_path / "nowhere")
     earlier = {"cell": "llama-tiny/sums/full/seed0", "hardware": hardware.describe(torch.device("cpu")),
                "seconds_train": 4.0, "tokens_trained": 10, "flops": 8e6}  # fmt: skip
     path = tmp_path / "results" / "runs" / "llama-tiny" / "sums" / "full" / "seed0" / "train.json"

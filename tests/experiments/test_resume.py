@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 
 from experiments import resume as module
-from experiments.resume import Resume, random_state, set_random_state
+from experiments.random_state import random_state, set_random_state
+from experiments.resume import Resume
 
 IDENTITY = {"settings": "a1", "base": "b2", "numerics": 3}
 

@@ -10,7 +10,8 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from evaluation.task import make_task, shipped_yaml
+from evaluation.shipped import shipped_yaml
+from evaluation.task import make_task
 from experiments import cells, config, pipeline
 from experiments.files import read_json
 from experiments.paths import HERE

@@ -8,9 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments import memory, tuned, weights
+from experiments import tuned, weights
 from experiments.base import load_tensors
 from experiments.errors import UserError
+from experiments.shape import shape_of
 from methods.lora import LoRA
 from methods.part import Run
 
@@ -87,7 +88,7 @@ def test_an_adapter_is_all_that_is_kept(folder, adapted, tmp_path):
     assert tuned.load(out, folder=folder, dtype=torch.bfloat16)[1] == digest == weights.tensor_sha256(plain)
     tuned.write_folder(out, folder=folder, target=tmp_path / "made")
     assert weights.tensor_sha256(tmp_path / "made") == digest
-    shape = memory.shape_of("tiny", BLOCK, folder)
+    shape = shape_of("tiny", BLOCK, folder)
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert tuned.expected_bytes(shape=shape, parts=(PART,), checkpoint=torch.bfloat16) == sum(t.nbytes for t in tensors.values())
 
@@ -104,7 +105,7 @@ def test_what_another_part_changed_is_kept_beside_the_adapter(folder, adapted, t
 
 
 def test_expected_bytes():
-    shape = memory.shape_of("tiny", BLOCK, Path("nowhere"))
+    shape = shape_of("tiny", BLOCK, Path("nowhere"))
     entries = shape.parameters
     for dtype, bits in ((torch.bfloat16, 4), (torch.float16, 7), (torch.float32, 20), (torch.float64, 64)):
         assert tuned.expected_bytes(shape=shape, parts=(), checkpoint=dtype) == entries * bits // 8
