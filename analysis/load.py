@@ -8,6 +8,8 @@ import pandas as pd
 
 from experiments.errors import UserError
 
+UNBEGUN = "has not been run"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
@@ -183,4 +185,4 @@ def _how_far(root: Path, name: str) -> str:
         return "scored, but not collected yet"
     if (run / "train.json").exists():
         return "trained, but not scored yet"
-    return "has not been run"
+    return UNBEGUN

@@ -24,7 +24,7 @@ def write_report(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figur
         reproduce=reproduce,
         banner=tables.BANNER if loaded.not_a_result else "",
         comparisons=[_comparison(loaded, table, tests, costed, figures, model=m, domain=d, folder=path.parent, drawn=drawn) for m, d in loaded.comparisons],
-        failures=loaded.failures.to_dict("records"),
+        failures=tables.missing(loaded),
         planned=len(loaded.planned),
         finished=len(loaded.cells),
         legend=tables.legend(table) if len(table) else [],

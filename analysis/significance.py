@@ -48,12 +48,11 @@ def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
         sure = rows[[found(row) for _, row in rows.iterrows()]]
         rest = rows.drop(sure.index)
         name = lambda row: row["a"] if what == "method" else f"{row['a']} and {row['b']}"
-        whom = "the base" if what == "method" else "each other"
         if len(sure) > NAMED:
-            said.append(f"{kind.capitalize()} differs for {len(sure)} of {len(rows)} {what}s from {whom}.")
+            said.append(f"{kind.capitalize()} differs {'from the base ' if what == 'method' else ''}for {len(sure)} of {len(rows)} {what}s.")
         elif len(sure):
-            each = ", ".join(f"{name(row)} ({numbers.points(row['difference'])})" for _, row in sure.iterrows())
-            said.append(f"{kind.capitalize()} differs from {whom}, in points: {each}.")
+            each = "; ".join(f"{name(row)} ({numbers.points(row['difference'])})" for _, row in sure.iterrows())
+            said.append(f"{kind.capitalize()} differs, in points, {'from the base for' if what == 'method' else 'between'} {each}.")
         if any(_only_runs(row) for _, row in sure.iterrows()):
             runs = [name(row) for _, row in sure.iterrows() if _only_runs(row)]
             said.append(f"Over seeds the interval reaches zero for {_listed(runs, what)}: there it holds of these runs, not of the method.")

@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis import intervals, numbers
 from analysis.intervals import SCOPES, Interval, mean_difference, paired, perplexity_ratio, wilson
-from analysis.load import Loaded
+from analysis.load import UNBEGUN, Loaded
 
 BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
 COSTS = (
@@ -167,8 +167,24 @@ def legend(table: pd.DataFrame) -> list[str]:
     return lines
 
 
+def missing(loaded: Loaded) -> list[dict]:
+    """The cells without a result, as records: each by itself, but several that nobody has begun in one record a (model, domain)."""
+    unbegun = loaded.failures[loaded.failures["reason"] == UNBEGUN]
+    found = loaded.failures.drop(index=unbegun.index).to_dict("records")
+    for pair, cells in unbegun.groupby(unbegun["cell"].str.split("/").str[:2].str.join("/"), sort=False):
+        if len(cells) == 1:
+            found += cells.to_dict("records")
+            continue
+        seeds: dict[str, list[str]] = {}
+        for _, _, method, seed in cells["cell"].str.split("/"):
+            seeds.setdefault(method, []).append(seed.removeprefix("seed"))
+        listed = "; ".join(f"{method} {', '.join(numbers)}" for method, numbers in seeds.items())
+        found.append({"cell": pair, "stage": "", "kind": "not run", "reason": f"{len(cells)} of its cells, by method and seed: {listed}", "when": ""})
+    return found
+
+
 def failure_lines(loaded: Loaded) -> list[str]:
-    return [f"{f.cell}: {f.kind}{f' in {f.stage}' if f.stage else ''}: {f.reason}" for f in loaded.failures.itertuples()]
+    return [f"{f['cell']}: {f['kind']}{f' in {stage}' if (stage := f['stage']) else ''}: {f['reason']}" for f in missing(loaded)]
 
 
 def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
@@ -183,8 +199,8 @@ def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
         lines += ["  ".join(pad(text[head], head) for head in HEADS).rstrip() for text in texts]
         lines.append("")
     lines += legend(table) if len(table) else ["No cell has finished."]
-    missing = failure_lines(loaded)
-    return "\n".join([*lines, *(["", "Without a result:"] if missing else []), *("  " + line for line in missing)]) + "\n"
+    without = failure_lines(loaded)
+    return "\n".join([*lines, *(["", "Without a result:"] if without else []), *("  " + line for line in without)]) + "\n"
 
 
 def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
@@ -194,8 +210,8 @@ def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
         lines += [f"| {' | '.join(readable(row).values())} |".replace("*", r"\*") for _, row in rows.iterrows()]
         lines.append("")
     lines += [f"- {line}".replace("*", r"\*") for line in legend(table)] if len(table) else ["No cell has finished."]
-    missing = failure_lines(loaded)
-    return "\n".join([*lines, *(["", "Without a result:", ""] if missing else []), *(f"- {line}" for line in missing)]) + "\n"
+    without = failure_lines(loaded)
+    return "\n".join([*lines, *(["", "Without a result:", ""] if without else []), *(f"- {line}" for line in without)]) + "\n"
 
 
 def as_csv(loaded: Loaded, table: pd.DataFrame) -> str:

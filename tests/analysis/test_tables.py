@@ -8,7 +8,7 @@ from scipy.stats import t as student
 
 from analysis import numbers
 from analysis.load import load_cells
-from analysis.tables import BANNER, as_csv, as_markdown, as_text, comparison
+from analysis.tables import BANNER, as_csv, as_markdown, as_text, comparison, failure_lines
 from tests.analysis.fixtures import METHODS, write_results
 
 
@@ -94,6 +94,14 @@ def test_no_cell_at_all(tmp_path):
     table = comparison(none)
     assert "No cell has finished" in as_text(none, table) and "m/d/full/seed0" in as_text(none, table)
     assert "not run" in as_csv(none, table)
+
+
+def test_cells_that_nobody_has_begun_take_one_line(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "lora", "ewc"), seeds=(0, 1), failed={"ewc": "loss is NaN"}, missing=("lora",))
+    lines = failure_lines(load_cells(tmp_path, planned))
+    model_domain = planned[0].rsplit("/", 2)[0]
+    assert lines[-1] == f"{model_domain}: not run: 2 of its cells, by method and seed: lora 0, 1"
+    assert [line.partition(": ")[0] for line in lines[:-1]] == [cell for cell in planned if "/ewc/" in cell]
 
 
 def test_several_seeds_are_averaged_and_say_so(tmp_path):
