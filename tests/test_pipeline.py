@@ -128,27 +128,19 @@ def test_strength_reruns_training_and_reuses_the_preparation(project):
     assert not [name for name in ran if name.startswith("prepare@")]
 
 
-def test_adding_a_seed_runs_only_new_cells(project):
-    edit(project, lambda raw: raw["grid"].update(seeds=[0, 1]))
-    repro(project, "resolve")
-    new = {f"{stage}@llama-tiny-{cell}-1" for method in ("full", "ewc")
-           for stage, cell in [("prepare", method), *((s, f"sums-{method}") for s in ("train", "evaluate", "collect", "drift"))]}  # fmt: skip
-    assert json.loads(run(project, "dvc", "status", "--json").stdout).keys() == new | {"compare"}
-    repro(project, "train@llama-tiny-sums-full-1", "prepare@llama-tiny-ewc-1")
-    prepared = json.loads((project / "results/prepared/llama-tiny/ewc/seed1/prepare.json").read_text())
-    assert prepared["reused"] is True  # no seed enters EWC's Fisher
-    trained = [json.loads((project / "results/runs" / f"llama-tiny/sums/full/seed{seed}/train.json").read_text()) for seed in (0, 1)]
-    assert trained[0]["weights_sha256"] != trained[1]["weights_sha256"]
-    edit(project, lambda raw: raw["grid"].update(seeds=[0]))  # the tests behind this one need no second seed
-
-
-def test_a_seed_that_draws_prepares_anew(project):
+def test_adding_a_seed_and_a_method_runs_only_new_cells(project):
     edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc", "hierarchical"], seeds=[0, 1]))
-    repro(project, "prepare@llama-tiny-hierarchical-0", "prepare@llama-tiny-hierarchical-1")
-    for seed in (0, 1):
-        record = project / f"results/prepared/llama-tiny/hierarchical/seed{seed}/prepare.json"
-        assert json.loads(record.read_text())["reused"] is False  # the general phase trains an adapter drawn by the seed
-    edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc"], seeds=[0]))
+    repro(project, "resolve")
+    new = {f"{stage}@llama-tiny-{cell}-{seed}" for method, seed in (("full", 1), ("ewc", 1), ("hierarchical", 0), ("hierarchical", 1))
+           for stage, cell in [("prepare", method), *((s, f"sums-{method}") for s in ("train", "evaluate", "collect", "drift"))]}  # fmt: skip
+    assert json.loads(run(project, "dvc", "status", "--json", "dvc.yaml").stdout).keys() == new | {"compare"}
+    repro(project, "train@llama-tiny-sums-full-1", "prepare@llama-tiny-ewc-1", *(f"prepare@llama-tiny-hierarchical-{seed}" for seed in (0, 1)))
+    prepared = lambda cell: json.loads((project / f"results/prepared/llama-tiny/{cell}/prepare.json").read_text())
+    assert prepared("ewc/seed1")["reused"] is True  # no seed enters EWC's Fisher
+    assert prepared("hierarchical/seed1")["reused"] is False  # the general phase trains an adapter drawn by the seed
+    trained = [json.loads((project / f"results/runs/llama-tiny/sums/full/seed{seed}/train.json").read_text()) for seed in (0, 1)]
+    assert trained[0]["weights_sha256"] != trained[1]["weights_sha256"]
+    edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc"], seeds=[0]))  # the tests behind this one need no more
 
 
 def test_adding_a_retention_task_from_jsonl_trains_nothing(project):
@@ -283,7 +275,7 @@ def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
         raw["grid"] = raw["grid"] | {"methods": ["mine"], "seeds": [0]}
 
     edit(project, change)
-    repro(project)
+    repro(project, "collect@llama-tiny-sums-mine-0")
     found = metrics(project, "mine")
     assert found["cost_known"] is False
     assert found["seconds_train"] is None and found["tokens_trained"] is None
