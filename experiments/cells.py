@@ -1,7 +1,9 @@
 """A cell: one (model, domain, method, seed), written `model/domain/method/seed0`."""
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from experiments.errors import UserError
 from experiments.names import unknown
@@ -34,6 +36,18 @@ def grid(study) -> list[Cell]:
             raise UserError(f"cells {by_stage[cell.stage].name} and {cell.name} share the stage name {cell.stage}: rename one")
         by_stage[cell.stage] = cell
     return cells
+
+
+def matching(study, patterns: Sequence[str]) -> list[Cell]:
+    """The grid's cells whose names match one of `patterns`, as fnmatch knows them (`*/full/seed0`); all of them without a pattern.
+
+    Raises UserError for a pattern without a cell: it would let pass what it was meant to hold.
+    """
+    every = grid(study)
+    for pattern in patterns:
+        if not any(fnmatchcase(cell.name, pattern) for cell in every):
+            raise UserError(f"no cell of the grid matches {pattern}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text")
+    return [cell for cell in every if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
 
 
 def parse(text: str, study) -> Cell:

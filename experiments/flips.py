@@ -7,7 +7,6 @@ Results hold hashes only. The text is rendered from the local rows of work/data,
 
 import textwrap
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pandas as pd
@@ -29,11 +28,7 @@ def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
     """
     if top < 1:
         raise UserError(f"--top {top}: it must be a whole number from 1")
-    names = [cell.name for cell in cells.grid(study)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise UserError(f"no cell of the grid matches {pattern}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text")
-    chosen = [name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
+    chosen = [cell.name for cell in cells.matching(study, patterns)]
     loaded = load_cells(study.paths.results, chosen)
     shown = False
     for model, domain in loaded.comparisons:
@@ -58,7 +53,7 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
         row = texts.get((item.task, item.doc_hash))
         if row is None:
             raise UserError(f"{folder} has no row {item.doc_hash[:12]} of {item.task}: these are not the rows that were scored; "
-                            "run `dvc repro data` with the study's settings")  # fmt: skip
+                            "make them again with `dvc repro` of the study's stage `data`")  # fmt: skip
         own = items[(items["task"] == item.task) & (items["doc_hash"] == item.doc_hash) & items["lost"]]
         pieces += [f"{number}. {item.task} {item.doc_hash[:12]}: lost by {item.lost_by} of {item.of} ({', '.join(item.methods)})",
                    *_wrapped(row["context"]), *_wrapped(f"right: {row['choices'][row['gold']].strip()}"), *_instead(own, row["choices"]), ""]  # fmt: skip

@@ -9,7 +9,6 @@ items that have to be. What has failed, is missing or cannot show forgetting doe
 
 import math
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 
 from analysis import numbers
 from analysis.load import Loaded, load_cells
@@ -21,16 +20,12 @@ from experiments.errors import UserError
 def main(study, *, patterns: Sequence[str], max_forgetting: float, min_gain: float | None = None, confidence: bool = False) -> int:
     """Print a line a cell and the outcome; limits are shares of 1 (2 points are 0.02). Returns the exit status.
 
-    patterns  cells as fnmatch knows them; none: the whole grid. Raises UserError where one matches nothing or a limit is no share.
+    patterns  see `cells.matching`. Raises UserError where one matches nothing or a limit is no share.
     """
     for name, limit in (("--max-forgetting", max_forgetting), ("--min-gain", min_gain)):
         if limit is not None and not (math.isfinite(limit) and -1 <= limit <= 1):
             raise UserError(f"{name} {limit}: it is a share of 1, so that 2 points are 0.02")
-    names = [cell.name for cell in cells.grid(study)]
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):  # a pattern without a cell would let pass what it was meant to hold
-            raise UserError(f"no cell of the grid matches {pattern}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text")
-    chosen = [name for name in names if not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)]
+    chosen = [cell.name for cell in cells.matching(study, patterns)]
     loaded = load_cells(study.paths.results, chosen)
     if loaded.not_a_result:
         print(BANNER)

@@ -11,12 +11,10 @@ import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 
 from experiments import cells, hardware, memory, tuned
-from experiments.errors import UserError
 from experiments.flops import Flops
 from experiments.lock import Lock
 from experiments.shape import Shape, shape_of
@@ -38,12 +36,10 @@ def main(study, *, as_json: bool, patterns: Sequence[str] = ()) -> None:
 def make(study, *, patterns: Sequence[str] = ()) -> dict:
     """{"cells": [...], "total": {...}, "basis": {...}} with seconds, bytes and what they rest on.
 
-    Only cells whose names match one of `patterns` (`*/full/seed0`), if there are any. Raises UserError where none does.
+    Only cells whose names match one of `patterns`, if there are any (see `cells.matching`, which raises UserError).
     """
     lock = Lock(study)
-    chosen = [cell for cell in cells.grid(study) if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
-    if not chosen:
-        raise UserError(f"no cell of the grid matches {' or '.join(patterns)}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text")
+    chosen = cells.matching(study, patterns)
     planners = {model: _Model(study=study, name=model) for model in study.grid["models"]}
     available = _available(study)
     planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available) for cell in chosen]

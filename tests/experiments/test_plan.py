@@ -157,5 +157,5 @@ def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
 def test_only_the_cells_that_are_asked_for(tmp_path):
     made = plan.make(study(tmp_path), patterns=["*/full/seed0", "*/ewc/*"])
     assert [c["cell"].split("/")[2] for c in made["cells"]] == ["full", "ewc"] and made["total"]["cells"] == 2
-    with pytest.raises(UserError, match="no cell of the grid matches nothing or else: cells are MODEL"):
+    with pytest.raises(UserError, match="no cell of the grid matches nothing: cells are MODEL"):
         plan.make(study(tmp_path), patterns=["nothing", "else"])
