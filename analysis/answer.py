@@ -58,7 +58,8 @@ def _unclear(methods: pd.DataFrame) -> str:
     if len(known) < 2:
         return ", which cannot be told from zero" if unclear else ""
     if not unclear:
-        return ", and no method's interval reaches zero"
+        sides = set(known["forgetting_high"] < 0)
+        return ", and no method's interval reaches zero" if len(sides) > 1 else f", {'below' if True in sides else 'above'} zero for every method"
     if len(unclear) == len(known):
         return ", none of which can be told from zero"
     whose = _and(unclear) if len(unclear) <= NAMED else f"{len(unclear)} of {len(known)} methods"

@@ -1,7 +1,7 @@
 """A figure's SVG file as an element of the page: in the page's colours, with ids of its own, and small.
 
 matplotlib names every element, and repeats a glyph's long id at each letter: what nothing refers to loses its name, what
-is referred to gets a short one, coordinates keep a hundredth of a point, and a glyph is drawn once a page.
+is referred to gets a short one, coordinates keep a tenth of a point, and a glyph is drawn once a page.
 """
 
 import re
@@ -30,6 +30,8 @@ def inline(svg: str, *, prefix: str, label: str, drawn: dict[str, str] | None = 
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
     svg = re.sub(r'(\s(?:d|x|y|transform)=")([^"]*)"', lambda found: f'{found[1]}{_short(found[2])}"', svg)
     svg = re.sub(r">\s+<", "><", svg)
+    svg = re.sub(r' transform="translate\(([-\d.]+) 0\)"/>', r' x="\1"/>', svg)
+    svg = re.sub(r"<g( clip-path=[^>]*)?>((?:<use [^>]*/>){2,})</g>", _styled_once, svg)
     again: dict[str, str] = {}
 
     def once(found: re.Match) -> str:
@@ -44,7 +46,16 @@ def inline(svg: str, *, prefix: str, label: str, drawn: dict[str, str] | None = 
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
+def _styled_once(group: re.Match) -> str:
+    """Markers of one series, which all name the same style, in a group that names it."""
+    styles = set(re.findall(r' style="[^"]*"', group[2]))
+    if len(styles) != 1 or group[2].count(" style=") != group[2].count("<use "):
+        return group[0]
+    (style,) = styles
+    return f"<g{group[1] or ''}{style}>{group[2].replace(style, '')}</g>"
+
+
 def _short(numbers: str) -> str:
-    """Coordinates to a hundredth of a point; a scale, which is below 1, keeps its digits."""
-    rounded = re.sub(r"-?\d+\.\d+", lambda found: found[0] if abs(float(found[0])) < 1 else f"{float(found[0]):.2f}".rstrip("0").rstrip("."), numbers)
+    """Coordinates to a tenth of a point; a scale, which is below 1, keeps its digits."""
+    rounded = re.sub(r"-?\d+\.\d+", lambda found: found[0] if abs(float(found[0])) < 1 else f"{float(found[0]):.1f}".removesuffix(".0"), numbers)
     return re.sub(r"\s*\n\s*", " ", rounded).strip()

@@ -153,10 +153,11 @@ def _range(row: pd.Series, key: str, show) -> str:
 
 def legend(table: pd.DataFrame) -> list[str]:
     """What the columns are; one line each."""
-    several = bool(len(table)) and int(table["seeds"].max()) > 1
-    scope = f"over seeds and items: {SCOPES['method']}" if several else f"over the scored items: {SCOPES['run']}"
+    seeds = set(table[table["method"] != "base"]["seeds"]) if len(table) else set()
+    scopes = [f"over seeds and items: {SCOPES['method']}"] if max(seeds, default=1) > 1 else []
+    scopes += [f"over the scored items{' where there is one seed' if scopes else ''}: {SCOPES['run']}"] if 1 in seeds or not scopes else []
     lines = [
-        f"[ , ] is a 95 % interval {scope}.",
+        f"[ , ] is a 95 % interval {'; '.join(scopes)}.",
         "gain and forgetting are percentage points against the bare base model; forgetting is the mean over retention tasks above chance.",
         "perplexity is on general text: the base's own, then how many times it for each method.",
         "stored is importance and anchor, delta what the tuned weights add to the base; n is domain + retention rows.",
