@@ -22,9 +22,12 @@ def sentences(rows: pd.DataFrame, *, domain: str, model: str, tasks: list[str]) 
 
 def reading(rows: pd.DataFrame) -> str:
     """What the answer's intervals are about, and what it leaves out."""
-    several = int(rows["seeds"].max()) > 1
-    about = "The intervals are over seeds and scored items. " if several else "One seed: the intervals cover the scored items of this run and say nothing of another run of the method. "
-    return about + "The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
+    seeds = set(rows[rows["method"] != "base"]["seeds"])
+    if seeds == {1}:
+        about = "One seed: the intervals cover the scored items of this run and say nothing of another run of the method."
+    else:
+        about = f"The intervals are over seeds and scored items{', of a method with one seed over its items alone' if 1 in seeds else ''}."
+    return f"{about} The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
 
 
 def _learning(base: pd.Series, methods: pd.DataFrame, *, domain: str, model: str) -> str:

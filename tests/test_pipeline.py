@@ -134,12 +134,13 @@ def test_adding_a_seed_and_a_method_runs_only_new_cells(project):
     new = {f"{stage}@llama-tiny-{cell}-{seed}" for method, seed in (("full", 1), ("ewc", 1), ("hierarchical", 0), ("hierarchical", 1))
            for stage, cell in [("prepare", method), *((s, f"sums-{method}") for s in ("train", "evaluate", "collect", "drift"))]}  # fmt: skip
     assert json.loads(run(project, "dvc", "status", "--json", "dvc.yaml").stdout).keys() == new | {"compare"}
-    repro(project, "train@llama-tiny-sums-full-1", "prepare@llama-tiny-ewc-1", *(f"prepare@llama-tiny-hierarchical-{seed}" for seed in (0, 1)))
+    repro(project, "train@llama-tiny-sums-full-1", "prepare@llama-tiny-ewc-1", "train@llama-tiny-sums-hierarchical-0", "prepare@llama-tiny-hierarchical-1")
     prepared = lambda cell: json.loads((project / f"results/prepared/llama-tiny/{cell}/prepare.json").read_text())
     assert prepared("ewc/seed1")["reused"] is True  # no seed enters EWC's Fisher
     assert prepared("hierarchical/seed1")["reused"] is False  # the general phase trains an adapter drawn by the seed
-    trained = [json.loads((project / f"results/runs/llama-tiny/sums/full/seed{seed}/train.json").read_text()) for seed in (0, 1)]
-    assert trained[0]["weights_sha256"] != trained[1]["weights_sha256"]
+    trained = lambda cell: json.loads((project / f"results/runs/llama-tiny/sums/{cell}/train.json").read_text())
+    assert trained("full/seed0")["weights_sha256"] != trained("full/seed1")["weights_sha256"]
+    assert trained("hierarchical/seed0")["tokens_trained"] == trained("full/seed0")["tokens_trained"]  # what it prepared with counts apart
     edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc"], seeds=[0]))  # the tests behind this one need no more
 
 
@@ -275,7 +276,7 @@ def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
         raw["grid"] = raw["grid"] | {"methods": ["mine"], "seeds": [0]}
 
     edit(project, change)
-    repro(project, "collect@llama-tiny-sums-mine-0")
+    repro(project, "collect@llama-tiny-sums-mine-0", "drift@llama-tiny-sums-mine-0")
     found = metrics(project, "mine")
     assert found["cost_known"] is False
     assert found["seconds_train"] is None and found["tokens_trained"] is None

@@ -117,4 +117,5 @@ def _finite(value: Any) -> Any:
 
 
 def judged(right: bool, numbers: dict) -> dict:
+    """A check's piece: its status by whether it is right, and its numbers."""
     return {"status": "passed" if right else "failed"} | numbers
