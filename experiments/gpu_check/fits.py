@@ -46,7 +46,7 @@ def zero_strength(device: torch.device, *, tiny: bool, lora: bool = False) -> di
         wrong = []
         for name in ("ewc", "hierarchical"):
             part = registry.build({name: {"strength": 0.0}})[0]
-            state = {"importance": _ones(model, adapted)}
+            state = {"importance": _ones(model)}
             if name == "hierarchical":
                 state["start"] = _start(model, adapted)
             found = _weights(_fit(model, (part, *adapted), device, states={name: state}))
@@ -59,7 +59,7 @@ def zero_strength(device: torch.device, *, tiny: bool, lora: bool = False) -> di
 def resumed(device: torch.device, *, tiny: bool, method: str) -> dict:
     """A run stopped after three steps and gone on with, against one that was not: bit for bit, in deterministic kernels."""
     model, parts = sizes.llama(device, tiny), sizes.parts_of(method)
-    states = {"ewc": {"importance": _ones(model, ())}} if method == "ewc" else {}
+    states = {"ewc": {"importance": _ones(model)}} if method == "ewc" else {}
     with _deterministic(), tempfile.TemporaryDirectory() as folder:
         whole = _weights(_fit(model, parts, device, states=states))
         at = lambda: Resume(Path(folder) / "run", identity={"check": method}, every=0)
@@ -94,7 +94,7 @@ def no_waiting(device: torch.device, *, tiny: bool, shards: Shards) -> dict:
     model = sizes.llama(device, tiny, torch.bfloat16)
     parts = registry.build({"ewc": {}, "mofo": {}})
     watcher = Watcher(first=2, last=4)
-    states = {"ewc": {"importance": _ones(model, ())}}
+    states = {"ewc": {"importance": _ones(model)}}
     _fit(model, (*parts, watcher), device, states=states, shards=shards, steps=6, compute_dtype=torch.bfloat16)
     places = {place: count / 3 for place, count in sorted(watcher.places.items())}
     return judged(not places, {"waits_a_step": sum(places.values()), "places": places})
@@ -112,7 +112,7 @@ def memory_predicted(device: torch.device, *, method: str, shards: Shards) -> di
     model = sizes.build("llama", device=device, dtype=torch.bfloat16, **sizes.LARGE)
     shape = Shape(config=model.config)
     base = running.base_of(model, parts)
-    states = {"ewc": {"importance": _ones(model, (), device="cpu")}} if method == "ewc" else {}
+    states = {"ewc": {"importance": _ones(model, device="cpu")}} if method == "ewc" else {}
     examples = sizes.random_examples(4 * 8, 512, vocabulary=sizes.LARGE["vocab_size"])
     running.train(parts=parts, model=model, base=base, states=states, examples=examples, settings=settings, device=device,
                   shards=shards, compute_dtype=torch.bfloat16)  # fmt: skip
@@ -168,7 +168,7 @@ def _weights(result: FitResult) -> dict[str, Tensor]:
     return {name: result.run.whole(name).clone() for name in result.run.weights}
 
 
-def _ones(model: PreTrainedModel, adapted, device: torch.device | str | None = None) -> dict[str, Tensor]:
+def _ones(model: PreTrainedModel, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """Importance 1 of every weight that parts can regularise."""
     return {name: torch.ones_like(p, dtype=torch.float32, requires_grad=False, device=device or p.device)
             for name, p in base_parameters(model).items()}  # fmt: skip
