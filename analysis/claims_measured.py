@@ -177,7 +177,7 @@ def _score(loaded: Loaded, groups: list[pd.DataFrame], metric: str, way: str) ->
     if metric not in ("domain_score", "general_score"):  # a change's ratio has no usable interval where the change is near 0
         return found
     whole = of_arrays(arrays[1]).value
-    influence = of_arrays([(a - value * b) / whole for a, b in zip(*arrays)])  # delta method for a ratio of means
+    influence = of_arrays([(a - value * b) / whole for a, b in zip(*arrays)], step=1 / whole)  # delta method for a ratio of means
     return found | ({} if influence.low is None else {"low": value + influence.low, "high": value + influence.high, "ends": _about(seeds)})
 
 

@@ -100,7 +100,8 @@ def _reason(here: dict, there: dict, *, count: int) -> str:
     differ = _differences(here, there)
     said = "; ".join(f"{key} is {_shown(here.get(key))} here and {_shown(there.get(key))} there" for key in differ[:SHOWN])
     more = f"; and {len(differ) - SHOWN} more differ" if len(differ) > SHOWN else ""
-    return f"not made under the rules of the {count} cell{'s' if count != 1 else ''} compared: {said}{more}. Bring it up to date with `dvc repro`"
+    todo = "Cells of another budget belong in a study of their own" if differ == [BUDGET] else "Bring it up to date with `dvc repro`"
+    return f"not made under the rules of the {count} cell{'s' if count != 1 else ''} compared: {said}{more}. {todo}"
 
 
 def _shown(value: object) -> str:

@@ -28,13 +28,17 @@ class Estimate:
     df: np.ndarray
 
 
-def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95) -> Estimate:
+def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95, step: float = 0.0) -> Estimate:
     """The mean over `tasks`, arrays (..., S seeds, n_t items) in any unit, with its interval at `level`.
 
     Half the interval is the larger of t(df) * error, with Satterthwaite's df of the mean squares (Satterthwaite 1946; the
     negative one counts too), and sqrt(t(S-1)^2 * seeds + t(df_items)^2 * items), each part with the t of its own degrees (the idea of
     Cochran 1964). Satterthwaite's alone covers .91 to .93 with three seeds that differ much: where they lie close together by
     luck, the error is small and the df large, at once. With one seed there is no seeds' part: the items' alone, with t.
+
+    step > 0 is for answers that are right or wrong, how far one item moves when it turns: MS_item is then that of the items and of two more a
+    task, one moved up and one down (as for paired proportions: Bonett and Price 2012). Items that did not turn do not say that none can; the
+    plain interval covers 60 to 90 % where one item in a hundred turns (simulated in tests/analysis/test_coverage.py).
 
     Raises ValueError where there is no task, or the tasks have different numbers of seeds.
     """
@@ -44,7 +48,7 @@ def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95) -> Estimate:
     if any(scores.shape[-2] != seeds for scores in tasks):
         raise ValueError(f"tasks of different numbers of seeds: {[scores.shape[-2] for scores in tasks]}")
     by_seed = np.mean([scores.mean(axis=-1) for scores in tasks], axis=0)
-    parts = [_parts(scores) for scores in tasks]
+    parts = [_parts(scores, step) for scores in tasks]
     share = 1 / len(tasks) ** 2
     items = share * sum(item for item, _, _ in parts)
     rest = share * sum(rest for _, rest, _ in parts)
@@ -65,14 +69,20 @@ def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95) -> Estimate:
     return Estimate(value=by_seed.mean(axis=-1), error=np.sqrt(variance), half=half, df=df)
 
 
-def _parts(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+def two_more(values: np.ndarray, *, step: float) -> np.ndarray:
+    """(..., n items) and two items more, moved up and down by `step`; as they are where it is 0."""
+    moved = np.broadcast_to(np.array([step, -step]), (*values.shape[:-1], 2))
+    return np.concatenate([values, moved], axis=-1) if step else values
+
+
+def _parts(scores: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray, float]:
     """MS_item / (S n), MS_rest / (S n) and n - 1 of one task; NaN where n < 2, and no rest with one seed."""
     seeds, n = scores.shape[-2:]
     if n < 2:
         unknown = np.full(scores.shape[:-2], np.nan)
         return unknown, unknown, np.nan
     means = scores.mean(axis=-2)
-    item = means.var(axis=-1, ddof=1) / n
+    item = (with_more := two_more(means, step=step)).var(axis=-1, ddof=1) / with_more.shape[-1]
     if seeds == 1:
         return item, np.zeros_like(item), n - 1
     # sum of squares within an item over seeds, less what the seeds' own means explain of it

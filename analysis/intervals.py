@@ -10,7 +10,6 @@ from math import exp, sqrt
 
 import numpy as np
 import pandas as pd
-from scipy.stats import t as student
 
 from analysis.crossed import crossed
 from experiments.errors import UserError
@@ -18,7 +17,6 @@ from experiments.errors import UserError
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 KEYS = ["task", "doc_id", "doc_hash"]
 FIXED = [*KEYS, "gold", "base", "tuned"]  # the columns of `paired` that are no run
-POWER = 0.8
 SCOPES = {"run": "this run, not this method", "method": "this method: other seeds and other items"}
 
 
@@ -53,16 +51,6 @@ class Interval:
         """What the interval is about, in words."""
         return SCOPES[self.scope]
 
-    @property
-    def detectable(self) -> float | None:
-        """The true difference that this interval would tell from zero in 80 % of studies: half its width + t(.8, df) * error.
-
-        For differences only. It is computed from the standard error, not from the difference that was seen.
-        """
-        if self.low is None or self.error is None:
-            return None
-        return (self.high - self.low) / 2 + float(student.ppf(POWER, self.df)) * self.error
-
 
 def paired(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
     """Items on the same rows: task, doc_id, doc_hash, gold, base, tuned (mean over the runs), and a column a run, named by `cell`.
@@ -88,9 +76,12 @@ def by_run(rows: pd.DataFrame) -> np.ndarray:
     return rows[runs].to_numpy(dtype=float).T
 
 
-def of_arrays(tasks: Sequence[np.ndarray]) -> Interval:
-    """The mean over tasks with equal weight; one array (S seeds, n_t items) a task, in shares of 1."""
-    found, n, seeds = crossed(tasks), sum(scores.shape[1] for scores in tasks), tasks[0].shape[0]
+def of_arrays(tasks: Sequence[np.ndarray], *, step: float = 1.0) -> Interval:
+    """The mean over tasks with equal weight; one array (S seeds, n_t items) a task, in shares of 1.
+
+    step  how far the number of one item moves when its answer turns, see `crossed`; 0 for numbers that are not right or wrong
+    """
+    found, n, seeds = crossed(tasks, step=step), sum(scores.shape[1] for scores in tasks), tasks[0].shape[0]
     value, half, scope = float(found.value), float(found.half), "method" if seeds > 1 else "run"
     if half != half:
         return Interval(value, None, None, n, seeds, scope)
@@ -171,6 +162,6 @@ def perplexity_ratio(pairs: pd.DataFrame) -> Interval:
     tokens = rows["gold"].to_numpy(dtype=float)
     differences = by_run(rows) - rows["base"].to_numpy(dtype=float)
     ratios = differences.sum(axis=1, keepdims=True) / tokens.sum()
-    found = of_arrays([ratios + len(rows) * (differences - ratios * tokens) / tokens.sum()])
+    found = of_arrays([ratios + len(rows) * (differences - ratios * tokens) / tokens.sum()], step=0)
     bounds = [None if bound is None else exp(bound) for bound in (found.low, found.high)]
     return Interval(exp(found.value), *bounds, found.n, found.seeds, found.scope, found.error, found.df)

@@ -12,8 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from analysis.crossed import two_more
 from analysis.intervals import Z
 from analysis.load import Loaded
+from analysis.resample import changes
 
 PLAIN = "full"
 QUARTERS = (0.25, 0.5, 0.75)
@@ -30,7 +32,7 @@ class Trajectories:
     right   columns of accuracy behind `forgetting`, a mean over retention probe sets above chance in the base
     nats    columns behind `forgetting_nats`, nats per token of the right answers, tuned minus base, over the same sets
     rows    column of accuracy -> at least so many probe rows; a column whose rows cannot be told is missing
-    base    column of accuracy -> the bare base's share of right answers
+    changed column of accuracy -> (items, methods) tuned minus base on the task's scored rows at the end of training, the mean over seeds
     from_own_start  methods whose base could not be had: they are set against their own first probe
     """
 
@@ -39,7 +41,7 @@ class Trajectories:
     right: tuple[str, ...]
     nats: tuple[str, ...]
     rows: dict[str, int] = field(default_factory=dict)
-    base: dict[str, float] = field(default_factory=dict)
+    changed: dict[str, np.ndarray] = field(default_factory=dict)
     from_own_start: tuple[str, ...] = ()
 
     @property
@@ -82,7 +84,7 @@ def trajectories(loaded: Loaded, *, model: str, domain: str) -> Trajectories | N
     return Trajectories(
         points=points, gain="nats" if learned.endswith("_nll") else "accuracy", right=right, nats=nats, from_own_start=own,
         rows={c: n for c in right if (n := rows_behind(curves[c].dropna()))},
-        base={c: value for c, value in zip(asked, base[points["cell"].iloc[0]]) if c in right},
+        changed=_changed(loaded, cells[cells["method"].isin(points["method"])], right),
     )  # fmt: skip
 
 
@@ -137,9 +139,10 @@ def matched(found: Trajectories) -> pd.DataFrame:
     level, gain, measure, method, reference; seeds and how many of them `reached` the gain; value, low, high and difference,
     difference_low, difference_high: None where a seed did not reach it; begins: a seed's first probe lies beyond the gain already;
     early: a seed reached it before its first probe after training began, so that the line starts where training did;
-    covers: what the 95 % interval is of. 'seeds': Student's t over S > 1 seeds, of the same probe rows. 'rows': one seed, the
-    binomial variance of each share of right answers, sum over T sets of (p_0 (1 - p_0) + p (1 - p)) / n over T^2; the curve holds
-    no items, so what two scores have in common is not taken off and the interval is too wide. '': no interval.
+    covers: what the 95 % interval is of, half = sqrt(t(S-1)^2 s^2 / S + z^2 rows). 'seeds': the first part alone, Student's t over S > 1
+    seeds. 'rows': the second alone, one seed; 'seeds and rows': both. rows = sum over T sets of v / n over T^2, n the probe rows and v the
+    variance by item of the same change (a method's against the base, or between two) on the task's scored rows at the end of training, for
+    a curve holds no items; earlier on fewer answers have turned, so it is rather too wide. '': no interval.
     A difference over seeds pairs them by number, over the seeds both methods have.
     """
     records = []
@@ -148,9 +151,9 @@ def matched(found: Trajectories) -> pd.DataFrame:
         for measure in found.measures:
             at = {method: _at(found, method, gain) for method in found.methods}
             for method in found.methods:
-                difference = _difference(found, at[method], at[reference], measure, same=method == reference)
+                difference = _difference(found, at[method], at[reference], measure, methods=(method, reference))
                 row = {"level": level, "gain": gain, "measure": measure, "method": method, "reference": reference}
-                records.append(row | _row(found, at[method], measure) | difference)
+                records.append(row | _row(found, at[method], measure, method=method) | difference)
     return pd.DataFrame(records)
 
 
@@ -181,7 +184,7 @@ def _bases(loaded: Loaded, points: pd.DataFrame, asked: list[str], *, cell_names
 
 def _at(found: Trajectories, method: str, gain: float) -> pd.DataFrame:
     """A row a seed of a method: every column of its trajectory at the gain; NaN where it is not reached."""
-    columns, rows = [*found.measures, *found.right], []
+    columns, rows = list(found.measures), []
     for _, run in found.points[found.points["method"] == method].groupby("cell", sort=False):
         place, values = crossing(run["gain"].to_numpy(), gain), run[columns].to_numpy(dtype=float)
         k, w = place or (0, np.nan)
@@ -191,37 +194,49 @@ def _at(found: Trajectories, method: str, gain: float) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["seed", "reached", "begins", "early", *columns]).set_index("seed")
 
 
-def _row(found: Trajectories, at: pd.DataFrame, measure: str) -> dict:
+def _row(found: Trajectories, at: pd.DataFrame, measure: str, *, method: str) -> dict:
     row = {"seeds": len(at), "reached": int(at["reached"].sum()), "begins": bool(at["begins"].any()), "early": bool(at["early"].any())}
     row |= {"value": None, "low": None, "high": None, "covers": ""}
     if not at["reached"].all():
         return row
-    return row | _interval(found, at[measure], measure, shares=[_right(found, at), pd.Series(found.base)])
+    return row | _interval(found, at[measure], measure, methods=(method,))
 
 
-def _difference(found: Trajectories, at: pd.DataFrame, reference: pd.DataFrame, measure: str, *, same: bool) -> dict:
+def _difference(found: Trajectories, at: pd.DataFrame, reference: pd.DataFrame, measure: str, *, methods: tuple[str, str]) -> dict:
     row = {"difference": None, "difference_low": None, "difference_high": None}
     common = at.index.intersection(reference.index)
     own, other = at.loc[common], reference.loc[common]
-    if same or not len(common) or not own["reached"].all() or not other["reached"].all():
+    if methods[0] == methods[1] or not len(common) or not own["reached"].all() or not other["reached"].all():
         return row
-    made = _interval(found, own[measure] - other[measure], measure, shares=[_right(found, own), _right(found, other)])
+    made = _interval(found, own[measure] - other[measure], measure, methods=methods)
     return {"difference": made["value"], "difference_low": made["low"], "difference_high": made["high"]}
 
 
-def _right(found: Trajectories, at: pd.DataFrame) -> pd.Series:
-    return at.iloc[0][list(found.right)]
-
-
-def _interval(found: Trajectories, values: pd.Series, measure: str, *, shares: list[pd.Series]) -> dict:
-    """The mean over seeds with its 95 % interval; `shares` are the two shares of right answers a set, whose difference it is with one seed."""
+def _interval(found: Trajectories, values: pd.Series, measure: str, *, methods: tuple[str, ...]) -> dict:
+    """The mean over seeds with its 95 % interval: of one method's change, or of the difference of two methods' changes."""
     value, n = float(values.mean()), len(values)
-    if n > 1:
-        half, covers = float(student.ppf(0.975, n - 1) * values.std(ddof=1) / sqrt(n)), "seeds"
-    elif measure == "forgetting" and all(column in found.rows for column in found.right):
-        size = np.array([found.rows[column] for column in found.right])
-        variance = sum(((p := share.to_numpy(dtype=float)) * (1 - p) / size).sum() for share in shares)
-        half, covers = Z * sqrt(variance) / len(size), "rows"
-    else:
+    seeds = float(student.ppf(0.975, n - 1) ** 2 * values.var(ddof=1) / n) if n > 1 else 0.0
+    rows = _rows_variance(found, methods) if measure == "forgetting" else None
+    if rows is None and not seeds:  # one seed, or seeds that agree on the same few rows
         return {"value": value, "low": None, "high": None, "covers": ""}
+    half = sqrt(seeds + Z**2 * (rows or 0.0))
+    covers = " and ".join(part for part, there in (("seeds", n > 1), ("rows", rows is not None)) if there)
     return {"value": value, "low": value - half, "high": value + half, "covers": covers}
+
+
+def _rows_variance(found: Trajectories, methods: tuple[str, ...]) -> float | None:
+    """What other probe rows would change, as a variance; None where the probe rows are not known or the items are not there."""
+    if not all(column in found.rows and column in found.changed for column in found.right):
+        return None
+    columns = [found.methods.index(method) for method in methods]
+    total = 0.0
+    for column in found.right:
+        change = found.changed[column][:, columns]
+        of_item = change[:, 0] - (change[:, 1] if len(columns) > 1 else 0.0)
+        total += two_more(of_item, step=1.0).var(ddof=1) / found.rows[column]
+    return None if np.isnan(total) else float(total / len(found.right) ** 2)
+
+
+def _changed(loaded: Loaded, cells: pd.DataFrame, right: tuple[str, ...]) -> dict[str, np.ndarray]:
+    counts = {task: n for c in right if (n := cells.iloc[0]["n"].get(task := c.removeprefix("probe_")))}
+    return {f"probe_{task}": change for task, change in changes(loaded, cells, counts=counts).items()}

@@ -101,7 +101,11 @@ def _rule(found: Trajectories, marks: dict[str, float], at: pd.DataFrame) -> str
     own = at[at["measure"] == found.measures[0]]
     barely = [row.method for row in own.itertuples() if row.reached < row.seeds]
     but = f" except {', '.join(barely)}" if barely else ""
-    return f"Compared at a gain of {_gain(found, marks['matched'])} on the domain's probes, the largest that every run of every method{but} reaches."
+    text = f"Compared at a gain of {_gain(found, marks['matched'])} on the domain's probes, the largest that every run of every method{but} reaches."
+    if early := list(own[own["early"]]["method"]):
+        text += (f" {len(early)} of {len(own)} methods ({', '.join(early)}) passed it before their first probe after training began: their values are "
+                 "read off a straight line from the start, which more probes (train.probes) would place better.")  # fmt: skip
+    return text
 
 
 def _verdict(found: Trajectories, at: pd.DataFrame) -> list[str]:
@@ -113,7 +117,7 @@ def _verdict(found: Trajectories, at: pd.DataFrame) -> list[str]:
     reference, show = own["reference"].iloc[0], _shower(found.measures[0])
     bounded = compared[compared["difference_low"].notna()]
     if bounded.empty:
-        return [f"There is no interval for a difference to {reference}: one seed, and the number of probe rows is not known."]
+        return [f"There is no interval for a difference to {reference}: one seed, and what other probe rows would change is not known."]
     told = bounded[(bounded["difference_low"].astype(float) > 0) | (bounded["difference_high"].astype(float) < 0)]
     if told.empty:
         return [f"At this gain no method's forgetting is told apart from that of {reference}: every interval of the difference includes 0."]
@@ -153,15 +157,13 @@ def _notes(found: Trajectories, table: pd.DataFrame) -> list[str]:
         f"probes do not count. A method that stays below {100 * BARELY:.0f} % of the best one's final gain has barely learned and sets no level.",
         "The quarters are of the best method's final gain. Gain and forgetting are on probe rows, against the bare base, not on the scored rows.",
     ]
+    if covers & {"seeds and rows", "rows"}:
+        whose = "over seeds and probe rows" if "seeds and rows" in covers else "over the probe rows alone, one seed"
+        lines.append(f"[ , ] of right answers is a 95 % interval {whose} (at least: {rows}). How much answers vary by row is taken from the "
+                     "scored rows of the same tasks at the end of training, for curves hold no items.")  # fmt: skip
     if "seeds" in covers:
-        lines.append("[ , ] is a 95 % interval over seeds (Student's t), all probed on the same few rows: what other rows would change is not in it.")
-    if "rows" in covers:
-        lines.append(f"[ , ] is a 95 % interval for the probe rows alone (at least: {rows}), one seed. Curves hold no items, so two scores "
-                     "are taken as if of different rows: it is too wide, and covers no other seed.")  # fmt: skip
-    early = table[(table["level"] == "matched") & (table["measure"] == found.measures[0]) & table["early"]]["method"]
-    if len(early):
-        lines.append(f"{', '.join(early)}: passed the matched gain before the first probe after training began, so the value is on a straight "
-                     "line from the start; more probes (train.probes) would place it better.")  # fmt: skip
+        lines.append("[ , ] of nats is a 95 % interval over seeds alone (Student's t), all probed on the same few rows: what other rows would "
+                     "change is not in it.")  # fmt: skip
     if table["begins"].any():
         lines.append("† begins beyond this gain, with weights of its own preparation: the value is that of its first probe.")
     lines += [f"{method}: set against its own first probe, as the base's probes are not recorded." for method in found.from_own_start]

@@ -6,19 +6,23 @@ seeds would do is in the interval beside it, and `sentence` says which of the tw
 """
 
 from collections.abc import Sequence
+from fractions import Fraction
+from math import ceil, gcd, lcm, log2
 
 import numpy as np
 import pandas as pd
-from scipy.stats import binomtest
+from scipy.stats import binom, binomtest, norm
 
 from analysis.intervals import by_run, of_arrays, paired, refuse_unequal
 from analysis.load import Loaded
 from analysis.tables import retention_tasks
 
-FLIPS = 10_000
+FLIPS = 100_000  # drawn where the exact p would take too long; the smallest p then still stands a correction for 5,000 tests
 SEED = 0  # of the flips: the same for every test, so that one more method changes no other's p
+MOST_SEEDS = 1000  # an item's mean over seeds is a fraction with a denominator up to this, else its scores are not 0 or 1
+MOST_WORK = 2e8  # additions of an exact p, well under a second
 LEVEL = 0.05
-FEWEST = 6  # items that must all change the same way before any sign-flip p is below 5 %: 2 / 2^6 = .031
+POWER = 0.8
 KINDS = ("gain", "forgetting")
 COLUMNS = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detectable", "n", "items_differing", "seeds", "scope"]
 
@@ -26,20 +30,33 @@ COLUMNS = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detect
 def sign_flip(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = SEED) -> float:
     """Two-sided p of the mean over tasks of each task's mean difference, by flipping the signs of items (Fisher's randomisation test).
 
-    tasks: one array (n_t items,) of differences a task, each the item's mean over seeds. p = (1 + #{|T*| >= |T|}) / (1 + flips), which is
-    never 0 (Phipson and Smyth 2010). Items of one task and one size of difference are drawn together: the number of their positive signs is
-    binomial, which is the same distribution for a small part of the work. With one task and one seed this is McNemar's exact test.
+    tasks: one array (n_t items,) of differences a task, each the item's mean over seeds. p is the share of all patterns of signs whose |T*|
+    is at least |T|; with one task and one seed this is McNemar's exact test. It is exact where all differences are whole multiples of one
+    unit, as those of answers scored 0 or 1 are; else `flips` patterns are drawn, p = (1 + #{|T*| >= |T|}) / (1 + flips), which is never 0
+    (Phipson and Smyth 2010). Items of one task and one size of difference go together: the number of their positive signs is binomial.
     """
+    groups = [group for differences in tasks for group in _groups(differences)]
+    whole = _whole(groups)
+    if whole is not None:
+        return _exact(whole, [(up, down) for _, _, up, down in groups])
     draw = np.random.default_rng(seed)
     drawn, statistic = np.zeros(flips), 0.0
-    for differences in tasks:
-        weight = 1 / (len(tasks) * len(differences))
-        statistic += weight * float(differences.sum())
-        sizes, counts = np.unique(np.round(np.abs(differences[differences != 0]), 12), return_counts=True)
-        for size, count in zip(sizes, counts):
-            drawn += weight * size * (2.0 * draw.binomial(count, 0.5, size=flips) - count)
+    for size, n, up, down in groups:
+        statistic += size / n * (up - down)
+        drawn += size / n * (2.0 * draw.binomial(up + down, 0.5, size=flips) - (up + down))
     reached = np.abs(drawn) >= abs(statistic) - 1e-9  # equal up to rounding is as extreme
     return float((1 + reached.sum()) / (1 + flips))
+
+
+def could_find(*, items: float, whole: float, fewest: float, tests: int) -> float:
+    """The true difference that a sign-flip test finds in 80 studies of 100 at the first step of Holm's correction of `tests` tests.
+
+    z(1 - .05 / (2 tests)) * items + z(.8) * whole, in the unit of the standard errors: `items` of items alone, which the test goes by, and
+    `whole` of all that another study would draw. No less than `fewest`, the share that one item is, times the items that must all change
+    the same way before any p is small enough: 2 / 2^k <= .05 / tests.
+    """
+    asked = norm.ppf(1 - LEVEL / (2 * tests)) * items + norm.ppf(POWER) * whole
+    return float(max(asked, fewest * ceil(log2(2 * tests / LEVEL))))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
@@ -64,7 +81,7 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     kind             gain: a's domain score minus b's; forgetting: a's minus b's. Positive: a learned more, a forgot more
     b                "base" or a method; two methods are compared on the seeds both have, or not at all where they share none
     difference, low, high   shares of 1; the bounds from the crossed interval
-    detectable       Interval.detectable, but no less than FEWEST items of the largest task: with fewer the test cannot find anything
+    detectable       the true difference that the test would find in 80 studies of 100 after the correction (`could_find`)
     p, p_holm        sign-flip p, and corrected over all methods x kinds: one family against the base, one between methods
     n, items_differing   items of the tasks that count, and how many of them differ in their mean over seeds
     seeds, scope     number of seeds, and what low, high and detectable are about: "run" or "method"
@@ -81,7 +98,9 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     for family in families:
         tested = [_row(pairs, cells, kind=kind, a=a, b=b, tasks=tasks) for a, b in family for kind, tasks in counted.items()]
         tested = [row for row in tested if row is not None]
-        rows += [row | {"p_holm": float(p)} for row, p in zip(tested, holm([row["p"] for row in tested]))]
+        for row, p in zip(tested, holm([row["p"] for row in tested])):
+            errors = row.pop("errors")
+            rows.append(row | {"p_holm": float(p), "detectable": errors and could_find(**errors, tests=len(tested))})
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -137,11 +156,11 @@ def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str,
     own = [pairs[pairs["task"] == task] for task in tasks]
     differences = [sign * (scores(a, rows) - scores(b, rows)) for rows in own]
     means = [by_seed.mean(axis=0) for by_seed in differences]
-    found = of_arrays(differences)
-    least = FEWEST / (len(tasks) * max(map(len, means)))
+    found, items = of_arrays(differences), of_arrays([mean[None] for mean in means])
+    one = 1 / (len(tasks) * max(map(len, means)))
     return {
         "kind": kind, "a": a, "b": b, "difference": found.value, "low": found.low, "high": found.high, "p": sign_flip(means),
-        "detectable": None if found.detectable is None else max(found.detectable, least), "n": found.n,
+        "errors": None if found.error is None else {"items": items.error, "whole": found.error, "fewest": one}, "n": found.n,
         "items_differing": int(sum((np.abs(item) > 1e-12).sum() for item in means)), "seeds": found.seeds, "scope": found.scope,
     }  # fmt: skip
 
@@ -150,3 +169,35 @@ def _columns(cells: pd.DataFrame, method: str, seeds: list[int]) -> list[str]:
     """The cells of a method in the order of `seeds`, so that two methods are compared seed by seed."""
     by_seed = {cell["seed"]: name for name, cell in cells[cells["method"] == method].iterrows()}
     return [by_seed[seed] for seed in seeds]
+
+
+def _groups(differences: np.ndarray) -> list[tuple[float, int, int, int]]:
+    """Items of one size of difference: the size, the task's number of items, how many are positive and how many negative."""
+    differences = np.round(differences, 12)
+    sizes = np.unique(np.abs(differences[differences != 0]))
+    return [(float(size), len(differences), int((differences == size).sum()), int((differences == -size).sum())) for size in sizes]
+
+
+def _whole(groups: list[tuple[float, int, int, int]]) -> list[int] | None:
+    """What an item of each group weighs, in whole multiples of one unit; None where there is no such unit, or an exact p would take too long."""
+    sizes = [Fraction(size).limit_denominator(MOST_SEEDS) for size, *_ in groups]
+    if any(abs(float(fraction) - size) > 1e-9 for fraction, (size, *_) in zip(sizes, groups)):
+        return None
+    weights = [fraction / n for fraction, (_, n, *_) in zip(sizes, groups)]
+    unit = lcm(*(weight.denominator for weight in weights))
+    whole = [int(weight * unit) for weight in weights]
+    whole = [weight // gcd(*whole) for weight in whole]
+    counts = [up + down for _, _, up, down in groups]
+    return whole if sum(counts) * sum(weight * count for weight, count in zip(whole, counts)) <= MOST_WORK else None
+
+
+def _exact(weights: list[int], counts: list[tuple[int, int]]) -> float:
+    """The share of patterns of signs whose sum is at least as far from 0, from the distribution of the sum of the positive weights."""
+    chance = np.ones(1)
+    for weight, (up, down) in zip(weights, counts):
+        wider = np.zeros(len(chance) + weight * (up + down))
+        for k, share in enumerate(binom.pmf(np.arange(up + down + 1), up + down, 0.5)):
+            wider[k * weight:k * weight + len(chance)] += share * chance
+        chance = wider
+    statistic = sum(weight * (up - down) for weight, (up, down) in zip(weights, counts))
+    return min(1.0, float(chance[np.abs(2 * np.arange(len(chance)) - (len(chance) - 1)) >= abs(statistic)].sum()))

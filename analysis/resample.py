@@ -62,7 +62,7 @@ def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, se
     counts = {task: first["n"].get(task, 0) for task in [domain, *tasks]}
     means = cells.groupby("method")[["domain_gain", "forgetting"]].mean().astype(float).loc[list(methods)]
     rng = np.random.default_rng(seed)
-    change = _items(loaded, cells, counts=counts)
+    change = changes(loaded, cells, counts=counts)
     drawn = {task: _redrawn(values, draws=draws, rng=rng) for task, values in change.items()}
     gains, forgettings = drawn[domain], -np.mean([drawn[task] for task in tasks], axis=0)
     shift_gain, shift_forgetting = _seeds_part(cells, methods, draws=draws, rng=rng)
@@ -91,7 +91,7 @@ def reversed_interval(value: float, draws: np.ndarray) -> tuple[float | None, fl
     return float(2 * value - high), float(2 * value - low)
 
 
-def _items(loaded: Loaded, cells: pd.DataFrame, *, counts: dict[str, int]) -> dict[str, np.ndarray]:
+def changes(loaded: Loaded, cells: pd.DataFrame, *, counts: dict[str, int]) -> dict[str, np.ndarray]:
     """task -> (items, methods): tuned minus base, the mean over a method's seeds; NaN where a method's items are not all there."""
     methods = list(dict.fromkeys(cells["method"]))
     base = loaded.base.get(cells.iloc[0]["model"], {}).get("items", pd.DataFrame())

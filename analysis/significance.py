@@ -121,10 +121,10 @@ def _legend(tests: pd.DataFrame) -> list[str]:
     else:
         about = "over items, and p likewise: this run, not this method"
     return [
-        f"Two-sided sign-flip permutation tests of the reported numbers, paired by item, {FLIPS:,} flips; p is corrected by Holm's method "
-        f"over {families}.",
+        "Two-sided sign-flip permutation tests of the reported numbers, paired by item: over all patterns of signs where scores are right or "
+        f"wrong, else over {FLIPS:,} drawn ones; p is corrected by Holm's method over {families}.",
         "A positive difference means more gain, or more forgetting, of the method that is named first.",
         f"[ , ] is the 95 % interval, not corrected, {about}.",
-        "“could have detected” is the true difference that a single test at 5 % would find in 80 studies of 100, from the standard error, and "
-        "at least six items all one way; with the correction it is larger.",
+        "“could have detected” is the true difference that the test would find in 80 studies of 100 at the first step of the correction, from "
+        "the standard errors, and at least as many items as such a p takes if all change the same way.",
     ]

@@ -16,6 +16,8 @@ from analysis.tables import BANNER, item_intervals
 from experiments import cells
 from experiments.errors import UserError
 
+ROUNDING = 1e-9  # a mean of shares is not exact: 17 points may be stored as 0.16999999999999993
+
 
 def main(study, *, patterns: Sequence[str], max_forgetting: float, min_gain: float | None = None, confidence: bool = False) -> int:
     """Print a line a cell and the outcome; limits are shares of 1 (2 points are 0.02). Returns the exit status.
@@ -34,8 +36,8 @@ def main(study, *, patterns: Sequence[str], max_forgetting: float, min_gain: flo
     for cell, (text, wrong) in found.items():
         print(f"{'FAIL' if wrong else 'pass'}  {cell:<{width}}  {'; '.join(filter(None, [text, *wrong]))}")
     failed = sum(bool(wrong) for _, wrong in found.values())
-    asked = f"forgetting at most {numbers.points(max_forgetting)} points"
-    asked += "" if min_gain is None else f", gain at least {numbers.points(min_gain)}"
+    asked = f"forgetting at most {_limit(max_forgetting)} points"
+    asked += "" if min_gain is None else f", gain at least {_limit(min_gain)}"
     print(f"{len(chosen) - failed} of {len(chosen)} cells pass: {asked}{' by the ends of the 95 % intervals' if confidence else ''}")
     return int(failed > 0)
 
@@ -64,7 +66,12 @@ def verdict(loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float
             wrong.append(f"{name} has no interval to go by")
             continue
         end = value if not confidence else interval.high if sign == 1 else interval.low
-        if sign * end > sign * limit:
+        if sign * (end - limit) > ROUNDING:
             what = f"the {'upper' if sign == 1 else 'lower'} end of its interval is" if confidence else "is"
-            wrong.append(f"{name}: {what} {'above' if sign == 1 else 'below'} {numbers.points(limit)}")
+            wrong.append(f"{name}: {what} {'above' if sign == 1 else 'below'} {_limit(limit)}")
     return ", ".join(measured), wrong
+
+
+def _limit(share: float) -> str:
+    """A limit in points with all the digits it was given in."""
+    return f"{100 * share:+.10g}".replace("-", numbers.MINUS)

@@ -11,6 +11,7 @@ blocks is best is chosen on probe rows (analysis/chosen.py), so every family sho
 import typing
 from collections import Counter
 from dataclasses import fields
+from math import isfinite
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -28,6 +29,8 @@ from experiments.stages import resolve
 from methods.settings import declared
 
 POINTS = 5
+MOST_POINTS = 100
+BUDGET = ("epochs", "length")  # settings of train: that change what every method is given
 DIGITS = 4  # significant ones of a value between the ends of a range
 
 
@@ -98,8 +101,8 @@ def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: b
     except ValueError:
         raise UserError(f"{knob} {values!r}: write a range LOW..HIGH, such as 1e2..1e6, or a list A,B,C") from None
     count = POINTS if points is None else points
-    if count < 2:
-        raise UserError(f"--points {count}: a range has two ends, so ask for 2 or more")
+    if not 2 <= count <= MOST_POINTS:
+        raise UserError(f"--points {count}: a range has two ends and at most {MOST_POINTS} blocks, so ask for 2 to {MOST_POINTS}")
     if not low < high < float("inf"):
         raise UserError(f"{knob} {values}: a range goes from the lower to the higher end")
     if low <= 0 and not linear:
@@ -144,6 +147,9 @@ def _knob(study, method: str, part: str, setting: str) -> tuple[Any, list]:
         kinds = {field.name: field.type for field in fields(TrainSettings)}
         if setting not in kinds:
             raise unknown("setting", setting, kinds, where="train")
+        if setting in BUDGET:
+            raise UserError(f"knob train.{setting}: it changes the tokens of training, and methods are compared at equal tokens (docs/rules.md): give "
+                            "another budget a study of its own")  # fmt: skip
         pairs = [(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
         used = {getattr(study.settings(model=model, domain=domain, method=method), setting) for model, domain in pairs}
         return kinds[setting], list(used) if len(used) == 1 else []
@@ -176,9 +182,12 @@ def _scalar(text: str, *, knob: str) -> Any:
     """One value of a list as params.yaml would read it."""
     for kind in (int, float):
         try:
-            return kind(text)
+            value = kind(text)
         except ValueError:
-            pass
+            continue
+        if not isfinite(value):
+            raise UserError(f"{knob}: {text!r} is no finite number")
+        return value
     value = YAML(typ="safe", pure=True).load(text) if text else None
     if not isinstance(value, str | bool):
         raise UserError(f"{knob}: {text!r} is no value: write a range LOW..HIGH or a list A,B,C")

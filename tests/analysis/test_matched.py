@@ -20,20 +20,30 @@ FIXTURE = {"model": "smollm2-135m", "domain": "science"}
 ROLES = {"d": "domain", "a": "retention", "b": "retention", "low": "retention", "school": "transfer"}
 
 
-def study(runs, *, starts=(), tuning=None, columns=("d", "a", "b")):
-    """A Loaded of runs {(method, seed): [[probe scores in percent, a row a step], ...]}, of 100 rows each."""
-    cells, curves = [], []
+ROWS = 40  # scored rows a task, all right in the base
+
+
+def study(runs, *, starts=(), tuning=None, columns=("d", "a", "b"), wrong=None):
+    """A Loaded of runs {(method, seed): [[probe scores in percent, a row a step], ...]}, of 100 rows each.
+
+    wrong  {(method, seed): {task: how many of its ROWS scored rows are wrong, the first ones}}; without it there are no items
+    """
+    cells, curves, base, tuned = [], [], [], []
+    item = lambda task, k, score: {"task": task, "doc_id": k, "doc_hash": f"{task}{k}", "score": float(score), "gold": 1.0}
+    for task in ("a", "b") if wrong else ():
+        base += [item(task, k, 1) for k in range(ROWS)]
+        tuned += [item(task, k, k >= lost[task]) | {"cell": f"m/d/{m}/seed{s}"} for (m, s), lost in wrong.items() for k in range(ROWS)]
     for (method, seed), scores in runs.items():
         name = f"m/d/{method}/seed{seed}"
         about = {task: {"role": role} for task, role in ROLES.items()}
         cells.append({"cell": name, "model": "m", "domain": "d", "method": method, "seed": seed, "scores_by_task": about, "at_chance": ["low"],
-                      "domain_gain": None, "forgetting": None})  # fmt: skip
+                      "domain_gain": None, "forgetting": None, "n": dict.fromkeys(("a", "b"), ROWS) if wrong else {}})  # fmt: skip
         values = np.array(scores) / (1 if any(c.endswith("_nll") for c in columns) else 100)
         frame = pd.DataFrame(values, columns=[f"probe_{c}" for c in columns])
         curves.append(frame.assign(cell=name, step=range(len(frame)), tokens=range(len(frame))))
     return Loaded(
-        cells=pd.DataFrame(cells).set_index("cell", drop=False), curves=pd.concat(curves, ignore_index=True), items=pd.DataFrame(),
-        failures=pd.DataFrame(), prepared={name: {"bytes_start": 5} for name in starts}, tuning=tuning or {},
+        cells=pd.DataFrame(cells).set_index("cell", drop=False), curves=pd.concat(curves, ignore_index=True), items=pd.DataFrame(tuned),
+        failures=pd.DataFrame(), prepared={name: {"bytes_start": 5} for name in starts}, tuning=tuning or {}, base={"m": {"items": pd.DataFrame(base)}},
     )  # fmt: skip
 
 
@@ -68,24 +78,48 @@ def test_forgetting_at_the_same_gain_by_hand():
     assert rows_at(matched(found), "25 %").at["ewc", "early"] and not table.at["ewc", "early"]
 
 
-def test_one_seed_has_the_binomial_part_of_its_rows():
-    found = trajectories(study({("full", 0): [[50, 61, 71], [70, 41, 53]], ("ewc", 0): [[50, 61, 71], [70, 57, 69]]}), **WHERE)
+def moved(*changes):
+    """The variance by row of changes of each task's rows, with one more up and one more down, over its 100 probe rows and over T^2."""
+    return sum(np.append(change, [1, -1]).var(ddof=1) / 100 for change in changes) / len(changes) ** 2
+
+
+def lost(n):
+    return -1.0 * (np.arange(ROWS) < n)
+
+
+def test_one_seed_has_the_rows_part_from_the_scored_rows():
+    runs = {("full", 0): [[50, 61, 71], [70, 41, 53]], ("ewc", 0): [[50, 61, 71], [70, 57, 69]]}
+    found = trajectories(study(runs, wrong={("full", 0): {"a": 8, "b": 6}, ("ewc", 0): {"a": 3, "b": 0}}), **WHERE)
     assert found.rows == {"probe_a": 100, "probe_b": 100}
     table = rows_at(matched(found))
-    spread = lambda *shares: 1.959964 * sqrt(sum(p * (1 - p) / 100 for p in shares)) / 2
-    assert table.at["full", "high"] - table.at["full", "value"] == pytest.approx(spread(0.61, 0.71, 0.41, 0.53), rel=1e-6)
-    assert table.at["ewc", "difference_high"] - table.at["ewc", "difference"] == pytest.approx(spread(0.57, 0.69, 0.41, 0.53), rel=1e-6)
+    assert table.at["full", "high"] - table.at["full", "value"] == pytest.approx(1.959964 * sqrt(moved(lost(8), lost(6))), rel=1e-6)
+    between = moved(lost(3) - lost(8), lost(0) - lost(6))  # paired: what both methods lost does not count
+    assert table.at["ewc", "difference_high"] - table.at["ewc", "difference"] == pytest.approx(1.959964 * sqrt(between), rel=1e-6)
     assert set(table["covers"]) == {"rows"}
+    bare = rows_at(matched(trajectories(study(runs), **WHERE)))
+    assert bare["low"].isna().all() and set(bare["covers"]) == {""}  # without items nothing says how much answers vary
 
 
-def test_several_seeds_have_students_interval_and_differences_are_paired():
-    lost = {"full": [20, 26, 17], "ewc": [12, 17, 10]}
-    runs = {(method, seed): [[50, 60, 70], [70, 60 - value, 70 - value]] for method, values in lost.items() for seed, value in enumerate(values)}
+def test_several_seeds_have_students_part_too_and_differences_are_paired():
+    ends = {"full": [20, 26, 17], "ewc": [12, 17, 10]}
+    runs = {(method, seed): [[50, 60, 70], [70, 60 - value, 70 - value]] for method, values in ends.items() for seed, value in enumerate(values)}
     table = rows_at(matched(trajectories(study(runs), **WHERE)))
-    one = stats.ttest_1samp(np.array(lost["full"]) / 100, 0).confidence_interval(0.95)
+    one = stats.ttest_1samp(np.array(ends["full"]) / 100, 0).confidence_interval(0.95)
     assert (table.at["full", "low"], table.at["full", "high"]) == pytest.approx((one.low, one.high)) and set(table["covers"]) == {"seeds"}
-    two = stats.ttest_rel(np.array(lost["ewc"]) / 100, np.array(lost["full"]) / 100).confidence_interval(0.95)
+    two = stats.ttest_rel(np.array(ends["ewc"]) / 100, np.array(ends["full"]) / 100).confidence_interval(0.95)
     assert (table.at["ewc", "difference_low"], table.at["ewc", "difference_high"]) == pytest.approx((two.low, two.high))
+    wrong = {(method, seed): {"a": 8 if method == "full" else 3, "b": 0} for method, seed in runs}
+    both = rows_at(matched(trajectories(study(runs, wrong=wrong), **WHERE)))
+    half = sqrt((one.high - one.low) ** 2 / 4 + 1.959964**2 * moved(lost(8), lost(0)))
+    assert both.at["full", "high"] - both.at["full", "value"] == pytest.approx(half, rel=1e-6) and set(both["covers"]) == {"seeds and rows"}
+
+
+def test_seeds_that_agree_on_the_same_rows_are_no_certainty():
+    alike = {("full", seed): [[50, 60, 70], [70, 60, 69]] for seed in range(3)}
+    row = rows_at(matched(trajectories(study(alike), **WHERE))).loc["full"]
+    assert row["value"] == pytest.approx(0.005) and pd.isna(row["low"])
+    row = rows_at(matched(trajectories(study(alike, wrong={run: {"a": 0, "b": 0} for run in alike}), **WHERE))).loc["full"]
+    assert row["low"] < 0 < row["value"] < row["high"]
 
 
 def test_a_seed_that_does_not_reach_the_gain_is_not_left_out():
@@ -174,7 +208,7 @@ def test_figure_and_section(tmp_path):
     assert kept["gain"].to_list() == pytest.approx((100 * found.points["gain"]).to_list()) and len(kept) == 5 * 3 * 6
     assert kept["matched_gain"].iloc[0] == pytest.approx(100 * levels(found)["matched"]) and "dashed line" in caption and title
     html = page("matched", matched=section(loaded, **FIXTURE))
-    assert html.count("<tr>") == 6 and "over seeds (Student" in html and "copa" not in found.right
+    assert html.count("<tr>") == 6 and "over seeds and probe rows" in html and "over seeds alone (Student" in html and "copa" not in found.right
 
 
 def test_without_curves_there_is_nothing(tmp_path):

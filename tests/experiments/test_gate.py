@@ -36,7 +36,7 @@ def test_every_cell_within_the_limit_passes(study, capsys):
     status, lines = judged(study, capsys, max_forgetting=0.5)
     assert status == 0 and len(lines) == 6
     assert [line.split()[:2] for line in lines[:5]] == [["pass", f"smollm2-135m/science/{m}/seed0"] for m in METHODS]
-    assert lines[5] == "5 of 5 cells pass: forgetting at most +50.0 points"
+    assert lines[5] == "5 of 5 cells pass: forgetting at most +50 points"
     assert all("n = 600" in line and "n = 300" in line and "[" in line for line in lines[:5])  # retention rows above chance, domain rows
 
 
@@ -47,6 +47,14 @@ def test_the_limit_is_the_most_that_passes(study, capsys):
     assert judged(study, capsys, "*/full/*", max_forgetting=at)[0] == 0
     status, lines = judged(study, capsys, "*/full/*", max_forgetting=at - 1e-6)
     assert status == 1 and lines[0].startswith("FAIL") and "forgetting: is above" in lines[0] and lines[1].startswith("0 of 1 cells pass")
+
+
+def test_a_tie_passes_however_a_mean_is_rounded_and_the_limit_is_said_in_full(study, capsys):
+    path, found = metrics(study, "full")
+    path.write_text(json.dumps(found | {"domain_gain": 0.16999999999999993, "forgetting": 0.00125 + 1e-17}))
+    assert judged(study, capsys, "*/full/*", max_forgetting=0.00125, min_gain=0.17)[0] == 0
+    status, lines = judged(study, capsys, "*/full/*", max_forgetting=0.00124, min_gain=0.17)
+    assert status == 1 and "is above +0.124" in lines[0] and "at most +0.124 points, gain at least +17" in lines[1]
 
 
 def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):

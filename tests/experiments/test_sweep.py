@@ -124,6 +124,10 @@ def test_training_rates_whole_numbers_and_names_of_choices(demo):
         (("ewc", "ewc.strength", "5..1"), "from the lower to the higher"),
         (("ewc", "ewc.strength", "a..b"), "write a range LOW..HIGH"),
         (("ewc", "ewc.strength", "1,,2"), "'' is no value"),
+        (("ewc", "ewc.strength", "nan,1"), "'nan' is no finite number"),
+        (("ewc", "ewc.strength", "1,1e400"), "'1e400' is no finite number"),
+        (("full", "train.epochs", "1,2"), "train.epochs: it changes the tokens.*a study of its own"),
+        (("full", "train.length", "128,512"), "train.length: it changes the tokens"),
         (("lora", "train.learning_rate", "0,1e-3"), "train.learning_rate is 0.0: it must be above 0"),
         (("lora", "train.moments", "bfloat16"), "one for all methods"),
     ],
@@ -138,8 +142,9 @@ def test_bad_input_is_refused_and_nothing_is_written(demo, arguments, message):
 def test_a_list_has_its_own_number_of_points_and_a_block_is_not_swept(demo):
     with pytest.raises(UserError, match="--points and --linear are for a range"):
         sweep.make(demo, method="ewc", knob="ewc.strength", values="1,2", points=2, linear=False)
-    with pytest.raises(UserError, match="--points 1"):
-        sweep.make(demo, method="ewc", knob="ewc.strength", values="1..2", points=1, linear=False)
+    for points in (1, 1_000_000):
+        with pytest.raises(UserError, match=f"--points {points}: .*ask for 2 to 100"):
+            sweep.make(demo, method="ewc", knob="ewc.strength", values="1..2", points=points, linear=False)
     sweep.main(demo, method="ewc", knob="ewc.strength", values="1,10")
     with pytest.raises(UserError, match="ewc-s1 is a block of a sweep: sweep ewc"):
         sweep.main(again(demo), method="ewc-s1", knob="ewc.strength", values="3,4")
