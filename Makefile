@@ -46,6 +46,7 @@ bench: setup
 
 ui: setup
 	@python -m experiments track
+	@for study in $$(ls experiments/studies); do [ ! -d results/$$study/runs ] || python -m experiments track --study $$study; done
 	@mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 clean-cells: setup

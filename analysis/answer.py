@@ -3,31 +3,36 @@
 import pandas as pd
 
 from analysis import numbers
+from analysis.significance import found
 
 NAMED = 3  # methods named one by one in a sentence
 
 
-def sentences(rows: pd.DataFrame, *, domain: str, model: str, tasks: list[str]) -> list[str]:
+def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: str, tasks: list[str]) -> list[str]:
     """What one comparison says in three sentences: what was learned, what was forgotten, what it cost.
 
-    `rows` are its rows of the comparison table with the base; `tasks` count in forgetting.
+    rows   its rows of the comparison table with the base, of each method the setting chosen on probe rows alone
+    tests  its rows of `permutation.all_tests`, which say what is told from zero
+    tasks  those that count in forgetting
     """
     base, methods = rows[rows["method"] == "base"].iloc[0], rows[rows["method"] != "base"]
     if methods["forgetting"].notna().any():
-        forgotten = _forgetting(methods, tasks=tasks)
+        forgotten = _forgetting(methods, tests, tasks=tasks)
     else:
         forgotten = "No retention task is above chance for the base model, so this comparison cannot show forgetting."
     return [_learning(base, methods, domain=domain, model=model), forgotten, _cost(methods)]
 
 
-def reading(rows: pd.DataFrame) -> str:
-    """What the answer's intervals are about, and what it leaves out."""
+def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
+    """What the answer's intervals are about, and what it leaves out; `chosen` are the chosen settings of swept methods."""
     seeds = set(rows[rows["method"] != "base"]["seeds"])
     if seeds == {1}:
         about = "One seed: the intervals cover the scored items of this run and say nothing of another run of the method."
     else:
         about = f"The intervals are over seeds and scored items{', of a method with one seed over its items alone' if 1 in seeds else ''}."
-    return f"{about} The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
+    told = " Told from zero is what a paired test finds after Holm's correction." if tested else ""
+    swept = f" Of the methods with several settings it speaks of the one chosen on probe rows ({', '.join(chosen)})." if chosen else ""
+    return f"{about}{told}{swept} The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
 
 
 def _learning(base: pd.Series, methods: pd.DataFrame, *, domain: str, model: str) -> str:
@@ -38,14 +43,14 @@ def _learning(base: pd.Series, methods: pd.DataFrame, *, domain: str, model: str
     return f"{before}; after fine-tuning, the methods reach from {numbers.percent(worst['domain_score'])} % ({worst['method']}) to {numbers.percent(best['domain_score'])} % ({best['method']})."
 
 
-def _forgetting(methods: pd.DataFrame, *, tasks: list[str]) -> str:
+def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str]) -> str:
     least, most = _ends(methods, "forgetting")
     text = f"Over {_count(len(tasks), 'retention task')} ({int(methods['n_retention'].iloc[0])} rows) "
     if least is most:
         text += f"{most['method']} forgets {_with_range(most)} points"
     else:
         text += f"forgetting runs from {_with_range(least)} points ({least['method']}) to {_with_range(most)} ({most['method']})"
-    text += _unclear(methods)
+    text += _unclear(tests[(tests["kind"] == "forgetting") & (tests["b"] == "base")])
     ratios = methods.dropna(subset=["perplexity_ratio"])
     if len(ratios):
         low, high = _ends(ratios, "perplexity_ratio")
@@ -54,18 +59,17 @@ def _forgetting(methods: pd.DataFrame, *, tasks: list[str]) -> str:
     return text + "."
 
 
-def _unclear(methods: pd.DataFrame) -> str:
-    """Which methods' intervals of forgetting reach zero; nothing where there are no intervals."""
-    known = methods[methods["forgetting_low"].notna()] if "forgetting_low" in methods else methods.iloc[:0]
-    unclear = list(known[(known["forgetting_low"] <= 0) & (known["forgetting_high"] >= 0)]["method"])
-    if len(known) < 2:
+def _unclear(tests: pd.DataFrame) -> str:
+    """Which methods' forgetting is not told from zero; nothing where there was nothing to test."""
+    unclear = [test["a"] for _, test in tests.iterrows() if not found(test)]
+    if len(tests) < 2:
         return ", which cannot be told from zero" if unclear else ""
     if not unclear:
-        sides = set(known["forgetting_high"] < 0)
-        return ", and no method's interval reaches zero" if len(sides) > 1 else f", {'below' if True in sides else 'above'} zero for every method"
-    if len(unclear) == len(known):
+        sides = set(tests["difference"] < 0)
+        return ", told from zero for every method" if len(sides) > 1 else f", {'below' if True in sides else 'above'} zero for every method"
+    if len(unclear) == len(tests):
         return ", none of which can be told from zero"
-    whose = _and(unclear) if len(unclear) <= NAMED else f"{len(unclear)} of {len(known)} methods"
+    whose = _and(unclear) if len(unclear) <= NAMED else f"{len(unclear)} of {len(tests)} methods"
     return f", where {whose} cannot be told from zero"
 
 

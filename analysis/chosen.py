@@ -6,6 +6,8 @@ and of these the lowest perplexity on the probe passages wins. Base scores are t
 they do not enter a choice, and the objective is written here without them: domain probe + mean of the probe tasks.
 """
 
+from dataclasses import replace
+
 import pandas as pd
 
 from analysis.load import Loaded
@@ -21,6 +23,22 @@ def chosen(loaded: Loaded, family: str, *, model: str, domain: str) -> str | Non
     table = choices(loaded, model=model, domain=domain)
     found = table[(table["family"] == family) & table["chosen"]]
     return None if found.empty else str(found.iloc[0]["method"])
+
+
+def reported(loaded: Loaded) -> Loaded:
+    """The results with one block a family: what a comparison speaks of, so that no setting is picked by its test scores.
+
+    It is the chosen block; in a family without probe scores the method itself, or its first block.
+    """
+    dropped: list[str] = []
+    for model, domain in loaded.comparisons:
+        cells, table = loaded.of(model, domain), choices(loaded, model=model, domain=domain)
+        picked = set(table[table["chosen"]]["method"])
+        for name, blocks in families(dict.fromkeys(cells["method"])).items():
+            kept = next((block for block in blocks if block in picked), name if name in blocks else blocks[0])
+            dropped += list(cells.index[cells["method"].isin(set(blocks) - {kept})])
+    without = lambda frame: frame[~frame["cell"].isin(dropped)] if len(frame) else frame
+    return replace(loaded, cells=loaded.cells.drop(index=dropped), curves=without(loaded.curves), items=without(loaded.items)) if dropped else loaded
 
 
 def choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:

@@ -3,7 +3,7 @@
     agrees          the measured value, with its whole interval, lies within what the claim says and its tolerance
     disagrees       none of it does
     not comparable  measured, but of other models or data than a claim about scores, or under unequal settings
-    not measured    there is nothing to look at, or the interval reaches in and out: more rows or seeds could tell
+    not measured    there is nothing to look at, a time was taken once, or the interval reaches in and out: more rows or seeds could tell
 """
 
 import math
@@ -68,6 +68,8 @@ class Claim:
             return "not comparable", found.why
         if self.scope == "setting" and not (found.model in self.on["models"] and found.domain in self.on["domains"]):
             return "not comparable", "a claim about scores of other models and data"
+        if found.once:
+            return "not measured", "timed once, which a busy machine moves: more seeds would tell"
         low, high = self.accepted
         least, most = (found.value, found.value) if found.low is None else (min(found.low, found.value), max(found.high, found.value))
         if low <= least and most <= high:

@@ -19,6 +19,7 @@ from experiments.names import unknown
 
 SCORES = ("forgetting", "domain_gain", "domain_score", "general_score")
 DRIFTS = ("distance", "relative")
+REUSED = "seconds_prepare"  # cells of one preparation share its timing
 KEYS = {"table": {"metric", "method", "against", "as"}, "bench": {"record", "runner", "against"}, "fact": {"record", "name"},
         "drift": {"metric", "method", "against"}}  # fmt: skip
 
@@ -36,6 +37,7 @@ class Measured:
     model: str = ""
     domain: str = ""
     why: str = ""
+    once: bool = False  # seconds of one timing: a busy machine moves them by more than most claims are about
 
 
 def check(measure: Any, *, where: str, scope: str) -> None:
@@ -107,7 +109,7 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Mapping, drift: Ma
     asked = measure[kind]
     methods = [asked["method"], *([asked["against"]] if "against" in asked else [])]
     what = f"{asked['metric']} of {' against '.join(methods)}"
-    compared = 0
+    compared, timed = 0, set()
     for model, domain in loaded.comparisons if len(loaded.cells) else ():
         cells = loaded.of(model, domain)
         if not set(methods) <= set(cells["method"]):
@@ -122,8 +124,13 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Mapping, drift: Ma
             found = _moved(groups, asked["metric"], drift)
         elif asked["as"] == "value":
             found = _value(comparison, groups[0], asked["metric"])
+        elif asked["metric"] in SCORES:
+            found = _score(loaded, groups, asked["metric"], asked["as"])
         else:
-            found = _score(loaded, groups, asked["metric"], asked["as"]) if asked["metric"] in SCORES else _cost(groups, asked["metric"], asked["as"])
+            found = _cost(groups, asked["metric"], asked["as"])
+            if asked["metric"] == REUSED and _timings(groups) <= timed:
+                continue  # another domain's cells took the same preparation from the store
+            timed |= _timings(groups) if asked["metric"] == REUSED else set()
         yield Measured(**place | found | ({"why": why} if (why := _unequal(loaded, groups, measure, asked["metric"])) else {}))
     if not compared:
         yield Measured(where=what, why=f"no model and domain with finished cells of {' and '.join(methods)}")
@@ -200,8 +207,15 @@ def _cost(groups: list[pd.DataFrame], metric: str, way: str) -> dict:
     if any(np.isnan(group).any() for group in values) or (way == "ratio" and not values[1].all()):
         return {"why": f"{metric} is unknown or nothing"}
     each = values[0] / values[1] if way == "ratio" else values[0] - values[1]
-    ends = {"low": float(each.min()), "high": float(each.max()), "ends": "lowest and highest seed"} if len(each) > 1 else {}
-    return {"value": float(each.mean()), "n": _n(0, len(each))} | ends
+    times = len(_timings(groups)) if metric == REUSED else len(each)
+    ends = {"low": float(each.min()), "high": float(each.max()), "ends": "lowest and highest seed"} if times > 1 else {}
+    n = f"{times} timing{'s' if times != 1 else ''}" if metric == REUSED else _n(0, len(each))
+    return {"value": float(each.mean()), "n": n, "once": metric.startswith("seconds_") and times == 1} | ends
+
+
+def _timings(groups: list[pd.DataFrame]) -> set[tuple[float, ...]]:
+    """The preparations' seconds, seed by seed: equal to the last digit they are one that several cells took from the store."""
+    return set(zip(*(group[REUSED].astype(float) for group in groups)))
 
 
 def _moved(groups: list[pd.DataFrame], metric: str, drift: Mapping[str, dict]) -> dict:

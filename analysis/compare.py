@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from analysis import costs
+from analysis.chosen import reported
 from analysis.comparable import guarded
 from analysis.figures import write_figures
 from analysis.load import load_cells
@@ -12,7 +13,7 @@ from analysis.tables import as_csv, as_markdown, as_text, comparison
 
 
 def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, title: str, planned=None) -> str:
-    """Table (text, CSV, Markdown), paired tests (CSV), figures and report of `cells`; returns the table as text for the terminal.
+    """Table (text, CSV, Markdown), paired tests of the chosen settings (CSV), figures and report of `cells`; returns the table as text for the terminal.
 
     cells    cells to compare, names `model/domain/method/seed0` or objects with a `.name`
     planned  every cell the study asks for, where that is more than `cells`: those without a result are named
@@ -27,13 +28,12 @@ def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, t
     for suffix in ("png", "svg", "csv"):
         for old in (folder / "figures").glob(f"*.{suffix}"):
             old.unlink()
-    tests = all_tests(loaded)
+    tests = all_tests(reported(loaded))
     figures = write_figures(loaded, table, folder=folder / "figures")
     (folder / "table.csv").write_text(as_csv(loaded, table), encoding="utf-8")
     (folder / "tests.csv").write_text(tests.to_csv(index=False, lineterminator="\n", float_format="%.6g"), encoding="utf-8")
     (folder / "table.md").write_text(as_markdown(loaded, table) + costs.as_markdown(loaded), encoding="utf-8")
-    reproduce = "make repro" if root.name == "results" else f"make study NAME={root.name}"
-    write_report(loaded, table, tests, figures, path=folder / "report.html", title=title, reproduce=reproduce)
+    write_report(loaded, table, tests, figures, path=folder / "report.html", title=title, study="" if root.name == "results" else root.name)
     text = as_text(loaded, table)
     (folder / "table.txt").write_text(text, encoding="utf-8")
     return text

@@ -11,6 +11,9 @@ from analysis import drift, flips_show, front, matched_show, numbers, style
 from analysis.costs import costs
 from analysis.intervals import mean_difference, paired
 from analysis.load import Loaded
+from experiments.families import family
+
+MANY = 10  # methods beyond which the blocks of a sweep go without a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +79,8 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             y, shade = -(t * step + m), style.FAINT if row["at_chance"] else style.colour(method)
             axes.errorbar(row["forgetting"], y, color=shade, marker=style.marker(method), markersize=5.5, elinewidth=1.2, xerr=style.bars(row["forgetting"], row["low"], row["high"]))
             end = row["forgetting"] if numbers.missing(row["high"]) else row["high"]
-            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.MUTED if row["at_chance"] else shade)
+            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.MUTED if row["at_chance"] else shade,
+                          bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6})  # fmt: skip
     middle = [-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))]
     chance = set(first["at_chance"])
     axes.set_yticks(middle, [f"{task}\nn = {first['n'][task]}" + ("\nat chance:\ncannot show loss" if task in chance else "") for task in tasks])
@@ -85,7 +89,8 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     axes.spines["left"].set_visible(False)
     axes.set_xlim(right=edge + 0.22 * max(edge, 1.0) + 1.0)
     axes.set_xlabel("forgetting, points (base minus tuned; right of 0 is loss)")
-    caption = "Retention tasks only; bars are 95 % intervals over the items. Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
+    over = "seeds and items" if cells["seed"].nunique() > 1 else "the items"
+    caption = f"Retention tasks only; bars are 95 % intervals over {over}. Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
     return figure, data, "Forgetting by task", caption
 
 
@@ -113,21 +118,31 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
         "general_perplexity": "Forgetting: perplexity of general text (down is better)",
     }
     figure, panels = style.new(style.WIDTH, 0.5 + 2.05 * len(shown), len(shown), sharex=True, squeeze=False)
+    methods = list(dict.fromkeys(data["method"]))
+    swept = [method for method in methods if method != family(method)]
     for axes, key in zip(panels[:, 0], shown):
         axes.set_title(titles[key])
         ends = []
-        for method in dict.fromkeys(data["method"]):
+        for method in methods:
             own, scale = data[data["method"] == method].dropna(subset=[key]), 100 if key == "domain_accuracy" else 1
-            for _, line in own.groupby("cell", sort=False):
-                axes.plot(line["tokens"], scale * line[key], color=style.colour(method), marker=style.marker(method), markersize=3.5, linewidth=1.4)
-            last = own.groupby("cell", sort=False).last()
-            if len(last):
-                ends.append((float(last["tokens"].mean()), scale * float(last[key].mean()), method, style.colour(method)))
+            if own.empty:
+                continue
+            shade, seeds = style.colour(method), own["cell"].nunique()
+            for _, line in own.groupby("cell", sort=False) if seeds > 1 else ():
+                axes.plot(line["tokens"], scale * line[key], color=shade, linewidth=0.6, alpha=0.35)
+            mean = own.groupby("step")[["tokens", key]].mean()
+            block = method in swept  # the blocks of a sweep are finer than the method itself, and go without a name where there are many
+            axes.plot(mean["tokens"], scale * mean[key], color=shade, marker=style.marker(method), markersize=2.5 if block else 3.5,
+                      linewidth=0.8 if block else 1.4, linestyle=(0, (4, 2)) if block else "-")  # fmt: skip
+            if not block or len(methods) <= MANY or family(method) not in methods:
+                ends.append((float(mean["tokens"].iloc[-1]), scale * float(mean[key].iloc[-1]), method, shade))
         style.label_ends(axes, ends, gap=0.095)
     panels[-1, 0].set_xlabel(f"training tokens ({style.where(cells)})")
     panels[-1, 0].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     panels[-1, 0].margins(x=0.02)
     caption = "Measured on probe rows during training, which are disjoint from the scored rows. A method whose curves start elsewhere begins from weights of its own preparation."
+    caption += " Faint lines are seeds, the others their mean." if cells["seed"].nunique() > 1 else ""
+    caption += " Dashed lines are the blocks of a sweep." if swept else ""
     return figure, data, "Learning and forgetting over training", caption
 
 
@@ -172,7 +187,7 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
 
 
 def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Layer-wise coefficients of a part that reports them (mean 1), by layer and kind of matrix."""
+    """Layer-wise coefficients of a part that reports them, by layer and kind of matrix; their mean, weighted by importance, is 1."""
     records = []
     for cell, report in cells["parts_report"].items():
         for part in (report or {}).values():
@@ -186,7 +201,7 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     data["layer"] = data["layer"].astype("Int64")
     shown = list(dict.fromkeys(data["method"]))
     figure, panels = style.new(style.WIDTH, 0.6 + 2.5 * len(shown), len(shown), sharex=True, squeeze=False)
-    shades = (style.colour("hierarchical"), style.colour("lora"), style.colour("ewc"), style.colour("mofo"), *style.OTHERS)
+    shades = (style.INK, *style.OTHERS)  # kinds of matrix: no method's colours
     for axes, method in zip(panels[:, 0], shown):
         own = data[data["method"] == method]
         axes.axhline(1, color=style.MUTED, linewidth=0.8)
@@ -205,9 +220,12 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
             axes.minorticks_off()
         style.label_ends(axes, ends, gap=0.085)
-        axes.set_ylabel("coefficient (mean is 1)")
+        axes.set_ylabel("coefficient")
         axes.set_title(f"Layer coefficients: {method}, {style.where(cells)}")
     panels[-1, 0].set_xlabel("layer")
     panels[-1, 0].xaxis.get_major_locator().set_params(integer=True)
-    caption = "How the penalty is shared out over layers: above 1 a layer is held harder than the average, below 1 more loosely."
+    caption = (
+        "How the penalty is shared out over layers: a layer at 2 is held twice as hard as one at 1. The mean that is 1 is weighted by importance, "
+        "so most layers may lie below it."
+    )
     return figure, data, "Layer coefficients", caption

@@ -7,12 +7,15 @@ import numpy as np
 import pandas as pd
 
 from analysis import numbers, style
+from analysis.chosen import choices
 from analysis.load import Loaded
 from analysis.resample import Resampled, resampled, reversed_interval
 from experiments.families import family
 
 ALL = "all methods"
+EMPTY = 0.025  # share of redraws without any area beyond which there is no interval
 MARGIN = 5  # points between the worst forgetting seen and the reference point
+CROWDED = 16  # points up to which the blocks of a sweep are named too, "s1" beside their method's colour and shape
 FEW = 8  # points up to which each is drawn with its intervals
 
 
@@ -98,7 +101,7 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
     axes.axhline(0, color=style.MUTED, linewidth=0.8)
     axes.axvline(0, color=style.MUTED, linewidth=0.8)
     axes.plot(0, 0, "+", color=style.INK, markersize=10, markeredgewidth=1.6)
-    axes.set_title(f"Front of gain against forgetting: {style.where(cells)}")
+    axes.set_title(f"Front of gain against forgetting: {style.where(cells)}, n = {made.n_domain} + {made.n_retention}")
     labels, bars = [(0, 0, "base", style.INK)], []
     named = set(data[data["front"] | (data["family"] == data["method"])]["method"])
     for name, own in data.groupby("family", sort=False):
@@ -112,6 +115,8 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
                       markerfacecolor=shade if point.front else style.PAPER, markeredgewidth=1.4)  # fmt: skip
             if point.method in named:
                 labels.append((point.gain, point.forgetting, point.method, shade))
+            elif len(data) <= CROWDED:
+                labels.append((point.gain, point.forgetting, point.method.removeprefix(f"{name}-"), shade))
     axes.set_xlabel("gain on the domain, points (right is better)")
     axes.set_ylabel("forgetting, points (down is better)")
     axes.margins(0.1)
@@ -137,30 +142,36 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
         return None
     best = made.points[made.points["front"]].sort_values("gain")
     several = made.most_seeds > 1
+    table = choices(loaded, model=model, domain=domain)
+    picked = table[table["chosen"]].set_index("family")["method"].to_dict()
     return {
         "sentence": (f"On the front: {', '.join(_place(point) for point in best.itertuples())}." if len(best)
                      else "No method is on the front: the bare base gains as much and forgets as little."),
         "reference": f"gain 0, forgetting {100 * made.reference:.0f} points",
         "covers": "items and seeds" if several else "items only: this run, not this method",
+        "swept": bool((made.volumes["blocks"] > 1).drop(index=made.volumes.index[made.volumes["family"] == ALL]).any()),
         "n": f"{made.n_domain} domain and {made.n_retention} retention rows",
         "rows": [
             {"name": row.family, "whole": row.family == ALL, "colour": style.colour(row.family), "blocks": row.blocks,
              "volume": f"{row.hypervolume:.1f}", "luck": "–" if row.blocks < 2 or numbers.missing(row.luck) else f"{max(row.luck, 0.0):.1f}",
              "interval": "" if numbers.missing(row.hypervolume_low) else f"[{row.hypervolume_low:.1f}, {row.hypervolume_high:.1f}]",
-             "on_front": _on_front(made, row.family)}
+             "chosen": picked.get(row.family, ""), "on_front": _on_front(made, row.family)}
             for row in made.volumes.itertuples()
         ],
     }  # fmt: skip
 
 
 def _volume(found: Resampled, name: str, columns: list[int], reference: float) -> dict:
-    """A family's hypervolume in points times points; `luck` is how far the redraws' mean lies above it."""
+    """A family's hypervolume in points times points; `luck` is how far the redraws' mean lies above it.
+
+    Without an interval where the redraws pile up at an area of 0, which is where it would cover as little as half of all studies.
+    """
     value = 1e4 * float(hypervolume(found.gain[columns], found.forgetting[columns], reference=reference))
     draws = 1e4 * hypervolume(found.gains[:, columns], found.forgettings[:, columns], reference=reference)
-    low, high = reversed_interval(value, draws)
+    low, high = reversed_interval(value, draws) if (draws <= 0).mean() <= EMPTY else (None, None)
     return {
         "family": name, "blocks": len(columns), "hypervolume": value, "hypervolume_low": None if low is None else max(low, 0.0),
-        "hypervolume_high": None if high is None else max(high, 0.0), "luck": None if low is None else float(draws.mean()) - value,
+        "hypervolume_high": high, "luck": None if np.isnan(draws).any() else float(draws.mean()) - value,
     }  # fmt: skip
 
 

@@ -53,12 +53,13 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         panels[0, 0].annotate(text, (scale * marks["matched"], 1), xytext=(-5, -3), xycoords=("data", "axes fraction"),
                               textcoords="offset points", ha="right", va="top", fontsize=8, color=style.INK)  # fmt: skip
     unit = "points" if found.gain == "accuracy" else "nats per token"
+    probed = ", ".join(f"{column.removeprefix('probe_')} {n}" for column, n in found.rows.items()) or "their number is not recorded"
     panels[-1, 0].set_xlabel(f"gain on the domain's probes, {unit} (right is better); {style.where(cells)}")
     caption = (
         "Each line is a run, from its first probe to its last, against the bare base: lower at the same gain is better. "
         + ("The dashed line is the gain at which methods are compared. " if marks else "No method gained on the probes: nothing to compare at. ")
         + ("Thin lines are the blocks of a sweep. " if any(method != family(method) for method in found.methods) else "")
-        + "Probe rows are few and disjoint from the scored rows."
+        + f"Probe rows are few ({probed}) and disjoint from the scored rows."
     )
     return figure, data, "Forgetting at the same gain", caption
 
@@ -87,13 +88,15 @@ def _sweeps(loaded: Loaded, model: str, domain: str) -> list[dict]:
     """Texts of the families' gaps on the scored rows; empty where nothing was swept."""
     found = resampled(loaded, model=model, domain=domain)
     rows = []
+    of = lambda name: f"{name} ({len(found.families[name])})" if unequal else name
     for row in gaps(found).itertuples() if found else ():
+        unequal = len(found.families[row.a]) != len(found.families[row.b])
         if numbers.missing(row.difference):
-            rows.append({"pair": f"{row.a} − {row.b}", "gains": "no gain in common", "value": "–", "interval": ""})
+            rows.append({"pair": f"{of(row.a)} − {of(row.b)}", "gains": "no gain in common", "value": "–", "interval": ""})
             continue
         gains = dict.fromkeys(numbers.points(gain) for gain in (row.gain_low, row.gain_high))
         interval = "" if numbers.missing(row.low) else f"[{numbers.points(row.low)}, {numbers.points(row.high)}]"
-        rows.append({"pair": f"{row.a} − {row.b}", "gains": " to ".join(gains), "value": numbers.points(row.difference), "interval": interval})
+        rows.append({"pair": f"{of(row.a)} − {of(row.b)}", "gains": " to ".join(gains), "value": numbers.points(row.difference), "interval": interval})
     return rows
 
 

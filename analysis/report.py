@@ -1,29 +1,32 @@
 """The report: one self-contained HTML page from the loaded results, the comparison table and the figures."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
 from analysis import answer, bench, claims, costs, drift, flips, front, matched_show, numbers, significance, style, tables
+from analysis.chosen import reported
 from analysis.figures import Figure
 from analysis.inline import inline
 from analysis.load import Loaded
+from experiments.families import family
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write_report(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, reproduce: str) -> Path:
-    """Writes the page; `reproduce` is the command that makes the whole study."""
+def write_report(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, study: str) -> Path:
+    """Writes the page; `study` is the study's name, empty for the default one."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
-    costed, drawn = costs.costs(loaded), {}
+    costed, drawn, speaking = costs.costs(loaded), {}, reported(loaded)
     page = environment.get_template(TEMPLATE.name).render(
         title=title,
-        reproduce=reproduce,
+        study=study,
         banner=tables.BANNER if loaded.not_a_result else "",
-        comparisons=[_comparison(loaded, table, tests, costed, figures, model=m, domain=d, folder=path.parent, drawn=drawn) for m, d in loaded.comparisons],
+        comparisons=[_comparison(loaded, table, tests, costed, figures, model=m, domain=d, folder=path.parent, drawn=drawn, speaking=list(dict.fromkeys(speaking.of(m, d)["method"]))) for m, d in loaded.comparisons],
         failures=tables.missing(loaded),
         planned=len(loaded.planned),
         finished=len(loaded.cells),
@@ -46,13 +49,17 @@ def short(digest) -> str:
     return digest[:12] if isinstance(digest, str) else "–" if digest is None else short(json.dumps(digest, sort_keys=True))
 
 
-def _comparison(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, costed: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path, drawn: dict) -> dict:
-    """Everything the page says of one (model, domain)."""
+def _comparison(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, costed: pd.DataFrame, figures: list[Figure], *, model: str, domain: str, folder: Path, drawn: dict,
+                speaking: list[str]) -> dict:  # fmt: skip
+    """Everything the page says of one (model, domain); `speaking` are the methods, each at the setting chosen on probe rows."""
     rows = table[(table["model"] == model) & (table["domain"] == domain)]
     cells = loaded.of(model, domain)
     first = cells.iloc[0]
+    spoken = rows[rows["method"].isin(["base", *speaking])]
+    own_tests = tests[(tests["model"] == model) & (tests["domain"] == domain)]
     kept = tables.retention_tasks(first)
     methods = list(dict.fromkeys(cells["method"]))
+    swept = Counter(map(family, methods))
     mean = lambda task, method: float(pd.Series([by[task]["value"] for by in cells[cells["method"] == method]["scores_by_task"]]).mean())
     tasks = [
         {"name": task, **about, "counts": task in kept, "at_chance": task in first["at_chance"], "by_method": [mean(task, method) for method in methods]}
@@ -65,9 +72,10 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, costed
         "model": model, "domain": domain, "methods": methods,
         "anchor": f"{model}-{domain}",
         "seeds": sorted(cells["seed"].unique().tolist()),
+        "swept": len(methods) > len(speaking),
         "note": next((note for note in cells["model_note"] if note), ""),
-        "answer": answer.sentences(rows, domain=domain, model=model, tasks=kept),
-        "reading": answer.reading(rows),
+        "answer": answer.sentences(spoken, own_tests, domain=domain, model=model, tasks=kept),
+        "reading": answer.reading(spoken, tested=len(own_tests) > 0, chosen=[name for name in speaking if swept[family(name)] > 1]),
         "rows": [_row(row) for _, row in rows.iterrows()],
         "tasks": sorted(tasks, key=lambda task: order.index(task["role"]) if task["role"] in order else 9),
         "at_chance": first["at_chance"],

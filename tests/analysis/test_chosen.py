@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.chosen import EQUAL, choices, chosen
+from analysis.chosen import EQUAL, choices, chosen, reported
 from analysis.load import Loaded
 from experiments import tune
 
@@ -58,6 +58,19 @@ def test_test_scores_do_not_count():
     found = loaded(runs)
     found.cells["domain_gain"], found.cells["forgetting"] = [-1.0, 1.0], [1.0, -1.0]
     assert chosen(found, "ewc", model="m", domain="science") == "ewc"
+
+
+def test_what_is_reported_is_one_block_a_family_and_no_test_score_moves_it():
+    runs = {("full", 0): (0.9, 0.6, 0.4, 20.0), ("ewc", 0): (0.5, 0.6, 0.4, 20.0), ("ewc-s1", 0): (0.9, 0.6, 0.4, 20.0),
+            ("mofo-s1", 0): (0.5, 0.6, 0.4, 20.0), ("mofo-s2", 0): (0.4, 0.6, 0.4, 20.0)}  # fmt: skip
+    kept = lambda found: list(reported(found).cells["method"])
+    found = loaded(runs)
+    assert kept(found) == ["full", "ewc-s1", "mofo-s1"] and set(reported(found).curves["cell"]) == set(reported(found).cells.index)
+    found.cells["domain_gain"], found.cells["forgetting"] = [9.0, 9.0, -9.0, -9.0, 9.0], [-9.0, -9.0, 9.0, 9.0, -9.0]
+    assert kept(found) == ["full", "ewc-s1", "mofo-s1"]
+    assert kept(loaded(runs, probed=False)) == ["full", "ewc", "mofo-s1"]  # without probes the method as it is written, else its first block
+    alone = loaded({("full", 0): (0.9, 0.6, 0.4, 20.0)})
+    assert reported(alone) is alone and reported(loaded({})).cells.empty
 
 
 def test_seeds_are_averaged_over_those_that_all_blocks_have():

@@ -1,6 +1,7 @@
 """Claims against results: verdicts are computed from values and intervals, and say why where there is none."""
 
 import json
+import statistics
 
 import jinja2
 import pandas as pd
@@ -146,7 +147,8 @@ def test_a_difference_is_paired_by_item_and_seed(results, tmp_path, metric):
     if metric.startswith("domain"):  # one task and one seed: by hand
         scores = alone.items[alone.items["task"] == "science"].pivot(index="doc_hash", columns="cell", values="score")
         difference = scores["smollm2-135m/science/ewc/seed0"] - scores["smollm2-135m/science/full/seed0"]
-        error = difference.std(ddof=1) / len(difference) ** 0.5
+        difference = [*difference, 1, -1]  # two items more, one moved up and one down
+        error = statistics.stdev(difference) / len(difference) ** 0.5
         assert single["high"] - single["value"] == pytest.approx(1.968 * error, rel=1e-3)  # t of 299 degrees
     assert "this run, not this method" in single["ends"] and "other seeds" in row["ends"]
 
@@ -157,7 +159,7 @@ def test_a_ratio_of_scores_has_an_interval(results, tmp_path):
     mean = loaded.cells.groupby("method")["domain_score"].mean()
     assert row["value"] == pytest.approx(mean["mofo"] / mean["full"]) and row["low"] < row["value"] < row["high"]
     same = measure(results, tmp_path, {"table": {"metric": "domain_score", "method": "full", "against": "full", "as": "ratio"}}, unit="share")
-    assert same["value"] == same["low"] == same["high"] == 1.0
+    assert same["value"] == 1.0 and 0.98 < same["low"] < 1 < same["high"] < 1.02  # that no item differs does not say that none can
 
 
 def test_costs_are_compared_seed_by_seed_on_one_machine(results, tmp_path):
@@ -171,6 +173,20 @@ def test_costs_are_compared_seed_by_seed_on_one_machine(results, tmp_path):
     loaded.cells.at["smollm2-135m/science/mofo/seed0", "hardware"] = {"cpu": "another"}
     row, = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
     assert row["verdict"] == "not comparable" and "hardware is not equal" in row["why"]
+
+
+def test_a_time_taken_once_is_no_verdict_and_a_reused_preparation_counts_once(results, tmp_path):
+    asked = {"table": {"metric": "seconds_train", "method": "mofo", "against": "full", "as": "ratio"}}
+    assert measure(results, tmp_path, asked, number=1.19, unit="times")["verdict"] == "agrees"
+    alone = load_cells(results[0], [cell for cell in results[1] if cell.endswith("seed0")])
+    row, = claims.table(alone, comparison(alone), path=tmp_path / "claims.yaml").to_dict("records")
+    assert row["value"] == pytest.approx(301.2 / 252.3) and (row["verdict"], row["why"][:10]) == ("not measured", "timed once")
+    asked = {"table": {"metric": "seconds_prepare", "method": "hierarchical", "against": "ewc", "as": "ratio"}}
+    assert measure(results, tmp_path, asked, unit="times")["n"] == "1 timing"  # both seeds have the same seconds to the last digit
+    loaded = load_cells(*results)
+    loaded.cells.loc["smollm2-135m/science/ewc/seed1", "seconds_prepare"] *= 1.1
+    row, = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    assert row["n"] == "2 timings" and row["low"] < row["high"]
 
 
 def test_what_must_be_equal_and_is_not_is_not_comparable(results, tmp_path):

@@ -7,9 +7,9 @@ import pytest
 
 import analysis
 from analysis import style
-from analysis.front import ALL, front, gain_forgetting_front, hypervolume, nondominated, section
+from analysis.front import ALL, _volume, front, gain_forgetting_front, hypervolume, nondominated, section
 from analysis.load import load_cells
-from analysis.resample import _seeds_part, family, resampled, reversed_interval
+from analysis.resample import Resampled, _seeds_part, family, resampled, reversed_interval
 from analysis.tables import comparison
 from tests.analysis.fixtures import write_results
 
@@ -123,6 +123,18 @@ def test_front_of_a_sweep(swept):
     assert volumes.at[ALL, "hypervolume"] >= volumes["hypervolume"].drop(ALL).max()
     assert (volumes["hypervolume_low"] < volumes["hypervolume"]).all() and (volumes["hypervolume"] < volumes["hypervolume_high"]).all()
     assert points["front_share"].between(0, 1).all() and points.loc[points["front"], "front_share"].min() > 0
+
+
+def test_a_gain_close_to_nothing_leaves_the_area_without_an_interval():
+    """Redraws pile up at an area of 0, and 2 value - quantile would then cover about half of all studies."""
+    rng, methods = np.random.default_rng(3), ("near", "far")
+    gain, forgetting = np.array([0.01, 0.17]), np.array([0.0, 0.0])
+    draws = [center + rng.normal(size=(2000, 2)) * 0.015 for center in (gain, forgetting)]
+    found = Resampled(methods=methods, gain=gain, forgetting=forgetting, gains=draws[0], forgettings=draws[1], seeds=dict.fromkeys(methods, 1),
+                      n_domain=300, n_retention=600)  # fmt: skip
+    near, far = (_volume(found, name, [k], 0.05) for k, name in enumerate(methods))
+    assert near["hypervolume_low"] is None and near["hypervolume_high"] is None and near["hypervolume"] > 0
+    assert far["hypervolume_low"] < far["hypervolume"] < far["hypervolume_high"]
 
 
 def test_without_items_the_front_has_no_intervals(tmp_path):

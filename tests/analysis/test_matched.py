@@ -195,7 +195,7 @@ def test_sweeps_are_compared_on_the_scored_rows(tmp_path):
     assert (bounded["low"] < bounded["difference"]).all() and (bounded["difference"] < bounded["high"]).all() and (bounded["shared"] >= 0.95).all()
     assert table.loc[table["difference"].isna(), "shared"].eq(0).all() and table["difference"].notna().any()
     html = page("matched", matched=section(loaded, **FIXTURE))
-    assert "ewc − mofo" in html and "full − lora" not in html
+    assert "ewc (2) − mofo (3)" in html and "full − lora" not in html
 
 
 def test_figure_and_section(tmp_path):

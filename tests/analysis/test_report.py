@@ -6,10 +6,11 @@ import pytest
 
 from analysis import numbers, write_summary
 from analysis.answer import sentences
+from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.inline import inline
 from analysis.tables import BANNER, comparison
-from tests.analysis.fixtures import METHODS, NOTE, write_results
+from tests.analysis.fixtures import METHODS, NOTE, steps_race, write_bench, write_results
 
 
 @pytest.fixture(scope="module")
@@ -76,13 +77,38 @@ def test_the_answer_is_computed(summary):
     assert len(re.findall(r"<p>.*?</p>", said)) == 3 and len(re.findall(r"\.(?= [A-Z]|</p>)", said)) == 3
 
 
+def test_of_a_sweep_the_answer_and_the_tests_speak_of_the_chosen_setting(tmp_path):
+    root = tmp_path / "results"
+    planned = write_results(root, methods=("full", "ewc", "ewc-s1"))
+    write_summary(results_root=root, summary_dir=root / "summary", cells=planned, title="t")
+    loaded = load_cells(root, planned)
+    picked = chosen(loaded, "ewc", model="smollm2-135m", domain="science")
+    (other,) = {"ewc", "ewc-s1"} - {picked}
+    page, tests = (root / "summary/report.html").read_text(), pd.read_csv(root / "summary/tests.csv")
+    assert set(tests["a"]) | set(tests["b"]) == {"full", picked, "base"} and f"chosen on probe rows ({picked})" in page
+    said = re.search(r'<div class="answer">(.*?)</div>', page, re.S)[1]
+    assert not re.search(rf"\b{other}\b(?!-s)", said) and f"<td>{picked}</td>" not in said
+    assert other in re.search(r"<h3>The comparison</h3>(.*?)</table>", page, re.S)[1]  # the table has all of them
+    assert f'<td class="left">{picked}</td>' in page  # the front's table says which was chosen
+
+
+def test_commands_on_the_page_name_the_study(tmp_path):
+    planned = write_results(tmp_path / "birds")
+    write_bench(tmp_path / "birds", "steps", races=[steps_race()])
+    write_summary(results_root=tmp_path / "birds", summary_dir=tmp_path / "out", cells=planned, title="t")
+    page = (tmp_path / "out/report.html").read_text()
+    for command in ("compare --study birds", "tune --study birds", f"export {planned[0]} DIR --study birds", "*&#39; --study birds", "bench steps"):
+        assert command in page, command
+
+
 def test_many_methods_are_counted_and_not_listed():
     names = ["full", "lora", "ewc", "mofo", "l2sp"]
     rows = pd.DataFrame({"method": ["base", *names], "seeds": 1, "n_domain": 300, "n_retention": 700, "domain_score": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
                          "forgetting": [0, 0.01, 0.02, 0.03, 0.04, 0.05], "forgetting_low": [None, -0.01, -0.01, -0.01, -0.01, 0.01],
                          "forgetting_high": [None, 0.03, 0.04, 0.05, 0.06, 0.09], "perplexity_ratio": [1.0, None, None, None, None, None],
                          "seconds_train": [None, 10, 20, 30, 40, 50], "seconds_prepare": [None, 1, 2, 3, 4, 5], "bytes_stored": [None, 0, 0, 10, 0, 20]})  # fmt: skip
-    learned, forgotten, cost = sentences(rows, domain="sums", model="m", tasks=["a", "b"])
+    tests = pd.DataFrame({"kind": "forgetting", "a": names, "b": "base", "difference": 0.03, "p_holm": [0.06, 0.2, 1, 1, 0.01]})
+    learned, forgotten, cost = sentences(rows, tests, domain="sums", model="m", tasks=["a", "b"])
     assert "4 of 5 methods cannot be told from zero" in forgotten and forgotten.count(".") == forgotten.count(".0") + 1
     assert "preparation took 1.0 s (full) to 5.0 s (l2sp)" in cost and "10 B for ewc and 20 B for l2sp" in cost
 

@@ -292,7 +292,7 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
 
     def page():
         loaded = load_cells(root, planned)
-        return write_report(loaded, comparison(loaded), all_tests(loaded), [], path=root / "summary/report.html", title="x", reproduce="make").read_text()
+        return write_report(loaded, comparison(loaded), all_tests(loaded), [], path=root / "summary/report.html", title="x", study="").read_text()
 
     assert "Not measured: there is no file in results/gpu/" in page()
     whole = json.loads(guarded[0].read_text())
