@@ -33,7 +33,7 @@ repro: setup
 study: setup
 	@python -m experiments pipeline --study "$(NAME)"
 	@status=0; dvc repro -k $(if $(NAME),experiments/studies/$(NAME)/dvc.yaml,dvc.yaml) || status=$$?; \
-	  python -m experiments track --study "$(NAME)" && python -m experiments summary --study "$(NAME)" && exit $$status
+	  python -m experiments pipeline --study "$(NAME)" && python -m experiments track --study "$(NAME)" && python -m experiments summary --study "$(NAME)" && exit $$status
 
 demo: setup
 	@$(MAKE) --no-print-directory study NAME=demo
@@ -46,7 +46,6 @@ bench: setup
 
 ui: setup
 	@python -m experiments track
-	@for study in $$(ls experiments/studies); do [ ! -d results/$$study/runs ] || python -m experiments track --study $$study; done
 	@mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 clean-cells: setup

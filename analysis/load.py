@@ -1,12 +1,14 @@
 """Reads what the stages left in results/; knows what was planned, so that nothing goes missing silently."""
 
-import json
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
+from analysis import checked
 from experiments.errors import UserError
+from experiments.files import read_json
 
 UNBEGUN = "has not been run"
 
@@ -19,7 +21,8 @@ class Loaded:
               and the two peaks apart: `peak_memory_train_bytes` from there, the preparation's in `prepared`
     curves    curve.csv of all finished cells below one another, with a `cell` column
     items     items.csv.gz likewise; the score of every item
-    failures  one row a cell without a result: cell, stage, kind, reason, when (kind 'not run' where nothing is recorded)
+    failures  one row a cell without a result: cell, stage, kind, reason, when (kind 'not run' where nothing is recorded), and where they
+              are recorded settings, parts, git
     base      model -> {"scores": scores.json, "items": DataFrame, "evaluate": evaluate.json}
     tuning    (model, domain) -> the tuning record
     prepared  cell -> prepare.json
@@ -70,18 +73,20 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         model, domain, method, seed = name.split("/")
         run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
         if failure.exists():
-            failures.append({**read_json(failure), "cell": name})
+            failures.append({**checked.failure(failure, read_json(failure)), "cell": name})
             continue
         if not (run / "metrics.json").exists():
             failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _how_far(root, name), "when": ""})
             continue
-        metrics = read_json(run / "metrics.json")
-        train = read_json(run / "train.json") if (run / "train.json").exists() else {}
+        metrics = checked.metrics(run / "metrics.json", read_json(run / "metrics.json"))
+        train = checked.train(run / "train.json", read_json(run / "train.json")) if (run / "train.json").exists() else {}
         rows.append({**metrics, "cell": name, **{key: train[key] for key in ("settings", "device", "when", "steps") if key in train},
                      "peak_memory_train_bytes": train.get("peak_memory_bytes")})  # fmt: skip
-        for file, into in (("curve.csv", curves), ("items.csv.gz", items)):
-            if (run / file).exists():
-                into.append(_read_csv(run / file).assign(cell=name))
+        if (path := run / "curve.csv").exists():
+            curve = _read_csv(path)
+            curves.append(checked.table(path, curve, columns=checked.CURVE, numeric=tuple(curve.columns)).assign(cell=name))
+        if (path := run / "items.csv.gz").exists():
+            items.append(_items(path).assign(cell=name))
         costs = root / "prepared" / model / method / seed / "prepare.json"
         if costs.exists():
             prepared[name] = read_json(costs)
@@ -94,7 +99,7 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         cells=pd.DataFrame(rows, index=[row["cell"] for row in rows]) if rows else pd.DataFrame(),
         curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
         items=pd.concat(items, ignore_index=True) if items else pd.DataFrame(),
-        failures=pd.DataFrame(failures, columns=["cell", "stage", "kind", "reason", "when"]),
+        failures=pd.DataFrame(failures, columns=["cell", "stage", "kind", "reason", "when", "settings", "parts", "git"]),
         base={model: _read_base(root / "base" / model) for model in models if (root / "base" / model / "scores.json").exists()},
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
         prepared=prepared,
@@ -155,25 +160,22 @@ def _not_a_benchmark(record) -> str:
     return ""
 
 
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it with git, or delete it and run the stage again") from error
-
-
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
         return pd.read_csv(path)
-    except (ValueError, OSError, EOFError) as error:
+    except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again") from error
+
+
+def _items(path: Path) -> pd.DataFrame:
+    return checked.table(path, _read_csv(path), columns=checked.ITEMS, numeric=("score", "gold"))
 
 
 def _read_base(folder: Path) -> dict:
     items, evaluate = folder / "items.csv.gz", folder / "evaluate.json"
     return {
         "scores": read_json(folder / "scores.json"),
-        "items": _read_csv(items) if items.exists() else pd.DataFrame(),
+        "items": _items(items) if items.exists() else pd.DataFrame(),
         "evaluate": read_json(evaluate) if evaluate.exists() else {},
     }
 

@@ -19,6 +19,7 @@ SCALARS = (
     "bytes_importance", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state", "tokens_trained", "tokens_prepare",
     "tokens_per_second", "mfu",
 )
+EXPERIMENT = "DVC_EXP_NAME"  # the tag of a run made within `dvc exp run`
 # columns of a curve that tell about the machine and not about the model: the dashboard shows `system/` on a page of its own
 MACHINE = ("tokens_per_second", "mfu")
 
@@ -119,7 +120,7 @@ def _finished(loaded: Loaded, cell: str, *, work: str, aside: str) -> Run:
             "mlflow.note.content": f"{row['model']} fine-tuned on {row['domain']} with **{row['method']}**, seed {row['seed']}.\n\n"
                                    f"Gain {points(row['domain_gain'])}, forgetting {points(row['forgetting'])}.{flag}",
             "git.commit": row["git"].get("commit"), "git.dirty": row["git"].get("dirty"), "mlflow.source.git.commit": row["git"].get("commit"),
-            "not_comparable": aside,
+            "not_comparable": aside, EXPERIMENT: row["git"].get("experiment"),
             "not_a_result": bool(row["not_a_result"]), "device": row["device"], "gpu": (row["hardware"] or {}).get("gpu"),
             "weights_sha256": row["weights_sha256"], "base_sha256": row["base_sha256"], "at_chance": ", ".join(row["at_chance"]),
             "model_note": row.get("model_note"),
@@ -132,8 +133,11 @@ def _failed(failure: dict) -> Run:
     cell, when = failure["cell"], milliseconds(failure["when"])
     stage = f" in {failure['stage']}" if failure["stage"] else ""
     note = f"**Failed**: {title_of(cell)}.\n\n{failure['kind']}{stage}: {failure['reason']}"
-    tags = {"mlflow.note.content": note, **{f"failure.{key}": failure[key] for key in ("kind", "stage", "reason")}}
-    return Run(key=cell, title=title_of(cell), status="FAILED", start=when, end=when, tags=tags_of(cell, tags))
+    settings, parts, git = (failure[key] if isinstance(failure.get(key), dict) else {} for key in ("settings", "parts", "git"))
+    tags = {"mlflow.note.content": note, "git.commit": git.get("commit"), "git.dirty": git.get("dirty"), EXPERIMENT: git.get("experiment"),
+            **{f"failure.{key}": failure[key] for key in ("kind", "stage", "reason")}}  # fmt: skip
+    return Run(key=cell, title=title_of(cell), status="FAILED", start=when, end=when, tags=tags_of(cell, tags),
+               parameters={key: str(value) for key, value in sorted(_flatten({**parts, **settings}).items())})  # fmt: skip
 
 
 def _scores(row: pd.Series, end: int) -> list[tuple[str, float, int, int]]:

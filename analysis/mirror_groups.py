@@ -9,8 +9,11 @@ from numbers import Real
 import pandas as pd
 
 from analysis.load import Loaded
-from analysis.mirror import Run, milliseconds, points, scored, tags_of, title_of
+from analysis.mirror import EXPERIMENT, Run, milliseconds, points, scored, tags_of, title_of
 from analysis.style import INK, colour
+
+
+CHARTED = ("domain_gain", "forgetting", "perplexity_ratio")
 
 
 def groups(loaded: Loaded) -> dict[str, list[str]]:
@@ -33,19 +36,21 @@ def group_of(group: str, *, table: pd.DataFrame, cells: list[str], runs: list[Ru
     failed = [run for run in runs if run.status == "FAILED"]
     aside = [run for run in runs if "not_comparable" in run.tags]
     finished = [run for run in runs if run.status == "FINISHED" and "not_comparable" not in run.tags]
-    row, end = _row(table, model, domain, method, bare=False), max(run.end for run in runs)
+    row, start = _row(table, model, domain, method, bare=False), min(run.start for run in runs)
+    end = start + round(sum(run.end - run.start for run in runs) / len(runs))  # as long as a seed took: they ran days apart, perhaps
     seeds = ", ".join(run.tags["seed"] for run in finished)
     commits = dict.fromkeys(run.tags["git.commit"] for run in finished if "git.commit" in run.tags)
     share = [run.parameters.items() for run in finished]
     parameters = dict(set(share[0]).intersection(*share[1:])) if share else {}
     return Run(
-        key=group, title=title_of(group), status="FAILED" if failed else "FINISHED", start=min(run.start for run in runs), end=end,
+        key=group, title=title_of(group), status="FAILED" if failed else "FINISHED", start=start, end=end,
         parameters=dict(sorted({**parameters, "seeds": seeds}.items())) if finished else {},
-        metrics=_numbers(row, end) + _means(finished, end),
+        metrics=_numbers(row, end) + _charted(row, model, domain, end) + _means(finished, end),
         datasets=list(dict.fromkeys(data for run in finished for data in run.datasets)),
         tags=tags_of(group, {
             "mlflow.note.content": _note(group, row=row, cells=cells, finished=finished, failed=failed, aside=aside),
             "mlflow.runColor": colour(method), "not_comparable": ", ".join(run.key for run in aside),
+            EXPERIMENT: ", ".join(dict.fromkeys(run.tags[EXPERIMENT] for run in runs if EXPERIMENT in run.tags)),
             "git.commit": ", ".join(commits), "mlflow.source.git.commit": next(iter(commits)) if len(commits) == 1 else None,
             "git.dirty": any(run.tags.get("git.dirty") == "True" for run in finished) if finished else None,
             "not_a_result": any(run.tags["not_a_result"] == "True" for run in finished) if finished else None,
@@ -68,11 +73,12 @@ def base_of(loaded: Loaded, model: str, domain: str, *, table: pd.DataFrame) -> 
     items = base["items"]
     return Run(
         key=key, title=title_of(key), status="FINISHED", start=end - round(1000 * (seconds or 0)), end=end,
-        metrics=_numbers({**row, "seconds_evaluate": seconds, **scores}, end),
+        metrics=_numbers({**row, "seconds_evaluate": seconds, **scores}, end) + _charted(row, model, domain, end),
         datasets=scored(items[items["task"].isin({*tasks, "general"})] if len(items) else items),
         tags=tags_of(key, {
             "mlflow.note.content": f"{model} before any fine-tuning, on the tasks of {domain}: what every method is measured against.\n\n"
-                                   f"Score {100 * row['domain_score']:.1f} %; gain and forgetting are 0 by definition.",
+                                   f"Score {100 * row['domain_score']:.1f} %; gain and forgetting are 0 by definition."
+                                   + (" **NOT A RESULT.**" if loaded.of(model, domain)["not_a_result"].any() else ""),
             "mlflow.runColor": INK, "base_sha256": base["scores"].get("weights_sha256"),
             "git.commit": git.get("commit"), "git.dirty": git.get("dirty"),
             "not_a_result": bool(loaded.of(model, domain)["not_a_result"].any()),
@@ -92,6 +98,15 @@ def _row(table: pd.DataFrame, model: str, domain: str, method: str, *, bare: boo
 def _numbers(row: dict, end: int) -> list[tuple[str, float, int, int]]:
     """Every known number of a row, under the names the cells use too."""
     return [(key, float(value), end, 0) for key, value in row.items() if isinstance(value, Real) and not isinstance(value, bool) and value == value]
+
+
+def charted(model: str, domain: str, key: str) -> str:
+    """The name of a metric in the charts of one comparison: MLflow draws a metric of every run, and comparisons do not share a chart."""
+    return f"{domain} {model}/{key}"
+
+
+def _charted(row: dict, model: str, domain: str, end: int) -> list[tuple[str, float, int, int]]:
+    return _numbers({charted(model, domain, key): row.get(key) for key in CHARTED}, end)
 
 
 def _means(finished: list[Run], end: int) -> list[tuple[str, float, int, int]]:

@@ -157,6 +157,8 @@ def _stage(study, options: argparse.Namespace) -> None:
 
         if options.method not in study.methods:
             raise unknown("method", options.method, study.methods)
+        if options.seed < 0:
+            raise UserError(f"seed {options.seed}: it must be a whole number from 0")
         # a preparation never sees the domain: a failure is recorded with the first cell that needs it
         cell = cells.Cell(options.model, study.grid["domains"][0], options.method, options.seed)
         prepare.main(study, model=options.model, method=options.method, seed=options.seed, cell=cell)

@@ -84,6 +84,8 @@ class Study:
 
 def load(name: str = "", *, root: Path | None = None) -> Study:
     """Read and check the params.yaml of the study `name` ('' is the default study in the root)."""
+    if name:
+        checked("--study", name)
     paths = Paths(study=name, **({"root": root} if root else {}))
     raw = read_yaml(paths.params)
     _known(raw, TOP, paths.params.name)

@@ -8,15 +8,18 @@ from contextlib import contextmanager
 import torch
 
 from experiments import processes
-from experiments.errors import UserError
+from experiments.errors import MissingInput, UserError
 from experiments.files import read_json, write_json
 from experiments.log import TrainingFailed
-from experiments.provenance import now
+from experiments.provenance import git, now
 
 
 @contextmanager
 def recorded(study, cell, stage: str):
-    """Run a stage of `cell`; on failure write results/failures/CELL.json and raise one clear UserError."""
+    """Run a stage of `cell`; on failure write results/failures/CELL.json and raise one clear UserError.
+
+    A missing input leaves no record: a stage that could not begin says nothing of a cell, which may be whole from an earlier run.
+    """
     path = study.paths.failure(cell)
     began = time.time()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by the system is stopped like from the keyboard
@@ -28,11 +31,13 @@ def recorded(study, cell, stage: str):
             raise  # stopped because another process of this run failed, which has said why
     except TrainingFailed as error:
         kind, reason = "nan", str(error)
+    except MissingInput as error:
+        raise UserError(f"{cell.name}: {error}") from error
     except UserError as error:
         kind, reason = "error", str(error)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
-            write_json(path, _record(cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
+            write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
             raise
         kind = "out of memory"
         reason = (f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
@@ -42,18 +47,21 @@ def recorded(study, cell, stage: str):
             raise
         kind, reason = "error", f"the disk is full ({error.filename}): free some, then run `dvc repro` again"
     except Exception as error:  # recorded for the report; the traceback is still shown, for it is our fault
-        write_json(path, _record(cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
+        write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
         raise
     else:
         if processes.first() and path.exists() and read_json(path)["stage"] == stage:
             path.unlink()
         return
-    write_json(path, _record(cell, stage, kind, reason))
+    write_json(path, _record(study, cell, stage, kind, reason))
     raise UserError(f"{cell.name}: {reason}")
 
 
-def _record(cell, stage: str, kind: str, reason: str) -> dict:
-    return {"cell": cell.name, "stage": stage, "kind": kind, "reason": reason, "when": now()}
+def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
+    """What failed, and the settings and code it failed with: a reader looks for the rate that gave the NaN."""
+    settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()
+    return {"cell": cell.name, "stage": stage, "kind": kind, "reason": reason, "when": now(), "git": git(study.paths.root),
+            "settings": settings, "parts": {part.key: part.settings() for part in study.methods[cell.method].parts}}  # fmt: skip
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from experiments.errors import UserError
+from experiments.errors import MissingInput, UserError
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -21,8 +21,11 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `dvc repro` to make it")
-    return json.loads(path.read_text())
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): restore it with git, or delete it and run the stage again") from error
 
 
 def sha256(path: Path) -> str:

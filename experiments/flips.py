@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.comparable import guarded
 from analysis.flips import flips, most_forgotten
 from analysis.load import load_cells
 from evaluation.harness import load_tasks
@@ -29,7 +30,7 @@ def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
     if top < 1:
         raise UserError(f"--top {top}: it must be a whole number from 1")
     chosen = [cell.name for cell in cells.matching(study, patterns)]
-    loaded = load_cells(study.paths.results, chosen)
+    loaded = guarded(load_cells(study.paths.results, chosen))
     shown = False
     for model, domain in loaded.comparisons:
         items = flips(loaded, model=model, domain=domain)

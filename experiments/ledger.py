@@ -3,6 +3,7 @@ here and which scores are the committed ones, kept by DVC because the weights ca
 
 import json
 
+from experiments.files import read_json
 from experiments.provenance import now
 
 
@@ -20,7 +21,7 @@ def note(study, *, stage: str, cell: str, weights: str) -> None:
 def verdict(study, cell, metrics: dict | None) -> str:
     """How the cell came to its scores here, in words."""
     if study.paths.failure(cell).is_file():
-        return "FAILED: " + json.loads(study.paths.failure(cell).read_text())["reason"]
+        return "FAILED: " + read_json(study.paths.failure(cell)).get("reason", "no reason recorded")
     if metrics is None:
         return "not run yet"
     ran = [json.loads(line) for line in _path(study).read_text().splitlines()] if _path(study).is_file() else []

@@ -1,5 +1,6 @@
 """Where a number comes from: versions of what computed it and the commit of the code."""
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -23,10 +24,11 @@ def versions() -> dict[str, str]:
 
 
 def git(root: Path) -> dict:
-    """Commit of the checkout, and whether code or knobs differ from it; None outside a repository."""
+    """Commit of the checkout, and whether code or knobs differ from it (None outside a repository); `experiment` within `dvc exp run`."""
     commit = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--", *CODE)
-    return {"commit": commit, "dirty": None if changed is None else bool(changed)}
+    within = {"experiment": name} if (name := os.environ.get("DVC_EXP_NAME")) else {}  # DVC sets it for its stages alone
+    return {"commit": commit, "dirty": None if changed is None else bool(changed), **within}
 
 
 def _git(root: Path, *command: str) -> str | None:

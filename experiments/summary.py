@@ -1,9 +1,9 @@
 """The end of `make repro`: the comparison, how each cell came to its scores here, and where to look next."""
 
-import json
 import sys
 
 from experiments import cells, ledger
+from experiments.files import read_json
 
 
 def main(study) -> None:
@@ -16,7 +16,7 @@ def main(study) -> None:
     width = max(len(cell.name) for cell in found)
     for cell in found:
         path = study.paths.run(cell) / "metrics.json"
-        verdict = ledger.verdict(study, cell, json.loads(path.read_text()) if path.is_file() else None)
+        verdict = ledger.verdict(study, cell, read_json(path) if path.is_file() else None)
         bad += verdict.startswith(("FAILED", "not run"))
         print(f"{cell.name:<{width}}  {verdict}")
     print(f"\nreport:    {study.paths.summary / 'report.html'}")

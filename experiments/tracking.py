@@ -18,11 +18,12 @@ from urllib.parse import unquote, urlparse
 
 from analysis.comparable import KIND, guarded
 from analysis.load import load_cells
-from analysis.mirror import Run, run_of
+from analysis.mirror import EXPERIMENT, Run, run_of
 from analysis.mirror_groups import base_of, group_of, groups
-from analysis.tables import comparison
-from experiments import dashboard
+from analysis.tables import BANNER, comparison
+from experiments import config, dashboard
 from experiments.cells import grid
+from experiments.errors import UserError
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read by mlflow when it is first used
 os.environ.setdefault("DO_NOT_TRACK", "true")
@@ -30,16 +31,25 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 FILES = ("metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json")
 KINDS = ("holdfast.cell", "holdfast.group", "holdfast.base")  # the tag that names a run says what it is of
 PARENT = "mlflow.parentRunId"
+DIGITS = 6  # of a fraction: the page prints all digits that there are, and results/ has the others
 METRICS, PARAMETERS, CHARACTERS, TAG_CHARACTERS, DIGEST_CHARACTERS = 1000, 100, 6000, 5000, 36  # MLflow's own limits
 
 
 def main(study) -> None:
-    """`python -m experiments track`: the study's grid into mlflow.db at the root, also from a temporary DVC copy."""
-    root = Path(os.environ.get("DVC_ROOT", study.paths.root))
-    name, database = study.name or "default", root / "mlflow.db"
-    made = track(results_root=study.paths.results, cells=grid(study), study=name, database=database)
-    print(f"mlflow.db: {len(made)} cells of study {name}; `make ui` (or `mlflow ui`), then open\n  {link(study=name, database=database)}\n  "
-          f"{link(study=name, database=database, charts=True)}")  # fmt: skip
+    """`python -m experiments track`: into mlflow.db at the root; without a study's name the default one and every other that has results."""
+    root = study.paths.root
+    database = root / "mlflow.db"
+    others = [] if study.name else [folder.parent.name for folder in sorted((root / "experiments/studies").glob("*/params.yaml"))
+                                    if (root / "results" / folder.parent.name / "runs").is_dir()]  # fmt: skip
+    for own in (study, *(config.load(name, root=root) for name in others)):
+        name = own.name or "default"
+        try:
+            made = track(results_root=own.paths.results, cells=grid(own), study=name, database=database)
+            links = [link(study=name, database=database, charts=charts) for charts in (False, True)]
+        except _errors() as error:
+            raise UserError(f"{database} cannot be written ({str(error).strip().splitlines()[0]}): let other programs that use it end; if that "
+                            "does not help, delete it and run `python -m experiments track`, which makes it again from results/") from error  # fmt: skip
+        print(f"mlflow.db: {len(made)} cells of study {name}; `make ui` (or `mlflow ui`), then open\n  " + "\n  ".join(links))
 
 
 def link(*, study: str, database: Path | str, address: str = "http://127.0.0.1:5000", charts: bool = False) -> str:
@@ -55,14 +65,17 @@ def track(*, results_root: Path | str, cells, study: str, database: Path | str) 
     method) with the aggregate; one for the bare base of each (model, domain). A run whose files are gone is deleted. The
     same files give the same runs, parameters and metrics, in this store or in a fresh one.
     """
+    from mlflow.entities import ViewType
+
     root, database = Path(results_root), Path(database).resolve()
     database.parent.mkdir(parents=True, exist_ok=True)
     client = _client(database)
-    experiment = _experiment(client, study, folder=database.parent / "mlartifacts" / study)
-    before, exp_name = client.search_runs([experiment], max_results=50_000), os.environ.get("DVC_EXP_NAME", "")
-    store = _Store(client=client, database=database, experiment=experiment, exp_name=exp_name, runs=before)
     loaded, made = load_cells(root, cells), {}
     compared = guarded(loaded)
+    about = {"pairs": compared.comparisons, "banner": BANNER if loaded.not_a_result else ""}
+    experiment = _experiment(client, database, study, folder=database.parent / "mlartifacts" / study, about=about)
+    before = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=50_000)
+    store = _Store(client=client, database=database, experiment=experiment, runs=before)
     table, work = comparison(compared), "work" if study == "default" else f"work/{study}"
     aside = {row["cell"]: row["reason"] for row in compared.failures.to_dict("records") if row["kind"] == KIND}
     for model, domain in dict.fromkeys(tuple(cell.split("/")[:2]) for cell in loaded.planned):
@@ -80,38 +93,54 @@ def track(*, results_root: Path | str, cells, study: str, database: Path | str) 
 
 @dataclass(frozen=True, kw_only=True)
 class _Store:
-    """The open store and what stood in the experiment before."""
+    """The open store and what stood in the experiment before, deleted runs too."""
 
     client: object
     database: Path
     experiment: str
-    exp_name: str
     runs: list
 
     def place(self, key: str, run: Run | None, *, files: list[tuple[Path, str]], above: str | None = None) -> str | None:
         """Makes or resumes the run named `key` and answers with its id; None and the old ones deleted where there is none now."""
         own = [old for old in self.runs if key in (old.data.tags.get(kind) for kind in KINDS)]
+        own.sort(key=_deleted)
         if run is None:
             for gone in own:
-                self.client.delete_run(gone.info.run_id)
+                if not _deleted(gone):
+                    self.client.delete_run(gone.info.run_id)
             return None
         digest = hashlib.sha256(json.dumps(asdict(run), sort_keys=True, default=str).encode()).hexdigest()
         same = [old for old in own if old.data.tags.get("holdfast.digest") == digest]
-        resumed = same or [old for old in own if old.data.tags.get("DVC_EXP_NAME", "") == self.exp_name]
+        resumed = same or [old for old in own if old.data.tags.get(EXPERIMENT, "") == run.tags.get(EXPERIMENT, "")]
+        if resumed and _deleted(resumed[0]):  # its files were gone for a while, as during a rerun
+            self.client.restore_run(resumed[0].info.run_id)
         identity = resumed[0].info.run_id if resumed else self.client.create_run(self.experiment, run_name=run.title).info.run_id
         # an unchanged cell of a DVC experiment stays where it is, below a parent that still stands
         standing = resumed[0].data.tags.get(PARENT) if same else None
         if not same:
             _clear(self.database, identity)
-            _fill(self.client, identity, run, exp_name=self.exp_name)
+            _fill(self.client, identity, run)
             _finish(self.database, identity, run)
-        if above and standing not in {old.info.run_id for old in self.runs}:
+        if above and standing not in {old.info.run_id for old in self.runs if not _deleted(old)}:
             self.client.set_tag(identity, PARENT, above)
         there = [(file, folder) for file, folder in files if file.exists()]
         _artefacts(self.client, identity, beside=self.database.parent, files=there, texts=run.texts)
         if not same:
             self.client.set_tag(identity, "holdfast.digest", digest)  # last: a run cut off half-way is filled again
         return identity
+
+
+def _deleted(run) -> bool:
+    return run.info.lifecycle_stage == "deleted"
+
+
+def _errors() -> tuple[type[Exception], ...]:
+    """What a store that is locked, damaged, of another MLflow or on a full disk raises."""
+    from alembic.util import CommandError
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    return MlflowException, SQLAlchemyError, CommandError, sqlite3.Error, OSError
 
 
 def _client(database: Path):
@@ -122,13 +151,21 @@ def _client(database: Path):
     return MlflowClient(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}")
 
 
-def _experiment(client, study: str, *, folder: Path) -> str:
-    """Its id; made or restored where it is not there, with the view and the text its page opens with."""
+def _experiment(client, database: Path, study: str, *, folder: Path, about: dict) -> str:
+    """Its id; made or restored where it is not there, with the view and the text its page opens with.
+
+    A store that was moved or copied with its project keeps its artefacts beside itself, not where it once was.
+    """
     found = client.get_experiment_by_name(study)
     identity = found.experiment_id if found else client.create_experiment(study, artifact_location=folder.as_uri())
     if found and found.lifecycle_stage == "deleted":
         client.restore_experiment(identity)
-    for key, value in dashboard.tags(study=study, identity=identity).items():
+    if found and found.artifact_location != folder.as_uri():
+        with closing(sqlite3.connect(database)) as connection, connection:
+            connection.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?) WHERE experiment_id = ?",
+                               (found.artifact_location, folder.as_uri(), identity))  # fmt: skip
+            connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (folder.as_uri(), identity))
+    for key, value in dashboard.tags(study=study, identity=identity, **about).items():
         client.set_experiment_tag(identity, key, value)
     return identity
 
@@ -142,13 +179,13 @@ def _clear(database: Path, run_id: str) -> None:
         connection.execute("DELETE FROM tags WHERE run_uuid = ? AND key NOT IN ('mlflow.runName', 'mlflow.user')", (run_id,))
 
 
-def _fill(client, run_id: str, run: Run, *, exp_name: str) -> None:
+def _fill(client, run_id: str, run: Run) -> None:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 
-    tags = {**run.tags, **({"DVC_EXP_NAME": exp_name} if exp_name else {})}
     parameters = [Param(key, value[:CHARACTERS]) for key, value in run.parameters.items()]
-    metrics = [Metric(*point) for point in run.metrics]
-    client.log_batch(run_id, tags=[RunTag(key, value[:TAG_CHARACTERS]) for key, value in tags.items()])
+    shown = lambda value: value if value.is_integer() else float(f"{value:.{DIGITS}g}")
+    metrics = [Metric(key, shown(value), when, step) for key, value, when, step in run.metrics]
+    client.log_batch(run_id, tags=[RunTag(key, value[:TAG_CHARACTERS]) for key, value in run.tags.items()])
     for at in range(0, len(parameters), PARAMETERS):
         client.log_batch(run_id, params=parameters[at : at + PARAMETERS])
     for at in range(0, len(metrics), METRICS):
@@ -181,10 +218,7 @@ def _of_group(root: Path, group: str) -> list[tuple[Path, str]]:
 
 
 def _artefacts(client, run_id: str, *, beside: Path, files: list[tuple[Path, str]], texts: dict[str, str]) -> None:
-    """`files` and `texts` and nothing else; only what differs is written.
-
-    A copied database still names the first one's folder: what is not `beside` this database is not deleted.
-    """
+    """`files` and `texts` and nothing else; only what differs is written, and nothing that is not `beside` the database is deleted."""
     home = Path(unquote(urlparse(client.get_run(run_id).info.artifact_uri).path))
     wanted = {home / folder / file.name for file, folder in files} | {home / name for name in texts}
     for old in home.rglob("*"):

@@ -19,6 +19,8 @@ def main(study, cell) -> None:
          "model_note": model.get("note"), "not_a_result": study.not_a_result or model["source"].startswith("random:")}
         | _scores(scores, base, cell.domain) | _costs(train, prepared, evaluated) | _provenance(train, scores)
     ))
+    # the cell is whole: a stage that failed once is not run again where DVC finds its weights equal bit for bit, and could not say so itself
+    paths.failure(cell).unlink(missing_ok=True)
 
 
 def _comparable(cell, scores: dict, base: dict) -> None:

@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from experiments.errors import UserError
+from experiments.errors import MissingInput, UserError
 
 
 def read_jsonl(path: Path) -> list[dict]:
     """Every row of a file; a missing file or a line that is not JSON is named."""
     if not path.is_file():
-        raise UserError(f"{path} is missing: run `dvc repro` to make it")
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
     rows = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         try:

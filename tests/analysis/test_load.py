@@ -1,3 +1,4 @@
+import gzip
 import json
 
 import pytest
@@ -58,6 +59,46 @@ def test_a_broken_file_is_named(tmp_path):
     path = tmp_path / "runs" / planned[0] / "metrics.json"
     path.write_text("{")
     with pytest.raises(UserError, match="metrics.json"):
+        load_cells(tmp_path, planned)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("metrics.json", lambda text: "{}", "scores_by_task is missing"),
+        ("metrics.json", lambda text: "[]", "it is no mapping"),
+        ("metrics.json", lambda text: json.dumps(json.loads(text) | {"n": None}), "n is not a mapping"),
+        ("metrics.json", lambda text: json.dumps(json.loads(text) | {"domain_gain": "much"}), "domain_gain is not a number"),
+        ("metrics.json", lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "git"}), "git is missing"),
+        ("metrics.json", lambda text: json.dumps(json.loads(text) | {"scores_by_task": {"piqa": {"value": 1}}}), "scores_by_task.piqa is not whole"),
+        ("train.json", lambda text: json.dumps(json.loads(text) | {"when": "yesterday"}), "when is 'yesterday', no time"),
+        ("curve.csv", lambda text: text.replace("\n12,", "\ntwelve,"), "column step is not of numbers"),
+        ("curve.csv", lambda text: text.replace("seconds", "minutes", 1), "column seconds is missing"),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_named_with_what_is_wrong_and_what_restores_it(tmp_path, file, damage, message):
+    planned = write_results(tmp_path, methods=("full",))
+    path = tmp_path / "runs" / planned[0] / file
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=rf"{file} is not what its stage writes \({message}.*restore it with git"):
+        load_cells(tmp_path, planned)
+
+
+def test_damaged_items_and_failures_are_named(tmp_path):
+    planned = write_results(tmp_path, methods=("full",))
+    path = tmp_path / "runs" / planned[0] / "items.csv.gz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:40] + b"damaged" + whole[47:])
+    with pytest.raises(UserError, match=r"items.csv.gz cannot be read .*restore it with git"):
+        load_cells(tmp_path, planned)
+    with gzip.open(path, "wt") as file:
+        file.write("a,b\n1,2\n")
+    with pytest.raises(UserError, match=r"items.csv.gz is not what its stage writes \(column task is missing"):
+        load_cells(tmp_path, planned)
+    failure = tmp_path / "failures" / f"{planned[0]}.json"
+    failure.parent.mkdir(parents=True)
+    failure.write_text("{}")
+    with pytest.raises(UserError, match=r"seed0.json is not what its stage writes \(stage is missing"):
         load_cells(tmp_path, planned)
 
 

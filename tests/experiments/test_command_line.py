@@ -28,6 +28,8 @@ def test_help_names_every_command():
         (("experiments", "model", "smolm2-135m"), "unknown model 'smolm2-135m': did you mean 'smollm2-135m'"),
         (("experiments", "export", "llama-tiny/sums/mofo/seed7", "x", "--study", "demo"), "has no weights here"),
         (("experiments", "plan", "--study", "dmo"), "params.yaml not found"),
+        (("experiments", "pipeline", "--study", "demo/"), "--study 'demo/': a name is lower-case letters"),
+        (("experiments", "prepare", "smollm2-135m", "ewc", "--", "-1"), "seed -1: it must be a whole number from 0"),
     ],
 )  # fmt: skip
 def test_mistakes_exit_2_without_a_traceback(arguments, message):

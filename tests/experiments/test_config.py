@@ -75,6 +75,13 @@ def test_broken_yaml_and_missing_file_are_named(tmp_path):
         config.load(root=tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ("demo/", "../..", "Demo", "."))
+def test_a_study_is_a_name_and_no_path(name):
+    """`demo/`, as a shell completes it, would write other paths into dvc.yaml and make every finished cell stale."""
+    with pytest.raises(UserError, match="--study '.*': a name is lower-case letters"):
+        config.load(name)
+
+
 def test_a_number_without_a_point_is_a_number(tmp_path):
     # PyYAML reads 1e-3 as text, DVC as a number: so must we
     text = "train: {learning_rate: 1e-3}"

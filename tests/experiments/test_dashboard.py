@@ -18,14 +18,16 @@ from tests.experiments.browser import NAMES, Browser, end, executable
 pytestmark = pytest.mark.skipif(executable() is None, reason=f"no Chromium: none of {', '.join(NAMES)} is on PATH (Debian: apt-get install chromium)")
 
 METHODS = ("full", "lora", "ewc", "mofo")
-RUNS = {f"{method} science smollm2-135m" for method in ("base", *METHODS)}
+RUNS = {f"{method} {domain} smollm2-135m" for domain in ("science", "physical") for method in ("base", *METHODS)}
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """A store of two seeds a method, one of them crashed."""
+    """A store of two domains and two seeds a method, one method crashed."""
     folder = tmp_path_factory.mktemp("dashboard")
-    cells = write_results(folder / "results", methods=METHODS, seeds=(0, 1), failed={"mofo": "loss is NaN at step 12: lower the learning rate"})
+    cells = [cell for domain in ("science", "physical")
+             for cell in write_results(folder / "results", methods=METHODS, seeds=(0, 1), domain=domain,
+                                       failed={"mofo": "loss is NaN at step 12: lower the learning rate"})]  # fmt: skip
     track(results_root=folder / "results", cells=cells, study="default", database=folder / "mlflow.db")
     return folder / "mlflow.db"
 
@@ -77,8 +79,8 @@ def test_the_table_shows_a_row_a_method_with_its_numbers(page, store, address):
     assert set(filter(None, links)) == RUNS  # the seeds are folded below their methods
     page.wait(f"['domain_score', 'domain_gain', 'forgetting'].every(name => {HEADERS}.includes(name))")
     gains = page.run("[...document.querySelectorAll('[role=gridcell][col-id=\"metrics.`domain_gain`\"]')].map(cell => cell.innerText.trim())")
-    assert len(gains) == 5 and gains.count("-") == 1 and gains.count("0") == 1  # mofo has no number, the base has 0
-    assert sum(float(gain) > 0.05 for gain in gains if gain != "-") == 3
+    assert len(gains) == 10 and gains.count("-") == 2 and gains.count("0") == 2  # mofo has no number, the base has 0
+    assert sum(float(gain) > 0.05 for gain in gains if gain != "-") == 6 and max(map(len, gains)) <= 9
     page.screenshot(store.parent / "table.png")
 
 
@@ -86,7 +88,8 @@ def test_the_charts_open_with_forgetting_against_gain(page, store, address):
     page.open(link(study="default", database=store, address=address, charts=True))
     page.wait(f"{PLOTS}.length >= 4", seconds=40)
     titles = page.run("[...document.querySelectorAll('h4')].map(title => title.innerText)")
-    assert titles[:2] == ["domain_gain vs. forgetting", "forgetting"]
+    own = "science smollm2-135m"
+    assert titles[:2] == [f"{own}/domain_gain vs. {own}/forgetting", f"{own}/forgetting"]  # a comparison shares no chart with another
     kind, gains, losses = page.run(f"{PLOTS}.slice(0, 1).map(plot => [plot.data[0].type, plot.data[0].x, plot.data[0].y])[0]")
     assert kind == "scatter" and len(gains) == len(losses) == 4 and (0, 0) in set(zip(gains, losses))
     assert page.run(f"{PLOTS}.slice(0, 1).map(plot => plot.querySelectorAll('.scatterlayer .point').length)[0]") == 4
@@ -101,7 +104,7 @@ def test_a_crashed_cell_says_why_on_its_own_page(page, store, address):
 
     client = MlflowClient(f"sqlite:///{store}")
     experiment = client.get_experiment_by_name("default").experiment_id
-    run = next(run for run in client.search_runs([experiment]) if run.data.tags.get("holdfast.cell", "").endswith("mofo/seed1"))
+    run = next(run for run in client.search_runs([experiment]) if run.data.tags.get("holdfast.cell", "").endswith("science/mofo/seed1"))
     page.open(f"{address}/#/experiments/{experiment}/runs/{run.info.run_id}")
     page.wait("document.body.innerText.includes('loss is NaN at step 12')", seconds=40)
     assert "Failed" in page.text()

@@ -13,6 +13,7 @@ from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import need_room, read_json, write_json
 from experiments.paths import HERE, Paths
+from experiments.provenance import git
 
 CELL = cells.Cell("llama-tiny", "sums", "full", 0)
 
@@ -46,6 +47,8 @@ def test_out_of_memory_names_what_would_help(study):
 
 def test_not_a_number(study):
     record, message = fail(study, raiser(TrainingFailed("train x: the loss is nan at step 3 of 9")))
+    assert record["settings"]["learning_rate"] == study.settings(model="llama-tiny", domain="sums", method="full").learning_rate
+    assert set(record["git"]) == {"commit", "dirty"} and record["parts"] == {}
     assert (record["kind"], record["stage"]) == ("nan", "train")
     assert message.startswith("llama-tiny/sums/full/seed0: ")
 
@@ -61,6 +64,18 @@ def test_our_own_mistake_is_recorded_and_still_shown(study):
     with pytest.raises(ZeroDivisionError), recorded(study, CELL, "train"):
         1 / 0  # noqa: B018
     assert read_json(study.paths.failure(CELL))["reason"].startswith("ZeroDivisionError")
+
+
+def test_a_missing_input_leaves_no_record_and_the_results_of_an_earlier_run_stand(study):
+    with pytest.raises(UserError, match="llama-tiny/sums/full/seed0: .*base.json is missing: run `dvc repro`"), recorded(study, CELL, "evaluate"):
+        read_json(study.paths.root / "base.json")
+    assert not study.paths.failure(CELL).exists()
+
+
+def test_an_experiment_of_dvc_is_named_in_what_its_stages_write(tmp_path, monkeypatch):
+    assert "experiment" not in git(tmp_path)
+    monkeypatch.setenv("DVC_EXP_NAME", "high-lr")
+    assert git(tmp_path)["experiment"] == "high-lr"
 
 
 def test_only_the_stage_that_failed_clears_the_record(study):
@@ -84,6 +99,9 @@ def test_a_result_file_is_whole_or_not_there(tmp_path):
         write_json(tmp_path / "a.json", {"x": float("nan")})  # JSON has none
     assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
     with pytest.raises(UserError, match="b.json is missing: run `dvc repro`"):
+        read_json(tmp_path / "b.json")
+    (tmp_path / "b.json").write_text("{")
+    with pytest.raises(UserError, match="b.json is not JSON .*restore it with git"):
         read_json(tmp_path / "b.json")
 
 

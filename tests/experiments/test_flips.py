@@ -36,7 +36,7 @@ def study(tmp_path):
     base = frame({name: "1" * len(rows) for name, (rows, _) in TASKS.items()})
     base["doc_hash"] = [hashes[task][i] for task, i in zip(base["task"], base["doc_id"])]
     root = study.paths.results
-    write_json(root / "base" / "llama-tiny" / "scores.json", {})
+    write_json(root / "base" / "llama-tiny" / "scores.json", {"tasks": {}})
     write_items(root / "base" / "llama-tiny" / "items.csv.gz", base)
     for method, wrong in (("full", (0,)), ("lora", (0, 1))):
         run = root / "runs" / f"llama-tiny/sums/{method}/seed0"
@@ -46,7 +46,12 @@ def study(tmp_path):
         write_items(run / "items.csv.gz", tuned)
         write_json(run / "metrics.json", {"cell": f"llama-tiny/sums/{method}/seed0", "model": "llama-tiny", "domain": "sums", "method": method,
                                           "seed": 0, "not_a_result": True, "at_chance": [], "forgetting_by_task": dict.fromkeys(TASKS, 0.5),
-                                          "scores_by_task": {name: {"role": "retention"} for name in TASKS}})  # fmt: skip
+                                          **dict.fromkeys(("transfer_by_task", "scoring", "parts", "git", "hardware", "versions"), {}),
+                                          **dict.fromkeys(("dtype", "base_sha256", "weights_sha256"), "x"), "numerics": 1,
+                                          **dict.fromkeys(("domain_score", "domain_score_base", "domain_gain"), 0.5),
+                                          "n": {name: len(rows) for name, (rows, _) in TASKS.items()},
+                                          "scores_by_task": {name: {"role": "retention", "value": 0.5, "base": 1.0, "n": len(rows), "metric": metric, "chance": 0.0}
+                                                             for name, (rows, metric) in TASKS.items()}})  # fmt: skip
     return study
 
 
