@@ -76,7 +76,8 @@ def all_tests(loaded: Loaded) -> pd.DataFrame:
 
 
 def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
-    """Every test of one comparison, a row each (COLUMNS); first against the base, then between methods. Empty where there are no items.
+    """Every test of one comparison, a row each (COLUMNS); first against the base, then between methods. Empty where there are no items;
+    a cell without its items is left out.
 
     kind             gain: a's domain score minus b's; forgetting: a's minus b's. Positive: a learned more, a forgot more
     b                "base" or a method; two methods are compared on the seeds both have, or not at all where they share none
@@ -132,13 +133,14 @@ def exact(lost: int, gained: int) -> float:
 
 
 def _wide(loaded: Loaded, *, model: str, domain: str):
-    """All cells' items beside the base's, the cells, and the tasks that count by kind; None where items are not there."""
+    """The items of cells that have them beside the base's, these cells, and the tasks that count by kind; None where there are none."""
     cells = loaded.of(model, domain) if len(loaded.cells) else loaded.cells
     base = loaded.base.get(model, {}).get("items", pd.DataFrame())
     if base.empty or cells.empty or loaded.items.empty:
         return None
     tuned = loaded.items[loaded.items["cell"].isin(cells.index)]
-    if tuned["cell"].nunique() < len(cells):
+    cells = cells[cells.index.isin(tuned["cell"])]
+    if cells.empty:
         return None
     first = cells.iloc[0]
     counted = {"gain": [domain], "forgetting": retention_tasks(first)}

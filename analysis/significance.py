@@ -37,8 +37,13 @@ def section(loaded: Loaded, tests: pd.DataFrame, *, model: str, domain: str) -> 
         "with_base": {"sentences": _summary(with_base, what="method"), "rows": _rows(with_base, kinds)},
         "between": {"sentences": _summary(between, what="pair"), "rows": _rows(between, kinds)},
         "mcnemar": _by_task(mcnemar(loaded, model=model, domain=domain)),
-        "legend": _legend(tests),
+        "legend": _legend(tests) + _untested(loaded, model=model, domain=domain),
     }
+
+
+def _untested(loaded: Loaded, *, model: str, domain: str) -> list[str]:
+    absent = [cell for cell in loaded.of(model, domain).index if cell not in set(loaded.items["cell"])]
+    return [f"Not tested, for their items.csv.gz are not there: {', '.join(absent)}."] if absent else []
 
 
 def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:

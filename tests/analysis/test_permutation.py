@@ -192,6 +192,16 @@ def test_the_section_renders_with_its_numbers(seeds, tests):
     assert "p is about these runs on other items" in page
 
 
+def test_a_cell_without_items_is_left_out_and_named(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "lora", "ewc"), seeds=(0, 1))
+    (tmp_path / "runs" / f"{MODEL}/{DOMAIN}/lora/seed1" / "items.csv.gz").unlink()
+    loaded = load_cells(tmp_path, planned)
+    found = permutation.tests_of(loaded, model=MODEL, domain=DOMAIN)
+    assert len(found) == 12 and set(found[(found["a"] == "lora") | (found["b"] == "lora")]["seeds"]) == {1} and found["seeds"].max() == 2
+    legend = section(loaded, permutation.all_tests(loaded), model=MODEL, domain=DOMAIN)["legend"]
+    assert legend[-1] == f"Not tested, for their items.csv.gz are not there: {MODEL}/{DOMAIN}/lora/seed1."
+
+
 def test_nothing_to_test_is_no_section(tmp_path):
     none = load_cells(tmp_path, [f"{MODEL}/{DOMAIN}/full/seed0"])
     assert permutation.tests_of(none, model=MODEL, domain=DOMAIN).empty and section(none, permutation.all_tests(none), model=MODEL, domain=DOMAIN) is None
