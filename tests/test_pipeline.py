@@ -261,10 +261,10 @@ def test_an_interrupted_run_is_recorded_and_goes_on(project):
 def test_dvc_exp_run_sets_one_setting_of_one_part(project):
     run(project, "git", "add", "-A")
     run(project, "git", "commit", "-qm", "before exp", check=False)
-    done = run(project, "dvc", "exp", "run", "-S", "methods.ewc.ewc.strength=3", "train@llama-tiny-sums-ewc-0")
+    done = run(project, "dvc", "exp", "run", "-n", "stronger", "-S", "methods.ewc.ewc.strength=3", "train@llama-tiny-sums-ewc-0")
     assert "Running stage 'train@llama-tiny-sums-ewc-0'" in done.stdout
     trained = json.loads((project / "results/runs" / CELL.format("ewc") / "train.json").read_text())
-    assert trained["parts"]["ewc"]["strength"] == 3.0
+    assert trained["parts"]["ewc"]["strength"] == 3.0 and trained["git"]["experiment"] == "stronger"  # the dashboard's tag DVC_EXP_NAME
 
 
 def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
