@@ -61,11 +61,12 @@ def movement_by_layer(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     for method in dict.fromkeys(shown["method"]):
         own, shade = shown[shown["method"] == method], style.colour(method)
         line = own[own["layer"].notna()].sort_values("layer")
-        axes.plot(line["layer"].astype(int), line["relative"], color=shade, marker=style.marker(method), markersize=4, linewidth=1.3)
+        axes.plot(line["layer"].astype(int), line["relative"], **style.line(method, size=4))
         apart = own[own["layer"].isna()]
         axes.plot([places[group] for group in apart["group"]], apart["relative"], style.marker(method), color=shade, markersize=5)
         last = line if len(line) else apart
-        ends.append((float(depth), float(last["relative"].iloc[-1]), method, shade))
+        if method in style.named(dict.fromkeys(shown["method"])):
+            ends.append((float(depth), float(last["relative"].iloc[-1]), method, shade))
     _plain_log(axes)
     style.label_ends(axes, ends, gap=0.06)
     ticks = _ticks(depth)
@@ -102,7 +103,8 @@ def movement_by_kind(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         for method in dict.fromkeys(shown["method"]):
             line, shade = shown[(shown["method"] == method) & (shown["kind"] == kind)].sort_values("layer"), style.colour(method)
             if len(line):
-                axes.plot(line["layer"].astype(int), line["relative"], color=shade, marker=style.marker(method), markersize=2.8, linewidth=1.1)
+                axes.plot(line["layer"].astype(int), line["relative"], **style.line(method, size=2.8))
+            if len(line) and method in style.named(dict.fromkeys(shown["method"])):
                 ends.append((float(line["layer"].iloc[-1]), float(line["relative"].iloc[-1]), method, shade))
         axes.set_title(kind)
         _plain_log(axes)

@@ -13,8 +13,6 @@ from analysis.intervals import mean_difference, paired
 from analysis.load import Loaded
 from experiments.families import family
 
-MANY = 10  # methods beyond which the blocks of a sweep go without a name
-
 
 @dataclass(frozen=True, kw_only=True)
 class Figure:
@@ -119,7 +117,6 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     }
     figure, panels = style.new(style.WIDTH, 0.5 + 2.05 * len(shown), len(shown), sharex=True, squeeze=False)
     methods = list(dict.fromkeys(data["method"]))
-    swept = [method for method in methods if method != family(method)]
     for axes, key in zip(panels[:, 0], shown):
         axes.set_title(titles[key])
         ends = []
@@ -131,10 +128,8 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
             for _, line in own.groupby("cell", sort=False) if seeds > 1 else ():
                 axes.plot(line["tokens"], scale * line[key], color=shade, linewidth=0.6, alpha=0.35)
             mean = own.groupby("step")[["tokens", key]].mean()
-            block = method in swept  # the blocks of a sweep are finer than the method itself, and go without a name where there are many
-            axes.plot(mean["tokens"], scale * mean[key], color=shade, marker=style.marker(method), markersize=2.5 if block else 3.5,
-                      linewidth=0.8 if block else 1.4, linestyle=(0, (4, 2)) if block else "-")  # fmt: skip
-            if not block or len(methods) <= MANY or family(method) not in methods:
+            axes.plot(mean["tokens"], scale * mean[key], **style.line(method, size=3.5))
+            if method in style.named(methods):
                 ends.append((float(mean["tokens"].iloc[-1]), scale * float(mean[key].iloc[-1]), method, shade))
         style.label_ends(axes, ends, gap=0.095)
     panels[-1, 0].set_xlabel(f"training tokens ({style.where(cells)})")
@@ -142,7 +137,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     panels[-1, 0].margins(x=0.02)
     caption = "Measured on probe rows during training, which are disjoint from the scored rows. A method whose curves start elsewhere begins from weights of its own preparation."
     caption += " Faint lines are seeds, the others their mean." if cells["seed"].nunique() > 1 else ""
-    caption += " Dashed lines are the blocks of a sweep." if swept else ""
+    caption += " Dashed lines are the blocks of a sweep." if any(method != family(method) for method in methods) else ""
     return figure, data, "Learning and forgetting over training", caption
 
 

@@ -66,14 +66,15 @@ def lost_in_common(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     place = {method: k for k, method in enumerate(methods)}
     side = max(2.6, 0.5 + 0.62 * len(methods))
     figure, axes = style.new(min(style.WIDTH, side + 1.5), min(style.WIDTH, side) + 0.4)
+    small = min(1.0, 8 / len(methods))  # the figure grows up to a page's width, then the squares shrink
     shades, top = matplotlib.colormaps["Blues"], max(2.0, float(data["ratio"].max()))
     for row in data.dropna(subset=["ratio"]).itertuples():
         depth = 0.08 + 0.82 * min(1.0, max(0.0, np.log(max(row.ratio, 1e-9)) / np.log(top)))
         for x, y in {(place[row.method_a], place[row.method_b]), (place[row.method_b], place[row.method_a])}:
             axes.add_patch(matplotlib.patches.Rectangle((x - 0.48, y - 0.48), 0.96, 0.96, facecolor=shades(depth), linewidth=0))
             ink = LIGHT if depth > 0.7 else DARK
-            axes.text(x, y - 0.1, numbers.times(row.ratio), ha="center", va="center", fontsize=9, fontweight="bold", color=ink)
-            axes.text(x, y + 0.24, f"{100 * row.jaccard:.0f} %", ha="center", va="center", fontsize=7.5, color=ink)
+            axes.text(x, y - 0.1, numbers.times(row.ratio), ha="center", va="center", fontsize=9 * small, fontweight="bold", color=ink)
+            axes.text(x, y + 0.24, f"{100 * row.jaccard:.0f} %", ha="center", va="center", fontsize=7.5 * small, color=ink)
     axes.set_xlim(-0.5, len(methods) - 0.5)
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set_aspect("equal")

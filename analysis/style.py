@@ -10,8 +10,9 @@ import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 import pandas as pd  # noqa: E402
 
 from analysis import numbers  # noqa: E402
-from experiments.families import family  # noqa: E402
+from experiments.families import families, family  # noqa: E402
 
+MANY = 10  # methods beyond which the blocks of a sweep go without a name
 WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page
 INK, MUTED, FAINT, GRID, PAPER, RED = "#1b1f24", "#5b636d", "#a4abb3", "#d9dde2", "#ffffff", "#c5221f"
 
@@ -41,6 +42,19 @@ def marker(method: str) -> str:
     """A shape beside the colour, so that no reader has to tell methods apart by hue alone."""
     method = family(method)
     return MARKERS.get(method) or OTHER_MARKERS[zlib.crc32(method.encode()) % len(OTHER_MARKERS)]
+
+
+def line(method: str, *, size: float) -> dict:
+    """How a method's line is drawn; the blocks of a sweep are dashed and finer than the method itself."""
+    block = method != family(method)
+    return {"color": colour(method), "marker": marker(method), "markersize": 0.7 * size if block else size, "linewidth": 0.8 if block else 1.3,
+            "linestyle": (0, (4, 2)) if block else "-"}  # fmt: skip
+
+
+def named(methods) -> list[str]:
+    """The methods whose lines are written out: all, or where there are more than MANY one a family, itself or its first block."""
+    methods = list(methods)
+    return methods if len(methods) <= MANY else [name if name in own else own[0] for name, own in families(methods).items()]
 
 
 def house():
