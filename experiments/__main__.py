@@ -6,6 +6,7 @@
 """
 
 import argparse
+import errno
 import sys
 
 from experiments import allocator
@@ -13,6 +14,7 @@ from experiments.bench import command as bench
 from experiments.errors import UserError
 from experiments.gpu_check.options import add_options
 
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)  # what a disk answers, and no fault of ours
 STAGES = {
     "resolve": ("settings each stage depends on, as small files", ()),
     "model": ("fetch a model and turn it into ordinary safetensors", ("model",)),
@@ -180,6 +182,11 @@ def main() -> int:
         return run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in REFUSED:
+            raise
+        print(f"error: {error.filename}: {error.strerror.lower()}; make it writable or free some disk, and run the same again", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped; finished cells are whole, and `dvc repro` goes on from here", file=sys.stderr)

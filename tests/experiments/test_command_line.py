@@ -1,5 +1,6 @@
 """The command line: help pages, mistakes without a traceback, the plan."""
 
+import errno
 import json
 import os
 import subprocess
@@ -37,6 +38,17 @@ def test_mistakes_exit_2_without_a_traceback(arguments, message):
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert __import__("re").search(message, done.stderr), done.stderr
+
+
+def test_a_disk_that_refuses_is_named_without_a_traceback(monkeypatch, capsys):
+    from experiments import __main__ as command
+
+    def refuse(options):
+        raise OSError(errno.EROFS, "Read-only file system", "results/summary/table.csv")
+
+    monkeypatch.setattr(command, "run", refuse)
+    monkeypatch.setattr(sys, "argv", ["experiments", "compare"])
+    assert command.main() == 2 and "error: results/summary/table.csv: read-only file system; make it writable" in capsys.readouterr().err
 
 
 def test_plan_prints_cells_and_estimates():
