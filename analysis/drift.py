@@ -201,6 +201,7 @@ def _ticks(depth: int) -> list[int]:
 
 
 def _plain_log(axes) -> None:
-    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+    low, high = axes.get_ylim()  # over many decades matplotlib drops all ticks rather than some
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5) if high < 100 * low else (1,))
     axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
     axes.minorticks_off()

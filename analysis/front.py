@@ -97,7 +97,7 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
     data = made.points.join(known[keys].astype(float), on="method")
     shown = ["gain", "forgetting", *keys]
     data[shown] = 100 * data[shown]
-    figure, axes = style.new(style.WIDTH, 4.5)
+    figure, axes = style.new(style.WIDTH, 4.5 if len(data) <= FEW else 5.6)
     axes.axhline(0, color=style.MUTED, linewidth=0.8)
     axes.axvline(0, color=style.MUTED, linewidth=0.8)
     axes.plot(0, 0, "+", color=style.INK, markersize=10, markeredgewidth=1.6)

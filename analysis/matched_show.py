@@ -37,10 +37,11 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         ends = []
         for label, own in data.groupby(data["method"].map(named), sort=False):
             shade = style.colour(family(label))
-            for _, run in own.groupby("cell", sort=False):
-                block = run["method"].iloc[0] != family(label)  # the blocks of a sweep are finer than the method itself
-                axes.plot(run["gain"], run[measure], style.marker(family(label)), color=shade, linestyle="-", alpha=0.9,
-                          markersize=2.5 if block else 4, linewidth=0.7 if block else 1.4)  # fmt: skip
+            for method, runs in own.groupby("method", sort=False):
+                for _, run in runs.groupby("cell", sort=False) if runs["cell"].nunique() > 1 else ():
+                    axes.plot(run["gain"], run[measure], color=shade, linewidth=0.5, alpha=0.3)
+                mean = runs.groupby("step")[["gain", measure]].mean()
+                axes.plot(mean["gain"], mean[measure], **style.line(method, size=4))
             main = own[own["method"] == (label if label in set(own["method"]) else own["method"].iloc[0])]
             last = main.groupby("cell", sort=False).last()
             ends.append((float(last["gain"].mean()), float(last[measure].mean()), label, shade))
@@ -56,9 +57,10 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     probed = ", ".join(f"{column.removeprefix('probe_')} {n}" for column, n in found.rows.items()) or "their number is not recorded"
     panels[-1, 0].set_xlabel(f"gain on the domain's probes, {unit} (right is better); {style.where(cells)}")
     caption = (
-        "Each line is a run, from its first probe to its last, against the bare base: lower at the same gain is better. "
+        "Each line is a method from its first probe to its last, against the bare base: lower at the same gain is better. "
+        + ("Faint lines are its seeds, the other their mean at each probe. " if cells["seed"].nunique() > 1 else "")
         + ("The dashed line is the gain at which methods are compared. " if marks else "No method gained on the probes: nothing to compare at. ")
-        + ("Thin lines are the blocks of a sweep. " if any(method != family(method) for method in found.methods) else "")
+        + ("Dashed lines are the blocks of a sweep. " if any(method != family(method) for method in found.methods) else "")
         + f"Probe rows are few ({probed}) and disjoint from the scored rows."
     )
     return figure, data, "Forgetting at the same gain", caption
