@@ -61,7 +61,8 @@ def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str])
 
 def _unclear(tests: pd.DataFrame) -> str:
     """Which methods' forgetting is not told from zero; nothing where there was nothing to test."""
-    unclear = [test["a"] for _, test in tests.iterrows() if not found(test)]
+    told = [test["a"] for _, test in tests.iterrows() if found(test)]
+    unclear = [name for name in tests["a"] if name not in told]
     if len(tests) < 2:
         return ", which cannot be told from zero" if unclear else ""
     if not unclear:
@@ -69,6 +70,8 @@ def _unclear(tests: pd.DataFrame) -> str:
         return ", told from zero for every method" if len(sides) > 1 else f", {'below' if True in sides else 'above'} zero for every method"
     if len(unclear) == len(tests):
         return ", none of which can be told from zero"
+    if len(told) <= NAMED < len(unclear):
+        return f", told from zero for {_and(told)} alone"
     whose = _and(unclear) if len(unclear) <= NAMED else f"{len(unclear)} of {len(tests)} methods"
     return f", where {whose} cannot be told from zero"
 
