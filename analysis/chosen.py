@@ -6,8 +6,6 @@ and of these the lowest perplexity on the probe passages wins. Base scores are t
 they do not enter a choice, and the objective is written here without them: domain probe + mean of the probe tasks.
 """
 
-from dataclasses import replace
-
 import pandas as pd
 
 from analysis.load import Loaded
@@ -37,8 +35,7 @@ def reported(loaded: Loaded) -> Loaded:
         for name, blocks in families(dict.fromkeys(cells["method"])).items():
             kept = next((block for block in blocks if block in picked), name if name in blocks else blocks[0])
             dropped += list(cells.index[cells["method"].isin(set(blocks) - {kept})])
-    without = lambda frame: frame[~frame["cell"].isin(dropped)] if len(frame) else frame
-    return replace(loaded, cells=loaded.cells.drop(index=dropped), curves=without(loaded.curves), items=without(loaded.items)) if dropped else loaded
+    return loaded.without(dropped) if dropped else loaded
 
 
 def choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:

@@ -34,12 +34,7 @@ def guarded(loaded: Loaded) -> Loaded:
         return loaded
     out = [{"cell": cell, "stage": "compare", "kind": KIND, "reason": reason, "when": loaded.cells.loc[cell].get("when") or ""}
            for cell, reason in dropped.items()]  # fmt: skip
-    without = lambda frame: frame[~frame["cell"].isin(list(dropped))].reset_index(drop=True) if len(frame) else frame
-    return replace(
-        loaded, cells=loaded.cells.drop(index=list(dropped)), curves=without(loaded.curves), items=without(loaded.items),
-        failures=pd.concat([loaded.failures, pd.DataFrame(out)], ignore_index=True),
-        prepared={cell: record for cell, record in loaded.prepared.items() if cell not in dropped},
-    )  # fmt: skip
+    return replace(loaded.without(dropped), failures=pd.concat([loaded.failures, pd.DataFrame(out)], ignore_index=True))
 
 
 def groups(cells: pd.DataFrame, *, rows: dict[str, dict[str, str]] | None = None) -> tuple[pd.DataFrame, list[tuple[str, str]]]:

@@ -121,16 +121,12 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
         axes.set_title(titles[key])
         ends = []
         for method in methods:
-            own, scale = data[data["method"] == method].dropna(subset=[key]), 100 if key == "domain_accuracy" else 1
+            own = data[data["method"] == method].dropna(subset=[key])
             if own.empty:
                 continue
-            shade, seeds = style.colour(method), own["cell"].nunique()
-            for _, line in own.groupby("cell", sort=False) if seeds > 1 else ():
-                axes.plot(line["tokens"], scale * line[key], color=shade, linewidth=0.6, alpha=0.35)
-            mean = own.groupby("step")[["tokens", key]].mean()
-            axes.plot(mean["tokens"], scale * mean[key], **style.line(method, size=3.5))
+            end = style.course(axes, own.assign(domain_accuracy=100 * own["domain_accuracy"]), method=method, x="tokens", y=key, size=3.5)
             if method in style.named(methods):
-                ends.append((float(mean["tokens"].iloc[-1]), scale * float(mean[key].iloc[-1]), method, shade))
+                ends.append((*end, method, style.colour(method)))
         style.label_ends(axes, ends, gap=0.095)
     panels[-1, 0].set_xlabel(f"training tokens ({style.where(cells)})")
     panels[-1, 0].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")

@@ -1,7 +1,8 @@
 """Reads what the stages left in results/; knows what was planned, so that nothing goes missing silently."""
 
 import zlib
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pandas as pd
@@ -54,6 +55,13 @@ class Loaded:
         """The (model, domain) pairs with at least one finished cell, in planned order."""
         pairs = [tuple(name.split("/")[:2]) for name in self.cells.index]
         return list(dict.fromkeys(pairs))
+
+    def without(self, names: Collection[str]) -> "Loaded":
+        """The results but for the cells `names`, with all that is read of a cell."""
+        rows = lambda frame: frame[~frame["cell"].isin(names)].reset_index(drop=True) if len(frame) else frame
+        of = lambda records: {cell: record for cell, record in records.items() if cell not in names}
+        return replace(self, cells=self.cells.drop(index=list(names)), curves=rows(self.curves), items=rows(self.items),
+                       prepared=of(self.prepared), drift=of(self.drift))  # fmt: skip
 
     def of(self, model: str, domain: str) -> pd.DataFrame:
         """The finished cells of one comparison."""

@@ -10,7 +10,6 @@ from analysis.matched_sweep import gaps
 from analysis.resample import resampled
 from experiments.families import family
 
-MANY = 10  # methods beyond which lines are named by their family
 TITLES = {
     "forgetting": "Forgetting: right answers lost on retention probes, points (down is better)",
     "forgetting_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
@@ -30,21 +29,14 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     if "forgetting" in found.measures:
         data["forgetting"] *= 100
     figure, panels = style.new(style.WIDTH, 0.6 + 2.7 * len(found.measures), len(found.measures), sharex=True, squeeze=False)
-    named = family if len(found.methods) > MANY else str
     for axes, measure in zip(panels[:, 0], found.measures):
         axes.set_title(TITLES[measure])
         axes.axhline(0, color=style.MUTED, linewidth=0.8)
         ends = []
-        for label, own in data.groupby(data["method"].map(named), sort=False):
-            shade = style.colour(family(label))
-            for method, runs in own.groupby("method", sort=False):
-                for _, run in runs.groupby("cell", sort=False) if runs["cell"].nunique() > 1 else ():
-                    axes.plot(run["gain"], run[measure], color=shade, linewidth=0.5, alpha=0.3)
-                mean = runs.groupby("step")[["gain", measure]].mean()
-                axes.plot(mean["gain"], mean[measure], **style.line(method, size=4))
-            main = own[own["method"] == (label if label in set(own["method"]) else own["method"].iloc[0])]
-            last = main.groupby("cell", sort=False).last()
-            ends.append((float(last["gain"].mean()), float(last[measure].mean()), label, shade))
+        for method, own in data.groupby("method", sort=False):
+            end = style.course(axes, own, method=method, x="gain", y=measure, size=4)
+            if method in style.named(found.methods):
+                ends.append((*end, method, style.colour(method)))
         axes.margins(x=0.03, y=0.08)
         style.label_ends(axes, ends, gap=0.075)
         if marks:
@@ -140,7 +132,7 @@ def _line(found: Trajectories, own: pd.DataFrame, marks: dict[str, float]) -> di
     cells.append(_bounded(pick("matched", main), main, key="difference"))
     cells += [(_bounded(pick(level, main), main, key="value")[0], "") for level in marks if level != "matched"]
     method = own["method"].iloc[0]
-    return {"name": method, "colour": style.colour(family(method)), "cells": cells}
+    return {"name": method, "colour": style.colour(method), "cells": cells}
 
 
 def _bounded(row: pd.Series, measure: str, *, key: str) -> tuple[str, str]:

@@ -12,7 +12,6 @@ from analysis.load import Loaded
 from analysis.mirror import EXPERIMENT, Run, milliseconds, points, scored, tags_of, title_of
 from analysis.style import INK, colour
 
-
 CHARTED = ("domain_gain", "forgetting", "perplexity_ratio")
 
 

@@ -51,6 +51,15 @@ def line(method: str, *, size: float) -> dict:
             "linestyle": (0, (4, 2)) if block else "-"}  # fmt: skip
 
 
+def course(axes, runs: pd.DataFrame, *, method: str, x: str, y: str, size: float) -> tuple[float, float]:
+    """Draws the runs of a method over their steps, several seeds faint below their mean; returns where the mean ends."""
+    for _, run in runs.groupby("cell", sort=False) if runs["cell"].nunique() > 1 else ():
+        axes.plot(run[x], run[y], color=colour(method), linewidth=0.5, alpha=0.3)
+    mean = runs.groupby("step")[[x, y]].mean()
+    axes.plot(mean[x], mean[y], **line(method, size=size))
+    return float(mean[x].iloc[-1]), float(mean[y].iloc[-1])
+
+
 def named(methods) -> list[str]:
     """The methods whose lines are written out: all, or where there are more than MANY one a family, itself or its first block."""
     methods = list(methods)
