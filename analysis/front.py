@@ -124,8 +124,9 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
     axes.set_ylim(axes.get_ylim())
     line = _steps(data[data["front"]], reference=100 * made.reference)
     axes.plot(*zip(*line), color=style.FAINT, linewidth=4, alpha=0.6, zorder=1, solid_joinstyle="miter")
-    top = axes.get_ylim()[1]
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     bars += [(x0, min(y0, top), x1, min(y1, top)) for (x0, y0), (x1, y1) in zip(line, line[1:])]
+    bars += [(left, 0, right, 0), (0, bottom, 0, top)]
     style.label_points(axes, labels, bars=bars, size=8.5)
     caption = (
         "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they reach together, towards the "
