@@ -163,7 +163,10 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
 
 
 def _volume(found: Resampled, name: str, columns: list[int], reference: float) -> dict:
-    """A family's hypervolume in points times points; `luck` is how far the redraws' mean lies above it.
+    """A family's hypervolume in points times points; `luck` is how far the redraws' median lies above it.
+
+    Not their mean: with three seeds gain and forgetting have Student's tails of 2 degrees of freedom, and the mean of their product is infinite.
+    Redraws start from points that are spread already: for two to twelve settings that are equally good the median finds 0.3 to 0.6 of the luck.
 
     Without an interval where the redraws pile up at an area of 0, which is where it would cover as little as half of all studies.
     """
@@ -172,7 +175,7 @@ def _volume(found: Resampled, name: str, columns: list[int], reference: float) -
     low, high = reversed_interval(value, draws) if (draws <= 0).mean() <= EMPTY else (None, None)
     return {
         "family": name, "blocks": len(columns), "hypervolume": value, "hypervolume_low": None if low is None else max(low, 0.0),
-        "hypervolume_high": high, "luck": None if np.isnan(draws).any() else float(draws.mean()) - value,
+        "hypervolume_high": high, "luck": None if np.isnan(draws).any() else float(np.median(draws)) - value,
     }  # fmt: skip
 
 

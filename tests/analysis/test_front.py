@@ -137,6 +137,22 @@ def test_a_gain_close_to_nothing_leaves_the_area_without_an_interval():
     assert far["hypervolume_low"] < far["hypervolume"] < far["hypervolume_high"]
 
 
+def test_luck_is_a_good_part_of_what_the_best_of_equal_settings_gains_by_chance():
+    """With the tails of three seeds; the mean of the redraws overshoots here, and without bound."""
+    rng, studies, methods = np.random.default_rng(4), 200, tuple("abcde")
+    errors = lambda *shape: (0.7 * rng.normal(size=(*shape, 1, 2)) + 0.7 * rng.normal(size=(*shape, 5, 2))) * [0.02, 0.008]
+    true, gained, estimated = 1e4 * 0.17 * (0.07 - 0.01), [], []
+    for _ in range(studies):
+        point = [0.17, 0.01] + errors()
+        draws = point + errors(500) / np.sqrt(rng.chisquare(2, size=(500, 1, 1)) / 2)
+        found = Resampled(methods=methods, gain=point[:, 0], forgetting=point[:, 1], gains=draws[..., 0], forgettings=draws[..., 1],
+                          seeds=dict.fromkeys(methods, 3), n_domain=300, n_retention=600)  # fmt: skip
+        whole = _volume(found, ALL, list(range(5)), 0.07)
+        gained.append(whole["hypervolume"] - true)
+        estimated.append(whole["luck"])
+    assert 0.3 * np.mean(gained) < np.mean(estimated) < 0.7 * np.mean(gained) and np.max(estimated) < 3 * np.mean(gained)
+
+
 def test_without_items_the_front_has_no_intervals(tmp_path):
     planned = write_results(tmp_path, methods=("full", "lora"))
     (tmp_path / "runs" / planned[1] / "items.csv.gz").unlink()
