@@ -20,7 +20,7 @@ def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: st
         forgotten = _forgetting(methods, tests, tasks=tasks)
     else:
         forgotten = "No retention task is above chance for the base model, so this comparison cannot show forgetting."
-    return [_learning(base, methods, domain=domain, model=model), forgotten, _cost(methods)]
+    return [_learning(base, methods, tests, domain=domain, model=model), forgotten, _cost(methods)]
 
 
 def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
@@ -35,12 +35,15 @@ def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
     return f"{about}{told}{swept} The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
 
 
-def _learning(base: pd.Series, methods: pd.DataFrame, *, domain: str, model: str) -> str:
+def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: str) -> str:
     worst, best = _ends(methods, "domain_score")
     before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {numbers.percent(base['domain_score'])} %"
+    gains = [numbers.points(row["domain_score"] - base["domain_score"]) for row in (worst, best)]
+    told = _told(tests[(tests["kind"] == "gain") & (tests["b"] == "base")])
     if worst is best:
-        return f"{before}; {best['method']} reaches {numbers.percent(best['domain_score'])} %."
-    return f"{before}; after fine-tuning, the methods reach from {numbers.percent(worst['domain_score'])} % ({worst['method']}) to {numbers.percent(best['domain_score'])} % ({best['method']})."
+        return f"{before}; {best['method']} reaches {numbers.percent(best['domain_score'])} %, a gain of {gains[1]} points{told}."
+    ends = " to ".join(f"{numbers.percent(row['domain_score'])} % ({row['method']})" for row in (worst, best))
+    return f"{before}; after fine-tuning, the methods reach from {ends}, a gain of {' to '.join(gains)} points{told}."
 
 
 def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str]) -> str:
@@ -50,7 +53,7 @@ def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str])
         text += f"{most['method']} forgets {_with_range(most)} points"
     else:
         text += f"forgetting runs from {_with_range(least)} points ({least['method']}) to {_with_range(most)} ({most['method']})"
-    text += _unclear(tests[(tests["kind"] == "forgetting") & (tests["b"] == "base")])
+    text += _told(tests[(tests["kind"] == "forgetting") & (tests["b"] == "base")])
     ratios = methods.dropna(subset=["perplexity_ratio"])
     if len(ratios):
         low, high = _ends(ratios, "perplexity_ratio")
@@ -59,8 +62,8 @@ def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str])
     return text + "."
 
 
-def _unclear(tests: pd.DataFrame) -> str:
-    """Which methods' forgetting is not told from zero; nothing where there was nothing to test."""
+def _told(tests: pd.DataFrame) -> str:
+    """Of which methods the number is told from zero, tests of gain or of forgetting; nothing where there was nothing to test."""
     told = [test["a"] for _, test in tests.iterrows() if found(test)]
     unclear = [name for name in tests["a"] if name not in told]
     if len(tests) < 2:

@@ -108,7 +108,9 @@ def test_many_methods_are_counted_and_not_listed():
                          "forgetting_high": [None, 0.03, 0.04, 0.05, 0.06, 0.09], "perplexity_ratio": [1.0, None, None, None, None, None],
                          "seconds_train": [None, 10, 20, 30, 40, 50], "seconds_prepare": [None, 1, 2, 3, 4, 5], "bytes_stored": [None, 0, 0, 10, 0, 20]})  # fmt: skip
     tests = pd.DataFrame({"kind": "forgetting", "a": names, "b": "base", "difference": 0.03, "p_holm": [0.06, 0.2, 1, 1, 0.01]})
-    learned, forgotten, cost = sentences(rows, tests, domain="sums", model="m", tasks=["a", "b"])
+    gains = tests.assign(kind="gain", p_holm=[0.2, 0.01, 0.01, 0.01, 0.01])
+    learned, forgotten, cost = sentences(rows, pd.concat([tests, gains]), domain="sums", model="m", tasks=["a", "b"])
+    assert "a gain of +10.0 to +45.0 points, where full cannot be told from zero" in learned
     assert "told from zero for l2sp alone" in forgotten and forgotten.count(".") == forgotten.count(".0") + 1
     assert "preparation took 1.0 s (full) to 5.0 s (l2sp)" in cost and "10 B for ewc and 20 B for l2sp" in cost
 
