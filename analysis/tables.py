@@ -101,7 +101,10 @@ def _bounds(key: str, interval: Interval | None, value: float | None = None) -> 
 
 def mean_if_known(column: pd.Series) -> float | None:
     """None where any run does not know it: a mean over what happens to be known would compare unlike things."""
-    return None if column.isna().any() else float(column.mean())
+    if column.isna().any():
+        return None
+    mean = float(column.mean())
+    return mean if abs(mean) > 1e-12 else 0.0  # gains of seeds that cancel leave -3.7e-17
 
 
 def _note(cell: pd.Series) -> str:

@@ -9,7 +9,7 @@ from scipy.stats import t as student
 
 from analysis import numbers
 from analysis.load import load_cells
-from analysis.tables import BANNER, as_csv, as_markdown, as_text, comparison, failure_lines
+from analysis.tables import BANNER, as_csv, as_markdown, as_text, comparison, failure_lines, mean_if_known
 from tests.analysis.fixtures import METHODS, write_results
 
 
@@ -172,3 +172,7 @@ def test_a_checkpoint_made_elsewhere_goes_all_the_way(tmp_path):
     (tmp_path / "runs" / planned[0] / "metrics.json").unlink()
     alone = write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned[1:], title="t")
     assert "mine*" in alone and "cannot show forgetting" in (tmp_path / "summary/report.html").read_text()
+
+
+def test_gains_of_seeds_that_cancel_make_nothing():
+    assert repr(mean_if_known(pd.Series([0.63 - 0.6, 0.6 - 0.63, -1e-17]))) == "0.0"
