@@ -39,7 +39,7 @@ def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, do
     worst, best = _ends(methods, "domain_score")
     before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {numbers.percent(base['domain_score'])} %"
     gains = [numbers.points(row["domain_score"] - base["domain_score"]) for row in (worst, best)]
-    told = _told(tests[(tests["kind"] == "gain") & (tests["b"] == "base")])
+    told = _told(tests, "gain")
     if worst is best:
         return f"{before}; {best['method']} reaches {numbers.percent(best['domain_score'])} %, a gain of {gains[1]} points{told}."
     ends = " to ".join(f"{numbers.percent(row['domain_score'])} % ({row['method']})" for row in (worst, best))
@@ -53,7 +53,7 @@ def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str])
         text += f"{most['method']} forgets {_with_range(most)} points"
     else:
         text += f"forgetting runs from {_with_range(least)} points ({least['method']}) to {_with_range(most)} ({most['method']})"
-    text += _told(tests[(tests["kind"] == "forgetting") & (tests["b"] == "base")])
+    text += _told(tests, "forgetting")
     ratios = methods.dropna(subset=["perplexity_ratio"])
     if len(ratios):
         low, high = _ends(ratios, "perplexity_ratio")
@@ -62,8 +62,9 @@ def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str])
     return text + "."
 
 
-def _told(tests: pd.DataFrame) -> str:
-    """Of which methods the number is told from zero, tests of gain or of forgetting; nothing where there was nothing to test."""
+def _told(tests: pd.DataFrame, kind: str) -> str:
+    """Of which methods gain or forgetting is told from zero; nothing where there was nothing to test."""
+    tests = tests[(tests["kind"] == kind) & (tests["b"] == "base")]
     told = [test["a"] for _, test in tests.iterrows() if found(test)]
     unclear = [name for name in tests["a"] if name not in told]
     if len(tests) < 2:
