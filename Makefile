@@ -1,5 +1,6 @@
 # make repro   set-up, then the default study: five methods on a real model, a report
 # make test    set-up, then the tests
+# make test-all set-up, then the tests and those that take longer
 # make demo    tiny random models through the whole pipeline (not a result)
 # make ui      refill MLflow's database from results/, then its dashboard
 # make bench   each fast path against its counterpart, ratios and figures in results/bench
@@ -13,7 +14,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: repro test demo ui bench study setup clean-cells
+.PHONY: repro test test-all demo ui bench study setup clean-cells
 .DEFAULT_GOAL := repro
 
 setup: .venv/installed
@@ -34,6 +35,9 @@ study: setup
 	@python -m experiments pipeline --study "$(NAME)"
 	@status=0; dvc repro -k $(if $(NAME),experiments/studies/$(NAME)/dvc.yaml,dvc.yaml) || status=$$?; \
 	  python -m experiments pipeline --study "$(NAME)" && python -m experiments track --study "$(NAME)" && python -m experiments summary --study "$(NAME)" && exit $$status
+
+test-all: setup
+	@python -m pytest -m ""
 
 demo: setup
 	@$(MAKE) --no-print-directory study NAME=demo
