@@ -17,14 +17,15 @@ from experiments.families import family
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 
 
-def write_report(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, study: str) -> Path:
-    """Writes the page; `study` is the study's name, empty for the default one."""
+def write_report(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, study: str, archive=None) -> Path:  # fmt: skip
+    """Write the page; `study` is the study's name, empty for the default one; `archive` as in `write_summary`."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
     costed, drawn, speaking = costs.costs(loaded), {}, reported(loaded)
     page = environment.get_template(TEMPLATE.name).render(
         title=title,
         study=study,
+        archive=archive,
         banner=tables.BANNER if loaded.not_a_result else "",
         comparisons=[_comparison(loaded, table, tests, costed, figures, model=m, domain=d, folder=path.parent, drawn=drawn, speaking=list(dict.fromkeys(speaking.of(m, d)["method"]))) for m, d in loaded.comparisons],
         failures=tables.missing(loaded),

@@ -43,6 +43,9 @@ COMMANDS = {
 }
 
 
+READING = ("compare", "summary", "flips", "gate", "track")  # what an archived study still takes part in
+
+
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m experiments", description="Run a Holdfast study, or one stage of it.")
     sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -104,6 +107,10 @@ def run(options: argparse.Namespace) -> int:
     from experiments import config
 
     study = config.load(options.study)
+    if study.archive and options.command not in READING:
+        raise UserError(f"study {study.name} is an archive of commit {study.archive['commit'][:10]}: its results are read "
+                        f"({', '.join(READING)}) and never run again; copy its folder under another name, without the block "
+                        "`archive:`, to run it")  # fmt: skip
     if options.command in STAGES:
         _stage(study, options)
     elif options.command == "export":

@@ -1,6 +1,7 @@
 """params.yaml to a checked `Study`: every knob of a study, unknown keys refused by name."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from methods import registry
 from methods.part import Part
 
 TOP = {"title", "device", "not_a_result", "grid", "data", "packages", "models", "tasks", "domains", "general",
-       "methods", "train", "evaluate", "tune"}
+       "methods", "train", "evaluate", "tune", "archive"}
 GRID = {"models", "domains", "methods", "seeds"}
 MODEL = {"source", "sha256", "bin_sha256", "dtype", "note", "licence", "train", "config", "seed",
          "parameters", "layers", "width", "architecture", "compute_dtype", "processes"}
@@ -28,6 +29,7 @@ DOMAIN = {"task", "metric", "chance", "licence", "question", "rows", "test_rows"
 GENERAL = {"rows", "text", "importance", "perplexity", "probe", "max_words", "licence", "note"}
 EVALUATE = {"scorer": "shared-prefix", "batch_size": 16}
 TUNE = {"methods", "epochs"}
+ARCHIVE = {"commit", "known"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,7 @@ class Study:
     evaluate: Mapping[str, Any]
     tune: Mapping[str, Any]
     paths: Paths
+    archive: Mapping[str, Any] | None = None  # the commit that made the results, and what is known against them
 
     def settings(self, *, model: str, domain: str, method: str) -> TrainSettings:
         """Training settings of a cell; precedence train < domain < model < method."""
@@ -114,6 +117,7 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
     evaluate = EVALUATE | dict(raw.get("evaluate") or {})
     _known(evaluate, EVALUATE, "evaluate")
     _known(raw.get("tune") or {}, TUNE, "tune")
+    _archive(raw.get("archive"))
     if raw.get("device", "auto") not in ("auto", "cpu", "cuda"):
         raise UserError(f"device is {raw['device']!r}: it must be auto, cpu or cuda")
     grid = _grid(raw["grid"], models, domains, raw["methods"])
@@ -122,7 +126,7 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
         not_a_result=bool(raw.get("not_a_result", False)), grid=grid, data=raw.get("data") or {"source": "pypi"},
         packages=raw.get("packages") or {}, models=models, tasks=tasks, domains=domains,
         general=raw.get("general") or {}, methods=_methods(raw["methods"]), train=raw["train"],
-        evaluate=evaluate, tune=raw.get("tune") or {}, paths=paths,
+        evaluate=evaluate, tune=raw.get("tune") or {}, paths=paths, archive=raw.get("archive"),
     )
 
 
@@ -145,6 +149,17 @@ def _known(block: Any, keys, where: str) -> None:
     for key in block:
         if key not in keys:
             raise unknown("key", key, keys, where=where)
+
+
+def _archive(block: Any) -> None:
+    if block is None:
+        return
+    _known(block, ARCHIVE, "archive")
+    commit, known = block.get("commit"), block.get("known")
+    if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
+        raise UserError(f"archive.commit is {commit!r}: it must be the 40 hexadecimal digits of the commit that made the results")
+    if not isinstance(known, list) or not known or not all(isinstance(line, str) for line in known):
+        raise UserError(f"archive.known is {known!r}: it must list, in sentences, what is known against the results")
 
 
 def _train_keys(block: Any, where: str) -> None:

@@ -6,4 +6,4 @@ from experiments import cells
 
 def main(study) -> None:
     write_summary(results_root=study.paths.results, summary_dir=study.paths.summary,
-                  cells=[cell.name for cell in cells.grid(study)], title=study.title)
+                  cells=[cell.name for cell in cells.grid(study)], title=study.title, archive=study.archive)
