@@ -26,5 +26,31 @@ def shipped_yaml(name: str) -> Path:
         for file in sorted(folder.rglob("*.yaml")):
             if wanted.search(file.read_text(encoding="utf-8", errors="ignore")):
                 return file
-    near = difflib.get_close_matches(name, (file.stem for file in SHIPPED.rglob("*.yaml")), n=3)
-    raise UserError(f"task {name!r} is not shipped with lm-eval" + (f": did you mean {', '.join(near)}?" if near else ""))
+    raise UserError(_not_shipped(name))
+
+
+_KEY = re.compile(r"""^["']?(task|group|tag)["']?:(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)  # a value, or the list below it
+_WORD = re.compile(r"[\w.+-]*\w")
+
+
+def _not_shipped(name: str) -> str:
+    """What to do about a name that is no task: for a group its tasks, else the nearest names. Reads all of lm-eval's files."""
+    tasks: set[str] = set()
+    members: set[str] = set()
+    groups: set[str] = set()
+    for file in SHIPPED.rglob("*.yaml"):
+        named: dict[str, list[str]] = {"task": [], "group": [], "tag": []}
+        for key, value in _KEY.findall(file.read_text(encoding="utf-8", errors="ignore")):
+            named[key] += [] if "{" in value else _WORD.findall(value)
+        groups.update(named["group"] + named["tag"])
+        if not named["group"]:  # the `task:` of a group lists its members
+            tasks.update(named["task"])
+        if name in named["tag"] or (name in named["group"] and named["task"]):
+            members.update(named["task"])
+    if name in groups:
+        own = sorted(task for task in tasks if task.startswith(f"{name}_")) or sorted(members & tasks)
+        such = f", such as {', '.join(own[:3])}" if own else ""
+        return f"task {name!r} is a group of lm-eval's tasks, not one task: give each of its tasks a block of its own{such}"
+    near = difflib.get_close_matches(name, sorted(tasks), n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "check the name in lm-eval's list of tasks"
+    return f"task {name!r} is not shipped with lm-eval: {hint}"

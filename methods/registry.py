@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from experiments.errors import UserError
@@ -34,8 +35,12 @@ def _load_entry_points(search_path: tuple[str, ...]) -> None:
             raise
         except Exception as error:  # whatever a stranger's module does when it is imported
             raise UserError(f"the part {point.name!r} ({point.value}) does not load: {type(error).__name__}: {error}") from error
+        if isinstance(part, ModuleType):
+            own = [known.__qualname__ for known in REGISTERED.values() if known.__module__ == part.__name__]
+            raise UserError(f"the part {point.name!r} ({point.value}) is a module: name the class in it, "
+                            f"{point.name} = \"{part.__name__}:{own[0] if own else 'CLASS'}\"")  # fmt: skip
         if part not in REGISTERED.values():
-            raise UserError(f"the part {point.name!r} ({point.value}) is not registered: put @register on it")
+            raise UserError(f"the part {point.name!r} ({point.value}) is not registered: put @register on the class")
 
 
 def build(block: Mapping[str, Any] | None) -> tuple[Part, ...]:

@@ -66,8 +66,14 @@ def test_every_shipped_task_of_the_studies_is_found_without_the_index():
 
 
 def test_unknown_task_names_its_neighbour():
-    with pytest.raises(UserError, match="hellaswagg.*did you mean hellaswag"):
+    with pytest.raises(UserError, match="hellaswagg.*did you mean 'hellaswag' or"):
         shipped_yaml("hellaswagg")
+
+
+@pytest.mark.parametrize("group, members", [("mmlu", "mmlu_abstract_algebra"), ("glue", "cola, mnli, mrpc")])
+def test_a_group_of_tasks_is_named_as_one_with_its_tasks(group, members):
+    with pytest.raises(UserError, match=f"'{group}' is a group of lm-eval's tasks.*such as {members}"):
+        shipped_yaml(group)
 
 
 BOOLQ = [{"passage": "Water is wet.", "question": "is water wet", "answer": True}]

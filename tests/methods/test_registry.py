@@ -194,6 +194,13 @@ def test_a_strangers_broken_part_is_named(package, code, said):
         registry.parts()
 
 
+@pytest.mark.parametrize("code, name", [(L2SP, "L2SP"), ("Odd = 3", "CLASS")])
+def test_an_entry_point_to_a_module_is_told_the_line_that_works(package, code, name):
+    package("stranger_module", code, {"odd": "stranger_module"})
+    with pytest.raises(UserError, match=f'is a module: name the class in it, odd = "stranger_module:{name}"'):
+        registry.parts()
+
+
 def test_the_list_and_the_pages_say_what_the_registry_says():
     from methods import listing
 
