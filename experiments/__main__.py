@@ -43,7 +43,7 @@ COMMANDS = {
 }
 
 
-READING = ("compare", "summary", "flips", "gate", "track")  # what an archived study still takes part in
+READING = ("compare", "summary", "gate", "track")  # what an archived study still takes part in
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,9 +10,14 @@ overrides only the hooks it needs. The engine calls them in this order, parts in
 `state` is one mutable dict a part: what `prepare` left under "importance", "start" and "carry", and whatever the
 part's own hooks put there. `state["anchor"]` (a dict of tensors) is what the run holds to compare weights with; its
 bytes are recorded. Where several processes train one model, each holds some rows of every tensor: a part works on these
-(`run.weights`, `run.shards.local`), and what is of all rows it sums (`run.shards.sum`). Example, complete:
+(`run.weights`, `run.shards.local`), and what is of all rows it sums (`run.shards.sum`). A complete example:
 
-    @register(title="L2-SP", paper="https://arxiv.org/abs/1802.01483", line="Pull every weight back to the base.")
+    from dataclasses import dataclass
+
+    from methods.effective import effective_weights
+    from methods.part import Part, register, setting
+
+    @register(key="l2_sp", title="L2-SP", paper="https://arxiv.org/abs/1802.01483", line="Pull every weight back to the base.")
     @dataclass(frozen=True, kw_only=True)
     class L2SP(Part):
         strength: float = setting(1e-2, within="[0, inf)", help="α of α/2·‖θ−θ₀‖²")

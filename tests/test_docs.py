@@ -1,0 +1,233 @@
+"""Every code block of README and docs: examples run, commands are parsed by the program that they call, and run where they only read."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import re
+import shlex
+import subprocess
+import sys
+import textwrap
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from experiments import cells, config, data
+from experiments.__main__ import parser, run
+from experiments.paths import HERE, Paths
+from methods import part as protocol, registry
+from methods.part import REGISTERED
+
+PAGES = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+READS = ("plan", "gate", "summary")  # commands that take seconds and change nothing
+
+
+def blocks(language):
+    return [(page.relative_to(HERE).as_posix(), text) for page in PAGES for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+
+
+def commands():
+    """(page, words) of every command of a `sh` block, without comments and without what is set before it."""
+    found = []
+    for page, text in blocks("sh"):
+        for line in text.replace("\\\n", " ").splitlines():
+            for command in re.split(r" ; | && ", re.sub(r"\s#\s.*", "", line)):
+                words = shlex.split(command)
+                while words and re.fullmatch(r"[A-Z_]+=\S*", words[0]):
+                    words = words[1:]
+                if words:
+                    found.append(pytest.param(words, id=f"{page}: {' '.join(words)}"))
+    return found
+
+
+def test_every_block_says_what_it_is():
+    for page in PAGES:
+        text = page.read_text()
+        assert {kind for kind, _ in BLOCK.findall(text)} <= {"sh", "python", "yaml", "toml", "text"}, page.name
+        assert not re.search(r"\n\n    (python|make|dvc|@register|@dataclass)", BLOCK.sub("", text)), f"{page.name}: a block without fences is never run"
+
+
+@pytest.mark.parametrize("words", commands())
+def test_a_command_is_one_that_its_program_takes(words, capsys):
+    {"make": _make, "python": _python, "dvc": _dvc, "mlflow": _mlflow, "torchrun": _torchrun}[words[0]](words[1:])
+
+
+def _make(words):
+    done = subprocess.run(["make", "-n", *words], cwd=HERE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def _python(words):
+    assert words[0] == "-m"
+    if words[1] == "methods":
+        from methods import listing
+
+        assert words[2:] in ([], ["docs"]) and all(listing.described(part) for part in registry.parts().values())
+        return
+    assert words[1] == "experiments"
+    options = parser().parse_args(words[2:])
+    if not hasattr(options, "study"):
+        return
+    study = config.load(options.study)
+    if hasattr(options, "cell"):
+        cells.parse(options.cell, study)
+    if hasattr(options, "patterns"):
+        assert cells.matching(study, options.patterns)
+    if options.command == "sweep":
+        from experiments import sweep
+
+        made = sweep.make(study, method=options.method, knob=options.knob, values=options.values, points=options.points, linear=options.linear)
+        assert len(made) == options.points
+    if options.command in READS and options.study != "paper":
+        try:
+            assert run(options) in (0, 1)
+        except SystemExit as end:  # `summary`, where a cell has no result in a fresh clone
+            assert end.code == 1
+
+
+def _dvc(words):
+    from dvc.cli import parse_args
+
+    options = parse_args(words)
+    for target in getattr(options, "targets", None) or []:
+        file, _, stage = target.rpartition(":")
+        if not getattr(options, "glob", False):
+            assert stage in _stages(HERE / (file or "dvc.yaml")), f"no stage {stage} in {file or 'dvc.yaml'}"
+        else:
+            assert any(re.fullmatch(re.escape(stage).replace(r"\*", ".*"), name) for name in _stages(HERE / file)), target
+    for change in getattr(options, "set_param", None) or []:
+        name, _, _ = change.partition("=")
+        block = config.read_yaml(HERE / "params.yaml")
+        for key in name.split("."):
+            assert key in block, f"{name} is no key of params.yaml"
+            block = block[key]
+
+
+def _stages(file):
+    """Every stage of a dvc.yaml by the name that DVC gives it."""
+    from itertools import product
+
+    study = config.load(file.parent.name if file.parent != HERE else "")
+    lists = {"model": "models", "domain": "domains", "method": "methods", "seed": "seeds"}
+    names = set()
+    for stage, block in YAML(typ="safe").load(file)["stages"].items():
+        values = product(*([str(v) for v in study.grid[lists[key]]] for key in block.get("matrix", {})))
+        names |= {f"{stage}@{'-'.join(value)}" if value else stage for value in values}
+    return names
+
+
+def _mlflow(words):
+    from mlflow.cli import cli
+
+    name, command, rest = cli.resolve_command(cli.make_context("mlflow", words, resilient_parsing=True), words)
+    command.make_context(name, rest)
+
+
+def _torchrun(words):
+    from torch.distributed.run import get_args_parser
+
+    options = get_args_parser().parse_args(words)
+    assert options.module
+    _python(["-m", options.training_script, *options.training_script_args])
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """installed(code, entry points as TOML): the package of a README, on the search path, gone after the test."""
+    before = set(REGISTERED)
+
+    def install(code, points):
+        ((name, target),) = tomllib.loads(points)["project"]["entry-points"]["holdfast.parts"].items()
+        module = target.partition(":")[0]
+        (tmp_path / f"{module}.py").write_text(code)
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(f"[holdfast.parts]\n{name} = {target}\n")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        return name
+
+    yield install
+    for key in set(REGISTERED) - before:
+        del REGISTERED[key]
+    sys.modules.pop("holdfast_l2sp", None)
+
+
+def test_the_readmes_part_works_as_printed(installed, tiny_llama):
+    """Its gradient is α·(θ − θ₀) and its value α/2·‖θ − θ₀‖², against plain arithmetic."""
+    (_, code), (_, points) = blocks("python")[0], blocks("toml")[0]
+    name = installed(code, points)
+    assert name in registry.parts()
+    block = next(YAML(typ="safe").load(text) for _, text in blocks("yaml") if name in text)
+    ((method, parts),) = block["methods"].items()
+    (part,) = config.build_method(method, parts).parts
+    _pulls(part, tiny_llama, strength=parts[name]["strength"])
+
+
+def test_the_protocols_example_works_as_printed(tiny_llama, tmp_path):
+    code = textwrap.dedent(protocol.__doc__.partition("A complete example:")[2])
+    file = tmp_path / "docstring_l2sp.py"
+    file.write_text(code)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        _pulls(module.L2SP(strength=0.5), tiny_llama, strength=0.5)
+    finally:
+        REGISTERED.pop("l2_sp", None)
+
+
+def _pulls(part, model, *, strength):
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    weights = {name: (p.detach() + 0.1).requires_grad_() for name, p in model.named_parameters()}
+    for weight in weights.values():
+        weight.grad = torch.zeros_like(weight)
+    state = protocol.Run(model=model, weights=weights, base=base, seed=0, device="cpu")
+    with torch.no_grad():
+        value = part.before_clip(run=state, state={}, step=0)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight.grad, strength * (weight.detach() - base[name]))
+    assert float(value) == pytest.approx(strength / 2 * sum(float((w.detach() - base[n]).square().sum()) for n, w in weights.items()), rel=1e-5)
+
+
+@pytest.mark.parametrize("page, text", [(page, text) for page, text in blocks("yaml") if "l2_sp" not in text])
+def test_a_block_of_params_yaml_is_one_that_loads(page, text, tmp_path):
+    """Put in place of the same blocks of the study it is about (else beside those of the default study), it is accepted."""
+    given = YAML(typ="safe").load(text)
+    study = "mofo-math" if "math-small" in text else ""
+    whole = config.read_yaml(Paths(study=study).params)
+    for key, block in given.items():
+        merge = isinstance(block, dict) and key != "grid" and "source" not in block
+        whole[key] = whole.get(key, {}) | block if merge else block
+    folder = Paths(study=study, root=tmp_path).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    YAML().dump(whole, folder / "params.yaml")
+    loaded = config.load(study, root=tmp_path)
+    for key in ("methods", "domains", "models"):
+        assert set(given.get(key, {})) <= set(getattr(loaded, key))
+
+
+def test_the_readmes_domain_makes_its_rows(tmp_path, monkeypatch):
+    """The block `birds` on rows of the form that its comment shows, split and rendered by the `data` stage."""
+    text = next(text for _, text in blocks("yaml") if "birds" in text)
+    row = json.loads(re.search(r"# (\{.*\})", text)[1])
+    block = YAML(typ="safe").load(text)["domains"]["birds"] | {"retention": [], "split": {"train": 5, "probe": 2, "test": 3}}
+    assert row.keys() == {"question", "choices", "gold"}
+    rows = [row | {"question": f"Bird number {n}?", "choices": ["a", "b", "c"], "gold": n % 3} for n in range(12)]
+    (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"A passage about bird number {n}."}) for n in range(40)))
+    whole = config.read_yaml(HERE / "params.yaml") | {"domains": {"birds": block}, "general": {
+        "rows": {"jsonl": "text.jsonl"}, "importance": 4, "perplexity": 4, "probe": 2}}  # fmt: skip
+    whole["grid"] = whole["grid"] | {"domains": ["birds"]}
+    YAML().dump(whole, tmp_path / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    with contextlib.redirect_stdout(io.StringIO()):
+        said = data.write_data(config.load(root=tmp_path), tmp_path / "out")
+    assert said["domains"]["birds"]["n"] == {"train": 5, "probe": 2, "test": 3}
+    first = json.loads((tmp_path / "out/train/birds/train.jsonl").read_text().splitlines()[0])
+    assert re.fullmatch(r"Q: Bird number \d+\?\nA:", first["context"]) and first["choices"] == [" a", " b", " c"]
