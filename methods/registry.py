@@ -72,6 +72,6 @@ def phase_settings(part: Part, phase: str | None) -> dict[str, Any]:
 
 
 def source_files(part: Part | type[Part]) -> list[Path]:
-    """The part's own module and the modules it declares in `shares`: editing them makes its cells stale."""
+    """The part's own module and the modules it declares in `shares`: what changes in their code (methods/source_code.py) makes its cells stale."""
     kind = part if isinstance(part, type) else type(part)
     return [Path(importlib.util.find_spec(name).origin) for name in (kind.__module__, *kind.shares)]

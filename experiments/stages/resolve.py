@@ -5,9 +5,9 @@ import json
 import shutil
 
 from experiments.engine_settings import NUMERICS, TrainSettings
-from experiments.files import sha256, write_json
+from experiments.files import write_json
 from evaluation import SCORING
-from methods import registry
+from methods import registry, source_code
 from methods.part import Part
 
 # raise one when the stage writes other bytes from the same settings
@@ -84,7 +84,7 @@ def _computing(study, model: str) -> dict:
 
 def _part(part: Part, phase: str | None) -> dict:
     return {"settings": registry.phase_settings(part, phase),
-            "sources": {path.name: sha256(path) for path in registry.source_files(part)}}
+            "sources": {path.name: source_code.digest(path) for path in registry.source_files(part)}}
 
 
 def pipeline_behind(study) -> str:
