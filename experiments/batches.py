@@ -29,13 +29,27 @@ def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> li
 
 
 def schedule(lengths: Sequence[int], batch: int, seed: int, epochs: float) -> list[list[int]]:
-    """All batches of a run; a fractional epoch takes that share of its batches (at least one batch in all)."""
+    """All batches of a run: `steps` of them, whole epochs first, then the first batches of the next epoch."""
+    count = steps(len(lengths), batch, epochs)
     plan: list[list[int]] = []
-    for epoch in range(int(epochs) + (epochs % 1 > 0)):
-        order = epoch_order(lengths, batch, seed, epoch)
-        share = min(1.0, epochs - epoch)
-        plan += order[: max(1, round(share * len(order)))]
-    return plan
+    while len(plan) < count:
+        plan += epoch_order(lengths, batch, seed, len(plan) // epoch_steps(len(lengths), batch))
+    return plan[:count]
+
+
+def epoch_steps(rows: int, batch: int) -> int:
+    """Batches of a whole epoch over `rows` examples."""
+    return -(-rows // batch)
+
+
+def steps(rows: int, batch: int, epochs: float) -> int:
+    """Batches of a run of `epochs` over `rows` examples.
+
+    The fraction of the last epoch takes that share of an epoch's batches, rounded to a whole number (a half to the even one), which
+    may be none; a run has at least one batch in all. Without rows there are none.
+    """
+    whole = epoch_steps(rows, batch)
+    return max(min(1, whole), int(epochs) * whole + round((epochs - int(epochs)) * whole))
 
 
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Example:

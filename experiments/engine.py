@@ -93,7 +93,7 @@ def fit(
     if not any("provides_weights" in part.capabilities for part in parts):
         lengths = [len(e["input_ids"]) for e in examples]
         plan = batches.schedule(lengths, settings.batch, seed, settings.epochs)
-        epoch = -(-len(lengths) // settings.batch)
+        epoch = batches.epoch_steps(len(lengths), settings.batch)
     else:
         plan, epoch = [], 1
     run = Run(model=model, weights=trained.weights, shapes=trained.shapes, base=base, seed=seed, device=device, shards=shards,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments import cells, hardware, memory, tuned
+from experiments import batches, cells, hardware, memory, tuned
 from experiments.flops import Flops
 from experiments.lock import Lock
 from experiments.shape import Shape, shape_of
@@ -135,7 +135,8 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     rate, _ = model.rate
     lengths, labelled = _train_rows(study, cell, settings)
     trained = not any("provides_weights" in part.capabilities for part in parts)
-    train = settings.epochs * model.flops(cell.method).step(lengths=lengths, labelled=labelled) / rate if trained else 0.0
+    epochs = _epochs(len(lengths), settings, settings.epochs)
+    train = epochs * model.flops(cell.method).step(lengths=lengths, labelled=labelled) / rate if trained else 0.0
     prepare = _prepare_flops(study, cell, model, preparing) / rate
     scored = _scored_tokens(study, cell)
     evaluate = model.scoring.step(lengths=[256] * (scored // 256), labelled=scored) / rate
@@ -145,7 +146,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
              "train": model.memory("train", parts=parts, settings=settings)}  # fmt: skip
     peak = max(found["total"] for found in kinds.values())
     together = model.processes or 1 if _device(study).type == "cpu" else 1  # processes on a CPU share its memory
-    return {"cell": cell.name, "cached": cached, "tokens": int(settings.epochs * sum(lengths)) if trained else 0,
+    return {"cell": cell.name, "cached": cached, "tokens": int(epochs * sum(lengths)) if trained else 0,
             "seconds": round(sum(seconds.values()), 1)} | {f"seconds_{stage}": round(value, 1) for stage, value in seconds.items()} | {
             "memory_bytes": peak, "memory": kinds, "fits": None if available is None else together * peak <= available,
             "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint)}  # fmt: skip
@@ -158,8 +159,14 @@ def _prepare_flops(study, cell, model: _Model, settings) -> float:
         if type(part).prepare is not Part.prepare:
             documents = min(part.samples, int(study.general.get("importance", part.samples)))
             lengths = [min(part.length, settings.length) // 2] * documents
-            flops += getattr(part, "epochs", 1.0) * model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths))
+            epochs = _epochs(documents, settings, part.epochs) if hasattr(part, "epochs") else 1.0
+            flops += epochs * model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths))
     return flops
+
+
+def _epochs(rows: int, settings, epochs: float) -> float:
+    """The epochs that the loop trains, which takes whole batches."""
+    return batches.steps(rows, settings.batch, epochs) / max(1, batches.epoch_steps(rows, settings.batch))
 
 
 def _train_rows(study, cell, settings) -> tuple[list[int], int]:

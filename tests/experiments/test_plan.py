@@ -95,6 +95,14 @@ def test_training_time_is_flops_over_the_rate_of_earlier_cells(tmp_path):
     assert plan.make(here)["cells"][0]["seconds_train"] == pytest.approx(2 * flops.step(lengths=[60] * 6, labelled=60) / rate, rel=0.01)
 
 
+def test_a_fraction_of_an_epoch_is_planned_as_it_is_trained(tmp_path):
+    with_rows(tmp_path, count=6)  # in batches of 4 two an epoch, in batches of 8 one
+    for batch, epochs, trained in ((4, 1.4, 1.5), (4, 1.2, 1.0), (8, 1.2, 1.0), (8, 0.1, 1.0)):
+        settings = {"batch": batch, "micro_batch": 4, "length": 128, "epochs": epochs}
+        made = plan.make(study(tmp_path, train=settings, grid={"methods": ["full"]}))
+        assert made["cells"][0]["tokens"] == trained * 6 * 60
+
+
 def test_long_rows_are_cut_and_all_rows_are_a_guess(tmp_path):
     with_rows(tmp_path, count=3)
     short = study(tmp_path, train={"batch": 8, "micro_batch": 8, "length": 32, "epochs": 1.0})
