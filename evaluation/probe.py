@@ -5,7 +5,6 @@ task, "norm", for a task whose answers are written, "end"; or {"text"} for gener
 every scored row.
 """
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 
 from evaluation import encode, shared_prefix
 from evaluation.preserve import preserved
+from experiments import jsonl
 from experiments.errors import UserError
 
 
@@ -103,8 +103,8 @@ def _tokens(requests: Iterable[shared_prefix.Request]) -> int:
     return sum(len(continuation) for _, continuation in requests)
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line.strip()]
+def _rows(file: Path) -> list[jsonl.Row]:
+    rows = jsonl.read(file)
     if not rows:
         raise UserError(f"probe set {file} is empty: it needs at least one row")
     return rows

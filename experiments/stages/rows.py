@@ -1,19 +1,13 @@
-"""JSONL, the one format of rows."""
+"""Rows that an earlier stage wrote."""
 
-import json
 from pathlib import Path
 
-from experiments.errors import MissingInput, UserError
+from experiments import jsonl
+from experiments.errors import MissingInput
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """Every row of a file; a missing file or a line that is not JSON is named."""
+def read_jsonl(path: Path) -> list[jsonl.Row]:
+    """Every row of a file. Raises MissingInput where the stage has not run, UserError for a line that cannot be read."""
     if not path.is_file():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
-    rows = []
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}, line {number}: not valid JSON ({error.msg})") from error
-    return rows
+    return jsonl.read(path)

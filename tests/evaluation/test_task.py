@@ -1,10 +1,12 @@
 """Local rows in lm-eval's tasks: the shipped prompts, and every way of scoring 0.0 in silence refused by name."""
 
+import sys
+
 import pytest
 from lm_eval.utils import env as jinja_env
 
 from evaluation.shipped import SHIPPED, shipped_yaml
-from evaluation.task import check, doc_hash, make_task, read_rows, render
+from evaluation.task import doc_hash, make_task, read_rows, render
 from experiments.errors import UserError
 from tests.evaluation.conftest import HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
 
@@ -100,11 +102,8 @@ def test_a_missing_column_is_named(rows, task, column, tmp_path):
 
 
 def test_a_value_missing_in_a_later_row_is_refused(tmp_path):
-    with pytest.raises(UserError, match="row 3"):
+    with pytest.raises(UserError, match="rows.jsonl line 3's gold answer"):
         made(tmp_path, [*HELLASWAG[:2], HELLASWAG[2] | {"label": "4"}], "hellaswag")
-    with pytest.raises(UserError, match="row 2 has no 'support'"):
-        task = made(tmp_path, SCIQ)
-        check(task, [SCIQ[0], *without(SCIQ[1:2], "support")], ["question", "support"])
 
 
 @pytest.mark.parametrize("label", [2, -1, "x", None])
@@ -164,3 +163,51 @@ def test_rows_are_read_anew_each_time_and_nothing_is_printed(tmp_path, capfd):
 def test_columns_that_only_later_rows_have(tmp_path):
     rows = [SCIQ[0], SCIQ[1] | {"note": "x"}]
     assert list(made(tmp_path, rows).eval_docs[0]) == [*SCIQ[0], "note"]
+
+
+CHOICES = {"doc_to_text": "{{q}}", "doc_to_choice": "{{options}}", "doc_to_target": "gold"}
+
+
+@pytest.mark.parametrize("doc_to_choice", ["options", "{{options}}"])
+def test_choices_that_are_numbers_are_read_as_json_writes_them(tmp_path, doc_to_choice):
+    task = CHOICES | {"doc_to_choice": doc_to_choice}
+    rows = [{"q": "a", "options": [3, 40], "gold": 1}, {"q": "b", "options": [0.5, 2], "gold": 0}, {"q": "c", "options": [True, -1.0], "gold": 0}]
+    assert [row["choices"] for row in render(made(tmp_path, rows, task))] == [[" 3", " 40"], [" 0.5", " 2"], [" true", " -1.0"]]
+
+
+@pytest.mark.parametrize("choices, said", [
+    (["x", ""], "choice 2 of 2 is empty .doc_to_choice: 'options'"), (["x", ["y"]], r"choice 2 of 2 is \[\"y\"\], neither text nor a number"),
+    ({"A": "x"}, "doc_to_choice .'options'. gives .*not a list of choices"), ("xy", "doc_to_choice .'options'. gives 'xy', not a list"),
+])  # fmt: skip
+@pytest.mark.parametrize("at", [1, 3])
+def test_choices_that_are_none_are_told_by_row(tmp_path, choices, said, at):
+    rows = [{"q": f"q{n}", "options": ["x", "y"], "gold": 0} for n in range(4)]
+    rows[at - 1]["options"] = choices
+    with pytest.raises(UserError, match=f"task set, .*rows.jsonl line {at}: {said}"):
+        made(tmp_path, rows, CHOICES | {"doc_to_choice": "options"})
+
+
+def test_a_column_of_several_types_keeps_its_values(tmp_path):
+    rows = [{"q": n, "options": ["x", "y"], "gold": 0, "source": source} for n, source in
+            enumerate((12, "book", 1.5, True, None, [1, "x"], {"a": {}}, {"a": 1}), 1)]  # fmt: skip
+    task = made(tmp_path, rows, CHOICES | {"doc_to_text": "{{q}} of {{source}}"})
+    assert [doc["source"] for doc in task.eval_docs] == [row["source"] for row in rows]
+    assert [row["context"] for row in render(task)][:5] == ["1 of 12", "2 of book", "3 of 1.5", "4 of True", "5 of None"]
+
+
+def test_the_row_that_a_tasks_own_function_cannot_take_is_named(tmp_path):
+    rows = [dict(row) for row in HELLASWAG * 3]
+    rows[5]["ctx_b"] = 7  # process_docs calls .capitalize()
+    with pytest.raises(UserError, match="task set, .*rows.jsonl line 6: .*AttributeError: 'int' object has no attribute 'capitalize'"):
+        made(tmp_path, rows, "hellaswag")
+
+
+@pytest.mark.parametrize("task, package", [("ifeval", "langdetect"), ("minerva_math_algebra", "antlr4-python3-runtime==4.11")])
+def test_a_package_that_a_task_needs_is_named(tmp_path, monkeypatch, task, package):
+    for module in list(sys.modules):
+        if module.startswith(("lm_eval.tasks.ifeval", "lm_eval.tasks.minerva")):
+            monkeypatch.delitem(sys.modules, module)
+    for module in ("langdetect", "antlr4", "sympy.parsing.latex"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=f"task {task!r} needs the Python package .*not installed: `pip install '{package}'`"):
+        made(tmp_path, [{"prompt": "x"}], task)

@@ -148,7 +148,7 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
     for block, change, message in (
         (birds, {"split": {"train": 50, "probe": 10, "test": 20}}, "domains.birds: 50 train rows are asked for, 30"),
         (birds, {"split": {"train": 5, "probe": 1}}, "domains.birds: `split`.*test is missing"),
-        (birds, {"question": "query"}, "domains.birds: no column 'query'.*question"),
+        (birds, {"question": "query"}, "domains.birds: no column 'query' in .*birds.jsonl line \\d+ .*question"),
         (birds, {"question": ""}, "domains.birds: `question` must name"),
         (birds, {"retention": ["fsh"]}, "unknown task 'fsh' in domains.birds.retention: did you mean 'fish'"),
         (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is evaluated already"),
@@ -156,7 +156,7 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
         (birds, {"rows": fish["rows"], "split": {"train": 5, "probe": 1, "test": 5}}, "'fish', which is the domain's own task or rows"),
         (birds, {"probes": ["trees"]}, "birds.probes lists 'trees', but no rows are left"),
         (fish, {"rows": {}}, "tasks.fish has no 'pypi' source"),
-        (fish, {"columns": {"gold": "label"}}, "tasks.fish: row 1 has no column 'label'"),
+        (fish, {"columns": {"gold": "label"}}, "tasks.fish: .*fish.jsonl line 1 has no column 'label'"),
         (fish, {"set": {"gold": 7}}, "fish.*(gold answer 7|fit the task.s prompt)"),
         (fish, {"columns": ["question", "gold"]}, "fish.*choices"),
         (general, {"importance": 500}, "general.importance asks for 500 texts"),

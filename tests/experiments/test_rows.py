@@ -63,7 +63,7 @@ def test_a_jsonl_file_is_read_where_it_is_the_only_source(tmp_path):
 
 def test_bad_rows_files_are_told_by_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for content, message in (('{"q": 1}\n{', "line 2 is not JSON"), ("[1]", "line 1 is not a JSON object"), ("\n", "no rows")):
+    for content, message in (('{"q": 1}\n{', "line 2 is not JSON"), ("[1]", "line 1 is a JSON list, not an object"), ("\n", "no rows")):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             read({"jsonl": str(path)})
