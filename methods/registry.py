@@ -13,7 +13,7 @@ from typing import Any
 from experiments.errors import UserError
 from experiments.names import unknown
 from methods.part import REGISTERED, Part
-from methods.settings import declared
+from methods.settings import check_block, declared, refuse
 
 BUILT_IN = ("ewc", "given", "hierarchical", "lora", "mofo")
 
@@ -43,24 +43,29 @@ def _load_entry_points(search_path: tuple[str, ...]) -> None:
             raise UserError(f"the part {point.name!r} ({point.value}) is not registered: put @register on the class")
 
 
-def build(block: Mapping[str, Any] | None) -> tuple[Part, ...]:
-    """The parts of a method block `{part: {setting: value}}`, in alphabetical order. Raises UserError by name."""
+def build(block: Mapping[str, Any] | None, *, where: str = "") -> tuple[Part, ...]:
+    """The parts of a method block `{part: {setting: value}}`, in alphabetical order.
+
+    Raises UserError naming what is wrong with its path below `where`, such as methods.lora.
+    """
     known, built = parts(), []
-    for key, settings in sorted((block or {}).items()):
+    for key in block or {}:
         if key not in known:
-            raise unknown("part", key, known)
-        if not isinstance(settings, Mapping | None):
-            raise UserError(f"{key} is {settings!r}: it must be a mapping of settings, or nothing")
-        names = [field.name for field in declared(known[key])]
-        for name in settings or {}:
-            if name not in names:
-                raise unknown("setting", name, names, where=key)
-        built.append(known[key](**(settings or {})))
+            raise unknown("part", key, known, where=where)
+    for key, settings in sorted((block or {}).items()):
+        path = f"{where}.{key}" if where else key
+        refuse(settings, dict | None, where=path)
+        check_block(known[key], settings or {}, where=path)
+        try:
+            built.append(known[key](**(settings or {})))
+        except UserError as error:  # what a part itself refuses begins with its key
+            raise UserError(f"{where}.{error}" if where else str(error)) from error
+    said = f"{where}: " if where else ""
     optimizers = [part.key for part in built if "optimizer" in part.capabilities]
     if len(optimizers) > 1:
-        raise UserError(f"{' and '.join(optimizers)} cannot be combined: each brings an optimizer; keep one")
+        raise UserError(f"{said}{' and '.join(optimizers)} cannot be combined: each brings an optimizer; keep one")
     if len(built) > 1 and any("provides_weights" in part.capabilities for part in built):
-        raise UserError(f"{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained")
+        raise UserError(f"{said}{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained")
     return tuple(built)
 
 

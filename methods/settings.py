@@ -4,9 +4,11 @@ import dataclasses
 import math
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from experiments.errors import UserError
+from experiments.names import unknown
 
 PHASES = ("prepare", "train")
 
@@ -38,16 +40,30 @@ def check(part: Any, key: str) -> None:
         value, kind = getattr(part, field.name), kinds[field.name]
         if value is None and field.metadata["by_preset"]:
             continue
+        refuse(value, kind, within=field.metadata["within"], where=f"{key}.{field.name}")
         if isinstance(value, list):
             value = tuple(value)
-        within = field.metadata["within"]
-        if not fits(value, kind) or (_number(value) and within and not inside(value, within)):
-            said = describe(kind) + (f" in {within}" if within else "")
-            hint = f"; write {float(value)} without quotes" if _quoted_number(value) and not fits(value, kind) else ""
-            raise UserError(f"{key}.{field.name} is {value!r}: it must be {said}{hint}")
         if _number(value) and float in _options(kind):
             value = float(value)
         object.__setattr__(part, field.name, value)
+
+
+def check_block(part: type, block: Mapping[str, Any], *, where: str) -> None:
+    """The same for settings as a block writes them, before anything is built: what is wrong is named with its whole path."""
+    fields = {field.name: field for field in declared(part)}
+    kinds = typing.get_type_hints(part)
+    for name, value in block.items():
+        if name not in fields:
+            raise unknown("setting", name, fields, where=where)
+        if value is not None or not fields[name].metadata["by_preset"]:
+            refuse(value, kinds[name], within=fields[name].metadata["within"], where=f"{where}.{name}")
+
+
+def refuse(value: Any, kind: Any, *, within: str = "", where: str) -> None:
+    """Raise a UserError that names `where`, the value and what it must be, unless it is of its type and in its interval."""
+    if fits(value, kind) and not (_number(value) and within and not inside(value, within)):
+        return
+    raise UserError(f"{where} is {shown(value)}: it must be {describe(kind)}{_interval(within)}{_hint(value, kind)}")
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -58,8 +74,8 @@ def fits(value: Any, kind: Any) -> bool:
     origin = typing.get_origin(kind)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
-    if origin is tuple:
-        return isinstance(value, tuple) and all(fits(item, typing.get_args(kind)[0]) for item in value)
+    if origin in (tuple, list):
+        return isinstance(value, list | tuple) and all(fits(item, typing.get_args(kind)[0]) for item in value)
     if kind is float:
         return _number(value) and math.isfinite(value)
     if kind is int:
@@ -76,9 +92,42 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         choices = [repr(c) if c == "" else str(c) for c in typing.get_args(kind)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
-    if origin is tuple:
-        return f"a list of {typing.get_args(kind)[0].__name__.replace('str', 'names')}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", types.NoneType: "null"}[kind]
+    if origin in (tuple, list):
+        return "a list of " + {str: "names", int: "whole numbers", float: "numbers"}[typing.get_args(kind)[0]]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping",
+            types.NoneType: "null"}[kind]  # fmt: skip
+
+
+def shown(value: Any) -> str:
+    """A value as YAML writes it, on one line and not longer than a message may be."""
+    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _interval(within: str) -> str:
+    """An interval in words where they are plainer than the interval."""
+    if not within:
+        return ""
+    low, high = within[1:-1].split(", ")
+    return f" in {within}" if high != "inf" else f" from {low}" if within[0] == "[" else f" above {low}"
+
+
+def _hint(value: Any, kind: Any) -> str:
+    """What was probably meant, where the value is of another type."""
+    if fits(value, kind):
+        return ""
+    for option in _options(kind):
+        if typing.get_origin(option) in (tuple, list) and fits(value, typing.get_args(option)[0]):
+            return f"; write [{value}]"
+    if _quoted_number(value) and fits(float(value), kind):
+        return f"; write {float(value)} without quotes"
+    if isinstance(value, str) and value.strip().lstrip("+-").isdigit() and fits(int(value), kind):
+        return f"; write {int(value)} without quotes"
+    if _number(value) and fits(str(value), kind):
+        return "; put it in quotes"
+    if kind is bool and isinstance(value, str) and value.lower() in ("yes", "on", "no", "off"):
+        return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
+    return ""
 
 
 def inside(value: float, within: str) -> bool:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 
 import pytest
 from ruamel.yaml import YAML
@@ -47,12 +48,12 @@ def put(path, value):
         ("models/llama-tiny/dtpye", "float32", "unknown key 'dtpye' in models.llama-tiny: did you mean 'dtype'"),
         ("domains/sums/retention", ["colour"], "unknown task 'colour' in domains.sums.retention: did you mean 'colours'"),
         ("train/learning_rat", 1.0, "unknown key 'learning_rat' in train: did you mean 'learning_rate'"),
-        ("train/learning_rate", "fast", "train.learning_rate is 'fast': it must be of type float"),
-        ("train/batch", 0, "train.batch is 0: it must be above 0"),
-        ("train/batch", 2.5, "train.batch is 2.5: it must be of type int"),
-        ("methods/ewc/ewc", {"strenght": 1.0}, "methods.ewc: unknown setting 'strenght' in ewc: did you mean 'strength'"),
-        ("methods/ewc", {"ewx": {}}, "methods.ewc: unknown part 'ewx': did you mean 'ewc'"),
-        ("methods/mofo/mofo", {"fraction": 1.5}, "mofo.fraction is 1.5.*\\(0, 1\\]"),
+        ("train/learning_rate", "fast", "train.learning_rate is 'fast': it must be a number above 0"),
+        ("train/batch", 0, "train.batch is 0: it must be a whole number from 1"),
+        ("train/batch", 2.5, "train.batch is 2.5: it must be a whole number from 1"),
+        ("methods/ewc/ewc", {"strenght": 1.0}, "unknown setting 'strenght' in methods.ewc.ewc: did you mean 'strength'"),
+        ("methods/ewc", {"ewx": {}}, "unknown part 'ewx' in methods.ewc: did you mean 'ewc'"),
+        ("methods/mofo/mofo", {"fraction": 1.5}, "methods.mofo.mofo.fraction is 1.5.*\\(0, 1\\]"),
         ("methods/bad name", {}, "methods: 'bad name'"),
         ("methods/plus+plus", {}, "methods: 'plus\\+plus'"),
         ("methods/again", {"like": "nobody"}, "unknown method 'nobody' in methods.again.like"),
@@ -68,9 +69,23 @@ def test_mistakes_are_named(tmp_path, path, value, message):
         load(tmp_path, put(path, value))
 
 
-def test_broken_yaml_and_missing_file_are_named(tmp_path):
-    with pytest.raises(UserError, match="params.yaml is not valid YAML"):
-        load(tmp_path, text="a: [1")
+@pytest.mark.parametrize(("text", "message"), [
+    (b"a: [1", "params.yaml is not valid YAML: line 1, column 6"),
+    (b"a:\n\tb: 1\n", "params.yaml is not valid YAML: line 2, column 1: a tab: indent with spaces"),
+    (b"a: 1\nb: c: d\n", "line 2, column 5: a second colon: put a text that holds one in quotes"),
+    (b"train: {}\nmodels: {}\ntrain: {}\n", "params.yaml line 3: the key \"train\" stands there already: keep one of the two"),
+    (b"", "params.yaml is empty: it needs at least grid"),
+    (b"- a\n", "params.yaml must be a mapping of blocks"),
+    (b"a: 1\nb: \xff\n", "params.yaml line 2 holds bytes that are not UTF-8"),
+    (b"a: 2024-99-99\n", "params.yaml is not valid YAML: month"),
+])  # fmt: skip
+def test_broken_yaml_is_named_with_its_line(tmp_path, text, message):
+    (tmp_path / "params.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=re.escape(message)):
+        config.load(root=tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(UserError, match="params.yaml not found"):
         config.load(root=tmp_path / "nowhere")
 

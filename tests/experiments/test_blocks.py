@@ -1,0 +1,192 @@
+"""Every key of params.yaml with a value of a wrong type and with a wrong value: each is refused by name before anything runs."""
+
+import json
+import re
+import typing
+from typing import Any
+
+import pytest
+
+from experiments import blocks, config
+from experiments.errors import UserError
+from experiments.paths import Paths
+from methods import registry
+from methods.settings import declared
+
+SHA = "a" * 64
+ROWS = {"hub": {"path": "a/b", "name": "c", "split": "test", "revision": "main", "data_files": "x.json", "set": {"q": "{{p}}"}, "columns": ["q"]},
+        "pypi": {"package": "a-b==1", "path": "x/y", "requests": "z.jsonl.gz", "set": {"q": 1}, "columns": {"q": "p"}},
+        "jsonl": {"path": "rows.jsonl", "set": {"q": ""}, "columns": ["q"]}}  # fmt: skip
+SCORED = {"task": "sciq", "metric": "acc", "chance": 0.25, "licence": "MIT", "rows": ROWS, "set": {"a": ""}, "columns": {"a": "b"}}
+TRAIN = {"learning_rate": 1e-3, "schedule": "cosine", "warmup": 0.1, "epochs": 2, "batch": 8, "micro_batch": 4, "length": 64, "weight_decay": 0,
+         "beta1": 0.8, "beta2": 0.9, "eps": 1e-9, "clip": 0.5, "pack": 128, "moments": "bfloat16", "checkpointing": True, "compile": False,
+         "checkpoint_seconds": 0.0, "probes": 0}  # fmt: skip
+FULL = {  # every key of every block, with a right value
+    "title": "all", "device": "cpu", "not_a_result": True,
+    "grid": {"models": ["m"], "domains": ["d"], "methods": ["lora"], "seeds": [0, 1]},
+    "data": {"source": "hub"}, "packages": {"a-b==1": SHA},
+    "models": {"m": {"source": "pypi:a==1/x.gguf", "sha256": SHA, "bin_sha256": SHA.upper(), "dtype": "float32", "compute_dtype": "bfloat16",
+                     "note": "n", "licence": "MIT", "config": {"a": 1}, "architecture": {"model_type": "llama"}, "seed": 0, "parameters": 5,
+                     "layers": 2, "width": 8, "processes": 2, "train": TRAIN}},
+    "tasks": {"t": SCORED | {"test": 20, "probe": 4}},
+    "domains": {"d": SCORED | {"question": "q", "test_rows": ROWS, "split": {"train": "all", "probe": 0, "test": 5}, "retention": ["t"],
+                               "transfer": [], "probes": ["t"], "why": "w", "train": TRAIN}},
+    "general": {"rows": ROWS, "text": "passage", "importance": 4, "perplexity": 4, "probe": 0, "max_words": 100, "licence": "MIT", "note": "n"},
+    "methods": {"lora": {"lora": {}, "ewc": {}, "train": {key: value for key, value in TRAIN.items() if key != "moments"}}},
+    "train": TRAIN, "evaluate": {"scorer": "hflm", "batch_size": 4},
+    "tune": {"epochs": 0.5, "methods": {"lora": {"lora.rank": [2, 4]}}},
+    "archive": {"commit": "b" * 40, "known": ["nothing"]},
+}  # fmt: skip
+OTHERS = ["text", 1.5, 7, True, None, ["a"], [1], [["a"]], {"a": 1}, [None]]  # one of each type that YAML writes
+
+
+def build(raw):
+    return config.build(raw, paths=Paths(study="all"))
+
+
+def put(path: tuple[str, ...], value: Any) -> dict:
+    raw = json.loads(json.dumps(FULL))  # nothing shared between blocks
+    block = raw
+    for key in path[:-1]:
+        block = block[key]
+    block[path[-1]] = value
+    return raw
+
+
+def keys(table: blocks.Table, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], blocks.Key]]:
+    found = []
+    for name, key in table.items():
+        found.append(((*path, name), key))
+        if key.keys is not None:
+            found += keys(key.keys, (*path, name))
+    return found
+
+
+EVERY = keys(blocks.TOP, ()) + [entry for kind, name in (("models", "m"), ("tasks", "t"), ("domains", "d"))
+                                for entry in keys(blocks.NAMED[kind], (kind, name))]  # fmt: skip
+EVERY += [(("methods", "lora", "train", name), key) for name, key in blocks.TRAIN.items() if name != "moments"]
+
+
+def right(value: Any, kind: Any) -> bool:
+    """An independent reading of a key's type."""
+    if kind in (int, float):
+        return isinstance(value, (int,) if kind is int else (int, float)) and not isinstance(value, bool)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind) and not isinstance(value, bool)
+    if typing.get_origin(kind) in (list, tuple):
+        return isinstance(value, list) and all(right(item, typing.get_args(kind)[0]) for item in value)
+    if typing.get_args(kind):
+        return any(right(value, option) for option in typing.get_args(kind))
+    return isinstance(value, kind)
+
+
+def test_the_example_has_every_key_and_is_accepted():
+    build(FULL)
+    for path, _ in EVERY:
+        block: Any = FULL
+        for key in path:
+            assert key in block, f"add {'.'.join(path)} to FULL"
+            block = block[key]
+
+
+@pytest.mark.parametrize(("path", "key"), EVERY, ids=lambda value: ".".join(value) if isinstance(value, tuple) else "")
+def test_a_wrong_type_and_a_wrong_value_are_named(path, key):
+    empty = any(kind is dict or typing.get_origin(kind) is list for kind in (key.kind, *typing.get_args(key.kind)))
+    wrong = [value for value in OTHERS if not right(value, key.kind) and not (value is None and empty and not key.required)]
+    assert len(wrong) >= 5
+    if key.within:
+        low, high = (float(end) for end in key.within[1:-1].split(","))
+        assert key.within[0] == "[" or low == 0
+        wrong += [low - 1, float("nan")] + ([0] if key.within[0] == "(" else []) + ([high + 1] if high < 2**53 else [])
+    if typing.get_origin(key.kind) is typing.Literal or key.matches:
+        wrong += ["", " "]
+    for value in wrong:
+        with pytest.raises(UserError) as refused:
+            build(put(path, value))
+        name = re.escape(".".join(path))
+        where = re.escape(".".join(path[:-1]) or "params.yaml")
+        if value is None and empty:
+            assert re.match(rf"{where} has no `{path[-1]}`", str(refused.value)), (value, str(refused.value))
+        else:
+            assert re.match(rf"{name} is ", str(refused.value)) or re.match(rf"{name}\.\w+ is |.*unknown \w+ .* in {name}:", str(refused.value)), (
+                value, str(refused.value))  # fmt: skip
+
+
+@pytest.mark.parametrize("path", [path for path, key in EVERY if key.required], ids=".".join)
+def test_a_missing_key_is_named(path):
+    raw = put(path, None)
+    block = raw
+    for key in path[:-1]:
+        block = block[key]
+    del block[path[-1]]
+    with pytest.raises(UserError, match=rf"^{re.escape('.'.join(path[:-1]) or 'params.yaml')} has no `{path[-1]}`"):
+        build(raw)
+
+
+@pytest.mark.parametrize("path", sorted({path[:-1] for path, _ in EVERY}), ids=lambda path: ".".join(path) or "top")
+def test_an_unknown_key_is_named(path):
+    with pytest.raises(UserError, match=rf"^unknown key 'nonsense' in {re.escape('.'.join(path) or 'params.yaml')}: "):
+        build(put((*path, "nonsense"), 1))
+
+
+@pytest.mark.parametrize("part", sorted(registry.parts()))
+def test_settings_of_parts_are_named_with_their_whole_path(part):
+    kinds = typing.get_type_hints(registry.parts()[part])
+    for field in declared(registry.parts()[part]):
+        wrong: list[Any] = [{"a": 1}, [["a"]]]
+        if field.metadata["within"]:
+            low, high = (float(end) for end in field.metadata["within"][1:-1].split(","))
+            wrong += [low - 1, *([high + 1] if high < 1e300 else [])]
+        assert not any(right(value, kinds[field.name]) for value in wrong[:2])
+        for value in wrong:
+            raw = put(("methods", "mine"), {"like": "other", part: {field.name: value}})
+            raw["methods"]["other"] = {}
+            with pytest.raises(UserError, match=rf"^methods\.mine\.{part}\.{field.name} is "):
+                build(raw)
+
+
+@pytest.mark.parametrize(("path", "value", "message"), [
+    (("tasks", "t", "chance"), "0.5", "tasks.t.chance is '0.5': it must be a number in [0, 1); write 0.5 without quotes"),
+    (("domains", "d", "chance"), 25, "domains.d.chance is 25: it must be a number in [0, 1)"),
+    (("tasks", "t", "test"), "20", "tasks.t.test is '20': it must be a whole number from 1; write 20 without quotes"),
+    (("domains", "d", "split", "train"), 32.0, "domains.d.split.train is 32.0: it must be a whole number or all from 1"),
+    (("domains", "d", "retention"), "t", "domains.d.retention is 't': it must be a list of names; write [t]"),
+    (("grid", "methods"), "lora", "grid.methods is 'lora': it must be a list of names; write [lora]"),
+    (("grid", "seeds"), 0, "grid.seeds is 0: it must be a list of whole numbers; write [0]"),
+    (("evaluate", "batch_size"), "auto", "evaluate.batch_size is 'auto': it must be a whole number from 1"),
+    (("evaluate", "scorer"), "vllm", "evaluate.scorer is 'vllm': it must be one of shared-prefix, hflm"),
+    (("not_a_result"), "yes", "not_a_result is 'yes': it must be true or false; write true"),
+    (("models", "m", "sha256"), "b179", "models.m.sha256 is 'b179': it must be a sha256: 64 hexadecimal digits"),
+    (("models", "m", "sha256"), None, "models.m.sha256 is null"),
+    (("models", "m", "dtype"), "bf16", "models.m.dtype is 'bf16': it must be one of bfloat16, float16, float32, float64"),
+    (("models", "m", "source"), "llama", "models.m.source is 'llama': it must be hub:NAME@REVISION, pypi:"),
+    (("packages"), {"a-b": SHA}, "packages.package is 'a-b': it must be NAME==VERSION"),
+    (("packages"), {"a-b==1": SHA[1:]}, "packages.a-b==1 is 'aaaa"),
+    (("domains", "d", "rows", "hub", "revision"), 47e169, "domains.d.rows.hub.revision is 4.7e+170: it must be text; put it in quotes"),
+    (("methods", "lora", "train", "learning_rate"), -1.0, "methods.lora.train.learning_rate is -1.0: it must be a number above 0"),
+    (("methods", "x"), "lora", "methods.x is 'lora': it must be a mapping"),
+    (("methods", "x"), {"lora": 4}, "methods.x.lora is 4: it must be a mapping"),
+    (("methods", "x"), {"like": ["lora"]}, "methods.x.like is ['lora']: it must be text"),
+    (("methods", "x"), {"given": {}}, "methods.x.given.path is missing"),
+    (("methods", "x"), {"mofo": {}, "given": {"path": "x"}}, "methods.x: given and mofo cannot be combined"),
+    (("tune", "methods"), {"lara": {}}, "unknown method 'lara' in tune.methods: did you mean 'lora'?"),
+    (("tune", "methods"), {"lora": []}, "tune.methods.lora is []: it must be a mapping"),
+    (("tune", "methods"), {"lora": {"lora.rank": 4}}, "tune.methods.lora.lora.rank: write PART.SETTING or train.SETTING with a list of values"),
+    (("tune", "methods"), {"lora": {"mofo.fraction": [0.1]}}, "unknown part 'mofo' in tune.methods.lora"),
+    (("tune", "methods"), {"lora": {"lora.rank": [2, 0]}}, "tune.methods.lora: with lora.rank 0, methods.lora.lora.rank is 0: it must be a whole number"),
+    (("tune", "methods"), {"lora": {"train.rate": [1.0]}}, "unknown key 'rate' in tune.methods.lora: with train.rate 1.0, methods.lora.train"),
+    (("domains", "d", "retention"), ["t", "t"], "domains.d.retention names 't' twice"),
+    (("tasks", "t", "probe"), 0, "domains.d.probes names 't', but tasks.t.probe is 0"),
+])  # fmt: skip
+def test_what_is_said(path, value, message):
+    with pytest.raises(UserError) as refused:
+        build(put(path if isinstance(path, tuple) else (path,), value))
+    assert str(refused.value).startswith(message), str(refused.value)
+
+
+@pytest.mark.parametrize("nothing", ({}, None))
+def test_a_method_without_settings_is_plain_fine_tuning_however_it_is_written(nothing):
+    raw = put(("methods", "plain"), nothing)
+    raw["methods"]["mine"] = {"ewc": nothing, "train": nothing}
+    study = build(raw)
+    assert study.methods["plain"].parts == () and [part.key for part in study.methods["mine"].parts] == ["ewc"]
