@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.architecture import backbone, head, plain
+from experiments.architecture import backbone, logits_of, plain
 from experiments.errors import UserError
 
 Request = tuple[Sequence[int], Sequence[int]]  # context ids, continuation ids; neither empty
@@ -61,7 +61,7 @@ def log_likelihoods(
     """For each request, log p(continuation | context) in nats and whether every token is the model's first choice.
 
     The model (llama, gptj, or another that `refusal` accepts; plain or in peft's wrapper) must be in eval mode; one
-    that is refused is scored request by request through its own head, with the same values. `tokens` bounds the
+    that is refused is scored request by request through its own forward, with the same values. `tokens` bounds the
     padded tokens of a forward pass; `description` shows a progress bar on a terminal.
     """
     shared = not refusal(model)
@@ -166,11 +166,12 @@ def _score(
             "position_ids": positions.to(device),
         }  # without branches the model's own causal attention does, padding being on the right
     if shared:
-        states, to_logits = backbone(model)(**call).last_hidden_state, head(model)
+        states, to_logits = backbone(model)(**call).last_hidden_state, logits_of(model)
     else:
         states, to_logits = model(**call).logits, torch.nn.Identity()
     states = states.flatten(0, 1)[torch.tensor(rows, device=device)]
-    values, greedy = _pick(states, to_logits, torch.tensor(row_of), torch.tensor(target))
+    vocabulary = plain(model).get_input_embeddings().weight.shape[0] if shared else states.shape[-1]
+    values, greedy = _pick(states, to_logits, torch.tensor(row_of), torch.tensor(target), vocabulary=vocabulary)
     total = torch.zeros(len(numbers), dtype=torch.float64).index_add_(0, torch.tensor(owner), values)
     misses = torch.zeros(len(numbers), dtype=torch.long).index_add_(0, torch.tensor(owner), (~greedy).long())
     yield from zip(numbers, zip(total.tolist(), (misses == 0).tolist()))
@@ -185,16 +186,16 @@ def _mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def _pick(states: Tensor, to_logits: Callable, row_of: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+def _pick(states: Tensor, to_logits: Callable, row_of: Tensor, target: Tensor, *, vocabulary: int) -> tuple[Tensor, Tensor]:
     """log softmax of each target at its row, as float64 on the CPU, and whether it is the row's argmax.
 
-    The softmax is taken in float32 (float64 for a float64 model), on the CPU over a few rows at a time.
+    The softmax is taken in float32 (float64 for a float64 model), on the CPU over a few rows at a time; `vocabulary` is
+    about the number of logits of a row.
     """
     values = torch.empty(len(target), dtype=torch.float64)
     greedy = torch.empty(len(target), dtype=torch.bool)
     order = row_of.argsort(stable=True)
     row_of = row_of[order]
-    vocabulary = getattr(to_logits, "out_features", states.shape[-1])
     size = max(1, LOGITS // vocabulary)
     block = max(1, CACHED // vocabulary) if states.device.type == "cpu" else size
     for start in range(0, len(states), size):
@@ -244,5 +245,5 @@ def _refusal(model: torch.nn.Module) -> str:
     half = inner.dtype in (torch.bfloat16, torch.float16)
     gap = max(abs(together[i][0] - apart[i][0]) for i in together)
     if not gap <= (0.8 if half else 1e-3):  # 0.2 nats a token in half precision; also true of a NaN
-        return f"its log-likelihoods differ by {gap:.3g} nats from its own head's"
+        return f"its log-likelihoods differ by {gap:.3g} nats from its own forward pass's"
     return ""

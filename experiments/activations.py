@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import masking_utils
 
 from experiments import architecture
-from experiments.attention import PRODUCTS
+from experiments.attention import only_sdpa
 from methods.effective import adapted_names, base_parameters
 from methods.part import Part
 
@@ -44,9 +44,7 @@ def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows
                  packed: bool, fisher: str, device: str, *, layers: int) -> tuple[int, int]:  # fmt: skip
     """Bytes alive after the forward pass of the first `layers` blocks, and at most in it and in the backward pass."""
     model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
-    if device != "cpu" and architecture.plain(model).config._attn_implementation == PRODUCTS:
-        architecture.plain(model).config._attn_implementation = "sdpa"  # fake tensors have no device to tell it by
-    with FakeTensorMode():
+    with FakeTensorMode(), only_sdpa() if device != "cpu" else contextlib.nullcontext():
         _fake(model)
         if fisher:
             base, names = base_parameters(model), adapted_names(model)

@@ -4,8 +4,12 @@
 (`docs/decisions.md`). Everything here asks transformers for the role or looks at the module's shape.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from experiments.errors import UserError
 
@@ -23,11 +27,63 @@ def base_name(parameter: str) -> str:
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without its head: token ids to the last hidden state (batch, tokens, width)."""
     inner = plain(model)
-    return getattr(inner, inner.base_model_prefix)
+    found = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
+    if not isinstance(found, nn.Module):
+        raise UserError(f"model {type(inner).__name__} is not a decoder with a head on top of it: Holdfast trains causal language models")
+    return found
 
 
-def head(model: nn.Module) -> nn.Module:
-    """The linear map from the last hidden state to logits over the vocabulary."""
+def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's own map from last hidden states (rows, width) or (batch, tokens, width) to logits over the vocabulary.
+
+    The causal model's own `forward` is run with a stand-in for its decoder, which answers with the hidden states given:
+    whatever the class does behind its decoder (a head with a bias, a scale, a cap, a cast) is done by its own code.
+    """
+    inner, decoder = plain(model), backbone(model)
+    # a twin that shares everything with the model but the decoder, so that nothing in the model is exchanged meanwhile
+    twin = object.__new__(type(inner))
+    vars(twin).update(vars(inner))
+    vars(twin)["_modules"] = inner._modules | {inner.base_model_prefix: _StandIn(decoder)}
+
+    def logits(hidden: Tensor) -> Tensor:
+        whole = hidden if hidden.dim() == 3 else hidden[None]
+        vars(twin)["_modules"][inner.base_model_prefix] = _StandIn(decoder, whole)
+        ids = torch.zeros(whole.shape[:2], dtype=torch.long, device=whole.device)
+        found = type(inner).forward(twin, input_ids=ids, use_cache=False).logits
+        return found if hidden.dim() == 3 else found[0]
+
+    return logits
+
+
+class _StandIn(nn.Module):
+    """Answers with the hidden states given, and has whatever else the decoder has.
+
+    Some models call a module inside their decoder, or read a number of it: a module is given as a stand-in of its own.
+    """
+
+    def __init__(self, decoder: nn.Module, hidden: Tensor | None = None):
+        super().__init__()
+        vars(self)["decoder_"], vars(self)["hidden_"] = decoder, hidden  # not as a module of it
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(vars(self)["decoder_"], name)
+        return _StandIn(found, vars(self)["hidden_"]) if isinstance(found, nn.Module) else found
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return _Output(last_hidden_state=vars(self)["hidden_"])
+
+
+class _Output(BaseModelOutputWithPast):
+    """What a decoder returns; None for what some return beside it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def head(model: nn.Module) -> nn.Linear:
+    """The linear layer that logits come from. Models that scale or cap them, or map otherwise, do so in `logits_of`."""
     found = plain(model).get_output_embeddings()
     if not isinstance(found, nn.Linear):
         raise UserError(

@@ -7,23 +7,24 @@ none of them. On a GPU they are the faster too. On the CPU torch's fused kernel 
 two products and the softmax that it stands for, as long as their scores stay in its cache.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 Model = TypeVar("Model", bound=nn.Module)
 
-PRODUCTS = "products"  # what transformers is to know `products` by
 LONGEST = 512  # tokens; beyond, the scores of a layer no longer stay in the cache and are many bytes to keep
 BLOCK = 256  # queries of a longer text that attend at once
 
 
 def with_sdpa(model: Model) -> Model:
-    """`model` itself, its eager GPT-J attention replaced by SDPA in place, and all SDPA by `products`, which is SDPA on a GPU.
+    """`model` itself, its eager GPT-J attention replaced by SDPA in place.
 
     Logits are eager's to rounding (of float32 in a float64 model too, whose scores eager computes in float32). Weights,
     names and saved files are unchanged. As with SDPA in Llama, there are no attention weights to return. A new model made
@@ -36,25 +37,24 @@ def with_sdpa(model: Model) -> Model:
             module.__class__ = GPTJSdpaAttention
             # what the model's masks are made for; transformers does not save it
             module.config._attn_implementation = "sdpa"
-    if model.config._attn_implementation == "sdpa":
-        model.config._attn_implementation = PRODUCTS
     return model
 
 
 def products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
              dropout: float = 0.0, scaling: float | None = None, **others: Any) -> tuple[Tensor, None]:  # fmt: skip
-    """Attention as transformers asks for it: queries (batch, heads, tokens, width), keys and values of as many heads or
+    """Attention as transformers asks SDPA for it: queries (batch, heads, tokens, width), keys and values of as many heads or
     of a divisor's, masks additive or boolean, None for causal. Returns (batch, tokens, heads, width).
 
     Scores are rounded to the model's dtype before the softmax, which is taken in float32, as in transformers' eager
     attention. A text longer than LONGEST is worked on in blocks of queries where no gradient is asked for, and is
-    SDPA's where one is. What is on a GPU, drops out, or continues a cache without a mask is SDPA's too.
+    SDPA's where one is. What is on a GPU, drops out, is not causal, or continues a cache without a mask is SDPA's too.
     """
     tokens, keys = query.shape[2], key.shape[2]
     long = max(tokens, keys) > LONGEST
-    unknown = others.keys() & {"softcap", "position_bias", "cache", "is_causal", "s_aux"}
-    if query.device.type != "cpu" or dropout or unknown or (long and torch.is_grad_enabled()) or (attention_mask is None and 1 < tokens != keys):
-        return AttentionInterface()["sdpa"](module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+    unknown = _only_sdpa or any(others.get(name) is not None for name in ("softcap", "position_bias", "cache", "is_causal", "s_aux"))
+    alone = attention_mask is None and tokens > 1 and (tokens != keys or not getattr(module, "is_causal", True))
+    if query.device.type != "cpu" or dropout or unknown or alone or (long and torch.is_grad_enabled()):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if not long:
         return _mixed(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
@@ -81,11 +81,24 @@ def _mixed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
         by_head.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         by_head.add_(mask)
-    return (scores.softmax(-1) @ value.reshape(batch * groups, keys, width)).view(batch, heads, tokens, width)
+    return (scores.softmax(-1) @ value.reshape(batch * groups, keys, -1)).view(batch, heads, tokens, -1)
 
 
-AttentionInterface.register(PRODUCTS, products)
-AttentionMaskInterface.register(PRODUCTS, sdpa_mask)
+# In SDPA's own name: some models ask by that name which masks to make or which path to take, and do something else under another.
+AttentionInterface.register("sdpa", products)
+
+_only_sdpa = False
+
+
+@contextmanager
+def only_sdpa() -> Iterator[None]:
+    """SDPA alone on the CPU, too: tensors without numbers have no device to tell a GPU by."""
+    global _only_sdpa
+    _only_sdpa = True
+    try:
+        yield
+    finally:
+        _only_sdpa = False
 
 
 class GPTJSdpaAttention(GPTJAttention):

@@ -200,7 +200,7 @@ def _loss(model: nn.Module, batch: batches.Example, run: Run, parts, states) -> 
     """Σ nll of a micro-batch, detached, and the same with what parts add to it."""
     # padding stands on the right, where a causal model cannot see it: no mask, and the faster attention kernel
     hidden = architecture.hidden_states(model, batch["input_ids"], None, batch.get("position_ids"))
-    loss = summed_nll(hidden, batch["labels"], architecture.head(model))
+    loss = summed_nll(hidden, batch["labels"], architecture.logits_of(model))
     nll = loss.detach()
     for part in parts:
         extra = part.loss(run=run, state=states[part.key], batch=batch, hidden=hidden)

@@ -4,6 +4,8 @@ LLaMA-3's logits cost 1.28 MB a token with their gradient; an answer of four tok
 hundred needs four rows of them, not a hundred.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -26,21 +28,24 @@ def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return hidden.flatten(0, 1).index_select(0, rows), sent(targets[line, column], hidden.device)
 
 
-def summed_nll(hidden: Tensor, labels: Tensor, head: torch.nn.Linear) -> Tensor:
-    """Σ −log p(label) in nats over all labelled positions; a scalar in float32 (float64 for a float64 head)."""
+def summed_nll(hidden: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """Σ −log p(label) in nats over all labelled positions; a scalar in float32 (float64 for float64 hidden states).
+
+    logits_of   the model's own map from hidden rows (rows, width) to logits (`architecture.logits_of`)
+    """
     rows, targets = shifted(hidden, labels)
     if len(rows) <= CHUNK:
-        return _chunk_nll(rows, targets, head)
-    total = rows.new_zeros((), dtype=_wide(head.weight.dtype))
+        return _chunk_nll(rows, targets, logits_of)
+    total = rows.new_zeros((), dtype=_wide(rows.dtype))
     for start in range(0, len(rows), CHUNK):
         piece = slice(start, start + CHUNK)
         # recomputed in backward, so that only one chunk of logits is ever held
-        total = total + checkpoint(_chunk_nll, rows[piece], targets[piece], head, use_reentrant=False)
+        total = total + checkpoint(_chunk_nll, rows[piece], targets[piece], logits_of, use_reentrant=False)
     return total
 
 
-def _chunk_nll(rows: Tensor, targets: Tensor, head: torch.nn.Linear) -> Tensor:
-    logits = head(rows)
+def _chunk_nll(rows: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+    logits = logits_of(rows)
     return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="sum")
 
 

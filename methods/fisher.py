@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from experiments import architecture
 from experiments.errors import UserError
 from experiments.sharding import Shards
 from methods.per_example import Squares
@@ -175,7 +176,7 @@ def _nll(model: nn.Module, ids: Tensor, labels: Tensor, lengths: Sequence[int] =
     """
     asked = (labels[:, 1:] != -100).any(0).nonzero().flatten()
     targets = labels[:, 1:][:, asked]
-    logits = model(input_ids=ids, logits_to_keep=asked, use_cache=False).logits
+    logits = architecture.logits_of(model)(architecture.hidden_states(model, ids, None)[:, asked])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seed is not None:
         for row, length, wanted in zip(range(len(ids)), lengths, targets != -100, strict=True):
@@ -205,9 +206,9 @@ def _batch_nll(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devi
     mask, labels = (t.to(device) for t in _filled(batch))
     if not (labels[:, 1:] != -100).any():
         return None
-    positions = (mask.long().cumsum(-1) - 1).clamp(min=0)  # left padding must not shift positions
-    logits = model(input_ids=batch["input_ids"].to(device), attention_mask=mask.long(), position_ids=positions,
-                   use_cache=False).logits[:, :-1]  # fmt: skip
+    # padding on the left must not shift positions, which not every model takes: they are its own where there is none
+    shifted = {} if mask[:, 0].all() else {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
+    logits = model(input_ids=batch["input_ids"].to(device), attention_mask=mask.long(), use_cache=False, **shifted).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # the first real token of a left-padded row would be predicted from padding: it has no context
     labels = labels[:, 1:].masked_fill(~mask[:, :-1], -100)

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 CPU_PIECE = 1 << 20  # entries of a product worked on at once: few enough for a shared cache, enough for a matrix product
 CUDA_PIECE = 1 << 26
@@ -63,9 +64,13 @@ class Squares:
         start = torch.zeros((), device=ids.device, requires_grad=True)
 
         def tap(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
-            whole = len(arguments) == 1 and output.dim() == 3 and len(output) == len(ids)
+            given = arguments[0] if len(arguments) == 1 else None
+            if given is not None and isinstance(module, nn.Embedding) and given.dim() == 2 and len(given) == 1 < len(ids):
+                # positions that all examples share: each gets its own, to which the same is added
+                given, output = given.expand(len(ids), -1), output.expand(len(ids), -1, -1)
+            whole = given is not None and output.dim() == 3 and len(output) == len(ids)
             calls[module] += 1 if whole else 2
-            return _Tap.apply(start, output, arguments[0].detach(), lambda *found: self._square(module, *found)) if whole else output
+            return _Tap.apply(start, output, given.detach(), lambda *found: self._square(module, *found)) if whole else output
 
         handles = [module.register_forward_hook(tap) for module in self._sites]
         required = {name: p.requires_grad for name, p in self._parameters.items()}
@@ -97,7 +102,9 @@ class Squares:
             return
         total = self._totals[weight]
         if isinstance(module, nn.Embedding):
-            self._embedding(module, weight, gradient)
+            self._embedding(module, weight, inputs, gradient)
+        elif isinstance(module, Conv1D):  # its weight is in × out
+            self._linear(total, gradient, inputs)
         elif isinstance(module, nn.Linear):
             if weight in self._tied:
                 self._head(weight, inputs, gradient)
@@ -139,9 +146,9 @@ class Squares:
         for example, (tokens, column) in enumerate(columns):  # autograd goes on with it
             gradient[example][:, tokens] = column
 
-    def _embedding(self, module: nn.Embedding, name: str, gradient: Tensor) -> None:
+    def _embedding(self, module: nn.Embedding, name: str, inputs: Tensor, gradient: Tensor) -> None:
         total = self._totals[name]
-        for example, ids in enumerate(self._ids):
+        for example, ids in enumerate(inputs):
             tokens, which = ids.unique(return_inverse=True)
             rows = total.new_zeros(len(tokens), total.shape[1])
             rows.index_put_((which,), gradient[example].to(total.dtype), accumulate=True)
@@ -170,6 +177,8 @@ class _Tap(torch.autograd.Function):
 def _kind(module: nn.Module) -> str:
     """ "linear", "embedding", "norm" (a scale, and a bias, of what does not depend on either) or "unknown"."""
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+        return "linear"
+    if isinstance(module, Conv1D) and type(module).forward is Conv1D.forward:
         return "linear"
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
         return "unknown" if module.max_norm or module.scale_grad_by_freq or module.sparse else "embedding"

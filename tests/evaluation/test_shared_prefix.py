@@ -103,14 +103,31 @@ def test_logits_in_chunks_are_the_same(tiny_llama, monkeypatch):
     assert [g for _, g in chunked] == [g for _, g in whole]
 
 
-def granite(**config):
+def granite():
     from transformers import GraniteConfig, GraniteForCausalLM
 
     torch.manual_seed(0)
     return GraniteForCausalLM(
         GraniteConfig(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, logits_scaling=4.0, initializer_range=0.2, **config)
+                      num_key_value_heads=2, logits_scaling=4.0, initializer_range=0.2)
     ).eval()  # fmt: skip
+
+
+def test_logits_that_are_scaled_behind_the_head_are_the_models_own(byte_tokenizer):
+    model = granite()
+    assert shared_prefix.refusal(model) == ""
+    requests = [r for r in ragged_requests() if len(r[1]) + len(r[2]) < 130]
+    theirs = HFLM(pretrained=model, tokenizer=byte_tokenizer, batch_size=4)._loglikelihood_tokens(requests, disable_tqdm=True)
+    ours = shared_prefix.log_likelihoods(model, [(c, d) for _, c, d in requests], max_length=512)
+    assert [v for v, _ in ours] == pytest.approx([v for v, _ in theirs], abs=1e-3)
+
+
+def blind():
+    """A Llama that leaves masks of one's own out."""
+    model = build("llama", seed=0)
+    decoder = model.model.forward
+    model.model.forward = lambda *, attention_mask=None, **call: decoder(attention_mask=None, **call)
+    return model
 
 
 def sliding():
@@ -123,7 +140,7 @@ def sliding():
     ).eval()  # fmt: skip
 
 
-@pytest.mark.parametrize("make, reason", [(granite, "its own head"), (sliding, "whole context")])
+@pytest.mark.parametrize("make, reason", [(blind, "its own forward pass"), (sliding, "whole context")])
 def test_a_model_it_does_not_fit_is_refused_and_scored_request_by_request(make, reason, byte_tokenizer):
     model = make()
     assert reason in shared_prefix.refusal(model)
@@ -153,6 +170,6 @@ def test_of_equal_logits_the_first_is_the_argmax(cached, monkeypatch):
     monkeypatch.setattr(shared_prefix, "CACHED", cached)
     logits = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 0.0], [0.0, 1.0, 5.0]])
     rows, targets = torch.tensor([2, 0, 0, 1, 0, 1]), torch.tensor([2, 2, 1, 0, 0, 1])
-    values, greedy = shared_prefix._pick(logits, torch.nn.Identity(), rows, targets)
+    values, greedy = shared_prefix._pick(logits, torch.nn.Identity(), rows, targets, vocabulary=3)
     assert greedy.tolist() == (logits.argmax(-1)[rows] == targets).tolist() == [True, False, True, True, False, False]
     assert values.tolist() == pytest.approx(logits.double().log_softmax(-1)[rows, targets].tolist(), abs=1e-6)

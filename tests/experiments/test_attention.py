@@ -8,10 +8,11 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
 
-from experiments.attention import BLOCK, LONGEST, PRODUCTS, GPTJSdpaAttention, products, with_sdpa
+from experiments import attention
+from experiments.attention import BLOCK, LONGEST, GPTJSdpaAttention, products, with_sdpa
 from experiments.random_models import build
 from experiments.weights import load_model
 
@@ -169,7 +170,7 @@ def test_saved_files_are_plain(tmp_path):
 def test_copies(how):
     model, _ = both()
     twin = how(model)
-    assert type(twin.transformer.h[1].attn) is GPTJSdpaAttention and twin.config._attn_implementation == PRODUCTS
+    assert type(twin.transformer.h[1].attn) is GPTJSdpaAttention and twin.config._attn_implementation == "sdpa"
     assert torch.equal(twin(ids(), attention_mask=LEFT).logits, model(ids(), attention_mask=LEFT).logits)
     torch.nn.init.zeros_(twin.transformer.h[0].attn.out_proj.weight)
     assert not torch.equal(twin(ids()).logits, model(ids()).logits)
@@ -198,14 +199,14 @@ def test_the_model_itself_and_twice_is_once():
     parameters = dict(plain.named_parameters())
     assert with_sdpa(plain) is plain and with_sdpa(plain) is plain
     assert all(p is parameters[n] for n, p in plain.named_parameters())
-    assert plain.config._attn_implementation == PRODUCTS
+    assert plain.config._attn_implementation == "sdpa"
 
 
 def test_other_models_are_left_as_they_are():
     llama = build("llama", seed=0)
     kinds = [type(m) for m in llama.modules()]
     assert with_sdpa(llama) is llama and [type(m) for m in llama.modules()] == kinds
-    assert llama.config._attn_implementation == PRODUCTS
+    assert llama.config._attn_implementation == "sdpa"
     _, flash = both()
     flash.config._attn_implementation = "flash_attention_2"
     for block in flash.transformer.h:
@@ -259,8 +260,8 @@ def test_products_of_one_query_behind_a_cache_see_all_of_it():
 @pytest.mark.parametrize("case", [{"tokens": 3}, {"tokens": LONGEST + 1, "keys": LONGEST + 1}, {"dropout": 0.5}])
 def test_what_products_do_not_compute_is_sdpa_s(case, monkeypatch):
     asked = []
-    sdpa = AttentionInterface()["sdpa"]
-    monkeypatch.setitem(AttentionInterface._global_mapping, "sdpa", lambda *a, **k: asked.append(k["dropout"]) or sdpa(*a, **k))
+    sdpa = attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: asked.append(k["dropout"]) or sdpa(*a, **k))
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups, module.training = True, 3, True
     q, k, v = (torch.randn(1, n, t, 8) for n, t in ((6, case.get("tokens", 7)), (2, case.get("keys", 7)), (2, case.get("keys", 7))))

@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from experiments.attention import PRODUCTS
 from experiments.architecture import backbone, head, hidden_states, keeps_apart
 from experiments.batches import collate, collate_packed, pack
 from experiments.loss import summed_nll
@@ -28,7 +27,7 @@ IMPLEMENTATIONS = [implementation(name) for name in ("eager", "sdpa", "flash_att
 def model_of(architecture, attention, dtype):
     model = build(architecture, seed=0, dtype=dtype)
     if attention == "sdpa":
-        assert model.config._attn_implementation == PRODUCTS
+        assert model.config._attn_implementation == "sdpa"
         return model
     if attention == "flash_attention_2":
         if architecture == "gptj":

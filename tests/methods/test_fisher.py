@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from experiments.architecture import backbone
 from experiments.errors import UserError
 from experiments.random_models import build
 from experiments.resume import Resume
@@ -336,7 +337,7 @@ def stopping(after):
 def counted(model):
     """The examples `model` sees, as a list that grows."""
     seen = []
-    model.register_forward_pre_hook(lambda module, arguments, named: seen.extend([0] * len(named["input_ids"])), with_kwargs=True)
+    backbone(model).register_forward_pre_hook(lambda module, arguments, named: seen.extend([0] * len(named["input_ids"])), with_kwargs=True)
     return seen
 
 
