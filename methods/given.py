@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from experiments import model_folder
 from experiments.errors import UserError
 from methods.part import Part, register, setting
-
-# buffers that older transformers versions saved among the weights
-NOT_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".embed_positions")
-
 
 @register(
     title="Given checkpoint",
@@ -45,16 +41,16 @@ def load(path: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The folder's tensors by base parameter name, float32 (float64 where they are). Raises UserError where they do not fit.
 
     Every tensor of the base must be there with its shape, and no other; a tied head saved beside its embedding and the
-    attention buffers of older files are passed over.
+    attention buffers of older files are passed over. No value may be NaN or infinite.
     """
     found: dict[str, torch.Tensor] = {}
     for file in files(path):
         try:
             with safe_open(file, framework="pt") as tensors:
                 found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-        except SafetensorError as error:
-            raise UserError(f"given.path: {file} is no safetensors file: {error}") from error
-    extra = [n for n in found if n not in base and not n.endswith(NOT_WEIGHTS) and not _tied_copy(n, found, base)]
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"given.path: {file} is no safetensors file that can be read ({error}): fetch it again") from error
+    extra = [n for n in found if n not in base and not n.endswith(model_folder.BUFFERS) and not _tied_copy(n, found, base)]
     missing = [name for name in base if name not in found]
     for kind, names in (("lacks", missing), ("has what the base has not:", extra)):
         if names:
@@ -64,6 +60,7 @@ def load(path: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if found[name].shape != tensor.shape:
             raise UserError(f"given.path: {name} in {path} has shape {list(found[name].shape)}, the base's is {list(tensor.shape)}: "
                             "it is not a checkpoint of this base model")  # fmt: skip
+    model_folder.refuse_not_finite({name: found[name] for name in base}, f"given.path: {path}", then="fetch it again, or give another checkpoint")
     return {name: found[name] if found[name].dtype == torch.float64 else found[name].float() for name in base}
 
 
@@ -73,8 +70,10 @@ def files(path: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"given.path is {path!r}: no such folder; give a Hugging Face folder with model.safetensors")
     index = folder / "model.safetensors.index.json"
+    if (folder / "config.json").is_file():
+        model_folder.refuse_quantised(folder, f"given.path: {path}")
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = model_folder.shards(index, f"given.path: {path}")
         if absent := [name for name in names if not (folder / name).is_file()]:
             raise UserError(f"given.path: {path} lacks {absent[0]}, which its index names")
         return [folder / name for name in names]

@@ -1,0 +1,129 @@
+"""What a folder in Hugging Face layout says of its model, and what is refused before a weight is read."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__ as transformers_version
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from experiments.errors import UserError
+
+_CLOSER = "choose a causal language model that transformers has (config.json with its model_type, model.safetensors, tokenizer.json)"
+
+# buffers that older versions of transformers saved among the weights
+BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", ".embed_positions")
+
+
+def config_of(folder: Path, name: str) -> PreTrainedConfig:
+    """transformers' config of the folder. Raises UserError beginning with `name` where it is none of a causal language model.
+
+    Refused are an adapter, weights that are quantised, an encoder and decoder, an architecture that transformers does not have.
+    """
+    said = _json(folder / "config.json", name)
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(f"{name} {_adapter(folder)}, so it is open which of the two is meant: remove adapter_config.json to take the model "
+                        "as it is, or save the merged model")  # fmt: skip
+    kind = said.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        if "auto_map" in said:
+            raise UserError(f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
+                            "architecture that transformers has")  # fmt: skip
+        raise UserError(f"{name}: config.json names the model_type {kind!r}, which transformers {transformers_version} does not have: {_CLOSER}")
+    refuse_quantised(folder, name)
+    if said.get("is_encoder_decoder"):
+        raise UserError(f"{name} is an encoder and decoder ({kind}), no causal language model: {_CLOSER}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(f"{name}: {kind} has no causal language model in transformers {transformers_version}: {_CLOSER}")
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # each architecture checks its settings in its own way
+        raise UserError(f"{name}: transformers cannot use its config.json ({shortened(error)})") from error
+
+
+def refuse_quantised(folder: Path, name: str) -> None:
+    """Refuse weights that the folder's config.json says are quantised, by bitsandbytes, GPTQ, AWQ, FP8, MXFP4 or any other method."""
+    config = _json(folder / "config.json", name)
+    for said in (config, config.get("text_config")):
+        if isinstance(said, dict) and (settings := said.get("quantization_config")):
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
+            raise UserError(f"{name} is quantised ({method or 'by a method without a name'}: quantization_config in config.json), and its "
+                            "weights cannot be trained or compared as they are: name the checkpoint it was made from, or load it where its "
+                            "library is installed, call model.dequantize() and save_pretrained, and name that folder")  # fmt: skip
+
+
+def refuse_incomplete(folder: Path, name: str) -> None:
+    """Refuse a folder without safetensors of a model, and one whose index names files that are not there."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file() and not (folder / "model.safetensors").is_file():
+        absent = [file for file in shards(index, name) if not (folder / file).is_file()]
+        if absent:
+            raise UserError(f"{name} lacks {absent[0]}{f' and {len(absent) - 1} more files' if len(absent) > 1 else ''}, which its "
+                            "model.safetensors.index.json names: fetch the folder again, whole")  # fmt: skip
+
+
+def refuse_codes(folder: Path, name: str) -> None:
+    """Refuse weights that are stored as something else than floating-point numbers of 16 bits or more: transformers would take codes for values."""
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                dtypes = {tensor: tensors.get_slice(tensor).get_dtype() for tensor in tensors.keys() if tensor.endswith(".weight")}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{name} cannot be loaded: {file.name} is no safetensors file, or damaged or cut off ({error}): fetch it again") from error
+        if codes := [tensor for tensor, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")]:
+            raise UserError(f"{name} is quantised or damaged: {codes[0]} is stored as {dtypes[codes[0]]} (and {len(codes) - 1} more): name the "
+                            "checkpoint it was made from, or save it in bfloat16, float16 or float32")  # fmt: skip
+
+
+def shards(index: Path, name: str) -> list[str]:
+    """The files of a checkpoint cut into several, as its index names them."""
+    named = _json(index, name).get("weight_map")
+    files = sorted(set(named.values())) if isinstance(named, dict) and all(isinstance(file, str) for file in named.values()) else []
+    if not files or any(Path(file).name != file for file in files):
+        raise UserError(f"{name}: {index.name} names no files beside it as `weight_map`: fetch the folder again, or save the model again")
+    return files
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, *, then: str, kind: type[UserError] = UserError) -> None:
+    """Refuse weights that hold a NaN or an infinity, by tensor and count: of those every score is NaN."""
+    bad = {}
+    for name, tensor in tensors.items():
+        # one look at the ends of the range takes no memory; a NaN is both of them
+        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            bad[name] = f"{int((~tensor.isfinite()).sum()):,} of its {tensor.numel():,} values are NaN or infinite"
+    if bad:
+        more = f", and {len(bad) - 1} more tensors hold such" if len(bad) > 1 else ""
+        name, said = next(iter(bad.items()))
+        raise kind(f"{what}: {name} is damaged, {said}{more}: {then}")
+
+
+def shortened(error: Exception) -> str:
+    """An error of a library in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}{'…' if len(text) > 400 else ''}"
+
+
+def _json(file: Path, name: str) -> dict[str, Any]:
+    if file.name == "config.json" and not file.is_file() and (file.parent / "adapter_config.json").is_file():
+        raise UserError(f"{name} {_adapter(file.parent)}, not a model: merge it into its base (peft's merge_and_unload, then "
+                        "save_pretrained) and name that folder")  # fmt: skip
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = getattr(error, "strerror", None) or str(error).removesuffix(" (decode using utf-8-sig): line 1 column 1 (char 0)")
+        raise UserError(f"{name} has no {file.name} that can be read ({reason}): fetch it again, or save it as JSON in UTF-8") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{name} has no {file.name} that can be read: it holds no JSON object")
+    return found
+
+
+def _adapter(folder: Path) -> str:
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        base = None
+    return f"holds an adapter{f' of {base}' if base else ''} (adapter_config.json)"
