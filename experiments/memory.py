@@ -49,10 +49,11 @@ MOST_PROCESSES = 8  # that are proposed
 
 
 def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: TrainSettings, checkpoint_dtype: torch.dtype,
-            compute_dtype: torch.dtype, device_type: str, processes: int | None = None) -> dict[str, int]:  # fmt: skip
+            compute_dtype: torch.dtype, device_type: str, processes: int | None = None, longest: int | None = None) -> dict[str, int]:  # fmt: skip
     """Peak bytes of one process in `phase`, {kind: bytes} by `KINDS`; all 0 for a preparation of parts that prepare nothing.
 
     settings   of training in that phase; `length` is taken for the longest example, so put in what is known to be shorter
+    longest    tokens of the longest document of general text, which a part cuts at its own length; None: not known
     processes  how many share the model; None: one process that does not share
 
     A part is known by its capabilities and settings: one with "seeded_preparation" trains while it prepares, another
@@ -62,7 +63,7 @@ def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: Trai
                      device=device_type, processes=processes)  # fmt: skip
     if phase == "train":
         return layout.training(settings)
-    prepared = [layout.general_phase(part, settings) if "seeded_preparation" in part.capabilities else layout.fisher(part, settings)
+    prepared = [(layout.general_phase if "seeded_preparation" in part.capabilities else layout.fisher)(part, _cut(part, settings, longest))
                 for part in parts if type(part).prepare is not Part.prepare]  # fmt: skip
     return max(prepared, key=lambda kinds: kinds["total"], default=_total({}))
 
@@ -128,17 +129,15 @@ class _Layout:
             "anchor": sum(map(self._anchor, self.parts)), "importance": sum(map(self._importance, self.parts)),
         })  # fmt: skip
 
-    def general_phase(self, part: Part, settings: TrainSettings) -> dict[str, int]:
+    def general_phase(self, _: Part, settings: TrainSettings) -> dict[str, int]:
         """Training with float32 ω of every regularised weight; under an adapter also the sum of dL/dW it comes from."""
         count = self._count
-        settings = dataclasses.replace(settings, length=min(settings.length, getattr(part, "length", settings.length)))
         omega = self._wide * (count.regularised + count.adapted)
         return self._fit(settings, parts=(), held={"importance": _share(omega, self.processes)})
 
     def fisher(self, part: Part, settings: TrainSettings) -> dict[str, int]:
         """A pass of as many documents as `TOKENS` hold (`batched`: of a batch), a float32 F, one gradient at a time."""
-        count, wide = self._count, self._wide
-        length = min(settings.length, getattr(part, "length", settings.length))
+        count, wide, length = self._count, self._wide, settings.length
         documents = part.batch_size if getattr(part, "estimator", "") == "batched" else max(1, min(part.samples, TOKENS // length))
         whole = getattr(part, "scope", "adapted") == "whole-model"
         alive, work = activations(self.shape, parts=adapting(self.parts), dtype=self.compute, rows=documents, length=length,
@@ -273,6 +272,11 @@ def _counted(shape: Shape, parts: tuple[Part, ...]) -> _Count:
         block_trained=max(_entries(p for p in block if p.requires_grad) for block in blocks),
         head_trained=head.numel() if head.requires_grad else 0, vocabulary=head.shape[0], width=head.shape[1],
     )
+
+
+def _cut(part: Part, settings: TrainSettings, longest: int | None) -> TrainSettings:
+    length = getattr(part, "length", longest or settings.length)
+    return dataclasses.replace(settings, length=min(length, longest or length))
 
 
 def _entries(parameters: Iterable[Tensor]) -> int:

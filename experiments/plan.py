@@ -25,6 +25,7 @@ from methods.part import Part
 CHARACTERS_A_TOKEN = 4.0
 UNKNOWN_ROWS = 10_000  # training rows of a domain that takes all there are, before they are here
 UNKNOWN_SCORED = 250_000  # tokens to score before they are here
+UNKNOWN_DOCUMENTS, UNKNOWN_LENGTH = 512, 512  # of general text, and the tokens at which a part cuts them that does not say so
 REACHED = 0.4  # share of a device's peak that training reaches
 REFERENCE = "NVIDIA H200"  # whose time is told for a study on CUDA where there is no such device
 
@@ -138,7 +139,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     trained = not any("provides_weights" in part.capabilities for part in parts)
     epochs = _epochs(len(lengths), settings, settings.epochs)
     train = epochs * model.flops(cell.method).step(lengths=lengths, labelled=labelled) / rate if trained else 0.0
-    prepare = _prepare_flops(study, cell, model, preparing) / rate
+    prepare = _prepare_flops(study, cell, model, preparing, _general_tokens(study)) / rate
     scored = _scored_tokens(study, cell)
     evaluate = model.scoring.step(lengths=[256] * (scored // 256), labelled=scored) / rate
     seconds = {"prepare": prepare * (not cached["prepared"]), "train": train * (not cached["trained"]),
@@ -153,21 +154,29 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
             "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint)}  # fmt: skip
 
 
-def _prepare_flops(study, cell, model: _Model, settings) -> float:
-    """One forward and backward pass over each document, or the epochs of training on them."""
+def _prepare_flops(study, cell, model: _Model, settings, documents: list[int] | None) -> float:
+    """One forward and backward pass over each document, or the epochs of training on them. `documents`: tokens of each, where they are here."""
     flops = 0.0
     for part in study.methods[cell.method].parts:
         if type(part).prepare is not Part.prepare:
-            documents = min(part.samples, int(study.general.get("importance", part.samples)))
-            lengths = [min(part.length, settings.length) // 2] * documents
-            epochs = _epochs(documents, settings, part.epochs) if hasattr(part, "epochs") else 1.0
-            flops += epochs * model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths))
+            samples, length = getattr(part, "samples", None), getattr(part, "length", None)
+            known = documents or [(length or UNKNOWN_LENGTH) // 2] * int(study.general.get("importance", UNKNOWN_DOCUMENTS))
+            lengths = [min(tokens, length or tokens) for tokens in known[:samples]]
+            epochs = part.general_phase().get("epochs")
+            passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
+            flops += passes * model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths))
     return flops
 
 
 def _epochs(rows: int, settings, epochs: float) -> float:
     """The epochs that the loop trains, which takes whole batches."""
     return batches.steps(rows, settings.batch, epochs) / max(1, batches.epoch_steps(rows, settings.batch))
+
+
+def _general_tokens(study) -> list[int] | None:
+    """Tokens of each document that importance is learned from; None where they are not here yet."""
+    path = study.paths.data / "general" / "importance.jsonl"
+    return [_tokens(json.loads(line)["text"]) for line in path.read_text().splitlines()] if path.is_file() else None
 
 
 def _train_rows(study, cell, settings) -> tuple[list[int], int]:

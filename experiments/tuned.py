@@ -50,7 +50,7 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
     else:
         digest = delta.write(out / "delta.safetensors", base=base, tuned=tuned, base_sha256=info["sha256"])
     write_json(out / "weights.json", {"version": VERSION, "kind": "adapter" if adapted else "delta", "weights_sha256": digest,
-                                      "base_sha256": info["sha256"], "base_files_sha256": _files_sha256(folder)})  # fmt: skip
+                                      "base_sha256": info["sha256"], "base_files_sha256": files_sha256(folder)})  # fmt: skip
     return digest
 
 
@@ -116,7 +116,7 @@ def weights_sha256(out: Path) -> str:
 def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
     """The tuned tensors by name, each rebuilt when it is asked for, and the hash of them all, which is for the caller to compare."""
     about, info = _about(out), read_json(folder / "base.json")
-    for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", _files_sha256(folder))):
+    for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
         if about[key] != found:
             raise UserError(f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: train the cell again")
     base = load_tensors(folder)
@@ -180,5 +180,5 @@ def _files(folder: Path) -> list[Path]:
             if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != "base.json"]  # fmt: skip
 
 
-def _files_sha256(folder: Path) -> str:
+def files_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in _files(folder)).encode()).hexdigest()

@@ -57,7 +57,7 @@ class EWC(Part):
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         """The Fisher by base parameter name. Its labels are drawn with one fixed seed: every cell of a model shares it."""
-        examples = cut(general, samples=self.samples, length=self.length)
+        examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         everything = base_parameters(model)
         names = adapted_names(model) if self.scope == "adapted" else list(everything)
         with _bar(progress, len(examples)) as advance:
@@ -66,6 +66,8 @@ class EWC(Part):
                                      shards=shards, resume=resume)  # fmt: skip
         notes = {"estimator": self.estimator, "documents": len(examples), "entries": sum(f.numel() for f in fisher.values()),
                  "scope": self.scope, "mean": _mean(fisher)}  # fmt: skip
+        if len(examples) < self.samples:
+            notes["documents_asked"] = self.samples
         if self.estimator == "batched":
             notes["batch_size"] = self.batch_size
         importance = {name: encode(fisher.pop(name), name=name) if self.bits == 8 else fisher.pop(name).cpu() for name in list(fisher)}

@@ -73,14 +73,17 @@ class Hierarchical(Part):
         super().__post_init__()
         refuse_thin_floats(self)
 
+    def general_phase(self):
+        return {"learning_rate": self.learning_rate, "epochs": self.epochs}
+
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         chosen = self.resolved()
-        examples = cut(general, samples=self.samples, length=self.length)
+        examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not examples:
             raise UserError("hierarchical: no general text to learn importance from")
         integral = PathIntegral(gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi)
         try:
-            result = fit(model=model, parts=(integral,), examples=examples, seed=seed, learning_rate=self.learning_rate, epochs=self.epochs)
+            result = fit(model=model, parts=(integral,), examples=examples, seed=seed, **self.general_phase())
             run, state = result.run, result.states[integral.key]
             rows = integral.consolidated(state)
         finally:
@@ -93,6 +96,8 @@ class Hierarchical(Part):
         start = {name: run.whole(name).to(base[name].dtype if name in base else run.weights[name].dtype).cpu().clone() for name in run.weights}
         carry = carried(run, result.optimizer) if chosen.carry_optimizer else None
         notes = {"documents": len(examples), "tokens": result.tokens, "entries": sum(t.numel() for t in importance.values())}
+        if len(examples) < self.samples:
+            notes["documents_asked"] = self.samples
         if self.density < 1:
             importance, notes["kept"] = thin(importance, density=self.density)
         return Prepared(importance=importance, start=start, carry=carry, tokens=result.tokens, notes=notes)

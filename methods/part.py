@@ -140,12 +140,17 @@ class Part:
         """Wrap the model or freeze tensors of it; trained tensors are those that require a gradient afterwards."""
         return model
 
+    def general_phase(self) -> dict[str, Any]:
+        """Training settings of this part's own that its `prepare` gives to `fit`; None keeps the method's."""
+        return {}
+
     def prepare(self, *, model: nn.Module, base: Mapping[str, Tensor], general: Sequence[dict[str, Tensor]], seed: int,
                 fit: Callable[..., Any], progress: Callable[..., Any] | None, shards: Shards = Shards(), resume: Resume | None = None,
                 ) -> Prepared | None:  # fmt: skip
         """What the method needs before it sees the domain, from general text.
 
-        general   {"input_ids", "labels"}, 1-D, labels unshifted and -100 where nothing is asked
+        general   {"input_ids", "labels"}, 1-D, labels unshifted and -100 where nothing is asked; whole documents, which a part
+                  cuts at a length of its own (`cut`)
         fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the engine's loop,
                   which shares the model among the processes and goes on where it was interrupted
         progress  progress(total=, desc=, unit=) → a tqdm bar
@@ -224,6 +229,9 @@ def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] 
     return enter
 
 
-def cut(examples: Sequence[dict[str, Tensor]], *, samples: int, length: int) -> list[dict[str, Tensor]]:
-    """The first `samples` examples, each cut at `length` tokens: one document each, never packed."""
+def cut(examples: Sequence[dict[str, Tensor]], *, samples: int, length: int, part: Part | None = None) -> list[dict[str, Tensor]]:
+    """The first `samples` examples, each cut at `length` tokens: one document each, never packed. `part` is named where there are fewer."""
+    if part and len(examples) < samples:
+        print(f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all of them are taken; "
+              "`general.importance` sets how many there are", flush=True)  # fmt: skip
     return [{name: tensor[:length] for name, tensor in example.items()} for example in examples[:samples]]

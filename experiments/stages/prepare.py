@@ -16,10 +16,12 @@ from time import perf_counter
 import torch
 from safetensors.torch import load_file, save_file
 
+import evaluation
 from experiments.base import dtype_of, load_tensors
-from experiments import hardware, memory, processes, provenance, weights
+from experiments import hardware, memory, processes, provenance, tuned, weights
 from experiments.engine import fit
 from experiments.engine_settings import TrainSettings
+from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, sha256, write_json
 from experiments.progress import bar
@@ -28,6 +30,7 @@ from experiments.shape import shape_of
 from experiments.sharding import Shards
 from experiments.stages import resolve
 from experiments.stages.rows import read_jsonl
+from methods.importance import totals
 from methods.part import Part
 from methods.stored import load_importance, save_importance
 
@@ -64,8 +67,7 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     """The store's folder with this preparation in `out/`, computed unless it is there; and whether it was."""
     where = hardware.device(study.device)
     shards = processes.join(where)
-    resolved = resolve.prepare(study, model, method)
-    key = _key(study, model, method, seed, resolved)
+    key = store_key(study, model, method, seed, where)
     store = study.paths.local / "prepared" / key
     whole = shards.first and store.is_dir() and read_json(store / "manifest.json")["sha256"] == folder_sha256(store / "out")
     if shards.said_by_first(whole):
@@ -85,12 +87,22 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     return store, False
 
 
-def _key(study, model: str, method: str, seed: int, resolved: dict) -> str:
-    """Hash of everything the preparation depends on; the seed only where it draws."""
-    base = read_json(study.paths.model(model) / "base.json")["sha256"]
-    text = sha256(study.paths.data / "general" / "importance.jsonl")
-    drawn = str(seed) if resolve.seeded(study.methods[method].parts) else ""
-    return new_sha256("\n".join([resolve.text(resolved), base, text, drawn]).encode()).hexdigest()[:32]
+def store_key(study, model: str, method: str, seed: int, where: torch.device) -> str:
+    """Hash of everything the preparation depends on; the seed only where it draws.
+
+    The settings that `resolve` writes, the base's weights, its config and tokenizer, the general text, what is computed on
+    and in, and the versions of what computes.
+    """
+    folder = study.paths.model(model)
+    info = read_json(folder / "base.json")
+    depends = {
+        "settings": resolve.prepare(study, model, method),
+        "base": info["sha256"], "base_files": tuned.files_sha256(folder),
+        "general": sha256(study.paths.data / "general" / "importance.jsonl"),
+        "seed": seed if resolve.seeded(study.methods[method].parts) else None,
+        "device": where.type, "compute_dtype": str(study.compute_dtype(model, dtype_of(info), where)), "versions": evaluation.versions(),
+    }  # fmt: skip
+    return new_sha256(resolve.text(depends).encode()).hexdigest()[:32]
 
 
 def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: str, shards: Shards) -> dict:
@@ -102,11 +114,11 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     computing = study.compute_dtype(model_name, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
     settings = study.prepare_settings(model=model_name, method=method)
-    general = encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer, settings.length)
+    general = _learnable(encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer), speak=shards.first)
     parts = study.methods[method].parts
     memory.refuse(what=f"preparing {method} on {model_name}", available=hardware.available_memory(where), phase="prepare",
                   shape=shape_of(model_name, study.models[model_name], folder), parts=parts, settings=settings,
-                  checkpoint_dtype=checkpoint, compute_dtype=computing, device_type=where.type,
+                  longest=max(len(e["input_ids"]) for e in general), checkpoint_dtype=checkpoint, compute_dtype=computing, device_type=where.type,
                   processes=shards.world if shards.active else None)  # fmt: skip
     hardware.reset_peak(where)
     seconds, tokens, notes = 0.0, 0, {}
@@ -130,6 +142,9 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         seconds += perf_counter() - began
         if prepared is None:
             continue
+        if prepared.importance and not any(totals(values)[0] for values in prepared.importance.values()):
+            raise UserError(f"methods.{method}.{part.key}: the importance of every weight came out as 0, so that nothing would be held: the general "
+                            "text gives no gradient; look at `general`, and at the numbers of the base model")  # fmt: skip
         tokens += prepared.tokens
         notes[part.key] = prepared.notes
         for kind in TENSORS:
@@ -158,13 +173,24 @@ def _fit(*, settings: TrainSettings, model, parts, examples, seed, base, device,
                compute_dtype=compute_dtype, resume=resume, name=name)  # fmt: skip
 
 
-def encoded_text(path: Path, tokenizer, length: int) -> list[dict]:
-    """General text as examples: one document each, cut at `length`, every token labelled."""
+def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]:
+    """General text as examples: one document each, every token labelled; whole, or cut at `length` tokens."""
     examples = []
     for row in read_jsonl(path):
         ids = torch.tensor(tokenizer.encode(row["text"])[:length])
         examples.append({"input_ids": ids, "labels": ids.clone()})
     return examples
+
+
+def _learnable(examples: list[dict], *, speak: bool) -> list[dict]:
+    """The documents in which there is a token to predict: one of a single token has no gradient, and would count all the same."""
+    found = [example for example in examples if (example["labels"][1:] != -100).any()]
+    if not found:
+        raise UserError(f"general: none of the {len(examples)} documents of `general.importance` is longer than a token, so there is nothing to "
+                        "predict in them and no importance to learn: name longer text under `general.rows`, or another column as `general.text`")  # fmt: skip
+    if speak and len(found) < len(examples):
+        print(f"general: {len(examples) - len(found)} of {len(examples)} documents are a single token with nothing to predict: they are left out", flush=True)
+    return found
 
 
 def load_states(folder: Path, parts) -> dict[str, dict]:

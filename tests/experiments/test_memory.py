@@ -313,7 +313,7 @@ def test_total_is_the_peak_of_a_real_run(method, settings, vocabulary):
 def test_preparations(llama3):
     n = llama3.parameters
     assert predict(llama3, "full", phase="prepare") == dict.fromkeys(memory.KINDS, 0)
-    fisher = predict(llama3, "ewc", phase="prepare", length=64)
+    fisher = predict(llama3, "ewc", phase="prepare", longest=64)
     assert (fisher["weights"], fisher["importance"], fisher["gradients"], fisher["moments"]) == (2 * n, 4 * n, 0, 0)
     assert fisher["scratch"] == 6 * 128256 * 4096 and fisher["logits"] == 12 * 128256 * 512  # eight documents of 64
     assert predict(llama3, "ewc", phase="prepare", processes=8)["weights"] == 2 * n  # a Fisher is of whole weights
