@@ -45,10 +45,10 @@ def tiny(family, **config):
     return shape_of("tiny", {"source": f"random:{family}", "config": config}, HERE)
 
 
-def predict(shape, method, *, phase="train", dtype=torch.bfloat16, device="cuda", processes=None, parts=None, **settings):
+def predict(shape, method, *, phase="train", dtype=torch.bfloat16, device="cuda", processes=None, parts=None, longest=None, **settings):
     chosen = TrainSettings(**({"batch": 8, "micro_batch": 8, "length": 64} | settings))
     return memory.predict(phase=phase, shape=shape, parts=parts or METHODS[method], settings=chosen, checkpoint_dtype=dtype,
-                          compute_dtype=dtype, device_type=device, processes=processes)  # fmt: skip
+                          compute_dtype=dtype, device_type=device, processes=processes, longest=longest)  # fmt: skip
 
 
 # activations
@@ -317,7 +317,7 @@ def test_preparations(llama3):
     assert (fisher["weights"], fisher["importance"], fisher["gradients"], fisher["moments"]) == (2 * n, 4 * n, 0, 0)
     assert fisher["scratch"] == 6 * 128256 * 4096 and fisher["logits"] == 12 * 128256 * 512  # eight documents of 64
     assert predict(llama3, "ewc", phase="prepare", processes=8)["weights"] == 2 * n  # a Fisher is of whole weights
-    general = predict(llama3, "hierarchical", phase="prepare")
+    general = predict(llama3, "hierarchical", phase="prepare", longest=64)
     train = predict(llama3, "full")
     assert general["importance"] == 4 * n
     assert all(general[k] == train[k] for k in ("weights", "masters", "gradients", "moments", "activations"))
@@ -359,7 +359,7 @@ def test_total_is_the_peak_of_a_real_preparation(block):
                          progress=None, shards=Shards(), resume=None)  # fmt: skip
 
     assert type(parts[0]).prepare is not Part.prepare
-    kinds = memory.predict(phase="prepare", shape=tiny("llama", **config), parts=parts, settings=settings, checkpoint_dtype=torch.bfloat16,
+    kinds = memory.predict(phase="prepare", shape=tiny("llama", **config), parts=parts, settings=settings, longest=256, checkpoint_dtype=torch.bfloat16,
                            compute_dtype=torch.bfloat16, device_type="cpu")  # fmt: skip
     assert kinds["total"] - kinds["weights"] == pytest.approx(allocated(run), rel=0.03)
 
