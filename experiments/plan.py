@@ -17,6 +17,7 @@ import torch
 from experiments import batches, cells, hardware, memory, tuned
 from experiments.flops import Flops
 from experiments.lock import Lock
+from experiments.positions import refuse_long_documents
 from experiments.shape import Shape, shape_of
 from experiments.stages.rows import read_jsonl
 from experiments.weights import as_dtype
@@ -134,6 +135,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
     preparing = study.prepare_settings(model=cell.model, method=cell.method)
     parts = study.methods[cell.method].parts
+    refuse_long_documents(study, model=cell.model, method=cell.method, shape=model.shape)
     rate, _ = model.rate
     lengths, labelled = _train_rows(study, cell, settings)
     trained = not any("provides_weights" in part.capabilities for part in parts)

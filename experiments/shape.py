@@ -45,6 +45,11 @@ class Shape:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.build().parameters())
 
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest text that the model takes; None where its config names no limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
 
 def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
     """The shape of the model `name`: from its folder where it was made or lies, else from its block, without fetching it.

@@ -24,6 +24,7 @@ from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, sha256, write_json
+from experiments.positions import refuse_long_documents
 from experiments.progress import bar
 from experiments.resume import Resume
 from experiments.shape import shape_of
@@ -115,10 +116,11 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     tokenizer = weights.load_tokenizer(folder)
     settings = study.prepare_settings(model=model_name, method=method)
     general = _learnable(encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer), speak=shards.first)
-    parts = study.methods[method].parts
+    parts, shape = study.methods[method].parts, shape_of(model_name, study.models[model_name], folder)
+    longest = max(len(example["input_ids"]) for example in general)
+    refuse_long_documents(study, model=model_name, method=method, shape=shape, longest=longest)
     memory.refuse(what=f"preparing {method} on {model_name}", available=hardware.available_memory(where), phase="prepare",
-                  shape=shape_of(model_name, study.models[model_name], folder), parts=parts, settings=settings,
-                  longest=max(len(e["input_ids"]) for e in general), checkpoint_dtype=checkpoint, compute_dtype=computing, device_type=where.type,
+                  shape=shape, parts=parts, settings=settings, longest=longest, checkpoint_dtype=checkpoint, compute_dtype=computing, device_type=where.type,
                   processes=shards.world if shards.active else None)  # fmt: skip
     hardware.reset_peak(where)
     seconds, tokens, notes = 0.0, 0, {}
@@ -177,7 +179,7 @@ def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]
     """General text as examples: one document each, every token labelled; whole, or cut at `length` tokens."""
     examples = []
     for row in read_jsonl(path):
-        ids = torch.tensor(tokenizer.encode(row["text"])[:length])
+        ids = torch.tensor(tokenizer.encode(row["text"], verbose=False)[:length])
         examples.append({"input_ids": ids, "labels": ids.clone()})
     return examples
 

@@ -3,6 +3,7 @@ stops the reruns behind it. Sources of a part are hashed here, so that editing o
 
 import json
 import shutil
+from dataclasses import replace
 
 from experiments.engine_settings import NUMERICS, TrainSettings
 from experiments.files import write_json
@@ -61,9 +62,18 @@ def prepare(study, model: str, method: str) -> dict:
     for part in parts:
         if type(part).prepare is not Part.prepare or "adapts" in part.capabilities:
             resolved["parts"][part.key] = _part(part, "prepare")
-    if seeded(parts):
-        resolved["train"] = study.prepare_settings(model=model, method=method).numeric() | {"probes": 0}
+    for part in parts:
+        if "seeded_preparation" in part.capabilities:
+            resolved["parts"][part.key]["train"] = _general_phase(study, part, model=model, method=method)
     return resolved | _computing(study, model)
+
+
+def _general_phase(study, part: Part, *, model: str, method: str) -> dict:
+    """The training settings of a part's own training on general text: the method's, but for those that are the part's, that rows of
+    a domain alone are cut by, and that say when a run is probed."""
+    own = {name: value for name, value in part.general_phase().items() if value is not None}
+    found = replace(study.prepare_settings(model=model, method=method), **own).numeric()
+    return {name: value for name, value in found.items() if name not in ("length", "probes")}
 
 
 def seeded(parts) -> bool:

@@ -1,0 +1,163 @@
+"""The stage `prepare`: what general text a part reads, and when a preparation is made again."""
+
+import copy
+import io
+import json
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from experiments import config, plan
+from experiments.cells import Cell
+from experiments.errors import UserError
+from experiments.files import read_json, sha256, write_json
+from experiments.hardware import device
+from experiments.paths import HERE
+from experiments.positions import refuse_long_documents
+from experiments.shape import shape_of
+from experiments.stages import data, model, prepare
+
+DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
+METHODS = ("ewc", "hierarchical")
+
+
+def load(root, change=lambda raw: None):
+    """The demo's study below `root`, changed."""
+    raw = copy.deepcopy(DEMO)
+    raw["grid"]["methods"] = list(METHODS)
+    raw["methods"]["ewc"]["ewc"]["length"] = 40
+    raw["methods"]["hierarchical"]["hierarchical"]["length"] = 40
+    change(raw)
+    out = io.StringIO()
+    YAML().dump(raw, out)
+    (root / "params.yaml").write_text(out.getvalue())
+    return config.load(root=root)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A root in which model and data are made."""
+    root = tmp_path_factory.mktemp("study")
+    study = load(root)
+    model.main(study, model="llama-tiny")
+    data.main(study)
+    return root
+
+
+def run(root, method, change=lambda raw: None):
+    """(importance's hash, notes, costs) of one preparation."""
+    study = load(root, change)
+    prepare.main(study, model="llama-tiny", method=method, seed=0, cell=Cell("llama-tiny", "sums", method, 0))
+    out = study.paths.prepared(model="llama-tiny", method=method, seed=0)
+    return sha256(out / f"{method}.importance.safetensors"), read_json(out / "prepared.json")[method], \
+        read_json(study.paths.prepare_costs(model="llama-tiny", method=method, seed=0))  # fmt: skip
+
+
+def general(root, texts):
+    """Put other general text in the place of the data stage's."""
+    path = root / "work" / "data" / "general" / "importance.jsonl"
+    path.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+
+
+@pytest.fixture
+def texts(made):
+    path = made / "work" / "data" / "general" / "importance.jsonl"
+    before = path.read_text()
+    yield lambda found: general(made, found)
+    path.write_text(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_parts_own_length_alone_cuts_its_documents(made, texts, method):
+    texts(["a" * 100] * 16)  # one token a character
+    digest, notes, costs = run(made, method)
+    assert costs["tokens_prepare"] == 16 * 40
+    shorter = lambda raw: raw["train"].update(length=16)  # of domain rows
+    assert run(made, method, shorter) == (digest, notes, costs | {"reused": True})
+    longer = run(made, method, lambda raw: raw["methods"][method][method].update(length=64))
+    assert longer[0] != digest and longer[2]["tokens_prepare"] == 16 * 64
+
+
+def test_documents_without_a_token_to_predict_are_left_out(made, texts, capsys):
+    texts(["a", "b"] * 3 + ["one two three", "four five six"])
+    _, notes, _ = run(made, "ewc")
+    assert notes["documents"] == 2 and notes["documents_asked"] == 16
+    said = capsys.readouterr().out
+    assert "6 of 8 documents are a single token" in said
+    assert "ewc.samples is 16, but the general text has 2 documents" in said
+    texts(["one two three", "four five six"] * 8)
+    assert "documents_asked" not in run(made, "ewc")[1]  # what is there is enough
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_general_text_of_single_tokens_is_refused(made, texts, method):
+    texts(["a"] * 8)
+    with pytest.raises(UserError, match=r"^general: none of the 8 documents of `general.importance`.*`general.rows`"):
+        prepare.stored(load(made), "llama-tiny", method, 0)
+
+
+def test_importance_of_zeros_is_refused(made, texts, monkeypatch):
+    from methods.ewc import EWC
+
+    texts(["some text"] * 8)
+    original = EWC.prepare
+
+    def nothing(self, **arguments):
+        found = original(self, **arguments)
+        for codes in found.importance.values():
+            codes.codes.zero_()
+        return found
+
+    monkeypatch.setattr(EWC, "prepare", nothing)
+    with pytest.raises(UserError, match=r"methods\.ewc\.ewc: the importance of every weight came out as 0"):
+        prepare.stored(load(made), "llama-tiny", "ewc", 0)
+
+
+def test_documents_longer_than_the_models_positions_are_refused_by_the_parts_name(made, texts):
+    written = lambda raw: raw["methods"]["ewc"]["ewc"].update(length=600)
+    message = r"methods\.ewc\.ewc\.length is 600, and llama-tiny has 512 positions: write `length: 512`"
+    with pytest.raises(UserError, match=message):
+        plan.make(load(made, written))
+    default = lambda raw: raw["methods"]["ewc"]["ewc"].pop("length")
+    narrow = lambda raw: (default(raw), raw["models"]["llama-tiny"].update(config={"max_position_embeddings": 256}))
+    small = load(made, narrow)  # 512, by default, of a model of 256: refused only if a document is as long
+    shape = shape_of("llama-tiny", small.models["llama-tiny"], made / "nowhere")
+    refuse_long_documents(small, model="llama-tiny", method="ewc", shape=shape)
+    refuse_long_documents(small, model="llama-tiny", method="ewc", shape=shape, longest=256)
+    with pytest.raises(UserError, match=r"methods\.ewc\.ewc\.length is 512, and llama-tiny has 256 positions"):
+        refuse_long_documents(small, model="llama-tiny", method="ewc", shape=shape, longest=257)
+    texts(["a" * 600] * 8)
+    with pytest.raises(UserError, match=message):
+        prepare.stored(load(made, written), "llama-tiny", "ewc", 0)
+    assert run(made, "ewc", default)[2]["tokens_prepare"] == 8 * 512  # the default is what the model takes
+
+
+def test_the_key_of_the_store_says_what_a_preparation_depends_on(made, monkeypatch):
+    """Beside the settings, whose file is tested by itself: the base, its tokenizer, the text, the seed where it draws."""
+    where, keys = device("cpu"), {}
+
+    def key(study=None, method="ewc", seed=0, at=where):
+        return prepare.store_key(study or load(made), "llama-tiny", method, seed, at)
+
+    first = keys["first"] = key()
+    assert key(seed=1) == first and key(method="hierarchical", seed=0) != key(method="hierarchical", seed=1)
+    folder = made / "work" / "models" / "llama-tiny"
+    for file, change in ((folder / "base.json", {"sha256": "0" * 64}), (folder / "tokenizer_config.json", {"add_bos_token": True}),
+                         (folder / "config.json", {"rms_norm_eps": 1e-3})):  # fmt: skip
+        before = file.read_bytes()
+        write_json(file, read_json(file) | change)
+        keys[file.name] = key()
+        file.write_bytes(before)
+    text = made / "work" / "data" / "general" / "importance.jsonl"
+    before = text.read_bytes()
+    text.write_bytes(before + b'{"id": "1", "text": "more"}\n')
+    keys["text"] = key()
+    text.write_bytes(before)
+    keys["dtype"] = key(load(made, lambda raw: raw["models"]["llama-tiny"].update(compute_dtype="float64")))
+    keys["device"] = key(at=torch.device("meta"))
+    monkeypatch.setattr("evaluation.version", lambda name: "9.9")
+    keys["versions"] = key()
+    assert len(set(keys.values())) == len(keys)
+
