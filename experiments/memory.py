@@ -56,15 +56,14 @@ def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: Trai
     longest    tokens of the longest document of general text, which a part cuts at its own length; None: not known
     processes  how many share the model; None: one process that does not share
 
-    A part is known by its capabilities and settings: one with "seeded_preparation" trains while it prepares, another
-    that prepares makes a Fisher pass, for which every process has the whole model.
+    A part with "seeded_preparation" trains while it prepares; another makes a Fisher pass, each process with the whole model.
     """
     layout = _Layout(shape=shape, parts=tuple(parts), checkpoint=checkpoint_dtype, compute=compute_dtype,
                      device=device_type, processes=processes)  # fmt: skip
     if phase == "train":
         return layout.training(settings)
-    prepared = [(layout.general_phase if "seeded_preparation" in part.capabilities else layout.fisher)(part, _cut(part, settings, longest))
-                for part in parts if type(part).prepare is not Part.prepare]  # fmt: skip
+    phase_of = lambda part: layout.general_phase if "seeded_preparation" in part.capabilities else layout.fisher
+    prepared = [phase_of(part)(part, _cut(part, settings, longest)) for part in parts if type(part).prepare is not Part.prepare]
     return max(prepared, key=lambda kinds: kinds["total"], default=_total({}))
 
 
@@ -275,8 +274,8 @@ def _counted(shape: Shape, parts: tuple[Part, ...]) -> _Count:
 
 
 def _cut(part: Part, settings: TrainSettings, longest: int | None) -> TrainSettings:
-    length = getattr(part, "length", longest or settings.length)
-    return dataclasses.replace(settings, length=min(length, longest or length))
+    found = [length for length in (getattr(part, "length", None), longest) if length]
+    return dataclasses.replace(settings, length=min(found, default=settings.length))
 
 
 def _entries(parameters: Iterable[Tensor]) -> int:
