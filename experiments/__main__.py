@@ -38,6 +38,7 @@ COMMANDS = {
     "pipeline": "rewrite dvc.yaml for the study's grid",
     "summary": "print the comparison, how each cell came to its scores, and where to look next",
     "clean-cells": "free the weights of finished cells; their results stay",
+    "relock": "after a change of form: rewrite the locks of the default study's finished cells, where goldens and settings are equal",
     "gpu-check": "what holds and what it costs on this machine's GPU, with random weights; needs no study",
     "bench": "time each fast path against its plain or library counterpart and keep the ratios; needs no study",
 }
@@ -77,11 +78,13 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("--max-forgetting", type=float, required=True, metavar="SHARE", help="the most that may be lost: 0.02 is 2 points")
             command.add_argument("--min-gain", type=float, metavar="SHARE", help="the least that must be learned")
             command.add_argument("--confidence", action="store_true", help="judge by the ends of the 95 %% intervals, not by the values")
+        if name == "relock":
+            command.add_argument("--show", action="store_true", help="print what is compared, as JSON, and change nothing")
         if name == "gpu-check":
             add_options(command)
         elif name == "bench":
             bench.add_options(command)
-        else:
+        elif name != "relock":
             _study(command)
     for name, (text, needs) in STAGES.items():
         command = sub.add_parser(name, help=f"stage: {text}", description=text)
@@ -106,7 +109,7 @@ def run(options: argparse.Namespace) -> int:
         return bench.main(options)
     from experiments import config
 
-    study = config.load(options.study)
+    study = config.load(getattr(options, "study", ""))
     if study.archive and options.command not in READING:
         raise UserError(f"study {study.name} is an archive of commit {study.archive['commit'][:10]}: its results are read "
                         f"({', '.join(READING)}) and never run again; copy its folder under another name, without the block "
@@ -138,6 +141,10 @@ def run(options: argparse.Namespace) -> int:
 
         return gate.main(study, patterns=options.patterns, max_forgetting=options.max_forgetting, min_gain=options.min_gain,
                          confidence=options.confidence)  # fmt: skip
+    elif options.command == "relock":
+        from experiments import relock
+
+        relock.main(study, show=options.show)
     elif options.command == "track":
         from experiments import tracking
 
