@@ -21,14 +21,13 @@ from lm_eval.evaluator import evaluate
 from evaluation import SCORING, lm as models
 from evaluation.encode import encode_text
 from evaluation.preserve import preserved
-from evaluation.task import LocalTask, check, gold_index, make_task, quiet, render
+from evaluation.task import SEED, LocalTask, check, gold_index, make_task, quiet, render
 from experiments.errors import UserError
 
 __all__ = ["check", "load_tasks", "make_task", "render", "save", "score"]
 
 ROLES = ("domain", "retention", "transfer", "perplexity")
 COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"]
-SEED = 1234  # lm-eval's own default for its few-shot samples
 
 
 def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:

@@ -27,6 +27,7 @@ class Key:
     matches   the regular expression that a text must match, and `form` says it in words
     required  whether the block is refused without it
     keys      the table of the block that stands here
+    share     whether the number is a share of 1, so that a larger one may be meant in percent
     """
 
     kind: Any = str
@@ -35,6 +36,7 @@ class Key:
     form: str = ""
     required: bool = False
     keys: Table | None = None
+    share: bool = False
 
 
 def check(block: Any, table: Table, *, where: str, required: bool = True) -> None:
@@ -50,6 +52,8 @@ def check(block: Any, table: Table, *, where: str, required: bool = True) -> Non
             if key.required and required:
                 raise UserError(f"{where or 'params.yaml'} has no `{name}`: add it{f' ({key.form})' if key.form else ''}")
             continue
+        if key.share and isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
+            raise UserError(f"{path} is {value}: it must be a share of 1, in {key.within}; {value} % is {value / 100:g}")
         refuse(value, key.kind, within=key.within, where=path)
         if key.required and value == []:
             raise UserError(f"{path} is empty: name at least one")
@@ -80,6 +84,7 @@ SOURCE = {"matches": r"hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+
           "form": "hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE"}  # fmt: skip
 
 TRAIN = train_keys()
+NULLS = Key(kind=Literal["empty"])
 SHAPED = {"set": Key(kind=dict), "columns": Key(kind=NAMES | dict)}
 HUB = {"path": Key(**FILLED, required=True), "name": Key(kind=str | NAMES), "split": Key(**FILLED, required=True), "revision": Key(**FILLED),
        "data_files": Key(kind=str | NAMES | dict), **SHAPED}  # fmt: skip
@@ -98,7 +103,8 @@ MODEL = {
 }  # fmt: skip
 SCORED = {
     "task": Key(kind=str | dict, **FILLED, required=True), "metric": Key(**METRIC, required=True),
-    "chance": Key(kind=float, within="[0, 1)", required=True), "licence": Key(), "rows": Key(kind=dict, keys=ROWS, required=True), **SHAPED,
+    "chance": Key(kind=float, within="[0, 1)", share=True, required=True), "licence": Key(), "rows": Key(kind=dict, keys=ROWS, required=True), **SHAPED,
+    "nulls": NULLS,
 }  # fmt: skip
 TASK = SCORED | {"test": COUNT, "probe": COUNT_OR_NONE}
 SPLIT = {"train": COUNT_OR_ALL, "probe": Key(kind=int, within="[0, inf)", required=True), "test": COUNT_OR_ALL}
@@ -107,7 +113,7 @@ DOMAIN = SCORED | {
     "retention": Key(kind=NAMES), "transfer": Key(kind=NAMES), "probes": Key(kind=NAMES), "why": Key(), "train": Key(kind=dict, keys=TRAIN),
 }  # fmt: skip
 GENERAL = {
-    "rows": Key(kind=dict, keys=ROWS, required=True), "text": Key(**FILLED), "importance": COUNT, "perplexity": COUNT,
+    "rows": Key(kind=dict, keys=ROWS, required=True), "text": Key(**FILLED), "nulls": NULLS, "importance": COUNT, "perplexity": COUNT,
     "probe": COUNT_OR_NONE, "max_words": COUNT, "licence": Key(), "note": Key(),
 }  # fmt: skip
 GRID = {

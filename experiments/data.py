@@ -66,7 +66,8 @@ class _Reader:
     def __call__(self, block: Mapping[str, Any], key: str, *, where: str) -> rows.Rows:
         if where not in self.read_before:
             prefer = self.study.data.get("source", "pypi")
-            found = rows.read(block.get(key) or {}, packages=self.study.packages, prefer=prefer, where=where)
+            found = rows.read(block.get(key) or {}, packages=self.study.packages, prefer=prefer, where=where,
+                              emptied=block.get("nulls") == "empty")  # fmt: skip
             self.read_before[where] = rows.Rows(rows=rows.shape(found.rows, block, where=where), source=found.source)
         return self.read_before[where]
 
@@ -117,8 +118,9 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     probes = {}
     for name in block.get("probes") or []:
         task, drawn, _ = _task(name, reader, where=f"{where}.probes")
-        scored = {splits.normalised(row["context"]) for row in _rendered(name, task, drawn.test)}
-        probe = [row for row in _rendered(name, task, drawn.probe) if splits.normalised(row["context"]) not in scored]
+        asked = lambda row: splits.normalised(row.get("asked", row["context"]))  # few-shot examples are drawn for each row
+        scored = set(map(asked, _rendered(name, task, drawn.test)))
+        probe = [row for row in _rendered(name, task, drawn.probe) if asked(row) not in scored]
         if not probe:
             raise UserError(f"{where}.probes lists {name!r}, but no rows are left for its probe behind its "
                             f"{len(drawn.test)} test rows: lower tasks.{name}.test, or raise its `probe`")  # fmt: skip

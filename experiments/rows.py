@@ -6,6 +6,7 @@ A `rows:` block names one or more of
     hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
     jsonl: FILE                                                      one JSON object a line, path from the project's root (see `jsonl`)
 Each of the three may carry its own `set` and `columns` (see `shape`), where the sources spell their columns differently.
+A null cell is refused where a template or a text would write it; `nulls: empty` in the block reads every null cell as "".
 """
 
 import gzip
@@ -23,12 +24,13 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from evaluation import nulls
 from experiments import hub, jsonl, packages
 from experiments.errors import UserError
 from experiments.jsonl import Row, place
 
 _COMMIT = re.compile("[0-9a-f]{40}")
-_JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined)
+_JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=nulls.refuse)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +52,8 @@ def choose(block: Mapping[str, Any], *, prefer: str, where: str) -> str:
     raise UserError(f"{where} has no {prefer!r} source (it has {', '.join(block) or 'none'}): add one, or set data.source")
 
 
-def read(block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str) -> Rows:
-    """Read one `rows:` block; `packages` holds the checksums. UserErrors name `where` (such as tasks.hellaswag)."""
+def read(block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False) -> Rows:
+    """Read one `rows:` block; `packages` holds the checksums, `emptied` makes "" of null cells. UserErrors name `where` (such as tasks.hellaswag)."""
     kind = choose(block, prefer=prefer, where=where)
     reader = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind]
     source = {"jsonl": block["jsonl"]} if isinstance(block[kind], str) else dict(block[kind])
@@ -61,7 +63,8 @@ def read(block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, 
         raise UserError(f"{where}: {error}") from error
     if not found.rows:
         raise UserError(f"{where}: {found.source} holds no rows")
-    return Rows(rows=shape(found.rows, source, where=where), source=found.source)
+    given = [Row(nulls.emptied(row), at=row.at) for row in found.rows] if emptied else found.rows
+    return Rows(rows=shape(given, source, where=where), source=found.source)
 
 
 def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[Row]:
@@ -80,6 +83,8 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
         try:
             row = given | {name: value.render(row) if isinstance(value, jinja2.Template) else value
                          for name, value in templates.items()}  # fmt: skip
+        except nulls.NullCell as error:
+            raise UserError(f"{where}: {at}, `set`: {nulls.told(given)}") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
         if missing := [old for old in renamed.values() if old not in row]:
@@ -92,12 +97,12 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
 
 def text(row: dict[str, Any], expression: str, *, where: str) -> str:
     """A column of the row by name, or a Jinja template over it."""
-    if "{{" not in expression:
-        if expression not in row:
-            raise UserError(f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)})")
-        return str(row[expression])
+    if "{{" not in expression and expression not in row:
+        raise UserError(f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)})")
     try:
-        return _JINJA.from_string(expression).render(row)
+        return str(nulls.refuse(row[expression])) if "{{" not in expression else _JINJA.from_string(expression).render(row)
+    except nulls.NullCell as error:
+        raise UserError(f"{where}: {place(row, 1)}: {nulls.told(row, [expression])}") from error
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(f"{where}: {expression!r} does not fit {place(row, 1)}: {error} (columns: {', '.join(row)})") from error
 

@@ -190,9 +190,9 @@ def test_choices_that_are_none_are_told_by_row(tmp_path, choices, said, at):
 def test_a_column_of_several_types_keeps_its_values(tmp_path):
     rows = [{"q": n, "options": ["x", "y"], "gold": 0, "source": source} for n, source in
             enumerate((12, "book", 1.5, True, None, [1, "x"], {"a": {}}, {"a": 1}), 1)]  # fmt: skip
-    task = made(tmp_path, rows, CHOICES | {"doc_to_text": "{{q}} of {{source}}"})
+    task = made(tmp_path, rows, CHOICES | {"doc_to_text": "{{q}} of {{source or 'nobody'}}"})
     assert [doc["source"] for doc in task.eval_docs] == [row["source"] for row in rows]
-    assert [row["context"] for row in render(task)][:5] == ["1 of 12", "2 of book", "3 of 1.5", "4 of True", "5 of None"]
+    assert [row["context"] for row in render(task)][:5] == ["1 of 12", "2 of book", "3 of 1.5", "4 of True", "5 of nobody"]
 
 
 def test_the_row_that_a_tasks_own_function_cannot_take_is_named(tmp_path):

@@ -17,7 +17,7 @@ SHA = "a" * 64
 ROWS = {"hub": {"path": "a/b", "name": "c", "split": "test", "revision": "main", "data_files": "x.json", "set": {"q": "{{p}}"}, "columns": ["q"]},
         "pypi": {"package": "a-b==1", "path": "x/y", "requests": "z.jsonl.gz", "set": {"q": 1}, "columns": {"q": "p"}},
         "jsonl": {"path": "rows.jsonl", "set": {"q": ""}, "columns": ["q"]}}  # fmt: skip
-SCORED = {"task": "sciq", "metric": "acc", "chance": 0.25, "licence": "MIT", "rows": ROWS, "set": {"a": ""}, "columns": {"a": "b"}}
+SCORED = {"task": "sciq", "metric": "acc", "chance": 0.25, "licence": "MIT", "rows": ROWS, "nulls": "empty", "set": {"a": ""}, "columns": {"a": "b"}}
 TRAIN = {"learning_rate": 1e-3, "schedule": "cosine", "warmup": 0.1, "epochs": 2, "batch": 8, "micro_batch": 4, "length": 64, "weight_decay": 0,
          "beta1": 0.8, "beta2": 0.9, "eps": 1e-9, "clip": 0.5, "pack": 128, "moments": "bfloat16", "checkpointing": True, "compile": False,
          "checkpoint_seconds": 0.0, "probes": 0}  # fmt: skip
@@ -31,7 +31,7 @@ FULL = {  # every key of every block, with a right value
     "tasks": {"t": SCORED | {"test": 20, "probe": 4}},
     "domains": {"d": SCORED | {"question": "q", "test_rows": ROWS, "split": {"train": "all", "probe": 0, "test": 5}, "retention": ["t"],
                                "transfer": [], "probes": ["t"], "why": "w", "train": TRAIN}},
-    "general": {"rows": ROWS, "text": "passage", "importance": 4, "perplexity": 4, "probe": 0, "max_words": 100, "licence": "MIT", "note": "n"},
+    "general": {"rows": ROWS, "text": "passage", "importance": 4, "perplexity": 4, "probe": 0, "max_words": 100, "nulls": "empty", "licence": "MIT", "note": "n"},
     "methods": {"lora": {"lora": {}, "ewc": {}, "train": {key: value for key, value in TRAIN.items() if key != "moments"}}},
     "train": TRAIN, "evaluate": {"scorer": "hflm", "batch_size": 4},
     "tune": {"epochs": 0.5, "methods": {"lora": {"lora.rank": [2, 4]}}},
@@ -147,7 +147,7 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
 
 @pytest.mark.parametrize(("path", "value", "message"), [
     (("tasks", "t", "chance"), "0.5", "tasks.t.chance is '0.5': it must be a number in [0, 1); write 0.5 without quotes"),
-    (("domains", "d", "chance"), 25, "domains.d.chance is 25: it must be a number in [0, 1)"),
+    (("domains", "d", "chance"), 25, "domains.d.chance is 25: it must be a share of 1, in [0, 1); 25 % is 0.25"),
     (("tasks", "t", "test"), "20", "tasks.t.test is '20': it must be a whole number from 1; write 20 without quotes"),
     (("domains", "d", "split", "train"), 32.0, "domains.d.split.train is 32.0: it must be a whole number or all from 1"),
     (("domains", "d", "retention"), "t", "domains.d.retention is 't': it must be a list of names; write [t]"),

@@ -171,3 +171,35 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
     study.grid["domains"] = ["brids"]
     with pytest.raises(UserError, match="unknown domain 'brids'.*'birds'"):
         data.write_data(study, tmp_path / "out")
+
+
+def with_nulls(path, column, *numbers):
+    """The file of a block with null in `column` of these lines."""
+    rows = lines(path)
+    for number in numbers:
+        rows[number - 1][column] = None
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.mark.parametrize("name, column, line, more, told", [
+    ("birds", "question", 7, {}, "domains.birds: .*birds.jsonl line 7: 'question' is null"),
+    ("birds", "hint", 60, {"task": TASK | {"doc_to_text": "Q: {{question}} {{hint}}\nA:"}}, "task birds, .*birds.jsonl line 60: 'hint' is null"),
+    ("fish", "question", 11, {"set": {"question": "{{question}}!"}}, "tasks.fish: .*fish.jsonl line 11, `set`: 'question' is null"),
+    ("passages", "passage", 3, {}, "general: .*passages.jsonl line 3: 'passage' is null"),
+])  # fmt: skip
+def test_null_is_refused_by_file_and_line_or_emptied_where_the_block_says_so(study, tmp_path, name, column, line, more, told):
+    rows = lines(tmp_path / f"{name}.jsonl")
+    (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"hint": "h"} | row) + "\n" for row in rows))
+    with_nulls(tmp_path / f"{name}.jsonl", column, line)
+    block = {"birds": study.domains["birds"], "fish": study.tasks["fish"], "passages": study.general}[name]
+    block.update(more)
+    with pytest.raises(UserError, match=told):
+        data.write_data(study, tmp_path / "out")
+    block["nulls"] = "empty"
+    data.write_data(study, tmp_path / "out")
+    assert "None" not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_null_in_a_column_that_nothing_reads_is_no_matter(study, tmp_path):
+    with_nulls(tmp_path / "birds.jsonl", "source", *range(1, 61))
+    data.write_data(study, tmp_path / "out")

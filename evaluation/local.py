@@ -1,0 +1,148 @@
+"""lm-eval's task class on rows held in memory, where a text stays a text."""
+
+import contextlib
+import functools
+import io
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.utils import apply_template, env as jinja_env
+
+from evaluation import gold as golds, nulls
+from evaluation.definition import SPLIT
+from experiments.jsonl import Row, place
+
+# lm-eval compiles a template again at every use: most of the time that scoring spends outside the model
+if not hasattr(jinja_env.from_string, "cache_info"):
+    jinja_env.from_string = functools.lru_cache(maxsize=256)(jinja_env.from_string)
+jinja_env.finalize = nulls.refuse
+
+
+class Unfit(ValueError):
+    """What is wrong with one row, in words for the person who wrote it."""
+
+
+class LocalTask(ConfigurableTask):
+    """An lm-eval task whose documents are rows held in memory: nothing is downloaded, nothing is cached.
+
+    Texts, choices and golds are lm-eval's, but that a text stays a text: numbers among choices and in a column that stands for a
+    text are written out, and digits that a template renders are matched to the choices before they are taken for an index.
+    """
+
+    def __init__(self, *, rows: Sequence[Row], config: dict[str, Any], metric: str) -> None:
+        self.rows, self.metric = rows, metric
+        with quiet():
+            super().__init__(config=config)
+
+    def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: Any = None) -> str | int:
+        template = self.config.doc_to_text if doc_to_text is None else doc_to_text
+        text = nulls.refuse(super().doc_to_text(doc, doc_to_text))
+        if isinstance(text, str) or (self.config.doc_to_choice is not None and self._inputs_chosen):
+            return text
+        return apply_template(template, doc) if isinstance(template, str) and template not in self.features else str(text)
+
+    def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> list[str]:
+        """The choices as text: numbers and truth values as JSON writes them."""
+        choices = super().doc_to_choice(doc, doc_to_choice)
+        nulls.refuse(choices)
+        if not isinstance(choices, list | tuple):
+            raise Unfit(f"doc_to_choice ({self.config.doc_to_choice!r}) gives {str(choices)[:60]!r}, not a list of choices")
+        texts = []
+        for number, choice in enumerate(choices, 1):
+            if not isinstance(choice, str | int | float):
+                raise Unfit(f"choice {number} of {len(choices)} is {json.dumps(choice, default=str)[:60]}, neither text nor a number "
+                             f"(doc_to_choice: {self.config.doc_to_choice!r})")  # fmt: skip
+            texts.append(choice if isinstance(choice, str) else json.dumps(choice))
+            if not texts[-1]:
+                raise Unfit(f"choice {number} of {len(choices)} is empty (doc_to_choice: {self.config.doc_to_choice!r})")
+        return texts
+
+    def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> int | str | list:
+        template = self.config.doc_to_target if doc_to_target is None else doc_to_target
+        written = isinstance(template, str) and template not in self.features
+        if self.config.doc_to_choice is None or self.multiple_input:
+            if written and (self.OUTPUT_TYPE != "generate_until" or golds.is_text(template, doc)):
+                return apply_template(template, doc)
+            found = nulls.refuse(super().doc_to_target(doc, doc_to_target))
+            return found if isinstance(found, str | list) else str(found)
+        if written:
+            found = golds.of_template(template, doc, self.doc_to_choice(doc), indices=self.OUTPUT_TYPE == "generate_until")
+            if found is not None:
+                return found
+        found = nulls.refuse(super().doc_to_target(doc, doc_to_target))
+        return golds.of_value(found, super().doc_to_choice(doc), self.doc_to_choice(doc))
+
+    @functools.cached_property
+    def _inputs_chosen(self) -> bool:
+        """Whether `doc_to_text` is the index of the right one of several contexts (WinoGrande) in every row, and not a question in digits."""
+        texts = [ConfigurableTask.doc_to_text(self, doc) for doc in self.eval_docs]
+        return all(isinstance(text, int) and 0 <= text < len(self.doc_to_choice(doc)) for text, doc in zip(texts, self.eval_docs))
+
+    def place(self, number: int) -> str:
+        """Where the row of document `number` (from 1) was read from."""
+        if len(self.eval_docs) == len(self.rows):
+            return place(self.rows[number - 1], number)
+        return f"document {number} of those that its process_docs makes of the rows"
+
+    def download(self, dataset_kwargs: dict | None = None, **_: Any) -> None:
+        self.dataset = {SPLIT: _dataset(self.rows)}
+
+    @functools.cached_property
+    def eval_docs(self) -> datasets.Dataset:  # lm-eval asks several times and would process the rows each time
+        with quiet():
+            return self.test_docs()
+
+    def build_all_requests(self, **settings: Any) -> None:
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task, of no interest
+            super().build_all_requests(**settings)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep lm-eval's and datasets' advice and bars off the screen."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+
+
+def filled(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    # datasets takes the columns of the first row: give every row every column, in order of appearance
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return [{column: row.get(column) for column in columns} for row in rows]
+
+
+def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
+    """The rows with their values as they are: a column whose values have no one type, which Arrow refuses, is held as JSON.
+
+    So is a column of whole and broken numbers, of which Arrow would make broken ones: a choice 3 stays "3", not "3.0".
+    """
+    whole = filled(rows)
+    mixed = [column for column in whole[0] if not _one_type([row[column] for row in whole])]
+    if not mixed:
+        return datasets.Dataset.from_list(whole)
+    typed = datasets.Dataset.from_list([{c: value for c, value in row.items() if c not in mixed} for row in whole]).features
+    features = {column: datasets.Json() if column in mixed else typed[column] for column in whole[0]}
+    return datasets.Dataset.from_list(whole, features=datasets.Features(features))
+
+
+def _one_type(values: Sequence[Any]) -> bool:
+    """Whether the values, but for nulls, are of one type, and so are what lists hold and what objects hold by one name."""
+    values = [value for value in values if value is not None]
+    kinds = {type(value) for value in values}
+    if kinds == {list}:
+        return _one_type([inner for value in values for inner in value])
+    if kinds == {dict}:
+        names = {name for value in values for name in value}
+        return all(_one_type([value[name] for value in values if name in value]) for name in names)
+    return len(kinds) <= 1

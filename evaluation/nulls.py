@@ -1,0 +1,38 @@
+"""Null cells: a template would print them as the word None (NaN as nan), and a model would be trained and scored on that word."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+class NullCell(Exception):
+    """A template, or a column that stands for a text, gave null."""
+
+
+def is_null(value: Any) -> bool:
+    """None or NaN, also inside a list or mapping."""
+    if isinstance(value, list | tuple):
+        return any(map(is_null, value))
+    if isinstance(value, Mapping):
+        return any(map(is_null, value.values()))
+    return value is None or (isinstance(value, float) and value != value)
+
+
+def refuse(value: Any) -> Any:
+    """`value` unless it is null; Jinja's `finalize`, which is called with all that a template prints."""
+    if is_null(value):
+        raise NullCell
+    return value
+
+
+def told(row: Mapping[str, Any], asked: Iterable[str] = ()) -> str:
+    """What to say of a row that gave null: its null columns, if possible those of `asked`, and what to do."""
+    empty = [column for column, value in row.items() if is_null(value)]
+    named = [column for column in empty if column in set(asked)] or empty
+    what = f"{', '.join(map(repr, named))} is null" if named else "a template gives null"
+    return (f"{what}, which would be written as the word None: correct the rows, or let the template ask for it "
+            "(`{% if column %}…{% endif %}`), or set `nulls: empty` in the block to read every null cell as empty text")  # fmt: skip
+
+
+def emptied(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The row with "" in its null cells; lists are left as they are."""
+    return {column: "" if not isinstance(value, list | tuple | Mapping) and is_null(value) else value for column, value in row.items()}
