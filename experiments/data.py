@@ -91,8 +91,9 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
         test_rows=held_out.rows if held_out else None, **wanted)  # fmt: skip
     folder = out / "train" / domain
     write_rows(folder / "train.jsonl", _rendered(domain, block, split.train))
-    write_rows(folder / "probe" / f"{domain}.jsonl", _rendered(domain, block, split.probe))
-    write_rows(folder / "probe" / "general.jsonl", _lines(reader.study.general, reader)["probe"])
+    for name, asked in ((domain, _rendered(domain, block, split.probe)), ("general", _lines(reader.study.general, reader)["probe"])):
+        if asked:  # 0 probe rows are no set, not an empty one
+            write_rows(folder / "probe" / f"{name}.jsonl", asked)
     evaluate = out / "evaluate" / domain
     write_rows(evaluate / f"{domain}.jsonl", split.test)
     listed = [_entry(domain, block, "domain")]
@@ -174,7 +175,7 @@ def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
     drawn: dict[str, Any] = {"copies": copies}
     for name, (half, start, number) in ends.items():
         chosen = half[start : start + number]
-        if len(chosen) < number or not number:
+        if len(chosen) < number or (not number and name != "probe"):
             raise UserError(f"general.{name} asks for {number} texts and {len(chosen)} can be had (the texts give halves "
                             f"of {len(first)} and {len(second)}): lower it, or name more text")  # fmt: skip
         drawn[name] = [{"id": splits.text_hash(text), "text": text} for text in chosen]

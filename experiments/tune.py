@@ -37,12 +37,17 @@ def main(study, methods: list[str]) -> None:
         raise UserError(f"tune.methods: every method gets the same number of trials, but they have {counts}")
     for model in study.grid["models"]:
         for domain in study.grid["domains"]:
-            _refuse_generated(study, domain)
+            _refuse_unjudged(study, domain)
             _tune(study, model, domain, methods)
 
 
-def _refuse_generated(study, domain: str) -> None:
-    """Trials are judged by the accuracy of choices."""
+def _refuse_unjudged(study, domain: str) -> None:
+    """Trials are judged by the accuracy of choices on probe rows, and among equals by the perplexity of probe passages."""
+    block = study.domains[domain]
+    for missing, path in ((not block["split"]["probe"], f"domains.{domain}.split.probe is 0"), (not block.get("probes"), f"domains.{domain}.probes is empty"),
+                          (study.general.get("probe") == 0, "general.probe is 0")):  # fmt: skip
+        if missing:
+            raise UserError(f"{path}: trials are judged on the probe rows of the domain, of its probe tasks and of the general text; give it some")
     for name in [domain, *study.domains[domain].get("probes", ())]:
         if "exact_match" in (study.domains.get(name) or study.tasks[name])["metric"]:
             raise UserError(f"domain {domain}: {name} is scored on generated answers, which probes do not give, "

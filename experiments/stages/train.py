@@ -58,7 +58,8 @@ def _train(study, cell) -> None:
                   device_type=where.type, processes=shards.world if shards.active else None)  # fmt: skip
     # to be shared among processes it is cut on the CPU, in the checkpoint's own dtype, and moved piece by piece
     model = weights.load_model(folder, dtype=checkpoint if shards.active else computing, device="cpu" if shards.active else where)
-    sets = load_probes(paths.data / "train" / cell.domain / "probe", tokenizer)
+    asked = paths.data / "train" / cell.domain / "probe"
+    sets = load_probes(asked, tokenizer) if settings.probes and any(asked.glob("*.jsonl")) else {}  # there may be none to ask
     data = folder_sha256(paths.data / "train" / cell.domain)
     resume = Resume(paths.resume / "train" / cell.name, every=settings.checkpoint_seconds, rank=shards.rank, world=shards.world, identity={
         "base": base_info["sha256"], "data": data, "settings": resolve.train(study, cell.model, cell.domain, cell.method),
@@ -67,7 +68,7 @@ def _train(study, cell) -> None:
     result = fit(
         model=model, parts=parts, examples=examples, settings=settings, seed=cell.seed, base=base, device=where, shards=shards,
         compute_dtype=computing, resume=resume, states=load_states(prepared, parts),
-        probe=(lambda m: probe(model=m, sets=sets)) if settings.probes else None, name=f"train {cell.name}",
+        probe=(lambda m: probe(model=m, sets=sets)) if sets else None, name=f"train {cell.name}",
     )
     known = not any("provides_weights" in part.capabilities for part in parts)
     final = final_weights(result, parts)
