@@ -1,47 +1,92 @@
 """Text to token ids exactly as lm-eval's HFLM encodes it, without lm-eval.
 
-Training labels and probes are cut by these functions, so that what is trained is what is scored: trailing spaces of
-the context move to the continuation, context and whole are encoded apart, BOS comes as the tokenizer adds it, and an
-empty context is the prefix token alone.
+Training labels, probes and scores are all cut by these functions, so that what is trained is what is scored: trailing
+spaces of the context move to the continuation, context and whole are encoded apart, BOS comes as the tokenizer adds it,
+and an empty context is the prefix token alone. Two things differ from HFLM, and docs/scoring.md says so: what a tokenizer
+puts behind every text (its end of text) is left out, because HFLM would score the answer behind the end of the prompt;
+and a tokenizer without BOS and EOS is used without a prefix, where HFLM stops with a TypeError.
 """
 
 from collections.abc import Iterator
 from typing import Any
 
+from experiments.errors import UserError
+
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase
 DEFAULT_MAX_LENGTH = 2048  # where neither the config nor the tokenizer names a length
+SHOWN = 60  # characters of a text that a message quotes
 
 
-def prefix_token(tokenizer: Tokenizer) -> int:
-    """What stands before the first token of a text: BOS, or EOS where the tokenizer has no BOS."""
+def prefix_token(tokenizer: Tokenizer) -> int | None:
+    """What stands before the first token of a text: BOS; EOS where there is no BOS; None where there is neither."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text; special tokens as the tokenizer adds them, unless the text already begins with the prefix token."""
-    if text.startswith(tokenizer.decode(prefix_token(tokenizer))):
+    """Ids of a text. What the tokenizer adds in front is kept, unless the text already begins with the prefix token; what it
+    adds behind the text is left out."""
+    prefix = prefix_token(tokenizer)
+    if prefix is not None and text.startswith(tokenizer.decode(prefix)):
         return tokenizer.encode(text, add_special_tokens=False)
-    return tokenizer.encode(text)
+    ids, own = _marked(tokenizer, text)
+    if not own and ids:  # nothing of the text's own by which the front could be told from the back
+        return ids[: min(_marked(tokenizer, "a")[1], default=0)]
+    return ids[: own[-1] + 1] if own else ids
+
+
+def appended(tokenizer: Tokenizer) -> list[int]:
+    """The ids that the tokenizer would put behind every text, and that `encode_text` leaves out."""
+    ids, own = _marked(tokenizer, "a")
+    return ids[own[-1] + 1 :] if own else []
 
 
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: bool = False) -> tuple[list[int], int]:
     """(ids of context and continuation, number of ids that are context). The rest are what is scored or trained on.
 
     With `end` the tokenizer's end of text stands behind the continuation: an answer that is written, and has to stop.
+    Raises UserError where a prefix or an end is needed that the tokenizer does not have.
     """
-    if end:
-        ids, start = encode_pair(tokenizer, context, continuation)
-        return ids + [tokenizer.eos_token_id], start
-    if context == "":
-        ids = tokenizer.encode(continuation, add_special_tokens=False)
-        prefix = prefix_token(tokenizer)
-        return (ids if ids[0] == prefix else [prefix, *ids]), 1
-    spaces = len(context) - len(context.rstrip())
-    if spaces:
+    prefix, empty = prefix_token(tokenizer), not context
+    if spaces := len(context) - len(context.rstrip()):
         context, continuation = context[:-spaces], context[-spaces:] + continuation
-    head = encode_text(tokenizer, context)
-    # the context's own ids, not the whole's: they differ where a token spans the border, and HFLM scores after these
-    return head + encode_text(tokenizer, context + continuation)[len(head) :], len(head)
+    head = [] if empty else encode_text(tokenizer, context)
+    if head:
+        # the context's own ids, not the whole's: they differ where a token spans the border, and HFLM scores after these
+        ids, start = head + encode_text(tokenizer, context + continuation)[len(head) :], len(head)
+    elif prefix is not None:
+        ids, start = tokenizer.encode(continuation, add_special_tokens=False), 1
+        ids = ids if ids[:1] == [prefix] else [prefix, *ids]
+    else:
+        raise UserError(f"no prompt stands before the answer {shown(continuation)}, and the tokenizer has neither a BOS nor an EOS token to put "
+                        "there: give the prompt some text, or name `bos_token` in tokenizer_config.json")  # fmt: skip
+    if end and tokenizer.eos_token_id is None:
+        raise UserError("an answer that is written has to end, and the tokenizer has no EOS token: name `eos_token` in tokenizer_config.json")
+    return ids + [tokenizer.eos_token_id] if end else ids, start
+
+
+def answer_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: bool = False) -> tuple[list[int], int]:
+    """`encode_pair` of an answer; raises UserError where no token is left of it to score or to train on."""
+    ids, start = encode_pair(tokenizer, context, continuation, end=end)
+    if len(ids) == start + end:
+        empty = not tokenizer.encode(continuation, add_special_tokens=False)
+        raise UserError(f"the answer {shown(continuation)} has no token of its own behind the prompt {shown(context, end=True)}: " + (
+            "there is nothing in it; correct the row" if empty else "a token of this tokenizer runs over the border between them; end the prompt "
+            "differently (`doc_to_text`, `target_delimiter`), or choose a model with another tokenizer"))  # fmt: skip
+    return ids, start
+
+
+def crossed(tokenizer: Tokenizer, context: str, continuation: str, ids: list[int]) -> bool:
+    """Whether a token of the whole text runs over the border between the two, so that `ids` of `encode_pair` do not read as the text.
+
+    lm-eval scores what stands behind as many tokens as the context has alone, and so is it done here.
+    """
+    return bool(context.strip()) and encode_text(tokenizer, context + continuation) != ids
+
+
+def encode_rolling(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """(context of one id, ids that are scored) of a whole text: behind the prefix token; without one, behind its own first token."""
+    ids, prefix = encode_text(tokenizer, text), prefix_token(tokenizer)
+    return (ids[:1], ids[1:]) if prefix is None else ([prefix], ids)
 
 
 def windows(ids: list[int], *, prefix: int, max_length: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -70,3 +115,16 @@ def max_length(model: Any, tokenizer: Tokenizer = None) -> int:
             return int(getattr(config, name))
     length = getattr(tokenizer, "model_max_length", None)
     return int(length) if length is not None and length < 10**18 else DEFAULT_MAX_LENGTH
+
+
+def shown(text: str, *, end: bool = False) -> str:
+    """A text as a message quotes it: its beginning, or its end."""
+    if len(text) <= SHOWN:
+        return repr(text)
+    return repr("…" + text[-SHOWN:] if end else text[:SHOWN] + "…")
+
+
+def _marked(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
+    """Ids of a text as the tokenizer gives them, and the places of those that are not its additions."""
+    found = tokenizer(text, return_special_tokens_mask=True, verbose=False)  # no advice that a text is longer than the model's positions
+    return list(found["input_ids"]), [place for place, mark in enumerate(found["special_tokens_mask"]) if not mark]

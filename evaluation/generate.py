@@ -30,7 +30,7 @@ def texts(
 ) -> list[str]:
     """The likeliest next token, again and again, for each prompt; special tokens left out, cut before its stop string.
 
-    A prompt longer than `max_length` less its `tokens` loses its beginning. The tokenizer needs a padding token.
+    A prompt longer than `max_length` less its `tokens` loses its beginning.
     """
     written = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: (prompts[i].until, prompts[i].tokens, -len(prompts[i].ids), prompts[i].ids))
@@ -50,6 +50,19 @@ def ends_of_text(model: torch.nn.Module, tokenizer: Any) -> list[int]:
     return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
 
 
+def padding(model: torch.nn.Module, tokenizer: Any) -> int:
+    """The id that fills up short rows, which nothing attends to: the tokenizer's where the model has a row for it, else 0."""
+    pad = tokenizer.pad_token_id
+    return pad if pad is not None and 0 <= pad < model.get_input_embeddings().num_embeddings else 0
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int, *, side: str = "left") -> tuple[Tensor, Tensor]:
+    """(ids, attention mask), each (rows, tokens)."""
+    width = max(map(len, rows))
+    fill = lambda row, own, other: [other] * (width - len(row)) + own if side == "left" else own + [other] * (width - len(row))
+    return torch.tensor([fill(row, list(row), pad) for row in rows]), torch.tensor([fill(row, [1] * len(row), 0) for row in rows])
+
+
 def _batches(order: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
     """At most `size` prompts together, all with the same stop strings and number of tokens, longest first."""
     batches: list[list[int]] = []
@@ -65,14 +78,14 @@ def _batches(order: list[int], prompts: Sequence[Prompt], size: int) -> list[lis
 def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_length: int) -> list[str]:
     until, tokens = batch[0].until, batch[0].tokens
     rows = [prompt.ids[-(max_length - tokens) :] for prompt in batch]
-    width = max(map(len, rows))
-    ids = torch.tensor([[tokenizer.pad_token_id] * (width - len(row)) + list(row) for row in rows])
-    seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    pad = padding(model, tokenizer)
+    ids, seen = padded(rows, pad)
+    width = ids.shape[1]
     device = next(model.parameters()).device
     ends = ends_of_text(model, tokenizer)
     whole = model.generate(
         input_ids=ids.to(device), attention_mask=seen.to(device), max_new_tokens=tokens, do_sample=False,
-        temperature=None, top_p=None, top_k=None, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=ends,
+        temperature=None, top_p=None, top_k=None, use_cache=True, pad_token_id=pad, eos_token_id=ends,
         stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, until, start=width, rows=len(batch))]),
     )  # fmt: skip
     found = []

@@ -19,7 +19,7 @@ import torch
 from lm_eval.evaluator import evaluate
 
 from evaluation import SCORING, lm as models
-from evaluation.encode import encode_text
+from evaluation.encode import encode_rolling
 from evaluation.preserve import preserved
 from evaluation.task import SEED, LocalTask, check, gold_index, make_task, quiet, render
 from experiments.errors import UserError
@@ -154,7 +154,7 @@ def _general(
         size += len(text.encode())
         rows.append(
             {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": nats,
-             "choice": None, "gold": len(encode_text(tokenizer, text)), "log_likelihood": -nats}
+             "choice": None, "gold": len(encode_rolling(tokenizer, text)[1]), "log_likelihood": -nats}
         )  # fmt: skip
     nats, tokens = math.fsum(row["score"] for row in rows), sum(row["gold"] for row in rows)
     return {

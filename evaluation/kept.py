@@ -28,8 +28,10 @@ class KeptTokens:
         half = getattr(tokenizer, "backend_tokenizer", None)
         versions = [version(name) for name in ("lm_eval", "tokenizers", "transformers")]
         self.definition = half and json.dumps(
-            [type(tokenizer).__name__, half.to_str(), tokenizer.special_tokens_map, settings, versions], default=str
-        )
+            # transformers' own setting beside the Rust half: whether special tokens in a text are read as one
+            [type(tokenizer).__name__, half.to_str(), tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", None), settings,
+             versions], default=str
+        )  # fmt: skip
 
     def load(self, texts: Sequence[tuple[str, str]]) -> list[Pair] | None:
         """The ids of each (context, continuation), None where they are not kept or the file is damaged."""

@@ -1,5 +1,6 @@
 """The language models lm-eval asks: its own HFLM, and HFLM with our scorer and our generation in place of its forward passes."""
 
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
-from evaluation import encode, generate, shared_prefix
+from evaluation import SCORING, encode, generate, shared_prefix
 from evaluation.kept import KeptTokens
 from experiments.errors import UserError
 
@@ -17,17 +18,64 @@ SCORERS = ("shared-prefix", "hflm")
 TOKENS_PER_BATCH_SIZE = shared_prefix.TOKENS // 16  # batch_size 16 stands for the default budget of tokens
 
 
-class QuietLM(HFLM):
-    """lm-eval's HFLM, every value its own; without progress bars where nobody watches."""
+class _Encoding(HFLM):
+    """HFLM that encodes as `evaluation.encode` does, which is what training and probes do. Wherever HFLM gives an answer at all, the ids
+    are HFLM's, but for an end of text that a tokenizer puts behind every prompt."""
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any) -> list[int]:
+        plain = add_special_tokens is not None
+        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens) if plain else encode.encode_text(self.tokenizer, string)
+        return ids[-left_truncate_len:] if left_truncate_len else ids
+
+    def tok_batch_encode(self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any):
+        rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
+        return generate.padded(rows, generate.padding(self.model, self.tokenizer), side=padding_side)
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+        encoded, crossing = [], []
+        for request in requests:
+            context, continuation = request.args
+            try:
+                ids, start = encode.answer_pair(self.tokenizer, context, continuation)
+            except UserError as error:
+                raise UserError(f"{_row(request)}: {error}") from error
+            if len(ids) - start > self.max_length:
+                raise UserError(f"{_row(request)}: the answer {encode.shown(continuation)} has {len(ids) - start} tokens, but the model takes "
+                                f"{self.max_length}: leave the row out, or choose a model that takes more")  # fmt: skip
+            if encode.crossed(self.tokenizer, context, continuation, ids):
+                crossing.append(request)
+            encoded.append((request.args, ids[:start], ids[start:]))
+        if crossing:
+            print(f"{len(crossing)} of {len(requests)} answers begin inside a token of the whole text, the first in {_row(crossing[0])}: they are "
+                  "scored from the token that lm-eval scores them from, which may leave out their first characters", flush=True)  # fmt: skip
+        return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _windows(self, requests: list) -> tuple[list[shared_prefix.Request], list[int]]:
+        """Pieces that score each text whole, and the number of the text that each belongs to."""
+        pieces, owners = [], []
+        for number, request in enumerate(requests):
+            (prefix,), ids = encode.encode_rolling(self.tokenizer, request.args[0])
+            for piece in encode.windows(ids, prefix=prefix, max_length=self.max_length):
+                pieces.append(piece)
+                owners.append(number)
+        return pieces, owners
+
+
+class QuietLM(_Encoding):
+    """lm-eval's HFLM, every value its own; without progress bars where nobody watches."""
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        if self.prefix_token_id is not None:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+        pieces, owners = self._windows(requests)
+        values = [self._loglikelihood_tokens([(None, *piece)], override_bs=1)[0][0] for piece in pieces]
+        return [math.fsum(value for value, owner in zip(values, owners) if owner == number) for number in range(len(requests))]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         _room(requests, self)
+        if self.tokenizer.eos_token_id is None:
+            raise UserError(f"task {requests[0].task_name}: lm-eval's HFLM writes answers only with a tokenizer that has an EOS token: name "
+                            "`eos_token` in tokenizer_config.json, or score with `scorer: shared-prefix`")  # fmt: skip
         return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
@@ -36,10 +84,10 @@ class QuietLM(HFLM):
         return super()._loglikelihood_tokens(requests, disable_tqdm=quiet, override_bs=override_bs)
 
 
-class SharedPrefixLM(HFLM):
+class SharedPrefixLM(_Encoding):
     """HFLM whose log-likelihoods come from `evaluation.shared_prefix`: each context once, the logits that are asked for.
 
-    Everything else (encoding, truncation from the left, rolling windows) is HFLM's. Equal to HFLM within 1e-3 nats in
+    Everything else (truncation from the left, rolling windows) is HFLM's. Equal to HFLM within 1e-3 nats in
     float32; in half precision the softmax is taken in float32 here and in half there. Texts come from
     `evaluation.generate` and are HFLM's where the tokenizer's end of text is the model's own; where it is another token,
     a text ends there, while HFLM writes on behind it.
@@ -49,13 +97,13 @@ class SharedPrefixLM(HFLM):
 
     def __init__(self, *args: Any, kept: Path | None = None, **settings: Any):
         super().__init__(*args, **settings)
-        self.kept = KeptTokens(kept, self.tokenizer, [self.add_bos_token, self.prefix_token_id]) if kept else None
+        self.kept = KeptTokens(kept, self.tokenizer, [SCORING, self.add_bos_token, self.prefix_token_id]) if kept else None
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = self.kept.load([request.args for request in requests]) if self.kept else None
         if pairs is not None:
             return self._ask(pairs, "scoring choices")
-        return super().loglikelihood(requests, disable_tqdm=True)  # encoding takes moments
+        return super().loglikelihood(requests)
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -66,13 +114,7 @@ class SharedPrefixLM(HFLM):
         return self._ask(pairs, "scoring choices")
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        pieces, owners = [], []
-        for number, request in enumerate(requests):
-            for piece in encode.windows(
-                self.tok_encode(request.args[0]), prefix=self.prefix_token_id, max_length=self.max_length
-            ):
-                pieces.append(piece)
-                owners.append(number)
+        pieces, owners = self._windows(requests)
         totals = [0.0] * len(requests)
         for owner, (value, _) in zip(owners, self._ask(pieces, "scoring text")):
             totals[owner] += value
@@ -80,8 +122,11 @@ class SharedPrefixLM(HFLM):
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         asked = _room(requests, self)
+        if not generate.ends_of_text(self.model, self.tokenizer):
+            raise UserError(f"task {requests[0].task_name}: its answers are written and have to end, and neither tokenizer nor model names an end "
+                            "of text: name `eos_token` in tokenizer_config.json")  # fmt: skip
         prompts = [
-            generate.Prompt(ids=tuple(self.tok_encode(request.args[0])), until=tuple(kwargs["until"]), tokens=kwargs["max_gen_toks"])
+            generate.Prompt(ids=tuple(self.tok_encode(request.args[0]) or [self._prefix(request)]), until=tuple(kwargs["until"]), tokens=kwargs["max_gen_toks"])
             for request, kwargs in zip(requests, asked)
         ]
         return generate.texts(
@@ -93,6 +138,11 @@ class SharedPrefixLM(HFLM):
             description="writing answers",
         )
 
+    def _prefix(self, request: Any) -> int:
+        if self.prefix_token_id is None:
+            raise UserError(f"{_row(request)}: the prompt has no token, and the tokenizer has neither a BOS nor an EOS token to begin with")
+        return self.prefix_token_id
+
     def _ask(self, requests: list[shared_prefix.Request], what: str) -> list[tuple[float, bool]]:
         return shared_prefix.log_likelihoods(
             self.model,
@@ -101,6 +151,11 @@ class SharedPrefixLM(HFLM):
             tokens=self.batch_size * TOKENS_PER_BATCH_SIZE,
             description=what,
         )
+
+
+def _row(request: Any) -> str:
+    """What a request asks of, as a message names it; lm-eval counts documents from 0."""
+    return f"task {request.task_name}, row {request.doc_id + 1} of those scored"
 
 
 def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:

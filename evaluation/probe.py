@@ -54,11 +54,15 @@ def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
     items = []
     for row in rows:
         if "text" in row:
-            text = ([encode.prefix_token(tokenizer)], encode.encode_text(tokenizer, row["text"]))
-            items.append(Item(requests=(text,), gold=None, norm=None))
+            text = encode.encode_rolling(tokenizer, row["text"])
+            if text[1]:  # without a prefix a text of one token has nothing to score
+                items.append(Item(requests=(text,), gold=None, norm=None))
         else:
             written = row.get("end", False)
-            pairs = [encode.encode_pair(tokenizer, row["context"], choice, end=written) for choice in row["choices"]]
+            try:
+                pairs = [encode.answer_pair(tokenizer, row["context"], choice, end=written) for choice in row["choices"]]
+            except UserError as error:
+                raise UserError(f"a probe row: {error}") from error
             requests = tuple((ids[:start], ids[start:]) for ids, start in pairs)
             norm = tuple(row["norm"]) if row.get("norm") else None
             items.append(Item(requests=requests, gold=row["gold"], norm=norm, written=written))

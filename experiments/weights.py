@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from experiments import hub, model_folder, packages, random_models
+from experiments import hub, model_folder, packages, random_models, vocabulary
 from experiments.attention import with_sdpa
 from experiments.base import load_tensors
 from experiments.delta import sha256_of
@@ -69,6 +69,8 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
             model_folder.refuse_not_finite(dict(model.named_parameters()), f"the weights in {model.dtype}", then=(
                 "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
                 "if the checkpoint is of another dtype"))  # fmt: skip
+            for sentence in vocabulary.check(model=model, tokenizer=tokenizer):
+                print(f"model {name!r}: {sentence}", flush=True)
             base = _save(model, tokenizer, made) | {"source": source, "note": block.get("note", "")} | found
             (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
             shutil.rmtree(out_dir, ignore_errors=True)

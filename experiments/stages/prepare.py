@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import evaluation
+from evaluation.encode import encode_text
 from experiments.base import dtype_of, load_tensors
 from experiments import hardware, memory, processes, provenance, tuned, weights
 from experiments.engine import fit
@@ -179,7 +180,7 @@ def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]
     """General text as examples: one document each, every token labelled; whole, or cut at `length` tokens."""
     examples = []
     for row in read_jsonl(path):
-        ids = torch.tensor(tokenizer.encode(row["text"], verbose=False)[:length])
+        ids = torch.tensor(encode_text(tokenizer, row["text"])[:length])
         examples.append({"input_ids": ids, "labels": ids.clone()})
     return examples
 

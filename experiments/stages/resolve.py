@@ -12,7 +12,7 @@ from methods import registry, source_code
 from methods.part import Part
 
 # raise one when the stage writes other bytes from the same settings
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2
 DATA_FORMAT = 1
 
 MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed", "note")

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from evaluation.encode import encode_pair
+from evaluation.encode import answer_pair, shown
 from evaluation.probe import load_probes, probe
 from experiments.base import dtype_of, load_tensors
 from experiments import hardware, ledger, memory, processes, provenance, tuned, weights
 from experiments.batches import Example
 from experiments.engine import FitResult, final_weights, fit
 from experiments.engine_settings import NUMERICS
+from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, write_json
 from experiments.flops import mfu
@@ -107,12 +108,33 @@ def _everywhere(shards: Shards, count: int) -> int:
 
 
 def encoded(path: Path, tokenizer, length: int) -> list[Example]:
-    """Training examples: the gold choice behind its context, labels on the choice alone; cut from the left."""
-    examples = []
+    """Training examples: the gold choice behind its context, labels on the choice alone; the context cut from the left to `length` tokens.
+
+    A row whose answer leaves no room for a token of its prompt is left out, for it would teach the rest of an answer to no question; where
+    that is more than one row in ten, `length` is wrong: UserError, as for an answer that has no token.
+    """
+    examples, cut, long, domain = [], 0, [], f"domain {path.parent.name}"
     for row in read_jsonl(path):
-        ids, n_context = encode_pair(tokenizer, row["context"], row["choices"][row["gold"]], end=row.get("end", False))
+        what = f"training row {shown(row['context'], end=True)}"
+        try:
+            ids, n_context = answer_pair(tokenizer, row["context"], row["choices"][row["gold"]], end=row.get("end", False))
+        except UserError as error:
+            raise UserError(f"{domain}, a training row: {error}") from error
+        if len(ids) - n_context >= length:
+            long.append((len(ids) - n_context, what))
+            continue
+        cut += len(ids) > length
         labels = [-100] * n_context + ids[n_context:]
         examples.append({"input_ids": torch.tensor(ids[-length:]), "labels": torch.tensor(labels[-length:])})
+    rows = len(examples) + len(long)
+    if long:
+        said = (f"{domain}: the answers of {len(long)} of {rows} training rows leave no room for their prompts in train.length ({length} tokens); "
+                f"the longest has {max(long)[0]} tokens: {max(long)[1]}")  # fmt: skip
+        if len(long) > rows / 10:
+            raise UserError(f"{said}. Set `train.length` to {max(long)[0] + 1} or more, or train on shorter rows")
+        print(f"{said}. They are left out", flush=True)
+    if cut:
+        print(f"{domain}: {cut} of {rows} training rows are longer than train.length ({length} tokens): their prompts lose the beginning", flush=True)
     return examples
 
 

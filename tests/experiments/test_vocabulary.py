@@ -1,0 +1,74 @@
+"""What a model and its tokenizer must have in common, and what a training row must have."""
+
+import json
+
+import pytest
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from experiments import vocabulary
+from experiments.errors import UserError
+from experiments.random_models import build, byte_tokenizer as make_tokenizer
+from experiments.stages.train import encoded
+from experiments.weights import materialise
+from tests.evaluation.test_encode import with_bos, with_end, with_merges, without_specials
+
+
+def test_tokens_beyond_the_embedding_are_counted_and_named(tiny_llama, tiny_llama_untied):
+    added = make_tokenizer()
+    assert vocabulary.check(model=tiny_llama, tokenizer=added) == []
+    added.add_tokens(["<one>", "<two>"])
+    for model in (tiny_llama, tiny_llama_untied):
+        with pytest.raises(UserError, match="2 tokens for which.*'<one>' is number 258 and the embedding ends with number 257.*to 260 rows"):
+            vocabulary.check(model=model, tokenizer=added)
+    tiny_llama.resize_token_embeddings(260)  # as the message says
+    assert vocabulary.check(model=tiny_llama, tokenizer=added) == []
+
+
+def test_the_model_stage_refuses_by_name_and_keeps_nothing(tmp_path):
+    block = {"source": "random:llama", "config": {"vocab_size": 200, "pad_token_id": None}}
+    with pytest.raises(UserError, match="model 'small': its tokenizer has 58 tokens"):
+        materialise(name="small", block=block, packages={}, out_dir=tmp_path / "small")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_tokenizer_adds_or_lacks_is_said(tiny_llama):
+    large = build("llama", seed=0, vocab_size=330)
+    (behind,) = vocabulary.check(model=tiny_llama, tokenizer=with_end())
+    assert "puts '<|eos|>' behind every text" in behind
+    (neither,) = vocabulary.check(model=tiny_llama, tokenizer=without_specials())
+    assert "neither a BOS nor an EOS" in neither
+    assert vocabulary.check(model=large, tokenizer=with_bos()) == vocabulary.check(model=large, tokenizer=with_merges()) == []
+
+
+def test_a_tokenizer_that_draws_is_refused():
+    drawing = json.loads(with_merges().backend_tokenizer.to_str())
+    drawing["model"]["dropout"] = 0.1
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(drawing)), eos_token="<|eos|>")
+    with pytest.raises(UserError, match="at random .dropout 0.1"):
+        vocabulary.check(model=build("llama", seed=0, vocab_size=330), tokenizer=tokenizer)
+
+
+def training(tmp_path, rows):
+    path = tmp_path / "sums" / "train.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps({"context": context, "choices": [answer], "gold": 0}) + "\n" for context, answer in rows))
+    return path
+
+
+def test_training_rows_keep_their_answers_whole(tmp_path, capsys):
+    path = training(tmp_path, [("Question?", " yes")] * 18 + [("A long question?", " no"), ("Q", " a long answer")])
+    examples = encoded(path, make_tokenizer(), 14)
+    assert len(examples) == 19 and bytes(examples[18]["input_ids"].tolist()) == b"ng question? no"[-14:]
+    assert [(e["labels"] >= 0).sum().item() for e in examples] == [4] * 18 + [3]
+    said = capsys.readouterr().out
+    assert "answers of 1 of 20 training rows leave no room" in said and "the longest has 14 tokens: training row 'Q'. They are left out" in said
+    assert "1 of 20 training rows are longer than train.length (14 tokens): their prompts lose the beginning" in said
+    with pytest.raises(UserError, match="domain sums: the answers of 20 of 20 .*Set `train.length` to 15 or more"):
+        encoded(path, make_tokenizer(), 3)
+    assert len(encoded(path, make_tokenizer(), 15)) == 20
+
+
+def test_a_training_answer_without_a_token_is_told_by_its_domain(tmp_path):
+    with pytest.raises(UserError, match="domain sums, a training row: the answer ' water' has no token of its own behind.*runs over the border"):
+        encoded(training(tmp_path, [("Question: what?\nAnswer:", " water")]), with_merges(), 64)
