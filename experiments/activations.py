@@ -6,14 +6,12 @@ import contextlib
 import functools
 import weakref
 from typing import TYPE_CHECKING
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import masking_utils
 
 from experiments import architecture
 from experiments.attention import only_sdpa
@@ -58,9 +56,7 @@ def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows
                 p.register_post_accumulate_grad_hook(_forget)
         trained = architecture.plain(model).get_input_embeddings().weight.requires_grad
         positions = {"position_ids": torch.empty(1, length, dtype=torch.long)} if packed else {}
-        # transformers reads from positions whether a row is packed, and a fake tensor has none: it takes it for packed
-        unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda position_ids: None)
-        with contextlib.nullcontext() if packed else unpacked, _Alive(*model.parameters(), *model.buffers()) as alive:
+        with architecture.numberless(packed=packed), _Alive(*model.parameters(), *model.buffers()) as alive:
             # rows as an embedding gives them; the gradient of the embedding itself comes when all activations are gone
             row = torch.empty(shape.config.hidden_size, dtype=dtype, requires_grad=trained)
             embedded = row.expand(rows, length, -1).clone()

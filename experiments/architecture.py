@@ -4,11 +4,14 @@
 (`docs/decisions.md`). Everything here asks transformers for the role or looks at the module's shape.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from experiments.errors import UserError
@@ -109,6 +112,21 @@ def _is_stack(modules: nn.ModuleList) -> bool:
     return len({type(m) for m in modules}) == 1 and any(True for _ in modules[0].parameters())
 
 
+@contextmanager
+def first_blocks(model: nn.Module, count: int | None) -> Iterator[None]:
+    """`model` with its first `count` blocks alone, for as long as it lasts; with all of them for None."""
+    if count is None:
+        yield
+        return
+    stack = model.get_submodule(blocks(model)[0][0].rpartition(".")[0])
+    whole = stack._modules
+    stack._modules = dict(list(whole.items())[:count])
+    try:
+        yield
+    finally:
+        stack._modules = whole
+
+
 def recompute_activations(model: nn.Module) -> None:
     """Keep only each block's input for backward and compute the rest again: activation checkpointing."""
     # the name before transformers 5.20
@@ -154,6 +172,19 @@ def hidden_states(
     return backbone(model)(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed
     ).last_hidden_state
+
+
+@contextmanager
+def numberless(*, packed: bool = False) -> Iterator[None]:
+    """For models on tensors without numbers: transformers does not look for packed examples in positions, unless they are
+    `packed`, nor for padding in token ids."""
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    with mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", nothing):
+        # a fake position is taken for that of a packed row
+        with nullcontext() if packed else mock.patch.object(masking_utils, "find_packed_sequence_indices", nothing):
+            yield
 
 
 @torch.no_grad()

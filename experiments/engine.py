@@ -37,7 +37,7 @@ class FitResult:
     states: dict[str, dict]
     optimizer: torch.optim.Optimizer
     tokens: int = 0  # non-padding input tokens
-    flops: float = 0.0  # executed in matrix products, recomputation left out
+    flops: float | None = 0.0  # executed in matrix products, recomputation left out; None: not known of this architecture
     steps: int = 0
     resumed: int = 0  # steps that an interrupted run had already done
     seconds: float = 0.0  # inside the loop, without probes and checkpoints
@@ -79,12 +79,12 @@ def fit(
     if shards.rank:
         torch.manual_seed(seed + 2**32 * shards.rank)  # its dropout is that of other examples
     model.train()
+    flops = Flops(model)
     if settings.checkpointing:
         architecture.recompute_activations(model)
     if settings.pack and not architecture.keeps_apart(model):
         raise UserError(f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets packed "
                         "examples see each other: set train.pack: 0")
-    flops = Flops(model)
     computing = compute_dtype or next(model.parameters()).dtype
     if settings.compile:
         architecture.compile_blocks(model)

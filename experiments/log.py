@@ -27,16 +27,16 @@ class Log:
         self.curve: list[dict] = []
         self.seconds = 0.0
         self.tokens = 0
-        self.flops = 0.0
+        self.flops: float | None = 0.0  # None: not known of this architecture
         self._name, self._steps, self._rate, self._device, self._peak, self._bar = name, steps, learning_rate, device, peak, bar
         self._window = 1 if device.type == "cpu" else WINDOW
-        self._open: list[tuple[dict, dict, int, float]] = []
+        self._open: list[tuple[dict, dict, int, float | None]] = []
         self._began = time.perf_counter()
 
-    def step(self, row: dict, *, tokens: int, flops: float, read: dict) -> None:
+    def step(self, row: dict, *, tokens: int, flops: float | None, read: dict) -> None:
         """A step is under way: `row` is known, `read` will be (0-dim tensors on the device, or numbers)."""
         self.tokens += tokens
-        self.flops += flops
+        self.flops = None if flops is None or self.flops is None else self.flops + flops
         self._open.append((row | {"tokens": self.tokens}, read, tokens, flops))
         if len(self._open) >= self._window:
             self.flush()

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from experiments import hub, model_folder, packages, random_models, vocabulary
+from experiments import hub, model_folder, packages, random_models, vocabulary, trial
 from experiments.attention import with_sdpa
 from experiments.base import load_tensors
 from experiments.delta import sha256_of
@@ -83,7 +83,10 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model of a folder, in evaluation mode; `dtype` "auto" keeps the checkpoint's own. Safetensors only."""
+    """The model of a folder, in evaluation mode; `dtype` "auto" keeps the checkpoint's own. Safetensors only.
+
+    Raises UserError for what is no causal language model, or one whose loss Holdfast would not compute as the model itself does.
+    """
     folder = _checked(Path(folder))
     try:
         with _quiet():
@@ -96,7 +99,9 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
         raise UserError(f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
                         "not belong together; fetch it again or save it again") from error  # fmt: skip
     _all_there(folder, model, found)
-    return with_sdpa(model).to(device).eval()
+    model = with_sdpa(model).to(device).eval()
+    trial.check(model)
+    return model
 
 
 def _all_there(folder: Path, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
