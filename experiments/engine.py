@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from experiments import architecture, batches, hardware, interruption
+from experiments import architecture, batches, hardware
 from experiments.engine_settings import TrainSettings, learning_rate
 from experiments.errors import UserError
 from experiments.flops import Flops
+from experiments.interruption import Interruption
 from experiments.log import Log, TrainingFailed
 from experiments.loss import summed_nll
 from experiments.master import MasterWeights
@@ -115,7 +116,8 @@ def fit(
     with progress(total=len(plan), desc=name, unit="step", disable=not shards.first) as bar:
         log = Log(name=name, steps=len(plan), learning_rate=settings.learning_rate, device=device, peak=result.peak_flops, bar=bar)
         if resume is not None:
-            result.resumed = interruption.gone_on(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log)
+            interruption = Interruption(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log)
+            result.resumed = interruption.go_on()
             bar.update(result.resumed)
         trained.push()
         for step in range(result.resumed, len(plan)):
@@ -134,7 +136,7 @@ def fit(
                      flops=flops.step(lengths=lengths, labelled=_labelled(batch)))  # fmt: skip
             if resume is not None and step + 1 < len(plan) and resume.due():
                 with log.pause():
-                    interruption.kept(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log, step=step + 1)
+                    interruption.keep(step + 1)
         log.flush()
         if probe_steps and log.curve:
             log.curve[-1] |= _probed(probe, trained)

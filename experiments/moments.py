@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
 from typing import Any
 
@@ -61,6 +62,12 @@ class Moments:
         bfloat16 moments need it for every weight; float32 ones do not.
         """
         self._places[id(weight)] = _Place(weight, name, offset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_places": list(self._places.values())}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"_places": {id(place.weight): place for place in state["_places"]}})  # a copy's weights have other ids
 
     def advance(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
         """Make the state or put it right after a load, and count the step.
@@ -128,6 +135,9 @@ class AdamW(torch.optim.Optimizer):
         self._moments = moments or Moments()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"_moments": self._moments}  # who watches this one does not watch its copy
+
     @torch.no_grad()
     def step(self, closure=None):
         loss = None
@@ -192,6 +202,18 @@ def fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Ten
         for t, result in zip(tensors, padded):
             if t is not gradient:
                 t[whole:] = result[:odd]
+
+
+@cache
+def kernel_is_lerp(dtype: torch.dtype, beta: float) -> bool:
+    """Whether the CPU's fused kernel advances m as torch.lerp does: then the m it leaves is that of the threshold."""
+    p, m, draw = torch.zeros(4099, dtype=dtype), torch.zeros(4099, dtype=dtype), torch.Generator().manual_seed(0)
+    optimizer = AdamW([p], betas=(beta, 0.5))
+    for _ in range(3):
+        p.grad = torch.randn(4099, dtype=dtype, generator=draw)
+        optimizer.step()
+        m.lerp_(p.grad, 1 - beta)
+    return torch.equal(m, optimizer.state[p]["exp_avg"])
 
 
 def random_bits(*, seed: int, step: int, name: str, start: int, entries: int, device: torch.device | str = "cpu") -> Tensor:

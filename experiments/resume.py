@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from experiments.errors import UserError
 from experiments.files import exposed, need_room, sha256
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 POSITION = "position.json"
 THREADS = 4
@@ -58,11 +58,13 @@ class Resume:
             for part in self.folder.glob("*.part"):  # of saves that were killed
                 _remove(part)
 
-    def load(self, into: Mapping[str, Tensor], device: torch.device | str = "cpu") -> tuple[dict[str, Tensor], dict] | None:
+    def load(self, into: Mapping[str, Tensor], device: torch.device | str = "cpu", *,
+             room: Mapping[str, Tensor] = {}) -> tuple[dict[str, Tensor], dict] | None:  # fmt: skip
         """The newest whole checkpoint of this run: (all tensors by key, position), or None where there is none.
 
-        Tensors of `into` are read in place, all others are allocated on `device`. A checkpoint that may not or cannot be
-        used is named on stderr with the reason, and neither unpickled nor read into any tensor.
+        Tensors of `into` are read in place, and those of `room` where the checkpoint has one of that key, shape and dtype; all others
+        are allocated on `device`. A checkpoint that may not or cannot be used is named on stderr with the reason, and neither
+        unpickled nor read into any tensor.
         """
         used, refused = None, []
         for path, reason in self._from_first(self._candidates):
@@ -75,7 +77,7 @@ class Resume:
             then = f"using the older {used.name}" if used else "starting from the beginning"
             for path, reason in refused:
                 print(f"checkpoint {path} is not used: {reason}; {then}", file=sys.stderr)
-        return self._read(used, into, device) if used else None
+        return self._read(used, into, room, device) if used else None
 
     def due(self) -> bool:
         """Whether `every` seconds have passed since the last save; process 0's clock decides for all."""
@@ -83,12 +85,13 @@ class Resume:
             return False
         return self._from_first(lambda: monotonic() - self._last >= self.every)
 
-    def save(self, tensors: Mapping[str, Tensor], position: dict) -> None:
+    def save(self, tensors: Mapping[str, Tensor], position: dict, *, problem: str | None = None) -> None:
         """Write this process's `tensors` and `position` (JSON: floats come back exactly, tuples as lists), then drop the
-        older checkpoint. What the disk does not take is named once on stderr, and the run goes on without."""
+        older checkpoint. What the disk does not take, or a `problem` that one of the processes has, is named once on stderr,
+        and the run goes on without."""
         text = json.dumps(position)
-        needed = sum(self._gather(sum(t.nbytes + FRAME for t in map(_local, tensors.values())) + len(text)))
-        fresh = self._from_first(lambda: self._fresh(needed))
+        sizes, problems = zip(*self._gather((sum(t.nbytes + FRAME for t in map(_local, tensors.values())) + len(text), problem)))
+        fresh = self._from_first(lambda: self._fresh(sum(sizes), next(filter(None, problems), None)))
         if fresh:
             outcomes = self._gather(self._write(fresh / f"process-{self.rank}", tensors, text))
             self._from_first(lambda: self._finish(fresh, outcomes))
@@ -145,19 +148,24 @@ class Resume:
         except Exception as error:  # whatever is wrong with a checkpoint, the run can start without it
             return f"it cannot be read ({type(error).__name__}: {error})"
 
-    def _read(self, path: Path, into: Mapping[str, Tensor], device: torch.device | str) -> tuple[dict[str, Tensor], dict]:
+    def _read(self, path: Path, into: Mapping[str, Tensor], room: Mapping[str, Tensor], device: torch.device | str,
+              ) -> tuple[dict[str, Tensor], dict]:  # fmt: skip
         own = path / f"process-{self.rank}"
+        stored = _stored(own)
+        there = {**{key: tensor for key, tensor in room.items() if not _misfit(stored, {key: tensor})}, **into}
         tensors = {
-            key: into[key] if key in into else torch.empty(kept.size, dtype=kept.properties.dtype, device=device)
-            for key, kept in _stored(own).items()
+            key: there[key] if key in there else torch.empty(kept.size, dtype=kept.properties.dtype, device=device)
+            for key, kept in stored.items()
         }
         with _quiet():
             dcp.load({key: _local(t) for key, t in tensors.items()}, storage_reader=dcp.FileSystemReader(own), no_dist=True)
         return tensors, json.loads((own / POSITION).read_text())
 
-    def _fresh(self, needed: int) -> Path | None:
-        """An empty folder for the next save, or None where there is no place for it."""
+    def _fresh(self, needed: int, problem: str | None) -> Path | None:
+        """An empty folder for the next save, or None where there is no place for it or a problem with it."""
         try:
+            if problem:
+                raise OSError(problem)
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if why := exposed(self.folder):
                 raise OSError(f"{self.folder} {why}")

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.moments import AdamW, Moments, fused_adam, pieces
+from experiments.moments import Moments, fused_adam, kernel_is_lerp, pieces
 from methods.part import Part, register, setting
 from methods.selection import kth_by_histogram, kth_largest
 
@@ -64,8 +64,10 @@ class MoFO(torch.optim.Optimizer):
 
     A parameter given twice is one tensor, and so are two that share storage if there is one process: their gradients
     are summed. Raises ValueError for a fraction outside (0, 1], for sparse gradients, and for another number of sizes
-    than of parameters.
+    than of parameters. What `realised_fraction` says goes along with a deep copy and a pickle, not with a `state_dict`.
     """
+
+    scratch = ("_scratch",)  # attributes that hold nothing from one step to the next
 
     def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
                  weight_decay: float = 0.0, fraction: float = 0.1, *, decay_all: bool = False,
@@ -74,8 +76,7 @@ class MoFO(torch.optim.Optimizer):
         self._scratch: dict[tuple, Tensor] = {}
         self._moments = moments or Moments()
         self._shards = shards if shards is not None and shards.world > 1 else None
-        self._moved: Tensor | None = None  # entries moved here in the last step, and in all; on the device, never waited for
-        self._moved_total: Tensor | None = None
+        self._moved = self._moved_total = None  # entries moved here in the last step, and in all: tensors, never waited for
         self._entries = self._entries_total = 0  # of the whole tensors
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fraction": fraction, "decay_all": decay_all}
         super().__init__(params, defaults)
@@ -96,15 +97,29 @@ class MoFO(torch.optim.Optimizer):
         kept = []
         for item in [given] if isinstance(given, Tensor) else given:
             p = item[1] if isinstance(item, tuple) else item
-            # an empty piece has no storage to share, and all processes must agree on what is one tensor
-            own = self._shards is not None or not p.numel() or p.is_meta
-            place = (id(p),) if own else (p.device, p.data_ptr(), p.shape, p.stride())
-            twins = self._twins.setdefault(place, [])
+            twins = self._twins.setdefault(self._place(p), [])
             if not twins:
                 kept.append(item)
             if not any(p is twin for twin in twins):
                 twins.append(p)
         super().add_param_group(param_group | {"params": kept})
+
+    def _place(self, p: Tensor) -> tuple:
+        """What two parameters that are one tensor have in common."""
+        # an empty piece has no storage to share, and all processes must agree on what is one tensor
+        own = self._shards is not None or not p.numel() or p.is_meta
+        return (id(p),) if own else (p.device, p.data_ptr(), p.shape, p.stride())
+
+    def __getstate__(self) -> dict[str, Any]:
+        sizes = [self._sizes.get(id(first)) for first, *_ in self._twins.values()]
+        kept = ("_moments", "_shards", "_moved", "_moved_total", "_entries", "_entries_total")
+        return super().__getstate__() | {name: getattr(self, name) for name in kept} | {"_scratch": {}, "_twins": list(self._twins.values()), "_sizes": sizes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_twins" in state:  # a copy, whose tensors have other ids, and not a state_dict that is loaded
+            self._sizes = {id(first): size for (first, *_), size in zip(state["_twins"], state["_sizes"]) if size is not None}
+            self._twins = {self._place(twins[0]): twins for twins in state["_twins"]}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -190,7 +205,7 @@ class MoFO(torch.optim.Optimizer):
                 threshold = kth_largest(room, k)
             else:
                 threshold = kth_by_histogram(lambda: (size(g, m).float() for _, _, g, m, _ in parts), k, device=p.device, shards=self._shards)
-        again = filtered and not (plain and p.is_cpu and _kernel_is_lerp(wide, beta))
+        again = filtered and not (plain and p.is_cpu and kernel_is_lerp(wide, beta))
         updates, kept = self._room("update", worker, longest, flat), self._room("keep", worker, longest, flat, wide)
         for piece, weight, g, m, v in parts:
             update, keep = (updates, kept) if len(weight) == longest else (updates[: len(weight)], kept[: len(weight)])
@@ -234,27 +249,13 @@ class MoFO(torch.optim.Optimizer):
         return {"last": self._share(self._moved, self._entries), "mean": self._share(self._moved_total, self._entries_total)}
 
     def _share(self, moved: Tensor | None, entries: int) -> float | None:
-        if not entries:
-            return None
-        return float(moved if self._shards is None else self._shards.sum(moved.clone())) / entries
+        return float(moved if self._shards is None else self._shards.sum(moved.clone())) / entries if entries else None
 
 
 def _workers(entries: Sequence[int]) -> int:
     """How many threads share tensors of so many entries, the largest first: more would only wait for that one."""
     total = sum(entries)
     return max(1, min(torch.get_num_threads(), total // SHARED, -(-total // max(entries, default=1)))) if total else 1
-
-
-@cache
-def _kernel_is_lerp(dtype: torch.dtype, beta: float) -> bool:
-    """Whether the CPU's fused kernel advances m as torch.lerp does: then the m it leaves is that of the threshold."""
-    p, m, draw = torch.zeros(4099, dtype=dtype), torch.zeros(4099, dtype=dtype), torch.Generator().manual_seed(0)
-    optimizer = AdamW([p], betas=(beta, 0.5))
-    for _ in range(3):
-        p.grad = torch.randn(4099, dtype=dtype, generator=draw)
-        optimizer.step()
-        m.lerp_(p.grad, 1 - beta)
-    return torch.equal(m, optimizer.state[p]["exp_avg"])
 
 
 @cache

@@ -120,6 +120,7 @@ class Part:
     line: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[str]] = frozenset()
     shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.effective"
+    scratch: ClassVar[tuple[str, ...]] = ()  # keys of its state that hold nothing from one step to the next: no checkpoint has them
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # values of the setting `preset` → settings they fill
 
     def __post_init__(self) -> None:
@@ -189,7 +190,13 @@ class Part:
         """After the update. `gradient`: the task's, before penalties and clipping, if "needs_gradient" is declared."""
 
     def keep(self, *, run: Run, state: dict) -> dict[str, Tensor]:
-        """Tensors of the part that change while it trains: a run that was interrupted gets them back in place."""
+        """Tensors outside `state` that change while the part trains: a run that was interrupted gets them back in place.
+
+        The same names are given before the first step and after each. What changes in `state` needs no word here: tensors, numpy's
+        arrays, numbers, texts, true, false and None, generators of random numbers and objects with a `state_dict`, in dicts,
+        lists, tuples, sets, deques and dataclasses. Where an object of another kind changes no checkpoint is written, and that
+        is said; nor is anything kept that stands in the part itself, which is frozen, or in its module.
+        """
         return {}
 
     def finish(self, *, run: Run, state: dict, final: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -36,6 +36,7 @@ class PathIntegral(Part):
     """
 
     key = "path_integral"
+    scratch = ("dense", "gradient")
 
     gradient: Literal["exact", "displacement"] = "exact"
     clamp: Literal["end", "step"] = "end"
@@ -130,9 +131,6 @@ class PathIntegral(Part):
         a, b, ga, gb = state["before"][weight.a], state["before"][weight.b], state["gradient"][weight.a], state["gradient"][weight.b]
         rate = state["optimizer"].param_groups[0]["lr"]
         return (b @ ga).add_(gb @ a).sub_(gb @ ga, alpha=rate).mul_(weight.scaling)
-
-    def keep(self, *, run, state):
-        return {f"{kind}/{name}": tensor for kind in ("omega", "importance", "before") for name, tensor in state[kind].items()}
 
     @torch.no_grad()
     def consolidated(self, state: dict) -> dict[str, Tensor]:

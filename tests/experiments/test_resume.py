@@ -193,7 +193,7 @@ def test_another_run_is_named_by_what_differs(folder, capsys):
 def test_another_number_of_processes_torch_or_format_is_named(folder, capsys, monkeypatch):
     save = newest(folder)
     manifest = json.loads((save / "manifest.json").read_text())
-    for key, there, here in (("processes", 2, 1), ("torch", "2.0.1", torch.__version__), ("format", 0, 1)):
+    for key, there, here in (("processes", 2, 1), ("torch", "2.0.1", torch.__version__), ("format", module.FORMAT - 1, module.FORMAT)):
         (save / "manifest.json").write_text(json.dumps(manifest | {key: there}))
         assert f"it was made with {key} {there}, this run has {here};" in refused(folder, capsys)
 

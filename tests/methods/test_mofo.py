@@ -1,6 +1,7 @@
 """MoFO against ten lines of its definition, and against AdamW where it must be AdamW."""
 
 import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -224,7 +225,7 @@ def test_a_kernel_that_is_not_lerp_changes_no_mask(monkeypatch):
     """Elsewhere the fused kernel may round m in its own way: |m| is then computed twice and not read from its result."""
     runs = []
     for same in (True, False):
-        monkeypatch.setattr(mofo, "_kernel_is_lerp", lambda dtype, beta, same=same: same)
+        monkeypatch.setattr(mofo, "kernel_is_lerp", lambda dtype, beta, same=same: same)
         p = torch.zeros(300, 400, requires_grad=True)
         optimizer = MoFO([p], lr=0.1)
         for seed in range(3):
@@ -406,3 +407,53 @@ def test_threads_are_as_many_as_have_work(threads):
     assert mofo._workers([]) == mofo._workers([0, 0]) == mofo._workers([900]) == mofo._workers([1 << 24]) == 1
     assert mofo._workers([1 << 24, 1 << 23, 1 << 22]) == 2  # a third would end before the first
     assert mofo._workers([1 << 20] * 100) == 8 and mofo._workers([1 << 10] * 700) == 2
+
+
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))], ids=["deepcopy", "pickle"])
+def test_a_copy_goes_on_as_the_original_does(copied, moments):
+    def steps(optimizer, seed, count=3):
+        draw = torch.Generator().manual_seed(seed)
+        for _ in range(count):
+            for p in optimizer.param_groups[0]["params"]:
+                p.grad = torch.randn(p.shape, generator=draw)
+            optimizer.step()
+        return [p.detach().clone() for p in optimizer.param_groups[0]["params"]]
+
+    start = torch.randn(6, 7, generator=torch.Generator().manual_seed(0))
+    weights = [start.clone().requires_grad_(), start[0].clone().requires_grad_()]
+    weights.append(weights[0].detach().view(6, 7).requires_grad_())  # one tensor with the first
+    for kind, more in ((MoFO, {"fraction": 0.2, "sizes": [42, 7]}), (AdamW, {})):
+        kept = Moments(dtype=moments, seed=4)
+        for index, weight in enumerate(weights[:2]):
+            kept.place(weight, name=str(index))
+        given = weights if kind is MoFO else weights[:2]
+        optimizer = kind(given, lr=0.1, moments=kept, **more)
+        steps(optimizer, 1)
+        other = copied(optimizer)
+        theirs = other.param_groups[0]["params"]
+        assert len(theirs) == 2 and not any(a is b for a in theirs for b in weights)
+        if kind is MoFO:
+            assert other.realised_fraction() == optimizer.realised_fraction()
+        wanted = steps(optimizer, 2)
+        assert all(torch.equal(a, b) for a, b in zip(steps(other, 2), wanted, strict=True))
+        if kind is MoFO:
+            assert other.realised_fraction() == optimizer.realised_fraction()
+            twin = next(p for twins in other._twins.values() for p in twins[1:])
+            assert twin.data_ptr() == theirs[0].data_ptr() or copied is not copy.deepcopy
+
+
+def test_a_loaded_state_dict_goes_on_as_the_original_does():
+    weights = [torch.randn(5, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()]
+    mine = MoFO(weights, lr=0.1, fraction=0.3)
+    other = MoFO([weights[0].detach().clone().requires_grad_()], lr=0.5, fraction=0.9)
+    for seed in range(6):
+        for optimizer in (mine, other)[: 1 + seed // 3]:
+            p = optimizer.param_groups[0]["params"][0]
+            p.grad = torch.randn(5, 4, generator=torch.Generator().manual_seed(seed))
+            optimizer.step()
+        if seed == 2:
+            other.load_state_dict(copy.deepcopy(mine.state_dict()))
+            with torch.no_grad():
+                other.param_groups[0]["params"][0].copy_(weights[0])
+    assert torch.equal(weights[0], other.param_groups[0]["params"][0]) and other.realised_fraction()["last"] == mine.realised_fraction()["last"]
