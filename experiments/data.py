@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from evaluation.harness import make_task, render
+from evaluation.task import LocalTask, make_task, render
 from experiments import packages, rows, splits
 from experiments.errors import UserError
 from experiments.names import unknown
+from experiments.sameness import sameness
 
 Row = dict[str, Any]
 _DEFAULTS = {"test": 200, "probe": 0}
@@ -89,8 +90,8 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     split = splits.three_way(
         found.rows, question=lambda row: rows.text(row, expression, where=where), where=where,
         test_rows=held_out.rows if held_out else None, **wanted)  # fmt: skip
-    folder = out / "train" / domain
-    write_rows(folder / "train.jsonl", _rendered(domain, block, split.train))
+    folder, trained = out / "train" / domain, _rendered(domain, block, split.train)
+    write_rows(folder / "train.jsonl", trained)
     for name, asked in ((domain, _rendered(domain, block, split.probe)), ("general", _lines(reader.study.general, reader)["probe"])):
         if asked:  # 0 probe rows are no set, not an empty one
             write_rows(folder / "probe" / f"{name}.jsonl", asked)
@@ -98,7 +99,7 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     write_rows(evaluate / f"{domain}.jsonl", split.test)
     listed = [_entry(domain, block, "domain")]
     make_task(domain, block["task"], split.test, metric=block["metric"])  # checks every row
-    tasks = {}
+    tasks, taught, told = {}, {_asked(row) for row in trained}, {}
     for role in ("retention", "transfer"):
         for name in block.get(role) or []:
             if name in (domain, "general") or name in tasks:
@@ -108,8 +109,14 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
             if same or source == found.source or (held_out and source == held_out.source):
                 raise UserError(f"{where}.{role} lists {name!r}, which is the domain's own task or rows: what is "
                                 "trained on cannot show retention or transfer")  # fmt: skip
-            write_rows(evaluate / f"{name}.jsonl", drawn.test)
-            make_task(name, task["task"], drawn.test, metric=task["metric"])
+            file = write_rows(evaluate / f"{name}.jsonl", drawn.test)
+            made = make_task(name, task["task"], drawn.test, metric=task["metric"])
+            thing = (packages.file_sha256(file), json.dumps(task["task"], sort_keys=True), task["metric"])
+            if thing in told:
+                raise UserError(f"{where}: tasks {told[thing]!r} and {name!r} are the same rows with the same prompt and metric, and would count "
+                                "twice: leave one of them out")  # fmt: skip
+            told[thing] = name
+            _not_taught(made, taught, where=f"{where}.{role} lists {name!r}")
             listed.append(_entry(name, task, role))
             tasks[name] = _said(task, drawn, source) | {"role": role}
     write_rows(evaluate / "general.jsonl", _lines(reader.study.general, reader)["perplexity"])
@@ -119,9 +126,8 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     probes = {}
     for name in block.get("probes") or []:
         task, drawn, _ = _task(name, reader, where=f"{where}.probes")
-        asked = lambda row: splits.normalised(row.get("asked", row["context"]))  # few-shot examples are drawn for each row
-        scored = set(map(asked, _rendered(name, task, drawn.test)))
-        probe = [row for row in _rendered(name, task, drawn.probe) if asked(row) not in scored]
+        scored = {_asked(row) for row in _rendered(name, task, drawn.test)}
+        probe = [row for row in _rendered(name, task, drawn.probe) if _asked(row) not in scored]
         if not probe:
             raise UserError(f"{where}.probes lists {name!r}, but no rows are left for its probe behind its "
                             f"{len(drawn.test)} test rows: lower tasks.{name}.test, or raise its `probe`")  # fmt: skip
@@ -129,6 +135,10 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
         probes[name] = {"n": len(probe), "duplicates": {"between": len(drawn.probe) - len(probe)}}
     print(f"data: {domain}: {len(split.train)} train, {len(split.probe)} probe, {len(split.test)} test rows; "
           f"{len(tasks)} other tasks", flush=True)  # fmt: skip
+    if split.duplicates_within:
+        print(f"data: {domain}: rows left out as whole copies of others: {split.duplicates_within}", flush=True)
+    if split.duplicates_between:
+        print(f"data: {domain}: rows left out because a row of an earlier set asks the same: {split.duplicates_between}, such as {split.pair}", flush=True)
     sources = found.source + (f" ; test: {held_out.source}" if held_out else "")
     return _said(block, split, sources) | {"tasks": tasks, "probes": probes}
 
@@ -144,6 +154,25 @@ def _task(name: str, reader: _Reader, *, where: str) -> tuple[Mapping[str, Any],
 def _rendered(name: str, block: Mapping[str, Any], drawn: list[Row]) -> list[Row]:
     """The rows as lm-eval's task puts them: {"id", "context", "choices", "gold"}."""
     return render(make_task(name, block["task"], drawn, metric=block["metric"])) if drawn else []
+
+
+def _asked(row: Row) -> str:
+    """What a rendered row asks, to compare with others; few-shot examples are drawn for each row."""
+    return sameness(row.get("asked", row["context"]))
+
+
+def _not_taught(task: LocalTask, taught: set[str], *, where: str) -> None:
+    """Refuse a task most of whose questions are trained on, whatever name or file its rows have; say so of fewer."""
+    try:
+        asked = render(task)
+    except UserError:  # choices that stand in the context: a prompt of another kind than any that is trained on
+        return
+    if not (known := [row for row in asked if _asked(row) in taught]):
+        return
+    said = f"{where}, but {len(known)} of its {len(asked)} test rows ask what training rows of the domain ask, such as {known[0]['context'][-80:]!r}"
+    if len(known) > len(asked) / 2:
+        raise UserError(f"{said}: what is trained on cannot show retention or transfer; choose other rows")
+    print(f"data: {said}", flush=True)
 
 
 def _entry(name: str, block: Mapping[str, Any], role: str) -> dict[str, Any]:
@@ -185,7 +214,8 @@ def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
 def _said(block: Mapping[str, Any], split: splits.Split, source: str) -> dict[str, Any]:
     return {"source": source, "licence": block.get("licence", ""),
             "n": {"train": len(split.train), "probe": len(split.probe), "test": len(split.test)},
-            "duplicates": {"within": split.duplicates_within, "between": split.duplicates_between}}  # fmt: skip
+            "duplicates": {"within": split.duplicates_within, "between": split.duplicates_between}
+            | ({"pair": split.pair} if split.pair else {})}  # fmt: skip
 
 
 def _digest(files: Mapping[str, str], prefix: str) -> str:

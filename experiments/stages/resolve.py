@@ -13,7 +13,7 @@ from methods.part import Part
 
 # raise one when the stage writes other bytes from the same settings
 MODEL_FORMAT = 2
-DATA_FORMAT = 1
+DATA_FORMAT = 2
 
 MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed", "note")
 DOMAIN_KEYS = ("task", "metric", "chance", "question", "rows", "test_rows", "columns", "set", "split",

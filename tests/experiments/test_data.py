@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -85,6 +86,38 @@ def test_a_probe_question_that_is_scored_too_is_dropped_and_counted(study, tmp_p
     assert said["n"] + said["duplicates"]["between"] == 40 and said["duplicates"]["between"] > 5
     probe = {row["context"] for row in lines(tmp_path / "out/train/birds/probe/fish.jsonl")}
     assert not probe & {f"Q: {row['question']}\nA:" for row in lines(tmp_path / "out/evaluate/birds/fish.jsonl")}
+
+
+def test_copies_are_counted_on_the_screen_and_shown_by_a_pair(study, tmp_path, capsys):
+    path = study.domains["birds"]["rows"]["jsonl"]
+    rows = lines(Path(path))
+    again = [row | {"question": row["question"].upper().replace("?", " ?"), "gold": (row["gold"] + 1) % 3} for row in rows[1:]]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again, rows[0]]))
+    said = data.write_data(study, tmp_path / "out")["domains"]["birds"]["duplicates"]
+    assert said["within"] == 1 and said["between"] > 0 and "is a copy of" in said["pair"] and "birds.jsonl line" in said["pair"]
+    shown = capsys.readouterr().out
+    assert "data: birds: rows left out as whole copies of others: 1\n" in shown
+    assert f"because a row of an earlier set asks the same: {said['between']}, such as {said['pair']}" in shown
+
+
+def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_called(study, tmp_path, capsys):
+    birds = lines(Path(study.domains["birds"]["rows"]["jsonl"]))
+    (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row | {"note": i}) + "\n" for i, row in enumerate(birds)))
+    study.tasks["fish"] |= {"rows": {"jsonl": str(tmp_path / "copy.jsonl")}, "test": 60}
+    with pytest.raises(UserError, match="birds.retention lists 'fish', but 30 of its 60 test rows|birds.probes lists 'fish', but no rows"):
+        data.write_data(study, tmp_path / "out")
+    assert "30 of its 60 test rows ask what training rows of the domain ask, such as 'Q: Which bird" in capsys.readouterr().out
+    study.domains["birds"]["split"] = {"train": 40, "probe": 10, "test": 10}
+    with pytest.raises(UserError, match="retention lists 'fish', but 40 of its 60 test rows .*cannot show retention"):
+        data.write_data(study, tmp_path / "out")
+
+
+def test_the_same_task_under_two_names_is_refused(study, tmp_path):
+    study.tasks["trees"] = dict(study.tasks["fish"])
+    with pytest.raises(UserError, match="domains.birds: tasks 'fish' and 'trees' are the same rows with the same prompt and metric"):
+        data.write_data(study, tmp_path / "out")
+    study.tasks["trees"]["metric"] = "acc"  # another measure of the same answers
+    assert data.write_data(study, tmp_path / "out")["domains"]["birds"]["tasks"]["trees"]["n"]["test"] == 20
 
 
 def test_general_texts_are_three_disjoint_sets(study, tmp_path):

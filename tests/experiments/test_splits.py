@@ -1,9 +1,11 @@
 import random
+import re
 
 import pytest
 
 from experiments import splits
 from experiments.errors import UserError
+from experiments.jsonl import Row
 
 
 def numbered(n, *, prefix="What is number"):
@@ -75,6 +77,40 @@ def test_halves_are_disjoint_and_stable_when_text_is_added():
     assert 70 < len(first) < 130
     more, _, _ = splits.halves([*texts, *(f"Another {i}" for i in range(100))])
     assert set(first) <= set(more)
+
+
+def test_sums_that_differ_in_a_sign_are_no_copies():
+    plus, minus = ([{"question": f"What is {i} {sign} {i % 7}?"} for i in range(20, 60)] for sign in "+-")
+    split = splits.three_way(plus, question=question, train="all", probe=4, test="all", test_rows=minus)
+    assert (len(split.train), len(split.probe), len(split.test), split.duplicates_between) == (36, 4, 40, 0) and not split.pair
+    split = splits.three_way(plus + minus, question=question, train=30, probe=10, test=40)
+    assert split.duplicates_between == 0 and len(split.train) == 30
+
+
+def test_a_finer_sameness_deals_no_row_anew():
+    """The order is that of the old, coarse key: a row that once was a copy comes in, and moves none of the others."""
+    rows = numbered(60)
+    before = splits.three_way(rows, question=question, train="all", probe=10, test=20)
+    signed = [{"question": f"What is number -{i}?"} for i in range(0, 60, 5)]
+    after = splits.three_way(rows + signed, question=question, train="all", probe=10, test=20)
+    order = lambda split: [row for row in (*split.test, *split.probe, *split.train) if row in rows]
+    assert order(after) == order(before) == sorted(rows, key=lambda row: splits.text_hash(row["question"]))
+    assert after.duplicates_between == 0 and len(after.train) == len(before.train) + 12
+
+
+def test_copies_are_shown_by_one_pair_with_their_lines():
+    rows = [Row({"question": "What is 7 + 3?", "answer": str(i)}, at=f"rows.jsonl line {i}") for i in (1, 2)]
+    held = [Row({"question": "what is 7+3"}, at="test.jsonl line 9")]
+    split = splits.three_way(rows + numbered(5), question=question, train="all", probe=0, test="all", test_rows=held)
+    assert split.duplicates_between == 2
+    assert re.fullmatch(r"'What is 7 \+ 3\?' \(rows.jsonl line [12]\) is a copy of 'what is 7\+3' \(test.jsonl line 9\)", split.pair)
+    with pytest.raises(UserError, match=r"1 train rows are asked for, 0 can be had out of 2 \(2 are left out.*is a copy of.*line 9"):
+        splits.three_way(rows, question=question, train="all", probe=0, test="all", test_rows=held)
+
+
+def test_general_texts_that_differ_in_a_sign_are_both_kept():
+    first, second, copies = splits.halves(["a + b", "a - b", "A - B?", "naïve", "nai\u0308ve"])
+    assert copies == 2 and sorted(first + second) == ["a + b", "a - b", "naïve"]
 
 
 def test_normalising():
