@@ -93,6 +93,7 @@ def test_copies_are_counted_on_the_screen_and_shown_by_a_pair(study, tmp_path, c
     rows = lines(Path(path))
     again = [row | {"question": row["question"].upper().replace("?", " ?"), "gold": (row["gold"] + 1) % 3} for row in rows[1:]]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again, rows[0]]))
+    study.domains["birds"]["split"] = {"train": 30, "probe": 11, "test": 21}  # odd numbers of rows, all but one of which are two by two
     said = data.write_data(study, tmp_path / "out")["domains"]["birds"]["duplicates"]
     assert said["within"] == 1 and said["between"] > 0 and "is a copy of" in said["pair"] and "birds.jsonl line" in said["pair"]
     shown = capsys.readouterr().out
