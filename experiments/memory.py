@@ -23,21 +23,19 @@ so less than the kinds added up. CUDA's own context and the gaps of its allocato
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
-from experiments import architecture, loss, moments
-from experiments.activations import activations
+from experiments import loss, moments
+from experiments.activations import Unknown, activations
 from experiments.engine_settings import TrainSettings
+from experiments.entries import Entries, entries
 from experiments.errors import UserError
 from experiments.shape import Shape
 from methods import selection
-from methods.effective import adapted_names, base_parameters, factors, lora_layers
 from methods.fisher import TOKENS
 from methods.importance import CPU_PIECE, CUDA_PIECE
 from methods.part import Part
@@ -49,33 +47,37 @@ MOST_PROCESSES = 8  # that are proposed
 
 
 def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: TrainSettings, checkpoint_dtype: torch.dtype,
-            compute_dtype: torch.dtype, device_type: str, processes: int | None = None, longest: int | None = None) -> dict[str, int]:  # fmt: skip
+            compute_dtype: torch.dtype, device_type: str, processes: int | None = None, longest: int | None = None) -> dict[str, int | None]:  # fmt: skip
     """Peak bytes of one process in `phase`, {kind: bytes} by `KINDS`; all 0 for a preparation of parts that prepare nothing.
 
     settings   of training in that phase; `length` is taken for the longest example, so put in what is known to be shorter
     longest    tokens of the longest document of general text, which a part cuts at its own length; None: not known
     processes  how many share the model; None: one process that does not share
 
+    All None where the activations of the architecture are not known, for it does not run on tensors without numbers.
     A part with "seeded_preparation" trains while it prepares; another makes a Fisher pass, each process with the whole model.
     """
     layout = _Layout(shape=shape, parts=tuple(parts), checkpoint=checkpoint_dtype, compute=compute_dtype,
                      device=device_type, processes=processes)  # fmt: skip
-    if phase == "train":
-        return layout.training(settings)
     phase_of = lambda part: layout.general_phase if "seeded_preparation" in part.capabilities else layout.fisher
-    prepared = [phase_of(part)(part, _cut(part, settings, longest)) for part in parts if type(part).prepare is not Part.prepare]
+    try:
+        if phase == "train":
+            return layout.training(settings)
+        prepared = [phase_of(part)(part, _cut(part, settings, longest)) for part in parts if type(part).prepare is not Part.prepare]
+    except Unknown:
+        return dict.fromkeys(KINDS)
     return max(prepared, key=lambda kinds: kinds["total"], default=_total({}))
 
 
 def refuse(*, what: str, available: int | None, settings: TrainSettings, processes: int | None = None, **inputs: Any) -> dict[str, int]:
-    """The prediction where it fits into `available` bytes (None: not known, so it fits); `predict` takes the other arguments.
+    """The prediction where it fits into `available` bytes; what is not known fits. `predict` takes the other arguments.
 
     Raises UserError naming `what`, by how much it does not fit, and what each change of settings would save.
     """
     if available is not None and inputs["device_type"] == "cpu":
         available //= processes or 1  # there they share it
     found = predict(settings=settings, processes=processes, **inputs)
-    if available is None or found["total"] <= available:
+    if available is None or found["total"] is None or found["total"] <= available:
         return found
 
     def total(*, processes: int | None = processes, **changed: Any) -> int:
@@ -221,65 +223,13 @@ class _Layout:
         return self.compute.itemsize < self._wide
 
     @property
-    def _count(self) -> "_Count":
-        return _counted(self.shape, adapting(self.parts))
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Count:
-    """Numbers of weights. Root: what stands outside the blocks; block: the largest one."""
-
-    all: int
-    base: int
-    trained: int
-    trained_base: int
-    adapters: int
-    adapted: int  # entries of the matrices under adapters
-    regularised: int  # these, and trained base tensors
-    largest_base: int
-    largest_trained: int
-    largest_adapted: int
-    largest_regularised: int
-    root: int
-    block: int
-    root_trained: int
-    block_trained: int
-    head_trained: int
-    vocabulary: int
-    width: int
-
-
-@functools.cache
-def _counted(shape: Shape, parts: tuple[Part, ...]) -> _Count:
-    model = shape.build(parts=parts)
-    everything, base = dict(model.named_parameters()), base_parameters(model)
-    trained = {name: p.numel() for name, p in everything.items() if p.requires_grad}
-    regularised = [base[name].numel() for name in adapted_names(model)]
-    adapted = [layer.base_layer.weight.numel() for _, layer in lora_layers(model)]
-    blocks = [list(block.parameters()) for _, block in architecture.blocks(model)]
-    inside = {id(p) for block in blocks for p in block}
-    root = [p for p in everything.values() if id(p) not in inside]
-    head = architecture.head(model).weight
-    adapters = sum(trained[name] for name in set.union(*factors(model)))
-    return _Count(
-        all=sum(p.numel() for p in everything.values()), base=sum(p.numel() for p in base.values()),
-        trained=sum(trained.values()), trained_base=sum(trained.values()) - adapters, adapters=adapters,
-        adapted=sum(adapted), regularised=sum(regularised),
-        largest_base=max(p.numel() for p in base.values()), largest_trained=max(trained.values(), default=0),
-        largest_adapted=max(adapted, default=0), largest_regularised=max(regularised, default=0),
-        root=_entries(root), block=max(map(_entries, blocks)), root_trained=_entries(p for p in root if p.requires_grad),
-        block_trained=max(_entries(p for p in block if p.requires_grad) for block in blocks),
-        head_trained=head.numel() if head.requires_grad else 0, vocabulary=head.shape[0], width=head.shape[1],
-    )
+    def _count(self) -> Entries:
+        return entries(self.shape, adapting(self.parts))
 
 
 def _cut(part: Part, settings: TrainSettings, longest: int | None) -> TrainSettings:
     found = [length for length in (getattr(part, "length", None), longest) if length]
     return dataclasses.replace(settings, length=min(found, default=settings.length))
-
-
-def _entries(parameters: Iterable[Tensor]) -> int:
-    return sum(p.numel() for p in parameters)
 
 
 def adapting(parts: Sequence[Part]) -> tuple[Part, ...]:

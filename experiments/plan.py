@@ -9,7 +9,7 @@ adapter or a difference from the base. Nothing is loaded or fetched.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,6 +39,7 @@ def main(study, *, as_json: bool, patterns: Sequence[str] = ()) -> None:
 def make(study, *, patterns: Sequence[str] = ()) -> dict:
     """{"cells": [...], "total": {...}, "basis": {...}} with seconds, bytes and what they rest on.
 
+    None where FLOPs or memory of an architecture are not known, and in totals over it.
     Only cells whose names match one of `patterns`, if there are any (see `cells.matching`, which raises UserError).
     """
     lock = Lock(study)
@@ -51,9 +52,9 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
         "study": study.title, "cells": planned,
         "total": {
             "cells": len(planned), "to_run": len(todo),
-            "seconds": sum(c["seconds"] for c in todo), "disk_bytes": sum(c["disk_bytes"] for c in todo),
+            "seconds": _sum(c["seconds"] for c in todo), "disk_bytes": sum(c["disk_bytes"] for c in todo),
             "disk_bytes_all": sum(c["disk_bytes"] for c in planned),
-            "peak_memory_bytes": max((c["memory_bytes"] for c in planned), default=0),
+            "peak_memory_bytes": _most(c["memory_bytes"] for c in planned),
             "available_memory_bytes": available, "too_large": sum(c["fits"] is False for c in planned),
         },
         "basis": {model: planner.rate[1] for model, planner in planners.items()},
@@ -101,8 +102,8 @@ class _Model:
             method = train["cell"].split("/")[2]
             if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
                 # earlier records have no FLOPs; their rows were short, so that attention's share is small
-                flops = train.get("flops") or train["tokens_trained"] * self.flops(method).step(lengths=(1,), labelled=0)
-                reached.append(flops / train["seconds_train"])
+                flops = train.get("flops") or _times(train["tokens_trained"], self.flops(method).step(lengths=(1,), labelled=0))
+                reached += [flops / train["seconds_train"]] if flops else []
         if reached:
             return min(reached), f"{len(reached)} earlier cells on this machine"
         if here is None:
@@ -140,23 +141,38 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     lengths, labelled = _train_rows(study, cell, settings)
     trained = not any("provides_weights" in part.capabilities for part in parts)
     epochs = _epochs(len(lengths), settings, settings.epochs)
-    train = epochs * model.flops(cell.method).step(lengths=lengths, labelled=labelled) / rate if trained else 0.0
-    prepare = _prepare_flops(study, cell, model, preparing, _general_tokens(study)) / rate
+    train = _times(epochs / rate, model.flops(cell.method).step(lengths=lengths, labelled=labelled)) if trained else 0.0
+    prepare = _times(1 / rate, _prepare_flops(study, cell, model, preparing, _general_tokens(study)))
     scored = _scored_tokens(study, cell)
-    evaluate = model.scoring.step(lengths=[256] * (scored // 256), labelled=scored) / rate
-    seconds = {"prepare": prepare * (not cached["prepared"]), "train": train * (not cached["trained"]),
-               "evaluate": evaluate * (not cached["scored"])}  # fmt: skip
+    evaluate = _times(1 / rate, model.scoring.step(lengths=[256] * (scored // 256), labelled=scored))
+    seconds = {"prepare": 0.0 if cached["prepared"] else prepare, "train": 0.0 if cached["trained"] else train,
+               "evaluate": 0.0 if cached["scored"] else evaluate}  # fmt: skip
+    seconds = {stage: None if value is None else round(value, 1) for stage, value in seconds.items()}
     kinds = {"prepare": model.memory("prepare", parts=parts, settings=preparing),
              "train": model.memory("train", parts=parts, settings=settings)}  # fmt: skip
-    peak = max(found["total"] for found in kinds.values())
+    peak = _most(found["total"] for found in kinds.values())
     together = model.processes or 1 if _device(study).type == "cpu" else 1  # processes on a CPU share its memory
     return {"cell": cell.name, "cached": cached, "tokens": int(epochs * sum(lengths)) if trained else 0,
-            "seconds": round(sum(seconds.values()), 1)} | {f"seconds_{stage}": round(value, 1) for stage, value in seconds.items()} | {
-            "memory_bytes": peak, "memory": kinds, "fits": None if available is None else together * peak <= available,
+            "seconds": _sum(seconds.values())} | {f"seconds_{stage}": value for stage, value in seconds.items()} | {
+            "memory_bytes": peak, "memory": kinds, "fits": None if None in (available, peak) else together * peak <= available,
             "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint)}  # fmt: skip
 
 
-def _prepare_flops(study, cell, model: _Model, settings, documents: list[int] | None) -> float:
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+def _sum(values: Iterable[float | None]) -> float | None:
+    values = list(values)
+    return None if None in values else round(sum(values), 1)
+
+
+def _most(values: Iterable[int | None]) -> int | None:
+    values = list(values)
+    return None if None in values else max(values, default=0)
+
+
+def _prepare_flops(study, cell, model: _Model, settings, documents: list[int] | None) -> float | None:
     """One forward and backward pass over each document, or the epochs of training on them. `documents`: tokens of each, where they are here."""
     flops = 0.0
     for part in study.methods[cell.method].parts:
@@ -166,7 +182,10 @@ def _prepare_flops(study, cell, model: _Model, settings, documents: list[int] | 
             lengths = [min(tokens, length or tokens) for tokens in known[:samples]]
             epochs = part.general_phase().get("epochs")
             passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
-            flops += passes * model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths))
+            added = _times(passes, model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths)))
+            if added is None:
+                return None
+            flops += added
     return flops
 
 
@@ -227,7 +246,7 @@ def text(plan: dict) -> str:
     free = total["available_memory_bytes"]
     room = "" if free is None else f" of {_gib(free)} free here"
     lines += ["", f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, "
-                  f"peak memory about {_gib(total['peak_memory_bytes'])}{room}"]  # fmt: skip
+                  f"peak memory {'about ' if total['peak_memory_bytes'] is not None else ''}{_gib(total['peak_memory_bytes'])}{room}"]  # fmt: skip
     if total["too_large"]:
         lines.append(f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, and a run says what would help")
     lines.append(f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other weights as their difference "
@@ -236,9 +255,9 @@ def text(plan: dict) -> str:
     return "\n".join(lines)
 
 
-def _minutes(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min"
+def _minutes(seconds: float | None) -> str:
+    return "unknown" if seconds is None else f"{seconds / 3600:.1f} h" if seconds >= 7200 else f"{seconds / 60:.1f} min"
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"
+def _gib(size: float | None) -> str:
+    return "unknown" if size is None else f"{size / 2**30:.2f} GiB" if size >= 2**30 / 10 else f"{size / 2**20:.2f} MiB"

@@ -128,15 +128,17 @@ def counts(study) -> list[str]:
 def cost(study, methods: list[str]) -> str:
     """What `plan` says of these methods' cells, in one line; cells that share a preparation pay for it once."""
     made = plan.make(study, patterns=[f"*/{method}/*" for method in methods])
-    seconds, seen = 0.0, set()
+    seconds, seen = 0.0, set()  # None: not known of the architecture
     for cell in (c for c in made["cells"] if not c["cached"]["scored"]):
         model, _, method, seed = cell["cell"].split("/")
         key = model, resolve.text(resolve.prepare(study, model, method)), resolve.seeded(study.methods[method].parts) and seed
-        seconds += cell["seconds"] - (cell["seconds_prepare"] if key in seen else 0.0)
+        known = None not in (seconds, cell["seconds"])
+        seconds = seconds + cell["seconds"] - (cell["seconds_prepare"] if key in seen else 0.0) if known else None
         seen.add(key)
     total = made["total"]
-    return (f"{total['to_run']} of {total['cells']} cells to run: about {seconds / 60:.1f} min, disk {total['disk_bytes'] / 2**20:.0f} MiB, "
-            f"peak memory {total['peak_memory_bytes'] / 2**30:.2f} GiB"
+    minutes = "time unknown" if seconds is None else f"about {seconds / 60:.1f} min"
+    peak = "unknown" if total["peak_memory_bytes"] is None else f"{total['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return (f"{total['to_run']} of {total['cells']} cells to run: {minutes}, disk {total['disk_bytes'] / 2**20:.0f} MiB, peak memory {peak}"
             + (f"; {total['too_large']} do not fit here" if total["too_large"] else "")
             + f"; `python -m experiments plan{' --study ' + study.name if study.name else ''}` shows each")  # fmt: skip
 

@@ -33,7 +33,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from experiments import hub, model_folder, packages, random_models, vocabulary, trial
+from experiments import hub, model_folder, packages, random_models, trial, vocabulary
 from experiments.attention import with_sdpa
 from experiments.base import load_tensors
 from experiments.delta import sha256_of
