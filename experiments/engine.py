@@ -20,7 +20,7 @@ from experiments.flops import Flops
 from experiments.interruption import Interruption
 from experiments.log import Log, TrainingFailed
 from experiments.loss import summed_nll
-from experiments.master import MasterWeights
+from experiments.master import MasterWeights, compute_in
 from experiments.moments import AdamW, Moments
 from experiments.progress import bar as progress
 from experiments.resume import Resume
@@ -65,15 +65,17 @@ def fit(
 ) -> FitResult:
     """Fine-tune `model` on `examples` with `parts`; the model is changed in place and returned in the run.
 
-    `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key. With `shards` active the
-    model, on the CPU or on `device`, is shared among the processes and computes in `compute_dtype`; every process
-    gives the same arguments. `resume` is where an interrupted run is gone on from, bit for bit. `probe` is called
-    outside timed training and must leave random state and mode as they were.
+    `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key. The model computes in
+    `compute_dtype`, by default its own. With `shards` active the model, on the CPU or on `device`, is shared among the
+    processes; every process gives the same arguments. `resume` is where an interrupted run is gone on from, bit for
+    bit. `probe` is called outside timed training and must leave random state and mode as they were.
     Raises TrainingFailed where the loss is not finite.
     """
     device = torch.device(device)
     parts = sorted(parts, key=lambda part: part.key)
     states = {part.key: dict((states or {}).get(part.key, {})) for part in parts}
+    computing = compute_dtype or next(model.parameters()).dtype
+    compute_in(model, computing)  # adapters are drawn in the dtype of what they adapt
     torch.manual_seed(seed)
     for part in parts:
         model = part.adapt(model, seed=seed)
@@ -86,7 +88,6 @@ def fit(
     if settings.pack and not architecture.keeps_apart(model):
         raise UserError(f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets packed "
                         "examples see each other: set train.pack: 0")
-    computing = compute_dtype or next(model.parameters()).dtype
     if settings.compile:
         architecture.compile_blocks(model)
     trained = (ShardedWeights(model, shards=shards, compute_dtype=computing, device=device, base=base) if shards.active

@@ -13,6 +13,17 @@ from torch import Tensor, nn
 from experiments.architecture import base_name
 
 
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model that was loaded in another dtype than the one it is to compute in.
+
+    What transformers keeps in a dtype of its own stays there: buffers, and parameters that differ from the first one.
+    """
+    loaded = next(model.parameters()).dtype
+    for parameter in model.parameters():
+        if parameter.dtype == loaded:
+            parameter.data = parameter.data.to(dtype)
+
+
 class MasterWeights:
     """The trained tensors of `model`, by parameter name, in `weights`: leaf tensors with `.grad`.
 

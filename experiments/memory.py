@@ -4,7 +4,7 @@ What is held, in bytes a weight (c: bytes of the compute dtype, w: 4, or 8 for f
 `train.moments`; N: processes that share the model):
 
     kind          one process                          shared, each of N
-    weights       c                                    trained w/N, frozen k/N
+    weights       c                                    trained w/N, frozen c/N
     masters       trained w, where c < w               -
     gradients     trained w                            trained w/N
     moments       trained 2m                           trained 2m/N
@@ -163,7 +163,7 @@ class _Layout:
             kinds["weights"] = narrow * count.all
             kinds["masters"] = wide * count.trained * self._half
         else:
-            kinds["weights"] = _share(wide * count.trained + self.checkpoint.itemsize * (count.all - count.trained), n)
+            kinds["weights"] = _share(wide * count.trained + narrow * (count.all - count.trained), n)
             copies = narrow * (count.root + 2 * count.block) + (narrow + wide) * max(count.root_trained, count.block_trained)
         kinds["logits"] = 3 * wide * count.vocabulary * min(labelled, loss.CHUNK)
         if labelled > loss.CHUNK:  # the rows that logits are computed of, their gradient, and the head's of the chunks so far

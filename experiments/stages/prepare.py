@@ -132,7 +132,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
             continue
         # a part that trains here has the model cut on the CPU; another one needs it whole on its device
         cut = shards.active and "seeded_preparation" in part.capabilities
-        model = weights.load_model(folder, dtype=checkpoint if cut else computing, device="cpu" if cut else where)
+        model = weights.load_model(folder, dtype=computing, device="cpu" if cut else where)
         torch.manual_seed(seed)
         for other in parts:
             model = other.adapt(model, seed=seed)

@@ -57,8 +57,8 @@ def _train(study, cell) -> None:
     memory.refuse(what=f"training {cell.name}", available=hardware.available_memory(where), phase="train",
                   shape=shape, parts=parts, settings=replace(settings, length=longest), checkpoint_dtype=checkpoint, compute_dtype=computing,
                   device_type=where.type, processes=shards.world if shards.active else None)  # fmt: skip
-    # to be shared among processes it is cut on the CPU, in the checkpoint's own dtype, and moved piece by piece
-    model = weights.load_model(folder, dtype=checkpoint if shards.active else computing, device="cpu" if shards.active else where)
+    # to be shared among processes it is cut on the CPU and moved piece by piece
+    model = weights.load_model(folder, dtype=computing, device="cpu" if shards.active else where)
     asked = paths.data / "train" / cell.domain / "probe"
     sets = load_probes(asked, tokenizer) if settings.probes and any(asked.glob("*.jsonl")) else {}  # there may be none to ask
     data = folder_sha256(paths.data / "train" / cell.domain)

@@ -20,6 +20,7 @@ from methods import registry
 from methods.importance import encode
 from methods.part import Part
 from methods.selection import HISTOGRAM
+from tests.experiments import worlds
 
 LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
           "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}  # fmt: skip
@@ -305,6 +306,34 @@ def test_total_is_the_peak_of_a_real_run(method, settings, vocabulary):
     # on the CPU anchor and importance are the very tensors that were there before
     before = sum(p.nbytes for p in base.values()) + kinds["anchor"] + kinds["importance"]
     assert kinds["total"] - before == pytest.approx(allocated(run), rel=0.03)
+
+
+@pytest.mark.parametrize(("method", "computing"), [("ewc", torch.bfloat16), ("lora", torch.float32)])
+def test_a_shared_run_grows_with_the_model_as_predicted(method, computing):
+    """By fully_shard in one process: what each further block takes is held, so nothing of a run is copied in passing."""
+    measured, predicted = [], []
+    for layers in (2, 6):
+        config = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": layers}
+        base = {name: p.detach() for name, p in build("llama", seed=0, dtype=torch.bfloat16, **config).named_parameters()}
+        states = {"ewc": {"importance": {name: torch.ones(p.shape) for name, p in base.items()}}} if method == "ewc" else {}
+        draw = torch.Generator().manual_seed(0)
+        ids = [torch.randint(0, 200, (48,), generator=draw) for _ in range(8)]
+        chosen = TrainSettings(batch=4, micro_batch=4, length=48, probes=0, learning_rate=1e-5)
+        parts = registry.build({"ewc": {"bits": 32}}) if method == "ewc" else METHODS[method]
+
+        def run(config=config, base=base, states=states, ids=ids, chosen=chosen, parts=parts):
+            with worlds.of_one() as shards:
+                fit(model=build("llama", seed=0, dtype=torch.bfloat16, **config), parts=parts, settings=chosen, seed=0, base=base, states=states,
+                    examples=[{"input_ids": row, "labels": row} for row in ids], shards=shards, compute_dtype=computing)  # fmt: skip
+
+        kinds = memory.predict(phase="train", shape=tiny("llama", **config), parts=parts, settings=chosen, checkpoint_dtype=torch.bfloat16,
+                               compute_dtype=computing, device_type="cpu", processes=1)  # fmt: skip
+        if not measured:
+            run()  # what is loaded and made once a process is not of the run
+        measured.append(allocated(run))
+        predicted.append(kinds["total"] - kinds["anchor"] - kinds["importance"])  # these were there before
+        assert measured[-1] < 1.01 * predicted[-1]
+    assert measured[1] - measured[0] == pytest.approx(predicted[1] - predicted[0], rel=0.03)
 
 
 # preparation

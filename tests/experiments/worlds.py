@@ -4,6 +4,7 @@ is what test_sharding.py starts."""
 import os
 import sys
 import tempfile
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -64,8 +65,40 @@ class Stop(Part):
         self.after_step()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Look(Part):
+    """Adds the mean square of the hidden states to the loss, times a third, which no bf16 number is; tells what its hooks see."""
+
+    key = "look"
+
+    def begin(self, *, run, state, examples):
+        state |= {"run": run, "calls": 0, "saw": set()}
+
+    def batch(self, *, run, state, batch):
+        return batch | {"weight": torch.full((len(batch["input_ids"]), 1, 1), 1 / 3)}
+
+    def loss(self, *, run, state, batch, hidden):
+        state["calls"] += 1
+        state["saw"] |= {("the run", run is state["run"]), ("hidden", str(hidden.dtype)), ("weight", batch["weight"][0].item()),
+                         *(("trained", str(w.dtype)) for w in run.weights.values())}  # fmt: skip
+        return (batch["weight"] * hidden.float().square()).mean()
+
+    def report(self, *, run, state):
+        return {"calls": int(run.shards.sum(torch.tensor(state["calls"]))), "saw": sorted(map(repr, state["saw"]))}
+
+
+@contextmanager
+def of_one():
+    """The shards of one process, which fully_shard cuts all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield Shards(active=True)
+    finally:
+        dist.destroy_process_group()
+
+
 def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=torch.float32, folder: Path | None = None, stop: int = NEVER,
-         blocks: dict | None = None, **settings) -> dict:  # fmt: skip
+         blocks: dict | None = None, more: tuple[Part, ...] = (), compute_dtype: torch.dtype | None = None, **settings) -> dict:  # fmt: skip
     """Prepare and train one cell; with `folder` a checkpoint after every step, and `stop` ends it after so many steps."""
     chosen = replace(goldens.SETTINGS, **settings)
     make = partial(build, architecture, seed=1, dtype=dtype)
@@ -86,9 +119,9 @@ def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=tor
                                 resume=keep(folder / part.key), progress=stopper.bar, fit=general)  # fmt: skip
         if prepared:
             states[part.key] = {k: getattr(prepared, k) for k in ("importance", "start", "carry") if getattr(prepared, k)}
-    result = fit(model=make(), parts=(*parts, stopper), examples=goldens.texts(18, seed=12, labelled=True), settings=chosen, seed=5, base=base,
-                 states=states, shards=shards, resume=keep(folder / "train"))  # fmt: skip
-    reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts}
+    result = fit(model=make(), parts=(*parts, *more, stopper), examples=goldens.texts(18, seed=12, labelled=True), settings=chosen, seed=5, base=base,
+                 compute_dtype=compute_dtype, states=states, shards=shards, resume=keep(folder / "train"))  # fmt: skip
+    reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in (*parts, *more)}
     return {"final": final_weights(result, parts), "reports": reports, "resumed": result.resumed,
             "shared": [isinstance(p, DTensor) for p in result.run.model.parameters()],
             "curve": [{k: row[k] for k in ("step", "loss", "penalty", "grad_norm", "tokens")} for row in result.curve]}  # fmt: skip
@@ -105,6 +138,11 @@ def everything(shards: Shards, folder: Path) -> dict:
     found["packed"] = ten("llama", "full", pack=64)
     found["recomputed"] = ten("gptj", "ewc", checkpointing=True)
     found["one at a time"] = ten("gptj", "mofo", micro_batch=1)
+    # one example at a time, each has the same gradient in bf16 wherever it is computed, and sums are in float32
+    half = partial(ten, dtype=torch.bfloat16, micro_batch=1)
+    found |= {("bfloat16", m): half("llama", m) for m in ("full", "ewc-lora")}
+    found["bfloat16", "look"] = half("gptj", "mofo", more=(Look(),))
+    found["bfloat16", "computed in float32"] = half("llama", "lora", compute_dtype=torch.float32)
     return found
 
 
