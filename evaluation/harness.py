@@ -23,6 +23,7 @@ from evaluation.encode import encode_rolling
 from evaluation.preserve import preserved
 from evaluation.task import SEED, LocalTask, check, gold_index, make_task, quiet, render
 from experiments.errors import UserError
+from experiments.files import AGAIN, read_json
 
 __all__ = ["check", "load_tasks", "make_task", "render", "save", "score"]
 
@@ -30,13 +31,23 @@ ROLES = ("domain", "retention", "transfer", "perplexity")
 COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"]
 
 
-def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
-    """The tasks of a folder's tasks.json, each with its entry; UserError for what is missing or wrong in them."""
+def entries(folder: Path) -> list[dict[str, Any]]:
+    """What a folder's tasks.json says of each task. Raises UserError for a missing or damaged file."""
     file = Path(folder) / "tasks.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist: run the `data` stage first")
+    found = read_json(file, kind=list)
+    for entry in found:
+        if not isinstance(entry, dict) or not {"name", "role", "task", "metric", "chance", "file"} <= entry.keys():
+            raise UserError(f"{file}: {json.dumps(entry)[:80]} is no task's entry: {AGAIN}")
+    return found
+
+
+def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
+    """The tasks of a folder's tasks.json, each with its entry; UserError for what is missing or wrong in them."""
+    file = Path(folder) / "tasks.json"
     tasks = []
-    for entry in json.loads(file.read_text(encoding="utf-8")):
+    for entry in entries(folder):
         if entry["role"] not in ROLES:
             raise UserError(f"{file}: task {entry['name']} has role {entry['role']!r}, not one of {', '.join(ROLES)}")
         rows = Path(folder) / entry["file"]
@@ -111,6 +122,7 @@ def score(
         "transformers": version("transformers"),
     }
     scores["weights_sha256"] = weights_sha256
+    _refuse_no_numbers(items)
     frame = pd.DataFrame(items, columns=COLUMNS)
     return scores, frame.astype({"choice": "Int64", "gold": "Int64"})
 
@@ -121,6 +133,14 @@ def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
     text = json.dumps(scores, indent=2, sort_keys=True, allow_nan=False) + "\n"
     (Path(folder) / "scores.json").write_text(text, encoding="utf-8")
     items.to_csv(Path(folder) / "items.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+
+
+def _refuse_no_numbers(items: list[dict[str, Any]]) -> None:
+    for item in items:
+        if not math.isfinite(item["score"]) or math.isnan(item.get("log_likelihood") or 0.0):
+            raise UserError(f"task {item['task']}, document {item['doc_id'] + 1}: the model's score is not a finite number "
+                            f"(score {item['score']}, log-likelihood {item.get('log_likelihood')}): its activations overflow in this dtype, or its "
+                            "weights are damaged; state compute_dtype: float32 or bfloat16 in the model's block")  # fmt: skip
 
 
 def _item(name: str, task: LocalTask, metric: str, sample: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import torch
 
 from evaluation import encode, shared_prefix
 from evaluation.preserve import preserved
-from experiments import jsonl
 from experiments.errors import UserError
+from experiments.jsonl import Row
+from experiments.stages.rows import read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,8 +108,8 @@ def _tokens(requests: Iterable[shared_prefix.Request]) -> int:
     return sum(len(continuation) for _, continuation in requests)
 
 
-def _rows(file: Path) -> list[jsonl.Row]:
-    rows = jsonl.read(file)
+def _rows(file: Path) -> list[Row]:
+    rows = read_jsonl(file)
     if not rows:
         raise UserError(f"probe set {file} is empty: it needs at least one row")
     return rows

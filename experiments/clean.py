@@ -1,18 +1,15 @@
 """Free the weights of finished cells, in the work folder and in DVC's cache; results stay."""
 
-import json
 import shutil
 
-from ruamel.yaml import YAML
-
+from experiments.files import read_json
+from experiments.lock import stages
 from experiments.paths import HERE
 
 
 def main(study) -> None:
-    lock = study.paths.folder / "dvc.lock"
-    stages = (YAML(typ="safe").load(lock) or {}).get("stages", {}) if lock.is_file() else {}
     freed = 0
-    for name, stage in stages.items():
+    for name, stage in stages(study.paths.folder / "dvc.lock").items():
         if not name.startswith("train@"):
             continue
         for out in stage.get("outs", []):
@@ -31,7 +28,7 @@ def _drop(md5: str) -> int:
     if not listing.is_file():
         return 0
     freed = 0
-    for entry in json.loads(listing.read_text()):
+    for entry in read_json(listing, kind=list):
         path = cache / entry["md5"][:2] / entry["md5"][2:]
         if entry["relpath"].endswith(".safetensors") and path.is_file():
             freed += path.stat().st_size

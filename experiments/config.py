@@ -131,7 +131,9 @@ def read_yaml(path: Path) -> dict:
         if r"character '\t'" in said:
             said = "a tab: indent with spaces"
         raise UserError(f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}") from error
-    except (YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+    except RecursionError as error:
+        raise UserError(f"{path.name} is not valid YAML: it nests lists or mappings without end") from error
+    except (YAMLError, ValueError, LookupError) as error:  # ValueError: a date that does not exist; LookupError: `!!bool maybe`
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: it needs at least grid, models, domains, "

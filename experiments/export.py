@@ -14,7 +14,7 @@ def main(study, cell, folder: str) -> None:
         raise UserError(f"{cell.name} has no weights here: run `dvc repro train@{cell.stage}` first")
     if target.exists():
         raise UserError(f"{target} exists already: name a new folder")
-    recorded = read_json(study.paths.run(cell) / "train.json")["weights_sha256"]
+    recorded = read_json(study.paths.run(cell) / "train.json", "weights_sha256")["weights_sha256"]
     found = tuned.weights_sha256(source)
     if found != recorded:
         raise UserError(f"{cell.name}: the weights at {source} ({found[:12]}) are not those of train.json ({recorded[:12]}): run `dvc repro`")

@@ -43,14 +43,15 @@ def recorded(study, cell, stage: str):
         reason = (f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
                   "or set train.checkpointing: true")
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        kind, reason = "error", f"the disk is full ({error.filename}): free some, then run `dvc repro` again"
+        at = f" ({error.filename})" if error.filename else ""
+        kind, reason = "error", f"the disk is full{at}: free some, then run `dvc repro` again"
     except Exception as error:  # recorded for the report; the traceback is still shown, for it is our fault
         write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
         raise
     else:
-        if processes.first() and path.exists() and read_json(path)["stage"] == stage:
+        if processes.first() and path.exists() and read_json(path).get("stage") == stage:
             path.unlink()
         return
     write_json(path, _record(study, cell, stage, kind, reason))

@@ -1,14 +1,21 @@
-"""Result files: JSON written whole or not at all, hashes, room on the disk, who else may write."""
+"""Result files: JSON written whole or not at all, DVC's YAML, hashes, room on the disk, who else may write."""
 
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from experiments.errors import MissingInput, UserError
+
+AGAIN = "restore it with git, or delete it and run the stage again"
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -19,13 +26,33 @@ def write_json(path: Path, value: Any) -> None:
     os.replace(part, path)
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *keys: str, kind: type = dict) -> Any:
+    """The object of a result file, or the list with `kind=list`. Raises MissingInput without the file, UserError for a damaged one.
+
+    `keys` must be in the object.
+    """
     if not path.is_file():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}): restore it with git, or delete it and run the stage again") from error
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): {AGAIN}") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'list'}: {AGAIN}")
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{path} has no {missing[0]!r}: {AGAIN}")
+    return found
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a disk does not take while safetensors writes `path`, as the OSError that any other writer raises."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not (code := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def sha256(path: Path) -> str:

@@ -3,6 +3,7 @@ here and which scores are the committed ones, kept by DVC because the weights ca
 
 import json
 
+from experiments import jsonl
 from experiments.files import read_json
 from experiments.provenance import now
 
@@ -24,8 +25,8 @@ def verdict(study, cell, metrics: dict | None) -> str:
         return "FAILED: " + read_json(study.paths.failure(cell)).get("reason", "no reason recorded")
     if metrics is None:
         return "not run yet"
-    ran = [json.loads(line) for line in _path(study).read_text().splitlines()] if _path(study).is_file() else []
-    here = {entry["stage"] for entry in ran if entry["cell"] == cell.name and entry["weights"] == metrics["weights_sha256"]}
+    ran = jsonl.read(_path(study)) if _path(study).is_file() else []
+    here = {entry.get("stage") for entry in ran if entry.get("cell") == cell.name and entry.get("weights") == metrics.get("weights_sha256")}
     if "evaluate" in here:
         return "trained and scored here"
     if "train" in here:

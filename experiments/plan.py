@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from experiments import batches, cells, hardware, memory, tuned
+from experiments.files import read_json
 from experiments.flops import Flops
 from experiments.lock import Lock
 from experiments.positions import refuse_long_documents
@@ -77,7 +78,7 @@ class _Model:
         """The base's dtype: as it was made, else as its block says, else bfloat16 (random models: float32)."""
         made, block = self.study.paths.model(self.name) / "base.json", self.study.models[self.name]
         if made.is_file():
-            return as_dtype(json.loads(made.read_text())["dtype"])
+            return as_dtype(read_json(made, "dtype")["dtype"])
         return as_dtype(block.get("dtype") or ("float32" if block["source"].startswith("random:") else "bfloat16"))
 
     @functools.cached_property
@@ -98,7 +99,7 @@ class _Model:
         here = hardware.describe(_device(self.study)) if _is_here(self.study) else None
         reached = []
         for path in sorted((self.study.paths.results / "runs" / self.name).glob("*/*/*/train.json")):
-            train = json.loads(path.read_text())
+            train = read_json(path, "cell", "hardware", "seconds_train", "tokens_trained")
             method = train["cell"].split("/")[2]
             if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
                 # earlier records have no FLOPs; their rows were short, so that attention's share is small

@@ -162,6 +162,9 @@ def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
     try:
         parts = [datasets.load_dataset(path, one, split=split, revision=asked or revision, data_files=block.get("data_files"))
                  for one in names]  # fmt: skip
+        rows = [row for part in parts for row in part]  # images and sounds are decoded here
+    except ImportError as error:
+        raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
     except Exception as error:  # datasets and its HTTP library raise a dozen kinds
         raise hub.refused(error, kind="data set", name=path, revision=revision) from error
     # the cache keeps the rows of a commit in a folder of that name
@@ -172,7 +175,7 @@ def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
                         "fetch the revision named with HF_HUB_OFFLINE unset")  # fmt: skip
     at = next(iter(found), asked or "unknown revision")
     which = f"{','.join(names)}/{split}" if name else split
-    return _placed((row for part in parts for row in part), f"hub:{path}@{at}/{which}")
+    return _placed(rows, f"hub:{path}@{at}/{which}")
 
 
 def _jsonl(block: dict[str, Any], _: Mapping[str, str]) -> Rows:

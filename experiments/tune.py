@@ -65,12 +65,12 @@ def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
 
 def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     path = study.paths.tuning(model_name, domain)
-    record = read_json(path) if path.is_file() else {"trials": []}
+    record = read_json(path, "trials") if path.is_file() else {"trials": []}
     record |= {"rule": RULE, "epochs": study.tune.get("epochs")}
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
     base = load_tensors(folder)
-    computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json")), where)
+    computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
     tokenizer = weights.load_tokenizer(folder)
     sets = load_probes(study.paths.data / "train" / domain / "probe", tokenizer)
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)

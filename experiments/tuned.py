@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from experiments import delta, memory, model_folder, weights
 from experiments.base import load_tensors
 from experiments.errors import UserError
-from experiments.files import need_room, read_json, sha256, write_json
+from experiments.files import need_room, read_json, sha256, write_json, writing
 from experiments.log import TrainingFailed
 from experiments.shape import Shape
 from methods.effective import factors
@@ -41,7 +41,7 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
     Raises TrainingFailed where a value is not finite.
     """
     out.mkdir(parents=True, exist_ok=True)
-    info, tuned = read_json(folder / "base.json"), _rounded(base, final)
+    info, tuned = read_json(folder / "base.json", "sha256"), _rounded(base, final)
     model_folder.refuse_not_finite(tuned, "the weights after the last step", then="lower train.learning_rate or a part's strength",
                                    kind=TrainingFailed)  # fmt: skip
     adapted = (out / "adapter").is_dir() and _equal(_merged(base, out / "adapter"), tuned)
@@ -101,7 +101,8 @@ def write_folder(out: Path, *, folder: Path, target: Path) -> str:
     need_room(target.parent.resolve(), sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), str(target))
     whole = dict(delta.verified(found, sha256=digest, what=out))
     target.mkdir(parents=True)
-    save_file(whole, target / "model.safetensors", metadata={"format": "pt"})
+    with writing(target / "model.safetensors"):
+        save_file(whole, target / "model.safetensors", metadata={"format": "pt"})
     (target / "model.safetensors").chmod(0o644)
     for path in _files(folder):
         shutil.copyfile(path, target / path.name)
@@ -115,7 +116,7 @@ def weights_sha256(out: Path) -> str:
 
 def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
     """The tuned tensors by name, each rebuilt when it is asked for, and the hash of them all, which is for the caller to compare."""
-    about, info = _about(out), read_json(folder / "base.json")
+    about, info = _about(out), read_json(folder / "base.json", "sha256")
     for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
         if about[key] != found:
             raise UserError(f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: train the cell again")
@@ -129,7 +130,7 @@ def _about(out: Path) -> dict:
     again = "run `dvc repro --force --single-item train@…` of the cell"
     if not (out / "weights.json").is_file():
         raise UserError(f"{out} holds no weights.json: it is no cell's, or an earlier version's; {again}")
-    about = read_json(out / "weights.json")
+    about = read_json(out / "weights.json", "version", "kind", "weights_sha256", "base_sha256", "base_files_sha256")
     if about["version"] != VERSION:
         raise UserError(f"{out} is of version {about['version']}, this program reads {VERSION}; {again}")
     return about
@@ -158,13 +159,15 @@ def _rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> _Over:
 def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
     try:
         found, scale = read_adapter(adapter)
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{adapter} is damaged or no adapter ({error}): {delta.AGAIN}") from error
 
     def merge(name: str, tensor: Tensor) -> Tensor:
         if name not in found:
             return tensor
         a, b = found[name]
+        if tensor.ndim != 2 or (len(b), a.shape[-1]) != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            raise UserError(f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: {delta.AGAIN}")
         return merged(tensor, a=a, b=b, scale=scale).to(tensor.dtype)
 
     return _Over(base, merge)

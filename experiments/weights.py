@@ -38,7 +38,7 @@ from experiments.attention import with_sdpa
 from experiments.base import load_tensors
 from experiments.delta import sha256_of
 from experiments.errors import UserError
-from experiments.files import need_room
+from experiments.files import need_room, writing
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # as transformers names them: other safetensors of a repository are the same weights in other forms
@@ -66,7 +66,7 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
             model, tokenizer, found = makers[kind](rest, block, packages, scratch)
-            model_folder.refuse_not_finite(dict(model.named_parameters()), f"the weights in {model.dtype}", then=(
+            model_folder.refuse_not_finite(dict(model.named_parameters()), f"{source}: the weights in {model.dtype}", then=(
                 "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
                 "if the checkpoint is of another dtype"))  # fmt: skip
             for sentence in vocabulary.check(model=model, tokenizer=tokenizer):
@@ -252,7 +252,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
     parameters = sum(p.numel() for p in model.parameters())
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     need_room(out.parent, needed, "the weights")
-    model.save_pretrained(out, max_shard_size="5GB")
+    with writing(out):
+        model.save_pretrained(out, max_shard_size="5GB")
     tokenizer.save_pretrained(out)
     _anonymous(out)
     for path in out.iterdir():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from experiments.architecture import base_name
 from experiments.errors import UserError
+from experiments.files import writing
 from methods.effective import Factored, effective_weights, factors
 from methods.part import Part, register, setting
 
@@ -83,7 +84,8 @@ class LoRA(Part):
             return
         out = folder / "adapter"
         out.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
+        with writing(out / "adapter_model.safetensors"):
+            save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
         (out / "adapter_model.safetensors").chmod(0o644)
         config = {
             "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
@@ -118,7 +120,7 @@ def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
     """A and B by base name of the weight they adapt, and the scale, from the files that `save` writes."""
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
     found = {base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
              for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}  # fmt: skip

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
 from experiments.errors import UserError
+from experiments.files import writing
 from methods.importance import Codes, largest
 
 if TYPE_CHECKING:
@@ -95,8 +96,9 @@ def save_importance(importance: Mapping[str, Tensor | Codes], path: Path) -> Non
             largest(flat, name)
             facts[name] = {"shape": list(values.shape), "dtype": str(values.dtype).removeprefix("torch.")}
             frames[name] = squeeze(flat.view(torch.uint8).view(-1, flat.itemsize).T.contiguous().numpy())
-    save_file({name: np.frombuffer(frame, np.uint8) for name, frame in frames.items()}, path,
-              metadata={_FACTS: json.dumps(facts, sort_keys=True)})  # fmt: skip
+    with writing(path):
+        save_file({name: np.frombuffer(frame, np.uint8) for name, frame in frames.items()}, path,
+                  metadata={_FACTS: json.dumps(facts, sort_keys=True)})  # fmt: skip
 
 
 def load_importance(path: Path) -> dict[str, Tensor | Codes]:
@@ -104,6 +106,15 @@ def load_importance(path: Path) -> dict[str, Tensor | Codes]:
 
     Raises UserError for a file of another layout or with frames that are cut short.
     """
+    try:
+        return _load(path)
+    except UserError:
+        raise
+    except (SafetensorError, _zstandard().ZstdError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare this method again") from error
+
+
+def _load(path: Path) -> dict[str, Tensor | Codes]:
     importance: dict[str, Tensor | Codes] = {}
     with safe_open(path, framework="numpy") as file:
         facts = (file.metadata() or {}).get(_FACTS)

@@ -17,7 +17,7 @@ def main(study, cell) -> None:
     measured = drift.measure(base=load_tensors(folder), tuned=verified(found, sha256=digest, what=out), roles=drift.roles(model),
                              importance=importance, device=hardware.device(study.device))  # fmt: skip
     write_json(study.paths.run(cell) / "drift.json",
-               {"cell": cell.name, "weights_sha256": digest, "base_sha256": read_json(folder / "base.json")["sha256"],
+               {"cell": cell.name, "weights_sha256": digest, "base_sha256": read_json(folder / "base.json", "sha256")["sha256"],
                 "reference": against, "top": drift.TOP, "rank_limit": drift.LARGEST} | measured)  # fmt: skip
 
 

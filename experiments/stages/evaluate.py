@@ -19,7 +19,7 @@ def base(study, *, model: str) -> None:
     folders = [study.paths.data / "evaluate" / domain for domain in study.grid["domains"]]
     with tempfile.TemporaryDirectory() as together:
         # tasks that domains share are scored once
-        entries = {e["name"]: e | {"file": str((f / e["file"]).resolve())} for f in folders for e in read_json(f / "tasks.json")}
+        entries = {e["name"]: e | {"file": str((f / e["file"]).resolve())} for f in folders for e in harness.entries(f)}
         (Path(together) / "tasks.json").write_text(json.dumps(list(entries.values())))
         folder, (dtype, where) = study.paths.model(model), _computing(study, model)
         _score(study, model, weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder),
@@ -36,7 +36,7 @@ def main(study, cell) -> None:
 
 def _computing(study, model_name: str) -> tuple[torch.dtype, torch.device]:
     where = hardware.device(study.device)
-    return study.compute_dtype(model_name, dtype_of(read_json(study.paths.model(model_name) / "base.json")), where), where
+    return study.compute_dtype(model_name, dtype_of(read_json(study.paths.model(model_name) / "base.json", "dtype")), where), where
 
 
 def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import evaluation
 from evaluation.encode import encode_text
@@ -24,7 +24,7 @@ from experiments.engine import fit
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.failures import recorded
-from experiments.files import folder_sha256, need_room, read_json, sha256, write_json
+from experiments.files import folder_sha256, need_room, read_json, sha256, write_json, writing
 from experiments.positions import refuse_long_documents
 from experiments.progress import bar
 from experiments.resume import Resume
@@ -71,7 +71,7 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     shards = processes.join(where)
     key = store_key(study, model, method, seed, where)
     store = study.paths.local / "prepared" / key
-    whole = shards.first and store.is_dir() and read_json(store / "manifest.json")["sha256"] == folder_sha256(store / "out")
+    whole = shards.first and _whole(store)
     if shards.said_by_first(whole):
         return store, True
     fresh = store.with_name(f"{store.name}.{shards.said_by_first(uuid.uuid4().hex[:8])}")
@@ -96,7 +96,7 @@ def store_key(study, model: str, method: str, seed: int, where: torch.device) ->
     and in, and the versions of what computes.
     """
     folder = study.paths.model(model)
-    info = read_json(folder / "base.json")
+    info = read_json(folder / "base.json", "sha256", "dtype")
     depends = {
         "settings": resolve.prepare(study, model, method),
         "base": info["sha256"], "base_files": tuned.files_sha256(folder),
@@ -112,7 +112,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
     base = load_tensors(folder)
-    checkpoint = dtype_of(read_json(folder / "base.json"))
+    checkpoint = dtype_of(read_json(folder / "base.json", "sha256", "dtype"))
     computing = study.compute_dtype(model_name, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
     settings = study.prepare_settings(model=model_name, method=method)
@@ -156,7 +156,8 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
                 if kind == "importance":
                     save_importance(tensors, path)
                 else:
-                    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+                    with writing(path):
+                        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
     peak = int(shards.sum(torch.tensor(hardware.peak_memory_bytes(where))).item())
     if not shards.first:
         return {}
@@ -204,8 +205,16 @@ def load_states(folder: Path, parts) -> dict[str, dict]:
         for kind in TENSORS:
             path = folder / f"{part.key}.{kind}.safetensors"
             if path.is_file():
-                states[part.key][kind] = load_importance(path) if kind == "importance" else load_file(path)
+                states[part.key][kind] = load_importance(path) if kind == "importance" else dict(load_tensors(path))
     return states
+
+
+def _whole(store: Path) -> bool:
+    """Whether the store's folder is there as it was written; what is damaged is prepared again."""
+    try:
+        return read_json(store / "manifest.json", "sha256")["sha256"] == folder_sha256(store / "out")
+    except UserError:
+        return False
 
 
 def _bytes(out: Path, kind: str) -> int:

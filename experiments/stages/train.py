@@ -44,7 +44,7 @@ def _train(study, cell) -> None:
     where = hardware.device(study.device)
     shards = processes.join(where)
     folder, out = paths.model(cell.model), paths.weights(cell)
-    base_info = read_json(folder / "base.json")
+    base_info = read_json(folder / "base.json", "sha256", "dtype")
     base = load_tensors(folder)
     prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
     checkpoint = dtype_of(base_info)

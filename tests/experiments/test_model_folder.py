@@ -144,7 +144,7 @@ def test_tensors_that_have_no_place_are_said_and_left_out(whole, tmp_path, capsy
 def test_a_value_too_large_for_the_dtype_asked_for(whole, tmp_path):
     _, block = damaged(whole, tmp_path, tensors(lambda t: t | {UP: value(t[UP], 1e5)}))
     weights.materialise(name="mine", block=block, packages={}, out_dir=tmp_path / "out")
-    with pytest.raises(UserError, match=f"the weights in torch.float16: {UP} is damaged, 32 of .*float16 holds no value beyond 65504"):
+    with pytest.raises(UserError, match=f"path:.*: the weights in torch.float16: {UP} is damaged, 32 of .*float16 holds no value beyond 65504"):
         weights.materialise(name="mine", block=block | {"dtype": "float16"}, packages={}, out_dir=tmp_path / "half")
 
 
