@@ -7,6 +7,8 @@ from dataclasses import fields
 from typing import Any
 
 import jinja2.meta
+import lm_eval.api.metrics  # noqa: F401 (which registers them)
+from lm_eval.api.registry import metric_registry
 from lm_eval.config.task import TaskConfig
 from lm_eval.utils import env as jinja_env
 
@@ -30,6 +32,11 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
         if key not in TASK_KEYS:
             near = difflib.get_close_matches(key, TASK_KEYS, n=1)
             raise UserError(f"task {name}: unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    for entry in config.get("metric_list") or ():
+        fetched = isinstance(entry.get("metric"), str) and not callable(config.get("process_results")) and entry["metric"] not in metric_registry
+        if fetched or entry.get("hf_evaluate"):
+            raise UserError(f"task {name}: {entry.get('metric')!r} in metric_list is none of lm-eval's own metrics "
+                            f"({', '.join(sorted(metric_registry))}), and program code of others is not fetched: choose one of these")  # fmt: skip
     if "doc_to_choice" in config:
         config.setdefault("output_type", "multiple_choice")
     shots = (config.get("fewshot_config") or {}) | {"split": None}

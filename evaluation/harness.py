@@ -73,9 +73,10 @@ def score(
     scorer: "shared-prefix" (forward passes of 64·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
     sequences each). kept: a folder in which shared-prefix keeps token ids for the next model. Random states and
     train/eval modes are left as they were. Nothing in the result differs between two runs on the same weights, rows,
-    versions and kind of machine. items' log_likelihood is the gold choice's, in nats; `choice` is the one the task's
-    metric picks. A written answer (GSM8K) has neither: its items hold the score by the entry's metric and filter
-    (`exact_match,strict-match`) alone, and scores' `metrics` those of all filters.
+    versions and kind of machine. items' score is the row's part in the number that models are compared by, turned so that more
+    is better, empty where the metric is one of the set (evaluation/measure.py); log_likelihood is the gold choice's, in nats;
+    `choice` is the one the task's metric picks. A written answer (GSM8K) has neither: its items hold the score by the entry's
+    metric and filter (`exact_match,strict-match`) alone, and scores' `metrics` those of all filters.
     """
     tasks = load_tasks(tasks_dir)
     with preserved(model), quiet():
@@ -93,25 +94,16 @@ def score(
             scores["general"], rows = _general(name, task, samples, tokenizer)
             items += rows
             continue
-        metric, _, strictness = entry["metric"].partition(",")
-        filters = list(dict.fromkeys(sample["filter"] for sample in samples))
-        samples = [s for s in samples if s["filter"] == (strictness or filters[0])]
-        metrics = {
-            key.removesuffix(",none"): float(value)
-            for key, value in sorted(results["results"][name].items())
-            if "," in key and "_stderr" not in key and isinstance(value, int | float)
-        }
+        samples = [sample for sample in samples if sample["filter"] == task.measure.filter]
         scores["tasks"][name] = {
             "role": entry["role"],
             "metric": entry["metric"],
-            "value": float(results["results"][name][f"{metric},{samples[0]['filter']}"]),
             "n": len(samples),
             "chance": entry["chance"],
             "version": task.VERSION,
             "prompt": _prompt(samples),
-            "metrics": metrics,
-        }
-        items += [_item(name, task, metric, sample) for sample in samples]
+        } | _reported(name, task, results["results"][name], samples)
+        items += [_item(name, task, sample) for sample in samples]
     scores["scoring"] = {
         "scoring": SCORING,
         "scorer": called,
@@ -124,7 +116,7 @@ def score(
     scores["weights_sha256"] = weights_sha256
     _refuse_no_numbers(items)
     frame = pd.DataFrame(items, columns=COLUMNS)
-    return scores, frame.astype({"choice": "Int64", "gold": "Int64"})
+    return scores, frame.astype({"choice": "Int64", "gold": "Int64", "score": "float64"})
 
 
 def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
@@ -137,24 +129,49 @@ def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
 
 def _refuse_no_numbers(items: list[dict[str, Any]]) -> None:
     for item in items:
-        if not math.isfinite(item["score"]) or math.isnan(item.get("log_likelihood") or 0.0):
+        if not math.isfinite(item["score"] or 0.0) or math.isnan(item.get("log_likelihood") or 0.0):
             raise UserError(f"task {item['task']}, document {item['doc_id'] + 1}: the model's score is not a finite number "
                             f"(score {item['score']}, log-likelihood {item.get('log_likelihood')}): its activations overflow in this dtype, or its "
                             "weights are damaged; state compute_dtype: float32 or bfloat16 in the model's block")  # fmt: skip
 
 
-def _item(name: str, task: LocalTask, metric: str, sample: Mapping[str, Any]) -> dict[str, Any]:
-    item = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": float(sample[metric])}
+def _reported(name: str, task: LocalTask, results: Mapping[str, Any], samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """The metric's value, what it is (`Measure.of`), and all metrics of the task."""
+    value = float(results[f"{task.measure.metric},{task.measure.filter}"])
+    if not math.isfinite(value):
+        raise UserError(f"task {name}: lm-eval's {task.measure.metric} of these answers is {value}, which is no number to compare: choose another metric")
+    metrics = {
+        key.removesuffix(",none"): float(number)
+        for key, number in sorted(results.items())
+        if "," in key and "_stderr" not in key and isinstance(number, int | float) and math.isfinite(number)
+    }
+    return {"value": value, "metrics": metrics} | task.measure.of(value, [sample[task.measure.metric] for sample in samples])
+
+
+def _item(name: str, task: LocalTask, sample: Mapping[str, Any]) -> dict[str, Any]:
+    part, passed = task.measure.part, sample[task.measure.metric]
+    item = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": None if part is None else part(passed)}
     if task.OUTPUT_TYPE == "multiple_choice":
-        choices = task.doc_to_choice(sample["doc"])
-        values = np.array([value for value, _ in sample["filtered_resps"]])[: len(choices)]
-        lengths = np.array([len(choice) for choice in choices]) if metric == "acc_norm" else 1.0
-        gold = gold_index(task, sample["doc"])
-        item |= {"choice": int(np.argmax(values / lengths)), "gold": gold, "log_likelihood": float(values[gold])}
+        choices, gold = task.doc_to_choice(sample["doc"]), gold_index(task, sample["doc"])
+        picked = _choice(task.measure.metric, choices, sample["filtered_resps"], gold)
+        item |= {"choice": picked, "gold": gold, "log_likelihood": float(sample["filtered_resps"][gold][0])}
     elif task.OUTPUT_TYPE == "loglikelihood":
         ((value, greedy),) = sample["filtered_resps"]
         item |= {"choice": 0 if greedy else None, "gold": 0, "log_likelihood": value}
     return item
+
+
+def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], gold: int) -> int | None:
+    """The choice that a metric counts as the model's: as lm-eval works it out of (nats, greedy) by choice."""
+    if metric == "exact_match":  # what the model would write: none of the choices, as a rule
+        greedy = [number for number, (_, likeliest) in enumerate(answers[: len(choices)]) if likeliest]
+        return gold if gold in greedy else next(iter(greedy), None)
+    values = np.array([value for value, _ in answers])
+    found = values[: len(choices)]
+    if metric == "acc_mutual_info":  # behind the choices' stand those without the question
+        found = found - values[len(choices) :]
+    lengths = {"acc_norm": [len(choice) for choice in choices], "acc_bytes": [len(choice.encode()) for choice in choices]}.get(metric, 1.0)
+    return int(np.argmax(found / np.array(lengths)))
 
 
 def _prompt(samples: list[Mapping[str, Any]]) -> str:

@@ -12,7 +12,7 @@ import datasets
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import apply_template, env as jinja_env
 
-from evaluation import gold as golds, nulls
+from evaluation import gold as golds, measure, nulls
 from evaluation.definition import SPLIT
 from experiments.jsonl import Row, place
 
@@ -35,8 +35,10 @@ class LocalTask(ConfigurableTask):
 
     def __init__(self, *, rows: Sequence[Row], config: dict[str, Any], metric: str) -> None:
         self.rows, self.metric = rows, metric
+        self.measure: measure.Measure | None = None
         with quiet():
             super().__init__(config=config)
+        self._aggregation_list = measure.bounded(self._aggregation_list)
 
     def doc_to_text(self, doc: Mapping[str, Any], doc_to_text: Any = None) -> str | int:
         template = self.config.doc_to_text if doc_to_text is None else doc_to_text

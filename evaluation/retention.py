@@ -1,8 +1,10 @@
-"""What a model lost: its scores on the retention tasks against the bare base model's.
+"""What a model gained and lost: its scores against the bare base model's.
 
-Forgetting is base minus tuned, averaged over the retention tasks on which the base is above chance. A task at chance
-cannot show loss, so it would only dilute the mean: it is named, and left out. Above chance means that the lower end of
-Wilson's interval for the base's score, one-sided at 95 %, lies above chance:
+Two models differ in a task by what their scores are `compared` by (evaluation/measure.py): turned so that more is better, shares of
+1 as they are, perplexities by their logarithm. Forgetting is base minus tuned, averaged over the retention tasks whose metric is a
+proportion of rows and on which the base is above chance. A task at chance cannot show loss, so it would only dilute the mean: it is
+named, and left out. A task in another unit has no mean with proportions: it is listed by itself. Above chance means that the lower
+end of Wilson's interval for the base's score, one-sided at 95 %, lies above chance:
 
     (p + z²/2n − z·sqrt(p(1−p)/n + z²/4n²)) / (1 + z²/n) > chance,     z = 1.6449, n scored rows
 
@@ -10,12 +12,15 @@ Wilson's interval for the base's score, one-sided at 95 %, lies above chance:
 """
 
 import math
+import statistics
 from collections.abc import Mapping
 from typing import Any
 
+from evaluation.measure import SHARE
 from experiments.errors import UserError
 
 Z = 1.6448536269514722  # Φ(z) = 0.95
+Z_BOTH = 1.959963984540054  # Φ(z) = 0.975
 
 Tasks = Mapping[str, Mapping[str, Any]]  # the "tasks" of a scores.json, or some of them
 
@@ -28,32 +33,65 @@ def lower_bound(proportion: float, n: int) -> float:
 
 
 def above_chance(score: Mapping[str, Any]) -> bool:
-    """Whether a task's entry in scores.json lies above chance with a 95 % lower bound."""
-    return lower_bound(score["value"], score["n"]) > score["chance"]
+    """Whether a task's entry in scores.json lies above chance with a 95 % lower bound; never for what is no proportion of rows."""
+    return unit_of(score) == SHARE and 0 <= score["value"] <= 1 and lower_bound(score["value"], score["n"]) > score["chance"]
+
+
+def unit_of(score: Mapping[str, Any]) -> str:
+    """The unit of a difference of two scores of a task (evaluation/measure.py)."""
+    return score.get("unit", SHARE)
+
+
+def change(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """{"change", "unit"} of a task's two entries in scores.json: tuned minus base, turned so that more is better. Of a metric of the set also
+    "change_error", "change_low" and "change_high": the standard error by drawing rows with replacement, the same for both, and the
+    95 % interval by it (None where too few draws gave a number)."""
+    units = {unit_of(base), unit_of(tuned)}
+    unit = units.pop() if len(units) == 1 else base["metric"].partition(",")[0]
+    found: dict[str, Any] = {"change": _compared(tuned) - _compared(base), "unit": unit}
+    if "resampled" in tuned:
+        pairs = [(after, before) for after, before in zip(tuned["resampled"], base["resampled"]) if None not in (after, before)]
+        error = statistics.stdev(after - before for after, before in pairs) if len(pairs) > len(tuned["resampled"]) // 2 else None
+        bounds = (None, None) if error is None else (found["change"] - Z_BOTH * error, found["change"] + Z_BOTH * error)
+        found |= {"change_error": error, "change_low": bounds[0], "change_high": bounds[1]}
+    return found
 
 
 def forgetting(base: Tasks, tuned: Tasks) -> dict[str, Any]:
-    """{"forgetting", "by_task", "at_chance"} of `tuned`, entries of the retention tasks (others are not counted).
+    """{"forgetting", "by_task", "at_chance", "apart"} of `tuned`, entries of the retention tasks (others are not counted).
 
     by_task: base minus tuned of each task that counts; forgetting: their mean, None where no task counts; at_chance:
-    the retention tasks left out. Raises UserError where a task's two scores are not of the same rows and metric.
+    the retention tasks left out; apart: those in another unit than shares, each with its "forgetting" in its "unit". Raises
+    UserError where a task's two scores are not of the same rows and metric.
     """
     by_task: dict[str, float] = {}
+    apart: dict[str, dict[str, Any]] = {}
     at_chance: list[str] = []
     for name, score in tuned.items():
         if score["role"] != "retention":
             continue
-        if name not in base:
-            raise UserError(f"task {name} has no score of the base model: score the base again")
-        for key in ("metric", "n", "chance", "version"):
-            if base[name].get(key) != score.get(key):
-                raise UserError(
-                    f"task {name}: {key} is {base[name].get(key)!r} for the base and {score.get(key)!r} for the tuned "
-                    "model: score both again"
-                )
-        if above_chance(base[name]):
-            by_task[name] = base[name]["value"] - score["value"]
+        same(name, base, score)
+        changed = change(base[name], score)
+        if changed["unit"] != SHARE:
+            apart[name] = {"forgetting": -changed["change"], "unit": changed["unit"]}
+        elif above_chance(base[name]):
+            by_task[name] = -changed["change"]
         else:
             at_chance.append(name)
     mean = math.fsum(by_task.values()) / len(by_task) if by_task else None
-    return {"forgetting": mean, "by_task": by_task, "at_chance": at_chance}
+    return {"forgetting": mean, "by_task": by_task, "at_chance": at_chance, "apart": apart}
+
+
+def same(name: str, base: Tasks, score: Mapping[str, Any]) -> None:
+    """Raises UserError where the base has no score of a task, or one of other rows or of another metric."""
+    if name not in base:
+        raise UserError(f"task {name} has no score of the base model: score the base again")
+    for key in ("metric", "n", "chance", "version"):
+        if base[name].get(key) != score.get(key):
+            raise UserError(
+                f"task {name}: {key} is {base[name].get(key)!r} for the base and {score.get(key)!r} for the tuned model: score both again"
+            )
+
+
+def _compared(score: Mapping[str, Any]) -> float:
+    return score.get("compared", score["value"])

@@ -12,11 +12,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from lm_eval.api.instance import Instance
 from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluation import gold as golds, nulls
 from evaluation.definition import columns_asked, columns_read, config_of
 from evaluation.local import LocalTask, Unfit, filled, quiet
+from evaluation.measure import measured
 from evaluation.shipped import lacks_package
 from experiments import jsonl
 from experiments.errors import UserError
@@ -42,7 +44,8 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
     """The lm-eval task `task` on `rows`, or on those of a JSONL file, known as `name`, reported by `metric`.
 
     A metric that lm-eval takes of several filters' answers is written METRIC,FILTER, such as
-    `exact_match,strict-match`; without a filter it is that of the task's first one. Every row is checked (`check`).
+    `exact_match,strict-match`; without a filter it is that of the task's first one. Every row is checked (`check`), and the metric
+    is tried on made-up answers to all of them (evaluation/measure.py).
     Raises UserError for an unknown task, key, metric or filter, a missing column, a gold answer that is not one of the
     choices, and for answers that are to be drawn instead of written greedily. It names the place where a row was read.
     """
@@ -58,7 +61,7 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
                 LocalTask(rows=rows, config=config, metric=metric)
         raise
     known = sorted(made.aggregation())
-    perplexity = made.OUTPUT_TYPE == "loglikelihood_rolling" and metric == "perplexity"  # ours: exp(nats per token)
+    perplexity = task == "general_text" and metric == "perplexity"  # ours: exp(nats per token)
     if metric.partition(",")[0] not in known and not perplexity:
         raise UserError(f"task {name}: metric {metric!r} is not one of its metrics {known}: name one of them")
     filters = [one.name for one in made._filters]
@@ -66,20 +69,25 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
         raise UserError(f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them")
     if made.OUTPUT_TYPE == "generate_until":
         _greedy(made)
-    check(made)
+    asked = check(made)
+    made.measure = None if perplexity else measured(made, metric, asked)
     return made
 
 
-def check(task: LocalTask) -> None:
-    """Refuse documents whose prompt or target cannot be made, that would write null, and those whose gold answer is not a valid choice."""
+def check(task: LocalTask) -> list[list[Instance]]:
+    """Refuse documents whose prompt or target cannot be made, that would write null, and those whose gold answer is not a valid choice.
+
+    Returns what lm-eval asks of each row."""
     task.set_fewshot_seed(SEED)
+    made = []
     for number, doc in enumerate(task.eval_docs, 1):
         with _named(f"task {task.config.task}, {task.place(number)}", task.rows, vars(task.config), row=doc):
-            asked = requests(task, doc)
+            made.append(requests(task, doc))
             if task.OUTPUT_TYPE == "multiple_choice":
                 gold_index(task, doc, task.place(number))
-            elif task.OUTPUT_TYPE == "loglikelihood" and not asked[0][1]:
+            elif task.OUTPUT_TYPE == "loglikelihood" and not made[-1][0].args[1]:
                 raise Unfit(f"the text to score is empty (doc_to_target: {task.config.doc_to_target!r})")
+    return made
 
 
 def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> int:
@@ -104,12 +112,12 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> in
     return int(first) if isinstance(first, int) else choices.index(first)
 
 
-def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[tuple[Any, ...]]:
-    """What lm-eval asks the model of one row: (context, continuation) by choice, (text,), or (context, generation settings)."""
+def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[Instance]:
+    """What lm-eval asks the model of one row; its `args` are (context, continuation) by choice, (text,), or (context, generation settings)."""
     context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
     made = task.construct_requests(doc, context, metadata=(task.config.task, 0, 1))
-    asked = [one.args for one in (made if isinstance(made, list) else [made])]
-    for text in (part for parts in asked for part in parts if not isinstance(part, dict)):
+    asked = made if isinstance(made, list) else [made]
+    for text in (part for one in asked for part in one.args if not isinstance(part, dict)):
         if not isinstance(text, str):
             raise Unfit(f"{text!r:.80} is to be asked, which is no text")
     return asked
@@ -150,8 +158,8 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
     """The rows as the task asks them: {"id", "context", "choices", "gold"}, text and delimiters as lm-eval sends them.
 
     `context` holds the description and the few-shot examples that scoring shows, drawn alike; then "asked" is the context without
-    the examples. `choices` begin with the target delimiter. Where the metric is acc_norm a row also has "norm", the lengths in
-    characters by which lm-eval divides the choices' log-likelihoods. A task of one continuation (LAMBADA) has one
+    the examples. `choices` begin with the target delimiter. Where the metric is acc_norm or acc_bytes a row also has "norm", the lengths in
+    characters or bytes by which lm-eval divides the choices' log-likelihoods. A task of one continuation (LAMBADA) has one
     choice, gold 0; so has a task whose answers are written (GSM8K), its choice the whole target, and the row has "end",
     for end of text belongs behind it. `id` is lm-eval's doc_hash.
     """
@@ -164,7 +172,7 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
         )
     task.set_fewshot_seed(SEED)
     for doc in task.eval_docs:
-        asked = requests(task, doc)
+        asked = [one.args for one in requests(task, doc)]
         row: dict[str, Any] = {"id": doc_hash(doc), "context": asked[0][0]}
         if task.config.num_fewshot:
             row["asked"] = task.fewshot_context(doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
@@ -176,8 +184,8 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
             choices = task.doc_to_choice(doc)
             row["choices"] = [continuation for _, continuation in asked[: len(choices)]]
             row["gold"] = gold_index(task, doc)
-            if task.metric.partition(",")[0] == "acc_norm":
-                row["norm"] = [len(choice) for choice in choices]
+            if (metric := task.metric.partition(",")[0]) in ("acc_norm", "acc_bytes"):
+                row["norm"] = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
         rendered.append(row)
     return rendered
 

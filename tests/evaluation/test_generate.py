@@ -115,6 +115,7 @@ def test_exact_match_through_lm_evals_filters(scorer, learned, byte_tokenizer, t
     scores, items = _scored(learned, byte_tokenizer, tmp_path, scorer)
     assert scores["tasks"]["math"] | {"version": 0, "prompt": ""} == {
         "role": "domain", "metric": "exact_match,strict-match", "value": 0.8, "n": 5, "chance": 0.0, "version": 0, "prompt": "",
+        "unit": "share", "higher_is_better": True, "per_item": True, "compared": 0.8,
         "metrics": {"exact_match,strict-match": 0.8, "exact_match,flexible-extract": 0.8}}  # fmt: skip
     items = items[items.task == "math"]
     assert items.score.tolist() == [1, 1, 0, 1, 1]
