@@ -73,9 +73,9 @@ def forgetting(base: Tasks, tuned: Tasks) -> dict[str, Any]:
         same(name, base, score)
         changed = change(base[name], score)
         if changed["unit"] != SHARE:
-            apart[name] = {"forgetting": -changed["change"], "unit": changed["unit"]}
+            apart[name] = {"forgetting": 0.0 - changed["change"], "unit": changed["unit"]}
         elif above_chance(base[name]):
-            by_task[name] = -changed["change"]
+            by_task[name] = 0.0 - changed["change"]  # which is never -0.0
         else:
             at_chance.append(name)
     mean = math.fsum(by_task.values()) / len(by_task) if by_task else None

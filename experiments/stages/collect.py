@@ -1,8 +1,11 @@
 """collect: one metrics.json a cell, joined from training, preparation, scores and the base's scores."""
 
-from evaluation.retention import forgetting
+from evaluation.retention import change, forgetting, same
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
+
+OF_TASK = ("value", "base", "n", "chance", "metric", "role", "version", "prompt", "unit", "higher_is_better", "per_item", "change", "change_error",
+           "change_low", "change_high")  # fmt: skip
 
 
 def main(study, cell) -> None:
@@ -33,18 +36,20 @@ def _comparable(cell, scores: dict, base: dict) -> None:
 
 
 def _scores(scores: dict, base: dict, domain: str) -> dict:
-    tasks = {name: task | {"base": base["tasks"][name]["value"]} for name, task in scores["tasks"].items()}
-    retention = {n: t for n, t in tasks.items() if t["role"] == "retention"}
-    lost = forgetting(base["tasks"], retention)
-    kept = [n for n in retention if n not in lost["at_chance"]]
+    for name, task in scores["tasks"].items():
+        same(name, base["tasks"], task)
+    tasks = {name: {"higher_is_better": True, "per_item": True} | task | {"base": base["tasks"][name]["value"]} | change(base["tasks"][name], task)
+             for name, task in scores["tasks"].items()}  # fmt: skip
+    lost = forgetting(base["tasks"], scores["tasks"])
+    kept = list(lost["by_task"])
     mean = (lambda key: sum(tasks[n][key] for n in kept) / len(kept)) if kept else (lambda key: None)
     return {
         "domain_score": tasks[domain]["value"], "domain_score_base": tasks[domain]["base"],
-        "domain_gain": tasks[domain]["value"] - tasks[domain]["base"],
+        "domain_gain": tasks[domain]["change"], "domain_unit": tasks[domain]["unit"],
         "general_score": mean("value"), "general_score_base": mean("base"),
-        "forgetting": lost["forgetting"], "forgetting_by_task": lost["by_task"], "at_chance": lost["at_chance"],
-        "transfer_by_task": {n: t["value"] - t["base"] for n, t in tasks.items() if t["role"] == "transfer"},
-        "scores_by_task": {n: {k: t[k] for k in ("value", "base", "n", "chance", "metric", "role", "version", "prompt")} for n, t in tasks.items()},
+        "forgetting": lost["forgetting"], "forgetting_by_task": lost["by_task"], "at_chance": lost["at_chance"], "forgetting_apart": lost["apart"],
+        "transfer_by_task": {n: t["change"] for n, t in tasks.items() if t["role"] == "transfer"},
+        "scores_by_task": {n: {k: t[k] for k in OF_TASK if k in t} for n, t in tasks.items()},
         "n": {n: t["n"] for n, t in tasks.items()} | {"general_text": scores["general"]["n"]},
         "general_perplexity": scores["general"]["perplexity"], "general_perplexity_base": base["general"]["perplexity"],
         "general_bits_per_byte": scores["general"]["bits_per_byte"], "general_bits_per_byte_base": base["general"]["bits_per_byte"],

@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from evaluation.retention import above_chance, forgetting, lower_bound
+from evaluation.retention import above_chance, change, forgetting, lower_bound
 from experiments.errors import UserError
 
 
@@ -51,7 +52,7 @@ def test_mean_over_the_tasks_above_chance_only():
 
 
 def test_none_where_no_task_can_show_loss():
-    assert forgetting({"a": entry(0.25)}, {"a": entry(0.0)}) == {"forgetting": None, "by_task": {}, "at_chance": ["a"]}
+    assert forgetting({"a": entry(0.25)}, {"a": entry(0.0)}) == {"forgetting": None, "by_task": {}, "at_chance": ["a"], "apart": {}}
 
 
 def test_base_against_itself_is_exactly_zero():
@@ -68,3 +69,38 @@ def test_scores_of_other_rows_or_metrics_are_refused(change):
 def test_a_task_without_a_base_score_is_refused():
     with pytest.raises(UserError, match="task a has no score of the base"):
         forgetting({}, {"a": entry(0.6)})
+
+
+@pytest.mark.parametrize("value", [-0.3, 1.7, 25.0, 6e12])
+def test_what_is_no_proportion_is_never_above_chance(value):
+    assert not above_chance(entry(value, chance=0.0))
+    assert not above_chance(entry(0.5, chance=0.0, unit="mcc"))
+
+
+def test_a_fall_of_perplexity_is_a_gain_in_nats_and_its_rise_forgetting():
+    """exp(2) times the perplexity is 2 nats, whatever the level."""
+    worse = {"unit": "nats", "metric": "perplexity", "higher_is_better": False}
+    base = {"a": entry(0.6), "p": entry(math.exp(3.0), **worse, compared=-3.0)}
+    tuned = {"a": entry(0.5), "p": entry(math.exp(5.0), **worse, compared=-5.0)}
+    assert change(base["p"], tuned["p"]) == {"change": -2.0, "unit": "nats"}
+    assert change(tuned["p"], base["p"]) == {"change": 2.0, "unit": "nats"}
+    lost = forgetting(base, tuned)
+    assert lost["forgetting"] == lost["by_task"]["a"] == pytest.approx(0.1) and "p" not in lost["by_task"]
+    assert lost["apart"] == {"p": {"forgetting": 2.0, "unit": "nats"}} and lost["at_chance"] == []
+
+
+def test_the_interval_of_a_metric_of_the_set_is_of_the_same_draws():
+    draws = [0.1, 0.5, None, 0.3, 0.2]
+    base = entry(0.3, unit="mcc", metric="mcc", compared=0.3, resampled=draws)
+    tuned = entry(0.4, unit="mcc", metric="mcc", compared=0.4, resampled=[None if d is None else d + 0.1 for d in draws])
+    found = change(base, tuned)
+    assert found["change"] == pytest.approx(0.1) and found["change_error"] == pytest.approx(0.0, abs=1e-12)
+    wider = change(base, tuned | {"resampled": [0.2, 0.2, 0.2, 0.2, 0.2]})
+    assert wider["change_error"] == pytest.approx(np.std([0.1, 0.5, 0.3, 0.2], ddof=1))
+    assert wider["change_high"] - wider["change_low"] == pytest.approx(2 * 1.959964 * wider["change_error"], rel=1e-6)
+    assert change(base, tuned | {"resampled": [None, None, None, 0.2, 0.2]})["change_error"] is None
+
+
+def test_a_function_that_left_the_unit_interval_once_is_no_proportion_of_either_model():
+    base, tuned = entry(0.5, unit="share", metric="rouge"), entry(30.0, unit="rouge", metric="rouge")
+    assert change(base, tuned)["unit"] == change(tuned, base)["unit"] == "rouge"
