@@ -14,7 +14,8 @@ from experiments.bench import command as bench
 from experiments.errors import UserError
 from experiments.gpu_check.options import add_options
 
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk answers, and no fault of ours
+# what a disk answers, and no fault of ours
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
 STAGES = {
     "resolve": ("settings each stage depends on, as small files", ()),
     "model": ("fetch a model and turn it into ordinary safetensors", ("model",)),
@@ -200,7 +201,15 @@ def main() -> int:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        print(f"error: {error.filename or 'what was to be written'}: {error.strerror.lower()}; make it writable or free some disk, and run the same again", file=sys.stderr)
+        print(f"error: {error.filename or 'what was to be written'}: {error.strerror.lower()}; correct the path, make it writable or free some disk, and run the same again", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        from experiments.failures import out_of_memory
+
+        if not out_of_memory(error):
+            raise
+        print(f"error: out of memory ({str(error).strip().partition(chr(10))[0] or 'MemoryError'}): lower evaluate.batch_size or train.micro_batch, or run where there is more",
+              file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
         print("stopped; finished cells are whole, and `dvc repro` goes on from here", file=sys.stderr)

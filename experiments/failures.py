@@ -36,7 +36,7 @@ def recorded(study, cell, stage: str):
     except UserError as error:
         kind, reason = "error", str(error)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
             raise
         kind = "out of memory"
@@ -65,7 +65,7 @@ def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
             "settings": settings, "parts": {part.key: part.settings() for part in study.methods[cell.method].parts}}  # fmt: skip
 
 
-def _out_of_memory(error: BaseException) -> bool:
+def out_of_memory(error: BaseException) -> bool:
     """torch's CPU allocator says so only in words."""
     return not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 

@@ -27,9 +27,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *keys: str, kind: type = dict) -> Any:
-    """The object of a result file, or the list with `kind=list`. Raises MissingInput without the file, UserError for a damaged one.
+    """What a result file holds, a mapping, or a list with `kind=list`. Raises MissingInput without the file, UserError for a damaged one.
 
-    `keys` must be in the object.
+    `keys` must be in the mapping.
     """
     if not path.is_file():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
@@ -38,9 +38,9 @@ def read_json(path: Path, *keys: str, kind: type = dict) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {AGAIN}") from error
     if not isinstance(found, kind):
-        raise UserError(f"{path} holds no JSON {'object' if kind is dict else 'list'}: {AGAIN}")
+        raise UserError(f"{path} is not what its stage writes (it is no {'mapping' if kind is dict else 'list'}): {AGAIN}")
     if missing := [key for key in keys if key not in found]:
-        raise UserError(f"{path} has no {missing[0]!r}: {AGAIN}")
+        raise UserError(f"{path} is not what its stage writes ({missing[0]} is missing): {AGAIN}")
     return found
 
 

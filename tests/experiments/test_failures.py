@@ -1,19 +1,25 @@
 """A failure is a record with its reason; room on the disk is asked for before work starts."""
 
+import contextlib
+import errno
 import json
 import os
+import resource
 import signal
 
 import pytest
 import torch
 
-from experiments import cells, config
+from evaluation.kept import KeptTokens
+from experiments import cells, config, delta, weights
 from experiments.engine import TrainingFailed
 from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import need_room, read_json, write_json
 from experiments.paths import HERE, Paths
 from experiments.provenance import git
+from experiments.random_models import byte_tokenizer
+from methods.stored import save_importance
 
 CELL = cells.Cell("llama-tiny", "sums", "full", 0)
 
@@ -103,6 +109,44 @@ def test_a_result_file_is_whole_or_not_there(tmp_path):
     (tmp_path / "b.json").write_text("{")
     with pytest.raises(UserError, match="b.json is not JSON .*restore it with git"):
         read_json(tmp_path / "b.json")
+
+
+@contextlib.contextmanager
+def full_disk(room):
+    """No file can grow beyond `room` bytes: what writes meets the error of a full disk, with another number."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def write_importance(folder):
+    save_importance({"a": torch.rand(1000)}, folder / "a.importance.safetensors")
+
+
+def write_delta(folder):
+    delta.write(folder / "delta.safetensors", base={"a": torch.zeros(1000)}, tuned={"a": torch.rand(1000)}, base_sha256="0")
+
+
+def write_tokens(folder):
+    KeptTokens(folder, byte_tokenizer(), {}).save([("a", "b")], [(list(range(999)), [1])])
+
+
+@pytest.mark.parametrize("write", [write_importance, write_delta, write_tokens, lambda folder: write_json(folder / "a.json", ["x" * 999])])
+def test_a_disk_that_takes_no_more_is_a_line_and_a_record(study, tmp_path, write):
+    with full_disk(500), pytest.raises(OSError) as raised:
+        write(tmp_path)
+    assert raised.value.errno == errno.EFBIG
+    record, message = fail(study, raiser(raised.value))
+    assert record["reason"].startswith("the disk is full") and "None" not in message
+
+
+def test_a_model_that_the_disk_does_not_take_is_told_by_name(tmp_path):
+    with full_disk(20_000), pytest.raises(UserError, match="model 'm': cannot be read or written: .*File too large"):
+        weights.materialise(name="m", block={"source": "random:llama"}, packages={}, out_dir=tmp_path / "m")
+    assert not (tmp_path / "m").exists()
 
 
 def test_root_is_the_checkout():
