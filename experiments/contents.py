@@ -1,12 +1,14 @@
 """What a value holds, in a few bytes: whether two looks at it have seen the same."""
 
+import dataclasses
 import hashlib
 import io
 import pickle
 import random
 import warnings
 import zlib
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 PIECE = 1 << 24  # words mixed at a time
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (t for one in value.values() for t in tensors_in(one))
+    elif isinstance(value, list | tuple | set | deque):
+        yield from (t for one in value for t in tensors_in(one))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (t for f in dataclasses.fields(value) for t in tensors_in(getattr(value, f.name)))
 
 
 def local(tensor: Tensor) -> Tensor:

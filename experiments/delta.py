@@ -44,8 +44,19 @@ def write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
     """Write what differs of `tuned` from `base` (the same names, shapes and dtypes) to `path`; returns the sha256 of `tuned`.
 
     One tensor of each is asked for at a time, and what is coded goes to the disk at once. A tensor of a dtype that is not coded
-    is written as it is.
+    is written as it is. Raises UserError, and leaves no file, where a name, a shape or a dtype is not the base's.
     """
+    if odd := sorted(set(base) ^ set(tuned)):
+        raise UserError(f"{odd[0]} is a tensor of the {'base' if odd[0] in base else 'tuned model'} alone, of {len(odd)} such: "
+                        "a difference is of the same tensors")  # fmt: skip
+    try:
+        return _write(path, base=base, tuned=tuned, base_sha256=base_sha256)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], base_sha256: str) -> str:
     digest, entries, about, at = hashlib.sha256(), {}, {}, 0
     shapes = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in base.items()}
     # the lengths stand in the header, which stands in front: it gets room for the longest, and spaces for the rest
@@ -54,6 +65,8 @@ def write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
         file.seek(8 + room)
         for name in sorted(shapes):
             before, after = base[name], tuned[name]
+            if (after.shape, after.dtype) != (before.shape, before.dtype):
+                raise UserError(f"{name} is {after.dtype} {list(after.shape)} in the tuned model, {before.dtype} {list(before.shape)} in the base")
             update(digest, name, after)
             if same(before, after):
                 continue

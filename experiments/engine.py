@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from experiments import architecture, batches, hardware
+from experiments import architecture, batches, hardware, hooks
 from experiments.engine_settings import TrainSettings, learning_rate
 from experiments.errors import UserError
 from experiments.flops import Flops
@@ -150,25 +150,31 @@ def fit(
 
 def _step(run, parts, states, trained, optimizer, settings, examples, step) -> dict[str, Tensor | float]:
     """One optimizer step; returns loss (nats a labelled token), penalty and gradient norm, on the device."""
-    asked = _labelled(examples)
+    asked, labelled = max(1, _labelled(examples)), 0
     trained.zero()
     total = torch.zeros((), device=run.device)
     for batch, real in _micro_batches(examples, run, settings):
         hooked = parts if real else ()
         for part in hooked:
-            batch = part.batch(run=run, state=states[part.key], batch=batch)
+            batch = hooks.batch(part, run=run, state=states[part.key], before=batch)
+        labelled += hooks.labelled(batch) if hooks.overridden(hooked, "batch") else 0
         # labels stay on the CPU: what they select is known there
         batch = {name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()}
         nll, loss = trained.compute(_loss, batch, run, hooked, states)
         total += nll / asked
         (loss * (run.shards.world / asked)).backward()  # reduction over processes takes the mean
     trained.complete()
+    if hooks.overridden(parts, "batch"):  # which may have changed the labels
+        labelled = int(run.shards.sum(torch.tensor(labelled, device=run.device)))
+        if labelled not in (0, asked):
+            torch._foreach_mul_([weight.grad for weight in run.weights.values()], asked / labelled)
+            total *= asked / labelled
     wanted = any("needs_gradient" in part.capabilities for part in parts)
     gradient = {n: w.grad.clone() for n, w in run.weights.items()} if wanted else None
     penalty = torch.zeros((), device=run.device)
     with torch.no_grad():
         for part in parts:
-            value = part.before_clip(run=run, state=states[part.key], step=step)
+            value = hooks.term(part, "before_clip", part.before_clip(run=run, state=states[part.key], step=step), like=penalty)
             if value is not None:
                 penalty = penalty + value
         norm = _clip(run, settings.clip)
@@ -176,6 +182,8 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> d
         trained.push()
         for part in parts:
             part.after_step(run=run, state=states[part.key], step=step, gradient=gradient)
+        if hooks.overridden(parts, "after_step"):  # which may have changed the weights
+            trained.push()
     return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}
 
 
@@ -206,7 +214,7 @@ def _loss(model: nn.Module, batch: batches.Example, run: Run, parts, states) -> 
     loss = summed_nll(hidden, batch["labels"], architecture.logits_of(model))
     nll = loss.detach()
     for part in parts:
-        extra = part.loss(run=run, state=states[part.key], batch=batch, hidden=hidden)
+        extra = hooks.term(part, "loss", part.loss(run=run, state=states[part.key], batch=batch, hidden=hidden), like=loss)
         if extra is not None:
             loss = loss + extra
     return nll, loss
@@ -238,18 +246,15 @@ def _moments(trained, settings: TrainSettings, seed: int, shards: Shards) -> Mom
 def _start_from(run: Run, states: dict[str, dict]) -> None:
     """Copy the weights that a part prepared as the start of fine-tuning."""
     with torch.no_grad():
-        for state in states.values():
-            for name, value in (state.pop("start", None) or {}).items():
-                run.weights[name].copy_(run.shards.local(value))
+        for name, value in hooks.starts(states, run).items():
+            run.weights[name].copy_(run.shards.local(value))
 
 
 def _optimizer(parts: Sequence[Part], run: Run, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer of the part that brings one, else fused AdamW."""
     betas, chosen = (settings.beta1, settings.beta2), {"eps": settings.eps, "weight_decay": settings.weight_decay}
-    for part in parts:
-        optimizer = part.optimizer(run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)
-        if optimizer is not None:
-            return optimizer
+    if (optimizer := hooks.optimizer(parts, run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)) is not None:
+        return optimizer
     if settings.moments == "float32":
         return torch.optim.AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, fused=True, **chosen)
     return AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, moments=run.moments, **chosen)
@@ -271,5 +276,5 @@ def final_weights(result: FitResult, parts: Sequence[Part]) -> dict[str, Tensor]
             if run.shards.first:
                 final[name] = whole.cpu()
     for part in sorted(parts, key=lambda part: part.key):
-        final = part.finish(run=run, state=result.states[part.key], final=final)
+        final = hooks.finished(part, part.finish(run=run, state=result.states[part.key], final=final), base=run.base)
     return final

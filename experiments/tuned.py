@@ -38,8 +38,10 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
     """Keep `final`, rounded once to each base tensor's dtype, in the folder `out`, which may have an adapter/; returns its hash.
 
     folder   the base model's; `base` are its tensors, and stand for what `final` lacks
-    Raises TrainingFailed where a value is not finite.
+    Raises UserError for a tensor that the base has not, or not in that shape, and TrainingFailed where a value is not finite.
     """
+    if unknown := sorted(set(final) - set(base)):
+        raise UserError(f"{unknown[0]} is no tensor of the base model: it cannot be kept beside it")
     out.mkdir(parents=True, exist_ok=True)
     info, tuned = read_json(folder / "base.json", "sha256"), _rounded(base, final)
     model_folder.refuse_not_finite(tuned, "the weights after the last step", then="lower train.learning_rate or a part's strength",
@@ -153,7 +155,15 @@ class _Over(Mapping[str, Tensor]):
 
 
 def _rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> _Over:
-    return _Over(base, lambda name, tensor: final[name].to(tensor.dtype).cpu().contiguous() if name in final else tensor)
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        if name not in final:
+            return tensor
+        found = final[name].to(tensor.dtype).cpu().contiguous()
+        if found.shape != tensor.shape:
+            raise UserError(f"{name} is {list(found.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside it")
+        return found
+
+    return _Over(base, rounded)
 
 
 def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:

@@ -171,7 +171,11 @@ class Part:
         """After the optimizer is made and the start is copied."""
 
     def batch(self, *, run: Run, state: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each (batch, tokens)."""
+        """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each (batch, tokens).
+
+        Rows and labels may be added, changed and taken away: a step's loss is divided by the labelled tokens that are left of all
+        its micro-batches. Padding stands on the right; no other mask is read.
+        """
         return batch
 
     def loss(self, *, run: Run, state: dict, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
@@ -202,6 +206,7 @@ class Part:
     def finish(self, *, run: Run, state: dict, final: dict[str, Tensor]) -> dict[str, Tensor]:
         """Change the full-precision weights to be written, by base parameter name; what is absent stays the base's.
 
+        No name, shape or narrower dtype than the base has: that is refused by the part's name.
         Whole tensors on the CPU at the first process, which writes them; `final` is empty at the others.
         """
         return final
@@ -223,6 +228,9 @@ def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] 
             raise TypeError(f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register, on a subclass of Part")
         if shadowed := [f.name for f in declared(part) if hasattr(Part, f.name)]:
             raise TypeError(f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name; call it something else")
+        for hook, capability in (("optimizer", "optimizer"), ("adapt", "adapts")):
+            if getattr(part, hook) is not getattr(Part, hook) and capability not in capabilities:
+                raise TypeError(f"part {name!r}: it has the hook `{hook}`, so write {capability!r} among its capabilities: {CAPABILITIES[capability]}")
         if unknown := set(capabilities) - CAPABILITIES.keys():
             raise TypeError(f"part {name!r}: unknown capability {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}")
         there = REGISTERED.get(name)

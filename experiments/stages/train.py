@@ -10,8 +10,9 @@ import torch
 from evaluation.encode import answer_pair, shown
 from evaluation.probe import load_probes, probe
 from experiments.base import dtype_of, load_tensors
-from experiments import hardware, ledger, memory, processes, provenance, tuned, weights
+from experiments import hardware, hooks, ledger, memory, processes, provenance, tuned, weights
 from experiments.batches import Example
+from experiments.contents import tensors_in
 from experiments.engine import FitResult, final_weights, fit
 from experiments.engine_settings import NUMERICS
 from experiments.errors import UserError
@@ -78,7 +79,7 @@ def _train(study, cell) -> None:
         out.mkdir(parents=True)
     for part in parts:
         part.save(run=result.run, state=result.states[part.key], folder=out)
-    reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in parts}
+    reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in parts}
     costs = {"bytes_anchor": _everywhere(shards, anchor_bytes(result)), "bytes_optimizer_state": _everywhere(shards, optimizer_bytes(result.optimizer))}
     peaks = _everywhere(shards, hardware.peak_memory_bytes(where))
     if not shards.first:
@@ -149,8 +150,8 @@ def write_curve(path: Path, curve: list[dict]) -> None:
 
 
 def anchor_bytes(result: FitResult) -> int:
-    return sum(t.nbytes for state in result.states.values() for t in (state.get("anchor") or {}).values())
+    return sum(t.nbytes for state in result.states.values() for t in tensors_in(state.get("anchor")))
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(v.nbytes for state in optimizer.state.values() for v in state.values() if isinstance(v, torch.Tensor))
+    return sum(t.nbytes for t in tensors_in(optimizer.state))

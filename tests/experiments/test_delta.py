@@ -114,6 +114,33 @@ def test_nothing_changed(pair, tmp_path):
     assert dict(delta.verified(found, sha256=delta.sha256_of(base), what="")).keys() == base.keys()
 
 
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda tuned: tuned | {"new": torch.zeros(2)}, "new is a tensor of the tuned model alone"),
+    (lambda tuned: {name: t for name, t in tuned.items() if name != "w"}, "w is a tensor of the base alone"),
+    (lambda tuned: tuned | {"x": tuned["x"].reshape(-1)}, r"x is torch.bfloat16 \[3000\] in the tuned model, torch.bfloat16 \[30, 100\] in the base"),
+    (lambda tuned: tuned | {"v": tuned["v"].float()}, "v is torch.float32 .* in the tuned model, torch.float64"),
+])  # fmt: skip
+def test_other_tensors_than_the_bases_are_refused_by_name(pair, tmp_path, change, said):
+    base, tuned = pair
+    with pytest.raises(UserError, match=said):
+        delta.write(tmp_path / "delta", base=base, tuned=change(tuned), base_sha256="a")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_any_layout_come_back(tmp_path):
+    """Turned, strided, expanded, without entries, without dimensions, and of every dtype that safetensors names."""
+    wide = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    base = {"turned": wide.T, "strided": wide[::2, 1::3], "expanded": wide[:, :1].expand(6, 4), "none": torch.empty(0, 5), "single": torch.tensor(1.5),
+            "bytes": torch.arange(256, dtype=torch.uint8), "long": torch.tensor([2**62 + 1, -1]), "truth": torch.tensor([True, False]),
+            "eight": wide.to(torch.float8_e4m3fn), "double": wide.double()}  # fmt: skip
+    tuned = {name: (t.float() + 1).to(t.dtype) if t.is_floating_point() else ~t for name, t in base.items()}
+    tuned["turned"] = tuned["turned"].clone().T.contiguous().T
+    tuned["double"][0, 0] = float("nan")
+    digest = delta.write(tmp_path / "delta", base=base, tuned=tuned, base_sha256="a")
+    found = dict(delta.verified(delta.Delta(tmp_path / "delta", base=base, base_sha256="a"), sha256=digest, what=""))
+    assert all(found[name].shape == t.shape and delta.same(found[name], t) for name, t in tuned.items())
+
+
 def test_another_base_another_version_no_delta(pair, tmp_path, monkeypatch):
     base, tuned = pair
     path = tmp_path / "delta.safetensors"

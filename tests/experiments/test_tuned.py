@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from experiments import tuned, weights
 from experiments.base import load_tensors
 from experiments.errors import UserError
+from experiments.log import TrainingFailed
 from experiments.shape import shape_of
 from methods.lora import LoRA
 from methods.part import Run
@@ -143,3 +144,16 @@ def test_what_does_not_fit_is_refused(folder, moved, adapted, tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match="is damaged or no adapter"):
         tuned.load(out, folder=folder, dtype=torch.bfloat16)
+
+
+def test_weights_that_cannot_be_the_bases_are_refused_by_name(folder, moved, tmp_path):
+    base, name = load_tensors(folder), min(moved)
+    with pytest.raises(UserError, match="extra.weight is no tensor of the base model"):
+        tuned.keep(tmp_path / "a", folder=folder, base=base, final=moved | {"extra.weight": torch.zeros(2)})
+    with pytest.raises(UserError, match=f"{name} is .*, the base's is"):
+        tuned.keep(tmp_path / "b", folder=folder, base=base, final=moved | {name: moved[name][:1]})
+    for value in (float("nan"), float("inf"), 3.4e38):  # the last one is finite in float32, and not in bfloat16
+        broken = moved[name].clone()
+        broken.view(-1)[3] = value
+        with pytest.raises(TrainingFailed, match=f"{name} is damaged, 1 of its .* lower train.learning_rate or a part's strength"):
+            tuned.keep(tmp_path / "c", folder=folder, base=base, final=moved | {name: broken})

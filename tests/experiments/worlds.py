@@ -98,8 +98,11 @@ def of_one():
 
 
 def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=torch.float32, folder: Path | None = None, stop: int = NEVER,
-         blocks: dict | None = None, more: tuple[Part, ...] = (), compute_dtype: torch.dtype | None = None, **settings) -> dict:  # fmt: skip
-    """Prepare and train one cell; with `folder` a checkpoint after every step, and `stop` ends it after so many steps."""
+         blocks: dict | None = None, more: tuple[Part, ...] = (), compute_dtype: torch.dtype | None = None, watch=None, **settings) -> dict:  # fmt: skip
+    """Prepare and train one cell; with `folder` a checkpoint after every step, and `stop` ends it after so many steps.
+
+    watch   watch(prepared states, fit's result): what else is wanted of the cell, under "watched"
+    """
     chosen = replace(goldens.SETTINGS, **settings)
     make = partial(build, architecture, seed=1, dtype=dtype)
     base = {n: p.detach().clone() for n, p in make().named_parameters()}
@@ -122,9 +125,10 @@ def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=tor
     result = fit(model=make(), parts=(*parts, *more, stopper), examples=goldens.texts(18, seed=12, labelled=True), settings=chosen, seed=5, base=base,
                  compute_dtype=compute_dtype, states=states, shards=shards, resume=keep(folder / "train"))  # fmt: skip
     reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in (*parts, *more)}
+    beside = {"watched": watch(states, result)} if watch else {}
     return {"final": final_weights(result, parts), "reports": reports, "resumed": result.resumed,
             "shared": [isinstance(p, DTensor) for p in result.run.model.parameters()],
-            "curve": [{k: row[k] for k in ("step", "loss", "penalty", "grad_norm", "tokens")} for row in result.curve]}  # fmt: skip
+            "curve": [{k: row[k] for k in ("step", "loss", "penalty", "grad_norm", "tokens")} for row in result.curve]} | beside  # fmt: skip
 
 
 def everything(shards: Shards, folder: Path) -> dict:
