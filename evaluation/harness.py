@@ -175,9 +175,12 @@ def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], 
 
 
 def _prompt(samples: list[Mapping[str, Any]]) -> str:
-    """A digest of all that was asked, as lm-eval hashed it: two tables of one prompt and one set of rows have it in common."""
-    asked = "".join(sample["doc_hash"] + sample["prompt_hash"] + sample["target_hash"] for sample in samples)
-    return hashlib.sha256(asked.encode()).hexdigest()[:16]
+    """A digest of all that was asked: rows, prompts, every choice or how an answer is written, and what is right.
+
+    Scores of one name are of one thing where they have it, and their metric, in common.
+    """
+    asked = [[sample["doc_hash"], sample["arguments"], sample["target_hash"]] for sample in samples]
+    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _general(
@@ -201,4 +204,5 @@ def _general(
         "tokens": tokens,
         "bytes": size,
         "n": len(rows),
+        "prompt": _prompt(samples),
     }, rows

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
-from experiments import blocks
+from experiments import blocks, clashes
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.names import checked, unknown
@@ -78,7 +78,7 @@ class Study:
 def load(name: str = "", *, root: Path | None = None) -> Study:
     """Read and check the params.yaml of the study `name` ('' is the default study in the root)."""
     if name:
-        checked("--study", name)
+        clashes.refuse_study(checked("--study", name))
     paths = Paths(study=name, **({"root": root} if root else {}))
     return build(read_yaml(paths.params), paths=paths)
 
@@ -102,9 +102,11 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
         blocks.check({"package": spec, spec: sha256}, {"package": blocks.Key(**blocks.PACKAGE), spec: blocks.Key(**blocks.SHA256)}, where="packages")
     methods = _methods(raw["methods"])
     _tune(raw.get("tune") or {}, methods)
+    grid = _grid(raw["grid"], models, domains, raw["methods"])
+    clashes.refuse(grid=grid, domains=domains, tasks=tasks, tune=raw.get("tune") or {})
     return Study(
         name=paths.study, title=raw.get("title") or paths.study or "default study", device=raw.get("device", "auto"),
-        not_a_result=raw.get("not_a_result", False), grid=_grid(raw["grid"], models, domains, raw["methods"]),
+        not_a_result=raw.get("not_a_result", False), grid=grid,
         data=raw.get("data") or {"source": "pypi"}, packages=packages, models=models, tasks=tasks, domains=domains,
         general=raw["general"], methods=methods, train=raw["train"], evaluate=EVALUATE | (raw.get("evaluate") or {}),
         tune=raw.get("tune") or {}, paths=paths, archive=raw.get("archive"),

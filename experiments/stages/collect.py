@@ -1,11 +1,16 @@
 """collect: one metrics.json a cell, joined from training, preparation, scores and the base's scores."""
 
-from evaluation.retention import change, forgetting, same
+from collections.abc import Iterator
+
+from evaluation.retention import change, forgetting
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
 
 OF_TASK = ("value", "base", "n", "chance", "metric", "role", "version", "prompt", "unit", "higher_is_better", "per_item", "change", "change_error",
            "change_low", "change_high")  # fmt: skip
+# what makes two scores of one name scores of one thing
+THING = {"metric": "the metric", "chance": "chance", "version": "the version", "n": "the number of rows", "prompt": "the digest of rows and prompts"}
+TEXT = {"n": "the number of texts", "bytes": "the number of bytes", "tokens": "the number of tokens", "prompt": "the digest"}
 
 
 def main(study, cell) -> None:
@@ -16,7 +21,7 @@ def main(study, cell) -> None:
     prepared = read_json(paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed))
     evaluated = read_json(paths.run(cell) / "evaluate.json")
     model = study.models[cell.model]
-    _comparable(cell, scores, base)
+    comparable(cell, scores=scores, base=base, train=train, study=study.name)
     write_json(paths.run(cell) / "metrics.json", (
         {"cell": cell.name, "model": cell.model, "domain": cell.domain, "method": cell.method, "seed": cell.seed, "parts": dict(study.methods[cell.method].block),
          "model_note": model.get("note"), "not_a_result": study.not_a_result or model["source"].startswith("random:")}
@@ -26,18 +31,35 @@ def main(study, cell) -> None:
     paths.failure(cell).unlink(missing_ok=True)
 
 
-def _comparable(cell, scores: dict, base: dict) -> None:
-    """Base and tuned are compared only under the same scorer, batch plan, dtype and versions."""
-    ours, theirs = scores["scoring"], base["scoring"]
-    differ = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    if differ:
-        raise UserError(f"{cell.name}: scored under another {', '.join(differ)} than its base "
-                        f"({[ours.get(k) for k in differ]} and {[theirs.get(k) for k in differ]}): run `dvc repro` to score both again")
+def comparable(cell, *, scores: dict, base: dict, train: dict, study: str) -> None:
+    """Refuse scores that are not of the same things as the base's: weights, scorer, rows, prompts, metrics.
+
+    `scores` and `base` are two scores.json, `train` the cell's train.json. The UserError names the task and what differs.
+    """
+    for what, ours, theirs in _differences(scores, base, train):
+        option = f" --study {study}" if study else ""
+        raise UserError(f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again with `python -m experiments base "
+                        f"{cell.model}{option}` and `python -m experiments evaluate {cell.name}{option}`, then "
+                        f"`python -m experiments collect {cell.name}{option}`")  # fmt: skip
+
+
+def _differences(scores: dict, base: dict, train: dict) -> Iterator[tuple[str, object, object]]:
+    """(what, the cell's, the base's) of whatever is not equal and has to be."""
+    pairs = [("the hash of the base's weights", train["base_sha256"], base["weights_sha256"]),
+             ("the hash of the tuned weights in train.json and scores.json", train["weights_sha256"], scores["weights_sha256"])]  # fmt: skip
+    settings = scores["scoring"].keys() | base["scoring"].keys()
+    pairs += [(f"`{key}` of scoring", scores["scoring"].get(key), base["scoring"].get(key)) for key in sorted(settings)]
+    for name, ours in scores["tasks"].items():
+        theirs = base["tasks"].get(name)
+        if theirs is None:
+            yield f"the score of task {name}", ours["value"], None
+            continue
+        pairs += [(f"{what} of task {name}", ours.get(key), theirs.get(key)) for key, what in THING.items()]
+    pairs += [(f"{what} of the general text", scores["general"].get(key), base["general"].get(key)) for key, what in TEXT.items()]
+    yield from (pair for pair in pairs if pair[1] != pair[2])
 
 
 def _scores(scores: dict, base: dict, domain: str) -> dict:
-    for name, task in scores["tasks"].items():
-        same(name, base["tasks"], task)
     tasks = {name: {"higher_is_better": True, "per_item": True} | task | {"base": base["tasks"][name]["value"]} | change(base["tasks"][name], task)
              for name, task in scores["tasks"].items()}  # fmt: skip
     lost = forgetting(base["tasks"], scores["tasks"])

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 
@@ -10,20 +11,38 @@ import torch
 from evaluation import harness
 from experiments import hardware, ledger, provenance, tuned, weights
 from experiments.base import dtype_of
+from experiments.errors import UserError
 from experiments.failures import recorded
-from experiments.files import read_json, write_json
+from experiments.files import read_json, sha256, write_json
 
 
 def base(study, *, model: str) -> None:
     """Score the bare model once, on the tasks of every domain of the grid."""
-    folders = [study.paths.data / "evaluate" / domain for domain in study.grid["domains"]]
     with tempfile.TemporaryDirectory() as together:
-        # tasks that domains share are scored once
-        entries = {e["name"]: e | {"file": str((f / e["file"]).resolve())} for f in folders for e in harness.entries(f)}
-        (Path(together) / "tasks.json").write_text(json.dumps(list(entries.values())))
+        entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid["domains"]])
+        (Path(together) / "tasks.json").write_text(json.dumps(entries))
         folder, (dtype, where) = study.paths.model(model), _computing(study, model)
         _score(study, model, weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder),
                tasks=Path(together), out=study.paths.base(model))  # fmt: skip
+
+
+def merged(folders: Sequence[Path]) -> list[dict]:
+    """The entries of the folders' tasks.json, each task that domains share once, with the absolute path of its rows.
+
+    Raises UserError where two entries of one name are not of the same rows, prompt, metric and chance: a score has one name.
+    """
+    entries: dict[str, dict] = {}
+    for folder in folders:
+        for entry in harness.entries(folder):
+            file = (folder / entry["file"]).resolve()
+            known = entries.setdefault(entry["name"], entry | {"file": str(file)})
+            differ = [key for key in ("task", "metric", "chance") if known[key] != entry[key]]
+            if sha256(Path(known["file"])) != sha256(file):
+                differ.insert(0, "rows")
+            if differ:
+                raise UserError(f"{entry['name']} names two things: {known['file']} and {file} differ in {', '.join(differ)}. Run the `data` stage "
+                                "again; if that does not help, rename one of the blocks in params.yaml")  # fmt: skip
+    return list(entries.values())
 
 
 def main(study, cell) -> None:
