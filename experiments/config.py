@@ -61,6 +61,12 @@ class Study:
             merged |= block.get("train") or {}
         return TrainSettings(**(merged | dict(self.methods[method].train)))
 
+    def written(self, setting: str, *, model: str, domain: str, method: str) -> str:
+        """The path of the `train` block that a cell's training setting is taken from."""
+        named = {f"methods.{method}.train": self.methods[method].train, f"models.{model}.train": self.models[model].get("train") or {},
+                 f"domains.{domain}.train": self.domains[domain].get("train") or {}}  # fmt: skip
+        return next((path for path, block in named.items() if setting in block), "train")
+
     def compute_dtype(self, model: str, checkpoint: "torch.dtype", where: "torch.device") -> "torch.dtype":
         """The dtype forward and backward run in: the model block's `compute_dtype`, else what suits checkpoint and device."""
         from experiments import hardware

@@ -98,7 +98,7 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     evaluate = out / "evaluate" / domain
     write_rows(evaluate / f"{domain}.jsonl", split.test)
     listed = [_entry(domain, block, "domain")]
-    make_task(domain, block["task"], split.test, metric=block["metric"])  # checks every row
+    _two_spaces(where, make_task(domain, block["task"], split.test, metric=block["metric"]))  # which checks every row
     tasks, taught, told = {}, {_asked(row) for row in trained}, {}
     for role in ("retention", "transfer"):
         for name in block.get(role) or []:
@@ -117,6 +117,7 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
                                 "twice: leave one of them out")  # fmt: skip
             told[thing] = name
             _not_taught(made, taught, where=f"{where}.{role} lists {name!r}")
+            _two_spaces(f"tasks.{name}", made)
             listed.append(_entry(name, task, role))
             tasks[name] = _said(task, drawn, source) | {"role": role}
     write_rows(evaluate / "general.jsonl", _lines(reader.study.general, reader)["perplexity"])
@@ -149,6 +150,17 @@ def _task(name: str, reader: _Reader, *, where: str) -> tuple[Mapping[str, Any],
     block = _DEFAULTS | dict(reader.study.tasks[name])
     found = reader(block, "rows", where=f"tasks.{name}")
     return block, splits.sample(found.rows, test=block["test"], probe=block["probe"]), found.source
+
+
+def _two_spaces(where: str, task: LocalTask) -> None:
+    """Warn of choices that begin with a space which the delimiter in front of them brings already."""
+    delimiter = task.config.target_delimiter
+    if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or not delimiter.endswith(" "):
+        return
+    docs = task.eval_docs
+    if doubled := sum(any(choice.startswith(" ") for choice in task.doc_to_choice(doc)) for doc in docs):
+        print(f"warning: {where}: in {doubled} of {len(docs)} rows a choice begins with a space, and target_delimiter {delimiter!r} stands before it: "
+              "two spaces are asked for; strip the choices, or write `target_delimiter: \"\"` in the task", flush=True)  # fmt: skip
 
 
 def _rendered(name: str, block: Mapping[str, Any], drawn: list[Row]) -> list[Row]:

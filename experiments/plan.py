@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments import batches, cells, hardware, memory, tuned
+from experiments import ahead, batches, cells, hardware, memory, tuned
 from experiments.files import read_json
 from experiments.flops import Flops
 from experiments.lock import Lock
@@ -43,6 +43,7 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
     None where FLOPs or memory of an architecture are not known, and in totals over it.
     Only cells whose names match one of `patterns`, if there are any (see `cells.matching`, which raises UserError).
     """
+    warnings = ahead.look(study)
     lock = Lock(study)
     chosen = cells.matching(study, patterns)
     planners = {model: _Model(study=study, name=model) for model in study.grid["models"]}
@@ -58,7 +59,7 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
             "peak_memory_bytes": _most(c["memory_bytes"] for c in planned),
             "available_memory_bytes": available, "too_large": sum(c["fits"] is False for c in planned),
         },
-        "basis": {model: planner.rate[1] for model, planner in planners.items()},
+        "basis": {model: planner.rate[1] for model, planner in planners.items()}, "warnings": warnings,
     }
 
 
@@ -253,7 +254,7 @@ def text(plan: dict) -> str:
     lines.append(f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other weights as their difference "
                  f"from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each further bit of mantissa")  # fmt: skip
     lines += [f"{model}: time estimated from {basis}" for model, basis in plan["basis"].items()]
-    return "\n".join(lines)
+    return "\n".join(lines + plan["warnings"])
 
 
 def _minutes(seconds: float | None) -> str:

@@ -1,8 +1,15 @@
-"""The positions of a model, and the preparations that would read beyond them."""
+"""The positions of a model, and the training and the preparations that would read beyond them."""
 
+from pathlib import Path
+from typing import Any
+
+from evaluation.encode import encode_pair
 from experiments.errors import UserError
 from experiments.shape import Shape
+from experiments.stages.rows import read_jsonl
 from methods.part import Part
+
+MARKS = 8  # tokens that a tokenizer may put around a text: its beginning, its end, a space
 
 
 def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longest: int | None = None) -> None:
@@ -22,3 +29,28 @@ def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longe
             reached = min(length or longest, longest)
         if reached and reached > limit:
             raise UserError(f"methods.{method}.{part.key}.length is {length}, and {model} has {limit} positions: write `length: {limit}` or less there")
+
+
+def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shape, longest: int) -> None:
+    """Raises UserError naming the `length` in force where the domain's longest training row, cut by it, has more tokens than the
+    model has positions. `longest` is in tokens, uncut."""
+    limit, length = shape.positions, study.settings(model=model, domain=domain, method=method).length
+    if limit is not None and min(length, longest) > limit:
+        where = study.written("length", model=model, domain=domain, method=method)
+        raise UserError(f"{where}.length is {length}, {model} has {limit} positions, and a training row of {domain} has {longest} tokens: "
+                        f"write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter rows")  # fmt: skip
+
+
+def longest_row(file: Path, tokenizer: Any, limit: int) -> int:
+    """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where every one is known to have at most `limit`."""
+    longest = 0
+    for row in read_jsonl(file):
+        answer = row["choices"][row["gold"]]
+        if len((row["context"] + answer).encode()) > limit - MARKS:  # a token is a byte at least
+            longest = max(longest, len(encode_pair(tokenizer, row["context"], answer, end=row.get("end", False))[0]))
+    return longest
+
+
+def longest_document(file: Path, tokenizer: Any) -> int:
+    """Tokens of the longest document of general text."""
+    return max((len(tokenizer.encode(row["text"], verbose=False)) for row in read_jsonl(file)), default=0)

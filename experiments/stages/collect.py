@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from evaluation.retention import change, forgetting
+from experiments.chance import below_chance
 from experiments.errors import UserError
 from experiments.files import read_json, write_json
 
@@ -29,6 +30,8 @@ def main(study, cell) -> None:
     ))
     # the cell is whole: a stage that failed once is not run again where DVC finds its weights equal bit for bit, and could not say so itself
     paths.failure(cell).unlink(missing_ok=True)
+    for line in below_chance(study, cell.model, scores["tasks"]):
+        print(line)
 
 
 def comparable(cell, *, scores: dict, base: dict, train: dict, study: str) -> None:

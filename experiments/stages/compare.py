@@ -2,8 +2,12 @@
 
 from analysis.compare import write_summary
 from experiments import cells
+from experiments.chance import below_chance
 
 
 def main(study) -> None:
     write_summary(results_root=study.paths.results, summary_dir=study.paths.summary,
                   cells=[cell.name for cell in cells.grid(study)], title=study.title, archive=study.archive)
+    for model in study.grid["models"]:
+        for line in below_chance(study, model):
+            print(line)

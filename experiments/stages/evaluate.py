@@ -9,19 +9,23 @@ from time import perf_counter
 import torch
 
 from evaluation import harness
-from experiments import hardware, ledger, provenance, tuned, weights
+from experiments import ahead, hardware, ledger, provenance, tuned, weights
 from experiments.base import dtype_of
 from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import read_json, sha256, write_json
+from experiments.shape import shape_of
 
 
 def base(study, *, model: str) -> None:
     """Score the bare model once, on the tasks of every domain of the grid."""
+    folder, (dtype, where) = study.paths.model(model), _computing(study, model)
+    # the first stage with both rows and tokenizer: told now, not after hours of preparing
+    ahead.refuse_long(study, model=model, shape=shape_of(model, study.models[model], folder), tokenizer=weights.load_tokenizer(folder),
+                      data=study.paths.data)  # fmt: skip
     with tempfile.TemporaryDirectory() as together:
         entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid["domains"]])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))
-        folder, (dtype, where) = study.paths.model(model), _computing(study, model)
         _score(study, model, weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder),
                tasks=Path(together), out=study.paths.base(model))  # fmt: skip
 

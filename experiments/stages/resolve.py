@@ -5,6 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 
+from experiments import blocks
 from experiments.engine_settings import NUMERICS, TrainSettings
 from experiments.files import write_json
 from evaluation import SCORING
@@ -16,12 +17,18 @@ MODEL_FORMAT = 2
 DATA_FORMAT = 2
 
 MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed", "note")
-DOMAIN_KEYS = ("task", "metric", "chance", "question", "rows", "test_rows", "columns", "set", "split",
-               "retention", "transfer", "probes")
+DOMAIN_KEYS = tuple(key for key in blocks.DOMAIN if key not in ("licence", "why", "train"))  # what enters its rows and their scores
 
 
 def main(study) -> None:
-    """Write all of work/resolved; the folder is made anew, so that a cell that left the grid leaves no file."""
+    """Write all of work/resolved; the folder is made anew, so that a cell that left the grid leaves no file.
+
+    Raises UserError for whatever can be known now to fail later (experiments/ahead.py).
+    """
+    from experiments import ahead  # which imports lm-eval and torch's models
+
+    for line in ahead.look(study):
+        print(line)
     shutil.rmtree(study.paths.resolved, ignore_errors=True)
     for path, content in contents(study).items():
         write_json(study.paths.resolved / path, content)

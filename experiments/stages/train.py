@@ -19,6 +19,7 @@ from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, write_json
 from experiments.flops import mfu
+from experiments.positions import refuse_long_rows
 from experiments.resume import Resume
 from experiments.shape import shape_of
 from experiments.sharding import Shards
@@ -55,6 +56,7 @@ def _train(study, cell) -> None:
     tokenizer = weights.load_tokenizer(folder)
     examples = encoded(paths.data / "train" / cell.domain / "train.jsonl", tokenizer, settings.length)
     longest = max(len(e["input_ids"]) for e in examples)
+    refuse_long_rows(study, model=cell.model, domain=cell.domain, method=cell.method, shape=shape, longest=longest)
     memory.refuse(what=f"training {cell.name}", available=hardware.available_memory(where), phase="train",
                   shape=shape, parts=parts, settings=replace(settings, length=longest), checkpoint_dtype=checkpoint, compute_dtype=computing,
                   device_type=where.type, processes=shards.world if shards.active else None)  # fmt: skip
