@@ -1,0 +1,150 @@
+"""What `plan` and `resolve` can know beforehand is refused there, with its block or file; what is only unwise is a line."""
+
+import json
+import re
+
+import pytest
+from ruamel.yaml import YAML
+
+from experiments import ahead, config, plan
+from experiments.cells import parse
+from experiments.chance import below_chance
+from experiments.data import write_data
+from experiments.errors import UserError
+from experiments.files import write_json
+from experiments.paths import HERE, Paths
+from experiments.stages import evaluate, model, resolve, train
+
+DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
+CELL = "llama-tiny/sums/full/seed0"
+
+
+def study(root, *changes):
+    """The demo with plain fine-tuning alone and `changes`, (path, value) pairs."""
+    raw = json.loads(json.dumps(DEMO))
+    raw["grid"]["methods"] = ["full"]
+    for path, value in changes:
+        *way, last = path.split("/")
+        block = raw
+        for key in way:
+            block = block[key]
+        block[last] = value
+    return config.build(raw, paths=Paths(root=root))
+
+
+def rows(path, content):
+    path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    return {"jsonl": str(path)}
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ([("domains/sums/rows", {"jsonl": "nowhere.jsonl"})], "domains.sums.rows.jsonl is 'nowhere.jsonl': there is no such file"),
+    ([("tasks/colours/rows", {"hub": {"path": "a/b", "split": "test"}})], "tasks.colours.rows has no 'pypi' source (it has hub)"),
+    ([("general/rows", {"pypi": {"package": "a==1", "path": "x"}})], "general.rows.pypi: package 'a==1' has no checksum"),
+    ([("general/rows", {"pypi": {"package": "a==1"}})], "general.rows.pypi has neither `path` nor `requests`"),
+    ([("tasks/colours/task", "sciqq")], "tasks.colours.task: "),
+    ([("tasks/colours/task/doc_to_txt", "x")], "tasks.colours.task: "),
+    ([("domains/sums/metric", "accuracy")], "metric 'accuracy' is not one of its metrics"),
+    ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
+    ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are asked for"),
+    ([("general/perplexity", 10_000)], "general.perplexity asks for 10000 texts"),
+    ([("models/llama-tiny/source", "random:lama")], "models.llama-tiny: no random architecture 'lama'"),
+    ([("models/llama-tiny/config", {"hiden_size": 32})], "models.llama-tiny: random:llama knows no setting hiden_size"),
+    ([("models/llama-tiny/source", "path:nowhere")], "models.llama-tiny.source is 'path:nowhere': nowhere is not a model folder"),
+    ([("models/llama-tiny/source", "pypi:a==1/x.gguf"), ("models/llama-tiny/sha256", "a" * 64)], "models.llama-tiny.source: package 'a==1' has no checksum"),
+    ([("methods/full", {"lora": {"targets": ["q_porj"]}})], "methods.full.lora.targets: 'q_porj' is no linear layer"),
+])  # fmt: skip
+def test_what_cannot_work_is_refused_by_plan(tmp_path, changes, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan.make(study(tmp_path, *changes))
+
+
+def test_resolve_refuses_the_same_and_writes_nothing(tmp_path):
+    with pytest.raises(UserError, match="questoin"):
+        resolve.main(study(tmp_path, ("domains/sums/question", "questoin")))
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_wrong_row_is_named_by_its_own_file_and_line(tmp_path):
+    """Not by a copy of it."""
+    good = [json.loads(line) for line in (HERE / DEMO["domains"]["sums"]["rows"]["jsonl"]).read_text().splitlines()]
+    good[6]["gold"] = 7
+    with pytest.raises(UserError, match=rf"{re.escape(str(tmp_path / 'mine.jsonl'))} line 7\b.*7"):
+        plan.make(study(tmp_path, ("domains/sums/rows", rows(tmp_path / "mine.jsonl", good))))
+
+
+@pytest.mark.parametrize("architecture", [("random:gptj", {"n_positions": 32}), ("random:llama", {"max_position_embeddings": 32})])
+def test_rows_longer_than_the_models_positions(tmp_path, architecture):
+    """The byte tokenizer makes a token of each byte, so the longest row that is trained on can be counted by hand."""
+    source, sizes = architecture
+    small = [("models/llama-tiny/source", source), ("models/llama-tiny/config", sizes)]
+    write_data(study(tmp_path), tmp_path / "data")
+    trained = [json.loads(line) for line in (tmp_path / "data/train/sums/train.jsonl").read_text().splitlines()]
+    longest = max(len((row["context"] + row["choices"][row["gold"]]).encode()) for row in trained)
+    assert 32 < longest < 64
+    for path in ("train", "domains/sums/train", "models/llama-tiny/train", "methods/full/train"):
+        block = {**DEMO["train"], "length": 64} if path == "train" else {"length": 64}
+        said = f"{path.replace('/', '.')}.length is 64, llama-tiny has 32 positions, and a training row of sums has {longest} tokens"
+        with pytest.raises(UserError, match=re.escape(said)):
+            plan.make(study(tmp_path, *small, (path, block)))
+    plan.make(study(tmp_path, *small, ("train/length", 32)))  # longer rows lose their beginning, and the model takes the rest
+    plan.make(study(tmp_path, ("models/llama-tiny/config", {"max_position_embeddings": longest})))
+
+
+def test_long_rows_are_refused_by_base_and_training_too(tmp_path):
+    """A tokenizer that has to be fetched is known there first."""
+    found = study(tmp_path, ("models/llama-tiny/source", "random:gptj"), ("models/llama-tiny/config", {"n_positions": 32}))
+    model.main(found, model="llama-tiny")
+    write_data(found, found.paths.data)
+    for run in (lambda: evaluate.base(found, model="llama-tiny"), lambda: train.main(found, parse(CELL, found))):
+        with pytest.raises(UserError, match="train.length is 128, llama-tiny has 32 positions, and a training row of sums has"):
+            run()
+
+
+@pytest.mark.parametrize(("probes", "passages"), [(0, 0), (2, 0), (2, 4)])
+def test_without_probe_rows_a_cell_trains(tmp_path, probes, passages):
+    found = study(tmp_path, ("domains/sums/split/probe", 0), ("domains/sums/probes", []), ("general/probe", passages), ("train/probes", probes),
+                  ("domains/sums/split/train", 8))  # fmt: skip
+    plan.make(found)
+    model.main(found, model="llama-tiny")
+    write_data(found, found.paths.data)
+    (found.paths.prepared(model="llama-tiny", method="full", seed=0)).mkdir(parents=True)
+    train.main(found, parse(CELL, found))
+    columns = (found.paths.run(parse(CELL, found)) / "curve.csv").read_text().splitlines()[0].split(",")
+    assert [c for c in columns if c.startswith("probe_")] == (["probe_perplexity"] if probes and passages else [])
+
+
+def test_trials_are_refused_where_nothing_judges_them(tmp_path):
+    from experiments import tune
+
+    for path, value, name in (("domains/sums/split/probe", 0, "domains.sums.split.probe is 0"), ("domains/sums/probes", [], "domains.sums.probes is empty"),
+                              ("general/probe", 0, "general.probe is 0")):  # fmt: skip
+        found = study(tmp_path, (path, value), ("tune", {"methods": {"full": {"train.learning_rate": [1e-3]}}}))
+        with pytest.raises(UserError, match=f"{name}: trials are judged"):
+            tune.main(found, [])
+
+
+def test_a_domain_without_retention_tasks_is_a_line(tmp_path):
+    assert plan.make(study(tmp_path))["warnings"] == []
+    made = plan.make(study(tmp_path, ("domains/sums/retention", [])))
+    assert made["warnings"] == ["warning: domains.sums has no retention tasks: forgetting shows in the perplexity of general text alone"]
+    assert plan.text(made).endswith(made["warnings"][0])
+
+
+def test_choices_with_a_space_behind_the_delimiters_are_a_line(tmp_path):
+    colours = [json.loads(line) for line in (HERE / DEMO["tasks"]["colours"]["rows"]["jsonl"]).read_text().splitlines()]
+    spaced = rows(tmp_path / "spaced.jsonl", [row | {"choices": [f" {choice}" for choice in row["choices"]]} for row in colours])
+    (line,) = ahead.look(study(tmp_path, ("tasks/colours/rows", spaced)))
+    assert line.startswith("warning: tasks.colours: in 40 of 40 rows a choice begins with a space, and target_delimiter ' ' stands before it")
+    assert ahead.look(study(tmp_path, ("tasks/colours/rows", spaced), ("tasks/colours/task/target_delimiter", ""))) == []
+
+
+def test_a_base_below_chance_is_a_line(tmp_path):
+    found = study(tmp_path)
+    assert below_chance(found, "llama-tiny") == []  # not scored yet
+    entry = {"chance": 0.5, "n": 40, "role": "retention"}
+    write_json(found.paths.base("llama-tiny") / "scores.json", {"tasks": {
+        "colours": entry | {"value": 0.475}, "sums": entry | {"value": 0.3, "chance": 0.25}, "other": entry | {"value": 0.0}}})  # fmt: skip
+    (line,) = plan.make(found)["warnings"]
+    assert line.startswith("warning: llama-tiny scores 0.475 on colours, below its chance of 0.5 (n 40)")
+    assert below_chance(found, "llama-tiny", ["sums"]) == []
