@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from evaluation.retention import SHARE, unit_of
 from experiments.files import read_json
 
 WARNING = "warning: "
@@ -18,4 +19,4 @@ def below_chance(study, model: str, tasks: Iterable[str] | None = None) -> list[
                  for name in (domain, *(block.get("retention") or ()), *(block.get("transfer") or ()))}  # fmt: skip
     return [f"{WARNING}{model} scores {scored[name]['value']:.3f} on {name}, below its chance of {scored[name]['chance']:g} (n {scored[name]['n']}): "
             "what is learned or forgotten there is hard to see" for name in sorted(tasks)
-            if name in scored and scored[name]["chance"] is not None and scored[name]["value"] < scored[name]["chance"]]  # fmt: skip
+            if name in scored and unit_of(scored[name]) == SHARE and scored[name]["value"] < scored[name]["chance"]]  # fmt: skip
