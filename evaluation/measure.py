@@ -19,6 +19,7 @@ import numpy as np
 from lm_eval.api import metrics
 from lm_eval.api.registry import higher_is_better_registry
 
+from evaluation.shipped import lacks_package
 from experiments.errors import UserError
 
 SHARE, NATS = "share", "nats"
@@ -149,6 +150,8 @@ def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str
                     found = task.process_results(asked[0].doc, [one.filtered_resps[ensemble.name] for one in asked])
             except UserError:
                 raise
+            except ImportError as error:
+                raise UserError(lacks_package(f"task {task.config.task}", error)) from error
             except Exception as error:  # the task's own Python
                 raise UserError(f"task {task.config.task}, {task.place(number)}: scoring an answer to this row fails in lm-eval "
                                 f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct the row, or the task's metrics") from error  # fmt: skip
@@ -184,6 +187,8 @@ def _aggregates(task: Any, name: str, values: Sequence[Any], *, reported: bool) 
         if name != "bypass":
             return
         why = f"it is {number:g} whatever the model answers"
+    except ImportError as error:
+        raise UserError(lacks_package(f"task {task.config.task}: metric {name!r}", error)) from error
     except Exception as error:  # of the task's own, or of scikit-learn's
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     what = "choose another one" if reported else "leave it out of the task's metric_list"

@@ -215,7 +215,6 @@ def _culprit(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> Row
 @contextlib.contextmanager
 def _named(what: str, rows: Sequence[Row], config: Mapping[str, Any], *, row: Mapping[str, Any] | None = None) -> Iterator[None]:
     """Errors of a prompt that asks for a column the rows lack, told as such; `row` is the one at hand."""
-    columns = sorted({column for row in rows[:100] for column in row})
     try:
         yield
     except golds.Ambiguous as error:
@@ -229,13 +228,17 @@ def _named(what: str, rows: Sequence[Row], config: Mapping[str, Any], *, row: Ma
     except ImportError as error:
         raise UserError(lacks_package(what, error)) from error
     except KeyError as error:
-        raise UserError(f"{what}: no column {error} (columns: {columns}): rename it in `columns:`") from error
+        raise UserError(f"{what}: no column {error} (columns: {_columns(rows)}): rename it in `columns:`") from error
     except Exception as error:  # templates, and functions of lm-eval that process rows, fail in any way on rows that do not fit
         # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
         absent = sorted(columns_asked(config) - {column for row in rows for column in row})
         if absent and not config.get("process_docs"):
-            told = f"no column {', '.join(map(repr, absent))} (columns: {columns}): rename it in `columns:`"
+            told = f"no column {', '.join(map(repr, absent))} (columns: {_columns(rows)}): rename it in `columns:`"
             raise UserError(f"{what}: {told}") from error
         if row and any(nulls.is_null(row.get(column)) for column in columns_read(config) & row.keys()):
             raise UserError(f"{what}: {nulls.told(row, columns_read(config))}") from error
         raise UserError(f"{what}: a row does not fit the task's prompt ({type(error).__name__}: {error})") from error
+
+
+def _columns(rows: Sequence[Row]) -> list[str]:
+    return sorted({column for row in rows for column in row})

@@ -122,9 +122,9 @@ def test_quiet_where_nobody_watches(tasks_dir, byte_tokenizer, capfd):
 
 
 def test_a_model_the_shared_prefix_does_not_fit_is_scored_by_hflm_and_says_so(tasks_dir, byte_tokenizer):
-    from tests.evaluation.test_shared_prefix import granite
+    from tests.evaluation.test_shared_prefix import blind
 
-    scores, _ = harness.score(model=granite(max_position_embeddings=512), tokenizer=byte_tokenizer, tasks_dir=tasks_dir)
+    scores, _ = harness.score(model=blind(), tokenizer=byte_tokenizer, tasks_dir=tasks_dir)
     assert scores["scoring"]["scorer"].startswith("hflm (shared-prefix not used: its log-likelihoods differ")
 
 
@@ -136,3 +136,10 @@ def test_refusals(tasks_dir, tmp_path, byte_tokenizer):
         harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tasks_dir, batch_size=0)
     with pytest.raises(UserError, match="tasks.json does not exist"):
         harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tmp_path)
+
+
+def test_scores_that_are_no_numbers_are_refused_before_they_are_written(tasks_dir, byte_tokenizer, tiny_llama):
+    with torch.no_grad():
+        tiny_llama.lm_head.weight[7] = 3e38  # finite, and its logits are not
+    with pytest.raises(UserError, match="task .*, document 1: the model's score is not a finite number .*compute_dtype"):
+        harness.score(model=tiny_llama, tokenizer=byte_tokenizer, tasks_dir=tasks_dir)

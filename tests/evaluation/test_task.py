@@ -211,3 +211,13 @@ def test_a_package_that_a_task_needs_is_named(tmp_path, monkeypatch, task, packa
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(UserError, match=f"task {task!r} needs the Python package .*not installed: `pip install '{package}'`"):
         made(tmp_path, [{"prompt": "x"}], task)
+
+
+@pytest.mark.parametrize("function", ["process_results", "aggregation"])
+def test_a_package_that_only_scoring_needs_is_named_before_anything_is_scored(tmp_path, function):
+    def lacking(*_):
+        import a_package_of_a_metric  # noqa: F401
+
+    own = {"process_results": lacking} if function == "process_results" else {"metric_list": [{"metric": "acc", "aggregation": lacking, "higher_is_better": True}]}
+    with pytest.raises(UserError, match="task set.* needs the Python package a_package_of_a_metric, which is not installed: `pip install"):
+        made(tmp_path, SCIQ, {"include": "sciq"} | own)
