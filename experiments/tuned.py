@@ -168,7 +168,7 @@ def _rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> _Over:
 
 def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
     try:
-        found, scale = read_adapter(adapter)
+        found, scale, transposed = read_adapter(adapter)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{adapter} is damaged or no adapter ({error}): {delta.AGAIN}") from error
 
@@ -176,9 +176,10 @@ def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
         if name not in found:
             return tensor
         a, b = found[name]
-        if tensor.ndim != 2 or (len(b), a.shape[-1]) != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        shape = (a.shape[-1], len(b)) if transposed else (len(b), a.shape[-1])
+        if tensor.ndim != 2 or shape != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
             raise UserError(f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: {delta.AGAIN}")
-        return merged(tensor, a=a, b=b, scale=scale).to(tensor.dtype)
+        return merged(tensor, a=a, b=b, scale=scale, transposed=transposed).to(tensor.dtype)
 
     return _Over(base, merge)
 

@@ -2,7 +2,7 @@
 
 For a trained base tensor the effective change is θ − θ₀; for a linear layer with LoRA it is s·B·A (rank r: A is r × in,
 B is out × r, s = alpha/r, alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor reaches what is trained as
-D itself, or as ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ. A penalty written on effective weights so works for both.
+D itself, or as ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ. Where the model keeps W as in × out (Conv1D), (s·B·A)ᵀ and Dᵀ stand in their place. A penalty written on effective weights so works for both.
 
 Where several processes share the model, each sees its own rows of every effective weight: of s·B·A the rows of its piece
 of B, times the whole of A; ∂A is then summed over processes, ∂B is complete where it is made.
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from experiments.architecture import base_name
 from experiments.errors import UserError
@@ -60,20 +61,33 @@ class Factored:
     a: str  # names of the factors in run.weights
     b: str
     scaling: float
-    anchor: tuple[Tensor, Tensor] | None  # factors (A whole, rows of B) change is measured from; None: the base, where s·B·A = 0
+    transposed: bool  # the base tensor is in × out (GPT-2's Conv1D): its rows need the whole of both factors
+    anchor: tuple[Tensor, Tensor] | None  # factors as `parts` gives them that change is measured from; None: the base, where s·B·A = 0
 
     def value(self) -> Tensor:
-        """s·B·A − anchor's s·B·A, out × in; a new tensor. Exactly zero at the anchor."""
-        value = self.product(self.run.whole(self.a), self.run.weights[self.b].detach())
+        """s·B·A − anchor's s·B·A in the base tensor's layout; a new tensor. Exactly zero at the anchor."""
+        value = self.product(*self.parts(self.run.weights).values())
         return value if self.anchor is None else value.sub_(self.product(*self.anchor).to(value.device))
 
+    def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process's rows are a product of: A whole, and rows of B or all of it; of the weights or of their gradients."""
+        a, b = (tensors[name].detach() for name in (self.a, self.b))
+        whole = self.run.shards.whole
+        return {self.a: whole(a, self.run.shapes[self.a]), self.b: whole(b, self.run.shapes[self.b]) if self.transposed else b}
+
     def product(self, a: Tensor, b: Tensor) -> Tensor:
-        return (b @ a).mul_(self.scaling)
+        return self.laid((b @ a).mul_(self.scaling))
+
+    def laid(self, product: Tensor) -> Tensor:
+        """A product of `parts`, out × in, as this process's rows of the base tensor."""
+        return self.run.shards.local(product.T.contiguous()) if self.transposed else product
 
     def pull(self, direction: Tensor, *, scale: float = 1.0) -> None:
         """Add scale·∂A and scale·∂B for dL/dθ = direction."""
         a, b = self.run.weights[self.a], self.run.weights[self.b]
         direction = direction.to(a.dtype)
+        if self.transposed:
+            direction = self.run.shards.local(self.wholly(direction).T)
         _add(a, self.run.shards.local(self.run.shards.sum(b.detach().T @ direction)), scale * self.scaling)
         _add(b, direction @ self.run.whole(self.a).T, scale * self.scaling)
 
@@ -87,7 +101,8 @@ class Factored:
 
     def wholly(self, local: Tensor) -> Tensor:
         """The whole matrix from rows of its kind; every process must ask."""
-        return self.run.shards.whole(local, torch.Size((self.run.shapes[self.b][0], self.run.shapes[self.a][1])))
+        shape = self.run.shapes[self.b][0], self.run.shapes[self.a][1]
+        return self.run.shards.whole(local, torch.Size(shape[::-1] if self.transposed else shape))
 
 
 Effective = Full | Factored
@@ -108,7 +123,8 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
         a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
         factors |= {a, b}
         found.append(Factored(run=run, name=base_name(f"{path}.base_layer.weight"), layer=path, a=a, b=b,
-                              scaling=module.scaling[adapter], anchor=(anchor[a], anchor[b]) if anchor is not None else None))  # fmt: skip
+                              scaling=module.scaling[adapter], transposed=isinstance(module.base_layer, Conv1D),
+                              anchor=(anchor[a], anchor[b]) if anchor is not None else None))  # fmt: skip
     for parameter in run.weights:
         if parameter not in factors:
             name = base_name(parameter)
@@ -122,7 +138,8 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
 
 def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole `tensors` by names of run.weights, as an anchor of `effective_weights` on the run's device."""
-    whole, _ = factors(run.model)
+    whole, rows = factors(run.model)
+    whole |= {name for name in rows if isinstance(run.model.get_submodule(name.partition(".lora_B.")[0]).base_layer, Conv1D)}
     return {name: (tensor if name in whole else run.shards.local(tensor)).to(run.device) for name, tensor in tensors.items()}
 
 
@@ -138,7 +155,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not hasattr(module, "lora_A"):
             continue
         adapters = [*module.lora_A, *module.lora_embedding_A]
-        plain = len(adapters) == 1 and len(module.lora_A) == 1 and isinstance(module.base_layer, nn.Linear)
+        plain = len(adapters) == 1 and len(module.lora_A) == 1 and isinstance(module.base_layer, nn.Linear | Conv1D)
         if not plain or module.use_dora[adapters[0]] or module.lora_bias[adapters[0]] or module.lora_variant:
             kind = "DoRA" if any(module.use_dora.values()) else "this adapter"
             raise UserError(f"{kind} on {path}: the effective update is not s·B·A; use one plain LoRA adapter on linear layers")

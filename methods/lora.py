@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from experiments.architecture import base_name
 from experiments.errors import UserError
@@ -47,14 +48,15 @@ class LoRA(Part):
 
         self._check_targets(model)
         config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=sorted(self.targets),
-                            use_rslora=self.rslora, task_type="CAUSAL_LM")  # fmt: skip
+                            use_rslora=self.rslora, task_type="CAUSAL_LM",
+                            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))  # fmt: skip
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's advice, none of which a setting here could follow
             torch.manual_seed(seed)  # A is drawn here, in float32 on the CPU, whatever the model's dtype and device
             return get_peft_model(model, config, autocast_adapter_dtype=False)
 
     def _check_targets(self, model: nn.Module) -> None:
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         if not self.targets:
             raise UserError(f"lora.targets is empty: name at least one linear layer of {_known(linear)}")
         for target in self.targets:
@@ -73,7 +75,7 @@ class LoRA(Part):
                 a, b = run.whole(weight.a), run.whole(weight.b)
                 if run.shards.first:
                     base = final[weight.name] if weight.name in final else run.base[weight.name]
-                    changed[weight.name] = merged(base, a=a, b=b, scale=weight.scaling)
+                    changed[weight.name] = merged(base, a=a, b=b, scale=weight.scaling, transposed=weight.transposed)
         return changed
 
     def save(self, *, run, state, folder):
@@ -88,7 +90,8 @@ class LoRA(Part):
             save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
         (out / "adapter_model.safetensors").chmod(0o644)
         config = {
-            "base_model_name_or_path": None, "bias": "none", "fan_in_fan_out": False, "inference_mode": True,
+            "fan_in_fan_out": any(weight.transposed for weight in effective_weights(run) if isinstance(weight, Factored)),
+            "base_model_name_or_path": None, "bias": "none", "inference_mode": True,
             "init_lora_weights": True, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "peft_type": "LORA",
             "r": self.rank, "target_modules": sorted(self.targets), "task_type": "CAUSAL_LM", "use_rslora": self.rslora,
         }  # fmt: skip
@@ -100,12 +103,15 @@ class LoRA(Part):
         return {"adapted_layers": len(adapted), "trained_entries": entries, "scale": adapted[0].scaling}
 
 
-def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float) -> Tensor:
+def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float, transposed: bool = False) -> Tensor:
     """W + s·B·A (W out × in, A rank × in, B out × rank) on the CPU, in float32, float64 for a float64 W; a new tensor.
+    `transposed`: W is in × out, and (s·B·A)ᵀ is added.
 
     The same bits on every machine and with any number of threads: a matrix product adds in an order of its own, so here the
     ranks are added one after the other, in float64, and the sum is rounded to float32.
     """
+    if transposed:
+        return merged(weight.T, a=a, b=b, scale=scale).T.contiguous()
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     out = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     size = max(1, PIECE // a.shape[1])
@@ -118,13 +124,13 @@ def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float) -> Tensor:
     return out
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
-    """A and B by base name of the weight they adapt, and the scale, from the files that `save` writes."""
+def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float, bool]:
+    """A and B by base name of the weight they adapt, the scale, and whether these weights are in × out, from the files that `save` writes."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
     found = {base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
              for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}  # fmt: skip
-    return found, config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    return found, config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"]), config["fan_in_fan_out"]
 
 
 def _known(linear: dict[str, nn.Module]) -> list[str]:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from experiments.moments import AdamW
 from methods.effective import Factored, effective_weights, lora_layers
@@ -50,7 +51,7 @@ class PathIntegral(Part):
         state["displaced"] = weights  # since the start
         state["omega"] = {w.name: torch.zeros_like(w.value()) for w in weights}
         state["importance"] = {}
-        state["before"] = {name: tensor.clone() for w in factored for name, tensor in self._factors(w, run.weights).items()}
+        state["before"] = {name: tensor.clone() for w in factored for name, tensor in w.parts(run.weights).items()}
         state["moved"] = [replace(w, anchor=(state["before"][w.a], state["before"][w.b])) for w in factored]  # in the step
         if self.gradient == "exact":
             layers = dict(lora_layers(run.model))
@@ -58,14 +59,15 @@ class PathIntegral(Part):
 
     def _listen(self, layer: nn.Module, *, dtype: torch.dtype) -> Tensor:
         """A buffer that sums dL/dW = Σ (dL/dy)ᵀ·x of the frozen W under an adapter; y = W·x + s·B·A·x has W·x's gradient."""
-        frozen = layer.base_layer.weight
+        frozen, transposed = layer.base_layer.weight, isinstance(layer.base_layer, Conv1D)
         total = torch.zeros(frozen.shape, dtype=dtype, device=frozen.device)
 
         def forward(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
             x = arguments[0].detach().flatten(0, -2)
 
             def backward(gradient: Tensor) -> None:
-                total.add_(gradient.flatten(0, -2).T @ x)
+                gradient = gradient.flatten(0, -2)
+                total.add_(x.T @ gradient if transposed else gradient.T @ x)
 
             if output.requires_grad:
                 output.register_hook(backward)
@@ -101,13 +103,13 @@ class PathIntegral(Part):
     def before_clip(self, *, run, state, step):
         if self.gradient == "displacement":
             gradients = {name: weight.grad for name, weight in run.weights.items()}
-            state["gradient"] = {name: tensor.clone() for w in state["moved"] for name, tensor in self._factors(w, gradients).items()}
+            state["gradient"] = {name: tensor.clone() for w in state["moved"] for name, tensor in w.parts(gradients).items()}
 
     @torch.no_grad()
     def after_step(self, *, run, state, step, gradient):
         for weight in state["moved"]:
             state["omega"][weight.name].addcmul_(self._gradient(weight, state), weight.value(), value=-1)
-            for name, tensor in self._factors(weight, run.weights).items():
+            for name, tensor in weight.parts(run.weights).items():
                 state["before"][name].copy_(tensor)
         for total in state.get("dense", {}).values():
             total.zero_()
@@ -117,12 +119,6 @@ class PathIntegral(Part):
         if self.consolidate == "epoch" and (step + 1) % run.epoch == 0:
             self.consolidated(state)
 
-    @staticmethod
-    def _factors(weight: Factored, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The whole A and this process's rows of B, of the weights or of their gradients."""
-        whole = weight.run.shards.whole(tensors[weight.a].detach(), weight.run.shapes[weight.a])
-        return {weight.a: whole, weight.b: tensors[weight.b].detach()}
-
     def _gradient(self, weight: Factored, state: dict) -> Tensor:
         shards = weight.run.shards
         if self.gradient == "exact":
@@ -130,7 +126,7 @@ class PathIntegral(Part):
             return shards.local(shards.sum(state["dense"][weight.name])) / shards.world
         a, b, ga, gb = state["before"][weight.a], state["before"][weight.b], state["gradient"][weight.a], state["gradient"][weight.b]
         rate = state["optimizer"].param_groups[0]["lr"]
-        return (b @ ga).add_(gb @ a).sub_(gb @ ga, alpha=rate).mul_(weight.scaling)
+        return weight.laid((b @ ga).add_(gb @ a).sub_(gb @ ga, alpha=rate).mul_(weight.scaling))
 
     @torch.no_grad()
     def consolidated(self, state: dict) -> dict[str, Tensor]:

@@ -115,7 +115,7 @@ def test_the_saved_adapter_merges_to_the_same_bits(make, documents, train, tmp_p
         result = train(make(kind, torch.float32), (part,), documents)
         final = part.finish(run=result.run, state={}, final={})
         part.save(run=result.run, state={}, folder=tmp_path / kind)
-        found, scale = read_adapter(tmp_path / kind / "adapter")
+        found, scale, _ = read_adapter(tmp_path / kind / "adapter")
         assert found.keys() == final.keys()
         for name, (a, b) in found.items():
             assert torch.equal(merged(result.run.base[name], a=a, b=b, scale=scale), final[name])
