@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis import numbers
+from analysis import numbers, units
 from analysis.significance import found
 
 NAMED = 3  # methods named one by one in a sentence
@@ -19,7 +19,10 @@ def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: st
     if methods["forgetting"].notna().any():
         forgotten = _forgetting(methods, tests, tasks=tasks)
     else:
+        apart = [task for found in (methods["apart"].dropna() if "apart" in methods else ()) for task in found]
         forgotten = "No retention task is above chance for the base model, so this comparison cannot show forgetting."
+        if apart:
+            forgotten = f"No retention task is a proportion of rows above chance for the base model; in its own unit stands {_and(list(dict.fromkeys(apart)))}."
     return [_learning(base, methods, tests, domain=domain, model=model), forgotten, _cost(methods)]
 
 
@@ -36,14 +39,16 @@ def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
 
 
 def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: str) -> str:
-    worst, best = _ends(methods, "domain_score")
-    before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {numbers.percent(base['domain_score'])} %"
-    gains = [numbers.points(row["domain_score"] - base["domain_score"]) for row in (worst, best)]
+    worst, best = _ends(methods, "domain_score" if base.get("unit", units.SHARE) == units.SHARE else "domain_gain")
+    unit = base.get("unit", units.SHARE)
+    score = lambda row: f"{units.level(row['domain_score'], unit)} {'%' if unit == units.SHARE else row['metric']}"
+    before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {score(base)}"
+    gains = [units.change(row["domain_score"] - base["domain_score"] if unit == units.SHARE else row["domain_gain"], unit) for row in (worst, best)]
     told = _told(tests, "gain")
     if worst is best:
-        return f"{before}; {best['method']} reaches {numbers.percent(best['domain_score'])} %, a gain of {gains[1]} points{told}."
-    ends = " to ".join(f"{numbers.percent(row['domain_score'])} % ({row['method']})" for row in (worst, best))
-    return f"{before}; after fine-tuning, the methods reach from {ends}, a gain of {' to '.join(gains)} points{told}."
+        return f"{before}; {best['method']} reaches {score(best)}, a gain of {gains[1]} {units.named(unit)}{told}."
+    ends = " to ".join(f"{score(row)} ({row['method']})" for row in (worst, best))
+    return f"{before}; after fine-tuning, the methods reach from {ends}, a gain of {' to '.join(gains)} {units.named(unit)}{told}."
 
 
 def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str]) -> str:

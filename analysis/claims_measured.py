@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis import tables
+from analysis import tables, units
 from analysis.intervals import FIXED, by_run, of_arrays, paired
 from analysis.load import Loaded
 from experiments.errors import UserError
@@ -119,6 +119,9 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Mapping, drift: Ma
         place = {"where": f"{model}, {domain}: {what}", "model": model, "domain": domain}
         if groups is None:
             yield Measured(**place, why=f"{methods[0]} and {methods[1]} have no seed in common")
+            continue
+        if kind != "drift" and asked["metric"].startswith("domain_") and (unit := units.of_domain(cells.iloc[0])) != units.SHARE:
+            yield Measured(**place, why=f"the gain is in {unit}, not in points")
             continue
         if kind == "drift":
             found = _moved(groups, asked["metric"], drift)

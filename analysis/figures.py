@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import drift, flips_show, front, matched_show, numbers, style
+from analysis import drift, flips_show, front, matched_show, numbers, style, units
 from analysis.costs import costs
 from analysis.intervals import mean_difference, paired
 from analysis.load import Loaded
@@ -51,7 +51,7 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     first = cells.iloc[0]
     base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
     records = []
-    for task in [task for task, about in first["scores_by_task"].items() if about["role"] == "retention"]:
+    for task in [task for task, about in first["scores_by_task"].items() if about["role"] == "retention" and units.of_task(first, task) == units.SHARE]:
         for method in dict.fromkeys(cells["method"]):
             own = cells[cells["method"] == method]
             value = float(np.mean([by_task[task]["base"] - by_task[task]["value"] for by_task in own["scores_by_task"]]))
@@ -88,7 +88,7 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     axes.set_xlim(right=edge + 0.22 * max(edge, 1.0) + 1.0)
     axes.set_xlabel("forgetting, points (base minus tuned; right of 0 is loss)")
     over = "seeds and items" if cells["seed"].nunique() > 1 else "the items"
-    caption = f"Retention tasks only; bars are 95 % intervals over {over}. Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
+    caption = f"Retention tasks only, and of these the proportions of right answers; bars are 95 % intervals over {over}. Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
     return figure, data, "Forgetting by task", caption
 
 

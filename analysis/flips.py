@@ -11,7 +11,7 @@ from itertools import combinations
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style
+from analysis import numbers, style, units
 from analysis.intervals import KEYS
 from analysis.load import Loaded
 from analysis.tables import retention_tasks
@@ -25,13 +25,14 @@ def flips(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     """One row a (cell, scored item) of one comparison: cell, method, seed, task, role, doc_id, doc_hash, choice, and as booleans
     base, tuned (right answers), lost, gained, counts (whether the task counts in forgetting).
 
-    An answer is right where its score is above 1/2. Empty where the base's or all cells' items are missing.
+    An answer is right where its score is above 1/2; tasks whose metric is no proportion of right answers are left out. Empty where the base's or all cells' items are missing.
     """
     base = loaded.base.get(model, {}).get("items", pd.DataFrame())
     if base.empty or loaded.items.empty or not len(loaded.cells):
         return pd.DataFrame()
     cells = loaded.of(model, domain)
-    tasks = {task: about["role"] for task, about in cells.iloc[0]["scores_by_task"].items()}
+    first = cells.iloc[0]
+    tasks = {task: about["role"] for task, about in first["scores_by_task"].items() if units.of_task(first, task) == units.SHARE}
     tuned = loaded.items[loaded.items["cell"].isin(cells.index) & loaded.items["task"].isin(list(tasks))]
     found = tuned[["cell", *KEYS, "choice", "score"]].merge(base[[*KEYS, "score"]], on=KEYS, suffixes=("", "_base"))
     if found.empty:
@@ -46,7 +47,8 @@ def flips(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
 def _counting(cells: pd.DataFrame) -> list[str]:
     """The tasks of which forgetting is the mean; all retention tasks where none is above chance."""
     first = cells.iloc[0]
-    return retention_tasks(first) or [task for task, about in first["scores_by_task"].items() if about["role"] == "retention"]
+    return retention_tasks(first) or [task for task, about in first["scores_by_task"].items()
+                                      if about["role"] == "retention" and units.of_task(first, task) == units.SHARE]  # fmt: skip
 
 
 def by_task(items: pd.DataFrame) -> pd.DataFrame:
@@ -128,7 +130,7 @@ def most_forgotten(items: pd.DataFrame, *, top: int = LISTED) -> pd.DataFrame:
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     """What analysis/sections/flips.html.j2 shows of one comparison; None where there are no items. Hashes only: rows are not ours to show."""
     items = flips(loaded, model=model, domain=domain)
-    if items.empty:
+    if items.empty or not items["counts"].any():
         return None
     methods = list(dict.fromkeys(items["method"]))
     tasks, shared, worst = by_task(items), overlap(pairs(items), methods), most_forgotten(items)
@@ -137,7 +139,7 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     seeds = int(items.groupby("method")["cell"].nunique().max())
     return {
         "tasks": list(dict.fromkeys(items[items["counts"]]["task"])), "sentences": _sentences(totals, shared), "seeds": seeds,
-        "rows": [{"method": method, "colour": style.colour(method), "cells": _cells(totals.loc[method], seeds) + _cells(own.loc[method], seeds)}
+        "rows": [{"method": method, "colour": style.colour(method), "cells": _cells(totals.loc[method], seeds) + (_cells(own.loc[method], seeds) if method in own.index else [("–", "")] * 4)}
                  for method in totals.index],
         "worst": [{"task": row.task, "hash": row.doc_hash[:12], "lost_by": f"{row.lost_by} of {row.of}", "methods": ", ".join(row.methods)}
                   for row in worst.itertuples()],

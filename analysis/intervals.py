@@ -10,6 +10,7 @@ from math import exp, sqrt
 
 import numpy as np
 import pandas as pd
+from scipy.stats import t as student
 
 from analysis.crossed import crossed
 from experiments.errors import UserError
@@ -88,13 +89,29 @@ def of_arrays(tasks: Sequence[np.ndarray], *, step: float = 1.0) -> Interval:
     return Interval(value, value - half, value + half, n, seeds, scope, float(found.error), float(found.df))
 
 
-def mean_difference(pairs: pd.DataFrame, tasks: list[str]) -> Interval:
-    """tuned - base, averaged over `tasks` with equal weight; over items, and over seeds where `pairs` has several runs."""
+def mean_difference(pairs: pd.DataFrame, tasks: list[str], *, step: float = 1.0) -> Interval:
+    """tuned - base, averaged over `tasks` with equal weight; over items, and over seeds where `pairs` has several runs. `step`: see `of_arrays`."""
     differences = []
     for task in tasks:
         rows = pairs[pairs["task"] == task]
         differences.append(by_run(rows) - rows["base"].to_numpy(dtype=float))
-    return of_arrays(differences)
+    return of_arrays(differences, step=step)
+
+
+def of_set(changes: Sequence[float], errors: Sequence[float | None], *, n: int) -> Interval:
+    """The mean over runs of changes in a metric of the whole set of `n` rows, `errors` the standard errors of each by drawing rows anew.
+
+    The runs answer the same rows, so the rows' part of the variance is the mean of theirs and not the S-th part of it, which errs on the
+    wide side; with S > 1 runs the seeds' part, variance / S with Student's t of S - 1 degrees, is added as in analysis/crossed.py.
+    """
+    values, seeds = np.asarray(changes, dtype=float), len(changes)
+    value, scope = float(values.mean()), "method" if seeds > 1 else "run"
+    if any(error is None or error != error for error in errors):
+        return Interval(value, None, None, n, seeds, scope)
+    items = float(np.mean(np.square(np.asarray(errors, dtype=float))))
+    between = float(values.var(ddof=1)) / seeds if seeds > 1 else 0.0
+    half = sqrt(Z**2 * items + (student.ppf(0.975, seeds - 1) ** 2 * between if seeds > 1 else 0.0))
+    return Interval(value, value - half, value + half, n, seeds, scope, sqrt(items + between), float(seeds - 1) if between else float("inf"))
 
 
 def overall(*, base: pd.DataFrame, tuned: pd.DataFrame, tasks: list[str]) -> Interval:

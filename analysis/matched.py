@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+from analysis import units
 from analysis.crossed import two_more
 from analysis.intervals import Z
 from analysis.load import Loaded
@@ -63,7 +64,7 @@ def trajectories(loaded: Loaded, *, model: str, domain: str) -> Trajectories | N
     first = cells.iloc[0] if len(cells) else {}
     sets = [c for c in dict.fromkeys(c.removesuffix("_nll") for c in probed) if c not in ("probe_perplexity", f"probe_{domain}")]
     kept = [c for c in sets if _retention(first, c.removeprefix("probe_"))]
-    right, nats = tuple(c for c in kept if c in probed), tuple(f"{c}_nll" for c in kept if f"{c}_nll" in probed)
+    right, nats = tuple(c for c in kept if c in probed and units.of_task(first, c.removeprefix("probe_")) == units.SHARE), tuple(f"{c}_nll" for c in kept if f"{c}_nll" in probed)
     learned = next((c for c in (f"probe_{domain}", f"probe_{domain}_nll") if c in probed), None)
     if learned is None or not (right or nats):
         return None

@@ -11,6 +11,7 @@ from datetime import datetime
 
 import pandas as pd
 
+from analysis import units
 from analysis.load import Loaded
 
 SCALARS = (
@@ -92,6 +93,11 @@ def points(value) -> str:
     return "unknown" if value is None or pd.isna(value) else f"{100 * value:+.1f} points"
 
 
+def gained(value, unit: str) -> str:
+    """A gain in its unit for a description."""
+    return points(value) if unit == units.SHARE or value is None or pd.isna(value) else f"{value:+.3g} {unit}"
+
+
 def _finished(loaded: Loaded, cell: str, *, work: str, aside: str) -> Run:
     row = loaded.cells.loc[cell]
     curve = loaded.curves[loaded.curves["cell"] == cell] if len(loaded.curves) else pd.DataFrame()
@@ -118,7 +124,7 @@ def _finished(loaded: Loaded, cell: str, *, work: str, aside: str) -> Run:
         texts={name: json.dumps(text, indent=2, sort_keys=True, default=str) for name, text in texts.items()},
         tags=tags_of(cell, {
             "mlflow.note.content": f"{row['model']} fine-tuned on {row['domain']} with **{row['method']}**, seed {row['seed']}.\n\n"
-                                   f"Gain {points(row['domain_gain'])}, forgetting {points(row['forgetting'])}.{flag}",
+                                   f"Gain {gained(row['domain_gain'], units.of_domain(row))}, forgetting {points(row['forgetting'])}.{flag}",
             "git.commit": row["git"].get("commit"), "git.dirty": row["git"].get("dirty"), "mlflow.source.git.commit": row["git"].get("commit"),
             "not_comparable": aside, EXPERIMENT: row["git"].get("experiment"),
             "not_a_result": bool(row["not_a_result"]), "device": row["device"], "gpu": (row["hardware"] or {}).get("gpu"),
@@ -146,6 +152,8 @@ def _scores(row: pd.Series, end: int) -> list[tuple[str, float, int, int]]:
         values["perplexity_ratio"] = row["general_perplexity"] / row["general_perplexity_base"]
     for kind in ("forgetting", "transfer"):
         values |= {f"{kind}/{task}": value for task, value in row[f"{kind}_by_task"].items()}
+    if isinstance(apart := row.get("forgetting_apart"), dict):
+        values |= {f"forgetting/{task}": about["forgetting"] for task, about in apart.items()}
     values |= {f"score/{task}": about["value"] for task, about in row["scores_by_task"].items()}
     return [(key, float(value), end, 0) for key, value in values.items() if value is not None and value == value]
 

@@ -8,8 +8,9 @@ from numbers import Real
 
 import pandas as pd
 
+from analysis import units
 from analysis.load import Loaded
-from analysis.mirror import EXPERIMENT, Run, milliseconds, points, scored, tags_of, title_of
+from analysis.mirror import EXPERIMENT, Run, gained, milliseconds, scored, tags_of, title_of
 from analysis.style import INK, colour
 
 CHARTED = ("domain_gain", "forgetting", "perplexity_ratio")
@@ -76,7 +77,7 @@ def base_of(loaded: Loaded, model: str, domain: str, *, table: pd.DataFrame) -> 
         datasets=scored(items[items["task"].isin({*tasks, "general"})] if len(items) else items),
         tags=tags_of(key, {
             "mlflow.note.content": f"{model} before any fine-tuning, on the tasks of {domain}: what every method is measured against.\n\n"
-                                   f"Score {100 * row['domain_score']:.1f} %; gain and forgetting are 0 by definition."
+                                   f"Score {_score(row)}; gain and forgetting are 0 by definition."
                                    + (" **NOT A RESULT.**" if loaded.of(model, domain)["not_a_result"].any() else ""),
             "mlflow.runColor": INK, "base_sha256": base["scores"].get("weights_sha256"),
             "git.commit": git.get("commit"), "git.dirty": git.get("dirty"),
@@ -128,12 +129,20 @@ def _note(group: str, *, row: dict, cells: list[str], finished: list[Run], faile
         first += f" **Not in the comparison: {', '.join(run.key.rsplit('/', 1)[1] for run in aside)}** (the reason is there)."
     if failed:
         return f"{first} **{len(failed)} failed.**\n\n{failed[0].title}: {failed[0].tags.get('failure.reason', 'no reason recorded')}"
-    told = [f"{name} {points(row.get(key))}{_bounds(row, key)}" for name, key in (("Gain", "domain_gain"), ("forgetting", "forgetting"))]
+    told = [f"{name} {gained(row.get(key), unit)}{_bounds(row, key, unit)}"
+            for name, key, unit in (("Gain", "domain_gain", row.get("unit", units.SHARE)), ("forgetting", "forgetting", units.SHARE))]  # fmt: skip
     only = "; one seed: this run, not this method" if len(finished) == 1 else ""
     flag = " **NOT A RESULT.**" if any(run.tags["not_a_result"] == "True" for run in finished) else ""
     return f"{first}\n\n{', '.join(told)} (95 % intervals{only}).{flag}"
 
 
-def _bounds(row: dict, key: str) -> str:
+def _bounds(row: dict, key: str, unit: str) -> str:
     low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    return "" if low is None or high is None or low != low or high != high else f" [{100 * low:+.1f}, {100 * high:+.1f}]"
+    if low is None or high is None or low != low or high != high:
+        return ""
+    return f" [{100 * low:+.1f}, {100 * high:+.1f}]" if unit == units.SHARE else f" [{low:+.3g}, {high:+.3g}]"
+
+
+def _score(row: dict) -> str:
+    unit = row.get("unit", units.SHARE)
+    return f"{100 * row['domain_score']:.1f} %" if unit == units.SHARE else f"{row['domain_score']:.4g} {row['metric']}"

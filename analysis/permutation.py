@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import binom, binomtest, norm
 
+from analysis import units
 from analysis.intervals import by_run, of_arrays, paired, refuse_unequal
 from analysis.load import Loaded
 from analysis.tables import retention_tasks
@@ -24,7 +25,7 @@ MOST_WORK = 2e8  # additions of an exact p, well under a second
 LEVEL = 0.05
 POWER = 0.8
 KINDS = ("gain", "forgetting")
-COLUMNS = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detectable", "n", "items_differing", "seeds", "scope"]
+COLUMNS = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detectable", "n", "items_differing", "seeds", "scope", "unit"]
 
 
 def sign_flip(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = SEED) -> float:
@@ -81,12 +82,13 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
 
     kind             gain: a's domain score minus b's; forgetting: a's minus b's. Positive: a learned more, a forgot more
     b                "base" or a method; two methods are compared on the seeds both have, or not at all where they share none
-    difference, low, high   shares of 1; the bounds from the crossed interval
+    difference, low, high   in `unit`, shares of 1 as a rule; the bounds from the crossed interval
     detectable       the true difference that the test would find in 80 studies of 100 after the correction (`could_find`)
     p, p_holm        sign-flip p, and corrected over all methods x kinds: one family against the base, one between methods
     n, items_differing   items of the tasks that count, and how many of them differ in their mean over seeds
     seeds, scope     number of seeds, and what low, high and detectable are about: "run" or "method"
 
+    A gain in a metric of the whole set (analysis/units.py) has no rows to flip and is left out.
     Raises UserError where a cell was not scored on the base's rows of the tasks that count.
     """
     found = _wide(loaded, model=model, domain=domain)
@@ -143,7 +145,7 @@ def _wide(loaded: Loaded, *, model: str, domain: str):
     if cells.empty:
         return None
     first = cells.iloc[0]
-    counted = {"gain": [domain], "forgetting": retention_tasks(first)}
+    counted = {"gain": [domain] if units.per_item(first, domain) else [], "forgetting": retention_tasks(first)}
     counted = {kind: tasks for kind, tasks in counted.items() if tasks and all(first["n"].get(task) for task in tasks)}
     refuse_unequal(base=base, tuned=tuned, tasks=[task for task in first["scores_by_task"] if first["n"].get(task)])
     return paired(base, tuned), cells, counted
@@ -158,12 +160,15 @@ def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str,
     own = [pairs[pairs["task"] == task] for task in tasks]
     differences = [sign * (scores(a, rows) - scores(b, rows)) for rows in own]
     means = [by_seed.mean(axis=0) for by_seed in differences]
-    found, items = of_arrays(differences), of_arrays([mean[None] for mean in means])
-    one = 1 / (len(tasks) * max(map(len, means)))
+    unit = units.of_domain(cells.iloc[0]) if kind == "gain" else units.SHARE
+    step = units.step(unit)
+    found, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
+    one = step / (len(tasks) * max(map(len, means)))
     return {
         "kind": kind, "a": a, "b": b, "difference": found.value, "low": found.low, "high": found.high, "p": sign_flip(means),
         "errors": None if found.error is None else {"items": items.error, "whole": found.error, "fewest": one}, "n": found.n,
         "items_differing": int(sum((np.abs(item) > 1e-12).sum() for item in means)), "seeds": found.seeds, "scope": found.scope,
+        "unit": unit,
     }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from analysis import answer, bench, claims, costs, drift, flips, front, matched_show, numbers, significance, style, tables
+from analysis import answer, bench, claims, costs, drift, flips, front, matched_show, numbers, significance, style, tables, units
 from analysis.chosen import reported
 from analysis.figures import Figure
 from analysis.inline import inline
@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 def write_report(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, path: Path, title: str, study: str, archive=None) -> Path:  # fmt: skip
     """Write the page; `study` is the study's name, empty for the default one; `archive` as in `write_summary`."""
     environment = jinja2.Environment(loader=jinja2.FileSystemLoader(TEMPLATE.parent), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short)
+    environment.filters.update(percent=numbers.percent, points=numbers.points, seconds=numbers.seconds, size=numbers.size, sha=short, level=units.level)
     costed, drawn, speaking = costs.costs(loaded), {}, reported(loaded)
     page = environment.get_template(TEMPLATE.name).render(
         title=title,
@@ -63,7 +63,7 @@ def _comparison(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, costed
     swept = Counter(map(family, methods))
     mean = lambda task, method: float(pd.Series([by[task]["value"] for by in cells[cells["method"] == method]["scores_by_task"]]).mean())
     tasks = [
-        {"name": task, **about, "counts": task in kept, "at_chance": task in first["at_chance"], "by_method": [mean(task, method) for method in methods]}
+        {"name": task, **about, "unit": units.of_task(first, task), "counts": task in kept, "at_chance": task in first["at_chance"], "by_method": [mean(task, method) for method in methods]}
         for task, about in first["scores_by_task"].items()
     ]
     order = ["domain", "retention", "transfer"]

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 from scipy.stats import chi2
 
+from analysis import units
 from analysis.intervals import KEYS
 from analysis.load import Loaded
 from experiments.families import family
@@ -43,7 +44,7 @@ class Resampled:
 
 
 def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, seed: int = 0) -> Resampled | None:
-    """Redraws items and seeds together for all methods of one comparison; None where no method has both numbers.
+    """Redraws items and seeds together for all methods of one comparison; None where no method has both numbers, or the gain is none of shares.
 
     Items are drawn with replacement within each task, the same draw for every method, whose scores are first averaged over
     its seeds. Where a method has S > 1 seeds, their part is added: sum_s z_s d_s / sqrt(S (S - 1)), d_s the deviation of
@@ -58,6 +59,8 @@ def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, se
     if not len(cells):
         return None
     first, methods = cells.iloc[0], tuple(dict.fromkeys(cells["method"]))
+    if units.of_domain(first) != units.SHARE:  # a front of gain in nats against forgetting in points has no area
+        return None
     tasks = retention_tasks(first)
     counts = {task: first["n"].get(task, 0) for task in [domain, *tasks]}
     means = cells.groupby("method")[["domain_gain", "forgetting"]].mean().astype(float).loc[list(methods)]

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis import numbers
+from analysis import numbers, units
 from analysis.load import Loaded
 from analysis.permutation import FLIPS, KINDS, LEVEL, mcnemar
 
@@ -13,11 +13,16 @@ def sentence(test: pd.Series) -> str:
     """One row of `tests_of` in words: what was found, or that nothing was and how large a difference would have been."""
     against = "the base" if test["b"] == "base" else test["b"]
     if not found(test):
-        return f"No detectable difference in {test['kind']} between {test['a']} and {against} at n = {test['n']}{_could([test['detectable']])}."
+        return f"No detectable difference in {test['kind']} between {test['a']} and {against} at n = {test['n']}{_could([test['detectable']], _unit(test))}."
     of = f"{test['kind'].capitalize()} of {test['a']}" + ("" if test["b"] == "base" else f" minus that of {test['b']}")
-    bounds = "" if numbers.missing(test["low"]) else f" [{numbers.points(test['low'])}, {numbers.points(test['high'])}]"
-    text = f"{of}: {numbers.points(test['difference'])} points{bounds}, p {_p(test['p_holm'], sign=True)} after Holm's correction, n = {test['n']}."
+    show = lambda value: units.change(value, _unit(test))
+    bounds = "" if numbers.missing(test["low"]) else f" [{show(test['low'])}, {show(test['high'])}]"
+    text = f"{of}: {show(test['difference'])} {units.named(_unit(test))}{bounds}, p {_p(test['p_holm'], sign=True)} after Holm's correction, n = {test['n']}."
     return text + (" Over seeds the interval reaches zero: this holds of these runs, not of the method." if _only_runs(test) else "")
+
+
+def _unit(test: pd.Series) -> str:
+    return test.get("unit", units.SHARE)
 
 
 def found(test: pd.Series) -> bool:
@@ -43,7 +48,13 @@ def section(loaded: Loaded, tests: pd.DataFrame, *, model: str, domain: str) -> 
 
 def _untested(loaded: Loaded, *, model: str, domain: str) -> list[str]:
     absent = [cell for cell in loaded.of(model, domain).index if cell not in set(loaded.items["cell"])]
-    return [f"Not tested, for their items.csv.gz are not there: {', '.join(absent)}."] if absent else []
+    said = [f"Not tested, for their items.csv.gz are not there: {', '.join(absent)}."] if absent else []
+    first = loaded.of(model, domain).iloc[0]
+    if units.of_domain(first) != units.SHARE:
+        said.append(f"Gain is in {units.of_domain(first)} and not in points.")
+    if not units.per_item(first, domain):
+        said.append(f"Gain is not tested: {units.metric_of(first, domain)} is one number of all rows, which no single row has a part in.")
+    return said
 
 
 def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
@@ -56,15 +67,15 @@ def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
         if len(sure) > NAMED:
             said.append(f"{kind.capitalize()} differs {'from the base ' if what == 'method' else ''}for {len(sure)} of {len(rows)} {what}s.")
         elif len(sure):
-            each = "; ".join(f"{name(row)} ({numbers.points(row['difference'])})" for _, row in sure.iterrows())
-            said.append(f"{kind.capitalize()} differs, in points, {'from the base for' if what == 'method' else 'between'} {each}.")
+            each = "; ".join(f"{name(row)} ({units.change(row['difference'], _unit(row))})" for _, row in sure.iterrows())
+            said.append(f"{kind.capitalize()} differs, in {units.named(_unit(rows.iloc[0]))}, {'from the base for' if what == 'method' else 'between'} {each}.")
         if any(_only_runs(row) for _, row in sure.iterrows()):
             runs = [name(row) for _, row in sure.iterrows() if _only_runs(row)]
             said.append(f"Over seeds the interval reaches zero for {_listed(runs, what)}: there it holds of these runs, not of the method.")
         if len(rest):
             n = " or ".join(str(n) for n in sorted(set(rest["n"])))
             whose = _listed([name(row) for _, row in rest.iterrows()], what)
-            said.append(f"No detectable difference in {kind} at n = {n} for {whose}{_could(rest['detectable'])}.")
+            said.append(f"No detectable difference in {kind} at n = {n} for {whose}{_could(rest['detectable'], _unit(rest.iloc[0]))}.")
     return said
 
 
@@ -72,12 +83,16 @@ def _listed(names: list[str], what: str) -> str:
     return f"{len(names)} {what}s" if len(names) > NAMED else ", ".join(names) if what == "method" else "; ".join(names)
 
 
-def _could(detectable) -> str:
-    values = [f"{100 * value:.1f}" for value in detectable if not numbers.missing(value)]
+def _could(detectable, unit: str) -> str:
+    values = [_size(value, unit) for value in detectable if not numbers.missing(value)]
     if not values:
         return ""
     low, high = min(values, key=float), max(values, key=float)
-    return f"; this study could have detected {low if low == high else f'{low} to {high}'} points"
+    return f"; this study could have detected {low if low == high else f'{low} to {high}'} {units.named(unit)}"
+
+
+def _size(value: float, unit: str) -> str:
+    return f"{100 * value:.1f}" if unit == units.SHARE else f"{value:.3g}"
 
 
 def _only_runs(test: pd.Series) -> bool:
@@ -99,10 +114,11 @@ def _rows(tests: pd.DataFrame, kinds: list[str]) -> list[dict]:
 
 
 def _cell(test: pd.Series) -> dict:
-    bounds = "" if numbers.missing(test["low"]) else f"[{numbers.points(test['low'])}, {numbers.points(test['high'])}]"
+    show = lambda value: units.change(value, _unit(test))
+    bounds = "" if numbers.missing(test["low"]) else f"[{show(test['low'])}, {show(test['high'])}]"
     return {
-        "difference": numbers.points(test["difference"]), "bounds": bounds, "p": _p(test["p_holm"]), "raw": _p(test["p"]), "found": found(test),
-        "detectable": "–" if numbers.missing(test["detectable"]) else f"{100 * test['detectable']:.1f}",
+        "difference": show(test["difference"]), "bounds": bounds, "p": _p(test["p_holm"]), "raw": _p(test["p"]), "found": found(test),
+        "detectable": "–" if numbers.missing(test["detectable"]) else _size(test["detectable"], _unit(test)),
         "differing": f"{test['items_differing']} of {test['n']} differ",
     }  # fmt: skip
 

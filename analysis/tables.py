@@ -2,8 +2,8 @@
 
 import pandas as pd
 
-from analysis import intervals, numbers
-from analysis.intervals import SCOPES, Interval, mean_difference, paired, perplexity_ratio, wilson
+from analysis import intervals, numbers, units
+from analysis.intervals import SCOPES, Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
 from analysis.load import UNBEGUN, Loaded
 
 BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
@@ -35,9 +35,9 @@ def retention_tasks(cell: pd.Series) -> list[str]:
 def _base_row(loaded: Loaded, *, model: str, domain: str, first: pd.Series) -> dict:
     n = first["n"]
     kept = retention_tasks(first)
-    score = wilson(first["domain_score_base"] * n[domain], n[domain]) if n.get(domain) else Interval(first["domain_score_base"], None, None, 0)
+    score = _proportion(first, first["domain_score_base"])
     return {
-        "model": model, "domain": domain, "method": "base", "seeds": 0, "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
+        "model": model, "domain": domain, "method": "base", "unit": units.of_domain(first), "metric": units.metric_of(first, domain), "seeds": 0, "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
         **_bounds("domain_score", score), "domain_gain": 0.0, "forgetting": 0.0 if kept else None,
         "general_score": first["general_score_base"], "perplexity": first["general_perplexity_base"], "perplexity_ratio": 1.0,
     }
@@ -48,12 +48,13 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
     domain, kept = first["domain"], retention_tasks(cells.iloc[0])
     mean = lambda key: mean_if_known(cells[key]) if key in cells else None
     found = item_intervals(loaded, cells)
-    score = found.get("domain_score") or (wilson(mean("domain_score") * n[domain], n[domain]) if n.get(domain) else Interval(mean("domain_score"), None, None, 0))
+    score = found.get("domain_score") or _proportion(first, mean("domain_score"))
     ratio = mean("general_perplexity") / first["general_perplexity_base"] if mean("general_perplexity") else None
     if len(cells) > 1 and "perplexity_ratio" in found:
         ratio = None  # the interval's own centre is the geometric mean
     row = {
-        "model": first["model"], "domain": domain, "method": first["method"], "seeds": len(cells),
+        "model": first["model"], "domain": domain, "method": first["method"],
+        "unit": units.of_domain(first), "metric": units.metric_of(first, domain), "seeds": len(cells),
         "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
         **_bounds("domain_score", score),
         **_bounds("domain_gain", found.get("domain_gain"), mean("domain_gain")),
@@ -62,6 +63,7 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
         **_bounds("perplexity_ratio", found.get("perplexity_ratio"), ratio),
         **{key: mean(key) for key in COSTS},
         "bytes_stored": mean("bytes_importance") + mean("bytes_anchor") if mean("bytes_importance") is not None and mean("bytes_anchor") is not None else None,
+        **_apart(cells),
         "cost_known": bool(cells["cost_known"].all()) if "cost_known" in cells else True,
         "note": _note(first),
     }
@@ -69,6 +71,21 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
         for key in ("domain_score", "domain_gain", "forgetting"):
             row |= {f"{key}_min": cells[key].min(), f"{key}_max": cells[key].max()}
     return row
+
+
+def _apart(cells: pd.DataFrame) -> dict:
+    """Forgetting of the retention tasks that are no proportions, each in its own unit, the mean over seeds; nothing where there is none."""
+    by_seed = [found for found in (cells["forgetting_apart"] if "forgetting_apart" in cells else ()) if isinstance(found, dict)]
+    if len(by_seed) < len(cells) or not by_seed[0]:
+        return {}
+    told = {task: about["unit"] for task, about in by_seed[0].items()}
+    return {f"apart_{task}": float(pd.Series([found[task]["forgetting"] for found in by_seed]).mean()) for task in told} | {"apart": told}
+
+
+def _proportion(cell: pd.Series, score: float) -> Interval:
+    """A score of the domain without its items: a proportion of its rows by Wilson's interval, anything else without one."""
+    n = cell["n"].get(cell["domain"], 0)
+    return wilson(score * n, n) if n and units.of_domain(cell) == units.SHARE else Interval(score, None, None, n)
 
 
 def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
@@ -81,10 +98,14 @@ def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
     pairs = paired(base, tuned)
     counts = pairs["task"].value_counts()
     whole = lambda tasks: bool(tasks) and all(counts.get(task, 0) == first["n"].get(task) for task in tasks)
-    kept, found = retention_tasks(first), {}
-    if whole([first["domain"]]):
-        found["domain_gain"] = mean_difference(pairs, [first["domain"]])
-        found["domain_score"] = intervals.score(tuned, first["domain"])
+    kept, found, domain, unit = retention_tasks(first), {}, first["domain"], units.of_domain(first)
+    if not units.per_item(first, domain):
+        about = [by_task[domain] for by_task in cells["scores_by_task"]]
+        found["domain_gain"] = of_set([one["change"] for one in about], [one.get("change_error") for one in about], n=first["n"][domain])
+    elif whole([domain]):
+        found["domain_gain"] = mean_difference(pairs, [domain], step=units.step(unit))
+        if unit == units.SHARE:
+            found["domain_score"] = intervals.score(tuned, domain)
     if whole(kept):
         found["forgetting"] = -mean_difference(pairs, kept)
     if counts.get("general", 0):
@@ -130,10 +151,11 @@ def readable(row: pd.Series) -> dict[str, str]:
     """One row of the comparison as text, a column each of HEADS."""
     base = row["method"] == "base"
     cost = lambda key, show: "" if base else show(row.get(key))
+    level, change, (of_score, of_gain) = _in_unit(row)
     texts = (
         row["method"] + ("*" if row.get("note") and isinstance(row["note"], str) else ""),
-        f"{numbers.percent(row['domain_score'])}{_range(row, 'domain_score', numbers.percent)}",
-        "" if base else f"{numbers.points(row['domain_gain'])}{_range(row, 'domain_gain', numbers.points)}",
+        f"{level(row['domain_score'])}{of_score}{_range(row, 'domain_score', level)}",
+        "" if base else f"{change(row['domain_gain'])}{of_gain}{_range(row, 'domain_gain', change)}",
         "" if base else f"{numbers.points(row['forgetting'])}{_range(row, 'forgetting', numbers.points)}",
         f"{row['perplexity']:.1f}" if base else _ratio(row),
         cost("seconds_prepare", numbers.seconds), cost("seconds_train", numbers.seconds),
@@ -141,6 +163,13 @@ def readable(row: pd.Series) -> dict[str, str]:
         f"{row['n_domain']} + {row['n_retention']}",
     )
     return dict(zip(HEADS, texts))
+
+
+def _in_unit(row: pd.Series):
+    """How a row's score and gain are written, and what is put behind them where the columns' heads do not say it."""
+    unit = row.get("unit", units.SHARE)
+    behind = ("", "") if unit == units.SHARE else (f" {row['metric']}", f" {unit}" if unit != row["metric"] else "")
+    return lambda value: units.level(value, unit), lambda value: units.change(value, unit), behind
 
 
 def _ratio(row: pd.Series) -> str:
@@ -162,6 +191,7 @@ def legend(table: pd.DataFrame) -> list[str]:
     lines = [
         f"[ , ] is a 95 % interval {'; '.join(scopes)}.",
         "gain and forgetting are percentage points against the bare base model; forgetting is the mean over retention tasks above chance.",
+        *_other_units(table),
         "perplexity is on general text: the base's own, then how many times it for each method.",
         "stored is importance and anchor, delta what the tuned weights add to the base; n is domain + retention rows.",
     ]
@@ -169,6 +199,20 @@ def legend(table: pd.DataFrame) -> list[str]:
         notes = table[table["note"].fillna("") != ""]
         lines += [f"* {row['method']}: {row['note']}." for _, row in notes.drop_duplicates("method").iterrows()]
     return lines
+
+
+def _other_units(table: pd.DataFrame) -> list[str]:
+    """Lines where a domain's or a retention task's metric is no proportion of rows."""
+    lines = []
+    for domain, rows in table[table["apart"].notna()].groupby("domain", sort=False) if "apart" in table else ():
+        for task, unit in rows["apart"].iloc[0].items():
+            each = ", ".join(f"{row['method']} {units.change(row[f'apart_{task}'], unit)}" for _, row in rows.iterrows())
+            lines.append(f"{task} ({domain}) is no proportion of rows and not in the mean; its own forgetting, in {unit}: {each}.")
+    if "unit" not in table or (table["unit"] == units.SHARE).all():
+        return lines
+    told = [f"{row['domain']} in {row['unit']} of {row['metric']}" if row["unit"] != row["metric"] else f"{row['domain']} in {row['metric']}"
+            for _, row in table[table["unit"] != units.SHARE].drop_duplicates("domain").iterrows()]  # fmt: skip
+    return [*lines, f"Not in points, but turned so that more is better: the gain of {', '.join(told)}."]
 
 
 def missing(loaded: Loaded) -> list[dict]:

@@ -10,7 +10,7 @@ items that have to be. What has failed, is missing or cannot show forgetting doe
 import math
 from collections.abc import Sequence
 
-from analysis import numbers
+from analysis import numbers, units
 from analysis.load import Loaded, load_cells
 from analysis.tables import BANNER, item_intervals
 from experiments import cells
@@ -57,10 +57,14 @@ def verdict(loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float
             why = f": no retention task of {row['domain']} is above chance for the base model" if sign == 1 else ""
             wrong.append(f"no {name}{why}")
             continue
+        unit = units.of_domain(row) if key == "domain_gain" else units.SHARE
         bounded = interval is not None and interval.low is not None
-        ends = f" [{numbers.points(interval.low)}, {numbers.points(interval.high)}], n = {interval.n}" if bounded else ""
-        measured.append(f"{name} {numbers.points(value)}{ends or ', no interval: items are missing'}")
+        ends = f" [{units.change(interval.low, unit)}, {units.change(interval.high, unit)}], n = {interval.n}" if bounded else ""
+        measured.append(f"{name} {units.change(value, unit)}{'' if unit == units.SHARE else f' {unit}'}{ends or ', no interval: items are missing'}")
         if limit is None:
+            continue
+        if unit != units.SHARE:
+            wrong.append(f"{name} is in {unit}, and --min-gain is a share of right answers")
             continue
         if confidence and not bounded:
             wrong.append(f"{name} has no interval to go by")

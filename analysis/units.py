@@ -1,0 +1,55 @@
+"""In which unit the scores of a task differ, and how its numbers are written.
+
+Only a proportion of rows (`share`) is told in percentage points, has right and wrong answers and a chance; perplexities differ in
+nats, other metrics in themselves (evaluation/measure.py). All differences are turned so that more is better. Results that do not
+name a unit are of shares.
+"""
+
+import pandas as pd
+
+from analysis import numbers
+
+SHARE = "share"
+
+
+def of_task(cell: pd.Series, task: str) -> str:
+    """The unit of a task of one cell."""
+    return cell["scores_by_task"].get(task, {}).get("unit", SHARE)
+
+
+def of_domain(cell: pd.Series) -> str:
+    """The unit of a cell's gain."""
+    return of_task(cell, cell["domain"])
+
+
+def per_item(cell: pd.Series, task: str) -> bool:
+    """Whether every row has a part in the task's number, so that two models are compared row by row."""
+    return cell["scores_by_task"].get(task, {}).get("per_item", True)
+
+
+def metric_of(cell: pd.Series, task: str) -> str:
+    return cell["scores_by_task"].get(task, {}).get("metric", "").partition(",")[0]
+
+
+def step(unit: str) -> float:
+    """How far the number of one row moves when its answer turns, see `analysis.crossed`; 0 where answers are not right or wrong."""
+    return 1.0 if unit == SHARE else 0.0
+
+
+def level(value: float | None, unit: str) -> str:
+    """A score: a share in percent, anything else as it is."""
+    if unit == SHARE or numbers.missing(value):
+        return numbers.percent(value)
+    return f"{value:.4g}".replace("-", numbers.MINUS)
+
+
+def change(value: float | None, unit: str) -> str:
+    """A signed difference: of shares in points, of anything else as it is."""
+    if unit == SHARE or numbers.missing(value):
+        return numbers.points(value)
+    text = f"{value:+.3g}"
+    return "0" if float(text) == 0 else text.replace("-", numbers.MINUS)
+
+
+def named(unit: str) -> str:
+    return "points" if unit == SHARE else unit
