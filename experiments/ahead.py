@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from experiments import memory, packages, random_models, rows, weights
+from experiments import memory, model_folder, packages, random_models, rows, weights
 from experiments.chance import WARNING, below_chance
 from experiments.errors import UserError
 from experiments.positions import longest_document, longest_row, refuse_long_documents, refuse_long_rows
@@ -100,7 +100,10 @@ def _tasks(study) -> None:
 def _model(study, model: str) -> None:
     block = study.models[model]
     kind, _, rest = block["source"].partition(":")
-    if kind == "path" and not (Path(rest).expanduser() / "config.json").is_file() and not (study.paths.model(model) / "config.json").is_file():
+    folder = Path(rest).expanduser()
+    if kind == "path" and (folder / "adapter_config.json").is_file():
+        model_folder.config_of(folder, f"models.{model}: {rest}")  # says that it is an adapter
+    if kind == "path" and not (folder / "config.json").is_file() and not (study.paths.model(model) / "config.json").is_file():
         raise UserError(f"models.{model}.source is {block['source']!r}: {rest} is not a model folder (no config.json)")
     if kind == "pypi":
         try:
@@ -110,12 +113,25 @@ def _model(study, model: str) -> None:
     if study.device != "cpu" and torch.cuda.is_available() and block.get("processes", 1) > torch.cuda.device_count():
         raise UserError(f"models.{model}.processes is {block['processes']}, and this machine has {torch.cuda.device_count()} CUDA devices: "
                         "each process takes one")  # fmt: skip
+    _files(study, model)
     if (shape := known_shape(study, model)) is None:
         return
     for method in study.grid["methods"]:
         if adapters := memory.adapting(study.methods[method].parts):
             try:
                 shape.build(parts=adapters, layers=1)
+            except UserError as error:
+                raise UserError(f"methods.{method}.{error} (model {model})") from error
+
+
+def _files(study, model: str) -> None:
+    """What parts read beside the base, against the base's tensors where it was made."""
+    made = sorted(study.paths.model(model).glob("*.safetensors"))
+    shapes = {name: shape for name, (_, shape) in model_folder.headers(made, f"models.{model}").items()}
+    for method in study.grid["methods"]:
+        for part in study.methods[method].parts:
+            try:
+                part.look(shapes=shapes)
             except UserError as error:
                 raise UserError(f"methods.{method}.{error} (model {model})") from error
 

@@ -1,7 +1,7 @@
 """What a folder in Hugging Face layout says of its model, and what is refused before a weight is read."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,17 +66,26 @@ def refuse_incomplete(folder: Path, name: str) -> None:
                             "model.safetensors.index.json names: fetch the folder again, whole")  # fmt: skip
 
 
-def refuse_codes(folder: Path, name: str) -> None:
-    """Refuse weights that are stored as something else than floating-point numbers of 16 bits or more: transformers would take codes for values."""
-    for file in sorted(folder.glob("*.safetensors")):
+def headers(files: Iterable[Path], name: str) -> dict[str, tuple[str, list[int]]]:
+    """Dtype, as safetensors writes it, and shape of every tensor; no tensor is read. Raises UserError for a damaged file."""
+    found = {}
+    for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                dtypes = {tensor: tensors.get_slice(tensor).get_dtype() for tensor in tensors.keys() if tensor.endswith(".weight")}  # noqa: SIM118
+                for tensor in tensors.keys():  # noqa: SIM118 (no mapping)
+                    about = tensors.get_slice(tensor)
+                    found[tensor] = (about.get_dtype(), about.get_shape())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{name} cannot be loaded: {file.name} is no safetensors file, or damaged or cut off ({error}): fetch it again") from error
-        if codes := [tensor for tensor, dtype in dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")]:
-            raise UserError(f"{name} is quantised or damaged: {codes[0]} is stored as {dtypes[codes[0]]} (and {len(codes) - 1} more): name the "
-                            "checkpoint it was made from, or save it in bfloat16, float16 or float32")  # fmt: skip
+            raise UserError(f"{name}: {file.name} is no safetensors file, or damaged or cut off ({error}): fetch it again") from error
+    return found
+
+
+def refuse_codes(found: Mapping[str, tuple[str, list[int]]], name: str) -> None:
+    """Refuse weights that are stored as something else than floating-point numbers of 16 bits or more: transformers would take codes for values."""
+    codes = [tensor for tensor, (dtype, _) in found.items() if tensor.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16")]
+    if codes:
+        raise UserError(f"{name} is quantised or damaged: {codes[0]} is stored as {found[codes[0]][0]}{f' (and {len(codes) - 1} more such)' if len(codes) > 1 else ''}: "
+                        "name the checkpoint it was made from, or save it in bfloat16, float16 or float32")  # fmt: skip
 
 
 def shards(index: Path, name: str) -> list[str]:

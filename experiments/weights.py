@@ -208,7 +208,7 @@ def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[Pre
     if not list(folder.glob("*.safetensors")):
         raise UserError(f"{name} holds no safetensors. Pickled weights are read only if the block states `bin_sha256`, "
                         "the sha256 of its pytorch_model.bin")  # fmt: skip
-    model_folder.refuse_codes(folder, name)
+    model_folder.refuse_codes(model_folder.headers(sorted(folder.glob("*.safetensors")), name), name)
     return load_model(folder, dtype=dtype), tokenizer
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from experiments import model_folder
 from experiments.errors import UserError
 from methods.part import Part, register, setting
+
 
 @register(
     title="Given checkpoint",
@@ -27,8 +29,11 @@ class Given(Part):
         if not self.path:
             raise UserError("given.path is missing: name the folder of the checkpoint to evaluate")
 
+    def look(self, *, shapes):
+        fits(self.path, shapes)
+
     def begin(self, *, run, state, examples):
-        files(self.path)  # a wrong path is said before anything else is done
+        fits(self.path, {})  # a wrong path is said before anything else is done
 
     def finish(self, *, run, state, final):
         return load(self.path, run.base)
@@ -43,25 +48,32 @@ def load(path: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Every tensor of the base must be there with its shape, and no other; a tied head saved beside its embedding and the
     attention buffers of older files are passed over. No value may be NaN or infinite.
     """
+    fits(path, {name: list(tensor.shape) for name, tensor in base.items()})
     found: dict[str, torch.Tensor] = {}
     for file in files(path):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"given.path: {file} is no safetensors file that can be read ({error}): fetch it again") from error
+        with safe_open(file, framework="pt") as tensors:
+            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     extra = [n for n in found if n not in base and not n.endswith(model_folder.BUFFERS) and not _tied_copy(n, found, base)]
-    missing = [name for name in base if name not in found]
-    for kind, names in (("lacks", missing), ("has what the base has not:", extra)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise UserError(f"given.path: {path} {kind} {sorted(names)[0]}{more}: it is not a checkpoint of this base model")
-    for name, tensor in base.items():
-        if found[name].shape != tensor.shape:
-            raise UserError(f"given.path: {name} in {path} has shape {list(found[name].shape)}, the base's is {list(tensor.shape)}: "
-                            "it is not a checkpoint of this base model")  # fmt: skip
+    _refuse(path, "has what the base has not:", extra)
     model_folder.refuse_not_finite({name: found[name] for name in base}, f"given.path: {path}", then="fetch it again, or give another checkpoint")
     return {name: found[name] if found[name].dtype == torch.float64 else found[name].float() for name in base}
+
+
+def fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Raises UserError for a folder that is no checkpoint, or not one of a base with tensors of these shapes. No tensor is read."""
+    found = model_folder.headers(files(path), f"given.path: {path}")
+    model_folder.refuse_codes(found, f"given.path: {path}")
+    _refuse(path, "lacks", [name for name in shapes if name not in found])
+    for name, shape in shapes.items():
+        if found[name][1] != list(shape):
+            raise UserError(f"given.path: {name} in {path} has shape {found[name][1]}, the base's is {list(shape)}: "
+                            "it is not a checkpoint of this base model")  # fmt: skip
+
+
+def _refuse(path: str, kind: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(f"given.path: {path} {kind} {sorted(names)[0]}{more}: it is not a checkpoint of this base model")
 
 
 def files(path: str) -> list[Path]:

@@ -137,6 +137,12 @@ class Part:
         """The same part with nothing left to its preset."""
         return dataclasses.replace(self, **self.settings())
 
+    def look(self, *, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Before anything runs: refuse what the part itself reads, such as files, where it could not work.
+
+        shapes   of the base's tensors by name, where the base was made; else empty
+        """
+
     def adapt(self, model: nn.Module, *, seed: int) -> nn.Module:
         """Wrap the model or freeze tensors of it; trained tensors are those that require a gradient afterwards."""
         return model

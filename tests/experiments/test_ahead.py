@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from experiments import ahead, config, plan
@@ -13,6 +14,7 @@ from experiments.data import write_data
 from experiments.errors import UserError
 from experiments.files import write_json
 from experiments.paths import HERE, Paths
+from experiments.random_models import build
 from experiments.stages import evaluate, model, resolve, train
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
@@ -57,6 +59,32 @@ def rows(path, content):
 def test_what_cannot_work_is_refused_by_plan(tmp_path, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         plan.make(study(tmp_path, *changes))
+
+
+def test_a_checkpoint_made_elsewhere_is_refused_by_plan_where_it_is_none_of_the_base(tmp_path):
+    asked = study(tmp_path, ("methods/full", {"given": {"path": str(tmp_path / "given")}}))
+    with pytest.raises(UserError, match="methods.full.given.path is '.*given': no such folder"):
+        plan.make(asked)
+    build("llama", seed=1, num_hidden_layers=1).save_pretrained(tmp_path / "given")
+    plan.make(asked)  # the base is not made yet: its tensors are not known
+    model.main(asked, model="llama-tiny")
+    with pytest.raises(UserError, match="methods.full.given.path: .* lacks model.layers.1.input_layernorm.weight and 8 more: it is not a checkpoint of this"):
+        plan.make(asked)
+    build("llama", seed=1).to(torch.float8_e4m3fn).save_pretrained(tmp_path / "given")
+    with pytest.raises(UserError, match="methods.full.given.path: .* is quantised or damaged: .* is stored as F8_E4M3"):
+        plan.make(asked)
+    build("llama", seed=1).save_pretrained(tmp_path / "given")
+    plan.make(asked)
+    file = tmp_path / "given" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(UserError, match=r"methods.full.given.path: .* is quantised \(awq"):
+        plan.make(asked)
+
+
+def test_an_adapter_in_a_models_place_is_refused_by_plan(tmp_path):
+    (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+    with pytest.raises(UserError, match="models.llama-tiny: .* holds an adapter of org/base .*, not a model: merge it"):
+        plan.make(study(tmp_path / "root", ("models/llama-tiny/source", f"path:{tmp_path}")))
 
 
 def test_resolve_refuses_the_same_and_writes_nothing(tmp_path):

@@ -85,5 +85,5 @@ def test_folders_without_safetensors_are_named(base, tmp_path):
     with pytest.raises(UserError, match="is an adapter; merge it"):
         Given(path=str(tmp_path)).begin(run=None, state={}, examples=[])
     (tmp_path / "model.safetensors").write_bytes(b"not one")
-    with pytest.raises(UserError, match="is no safetensors file"):
+    with pytest.raises(UserError, match="is no safetensors file, or damaged"):
         Given(path=str(tmp_path)).finish(run=type("Run", (), {"base": base})(), state={}, final={})
