@@ -29,11 +29,17 @@ def base_name(parameter: str) -> str:
 
 def backbone(model: nn.Module) -> nn.Module:
     """The decoder without its head: token ids to the last hidden state (batch, tokens, width)."""
+    return getattr(plain(model), _backbone_name(model))
+
+
+def _backbone_name(model: nn.Module) -> str:
+    """What a model calls its decoder: as its class says, or, where that is the name of something else, the one model in it."""
     inner = plain(model)
-    found = getattr(inner, getattr(inner, "base_model_prefix", "") or "-", None)
-    if not isinstance(found, nn.Module):
-        raise UserError(f"model {type(inner).__name__} is not a decoder with a head on top of it: Holdfast trains causal language models")
-    return found
+    models = [name for name, child in inner.named_children() if isinstance(child, PreTrainedModel)]
+    for name in (getattr(inner, "base_model_prefix", ""), models[0] if len(models) == 1 else ""):
+        if name and isinstance(getattr(inner, name, None), nn.Module):
+            return name
+    raise UserError(f"model {type(inner).__name__} is not a decoder with a head on top of it: Holdfast trains causal language models")
 
 
 def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -42,15 +48,15 @@ def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
     The causal model's own `forward` is run with a stand-in for its decoder, which answers with the hidden states given:
     whatever the class does behind its decoder (a head with a bias, a scale, a cap, a cast) is done by its own code.
     """
-    inner, decoder = plain(model), backbone(model)
+    inner, name, decoder = plain(model), _backbone_name(model), backbone(model)
     # a twin that shares everything with the model but the decoder, so that nothing in the model is exchanged meanwhile
     twin = object.__new__(type(inner))
     vars(twin).update(vars(inner))
-    vars(twin)["_modules"] = inner._modules | {inner.base_model_prefix: _StandIn(decoder)}
+    vars(twin)["_modules"] = inner._modules | {name: _StandIn(decoder)}
 
     def logits(hidden: Tensor) -> Tensor:
         whole = hidden if hidden.dim() == 3 else hidden[None]
-        vars(twin)["_modules"][inner.base_model_prefix] = _StandIn(decoder, whole)
+        vars(twin)["_modules"][name] = _StandIn(decoder, whole)
         ids = torch.zeros(whole.shape[:2], dtype=torch.long, device=whole.device)
         found = type(inner).forward(twin, input_ids=ids, use_cache=False).logits
         return found if hidden.dim() == 3 else found[0]
@@ -98,7 +104,7 @@ def head(model: nn.Module) -> nn.Linear:
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The transformer blocks in order, each with its module path in `model`."""
-    depth = plain(model).config.num_hidden_layers
+    depth = plain(model).config.get_text_config(decoder=True).num_hidden_layers
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and _is_stack(module):
             return [(f"{name}.{i}", block) for i, block in enumerate(module)]
@@ -131,7 +137,11 @@ def recompute_activations(model: nn.Module) -> None:
     """Keep only each block's input for backward and compute the rest again: activation checkpointing."""
     # the name before transformers 5.20
     enable = getattr(plain(model), "activation_checkpointing_enable", None) or plain(model).gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"train.checkpointing is true, but {type(plain(model)).__name__} cannot recompute activations: set "
+                        "train.checkpointing: false") from error  # fmt: skip
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -191,7 +201,7 @@ def numberless(*, packed: bool = False) -> Iterator[None]:
 def keeps_apart(model: nn.Module) -> bool:
     """Whether examples packed in one row do not see each other; tried on six tokens, in evaluation mode.
 
-    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins.
+    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins, and for what takes no positions.
     """
     device = next(model.parameters()).device
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
@@ -201,6 +211,8 @@ def keeps_apart(model: nn.Module) -> bool:
     model.eval()
     try:
         one, two = (hidden_states(model, ids, None, positions)[:, 3:] for ids in (row, other))
+    except TypeError:
+        return False
     finally:
         model.train(was_training)
     # a key that is masked out has weight exactly 0, whatever it is

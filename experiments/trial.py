@@ -7,7 +7,7 @@ with the weights, attention and dtype that it is going to compute with:
     loss        the chunked loss of hidden states and labels is what `model(input_ids, labels)` says
     gradient    with respect to the embedded tokens, so that it has passed every layer, against autograd through the model's own loss
 
-Once for each config, dtype and device in a process. It takes four forward and two backward passes of twelve tokens and the gradient
+Once for each config, dtype and device in a process. It takes five forward and three backward passes of twelve tokens and the gradient
 of no weight: less than reading the weights did. A mixture of experts is tried without the loss of its router, which training leaves out.
 """
 
@@ -85,6 +85,9 @@ def _differences(model: nn.Module) -> dict[str, float]:
     with torch.no_grad():
         before, after = (inner(input_ids=tokens, use_cache=False).logits[:, :-1] for tokens in (ids, other))
     (loss, gradient), (our_loss, our_gradient) = (_with_gradient(inner, compute) for compute in (own, ours))
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        inner.train()  # where dropout makes other numbers, and some models fail
+        _with_gradient(inner, ours)
     return {
         "changing the last token moves the logits of earlier ones: its attention is not causal": _relative(after, before),
         f"its own loss is {loss.item():.5g} and the loss that training would take {our_loss.item():.5g}": _relative(our_loss, loss),
@@ -98,7 +101,7 @@ def _with_gradient(model: nn.Module, compute: Callable[[], Tensor]) -> tuple[Ten
 
     def leaf(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1]
+        return embedded[-1].clone()  # some models scale it in place
 
     handle = model.get_input_embeddings().register_forward_hook(leaf)
     try:

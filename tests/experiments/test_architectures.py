@@ -193,6 +193,39 @@ def test_the_chain_from_plan_to_score(kind, method):
     assert (kept - model(batch["input_ids"]).logits[batch["attention_mask"].bool()]).abs().max() > 1e-5
 
 
+OTHERS = {
+    "llama": {}, "gemma": {"head_dim": 8}, "gpt_neo": {"num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 4}, "gpt_bigcode": {"attn_pdrop": 0.0},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2}, "starcoder2": {}, "glm": {"head_dim": 8}, "glm4": {"head_dim": 8}, "nemotron": {},
+    "smollm3": {}, "exaone4": {}, "ernie4_5": {"head_dim": 8}, "helium": {"head_dim": 8}, "apertus": {}, "arcee": {}, "cohere2": {}, "phi": {},
+    "persimmon": {}, "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4,
+    "ffn_dim": 48}, "biogpt": {}, "olmo": {}, "olmo3": {}, "granitemoe": {"num_local_experts": 4}, "qwen2_moe": {"num_experts": 4,
+    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
+    "moe_intermediate_size": 16}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "phimoe": {"num_local_experts": 4, "lm_head_bias": True},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "diffllama": {}, "seed_oss": {"head_dim": 8, "residual_dropout": 0.0}, "mamba": {"state_size": 8},
+    "llama4_text": {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8}, "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48},
+    "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+}  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("kind", OTHERS)
+def test_more_architectures_train_as_their_own_loss_says(kind):
+    model = build(kind, **OTHERS[kind])
+    trial.check(model)
+    value = sum(value for value, _ in own_sums(model))
+    settings = TrainSettings(batch=4, micro_batch=4, length=12, learning_rate=1e-9, probes=0)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for module in model.modules():  # its loss in training would be another one
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "activation_dropout", "attention_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+    result = fit(model=model, parts=(), examples=documents(), settings=settings, seed=0, base=base)
+    asked = sum(int((example["labels"][1:] != -100).sum()) for example in documents())
+    assert result.curve[0]["loss"] == pytest.approx(value / asked, rel=1e-5)
+
+
 def test_effective_update_of_a_weight_that_is_kept_the_other_way_round():
     """GPT-2's Conv1D, in × out: what peft merges, and a dense gradient's way to the factors as autograd goes it."""
     plain = dict(build("gpt2").named_parameters())
