@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ import pandas as pd
 import torch
 from lm_eval.evaluator import evaluate
 
-from evaluation import SCORING, lm as models
+from evaluation import SCORING, lm as models, versions
 from evaluation.encode import encode_rolling
 from evaluation.preserve import preserved
 from evaluation.task import SEED, LocalTask, check, gold_index, make_task, quiet, render
@@ -110,8 +109,7 @@ def score(
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "limit": None,
-        "lm_eval": version("lm_eval"),
-        "transformers": version("transformers"),
+        **versions(),
     }
     scores["weights_sha256"] = weights_sha256
     _refuse_no_numbers(items)

@@ -160,20 +160,23 @@ def run(options: argparse.Namespace) -> int:
 def _stage(study, options: argparse.Namespace) -> None:
     from importlib import import_module
 
-    from experiments import cells
+    from experiments import cells, stale
     from experiments.names import unknown
 
     stage = options.command
     if stage in ("train", "evaluate", "collect", "drift"):
-        import_module(f"experiments.stages.{stage}").main(study, cells.parse(options.cell, study))
+        cell = cells.parse(options.cell, study)
+        stale.refuse(study, stage, model=cell.model, domain=cell.domain, method=cell.method)
+        import_module(f"experiments.stages.{stage}").main(study, cell)
         return
     if hasattr(options, "model") and options.model not in study.models:
         raise unknown("model", options.model, study.models)
+    if hasattr(options, "method") and options.method not in study.methods:
+        raise unknown("method", options.method, study.methods)
+    stale.refuse(study, stage, **{name: getattr(options, name) for name in ("model", "method") if hasattr(options, name)})
     if stage == "prepare":
         from experiments.stages import prepare
 
-        if options.method not in study.methods:
-            raise unknown("method", options.method, study.methods)
         if options.seed < 0:
             raise UserError(f"seed {options.seed}: it must be a whole number from 0")
         # a preparation never sees the domain: a failure is recorded with the first cell that needs it

@@ -228,8 +228,7 @@ class _Layout:
 
 
 def _cut(part: Part, settings: TrainSettings, longest: int | None) -> TrainSettings:
-    found = [length for length in (getattr(part, "length", None), longest) if length]
-    return dataclasses.replace(settings, length=min(found, default=settings.length))
+    return dataclasses.replace(settings, length=min(n for n in (getattr(part, "length", longest or settings.length), longest) if n))
 
 
 def adapting(parts: Sequence[Part]) -> tuple[Part, ...]:

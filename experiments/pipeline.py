@@ -1,18 +1,21 @@
 """dvc.yaml written by a command where DVC's own language ends: the cell files that `compare` depends on, the local
-rows that `data` reads, the importance that `drift` measures against, what `dvc plots` shows, and a study's dvc.yaml,
+files and folders that `resolve` hashes, the importance that `drift` measures against, what `dvc plots` shows, and a study's dvc.yaml,
 which is the root's with its own folders. A test holds them together."""
 
 import io
 import os
+from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from experiments import cells, drift
+from experiments import cells, drift, stale
 from experiments.paths import Paths
 from experiments.stages import resolve
 
 OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
 BASE = ("scores.json", "items.csv.gz")
+# the code that `resolve` hashes and the numbers that it writes: SCORING, NUMERICS and its own formats
+CODE = ("methods", "evaluation/__init__.py", "experiments/engine_settings.py", "experiments/stages/resolve.py")
 
 
 def compare_inputs(study) -> list[str]:
@@ -28,12 +31,18 @@ def compare_inputs(study) -> list[str]:
     return list(dict.fromkeys(path.relative_to(study.paths.root).as_posix() for path in files))
 
 
-def data_inputs(study) -> list[str]:
-    """The JSONL files of the user's own that the grid's domains, their tasks and the general text read."""
-    used = resolve.data(study)
-    blocks = [used["general"], *used["domains"].values(), *used["tasks"].values()]
-    files = [block[key]["jsonl"] for block in blocks for key in ("rows", "test_rows") if "jsonl" in (block.get(key) or {})]
-    return sorted({file["path"] if isinstance(file, dict) else file for file in files})
+def local_inputs(study) -> list[str]:
+    """The files and folders of the user's own that the study reads, as far as they are there: relative to the root within it.
+
+    What the pipeline writes itself is no input of its first stage.
+    """
+    root, found = study.paths.root.resolve(), []
+    own = [root / name for name in ("work", "results")]
+    for path in resolve.local_inputs(study):
+        place = (root / Path(path).expanduser()).resolve()
+        if place.exists() and not any(place.is_relative_to(folder) or folder.is_relative_to(place) for folder in own):
+            found.append(place.relative_to(root).as_posix() if place.is_relative_to(root) else place.as_posix())
+    return sorted(set(found))
 
 
 def drift_inputs(study) -> list[str]:
@@ -72,6 +81,8 @@ def main(study) -> None:
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
         print(f"wrote {path.relative_to(study.paths.root)}")
+    if found := stale.forget(study):
+        print(f"{found}: `dvc repro` looks at all settings again")
 
 
 def rendered(study) -> str:
@@ -84,8 +95,8 @@ def rendered(study) -> str:
             stage["wdir"] = "../../.."
     deps = document["stages"]["compare"]["deps"]
     deps[:] = compare_inputs(study) + [path for path in deps if not path.startswith("results/")]
-    deps = document["stages"]["data"]["deps"]
-    deps[:] = data_inputs(study) + [path for path in deps if not path.endswith(".jsonl")]
+    deps = document["stages"]["resolve"]["deps"]
+    deps[:] = [study.paths.params.relative_to(study.paths.root).as_posix(), *CODE, *local_inputs(study)]
     deps = document["stages"]["drift"]["deps"]
     deps[:] = [path for path in deps if "/prepared/" not in path] + drift_inputs(study)
     document.pop("plots", None)

@@ -71,7 +71,7 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
                 "if the checkpoint is of another dtype"))  # fmt: skip
             for sentence in vocabulary.check(model=model, tokenizer=tokenizer):
                 print(f"model {name!r}: {sentence}", flush=True)
-            base = _save(model, tokenizer, made) | {"source": source, "note": block.get("note", "")} | found
+            base = _save(model, tokenizer, made) | {"source": source} | found
             (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
             shutil.rmtree(out_dir, ignore_errors=True)
             made.replace(out_dir)

@@ -22,7 +22,7 @@ from methods.part import Part, register, setting
 )
 @dataclass(frozen=True, kw_only=True)
 class Given(Part):
-    path: str = setting("", help="folder with the checkpoint's safetensors; a relative one starts at the project's root")
+    path: str = setting("", path=True, help="folder with the checkpoint's safetensors; a relative one starts at the project's root")
 
     def __post_init__(self):
         super().__post_init__()

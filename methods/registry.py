@@ -76,6 +76,12 @@ def phase_settings(part: Part, phase: str | None) -> dict[str, Any]:
     return {name: list(values[name]) if isinstance(values[name], tuple) else values[name] for name in wanted}
 
 
+def paths(part: Part, phase: str | None) -> list[str]:
+    """Files and folders that settings of the part name (`setting(path=True)`), as far as the phase depends on them."""
+    values = phase_settings(part, phase)
+    return [values[f.name] for f in declared(part) if f.metadata.get("path") and values.get(f.name)]
+
+
 def source_files(part: Part | type[Part]) -> list[Path]:
     """The part's own module and the modules it declares in `shares`: what changes in their code (methods/source_code.py) makes its cells stale."""
     kind = part if isinstance(part, type) else type(part)

@@ -14,18 +14,19 @@ PHASES = ("prepare", "train")
 
 
 def setting(default: Any, *, phase: Literal["prepare", "train"] = "train", help: str = "", within: str = "",
-            by_preset: bool = False) -> Any:  # fmt: skip
+            by_preset: bool = False, path: bool = False) -> Any:  # fmt: skip
     """A field of a part.
 
     phase      "prepare" where the preparation depends on it, so that changing it prepares and trains again;
                "train" where only the training does, so that a sweep over it prepares once
     within     the interval a number must lie in, as it is printed: "(0, 1]", "[0, inf)"
     by_preset  not set unless the block sets it: a preset, or else `default`, fills it in `Part.settings()`
+    path       a file or folder that is read: what is in it makes a cell stale, not its name alone
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}: it must be one of {', '.join(PHASES)}")
     metadata = {"phase": phase, "help": help, "within": within, "default": default}
-    return dataclasses.field(default=None if by_preset else default, metadata=metadata | {"by_preset": by_preset})
+    return dataclasses.field(default=None if by_preset else default, metadata=metadata | {"by_preset": by_preset, "path": path})
 
 
 def declared(part: Any) -> list[dataclasses.Field]:

@@ -1,14 +1,22 @@
-"""resolve: for each stage, the settings it depends on, as one small JSON file; a file that does not change
-stops the reruns behind it. Sources of a part are hashed here, so that editing one part reruns its cells only."""
+"""resolve: for each stage, what it depends on, as one small JSON file; a file that does not change stops the reruns behind it.
+
+Settings, the code of a method's parts, hashes of local files and folders that are read, versions of packages that can change
+what comes out. DVC runs this stage where params.yaml, the parts or those files change; what it cannot see (a package upgraded)
+is found by experiments/stale.py.
+"""
 
 import json
 import shutil
 from dataclasses import replace
+from importlib.metadata import version
 
-from experiments import blocks
+import torch
+
+import evaluation
+from experiments import blocks, hardware, local_files
 from experiments.engine_settings import NUMERICS, TrainSettings
+from experiments.errors import UserError
 from experiments.files import write_json
-from evaluation import SCORING
 from methods import registry, source_code
 from methods.part import Part
 
@@ -16,8 +24,9 @@ from methods.part import Part
 MODEL_FORMAT = 2
 DATA_FORMAT = 2
 
-MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed", "note")
-DOMAIN_KEYS = tuple(key for key in blocks.DOMAIN if key not in ("licence", "why", "train"))  # what enters its rows and their scores
+MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed")
+DOMAIN_KEYS = tuple(key for key in blocks.DOMAIN if key not in ("why", "train"))  # what enters its rows and their scores
+DATA_PACKAGES = ("datasets", "lm_eval")  # that read and render rows
 
 
 def main(study) -> None:
@@ -39,22 +48,62 @@ def main(study) -> None:
 
 def contents(study) -> dict[str, dict]:
     """Every resolved file of the study: relative path to content."""
-    files = {"data.json": data(study)}
-    for model in study.grid["models"]:
-        files[f"model/{model}.json"] = {k: v for k, v in study.models[model].items() if k in MODEL_KEYS} | {"format": MODEL_FORMAT}
-        files[f"evaluate/{model}.json"] = dict(study.evaluate) | {"scoring": SCORING, "device": study.device} | _computing(study, model)
-        for method in study.grid["methods"]:
-            files[f"prepare/{model}/{method}.json"] = prepare(study, model, method)
-            for domain in study.grid["domains"]:
-                files[f"train/{model}/{domain}/{method}.json"] = train(study, model, domain, method)
-    return files
+    models, domains, methods = (study.grid[kind] for kind in ("models", "domains", "methods"))
+    paths = ["data.json", "compare.json"]
+    paths += [f"{kind}/{name}.json" for kind in ("model", "evaluate") for name in models]
+    paths += [f"{kind}/{name}/{method}.json" for kind in ("prepare", "collect") for name in models for method in methods]
+    paths += [f"train/{name}/{domain}/{method}.json" for name in models for domain in domains for method in methods]
+    return {path: content(study, path) for path in paths}
+
+
+def content(study, path: str) -> dict:
+    """What the resolved file `path`, such as train/MODEL/DOMAIN/METHOD.json, holds."""
+    kind, *names = path.removesuffix(".json").split("/")
+    return {"data": data, "compare": compare, "model": model, "evaluate": evaluate, "prepare": prepare, "collect": collect, "train": train}[kind](study, *names)
+
+
+def model(study, name: str) -> dict:
+    block = study.models[name]
+    resolved = {key: value for key, value in block.items() if key in MODEL_KEYS} | {"format": MODEL_FORMAT}
+    kind, _, rest = block["source"].partition(":")
+    if kind == "pypi":
+        resolved["packages"] = _packages(study, [rest.partition("/")[0]])
+    return resolved | _files(study, local_files.of_model(block))
 
 
 def data(study) -> dict:
     domains = {d: {k: v for k, v in study.domains[d].items() if k in DOMAIN_KEYS} for d in study.grid["domains"]}
     used = sorted({t for block in domains.values() for role in ("retention", "transfer", "probes") for t in block.get(role) or []})
-    return {"domains": domains, "tasks": {t: study.tasks[t] for t in used}, "general": dict(study.general),
-            "packages": dict(study.packages), "data": dict(study.data), "format": DATA_FORMAT}
+    tasks, prefer = {t: study.tasks[t] for t in used}, study.data.get("source", "pypi")
+    rows = [block.get(key) or {} for block in (study.general, *domains.values(), *tasks.values()) for key in ("rows", "test_rows")]
+    wheels = [source["pypi"].get("package") for source in rows if prefer == "pypi" and "pypi" in source]
+    paths = [path for source in rows for path in local_files.of_rows(source, prefer=prefer)]
+    return {"domains": domains, "tasks": tasks, "general": dict(study.general), "packages": _packages(study, wheels), "data": dict(study.data),
+            "versions": {name: version(name) for name in DATA_PACKAGES}, "format": DATA_FORMAT} | _files(study, paths)  # fmt: skip
+
+
+def evaluate(study, model: str) -> dict:
+    """What scores of the base and of cells depend on beside weights and rows; `collect` compares the same things."""
+    resolved = dict(study.evaluate) | {"scoring": evaluation.SCORING, "versions": evaluation.versions(), "device": study.device}
+    try:
+        where = hardware.device(study.device)
+    except UserError:  # a study on CUDA, looked at where there is none
+        return resolved | _computing(study, model)
+    resolved["device"] = where.type
+    block = study.models[model]
+    stated = block.get("compute_dtype") or block.get("dtype") or ("float32" if block["source"].startswith("random:") else None)
+    if stated is None:  # the checkpoint's own, which is not known before it is there
+        return resolved | {"bf16": hardware.has_bf16(where)}
+    return resolved | {"compute_dtype": str(study.compute_dtype(model, getattr(torch, stated), where))}
+
+
+def collect(study, model: str, method: str) -> dict:
+    """What metrics.json takes from params.yaml itself."""
+    return {"note": study.models[model].get("note"), "not_a_result": study.not_a_result, "method": dict(study.methods[method].block)}
+
+
+def compare(study) -> dict:
+    return {"title": study.title}
 
 
 def prepare(study, model: str, method: str) -> dict:
@@ -68,7 +117,7 @@ def prepare(study, model: str, method: str) -> dict:
     resolved = {"numerics": NUMERICS, "device": study.device, "parts": {}}
     for part in parts:
         if type(part).prepare is not Part.prepare or "adapts" in part.capabilities:
-            resolved["parts"][part.key] = _part(part, "prepare")
+            resolved["parts"][part.key] = _part(study, part, "prepare")
     for part in parts:
         if "seeded_preparation" in part.capabilities:
             resolved["parts"][part.key]["train"] = _general_phase(study, part, model=model, method=method)
@@ -90,7 +139,7 @@ def seeded(parts) -> bool:
 
 def train(study, model: str, domain: str, method: str) -> dict:
     settings: TrainSettings = study.settings(model=model, domain=domain, method=method)
-    parts = {part.key: _part(part, None) for part in study.methods[method].parts}
+    parts = {part.key: _part(study, part, None) for part in study.methods[method].parts}
     return {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts} | _computing(study, model)
 
 
@@ -99,9 +148,29 @@ def _computing(study, model: str) -> dict:
     return {"compute_dtype": study.models[model]["compute_dtype"]} if "compute_dtype" in study.models[model] else {}
 
 
-def _part(part: Part, phase: str | None) -> dict:
+def _part(study, part: Part, phase: str | None) -> dict:
     return {"settings": registry.phase_settings(part, phase),
-            "sources": {path.name: source_code.digest(path) for path in registry.source_files(part)}}
+            "sources": {path.name: source_code.digest(path) for path in registry.source_files(part)}} | _files(study, registry.paths(part, phase))
+
+
+def _files(study, paths: list[str]) -> dict:
+    """Hashes of what is read, where something is."""
+    return {"files": local_files.digests(paths, kept=study.paths.local / "hashes")} if paths else {}
+
+
+def _packages(study, wheels: list[str]) -> dict:
+    """The stated checksums of the wheels that are read."""
+    return {spec: study.packages.get(spec) for spec in sorted(set(wheels))}
+
+
+def local_inputs(study) -> list[str]:
+    """Paths whose content `contents` hashes: files and folders that the study reads, and the code of parts that is edited elsewhere."""
+    found = [path for content in contents(study).values() for path in _hashed(content)]
+    return sorted({*found, *local_files.of_code(part for method in study.grid["methods"] for part in study.methods[method].parts)})
+
+
+def _hashed(content: dict) -> list[str]:
+    return [*content.get("files", {}), *(path for part in content.get("parts", {}).values() if isinstance(part, dict) for path in part.get("files", {}))]
 
 
 def pipeline_behind(study) -> str:
