@@ -6,6 +6,7 @@ there stay the original and the bound name, where the module uses it. Equal tree
 """
 
 import ast
+import functools
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,12 @@ _NAMES_ONLY = ("__all__", "shares")  # lists of names whose objects are hashed e
 
 def digest(path: Path) -> str:
     """Hex sha256 of the code in `path`, a file of Python source."""
+    facts = path.stat()
+    return _digest(path, facts.st_mtime_ns, facts.st_size)
+
+
+@functools.lru_cache(maxsize=256)  # every cell of a study has the same few files
+def _digest(path: Path, *_: int) -> str:
     return digest_of(path.read_text(encoding="utf-8"))
 
 

@@ -73,13 +73,29 @@ def model(study, name: str) -> dict:
 
 def data(study) -> dict:
     domains = {d: {k: v for k, v in study.domains[d].items() if k in DOMAIN_KEYS} for d in study.grid["domains"]}
-    used = sorted({t for block in domains.values() for role in ("retention", "transfer", "probes") for t in block.get(role) or []})
-    tasks, prefer = {t: study.tasks[t] for t in used}, study.data.get("source", "pypi")
-    rows = [block.get(key) or {} for block in (study.general, *domains.values(), *tasks.values()) for key in ("rows", "test_rows")]
-    wheels = [source["pypi"].get("package") for source in rows if prefer == "pypi" and "pypi" in source]
-    paths = [path for source in rows for path in local_files.of_rows(source, prefer=prefer)]
+    tasks = {name: study.tasks[name] for name in _tasks(study)}
+    wheels = [rows["pypi"].get("package") for rows in _rows(study) if "pypi" in rows and _prefer(study) == "pypi"]
     return {"domains": domains, "tasks": tasks, "general": dict(study.general), "packages": _packages(study, wheels), "data": dict(study.data),
-            "versions": {name: version(name) for name in DATA_PACKAGES}, "format": DATA_FORMAT} | _files(study, paths)  # fmt: skip
+            "versions": {name: version(name) for name in DATA_PACKAGES}, "format": DATA_FORMAT} | _files(study, _row_files(study))  # fmt: skip
+
+
+def _tasks(study) -> list[str]:
+    """Names of the tasks that the grid's domains use."""
+    return sorted({task for name in study.grid["domains"] for role in ("retention", "transfer", "probes") for task in study.domains[name].get(role) or []})
+
+
+def _rows(study) -> list[dict]:
+    """Every `rows:` block that is read."""
+    blocks = [study.general, *(study.domains[name] for name in study.grid["domains"]), *(study.tasks[name] for name in _tasks(study))]
+    return [block.get(key) or {} for block in blocks for key in ("rows", "test_rows")]
+
+
+def _row_files(study) -> list[str]:
+    return [path for rows in _rows(study) for path in local_files.of_rows(rows, prefer=_prefer(study))]
+
+
+def _prefer(study) -> str:
+    return study.data.get("source", "pypi")
 
 
 def evaluate(study, model: str) -> dict:
@@ -165,12 +181,10 @@ def _packages(study, wheels: list[str]) -> dict:
 
 def local_inputs(study) -> list[str]:
     """Paths whose content `contents` hashes: files and folders that the study reads, and the code of parts that is edited elsewhere."""
-    found = [path for content in contents(study).values() for path in _hashed(content)]
-    return sorted({*found, *local_files.of_code(part for method in study.grid["methods"] for part in study.methods[method].parts)})
-
-
-def _hashed(content: dict) -> list[str]:
-    return [*content.get("files", {}), *(path for part in content.get("parts", {}).values() if isinstance(part, dict) for path in part.get("files", {}))]
+    parts = [part for method in study.grid["methods"] for part in study.methods[method].parts]
+    found = [path for name in study.grid["models"] for path in local_files.of_model(study.models[name])]
+    found += [path for part in parts for path in registry.paths(part, None)]
+    return sorted({*found, *_row_files(study), *local_files.of_code(parts)})
 
 
 def pipeline_behind(study) -> str:

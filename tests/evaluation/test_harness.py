@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from importlib.metadata import version
 
 import numpy as np
 import pandas as pd
@@ -35,9 +36,9 @@ def test_shape_of_the_scores(scored):
     assert hellaswag["value"] == hellaswag["metrics"]["acc_norm"]
     assert set(hellaswag["metrics"]) == {"acc", "acc_norm"}
     assert set(scores["tasks"]["lambada_openai"]["metrics"]) == {"acc", "perplexity"}
-    assert scores["scoring"] | {"lm_eval": "", "transformers": ""} == {
-        "scoring": SCORING, "scorer": scorer, "batch_size": 4, "dtype": "float32", "limit": None, "lm_eval": "",
-        "transformers": ""}  # fmt: skip
+    assert scores["scoring"] == {
+        "scoring": SCORING, "scorer": scorer, "batch_size": 4, "dtype": "float32", "limit": None,
+        **{name: version(name).removesuffix("+cpu") for name in ("lm_eval", "tokenizers", "torch", "transformers")}}  # fmt: skip
     assert scores["weights_sha256"] == "abc"
     assert list(items.columns) == harness.COLUMNS
 
