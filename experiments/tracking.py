@@ -213,7 +213,8 @@ def _of_cell(root: Path, cell: str) -> list[tuple[Path, str]]:
 def _of_group(root: Path, group: str) -> list[tuple[Path, str]]:
     """The report and its comparison's figures."""
     model, domain, _ = group.split("/")
-    figures = sorted((root / "summary" / "figures").glob(f"*-{model}-{domain}.png"))
+    # a figure's own name has no "-": of models `tiny` and `llama-tiny` each has its own
+    figures = [file for file in sorted((root / "summary" / "figures").glob("*.png")) if file.stem.partition("-")[2] == f"{model}-{domain}"]
     return [(root / "summary" / "report.html", ""), *((figure, "figures") for figure in figures)]
 
 

@@ -7,6 +7,7 @@ which is ever a test row. Trials are written as they finish; a second call runs 
 
 from dataclasses import replace
 from hashlib import sha256
+from pathlib import Path
 
 from evaluation.probe import load_probes, probe
 from experiments.base import dtype_of, load_tensors
@@ -15,7 +16,7 @@ from experiments.config import build_method
 from experiments.engine import TrainingFailed, fit
 from experiments.errors import UserError
 from experiments.families import family
-from experiments.files import read_json, write_json
+from experiments.files import folder_sha256, read_json, write_json
 from experiments.names import unknown
 from experiments.stages import prepare, resolve
 from experiments.stages.train import encoded
@@ -65,14 +66,14 @@ def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
 
 def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     path = study.paths.tuning(model_name, domain)
-    record = read_json(path, "trials") if path.is_file() else {"trials": []}
-    record |= {"rule": RULE, "epochs": study.tune.get("epochs")}
+    folder, rows = study.paths.model(model_name), study.paths.data / "train" / domain
+    judged_on = {"base_sha256": read_json(folder / "base.json", "sha256")["sha256"], "data_sha256": folder_sha256(rows)}
+    record = earlier(path, judged_on) | {"rule": RULE, "epochs": study.tune.get("epochs"), "judged_on": judged_on}
     where = hardware.device(study.device)
-    folder = study.paths.model(model_name)
     base = load_tensors(folder)
     computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
     tokenizer = weights.load_tokenizer(folder)
-    sets = load_probes(study.paths.data / "train" / domain / "probe", tokenizer)
+    sets = load_probes(rows / "probe", tokenizer)
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
         for knob, value in _trials(method, study.tune["methods"][method]):
@@ -92,6 +93,18 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     for trial in record["trials"]:
         if trial["chosen"]:
             print(f"chosen for {model_name}/{domain}: methods.{trial['method']} {trial['settings']}")
+
+
+def earlier(path: Path, judged_on: dict[str, str]) -> dict:
+    """The record of the trials that were made before. Those of another base, or judged on other rows, have the same names and are not
+    comparable: they are put aside, in a file beside it."""
+    record = read_json(path, "trials") if path.is_file() else {"trials": []}
+    if record.get("judged_on", judged_on) == judged_on:
+        return record
+    aside = path.with_suffix(f".{sha256(resolve.text(record['judged_on']).encode()).hexdigest()[:8]}.old")
+    path.replace(aside)
+    print(f"{path}: its {len(record['trials'])} trials are of other rows or of another base, and stand in {aside.name} now", flush=True)
+    return {"trials": []}
 
 
 def _with(study, method: str, knob: str, value, epochs: float | None):

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from evaluation import harness
-from experiments import cells, config
+from experiments import cells, config, tracking, tune
 from experiments.cells import Cell
 from experiments.errors import UserError
 from experiments.names import NAME
@@ -119,3 +119,27 @@ def test_scores_of_two_things_are_not_compared(tmp_path, tiny_llama, byte_tokeni
         check(base | {"general": base["general"] | {"prompt": "0"}})
     with pytest.raises(UserError, match="`batch_size` of scoring is 4"):
         check(base | {"scoring": base["scoring"] | {"batch_size": 4}})
+
+
+def test_trials_of_other_rows_or_another_base_are_put_aside(tmp_path, capsys):
+    path, now = tmp_path / "sums.json", {"base_sha256": "a", "data_sha256": "b"}
+    record = {"trials": [{"method": "full"}], "base": {"sums": 0.5}, "judged_on": now}
+    path.write_text(json.dumps(record))
+    assert tune.earlier(path, dict(now)) == record and tune.earlier(tmp_path / "none.json", now) == {"trials": []}
+    for other in ({"base_sha256": "c", "data_sha256": "b"}, {"base_sha256": "a", "data_sha256": "c"}):
+        path.write_text(json.dumps(record))
+        assert tune.earlier(path, other) == {"trials": []} and not path.exists()
+        (aside,) = tmp_path.glob("sums.*.old")
+        assert json.loads(aside.read_text()) == record  # nothing that was worked out is lost
+        assert "its 1 trials are of other rows or of another base, and stand in sums." in capsys.readouterr().out
+    path.write_text(json.dumps({"trials": [1]}))  # made before this was recorded
+    assert tune.earlier(path, now)["trials"] == [1]
+
+
+def test_a_models_figures_are_not_those_of_a_model_whose_name_ends_alike(tmp_path):
+    folder = tmp_path / "summary" / "figures"
+    folder.mkdir(parents=True)
+    for name in ("cost-tiny-sums", "cost-llama-tiny-sums", "cost-tiny-other-sums"):
+        (folder / f"{name}.png").touch()
+    shown = [file.stem for file, kind in tracking._of_group(tmp_path, "tiny/sums/full") if kind == "figures"]
+    assert shown == ["cost-tiny-sums"]
