@@ -9,7 +9,11 @@ import argparse
 import errno
 import sys
 
-from experiments import allocator
+if sys.version_info < (3, 11):  # before what an older Python cannot read is imported
+    sys.exit("error: this is Python %d.%d, and Python 3.11 is needed: enter the project's environment with `source .venv/bin/activate`, "
+             "or use `make`, which does" % sys.version_info[:2])  # fmt: skip
+
+from experiments import allocator, environment
 from experiments.bench import command as bench
 from experiments.errors import UserError
 from experiments.gpu_check.options import add_options
@@ -46,6 +50,8 @@ COMMANDS = {
 
 
 READING = ("compare", "summary", "gate", "track")  # what an archived study still takes part in
+OURS = ("analysis", "evaluation", "experiments", "methods")
+WRITING = ("pipeline", "sweep", "clean-cells", "relock")  # what a run of DVC reads, or would run again for
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,6 +112,7 @@ def run(options: argparse.Namespace) -> int:
         from experiments.gpu_check import command
 
         return command.main(options)
+    environment.at_root()
     if options.command == "bench":
         return bench.main(options)
     from experiments import config
@@ -115,6 +122,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(f"study {study.name} is an archive of commit {study.archive['commit'][:10]}: its results are read "
                         f"({', '.join(READING)}) and never run again; copy its folder under another name, without the block "
                         "`archive:`, to run it")  # fmt: skip
+    if options.command in WRITING:
+        environment.alone(study)
     if options.command in STAGES:
         _stage(study, options)
     elif options.command == "export":
@@ -200,6 +209,11 @@ def main() -> int:
         return run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in OURS:
+            raise
+        print(f"error: {environment.lacks(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in REFUSED:

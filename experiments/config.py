@@ -86,6 +86,9 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
     if name:
         clashes.refuse_study(checked("--study", name))
     paths = Paths(study=name, **({"root": root} if root else {}))
+    studies = paths.root / "experiments" / "studies"
+    if name and not paths.folder.is_dir():
+        raise unknown("study", name, [found.parent.name for found in studies.glob("*/params.yaml")])
     return build(read_yaml(paths.params), paths=paths)
 
 
@@ -122,7 +125,7 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
 def read_yaml(path: Path) -> dict:
     """A YAML 1.2 mapping as plain Python (`1e-3` is a number here, as it is to DVC)."""
     if not path.is_file():
-        raise UserError(f"{path.name} not found at {path}: run from the project's root, or name an existing study")
+        raise UserError(f"{path.name} not found at {path}: copy one of another study there, or correct the study's name")
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:

@@ -5,13 +5,14 @@ python -m methods docs        write the settings tables into docs/methods/*.md
 import sys
 import textwrap
 
+from experiments import environment
 from experiments.errors import UserError
 
 
 def main(arguments: list[str]) -> int:
-    from methods import listing, registry
-
     try:
+        from methods import listing, registry
+
         if arguments == ["docs"]:
             for path in listing.write_docs():
                 print(f"wrote {path}")
@@ -22,6 +23,11 @@ def main(arguments: list[str]) -> int:
             return 0 if arguments in (["-h"], ["--help"]) else 2
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] in ("experiments", "methods"):
+            raise
+        print(f"error: {environment.lacks(error)}", file=sys.stderr)
         return 2
     return 0
 

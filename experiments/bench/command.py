@@ -7,7 +7,6 @@ from importlib import import_module
 from pathlib import Path
 
 from experiments.errors import UserError
-from experiments.files import write_json
 
 FOLDER = Path("results/bench")
 
@@ -33,6 +32,7 @@ def main(options: argparse.Namespace) -> int:
         raise UserError(f"--rounds is {options.rounds}: give a whole number of at least 1")
     from experiments import hardware, provenance
     from experiments.bench import show
+    from experiments.files import write_json  # imports safetensors, and help pages need nothing but Python
 
     missed = 0
     for name in options.names or known:

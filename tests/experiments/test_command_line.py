@@ -3,12 +3,16 @@
 import errno
 import json
 import os
+import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
-from experiments.paths import HERE
+from experiments import environment
+from experiments.errors import UserError
+from experiments.paths import HERE, Paths
 
 
 def call(*arguments, **environment):
@@ -21,43 +25,102 @@ def test_help_names_every_command():
         assert command in shown
 
 
+@pytest.fixture
+def answer(monkeypatch, capsys):
+    """What a command answers, in this process: (exit status, what it prints, its errors)."""
+    from experiments import __main__ as command
+
+    monkeypatch.setattr(command.allocator, "keep_memory", lambda: None)
+
+    def ask(*arguments):
+        monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
+        status = command.main()
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return ask
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("experiments", "train", "smollm2-135m/science/ewd/seed0"), "unknown method 'ewd'.*did you mean 'ewc'"),
-        (("experiments", "train", "nonsense"), "must be written model/domain/method/seed0"),
-        (("experiments", "model", "smolm2-135m"), "unknown model 'smolm2-135m': did you mean 'smollm2-135m'"),
-        (("experiments", "export", "llama-tiny/sums/mofo/seed7", "x", "--study", "demo"), "has no weights here"),
-        (("experiments", "plan", "--study", "dmo"), "params.yaml not found"),
-        (("experiments", "pipeline", "--study", "demo/"), "--study 'demo/': a name is lower-case letters"),
-        (("experiments", "prepare", "smollm2-135m", "ewc", "--", "-1"), "seed -1: it must be a whole number from 0"),
+        (("train", "smollm2-135m/science/ewd/seed0"), "unknown method 'ewd'.*did you mean 'ewc'"),
+        (("train", "nonsense"), "must be written model/domain/method/seed0"),
+        (("plan", "*/nonsense/*"), r"no cell of the grid matches \*/nonsense/\*"),
+        (("model", "smolm2-135m"), "unknown model 'smolm2-135m': did you mean 'smollm2-135m'"),
+        (("export", "llama-tiny/sums/mofo/seed7", "x", "--study", "demo"), "has no weights here"),
+        (("plan", "--study", "dmo"), "unknown study 'dmo': did you mean 'demo'?"),
+        (("pipeline", "--study", "demo/"), "--study 'demo/': a name is lower-case letters"),
+        (("prepare", "smollm2-135m", "ewc", "--", "-1"), "seed -1: it must be a whole number from 0"),
     ],
 )  # fmt: skip
-def test_mistakes_exit_2_without_a_traceback(arguments, message):
-    done = call(*arguments)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert __import__("re").search(message, done.stderr), done.stderr
+def test_mistakes_exit_2_without_a_traceback(answer, arguments, message):
+    status, _, said = answer(*arguments)
+    assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
+    assert re.search(message, said), said
 
 
-def test_a_disk_that_refuses_is_named_without_a_traceback(monkeypatch, capsys):
+def test_a_disk_that_refuses_is_named_without_a_traceback(monkeypatch, answer):
     from experiments import __main__ as command
 
     def refuse(options):
         raise OSError(errno.EROFS, "Read-only file system", "results/summary/table.csv")
 
     monkeypatch.setattr(command, "run", refuse)
-    monkeypatch.setattr(sys, "argv", ["experiments", "compare"])
-    assert command.main() == 2 and "error: results/summary/table.csv: read-only file system; make it writable" in capsys.readouterr().err
+    status, _, said = answer("compare")
+    assert status == 2 and "error: results/summary/table.csv: read-only file system; correct the path, make it writable" in said
 
 
-def test_plan_prints_cells_and_estimates():
-    plan = json.loads(call("experiments", "plan", "--json", "--study", "demo").stdout)
+def test_away_from_the_root_the_way_back_is_told(monkeypatch, answer, tmp_path):
+    """The paths of params.yaml begin in the root."""
+    monkeypatch.chdir(tmp_path)
+    status, _, said = answer("plan", "--study", "demo")
+    assert status == 2 and said == f"error: {tmp_path} is not the project's root, from which the paths in params.yaml go: run `cd {HERE}` first\n"
+
+
+@pytest.mark.parametrize("module", ("experiments", "methods"))
+def test_without_the_environment_what_to_do_is_told(module):
+    """-S: a Python without any package, such as the system's. Help needs none."""
+    told = subprocess.run([sys.executable, "-S", "-m", module, *(["plan"] if module == "experiments" else [])], cwd=HERE, capture_output=True, text=True)
+    assert told.returncode == 2 and re.fullmatch(r"error: the package \w+ is not installed for .*`source \.venv/bin/activate`.*\n", told.stderr), told.stderr
+    if module == "experiments":
+        shown = subprocess.run([sys.executable, "-S", "-m", module, "--help"], cwd=HERE, capture_output=True, text=True)
+        assert shown.returncode == 0 and "clean-cells" in shown.stdout
+
+
+@pytest.mark.parametrize(("path", "owner"), [("work/demo/data", "demo"), ("results/demo/base/m/scores.json", "demo"), ("work/data", ""),
+                                             ("results/runs/m/d/full/seed0/train.json", ""), ("experiments/studies/demo/x", "demo")])  # fmt: skip
+def test_beside_a_dvc_at_work_on_the_same_study_its_files_are_left_alone(tmp_path, path, owner):
+    """The lock is DVC's own."""
+    from dvc.fs import localfs
+    from dvc.rwlock import rwlock
+
+    for name in ("demo", "other"):
+        (tmp_path / "experiments" / "studies" / name).mkdir(parents=True)
+    folder = tmp_path / ".dvc" / "tmp"
+    folder.mkdir(parents=True)
+    study = lambda name: SimpleNamespace(name=name, paths=Paths(study=name, root=tmp_path))
+    with rwlock(str(folder), localfs, "repro", [str(tmp_path / "params.yaml")], [str(tmp_path / path)], False):
+        for name in {"demo", "other", ""} - {owner}:
+            environment.alone(study(name))
+        with pytest.raises(UserError, match=f"process {os.getpid()} .* is at work on this study: wait"):
+            environment.alone(study(owner))
+        held = (folder / "rwlock").read_text()
+    environment.alone(study(owner))
+    ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    ended.wait()
+    for text in (held.replace(str(os.getpid()), str(ended.pid)), "", "[]", '{"write": 3}', '{"read": {}}'):
+        (folder / "rwlock").write_text(text)
+        environment.alone(study(owner))
+
+
+def test_plan_prints_cells_and_estimates(answer):
+    plan = json.loads(answer("plan", "--json", "--study", "demo")[1])
     assert [c["cell"] for c in plan["cells"]] == [f"llama-tiny/sums/{m}/seed0" for m in ("full", "lora", "ewc", "mofo", "hierarchical")]
     for cell in plan["cells"]:
         assert {"cached", "seconds", "memory_bytes", "disk_bytes", "tokens"} <= cell.keys()
         assert cell["memory_bytes"] > 0 and cell["disk_bytes"] > 0
-    text = call("experiments", "plan", "--study", "demo").stdout
+    text = answer("plan", "--study", "demo")[1]
     assert "to run" in text and "estimated from" in text
 
 
