@@ -6,6 +6,7 @@ from copy import deepcopy
 from dataclasses import fields
 from typing import Any
 
+import jinja2
 import jinja2.meta
 import lm_eval.api.metrics  # noqa: F401 (which registers them)
 from lm_eval.api.registry import metric_registry
@@ -16,6 +17,7 @@ from evaluation.shipped import shipped_config
 from experiments.errors import UserError
 
 SPLIT = "test"
+TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
 
@@ -32,6 +34,7 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
         if key not in TASK_KEYS:
             near = difflib.get_close_matches(key, TASK_KEYS, n=1)
             raise UserError(f"task {name}: unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    _refuse_forms(name, config)
     for entry in config.get("metric_list") or ():
         fetched = isinstance(entry.get("metric"), str) and not callable(config.get("process_results")) and entry["metric"] not in metric_registry
         if fetched or entry.get("hf_evaluate"):
@@ -56,6 +59,33 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
+    """Values that lm-eval would fail on in its own words, or pass over."""
+    for key in ("process_docs", "process_results", "custom_dataset"):
+        if isinstance(config.get(key), str):
+            raise UserError(f"task {name}: {key} is a function, which params.yaml cannot hold: start from a task that has it with `include:`")
+    for key, needed in (("metric_list", "metric"), ("filter_list", "filter")):
+        listed = config.get(key)
+        if listed is not None and not (isinstance(listed, list) and all(isinstance(entry, dict) and needed in entry for entry in listed)):
+            raise UserError(f"task {name}: {key} must be a list of mappings with `{needed}`, such as "
+                            + ("[{metric: acc}]" if needed == "metric" else "[{name: first, filter: [{function: take_first}]}]"))
+    for entry in config.get("filter_list") or ():
+        if not isinstance(entry.get("name"), str) or not isinstance(entry["filter"], list):
+            raise UserError(f"task {name}: every entry of filter_list has a `name` and a list of `filter`")
+    if "doc_to_text" in config and not (isinstance(config["doc_to_text"], str | int) or callable(config["doc_to_text"])):
+        raise UserError(f"task {name}: doc_to_text is {config['doc_to_text']!r}: write a column's name or a template, such as 'Q: {{{{question}}}}'")
+    for key in ("target_delimiter", "fewshot_delimiter", "description"):
+        if key in config and not isinstance(config[key], str) and not callable(config[key]):
+            raise UserError(f"task {name}: {key} is {config[key]!r}: write a text, '' for none")
+    for key in TEMPLATES:
+        if isinstance(template := config.get(key), str):
+            try:
+                jinja_env.parse(template)
+                jinja_env.from_string(template)
+            except jinja2.TemplateError as error:
+                raise UserError(f"task {name}: {key} {template[:60]!r} is no template that can be read: {error}") from error
+
+
 def columns_asked(config: Mapping[str, Any]) -> set[str]:
     """The columns that the task's templates name."""
     return {
@@ -72,5 +102,4 @@ def columns_read(config: Mapping[str, Any]) -> set[str]:
 
 
 def _templates(config: Mapping[str, Any]) -> list[str]:
-    keys = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
-    return [config[key] for key in keys if isinstance(config.get(key), str)]
+    return [config[key] for key in TEMPLATES if isinstance(config.get(key), str)]

@@ -51,7 +51,7 @@ class LocalTask(ConfigurableTask):
         """The choices as text: numbers and truth values as JSON writes them."""
         choices = super().doc_to_choice(doc, doc_to_choice)
         nulls.refuse(choices)
-        if not isinstance(choices, list | tuple):
+        if not isinstance(choices, list | tuple) or not choices:
             raise Unfit(f"doc_to_choice ({self.config.doc_to_choice!r}) gives {str(choices)[:60]!r}, not a list of choices")
         texts = []
         for number, choice in enumerate(choices, 1):
@@ -64,6 +64,15 @@ class LocalTask(ConfigurableTask):
         return texts
 
     def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> int | str | list:
+        gold = self._target(doc, doc_to_target)
+        if isinstance(gold, int) and self.config.doc_to_choice is not None and not self.multiple_input:
+            choices = self.doc_to_choice(doc)
+            if gold >= len(choices):
+                raise Unfit(f"the gold answer {gold} is not one of its {len(choices)} choices {[choice[:40] for choice in choices]}, "
+                            "which count from 0")  # fmt: skip
+        return gold
+
+    def _target(self, doc: Mapping[str, Any], doc_to_target: Any) -> int | str | list:
         template = self.config.doc_to_target if doc_to_target is None else doc_to_target
         written = isinstance(template, str) and template not in self.features
         if self.config.doc_to_choice is None or self.multiple_input:

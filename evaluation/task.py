@@ -7,6 +7,7 @@ lm-eval score 0.0 in silence (a missing column, a gold answer that is no choice,
 
 import contextlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -57,7 +58,8 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
     except UserError:
         # lm-eval reads the first document, and process_docs all of them
         if row := _culprit(rows, config, metric):
-            with _named(f"task {name}, {row.at}", rows, config, row=row):
+            only = len(rows) == 1 or not _fails(rows[-1:] if rows[-1].at != row.at else rows[:1], config, metric)
+            with _named(f"task {name}", rows, config, row=row, at=f", {row.at}", only=only):
                 LocalTask(rows=rows, config=config, metric=metric)
         raise
     known = sorted(made.aggregation())
@@ -81,7 +83,7 @@ def check(task: LocalTask) -> list[list[Instance]]:
     task.set_fewshot_seed(SEED)
     made = []
     for number, doc in enumerate(task.eval_docs, 1):
-        with _named(f"task {task.config.task}, {task.place(number)}", task.rows, vars(task.config), row=doc):
+        with _named(f"task {task.config.task}", task.rows, vars(task.config), row=doc, at=f", {task.place(number)}"):
             made.append(requests(task, doc))
             if task.OUTPUT_TYPE == "multiple_choice":
                 gold_index(task, doc, task.place(number))
@@ -197,24 +199,30 @@ def _as_written(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
 
 def _culprit(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> Row | None:
     """A row of which alone lm-eval can make no task; None where only several together do not go."""
-
-    def fails(some: Sequence[Row]) -> bool:
-        try:
-            LocalTask(rows=some, config=deepcopy(dict(config)), metric=metric)
-        except Exception:
-            return True
-        return False
-
     rows = [Row(columns, at=place(row, number)) for number, (row, columns) in enumerate(zip(rows, filled(rows), strict=True), 1)]
     while len(rows) > 1:
         half = rows[: len(rows) // 2]
-        rows = half if fails(half) else rows[len(rows) // 2 :]
-    return rows[0] if fails(rows) else None
+        rows = half if _fails(half, config, metric) else rows[len(rows) // 2 :]
+    return rows[0] if _fails(rows, config, metric) else None
+
+
+def _fails(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> bool:
+    try:
+        LocalTask(rows=rows, config=deepcopy(dict(config)), metric=metric)
+    except Exception:
+        return True
+    return False
 
 
 @contextlib.contextmanager
-def _named(what: str, rows: Sequence[Row], config: Mapping[str, Any], *, row: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Errors of a prompt that asks for a column the rows lack, told as such; `row` is the one at hand."""
+def _named(
+    task: str, rows: Sequence[Row], config: Mapping[str, Any], *, row: Mapping[str, Any] | None = None, at: str = "", only: bool = True
+) -> Iterator[None]:
+    """Errors of a prompt that asks for a column the rows lack, told as such.
+
+    `row` is the one at hand and `at` its place; without `only`, other rows fail too, and the place is told where the row itself is at fault.
+    """
+    what, task = f"{task}{at}", f"{task}{at if only else ''}"
     try:
         yield
     except golds.Ambiguous as error:
@@ -226,18 +234,21 @@ def _named(what: str, rows: Sequence[Row], config: Mapping[str, Any], *, row: Ma
     except Unfit as error:
         raise UserError(f"{what}: {error}: correct the rows or the task") from error
     except ImportError as error:
-        raise UserError(lacks_package(what, error)) from error
+        raise UserError(lacks_package(task.partition(",")[0], error)) from error
     except KeyError as error:
-        raise UserError(f"{what}: no column {error} (columns: {_columns(rows)}): rename it in `columns:`") from error
+        if not re.fullmatch(r"[\w.-]+", str(error.args[0] if error.args else "")):  # no column's name: lm-eval's own words
+            raise UserError(f"{task}: lm-eval cannot make the task ({str(error.args[0] if error.args else error)[:300]})") from error
+        raise UserError(f"{task}: no column {error} (columns: {_columns(rows)}): rename it in `columns:`") from error
     except Exception as error:  # templates, and functions of lm-eval that process rows, fail in any way on rows that do not fit
         # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
         absent = sorted(columns_asked(config) - {column for row in rows for column in row})
         if absent and not config.get("process_docs"):
             told = f"no column {', '.join(map(repr, absent))} (columns: {_columns(rows)}): rename it in `columns:`"
-            raise UserError(f"{what}: {told}") from error
+            raise UserError(f"{task}: {told}") from error
         if row and any(nulls.is_null(row.get(column)) for column in columns_read(config) & row.keys()):
             raise UserError(f"{what}: {nulls.told(row, columns_read(config))}") from error
-        raise UserError(f"{what}: a row does not fit the task's prompt ({type(error).__name__}: {error})") from error
+        which = "a row does" if only else "the rows do"
+        raise UserError(f"{task}: {which} not fit the task ({type(error).__name__}: {str(error)[:300]}): correct the rows or the task") from error
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -73,8 +73,12 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
     `set: {column: value}` adds or replaces columns; a string is a Jinja template over the row ("" empties a column).
     `columns: {new: old}` renames and keeps the rest; `columns: [a, b]` keeps these alone.
     """
-    templates = {name: _JINJA.from_string(value) if isinstance(value, str) else value
-                 for name, value in (block.get("set") or {}).items()}  # fmt: skip
+    templates: dict[str, Any] = {}
+    for name, value in (block.get("set") or {}).items():
+        try:
+            templates[name] = _JINJA.from_string(value) if isinstance(value, str) else value
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where}: `set` of {name!r}, {value[:60]!r}, is no template that can be read: {error}") from error
     columns = block.get("columns") or {}
     renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     shaped = []

@@ -102,7 +102,7 @@ def test_a_missing_column_is_named(rows, task, column, tmp_path):
 
 
 def test_a_value_missing_in_a_later_row_is_refused(tmp_path):
-    with pytest.raises(UserError, match="rows.jsonl line 3's gold answer"):
+    with pytest.raises(UserError, match="rows.jsonl line 3: the gold answer 4 is not one of its 4 choices"):
         made(tmp_path, [*HELLASWAG[:2], HELLASWAG[2] | {"label": "4"}], "hellaswag")
 
 
@@ -177,7 +177,7 @@ def test_choices_that_are_numbers_are_read_as_json_writes_them(tmp_path, doc_to_
 
 @pytest.mark.parametrize("choices, said", [
     (["x", ""], "choice 2 of 2 is empty .doc_to_choice: 'options'"), (["x", ["y"]], r"choice 2 of 2 is \[\"y\"\], neither text nor a number"),
-    ({"A": "x"}, "doc_to_choice .'options'. gives .*not a list of choices"), ("xy", "doc_to_choice .'options'. gives 'xy', not a list"),
+    ([], "doc_to_choice .'options'. gives .*not a list of choices"), ({"A": "x"}, "doc_to_choice .'options'. gives .*not a list of choices"), ("xy", "doc_to_choice .'options'. gives 'xy', not a list"),
 ])  # fmt: skip
 @pytest.mark.parametrize("at", [1, 3])
 def test_choices_that_are_none_are_told_by_row(tmp_path, choices, said, at):
@@ -221,3 +221,17 @@ def test_a_package_that_only_scoring_needs_is_named_before_anything_is_scored(tm
     own = {"process_results": lacking} if function == "process_results" else {"metric_list": [{"metric": "acc", "aggregation": lacking, "higher_is_better": True}]}
     with pytest.raises(UserError, match="task set.* needs the Python package a_package_of_a_metric, which is not installed: `pip install"):
         made(tmp_path, SCIQ, {"include": "sciq"} | own)
+
+
+@pytest.mark.parametrize("key, value, said", [
+    ("doc_to_text", "{{q", "doc_to_text '{{q' is no template"), ("doc_to_choice", "{{options|nope}}", "doc_to_choice .* No filter named 'nope'"),
+    ("doc_to_text", None, "doc_to_text is None: write a column's name or a template"), ("target_delimiter", 3, "target_delimiter is 3: write a text"),
+    ("metric_list", ["acc"], "metric_list must be a list of mappings with `metric`"), ("filter_list", [{"name": "x"}], "filter_list must be a list"),
+    ("filter_list", [{"filter": []}], "every entry of filter_list has a `name`"), ("process_docs", "utils.f", "process_docs is a function"),
+    ("filter_list", [{"name": "x", "filter": [{"function": "nope"}]}], "lm-eval cannot make the task .Unknown filter 'nope'"),
+    ("output_type", "nope", "the rows do not fit the task .ValueError: Got invalid output_type 'nope'"),
+])  # fmt: skip
+def test_a_wrong_value_of_the_task_is_not_blamed_on_a_row(tmp_path, key, value, said):
+    rows = [{"q": f"q{n}", "options": ["x", "y"], "gold": 0} for n in range(4)]
+    with pytest.raises(UserError, match=f"task set: {said}"):
+        made(tmp_path, rows, CHOICES | {key: value})

@@ -90,6 +90,8 @@ def test_columns_are_renamed_kept_or_emptied():
     assert rows.shape([{"a": 1, "b": 2}], {"columns": {"a": "b", "b": "a"}}, where="w") == [{"a": 2, "b": 1}]
     with pytest.raises(UserError, match="w: row 1 has no column 'c'.*a, b"):
         rows.shape(given, {"columns": {"q": "c"}}, where="w")
+    with pytest.raises(UserError, match="w: `set` of 'q', '{{c', is no template that can be read"):
+        rows.shape(given, {"set": {"q": "{{c"}}, where="w")
     with pytest.raises(UserError, match="w: row 1 does not fit `set`.*'c' is undefined"):
         rows.shape(given, {"set": {"q": "{{c}}"}}, where="w")
 
