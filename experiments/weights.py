@@ -253,7 +253,8 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     need_room(out.parent, needed, "the weights")
     with writing(out):
-        model.save_pretrained(out, max_shard_size="5GB")
+        # by the names that the model's own parameters have, and not by those that older versions of transformers gave them
+        model.save_pretrained(out, max_shard_size="5GB", save_original_format=False)
     tokenizer.save_pretrained(out)
     _anonymous(out)
     for path in out.iterdir():

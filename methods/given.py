@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments import model_folder
 from experiments.errors import UserError
@@ -48,11 +49,14 @@ def load(path: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     Every tensor of the base must be there with its shape, and no other; a tied head saved beside its embedding and the
     attention buffers of older files are passed over. No value may be NaN or infinite.
     """
-    fits(path, {name: list(tensor.shape) for name, tensor in base.items()})
+    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
+    fits(path, shapes)
     found: dict[str, torch.Tensor] = {}
     for file in files(path):
         with safe_open(file, framework="pt") as tensors:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+    if set(shapes) - set(found):
+        found = _by_its_own_names(path)
     extra = [n for n in found if n not in base and not n.endswith(model_folder.BUFFERS) and not _tied_copy(n, found, base)]
     _refuse(path, "has what the base has not:", extra)
     model_folder.refuse_not_finite({name: found[name] for name in base}, f"given.path: {path}", then="fetch it again, or give another checkpoint")
@@ -63,11 +67,33 @@ def fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
     """Raises UserError for a folder that is no checkpoint, or not one of a base with tensors of these shapes. No tensor is read."""
     found = model_folder.headers(files(path), f"given.path: {path}")
     model_folder.refuse_codes(found, f"given.path: {path}")
-    _refuse(path, "lacks", [name for name in shapes if name not in found])
+    missing = [name for name in shapes if name not in found]
+    if missing and (own := _shapes_by_its_own_names(path)) and all(own.get(name) == list(shape) for name, shape in shapes.items()):
+        return  # as transformers reads it
+    _refuse(path, "lacks", missing)
     for name, shape in shapes.items():
         if found[name][1] != list(shape):
             raise UserError(f"given.path: {name} in {path} has shape {found[name][1]}, the base's is {list(shape)}: "
                             "it is not a checkpoint of this base model")  # fmt: skip
+
+
+def _shapes_by_its_own_names(path: str) -> dict[str, list[int]] | None:
+    """Shapes by parameter name of the model that the folder's config describes, whose tensors other versions of transformers named otherwise."""
+    if not (Path(path) / "config.json").is_file():
+        return None
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def _by_its_own_names(path: str) -> dict[str, torch.Tensor]:
+    """The folder's tensors, renamed and put together as transformers does it. Raises UserError where that leaves any out."""
+    model, about = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True,
+                                                        trust_remote_code=False, output_loading_info=True)  # fmt: skip
+    _refuse(path, "lacks", sorted(about["missing_keys"]))
+    _refuse(path, "has what the base has not:", sorted(about["unexpected_keys"]))
+    return model.state_dict()
 
 
 def _refuse(path: str, kind: str, names: list[str]) -> None:

@@ -9,17 +9,19 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from evaluation import shared_prefix
-from experiments import architecture, memory, trial, tuned
+from experiments import architecture, memory, trial, tuned, weights
 from experiments.attention import with_sdpa
+from experiments.base import load_tensors
 from experiments.batches import collate
 from experiments.engine import final_weights, fit
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.flops import Flops
 from experiments.loss import summed_nll
+from experiments.random_models import byte_tokenizer
 from experiments.shape import Shape
 from experiments.stages.prepare import _fit
-from methods import registry
+from methods import given, registry
 from methods.fisher import diagonal_fisher
 from methods.effective import effective_weights
 from methods.lora import LoRA
@@ -250,6 +252,28 @@ def test_effective_update_of_a_weight_that_is_kept_the_other_way_round():
     merged = dict(model.merge_and_unload().named_parameters())
     for name, value in values.items():
         torch.testing.assert_close(merged[name].detach() - plain[name], value, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "mixtral"])
+def test_tensors_are_named_as_parameters_whatever_a_checkpoint_names_them(kind, tmp_path):
+    """The head of one is `embed_out` in files, the experts of the other are many tensors there."""
+    model, moved = build(kind, vocab_size=258), build(kind, vocab_size=258)
+    with torch.no_grad():
+        for p in moved.parameters():
+            p.mul_(1.5)
+    names = {name for name, _ in model.named_parameters()}
+    for saved, folder in ((model, "theirs"), (moved, "given")):
+        saved.save_pretrained(tmp_path / folder)
+        byte_tokenizer().save_pretrained(tmp_path / folder)
+    assert set(load_tensors(tmp_path / "theirs")) != names
+    weights.materialise(name="mine", block={"source": f"path:{tmp_path / 'theirs'}"}, packages={}, out_dir=tmp_path / "base")
+    base = load_tensors(tmp_path / "base")
+    assert set(base) == names
+    found = given.load(str(tmp_path / "given"), base)
+    assert all(torch.equal(found[name], p) for name, p in moved.named_parameters())
+    tuned.keep(tmp_path / "cell", folder=tmp_path / "base", base=base, final=found)
+    back, _ = tuned.load(tmp_path / "cell", folder=tmp_path / "base", dtype=torch.float32)
+    assert all(torch.equal(p, dict(moved.named_parameters())[name]) for name, p in back.named_parameters())
 
 
 def looking_ahead(model):
