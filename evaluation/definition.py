@@ -46,6 +46,8 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     if config.get("num_fewshot") and not shots.get("samples"):
         raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}, but the rows scored are no examples to "
                         "show: give `fewshot_config: {samples: [...]}`, or num_fewshot 0")
+    if isinstance(shots.get("samples"), list) and (config.get("num_fewshot") or 0) > len(shots["samples"]):
+        raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}, and fewshot_config has {len(shots['samples'])} samples: lower it")
     metadata = config.get("metadata")
     return config | {
         "task": name,

@@ -1,7 +1,7 @@
 """Small fixed sets scored while a model is trained, and in choosing settings: no lm-eval, no trace left behind.
 
 A set is a file <name>.jsonl of work/data/train/<domain>/probe: rows {"context", "choices", "gold"} and, for an acc_norm
-task, "norm", for a task whose answers are written, "end"; or {"text"} for general text. Probe rows are disjoint from
+or acc_bytes task, "norm", and what else `evaluation.task.render` writes; for a task whose answers are written, "end"; or {"text"} for general text. Probe rows are disjoint from
 every scored row.
 """
 
@@ -26,7 +26,9 @@ class Item:
 
     requests: tuple[shared_prefix.Request, ...]
     gold: int | None  # None for a text
-    norm: tuple[int, ...] | None  # characters of each choice, where accuracy is per character
+    norm: tuple[int, ...] | None  # characters or bytes of each choice, where accuracy is per character or byte
+    less: tuple[shared_prefix.Request, ...] = ()  # the choices without a context, where accuracy is by what the context adds
+    greedy: bool = False  # right is where the gold choice is what the model would write
     written: bool = False  # the one choice is a whole solution: its log-likelihood counts, accuracy would take generation
 
     def windows(self, max_length: int) -> list[shared_prefix.Request]:
@@ -34,7 +36,7 @@ class Item:
         if self.written:
             return [(context, solution[:max_length]) for context, solution in self.requests]
         if self.gold is not None:
-            return list(self.requests)
+            return [*self.requests, *self.less]
         (((prefix,), ids),) = self.requests
         return list(encode.windows(ids, prefix=prefix, max_length=max_length))
 
@@ -64,9 +66,10 @@ def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
                 pairs = [encode.answer_pair(tokenizer, row["context"], choice, end=written) for choice in row["choices"]]
             except UserError as error:
                 raise UserError(f"a probe row: {error}") from error
-            requests = tuple((ids[:start], ids[start:]) for ids, start in pairs)
+            split = lambda pairs: tuple((ids[:start], ids[start:]) for ids, start in pairs)
+            less = [encode.answer_pair(tokenizer, "", choice) for choice in row["choices"]] if row.get("less") else []
             norm = tuple(row["norm"]) if row.get("norm") else None
-            items.append(Item(requests=requests, gold=row["gold"], norm=norm, written=written))
+            items.append(Item(requests=split(pairs), gold=row["gold"], norm=norm, written=written, less=split(less), greedy=row.get("greedy", False)))
     return items
 
 
@@ -74,8 +77,9 @@ def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int
     """{"<name>": accuracy, "<name>_nll": nats per token of the gold choice} for sets of choices, and
     {"perplexity": exp(nats per token)} for the set of texts.
 
-    Accuracy is lm-eval's: the likeliest choice, per character for acc_norm; where there is only one choice (LAMBADA),
-    whether it is what the model would write. Of written answers (GSM8K) there are the nats alone, end of text included.
+    Accuracy is lm-eval's: the likeliest choice, per character for acc_norm, per byte for acc_bytes, by what the context adds to it for
+    acc_mutual_info; where there is only one choice (LAMBADA) and for exact_match, whether it is what the model would write. A task by
+    another metric (mcc, brier_score) has the accuracy of its likeliest choice here. Of written answers (GSM8K) there are the nats alone, end of text included.
     The model's modes and all random states are left as they were.
     """
     limit = encode.max_length(model)
@@ -98,9 +102,12 @@ def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int
 
 
 def _right(item: Item, scored: list[tuple[float, bool]]) -> bool:
-    if len(scored) == 1:
-        return scored[0][1]
-    values = [value / length for (value, _), length in zip(scored, item.norm or [1] * len(scored))]
+    choices = len(item.requests)
+    if choices == 1 or item.greedy:
+        return scored[item.gold][1]
+    if item.less:
+        scored = [(value - alone, likeliest) for (value, likeliest), (alone, _) in zip(scored, scored[choices:])]
+    values = [value / length for (value, _), length in zip(scored[:choices], item.norm or [1] * choices)]
     return values.index(max(values)) == item.gold
 
 

@@ -161,7 +161,8 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
 
     `context` holds the description and the few-shot examples that scoring shows, drawn alike; then "asked" is the context without
     the examples. `choices` begin with the target delimiter. Where the metric is acc_norm or acc_bytes a row also has "norm", the lengths in
-    characters or bytes by which lm-eval divides the choices' log-likelihoods. A task of one continuation (LAMBADA) has one
+    characters or bytes by which lm-eval divides the choices' log-likelihoods; of acc_mutual_info "less", for the choices' own
+    log-likelihoods without a context are taken off; of exact_match "greedy", for the gold choice has to be what the model writes. A task of one continuation (LAMBADA) has one
     choice, gold 0; so has a task whose answers are written (GSM8K), its choice the whole target, and the row has "end",
     for end of text belongs behind it. `id` is lm-eval's doc_hash.
     """
@@ -188,6 +189,7 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
             row["gold"] = gold_index(task, doc)
             if (metric := task.metric.partition(",")[0]) in ("acc_norm", "acc_bytes"):
                 row["norm"] = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
+            row |= {"acc_mutual_info": {"less": True}, "exact_match": {"greedy": True}}.get(metric, {})
         rendered.append(row)
     return rendered
 
