@@ -195,6 +195,8 @@ def _general(
              "choice": None, "gold": len(encode_rolling(tokenizer, text)[1]), "log_likelihood": -nats}
         )  # fmt: skip
     nats, tokens = math.fsum(row["score"] for row in rows), sum(row["gold"] for row in rows)
+    if not tokens:
+        raise UserError(f"{name}: its {len(rows)} texts have no token to score in this tokenizer, which puts nothing before them: give longer texts")
     return {
         "perplexity": math.exp(min(nats / tokens, 700.0)),  # beyond which a float is infinite, which JSON has not
         "nats_per_token": nats / tokens,

@@ -49,7 +49,10 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
         raise UserError(f"no probe sets (*.jsonl) in {folder}: run the `data` stage first")
-    return {file.stem: encoded(_rows(file), tokenizer) for file in files}
+    sets = {file.stem: encoded(_rows(file), tokenizer) for file in files}
+    if empty := [name for name, items in sets.items() if not items]:
+        raise UserError(f"probe set {empty[0]}: its texts have no token to score in this tokenizer, which puts nothing before them: give longer texts")
+    return sets
 
 
 def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:

@@ -11,11 +11,11 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from evaluation import encode, harness, lm
-from evaluation.probe import encoded, probe
+from evaluation.probe import encoded, load_probes, probe
 from evaluation.task import make_task, render
 from experiments.errors import UserError
 from experiments.random_models import build, byte_tokenizer as make_byte_tokenizer
-from tests.evaluation.conftest import TEXT
+from tests.evaluation.conftest import TEXT, write_rows
 
 PAIRS = [
     ("Question: what?\nAnswer:", " water"),
@@ -140,7 +140,7 @@ def test_an_end_of_text_that_the_tokenizer_adds_stands_nowhere(tiny_llama, tasks
     assert ids.tolist() == [[97, 98], [257, 99]] and seen.tolist() == [[1, 1], [0, 1]]
 
 
-def test_without_a_prefix_a_text_is_scored_from_its_second_token(tiny_llama, tasks_dir):
+def test_without_a_prefix_a_text_is_scored_from_its_second_token(tiny_llama, tasks_dir, tmp_path):
     """The nats of a text are the model's own loss times its tokens less one; choices behind a prompt are not touched."""
     tokenizer = without_specials()
     scores, items = harness.score(model=tiny_llama, tokenizer=tokenizer, tasks_dir=tasks_dir)
@@ -156,10 +156,29 @@ def test_without_a_prefix_a_text_is_scored_from_its_second_token(tiny_llama, tas
     nats = scores["general"]["nats_per_token"]
     assert probe(model=tiny_llama, sets={"general": encoded(TEXT, tokenizer)})["perplexity"] == pytest.approx(torch.tensor(nats).exp().item(), rel=1e-4)
     assert encoded([{"text": "a"}], tokenizer) == []  # nothing to score
+    (tmp_path / "probe").mkdir()
+    write_rows(tmp_path / "probe" / "general.jsonl", [{"text": "a"}])
+    with pytest.raises(UserError, match="probe set general: its texts have no token to score"):
+        load_probes(tmp_path / "probe", tokenizer)
     with pytest.raises(UserError, match="no prompt stands before the answer ' yes'.*bos_token"):
         encode.encode_pair(tokenizer, "", " yes")
     with pytest.raises(UserError, match="no EOS token: name `eos_token`"):
         encode.encode_pair(tokenizer, "a", "b", end=True)
+
+
+def test_answers_are_written_with_an_end_of_text_or_refused(tiny_llama):
+    asked, plain = (lm.build(tiny_llama, tokenizer, scorer="shared-prefix", batch_size=1)[0] for tokenizer in (without_specials(), make_byte_tokenizer()))
+    request = lambda prompt: [Instance(request_type="generate_until", doc={}, arguments=(prompt, {"until": [], "max_gen_toks": 9}), idx=0,
+                                       metadata=("sums", 2, 1))]  # fmt: skip
+    assert asked.generate_until(request("1 + 1 =")) == plain.generate_until(request("1 + 1 ="))  # the model's own end of text
+    with pytest.raises(UserError, match="task sums, row 3 .*the prompt has no token"):
+        asked.generate_until(request(""))
+    theirs, _ = lm.build(tiny_llama, without_specials(), scorer="hflm", batch_size=1)
+    with pytest.raises(UserError, match="task sums: lm-eval's HFLM writes answers only with a tokenizer that has an EOS"):
+        theirs.generate_until(request("1 + 1 ="))
+    tiny_llama.generation_config.eos_token_id = None
+    with pytest.raises(UserError, match="task sums: its answers are written and have to end"):
+        asked.generate_until(request("1 + 1 ="))
 
 
 def test_an_answer_without_a_token_is_told_with_its_row(tiny_llama):
