@@ -1,6 +1,7 @@
 """Settings of a part: a dataclass field with its phase, its help and what it may be; checked when it is built."""
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -34,9 +35,15 @@ def declared(part: Any) -> list[dataclasses.Field]:
     return [f for f in dataclasses.fields(part) if "phase" in f.metadata]
 
 
+@functools.cache
+def _kinds(part: type) -> dict[str, Any]:
+    """The types of a part's fields."""
+    return typing.get_type_hints(part)
+
+
 def check(part: Any, key: str) -> None:
     """Refuse, by name, a setting of the wrong type or outside its interval; lists become tuples, whole numbers floats."""
-    kinds = typing.get_type_hints(type(part))
+    kinds = _kinds(type(part))
     for field in declared(part):
         value, kind = getattr(part, field.name), kinds[field.name]
         if value is None and field.metadata["by_preset"]:
@@ -52,7 +59,7 @@ def check(part: Any, key: str) -> None:
 def check_block(part: type, block: Mapping[str, Any], *, where: str) -> None:
     """The same for settings as a block writes them, before anything is built: what is wrong is named with its whole path."""
     fields = {field.name: field for field in declared(part)}
-    kinds = typing.get_type_hints(part)
+    kinds = _kinds(part)
     for name, value in block.items():
         if name not in fields:
             raise unknown("setting", name, fields, where=where)
