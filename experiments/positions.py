@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from evaluation.encode import encode_pair
+from evaluation.encode import encode_pair, encode_text
 from experiments.errors import UserError
 from experiments.shape import Shape
 from experiments.stages.rows import read_jsonl
@@ -53,4 +53,4 @@ def longest_row(file: Path, tokenizer: Any, limit: int) -> int:
 
 def longest_document(file: Path, tokenizer: Any) -> int:
     """Tokens of the longest document of general text."""
-    return max((len(tokenizer.encode(row["text"], verbose=False)) for row in read_jsonl(file)), default=0)
+    return max((len(encode_text(tokenizer, row["text"])) for row in read_jsonl(file)), default=0)

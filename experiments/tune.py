@@ -132,7 +132,8 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
     if resolve.prepare(study, model_name, method):
         store, _ = prepare.stored(study, model_name, method, SEED)
         states = prepare.load_states(store / "out", parts)
-    examples = encoded(study.paths.data / "train" / domain / "train.jsonl", tokenizer, settings.length)
+    examples = encoded(study.paths.data / "train" / domain / "train.jsonl", tokenizer, settings.length,
+                       where=study.written("length", model=model_name, domain=domain, method=method))  # fmt: skip
     try:
         result = fit(model=model, parts=parts, examples=examples, settings=settings, seed=SEED, base=base, states=states,
                      device=where, name=f"trial {method}")

@@ -54,7 +54,8 @@ def _train(study, cell) -> None:
     need_room(paths.work, 2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint), f"the weights of {cell.name}")
     computing = study.compute_dtype(cell.model, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
-    examples = encoded(paths.data / "train" / cell.domain / "train.jsonl", tokenizer, settings.length)
+    examples = encoded(paths.data / "train" / cell.domain / "train.jsonl", tokenizer, settings.length,
+                       where=study.written("length", model=cell.model, domain=cell.domain, method=cell.method))  # fmt: skip
     longest = max(len(e["input_ids"]) for e in examples)
     refuse_long_rows(study, model=cell.model, domain=cell.domain, method=cell.method, shape=shape, longest=longest)
     memory.refuse(what=f"training {cell.name}", available=hardware.available_memory(where), phase="train",
@@ -110,11 +111,11 @@ def _everywhere(shards: Shards, count: int) -> int:
     return int(shards.sum(torch.tensor(count)).item())
 
 
-def encoded(path: Path, tokenizer, length: int) -> list[Example]:
+def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list[Example]:
     """Training examples: the gold choice behind its context, labels on the choice alone; the context cut from the left to `length` tokens.
 
     A row whose answer leaves no room for a token of its prompt is left out, for it would teach the rest of an answer to no question; where
-    that is more than one row in ten, `length` is wrong: UserError, as for an answer that has no token.
+    that is more than one row in ten, `length` is wrong: UserError, as for an answer that has no token. `where` is the block that states it.
     """
     examples, cut, long, domain = [], 0, [], f"domain {path.parent.name}"
     for row in read_jsonl(path):
@@ -131,13 +132,13 @@ def encoded(path: Path, tokenizer, length: int) -> list[Example]:
         examples.append({"input_ids": torch.tensor(ids[-length:]), "labels": torch.tensor(labels[-length:])})
     rows = len(examples) + len(long)
     if long:
-        said = (f"{domain}: the answers of {len(long)} of {rows} training rows leave no room for their prompts in train.length ({length} tokens); "
+        said = (f"{domain}: the answers of {len(long)} of {rows} training rows leave no room for their prompts in {where}.length ({length} tokens); "
                 f"the longest has {max(long)[0]} tokens: {max(long)[1]}")  # fmt: skip
         if len(long) > rows / 10:
-            raise UserError(f"{said}. Set `train.length` to {max(long)[0] + 1} or more, or train on shorter rows")
+            raise UserError(f"{said}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
         print(f"{said}. They are left out", flush=True)
     if cut:
-        print(f"{domain}: {cut} of {rows} training rows are longer than train.length ({length} tokens): their prompts lose the beginning", flush=True)
+        print(f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their prompts lose the beginning", flush=True)
     return examples
 
 
