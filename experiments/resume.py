@@ -26,8 +26,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
-from torch.distributed.tensor import DTensor
 
+from experiments.contents import local
 from experiments.errors import UserError
 from experiments.files import exposed, need_room, sha256
 
@@ -57,6 +57,10 @@ class Resume:
         if rank == 0 and os.path.lexists(self.folder) and not exposed(self.folder):
             for part in self.folder.glob("*.part"):  # of saves that were killed
                 _remove(part)
+
+    def within(self, name: str) -> "Resume":
+        """The checkpoints of a part of this run, in a folder of their own."""
+        return Resume(self.folder / name, identity=self.identity | {"within": name}, every=self.every, rank=self.rank, world=self.world)
 
     def load(self, into: Mapping[str, Tensor], device: torch.device | str = "cpu", *,
              room: Mapping[str, Tensor] = {}) -> tuple[dict[str, Tensor], dict] | None:  # fmt: skip
@@ -90,7 +94,7 @@ class Resume:
         older checkpoint. What the disk does not take, or a `problem` that one of the processes has, is named once on stderr,
         and the run goes on without."""
         text = json.dumps(position)
-        sizes, problems = zip(*self._gather((sum(t.nbytes + FRAME for t in map(_local, tensors.values())) + len(text), problem)))
+        sizes, problems = zip(*self._gather((sum(t.nbytes + FRAME for t in map(local, tensors.values())) + len(text), problem)))
         fresh = self._from_first(lambda: self._fresh(sum(sizes), next(filter(None, problems), None)))
         if fresh:
             outcomes = self._gather(self._write(fresh / f"process-{self.rank}", tensors, text))
@@ -158,7 +162,7 @@ class Resume:
             for key, kept in stored.items()
         }
         with _quiet():
-            dcp.load({key: _local(t) for key, t in tensors.items()}, storage_reader=dcp.FileSystemReader(own), no_dist=True)
+            dcp.load({key: local(t) for key, t in tensors.items()}, storage_reader=dcp.FileSystemReader(own), no_dist=True)
         return tensors, json.loads((own / POSITION).read_text())
 
     def _fresh(self, needed: int, problem: str | None) -> Path | None:
@@ -184,7 +188,7 @@ class Resume:
             own.mkdir(mode=0o700)
             writer = dcp.FileSystemWriter(own, thread_count=max(1, min(THREADS, len(tensors))))
             with _quiet():
-                metadata = dcp.save({key: _local(t).detach() for key, t in tensors.items()}, storage_writer=writer, no_dist=True)
+                metadata = dcp.save({key: local(t).detach() for key, t in tensors.items()}, storage_writer=writer, no_dist=True)
             unwritten = tensors.keys() - {index.fqn for index in metadata.storage_data}
             if unwritten:  # DCP does not pass on an error of its writing threads
                 raise OSError(f"{min(unwritten)} could not be written")
@@ -255,15 +259,10 @@ def _misfit(stored: dict, into: Mapping[str, Tensor]) -> str | None:
     for key, tensor in into.items():
         if key not in stored:
             return f"it has no tensor {key}"
-        there, here = stored[key], _local(tensor)
+        there, here = stored[key], local(tensor)
         if (there.size, there.properties.dtype) != (here.shape, here.dtype):
             return f"{key} in it is {list(there.size)} {there.properties.dtype}, here {list(here.shape)} {here.dtype}"
     return None
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor, and any other tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _hashes(paths: list[Path]) -> list[str]:

@@ -160,6 +160,7 @@ class Part:
                   cuts at a length of its own (`cut`)
         fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the engine's loop,
                   which shares the model among the processes and goes on where it was interrupted
+        seed      the cell's with the capability "seeded_preparation", else 0: other seeds reuse what is made
         progress  progress(total=, desc=, unit=) → a tqdm bar
         shards    the processes at work; each has the whole model
         resume    where a pass of the part's own keeps what it has so far; None: nowhere

@@ -4,11 +4,12 @@ Preparations with equal settings are computed once a model and kept in a local s
 depend on: another seed, another domain or another strength reuses them, and the record says so.
 """
 
+import itertools
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 from time import perf_counter
@@ -20,7 +21,7 @@ import evaluation
 from evaluation.encode import encode_text
 from experiments.base import dtype_of, load_tensors
 from experiments import hardware, memory, processes, provenance, tuned, weights
-from experiments.engine import fit
+from experiments.engine import FitResult, fit
 from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.failures import recorded
@@ -127,21 +128,22 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     seconds, tokens, notes = 0.0, 0, {}
     if shards.first:
         out.mkdir(parents=True)
+    drawn = seed if resolve.seeded(parts) else 0  # what other seeds reuse must not depend on the one that came first
     for part in parts:
         if type(part).prepare is Part.prepare:
             continue
         # a part that trains here has the model cut on the CPU; another one needs it whole on its device
         cut = shards.active and "seeded_preparation" in part.capabilities
         model = weights.load_model(folder, dtype=computing, device="cpu" if cut else where)
-        torch.manual_seed(seed)
+        torch.manual_seed(drawn)
         for other in parts:
-            model = other.adapt(model, seed=seed)
+            model = other.adapt(model, seed=drawn)
         resume = Resume(study.paths.resume / "prepare" / key / part.key, every=settings.checkpoint_seconds,
                         identity={"preparation": key, "part": part.key, "device": where.type, "compute_dtype": str(computing)}, rank=shards.rank, world=shards.world)  # fmt: skip
         began = perf_counter()
-        prepared = part.prepare(model=model, base=base, general=general, seed=seed, progress=bar, shards=shards, resume=resume,
-                                fit=partial(_fit, settings=settings, base=base, device=where, shards=shards, compute_dtype=computing,
-                                            resume=resume, name=f"prepare {part.key}"))  # fmt: skip
+        prepared = part.prepare(model=model, base=base, general=general, seed=drawn, progress=bar, shards=shards, resume=resume,
+                                fit=fitting(resume, settings=settings, base=base, device=where, shards=shards, compute_dtype=computing,
+                                            name=f"prepare {part.key}"))  # fmt: skip
         seconds += perf_counter() - began
         if prepared is None:
             continue
@@ -168,6 +170,16 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         "processes": shards.world, "hardware": hardware.describe(where), "versions": provenance.versions(),
         "git": provenance.git(study.paths.root), "when": provenance.now(),
     }
+
+
+def fitting(resume: Resume, **arguments) -> Callable[..., FitResult]:
+    """`_fit` for one preparation, in which every call has checkpoints of its own: a second one does not go on from the first one's."""
+    calls = itertools.count()
+
+    def fit_next(**more) -> FitResult:
+        return _fit(resume=resume.within(f"fit-{next(calls)}"), **arguments, **more)
+
+    return fit_next
 
 
 def _fit(*, settings: TrainSettings, model, parts, examples, seed, base, device, name, shards=Shards(), compute_dtype=None, resume=None, **overrides):

@@ -14,7 +14,7 @@ from experiments.engine import fit
 from experiments.random_models import build
 from experiments.resume import Resume
 from methods import registry
-from methods.part import Part, Run
+from methods.part import Part, Prepared, Run
 from methods.settings import declared, fits, inside
 from tests import goldens
 from tests.experiments import worlds
@@ -65,15 +65,16 @@ def stops(blocks: dict, **settings) -> tuple[dict, list[int]]:
         if key == "ewc":
             prepared += block.get("samples", 0)
         if key == "hierarchical":
-            prepared += round(block["epochs"] * -(-block["samples"] // goldens.SETTINGS.batch))
+            prepared += round(block.get("epochs", 1.0) * -(-block["samples"] // goldens.SETTINGS.batch))
     found = {before + kept + 1 for before, count in ((0, prepared), (prepared, trained)) for kept in (1, count // 2, count - 1) if 0 < kept < count}
     return whole, sorted(found)
 
 
-def goes_on(blocks: dict, folder, *, only=None, **settings) -> None:
+def goes_on(blocks: dict, folder, *, few: bool = False, **settings) -> None:
+    """Every place at which it may be stopped; or `few`: in the middle of the preparation and of training."""
     whole, places = stops(blocks, **settings)
     resumed = []
-    for stop in places if only is None else [places[i] for i in only]:
+    for stop in sorted({places[1], places[-2]}) if few else places:
         here = folder / str(stop)
         with pytest.raises(worlds.Stopped):
             worlds.cell("llama", "", blocks=blocks, folder=here, stop=stop, **settings)
@@ -81,7 +82,7 @@ def goes_on(blocks: dict, folder, *, only=None, **settings) -> None:
         resumed.append(again["resumed"])
         for key in ("final", "reports", "watched", "curve"):
             assert same(again[key], whole[key]), f"{blocks} {settings} stopped after {stop}: {key}"
-    assert only is not None or resumed[-1] == len(whole["curve"]) - 1, "no checkpoint was gone on from"
+    assert resumed[-1] == len(whole["curve"]) // 2 if few else resumed[-1] == len(whole["curve"]) - 1, "no checkpoint was gone on from"
 
 
 def variations(part: type[Part]) -> list[dict]:
@@ -106,16 +107,16 @@ def test_variations_are_those_of_the_declarations():
     assert {"dropout": 0.5} in variations(registry.parts()["lora"]) and {"fraction": 0.5} in variations(registry.parts()["mofo"])
 
 
-OFTEN = [
-    ({"lora": LORA, "hierarchical": SMALL["hierarchical"] | {"preset": "official"}}, {}),
-    ({"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}}, {"moments": "bfloat16"}),
-]
+OFTEN = {name: (blocks, {}) for name, blocks in goldens.METHODS.items()} | {
+    "official": ({"lora": LORA, "hierarchical": SMALL["hierarchical"] | {"preset": "official"}}, {}),
+    "official, filtered": ({"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}}, {"moments": "bfloat16"}),
+}
 
 
-@pytest.mark.parametrize("number", range(len(OFTEN)))
-def test_a_run_goes_on_where_it_was_stopped(tmp_path, number):
-    blocks, settings = OFTEN[number]
-    goes_on(blocks, tmp_path, only=(1, 4), **settings)
+@pytest.mark.parametrize("name", OFTEN)
+def test_a_run_goes_on_where_it_was_stopped(tmp_path, name):
+    blocks, settings = OFTEN[name]
+    goes_on(blocks, tmp_path, few=True, **settings)
 
 
 def product() -> list:
@@ -358,3 +359,32 @@ def test_what_a_part_changes_in_the_model_is_kept(tmp_path):
     assert again.resumed == 3 and same(dict(again.run.model.state_dict()), dict(whole.run.model.state_dict()))
     norm, started = whole.run.model.model.norm.weight, build("llama", seed=1).model.norm.weight
     assert torch.allclose(norm, started * 1.01**7)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TwoPhases(Part):
+    """Trains twice on general text before it sees the domain, and has a pass of its own between."""
+
+    key = "two_phases"
+
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None):
+        first = fit(model=model, parts=(), examples=general, seed=seed, epochs=2.0, learning_rate=None)
+        before = resume.load({}) if resume else None
+        total = before[0]["total"] if before else torch.zeros(1)
+        for turn in range(before[1]["turn"] if before else 0, 3):
+            total += 1
+            if resume and resume.due():
+                resume.save({"total": total}, {"turn": turn + 1})
+        second = fit(model=model, parts=(), examples=general, seed=seed + 1, epochs=2.0, learning_rate=5e-3)
+        assert (first.steps, second.steps) == (4, 4) and total == 3
+        return Prepared(start={name: second.run.whole(name).clone() for name in second.run.weights})
+
+
+def test_a_preparation_of_several_phases_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.REGISTERED, "two_phases", TwoPhases)
+    whole = worlds.cell("llama", "", blocks={"two_phases": {}}, watch=watched)
+    for stop in (3, 6, 8):  # in the first phase, at the beginning of the second and at its end
+        with pytest.raises(worlds.Stopped):
+            worlds.cell("llama", "", blocks={"two_phases": {}}, folder=tmp_path / str(stop), stop=stop)
+        again = worlds.cell("llama", "", blocks={"two_phases": {}}, folder=tmp_path / str(stop), watch=watched)
+        assert same(again["final"], whole["final"]) and same(again["watched"]["prepared"], whole["watched"]["prepared"]), stop

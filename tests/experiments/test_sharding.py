@@ -120,6 +120,7 @@ def test_methods_and_settings_differ(alone):
     assert sum(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(finals) for b in finals[:i]) == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("architecture, method", [("gptj", "full"), *(("llama", method) for method in worlds.METHODS)])
 def test_a_run_stopped_anywhere_ends_with_the_same_bits(tmp_path, architecture, method):
     blocks = goldens.METHODS[method]  # 8 bits and dropout, whose random state is gone on from

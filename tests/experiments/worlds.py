@@ -18,7 +18,7 @@ from experiments.engine import final_weights, fit
 from experiments.random_models import build
 from experiments.resume import Resume
 from experiments.sharding import Shards
-from experiments.stages.prepare import _fit
+from experiments.stages.prepare import fitting
 from methods import registry
 from methods.part import Part
 from tests import goldens
@@ -106,20 +106,20 @@ def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=tor
     chosen = replace(goldens.SETTINGS, **settings)
     make = partial(build, architecture, seed=1, dtype=dtype)
     base = {n: p.detach().clone() for n, p in make().named_parameters()}
-    parts, states, stopper = registry.build(blocks or METHODS[method]), {}, Stop(left=[stop])
+    parts, states, stopper = registry.build(METHODS[method] if blocks is None else blocks), {}, Stop(left=[stop])
     keep = partial(Resume, rank=shards.rank, world=shards.world, every=0.0 if folder else float("inf"), identity={"method": method})
     folder = folder or Path(tempfile.mkdtemp())
 
-    def general(*, parts, **arguments):
-        return _fit(settings=chosen, base=base, device="cpu", name="prepare", shards=shards, resume=keep(folder / "general"),
-                    parts=(*parts, stopper), **arguments)  # fmt: skip
+    def general(key: str):
+        run = fitting(keep(folder / key), settings=chosen, base=base, device="cpu", name="prepare", shards=shards)
+        return lambda *, parts, **arguments: run(parts=(*parts, stopper), **arguments)
 
     for part in parts:
         model = make()
         for other in parts:
             model = other.adapt(model, seed=5)
         prepared = part.prepare(model=model, base=base, general=goldens.texts(8, seed=11, labelled=False), seed=5, shards=shards,
-                                resume=keep(folder / part.key), progress=stopper.bar, fit=general)  # fmt: skip
+                                resume=keep(folder / part.key), progress=stopper.bar, fit=general(part.key))  # fmt: skip
         if prepared:
             states[part.key] = {k: getattr(prepared, k) for k in ("importance", "start", "carry") if getattr(prepared, k)}
     result = fit(model=make(), parts=(*parts, *more, stopper), examples=goldens.texts(18, seed=12, labelled=True), settings=chosen, seed=5, base=base,
