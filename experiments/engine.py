@@ -153,16 +153,15 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> d
     asked, labelled = max(1, _labelled(examples)), 0
     trained.zero()
     total = torch.zeros((), device=run.device)
-    for batch, real in _micro_batches(examples, run, settings):
-        hooked = parts if real else ()
-        for part in hooked:
+    for batch, counts in _micro_batches(examples, run, settings):
+        for part in parts:
             batch = hooks.batch(part, run=run, state=states[part.key], before=batch)
-        labelled += hooks.labelled(batch) if hooks.overridden(hooked, "batch") else 0
+        labelled += counts * hooks.labelled(batch) if hooks.overridden(parts, "batch") else 0
         # labels stay on the CPU: what they select is known there
         batch = {name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()}
-        nll, loss = trained.compute(_loss, batch, run, hooked, states)
-        total += nll / asked
-        (loss * (run.shards.world / asked)).backward()  # reduction over processes takes the mean
+        nll, loss = trained.compute(_loss, batch, run, parts, states)
+        total += counts * nll / asked
+        (loss * (counts * run.shards.world / asked)).backward()  # reduction over processes takes the mean
     trained.complete()
     if hooks.overridden(parts, "batch"):  # which may have changed the labels
         labelled = int(run.shards.sum(torch.tensor(labelled, device=run.device)))
@@ -187,11 +186,11 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> d
     return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}
 
 
-def _micro_batches(examples: list[batches.Example], run: Run, settings: TrainSettings) -> Iterator[tuple[batches.Example, bool]]:
-    """This process's share of a step, piece by piece, and whether it is real.
+def _micro_batches(examples: list[batches.Example], run: Run, settings: TrainSettings) -> Iterator[tuple[batches.Example, int]]:
+    """This process's share of a step, piece by piece, each with 1; and pieces with 0, whose loss does not count.
 
-    Processes that share weights compute together, so one with fewer pieces than another computes on two tokens
-    without a label in their place.
+    Processes that share weights compute together, also what a part computes in its `loss`: one with fewer pieces than
+    another computes the step's first example in their place.
     """
     shares = [examples[rank :: run.shards.world] for rank in range(run.shards.world)]
     if settings.pack:
@@ -201,10 +200,9 @@ def _micro_batches(examples: list[batches.Example], run: Run, settings: TrainSet
     mine = shares[run.shards.rank]
     collate = batches.collate_packed if settings.pack else batches.collate
     for indices in cuts[run.shards.rank]:
-        yield collate([mine[i] for i in indices]), True
-    nothing = {"input_ids": examples[0]["input_ids"][:2], "labels": torch.full_like(examples[0]["labels"][:2], -100)}
+        yield collate([mine[i] for i in indices]), 1
     for _ in range(max(map(len, cuts)) - len(cuts[run.shards.rank])):
-        yield collate([nothing]), False
+        yield collate(examples[:1]), 0
 
 
 def _loss(model: nn.Module, batch: batches.Example, run: Run, parts, states) -> tuple[Tensor, Tensor]:

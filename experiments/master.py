@@ -43,6 +43,7 @@ class MasterWeights:
         self._copies = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
         self._reached: set[int] = set()  # masters that have a gradient of this step in the buffer that is kept for them
         self._hooks = [parameter.register_post_accumulate_grad_hook(self._adder(master)) for parameter, master in self._copies]
+        self._hooks += [master.register_hook(self._reacher(master)) for _, master in self._copies]
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(model, *arguments)."""
@@ -64,6 +65,16 @@ class MasterWeights:
 
         return add
 
+    def _reacher(self, master: Tensor) -> Callable[[Tensor], None]:
+        """A hook for a loss that is of the master itself: autograd adds to what is in the buffer, which may be of the last step."""
+
+        def reach(gradient: Tensor) -> None:
+            if id(master) not in self._reached:
+                master.grad = None
+                self._reached.add(id(master))
+
+        return reach
+
     @torch.no_grad()
     def complete(self) -> None:
         """Give a zero gradient to tensors the step did not reach, so that every hook finds one."""
@@ -73,6 +84,7 @@ class MasterWeights:
         for _, master in self._copies:
             if id(master) not in self._reached:
                 master.grad.zero_()
+                self._reached.add(id(master))
 
     @torch.no_grad()
     def push(self) -> None:

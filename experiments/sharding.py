@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments import architecture
+from experiments.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +146,11 @@ class ShardedWeights:
 
     @torch.no_grad()
     def complete(self) -> None:
+        """Put each row's gradient to the row. Raises UserError where a loss was of the rows themselves."""
         for name, weight in self.weights.items():
+            if weight.grad is not None:
+                raise UserError(f"a part's `loss` is computed of run.weights[{name!r}] itself: where processes share the model these are one "
+                                "process's rows, which its other processes' losses do not reach; add such a term in `before_clip`")  # fmt: skip
             gradient = self._parameters[name].grad
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient.to_local()
 

@@ -188,7 +188,9 @@ class Part:
     def loss(self, *, run: Run, state: dict, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
         """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them.
 
-        hidden (batch, tokens, width) and all of the batch but its labels are on the run's device.
+        hidden (batch, tokens, width) and all of the batch but its labels are on the run's device. The model may be run on
+        other tokens. Where processes share the model, one that has fewer micro-batches than another is asked of an example of
+        the step once more, which does not count; and a term of `run.weights` themselves is refused: it belongs in `before_clip`.
         """
 
     def before_clip(self, *, run: Run, state: dict, step: int) -> Tensor | None:

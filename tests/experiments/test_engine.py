@@ -11,6 +11,7 @@ from experiments.engine import TrainingFailed, final_weights, fit
 from experiments.engine_settings import TrainSettings, learning_rate
 from experiments.errors import UserError
 from experiments.loss import summed_nll
+from experiments.master import MasterWeights
 from experiments.random_models import build
 from tests.experiments.test_loss import ragged
 
@@ -29,6 +30,22 @@ def run(model, **changes):
 
 def weights(model):
     return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def test_masters_take_the_gradient_of_a_loss_of_themselves():
+    """A part's loss may be of `run.weights`: its gradient stands beside that of the bf16 module, whatever the last step left there."""
+    ids = torch.arange(12)[None]
+    model, other = (build("llama", seed=0, dtype=torch.bfloat16) for _ in range(2))
+    masters = MasterWeights(model, base={})
+    hidden_states(other, ids, None).float().square().sum().backward()
+    for _ in range(2):
+        masters.zero()
+        for _ in range(2):
+            loss = hidden_states(model, ids, None).float().square().sum()  # before the penalty, whose backward so comes first
+            (loss + sum(weight.square().sum() for weight in masters.weights.values())).backward()
+        masters.complete()
+        for name, p in other.named_parameters():
+            torch.testing.assert_close(masters.weights[name].grad, 2 * p.grad.float() + 4 * masters.weights[name].detach())
 
 
 def test_equals_a_plain_loop():

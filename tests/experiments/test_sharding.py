@@ -6,6 +6,7 @@ Processes are real (gloo), weights are shared by torch's fully_shard.
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -13,11 +14,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from experiments.engine import final_weights, fit
+from experiments.errors import UserError
 from experiments.paths import HERE
 from experiments.random_models import build
 from experiments.sharding import Shards
 from experiments.weights import load_model
 from methods import registry
+from methods.part import Part
 from tests import goldens
 from tests.experiments import worlds
 
@@ -64,11 +67,26 @@ def test_numbers_do_not_depend_on_the_processes(alone, shared, request):
             assert row == pytest.approx(theirs, rel=3e-3 if rounded else 2e-5, abs=1e-7), name
 
 
-def test_parts_see_the_run_itself(alone, shared):
+def test_parts_see_the_run_itself(alone, shared, request):
     """Not a copy of it that is rounded to bf16, in whose state nothing that a hook writes would stay."""
-    wanted = {"calls": 36, "saw": sorted(map(repr, [("the run", True), ("hidden", "torch.bfloat16"), ("trained", "torch.float32"),
-                                                    ("weight", torch.tensor(1 / 3).item())]))}  # fmt: skip
-    assert alone["bfloat16", "look"]["reports"]["look"] == shared["bfloat16", "look"]["reports"]["look"] == wanted
+    saw = sorted(map(repr, [("the run", True), ("hidden", "torch.bfloat16"), ("trained", "torch.float32"), ("weight", torch.tensor(1 / 3).item())]))
+    # three examples a step for two processes: the second one is asked of the first example again, ten times in all
+    for found, calls in ((alone, 30), (shared, 30 if request.node.callspec.params["shared"] == 1 else 40)):
+        assert found["bfloat16", "look"]["reports"]["look"] == {"calls": calls, "saw": saw}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay(Part):
+    key = "decay"
+
+    def loss(self, *, run, state, batch, hidden):
+        return sum(weight.square().sum() for weight in run.weights.values())
+
+
+def test_a_loss_of_the_rows_themselves_is_refused():
+    """No process's rows get the gradient of another's micro-batches: numbers would depend on the processes."""
+    with worlds.of_one() as shards, pytest.raises(UserError, match="`loss` is computed of run.weights.*before_clip"):
+        worlds.cell("llama", "full", shards=shards, more=(Decay(),))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +162,12 @@ def test_runs_of_two_processes_go_on_too(tmp_path):
         for name, tensor in whole["final"].items():
             assert torch.equal(again["final"][name], tensor), f"{method}: {name}"
         assert again["curve"] == whole["curve"]
+
+
+def test_a_number_is_whole_in_every_process():
+    number = torch.tensor(3.0)
+    shards = Shards(rank=1, world=2)
+    assert shards.whole(shards.local(number), number.shape) is number
 
 
 def test_rows_are_cut_as_torch_cuts_them():

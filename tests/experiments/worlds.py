@@ -14,6 +14,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
+from experiments import architecture
 from experiments.engine import final_weights, fit
 from experiments.random_models import build
 from experiments.resume import Resume
@@ -67,7 +68,7 @@ class Stop(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Look(Part):
-    """Adds the mean square of the hidden states to the loss, times a third, which no bf16 number is; tells what its hooks see."""
+    """Tells what its hooks see, and adds what the model says of another text to the loss, times a third, which no bf16 number is."""
 
     key = "look"
 
@@ -81,7 +82,8 @@ class Look(Part):
         state["calls"] += 1
         state["saw"] |= {("the run", run is state["run"]), ("hidden", str(hidden.dtype)), ("weight", batch["weight"][0].item()),
                          *(("trained", str(w.dtype)) for w in run.weights.values())}  # fmt: skip
-        return (batch["weight"] * hidden.float().square()).mean()
+        other = architecture.hidden_states(run.model, batch["input_ids"].flip(1), None)
+        return (batch["weight"] * (hidden - other).float().square()).mean()
 
     def report(self, *, run, state):
         return {"calls": int(run.shards.sum(torch.tensor(state["calls"]))), "saw": sorted(map(repr, state["saw"]))}
@@ -145,7 +147,7 @@ def everything(shards: Shards, folder: Path) -> dict:
     # one example at a time, each has the same gradient in bf16 wherever it is computed, and sums are in float32
     half = partial(ten, dtype=torch.bfloat16, micro_batch=1)
     found |= {("bfloat16", m): half("llama", m) for m in ("full", "ewc-lora")}
-    found["bfloat16", "look"] = half("gptj", "mofo", more=(Look(),))
+    found["bfloat16", "look"] = half("gptj", "mofo", more=(Look(),), batch=3, epochs=1.7)
     found["bfloat16", "computed in float32"] = half("llama", "lora", compute_dtype=torch.float32)
     return found
 
