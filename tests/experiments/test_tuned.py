@@ -157,3 +157,12 @@ def test_weights_that_cannot_be_the_bases_are_refused_by_name(folder, moved, tmp
         broken.view(-1)[3] = value
         with pytest.raises(TrainingFailed, match=f"{name} is damaged, 1 of its .* lower train.learning_rate or a part's strength"):
             tuned.keep(tmp_path / "c", folder=folder, base=base, final=moved | {name: broken})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3.4e38])  # the last is finite, and not in bfloat16
+def test_weights_that_training_left_without_numbers_are_no_cells(folder, moved, tmp_path, value):
+    name = next(iter(moved))
+    broken = moved | {name: moved[name].float().index_fill(0, torch.tensor([0]), value)}
+    with pytest.raises(TrainingFailed, match=f"the weights after the last step: {name} is damaged, .* values are NaN or infinite: lower train.learning_rate"):
+        tuned.keep(tmp_path / "cell", folder=folder, base=load_tensors(folder), final=broken)
+    assert not (tmp_path / "cell/weights.json").exists()
