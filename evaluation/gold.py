@@ -2,18 +2,21 @@
 
 lm-eval takes a template that renders digits for an index, whatever the choices are: '{{answer}}' with the answer "0" of the choices
 "1", "2", "0" would be the choice "1". Here a text is matched to the choices first; where it names one choice as a text and another
-as an index the row is refused, for nobody but its author can tell. Numbers among the choices are read as texts.
+as an index the row is refused, for nobody but its author can tell. An expression whose value is a whole number, and no text of digits,
+is an index. Numbers among the choices are read as texts.
 """
 
+import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from lm_eval.utils import apply_template
+import numpy as np
+from lm_eval.utils import apply_template, env as jinja_env
 
 from experiments.errors import UserError
 
-_COLUMN = re.compile(r"\{\{-?\s*(\w+)\s*-?\}\}")
+_EXPRESSION = re.compile(r"\{\{-?((?:(?!\{\{|\}\}).)*?)-?\}\}", re.DOTALL)
 
 
 class Ambiguous(UserError):
@@ -21,9 +24,8 @@ class Ambiguous(UserError):
 
 
 def is_text(template: str, doc: Mapping[str, Any]) -> bool:
-    """Whether a template is nothing but one column, which holds a text in this row."""
-    column = _COLUMN.fullmatch(template.strip())
-    return bool(column) and isinstance(doc.get(column[1]), str)
+    """Whether a template is nothing but one expression, whose value is a text in this row."""
+    return isinstance(_value(template, doc), str)
 
 
 def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, indices: bool) -> int | str | None:
@@ -31,9 +33,8 @@ def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, in
 
     indices: an index is wanted where a text would do, too.
     """
-    text = apply_template(template, doc)
-    column = _COLUMN.fullmatch(template.strip())
-    number = isinstance(doc.get(column[1]), int) if column else False  # a whole number in the rows is an index
+    text, value = apply_template(template, doc), _value(template, doc)
+    number = isinstance(value, int | np.integer) and not isinstance(value, bool)
     index = int(text) if text.isascii() and text.isdigit() else None
     place = choices.index(text) if text in choices else None
     if index is not None and (number or place is None):
@@ -45,8 +46,20 @@ def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, in
     return place if index is not None or indices else text
 
 
+def _value(template: str, doc: Mapping[str, Any]) -> Any:
+    """What the one expression that a template consists of gives, before it is written out; None of other templates."""
+    found = _EXPRESSION.fullmatch(template)
+    return _compiled(found[1].strip())(**doc) if found else None
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(expression: str) -> Callable[..., Any]:
+    return jinja_env.compile_expression(expression, undefined_to_none=False)
+
+
 def of_value(gold: Any, given: Any, choices: list[str]) -> Any:
     """The gold of a column or function, where it is a number: an index, or one of the choices `given` as numbers."""
+    gold = gold.item() if isinstance(gold, np.generic) else gold
     if isinstance(gold, list):
         return [choices.index(one) if isinstance(one, str) and one in choices else of_value(one, given, choices) for one in gold]
     if isinstance(gold, bool) or not isinstance(gold, int | float):
@@ -63,5 +76,5 @@ def of_value(gold: Any, given: Any, choices: list[str]) -> Any:
 
 def _both(gold: Any, *, place: int, index: int, choices: list[str]) -> str:
     return (f"the gold answer {gold!r} is choice {place} of {[choice[:40] for choice in choices]} as a text and choice {index} as an index: "
-            "write the column's name alone (`doc_to_target: answer`) where a text is meant, and give the rows a column of whole numbers "
-            "from 0 beside choices that are texts where an index is")  # fmt: skip
+            "write the column's name alone (`doc_to_target: answer`) where a text is meant, and a whole number "
+            "(`{{answer | int}}`, beside choices that are texts) where an index is")  # fmt: skip

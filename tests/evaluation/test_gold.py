@@ -1,5 +1,6 @@
 """Values stay what they are: a gold text is matched to the choices before it is taken for an index, and null is never a word."""
 
+import numpy as np
 import pytest
 
 from evaluation.task import make_task, render
@@ -40,6 +41,9 @@ def test_digits_that_name_two_choices_are_refused_by_row(tmp_path):
 def test_whole_numbers_in_the_rows_are_indices(tmp_path):
     rows = {"choices": ["1", "2", "0"], "label": 0}, {"choices": ["1", "2", "0"], "label": 2}
     assert golds(tmp_path, "{{label}}", *rows) == golds(tmp_path, "label", *rows) == [0, 2]
+    assert golds(tmp_path, "{{label | int}}", {"choices": ["1", "2", "0"], "label": "2"}) == [2]
+    assert golds(tmp_path, "{{'abc'.index(label)}}", {"choices": ["1", "2", "0"], "label": "b"}) == [1]
+    assert golds(tmp_path, lambda doc: np.int32(doc["label"]), {"choices": ["1", "2", "0"], "label": 2}) == [2]
     assert golds(tmp_path, "label", {"choices": ["no", "yes"], "label": True}) == [1]
     assert golds(tmp_path, "label", {"choices": ["no", "yes"], "label": 1.0}) == [1]
     with pytest.raises(UserError, match="gold answer '1.0' is not one"):
