@@ -3,6 +3,7 @@
 import difflib
 import functools
 import re
+import sys
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def lacks_package(what: str, error: ImportError) -> str:
         chain.append(cause)
     module = next((name for one in chain if isinstance(one, ImportError) and (name := (one.name or "").partition(".")[0])), "")
     said = " ".join(str(error).split())[:300]
-    if not module or any(type(one) is ImportError and one.name == module for one in chain):  # it is there, and does not fit
+    if not module or sys.modules.get(module) or any(type(one) is ImportError and one.name == module for one in chain):  # it is there, and does not fit
         return f"{what} needs Python code that cannot be imported: {said}"
     needed = [need.partition(";")[0].strip() for need in requires("lm_eval") or () if "extra ==" in need]
     named = {re.split(r"[^\w.-]", need)[0].lower().replace("-", "_"): need for need in needed}
