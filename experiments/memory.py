@@ -19,7 +19,8 @@ their backward pass are no formula: the real modules run on fake tensors, which 
 
 `total` is what is held and the larger of two moments: a pass, with activations and with logits or transient, and with all
 gradients only if a step accumulates several passes, or masters are on the CPU; and the update, with all gradients and without activations. It is
-so less than the kinds added up. CUDA's own context and the gaps of its allocator are not in it.
+so less than the kinds added up. Processes on the CPU that share a model and compute in another dtype than its checkpoint's
+each begin with a whole copy, which can be more. CUDA's own context and the gaps of its allocator are not in it.
 """
 
 import dataclasses
@@ -175,8 +176,10 @@ class _Layout:
         waiting = waiting or (self.device == "cpu" and n is None and self._half)
         # the head's gradient is complete while all blocks still hold their activations
         head = 0 if waiting else _share(wide * count.head_trained, n)
+        # what is to be shared is loaded whole and cut in main memory: mapped from its files, or copied into another dtype
+        copied = n is not None and self.device == "cpu" and self.compute != self.checkpoint
         return _total(
-            kinds, kept=kept,
+            kinds, kept=kept, loading=narrow * count.all * copied,
             passing=alive + copies + max(kinds["logits"], work + head) + (kinds["gradients"] if waiting else 0),
             update=kinds["gradients"] + max(passing, narrow * count.largest_trained * self._half),
         )  # fmt: skip
@@ -240,10 +243,10 @@ def _share(count: int, processes: int | None) -> int:
     return -(-count // (processes or 1))
 
 
-def _total(kinds: dict[str, int], *, kept: int = 0, passing: int = 0, update: int = 0) -> dict[str, int]:
-    """All kinds and their `total`: what is held, `kept` scratch included, and the larger of two moments."""
+def _total(kinds: dict[str, int], *, kept: int = 0, passing: int = 0, update: int = 0, loading: int = 0) -> dict[str, int]:
+    """All kinds and their `total`: what is held, `kept` scratch included, and the larger of two moments; or `loading` before them."""
     found = {kind: int(kinds.get(kind, 0)) for kind in KINDS[:-1]}
-    return found | {"total": sum(found[kind] for kind in HELD) + kept + max(passing, update)}
+    return found | {"total": max(loading, sum(found[kind] for kind in HELD) + kept + max(passing, update))}
 
 
 def _gib(size: float) -> str:

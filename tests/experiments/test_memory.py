@@ -336,6 +336,15 @@ def test_a_shared_run_grows_with_the_model_as_predicted(method, computing):
     assert measured[1] - measured[0] == pytest.approx(predicted[1] - predicted[0], rel=0.03)
 
 
+def test_processes_on_the_cpu_begin_with_a_whole_copy_in_another_dtype(llama3):
+    given = {"phase": "train", "shape": llama3, "parts": METHODS["lora"], "settings": TrainSettings(batch=1, micro_batch=1, length=16),
+             "compute_dtype": torch.float32, "processes": 8}  # fmt: skip
+    whole = 4 * (llama3.parameters + 32 * 8 * ((4096 + 4096) + (4096 + 1024)))
+    assert memory.predict(checkpoint_dtype=torch.bfloat16, device_type="cpu", **given)["total"] == whole
+    assert memory.predict(checkpoint_dtype=torch.float32, device_type="cpu", **given)["total"] < whole
+    assert memory.predict(checkpoint_dtype=torch.bfloat16, device_type="cuda", **given)["total"] < whole
+
+
 # preparation
 
 
