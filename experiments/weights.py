@@ -157,7 +157,9 @@ def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch
     name, _, revision = rest.partition("@")
     weights = ["pytorch_model.bin"] if "bin_sha256" in block else _SAFETENSORS
     known = block.get("parameters") and block.get("dtype")
-    folder = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES + weights, copy_to=scratch,
+    small = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES, copy_to=scratch)
+    model_folder.config_of(small, name)  # before gigabytes are fetched that could not be used
+    folder = hub.snapshot(name, revision=small.name, patterns=_TOKENIZER_FILES + weights, copy_to=scratch,
                           copy_bytes=block["parameters"] * as_dtype(block["dtype"]).itemsize if known else None)  # fmt: skip
     if folder.name != revision:
         print(f"{name} at {revision or 'main'} is commit {folder.name}: name it in the source to pin it", flush=True)

@@ -220,6 +220,32 @@ def test_a_download_that_is_cut_off_goes_on_or_begins_anew(tmp_path, given):
     assert run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), ask, HF_HUB_OFFLINE="1") == line
 
 
+MAKE = """
+import sys
+from pathlib import Path
+from experiments import weights
+from experiments.errors import UserError
+try:
+    weights.materialise(name="tiny", block={"source": "hub:someone/tiny"}, packages={}, out_dir=Path(sys.argv[1]))
+except UserError as error:
+    print(error)
+"""
+
+
+@pytest.mark.thorough
+def test_weights_that_could_not_be_used_are_not_fetched(tmp_path, given):
+    config = given / "model" / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps(json.loads(before) | {"quantization_config": {"quant_method": "gptq"}}))
+    try:
+        with Hub(folders={("models", "someone/tiny"): given / "model"}) as server:
+            line = run_python(MAKE, tmp_path / "hf", str(tmp_path / "out"), HF_ENDPOINT=server.url)
+    finally:
+        config.write_text(before)
+    assert "model 'tiny': someone/tiny is quantised (gptq" in line
+    assert [request for request in server.asked if "config.json" in request] and not [request for request in server.asked if request.split()[1].endswith(".safetensors")]
+
+
 def test_a_renamed_repository_is_followed(tmp_path, given):
     with Hub(folders={("models", "someone/new"): given / "model"}, renamed={"someone/old": "someone/new"}) as server:
         line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), "model:someone/old:main", HF_ENDPOINT=server.url)
