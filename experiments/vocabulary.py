@@ -15,9 +15,8 @@ def check(*, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list
     ways, and where what the tokenizer adds to a text cannot be told from the text.
     """
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
-    rows = min(layer.weight.shape[0] for layer in layers if getattr(layer, "weight", None) is not None)
-    vocabulary = tokenizer.get_vocab()
-    beyond = sorted((number, token) for token, number in vocabulary.items() if number >= rows)
+    rows = min((layer.weight.shape[0] for layer in layers if getattr(layer, "weight", None) is not None), default=model.config.vocab_size)
+    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:
         raise UserError(f"its tokenizer has {len(beyond)} tokens for which the model has no embedding: {beyond[0][1]!r} is number {beyond[0][0]} and "
                         f"the embedding ends with number {rows - 1}. Resize the model's embedding to {max(beyond)[0] + 1} rows "

@@ -136,8 +136,9 @@ def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list
                 f"the longest has {max(long)[0]} tokens: {max(long)[1]}")  # fmt: skip
         if len(long) > rows / 10:
             raise UserError(f"{said}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
-        print(f"{said}. They are left out", flush=True)
-    if cut:
+        if processes.first():
+            print(f"{said}. They are left out", flush=True)
+    if cut and processes.first():
         print(f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their prompts lose the beginning", flush=True)
     return examples
 

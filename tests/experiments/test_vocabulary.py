@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerFast
 from experiments import vocabulary
 from experiments.errors import UserError
 from experiments.random_models import build, byte_tokenizer as make_tokenizer
+from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
 from experiments.weights import materialise
 from tests.evaluation.test_encode import with_bos, with_end, with_merges, without_specials
@@ -72,3 +73,11 @@ def test_training_rows_keep_their_answers_whole(tmp_path, capsys):
 def test_a_training_answer_without_a_token_is_told_by_its_domain(tmp_path):
     with pytest.raises(UserError, match="domain sums, a training row: the answer ' water' has no token of its own behind.*runs over the border"):
         encoded(training(tmp_path, [("Question: what?\nAnswer:", " water")]), with_merges(), 64)
+
+
+def test_training_and_general_text_have_no_end_that_the_tokenizer_adds(tmp_path):
+    path, text = training(tmp_path, [("Question?", " yes"), ("Q", " no")]), tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "Water is wet."}) + "\n")
+    for read, file in ((lambda tokenizer: encoded(path, tokenizer, 32), path), (lambda tokenizer: encoded_text(text, tokenizer, 32), text)):
+        for found, right in zip(read(with_end()), read(make_tokenizer()), strict=True):
+            assert found["input_ids"].tolist() == right["input_ids"].tolist() and found["labels"].tolist() == right["labels"].tolist(), file
