@@ -14,6 +14,7 @@ if sys.version_info < (3, 11):  # before what an older Python cannot read is imp
              "or use `make`, which does" % sys.version_info[:2])  # fmt: skip
 
 from experiments import allocator, environment
+from experiments.advice import of_study
 from experiments.bench import command as bench
 from experiments.errors import UserError
 from experiments.gpu_check.options import add_options
@@ -208,7 +209,7 @@ def main() -> int:
     try:
         return run(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {of_study(str(error), getattr(options, 'study', ''))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OURS:
@@ -229,7 +230,7 @@ def main() -> int:
               file=sys.stderr)  # fmt: skip
         return 2
     except KeyboardInterrupt:
-        print("stopped; finished cells are whole, and `dvc repro` goes on from here", file=sys.stderr)
+        print(of_study("stopped; finished cells are whole, and `dvc repro` goes on from here", getattr(options, "study", "")), file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 1

@@ -2,6 +2,7 @@
 
 import shutil
 
+from experiments.advice import of_study
 from experiments.files import read_json
 from experiments.lock import stages
 from experiments.paths import HERE
@@ -18,7 +19,7 @@ def main(study) -> None:
     cells = study.paths.work / "cells"
     freed += sum(p.stat().st_size for p in cells.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
     shutil.rmtree(cells, ignore_errors=True)
-    print(f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is asked for")
+    print(of_study(f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is asked for", study.name))
 
 
 def _drop(md5: str) -> int:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from experiments import processes
+from experiments.advice import of_study
 from experiments.errors import MissingInput, UserError
 from experiments.files import read_json, write_json
 from experiments.log import TrainingFailed
@@ -54,6 +55,7 @@ def recorded(study, cell, stage: str):
         if processes.first() and path.exists() and read_json(path).get("stage") == stage:
             path.unlink()
         return
+    reason = of_study(reason, study.name)
     write_json(path, _record(study, cell, stage, kind, reason))
     raise UserError(f"{cell.name}: {reason}")
 

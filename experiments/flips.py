@@ -54,7 +54,7 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
         row = texts.get((item.task, item.doc_hash))
         if row is None:
             raise UserError(f"{folder} has no row {item.doc_hash[:12]} of {item.task}: these are not the rows that were scored; "
-                            "make them again with `dvc repro` of the study's stage `data`")  # fmt: skip
+                            "make them again with `dvc repro data`")  # fmt: skip
         own = items[(items["task"] == item.task) & (items["doc_hash"] == item.doc_hash) & items["lost"]]
         pieces += [f"{number}. {item.task} {item.doc_hash[:12]}: lost by {item.lost_by} of {item.of} ({', '.join(item.methods)})",
                    *_wrapped(row["context"]), *_wrapped(f"right: {row['choices'][row['gold']].strip()}"), *_instead(own, row["choices"]), ""]  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 from ruamel.yaml import YAML
 
 from experiments import cells, drift, stale
+from experiments.advice import of_study
 from experiments.paths import Paths
 from experiments.stages import resolve
 
@@ -82,7 +83,7 @@ def main(study) -> None:
         path.write_text(text)
         print(f"wrote {path.relative_to(study.paths.root)}")
     if found := stale.forget(study):
-        print(f"{found}: `dvc repro` looks at all settings again")
+        print(of_study(f"{found}: `dvc repro` looks at all settings again", study.name))
 
 
 def rendered(study) -> str:

@@ -67,7 +67,7 @@ def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
         return Shape(config=model_folder.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
     chosen = dict(block.get("architecture") or {})
     if "model_type" not in chosen:
-        raise UserError(f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro`, or add to its block "
+        raise UserError(f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to its block "
                         "`architecture:` with model_type and the sizes of its config.json")  # fmt: skip
     try:
         return Shape(config=AutoConfig.for_model(**chosen))

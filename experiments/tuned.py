@@ -121,15 +121,21 @@ def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
     about, info = _about(out), read_json(folder / "base.json", "sha256")
     for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
         if about[key] != found:
-            raise UserError(f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: train the cell again")
+            raise UserError(f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: {_again(out)}")
     base = load_tensors(folder)
     if about["kind"] == "adapter":
         return _merged(base, out / "adapter"), about["weights_sha256"]
     return delta.Delta(out / "delta.safetensors", base=base, base_sha256=info["sha256"]), about["weights_sha256"]
 
 
+def _again(out: Path) -> str:
+    """What trains the cell of a weights folder again, whatever DVC knows of it."""
+    model, domain, method, seed = out.parts[-5:-1] if len(out.parts) > 4 else ("MODEL", "DOMAIN", "METHOD", "seedN")
+    return f"run `dvc repro --force --single-item train@{model}-{domain}-{method}-{seed.removeprefix('seed')}`"
+
+
 def _about(out: Path) -> dict:
-    again = "run `dvc repro --force --single-item train@…` of the cell"
+    again = _again(out)
     if not (out / "weights.json").is_file():
         raise UserError(f"{out} holds no weights.json: it is no cell's, or an earlier version's; {again}")
     about = read_json(out / "weights.json", "version", "kind", "weights_sha256", "base_sha256", "base_files_sha256")

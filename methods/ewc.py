@@ -80,7 +80,8 @@ class EWC(Part):
         state["anchor"] = anchored(run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base})
         weights = [replace(w, anchor=state["anchor"][w.parameter]) if isinstance(w, Full) else w for w in effective_weights(run)]
         if missing := [w.name for w in weights if w.name not in state["importance"]]:
-            raise UserError(f"ewc: the Fisher has nothing on {missing[0]} and {len(missing) - 1} more: prepare this method again")
+            raise UserError(f"ewc: the Fisher has nothing on {missing[0]} and {len(missing) - 1} more: "
+                            "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`")  # fmt: skip
         state["terms"] = [(w, placed(run, state["importance"][w.name])) for w in weights]
 
     def before_clip(self, *, run, state, step):

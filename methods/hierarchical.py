@@ -107,7 +107,8 @@ class Hierarchical(Part):
         state["anchor"] = anchored(run, state["start"])
         weights = effective_weights(run, anchor=state["anchor"])
         if missing := [w.name for w in weights if w.name not in state["importance"]]:
-            raise UserError(f"hierarchical: no importance of {missing[0]} and {len(missing) - 1} more: prepare this method again")
+            raise UserError(f"hierarchical: no importance of {missing[0]} and {len(missing) - 1} more: "
+                            "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`")  # fmt: skip
         importance = {w.name: state["importance"][w.name] for w in weights}
         names = {w.name: (group_of(run.model, w.parameter if isinstance(w, Full) else f"{w.layer}.base_layer.weight") if chosen.groups == "blocks"
                           else w.name.rpartition(".")[0]) for w in weights}  # fmt: skip

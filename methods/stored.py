@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from methods.part import Part
 
 BITMAP = "::bitmap"
+AGAIN = "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
 LEVEL = 1  # codes do not repeat, so higher levels of zstd are slower and no smaller
 
 _FACTS = "importance"  # the metadata's only key: safetensors writes several in any order
@@ -111,7 +112,7 @@ def load_importance(path: Path) -> dict[str, Tensor | Codes]:
     except UserError:
         raise
     except (SafetensorError, _zstandard().ZstdError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): prepare this method again") from error
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
 
 
 def _load(path: Path) -> dict[str, Tensor | Codes]:
@@ -119,14 +120,14 @@ def _load(path: Path) -> dict[str, Tensor | Codes]:
     with safe_open(path, framework="numpy") as file:
         facts = (file.metadata() or {}).get(_FACTS)
         if facts is None:
-            raise UserError(f"{path} holds no importance in this version's layout: prepare this method again")
+            raise UserError(f"{path} holds no importance in this version's layout: {AGAIN}")
         names = set(file.keys())
 
         def bytes_of(name: str, size: int) -> np.ndarray:
             found = np.empty(size, np.uint8)
             with _zstandard().ZstdDecompressor().stream_reader(file.get_tensor(name)) as reader:
                 if (got := reader.readinto(found)) != size:
-                    raise UserError(f"{path}: {name} ends after {got:,} of {size:,} bytes: prepare this method again")
+                    raise UserError(f"{path}: {name} ends after {got:,} of {size:,} bytes: {AGAIN}")
             return found
 
         for name, fact in json.loads(facts).items():

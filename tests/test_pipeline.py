@@ -109,6 +109,7 @@ def test_base_is_unchanged_and_a_copy_of_it_forgets_nothing(project):
 
 def test_a_second_repro_runs_nothing(project):
     assert repro(project) == []
+    assert json.loads(run(project, "dvc", "status", "--json", "dvc.yaml").stdout) == {}
 
 
 def test_editing_a_part_reruns_its_cells_only(project):
@@ -283,3 +284,32 @@ def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
     assert found["domain_gain"] == 0.0  # the base against itself
     assert found["general_perplexity"] == found["general_perplexity_base"]
     assert all(value == 0.0 for value in found["forgetting_by_task"].values())
+
+    from safetensors.torch import load_file, save_file  # the same folder, other weights: DVC is not told, and sees it
+
+    tensors = load_file(exported / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, exported / "model.safetensors", metadata={"format": "pt"})
+    assert repro(project, "train@llama-tiny-sums-mine-0") == ["resolve", "train@llama-tiny-sums-mine-0"]
+    trained = json.loads((project / "results/runs" / CELL.format("mine") / "train.json").read_text())
+    assert trained["weights_sha256"] != found["weights_sha256"]
+
+
+@pytest.mark.thorough
+def test_an_upgraded_library_is_told_and_the_advice_works(project, tmp_path):
+    """The base is scored, transformers is upgraded, another cell is asked for: both are scored again, once the advice is followed."""
+    edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc"]))
+    cell = "collect@llama-tiny-sums-{}-0".format
+    repro(project, cell("full"))
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.metadata as m\nreal = m.version\nm.version = lambda name: '99.0' if name == 'transformers' else real(name)\n")
+    upgraded = {"PYTHONPATH": str(tmp_path)}
+    edit(project, lambda raw: raw["methods"]["ewc"]["ewc"].update(samples=9))
+    repro(project, "resolve")
+    done = run(project, "dvc", "repro", cell("ewc"), check=False, **upgraded)
+    assert done.returncode and "train@" not in done.stdout  # before the work
+    told = re.search(r"versions.transformers is '99.0' now, .*run `(python -m experiments [^`]+)` and then the same `dvc repro` again", done.stderr)
+    run(project, *told[1].split(), **upgraded)
+    done = run(project, "dvc", "repro", cell("ewc"), **upgraded)
+    assert {"resolve", "base@llama-tiny", "evaluate@llama-tiny-sums-ewc-0", cell("ewc")} <= set(re.findall(r"Running stage '([^']+)'", done.stdout))
+    assert metrics(project, "ewc")["scoring"]["transformers"] == "99.0"
+    assert json.loads(run(project, "dvc", "status", "--json", cell("ewc"), "base@llama-tiny", "resolve", **upgraded).stdout) == {}

@@ -33,6 +33,7 @@ from experiments.shape import shape_of
 from experiments.sharding import Shards
 from experiments.stages import resolve
 from experiments.stages.rows import read_jsonl
+from methods import source_code, stored as layout
 from methods.importance import totals
 from methods.part import Part
 from methods.stored import load_importance, save_importance
@@ -101,6 +102,7 @@ def store_key(study, model: str, method: str, seed: int, where: torch.device) ->
     depends = {
         "settings": resolve.prepare(study, model, method),
         "base": info["sha256"], "base_files": tuned.files_sha256(folder),
+        "layout": source_code.digest(Path(layout.__file__)),
         "general": sha256(study.paths.data / "general" / "importance.jsonl"),
         "seed": seed if resolve.seeded(study.methods[method].parts) else None,
         "device": where.type, "compute_dtype": str(study.compute_dtype(model, dtype_of(info), where)), "versions": evaluation.versions(),

@@ -14,6 +14,7 @@ import torch
 
 import evaluation
 from experiments import blocks, hardware, local_files
+from experiments.advice import of_study
 from experiments.engine_settings import NUMERICS, TrainSettings
 from experiments.errors import UserError
 from experiments.files import write_json
@@ -193,8 +194,8 @@ def pipeline_behind(study) -> str:
 
     if not pipeline.behind(study):
         return ""
-    return ("dvc.yaml does not list this grid's cells or rows yet: "
-            f"run `python -m experiments pipeline{' --study ' + study.name if study.name else ''}` and `dvc repro` again")
+    option = f" --study {study.name}" if study.name else ""
+    return of_study(f"dvc.yaml does not list this grid's cells or files yet: run `python -m experiments pipeline{option}` and `dvc repro` again", study.name)
 
 
 def text(content: dict) -> str:
