@@ -54,7 +54,8 @@ def verdict(loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float
         name = key.removeprefix("domain_")
         value, interval = row[key], intervals.get(key)
         if numbers.missing(value):
-            why = f": no retention task of {row['domain']} is above chance for the base model" if sign == 1 else ""
+            share = " a proportion" if isinstance(row.get("forgetting_apart"), dict) and row["forgetting_apart"] else ""
+            why = f": no retention task of {row['domain']} is{share} above chance for the base model" if sign == 1 else ""
             wrong.append(f"no {name}{why}")
             continue
         unit = units.of_domain(row) if key == "domain_gain" else units.SHARE

@@ -49,10 +49,6 @@ def _refuse_unjudged(study, domain: str) -> None:
                           (study.general.get("probe") == 0, "general.probe is 0")):  # fmt: skip
         if missing:
             raise UserError(f"{path}: trials are judged on the probe rows of the domain, of its probe tasks and of the general text; give it some")
-    for name in [domain, *study.domains[domain].get("probes", ())]:
-        if "exact_match" in (study.domains.get(name) or study.tasks[name])["metric"]:
-            raise UserError(f"domain {domain}: {name} is scored on generated answers, which probes do not give, "
-                            "so trials cannot be judged: set its rates and strengths by hand")
 
 
 def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
@@ -74,6 +70,9 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
     tokenizer = weights.load_tokenizer(folder)
     sets = load_probes(rows / "probe", tokenizer)
+    if written := [name for name, items in sets.items() if items[0].written]:
+        raise UserError(f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, "
+                        "so trials cannot be judged: set its rates and strengths by hand")
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
         for knob, value in _trials(method, study.tune["methods"][method]):

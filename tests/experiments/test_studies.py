@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+from math import log
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.shipped import shipped_yaml
 from evaluation.task import make_task
-from experiments import cells, config, pipeline
+from experiments import cells, config, pipeline, tune
+from experiments.errors import UserError
 from experiments.files import read_json
 from experiments.paths import HERE
 from experiments.stages import collect, data, evaluate, model as model_stage, prepare, resolve, train
@@ -147,6 +149,7 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
     write_rows(tmp_path / "solved.jsonl", [{"query": row["question"], "response": row["answer"]} for row in solved])
     write_rows(tmp_path / "test.jsonl", solved[:4])
     write_rows(tmp_path / "other.jsonl", [HELLASWAG[i % 6] | {"ctx_a": f"A man has {i} cups. He"} for i in range(12)])
+    write_rows(tmp_path / "ends.jsonl", [{"text": f"The cat saw {i} dogs and ran to the house"} for i in range(6)])
     write_rows(tmp_path / "text.jsonl", [{"passage": f"Passage {i} tells of {i * i} things."} for i in range(30)])
 
     def change(raw):
@@ -156,11 +159,13 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         raw["train"] |= {"batch": 8, "micro_batch": 8, "length": 128, "epochs": 0.25, "probes": 1}
         math = raw["domains"]["math"]
         math["task"]["generation_kwargs"]["max_gen_toks"] = 12
-        math |= {"split": {"train": "all", "probe": 4, "test": "all"}, "retention": ["hellaswag"], "probes": ["hellaswag"]}
+        math |= {"split": {"train": "all", "probe": 4, "test": "all"}, "retention": ["hellaswag", "ends"], "probes": ["hellaswag"]}
         math["rows"] = {"jsonl": {"path": str(tmp_path / "solved.jsonl"), "columns": math["rows"]["hub"]["columns"]}}
         math["test_rows"] = {"jsonl": str(tmp_path / "test.jsonl")}
         raw["domains"] = {"math": math}
         raw["tasks"] = {"hellaswag": raw["tasks"]["hellaswag"] | {"rows": {"jsonl": str(tmp_path / "other.jsonl")}, "test": 6, "probe": 4}}
+        raw["tasks"]["ends"] = {"task": "lambada_openai", "metric": "perplexity", "chance": 0.0, "rows": {"jsonl": str(tmp_path / "ends.jsonl")}, "test": 6}
+        raw["tune"] = {"methods": {"full": {"train.learning_rate": [1.0e-3]}}}
         raw["general"] |= {"rows": {"jsonl": str(tmp_path / "text.jsonl")}, "importance": 4, "perplexity": 4, "probe": 2}
 
     monkeypatch.chdir(tmp_path)
@@ -179,10 +184,16 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         math = metrics["scores_by_task"]["math"]
         assert math | {"version": 0, "prompt": ""} == {
             "value": 0.0, "base": 0.0, "n": 4, "chance": 0.0, "metric": "exact_match,flexible-extract", "role": "domain",
-            "version": 0, "prompt": ""}  # fmt: skip
+            "version": 0, "prompt": "", "unit": "share", "higher_is_better": True, "per_item": True, "change": 0.0}  # fmt: skip
+        ends = metrics["scores_by_task"]["ends"]  # of which lower is better: its rise is forgetting, beside the mean
+        rise = log(ends["value"] / ends["base"])
+        assert metrics["forgetting_apart"] == {"ends": {"forgetting": pytest.approx(rise, rel=1e-6), "unit": "nats"}} and rise != 0
+        assert "ends" not in metrics["forgetting_by_task"] and "ends" not in metrics["at_chance"]
         curve = (study.paths.run(cell) / "curve.csv").read_text().splitlines()[0].split(",")
         assert {"probe_math_nll", "probe_hellaswag", "probe_perplexity"} <= set(curve) and "probe_math" not in curve
         assert read_json(study.paths.run(cell) / "train.json")["steps"] == 1
+    with pytest.raises(UserError, match="math is scored on generated answers, which probes do not give"):
+        tune.main(study, ["full"])
     rows = [json.loads(line) for line in (study.paths.data / "train/math/train.jsonl").read_text().splitlines()]
     assert all(row["end"] and row["choices"][0].startswith(" ") for row in rows)
 
