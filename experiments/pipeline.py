@@ -71,8 +71,9 @@ def plots(study) -> list:
 
 
 def behind(study) -> bool:
-    """Whether the study's dvc.yaml lists other cells or rows than its params.yaml asks for."""
-    return (study.paths.folder / "dvc.yaml").read_text() != rendered(study)
+    """Whether the study has no dvc.yaml, or one that lists other cells or rows than its params.yaml asks for."""
+    path = study.paths.folder / "dvc.yaml"
+    return not path.is_file() or path.read_text() != rendered(study)
 
 
 def main(study) -> None:

@@ -9,6 +9,7 @@ from experiments.errors import UserError
 from experiments.files import read_json
 from experiments.lock import Lock
 from experiments.paths import HERE
+from experiments.stages import resolve
 
 STUDIES = ["", *sorted(p.parent.name for p in (HERE / "experiments" / "studies").glob("*/params.yaml"))]
 ARCHIVES = [name for name in STUDIES if config.load(name).archive]
@@ -75,3 +76,14 @@ def test_every_method_had_the_same_number_of_trials_and_got_what_they_chose():
                 else:
                     used = {p.key: p for p in study.methods[trial["method"]].parts}[part].settings()[setting]
                 assert used == value, f"{trial['method']}: tuning chose {knob} {value}, params.yaml has {used}"
+
+
+def test_a_study_without_a_pipeline_file_is_told_how_to_make_it(tmp_path):
+    folder = tmp_path / "experiments" / "studies" / "mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "dvc.yaml").write_text((HERE / "dvc.yaml").read_text())
+    (folder / "params.yaml").write_text((HERE / "experiments/studies/demo/params.yaml").read_text())
+    study = config.load("mine", root=tmp_path)
+    assert "run `python -m experiments pipeline --study mine` and `dvc repro" in resolve.pipeline_behind(study)
+    pipeline.main(study)
+    assert resolve.pipeline_behind(study) == ""
