@@ -39,23 +39,28 @@ class _Encoding(HFLM):
                 ids, start = encode.answer_pair(self.tokenizer, context, continuation)
             except UserError as error:
                 raise UserError(f"{_row(request)}: {error}") from error
-            if len(ids) - start > self.max_length:
-                raise UserError(f"{_row(request)}: the answer {encode.shown(continuation)} has {len(ids) - start} tokens, but the model takes "
-                                f"{self.max_length}: leave the row out, or choose a model that takes more")  # fmt: skip
             if encode.crossed(self.tokenizer, context, continuation, ids):
                 crossing.append(request)
             encoded.append((request.args, ids[:start], ids[start:]))
         if crossing:
             print(f"{len(crossing)} of {len(requests)} answers begin inside a token of the whole text, the first in {_row(crossing[0])}: they are "
                   "scored from the token that lm-eval scores them from, which may leave out their first characters", flush=True)  # fmt: skip
+        self._fits(requests, [(ids, continuation) for _, ids, continuation in encoded])
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
+
+    def _fits(self, requests: list, pairs: Sequence[shared_prefix.Request]) -> None:
+        """Refuse an answer that the model cannot take whole, by its row."""
+        for request, (_, ids) in zip(requests, pairs, strict=True):
+            if len(ids) > self.max_length:
+                raise UserError(f"{_row(request)}: the answer {encode.shown(request.args[1])} has {len(ids)} tokens, but the model takes "
+                                f"{self.max_length}: leave the row out, or choose a model that takes more")  # fmt: skip
 
     def _windows(self, requests: list) -> tuple[list[shared_prefix.Request], list[int]]:
         """Pieces that score each text whole, and the number of the text that each belongs to."""
         pieces, owners = [], []
         for number, request in enumerate(requests):
-            (prefix,), ids = encode.encode_rolling(self.tokenizer, request.args[0])
-            for piece in encode.windows(ids, prefix=prefix, max_length=self.max_length):
+            context, ids = encode.encode_rolling(self.tokenizer, request.args[0])
+            for piece in encode.windows(ids, prefix=context[0], max_length=self.max_length) if ids else ():
                 pieces.append(piece)
                 owners.append(number)
         return pieces, owners
@@ -102,6 +107,7 @@ class SharedPrefixLM(_Encoding):
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = self.kept.load([request.args for request in requests]) if self.kept else None
         if pairs is not None:
+            self._fits(requests, pairs)
             return self._ask(pairs, "scoring choices")
         return super().loglikelihood(requests)
 

@@ -179,6 +179,8 @@ def test_answers_are_written_with_an_end_of_text_or_refused(tiny_llama):
     tiny_llama.generation_config.eos_token_id = None
     with pytest.raises(UserError, match="task sums: its answers are written and have to end"):
         asked.generate_until(request("1 + 1 ="))
+    nothing = Instance(request_type="loglikelihood_rolling", doc={}, arguments=("",), idx=0)
+    assert asked.loglikelihood_rolling([nothing]) == [0.0]
 
 
 def test_an_answer_without_a_token_is_told_with_its_row(tiny_llama):
@@ -196,11 +198,15 @@ def test_an_answer_without_a_token_is_told_with_its_row(tiny_llama):
             encoded([{"context": context, "choices": [answer], "gold": 0}], tokenizer)
 
 
-def test_an_answer_longer_than_the_model_is_told_with_its_row(tiny_llama):
-    asked, _ = lm.build(tiny_llama, make_byte_tokenizer(), scorer="shared-prefix", batch_size=1)
+def test_an_answer_longer_than_the_model_is_told_with_its_row(tiny_llama, tmp_path):
+    """Also where another model with more positions was asked before, and the ids were kept."""
     request = Instance(request_type="loglikelihood", doc={}, arguments=("a", "b" * 513), idx=0, metadata=("birds", 0, 1))
-    with pytest.raises(UserError, match="task birds, row 1.*has 513 tokens, but the model takes 512"):
-        asked.loglikelihood([request])
+    longer, _ = lm.build(build("llama", seed=0, max_position_embeddings=600), make_byte_tokenizer(), scorer="shared-prefix", batch_size=1, kept=tmp_path)
+    for kept in (None, tmp_path):
+        asked, _ = lm.build(tiny_llama, make_byte_tokenizer(), scorer="shared-prefix", batch_size=1, kept=kept)
+        with pytest.raises(UserError, match="task birds, row 1.*has 513 tokens, but the model takes 512"):
+            asked.loglikelihood([request])
+        assert longer.loglikelihood([request])[0][0] < 0 and len(list(tmp_path.iterdir())) == 1
 
 
 def test_tokens_over_the_border_are_said(capsys):
