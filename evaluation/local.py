@@ -154,6 +154,8 @@ def _one_type(values: Sequence[Any]) -> bool:
     if kinds == {list}:
         return _one_type([inner for value in values for inner in value])
     if kinds == {dict}:
-        names = {name for value in values for name in value}
+        names = values[0].keys()
+        if any(value.keys() != names for value in values):  # Arrow would give each all names, with nulls that nobody wrote
+            return False
         return all(_one_type([value[name] for value in values if name in value]) for name in names)
     return len(kinds) <= 1

@@ -69,7 +69,7 @@ def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
 
 def out_of_memory(error: BaseException) -> bool:
     """torch's CPU allocator says so only in words."""
-    return not isinstance(error, RuntimeError) or isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
 
 
 def _first_line(error: BaseException) -> str:

@@ -49,11 +49,12 @@ def refuse_quantised(folder: Path, name: str) -> None:
     """Refuse weights that the folder's config.json says are quantised, by bitsandbytes, GPTQ, AWQ, FP8, MXFP4 or any other method."""
     config = _json(folder / "config.json", name)
     for said in (config, config.get("text_config")):
-        if isinstance(said, dict) and (settings := said.get("quantization_config")):
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
-            raise UserError(f"{name} is quantised ({method or 'by a method without a name'}: quantization_config in config.json), and its "
-                            "weights cannot be trained or compared as they are: name the checkpoint it was made from, or load it where its "
-                            "library is installed, call model.dequantize() and save_pretrained, and name that folder")  # fmt: skip
+        for key in ("quantization_config", "compression_config", "quantization"):  # the second was written before, the third is MLX's
+            if isinstance(said, dict) and (settings := said.get(key)):
+                method = settings.get("quant_method") if isinstance(settings, dict) else None
+                raise UserError(f"{name} is quantised ({method or 'by a method without a name'}: {key} in config.json), and its "
+                                "weights cannot be trained or compared as they are: name the checkpoint it was made from, or load it where its "
+                                "library is installed, call model.dequantize() and save_pretrained, and name that folder")  # fmt: skip
 
 
 def refuse_incomplete(folder: Path, name: str) -> None:

@@ -38,6 +38,7 @@ from experiments.attention import with_sdpa
 from experiments.base import load_tensors
 from experiments.delta import sha256_of
 from experiments.errors import UserError
+from experiments.failures import out_of_memory
 from experiments.files import need_room, writing
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -93,9 +94,9 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False,
                 ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # a folder's config and tensors decide how it fails
+        if out_of_memory(error):
+            raise
         raise UserError(f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
                         "not belong together; fetch it again or save it again") from error  # fmt: skip
     _all_there(folder, model, found)
@@ -193,9 +194,9 @@ def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str
         model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.float32,
                                                      quantization_config=GgufConfig(dequantize=True))  # fmt: skip
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # the file decides how reading it fails
+        if out_of_memory(error):
+            raise
         raise UserError(f"{member} cannot be read as a causal language model ({model_folder.shortened(error)}): choose another file") from error
     return model.to(as_dtype(block.get("dtype") or "bfloat16")), tokenizer, {"file_sha256": block["sha256"]}
 
@@ -243,9 +244,9 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except (MemoryError, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # as in load_model
+        if out_of_memory(error):
+            raise
         raise UserError(f"{file.name} does not fit its config.json as a causal language model: {model_folder.shortened(error)}") from error
     return model.eval()
 

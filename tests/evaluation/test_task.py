@@ -235,3 +235,9 @@ def test_a_wrong_value_of_the_task_is_not_blamed_on_a_row(tmp_path, key, value, 
     rows = [{"q": f"q{n}", "options": ["x", "y"], "gold": 0} for n in range(4)]
     with pytest.raises(UserError, match=f"task set: {said}"):
         made(tmp_path, rows, CHOICES | {key: value})
+
+
+def test_an_object_has_the_names_that_its_row_gives_it(tmp_path):
+    rows = [{"q": "a", "options": ["x", "y"], "gold": 0, "about": about} for about in ({"year": 1}, {"author": "b"}, {}, {"year": 2, "author": None})]
+    task = made(tmp_path, rows, CHOICES)
+    assert [doc["about"] for doc in task.eval_docs] == [row["about"] for row in rows]  # and none of the others', with a null

@@ -60,6 +60,7 @@ IN_CONFIG = {
     "gptq": (config(quantization_config={"quant_method": "gptq", "bits": 4}), r"is quantised \(gptq"),
     "within text_config": (config(text_config={"quantization_config": {"quant_method": "mxfp4"}}), r"is quantised \(mxfp4"),
     "quantised somehow": (config(quantization_config={"bits": 8}), "is quantised .by a method without a name"),
+    "MLX": (config(quantization={"group_size": 64, "bits": 4}), "is quantised .by a method without a name: quantization in"),
     "unknown architecture": (config(model_type="new-thing"), "config.json names the model_type 'new-thing', which transformers .* does not have"),
     "no architecture": (config(model_type=None), "config.json names the model_type None"),
     "an image model": (config(model_type="vit"), "vit has no causal language model"),

@@ -219,11 +219,11 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path, architecture, name):
 def test_damaged_files_are_told_by_folder(tmp_path):
     make(tmp_path / "old", source="random:llama", seed=3)
     whole = contents(tmp_path / "old")
-    for file, message in (("model.safetensors", "cannot be loaded"), ("tokenizer.json", "holds no tokenizer"),
-                          ("config.json", "has no config.json that can be read")):  # fmt: skip
+    for file, message in (("model.safetensors", ": model.safetensors is no safetensors file, or damaged or cut off"), ("tokenizer.json", " holds no tokenizer"),
+                          ("config.json", " has no config.json that can be read")):  # fmt: skip
         for cut in (len(whole[file]) // 2, 20, 0):
             (tmp_path / "old" / file).write_bytes(whole[file][:cut])
-            with pytest.raises(UserError, match=f"model 'tiny': {tmp_path / 'old'} {message}"):
+            with pytest.raises(UserError, match=f"model 'tiny': {tmp_path / 'old'}{message}"):
                 make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
         (tmp_path / "old" / file).write_bytes(whole[file])
     make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
