@@ -1,6 +1,7 @@
-"""What a folder in Hugging Face layout says of its model, and what is refused before a weight is read."""
+"""What a folder in Hugging Face layout says of its model, and what of it is refused: by its config, by its files, by what was loaded."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, __version__ as transformers_version
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from experiments.errors import UserError
@@ -96,6 +97,24 @@ def shards(index: Path, name: str) -> list[str]:
     if not files or any(Path(file).name != file for file in files):
         raise UserError(f"{name}: {index.name} names no files beside it as `weight_map`: fetch the folder again, or save the model again")
     return files
+
+
+def refuse_partial(folder: Path, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
+    """Refuse what transformers `found` in loading and would go on with: random tensors in the place of those that lack or do not fit, or fewer layers."""
+    if missing := sorted(found["missing_keys"]):
+        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model")
+    if wrong := sorted(found["mismatched_keys"]):
+        name, there, wanted = wrong[0]
+        raise UserError(f"{folder} does not fit its config.json: {name} has shape {list(there)}, the config gives {list(wanted)}"
+                        f"{f' (and {len(wrong) - 1} more such)' if len(wrong) > 1 else ''}: fetch the folder again")  # fmt: skip
+    extra = sorted(name for name in found["unexpected_keys"] if not name.endswith(BUFFERS))
+    numbered = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
+    if more := [name for name in extra if re.sub(r"\d+", "N", name) in numbered]:
+        raise UserError(f"{folder} does not fit its config.json: it has {more[0]}, and the config has fewer layers: fetch the folder again")
+    if len(extra) > len(numbered):
+        raise UserError(f"{folder} does not fit its config.json, which gives {extra[0]} and {len(extra) - 1} more tensors no place")
+    if extra:
+        print(f"{folder} has {len(extra)} tensors that its config gives no place, and which are left out ({', '.join(extra[:3])}…)", flush=True)
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, *, then: str, kind: type[UserError] = UserError) -> None:

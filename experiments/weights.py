@@ -12,7 +12,6 @@ nothing of a model that keeps its dtype, and one copy in the new dtype of one th
 """
 
 import json
-import re
 import shutil
 import tempfile
 import zipfile
@@ -99,28 +98,10 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
             raise
         raise UserError(f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
                         "not belong together; fetch it again or save it again") from error  # fmt: skip
-    _all_there(folder, model, found)
+    model_folder.refuse_partial(folder, model, found)
     model = with_sdpa(model).to(device).eval()
     trial.check(model)
     return model
-
-
-def _all_there(folder: Path, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
-    """Refuse what transformers would go on with: random tensors in the place of those that lack or do not fit, or fewer layers."""
-    if missing := sorted(found["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model")
-    if wrong := sorted(found["mismatched_keys"]):
-        name, there, wanted = wrong[0]
-        raise UserError(f"{folder} does not fit its config.json: {name} has shape {list(there)}, the config gives {list(wanted)}"
-                        f"{f' (and {len(wrong) - 1} more such)' if len(wrong) > 1 else ''}: fetch the folder again")  # fmt: skip
-    extra = sorted(name for name in found["unexpected_keys"] if not name.endswith(model_folder.BUFFERS))
-    numbered = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
-    if more := [name for name in extra if re.sub(r"\d+", "N", name) in numbered]:
-        raise UserError(f"{folder} does not fit its config.json: it has {more[0]}, and the config has fewer layers: fetch the folder again")
-    if len(extra) > len(numbered):
-        raise UserError(f"{folder} does not fit its config.json, which gives {extra[0]} and {len(extra) - 1} more tensors no place")
-    if extra:
-        print(f"{folder} has {len(extra)} tensors that its config gives no place, and which are left out ({', '.join(extra[:3])}…)", flush=True)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
