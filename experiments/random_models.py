@@ -54,8 +54,8 @@ def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, *
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
-    except (ValueError, ZeroDivisionError, TypeError, AssertionError) as error:
-        raise UserError(f"random:{architecture} cannot be built from {asked}: {error}") from error
+    except Exception as error:  # the sizes decide how it fails
+        raise UserError(f"random:{architecture} cannot be built from {asked}: {type(error).__name__}: {' '.join(str(error).split())}") from error
     return with_sdpa(model).eval()
 
 

@@ -71,5 +71,5 @@ def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
                         "`architecture:` with model_type and the sizes of its config.json")  # fmt: skip
     try:
         return Shape(config=AutoConfig.for_model(**chosen))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"models.{name}.architecture: transformers cannot make a config of it: {error}") from error
+    except Exception as error:  # the values decide how it fails
+        raise UserError(f"models.{name}.architecture: transformers cannot make a config of it: {model_folder.shortened(error)}") from error

@@ -84,6 +84,8 @@ def fits(value: Any, kind: Any) -> bool:
         return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
     if origin in (tuple, list):
         return isinstance(value, list | tuple) and all(fits(item, typing.get_args(kind)[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(item, option) for pair in value.items() for item, option in zip(pair, typing.get_args(kind)))
     if kind is float:
         return _number(value) and math.isfinite(value)
     if kind is int:
@@ -100,9 +102,11 @@ def describe(kind: Any) -> str:
     if origin is Literal:
         choices = [repr(c) if c == "" else str(c) for c in typing.get_args(kind)]
         return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+    if origin is dict:
+        return "a mapping of names to names"
     if origin in (tuple, list):
         return "a list of " + {str: "names", int: "whole numbers", float: "numbers"}[typing.get_args(kind)[0]]
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping",
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping", list: "a list",
             types.NoneType: "null"}[kind]  # fmt: skip
 
 

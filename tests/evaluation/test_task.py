@@ -229,7 +229,7 @@ def test_a_package_that_only_scoring_needs_is_named_before_anything_is_scored(tm
     ("metric_list", ["acc"], "metric_list must be a list of mappings with `metric`"), ("filter_list", [{"name": "x"}], "filter_list must be a list"),
     ("filter_list", [{"filter": []}], "every entry of filter_list has a `name`"), ("process_docs", "utils.f", "process_docs is a function"),
     ("filter_list", [{"name": "x", "filter": [{"function": "nope"}]}], "lm-eval cannot make the task .Unknown filter 'nope'"),
-    ("output_type", "nope", "the rows do not fit the task .ValueError: Got invalid output_type 'nope'"),
+    ("output_type", "nope", "output_type is 'nope': it must be one of loglikelihood,"),
 ])  # fmt: skip
 def test_a_wrong_value_of_the_task_is_not_blamed_on_a_row(tmp_path, key, value, said):
     rows = [{"q": f"q{n}", "options": ["x", "y"], "gold": 0} for n in range(4)]

@@ -75,6 +75,8 @@ def right(value: Any, kind: Any) -> bool:
         return value in typing.get_args(kind) and not isinstance(value, bool)
     if typing.get_origin(kind) in (list, tuple):
         return isinstance(value, list) and all(right(item, typing.get_args(kind)[0]) for item in value)
+    if typing.get_origin(kind) is dict:
+        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
     if typing.get_args(kind):
         return any(right(value, option) for option in typing.get_args(kind))
     return isinstance(value, kind)
@@ -91,7 +93,7 @@ def test_the_example_has_every_key_and_is_accepted():
 
 @pytest.mark.parametrize(("path", "key"), EVERY, ids=lambda value: ".".join(value) if isinstance(value, tuple) else "")
 def test_a_wrong_type_and_a_wrong_value_are_named(path, key):
-    empty = any(kind is dict or typing.get_origin(kind) is list for kind in (key.kind, *typing.get_args(key.kind)))
+    empty = any(kind is dict or typing.get_origin(kind) in (dict, list) for kind in (key.kind, *typing.get_args(key.kind)))
     wrong = [value for value in OTHERS if not right(value, key.kind) and not (value is None and empty and not key.required)]
     assert len(wrong) >= 5
     if key.within:
@@ -158,6 +160,8 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
     (("not_a_result"), "yes", "not_a_result is 'yes': it must be true or false; write true"),
     (("models", "m", "sha256"), "b179", "models.m.sha256 is 'b179': it must be a sha256: 64 hexadecimal digits"),
     (("models", "m", "sha256"), None, "models.m.sha256 is null"),
+    (("tasks", "t", "columns"), {"a": ["b"]}, "tasks.t.columns is {'a': ['b']}: it must be a list of names or a mapping of names to names"),
+    (("models", "m", "config"), {"seed": 1}, "models.m.config names `seed`: write it in the block beside `config`"),
     (("models", "m", "dtype"), "bf16", "models.m.dtype is 'bf16': it must be one of bfloat16, float16, float32, float64"),
     (("models", "m", "source"), "llama", "models.m.source is 'llama': it must be hub:NAME@REVISION, pypi:"),
     (("packages"), {"a-b": SHA}, "packages.package is 'a-b': it must be NAME==VERSION"),
