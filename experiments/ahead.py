@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from experiments import memory, model_folder, packages, random_models, rows, weights
+from experiments import memory, model_folder, packages, random_models, rows, vocabulary, weights
 from experiments.chance import WARNING, below_chance
 from experiments.errors import UserError
 from experiments.positions import longest_document, longest_row, refuse_long_documents, refuse_long_rows
@@ -35,6 +35,7 @@ def look(study) -> list[str]:
         for model in study.grid["models"]:
             if folder is not None and (shape := known_shape(study, model)) and (tokenizer := _tokenizer(study, model)):
                 refuse_long(study, model=model, shape=shape, tokenizer=tokenizer, data=folder)
+                refuse_encoding(study, model=model, shape=shape, tokenizer=tokenizer, data=folder)
     return warnings + said + [line for model in study.grid["models"] for line in below_chance(study, model)]
 
 
@@ -51,6 +52,18 @@ def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) 
         if not any("provides_weights" in part.capabilities for part in study.methods[method].parts):
             for domain, longest in rows_of.items():
                 refuse_long_rows(study, model=model, domain=domain, method=method, shape=shape, longest=longest)
+
+
+def refuse_encoding(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) -> None:
+    """Raises UserError where the tokenizer is not the model's, or leaves an answer to train on without a token or an end."""
+    try:
+        vocabulary.check(rows=shape.config.get_text_config().vocab_size, tokenizer=tokenizer)
+        trained = [name for name in study.grid["methods"] if not any("provides_weights" in part.capabilities for part in study.methods[name].parts)]
+        for domain in study.grid["domains"]:
+            if trained and (file := data / "train" / domain / "train.jsonl").is_file():
+                vocabulary.refuse_answers(domain=domain, file=file, tokenizer=tokenizer)
+    except UserError as error:
+        raise UserError(f"models.{model}: {error}") from error
 
 
 def known_shape(study, model: str) -> Shape | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from evaluation.task import LocalTask, make_task, render
 from experiments import packages, rows, splits
+from experiments.chance import WARNING
 from experiments.errors import UserError
 from experiments.names import unknown
 from experiments.sameness import sameness
@@ -184,7 +185,7 @@ def _not_taught(task: LocalTask, taught: set[str], *, where: str) -> None:
     said = f"{where}, but {len(known)} of its {len(asked)} test rows ask what training rows of the domain ask, such as {known[0]['context'][-80:]!r}"
     if len(known) > len(asked) / 2:
         raise UserError(f"{said}: what is trained on cannot show retention or transfer; choose other rows")
-    print(f"data: {said}", flush=True)
+    print(f"{WARNING}{said}", flush=True)
 
 
 def _entry(name: str, block: Mapping[str, Any], role: str) -> dict[str, Any]:

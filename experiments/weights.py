@@ -69,7 +69,7 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
             model_folder.refuse_not_finite(dict(model.named_parameters()), f"{source}: the weights in {model.dtype}", then=(
                 "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
                 "if the checkpoint is of another dtype"))  # fmt: skip
-            for sentence in vocabulary.check(model=model, tokenizer=tokenizer):
+            for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
                 print(f"model {name!r}: {sentence}", flush=True)
             base = _save(model, tokenizer, made) | {"source": source} | found
             (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")

@@ -21,8 +21,9 @@ def base(study, *, model: str) -> None:
     """Score the bare model once, on the tasks of every domain of the grid."""
     folder, (dtype, where) = study.paths.model(model), _computing(study, model)
     # the first stage with both rows and tokenizer: told now, not after hours of preparing
-    ahead.refuse_long(study, model=model, shape=shape_of(model, study.models[model], folder), tokenizer=weights.load_tokenizer(folder),
-                      data=study.paths.data)  # fmt: skip
+    known = {"shape": shape_of(model, study.models[model], folder), "tokenizer": weights.load_tokenizer(folder), "data": study.paths.data}
+    ahead.refuse_long(study, model=model, **known)
+    ahead.refuse_encoding(study, model=model, **known)
     with tempfile.TemporaryDirectory() as together:
         entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid["domains"]])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))

@@ -6,24 +6,25 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from experiments import vocabulary
+from experiments import ahead, vocabulary
 from experiments.errors import UserError
 from experiments.random_models import build, byte_tokenizer as make_tokenizer
 from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
 from experiments.weights import materialise
+from tests.experiments.test_ahead import rows, study
 from tests.evaluation.test_encode import with_bos, with_end, with_merges, without_specials
 
 
 def test_tokens_beyond_the_embedding_are_counted_and_named(tiny_llama, tiny_llama_untied):
     added = make_tokenizer()
-    assert vocabulary.check(model=tiny_llama, tokenizer=added) == []
+    assert vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=added) == []
     added.add_tokens(["<one>", "<two>"])
     for model in (tiny_llama, tiny_llama_untied):
         with pytest.raises(UserError, match="2 tokens for which.*'<one>' is number 258 and the embedding ends with number 257.*to 260 rows"):
-            vocabulary.check(model=model, tokenizer=added)
+            vocabulary.check(rows=vocabulary.embedded(model), tokenizer=added)
     tiny_llama.resize_token_embeddings(260)  # as the message says
-    assert vocabulary.check(model=tiny_llama, tokenizer=added) == []
+    assert vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=added) == []
 
 
 def test_the_model_stage_refuses_by_name_and_keeps_nothing(tmp_path):
@@ -35,11 +36,11 @@ def test_the_model_stage_refuses_by_name_and_keeps_nothing(tmp_path):
 
 def test_what_a_tokenizer_adds_or_lacks_is_said(tiny_llama):
     large = build("llama", seed=0, vocab_size=330)
-    (behind,) = vocabulary.check(model=tiny_llama, tokenizer=with_end())
+    (behind,) = vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=with_end())
     assert "puts '<|eos|>' behind every text" in behind
-    (neither,) = vocabulary.check(model=tiny_llama, tokenizer=without_specials())
+    (neither,) = vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=without_specials())
     assert "neither a BOS nor an EOS" in neither
-    assert vocabulary.check(model=large, tokenizer=with_bos()) == vocabulary.check(model=large, tokenizer=with_merges()) == []
+    assert vocabulary.check(rows=vocabulary.embedded(large), tokenizer=with_bos()) == vocabulary.check(rows=vocabulary.embedded(large), tokenizer=with_merges()) == []
 
 
 def test_a_tokenizer_that_draws_is_refused():
@@ -47,7 +48,7 @@ def test_a_tokenizer_that_draws_is_refused():
     drawing["model"]["dropout"] = 0.1
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(drawing)), eos_token="<|eos|>")
     with pytest.raises(UserError, match="at random .dropout 0.1"):
-        vocabulary.check(model=build("llama", seed=0, vocab_size=330), tokenizer=tokenizer)
+        vocabulary.check(rows=vocabulary.embedded(build("llama", seed=0, vocab_size=330)), tokenizer=tokenizer)
 
 
 def training(tmp_path, rows):
@@ -81,3 +82,22 @@ def test_training_and_general_text_have_no_end_that_the_tokenizer_adds(tmp_path)
     for read, file in ((lambda tokenizer: encoded(path, tokenizer, 32), path), (lambda tokenizer: encoded_text(text, tokenizer, 32), text)):
         for found, right in zip(read(with_end()), read(make_tokenizer()), strict=True):
             assert found["input_ids"].tolist() == right["input_ids"].tolist() and found["labels"].tolist() == right["labels"].tolist(), file
+
+
+def folder_of(path, tokenizer):
+    build("llama", seed=0, vocab_size=330).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return ("models/llama-tiny/source", f"path:{path}")
+
+
+def test_plan_already_refuses_a_tokenizer_that_does_not_fit(tmp_path):
+    added = make_tokenizer()
+    added.add_tokens([f"<{i}>" for i in range(80)])
+    with pytest.raises(UserError, match="models.llama-tiny: its tokenizer has 8 tokens for which the model has no embedding: '<72>' is number 330"):
+        ahead.look(study(tmp_path, folder_of(tmp_path / "added", added)))
+    crossing = ("domains/sums/rows", rows(tmp_path / "rows.jsonl", [{"question": f"what? {i}", "choices": [" water", " no"], "gold": 0} for i in range(120)]))
+    prompt = ("domains/sums/task", {"doc_to_text": "{{question}}\nAnswer:", "target_delimiter": "", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
+                                    "metric_list": [{"metric": "acc"}]})  # fmt: skip
+    with pytest.raises(UserError, match="models.llama-tiny: domain sums, a training row: the answer ' water' has no token of its own"):
+        ahead.look(study(tmp_path, folder_of(tmp_path / "merges", with_merges()), crossing, prompt))
+    ahead.look(study(tmp_path, folder_of(tmp_path / "bytes", make_tokenizer()), crossing, prompt))
