@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
 
 from experiments import attention
@@ -250,6 +250,27 @@ SEEN = torch.tensor([[1, 1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).bool()[:, No
 def test_products_are_the_formula(mask, groups):
     for found, wanted in zip(attended(products, groups=groups, mask=mask), attended(by_hand, groups=groups, mask=mask)):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_values_of_another_width_than_keys():
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 7, width, generator=draw, dtype=torch.float64) for heads, width in ((6, 8), (2, 8), (2, 5)))
+    (found, _), (wanted, _) = (attend(GPTJAttention, q, k, v, None, scaling=0.3) for attend in (products, by_hand))
+    assert found.shape == (2, 7, 6, 5)
+    torch.testing.assert_close(found, wanted.view(2, 7, 6, 5), rtol=0, atol=1e-12)
+
+
+def test_a_module_that_is_not_causal_sees_everything_without_a_mask():
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = False, 1
+    q, k, v = torch.randn(3, 2, 4, 7, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found, _ = products(module, q, k, v, None, scaling=0.3)
+    torch.testing.assert_close(found, ((0.3 * q @ k.mT).softmax(-1) @ v).transpose(1, 2), rtol=0, atol=1e-12)
+
+
+def test_products_stand_in_for_sdpa_under_its_own_name():
+    """Some models do something else under any other name: Falcon's attention then takes no mask for no causality."""
+    assert AttentionInterface()["sdpa"] is products
 
 
 def test_products_of_one_query_behind_a_cache_see_all_of_it():
