@@ -131,10 +131,9 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batch = [examples[i] for i in plan[step]]
-            read = _step(run, parts, states, trained, optimizer, settings, batch, step)
-            lengths = [len(e["input_ids"]) for e in batch]
+            read, lengths, labelled = _step(run, parts, states, trained, optimizer, settings, batch, step)
             log.step({"step": step + 1, "learning_rate": rate}, tokens=sum(lengths), read=read,
-                     flops=flops.step(lengths=lengths, labelled=_labelled(batch)))  # fmt: skip
+                     flops=flops.step(lengths=lengths, labelled=labelled))  # fmt: skip
             if resume is not None and step + 1 < len(plan) and resume.due():
                 with log.pause():
                     interruption.keep(step + 1)
@@ -148,23 +147,27 @@ def fit(
     return result
 
 
-def _step(run, parts, states, trained, optimizer, settings, examples, step) -> dict[str, Tensor | float]:
-    """One optimizer step; returns loss (nats a labelled token), penalty and gradient norm, on the device."""
-    asked, labelled = max(1, _labelled(examples)), 0
+def _step(run, parts, states, trained, optimizer, settings, examples, step) -> tuple[dict[str, Tensor | float], list[int], int]:
+    """One optimizer step; returns loss (nats a labelled token), penalty and gradient norm, on the device, with the tokens of each
+    example and how many of all are labelled."""
+    lengths, labelled = [len(e["input_ids"]) for e in examples], _labelled(examples)
+    asked, changing, worked = max(1, labelled), hooks.overridden(parts, "batch"), []
     trained.zero()
     total = torch.zeros((), device=run.device)
     for batch, counts in _micro_batches(examples, run, settings):
         for part in parts:
             batch = hooks.batch(part, run=run, state=states[part.key], before=batch)
-        labelled += counts * hooks.labelled(batch) if hooks.overridden(parts, "batch") else 0
+        if changing and counts:
+            worked.append(hooks.worked(batch))
         # labels stay on the CPU: what they select is known there
         batch = {name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()}
         nll, loss = trained.compute(_loss, batch, run, parts, states)
         total += counts * nll / asked
         (loss * (counts * run.shards.world / asked)).backward()  # reduction over processes takes the mean
     trained.complete()
-    if hooks.overridden(parts, "batch"):  # which may have changed the labels
-        labelled = int(run.shards.sum(torch.tensor(labelled, device=run.device)))
+    if changing:  # rows or labels
+        worked = [one for each in run.shards.gathered(worked) for one in each]
+        lengths, labelled = [length for found, _ in worked for length in found], sum(count for _, count in worked)
         if labelled not in (0, asked):
             torch._foreach_mul_([weight.grad for weight in run.weights.values()], asked / labelled)
             total *= asked / labelled
@@ -183,7 +186,7 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> d
             part.after_step(run=run, state=states[part.key], step=step, gradient=gradient)
         if hooks.overridden(parts, "after_step"):  # which may have changed the weights
             trained.push()
-    return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}
+    return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}, lengths, labelled
 
 
 def _micro_batches(examples: list[batches.Example], run: Run, settings: TrainSettings) -> Iterator[tuple[batches.Example, int]]:

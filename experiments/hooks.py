@@ -36,9 +36,15 @@ def batch(part: Part, *, run: Run, state: dict, before: dict[str, Tensor]) -> di
     return dict(found)
 
 
-def labelled(batch: Mapping[str, Tensor]) -> int:
-    """Tokens of a micro-batch that a loss is taken of."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+def worked(batch: Mapping[str, Tensor]) -> tuple[list[int], int]:
+    """Tokens of each example of a micro-batch, without padding, and how many of them a loss is taken of."""
+    ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
+    if positions is not None:  # packed: an example begins where its positions do
+        starts = (positions.flatten() == 0).nonzero().flatten().tolist()
+        lengths = [end - start for start, end in zip(starts, [*starts[1:], positions.numel()])]
+    else:
+        lengths = mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * len(ids)
+    return lengths, int((batch["labels"][:, 1:] != -100).sum())
 
 
 def term(part: Part, hook: str, value: Any, *, like: Tensor) -> Tensor | float | None:

@@ -63,6 +63,13 @@ class Shards:
         if self.world > 1:
             dist.barrier()
 
+    def gathered(self, value: Any) -> list:
+        """Every process's `value`, in order of rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def said_by_first(self, value: Any) -> Any:
         """The first process's `value`, on all."""
         if self.world == 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from experiments.errors import UserError
+from experiments.moments import Moments
 from methods.part import Run
 
 
@@ -16,7 +18,13 @@ def carried(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_state(run: Run, optimizer: torch.optim.Optimizer, carry: dict[str, Tensor]) -> None:
-    """Put carried tensors into an optimizer of the same kind over the same trained tensors."""
+    """Put carried tensors into an optimizer over the same trained tensors.
+
+    Raises UserError for one that is not of Adam's kind: it would take another's entries for its own.
+    """
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not isinstance(getattr(optimizer, "_moments", None), Moments):
+        raise UserError(f"{type(optimizer).__name__} cannot begin with Adam's state of the general phase: set carry_optimizer: false, "
+                        "or combine with another optimizer")  # fmt: skip
     for name, weight in run.weights.items():
         entries = {key.partition("::")[2]: value for key, value in carry.items() if key.partition("::")[0] == name}
         if entries:

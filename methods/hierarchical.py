@@ -132,8 +132,9 @@ class Hierarchical(Part):
         state["terms"] = [(w, omega[w.name], strength * state["coefficients"][names[w.name]]) for w in weights]
 
     def optimizer_ready(self, *, run, state, optimizer):
-        if self.resolved().carry_optimizer and state.get("carry"):
-            restore_state(run, optimizer, state["carry"])
+        carry = state.pop("carry", None)
+        if self.resolved().carry_optimizer and carry:
+            restore_state(run, optimizer, carry)
 
     def before_clip(self, *, run, state, step):
         if not self.resolved().strength:

@@ -180,8 +180,8 @@ class Part:
     def batch(self, *, run: Run, state: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each (batch, tokens).
 
-        Rows and labels may be added, changed and taken away: a step's loss is divided by the labelled tokens that are left of all
-        its micro-batches. Padding stands on the right; no other mask is read.
+        Rows and labels may be added, changed and taken away: a step's loss is divided by the labelled tokens that are then in all
+        its micro-batches, and the record's tokens and FLOPs are of what is then computed. Padding stands on the right; no other mask is read.
         """
         return batch
 

@@ -126,6 +126,10 @@ def test_labels_that_a_part_changes_count_in_the_steps_division():
     for name, weight in plain.run.weights.items():
         torch.testing.assert_close(twice.run.weights[name], weight, rtol=1e-4, atol=1e-6)
     assert [row["loss"] for row in twice.curve] == pytest.approx([row["loss"] for row in plain.curve], rel=1e-5)
+    assert (twice.tokens, twice.flops) == (2 * plain.tokens, pytest.approx(2 * plain.flops))
+    for settings in ({}, {"pack": 64}):
+        untouched = run(odd(batch=lambda batch, **_: dict(batch)), **settings)
+        assert (untouched.tokens, untouched.flops) == (plain.tokens, plain.flops)
     model = build("llama", seed=1)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     wanted = fit(model=model, parts=(), examples=[only_last(e) for e in goldens.texts(18, seed=12, labelled=True)], seed=5, base=base,

@@ -1,5 +1,6 @@
 """Hierarchical regularisation: coefficients, the penalty's closed form, presets, and the general phase in the engine."""
 
+import dataclasses
 import json
 import math
 
@@ -11,6 +12,7 @@ from methods.hierarchical import OFFICIAL, PAPER, Hierarchical, keep_strength, l
 from methods.importance import totals
 from methods.lora import LoRA
 from methods.mofo import MomentumFilter
+from methods.part import Part
 
 LORA = LoRA(rank=2, alpha=6)
 
@@ -210,6 +212,14 @@ def test_zero_strength_is_plain_fine_tuning_from_the_same_start(ready, documents
     assert [row["penalty"] for row in nothing.curve] == [0, 0, 0]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Descent(Part):
+    key = "descent"
+
+    def optimizer(self, *, run, learning_rate, betas, eps, weight_decay):
+        return torch.optim.SGD(run.weights.values(), lr=learning_rate)
+
+
 def test_the_official_preset_carries_adams_state(ready, documents, train, make):
     part = Hierarchical(preset="official")
     done, state, base, _ = ready(part)
@@ -219,6 +229,8 @@ def test_the_official_preset_carries_adams_state(ready, documents, train, make):
     for optimizer in ((), (MomentumFilter(fraction=0.5),)):
         result = train(make(), (LORA, part, *optimizer), documents, states={"hierarchical": state}, base=base)
         assert {s["step"].item() for s in result.optimizer.state.values()} == {6.0}
+    with pytest.raises(UserError, match="SGD cannot begin with Adam's state of the general phase: set carry_optimizer: false"):
+        train(make(), (LORA, part, Descent()), documents, states={"hierarchical": state}, base=base)
     dropped = train(make(), (LORA, Hierarchical(preset="official", carry_optimizer=False)), documents, states={"hierarchical": state}, base=base)
     assert {s["step"].item() for s in dropped.optimizer.state.values()} == {3.0}
 
