@@ -21,6 +21,7 @@ from experiments.errors import UserError
 
 Z = 1.6448536269514722  # Φ(z) = 0.95
 Z_BOTH = 1.959963984540054  # Φ(z) = 0.975
+STILL = 1e-9  # a spread of differences that is rounding alone
 
 Tasks = Mapping[str, Mapping[str, Any]]  # the "tasks" of a scores.json, or some of them
 
@@ -45,13 +46,14 @@ def unit_of(score: Mapping[str, Any]) -> str:
 def change(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
     """{"change", "unit"} of a task's two entries in scores.json: tuned minus base, turned so that more is better. Of a metric of the set also
     "change_error", "change_low" and "change_high": the standard error by drawing rows with replacement, the same for both, and the
-    95 % interval by it (None where too few draws gave a number)."""
+    95 % interval by it (None where too few draws gave a number, or none differed: that no draw changed it does not say that none can)."""
     units = {unit_of(base), unit_of(tuned)}
     unit = units.pop() if len(units) == 1 else base["metric"].partition(",")[0]
     found: dict[str, Any] = {"change": _compared(tuned) - _compared(base), "unit": unit}
     if "resampled" in tuned:
         pairs = [(after, before) for after, before in zip(tuned["resampled"], base["resampled"]) if None not in (after, before)]
-        error = statistics.stdev(after - before for after, before in pairs) if len(pairs) > len(tuned["resampled"]) // 2 else None
+        error = statistics.stdev(after - before for after, before in pairs) if len(pairs) > len(tuned["resampled"]) // 2 else 0.0
+        error = error if error > STILL else None
         bounds = (None, None) if error is None else (found["change"] - Z_BOTH * error, found["change"] + Z_BOTH * error)
         found |= {"change_error": error, "change_low": bounds[0], "change_high": bounds[1]}
     return found

@@ -60,8 +60,9 @@ def verdict(loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float
             continue
         unit = units.of_domain(row) if key == "domain_gain" else units.SHARE
         bounded = interval is not None and interval.low is not None
+        without = "items are missing" if units.per_item(row, row["domain"]) or sign == 1 else "no draw of rows changes it"
         ends = f" [{units.change(interval.low, unit)}, {units.change(interval.high, unit)}], n = {interval.n}" if bounded else ""
-        measured.append(f"{name} {units.change(value, unit)}{'' if unit == units.SHARE else f' {unit}'}{ends or ', no interval: items are missing'}")
+        measured.append(f"{name} {units.change(value, unit)}{'' if unit == units.SHARE else f' {unit}'}{ends or f', no interval: {without}'}")
         if limit is None:
             continue
         if unit != units.SHARE:
