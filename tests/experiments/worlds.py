@@ -155,14 +155,15 @@ def everything(shards: Shards, folder: Path) -> dict:
 def stopped(shards: Shards, folder: Path) -> dict:
     """Cells stopped on the way, three times, beside the same ones left alone."""
     found = {}
-    for architecture, method in (("llama", "full"), ("gptj", "ewc"), ("llama", "hierarchical"), ("gptj", "hierarchical-full"), ("llama", "mofo")):
-        here = folder / method
+    official = {"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32, "epochs": 3.0}}
+    for architecture, method in (("llama", "full"), ("gptj", "ewc"), ("llama", "official"), ("gptj", "hierarchical-full"), ("llama", "mofo")):
+        here, blocks = folder / method, METHODS.get(method, official)
         for stop in (2, 5, 12):
             try:
-                cell(architecture, method, shards=shards, folder=here, stop=stop)
+                cell(architecture, method, shards=shards, folder=here, stop=stop, blocks=blocks)
             except Stopped:
                 pass
-        found[method] = (cell(architecture, method, shards=shards), cell(architecture, method, shards=shards, folder=here))
+        found[method] = (cell(architecture, method, shards=shards, blocks=blocks), cell(architecture, method, shards=shards, folder=here, blocks=blocks))
     return found
 
 
