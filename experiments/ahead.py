@@ -17,8 +17,9 @@ import torch
 from experiments import memory, model_folder, packages, random_models, rows, vocabulary, weights
 from experiments.chance import WARNING, below_chance
 from experiments.errors import UserError
-from experiments.positions import longest_document, longest_row, refuse_long_documents, refuse_long_rows
+from experiments.positions import longest_document, longest_row, refuse_documents_without_a_label, refuse_long_documents, refuse_long_rows
 from experiments.shape import Shape, shape_of
+from methods.part import Part
 
 LARGE = 2**25  # bytes of rows that are read ahead; of more, the `data` stage tells
 
@@ -40,11 +41,14 @@ def look(study) -> list[str]:
 
 
 def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) -> None:
-    """Raises UserError where a method of the grid would train on, or prepare from, more tokens at once than the model has positions."""
-    if shape.positions is None:
-        return
+    """Raises UserError where a method of the grid would train on, or prepare from, more tokens at once than the model has positions,
+    or prepare from documents in which there is nothing to predict."""
     general = data / "general" / "importance.jsonl"
     documents = longest_document(general, tokenizer) if general.is_file() else 0
+    if documents and any(type(part).prepare is not Part.prepare for method in study.grid["methods"] for part in study.methods[method].parts):
+        refuse_documents_without_a_label(documents, count=study.general.get("importance", 512))
+    if shape.positions is None:
+        return
     files = {domain: data / "train" / domain / "train.jsonl" for domain in study.grid["domains"]}
     rows_of = {domain: longest_row(file, tokenizer, shape.positions) for domain, file in files.items() if file.is_file()}
     for method in study.grid["methods"]:

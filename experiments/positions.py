@@ -41,6 +41,13 @@ def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shap
                         f"write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter rows")  # fmt: skip
 
 
+def refuse_documents_without_a_label(longest: int, *, count: int) -> None:
+    """Raises UserError where the longest of `count` documents of general text is a single token: there is nothing to predict in any."""
+    if longest < 2:
+        raise UserError(f"general: none of the {count} documents of `general.importance` is longer than a token, so there is nothing to "
+                        "predict in them and no importance to learn: name longer text under `general.rows`, or another column as `general.text`")  # fmt: skip
+
+
 def longest_row(file: Path, tokenizer: Any, limit: int) -> int:
     """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where every one is known to have at most `limit`."""
     longest = 0

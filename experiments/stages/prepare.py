@@ -26,7 +26,7 @@ from experiments.engine_settings import TrainSettings
 from experiments.errors import UserError
 from experiments.failures import recorded
 from experiments.files import folder_sha256, need_room, read_json, sha256, write_json, writing
-from experiments.positions import refuse_long_documents
+from experiments.positions import refuse_documents_without_a_label, refuse_long_documents
 from experiments.progress import bar
 from experiments.resume import Resume
 from experiments.shape import shape_of
@@ -204,8 +204,7 @@ def _learnable(examples: list[dict], *, speak: bool) -> list[dict]:
     """The documents in which there is a token to predict: one of a single token has no gradient, and would count all the same."""
     found = [example for example in examples if (example["labels"][1:] != -100).any()]
     if not found:
-        raise UserError(f"general: none of the {len(examples)} documents of `general.importance` is longer than a token, so there is nothing to "
-                        "predict in them and no importance to learn: name longer text under `general.rows`, or another column as `general.text`")  # fmt: skip
+        refuse_documents_without_a_label(1, count=len(examples))
     if speak and len(found) < len(examples):
         print(f"general: {len(examples) - len(found)} of {len(examples)} documents are a single token with nothing to predict: they are left out", flush=True)
     return found

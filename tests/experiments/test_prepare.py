@@ -8,13 +8,14 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments import config, plan
+from experiments import ahead, config, plan
 from experiments.cells import Cell
 from experiments.errors import UserError
 from experiments.files import read_json, sha256, write_json
 from experiments.hardware import device
 from experiments.paths import HERE
 from experiments.positions import refuse_long_documents
+from experiments.random_models import byte_tokenizer
 from experiments.shape import shape_of
 from experiments.stages import data, model, prepare
 
@@ -96,6 +97,10 @@ def test_general_text_of_single_tokens_is_refused(made, texts, method):
     texts(["a"] * 8)
     with pytest.raises(UserError, match=r"^general: none of the 8 documents of `general.importance`.*`general.rows`"):
         prepare.stored(load(made), "llama-tiny", method, 0)
+    study = load(made)
+    with pytest.raises(UserError, match=r"^general: none of the 32 documents"):  # and before any stage runs
+        ahead.refuse_long(study, model="llama-tiny", shape=shape_of("llama-tiny", study.models["llama-tiny"], made), tokenizer=byte_tokenizer(),
+                          data=study.paths.data)  # fmt: skip
 
 
 def test_importance_of_zeros_is_refused(made, texts, monkeypatch):
