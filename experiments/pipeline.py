@@ -35,15 +35,22 @@ def compare_inputs(study) -> list[str]:
 def local_inputs(study) -> list[str]:
     """The files and folders of the user's own that the study reads, as far as they are there: relative to the root within it.
 
-    What the pipeline writes itself is no input of its first stage.
+    What a pipeline makes is no input of its first stage.
     """
     root, found = study.paths.root.resolve(), []
-    own = [root / name for name in ("work", "results")]
     for path in resolve.local_inputs(study):
         place = (root / Path(path).expanduser()).resolve()
-        if place.exists() and not any(place.is_relative_to(folder) or folder.is_relative_to(place) for folder in own):
-            found.append(place.relative_to(root).as_posix() if place.is_relative_to(root) else place.as_posix())
+        inside = place.relative_to(root).parts if place.is_relative_to(root) else None
+        if place.exists() and not root.is_relative_to(place) and not _made(inside):
+            found.append("/".join(inside) if inside else place.as_posix())
     return sorted(set(found))
+
+
+def _made(inside: tuple[str, ...] | None) -> bool:
+    """Whether a path of the root is, or holds, what stages of a study write: all of results/, folders of work/ and of work/STUDY/."""
+    if not inside or inside[0] not in ("work", "results"):
+        return False
+    return inside[0] == "results" or len(inside) == 1 or bool({*inside[1:3]} & {"resolved", "models", "data", "prepared", "cells"})
 
 
 def drift_inputs(study) -> list[str]:

@@ -114,7 +114,7 @@ def test_a_second_repro_runs_nothing(project):
 
 def test_editing_a_part_reruns_its_cells_only(project):
     path = project / "methods" / "ewc.py"
-    path.write_text(path.read_text() + "\n# a comment\n")
+    path.write_text(path.read_text() + "\n_NOTHING = 0  # other code of equal effect\n")
     ran = repro(project)
     touched = {name.partition("@")[2] for name in ran if "@" in name}
     assert touched <= {"llama-tiny-ewc-0", "llama-tiny-sums-ewc-0"}

@@ -5,11 +5,14 @@ here, and fails it until `expected` or `OTHER` says what is to be known of it.
 """
 
 import copy
+import importlib
 import importlib.metadata as metadata
 import os
+import sysconfig
 import typing
+from pathlib import Path
 
-from experiments import blocks, config, local_files
+from experiments import blocks, config, local_files, pipeline
 from experiments.engine_settings import TrainSettings
 from experiments.paths import Paths
 from experiments.stages import resolve
@@ -236,6 +239,37 @@ def test_files_that_are_read_are_in_what_reads_them_by_content(tmp_path, monkeyp
         assert resolve.contents(study) == before
     (tmp_path / "rows.jsonl").unlink()
     assert resolve.data(study)["files"]["rows.jsonl"] is None  # the stage says so by name
+
+
+def test_the_pipeline_lists_what_is_there_and_is_not_its_own(tmp_path, monkeypatch):
+    root, outside = tmp_path / "project", tmp_path / "outside"
+    raw = copy.deepcopy(STUDY)
+    monkeypatch.chdir((root / "rows").mkdir(parents=True) or root)
+    (root / "rows" / "a.jsonl").write_text("{}")
+    (outside / "mine").mkdir(parents=True)
+    (root / "link").symlink_to(outside / "mine")
+    raw["general"]["rows"] = {"jsonl": "rows/a.jsonl"}
+    raw["domains"]["sums"]["rows"] = raw["domains"]["words"]["rows"] = {"jsonl": "rows/../rows/a.jsonl"}
+    raw["domains"]["words"].pop("test_rows")
+    raw["tasks"]["colours"]["rows"] = {"jsonl": "rows/missing.jsonl"}
+    raw["methods"]["given"]["given"]["path"] = "link"
+    for source, listed in (("base", ["base"]), ("work/models/other", []), ("work/demo/cells/x", []), ("work/exports/x", ["work/exports/x"]),
+                           ("results/x", []), (".", []), (str(outside), [str(outside)]), ("work", [])):  # fmt: skip
+        (root / source).mkdir(parents=True, exist_ok=True)
+        raw["models"]["tiny"]["source"] = f"path:{source}"
+        assert pipeline.local_inputs(build(raw, root)) == sorted([*listed, "rows/a.jsonl", str(outside / "mine")]), source
+
+
+def test_source_of_parts_that_is_edited_elsewhere_is_listed(tmp_path, monkeypatch):
+    (tmp_path / "strangers_part.py").write_text(
+        "from dataclasses import dataclass\nfrom methods.part import Part\n\n@dataclass(frozen=True, kw_only=True)\nclass Strange(Part):\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    part = importlib.import_module("strangers_part").Strange()
+    assert local_files.of_code([part]) == [str((tmp_path / "strangers_part.py").resolve())]
+    assert local_files.of_code(part for method in build(STUDY, tmp_path).methods.values() for part in method.parts) == []
+    installed = Path(sysconfig.get_path("purelib")) / "strangers_part.py"  # changes by an upgrade alone
+    monkeypatch.setattr(registry, "source_files", lambda part: [installed])
+    assert local_files.of_code([part]) == []
 
 
 def test_a_large_file_is_hashed_once(tmp_path, monkeypatch):
