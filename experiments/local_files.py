@@ -4,6 +4,7 @@ What `resolve` writes for a stage holds the hashes of what that stage reads, so 
 `pipeline` lists the paths in dvc.yaml, so that DVC looks at them. A hash is computed once for a file's size, times and inode.
 """
 
+import contextlib
 import glob
 import os
 import sysconfig
@@ -78,7 +79,8 @@ def _file(path: Path, kept: Path) -> str:
     except (files.UserError, KeyError, TypeError):
         pass
     found = files.sha256(path)
-    files.write_json(note, {"file": same, "sha256": found})
+    with contextlib.suppress(OSError):  # a full disk, or another process that writes the same
+        files.write_json(note, {"file": same, "sha256": found})
     return found
 
 

@@ -285,6 +285,8 @@ def test_a_large_file_is_hashed_once(tmp_path, monkeypatch):
     assert find() != first and read == [file]
     (tmp_path / "kept").joinpath(next((tmp_path / "kept").iterdir()).name).write_text("cut o")
     assert find() == find() and len(read) == 2  # a damaged note is no answer
+    (tmp_path / "taken").write_text("")  # where the notes would lie
+    assert local_files.digests([str(file.parent)], kept=tmp_path / "taken") == find()
 
 
 def test_upgraded_packages_are_in_what_they_can_change(tmp_path, monkeypatch):
