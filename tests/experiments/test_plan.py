@@ -10,6 +10,7 @@ import torch
 from ruamel.yaml import YAML
 
 from experiments import config, hardware, memory, plan
+from experiments.cells import Cell
 from experiments.errors import UserError
 from experiments.flops import Flops
 from experiments.paths import HERE
@@ -167,3 +168,17 @@ def test_only_the_cells_that_are_asked_for(tmp_path):
     assert [c["cell"].split("/")[2] for c in made["cells"]] == ["full", "ewc"] and made["total"]["cells"] == 2
     with pytest.raises(UserError, match="no cell of the grid matches nothing: cells are MODEL"):
         plan.make(study(tmp_path), patterns=["nothing", "else"])
+
+
+def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tmp_path):
+    methods = {"ewc": {"ewc": {"samples": 3, "length": 40}}, "hierarchical": {"hierarchical": {"samples": 4, "length": 40, "epochs": 2.0}}}
+    model = SimpleNamespace(flops=lambda method: SimpleNamespace(step=lambda lengths, labelled: sum(lengths)))
+    for length in (16, 512):
+        train = {"batch": 2, "micro_batch": 2, "length": length}
+        here = study(tmp_path, train=train, methods=methods, grid={"methods": list(methods)})
+        found = {}
+        for method in methods:
+            settings = here.prepare_settings(model="llama-tiny", method=method)
+            of = lambda documents: plan._prepare_flops(here, Cell("llama-tiny", "sums", method, 0), model, settings, documents)
+            found[method] = of([100, 10, 30, 50, 60]), of(None)
+        assert found == {"ewc": (40 + 10 + 30, 3 * 20), "hierarchical": (2 * (40 + 10 + 30 + 40), 2 * 4 * 20)}
