@@ -199,7 +199,7 @@ def _epochs(rows: int, settings, epochs: float) -> float:
 def _general_tokens(study) -> list[int] | None:
     """Tokens of each document that importance is learned from; None where they are not here yet."""
     path = study.paths.data / "general" / "importance.jsonl"
-    return [_tokens(json.loads(line)["text"]) for line in path.read_text().splitlines()] if path.is_file() else None
+    return [_tokens(row["text"]) for row in read_jsonl(path)] if path.is_file() else None
 
 
 def _train_rows(study, cell, settings) -> tuple[list[int], int]:

@@ -5,6 +5,7 @@ import os
 import shutil
 
 from experiments.errors import UserError
+from experiments.files import read_json
 from experiments.stages import resolve
 
 # the resolved file that a stage depends on in dvc.yaml
@@ -50,7 +51,7 @@ def difference(study, path: str, content: dict, *, part: bool = False) -> str:
     file = study.paths.resolved / path
     if not file.is_file():
         return ""
-    then, now = _flat(json.loads(file.read_text())), _flat(json.loads(resolve.text(content)))
+    then, now = _flat(read_json(file)), _flat(json.loads(resolve.text(content)))
     for key in sorted(now if part else then.keys() | now.keys()):
         if then.get(key) != now.get(key):
             was, found = (repr(values.get(key, "absent")) for values in (then, now))

@@ -4,9 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import data
+from experiments import data, plan
 from experiments.errors import UserError
 from experiments.splits import normalised
+from experiments.stages.rows import read_jsonl
 
 # a multiple-choice question from a local file, in lm-eval's own keys
 TASK = {"doc_to_text": "Q: {{question}}\nA:", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
@@ -237,3 +238,13 @@ def test_null_is_refused_by_file_and_line_or_emptied_where_the_block_says_so(stu
 def test_null_in_a_column_that_nothing_reads_is_no_matter(study, tmp_path):
     with_nulls(tmp_path / "birds.jsonl", "source", *range(1, 61))
     data.write_data(study, tmp_path / "out")
+
+
+def test_separators_that_python_splits_lines_at_stay_in_a_text(study, tmp_path):
+    texts = [f"Passage {i}:\u2028one\x85two\x0bthree\u2029four" for i in range(80)]
+    passages = tmp_path / "passages.jsonl"
+    passages.write_text("".join(json.dumps({"passage": text}, ensure_ascii=False) + "\n" for text in texts).replace("\x0b", "\\u000b"), encoding="utf-8")
+    data.write_data(study, tmp_path / "out")
+    kept = [row["text"] for row in read_jsonl(tmp_path / "out/general/importance.jsonl")]
+    assert len(kept) == 20 and set(kept) <= set(texts)
+    assert plan._general_tokens(SimpleNamespace(paths=SimpleNamespace(data=tmp_path / "out"))) == [plan._tokens(text) for text in kept]
