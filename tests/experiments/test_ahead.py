@@ -122,9 +122,9 @@ def test_rows_longer_than_the_models_positions(tmp_path, architecture):
         block = {**DEMO["train"], "length": 64} if path == "train" else {"length": 64}
         said = f"{path.replace('/', '.')}.length is 64, llama-tiny has 32 positions, and a training row of sums has {longest} tokens"
         with pytest.raises(UserError, match=re.escape(said)):
-            plan.make(study(tmp_path, *small, (path, block)))
-    plan.make(study(tmp_path, *small, ("train/length", 32)))  # longer rows lose their beginning, and the model takes the rest
-    plan.make(study(tmp_path, ("models/llama-tiny/config", {"max_position_embeddings": longest})))
+            ahead.look(study(tmp_path, *small, (path, block)))
+    ahead.look(study(tmp_path, *small, ("train/length", 32)))  # longer rows lose their beginning, and the model takes the rest
+    ahead.look(study(tmp_path, ("models/llama-tiny/config", {"max_position_embeddings": longest})))
 
 
 def test_long_rows_are_refused_by_base_and_training_too(tmp_path):
