@@ -109,21 +109,25 @@ def _parsed(line: str, at: str) -> Any:
     except ValueError as error:  # a whole number of more than 4300 digits
         raise UserError(f"{at} holds a number that is too long: write it as text, in quotes") from error
     if isinstance(row, dict):
-        for column, value in row.items():
-            _writable(column, f"{at}, a column's name")
-            _writable(value, f"{at}, column {column!r}")
+        refuse_unwritable(row, at)
     return row
 
 
+def refuse_unwritable(row: dict[str, Any], at: str) -> None:
+    """Raises UserError for a value that JSON or UTF-8 has no form for, by `at` and its column."""
+    for column, value in row.items():
+        _writable(column, f"{at}, a column's name")
+        _writable(value, f"{at}, column {column!r}")
+
+
 def _writable(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse what JSON or UTF-8 has no form for."""
     if isinstance(value, str):
         if not value.isascii() and (half := _HALF.search(value)):
             raise UserError(f"{where}: character {half.start() + 1} is {half.group()!a:.8}, one half of a surrogate pair (half of an emoji, "
                             "where a text was cut), which no text encoding can hold: remove it")  # fmt: skip
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise UserError(f"{where}: a number is too large for a floating-point number: write it as text, in quotes")
+            raise UserError(f"{where}: a number is infinite, or too large for a floating-point number: write it as text, in quotes")
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             raise UserError(f"{where}: {str(value)[:24]} needs more than 64 bits: write it as text, in quotes")

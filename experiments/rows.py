@@ -77,8 +77,11 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
     for name, value in (block.get("set") or {}).items():
         try:
             templates[name] = _JINJA.from_string(value) if isinstance(value, str) else value
+            json.dumps(value, allow_nan=False, default=str)
         except jinja2.TemplateError as error:
             raise UserError(f"{where}: `set` of {name!r}, {value[:60]!r}, is no template that can be read: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}: `set` of {name!r} is {value!r}, which rows cannot hold: write a text, a number or null") from error
     columns = block.get("columns") or {}
     renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     shaped = []
@@ -191,9 +194,15 @@ def _jsonl(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
 
 def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
     """Rows of a data set as JSON has them, each with its number; a NaN, which tables have for a missing value, is null."""
-    return Rows(rows=[Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}")
-                      for number, row in enumerate(rows, 1)], source=source)  # fmt: skip
+    placed = [Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}") for number, row in enumerate(rows, 1)]
+    for row in placed:
+        jsonl.refuse_unwritable(row, row.at)
+    return Rows(rows=placed, source=source)
 
 
 def _missing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_missing(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: _missing(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

@@ -50,7 +50,7 @@ BAD = [
     (b'{"a\\ud83d": 1}', "line 1, a column's name: character 2"),
     (b'{"a": NaN}', "line 1 holds NaN, which is no JSON number"),
     (b'{"a": [-Infinity]}', "line 1 holds -Infinity"),
-    (b'{"a": 1e999}', "line 1, column 'a': a number is too large"),
+    (b'{"a": 1e999}', "line 1, column 'a': a number is infinite, or too large"),
     (b'{"a": 9223372036854775808}', "line 1, column 'a': 9223372036854775808 needs more than 64 bits: write it as text"),
     (b'{"a": ' + b"9" * 5000 + b"}", "line 1 holds a number that is too long"),
     (b'{"a": ' + b"[" * 9000 + b"]" * 9000 + b"}", "line 1 nests lists or objects more than 100 deep"),

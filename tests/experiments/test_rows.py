@@ -48,9 +48,10 @@ def test_request_documents_once_each_with_a_column_put_together(wheel):
 def test_the_hub_reader_reads_what_datasets_reads(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
-    Dataset.from_list([{"q": "one"}]).to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    Dataset.from_list([{"q": "one", "n": float("nan"), "parts": [1.0, float("nan")]}]).to_parquet(str(folder / "train-00000-of-00001.parquet"))
     found = read({"hub": {"path": str(folder), "split": "train"}}, prefer="hub")
-    assert found.rows == [{"q": "one"}]
+    assert found.rows == [{"q": "one", "n": None, "parts": [1.0, None]}]  # as tables write a value that is missing
+    assert found.rows[0].at == f"hub:{folder}@unknown revision/train row 1"
     with pytest.raises(UserError, match="tasks.tiny: data set .*cannot be fetched: .*dev.*train"):
         read({"hub": {"path": str(folder), "split": "dev"}}, prefer="hub")
 
@@ -90,6 +91,8 @@ def test_columns_are_renamed_kept_or_emptied():
     assert rows.shape([{"a": 1, "b": 2}], {"columns": {"a": "b", "b": "a"}}, where="w") == [{"a": 2, "b": 1}]
     with pytest.raises(UserError, match="w: row 1 has no column 'c'.*a, b"):
         rows.shape(given, {"columns": {"q": "c"}}, where="w")
+    with pytest.raises(UserError, match="w: `set` of 'q' is nan, which rows cannot hold"):
+        rows.shape(given, {"set": {"q": float("nan")}}, where="w")
     with pytest.raises(UserError, match="w: `set` of 'q', '{{c', is no template that can be read"):
         rows.shape(given, {"set": {"q": "{{c"}}, where="w")
     with pytest.raises(UserError, match="w: row 1 does not fit `set`.*'c' is undefined"):
@@ -101,3 +104,9 @@ def test_text_is_a_column_or_a_template():
     assert rows.text({"a": "x", "b": 1}, "{{a}}-{{b}}", where="w") == "x-1"
     with pytest.raises(UserError, match="w: no column 'c'"):
         rows.text({"a": "x"}, "c", where="w")
+
+
+def test_an_infinite_number_of_a_data_set_is_told_by_row(tmp_path):
+    Dataset.from_list([{"n": 1.0}, {"n": float("inf")}]).to_parquet(str(tmp_path / "train-00000-of-00001.parquet"))
+    with pytest.raises(UserError, match="tasks.tiny: hub:.*/train row 2, column 'n': a number is infinite"):
+        read({"hub": {"path": str(tmp_path), "split": "train"}}, prefer="hub")
