@@ -13,14 +13,20 @@ OF_TASK = ("value", "base", "n", "chance", "metric", "role", "version", "prompt"
 THING = {"metric": "the metric", "chance": "chance", "version": "the version", "n": "the number of rows", "prompt": "the digest of rows and prompts"}
 TEXT = {"n": "the number of texts", "bytes": "the number of bytes", "tokens": "the number of tokens", "prompt": "the digest"}
 
+# what a train.json that was written whole has
+TRAIN = ("cost_known", "seconds_begin", "seconds_train", "peak_memory_bytes", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state",
+         "tokens_trained", "mfu", "processes", "weights_sha256", "base_sha256", "data_sha256", "versions", "hardware", "git", "dtype",
+         "compute_dtype", "device", "numerics", "when", "settings", "parts")  # fmt: skip
+
 
 def main(study, cell) -> None:
     paths = study.paths
-    train = read_json(paths.run(cell) / "train.json")
-    scores = read_json(paths.run(cell) / "scores.json")
-    base = read_json(paths.base(cell.model) / "scores.json")
-    prepared = read_json(paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed))
-    evaluated = read_json(paths.run(cell) / "evaluate.json")
+    train = read_json(paths.run(cell) / "train.json", *TRAIN)
+    scores = read_json(paths.run(cell) / "scores.json", "tasks", "general", "scoring", "weights_sha256")
+    base = read_json(paths.base(cell.model) / "scores.json", "tasks", "general", "scoring", "weights_sha256")
+    prepared = read_json(paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed),
+                         "seconds_prepare", "tokens_prepare", "bytes_importance", "peak_memory_bytes")  # fmt: skip
+    evaluated = read_json(paths.run(cell) / "evaluate.json", "seconds_evaluate")
     model = study.models[cell.model]
     comparable(cell, scores=scores, base=base, train=train, study=study.name)
     write_json(paths.run(cell) / "metrics.json", (
