@@ -117,8 +117,9 @@ def fit(
     with progress(total=len(plan), desc=name, unit="step", disable=not shards.first) as bar:
         log = Log(name=name, steps=len(plan), learning_rate=settings.learning_rate, device=device, peak=result.peak_flops, bar=bar)
         if resume is not None:
-            interruption = Interruption(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log)
-            result.resumed = interruption.go_on()
+            with log.pause():
+                interruption = Interruption(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log)
+                result.resumed = interruption.go_on()
             bar.update(result.resumed)
         trained.push()
         for step in range(result.resumed, len(plan)):
