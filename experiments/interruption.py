@@ -53,7 +53,7 @@ class Interruption:
         try:
             named = self._by_parts()
             if odd := sorted(named.keys() ^ self._named.keys()):
-                raise Unkeepable(f"{odd[0]} is not named by the part's `keep` before the first step and after it")
+                raise Unkeepable(f"the part's `keep` names {odd[0]} at one step and not at another: it must name the same tensors throughout")
             tensors |= named
             for name, (_, value) in self._changing().items():
                 changes[name], changed = self._begun[name].changes(value)

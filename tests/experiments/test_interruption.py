@@ -388,3 +388,33 @@ def test_a_preparation_of_several_phases_goes_on(tmp_path, monkeypatch):
             worlds.cell("llama", "", blocks={"two_phases": {}}, folder=tmp_path / str(stop), stop=stop)
         again = worlds.cell("llama", "", blocks={"two_phases": {}}, folder=tmp_path / str(stop), watch=watched)
         assert same(again["final"], whole["final"]) and same(again["watched"]["prepared"], whole["watched"]["prepared"]), stop
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Keeps(Part):
+    """Holds a tensor of its own outside its state, and with `grows` another one after the third step."""
+
+    key = "keeps"
+    own: list = dataclasses.field(default_factory=list, repr=False)
+    grows: bool = False
+
+    def begin(self, *, run, state, examples):
+        self.own[:] = [torch.zeros(2)]
+
+    def after_step(self, *, run, state, step, gradient):
+        self.own[0] += step
+        if self.grows and step == 2:
+            self.own.append(torch.ones(3))
+
+    def keep(self, *, run, state):
+        return {f"own {index}": tensor for index, tensor in enumerate(self.own)}
+
+
+def test_what_a_part_keeps_outside_its_state(tmp_path, capfd):
+    part = Keeps()
+    with pytest.raises(worlds.Stopped):
+        run([part], tmp_path / "a", 5)
+    again = run([part], tmp_path / "a")
+    assert again.resumed == 4 and part.own[0].tolist() == [21.0, 21.0]  # 0 + 1 + … + 6
+    run([Keeps(grows=True)], tmp_path / "b")
+    assert "the part's `keep` names keeps/own 1 at one step and not at another" in capfd.readouterr().err
