@@ -133,6 +133,8 @@ def _model(study, model: str) -> None:
     _files(study, model)
     if (shape := known_shape(study, model)) is None:
         return
+    if shape.positions is not None:
+        _answers_fit(study, model, shape.positions)
     for method in study.grid["methods"]:
         if adapters := memory.adapting(study.methods[method].parts):
             try:
@@ -151,6 +153,20 @@ def _files(study, model: str) -> None:
                 part.look(shapes=shapes)
             except UserError as error:
                 raise UserError(f"methods.{method}.{error} (model {model})") from error
+
+
+def _answers_fit(study, model: str, positions: int) -> None:
+    """Written answers leave room for their prompt, as scoring asks (evaluation/lm.py)."""
+    from evaluation.task import config_of
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    for where, block in _used(study).items():
+        config = config_of(where.partition(".")[2], block["task"]) if "task" in block else {}
+        if config.get("output_type") == "generate_until":
+            tokens = normalize_gen_kwargs(dict(config.get("generation_kwargs") or {}))["max_gen_toks"]
+            if tokens >= positions:
+                raise UserError(f"{where}.task: an answer may have {tokens} tokens, but {model} takes {positions} in all: lower "
+                                "`generation_kwargs: {max_gen_toks: ...}` of the task, or choose a model that takes more")  # fmt: skip
 
 
 def _tokenizer(study, model: str):

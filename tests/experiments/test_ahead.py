@@ -137,6 +137,16 @@ def test_long_rows_are_refused_by_base_and_training_too(tmp_path):
             run()
 
 
+def test_answers_that_leave_no_room_for_their_prompt(tmp_path):
+    """The tiny Llama takes 512 tokens; lm-eval's answers may have 256 where nothing else is said."""
+    task = DEMO["tasks"]["colours"]["task"] | {"output_type": "generate_until", "doc_to_target": "{{choices[gold]}}", "doc_to_choice": None}
+    for settings, tokens, positions in (({"max_gen_toks": 512}, 512, 512), ({}, 256, 256)):
+        found = study(tmp_path, ("tasks/colours/task", task | {"generation_kwargs": {"until": ["\n"], "do_sample": False} | settings}),
+                      ("models/llama-tiny/config", {"max_position_embeddings": positions}))  # fmt: skip
+        with pytest.raises(UserError, match=f"tasks.colours.task: an answer may have {tokens} tokens, but llama-tiny takes {positions} in all"):
+            ahead.look(found)
+
+
 @pytest.mark.parametrize(("probes", "passages"), [(0, 0), (2, 0), (2, 4)])
 def test_without_probe_rows_a_cell_trains(tmp_path, probes, passages):
     found = study(tmp_path, ("domains/sums/split/probe", 0), ("domains/sums/probes", []), ("general/probe", passages), ("train/probes", probes),
