@@ -8,6 +8,7 @@ import re
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import date
 from typing import Any, Literal
 
 from experiments.engine_settings import TrainSettings
@@ -51,6 +52,8 @@ def check(block: Any, table: Table, *, where: str, required: bool = True) -> Non
         if name not in (block or {}) or (value is None and _empty(key.kind)):
             if key.required and required:
                 raise UserError(f"{where or 'params.yaml'} has no `{name}`: add it{f' ({key.form})' if key.form else ''}")
+            if name in (block or {}) and key.keys is not None:
+                check(None, key.keys, where=path)  # `jsonl:` with nothing behind it lacks its path
             continue
         if key.share and isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
             raise UserError(f"{path} is {value}: it must be a share of 1, in {key.within}; {value} % is {value / 100:g}")
@@ -61,6 +64,36 @@ def check(block: Any, table: Table, *, where: str, required: bool = True) -> Non
             raise UserError(f"{path} is {shown(value)}: it must be {key.form}")
         if key.keys is not None and isinstance(value, dict):
             check(value, key.keys, where=path)
+
+
+def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen: set[int] | None = None) -> None:
+    """Refuse by its path what YAML can write and no file of settings can hold: keys that are not text, dates, bytes and sets,
+    half characters, and aliases inside of their own anchor."""
+    seen = set() if seen is None else seen
+    if id(value) in above:
+        raise UserError(f"{where} holds itself: an alias (*) stands inside of its own anchor (&); write out what is meant")
+    if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(f"{where} is {shown(value)}: it holds half of a character (\\ud800 to \\udfff); write the character itself")
+    elif isinstance(value, dict | list):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, list):
+                path = where
+            elif isinstance(key, str):
+                refuse_odd(key, where=f"a key of {where or 'params.yaml'}")
+                path = f"{where}.{key}" if where else key
+            elif isinstance(key, int) and where.endswith(".doc_to_choice"):  # lm-eval takes the values alone
+                path = where
+            else:
+                raise UserError(f"{where or 'params.yaml'}: the key {shown(key)} is not text: put it in quotes")
+            refuse_odd(inner, where=path, above=(*above, id(value)), seen=seen)
+    elif isinstance(value, date):
+        raise UserError(f"{where} is {value}, which YAML takes for a date: put it in quotes")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise UserError(f"{where} is {shown(value)}: write text, a number, true, false, null, a list or a mapping")
 
 
 def _empty(kind: Any) -> bool:

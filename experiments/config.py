@@ -1,5 +1,6 @@
 """params.yaml to a checked `Study`: every knob of a study, unknown keys refused by name."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,7 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
 
 def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     """The study of the blocks of a params.yaml. Raises UserError naming the path of the first thing that is wrong."""
+    blocks.refuse_odd(raw)
     blocks.check(raw, blocks.TOP, where="")
     named = {kind: {name: block or {} for name, block in (raw.get(kind) or {}).items()} for kind in ("models", "tasks", "domains")}
     for kind, found in named.items():
@@ -110,7 +112,9 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
         _roles(name, block, tasks)
     packages = raw.get("packages") or {}
     for spec, sha256 in packages.items():
-        blocks.check({"package": spec, spec: sha256}, {"package": blocks.Key(**blocks.PACKAGE), spec: blocks.Key(**blocks.SHA256)}, where="packages")
+        if not re.fullmatch(blocks.PACKAGE["matches"], spec):
+            raise UserError(f"packages names {spec!r}: it must be {blocks.PACKAGE['form']}")
+        blocks.check({spec: sha256}, {spec: blocks.Key(**blocks.SHA256)}, where="packages")
     methods = _methods(raw["methods"])
     _tune(raw.get("tune") or {}, methods)
     grid = _grid(raw["grid"], models, domains, raw["methods"])
@@ -143,6 +147,8 @@ def read_yaml(path: Path) -> dict:
             said = "a second colon: put a text that holds one in quotes"
         if r"character '\t'" in said:
             said = "a tab: indent with spaces"
+        if "unhashable key" in said or "that cannot start any token" in said:
+            said = "a text that begins with one of { [ % @ ` stands in quotes"
         raise UserError(f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}") from error
     except RecursionError as error:
         raise UserError(f"{path.name} is not valid YAML: it nests lists or mappings without end") from error
@@ -171,8 +177,8 @@ def _grid(grid: dict, models: dict, domains: dict, methods: dict) -> dict[str, l
         for name in grid[kind]:
             if name not in named:
                 raise unknown(kind[:-1], name, named, where=f"grid.{kind}")
-    if min(grid["seeds"]) < 0:
-        raise UserError(f"grid.seeds is {grid['seeds']}: it must list whole numbers from 0")
+    if min(grid["seeds"]) < 0 or max(grid["seeds"]) >= 2**63:
+        raise UserError(f"grid.seeds is {grid['seeds']}: it must list whole numbers from 0 to {2**63 - 1}")
     for kind, values in grid.items():
         if len(set(values)) != len(values):
             raise UserError(f"grid.{kind} names one entry twice: {values}")

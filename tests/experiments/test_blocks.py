@@ -3,6 +3,7 @@
 import json
 import re
 import typing
+from datetime import date
 from typing import Any
 
 import pytest
@@ -164,7 +165,7 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
     (("models", "m", "config"), {"seed": 1}, "models.m.config names `seed`: write it in the block beside `config`"),
     (("models", "m", "dtype"), "bf16", "models.m.dtype is 'bf16': it must be one of bfloat16, float16, float32, float64"),
     (("models", "m", "source"), "llama", "models.m.source is 'llama': it must be hub:NAME@REVISION, pypi:"),
-    (("packages"), {"a-b": SHA}, "packages.package is 'a-b': it must be NAME==VERSION"),
+    (("packages"), {"a-b": SHA}, "packages names 'a-b': it must be NAME==VERSION"),
     (("packages"), {"a-b==1": SHA[1:]}, "packages.a-b==1 is 'aaaa"),
     (("domains", "d", "rows", "hub", "revision"), 47e169, "domains.d.rows.hub.revision is 4.7e+170: it must be text; put it in quotes"),
     (("methods", "lora", "train", "learning_rate"), -1.0, "methods.lora.train.learning_rate is -1.0: it must be a number above 0"),
@@ -181,11 +182,34 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
     (("tune", "methods"), {"lora": {"train.rate": [1.0]}}, "unknown key 'rate' in tune.methods.lora: with train.rate 1.0, methods.lora.train"),
     (("domains", "d", "retention"), ["t", "t"], "domains.d.retention names 't' twice"),
     (("tasks", "t", "probe"), 0, "domains.d.probes names 't', but tasks.t.probe is 0"),
+    (("tasks", "t", "rows"), {"jsonl": None}, "tasks.t.rows.jsonl has no `path`"),
+    (("general", "rows"), {"pypi": None}, "general.rows.pypi has no `package`"),
+    (("models", "m", "config"), {1: 2}, "models.m.config: the key 1 is not text: put it in quotes"),
+    (("tasks", "t", "task"), {None: 2}, "tasks.t.task: the key null is not text: put it in quotes"),
+    (("methods", 1), {}, "methods: the key 1 is not text: put it in quotes"),
+    (("tasks", "t", "set"), {"x": [date(2024, 1, 2)]}, "tasks.t.set.x is 2024-01-02, which YAML takes for a date: put it in quotes"),
+    (("domains", "d", "task"), {"metadata": {"x": b"y"}}, "domains.d.task.metadata.x is b'y': write text, a number"),
+    (("title",), "\ud800", "title is '\\ud800': it holds half of a character"),
+    (("grid", "seeds"), [0, 2**63], "grid.seeds is [0, 9223372036854775808]: it must list whole numbers from 0 to 9223372036854775807"),
 ])  # fmt: skip
 def test_what_is_said(path, value, message):
     with pytest.raises(UserError) as refused:
         build(put(path if isinstance(path, tuple) else (path,), value))
     assert str(refused.value).startswith(message), str(refused.value)
+
+
+def test_an_alias_inside_of_its_own_anchor_is_refused_and_one_used_twice_is_not():
+    raw = put(("title",), "x")
+    raw["domains"]["d"]["set"] = raw["tasks"]["t"]["set"] = {"x": {"y": 1}}
+    build(raw)
+    raw["tasks"]["t"]["set"]["x"]["y"] = raw["tasks"]["t"]["set"]
+    with pytest.raises(UserError, match="tasks.t.set.x.y holds itself"):
+        build(raw)
+
+
+def test_choices_may_be_counted_by_their_keys():
+    """lm-eval takes the values of a mapping of choices alone, in their order."""
+    build(put(("tasks", "t", "task"), {"doc_to_choice": {0: "no", 1: "yes"}}))
 
 
 @pytest.mark.parametrize("nothing", ({}, None))
