@@ -15,7 +15,7 @@ from lm_eval.utils import env as jinja_env
 
 from evaluation.shipped import shipped_config
 from experiments.errors import UserError
-from methods.settings import refuse
+from methods.settings import refuse, shown
 
 SPLIT = "test"
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
@@ -82,9 +82,17 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
         if listed is not None and not (isinstance(listed, list) and all(isinstance(entry, dict) and needed in entry for entry in listed)):
             raise UserError(f"task {name}: {key} must be a list of mappings with `{needed}`, such as "
                             + ("[{metric: acc}]" if needed == "metric" else "[{name: first, filter: [{function: take_first}]}]"))
+    for entry in config.get("metric_list") or ():
+        if not isinstance(entry["metric"], str) and not callable(entry["metric"]):
+            raise UserError(f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name, such as {{metric: acc}}")
     for entry in config.get("filter_list") or ():
         if not isinstance(entry.get("name"), str) or not isinstance(entry["filter"], list):
             raise UserError(f"task {name}: every entry of filter_list has a `name` and a list of `filter`")
+    kind = config.get("output_type") or ("multiple_choice" if "doc_to_choice" in config else "generate_until")
+    if kind == "multiple_choice" and config.get("doc_to_choice") is None and not config.get("use_prompt"):
+        raise UserError(f"task {name}: it is a task of choices without `doc_to_choice`: write a column's name, a template or a list of choices")
+    if kind != "loglikelihood_rolling" and "doc_to_text" not in config and not config.get("use_prompt"):
+        raise UserError(f"task {name}: it has no `doc_to_text`: write a column's name or a template, such as 'Q: {{{{question}}}}'")
     if "doc_to_text" in config and not (isinstance(config["doc_to_text"], str | int) or callable(config["doc_to_text"])):
         raise UserError(f"task {name}: doc_to_text is {config['doc_to_text']!r}: write a column's name or a template, such as 'Q: {{{{question}}}}'")
     for key in ("target_delimiter", "fewshot_delimiter", "description"):

@@ -227,11 +227,11 @@ def _inherited(name: str, methods: Mapping[str, Any], seen: tuple[str, ...]) -> 
     """The block with what `like:` takes over from another one; its own settings win."""
     if name in seen:
         raise UserError(f"methods.{name}: `like` goes round in a circle: {' -> '.join((*seen, name))}")
-    block = methods[name] or {}
+    block = {} if methods[name] is None else methods[name]
     refuse(block, dict, where=f"methods.{name}")
     for key, value in block.items():
         if key != "like":
-            refuse(value or {}, dict, where=f"methods.{name}.{key}")
+            refuse({} if value is None else value, dict, where=f"methods.{name}.{key}")
     if "like" not in block:
         return dict(block)
     refuse(block["like"], str, where=f"methods.{name}.like")
