@@ -36,6 +36,8 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     config = deepcopy(config)
     if "class" in config:
         raise UserError(f"task {name}: {task!r} is written in Python, not YAML, and cannot run on local rows")
+    if config.pop("unsafe_code", None):
+        raise UserError(f"task {name}: it runs the programs that a model writes (unsafe_code), and these are never run here: choose another task")
     for key in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
         config.pop(key, None)
     for key in config:
@@ -46,11 +48,14 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     for entry in config.get("metric_list") or ():
         fetched = isinstance(entry.get("metric"), str) and not callable(config.get("process_results")) and entry["metric"] not in metric_registry
         if fetched or entry.get("hf_evaluate"):
-            raise UserError(f"task {name}: {entry.get('metric')!r} in metric_list is none of lm-eval's own metrics "
-                            f"({', '.join(sorted(metric_registry))}), and program code of others is not fetched: choose one of these")  # fmt: skip
+            what = f"{entry.get('metric')!r} in metric_list is " + ("none of lm-eval's own metrics" if fetched else "to be fetched (hf_evaluate: true)")
+            raise UserError(f"task {name}: {what}, and program code of others is not fetched: write a metric_list of lm-eval's own "
+                            f"({', '.join(sorted(metric_registry))}); one of a shipped task is replaced beside `include:`")  # fmt: skip
     if "doc_to_choice" in config:
         config.setdefault("output_type", "multiple_choice")
     shots = (config.get("fewshot_config") or {}) | {"split": None}
+    if (config.get("num_fewshot") or 0) < 0:
+        raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}: it must be 0 or more")
     if config.get("num_fewshot") and not shots.get("samples"):
         raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}, but the rows scored are no examples to "
                         "show: give `fewshot_config: {samples: [...]}`, or num_fewshot 0")

@@ -114,7 +114,7 @@ def max_length(model: Any, tokenizer: Tokenizer = None) -> int:
         if getattr(config, name, None) is not None:
             return int(getattr(config, name))
     length = getattr(tokenizer, "model_max_length", None)
-    return int(length) if length is not None and length < 10**18 else DEFAULT_MAX_LENGTH
+    return int(length) if length is not None and 0 < length < 10**18 else DEFAULT_MAX_LENGTH
 
 
 def shown(text: str, *, end: bool = False) -> str:

@@ -7,6 +7,7 @@ is an index. Numbers among the choices are read as texts.
 """
 
 import functools
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -20,7 +21,7 @@ _EXPRESSION = re.compile(r"\{\{-?((?:(?!\{\{|\}\}).)*?)-?\}\}", re.DOTALL)
 
 
 class Ambiguous(UserError):
-    """A gold answer that names one choice as a text and another one as an index."""
+    """A gold answer that can be read in two ways."""
 
 
 def is_text(template: str, doc: Mapping[str, Any]) -> bool:
@@ -36,6 +37,7 @@ def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, in
     text, value = apply_template(template, doc), _value(template, doc)
     number = isinstance(value, int | np.integer) and not isinstance(value, bool)
     index = int(text) if text.isascii() and text.isdigit() else None
+    text = json.dumps(value) if isinstance(value, bool) and text not in choices else text  # as choices that are truth values are written
     place = choices.index(text) if text in choices else None
     if index is not None and (number or place is None):
         return index
@@ -57,12 +59,22 @@ def _compiled(expression: str) -> Callable[..., Any]:
     return jinja_env.compile_expression(expression, undefined_to_none=False)
 
 
+def refuse_marks(gold: Any, choices: list[str]) -> None:
+    """Refuse a column's list of 0 and 1, or of truth values, as long as the choices: marks of right and wrong would be taken for indices."""
+    if isinstance(gold, list) and (any(isinstance(one, bool) for one in gold)
+                                   or len(gold) == len(choices) > 1 and all(isinstance(one, int) and one in (0, 1) for one in gold)):  # fmt: skip
+        raise Ambiguous(f"the gold answer {gold!r} can be a mark for each of the {len(choices)} choices, right or wrong, and is read as a list of "
+                        "indices: write the index of the right choice (`doc_to_target: \"{{labels.index(1)}}\"`), or a list of the right texts")  # fmt: skip
+
+
 def of_value(gold: Any, given: Any, choices: list[str]) -> Any:
     """The gold of a column or function, where it is a number: an index, or one of the choices `given` as numbers."""
     gold = gold.item() if isinstance(gold, np.generic) else gold
     if isinstance(gold, list):
         return [choices.index(one) if isinstance(one, str) and one in choices else of_value(one, given, choices) for one in gold]
-    if isinstance(gold, bool) or not isinstance(gold, int | float):
+    if isinstance(gold, bool):
+        return _of_truth(gold, choices)
+    if not isinstance(gold, int | float):
         return gold
     values = [choice for choice in given if isinstance(choice, int | float) and not isinstance(choice, bool)]
     place = list(given).index(gold) if gold in values else None
@@ -72,6 +84,18 @@ def of_value(gold: Any, given: Any, choices: list[str]) -> Any:
     if index is not None and 0 <= index < len(choices) and given[index] != gold:
         raise Ambiguous(_both(gold, place=place, index=index, choices=choices))
     return place
+
+
+def _of_truth(gold: bool, choices: list[str]) -> int:
+    """The choice that a truth value is: among true and false the one that says so, otherwise false is the first one and true the second."""
+    words = [choice.strip().casefold() for choice in choices]
+    if words.count("true") == words.count("false") == 1:
+        return words.index(str(gold).casefold())
+    places = [number for number, word in enumerate(words) if word == ("yes" if gold else "no")]
+    if places and places != [int(gold)]:
+        raise Ambiguous(f"the gold answer {gold!r} is choice {int(gold)} of {[choice[:40] for choice in choices]} as an index, and {choices[places[0]]!r} by "
+                        "what it says: write the right choice's text or index in its place")  # fmt: skip
+    return int(gold)
 
 
 def _both(gold: Any, *, place: int, index: int, choices: list[str]) -> str:

@@ -45,6 +45,9 @@ class LocalTask(ConfigurableTask):
         text = nulls.refuse(super().doc_to_text(doc, doc_to_text))
         if isinstance(text, str) or (self.config.doc_to_choice is not None and self._inputs_chosen):
             return text
+        if isinstance(text, list | tuple | Mapping):
+            raise Unfit(f"doc_to_text ({template!r:.60}) gives {str(text)[:60]}, no text: write a template that names what of it is to be asked, such as "
+                        "'{{messages[0].content}}'")  # fmt: skip
         return apply_template(template, doc) if isinstance(template, str) and template not in self.features else str(text)
 
     def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> list[str]:
@@ -79,12 +82,17 @@ class LocalTask(ConfigurableTask):
             if written and (self.OUTPUT_TYPE != "generate_until" or golds.is_text(template, doc)):
                 return apply_template(template, doc)
             found = nulls.refuse(super().doc_to_target(doc, doc_to_target))
+            if isinstance(found, list | tuple | Mapping) and (not found or isinstance(found, Mapping)):
+                kind = "an object" if isinstance(found, Mapping) else "a list without an answer"
+                raise Unfit(f"doc_to_target ({self.config.doc_to_target!r:.60}) gives {str(found)[:60]}, {kind}")
             return found if isinstance(found, str | list) else str(found)
         if written:
             found = golds.of_template(template, doc, self.doc_to_choice(doc), indices=self.OUTPUT_TYPE == "generate_until")
             if found is not None:
                 return found
         found = nulls.refuse(super().doc_to_target(doc, doc_to_target))
+        if isinstance(template, str):
+            golds.refuse_marks(found, self.doc_to_choice(doc))
         return golds.of_value(found, super().doc_to_choice(doc), self.doc_to_choice(doc))
 
     @functools.cached_property

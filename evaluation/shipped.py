@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import os
 import re
 import sys
 from importlib.metadata import requires
@@ -15,6 +16,7 @@ from experiments.errors import UserError
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as `general_text`
+os.environ["HF_EVALUATE_OFFLINE"] = "1"  # before a task's Python imports evaluate, which would fetch program code for its metrics
 # a task's folder almost always begins with the first word of its name; these are looked for where they are
 HOMES = {"boolq": "super_glue", "copa": "super_glue", "social_iqa": "siqa"}
 
@@ -37,10 +39,17 @@ def shipped_config(name: str) -> dict[str, Any]:
     """What the task's YAML file says, with the functions it names, whose files are run. Raises UserError where they cannot be."""
     file = shipped_yaml(name)
     try:
+        if load_yaml(file, resolve_func=False).get("unsafe_code"):
+            raise UserError(f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: choose another task")
         return dict(load_yaml(file))
+    except UserError:
+        raise
     except ImportError as error:
         raise UserError(lacks_package(f"task {name!r}", error)) from error
     except Exception as error:  # the task's own Python is run here, and fails as it likes
+        if "module script" in str(error):  # evaluate's words for program code that is not on this machine
+            raise UserError(f"task {name!r} has a metric that is program code of others, which the library evaluate would fetch and run, and that "
+                            "is not done: choose another task") from error  # fmt: skip
         raise UserError(f"task {name!r} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
                         f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error  # fmt: skip
 

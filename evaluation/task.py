@@ -81,6 +81,7 @@ def check(task: LocalTask) -> list[list[Instance]]:
 
     Returns what lm-eval asks of each row."""
     task.set_fewshot_seed(SEED)
+    _check_examples(task)
     made = []
     for number, doc in enumerate(task.eval_docs, 1):
         with _named(f"task {task.config.task}", task.rows, vars(task.config), row=doc, at=f", {task.place(number)}"):
@@ -90,6 +91,23 @@ def check(task: LocalTask) -> list[list[Instance]]:
             elif task.OUTPUT_TYPE == "loglikelihood" and not made[-1][0].args[1]:
                 raise Unfit(f"the text to score is empty (doc_to_target: {task.config.doc_to_target!r})")
     return made
+
+
+def _check_examples(task: LocalTask) -> None:
+    """Refuse few-shot examples that do not fit the task by their own number: shown before every row, they would fail at the first one."""
+    shots = task.config.fewshot_config
+    if not task.config.num_fewshot or shots is None or shots.process_docs or not isinstance(shots.samples, list):
+        return
+    alike = (shots.doc_to_target, shots.doc_to_choice) == (task.config.doc_to_target, task.config.doc_to_choice)
+    for number, example in enumerate(shots.samples, 1):
+        with _named(f"task {task.config.task}", task.rows, vars(task.config), row=example, at=f", example {number} of fewshot_config.samples"):
+            if not isinstance(example, Mapping):
+                raise Unfit(f"{example!r:.60} is no mapping of columns to values")
+            task.doc_to_text(example, shots.doc_to_text)
+            if task.OUTPUT_TYPE != "multiple_choice":
+                task.doc_to_target(example, shots.doc_to_target)
+            elif alike:
+                gold_index(task, example, f"example {number} of fewshot_config.samples")
 
 
 def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> int:

@@ -121,7 +121,7 @@ def _model(study, model: str) -> None:
     if kind == "path" and (folder / "adapter_config.json").is_file():
         model_folder.config_of(folder, f"models.{model}: {rest}")  # says that it is an adapter
     if kind == "path" and not (folder / "config.json").is_file() and not (study.paths.model(model) / "config.json").is_file():
-        raise UserError(f"models.{model}.source is {block['source']!r}: {rest} is not a model folder (no config.json)")
+        raise UserError(f"models.{model}.source is {block['source']!r}: {model_folder.no_config(folder)}")
     if kind == "pypi":
         try:
             packages.checksum(study.packages, rest.partition("/")[0])

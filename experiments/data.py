@@ -18,6 +18,7 @@ from evaluation.task import LocalTask, make_task, render
 from experiments import packages, rows, splits
 from experiments.chance import WARNING
 from experiments.errors import UserError
+from experiments.jsonl import place
 from experiments.names import unknown
 from experiments.sameness import sameness
 
@@ -93,6 +94,7 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
         test_rows=held_out.rows if held_out else None, **wanted)  # fmt: skip
     folder, trained = out / "train" / domain, _rendered(domain, block, split.train)
     write_rows(folder / "train.jsonl", trained)
+    _one_answer(where, trained)
     for name, asked in ((domain, _rendered(domain, block, split.probe)), ("general", _lines(reader.study.general, reader)["probe"])):
         if asked:  # 0 probe rows are no set, not an empty one
             write_rows(folder / "probe" / f"{name}.jsonl", asked)
@@ -164,6 +166,15 @@ def _two_spaces(where: str, task: LocalTask) -> None:
               "two spaces are asked for; strip the choices, or write `target_delimiter: \"\"` in the task", flush=True)  # fmt: skip
 
 
+def _one_answer(where: str, trained: list[Row]) -> None:
+    """Warn of answers to train on that say nothing: none at all, or the same one to every question."""
+    answers = [row["choices"][row["gold"]].strip() for row in trained]
+    if empty := answers.count(""):
+        print(f"{WARNING}{where}: in {empty} of {len(answers)} training rows the answer has no text: check doc_to_target", flush=True)
+    elif len(answers) > 1 and len(set(answers)) == 1:
+        print(f"{WARNING}{where}: all {len(answers)} training rows have the one answer {answers[0][:60]!r}: check doc_to_target", flush=True)
+
+
 def _rendered(name: str, block: Mapping[str, Any], drawn: list[Row]) -> list[Row]:
     """The rows as lm-eval's task puts them: {"id", "context", "choices", "gold"}."""
     return render(make_task(name, block["task"], drawn, metric=block["metric"])) if drawn else []
@@ -208,6 +219,10 @@ def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
     """General text in three disjoint sets of {"id", "text"}: importance and probe from one half, perplexity the other."""
     block = _GENERAL | dict(block)
     found = reader(block, "rows", where="general")
+    for number, row in enumerate(found.rows, 1):
+        if isinstance(row.get(block["text"]), list | dict):
+            raise UserError(f"general: {place(row, number)}, column {block['text']!r} is no text, but a list or an object: write a template as "
+                            f"`text`, such as \"{{{{{block['text']} | join(' ')}}}}\"")  # fmt: skip
     texts = [rows.text(row, block["text"], where="general").strip() for row in found.rows]
     if limit := block.get("max_words"):
         texts = [" ".join(text.split()[:limit]) if len(text.split()) > limit else text for text in texts]

@@ -46,6 +46,14 @@ def config_of(folder: Path, name: str) -> PreTrainedConfig:
         raise UserError(f"{name}: transformers cannot use its config.json ({shortened(error)})") from error
 
 
+def no_config(folder: Path) -> str:
+    """What to say of a folder without config.json: of the hub's cache it is a folder inside that is meant."""
+    inside = next(iter(sorted(file.parent for file in folder.glob("snapshots/*/config.json"))), None)
+    if inside is None:
+        return f"{folder} is not a model folder (no config.json): give a folder in Hugging Face layout"
+    return f"{folder} is a folder of the hub's cache, and no model folder: give the one inside it, such as {inside}"
+
+
 def refuse_quantised(folder: Path, name: str) -> None:
     """Refuse weights that the folder's config.json says are quantised, by bitsandbytes, GPTQ, AWQ, FP8, MXFP4 or any other method."""
     config = _json(folder / "config.json", name)

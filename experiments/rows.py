@@ -105,7 +105,7 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
 def text(row: dict[str, Any], expression: str, *, where: str) -> str:
     """A column of the row by name, or a Jinja template over it."""
     if "{{" not in expression and expression not in row:
-        raise UserError(f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)})")
+        raise UserError(f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)}): correct the row, or name another column")
     try:
         return str(nulls.refuse(row[expression])) if "{{" not in expression else _JINJA.from_string(expression).render(row)
     except nulls.NullCell as error:

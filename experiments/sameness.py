@@ -10,6 +10,7 @@ import functools
 import re
 import unicodedata
 
+_SIGNED = re.compile(r" [-+]\w")
 # marks of one meaning, each as a keyboard writes it
 _ALIKE = str.maketrans({
     **dict.fromkeys("‘’‚‛′`´ʼ", "'"), **dict.fromkeys("“”„‟″«»", '"'), **dict.fromkeys("‐‑‒–—―−﹘﹣", "-"),
@@ -47,6 +48,8 @@ def _sign(character: str) -> bool:
 
 def _clause(found: re.Match) -> str:
     """Nothing in place of punctuation behind a word; behind an operator it stands for something."""
+    if _SIGNED.match(found.string, found.end()):  # "1, -2" is not "1 - 2"
+        return found[0]
     before = found.string[max(0, found.start() - 2) : found.start()]
     ends = before and (not _sign(before[-1]) or before[-1] in ")]}\"'%") and before[-1] != " "
     return _operators(before, found[0]) if ends else found[0]

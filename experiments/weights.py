@@ -108,10 +108,16 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder."""
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{folder} has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which is never run: choose "
+                            "a model with an ordinary one") from error  # fmt: skip
         raise UserError(f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): fetch tokenizer.json "
                         "and tokenizer_config.json again") from error  # fmt: skip
+    if not isinstance(length := tokenizer.model_max_length, int | float):
+        raise UserError(f"{folder}: model_max_length in tokenizer_config.json is {length!r}: write a number, without quotes")
+    return tokenizer
 
 
 def tensor_sha256(folder: Path) -> str:
@@ -127,7 +133,7 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
     found = getattr(torch, str(dtype), None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+    if found not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise UserError(f"dtype {dtype!r} is no floating-point type of torch: use bfloat16, float16, float32 or float64")
     return found
 
@@ -151,7 +157,7 @@ def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch
 def _from_path(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
     folder = Path(rest).expanduser()
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
-        raise UserError(f"{rest} is not a model folder (no config.json): give a folder in Hugging Face layout")
+        raise UserError(model_folder.no_config(folder))
     return *_from_folder(folder, block, rest), {}
 
 

@@ -68,7 +68,7 @@ def test_choices_that_are_no_list_are_refused(tmp_path):
 def test_several_golds_in_every_row_or_in_none(tmp_path):
     assert golds(tmp_path, "ok", {"choices": ["a", "b"], "ok": ["b", "a"]}, {"choices": ["a", "b"], "ok": ["b"]}) == [1, 1]
     with pytest.raises(UserError, match="line 2 has the gold answer"):
-        golds(tmp_path, "{{ok}}", {"choices": ["a", "b"], "ok": "1"}, {"choices": ["a", "b"], "ok": "[0, 1]"})
+        golds(tmp_path, "{{ok}}", {"choices": ["a", "b"], "ok": "1"}, {"choices": ["a", "b"], "ok": "[1]"})
 
 
 def test_a_question_in_digits_is_a_question(tmp_path):
@@ -114,3 +114,32 @@ def test_null_that_no_template_writes_is_no_matter(tmp_path):
 def test_rows_are_named_where_their_author_finds_them():
     with pytest.raises(UserError, match="task set, book.jsonl line 9: .*text"):
         make_task("set", "lambada_openai", [Row({"text": "A b"}, at="book.jsonl line 7"), Row({"text": None}, at="book.jsonl line 9")], metric="acc")
+
+
+def test_marks_of_right_and_wrong_are_no_indices(tmp_path):
+    for marks in ([0, 1, 0], [False, True, False], [1, 0, 0]):
+        with pytest.raises(UserError, match=r"line 1: the gold answer \[.*\] can be a mark for each of the 3 choices"):
+            golds(tmp_path, "labels", {"choices": ["a", "b", "c"], "labels": marks})
+    assert golds(tmp_path, "{{labels.index(1)}}", {"choices": ["a", "b", "c"], "labels": [0, 1, 0]}) == [1]
+    assert golds(tmp_path, "labels", {"choices": ["a", "b", "c"], "labels": [0, 1]}) == [0]
+
+
+def test_truth_values_are_the_choices_that_say_so(tmp_path):
+    for yes, no in ((True, False), ("True", "False"), ("true", "false")):
+        rows = [{"choices": [yes, no], "answer": True}, {"choices": [yes, no], "answer": False}, {"choices": [no, yes], "answer": True}]
+        assert golds(tmp_path, "answer", *rows) == [0, 1, 1]
+    assert golds(tmp_path, "{{answer}}", {"choices": [True, False], "answer": True}, {"choices": [True, False], "answer": False}) == [0, 1]
+    assert golds(tmp_path, "answer", {"choices": ["No", "Yes"], "answer": True}) == [1]
+    with pytest.raises(UserError, match="line 1: the gold answer True is choice 1 of .* as an index, and 'Yes' by what it says"):
+        golds(tmp_path, "answer", {"choices": ["Yes", "No"], "answer": True})
+
+
+@pytest.mark.parametrize(("columns", "message"), [
+    ({"q": "x", "a": []}, r"line 2: doc_to_target \('a'\) gives \[\], a list without an answer"),
+    ({"q": "x", "a": {"text": "y"}}, r"line 2: doc_to_target \('a'\) gives \{'text': 'y'\}, an object"),
+    ({"q": [{"role": "user", "content": "x"}], "a": ["y"]}, r"line 2: doc_to_text \('q'\) gives \[\{.*, no text"),
+])  # fmt: skip
+def test_lists_and_objects_are_not_written_as_python_would(tmp_path, columns, message):
+    task = {"output_type": "generate_until", "doc_to_text": "q", "doc_to_target": "a", "metric_list": [{"metric": "exact_match"}]}
+    with pytest.raises(UserError, match=message):
+        make_task("set", task, write_rows(tmp_path / "rows.jsonl", [{"q": "1?", "a": ["y"]}, columns]), metric="exact_match")

@@ -141,6 +141,33 @@ def test_few_shot_from_the_scored_rows_is_refused(tmp_path):
         made(tmp_path, SCIQ, {"include": "sciq", "num_fewshot": 2})
 
 
+@pytest.mark.parametrize("example, said", [
+    ({"question": "x", "choices": ["a", "b"], "gold": 2}, "the gold answer 2 is not one of its 2 choices"),
+    ({"question": None, "choices": ["a", "b"], "gold": 0}, "'question' is null"),
+    ("x", "'x' is no mapping of columns to values"),
+])  # fmt: skip
+def test_a_few_shot_example_that_does_not_fit_is_named_and_no_row_is(tmp_path, example, said):
+    good = {"question": "q", "choices": ["a", "b"], "gold": 1}
+    task = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "num_fewshot": 1}
+    with pytest.raises(UserError, match=f"^task set, example 2 of fewshot_config.samples: {said}"):
+        made(tmp_path, [good], task | {"fewshot_config": {"samples": [good, example]}})
+    with pytest.raises(UserError, match="num_fewshot is -1: it must be 0 or more"):
+        made(tmp_path, [good], task | {"num_fewshot": -1})
+
+
+@pytest.mark.parametrize("task", ["humaneval", "mbpp", {"unsafe_code": True, "doc_to_text": "x"}])
+def test_programs_that_a_model_writes_are_not_run(tmp_path, task):
+    with pytest.raises(UserError, match=r"runs the programs that a model writes \(unsafe_code\)"):
+        made(tmp_path, [{"prompt": "x"}], task)
+
+
+def test_program_code_of_metrics_is_not_fetched(tmp_path):
+    with pytest.raises(UserError, match="program code of others, which the library evaluate would fetch"):
+        made(tmp_path, [{"text": "x"}], "mediqa_qa2019", metric="bleu")
+    with pytest.raises(UserError, match=r"'f1' in metric_list is to be fetched \(hf_evaluate: true\)"):
+        made(tmp_path, [{"premise": "x"}], "kobest_copa")
+
+
 def test_bad_files(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         read_rows(tmp_path / "none.jsonl")

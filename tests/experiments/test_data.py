@@ -248,3 +248,21 @@ def test_separators_that_python_splits_lines_at_stay_in_a_text(study, tmp_path):
     kept = [row["text"] for row in read_jsonl(tmp_path / "out/general/importance.jsonl")]
     assert len(kept) == 20 and set(kept) <= set(texts)
     assert plan._general_tokens(SimpleNamespace(paths=SimpleNamespace(data=tmp_path / "out"))) == [plan._tokens(text) for text in kept]
+
+
+def test_answers_to_train_on_that_say_nothing_are_warned_of(study, tmp_path, capsys):
+    task = {"output_type": "generate_until", "doc_to_text": "{{question}}", "metric_list": [{"metric": "exact_match"}]}
+    study.domains["birds"] |= {"metric": "exact_match", "retention": [], "transfer": [], "probes": []}
+    for target, said in ((" ", "in 30 of 30 training rows the answer has no text"), ("bird", "all 30 training rows have the one answer 'bird'")):
+        study.domains["birds"]["task"] = task | {"doc_to_target": target}
+        data.write_data(study, tmp_path / "out")
+        assert f"warning: domains.birds: {said}: check doc_to_target" in capsys.readouterr().out
+
+
+def test_general_text_in_lists_is_refused_by_line(study, tmp_path):
+    Path(study.general["rows"]["jsonl"]).write_text("".join(json.dumps({"passage": [f"Passage {i}", "of two parts."]}) + "\n" for i in range(80)))
+    with pytest.raises(UserError, match=r"passages.jsonl line 1, column 'passage' is no text, but a list or an object"):
+        data.write_data(study, tmp_path / "out")
+    study.general["text"] = "{{passage | join(' ')}}"
+    data.write_data(study, tmp_path / "out")
+    assert lines(tmp_path / "out" / "general" / "importance.jsonl")[0]["text"].endswith(" of two parts.")

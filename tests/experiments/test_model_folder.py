@@ -98,6 +98,10 @@ IN_WEIGHTS = {
                                     "names no files beside it"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "holds no tokenizer that transformers can load"),
     "an empty tokenizer": (content("tokenizer.json", "{}"), "holds no tokenizer"),
+    "a length in quotes": (content("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "512"}'),
+                           "model_max_length in tokenizer_config.json is '512': write a number"),
+    "a tokenizer with code of its own": (content("tokenizer_config.json", '{"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", null]}}'),
+                                         "has a tokenizer that needs code of its own"),
     "a tokenizer's config that is a list": (content("tokenizer_config.json", "[]"), "holds no tokenizer"),
     "generation settings that are a list": (content("generation_config.json", "[]"), "cannot be loaded"),
 }  # fmt: skip
@@ -154,3 +158,10 @@ def test_finite_weights_of_every_dtype_pass():
     refuse_not_finite(every | {"none": torch.empty(0), "whole": torch.tensor([7])}, "the weights", then="no")
     with pytest.raises(UserError, match="the weights: b is damaged, 1 of its 2 values .*, and 1 more tensors hold such: no"):
         refuse_not_finite({"a": torch.ones(2), "b": torch.tensor([1, torch.nan]), "c": torch.tensor(torch.inf)}, "the weights", then="no")
+
+
+def test_the_folder_of_the_hubs_cache_is_told_from_the_one_inside_it(whole, tmp_path):
+    inside = tmp_path / "models--a--b" / "snapshots" / "0123"
+    shutil.copytree(whole, inside)
+    with pytest.raises(UserError, match=f"models--a--b is a folder of the hub's cache, and no model folder: give the one inside it, such as {inside}"):
+        weights.materialise(name="mine", block={"source": f"path:{tmp_path / 'models--a--b'}"}, packages={}, out_dir=tmp_path / "out")
