@@ -187,8 +187,8 @@ def _stage(study, options: argparse.Namespace) -> None:
     if stage == "prepare":
         from experiments.stages import prepare
 
-        if options.seed < 0:
-            raise UserError(f"seed {options.seed}: it must be a whole number from 0")
+        if not 0 <= options.seed < 2**63:
+            raise UserError(f"seed {options.seed}: it must be a whole number from 0 to {2**63 - 1}")
         # a preparation never sees the domain: a failure is recorded with the first cell that needs it
         cell = cells.Cell(options.model, study.grid["domains"][0], options.method, options.seed)
         prepare.main(study, model=options.model, method=options.method, seed=options.seed, cell=cell)

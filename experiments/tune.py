@@ -31,8 +31,11 @@ def main(study, methods: list[str]) -> None:
     grid = study.tune.get("methods") or {}
     methods = methods or [name for name in study.grid["methods"] if family(name) == name]  # blocks of a sweep are trials themselves
     for method in methods:
+        if method in study.methods and method not in grid:
+            raise UserError(f"tune.methods does not name {method}: add its knob with the values to try, such as `{method}: {{train.learning_rate: "
+                            "[1.0e-4, 3.0e-4]}`, or name on the command line the methods to try")  # fmt: skip
         if method not in grid:
-            raise unknown("method", method, grid, where="tune.methods")
+            raise unknown("method", method, study.methods)
     counts = {name: len(_trials(name, knob)) for name, knob in grid.items()}
     if len(set(counts.values())) > 1:
         raise UserError(f"tune.methods: every method gets the same number of trials, but they have {counts}")

@@ -171,6 +171,11 @@ def test_trials_are_refused_where_nothing_judges_them(tmp_path):
         found = study(tmp_path, (path, value), ("tune", {"methods": {"full": {"train.learning_rate": [1e-3]}}}))
         with pytest.raises(UserError, match=f"{name}: trials are judged"):
             tune.main(found, [])
+    found = study(tmp_path)
+    with pytest.raises(UserError, match="tune.methods does not name full: add its knob with the values to try"):
+        tune.main(found, [])
+    with pytest.raises(UserError, match="unknown method 'ful': did you mean 'full'?"):
+        tune.main(found, ["ful"])
 
 
 def test_a_domain_without_retention_tasks_is_a_line(tmp_path):

@@ -52,6 +52,7 @@ def answer(monkeypatch, capsys):
         (("plan", "--study", "dmo"), "unknown study 'dmo': did you mean 'demo'?"),
         (("pipeline", "--study", "demo/"), "--study 'demo/': a name is lower-case letters"),
         (("prepare", "smollm2-135m", "ewc", "--", "-1"), "seed -1: it must be a whole number from 0"),
+        (("prepare", "smollm2-135m", "ewc", str(2**63)), "seed 9223372036854775808: it must be a whole number from 0 to 9223372036854775807"),
     ],
 )  # fmt: skip
 def test_mistakes_exit_2_without_a_traceback(answer, arguments, message):
