@@ -35,25 +35,36 @@ def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtyp
     """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
 
     Weights, their gradients and the logits are not in it. `parts` adapt the model; `fisher`: "adapted" or "whole-model"
-    tensors get a gradient, in evaluation mode. Every block but the first takes the same, so one and two of them are run.
+    tensors get a gradient, in evaluation mode. Where all blocks but the first are alike, one and two of them are run; else all.
     On a `device` that is not the CPU attention is SDPA's alone. Raises Unknown for an architecture that does not run on
     fake tensors.
     """
     run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, fisher, device)
+    blocks = _blocks(shape.build(parts=parts))
+    if blocks and architecture.alike(blocks[1:]):
+        try:
+            one, _ = run(layers=1)
+            two, peak = run(layers=min(len(blocks), 2))
+            return one + (len(blocks) - 1) * (two - one), max(0, peak - two)
+        except Exception:  # some configs cannot be shortened, and a part may adapt the later blocks alone: all of them are run
+            pass
     try:
-        depth = shape.config.num_hidden_layers
-        one, _ = run(layers=1)
-        two, peak = run(layers=min(depth, 2))
-    except UserError:
-        raise
+        whole, peak = run(layers=None)
     except Exception as error:  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
         raise Unknown from error
-    return one + (depth - 1) * (two - one), max(0, peak - two)
+    return whole, max(0, peak - whole)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    try:
+        return [block for _, block in architecture.blocks(model)]
+    except UserError:
+        return []
 
 
 def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows: int, length: int, checkpointing: bool,
-                 packed: bool, fisher: str, device: str, *, layers: int) -> tuple[int, int]:  # fmt: skip
-    """Bytes alive after the forward pass of the first `layers` blocks, and at most in it and in the backward pass."""
+                 packed: bool, fisher: str, device: str, *, layers: int | None) -> tuple[int, int]:  # fmt: skip
+    """Bytes alive after the forward pass of the first `layers` blocks, None for all, and at most in it and in the backward pass."""
     model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
     with FakeTensorMode(), only_sdpa() if device != "cpu" else contextlib.nullcontext():
         _fake(model)

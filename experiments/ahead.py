@@ -138,7 +138,7 @@ def _model(study, model: str) -> None:
     for method in study.grid["methods"]:
         if adapters := memory.adapting(study.methods[method].parts):
             try:
-                shape.build(parts=adapters, layers=1)
+                shape.build(parts=adapters)
             except UserError as error:
                 raise UserError(f"methods.{method}.{error} (model {model})") from error
 

@@ -4,7 +4,7 @@
 (`docs/decisions.md`). Everything here asks transformers for the role or looks at the module's shape.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -112,6 +112,12 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         f"model {type(plain(model)).__name__}: no list of {depth} equal blocks found "
         "(num_hidden_layers of its config)"
     )
+
+
+def alike(blocks: Sequence[nn.Module]) -> bool:
+    """Whether blocks have the same modules, with parameters of the same names and shapes, of which the same are trained."""
+    return len({(tuple(type(m) for m in block.modules()), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
+                for block in blocks}) <= 1  # fmt: skip
 
 
 def _is_stack(modules: nn.ModuleList) -> bool:

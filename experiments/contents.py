@@ -131,5 +131,23 @@ def set_state(value: Any, state: Any) -> None:
         value.bit_generator.state = state
     elif isinstance(value, np.random.RandomState):
         value.set_state(state)
+    elif isinstance(value, torch.optim.Optimizer):
+        _set_optimizer(value, state)
     else:
         value.load_state_dict(state)
+
+
+def _set_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """In the groups and the state that it has: an optimizer that wraps another one holds the same. `load_state_dict` makes new ones,
+    and, where it is torch's own, casts each tensor of the state to its weight's dtype."""
+    groups, held = optimizer.param_groups, optimizer.state
+    optimizer.load_state_dict(state)
+    for group, found in zip(groups, optimizer.param_groups, strict=True):
+        group.update(found)
+    found = dict(optimizer.state)
+    if type(optimizer).load_state_dict is torch.optim.Optimizer.load_state_dict:
+        weights = [weight for group in groups for weight in group["params"]]
+        found = {weights[key] if isinstance(key, int) else key: one for key, one in state["state"].items()}
+    held.clear()
+    held.update(found)
+    vars(optimizer).update({name: one for name, one in (("param_groups", groups), ("state", held)) if name in vars(optimizer)})

@@ -70,14 +70,10 @@ def _whole(model: nn.Module) -> tuple[float, float, float]:
     Where all blocks but the first are alike, those from the third on cost what the third does.
     """
     blocks = [block for _, block in architecture.blocks(model)]
-    if len(blocks) <= 3 or len(set(map(_likeness, blocks[1:]))) > 1:
+    if len(blocks) <= 3 or not architecture.alike(blocks[1:]):
         return _count(model, None)
     two, three = (_count(model, blocks=count) for count in (2, 3))
     return tuple(a + (len(blocks) - 2) * (b - a) for a, b in zip(two, three))
-
-
-def _likeness(block: nn.Module) -> tuple:
-    return tuple(type(m) for m in block.modules()), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters())
 
 
 def _count(model: nn.Module, blocks: int | None) -> tuple[float, float, float]:

@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from experiments import model_folder, random_models
+from experiments import architecture, model_folder, random_models
+from experiments.architecture import base_name
 from experiments.attention import with_sdpa
 from experiments.errors import UserError
 from methods.part import Part
@@ -36,7 +38,7 @@ class Shape:
                 raise UserError(f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
                                 "correct config.json, or `architecture:` and `config:` of the model's block") from error  # fmt: skip
             for part in sorted(parts, key=lambda part: part.key):
-                model = part.adapt(model, seed=0)
+                model = _adapted(model, part)
         for p in model.parameters():
             p.data = p.data.to(dtype)  # an adapter follows its base's dtype on every other device
         return model
@@ -49,6 +51,38 @@ class Shape:
     def positions(self) -> int | None:
         """Tokens of the longest text that the model takes; None where its config names no limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _adapted(model: nn.Module, part: Part) -> nn.Module:
+    """The model as a part adapts it. Raises UserError where peft does not take it, or takes it in a way that is no s·B·A on a matrix."""
+    name = type(architecture.plain(model)).__name__
+    try:
+        model = part.adapt(model, seed=0)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{part.key}: {name} cannot be adapted as this block says: {model_folder.shortened(error)}") from error
+    for path, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        base = module.get_base_layer()
+        if not _is_matrix(base):
+            raise UserError(f"{part.key}: its adapters would stand on {base_name(path)} of {name}, a {type(base).__name__}, which is no plain linear "
+                            "layer: leave out the name that takes it in")  # fmt: skip
+    return model
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer on the meta device gives for rows of its width rows of its other width, as some classes of their own do, too."""
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return False
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    try:
+        found = layer(torch.empty(1, 2, layer.in_features, dtype=layer.weight.dtype, device="meta"))
+    except Exception:  # a router, or several matrices in one
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 2, layer.out_features)
 
 
 def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:

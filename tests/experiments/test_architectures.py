@@ -348,3 +348,32 @@ def test_what_is_not_known_of_an_architecture_keeps_nothing_from_training(monkey
     result = fit(model=model, parts=(), examples=documents(), settings=settings, seed=0, base=base)
     assert result.flops is None and [row["mfu"] for row in result.curve] == [None, None]
     assert all(row["loss"] > 0 for row in result.curve)
+
+
+HYBRID = {"qwen3_5_text": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8},
+          "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32}, "jamba": {"mamba_d_state": 8}}  # fmt: skip
+ERNIE = {"moe_num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
+
+
+@pytest.mark.parametrize("kind", HYBRID)
+def test_adapters_may_stand_in_later_blocks_alone(kind):
+    """Attention begins in the third block or later, and some of these configs cannot be shortened."""
+    shape = Shape(config=CONFIG_MAPPING[kind](**COMMON | {"num_hidden_layers": 8} | HYBRID[kind]))
+    parts = registry.build({"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}})
+    adapted = {name.partition(".self_attn")[0] for name, p in shape.build(parts=parts).named_parameters() if p.requires_grad}
+    assert adapted and not any(name.endswith("layers.0") for name in adapted)
+    asked = {"shape": shape, "parts": parts, "settings": TrainSettings(batch=2, micro_batch=2, length=12, learning_rate=1e-3),
+             "checkpoint_dtype": torch.float32, "compute_dtype": torch.float32, "device_type": "cpu"}  # fmt: skip
+    predicted = memory.predict(phase="train", **asked)
+    assert (predicted["total"] is None) if kind == "jamba" else predicted["total"] > predicted["activations"] > 0
+
+
+@pytest.mark.parametrize(("kind", "changed", "targets", "said"), [
+    ("llama4_text", OTHERS["llama4_text"], ["router"], "lora: its adapters would stand on model.layers.0.feed_forward.router .* a Llama4Router"),
+    ("ernie4_5_moe", ERNIE, ["gate_proj"], "lora: Ernie4_5_MoeForCausalLM cannot be adapted as this block says: .*gate_proj"),
+    ("ernie4_5_moe", ERNIE, ["gate_proj", "up_proj"], "lora: its adapters would stand on model.layers.1.mlp.experts .* a Ernie4_5_MoeExperts"),
+    ("mamba", OTHERS["mamba"], ["out_proj"], "lora: MambaForCausalLM cannot be adapted as this block says: .*'out_proj' is incompatible"),
+])  # fmt: skip
+def test_layers_that_are_no_plain_matrix_are_refused_by_name(kind, changed, targets, said):
+    with pytest.raises(UserError, match=said):
+        Shape(config=CONFIG_MAPPING[kind](**COMMON | changed)).build(parts=registry.build({"lora": {"rank": 2, "targets": targets}}))

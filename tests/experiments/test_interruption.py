@@ -290,6 +290,26 @@ class Mixed(torch.optim.Optimizer):
         self.slow = [self.total, *self.slow[:2]]
 
 
+class Around(torch.optim.Optimizer):
+    """Steps by another optimizer, whose groups are its own, and draws the weights back every other step."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, {"lr": lr})
+        self.inner = torch.optim.AdamW(params, lr=lr)
+        self.param_groups, self.steps, self.slow = self.inner.param_groups, 0, [p.detach().clone() for p in params]
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.inner.step()
+        self.steps += 1
+        for p, slow in zip(self.param_groups[0]["params"], self.slow):
+            state = self.inner.state[p]
+            state["kept"] = state.get("kept", torch.zeros_like(p, dtype=torch.bfloat16)) * 0.9 + p.grad.bfloat16()
+            p.sub_(state["kept"], alpha=self.param_groups[0]["lr"])
+            if self.steps % 2 == 0:
+                p.copy_(slow.lerp_(p, 0.5))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Brings(Part):
     key = "brings"
@@ -300,7 +320,7 @@ class Brings(Part):
         if self.kind == "own tensor":
             given.append(torch.ones(3, requires_grad=True))
         return {
-            "mixed": Mixed, "plain": torch.optim.SGD, "own tensor": torch.optim.Adam, "adadelta": torch.optim.Adadelta, "nadam": torch.optim.NAdam,
+            "mixed": Mixed, "around": Around, "plain": torch.optim.SGD, "own tensor": torch.optim.Adam, "adadelta": torch.optim.Adadelta, "nadam": torch.optim.NAdam,
             "momentum": lambda given, lr: torch.optim.SGD(given, lr=lr, momentum=0.9, nesterov=True), "rprop": torch.optim.Rprop,
             "asgd": torch.optim.ASGD, "adafactor": torch.optim.Adafactor, "amsgrad": lambda given, lr: torch.optim.Adam(given, lr=lr, amsgrad=True),
         }[self.kind](given, lr=learning_rate)  # fmt: skip
@@ -317,7 +337,7 @@ class Brings(Part):
         return {"own": state["own"].tolist()} if "own" in state else {}
 
 
-@pytest.mark.parametrize("kind", ["mixed", "own tensor", pytest.param("every other", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("kind", ["mixed", "around", "own tensor", pytest.param("every other", marks=pytest.mark.thorough)])
 def test_whatever_an_optimizer_holds_is_kept(tmp_path, kind):
     for kind in [kind] if kind != "every other" else ["plain", "momentum", "adadelta", "nadam", "rprop", "asgd", "adafactor", "amsgrad"]:
         whole = run([Brings(kind=kind)])
