@@ -25,6 +25,7 @@ FORMS: dict[str, Any] = {
     "output_type": Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "multiple_choice"], "repeats": int,
     "should_decontaminate": bool, "gen_prefix": str, "use_prompt": str, "metadata": dict,
 }  # fmt: skip
+LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
 
@@ -45,6 +46,7 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(key, TASK_KEYS, n=1)
             raise UserError(f"task {name}: unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     _refuse_forms(name, config)
+    _refuse_generation(name, config.get("generation_kwargs") or {})
     for entry in config.get("metric_list") or ():
         fetched = isinstance(entry.get("metric"), str) and not callable(config.get("process_results")) and entry["metric"] not in metric_registry
         if fetched or entry.get("hf_evaluate"):
@@ -110,6 +112,26 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
                 jinja_env.from_string(template)
             except jinja2.TemplateError as error:
                 raise UserError(f"task {name}: {key} {template[:60]!r} is no template that can be read: {error}") from error
+
+
+def _refuse_generation(name: str, settings: Mapping[str, Any]) -> None:
+    """Refuse what would make two runs on equal weights write different answers, and settings nobody would follow."""
+    for key, value in settings.items():
+        if key in ("temperature", "do_sample"):
+            if value:
+                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}, but answers are written greedily, so that "
+                                "equal weights score equally: set `do_sample: false` and leave temperature out")  # fmt: skip
+        elif key in LENGTHS:
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}: it must be a whole number of tokens, 1 or more")
+        elif key == "until":
+            stops = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(isinstance(stop, str) and stop for stop in stops):
+                raise UserError(f"task {name}: generation_kwargs.until is {value!r}: it must be a text, or a list of texts, at which an answer ends, "
+                                "and none of them empty")  # fmt: skip
+        else:
+            raise UserError(f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): "
+                            "leave it out")  # fmt: skip
 
 
 def columns_asked(config: Mapping[str, Any]) -> set[str]:

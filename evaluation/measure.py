@@ -141,7 +141,11 @@ def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str
         for one in asked:
             one.resps = [_answer(task, one, number, len(asked))]
     for ensemble in task._filters:
-        ensemble.apply([one for asked in instances for one in asked])
+        try:
+            ensemble.apply([one for asked in instances for one in asked])
+        except Exception as error:  # a setting of a filter that it cannot work by
+            raise UserError(f"task {task.config.task}: filter {ensemble.name!r} of filter_list cannot work on answers "
+                            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct its settings") from error  # fmt: skip
     passed: dict[tuple[str, str], list[Any]] = {}
     for ensemble in task._filters:
         for number, asked in enumerate(instances, 1):

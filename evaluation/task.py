@@ -28,7 +28,6 @@ from experiments.jsonl import Row, place
 __all__ = ["LocalTask", "check", "doc_hash", "gold_index", "make_task", "quiet", "read_rows", "render"]
 
 SEED = 1234  # of the draw of few-shot examples: lm-eval's own default
-LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -70,7 +69,8 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
     if metric.partition(",")[2] not in ("", *filters):
         raise UserError(f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them")
     if made.OUTPUT_TYPE == "generate_until":
-        _greedy(made)
+        if made.config.repeats != 1:
+            raise UserError(f"task {name}: repeats is {made.config.repeats}, but greedy answers are all the same: set `repeats: 1`")
     asked = check(made)
     made.measure = None if perplexity else measured(made, metric, asked)
     return made
@@ -152,21 +152,6 @@ def _solution(task: LocalTask, doc: Mapping[str, Any]) -> str:
     if prefix := task.doc_to_prefix(doc):  # as lm-eval joins them in a few-shot example
         return target if prefix[-1].isspace() or target[:1].isspace() else f" {target}"
     return f"{task.config.target_delimiter}{target}"
-
-
-def _greedy(task: LocalTask) -> None:
-    """Refuse what would make two runs on equal weights write different answers, and settings nobody would follow."""
-    name, settings = task.config.task, task.config.generation_kwargs or {}
-    for key, value in settings.items():
-        if key in ("temperature", "do_sample"):
-            if value:
-                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}, but answers are written greedily, so that "
-                                "equal weights score equally: set `do_sample: false` and leave temperature out")  # fmt: skip
-        elif key not in ("until", *LENGTHS):
-            raise UserError(f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): "
-                            "leave it out")  # fmt: skip
-    if task.config.repeats != 1:
-        raise UserError(f"task {name}: repeats is {task.config.repeats}, but greedy answers are all the same: set `repeats: 1`")
 
 
 def doc_hash(doc: Mapping[str, Any]) -> str:
