@@ -170,7 +170,9 @@ def _not_a_benchmark(record) -> str:
 
 def _read_csv(path: Path) -> pd.DataFrame:
     try:
-        return pd.read_csv(path)
+        columns = pd.read_csv(path, nrows=0).columns
+        # by itself pandas takes a task called `nan` or `null` for a missing one, and numbers in place of names for numbers
+        return pd.read_csv(path, dtype={"task": str}, keep_default_na=False, na_values={name: ["", "nan"] for name in columns if name != "task"})
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again") from error
 

@@ -107,3 +107,14 @@ def test_cells_may_be_objects_with_a_name(tmp_path):
 
     write_results(tmp_path, methods=("full",))
     assert len(load_cells(tmp_path, [Cell("smollm2-135m", "science", "full", 0)]).cells) == 1
+
+
+def test_a_task_may_be_called_like_a_missing_value_or_a_number(tmp_path):
+    write_results(tmp_path, methods=("full",), seeds=(0,))
+    (file,) = tmp_path.glob("runs/*/*/full/seed0/items.csv.gz")
+    head, *rows = gzip.decompress(file.read_bytes()).decode().splitlines()
+    for name in ("null", "nan", "01", "1e3", "true"):
+        renamed = [f"{name},{row.partition(',')[2]}" for row in rows]
+        file.write_bytes(gzip.compress("\n".join([head, *renamed]).encode()))
+        items = load_cells(tmp_path, [f"{'/'.join(file.parts[-5:-3])}/full/seed0"]).items
+        assert set(items["task"]) == {name} and len(items) == len(rows) and items["score"].notna().all()
