@@ -1,8 +1,9 @@
 """The language models lm-eval asks: its own HFLM, and HFLM with our scorer and our generation in place of its forward passes."""
 
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ class QuietLM(_Encoding):
         if self.tokenizer.eos_token_id is None:
             raise UserError(f"task {requests[0].task_name}: lm-eval's HFLM writes answers only with a tokenizer that has an EOS token: name "
                             "`eos_token` in tokenizer_config.json, or score with `scorer: shared-prefix`")  # fmt: skip
-        return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
+        if empty := [request for request in requests if not self.tok_encode(request.args[0])]:
+            raise UserError(f"{_row(empty[0])}: lm-eval's HFLM writes nothing behind a prompt without a token: give it some text, or score with "
+                            "`scorer: shared-prefix`")  # fmt: skip
+        with _numbers(self.model, requests[0].task_name):
+            return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, override_bs: int | None = None):
         # HFLM shows a bar for each batch of windows
@@ -135,14 +140,15 @@ class SharedPrefixLM(_Encoding):
             generate.Prompt(ids=tuple(self.tok_encode(request.args[0]) or [self._prefix(request)]), until=tuple(kwargs["until"]), tokens=kwargs["max_gen_toks"])
             for request, kwargs in zip(requests, asked)
         ]
-        return generate.texts(
-            model=self.model,
-            tokenizer=self.tokenizer,
-            prompts=prompts,
-            max_length=self.max_length,
-            batch_size=self.batch_size,
-            description="writing answers",
-        )
+        with _numbers(self.model, requests[0].task_name):
+            return generate.texts(
+                model=self.model,
+                tokenizer=self.tokenizer,
+                prompts=prompts,
+                max_length=self.max_length,
+                batch_size=self.batch_size,
+                description="writing answers",
+            )
 
     def _prefix(self, request: Any) -> int:
         if self.prefix_token_id is None:
@@ -162,6 +168,22 @@ class SharedPrefixLM(_Encoding):
 def _row(request: Any) -> str:
     """What a request asks of, as a message names it; lm-eval counts documents from 0."""
     return f"task {request.task_name}, row {request.doc_id + 1} of those scored"
+
+
+@contextlib.contextmanager
+def _numbers(model: torch.nn.Module, task: str) -> Iterator[None]:
+    """Refuse logits that are no numbers: an answer would be written by them all the same, and be wrong."""
+
+    def look(_: torch.nn.Module, __: Any, output: Any) -> None:
+        if output.logits[:, -1].isnan().any():
+            raise UserError(f"task {task}: the model's logits are NaN: its activations overflow in this dtype, or its weights are damaged; state "
+                            "compute_dtype: float32 or bfloat16 in the model's block")  # fmt: skip
+
+    hook = model.register_forward_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:

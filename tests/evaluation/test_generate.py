@@ -198,6 +198,22 @@ def test_answers_longer_than_the_model_are_refused(scorer, byte_tokenizer, tiny_
         asked.generate_until(requests(["x"], until=[], max_gen_toks=512))
 
 
+@pytest.mark.parametrize("scorer", lm.SCORERS)
+def test_answers_are_not_written_by_logits_that_are_no_numbers(scorer, byte_tokenizer):
+    model = build("llama", seed=0)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    asked, _ = lm.build(model, byte_tokenizer, scorer=scorer, batch_size=2)
+    with pytest.raises(UserError, match="task math: the model's logits are NaN"):
+        asked.generate_until(requests(["x"], until=[], max_gen_toks=4))
+
+
+def test_lm_evals_own_scorer_is_not_asked_to_write_behind_nothing(byte_tokenizer, tiny_llama):
+    asked, _ = lm.build(tiny_llama, byte_tokenizer, scorer="hflm", batch_size=2)
+    with pytest.raises(UserError, match="task math, row 1 of those scored: lm-eval's HFLM writes nothing behind a prompt without a token"):
+        asked.generate_until(requests([""], until=[], max_gen_toks=4))
+
+
 def test_both_ends_of_text_count(byte_tokenizer, tiny_llama):
     tiny_llama.generation_config.eos_token_id = [10, EOS_ID]
     assert generate.ends_of_text(tiny_llama, byte_tokenizer) == [10, EOS_ID]
