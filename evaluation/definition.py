@@ -92,6 +92,8 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
     for entry in config.get("metric_list") or ():
         if not isinstance(entry["metric"], str) and not callable(entry["metric"]):
             raise UserError(f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name, such as {{metric: acc}}")
+        if "higher_is_better" in entry:
+            refuse(entry["higher_is_better"], bool | None, where=f"task {name}: higher_is_better of {entry['metric']} in metric_list")
     for entry in config.get("filter_list") or ():
         if not isinstance(entry.get("name"), str) or not isinstance(entry["filter"], list):
             raise UserError(f"task {name}: every entry of filter_list has a `name` and a list of `filter`")

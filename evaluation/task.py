@@ -242,7 +242,7 @@ def _named(
         raise UserError(lacks_package(task.partition(",")[0], error)) from error
     except KeyError as error:
         if not re.fullmatch(r"[\w.-]+", str(error.args[0] if error.args else "")):  # no column's name: lm-eval's own words
-            raise UserError(f"{task}: lm-eval cannot make the task ({str(error.args[0] if error.args else error)[:300]})") from error
+            raise UserError(f"{task}: lm-eval cannot make the task ({' '.join(str(error.args[0] if error.args else error).split())[:300]})") from error
         raise UserError(f"{task}: no column {error} (columns: {_columns(rows)}): rename it in `columns:`") from error
     except Exception as error:  # templates, and functions of lm-eval that process rows, fail in any way on rows that do not fit
         # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
@@ -253,7 +253,7 @@ def _named(
         if row and any(nulls.is_null(row.get(column)) for column in columns_read(config) & row.keys()):
             raise UserError(f"{what}: {nulls.told(row, columns_read(config))}") from error
         which = "a row does" if only else "the rows do"
-        raise UserError(f"{task}: {which} not fit the task ({type(error).__name__}: {str(error)[:300]}): correct the rows or the task") from error
+        raise UserError(f"{task}: {which} not fit the task ({type(error).__name__}: {' '.join(str(error).split())[:300]}): correct the rows or the task") from error
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

@@ -59,6 +59,8 @@ def rows(path, content):
     ([("domains/sums/task/num_fewshot", "3")], "domains.sums.task: task sums: num_fewshot is '3': it must be a whole number; write 3 without quotes"),
     ([("domains/sums/task/fewshot_config", 3)], "task sums: fewshot_config is 3: it must be a mapping"),
     ([("domains/sums/task/metric_list", [{"metric": 1}])], "domains.sums.task: task sums: metric_list names 1: write a metric's name"),
+    ([("domains/sums/task/metric_list", [{"metric": "acc", "higher_is_better": "yes"}])], "higher_is_better of acc in metric_list is 'yes': it must be true or false"),
+    ([("domains/sums/task/filter_list", [{"name": "a", "filter": [{"function": "nope"}]}])], "Unknown filter 'nope'. Available: "),
     ([("domains/sums/task/doc_to_choice", None)], "domains.sums.task: task sums: it is a task of choices without `doc_to_choice`"),
     ([("domains/sums/task", {})], "domains.sums.task: task sums: it has no `doc_to_text`"),
     ([("domains/sums/task/include", 3)], "task sums: include is 3: it must be text"),
