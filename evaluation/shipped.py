@@ -94,6 +94,7 @@ def _not_shipped(name: str) -> str:
         own = sorted(task for task in tasks if task.startswith(f"{name}_")) or sorted(members & tasks)
         such = f", such as {', '.join(own[:3])}" if own else ""
         return f"task {name!r} is a group of lm-eval's tasks, not one task: give each of its tasks a block of its own{such}"
-    near = difflib.get_close_matches(name, sorted(tasks), n=3)
+    alike = sorted(task for task in tasks if task.lower() == name.lower())  # `SciQ`
+    near = alike or difflib.get_close_matches(name, sorted(tasks), n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "check the name in lm-eval's list of tasks"
     return f"task {name!r} is not shipped with lm-eval: {hint}"

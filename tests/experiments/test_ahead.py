@@ -45,6 +45,7 @@ def rows(path, content):
     ([("general/rows", {"pypi": {"package": "a==1", "path": "x"}})], "general.rows.pypi: package 'a==1' has no checksum"),
     ([("general/rows", {"pypi": {"package": "a==1"}})], "general.rows.pypi has neither `path` nor `requests`"),
     ([("tasks/colours/task", "sciqq")], "tasks.colours.task: "),
+    ([("tasks/colours/task", "SciQ")], "tasks.colours.task: task 'SciQ' is not shipped with lm-eval: did you mean 'sciq'?"),
     ([("tasks/colours/task/doc_to_txt", "x")], "tasks.colours.task: "),
     ([("domains/sums/metric", "accuracy")], "metric 'accuracy' is not one of its metrics"),
     ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
