@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from experiments.errors import UserError
+from methods.errors import UserError
 
 BLOCKS = ("scores_by_task", "forgetting_by_task", "transfer_by_task", "n", "scoring", "parts")
 TEXTS = ("model", "domain", "method", "dtype", "base_sha256", "weights_sha256")

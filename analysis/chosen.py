@@ -9,9 +9,9 @@ they do not enter a choice, and the objective is written here without them: doma
 import pandas as pd
 
 from analysis.load import Loaded
-from experiments.families import families
+from analysis.families import families
 
-EQUAL = 0.005  # half a point, as in experiments/tune.py
+EQUAL = 0.005  # half a point, as in experiments/commands/tune.py
 PREFIX = "probe_"
 COLUMNS = ["family", "method", "seeds", "domain_probe", "retention_probe", "perplexity_probe", "objective", "chosen"]
 

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from analysis import costs
+from analysis.sections import costs
 from analysis.chosen import reported
 from analysis.comparable import guarded
-from analysis.figures import write_figures
+from analysis.report.figures import write_figures
 from analysis.load import load_cells
-from analysis.permutation import all_tests
-from analysis.report import write_report
-from analysis.tables import as_csv, as_markdown, as_text, comparison
+from analysis.statistics.permutation import all_tests
+from analysis.report.page import write_report
+from analysis.sections.tables import as_csv, as_markdown, as_text, comparison
 
 
 def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, title: str, planned=None, archive=None) -> str:

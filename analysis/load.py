@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import checked
-from experiments.errors import UserError
-from experiments.files import read_json
+from methods.errors import UserError
+from methods.tools.files import read_json
 
 UNBEGUN = "has not been run"
 
@@ -198,3 +198,8 @@ def _how_far(root: Path, name: str) -> str:
     if (run / "train.json").exists():
         return "trained, but not scored yet"
     return UNBEGUN
+
+
+def retention_tasks(cell: pd.Series) -> list[str]:
+    """The tasks that count in `forgetting`: retention tasks whose base is above chance."""
+    return [task for task in cell["forgetting_by_task"] if task not in cell["at_chance"]]

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 import pandas as pd  # noqa: E402
 
 from analysis import numbers  # noqa: E402
-from experiments.families import families, family  # noqa: E402
+from analysis.families import families, family  # noqa: E402
 
 MANY = 10  # methods beyond which the blocks of a sweep go without a name
 WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page

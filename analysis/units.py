@@ -32,7 +32,7 @@ def metric_of(cell: pd.Series, task: str) -> str:
 
 
 def step(unit: str) -> float:
-    """How far the number of one row moves when its answer turns, see `analysis.crossed`; 0 where answers are not right or wrong."""
+    """How far the number of one row moves when its answer turns, see `analysis.statistics.crossed`; 0 where answers are not right or wrong."""
     return 1.0 if unit == SHARE else 0.0
 
 

@@ -14,7 +14,7 @@ from lm_eval.config.task import TaskConfig
 from lm_eval.utils import env as jinja_env
 
 from evaluation.shipped import shipped_config
-from experiments.errors import UserError
+from methods.errors import UserError
 from methods.settings import refuse, shown
 
 SPLIT = "test"

@@ -10,7 +10,7 @@ and a tokenizer without BOS and EOS is used without a prefix, where HFLM stops w
 from collections.abc import Iterator
 from typing import Any
 
-from experiments.errors import UserError
+from methods.errors import UserError
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase
 DEFAULT_MAX_LENGTH = 2048  # where neither the config nor the tokenizer names a length

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from lm_eval.utils import apply_template, env as jinja_env
 
-from experiments.errors import UserError
+from methods.errors import UserError
 
 _EXPRESSION = re.compile(r"\{\{-?((?:(?!\{\{|\}\}).)*?)-?\}\}", re.DOTALL)
 

@@ -21,8 +21,8 @@ from evaluation import SCORING, lm as models, versions
 from evaluation.encode import encode_rolling
 from evaluation.preserve import preserved
 from evaluation.task import SEED, LocalTask, check, gold_index, make_task, quiet, render
-from experiments.errors import UserError
-from experiments.files import AGAIN, read_json
+from methods.errors import UserError
+from methods.tools.files import AGAIN, read_json
 
 __all__ = ["check", "load_tasks", "make_task", "render", "save", "score"]
 

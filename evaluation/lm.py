@@ -13,7 +13,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from evaluation import SCORING, encode, generate, shared_prefix
 from evaluation.kept import KeptTokens
-from experiments.errors import UserError
+from methods.errors import UserError
 
 SCORERS = ("shared-prefix", "hflm")
 TOKENS_PER_BATCH_SIZE = shared_prefix.TOKENS // 16  # batch_size 16 stands for the default budget of tokens

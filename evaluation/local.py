@@ -14,7 +14,7 @@ from lm_eval.utils import apply_template, env as jinja_env
 
 from evaluation import gold as golds, measure, nulls
 from evaluation.definition import SPLIT
-from experiments.jsonl import Row, place
+from methods.tools.jsonl import Row, place
 
 # lm-eval compiles a template again at every use: most of the time that scoring spends outside the model
 if not hasattr(jinja_env.from_string, "cache_info"):

@@ -20,7 +20,7 @@ from lm_eval.api import metrics
 from lm_eval.api.registry import higher_is_better_registry
 
 from evaluation.shipped import lacks_package
-from experiments.errors import UserError
+from methods.errors import UserError
 
 SHARE, NATS = "share", "nats"
 RESAMPLES = 200  # a standard error from so many is within 10 % in 19 of 20 cases (Efron and Tibshirani 1993, ch. 6)

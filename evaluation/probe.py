@@ -15,9 +15,9 @@ import torch
 
 from evaluation import encode, shared_prefix
 from evaluation.preserve import preserved
-from experiments.errors import UserError
-from experiments.jsonl import Row
-from experiments.stages.rows import read_jsonl
+from methods.errors import UserError
+from methods.tools.jsonl import Row
+from evaluation.rendered import read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)

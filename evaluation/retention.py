@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from evaluation.measure import SHARE
-from experiments.errors import UserError
+from methods.errors import UserError
 
 Z = 1.6448536269514722  # Φ(z) = 0.95
 Z_BOTH = 1.959963984540054  # Φ(z) = 0.975

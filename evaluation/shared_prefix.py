@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.architecture import backbone, logits_of, plain
-from experiments.errors import UserError
+from methods.tools.architecture import backbone, logits_of, plain
+from methods.errors import UserError
 
 Request = tuple[Sequence[int], Sequence[int]]  # context ids, continuation ids; neither empty
 

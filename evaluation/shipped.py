@@ -12,7 +12,7 @@ from typing import Any
 import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from experiments.errors import UserError
+from methods.errors import UserError
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as `general_text`

@@ -21,9 +21,9 @@ from evaluation.definition import columns_asked, columns_read, config_of
 from evaluation.local import LocalTask, Unfit, filled, quiet
 from evaluation.measure import measured
 from evaluation.shipped import lacks_package
-from experiments import jsonl
-from experiments.errors import UserError
-from experiments.jsonl import Row, place
+from methods.tools import jsonl
+from methods.errors import UserError
+from methods.tools.jsonl import Row, place
 
 __all__ = ["LocalTask", "check", "doc_hash", "gold_index", "make_task", "quiet", "read_rows", "render"]
 

@@ -13,10 +13,11 @@ if sys.version_info < (3, 11):  # before what an older Python cannot read is imp
     sys.exit("error: this is Python %d.%d, and Python 3.11 is needed: enter the project's environment with `source .venv/bin/activate`, "
              "or use `make`, which does" % sys.version_info[:2])  # fmt: skip
 
-from experiments import allocator, environment
-from experiments.advice import of_study
+from experiments.training import allocator
+from experiments.study import environment
+from experiments.study.advice import of_study
 from experiments.bench import command as bench
-from experiments.errors import UserError
+from methods.errors import UserError, lacks
 from experiments.gpu_check.options import add_options
 
 # what a disk answers, and no fault of ours
@@ -116,7 +117,7 @@ def run(options: argparse.Namespace) -> int:
     environment.at_root()
     if options.command == "bench":
         return bench.main(options)
-    from experiments import config
+    from experiments.study import config
 
     study = config.load(getattr(options, "study", ""))
     if study.archive and options.command not in READING:
@@ -128,40 +129,42 @@ def run(options: argparse.Namespace) -> int:
     if options.command in STAGES:
         _stage(study, options)
     elif options.command == "export":
-        from experiments import cells, export
+        from experiments.study import cells
+        from experiments.commands import export
 
         export.main(study, cells.parse(options.cell, study), options.folder)
     elif options.command == "plan":
-        from experiments import plan
+        from experiments.commands import plan
 
         plan.main(study, as_json=options.json, patterns=options.patterns)
     elif options.command == "flips":
-        from experiments import flips
+        from experiments.commands import flips
 
         flips.main(study, patterns=options.patterns, top=options.top)
     elif options.command == "tune":
-        from experiments import tune
+        from experiments.commands import tune
 
         tune.main(study, options.methods)
     elif options.command == "sweep":
-        from experiments import sweep
+        from experiments.commands import sweep
 
         sweep.main(study, method=options.method, knob=options.knob, values=options.values, points=options.points, linear=options.linear)
     elif options.command == "gate":
-        from experiments import gate
+        from experiments.commands import gate
 
         return gate.main(study, patterns=options.patterns, max_forgetting=options.max_forgetting, min_gain=options.min_gain,
                          confidence=options.confidence)  # fmt: skip
     elif options.command == "relock":
-        from experiments import relock
+        from experiments.commands import relock
 
         relock.main(study, show=options.show)
     elif options.command == "track":
-        from experiments import tracking
+        from experiments.commands import tracking
 
         tracking.main(study)
     else:
-        from experiments import clean, pipeline, summary
+        from experiments.commands import clean, summary
+        from experiments.study import pipeline
 
         {"pipeline": pipeline.main, "summary": summary.main, "clean-cells": clean.main}[options.command](study)
     return 0
@@ -170,8 +173,8 @@ def run(options: argparse.Namespace) -> int:
 def _stage(study, options: argparse.Namespace) -> None:
     from importlib import import_module
 
-    from experiments import cells, stale
-    from experiments.names import unknown
+    from experiments.study import cells, stale
+    from methods.tools.names import unknown
 
     stage = options.command
     if stage in ("train", "evaluate", "collect", "drift"):
@@ -214,7 +217,7 @@ def main() -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OURS:
             raise
-        print(f"error: {environment.lacks(error)}", file=sys.stderr)
+        print(f"error: {lacks(error)}", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in REFUSED:
@@ -222,7 +225,7 @@ def main() -> int:
         print(f"error: {error.filename or 'what was to be written'}: {error.strerror.lower()}; correct the path, make it writable or free some disk, and run the same again", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        from experiments.failures import out_of_memory
+        from experiments.study.failures import out_of_memory
 
         if not out_of_memory(error):
             raise

@@ -5,8 +5,7 @@ python -m methods docs        write the settings tables into docs/methods/*.md
 import sys
 import textwrap
 
-from experiments import environment
-from experiments.errors import UserError
+from methods.errors import UserError, lacks
 
 
 def main(arguments: list[str]) -> int:
@@ -27,7 +26,7 @@ def main(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in ("experiments", "methods"):
             raise
-        print(f"error: {environment.lacks(error)}", file=sys.stderr)
+        print(f"error: {lacks(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -2,7 +2,7 @@
 
     penalty = strength/2 · Σ_i F_i (θ_i − θ₀,i)²        gradient strength · F ⊙ (θ − θ₀)
 
-F is the diagonal Fisher of the base model on general text (methods/fisher.py), in units of nats² a document; the
+F is the diagonal Fisher of the base model on general text (methods/tools/fisher.py), in units of nats² a document; the
 penalty is added in closed form once an optimizer step, after accumulation and before clipping. With LoRA θ − θ₀ is
 s·B·A. The page docs/methods/ewc.md says what published baselines do differently.
 """
@@ -16,14 +16,14 @@ from typing import Literal
 
 import torch
 
-from experiments.architecture import base_name
-from experiments.errors import UserError
-from experiments.sharding import Shards
-from methods.effective import Full, adapted_names, anchored, base_parameters, effective_weights
-from methods.fisher import by_length, diagonal_fisher
-from methods.importance import encode, placed
+from methods.tools.architecture import base_name
+from methods.errors import UserError
+from methods.tools.process_group import Shards
+from methods.tools.effective import Full, adapted_names, anchored, base_parameters, effective_weights
+from methods.tools.fisher import by_length, diagonal_fisher
+from methods.tools.importance import encode, placed
 from methods.part import Part, Prepared, cut, register, setting
-from methods.stored import refuse_thin_floats, thin
+from methods.tools.stored import refuse_thin_floats, thin
 
 __all__ = ["EWC", "diagonal_fisher"]
 
@@ -36,7 +36,7 @@ __all__ = ["EWC", "diagonal_fisher"]
 )
 @dataclass(frozen=True, kw_only=True)
 class EWC(Part):
-    shares = ("methods.effective", "methods.fisher", "methods.importance", "methods.per_example", "methods.stored")
+    shares = ("methods.tools.effective", "methods.tools.fisher", "methods.tools.importance", "methods.tools.per_example", "methods.tools.stored")
 
     strength: float = setting(1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token")
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over")

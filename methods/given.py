@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments import model_folder
-from experiments.errors import UserError
+from methods.tools import model_folder
+from methods.errors import UserError
 from methods.part import Part, register, setting
 
 

@@ -1,6 +1,6 @@
 """Hierarchical importance regularisation (Song et al. 2025, arXiv 2501.13669).
 
-A short training phase on general text finds θ* and Ω (methods/path_integral.py); the domain phase starts from θ* with
+A short training phase on general text finds θ* and Ω (methods/tools/path_integral.py); the domain phase starts from θ* with
 
     penalty = φ · Σ_l c_l Σ_i Ω_i (θ_i − θ*_i)²          c = L·softmax(‖Ω_l‖ / temperature)
 
@@ -17,15 +17,15 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from experiments.architecture import group_of
-from experiments.errors import UserError
-from methods.carry import carried, restore_state
-from experiments.sharding import Shards
-from methods.effective import Full, anchored, effective_weights
-from methods.importance import encode, placed, totals
+from methods.tools.architecture import group_of
+from methods.errors import UserError
+from methods.tools.carry import carried, restore_state
+from methods.tools.process_group import Shards
+from methods.tools.effective import Full, anchored, effective_weights
+from methods.tools.importance import encode, placed, totals
 from methods.part import Part, Prepared, cut, register, setting
-from methods.path_integral import PathIntegral
-from methods.stored import refuse_thin_floats, thin
+from methods.tools.path_integral import PathIntegral
+from methods.tools.stored import refuse_thin_floats, thin
 
 # What the sources say where they are ambiguous; a setting beside the preset wins.
 PAPER = {"strength": 1.0e-3, "temperature": 1.0, "groups": "blocks", "normalise": "sum", "keep_strength": False, "xi": 1.0e-9,
@@ -42,7 +42,7 @@ OFFICIAL = PAPER | {"temperature": 1.0e8, "groups": "modules", "gradient": "disp
 )
 @dataclass(frozen=True, kw_only=True)
 class Hierarchical(Part):
-    shares = ("methods.carry", "methods.effective", "methods.importance", "methods.path_integral", "methods.stored")
+    shares = ("methods.tools.carry", "methods.tools.effective", "methods.tools.importance", "methods.tools.path_integral", "methods.tools.stored")
     presets = {"paper": PAPER, "official": OFFICIAL}
 
     preset: Literal["", "paper", "official"] = setting("", help="settles the settings not given as the paper or its code does")

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from experiments.architecture import base_name
-from experiments.errors import UserError
-from experiments.files import writing
-from methods.effective import Factored, effective_weights, factors
+from methods.tools.architecture import base_name
+from methods.errors import UserError
+from methods.tools.files import writing
+from methods.tools.effective import Factored, effective_weights, factors
 from methods.part import Part, register, setting
 
 PIECE = 1 << 17  # entries merged at a time, which stay in the processor's cache
@@ -35,7 +35,7 @@ PIECE = 1 << 17  # entries merged at a time, which stay in the processor's cache
 )
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Part):
-    shares = ("methods.effective", "methods.importance")
+    shares = ("methods.tools.effective", "methods.tools.importance")
 
     rank: int = setting(8, phase="prepare", within="[1, inf)", help="rank of the update")
     alpha: float = setting(32.0, phase="prepare", within="(0, inf)", help="the update's scale is alpha/rank")

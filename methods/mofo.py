@@ -7,11 +7,11 @@
 Only the entries with the largest momentum of each tensor move, so that the run stays near the base. Ties are kept, also
 where the threshold is 0; tensors of fewer than two dimensions (norms, biases) move in full.
 
-The threshold comes first, from the |m| that the step will arrive at, and is exact (methods.selection); then m, v and θ
+The threshold comes first, from the |m| that the step will arrive at, and is exact (methods.tools.selection); then m, v and θ
 advance together, a piece at a time, so that nothing as large as a tensor is held but what the partition reorders on the
 CPU: |m| of one tensor a thread. On other devices, and where each process holds a piece of every tensor, histograms take
 its place: the threshold is then the k-th largest of the whole tensor all the same. m and v may be kept in bfloat16
-(experiments.moments); |m| is then read before it is rounded.
+(methods.tools.adam); |m| is then read before it is rounded.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.moments import Moments, fused_adam, kernel_is_lerp, pieces
+from methods.tools.adam import Moments, fused_adam, kernel_is_lerp, pieces
 from methods.part import Part, register, setting
-from methods.selection import kth_by_histogram, kth_largest
+from methods.tools.selection import kth_by_histogram, kth_largest
 
 ALLOWED = "(0, 1]"
 SHARED = 1 << 18  # entries for which another thread is worth while
@@ -282,7 +282,7 @@ def _threads(workers: int, each: int, process: int) -> ThreadPoolExecutor:
 )
 @dataclass(frozen=True, kw_only=True)
 class MomentumFilter(Part):
-    shares = ("methods.selection",)
+    shares = ("methods.tools.selection",)
 
     fraction: float = setting(0.1, within=ALLOWED, help="share of each tensor's entries that move in a step")
     decay_all: bool = setting(False, help="weight decay on every entry, as published, and not only on those that move")

@@ -39,16 +39,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from experiments.errors import UserError
-from experiments.moments import Moments
-from experiments.sharding import Shards
+from methods.errors import UserError
+from methods.tools.adam import Moments
+from methods.tools.process_group import Shards
 from methods.settings import check, declared, setting
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn, optim
 
-    from experiments.resume import Resume
-    from methods.importance import Codes
+    from methods.tools.resume import Resume
+    from methods.tools.importance import Codes
 
 __all__ = ["CAPABILITIES", "REGISTERED", "Part", "Prepared", "Run", "cut", "register", "setting"]
 
@@ -100,7 +100,7 @@ class Run:
 
 @dataclass(kw_only=True)
 class Prepared:
-    """What a part prepared: importance by base parameter name, tensors or 8-bit codes (methods/importance.py); `start` by
+    """What a part prepared: importance by base parameter name, tensors or 8-bit codes (methods/tools/importance.py); `start` by
     the names of `Run.weights`; carried tensors. Whole tensors; of several processes the first one's are kept."""
 
     importance: dict[str, Tensor | Codes] | None = None
@@ -119,7 +119,7 @@ class Part:
     paper: ClassVar[str] = ""
     line: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[str]] = frozenset()
-    shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.effective"
+    shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.tools.effective"
     scratch: ClassVar[tuple[str, ...]] = ()  # keys of its state that hold nothing from one step to the next: no checkpoint has them
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # values of the setting `preset` → settings they fill
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from experiments.errors import UserError
-from experiments.names import unknown
+from methods.errors import UserError
+from methods.tools.names import unknown
 from methods.part import REGISTERED, Part
 from methods.settings import check_block, declared, refuse
 
@@ -83,6 +83,6 @@ def paths(part: Part, phase: str | None) -> list[str]:
 
 
 def source_files(part: Part | type[Part]) -> list[Path]:
-    """The part's own module and the modules it declares in `shares`: what changes in their code (methods/source_code.py) makes its cells stale."""
+    """The part's own module and the modules it declares in `shares`: what changes in their code (methods/tools/source_code.py) makes its cells stale."""
     kind = part if isinstance(part, type) else type(part)
     return [Path(importlib.util.find_spec(name).origin) for name in (kind.__module__, *kind.shares)]

@@ -8,8 +8,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from experiments.errors import UserError
-from experiments.names import unknown
+from methods.errors import UserError
+from methods.tools.names import unknown
 
 PHASES = ("prepare", "train")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from experiments.engine import final_weights, fit
-from experiments.engine_settings import NUMERICS, TrainSettings
-from experiments.random_models import build
+from experiments.training.engine import final_weights, fit
+from experiments.training.settings import NUMERICS, TrainSettings
+from experiments.model.random_models import build
 from experiments.stages.prepare import _fit
 from methods import registry
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments import cells, config, data
+from experiments.study import cells, config
+from experiments.data import prepared_rows as data
 from experiments.__main__ import parser, run
-from experiments.paths import HERE, Paths
+from experiments.study.paths import HERE, Paths
 from methods import part as protocol, registry
 from methods.part import REGISTERED
 
@@ -79,7 +80,7 @@ def _python(words):
     if hasattr(options, "patterns"):
         assert cells.matching(study, options.patterns)
     if options.command == "sweep":
-        from experiments import sweep
+        from experiments.commands import sweep
 
         made = sweep.make(study, method=options.method, knob=options.knob, values=options.values, points=options.points, linear=options.linear)
         assert len(made) == options.points

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from experiments.engine_settings import NUMERICS
+from experiments.training.settings import NUMERICS
 from tests import goldens
 
 STORED = json.loads(goldens.FILE.read_text())

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from ruamel.yaml import YAML
 
-from experiments.paths import HERE
+from experiments.study.paths import HERE
 
 CELL = "llama-tiny/sums/{}/seed0"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from experiments.paths import HERE
+from experiments.study.paths import HERE
 
 COPIED = ("experiments", "methods", "evaluation", "analysis", "docs", "dvc.yaml", ".dvcignore", ".gitignore")
 CELL = "llama-tiny/sums/{}/seed0"

@@ -6,7 +6,7 @@ import pkgutil
 from importlib import import_module
 from pathlib import Path
 
-from experiments.errors import UserError
+from methods.errors import UserError
 
 FOLDER = Path("results/bench")
 
@@ -30,9 +30,10 @@ def main(options: argparse.Namespace) -> int:
             raise UserError(f"benchmark {name!r} is unknown: choose among {', '.join(known)}")
     if options.rounds < 0:
         raise UserError(f"--rounds is {options.rounds}: give a whole number of at least 1")
-    from experiments import hardware, provenance
+    from experiments.training import hardware
+    from experiments.study import provenance
     from experiments.bench import show
-    from experiments.files import write_json  # imports safetensors, and help pages need nothing but Python
+    from methods.tools.files import write_json  # imports safetensors, and help pages need nothing but Python
 
     missed = 0
     for name in options.names or known:

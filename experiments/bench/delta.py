@@ -1,4 +1,4 @@
-"""What a tuned model takes beside its base, and the seconds to write and to read that: the lossless difference of experiments/difference.py
+"""What a tuned model takes beside its base, and the seconds to write and to read that: the lossless difference of experiments/model/difference.py
 against zstd of the tensor as it is, and against zstd of the byte planes of its XOR with the base (as ZipLLM does, arXiv 2505.06252).
 
 Simulated bf16 weights of N(0, 0.02²) moved by noise of a share of that, and where a cell of the default study is here, its own weights.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from experiments.bench.race import Race, race
-from experiments.errors import UserError
+from methods.errors import UserError
 
 TITLE = "Tuned weights as a lossless difference from the base"
 CHANGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
@@ -22,7 +22,7 @@ CHANGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import zstandard
 
-    from experiments import delta, difference
+    from experiments.model import delta, difference
 
     compress, decompress = zstandard.ZstdCompressor(level=3).compress, zstandard.ZstdDecompressor().decompress
     for what, base, tuned in _pairs(1 << 16 if small else 1 << 23, changes=CHANGES[::4] if small else CHANGES):
@@ -69,9 +69,9 @@ def _pairs(count: int, *, changes: tuple[float, ...]) -> Iterator[tuple[str, Ten
 
 def _cells(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Of every kind of difference that cells of the default study keep here, the first `count` weights of the blocks."""
-    from experiments import tuned
-    from experiments.base import load_tensors
-    from experiments.paths import Paths
+    from experiments.model import tuned
+    from experiments.model.base import load_tensors
+    from experiments.study.paths import Paths
 
     paths, seen = Paths(), set()
     for out in sorted((paths.work / "cells").glob("*/*/*/*/weights")):

@@ -20,8 +20,8 @@ TITLE = "Diagonal Fisher of every weight"
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from experiments.random_models import build
-    from methods.fisher import diagonal_fisher
+    from experiments.model.random_models import build
+    from methods.tools.fisher import diagonal_fisher
 
     sizes = {} if small else {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 4096}
     model = build("llama", seed=0, **sizes)

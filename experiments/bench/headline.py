@@ -76,7 +76,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
     from experiments.bench import subject
     from experiments.gpu_check import running
-    from experiments.sharding import Shards
+    from methods.tools.process_group import Shards
     from methods.ewc import EWC
 
     on = subject.find(small=small)
@@ -136,7 +136,7 @@ def _stored(states: dict[str, dict], *, plain: bool) -> dict[str, int]:
     """Bytes of the files, and entries of importance. `plain`: a float an entry and no compression, as published checkpoints are."""
     from safetensors.torch import save_file
 
-    from methods.stored import save_importance
+    from methods.tools.stored import save_importance
 
     (state,) = states.values()
     found = {"entries": sum(values.numel() for values in state["importance"].values())}

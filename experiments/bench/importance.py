@@ -22,8 +22,8 @@ TEXT = Path("work/data/general/importance.jsonl")
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     from safetensors.torch import load_file, save_file
 
-    from methods.importance import encode
-    from methods.stored import load_importance, save_importance, thin
+    from methods.tools.importance import encode
+    from methods.tools.stored import load_importance, save_importance, thin
 
     real = not small and all(path.is_file() for path in (MODEL / "base.json", CELL / "weights.json", TEXT))
     fisher, delta = _of_the_study() if real else _drawn(20_000 if small else 4_000_000)
@@ -51,7 +51,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
 
 def _errors(found: dict, fisher: dict, delta: dict) -> dict[str, float]:
-    from methods.importance import decode
+    from methods.tools.importance import decode
 
     off, size = [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]
     for name, codes in found.items():
@@ -76,8 +76,8 @@ def _drawn(entries: int) -> tuple[dict, dict]:
 def _of_the_study() -> tuple[dict, dict]:
     import torch
 
-    from experiments import tuned, weights
-    from experiments.base import load_tensors
+    from experiments.model import tuned, weights
+    from experiments.model.base import load_tensors
     from experiments.stages.prepare import encoded_text
     from methods.ewc import EWC
 

@@ -25,7 +25,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 def _steps(small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from experiments.moments import AdamW
+    from methods.tools.adam import AdamW
     from methods.mofo import MoFO
 
     width, ffn, layers, vocabulary = (32, 88, 1, 64) if small else (512, 1408, 6, 12_000)
@@ -97,7 +97,7 @@ class Published:
 def _selections(small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from methods.selection import kth_by_histogram, kth_largest
+    from methods.tools.selection import kth_by_histogram, kth_largest
 
     entries = 4_000 if small else 2_000_000
     draw = torch.Generator().manual_seed(0)

@@ -15,9 +15,9 @@ CLIPPED = 0.5
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from experiments import moments
+    from methods.tools import adam as moments
     from methods.part import Run
-    from methods.path_integral import PathIntegral
+    from methods.tools.path_integral import PathIntegral
 
     draw = torch.Generator().manual_seed(0)
     start = [torch.randn(shape, generator=draw).mul_(0.02) for shape in shapes(small=small)]

@@ -43,7 +43,7 @@ def adamw(start: list[Tensor], gradients: list[Tensor]) -> Any:
 def _anchored(dtype: str, *, small: bool, rounds: int) -> Race:
     import torch
 
-    from methods.importance import decode, encode, penalise
+    from methods.tools.importance import decode, encode, penalise
 
     draw = torch.Generator().manual_seed(0)
     anchors = [torch.randn(shape, generator=draw).mul_(0.02).to(getattr(torch, dtype)) for shape in shapes(small=small)]

@@ -22,7 +22,8 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
     from evaluation import harness, probe
-    from experiments import config, weights
+    from experiments.study import config
+    from experiments.model import weights
 
     study = config.load()
     with TemporaryDirectory() as place:
@@ -116,7 +117,7 @@ def _random(folder: Path, *, small: bool) -> tuple[str, Any, Any]:
     """A random Llama on rows of random words in `folder`: (its name, tokenizer, how it is made)."""
     import random
 
-    from experiments.random_models import build, byte_tokenizer
+    from experiments.model.random_models import build, byte_tokenizer
 
     draw, count = random.Random(0), 8 if small else 60
     text = lambda words: " ".join("".join(draw.choices("etaoinshr", k=draw.randint(2, 8))) for _ in range(words))

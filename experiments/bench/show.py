@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def as_text(record: dict) -> str:
-    from analysis import bench
+    from analysis.sections import bench
 
     lines = []
     for race in record["races"]:

@@ -25,10 +25,10 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
     from experiments.bench import subject
     from experiments.bench.stepwise import Pausing, Stepwise
-    from experiments.engine import fit
+    from experiments.training.engine import fit
     from experiments.gpu_check import running, speed
     from experiments.gpu_check.stopwatch import Stopwatch
-    from experiments.sharding import Shards
+    from methods.tools.process_group import Shards
 
     on, rounds = subject.find(small=small), rounds or ROUNDS
     batch = on.batch()

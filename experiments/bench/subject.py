@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from experiments.batches import Example
-    from experiments.config import Study
-    from experiments.engine_settings import TrainSettings
+    from experiments.training.batches import Example
+    from experiments.study.config import Study
+    from experiments.training.settings import TrainSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class Subject:
 
     def batch(self, size: int = 8) -> list[Example]:
         """The batch of the domain's first epoch whose number of tokens is the median."""
-        from experiments.batches import schedule
+        from experiments.training.batches import schedule
 
         lengths = [len(example["input_ids"]) for example in self.domain]
         plan = sorted(schedule(lengths, size, 0, 1.0), key=lambda rows: sum(lengths[i] for i in rows))
@@ -50,7 +50,7 @@ class Subject:
 
 def find(*, small: bool, real: bool = True) -> Subject:
     """The real one, unless it is not there, not wanted, or `small` asks for a tiny one."""
-    from experiments import config
+    from experiments.study import config
 
     study = config.load()
     model, domain = _first(study)
@@ -66,9 +66,10 @@ def _first(study: Study) -> tuple[str, str]:
 
 
 def _real(study, folder, train, general) -> Subject:
-    from experiments import hardware, weights
-    from experiments.base import dtype_of, load_tensors
-    from experiments.files import read_json
+    from experiments.training import hardware
+    from experiments.model import weights
+    from experiments.model.base import dtype_of, load_tensors
+    from methods.tools.files import read_json
     from experiments.stages.prepare import encoded_text
     from experiments.stages.train import encoded
 
@@ -83,7 +84,7 @@ def _real(study, folder, train, general) -> Subject:
 def _random(study, *, small: bool) -> Subject:
     import torch
 
-    from experiments.random_models import build
+    from experiments.model.random_models import build
 
     sizes = {} if small else {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "vocab_size": 8192}
     make = lambda: build("llama", seed=0, **sizes)

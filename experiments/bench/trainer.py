@@ -20,7 +20,7 @@ from experiments.bench.race import Race, race
 if TYPE_CHECKING:
     import torch
 
-    from experiments.batches import Example
+    from experiments.training.batches import Example
     from experiments.bench.subject import Subject
 
 TITLE = "A step of the engine and of transformers' Trainer"
@@ -60,7 +60,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
 def _engine(on: Subject, batch: list[Example], steps: int, pause: Callable[[], None]) -> list[float]:
     from experiments.bench.stepwise import Pausing
-    from experiments.engine import fit
+    from experiments.training.engine import fit
 
     settings = replace(on.steps("full", batch, steps), learning_rate=RATE, schedule="constant", warmup=0.0, weight_decay=0.0, clip=1.0,
                        moments="float32")  # fmt: skip
@@ -72,7 +72,7 @@ def _trainer(on: Subject, batch: list[Example], steps: int, weights: torch.dtype
     """`weights` is what they are kept in; the engine's dtype is what is computed in either way."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-    from experiments.batches import collate
+    from experiments.training.batches import collate
 
     found: list[torch.Tensor] = []
 

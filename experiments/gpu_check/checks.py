@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from experiments.gpu_check import fits, kernels, sizes
-from experiments.sharding import Shards
+from methods.tools.process_group import Shards
 
 Check = Callable[..., dict]
 

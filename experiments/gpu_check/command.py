@@ -16,13 +16,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look there fo
 
 import torch
 
-from experiments import hardware
-from experiments.errors import UserError
+from experiments.training import hardware
+from methods.errors import UserError
 from experiments.gpu_check import checks, comparison, running, speed
 from experiments.gpu_check.record import Record, file_of
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.waiting import short_path
-from experiments.sharding import Shards
+from methods.tools.process_group import Shards
 
 EXPECTED = {"checks": 10.0, "speed": 60.0, "comparison": 90.0}  # seconds of a piece of a part, before one was timed
 COMPILING = 120.0  # of one that compiles

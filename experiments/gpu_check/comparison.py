@@ -10,15 +10,16 @@ from pathlib import Path
 import torch
 
 from evaluation.probe import load_probes, probe
-from experiments import hardware, memory, weights
-from experiments.engine_settings import TrainSettings
-from experiments.errors import UserError
-from experiments.flops import mfu
+from experiments.training import hardware, memory
+from experiments.model import weights
+from experiments.training.settings import TrainSettings
+from methods.errors import UserError
+from experiments.training.flops import mfu
 from experiments.gpu_check import running, sizes
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.speed import SPARE, held, stored
-from experiments.shape import shape_of
-from experiments.sharding import Shards
+from experiments.model.shape import shape_of
+from methods.tools.process_group import Shards
 from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
 

@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments import memory
-from experiments.engine import FitResult
-from experiments.engine_settings import TrainSettings
+from experiments.training import memory
+from experiments.training.engine import FitResult
+from experiments.training.settings import TrainSettings
 from experiments.gpu_check import running, sizes
 from experiments.gpu_check.record import judged
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.waiting import Watcher
-from experiments.resume import Resume
-from experiments.shape import Shape
-from experiments.sharding import Shards
+from experiments.training.resume import Resume
+from experiments.model.shape import Shape
+from methods.tools.process_group import Shards
 from methods import registry
-from methods.effective import base_parameters
+from methods.tools.effective import base_parameters
 from methods.part import Part
 
 MEMORY_WITHIN = 0.15

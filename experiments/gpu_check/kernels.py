@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments import architecture, batches, loss, moments
+from methods.tools import architecture, adam as moments
+from experiments.training import batches, loss
 from experiments.gpu_check import sizes
 from experiments.gpu_check.record import judged
 from experiments.gpu_check.sizes import Skipped
-from experiments.sharding import Shards
-from methods import importance, selection
+from methods.tools.process_group import Shards
+from methods.tools import importance, selection
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 

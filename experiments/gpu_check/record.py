@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 
-from experiments import hardware, provenance
-from experiments.errors import UserError
-from experiments.files import write_json
-from experiments.paths import HERE
+from experiments.training import hardware
+from experiments.study import provenance
+from methods.errors import UserError
+from methods.tools.files import write_json
+from experiments.study.paths import HERE
 
 FORMAT = 1
 STATUS = ("passed", "failed", "measured", "skipped", "out of memory", "broken")

@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from experiments import hardware
-from experiments.engine import FitResult, fit
-from experiments.engine_settings import TrainSettings
+from experiments.training import hardware
+from experiments.training.engine import FitResult, fit
+from experiments.training.settings import TrainSettings
 from experiments.gpu_check.stopwatch import Stopwatch
-from experiments.sharding import Shards
-from methods.effective import base_parameters
-from methods.importance import Codes
+from methods.tools.process_group import Shards
+from methods.tools.effective import base_parameters
+from methods.tools.importance import Codes
 from methods.part import Part
 
 WARM = 2  # steps or documents that are not counted: kernels are chosen and memory is fetched in them

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from experiments import random_models
-from experiments.shape import Shape
+from experiments.model import random_models
+from experiments.model.shape import Shape
 from methods import registry
 from methods.part import Part
 

@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments import hardware, memory
-from experiments.engine import FitResult
-from experiments.engine_settings import TrainSettings
-from experiments.flops import mfu
+from experiments.training import hardware, memory
+from experiments.training.engine import FitResult
+from experiments.training.settings import TrainSettings
+from experiments.training.flops import mfu
 from experiments.gpu_check import running, sizes
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.stopwatch import Stopwatch
-from experiments.moments import AdamW, Moments
-from experiments.shape import Shape
-from experiments.sharding import Shards
-from methods.effective import factors
+from methods.tools.adam import AdamW, Moments
+from experiments.model.shape import Shape
+from methods.tools.process_group import Shards
+from methods.tools.effective import factors
 from methods.mofo import MoFO
 from methods.part import Part
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.paths import HERE
+from experiments.study.paths import HERE
 from methods.part import Part
 
 

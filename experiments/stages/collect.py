@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 from evaluation.retention import change, forgetting
-from experiments.chance import below_chance
-from experiments.errors import UserError
-from experiments.files import read_json, write_json
+from evaluation.chance import below_chance
+from methods.errors import UserError
+from methods.tools.files import read_json, write_json
 
 OF_TASK = ("value", "base", "n", "chance", "metric", "role", "version", "prompt", "unit", "higher_is_better", "per_item", "change", "change_error",
            "change_low", "change_high")  # fmt: skip

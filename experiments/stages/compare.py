@@ -1,8 +1,8 @@
 """compare: the tables, figures and report of a study, from the files of exactly its own cells."""
 
 from analysis.compare import write_summary
-from experiments import cells
-from experiments.chance import below_chance
+from experiments.study import cells
+from evaluation.chance import below_chance
 
 
 def main(study) -> None:

@@ -2,7 +2,7 @@
 
 import shutil
 
-from experiments.data import write_data
+from experiments.data.prepared_rows import write_data
 
 
 def main(study) -> None:

@@ -1,12 +1,13 @@
 """drift: one drift.json a cell, how far its weights are from the base's, in what directions, and how important those are."""
 
-from experiments import drift, hardware, tuned
-from experiments.base import load_tensors
-from experiments.delta import verified
-from experiments.files import read_json, write_json
-from experiments.shape import shape_of
-from methods.importance import totals
-from methods.stored import load_importance
+from experiments.model import drift, tuned
+from experiments.training import hardware
+from experiments.model.base import load_tensors
+from experiments.model.delta import verified
+from methods.tools.files import read_json, write_json
+from experiments.model.shape import shape_of
+from methods.tools.importance import totals
+from methods.tools.stored import load_importance
 
 
 def main(study, cell) -> None:

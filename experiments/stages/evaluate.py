@@ -9,12 +9,14 @@ from time import perf_counter
 import torch
 
 from evaluation import harness
-from experiments import ahead, hardware, ledger, provenance, tuned, weights
-from experiments.base import dtype_of
-from experiments.errors import UserError
-from experiments.failures import recorded
-from experiments.files import read_json, sha256, write_json
-from experiments.shape import shape_of
+from experiments.study import ahead, ledger, provenance
+from experiments.training import hardware
+from experiments.model import tuned, weights
+from experiments.model.base import dtype_of
+from methods.errors import UserError
+from experiments.study.failures import recorded
+from methods.tools.files import read_json, sha256, write_json
+from experiments.model.shape import shape_of
 
 
 def base(study, *, model: str) -> None:

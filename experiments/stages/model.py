@@ -1,6 +1,6 @@
 """model: a model's source to an ordinary safetensors folder with tokenizer and base.json."""
 
-from experiments.weights import materialise
+from experiments.model.weights import materialise
 
 
 def main(study, *, model: str) -> None:

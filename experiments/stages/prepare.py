@@ -19,24 +19,26 @@ from safetensors.torch import save_file
 
 import evaluation
 from evaluation.encode import encode_text
-from experiments.base import dtype_of, load_tensors
-from experiments import hardware, memory, processes, provenance, tuned, weights
-from experiments.engine import FitResult, fit
-from experiments.engine_settings import TrainSettings
-from experiments.errors import UserError
-from experiments.failures import recorded
-from experiments.files import folder_sha256, need_room, read_json, sha256, write_json, writing
-from experiments.positions import refuse_documents_without_a_label, refuse_long_documents
-from experiments.progress import bar
-from experiments.resume import Resume
-from experiments.shape import shape_of
-from experiments.sharding import Shards
+from experiments.model.base import dtype_of, load_tensors
+from experiments.training import hardware, memory, processes
+from experiments.study import provenance
+from experiments.model import tuned, weights
+from experiments.training.engine import FitResult, fit
+from experiments.training.settings import TrainSettings
+from methods.errors import UserError
+from experiments.study.failures import recorded
+from methods.tools.files import folder_sha256, need_room, read_json, sha256, write_json, writing
+from experiments.model.positions import refuse_documents_without_a_label, refuse_long_documents
+from experiments.training.progress import bar
+from experiments.training.resume import Resume
+from experiments.model.shape import shape_of
+from methods.tools.process_group import Shards
 from experiments.stages import resolve
-from experiments.stages.rows import read_jsonl
-from methods import source_code, stored as layout
-from methods.importance import totals
+from evaluation.rendered import read_jsonl
+from methods.tools import source_code, stored as layout
+from methods.tools.importance import totals
 from methods.part import Part
-from methods.stored import load_importance, save_importance
+from methods.tools.stored import load_importance, save_importance
 
 TENSORS = ("importance", "start", "carry")
 

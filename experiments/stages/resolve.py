@@ -2,7 +2,7 @@
 
 Settings, the code of a method's parts, hashes of local files and folders that are read, versions of packages that can change
 what comes out. DVC runs this stage where params.yaml, the parts or those files change; what it cannot see (a package upgraded)
-is found by experiments/stale.py.
+is found by experiments/study/stale.py.
 """
 
 import json
@@ -13,12 +13,14 @@ from importlib.metadata import version
 import torch
 
 import evaluation
-from experiments import blocks, hardware, local_files
-from experiments.advice import of_study
-from experiments.engine_settings import NUMERICS, TrainSettings
-from experiments.errors import UserError
-from experiments.files import write_json
-from methods import registry, source_code
+from experiments.study import blocks, local_files
+from experiments.training import hardware
+from experiments.study.advice import of_study
+from experiments.training.settings import NUMERICS, TrainSettings
+from methods.errors import UserError
+from methods.tools.files import write_json
+from methods import registry
+from methods.tools import source_code
 from methods.part import Part
 
 # raise one when the stage writes other bytes from the same settings
@@ -33,9 +35,9 @@ DATA_PACKAGES = ("datasets", "lm_eval")  # that read and render rows
 def main(study) -> None:
     """Write all of work/resolved; the folder is made anew, so that a cell that left the grid leaves no file.
 
-    Raises UserError for whatever can be known now to fail later (experiments/ahead.py).
+    Raises UserError for whatever can be known now to fail later (experiments/study/ahead.py).
     """
-    from experiments import ahead  # which imports lm-eval and torch's models
+    from experiments.study import ahead  # which imports lm-eval and torch's models
 
     for line in ahead.look(study):
         print(line)
@@ -190,7 +192,7 @@ def local_inputs(study) -> list[str]:
 
 def pipeline_behind(study) -> str:
     """A line where dvc.yaml's lists are not those of params.yaml, for DVC cannot make such lists itself."""
-    from experiments import pipeline  # which imports this module
+    from experiments.study import pipeline  # which imports this module
 
     if not pipeline.behind(study):
         return ""

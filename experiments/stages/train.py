@@ -9,23 +9,25 @@ import torch
 
 from evaluation.encode import answer_pair, shown
 from evaluation.probe import load_probes, probe
-from experiments.base import dtype_of, load_tensors
-from experiments import hardware, hooks, ledger, memory, processes, provenance, tuned, weights
-from experiments.batches import Example
-from experiments.contents import tensors_in
-from experiments.engine import FitResult, final_weights, fit
-from experiments.engine_settings import NUMERICS
-from experiments.errors import UserError
-from experiments.failures import recorded
-from experiments.files import folder_sha256, need_room, read_json, write_json
-from experiments.flops import mfu
-from experiments.positions import refuse_long_rows
-from experiments.resume import Resume
-from experiments.shape import shape_of
-from experiments.sharding import Shards
+from experiments.model.base import dtype_of, load_tensors
+from experiments.training import hardware, hooks, memory, processes
+from experiments.study import ledger, provenance
+from experiments.model import tuned, weights
+from experiments.training.batches import Example
+from experiments.training.contents import tensors_in
+from experiments.training.engine import FitResult, final_weights, fit
+from experiments.training.settings import NUMERICS
+from methods.errors import UserError
+from experiments.study.failures import recorded
+from methods.tools.files import folder_sha256, need_room, read_json, write_json
+from experiments.training.flops import mfu
+from experiments.model.positions import refuse_long_rows
+from experiments.training.resume import Resume
+from experiments.model.shape import shape_of
+from methods.tools.process_group import Shards
 from experiments.stages import resolve
 from experiments.stages.prepare import load_states
-from experiments.stages.rows import read_jsonl
+from evaluation.rendered import read_jsonl
 
 COLUMNS = ["step", "tokens", "seconds", "loss", "grad_norm", "penalty", "learning_rate", "tokens_per_second", "mfu"]
 

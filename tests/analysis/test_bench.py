@@ -3,10 +3,11 @@ import re
 
 import pytest
 
-from analysis import bench, write_summary
+from analysis.sections import bench
+from analysis import write_summary
 from analysis.load import load_cells
 from experiments.bench.race import Goal, Race
-from experiments.errors import UserError
+from methods.errors import UserError
 from tests.analysis.fixtures import steps_race, write_bench, write_results
 
 SELECTION = Race(

@@ -6,7 +6,7 @@ import pytest
 
 from analysis.chosen import EQUAL, choices, chosen, reported
 from analysis.load import Loaded
-from experiments import tune
+from experiments.commands import tune
 
 BASE = {"science": 0.5, "piqa": 0.6, "hellaswag": 0.4, "perplexity": 20.0}
 
@@ -39,7 +39,7 @@ def test_the_best_objective_wins_and_of_equal_ones_the_lowest_perplexity():
 
 
 def test_it_is_the_rule_of_the_trials():
-    """The same scores give the same choice as experiments/tune.py makes of them, whatever they are."""
+    """The same scores give the same choice as experiments/commands/tune.py makes of them, whatever they are."""
     assert EQUAL == tune.EQUAL
     draw = np.random.default_rng(0)
     for _ in range(50):

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
-from analysis import claims
-from analysis.claims_measured import Measured
+from analysis.sections import claims
+from analysis.sections.claims_measured import Measured
 from analysis.load import load_cells
-from analysis.tables import comparison
+from analysis.sections.tables import comparison
 from experiments.bench.race import Race
-from experiments.errors import UserError
-from experiments.paths import HERE
+from methods.errors import UserError
+from experiments.study.paths import HERE
 from tests.analysis.fixtures import write_bench, write_json, write_results
 
 PAPERS = {"p": {"title": "A paper <of> 2025", "source": "https://example.org/p"}}

@@ -8,7 +8,7 @@ import pytest
 
 from analysis import comparable
 from analysis.load import load_cells
-from analysis.tables import as_text, comparison
+from analysis.sections.tables import as_text, comparison
 from tests.analysis.fixtures import write_json, write_results
 
 METHODS = ("full", "lora", "ewc", "mofo")

@@ -3,7 +3,7 @@ import json
 import pandas as pd
 import pytest
 
-from analysis import costs
+from analysis.sections import costs
 from analysis.load import load_cells
 from tests.analysis.fixtures import METHODS, steps_race, write_bench, write_results
 

@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 from scipy.stats import norm
 
-from analysis.crossed import crossed
-from analysis.intervals import Z, of_arrays, of_shares, perplexity_ratio
+from analysis.statistics.crossed import crossed
+from analysis.statistics.intervals import Z, of_arrays, of_shares, perplexity_ratio
 
 STUDIES = 1000
 GRID = [(seeds, n, spread) for seeds in (3, 5) for n in (100, 500) for spread in (0, 1, 2, 5)]

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from analysis import drift, style
+from analysis.sections import drift
+from analysis import style
 from analysis.load import load_cells
 from tests.analysis.fixtures import write_results
 

@@ -4,9 +4,9 @@ import pandas as pd
 import pytest
 
 from analysis import style
-from analysis.figures import write_figures
+from analysis.report.figures import write_figures
 from analysis.load import load_cells
-from analysis.tables import comparison
+from analysis.sections.tables import comparison
 from tests.analysis.fixtures import METHODS, coefficients, write_results
 
 NAMES = ["gain_forgetting_front", "matched_gain", "forgetting_by_task", "forgetting_over_training", "answers_lost_and_gained", "lost_in_common",

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from analysis import flips, flips_show, style
+from analysis.sections import flips, flips_show
+from analysis import style
 from analysis.load import Loaded, load_cells
 from tests.analysis.fixtures import digest, write_results
 

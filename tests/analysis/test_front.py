@@ -7,10 +7,10 @@ import pytest
 
 import analysis
 from analysis import style
-from analysis.front import ALL, _volume, front, gain_forgetting_front, hypervolume, nondominated, section
+from analysis.sections.front import ALL, _volume, front, gain_forgetting_front, hypervolume, nondominated, section
 from analysis.load import load_cells
-from analysis.resample import Resampled, _seeds_part, family, resampled, reversed_interval
-from analysis.tables import comparison
+from analysis.statistics.resample import Resampled, _seeds_part, family, resampled, reversed_interval
+from analysis.sections.tables import comparison
 from tests.analysis.fixtures import write_results
 
 WHERE = {"model": "smollm2-135m", "domain": "science"}

@@ -5,9 +5,9 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from analysis.crossed import crossed
-from analysis.intervals import mean_difference, of_arrays, of_shares, overall, paired, perplexity_ratio, score, wilson
-from experiments.errors import UserError
+from analysis.statistics.crossed import crossed
+from analysis.statistics.intervals import mean_difference, of_arrays, of_shares, overall, paired, perplexity_ratio, score, wilson
+from methods.errors import UserError
 
 
 def items(task, scores, gold=0, cell=None):

@@ -4,7 +4,7 @@ import json
 import pytest
 
 from analysis.load import load_cells
-from experiments.errors import UserError
+from methods.errors import UserError
 from tests.analysis.fixtures import write_results
 
 
@@ -103,7 +103,7 @@ def test_damaged_items_and_failures_are_named(tmp_path):
 
 
 def test_cells_may_be_objects_with_a_name(tmp_path):
-    from experiments.cells import Cell
+    from experiments.study.cells import Cell
 
     write_results(tmp_path, methods=("full",))
     assert len(load_cells(tmp_path, [Cell("smollm2-135m", "science", "full", 0)]).cells) == 1

@@ -7,11 +7,11 @@ from scipy import stats
 
 from analysis import style
 from analysis.load import Loaded, load_cells
-from analysis.matched import crossing, levels, matched, rows_behind, trajectories
-from analysis.matched_show import matched_gain, section
-from analysis.matched_sweep import curve, gap, gaps
-from analysis.resample import resampled
-from analysis.tables import comparison
+from analysis.statistics.matched import crossing, levels, matched, rows_behind, trajectories
+from analysis.sections.matched_show import matched_gain, section
+from analysis.statistics.matched_sweep import curve, gap, gaps
+from analysis.statistics.resample import resampled
+from analysis.sections.tables import comparison
 from tests.analysis.fixtures import write_results
 from tests.analysis.test_front import page
 

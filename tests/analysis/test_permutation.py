@@ -7,12 +7,12 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest, kstest
 
-from analysis import permutation
-from analysis.intervals import paired
+from analysis.statistics import permutation
+from analysis.statistics.intervals import paired
 from analysis.load import load_cells
-from analysis.permutation import FLIPS, LEVEL, could_find, exact, holm, mcnemar, sign_flip
-from analysis.significance import found, section, sentence
-from experiments.errors import UserError
+from analysis.statistics.permutation import FLIPS, LEVEL, could_find, exact, holm, mcnemar, sign_flip
+from analysis.statistics.significance import found, section, sentence
+from methods.errors import UserError
 from tests.analysis.fixtures import write_results
 
 SECTIONS = Path(__file__).parents[2] / "analysis/sections"

@@ -5,11 +5,11 @@ import pandas as pd
 import pytest
 
 from analysis import numbers, write_summary
-from analysis.answer import sentences
+from analysis.sections.answer import sentences
 from analysis.chosen import chosen
 from analysis.load import load_cells
-from analysis.inline import inline
-from analysis.tables import BANNER, comparison
+from analysis.report.inline import inline
+from analysis.sections.tables import BANNER, comparison
 from tests.analysis.fixtures import METHODS, NOTE, steps_race, write_bench, write_results
 
 

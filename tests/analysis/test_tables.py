@@ -9,7 +9,7 @@ from scipy.stats import t as student
 
 from analysis import numbers
 from analysis.load import load_cells
-from analysis.tables import BANNER, as_csv, as_markdown, as_text, comparison, failure_lines, mean_if_known
+from analysis.sections.tables import BANNER, as_csv, as_markdown, as_text, comparison, failure_lines, mean_if_known
 from tests.analysis.fixtures import METHODS, write_results
 
 
@@ -157,7 +157,7 @@ def test_points():
 def test_a_checkpoint_made_elsewhere_goes_all_the_way(tmp_path):
     """No cost, no curve, no retention task above chance: every form is still made."""
     from analysis import write_summary
-    from analysis.mirror import run_of
+    from experiments.commands.mirror import run_of
 
     planned = write_results(tmp_path, methods=("full", "mine"))
     folder = tmp_path / "runs" / planned[1]

@@ -9,13 +9,15 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from analysis import mirror, permutation, units, write_summary
-from analysis.flips import flips
-from analysis.intervals import of_set
+from experiments.commands import mirror
+from analysis.statistics import permutation
+from analysis import units, write_summary
+from analysis.sections.flips import flips
+from analysis.statistics.intervals import of_set
 from analysis.load import load_cells
-from analysis.matched import trajectories
-from analysis.resample import resampled
-from analysis.tables import as_text, comparison
+from analysis.statistics.matched import trajectories
+from analysis.statistics.resample import resampled
+from analysis.sections.tables import as_text, comparison
 from tests.analysis.fixtures import write_items, write_json, write_results
 
 PAIR = {"model": "smollm2-135m", "domain": "science"}

@@ -11,7 +11,7 @@ import yaml
 
 from evaluation import harness, lm
 from evaluation.shipped import shipped_yaml
-from experiments.random_models import build, byte_tokenizer
+from experiments.model.random_models import build, byte_tokenizer
 from tests.evaluation.conftest import ENTRIES
 
 # the command as it is, but for the index of the 14,000 shipped tasks, which takes longer than all the rest

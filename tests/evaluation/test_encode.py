@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerFast
 from evaluation import encode, harness, lm
 from evaluation.probe import encoded, load_probes, probe
 from evaluation.task import make_task, render
-from experiments.errors import UserError
-from experiments.random_models import build, byte_tokenizer as make_byte_tokenizer
+from methods.errors import UserError
+from experiments.model.random_models import build, byte_tokenizer as make_byte_tokenizer
 from tests.evaluation.conftest import TEXT, write_rows
 
 PAIRS = [

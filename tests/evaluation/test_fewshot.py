@@ -5,8 +5,8 @@ import pytest
 from evaluation.encode import encode_pair
 from evaluation.probe import encoded, probe
 from evaluation.task import SEED, make_task, render
-from experiments.errors import UserError
-from experiments.random_models import build
+from methods.errors import UserError
+from experiments.model.random_models import build
 from tests.evaluation.test_measure import ROWS, TASKS, task_of
 
 SHOTS = [{"q": f"Is {n} even?", "choices": ["yes", "no"], "gold": n % 2, "text": f"Shot {n}."} for n in range(4)]

@@ -9,8 +9,8 @@ from lm_eval.api.instance import Instance
 
 from evaluation import encode, generate, harness, lm
 from evaluation.task import make_task, render
-from experiments.errors import UserError
-from experiments.random_models import EOS_ID, build
+from methods.errors import UserError
+from experiments.model.random_models import EOS_ID, build
 from tests.evaluation.conftest import write_rows
 
 ROWS = [
@@ -28,7 +28,7 @@ def task(tmp_path, change=None, metric="exact_match,strict-match", rows=ROWS):
 @pytest.fixture(scope="module")
 def learned():
     """A tiny Llama that has learned the rows by heart, labels and end of text as training has them."""
-    from experiments.random_models import byte_tokenizer
+    from experiments.model.random_models import byte_tokenizer
 
     tokenizer, model = byte_tokenizer(), build("llama", seed=0)
     examples = []

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from evaluation.task import make_task, render
-from experiments.errors import UserError
-from experiments.jsonl import Row
+from methods.errors import UserError
+from methods.tools.jsonl import Row
 from tests.evaluation.conftest import write_rows
 
 PLAIN = {"doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}"}

@@ -12,14 +12,14 @@ import torch
 
 from evaluation import SCORING, encode, harness, lm
 from evaluation.retention import forgetting
-from experiments.errors import UserError
-from experiments.random_models import build
+from methods.errors import UserError
+from experiments.model.random_models import build
 from tests.evaluation.conftest import COPA, ENTRIES, HELLASWAG, TEXT, write_rows
 
 
 @pytest.fixture(scope="module", params=["shared-prefix", "hflm"])
 def scored(request, tasks_dir):
-    from experiments.random_models import byte_tokenizer
+    from experiments.model.random_models import byte_tokenizer
 
     return request.param, *harness.score(
         model=build("llama", seed=0), tokenizer=byte_tokenizer(), tasks_dir=tasks_dir, scorer=request.param,

@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 from evaluation import harness
 from evaluation.kept import KeptTokens
 from evaluation.lm import SharedPrefixLM
-from experiments.random_models import build, byte_tokenizer as make_tokenizer
+from experiments.model.random_models import build, byte_tokenizer as make_tokenizer
 
 TEXTS = [("a b", " c"), ("", "é"), ("a b", " dd"), ("ends ", "x")]
 PAIRS = [([1, 2], [3]), ([256], [4, 5]), ([1, 2], [6, 7, 8]), ([9], [10])]

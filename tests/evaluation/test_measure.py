@@ -14,8 +14,8 @@ from evaluation import harness
 from evaluation.lm import build as build_lm
 from evaluation.measure import LARGEST, RESAMPLES
 from evaluation.task import make_task, render
-from experiments.errors import UserError
-from experiments.random_models import build
+from methods.errors import UserError
+from experiments.model.random_models import build
 from tests.evaluation.conftest import write_rows
 
 # two choices, of unlike lengths in characters and in bytes, so that no two metrics pick alike
@@ -57,7 +57,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def scored(folder):
-    from experiments.random_models import byte_tokenizer
+    from experiments.model.random_models import byte_tokenizer
 
     model, tokenizer = build("llama", seed=3), byte_tokenizer()
     # lm-eval's own classes and numbers, from its own functions: nothing of ours but the rows in memory and the forward passes

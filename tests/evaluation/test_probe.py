@@ -10,8 +10,8 @@ import torch
 
 from evaluation import encode
 from evaluation.probe import load_probes, probe
-from experiments.errors import UserError
-from experiments.random_models import build
+from methods.errors import UserError
+from experiments.model.random_models import build
 from tests.evaluation.conftest import TEXT, write_rows
 
 ROWS = [

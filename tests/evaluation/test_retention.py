@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from evaluation.retention import above_chance, change, forgetting, lower_bound
-from experiments.errors import UserError
+from methods.errors import UserError
 
 
 def entry(value, *, n=200, chance=0.25, role="retention", **more):

@@ -9,7 +9,7 @@ from peft import LoraConfig, get_peft_model
 
 from evaluation import shared_prefix
 from evaluation.lm import SharedPrefixLM
-from experiments.random_models import build
+from experiments.model.random_models import build
 
 
 def ragged_requests(seed: int = 0) -> list[tuple[tuple, list[int], list[int]]]:

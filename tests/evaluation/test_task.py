@@ -7,7 +7,7 @@ from lm_eval.utils import env as jinja_env
 
 from evaluation.shipped import SHIPPED, shipped_yaml
 from evaluation.task import doc_hash, make_task, read_rows, render
-from experiments.errors import UserError
+from methods.errors import UserError
 from tests.evaluation.conftest import HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
 
 

@@ -7,14 +7,15 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments import ahead, config, plan
-from experiments.cells import parse
-from experiments.chance import below_chance
-from experiments.data import write_data
-from experiments.errors import UserError
-from experiments.files import write_json
-from experiments.paths import HERE, Paths
-from experiments.random_models import build
+from experiments.study import ahead, config
+from experiments.commands import plan
+from experiments.study.cells import parse
+from evaluation.chance import below_chance
+from experiments.data.prepared_rows import write_data
+from methods.errors import UserError
+from methods.tools.files import write_json
+from experiments.study.paths import HERE, Paths
+from experiments.model.random_models import build
 from experiments.stages import evaluate, model, resolve, train
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
@@ -167,7 +168,7 @@ def test_without_probe_rows_a_cell_trains(tmp_path, probes, passages):
 
 
 def test_trials_are_refused_where_nothing_judges_them(tmp_path):
-    from experiments import tune
+    from experiments.commands import tune
 
     for path, value, name in (("domains/sums/split/probe", 0, "domains.sums.split.probe is 0"), ("domains/sums/probes", [], "domains.sums.probes is empty"),
                               ("general/probe", 0, "general.probe is 0")):  # fmt: skip

@@ -9,21 +9,23 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from evaluation import shared_prefix
-from experiments import architecture, memory, trial, tuned, weights
-from experiments.attention import with_sdpa
-from experiments.base import load_tensors
-from experiments.batches import collate
-from experiments.engine import final_weights, fit
-from experiments.engine_settings import TrainSettings
-from experiments.errors import UserError
-from experiments.flops import Flops
-from experiments.loss import summed_nll
-from experiments.random_models import byte_tokenizer
-from experiments.shape import Shape
+from methods.tools import architecture
+from experiments.training import memory
+from experiments.model import trial, tuned, weights
+from experiments.model.attention import with_sdpa
+from experiments.model.base import load_tensors
+from experiments.training.batches import collate
+from experiments.training.engine import final_weights, fit
+from experiments.training.settings import TrainSettings
+from methods.errors import UserError
+from experiments.training.flops import Flops
+from experiments.training.loss import summed_nll
+from experiments.model.random_models import byte_tokenizer
+from experiments.model.shape import Shape
 from experiments.stages.prepare import _fit
 from methods import given, registry
-from methods.fisher import diagonal_fisher
-from methods.effective import effective_weights
+from methods.tools.fisher import diagonal_fisher
+from methods.tools.effective import effective_weights
 from methods.lora import LoRA
 from methods.part import Run
 
@@ -87,7 +89,7 @@ def own_sums(model):
 
 
 def test_loss_and_gradient_are_those_of_its_own_forward(model, monkeypatch):
-    monkeypatch.setattr("experiments.loss.CHUNK", 10)  # of 25 labels
+    monkeypatch.setattr("experiments.training.loss.CHUNK", 10)  # of 25 labels
     value, wanted = 0.0, {}
     for one, gradients in own_sums(model):
         value += one

@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.models.gptj.modeling_gptj import GPTJAttention, GPTJFlashAttention2
 
-from experiments import attention
-from experiments.attention import BLOCK, LONGEST, GPTJSdpaAttention, products, with_sdpa
-from experiments.random_models import build
-from experiments.weights import load_model
+from experiments.model import attention
+from experiments.model.attention import BLOCK, LONGEST, GPTJSdpaAttention, products, with_sdpa
+from experiments.model.random_models import build
+from experiments.model.weights import load_model
 
 LEFT = torch.tensor([[1] * 9, [0] * 4 + [1] * 5])
 RIGHT = LEFT.flip(1)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 
-from experiments.batches import epoch_order, schedule, steps
+from experiments.training.batches import epoch_order, schedule, steps
 
 LENGTHS = [5 + (i * 37) % 90 for i in range(203)]
 

@@ -16,8 +16,8 @@ import torch
 from experiments.bench import command, headline, show, steps, subject
 from experiments.bench.race import Goal, Race, race
 from experiments.bench.stepwise import Stepwise
-from experiments.errors import UserError
-from experiments.paths import HERE
+from methods.errors import UserError
+from experiments.study.paths import HERE
 
 RACE = Race(
     title="a", against="plain", seconds={"plain": [2.0, 1.0, 4.0], "ours": [1.0, 0.75, 1.0]},

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from experiments import blocks, config
-from experiments.errors import UserError
-from experiments.paths import Paths
+from experiments.study import blocks, config
+from methods.errors import UserError
+from experiments.study.paths import Paths
 from methods import registry
 from methods.settings import declared
 

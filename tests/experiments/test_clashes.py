@@ -6,11 +6,12 @@ import json
 import pytest
 
 from evaluation import harness
-from experiments import cells, config, tracking, tune
-from experiments.cells import Cell
-from experiments.errors import UserError
-from experiments.names import NAME
-from experiments.paths import Paths
+from experiments.study import cells, config
+from experiments.commands import tracking, tune
+from experiments.study.cells import Cell
+from methods.errors import UserError
+from methods.tools.names import NAME
+from experiments.study.paths import Paths
 from experiments.stages.collect import comparable
 from experiments.stages.evaluate import merged
 from tests.evaluation.conftest import COPA, TEXT, write_rows

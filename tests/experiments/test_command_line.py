@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import environment
-from experiments.errors import UserError
-from experiments.paths import HERE, Paths
+from experiments.study import environment
+from methods.errors import UserError
+from experiments.study.paths import HERE, Paths
 
 
 def call(*arguments, **environment):

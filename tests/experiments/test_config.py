@@ -7,9 +7,9 @@ import re
 import pytest
 from ruamel.yaml import YAML
 
-from experiments import cells, config
-from experiments.errors import UserError
-from experiments.paths import HERE
+from experiments.study import cells, config
+from methods.errors import UserError
+from experiments.study.paths import HERE
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 

@@ -5,8 +5,8 @@ import collections
 import pytest
 import torch
 
-from experiments.contents import digest, mixed, overlaps, pickled, tensors_in
-from methods.importance import encode
+from experiments.training.contents import digest, mixed, overlaps, pickled, tensors_in
+from methods.tools.importance import encode
 
 
 @pytest.mark.parametrize("look", [digest, lambda tensor: mixed(tensor.contiguous().reshape(-1).view(torch.uint8))], ids=["on the CPU", "on a GPU"])

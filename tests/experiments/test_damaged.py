@@ -12,17 +12,18 @@ from safetensors.torch import save_file
 from evaluation import harness
 from evaluation.kept import KeptTokens
 from evaluation.probe import load_probes
-from experiments import config, delta, lock, packages, tuned, weights
-from experiments.base import load_tensors
-from experiments.errors import UserError
-from experiments.files import read_json, write_json
-from experiments.paths import HERE
-from experiments.random_models import build, byte_tokenizer
+from experiments.study import config, lock
+from experiments.model import delta, packages, tuned, weights
+from experiments.model.base import load_tensors
+from methods.errors import UserError
+from methods.tools.files import read_json, write_json
+from experiments.study.paths import HERE
+from experiments.model.random_models import build, byte_tokenizer
 from experiments.stages.prepare import load_states
 from methods import given, registry
-from methods.importance import Codes
+from methods.tools.importance import Codes
 from methods.part import Run
-from methods.stored import load_importance, save_importance
+from methods.tools.stored import load_importance, save_importance
 
 
 @pytest.fixture(scope="module")

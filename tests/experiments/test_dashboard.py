@@ -11,7 +11,7 @@ import urllib.request
 
 import pytest
 
-from experiments.tracking import link, track
+from experiments.commands.tracking import link, track
 from tests.analysis.fixtures import write_results
 from tests.experiments.browser import NAMES, Browser, end, executable
 

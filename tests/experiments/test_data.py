@@ -4,10 +4,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments import data, plan
-from experiments.errors import UserError
-from experiments.splits import normalised
-from experiments.stages.rows import read_jsonl
+from experiments.data import prepared_rows as data
+from experiments.commands import plan
+from methods.errors import UserError
+from experiments.data.splits import normalised
+from evaluation.rendered import read_jsonl
 
 # a multiple-choice question from a local file, in lm-eval's own keys
 TASK = {"doc_to_text": "Q: {{question}}\nA:", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",

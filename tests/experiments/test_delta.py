@@ -8,9 +8,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from experiments import delta, difference, weights
+from experiments.model import delta, difference, weights
 from experiments.bench.delta import entropy
-from experiments.errors import UserError
+from methods.errors import UserError
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
 

@@ -7,15 +7,16 @@ import math
 import pytest
 import torch
 
-from experiments import cells, config, drift, pipeline, tuned, weights
-from experiments.base import load_tensors
-from experiments.files import read_json
-from experiments.random_models import build
+from experiments.study import cells, config, pipeline
+from experiments.model import drift, tuned, weights
+from experiments.model.base import load_tensors
+from methods.tools.files import read_json
+from experiments.model.random_models import build
 from experiments.stages import drift as stage
-from methods.importance import encode
+from methods.tools.importance import encode
 from methods.lora import LoRA
 from methods.part import Run
-from methods.stored import save_importance
+from methods.tools.stored import save_importance
 
 CELL = cells.Cell("llama-tiny", "sums", "full", 0)
 

@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from experiments.architecture import head, hidden_states
-from experiments.batches import collate, schedule
-from experiments.engine import TrainingFailed, final_weights, fit
-from experiments.engine_settings import TrainSettings, learning_rate
-from experiments.errors import UserError
-from experiments.loss import summed_nll
-from experiments.master import MasterWeights
-from experiments.random_models import build
+from methods.tools.architecture import head, hidden_states
+from experiments.training.batches import collate, schedule
+from experiments.training.engine import TrainingFailed, final_weights, fit
+from experiments.training.settings import TrainSettings, learning_rate
+from methods.errors import UserError
+from experiments.training.loss import summed_nll
+from experiments.training.master_weights import MasterWeights
+from experiments.model.random_models import build
 from tests.experiments.test_loss import ragged
 
 SIZES = (7, 12, 3, 30, 21, 9, 14, 5, 26, 11)

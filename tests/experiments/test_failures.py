@@ -11,15 +11,16 @@ import pytest
 import torch
 
 from evaluation.kept import KeptTokens
-from experiments import cells, config, delta, weights
-from experiments.engine import TrainingFailed
-from experiments.errors import UserError
-from experiments.failures import recorded
-from experiments.files import need_room, read_json, write_json
-from experiments.paths import HERE, Paths
-from experiments.provenance import git
-from experiments.random_models import byte_tokenizer
-from methods.stored import save_importance
+from experiments.study import cells, config
+from experiments.model import delta, weights
+from experiments.training.engine import TrainingFailed
+from methods.errors import UserError
+from experiments.study.failures import recorded
+from methods.tools.files import need_room, read_json, write_json
+from experiments.study.paths import HERE, Paths
+from experiments.study.provenance import git
+from experiments.model.random_models import byte_tokenizer
+from methods.tools.stored import save_importance
 
 CELL = cells.Cell("llama-tiny", "sums", "full", 0)
 

@@ -6,8 +6,9 @@ import json
 import pytest
 
 from evaluation.harness import load_tasks
-from experiments import config, flips
-from experiments.errors import UserError
+from experiments.study import config
+from experiments.commands import flips
+from methods.errors import UserError
 from tests.analysis.fixtures import write_items, write_json
 from tests.analysis.test_flips import frame
 

@@ -6,9 +6,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from experiments import architecture, hardware, loss
-from experiments.flops import Flops, mfu
-from experiments.random_models import build
+from methods.tools import architecture
+from experiments.training import hardware, loss
+from experiments.training.flops import Flops, mfu
+from experiments.model.random_models import build
 
 MODELS = {
     "llama-tied": ("llama", {}),

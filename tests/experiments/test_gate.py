@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 
-from experiments import config, gate
+from experiments.study import config
+from experiments.commands import gate
 from experiments.__main__ import parser, run
-from experiments.errors import UserError
-from experiments.paths import HERE
+from methods.errors import UserError
+from experiments.study.paths import HERE
 from tests.analysis.fixtures import write_json, write_results
 
 METHODS = ("full", "lora", "ewc", "mofo", "hierarchical")
@@ -59,7 +60,7 @@ def test_a_tie_passes_however_a_mean_is_rounded_and_the_limit_is_said_in_full(st
 
 def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):
     from analysis.load import load_cells
-    from analysis.tables import item_intervals
+    from analysis.sections.tables import item_intervals
 
     cell = "smollm2-135m/science/mofo/seed0"
     loaded = load_cells(study.paths.results, [cell])

@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from analysis.load import load_cells, newest_gpu_check
-from analysis.permutation import all_tests
-from analysis.report import write_report
-from analysis.tables import comparison
-from experiments import moments
+from analysis.statistics.permutation import all_tests
+from analysis.report.page import write_report
+from analysis.sections.tables import comparison
+from methods.tools import adam as moments
 from experiments.__main__ import parser
-from experiments.errors import UserError
+from methods.errors import UserError
 from experiments.gpu_check import command, kernels, record, sizes, speed, waiting
 from experiments.gpu_check.record import Record
 from experiments.gpu_check.running import process_group
 from experiments.gpu_check.stopwatch import Stopwatch
-from experiments.paths import HERE
-from experiments.random_models import build, byte_tokenizer
-from experiments.sharding import Shards
-from methods import selection
+from experiments.study.paths import HERE
+from experiments.model.random_models import build, byte_tokenizer
+from methods.tools.process_group import Shards
+from methods.tools import selection
 from tests.analysis.fixtures import write_results
 
 CPU = torch.device("cpu")

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from experiments import hooks
-from experiments.engine import final_weights, fit
-from experiments.errors import UserError
-from experiments.random_models import build
+from experiments.training import hooks
+from experiments.training.engine import final_weights, fit
+from methods.errors import UserError
+from experiments.model.random_models import build
 from methods.part import REGISTERED, Part, register
 from tests import goldens
 

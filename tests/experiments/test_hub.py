@@ -10,8 +10,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from experiments import hub, random_models, tuned, weights
-from experiments.errors import UserError
+from experiments.model import hub, random_models, tuned, weights
+from methods.errors import UserError
 from tests.experiments.hub_server import COMMIT, Hub, digest, fill_cache, run_python
 
 # one line for each repository asked for: the commit's folder, or why it was refused

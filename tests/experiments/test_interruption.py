@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.engine import fit
-from experiments.random_models import build
-from experiments.resume import Resume
+from experiments.training.engine import fit
+from experiments.model.random_models import build
+from experiments.training.resume import Resume
 from methods import registry
 from methods.part import Part, Prepared, Run
 from methods.settings import declared, fits, inside

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from experiments import loss
-from experiments.architecture import head, hidden_states
-from experiments.batches import collate
+from experiments.training import loss
+from methods.tools.architecture import head, hidden_states
+from experiments.training.batches import collate
 
 
 def ragged(seed=0, sizes=(7, 12, 3)):

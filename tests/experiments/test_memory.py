@@ -8,18 +8,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments import architecture, loss, memory
-from experiments.engine import fit
-from experiments.engine_settings import TrainSettings
-from experiments.errors import UserError
-from experiments.random_models import build
-from experiments.shape import shape_of
-from experiments.sharding import Shards
-from experiments.moments import CHUNK, CPU_CHUNK
+from methods.tools import architecture
+from experiments.training import loss, memory
+from experiments.training.engine import fit
+from experiments.training.settings import TrainSettings
+from methods.errors import UserError
+from experiments.model.random_models import build
+from experiments.model.shape import shape_of
+from methods.tools.process_group import Shards
+from methods.tools.adam import CHUNK, CPU_CHUNK
 from methods import registry
-from methods.importance import encode
+from methods.tools.importance import encode
 from methods.part import Part
-from methods.selection import HISTOGRAM
+from methods.tools.selection import HISTOGRAM
 from tests.experiments import worlds
 
 LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -196,8 +197,8 @@ def test_bytes_a_weight_with_moments_in_bfloat16(llama3, gptj, method, processes
 
 def test_bytes_of_real_state(tiny_llama):
     """A bf16 run of the engine's own classes: masters, gradients and both moments, by their tensors."""
-    from experiments.master import MasterWeights
-    from experiments.moments import AdamW, Moments
+    from experiments.training.master_weights import MasterWeights
+    from methods.tools.adam import AdamW, Moments
 
     model = tiny_llama.to(torch.bfloat16)
     masters = MasterWeights(model, base={})

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments import packages
-from experiments.errors import UserError
+from experiments.model import packages
+from methods.errors import UserError
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from experiments.architecture import backbone, head, hidden_states, keeps_apart
-from experiments.batches import collate, collate_packed, pack
-from experiments.loss import summed_nll
-from experiments.random_models import build
+from methods.tools.architecture import backbone, head, hidden_states, keeps_apart
+from experiments.training.batches import collate, collate_packed, pack
+from experiments.training.loss import summed_nll
+from experiments.model.random_models import build
 
 SIZES = (7, 1, 12, 1, 1, 3)
 NO_FLASH = "flash_attention_2 needs a CUDA GPU and flash_attn"

@@ -3,12 +3,12 @@
 import pytest
 from ruamel.yaml import YAML
 
-from experiments import cells, config, pipeline
+from experiments.study import cells, config, pipeline
 from experiments.__main__ import parser, run
-from experiments.errors import UserError
-from experiments.files import read_json
-from experiments.lock import Lock
-from experiments.paths import HERE
+from methods.errors import UserError
+from methods.tools.files import read_json
+from experiments.study.lock import Lock
+from experiments.study.paths import HERE
 from experiments.stages import resolve
 
 STUDIES = ["", *sorted(p.parent.name for p in (HERE / "experiments" / "studies").glob("*/params.yaml"))]

@@ -9,12 +9,14 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments import config, hardware, memory, plan
-from experiments.cells import Cell
-from experiments.errors import UserError
-from experiments.flops import Flops
-from experiments.paths import HERE
-from experiments.shape import shape_of
+from experiments.study import config
+from experiments.training import hardware, memory
+from experiments.commands import plan
+from experiments.study.cells import Cell
+from methods.errors import UserError
+from experiments.training.flops import Flops
+from experiments.study.paths import HERE
+from experiments.model.shape import shape_of
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 DEFAULT = YAML(typ="safe").load(HERE / "params.yaml")

@@ -8,15 +8,16 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments import ahead, config, plan
-from experiments.cells import Cell
-from experiments.errors import UserError
-from experiments.files import read_json, sha256, write_json
-from experiments.hardware import device
-from experiments.paths import HERE
-from experiments.positions import refuse_long_documents
-from experiments.random_models import byte_tokenizer
-from experiments.shape import shape_of
+from experiments.study import ahead, config
+from experiments.commands import plan
+from experiments.study.cells import Cell
+from methods.errors import UserError
+from methods.tools.files import read_json, sha256, write_json
+from experiments.training.hardware import device
+from experiments.study.paths import HERE
+from experiments.model.positions import refuse_long_documents
+from experiments.model.random_models import byte_tokenizer
+from experiments.model.shape import shape_of
 from experiments.stages import data, model, prepare
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")

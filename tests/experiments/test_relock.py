@@ -8,9 +8,10 @@ import sys
 import pytest
 from ruamel.yaml import YAML
 
-from experiments import config, relock
-from experiments.errors import UserError
-from experiments.paths import HERE
+from experiments.study import config
+from experiments.commands import relock
+from methods.errors import UserError
+from experiments.study.paths import HERE
 from experiments.stages import resolve
 
 OLD, NEW = {"work/resolved/train/m/d/mofo.json": "old"}, {"work/resolved/train/m/d/mofo.json": "newer"}

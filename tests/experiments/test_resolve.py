@@ -1,6 +1,6 @@
 """What each setting of params.yaml makes again: every one is changed by itself, and the resolved files that change are looked at.
 
-The settings are those of the tables in experiments/blocks.py and of the parts: a new one is in the test without being named
+The settings are those of the tables in experiments/study/blocks.py and of the parts: a new one is in the test without being named
 here, and fails it until `expected` or `OTHER` says what is to be known of it.
 """
 
@@ -12,9 +12,9 @@ import sysconfig
 import typing
 from pathlib import Path
 
-from experiments import blocks, config, local_files, pipeline
-from experiments.engine_settings import TrainSettings
-from experiments.paths import Paths
+from experiments.study import blocks, config, local_files, pipeline
+from experiments.training.settings import TrainSettings
+from experiments.study.paths import Paths
 from experiments.stages import resolve
 from methods import registry
 from methods.part import Part

@@ -17,9 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from experiments import resume as module
-from experiments.random_state import random_state, set_random_state
-from experiments.resume import Resume
+from experiments.training import resume as module
+from experiments.training.random_state import random_state, set_random_state
+from experiments.training.resume import Resume
 
 IDENTITY = {"settings": "a1", "base": "b2", "numerics": 3}
 

@@ -6,8 +6,8 @@ import zipfile
 import pytest
 from datasets import Dataset
 
-from experiments import rows
-from experiments.errors import UserError
+from experiments.data import rows
+from methods.errors import UserError
 
 SPEC = "tiny-rows==1.0"
 

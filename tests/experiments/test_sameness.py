@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from experiments.sameness import sameness
-from experiments.splits import normalised
+from experiments.data.sameness import sameness
+from experiments.data.splits import normalised
 
 SAME = [
     ("What is number 3?", "  what IS number 3 "), ("How much is 35+35?", "how much is 35 + 35"), ("It’s “so”", "it's \"so\""),

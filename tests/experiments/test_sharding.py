@@ -13,12 +13,12 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments.engine import final_weights, fit
-from experiments.errors import UserError
-from experiments.paths import HERE
-from experiments.random_models import build
-from experiments.sharding import Shards
-from experiments.weights import load_model
+from experiments.training.engine import final_weights, fit
+from methods.errors import UserError
+from experiments.study.paths import HERE
+from experiments.model.random_models import build
+from methods.tools.process_group import Shards
+from experiments.model.weights import load_model
 from methods import registry
 from methods.part import Part
 from tests import goldens

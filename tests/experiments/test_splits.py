@@ -3,9 +3,9 @@ import re
 
 import pytest
 
-from experiments import splits
-from experiments.errors import UserError
-from experiments.jsonl import Row
+from experiments.data import splits
+from methods.errors import UserError
+from methods.tools.jsonl import Row
 
 
 def numbered(n, *, prefix="What is number"):

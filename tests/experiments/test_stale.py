@@ -6,12 +6,12 @@ import shlex
 
 import pytest
 
-from experiments import config, pipeline, stale
+from experiments.study import config, pipeline, stale
 from experiments.__main__ import parser
-from experiments.advice import of_study
-from experiments.errors import UserError
-from experiments.files import write_json
-from experiments.paths import HERE
+from experiments.study.advice import of_study
+from methods.errors import UserError
+from methods.tools.files import write_json
+from experiments.study.paths import HERE
 from experiments.stages import resolve
 
 CELL = {"model": "llama-tiny", "domain": "sums", "method": "ewc"}

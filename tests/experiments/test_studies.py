@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.shipped import shipped_yaml
 from evaluation.task import make_task
-from experiments import cells, config, pipeline, tune
-from experiments.errors import UserError
-from experiments.files import read_json
-from experiments.paths import HERE
+from experiments.study import cells, config, pipeline
+from experiments.commands import tune
+from methods.errors import UserError
+from methods.tools.files import read_json
+from experiments.study.paths import HERE
 from experiments.stages import collect, data, evaluate, model as model_stage, prepare, resolve, train
 from tests.evaluation.conftest import COPA, HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
 
@@ -103,7 +104,7 @@ def test_the_architecture_is_the_models(name, model):
 @pytest.mark.parametrize("name", NAMES)
 def test_every_task_takes_the_rows_of_its_data_set(name, tmp_path):
     """Columns, prompt and metric fit; a metric or column that does not exist is refused by make_task."""
-    from experiments.rows import shape
+    from experiments.data.rows import shape
 
     study = config.load(name)
     for where, block in {**study.domains, **study.tasks}.items():

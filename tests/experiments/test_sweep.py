@@ -6,11 +6,12 @@ import shutil
 
 import pytest
 
-from experiments import config, pipeline, sweep
-from experiments.errors import UserError
-from experiments.families import families, family
-from experiments.params_text import with_methods
-from experiments.paths import HERE
+from experiments.study import config, pipeline
+from experiments.commands import sweep
+from methods.errors import UserError
+from analysis.families import families, family
+from experiments.study.params_text import with_methods
+from experiments.study.paths import HERE
 from experiments.stages import resolve
 
 SOURCES = [HERE / "params.yaml", *sorted((HERE / "experiments" / "studies").glob("*/params.yaml"))]

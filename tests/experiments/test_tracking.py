@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.errors import UserError
-from experiments.tracking import link, track
+from methods.errors import UserError
+from experiments.commands.tracking import link, track
 from tests.analysis.fixtures import METHODS, write_results
 
 CELL = "smollm2-135m/science/{}/seed0".format
@@ -100,7 +100,7 @@ def test_a_run_holds_parameters_curves_scores_costs_data_and_files(database, res
 
 def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_path):
     from analysis.load import load_cells
-    from analysis.tables import comparison
+    from analysis.sections.tables import comparison
 
     root = tmp_path / "seeds"
     cells = write_results(root, methods=("full", "ewc"), seeds=(0, 1, 2))
@@ -278,8 +278,9 @@ def test_a_store_that_was_moved_keeps_its_files_beside_itself(database, results,
 
 
 def test_without_a_name_every_study_with_results_is_tracked_and_a_bad_store_is_named(migrated, tmp_path, capsys):
-    from experiments import config, tracking
-    from experiments.paths import HERE, Paths
+    from experiments.study import config
+    from experiments.commands import tracking
+    from experiments.study.paths import HERE, Paths
 
     root = tmp_path / "project"
     for study in ("", "demo"):

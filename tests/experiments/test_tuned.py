@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments import tuned, weights
-from experiments.base import load_tensors
-from experiments.errors import UserError
-from experiments.log import TrainingFailed
-from experiments.shape import shape_of
+from experiments.model import tuned, weights
+from experiments.model.base import load_tensors
+from methods.errors import UserError
+from experiments.training.log import TrainingFailed
+from experiments.model.shape import shape_of
 from methods.lora import LoRA
 from methods.part import Run
 

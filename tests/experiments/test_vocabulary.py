@@ -6,12 +6,13 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from experiments import ahead, vocabulary
-from experiments.errors import UserError
-from experiments.random_models import build, byte_tokenizer as make_tokenizer
+from experiments.study import ahead
+from experiments.model import vocabulary
+from methods.errors import UserError
+from experiments.model.random_models import build, byte_tokenizer as make_tokenizer
 from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
-from experiments.weights import materialise
+from experiments.model.weights import materialise
 from tests.experiments.test_ahead import rows, study
 from tests.evaluation.test_encode import with_bos, with_end, with_merges, without_specials
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments import random_models, weights
-from experiments.errors import UserError
+from experiments.model import random_models, weights
+from methods.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,11 +14,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
-from experiments import architecture
-from experiments.engine import final_weights, fit
-from experiments.random_models import build
-from experiments.resume import Resume
-from experiments.sharding import Shards
+from methods.tools import architecture
+from experiments.training.engine import final_weights, fit
+from experiments.model.random_models import build
+from experiments.training.resume import Resume
+from methods.tools.process_group import Shards
 from experiments.stages.prepare import fitting
 from methods import registry
 from methods.part import Part

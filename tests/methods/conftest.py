@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from experiments.random_models import build
+from experiments.model.random_models import build
 
 MODELS = {
     "llama-tied": ("llama", {}),
@@ -36,8 +36,8 @@ def documents():
 @pytest.fixture
 def train():
     """train(model, parts, examples, states=…, **settings): the engine's own loop on the CPU."""
-    from experiments.engine import fit
-    from experiments.engine_settings import TrainSettings
+    from experiments.training.engine import fit
+    from experiments.training.settings import TrainSettings
 
     def run(model, parts, examples, states=None, seed=0, base=None, **settings):
         base = base or {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -85,7 +85,7 @@ def drawn():
 @pytest.fixture
 def dense():
     """dense(importance): the float64 values that codes or tensors stand for, by name."""
-    from methods.importance import Codes, decode
+    from methods.tools.importance import Codes, decode
 
     return lambda importance: {n: decode(v.codes, low=v.low, step=v.step, dtype=torch.float64) if isinstance(v, Codes) else v.double()
                                for n, v in importance.items()}  # fmt: skip

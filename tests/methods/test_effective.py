@@ -4,8 +4,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from experiments.errors import UserError
-from methods.effective import adapted_names, effective_weights
+from methods.errors import UserError
+from methods.tools.effective import adapted_names, effective_weights
 from methods.lora import LoRA
 
 

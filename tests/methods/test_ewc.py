@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from experiments.errors import UserError
+from methods.errors import UserError
 from methods.ewc import EWC, diagonal_fisher
 from methods.lora import LoRA
 

@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from experiments.architecture import backbone
-from experiments.errors import UserError
-from experiments.random_models import build
-from experiments.resume import Resume
-from experiments.sharding import Shards
-from methods import fisher, per_example
-from methods.effective import base_parameters
-from methods.fisher import ESTIMATORS, _drawn, by_length, diagonal_fisher
+from methods.tools.architecture import backbone
+from methods.errors import UserError
+from experiments.model.random_models import build
+from experiments.training.resume import Resume
+from methods.tools.process_group import Shards
+from methods.tools import fisher, per_example
+from methods.tools.effective import base_parameters
+from methods.tools.fisher import ESTIMATORS, _drawn, by_length, diagonal_fisher
 from methods.lora import LoRA
-from methods.per_example import Squares
+from methods.tools.per_example import Squares
 
 KINDS = ["llama-tied", "llama-untied", "gptj"]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from experiments.errors import UserError
+from methods.errors import UserError
 from methods.given import Given
 
 
@@ -33,7 +33,7 @@ def test_its_weights_come_out_whole(make, base, saved, run_of):
 
 
 def test_the_engine_trains_nothing_for_it(make, saved, documents, train):
-    from experiments.engine import final_weights
+    from experiments.training.engine import final_weights
 
     part = Given(path=str(saved))
     result = train(make("llama-tied", torch.bfloat16), (part,), documents)

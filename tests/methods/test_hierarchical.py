@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
-from experiments.errors import UserError
+from methods.errors import UserError
 from methods.hierarchical import OFFICIAL, PAPER, Hierarchical, keep_strength, layer_coefficients
-from methods.importance import totals
+from methods.tools.importance import totals
 from methods.lora import LoRA
 from methods.mofo import MomentumFilter
 from methods.part import Part
@@ -269,7 +269,7 @@ def test_a_failed_phase_leaves_no_hooks(make, documents, ready):
     hooked = []
 
     def fit(*, model, parts, **_):
-        from experiments.engine import Run
+        from experiments.training.engine import Run
         run = Run(model=model, weights={n: p for n, p in model.named_parameters() if p.requires_grad}, base=before, seed=0, device="cpu")
         parts[0].begin(run=run, state={}, examples=documents)
         hooked.append(sum(len(module._forward_hooks) for module in model.modules()))

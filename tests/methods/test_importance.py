@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from experiments.errors import UserError
-from experiments.sharding import Shards
-from methods import importance
-from methods.importance import Codes, decode, encode, penalise, placed, totals
+from methods.errors import UserError
+from methods.tools.process_group import Shards
+from methods.tools import importance
+from methods.tools.importance import Codes, decode, encode, penalise, placed, totals
 
 ROUNDING = 2.0**-23  # float32's
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from peft import PeftModel
 
-from experiments.engine import final_weights
-from experiments.errors import UserError
+from experiments.training.engine import final_weights
+from methods.errors import UserError
 from methods.lora import LoRA, merged, read_adapter
 
 

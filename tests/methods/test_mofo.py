@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from experiments.moments import MOMENTS, AdamW, Moments
-from experiments.sharding import Shards
+from methods.tools.adam import MOMENTS, AdamW, Moments
+from methods.tools.process_group import Shards
 from methods import mofo
 from methods.mofo import MoFO, MomentumFilter
 from methods.part import Run

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from experiments import moments
-from experiments.batches import schedule
+from methods.tools import adam as moments
+from experiments.training.batches import schedule
 from methods.lora import LoRA
 from methods.part import Run
-from methods.path_integral import PathIntegral
+from methods.tools.path_integral import PathIntegral
 
 SETTINGS = {"batch": 4, "micro_batch": 2, "epochs": 2, "learning_rate": 3e-3, "weight_decay": 0.1, "clip": 0.5}
 NAMES = {"lora": ("q_proj", "v_proj")}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from experiments.errors import UserError
+from methods.errors import UserError
 from methods import registry
 from methods.ewc import EWC
 from methods.hierarchical import Hierarchical

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from methods import selection
-from methods.selection import COUNTED, LANES, TRASH, kth_by_histogram, kth_largest
+from methods.tools import selection
+from methods.tools.selection import COUNTED, LANES, TRASH, kth_by_histogram, kth_largest
 
 CPU = torch.device("cpu")
 

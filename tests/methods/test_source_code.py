@@ -4,11 +4,11 @@ import ast
 
 import pytest
 
-from experiments import config
+from experiments.study import config
 from experiments.stages import resolve
 from methods import registry
 from methods.mofo import MomentumFilter
-from methods.source_code import digest, digest_of
+from methods.tools.source_code import digest, digest_of
 
 CODE = '''
 """A module."""
@@ -31,7 +31,7 @@ class Part:
     """A part."""
 
     strength: float = 2.0
-    shares = ("methods.effective",)
+    shares = ("methods.tools.effective",)
 
     def pull(self, run: dict, *, step: int = 0) -> Tensor:
         """Pull."""
@@ -43,15 +43,15 @@ SAME = {
     "a rewritten comment": ("# the first weight alone", "# only the first weight counts here"),
     "a docstring": ('"""Pull."""', '"""Pull every weight back to the base."""'),
     "a docstring that is gone": ('        """Pull."""\n', ""),
-    "a moved module": ("from methods.effective import", "from methods.tools.effective import"),
-    "what it shares, moved": ('("methods.effective",)', '("methods.tools.effective",)'),
+    "a moved module": ("from methods.tools.effective import", "from methods.tools.effective import"),
+    "what it shares, moved": ('("methods.tools.effective",)', '("methods.tools.effective",)'),
     "an annotation": ("run: dict", "run: 'Run'"),
     "an annotation that is gone": ("strength: float = 2.0", "strength = 2.0"),
     "a line that is broken": ("np.sqrt(SCALE) + self.strength", "(\n            np.sqrt(SCALE)\n            + self.strength\n        )"),
     "quotes and a trailing comma": ('["pull"]', "['pull', ]"),
     "an import that nothing uses": ("import numpy as np", "import numpy as np\nimport os"),
     "an import for annotations": ("from torch import Tensor", "from torch import Tensor, nn"),
-    "the order of imports": ("import numpy as np\nfrom methods.effective import effective_weights", "from methods.effective import effective_weights\nimport numpy as np"),
+    "the order of imports": ("import numpy as np\nfrom methods.tools.effective import effective_weights", "from methods.tools.effective import effective_weights\nimport numpy as np"),
 }
 OTHER = {
     "a constant": ("SCALE = 1.5", "SCALE = 1.6"),

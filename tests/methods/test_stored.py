@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from experiments.errors import UserError
+from methods.errors import UserError
 from methods.ewc import EWC
 from methods.hierarchical import Hierarchical
-from methods.importance import Codes, encode, totals
-from methods.stored import load_importance, save_importance, thin
+from methods.tools.importance import Codes, encode, totals
+from methods.tools.stored import load_importance, save_importance, thin
 
 
 def drawn(*shape, spread=4.0, seed=0, dtype=torch.float32):

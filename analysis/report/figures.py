@@ -1,0 +1,223 @@
+"""The figures of one comparison (model, domain): each as PNG, SVG and the CSV behind it."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.sections import drift, flips_show, front, matched_show
+from analysis import numbers, style, units
+from analysis.sections.costs import costs
+from analysis.statistics.intervals import mean_difference, paired
+from analysis.load import Loaded
+from analysis.families import family
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A figure on disk: `stem` without suffix, its title and caption for the report."""
+
+    name: str
+    title: str
+    caption: str
+    stem: Path
+    model: str
+    domain: str
+
+
+def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[Figure]:
+    """Every figure the data allow, for every comparison, as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
+    made = []
+    draws = (front.gain_forgetting_front, matched_show.matched_gain, forgetting_by_task, forgetting_over_training,
+             *flips_show.FIGURES, *drift.FIGURES, layer_coefficients, cost)  # fmt: skip
+    for model, domain in loaded.comparisons:
+        rows = table[(table["model"] == model) & (table["domain"] == domain) & (table["method"] != "base")]
+        cells = loaded.of(model, domain)
+        for draw in draws:
+            stem = folder / f"{draw.__name__}-{model}-{domain}"
+            with style.house():
+                drawn = draw(loaded, rows, cells)
+                if drawn is None:
+                    continue
+                figure, data, title, caption = drawn
+                style.save(figure, data, stem=stem, not_a_result=loaded.not_a_result)
+            made.append(Figure(name=draw.__name__, title=title, caption=caption, stem=stem, model=model, domain=domain))
+    return made
+
+
+def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Base minus tuned for each retention task; tasks at chance in grey."""
+    first = cells.iloc[0]
+    base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
+    records = []
+    for task in [task for task, about in first["scores_by_task"].items() if about["role"] == "retention" and units.of_task(first, task) == units.SHARE]:
+        for method in dict.fromkeys(cells["method"]):
+            own = cells[cells["method"] == method]
+            value = float(np.mean([by_task[task]["base"] - by_task[task]["value"] for by_task in own["scores_by_task"]]))
+            low = high = None
+            if len(base) and len(loaded.items):
+                pairs = paired(base[base["task"] == task], loaded.items[loaded.items["cell"].isin(own.index) & (loaded.items["task"] == task)])
+                if len(pairs) > 1:
+                    change = mean_difference(pairs, [task])
+                    low, high = -change.high, -change.low
+            records.append((task, method, task in first["at_chance"], first["n"][task], *(None if v is None else 100 * v for v in (value, low, high))))
+    if not records:
+        return None
+    data = pd.DataFrame(records, columns=["task", "method", "at_chance", "n", "forgetting", "low", "high"])
+    tasks, methods = list(dict.fromkeys(data["task"])), list(dict.fromkeys(data["method"]))
+    step = len(methods) + 1.1
+    figure, axes = style.new(style.WIDTH, 0.9 + 0.17 * step * len(tasks))
+    axes.set_title(f"Forgetting by task: {style.where(cells)}")
+    axes.axvline(0, color=style.MUTED, linewidth=0.8)
+    edge = float(np.nanmax(data[["forgetting", "high"]].astype(float).to_numpy()))
+    for t, task in enumerate(tasks):
+        for m, method in enumerate(methods):
+            row = data[(data["task"] == task) & (data["method"] == method)].iloc[0]
+            y, shade = -(t * step + m), style.FAINT if row["at_chance"] else style.colour(method)
+            axes.errorbar(row["forgetting"], y, color=shade, marker=style.marker(method), markersize=5.5, elinewidth=1.2, xerr=style.bars(row["forgetting"], row["low"], row["high"]))
+            end = row["forgetting"] if numbers.missing(row["high"]) else row["high"]
+            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.MUTED if row["at_chance"] else shade,
+                          bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6})  # fmt: skip
+    middle = [-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))]
+    chance = set(first["at_chance"])
+    axes.set_yticks(middle, [f"{task}\nn = {first['n'][task]}" + ("\nat chance:\ncannot show loss" if task in chance else "") for task in tasks])
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlim(right=edge + 0.22 * max(edge, 1.0) + 1.0)
+    axes.set_xlabel("forgetting, points (base minus tuned; right of 0 is loss)")
+    over = "seeds and items" if cells["seed"].nunique() > 1 else "the items"
+    caption = f"Retention tasks only, and of these the proportions of right answers; bars are 95 % intervals over {over}. Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
+    return figure, data, "Forgetting by task", caption
+
+
+def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Probe curves: the domain, the retention tasks, and general perplexity, over training tokens."""
+    if loaded.curves.empty:
+        return None
+    domain = cells.iloc[0]["domain"]
+    curves = loaded.curves[loaded.curves["cell"].isin(cells.index)]
+    names = [c for c in curves.columns if c.startswith("probe_") and c.endswith("_nll") and curves[c].notna().any()]
+    retention = [c for c in names if c != f"probe_{domain}_nll"]
+    data = curves[["cell", "step", "tokens"]].copy()
+    data["domain_accuracy"] = curves.get(f"probe_{domain}")
+    data["retention_nats"] = curves[retention].mean(axis=1) if retention else np.nan
+    data["general_perplexity"] = curves.get("probe_perplexity")
+    shown = ["domain_accuracy", "retention_nats", "general_perplexity"]
+    data = data.dropna(subset=shown, how="all")
+    shown = [key for key in shown if data[key].notna().any()]
+    if data.empty:
+        return None
+    data.insert(1, "method", data["cell"].map(cells["method"]))
+    titles = {
+        "domain_accuracy": f"Learning: right answers on {domain} probes, % (up is better)",
+        "retention_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
+        "general_perplexity": "Forgetting: perplexity of general text (down is better)",
+    }
+    figure, panels = style.new(style.WIDTH, 0.5 + 2.05 * len(shown), len(shown), sharex=True, squeeze=False)
+    methods = list(dict.fromkeys(data["method"]))
+    for axes, key in zip(panels[:, 0], shown):
+        axes.set_title(titles[key])
+        ends = []
+        for method in methods:
+            own = data[data["method"] == method].dropna(subset=[key])
+            if own.empty:
+                continue
+            end = style.course(axes, own.assign(domain_accuracy=100 * own["domain_accuracy"]), method=method, x="tokens", y=key, size=3.5)
+            if method in style.named(methods):
+                ends.append((*end, method, style.colour(method)))
+        style.label_ends(axes, ends, gap=0.095)
+    panels[-1, 0].set_xlabel(f"training tokens ({style.where(cells)})")
+    panels[-1, 0].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
+    panels[-1, 0].margins(x=0.02)
+    caption = "Measured on probe rows during training, which are disjoint from the scored rows. A method whose curves start elsewhere begins from weights of its own preparation."
+    caption += " Faint lines are seeds, the others their mean." if cells["seed"].nunique() > 1 else ""
+    caption += " Dashed lines are the blocks of a sweep." if any(method != family(method) for method in methods) else ""
+    return figure, data, "Learning and forgetting over training", caption
+
+
+# a row of panels is one kind on one scale
+COST_PANELS = (
+    ("seconds", numbers.seconds, (("seconds_prepare", "preparation"), ("seconds_train", "training"), ("seconds_evaluate", "scoring"))),
+    ("memory", numbers.size, (("peak_memory_prepare_bytes", "peak, preparation"), ("peak_memory_train_bytes", "peak, training"), ("bytes_optimizer_state", "optimizer state"))),
+    ("bytes to keep", numbers.size, (("bytes_weights_delta", "weights or adapter"), ("bytes_importance", "importance"), ("bytes_start", "start"), ("bytes_anchor", "anchor"))),
+)  # fmt: skip
+
+
+def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Seconds, memory and bytes by kind: a row of panels each, on one scale, never added up across kinds."""
+    table = costs(loaded)
+    data = table[(table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])].drop(columns=["model", "domain"])
+    if data[[key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]].isna().all(axis=None):
+        return None
+    methods = list(data["method"])
+    figure, grid = style.new(style.WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
+    for line, (kind, show, panels) in zip(grid, COST_PANELS):
+        values = data[[key for key, _ in panels]].astype(float)
+        widest = values.max(axis=None)
+        for axes, (key, title) in zip(line, panels):
+            axes.barh(range(len(methods)), values[key].fillna(0), color=[style.colour(m) for m in methods], height=0.62)
+            for y, value in enumerate(values[key]):
+                text = "–" if value < 0.0005 else show(value)
+                axes.annotate(text, (0 if value != value else value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.INK)
+            axes.set_xlim(0, 1.95 * widest if widest > 0 else 1)
+            axes.set_title(title, fontsize=8.5)
+            axes.set_xticks([])
+            axes.set_yticks(range(len(methods)), methods)
+            axes.tick_params(axis="y", length=0)
+            axes.grid(visible=False)
+            axes.spines["bottom"].set_visible(False)
+        for axes in line[len(panels):]:
+            axes.set_axis_off()
+        line[0].set_ylabel(kind, fontweight="bold")
+    grid[0, 0].invert_yaxis()
+    figure.supxlabel(style.where(cells), fontsize=8.5, color=style.MUTED)
+    caption = "Measured on the machine named under provenance. The panels of a row share one scale. – is nothing of the kind, 'unknown' a checkpoint made elsewhere."
+    return figure, data, "Cost by kind", caption
+
+
+def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Layer-wise coefficients of a part that reports them, by layer and kind of matrix; their mean, weighted by importance, is 1."""
+    records = []
+    for cell, report in cells["parts_report"].items():
+        for part in (report or {}).values():
+            for group, value in ((part or {}).get("coefficients") or {}).items() if isinstance(part, dict) else ():
+                number = re.search(r"\.(\d+)(?:\.|$)", group)
+                kind = group[number.end():] if number else group
+                records.append((cell, cells.at[cell, "method"], group, int(number.group(1)) if number else None, kind.rsplit(".", 1)[-1] or "block", float(value)))
+    if not records:
+        return None
+    data = pd.DataFrame(records, columns=["cell", "method", "group", "layer", "kind", "coefficient"])
+    data["layer"] = data["layer"].astype("Int64")
+    shown = list(dict.fromkeys(data["method"]))
+    figure, panels = style.new(style.WIDTH, 0.6 + 2.5 * len(shown), len(shown), sharex=True, squeeze=False)
+    shades = (style.INK, *style.OTHERS)  # kinds of matrix: no method's colours
+    for axes, method in zip(panels[:, 0], shown):
+        own = data[data["method"] == method]
+        axes.axhline(1, color=style.MUTED, linewidth=0.8)
+        ends, layered = [], own[own["layer"].notna()]
+        for k, kind in enumerate(dict.fromkeys(layered["kind"])):
+            line = layered[layered["kind"] == kind].groupby("layer")["coefficient"].mean().sort_index()
+            axes.plot(line.index.astype(int), line, color=shades[k % len(shades)], marker="osD^v"[k % 5], markersize=4, linewidth=1.2)
+            ends.append((float(line.index[-1]), float(line.iloc[-1]), kind, shades[k % len(shades)]))
+        last = int(layered["layer"].max()) if len(layered) else -1
+        for k, (kind, value) in enumerate(own[own["layer"].isna()].groupby("kind", sort=False)["coefficient"].mean().items()):
+            axes.plot(last + 1.5 + k, value, "o", color=style.INK, markersize=4.5)
+            ends.append((last + 1.5 + k, float(value), kind, style.INK))
+        if own["coefficient"].max() > 30 * max(own["coefficient"].min(), 1e-9):
+            axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            axes.minorticks_off()
+        style.label_ends(axes, ends, gap=0.085)
+        axes.set_ylabel("coefficient")
+        axes.set_title(f"Layer coefficients: {method}, {style.where(cells)}")
+    panels[-1, 0].set_xlabel("layer")
+    panels[-1, 0].xaxis.get_major_locator().set_params(integer=True)
+    caption = (
+        "How the penalty is shared out over layers: a layer at 2 is held twice as hard as one at 1. The mean that is 1 is weighted by importance, "
+        "so most layers may lie below it."
+    )
+    return figure, data, "Layer coefficients", caption

@@ -1,0 +1,208 @@
+"""The front of gain against forgetting over methods and sweep blocks, and its hypervolume."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis import numbers, style
+from analysis.chosen import choices
+from analysis.load import Loaded
+from analysis.statistics.resample import Resampled, resampled, reversed_interval
+from analysis.families import family
+
+ALL = "all methods"
+EMPTY = 0.025  # share of redraws without any area beyond which there is no interval
+MARGIN = 5  # points between the worst forgetting seen and the reference point
+CROWDED = 16  # points up to which the blocks of a sweep are named too, "s1" beside their method's colour and shape
+FEW = 8  # points up to which each is drawn with its intervals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Front:
+    """One comparison's front.
+
+    points     a row a method: method, family, seeds, gain, forgetting (shares of 1), front, front_share (of the redraws)
+    volumes    a row a family and one for ALL: family, blocks, hypervolume with _low and _high, luck; in points times points
+    reference  forgetting of the reference point, a share of 1; its gain is 0
+    """
+
+    points: pd.DataFrame
+    volumes: pd.DataFrame
+    reference: float
+    n_domain: int
+    n_retention: int
+
+    @property
+    def most_seeds(self) -> int:
+        return int(self.points["seeds"].max())
+
+
+def nondominated(gain: np.ndarray, forgetting: np.ndarray) -> np.ndarray:
+    """Which of (..., k) points no other and not the bare base (0, 0) beats: none gains as much and forgets as little, one of them strictly."""
+    gain, forgetting = np.asarray(gain, float), np.asarray(forgetting, float)
+    pad = [(0, 0)] * (gain.ndim - 1) + [(0, 1)]  # the base is a choice too
+    gain, forgetting = np.pad(gain, pad), np.pad(forgetting, pad)
+    g, f = gain[..., :, None], forgetting[..., :, None]
+    others_g, others_f = gain[..., None, :], forgetting[..., None, :]
+    beaten = (others_g >= g) & (others_f <= f) & ((others_g > g) | (others_f < f))
+    return ~beaten.any(axis=-1)[..., :-1]
+
+
+def hypervolume(gain: np.ndarray, forgetting: np.ndarray, *, reference: float) -> np.ndarray:
+    """The area that (..., k) points dominate down to the reference point (gain 0, forgetting `reference`); shape (...).
+
+    Exact in two dimensions by one sweep (Zitzler and Thiele 1998): with gains in descending order g_1 >= ... >= g_k and
+    g_{k+1} = 0, sum_i (g_i - g_{i+1}) (reference - min_{j<=i} f_j), gains below 0 and forgetting above the reference cut off.
+    """
+    gain, forgetting = np.clip(gain, 0, None), np.minimum(forgetting, reference)
+    order = np.argsort(-gain, axis=-1, kind="stable")
+    gain = np.take_along_axis(gain, order, -1)
+    least = np.minimum.accumulate(np.take_along_axis(forgetting, order, -1), axis=-1)
+    below = np.concatenate([gain[..., 1:], np.zeros_like(gain[..., :1])], axis=-1)
+    return ((gain - below) * (reference - least)).sum(axis=-1)
+
+
+def front(loaded: Loaded, *, model: str, domain: str) -> Front | None:
+    """The front over all methods and sweep blocks of one comparison; None where no method has gain and forgetting.
+
+    The reference point is gain 0 and MARGIN points more forgetting than the worst seen (or than none), rounded up to a whole
+    point: the worst method keeps a volume, and redraws are seldom cut off. It stays the same over the redraws; another study's differs.
+    """
+    found = resampled(loaded, model=model, domain=domain)
+    if found is None:
+        return None
+    worst = max(0.0, float(found.forgetting.max()))
+    reference = (math.ceil(round(100 * worst, 9)) + MARGIN) / 100
+    drawn = ~np.isnan(found.gains).any() and ~np.isnan(found.forgettings).any()
+    share = nondominated(found.gains, found.forgettings).mean(axis=0) if drawn else np.full(len(found.methods), np.nan)
+    points = pd.DataFrame({
+        "method": found.methods, "family": [family(method) for method in found.methods], "seeds": [found.seeds[method] for method in found.methods],
+        "gain": found.gain, "forgetting": found.forgetting, "front": nondominated(found.gain, found.forgetting), "front_share": share,
+    })  # fmt: skip
+    rows = [_volume(found, name, columns, reference) for name, columns in found.families.items()]
+    if len(rows) > 1:
+        rows.append(_volume(found, ALL, list(range(len(found.methods))), reference))
+    return Front(points=points, volumes=pd.DataFrame(rows), reference=reference, n_domain=found.n_domain, n_retention=found.n_retention)
+
+
+def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Gain against forgetting of every method and sweep block, in points, with the front as a step line."""
+    made = front(loaded, model=cells.iloc[0]["model"], domain=cells.iloc[0]["domain"])
+    if made is None:
+        return None
+    known = rows.set_index("method")
+    keys = ["domain_gain_low", "domain_gain_high", "forgetting_low", "forgetting_high"]
+    data = made.points.join(known[keys].astype(float), on="method")
+    shown = ["gain", "forgetting", *keys]
+    data[shown] = 100 * data[shown]
+    figure, axes = style.new(style.WIDTH, 4.5 if len(data) <= FEW else 5.6)
+    axes.axhline(0, color=style.MUTED, linewidth=0.8)
+    axes.axvline(0, color=style.MUTED, linewidth=0.8)
+    axes.plot(0, 0, "+", color=style.INK, markersize=10, markeredgewidth=1.6)
+    axes.set_title(f"Front of gain against forgetting: {style.where(cells)}, n = {made.n_domain} + {made.n_retention}")
+    labels, bars = [(0, 0, "base", style.INK)], []
+    named = set(data[data["front"] | (data["family"] == data["method"])]["method"])
+    for name, own in data.groupby("family", sort=False):
+        shade = style.colour(name)
+        if not named & set(own["method"]):
+            named.add(own.iloc[0]["method"])  # every family is named at least once
+        for point in own.itertuples():
+            if point.front or len(data) <= FEW:
+                bars += _draw_bars(axes, point, shade)
+            axes.plot(point.gain, point.forgetting, style.marker(name), color=shade, markersize=8 if point.front else 5.5,
+                      markerfacecolor=shade if point.front else style.PAPER, markeredgewidth=1.4)  # fmt: skip
+            if point.method in named:
+                labels.append((point.gain, point.forgetting, point.method, shade))
+            elif len(data) <= CROWDED:
+                labels.append((point.gain, point.forgetting, point.method.removeprefix(f"{name}-"), shade))
+    axes.set_xlabel("gain on the domain, points (right is better)")
+    axes.set_ylabel("forgetting, points (down is better)")
+    axes.margins(0.1)
+    axes.set_xlim(axes.get_xlim())  # the line goes on to the reference point, which lies far from the methods
+    axes.set_ylim(axes.get_ylim())
+    line = _steps(data[data["front"]], reference=100 * made.reference)
+    axes.plot(*zip(*line), color=style.FAINT, linewidth=4, alpha=0.6, zorder=1, solid_joinstyle="miter")
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    bars += [(x0, min(y0, top), x1, min(y1, top)) for (x0, y0), (x1, y1) in zip(line, line[1:])]
+    bars += [(left, 0, right, 0), (0, bottom, 0, top)]
+    style.label_points(axes, labels, bars=bars, size=8.5)
+    caption = (
+        "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they reach together, towards the "
+        f"reference point of the hypervolume (gain 0, forgetting {100 * made.reference:.0f} points). Bars are 95 % intervals"
+        + ("." if len(data) <= FEW else ", drawn for the front only; the CSV has them all.")
+    )
+    return figure, data, "The front of gain against forgetting", caption
+
+
+def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
+    """Texts for sections/front.html.j2; None where there is nothing to compare (fewer than two methods)."""
+    made = front(loaded, model=model, domain=domain)
+    if made is None or len(made.points) < 2:
+        return None
+    best = made.points[made.points["front"]].sort_values("gain")
+    several = made.most_seeds > 1
+    table = choices(loaded, model=model, domain=domain)
+    picked = table[table["chosen"]].set_index("family")["method"].to_dict()
+    return {
+        "sentence": (f"On the front: {', '.join(_place(point) for point in best.itertuples())}." if len(best)
+                     else "No method is on the front: the bare base gains as much and forgets as little."),
+        "reference": f"gain 0, forgetting {100 * made.reference:.0f} points",
+        "covers": "items and seeds" if several else "items only: this run, not this method",
+        "swept": bool((made.volumes["blocks"] > 1).drop(index=made.volumes.index[made.volumes["family"] == ALL]).any()),
+        "n": f"{made.n_domain} domain and {made.n_retention} retention rows",
+        "rows": [
+            {"name": row.family, "whole": row.family == ALL, "colour": style.colour(row.family), "blocks": row.blocks,
+             "volume": f"{row.hypervolume:.1f}", "luck": "–" if row.blocks < 2 or numbers.missing(row.luck) else f"{max(row.luck, 0.0):.1f}",
+             "interval": "" if numbers.missing(row.hypervolume_low) else f"[{row.hypervolume_low:.1f}, {row.hypervolume_high:.1f}]",
+             "chosen": picked.get(row.family, ""), "on_front": _on_front(made, row.family)}
+            for row in made.volumes.itertuples()
+        ],
+    }  # fmt: skip
+
+
+def _volume(found: Resampled, name: str, columns: list[int], reference: float) -> dict:
+    """A family's hypervolume in points times points; `luck` is how far the redraws' median lies above it.
+
+    Not their mean: with three seeds gain and forgetting have Student's tails of 2 degrees of freedom, and the mean of their product is infinite.
+    Redraws start from points that are spread already: for two to twelve settings that are equally good the median finds 0.3 to 0.6 of the luck.
+
+    Without an interval where the redraws pile up at an area of 0, which is where it would cover as little as half of all studies.
+    """
+    value = 1e4 * float(hypervolume(found.gain[columns], found.forgetting[columns], reference=reference))
+    draws = 1e4 * hypervolume(found.gains[:, columns], found.forgettings[:, columns], reference=reference)
+    low, high = reversed_interval(value, draws) if (draws <= 0).mean() <= EMPTY else (None, None)
+    return {
+        "family": name, "blocks": len(columns), "hypervolume": value, "hypervolume_low": None if low is None else max(low, 0.0),
+        "hypervolume_high": high, "luck": None if np.isnan(draws).any() else float(np.median(draws)) - value,
+    }  # fmt: skip
+
+
+def _steps(points: pd.DataFrame, *, reference: float) -> list[tuple[float, float]]:
+    """Corners of the front's edge, from the bare base's gain up to the reference's forgetting."""
+    corners, gain = [], 0.0
+    for point in points.sort_values(["gain", "forgetting"]).itertuples():
+        corners += [(min(gain, point.gain), point.forgetting), (point.gain, point.forgetting)]
+        gain = point.gain
+    return [*corners, (gain, reference)] if corners else [(0.0, 0.0), (0.0, reference)]
+
+
+def _draw_bars(axes, point, shade: str) -> list[tuple[float, float, float, float]]:
+    """Draws a point's intervals; answers with them as lines for the labels to keep clear of."""
+    xerr = style.bars(point.gain, point.domain_gain_low, point.domain_gain_high)
+    yerr = style.bars(point.forgetting, point.forgetting_low, point.forgetting_high)
+    axes.errorbar(point.gain, point.forgetting, xerr=xerr, yerr=yerr, fmt="none", color=shade, elinewidth=1.0, alpha=0.7)
+    lines = [(point.domain_gain_low, point.forgetting, point.domain_gain_high, point.forgetting)] if xerr else []
+    return lines + ([(point.gain, point.forgetting_low, point.gain, point.forgetting_high)] if yerr else [])
+
+
+def _place(point) -> str:
+    share = "" if numbers.missing(point.front_share) else f", in {100 * point.front_share:.0f} % of the redraws"
+    return f"{point.method} (gain {numbers.points(point.gain)}, forgetting {numbers.points(point.forgetting)}{share})"
+
+
+def _on_front(made: Front, name: str) -> str:
+    if name == ALL:
+        return f"{int(made.points['front'].sum())} of {len(made.points)}"
+    return ", ".join(made.points[made.points["front"] & (made.points["family"] == name)]["method"])

@@ -1,0 +1,19 @@
+"""Rows that the `data` stage rendered: {"text"}, or {"context", "choices", "gold"} and what a task's metric adds."""
+
+from pathlib import Path
+
+from methods.tools import jsonl
+from methods.errors import MissingInput, UserError
+
+
+def read_jsonl(path: Path) -> list[jsonl.Row]:
+    """Every row of a file. Raises MissingInput where the stage has not run, UserError naming the line of a damaged row."""
+    if not path.is_file():
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
+    rows = jsonl.read(path)
+    for row in rows:
+        choices, gold = row.get("choices"), row.get("gold")
+        asked = isinstance(row.get("context"), str) and isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+        if not isinstance(row.get("text"), str) and not (asked and isinstance(gold, int) and 0 <= gold < len(choices)):
+            raise UserError(f"{row.at} is no row of the `data` stage: run `dvc repro --force data` to make the file again")
+    return rows

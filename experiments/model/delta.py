@@ -1,0 +1,134 @@
+"""A tuned model as a lossless difference from its base: delta.safetensors (the coding: experiments/model/difference.py).
+
+The file holds a uint8 tensor for each tensor that changed, with the weights' hashes, dtypes and shapes as metadata. What is read
+is checked: against the base, in its sizes, and by who reads all of it against the hash of the result (`verified`).
+"""
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from experiments.model.difference import FLOATS, decode, encode
+from methods.errors import UserError
+
+VERSION = "1"
+AGAIN = "fetch it again (`dvc checkout --force`), or train the cell again"
+
+
+def update(digest, name: str, tensor: Tensor) -> None:
+    """Enter a tensor, name, dtype, shape and bytes, into a hash of weights; they come by sorted name (`weights.tensor_sha256`)."""
+    digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def sha256_of(tensors: Mapping[str, Tensor]) -> str:
+    """Hex sha256 of weights, the same as `weights.tensor_sha256` gives for a folder of them."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        update(digest, name, tensors[name])
+    return digest.hexdigest()
+
+
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one shape and dtype are equal bit for bit, NaN and −0.0 included."""
+    return torch.equal(*(t.contiguous().reshape(-1).view(torch.uint8) for t in (one, other)))
+
+
+def write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], base_sha256: str) -> str:
+    """Write what differs of `tuned` from `base` (the same names, shapes and dtypes) to `path`; returns the sha256 of `tuned`.
+
+    One tensor of each is asked for at a time, and what is coded goes to the disk at once. A tensor of a dtype that is not coded
+    is written as it is. Raises UserError, and leaves no file, where a name, a shape or a dtype is not the base's.
+    """
+    if odd := sorted(set(base) ^ set(tuned)):
+        raise UserError(f"{odd[0]} is a tensor of the {'base' if odd[0] in base else 'tuned model'} alone, of {len(odd)} such: "
+                        "a difference is of the same tensors")  # fmt: skip
+    try:
+        return _write(path, base=base, tuned=tuned, base_sha256=base_sha256)
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], base_sha256: str) -> str:
+    digest, entries, about, at = hashlib.sha256(), {}, {}, 0
+    shapes = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in base.items()}
+    # the lengths stand in the header, which stands in front: it gets room for the longest, and spaces for the rest
+    room = -(-(len(json.dumps([shapes, json.dumps(shapes)])) + 100 * len(shapes) + 1000) // 8) * 8
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for name in sorted(shapes):
+            before, after = base[name], tuned[name]
+            if (after.shape, after.dtype) != (before.shape, before.dtype):
+                raise UserError(f"{name} is {after.dtype} {list(after.shape)} in the tuned model, {before.dtype} {list(before.shape)} in the base")
+            update(digest, name, after)
+            if same(before, after):
+                continue
+            data = encode(before, after) if before.dtype in FLOATS else after.contiguous().reshape(-1).view(torch.uint8).numpy()
+            file.write(data)
+            entries[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
+            about[name], at = shapes[name], at + len(data)
+        metadata = {"format": "holdfast-delta", "version": VERSION, "base_sha256": base_sha256, "sha256": digest.hexdigest(),
+                    "tensors": json.dumps(about)}  # fmt: skip
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + json.dumps({"__metadata__": metadata} | entries).encode().ljust(room))
+    return digest.hexdigest()
+
+
+class Delta(Mapping[str, Tensor]):
+    """The tuned tensors that a file of `write` holds beside `base`; each look-up decodes one, or reads it from the base.
+
+    sha256    of the whole result; who reads all of it compares (`verified`)
+    Raises UserError where the file is damaged, of another version, or of another base.
+    """
+
+    def __init__(self, path: Path, *, base: Mapping[str, Tensor], base_sha256: str):
+        self._path, self._base = path, base
+        try:
+            self._file = safe_open(path, framework="numpy")
+            metadata = self._file.metadata() or {}
+            if metadata.get("format") != "holdfast-delta" or metadata["version"] != VERSION:
+                raise UserError(f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this program reads "
+                                f"holdfast-delta of version {VERSION}: train the cell again")  # fmt: skip
+            self.sha256, found, self._about = metadata["sha256"], metadata["base_sha256"], json.loads(metadata["tensors"])
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: train the cell again") from None
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise UserError(f"{path} is damaged ({error}): {AGAIN}") from error
+        if found != base_sha256:
+            raise UserError(f"{path} is a delta of the base {found[:12]}, this one is {base_sha256[:12]}: give the base it was made from")
+
+    def __getitem__(self, name: str) -> Tensor:
+        base = self._base[name]
+        if name not in self._about:
+            return base
+        if self._about[name] != [str(base.dtype).removeprefix("torch."), list(base.shape)]:
+            raise UserError(f"{self._path}: {name} is {self._about[name]}, the base's is {base.dtype} {list(base.shape)}: it is another base")
+        try:
+            coded = self._file.get_tensor(name)
+            return decode(base, coded) if base.dtype in FLOATS else torch.from_numpy(coded).view(base.dtype).reshape(base.shape)
+        except (SafetensorError, ValueError, RuntimeError) as error:
+            raise UserError(f"{self._path}: {name} is damaged ({error}): {AGAIN}") from error
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def verified(tensors: Mapping[str, Tensor], *, sha256: str, what: object) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by sorted name, and at the end UserError naming `what` if together they are not those of `sha256`."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        update(digest, name, tensor)
+        yield name, tensor
+    if digest.hexdigest() != sha256:
+        raise UserError(f"{what} gives weights {digest.hexdigest()[:12]}, not the {sha256[:12]} it was made from: {AGAIN}")

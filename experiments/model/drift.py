@@ -1,0 +1,192 @@
+"""How far fine-tuning moved the weights, where, in how many directions, and whether it spared what general text needs.
+
+For the tensors of a group, with Δ = θ − θ₀, θ the weights as kept (rounded to the checkpoint's dtype) and F an importance:
+
+    distance        ‖Δ‖, the root of the sum of squares over all entries
+    base_norm       ‖θ₀‖; `relative` is ‖Δ‖ / ‖θ₀‖
+    changed         share of entries that are not what they were
+    effective_rank  exp(H) of a matrix's Δ, H the entropy in nats of its singular values over their sum (Roy & Vetterli
+                    2007, "The effective rank"): 1 where all columns move alike, the matrix's rank where all directions
+                    move equally; of several matrices the median
+    overlap         (ΣFΔ² / ΣΔ²) / mean F: 1 as if movement ignored importance, below 1 it avoided important weights
+    overlap_within  ΣFΔ² / Σ_tensor (mean F of the tensor · its ΣΔ²): the same given how much each tensor moved, so that a
+                    method that trains few matrices is judged by what it does in them
+    top_share       share of ΣΔ² in the most important `TOP` of the entries: `TOP` where movement ignored importance
+
+What is not defined is None: a ratio to zero, an effective rank where nothing moved, the last three without an importance.
+"""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from experiments.model import delta
+from methods.tools.architecture import blocks, group_of
+from methods.tools.importance import Codes, encode, pieces
+
+TOP = 0.10
+LARGEST = 4096  # smaller side of a matrix whose effective rank is computed: the time grows with its cube
+OUTSIDE = "other"  # the group of what a file holds beside the model's parameters
+DIGITS = 6  # that are kept: fewer than what the order of additions can change
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Moved:
+    """One tensor's sums."""
+
+    name: str
+    entries: int
+    changed: int
+    movement: float  # ΣΔ²
+    size: float  # Σθ₀²
+    rank: float | None = None
+    bins: Tensor | None = None  # importance, entries that have it and their ΣΔ²: (3, 256)
+
+
+def measure(*, base: Mapping[str, Tensor], tuned: Iterable[tuple[str, Tensor]], roles: Mapping[str, tuple[str, str]],
+            importance: Mapping[str, Tensor | Codes] | None = None, device: torch.device | str = "cpu") -> dict:  # fmt: skip
+    """{"overall": {...}, "groups": [{"group", "kind", ...}], "rank_skipped": [names]} in the measures above.
+
+    base        θ₀ by name
+    tuned       (name, θ), one tensor at a time, shaped like the base's
+    roles       (group, kind) by name, see `roles`; effective ranks are of matrices in blocks
+    importance  F by name, non-negative; read in 8-bit steps, each value to 5.6 %. Tensors that it lacks do not count in its measures
+    device      where singular values are computed
+    Numbers have `DIGITS` digits.
+    """
+    groups: dict[tuple[str, str], list[_Moved]] = {}
+    skipped = []
+    for name, theta in tuned:
+        if not theta.is_floating_point():
+            continue
+        role = roles.get(name, (OUTSIDE, OUTSIDE))
+        ranked = role[0].startswith("block.") and theta.dim() == 2
+        if ranked and min(theta.shape) > LARGEST:
+            skipped.append(name)
+            ranked = False
+        groups.setdefault(role, []).append(_moved(name, base[name], theta, (importance or {}).get(name), device=device if ranked else None))
+    order = sorted(groups, key=lambda role: (_place(role[0]), role[1]))
+    return {"groups": [{"group": group, "kind": kind} | _summary(groups[group, kind]) for group, kind in order],
+            "overall": _summary([moved for role in order for moved in groups[role]]), "rank_skipped": sorted(skipped)}  # fmt: skip
+
+
+def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
+    """(group, kind) by parameter name. The group is `block.3`, `embedding`, `final_norm` or `head`; the kind is the last word
+    of the module's path (`q_proj`, `fc_in`), its path in the block where two modules of the block share that word, and
+    `norm` for a module without a matrix. The model may be on the meta device."""
+    modules = dict(model.named_modules())
+    paths = {f"block.{index}": path for index, (path, _) in enumerate(blocks(model))}
+    found = {}
+    for name, _ in model.named_parameters():
+        owner, group = name.rpartition(".")[0], group_of(model, name)
+        if not any(p.dim() > 1 for p in modules[owner].parameters(recurse=False)):
+            found[name] = group, "norm"
+            continue
+        word = owner.rpartition(".")[2]
+        siblings = [path for path in modules if path.startswith(f"{paths.get(group, owner)}.") and path.rpartition(".")[2] == word]
+        found[name] = group, owner.removeprefix(f"{paths[group]}.") if len(siblings) > 1 else word
+    return found
+
+
+def reference(study) -> tuple[str, str] | None:
+    """(method, part) of the first method of the grid whose importance is of the whole model; None where none is."""
+    for method in study.grid["methods"]:
+        parts = study.methods[method].parts
+        adapted = any("adapts" in part.capabilities for part in parts)
+        for part in parts:
+            whole = getattr(part, "scope", "") == "whole-model" or not adapted
+            if "importance" in part.capabilities and whole:
+                return method, part.key
+    return None
+
+
+def effective_rank(matrix: Tensor) -> float | None:
+    """exp of the entropy of the singular values of a 2-D tensor over their sum; None of a matrix of zeros.
+
+    Exact, from the eigenvalues of the smaller Gram matrix in float64; what is below its rounding counts as 0.
+    """
+    wide = matrix.double()
+    wide = wide.T if wide.shape[0] > wide.shape[1] else wide
+    squares = torch.linalg.eigvalsh(wide @ wide.T).cpu()
+    singular = squares[squares > squares[-1] * len(squares) * torch.finfo(torch.float64).eps].sqrt()
+    if not len(singular):
+        return None
+    share = singular / singular.sum()
+    return math.exp(-(share * share.log()).sum().item())
+
+
+@torch.no_grad()
+def _moved(name: str, before: Tensor, after: Tensor, importance: Tensor | Codes | None, *, device) -> _Moved:
+    """`device` None: no effective rank."""
+    if importance is not None and not isinstance(importance, Codes):
+        importance = encode(importance, name=name)
+    before, after = before.contiguous(), after.contiguous()
+    still = delta.same(before, after)
+    rows = [before] if still else [before, after, *([importance.codes.contiguous()] if importance else [])]
+    changed, movement, size, moved = 0, 0.0, 0.0, torch.zeros(256, dtype=torch.float64)
+    for old, *rest in pieces(*rows):
+        old = old.double()
+        size += torch.dot(old, old).item()
+        if still:
+            continue
+        square = rest[0].double().sub_(old).square_()
+        changed += torch.count_nonzero(square).item()
+        movement += square.sum().item()
+        if importance:
+            moved += rest[1].bincount(weights=square, minlength=256)
+    bins = None
+    if importance:
+        counts, values = importance.histogram()
+        bins = torch.stack([values, counts, moved])
+    rank = None
+    if not still and device is not None:
+        rank = effective_rank(after.to(device).double() - before.to(device).double())
+    return _Moved(name=name, entries=before.numel(), changed=changed, movement=movement, size=size, rank=rank, bins=bins)
+
+
+def _summary(tensors: Sequence[_Moved]) -> dict:
+    """The measures of these tensors together."""
+    entries = sum(t.entries for t in tensors)
+    movement, size = (math.fsum(getattr(t, key) for t in tensors) for key in ("movement", "size"))
+    ranks = [t.rank for t in tensors if t.rank is not None]
+    found = {"distance": math.sqrt(movement), "base_norm": math.sqrt(size), "relative": math.sqrt(movement / size) if size else None,
+             "changed": sum(t.changed for t in tensors) / entries if entries else None,
+             "effective_rank": statistics.median(ranks) if ranks else None}  # fmt: skip
+    return {"entries": entries, "matrices": len(ranks)} | {key: _short(value) for key, value in (found | _overlaps(tensors)).items()}
+
+
+def _overlaps(tensors: Sequence[_Moved]) -> dict[str, float | None]:
+    """Movement against importance, over the tensors that have one."""
+    nothing = dict.fromkeys(("overlap", "overlap_within", "top_share"))
+    known = [t.bins for t in tensors if t.bins is not None]
+    if not known:
+        return nothing
+    bins = torch.stack(known, dim=1)  # (3, tensors, 256)
+    value, count, moved = bins
+    total = moved.sum()
+    mean = (value * count).sum() / count.sum()
+    if not total or not mean:
+        return nothing
+    weighted = (value * moved).sum()
+    expected = ((value * count).sum(1) / count.sum(1) * moved.sum(1)).sum()
+    levels, place = value.flatten().unique(return_inverse=True)  # one level may be in several tensors
+    at = torch.zeros(2, len(levels), dtype=torch.float64).index_add_(1, place, torch.stack([count, moved]).flatten(1)).flip(1)
+    above = at[0].cumsum(0) - at[0]
+    taken = ((TOP * at[0].sum() - above) / at[0].clamp(min=1)).clamp(0, 1)  # of the level on the border a part
+    return {"overlap": (weighted / total / mean).item(), "overlap_within": (weighted / expected).item() if expected else None,
+            "top_share": ((taken * at[1]).sum() / total).item()}  # fmt: skip
+
+
+def _place(group: str) -> tuple[int, int]:
+    """Where a group stands in the order of the forward pass."""
+    if group.startswith("block."):
+        return 1, int(group.removeprefix("block."))
+    return {"embedding": 0, "final_norm": 2, "head": 3}.get(group, 4), 0
+
+
+def _short(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.{DIGITS}g}")

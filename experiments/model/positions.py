@@ -1,0 +1,63 @@
+"""The positions of a model, and the training and the preparations that would read beyond them."""
+
+from pathlib import Path
+from typing import Any
+
+from evaluation.encode import encode_pair, encode_text
+from methods.errors import UserError
+from experiments.model.shape import Shape
+from evaluation.rendered import read_jsonl
+from methods.part import Part
+
+MARKS = 8  # tokens that a tokenizer may put around a text: its beginning, its end, a space
+
+
+def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longest: int | None = None) -> None:
+    """Raises UserError naming the part whose documents of general text have more tokens than the model has positions.
+
+    longest   tokens of the longest document, where it is known; until then a `length` that is written in the method's block
+              is taken for it. A model without a limit in its config (ALiBi's) takes any.
+    """
+    limit = shape.positions
+    for part in study.methods[method].parts:
+        if limit is None or type(part).prepare is Part.prepare:
+            continue
+        length = getattr(part, "length", None)
+        if longest is None:
+            reached = length if "length" in (study.methods[method].block.get(part.key) or {}) else None
+        else:
+            reached = min(length or longest, longest)
+        if reached and reached > limit:
+            raise UserError(f"methods.{method}.{part.key}.length is {length}, and {model} has {limit} positions: write `length: {limit}` or less there")
+
+
+def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shape, longest: int) -> None:
+    """Raises UserError naming the `length` in force where the domain's longest training row, cut by it, has more tokens than the
+    model has positions. `longest` is in tokens, uncut."""
+    limit, length = shape.positions, study.settings(model=model, domain=domain, method=method).length
+    if limit is not None and min(length, longest) > limit:
+        where = study.written("length", model=model, domain=domain, method=method)
+        raise UserError(f"{where}.length is {length}, {model} has {limit} positions, and a training row of {domain} has {longest} tokens: "
+                        f"write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter rows")  # fmt: skip
+
+
+def refuse_documents_without_a_label(longest: int, *, count: int) -> None:
+    """Raises UserError where the longest of `count` documents of general text is a single token: there is nothing to predict in any."""
+    if longest < 2:
+        raise UserError(f"general: none of the {count} documents of `general.importance` is longer than a token, so there is nothing to "
+                        "predict in them and no importance to learn: name longer text under `general.rows`, or another column as `general.text`")  # fmt: skip
+
+
+def longest_row(file: Path, tokenizer: Any, limit: int) -> int:
+    """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where every one is known to have at most `limit`."""
+    longest = 0
+    for row in read_jsonl(file):
+        answer = row["choices"][row["gold"]]
+        if len((row["context"] + answer).encode()) > limit - MARKS:  # a token is a byte at least
+            longest = max(longest, len(encode_pair(tokenizer, row["context"], answer, end=row.get("end", False))[0]))
+    return longest
+
+
+def longest_document(file: Path, tokenizer: Any) -> int:
+    """Tokens of the longest document of general text."""
+    return max((len(encode_text(tokenizer, row["text"])) for row in read_jsonl(file)), default=0)

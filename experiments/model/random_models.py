@@ -1,0 +1,75 @@
+"""Models with random weights and a tokenizer built in code: for tests and for measuring cost, never for scores.
+
+    model = build("llama", seed=0)                                                # tiny, tied embeddings
+    model = build("gptj", seed=0, n_embd=4096, n_layer=28, n_head=16, rotary_dim=64, vocab_size=50400, n_positions=2048)
+"""
+
+import math
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from experiments.model.attention import with_sdpa
+from methods.errors import UserError
+
+EOS, PAD = "<|eos|>", "<|pad|>"
+EOS_ID, PAD_ID = 256, 257
+VOCABULARY = 258  # 256 bytes and the two above
+
+# Every dimension differs from the others where it can, so that a test notices a transposed matrix.
+_TINY = {
+    "gptj": (GPTJConfig, {
+        "vocab_size": VOCABULARY, "n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4,
+        "bos_token_id": None, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}),
+    "llama": (LlamaConfig, {
+        "vocab_size": VOCABULARY, "max_position_embeddings": 512, "hidden_size": 32, "intermediate_size": 48,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        "bos_token_id": None, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}),
+}  # fmt: skip
+
+
+def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, **config) -> PreTrainedModel:
+    """A model of `architecture` ("gptj" or "llama") with weights drawn from `seed`, in evaluation mode.
+
+    `config` takes transformers' own names; what is not given is tiny (width 32, 2 layers, 4 heads, the byte tokenizer's
+    vocabulary). Weights are normal with standard deviation 1/sqrt(width) unless `initializer_range` is given, so that
+    small models, too, have gradients that are not all rounding. The caller's random state is left as it was.
+    Raises UserError for an unknown architecture or config name, and for sizes that do not fit together.
+    """
+    if architecture not in _TINY:
+        raise UserError(f"no random architecture {architecture!r}: use one of {', '.join(sorted(_TINY))}")
+    config_class, tiny = _TINY[architecture]
+    known = config_class().to_dict().keys() | config_class.attribute_map.keys()
+    if unknown := sorted(set(config) - known):
+        raise UserError(f"random:{architecture} knows no setting {', '.join(unknown)}; "
+                        f"use the names of transformers' {config_class.__name__}")  # fmt: skip
+    # GPT-J answers to two names for some sizes; a default under the other name must not win over what was asked.
+    asked = {config_class.attribute_map.get(name, name): value for name, value in config.items()}
+    settings = tiny | asked
+    width = settings.get("n_embd") or settings.get("hidden_size")
+    try:
+        model_config = config_class(**({"initializer_range": 1 / math.sqrt(width)} | settings))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+    except Exception as error:  # the sizes decide how it fails
+        raise UserError(f"random:{architecture} cannot be built from {asked}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+    return with_sdpa(model).eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte (the id is the byte), then <|eos|> and <|pad|>; no merges, nothing added in front of a text."""
+    model = BPE(vocab={_byte_symbol(byte): byte for byte in range(256)} | {EOS: EOS_ID, PAD: PAD_ID}, merges=[])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=512,
+                                   clean_up_tokenization_spaces=False)  # fmt: skip
+
+
+def _byte_symbol(byte: int) -> str:
+    """GPT-2's printable stand-in for a byte: visible Latin-1 characters stand for themselves, the rest count up from 256."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return chr(byte if byte in visible else 256 + [b for b in range(256) if b not in visible].index(byte))

@@ -1,0 +1,110 @@
+"""A model's shape, from its config alone: what memory, FLOPs and bytes are predicted from before any weight is there."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from methods.tools import architecture, model_folder
+from experiments.model import random_models
+from methods.tools.architecture import base_name
+from experiments.model.attention import with_sdpa
+from methods.errors import UserError
+from methods.part import Part
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shape:
+    """A model without its weights."""
+
+    config: PreTrainedConfig
+
+    def build(self, *, parts: Sequence[Part] = (), layers: int | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model as `parts` adapt it, on the meta device; with its first `layers` blocks alone if that is given."""
+        config = type(self.config).from_dict(self.config.to_dict())  # what building a model notes in its config stays there
+        if layers is not None:
+            config.num_hidden_layers = layers
+            if getattr(config, "layer_types", None):
+                config.layer_types = config.layer_types[:layers]
+        with torch.device("meta"):
+            try:
+                model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
+            except Exception as error:  # the config's sizes decide how it fails
+                raise UserError(f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
+                                "correct config.json, or `architecture:` and `config:` of the model's block") from error  # fmt: skip
+            for part in sorted(parts, key=lambda part: part.key):
+                model = _adapted(model, part)
+        for p in model.parameters():
+            p.data = p.data.to(dtype)  # an adapter follows its base's dtype on every other device
+        return model
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.build().parameters())
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens of the longest text that the model takes; None where its config names no limit."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+
+
+def _adapted(model: nn.Module, part: Part) -> nn.Module:
+    """The model as a part adapts it. Raises UserError where peft does not take it, or takes it in a way that is no s·B·A on a matrix."""
+    name = type(architecture.plain(model)).__name__
+    try:
+        model = part.adapt(model, seed=0)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{part.key}: {name} cannot be adapted as this block says: {model_folder.shortened(error)}") from error
+    for path, module in model.named_modules():
+        if not hasattr(module, "lora_A"):
+            continue
+        base = module.get_base_layer()
+        if not _is_matrix(base):
+            raise UserError(f"{part.key}: its adapters would stand on {base_name(path)} of {name}, a {type(base).__name__}, which is no plain linear "
+                            "layer: leave out the name that takes it in")  # fmt: skip
+    return model
+
+
+def _is_matrix(layer: nn.Module) -> bool:
+    """Whether a layer on the meta device gives for rows of its width rows of its other width, as some classes of their own do, too."""
+    if not isinstance(layer, nn.Linear | Conv1D):
+        return False
+    if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    try:
+        found = layer(torch.empty(1, 2, layer.in_features, dtype=layer.weight.dtype, device="meta"))
+    except Exception:  # a router, or several matrices in one
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == (1, 2, layer.out_features)
+
+
+def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
+    """The shape of the model `name`: from its folder where it was made or lies, else from its block, without fetching it.
+
+    The block of a model that is not random says it as `architecture:`, transformers' config with its `model_type`.
+    Raises UserError where there is neither, and for a config that transformers does not take.
+    """
+    if (folder / "config.json").is_file():
+        return Shape(config=model_folder.config_of(folder, f"models.{name}: {folder}"))
+    kind, _, rest = str(block.get("source", "")).partition(":")
+    if kind == "random":
+        with torch.device("meta"):
+            return Shape(config=random_models.build(rest, seed=0, **(block.get("config") or {})).config)
+    if kind == "path" and Path(rest).expanduser().is_dir():
+        return Shape(config=model_folder.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
+    chosen = dict(block.get("architecture") or {})
+    if "model_type" not in chosen:
+        raise UserError(f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to its block "
+                        "`architecture:` with model_type and the sizes of its config.json")  # fmt: skip
+    try:
+        return Shape(config=AutoConfig.for_model(**chosen))
+    except Exception as error:  # the values decide how it fails
+        raise UserError(f"models.{name}.architecture: transformers cannot make a config of it: {model_folder.shortened(error)}") from error

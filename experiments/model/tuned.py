@@ -1,0 +1,206 @@
+"""What is kept of a cell's tuned weights: what rebuilds them bit for bit beside the base, and nothing that the base has.
+
+    adapter/            peft's layout, where base + merged adapter are the weights; else beside
+    delta.safetensors   the difference from the base (experiments/model/delta.py)
+    weights.json        what it is, and hashes: of the base's weights and other files, and of the weights it stands for
+
+Config and tokenizer are the base's. Whatever is rebuilt is compared with its hash before it is used.
+"""
+
+import functools
+import hashlib
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from experiments.model import delta, weights
+from experiments.training import memory
+from methods.tools import model_folder
+from experiments.model.base import load_tensors
+from methods.errors import UserError
+from methods.tools.files import need_room, read_json, sha256, write_json, writing
+from experiments.training.log import TrainingFailed
+from experiments.model.shape import Shape
+from methods.tools.effective import factors
+from methods.lora import merged, read_adapter
+from methods.part import Part
+
+VERSION = 1
+BITS = 4.0  # of a weight trained in bf16 that moved by 1 %: what is reckoned with before it is known
+
+
+def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> str:
+    """Keep `final`, rounded once to each base tensor's dtype, in the folder `out`, which may have an adapter/; returns its hash.
+
+    folder   the base model's; `base` are its tensors, and stand for what `final` lacks
+    Raises UserError for a tensor that the base has not, or not in that shape, and TrainingFailed where a value is not finite.
+    """
+    if unknown := sorted(set(final) - set(base)):
+        raise UserError(f"{unknown[0]} is no tensor of the base model: it cannot be kept beside it")
+    out.mkdir(parents=True, exist_ok=True)
+    info, tuned = read_json(folder / "base.json", "sha256"), _rounded(base, final)
+    model_folder.refuse_not_finite(tuned, "the weights after the last step", then="lower train.learning_rate or a part's strength",
+                                   kind=TrainingFailed)  # fmt: skip
+    adapted = (out / "adapter").is_dir() and _equal(_merged(base, out / "adapter"), tuned)
+    if adapted:
+        digest = delta.sha256_of(tuned)
+    else:
+        digest = delta.write(out / "delta.safetensors", base=base, tuned=tuned, base_sha256=info["sha256"])
+    write_json(out / "weights.json", {"version": VERSION, "kind": "adapter" if adapted else "delta", "weights_sha256": digest,
+                                      "base_sha256": info["sha256"], "base_files_sha256": files_sha256(folder)})  # fmt: skip
+    return digest
+
+
+def kept_bytes(out: Path) -> int:
+    """Bytes of all that is kept."""
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+
+
+def expected_bytes(*, shape: Shape, parts: Sequence[Part], checkpoint: torch.dtype) -> int:
+    """Bytes that a cell will keep: those of its adapter's tensors, else of a difference of every trained weight.
+
+    `BITS` a weight in bf16 is a relative change of 1 % (0.1 %: 1; 10 %: 7.3); each further bit of mantissa is one more.
+    """
+    count, adapter = _trained(shape, memory.adapting(parts))
+    if adapter:
+        return count * (8 if checkpoint == torch.float64 else 4)
+    bits = 64 if checkpoint == torch.float64 else BITS - 7 - math.log2(torch.finfo(checkpoint).eps)
+    return int(count * bits / 8)
+
+
+@functools.cache
+def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, bool]:
+    """Entries that are trained, and whether all of them are an adapter's."""
+    model = shape.build(parts=adapting)
+    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
+    return sum(trained.values()), trained.keys() == set.union(*factors(model))
+
+
+def load(out: Path, *, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, str]:
+    """The tuned model in `dtype`, in evaluation mode, and its weights' hash. Beside it memory holds one tensor.
+
+    Raises UserError where what is kept does not fit the base in `folder`, or is damaged.
+    """
+    found, digest = tensors(out, folder=folder)
+    model = weights.load_model(folder, dtype=dtype, device=device)
+    state = model.state_dict()
+    if unknown := sorted(set(found) - set(state)):
+        raise UserError(f"{folder}: {unknown[0]} is no tensor of the model that its config describes")
+    with torch.no_grad():
+        for name, tensor in delta.verified(found, sha256=digest, what=out):
+            state[name].copy_(tensor)
+    return model, digest
+
+
+def write_folder(out: Path, *, folder: Path, target: Path) -> str:
+    """An ordinary Hugging Face folder of the tuned model; returns the weights' hash. Raises UserError like `load`, and for lack of room."""
+    found, digest = tensors(out, folder=folder)
+    need_room(target.parent.resolve(), sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), str(target))
+    whole = dict(delta.verified(found, sha256=digest, what=out))
+    target.mkdir(parents=True)
+    with writing(target / "model.safetensors"):
+        save_file(whole, target / "model.safetensors", metadata={"format": "pt"})
+    (target / "model.safetensors").chmod(0o644)
+    for path in _files(folder):
+        shutil.copyfile(path, target / path.name)
+    return digest
+
+
+def weights_sha256(out: Path) -> str:
+    """The hash of the weights that the folder `out` is kept for."""
+    return _about(out)["weights_sha256"]
+
+
+def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
+    """The tuned tensors by name, each rebuilt when it is asked for, and the hash of them all, which is for the caller to compare."""
+    about, info = _about(out), read_json(folder / "base.json", "sha256")
+    for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
+        if about[key] != found:
+            raise UserError(f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: {_again(out)}")
+    base = load_tensors(folder)
+    if about["kind"] == "adapter":
+        return _merged(base, out / "adapter"), about["weights_sha256"]
+    return delta.Delta(out / "delta.safetensors", base=base, base_sha256=info["sha256"]), about["weights_sha256"]
+
+
+def _again(out: Path) -> str:
+    """What trains the cell of a weights folder again, whatever DVC knows of it."""
+    model, domain, method, seed = out.parts[-5:-1] if len(out.parts) > 4 else ("MODEL", "DOMAIN", "METHOD", "seedN")
+    return f"run `dvc repro --force --single-item train@{model}-{domain}-{method}-{seed.removeprefix('seed')}`"
+
+
+def _about(out: Path) -> dict:
+    again = _again(out)
+    if not (out / "weights.json").is_file():
+        raise UserError(f"{out} holds no weights.json: it is no cell's, or an earlier version's; {again}")
+    about = read_json(out / "weights.json", "version", "kind", "weights_sha256", "base_sha256", "base_files_sha256")
+    if about["version"] != VERSION:
+        raise UserError(f"{out} is of version {about['version']}, this program reads {VERSION}; {again}")
+    return about
+
+
+class _Over(Mapping[str, Tensor]):
+    """The base's tensors, each as `change(name, tensor)` gives it when it is asked for."""
+
+    def __init__(self, base: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]):
+        self._base, self._change = base, change
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._change(name, self._base[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._base)
+
+    def __len__(self) -> int:
+        return len(self._base)
+
+
+def _rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> _Over:
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        if name not in final:
+            return tensor
+        found = final[name].to(tensor.dtype).cpu().contiguous()
+        if found.shape != tensor.shape:
+            raise UserError(f"{name} is {list(found.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside it")
+        return found
+
+    return _Over(base, rounded)
+
+
+def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
+    try:
+        found, scale, transposed = read_adapter(adapter)
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
+        raise UserError(f"{adapter} is damaged or no adapter ({error}): {delta.AGAIN}") from error
+
+    def merge(name: str, tensor: Tensor) -> Tensor:
+        if name not in found:
+            return tensor
+        a, b = found[name]
+        shape = (a.shape[-1], len(b)) if transposed else (len(b), a.shape[-1])
+        if tensor.ndim != 2 or shape != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+            raise UserError(f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: {delta.AGAIN}")
+        return merged(tensor, a=a, b=b, scale=scale, transposed=transposed).to(tensor.dtype)
+
+    return _Over(base, merge)
+
+
+def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    return all(delta.same(one[name], other[name]) for name in one)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Config and tokenizer."""
+    return [path for path in sorted(folder.iterdir())
+            if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != "base.json"]  # fmt: skip
+
+
+def files_sha256(folder: Path) -> str:
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in _files(folder)).encode()).hexdigest()

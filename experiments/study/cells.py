@@ -1,0 +1,61 @@
+"""A cell: one (model, domain, method, seed), written `model/domain/method/seed0`."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from methods.errors import UserError
+from methods.tools.names import unknown
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    model: str
+    domain: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}/{self.domain}/{self.method}/seed{self.seed}"
+
+    @property
+    def stage(self) -> str:
+        """What DVC calls it behind the `@`; matched against the grid, never split."""
+        return f"{self.model}-{self.domain}-{self.method}-{self.seed}"
+
+
+def grid(study) -> list[Cell]:
+    """All cells of the study's grid in its own order; two that DVC could not tell apart are refused."""
+    names = study.grid
+    cells = [Cell(*c) for c in itertools.product(names["models"], names["domains"], names["methods"], names["seeds"])]
+    by_stage: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.stage in by_stage:
+            raise UserError(f"cells {by_stage[cell.stage].name} and {cell.name} share the stage name {cell.stage}: rename one")
+        by_stage[cell.stage] = cell
+    return cells
+
+
+def matching(study, patterns: Sequence[str]) -> list[Cell]:
+    """The grid's cells whose names match one of `patterns`, as fnmatch knows them (`*/full/seed0`); all of them without a pattern.
+
+    Raises UserError for a pattern without a cell: it would let pass what it was meant to hold.
+    """
+    every = grid(study)
+    for pattern in patterns:
+        if not any(fnmatchcase(cell.name, pattern) for cell in every):
+            raise UserError(f"no cell of the grid matches {pattern}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text")
+    return [cell for cell in every if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
+
+
+def parse(text: str, study) -> Cell:
+    """The cell written `model/domain/method/seed0`; unknown names are refused with the nearest known one."""
+    pieces = text.strip("/").split("/")
+    if len(pieces) != 4 or not pieces[3].startswith("seed") or not pieces[3][4:].isdigit():
+        raise UserError(f"cell {text!r} must be written model/domain/method/seed0")
+    for kind, name, known in zip(("model", "domain", "method"), pieces, (study.models, study.domains, study.methods)):
+        if name not in known:
+            raise unknown(kind, name, known, where=f"cell {text}")
+    return Cell(*pieces[:3], int(pieces[3][4:]))

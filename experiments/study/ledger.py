@@ -1,0 +1,34 @@
+"""What really ran on this machine, one JSON line a stage: so that the screen can say which cells were trained
+here and which scores are the committed ones, kept by DVC because the weights came out equal bit for bit."""
+
+import json
+
+from methods.tools import jsonl
+from methods.tools.files import read_json
+from experiments.study.provenance import now
+
+
+def _path(study):
+    return study.paths.local / f"ledger{'-' + study.name if study.name else ''}.jsonl"
+
+
+def note(study, *, stage: str, cell: str, weights: str) -> None:
+    path = _path(study)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({"stage": stage, "cell": cell, "weights": weights, "when": now()}) + "\n")
+
+
+def verdict(study, cell, metrics: dict | None) -> str:
+    """How the cell came to its scores here, in words."""
+    if study.paths.failure(cell).is_file():
+        return "FAILED: " + read_json(study.paths.failure(cell)).get("reason", "no reason recorded")
+    if metrics is None:
+        return "not run yet"
+    ran = jsonl.read(_path(study)) if _path(study).is_file() else []
+    here = {entry.get("stage") for entry in ran if entry.get("cell") == cell.name and entry.get("weights") == metrics.get("weights_sha256")}
+    if "evaluate" in here:
+        return "trained and scored here"
+    if "train" in here:
+        return "reproduced here bit for bit: the committed scores were kept"
+    return "kept from git, not run here"

@@ -1,0 +1,88 @@
+"""Files and folders of a person's own that a study reads, and hashes of what is in them.
+
+What `resolve` writes for a stage holds the hashes of what that stage reads, so that a file overwritten in place reruns it;
+`pipeline` lists the paths in dvc.yaml, so that DVC looks at them. A hash is computed once for a file's size, times and inode.
+"""
+
+import contextlib
+import glob
+import os
+import sysconfig
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from methods.tools import files
+from methods import registry
+from methods.part import Part
+
+
+def of_model(block: Mapping[str, Any]) -> list[str]:
+    """The folder of a `models:` block whose source is `path:DIR`."""
+    kind, _, folder = str(block.get("source", "")).partition(":")
+    return [folder] if kind == "path" and folder else []
+
+
+def of_rows(block: Any, *, prefer: str) -> list[str]:
+    """What is read of a `rows:` block, where `data.source` is `prefer`: a JSONL file, or the hub library's local folder or files."""
+    if not isinstance(block, Mapping):
+        return []
+    source = block.get(prefer if prefer in block else "jsonl")
+    if isinstance(source, str):
+        return [source]
+    if not isinstance(source, Mapping) or "package" in source:
+        return []
+    named = source.get("data_files") or []
+    named = [one for value in named.values() for one in _list(value)] if isinstance(named, Mapping) else _list(named)
+    found = [path for name in named for path in sorted(glob.glob(str(name), recursive=True))]
+    path = source.get("path") or source.get("jsonl")
+    return ([path] if isinstance(path, str) and (prefer not in block or os.path.isdir(path)) else []) + found
+
+
+def of_code(parts: Iterable[Part]) -> list[str]:
+    """Source files of parts that lie neither in the project nor where packages are installed: those that a person edits."""
+    own, installed = Path(registry.__file__).parent, [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
+    found = {path.resolve() for part in parts for path in registry.source_files(part)}
+    return sorted(str(path) for path in found if not any(path.is_relative_to(folder.resolve()) for folder in (own, *installed)))
+
+
+def digests(paths: Iterable[str], *, kept: Path) -> dict[str, str | None]:
+    """Hash of each file's or folder's content, by the path as it is written; None where nothing is there. `kept`: a folder for hashes."""
+    return {path: _digest(Path(path).expanduser(), kept) for path in sorted(set(paths))}
+
+
+def _digest(path: Path, kept: Path) -> str | None:
+    if path.is_file():
+        return _file(path, kept)
+    if not path.is_dir():
+        return None
+    whole = sha256()
+    for folder, folders, names in os.walk(path):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            file = Path(folder) / name
+            if not name.startswith(".") and file.is_file():
+                whole.update(f"{file.relative_to(path).as_posix()} {_file(file, kept)}\n".encode())
+    return whole.hexdigest()
+
+
+def _file(path: Path, kept: Path) -> str:
+    """Hex sha256 of a file, remembered for as long as the file system calls it the same."""
+    facts = path.stat()
+    same = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+    note = kept / f"{sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.json"
+    try:
+        known = files.read_json(note)
+        if known["file"] == same:
+            return known["sha256"]
+    except (files.UserError, KeyError, TypeError):
+        pass
+    found = files.sha256(path)
+    with contextlib.suppress(OSError):  # a full disk, or another process that writes the same
+        files.write_json(note, {"file": same, "sha256": found})
+    return found
+
+
+def _list(value: Any) -> list:
+    return list(value) if isinstance(value, list | tuple) else [value]

@@ -1,0 +1,79 @@
+"""Where the files of a study lie. One place, so that dvc.yaml and the code cannot drift apart unseen."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class Paths:
+    """Files of the study `study` ('' is the default one) below the project's root."""
+
+    study: str = ""
+    root: Path = HERE
+
+    @property
+    def folder(self) -> Path:
+        """The folder of params.yaml and dvc.yaml."""
+        return self.root / "experiments" / "studies" / self.study if self.study else self.root
+
+    @property
+    def params(self) -> Path:
+        return self.folder / "params.yaml"
+
+    @property
+    def work(self) -> Path:
+        return self.root / "work" / self.study
+
+    @property
+    def results(self) -> Path:
+        return self.root / "results" / self.study
+
+    def model(self, model: str) -> Path:
+        return self.work / "models" / model
+
+    @property
+    def data(self) -> Path:
+        return self.work / "data"
+
+    @property
+    def resolved(self) -> Path:
+        return self.work / "resolved"
+
+    def prepared(self, *, model: str, method: str, seed: int) -> Path:
+        return self.work / "prepared" / model / method / f"seed{seed}"
+
+    def prepare_costs(self, *, model: str, method: str, seed: int) -> Path:
+        return self.results / "prepared" / model / method / f"seed{seed}" / "prepare.json"
+
+    def weights(self, cell) -> Path:
+        return self.work / "cells" / cell.name / "weights"
+
+    def run(self, cell) -> Path:
+        return self.results / "runs" / cell.name
+
+    def base(self, model: str) -> Path:
+        return self.results / "base" / model
+
+    def tuning(self, model: str, domain: str) -> Path:
+        return self.results / "tuning" / model / f"{domain}.json"
+
+    def failure(self, cell) -> Path:
+        return self.results / "failures" / f"{cell.name}.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.results / "summary"
+
+    @property
+    def local(self) -> Path:
+        """Caches and logs, never an out. `dvc exp run --temp` runs in a temporary copy without what git ignores;
+        DVC_ROOT then names the real root."""
+        return Path(os.environ.get("DVC_ROOT", self.root)) / "work" / "local"
+
+    @property
+    def resume(self) -> Path:
+        """Where interrupted runs go on from."""
+        return self.local / "resume" / (self.study or "default")

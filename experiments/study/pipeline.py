@@ -1,0 +1,145 @@
+"""dvc.yaml written by a command where DVC's own language ends: the cell files that `compare` depends on, the local
+files and folders that `resolve` hashes, the importance that `drift` measures against, what `dvc plots` shows, and a study's dvc.yaml,
+which is the root's with its own folders. A test holds them together."""
+
+import io
+import os
+from pathlib import Path
+
+from ruamel.yaml import YAML
+
+from experiments.study import cells, stale
+from experiments.model import drift
+from experiments.study.advice import of_study
+from experiments.study.paths import Paths
+from experiments.stages import resolve
+
+OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
+BASE = ("scores.json", "items.csv.gz")
+# the code that `resolve` hashes and the numbers that it writes: SCORING, NUMERICS and its own formats
+CODE = ("methods", "evaluation/__init__.py", "experiments/training/settings.py", "experiments/stages/resolve.py")
+
+
+def compare_inputs(study) -> list[str]:
+    """The files of exactly the grid's cells, their preparations, bases and trials, relative to the root; of each machine's own
+    measurements (GPU checks, benchmarks) those that there are."""
+    grid = cells.grid(study)
+    files = [study.paths.run(cell) / name for cell in grid for name in OUTPUTS]
+    files += [study.paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed) for cell in grid]
+    files += [study.paths.base(model) / name for model in study.grid["models"] for name in BASE]
+    trials = [study.paths.tuning(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
+    files += [path for path in trials if path.is_file()]
+    files += [path for kind in ("gpu", "bench") for path in sorted((study.paths.root / "results" / kind).glob("*.json"))]
+    return list(dict.fromkeys(path.relative_to(study.paths.root).as_posix() for path in files))
+
+
+def local_inputs(study) -> list[str]:
+    """The files and folders of the user's own that the study reads, as far as they are there: relative to the root within it.
+
+    What a pipeline makes is no input of its first stage.
+    """
+    root, found = study.paths.root.resolve(), []
+    for path in resolve.local_inputs(study):
+        place = (root / Path(path).expanduser()).resolve()
+        inside = place.relative_to(root).parts if place.is_relative_to(root) else None
+        if place.exists() and not root.is_relative_to(place) and not _made(inside):
+            found.append("/".join(inside) if inside else place.as_posix())
+    return sorted(set(found))
+
+
+def _made(inside: tuple[str, ...] | None) -> bool:
+    """Whether a path of the root is, or holds, what stages of a study write: all of results/, folders of work/ and of work/STUDY/."""
+    if not inside or inside[0] not in ("work", "results"):
+        return False
+    return inside[0] == "results" or len(inside) == 1 or bool({*inside[1:3]} & {"resolved", "models", "data", "prepared", "cells"})
+
+
+def drift_inputs(study) -> list[str]:
+    """What was prepared of the importance that drift is measured against, where a method of the grid has one."""
+    if (reference := drift.reference(study)) is None:
+        return []
+    folder = study.paths.work / "prepared" / "${item.model}" / reference[0] / "seed${item.seed}"
+    return [folder.relative_to(study.paths.root).as_posix()]
+
+
+def plots(study) -> list:
+    """What `dvc plots` shows: the figures that there are, and the loss of the grid's cells along their training. Relative to dvc.yaml.
+
+    A demo has none: its results are not in git, and its dvc.yaml is.
+    """
+    if study.not_a_result:
+        return []
+    place = lambda path: os.path.relpath(path, study.paths.folder)
+    shown: list = [place(path) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
+    for model in study.grid["models"]:
+        for domain in study.grid["domains"]:
+            own = [study.paths.run(cell) / "curve.csv" for cell in cells.grid(study) if (cell.model, cell.domain) == (model, domain)]
+            shown.append({f"loss, {model}, {domain}": {"x": "tokens", "y": {place(path): "loss" for path in own}}})
+    return shown
+
+
+def behind(study) -> bool:
+    """Whether the study has no dvc.yaml, or one that lists other cells or rows than its params.yaml asks for."""
+    path = study.paths.folder / "dvc.yaml"
+    return not path.is_file() or path.read_text() != rendered(study)
+
+
+def main(study) -> None:
+    """Rewrite the study's dvc.yaml: the root's stages on its folders, `compare` on its own cells."""
+    path = study.paths.folder / "dvc.yaml"
+    text = rendered(study)
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+        print(f"wrote {path.relative_to(study.paths.root)}")
+    if found := stale.forget(study):
+        print(of_study(f"{found}: `dvc repro` looks at all settings again", study.name))
+
+
+def rendered(study) -> str:
+    """The text of the study's dvc.yaml."""
+    root = Paths(root=study.paths.root)
+    document = _yaml().load(root.folder / "dvc.yaml")
+    if study.name:
+        document = _moved(document, study.name)
+        for stage in document["stages"].values():
+            stage["wdir"] = "../../.."
+    deps = document["stages"]["compare"]["deps"]
+    deps[:] = compare_inputs(study) + [path for path in deps if not path.startswith("results/")]
+    deps = document["stages"]["resolve"]["deps"]
+    deps[:] = [study.paths.params.relative_to(study.paths.root).as_posix(), *CODE, *local_inputs(study)]
+    deps = document["stages"]["drift"]["deps"]
+    deps[:] = [path for path in deps if "/prepared/" not in path] + drift_inputs(study)
+    document.pop("plots", None)
+    if shown := plots(study):
+        document["plots"] = shown
+    out = io.StringIO()
+    _yaml().dump(document, out)
+    return out.getvalue()
+
+
+def _moved(value, study: str):
+    """Every path and command of the default study's pipeline, turned into the study's."""
+    if isinstance(value, dict):
+        for key in list(value):
+            value[key] = _moved(value[key], study)
+            if isinstance(key, str) and key.startswith(("results/", "work/")):
+                value[_moved(key, study)] = value.pop(key)
+        return value
+    if isinstance(value, list):
+        value[:] = [_moved(entry, study) for entry in value]
+        return value
+    if not isinstance(value, str):
+        return value
+    if value.startswith("python -m experiments "):
+        return f"{value} --study {study}"
+    for top in ("results", "work"):
+        if value.startswith(f"{top}/"):
+            return f"{top}/{study}/{value.removeprefix(f'{top}/')}"
+    return f"experiments/studies/{study}/params.yaml" if value == "params.yaml" else value
+
+
+def _yaml() -> YAML:
+    yaml = YAML()
+    yaml.width = 120
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    return yaml

@@ -1,0 +1,131 @@
+"""Bytes of activations, counted and not estimated: the real modules run on fake tensors, which have shapes and no numbers."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from typing import TYPE_CHECKING
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.integrations import moe
+
+from methods.tools import architecture
+from experiments.model.attention import only_sdpa
+from methods.errors import UserError
+from methods.tools.effective import adapted_names, base_parameters
+from methods.part import Part
+
+if TYPE_CHECKING:
+    from experiments.model.shape import Shape
+
+
+class Unknown(Exception):
+    """The memory of this architecture is not known."""
+
+
+@functools.cache
+def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtype, rows: int, length: int, checkpointing: bool = False,
+                packed: bool = False, fisher: str = "", device: str = "cpu") -> tuple[int, int]:  # fmt: skip
+    """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
+
+    Weights, their gradients and the logits are not in it. `parts` adapt the model; `fisher`: "adapted" or "whole-model"
+    tensors get a gradient, in evaluation mode. Where all blocks but the first are alike, one and two of them are run; else all.
+    On a `device` that is not the CPU attention is SDPA's alone. Raises Unknown for an architecture that does not run on
+    fake tensors.
+    """
+    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, fisher, device)
+    blocks = _blocks(shape.build(parts=parts))
+    if blocks and architecture.alike(blocks[1:]):
+        try:
+            one, _ = run(layers=1)
+            two, peak = run(layers=min(len(blocks), 2))
+            return one + (len(blocks) - 1) * (two - one), max(0, peak - two)
+        except Exception:  # some configs cannot be shortened, and a part may adapt the later blocks alone: all of them are run
+            pass
+    try:
+        whole, peak = run(layers=None)
+    except Exception as error:  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
+        raise Unknown from error
+    return whole, max(0, peak - whole)
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    try:
+        return [block for _, block in architecture.blocks(model)]
+    except UserError:
+        return []
+
+
+def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows: int, length: int, checkpointing: bool,
+                 packed: bool, fisher: str, device: str, *, layers: int | None) -> tuple[int, int]:  # fmt: skip
+    """Bytes alive after the forward pass of the first `layers` blocks, None for all, and at most in it and in the backward pass."""
+    model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
+    with FakeTensorMode(), only_sdpa() if device != "cpu" else contextlib.nullcontext():
+        _fake(model)
+        if fisher:
+            base, names = base_parameters(model), adapted_names(model)
+            model.requires_grad_(False)
+            for name in base if fisher == "whole-model" else names:
+                base[name].requires_grad_(True)
+        if checkpointing:
+            architecture.recompute_activations(model)
+        for p in model.parameters():
+            if p.requires_grad:
+                p.register_post_accumulate_grad_hook(_forget)
+        trained = architecture.plain(model).get_input_embeddings().weight.requires_grad
+        positions = {"position_ids": torch.empty(1, length, dtype=torch.long)} if packed else {}
+        # experts' grouped product is known for fake tensors of bfloat16 alone, the product that stands in for it for all
+        plainly = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
+        with plainly, architecture.numberless(packed=packed), _Alive(*model.parameters(), *model.buffers()) as alive:
+            # rows as an embedding gives them; the gradient of the embedding itself comes when all activations are gone
+            row = torch.empty(shape.config.hidden_size, dtype=dtype, requires_grad=trained)
+            embedded = row.expand(rows, length, -1).clone()
+            hidden = architecture.backbone(model)(inputs_embeds=embedded, use_cache=False, **positions).last_hidden_state
+            del embedded
+            after_forward = alive.now
+            if hidden.requires_grad:
+                hidden.sum().backward()
+    return after_forward, alive.peak
+
+
+def _fake(model: nn.Module) -> None:
+    """Tensors like the model's in their place, of the mode in force; a tied one becomes two, which no backbone notices."""
+    for module in model.modules():
+        for name, p in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+class _Alive(TorchDispatchMode):
+    """Bytes of the storages made under it that are alive: `now`, and `peak` at most."""
+
+    def __init__(self, *known: Tensor):
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._free, storage._cdata)
+        return made
+
+    def _free(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)

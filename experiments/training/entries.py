@@ -1,0 +1,70 @@
+"""Numbers of a model's weights, by what its memory depends on."""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from methods.tools import architecture
+from experiments.training.activations import Unknown
+from methods.errors import UserError
+from experiments.model.shape import Shape
+from methods.tools.effective import adapted_names, base_parameters, factors, lora_layers
+from methods.part import Part
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """Numbers of weights. Root: what stands outside the blocks; block: the largest one."""
+
+    all: int
+    base: int
+    trained: int
+    trained_base: int
+    adapters: int
+    adapted: int  # entries of the matrices under adapters
+    regularised: int  # these, and trained base tensors
+    largest_base: int
+    largest_trained: int
+    largest_adapted: int
+    largest_regularised: int
+    root: int
+    block: int
+    root_trained: int
+    block_trained: int
+    head_trained: int
+    vocabulary: int
+    width: int
+
+
+@functools.cache
+def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
+    """Of the model as `parts` adapt it. Raises Unknown where its blocks or its head are not found."""
+    model = shape.build(parts=parts)
+    everything, base = dict(model.named_parameters()), base_parameters(model)
+    trained = {name: p.numel() for name, p in everything.items() if p.requires_grad}
+    regularised = [base[name].numel() for name in adapted_names(model)]
+    adapted = [layer.base_layer.weight.numel() for _, layer in lora_layers(model)]
+    try:
+        blocks = [list(block.parameters()) for _, block in architecture.blocks(model)]
+        head = architecture.head(model).weight
+    except UserError as error:
+        raise Unknown from error
+    inside = {id(p) for block in blocks for p in block}
+    root = [p for p in everything.values() if id(p) not in inside]
+    adapters = sum(trained[name] for name in set.union(*factors(model)))
+    return Entries(
+        all=sum(p.numel() for p in everything.values()), base=sum(p.numel() for p in base.values()),
+        trained=sum(trained.values()), trained_base=sum(trained.values()) - adapters, adapters=adapters,
+        adapted=sum(adapted), regularised=sum(regularised),
+        largest_base=max(p.numel() for p in base.values()), largest_trained=max(trained.values(), default=0),
+        largest_adapted=max(adapted, default=0), largest_regularised=max(regularised, default=0),
+        root=_entries(root), block=max(map(_entries, blocks)), root_trained=_entries(p for p in root if p.requires_grad),
+        block_trained=max(_entries(p for p in block if p.requires_grad) for block in blocks),
+        head_trained=head.numel() if head.requires_grad else 0, vocabulary=head.shape[0], width=head.shape[1],
+    )
+
+
+def _entries(parameters: Iterable[Tensor]) -> int:
+    return sum(p.numel() for p in parameters)

@@ -1,0 +1,152 @@
+"""Matrix FLOPs that a step of training executes, and the share of a device's peak they reach (MFU).
+
+Counted by torch's own formulas (torch.utils.flop_counter) of the products that a forward and a backward pass execute on tensors
+without numbers: 2 FLOPs an entry of every matrix for each token that is no padding (of a mixture of experts, of those chosen), the
+head only where there is a label; looking up an embedding is no product (a head tied to it is). Backward: what autograd computes: the
+same once more where the weight is trained, and once more where the matrix's input leads back to anything trained. Attention's
+products grow with the square of an example's length T; half of them are counted, the causal half, also where a window leaves out more.
+Norms, activations and what is computed a second time are not counted.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from methods.tools import architecture
+
+# tokens of the pass that is counted: no other size of a model is a multiple of it; fewer where the model has fewer positions
+LENGTHS = (251, 127, 61)
+
+_counted: dict[tuple, tuple[float, float, float] | None] = {}
+
+
+class Flops:
+    """FLOPs of optimizer steps of `model`, adapters included, with those tensors trained that require a gradient now.
+
+    Ask before activations are recomputed: what that computes again would be counted. The passes leave the model as it is.
+
+    known    whether there is a count; a model that does not run on tensors without numbers has none
+    """
+
+    def __init__(self, model: nn.Module):
+        config = architecture.plain(model).config
+        key = (type(architecture.plain(model)), config.to_json_string(), config._attn_implementation,
+               tuple((name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()))  # fmt: skip
+        if key not in _counted:
+            try:
+                _counted[key] = _whole(model)
+            except Exception:  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
+                _counted[key] = None
+        self._each = _counted[key]
+
+    @property
+    def known(self) -> bool:
+        return self._each is not None
+
+    def step(self, *, lengths: Sequence[int], labelled: int) -> float | None:
+        """FLOPs of one optimizer step on examples of these lengths (tokens, without padding), `labelled` tokens of them labelled.
+
+        None where they are not known.
+        """
+        if self._each is None:
+            return None
+        token, label, square = self._each
+        return float(sum(lengths) * token + labelled * label + sum(n * n for n in lengths) * square)
+
+
+def mfu(flops: float | None, seconds: float, peak: float | None) -> float | None:
+    """Share of `peak` (FLOP/s) that `flops` in `seconds` reach; None where either is unknown or no time has passed."""
+    return flops / seconds / peak if flops is not None and peak and seconds else None
+
+
+def _whole(model: nn.Module) -> tuple[float, float, float]:
+    """FLOPs a token, a labelled token, and T² of an example, of a forward and a backward pass.
+
+    Where all blocks but the first are alike, those from the third on cost what the third does.
+    """
+    blocks = [block for _, block in architecture.blocks(model)]
+    if len(blocks) <= 3 or not architecture.alike(blocks[1:]):
+        return _count(model, None)
+    two, three = (_count(model, blocks=count) for count in (2, 3))
+    return tuple(a + (len(blocks) - 2) * (b - a) for a, b in zip(two, three))
+
+
+def _count(model: nn.Module, blocks: int | None) -> tuple[float, float, float]:
+    """The same of the first `blocks` blocks alone, None for all.
+
+    Every tensor of the model is replaced by one of the meta device, in bfloat16, the one dtype that experts are multiplied in there.
+    """
+    def meta(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("meta", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
+
+    with torch.enable_grad(), architecture.numberless(), architecture.first_blocks(model, blocks):
+        tensors = {f"model.{name}": meta(p).requires_grad_(p.requires_grad) for name, p in model.named_parameters()}
+        tensors |= {f"model.{name}": meta(buffer) for name, buffer in model.named_buffers()}
+        return functional_call(_Passes(model), tensors, ())
+
+
+class _Passes(nn.Module):
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self) -> tuple[float, float, float]:
+        positions = getattr(architecture.plain(self.model).config, "max_position_embeddings", None) or LENGTHS[0]
+        length = next((n for n in LENGTHS if n <= positions), LENGTHS[-1])
+        ids = torch.zeros(1, length, dtype=torch.long, device="meta")
+        with _Counter(length) as decoder:
+            hidden = architecture.hidden_states(self.model, ids, None)
+            _backward(hidden)
+        with _Counter(length) as head:
+            # a leaf of its own, so that the head's backward pass does not go on into the decoder's
+            _backward(architecture.logits_of(self.model)(hidden[0, :1].detach().requires_grad_(hidden.requires_grad)))
+        if not decoder.linear:
+            raise ValueError("no product was seen")
+        return decoder.linear / length, head.linear, decoder.square / 2 / length**2
+
+
+def _backward(output: Tensor) -> None:
+    if output.requires_grad:
+        output.backward(torch.empty_like(output))
+
+
+class _Counter(TorchDispatchMode):
+    """FLOPs of all products executed under it: those that multiply tokens with tokens, and others."""
+
+    def __init__(self, length: int):
+        super().__init__()
+        self.linear = self.square = 0.0
+        self._length = length
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        operation = function._overloadpacket
+        formula = _grouped if operation is torch.ops.aten._grouped_mm else flop_registry.get(operation)
+        if formula is not None:
+            flops = formula(*args, **(kwargs or {}), out_val=made)
+            if "scaled_dot_product" in str(operation):
+                self.square += flops
+                return made
+            if operation in _BATCHED:
+                left, right = args[-2:]
+                rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
+                if inner == 1:  # rotary angles: an outer product, which adds nothing up
+                    flops = 0
+                elif sum(size % self._length == 0 for size in (rows, inner, columns)) > 1:
+                    self.square += flops
+                    return made
+            self.linear += flops
+        return made
+
+
+_BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+
+def _grouped(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """Rows in groups, each times a matrix of its own, or the gradients of these matrices: torch has no formula for it."""
+    return 2 * left.numel() * right.shape[-1]

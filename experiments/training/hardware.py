@@ -1,0 +1,154 @@
+"""The machine a number was measured on: device, compute dtype, peak rate, memory."""
+
+import functools
+import os
+import platform
+import re
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from methods.errors import UserError
+
+# Words of a device's name → dense matrix TFLOP/s of its data sheet, without sparsity: bf16 and fp16 with float32
+# accumulation, and float32 without TF32. The first line whose words are all in the name holds.
+_DATA_SHEET = (
+    ({"B200"}, 2250.0, 75.0),
+    ({"H200", "NVL"}, 835.0, 60.0),
+    ({"H200"}, 989.0, 67.0),
+    ({"GH200"}, 989.0, 67.0),
+    ({"H100", "NVL"}, 835.0, 60.0),
+    ({"H100", "PCIe"}, 756.0, 51.0),
+    ({"H100"}, 989.0, 67.0),
+    ({"A100"}, 312.0, 19.5),
+    ({"A30"}, 165.0, 10.3),
+    ({"A40"}, 149.7, 37.4),
+    ({"A10"}, 125.0, 31.2),
+    ({"L40S"}, 362.0, 91.6),
+    ({"L40"}, 181.0, 90.5),
+    ({"L4"}, 121.0, 30.3),
+    ({"RTX", "4090"}, 165.2, 82.6),
+    ({"RTX", "3090"}, 71.2, 35.6),
+    ({"RTX", "A6000"}, 154.8, 38.7),
+    ({"V100", "PCIE"}, 112.0, 14.0),
+    ({"V100"}, 125.0, 15.7),
+    ({"T4"}, 65.0, 8.1),
+)
+_CUT_DOWN = {"MIG", "Laptop", "Ti", "D", "Max-Q"}  # a part or a smaller relative of the device the other words name
+
+
+def device(setting: str) -> torch.device:
+    """`auto` is the CUDA device where there is one, else the CPU."""
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no CUDA device here: set `device: auto` or `cpu` in params.yaml")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def has_bf16(where: torch.device) -> bool:
+    """Whether matrix products in bf16 run in hardware there; emulated ones are slower than float32."""
+    if where.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(checkpoint: torch.dtype, where: torch.device) -> torch.dtype:
+    """The dtype forward and backward run in: the checkpoint's, but bf16 for fp16 (whose gradients underflow)
+    and float32 where there are no bf16 instructions."""
+    if checkpoint in (torch.float32, torch.float64):
+        return checkpoint
+    return torch.bfloat16 if has_bf16(where) else torch.float32
+
+
+def reset_peak(where: torch.device) -> None:
+    if where.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(where)
+
+
+def peak_memory_bytes(where: torch.device) -> int:
+    """Largest CUDA allocation since `reset_peak`; on CPU the process's largest resident set so far."""
+    if where.type == "cuda":
+        return torch.cuda.max_memory_allocated(where)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def available_memory(where: torch.device) -> int | None:
+    """Bytes that a run can still take there: free CUDA memory, or the machine's available memory; None where unknown."""
+    if where.type == "cuda":
+        return torch.cuda.mem_get_info(where)[0]
+    memory = _memory()
+    return memory and memory.available
+
+
+def dense_peak(where: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
+    """FLOP/s of dense matrix products in `dtype`, and what that rests on: "data sheet" or "matrix product measured here".
+
+    Measured where the device or the dtype is in no data sheet here, the CPU among them; once a process.
+    """
+    return _peak(where.type, where.index, dtype)
+
+
+@functools.cache
+def _peak(kind: str, index: int | None, dtype: torch.dtype) -> tuple[float | None, str]:
+    where = torch.device(kind, index) if index is not None else torch.device(kind)
+    if kind == "cuda":
+        stated = data_sheet_peak(torch.cuda.get_device_name(where), dtype)
+        if stated is not None:
+            return stated, "data sheet"
+    return _measured_peak(where, dtype), "matrix product measured here"
+
+
+def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:
+    """FLOP/s of dense products that the data sheet of the CUDA device `name` states; None where it is not known here."""
+    words = set(re.split(r"[ _]+|-(?!Q)", name))
+    half = dtype in (torch.bfloat16, torch.float16)
+    if words & _CUT_DOWN or not (half or dtype == torch.float32):
+        return None
+    for known, in_half, in_float32 in _DATA_SHEET:
+        if known <= words:
+            return 1e12 * (in_half if half else in_float32)
+    return None
+
+
+def _measured_peak(where: torch.device, dtype: torch.dtype) -> float:
+    """The best of some short matrix products."""
+    size = 8192 if where.type == "cuda" else 1024
+    # a generator of its own: a run's random numbers must not depend on whether this was measured before
+    a = torch.randn(size, size, device=where, dtype=dtype, generator=torch.Generator(where).manual_seed(0))
+    best = float("inf")
+    for _ in range(6):
+        began = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def describe(where: torch.device) -> dict:
+    """What a reader needs to judge a time: processor, cores, memory, GPU."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": (memory := _memory()) and memory.total,
+        "gpu": torch.cuda.get_device_name(where) if where.type == "cuda" else None,
+    }
+
+
+def _memory():
+    """psutil's figures of the machine's memory; None where it is not installed."""
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil.virtual_memory()
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,107 @@
+"""Float32-exact updates in one process: a float32 master of every trained tensor, the module computing in its own dtype.
+
+A bf16 weight loses every update smaller than 1/256 of itself; the master keeps them. Where the module
+already computes in float32 or float64 the master is the parameter itself and nothing is copied.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from methods.tools.architecture import base_name
+
+
+def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Cast a model that was loaded in another dtype than the one it is to compute in.
+
+    What transformers keeps in a dtype of its own stays there: buffers, and parameters that differ from the first one.
+    """
+    loaded = next(model.parameters()).dtype
+    for parameter in model.parameters():
+        if parameter.dtype == loaded:
+            parameter.data = parameter.data.to(dtype)
+
+
+class MasterWeights:
+    """The trained tensors of `model`, by parameter name, in `weights`: leaf tensors with `.grad`.
+
+    A master begins as the base's own number, which a module in fewer bits may not hold. Bytes a weight in bf16: 2 for
+    the module, 4 for the master, 4 for its gradient; a gradient in bf16 lives for one tensor at a time.
+    """
+
+    def __init__(self, model: nn.Module, *, base: Mapping[str, Tensor]):
+        self._model = model
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.weights: dict[str, Tensor] = {
+            name: p if p.dtype in (torch.float32, torch.float64)
+            else base.get(base_name(name), p.detach()).to(p.device, torch.float32, copy=True).requires_grad_()
+            for name, p in trained.items()
+        }
+        self.shapes = {name: p.shape for name, p in trained.items()}
+        self._copies = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
+        self._reached: set[int] = set()  # masters that have a gradient of this step in the buffer that is kept for them
+        self._hooks = [parameter.register_post_accumulate_grad_hook(self._adder(master)) for parameter, master in self._copies]
+        self._hooks += [master.register_hook(self._reacher(master)) for _, master in self._copies]
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(model, *arguments)."""
+        return function(self._model, *arguments)
+
+    def _adder(self, master: Tensor) -> Callable[[Tensor], None]:
+        """A hook that adds a parameter's complete gradient to its master's, in float32, and frees it."""
+
+        @torch.no_grad()
+        def add(parameter: Tensor) -> None:
+            if master.grad is None:
+                master.grad = parameter.grad.float()
+            elif id(master) in self._reached:
+                master.grad += parameter.grad
+            else:
+                master.grad.copy_(parameter.grad)
+            self._reached.add(id(master))
+            parameter.grad = None
+
+        return add
+
+    def _reacher(self, master: Tensor) -> Callable[[Tensor], None]:
+        """A hook for a loss that is of the master itself: autograd adds to what is in the buffer, which may be of the last step."""
+
+        def reach(gradient: Tensor) -> None:
+            if id(master) not in self._reached:
+                master.grad = None
+                self._reached.add(id(master))
+
+        return reach
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        """Give a zero gradient to tensors the step did not reach, so that every hook finds one."""
+        for master in self.weights.values():
+            if master.grad is None:
+                master.grad = torch.zeros_like(master)
+        for _, master in self._copies:
+            if id(master) not in self._reached:
+                master.grad.zero_()
+                self._reached.add(id(master))
+
+    @torch.no_grad()
+    def push(self) -> None:
+        """Round the masters once into the module's own dtype."""
+        for parameter, master in self._copies:
+            parameter.copy_(master)
+
+    def zero(self) -> None:
+        self._reached.clear()
+        copied = {id(master) for _, master in self._copies}
+        for weight in self.weights.values():
+            # on the CPU new memory costs a page fault for every page, at every step; a GPU's room is for activations meanwhile
+            if weight.is_cuda or id(weight) not in copied:
+                weight.grad = None
+
+    def release(self) -> None:
+        """Leave the model as it came, but for its weights."""
+        for hook in self._hooks:
+            hook.remove()
+

@@ -1,0 +1,225 @@
+"""Roles of a causal language model's modules and parameters, told by structure and not by names.
+
+`ln_f` is a norm in GPT-J and `norm` is one in Llama: a rule that reads names gets one of them wrong
+(`docs/decisions.md`). Everything here asks transformers for the role or looks at the module's shape.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, masking_utils
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from methods.errors import UserError
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """The transformers model itself, out of peft's wrapper if it is in one."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def base_name(parameter: str) -> str:
+    """A parameter's name in the base model, from its name in the model or in peft's wrapper of it."""
+    return parameter.removeprefix("base_model.model.").replace(".base_layer.", ".")
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The decoder without its head: token ids to the last hidden state (batch, tokens, width)."""
+    return getattr(plain(model), _backbone_name(model))
+
+
+def _backbone_name(model: nn.Module) -> str:
+    """What a model calls its decoder: as its class says, or, where that is the name of something else, the one model in it."""
+    inner = plain(model)
+    models = [name for name, child in inner.named_children() if isinstance(child, PreTrainedModel)]
+    for name in (getattr(inner, "base_model_prefix", ""), models[0] if len(models) == 1 else ""):
+        if name and isinstance(getattr(inner, name, None), nn.Module):
+            return name
+    raise UserError(f"model {type(inner).__name__} is not a decoder with a head on top of it: Holdfast trains causal language models")
+
+
+def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """The model's own map from last hidden states (rows, width) or (batch, tokens, width) to logits over the vocabulary.
+
+    The causal model's own `forward` is run with a stand-in for its decoder, which answers with the hidden states given:
+    whatever the class does behind its decoder (a head with a bias, a scale, a cap, a cast) is done by its own code.
+    """
+    inner, name, decoder = plain(model), _backbone_name(model), backbone(model)
+    # a twin that shares everything with the model but the decoder, so that nothing in the model is exchanged meanwhile
+    twin = object.__new__(type(inner))
+    vars(twin).update(vars(inner))
+    vars(twin)["_modules"] = inner._modules | {name: _StandIn(decoder)}
+
+    def logits(hidden: Tensor) -> Tensor:
+        whole = hidden if hidden.dim() == 3 else hidden[None]
+        vars(twin)["_modules"][name] = _StandIn(decoder, whole)
+        ids = torch.zeros(whole.shape[:2], dtype=torch.long, device=whole.device)
+        found = type(inner).forward(twin, input_ids=ids, use_cache=False).logits
+        return found if hidden.dim() == 3 else found[0]
+
+    return logits
+
+
+class _StandIn(nn.Module):
+    """Answers with the hidden states given, and has whatever else the decoder has.
+
+    Some models call a module inside their decoder, or read a number of it: a module is given as a stand-in of its own.
+    """
+
+    def __init__(self, decoder: nn.Module, hidden: Tensor | None = None):
+        super().__init__()
+        vars(self)["decoder_"], vars(self)["hidden_"] = decoder, hidden  # not as a module of it
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(vars(self)["decoder_"], name)
+        return _StandIn(found, vars(self)["hidden_"]) if isinstance(found, nn.Module) else found
+
+    def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
+        return _Output(last_hidden_state=vars(self)["hidden_"])
+
+
+class _Output(BaseModelOutputWithPast):
+    """What a decoder returns; None for what some return beside it."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def head(model: nn.Module) -> nn.Linear:
+    """The linear layer that logits come from. Models that scale or cap them, or map otherwise, do so in `logits_of`."""
+    found = plain(model).get_output_embeddings()
+    if not isinstance(found, nn.Linear):
+        raise UserError(
+            f"model {type(plain(model)).__name__} has no plain linear head "
+            f"(found {type(found).__name__}): Holdfast trains causal language models with one"
+        )
+    return found
+
+
+def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The transformer blocks in order, each with its module path in `model`."""
+    depth = plain(model).config.get_text_config(decoder=True).num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth and _is_stack(module):
+            return [(f"{name}.{i}", block) for i, block in enumerate(module)]
+    raise UserError(
+        f"model {type(plain(model)).__name__}: no list of {depth} equal blocks found "
+        "(num_hidden_layers of its config)"
+    )
+
+
+def alike(blocks: Sequence[nn.Module]) -> bool:
+    """Whether blocks have the same modules, with parameters of the same names and shapes, of which the same are trained."""
+    return len({(tuple(type(m) for m in block.modules()), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
+                for block in blocks}) <= 1  # fmt: skip
+
+
+def _is_stack(modules: nn.ModuleList) -> bool:
+    return len({type(m) for m in modules}) == 1 and any(True for _ in modules[0].parameters())
+
+
+@contextmanager
+def first_blocks(model: nn.Module, count: int | None) -> Iterator[None]:
+    """`model` with its first `count` blocks alone, for as long as it lasts; with all of them for None."""
+    if count is None:
+        yield
+        return
+    stack = model.get_submodule(blocks(model)[0][0].rpartition(".")[0])
+    whole = stack._modules
+    stack._modules = dict(list(whole.items())[:count])
+    try:
+        yield
+    finally:
+        stack._modules = whole
+
+
+def recompute_activations(model: nn.Module) -> None:
+    """Keep only each block's input for backward and compute the rest again: activation checkpointing."""
+    # the name before transformers 5.20
+    enable = getattr(plain(model), "activation_checkpointing_enable", None) or plain(model).gradient_checkpointing_enable
+    try:
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"train.checkpointing is true, but {type(plain(model)).__name__} cannot recompute activations: set "
+                        "train.checkpointing: false") from error  # fmt: skip
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """torch.compile for each block's computation: one graph serves all blocks, and hooks stay outside of it."""
+    for _, block in blocks(model):
+        block.forward = torch.compile(block.forward)
+
+
+def group_of(model: nn.Module, parameter: str) -> str:
+    """The group a parameter counts in: `block.3`, `embedding`, `final_norm` or `head`.
+
+    A tied embedding is one parameter and counts as the embedding.
+    """
+    for index, (path, _) in enumerate(blocks(model)):
+        if parameter.startswith(path + "."):
+            return f"block.{index}"
+    inner = plain(model)
+    owner = dict(model.named_parameters())[parameter]
+    if any(owner is p for p in inner.get_input_embeddings().parameters()):
+        return "embedding"
+    if any(owner is p for p in inner.get_output_embeddings().parameters()):
+        return "head"
+    return "final_norm"
+
+
+def hidden_states(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    position_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The backbone's last hidden state, without a cache. Shape (batch, tokens, width).
+
+    The batch is padded, or packed: then `position_ids` begin at 0 in each example, and there is no attention mask.
+    """
+    # transformers looks for packed examples only where it gets neither a mask nor a cache
+    packed = {} if position_ids is None else {"position_ids": position_ids}
+    return backbone(model)(
+        input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed
+    ).last_hidden_state
+
+
+@contextmanager
+def numberless(*, packed: bool = False) -> Iterator[None]:
+    """For models on tensors without numbers: transformers does not look for packed examples in positions, unless they are
+    `packed`, nor for padding in token ids."""
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    with mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", nothing):
+        # a fake position is taken for that of a packed row
+        with nullcontext() if packed else mock.patch.object(masking_utils, "find_packed_sequence_indices", nothing):
+            yield
+
+
+@torch.no_grad()
+def keeps_apart(model: nn.Module) -> bool:
+    """Whether examples packed in one row do not see each other; tried on six tokens, in evaluation mode.
+
+    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins, and for what takes no positions.
+    """
+    device = next(model.parameters()).device
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
+    row = torch.tensor([[0, 1, 2, 3, 4, 5]], device=device)
+    other = torch.tensor([[5, 4, 3, 3, 4, 5]], device=device)  # another first example
+    was_training = model.training
+    model.eval()
+    try:
+        one, two = (hidden_states(model, ids, None, positions)[:, 3:] for ids in (row, other))
+    except TypeError:
+        return False
+    finally:
+        model.train(was_training)
+    # a key that is masked out has weight exactly 0, whatever it is
+    return torch.equal(one, two)

@@ -1,0 +1,91 @@
+"""Result files: JSON written whole or not at all, DVC's YAML, hashes, room on the disk, who else may write."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from methods.errors import MissingInput, UserError
+
+AGAIN = "restore it with git, or delete it and run the stage again"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted, indented, ended by a newline; moved into place so that a stop leaves the old file or the new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+    os.replace(part, path)
+
+
+def read_json(path: Path, *keys: str, kind: type = dict) -> Any:
+    """What a result file holds, a mapping, or a list with `kind=list`. Raises MissingInput without the file, UserError for a damaged one.
+
+    `keys` must be in the mapping.
+    """
+    if not path.is_file():
+        raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON ({error}): {AGAIN}") from error
+    if not isinstance(found, kind):
+        raise UserError(f"{path} is not what its stage writes (it is no {'mapping' if kind is dict else 'list'}): {AGAIN}")
+    if missing := [key for key in keys if key not in found]:
+        raise UserError(f"{path} is not what its stage writes ({missing[0]} is missing): {AGAIN}")
+    return found
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What a disk does not take while safetensors writes `path`, as the OSError that any other writer raises."""
+    try:
+        yield
+    except SafetensorError as error:
+        if not (code := re.search(r"os error (\d+)", str(error))):
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def folder_sha256(folder: Path) -> str:
+    """One hash of a folder: every file's relative path and hash, in order."""
+    whole = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        whole.update(f"{path.relative_to(folder).as_posix()} {sha256(path)}\n".encode())
+    return whole.hexdigest()
+
+
+def need_room(folder: Path, needed: int, what: str) -> None:
+    """Refuse to start what the disk cannot hold."""
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise UserError(
+            f"too little disk for {what}: {needed / 2**30:.1f} GiB needed at {folder}, {free / 2**30:.1f} GiB free; "
+            "free some (`make clean-cells` removes the weights of finished cells)"
+        )
+
+
+def exposed(path: Path) -> str | None:
+    """Why somebody else may have written `path`, or None."""
+    facts = path.lstat()
+    if not (stat.S_ISDIR(facts.st_mode) or stat.S_ISREG(facts.st_mode)):
+        return "is a symbolic link" if stat.S_ISLNK(facts.st_mode) else "is neither a file nor a folder"
+    if facts.st_uid != os.getuid():
+        return f"belongs to user {facts.st_uid}, not to {os.getuid()}"
+    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return "can be written by others (`chmod go-w` closes it)"
+    return None

@@ -1,0 +1,75 @@
+"""Several processes as one run: who holds which rows, and sums over all of them.
+
+Every tensor is cut along its first dimension as torch.chunk would cut it, which is how fully_shard lays parameters
+out; a process holds one contiguous piece of each, possibly an empty one. `Shards()` is a run of one process, and all
+of this is then nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shards:
+    """This process among `world`; `active` where torch's process group runs, also with a world of one."""
+
+    rank: int = 0
+    world: int = 1
+    active: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def rows(self, count: int) -> slice:
+        """The rows of a tensor of `count` rows that this process holds."""
+        size = -(-count // self.world)
+        return slice(min(count, self.rank * size), min(count, (self.rank + 1) * size))
+
+    def local(self, tensor: Tensor) -> Tensor:
+        """This process's rows of a whole tensor; a 0-dim tensor is held by all."""
+        return tensor if self.world == 1 or tensor.dim() == 0 else tensor[self.rows(len(tensor))]
+
+    def whole(self, local: Tensor, shape: torch.Size) -> Tensor:
+        """The whole tensor of `shape` from every process's rows of it; all must ask."""
+        if self.world == 1 or not shape:
+            return local
+        size = -(-shape[0] // self.world)
+        padded = local.new_zeros((size, *shape[1:]))
+        padded[: len(local)] = local
+        pieces = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(pieces, padded)
+        return torch.cat(pieces)[: shape[0]]
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor's sum over processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def wait(self) -> None:
+        """Until all processes are here."""
+        if self.world > 1:
+            dist.barrier()
+
+    def gathered(self, value: Any) -> list:
+        """Every process's `value`, in order of rank."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def said_by_first(self, value: Any) -> Any:
+        """The first process's `value`, on all."""
+        if self.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]

@@ -1,0 +1,156 @@
+"""Importance on disk: 8-bit codes without loss in fewer bits, and the few largest of them alone.
+
+A file is safetensors; every tensor in it is one zstd frame of bytes, and the metadata say what it holds:
+
+    NAME           a tensor's codes, row by row; of a float tensor its byte planes: all first bytes, all second bytes, …
+    NAME::bitmap   where more than half of the codes are 0: a bit an entry, 1 where NAME has a code; NAME then has no other
+
+Codes that were written are read back bit for bit, and equal importances make equal files.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from methods.errors import UserError
+from methods.tools.files import writing
+from methods.tools.importance import Codes, largest
+
+if TYPE_CHECKING:
+    from methods.part import Part
+
+BITMAP = "::bitmap"
+AGAIN = "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
+LEVEL = 1  # codes do not repeat, so higher levels of zstd are slower and no smaller
+
+_FACTS = "importance"  # the metadata's only key: safetensors writes several in any order
+
+
+def thin(importance: Mapping[str, Codes], *, density: float) -> tuple[dict[str, Codes], dict[str, float]]:
+    """The largest of all tensors' entries F, at most the share `density` of them; the others count as 0.
+
+    What tensor l keeps is multiplied by ΣF_l / Σ_kept F_l, so that each tensor's mass is what it was and a strength means
+    the same; a tensor that keeps nothing loses its mass. Entries of one code are kept or dropped together, at least one
+    code's are kept. Beside F′, facts to four digits: the `share` of entries kept, their share of the `mass` ΣF before they
+    were multiplied, the largest `factor`, and `error` = ‖F′ − F‖/‖F‖, that of the penalty's gradient F⊙δ for a movement δ
+    of one size everywhere, against the 8-bit F. Of zeros alone there is nothing to drop and nothing to say.
+    """
+    counts, values = (torch.stack(rows) for rows in zip(*(codes.histogram() for codes in importance.values()), strict=True))
+    there = counts * (values > 0)
+    if not there.any():
+        return dict(importance), {}
+    order = values.flatten().argsort(descending=True, stable=True)
+    order = order[there.flatten()[order] > 0]
+    within = there.flatten()[order].cumsum(0) <= density * counts.sum()
+    chosen = torch.zeros(there.numel(), dtype=torch.bool)
+    chosen[order[: max(1, int(within.sum()))]] = True
+    chosen = chosen.view_as(there)
+
+    kept = there * chosen
+    mass, mass_kept = (counts * values).sum(1), (kept * values).sum(1)
+    factors = torch.where(mass_kept > 0, mass / mass_kept, 1.0)
+    dropped = torch.where((there > 0) & ~chosen, torch.arange(there.shape[1]), 0).amax(1)  # values grow with their codes
+    thinned = {}
+    for (name, codes), last, factor in zip(importance.items(), dropped.tolist(), factors.tolist(), strict=True):
+        thinned[name] = Codes(codes=codes.codes * (codes.codes > last), low=codes.low, step=codes.step).scaled(factor)
+    difference = (kept * ((factors[:, None] - 1) * values).square()).sum() + ((there - kept) * values.square()).sum()
+    facts = {"share": kept.sum() / counts.sum(), "mass": mass_kept.sum() / mass.sum(), "factor": factors.max(),
+             "error": (difference / (counts * values.square()).sum()).sqrt()}  # fmt: skip
+    return thinned, {name: float(f"{fact.item():.4g}") for name, fact in facts.items()}
+
+
+def refuse_thin_floats(part: Part) -> None:
+    """Raises UserError where a part's settings `density` and `bits` exclude each other."""
+    if part.density < 1 and part.bits != 8:
+        raise UserError(f"{part.key}.density is {part.density:g} with bits: {part.bits}: only 8-bit importance can be kept in part; "
+                        "write bits: 8, or density: 1.0")  # fmt: skip
+
+
+def save_importance(importance: Mapping[str, Tensor | Codes], path: Path) -> None:
+    """Write what a part prepared.
+
+    Raises UserError naming a tensor with a value that is negative, infinite or not a number.
+    """
+    squeeze = _zstandard().ZstdCompressor(level=LEVEL).compress
+    frames, facts = {}, {}
+    for name, values in importance.items():
+        if isinstance(values, Codes):
+            codes = values.codes.detach().cpu().reshape(-1).numpy()
+            facts[name] = {"shape": list(values.codes.shape), "low": values.low, "step": values.step}
+            if 2 * np.count_nonzero(codes) < codes.size:
+                there = codes > 0
+                frames[name + BITMAP] = squeeze(np.packbits(there))
+                codes = codes[there]
+            frames[name] = squeeze(codes)
+        else:
+            flat = values.detach().cpu().reshape(-1)
+            largest(flat, name)
+            facts[name] = {"shape": list(values.shape), "dtype": str(values.dtype).removeprefix("torch.")}
+            frames[name] = squeeze(flat.view(torch.uint8).view(-1, flat.itemsize).T.contiguous().numpy())
+    with writing(path):
+        save_file({name: np.frombuffer(frame, np.uint8) for name, frame in frames.items()}, path,
+                  metadata={_FACTS: json.dumps(facts, sort_keys=True)})  # fmt: skip
+
+
+def load_importance(path: Path) -> dict[str, Tensor | Codes]:
+    """What `save_importance` wrote, on the CPU.
+
+    Raises UserError for a file of another layout or with frames that are cut short.
+    """
+    try:
+        return _load(path)
+    except UserError:
+        raise
+    except (SafetensorError, _zstandard().ZstdError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
+
+
+def _load(path: Path) -> dict[str, Tensor | Codes]:
+    importance: dict[str, Tensor | Codes] = {}
+    with safe_open(path, framework="numpy") as file:
+        facts = (file.metadata() or {}).get(_FACTS)
+        if facts is None:
+            raise UserError(f"{path} holds no importance in this version's layout: {AGAIN}")
+        names = set(file.keys())
+
+        def bytes_of(name: str, size: int) -> np.ndarray:
+            found = np.empty(size, np.uint8)
+            with _zstandard().ZstdDecompressor().stream_reader(file.get_tensor(name)) as reader:
+                if (got := reader.readinto(found)) != size:
+                    raise UserError(f"{path}: {name} ends after {got:,} of {size:,} bytes: {AGAIN}")
+            return found
+
+        for name, fact in json.loads(facts).items():
+            shape = fact["shape"]
+            size = math.prod(shape)
+            if "dtype" in fact:
+                dtype = getattr(torch, fact["dtype"])
+                planes = torch.from_numpy(bytes_of(name, size * dtype.itemsize)).view(dtype.itemsize, -1)
+                importance[name] = planes.T.reshape(-1).view(dtype).view(shape)
+                continue
+            if name + BITMAP in names:
+                there = np.unpackbits(bytes_of(name + BITMAP, -(-size // 8)), count=size).view(bool)
+                codes = np.zeros(size, np.uint8)
+                codes[there] = bytes_of(name, int(there.sum()))
+            else:
+                codes = bytes_of(name, size)
+            importance[name] = Codes(codes=torch.from_numpy(codes).view(shape), low=fact["low"], step=fact["step"])
+    return importance
+
+
+def _zstandard():
+    try:
+        import zstandard  # here, so that parts work without it until a file is written or read
+    except ImportError:
+        raise UserError("importance files need the package zstandard: install requirements.lock") from None
+    return zstandard
