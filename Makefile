@@ -43,6 +43,7 @@ demo: setup
 	@$(MAKE) --no-print-directory study NAME=demo
 
 test: setup
+	@ruff check --quiet . && ruff format --check --quiet .
 	@python -m pytest
 
 bench: setup

@@ -18,8 +18,14 @@ CURVE = ("step", "tokens", "seconds")
 def metrics(path: Path, found) -> dict:
     """A cell's metrics.json, with every block that the comparison reads."""
     _mapping(path, found)
-    for keys, kind, name in ((BLOCKS, dict, "a mapping"), (TEXTS, str, "a text"), (NUMBERS, Real, "a number"), (("at_chance",), list, "a list"),
-                             (("not_a_result",), bool, "true or false"), (("git", "hardware", "versions"), dict | None, "a mapping")):  # fmt: skip
+    for keys, kind, name in (
+        (BLOCKS, dict, "a mapping"),
+        (TEXTS, str, "a text"),
+        (NUMBERS, Real, "a number"),
+        (("at_chance",), list, "a list"),
+        (("not_a_result",), bool, "true or false"),
+        (("git", "hardware", "versions"), dict | None, "a mapping"),
+    ):
         for key in keys:
             if key not in found or not isinstance(found[key], kind):
                 raise _damaged(path, f"{key} is not {name}" if key in found else f"{key} is missing")
@@ -54,7 +60,9 @@ def table(path: Path, found: pd.DataFrame, *, columns: tuple[str, ...], numeric:
         if column not in found:
             raise _damaged(path, f"column {column} is missing")
     for column in numeric:
-        if len(found) and column in found and not pd.api.types.is_numeric_dtype(found[column]):  # a checkpoint made elsewhere has an empty curve
+        if (
+            len(found) and column in found and not pd.api.types.is_numeric_dtype(found[column])
+        ):  # a checkpoint made elsewhere has an empty curve
             raise _damaged(path, f"column {column} is not of numbers")
     return found
 
@@ -65,4 +73,6 @@ def _mapping(path: Path, found) -> None:
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is not what its stage writes ({why}): restore it with git, or delete it and run the stage again")
+    return UserError(
+        f"{path} is not what its stage writes ({why}): restore it with git, or delete it and run the stage again"
+    )

@@ -8,8 +8,8 @@ they do not enter a choice, and the objective is written here without them: doma
 
 import pandas as pd
 
-from analysis.load import Loaded
 from analysis.families import families
+from analysis.load import Loaded
 
 EQUAL = 0.005  # half a point, as in experiments/commands/tune.py
 PREFIX = "probe_"
@@ -47,18 +47,30 @@ def choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     """
     ends = _ends(loaded, model=model, domain=domain)
     rows = []
-    for name, blocks in families(dict.fromkeys(loaded.of(model, domain)["method"])).items() if len(loaded.cells) else ():
+    for name, blocks in (
+        families(dict.fromkeys(loaded.of(model, domain)["method"])).items() if len(loaded.cells) else ()
+    ):
         seeds = {block: {seed for method, seed in ends if method == block} for block in blocks}
         common = set.intersection(*(found for found in seeds.values() if found)) if any(seeds.values()) else set()
         own = []
         for block in blocks:
             scores = [ends[block, seed] for seed in sorted(common) if (block, seed) in ends]
             mean = pd.DataFrame(scores).mean() if scores else dict.fromkeys(COLUMNS[3:7])
-            own.append({"family": name, "method": block, "seeds": len(scores), **{key: mean[key] for key in COLUMNS[3:7]}, "chosen": False})
+            own.append(
+                {
+                    "family": name,
+                    "method": block,
+                    "seeds": len(scores),
+                    **{key: mean[key] for key in COLUMNS[3:7]},
+                    "chosen": False,
+                }
+            )
         done = [row for row in own if row["seeds"]]
         if done:
             best = max(row["objective"] for row in done)
-            min((row for row in done if row["objective"] > best - EQUAL), key=lambda row: row["perplexity_probe"])["chosen"] = True
+            min((row for row in done if row["objective"] > best - EQUAL), key=lambda row: row["perplexity_probe"])[
+                "chosen"
+            ] = True
         rows += own
     return pd.DataFrame(rows, columns=COLUMNS)
 
@@ -70,14 +82,18 @@ def _ends(loaded: Loaded, *, model: str, domain: str) -> dict[tuple[str, int], d
         if cell not in loaded.cells.index or tuple(cell.split("/")[:2]) != (model, domain):
             continue
         last = run.loc[run["step"].idxmax()]
-        scores = {key.removeprefix(PREFIX): value for key, value in last.items() if key.startswith(PREFIX) and pd.notna(value)}
+        scores = {
+            key.removeprefix(PREFIX): value for key, value in last.items() if key.startswith(PREFIX) and pd.notna(value)
+        }
         tasks = [key for key in scores if key not in (domain, "perplexity") and not key.endswith("_nll")]
         if domain not in scores or not tasks or "perplexity" not in scores:
             continue
         retention = sum(scores[task] for task in tasks) / len(tasks)
         row = loaded.cells.loc[cell]
         found[row["method"], int(row["seed"])] = {
-            "domain_probe": scores[domain], "retention_probe": retention, "perplexity_probe": scores["perplexity"],
+            "domain_probe": scores[domain],
+            "retention_probe": retention,
+            "perplexity_probe": scores["perplexity"],
             "objective": scores[domain] + retention,
-        }  # fmt: skip
+        }
     return found

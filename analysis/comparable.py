@@ -32,12 +32,22 @@ def guarded(loaded: Loaded) -> Loaded:
         dropped |= dict(groups(loaded.of(model, domain), rows=rows)[1])
     if not dropped:
         return loaded
-    out = [{"cell": cell, "stage": "compare", "kind": KIND, "reason": reason, "when": loaded.cells.loc[cell].get("when") or ""}
-           for cell, reason in dropped.items()]  # fmt: skip
+    out = [
+        {
+            "cell": cell,
+            "stage": "compare",
+            "kind": KIND,
+            "reason": reason,
+            "when": loaded.cells.loc[cell].get("when") or "",
+        }
+        for cell, reason in dropped.items()
+    ]
     return replace(loaded.without(dropped), failures=pd.concat([loaded.failures, pd.DataFrame(out)], ignore_index=True))
 
 
-def groups(cells: pd.DataFrame, *, rows: dict[str, dict[str, str]] | None = None) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
+def groups(
+    cells: pd.DataFrame, *, rows: dict[str, dict[str, str]] | None = None
+) -> tuple[pd.DataFrame, list[tuple[str, str]]]:
     """The largest group of comparable cells of one (model, domain), and the other cells with the reason for each.
 
     cells  rows as in `Loaded.cells`, indexed by cell; their order is kept
@@ -48,7 +58,10 @@ def groups(cells: pd.DataFrame, *, rows: dict[str, dict[str, str]] | None = None
     when = {cell: str(row.get("when") or "") for cell, row in cells.iterrows()}
     # a cell of unknown budget would fit to several groups, so it leads only its like
     leads = lambda one, other: BUDGET in rules[one] or BUDGET not in rules[other]
-    members = {one: [other for other in rules if leads(one, other) and not _differences(rules[one], rules[other])] for one in rules}
+    members = {
+        one: [other for other in rules if leads(one, other) and not _differences(rules[one], rules[other])]
+        for one in rules
+    }
     best = max(rules, key=lambda one: (len(members[one]), max(when[member] for member in members[one])), default=None)
     if best is None:
         return cells, []
@@ -88,14 +101,24 @@ def _differences(one: dict, other: dict) -> list[str]:
     """Names of the rules that differ; what only one of them has differs too, except for rows and a budget that are not known."""
     optional = lambda key: key == BUDGET or key.startswith("scored rows of ")
     keys: Iterable[str] = dict.fromkeys([*one, *other])
-    return [key for key in keys if one.get(key) != other.get(key) and not (optional(key) and (key not in one or key not in other))]
+    return [
+        key
+        for key in keys
+        if one.get(key) != other.get(key) and not (optional(key) and (key not in one or key not in other))
+    ]
 
 
 def _reason(here: dict, there: dict, *, count: int) -> str:
     differ = _differences(here, there)
-    said = "; ".join(f"{key} is {_shown(here.get(key))} here and {_shown(there.get(key))} there" for key in differ[:SHOWN])
+    said = "; ".join(
+        f"{key} is {_shown(here.get(key))} here and {_shown(there.get(key))} there" for key in differ[:SHOWN]
+    )
     more = f"; and {len(differ) - SHOWN} more differ" if len(differ) > SHOWN else ""
-    todo = "Cells of another budget belong in a study of their own" if differ == [BUDGET] else "Bring it up to date with `dvc repro`"
+    todo = (
+        "Cells of another budget belong in a study of their own"
+        if differ == [BUDGET]
+        else "Bring it up to date with `dvc repro`"
+    )
     return f"not made under the rules of the {count} cell{'s' if count != 1 else ''} compared: {said}{more}. {todo}"
 
 

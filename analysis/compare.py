@@ -2,17 +2,19 @@
 
 from pathlib import Path
 
-from analysis.sections import costs
 from analysis.chosen import reported
 from analysis.comparable import guarded
-from analysis.report.figures import write_figures
 from analysis.load import load_cells
-from analysis.statistics.permutation import all_tests
+from analysis.report.figures import write_figures
 from analysis.report.page import write_report
+from analysis.sections import costs
 from analysis.sections.tables import as_csv, as_markdown, as_text, comparison
+from analysis.statistics.permutation import all_tests
 
 
-def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, title: str, planned=None, archive=None) -> str:
+def write_summary(
+    *, results_root: Path | str, summary_dir: Path | str, cells, title: str, planned=None, archive=None
+) -> str:
     """Table (text, CSV, Markdown), paired tests of the chosen settings (CSV), figures and report of `cells`; returns the table as text for the terminal.
 
     cells    cells to compare, names `model/domain/method/seed0` or objects with a `.name`
@@ -32,10 +34,22 @@ def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, t
     tests = all_tests(reported(loaded))
     figures = write_figures(loaded, table, folder=folder / "figures")
     (folder / "table.csv").write_text(as_csv(loaded, table), encoding="utf-8")
-    (folder / "tests.csv").write_text(tests.to_csv(index=False, lineterminator="\n", float_format="%.6g"), encoding="utf-8")
-    (folder / "table.md").write_text(_archived(archive) + as_markdown(loaded, table) + costs.as_markdown(loaded), encoding="utf-8")
-    write_report(loaded, table, tests, figures, path=folder / "report.html", title=title,
-                 study="" if root.name == "results" else root.name, archive=archive)  # fmt: skip
+    (folder / "tests.csv").write_text(
+        tests.to_csv(index=False, lineterminator="\n", float_format="%.6g"), encoding="utf-8"
+    )
+    (folder / "table.md").write_text(
+        _archived(archive) + as_markdown(loaded, table) + costs.as_markdown(loaded), encoding="utf-8"
+    )
+    write_report(
+        loaded,
+        table,
+        tests,
+        figures,
+        path=folder / "report.html",
+        title=title,
+        study="" if root.name == "results" else root.name,
+        archive=archive,
+    )
     text = as_text(loaded, table)
     (folder / "table.txt").write_text(text, encoding="utf-8")
     return text
@@ -44,5 +58,8 @@ def write_summary(*, results_root: Path | str, summary_dir: Path | str, cells, t
 def _archived(archive) -> str:
     if not archive:
         return ""
-    lines = [f"This study is an archive of commit {archive['commit'][:10]}. It is read and never run again. What is known against it:", ""]
+    lines = [
+        f"This study is an archive of commit {archive['commit'][:10]}. It is read and never run again. What is known against it:",
+        "",
+    ]
     return "\n".join([*lines, *(f"- {line}" for line in archive["known"]), "", ""])

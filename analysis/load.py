@@ -60,8 +60,14 @@ class Loaded:
         """The results but for the cells `names`, with all that is read of a cell."""
         rows = lambda frame: frame[~frame["cell"].isin(names)].reset_index(drop=True) if len(frame) else frame
         of = lambda records: {cell: record for cell, record in records.items() if cell not in names}
-        return replace(self, cells=self.cells.drop(index=list(names)), curves=rows(self.curves), items=rows(self.items),
-                       prepared=of(self.prepared), drift=of(self.drift))  # fmt: skip
+        return replace(
+            self,
+            cells=self.cells.drop(index=list(names)),
+            curves=rows(self.curves),
+            items=rows(self.items),
+            prepared=of(self.prepared),
+            drift=of(self.drift),
+        )
 
     def of(self, model: str, domain: str) -> pd.DataFrame:
         """The finished cells of one comparison."""
@@ -87,12 +93,22 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
             failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _how_far(root, name), "when": ""})
             continue
         metrics = checked.metrics(run / "metrics.json", read_json(run / "metrics.json"))
-        train = checked.train(run / "train.json", read_json(run / "train.json")) if (run / "train.json").exists() else {}
-        rows.append({**metrics, "cell": name, **{key: train[key] for key in ("settings", "device", "when", "steps") if key in train},
-                     "peak_memory_train_bytes": train.get("peak_memory_bytes")})  # fmt: skip
+        train = (
+            checked.train(run / "train.json", read_json(run / "train.json")) if (run / "train.json").exists() else {}
+        )
+        rows.append(
+            {
+                **metrics,
+                "cell": name,
+                **{key: train[key] for key in ("settings", "device", "when", "steps") if key in train},
+                "peak_memory_train_bytes": train.get("peak_memory_bytes"),
+            }
+        )
         if (path := run / "curve.csv").exists():
             curve = _read_csv(path)
-            curves.append(checked.table(path, curve, columns=checked.CURVE, numeric=tuple(curve.columns)).assign(cell=name))
+            curves.append(
+                checked.table(path, curve, columns=checked.CURVE, numeric=tuple(curve.columns)).assign(cell=name)
+            )
         if (path := run / "items.csv.gz").exists():
             items.append(_items(path).assign(cell=name))
         costs = root / "prepared" / model / method / seed / "prepare.json"
@@ -107,8 +123,14 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         cells=pd.DataFrame(rows, index=[row["cell"] for row in rows]) if rows else pd.DataFrame(),
         curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
         items=pd.concat(items, ignore_index=True) if items else pd.DataFrame(),
-        failures=pd.DataFrame(failures, columns=["cell", "stage", "kind", "reason", "when", "settings", "parts", "git"]),
-        base={model: _read_base(root / "base" / model) for model in models if (root / "base" / model / "scores.json").exists()},
+        failures=pd.DataFrame(
+            failures, columns=["cell", "stage", "kind", "reason", "when", "settings", "parts", "git"]
+        ),
+        base={
+            model: _read_base(root / "base" / model)
+            for model in models
+            if (root / "base" / model / "scores.json").exists()
+        },
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
         prepared=prepared,
         drift=drift,
@@ -133,7 +155,9 @@ def newest_benchmarks(root: Path) -> dict[Path, dict]:
     for path in _beside(root, "bench"):
         record = read_json(path)
         if wrong := _not_a_benchmark(record):
-            raise UserError(f"{path} is not a benchmark's record ({wrong}): delete it, or write it again with `python -m experiments bench {path.stem}`")
+            raise UserError(
+                f"{path} is not a benchmark's record ({wrong}): delete it, or write it again with `python -m experiments bench {path.stem}`"
+            )
         if path.stem not in newest or record["when"] > newest[path.stem][1]["when"]:
             newest[path.stem] = path, record
     return dict(newest[name] for name in sorted(newest))
@@ -172,9 +196,16 @@ def _read_csv(path: Path) -> pd.DataFrame:
     try:
         columns = pd.read_csv(path, nrows=0).columns
         # by itself pandas takes a task called `nan` or `null` for a missing one, and numbers in place of names for numbers
-        return pd.read_csv(path, dtype={"task": str}, keep_default_na=False, na_values={name: ["", "nan"] for name in columns if name != "task"})
+        return pd.read_csv(
+            path,
+            dtype={"task": str},
+            keep_default_na=False,
+            na_values={name: ["", "nan"] for name in columns if name != "task"},
+        )
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again") from error
+        raise UserError(
+            f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again"
+        ) from error
 
 
 def _items(path: Path) -> pd.DataFrame:

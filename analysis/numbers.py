@@ -56,7 +56,15 @@ def times(ratio: float | None) -> str:
     """How many times a reference: 1.183 -> '×1.18', 24.7 -> '×24.7', 0.0411 -> '×0.041'."""
     if missing(ratio):
         return "–"
-    return f"×{ratio:.0f}" if ratio >= 99.5 else f"×{ratio:.1f}" if ratio >= 9.95 else f"×{ratio:.2f}" if ratio >= 0.0995 else f"×{ratio:.2g}"
+    return (
+        f"×{ratio:.0f}"
+        if ratio >= 99.5
+        else f"×{ratio:.1f}"
+        if ratio >= 9.95
+        else f"×{ratio:.2f}"
+        if ratio >= 0.0995
+        else f"×{ratio:.2g}"
+    )
 
 
 def count(value: float | None) -> str:

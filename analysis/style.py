@@ -23,12 +23,34 @@ MARKERS = {"full": "o", "lora": "s", "ewc": "D", "mofo": "^", "hierarchical": "v
 OTHER_MARKERS = ("P", "X", "<", ">", "p", "h")
 
 SETTINGS = {
-    "font.family": "DejaVu Sans", "font.size": 9, "axes.titlesize": 9.5, "axes.titleweight": "bold", "axes.titlelocation": "left",
-    "axes.labelsize": 9, "xtick.labelsize": 8.5, "ytick.labelsize": 8.5, "axes.spines.top": False, "axes.spines.right": False,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": MUTED, "xtick.color": MUTED, "ytick.color": MUTED,
-    "axes.grid": True, "grid.color": GRID, "grid.linewidth": 0.6, "axes.axisbelow": True, "axes.linewidth": 0.8,
-    "lines.linewidth": 1.8, "lines.markersize": 6, "figure.facecolor": PAPER, "axes.facecolor": "none", "savefig.facecolor": PAPER,
-    "svg.hashsalt": "holdfast", "svg.fonttype": "path", "path.simplify": False,
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.titlesize": 9.5,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8.5,
+    "ytick.labelsize": 8.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": MUTED,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "axes.grid": True,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    "axes.axisbelow": True,
+    "axes.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "figure.facecolor": PAPER,
+    "axes.facecolor": "none",
+    "savefig.facecolor": PAPER,
+    "svg.hashsalt": "holdfast",
+    "svg.fonttype": "path",
+    "path.simplify": False,
 }
 
 
@@ -47,8 +69,13 @@ def marker(method: str) -> str:
 def line(method: str, *, size: float) -> dict:
     """How a method's line is drawn; the blocks of a sweep are dashed and finer than the method itself."""
     block = method != family(method)
-    return {"color": colour(method), "marker": marker(method), "markersize": 0.7 * size if block else size, "linewidth": 0.8 if block else 1.3,
-            "linestyle": (0, (4, 2)) if block else "-"}  # fmt: skip
+    return {
+        "color": colour(method),
+        "marker": marker(method),
+        "markersize": 0.7 * size if block else size,
+        "linewidth": 0.8 if block else 1.3,
+        "linestyle": (0, (4, 2)) if block else "-",
+    }
 
 
 def course(axes, runs: pd.DataFrame, *, method: str, x: str, y: str, size: float) -> tuple[float, float]:
@@ -63,7 +90,11 @@ def course(axes, runs: pd.DataFrame, *, method: str, x: str, y: str, size: float
 def named(methods) -> list[str]:
     """The methods whose lines are written out: all, or where there are more than MANY one a family, itself or its first block."""
     methods = list(methods)
-    return methods if len(methods) <= MANY else [name if name in own else own[0] for name, own in families(methods).items()]
+    return (
+        methods
+        if len(methods) <= MANY
+        else [name if name in own else own[0] for name, own in families(methods).items()]
+    )
 
 
 def house():
@@ -100,21 +131,41 @@ def bars(value: float, low, high):
     return None if numbers.missing(low) or numbers.missing(high) else [[value - low], [high - value]]
 
 
-def label_points(axes, points: list[tuple[float, float, str, str]], *, bars: list[tuple[float, float, float, float]] = (), size: float = 9) -> None:
+def label_points(
+    axes,
+    points: list[tuple[float, float, str, str]],
+    *,
+    bars: list[tuple[float, float, float, float]] = (),
+    size: float = 9,
+) -> None:
     """Writes each (x, y, text, colour) beside its point, where it touches least: other labels, points, bars (x0, y0, x1, y1)."""
     figure = axes.figure
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer)
     pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
-    lines = [axes.transData.transform((x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60)) for x0, y0, x1, y1 in bars for k in range(61)]
+    lines = [
+        axes.transData.transform((x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60))
+        for x0, y0, x1, y1 in bars
+        for k in range(61)
+    ]
     taken = []
     places = [(9, 9, "left", "bottom"), (-9, 9, "right", "bottom"), (9, -9, "left", "top"), (-9, -9, "right", "top")]
     places += [(dx * k, dy * k, ha, va) for k in (1.8, 2.7, 3.6) for dx, dy, ha, va in places[:4]]
     for x, y, text, shade in points:
         best = None
         for dx, dy, ha, va in places:
-            note = axes.annotate(text, (x, y), xytext=(dx, dy), textcoords="offset points", ha=ha, va=va, color=shade, fontsize=size, fontweight="bold")
+            note = axes.annotate(
+                text,
+                (x, y),
+                xytext=(dx, dy),
+                textcoords="offset points",
+                ha=ha,
+                va=va,
+                color=shade,
+                fontsize=size,
+                fontweight="bold",
+            )
             box = note.get_window_extent(renderer).expanded(1.04, 1.1)
             cost = sum(box.overlaps(other) for other in taken) * 4 + sum(box.contains(*pixel) for pixel in pixels) * 2
             cost += 0.15 * sum(box.contains(*pixel) for pixel in lines) + 0.02 * (abs(dx) - 9)
@@ -134,7 +185,18 @@ def label_ends(axes, ends: list[tuple[float, float, str, str]], *, gap: float) -
     axes.set_ylim(axes.get_ylim())  # what is placed by its height must not move afterwards
     heights = [float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]) for x, y, _, _ in ends]
     for (_, _, text, shade), place in zip(ends, spread(heights, gap)):
-        axes.annotate(text, (1, place), xytext=(5, 0), xycoords="axes fraction", textcoords="offset points", va="center", fontsize=8, fontweight="bold", color=shade, annotation_clip=False)
+        axes.annotate(
+            text,
+            (1, place),
+            xytext=(5, 0),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            fontweight="bold",
+            color=shade,
+            annotation_clip=False,
+        )
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
@@ -144,7 +206,9 @@ def spread(heights: list[float], gap: float) -> list[float]:
     centre = lambda group: sum(heights[i] for i in group) / len(group)
     for i in order:
         groups.append([i])
-        while len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2:
+        while (
+            len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2
+        ):
             last = groups.pop()
             groups[-1] += last
     placed = list(heights)

@@ -15,8 +15,15 @@ def below_chance(study, model: str, tasks: Iterable[str] | None = None) -> list[
         return []
     scored = read_json(file)["tasks"]
     if tasks is None:
-        tasks = {name for domain in study.grid["domains"] for block in [study.domains[domain]]
-                 for name in (domain, *(block.get("retention") or ()), *(block.get("transfer") or ()))}  # fmt: skip
-    return [f"{WARNING}{model} scores {scored[name]['value']:.3f} on {name}, below its chance of {scored[name]['chance']:g} (n {scored[name]['n']}): "
-            "what is learned or forgotten there is hard to see" for name in sorted(tasks)
-            if name in scored and unit_of(scored[name]) == SHARE and scored[name]["value"] < scored[name]["chance"]]  # fmt: skip
+        tasks = {
+            name
+            for domain in study.grid["domains"]
+            for block in [study.domains[domain]]
+            for name in (domain, *(block.get("retention") or ()), *(block.get("transfer") or ()))
+        }
+    return [
+        f"{WARNING}{model} scores {scored[name]['value']:.3f} on {name}, below its chance of {scored[name]['chance']:g} (n {scored[name]['n']}): "
+        "what is learned or forgotten there is hard to see"
+        for name in sorted(tasks)
+        if name in scored and unit_of(scored[name]) == SHARE and scored[name]["value"] < scored[name]["chance"]
+    ]

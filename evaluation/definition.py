@@ -21,10 +21,18 @@ SPLIT = "test"
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
 # what lm-eval's YAML keys hold, where a value of another type is told by no other check; a function of an included task may stand there too
 FORMS: dict[str, Any] = {
-    "num_fewshot": int, "fewshot_config": dict, "doc_to_choice": str | list | dict, "doc_to_target": str | int, "generation_kwargs": dict,
-    "output_type": Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "multiple_choice"], "repeats": int,
-    "should_decontaminate": bool, "gen_prefix": str, "use_prompt": str, "metadata": dict,
-}  # fmt: skip
+    "num_fewshot": int,
+    "fewshot_config": dict,
+    "doc_to_choice": str | list | dict,
+    "doc_to_target": str | int,
+    "generation_kwargs": dict,
+    "output_type": Literal["loglikelihood", "loglikelihood_rolling", "generate_until", "multiple_choice"],
+    "repeats": int,
+    "should_decontaminate": bool,
+    "gen_prefix": str,
+    "use_prompt": str,
+    "metadata": dict,
+}
 LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # lm-eval's names of one setting
 TASK_KEYS = {field.name for field in fields(TaskConfig)} | {"include"}
 
@@ -38,7 +46,9 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     if "class" in config:
         raise UserError(f"task {name}: {task!r} is written in Python, not YAML, and cannot run on local rows")
     if config.pop("unsafe_code", None):
-        raise UserError(f"task {name}: it runs the programs that a model writes (unsafe_code), and these are never run here: choose another task")
+        raise UserError(
+            f"task {name}: it runs the programs that a model writes (unsafe_code), and these are never run here: choose another task"
+        )
     for key in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
         config.pop(key, None)
     for key in config:
@@ -48,21 +58,33 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     _refuse_forms(name, config)
     _refuse_generation(name, config.get("generation_kwargs") or {})
     for entry in config.get("metric_list") or ():
-        fetched = isinstance(entry.get("metric"), str) and not callable(config.get("process_results")) and entry["metric"] not in metric_registry
+        fetched = (
+            isinstance(entry.get("metric"), str)
+            and not callable(config.get("process_results"))
+            and entry["metric"] not in metric_registry
+        )
         if fetched or entry.get("hf_evaluate"):
-            what = f"{entry.get('metric')!r} in metric_list is " + ("none of lm-eval's own metrics" if fetched else "to be fetched (hf_evaluate: true)")
-            raise UserError(f"task {name}: {what}, and program code of others is not fetched: write a metric_list of lm-eval's own "
-                            f"({', '.join(sorted(metric_registry))}); one of a shipped task is replaced beside `include:`")  # fmt: skip
+            what = f"{entry.get('metric')!r} in metric_list is " + (
+                "none of lm-eval's own metrics" if fetched else "to be fetched (hf_evaluate: true)"
+            )
+            raise UserError(
+                f"task {name}: {what}, and program code of others is not fetched: write a metric_list of lm-eval's own "
+                f"({', '.join(sorted(metric_registry))}); one of a shipped task is replaced beside `include:`"
+            )
     if "doc_to_choice" in config:
         config.setdefault("output_type", "multiple_choice")
     shots = (config.get("fewshot_config") or {}) | {"split": None}
     if (config.get("num_fewshot") or 0) < 0:
         raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}: it must be 0 or more")
     if config.get("num_fewshot") and not shots.get("samples"):
-        raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}, but the rows scored are no examples to "
-                        "show: give `fewshot_config: {samples: [...]}`, or num_fewshot 0")
+        raise UserError(
+            f"task {name}: num_fewshot is {config['num_fewshot']}, but the rows scored are no examples to "
+            "show: give `fewshot_config: {samples: [...]}`, or num_fewshot 0"
+        )
     if isinstance(shots.get("samples"), list) and (config.get("num_fewshot") or 0) > len(shots["samples"]):
-        raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}, and fewshot_config has {len(shots['samples'])} samples: lower it")
+        raise UserError(
+            f"task {name}: num_fewshot is {config['num_fewshot']}, and fewshot_config has {len(shots['samples'])} samples: lower it"
+        )
     metadata = config.get("metadata")
     return config | {
         "task": name,
@@ -83,27 +105,47 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
             refuse(config[key], kind, where=f"task {name}: {key}")
     for key in ("process_docs", "process_results", "custom_dataset"):
         if isinstance(config.get(key), str):
-            raise UserError(f"task {name}: {key} is a function, which params.yaml cannot hold: start from a task that has it with `include:`")
+            raise UserError(
+                f"task {name}: {key} is a function, which params.yaml cannot hold: start from a task that has it with `include:`"
+            )
     for key, needed in (("metric_list", "metric"), ("filter_list", "filter")):
         listed = config.get(key)
-        if listed is not None and not (isinstance(listed, list) and all(isinstance(entry, dict) and needed in entry for entry in listed)):
-            raise UserError(f"task {name}: {key} must be a list of mappings with `{needed}`, such as "
-                            + ("[{metric: acc}]" if needed == "metric" else "[{name: first, filter: [{function: take_first}]}]"))
+        if listed is not None and not (
+            isinstance(listed, list) and all(isinstance(entry, dict) and needed in entry for entry in listed)
+        ):
+            raise UserError(
+                f"task {name}: {key} must be a list of mappings with `{needed}`, such as "
+                + ("[{metric: acc}]" if needed == "metric" else "[{name: first, filter: [{function: take_first}]}]")
+            )
     for entry in config.get("metric_list") or ():
         if not isinstance(entry["metric"], str) and not callable(entry["metric"]):
-            raise UserError(f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name, such as {{metric: acc}}")
+            raise UserError(
+                f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name, such as {{metric: acc}}"
+            )
         if "higher_is_better" in entry:
-            refuse(entry["higher_is_better"], bool | None, where=f"task {name}: higher_is_better of {entry['metric']} in metric_list")
+            refuse(
+                entry["higher_is_better"],
+                bool | None,
+                where=f"task {name}: higher_is_better of {entry['metric']} in metric_list",
+            )
     for entry in config.get("filter_list") or ():
         if not isinstance(entry.get("name"), str) or not isinstance(entry["filter"], list):
             raise UserError(f"task {name}: every entry of filter_list has a `name` and a list of `filter`")
     kind = config.get("output_type") or ("multiple_choice" if "doc_to_choice" in config else "generate_until")
     if kind == "multiple_choice" and config.get("doc_to_choice") is None and not config.get("use_prompt"):
-        raise UserError(f"task {name}: it is a task of choices without `doc_to_choice`: write a column's name, a template or a list of choices")
+        raise UserError(
+            f"task {name}: it is a task of choices without `doc_to_choice`: write a column's name, a template or a list of choices"
+        )
     if kind != "loglikelihood_rolling" and "doc_to_text" not in config and not config.get("use_prompt"):
-        raise UserError(f"task {name}: it has no `doc_to_text`: write a column's name or a template, such as 'Q: {{{{question}}}}'")
-    if "doc_to_text" in config and not (isinstance(config["doc_to_text"], str | int) or callable(config["doc_to_text"])):
-        raise UserError(f"task {name}: doc_to_text is {config['doc_to_text']!r}: write a column's name or a template, such as 'Q: {{{{question}}}}'")
+        raise UserError(
+            f"task {name}: it has no `doc_to_text`: write a column's name or a template, such as 'Q: {{{{question}}}}'"
+        )
+    if "doc_to_text" in config and not (
+        isinstance(config["doc_to_text"], str | int) or callable(config["doc_to_text"])
+    ):
+        raise UserError(
+            f"task {name}: doc_to_text is {config['doc_to_text']!r}: write a column's name or a template, such as 'Q: {{{{question}}}}'"
+        )
     for key in ("target_delimiter", "fewshot_delimiter", "description"):
         if key in config and not isinstance(config[key], str) and not callable(config[key]):
             raise UserError(f"task {name}: {key} is {config[key]!r}: write a text, '' for none")
@@ -113,7 +155,9 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
                 jinja_env.parse(template)
                 jinja_env.from_string(template)
             except jinja2.TemplateError as error:
-                raise UserError(f"task {name}: {key} {template[:60]!r} is no template that can be read: {error}") from error
+                raise UserError(
+                    f"task {name}: {key} {template[:60]!r} is no template that can be read: {error}"
+                ) from error
 
 
 def _refuse_generation(name: str, settings: Mapping[str, Any]) -> None:
@@ -121,19 +165,27 @@ def _refuse_generation(name: str, settings: Mapping[str, Any]) -> None:
     for key, value in settings.items():
         if key in ("temperature", "do_sample"):
             if value:
-                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}, but answers are written greedily, so that "
-                                "equal weights score equally: set `do_sample: false` and leave temperature out")  # fmt: skip
+                raise UserError(
+                    f"task {name}: generation_kwargs.{key} is {value!r}, but answers are written greedily, so that "
+                    "equal weights score equally: set `do_sample: false` and leave temperature out"
+                )
         elif key in LENGTHS:
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UserError(f"task {name}: generation_kwargs.{key} is {value!r}: it must be a whole number of tokens, 1 or more")
+                raise UserError(
+                    f"task {name}: generation_kwargs.{key} is {value!r}: it must be a whole number of tokens, 1 or more"
+                )
         elif key == "until":
             stops = value if isinstance(value, list) else [] if value is None else [value]
             if not all(isinstance(stop, str) and stop for stop in stops):
-                raise UserError(f"task {name}: generation_kwargs.until is {value!r}: it must be a text, or a list of texts, at which an answer ends, "
-                                "and none of them empty")  # fmt: skip
+                raise UserError(
+                    f"task {name}: generation_kwargs.until is {value!r}: it must be a text, or a list of texts, at which an answer ends, "
+                    "and none of them empty"
+                )
         else:
-            raise UserError(f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): "
-                            "leave it out")  # fmt: skip
+            raise UserError(
+                f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): "
+                "leave it out"
+            )
 
 
 def columns_asked(config: Mapping[str, Any]) -> set[str]:

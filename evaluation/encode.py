@@ -57,10 +57,14 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: b
         ids, start = tokenizer.encode(continuation, add_special_tokens=False), 1
         ids = ids if ids[:1] == [prefix] else [prefix, *ids]
     else:
-        raise UserError(f"no prompt stands before the answer {shown(continuation)}, and the tokenizer has neither a BOS nor an EOS token to put "
-                        "there: give the prompt some text, or name `bos_token` in tokenizer_config.json")  # fmt: skip
+        raise UserError(
+            f"no prompt stands before the answer {shown(continuation)}, and the tokenizer has neither a BOS nor an EOS token to put "
+            "there: give the prompt some text, or name `bos_token` in tokenizer_config.json"
+        )
     if end and tokenizer.eos_token_id is None:
-        raise UserError("an answer that is written has to end, and the tokenizer has no EOS token: name `eos_token` in tokenizer_config.json")
+        raise UserError(
+            "an answer that is written has to end, and the tokenizer has no EOS token: name `eos_token` in tokenizer_config.json"
+        )
     return ids + [tokenizer.eos_token_id] if end else ids, start
 
 
@@ -69,9 +73,15 @@ def answer_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: b
     ids, start = encode_pair(tokenizer, context, continuation, end=end)
     if len(ids) == start + end:
         empty = not tokenizer.encode(continuation, add_special_tokens=False)
-        raise UserError(f"the answer {shown(continuation)} has no token of its own behind the prompt {shown(context, end=True)}: " + (
-            "there is nothing in it; correct the row" if empty else "a token of this tokenizer runs over the border between them; end the prompt "
-            "differently (`doc_to_text`, `target_delimiter`), or choose a model with another tokenizer"))  # fmt: skip
+        raise UserError(
+            f"the answer {shown(continuation)} has no token of its own behind the prompt {shown(context, end=True)}: "
+            + (
+                "there is nothing in it; correct the row"
+                if empty
+                else "a token of this tokenizer runs over the border between them; end the prompt "
+                "differently (`doc_to_text`, `target_delimiter`), or choose a model with another tokenizer"
+            )
+        )
     return ids, start
 
 
@@ -126,5 +136,7 @@ def shown(text: str, *, end: bool = False) -> str:
 
 def _marked(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     """Ids of a text as the tokenizer gives them, and the places of those that are not its additions."""
-    found = tokenizer(text, return_special_tokens_mask=True, verbose=False)  # no advice that a text is longer than the model's positions
+    found = tokenizer(
+        text, return_special_tokens_mask=True, verbose=False
+    )  # no advice that a text is longer than the model's positions
     return list(found["input_ids"]), [place for place, mark in enumerate(found["special_tokens_mask"]) if not mark]

@@ -26,14 +26,22 @@ class Prompt:
 
 @torch.no_grad()
 def texts(
-    *, model: torch.nn.Module, tokenizer: Any, prompts: Sequence[Prompt], max_length: int, batch_size: int, description: str | None = None
+    *,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    max_length: int,
+    batch_size: int,
+    description: str | None = None,
 ) -> list[str]:
     """The likeliest next token, again and again, for each prompt; special tokens left out, cut before its stop string.
 
     A prompt longer than `max_length` less its `tokens` loses its beginning.
     """
     written = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].until, prompts[i].tokens, -len(prompts[i].ids), prompts[i].ids))
+    order = sorted(
+        range(len(prompts)), key=lambda i: (prompts[i].until, prompts[i].tokens, -len(prompts[i].ids), prompts[i].ids)
+    )
     bar = tqdm(total=len(prompts), desc=description, unit="text", disable=None if description else True)
     with bar:
         for batch in _batches(order, prompts, batch_size):
@@ -59,8 +67,12 @@ def padding(model: torch.nn.Module, tokenizer: Any) -> int:
 def padded(rows: Sequence[Sequence[int]], pad: int, *, side: str = "left") -> tuple[Tensor, Tensor]:
     """(ids, attention mask), each (rows, tokens)."""
     width = max(map(len, rows))
-    fill = lambda row, own, other: [other] * (width - len(row)) + own if side == "left" else own + [other] * (width - len(row))
-    return torch.tensor([fill(row, list(row), pad) for row in rows]), torch.tensor([fill(row, [1] * len(row), 0) for row in rows])
+    fill = lambda row, own, other: (
+        [other] * (width - len(row)) + own if side == "left" else own + [other] * (width - len(row))
+    )
+    return torch.tensor([fill(row, list(row), pad) for row in rows]), torch.tensor(
+        [fill(row, [1] * len(row), 0) for row in rows]
+    )
 
 
 def _batches(order: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
@@ -84,14 +96,24 @@ def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_
     device = next(model.parameters()).device
     ends = ends_of_text(model, tokenizer)
     whole = model.generate(
-        input_ids=ids.to(device), attention_mask=seen.to(device), max_new_tokens=tokens, do_sample=False,
-        temperature=None, top_p=None, top_k=None, use_cache=True, pad_token_id=pad, eos_token_id=ends,
+        input_ids=ids.to(device),
+        attention_mask=seen.to(device),
+        max_new_tokens=tokens,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+        use_cache=True,
+        pad_token_id=pad,
+        eos_token_id=ends,
         stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, until, start=width, rows=len(batch))]),
-    )  # fmt: skip
+    )
     found = []
     for row in whole[:, width:].tolist():
         end = next((place for place, token in enumerate(row) if token in ends), len(row))
-        found.append(postprocess_generated_text(tokenizer.decode(row[:end], skip_special_tokens=True), list(until), None))
+        found.append(
+            postprocess_generated_text(tokenizer.decode(row[:end], skip_special_tokens=True), list(until), None)
+        )
     return found
 
 
@@ -105,11 +127,15 @@ class _StopStrings(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         if self.until:
-            tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, input_ids.shape[1] - self.window) :], skip_special_tokens=True)
+            tails = self.tokenizer.batch_decode(
+                input_ids[:, max(self.start, input_ids.shape[1] - self.window) :], skip_special_tokens=True
+            )
             for row, tail in enumerate(tails):
                 # a tail cut inside a character can read otherwise than the whole does
                 if not self.done[row] and self._in(tail):
-                    self.done[row] = self._in(self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True))
+                    self.done[row] = self._in(
+                        self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
+                    )
         return self.done.to(input_ids.device)
 
     def _in(self, text: str) -> bool:

@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-from lm_eval.utils import apply_template, env as jinja_env
+from lm_eval.utils import apply_template
+from lm_eval.utils import env as jinja_env
 
 from methods.errors import UserError
 
@@ -37,7 +38,9 @@ def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, in
     text, value = apply_template(template, doc), _value(template, doc)
     number = isinstance(value, int | np.integer) and not isinstance(value, bool)
     index = int(text) if text.isascii() and text.isdigit() else None
-    text = json.dumps(value) if isinstance(value, bool) and text not in choices else text  # as choices that are truth values are written
+    text = (
+        json.dumps(value) if isinstance(value, bool) and text not in choices else text
+    )  # as choices that are truth values are written
     place = choices.index(text) if text in choices else None
     if index is not None and (number or place is None):
         return index
@@ -61,17 +64,25 @@ def _compiled(expression: str) -> Callable[..., Any]:
 
 def refuse_marks(gold: Any, choices: list[str]) -> None:
     """Refuse a column's list of 0 and 1, or of truth values, as long as the choices: marks of right and wrong would be taken for indices."""
-    if isinstance(gold, list) and (any(isinstance(one, bool) for one in gold)
-                                   or len(gold) == len(choices) > 1 and all(isinstance(one, int) and one in (0, 1) for one in gold)):  # fmt: skip
-        raise Ambiguous(f"the gold answer {gold!r} can be a mark for each of the {len(choices)} choices, right or wrong, and is read as a list of "
-                        "indices: write the index of the right choice (`doc_to_target: \"{{labels.index(1)}}\"`), or a list of the right texts")  # fmt: skip
+    if isinstance(gold, list) and (
+        any(isinstance(one, bool) for one in gold)
+        or len(gold) == len(choices) > 1
+        and all(isinstance(one, int) and one in (0, 1) for one in gold)
+    ):
+        raise Ambiguous(
+            f"the gold answer {gold!r} can be a mark for each of the {len(choices)} choices, right or wrong, and is read as a list of "
+            'indices: write the index of the right choice (`doc_to_target: "{{labels.index(1)}}"`), or a list of the right texts'
+        )
 
 
 def of_value(gold: Any, given: Any, choices: list[str]) -> Any:
     """The gold of a column or function, where it is a number: an index, or one of the choices `given` as numbers."""
     gold = gold.item() if isinstance(gold, np.generic) else gold
     if isinstance(gold, list):
-        return [choices.index(one) if isinstance(one, str) and one in choices else of_value(one, given, choices) for one in gold]
+        return [
+            choices.index(one) if isinstance(one, str) and one in choices else of_value(one, given, choices)
+            for one in gold
+        ]
     if isinstance(gold, bool):
         return _of_truth(gold, choices)
     if not isinstance(gold, int | float):
@@ -93,12 +104,16 @@ def _of_truth(gold: bool, choices: list[str]) -> int:
         return words.index(str(gold).casefold())
     places = [number for number, word in enumerate(words) if word == ("yes" if gold else "no")]
     if places and places != [int(gold)]:
-        raise Ambiguous(f"the gold answer {gold!r} is choice {int(gold)} of {[choice[:40] for choice in choices]} as an index, and {choices[places[0]]!r} by "
-                        "what it says: write the right choice's text or index in its place")  # fmt: skip
+        raise Ambiguous(
+            f"the gold answer {gold!r} is choice {int(gold)} of {[choice[:40] for choice in choices]} as an index, and {choices[places[0]]!r} by "
+            "what it says: write the right choice's text or index in its place"
+        )
     return int(gold)
 
 
 def _both(gold: Any, *, place: int, index: int, choices: list[str]) -> str:
-    return (f"the gold answer {gold!r} is choice {place} of {[choice[:40] for choice in choices]} as a text and choice {index} as an index: "
-            "write the column's name alone (`doc_to_target: answer`) where a text is meant, and a whole number "
-            "(`{{answer | int}}`, beside choices that are texts) where an index is")  # fmt: skip
+    return (
+        f"the gold answer {gold!r} is choice {place} of {[choice[:40] for choice in choices]} as a text and choice {index} as an index: "
+        "write the column's name alone (`doc_to_target: answer`) where a text is meant, and a whole number "
+        "(`{{answer | int}}`, beside choices that are texts) where an index is"
+    )

@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 from lm_eval.evaluator import evaluate
 
-from evaluation import SCORING, lm as models, versions
+from evaluation import SCORING, versions
+from evaluation import lm as models
 from evaluation.encode import encode_rolling
 from evaluation.preserve import preserved
 from evaluation.task import SEED, LocalTask, check, gold_index, make_task, quiet, render
@@ -128,27 +129,40 @@ def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
 def _refuse_no_numbers(items: list[dict[str, Any]]) -> None:
     for item in items:
         if not math.isfinite(item["score"] or 0.0) or math.isnan(item.get("log_likelihood") or 0.0):
-            raise UserError(f"task {item['task']}, document {item['doc_id'] + 1}: the model's score is not a finite number "
-                            f"(score {item['score']}, log-likelihood {item.get('log_likelihood')}): its activations overflow in this dtype, or its "
-                            "weights are damaged; state compute_dtype: float32 or bfloat16 in the model's block")  # fmt: skip
+            raise UserError(
+                f"task {item['task']}, document {item['doc_id'] + 1}: the model's score is not a finite number "
+                f"(score {item['score']}, log-likelihood {item.get('log_likelihood')}): its activations overflow in this dtype, or its "
+                "weights are damaged; state compute_dtype: float32 or bfloat16 in the model's block"
+            )
 
 
-def _reported(name: str, task: LocalTask, results: Mapping[str, Any], samples: list[Mapping[str, Any]]) -> dict[str, Any]:
+def _reported(
+    name: str, task: LocalTask, results: Mapping[str, Any], samples: list[Mapping[str, Any]]
+) -> dict[str, Any]:
     """The metric's value, what it is (`Measure.of`), and all metrics of the task."""
     value = float(results[f"{task.measure.metric},{task.measure.filter}"])
     if not math.isfinite(value):
-        raise UserError(f"task {name}: lm-eval's {task.measure.metric} of these answers is {value}, which is no number to compare: choose another metric")
+        raise UserError(
+            f"task {name}: lm-eval's {task.measure.metric} of these answers is {value}, which is no number to compare: choose another metric"
+        )
     metrics = {
         key.removesuffix(",none"): float(number)
         for key, number in sorted(results.items())
         if "," in key and "_stderr" not in key and isinstance(number, int | float) and math.isfinite(number)
     }
-    return {"value": value, "metrics": metrics} | task.measure.of(value, [sample[task.measure.metric] for sample in samples])
+    return {"value": value, "metrics": metrics} | task.measure.of(
+        value, [sample[task.measure.metric] for sample in samples]
+    )
 
 
 def _item(name: str, task: LocalTask, sample: Mapping[str, Any]) -> dict[str, Any]:
     part, passed = task.measure.part, sample[task.measure.metric]
-    item = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": None if part is None else part(passed)}
+    item = {
+        "task": name,
+        "doc_id": sample["doc_id"],
+        "doc_hash": sample["doc_hash"],
+        "score": None if part is None else part(passed),
+    }
     if task.OUTPUT_TYPE == "multiple_choice":
         choices, gold = task.doc_to_choice(sample["doc"]), gold_index(task, sample["doc"])
         picked = _choice(task.measure.metric, choices, sample["filtered_resps"], gold)
@@ -168,7 +182,10 @@ def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], 
     found = values[: len(choices)]
     if metric == "acc_mutual_info":  # behind the choices' stand those without the question
         found = found - values[len(choices) :]
-    lengths = {"acc_norm": [len(choice) for choice in choices], "acc_bytes": [len(choice.encode()) for choice in choices]}.get(metric, 1.0)
+    lengths = {
+        "acc_norm": [len(choice) for choice in choices],
+        "acc_bytes": [len(choice.encode()) for choice in choices],
+    }.get(metric, 1.0)
     return int(np.argmax(found / np.array(lengths)))
 
 
@@ -191,12 +208,21 @@ def _general(
         nats = -float(sample["filtered_resps"][0])
         size += len(text.encode())
         rows.append(
-            {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": nats,
-             "choice": None, "gold": len(encode_rolling(tokenizer, text)[1]), "log_likelihood": -nats}
-        )  # fmt: skip
+            {
+                "task": name,
+                "doc_id": sample["doc_id"],
+                "doc_hash": sample["doc_hash"],
+                "score": nats,
+                "choice": None,
+                "gold": len(encode_rolling(tokenizer, text)[1]),
+                "log_likelihood": -nats,
+            }
+        )
     nats, tokens = math.fsum(row["score"] for row in rows), sum(row["gold"] for row in rows)
     if not tokens:
-        raise UserError(f"{name}: its {len(rows)} texts have no token to score in this tokenizer, which puts nothing before them: give longer texts")
+        raise UserError(
+            f"{name}: its {len(rows)} texts have no token to score in this tokenizer, which puts nothing before them: give longer texts"
+        )
     return {
         "perplexity": math.exp(min(nats / tokens, 700.0)),  # beyond which a float is infinite, which JSON has not
         "nats_per_token": nats / tokens,

@@ -28,9 +28,16 @@ class KeptTokens:
         versions = [version(name) for name in ("lm_eval", "tokenizers", "transformers")]
         self.definition = half and json.dumps(
             # transformers' own setting beside the Rust half: whether special tokens in a text are read as one
-            [type(tokenizer).__name__, half.to_str(), tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", None), settings,
-             versions], default=str
-        )  # fmt: skip
+            [
+                type(tokenizer).__name__,
+                half.to_str(),
+                tokenizer.special_tokens_map,
+                getattr(tokenizer, "split_special_tokens", None),
+                settings,
+                versions,
+            ],
+            default=str,
+        )
 
     def load(self, texts: Sequence[tuple[str, str]]) -> list[Pair] | None:
         """The ids of each (context, continuation), None where they are not kept or the file is damaged."""
@@ -55,7 +62,9 @@ class KeptTokens:
         part = file.with_suffix(f".{os.getpid()}.part")  # cells may be scored side by side
         ids = np.array([i for pair in pairs for piece in pair for i in piece], dtype=np.int32)
         with open(part, "wb") as stream:
-            np.savez(stream, ids=ids, lengths=np.array([[len(piece) for piece in pair] for pair in pairs], dtype=np.int64))
+            np.savez(
+                stream, ids=ids, lengths=np.array([[len(piece) for piece in pair] for pair in pairs], dtype=np.int64)
+            )
         part.replace(file)
 
     def _file(self, texts: Sequence[tuple[str, str]]) -> Path:

@@ -23,12 +23,20 @@ class _Encoding(HFLM):
     """HFLM that encodes as `evaluation.encode` does, which is what training and probes do. Wherever HFLM gives an answer at all, the ids
     are HFLM's, but for an end of text that a tokenizer puts behind every prompt."""
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any) -> list[int]:
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
+    ) -> list[int]:
         plain = add_special_tokens is not None
-        ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens) if plain else encode.encode_text(self.tokenizer, string)
+        ids = (
+            self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+            if plain
+            else encode.encode_text(self.tokenizer, string)
+        )
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
-    def tok_batch_encode(self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any):
+    def tok_batch_encode(
+        self, strings: list[str], padding_side: str = "left", left_truncate_len: int | None = None, **_: Any
+    ):
         rows = [self.tok_encode(string, left_truncate_len=left_truncate_len) for string in strings]
         return generate.padded(rows, generate.padding(self.model, self.tokenizer), side=padding_side)
 
@@ -44,8 +52,11 @@ class _Encoding(HFLM):
                 crossing.append(request)
             encoded.append((request.args, ids[:start], ids[start:]))
         if crossing:
-            print(f"{len(crossing)} of {len(requests)} answers begin inside a token of the whole text, the first in {_row(crossing[0])}: they are "
-                  "scored from the token that lm-eval scores them from, which may leave out their first characters", flush=True)  # fmt: skip
+            print(
+                f"{len(crossing)} of {len(requests)} answers begin inside a token of the whole text, the first in {_row(crossing[0])}: they are "
+                "scored from the token that lm-eval scores them from, which may leave out their first characters",
+                flush=True,
+            )
         self._fits(requests, [(ids, continuation) for _, ids, continuation in encoded])
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
@@ -53,8 +64,10 @@ class _Encoding(HFLM):
         """Refuse an answer that the model cannot take whole, by its row."""
         for request, (_, ids) in zip(requests, pairs, strict=True):
             if len(ids) > self.max_length:
-                raise UserError(f"{_row(request)}: the answer {encode.shown(request.args[1])} has {len(ids)} tokens, but the model takes "
-                                f"{self.max_length}: leave the row out, or choose a model that takes more")  # fmt: skip
+                raise UserError(
+                    f"{_row(request)}: the answer {encode.shown(request.args[1])} has {len(ids)} tokens, but the model takes "
+                    f"{self.max_length}: leave the row out, or choose a model that takes more"
+                )
 
     def _windows(self, requests: list) -> tuple[list[shared_prefix.Request], list[int]]:
         """Pieces that score each text whole, and the number of the text that each belongs to."""
@@ -75,16 +88,23 @@ class QuietLM(_Encoding):
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
         pieces, owners = self._windows(requests)
         values = [self._loglikelihood_tokens([(None, *piece)], override_bs=1)[0][0] for piece in pieces]
-        return [math.fsum(value for value, owner in zip(values, owners) if owner == number) for number in range(len(requests))]
+        return [
+            math.fsum(value for value, owner in zip(values, owners) if owner == number)
+            for number in range(len(requests))
+        ]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         _room(requests, self)
         if self.tokenizer.eos_token_id is None:
-            raise UserError(f"task {requests[0].task_name}: lm-eval's HFLM writes answers only with a tokenizer that has an EOS token: name "
-                            "`eos_token` in tokenizer_config.json, or score with `scorer: shared-prefix`")  # fmt: skip
+            raise UserError(
+                f"task {requests[0].task_name}: lm-eval's HFLM writes answers only with a tokenizer that has an EOS token: name "
+                "`eos_token` in tokenizer_config.json, or score with `scorer: shared-prefix`"
+            )
         if empty := [request for request in requests if not self.tok_encode(request.args[0])]:
-            raise UserError(f"{_row(empty[0])}: lm-eval's HFLM writes nothing behind a prompt without a token: give it some text, or score with "
-                            "`scorer: shared-prefix`")  # fmt: skip
+            raise UserError(
+                f"{_row(empty[0])}: lm-eval's HFLM writes nothing behind a prompt without a token: give it some text, or score with "
+                "`scorer: shared-prefix`"
+            )
         with _numbers(self.model, requests[0].task_name):
             return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
 
@@ -107,7 +127,9 @@ class SharedPrefixLM(_Encoding):
 
     def __init__(self, *args: Any, kept: Path | None = None, **settings: Any):
         super().__init__(*args, **settings)
-        self.kept = KeptTokens(kept, self.tokenizer, [SCORING, self.add_bos_token, self.prefix_token_id]) if kept else None
+        self.kept = (
+            KeptTokens(kept, self.tokenizer, [SCORING, self.add_bos_token, self.prefix_token_id]) if kept else None
+        )
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = self.kept.load([request.args for request in requests]) if self.kept else None
@@ -134,10 +156,16 @@ class SharedPrefixLM(_Encoding):
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
         asked = _room(requests, self)
         if not generate.ends_of_text(self.model, self.tokenizer):
-            raise UserError(f"task {requests[0].task_name}: its answers are written and have to end, and neither tokenizer nor model names an end "
-                            "of text: name `eos_token` in tokenizer_config.json")  # fmt: skip
+            raise UserError(
+                f"task {requests[0].task_name}: its answers are written and have to end, and neither tokenizer nor model names an end "
+                "of text: name `eos_token` in tokenizer_config.json"
+            )
         prompts = [
-            generate.Prompt(ids=tuple(self.tok_encode(request.args[0]) or [self._prefix(request)]), until=tuple(kwargs["until"]), tokens=kwargs["max_gen_toks"])
+            generate.Prompt(
+                ids=tuple(self.tok_encode(request.args[0]) or [self._prefix(request)]),
+                until=tuple(kwargs["until"]),
+                tokens=kwargs["max_gen_toks"],
+            )
             for request, kwargs in zip(requests, asked)
         ]
         with _numbers(self.model, requests[0].task_name):
@@ -152,7 +180,9 @@ class SharedPrefixLM(_Encoding):
 
     def _prefix(self, request: Any) -> int:
         if self.prefix_token_id is None:
-            raise UserError(f"{_row(request)}: the prompt has no token, and the tokenizer has neither a BOS nor an EOS token to begin with")
+            raise UserError(
+                f"{_row(request)}: the prompt has no token, and the tokenizer has neither a BOS nor an EOS token to begin with"
+            )
         return self.prefix_token_id
 
     def _ask(self, requests: list[shared_prefix.Request], what: str) -> list[tuple[float, bool]]:
@@ -176,8 +206,10 @@ def _numbers(model: torch.nn.Module, task: str) -> Iterator[None]:
 
     def look(_: torch.nn.Module, __: Any, output: Any) -> None:
         if output.logits[:, -1].isnan().any():
-            raise UserError(f"task {task}: the model's logits are NaN: its activations overflow in this dtype, or its weights are damaged; state "
-                            "compute_dtype: float32 or bfloat16 in the model's block")  # fmt: skip
+            raise UserError(
+                f"task {task}: the model's logits are NaN: its activations overflow in this dtype, or its weights are damaged; state "
+                "compute_dtype: float32 or bfloat16 in the model's block"
+            )
 
     hook = model.register_forward_hook(look)
     try:
@@ -198,7 +230,9 @@ def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:
     return settings
 
 
-def build(model: torch.nn.Module, tokenizer: Any, *, scorer: str, batch_size: int, kept: Path | None = None) -> tuple[HFLM, str]:
+def build(
+    model: torch.nn.Module, tokenizer: Any, *, scorer: str, batch_size: int, kept: Path | None = None
+) -> tuple[HFLM, str]:
     """The lm-eval model for `scorer`, and what it is called in the scores (with the reason where it is not used)."""
     if scorer not in SCORERS:
         raise UserError(f"scorer {scorer!r} is unknown: choose one of {', '.join(SCORERS)}")

@@ -10,9 +10,11 @@ from typing import Any
 
 import datasets
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.utils import apply_template, env as jinja_env
+from lm_eval.utils import apply_template
+from lm_eval.utils import env as jinja_env
 
-from evaluation import gold as golds, measure, nulls
+from evaluation import gold as golds
+from evaluation import measure, nulls
 from evaluation.definition import SPLIT
 from methods.tools.jsonl import Row, place
 
@@ -46,24 +48,34 @@ class LocalTask(ConfigurableTask):
         if isinstance(text, str) or (self.config.doc_to_choice is not None and self._inputs_chosen):
             return text
         if isinstance(text, list | tuple | Mapping):
-            raise Unfit(f"doc_to_text ({template!r:.60}) gives {str(text)[:60]}, no text: write a template that names what of it is to be asked, such as "
-                        "'{{messages[0].content}}'")  # fmt: skip
-        return apply_template(template, doc) if isinstance(template, str) and template not in self.features else str(text)
+            raise Unfit(
+                f"doc_to_text ({template!r:.60}) gives {str(text)[:60]}, no text: write a template that names what of it is to be asked, such as "
+                "'{{messages[0].content}}'"
+            )
+        return (
+            apply_template(template, doc) if isinstance(template, str) and template not in self.features else str(text)
+        )
 
     def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> list[str]:
         """The choices as text: numbers and truth values as JSON writes them."""
         choices = super().doc_to_choice(doc, doc_to_choice)
         nulls.refuse(choices)
         if not isinstance(choices, list | tuple) or not choices:
-            raise Unfit(f"doc_to_choice ({self.config.doc_to_choice!r}) gives {str(choices)[:60]!r}, not a list of choices")
+            raise Unfit(
+                f"doc_to_choice ({self.config.doc_to_choice!r}) gives {str(choices)[:60]!r}, not a list of choices"
+            )
         texts = []
         for number, choice in enumerate(choices, 1):
             if not isinstance(choice, str | int | float):
-                raise Unfit(f"choice {number} of {len(choices)} is {json.dumps(choice, default=str)[:60]}, neither text nor a number "
-                             f"(doc_to_choice: {self.config.doc_to_choice!r})")  # fmt: skip
+                raise Unfit(
+                    f"choice {number} of {len(choices)} is {json.dumps(choice, default=str)[:60]}, neither text nor a number "
+                    f"(doc_to_choice: {self.config.doc_to_choice!r})"
+                )
             texts.append(choice if isinstance(choice, str) else json.dumps(choice))
             if not texts[-1]:
-                raise Unfit(f"choice {number} of {len(choices)} is empty (doc_to_choice: {self.config.doc_to_choice!r})")
+                raise Unfit(
+                    f"choice {number} of {len(choices)} is empty (doc_to_choice: {self.config.doc_to_choice!r})"
+                )
         return texts
 
     def doc_to_target(self, doc: Mapping[str, Any], doc_to_target: Any = None) -> int | str | list:
@@ -71,8 +83,10 @@ class LocalTask(ConfigurableTask):
         if isinstance(gold, int) and self.config.doc_to_choice is not None and not self.multiple_input:
             choices = self.doc_to_choice(doc)
             if gold >= len(choices):
-                raise Unfit(f"the gold answer {gold} is not one of its {len(choices)} choices {[choice[:40] for choice in choices]}, "
-                            "which count from 0")  # fmt: skip
+                raise Unfit(
+                    f"the gold answer {gold} is not one of its {len(choices)} choices {[choice[:40] for choice in choices]}, "
+                    "which count from 0"
+                )
         return gold
 
     def _target(self, doc: Mapping[str, Any], doc_to_target: Any) -> int | str | list:
@@ -87,7 +101,9 @@ class LocalTask(ConfigurableTask):
                 raise Unfit(f"doc_to_target ({self.config.doc_to_target!r:.60}) gives {str(found)[:60]}, {kind}")
             return found if isinstance(found, str | list) else str(found)
         if written:
-            found = golds.of_template(template, doc, self.doc_to_choice(doc), indices=self.OUTPUT_TYPE == "generate_until")
+            found = golds.of_template(
+                template, doc, self.doc_to_choice(doc), indices=self.OUTPUT_TYPE == "generate_until"
+            )
             if found is not None:
                 return found
         found = nulls.refuse(super().doc_to_target(doc, doc_to_target))
@@ -99,7 +115,10 @@ class LocalTask(ConfigurableTask):
     def _inputs_chosen(self) -> bool:
         """Whether `doc_to_text` is the index of the right one of several contexts (WinoGrande) in every row, and not a question in digits."""
         texts = [ConfigurableTask.doc_to_text(self, doc) for doc in self.eval_docs]
-        return all(isinstance(text, int) and 0 <= text < len(self.doc_to_choice(doc)) for text, doc in zip(texts, self.eval_docs))
+        return all(
+            isinstance(text, int) and 0 <= text < len(self.doc_to_choice(doc))
+            for text, doc in zip(texts, self.eval_docs)
+        )
 
     def place(self, number: int) -> str:
         """Where the row of document `number` (from 1) was read from."""
@@ -150,7 +169,9 @@ def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
     mixed = [column for column in whole[0] if not _one_type([row[column] for row in whole])]
     if not mixed:
         return datasets.Dataset.from_list(whole)
-    typed = datasets.Dataset.from_list([{c: value for c, value in row.items() if c not in mixed} for row in whole]).features
+    typed = datasets.Dataset.from_list(
+        [{c: value for c, value in row.items() if c not in mixed} for row in whole]
+    ).features
     features = {column: datasets.Json() if column in mixed else typed[column] for column in whole[0]}
     return datasets.Dataset.from_list(whole, features=datasets.Features(features))
 
@@ -163,7 +184,9 @@ def _one_type(values: Sequence[Any]) -> bool:
         return _one_type([inner for value in values for inner in value])
     if kinds == {dict}:
         names = values[0].keys()
-        if any(value.keys() != names for value in values):  # Arrow would give each all names, with nulls that nobody wrote
+        if any(
+            value.keys() != names for value in values
+        ):  # Arrow would give each all names, with nulls that nobody wrote
             return False
         return all(_one_type([value[name] for value in values if name in value]) for name in names)
     return len(kinds) <= 1

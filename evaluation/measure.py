@@ -97,19 +97,29 @@ def measured(task: Any, metric: str, instances: Sequence[Sequence[Any]]) -> Meas
     better = task.higher_is_better().get(name)
     known = higher_is_better_registry.get(name) if name in higher_is_better_registry else None
     if better is None:
-        raise UserError(f"{what} does not say which way is better: write `higher_is_better: true` or false beside it in metric_list")
+        raise UserError(
+            f"{what} does not say which way is better: write `higher_is_better: true` or false beside it in metric_list"
+        )
     if known is not None and known != better:
-        raise UserError(f"{what} is said to be better {'higher' if better else 'lower'}, and lm-eval says {'higher' if known else 'lower'}: "
-                        "correct higher_is_better in metric_list")  # fmt: skip
+        raise UserError(
+            f"{what} is said to be better {'higher' if better else 'lower'}, and lm-eval says {'higher' if known else 'lower'}: "
+            "correct higher_is_better in metric_list"
+        )
     passed = _tried(task, instances)
     if (name, chosen) not in passed:
         found = sorted({key for key, _ in passed})
-        raise UserError(f"{what} is none that lm-eval computes of {task.OUTPUT_TYPE} tasks: it computes {', '.join(found) or 'none'} of this one")
+        raise UserError(
+            f"{what} is none that lm-eval computes of {task.OUTPUT_TYPE} tasks: it computes {', '.join(found) or 'none'} of this one"
+        )
     for (other, _), values in passed.items():
         _aggregates(task, other, values, reported=other == name)
     if len(passed[name, chosen]) < len(instances):
-        raise UserError(f"{what} is computed of {len(passed[name, chosen])} of {len(instances)} rows: choose rows that it is computed of")
-    return _measure(task.aggregation().get(name, metrics.mean), name=name, filter=chosen, better=better, tried=passed[name, chosen])
+        raise UserError(
+            f"{what} is computed of {len(passed[name, chosen])} of {len(instances)} rows: choose rows that it is computed of"
+        )
+    return _measure(
+        task.aggregation().get(name, metrics.mean), name=name, filter=chosen, better=better, tried=passed[name, chosen]
+    )
 
 
 def _measure(aggregate: Callable, *, name: str, filter: str, better: bool, tried: Sequence[Any]) -> Measure:
@@ -117,13 +127,21 @@ def _measure(aggregate: Callable, *, name: str, filter: str, better: bool, tried
     about: dict[str, Any] = {"metric": name, "filter": filter, "higher_is_better": better, "unit": name}
     if aggregate is metrics.mean:
         in_unit = better and all(0 <= float(value) <= 1 for value in tried)
-        return Measure(**about | {"unit": SHARE if in_unit else name}, per_item=True, part=lambda value: sign * float(value),
-                       compared=lambda values: sign * float(metrics.mean(values)))  # fmt: skip
+        return Measure(
+            **about | {"unit": SHARE if in_unit else name},
+            per_item=True,
+            part=lambda value: sign * float(value),
+            compared=lambda values: sign * float(metrics.mean(values)),
+        )
     if aggregate is _perplexity:
         return Measure(**about | {"unit": NATS}, per_item=True, part=float, compared=metrics.mean)
     if aggregate is metrics.brier_score:
-        return Measure(**about, per_item=True, part=lambda value: sign * float(aggregate([value])),
-                       compared=lambda values: sign * float(aggregate(values)))  # fmt: skip
+        return Measure(
+            **about,
+            per_item=True,
+            part=lambda value: sign * float(aggregate([value])),
+            compared=lambda values: sign * float(aggregate(values)),
+        )
     if aggregate is _weighted_perplexity:
         return Measure(**about | {"unit": NATS}, per_item=False, part=None, compared=metrics.weighted_mean)
 
@@ -144,8 +162,10 @@ def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str
         try:
             ensemble.apply([one for asked in instances for one in asked])
         except Exception as error:  # a setting of a filter that it cannot work by
-            raise UserError(f"task {task.config.task}: filter {ensemble.name!r} of filter_list cannot work on answers "
-                            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct its settings") from error  # fmt: skip
+            raise UserError(
+                f"task {task.config.task}: filter {ensemble.name!r} of filter_list cannot work on answers "
+                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct its settings"
+            ) from error
     passed: dict[tuple[str, str], list[Any]] = {}
     for ensemble in task._filters:
         for number, asked in enumerate(instances, 1):
@@ -157,8 +177,10 @@ def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str
             except ImportError as error:
                 raise UserError(lacks_package(f"task {task.config.task}", error)) from error
             except Exception as error:  # the task's own Python
-                raise UserError(f"task {task.config.task}, {task.place(number)}: scoring an answer to this row fails in lm-eval "
-                                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct the row, or the task's metrics") from error  # fmt: skip
+                raise UserError(
+                    f"task {task.config.task}, {task.place(number)}: scoring an answer to this row fails in lm-eval "
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct the row, or the task's metrics"
+                ) from error
             for key, value in found.items():
                 passed.setdefault((key, ensemble.name), []).append(value)
     return passed
@@ -196,4 +218,6 @@ def _aggregates(task: Any, name: str, values: Sequence[Any], *, reported: bool) 
     except Exception as error:  # of the task's own, or of scikit-learn's
         why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     what = "choose another one" if reported else "leave it out of the task's metric_list"
-    raise UserError(f"task {task.config.task}: metric {name!r} cannot be computed of these rows by lm-eval ({why}): {what}")
+    raise UserError(
+        f"task {task.config.task}: metric {name!r} cannot be computed of these rows by lm-eval ({why}): {what}"
+    )

@@ -29,10 +29,15 @@ def told(row: Mapping[str, Any], asked: Iterable[str] = ()) -> str:
     empty = [column for column, value in row.items() if is_null(value)]
     named = [column for column in empty if column in set(asked)] or empty
     what = f"{', '.join(map(repr, named))} is null" if named else "a template gives null"
-    return (f"{what}, which would be written as the word None: correct the rows, or let the template ask for it "
-            "(`{% if column %}…{% endif %}`), or set `nulls: empty` in the block to read every null cell as empty text")  # fmt: skip
+    return (
+        f"{what}, which would be written as the word None: correct the rows, or let the template ask for it "
+        "(`{% if column %}…{% endif %}`), or set `nulls: empty` in the block to read every null cell as empty text"
+    )
 
 
 def emptied(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with "" in its null cells; lists are left as they are."""
-    return {column: "" if not isinstance(value, list | tuple | Mapping) and is_null(value) else value for column, value in row.items()}
+    return {
+        column: "" if not isinstance(value, list | tuple | Mapping) and is_null(value) else value
+        for column, value in row.items()
+    }

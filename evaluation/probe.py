@@ -15,9 +15,9 @@ import torch
 
 from evaluation import encode, shared_prefix
 from evaluation.preserve import preserved
+from evaluation.rendered import read_jsonl
 from methods.errors import UserError
 from methods.tools.jsonl import Row
-from evaluation.rendered import read_jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +27,13 @@ class Item:
     requests: tuple[shared_prefix.Request, ...]
     gold: int | None  # None for a text
     norm: tuple[int, ...] | None  # characters or bytes of each choice, where accuracy is per character or byte
-    less: tuple[shared_prefix.Request, ...] = ()  # the choices without a context, where accuracy is by what the context adds
+    less: tuple[
+        shared_prefix.Request, ...
+    ] = ()  # the choices without a context, where accuracy is by what the context adds
     greedy: bool = False  # right is where the gold choice is what the model would write
-    written: bool = False  # the one choice is a whole solution: its log-likelihood counts, accuracy would take generation
+    written: bool = (
+        False  # the one choice is a whole solution: its log-likelihood counts, accuracy would take generation
+    )
 
     def windows(self, max_length: int) -> list[shared_prefix.Request]:
         """The requests as a model of `max_length` can take them: a long text in pieces, a long solution cut off."""
@@ -51,7 +55,9 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
         raise UserError(f"no probe sets (*.jsonl) in {folder}: run the `data` stage first")
     sets = {file.stem: encoded(_rows(file), tokenizer) for file in files}
     if empty := [name for name, items in sets.items() if not items]:
-        raise UserError(f"probe set {empty[0]}: its texts have no token to score in this tokenizer, which puts nothing before them: give longer texts")
+        raise UserError(
+            f"probe set {empty[0]}: its texts have no token to score in this tokenizer, which puts nothing before them: give longer texts"
+        )
     return sets
 
 
@@ -66,17 +72,30 @@ def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
         else:
             written = row.get("end", False)
             try:
-                pairs = [encode.answer_pair(tokenizer, row["context"], choice, end=written) for choice in row["choices"]]
+                pairs = [
+                    encode.answer_pair(tokenizer, row["context"], choice, end=written) for choice in row["choices"]
+                ]
             except UserError as error:
                 raise UserError(f"a probe row: {error}") from error
             split = lambda pairs: tuple((ids[:start], ids[start:]) for ids, start in pairs)
             less = [encode.answer_pair(tokenizer, "", choice) for choice in row["choices"]] if row.get("less") else []
             norm = tuple(row["norm"]) if row.get("norm") else None
-            items.append(Item(requests=split(pairs), gold=row["gold"], norm=norm, written=written, less=split(less), greedy=row.get("greedy", False)))
+            items.append(
+                Item(
+                    requests=split(pairs),
+                    gold=row["gold"],
+                    norm=norm,
+                    written=written,
+                    less=split(less),
+                    greedy=row.get("greedy", False),
+                )
+            )
     return items
 
 
-def probe(*, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int = shared_prefix.TOKENS) -> dict[str, float]:
+def probe(
+    *, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int = shared_prefix.TOKENS
+) -> dict[str, float]:
     """{"<name>": accuracy, "<name>_nll": nats per token of the gold choice} for sets of choices, and
     {"perplexity": exp(nats per token)} for the set of texts.
 

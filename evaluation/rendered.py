@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from methods.tools import jsonl
 from methods.errors import MissingInput, UserError
+from methods.tools import jsonl
 
 
 def read_jsonl(path: Path) -> list[jsonl.Row]:
@@ -13,7 +13,13 @@ def read_jsonl(path: Path) -> list[jsonl.Row]:
     rows = jsonl.read(path)
     for row in rows:
         choices, gold = row.get("choices"), row.get("gold")
-        asked = isinstance(row.get("context"), str) and isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+        asked = (
+            isinstance(row.get("context"), str)
+            and isinstance(choices, list)
+            and all(isinstance(choice, str) for choice in choices)
+        )
         if not isinstance(row.get("text"), str) and not (asked and isinstance(gold, int) and 0 <= gold < len(choices)):
-            raise UserError(f"{row.at} is no row of the `data` stage: run `dvc repro --force data` to make the file again")
+            raise UserError(
+                f"{row.at} is no row of the `data` stage: run `dvc repro --force data` to make the file again"
+            )
     return rows

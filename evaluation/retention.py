@@ -35,7 +35,11 @@ def lower_bound(proportion: float, n: int) -> float:
 
 def above_chance(score: Mapping[str, Any]) -> bool:
     """Whether a task's entry in scores.json lies above chance with a 95 % lower bound; never for what is no proportion of rows."""
-    return unit_of(score) == SHARE and 0 <= score["value"] <= 1 and lower_bound(score["value"], score["n"]) > score["chance"]
+    return (
+        unit_of(score) == SHARE
+        and 0 <= score["value"] <= 1
+        and lower_bound(score["value"], score["n"]) > score["chance"]
+    )
 
 
 def unit_of(score: Mapping[str, Any]) -> str:
@@ -51,8 +55,16 @@ def change(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
     unit = units.pop() if len(units) == 1 else base["metric"].partition(",")[0]
     found: dict[str, Any] = {"change": _compared(tuned) - _compared(base), "unit": unit}
     if "resampled" in tuned:
-        pairs = [(after, before) for after, before in zip(tuned["resampled"], base["resampled"]) if None not in (after, before)]
-        error = statistics.stdev(after - before for after, before in pairs) if len(pairs) > len(tuned["resampled"]) // 2 else 0.0
+        pairs = [
+            (after, before)
+            for after, before in zip(tuned["resampled"], base["resampled"])
+            if None not in (after, before)
+        ]
+        error = (
+            statistics.stdev(after - before for after, before in pairs)
+            if len(pairs) > len(tuned["resampled"]) // 2
+            else 0.0
+        )
         error = error if error > STILL else None
         bounds = (None, None) if error is None else (found["change"] - Z_BOTH * error, found["change"] + Z_BOTH * error)
         found |= {"change_error": error, "change_low": bounds[0], "change_high": bounds[1]}

@@ -19,15 +19,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from methods.tools.architecture import backbone, logits_of, plain
 from methods.errors import UserError
+from methods.tools.architecture import backbone, logits_of, plain
 
 Request = tuple[Sequence[int], Sequence[int]]  # context ids, continuation ids; neither empty
 
 TOKENS = 1024  # padded input tokens of one forward pass: 512 to 1024 is fastest on a CPU, a GPU wants more
 PACKED = 256  # a sequence no longer than this takes all continuations; a longer one up to twice its need
 LOGITS = 2**22  # logits alive at once, in the model's dtype: small enough that memory is not fetched anew each time
-CACHED = 2**18  # logits whose softmax is taken at once on the CPU: 1 MB in float32 stays in its cache, four times as fast
+CACHED = (
+    2**18
+)  # logits whose softmax is taken at once on the CPU: 1 MB in float32 stays in its cache, four times as fast
 
 _refusals: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = weakref.WeakKeyDictionary()
 
@@ -127,9 +129,7 @@ def _batches(sequences: list[Row], tokens: int) -> Iterator[list[Row]]:
         yield batch
 
 
-def _score(
-    model: torch.nn.Module, batch: list[Row], shared: bool
-) -> Iterator[tuple[int, tuple[float, bool]]]:
+def _score(model: torch.nn.Module, batch: list[Row], shared: bool) -> Iterator[tuple[int, tuple[float, bool]]]:
     width = max(s.length for s in batch)
     ids = torch.zeros(len(batch), width, dtype=torch.long)
     positions = torch.zeros_like(ids)
@@ -186,7 +186,9 @@ def _mask(segment: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
-def _pick(states: Tensor, to_logits: Callable, row_of: Tensor, target: Tensor, *, vocabulary: int) -> tuple[Tensor, Tensor]:
+def _pick(
+    states: Tensor, to_logits: Callable, row_of: Tensor, target: Tensor, *, vocabulary: int
+) -> tuple[Tensor, Tensor]:
     """log softmax of each target at its row, as float64 on the CPU, and whether it is the row's argmax.
 
     The softmax is taken in float32 (float64 for a float64 model), on the CPU over a few rows at a time; `vocabulary` is

@@ -16,7 +16,9 @@ from methods.errors import UserError
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as `general_text`
-os.environ["HF_EVALUATE_OFFLINE"] = "1"  # before a task's Python imports evaluate, which would fetch program code for its metrics
+os.environ["HF_EVALUATE_OFFLINE"] = (
+    "1"  # before a task's Python imports evaluate, which would fetch program code for its metrics
+)
 # a task's folder almost always begins with the first word of its name; these are looked for where they are
 HOMES = {"boolq": "super_glue", "copa": "super_glue", "social_iqa": "siqa"}
 
@@ -40,7 +42,9 @@ def shipped_config(name: str) -> dict[str, Any]:
     file = shipped_yaml(name)
     try:
         if load_yaml(file, resolve_func=False).get("unsafe_code"):
-            raise UserError(f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: choose another task")
+            raise UserError(
+                f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: choose another task"
+            )
         return dict(load_yaml(file))
     except UserError:
         raise
@@ -48,10 +52,14 @@ def shipped_config(name: str) -> dict[str, Any]:
         raise UserError(lacks_package(f"task {name!r}", error)) from error
     except Exception as error:  # the task's own Python is run here, and fails as it likes
         if "module script" in str(error):  # evaluate's words for program code that is not on this machine
-            raise UserError(f"task {name!r} has a metric that is program code of others, which the library evaluate would fetch and run, and that "
-                            "is not done: choose another task") from error  # fmt: skip
-        raise UserError(f"task {name!r} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
-                        f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error  # fmt: skip
+            raise UserError(
+                f"task {name!r} has a metric that is program code of others, which the library evaluate would fetch and run, and that "
+                "is not done: choose another task"
+            ) from error
+        raise UserError(
+            f"task {name!r} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def lacks_package(what: str, error: ImportError) -> str:
@@ -59,20 +67,36 @@ def lacks_package(what: str, error: ImportError) -> str:
     chain: list[BaseException] = [error]
     while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
-    module = next((name for one in chain if isinstance(one, ImportError) and (name := (one.name or "").partition(".")[0])), "")
+    module = next(
+        (name for one in chain if isinstance(one, ImportError) and (name := (one.name or "").partition(".")[0])), ""
+    )
     said = " ".join(str(error).split())[:300]
-    if not module or sys.modules.get(module) or any(type(one) is ImportError and one.name == module for one in chain):  # it is there, and does not fit
+    if (
+        not module or sys.modules.get(module) or any(type(one) is ImportError and one.name == module for one in chain)
+    ):  # it is there, and does not fit
         return f"{what} needs Python code that cannot be imported: {said}"
     needed = [need.partition(";")[0].strip() for need in requires("lm_eval") or () if "extra ==" in need]
     named = {re.split(r"[^\w.-]", need)[0].lower().replace("-", "_"): need for need in needed}
-    package = named.get(module.lower()) or named.get(_PACKAGES.get(module, "").replace("-", "_")) or _PACKAGES.get(module, module)
+    package = (
+        named.get(module.lower())
+        or named.get(_PACKAGES.get(module, "").replace("-", "_"))
+        or _PACKAGES.get(module, module)
+    )
     return f"{what} needs the Python package {module}, which is not installed: `pip install '{package}'`, or choose another task"
 
 
 # distributions of modules that go by another name
-_PACKAGES = {"antlr4": "antlr4-python3-runtime", "sklearn": "scikit-learn", "kstar_planner": "kstar-planner", "bert_score": "bert-score",
-             "iso639": "iso639-lang", "pkg_resources": "setuptools"}  # fmt: skip
-_KEY = re.compile(r"""^["']?(task|group|tag)["']?:(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)  # a value, or the list below it
+_PACKAGES = {
+    "antlr4": "antlr4-python3-runtime",
+    "sklearn": "scikit-learn",
+    "kstar_planner": "kstar-planner",
+    "bert_score": "bert-score",
+    "iso639": "iso639-lang",
+    "pkg_resources": "setuptools",
+}
+_KEY = re.compile(
+    r"""^["']?(task|group|tag)["']?:(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE
+)  # a value, or the list below it
 _WORD = re.compile(r"[\w.+-]*\w")
 
 

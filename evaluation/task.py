@@ -16,13 +16,14 @@ from typing import Any
 from lm_eval.api.instance import Instance
 from lm_eval.utils import handle_non_serializable, hash_string
 
-from evaluation import gold as golds, nulls
+from evaluation import gold as golds
+from evaluation import nulls
 from evaluation.definition import columns_asked, columns_read, config_of
 from evaluation.local import LocalTask, Unfit, filled, quiet
 from evaluation.measure import measured
 from evaluation.shipped import lacks_package
-from methods.tools import jsonl
 from methods.errors import UserError
+from methods.tools import jsonl
 from methods.tools.jsonl import Row, place
 
 __all__ = ["LocalTask", "check", "doc_hash", "gold_index", "make_task", "quiet", "read_rows", "render"]
@@ -67,10 +68,14 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
         raise UserError(f"task {name}: metric {metric!r} is not one of its metrics {known}: name one of them")
     filters = [one.name for one in made._filters]
     if metric.partition(",")[2] not in ("", *filters):
-        raise UserError(f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them")
+        raise UserError(
+            f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them"
+        )
     if made.OUTPUT_TYPE == "generate_until":
         if made.config.repeats != 1:
-            raise UserError(f"task {name}: repeats is {made.config.repeats}, but greedy answers are all the same: set `repeats: 1`")
+            raise UserError(
+                f"task {name}: repeats is {made.config.repeats}, but greedy answers are all the same: set `repeats: 1`"
+            )
     asked = check(made)
     made.measure = None if perplexity else measured(made, metric, asked)
     return made
@@ -100,7 +105,13 @@ def _check_examples(task: LocalTask) -> None:
         return
     alike = (shots.doc_to_target, shots.doc_to_choice) == (task.config.doc_to_target, task.config.doc_to_choice)
     for number, example in enumerate(shots.samples, 1):
-        with _named(f"task {task.config.task}", task.rows, vars(task.config), row=example, at=f", example {number} of fewshot_config.samples"):
+        with _named(
+            f"task {task.config.task}",
+            task.rows,
+            vars(task.config),
+            row=example,
+            at=f", example {number} of fewshot_config.samples",
+        ):
             if not isinstance(example, Mapping):
                 raise Unfit(f"{example!r:.60} is no mapping of columns to values")
             task.doc_to_text(example, shots.doc_to_text)
@@ -116,7 +127,9 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> in
     gold = task.doc_to_text(doc) if task.multiple_input else task.doc_to_target(doc)
     if isinstance(gold, list) != bool(task.multiple_target):
         first = "a list" if task.multiple_target else "one"
-        raise UserError(f"task {task.config.task}: {at} has the gold answer {gold!r}, the first row has {first}: write a list in every row or in none")
+        raise UserError(
+            f"task {task.config.task}: {at} has the gold answer {gold!r}, the first row has {first}: write a list in every row or in none"
+        )
     for answer in gold if isinstance(gold, list) and gold else [gold]:
         valid = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
         if not valid:
@@ -199,12 +212,18 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
 
 def _as_written(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Rows as they are read back from a file that holds them."""
-    return [Row(json.loads(json.dumps(row, sort_keys=True, default=str)), at=place(row, number)) for number, row in enumerate(rows, 1)]
+    return [
+        Row(json.loads(json.dumps(row, sort_keys=True, default=str)), at=place(row, number))
+        for number, row in enumerate(rows, 1)
+    ]
 
 
 def _culprit(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> Row | None:
     """A row of which alone lm-eval can make no task; None where only several together do not go."""
-    rows = [Row(columns, at=place(row, number)) for number, (row, columns) in enumerate(zip(rows, filled(rows), strict=True), 1)]
+    rows = [
+        Row(columns, at=place(row, number))
+        for number, (row, columns) in enumerate(zip(rows, filled(rows), strict=True), 1)
+    ]
     while len(rows) > 1:
         half = rows[: len(rows) // 2]
         rows = half if _fails(half, config, metric) else rows[len(rows) // 2 :]
@@ -221,7 +240,13 @@ def _fails(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> bool:
 
 @contextlib.contextmanager
 def _named(
-    task: str, rows: Sequence[Row], config: Mapping[str, Any], *, row: Mapping[str, Any] | None = None, at: str = "", only: bool = True
+    task: str,
+    rows: Sequence[Row],
+    config: Mapping[str, Any],
+    *,
+    row: Mapping[str, Any] | None = None,
+    at: str = "",
+    only: bool = True,
 ) -> Iterator[None]:
     """Errors of a prompt that asks for a column the rows lack, told as such.
 
@@ -241,10 +266,16 @@ def _named(
     except ImportError as error:
         raise UserError(lacks_package(task.partition(",")[0], error)) from error
     except KeyError as error:
-        if not re.fullmatch(r"[\w.-]+", str(error.args[0] if error.args else "")):  # no column's name: lm-eval's own words
-            raise UserError(f"{task}: lm-eval cannot make the task ({' '.join(str(error.args[0] if error.args else error).split())[:300]})") from error
+        if not re.fullmatch(
+            r"[\w.-]+", str(error.args[0] if error.args else "")
+        ):  # no column's name: lm-eval's own words
+            raise UserError(
+                f"{task}: lm-eval cannot make the task ({' '.join(str(error.args[0] if error.args else error).split())[:300]})"
+            ) from error
         raise UserError(f"{task}: no column {error} (columns: {_columns(rows)}): rename it in `columns:`") from error
-    except Exception as error:  # templates, and functions of lm-eval that process rows, fail in any way on rows that do not fit
+    except (
+        Exception
+    ) as error:  # templates, and functions of lm-eval that process rows, fail in any way on rows that do not fit
         # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
         absent = sorted(columns_asked(config) - {column for row in rows for column in row})
         if absent and not config.get("process_docs"):
@@ -253,7 +284,9 @@ def _named(
         if row and any(nulls.is_null(row.get(column)) for column in columns_read(config) & row.keys()):
             raise UserError(f"{what}: {nulls.told(row, columns_read(config))}") from error
         which = "a row does" if only else "the rows do"
-        raise UserError(f"{task}: {which} not fit the task ({type(error).__name__}: {' '.join(str(error).split())[:300]}): correct the rows or the task") from error
+        raise UserError(
+            f"{task}: {which} not fit the task ({type(error).__name__}: {' '.join(str(error).split())[:300]}): correct the rows or the task"
+        ) from error
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:

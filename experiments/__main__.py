@@ -1,8 +1,8 @@
 """The command line: `python -m experiments COMMAND`. Stages of the pipeline, and what a person asks for.
 
-    python -m experiments plan                         cells, what is cached, time, memory and disk
-    python -m experiments train MODEL/DOMAIN/METHOD/seed0
-    python -m experiments export CELL DIR              an ordinary Hugging Face folder
+python -m experiments plan                         cells, what is cached, time, memory and disk
+python -m experiments train MODEL/DOMAIN/METHOD/seed0
+python -m experiments export CELL DIR              an ordinary Hugging Face folder
 """
 
 import argparse
@@ -10,18 +10,31 @@ import errno
 import sys
 
 if sys.version_info < (3, 11):  # before what an older Python cannot read is imported
-    sys.exit("error: this is Python %d.%d, and Python 3.11 is needed: enter the project's environment with `source .venv/bin/activate`, "
-             "or use `make`, which does" % sys.version_info[:2])  # fmt: skip
+    sys.exit(
+        "error: this is Python %d.%d, and Python 3.11 is needed: enter the project's environment with `source .venv/bin/activate`, "
+        "or use `make`, which does" % sys.version_info[:2]
+    )
 
-from experiments.training import allocator
+from experiments.bench import command as bench
+from experiments.gpu_check.options import add_options
 from experiments.study import environment
 from experiments.study.advice import of_study
-from experiments.bench import command as bench
+from experiments.training import allocator
 from methods.errors import UserError, lacks
-from experiments.gpu_check.options import add_options
 
 # what a disk answers, and no fault of ours
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+REFUSED = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ENAMETOOLONG,
+)
 STAGES = {
     "resolve": ("settings each stage depends on, as small files", ()),
     "model": ("fetch a model and turn it into ordinary safetensors", ("model",)),
@@ -60,8 +73,10 @@ def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="python -m experiments", description="Run a Holdfast study, or one stage of it.")
     sub = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     arguments = {
-        "model": {"help": "a model of params.yaml"}, "method": {"help": "a method of params.yaml"},
-        "seed": {"type": int, "help": "a seed of the grid"}, "cell": {"help": "model/domain/method/seed0"},
+        "model": {"help": "a model of params.yaml"},
+        "method": {"help": "a method of params.yaml"},
+        "seed": {"type": int, "help": "a seed of the grid"},
+        "cell": {"help": "model/domain/method/seed0"},
     }
     for name, text in COMMANDS.items():
         command = sub.add_parser(name, help=text, description=text)
@@ -69,26 +84,51 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument("cell", **arguments["cell"])
             command.add_argument("folder", metavar="DIR", help="a folder that does not exist yet")
         if name == "plan":
-            command.add_argument("patterns", nargs="*", metavar="CELL", help="cells to plan, `*` for any text (default: the whole grid)")
+            command.add_argument(
+                "patterns", nargs="*", metavar="CELL", help="cells to plan, `*` for any text (default: the whole grid)"
+            )
             command.add_argument("--json", action="store_true", help="print JSON")
         if name == "flips":
-            command.add_argument("patterns", nargs="*", metavar="CELL", help="cells to look at, `*` for any text (default: the whole grid)")
-            command.add_argument("--top", type=int, default=10, metavar="N", help="questions of each model and domain (default: 10)")
+            command.add_argument(
+                "patterns",
+                nargs="*",
+                metavar="CELL",
+                help="cells to look at, `*` for any text (default: the whole grid)",
+            )
+            command.add_argument(
+                "--top", type=int, default=10, metavar="N", help="questions of each model and domain (default: 10)"
+            )
         if name == "tune":
-            command.add_argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)")
+            command.add_argument(
+                "methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)"
+            )
         if name == "sweep":
             command.add_argument("method", **arguments["method"])
-            command.add_argument("knob", metavar="KNOB", help="PART.SETTING, such as ewc.strength, or train.learning_rate")
+            command.add_argument(
+                "knob", metavar="KNOB", help="PART.SETTING, such as ewc.strength, or train.learning_rate"
+            )
             command.add_argument("values", metavar="VALUES", help="a range LOW..HIGH, at equal ratios, or a list A,B,C")
             command.add_argument("--points", type=int, metavar="N", help="values of a range (default 5)")
             command.add_argument("--linear", action="store_true", help="equal distances in place of equal ratios")
         if name == "gate":
-            command.add_argument("patterns", nargs="*", metavar="CELL", help="cells to judge, `*` for any text (default: the whole grid)")
-            command.add_argument("--max-forgetting", type=float, required=True, metavar="SHARE", help="the most that may be lost: 0.02 is 2 points")
+            command.add_argument(
+                "patterns", nargs="*", metavar="CELL", help="cells to judge, `*` for any text (default: the whole grid)"
+            )
+            command.add_argument(
+                "--max-forgetting",
+                type=float,
+                required=True,
+                metavar="SHARE",
+                help="the most that may be lost: 0.02 is 2 points",
+            )
             command.add_argument("--min-gain", type=float, metavar="SHARE", help="the least that must be learned")
-            command.add_argument("--confidence", action="store_true", help="judge by the ends of the 95 %% intervals, not by the values")
+            command.add_argument(
+                "--confidence", action="store_true", help="judge by the ends of the 95 %% intervals, not by the values"
+            )
         if name == "relock":
-            command.add_argument("--show", action="store_true", help="print what is compared, as JSON, and change nothing")
+            command.add_argument(
+                "--show", action="store_true", help="print what is compared, as JSON, and change nothing"
+            )
         if name == "gpu-check":
             add_options(command)
         elif name == "bench":
@@ -104,7 +144,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _study(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--study", default="", metavar="NAME", help="a folder of experiments/studies (default: the root's)")
+    command.add_argument(
+        "--study", default="", metavar="NAME", help="a folder of experiments/studies (default: the root's)"
+    )
 
 
 def run(options: argparse.Namespace) -> int:
@@ -121,16 +163,18 @@ def run(options: argparse.Namespace) -> int:
 
     study = config.load(getattr(options, "study", ""))
     if study.archive and options.command not in READING:
-        raise UserError(f"study {study.name} is an archive of commit {study.archive['commit'][:10]}: its results are read "
-                        f"({', '.join(READING)}) and never run again; copy its folder under another name, without the block "
-                        "`archive:`, to run it")  # fmt: skip
+        raise UserError(
+            f"study {study.name} is an archive of commit {study.archive['commit'][:10]}: its results are read "
+            f"({', '.join(READING)}) and never run again; copy its folder under another name, without the block "
+            "`archive:`, to run it"
+        )
     if options.command in WRITING:
         environment.alone(study)
     if options.command in STAGES:
         _stage(study, options)
     elif options.command == "export":
-        from experiments.study import cells
         from experiments.commands import export
+        from experiments.study import cells
 
         export.main(study, cells.parse(options.cell, study), options.folder)
     elif options.command == "plan":
@@ -148,12 +192,24 @@ def run(options: argparse.Namespace) -> int:
     elif options.command == "sweep":
         from experiments.commands import sweep
 
-        sweep.main(study, method=options.method, knob=options.knob, values=options.values, points=options.points, linear=options.linear)
+        sweep.main(
+            study,
+            method=options.method,
+            knob=options.knob,
+            values=options.values,
+            points=options.points,
+            linear=options.linear,
+        )
     elif options.command == "gate":
         from experiments.commands import gate
 
-        return gate.main(study, patterns=options.patterns, max_forgetting=options.max_forgetting, min_gain=options.min_gain,
-                         confidence=options.confidence)  # fmt: skip
+        return gate.main(
+            study,
+            patterns=options.patterns,
+            max_forgetting=options.max_forgetting,
+            min_gain=options.min_gain,
+            confidence=options.confidence,
+        )
     elif options.command == "relock":
         from experiments.commands import relock
 
@@ -186,7 +242,9 @@ def _stage(study, options: argparse.Namespace) -> None:
         raise unknown("model", options.model, study.models)
     if hasattr(options, "method") and options.method not in study.methods:
         raise unknown("method", options.method, study.methods)
-    stale.refuse(study, stage, **{name: getattr(options, name) for name in ("model", "method") if hasattr(options, name)})
+    stale.refuse(
+        study, stage, **{name: getattr(options, name) for name in ("model", "method") if hasattr(options, name)}
+    )
     if stage == "prepare":
         from experiments.stages import prepare
 
@@ -222,18 +280,28 @@ def main() -> int:
     except OSError as error:
         if error.errno not in REFUSED:
             raise
-        print(f"error: {error.filename or 'what was to be written'}: {error.strerror.lower()}; correct the path, make it writable or free some disk, and run the same again", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'what was to be written'}: {error.strerror.lower()}; correct the path, make it writable or free some disk, and run the same again",
+            file=sys.stderr,
+        )
         return 2
     except (MemoryError, RuntimeError) as error:
         from experiments.study.failures import out_of_memory
 
         if not out_of_memory(error):
             raise
-        print(f"error: out of memory ({str(error).strip().partition(chr(10))[0] or 'MemoryError'}): lower evaluate.batch_size or train.micro_batch, or run where there is more",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"error: out of memory ({str(error).strip().partition(chr(10))[0] or 'MemoryError'}): lower evaluate.batch_size or train.micro_batch, or run where there is more",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
-        print(of_study("stopped; finished cells are whole, and `dvc repro` goes on from here", getattr(options, "study", "")), file=sys.stderr)
+        print(
+            of_study(
+                "stopped; finished cells are whole, and `dvc repro` goes on from here", getattr(options, "study", "")
+            ),
+            file=sys.stderr,
+        )
         return 130
     except BrokenPipeError:
         return 1

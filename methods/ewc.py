@@ -16,13 +16,13 @@ from typing import Literal
 
 import torch
 
-from methods.tools.architecture import base_name
 from methods.errors import UserError
-from methods.tools.process_group import Shards
+from methods.part import Part, Prepared, cut, register, setting
+from methods.tools.architecture import base_name
 from methods.tools.effective import Full, adapted_names, anchored, base_parameters, effective_weights
 from methods.tools.fisher import by_length, diagonal_fisher
 from methods.tools.importance import encode, placed
-from methods.part import Part, Prepared, cut, register, setting
+from methods.tools.process_group import Shards
 from methods.tools.stored import refuse_thin_floats, thin
 
 __all__ = ["EWC", "diagonal_fisher"]
@@ -36,20 +36,41 @@ __all__ = ["EWC", "diagonal_fisher"]
 )
 @dataclass(frozen=True, kw_only=True)
 class EWC(Part):
-    shares = ("methods.tools.effective", "methods.tools.fisher", "methods.tools.importance", "methods.tools.per_example", "methods.tools.stored")
+    shares = (
+        "methods.tools.effective",
+        "methods.tools.fisher",
+        "methods.tools.importance",
+        "methods.tools.per_example",
+        "methods.tools.stored",
+    )
 
-    strength: float = setting(1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token")
-    samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over")
+    strength: float = setting(
+        1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token"
+    )
+    samples: int = setting(
+        256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over"
+    )
     length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
     estimator: Literal["empirical", "sampled", "signed", "batched"] = setting(
-        "empirical", phase="prepare",
+        "empirical",
+        phase="prepare",
         help="labels of the text, labels drawn from the model, the text's under a random sign a document, or the published square of "
-             "a batch's mean gradient")
+        "a batch's mean gradient",
+    )
     scope: Literal["adapted", "whole-model"] = setting(
-        "adapted", phase="prepare", help="tensors the Fisher is computed and stored on: those that the method changes, or all")
-    bits: Literal[8, 32] = setting(8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float")
-    density: float = setting(1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept")
-    batch_size: int = setting(8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone")
+        "adapted",
+        phase="prepare",
+        help="tensors the Fisher is computed and stored on: those that the method changes, or all",
+    )
+    bits: Literal[8, 32] = setting(
+        8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float"
+    )
+    density: float = setting(
+        1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept"
+    )
+    batch_size: int = setting(
+        8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -61,27 +82,48 @@ class EWC(Part):
         everything = base_parameters(model)
         names = adapted_names(model) if self.scope == "adapted" else list(everything)
         with _bar(progress, len(examples)) as advance:
-            fisher = diagonal_fisher(model, _batches(examples, self.batch_size if self.estimator == "batched" else None), self.estimator,
-                                     parameters={name: everything[name] for name in names}, progress=advance,
-                                     shards=shards, resume=resume)  # fmt: skip
-        notes = {"estimator": self.estimator, "documents": len(examples), "entries": sum(f.numel() for f in fisher.values()),
-                 "scope": self.scope, "mean": _mean(fisher)}  # fmt: skip
+            fisher = diagonal_fisher(
+                model,
+                _batches(examples, self.batch_size if self.estimator == "batched" else None),
+                self.estimator,
+                parameters={name: everything[name] for name in names},
+                progress=advance,
+                shards=shards,
+                resume=resume,
+            )
+        notes = {
+            "estimator": self.estimator,
+            "documents": len(examples),
+            "entries": sum(f.numel() for f in fisher.values()),
+            "scope": self.scope,
+            "mean": _mean(fisher),
+        }
         if len(examples) < self.samples:
             notes["documents_asked"] = self.samples
         if self.estimator == "batched":
             notes["batch_size"] = self.batch_size
-        importance = {name: encode(fisher.pop(name), name=name) if self.bits == 8 else fisher.pop(name).cpu() for name in list(fisher)}
+        importance = {
+            name: encode(fisher.pop(name), name=name) if self.bits == 8 else fisher.pop(name).cpu()
+            for name in list(fisher)
+        }
         if self.density < 1:
             importance, notes["kept"] = thin(importance, density=self.density)
         return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
 
     def begin(self, *, run, state, examples):
         # what the run holds on to: θ₀ of trained tensors; an adapter's anchor is zero and takes no room
-        state["anchor"] = anchored(run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base})
-        weights = [replace(w, anchor=state["anchor"][w.parameter]) if isinstance(w, Full) else w for w in effective_weights(run)]
+        state["anchor"] = anchored(
+            run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base}
+        )
+        weights = [
+            replace(w, anchor=state["anchor"][w.parameter]) if isinstance(w, Full) else w
+            for w in effective_weights(run)
+        ]
         if missing := [w.name for w in weights if w.name not in state["importance"]]:
-            raise UserError(f"ewc: the Fisher has nothing on {missing[0]} and {len(missing) - 1} more: "
-                            "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`")  # fmt: skip
+            raise UserError(
+                f"ewc: the Fisher has nothing on {missing[0]} and {len(missing) - 1} more: "
+                "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
+            )
         state["terms"] = [(w, placed(run, state["importance"][w.name])) for w in weights]
 
     def before_clip(self, *, run, state, step):

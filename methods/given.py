@@ -10,9 +10,9 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from methods.tools import model_folder
 from methods.errors import UserError
 from methods.part import Part, register, setting
+from methods.tools import model_folder
 
 
 @register(
@@ -23,7 +23,9 @@ from methods.part import Part, register, setting
 )
 @dataclass(frozen=True, kw_only=True)
 class Given(Part):
-    path: str = setting("", path=True, help="folder with the checkpoint's safetensors; a relative one starts at the project's root")
+    path: str = setting(
+        "", path=True, help="folder with the checkpoint's safetensors; a relative one starts at the project's root"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -57,9 +59,13 @@ def load(path: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     if set(shapes) - set(found):
         found = _by_its_own_names(path)
-    extra = [n for n in found if n not in base and not n.endswith(model_folder.BUFFERS) and not _tied_copy(n, found, base)]
+    extra = [
+        n for n in found if n not in base and not n.endswith(model_folder.BUFFERS) and not _tied_copy(n, found, base)
+    ]
     _refuse(path, "has what the base has not:", extra)
-    model_folder.refuse_not_finite({name: found[name] for name in base}, f"given.path: {path}", then="fetch it again, or give another checkpoint")
+    model_folder.refuse_not_finite(
+        {name: found[name] for name in base}, f"given.path: {path}", then="fetch it again, or give another checkpoint"
+    )
     return {name: found[name] if found[name].dtype == torch.float64 else found[name].float() for name in base}
 
 
@@ -68,13 +74,19 @@ def fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
     found = model_folder.headers(files(path), f"given.path: {path}")
     model_folder.refuse_codes(found, f"given.path: {path}")
     missing = [name for name in shapes if name not in found]
-    if missing and (own := _shapes_by_its_own_names(path)) and all(own.get(name) == list(shape) for name, shape in shapes.items()):
+    if (
+        missing
+        and (own := _shapes_by_its_own_names(path))
+        and all(own.get(name) == list(shape) for name, shape in shapes.items())
+    ):
         return  # as transformers reads it
     _refuse(path, "lacks", missing)
     for name, shape in shapes.items():
         if found[name][1] != list(shape):
-            raise UserError(f"given.path: {name} in {path} has shape {found[name][1]}, the base's is {list(shape)}: "
-                            "it is not a checkpoint of this base model")  # fmt: skip
+            raise UserError(
+                f"given.path: {name} in {path} has shape {found[name][1]}, the base's is {list(shape)}: "
+                "it is not a checkpoint of this base model"
+            )
 
 
 def _shapes_by_its_own_names(path: str) -> dict[str, list[int]] | None:
@@ -89,8 +101,14 @@ def _shapes_by_its_own_names(path: str) -> dict[str, list[int]] | None:
 
 def _by_its_own_names(path: str) -> dict[str, torch.Tensor]:
     """The folder's tensors, renamed and put together as transformers does it. Raises UserError where that leaves any out."""
-    model, about = AutoModelForCausalLM.from_pretrained(path, dtype="auto", local_files_only=True, use_safetensors=True,
-                                                        trust_remote_code=False, output_loading_info=True)  # fmt: skip
+    model, about = AutoModelForCausalLM.from_pretrained(
+        path,
+        dtype="auto",
+        local_files_only=True,
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
     _refuse(path, "lacks", sorted(about["missing_keys"]))
     _refuse(path, "has what the base has not:", sorted(about["unexpected_keys"]))
     return model.state_dict()
@@ -99,7 +117,9 @@ def _by_its_own_names(path: str) -> dict[str, torch.Tensor]:
 def _refuse(path: str, kind: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        raise UserError(f"given.path: {path} {kind} {sorted(names)[0]}{more}: it is not a checkpoint of this base model")
+        raise UserError(
+            f"given.path: {path} {kind} {sorted(names)[0]}{more}: it is not a checkpoint of this base model"
+        )
 
 
 def files(path: str) -> list[Path]:
@@ -119,11 +139,15 @@ def files(path: str) -> list[Path]:
         return [folder / "model.safetensors"]
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"given.path: {path} is an adapter; merge it into its base and save that")
-    raise UserError(f"given.path: {path} has no model.safetensors; nothing else is read, for .bin files can run code: "
-                    "load it where it was made and save it with safe_serialization")  # fmt: skip
+    raise UserError(
+        f"given.path: {path} has no model.safetensors; nothing else is read, for .bin files can run code: "
+        "load it where it was made and save it with safe_serialization"
+    )
 
 
 def _tied_copy(name: str, found: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> bool:
     """Whether an extra tensor only repeats one of the base's, as a tied head saved in full does."""
-    return any(other in base and other != name and tensor.shape == found[name].shape and torch.equal(tensor, found[name])
-               for other, tensor in found.items())  # fmt: skip
+    return any(
+        other in base and other != name and tensor.shape == found[name].shape and torch.equal(tensor, found[name])
+        for other, tensor in found.items()
+    )

@@ -17,21 +17,37 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from methods.tools.architecture import group_of
 from methods.errors import UserError
+from methods.part import Part, Prepared, cut, register, setting
+from methods.tools.architecture import group_of
 from methods.tools.carry import carried, restore_state
-from methods.tools.process_group import Shards
 from methods.tools.effective import Full, anchored, effective_weights
 from methods.tools.importance import encode, placed, totals
-from methods.part import Part, Prepared, cut, register, setting
 from methods.tools.path_integral import PathIntegral
+from methods.tools.process_group import Shards
 from methods.tools.stored import refuse_thin_floats, thin
 
 # What the sources say where they are ambiguous; a setting beside the preset wins.
-PAPER = {"strength": 1.0e-3, "temperature": 1.0, "groups": "blocks", "normalise": "sum", "keep_strength": False, "xi": 1.0e-9,
-         "gradient": "exact", "clamp": "end", "consolidate": "end", "carry_optimizer": False}  # fmt: skip
-OFFICIAL = PAPER | {"temperature": 1.0e8, "groups": "modules", "gradient": "displacement", "clamp": "step",
-                    "consolidate": "epoch", "carry_optimizer": True}  # fmt: skip
+PAPER = {
+    "strength": 1.0e-3,
+    "temperature": 1.0,
+    "groups": "blocks",
+    "normalise": "sum",
+    "keep_strength": False,
+    "xi": 1.0e-9,
+    "gradient": "exact",
+    "clamp": "end",
+    "consolidate": "end",
+    "carry_optimizer": False,
+}
+OFFICIAL = PAPER | {
+    "temperature": 1.0e8,
+    "groups": "modules",
+    "gradient": "displacement",
+    "clamp": "step",
+    "consolidate": "epoch",
+    "carry_optimizer": True,
+}
 
 
 @register(
@@ -42,32 +58,59 @@ OFFICIAL = PAPER | {"temperature": 1.0e8, "groups": "modules", "gradient": "disp
 )
 @dataclass(frozen=True, kw_only=True)
 class Hierarchical(Part):
-    shares = ("methods.tools.carry", "methods.tools.effective", "methods.tools.importance", "methods.tools.path_integral", "methods.tools.stored")
+    shares = (
+        "methods.tools.carry",
+        "methods.tools.effective",
+        "methods.tools.importance",
+        "methods.tools.path_integral",
+        "methods.tools.stored",
+    )
     presets = {"paper": PAPER, "official": OFFICIAL}
 
-    preset: Literal["", "paper", "official"] = setting("", help="settles the settings not given as the paper or its code does")
-    strength: float = setting(1.0e-3, by_preset=True, within="[0, inf)", help="φ, against a loss in nats a labelled token")
-    temperature: Literal["auto"] | float = setting("auto", by_preset=True, within="(0, inf)",
-                                                   help="of the softmax over groups; auto is the norms' standard deviation")
-    groups: Literal["modules", "blocks"] = setting("modules", by_preset=True, help="a coefficient each module or each transformer block")
+    preset: Literal["", "paper", "official"] = setting(
+        "", help="settles the settings not given as the paper or its code does"
+    )
+    strength: float = setting(
+        1.0e-3, by_preset=True, within="[0, inf)", help="φ, against a loss in nats a labelled token"
+    )
+    temperature: Literal["auto"] | float = setting(
+        "auto",
+        by_preset=True,
+        within="(0, inf)",
+        help="of the softmax over groups; auto is the norms' standard deviation",
+    )
+    groups: Literal["modules", "blocks"] = setting(
+        "modules", by_preset=True, help="a coefficient each module or each transformer block"
+    )
     normalise: Literal["mean", "sum"] = setting(
-        "mean", by_preset=True, help="whether φ is for coefficients of mean 1 or of sum 1, as published")
+        "mean", by_preset=True, help="whether φ is for coefficients of mean 1 or of sum 1, as published"
+    )
     keep_strength: bool = setting(True, by_preset=True, help="divide by the importance-weighted mean coefficient")
     layer_wise: bool = setting(True, help="false: all coefficients 1 (ablation)")
     element_wise: bool = setting(True, help="false: each tensor's Ω replaced by its mean (ablation)")
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of the general phase")
     length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
     epochs: float = setting(1.0, phase="prepare", within="(0, inf)", help="of the general phase")
-    learning_rate: float | None = setting(None, phase="prepare", within="(0, inf)",
-                                          help="of the general phase; null takes the method's own")
+    learning_rate: float | None = setting(
+        None, phase="prepare", within="(0, inf)", help="of the general phase; null takes the method's own"
+    )
     xi: float = setting(1.0e-9, phase="prepare", by_preset=True, within="(0, inf)", help="ξ of Ω's denominator")
-    gradient: Literal["exact", "displacement"] = setting("exact", phase="prepare", by_preset=True,
-                                                        help="dL/dθ, or the code's movement of the product")
-    clamp: Literal["end", "step"] = setting("end", phase="prepare", by_preset=True, help="when ω is kept from being negative")
+    gradient: Literal["exact", "displacement"] = setting(
+        "exact", phase="prepare", by_preset=True, help="dL/dθ, or the code's movement of the product"
+    )
+    clamp: Literal["end", "step"] = setting(
+        "end", phase="prepare", by_preset=True, help="when ω is kept from being negative"
+    )
     consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", by_preset=True, help="when ω becomes Ω")
-    bits: Literal[8, 32] = setting(8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float")
-    density: float = setting(1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept")
-    carry_optimizer: bool = setting(False, phase="prepare", by_preset=True, help="begin with Adam's state of the general phase")
+    bits: Literal[8, 32] = setting(
+        8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float"
+    )
+    density: float = setting(
+        1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept"
+    )
+    carry_optimizer: bool = setting(
+        False, phase="prepare", by_preset=True, help="begin with Adam's state of the general phase"
+    )
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,7 +124,9 @@ class Hierarchical(Part):
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not examples:
             raise UserError("hierarchical: no general text to learn importance from")
-        integral = PathIntegral(gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi)
+        integral = PathIntegral(
+            gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi
+        )
         try:
             result = fit(model=model, parts=(integral,), examples=examples, seed=seed, **self.general_phase())
             run, state = result.run, result.states[integral.key]
@@ -93,9 +138,16 @@ class Hierarchical(Part):
             whole = weight.wholly(rows.pop(weight.name))
             importance[weight.name] = encode(whole, name=weight.name) if self.bits == 8 else whole.cpu()
         # θ* is rounded once to the checkpoint's own dtype, so that fine-tuning starts exactly at its anchor and two bytes hold it
-        start = {name: run.whole(name).to(base[name].dtype if name in base else run.weights[name].dtype).cpu().clone() for name in run.weights}
+        start = {
+            name: run.whole(name).to(base[name].dtype if name in base else run.weights[name].dtype).cpu().clone()
+            for name in run.weights
+        }
         carry = carried(run, result.optimizer) if chosen.carry_optimizer else None
-        notes = {"documents": len(examples), "tokens": result.tokens, "entries": sum(t.numel() for t in importance.values())}
+        notes = {
+            "documents": len(examples),
+            "tokens": result.tokens,
+            "entries": sum(t.numel() for t in importance.values()),
+        }
         if len(examples) < self.samples:
             notes["documents_asked"] = self.samples
         if self.density < 1:
@@ -107,11 +159,19 @@ class Hierarchical(Part):
         state["anchor"] = anchored(run, state["start"])
         weights = effective_weights(run, anchor=state["anchor"])
         if missing := [w.name for w in weights if w.name not in state["importance"]]:
-            raise UserError(f"hierarchical: no importance of {missing[0]} and {len(missing) - 1} more: "
-                            "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`")  # fmt: skip
+            raise UserError(
+                f"hierarchical: no importance of {missing[0]} and {len(missing) - 1} more: "
+                "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
+            )
         importance = {w.name: state["importance"][w.name] for w in weights}
-        names = {w.name: (group_of(run.model, w.parameter if isinstance(w, Full) else f"{w.layer}.base_layer.weight") if chosen.groups == "blocks"
-                          else w.name.rpartition(".")[0]) for w in weights}  # fmt: skip
+        names = {
+            w.name: (
+                group_of(run.model, w.parameter if isinstance(w, Full) else f"{w.layer}.base_layer.weight")
+                if chosen.groups == "blocks"
+                else w.name.rpartition(".")[0]
+            )
+            for w in weights
+        }
         groups = list(dict.fromkeys(names.values()))
         squares, mass, sums = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0), {}
         for name, values in importance.items():
@@ -127,8 +187,12 @@ class Hierarchical(Part):
         state["norms"] = dict(zip(groups, norms.tolist(), strict=True))
         state["largest_share"] = share
         strength = chosen.strength / (len(groups) if chosen.normalise == "sum" else 1)
-        omega = {name: placed(run, values) if self.element_wise else torch.tensor(sums[name] / values.numel(), dtype=torch.float64, device=run.device)
-                 for name, values in importance.items()}  # fmt: skip
+        omega = {
+            name: placed(run, values)
+            if self.element_wise
+            else torch.tensor(sums[name] / values.numel(), dtype=torch.float64, device=run.device)
+            for name, values in importance.items()
+        }
         state["terms"] = [(w, omega[w.name], strength * state["coefficients"][names[w.name]]) for w in weights]
 
     def optimizer_ready(self, *, run, state, optimizer):
@@ -145,14 +209,21 @@ class Hierarchical(Part):
         return value
 
     def report(self, *, run, state):
-        said = {"coefficients": state["coefficients"], "norms": state["norms"], "largest_share": state["largest_share"],
-                "settings": self.settings(), "warning": None}  # fmt: skip
+        said = {
+            "coefficients": state["coefficients"],
+            "norms": state["norms"],
+            "largest_share": state["largest_share"],
+            "settings": self.settings(),
+            "warning": None,
+        }
         if self.density < 1:
             said["kept"] = state.get("notes", {}).get("kept")
         if self.layer_wise and len(state["coefficients"]) > 1 and state["largest_share"] > 0.5:
             first = max(state["coefficients"], key=state["coefficients"].get)
-            said["warning"] = (f"{first} takes {state['largest_share']:.0%} of the layer-wise weight: the softmax over norms is nearly "
-                               f"one-hot; a higher temperature spreads it")  # fmt: skip
+            said["warning"] = (
+                f"{first} takes {state['largest_share']:.0%} of the layer-wise weight: the softmax over norms is nearly "
+                f"one-hot; a higher temperature spreads it"
+            )
         return said
 
 
@@ -177,4 +248,3 @@ def keep_strength(coefficients: Tensor, mass: Tensor) -> Tensor:
     """c / (Σ c_l·m_l / Σ m_l), m_l = ΣΩ of group l: Σ c_l ΣΩ is then what it is with every c at 1."""
     mean = (coefficients * mass).sum() / mass.sum()
     return coefficients / mean if mean > 0 else coefficients
-

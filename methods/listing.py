@@ -31,7 +31,9 @@ def settings(part: type[Part]) -> list[tuple[str, str, str, str, str]]:
     for field in declared(part):
         within = field.metadata["within"]
         kind = describe(kinds[field.name]) + (f" in {within}" if within else "")
-        rows.append((field.name, kind, yaml(field.metadata["default"]), field.metadata["help"], field.metadata["phase"]))
+        rows.append(
+            (field.name, kind, yaml(field.metadata["default"]), field.metadata["help"], field.metadata["phase"])
+        )
     return rows
 
 
@@ -59,7 +61,11 @@ def block(part: type[Part]) -> str:
         names = sorted({name for chosen in part.presets.values() for name in chosen})
         lines += ["", "| preset | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
         for preset, chosen in part.presets.items():
-            lines.append(f"| `{preset}` | " + " | ".join(f"`{yaml(chosen[name])}`" if name in chosen else "" for name in names) + " |")
+            lines.append(
+                f"| `{preset}` | "
+                + " | ".join(f"`{yaml(chosen[name])}`" if name in chosen else "" for name in names)
+                + " |"
+            )
     return "\n".join([*lines, "", END])
 
 

@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from methods.tools.architecture import base_name
 from methods.errors import UserError
-from methods.tools.files import writing
-from methods.tools.effective import Factored, effective_weights, factors
 from methods.part import Part, register, setting
+from methods.tools.architecture import base_name
+from methods.tools.effective import Factored, effective_weights, factors
+from methods.tools.files import writing
 
 PIECE = 1 << 17  # entries merged at a time, which stay in the processor's cache
 
@@ -40,16 +40,24 @@ class LoRA(Part):
     rank: int = setting(8, phase="prepare", within="[1, inf)", help="rank of the update")
     alpha: float = setting(32.0, phase="prepare", within="(0, inf)", help="the update's scale is alpha/rank")
     dropout: float = setting(0.0, phase="prepare", within="[0, 1)", help="dropout on the adapter's input")
-    targets: tuple[str, ...] = setting(("q_proj", "v_proj"), phase="prepare", help="last names of the linear layers to adapt")
+    targets: tuple[str, ...] = setting(
+        ("q_proj", "v_proj"), phase="prepare", help="last names of the linear layers to adapt"
+    )
     rslora: bool = setting(False, phase="prepare", help="scale alpha/√rank instead")
 
     def adapt(self, model, *, seed):
         from peft import LoraConfig, get_peft_model
 
         self._check_targets(model)
-        config = LoraConfig(r=self.rank, lora_alpha=self.alpha, lora_dropout=self.dropout, target_modules=sorted(self.targets),
-                            use_rslora=self.rslora, task_type="CAUSAL_LM",
-                            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()))  # fmt: skip
+        config = LoraConfig(
+            r=self.rank,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=sorted(self.targets),
+            use_rslora=self.rslora,
+            task_type="CAUSAL_LM",
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # peft's advice, none of which a setting here could follow
             torch.manual_seed(seed)  # A is drawn here, in float32 on the CPU, whatever the model's dtype and device
@@ -63,10 +71,14 @@ class LoRA(Part):
             found = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
             if not found:
                 near = difflib.get_close_matches(target, _known(linear), n=3, cutoff=0.4) or _known(linear)
-                raise UserError(f"lora.targets: {target!r} is no linear layer of this model; "
-                                f"nearest: {', '.join(near)} (all: {', '.join(_known(linear))})")  # fmt: skip
+                raise UserError(
+                    f"lora.targets: {target!r} is no linear layer of this model; "
+                    f"nearest: {', '.join(near)} (all: {', '.join(_known(linear))})"
+                )
             if any(module is model.get_output_embeddings() for module in found):
-                raise UserError(f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding too): leave it out")
+                raise UserError(
+                    f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding too): leave it out"
+                )
 
     def finish(self, *, run, state, final):
         changed = dict(final)
@@ -80,8 +92,10 @@ class LoRA(Part):
 
     def save(self, *, run, state, folder):
         """adapter/: adapter_model.safetensors and adapter_config.json, sorted; peft writes the latter from a set."""
-        tensors = {name.replace(".default.", "."): run.whole(name).cpu().contiguous()
-                   for name in sorted(set.union(*factors(run.model)))}  # fmt: skip
+        tensors = {
+            name.replace(".default.", "."): run.whole(name).cpu().contiguous()
+            for name in sorted(set.union(*factors(run.model)))
+        }
         if not run.shards.first:
             return
         out = folder / "adapter"
@@ -90,11 +104,21 @@ class LoRA(Part):
             save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
         (out / "adapter_model.safetensors").chmod(0o644)
         config = {
-            "fan_in_fan_out": any(weight.transposed for weight in effective_weights(run) if isinstance(weight, Factored)),
-            "base_model_name_or_path": None, "bias": "none", "inference_mode": True,
-            "init_lora_weights": True, "lora_alpha": self.alpha, "lora_dropout": self.dropout, "peft_type": "LORA",
-            "r": self.rank, "target_modules": sorted(self.targets), "task_type": "CAUSAL_LM", "use_rslora": self.rslora,
-        }  # fmt: skip
+            "fan_in_fan_out": any(
+                weight.transposed for weight in effective_weights(run) if isinstance(weight, Factored)
+            ),
+            "base_model_name_or_path": None,
+            "bias": "none",
+            "inference_mode": True,
+            "init_lora_weights": True,
+            "lora_alpha": self.alpha,
+            "lora_dropout": self.dropout,
+            "peft_type": "LORA",
+            "r": self.rank,
+            "target_modules": sorted(self.targets),
+            "task_type": "CAUSAL_LM",
+            "use_rslora": self.rslora,
+        }
         (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
     def report(self, *, run, state):
@@ -128,9 +152,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float,
     """A and B by base name of the weight they adapt, the scale, and whether these weights are in × out, from the files that `save` writes."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
-    found = {base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
-             for name, tensor in tensors.items() if name.endswith(".lora_A.weight")}  # fmt: skip
-    return found, config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"]), config["fan_in_fan_out"]
+    found = {
+        base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
+        for name, tensor in tensors.items()
+        if name.endswith(".lora_A.weight")
+    }
+    return (
+        found,
+        config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"]),
+        config["fan_in_fan_out"],
+    )
 
 
 def _known(linear: dict[str, nn.Module]) -> list[str]:

@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from methods.tools.adam import Moments, fused_adam, kernel_is_lerp, pieces
 from methods.part import Part, register, setting
+from methods.tools.adam import Moments, fused_adam, kernel_is_lerp, pieces
 from methods.tools.selection import kth_by_histogram, kth_largest
 
 ALLOWED = "(0, 1]"
@@ -69,26 +69,53 @@ class MoFO(torch.optim.Optimizer):
 
     scratch = ("_scratch",)  # attributes that hold nothing from one step to the next
 
-    def __init__(self, params: Iterable, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, fraction: float = 0.1, *, decay_all: bool = False,
-                 moments: Moments | None = None, shards: Any = None, sizes: Sequence[int] | None = None):  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        fraction: float = 0.1,
+        *,
+        decay_all: bool = False,
+        moments: Moments | None = None,
+        shards: Any = None,
+        sizes: Sequence[int] | None = None,
+    ):
         self._twins: dict[tuple, list[Tensor]] = {}  # storage → the parameter that is updated, then its other views
         self._scratch: dict[tuple, Tensor] = {}
         self._moments = moments or Moments()
         self._shards = shards if shards is not None and shards.world > 1 else None
-        self._moved = self._moved_total = None  # entries moved here in the last step, and in all: tensors, never waited for
+        self._moved = self._moved_total = (
+            None  # entries moved here in the last step, and in all: tensors, never waited for
+        )
         self._entries = self._entries_total = 0  # of the whole tensors
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fraction": fraction, "decay_all": decay_all}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "fraction": fraction,
+            "decay_all": decay_all,
+        }
         super().__init__(params, defaults)
         given = [p for group in self.param_groups for p in group["params"]]
         if sizes is not None and len(sizes) != len(given):
-            raise ValueError(f"{len(sizes)} sizes for {len(given)} parameters: give one a parameter, a repeated one once")
+            raise ValueError(
+                f"{len(sizes)} sizes for {len(given)} parameters: give one a parameter, a repeated one once"
+            )
         self._sizes = {id(p): size for p, size in zip(given, sizes or ())}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = self.defaults | param_group
-        limits = {"lr": group["lr"] >= 0, "eps": group["eps"] >= 0, "weight_decay": group["weight_decay"] >= 0,
-                  "betas": all(0 <= beta < 1 for beta in group["betas"]), "fraction": 0 < group["fraction"] <= 1}  # fmt: skip
+        limits = {
+            "lr": group["lr"] >= 0,
+            "eps": group["eps"] >= 0,
+            "weight_decay": group["weight_decay"] >= 0,
+            "betas": all(0 <= beta < 1 for beta in group["betas"]),
+            "fraction": 0 < group["fraction"] <= 1,
+        }
         for name, right in limits.items():
             if not right:
                 allowed = {"fraction": ALLOWED, "betas": "[0, 1)"}.get(name, "[0, inf)")
@@ -113,12 +140,18 @@ class MoFO(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         sizes = [self._sizes.get(id(first)) for first, *_ in self._twins.values()]
         kept = ("_moments", "_shards", "_moved", "_moved_total", "_entries", "_entries_total")
-        return super().__getstate__() | {name: getattr(self, name) for name in kept} | {"_scratch": {}, "_twins": list(self._twins.values()), "_sizes": sizes}
+        return (
+            super().__getstate__()
+            | {name: getattr(self, name) for name in kept}
+            | {"_scratch": {}, "_twins": list(self._twins.values()), "_sizes": sizes}
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_twins" in state:  # a copy, whose tensors have other ids, and not a state_dict that is loaded
-            self._sizes = {id(first): size for (first, *_), size in zip(state["_twins"], state["_sizes"]) if size is not None}
+            self._sizes = {
+                id(first): size for (first, *_), size in zip(state["_twins"], state["_sizes"]) if size is not None
+            }
             self._twins = {self._place(twins[0]): twins for twins in state["_twins"]}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -204,14 +237,18 @@ class MoFO(torch.optim.Optimizer):
                     size(g, m, out)
                 threshold = kth_largest(room, k)
             else:
-                threshold = kth_by_histogram(lambda: (size(g, m).float() for _, _, g, m, _ in parts), k, device=p.device, shards=self._shards)
+                threshold = kth_by_histogram(
+                    lambda: (size(g, m).float() for _, _, g, m, _ in parts), k, device=p.device, shards=self._shards
+                )
         again = filtered and not (plain and p.is_cpu and kernel_is_lerp(wide, beta))
         updates, kept = self._room("update", worker, longest, flat), self._room("keep", worker, longest, flat, wide)
         for piece, weight, g, m, v in parts:
             update, keep = (updates, kept) if len(weight) == longest else (updates[: len(weight)], kept[: len(weight)])
             if again:
                 size(g, m, keep)
-            if plain:  # what `move` does then; every further operation here is one more that threads wait for each other in
+            if (
+                plain
+            ):  # what `move` does then; every further operation here is one more that threads wait for each other in
                 fused_adam(update.zero_(), g, m, v, state["step"], **adam)
             else:
                 self._moments.move(weight=p, gradient=g, state=state, update=update, piece=piece, **adam)
@@ -231,7 +268,11 @@ class MoFO(torch.optim.Optimizer):
             p.copy_(flat.view(p.shape))
         if not filtered:
             return None
-        return torch.stack(moved).sum(dtype=torch.float64) if moved else torch.zeros((), dtype=torch.float64, device=p.device)
+        return (
+            torch.stack(moved).sum(dtype=torch.float64)
+            if moved
+            else torch.zeros((), dtype=torch.float64, device=p.device)
+        )
 
     def _room(self, use: str, worker: int, entries: int, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A thread's flat scratch on the device of `like`: one allocation a use, as large as the largest so far."""
@@ -246,7 +287,10 @@ class MoFO(torch.optim.Optimizer):
 
     def realised_fraction(self) -> dict[str, float | None]:
         """Share of the filtered tensors' entries that moved, in the last step and over all steps of this object."""
-        return {"last": self._share(self._moved, self._entries), "mean": self._share(self._moved_total, self._entries_total)}
+        return {
+            "last": self._share(self._moved, self._entries),
+            "mean": self._share(self._moved_total, self._entries_total),
+        }
 
     def _share(self, moved: Tensor | None, entries: int) -> float | None:
         return float(moved if self._shards is None else self._shards.sum(moved.clone())) / entries if entries else None
@@ -288,13 +332,26 @@ class MomentumFilter(Part):
     decay_all: bool = setting(False, help="weight decay on every entry, as published, and not only on those that move")
 
     def optimizer(self, *, run, learning_rate, betas, eps, weight_decay):
-        return MoFO(run.weights.values(), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay,
-                    fraction=self.fraction, decay_all=self.decay_all, moments=run.moments, shards=run.shards,
-                    sizes=[run.shapes[name].numel() for name in run.weights])  # fmt: skip
+        return MoFO(
+            run.weights.values(),
+            lr=learning_rate,
+            betas=betas,
+            eps=eps,
+            weight_decay=weight_decay,
+            fraction=self.fraction,
+            decay_all=self.decay_all,
+            moments=run.moments,
+            shards=run.shards,
+            sizes=[run.shapes[name].numel() for name in run.weights],
+        )
 
     def optimizer_ready(self, *, run, state, optimizer):
         state["optimizer"] = optimizer
 
     def report(self, *, run, state):
         realised = state["optimizer"].realised_fraction()
-        return {"fraction": self.fraction, "realised_fraction": realised["mean"], "realised_fraction_last_step": realised["last"]}
+        return {
+            "fraction": self.fraction,
+            "realised_fraction": realised["mean"],
+            "realised_fraction_last_step": realised["last"],
+        }

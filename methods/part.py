@@ -40,15 +40,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from methods.errors import UserError
+from methods.settings import check, declared, setting
 from methods.tools.adam import Moments
 from methods.tools.process_group import Shards
-from methods.settings import check, declared, setting
 
 if TYPE_CHECKING:
     from torch import Tensor, device, nn, optim
 
-    from methods.tools.resume import Resume
     from methods.tools.importance import Codes
+    from methods.tools.resume import Resume
 
 __all__ = ["CAPABILITIES", "REGISTERED", "Part", "Prepared", "Run", "cut", "register", "setting"]
 
@@ -120,7 +120,9 @@ class Part:
     line: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[str]] = frozenset()
     shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.tools.effective"
-    scratch: ClassVar[tuple[str, ...]] = ()  # keys of its state that hold nothing from one step to the next: no checkpoint has them
+    scratch: ClassVar[
+        tuple[str, ...]
+    ] = ()  # keys of its state that hold nothing from one step to the next: no checkpoint has them
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # values of the setting `preset` → settings they fill
 
     def __post_init__(self) -> None:
@@ -130,8 +132,10 @@ class Part:
         """Every setting's value in force: the block's, else the preset's, else the default."""
         chosen = self.presets.get(getattr(self, "preset", ""), {})
         values = {f.name: (getattr(self, f.name), f.metadata) for f in declared(self)}
-        return {name: chosen.get(name, meta["default"]) if value is None and meta["by_preset"] else value
-                for name, (value, meta) in values.items()}  # fmt: skip
+        return {
+            name: chosen.get(name, meta["default"]) if value is None and meta["by_preset"] else value
+            for name, (value, meta) in values.items()
+        }
 
     def resolved(self) -> Part:
         """The same part with nothing left to its preset."""
@@ -151,9 +155,18 @@ class Part:
         """Training settings of this part's own that its `prepare` gives to `fit`; None keeps the method's."""
         return {}
 
-    def prepare(self, *, model: nn.Module, base: Mapping[str, Tensor], general: Sequence[dict[str, Tensor]], seed: int,
-                fit: Callable[..., Any], progress: Callable[..., Any] | None, shards: Shards = Shards(), resume: Resume | None = None,
-                ) -> Prepared | None:  # fmt: skip
+    def prepare(
+        self,
+        *,
+        model: nn.Module,
+        base: Mapping[str, Tensor],
+        general: Sequence[dict[str, Tensor]],
+        seed: int,
+        fit: Callable[..., Any],
+        progress: Callable[..., Any] | None,
+        shards: Shards = Shards(),
+        resume: Resume | None = None,
+    ) -> Prepared | None:
         """What the method needs before it sees the domain, from general text.
 
         general   {"input_ids", "labels"}, 1-D, labels unshifted and -100 where nothing is asked; whole documents, which a part
@@ -170,8 +183,9 @@ class Part:
     def begin(self, *, run: Run, state: dict, examples: Sequence[dict[str, Tensor]]) -> None:
         """Before the first step; weights are still the base's (the adapter's fresh), `state["start"]` is copied after."""
 
-    def optimizer(self, *, run: Run, learning_rate: float, betas: tuple[float, float], eps: float,
-                  weight_decay: float) -> optim.Optimizer | None:  # fmt: skip
+    def optimizer(
+        self, *, run: Run, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
+    ) -> optim.Optimizer | None:
         """The optimizer over `run.weights`; None leaves it to AdamW."""
 
     def optimizer_ready(self, *, run: Run, state: dict, optimizer: optim.Optimizer) -> None:
@@ -234,28 +248,51 @@ def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] 
     def enter(part: type[Part]) -> type[Part]:
         name = key or part.__module__.rpartition(".")[2]
         if not (issubclass(part, Part) and "__dataclass_params__" in vars(part) and part.__dataclass_params__.frozen):
-            raise TypeError(f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register, on a subclass of Part")
+            raise TypeError(
+                f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register, on a subclass of Part"
+            )
         if shadowed := [f.name for f in declared(part) if hasattr(Part, f.name)]:
-            raise TypeError(f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name; call it something else")
+            raise TypeError(
+                f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name; call it something else"
+            )
         for hook, capability in (("optimizer", "optimizer"), ("adapt", "adapts")):
             if getattr(part, hook) is not getattr(Part, hook) and capability not in capabilities:
-                raise TypeError(f"part {name!r}: it has the hook `{hook}`, so write {capability!r} among its capabilities: {CAPABILITIES[capability]}")
+                raise TypeError(
+                    f"part {name!r}: it has the hook `{hook}`, so write {capability!r} among its capabilities: {CAPABILITIES[capability]}"
+                )
         if unknown := set(capabilities) - CAPABILITIES.keys():
-            raise TypeError(f"part {name!r}: unknown capability {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}")
+            raise TypeError(
+                f"part {name!r}: unknown capability {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}"
+            )
         there = REGISTERED.get(name)
-        if name in ("train", "like") or (there and (there.__module__, there.__qualname__) != (part.__module__, part.__qualname__)):
+        if name in ("train", "like") or (
+            there and (there.__module__, there.__qualname__) != (part.__module__, part.__qualname__)
+        ):
             taken = f"{there.__module__}.{there.__qualname__}" if there else "a method block's own key"
-            raise UserError(f"part {name!r} of {part.__module__}: the name is taken by {taken}; give another `key` to @register")
-        part.key, part.title, part.paper, part.line, part.capabilities = name, title, paper, line, frozenset(capabilities)
+            raise UserError(
+                f"part {name!r} of {part.__module__}: the name is taken by {taken}; give another `key` to @register"
+            )
+        part.key, part.title, part.paper, part.line, part.capabilities = (
+            name,
+            title,
+            paper,
+            line,
+            frozenset(capabilities),
+        )
         REGISTERED[name] = part
         return part
 
     return enter
 
 
-def cut(examples: Sequence[dict[str, Tensor]], *, samples: int, length: int, part: Part | None = None) -> list[dict[str, Tensor]]:
+def cut(
+    examples: Sequence[dict[str, Tensor]], *, samples: int, length: int, part: Part | None = None
+) -> list[dict[str, Tensor]]:
     """The first `samples` examples, each cut at `length` tokens: one document each, never packed. `part` is named where there are fewer."""
     if part and len(examples) < samples:
-        print(f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all of them are taken; "
-              "`general.importance` sets how many there are", flush=True)  # fmt: skip
+        print(
+            f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all of them are taken; "
+            "`general.importance` sets how many there are",
+            flush=True,
+        )
     return [{name: tensor[:length] for name, tensor in example.items()} for example in examples[:samples]]

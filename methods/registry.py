@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 from methods.errors import UserError
-from methods.tools.names import unknown
 from methods.part import REGISTERED, Part
 from methods.settings import check_block, declared, refuse
+from methods.tools.names import unknown
 
 BUILT_IN = ("ewc", "given", "hierarchical", "lora", "mofo")
 
@@ -34,11 +34,15 @@ def _load_entry_points(search_path: tuple[str, ...]) -> None:
         except UserError:
             raise
         except Exception as error:  # whatever a stranger's module does when it is imported
-            raise UserError(f"the part {point.name!r} ({point.value}) does not load: {type(error).__name__}: {error}") from error
+            raise UserError(
+                f"the part {point.name!r} ({point.value}) does not load: {type(error).__name__}: {error}"
+            ) from error
         if isinstance(part, ModuleType):
             own = [known.__qualname__ for known in REGISTERED.values() if known.__module__ == part.__name__]
-            raise UserError(f"the part {point.name!r} ({point.value}) is a module: name the class in it, "
-                            f"{point.name} = \"{part.__name__}:{own[0] if own else 'CLASS'}\"")  # fmt: skip
+            raise UserError(
+                f"the part {point.name!r} ({point.value}) is a module: name the class in it, "
+                f'{point.name} = "{part.__name__}:{own[0] if own else "CLASS"}"'
+            )
         if part not in REGISTERED.values():
             raise UserError(f"the part {point.name!r} ({point.value}) is not registered: put @register on the class")
 
@@ -65,7 +69,9 @@ def build(block: Mapping[str, Any] | None, *, where: str = "") -> tuple[Part, ..
     if len(optimizers) > 1:
         raise UserError(f"{said}{' and '.join(optimizers)} cannot be combined: each brings an optimizer; keep one")
     if len(built) > 1 and any("provides_weights" in part.capabilities for part in built):
-        raise UserError(f"{said}{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained")
+        raise UserError(
+            f"{said}{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained"
+        )
     return tuple(built)
 
 

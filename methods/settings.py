@@ -14,8 +14,15 @@ from methods.tools.names import unknown
 PHASES = ("prepare", "train")
 
 
-def setting(default: Any, *, phase: Literal["prepare", "train"] = "train", help: str = "", within: str = "",
-            by_preset: bool = False, path: bool = False) -> Any:  # fmt: skip
+def setting(
+    default: Any,
+    *,
+    phase: Literal["prepare", "train"] = "train",
+    help: str = "",
+    within: str = "",
+    by_preset: bool = False,
+    path: bool = False,
+) -> Any:
     """A field of a part.
 
     phase      "prepare" where the preparation depends on it, so that changing it prepares and trains again;
@@ -27,7 +34,9 @@ def setting(default: Any, *, phase: Literal["prepare", "train"] = "train", help:
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}: it must be one of {', '.join(PHASES)}")
     metadata = {"phase": phase, "help": help, "within": within, "default": default}
-    return dataclasses.field(default=None if by_preset else default, metadata=metadata | {"by_preset": by_preset, "path": path})
+    return dataclasses.field(
+        default=None if by_preset else default, metadata=metadata | {"by_preset": by_preset, "path": path}
+    )
 
 
 def declared(part: Any) -> list[dataclasses.Field]:
@@ -85,7 +94,9 @@ def fits(value: Any, kind: Any) -> bool:
     if origin in (tuple, list):
         return isinstance(value, list | tuple) and all(fits(item, typing.get_args(kind)[0]) for item in value)
     if origin is dict:
-        return isinstance(value, dict) and all(fits(item, option) for pair in value.items() for item, option in zip(pair, typing.get_args(kind)))
+        return isinstance(value, dict) and all(
+            fits(item, option) for pair in value.items() for item, option in zip(pair, typing.get_args(kind))
+        )
     if kind is float:
         return _number(value) and math.isfinite(value)
     if kind is int:
@@ -106,13 +117,22 @@ def describe(kind: Any) -> str:
         return "a mapping of names to names"
     if origin in (tuple, list):
         return "a list of " + {str: "names", int: "whole numbers", float: "numbers"}[typing.get_args(kind)[0]]
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "a mapping", list: "a list",
-            types.NoneType: "null"}[kind]  # fmt: skip
+    return {
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        dict: "a mapping",
+        list: "a list",
+        types.NoneType: "null",
+    }[kind]
 
 
 def shown(value: Any) -> str:
     """A value as YAML writes it, on one line and not longer than a message may be."""
-    text = {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    text = (
+        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
+    )
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

@@ -9,7 +9,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 import pytest
 import torch
 
-from experiments.model.random_models import build, byte_tokenizer as make_tokenizer
+from experiments.model.random_models import build
+from experiments.model.random_models import byte_tokenizer as make_tokenizer
 
 torch.set_num_threads(1)
 

@@ -10,17 +10,17 @@ import subprocess
 import sys
 import textwrap
 import tomllib
-from pathlib import Path
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments.study import cells, config
-from experiments.data import prepared_rows as data
 from experiments.__main__ import parser, run
+from experiments.data import prepared_rows as data
+from experiments.study import cells, config
 from experiments.study.paths import HERE, Paths
-from methods import part as protocol, registry
+from methods import part as protocol
+from methods import registry
 from methods.part import REGISTERED
 
 PAGES = [HERE / "README.md", *sorted((HERE / "docs").rglob("*.md"))]
@@ -29,7 +29,12 @@ READS = ("plan", "gate", "summary")  # commands that take seconds and change not
 
 
 def blocks(language):
-    return [(page.relative_to(HERE).as_posix(), text) for page in PAGES for kind, text in BLOCK.findall(page.read_text()) if kind == language]
+    return [
+        (page.relative_to(HERE).as_posix(), text)
+        for page in PAGES
+        for kind, text in BLOCK.findall(page.read_text())
+        if kind == language
+    ]
 
 
 def commands():
@@ -50,7 +55,9 @@ def test_every_block_says_what_it_is():
     for page in PAGES:
         text = page.read_text()
         assert {kind for kind, _ in BLOCK.findall(text)} <= {"sh", "python", "yaml", "toml", "text"}, page.name
-        assert not re.search(r"\n\n    (python|make|dvc|@register|@dataclass)", BLOCK.sub("", text)), f"{page.name}: a block without fences is never run"
+        assert not re.search(r"\n\n    (python|make|dvc|@register|@dataclass)", BLOCK.sub("", text)), (
+            f"{page.name}: a block without fences is never run"
+        )
 
 
 @pytest.mark.parametrize("words", commands())
@@ -82,7 +89,14 @@ def _python(words):
     if options.command == "sweep":
         from experiments.commands import sweep
 
-        made = sweep.make(study, method=options.method, knob=options.knob, values=options.values, points=options.points, linear=options.linear)
+        made = sweep.make(
+            study,
+            method=options.method,
+            knob=options.knob,
+            values=options.values,
+            points=options.points,
+            linear=options.linear,
+        )
         assert len(made) == options.points
     if options.command in READS and options.study != "paper":
         try:
@@ -100,7 +114,9 @@ def _dvc(words):
         if not getattr(options, "glob", False):
             assert stage in _stages(HERE / (file or "dvc.yaml")), f"no stage {stage} in {file or 'dvc.yaml'}"
         else:
-            assert any(re.fullmatch(re.escape(stage).replace(r"\*", ".*"), name) for name in _stages(HERE / file)), target
+            assert any(re.fullmatch(re.escape(stage).replace(r"\*", ".*"), name) for name in _stages(HERE / file)), (
+                target
+            )
     for change in getattr(options, "set_param", None) or []:
         name, _, _ = change.partition("=")
         block = config.read_yaml(HERE / "params.yaml")
@@ -193,7 +209,9 @@ def _pulls(part, model, *, strength):
         value = part.before_clip(run=state, state={}, step=0)
     for name, weight in weights.items():
         torch.testing.assert_close(weight.grad, strength * (weight.detach() - base[name]))
-    assert float(value) == pytest.approx(strength / 2 * sum(float((w.detach() - base[n]).square().sum()) for n, w in weights.items()), rel=1e-5)
+    assert float(value) == pytest.approx(
+        strength / 2 * sum(float((w.detach() - base[n]).square().sum()) for n, w in weights.items()), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize("page, text", [(page, text) for page, text in blocks("yaml") if "l2_sp" not in text])
@@ -217,13 +235,20 @@ def test_the_readmes_domain_makes_its_rows(tmp_path, monkeypatch):
     """The block `birds` on rows of the form that its comment shows, split and rendered by the `data` stage."""
     text = next(text for _, text in blocks("yaml") if "birds" in text)
     row = json.loads(re.search(r"# (\{.*\})", text)[1])
-    block = YAML(typ="safe").load(text)["domains"]["birds"] | {"retention": [], "split": {"train": 5, "probe": 2, "test": 3}}
+    block = YAML(typ="safe").load(text)["domains"]["birds"] | {
+        "retention": [],
+        "split": {"train": 5, "probe": 2, "test": 3},
+    }
     assert row.keys() == {"question", "choices", "gold"}
     rows = [row | {"question": f"Bird number {n}?", "choices": ["a", "b", "c"], "gold": n % 3} for n in range(12)]
     (tmp_path / "birds.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": f"A passage about bird number {n}."}) for n in range(40)))
-    whole = config.read_yaml(HERE / "params.yaml") | {"domains": {"birds": block}, "general": {
-        "rows": {"jsonl": "text.jsonl"}, "importance": 4, "perplexity": 4, "probe": 2}}  # fmt: skip
+    (tmp_path / "text.jsonl").write_text(
+        "\n".join(json.dumps({"text": f"A passage about bird number {n}."}) for n in range(40))
+    )
+    whole = config.read_yaml(HERE / "params.yaml") | {
+        "domains": {"birds": block},
+        "general": {"rows": {"jsonl": "text.jsonl"}, "importance": 4, "perplexity": 4, "probe": 2},
+    }
     whole["grid"] = whole["grid"] | {"domains": ["birds"]}
     YAML().dump(whole, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)

@@ -28,7 +28,9 @@ def test_final_weights(cell):
     for name, values in wanted.items():
         scale = max(1.0, max(abs(v) for v in values))
         for ours, theirs in zip(found[name], values, strict=True):
-            assert abs(ours - theirs) <= TOLERANCE * scale, f"{cell} {name}: {ours} is not {theirs}; raise NUMERICS if that is meant"
+            assert abs(ours - theirs) <= TOLERANCE * scale, (
+                f"{cell} {name}: {ours} is not {theirs}; raise NUMERICS if that is meant"
+            )
 
 
 def test_methods_differ():
@@ -55,7 +57,9 @@ def test_mofo_at_fraction_one_is_adamw():
 @pytest.mark.parametrize("method", sorted(goldens.METHODS))
 def test_accumulation_multiplies_nothing(method):
     """A penalty added to every micro-batch's loss would count four times here; dropout is off, for it draws by batch."""
-    blocks = {key: value | ({"dropout": 0.0} if key == "lora" else {}) for key, value in goldens.METHODS[method].items()}
+    blocks = {
+        key: value | ({"dropout": 0.0} if key == "lora" else {}) for key, value in goldens.METHODS[method].items()
+    }
     whole = goldens.final("llama", blocks, settings=replace(goldens.SETTINGS, micro_batch=4))
     pieces = goldens.final("llama", blocks, settings=replace(goldens.SETTINGS, micro_batch=1))
     for name, tensor in whole.items():

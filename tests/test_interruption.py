@@ -19,13 +19,21 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def stage(folder: Path, *arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "experiments", *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments", *arguments], cwd=folder, capture_output=True, text=True, env=ENVIRONMENT
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
 def killed(folder: Path, *arguments: str) -> None:
     """Start a stage, and kill it and what it started as soon as it has left a checkpoint."""
-    at_work = subprocess.Popen([sys.executable, "-m", "experiments", *arguments], cwd=folder, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    at_work = subprocess.Popen(
+        [sys.executable, "-m", "experiments", *arguments],
+        cwd=folder,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     saved = folder / "work" / "local" / "resume"
     until = time.monotonic() + 120
     while not list(saved.glob("**/save-????????/manifest.json")):

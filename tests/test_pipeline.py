@@ -23,11 +23,17 @@ CELL = "llama-tiny/sums/{}/seed0"
 
 
 def run(folder: Path, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+    env = os.environ | {
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "OMP_NUM_THREADS": "1",
+        "DVC_NO_ANALYTICS": "1",
+    }
     env.pop("PYTEST_CURRENT_TEST", None)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env | environment)
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(command)} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
+        raise AssertionError(
+            f"{' '.join(command)} exited {done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+        )
     return done
 
 
@@ -67,30 +73,79 @@ def project(tmp_path_factory):
     ran = repro(folder)
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "results")
-    assert {name.partition("@")[0] for name in ran} == {"resolve", "model", "data", "base", "prepare", "train", "evaluate", "collect", "drift", "compare"}
+    assert {name.partition("@")[0] for name in ran} == {
+        "resolve",
+        "model",
+        "data",
+        "base",
+        "prepare",
+        "train",
+        "evaluate",
+        "collect",
+        "drift",
+        "compare",
+    }
     return folder
 
 
 def metrics(folder: Path, method: str, seed: int = 0) -> dict:
-    return json.loads((folder / "results" / "runs" / f"llama-tiny/sums/{method}/seed{seed}" / "metrics.json").read_text())
+    return json.loads(
+        (folder / "results" / "runs" / f"llama-tiny/sums/{method}/seed{seed}" / "metrics.json").read_text()
+    )
 
 
 def test_files_of_a_cell(project):
     found = metrics(project, "ewc")
     wanted = {
-        "domain_score", "domain_gain", "general_score", "forgetting", "forgetting_by_task", "transfer_by_task",
-        "general_perplexity", "general_perplexity_base", "seconds_prepare", "seconds_train", "seconds_evaluate",
-        "peak_memory_bytes", "bytes_importance", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state",
-        "tokens_trained", "tokens_prepare", "n", "seed", "base_sha256", "data_sha256", "versions", "dtype", "hardware", "git",
-        "scoring", "numerics", "weights_sha256",
-    }  # fmt: skip
+        "domain_score",
+        "domain_gain",
+        "general_score",
+        "forgetting",
+        "forgetting_by_task",
+        "transfer_by_task",
+        "general_perplexity",
+        "general_perplexity_base",
+        "seconds_prepare",
+        "seconds_train",
+        "seconds_evaluate",
+        "peak_memory_bytes",
+        "bytes_importance",
+        "bytes_anchor",
+        "bytes_weights_delta",
+        "bytes_optimizer_state",
+        "tokens_trained",
+        "tokens_prepare",
+        "n",
+        "seed",
+        "base_sha256",
+        "data_sha256",
+        "versions",
+        "dtype",
+        "hardware",
+        "git",
+        "scoring",
+        "numerics",
+        "weights_sha256",
+    }
     assert wanted <= found.keys()
     assert found["not_a_result"] is True
-    assert found["bytes_importance"] == (project / "work/prepared/llama-tiny/ewc/seed0/ewc.importance.safetensors").stat().st_size
+    assert (
+        found["bytes_importance"]
+        == (project / "work/prepared/llama-tiny/ewc/seed0/ewc.importance.safetensors").stat().st_size
+    )
     run_folder = project / "results" / "runs" / CELL.format("ewc")
     with (run_folder / "curve.csv").open() as file:
         curve = list(csv.DictReader(file))
-    assert {"step", "loss", "grad_norm", "penalty", "tokens_per_second", "probe_sums", "probe_colours", "probe_perplexity"} <= curve[0].keys()
+    assert {
+        "step",
+        "loss",
+        "grad_norm",
+        "penalty",
+        "tokens_per_second",
+        "probe_sums",
+        "probe_colours",
+        "probe_perplexity",
+    } <= curve[0].keys()
     assert [row["step"] for row in curve if row["probe_sums"]] == ["0", "4", "8"]
     scores = (run_folder / "scores.json").read_text()
     assert not re.search(r"second|host|commit|\bwhen\b", scores)
@@ -132,22 +187,43 @@ def test_strength_reruns_training_and_reuses_the_preparation(project):
 def test_adding_a_seed_and_a_method_runs_only_new_cells(project):
     edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc", "hierarchical"], seeds=[0, 1]))
     repro(project, "resolve")
-    new = {f"{stage}@llama-tiny-{cell}-{seed}" for method, seed in (("full", 1), ("ewc", 1), ("hierarchical", 0), ("hierarchical", 1))
-           for stage, cell in [("prepare", method), *((s, f"sums-{method}") for s in ("train", "evaluate", "collect", "drift"))]}  # fmt: skip
+    new = {
+        f"{stage}@llama-tiny-{cell}-{seed}"
+        for method, seed in (("full", 1), ("ewc", 1), ("hierarchical", 0), ("hierarchical", 1))
+        for stage, cell in [
+            ("prepare", method),
+            *((s, f"sums-{method}") for s in ("train", "evaluate", "collect", "drift")),
+        ]
+    }
     assert json.loads(run(project, "dvc", "status", "--json", "dvc.yaml").stdout).keys() == new | {"compare"}
-    repro(project, "train@llama-tiny-sums-full-1", "prepare@llama-tiny-ewc-1", "train@llama-tiny-sums-hierarchical-0", "prepare@llama-tiny-hierarchical-1")
+    repro(
+        project,
+        "train@llama-tiny-sums-full-1",
+        "prepare@llama-tiny-ewc-1",
+        "train@llama-tiny-sums-hierarchical-0",
+        "prepare@llama-tiny-hierarchical-1",
+    )
     prepared = lambda cell: json.loads((project / f"results/prepared/llama-tiny/{cell}/prepare.json").read_text())
     assert prepared("ewc/seed1")["reused"] is True  # no seed enters EWC's Fisher
     assert prepared("hierarchical/seed1")["reused"] is False  # the general phase trains an adapter drawn by the seed
     trained = lambda cell: json.loads((project / f"results/runs/llama-tiny/sums/{cell}/train.json").read_text())
     assert trained("full/seed0")["weights_sha256"] != trained("full/seed1")["weights_sha256"]
-    assert trained("hierarchical/seed0")["tokens_trained"] == trained("full/seed0")["tokens_trained"]  # what it prepared with counts apart
-    edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc"], seeds=[0]))  # the tests behind this one need no more
+    assert (
+        trained("hierarchical/seed0")["tokens_trained"] == trained("full/seed0")["tokens_trained"]
+    )  # what it prepared with counts apart
+    edit(
+        project, lambda raw: raw["grid"].update(methods=["full", "ewc"], seeds=[0])
+    )  # the tests behind this one need no more
 
 
 def test_adding_a_retention_task_from_jsonl_trains_nothing(project):
     rows = project / "more.jsonl"
-    rows.write_text("".join(json.dumps({"question": f"Is {i} even?", "choices": ["no", "yes"], "gold": int(i % 2 == 0)}) + "\n" for i in range(30)))
+    rows.write_text(
+        "".join(
+            json.dumps({"question": f"Is {i} even?", "choices": ["no", "yes"], "gold": int(i % 2 == 0)}) + "\n"
+            for i in range(30)
+        )
+    )
 
     def change(raw):
         raw["tasks"]["even"] = dict(raw["tasks"]["colours"]) | {"rows": {"jsonl": "more.jsonl"}, "test": 20, "probe": 0}
@@ -167,8 +243,14 @@ def test_mlflow_is_a_mirror_that_can_be_rebuilt(project):
         run(project, sys.executable, "-m", "experiments", "track")
         client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("default") or client.search_experiments()[0]
-        return {r.data.tags["holdfast.cell"]: (r.info.run_id, r.data.metrics["forgetting"] if "forgetting" in r.data.metrics else None)
-                for r in client.search_runs([experiment.experiment_id]) if "holdfast.cell" in r.data.tags}
+        return {
+            r.data.tags["holdfast.cell"]: (
+                r.info.run_id,
+                r.data.metrics["forgetting"] if "forgetting" in r.data.metrics else None,
+            )
+            for r in client.search_runs([experiment.experiment_id])
+            if "holdfast.cell" in r.data.tags
+        }
 
     first = runs()
     assert len(first) == 2
@@ -201,15 +283,46 @@ def test_export_loads_in_lm_eval_and_scores_the_same(project, tmp_path):
 
     (tmp_path / "tasks").mkdir()
     entry = json.loads((project / "work/data/evaluate/sums/tasks.json").read_text())[0]
-    rows = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(project / "work/data/evaluate/sums/sums.jsonl")}}}
-    task = dict(entry["task"]) | rows | {"task": "exported_sums", "test_split": "test", "output_type": "multiple_choice"}
+    rows = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(project / "work/data/evaluate/sums/sums.jsonl")}},
+    }
+    task = (
+        dict(entry["task"]) | rows | {"task": "exported_sums", "test_split": "test", "output_type": "multiple_choice"}
+    )
     (tmp_path / "tasks" / "sums.yaml").write_text(json.dumps(task))  # JSON is YAML
-    run(tmp_path, sys.executable, "-c", LM_EVAL, "run", "--model", "hf", "--model_args", f"pretrained={tmp_path / 'out'},dtype=float32",
-        "--tasks", "exported_sums", "--include_path", str(tmp_path / "tasks"), "--batch_size", "4", "--device", "cpu",
-        "--output_path", str(tmp_path / "scores"), HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    run(
+        tmp_path,
+        sys.executable,
+        "-c",
+        LM_EVAL,
+        "run",
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={tmp_path / 'out'},dtype=float32",
+        "--tasks",
+        "exported_sums",
+        "--include_path",
+        str(tmp_path / "tasks"),
+        "--batch_size",
+        "4",
+        "--device",
+        "cpu",
+        "--output_path",
+        str(tmp_path / "scores"),
+        HF_HOME=str(tmp_path / "cache"),
+        HF_HUB_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
+    )
     (written,) = (tmp_path / "scores").rglob("results_*.json")
-    assert json.loads(written.read_text())["results"]["exported_sums"]["acc,none"] == metrics(project, "full")["domain_score"]
-    again = run(project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"), check=False)
+    assert (
+        json.loads(written.read_text())["results"]["exported_sums"]["acc,none"]
+        == metrics(project, "full")["domain_score"]
+    )
+    again = run(
+        project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"), check=False
+    )
     assert again.returncode == 2
     assert "exists already" in again.stderr
 
@@ -241,8 +354,13 @@ def test_an_interrupted_run_is_recorded_and_goes_on(project):
 
     edit(project, lambda raw: raw["train"].update(epochs=500.0))
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-m", "experiments", "train", CELL.format("full")], cwd=project, env=env,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments", "train", CELL.format("full")],
+        cwd=project,
+        env=env,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     seen = ""
     while "step" not in seen and process.poll() is None:  # the bar says that training has begun
         seen += process.stderr.read(64)
@@ -262,10 +380,22 @@ def test_an_interrupted_run_is_recorded_and_goes_on(project):
 def test_dvc_exp_run_sets_one_setting_of_one_part(project):
     run(project, "git", "add", "-A")
     run(project, "git", "commit", "-qm", "before exp", check=False)
-    done = run(project, "dvc", "exp", "run", "-n", "stronger", "-S", "methods.ewc.ewc.strength=3", "train@llama-tiny-sums-ewc-0")
+    done = run(
+        project,
+        "dvc",
+        "exp",
+        "run",
+        "-n",
+        "stronger",
+        "-S",
+        "methods.ewc.ewc.strength=3",
+        "train@llama-tiny-sums-ewc-0",
+    )
     assert "Running stage 'train@llama-tiny-sums-ewc-0'" in done.stdout
     trained = json.loads((project / "results/runs" / CELL.format("ewc") / "train.json").read_text())
-    assert trained["parts"]["ewc"]["strength"] == 3.0 and trained["git"]["experiment"] == "stronger"  # the dashboard's tag DVC_EXP_NAME
+    assert (
+        trained["parts"]["ewc"]["strength"] == 3.0 and trained["git"]["experiment"] == "stronger"
+    )  # the dashboard's tag DVC_EXP_NAME
 
 
 def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
@@ -288,7 +418,11 @@ def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
     from safetensors.torch import load_file, save_file  # the same folder, other weights: DVC is not told, and sees it
 
     tensors = load_file(exported / "model.safetensors")
-    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, exported / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor * 1.5 for name, tensor in tensors.items()},
+        exported / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     assert repro(project, "train@llama-tiny-sums-mine-0") == ["resolve", "train@llama-tiny-sums-mine-0"]
     trained = json.loads((project / "results/runs" / CELL.format("mine") / "train.json").read_text())
     assert trained["weights_sha256"] != found["weights_sha256"]
@@ -301,15 +435,26 @@ def test_an_upgraded_library_is_told_and_the_advice_works(project, tmp_path):
     cell = "collect@llama-tiny-sums-{}-0".format
     repro(project, cell("full"))
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.metadata as m\nreal = m.version\nm.version = lambda name: '99.0' if name == 'transformers' else real(name)\n")
+        "import importlib.metadata as m\nreal = m.version\nm.version = lambda name: '99.0' if name == 'transformers' else real(name)\n"
+    )
     upgraded = {"PYTHONPATH": str(tmp_path)}
     edit(project, lambda raw: raw["methods"]["ewc"]["ewc"].update(samples=9))
     repro(project, "resolve")
     done = run(project, "dvc", "repro", cell("ewc"), check=False, **upgraded)
     assert done.returncode and "train@" not in done.stdout  # before the work
-    told = re.search(r"versions.transformers is '99.0' now, .*run `(python -m experiments [^`]+)` and then the same `dvc repro` again", done.stderr)
+    told = re.search(
+        r"versions.transformers is '99.0' now, .*run `(python -m experiments [^`]+)` and then the same `dvc repro` again",
+        done.stderr,
+    )
     run(project, *told[1].split(), **upgraded)
     done = run(project, "dvc", "repro", cell("ewc"), **upgraded)
-    assert {"resolve", "base@llama-tiny", "evaluate@llama-tiny-sums-ewc-0", cell("ewc")} <= set(re.findall(r"Running stage '([^']+)'", done.stdout))
+    assert {"resolve", "base@llama-tiny", "evaluate@llama-tiny-sums-ewc-0", cell("ewc")} <= set(
+        re.findall(r"Running stage '([^']+)'", done.stdout)
+    )
     assert metrics(project, "ewc")["scoring"]["transformers"] == "99.0"
-    assert json.loads(run(project, "dvc", "status", "--json", cell("ewc"), "base@llama-tiny", "resolve", **upgraded).stdout) == {}
+    assert (
+        json.loads(
+            run(project, "dvc", "status", "--json", cell("ewc"), "base@llama-tiny", "resolve", **upgraded).stdout
+        )
+        == {}
+    )

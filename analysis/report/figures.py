@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.sections import drift, flips_show, front, matched_show
 from analysis import numbers, style, units
+from analysis.families import family
+from analysis.load import Loaded
+from analysis.sections import drift, flips_show, front, matched_show
 from analysis.sections.costs import costs
 from analysis.statistics.intervals import mean_difference, paired
-from analysis.load import Loaded
-from analysis.families import family
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,8 +30,16 @@ class Figure:
 def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[Figure]:
     """Every figure the data allow, for every comparison, as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
     made = []
-    draws = (front.gain_forgetting_front, matched_show.matched_gain, forgetting_by_task, forgetting_over_training,
-             *flips_show.FIGURES, *drift.FIGURES, layer_coefficients, cost)  # fmt: skip
+    draws = (
+        front.gain_forgetting_front,
+        matched_show.matched_gain,
+        forgetting_by_task,
+        forgetting_over_training,
+        *flips_show.FIGURES,
+        *drift.FIGURES,
+        layer_coefficients,
+        cost,
+    )
     for model, domain in loaded.comparisons:
         rows = table[(table["model"] == model) & (table["domain"] == domain) & (table["method"] != "base")]
         cells = loaded.of(model, domain)
@@ -52,17 +60,34 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     first = cells.iloc[0]
     base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
     records = []
-    for task in [task for task, about in first["scores_by_task"].items() if about["role"] == "retention" and units.of_task(first, task) == units.SHARE]:
+    for task in [
+        task
+        for task, about in first["scores_by_task"].items()
+        if about["role"] == "retention" and units.of_task(first, task) == units.SHARE
+    ]:
         for method in dict.fromkeys(cells["method"]):
             own = cells[cells["method"] == method]
-            value = float(np.mean([by_task[task]["base"] - by_task[task]["value"] for by_task in own["scores_by_task"]]))
+            value = float(
+                np.mean([by_task[task]["base"] - by_task[task]["value"] for by_task in own["scores_by_task"]])
+            )
             low = high = None
             if len(base) and len(loaded.items):
-                pairs = paired(base[base["task"] == task], loaded.items[loaded.items["cell"].isin(own.index) & (loaded.items["task"] == task)])
+                pairs = paired(
+                    base[base["task"] == task],
+                    loaded.items[loaded.items["cell"].isin(own.index) & (loaded.items["task"] == task)],
+                )
                 if len(pairs) > 1:
                     change = mean_difference(pairs, [task])
                     low, high = -change.high, -change.low
-            records.append((task, method, task in first["at_chance"], first["n"][task], *(None if v is None else 100 * v for v in (value, low, high))))
+            records.append(
+                (
+                    task,
+                    method,
+                    task in first["at_chance"],
+                    first["n"][task],
+                    *(None if v is None else 100 * v for v in (value, low, high)),
+                )
+            )
     if not records:
         return None
     data = pd.DataFrame(records, columns=["task", "method", "at_chance", "n", "forgetting", "low", "high"])
@@ -76,13 +101,35 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         for m, method in enumerate(methods):
             row = data[(data["task"] == task) & (data["method"] == method)].iloc[0]
             y, shade = -(t * step + m), style.FAINT if row["at_chance"] else style.colour(method)
-            axes.errorbar(row["forgetting"], y, color=shade, marker=style.marker(method), markersize=5.5, elinewidth=1.2, xerr=style.bars(row["forgetting"], row["low"], row["high"]))
+            axes.errorbar(
+                row["forgetting"],
+                y,
+                color=shade,
+                marker=style.marker(method),
+                markersize=5.5,
+                elinewidth=1.2,
+                xerr=style.bars(row["forgetting"], row["low"], row["high"]),
+            )
             end = row["forgetting"] if numbers.missing(row["high"]) else row["high"]
-            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.MUTED if row["at_chance"] else shade,
-                          bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6})  # fmt: skip
+            axes.annotate(
+                method,
+                (end, y),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7.5,
+                color=style.MUTED if row["at_chance"] else shade,
+                bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6},
+            )
     middle = [-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))]
     chance = set(first["at_chance"])
-    axes.set_yticks(middle, [f"{task}\nn = {first['n'][task]}" + ("\nat chance:\ncannot show loss" if task in chance else "") for task in tasks])
+    axes.set_yticks(
+        middle,
+        [
+            f"{task}\nn = {first['n'][task]}" + ("\nat chance:\ncannot show loss" if task in chance else "")
+            for task in tasks
+        ],
+    )
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
@@ -125,7 +172,14 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
             own = data[data["method"] == method].dropna(subset=[key])
             if own.empty:
                 continue
-            end = style.course(axes, own.assign(domain_accuracy=100 * own["domain_accuracy"]), method=method, x="tokens", y=key, size=3.5)
+            end = style.course(
+                axes,
+                own.assign(domain_accuracy=100 * own["domain_accuracy"]),
+                method=method,
+                x="tokens",
+                y=key,
+                size=3.5,
+            )
             if method in style.named(methods):
                 ends.append((*end, method, style.colour(method)))
         style.label_ends(axes, ends, gap=0.095)
@@ -140,17 +194,44 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
 
 # a row of panels is one kind on one scale
 COST_PANELS = (
-    ("seconds", numbers.seconds, (("seconds_prepare", "preparation"), ("seconds_train", "training"), ("seconds_evaluate", "scoring"))),
-    ("memory", numbers.size, (("peak_memory_prepare_bytes", "peak, preparation"), ("peak_memory_train_bytes", "peak, training"), ("bytes_optimizer_state", "optimizer state"))),
-    ("bytes to keep", numbers.size, (("bytes_weights_delta", "weights or adapter"), ("bytes_importance", "importance"), ("bytes_start", "start"), ("bytes_anchor", "anchor"))),
-)  # fmt: skip
+    (
+        "seconds",
+        numbers.seconds,
+        (("seconds_prepare", "preparation"), ("seconds_train", "training"), ("seconds_evaluate", "scoring")),
+    ),
+    (
+        "memory",
+        numbers.size,
+        (
+            ("peak_memory_prepare_bytes", "peak, preparation"),
+            ("peak_memory_train_bytes", "peak, training"),
+            ("bytes_optimizer_state", "optimizer state"),
+        ),
+    ),
+    (
+        "bytes to keep",
+        numbers.size,
+        (
+            ("bytes_weights_delta", "weights or adapter"),
+            ("bytes_importance", "importance"),
+            ("bytes_start", "start"),
+            ("bytes_anchor", "anchor"),
+        ),
+    ),
+)
 
 
 def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     """Seconds, memory and bytes by kind: a row of panels each, on one scale, never added up across kinds."""
     table = costs(loaded)
-    data = table[(table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])].drop(columns=["model", "domain"])
-    if data[[key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]].isna().all(axis=None):
+    data = table[(table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])].drop(
+        columns=["model", "domain"]
+    )
+    if (
+        data[[key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]]
+        .isna()
+        .all(axis=None)
+    ):
         return None
     methods = list(data["method"])
     figure, grid = style.new(style.WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
@@ -161,7 +242,15 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.barh(range(len(methods)), values[key].fillna(0), color=[style.colour(m) for m in methods], height=0.62)
             for y, value in enumerate(values[key]):
                 text = "–" if value < 0.0005 else show(value)
-                axes.annotate(text, (0 if value != value else value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7.5, color=style.INK)
+                axes.annotate(
+                    text,
+                    (0 if value != value else value, y),
+                    xytext=(4, 0),
+                    textcoords="offset points",
+                    va="center",
+                    fontsize=7.5,
+                    color=style.INK,
+                )
             axes.set_xlim(0, 1.95 * widest if widest > 0 else 1)
             axes.set_title(title, fontsize=8.5)
             axes.set_xticks([])
@@ -169,7 +258,7 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False)
             axes.spines["bottom"].set_visible(False)
-        for axes in line[len(panels):]:
+        for axes in line[len(panels) :]:
             axes.set_axis_off()
         line[0].set_ylabel(kind, fontweight="bold")
     grid[0, 0].invert_yaxis()
@@ -185,8 +274,17 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         for part in (report or {}).values():
             for group, value in ((part or {}).get("coefficients") or {}).items() if isinstance(part, dict) else ():
                 number = re.search(r"\.(\d+)(?:\.|$)", group)
-                kind = group[number.end():] if number else group
-                records.append((cell, cells.at[cell, "method"], group, int(number.group(1)) if number else None, kind.rsplit(".", 1)[-1] or "block", float(value)))
+                kind = group[number.end() :] if number else group
+                records.append(
+                    (
+                        cell,
+                        cells.at[cell, "method"],
+                        group,
+                        int(number.group(1)) if number else None,
+                        kind.rsplit(".", 1)[-1] or "block",
+                        float(value),
+                    )
+                )
     if not records:
         return None
     data = pd.DataFrame(records, columns=["cell", "method", "group", "layer", "kind", "coefficient"])
@@ -200,10 +298,19 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         ends, layered = [], own[own["layer"].notna()]
         for k, kind in enumerate(dict.fromkeys(layered["kind"])):
             line = layered[layered["kind"] == kind].groupby("layer")["coefficient"].mean().sort_index()
-            axes.plot(line.index.astype(int), line, color=shades[k % len(shades)], marker="osD^v"[k % 5], markersize=4, linewidth=1.2)
+            axes.plot(
+                line.index.astype(int),
+                line,
+                color=shades[k % len(shades)],
+                marker="osD^v"[k % 5],
+                markersize=4,
+                linewidth=1.2,
+            )
             ends.append((float(line.index[-1]), float(line.iloc[-1]), kind, shades[k % len(shades)]))
         last = int(layered["layer"].max()) if len(layered) else -1
-        for k, (kind, value) in enumerate(own[own["layer"].isna()].groupby("kind", sort=False)["coefficient"].mean().items()):
+        for k, (kind, value) in enumerate(
+            own[own["layer"].isna()].groupby("kind", sort=False)["coefficient"].mean().items()
+        ):
             axes.plot(last + 1.5 + k, value, "o", color=style.INK, markersize=4.5)
             ends.append((last + 1.5 + k, float(value), kind, style.INK))
         if own["coefficient"].max() > 30 * max(own["coefficient"].min(), 1e-9):

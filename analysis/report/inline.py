@@ -18,7 +18,7 @@ def inline(svg: str, *, prefix: str, label: str, drawn: dict[str, str] | None = 
     drawn   the page's definitions so far, each with its id: those that are there are used, the others are added
     """
     drawn = {} if drawn is None else drawn
-    svg = svg[svg.index("<svg"):]
+    svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
     used = dict.fromkeys(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))
@@ -57,5 +57,9 @@ def _styled_once(group: re.Match) -> str:
 
 def _short(numbers: str) -> str:
     """Coordinates to a tenth of a point; a scale, which is below 1, keeps its digits."""
-    rounded = re.sub(r"-?\d+\.\d+", lambda found: found[0] if abs(float(found[0])) < 1 else f"{float(found[0]):.1f}".removesuffix(".0"), numbers)
+    rounded = re.sub(
+        r"-?\d+\.\d+",
+        lambda found: found[0] if abs(float(found[0])) < 1 else f"{float(found[0]):.1f}".removesuffix(".0"),
+        numbers,
+    )
     return re.sub(r"\s*\n\s*", " ", rounded).strip()

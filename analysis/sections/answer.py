@@ -30,11 +30,17 @@ def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
     """What the answer's intervals are about, and what it leaves out; `chosen` are the chosen settings of swept methods."""
     seeds = set(rows[rows["method"] != "base"]["seeds"])
     if seeds == {1}:
-        about = "One seed: the intervals cover the scored items of this run and say nothing of another run of the method."
+        about = (
+            "One seed: the intervals cover the scored items of this run and say nothing of another run of the method."
+        )
     else:
         about = f"The intervals are over seeds and scored items{', of a method with one seed over its items alone' if 1 in seeds else ''}."
     told = " Told from zero is what a paired test finds after Holm's correction." if tested else ""
-    swept = f" Of the methods with several settings it speaks of the one chosen on probe rows ({', '.join(chosen)})." if chosen else ""
+    swept = (
+        f" Of the methods with several settings it speaks of the one chosen on probe rows ({', '.join(chosen)})."
+        if chosen
+        else ""
+    )
     return f"{about}{told}{swept} The methods did not learn equally much, so each one's forgetting has to be read beside its gain."
 
 
@@ -43,7 +49,10 @@ def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, do
     unit = base.get("unit", units.SHARE)
     score = lambda row: f"{units.level(row['domain_score'], unit)} {'%' if unit == units.SHARE else row['metric']}"
     before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {score(base)}"
-    gains = [units.change(row["domain_score"] - base["domain_score"] if unit == units.SHARE else row["domain_gain"], unit) for row in (worst, best)]
+    gains = [
+        units.change(row["domain_score"] - base["domain_score"] if unit == units.SHARE else row["domain_gain"], unit)
+        for row in (worst, best)
+    ]
     told = _told(tests, "gain")
     if worst is best:
         return f"{before}; {best['method']} reaches {score(best)}, a gain of {gains[1]} {units.named(unit)}{told}."
@@ -62,7 +71,9 @@ def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str])
     ratios = methods.dropna(subset=["perplexity_ratio"])
     if len(ratios):
         low, high = _ends(ratios, "perplexity_ratio")
-        spread = f"×{low['perplexity_ratio']:.2f} ({low['method']})" + ("" if low is high else f" to ×{high['perplexity_ratio']:.2f} ({high['method']})")
+        spread = f"×{low['perplexity_ratio']:.2f} ({low['method']})" + (
+            "" if low is high else f" to ×{high['perplexity_ratio']:.2f} ({high['method']})"
+        )
         text += f"; perplexity on general text is {spread} of the base's"
     return text + "."
 
@@ -76,7 +87,11 @@ def _told(tests: pd.DataFrame, kind: str) -> str:
         return ", which cannot be told from zero" if unclear else ""
     if not unclear:
         sides = set(tests["difference"] < 0)
-        return ", told from zero for every method" if len(sides) > 1 else f", {'below' if True in sides else 'above'} zero for every method"
+        return (
+            ", told from zero for every method"
+            if len(sides) > 1
+            else f", {'below' if True in sides else 'above'} zero for every method"
+        )
     if len(unclear) == len(tests):
         return ", none of which can be told from zero"
     if len(told) <= NAMED < len(unclear):
@@ -92,7 +107,9 @@ def _cost(methods: pd.DataFrame) -> str:
     quick, slow = _ends(known, "seconds_train")
     text = f"Training took {numbers.seconds(quick['seconds_train'])} ({quick['method']})"
     text += "" if quick is slow else f" to {numbers.seconds(slow['seconds_train'])} ({slow['method']})"
-    prepared = known[known["seconds_prepare"].fillna(0) >= 0.0005]  # the clock of a method that prepares nothing reads microseconds
+    prepared = known[
+        known["seconds_prepare"].fillna(0) >= 0.0005
+    ]  # the clock of a method that prepares nothing reads microseconds
     if len(prepared):
         text += "; preparation took " + _each(prepared, "seconds_prepare", numbers.seconds)
     stored = known[known["bytes_stored"].fillna(0) > 0]

@@ -12,14 +12,25 @@ def shown(path: Path, record: dict, *, folder: Path) -> dict:
     """One record for a page that lies in `folder`: its races as rows of text, its facts, the files beside it."""
     beside = [(suffix.upper(), path.with_suffix(f".{suffix}")) for suffix in ("png", "svg", "csv", "json")]
     return {
-        "name": path.stem, "title": record["title"], "text": record["text"], "when": record["when"], "load": record.get("load"),
-        "hardware": record.get("hardware") or {}, "versions": record.get("versions") or {}, "git": record.get("git") or {},
+        "name": path.stem,
+        "title": record["title"],
+        "text": record["text"],
+        "when": record["when"],
+        "load": record.get("load"),
+        "hardware": record.get("hardware") or {},
+        "versions": record.get("versions") or {},
+        "git": record.get("git") or {},
         "races": [_race(race) for race in record["races"]],
-        "missed": [f"{goal['runner']} {goal['text']} ({race['title']})" for race in record["races"] for goal in race["goals"] if not goal["met"]],
+        "missed": [
+            f"{goal['runner']} {goal['text']} ({race['title']})"
+            for race in record["races"]
+            for goal in race["goals"]
+            if not goal["met"]
+        ],
         "goals": sum(len(race["goals"]) for race in record["races"]),
         "svg": path.with_suffix(".svg").read_text(encoding="utf-8") if path.with_suffix(".svg").is_file() else "",
         "files": [(kind, Path(os.path.relpath(file, folder)).as_posix()) for kind, file in beside if file.is_file()],
-    }  # fmt: skip
+    }
 
 
 def facts(block: dict) -> list[tuple[str, str]]:
@@ -44,16 +55,36 @@ def as_text(value, *, bytes: bool = False) -> str:
 
 
 def _shares(value) -> str:
-    return " to ".join(map(_shares, value)) if isinstance(value, list) else f"{100 * value:.3g} %" if isinstance(value, int | float) else as_text(value)
+    return (
+        " to ".join(map(_shares, value))
+        if isinstance(value, list)
+        else f"{100 * value:.3g} %"
+        if isinstance(value, int | float)
+        else as_text(value)
+    )
 
 
 # what is claimed, and the facts of the headline's race that say so: the paper's, against its baseline, against a Fisher of the same matrices
 CLAIMED = (
-    ("preparation, times as long as ours (EWC-LoRA by batch size)", as_text,
-     ("paper: times faster", "times as long, EWC-LoRA by batch size", "times as long, Fisher of the adapted matrices")),
-    ("storage of our importance, share of theirs", _shares,
-     ("paper: share of the storage", "share of EWC-LoRA's storage", "share of the storage of a Fisher of the adapted matrices")),
-)  # fmt: skip
+    (
+        "preparation, times as long as ours (EWC-LoRA by batch size)",
+        as_text,
+        (
+            "paper: times faster",
+            "times as long, EWC-LoRA by batch size",
+            "times as long, Fisher of the adapted matrices",
+        ),
+    ),
+    (
+        "storage of our importance, share of theirs",
+        _shares,
+        (
+            "paper: share of the storage",
+            "share of EWC-LoRA's storage",
+            "share of the storage of a Fisher of the adapted matrices",
+        ),
+    ),
+)
 
 
 def claim(record: dict) -> dict:
@@ -61,8 +92,17 @@ def claim(record: dict) -> dict:
     races = []
     for race in record["races"]:
         found = race["facts"]
-        rows = [(what, *(show(found[key]) for key in keys)) for what, show, keys in CLAIMED if found.keys() >= set(keys)]
-        races.append({"title": race["title"], "sentence": str(found.get("sentence", "")), "rows": rows, "facts": [] if rows else facts(found)})
+        rows = [
+            (what, *(show(found[key]) for key in keys)) for what, show, keys in CLAIMED if found.keys() >= set(keys)
+        ]
+        races.append(
+            {
+                "title": race["title"],
+                "sentence": str(found.get("sentence", "")),
+                "rows": rows,
+                "facts": [] if rows else facts(found),
+            }
+        )
     return {"title": record["title"], "races": races}
 
 
@@ -70,11 +110,24 @@ def _race(race: dict) -> dict:
     goals: dict[str, list] = {}
     for goal in race["goals"]:
         goals.setdefault(goal["runner"], []).append((goal["text"], bool(goal["met"])))
-    rows = [{"runner": row["runner"], "goals": goals.get(row["runner"], []),
-             "times": [_milliseconds(row["seconds_min"]), _milliseconds(row["seconds_median"])],
-             "ratios": [numbers.times(row["ratio_min"]), numbers.times(row["ratio_median"])]} for row in race["rows"]]  # fmt: skip
-    return {"title": race["title"], "against": race["against"], "rounds": race["rounds"], "rows": rows, "goals": bool(goals),
-            "sentence": str(race["facts"].get("sentence", "")), "facts": facts(race["facts"])}  # fmt: skip
+    rows = [
+        {
+            "runner": row["runner"],
+            "goals": goals.get(row["runner"], []),
+            "times": [_milliseconds(row["seconds_min"]), _milliseconds(row["seconds_median"])],
+            "ratios": [numbers.times(row["ratio_min"]), numbers.times(row["ratio_median"])],
+        }
+        for row in race["rows"]
+    ]
+    return {
+        "title": race["title"],
+        "against": race["against"],
+        "rounds": race["rounds"],
+        "rows": rows,
+        "goals": bool(goals),
+        "sentence": str(race["facts"].get("sentence", "")),
+        "facts": facts(race["facts"]),
+    }
 
 
 def _milliseconds(seconds: float) -> str:

@@ -1,9 +1,9 @@
 """What the two papers claim beside what was measured here: docs/claims.yaml, held against the results. Verdicts are computed.
 
-    agrees          the measured value, with its whole interval, lies within what the claim says and its tolerance
-    disagrees       none of it does
-    not comparable  measured, but of other models or data than a claim about scores, or under unequal settings
-    not measured    there is nothing to look at, a time was taken once, or the interval reaches in and out: more rows or seeds could tell
+agrees          the measured value, with its whole interval, lies within what the claim says and its tolerance
+disagrees       none of it does
+not comparable  measured, but of other models or data than a claim about scores, or under unequal settings
+not measured    there is nothing to look at, a time was taken once, or the interval reaches in and out: more rows or seeds could tell
 """
 
 import math
@@ -17,24 +17,49 @@ import pandas as pd
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from analysis.sections import claims_measured
 from analysis import numbers
-from analysis.sections.claims_measured import Measured
 from analysis.load import Loaded
+from analysis.sections import claims_measured
+from analysis.sections.claims_measured import Measured
 from methods.errors import UserError
 from methods.tools.names import unknown
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "claims.yaml"
 VERDICTS = ("agrees", "disagrees", "not comparable", "not measured")
 TOP, PAPER = {"papers", "claims"}, {"title", "source"}
-CLAIM = {"paper", "claim", "number", "unit", "direction", "tolerance", "setting", "scope", "on", "seen", "why", "measures"}
+CLAIM = {
+    "paper",
+    "claim",
+    "number",
+    "unit",
+    "direction",
+    "tolerance",
+    "setting",
+    "scope",
+    "on",
+    "seen",
+    "why",
+    "measures",
+}
 OPTIONAL = {"on", "why", "measures"}
-CHOICES = {"unit": ("times", "share", "points"), "direction": ("about", "at least", "at most"), "scope": ("any", "setting"),
-           "seen": ("abstract", "review", "note", "code", "unverified")}  # fmt: skip
-SEEN = {"abstract": "the paper's abstract", "review": "public reviews of the paper", "note": "a reader's note on the paper",
-        "code": "the paper's code", "unverified": "memory, not checked"}  # fmt: skip
-SHOW = {"times": numbers.times, "share": lambda share: f"{numbers.percent(share)} %",
-        "points": lambda share: f"{numbers.points(share)} points"}  # fmt: skip
+CHOICES = {
+    "unit": ("times", "share", "points"),
+    "direction": ("about", "at least", "at most"),
+    "scope": ("any", "setting"),
+    "seen": ("abstract", "review", "note", "code", "unverified"),
+}
+SEEN = {
+    "abstract": "the paper's abstract",
+    "review": "public reviews of the paper",
+    "note": "a reader's note on the paper",
+    "code": "the paper's code",
+    "unverified": "memory, not checked",
+}
+SHOW = {
+    "times": numbers.times,
+    "share": lambda share: f"{numbers.percent(share)} %",
+    "points": lambda share: f"{numbers.points(share)} points",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +97,11 @@ class Claim:
         if found.once:
             return "not measured", "timed once, which a busy machine moves: more seeds would tell"
         low, high = self.accepted
-        least, most = (found.value, found.value) if found.low is None else (min(found.low, found.value), max(found.high, found.value))
+        least, most = (
+            (found.value, found.value)
+            if found.low is None
+            else (min(found.low, found.value), max(found.high, found.value))
+        )
         if low <= least and most <= high:
             return "agrees", ""
         if most < low or least > high:
@@ -92,7 +121,9 @@ def load(path: Path = FILE) -> list[Claim]:
     return [_claim(name, block, raw["papers"]) for name, block in raw["claims"].items()]
 
 
-def table(loaded: Loaded, comparison: pd.DataFrame, *, drift: Mapping[str, dict] | None = None, path: Path = FILE) -> pd.DataFrame:
+def table(
+    loaded: Loaded, comparison: pd.DataFrame, *, drift: Mapping[str, dict] | None = None, path: Path = FILE
+) -> pd.DataFrame:
     """A row a claim and place it was looked for: name, the claim and what agrees with it, where, value, low, high, ends, n, verdict, why.
 
     comparison  the rows of analysis.sections.tables.comparison
@@ -103,12 +134,30 @@ def table(loaded: Loaded, comparison: pd.DataFrame, *, drift: Mapping[str, dict]
         for found in claims_measured.look(loaded, comparison, claim.measures, drift=drift or {}):
             verdict, why = claim.verdict(found)
             low, high = claim.accepted
-            rows.append({
-                "name": claim.name, "paper": claim.paper["title"], "source": claim.paper["source"], "claim": claim.claim, "unit": claim.unit,
-                "claimed": _claimed(claim), "accepted": _accepted(claim), "accepted_low": low, "accepted_high": high,
-                "setting": claim.setting, "scope": claim.scope, "seen": SEEN[claim.seen], "where": found.where, "value": found.value,
-                "low": found.low, "high": found.high, "ends": found.ends, "n": found.n, "verdict": verdict, "why": why,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "name": claim.name,
+                    "paper": claim.paper["title"],
+                    "source": claim.paper["source"],
+                    "claim": claim.claim,
+                    "unit": claim.unit,
+                    "claimed": _claimed(claim),
+                    "accepted": _accepted(claim),
+                    "accepted_low": low,
+                    "accepted_high": high,
+                    "setting": claim.setting,
+                    "scope": claim.scope,
+                    "seen": SEEN[claim.seen],
+                    "where": found.where,
+                    "value": found.value,
+                    "low": found.low,
+                    "high": found.high,
+                    "ends": found.ends,
+                    "n": found.n,
+                    "verdict": verdict,
+                    "why": why,
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -125,15 +174,22 @@ def section(loaded: Loaded, comparison: pd.DataFrame, *, drift: Mapping[str, dic
         papers.append({"title": title, "source": source.split("://")[-1], "claims": claims})
     counted = Counter(found["verdict"])
     sentence = ", ".join(f"{verdict} {counted[verdict]}" for verdict in VERDICTS)
-    return {"papers": papers, "sentence": f"{found['name'].nunique()} claims, looked for in {len(found)} places: {sentence}."}
+    return {
+        "papers": papers,
+        "sentence": f"{found['name'].nunique()} claims, looked for in {len(found)} places: {sentence}.",
+    }
 
 
 def _shown(row: pd.Series) -> dict:
     """One place as text: value, interval, n, where, verdict, why."""
     show = SHOW[row["unit"]]
     known = not numbers.missing(row["value"])
-    ends = f"[{show(row['low'])}, {show(row['high'])}] {row['ends']}" if known and not numbers.missing(row["low"]) else ""
-    return {"value": show(row["value"]) if known else "–", "ends": ends} | {key: row[key] for key in ("n", "where", "verdict", "why")}
+    ends = (
+        f"[{show(row['low'])}, {show(row['high'])}] {row['ends']}" if known and not numbers.missing(row["low"]) else ""
+    )
+    return {"value": show(row["value"]) if known else "–", "ends": ends} | {
+        key: row[key] for key in ("n", "where", "verdict", "why")
+    }
 
 
 def _claimed(claim: Claim) -> str:
@@ -170,9 +226,16 @@ def _claim(name: str, block: Any, papers: Mapping[str, dict]) -> Claim:
         raise UserError(f"{where}: a claim that nothing measures says in `why` what would")
     for k, measure in enumerate(measures):
         claims_measured.check(measure, where=f"{where}.measures[{k}]", scope=block["scope"])
-    return Claim(name=name, paper=papers[block["paper"]], number=(float(numbered[0]), float(numbered[1])), on=on or {}, measures=measures,
-                 tolerance=float(block["tolerance"]), why=f"it would take {block['why']}" if block.get("why") else "",
-                 **{key: block[key] for key in ("claim", "unit", "direction", "setting", "scope", "seen")})  # fmt: skip
+    return Claim(
+        name=name,
+        paper=papers[block["paper"]],
+        number=(float(numbered[0]), float(numbered[1])),
+        on=on or {},
+        measures=measures,
+        tolerance=float(block["tolerance"]),
+        why=f"it would take {block['why']}" if block.get("why") else "",
+        **{key: block[key] for key in ("claim", "unit", "direction", "setting", "scope", "seen")},
+    )
 
 
 def _keys(block: Any, known: set[str], needed: set[str], where: str) -> None:

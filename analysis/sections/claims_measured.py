@@ -11,18 +11,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.sections import tables
 from analysis import units
-from analysis.statistics.intervals import FIXED, by_run, of_arrays, paired
 from analysis.load import Loaded, retention_tasks
+from analysis.sections import tables
+from analysis.statistics.intervals import FIXED, by_run, of_arrays, paired
 from methods.errors import UserError
 from methods.tools.names import unknown
 
 SCORES = ("forgetting", "domain_gain", "domain_score", "general_score")
 DRIFTS = ("distance", "relative")
 REUSED = "seconds_prepare"  # cells of one preparation share its timing
-KEYS = {"table": {"metric", "method", "against", "as"}, "bench": {"record", "runner", "against"}, "fact": {"record", "name"},
-        "drift": {"metric", "method", "against"}}  # fmt: skip
+KEYS = {
+    "table": {"metric", "method", "against", "as"},
+    "bench": {"record", "runner", "against"},
+    "fact": {"record", "name"},
+    "drift": {"metric", "method", "against"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,10 +66,14 @@ def check(measure: Any, *, where: str, scope: str) -> None:
     if way not in ("value", "difference", "ratio"):
         raise UserError(f"{where}.{kind}.as is {way!r}: it must be value, difference or ratio")
     if scope == "setting" and kind in ("bench", "fact"):
-        raise UserError(f"{where}: a benchmark is of no model and domain of a study, so the claim's scope must be `any`")
+        raise UserError(
+            f"{where}: a benchmark is of no model and domain of a study, so the claim's scope must be `any`"
+        )
 
 
-def look(loaded: Loaded, comparison: pd.DataFrame, measures: Sequence[Mapping], *, drift: Mapping[str, dict]) -> list[Measured]:
+def look(
+    loaded: Loaded, comparison: pd.DataFrame, measures: Sequence[Mapping], *, drift: Mapping[str, dict]
+) -> list[Measured]:
     """What all places hold, at least one entry: where none holds anything, why."""
     found = [entry for measure in measures for entry in _look(loaded, comparison, measure, drift)]
     return found or [Measured(where="–")]
@@ -87,8 +95,14 @@ def _race(loaded: Loaded, *, record: str, runner: str, against: str) -> Measured
         row = next((row for row in race["rows"] if row["runner"] == runner), None)
         if row and race["against"] == against:
             median, fastest = float(row["ratio_median"]), float(row["ratio_min"])
-            both = {"low": min(median, fastest), "high": max(median, fastest), "ends": "fastest rounds and median"} if race["rounds"] > 1 else {}
-            return Measured(where=where, value=median, n=f"{race['rounds']} round{'s' if race['rounds'] != 1 else ''}", **both)
+            both = (
+                {"low": min(median, fastest), "high": max(median, fastest), "ends": "fastest rounds and median"}
+                if race["rounds"] > 1
+                else {}
+            )
+            return Measured(
+                where=where, value=median, n=f"{race['rounds']} round{'s' if race['rounds'] != 1 else ''}", **both
+            )
     return Measured(where=where, why=f"`python -m experiments bench {record}` has not measured it")
 
 
@@ -121,7 +135,11 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Mapping, drift: Ma
         if groups is None:
             yield Measured(**place, why=f"{methods[0]} and {methods[1]} have no seed in common")
             continue
-        if kind != "drift" and asked["metric"].startswith("domain_") and (unit := units.of_domain(cells.iloc[0])) != units.SHARE:
+        if (
+            kind != "drift"
+            and asked["metric"].startswith("domain_")
+            and (unit := units.of_domain(cells.iloc[0])) != units.SHARE
+        ):
             yield Measured(**place, why=f"the gain is in {unit}, not in points")
             continue
         if kind == "drift":
@@ -135,7 +153,9 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Mapping, drift: Ma
             if asked["metric"] == REUSED and _timings(groups) <= timed:
                 continue  # another domain's cells took the same preparation from the store
             timed |= _timings(groups) if asked["metric"] == REUSED else set()
-        yield Measured(**place | found | ({"why": why} if (why := _unequal(loaded, groups, measure, asked["metric"])) else {}))
+        yield Measured(
+            **place | found | ({"why": why} if (why := _unequal(loaded, groups, measure, asked["metric"])) else {})
+        )
     if not compared:
         yield Measured(where=what, why=f"no model and domain with finished cells of {' and '.join(methods)}")
 
@@ -152,7 +172,9 @@ def _unequal(loaded: Loaded, groups: list[pd.DataFrame], measure: Mapping, metri
     if loaded.not_a_result:
         return "demo or random weights: not a result"
     for key in [*measure.get("equal", ()), *(["hardware"] if metric.startswith("seconds_") else [])]:
-        values = list(dict.fromkeys(str(value) for group in groups for value in (group[key] if key in group else [None])))
+        values = list(
+            dict.fromkeys(str(value) for group in groups for value in (group[key] if key in group else [None]))
+        )
         if len(values) > 1:
             return f"{key.replace('_', ' ')} is not equal: {' and '.join(values)}"
     return ""
@@ -161,11 +183,17 @@ def _unequal(loaded: Loaded, groups: list[pd.DataFrame], measure: Mapping, metri
 def _value(comparison: pd.DataFrame, cells: pd.DataFrame, metric: str) -> dict:
     """The table's own number and interval."""
     first = cells.iloc[0]
-    row = comparison[(comparison[["model", "domain", "method"]] == (first["model"], first["domain"], first["method"])).all(axis=1)].iloc[0]
+    row = comparison[
+        (comparison[["model", "domain", "method"]] == (first["model"], first["domain"], first["method"])).all(axis=1)
+    ].iloc[0]
     number = lambda key: None if pd.isna(row.get(key)) else float(row[key])
     rows = row["n_domain"] if metric.startswith("domain") else row["n_retention"]
-    found = {"value": number(metric), "low": number(f"{metric}_low"), "high": number(f"{metric}_high"),
-             "n": _n(int(rows) if metric in SCORES else 0, len(cells))}  # fmt: skip
+    found = {
+        "value": number(metric),
+        "low": number(f"{metric}_low"),
+        "high": number(f"{metric}_high"),
+        "n": _n(int(rows) if metric in SCORES else 0, len(cells)),
+    }
     return found | ({"ends": _about(len(cells))} if found["low"] is not None else {})
 
 
@@ -184,12 +212,23 @@ def _score(loaded: Loaded, groups: list[pd.DataFrame], metric: str, way: str) ->
     if way == "difference":
         sign = -1 if metric == "forgetting" else 1
         interval = of_arrays([sign * (a - b) for a, b in zip(*arrays)])
-        return found | ({} if interval.low is None else {"low": interval.low, "high": interval.high, "ends": _about(seeds)})
-    if metric not in ("domain_score", "general_score"):  # a change's ratio has no usable interval where the change is near 0
+        return found | (
+            {} if interval.low is None else {"low": interval.low, "high": interval.high, "ends": _about(seeds)}
+        )
+    if metric not in (
+        "domain_score",
+        "general_score",
+    ):  # a change's ratio has no usable interval where the change is near 0
         return found
     whole = of_arrays(arrays[1]).value
-    influence = of_arrays([(a - value * b) / whole for a, b in zip(*arrays)], step=1 / whole)  # delta method for a ratio of means
-    return found | ({} if influence.low is None else {"low": value + influence.low, "high": value + influence.high, "ends": _about(seeds)})
+    influence = of_arrays(
+        [(a - value * b) / whole for a, b in zip(*arrays)], step=1 / whole
+    )  # delta method for a ratio of means
+    return found | (
+        {}
+        if influence.low is None
+        else {"low": value + influence.low, "high": value + influence.high, "ends": _about(seeds)}
+    )
 
 
 def _arrays(loaded: Loaded, cells: pd.DataFrame, tasks: list[str]) -> list[np.ndarray] | None:

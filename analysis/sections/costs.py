@@ -3,14 +3,25 @@
 import pandas as pd
 
 from analysis import numbers
-from analysis.sections import tables
 from analysis.load import Loaded
+from analysis.sections import tables
 
 PLAIN = "full"
 MEASURED = (
-    "seconds_prepare", "tokens_prepare", "seconds_train", "tokens_trained", "steps", "seconds_evaluate", "peak_memory_prepare_bytes",
-    "peak_memory_train_bytes", "bytes_optimizer_state", "bytes_weights_delta", "bytes_importance", "bytes_start", "bytes_anchor",
-)  # fmt: skip
+    "seconds_prepare",
+    "tokens_prepare",
+    "seconds_train",
+    "tokens_trained",
+    "steps",
+    "seconds_evaluate",
+    "peak_memory_prepare_bytes",
+    "peak_memory_train_bytes",
+    "bytes_optimizer_state",
+    "bytes_weights_delta",
+    "bytes_importance",
+    "bytes_start",
+    "bytes_anchor",
+)
 
 
 def costs(loaded: Loaded) -> pd.DataFrame:
@@ -35,12 +46,22 @@ def costs(loaded: Loaded) -> pd.DataFrame:
             reference = PLAIN if _per(plain, "tokens_trained") else method if _per(row, "tokens_trained") else ""
             rate = _per(found[reference], "tokens_trained") if reference else None
             step, of_plain = _per(row, "steps"), _per(plain, "steps")
-            rows.append({
-                "model": model, "domain": domain, "method": method, **row, "reference": reference,
-                "prepare_token_equivalents": row["seconds_prepare"] / rate if rate and row["seconds_prepare"] is not None else None,
-                "seconds_per_step": step, "step_ratio": step / of_plain if step and of_plain else None,
-                "step_ratio_same_run": same[0] if (same := same_run(loaded, model=model, method=method)) else None, "same_run": same[1] if same else "",
-            })  # fmt: skip
+            rows.append(
+                {
+                    "model": model,
+                    "domain": domain,
+                    "method": method,
+                    **row,
+                    "reference": reference,
+                    "prepare_token_equivalents": row["seconds_prepare"] / rate
+                    if rate and row["seconds_prepare"] is not None
+                    else None,
+                    "seconds_per_step": step,
+                    "step_ratio": step / of_plain if step and of_plain else None,
+                    "step_ratio_same_run": same[0] if (same := same_run(loaded, model=model, method=method)) else None,
+                    "same_run": same[1] if same else "",
+                }
+            )
     return pd.DataFrame(rows)
 
 
@@ -59,18 +80,25 @@ def same_run(loaded: Loaded, *, model: str, method: str) -> tuple[float, str] | 
 
 def _measured(loaded: Loaded, cells: pd.DataFrame) -> dict:
     prepared = [loaded.prepared.get(name, {}) for name in cells.index]
-    own = cells.assign(peak_memory_prepare_bytes=[record.get("peak_memory_bytes") for record in prepared], bytes_start=[record.get("bytes_start") for record in prepared])
+    own = cells.assign(
+        peak_memory_prepare_bytes=[record.get("peak_memory_bytes") for record in prepared],
+        bytes_start=[record.get("bytes_start") for record in prepared],
+    )
     known = bool(cells["cost_known"].all()) if "cost_known" in cells else True
     mean = lambda key: tables.mean_if_known(own[key]) if key in own else None
     # scoring is ours even where the checkpoint was made elsewhere
-    return {key: mean(key) if known or key == "seconds_evaluate" else None for key in MEASURED} | {"reused": any(record.get("reused") for record in prepared)}
+    return {key: mean(key) if known or key == "seconds_evaluate" else None for key in MEASURED} | {
+        "reused": any(record.get("reused") for record in prepared)
+    }
 
 
 def _machine(cell: pd.Series) -> tuple:
     """What has to be equal before seconds are set against each other."""
     hardware = cell["hardware"] if isinstance(cell["hardware"], dict) else {}
     about = [*(hardware.get(key) for key in ("cpu", "cores", "gpu")), cell.get("device"), cell.get("processes")]
-    return tuple(None if numbers.missing(value) else value for value in about)  # NaN, where a cell does not say, equals nothing
+    return tuple(
+        None if numbers.missing(value) else value for value in about
+    )  # NaN, where a cell does not say, equals nothing
 
 
 def _per(row: dict, key: str) -> float | None:
@@ -79,8 +107,26 @@ def _per(row: dict, key: str) -> float | None:
     return seconds / number if seconds and number else None
 
 
-SECONDS_HEADS = ("method", "preparation", "in training tokens", "training", "a training step", f"× {PLAIN}, between runs", f"× {PLAIN}, same run", "scoring")
-BYTES_HEADS = ("method", "peak memory, preparation", "peak memory, training", "optimizer state", "tuned weights or adapter", "importance", "start", "anchor")
+SECONDS_HEADS = (
+    "method",
+    "preparation",
+    "in training tokens",
+    "training",
+    "a training step",
+    f"× {PLAIN}, between runs",
+    f"× {PLAIN}, same run",
+    "scoring",
+)
+BYTES_HEADS = (
+    "method",
+    "peak memory, preparation",
+    "peak memory, training",
+    "optimizer state",
+    "tuned weights or adapter",
+    "importance",
+    "start",
+    "anchor",
+)
 
 
 def seconds_row(row: pd.Series) -> list[tuple[str, str]]:
@@ -89,8 +135,14 @@ def seconds_row(row: pd.Series) -> list[tuple[str, str]]:
     return [
         (row["method"], ""),
         (numbers.seconds(row["seconds_prepare"]), "from the store" if row["reused"] else ""),
-        (numbers.count(row["prepare_token_equivalents"]) if prepared else "–", f"{row['tokens_prepare']:,.0f} seen" if prepared and row["tokens_prepare"] > 0 else ""),
-        (numbers.seconds(row["seconds_train"]), f"{row['tokens_trained']:,.0f} tokens" if not numbers.missing(row["tokens_trained"]) else ""),
+        (
+            numbers.count(row["prepare_token_equivalents"]) if prepared else "–",
+            f"{row['tokens_prepare']:,.0f} seen" if prepared and row["tokens_prepare"] > 0 else "",
+        ),
+        (
+            numbers.seconds(row["seconds_train"]),
+            f"{row['tokens_trained']:,.0f} tokens" if not numbers.missing(row["tokens_trained"]) else "",
+        ),
         (a_step(row["seconds_per_step"]), ""),
         (numbers.times(row["step_ratio"]), ""),
         (numbers.times(row["step_ratio_same_run"]), ""),
@@ -100,12 +152,26 @@ def seconds_row(row: pd.Series) -> list[tuple[str, str]]:
 
 def a_step(value: float | None) -> str:
     """Seconds of one step, to three digits: steps of two methods differ by little."""
-    return numbers.seconds(value) if numbers.missing(value) or value >= 10 else f"{value:.2f} s" if value >= 1 else f"{1000 * value:.3g} ms"
+    return (
+        numbers.seconds(value)
+        if numbers.missing(value) or value >= 10
+        else f"{value:.2f} s"
+        if value >= 1
+        else f"{1000 * value:.3g} ms"
+    )
 
 
 def bytes_row(row: pd.Series) -> list[tuple[str, str]]:
     """A method's row under BYTES_HEADS."""
-    keys = ("peak_memory_prepare_bytes", "peak_memory_train_bytes", "bytes_optimizer_state", "bytes_weights_delta", "bytes_importance", "bytes_start", "bytes_anchor")
+    keys = (
+        "peak_memory_prepare_bytes",
+        "peak_memory_train_bytes",
+        "bytes_optimizer_state",
+        "bytes_weights_delta",
+        "bytes_importance",
+        "bytes_start",
+        "bytes_anchor",
+    )
     return [(row["method"], ""), *(("–" if row[key] == 0 else numbers.size(row[key]), "") for key in keys)]
 
 
@@ -113,12 +179,22 @@ def formula(rows: pd.DataFrame) -> list[str]:
     """How the derived columns come about; `rows` are of one comparison."""
     own = [row["method"] for _, row in rows.iterrows() if row["reference"] == row["method"] != PLAIN]
     plain = PLAIN if PLAIN in set(rows["reference"]) else "the method itself"
-    lines = [f"in training tokens = seconds of preparation ÷ (seconds of training ÷ tokens trained, of {plain}): what could have been trained on meanwhile"
-             + (f" (for {', '.join(own)} of the method itself: no {PLAIN} run on the same machine)." if own and plain == PLAIN else ".")]  # fmt: skip
+    lines = [
+        f"in training tokens = seconds of preparation ÷ (seconds of training ÷ tokens trained, of {plain}): what could have been trained on meanwhile"
+        + (
+            f" (for {', '.join(own)} of the method itself: no {PLAIN} run on the same machine)."
+            if own and plain == PLAIN
+            else "."
+        )
+    ]
     lines += [
         f"× {PLAIN}, between runs = (seconds of training ÷ steps) ÷ the same of {PLAIN}: two runs of this study at different hours, so a busy machine shows in it.",
         f"× {PLAIN}, same run: the median over rounds of results/bench/steps.json, where the methods' steps are timed in turn in one process"
-        + (f" ({'; '.join(races)})." if (races := [race for race in dict.fromkeys(rows["same_run"]) if race]) else "; not measured on this model (python -m experiments bench steps)."),
+        + (
+            f" ({'; '.join(races)})."
+            if (races := [race for race in dict.fromkeys(rows["same_run"]) if race])
+            else "; not measured on this model (python -m experiments bench steps)."
+        ),
         "Nothing is added up across kinds. – is nothing of the kind, or not measured; unknown is a checkpoint made elsewhere.",
     ]
     if rows["reused"].any():
@@ -131,7 +207,15 @@ def as_markdown(loaded: Loaded) -> str:
     lines, table = [], costs(loaded)
     for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
         for heads, show in ((SECONDS_HEADS, seconds_row), (BYTES_HEADS, bytes_row)):
-            lines += [*(["", f"### Cost: {model}, {domain}"] if show is seconds_row else []), "", f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
-            lines += [f"| {' | '.join(f'{value} ({note})' if note else value for value, note in show(row))} |" for _, row in rows.iterrows()]
+            lines += [
+                *(["", f"### Cost: {model}, {domain}"] if show is seconds_row else []),
+                "",
+                f"| {' | '.join(heads)} |",
+                f"|:--|{'--:|' * (len(heads) - 1)}",
+            ]
+            lines += [
+                f"| {' | '.join(f'{value} ({note})' if note else value for value, note in show(row))} |"
+                for _, row in rows.iterrows()
+            ]
         lines += ["", *(f"- {line}" for line in formula(rows))]
     return "\n".join(lines) + "\n" if lines else ""

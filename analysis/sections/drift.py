@@ -11,13 +11,24 @@ from analysis import numbers, style
 from analysis.load import Loaded
 
 ALIKE = 0.1  # overlap within this of 1 is said to ignore importance
-HEADS = ("method", "movement ‖Δ‖", "of the weights’ norm", "weights changed", "effective rank, median", "overlap with importance",
-         "within each matrix")  # fmt: skip
+HEADS = (
+    "method",
+    "movement ‖Δ‖",
+    "of the weights’ norm",
+    "weights changed",
+    "effective rank, median",
+    "overlap with importance",
+    "within each matrix",
+)
 
 
 def table(loaded: Loaded, cells: pd.DataFrame) -> pd.DataFrame:
     """One row a method, of its cells with a drift.json: the overall measures (means over seeds; NaN where not defined), `seeds`."""
-    rows = [{"method": cells.at[cell, "method"], **loaded.drift[cell]["overall"]} for cell in cells.index if cell in loaded.drift]
+    rows = [
+        {"method": cells.at[cell, "method"], **loaded.drift[cell]["overall"]}
+        for cell in cells.index
+        if cell in loaded.drift
+    ]
     if not rows:
         return pd.DataFrame()
     frame = pd.DataFrame(rows)
@@ -28,7 +39,12 @@ def table(loaded: Loaded, cells: pd.DataFrame) -> pd.DataFrame:
 
 def by_group(loaded: Loaded, cells: pd.DataFrame) -> pd.DataFrame:
     """One row a (method, group, kind), means over seeds; `layer` is the block's number, missing outside of blocks."""
-    rows = [{"method": cells.at[cell, "method"], **row} for cell in cells.index if cell in loaded.drift for row in loaded.drift[cell]["groups"]]
+    rows = [
+        {"method": cells.at[cell, "method"], **row}
+        for cell in cells.index
+        if cell in loaded.drift
+        for row in loaded.drift[cell]["groups"]
+    ]
     if not rows:
         return pd.DataFrame()
     frame = pd.DataFrame(rows)
@@ -63,7 +79,13 @@ def movement_by_layer(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         line = own[own["layer"].notna()].sort_values("layer")
         axes.plot(line["layer"].astype(int), line["relative"], **style.line(method, size=4))
         apart = own[own["layer"].isna()]
-        axes.plot([places[group] for group in apart["group"]], apart["relative"], style.marker(method), color=shade, markersize=5)
+        axes.plot(
+            [places[group] for group in apart["group"]],
+            apart["relative"],
+            style.marker(method),
+            color=shade,
+            markersize=5,
+        )
         last = line if len(line) else apart
         if method in style.named(dict.fromkeys(shown["method"])):
             ends.append((float(depth), float(last["relative"].iloc[-1]), method, shade))
@@ -71,7 +93,10 @@ def movement_by_layer(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     style.label_ends(axes, ends, gap=0.06)
     ticks = _ticks(depth)
     named = [group for group in places if group in set(shown["group"])]
-    axes.set_xticks([*ticks, *(places[group] for group in named)], [*map(str, ticks), *(group.replace("_", "\n") for group in named)])
+    axes.set_xticks(
+        [*ticks, *(places[group] for group in named)],
+        [*map(str, ticks), *(group.replace("_", "\n") for group in named)],
+    )
     axes.set_xlabel("block")
     axes.set_ylabel("‖Δ‖ / ‖θ₀‖, %")
     axes.set_title(f"How far the weights moved: {style.where(cells)}")
@@ -87,7 +112,9 @@ def movement_by_kind(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     found = by_group(loaded, cells)
     if found.empty:
         return None
-    data = found.loc[found["layer"].notna(), ["method", "kind", "layer", "relative", "effective_rank", "overlap"]].copy()
+    data = found.loc[
+        found["layer"].notna(), ["method", "kind", "layer", "relative", "effective_rank", "overlap"]
+    ].copy()
     data["relative"] *= 100
     shown = data[data["relative"] > 0].dropna(subset=["relative"])
     kinds = [kind for kind in dict.fromkeys(data["kind"]) if kind in set(shown["kind"])]
@@ -101,7 +128,10 @@ def movement_by_kind(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     for axes, kind in zip(panels.flat, kinds):
         ends = []
         for method in dict.fromkeys(shown["method"]):
-            line, shade = shown[(shown["method"] == method) & (shown["kind"] == kind)].sort_values("layer"), style.colour(method)
+            line, shade = (
+                shown[(shown["method"] == method) & (shown["kind"] == kind)].sort_values("layer"),
+                style.colour(method),
+            )
             if len(line):
                 axes.plot(line["layer"].astype(int), line["relative"], **style.line(method, size=2.8))
             if len(line) and method in style.named(dict.fromkeys(shown["method"])):
@@ -131,8 +161,13 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     if found.empty:
         return None
     ours = [loaded.drift[cell] for cell in cells.index if cell in loaded.drift]
-    return {"heads": HEADS, "sentences": _sentences(found), "rows": [_row(row) for _, row in found.iterrows()], "notes": _notes(ours, found),
-            "missing": [cell for cell in cells.index if cell not in loaded.drift]}  # fmt: skip
+    return {
+        "heads": HEADS,
+        "sentences": _sentences(found),
+        "rows": [_row(row) for _, row in found.iterrows()],
+        "notes": _notes(ours, found),
+        "missing": [cell for cell in cells.index if cell not in loaded.drift],
+    }
 
 
 def _sentences(found: pd.DataFrame) -> list[str]:
@@ -142,14 +177,21 @@ def _sentences(found: pd.DataFrame) -> list[str]:
     said = []
     if len(moved) > 1:
         first, last = moved.iloc[0], moved.iloc[-1]
-        said.append(f"{first['method']} moved the weights farthest, by {_percent(first['relative'])} % of their norm, "
-                    f"{last['method']} least, by {_percent(last['relative'])} %.")  # fmt: skip
+        said.append(
+            f"{first['method']} moved the weights farthest, by {_percent(first['relative'])} % of their norm, "
+            f"{last['method']} least, by {_percent(last['relative'])} %."
+        )
     known = moved.dropna(subset=["overlap"])
-    for text, rows in (("moved what general text depends on less than chance would", known[known["overlap"] < 1 - ALIKE]),
-                       ("moved it more than chance would", known[known["overlap"] > 1 + ALIKE]),
-                       ("moved it as if importance did not matter", known[(known["overlap"] - 1).abs() <= ALIKE])):  # fmt: skip
+    for text, rows in (
+        ("moved what general text depends on less than chance would", known[known["overlap"] < 1 - ALIKE]),
+        ("moved it more than chance would", known[known["overlap"] > 1 + ALIKE]),
+        ("moved it as if importance did not matter", known[(known["overlap"] - 1).abs() <= ALIKE]),
+    ):
         if len(rows):
-            each = ", ".join(f"{row['method']} ({numbers.times(row['overlap'])})" for _, row in rows.sort_values("overlap").iterrows())
+            each = ", ".join(
+                f"{row['method']} ({numbers.times(row['overlap'])})"
+                for _, row in rows.sort_values("overlap").iterrows()
+            )
             said.append(f"{each} {text}.")
     return said
 
@@ -157,12 +199,21 @@ def _sentences(found: pd.DataFrame) -> list[str]:
 def _row(row: pd.Series) -> dict:
     rank = row["effective_rank"]
     share = "" if numbers.missing(row["top_share"]) else f"{numbers.percent(row['top_share'])} % in the top 10 %"
-    return {"method": row["method"], "colour": style.colour(row["method"]), "cells": [
-        (f"{row['distance']:#.3g}", ""), (f"{_percent(row['relative'])} %", ""), (f"{numbers.percent(row['changed'])} %", ""),
-        ("–" if numbers.missing(rank) else f"{rank:.1f}" if rank < 9.95 else f"{rank:.0f}",
-         f"of {row['matrices']:.0f} matrices" if row["matrices"] else "no matrix moved"),
-        (numbers.times(row["overlap"]), share), (numbers.times(row["overlap_within"]), ""),
-    ]}  # fmt: skip
+    return {
+        "method": row["method"],
+        "colour": style.colour(row["method"]),
+        "cells": [
+            (f"{row['distance']:#.3g}", ""),
+            (f"{_percent(row['relative'])} %", ""),
+            (f"{numbers.percent(row['changed'])} %", ""),
+            (
+                "–" if numbers.missing(rank) else f"{rank:.1f}" if rank < 9.95 else f"{rank:.0f}",
+                f"of {row['matrices']:.0f} matrices" if row["matrices"] else "no matrix moved",
+            ),
+            (numbers.times(row["overlap"]), share),
+            (numbers.times(row["overlap_within"]), ""),
+        ],
+    }
 
 
 def _notes(ours: list[dict], found: pd.DataFrame) -> list[str]:
@@ -174,14 +225,20 @@ def _notes(ours: list[dict], found: pd.DataFrame) -> list[str]:
     ]
     references = {(r["method"], r["part"], f"{r['entries']:,}") for r in (d["reference"] for d in ours) if r}
     for method, part, entries in sorted(references):
-        notes.append(f"Importance is what {method} prepared ({part}, {entries} weights) from general text before any training; "
-                     "a method that is held by it has a low overlap by design.")  # fmt: skip
+        notes.append(
+            f"Importance is what {method} prepared ({part}, {entries} weights) from general text before any training; "
+            "a method that is held by it has a low overlap by design."
+        )
     if references:
-        notes.append("Overlap is the movement’s mean importance, (ΣFΔ² / ΣΔ²) over the mean F: ×1 as if movement ignored importance, less where it "
-                     "avoided important weights; below it the share of squared movement in the 10 % most important weights. "
-                     "Within each matrix: given how far each matrix moved, so that which ones a method trains does not count.")  # fmt: skip
+        notes.append(
+            "Overlap is the movement’s mean importance, (ΣFΔ² / ΣΔ²) over the mean F: ×1 as if movement ignored importance, less where it "
+            "avoided important weights; below it the share of squared movement in the 10 % most important weights. "
+            "Within each matrix: given how far each matrix moved, so that which ones a method trains does not count."
+        )
     else:
-        notes.append("No importance of the whole model was prepared in this study, so movement is not compared with one.")
+        notes.append(
+            "No importance of the whole model was prepared in this study, so movement is not compared with one."
+        )
     if skipped := sum(len(d["rank_skipped"]) for d in ours):
         limits = {d["rank_limit"] for d in ours}
         notes.append(f"No effective rank of {skipped} matrices whose smaller side exceeds {max(limits):,}.")

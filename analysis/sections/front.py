@@ -8,9 +8,9 @@ import pandas as pd
 
 from analysis import numbers, style
 from analysis.chosen import choices
+from analysis.families import family
 from analysis.load import Loaded
 from analysis.statistics.resample import Resampled, resampled, reversed_interval
-from analysis.families import family
 
 ALL = "all methods"
 EMPTY = 0.025  # share of redraws without any area beyond which there is no interval
@@ -77,14 +77,27 @@ def front(loaded: Loaded, *, model: str, domain: str) -> Front | None:
     reference = (math.ceil(round(100 * worst, 9)) + MARGIN) / 100
     drawn = ~np.isnan(found.gains).any() and ~np.isnan(found.forgettings).any()
     share = nondominated(found.gains, found.forgettings).mean(axis=0) if drawn else np.full(len(found.methods), np.nan)
-    points = pd.DataFrame({
-        "method": found.methods, "family": [family(method) for method in found.methods], "seeds": [found.seeds[method] for method in found.methods],
-        "gain": found.gain, "forgetting": found.forgetting, "front": nondominated(found.gain, found.forgetting), "front_share": share,
-    })  # fmt: skip
+    points = pd.DataFrame(
+        {
+            "method": found.methods,
+            "family": [family(method) for method in found.methods],
+            "seeds": [found.seeds[method] for method in found.methods],
+            "gain": found.gain,
+            "forgetting": found.forgetting,
+            "front": nondominated(found.gain, found.forgetting),
+            "front_share": share,
+        }
+    )
     rows = [_volume(found, name, columns, reference) for name, columns in found.families.items()]
     if len(rows) > 1:
         rows.append(_volume(found, ALL, list(range(len(found.methods))), reference))
-    return Front(points=points, volumes=pd.DataFrame(rows), reference=reference, n_domain=found.n_domain, n_retention=found.n_retention)
+    return Front(
+        points=points,
+        volumes=pd.DataFrame(rows),
+        reference=reference,
+        n_domain=found.n_domain,
+        n_retention=found.n_retention,
+    )
 
 
 def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
@@ -111,8 +124,15 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
         for point in own.itertuples():
             if point.front or len(data) <= FEW:
                 bars += _draw_bars(axes, point, shade)
-            axes.plot(point.gain, point.forgetting, style.marker(name), color=shade, markersize=8 if point.front else 5.5,
-                      markerfacecolor=shade if point.front else style.PAPER, markeredgewidth=1.4)  # fmt: skip
+            axes.plot(
+                point.gain,
+                point.forgetting,
+                style.marker(name),
+                color=shade,
+                markersize=8 if point.front else 5.5,
+                markerfacecolor=shade if point.front else style.PAPER,
+                markeredgewidth=1.4,
+            )
             if point.method in named:
                 labels.append((point.gain, point.forgetting, point.method, shade))
             elif len(data) <= CROWDED:
@@ -146,20 +166,32 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     table = choices(loaded, model=model, domain=domain)
     picked = table[table["chosen"]].set_index("family")["method"].to_dict()
     return {
-        "sentence": (f"On the front: {', '.join(_place(point) for point in best.itertuples())}." if len(best)
-                     else "No method is on the front: the bare base gains as much and forgets as little."),
+        "sentence": (
+            f"On the front: {', '.join(_place(point) for point in best.itertuples())}."
+            if len(best)
+            else "No method is on the front: the bare base gains as much and forgets as little."
+        ),
         "reference": f"gain 0, forgetting {100 * made.reference:.0f} points",
         "covers": "items and seeds" if several else "items only: this run, not this method",
         "swept": bool((made.volumes["blocks"] > 1).drop(index=made.volumes.index[made.volumes["family"] == ALL]).any()),
         "n": f"{made.n_domain} domain and {made.n_retention} retention rows",
         "rows": [
-            {"name": row.family, "whole": row.family == ALL, "colour": style.colour(row.family), "blocks": row.blocks,
-             "volume": f"{row.hypervolume:.1f}", "luck": "–" if row.blocks < 2 or numbers.missing(row.luck) else f"{max(row.luck, 0.0):.1f}",
-             "interval": "" if numbers.missing(row.hypervolume_low) else f"[{row.hypervolume_low:.1f}, {row.hypervolume_high:.1f}]",
-             "chosen": picked.get(row.family, ""), "on_front": _on_front(made, row.family)}
+            {
+                "name": row.family,
+                "whole": row.family == ALL,
+                "colour": style.colour(row.family),
+                "blocks": row.blocks,
+                "volume": f"{row.hypervolume:.1f}",
+                "luck": "–" if row.blocks < 2 or numbers.missing(row.luck) else f"{max(row.luck, 0.0):.1f}",
+                "interval": ""
+                if numbers.missing(row.hypervolume_low)
+                else f"[{row.hypervolume_low:.1f}, {row.hypervolume_high:.1f}]",
+                "chosen": picked.get(row.family, ""),
+                "on_front": _on_front(made, row.family),
+            }
             for row in made.volumes.itertuples()
         ],
-    }  # fmt: skip
+    }
 
 
 def _volume(found: Resampled, name: str, columns: list[int], reference: float) -> dict:
@@ -174,9 +206,13 @@ def _volume(found: Resampled, name: str, columns: list[int], reference: float) -
     draws = 1e4 * hypervolume(found.gains[:, columns], found.forgettings[:, columns], reference=reference)
     low, high = reversed_interval(value, draws) if (draws <= 0).mean() <= EMPTY else (None, None)
     return {
-        "family": name, "blocks": len(columns), "hypervolume": value, "hypervolume_low": None if low is None else max(low, 0.0),
-        "hypervolume_high": high, "luck": None if np.isnan(draws).any() else float(np.median(draws)) - value,
-    }  # fmt: skip
+        "family": name,
+        "blocks": len(columns),
+        "hypervolume": value,
+        "hypervolume_low": None if low is None else max(low, 0.0),
+        "hypervolume_high": high,
+        "luck": None if np.isnan(draws).any() else float(np.median(draws)) - value,
+    }
 
 
 def _steps(points: pd.DataFrame, *, reference: float) -> list[tuple[float, float]]:
@@ -192,7 +228,9 @@ def _draw_bars(axes, point, shade: str) -> list[tuple[float, float, float, float
     """Draws a point's intervals; answers with them as lines for the labels to keep clear of."""
     xerr = style.bars(point.gain, point.domain_gain_low, point.domain_gain_high)
     yerr = style.bars(point.forgetting, point.forgetting_low, point.forgetting_high)
-    axes.errorbar(point.gain, point.forgetting, xerr=xerr, yerr=yerr, fmt="none", color=shade, elinewidth=1.0, alpha=0.7)
+    axes.errorbar(
+        point.gain, point.forgetting, xerr=xerr, yerr=yerr, fmt="none", color=shade, elinewidth=1.0, alpha=0.7
+    )
     lines = [(point.domain_gain_low, point.forgetting, point.domain_gain_high, point.forgetting)] if xerr else []
     return lines + ([(point.gain, point.forgetting_low, point.gain, point.forgetting_high)] if yerr else [])
 

@@ -4,11 +4,11 @@ import numpy as np
 import pandas as pd
 
 from analysis import numbers, style
+from analysis.families import family
 from analysis.load import Loaded
 from analysis.statistics.matched import BARELY, Trajectories, levels, matched, trajectories
 from analysis.statistics.matched_sweep import gaps
 from analysis.statistics.resample import resampled
-from analysis.families import family
 
 TITLES = {
     "forgetting": "Forgetting: right answers lost on retention probes, points (down is better)",
@@ -28,7 +28,9 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     data["matched_gain"] = scale * marks["matched"] if marks else np.nan
     if "forgetting" in found.measures:
         data["forgetting"] *= 100
-    figure, panels = style.new(style.WIDTH, 0.6 + 2.7 * len(found.measures), len(found.measures), sharex=True, squeeze=False)
+    figure, panels = style.new(
+        style.WIDTH, 0.6 + 2.7 * len(found.measures), len(found.measures), sharex=True, squeeze=False
+    )
     for axes, measure in zip(panels[:, 0], found.measures):
         axes.set_title(TITLES[measure])
         axes.axhline(0, color=style.MUTED, linewidth=0.8)
@@ -43,16 +45,36 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.axvline(scale * marks["matched"], color=style.INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
     if marks:
         text = f"matched gain {_gain(found, marks['matched'])}"
-        panels[0, 0].annotate(text, (scale * marks["matched"], 1), xytext=(-5, -3), xycoords=("data", "axes fraction"),
-                              textcoords="offset points", ha="right", va="top", fontsize=8, color=style.INK)  # fmt: skip
+        panels[0, 0].annotate(
+            text,
+            (scale * marks["matched"], 1),
+            xytext=(-5, -3),
+            xycoords=("data", "axes fraction"),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+            color=style.INK,
+        )
     unit = "points" if found.gain == "accuracy" else "nats per token"
-    probed = ", ".join(f"{column.removeprefix('probe_')} {n}" for column, n in found.rows.items()) or "their number is not recorded"
+    probed = (
+        ", ".join(f"{column.removeprefix('probe_')} {n}" for column, n in found.rows.items())
+        or "their number is not recorded"
+    )
     panels[-1, 0].set_xlabel(f"gain on the domain's probes, {unit} (right is better); {style.where(cells)}")
     caption = (
         "Each line is a method from its first probe to its last, against the bare base: lower at the same gain is better. "
         + ("Faint lines are its seeds, the other their mean at each probe. " if cells["seed"].nunique() > 1 else "")
-        + ("The dashed line is the gain at which methods are compared. " if marks else "No method gained on the probes: nothing to compare at. ")
-        + ("Dashed lines are the blocks of a sweep. " if any(method != family(method) for method in found.methods) else "")
+        + (
+            "The dashed line is the gain at which methods are compared. "
+            if marks
+            else "No method gained on the probes: nothing to compare at. "
+        )
+        + (
+            "Dashed lines are the blocks of a sweep. "
+            if any(method != family(method) for method in found.methods)
+            else ""
+        )
         + f"Probe rows are few ({probed}) and disjoint from the scored rows."
     )
     return figure, data, "Forgetting at the same gain", caption
@@ -70,12 +92,16 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     at = table[table["level"] == "matched"]
     return {
         "sentences": [_rule(found, marks, at), *_verdict(found, at)],
-        "heads": ["method", *(HEADS[m] for m in found.measures), *(f"against {at['reference'].iloc[0]}" for _ in found.measures[:1]),
-                  *(f"at {level} ({_gain(found, gain)})" for level, gain in marks.items() if level != "matched")],
+        "heads": [
+            "method",
+            *(HEADS[m] for m in found.measures),
+            *(f"against {at['reference'].iloc[0]}" for _ in found.measures[:1]),
+            *(f"at {level} ({_gain(found, gain)})" for level, gain in marks.items() if level != "matched"),
+        ],
         "rows": [_line(found, table[table["method"] == method], marks) for method in found.methods],
         "notes": _notes(found, table),
         "sweeps": _sweeps(loaded, model, domain),
-    }  # fmt: skip
+    }
 
 
 def _sweeps(loaded: Loaded, model: str, domain: str) -> list[dict]:
@@ -86,11 +112,20 @@ def _sweeps(loaded: Loaded, model: str, domain: str) -> list[dict]:
     for row in gaps(found).itertuples() if found else ():
         unequal = len(found.families[row.a]) != len(found.families[row.b])
         if numbers.missing(row.difference):
-            rows.append({"pair": f"{of(row.a)} − {of(row.b)}", "gains": "no gain in common", "value": "–", "interval": ""})
+            rows.append(
+                {"pair": f"{of(row.a)} − {of(row.b)}", "gains": "no gain in common", "value": "–", "interval": ""}
+            )
             continue
         gains = dict.fromkeys(numbers.points(gain) for gain in (row.gain_low, row.gain_high))
         interval = "" if numbers.missing(row.low) else f"[{numbers.points(row.low)}, {numbers.points(row.high)}]"
-        rows.append({"pair": f"{of(row.a)} − {of(row.b)}", "gains": " to ".join(gains), "value": numbers.points(row.difference), "interval": interval})
+        rows.append(
+            {
+                "pair": f"{of(row.a)} − {of(row.b)}",
+                "gains": " to ".join(gains),
+                "value": numbers.points(row.difference),
+                "interval": interval,
+            }
+        )
     return rows
 
 
@@ -100,8 +135,10 @@ def _rule(found: Trajectories, marks: dict[str, float], at: pd.DataFrame) -> str
     but = f" except {', '.join(barely)}" if barely else ""
     text = f"Compared at a gain of {_gain(found, marks['matched'])} on the domain's probes, the largest that every run of every method{but} reaches."
     if early := list(own[own["early"]]["method"]):
-        text += (f" {len(early)} of {len(own)} methods ({', '.join(early)}) passed it before their first probe after training began: their values are "
-                 "read off a straight line from the start, which more probes (train.probes) would place better.")  # fmt: skip
+        text += (
+            f" {len(early)} of {len(own)} methods ({', '.join(early)}) passed it before their first probe after training began: their values are "
+            "read off a straight line from the start, which more probes (train.probes) would place better."
+        )
     return text
 
 
@@ -114,15 +151,24 @@ def _verdict(found: Trajectories, at: pd.DataFrame) -> list[str]:
     reference, show = own["reference"].iloc[0], _shower(found.measures[0])
     bounded = compared[compared["difference_low"].notna()]
     if bounded.empty:
-        return [f"There is no interval for a difference to {reference}: one seed, and what other probe rows would change is not known."]
+        return [
+            f"There is no interval for a difference to {reference}: one seed, and what other probe rows would change is not known."
+        ]
     told = bounded[(bounded["difference_low"].astype(float) > 0) | (bounded["difference_high"].astype(float) < 0)]
     if told.empty:
-        return [f"At this gain no method's forgetting is told apart from that of {reference}: every interval of the difference includes 0."]
+        return [
+            f"At this gain no method's forgetting is told apart from that of {reference}: every interval of the difference includes 0."
+        ]
     listed = lambda rows: ", ".join(f"{row.method} ({show(row.difference)})" for row in rows.itertuples())
-    sides = [(f"less than {reference}", told[told["difference"] < 0]), (f"more than {reference}", told[told["difference"] > 0])]
+    sides = [
+        (f"less than {reference}", told[told["difference"] < 0]),
+        (f"more than {reference}", told[told["difference"] > 0]),
+    ]
     texts = "; ".join(f"{text}: {listed(rows)}" for text, rows in sides if len(rows))
     unit = HEADS[found.measures[0]].split(", ")[1]
-    return [f"Of the methods whose interval of the difference excludes 0, these forget {texts}; in {unit}, not corrected for the number of methods."]
+    return [
+        f"Of the methods whose interval of the difference excludes 0, these forget {texts}; in {unit}, not corrected for the number of methods."
+    ]
 
 
 def _line(found: Trajectories, own: pd.DataFrame, marks: dict[str, float]) -> dict:
@@ -143,7 +189,9 @@ def _bounded(row: pd.Series, measure: str, *, key: str) -> tuple[str, str]:
         if key == "difference":
             return "–", ""
         return "did not reach it", "" if row["seeds"] == 1 else f"{row['reached']} of {row['seeds']} seeds did"
-    return show(row[key]) + ("†" if row["begins"] and key == "value" else ""), "" if numbers.missing(low) else f"[{show(low)}, {show(high)}]"
+    return show(row[key]) + ("†" if row["begins"] and key == "value" else ""), "" if numbers.missing(
+        low
+    ) else f"[{show(low)}, {show(high)}]"
 
 
 def _notes(found: Trajectories, table: pd.DataFrame) -> list[str]:
@@ -156,14 +204,23 @@ def _notes(found: Trajectories, table: pd.DataFrame) -> list[str]:
     ]
     if covers & {"seeds and rows", "rows"}:
         whose = "over seeds and probe rows" if "seeds and rows" in covers else "over the probe rows alone, one seed"
-        lines.append(f"[ , ] of right answers is a 95 % interval {whose} (at least: {rows}). How much answers vary by row is taken from the "
-                     "scored rows of the same tasks at the end of training, for curves hold no items.")  # fmt: skip
+        lines.append(
+            f"[ , ] of right answers is a 95 % interval {whose} (at least: {rows}). How much answers vary by row is taken from the "
+            "scored rows of the same tasks at the end of training, for curves hold no items."
+        )
     if "seeds" in covers:
-        lines.append("[ , ] of nats is a 95 % interval over seeds alone (Student's t), all probed on the same few rows: what other rows would "
-                     "change is not in it.")  # fmt: skip
+        lines.append(
+            "[ , ] of nats is a 95 % interval over seeds alone (Student's t), all probed on the same few rows: what other rows would "
+            "change is not in it."
+        )
     if table["begins"].any():
-        lines.append("† begins beyond this gain, with weights of its own preparation: the value is that of its first probe.")
-    lines += [f"{method}: set against its own first probe, as the base's probes are not recorded." for method in found.from_own_start]
+        lines.append(
+            "† begins beyond this gain, with weights of its own preparation: the value is that of its first probe."
+        )
+    lines += [
+        f"{method}: set against its own first probe, as the base's probes are not recorded."
+        for method in found.from_own_start
+    ]
     return lines
 
 

@@ -2,15 +2,23 @@
 
 import pandas as pd
 
-from analysis.statistics import intervals
 from analysis import numbers, units
-from analysis.statistics.intervals import SCOPES, Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
 from analysis.load import UNBEGUN, Loaded, retention_tasks
+from analysis.statistics import intervals
+from analysis.statistics.intervals import SCOPES, Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
 
 BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
 COSTS = (
-    "seconds_prepare", "seconds_train", "seconds_evaluate", "peak_memory_bytes", "bytes_importance", "bytes_anchor",
-    "bytes_weights_delta", "bytes_optimizer_state", "tokens_prepare", "tokens_trained",
+    "seconds_prepare",
+    "seconds_train",
+    "seconds_evaluate",
+    "peak_memory_bytes",
+    "bytes_importance",
+    "bytes_anchor",
+    "bytes_weights_delta",
+    "bytes_optimizer_state",
+    "tokens_prepare",
+    "tokens_trained",
 )
 
 
@@ -33,9 +41,20 @@ def _base_row(loaded: Loaded, *, model: str, domain: str, first: pd.Series) -> d
     kept = retention_tasks(first)
     score = _proportion(first, first["domain_score_base"])
     return {
-        "model": model, "domain": domain, "method": "base", "unit": units.of_domain(first), "metric": units.metric_of(first, domain), "seeds": 0, "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
-        **_bounds("domain_score", score), "domain_gain": 0.0, "forgetting": 0.0 if kept else None,
-        "general_score": first["general_score_base"], "perplexity": first["general_perplexity_base"], "perplexity_ratio": 1.0,
+        "model": model,
+        "domain": domain,
+        "method": "base",
+        "unit": units.of_domain(first),
+        "metric": units.metric_of(first, domain),
+        "seeds": 0,
+        "n_domain": n.get(domain, 0),
+        "n_retention": sum(n[t] for t in kept),
+        **_bounds("domain_score", score),
+        "domain_gain": 0.0,
+        "forgetting": 0.0 if kept else None,
+        "general_score": first["general_score_base"],
+        "perplexity": first["general_perplexity_base"],
+        "perplexity_ratio": 1.0,
     }
 
 
@@ -49,16 +68,24 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
     if len(cells) > 1 and "perplexity_ratio" in found:
         ratio = None  # the interval's own centre is the geometric mean
     row = {
-        "model": first["model"], "domain": domain, "method": first["method"],
-        "unit": units.of_domain(first), "metric": units.metric_of(first, domain), "seeds": len(cells),
-        "n_domain": n.get(domain, 0), "n_retention": sum(n[t] for t in kept),
+        "model": first["model"],
+        "domain": domain,
+        "method": first["method"],
+        "unit": units.of_domain(first),
+        "metric": units.metric_of(first, domain),
+        "seeds": len(cells),
+        "n_domain": n.get(domain, 0),
+        "n_retention": sum(n[t] for t in kept),
         **_bounds("domain_score", score),
         **_bounds("domain_gain", found.get("domain_gain"), mean("domain_gain")),
         **_bounds("forgetting", found.get("forgetting"), mean("forgetting")),
-        "general_score": mean("general_score"), "perplexity": mean("general_perplexity"),
+        "general_score": mean("general_score"),
+        "perplexity": mean("general_perplexity"),
         **_bounds("perplexity_ratio", found.get("perplexity_ratio"), ratio),
         **{key: mean(key) for key in COSTS},
-        "bytes_stored": mean("bytes_importance") + mean("bytes_anchor") if mean("bytes_importance") is not None and mean("bytes_anchor") is not None else None,
+        "bytes_stored": mean("bytes_importance") + mean("bytes_anchor")
+        if mean("bytes_importance") is not None and mean("bytes_anchor") is not None
+        else None,
         **_apart(cells),
         "cost_known": bool(cells["cost_known"].all()) if "cost_known" in cells else True,
         "note": _note(first),
@@ -71,11 +98,15 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
 
 def _apart(cells: pd.DataFrame) -> dict:
     """Forgetting of the retention tasks that are no proportions, each in its own unit, the mean over seeds; nothing where there is none."""
-    by_seed = [found for found in (cells["forgetting_apart"] if "forgetting_apart" in cells else ()) if isinstance(found, dict)]
+    by_seed = [
+        found for found in (cells["forgetting_apart"] if "forgetting_apart" in cells else ()) if isinstance(found, dict)
+    ]
     if len(by_seed) < len(cells) or not by_seed[0]:
         return {}
     told = {task: about["unit"] for task, about in by_seed[0].items()}
-    return {f"apart_{task}": float(pd.Series([found[task]["forgetting"] for found in by_seed]).mean()) for task in told} | {"apart": told}
+    return {
+        f"apart_{task}": float(pd.Series([found[task]["forgetting"] for found in by_seed]).mean()) for task in told
+    } | {"apart": told}
 
 
 def _proportion(cell: pd.Series, score: float) -> Interval:
@@ -97,7 +128,9 @@ def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
     kept, found, domain, unit = retention_tasks(first), {}, first["domain"], units.of_domain(first)
     if not units.per_item(first, domain):
         about = [by_task[domain] for by_task in cells["scores_by_task"]]
-        found["domain_gain"] = of_set([one["change"] for one in about], [one.get("change_error") for one in about], n=first["n"][domain])
+        found["domain_gain"] = of_set(
+            [one["change"] for one in about], [one.get("change_error") for one in about], n=first["n"][domain]
+        )
     elif whole([domain]):
         found["domain_gain"] = mean_difference(pairs, [domain], step=units.step(unit))
         if unit == units.SHARE:
@@ -140,7 +173,18 @@ def _has(block, key: str, value) -> bool:
     return False
 
 
-HEADS = ("method", "score %", "gain, points", "forgetting, points", "perplexity", "prepare", "train", "stored", "delta", "n")
+HEADS = (
+    "method",
+    "score %",
+    "gain, points",
+    "forgetting, points",
+    "perplexity",
+    "prepare",
+    "train",
+    "stored",
+    "delta",
+    "n",
+)
 
 
 def readable(row: pd.Series) -> dict[str, str]:
@@ -154,8 +198,10 @@ def readable(row: pd.Series) -> dict[str, str]:
         "" if base else f"{change(row['domain_gain'])}{of_gain}{_range(row, 'domain_gain', change)}",
         "" if base else f"{numbers.points(row['forgetting'])}{_range(row, 'forgetting', numbers.points)}",
         f"{row['perplexity']:.1f}" if base else _ratio(row),
-        cost("seconds_prepare", numbers.seconds), cost("seconds_train", numbers.seconds),
-        cost("bytes_stored", numbers.size), cost("bytes_weights_delta", numbers.size),
+        cost("seconds_prepare", numbers.seconds),
+        cost("seconds_train", numbers.seconds),
+        cost("bytes_stored", numbers.size),
+        cost("bytes_weights_delta", numbers.size),
         f"{row['n_domain']} + {row['n_retention']}",
     )
     return dict(zip(HEADS, texts))
@@ -183,7 +229,11 @@ def legend(table: pd.DataFrame) -> list[str]:
     """What the columns are; one line each."""
     seeds = set(table[table["method"] != "base"]["seeds"]) if len(table) else set()
     scopes = [f"over seeds and items: {SCOPES['method']}"] if max(seeds, default=1) > 1 else []
-    scopes += [f"over the scored items{' where there is one seed' if scopes else ''}: {SCOPES['run']}"] if 1 in seeds or not scopes else []
+    scopes += (
+        [f"over the scored items{' where there is one seed' if scopes else ''}: {SCOPES['run']}"]
+        if 1 in seeds or not scopes
+        else []
+    )
     lines = [
         f"[ , ] is a 95 % interval {'; '.join(scopes)}.",
         "gain and forgetting are percentage points against the bare base model; forgetting is the mean over retention tasks above chance.",
@@ -202,12 +252,20 @@ def _other_units(table: pd.DataFrame) -> list[str]:
     lines = []
     for domain, rows in table[table["apart"].notna()].groupby("domain", sort=False) if "apart" in table else ():
         for task, unit in rows["apart"].iloc[0].items():
-            each = ", ".join(f"{row['method']} {units.change(row[f'apart_{task}'], unit)}" for _, row in rows.iterrows())
-            lines.append(f"{task} ({domain}) is no proportion of rows and not in the mean; its own forgetting, in {unit}: {each}.")
+            each = ", ".join(
+                f"{row['method']} {units.change(row[f'apart_{task}'], unit)}" for _, row in rows.iterrows()
+            )
+            lines.append(
+                f"{task} ({domain}) is no proportion of rows and not in the mean; its own forgetting, in {unit}: {each}."
+            )
     if "unit" not in table or (table["unit"] == units.SHARE).all():
         return lines
-    told = [f"{row['domain']} in {row['unit']} of {row['metric']}" if row["unit"] != row["metric"] else f"{row['domain']} in {row['metric']}"
-            for _, row in table[table["unit"] != units.SHARE].drop_duplicates("domain").iterrows()]  # fmt: skip
+    told = [
+        f"{row['domain']} in {row['unit']} of {row['metric']}"
+        if row["unit"] != row["metric"]
+        else f"{row['domain']} in {row['metric']}"
+        for _, row in table[table["unit"] != units.SHARE].drop_duplicates("domain").iterrows()
+    ]
     return [*lines, f"Not in points, but turned so that more is better: the gain of {', '.join(told)}."]
 
 
@@ -223,12 +281,23 @@ def missing(loaded: Loaded) -> list[dict]:
         for _, _, method, seed in cells["cell"].str.split("/"):
             seeds.setdefault(method, []).append(seed.removeprefix("seed"))
         listed = "; ".join(f"{method} {', '.join(numbers)}" for method, numbers in seeds.items())
-        found.append({"cell": pair, "stage": "", "kind": "not run", "reason": f"{len(cells)} of its cells, by method and seed: {listed}", "when": ""})
+        found.append(
+            {
+                "cell": pair,
+                "stage": "",
+                "kind": "not run",
+                "reason": f"{len(cells)} of its cells, by method and seed: {listed}",
+                "when": "",
+            }
+        )
     return found
 
 
 def failure_lines(loaded: Loaded) -> list[str]:
-    return [f"{f['cell']}: {f['kind']}{f' in {stage}' if (stage := f['stage']) else ''}: {f['reason']}" for f in missing(loaded)]
+    return [
+        f"{f['cell']}: {f['kind']}{f' in {stage}' if (stage := f['stage']) else ''}: {f['reason']}"
+        for f in missing(loaded)
+    ]
 
 
 def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
@@ -239,12 +308,17 @@ def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
         widths = {head: max(len(head), *(len(text[head]) for text in texts)) for head in HEADS}
         pad = lambda text, head: text.ljust(widths[head]) if head == "method" else text.rjust(widths[head])
         seeds = int(rows["seeds"].max())
-        lines += [f"{model}, {domain}, {seeds} seed{'s' if seeds != 1 else ''}", "  ".join(pad(head, head) for head in HEADS)]
+        lines += [
+            f"{model}, {domain}, {seeds} seed{'s' if seeds != 1 else ''}",
+            "  ".join(pad(head, head) for head in HEADS),
+        ]
         lines += ["  ".join(pad(text[head], head) for head in HEADS).rstrip() for text in texts]
         lines.append("")
     lines += legend(table) if len(table) else ["No cell has finished."]
     without = failure_lines(loaded)
-    return "\n".join([*lines, *(["", "Without a result:"] if without else []), *("  " + line for line in without)]) + "\n"
+    return (
+        "\n".join([*lines, *(["", "Without a result:"] if without else []), *("  " + line for line in without)]) + "\n"
+    )
 
 
 def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
@@ -255,12 +329,22 @@ def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
         lines.append("")
     lines += [f"- {line}".replace("*", r"\*") for line in legend(table)] if len(table) else ["No cell has finished."]
     without = failure_lines(loaded)
-    return "\n".join([*lines, *(["", "Without a result:", ""] if without else []), *(f"- {line}" for line in without)]) + "\n"
+    return (
+        "\n".join([*lines, *(["", "Without a result:", ""] if without else []), *(f"- {line}" for line in without)])
+        + "\n"
+    )
 
 
 def as_csv(loaded: Loaded, table: pd.DataFrame) -> str:
     """Every number, unrounded; a column `not_a_result`; cells without a result as rows with their reason."""
     flagged = table.assign(not_a_result=loaded.not_a_result, failure="")
-    rows = [dict(zip(("model", "domain", "method"), f.cell.split("/")), failure=f"{f.kind}: {f.reason}", not_a_result=loaded.not_a_result) for f in loaded.failures.itertuples()]
+    rows = [
+        dict(
+            zip(("model", "domain", "method"), f.cell.split("/")),
+            failure=f"{f.kind}: {f.reason}",
+            not_a_result=loaded.not_a_result,
+        )
+        for f in loaded.failures.itertuples()
+    ]
     whole = pd.concat([flagged, pd.DataFrame(rows)], ignore_index=True) if rows else flagged
     return whole.to_csv(index=False, lineterminator="\n", float_format="%.10g")

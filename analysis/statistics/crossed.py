@@ -58,13 +58,18 @@ def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95, step: float = 0
     if seeds > 1:
         whole = by_seed.var(axis=-1, ddof=1) / seeds
         between = np.maximum(whole - rest, 0)
-        squares = squares + whole**2 / (seeds - 1) + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in parts)
+        squares = (
+            squares + whole**2 / (seeds - 1) + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in parts)
+        )
     point = (1 + level) / 2
     variance = items + between
     df = _degrees(variance, squares)
     half = student.ppf(point, df) * np.sqrt(variance)
     if seeds > 1:
-        apart = student.ppf(point, seeds - 1) ** 2 * between + student.ppf(point, _degrees(items, squares_items)) ** 2 * items
+        apart = (
+            student.ppf(point, seeds - 1) ** 2 * between
+            + student.ppf(point, _degrees(items, squares_items)) ** 2 * items
+        )
         half = np.maximum(half, np.sqrt(apart))
     return Estimate(value=by_seed.mean(axis=-1), error=np.sqrt(variance), half=half, df=df)
 

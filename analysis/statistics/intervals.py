@@ -111,7 +111,16 @@ def of_set(changes: Sequence[float], errors: Sequence[float | None], *, n: int) 
     items = float(np.mean(np.square(np.asarray(errors, dtype=float))))
     between = float(values.var(ddof=1)) / seeds if seeds > 1 else 0.0
     half = sqrt(Z**2 * items + (student.ppf(0.975, seeds - 1) ** 2 * between if seeds > 1 else 0.0))
-    return Interval(value, value - half, value + half, n, seeds, scope, sqrt(items + between), float(seeds - 1) if between else float("inf"))
+    return Interval(
+        value,
+        value - half,
+        value + half,
+        n,
+        seeds,
+        scope,
+        sqrt(items + between),
+        float(seeds - 1) if between else float("inf"),
+    )
 
 
 def overall(*, base: pd.DataFrame, tuned: pd.DataFrame, tasks: list[str]) -> Interval:
@@ -132,7 +141,9 @@ def refuse_unequal(*, base: pd.DataFrame, tuned: pd.DataFrame, tasks: list[str])
     for name, items in [("run", tuned)] if "cell" not in tuned else tuned.groupby("cell", sort=False):
         if found := rows(items) ^ wanted:
             task, _, digest = min(found)
-            raise UserError(f"{name} and its base have not the same rows: {len(found)} stand in one only, first {digest} of {task}: score both again")
+            raise UserError(
+                f"{name} and its base have not the same rows: {len(found)} stand in one only, first {digest} of {task}: score both again"
+            )
 
 
 def wilson(right: float, n: float, *, z: float = Z) -> Interval:

@@ -13,9 +13,9 @@ import pandas as pd
 from scipy.stats import t as student
 
 from analysis import units
+from analysis.load import Loaded
 from analysis.statistics.crossed import two_more
 from analysis.statistics.intervals import Z
-from analysis.load import Loaded
 from analysis.statistics.resample import changes
 
 PLAIN = "full"
@@ -62,14 +62,23 @@ def trajectories(loaded: Loaded, *, model: str, domain: str) -> Trajectories | N
     curves = loaded.curves[loaded.curves["cell"].isin(cells.index)]
     probed = [c for c in curves.columns if c.startswith("probe_") and curves[c].notna().any()]
     first = cells.iloc[0] if len(cells) else {}
-    sets = [c for c in dict.fromkeys(c.removesuffix("_nll") for c in probed) if c not in ("probe_perplexity", f"probe_{domain}")]
+    sets = [
+        c
+        for c in dict.fromkeys(c.removesuffix("_nll") for c in probed)
+        if c not in ("probe_perplexity", f"probe_{domain}")
+    ]
     kept = [c for c in sets if _retention(first, c.removeprefix("probe_"))]
-    right, nats = tuple(c for c in kept if c in probed and units.of_task(first, c.removeprefix("probe_")) == units.SHARE), tuple(f"{c}_nll" for c in kept if f"{c}_nll" in probed)
+    right, nats = (
+        tuple(c for c in kept if c in probed and units.of_task(first, c.removeprefix("probe_")) == units.SHARE),
+        tuple(f"{c}_nll" for c in kept if f"{c}_nll" in probed),
+    )
     learned = next((c for c in (f"probe_{domain}", f"probe_{domain}_nll") if c in probed), None)
     if learned is None or not (right or nats):
         return None
     asked = [learned, *right, *nats]
-    points = curves[["cell", "step", "tokens", *asked]].dropna(subset=asked).sort_values(["cell", "step"], kind="stable")
+    points = (
+        curves[["cell", "step", "tokens", *asked]].dropna(subset=asked).sort_values(["cell", "step"], kind="stable")
+    )
     points.insert(1, "method", points["cell"].map(cells["method"]))
     points.insert(2, "seed", points["cell"].map(cells["seed"]))
     if not len(points):
@@ -83,10 +92,14 @@ def trajectories(loaded: Loaded, *, model: str, domain: str) -> Trajectories | N
     order = {name: place for place, name in enumerate(cells.index)}
     points = points.sort_values("cell", key=lambda names: names.map(order), kind="stable").reset_index(drop=True)
     return Trajectories(
-        points=points, gain="nats" if learned.endswith("_nll") else "accuracy", right=right, nats=nats, from_own_start=own,
+        points=points,
+        gain="nats" if learned.endswith("_nll") else "accuracy",
+        right=right,
+        nats=nats,
+        from_own_start=own,
         rows={c: n for c in right if (n := rows_behind(curves[c].dropna()))},
         changed=_changed(loaded, cells[cells["method"].isin(points["method"])], right),
-    )  # fmt: skip
+    )
 
 
 def rows_behind(shares) -> int | None:
@@ -126,12 +139,17 @@ def levels(found: Trajectories) -> dict[str, float]:
     seed stays below BARELY of the best method's final gain (the mean over its seeds of the gain at the last probe).
     """
     by_cell = found.points.groupby("cell", sort=False)
-    ends = pd.DataFrame({"method": by_cell["method"].first(), "final": by_cell["gain"].last(), "most": by_cell["gain"].max()})
+    ends = pd.DataFrame(
+        {"method": by_cell["method"].first(), "final": by_cell["gain"].last(), "most": by_cell["gain"].max()}
+    )
     best = float(ends.groupby("method")["final"].mean().max())
     if not best > 0:
         return {}
     least = ends.groupby("method")["most"].min()
-    return {"matched": float(least[least >= BARELY * best].min()), **{f"{100 * share:.0f} %": share * best for share in QUARTERS}}
+    return {
+        "matched": float(least[least >= BARELY * best].min()),
+        **{f"{100 * share:.0f} %": share * best for share in QUARTERS},
+    }
 
 
 def matched(found: Trajectories) -> pd.DataFrame:
@@ -164,15 +182,19 @@ def _retention(cell, name: str) -> bool:
     return (about is None or about["role"] == "retention") and name not in cell["at_chance"]
 
 
-def _bases(loaded: Loaded, points: pd.DataFrame, asked: list[str], *, cell_names: list[str],
-           pair: tuple[str, str]) -> tuple[dict[str, list[float]], tuple[str, ...]]:  # fmt: skip
+def _bases(
+    loaded: Loaded, points: pd.DataFrame, asked: list[str], *, cell_names: list[str], pair: tuple[str, str]
+) -> tuple[dict[str, list[float]], tuple[str, ...]]:
     """cell -> the bare base's probes: the run's own at step 0; of a run that starts from weights of its preparation, another run's.
 
     Where no run starts from the base, the tuning's record of it; where there is none, the own first probe, and the method is named.
     """
     firsts = points.drop_duplicates("cell").set_index("cell")
     bare = lambda name: firsts.at[name, "step"] == 0 and not loaded.prepared.get(name, {}).get("bytes_start")
-    shared = next((firsts.loc[name, asked].astype(float).tolist() for name in cell_names if name in firsts.index and bare(name)), None)
+    shared = next(
+        (firsts.loc[name, asked].astype(float).tolist() for name in cell_names if name in firsts.index and bare(name)),
+        None,
+    )
     tuned = (loaded.tuning.get(pair) or {}).get("base") or {}
     recorded = [tuned.get(column.removeprefix("probe_")) for column in asked]
     shared = shared or (recorded if None not in recorded else None)
@@ -196,14 +218,21 @@ def _at(found: Trajectories, method: str, gain: float) -> pd.DataFrame:
 
 
 def _row(found: Trajectories, at: pd.DataFrame, measure: str, *, method: str) -> dict:
-    row = {"seeds": len(at), "reached": int(at["reached"].sum()), "begins": bool(at["begins"].any()), "early": bool(at["early"].any())}
+    row = {
+        "seeds": len(at),
+        "reached": int(at["reached"].sum()),
+        "begins": bool(at["begins"].any()),
+        "early": bool(at["early"].any()),
+    }
     row |= {"value": None, "low": None, "high": None, "covers": ""}
     if not at["reached"].all():
         return row
     return row | _interval(found, at[measure], measure, methods=(method,))
 
 
-def _difference(found: Trajectories, at: pd.DataFrame, reference: pd.DataFrame, measure: str, *, methods: tuple[str, str]) -> dict:
+def _difference(
+    found: Trajectories, at: pd.DataFrame, reference: pd.DataFrame, measure: str, *, methods: tuple[str, str]
+) -> dict:
     row = {"difference": None, "difference_low": None, "difference_high": None}
     common = at.index.intersection(reference.index)
     own, other = at.loc[common], reference.loc[common]

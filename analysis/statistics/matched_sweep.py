@@ -29,7 +29,9 @@ def curve(gain: np.ndarray, forgetting: np.ndarray, at: np.ndarray) -> np.ndarra
     return np.where(outside, np.nan, (1 - share) * f0 + share * f1)
 
 
-def gap(first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def gap(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The mean over the gains both families reach of the first's forgetting minus the second's, and that range's ends; shapes (...).
 
     Each family is (gain, forgetting) of its blocks, (..., k). The mean vertical distance of two curves over their shared range
@@ -57,11 +59,27 @@ def gaps(found: Resampled) -> pd.DataFrame:
         at = lambda columns: (found.gain[columns], found.forgetting[columns])
         redrawn = lambda columns: (found.gains[:, columns], found.forgettings[:, columns])
         value, low, high = map(float, gap(at(first), at(second)))
-        row = {"a": a, "b": b, "difference": None, "low": None, "high": None, "gain_low": None, "gain_high": None, "shared": 0.0}
+        row = {
+            "a": a,
+            "b": b,
+            "difference": None,
+            "low": None,
+            "high": None,
+            "gain_low": None,
+            "gain_high": None,
+            "shared": 0.0,
+        }
         if value == value:
             draws = gap(redrawn(first), redrawn(second))[0]
             kept = draws[~np.isnan(draws)]
             bounds = reversed_interval(value, kept) if len(kept) >= ENOUGH * len(draws) else (None, None)
-            row |= {"difference": value, "low": bounds[0], "high": bounds[1], "gain_low": low, "gain_high": high, "shared": len(kept) / len(draws)}
+            row |= {
+                "difference": value,
+                "low": bounds[0],
+                "high": bounds[1],
+                "gain_low": low,
+                "gain_high": high,
+                "shared": len(kept) / len(draws),
+            }
         rows.append(row)
     return pd.DataFrame(rows, columns=["a", "b", "difference", "low", "high", "gain_low", "gain_high", "shared"])

@@ -14,17 +14,34 @@ import pandas as pd
 from scipy.stats import binom, binomtest, norm
 
 from analysis import units
-from analysis.statistics.intervals import by_run, of_arrays, paired, refuse_unequal
 from analysis.load import Loaded, retention_tasks
+from analysis.statistics.intervals import by_run, of_arrays, paired, refuse_unequal
 
 FLIPS = 100_000  # drawn where the exact p would take too long; the smallest p then still stands a correction for 5,000 tests
 SEED = 0  # of the flips: the same for every test, so that one more method changes no other's p
-MOST_SEEDS = 1000  # an item's mean over seeds is a fraction with a denominator up to this, else its scores are not 0 or 1
+MOST_SEEDS = (
+    1000  # an item's mean over seeds is a fraction with a denominator up to this, else its scores are not 0 or 1
+)
 MOST_WORK = 2e8  # additions of an exact p, well under a second
 LEVEL = 0.05
 POWER = 0.8
 KINDS = ("gain", "forgetting")
-COLUMNS = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detectable", "n", "items_differing", "seeds", "scope", "unit"]
+COLUMNS = [
+    "kind",
+    "a",
+    "b",
+    "difference",
+    "low",
+    "high",
+    "p",
+    "p_holm",
+    "detectable",
+    "n",
+    "items_differing",
+    "seeds",
+    "scope",
+    "unit",
+]
 
 
 def sign_flip(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = SEED) -> float:
@@ -71,8 +88,15 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 def all_tests(loaded: Loaded) -> pd.DataFrame:
     """`tests_of` every comparison, below each other, `model` and `domain` first."""
-    rows = [tests_of(loaded, model=model, domain=domain).assign(model=model, domain=domain) for model, domain in loaded.comparisons]
-    return pd.concat(rows, ignore_index=True)[["model", "domain", *COLUMNS]] if rows else pd.DataFrame(columns=["model", "domain", *COLUMNS])
+    rows = [
+        tests_of(loaded, model=model, domain=domain).assign(model=model, domain=domain)
+        for model, domain in loaded.comparisons
+    ]
+    return (
+        pd.concat(rows, ignore_index=True)[["model", "domain", *COLUMNS]]
+        if rows
+        else pd.DataFrame(columns=["model", "domain", *COLUMNS])
+    )
 
 
 def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
@@ -95,10 +119,12 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
         return pd.DataFrame(columns=COLUMNS)
     pairs, cells, counted = found
     methods = list(dict.fromkeys(cells["method"]))
-    families = ([(a, "base") for a in methods], [(a, b) for i, a in enumerate(methods) for b in methods[i + 1:]])
+    families = ([(a, "base") for a in methods], [(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]])
     rows = []
     for family in families:
-        tested = [_row(pairs, cells, kind=kind, a=a, b=b, tasks=tasks) for a, b in family for kind, tasks in counted.items()]
+        tested = [
+            _row(pairs, cells, kind=kind, a=a, b=b, tasks=tasks) for a, b in family for kind, tasks in counted.items()
+        ]
         tested = [row for row in tested if row is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested])):
             errors = row.pop("errors")
@@ -124,7 +150,9 @@ def mcnemar(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
             before, after = own["base"], own[name]
             if len(own) and before.isin((0, 1)).all() and after.isin((0, 1)).all():
                 lost, gained = int((before > after).sum()), int((before < after).sum())
-                rows.append((cell["method"], cell["seed"], task, about["role"], len(own), lost, gained, exact(lost, gained)))
+                rows.append(
+                    (cell["method"], cell["seed"], task, about["role"], len(own), lost, gained, exact(lost, gained))
+                )
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -151,11 +179,15 @@ def _wide(loaded: Loaded, *, model: str, domain: str):
 
 
 def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str, tasks: list[str]) -> dict | None:
-    shared = sorted(set.intersection(*(set(cells.loc[cells["method"] == method, "seed"]) for method in (a, b) if method != "base")))
+    shared = sorted(
+        set.intersection(*(set(cells.loc[cells["method"] == method, "seed"]) for method in (a, b) if method != "base"))
+    )
     if not shared:
         return None
     sign = 1.0 if kind == "gain" else -1.0
-    scores = lambda method, rows: rows["base"].to_numpy(dtype=float) if method == "base" else by_run(rows[_columns(cells, method, shared)])
+    scores = lambda method, rows: (
+        rows["base"].to_numpy(dtype=float) if method == "base" else by_run(rows[_columns(cells, method, shared)])
+    )
     own = [pairs[pairs["task"] == task] for task in tasks]
     differences = [sign * (scores(a, rows) - scores(b, rows)) for rows in own]
     means = [by_seed.mean(axis=0) for by_seed in differences]
@@ -164,11 +196,20 @@ def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str,
     found, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
     one = step / (len(tasks) * max(map(len, means)))
     return {
-        "kind": kind, "a": a, "b": b, "difference": found.value, "low": found.low, "high": found.high, "p": sign_flip(means),
-        "errors": None if found.error is None else {"items": items.error, "whole": found.error, "fewest": one}, "n": found.n,
-        "items_differing": int(sum((np.abs(item) > 1e-12).sum() for item in means)), "seeds": found.seeds, "scope": found.scope,
+        "kind": kind,
+        "a": a,
+        "b": b,
+        "difference": found.value,
+        "low": found.low,
+        "high": found.high,
+        "p": sign_flip(means),
+        "errors": None if found.error is None else {"items": items.error, "whole": found.error, "fewest": one},
+        "n": found.n,
+        "items_differing": int(sum((np.abs(item) > 1e-12).sum() for item in means)),
+        "seeds": found.seeds,
+        "scope": found.scope,
         "unit": unit,
-    }  # fmt: skip
+    }
 
 
 def _columns(cells: pd.DataFrame, method: str, seeds: list[int]) -> list[str]:
@@ -181,7 +222,10 @@ def _groups(differences: np.ndarray) -> list[tuple[float, int, int, int]]:
     """Items of one size of difference: the size, the task's number of items, how many are positive and how many negative."""
     differences = np.round(differences, 12)
     sizes = np.unique(np.abs(differences[differences != 0]))
-    return [(float(size), len(differences), int((differences == size).sum()), int((differences == -size).sum())) for size in sizes]
+    return [
+        (float(size), len(differences), int((differences == size).sum()), int((differences == -size).sum()))
+        for size in sizes
+    ]
 
 
 def _whole(groups: list[tuple[float, int, int, int]]) -> list[int] | None:
@@ -203,7 +247,7 @@ def _exact(weights: list[int], counts: list[tuple[int, int]]) -> float:
     for weight, (up, down) in zip(weights, counts):
         wider = np.zeros(len(chance) + weight * (up + down))
         for k, share in enumerate(binom.pmf(np.arange(up + down + 1), up + down, 0.5)):
-            wider[k * weight:k * weight + len(chance)] += share * chance
+            wider[k * weight : k * weight + len(chance)] += share * chance
         chance = wider
     statistic = sum(weight * (up - down) for weight, (up, down) in zip(weights, counts))
     return min(1.0, float(chance[np.abs(2 * np.arange(len(chance)) - (len(chance) - 1)) >= abs(statistic)].sum()))

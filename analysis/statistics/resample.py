@@ -7,9 +7,9 @@ import pandas as pd
 from scipy.stats import chi2
 
 from analysis import units
-from analysis.statistics.intervals import KEYS
-from analysis.load import Loaded, retention_tasks
 from analysis.families import family
+from analysis.load import Loaded, retention_tasks
+from analysis.statistics.intervals import KEYS
 
 DRAWS = 2000
 
@@ -122,7 +122,9 @@ def _redrawn(change: np.ndarray, *, draws: int, rng: np.random.Generator) -> np.
     return rng.multinomial(n, np.full(n, 1 / n), size=draws) @ change / n
 
 
-def _seeds_part(cells: pd.DataFrame, methods: tuple[str, ...], *, draws: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def _seeds_part(
+    cells: pd.DataFrame, methods: tuple[str, ...], *, draws: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
     """(draws, methods) shifts of gain and of forgetting; zero for a method with one seed."""
     every = sorted(cells["seed"].unique())
     z, u = rng.standard_normal((draws, len(every))), rng.random((draws, 1))
@@ -135,5 +137,5 @@ def _seeds_part(cells: pd.DataFrame, methods: tuple[str, ...], *, draws: int, rn
         shared = z[:, [every.index(k) for k in own["seed"]]]
         for measure, key in enumerate(("domain_gain", "forgetting")):
             values = own[key].to_numpy(dtype=float)
-            shifts[measure][:, column] = (shared @ (values - values.mean()) * scale[:, 0])
+            shifts[measure][:, column] = shared @ (values - values.mean()) * scale[:, 0]
     return shifts[0], shifts[1]

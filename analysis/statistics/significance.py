@@ -18,7 +18,11 @@ def sentence(test: pd.Series) -> str:
     show = lambda value: units.change(value, _unit(test))
     bounds = "" if numbers.missing(test["low"]) else f" [{show(test['low'])}, {show(test['high'])}]"
     text = f"{of}: {show(test['difference'])} {units.named(_unit(test))}{bounds}, p {_p(test['p_holm'], sign=True)} after Holm's correction, n = {test['n']}."
-    return text + (" Over seeds the interval reaches zero: this holds of these runs, not of the method." if _only_runs(test) else "")
+    return text + (
+        " Over seeds the interval reaches zero: this holds of these runs, not of the method."
+        if _only_runs(test)
+        else ""
+    )
 
 
 def _unit(test: pd.Series) -> str:
@@ -53,7 +57,9 @@ def _untested(loaded: Loaded, *, model: str, domain: str) -> list[str]:
     if units.of_domain(first) != units.SHARE:
         said.append(f"Gain is in {units.of_domain(first)} and not in points.")
     if not units.per_item(first, domain):
-        said.append(f"Gain is not tested: {units.metric_of(first, domain)} is one number of all rows, which no single row has a part in.")
+        said.append(
+            f"Gain is not tested: {units.metric_of(first, domain)} is one number of all rows, which no single row has a part in."
+        )
     return said
 
 
@@ -65,17 +71,27 @@ def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
         rest = rows.drop(sure.index)
         name = lambda row: row["a"] if what == "method" else f"{row['a']} and {row['b']}"
         if len(sure) > NAMED:
-            said.append(f"{kind.capitalize()} differs {'from the base ' if what == 'method' else ''}for {len(sure)} of {len(rows)} {what}s.")
+            said.append(
+                f"{kind.capitalize()} differs {'from the base ' if what == 'method' else ''}for {len(sure)} of {len(rows)} {what}s."
+            )
         elif len(sure):
-            each = "; ".join(f"{name(row)} ({units.change(row['difference'], _unit(row))})" for _, row in sure.iterrows())
-            said.append(f"{kind.capitalize()} differs, in {units.named(_unit(rows.iloc[0]))}, {'from the base for' if what == 'method' else 'between'} {each}.")
+            each = "; ".join(
+                f"{name(row)} ({units.change(row['difference'], _unit(row))})" for _, row in sure.iterrows()
+            )
+            said.append(
+                f"{kind.capitalize()} differs, in {units.named(_unit(rows.iloc[0]))}, {'from the base for' if what == 'method' else 'between'} {each}."
+            )
         if any(_only_runs(row) for _, row in sure.iterrows()):
             runs = [name(row) for _, row in sure.iterrows() if _only_runs(row)]
-            said.append(f"Over seeds the interval reaches zero for {_listed(runs, what)}: there it holds of these runs, not of the method.")
+            said.append(
+                f"Over seeds the interval reaches zero for {_listed(runs, what)}: there it holds of these runs, not of the method."
+            )
         if len(rest):
             n = " or ".join(str(n) for n in sorted(set(rest["n"])))
             whose = _listed([name(row) for _, row in rest.iterrows()], what)
-            said.append(f"No detectable difference in {kind} at n = {n} for {whose}{_could(rest['detectable'], _unit(rest.iloc[0]))}.")
+            said.append(
+                f"No detectable difference in {kind} at n = {n} for {whose}{_could(rest['detectable'], _unit(rest.iloc[0]))}."
+            )
     return said
 
 
@@ -97,7 +113,12 @@ def _size(value: float, unit: str) -> str:
 
 def _only_runs(test: pd.Series) -> bool:
     """Found by items, while the interval over seeds and items reaches zero."""
-    return found(test) and test["scope"] == "method" and not numbers.missing(test["low"]) and test["low"] <= 0 <= test["high"]
+    return (
+        found(test)
+        and test["scope"] == "method"
+        and not numbers.missing(test["low"])
+        and test["low"] <= 0 <= test["high"]
+    )
 
 
 def _p(p: float, *, sign: bool = False) -> str:
@@ -109,7 +130,13 @@ def _rows(tests: pd.DataFrame, kinds: list[str]) -> list[dict]:
     rows = []
     for (a, b), own in tests.groupby(["a", "b"], sort=False):
         cells = {row["kind"]: _cell(row) for _, row in own.iterrows()}
-        rows.append({"a": a, "name": a if b == "base" else f"{a} \N{MINUS SIGN} {b}", "cells": [cells.get(kind) for kind in kinds]})
+        rows.append(
+            {
+                "a": a,
+                "name": a if b == "base" else f"{a} \N{MINUS SIGN} {b}",
+                "cells": [cells.get(kind) for kind in kinds],
+            }
+        )
     return rows
 
 
@@ -117,10 +144,14 @@ def _cell(test: pd.Series) -> dict:
     show = lambda value: units.change(value, _unit(test))
     bounds = "" if numbers.missing(test["low"]) else f"[{show(test['low'])}, {show(test['high'])}]"
     return {
-        "difference": show(test["difference"]), "bounds": bounds, "p": _p(test["p_holm"]), "raw": _p(test["p"]), "found": found(test),
+        "difference": show(test["difference"]),
+        "bounds": bounds,
+        "p": _p(test["p_holm"]),
+        "raw": _p(test["p"]),
+        "found": found(test),
         "detectable": "–" if numbers.missing(test["detectable"]) else _size(test["detectable"], _unit(test)),
         "differing": f"{test['items_differing']} of {test['n']} differ",
-    }  # fmt: skip
+    }
 
 
 def _by_task(table: pd.DataFrame) -> dict:
@@ -136,7 +167,9 @@ def _by_task(table: pd.DataFrame) -> dict:
 
 def _legend(tests: pd.DataFrame) -> list[str]:
     with_base = int((tests["b"] == "base").sum())
-    families = f"{with_base} tests against the base" + (f" and {len(tests) - with_base} between methods" if len(tests) > with_base else "")
+    families = f"{with_base} tests against the base" + (
+        f" and {len(tests) - with_base} between methods" if len(tests) > with_base else ""
+    )
     if (tests["scope"] == "method").any():
         about = "over seeds and items: p is about these runs on other items, the interval about the method"
     else:

@@ -34,21 +34,29 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         coded = {name: encode() for name, encode in encoders.items()}
         decoders = {
             "difference": partial(difference.decode, base, coded["difference"], threads=1),
-            "XOR planes + zstd": lambda base=base, coded=coded: _bits(base) ^ _joined(decompress(coded["XOR planes + zstd"])),
+            "XOR planes + zstd": lambda base=base, coded=coded: (
+                _bits(base) ^ _joined(decompress(coded["XOR planes + zstd"]))
+            ),
             "zstd": lambda coded=coded: np.frombuffer(decompress(coded["zstd"]), np.uint16),
         }
         assert delta.same(decoders["difference"](), tuned)
         assert all((decoders[name]() == _bits(tuned)).all() for name in ("XOR planes + zstd", "zstd"))
         limit = entropy(base, tuned)
         bits = {name: round(8 * len(data) / len(base), 3) for name, data in coded.items()}
-        facts = {"entries": len(base), "changed": round(float((_bits(base) != _bits(tuned)).mean()), 4), "bits a weight": bits,
-                 "entropy": round(limit, 3), "difference over entropy": round(bits["difference"] / limit, 3)}  # fmt: skip
+        facts = {
+            "entries": len(base),
+            "changed": round(float((_bits(base) != _bits(tuned)).mean()), 4),
+            "bits a weight": bits,
+            "entropy": round(limit, 3),
+            "difference over entropy": round(bits["difference"] / limit, 3),
+        }
         yield race(f"write, {what}", encoders, against="zstd", rounds=rounds or 7, facts=facts)
         yield race(f"read, {what}", decoders, against="zstd", rounds=rounds or 7)
 
 
 def entropy(base: Tensor, tuned: Tensor) -> float:
     """H(ordinal(tuned) − ordinal(base) | exponent of base) in bits a weight, of bf16, by the counts of what occurs."""
+
     def ordinal(tensor: Tensor) -> Tensor:
         bits = tensor.view(torch.int16).long()
         return torch.where(bits >= 0, bits, -1 - (bits & 0x7FFF))
@@ -63,7 +71,11 @@ def _pairs(count: int, *, changes: tuple[float, ...]) -> Iterator[tuple[str, Ten
     draw = torch.Generator().manual_seed(0)
     base = 0.02 * torch.randn(count, generator=draw)
     for change in changes:
-        yield f"moved by {change:.2%}", base.bfloat16(), (base.bfloat16() + 0.02 * change * torch.randn(count, generator=draw)).bfloat16()
+        yield (
+            f"moved by {change:.2%}",
+            base.bfloat16(),
+            (base.bfloat16() + 0.02 * change * torch.randn(count, generator=draw)).bfloat16(),
+        )
     yield from _cells(count)
 
 
@@ -89,7 +101,10 @@ def _cells(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
                 entries += before[name].numel()
         if names:
             seen.add(method)
-            yield f"{model} {method}", *(torch.cat([side[name].flatten() for name in names])[:count] for side in (before, after))
+            yield (
+                f"{model} {method}",
+                *(torch.cat([side[name].flatten() for name in names])[:count] for side in (before, after)),
+            )
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

@@ -41,10 +41,16 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
                 "ours, signed": lambda: diagonal_fisher(model, batches, "signed"),
                 "batched": lambda: diagonal_fisher(model, batches, "batched"),
             },
-            against="plain forward and backward", rounds=rounds or 7,
+            against="plain forward and backward",
+            rounds=rounds or 7,
             goals=[Goal(runner="ours", limit=1.25), Goal(runner="ours, signed", limit=1.1)],
-            facts={"weights": weights, "tokens": sum(map(len, documents)), "threads": torch.get_num_threads(), "ours from the loop's F, relative": error},
-        )  # fmt: skip
+            facts={
+                "weights": weights,
+                "tokens": sum(map(len, documents)),
+                "threads": torch.get_num_threads(),
+                "ours from the loop's F, relative": error,
+            },
+        )
 
 
 def _documents(count: int, longest: int, *, vocabulary: int) -> list[Tensor]:
@@ -61,7 +67,10 @@ def _padded(documents: list[Tensor]) -> dict[str, Tensor]:
     from torch.nn.utils.rnn import pad_sequence
 
     pad = {"batch_first": True, "padding_value": 0}
-    return {"input_ids": pad_sequence(documents, **pad), "attention_mask": pad_sequence([torch.ones_like(ids) for ids in documents], **pad)}
+    return {
+        "input_ids": pad_sequence(documents, **pad),
+        "attention_mask": pad_sequence([torch.ones_like(ids) for ids in documents], **pad),
+    }
 
 
 def _nll(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:

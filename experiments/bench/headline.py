@@ -43,29 +43,41 @@ class Findings:
         most, larger = max(self.times.values()), max(self.by_arithmetic().values())
         low, high = CLAIM["storage"]
         each = " and ".join(f"{_times(ratio)} (batches of {size})" for size, ratio in self.times.items())
-        time = (f"On the same {self.documents} documents ({self.tokens:,} tokens) the published baseline takes {each} as long to prepare as "
-                f"hierarchical importance; the paper claims about {CLAIM['times_faster']:g} times. An exact Fisher of the adapted matrices alone "
-                f"takes {_times(self.times_same)} as long. ")  # fmt: skip
+        time = (
+            f"On the same {self.documents} documents ({self.tokens:,} tokens) the published baseline takes {each} as long to prepare as "
+            f"hierarchical importance; the paper claims about {CLAIM['times_faster']:g} times. An exact Fisher of the adapted matrices alone "
+            f"takes {_times(self.times_same)} as long. "
+        )
         if most >= CLAIM["times_faster"] / 2:
             time += "So work per token accounts for most of the claim"
         elif larger >= CLAIM["times_faster"] / 2:
-            time += (f"The published numbers of documents would make it {_times(larger)} (arithmetic): with them, most of the claim is "
-                     "accounted for")  # fmt: skip
+            time += (
+                f"The published numbers of documents would make it {_times(larger)} (arithmetic): with them, most of the claim is "
+                "accounted for"
+            )
         else:
-            time += (f"The published numbers of documents would make it {_times(larger)} at most (arithmetic): what is left of the claim "
-                     "comes neither from work per token nor from the documents, as measured here")  # fmt: skip
+            time += (
+                f"The published numbers of documents would make it {_times(larger)} at most (arithmetic): what is left of the claim "
+                "comes neither from work per token nor from the documents, as measured here"
+            )
         if self.times_same < 1:
             time += ", and importance of the same matrices is had in less time from a Fisher"
-        storage = (f". Its importance takes {_percent(self.storage)} of the published baseline's storage, where the paper claims "
-                   f"{_percent(low)} to {_percent(high)}: ")  # fmt: skip
+        storage = (
+            f". Its importance takes {_percent(self.storage)} of the published baseline's storage, where the paper claims "
+            f"{_percent(low)} to {_percent(high)}: "
+        )
         if self.storage < self.entries * 0.95:
-            storage += (f"{_percent(self.entries)} because only the adapted matrices are kept, the rest of the way because an entry is kept in "
-                        "fewer bits. ")  # fmt: skip
+            storage += (
+                f"{_percent(self.entries)} because only the adapted matrices are kept, the rest of the way because an entry is kept in "
+                "fewer bits. "
+            )
         else:
             storage += f"the adapted matrices are {_percent(self.entries)} of the weights. "
         if abs(self.storage_same - 1) < 0.1:
-            storage += (f"A Fisher of the same matrices, kept in the same way, takes as much ({_percent(self.storage_same)}): the saving comes "
-                        "from what is kept, not from the kind of importance.")  # fmt: skip
+            storage += (
+                f"A Fisher of the same matrices, kept in the same way, takes as much ({_percent(self.storage_same)}): the saving comes "
+                "from what is kept, not from the kind of importance."
+            )
         else:
             storage += f"Of the storage of a Fisher of the same matrices, kept in the same way, it takes {_percent(self.storage_same)}."
         return time + storage
@@ -76,8 +88,8 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
     from experiments.bench import subject
     from experiments.gpu_check import running
-    from methods.tools.process_group import Shards
     from methods.ewc import EWC
+    from methods.tools.process_group import Shards
 
     on = subject.find(small=small)
     documents = on.general[: 6 if small else 16]
@@ -87,11 +99,22 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     given = {"samples": len(documents), "length": own.length}
     contestants = {
         OURS: (*adapting, replace(own, samples=len(documents), epochs=1.0)),
-        **{name: (*adapting, EWC(scope="whole-model", estimator="batched", batch_size=size, bits=32, **given)) for size, name in PUBLISHED.items()},
+        **{
+            name: (*adapting, EWC(scope="whole-model", estimator="batched", batch_size=size, bits=32, **given))
+            for size, name in PUBLISHED.items()
+        },
         SAME: (*adapting, EWC(bits=own.bits, density=own.density, **given)),
     }
-    common = {"make": on.make, "general": documents, "device": torch.device("cpu"), "shards": Shards(), "compute_dtype": on.dtype,
-              "settings": replace(on.study.prepare_settings(model=on.study.grid["models"][0], method="hierarchical"), probes=0)}  # fmt: skip
+    common = {
+        "make": on.make,
+        "general": documents,
+        "device": torch.device("cpu"),
+        "shards": Shards(),
+        "compute_dtype": on.dtype,
+        "settings": replace(
+            on.study.prepare_settings(model=on.study.grid["models"][0], method="hierarchical"), probes=0
+        ),
+    }
     sizes: dict[str, dict[str, int]] = {}
     tokens: dict[str, int] = {}
 
@@ -103,32 +126,53 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         return found.seconds
 
     # an argument of its own for each: a closure over the loop's variable would time the last one alone
-    found = race(f"{on.name}: {len(documents)} documents of general text", {name: lambda name=name: seconds(name) for name in contestants},
-                 against=OURS, rounds=rounds or 3, warm=int(small), own_clock=True)  # fmt: skip
+    found = race(
+        f"{on.name}: {len(documents)} documents of general text",
+        {name: lambda name=name: seconds(name) for name in contestants},
+        against=OURS,
+        rounds=rounds or 3,
+        warm=int(small),
+        own_clock=True,
+    )
     whole = sizes[PUBLISHED[8]]
     findings = Findings(
-        documents=len(documents), tokens=tokens[OURS], times={size: found.ratio_median(name) for size, name in PUBLISHED.items()},
-        times_same=found.ratio_median(SAME), storage=sizes[OURS]["importance"] / whole["importance"],
-        storage_same=sizes[OURS]["importance"] / sizes[SAME]["importance"], entries=sizes[OURS]["entries"] / whole["entries"],
-    )  # fmt: skip
-    found.facts.update({
-        "sentence": findings.sentence(),
-        "paper: times faster": CLAIM["times_faster"], "paper: share of the storage": list(CLAIM["storage"]),
-        "times as long, EWC-LoRA by batch size": {str(size): _short(t) for size, t in findings.times.items()},
-        "times as long, Fisher of the adapted matrices": _short(findings.times_same),
-        "share of EWC-LoRA's storage": _short(findings.storage), "share of EWC-LoRA's entries": _short(findings.entries),
-        "share of the storage of a Fisher of the adapted matrices": _short(findings.storage_same),
-        "arithmetic, not measured: times as long at the published numbers of documents, by batch size":
-            {str(size): _short(t) for size, t in findings.by_arithmetic().items()},
-        "published documents, hierarchical": f"{DOCUMENTS[OURS]:,} in {EPOCHS} epochs",
-        "published documents, EWC-LoRA by batch size": {str(size): DOCUMENTS[size] for size in PUBLISHED},
-        "tokens read": tokens,
-        "microseconds a token": {name: _short(1e6 * median(found.seconds[name]) / tokens[name]) for name in contestants},
-        **{f"bytes_stored by {name}": {kind: count for kind, count in sizes[name].items() if kind != "entries"} for name in contestants},
-        "entries": {name: sizes[name]["entries"] for name in contestants},
-        "computed in": str(on.dtype).removeprefix("torch."), "threads": torch.get_num_threads(),
-        "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher is in full precision",
-    })  # fmt: skip
+        documents=len(documents),
+        tokens=tokens[OURS],
+        times={size: found.ratio_median(name) for size, name in PUBLISHED.items()},
+        times_same=found.ratio_median(SAME),
+        storage=sizes[OURS]["importance"] / whole["importance"],
+        storage_same=sizes[OURS]["importance"] / sizes[SAME]["importance"],
+        entries=sizes[OURS]["entries"] / whole["entries"],
+    )
+    found.facts.update(
+        {
+            "sentence": findings.sentence(),
+            "paper: times faster": CLAIM["times_faster"],
+            "paper: share of the storage": list(CLAIM["storage"]),
+            "times as long, EWC-LoRA by batch size": {str(size): _short(t) for size, t in findings.times.items()},
+            "times as long, Fisher of the adapted matrices": _short(findings.times_same),
+            "share of EWC-LoRA's storage": _short(findings.storage),
+            "share of EWC-LoRA's entries": _short(findings.entries),
+            "share of the storage of a Fisher of the adapted matrices": _short(findings.storage_same),
+            "arithmetic, not measured: times as long at the published numbers of documents, by batch size": {
+                str(size): _short(t) for size, t in findings.by_arithmetic().items()
+            },
+            "published documents, hierarchical": f"{DOCUMENTS[OURS]:,} in {EPOCHS} epochs",
+            "published documents, EWC-LoRA by batch size": {str(size): DOCUMENTS[size] for size in PUBLISHED},
+            "tokens read": tokens,
+            "microseconds a token": {
+                name: _short(1e6 * median(found.seconds[name]) / tokens[name]) for name in contestants
+            },
+            **{
+                f"bytes_stored by {name}": {kind: count for kind, count in sizes[name].items() if kind != "entries"}
+                for name in contestants
+            },
+            "entries": {name: sizes[name]["entries"] for name in contestants},
+            "computed in": str(on.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher is in full precision",
+        }
+    )
     yield found
 
 

@@ -34,18 +34,32 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         thinned, kept = thin(codes, density=density)
         forms[f"density {density}"] = thinned
         raw = {name: replace(values, low=codes[name].low) for name, values in thinned.items()}
-        errors[f"density {density}"] = {"kept": kept, "before": _errors(raw, fisher, delta), "after": _errors(thinned, fisher, delta)}
+        errors[f"density {density}"] = {
+            "kept": kept,
+            "before": _errors(raw, fisher, delta),
+            "after": _errors(thinned, fisher, delta),
+        }
 
     with TemporaryDirectory() as folder:
-        writers = {name: lambda name=name: save_file({n: getattr(v, "codes", v) for n, v in plain[name].items()}, Path(folder, name)) for name in plain}
+        writers = {
+            name: lambda name=name: save_file(
+                {n: getattr(v, "codes", v) for n, v in plain[name].items()}, Path(folder, name)
+            )
+            for name in plain
+        }
         writers |= {name: lambda name=name: save_importance(forms[name], Path(folder, name)) for name in forms}
         written = race("write", writers, against="8 bits", rounds=rounds or 3)
         entries = sum(values.numel() for values in fisher.values())
         sizes = {name: Path(folder, name).stat().st_size for name in writers}
         facts = {"entries": entries, "of": f"{MODEL.name}, fine-tuned" if real else "drawn numbers"}
-        facts |= {name: {"bytes": size, "bits_an_entry": round(8 * size / entries, 3)} | errors.get(name, {}) for name, size in sizes.items()}
+        facts |= {
+            name: {"bytes": size, "bits_an_entry": round(8 * size / entries, 3)} | errors.get(name, {})
+            for name, size in sizes.items()
+        }
         yield replace(written, facts=facts)
-        readers = {name: lambda name=name: {n: t.clone() for n, t in load_file(Path(folder, name)).items()} for name in plain}
+        readers = {
+            name: lambda name=name: {n: t.clone() for n, t in load_file(Path(folder, name)).items()} for name in plain
+        }
         readers |= {name: lambda name=name: load_importance(Path(folder, name)) for name in forms}
         yield race("read", readers, against="8 bits", rounds=rounds or 3)
 
@@ -61,7 +75,11 @@ def _errors(found: dict, fisher: dict, delta: dict) -> dict[str, float]:
             for at, term in enumerate((f.square(), (f * moved).square(), f * moved.square())):
                 sums[at] += term.sum().item()
     even, along, value = (o / s for o, s in zip(off, size, strict=True))
-    return {"gradient_even": round(math.sqrt(even), 4), "gradient": round(math.sqrt(along), 4), "value": round(value, 4)}
+    return {
+        "gradient_even": round(math.sqrt(even), 4),
+        "gradient": round(math.sqrt(along), 4),
+        "value": round(value, 4),
+    }
 
 
 def _drawn(entries: int) -> tuple[dict, dict]:
@@ -69,7 +87,10 @@ def _drawn(entries: int) -> tuple[dict, dict]:
     import torch
 
     draw = torch.Generator().manual_seed(0)
-    fisher = {f"layer{i}": torch.randn(entries // 4, generator=draw).mul(3).add(2 * torch.randn(1, generator=draw)).exp2() for i in range(4)}
+    fisher = {
+        f"layer{i}": torch.randn(entries // 4, generator=draw).mul(3).add(2 * torch.randn(1, generator=draw)).exp2()
+        for i in range(4)
+    }
     return fisher, {name: torch.randn(values.shape, generator=draw) for name, values in fisher.items()}
 
 

@@ -6,7 +6,6 @@ zeros, and with many equal entries that are not zero, which a quickselect is slo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import chain
 from typing import Any
 
 from experiments.bench.race import Goal, Race, race
@@ -25,8 +24,8 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 def _steps(small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from methods.tools.adam import AdamW
     from methods.mofo import MoFO
+    from methods.tools.adam import AdamW
 
     width, ffn, layers, vocabulary = (32, 88, 1, 64) if small else (512, 1408, 6, 12_000)
     block = [(width,), *[(width, width)] * 4, (width,), (ffn, width), (ffn, width), (width, ffn)]
@@ -48,22 +47,42 @@ def _steps(small: bool, rounds: int) -> Iterator[Race]:
         "our AdamW": AdamW(tensors["ours"], **settings).step,
         "MoFO": (mofo := MoFO(tensors["MoFO"], fraction=FRACTION, decay_all=True, **settings)).step,
         "official: sorted topk": Published(tensors["sorted topk"], lambda size, k: torch.topk(size, k)[0].min()).step,
-        "the same, unsorted topk": Published(tensors["unsorted topk"], lambda size, k: torch.topk(size, k, sorted=False)[0].min()).step,
+        "the same, unsorted topk": Published(
+            tensors["unsorted topk"], lambda size, k: torch.topk(size, k, sorted=False)[0].min()
+        ).step,
         "the same, kthvalue": Published(tensors["kthvalue"], lambda size, k: size.kthvalue(len(size) - k + 1)[0]).step,
     }
     entries = sum(weight.numel() for weight in start)
-    found = race(f"A step of {entries / 1e6:.3g} M weights in {len(shapes)} tensors, fraction {FRACTION}", runners, against="torch AdamW, fused",
-                 rounds=rounds, goals=[] if small else [Goal(runner="MoFO", limit=4)])  # fmt: skip
-    apart = [((p - q).abs().max() / (q - s).abs().max()).item() for p, q, s in zip(tensors["MoFO"], tensors["sorted topk"], start)]
-    found.facts.update({
-        "entries": entries, "threads": torch.get_num_threads(), "share that moved": mofo.realised_fraction()["mean"],
-        "weights apart from the official ones, of the largest movement": max(apart),  # one entry with another mask would make it 1
-        "bytes of MoFO's scratch": sum(room.nbytes for room in mofo._scratch.values()),
-    })  # fmt: skip
+    found = race(
+        f"A step of {entries / 1e6:.3g} M weights in {len(shapes)} tensors, fraction {FRACTION}",
+        runners,
+        against="torch AdamW, fused",
+        rounds=rounds,
+        goals=[] if small else [Goal(runner="MoFO", limit=4)],
+    )
+    apart = [
+        ((p - q).abs().max() / (q - s).abs().max()).item()
+        for p, q, s in zip(tensors["MoFO"], tensors["sorted topk"], start)
+    ]
+    found.facts.update(
+        {
+            "entries": entries,
+            "threads": torch.get_num_threads(),
+            "share that moved": mofo.realised_fraction()["mean"],
+            "weights apart from the official ones, of the largest movement": max(
+                apart
+            ),  # one entry with another mask would make it 1
+            "bytes of MoFO's scratch": sum(room.nbytes for room in mofo._scratch.values()),
+        }
+    )
     yield found
     others = {name: times for name, times in found.seconds.items() if "AdamW" not in name}
-    yield Race(title="The same step of MoFO, against the paper's code", against="official: sorted topk", seconds=others,
-               goals=() if small else (Goal(runner="MoFO", limit=12, faster=True),))  # fmt: skip
+    yield Race(
+        title="The same step of MoFO, against the paper's code",
+        against="official: sorted topk",
+        seconds=others,
+        goals=() if small else (Goal(runner="MoFO", limit=12, faster=True),),
+    )
 
 
 class Published:
@@ -73,7 +92,9 @@ class Published:
         import torch
 
         self.weights, self.select, self.steps = weights, select, 0
-        self.moments = [(torch.zeros_like(p, requires_grad=False), torch.zeros_like(p, requires_grad=False)) for p in weights]
+        self.moments = [
+            (torch.zeros_like(p, requires_grad=False), torch.zeros_like(p, requires_grad=False)) for p in weights
+        ]
 
     def step(self) -> None:
         import torch
@@ -101,9 +122,17 @@ def _selections(small: bool, rounds: int) -> Iterator[Race]:
 
     entries = 4_000 if small else 2_000_000
     draw = torch.Generator().manual_seed(0)
-    heavy, share, k = _heavy_tailed((entries,), draw).abs_(), torch.rand(entries, generator=draw), int(FRACTION * entries)
-    cases = {"heavy-tailed |m|": heavy, "70 % zeros": heavy * (share >= 0.7), "95 % zeros": heavy * (share >= 0.95),
-             "half equal, not zero": torch.where(share < 0.5, heavy.median(), heavy)}  # fmt: skip
+    heavy, share, k = (
+        _heavy_tailed((entries,), draw).abs_(),
+        torch.rand(entries, generator=draw),
+        int(FRACTION * entries),
+    )
+    cases = {
+        "heavy-tailed |m|": heavy,
+        "70 % zeros": heavy * (share >= 0.7),
+        "95 % zeros": heavy * (share >= 0.95),
+        "half equal, not zero": torch.where(share < 0.5, heavy.median(), heavy),
+    }
     for what, size in cases.items():
         room = torch.empty_like(size)
 
@@ -118,10 +147,17 @@ def _selections(small: bool, rounds: int) -> Iterator[Race]:
             "histograms": lambda: kth_by_histogram(lambda: size.split(1 << 18), k, device=size.device),
             "kth_largest": partition,
         }
-        if any(float(runners[name]()) != float(runners["kthvalue"]()) for name in ("sorted topk", "unsorted topk", "histograms", "kth_largest")):
+        if any(
+            float(runners[name]()) != float(runners["kthvalue"]())
+            for name in ("sorted topk", "unsorted topk", "histograms", "kth_largest")
+        ):
             raise AssertionError(f"the selections differ on {what}")
-        found = race(f"The k-th largest of {entries:,} entries, {what}", runners, against="sorted topk", rounds=min(rounds, 5))
-        found.facts.update({f"ns an entry, {name}": round(1e9 * min(seconds) / entries, 2) for name, seconds in found.seconds.items()})
+        found = race(
+            f"The k-th largest of {entries:,} entries, {what}", runners, against="sorted topk", rounds=min(rounds, 5)
+        )
+        found.facts.update(
+            {f"ns an entry, {name}": round(1e9 * min(seconds) / entries, 2) for name, seconds in found.seconds.items()}
+        )
         yield found
 
 

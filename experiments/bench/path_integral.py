@@ -15,8 +15,8 @@ CLIPPED = 0.5
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from methods.tools import adam as moments
     from methods.part import Run
+    from methods.tools import adam as moments
     from methods.tools.path_integral import PathIntegral
 
     draw = torch.Generator().manual_seed(0)
@@ -27,7 +27,13 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     def inside() -> tuple[Callable[[], None], dict]:
         weights = {f"w{i}": torch.nn.Parameter(values.clone()) for i, values in enumerate(start)}
         model = torch.nn.ParameterDict(weights)
-        run = Run(model=model, weights=weights, base={n: w.detach().clone() for n, w in weights.items()}, seed=0, device=torch.device("cpu"))
+        run = Run(
+            model=model,
+            weights=weights,
+            base={n: w.detach().clone() for n, w in weights.items()},
+            seed=0,
+            device=torch.device("cpu"),
+        )
         run.clipped = torch.tensor(CLIPPED)
         part, state = PathIntegral(), {}
         part.begin(run=run, state=state, examples=[])
@@ -55,7 +61,22 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     by_copies()
     largest = max(total.abs().max() for total in omega)
     difference = max((one - other).abs().max() for one, other in zip(found.values(), omega)) / largest
-    runners = {ADAMW: adamw(start, gradients).step, "ours, not watched": alone.step, "ours": ours, "copies of the weights": by_copies}
-    facts = {"entries": sum(values.numel() for values in start), "threads": torch.get_num_threads(), "difference": float(f"{difference:.2g}")}
-    yield race("A step with ω", runners, against=ADAMW, rounds=rounds or 9, facts=facts,
-               goals=[] if small else [Goal(runner="ours, not watched", limit=1.1)])  # fmt: skip
+    runners = {
+        ADAMW: adamw(start, gradients).step,
+        "ours, not watched": alone.step,
+        "ours": ours,
+        "copies of the weights": by_copies,
+    }
+    facts = {
+        "entries": sum(values.numel() for values in start),
+        "threads": torch.get_num_threads(),
+        "difference": float(f"{difference:.2g}"),
+    }
+    yield race(
+        "A step with ω",
+        runners,
+        against=ADAMW,
+        rounds=rounds or 9,
+        facts=facts,
+        goals=[] if small else [Goal(runner="ours, not watched", limit=1.1)],
+    )

@@ -26,7 +26,17 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 def shapes(*, small: bool) -> list[tuple[int, ...]]:
     """Of a LLaMA's tensors: 25 M weights in 74."""
     vocabulary, width, inner, layers = (64, 16, 40, 1) if small else (4000, 512, 1376, 8)
-    block = [(width, width), (width // 2, width), (width // 2, width), (width, width), (inner, width), (inner, width), (width, inner), (width,), (width,)]
+    block = [
+        (width, width),
+        (width // 2, width),
+        (width // 2, width),
+        (width, width),
+        (inner, width),
+        (inner, width),
+        (width, inner),
+        (width,),
+        (width,),
+    ]
     return [(vocabulary, width), *block * layers, (width,)]
 
 
@@ -67,8 +77,10 @@ def _anchored(dtype: str, *, small: bool, rounds: int) -> Race:
             (force * moved).sum()
 
     def ours(kind: str) -> Callable[[], list[Tensor]]:
-        return lambda: [penalise(weight=w, anchor=a, importance=f, gradient=g, scale=SCALE)
-                        for w, a, f, g in zip(weights, anchors, held[kind], gradients)]  # fmt: skip
+        return lambda: [
+            penalise(weight=w, anchor=a, importance=f, gradient=g, scale=SCALE)
+            for w, a, f, g in zip(weights, anchors, held[kind], gradients)
+        ]
 
     def error(kind: str) -> float:
         """Relative L2 of the gradient, against the values that `kind` stands for, in float64."""
@@ -81,8 +93,20 @@ def _anchored(dtype: str, *, small: bool, rounds: int) -> Race:
             off, size = off + (found - wanted).square().sum().item(), size + wanted.square().sum().item()
         return float(f"{(off / size) ** 0.5:.2g}")
 
-    facts = {"entries": sum(w.numel() for w in weights), "threads": torch.get_num_threads(), "gradient_error": {kind: error(kind) for kind in held}}
+    facts = {
+        "entries": sum(w.numel() for w in weights),
+        "threads": torch.get_num_threads(),
+        "gradient_error": {kind: error(kind) for kind in held},
+    }
     runners = {ADAMW: adamw(weights, gradients).step, "autograd": by_autograd, "closed form": in_closed_form}
     runners |= {f"ours, {kind}": ours(kind) for kind in held}
-    goals = [] if small else [Goal(runner="ours, float32", limit=1.2), Goal(runner="ours, bfloat16", limit=1.2), Goal(runner="ours, 8 bits", limit=1.4)]
+    goals = (
+        []
+        if small
+        else [
+            Goal(runner="ours, float32", limit=1.2),
+            Goal(runner="ours, bfloat16", limit=1.2),
+            Goal(runner="ours, 8 bits", limit=1.4),
+        ]
+    )
     return race(f"θ₀ in {dtype}", runners, against=ADAMW, rounds=rounds, goals=goals, facts=facts)

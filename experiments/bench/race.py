@@ -47,16 +47,41 @@ class Race:
 
     def record(self) -> dict[str, Any]:
         """As JSON: one row a runner, in the order they were given."""
-        rows = [{"runner": name, "seconds_min": min(times), "seconds_median": median(times), "ratio_min": self.ratio_min(name),
-                 "ratio_median": self.ratio_median(name)} for name, times in self.seconds.items()]  # fmt: skip
-        goals = [asdict(goal) | {"text": goal.text(), "met": goal.met(self.ratio_min(goal.runner))} for goal in self.goals]
-        return {"title": self.title, "against": self.against, "rounds": len(next(iter(self.seconds.values()))), "rows": rows,
-                "goals": goals, "facts": self.facts}  # fmt: skip
+        rows = [
+            {
+                "runner": name,
+                "seconds_min": min(times),
+                "seconds_median": median(times),
+                "ratio_min": self.ratio_min(name),
+                "ratio_median": self.ratio_median(name),
+            }
+            for name, times in self.seconds.items()
+        ]
+        goals = [
+            asdict(goal) | {"text": goal.text(), "met": goal.met(self.ratio_min(goal.runner))} for goal in self.goals
+        ]
+        return {
+            "title": self.title,
+            "against": self.against,
+            "rounds": len(next(iter(self.seconds.values()))),
+            "rows": rows,
+            "goals": goals,
+            "facts": self.facts,
+        }
 
 
-def race(title: str, runners: Mapping[str, Callable[[], Any]], *, against: str, rounds: int = 7, warm: int = 1,
-         before: Callable[[], Any] | None = None, own_clock: bool = False, goals: Sequence[Goal] = (),
-         facts: Mapping[str, Any] | None = None) -> Race:  # fmt: skip
+def race(
+    title: str,
+    runners: Mapping[str, Callable[[], Any]],
+    *,
+    against: str,
+    rounds: int = 7,
+    warm: int = 1,
+    before: Callable[[], Any] | None = None,
+    own_clock: bool = False,
+    goals: Sequence[Goal] = (),
+    facts: Mapping[str, Any] | None = None,
+) -> Race:
     """Time every runner once a round, after `warm` rounds that do not count; the order turns by one each round.
 
     before     called ahead of every single run, outside its time: puts back what a run changed

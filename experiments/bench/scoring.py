@@ -15,26 +15,37 @@ from typing import Any
 from experiments.bench.race import Goal, Race, race
 
 TITLE = "Scoring with a shared prefix against lm-eval's own forward passes"
-SHARE, EXACT, ANSWERS = 10, 4, 2000  # one row in so many is timed; rows of a set compared in float32; rows whose answers are compared
+SHARE, EXACT, ANSWERS = (
+    10,
+    4,
+    2000,
+)  # one row in so many is timed; rows of a set compared in float32; rows whose answers are compared
 
 
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
     from evaluation import harness, probe
-    from experiments.study import config
     from experiments.model import weights
+    from experiments.study import config
 
     study = config.load()
     with TemporaryDirectory() as place:
         timed = Path(place) / "evaluate"
-        folder, found = study.paths.model(study.grid["models"][0]), study.paths.data / "evaluate" / study.grid["domains"][0]
+        folder, found = (
+            study.paths.model(study.grid["models"][0]),
+            study.paths.data / "evaluate" / study.grid["domains"][0],
+        )
         real = not small and (folder / "base.json").is_file() and (found / "tasks.json").is_file()
         if real:
             name, tokenizer = folder.name, weights.load_tokenizer(folder)
             make = lambda dtype: weights.load_model(folder, dtype=dtype)
             train = study.paths.data / "train" / study.grid["domains"][0]
-            others = [file for file in (*sorted((train / "probe").glob("*.jsonl")), train / "train.jsonl") if file.name != "general.jsonl"]
+            others = [
+                file
+                for file in (*sorted((train / "probe").glob("*.jsonl")), train / "train.jsonl")
+                if file.name != "general.jsonl"
+            ]
         else:
             name, tokenizer, make = _random(Path(place) / "all", small=small)
             found, others = Path(place) / "all", []
@@ -43,9 +54,16 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         batch_size = study.evaluate["batch_size"]
 
         def scored(scorer: str) -> Any:
-            return lambda: harness.score(model=model, tokenizer=tokenizer, tasks_dir=timed, scorer=scorer, batch_size=batch_size)
+            return lambda: harness.score(
+                model=model, tokenizer=tokenizer, tasks_dir=timed, scorer=scorer, batch_size=batch_size
+            )
 
-        rows = [row for _, task in harness.load_tasks(found) if task.OUTPUT_TYPE != "loglikelihood_rolling" for row in harness.render(task)]
+        rows = [
+            row
+            for _, task in harness.load_tasks(found)
+            if task.OUTPUT_TYPE != "loglikelihood_rolling"
+            for row in harness.render(task)
+        ]
         rows += [json.loads(line) for file in others for line in file.read_text(encoding="utf-8").split("\n") if line]
         items = probe.encoded(rows[: 8 if small else ANSWERS], tokenizer)
         exact = [task for _, task in harness.load_tasks(timed) if task.OUTPUT_TYPE != "loglikelihood_rolling"]
@@ -53,9 +71,15 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         facts = {"model": name, "rows_timed": sum(len(task.rows) for _, task in harness.load_tasks(timed))}
         facts |= _plan(items, batch_size) | _answers(model, tokenizer, items, batch_size)
         facts |= _difference(make(torch.float32), tokenizer, few, batch_size)
-        yield race(f"scores of {name}, {facts['rows_timed']} rows", {"HFLM": scored("hflm"), "shared prefix": scored("shared-prefix")},
-                   against="HFLM", rounds=rounds or (1 if small else 3), warm=0, facts=facts,
-                   goals=[] if small else [Goal(runner="shared prefix", limit=2, faster=True)])  # fmt: skip
+        yield race(
+            f"scores of {name}, {facts['rows_timed']} rows",
+            {"HFLM": scored("hflm"), "shared prefix": scored("shared-prefix")},
+            against="HFLM",
+            rounds=rounds or (1 if small else 3),
+            warm=0,
+            facts=facts,
+            goals=[] if small else [Goal(runner="shared prefix", limit=2, faster=True)],
+        )
 
 
 def _first(found: Path, to: Path, *, share: int) -> None:
@@ -74,8 +98,12 @@ def _both(model: Any, tokenizer: Any, items: Sequence[Any], batch_size: int) -> 
 
     requests = [(("", ""), list(context), list(choice)) for item in items for context, choice in item.requests]
     with quiet():
-        return [lm.build(model, tokenizer, scorer=scorer, batch_size=batch_size)[0]._loglikelihood_tokens(requests, disable_tqdm=True)
-                for scorer in ("hflm", "shared-prefix")]  # fmt: skip
+        return [
+            lm.build(model, tokenizer, scorer=scorer, batch_size=batch_size)[0]._loglikelihood_tokens(
+                requests, disable_tqdm=True
+            )
+            for scorer in ("hflm", "shared-prefix")
+        ]
 
 
 def _answers(model: Any, tokenizer: Any, items: Sequence[Any], batch_size: int) -> dict[str, Any]:
@@ -86,20 +114,33 @@ def _answers(model: Any, tokenizer: Any, items: Sequence[Any], batch_size: int) 
     for answers in _both(model, tokenizer, items, batch_size):
         rest = iter(answers)
         own = [[next(rest) for _ in item.requests] for item in items]
-        picks = [int(scores[0][1]) if len(scores) == 1 else int(np.argmax(np.array([v for v, _ in scores]) / (item.norm or 1)))
-                 for item, scores in zip(items, own)]  # fmt: skip
+        picks = [
+            int(scores[0][1])
+            if len(scores) == 1
+            else int(np.argmax(np.array([v for v, _ in scores]) / (item.norm or 1)))
+            for item, scores in zip(items, own)
+        ]
         chosen.append(np.array(picks))
-        right.append(np.array([pick == (1 if len(item.requests) == 1 else item.gold) for item, pick in zip(items, picks)]))
+        right.append(
+            np.array([pick == (1 if len(item.requests) == 1 else item.gold) for item, pick in zip(items, picks)])
+        )
     differ = int((chosen[0] != chosen[1]).sum())
-    return {"dtype": str(model.dtype).removeprefix("torch."), "answers": len(items), "answers_that_differ": differ,
-            "answers_that_differ_percent": round(100 * differ / len(items), 3),
-            "accuracy_difference_points": round(100 * float(right[1].mean() - right[0].mean()), 3)}  # fmt: skip
+    return {
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "answers": len(items),
+        "answers_that_differ": differ,
+        "answers_that_differ_percent": round(100 * differ / len(items), 3),
+        "accuracy_difference_points": round(100 * float(right[1].mean() - right[0].mean()), 3),
+    }
 
 
 def _difference(model: Any, tokenizer: Any, items: Sequence[Any], batch_size: int) -> dict[str, Any]:
     theirs, ours = _both(model, tokenizer, items, batch_size)
-    return {"choices_in_float32": len(ours), "largest_difference_in_float32_nats": max(abs(a - b) for (a, _), (b, _) in zip(ours, theirs)),
-            "greedy_that_differ_in_float32": sum(a != b for (_, a), (_, b) in zip(ours, theirs))}  # fmt: skip
+    return {
+        "choices_in_float32": len(ours),
+        "largest_difference_in_float32_nats": max(abs(a - b) for (a, _), (b, _) in zip(ours, theirs)),
+        "greedy_that_differ_in_float32": sum(a != b for (_, a), (_, b) in zip(ours, theirs)),
+    }
 
 
 def _plan(items: Sequence[Any], batch_size: int) -> dict[str, Any]:
@@ -108,9 +149,15 @@ def _plan(items: Sequence[Any], batch_size: int) -> dict[str, Any]:
 
     requests = [request for item in items for request in item.requests]
     passes = shared_prefix.plan(requests, max_length=2048, tokens=batch_size * lm.TOKENS_PER_BATCH_SIZE)
-    real, padded = sum(row.length for rows in passes for row in rows), sum(len(rows) * rows[0].length for rows in passes)
-    return {"tokens_one_by_one": sum(len(context) + len(choice) - 1 for context, choice in requests), "tokens_shared": real,
-            "padded_percent": round(100 * (1 - real / padded), 2)}  # fmt: skip
+    real, padded = (
+        sum(row.length for rows in passes for row in rows),
+        sum(len(rows) * rows[0].length for rows in passes),
+    )
+    return {
+        "tokens_one_by_one": sum(len(context) + len(choice) - 1 for context, choice in requests),
+        "tokens_shared": real,
+        "padded_percent": round(100 * (1 - real / padded), 2),
+    }
 
 
 def _random(folder: Path, *, small: bool) -> tuple[str, Any, Any]:
@@ -121,15 +168,35 @@ def _random(folder: Path, *, small: bool) -> tuple[str, Any, Any]:
 
     draw, count = random.Random(0), 8 if small else 60
     text = lambda words: " ".join("".join(draw.choices("etaoinshr", k=draw.randint(2, 8))) for _ in range(words))
-    rows = {"sciq": [{"question": text(8) + "?", "support": text(30), "correct_answer": text(2)} | {f"distractor{i}": text(2) for i in (1, 2, 3)}
-                     for _ in range(count)],
-            "hellaswag": [{"activity_label": text(1), "ctx_a": text(12), "ctx_b": text(3), "endings": [text(9) for _ in range(4)],
-                           "label": str(draw.randrange(4))} for _ in range(count)]}  # fmt: skip
+    rows = {
+        "sciq": [
+            {"question": text(8) + "?", "support": text(30), "correct_answer": text(2)}
+            | {f"distractor{i}": text(2) for i in (1, 2, 3)}
+            for _ in range(count)
+        ],
+        "hellaswag": [
+            {
+                "activity_label": text(1),
+                "ctx_a": text(12),
+                "ctx_b": text(3),
+                "endings": [text(9) for _ in range(4)],
+                "label": str(draw.randrange(4)),
+            }
+            for _ in range(count)
+        ],
+    }
     folder.mkdir()
-    entries = [{"name": task, "task": task, "role": "retention", "metric": "acc", "chance": 0.25, "file": f"{task}.jsonl"} for task in rows]
+    entries = [
+        {"name": task, "task": task, "role": "retention", "metric": "acc", "chance": 0.25, "file": f"{task}.jsonl"}
+        for task in rows
+    ]
     (folder / "tasks.json").write_text(json.dumps(entries), encoding="utf-8")
     for task, own in rows.items():
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
     sizes = {} if small else {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8}
     make = lambda dtype: build("llama", seed=0, dtype=dtype, **sizes)
-    return f"random Llama of {sum(p.numel() for p in build('llama', seed=0, **sizes).parameters()) / 1e6:.2g} M weights", byte_tokenizer(), make
+    return (
+        f"random Llama of {sum(p.numel() for p in build('llama', seed=0, **sizes).parameters()) / 1e6:.2g} M weights",
+        byte_tokenizer(),
+        make,
+    )

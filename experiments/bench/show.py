@@ -10,11 +10,19 @@ def as_text(record: dict) -> str:
     lines = []
     for race in record["races"]:
         wide = max(len(row["runner"]) for row in race["rows"])
-        lines += [f"  {race['title']} ({race['rounds']} rounds; times {race['against']})",
-                  f"    {'':{wide}}  {'ms':>9}  {'min':>7}  {'median':>7}"]  # fmt: skip
+        lines += [
+            f"  {race['title']} ({race['rounds']} rounds; times {race['against']})",
+            f"    {'':{wide}}  {'ms':>9}  {'min':>7}  {'median':>7}",
+        ]
         for row in race["rows"]:
-            goals = "".join(f"  {goal['text']}: {'met' if goal['met'] else 'MISSED'}" for goal in race["goals"] if goal["runner"] == row["runner"])
-            lines.append(f"    {row['runner']:{wide}}  {1e3 * row['seconds_min']:9.2f}  {row['ratio_min']:7.2f}  {row['ratio_median']:7.2f}{goals}")
+            goals = "".join(
+                f"  {goal['text']}: {'met' if goal['met'] else 'MISSED'}"
+                for goal in race["goals"]
+                if goal["runner"] == row["runner"]
+            )
+            lines.append(
+                f"    {row['runner']:{wide}}  {1e3 * row['seconds_min']:9.2f}  {row['ratio_min']:7.2f}  {row['ratio_median']:7.2f}{goals}"
+            )
         lines += [f"    {name}: {value}" for name, value in bench.facts(race["facts"])]
         lines += textwrap.wrap(race["facts"].get("sentence", ""), 130, initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines)
@@ -27,7 +35,9 @@ def draw(record: dict, *, stem: Path) -> None:
 
     from analysis import style
 
-    rows = [{"race": race["title"], "against": race["against"], **row} for race in record["races"] for row in race["rows"]]
+    rows = [
+        {"race": race["title"], "against": race["against"], **row} for race in record["races"] for row in race["rows"]
+    ]
     data = pd.DataFrame(rows)
     heights = [0.9 + 0.28 * len(race["rows"]) for race in record["races"]]
     with style.house():
@@ -38,16 +48,32 @@ def draw(record: dict, *, stem: Path) -> None:
             for place, row in zip(places, race["rows"]):
                 axes.plot([1, row["ratio_median"]], [place, place], color="#0f7ac0", linewidth=5, solid_capstyle="butt")
                 axes.plot(row["ratio_min"], place, "|", color=style.INK, markersize=10, markeredgewidth=1.6)
-                axes.annotate(f"{row['ratio_median']:.2f}×", (1, place), xycoords=("axes fraction", "data"), xytext=(34, 0),
-                              textcoords="offset points", ha="right", va="center", fontsize=8)  # fmt: skip
+                axes.annotate(
+                    f"{row['ratio_median']:.2f}×",
+                    (1, place),
+                    xycoords=("axes fraction", "data"),
+                    xytext=(34, 0),
+                    textcoords="offset points",
+                    ha="right",
+                    va="center",
+                    fontsize=8,
+                )
                 if row["runner"] in limits:
-                    axes.plot(limits[row["runner"]], place, marker="x", color=style.RED, markersize=6, markeredgewidth=1.6)
+                    axes.plot(
+                        limits[row["runner"]], place, marker="x", color=style.RED, markersize=6, markeredgewidth=1.6
+                    )
             axes.set_yticks(places, [row["runner"] for row in race["rows"]])
             axes.set_xscale("log")
-            ratios = [1.0] + [row[key] for row in race["rows"] for key in ("ratio_min", "ratio_median")] + list(limits.values())
+            ratios = (
+                [1.0]
+                + [row[key] for row in race["rows"] for key in ("ratio_min", "ratio_median")]
+                + list(limits.values())
+            )
             span = max(ratios) / min(ratios)
             axes.set_xlim(min(ratios) / span**0.05 / 1.05, max(ratios) * span**0.05 * 1.05)
-            axes.xaxis.set_major_locator(LogLocator(subs=(1,) if span > 100 else (1, 2, 5) if span > 5 else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)))
+            axes.xaxis.set_major_locator(
+                LogLocator(subs=(1,) if span > 100 else (1, 2, 5) if span > 5 else (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8))
+            )
             axes.xaxis.set_minor_locator(NullLocator())
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}×")
             axes.axvline(1, color=style.INK, linewidth=0.8)
@@ -55,8 +81,18 @@ def draw(record: dict, *, stem: Path) -> None:
             axes.set_ylim(-0.6, len(places) - 0.4)
             axes.set_xlabel(f"times {race['against']}", fontsize=8)
             # it begins above the runners' names, which may leave the axes little width
-            axes.annotate(textwrap.fill(race["title"], 84), (0, 1), xycoords=(figure.transFigure, "axes fraction"), xytext=(4, 5),
-                          textcoords="offset points", va="bottom", fontsize=9.5, fontweight="bold")  # fmt: skip
+            axes.annotate(
+                textwrap.fill(race["title"], 84),
+                (0, 1),
+                xycoords=(figure.transFigure, "axes fraction"),
+                xytext=(4, 5),
+                textcoords="offset points",
+                va="bottom",
+                fontsize=9.5,
+                fontweight="bold",
+            )
         crosses = "; cross: goal" if any(race["goals"] for race in record["races"]) else ""
-        figure.supxlabel(f"bar and number: median over rounds; mark: fastest against fastest{crosses}", fontsize=8, color=style.MUTED)
+        figure.supxlabel(
+            f"bar and number: median over rounds; mark: fastest against fastest{crosses}", fontsize=8, color=style.MUTED
+        )
         style.save(figure, data, stem=stem, not_a_result=False)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from experiments.training.batches import Example
     from experiments.study.config import Study
+    from experiments.training.batches import Example
     from experiments.training.settings import TrainSettings
 
 
@@ -36,8 +36,13 @@ class Subject:
     def steps(self, method: str, batch: list[Example], count: int) -> TrainSettings:
         """The study's settings of `method` for `count` steps on one batch."""
         model, domain = _first(self.study)
-        return replace(self.study.settings(model=model, domain=domain, method=method), batch=len(batch), micro_batch=len(batch),
-                       epochs=float(count), probes=0)  # fmt: skip
+        return replace(
+            self.study.settings(model=model, domain=domain, method=method),
+            batch=len(batch),
+            micro_batch=len(batch),
+            epochs=float(count),
+            probes=0,
+        )
 
     def batch(self, size: int = 8) -> list[Example]:
         """The batch of the domain's first epoch whose number of tokens is the median."""
@@ -66,19 +71,26 @@ def _first(study: Study) -> tuple[str, str]:
 
 
 def _real(study, folder, train, general) -> Subject:
-    from experiments.training import hardware
     from experiments.model import weights
     from experiments.model.base import dtype_of, load_tensors
-    from methods.tools.files import read_json
     from experiments.stages.prepare import encoded_text
     from experiments.stages.train import encoded
+    from experiments.training import hardware
+    from methods.tools.files import read_json
 
     model, domain = _first(study)
     dtype = study.compute_dtype(model, dtype_of(read_json(folder / "base.json")), hardware.device("cpu"))
     tokenizer = weights.load_tokenizer(folder)
     length = study.settings(model=model, domain=domain, method=study.grid["methods"][0]).length
-    return Subject(name=f"{model}, {domain}", study=study, make=lambda: weights.load_model(folder, dtype=dtype, device="cpu"), dtype=dtype,
-                   base=load_tensors(folder), domain=encoded(train, tokenizer, length), general=encoded_text(general, tokenizer, length))  # fmt: skip
+    return Subject(
+        name=f"{model}, {domain}",
+        study=study,
+        make=lambda: weights.load_model(folder, dtype=dtype, device="cpu"),
+        dtype=dtype,
+        base=load_tensors(folder),
+        domain=encoded(train, tokenizer, length),
+        general=encoded_text(general, tokenizer, length),
+    )
 
 
 def _random(study, *, small: bool) -> Subject:
@@ -100,6 +112,12 @@ def _random(study, *, small: bool) -> Subject:
             found.append({"input_ids": ids, "labels": labels})
         return found
 
-    return Subject(name=f"random Llama of {sum(p.numel() for p in model.parameters()) / 1e6:.2g} M weights, random rows", study=study,
-                   make=make, dtype=torch.float32, base={name: p.detach().clone() for name, p in model.named_parameters()},
-                   domain=examples(64, 0.1), general=examples(64, 1.0))  # fmt: skip
+    return Subject(
+        name=f"random Llama of {sum(p.numel() for p in model.parameters()) / 1e6:.2g} M weights, random rows",
+        study=study,
+        make=make,
+        dtype=torch.float32,
+        base={name: p.detach().clone() for name, p in model.named_parameters()},
+        domain=examples(64, 0.1),
+        general=examples(64, 1.0),
+    )

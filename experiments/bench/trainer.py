@@ -20,8 +20,8 @@ from experiments.bench.race import Race, race
 if TYPE_CHECKING:
     import torch
 
-    from experiments.training.batches import Example
     from experiments.bench.subject import Subject
+    from experiments.training.batches import Example
 
 TITLE = "A step of the engine and of transformers' Trainer"
 ROUNDS = 7
@@ -48,13 +48,25 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         with contextlib.redirect_stderr(io.StringIO()):  # the engine's bar
             for run in runs.values():
                 run.go()
-            found = race(f"{on.name}: a step of {len(batch)} rows", {name: run.go for name, run in runs.items()}, against=next(iter(trainers)),
-                         rounds=rounds, warm=0)  # fmt: skip
+            found = race(
+                f"{on.name}: a step of {len(batch)} rows",
+                {name: run.go for name, run in runs.items()},
+                against=next(iter(trainers)),
+                rounds=rounds,
+                warm=0,
+            )
             for name, run in runs.items():
                 run.go()
                 losses[name] = [round(loss, 5) for loss in run.result]
-        found.facts.update({"tokens a step": sum(len(e["input_ids"]) for e in batch), "weights": sum(t.numel() for t in on.base.values()),
-                            "computed in": _name(on.dtype), "threads": torch.get_num_threads(), "loss of each step": losses})  # fmt: skip
+        found.facts.update(
+            {
+                "tokens a step": sum(len(e["input_ids"]) for e in batch),
+                "weights": sum(t.numel() for t in on.base.values()),
+                "computed in": _name(on.dtype),
+                "threads": torch.get_num_threads(),
+                "loss of each step": losses,
+            }
+        )
         yield found
 
 
@@ -62,13 +74,30 @@ def _engine(on: Subject, batch: list[Example], steps: int, pause: Callable[[], N
     from experiments.bench.stepwise import Pausing
     from experiments.training.engine import fit
 
-    settings = replace(on.steps("full", batch, steps), learning_rate=RATE, schedule="constant", warmup=0.0, weight_decay=0.0, clip=1.0,
-                       moments="float32")  # fmt: skip
-    result = fit(model=on.make(), parts=(Pausing(pause=pause),), examples=batch, settings=settings, seed=0, base=on.base, compute_dtype=on.dtype)
+    settings = replace(
+        on.steps("full", batch, steps),
+        learning_rate=RATE,
+        schedule="constant",
+        warmup=0.0,
+        weight_decay=0.0,
+        clip=1.0,
+        moments="float32",
+    )
+    result = fit(
+        model=on.make(),
+        parts=(Pausing(pause=pause),),
+        examples=batch,
+        settings=settings,
+        seed=0,
+        base=on.base,
+        compute_dtype=on.dtype,
+    )
     return [row["loss"] for row in result.curve]
 
 
-def _trainer(on: Subject, batch: list[Example], steps: int, weights: torch.dtype, pause: Callable[[], None]) -> list[float]:
+def _trainer(
+    on: Subject, batch: list[Example], steps: int, weights: torch.dtype, pause: Callable[[], None]
+) -> list[float]:
     """`weights` is what they are kept in; the engine's dtype is what is computed in either way."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -90,10 +119,24 @@ def _trainer(on: Subject, batch: list[Example], steps: int, weights: torch.dtype
     model.set_attn_implementation("sdpa")
     with TemporaryDirectory() as folder:
         settings = TrainingArguments(
-            output_dir=folder, max_steps=steps, per_device_train_batch_size=len(batch), learning_rate=RATE, lr_scheduler_type="constant",
-            optim="adamw_torch_fused", weight_decay=0.0, max_grad_norm=1.0, bf16=weights != on.dtype, use_cpu=True, seed=0,
-            logging_strategy="no", save_strategy="no", eval_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=len(batch),
+            learning_rate=RATE,
+            lr_scheduler_type="constant",
+            optim="adamw_torch_fused",
+            weight_decay=0.0,
+            max_grad_norm=1.0,
+            bf16=weights != on.dtype,
+            use_cpu=True,
+            seed=0,
+            logging_strategy="no",
+            save_strategy="no",
+            eval_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
         trainer = Heard(model=model, args=settings, train_dataset=batch, data_collator=collate, callbacks=[Pausing()])
         trainer.remove_callback(PrinterCallback)
         trainer.train()

@@ -3,9 +3,9 @@
 import shutil
 
 from experiments.study.advice import of_study
-from methods.tools.files import read_json
 from experiments.study.lock import stages
 from experiments.study.paths import HERE
+from methods.tools.files import read_json
 
 
 def main(study) -> None:
@@ -19,7 +19,12 @@ def main(study) -> None:
     cells = study.paths.work / "cells"
     freed += sum(p.stat().st_size for p in cells.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
     shutil.rmtree(cells, ignore_errors=True)
-    print(of_study(f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is asked for", study.name))
+    print(
+        of_study(
+            f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is asked for",
+            study.name,
+        )
+    )
 
 
 def _drop(md5: str) -> int:

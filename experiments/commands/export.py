@@ -17,7 +17,11 @@ def main(study, cell, folder: str) -> None:
     recorded = read_json(study.paths.run(cell) / "train.json", "weights_sha256")["weights_sha256"]
     found = tuned.weights_sha256(source)
     if found != recorded:
-        raise UserError(f"{cell.name}: the weights at {source} ({found[:12]}) are not those of train.json ({recorded[:12]}): "
-                        f"run `dvc repro train@{cell.stage}`")  # fmt: skip
+        raise UserError(
+            f"{cell.name}: the weights at {source} ({found[:12]}) are not those of train.json ({recorded[:12]}): "
+            f"run `dvc repro train@{cell.stage}`"
+        )
     tuned.write_folder(source, folder=study.paths.model(cell.model), target=target)
-    print(f"wrote {cell.name} to {target}; score it with: lm_eval --model hf --model_args pretrained={target} --tasks sciq")
+    print(
+        f"wrote {cell.name} to {target}; score it with: lm_eval --model hf --model_args pretrained={target} --tasks sciq"
+    )

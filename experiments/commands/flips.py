@@ -12,8 +12,8 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.comparable import guarded
-from analysis.sections.flips import flips, most_forgotten
 from analysis.load import load_cells
+from analysis.sections.flips import flips, most_forgotten
 from evaluation.harness import load_tasks
 from evaluation.task import LocalTask, doc_hash, gold_index, render
 from experiments.study import cells
@@ -38,7 +38,9 @@ def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
             print(text(items, folder=study.paths.data / "evaluate" / domain, title=f"{model} on {domain}", top=top))
             shown = True
     if not shown:
-        raise UserError(f"none of {len(chosen)} cells has scored items beside its base's: run `dvc repro` to score them")
+        raise UserError(
+            f"none of {len(chosen)} cells has scored items beside its base's: run `dvc repro` to score them"
+        )
 
 
 def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
@@ -53,11 +55,18 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
     for number, item in enumerate(worst.itertuples(), 1):
         row = texts.get((item.task, item.doc_hash))
         if row is None:
-            raise UserError(f"{folder} has no row {item.doc_hash[:12]} of {item.task}: these are not the rows that were scored; "
-                            "make them again with `dvc repro data`")  # fmt: skip
+            raise UserError(
+                f"{folder} has no row {item.doc_hash[:12]} of {item.task}: these are not the rows that were scored; "
+                "make them again with `dvc repro data`"
+            )
         own = items[(items["task"] == item.task) & (items["doc_hash"] == item.doc_hash) & items["lost"]]
-        pieces += [f"{number}. {item.task} {item.doc_hash[:12]}: lost by {item.lost_by} of {item.of} ({', '.join(item.methods)})",
-                   *_wrapped(row["context"]), *_wrapped(f"right: {row['choices'][row['gold']].strip()}"), *_instead(own, row["choices"]), ""]  # fmt: skip
+        pieces += [
+            f"{number}. {item.task} {item.doc_hash[:12]}: lost by {item.lost_by} of {item.of} ({', '.join(item.methods)})",
+            *_wrapped(row["context"]),
+            *_wrapped(f"right: {row['choices'][row['gold']].strip()}"),
+            *_instead(own, row["choices"]),
+            "",
+        ]
     return "\n".join(pieces)
 
 
@@ -67,7 +76,9 @@ def questions(task: LocalTask) -> list[dict]:
         return render(task)
     rows = []
     for doc in task.eval_docs:
-        choices = [f"{choice}{task.config.target_delimiter}{task.doc_to_target(doc)}" for choice in task.doc_to_choice(doc)]
+        choices = [
+            f"{choice}{task.config.target_delimiter}{task.doc_to_target(doc)}" for choice in task.doc_to_choice(doc)
+        ]
         rows.append({"id": doc_hash(doc), "context": "", "choices": choices, "gold": gold_index(task, doc)})
     return rows
 

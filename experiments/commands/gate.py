@@ -19,7 +19,9 @@ from methods.errors import UserError
 ROUNDING = 1e-9  # a mean of shares is not exact: 17 points may be stored as 0.16999999999999993
 
 
-def main(study, *, patterns: Sequence[str], max_forgetting: float, min_gain: float | None = None, confidence: bool = False) -> int:
+def main(
+    study, *, patterns: Sequence[str], max_forgetting: float, min_gain: float | None = None, confidence: bool = False
+) -> int:
     """Print a line a cell and the outcome; limits are shares of 1 (2 points are 0.02). Returns the exit status.
 
     patterns  see `cells.matching`. Raises UserError where one matches nothing or a limit is no share.
@@ -31,18 +33,25 @@ def main(study, *, patterns: Sequence[str], max_forgetting: float, min_gain: flo
     loaded = load_cells(study.paths.results, chosen)
     if loaded.not_a_result:
         print(BANNER)
-    found = {cell: verdict(loaded, cell, max_forgetting=max_forgetting, min_gain=min_gain, confidence=confidence) for cell in chosen}
+    found = {
+        cell: verdict(loaded, cell, max_forgetting=max_forgetting, min_gain=min_gain, confidence=confidence)
+        for cell in chosen
+    }
     width = max(map(len, chosen))
     for cell, (text, wrong) in found.items():
         print(f"{'FAIL' if wrong else 'pass'}  {cell:<{width}}  {'; '.join(filter(None, [text, *wrong]))}")
     failed = sum(bool(wrong) for _, wrong in found.values())
     asked = f"forgetting at most {_limit(max_forgetting)} points"
     asked += "" if min_gain is None else f", gain at least {_limit(min_gain)}"
-    print(f"{len(chosen) - failed} of {len(chosen)} cells pass: {asked}{' by the ends of the 95 % intervals' if confidence else ''}")
+    print(
+        f"{len(chosen) - failed} of {len(chosen)} cells pass: {asked}{' by the ends of the 95 % intervals' if confidence else ''}"
+    )
     return int(failed > 0)
 
 
-def verdict(loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float | None, confidence: bool) -> tuple[str, list[str]]:
+def verdict(
+    loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float | None, confidence: bool
+) -> tuple[str, list[str]]:
     """What was measured of a cell, and why it does not pass; no reason: it passes."""
     if cell not in loaded.cells.index:
         (failure,) = loaded.failures[loaded.failures["cell"] == cell].itertuples()
@@ -55,14 +64,24 @@ def verdict(loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float
         value, interval = row[key], intervals.get(key)
         if numbers.missing(value):
             share = " a proportion" if isinstance(row.get("forgetting_apart"), dict) and row["forgetting_apart"] else ""
-            why = f": no retention task of {row['domain']} is{share} above chance for the base model" if sign == 1 else ""
+            why = (
+                f": no retention task of {row['domain']} is{share} above chance for the base model" if sign == 1 else ""
+            )
             wrong.append(f"no {name}{why}")
             continue
         unit = units.of_domain(row) if key == "domain_gain" else units.SHARE
         bounded = interval is not None and interval.low is not None
-        without = "items are missing" if units.per_item(row, row["domain"]) or sign == 1 else "no draw of rows changes it"
-        ends = f" [{units.change(interval.low, unit)}, {units.change(interval.high, unit)}], n = {interval.n}" if bounded else ""
-        measured.append(f"{name} {units.change(value, unit)}{'' if unit == units.SHARE else f' {unit}'}{ends or f', no interval: {without}'}")
+        without = (
+            "items are missing" if units.per_item(row, row["domain"]) or sign == 1 else "no draw of rows changes it"
+        )
+        ends = (
+            f" [{units.change(interval.low, unit)}, {units.change(interval.high, unit)}], n = {interval.n}"
+            if bounded
+            else ""
+        )
+        measured.append(
+            f"{name} {units.change(value, unit)}{'' if unit == units.SHARE else f' {unit}'}{ends or f', no interval: {without}'}"
+        )
         if limit is None:
             continue
         if unit != units.SHARE:

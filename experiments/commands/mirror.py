@@ -15,10 +15,27 @@ from analysis import units
 from analysis.load import Loaded
 
 SCALARS = (
-    "domain_score", "domain_score_base", "domain_gain", "general_score", "general_score_base", "forgetting", "general_perplexity",
-    "general_perplexity_base", "general_bits_per_byte", "seconds_prepare", "seconds_train", "seconds_evaluate", "peak_memory_bytes",
-    "bytes_importance", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state", "tokens_trained", "tokens_prepare",
-    "tokens_per_second", "mfu",
+    "domain_score",
+    "domain_score_base",
+    "domain_gain",
+    "general_score",
+    "general_score_base",
+    "forgetting",
+    "general_perplexity",
+    "general_perplexity_base",
+    "general_bits_per_byte",
+    "seconds_prepare",
+    "seconds_train",
+    "seconds_evaluate",
+    "peak_memory_bytes",
+    "bytes_importance",
+    "bytes_anchor",
+    "bytes_weights_delta",
+    "bytes_optimizer_state",
+    "tokens_trained",
+    "tokens_prepare",
+    "tokens_per_second",
+    "mfu",
 )
 EXPERIMENT = "DVC_EXP_NAME"  # the tag of a run made within `dvc exp run`
 # columns of a curve that tell about the machine and not about the model: the dashboard shows `system/` on a page of its own
@@ -112,26 +129,45 @@ def _finished(loaded: Loaded, cell: str, *, work: str, aside: str) -> Run:
     kept = row.get("bytes_weights_delta")
     texts = {
         "environment.json": {key: row[key] for key in ("versions", "hardware", "git", "device", "dtype")},
-        "model.json": {"path": f"{work}/cells/{cell}/weights", "sha256": row["weights_sha256"],
-                       "bytes_beside_base": None if pd.isna(kept) else int(kept), "dtype": row["dtype"],
-                       "base": row["model"], "base_sha256": row["base_sha256"]},  # fmt: skip
+        "model.json": {
+            "path": f"{work}/cells/{cell}/weights",
+            "sha256": row["weights_sha256"],
+            "bytes_beside_base": None if pd.isna(kept) else int(kept),
+            "dtype": row["dtype"],
+            "base": row["model"],
+            "base_sha256": row["base_sha256"],
+        },
     }
     return Run(
-        key=cell, title=title_of(cell), status="FINISHED", start=start, end=end,
+        key=cell,
+        title=title_of(cell),
+        status="FINISHED",
+        start=start,
+        end=end,
         parameters={key: str(value) for key, value in sorted(_flatten(settings).items())},
         metrics=_scores(row, end) + _memory(loaded, row, end) + _curves(curve, start),
         datasets=[(f"{row['domain']} train", _data_digest(row["data_sha256"]), None, "training"), *scored(items)],
         texts={name: json.dumps(text, indent=2, sort_keys=True, default=str) for name, text in texts.items()},
-        tags=tags_of(cell, {
-            "mlflow.note.content": f"{row['model']} fine-tuned on {row['domain']} with **{row['method']}**, seed {row['seed']}.\n\n"
-                                   f"Gain {gained(row['domain_gain'], units.of_domain(row))}, forgetting {points(row['forgetting'])}.{flag}",
-            "git.commit": row["git"].get("commit"), "git.dirty": row["git"].get("dirty"), "mlflow.source.git.commit": row["git"].get("commit"),
-            "not_comparable": aside, EXPERIMENT: row["git"].get("experiment"),
-            "not_a_result": bool(row["not_a_result"]), "device": row["device"], "gpu": (row["hardware"] or {}).get("gpu"),
-            "weights_sha256": row["weights_sha256"], "base_sha256": row["base_sha256"], "at_chance": ", ".join(row["at_chance"]),
-            "model_note": row.get("model_note"),
-        }),
-    )  # fmt: skip
+        tags=tags_of(
+            cell,
+            {
+                "mlflow.note.content": f"{row['model']} fine-tuned on {row['domain']} with **{row['method']}**, seed {row['seed']}.\n\n"
+                f"Gain {gained(row['domain_gain'], units.of_domain(row))}, forgetting {points(row['forgetting'])}.{flag}",
+                "git.commit": row["git"].get("commit"),
+                "git.dirty": row["git"].get("dirty"),
+                "mlflow.source.git.commit": row["git"].get("commit"),
+                "not_comparable": aside,
+                EXPERIMENT: row["git"].get("experiment"),
+                "not_a_result": bool(row["not_a_result"]),
+                "device": row["device"],
+                "gpu": (row["hardware"] or {}).get("gpu"),
+                "weights_sha256": row["weights_sha256"],
+                "base_sha256": row["base_sha256"],
+                "at_chance": ", ".join(row["at_chance"]),
+                "model_note": row.get("model_note"),
+            },
+        ),
+    )
 
 
 def _failed(failure: dict) -> Run:
@@ -139,11 +175,25 @@ def _failed(failure: dict) -> Run:
     cell, when = failure["cell"], milliseconds(failure["when"])
     stage = f" in {failure['stage']}" if failure["stage"] else ""
     note = f"**Failed**: {title_of(cell)}.\n\n{failure['kind']}{stage}: {failure['reason']}"
-    settings, parts, git = (failure[key] if isinstance(failure.get(key), dict) else {} for key in ("settings", "parts", "git"))
-    tags = {"mlflow.note.content": note, "git.commit": git.get("commit"), "git.dirty": git.get("dirty"), EXPERIMENT: git.get("experiment"),
-            **{f"failure.{key}": failure[key] for key in ("kind", "stage", "reason")}}  # fmt: skip
-    return Run(key=cell, title=title_of(cell), status="FAILED", start=when, end=when, tags=tags_of(cell, tags),
-               parameters={key: str(value) for key, value in sorted(_flatten({**parts, **settings}).items())})  # fmt: skip
+    settings, parts, git = (
+        failure[key] if isinstance(failure.get(key), dict) else {} for key in ("settings", "parts", "git")
+    )
+    tags = {
+        "mlflow.note.content": note,
+        "git.commit": git.get("commit"),
+        "git.dirty": git.get("dirty"),
+        EXPERIMENT: git.get("experiment"),
+        **{f"failure.{key}": failure[key] for key in ("kind", "stage", "reason")},
+    }
+    return Run(
+        key=cell,
+        title=title_of(cell),
+        status="FAILED",
+        start=when,
+        end=when,
+        tags=tags_of(cell, tags),
+        parameters={key: str(value) for key, value in sorted(_flatten({**parts, **settings}).items())},
+    )
 
 
 def _scores(row: pd.Series, end: int) -> list[tuple[str, float, int, int]]:
@@ -160,14 +210,25 @@ def _scores(row: pd.Series, end: int) -> list[tuple[str, float, int, int]]:
 
 def _memory(loaded: Loaded, row: pd.Series, end: int) -> list[tuple[str, float, int, int]]:
     """The largest memory of each stage apart."""
-    peaks = {"prepare": loaded.prepared.get(row["cell"], {}).get("peak_memory_bytes"), "train": row.get("peak_memory_train_bytes")}
-    return [(f"system/peak_memory_{stage}_bytes", float(value), end, 0) for stage, value in peaks.items() if value is not None and value == value]
+    peaks = {
+        "prepare": loaded.prepared.get(row["cell"], {}).get("peak_memory_bytes"),
+        "train": row.get("peak_memory_train_bytes"),
+    }
+    return [
+        (f"system/peak_memory_{stage}_bytes", float(value), end, 0)
+        for stage, value in peaks.items()
+        if value is not None and value == value
+    ]
 
 
 def _curves(curve: pd.DataFrame, start: int) -> list[tuple[str, float, int, int]]:
     found = []
     for key in [key for key in curve.columns if key not in ("cell", "step", "seconds")]:
-        name = f"probe/{key.removeprefix('probe_')}" if key.startswith("probe_") else f"{'system' if key in MACHINE else 'curve'}/{key}"
+        name = (
+            f"probe/{key.removeprefix('probe_')}"
+            if key.startswith("probe_")
+            else f"{'system' if key in MACHINE else 'curve'}/{key}"
+        )
         for step, seconds, value in curve[["step", "seconds", key]].dropna().itertuples(index=False):
             found.append((name, float(value), start + round(1000 * seconds), int(step)))
     return found

@@ -10,8 +10,8 @@ import pandas as pd
 
 from analysis import units
 from analysis.load import Loaded
-from experiments.commands.mirror import EXPERIMENT, Run, gained, milliseconds, scored, tags_of, title_of
 from analysis.style import INK, colour
+from experiments.commands.mirror import EXPERIMENT, Run, gained, milliseconds, scored, tags_of, title_of
 
 CHARTED = ("domain_gain", "forgetting", "perplexity_ratio")
 
@@ -37,27 +37,46 @@ def group_of(group: str, *, table: pd.DataFrame, cells: list[str], runs: list[Ru
     aside = [run for run in runs if "not_comparable" in run.tags]
     finished = [run for run in runs if run.status == "FINISHED" and "not_comparable" not in run.tags]
     row, start = _row(table, model, domain, method, bare=False), min(run.start for run in runs)
-    end = start + round(sum(run.end - run.start for run in runs) / len(runs))  # as long as a seed took: they ran days apart, perhaps
+    end = start + round(
+        sum(run.end - run.start for run in runs) / len(runs)
+    )  # as long as a seed took: they ran days apart, perhaps
     seeds = ", ".join(run.tags["seed"] for run in finished)
     commits = dict.fromkeys(run.tags["git.commit"] for run in finished if "git.commit" in run.tags)
     share = [run.parameters.items() for run in finished]
     parameters = dict(set(share[0]).intersection(*share[1:])) if share else {}
     return Run(
-        key=group, title=title_of(group), status="FAILED" if failed else "FINISHED", start=start, end=end,
+        key=group,
+        title=title_of(group),
+        status="FAILED" if failed else "FINISHED",
+        start=start,
+        end=end,
         parameters=dict(sorted({**parameters, "seeds": seeds}.items())) if finished else {},
         metrics=_numbers(row, end) + _charted(row, model, domain, end) + _means(finished, end),
         datasets=list(dict.fromkeys(data for run in finished for data in run.datasets)),
-        tags=tags_of(group, {
-            "mlflow.note.content": _note(group, row=row, cells=cells, finished=finished, failed=failed, aside=aside),
-            "mlflow.runColor": colour(method), "not_comparable": ", ".join(run.key for run in aside),
-            EXPERIMENT: ", ".join(dict.fromkeys(run.tags[EXPERIMENT] for run in runs if EXPERIMENT in run.tags)),
-            "git.commit": ", ".join(commits), "mlflow.source.git.commit": next(iter(commits)) if len(commits) == 1 else None,
-            "git.dirty": any(run.tags.get("git.dirty") == "True" for run in finished) if finished else None,
-            "not_a_result": any(run.tags["not_a_result"] == "True" for run in finished) if finished else None,
-            "base_sha256": ", ".join(dict.fromkeys(run.tags["base_sha256"] for run in finished)), "note": row.get("note"),
-            **{f"failure.{key.split('.')[1]}": value for run in failed[:1] for key, value in run.tags.items() if key.startswith("failure.")},
-        }),
-    )  # fmt: skip
+        tags=tags_of(
+            group,
+            {
+                "mlflow.note.content": _note(
+                    group, row=row, cells=cells, finished=finished, failed=failed, aside=aside
+                ),
+                "mlflow.runColor": colour(method),
+                "not_comparable": ", ".join(run.key for run in aside),
+                EXPERIMENT: ", ".join(dict.fromkeys(run.tags[EXPERIMENT] for run in runs if EXPERIMENT in run.tags)),
+                "git.commit": ", ".join(commits),
+                "mlflow.source.git.commit": next(iter(commits)) if len(commits) == 1 else None,
+                "git.dirty": any(run.tags.get("git.dirty") == "True" for run in finished) if finished else None,
+                "not_a_result": any(run.tags["not_a_result"] == "True" for run in finished) if finished else None,
+                "base_sha256": ", ".join(dict.fromkeys(run.tags["base_sha256"] for run in finished)),
+                "note": row.get("note"),
+                **{
+                    f"failure.{key.split('.')[1]}": value
+                    for run in failed[:1]
+                    for key, value in run.tags.items()
+                    if key.startswith("failure.")
+                },
+            },
+        ),
+    )
 
 
 def base_of(loaded: Loaded, model: str, domain: str, *, table: pd.DataFrame) -> Run | None:
@@ -72,18 +91,27 @@ def base_of(loaded: Loaded, model: str, domain: str, *, table: pd.DataFrame) -> 
     git, seconds = about.get("git", {}), about.get("seconds_evaluate")
     items = base["items"]
     return Run(
-        key=key, title=title_of(key), status="FINISHED", start=end - round(1000 * (seconds or 0)), end=end,
+        key=key,
+        title=title_of(key),
+        status="FINISHED",
+        start=end - round(1000 * (seconds or 0)),
+        end=end,
         metrics=_numbers({**row, "seconds_evaluate": seconds, **scores}, end) + _charted(row, model, domain, end),
         datasets=scored(items[items["task"].isin({*tasks, "general"})] if len(items) else items),
-        tags=tags_of(key, {
-            "mlflow.note.content": f"{model} before any fine-tuning, on the tasks of {domain}: what every method is measured against.\n\n"
-                                   f"Score {_score(row)}; gain and forgetting are 0 by definition."
-                                   + (" **NOT A RESULT.**" if loaded.of(model, domain)["not_a_result"].any() else ""),
-            "mlflow.runColor": INK, "base_sha256": base["scores"].get("weights_sha256"),
-            "git.commit": git.get("commit"), "git.dirty": git.get("dirty"),
-            "not_a_result": bool(loaded.of(model, domain)["not_a_result"].any()),
-        }),
-    )  # fmt: skip
+        tags=tags_of(
+            key,
+            {
+                "mlflow.note.content": f"{model} before any fine-tuning, on the tasks of {domain}: what every method is measured against.\n\n"
+                f"Score {_score(row)}; gain and forgetting are 0 by definition."
+                + (" **NOT A RESULT.**" if loaded.of(model, domain)["not_a_result"].any() else ""),
+                "mlflow.runColor": INK,
+                "base_sha256": base["scores"].get("weights_sha256"),
+                "git.commit": git.get("commit"),
+                "git.dirty": git.get("dirty"),
+                "not_a_result": bool(loaded.of(model, domain)["not_a_result"].any()),
+            },
+        ),
+    )
 
 
 def _row(table: pd.DataFrame, model: str, domain: str, method: str, *, bare: bool) -> dict:
@@ -97,7 +125,11 @@ def _row(table: pd.DataFrame, model: str, domain: str, method: str, *, bare: boo
 
 def _numbers(row: dict, end: int) -> list[tuple[str, float, int, int]]:
     """Every known number of a row, under the names the cells use too."""
-    return [(key, float(value), end, 0) for key, value in row.items() if isinstance(value, Real) and not isinstance(value, bool) and value == value]
+    return [
+        (key, float(value), end, 0)
+        for key, value in row.items()
+        if isinstance(value, Real) and not isinstance(value, bool) and value == value
+    ]
 
 
 def charted(model: str, domain: str, key: str) -> str:
@@ -117,7 +149,11 @@ def _means(finished: list[Run], end: int) -> list[tuple[str, float, int, int]]:
             if "/" in key:
                 values[key, step].append(value)
                 times.setdefault((key, step), end - run.end + when)
-    return [(key, sum(each) / len(each), times[key, step], step) for (key, step), each in values.items() if len(each) == len(finished)]
+    return [
+        (key, sum(each) / len(each), times[key, step], step)
+        for (key, step), each in values.items()
+        if len(each) == len(finished)
+    ]
 
 
 def _note(group: str, *, row: dict, cells: list[str], finished: list[Run], failed: list[Run], aside: list[Run]) -> str:
@@ -129,8 +165,13 @@ def _note(group: str, *, row: dict, cells: list[str], finished: list[Run], faile
         first += f" **Not in the comparison: {', '.join(run.key.rsplit('/', 1)[1] for run in aside)}** (the reason is there)."
     if failed:
         return f"{first} **{len(failed)} failed.**\n\n{failed[0].title}: {failed[0].tags.get('failure.reason', 'no reason recorded')}"
-    told = [f"{name} {gained(row.get(key), unit)}{_bounds(row, key, unit)}"
-            for name, key, unit in (("Gain", "domain_gain", row.get("unit", units.SHARE)), ("forgetting", "forgetting", units.SHARE))]  # fmt: skip
+    told = [
+        f"{name} {gained(row.get(key), unit)}{_bounds(row, key, unit)}"
+        for name, key, unit in (
+            ("Gain", "domain_gain", row.get("unit", units.SHARE)),
+            ("forgetting", "forgetting", units.SHARE),
+        )
+    ]
     only = "; one seed: this run, not this method" if len(finished) == 1 else ""
     flag = " **NOT A RESULT.**" if any(run.tags["not_a_result"] == "True" for run in finished) else ""
     return f"{first}\n\n{', '.join(told)} (95 % intervals{only}).{flag}"

@@ -14,22 +14,25 @@ from dataclasses import dataclass
 
 import torch
 
-from experiments.study import ahead, cells
-from experiments.training import batches, hardware, memory
+from evaluation.rendered import read_jsonl
 from experiments.model import tuned
-from methods.tools.files import read_json
-from experiments.training.flops import Flops
-from experiments.study.lock import Lock
 from experiments.model.positions import refuse_long_documents
 from experiments.model.shape import Shape, shape_of
-from evaluation.rendered import read_jsonl
 from experiments.model.weights import as_dtype
+from experiments.study import ahead, cells
+from experiments.study.lock import Lock
+from experiments.training import batches, hardware, memory
+from experiments.training.flops import Flops
 from methods.part import Part
+from methods.tools.files import read_json
 
 CHARACTERS_A_TOKEN = 4.0
 UNKNOWN_ROWS = 10_000  # training rows of a domain that takes all there are, before they are here
 UNKNOWN_SCORED = 250_000  # tokens to score before they are here
-UNKNOWN_DOCUMENTS, UNKNOWN_LENGTH = 512, 512  # of general text, and the tokens at which a part cuts them that does not say so
+UNKNOWN_DOCUMENTS, UNKNOWN_LENGTH = (
+    512,
+    512,
+)  # of general text, and the tokens at which a part cuts them that does not say so
 REACHED = 0.4  # share of a device's peak that training reaches
 REFERENCE = "NVIDIA H200"  # whose time is told for a study on CUDA where there is no such device
 
@@ -53,15 +56,20 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
     planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available) for cell in chosen]
     todo = [c for c in planned if not c["cached"]["scored"]]
     return {
-        "study": study.title, "cells": planned,
+        "study": study.title,
+        "cells": planned,
         "total": {
-            "cells": len(planned), "to_run": len(todo),
-            "seconds": _sum(c["seconds"] for c in todo), "disk_bytes": sum(c["disk_bytes"] for c in todo),
+            "cells": len(planned),
+            "to_run": len(todo),
+            "seconds": _sum(c["seconds"] for c in todo),
+            "disk_bytes": sum(c["disk_bytes"] for c in todo),
             "disk_bytes_all": sum(c["disk_bytes"] for c in planned),
             "peak_memory_bytes": _most(c["memory_bytes"] for c in planned),
-            "available_memory_bytes": available, "too_large": sum(c["fits"] is False for c in planned),
+            "available_memory_bytes": available,
+            "too_large": sum(c["fits"] is False for c in planned),
         },
-        "basis": {model: planner.rate[1] for model, planner in planners.items()}, "warnings": warnings,
+        "basis": {model: planner.rate[1] for model, planner in planners.items()},
+        "warnings": warnings,
     }
 
 
@@ -106,12 +114,17 @@ class _Model:
             method = train["cell"].split("/")[2]
             if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
                 # earlier records have no FLOPs; their rows were short, so that attention's share is small
-                flops = train.get("flops") or _times(train["tokens_trained"], self.flops(method).step(lengths=(1,), labelled=0))
+                flops = train.get("flops") or _times(
+                    train["tokens_trained"], self.flops(method).step(lengths=(1,), labelled=0)
+                )
                 reached += [flops / train["seconds_train"]] if flops else []
         if reached:
             return min(reached), f"{len(reached)} earlier cells on this machine"
         if here is None:
-            peak, basis = hardware.data_sheet_peak(REFERENCE, self.compute), f"data sheet of {REFERENCE}; there is no CUDA device here"
+            peak, basis = (
+                hardware.data_sheet_peak(REFERENCE, self.compute),
+                f"data sheet of {REFERENCE}; there is no CUDA device here",
+            )
         else:
             peak, basis = hardware.dense_peak(_device(self.study), self.compute)
         devices = self.processes or 1 if _device(self.study).type == "cuda" else 1
@@ -127,8 +140,16 @@ class _Model:
         return Flops(self.shape.build().requires_grad_(False))
 
     def memory(self, phase: memory.Phase, *, parts, settings) -> dict[str, int]:
-        return memory.predict(phase=phase, shape=self.shape, parts=parts, settings=settings, checkpoint_dtype=self.checkpoint,
-                              compute_dtype=self.compute, device_type=_device(self.study).type, processes=self.processes)  # fmt: skip
+        return memory.predict(
+            phase=phase,
+            shape=self.shape,
+            parts=parts,
+            settings=settings,
+            checkpoint_dtype=self.checkpoint,
+            compute_dtype=self.compute,
+            device_type=_device(self.study).type,
+            processes=self.processes,
+        )
 
 
 @functools.cache
@@ -149,17 +170,33 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     prepare = _times(1 / rate, _prepare_flops(study, cell, model, preparing, _general_tokens(study)))
     scored = _scored_tokens(study, cell)
     evaluate = _times(1 / rate, model.scoring.step(lengths=[256] * (scored // 256), labelled=scored))
-    seconds = {"prepare": 0.0 if cached["prepared"] else prepare, "train": 0.0 if cached["trained"] else train,
-               "evaluate": 0.0 if cached["scored"] else evaluate}  # fmt: skip
+    seconds = {
+        "prepare": 0.0 if cached["prepared"] else prepare,
+        "train": 0.0 if cached["trained"] else train,
+        "evaluate": 0.0 if cached["scored"] else evaluate,
+    }
     seconds = {stage: None if value is None else round(value, 1) for stage, value in seconds.items()}
-    kinds = {"prepare": model.memory("prepare", parts=parts, settings=preparing),
-             "train": model.memory("train", parts=parts, settings=settings)}  # fmt: skip
+    kinds = {
+        "prepare": model.memory("prepare", parts=parts, settings=preparing),
+        "train": model.memory("train", parts=parts, settings=settings),
+    }
     peak = _most(found["total"] for found in kinds.values())
     together = model.processes or 1 if _device(study).type == "cpu" else 1  # processes on a CPU share its memory
-    return {"cell": cell.name, "cached": cached, "tokens": int(epochs * sum(lengths)) if trained else 0,
-            "seconds": _sum(seconds.values())} | {f"seconds_{stage}": value for stage, value in seconds.items()} | {
-            "memory_bytes": peak, "memory": kinds, "fits": None if None in (available, peak) else together * peak <= available,
-            "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint)}  # fmt: skip
+    return (
+        {
+            "cell": cell.name,
+            "cached": cached,
+            "tokens": int(epochs * sum(lengths)) if trained else 0,
+            "seconds": _sum(seconds.values()),
+        }
+        | {f"seconds_{stage}": value for stage, value in seconds.items()}
+        | {
+            "memory_bytes": peak,
+            "memory": kinds,
+            "fits": None if None in (available, peak) else together * peak <= available,
+            "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint),
+        }
+    )
 
 
 def _times(factor: float, value: float | None) -> float | None:
@@ -182,7 +219,9 @@ def _prepare_flops(study, cell, model: _Model, settings, documents: list[int] | 
     for part in study.methods[cell.method].parts:
         if type(part).prepare is not Part.prepare:
             samples, length = getattr(part, "samples", None), getattr(part, "length", None)
-            known = documents or [(length or UNKNOWN_LENGTH) // 2] * int(study.general.get("importance", UNKNOWN_DOCUMENTS))
+            known = documents or [(length or UNKNOWN_LENGTH) // 2] * int(
+                study.general.get("importance", UNKNOWN_DOCUMENTS)
+            )
             lengths = [min(tokens, length or tokens) for tokens in known[:samples]]
             epochs = part.general_phase().get("epochs")
             passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
@@ -222,7 +261,11 @@ def _tokens(text: str) -> int:
 
 def _scored_tokens(study, cell) -> int:
     folder = study.paths.data / "evaluate" / cell.domain
-    return int(sum(p.stat().st_size for p in folder.glob("*.jsonl")) / CHARACTERS_A_TOKEN) if folder.is_dir() else UNKNOWN_SCORED
+    return (
+        int(sum(p.stat().st_size for p in folder.glob("*.jsonl")) / CHARACTERS_A_TOKEN)
+        if folder.is_dir()
+        else UNKNOWN_SCORED
+    )
 
 
 def _is_here(study) -> bool:
@@ -241,20 +284,32 @@ def text(plan: dict) -> str:
     """The plan as a table for a terminal."""
     width = max(len(c["cell"]) for c in plan["cells"])
     total = plan["total"]
-    lines = [f"{plan['study']}: {total['cells']} cells, {total['to_run']} to run", "",
-             f"{'cell':<{width}}  {'cached':<24}  {'time':>9}  {'memory':>10}  {'disk':>10}"]  # fmt: skip
+    lines = [
+        f"{plan['study']}: {total['cells']} cells, {total['to_run']} to run",
+        "",
+        f"{'cell':<{width}}  {'cached':<24}  {'time':>9}  {'memory':>10}  {'disk':>10}",
+    ]
     for c in plan["cells"]:
         done = [stage for stage, yes in c["cached"].items() if yes]
-        lines.append(f"{c['cell']:<{width}}  {', '.join(done) or '-':<24}  {_minutes(c['seconds']):>9}  "
-                     f"{_gib(c['memory_bytes']):>10}  {_gib(c['disk_bytes']):>10}{'  does not fit' if c['fits'] is False else ''}")
+        lines.append(
+            f"{c['cell']:<{width}}  {', '.join(done) or '-':<24}  {_minutes(c['seconds']):>9}  "
+            f"{_gib(c['memory_bytes']):>10}  {_gib(c['disk_bytes']):>10}{'  does not fit' if c['fits'] is False else ''}"
+        )
     free = total["available_memory_bytes"]
     room = "" if free is None else f" of {_gib(free)} free here"
-    lines += ["", f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, "
-                  f"peak memory {'about ' if total['peak_memory_bytes'] is not None else ''}{_gib(total['peak_memory_bytes'])}{room}"]  # fmt: skip
+    lines += [
+        "",
+        f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, "
+        f"peak memory {'about ' if total['peak_memory_bytes'] is not None else ''}{_gib(total['peak_memory_bytes'])}{room}",
+    ]
     if total["too_large"]:
-        lines.append(f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, and a run says what would help")
-    lines.append(f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other weights as their difference "
-                 f"from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each further bit of mantissa")  # fmt: skip
+        lines.append(
+            f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, and a run says what would help"
+        )
+    lines.append(
+        f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other weights as their difference "
+        f"from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each further bit of mantissa"
+    )
     lines += [f"{model}: time estimated from {basis}" for model, basis in plan["basis"].items()]
     return "\n".join(lines + plan["warnings"])
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from methods.errors import UserError
 from experiments.stages import resolve
+from methods.errors import UserError
 
 LOCK = "dvc.lock"
 
@@ -44,11 +44,15 @@ def main(study, *, show: bool = False) -> None:
     changed = rewrite(lock["stages"], before=_texts(study, before), after=_texts(study, after))
     with open(root / LOCK, "w", encoding="utf-8") as file:
         yaml.dump(lock, file)
-    print(f"{len(after['goldens'])} golden cells are equal bit for bit and the settings of {len(after['settings'])} files are equal "
-          f"between {commit[:10]} and the working tree: {len(changed)} stages of {LOCK} were rewritten")  # fmt: skip
+    print(
+        f"{len(after['goldens'])} golden cells are equal bit for bit and the settings of {len(after['settings'])} files are equal "
+        f"between {commit[:10]} and the working tree: {len(changed)} stages of {LOCK} were rewritten"
+    )
     for name in changed:
         print(f"  {name}")
-    print("next: `dvc repro` (it runs `resolve`, and `compare` where its code changed), and a line in docs/decisions.md")
+    print(
+        "next: `dvc repro` (it runs `resolve`, and `compare` where its code changed), and a line in docs/decisions.md"
+    )
 
 
 def facts(study) -> dict:
@@ -56,9 +60,16 @@ def facts(study) -> dict:
     from tests import goldens
 
     contents = resolve.contents(study)
-    found = {f"{architecture}/{method}": _sha256(goldens.final(architecture, blocks))
-             for architecture in goldens.ARCHITECTURES for method, blocks in goldens.METHODS.items()}  # fmt: skip
-    return {"settings": {name: without_sources(content) for name, content in contents.items()}, "resolved": contents, "goldens": found}
+    found = {
+        f"{architecture}/{method}": _sha256(goldens.final(architecture, blocks))
+        for architecture in goldens.ARCHITECTURES
+        for method, blocks in goldens.METHODS.items()
+    }
+    return {
+        "settings": {name: without_sources(content) for name, content in contents.items()},
+        "resolved": contents,
+        "goldens": found,
+    }
 
 
 def without_sources(content):
@@ -74,8 +85,10 @@ def refuse_unless_equal(before: Mapping, after: Mapping) -> None:
         old, new = before[what], json.loads(json.dumps(after[what]))
         differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if differ:
-            raise UserError(f"the {kind} of {', '.join(differ[:5])}{' and others' if len(differ) > 5 else ''} differ: this is no change "
-                            "of form, so no lock is rewritten; run `dvc repro` to compute the cells again")  # fmt: skip
+            raise UserError(
+                f"the {kind} of {', '.join(differ[:5])}{' and others' if len(differ) > 5 else ''} differ: this is no change "
+                "of form, so no lock is rewritten; run `dvc repro` to compute the cells again"
+            )
 
 
 def rewrite(stages: Mapping, *, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
@@ -105,18 +118,27 @@ def _facts_at(commit: str, root: Path) -> dict:
         with tarfile.open(fileobj=io.BytesIO(_git(root, "archive", commit, text=False))) as tree:
             tree.extractall(folder, filter="data")
         print(f"computing the golden weights of {commit[:10]} and of the working tree (about a minute)", flush=True)
-        done = subprocess.run([sys.executable, "-m", "experiments", "relock", "--show"], cwd=folder, capture_output=True, text=True,
-                              env=os.environ | {"PYTHONPATH": folder})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments", "relock", "--show"],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": folder},
+        )
     if done.returncode:
-        raise UserError(f"the tree of {commit[:10]} cannot be asked (`python -m experiments relock --show` there said: "
-                        f"{(done.stderr.strip().splitlines() or ['nothing'])[-1]}): run `dvc repro` instead")  # fmt: skip
+        raise UserError(
+            f"the tree of {commit[:10]} cannot be asked (`python -m experiments relock --show` there said: "
+            f"{(done.stderr.strip().splitlines() or ['nothing'])[-1]}): run `dvc repro` instead"
+        )
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def _git(root: Path, *words: str, text: bool = True):
     done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=text)
     if done.returncode:
-        raise UserError(f"`git {' '.join(words)}` failed in {root}: relock compares with a commit and needs a git repository")
+        raise UserError(
+            f"`git {' '.join(words)}` failed in {root}: relock compares with a commit and needs a git repository"
+        )
     return done.stdout
 
 

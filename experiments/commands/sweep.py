@@ -18,16 +18,16 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from experiments.study import cells, config, pipeline
-from experiments.commands import plan
-from experiments.training.settings import TrainSettings
-from methods.errors import UserError
 from analysis.families import families, family, member
-from methods.tools.names import unknown
+from experiments.commands import plan
+from experiments.stages import resolve
+from experiments.study import cells, config, pipeline
 from experiments.study.params_text import with_methods
 from experiments.study.paths import Paths
-from experiments.stages import resolve
+from experiments.training.settings import TrainSettings
+from methods.errors import UserError
 from methods.settings import declared
+from methods.tools.names import unknown
 
 POINTS = 5
 MOST_POINTS = 100
@@ -47,9 +47,11 @@ def main(study, *, method: str, knob: str, values: str, points: int | None = Non
     there = config.read_yaml(path)["methods"]
     for name, block in blocks.items():
         if name in there and there[name] != block:
-            raise UserError(f"{path.name} has a block {name} already, {there[name]}, which is not {block}: delete the blocks {method}-s… and their "
-                            f"names in grid.methods, or give the new sweep a family of its own: add `{method}-b: {{like: {method}}}` to "
-                            "methods: and sweep that")  # fmt: skip
+            raise UserError(
+                f"{path.name} has a block {name} already, {there[name]}, which is not {block}: delete the blocks {method}-s… and their "
+                f"names in grid.methods, or give the new sweep a family of its own: add `{method}-b: {{like: {method}}}` to "
+                "methods: and sweep that"
+            )
     new = {name: block for name, block in blocks.items() if name not in there}
     added = [name for name in blocks if name not in study.grid["methods"]]
     if new or added:
@@ -95,7 +97,9 @@ def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: b
     ends = values.split("..")
     if len(ends) == 1:
         if points is not None or linear:
-            raise UserError(f"{knob} {values}: --points and --linear are for a range LOW..HIGH; a list says its values itself")
+            raise UserError(
+                f"{knob} {values}: --points and --linear are for a range LOW..HIGH; a list says its values itself"
+            )
         return [_scalar(piece.strip(), knob=knob) for piece in values.split(",")]
     try:
         low, high = map(float, ends)
@@ -103,11 +107,15 @@ def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: b
         raise UserError(f"{knob} {values!r}: write a range LOW..HIGH, such as 1e2..1e6, or a list A,B,C") from None
     count = POINTS if points is None else points
     if not 2 <= count <= MOST_POINTS:
-        raise UserError(f"--points {count}: a range has two ends and at most {MOST_POINTS} blocks, so ask for 2 to {MOST_POINTS}")
+        raise UserError(
+            f"--points {count}: a range has two ends and at most {MOST_POINTS} blocks, so ask for 2 to {MOST_POINTS}"
+        )
     if not low < high < float("inf"):
         raise UserError(f"{knob} {values}: a range goes from the lower to the higher end")
     if low <= 0 and not linear:
-        raise UserError(f"{knob} {values}: equal ratios need ends above 0; --linear spaces values evenly, and a list A,B,C may hold 0")
+        raise UserError(
+            f"{knob} {values}: equal ratios need ends above 0; --linear spaces values evenly, and a list A,B,C may hold 0"
+        )
     steps = [step / (count - 1) for step in range(count)]
     found = [low + (high - low) * s if linear else low * (high / low) ** s for s in steps]
     found = [low, *(float(f"{value:.{DIGITS}g}") for value in found[1:-1]), high]
@@ -121,8 +129,10 @@ def counts(study) -> list[str]:
     if len(set(found.values())) > 1:
         most = max(found.values())
         fewer = [name for name, count in found.items() if count < most]
-        lines.append("warning: the numbers differ, and a method with more trials is chosen from more: "
-                     f"sweep {', '.join(fewer)} until each has {most}")  # fmt: skip
+        lines.append(
+            "warning: the numbers differ, and a method with more trials is chosen from more: "
+            f"sweep {', '.join(fewer)} until each has {most}"
+        )
     return lines
 
 
@@ -132,16 +142,22 @@ def cost(study, methods: list[str]) -> str:
     seconds, seen = 0.0, set()  # None: not known of the architecture
     for cell in (c for c in made["cells"] if not c["cached"]["scored"]):
         model, _, method, seed = cell["cell"].split("/")
-        key = model, resolve.text(resolve.prepare(study, model, method)), resolve.seeded(study.methods[method].parts) and seed
+        key = (
+            model,
+            resolve.text(resolve.prepare(study, model, method)),
+            resolve.seeded(study.methods[method].parts) and seed,
+        )
         known = None not in (seconds, cell["seconds"])
         seconds = seconds + cell["seconds"] - (cell["seconds_prepare"] if key in seen else 0.0) if known else None
         seen.add(key)
     total = made["total"]
     minutes = "time unknown" if seconds is None else f"about {seconds / 60:.1f} min"
     peak = "unknown" if total["peak_memory_bytes"] is None else f"{total['peak_memory_bytes'] / 2**30:.2f} GiB"
-    return (f"{total['to_run']} of {total['cells']} cells to run: {minutes}, disk {total['disk_bytes'] / 2**20:.0f} MiB, peak memory {peak}"
-            + (f"; {total['too_large']} do not fit here" if total["too_large"] else "")
-            + f"; `python -m experiments plan{' --study ' + study.name if study.name else ''}` shows each")  # fmt: skip
+    return (
+        f"{total['to_run']} of {total['cells']} cells to run: {minutes}, disk {total['disk_bytes'] / 2**20:.0f} MiB, peak memory {peak}"
+        + (f"; {total['too_large']} do not fit here" if total["too_large"] else "")
+        + f"; `python -m experiments plan{' --study ' + study.name if study.name else ''}` shows each"
+    )
 
 
 def _knob(study, method: str, part: str, setting: str) -> tuple[Any, list]:
@@ -151,8 +167,10 @@ def _knob(study, method: str, part: str, setting: str) -> tuple[Any, list]:
         if setting not in kinds:
             raise unknown("setting", setting, kinds, where="train")
         if setting in BUDGET:
-            raise UserError(f"knob train.{setting}: it changes the tokens of training, and methods are compared at equal tokens (docs/rules.md): give "
-                            "another budget a study of its own")  # fmt: skip
+            raise UserError(
+                f"knob train.{setting}: it changes the tokens of training, and methods are compared at equal tokens (docs/rules.md): give "
+                "another budget a study of its own"
+            )
         pairs = [(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
         used = {getattr(study.settings(model=model, domain=domain, method=method), setting) for model, domain in pairs}
         return kinds[setting], list(used) if len(used) == 1 else []

@@ -18,11 +18,11 @@ from urllib.parse import unquote, urlparse
 
 from analysis.comparable import KIND, guarded
 from analysis.load import load_cells
+from analysis.sections.tables import BANNER, comparison
+from experiments.commands import dashboard
 from experiments.commands.mirror import EXPERIMENT, Run, run_of
 from experiments.commands.mirror_groups import base_of, group_of, groups
-from analysis.sections.tables import BANNER, comparison
 from experiments.study import config
-from experiments.commands import dashboard
 from experiments.study.cells import grid
 from methods.errors import UserError
 
@@ -40,17 +40,29 @@ def main(study) -> None:
     """`python -m experiments track`: into mlflow.db at the root; without a study's name the default one and every other that has results."""
     root = study.paths.root
     database = root / "mlflow.db"
-    others = [] if study.name else [folder.parent.name for folder in sorted((root / "experiments/studies").glob("*/params.yaml"))
-                                    if (root / "results" / folder.parent.name / "runs").is_dir()]  # fmt: skip
+    others = (
+        []
+        if study.name
+        else [
+            folder.parent.name
+            for folder in sorted((root / "experiments/studies").glob("*/params.yaml"))
+            if (root / "results" / folder.parent.name / "runs").is_dir()
+        ]
+    )
     for own in (study, *(config.load(name, root=root) for name in others)):
         name = own.name or "default"
         try:
             made = track(results_root=own.paths.results, cells=grid(own), study=name, database=database)
             links = [link(study=name, database=database, charts=charts) for charts in (False, True)]
         except _errors() as error:
-            raise UserError(f"{database} cannot be written ({str(error).strip().splitlines()[0]}): let other programs that use it end; if that "
-                            "does not help, delete it and run `python -m experiments track`, which makes it again from results/") from error  # fmt: skip
-        print(f"mlflow.db: {len(made)} cells of study {name}; `make ui` (or `mlflow ui`), then open\n  " + "\n  ".join(links))
+            raise UserError(
+                f"{database} cannot be written ({str(error).strip().splitlines()[0]}): let other programs that use it end; if that "
+                "does not help, delete it and run `python -m experiments track`, which makes it again from results/"
+            ) from error
+        print(
+            f"mlflow.db: {len(made)} cells of study {name}; `make ui` (or `mlflow ui`), then open\n  "
+            + "\n  ".join(links)
+        )
 
 
 def link(*, study: str, database: Path | str, address: str = "http://127.0.0.1:5000", charts: bool = False) -> str:
@@ -101,7 +113,9 @@ class _Store:
     experiment: str
     runs: list
 
-    def place(self, key: str, run: Run | None, *, files: list[tuple[Path, str]], above: str | None = None) -> str | None:
+    def place(
+        self, key: str, run: Run | None, *, files: list[tuple[Path, str]], above: str | None = None
+    ) -> str | None:
         """Makes or resumes the run named `key` and answers with its id; None and the old ones deleted where there is none now."""
         own = [old for old in self.runs if key in (old.data.tags.get(kind) for kind in KINDS)]
         own.sort(key=_deleted)
@@ -115,7 +129,11 @@ class _Store:
         resumed = same or [old for old in own if old.data.tags.get(EXPERIMENT, "") == run.tags.get(EXPERIMENT, "")]
         if resumed and _deleted(resumed[0]):  # its files were gone for a while, as during a rerun
             self.client.restore_run(resumed[0].info.run_id)
-        identity = resumed[0].info.run_id if resumed else self.client.create_run(self.experiment, run_name=run.title).info.run_id
+        identity = (
+            resumed[0].info.run_id
+            if resumed
+            else self.client.create_run(self.experiment, run_name=run.title).info.run_id
+        )
         # an unchanged cell of a DVC experiment stays where it is, below a parent that still stands
         standing = resumed[0].data.tags.get(PARENT) if same else None
         if not same:
@@ -163,9 +181,13 @@ def _experiment(client, database: Path, study: str, *, folder: Path, about: dict
         client.restore_experiment(identity)
     if found and found.artifact_location != folder.as_uri():
         with closing(sqlite3.connect(database)) as connection, connection:
-            connection.execute("UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?) WHERE experiment_id = ?",
-                               (found.artifact_location, folder.as_uri(), identity))  # fmt: skip
-            connection.execute("UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (folder.as_uri(), identity))
+            connection.execute(
+                "UPDATE runs SET artifact_uri = replace(artifact_uri, ?, ?) WHERE experiment_id = ?",
+                (found.artifact_location, folder.as_uri(), identity),
+            )
+            connection.execute(
+                "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?", (folder.as_uri(), identity)
+            )
     for key, value in dashboard.tags(study=study, identity=identity, **about).items():
         client.set_experiment_tag(identity, key, value)
     return identity
@@ -177,7 +199,9 @@ def _clear(database: Path, run_id: str) -> None:
         for table in ("params", "metrics", "latest_metrics"):
             connection.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (run_id,))
         connection.execute("DELETE FROM inputs WHERE destination_id = ?", (run_id,))
-        connection.execute("DELETE FROM tags WHERE run_uuid = ? AND key NOT IN ('mlflow.runName', 'mlflow.user')", (run_id,))
+        connection.execute(
+            "DELETE FROM tags WHERE run_uuid = ? AND key NOT IN ('mlflow.runName', 'mlflow.user')", (run_id,)
+        )
 
 
 def _fill(client, run_id: str, run: Run) -> None:
@@ -194,7 +218,9 @@ def _fill(client, run_id: str, run: Run) -> None:
     inputs = []
     for name, digest, rows, role in run.datasets:
         source, profile = json.dumps({"sha256": digest}), json.dumps({"rows": rows}) if rows else None
-        about = Dataset(name=name, digest=digest[:DIGEST_CHARACTERS], source_type="local", source=source, profile=profile)
+        about = Dataset(
+            name=name, digest=digest[:DIGEST_CHARACTERS], source_type="local", source=source, profile=profile
+        )
         inputs.append(DatasetInput(about, [InputTag("mlflow.data.context", role)]))
     if inputs:
         client.log_inputs(run_id, inputs)
@@ -203,7 +229,10 @@ def _fill(client, run_id: str, run: Run) -> None:
 def _finish(database: Path, run_id: str, run: Run) -> None:
     """Status with the cell's own times: the client would write the time of this mirroring as the start."""
     with closing(sqlite3.connect(database)) as connection, connection:
-        connection.execute("UPDATE runs SET status = ?, start_time = ?, end_time = ? WHERE run_uuid = ?", (run.status, run.start, run.end, run_id))
+        connection.execute(
+            "UPDATE runs SET status = ?, start_time = ?, end_time = ? WHERE run_uuid = ?",
+            (run.status, run.start, run.end, run_id),
+        )
 
 
 def _of_cell(root: Path, cell: str) -> list[tuple[Path, str]]:
@@ -215,7 +244,11 @@ def _of_group(root: Path, group: str) -> list[tuple[Path, str]]:
     """The report and its comparison's figures."""
     model, domain, _ = group.split("/")
     # a figure's own name has no "-": of models `tiny` and `llama-tiny` each has its own
-    figures = [file for file in sorted((root / "summary" / "figures").glob("*.png")) if file.stem.partition("-")[2] == f"{model}-{domain}"]
+    figures = [
+        file
+        for file in sorted((root / "summary" / "figures").glob("*.png"))
+        if file.stem.partition("-")[2] == f"{model}-{domain}"
+    ]
     return [(root / "summary" / "report.html", ""), *((figure, "figures") for figure in figures)]
 
 

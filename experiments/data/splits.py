@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from methods.errors import UserError
 from experiments.data.sameness import sameness
+from methods.errors import UserError
 
 Row = dict[str, Any]
 SHOWN = 80  # characters of a text in a message
@@ -64,12 +64,25 @@ def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
 def sample(rows: Iterable[Row], *, test: int, probe: int) -> Split:
     """The first `test` rows by hash and the next `probe` ones; where there are fewer, all of them, test first."""
     ordered, copies = distinct(rows)
-    return Split(train=[], probe=ordered[test : test + probe], test=ordered[:test],
-                 duplicates_within=copies, duplicates_between=0)  # fmt: skip
+    return Split(
+        train=[],
+        probe=ordered[test : test + probe],
+        test=ordered[:test],
+        duplicates_within=copies,
+        duplicates_between=0,
+    )
 
 
-def three_way(rows: Iterable[Row], *, question: Callable[[Row], str], train: int | str, probe: int, test: int | str,
-              test_rows: Iterable[Row] | None = None, where: str = "rows") -> Split:  # fmt: skip
+def three_way(
+    rows: Iterable[Row],
+    *,
+    question: Callable[[Row], str],
+    train: int | str,
+    probe: int,
+    test: int | str,
+    test_rows: Iterable[Row] | None = None,
+    where: str = "rows",
+) -> Split:
     """Split by hash of the normalised question: test first, then probe, then train.
 
     No question stands in two sets: a row whose question is in an earlier set already (`sameness`) is dropped and counted. With
@@ -103,7 +116,9 @@ def three_way(rows: Iterable[Row], *, question: Callable[[Row], str], train: int
         sets.append(free[:number])
         seen |= {same[id(row)]: row for row in free[:number]}
         rest = free[number:]
-    return Split(train=sets[1], probe=sets[0], test=taken, duplicates_within=copies, duplicates_between=between, pair=pair)
+    return Split(
+        train=sets[1], probe=sets[0], test=taken, duplicates_within=copies, duplicates_between=between, pair=pair
+    )
 
 
 def halves(texts: Iterable[str]) -> tuple[list[str], list[str], int]:
@@ -130,13 +145,25 @@ def _pair(copy: Row, kept: Row, question: Callable[[Row], str]) -> str:
 
 def _number(wanted: int | str, where: str) -> int:
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
-        raise UserError(f"{where}: a split of {wanted!r} rows; write a whole number"
-                        " (train, and test with test_rows, may also be `all`)")  # fmt: skip
+        raise UserError(
+            f"{where}: a split of {wanted!r} rows; write a whole number"
+            " (train, and test with test_rows, may also be `all`)"
+        )
     return wanted
 
 
-def _enough(rows: list[Row], wanted: int, name: str, total: int, where: str, *, copies: int = 0, pair: str = "") -> None:
+def _enough(
+    rows: list[Row], wanted: int, name: str, total: int, where: str, *, copies: int = 0, pair: str = ""
+) -> None:
     if len(rows) < max(wanted, 0 if name == "probe" else 1):
-        told = (f" ({copies} are left out because their questions stand in an earlier set: {pair}). Lower the numbers under `split`, or let "
-                "`question` name what tells the rows apart") if copies else ": lower the numbers under `split`"  # fmt: skip
-        raise UserError(f"{where}: {max(wanted, 1)} {name} rows are asked for, {len(rows)} can be had out of {total}{told}")
+        told = (
+            (
+                f" ({copies} are left out because their questions stand in an earlier set: {pair}). Lower the numbers under `split`, or let "
+                "`question` name what tells the rows apart"
+            )
+            if copies
+            else ": lower the numbers under `split`"
+        )
+        raise UserError(
+            f"{where}: {max(wanted, 1)} {name} rows are asked for, {len(rows)} can be had out of {total}{told}"
+        )

@@ -16,12 +16,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers would look there fo
 
 import torch
 
-from experiments.training import hardware
-from methods.errors import UserError
 from experiments.gpu_check import checks, comparison, running, speed
 from experiments.gpu_check.record import Record, file_of
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.waiting import short_path
+from experiments.training import hardware
+from methods.errors import UserError
 from methods.tools.process_group import Shards
 
 EXPECTED = {"checks": 10.0, "speed": 60.0, "comparison": 90.0}  # seconds of a piece of a part, before one was timed
@@ -46,18 +46,34 @@ def main(options: argparse.Namespace) -> int:
     """Exit status: 1 if a check failed or a piece broke, else 0. Raises UserError for what cannot be asked of this machine."""
     device = hardware.device("auto")
     if device.type != "cuda" and not options.tiny:
-        raise UserError("gpu-check: torch finds no CUDA GPU here, and full sizes take one: use --tiny, which measures nothing and shows "
-                        "that the command works, or run it on a machine with a GPU")  # fmt: skip
+        raise UserError(
+            "gpu-check: torch finds no CUDA GPU here, and full sizes take one: use --tiny, which measures nothing and shows "
+            "that the command works, or run it on a machine with a GPU"
+        )
     parts = options.parts or (("comparison",) if options.weights else ("checks", "speed"))
-    given = comparison.find(weights=options.weights, data=options.data, domain=options.domain, rows=options.rows,
-                            learning_rate=options.learning_rate) if "comparison" in parts else None  # fmt: skip
+    given = (
+        comparison.find(
+            weights=options.weights,
+            data=options.data,
+            domain=options.domain,
+            rows=options.rows,
+            learning_rate=options.learning_rate,
+        )
+        if "comparison" in parts
+        else None
+    )
     record = Record(options.out or file_of(device, tiny=options.tiny), device=device, tiny=options.tiny)
     clock = _Clock(options.minutes)
     with _group(device) as shards:
-        pieces = [piece for piece in _pieces(options, parts, given, record, device, shards) if options.only in piece.name]
+        pieces = [
+            piece for piece in _pieces(options, parts, given, record, device, shards) if options.only in piece.name
+        ]
         todo = [piece for piece in pieces if options.again or not record.done(piece.name)]
-        _say(f"{len(todo)} pieces to do, {len(pieces) - len(todo)} done before, on {hardware.describe(device)['gpu'] or 'the CPU'}; "
-             f"into {record.path}", clock)  # fmt: skip
+        _say(
+            f"{len(todo)} pieces to do, {len(pieces) - len(todo)} done before, on {hardware.describe(device)['gpu'] or 'the CPU'}; "
+            f"into {record.path}",
+            clock,
+        )
         for number, piece in enumerate(todo, start=1):
             outcome = _done(piece, record, clock, device, tiny=options.tiny)
             _say(f"{number}/{len(todo)} {piece.name}: {_short(outcome)}", clock)
@@ -67,7 +83,9 @@ def main(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _pieces(options: argparse.Namespace, parts, given, record: Record, device: torch.device, shards: Shards) -> Iterator[Piece]:
+def _pieces(
+    options: argparse.Namespace, parts, given, record: Record, device: torch.device, shards: Shards
+) -> Iterator[Piece]:
     if "checks" in parts:
         for name, check in checks.checks(tiny=options.tiny, shards=shards).items():
             yield Piece(name=f"checks/{name}", measure=lambda check=check: check(device), compiles="flex" in name)
@@ -75,20 +93,26 @@ def _pieces(options: argparse.Namespace, parts, given, record: Record, device: t
         rows, length = options.shape or ((2, 32) if options.tiny else (4, 2048))
         for model in options.models:
             size = speed.Size(model=model, tiny=options.tiny, rows=rows, length=length, compile=options.compile)
-            yield Piece(name=f"speed/{model}/optimizers", measure=lambda size=size: speed.optimizers(size, device=device))
+            yield Piece(
+                name=f"speed/{model}/optimizers", measure=lambda size=size: speed.optimizers(size, device=device)
+            )
             ending = f"{rows}x{length}{'-compiled' if options.compile else ''}"
             for method in options.methods:
                 for layout in options.layouts:
                     run = lambda size=size, method=method, layout=layout: speed.measure(
-                        size, method=method, layout=layout, device=device, shards=shards)  # fmt: skip
+                        size, method=method, layout=layout, device=device, shards=shards
+                    )
                     yield Piece(name=f"speed/{model}/{method}/{layout}/{ending}", measure=run, compiles=options.compile)
     if given is not None:
         first = f"comparison/{given.name}/base"
         yield Piece(name=first, measure=lambda: comparison.base(given, device=device))
         for method in options.methods:
             run = lambda method=method: comparison.method(
-                given, method=method, before=_probes(record, first), device=device, shards=shards)  # fmt: skip
-            yield Piece(name=f"comparison/{given.name}/{method}/{given.rows}-rows-rate-{given.learning_rate:g}", measure=run)
+                given, method=method, before=_probes(record, first), device=device, shards=shards
+            )
+            yield Piece(
+                name=f"comparison/{given.name}/{method}/{given.rows}-rows-rate-{given.learning_rate:g}", measure=run
+            )
 
 
 def _probes(record: Record, name: str) -> dict[str, float]:
@@ -101,7 +125,10 @@ def _probes(record: Record, name: str) -> dict[str, float]:
 def _done(piece: Piece, record: Record, clock: "_Clock", device: torch.device, *, tiny: bool) -> dict:
     """The piece's outcome, measured and written down; whatever happens in it, the next one can go on."""
     if not clock.enough_for(piece, tiny=tiny):
-        outcome = {"status": "skipped", "reason": "not begun: its time would not have been enough; call again, and it goes on here"}
+        outcome = {
+            "status": "skipped",
+            "reason": "not begun: its time would not have been enough; call again, and it goes on here",
+        }
         record.add(piece.name, outcome)
         return outcome
     record.begin(piece.name)
@@ -176,11 +203,17 @@ def _table(record: Record, names: list[str]) -> str:
     lines = []
     for name in names:
         outcome = record.pieces.get(name, {"status": "not measured"})
-        goals = [f"{goal['what']} {goal['value']:.3g} (goal {goal['goal']}: {'met' if goal['met'] else 'missed'})"
-                 for goal in outcome.get("goals", []) if goal["value"] is not None]  # fmt: skip
+        goals = [
+            f"{goal['what']} {goal['value']:.3g} (goal {goal['goal']}: {'met' if goal['met'] else 'missed'})"
+            for goal in outcome.get("goals", [])
+            if goal["value"] is not None
+        ]
         lines.append(f"{name:<52} {'; '.join([_short(outcome), *goals])}")
     return "\n".join(lines)
 
 
 def _where(error: Exception) -> list[str]:
-    return [f"{short_path(frame.filename)}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)[-6:]]
+    return [
+        f"{short_path(frame.filename)}:{frame.lineno} {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)[-6:]
+    ]

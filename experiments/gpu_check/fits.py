@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.training import memory
-from experiments.training.engine import FitResult
-from experiments.training.settings import TrainSettings
 from experiments.gpu_check import running, sizes
 from experiments.gpu_check.record import judged
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.waiting import Watcher
-from experiments.training.resume import Resume
 from experiments.model.shape import Shape
-from methods.tools.process_group import Shards
+from experiments.training import memory
+from experiments.training.engine import FitResult
+from experiments.training.resume import Resume
+from experiments.training.settings import TrainSettings
 from methods import registry
-from methods.tools.effective import base_parameters
 from methods.part import Part
+from methods.tools.effective import base_parameters
+from methods.tools.process_group import Shards
 
 MEMORY_WITHIN = 0.15
 
@@ -79,12 +79,16 @@ def sharded(device: torch.device, *, tiny: bool, dtype: torch.dtype, shards: Sha
     _needs(shards)
     model = sizes.llama(device, tiny, dtype)
     base = {name: p.detach().clone() for name, p in base_parameters(model).items()}
-    plain, other = (_weights(_fit(model, (), device, shards=s, compute_dtype=dtype, base=base)) for s in (Shards(), shards))
+    plain, other = (
+        _weights(_fit(model, (), device, shards=s, compute_dtype=dtype, base=base)) for s in (Shards(), shards)
+    )
     whole = lambda tensors: torch.cat([tensors[name].double().flatten() for name in plain])
     start = torch.cat([base[name].double().flatten() for name in plain])
     moved, apart = (whole(plain) - start).norm().item(), (whole(other) - whole(plain)).norm().item()
     numbers = {"apart_of_weights": apart / whole(plain).norm().item(), "apart_of_movement": apart / moved}
-    return judged(numbers["apart_of_weights"] <= 1e-6 if dtype == torch.float32 else numbers["apart_of_movement"] <= 1e-2, numbers)
+    return judged(
+        numbers["apart_of_weights"] <= 1e-6 if dtype == torch.float32 else numbers["apart_of_movement"] <= 1e-2, numbers
+    )
 
 
 def no_waiting(device: torch.device, *, tiny: bool, shards: Shards) -> dict:
@@ -114,11 +118,28 @@ def memory_predicted(device: torch.device, *, method: str, shards: Shards) -> di
     base = running.base_of(model, parts)
     states = {"ewc": {"importance": _ones(model, device="cpu")}} if method == "ewc" else {}
     examples = sizes.random_examples(4 * 8, 512, vocabulary=sizes.LARGE["vocab_size"])
-    running.train(parts=parts, model=model, base=base, states=states, examples=examples, settings=settings, device=device,
-                  shards=shards, compute_dtype=torch.bfloat16)  # fmt: skip
+    running.train(
+        parts=parts,
+        model=model,
+        base=base,
+        states=states,
+        examples=examples,
+        settings=settings,
+        device=device,
+        shards=shards,
+        compute_dtype=torch.bfloat16,
+    )
     most = peak.bytes()
-    predicted = memory.predict(phase="train", shape=shape, parts=parts, settings=settings, checkpoint_dtype=torch.bfloat16,
-                               compute_dtype=torch.bfloat16, device_type=device.type, processes=1 if shards.active else None)  # fmt: skip
+    predicted = memory.predict(
+        phase="train",
+        shape=shape,
+        parts=parts,
+        settings=settings,
+        checkpoint_dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
+        device_type=device.type,
+        processes=1 if shards.active else None,
+    )
     ratio = predicted["total"] / most
     return judged(abs(ratio - 1) <= MEMORY_WITHIN, {"predicted": predicted, "peak": most, "predicted_over_peak": ratio})
 
@@ -152,15 +173,35 @@ def _settings(*, steps: int, rows: int, length: int) -> TrainSettings:
     return TrainSettings(batch=rows, micro_batch=rows, length=length, learning_rate=1e-3, moments="bfloat16", probes=0)
 
 
-def _fit(model: PreTrainedModel, parts, device: torch.device, *, states: dict | None = None, shards: Shards = Shards(), steps: int = 6,
-         compute_dtype: torch.dtype | None = None, base: dict | None = None, **more) -> FitResult:  # fmt: skip
+def _fit(
+    model: PreTrainedModel,
+    parts,
+    device: torch.device,
+    *,
+    states: dict | None = None,
+    shards: Shards = Shards(),
+    steps: int = 6,
+    compute_dtype: torch.dtype | None = None,
+    base: dict | None = None,
+    **more,
+) -> FitResult:
     """A fit of a copy of the model on random tokens, two micro-batches a step."""
     settings = dataclasses.replace(_settings(steps=steps, rows=8, length=32), micro_batch=4)
     examples = sizes.random_examples(8 * steps, 32, vocabulary=model.config.vocab_size)
     base = base if base is not None else {name: p.detach().clone() for name, p in base_parameters(model).items()}
     states = {key: dict(state) for key, state in (states or {}).items()}
-    result, _ = running.train(model=copy.deepcopy(model), parts=parts, examples=examples, settings=settings, base=base, states=states,
-                              device=device, shards=shards, compute_dtype=compute_dtype, **more)  # fmt: skip
+    result, _ = running.train(
+        model=copy.deepcopy(model),
+        parts=parts,
+        examples=examples,
+        settings=settings,
+        base=base,
+        states=states,
+        device=device,
+        shards=shards,
+        compute_dtype=compute_dtype,
+        **more,
+    )
     return result
 
 
@@ -170,8 +211,10 @@ def _weights(result: FitResult) -> dict[str, Tensor]:
 
 def _ones(model: PreTrainedModel, *, device: torch.device | str | None = None) -> dict[str, Tensor]:
     """Importance 1 of every weight that parts can regularise."""
-    return {name: torch.ones_like(p, dtype=torch.float32, requires_grad=False, device=device or p.device)
-            for name, p in base_parameters(model).items()}  # fmt: skip
+    return {
+        name: torch.ones_like(p, dtype=torch.float32, requires_grad=False, device=device or p.device)
+        for name, p in base_parameters(model).items()
+    }
 
 
 def _start(model: PreTrainedModel, adapted) -> dict[str, Tensor]:

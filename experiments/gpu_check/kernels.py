@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from methods.tools import architecture, adam as moments
-from experiments.training import batches, loss
 from experiments.gpu_check import sizes
 from experiments.gpu_check.record import judged
 from experiments.gpu_check.sizes import Skipped
+from experiments.training import batches, loss
+from methods.tools import adam as moments
+from methods.tools import architecture, importance, selection
 from methods.tools.process_group import Shards
-from methods.tools import importance, selection
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 
@@ -31,7 +31,10 @@ def attention(device: torch.device, *, tiny: bool, dtype: torch.dtype) -> dict:
     ours = sizes.build("gptj", device=device, dtype=dtype, **sizes.medium("gptj", tiny))
     theirs, truth = _copy(ours, "eager", dtype), _copy(ours, "eager", torch.float32)
     ids = _ids(ours, rows=2, tokens=48 if tiny else 384)
-    found = {name: _logits_and_gradient(model, ids) for name, model in (("sdpa", ours), ("eager", theirs), ("float32", truth))}
+    found = {
+        name: _logits_and_gradient(model, ids)
+        for name, model in (("sdpa", ours), ("eager", theirs), ("float32", truth))
+    }
     numbers, right = {}, True
     for i, what in enumerate(("logits", "gradient")):
         off = {name: _relative(values[i], found["float32"][i]) for name, values in found.items()}
@@ -89,7 +92,9 @@ def cross_entropy(device: torch.device, *, tiny: bool) -> dict:
             value = loss.summed_nll(inside, labels, head)
         else:
             logits = head(inside[:, :-1]).flatten(0, 1)
-            value = F.cross_entropy(logits.float() if dtype == torch.bfloat16 else logits, labels[0, 1:], reduction="sum")
+            value = F.cross_entropy(
+                logits.float() if dtype == torch.bfloat16 else logits, labels[0, 1:], reduction="sum"
+            )
         value.backward()
         return [value.detach(), inside.grad, head.weight.grad]
 
@@ -99,7 +104,10 @@ def cross_entropy(device: torch.device, *, tiny: bool) -> dict:
     for dtype, said in ((torch.float32, "float32"), (torch.bfloat16, "bfloat16")):
         chunks, whole = run(dtype, chunked=True), run(dtype, chunked=False)
         for what, chunk, all_at_once, exact in zip(("loss", "hidden_gradient", "head_gradient"), chunks, whole, wanted):
-            off, limit = _relative(chunk, exact), 1.5 * math.sqrt(-(-rows // loss.CHUNK)) * _relative(all_at_once, exact) + 1e-6
+            off, limit = (
+                _relative(chunk, exact),
+                1.5 * math.sqrt(-(-rows // loss.CHUNK)) * _relative(all_at_once, exact) + 1e-6,
+            )
             if dtype == torch.float32:
                 limit = 1e-5 if what == "loss" else 1e-4
             numbers |= {f"{what}_{said}": off, f"{what}_{said}_limit": limit}
@@ -112,7 +120,10 @@ def random_bits(device: torch.device, *, tiny: bool) -> dict:
     entries = 5000 if tiny else 20_000_000
     equal = True
     for start in (0, moments.BLOCK - entries // 2):  # the second run crosses into the next block of indices
-        here, there = (moments.random_bits(seed=3, step=7, name="a.b", start=start, entries=entries, device=d) for d in (device, "cpu"))
+        here, there = (
+            moments.random_bits(seed=3, step=7, name="a.b", start=start, entries=entries, device=d)
+            for d in (device, "cpu")
+        )
         equal &= torch.equal(here.cpu(), there)
         value = torch.randn(entries, generator=torch.Generator().manual_seed(0)) * 1e-3
         value[:4] = torch.tensor([0.0, math.inf, -math.inf, math.nan])
@@ -137,7 +148,10 @@ def mofo_threshold(device: torch.device, *, tiny: bool) -> dict:
         ordered = size.sort(descending=True).values
         for k in (1, entries // 10, entries // 2, entries):
             wanted = ordered[k - 1].item()
-            ways = {"one": selection.kth_largest(size.clone(), k), "several": selection.kth_largest_of_all(size.clone(), k, Shards())}
+            ways = {
+                "one": selection.kth_largest(size.clone(), k),
+                "several": selection.kth_largest_of_all(size.clone(), k, Shards()),
+            }
             for path, found in ways.items():
                 if float(found) != wanted:
                     wrong.append(f"{what}, k={k}, {path}: {float(found)!r} for {wanted!r}")
@@ -162,9 +176,15 @@ def importance_in_8_bits(device: torch.device, *, tiny: bool) -> dict:
     moved = weight.double() - anchor.bfloat16().double()
     coded = dataclasses.replace(there, codes=there.codes.to(device))
     out = torch.zeros(entries, device=device)
-    value = importance.penalise(weight=weight.to(device), anchor=anchor.bfloat16().to(device), importance=coded, gradient=out, scale=0.5)
-    numbers = {"entries": entries, "codes_apart": int((apart > 0).sum()), "gradient": _relative(out, 0.5 * exact * moved),
-               "value": _relative(value, (exact * moved.square()).sum())}  # fmt: skip
+    value = importance.penalise(
+        weight=weight.to(device), anchor=anchor.bfloat16().to(device), importance=coded, gradient=out, scale=0.5
+    )
+    numbers = {
+        "entries": entries,
+        "codes_apart": int((apart > 0).sum()),
+        "gradient": _relative(out, 0.5 * exact * moved),
+        "value": _relative(value, (exact * moved.square()).sum()),
+    }
     same = numbers["codes_apart"] <= 1e-5 * entries and int(apart.max()) <= 1
     return judged(same and numbers["gradient"] <= 1e-5 and numbers["value"] <= 1e-4, numbers)
 

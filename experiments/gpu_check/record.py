@@ -1,8 +1,8 @@
 """The file of a GPU check: one JSON that every piece is added to as soon as it is done, by this call and later ones.
 
-    format, tiny, device, hardware      of what these numbers are
-    pieces     name → {"status", "seconds", "when", "code", "commit", …}; status is one of STATUS
-    running    the piece under way: where a call was killed, the one that it was killed in
+format, tiny, device, hardware      of what these numbers are
+pieces     name → {"status", "seconds", "when", "code", "commit", …}; status is one of STATUS
+running    the piece under way: where a call was killed, the one that it was killed in
 """
 
 import functools
@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from experiments.training import hardware
 from experiments.study import provenance
+from experiments.study.paths import HERE
+from experiments.training import hardware
 from methods.errors import UserError
 from methods.tools.files import write_json
-from experiments.study.paths import HERE
 
 FORMAT = 1
 STATUS = ("passed", "failed", "measured", "skipped", "out of memory", "broken")
@@ -53,7 +53,11 @@ class Record:
     def add(self, name: str, outcome: dict) -> None:
         """Put a piece in; one that was only skipped takes no other's place."""
         if outcome["status"] != "skipped" or self.pieces.get(name, {}).get("status", "skipped") == "skipped":
-            self.pieces[name] = outcome | {"when": provenance.now(), "code": code(), "commit": self._content["git"]["commit"]}
+            self.pieces[name] = outcome | {
+                "when": provenance.now(),
+                "code": code(),
+                "commit": self._content["git"]["commit"],
+            }
         self._write(running=None)
 
     def _write(self, *, running: str | None) -> None:
@@ -72,8 +76,13 @@ def facts(device: torch.device) -> dict:
     found = hardware.describe(device) | {"cuda": torch.version.cuda, "driver": None}
     if device.type == "cuda":
         about = torch.cuda.get_device_properties(device)
-        found |= {"gpu_memory_bytes": about.total_memory, "multiprocessors": about.multi_processor_count,
-                  "capability": f"{about.major}.{about.minor}", "driver": _driver(), "cudnn": torch.backends.cudnn.version()}  # fmt: skip
+        found |= {
+            "gpu_memory_bytes": about.total_memory,
+            "multiprocessors": about.multi_processor_count,
+            "capability": f"{about.major}.{about.minor}",
+            "driver": _driver(),
+            "cudnn": torch.backends.cudnn.version(),
+        }
     return found
 
 

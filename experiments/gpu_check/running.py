@@ -14,14 +14,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from experiments.gpu_check.stopwatch import Stopwatch
 from experiments.training import hardware
 from experiments.training.engine import FitResult, fit
 from experiments.training.settings import TrainSettings
-from experiments.gpu_check.stopwatch import Stopwatch
-from methods.tools.process_group import Shards
+from methods.part import Part
 from methods.tools.effective import base_parameters
 from methods.tools.importance import Codes
-from methods.part import Part
+from methods.tools.process_group import Shards
 
 WARM = 2  # steps or documents that are not counted: kernels are chosen and memory is fetched in them
 
@@ -34,7 +34,9 @@ class Preparation:
     seconds: float = 0.0
     seconds_token: float | None = None
     tokens: int = 0
-    bytes_stored: dict[str, int] = field(default_factory=dict)  # by kind; a file of importance is smaller, being compressed
+    bytes_stored: dict[str, int] = field(
+        default_factory=dict
+    )  # by kind; a file of importance is smaller, being compressed
     bytes_peak: int | None = None
 
 
@@ -77,8 +79,16 @@ def base_of(model: nn.Module, parts: Sequence[Part]) -> dict[str, Tensor]:
     return {name: p.detach().to("cpu", copy=True) for name, p in base_parameters(model).items()}
 
 
-def prepare(*, parts: Sequence[Part], make: Callable[[], nn.Module], general: Sequence[dict], settings: TrainSettings,
-            device: torch.device, shards: Shards, compute_dtype: torch.dtype) -> Preparation:  # fmt: skip
+def prepare(
+    *,
+    parts: Sequence[Part],
+    make: Callable[[], nn.Module],
+    general: Sequence[dict],
+    settings: TrainSettings,
+    device: torch.device,
+    shards: Shards,
+    compute_dtype: torch.dtype,
+) -> Preparation:
     """Every part's preparation in turn, each on a new model. `settings` are those of a part that trains in it."""
     found, peak = Preparation(), Peak(device)
     for part in parts:
@@ -92,7 +102,9 @@ def prepare(*, parts: Sequence[Part], make: Callable[[], nn.Module], general: Se
         inner = _InnerFit(settings=settings, base=base, device=device, shards=shards, compute_dtype=compute_dtype)
         documents = _Documents(device)
         began = perf_counter()
-        prepared = part.prepare(model=model, base=base, general=general, seed=0, fit=inner, progress=documents, shards=shards)
+        prepared = part.prepare(
+            model=model, base=base, general=general, seed=0, fit=inner, progress=documents, shards=shards
+        )
         found.seconds += perf_counter() - began
         del model
         if prepared is None:
@@ -102,20 +114,44 @@ def prepare(*, parts: Sequence[Part], make: Callable[[], nn.Module], general: Se
         state = found.states[part.key] = {}
         for kind in ("importance", "start", "carry"):
             if tensors := getattr(prepared, kind):
-                state[kind] = {name: t.cpu() if isinstance(t, Codes) else t.detach().cpu() for name, t in tensors.items()}
+                state[kind] = {
+                    name: t.cpu() if isinstance(t, Codes) else t.detach().cpu() for name, t in tensors.items()
+                }
                 found.bytes_stored[kind] = found.bytes_stored.get(kind, 0) + sum(t.nbytes for t in state[kind].values())
         del prepared
     found.bytes_peak = peak.bytes() if found.states else None
     return found
 
 
-def train(*, parts: Sequence[Part], model: nn.Module, base: dict, states: dict, examples: Sequence[dict], settings: TrainSettings,
-          device: torch.device, shards: Shards, compute_dtype: torch.dtype, **more: Any) -> tuple[FitResult, Stopwatch]:  # fmt: skip
+def train(
+    *,
+    parts: Sequence[Part],
+    model: nn.Module,
+    base: dict,
+    states: dict,
+    examples: Sequence[dict],
+    settings: TrainSettings,
+    device: torch.device,
+    shards: Shards,
+    compute_dtype: torch.dtype,
+    **more: Any,
+) -> tuple[FitResult, Stopwatch]:
     """The engine's loop with a stopwatch in it."""
     watch = Stopwatch(device)
     with contextlib.redirect_stderr(io.StringIO()):  # a bar for each of many short fits
-        result = fit(model=model, parts=(*parts, *watch.parts), examples=examples, settings=settings, seed=0, base=base, states=states,
-                     device=device, shards=shards, compute_dtype=compute_dtype, **more)  # fmt: skip
+        result = fit(
+            model=model,
+            parts=(*parts, *watch.parts),
+            examples=examples,
+            settings=settings,
+            seed=0,
+            base=base,
+            states=states,
+            device=device,
+            shards=shards,
+            compute_dtype=compute_dtype,
+            **more,
+        )
     return result, watch
 
 

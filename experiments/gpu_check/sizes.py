@@ -16,26 +16,61 @@ Example = dict[str, torch.Tensor]
 
 # architecture, its real sizes, and sizes of the same kind that a CPU can take
 _MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "gptj-6b": ("gptj", {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "vocab_size": 50400, "n_positions": 2048}, {}),
-    "llama3-8b": ("llama", {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "vocab_size": 128256, "max_position_embeddings": 8192, "tie_word_embeddings": False, "rms_norm_eps": 1e-5,
-    }, {"tie_word_embeddings": False}),
-}  # fmt: skip
+    "gptj-6b": (
+        "gptj",
+        {"n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "vocab_size": 50400, "n_positions": 2048},
+        {},
+    ),
+    "llama3-8b": (
+        "llama",
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+            "rms_norm_eps": 1e-5,
+        },
+        {"tie_word_embeddings": False},
+    ),
+}
 
 METHODS: dict[str, Mapping[str, Any]] = {
-    "full": {}, "mofo": {"mofo": {}}, "ewc": {"ewc": {}}, "hierarchical": {"hierarchical": {}}, "lora": {"lora": {}},
+    "full": {},
+    "mofo": {"mofo": {}},
+    "ewc": {"ewc": {}},
+    "hierarchical": {"hierarchical": {}},
+    "lora": {"lora": {}},
     "hierarchical-lora": {"hierarchical": {}, "lora": {}},
-}  # fmt: skip
+}
 
 # architecture sizes of the checks: heads as wide as the real ones, a few layers
 MEDIUM = {
     "gptj": {"n_embd": 1024, "n_layer": 4, "n_head": 4, "rotary_dim": 64, "vocab_size": 4096, "n_positions": 512},
-    "llama": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2,
-              "vocab_size": 4096, "max_position_embeddings": 512, "tie_word_embeddings": False},
-}  # fmt: skip
-LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16, "num_key_value_heads": 4,
-          "vocab_size": 32000, "max_position_embeddings": 1024, "tie_word_embeddings": False}  # fmt: skip
+    "llama": {
+        "hidden_size": 1024,
+        "intermediate_size": 2816,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": False,
+    },
+}
+LARGE = {
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 32000,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
 
 
 class Skipped(Exception):

@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments.training import hardware, memory
-from experiments.training.engine import FitResult
-from experiments.training.settings import TrainSettings
-from experiments.training.flops import mfu
 from experiments.gpu_check import running, sizes
 from experiments.gpu_check.sizes import Skipped
 from experiments.gpu_check.stopwatch import Stopwatch
-from methods.tools.adam import AdamW, Moments
 from experiments.model.shape import Shape
-from methods.tools.process_group import Shards
-from methods.tools.effective import factors
+from experiments.training import hardware, memory
+from experiments.training.engine import FitResult
+from experiments.training.flops import mfu
+from experiments.training.settings import TrainSettings
 from methods.mofo import MoFO
 from methods.part import Part
+from methods.tools.adam import AdamW, Moments
+from methods.tools.effective import factors
+from methods.tools.process_group import Shards
 
 MFU_GOALS = {("llama3-8b", "full"): 0.45, ("gptj-6b", "full"): 0.40}
 MOFO_GOAL = 1.3  # times fused AdamW
@@ -63,8 +63,16 @@ def measure(size: Size, *, method: str, layout: str, device: torch.device, shard
     settings = _settings(size)
     processes = 1 if layout == "sharded" else None
     preparing = dataclasses.replace(settings, **_of_preparation(size))
-    predict = lambda phase, of: memory.predict(phase=phase, shape=size.shape, parts=parts, settings=of, checkpoint_dtype=torch.bfloat16,
-                                               compute_dtype=torch.bfloat16, device_type=device.type, processes=processes)  # fmt: skip
+    predict = lambda phase, of: memory.predict(
+        phase=phase,
+        shape=size.shape,
+        parts=parts,
+        settings=of,
+        checkpoint_dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
+        device_type=device.type,
+        processes=processes,
+    )
     preparing, predicted_prepare = _fitting(preparing, lambda of: predict("prepare", of), device, f"preparing {method}")
     settings, predicted = _fitting(settings, lambda of: predict("train", of), device, f"training {method}")
     make = lambda: sizes.build_named(size.model, tiny=size.tiny, device=device, dtype=torch.bfloat16)
@@ -74,34 +82,56 @@ def measure(size: Size, *, method: str, layout: str, device: torch.device, shard
     trains = any("seeded_preparation" in part.capabilities for part in parts)
     count = (running.WARM + STEPS) * preparing.batch if trains else running.WARM + DOCUMENTS
     general = sizes.random_examples(count, preparing.length, vocabulary=vocabulary, seed=1)
-    prepared = running.prepare(parts=[dataclasses.replace(p, samples=count) if hasattr(p, "samples") else p for p in parts], make=make,
-                               general=general, settings=preparing, **given)  # fmt: skip
+    prepared = running.prepare(
+        parts=[dataclasses.replace(p, samples=count) if hasattr(p, "samples") else p for p in parts],
+        make=make,
+        general=general,
+        settings=preparing,
+        **given,
+    )
 
     peak = running.Peak(device)
     model = make()
     written = sum(p.nbytes for p in model.parameters())
     base = running.base_of(model, parts)
     examples = sizes.random_examples((running.WARM + STEPS) * size.rows, size.length, vocabulary=vocabulary)
-    result, watch = running.train(parts=parts, model=model, base=base, states=prepared.states, examples=examples, settings=settings,
-                                  **given)  # fmt: skip
+    result, watch = running.train(
+        parts=parts, model=model, base=base, states=prepared.states, examples=examples, settings=settings, **given
+    )
     step = median(watch.steps(skip=running.WARM))
     reached = mfu(result.flops / result.steps, step, result.peak_flops)
     penalty = median(watch.between("backward", "penalty", skip=running.WARM)) if "penalty" in _adds(parts) else None
     outcome = {
-        "status": "measured", "layout": layout, "rows": size.rows, "length": size.length, "compiled": size.compile,
-        "checkpointing": settings.checkpointing, "moments": settings.moments, "steps": STEPS,
-        "seconds_step": step, "seconds_steps": watch.steps(skip=running.WARM), "tokens_per_second": size.tokens / step, "mfu": reached,
-        "peak_flops": result.peak_flops, "peak_flops_basis": hardware.dense_peak(device, torch.bfloat16)[1],
+        "status": "measured",
+        "layout": layout,
+        "rows": size.rows,
+        "length": size.length,
+        "compiled": size.compile,
+        "checkpointing": settings.checkpointing,
+        "moments": settings.moments,
+        "steps": STEPS,
+        "seconds_step": step,
+        "seconds_steps": watch.steps(skip=running.WARM),
+        "tokens_per_second": size.tokens / step,
+        "mfu": reached,
+        "peak_flops": result.peak_flops,
+        "peak_flops_basis": hardware.dense_peak(device, torch.bfloat16)[1],
         "seconds_forward": median(watch.between("begin", "forward", skip=running.WARM)),
         "seconds_backward": median(watch.between("forward", "backward", skip=running.WARM)),
-        "seconds_penalty": penalty, "share_penalty": penalty and penalty / step,
+        "seconds_penalty": penalty,
+        "share_penalty": penalty and penalty / step,
         "seconds_optimizer": median(watch.between("update begins", "update ends", skip=running.WARM)),
         "seconds_begin": result.seconds_begin,
         "prepare": _prepared(prepared, predicted_prepare, preparing),
-        "memory": {"predicted": predicted, "held": held(result, prepared), **_passing(watch, peak.before),
-                   "peak": (most := peak.bytes()), "predicted_over_peak": most and predicted["total"] / most},
+        "memory": {
+            "predicted": predicted,
+            "held": held(result, prepared),
+            **_passing(watch, peak.before),
+            "peak": (most := peak.bytes()),
+            "predicted_over_peak": most and predicted["total"] / most,
+        },
         "bytes": stored(result, prepared, written),
-    }  # fmt: skip
+    }
     goal = MFU_GOALS.get((size.model, method))
     outcome["goals"] = ([_goal("mfu", reached, ">=", goal)] if goal else []) + (
         [_goal("share_penalty", outcome["share_penalty"], "<=", PENALTY_GOAL)] if penalty is not None else []
@@ -120,7 +150,10 @@ def optimizers(size: Size, *, device: torch.device) -> dict:
     for weight in weights:
         weight.grad = torch.empty_like(weight, requires_grad=False).normal_(std=1e-3, generator=draw)
     # the path of several processes, which this one plays alone
-    pieces = {"shards": SimpleNamespace(rank=0, world=2, sum=lambda tensor: tensor), "sizes": [weight.numel() for weight in weights]}
+    pieces = {
+        "shards": SimpleNamespace(rank=0, world=2, sum=lambda tensor: tensor),
+        "sizes": [weight.numel() for weight in weights],
+    }
     makers: dict[str, Callable[[Moments, Moments], torch.optim.Optimizer]] = {
         "adamw fused, float32 moments": lambda wide, half: torch.optim.AdamW(weights, lr=1e-6, fused=True),
         "adamw, bfloat16 moments": lambda wide, half: AdamW(weights, lr=1e-6, moments=half),
@@ -142,9 +175,17 @@ def optimizers(size: Size, *, device: torch.device) -> dict:
     times = {name: value / fused for name, value in seconds.items()}
     entries, all_entries = (sum(shape.numel() for shape in some) for some in (chosen, shapes))
     goals = [_goal(f"{name} / adamw fused", times[name], "<=", MOFO_GOAL) for name in times if name.startswith("mofo,")]
-    return {"status": "measured", "seconds_by_optimizer": seconds, "times_fused_adamw": times, "bytes_beside_weights": peaks,
-            "tensors": len(chosen), "tensors_of": len(shapes), "entries": entries, "entries_of": all_entries,
-            "goals": [] if size.tiny else goals}  # fmt: skip
+    return {
+        "status": "measured",
+        "seconds_by_optimizer": seconds,
+        "times_fused_adamw": times,
+        "bytes_beside_weights": peaks,
+        "tensors": len(chosen),
+        "tensors_of": len(shapes),
+        "entries": entries,
+        "entries_of": all_entries,
+        "goals": [] if size.tiny else goals,
+    }
 
 
 def held(result: FitResult, prepared: running.Preparation) -> dict[str, int]:
@@ -152,13 +193,18 @@ def held(result: FitResult, prepared: running.Preparation) -> dict[str, int]:
     run, model = result.run, result.run.model
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     shared = {t.untyped_storage().data_ptr() for t in local}
-    moments = [value for state in result.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    moments = [
+        value for state in result.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
+    ]
     anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
     return {
-        "weights": _bytes(local), "masters": _bytes(w for w in run.weights.values() if w.untyped_storage().data_ptr() not in shared),
-        "gradients": _bytes(w.grad for w in run.weights.values() if w.grad is not None), "moments": _bytes(moments),
-        "anchor": _bytes(anchors), "importance": prepared.bytes_stored.get("importance", 0),
-    }  # fmt: skip
+        "weights": _bytes(local),
+        "masters": _bytes(w for w in run.weights.values() if w.untyped_storage().data_ptr() not in shared),
+        "gradients": _bytes(w.grad for w in run.weights.values() if w.grad is not None),
+        "moments": _bytes(moments),
+        "anchor": _bytes(anchors),
+        "importance": prepared.bytes_stored.get("importance", 0),
+    }
 
 
 def stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
@@ -170,8 +216,16 @@ def stored(result: FitResult, prepared: running.Preparation, weights: int) -> di
 
 
 def _settings(size: Size) -> TrainSettings:
-    return TrainSettings(batch=size.rows, micro_batch=size.rows, length=size.length, learning_rate=1e-6, schedule="constant",
-                         moments="bfloat16", compile=size.compile, probes=0)  # fmt: skip
+    return TrainSettings(
+        batch=size.rows,
+        micro_batch=size.rows,
+        length=size.length,
+        learning_rate=1e-6,
+        schedule="constant",
+        moments="bfloat16",
+        compile=size.compile,
+        probes=0,
+    )
 
 
 def _of_preparation(size: Size) -> dict:
@@ -180,8 +234,9 @@ def _of_preparation(size: Size) -> dict:
     return {"length": length, "batch": size.tokens // length, "micro_batch": size.tokens // length}
 
 
-def _fitting(settings: TrainSettings, predict: Callable[[TrainSettings], dict], device: torch.device,
-             what: str) -> tuple[TrainSettings, dict]:  # fmt: skip
+def _fitting(
+    settings: TrainSettings, predict: Callable[[TrainSettings], dict], device: torch.device, what: str
+) -> tuple[TrainSettings, dict]:
     """The settings, with checkpointing where only that fits, and what they are predicted to take."""
     room = _room(device)
     for checkpointing in (False, True):
@@ -189,7 +244,9 @@ def _fitting(settings: TrainSettings, predict: Callable[[TrainSettings], dict], 
         predicted = predict(chosen)
         if room is None or predicted["total"] <= room:
             return chosen, predicted
-    raise Skipped(f"{what} is predicted to take {predicted['total'] / 2**30:.1f} GiB with checkpointing, {room / 2**30:.1f} GiB are free")
+    raise Skipped(
+        f"{what} is predicted to take {predicted['total'] / 2**30:.1f} GiB with checkpointing, {room / 2**30:.1f} GiB are free"
+    )
 
 
 def _room(device: torch.device) -> int | None:
@@ -207,9 +264,15 @@ def _prepared(found: running.Preparation, predicted: dict, settings: TrainSettin
     if not found.states:
         return None
     a_token = found.seconds_token
-    return {"seconds_per_million_tokens": a_token and a_token * 1e6, "seconds_measured": found.seconds, "tokens_measured": found.tokens,
-            "checkpointing": settings.checkpointing, "bytes_peak": found.bytes_peak, "predicted": predicted,
-            "predicted_over_peak": found.bytes_peak and predicted["total"] / found.bytes_peak}  # fmt: skip
+    return {
+        "seconds_per_million_tokens": a_token and a_token * 1e6,
+        "seconds_measured": found.seconds,
+        "tokens_measured": found.tokens,
+        "checkpointing": settings.checkpointing,
+        "bytes_peak": found.bytes_peak,
+        "predicted": predicted,
+        "predicted_over_peak": found.bytes_peak and predicted["total"] / found.bytes_peak,
+    }
 
 
 def _passing(watch: Stopwatch, before: int) -> dict:

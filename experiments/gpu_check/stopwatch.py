@@ -20,7 +20,9 @@ class Stopwatch:
         self._device = device
         self._rows: list[dict] = []
         self._now: dict = {}
-        self.bytes_held = self.bytes_forward = 0  # allocated at a step's begin and at the end of a forward pass; the largest
+        self.bytes_held = self.bytes_forward = (
+            0  # allocated at a step's begin and at the end of a forward pass; the largest
+        )
         self.parts = (_Before(watch=self), _After(watch=self))
 
     def mark(self, name: str) -> None:

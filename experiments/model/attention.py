@@ -40,8 +40,17 @@ def with_sdpa(model: Model) -> Model:
     return model
 
 
-def products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, *,
-             dropout: float = 0.0, scaling: float | None = None, **others: Any) -> tuple[Tensor, None]:  # fmt: skip
+def products(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
     """Attention as transformers asks SDPA for it: queries (batch, heads, tokens, width), keys and values of as many heads or
     of a divisor's, masks additive or boolean, None for causal. Returns (batch, tokens, heads, width).
 
@@ -51,10 +60,14 @@ def products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atten
     """
     tokens, keys = query.shape[2], key.shape[2]
     long = max(tokens, keys) > LONGEST
-    unknown = _only_sdpa or any(others.get(name) is not None for name in ("softcap", "position_bias", "cache", "is_causal", "s_aux"))
+    unknown = _only_sdpa or any(
+        others.get(name) is not None for name in ("softcap", "position_bias", "cache", "is_causal", "s_aux")
+    )
     alone = attention_mask is None and tokens > 1 and (tokens != keys or not getattr(module, "is_causal", True))
     if query.device.type != "cpu" or dropout or unknown or alone or (long and torch.is_grad_enabled()):
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others)
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
+        )
     query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if not long:
         return _mixed(query, key, value, attention_mask).transpose(1, 2).contiguous(), None
@@ -62,7 +75,13 @@ def products(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, atten
     for start in range(0, tokens, BLOCK):
         end = min(start + BLOCK, tokens)
         seen = end if attention_mask is None and tokens > 1 else keys
-        mask = None if attention_mask is None else attention_mask[..., start:end, :] if attention_mask.shape[-2] > 1 else attention_mask
+        mask = (
+            None
+            if attention_mask is None
+            else attention_mask[..., start:end, :]
+            if attention_mask.shape[-2] > 1
+            else attention_mask
+        )
         blocks.append(_mixed(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask))
     return torch.cat(blocks, 2).transpose(1, 2).contiguous(), None
 
@@ -76,7 +95,9 @@ def _mixed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     scores = query.reshape(batch * groups, -1, width) @ key.reshape(batch * groups, keys, width).transpose(1, 2)
     by_head = scores.view(batch, heads, tokens, keys)
     if mask is None and tokens > 1:
-        by_head.add_(torch.full((tokens, keys), -torch.inf, dtype=scores.dtype, device=query.device).triu_(1 + keys - tokens))
+        by_head.add_(
+            torch.full((tokens, keys), -torch.inf, dtype=scores.dtype, device=query.device).triu_(1 + keys - tokens)
+        )
     elif mask is not None and mask.dtype == torch.bool:
         by_head.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
@@ -104,7 +125,9 @@ def only_sdpa() -> Iterator[None]:
 class GPTJSdpaAttention(GPTJAttention):
     """GPT-J's attention with transformers' own call of SDPA, whose rules for a missing mask fit transformers' masks."""
 
-    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, None]:
+    def _attn(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, None]:
         """Queries (batch, heads, tokens, head width); keys and values may be longer. Returns values mixed, shaped like queries."""
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(query.dtype)

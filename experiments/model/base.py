@@ -42,12 +42,16 @@ def _opened(file: Path):
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file} is no safetensors file, or damaged or cut off ({error}): delete it and run the stage that makes it again") from error
+        raise UserError(
+            f"{file} is no safetensors file, or damaged or cut off ({error}): delete it and run the stage that makes it again"
+        ) from error
 
 
 def dtype_of(info: dict) -> torch.dtype:
     """The torch dtype that base.json names."""
     found = getattr(torch, str(info["dtype"]), None)
     if not isinstance(found, torch.dtype):
-        raise UserError(f"base.json names the dtype {info['dtype']!r}, which torch does not have: delete it and run the `model` stage again")
+        raise UserError(
+            f"base.json names the dtype {info['dtype']!r}, which torch does not have: delete it and run the `model` stage again"
+        )
     return found

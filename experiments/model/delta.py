@@ -47,8 +47,10 @@ def write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
     is written as it is. Raises UserError, and leaves no file, where a name, a shape or a dtype is not the base's.
     """
     if odd := sorted(set(base) ^ set(tuned)):
-        raise UserError(f"{odd[0]} is a tensor of the {'base' if odd[0] in base else 'tuned model'} alone, of {len(odd)} such: "
-                        "a difference is of the same tensors")  # fmt: skip
+        raise UserError(
+            f"{odd[0]} is a tensor of the {'base' if odd[0] in base else 'tuned model'} alone, of {len(odd)} such: "
+            "a difference is of the same tensors"
+        )
     try:
         return _write(path, base=base, tuned=tuned, base_sha256=base_sha256)
     except BaseException:
@@ -66,16 +68,27 @@ def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor
         for name in sorted(shapes):
             before, after = base[name], tuned[name]
             if (after.shape, after.dtype) != (before.shape, before.dtype):
-                raise UserError(f"{name} is {after.dtype} {list(after.shape)} in the tuned model, {before.dtype} {list(before.shape)} in the base")
+                raise UserError(
+                    f"{name} is {after.dtype} {list(after.shape)} in the tuned model, {before.dtype} {list(before.shape)} in the base"
+                )
             update(digest, name, after)
             if same(before, after):
                 continue
-            data = encode(before, after) if before.dtype in FLOATS else after.contiguous().reshape(-1).view(torch.uint8).numpy()
+            data = (
+                encode(before, after)
+                if before.dtype in FLOATS
+                else after.contiguous().reshape(-1).view(torch.uint8).numpy()
+            )
             file.write(data)
             entries[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
             about[name], at = shapes[name], at + len(data)
-        metadata = {"format": "holdfast-delta", "version": VERSION, "base_sha256": base_sha256, "sha256": digest.hexdigest(),
-                    "tensors": json.dumps(about)}  # fmt: skip
+        metadata = {
+            "format": "holdfast-delta",
+            "version": VERSION,
+            "base_sha256": base_sha256,
+            "sha256": digest.hexdigest(),
+            "tensors": json.dumps(about),
+        }
         file.seek(0)
         file.write(struct.pack("<Q", room) + json.dumps({"__metadata__": metadata} | entries).encode().ljust(room))
     return digest.hexdigest()
@@ -94,25 +107,39 @@ class Delta(Mapping[str, Tensor]):
             self._file = safe_open(path, framework="numpy")
             metadata = self._file.metadata() or {}
             if metadata.get("format") != "holdfast-delta" or metadata["version"] != VERSION:
-                raise UserError(f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this program reads "
-                                f"holdfast-delta of version {VERSION}: train the cell again")  # fmt: skip
-            self.sha256, found, self._about = metadata["sha256"], metadata["base_sha256"], json.loads(metadata["tensors"])
+                raise UserError(
+                    f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this program reads "
+                    f"holdfast-delta of version {VERSION}: train the cell again"
+                )
+            self.sha256, found, self._about = (
+                metadata["sha256"],
+                metadata["base_sha256"],
+                json.loads(metadata["tensors"]),
+            )
         except FileNotFoundError:
             raise UserError(f"{path} is missing: train the cell again") from None
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): {AGAIN}") from error
         if found != base_sha256:
-            raise UserError(f"{path} is a delta of the base {found[:12]}, this one is {base_sha256[:12]}: give the base it was made from")
+            raise UserError(
+                f"{path} is a delta of the base {found[:12]}, this one is {base_sha256[:12]}: give the base it was made from"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         base = self._base[name]
         if name not in self._about:
             return base
         if self._about[name] != [str(base.dtype).removeprefix("torch."), list(base.shape)]:
-            raise UserError(f"{self._path}: {name} is {self._about[name]}, the base's is {base.dtype} {list(base.shape)}: it is another base")
+            raise UserError(
+                f"{self._path}: {name} is {self._about[name]}, the base's is {base.dtype} {list(base.shape)}: it is another base"
+            )
         try:
             coded = self._file.get_tensor(name)
-            return decode(base, coded) if base.dtype in FLOATS else torch.from_numpy(coded).view(base.dtype).reshape(base.shape)
+            return (
+                decode(base, coded)
+                if base.dtype in FLOATS
+                else torch.from_numpy(coded).view(base.dtype).reshape(base.shape)
+            )
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(f"{self._path}: {name} is damaged ({error}): {AGAIN}") from error
 
@@ -131,4 +158,6 @@ def verified(tensors: Mapping[str, Tensor], *, sha256: str, what: object) -> Ite
         update(digest, name, tensor)
         yield name, tensor
     if digest.hexdigest() != sha256:
-        raise UserError(f"{what} gives weights {digest.hexdigest()[:12]}, not the {sha256[:12]} it was made from: {AGAIN}")
+        raise UserError(
+            f"{what} gives weights {digest.hexdigest()[:12]}, not the {sha256[:12]} it was made from: {AGAIN}"
+        )

@@ -28,7 +28,11 @@ ESCAPED = 0.35  # share of entries that may not fit a digit
 SAMPLE = 1 << 12
 RADICES = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1}  # digits in a byte
 LOW_BYTE = 0  # in place of a radix: the low byte of every entry
-FLOATS = {torch.bfloat16: (np.uint16, 7), torch.float16: (np.uint16, 10), torch.float32: (np.uint32, 23)}  # bits of the mantissa
+FLOATS = {
+    torch.bfloat16: (np.uint16, 7),
+    torch.float16: (np.uint16, 10),
+    torch.float32: (np.uint32, 23),
+}  # bits of the mantissa
 _HEAD = struct.Struct("<HI")  # radix, bytes
 
 
@@ -40,7 +44,11 @@ def encode(base: Tensor, tuned: Tensor, *, threads: int | None = None) -> bytes:
     a, b = _bits(base), _bits(tuned)
     mantissa = FLOATS[base.dtype][1]
     with ThreadPoolExecutor(threads or _threads()) as pool:
-        chunks = list(pool.map(lambda at: _encode_chunk(a[at : at + CHUNK], b[at : at + CHUNK], mantissa), range(0, len(a), CHUNK)))
+        chunks = list(
+            pool.map(
+                lambda at: _encode_chunk(a[at : at + CHUNK], b[at : at + CHUNK], mantissa), range(0, len(a), CHUNK)
+            )
+        )
     return np.array([len(chunk) for chunk in chunks], "<u4").tobytes() + b"".join(chunks)
 
 
@@ -89,7 +97,9 @@ def _groups(base: np.ndarray, mantissa: int) -> tuple[np.ndarray, list[slice]]:
     exponents = 1 << (8 * base.itemsize - 1 - mantissa)
     keys = (base >> base.dtype.type(mantissa)).astype(np.uint32) & np.uint32(exponents - 1)
     keys *= np.uint32(CHUNK)
-    keys |= np.arange(len(base), dtype=np.uint32)  # exponent and place in one number: sorting it is stable, and several times faster
+    keys |= np.arange(
+        len(base), dtype=np.uint32
+    )  # exponent and place in one number: sorting it is stable, and several times faster
     keys.sort()
     ends = np.searchsorted(keys, np.arange(1, exponents, dtype=np.uint32) * np.uint32(CHUNK)).tolist() + [len(base)]
     groups, start = [], 0

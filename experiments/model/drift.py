@@ -47,8 +47,14 @@ class _Moved:
     bins: Tensor | None = None  # importance, entries that have it and their ΣΔ²: (3, 256)
 
 
-def measure(*, base: Mapping[str, Tensor], tuned: Iterable[tuple[str, Tensor]], roles: Mapping[str, tuple[str, str]],
-            importance: Mapping[str, Tensor | Codes] | None = None, device: torch.device | str = "cpu") -> dict:  # fmt: skip
+def measure(
+    *,
+    base: Mapping[str, Tensor],
+    tuned: Iterable[tuple[str, Tensor]],
+    roles: Mapping[str, tuple[str, str]],
+    importance: Mapping[str, Tensor | Codes] | None = None,
+    device: torch.device | str = "cpu",
+) -> dict:
     """{"overall": {...}, "groups": [{"group", "kind", ...}], "rank_skipped": [names]} in the measures above.
 
     base        θ₀ by name
@@ -68,10 +74,15 @@ def measure(*, base: Mapping[str, Tensor], tuned: Iterable[tuple[str, Tensor]], 
         if ranked and min(theta.shape) > LARGEST:
             skipped.append(name)
             ranked = False
-        groups.setdefault(role, []).append(_moved(name, base[name], theta, (importance or {}).get(name), device=device if ranked else None))
+        groups.setdefault(role, []).append(
+            _moved(name, base[name], theta, (importance or {}).get(name), device=device if ranked else None)
+        )
     order = sorted(groups, key=lambda role: (_place(role[0]), role[1]))
-    return {"groups": [{"group": group, "kind": kind} | _summary(groups[group, kind]) for group, kind in order],
-            "overall": _summary([moved for role in order for moved in groups[role]]), "rank_skipped": sorted(skipped)}  # fmt: skip
+    return {
+        "groups": [{"group": group, "kind": kind} | _summary(groups[group, kind]) for group, kind in order],
+        "overall": _summary([moved for role in order for moved in groups[role]]),
+        "rank_skipped": sorted(skipped),
+    }
 
 
 def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -87,7 +98,11 @@ def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
             found[name] = group, "norm"
             continue
         word = owner.rpartition(".")[2]
-        siblings = [path for path in modules if path.startswith(f"{paths.get(group, owner)}.") and path.rpartition(".")[2] == word]
+        siblings = [
+            path
+            for path in modules
+            if path.startswith(f"{paths.get(group, owner)}.") and path.rpartition(".")[2] == word
+        ]
         found[name] = group, owner.removeprefix(f"{paths[group]}.") if len(siblings) > 1 else word
     return found
 
@@ -145,7 +160,9 @@ def _moved(name: str, before: Tensor, after: Tensor, importance: Tensor | Codes 
     rank = None
     if not still and device is not None:
         rank = effective_rank(after.to(device).double() - before.to(device).double())
-    return _Moved(name=name, entries=before.numel(), changed=changed, movement=movement, size=size, rank=rank, bins=bins)
+    return _Moved(
+        name=name, entries=before.numel(), changed=changed, movement=movement, size=size, rank=rank, bins=bins
+    )
 
 
 def _summary(tensors: Sequence[_Moved]) -> dict:
@@ -153,10 +170,16 @@ def _summary(tensors: Sequence[_Moved]) -> dict:
     entries = sum(t.entries for t in tensors)
     movement, size = (math.fsum(getattr(t, key) for t in tensors) for key in ("movement", "size"))
     ranks = [t.rank for t in tensors if t.rank is not None]
-    found = {"distance": math.sqrt(movement), "base_norm": math.sqrt(size), "relative": math.sqrt(movement / size) if size else None,
-             "changed": sum(t.changed for t in tensors) / entries if entries else None,
-             "effective_rank": statistics.median(ranks) if ranks else None}  # fmt: skip
-    return {"entries": entries, "matrices": len(ranks)} | {key: _short(value) for key, value in (found | _overlaps(tensors)).items()}
+    found = {
+        "distance": math.sqrt(movement),
+        "base_norm": math.sqrt(size),
+        "relative": math.sqrt(movement / size) if size else None,
+        "changed": sum(t.changed for t in tensors) / entries if entries else None,
+        "effective_rank": statistics.median(ranks) if ranks else None,
+    }
+    return {"entries": entries, "matrices": len(ranks)} | {
+        key: _short(value) for key, value in (found | _overlaps(tensors)).items()
+    }
 
 
 def _overlaps(tensors: Sequence[_Moved]) -> dict[str, float | None]:
@@ -174,11 +197,18 @@ def _overlaps(tensors: Sequence[_Moved]) -> dict[str, float | None]:
     weighted = (value * moved).sum()
     expected = ((value * count).sum(1) / count.sum(1) * moved.sum(1)).sum()
     levels, place = value.flatten().unique(return_inverse=True)  # one level may be in several tensors
-    at = torch.zeros(2, len(levels), dtype=torch.float64).index_add_(1, place, torch.stack([count, moved]).flatten(1)).flip(1)
+    at = (
+        torch.zeros(2, len(levels), dtype=torch.float64)
+        .index_add_(1, place, torch.stack([count, moved]).flatten(1))
+        .flip(1)
+    )
     above = at[0].cumsum(0) - at[0]
     taken = ((TOP * at[0].sum() - above) / at[0].clamp(min=1)).clamp(0, 1)  # of the level on the border a part
-    return {"overlap": (weighted / total / mean).item(), "overlap_within": (weighted / expected).item() if expected else None,
-            "top_share": ((taken * at[1]).sum() / total).item()}  # fmt: skip
+    return {
+        "overlap": (weighted / total / mean).item(),
+        "overlap_within": (weighted / expected).item() if expected else None,
+        "top_share": ((taken * at[1]).sum() / total).item(),
+    }
 
 
 def _place(group: str) -> tuple[int, int]:

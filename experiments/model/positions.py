@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.encode import encode_pair, encode_text
-from methods.errors import UserError
-from experiments.model.shape import Shape
 from evaluation.rendered import read_jsonl
+from experiments.model.shape import Shape
+from methods.errors import UserError
 from methods.part import Part
 
 MARKS = 8  # tokens that a tokenizer may put around a text: its beginning, its end, a space
@@ -28,7 +28,9 @@ def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longe
         else:
             reached = min(length or longest, longest)
         if reached and reached > limit:
-            raise UserError(f"methods.{method}.{part.key}.length is {length}, and {model} has {limit} positions: write `length: {limit}` or less there")
+            raise UserError(
+                f"methods.{method}.{part.key}.length is {length}, and {model} has {limit} positions: write `length: {limit}` or less there"
+            )
 
 
 def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shape, longest: int) -> None:
@@ -37,15 +39,19 @@ def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shap
     limit, length = shape.positions, study.settings(model=model, domain=domain, method=method).length
     if limit is not None and min(length, longest) > limit:
         where = study.written("length", model=model, domain=domain, method=method)
-        raise UserError(f"{where}.length is {length}, {model} has {limit} positions, and a training row of {domain} has {longest} tokens: "
-                        f"write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter rows")  # fmt: skip
+        raise UserError(
+            f"{where}.length is {length}, {model} has {limit} positions, and a training row of {domain} has {longest} tokens: "
+            f"write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter rows"
+        )
 
 
 def refuse_documents_without_a_label(longest: int, *, count: int) -> None:
     """Raises UserError where the longest of `count` documents of general text is a single token: there is nothing to predict in any."""
     if longest < 2:
-        raise UserError(f"general: none of the {count} documents of `general.importance` is longer than a token, so there is nothing to "
-                        "predict in them and no importance to learn: name longer text under `general.rows`, or another column as `general.text`")  # fmt: skip
+        raise UserError(
+            f"general: none of the {count} documents of `general.importance` is longer than a token, so there is nothing to "
+            "predict in them and no importance to learn: name longer text under `general.rows`, or another column as `general.text`"
+        )
 
 
 def longest_row(file: Path, tokenizer: Any, limit: int) -> int:

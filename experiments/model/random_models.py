@@ -1,7 +1,7 @@
 """Models with random weights and a tokenizer built in code: for tests and for measuring cost, never for scores.
 
-    model = build("llama", seed=0)                                                # tiny, tied embeddings
-    model = build("gptj", seed=0, n_embd=4096, n_layer=28, n_head=16, rotary_dim=64, vocab_size=50400, n_positions=2048)
+model = build("llama", seed=0)                                                # tiny, tied embeddings
+model = build("gptj", seed=0, n_embd=4096, n_layer=28, n_head=16, rotary_dim=64, vocab_size=50400, n_positions=2048)
 """
 
 import math
@@ -20,14 +20,37 @@ VOCABULARY = 258  # 256 bytes and the two above
 
 # Every dimension differs from the others where it can, so that a test notices a transposed matrix.
 _TINY = {
-    "gptj": (GPTJConfig, {
-        "vocab_size": VOCABULARY, "n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4,
-        "bos_token_id": None, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}),
-    "llama": (LlamaConfig, {
-        "vocab_size": VOCABULARY, "max_position_embeddings": 512, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True,
-        "bos_token_id": None, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}),
-}  # fmt: skip
+    "gptj": (
+        GPTJConfig,
+        {
+            "vocab_size": VOCABULARY,
+            "n_positions": 512,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "rotary_dim": 4,
+            "bos_token_id": None,
+            "eos_token_id": EOS_ID,
+            "pad_token_id": PAD_ID,
+        },
+    ),
+    "llama": (
+        LlamaConfig,
+        {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": 512,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "bos_token_id": None,
+            "eos_token_id": EOS_ID,
+            "pad_token_id": PAD_ID,
+        },
+    ),
+}
 
 
 def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, **config) -> PreTrainedModel:
@@ -43,8 +66,10 @@ def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, *
     config_class, tiny = _TINY[architecture]
     known = config_class().to_dict().keys() | config_class.attribute_map.keys()
     if unknown := sorted(set(config) - known):
-        raise UserError(f"random:{architecture} knows no setting {', '.join(unknown)}; "
-                        f"use the names of transformers' {config_class.__name__}")  # fmt: skip
+        raise UserError(
+            f"random:{architecture} knows no setting {', '.join(unknown)}; "
+            f"use the names of transformers' {config_class.__name__}"
+        )
     # GPT-J answers to two names for some sizes; a default under the other name must not win over what was asked.
     asked = {config_class.attribute_map.get(name, name): value for name, value in config.items()}
     settings = tiny | asked
@@ -55,7 +80,9 @@ def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, *
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     except Exception as error:  # the sizes decide how it fails
-        raise UserError(f"random:{architecture} cannot be built from {asked}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise UserError(
+            f"random:{architecture} cannot be built from {asked}: {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     return with_sdpa(model).eval()
 
 
@@ -65,8 +92,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=512,
-                                   clean_up_tokenization_spaces=False)  # fmt: skip
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=EOS,
+        pad_token=PAD,
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
 
 
 def _byte_symbol(byte: int) -> str:

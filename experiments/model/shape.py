@@ -11,12 +11,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from methods.tools import architecture, model_folder
 from experiments.model import random_models
-from methods.tools.architecture import base_name
 from experiments.model.attention import with_sdpa
 from methods.errors import UserError
 from methods.part import Part
+from methods.tools import architecture, model_folder
+from methods.tools.architecture import base_name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,9 +25,13 @@ class Shape:
 
     config: PreTrainedConfig
 
-    def build(self, *, parts: Sequence[Part] = (), layers: int | None = None, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def build(
+        self, *, parts: Sequence[Part] = (), layers: int | None = None, dtype: torch.dtype = torch.float32
+    ) -> nn.Module:
         """The model as `parts` adapt it, on the meta device; with its first `layers` blocks alone if that is given."""
-        config = type(self.config).from_dict(self.config.to_dict())  # what building a model notes in its config stays there
+        config = type(self.config).from_dict(
+            self.config.to_dict()
+        )  # what building a model notes in its config stays there
         if layers is not None:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
@@ -36,8 +40,10 @@ class Shape:
             try:
                 model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
             except Exception as error:  # the config's sizes decide how it fails
-                raise UserError(f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
-                                "correct config.json, or `architecture:` and `config:` of the model's block") from error  # fmt: skip
+                raise UserError(
+                    f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
+                    "correct config.json, or `architecture:` and `config:` of the model's block"
+                ) from error
             for part in sorted(parts, key=lambda part: part.key):
                 model = _adapted(model, part)
         for p in model.parameters():
@@ -62,14 +68,18 @@ def _adapted(model: nn.Module, part: Part) -> nn.Module:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{part.key}: {name} cannot be adapted as this block says: {model_folder.shortened(error)}") from error
+        raise UserError(
+            f"{part.key}: {name} cannot be adapted as this block says: {model_folder.shortened(error)}"
+        ) from error
     for path, module in model.named_modules():
         if not hasattr(module, "lora_A"):
             continue
         base = module.get_base_layer()
         if not _is_matrix(base):
-            raise UserError(f"{part.key}: its adapters would stand on {base_name(path)} of {name}, a {type(base).__name__}, which is no plain linear "
-                            "layer: leave out the name that takes it in")  # fmt: skip
+            raise UserError(
+                f"{part.key}: its adapters would stand on {base_name(path)} of {name}, a {type(base).__name__}, which is no plain linear "
+                "layer: leave out the name that takes it in"
+            )
     return model
 
 
@@ -102,9 +112,13 @@ def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
         return Shape(config=model_folder.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
     chosen = dict(block.get("architecture") or {})
     if "model_type" not in chosen:
-        raise UserError(f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to its block "
-                        "`architecture:` with model_type and the sizes of its config.json")  # fmt: skip
+        raise UserError(
+            f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to its block "
+            "`architecture:` with model_type and the sizes of its config.json"
+        )
     try:
         return Shape(config=AutoConfig.for_model(**chosen))
     except Exception as error:  # the values decide how it fails
-        raise UserError(f"models.{name}.architecture: transformers cannot make a config of it: {model_folder.shortened(error)}") from error
+        raise UserError(
+            f"models.{name}.architecture: transformers cannot make a config of it: {model_folder.shortened(error)}"
+        ) from error

@@ -17,12 +17,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from methods.tools import architecture
-from methods.errors import UserError
 from experiments.training.loss import summed_nll
+from methods.errors import UserError
+from methods.tools import architecture
 
 TOKENS = 12
-LARGE = 1_000_000_000  # parameters; of a larger model on the CPU, where each pass takes seconds, the first blocks are tried
+LARGE = (
+    1_000_000_000  # parameters; of a larger model on the CPU, where each pass takes seconds, the first blocks are tried
+)
 FIRST = 2
 _HALF, _FULL = 0.03, 1e-3  # relative differences that rounding explains, in half precision and above
 
@@ -48,15 +50,23 @@ def check(model: nn.Module) -> None:
             raise
         except Exception as error:  # whatever an architecture nobody has tried raises
             if blocks is None:
-                raise UserError(f"{_name(inner)} cannot be trained as a causal language model: a forward and backward pass of {TOKENS} tokens "
-                                f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}") from error  # fmt: skip
+                raise UserError(
+                    f"{_name(inner)} cannot be trained as a causal language model: a forward and backward pass of {TOKENS} tokens "
+                    f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                ) from error
             continue
-        wrong = [f"{what} (relative difference {difference:.2g}, allowed {limit:g})" for what, difference in found.items() if difference > limit]
+        wrong = [
+            f"{what} (relative difference {difference:.2g}, allowed {limit:g})"
+            for what, difference in found.items()
+            if difference > limit
+        ]
         if not wrong:
             break
     if wrong:
-        raise UserError(f"{_name(inner)} is not supported: tried on {TOKENS} tokens, {'; '.join(wrong)}. Choose a model of another architecture, "
-                        "or report this one with its config.json")  # fmt: skip
+        raise UserError(
+            f"{_name(inner)} is not supported: tried on {TOKENS} tokens, {'; '.join(wrong)}. Choose a model of another architecture, "
+            "or report this one with its config.json"
+        )
     _tried.add(key)
 
 
@@ -89,9 +99,15 @@ def _differences(model: nn.Module) -> dict[str, float]:
         inner.train()  # where dropout makes other numbers, and some models fail
         _with_gradient(inner, ours)
     return {
-        "changing the last token moves the logits of earlier ones: its attention is not causal": _relative(after, before),
-        f"its own loss is {loss.item():.5g} and the loss that training would take {our_loss.item():.5g}": _relative(our_loss, loss),
-        "the gradient of its own loss is not that of the loss that training would take": _relative(our_gradient, gradient),
+        "changing the last token moves the logits of earlier ones: its attention is not causal": _relative(
+            after, before
+        ),
+        f"its own loss is {loss.item():.5g} and the loss that training would take {our_loss.item():.5g}": _relative(
+            our_loss, loss
+        ),
+        "the gradient of its own loss is not that of the loss that training would take": _relative(
+            our_gradient, gradient
+        ),
     }
 
 

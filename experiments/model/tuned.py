@@ -21,16 +21,16 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.model import delta, weights
-from experiments.training import memory
-from methods.tools import model_folder
 from experiments.model.base import load_tensors
-from methods.errors import UserError
-from methods.tools.files import need_room, read_json, sha256, write_json, writing
-from experiments.training.log import TrainingFailed
 from experiments.model.shape import Shape
-from methods.tools.effective import factors
+from experiments.training import memory
+from experiments.training.log import TrainingFailed
+from methods.errors import UserError
 from methods.lora import merged, read_adapter
 from methods.part import Part
+from methods.tools import model_folder
+from methods.tools.effective import factors
+from methods.tools.files import need_room, read_json, sha256, write_json, writing
 
 VERSION = 1
 BITS = 4.0  # of a weight trained in bf16 that moved by 1 %: what is reckoned with before it is known
@@ -46,15 +46,27 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
         raise UserError(f"{unknown[0]} is no tensor of the base model: it cannot be kept beside it")
     out.mkdir(parents=True, exist_ok=True)
     info, tuned = read_json(folder / "base.json", "sha256"), _rounded(base, final)
-    model_folder.refuse_not_finite(tuned, "the weights after the last step", then="lower train.learning_rate or a part's strength",
-                                   kind=TrainingFailed)  # fmt: skip
+    model_folder.refuse_not_finite(
+        tuned,
+        "the weights after the last step",
+        then="lower train.learning_rate or a part's strength",
+        kind=TrainingFailed,
+    )
     adapted = (out / "adapter").is_dir() and _equal(_merged(base, out / "adapter"), tuned)
     if adapted:
         digest = delta.sha256_of(tuned)
     else:
         digest = delta.write(out / "delta.safetensors", base=base, tuned=tuned, base_sha256=info["sha256"])
-    write_json(out / "weights.json", {"version": VERSION, "kind": "adapter" if adapted else "delta", "weights_sha256": digest,
-                                      "base_sha256": info["sha256"], "base_files_sha256": files_sha256(folder)})  # fmt: skip
+    write_json(
+        out / "weights.json",
+        {
+            "version": VERSION,
+            "kind": "adapter" if adapted else "delta",
+            "weights_sha256": digest,
+            "base_sha256": info["sha256"],
+            "base_files_sha256": files_sha256(folder),
+        },
+    )
     return digest
 
 
@@ -83,7 +95,9 @@ def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, bool]:
     return sum(trained.values()), trained.keys() == set.union(*factors(model))
 
 
-def load(out: Path, *, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[PreTrainedModel, str]:
+def load(
+    out: Path, *, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> tuple[PreTrainedModel, str]:
     """The tuned model in `dtype`, in evaluation mode, and its weights' hash. Beside it memory holds one tensor.
 
     Raises UserError where what is kept does not fit the base in `folder`, or is damaged.
@@ -102,7 +116,9 @@ def load(out: Path, *, folder: Path, dtype: torch.dtype, device: torch.device | 
 def write_folder(out: Path, *, folder: Path, target: Path) -> str:
     """An ordinary Hugging Face folder of the tuned model; returns the weights' hash. Raises UserError like `load`, and for lack of room."""
     found, digest = tensors(out, folder=folder)
-    need_room(target.parent.resolve(), sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), str(target))
+    need_room(
+        target.parent.resolve(), sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), str(target)
+    )
     whole = dict(delta.verified(found, sha256=digest, what=out))
     target.mkdir(parents=True)
     with writing(target / "model.safetensors"):
@@ -123,7 +139,9 @@ def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
     about, info = _about(out), read_json(folder / "base.json", "sha256")
     for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
         if about[key] != found:
-            raise UserError(f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: {_again(out)}")
+            raise UserError(
+                f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: {_again(out)}"
+            )
     base = load_tensors(folder)
     if about["kind"] == "adapter":
         return _merged(base, out / "adapter"), about["weights_sha256"]
@@ -168,7 +186,9 @@ def _rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> _Over:
             return tensor
         found = final[name].to(tensor.dtype).cpu().contiguous()
         if found.shape != tensor.shape:
-            raise UserError(f"{name} is {list(found.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside it")
+            raise UserError(
+                f"{name} is {list(found.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside it"
+            )
         return found
 
     return _Over(base, rounded)
@@ -186,7 +206,9 @@ def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
         a, b = found[name]
         shape = (a.shape[-1], len(b)) if transposed else (len(b), a.shape[-1])
         if tensor.ndim != 2 or shape != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
-            raise UserError(f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: {delta.AGAIN}")
+            raise UserError(
+                f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: {delta.AGAIN}"
+            )
         return merged(tensor, a=a, b=b, scale=scale, transposed=transposed).to(tensor.dtype)
 
     return _Over(base, merge)
@@ -198,8 +220,14 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     """Config and tokenizer."""
-    return [path for path in sorted(folder.iterdir())
-            if path.is_file() and path.suffix != ".safetensors" and not path.name.endswith(".index.json") and path.name != "base.json"]  # fmt: skip
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.is_file()
+        and path.suffix != ".safetensors"
+        and not path.name.endswith(".index.json")
+        and path.name != "base.json"
+    ]
 
 
 def files_sha256(folder: Path) -> str:

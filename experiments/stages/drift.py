@@ -1,11 +1,11 @@
 """drift: one drift.json a cell, how far its weights are from the base's, in what directions, and how important those are."""
 
 from experiments.model import drift, tuned
-from experiments.training import hardware
 from experiments.model.base import load_tensors
 from experiments.model.delta import verified
-from methods.tools.files import read_json, write_json
 from experiments.model.shape import shape_of
+from experiments.training import hardware
+from methods.tools.files import read_json, write_json
 from methods.tools.importance import totals
 from methods.tools.stored import load_importance
 
@@ -15,11 +15,25 @@ def main(study, cell) -> None:
     found, digest = tuned.tensors(out, folder=folder)
     model = shape_of(cell.model, study.models[cell.model], folder).build()
     against, importance = _importance(study, cell)
-    measured = drift.measure(base=load_tensors(folder), tuned=verified(found, sha256=digest, what=out), roles=drift.roles(model),
-                             importance=importance, device=hardware.device(study.device))  # fmt: skip
-    write_json(study.paths.run(cell) / "drift.json",
-               {"cell": cell.name, "weights_sha256": digest, "base_sha256": read_json(folder / "base.json", "sha256")["sha256"],
-                "reference": against, "top": drift.TOP, "rank_limit": drift.LARGEST} | measured)  # fmt: skip
+    measured = drift.measure(
+        base=load_tensors(folder),
+        tuned=verified(found, sha256=digest, what=out),
+        roles=drift.roles(model),
+        importance=importance,
+        device=hardware.device(study.device),
+    )
+    write_json(
+        study.paths.run(cell) / "drift.json",
+        {
+            "cell": cell.name,
+            "weights_sha256": digest,
+            "base_sha256": read_json(folder / "base.json", "sha256")["sha256"],
+            "reference": against,
+            "top": drift.TOP,
+            "rank_limit": drift.LARGEST,
+        }
+        | measured,
+    )
 
 
 def _importance(study, cell) -> tuple[dict | None, dict | None]:

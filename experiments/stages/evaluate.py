@@ -9,28 +9,38 @@ from time import perf_counter
 import torch
 
 from evaluation import harness
-from experiments.study import ahead, ledger, provenance
-from experiments.training import hardware
 from experiments.model import tuned, weights
 from experiments.model.base import dtype_of
-from methods.errors import UserError
-from experiments.study.failures import recorded
-from methods.tools.files import read_json, sha256, write_json
 from experiments.model.shape import shape_of
+from experiments.study import ahead, ledger, provenance
+from experiments.study.failures import recorded
+from experiments.training import hardware
+from methods.errors import UserError
+from methods.tools.files import read_json, sha256, write_json
 
 
 def base(study, *, model: str) -> None:
     """Score the bare model once, on the tasks of every domain of the grid."""
     folder, (dtype, where) = study.paths.model(model), _computing(study, model)
     # the first stage with both rows and tokenizer: told now, not after hours of preparing
-    known = {"shape": shape_of(model, study.models[model], folder), "tokenizer": weights.load_tokenizer(folder), "data": study.paths.data}
+    known = {
+        "shape": shape_of(model, study.models[model], folder),
+        "tokenizer": weights.load_tokenizer(folder),
+        "data": study.paths.data,
+    }
     ahead.refuse_long(study, model=model, **known)
     ahead.refuse_encoding(study, model=model, **known)
     with tempfile.TemporaryDirectory() as together:
         entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid["domains"]])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))
-        _score(study, model, weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder),
-               tasks=Path(together), out=study.paths.base(model))  # fmt: skip
+        _score(
+            study,
+            model,
+            weights.load_model(folder, dtype=dtype, device=where),
+            weights.tensor_sha256(folder),
+            tasks=Path(together),
+            out=study.paths.base(model),
+        )
 
 
 def merged(folders: Sequence[Path]) -> list[dict]:
@@ -47,22 +57,35 @@ def merged(folders: Sequence[Path]) -> list[dict]:
             if sha256(Path(known["file"])) != sha256(file):
                 differ.insert(0, "rows")
             if differ:
-                raise UserError(f"{entry['name']} names two things: {known['file']} and {file} differ in {', '.join(differ)}. Run the `data` stage "
-                                "again; if that does not help, rename one of the blocks in params.yaml")  # fmt: skip
+                raise UserError(
+                    f"{entry['name']} names two things: {known['file']} and {file} differ in {', '.join(differ)}. Run the `data` stage "
+                    "again; if that does not help, rename one of the blocks in params.yaml"
+                )
     return list(entries.values())
 
 
 def main(study, cell) -> None:
     with recorded(study, cell, "evaluate"):
         dtype, where = _computing(study, cell.model)
-        model, digest = tuned.load(study.paths.weights(cell), folder=study.paths.model(cell.model), dtype=dtype, device=where)
-        _score(study, cell.model, model, digest, tasks=study.paths.data / "evaluate" / cell.domain, out=study.paths.run(cell))
+        model, digest = tuned.load(
+            study.paths.weights(cell), folder=study.paths.model(cell.model), dtype=dtype, device=where
+        )
+        _score(
+            study,
+            cell.model,
+            model,
+            digest,
+            tasks=study.paths.data / "evaluate" / cell.domain,
+            out=study.paths.run(cell),
+        )
         ledger.note(study, stage="evaluate", cell=cell.name, weights=digest)
 
 
 def _computing(study, model_name: str) -> tuple[torch.dtype, torch.device]:
     where = hardware.device(study.device)
-    return study.compute_dtype(model_name, dtype_of(read_json(study.paths.model(model_name) / "base.json", "dtype")), where), where
+    return study.compute_dtype(
+        model_name, dtype_of(read_json(study.paths.model(model_name) / "base.json", "dtype")), where
+    ), where
 
 
 def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path) -> None:
@@ -70,12 +93,24 @@ def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks
     where = hardware.device(study.device)
     hardware.reset_peak(where)
     began = perf_counter()
-    scores, items = harness.score(model=model, tokenizer=weights.load_tokenizer(study.paths.model(model_name)), tasks_dir=tasks,
-                                  weights_sha256=digest, kept=study.paths.local / "tokens", **study.evaluate)  # fmt: skip
+    scores, items = harness.score(
+        model=model,
+        tokenizer=weights.load_tokenizer(study.paths.model(model_name)),
+        tasks_dir=tasks,
+        weights_sha256=digest,
+        kept=study.paths.local / "tokens",
+        **study.evaluate,
+    )
     seconds = perf_counter() - began
     harness.save(scores, items, out)
-    write_json(out / "evaluate.json", {
-        "seconds_evaluate": seconds, "peak_memory_bytes": hardware.peak_memory_bytes(where),
-        "hardware": hardware.describe(where), "versions": provenance.versions(),
-        "git": provenance.git(study.paths.root), "when": provenance.now(),
-    })
+    write_json(
+        out / "evaluate.json",
+        {
+            "seconds_evaluate": seconds,
+            "peak_memory_bytes": hardware.peak_memory_bytes(where),
+            "hardware": hardware.describe(where),
+            "versions": provenance.versions(),
+            "git": provenance.git(study.paths.root),
+            "when": provenance.now(),
+        },
+    )

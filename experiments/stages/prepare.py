@@ -19,25 +19,26 @@ from safetensors.torch import save_file
 
 import evaluation
 from evaluation.encode import encode_text
-from experiments.model.base import dtype_of, load_tensors
-from experiments.training import hardware, memory, processes
-from experiments.study import provenance
+from evaluation.rendered import read_jsonl
 from experiments.model import tuned, weights
-from experiments.training.engine import FitResult, fit
-from experiments.training.settings import TrainSettings
-from methods.errors import UserError
-from experiments.study.failures import recorded
-from methods.tools.files import folder_sha256, need_room, read_json, sha256, write_json, writing
+from experiments.model.base import dtype_of, load_tensors
 from experiments.model.positions import refuse_documents_without_a_label, refuse_long_documents
+from experiments.model.shape import shape_of
+from experiments.stages import resolve
+from experiments.study import provenance
+from experiments.study.failures import recorded
+from experiments.training import hardware, memory, processes
+from experiments.training.engine import FitResult, fit
 from experiments.training.progress import bar
 from experiments.training.resume import Resume
-from experiments.model.shape import shape_of
-from methods.tools.process_group import Shards
-from experiments.stages import resolve
-from evaluation.rendered import read_jsonl
-from methods.tools import source_code, stored as layout
-from methods.tools.importance import totals
+from experiments.training.settings import TrainSettings
+from methods.errors import UserError
 from methods.part import Part
+from methods.tools import source_code
+from methods.tools import stored as layout
+from methods.tools.files import folder_sha256, need_room, read_json, sha256, write_json, writing
+from methods.tools.importance import totals
+from methods.tools.process_group import Shards
 from methods.tools.stored import load_importance, save_importance
 
 TENSORS = ("importance", "start", "carry")
@@ -59,8 +60,17 @@ def _prepare(study, model: str, method: str, seed: int) -> None:
     if not resolve.prepare(study, model, method):
         shutil.rmtree(out, ignore_errors=True)
         write_json(out / "prepared.json", {})
-        write_json(costs_file, {"seconds_prepare": 0.0, "tokens_prepare": 0, "bytes_importance": 0, "bytes_start": 0,
-                                "peak_memory_bytes": 0, "reused": False})
+        write_json(
+            costs_file,
+            {
+                "seconds_prepare": 0.0,
+                "tokens_prepare": 0,
+                "bytes_importance": 0,
+                "bytes_start": 0,
+                "peak_memory_bytes": 0,
+                "reused": False,
+            },
+        )
         return
     store, reused = stored(study, model, method, seed)
     if processes.first():
@@ -81,8 +91,11 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     fresh = store.with_name(f"{store.name}.{shards.said_by_first(uuid.uuid4().hex[:8])}")
     if shards.first:
         shutil.rmtree(store, ignore_errors=True)
-        need_room(study.paths.work, 8 * sum(f.stat().st_size for f in study.paths.model(model).glob("*.safetensors")),
-                  f"the preparation of {method} on {model}")
+        need_room(
+            study.paths.work,
+            8 * sum(f.stat().st_size for f in study.paths.model(model).glob("*.safetensors")),
+            f"the preparation of {method} on {model}",
+        )
     costs = _compute(study, model, method, seed, fresh / "out", key=key, shards=shards)
     if shards.first:
         write_json(fresh / "costs.json", costs)
@@ -103,12 +116,15 @@ def store_key(study, model: str, method: str, seed: int, where: torch.device) ->
     info = read_json(folder / "base.json", "sha256", "dtype")
     depends = {
         "settings": resolve.prepare(study, model, method),
-        "base": info["sha256"], "base_files": tuned.files_sha256(folder),
+        "base": info["sha256"],
+        "base_files": tuned.files_sha256(folder),
         "layout": source_code.digest(Path(layout.__file__)),
         "general": sha256(study.paths.data / "general" / "importance.jsonl"),
         "seed": seed if resolve.seeded(study.methods[method].parts) else None,
-        "device": where.type, "compute_dtype": str(study.compute_dtype(model, dtype_of(info), where)), "versions": evaluation.versions(),
-    }  # fmt: skip
+        "device": where.type,
+        "compute_dtype": str(study.compute_dtype(model, dtype_of(info), where)),
+        "versions": evaluation.versions(),
+    }
     return new_sha256(resolve.text(depends).encode()).hexdigest()[:32]
 
 
@@ -125,9 +141,19 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     parts, shape = study.methods[method].parts, shape_of(model_name, study.models[model_name], folder)
     longest = max(len(example["input_ids"]) for example in general)
     refuse_long_documents(study, model=model_name, method=method, shape=shape, longest=longest)
-    memory.refuse(what=f"preparing {method} on {model_name}", available=hardware.available_memory(where), phase="prepare",
-                  shape=shape, parts=parts, settings=settings, longest=longest, checkpoint_dtype=checkpoint, compute_dtype=computing, device_type=where.type,
-                  processes=shards.world if shards.active else None)  # fmt: skip
+    memory.refuse(
+        what=f"preparing {method} on {model_name}",
+        available=hardware.available_memory(where),
+        phase="prepare",
+        shape=shape,
+        parts=parts,
+        settings=settings,
+        longest=longest,
+        checkpoint_dtype=checkpoint,
+        compute_dtype=computing,
+        device_type=where.type,
+        processes=shards.world if shards.active else None,
+    )
     hardware.reset_peak(where)
     seconds, tokens, notes = 0.0, 0, {}
     if shards.first:
@@ -142,18 +168,40 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         torch.manual_seed(drawn)
         for other in parts:
             model = other.adapt(model, seed=drawn)
-        resume = Resume(study.paths.resume / "prepare" / key / part.key, every=settings.checkpoint_seconds,
-                        identity={"preparation": key, "part": part.key, "device": where.type, "compute_dtype": str(computing)}, rank=shards.rank, world=shards.world)  # fmt: skip
+        resume = Resume(
+            study.paths.resume / "prepare" / key / part.key,
+            every=settings.checkpoint_seconds,
+            identity={"preparation": key, "part": part.key, "device": where.type, "compute_dtype": str(computing)},
+            rank=shards.rank,
+            world=shards.world,
+        )
         began = perf_counter()
-        prepared = part.prepare(model=model, base=base, general=general, seed=drawn, progress=bar, shards=shards, resume=resume,
-                                fit=fitting(resume, settings=settings, base=base, device=where, shards=shards, compute_dtype=computing,
-                                            name=f"prepare {part.key}"))  # fmt: skip
+        prepared = part.prepare(
+            model=model,
+            base=base,
+            general=general,
+            seed=drawn,
+            progress=bar,
+            shards=shards,
+            resume=resume,
+            fit=fitting(
+                resume,
+                settings=settings,
+                base=base,
+                device=where,
+                shards=shards,
+                compute_dtype=computing,
+                name=f"prepare {part.key}",
+            ),
+        )
         seconds += perf_counter() - began
         if prepared is None:
             continue
         if prepared.importance and not any(totals(values)[0] for values in prepared.importance.values()):
-            raise UserError(f"methods.{method}.{part.key}: the importance of every weight came out as 0, so that nothing would be held: the general "
-                            "text gives no gradient; look at `general`, and at the numbers of the base model")  # fmt: skip
+            raise UserError(
+                f"methods.{method}.{part.key}: the importance of every weight came out as 0, so that nothing would be held: the general "
+                "text gives no gradient; look at `general`, and at the numbers of the base model"
+            )
         tokens += prepared.tokens
         notes[part.key] = prepared.notes
         for kind in TENSORS:
@@ -169,10 +217,16 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         return {}
     write_json(out / "prepared.json", notes)
     return {
-        "seconds_prepare": seconds, "tokens_prepare": tokens, "peak_memory_bytes": peak,
-        "bytes_importance": _bytes(out, "importance"), "bytes_start": _bytes(out, "start") + _bytes(out, "carry"),
-        "processes": shards.world, "hardware": hardware.describe(where), "versions": provenance.versions(),
-        "git": provenance.git(study.paths.root), "when": provenance.now(),
+        "seconds_prepare": seconds,
+        "tokens_prepare": tokens,
+        "peak_memory_bytes": peak,
+        "bytes_importance": _bytes(out, "importance"),
+        "bytes_start": _bytes(out, "start") + _bytes(out, "carry"),
+        "processes": shards.world,
+        "hardware": hardware.describe(where),
+        "versions": provenance.versions(),
+        "git": provenance.git(study.paths.root),
+        "when": provenance.now(),
     }
 
 
@@ -186,11 +240,36 @@ def fitting(resume: Resume, **arguments) -> Callable[..., FitResult]:
     return fit_next
 
 
-def _fit(*, settings: TrainSettings, model, parts, examples, seed, base, device, name, shards=Shards(), compute_dtype=None, resume=None, **overrides):
+def _fit(
+    *,
+    settings: TrainSettings,
+    model,
+    parts,
+    examples,
+    seed,
+    base,
+    device,
+    name,
+    shards=Shards(),
+    compute_dtype=None,
+    resume=None,
+    **overrides,
+):
     """The engine's own loop for parts that train while they prepare; None keeps the method's own setting."""
     changed = replace(settings, **{key: value for key, value in overrides.items() if value is not None})
-    return fit(model=model, parts=parts, examples=examples, settings=changed, seed=seed, base=base, device=device, shards=shards,
-               compute_dtype=compute_dtype, resume=resume, name=name)  # fmt: skip
+    return fit(
+        model=model,
+        parts=parts,
+        examples=examples,
+        settings=changed,
+        seed=seed,
+        base=base,
+        device=device,
+        shards=shards,
+        compute_dtype=compute_dtype,
+        resume=resume,
+        name=name,
+    )
 
 
 def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]:
@@ -208,7 +287,10 @@ def _learnable(examples: list[dict], *, speak: bool) -> list[dict]:
     if not found:
         refuse_documents_without_a_label(1, count=len(examples))
     if speak and len(found) < len(examples):
-        print(f"general: {len(examples) - len(found)} of {len(examples)} documents are a single token with nothing to predict: they are left out", flush=True)
+        print(
+            f"general: {len(examples) - len(found)} of {len(examples)} documents are a single token with nothing to predict: they are left out",
+            flush=True,
+        )
     return found
 
 
@@ -234,5 +316,3 @@ def _whole(store: Path) -> bool:
 
 def _bytes(out: Path, kind: str) -> int:
     return sum(path.stat().st_size for path in out.glob(f"*.{kind}.safetensors"))
-
-

@@ -14,21 +14,23 @@ import torch
 
 import evaluation
 from experiments.study import blocks, local_files
-from experiments.training import hardware
 from experiments.study.advice import of_study
+from experiments.training import hardware
 from experiments.training.settings import NUMERICS, TrainSettings
-from methods.errors import UserError
-from methods.tools.files import write_json
 from methods import registry
-from methods.tools import source_code
+from methods.errors import UserError
 from methods.part import Part
+from methods.tools import source_code
+from methods.tools.files import write_json
 
 # raise one when the stage writes other bytes from the same settings
 MODEL_FORMAT = 2
 DATA_FORMAT = 2
 
 MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed")
-DOMAIN_KEYS = tuple(key for key in blocks.DOMAIN if key not in ("why", "train"))  # what enters its rows and their scores
+DOMAIN_KEYS = tuple(
+    key for key in blocks.DOMAIN if key not in ("why", "train")
+)  # what enters its rows and their scores
 DATA_PACKAGES = ("datasets", "lm_eval")  # that read and render rows
 
 
@@ -54,7 +56,9 @@ def contents(study) -> dict[str, dict]:
     models, domains, methods = (study.grid[kind] for kind in ("models", "domains", "methods"))
     paths = ["data.json", "compare.json"]
     paths += [f"{kind}/{name}.json" for kind in ("model", "evaluate") for name in models]
-    paths += [f"{kind}/{name}/{method}.json" for kind in ("prepare", "collect") for name in models for method in methods]
+    paths += [
+        f"{kind}/{name}/{method}.json" for kind in ("prepare", "collect") for name in models for method in methods
+    ]
     paths += [f"train/{name}/{domain}/{method}.json" for name in models for domain in domains for method in methods]
     return {path: content(study, path) for path in paths}
 
@@ -62,7 +66,15 @@ def contents(study) -> dict[str, dict]:
 def content(study, path: str) -> dict:
     """What the resolved file `path`, such as train/MODEL/DOMAIN/METHOD.json, holds."""
     kind, *names = path.removesuffix(".json").split("/")
-    return {"data": data, "compare": compare, "model": model, "evaluate": evaluate, "prepare": prepare, "collect": collect, "train": train}[kind](study, *names)
+    return {
+        "data": data,
+        "compare": compare,
+        "model": model,
+        "evaluate": evaluate,
+        "prepare": prepare,
+        "collect": collect,
+        "train": train,
+    }[kind](study, *names)
 
 
 def model(study, name: str) -> dict:
@@ -78,18 +90,36 @@ def data(study) -> dict:
     domains = {d: {k: v for k, v in study.domains[d].items() if k in DOMAIN_KEYS} for d in study.grid["domains"]}
     tasks = {name: study.tasks[name] for name in _tasks(study)}
     wheels = [rows["pypi"].get("package") for rows in _rows(study) if "pypi" in rows and _prefer(study) == "pypi"]
-    return {"domains": domains, "tasks": tasks, "general": dict(study.general), "packages": _packages(study, wheels), "data": dict(study.data),
-            "versions": {name: version(name) for name in DATA_PACKAGES}, "format": DATA_FORMAT} | _files(study, _row_files(study))  # fmt: skip
+    return {
+        "domains": domains,
+        "tasks": tasks,
+        "general": dict(study.general),
+        "packages": _packages(study, wheels),
+        "data": dict(study.data),
+        "versions": {name: version(name) for name in DATA_PACKAGES},
+        "format": DATA_FORMAT,
+    } | _files(study, _row_files(study))
 
 
 def _tasks(study) -> list[str]:
     """Names of the tasks that the grid's domains use."""
-    return sorted({task for name in study.grid["domains"] for role in ("retention", "transfer", "probes") for task in study.domains[name].get(role) or []})
+    return sorted(
+        {
+            task
+            for name in study.grid["domains"]
+            for role in ("retention", "transfer", "probes")
+            for task in study.domains[name].get(role) or []
+        }
+    )
 
 
 def _rows(study) -> list[dict]:
     """Every `rows:` block that is read."""
-    blocks = [study.general, *(study.domains[name] for name in study.grid["domains"]), *(study.tasks[name] for name in _tasks(study))]
+    blocks = [
+        study.general,
+        *(study.domains[name] for name in study.grid["domains"]),
+        *(study.tasks[name] for name in _tasks(study)),
+    ]
     return [block.get(key) or {} for block in blocks for key in ("rows", "test_rows")]
 
 
@@ -103,14 +133,22 @@ def _prefer(study) -> str:
 
 def evaluate(study, model: str) -> dict:
     """What scores of the base and of cells depend on beside weights and rows; `collect` compares the same things."""
-    resolved = dict(study.evaluate) | {"scoring": evaluation.SCORING, "versions": evaluation.versions(), "device": study.device}
+    resolved = dict(study.evaluate) | {
+        "scoring": evaluation.SCORING,
+        "versions": evaluation.versions(),
+        "device": study.device,
+    }
     try:
         where = hardware.device(study.device)
     except UserError:  # a study on CUDA, looked at where there is none
         return resolved | _computing(study, model)
     resolved["device"] = where.type
     block = study.models[model]
-    stated = block.get("compute_dtype") or block.get("dtype") or ("float32" if block["source"].startswith("random:") else None)
+    stated = (
+        block.get("compute_dtype")
+        or block.get("dtype")
+        or ("float32" if block["source"].startswith("random:") else None)
+    )
     if stated is None:  # the checkpoint's own, which is not known before it is there
         return resolved | {"bf16": hardware.has_bf16(where)}
     return resolved | {"compute_dtype": str(study.compute_dtype(model, getattr(torch, stated), where))}
@@ -118,7 +156,11 @@ def evaluate(study, model: str) -> dict:
 
 def collect(study, model: str, method: str) -> dict:
     """What metrics.json takes from params.yaml itself."""
-    return {"note": study.models[model].get("note"), "not_a_result": study.not_a_result, "method": dict(study.methods[method].block)}
+    return {
+        "note": study.models[model].get("note"),
+        "not_a_result": study.not_a_result,
+        "method": dict(study.methods[method].block),
+    }
 
 
 def compare(study) -> dict:
@@ -159,7 +201,9 @@ def seeded(parts) -> bool:
 def train(study, model: str, domain: str, method: str) -> dict:
     settings: TrainSettings = study.settings(model=model, domain=domain, method=method)
     parts = {part.key: _part(study, part, None) for part in study.methods[method].parts}
-    return {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts} | _computing(study, model)
+    return {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts} | _computing(
+        study, model
+    )
 
 
 def _computing(study, model: str) -> dict:
@@ -168,8 +212,10 @@ def _computing(study, model: str) -> dict:
 
 
 def _part(study, part: Part, phase: str | None) -> dict:
-    return {"settings": registry.phase_settings(part, phase),
-            "sources": {path.name: source_code.digest(path) for path in registry.source_files(part)}} | _files(study, registry.paths(part, phase))
+    return {
+        "settings": registry.phase_settings(part, phase),
+        "sources": {path.name: source_code.digest(path) for path in registry.source_files(part)},
+    } | _files(study, registry.paths(part, phase))
 
 
 def _files(study, paths: list[str]) -> dict:
@@ -197,7 +243,10 @@ def pipeline_behind(study) -> str:
     if not pipeline.behind(study):
         return ""
     option = f" --study {study.name}" if study.name else ""
-    return of_study(f"dvc.yaml does not list this grid's cells or files yet: run `python -m experiments pipeline{option}` and `dvc repro` again", study.name)
+    return of_study(
+        f"dvc.yaml does not list this grid's cells or files yet: run `python -m experiments pipeline{option}` and `dvc repro` again",
+        study.name,
+    )
 
 
 def text(content: dict) -> str:

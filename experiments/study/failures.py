@@ -7,12 +7,12 @@ from contextlib import contextmanager
 
 import torch
 
-from experiments.training import processes
 from experiments.study.advice import of_study
+from experiments.study.provenance import git, now
+from experiments.training import processes
+from experiments.training.log import TrainingFailed
 from methods.errors import MissingInput, UserError
 from methods.tools.files import read_json, write_json
-from experiments.training.log import TrainingFailed
-from experiments.study.provenance import git, now
 
 
 @contextmanager
@@ -41,8 +41,10 @@ def recorded(study, cell, stage: str):
             write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
             raise
         kind = "out of memory"
-        reason = (f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
-                  "or set train.checkpointing: true")
+        reason = (
+            f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
+            "or set train.checkpointing: true"
+        )
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -63,13 +65,23 @@ def recorded(study, cell, stage: str):
 def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
     """What failed, and the settings and code it failed with: a reader looks for the rate that gave the NaN."""
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()
-    return {"cell": cell.name, "stage": stage, "kind": kind, "reason": reason, "when": now(), "git": git(study.paths.root),
-            "settings": settings, "parts": {part.key: part.settings() for part in study.methods[cell.method].parts}}  # fmt: skip
+    return {
+        "cell": cell.name,
+        "stage": stage,
+        "kind": kind,
+        "reason": reason,
+        "when": now(),
+        "git": git(study.paths.root),
+        "settings": settings,
+        "parts": {part.key: part.settings() for part in study.methods[cell.method].parts},
+    }
 
 
 def out_of_memory(error: BaseException) -> bool:
     """torch's CPU allocator says so only in words."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and "allocate memory" in str(error))
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )
 
 
 def _first_line(error: BaseException) -> str:

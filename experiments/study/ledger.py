@@ -3,9 +3,9 @@ here and which scores are the committed ones, kept by DVC because the weights ca
 
 import json
 
+from experiments.study.provenance import now
 from methods.tools import jsonl
 from methods.tools.files import read_json
-from experiments.study.provenance import now
 
 
 def _path(study):
@@ -26,7 +26,11 @@ def verdict(study, cell, metrics: dict | None) -> str:
     if metrics is None:
         return "not run yet"
     ran = jsonl.read(_path(study)) if _path(study).is_file() else []
-    here = {entry.get("stage") for entry in ran if entry.get("cell") == cell.name and entry.get("weights") == metrics.get("weights_sha256")}
+    here = {
+        entry.get("stage")
+        for entry in ran
+        if entry.get("cell") == cell.name and entry.get("weights") == metrics.get("weights_sha256")
+    }
     if "evaluate" in here:
         return "trained and scored here"
     if "train" in here:

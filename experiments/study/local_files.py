@@ -13,9 +13,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from methods.tools import files
 from methods import registry
 from methods.part import Part
+from methods.tools import files
 
 
 def of_model(block: Mapping[str, Any]) -> list[str]:
@@ -44,7 +44,9 @@ def of_code(parts: Iterable[Part]) -> list[str]:
     """Source files of parts that lie neither in the project nor where packages are installed: those that a person edits."""
     own, installed = Path(registry.__file__).parent, [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
     found = {path.resolve() for part in parts for path in registry.source_files(part)}
-    return sorted(str(path) for path in found if not any(path.is_relative_to(folder.resolve()) for folder in (own, *installed)))
+    return sorted(
+        str(path) for path in found if not any(path.is_relative_to(folder.resolve()) for folder in (own, *installed))
+    )
 
 
 def digests(paths: Iterable[str], *, kept: Path) -> dict[str, str | None]:

@@ -11,13 +11,15 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from methods.errors import UserError
 from analysis.families import family
+from methods.errors import UserError
 
 WIDTH = 120  # a list in one line that would become longer goes on in the next
 
 
-def with_methods(text: str, *, blocks: Mapping[str, Mapping[str, Any]], grid: Sequence[str], behind: str, where: str) -> str:
+def with_methods(
+    text: str, *, blocks: Mapping[str, Mapping[str, Any]], grid: Sequence[str], behind: str, where: str
+) -> str:
     """The text with `blocks` under methods: and the names `grid` in grid.methods, both behind the last of `behind`'s family.
 
     Raises UserError where the file is not laid out as one method a line.
@@ -34,11 +36,15 @@ def with_methods(text: str, *, blocks: Mapping[str, Mapping[str, Any]], grid: Se
         edits.append(_into_list(lines, document["grid"]["methods"], grid, behind))
     if blocks:
         edits.append(_into_methods(lines, document["methods"], blocks, behind))
-    for row, new in sorted(edits, key=lambda edit: edit[0].start, reverse=True):  # from below, so that rows above keep their numbers
-        lines[row.start:row.stop] = new
+    for row, new in sorted(
+        edits, key=lambda edit: edit[0].start, reverse=True
+    ):  # from below, so that rows above keep their numbers
+        lines[row.start : row.stop] = new
     made = "".join(lines)
     if not _says(made, expected):
-        raise UserError(f"{where}: cannot add methods to this layout: write `methods:` with one method a line, and `grid.methods` as a list of names")
+        raise UserError(
+            f"{where}: cannot add methods to this layout: write `methods:` with one method a line, and `grid.methods` as a list of names"
+        )
     return made
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from experiments.study import cells, stale
 from experiments.model import drift
+from experiments.stages import resolve
+from experiments.study import cells, stale
 from experiments.study.advice import of_study
 from experiments.study.paths import Paths
-from experiments.stages import resolve
 
 OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
 BASE = ("scores.json", "items.csv.gz")
@@ -29,7 +29,9 @@ def compare_inputs(study) -> list[str]:
     files += [study.paths.base(model) / name for model in study.grid["models"] for name in BASE]
     trials = [study.paths.tuning(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
     files += [path for path in trials if path.is_file()]
-    files += [path for kind in ("gpu", "bench") for path in sorted((study.paths.root / "results" / kind).glob("*.json"))]
+    files += [
+        path for kind in ("gpu", "bench") for path in sorted((study.paths.root / "results" / kind).glob("*.json"))
+    ]
     return list(dict.fromkeys(path.relative_to(study.paths.root).as_posix() for path in files))
 
 
@@ -51,7 +53,11 @@ def _made(inside: tuple[str, ...] | None) -> bool:
     """Whether a path of the root is, or holds, what stages of a study write: all of results/, folders of work/ and of work/STUDY/."""
     if not inside or inside[0] not in ("work", "results"):
         return False
-    return inside[0] == "results" or len(inside) == 1 or bool({*inside[1:3]} & {"resolved", "models", "data", "prepared", "cells"})
+    return (
+        inside[0] == "results"
+        or len(inside) == 1
+        or bool({*inside[1:3]} & {"resolved", "models", "data", "prepared", "cells"})
+    )
 
 
 def drift_inputs(study) -> list[str]:
@@ -73,7 +79,11 @@ def plots(study) -> list:
     shown: list = [place(path) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
     for model in study.grid["models"]:
         for domain in study.grid["domains"]:
-            own = [study.paths.run(cell) / "curve.csv" for cell in cells.grid(study) if (cell.model, cell.domain) == (model, domain)]
+            own = [
+                study.paths.run(cell) / "curve.csv"
+                for cell in cells.grid(study)
+                if (cell.model, cell.domain) == (model, domain)
+            ]
             shown.append({f"loss, {model}, {domain}": {"x": "tokens", "y": {place(path): "loss" for path in own}}})
     return shown
 

@@ -9,7 +9,15 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "safetensors", "tokenizers", "numpy")
 # "dirty" asks about the code and knobs alone: a rewritten result does not make the code another one
-CODE = ("experiments", "methods", "evaluation", "analysis", "params.yaml", "dvc.yaml", ":(exclude)experiments/studies/*/dvc.lock")
+CODE = (
+    "experiments",
+    "methods",
+    "evaluation",
+    "analysis",
+    "params.yaml",
+    "dvc.yaml",
+    ":(exclude)experiments/studies/*/dvc.lock",
+)
 
 
 def versions() -> dict[str, str]:
@@ -27,7 +35,9 @@ def git(root: Path) -> dict:
     """Commit of the checkout, and whether code or knobs differ from it (None outside a repository); `experiment` within `dvc exp run`."""
     commit = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--", *CODE)
-    within = {"experiment": name} if (name := os.environ.get("DVC_EXP_NAME")) else {}  # DVC sets it for its stages alone
+    within = (
+        {"experiment": name} if (name := os.environ.get("DVC_EXP_NAME")) else {}
+    )  # DVC sets it for its stages alone
     return {"commit": commit, "dirty": None if changed is None else bool(changed), **within}
 
 

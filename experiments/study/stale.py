@@ -4,16 +4,21 @@ import json
 import os
 import shutil
 
+from experiments.stages import resolve
 from methods.errors import UserError
 from methods.tools.files import read_json
-from experiments.stages import resolve
 
 # the resolved file that a stage depends on in dvc.yaml
 FILES = {
-    "model": "model/{model}.json", "data": "data.json", "base": "evaluate/{model}.json", "prepare": "prepare/{model}/{method}.json",
-    "train": "train/{model}/{domain}/{method}.json", "evaluate": "evaluate/{model}.json", "collect": "collect/{model}/{method}.json",
+    "model": "model/{model}.json",
+    "data": "data.json",
+    "base": "evaluate/{model}.json",
+    "prepare": "prepare/{model}/{method}.json",
+    "train": "train/{model}/{domain}/{method}.json",
+    "evaluate": "evaluate/{model}.json",
+    "collect": "collect/{model}/{method}.json",
     "compare": "compare.json",
-}  # fmt: skip
+}
 
 
 def refuse(study, stage: str, **names: str) -> None:
@@ -29,15 +34,19 @@ def refuse(study, stage: str, **names: str) -> None:
         path = FILES["evaluate"].format(**names)
         found = difference(study, path, {"versions": resolve.evaluate(study, names["model"])["versions"]}, part=True)
     if found:
-        raise UserError(f"{os.environ['DVC_STAGE']}: {found}; DVC cannot see that by itself: run `python -m experiments pipeline"
-                        f"{' --study ' + study.name if study.name else ''}` and then the same `dvc repro` again")  # fmt: skip
+        raise UserError(
+            f"{os.environ['DVC_STAGE']}: {found}; DVC cannot see that by itself: run `python -m experiments pipeline"
+            f"{' --study ' + study.name if study.name else ''}` and then the same `dvc repro` again"
+        )
 
 
 def forget(study) -> str:
     """Remove work/resolved where it does not hold what it would now, so that DVC runs `resolve` again; returns what differed, or ''."""
     if not study.paths.resolved.is_dir():
         return ""
-    found = next(filter(None, (difference(study, path, content) for path, content in resolve.contents(study).items())), "")
+    found = next(
+        filter(None, (difference(study, path, content) for path, content in resolve.contents(study).items())), ""
+    )
     if found:
         shutil.rmtree(study.paths.resolved)
     return found
@@ -63,4 +72,8 @@ def _flat(value, prefix: str = "") -> dict:
     """Nested mappings as one, by dotted keys."""
     if not isinstance(value, dict) or not value:
         return {prefix: value}
-    return {key: found for name, entry in value.items() for key, found in _flat(entry, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        key: found
+        for name, entry in value.items()
+        for key, found in _flat(entry, f"{prefix}.{name}" if prefix else str(name)).items()
+    }

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import moe
 
-from methods.tools import architecture
 from experiments.model.attention import only_sdpa
 from methods.errors import UserError
-from methods.tools.effective import adapted_names, base_parameters
 from methods.part import Part
+from methods.tools import architecture
+from methods.tools.effective import adapted_names, base_parameters
 
 if TYPE_CHECKING:
     from experiments.model.shape import Shape
@@ -30,8 +30,18 @@ class Unknown(Exception):
 
 
 @functools.cache
-def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtype, rows: int, length: int, checkpointing: bool = False,
-                packed: bool = False, fisher: str = "", device: str = "cpu") -> tuple[int, int]:  # fmt: skip
+def activations(
+    shape: Shape,
+    *,
+    parts: tuple[Part, ...] = (),
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    checkpointing: bool = False,
+    packed: bool = False,
+    fisher: str = "",
+    device: str = "cpu",
+) -> tuple[int, int]:
     """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
 
     Weights, their gradients and the logits are not in it. `parts` adapt the model; `fisher`: "adapted" or "whole-model"
@@ -46,11 +56,15 @@ def activations(shape: Shape, *, parts: tuple[Part, ...] = (), dtype: torch.dtyp
             one, _ = run(layers=1)
             two, peak = run(layers=min(len(blocks), 2))
             return one + (len(blocks) - 1) * (two - one), max(0, peak - two)
-        except Exception:  # some configs cannot be shortened, and a part may adapt the later blocks alone: all of them are run
+        except (
+            Exception
+        ):  # some configs cannot be shortened, and a part may adapt the later blocks alone: all of them are run
             pass
     try:
         whole, peak = run(layers=None)
-    except Exception as error:  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
+    except (
+        Exception
+    ) as error:  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
         raise Unknown from error
     return whole, max(0, peak - whole)
 
@@ -62,8 +76,19 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows: int, length: int, checkpointing: bool,
-                 packed: bool, fisher: str, device: str, *, layers: int | None) -> tuple[int, int]:  # fmt: skip
+def _run_on_fake(
+    shape: Shape,
+    parts: tuple[Part, ...],
+    dtype: torch.dtype,
+    rows: int,
+    length: int,
+    checkpointing: bool,
+    packed: bool,
+    fisher: str,
+    device: str,
+    *,
+    layers: int | None,
+) -> tuple[int, int]:
     """Bytes alive after the forward pass of the first `layers` blocks, None for all, and at most in it and in the backward pass."""
     model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
     with FakeTensorMode(), only_sdpa() if device != "cpu" else contextlib.nullcontext():
@@ -86,7 +111,9 @@ def _run_on_fake(shape: Shape, parts: tuple[Part, ...], dtype: torch.dtype, rows
             # rows as an embedding gives them; the gradient of the embedding itself comes when all activations are gone
             row = torch.empty(shape.config.hidden_size, dtype=dtype, requires_grad=trained)
             embedded = row.expand(rows, length, -1).clone()
-            hidden = architecture.backbone(model)(inputs_embeds=embedded, use_cache=False, **positions).last_hidden_state
+            hidden = architecture.backbone(model)(
+                inputs_embeds=embedded, use_cache=False, **positions
+            ).last_hidden_state
             del embedded
             after_forward = alive.now
             if hidden.requires_grad:

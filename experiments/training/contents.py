@@ -150,4 +150,6 @@ def _set_optimizer(optimizer: torch.optim.Optimizer, state: dict) -> None:
         found = {weights[key] if isinstance(key, int) else key: one for key, one in state["state"].items()}
     held.clear()
     held.update(found)
-    vars(optimizer).update({name: one for name, one in (("param_groups", groups), ("state", held)) if name in vars(optimizer)})
+    vars(optimizer).update(
+        {name: one for name, one in (("param_groups", groups), ("state", held)) if name in vars(optimizer)}
+    )

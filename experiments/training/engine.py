@@ -13,21 +13,21 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from methods.tools import architecture
 from experiments.training import batches, hardware, hooks
-from experiments.training.settings import TrainSettings, learning_rate
-from methods.errors import UserError
 from experiments.training.flops import Flops
 from experiments.training.interruption import Interruption
 from experiments.training.log import Log, TrainingFailed
 from experiments.training.loss import summed_nll
 from experiments.training.master_weights import MasterWeights, compute_in
-from methods.tools.adam import AdamW, Moments
 from experiments.training.progress import bar as progress
 from experiments.training.resume import Resume
+from experiments.training.settings import TrainSettings, learning_rate
 from experiments.training.sharded_weights import ShardedWeights
-from methods.tools.process_group import Shards
+from methods.errors import UserError
 from methods.part import Part, Run
+from methods.tools import architecture
+from methods.tools.adam import AdamW, Moments
+from methods.tools.process_group import Shards
 
 __all__ = ["FitResult", "TrainingFailed", "final_weights", "fit"]
 
@@ -40,7 +40,9 @@ class FitResult:
     states: dict[str, dict]
     optimizer: torch.optim.Optimizer
     tokens: int = 0  # non-padding input tokens
-    flops: float | None = 0.0  # executed in matrix products, recomputation left out; None: not known of this architecture
+    flops: float | None = (
+        0.0  # executed in matrix products, recomputation left out; None: not known of this architecture
+    )
     steps: int = 0
     resumed: int = 0  # steps that an interrupted run had already done
     seconds: float = 0.0  # inside the loop, without probes and checkpoints
@@ -88,20 +90,34 @@ def fit(
     if settings.checkpointing:
         architecture.recompute_activations(model)
     if settings.pack and not architecture.keeps_apart(model):
-        raise UserError(f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets packed "
-                        "examples see each other: set train.pack: 0")
+        raise UserError(
+            f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets packed "
+            "examples see each other: set train.pack: 0"
+        )
     if settings.compile:
         architecture.compile_blocks(model)
-    trained = (ShardedWeights(model, shards=shards, compute_dtype=computing, device=device, base=base) if shards.active
-               else MasterWeights(model, base=base))  # fmt: skip
+    trained = (
+        ShardedWeights(model, shards=shards, compute_dtype=computing, device=device, base=base)
+        if shards.active
+        else MasterWeights(model, base=base)
+    )
     if not any("provides_weights" in part.capabilities for part in parts):
         lengths = [len(e["input_ids"]) for e in examples]
         plan = batches.schedule(lengths, settings.batch, seed, settings.epochs)
         epoch = batches.epoch_steps(len(lengths), settings.batch)
     else:
         plan, epoch = [], 1
-    run = Run(model=model, weights=trained.weights, shapes=trained.shapes, base=base, seed=seed, device=device, shards=shards,
-              moments=_moments(trained, settings, seed, shards), epoch=epoch)  # fmt: skip
+    run = Run(
+        model=model,
+        weights=trained.weights,
+        shapes=trained.shapes,
+        base=base,
+        seed=seed,
+        device=device,
+        shards=shards,
+        moments=_moments(trained, settings, seed, shards),
+        epoch=epoch,
+    )
 
     started = time.perf_counter()
     for part in parts:
@@ -112,12 +128,26 @@ def fit(
     for part in parts:
         part.optimizer_ready(run=run, state=states[part.key], optimizer=optimizer)
     peak, _ = hardware.dense_peak(device, computing)
-    result = FitResult(run=run, states=states, optimizer=optimizer, seconds_begin=seconds_begin,
-                       peak_flops=peak and peak * shards.world)  # fmt: skip
-    probe_steps = {round(i * len(plan) / settings.probes) for i in range(settings.probes)} if settings.probes and probe else set()
+    result = FitResult(
+        run=run,
+        states=states,
+        optimizer=optimizer,
+        seconds_begin=seconds_begin,
+        peak_flops=peak and peak * shards.world,
+    )
+    probe_steps = (
+        {round(i * len(plan) / settings.probes) for i in range(settings.probes)} if settings.probes and probe else set()
+    )
 
     with progress(total=len(plan), desc=name, unit="step", disable=not shards.first) as bar:
-        log = Log(name=name, steps=len(plan), learning_rate=settings.learning_rate, device=device, peak=result.peak_flops, bar=bar)
+        log = Log(
+            name=name,
+            steps=len(plan),
+            learning_rate=settings.learning_rate,
+            device=device,
+            peak=result.peak_flops,
+            bar=bar,
+        )
         if resume is not None:
             with log.pause():
                 interruption = Interruption(resume, run=run, parts=parts, states=states, optimizer=optimizer, log=log)
@@ -135,8 +165,12 @@ def fit(
                 group["lr"] = rate
             batch = [examples[i] for i in plan[step]]
             read, lengths, labelled = _step(run, parts, states, trained, optimizer, settings, batch, step)
-            log.step({"step": step + 1, "learning_rate": rate}, tokens=sum(lengths), read=read,
-                     flops=flops.step(lengths=lengths, labelled=labelled))  # fmt: skip
+            log.step(
+                {"step": step + 1, "learning_rate": rate},
+                tokens=sum(lengths),
+                read=read,
+                flops=flops.step(lengths=lengths, labelled=labelled),
+            )
             if resume is not None and step + 1 < len(plan) and resume.due():
                 with log.pause():
                     interruption.keep(step + 1)
@@ -150,7 +184,9 @@ def fit(
     return result
 
 
-def _step(run, parts, states, trained, optimizer, settings, examples, step) -> tuple[dict[str, Tensor | float], list[int], int]:
+def _step(
+    run, parts, states, trained, optimizer, settings, examples, step
+) -> tuple[dict[str, Tensor | float], list[int], int]:
     """One optimizer step; returns loss (nats a labelled token), penalty and gradient norm, on the device, with the tokens of each
     example and how many of all are labelled."""
     lengths, labelled = [len(e["input_ids"]) for e in examples], _labelled(examples)
@@ -163,7 +199,9 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> t
         if changing and counts:
             worked.append(hooks.worked(batch))
         # labels stay on the CPU: what they select is known there
-        batch = {name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()}
+        batch = {
+            name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()
+        }
         nll, loss = trained.compute(_loss, batch, run, parts, states)
         total += counts * nll / asked
         (loss * (counts * run.shards.world / asked)).backward()  # reduction over processes takes the mean
@@ -179,7 +217,9 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> t
     penalty = torch.zeros((), device=run.device)
     with torch.no_grad():
         for part in parts:
-            value = hooks.term(part, "before_clip", part.before_clip(run=run, state=states[part.key], step=step), like=penalty)
+            value = hooks.term(
+                part, "before_clip", part.before_clip(run=run, state=states[part.key], step=step), like=penalty
+            )
             if value is not None:
                 penalty = penalty + value
         norm = _clip(run, settings.clip)
@@ -192,7 +232,9 @@ def _step(run, parts, states, trained, optimizer, settings, examples, step) -> t
     return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}, lengths, labelled
 
 
-def _micro_batches(examples: list[batches.Example], run: Run, settings: TrainSettings) -> Iterator[tuple[batches.Example, int]]:
+def _micro_batches(
+    examples: list[batches.Example], run: Run, settings: TrainSettings
+) -> Iterator[tuple[batches.Example, int]]:
     """This process's share of a step, piece by piece, each with 1; and pieces with 0, whose loss does not count.
 
     Processes that share weights compute together, also what a part computes in its `loss`: one with fewer pieces than
@@ -218,7 +260,9 @@ def _loss(model: nn.Module, batch: batches.Example, run: Run, parts, states) -> 
     loss = summed_nll(hidden, batch["labels"], architecture.logits_of(model))
     nll = loss.detach()
     for part in parts:
-        extra = hooks.term(part, "loss", part.loss(run=run, state=states[part.key], batch=batch, hidden=hidden), like=loss)
+        extra = hooks.term(
+            part, "loss", part.loss(run=run, state=states[part.key], batch=batch, hidden=hidden), like=loss
+        )
         if extra is not None:
             loss = loss + extra
     return nll, loss
@@ -257,7 +301,9 @@ def _start_from(run: Run, states: dict[str, dict]) -> None:
 def _optimizer(parts: Sequence[Part], run: Run, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer of the part that brings one, else fused AdamW."""
     betas, chosen = (settings.beta1, settings.beta2), {"eps": settings.eps, "weight_decay": settings.weight_decay}
-    if (optimizer := hooks.optimizer(parts, run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)) is not None:
+    if (
+        optimizer := hooks.optimizer(parts, run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)
+    ) is not None:
         return optimizer
     if settings.moments == "float32":
         return torch.optim.AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, fused=True, **chosen)

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from methods.tools import architecture
+from experiments.model.shape import Shape
 from experiments.training.activations import Unknown
 from methods.errors import UserError
-from experiments.model.shape import Shape
-from methods.tools.effective import adapted_names, base_parameters, factors, lora_layers
 from methods.part import Part
+from methods.tools import architecture
+from methods.tools.effective import adapted_names, base_parameters, factors, lora_layers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +55,24 @@ def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
     root = [p for p in everything.values() if id(p) not in inside]
     adapters = sum(trained[name] for name in set.union(*factors(model)))
     return Entries(
-        all=sum(p.numel() for p in everything.values()), base=sum(p.numel() for p in base.values()),
-        trained=sum(trained.values()), trained_base=sum(trained.values()) - adapters, adapters=adapters,
-        adapted=sum(adapted), regularised=sum(regularised),
-        largest_base=max(p.numel() for p in base.values()), largest_trained=max(trained.values(), default=0),
-        largest_adapted=max(adapted, default=0), largest_regularised=max(regularised, default=0),
-        root=_entries(root), block=max(map(_entries, blocks)), root_trained=_entries(p for p in root if p.requires_grad),
+        all=sum(p.numel() for p in everything.values()),
+        base=sum(p.numel() for p in base.values()),
+        trained=sum(trained.values()),
+        trained_base=sum(trained.values()) - adapters,
+        adapters=adapters,
+        adapted=sum(adapted),
+        regularised=sum(regularised),
+        largest_base=max(p.numel() for p in base.values()),
+        largest_trained=max(trained.values(), default=0),
+        largest_adapted=max(adapted, default=0),
+        largest_regularised=max(regularised, default=0),
+        root=_entries(root),
+        block=max(map(_entries, blocks)),
+        root_trained=_entries(p for p in root if p.requires_grad),
         block_trained=max(_entries(p for p in block if p.requires_grad) for block in blocks),
-        head_trained=head.numel() if head.requires_grad else 0, vocabulary=head.shape[0], width=head.shape[1],
+        head_trained=head.numel() if head.requires_grad else 0,
+        vocabulary=head.shape[0],
+        width=head.shape[1],
     )
 
 

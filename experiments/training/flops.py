@@ -35,12 +35,18 @@ class Flops:
 
     def __init__(self, model: nn.Module):
         config = architecture.plain(model).config
-        key = (type(architecture.plain(model)), config.to_json_string(), config._attn_implementation,
-               tuple((name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()))  # fmt: skip
+        key = (
+            type(architecture.plain(model)),
+            config.to_json_string(),
+            config._attn_implementation,
+            tuple((name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()),
+        )
         if key not in _counted:
             try:
                 _counted[key] = _whole(model)
-            except Exception:  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
+            except (
+                Exception
+            ):  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
                 _counted[key] = None
         self._each = _counted[key]
 
@@ -81,6 +87,7 @@ def _count(model: nn.Module, blocks: int | None) -> tuple[float, float, float]:
 
     Every tensor of the model is replaced by one of the meta device, in bfloat16, the one dtype that experts are multiplied in there.
     """
+
     def meta(tensor: Tensor) -> Tensor:
         return tensor.detach().to("meta", torch.bfloat16 if tensor.is_floating_point() else tensor.dtype)
 

@@ -43,7 +43,9 @@ _CUT_DOWN = {"MIG", "Laptop", "Ti", "D", "Max-Q"}  # a part or a smaller relativ
 def device(setting: str) -> torch.device:
     """`auto` is the CUDA device where there is one, else the CPU."""
     if setting == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch finds no CUDA device here: set `device: auto` or `cpu` in params.yaml")
+        raise UserError(
+            "device is cuda, but torch finds no CUDA device here: set `device: auto` or `cpu` in params.yaml"
+        )
     return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
 
 

@@ -23,16 +23,27 @@ def batch(part: Part, *, run: Run, state: dict, before: dict[str, Tensor]) -> di
         return before
     found = part.batch(run=run, state=state, batch=before)
     said = f"{part.key}: the micro-batch that its `batch` gives"
-    if not isinstance(found, Mapping) or not all(isinstance(found.get(name), Tensor) for name in ("input_ids", "labels")):
+    if not isinstance(found, Mapping) or not all(
+        isinstance(found.get(name), Tensor) for name in ("input_ids", "labels")
+    ):
         raise UserError(f"{said} is {_told(found)}: it must be a dict with input_ids and labels")
     ids = found["input_ids"]
     for name, tensor in found.items():
-        if name in before and (tensor.shape != ids.shape or tensor.dim() != 2 or tensor.device.type != "cpu" or tensor.dtype != before[name].dtype):
-            raise UserError(f"{said} has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
-                            f"it must be {before[name].dtype}, (batch, tokens), on the CPU")  # fmt: skip
+        if name in before and (
+            tensor.shape != ids.shape
+            or tensor.dim() != 2
+            or tensor.device.type != "cpu"
+            or tensor.dtype != before[name].dtype
+        ):
+            raise UserError(
+                f"{said} has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
+                f"it must be {before[name].dtype}, (batch, tokens), on the CPU"
+            )
     mask = found.get("attention_mask")
     if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
-        raise UserError(f"{said} has an attention_mask with a 0 before a 1: padding stands on the right, and no other mask is read")
+        raise UserError(
+            f"{said} has an attention_mask with a 0 before a 1: padding stands on the right, and no other mask is read"
+        )
     return dict(found)
 
 
@@ -52,7 +63,9 @@ def term(part: Part, hook: str, value: Any, *, like: Tensor) -> Tensor | float |
     if value is None or (hook == "before_clip" and isinstance(value, int | float)):
         return value
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-        raise UserError(f"{part.key}: its `{hook}` gives {_told(value)}: it must give a 0-dim tensor of floats, or None")
+        raise UserError(
+            f"{part.key}: its `{hook}` gives {_told(value)}: it must give a 0-dim tensor of floats, or None"
+        )
     if value.device != like.device and value.device.type != "cpu":
         raise UserError(f"{part.key}: its `{hook}` gives a tensor on {value.device}, the run is on {like.device}")
     return value.reshape(())
@@ -68,27 +81,38 @@ def optimizer(parts: Sequence[Part], *, run: Run, **settings: Any) -> torch.opti
             raise UserError(f"{key}: its `optimizer` gives {_told(one)}: it must give a torch.optim.Optimizer, or None")
         own = {id(weight) for weight in run.weights.values()}
         if not any(id(tensor) in own for group in one.param_groups for tensor in group["params"]):
-            raise UserError(f"{key}: its optimizer holds none of the trained tensors: give it those of run.weights themselves, not copies")
+            raise UserError(
+                f"{key}: its optimizer holds none of the trained tensors: give it those of run.weights themselves, not copies"
+            )
         closure = inspect.signature(one.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
-            raise UserError(f"{key}: {type(one).__name__} computes the loss again in its step (it needs a closure), which this loop "
-                            "cannot do; choose an optimizer that steps on a gradient")  # fmt: skip
+            raise UserError(
+                f"{key}: {type(one).__name__} computes the loss again in its step (it needs a closure), which this loop "
+                "cannot do; choose an optimizer that steps on a gradient"
+            )
     return next(iter(found.values()), None)
 
 
 def finished(part: Part, final: Any, *, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a part's `finish` gives. Raises UserError for tensors that cannot be the base's."""
     if not isinstance(final, Mapping):
-        raise UserError(f"{part.key}: its `finish` gives {_told(final)}: it must give a dict of tensors by base parameter name")
+        raise UserError(
+            f"{part.key}: its `finish` gives {_told(final)}: it must give a dict of tensors by base parameter name"
+        )
     if unknown := [name for name in final if name not in base]:
         raise UserError(f"{part.key}: its `finish` gives {unknown[0]}, which the base model does not have")
     for name, tensor in final.items():
         there = base[name]
         if not isinstance(tensor, Tensor) or tensor.shape != there.shape:
             raise UserError(f"{part.key}: its `finish` gives {_told(tensor)} for {name}, which is {list(there.shape)}")
-        if tensor.dtype not in (torch.float32, torch.float64) and torch.promote_types(tensor.dtype, there.dtype) != tensor.dtype:
-            raise UserError(f"{part.key}: its `finish` gives {name} in {tensor.dtype}, which holds less than the base's {there.dtype}: "
-                            "give the full-precision weights")  # fmt: skip
+        if (
+            tensor.dtype not in (torch.float32, torch.float64)
+            and torch.promote_types(tensor.dtype, there.dtype) != tensor.dtype
+        ):
+            raise UserError(
+                f"{part.key}: its `finish` gives {name} in {tensor.dtype}, which holds less than the base's {there.dtype}: "
+                "give the full-precision weights"
+            )
     return dict(final)
 
 
@@ -100,7 +124,9 @@ def starts(states: Mapping[str, dict], run: Run) -> dict[str, Tensor]:
     for key, start in found.items():
         for name, tensor in start.items():
             if name not in run.shapes or tensor.shape != run.shapes[name]:
-                raise UserError(f"{key}: it starts {name} from {_told(tensor)}, which is no trained tensor of this run or not in its shape")
+                raise UserError(
+                    f"{key}: it starts {name} from {_told(tensor)}, which is no trained tensor of this run or not in its shape"
+                )
     return next(iter(found.values()), {})
 
 

@@ -22,12 +22,29 @@ OPTIMIZER, MODEL = "its optimizer", "its model"  # no part's key has a space
 class Interruption:
     """One run, all of it ready for its first step, and its checkpoints."""
 
-    def __init__(self, resume: Resume, *, run: Run, parts: Sequence[Part], states: Mapping[str, dict], optimizer: torch.optim.Optimizer,
-                 log: Log) -> None:  # fmt: skip
-        self._resume, self._run, self._parts, self._states, self._optimizer, self._log = resume, run, parts, states, optimizer, log
+    def __init__(
+        self,
+        resume: Resume,
+        *,
+        run: Run,
+        parts: Sequence[Part],
+        states: Mapping[str, dict],
+        optimizer: torch.optim.Optimizer,
+        log: Log,
+    ) -> None:
+        self._resume, self._run, self._parts, self._states, self._optimizer, self._log = (
+            resume,
+            run,
+            parts,
+            states,
+            optimizer,
+            log,
+        )
         apart = (run, run.base, run.shards, run.moments, optimizer, *parts, *run.model.modules())
-        self._begun = {name: Beginning(value, place=place, weights=run.weights, apart=apart)
-                       for name, (place, value) in self._changing().items()}  # fmt: skip
+        self._begun = {
+            name: Beginning(value, place=place, weights=run.weights, apart=apart)
+            for name, (place, value) in self._changing().items()
+        }
         self._named = self._by_parts()
 
     def go_on(self) -> int:
@@ -53,27 +70,45 @@ class Interruption:
         try:
             named = self._by_parts()
             if odd := sorted(named.keys() ^ self._named.keys()):
-                raise Unkeepable(f"the part's `keep` names {odd[0]} at one step and not at another: it must name the same tensors throughout")
+                raise Unkeepable(
+                    f"the part's `keep` names {odd[0]} at one step and not at another: it must name the same tensors throughout"
+                )
             tensors |= named
             for name, (_, value) in self._changing().items():
                 changes[name], changed = self._begun[name].changes(value)
                 tensors |= changed
         except Unkeepable as error:
             problem = str(error)
-        self._resume.save(tensors, {
-            "step": step, "curve": self._log.curve, "seconds": self._log.seconds, "tokens": self._log.tokens, "flops": self._log.flops,
-            "random": random_state(self._run.device), "changes": changes}, problem=problem)  # fmt: skip
+        self._resume.save(
+            tensors,
+            {
+                "step": step,
+                "curve": self._log.curve,
+                "seconds": self._log.seconds,
+                "tokens": self._log.tokens,
+                "flops": self._log.flops,
+                "random": random_state(self._run.device),
+                "changes": changes,
+            },
+            problem=problem,
+        )
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"weights/{name}": weight.detach() for name, weight in self._run.weights.items()}
 
     def _by_parts(self) -> dict[str, Tensor]:
-        return {f"{part.key}/{name}": tensor for part in self._parts
-                for name, tensor in part.keep(run=self._run, state=self._states[part.key]).items()}  # fmt: skip
+        return {
+            f"{part.key}/{name}": tensor
+            for part in self._parts
+            for name, tensor in part.keep(run=self._run, state=self._states[part.key]).items()
+        }
 
     def _changing(self) -> dict[str, tuple[str, object]]:
         """What is looked through for changes, and how its place begins."""
-        found: dict[str, tuple[str, object]] = {OPTIMIZER: ("optimizer", self._optimizer_tree()), MODEL: ("model", self._others())}
+        found: dict[str, tuple[str, object]] = {
+            OPTIMIZER: ("optimizer", self._optimizer_tree()),
+            MODEL: ("model", self._others()),
+        }
         for part in self._parts:
             state = self._states[part.key]
             kept = {name: value for name, value in state.items() if name not in part.scratch} if part.scratch else state
@@ -83,7 +118,12 @@ class Interruption:
     def _others(self) -> dict[str, Tensor]:
         """The model's tensors that are not trained, which a part may change all the same."""
         model, trained = self._run.model, self._run.weights
-        return {name: tensor for tensors in (model.named_parameters(), model.named_buffers()) for name, tensor in tensors if name not in trained}
+        return {
+            name: tensor
+            for tensors in (model.named_parameters(), model.named_buffers())
+            for name, tensor in tensors
+            if name not in trained
+        }
 
     def _optimizer_tree(self) -> dict:
         """What an optimizer holds: its state by the weights' names, its groups, tensors of its own that it trains, and its attributes."""
@@ -96,16 +136,22 @@ class Interruption:
                     own[names[id(tensor)]] = tensor
         left_out = {"state", "param_groups", *getattr(type(self._optimizer), "scratch", ())}
         return {
-            "state": {names.get(id(key), key): value for key, value in self._optimizer.state.items()}, "own": own,
-            "groups": [{name: value for name, value in group.items() if name != "params"} for group in self._optimizer.param_groups],
+            "state": {names.get(id(key), key): value for key, value in self._optimizer.state.items()},
+            "own": own,
+            "groups": [
+                {name: value for name, value in group.items() if name != "params"}
+                for group in self._optimizer.param_groups
+            ],
             "attributes": {name: value for name, value in vars(self._optimizer).items() if name not in left_out},
-        }  # fmt: skip
+        }
 
     def _set(self, name: str, back: dict) -> None:
         """Give back what was not put back in place."""
         if name == OPTIMIZER:
             tensors = dict(self._run.weights) | back["own"]
-            state = {tensors.get(key, key) if isinstance(key, str) else key: value for key, value in back["state"].items()}
+            state = {
+                tensors.get(key, key) if isinstance(key, str) else key: value for key, value in back["state"].items()
+            }
             self._optimizer.state.clear()
             self._optimizer.state.update(state)
             for group, values in zip(self._optimizer.param_groups, back["groups"], strict=True):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from methods.errors import UserError
 from experiments.training.flops import mfu
+from methods.errors import UserError
 
 WINDOW = 10  # steps between two looks at a GPU's numbers; the CPU, which computes as it is asked, is read at every step
 
@@ -28,7 +28,14 @@ class Log:
         self.seconds = 0.0
         self.tokens = 0
         self.flops: float | None = 0.0  # None: not known of this architecture
-        self._name, self._steps, self._rate, self._device, self._peak, self._bar = name, steps, learning_rate, device, peak, bar
+        self._name, self._steps, self._rate, self._device, self._peak, self._bar = (
+            name,
+            steps,
+            learning_rate,
+            device,
+            peak,
+            bar,
+        )
         self._window = 1 if device.type == "cpu" else WINDOW
         self._open: list[tuple[dict, dict, int, float | None]] = []
         self._began = time.perf_counter()
@@ -46,7 +53,13 @@ class Log:
         if not self._open:
             return
         keys = list(self._open[0][1])
-        values = torch.stack([torch.as_tensor(read[key], dtype=torch.float64, device=self._device) for _, read, _, _ in self._open for key in keys]).tolist()
+        values = torch.stack(
+            [
+                torch.as_tensor(read[key], dtype=torch.float64, device=self._device)
+                for _, read, _, _ in self._open
+                for key in keys
+            ]
+        ).tolist()
         seconds = (time.perf_counter() - self._began) / len(self._open)
         for i, (row, _, tokens, flops) in enumerate(self._open):
             self.seconds += seconds
@@ -54,9 +67,13 @@ class Log:
             used = mfu(flops, seconds, self._peak)
             self.curve.append(row | {"seconds": self.seconds, "tokens_per_second": tokens / seconds, "mfu": used})
             if not math.isfinite(row["loss"]):
-                raise TrainingFailed(f"{self._name}: the loss is {row['loss']} at step {row['step']} of {self._steps}; "
-                                     f"lower train.learning_rate ({self._rate}) or a part's strength")
-        self._bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", mfu=f"{used:.0%}" if used else "-")
+                raise TrainingFailed(
+                    f"{self._name}: the loss is {row['loss']} at step {row['step']} of {self._steps}; "
+                    f"lower train.learning_rate ({self._rate}) or a part's strength"
+                )
+        self._bar.set_postfix(
+            loss=f"{row['loss']:.3f}", tok_s=f"{tokens / seconds:.0f}", mfu=f"{used:.0%}" if used else "-"
+        )
         self._bar.update(len(self._open))
         self._open.clear()
         self._began = time.perf_counter()

@@ -35,14 +35,17 @@ class MasterWeights:
         self._model = model
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.weights: dict[str, Tensor] = {
-            name: p if p.dtype in (torch.float32, torch.float64)
+            name: p
+            if p.dtype in (torch.float32, torch.float64)
             else base.get(base_name(name), p.detach()).to(p.device, torch.float32, copy=True).requires_grad_()
             for name, p in trained.items()
         }
         self.shapes = {name: p.shape for name, p in trained.items()}
         self._copies = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
         self._reached: set[int] = set()  # masters that have a gradient of this step in the buffer that is kept for them
-        self._hooks = [parameter.register_post_accumulate_grad_hook(self._adder(master)) for parameter, master in self._copies]
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(self._adder(master)) for parameter, master in self._copies
+        ]
         self._hooks += [master.register_hook(self._reacher(master)) for _, master in self._copies]
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
@@ -104,4 +107,3 @@ class MasterWeights:
         """Leave the model as it came, but for its weights."""
         for hook in self._hooks:
             hook.remove()
-

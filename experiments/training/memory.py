@@ -30,26 +30,48 @@ from typing import Any, Literal
 
 import torch
 
-from experiments.training import loss
-from methods.tools import adam as moments
-from experiments.training.activations import Unknown, activations
-from experiments.training.settings import TrainSettings
-from experiments.training.entries import Entries, entries
-from methods.errors import UserError
 from experiments.model.shape import Shape
+from experiments.training import loss
+from experiments.training.activations import Unknown, activations
+from experiments.training.entries import Entries, entries
+from experiments.training.settings import TrainSettings
+from methods.errors import UserError
+from methods.part import Part
+from methods.tools import adam as moments
 from methods.tools import selection
 from methods.tools.fisher import TOKENS
 from methods.tools.importance import CPU_PIECE, CUDA_PIECE
-from methods.part import Part
 
 Phase = Literal["prepare", "train"]
-KINDS = ("weights", "masters", "gradients", "moments", "anchor", "importance", "scratch", "activations", "logits", "transient", "total")
+KINDS = (
+    "weights",
+    "masters",
+    "gradients",
+    "moments",
+    "anchor",
+    "importance",
+    "scratch",
+    "activations",
+    "logits",
+    "transient",
+    "total",
+)
 HELD = ("weights", "masters", "moments", "anchor", "importance")  # from the first step to the last
 MOST_PROCESSES = 8  # that are proposed
 
 
-def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: TrainSettings, checkpoint_dtype: torch.dtype,
-            compute_dtype: torch.dtype, device_type: str, processes: int | None = None, longest: int | None = None) -> dict[str, int | None]:  # fmt: skip
+def predict(
+    *,
+    phase: Phase,
+    shape: Shape,
+    parts: Sequence[Part],
+    settings: TrainSettings,
+    checkpoint_dtype: torch.dtype,
+    compute_dtype: torch.dtype,
+    device_type: str,
+    processes: int | None = None,
+    longest: int | None = None,
+) -> dict[str, int | None]:
     """Peak bytes of one process in `phase`, {kind: bytes} by `KINDS`; all 0 for a preparation of parts that prepare nothing.
 
     settings   of training in that phase; `length` is taken for the longest example, so put in what is known to be shorter
@@ -59,19 +81,31 @@ def predict(*, phase: Phase, shape: Shape, parts: Sequence[Part], settings: Trai
     All None where the activations of the architecture are not known, for it does not run on tensors without numbers.
     A part with "seeded_preparation" trains while it prepares; another makes a Fisher pass, each process with the whole model.
     """
-    layout = _Layout(shape=shape, parts=tuple(parts), checkpoint=checkpoint_dtype, compute=compute_dtype,
-                     device=device_type, processes=processes)  # fmt: skip
+    layout = _Layout(
+        shape=shape,
+        parts=tuple(parts),
+        checkpoint=checkpoint_dtype,
+        compute=compute_dtype,
+        device=device_type,
+        processes=processes,
+    )
     phase_of = lambda part: layout.general_phase if "seeded_preparation" in part.capabilities else layout.fisher
     try:
         if phase == "train":
             return layout.training(settings)
-        prepared = [phase_of(part)(part, _cut(part, settings, longest)) for part in parts if type(part).prepare is not Part.prepare]
+        prepared = [
+            phase_of(part)(part, _cut(part, settings, longest))
+            for part in parts
+            if type(part).prepare is not Part.prepare
+        ]
     except Unknown:
         return dict.fromkeys(KINDS)
     return max(prepared, key=lambda kinds: kinds["total"], default=_total({}))
 
 
-def refuse(*, what: str, available: int | None, settings: TrainSettings, processes: int | None = None, **inputs: Any) -> dict[str, int]:
+def refuse(
+    *, what: str, available: int | None, settings: TrainSettings, processes: int | None = None, **inputs: Any
+) -> dict[str, int]:
     """The prediction where it fits into `available` bytes; what is not known fits. `predict` takes the other arguments.
 
     Raises UserError naming `what`, by how much it does not fit, and what each change of settings would save.
@@ -85,17 +119,32 @@ def refuse(*, what: str, available: int | None, settings: TrainSettings, process
     def total(*, processes: int | None = processes, **changed: Any) -> int:
         return predict(settings=dataclasses.replace(settings, **changed), processes=processes, **inputs)["total"]
 
-    helps = _helps(total, found["total"], available, settings, processes if inputs["device_type"] != "cpu" else MOST_PROCESSES)
-    advice = f"What would help: {'; '.join(helps)}" if helps else "No setting helps: take a smaller model, adapters, or a larger device"
-    most = ", ".join(f"{kind} {_gib(found[kind])}" for kind in sorted(KINDS[:-1], key=found.get, reverse=True)[:4] if found[kind])
-    raise UserError(f"{what} would take {_gib(found['total'])} of memory at its peak, {_gib(found['total'] - available)} more than the "
-                    f"{_gib(available)} free here (most of it: {most}). {advice}")  # fmt: skip
+    helps = _helps(
+        total, found["total"], available, settings, processes if inputs["device_type"] != "cpu" else MOST_PROCESSES
+    )
+    advice = (
+        f"What would help: {'; '.join(helps)}"
+        if helps
+        else "No setting helps: take a smaller model, adapters, or a larger device"
+    )
+    most = ", ".join(
+        f"{kind} {_gib(found[kind])}" for kind in sorted(KINDS[:-1], key=found.get, reverse=True)[:4] if found[kind]
+    )
+    raise UserError(
+        f"{what} would take {_gib(found['total'])} of memory at its peak, {_gib(found['total'] - available)} more than the "
+        f"{_gib(available)} free here (most of it: {most}). {advice}"
+    )
 
 
-def _helps(total: Callable[..., int], now: int, available: int, settings: TrainSettings, processes: int | None) -> list[str]:
+def _helps(
+    total: Callable[..., int], now: int, available: int, settings: TrainSettings, processes: int | None
+) -> list[str]:
     """Changes that save memory, each with the bytes; of micro-batches and processes the first that fits."""
     helps, changes = [], {}
-    for key, value, said in (("checkpointing", True, "checkpointing: true"), ("moments", "bfloat16", "moments: bfloat16")):
+    for key, value, said in (
+        ("checkpointing", True, "checkpointing: true"),
+        ("moments", "bfloat16", "moments: bfloat16"),
+    ):
         saved = now - total(**{key: value})
         if saved > 0:
             changes[key] = value
@@ -128,9 +177,11 @@ class _Layout:
     def training(self, settings: TrainSettings) -> dict[str, int]:
         if any("provides_weights" in part.capabilities for part in self.parts):
             return _total({"weights": self._count.base * self.compute.itemsize})
-        return self._fit(settings, parts=self.parts, held={
-            "anchor": sum(map(self._anchor, self.parts)), "importance": sum(map(self._importance, self.parts)),
-        })  # fmt: skip
+        return self._fit(
+            settings,
+            parts=self.parts,
+            held={"anchor": sum(map(self._anchor, self.parts)), "importance": sum(map(self._importance, self.parts))},
+        )
 
     def general_phase(self, _: Part, settings: TrainSettings) -> dict[str, int]:
         """Training with float32 ω of every regularised weight; under an adapter also the sum of dL/dW it comes from."""
@@ -141,24 +192,47 @@ class _Layout:
     def fisher(self, part: Part, settings: TrainSettings) -> dict[str, int]:
         """A pass of as many documents as `TOKENS` hold (`batched`: of a batch), a float32 F, one gradient at a time."""
         count, wide, length = self._count, self._wide, settings.length
-        documents = part.batch_size if getattr(part, "estimator", "") == "batched" else max(1, min(part.samples, TOKENS // length))
+        documents = (
+            part.batch_size
+            if getattr(part, "estimator", "") == "batched"
+            else max(1, min(part.samples, TOKENS // length))
+        )
         whole = getattr(part, "scope", "adapted") == "whole-model"
-        alive, work = activations(self.shape, parts=adapting(self.parts), dtype=self.compute, rows=documents, length=length,
-                                  fisher="whole-model" if whole else "adapted")  # fmt: skip
+        alive, work = activations(
+            self.shape,
+            parts=adapting(self.parts),
+            dtype=self.compute,
+            rows=documents,
+            length=length,
+            fisher="whole-model" if whole else "adapted",
+        )
         kinds = {
             "weights": count.all * self.compute.itemsize,
             "importance": wide * (count.base if whole else count.regularised),
-            "scratch": (self.compute.itemsize + wide * self._half) * (count.largest_base if whole else count.largest_regularised),
-            "activations": alive, "transient": work, "logits": 3 * wide * count.vocabulary * documents * length,
-        }  # fmt: skip
+            "scratch": (self.compute.itemsize + wide * self._half)
+            * (count.largest_base if whole else count.largest_regularised),
+            "activations": alive,
+            "transient": work,
+            "logits": 3 * wide * count.vocabulary * documents * length,
+        }
         return _total(kinds, passing=alive + max(kinds["logits"], work, kinds["scratch"]))
 
     def _fit(self, settings: TrainSettings, *, parts: Sequence[Part], held: dict[str, int]) -> dict[str, int]:
         count, wide, narrow, n = self._count, self._wide, self.compute.itemsize, self.processes
         moment = 2 if settings.moments == "bfloat16" else wide
-        rows, length = (1, max(settings.pack, settings.length)) if settings.pack else (settings.micro_batch, settings.length)
-        alive, work = activations(self.shape, parts=adapting(self.parts), dtype=self.compute, rows=rows, length=length,
-                                  checkpointing=settings.checkpointing, packed=bool(settings.pack), device=self.device)  # fmt: skip
+        rows, length = (
+            (1, max(settings.pack, settings.length)) if settings.pack else (settings.micro_batch, settings.length)
+        )
+        alive, work = activations(
+            self.shape,
+            parts=adapting(self.parts),
+            dtype=self.compute,
+            rows=rows,
+            length=length,
+            checkpointing=settings.checkpointing,
+            packed=bool(settings.pack),
+            device=self.device,
+        )
         labelled, copies = rows * length, 0
         kinds = held | {"gradients": _share(wide * count.trained, n), "moments": _share(2 * moment * count.trained, n)}
         if n is None:
@@ -166,9 +240,13 @@ class _Layout:
             kinds["masters"] = wide * count.trained * self._half
         else:
             kinds["weights"] = _share(wide * count.trained + narrow * (count.all - count.trained), n)
-            copies = narrow * (count.root + 2 * count.block) + (narrow + wide) * max(count.root_trained, count.block_trained)
+            copies = narrow * (count.root + 2 * count.block) + (narrow + wide) * max(
+                count.root_trained, count.block_trained
+            )
         kinds["logits"] = 3 * wide * count.vocabulary * min(labelled, loss.CHUNK)
-        if labelled > loss.CHUNK:  # the rows that logits are computed of, their gradient, and the head's of the chunks so far
+        if (
+            labelled > loss.CHUNK
+        ):  # the rows that logits are computed of, their gradient, and the head's of the chunks so far
             kinds["logits"] += 2 * narrow * count.width * labelled + narrow * count.head_trained
         kept, passing = self._scratch(settings, parts)
         kinds |= {"scratch": kept + passing, "activations": alive, "transient": work + copies}
@@ -180,19 +258,26 @@ class _Layout:
         # what is to be shared is loaded whole and cut in main memory: mapped from its files, or copied into another dtype
         copied = n is not None and self.device == "cpu" and self.compute != self.checkpoint
         return _total(
-            kinds, kept=kept, loading=narrow * count.all * copied,
+            kinds,
+            kept=kept,
+            loading=narrow * count.all * copied,
             passing=alive + copies + max(kinds["logits"], work + head) + (kinds["gradients"] if waiting else 0),
             update=kinds["gradients"] + max(passing, narrow * count.largest_trained * self._half),
-        )  # fmt: skip
+        )
 
     def _scratch(self, settings: TrainSettings, parts: Sequence[Part]) -> tuple[int, int]:
         """Bytes that are kept from step to step, and bytes that are taken during the update alone."""
         count, wide, n, cpu = self._count, self._wide, self.processes, self.device == "cpu"
         largest = _share(count.largest_trained, n)
         chunk = min(largest, moments.CPU_CHUNK if cpu else moments.CHUNK)
-        kept, passing = 0, 28 * chunk if settings.moments == "bfloat16" else 0  # float32 update, m, v, and their random bits
+        kept, passing = (
+            0,
+            28 * chunk if settings.moments == "bfloat16" else 0,
+        )  # float32 update, m, v, and their random bits
         for part in parts:
-            if "optimizer" in part.capabilities:  # update and mask of a piece; |m| that a partition reorders, or histograms
+            if (
+                "optimizer" in part.capabilities
+            ):  # update and mask of a piece; |m| that a partition reorders, or histograms
                 kept += 2 * wide * chunk
                 if cpu and not (n and n > 1):
                     kept += wide * largest
@@ -232,7 +317,9 @@ class _Layout:
 
 
 def _cut(part: Part, settings: TrainSettings, longest: int | None) -> TrainSettings:
-    return dataclasses.replace(settings, length=min(n for n in (getattr(part, "length", longest or settings.length), longest) if n))
+    return dataclasses.replace(
+        settings, length=min(n for n in (getattr(part, "length", longest or settings.length), longest) if n)
+    )
 
 
 def adapting(parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -244,7 +331,9 @@ def _share(count: int, processes: int | None) -> int:
     return -(-count // (processes or 1))
 
 
-def _total(kinds: dict[str, int], *, kept: int = 0, passing: int = 0, update: int = 0, loading: int = 0) -> dict[str, int]:
+def _total(
+    kinds: dict[str, int], *, kept: int = 0, passing: int = 0, update: int = 0, loading: int = 0
+) -> dict[str, int]:
     """All kinds and their `total`: what is held, `kept` scratch included, and the larger of two moments; or `loading` before them."""
     found = {kind: int(kinds.get(kind, 0)) for kind in KINDS[:-1]}
     return found | {"total": max(loading, sum(found[kind] for kind in HELD) + kept + max(passing, update))}

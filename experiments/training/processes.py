@@ -55,8 +55,15 @@ def start(count: int, arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(min_nodes=1, max_nodes=1, nproc_per_node=count, run_id=uuid.uuid4().hex, max_restarts=0,
-                          rdzv_backend="c10d", rdzv_endpoint="localhost:0")  # fmt: skip
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        run_id=uuid.uuid4().hex,
+        max_restarts=0,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+    )
     # each process explains itself; torchrun's own account of it is a page of traceback
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

@@ -60,10 +60,17 @@ class Resume:
 
     def within(self, name: str) -> "Resume":
         """The checkpoints of a part of this run, in a folder of their own."""
-        return Resume(self.folder / name, identity=self.identity | {"within": name}, every=self.every, rank=self.rank, world=self.world)
+        return Resume(
+            self.folder / name,
+            identity=self.identity | {"within": name},
+            every=self.every,
+            rank=self.rank,
+            world=self.world,
+        )
 
-    def load(self, into: Mapping[str, Tensor], device: torch.device | str = "cpu", *,
-             room: Mapping[str, Tensor] = {}) -> tuple[dict[str, Tensor], dict] | None:  # fmt: skip
+    def load(
+        self, into: Mapping[str, Tensor], device: torch.device | str = "cpu", *, room: Mapping[str, Tensor] = {}
+    ) -> tuple[dict[str, Tensor], dict] | None:
         """The newest whole checkpoint of this run: (all tensors by key, position), or None where there is none.
 
         Tensors of `into` are read in place, and those of `room` where the checkpoint has one of that key, shape and dtype; all others
@@ -94,7 +101,9 @@ class Resume:
         older checkpoint. What the disk does not take, or a `problem` that one of the processes has, is named once on stderr,
         and the run goes on without."""
         text = json.dumps(position)
-        sizes, problems = zip(*self._gather((sum(t.nbytes + FRAME for t in map(local, tensors.values())) + len(text), problem)))
+        sizes, problems = zip(
+            *self._gather((sum(t.nbytes + FRAME for t in map(local, tensors.values())) + len(text), problem))
+        )
         fresh = self._from_first(lambda: self._fresh(sum(sizes), next(filter(None, problems), None)))
         if fresh:
             outcomes = self._gather(self._write(fresh / f"process-{self.rank}", tensors, text))
@@ -132,7 +141,9 @@ class Resume:
                     return f"it was made with {key} {manifest[key]}, this run has {here}"
             there = manifest["identity"]
             missing = object()
-            differing = [k for k in sorted(there | self.identity) if there.get(k, missing) != self.identity.get(k, missing)]
+            differing = [
+                k for k in sorted(there | self.identity) if there.get(k, missing) != self.identity.get(k, missing)
+            ]
             if differing:
                 return f"it is another run's, which differs in {', '.join(differing)}"
             sizes = {entry.relative_to(path).as_posix(): entry.stat().st_size for entry in entries if entry.is_file()}
@@ -152,8 +163,9 @@ class Resume:
         except Exception as error:  # whatever is wrong with a checkpoint, the run can start without it
             return f"it cannot be read ({type(error).__name__}: {error})"
 
-    def _read(self, path: Path, into: Mapping[str, Tensor], room: Mapping[str, Tensor], device: torch.device | str,
-              ) -> tuple[dict[str, Tensor], dict]:  # fmt: skip
+    def _read(
+        self, path: Path, into: Mapping[str, Tensor], room: Mapping[str, Tensor], device: torch.device | str
+    ) -> tuple[dict[str, Tensor], dict]:
         own = path / f"process-{self.rank}"
         stored = _stored(own)
         there = {**{key: tensor for key, tensor in room.items() if not _misfit(stored, {key: tensor})}, **into}
@@ -162,7 +174,9 @@ class Resume:
             for key, kept in stored.items()
         }
         with _quiet():
-            dcp.load({key: local(t) for key, t in tensors.items()}, storage_reader=dcp.FileSystemReader(own), no_dist=True)
+            dcp.load(
+                {key: local(t) for key, t in tensors.items()}, storage_reader=dcp.FileSystemReader(own), no_dist=True
+            )
         return tensors, json.loads((own / POSITION).read_text())
 
     def _fresh(self, needed: int, problem: str | None) -> Path | None:
@@ -188,7 +202,9 @@ class Resume:
             own.mkdir(mode=0o700)
             writer = dcp.FileSystemWriter(own, thread_count=max(1, min(THREADS, len(tensors))))
             with _quiet():
-                metadata = dcp.save({key: local(t).detach() for key, t in tensors.items()}, storage_writer=writer, no_dist=True)
+                metadata = dcp.save(
+                    {key: local(t).detach() for key, t in tensors.items()}, storage_writer=writer, no_dist=True
+                )
             unwritten = tensors.keys() - {index.fqn for index in metadata.storage_data}
             if unwritten:  # DCP does not pass on an error of its writing threads
                 raise OSError(f"{min(unwritten)} could not be written")
@@ -199,7 +215,8 @@ class Resume:
                 _sync(path)
             _sync(own)
             return {
-                f"{own.name}/{path.name}": {"bytes": path.stat().st_size, "sha256": found} for path, found in zip(files, _hashes(files))
+                f"{own.name}/{path.name}": {"bytes": path.stat().st_size, "sha256": found}
+                for path, found in zip(files, _hashes(files))
             }
         except dcp.CheckpointException as error:
             return " ".join(str(cause) for cause, _ in error.failures.values())
@@ -213,10 +230,19 @@ class Resume:
                 if isinstance(outcome, str):
                     raise OSError(outcome)
             files = {name: facts for outcome in outcomes for name, facts in outcome.items()}
-            _write_synced(fresh / MANIFEST, json.dumps({
-                "format": FORMAT, "torch": str(torch.__version__), "processes": self.world,
-                "identity": self.identity, "files": files,
-            }, indent=1))  # fmt: skip
+            _write_synced(
+                fresh / MANIFEST,
+                json.dumps(
+                    {
+                        "format": FORMAT,
+                        "torch": str(torch.__version__),
+                        "processes": self.world,
+                        "identity": self.identity,
+                        "files": files,
+                    },
+                    indent=1,
+                ),
+            )
             _sync(fresh)
             named = fresh.with_name(fresh.name.split(".")[0])
             os.rename(fresh, named)

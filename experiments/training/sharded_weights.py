@@ -51,8 +51,15 @@ class ShardedWeights:
     shapes    whole shapes of the same tensors
     """
 
-    def __init__(self, model: nn.Module, *, shards: Shards, compute_dtype: torch.dtype, device: torch.device,
-                 base: Mapping[str, Tensor]):  # fmt: skip
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        shards: Shards,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        base: Mapping[str, Tensor],
+    ):
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -62,8 +69,11 @@ class ShardedWeights:
         mesh = init_device_mesh(device.type, (shards.world,))
         self._root = _Root(model)
         names = {id(p): name for name, p in model.named_parameters()}
-        units = [*_kept_apart(model, compute_dtype), *((block, compute_dtype) for _, block in architecture.blocks(model)),
-                 (self._root, compute_dtype)]  # fmt: skip
+        units = [
+            *_kept_apart(model, compute_dtype),
+            *((block, compute_dtype) for _, block in architecture.blocks(model)),
+            (self._root, compute_dtype),
+        ]
         for module, dtype in units:
             # one block after the other, so that the float32 copy of the whole model never exists on one device
             for parameter in module.parameters():
@@ -90,8 +100,10 @@ class ShardedWeights:
         """Put each row's gradient to the row. Raises UserError where a loss was of the rows themselves."""
         for name, weight in self.weights.items():
             if weight.grad is not None:
-                raise UserError(f"a part's `loss` is computed of run.weights[{name!r}] itself: where processes share the model these are one "
-                                "process's rows, which its other processes' losses do not reach; add such a term in `before_clip`")  # fmt: skip
+                raise UserError(
+                    f"a part's `loss` is computed of run.weights[{name!r}] itself: where processes share the model these are one "
+                    "process's rows, which its other processes' losses do not reach; add such a term in `before_clip`"
+                )
             gradient = self._parameters[name].grad
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient.to_local()
 

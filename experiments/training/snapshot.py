@@ -20,7 +20,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from experiments.training.contents import digest, local, looks, memory, overlaps, pickled, plain, same_view, set_state, state_of
+from experiments.training.contents import (
+    digest,
+    local,
+    looks,
+    memory,
+    overlaps,
+    pickled,
+    plain,
+    same_view,
+    set_state,
+    state_of,
+)
 
 PLAIN = (type(None), bool, int, float, str)
 SEQUENCES = {"list": list, "tuple": tuple, "set": set, "deque": deque}
@@ -53,7 +64,11 @@ class Beginning:
         """Tensors there were at the beginning, by place, that kept ones can be read into."""
         found = {place: one for place, one in self.objects.items() if isinstance(one, Tensor)}
         owned = {memory(weight) for weight in self.weights.values()}
-        return {place: one.detach() for place, one in found.items() if memory(one) not in owned | {None} and not overlaps(one)}
+        return {
+            place: one.detach()
+            for place, one in found.items()
+            if memory(one) not in owned | {None} and not overlaps(one)
+        }
 
     def restore(self, changes: Any, tensors: Mapping[str, Tensor]) -> Any:
         """The value with `changes` in it, in place where the place was there at the beginning. Once, and before anything has changed."""
@@ -100,8 +115,13 @@ class _Walk:
                 more = [value.maxlen] if sequence is deque else []
                 return self._container(value, place, name, items, [str(len(items)), *map(str, more)], items, *more)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            items = [[f.name, self.write(getattr(value, f.name, None), f"{place}.{f.name}")] for f in dataclasses.fields(value)]
-            return self._container(value, place, "fields", items, [name for name, _ in items], [one for _, one in items])
+            items = [
+                [f.name, self.write(getattr(value, f.name, None), f"{place}.{f.name}")]
+                for f in dataclasses.fields(value)
+            ]
+            return self._container(
+                value, place, "fields", items, [name for name, _ in items], [one for _, one in items]
+            )
         state = state_of(value)
         if state is not None:
             inner = self.write(state, f"{place}.state")
@@ -120,7 +140,9 @@ class _Walk:
         """What stands for an object in what pickle writes: the run's own, modules and functions by identity, tensors by content."""
         if isinstance(one, Tensor):
             return self.print_of(one)
-        known = id(one) in self.beginning.apart or isinstance(one, nn.Module | FunctionType | MethodType | BuiltinFunctionType)
+        known = id(one) in self.beginning.apart or isinstance(
+            one, nn.Module | FunctionType | MethodType | BuiltinFunctionType
+        )
         return f"{type(one)} {id(one)}" if known else None
 
     def _unchanged(self, place: str) -> bool:
@@ -130,7 +152,9 @@ class _Walk:
         self.prints[place] = print_
         return ["same"] if same and self._unchanged(place) else written
 
-    def _container(self, value: Any, place: str, kind: str, items: list, look: list[str], children: list, *more: Any) -> list:
+    def _container(
+        self, value: Any, place: str, kind: str, items: list, look: list[str], children: list, *more: Any
+    ) -> list:
         self.prints[place] = f"{type(value)} {look}"
         there = self._unchanged(place)
         if there and all(child == ["same"] for child in children):
@@ -152,12 +176,16 @@ class _Walk:
         if owner := self._owners.get(where):
             weight = self.beginning.weights[owner]
             if not same_view(own, weight):
-                raise Unkeepable(f"{place} is a view of the weight {owner} that was made on the way: keep a copy (.clone())")
+                raise Unkeepable(
+                    f"{place} is a view of the weight {owner} that was made on the way: keep a copy (.clone())"
+                )
             return ["weight", owner, value is weight]
         together = self.shares.get(place) == self.beginning.shares.get(place)
         if first != place and not together:
             if not same_view(own, local(self.objects[first])):
-                raise Unkeepable(f"{place} shares the memory of {first} since it was made on the way: keep a copy (.clone())")
+                raise Unkeepable(
+                    f"{place} shares the memory of {first} since it was made on the way: keep a copy (.clone())"
+                )
             return ["as", first]
         if not plain(own) or (isinstance(value, DTensor) and not there):
             raise Unkeepable(f"{place} is a tensor of a kind that a checkpoint does not hold ({own.layout})")
@@ -178,8 +206,10 @@ class _Walk:
         self.prints[place] = f"{type(value)} {print_}"
         if self.begun is None or (print_ is not None and self._unchanged(place)):
             return ["same"]
-        raise Unkeepable(f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which changes and cannot be put back; "
-                         "keep numbers, texts, tensors or generators of random numbers")  # fmt: skip
+        raise Unkeepable(
+            f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which changes and cannot be put back; "
+            "keep numbers, texts, tensors or generators of random numbers"
+        )
 
 
 class _Back:
@@ -219,7 +249,12 @@ class _Back:
         found = np.frombuffer(self._tensors[place].cpu().numpy().tobytes(), np.dtype(dtype)).reshape(shape)
         if single:
             return found[()]
-        if isinstance(fresh, np.ndarray) and fresh.dtype.str == dtype and list(fresh.shape) == shape and fresh.flags.writeable:
+        if (
+            isinstance(fresh, np.ndarray)
+            and fresh.dtype.str == dtype
+            and list(fresh.shape) == shape
+            and fresh.flags.writeable
+        ):
             fresh[...] = found
             return fresh
         return found.copy()
@@ -237,7 +272,9 @@ class _Back:
         return target
 
     def _deque(self, fresh, place, items, maxlen):
-        target = self._read[place] = fresh if isinstance(fresh, deque) and fresh.maxlen == maxlen else deque(maxlen=maxlen)
+        target = self._read[place] = (
+            fresh if isinstance(fresh, deque) and fresh.maxlen == maxlen else deque(maxlen=maxlen)
+        )
         found = self._items(place, items)
         target.clear()
         target.extend(found)

@@ -67,7 +67,9 @@ class Moments:
         return vars(self) | {"_places": list(self._places.values())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"_places": {id(place.weight): place for place in state["_places"]}})  # a copy's weights have other ids
+        vars(self).update(
+            state | {"_places": {id(place.weight): place for place in state["_places"]}}
+        )  # a copy's weights have other ids
 
     def advance(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
         """Make the state or put it right after a load, and count the step.
@@ -83,12 +85,17 @@ class Moments:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
             state["exp_avg_sq"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        for name, value in state.items():  # load_state_dict gives m and v the weight's dtype and leaves the step on the CPU
+        for (
+            name,
+            value,
+        ) in state.items():  # load_state_dict gives m and v the weight's dtype and leaves the step on the CPU
             state[name] = value.to(weight.device, torch.float32 if name == "step" else dtype)
         step = state["step"]
         if self.dtype == "bfloat16":
             if id(weight) not in self._places:
-                raise ValueError(f"bfloat16 moments of an unknown weight of shape {tuple(weight.shape)}: call place(weight, name=…) first")
+                raise ValueError(
+                    f"bfloat16 moments of an unknown weight of shape {tuple(weight.shape)}: call place(weight, name=…) first"
+                )
             place = self._places[id(weight)]
             if place.step is not step or place.version != step._version:
                 place.step, place.count = step, int(step)  # the one wait for the device, at the start and after a load
@@ -97,8 +104,18 @@ class Moments:
         else:
             step += 1
 
-    def move(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any], update: Tensor, piece: slice, lr: float,
-             betas: tuple[float, float], eps: float) -> None:  # fmt: skip
+    def move(
+        self,
+        *,
+        weight: Tensor,
+        gradient: Tensor,
+        state: dict[str, Any],
+        update: Tensor,
+        piece: slice,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+    ) -> None:
         """After `advance`, m and v of one piece and −lr·m̂/(√v̂+ε) over `update`; an entry's result is the same in any piece.
 
         `gradient` and `update` are the flattened piece itself; `piece` is where it stands in the flattened weight.
@@ -112,8 +129,14 @@ class Moments:
             update.copy_(moved)
         if self.dtype == "bfloat16":
             place = self._places[id(weight)]
-            bits = random_bits(seed=self.seed, step=place.count, name=place.name, start=place.offset + piece.start,
-                               entries=len(m), device=m.device)  # fmt: skip
+            bits = random_bits(
+                seed=self.seed,
+                step=place.count,
+                name=place.name,
+                start=place.offset + piece.start,
+                entries=len(m),
+                device=m.device,
+            )
             round_stochastically(m, bits & 0xFFFF, out=kept[0])
             round_stochastically(v, bits.bitwise_right_shift_(16).bitwise_and_(0xFFFF), out=kept[1])
 
@@ -130,8 +153,16 @@ class AdamW(torch.optim.Optimizer):
 
     watch: Callable[[Tensor, slice, Tensor], None] | None = None
 
-    def __init__(self, params: Iterable, *, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-                 weight_decay: float = 0.0, moments: Moments | None = None):  # fmt: skip
+    def __init__(
+        self,
+        params: Iterable,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        moments: Moments | None = None,
+    ):
         self._moments = moments or Moments()
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -157,9 +188,19 @@ class AdamW(torch.optim.Optimizer):
         update = None
         for piece in pieces(p):
             weight = flat[piece]
-            update = torch.empty_like(weight) if update is None else update[: len(weight)]  # the first piece is the longest
-            self._moments.move(weight=p, gradient=gradient[piece], state=state, update=update, piece=piece, lr=group["lr"],
-                               betas=group["betas"], eps=group["eps"])  # fmt: skip
+            update = (
+                torch.empty_like(weight) if update is None else update[: len(weight)]
+            )  # the first piece is the longest
+            self._moments.move(
+                weight=p,
+                gradient=gradient[piece],
+                state=state,
+                update=update,
+                piece=piece,
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+            )
             if decay:
                 update.add_(weight, alpha=-decay)
             if self.watch:
@@ -180,13 +221,35 @@ def _wide(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def fused_adam(update: Tensor, gradient: Tensor, m: Tensor, v: Tensor, step: Tensor, *, lr: float, betas: tuple[float, float],
-               eps: float) -> None:  # fmt: skip
+def fused_adam(
+    update: Tensor,
+    gradient: Tensor,
+    m: Tensor,
+    v: Tensor,
+    step: Tensor,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
     """torch's fused kernel on a zeroed "parameter" without weight decay, which then holds the update; all tensors 1-D."""
 
     def kernel(update, gradient, m, v):
-        torch._fused_adamw_([update], [gradient], [m], [v], [], [step], lr=lr, beta1=betas[0], beta2=betas[1],
-                            weight_decay=0.0, eps=eps, amsgrad=False, maximize=False)  # fmt: skip
+        torch._fused_adamw_(
+            [update],
+            [gradient],
+            [m],
+            [v],
+            [],
+            [step],
+            lr=lr,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=0.0,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
 
     tensors = (update, gradient, m, v)
     # the CPU kernel's scalar loop over the last entries rounds otherwise than its vectors: no entry may be a last one
@@ -216,7 +279,9 @@ def kernel_is_lerp(dtype: torch.dtype, beta: float) -> bool:
     return torch.equal(m, optimizer.state[p]["exp_avg"])
 
 
-def random_bits(*, seed: int, step: int, name: str, start: int, entries: int, device: torch.device | str = "cpu") -> Tensor:
+def random_bits(
+    *, seed: int, step: int, name: str, start: int, entries: int, device: torch.device | str = "cpu"
+) -> Tensor:
     """32 random bits for each of the entries start, start+1, … of the tensor `name`: (entries,), int32.
 
     The entry's index, xor a key hashed from all else, through a 32-bit finaliser (Wellons' lowbias32). Integers only,

@@ -39,7 +39,9 @@ def _backbone_name(model: nn.Module) -> str:
     for name in (getattr(inner, "base_model_prefix", ""), models[0] if len(models) == 1 else ""):
         if name and isinstance(getattr(inner, name, None), nn.Module):
             return name
-    raise UserError(f"model {type(inner).__name__} is not a decoder with a head on top of it: Holdfast trains causal language models")
+    raise UserError(
+        f"model {type(inner).__name__} is not a decoder with a head on top of it: Holdfast trains causal language models"
+    )
 
 
 def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -109,15 +111,24 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
         if isinstance(module, nn.ModuleList) and len(module) == depth and _is_stack(module):
             return [(f"{name}.{i}", block) for i, block in enumerate(module)]
     raise UserError(
-        f"model {type(plain(model)).__name__}: no list of {depth} equal blocks found "
-        "(num_hidden_layers of its config)"
+        f"model {type(plain(model)).__name__}: no list of {depth} equal blocks found (num_hidden_layers of its config)"
     )
 
 
 def alike(blocks: Sequence[nn.Module]) -> bool:
     """Whether blocks have the same modules, with parameters of the same names and shapes, of which the same are trained."""
-    return len({(tuple(type(m) for m in block.modules()), tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()))
-                for block in blocks}) <= 1  # fmt: skip
+    return (
+        len(
+            {
+                (
+                    tuple(type(m) for m in block.modules()),
+                    tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()),
+                )
+                for block in blocks
+            }
+        )
+        <= 1
+    )
 
 
 def _is_stack(modules: nn.ModuleList) -> bool:
@@ -142,12 +153,16 @@ def first_blocks(model: nn.Module, count: int | None) -> Iterator[None]:
 def recompute_activations(model: nn.Module) -> None:
     """Keep only each block's input for backward and compute the rest again: activation checkpointing."""
     # the name before transformers 5.20
-    enable = getattr(plain(model), "activation_checkpointing_enable", None) or plain(model).gradient_checkpointing_enable
+    enable = (
+        getattr(plain(model), "activation_checkpointing_enable", None) or plain(model).gradient_checkpointing_enable
+    )
     try:
         enable({"use_reentrant": False})
     except ValueError as error:
-        raise UserError(f"train.checkpointing is true, but {type(plain(model)).__name__} cannot recompute activations: set "
-                        "train.checkpointing: false") from error  # fmt: skip
+        raise UserError(
+            f"train.checkpointing is true, but {type(plain(model)).__name__} cannot recompute activations: set "
+            "train.checkpointing: false"
+        ) from error
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -194,6 +209,7 @@ def hidden_states(
 def numberless(*, packed: bool = False) -> Iterator[None]:
     """For models on tensors without numbers: transformers does not look for packed examples in positions, unless they are
     `packed`, nor for padding in token ids."""
+
     def nothing(*_: Any, **__: Any) -> None:
         return None
 

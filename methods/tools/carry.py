@@ -6,15 +6,21 @@ import torch
 from torch import Tensor
 
 from methods.errors import UserError
-from methods.tools.adam import Moments
 from methods.part import Run
+from methods.tools.adam import Moments
 
 
 def carried(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """{"<trained tensor>::<entry>": whole tensor} of everything the optimizer keeps (Adam: step, exp_avg, exp_avg_sq)."""
-    return {f"{name}::{entry}": (run.shards.whole(value, run.shapes[name]) if value.shape == weight.shape else value).detach().cpu().clone()
-            for name, weight in run.weights.items()
-            for entry, value in optimizer.state.get(weight, {}).items() if isinstance(value, Tensor)}  # fmt: skip
+    return {
+        f"{name}::{entry}": (run.shards.whole(value, run.shapes[name]) if value.shape == weight.shape else value)
+        .detach()
+        .cpu()
+        .clone()
+        for name, weight in run.weights.items()
+        for entry, value in optimizer.state.get(weight, {}).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def restore_state(run: Run, optimizer: torch.optim.Optimizer, carry: dict[str, Tensor]) -> None:
@@ -22,11 +28,19 @@ def restore_state(run: Run, optimizer: torch.optim.Optimizer, carry: dict[str, T
 
     Raises UserError for one that is not of Adam's kind: it would take another's entries for its own.
     """
-    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not isinstance(getattr(optimizer, "_moments", None), Moments):
-        raise UserError(f"{type(optimizer).__name__} cannot begin with Adam's state of the general phase: set carry_optimizer: false, "
-                        "or combine with another optimizer")  # fmt: skip
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not isinstance(
+        getattr(optimizer, "_moments", None), Moments
+    ):
+        raise UserError(
+            f"{type(optimizer).__name__} cannot begin with Adam's state of the general phase: set carry_optimizer: false, "
+            "or combine with another optimizer"
+        )
     for name, weight in run.weights.items():
         entries = {key.partition("::")[2]: value for key, value in carry.items() if key.partition("::")[0] == name}
         if entries:
-            optimizer.state[weight] = {entry: (run.shards.local(value) if value.shape == run.shapes[name] else value).to(weight.device, copy=True)
-                                       for entry, value in entries.items()}  # fmt: skip
+            optimizer.state[weight] = {
+                entry: (run.shards.local(value) if value.shape == run.shapes[name] else value).to(
+                    weight.device, copy=True
+                )
+                for entry, value in entries.items()
+            }

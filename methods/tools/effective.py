@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from methods.tools.architecture import base_name
 from methods.errors import UserError
-from methods.tools.importance import Codes, penalise
 from methods.part import Run
+from methods.tools.architecture import base_name
+from methods.tools.importance import Codes, penalise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,9 @@ class Full:
     def penalise(self, importance: Tensor | Codes, *, scale: float) -> Tensor:
         """Add scale·Ω⊙(θ − anchor) to the gradient; returns ΣΩ(θ − anchor)², 0-dim. No temporary of the tensor's size."""
         weight = self.run.weights[self.parameter]
-        return penalise(weight=weight.detach(), anchor=self.anchor, importance=importance, gradient=weight.grad, scale=scale)
+        return penalise(
+            weight=weight.detach(), anchor=self.anchor, importance=importance, gradient=weight.grad, scale=scale
+        )
 
     def wholly(self, local: Tensor) -> Tensor:
         """The whole tensor from rows of its kind; every process must ask."""
@@ -62,7 +64,9 @@ class Factored:
     b: str
     scaling: float
     transposed: bool  # the base tensor is in × out (GPT-2's Conv1D): its rows need the whole of both factors
-    anchor: tuple[Tensor, Tensor] | None  # factors as `parts` gives them that change is measured from; None: the base, where s·B·A = 0
+    anchor: (
+        tuple[Tensor, Tensor] | None
+    )  # factors as `parts` gives them that change is measured from; None: the base, where s·B·A = 0
 
     def value(self) -> Tensor:
         """s·B·A − anchor's s·B·A in the base tensor's layout; a new tensor. Exactly zero at the anchor."""
@@ -73,7 +77,10 @@ class Factored:
         """What this process's rows are a product of: A whole, and rows of B or all of it; of the weights or of their gradients."""
         a, b = (tensors[name].detach() for name in (self.a, self.b))
         whole = self.run.shards.whole
-        return {self.a: whole(a, self.run.shapes[self.a]), self.b: whole(b, self.run.shapes[self.b]) if self.transposed else b}
+        return {
+            self.a: whole(a, self.run.shapes[self.a]),
+            self.b: whole(b, self.run.shapes[self.b]) if self.transposed else b,
+        }
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return self.laid((b @ a).mul_(self.scaling))
@@ -122,15 +129,26 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
         (adapter,) = module.lora_A
         a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
         factors |= {a, b}
-        found.append(Factored(run=run, name=base_name(f"{path}.base_layer.weight"), layer=path, a=a, b=b,
-                              scaling=module.scaling[adapter], transposed=isinstance(module.base_layer, Conv1D),
-                              anchor=(anchor[a], anchor[b]) if anchor is not None else None))  # fmt: skip
+        found.append(
+            Factored(
+                run=run,
+                name=base_name(f"{path}.base_layer.weight"),
+                layer=path,
+                a=a,
+                b=b,
+                scaling=module.scaling[adapter],
+                transposed=isinstance(module.base_layer, Conv1D),
+                anchor=(anchor[a], anchor[b]) if anchor is not None else None,
+            )
+        )
     for parameter in run.weights:
         if parameter not in factors:
             name = base_name(parameter)
             if name not in run.base:
-                raise UserError(f"the trained tensor {parameter} has no counterpart in the base model: "
-                                "modules_to_save and prompt tensors cannot be compared with the base")  # fmt: skip
+                raise UserError(
+                    f"the trained tensor {parameter} has no counterpart in the base model: "
+                    "modules_to_save and prompt tensors cannot be compared with the base"
+                )
             start = run.shards.local(run.base[name]) if anchor is None else anchor[parameter]
             found.append(Full(run=run, name=name, parameter=parameter, anchor=start))
     return found
@@ -139,14 +157,20 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
 def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Whole `tensors` by names of run.weights, as an anchor of `effective_weights` on the run's device."""
     whole, rows = factors(run.model)
-    whole |= {name for name in rows if isinstance(run.model.get_submodule(name.partition(".lora_B.")[0]).base_layer, Conv1D)}
-    return {name: (tensor if name in whole else run.shards.local(tensor)).to(run.device) for name, tensor in tensors.items()}
+    whole |= {
+        name for name in rows if isinstance(run.model.get_submodule(name.partition(".lora_B.")[0]).base_layer, Conv1D)
+    }
+    return {
+        name: (tensor if name in whole else run.shards.local(tensor)).to(run.device) for name, tensor in tensors.items()
+    }
 
 
 def factors(model: nn.Module) -> tuple[set[str], set[str]]:
     """Names of LoRA's factors among the model's parameters: the A's and the B's."""
     layers = [(path, next(iter(module.lora_A))) for path, module in lora_layers(model)]
-    return {f"{path}.lora_A.{adapter}.weight" for path, adapter in layers}, {f"{path}.lora_B.{adapter}.weight" for path, adapter in layers}
+    return {f"{path}.lora_A.{adapter}.weight" for path, adapter in layers}, {
+        f"{path}.lora_B.{adapter}.weight" for path, adapter in layers
+    }
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -158,7 +182,9 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         plain = len(adapters) == 1 and len(module.lora_A) == 1 and isinstance(module.base_layer, nn.Linear | Conv1D)
         if not plain or module.use_dora[adapters[0]] or module.lora_bias[adapters[0]] or module.lora_variant:
             kind = "DoRA" if any(module.use_dora.values()) else "this adapter"
-            raise UserError(f"{kind} on {path}: the effective update is not s·B·A; use one plain LoRA adapter on linear layers")
+            raise UserError(
+                f"{kind} on {path}: the effective update is not s·B·A; use one plain LoRA adapter on linear layers"
+            )
         yield path, module
 
 

@@ -38,7 +38,9 @@ def read_json(path: Path, *keys: str, kind: type = dict) -> Any:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {AGAIN}") from error
     if not isinstance(found, kind):
-        raise UserError(f"{path} is not what its stage writes (it is no {'mapping' if kind is dict else 'list'}): {AGAIN}")
+        raise UserError(
+            f"{path} is not what its stage writes (it is no {'mapping' if kind is dict else 'list'}): {AGAIN}"
+        )
     if missing := [key for key in keys if key not in found]:
         raise UserError(f"{path} is not what its stage writes ({missing[0]} is missing): {AGAIN}")
     return found

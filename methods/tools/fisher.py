@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from methods.tools import architecture
 from methods.errors import UserError
-from methods.tools.process_group import Shards
+from methods.tools import architecture
 from methods.tools.per_example import Squares
+from methods.tools.process_group import Shards
 
 if TYPE_CHECKING:
     from methods.tools.resume import Resume
@@ -34,10 +34,17 @@ ESTIMATORS = ("empirical", "sampled", "signed", "batched")
 TOKENS = 512  # of one forward pass, padding included, unless one document is longer
 
 
-def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], estimator: str = "empirical", *, seed: int = 0,
-                    parameters: Mapping[str, nn.Parameter] | Iterable[str] | None = None,
-                    progress: Callable[[int], object] | None = None, shards: Shards | None = None,
-                    resume: Resume | None = None) -> dict[str, Tensor]:  # fmt: skip
+def diagonal_fisher(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    estimator: str = "empirical",
+    *,
+    seed: int = 0,
+    parameters: Mapping[str, nn.Parameter] | Iterable[str] | None = None,
+    progress: Callable[[int], object] | None = None,
+    shards: Shards | None = None,
+    resume: Resume | None = None,
+) -> dict[str, Tensor]:
     """F of `model`'s parameters on `batches`: float32 tensors by parameter name, shaped like the parameters.
 
     batches     dicts of (examples, tokens) tensors: input_ids; attention_mask where padded, on either side; labels as
@@ -76,7 +83,10 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
             )
     shards = shards or Shards()
     batches = list(batches)
-    rows = [sum(len(batch["input_ids"]) for batch in batches[at : at + shards.world]) for at in range(0, len(batches), shards.world)]
+    rows = [
+        sum(len(batch["input_ids"]) for batch in batches[at : at + shards.world])
+        for at in range(0, len(batches), shards.world)
+    ]
     examples = sum(rows)
     if not examples:
         raise UserError("the Fisher has no examples: give at least one document of general text")
@@ -115,7 +125,9 @@ def diagonal_fisher(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], e
                 resume.save(total, {"rounds": turn + 1})
             if progress is not None:
                 progress(rows[turn])
-    return {name: shards.sum(total.pop(name)).div_(examples).float() for name in list(total)}  # never a second copy of F
+    return {
+        name: shards.sum(total.pop(name)).div_(examples).float() for name in list(total)
+    }  # never a second copy of F
 
 
 def by_length(lengths: Sequence[int], tokens: int = TOKENS) -> list[list[int]]:
@@ -129,8 +141,14 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS) -> list[list[int]]:
     return groups
 
 
-def _accumulate(model: nn.Module, documents: list[tuple[Tensor, Tensor]], estimator: str, seed: int, squares: Squares | None,
-                device: torch.device) -> None:  # fmt: skip
+def _accumulate(
+    model: nn.Module,
+    documents: list[tuple[Tensor, Tensor]],
+    estimator: str,
+    seed: int,
+    squares: Squares | None,
+    device: torch.device,
+) -> None:
     """Backward passes of (input ids, labels) of examples: by `squares` of all together, or into the parameters' hooks."""
     if estimator == "signed":
         ids, labels = _padded(documents, device)
@@ -151,7 +169,9 @@ def _accumulate(model: nn.Module, documents: list[tuple[Tensor, Tensor]], estima
 
 def _padded(documents: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
     ids, labels = zip(*documents, strict=True)
-    return pad_sequence(ids, batch_first=True).to(device), pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
+    return pad_sequence(ids, batch_first=True).to(device), pad_sequence(
+        labels, batch_first=True, padding_value=-100
+    ).to(device)
 
 
 def _documents(batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -181,7 +201,11 @@ def _nll(model: nn.Module, ids: Tensor, labels: Tensor, lengths: Sequence[int] =
     if seed is not None:
         for row, length, wanted in zip(range(len(ids)), lengths, targets != -100, strict=True):
             targets[row, wanted] = _drawn(logits[row, wanted].detach(), ids[row, :length], seed)
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none").view(targets.shape).sum(1)
+    return (
+        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+        .view(targets.shape)
+        .sum(1)
+    )
 
 
 def _drawn(logits: Tensor, ids: Tensor, seed: int) -> Tensor:
@@ -208,7 +232,9 @@ def _batch_nll(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devi
         return None
     # padding on the left must not shift positions, which not every model takes: they are its own where there is none
     shifted = {} if mask[:, 0].all() else {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-    logits = model(input_ids=batch["input_ids"].to(device), attention_mask=mask.long(), use_cache=False, **shifted).logits[:, :-1]
+    logits = model(
+        input_ids=batch["input_ids"].to(device), attention_mask=mask.long(), use_cache=False, **shifted
+    ).logits[:, :-1]
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     # the first real token of a left-padded row would be predicted from padding: it has no context
     labels = labels[:, 1:].masked_fill(~mask[:, :-1], -100)
@@ -216,8 +242,9 @@ def _batch_nll(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devi
 
 
 @contextlib.contextmanager
-def _only_these(model: nn.Module, parameters: Mapping[str, nn.Parameter],
-                hook_for: Callable[[str], Callable[[Tensor], None]]) -> Iterator[None]:  # fmt: skip
+def _only_these(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], hook_for: Callable[[str], Callable[[Tensor], None]]
+) -> Iterator[None]:
     """Gradients of `parameters` alone, none left over from before, in evaluation mode; everything restored after."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]

@@ -29,7 +29,9 @@ if TYPE_CHECKING:
     from methods.part import Run
 
 OCTAVES = 40
-CPU_PIECE = 1 << 20  # entries worked on at once: a few float32 copies of them fit in a shared cache; smaller ones wait more for threads
+CPU_PIECE = (
+    1 << 20
+)  # entries worked on at once: a few float32 copies of them fit in a shared cache; smaller ones wait more for threads
 CUDA_PIECE = 1 << 24
 
 _CODES = 255  # that are not 0
@@ -92,8 +94,10 @@ def largest(flat: Tensor, name: str) -> float:
     for (piece,) in pieces(flat):
         least, most = (bound.item() for bound in piece.float().aminmax())
         if not (least >= 0 and most < math.inf):  # also true of a NaN
-            raise UserError(f"importance of {name} lies in {least:g} to {most:g}: it must be finite and not negative; "
-                            "prepare this method again in float32, or with other general text")  # fmt: skip
+            raise UserError(
+                f"importance of {name} lies in {least:g} to {most:g}: it must be finite and not negative; "
+                "prepare this method again in float32, or with other general text"
+            )
         highest = max(highest, most)
     return highest
 
@@ -161,7 +165,9 @@ def totals(values: Tensor | Codes) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def penalise(*, weight: Tensor, anchor: Tensor | None, importance: Tensor | Codes, gradient: Tensor, scale: float) -> Tensor:
+def penalise(
+    *, weight: Tensor, anchor: Tensor | None, importance: Tensor | Codes, gradient: Tensor, scale: float
+) -> Tensor:
     """gradient += scale·F·(θ − θ₀), in place; returns Σ F·(θ − θ₀)² on the weight's device.
 
     weight, anchor and gradient have one shape and are contiguous; so has the importance F, or it is one value for all
@@ -180,10 +186,14 @@ def penalise(*, weight: Tensor, anchor: Tensor | None, importance: Tensor | Code
     table = _table(importance.low, importance.step, wide, weight.device) if coded else None
     pairs = _pairs(table) if coded and _in_pairs(factor, table) else None
 
-    room = torch.empty(3, min(weight.numel(), CUDA_PIECE if weight.is_cuda else CPU_PIECE), dtype=wide, device=weight.device)
+    room = torch.empty(
+        3, min(weight.numel(), CUDA_PIECE if weight.is_cuda else CPU_PIECE), dtype=wide, device=weight.device
+    )
     sums = []
     for theta, out, *rest in pieces(*rows):
-        moved, force, spare = room[:, : len(theta)]  # one memory for all pieces: fresh pages cost more than the arithmetic
+        moved, force, spare = room[
+            :, : len(theta)
+        ]  # one memory for all pieces: fresh pages cost more than the arithmetic
         if anchor is None:
             moved = theta.to(wide)
         else:
@@ -199,12 +209,21 @@ def penalise(*, weight: Tensor, anchor: Tensor | None, importance: Tensor | Code
 
 def _widened(values: Tensor, *, into: Tensor) -> Tensor:
     """`values`, for an operation with wider ones: a GPU widens on the way, the CPU would take new memory for it."""
-    return values if values.is_cuda or values.dim() == 0 or values.dtype.itemsize >= into.dtype.itemsize else into.copy_(values)
+    return (
+        values
+        if values.is_cuda or values.dim() == 0 or values.dtype.itemsize >= into.dtype.itemsize
+        else into.copy_(values)
+    )
 
 
 def _in_pairs(codes: Tensor, table: Tensor) -> bool:
     """Whether looking two codes up at once pays for the table of their 65536 values."""
-    return codes.device.type == "cpu" and table.dtype == torch.float32 and codes.numel() >= _PAIRED and sys.byteorder == "little"
+    return (
+        codes.device.type == "cpu"
+        and table.dtype == torch.float32
+        and codes.numel() >= _PAIRED
+        and sys.byteorder == "little"
+    )
 
 
 def _pairs(table: Tensor) -> Tensor:
@@ -219,5 +238,7 @@ def _decode(codes: Tensor, table: Tensor, pairs: Tensor | None, *, spare: Tensor
     if pairs is None or len(codes) % 2 or codes.storage_offset() % 2:
         torch.index_select(table, 0, index[: len(codes)].copy_(codes), out=out)
     else:
-        torch.index_select(pairs, 0, index[: len(codes) // 2].copy_(codes.view(torch.uint16)), out=out.view(torch.float64))
+        torch.index_select(
+            pairs, 0, index[: len(codes) // 2].copy_(codes.view(torch.uint16)), out=out.view(torch.float64)
+        )
     return out

@@ -20,8 +20,15 @@ from typing import Any
 from methods.errors import UserError
 
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-_OTHERS = {b"PK\x03\x04": "a zip archive or a spreadsheet", b"PAR1": "a Parquet file", b"\x28\xb5\x2f\xfd": "packed by zstd",
-           b"ARROW1": "an Arrow file", b"SQLite": "an SQLite database", b"\x7fELF": "a program", b"%PDF": "a PDF file"}  # fmt: skip
+_OTHERS = {
+    b"PK\x03\x04": "a zip archive or a spreadsheet",
+    b"PAR1": "a Parquet file",
+    b"\x28\xb5\x2f\xfd": "packed by zstd",
+    b"ARROW1": "an Arrow file",
+    b"SQLite": "an SQLite database",
+    b"\x7fELF": "a program",
+    b"%PDF": "a PDF file",
+}
 _ONE_A_LINE = "write one JSON object a line"
 _HALF = re.compile("[\ud800-\udfff]")
 _DEPTH = 100  # lists and objects within one another; Python's own reader ends near 1,000
@@ -51,9 +58,14 @@ def read(path: Path | str) -> list[Row]:
         at = f"{path} line {number}"
         row = _parsed(line, at)
         if not isinstance(row, dict):
-            raise UserError(f"{at} is a JSON {_kind(row)}, not an object: {_ONE_A_LINE}" + (
-                f" (`python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]' < {path} > rows.jsonl`)"
-                if isinstance(row, list) else ""))  # fmt: skip
+            raise UserError(
+                f"{at} is a JSON {_kind(row)}, not an object: {_ONE_A_LINE}"
+                + (
+                    f" (`python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]' < {path} > rows.jsonl`)"
+                    if isinstance(row, list)
+                    else ""
+                )
+            )
         rows.append(Row(row, at=at))
     return rows
 
@@ -71,16 +83,22 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             encoding = json.detect_encoding(file.read(4))
         with opened(path, "rb") as file:
             # bytes that are no UTF-8 come through as halves of surrogate pairs, so that their line can be named
-            lines = io.TextIOWrapper(file, encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "strict")
+            lines = io.TextIOWrapper(
+                file, encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "strict"
+            )
             for number, line in enumerate(lines, 1):
                 if not line.isascii() and (found := _HALF.search(line)):
                     byte = ord(found.group()) - 0xDC00
-                    raise UserError(f"{path} line {number} is not UTF-8 (byte {byte:#x} at character {found.start() + 1}). If another "
-                                    f"program wrote it, such as Excel, it may be Windows-1252 (Latin-1): "
-                                    f"`iconv -f WINDOWS-1252 -t UTF-8 {path} > rows.jsonl` converts it")  # fmt: skip
+                    raise UserError(
+                        f"{path} line {number} is not UTF-8 (byte {byte:#x} at character {found.start() + 1}). If another "
+                        f"program wrote it, such as Excel, it may be Windows-1252 (Latin-1): "
+                        f"`iconv -f WINDOWS-1252 -t UTF-8 {path} > rows.jsonl` converts it"
+                    )
                 yield number, line
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} begins as {error.encoding.upper()} and does not go on as such ({error.reason}): save it as UTF-8") from error
+        raise UserError(
+            f"{path} begins as {error.encoding.upper()} and does not go on as such ({error.reason}): save it as UTF-8"
+        ) from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is packed, and damaged or cut off ({error}): fetch it or pack it again") from error
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
@@ -103,7 +121,9 @@ def _parsed(line: str, at: str) -> Any:
     try:
         row = json.loads(line, parse_constant=constant, object_pairs_hook=once)
     except json.JSONDecodeError as error:
-        raise UserError(f"{at} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}): {_ONE_A_LINE}") from error
+        raise UserError(
+            f"{at} is not JSON ({error.msg.removesuffix(' at')} at character {error.colno}): {_ONE_A_LINE}"
+        ) from error
     except RecursionError:
         raise UserError(f"{at} nests lists or objects more than {_DEPTH} deep: flatten it") from None
     except ValueError as error:  # a whole number of more than 4300 digits
@@ -123,11 +143,15 @@ def refuse_unwritable(row: dict[str, Any], at: str) -> None:
 def _writable(value: Any, where: str, depth: int = 0) -> None:
     if isinstance(value, str):
         if not value.isascii() and (half := _HALF.search(value)):
-            raise UserError(f"{where}: character {half.start() + 1} is {half.group()!a:.8}, one half of a surrogate pair (half of an emoji, "
-                            "where a text was cut), which no text encoding can hold: remove it")  # fmt: skip
+            raise UserError(
+                f"{where}: character {half.start() + 1} is {half.group()!a:.8}, one half of a surrogate pair (half of an emoji, "
+                "where a text was cut), which no text encoding can hold: remove it"
+            )
     elif isinstance(value, float):
         if not math.isfinite(value):
-            raise UserError(f"{where}: a number is infinite, or too large for a floating-point number: write it as text, in quotes")
+            raise UserError(
+                f"{where}: a number is infinite, or too large for a floating-point number: write it as text, in quotes"
+            )
     elif isinstance(value, int):
         if not -(2**63) <= value < 2**63:
             raise UserError(f"{where}: {str(value)[:24]} needs more than 64 bits: write it as text, in quotes")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel, __version__ as transformers_version
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from methods.errors import UserError
@@ -17,7 +18,14 @@ from methods.errors import UserError
 _CLOSER = "choose a causal language model that transformers has (config.json with its model_type, model.safetensors, tokenizer.json)"
 
 # buffers that older versions of transformers saved among the weights
-BUFFERS = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq", ".embed_positions")
+BUFFERS = (
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+    ".embed_positions",
+)
 
 
 def config_of(folder: Path, name: str) -> PreTrainedConfig:
@@ -27,19 +35,27 @@ def config_of(folder: Path, name: str) -> PreTrainedConfig:
     """
     said = _json(folder / "config.json", name)
     if (folder / "adapter_config.json").is_file():
-        raise UserError(f"{name} {_adapter(folder)}, so it is open which of the two is meant: remove adapter_config.json to take the model "
-                        "as it is, or save the merged model")  # fmt: skip
+        raise UserError(
+            f"{name} {_adapter(folder)}, so it is open which of the two is meant: remove adapter_config.json to take the model "
+            "as it is, or save the merged model"
+        )
     kind = said.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         if "auto_map" in said:
-            raise UserError(f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
-                            "architecture that transformers has")  # fmt: skip
-        raise UserError(f"{name}: config.json names the model_type {kind!r}, which transformers {transformers_version} does not have: {_CLOSER}")
+            raise UserError(
+                f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
+                "architecture that transformers has"
+            )
+        raise UserError(
+            f"{name}: config.json names the model_type {kind!r}, which transformers {transformers_version} does not have: {_CLOSER}"
+        )
     refuse_quantised(folder, name)
     if said.get("is_encoder_decoder"):
         raise UserError(f"{name} is an encoder and decoder ({kind}), no causal language model: {_CLOSER}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UserError(f"{name}: {kind} has no causal language model in transformers {transformers_version}: {_CLOSER}")
+        raise UserError(
+            f"{name}: {kind} has no causal language model in transformers {transformers_version}: {_CLOSER}"
+        )
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture checks its settings in its own way
@@ -58,12 +74,18 @@ def refuse_quantised(folder: Path, name: str) -> None:
     """Refuse weights that the folder's config.json says are quantised, by bitsandbytes, GPTQ, AWQ, FP8, MXFP4 or any other method."""
     config = _json(folder / "config.json", name)
     for said in (config, config.get("text_config")):
-        for key in ("quantization_config", "compression_config", "quantization"):  # the second was written before, the third is MLX's
+        for key in (
+            "quantization_config",
+            "compression_config",
+            "quantization",
+        ):  # the second was written before, the third is MLX's
             if isinstance(said, dict) and (settings := said.get(key)):
                 method = settings.get("quant_method") if isinstance(settings, dict) else None
-                raise UserError(f"{name} is quantised ({method or 'by a method without a name'}: {key} in config.json), and its "
-                                "weights cannot be trained or compared as they are: name the checkpoint it was made from, or load it where its "
-                                "library is installed, call model.dequantize() and save_pretrained, and name that folder")  # fmt: skip
+                raise UserError(
+                    f"{name} is quantised ({method or 'by a method without a name'}: {key} in config.json), and its "
+                    "weights cannot be trained or compared as they are: name the checkpoint it was made from, or load it where its "
+                    "library is installed, call model.dequantize() and save_pretrained, and name that folder"
+                )
 
 
 def refuse_incomplete(folder: Path, name: str) -> None:
@@ -72,8 +94,10 @@ def refuse_incomplete(folder: Path, name: str) -> None:
     if index.is_file() and not (folder / "model.safetensors").is_file():
         absent = [file for file in shards(index, name) if not (folder / file).is_file()]
         if absent:
-            raise UserError(f"{name} lacks {absent[0]}{f' and {len(absent) - 1} more files' if len(absent) > 1 else ''}, which its "
-                            "model.safetensors.index.json names: fetch the folder again, whole")  # fmt: skip
+            raise UserError(
+                f"{name} lacks {absent[0]}{f' and {len(absent) - 1} more files' if len(absent) > 1 else ''}, which its "
+                "model.safetensors.index.json names: fetch the folder again, whole"
+            )
 
 
 def headers(files: Iterable[Path], name: str) -> dict[str, tuple[str, list[int]]]:
@@ -86,46 +110,73 @@ def headers(files: Iterable[Path], name: str) -> dict[str, tuple[str, list[int]]
                     about = tensors.get_slice(tensor)
                     found[tensor] = (about.get_dtype(), about.get_shape())
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{name}: {file.name} is no safetensors file, or damaged or cut off ({error}): fetch it again") from error
+            raise UserError(
+                f"{name}: {file.name} is no safetensors file, or damaged or cut off ({error}): fetch it again"
+            ) from error
     return found
 
 
 def refuse_codes(found: Mapping[str, tuple[str, list[int]]], name: str) -> None:
     """Refuse weights that are stored as something else than floating-point numbers of 16 bits or more: transformers would take codes for values."""
-    codes = [tensor for tensor, (dtype, _) in found.items() if tensor.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16")]
+    codes = [
+        tensor
+        for tensor, (dtype, _) in found.items()
+        if tensor.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16")
+    ]
     if codes:
-        raise UserError(f"{name} is quantised or damaged: {codes[0]} is stored as {found[codes[0]][0]}{f' (and {len(codes) - 1} more such)' if len(codes) > 1 else ''}: "
-                        "name the checkpoint it was made from, or save it in bfloat16, float16 or float32")  # fmt: skip
+        raise UserError(
+            f"{name} is quantised or damaged: {codes[0]} is stored as {found[codes[0]][0]}{f' (and {len(codes) - 1} more such)' if len(codes) > 1 else ''}: "
+            "name the checkpoint it was made from, or save it in bfloat16, float16 or float32"
+        )
 
 
 def shards(index: Path, name: str) -> list[str]:
     """The files of a checkpoint cut into several, as its index names them."""
     named = _json(index, name).get("weight_map")
-    files = sorted(set(named.values())) if isinstance(named, dict) and all(isinstance(file, str) for file in named.values()) else []
+    files = (
+        sorted(set(named.values()))
+        if isinstance(named, dict) and all(isinstance(file, str) for file in named.values())
+        else []
+    )
     if not files or any(Path(file).name != file for file in files):
-        raise UserError(f"{name}: {index.name} names no files beside it as `weight_map`: fetch the folder again, or save the model again")
+        raise UserError(
+            f"{name}: {index.name} names no files beside it as `weight_map`: fetch the folder again, or save the model again"
+        )
     return files
 
 
 def refuse_partial(folder: Path, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
     """Refuse what transformers `found` in loading and would go on with: random tensors in the place of those that lack or do not fit, or fewer layers."""
     if missing := sorted(found["missing_keys"]):
-        raise UserError(f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model")
+        raise UserError(
+            f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model"
+        )
     if wrong := sorted(found["mismatched_keys"]):
         name, there, wanted = wrong[0]
-        raise UserError(f"{folder} does not fit its config.json: {name} has shape {list(there)}, the config gives {list(wanted)}"
-                        f"{f' (and {len(wrong) - 1} more such)' if len(wrong) > 1 else ''}: fetch the folder again")  # fmt: skip
+        raise UserError(
+            f"{folder} does not fit its config.json: {name} has shape {list(there)}, the config gives {list(wanted)}"
+            f"{f' (and {len(wrong) - 1} more such)' if len(wrong) > 1 else ''}: fetch the folder again"
+        )
     extra = sorted(name for name in found["unexpected_keys"] if not name.endswith(BUFFERS))
     numbered = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
     if more := [name for name in extra if re.sub(r"\d+", "N", name) in numbered]:
-        raise UserError(f"{folder} does not fit its config.json: it has {more[0]}, and the config has fewer layers: fetch the folder again")
+        raise UserError(
+            f"{folder} does not fit its config.json: it has {more[0]}, and the config has fewer layers: fetch the folder again"
+        )
     if len(extra) > len(numbered):
-        raise UserError(f"{folder} does not fit its config.json, which gives {extra[0]} and {len(extra) - 1} more tensors no place")
+        raise UserError(
+            f"{folder} does not fit its config.json, which gives {extra[0]} and {len(extra) - 1} more tensors no place"
+        )
     if extra:
-        print(f"{folder} has {len(extra)} tensors that its config gives no place, and which are left out ({', '.join(extra[:3])}…)", flush=True)
+        print(
+            f"{folder} has {len(extra)} tensors that its config gives no place, and which are left out ({', '.join(extra[:3])}…)",
+            flush=True,
+        )
 
 
-def refuse_not_finite(tensors: Mapping[str, Tensor], what: str, *, then: str, kind: type[UserError] = UserError) -> None:
+def refuse_not_finite(
+    tensors: Mapping[str, Tensor], what: str, *, then: str, kind: type[UserError] = UserError
+) -> None:
     """Refuse weights that hold a NaN or an infinity, by tensor and count: of those every score is NaN."""
     bad = {}
     for name, tensor in tensors.items():
@@ -146,13 +197,19 @@ def shortened(error: Exception) -> str:
 
 def _json(file: Path, name: str) -> dict[str, Any]:
     if file.name == "config.json" and not file.is_file() and (file.parent / "adapter_config.json").is_file():
-        raise UserError(f"{name} {_adapter(file.parent)}, not a model: merge it into its base (peft's merge_and_unload, then "
-                        "save_pretrained) and name that folder")  # fmt: skip
+        raise UserError(
+            f"{name} {_adapter(file.parent)}, not a model: merge it into its base (peft's merge_and_unload, then "
+            "save_pretrained) and name that folder"
+        )
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or str(error).removesuffix(" (decode using utf-8-sig): line 1 column 1 (char 0)")
-        raise UserError(f"{name} has no {file.name} that can be read ({reason}): fetch it again, or save it as JSON in UTF-8") from error
+        reason = getattr(error, "strerror", None) or str(error).removesuffix(
+            " (decode using utf-8-sig): line 1 column 1 (char 0)"
+        )
+        raise UserError(
+            f"{name} has no {file.name} that can be read ({reason}): fetch it again, or save it as JSON in UTF-8"
+        ) from error
     if not isinstance(found, dict):
         raise UserError(f"{name} has no {file.name} that can be read: it holds no JSON object")
     return found

@@ -13,9 +13,13 @@ LONGEST = 100  # letters: the name of a figure holds two, and a file's name may 
 def checked(kind: str, name: str) -> str:
     """`name` itself, or a UserError: DVC's `-S` breaks on a `+`, paths on a `/`."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise UserError(f"{kind} {name!r}: a name is lower-case letters, digits, '-' and '_', and starts with a letter or digit")
+        raise UserError(
+            f"{kind} {name!r}: a name is lower-case letters, digits, '-' and '_', and starts with a letter or digit"
+        )
     if len(name) > LONGEST:
-        raise UserError(f"{kind} {name!r} has {len(name)} letters: shorten the name to {LONGEST} at most, for files are called by it")
+        raise UserError(
+            f"{kind} {name!r} has {len(name)} letters: shorten the name to {LONGEST} at most, for files are called by it"
+        )
     return name
 
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from methods.part import Part
 from methods.tools.adam import AdamW
 from methods.tools.effective import Factored, effective_weights, lora_layers
-from methods.part import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +52,14 @@ class PathIntegral(Part):
         state["omega"] = {w.name: torch.zeros_like(w.value()) for w in weights}
         state["importance"] = {}
         state["before"] = {name: tensor.clone() for w in factored for name, tensor in w.parts(run.weights).items()}
-        state["moved"] = [replace(w, anchor=(state["before"][w.a], state["before"][w.b])) for w in factored]  # in the step
+        state["moved"] = [
+            replace(w, anchor=(state["before"][w.a], state["before"][w.b])) for w in factored
+        ]  # in the step
         if self.gradient == "exact":
             layers = dict(lora_layers(run.model))
-            state["dense"] = {w.name: self._listen(layers[w.layer], dtype=state["omega"][w.name].dtype) for w in factored}
+            state["dense"] = {
+                w.name: self._listen(layers[w.layer], dtype=state["omega"][w.name].dtype) for w in factored
+            }
 
     def _listen(self, layer: nn.Module, *, dtype: torch.dtype) -> Tensor:
         """A buffer that sums dL/dW = Σ (dL/dy)ᵀ·x of the frozen W under an adapter; y = W·x + s·B·A·x has W·x's gradient."""
@@ -81,7 +85,9 @@ class PathIntegral(Part):
             self.undo.pop()()
 
     def optimizer(self, *, run, learning_rate, betas, eps, weight_decay):
-        return AdamW(run.weights.values(), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, moments=run.moments)
+        return AdamW(
+            run.weights.values(), lr=learning_rate, betas=betas, eps=eps, weight_decay=weight_decay, moments=run.moments
+        )
 
     def optimizer_ready(self, *, run, state, optimizer):
         state["optimizer"] = optimizer
@@ -103,7 +109,9 @@ class PathIntegral(Part):
     def before_clip(self, *, run, state, step):
         if self.gradient == "displacement":
             gradients = {name: weight.grad for name, weight in run.weights.items()}
-            state["gradient"] = {name: tensor.clone() for w in state["moved"] for name, tensor in w.parts(gradients).items()}
+            state["gradient"] = {
+                name: tensor.clone() for w in state["moved"] for name, tensor in w.parts(gradients).items()
+            }
 
     @torch.no_grad()
     def after_step(self, *, run, state, step, gradient):
@@ -124,7 +132,12 @@ class PathIntegral(Part):
         if self.gradient == "exact":
             # the loss that each process differentiates is `world` times its share of the step's
             return shards.local(shards.sum(state["dense"][weight.name])) / shards.world
-        a, b, ga, gb = state["before"][weight.a], state["before"][weight.b], state["gradient"][weight.a], state["gradient"][weight.b]
+        a, b, ga, gb = (
+            state["before"][weight.a],
+            state["before"][weight.b],
+            state["gradient"][weight.a],
+            state["gradient"][weight.b],
+        )
         rate = state["optimizer"].param_groups[0]["lr"]
         return weight.laid((b @ ga).add_(gb @ a).sub_(gb @ ga, alpha=rate).mul_(weight.scaling))
 

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-CPU_PIECE = 1 << 20  # entries of a product worked on at once: few enough for a shared cache, enough for a matrix product
+CPU_PIECE = (
+    1 << 20
+)  # entries of a product worked on at once: few enough for a shared cache, enough for a matrix product
 CUDA_PIECE = 1 << 26
 
 
@@ -28,7 +30,12 @@ class Squares:
     add    one batch
     """
 
-    def __init__(self, sites: Mapping[nn.Module, Mapping[str, str]], parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Tensor]):
+    def __init__(
+        self,
+        sites: Mapping[nn.Module, Mapping[str, str]],
+        parameters: Mapping[str, nn.Parameter],
+        totals: Mapping[str, Tensor],
+    ):
         self._sites, self._parameters, self._totals = sites, parameters, totals
         uses = Counter(name for names in sites.values() for name in names.values())
         self._tied = {name for name, count in uses.items() if count == 2}
@@ -38,17 +45,26 @@ class Squares:
         self._scratch: dict[torch.dtype, Tensor]
 
     @classmethod
-    def of(cls, model: nn.Module, parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Tensor]) -> Squares | None:
+    def of(
+        cls, model: nn.Module, parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Tensor]
+    ) -> Squares | None:
         names = {id(p): name for name, p in parameters.items()}
         sites: dict[nn.Module, dict[str, str]] = {}
         users: dict[str, list[str]] = {name: [] for name in parameters}
         for module in model.modules():
-            own = {key: names[id(p)] for key, p in module.named_parameters(recurse=False, remove_duplicate=False) if id(p) in names}
+            own = {
+                key: names[id(p)]
+                for key, p in module.named_parameters(recurse=False, remove_duplicate=False)
+                if id(p) in names
+            }
             if own:
                 sites[module] = own
                 for name in own.values():
                     users[name].append(_kind(module))
-        known = all(kinds in (["linear"], ["embedding"], ["norm"]) or sorted(kinds) == ["embedding", "linear"] for kinds in users.values())
+        known = all(
+            kinds in (["linear"], ["embedding"], ["norm"]) or sorted(kinds) == ["embedding", "linear"]
+            for kinds in users.values()
+        )
         return cls(sites, parameters, totals) if known else None
 
     def add(self, ids: Tensor, loss: Callable[[], Tensor]) -> bool:
@@ -65,12 +81,21 @@ class Squares:
 
         def tap(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
             given = arguments[0] if len(arguments) == 1 else None
-            if given is not None and isinstance(module, nn.Embedding) and given.dim() == 2 and len(given) == 1 < len(ids):
+            if (
+                given is not None
+                and isinstance(module, nn.Embedding)
+                and given.dim() == 2
+                and len(given) == 1 < len(ids)
+            ):
                 # positions that all examples share: each gets its own, to which the same is added
                 given, output = given.expand(len(ids), -1), output.expand(len(ids), -1, -1)
             whole = given is not None and output.dim() == 3 and len(output) == len(ids)
             calls[module] += 1 if whole else 2
-            return _Tap.apply(start, output, given.detach(), lambda *found: self._square(module, *found)) if whole else output
+            return (
+                _Tap.apply(start, output, given.detach(), lambda *found: self._square(module, *found))
+                if whole
+                else output
+            )
 
         handles = [module.register_forward_hook(tap) for module in self._sites]
         required = {name: p.requires_grad for name, p in self._parameters.items()}
@@ -189,7 +214,11 @@ def _kind(module: nn.Module) -> str:
 def _scales(module: nn.Module) -> bool:
     """Whether module(x) is weight·h(x) + bias; tried on random numbers, for norms are many classes and their names say little."""
     own = dict(module.named_parameters())
-    if "weight" not in own or own.keys() - {"weight", "bias"} or any(p.dim() != 1 or p.shape != own["weight"].shape for p in own.values()):
+    if (
+        "weight" not in own
+        or own.keys() - {"weight", "bias"}
+        or any(p.dim() != 1 or p.shape != own["weight"].shape for p in own.values())
+    ):
         return False
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(1, 2, len(own["weight"]), generator=draw).to(own["weight"].device)

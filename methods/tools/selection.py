@@ -69,8 +69,14 @@ def _spread(bits: Tensor, heavy: int, *, below: bool) -> None:
         piece.add_(moved.mul_(ramp[: len(piece)]), alpha=-1 if below else 1)
 
 
-def kth_by_histogram(pieces: Callable[[], Iterable[Tensor]], k: int, *, device: torch.device, shards: Any = None,
-                     lanes: int | None = None) -> Tensor:  # fmt: skip
+def kth_by_histogram(
+    pieces: Callable[[], Iterable[Tensor]],
+    k: int,
+    *,
+    device: torch.device,
+    shards: Any = None,
+    lanes: int | None = None,
+) -> Tensor:
     """The exact k-th largest of the non-negative float32 entries of all processes, 0-dim on `device`; every process calls it.
 
     pieces   makes this process's entries, as flat tensors of at most COUNTED; it is called twice, and may make none
@@ -82,7 +88,9 @@ def kth_by_histogram(pieces: Callable[[], Iterable[Tensor]], k: int, *, device: 
     (12·lanes+8)·(2¹⁶+TRASH): 403 and 52 MB, however large the tensor.
     """
     lanes = lanes or (1 if device.type == "cpu" else LANES)
-    upper, k = _bin_of_kth(_histogram((piece.view(torch.int32) >> 16 for piece in pieces()), 1 << 15, lanes, device), k, shards)
+    upper, k = _bin_of_kth(
+        _histogram((piece.view(torch.int32) >> 16 for piece in pieces()), 1 << 15, lanes, device), k, shards
+    )
 
     def lower() -> Iterable[Tensor]:
         for piece in pieces():

@@ -30,8 +30,15 @@ def digest_of(source: str) -> str:
     """Hex sha256 of what Python source does, as described above. Raises SyntaxError where it is not Python."""
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-    imported = sorted({(alias.name, bound) for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)
-                       for alias in node.names if (bound := alias.asname or alias.name.partition(".")[0]) in used})  # fmt: skip
+    imported = sorted(
+        {
+            (alias.name, bound)
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if (bound := alias.asname or alias.name.partition(".")[0]) in used
+        }
+    )
     return sha256(repr((imported, _said(tree))).encode()).hexdigest()
 
 
@@ -43,7 +50,11 @@ def _said(node: Any) -> Any:
         node = ast.Assign(targets=[node.target], value=node.value)
     if not isinstance(node, ast.AST):
         return (type(node).__name__, repr(node))
-    fields = ((name, value) for name, value in ast.iter_fields(node) if name not in _UNSAID and value is not None and value != [])
+    fields = (
+        (name, value)
+        for name, value in ast.iter_fields(node)
+        if name not in _UNSAID and value is not None and value != []
+    )
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _is_text(node.body[:1]):
         fields = ((name, value[1:] if name == "body" else value) for name, value in fields)
     return (type(node).__name__, *((name, _said(value)) for name, value in fields))
@@ -59,4 +70,9 @@ def _silent(node: Any) -> bool:
 
 
 def _is_text(body: list[ast.stmt]) -> bool:
-    return bool(body) and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant) and isinstance(body[0].value.value, str)
+    return (
+        bool(body)
+        and isinstance(body[0], ast.Expr)
+        and isinstance(body[0].value, ast.Constant)
+        and isinstance(body[0].value.value, str)
+    )

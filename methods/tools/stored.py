@@ -45,7 +45,9 @@ def thin(importance: Mapping[str, Codes], *, density: float) -> tuple[dict[str, 
     were multiplied, the largest `factor`, and `error` = ‖F′ − F‖/‖F‖, that of the penalty's gradient F⊙δ for a movement δ
     of one size everywhere, against the 8-bit F. Of zeros alone there is nothing to drop and nothing to say.
     """
-    counts, values = (torch.stack(rows) for rows in zip(*(codes.histogram() for codes in importance.values()), strict=True))
+    counts, values = (
+        torch.stack(rows) for rows in zip(*(codes.histogram() for codes in importance.values()), strict=True)
+    )
     there = counts * (values > 0)
     if not there.any():
         return dict(importance), {}
@@ -59,21 +61,29 @@ def thin(importance: Mapping[str, Codes], *, density: float) -> tuple[dict[str, 
     kept = there * chosen
     mass, mass_kept = (counts * values).sum(1), (kept * values).sum(1)
     factors = torch.where(mass_kept > 0, mass / mass_kept, 1.0)
-    dropped = torch.where((there > 0) & ~chosen, torch.arange(there.shape[1]), 0).amax(1)  # values grow with their codes
+    dropped = torch.where((there > 0) & ~chosen, torch.arange(there.shape[1]), 0).amax(
+        1
+    )  # values grow with their codes
     thinned = {}
     for (name, codes), last, factor in zip(importance.items(), dropped.tolist(), factors.tolist(), strict=True):
         thinned[name] = Codes(codes=codes.codes * (codes.codes > last), low=codes.low, step=codes.step).scaled(factor)
     difference = (kept * ((factors[:, None] - 1) * values).square()).sum() + ((there - kept) * values.square()).sum()
-    facts = {"share": kept.sum() / counts.sum(), "mass": mass_kept.sum() / mass.sum(), "factor": factors.max(),
-             "error": (difference / (counts * values.square()).sum()).sqrt()}  # fmt: skip
+    facts = {
+        "share": kept.sum() / counts.sum(),
+        "mass": mass_kept.sum() / mass.sum(),
+        "factor": factors.max(),
+        "error": (difference / (counts * values.square()).sum()).sqrt(),
+    }
     return thinned, {name: float(f"{fact.item():.4g}") for name, fact in facts.items()}
 
 
 def refuse_thin_floats(part: Part) -> None:
     """Raises UserError where a part's settings `density` and `bits` exclude each other."""
     if part.density < 1 and part.bits != 8:
-        raise UserError(f"{part.key}.density is {part.density:g} with bits: {part.bits}: only 8-bit importance can be kept in part; "
-                        "write bits: 8, or density: 1.0")  # fmt: skip
+        raise UserError(
+            f"{part.key}.density is {part.density:g} with bits: {part.bits}: only 8-bit importance can be kept in part; "
+            "write bits: 8, or density: 1.0"
+        )
 
 
 def save_importance(importance: Mapping[str, Tensor | Codes], path: Path) -> None:
@@ -98,8 +108,11 @@ def save_importance(importance: Mapping[str, Tensor | Codes], path: Path) -> Non
             facts[name] = {"shape": list(values.shape), "dtype": str(values.dtype).removeprefix("torch.")}
             frames[name] = squeeze(flat.view(torch.uint8).view(-1, flat.itemsize).T.contiguous().numpy())
     with writing(path):
-        save_file({name: np.frombuffer(frame, np.uint8) for name, frame in frames.items()}, path,
-                  metadata={_FACTS: json.dumps(facts, sort_keys=True)})  # fmt: skip
+        save_file(
+            {name: np.frombuffer(frame, np.uint8) for name, frame in frames.items()},
+            path,
+            metadata={_FACTS: json.dumps(facts, sort_keys=True)},
+        )
 
 
 def load_importance(path: Path) -> dict[str, Tensor | Codes]:
@@ -111,7 +124,16 @@ def load_importance(path: Path) -> dict[str, Tensor | Codes]:
         return _load(path)
     except UserError:
         raise
-    except (SafetensorError, _zstandard().ZstdError, OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+    except (
+        SafetensorError,
+        _zstandard().ZstdError,
+        OSError,
+        ValueError,
+        TypeError,
+        LookupError,
+        AttributeError,
+        RuntimeError,
+    ) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {AGAIN}") from error
 
 

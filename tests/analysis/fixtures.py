@@ -29,7 +29,13 @@ TASKS = {
 }
 HARSHNESS = {"full": 1.0, "lora": 0.7, "ewc": 0.45, "mofo": 0.6, "hierarchical": 0.4}
 LEARNING = {"full": 1.0, "lora": 0.85, "ewc": 0.7, "mofo": 0.9, "hierarchical": 0.75}
-SECONDS = {"full": (0.0, 252.3), "lora": (0.0, 171.9), "ewc": (96.4, 268.0), "mofo": (0.0, 301.2), "hierarchical": (88.7, 190.3)}
+SECONDS = {
+    "full": (0.0, 252.3),
+    "lora": (0.0, 171.9),
+    "ewc": (96.4, 268.0),
+    "mofo": (0.0, 301.2),
+    "hierarchical": (88.7, 190.3),
+}
 DELTA = {"full": 269_060_552, "lora": 1_843_200, "ewc": 269_060_552, "mofo": 269_060_552, "hierarchical": 1_843_200}
 IMPORTANCE = {"ewc": 538_060_000, "hierarchical": 3_686_400}
 SETTINGS = {
@@ -100,12 +106,35 @@ def scores_of(items: pd.DataFrame, *, domain: str, sha256: str) -> dict:
     for task, (role, metric, n, chance, _, _) in TASKS.items():
         name = domain if task == "science" else task
         value = float(items[items.task == name].score.mean())
-        tasks[name] = {"role": role, "metric": metric, "value": value, "n": n, "chance": chance, "version": 1.0, "metrics": {metric: value}}
+        tasks[name] = {
+            "role": role,
+            "metric": metric,
+            "value": value,
+            "n": n,
+            "chance": chance,
+            "version": 1.0,
+            "metrics": {metric: value},
+        }
     text = items[items.task == "general"]
     tokens = float(text.gold.sum())
     nats = float(text.score.sum()) / tokens
-    general = {"perplexity": float(np.exp(nats)), "nats_per_token": nats, "bits_per_byte": nats / np.log(2) / 4.2, "tokens": int(tokens), "bytes": int(tokens * 4.2), "n": len(text)}
-    scoring = {"scoring": 1, "scorer": "shared-prefix", "batch_size": 16, "dtype": "bfloat16", "limit": None, "lm_eval": "0.4.13", "transformers": "5.23.0"}
+    general = {
+        "perplexity": float(np.exp(nats)),
+        "nats_per_token": nats,
+        "bits_per_byte": nats / np.log(2) / 4.2,
+        "tokens": int(tokens),
+        "bytes": int(tokens * 4.2),
+        "n": len(text),
+    }
+    scoring = {
+        "scoring": 1,
+        "scorer": "shared-prefix",
+        "batch_size": 16,
+        "dtype": "bfloat16",
+        "limit": None,
+        "lm_eval": "0.4.13",
+        "transformers": "5.23.0",
+    }
     return {"tasks": tasks, "general": general, "scoring": scoring, "weights_sha256": sha256}
 
 
@@ -129,7 +158,10 @@ def curve_of(*, method: str, domain: str, seed: int, steps: int = 60) -> pd.Data
             row |= {f"probe_{domain}": 0.60 + 0.18 * rise * learns, f"probe_{domain}_nll": 1.5 - 0.7 * rise * learns}
             for task in ("hellaswag", "piqa", "lambada_openai", "copa"):
                 lost = TASKS[task][5] * harsh * rise
-                row |= {f"probe_{task}": round((TASKS[task][4] - lost) * 50) / 50, f"probe_{task}_nll": 2.6 + 0.8 * lost}
+                row |= {
+                    f"probe_{task}": round((TASKS[task][4] - lost) * 50) / 50,
+                    f"probe_{task}_nll": 2.6 + 0.8 * lost,
+                }
             row["probe_perplexity"] = 21.0 * (1 + 0.12 * harsh * rise)
         rows.append(row)
     return pd.DataFrame(rows)
@@ -160,9 +192,20 @@ def write_results(
     whole, together = base, base_scores
     if (there := root / "base" / model).exists():  # a base is scored on the tasks of every domain
         whole = pd.concat([pd.read_csv(there / "items.csv.gz"), base]).drop_duplicates(["task", "doc_id"])
-        together = base_scores | {"tasks": json.loads((there / "scores.json").read_text())["tasks"] | base_scores["tasks"]}
+        together = base_scores | {
+            "tasks": json.loads((there / "scores.json").read_text())["tasks"] | base_scores["tasks"]
+        }
     write_json(root / "base" / model / "scores.json", together)
-    write_json(root / "base" / model / "evaluate.json", {"seconds_evaluate": 181.0, "hardware": HARDWARE, "versions": VERSIONS, "git": GIT, "when": "2030-01-02T03:00:00+00:00"})
+    write_json(
+        root / "base" / model / "evaluate.json",
+        {
+            "seconds_evaluate": 181.0,
+            "hardware": HARDWARE,
+            "versions": VERSIONS,
+            "git": GIT,
+            "when": "2030-01-02T03:00:00+00:00",
+        },
+    )
     write_items(root / "base" / model / "items.csv.gz", whole)
     planned = []
     for method in methods:
@@ -170,14 +213,27 @@ def write_results(
             cell = f"{model}/{domain}/{method}/seed{seed}"
             planned.append(cell)
             if method in (failed or {}):
-                write_json(root / "failures" / f"{cell}.json", {"cell": cell, "stage": "train", "reason": failed[method], "kind": "nan", "when": "2030-01-02T03:40:00+00:00"})
+                write_json(
+                    root / "failures" / f"{cell}.json",
+                    {
+                        "cell": cell,
+                        "stage": "train",
+                        "reason": failed[method],
+                        "kind": "nan",
+                        "when": "2030-01-02T03:40:00+00:00",
+                    },
+                )
             elif method not in missing:
-                write_cell(root, cell=cell, base=base, base_scores=base_scores, data_sha=data_sha, not_a_result=not_a_result)
+                write_cell(
+                    root, cell=cell, base=base, base_scores=base_scores, data_sha=data_sha, not_a_result=not_a_result
+                )
     write_tuning(root, methods=methods, model=model, domain=domain)
     return planned
 
 
-def write_cell(root: Path, *, cell: str, base: pd.DataFrame, base_scores: dict, data_sha: str, not_a_result: bool) -> None:
+def write_cell(
+    root: Path, *, cell: str, base: pd.DataFrame, base_scores: dict, data_sha: str, not_a_result: bool
+) -> None:
     model, domain, method, seed = cell.split("/")
     seed = int(seed.removeprefix("seed"))
     folder, sha = root / "runs" / cell, digest(cell)
@@ -198,44 +254,176 @@ def write_cell(root: Path, *, cell: str, base: pd.DataFrame, base_scores: dict, 
     prepare, train = SECONDS.get(method, (0.0, 200.0))
     when = "2030-01-02T03:30:00+00:00"
     costs = {
-        "seconds_train": train, "peak_memory_bytes": 3_100_000_000, "bytes_weights_delta": DELTA.get(method, 269_060_552),
-        "bytes_anchor": 269_030_000 if method == "ewc" else 0, "bytes_optimizer_state": 2 * 538_060_000 if DELTA.get(method, 0) > 1e8 else 7_372_800,
+        "seconds_train": train,
+        "peak_memory_bytes": 3_100_000_000,
+        "bytes_weights_delta": DELTA.get(method, 269_060_552),
+        "bytes_anchor": 269_030_000 if method == "ewc" else 0,
+        "bytes_optimizer_state": 2 * 538_060_000 if DELTA.get(method, 0) > 1e8 else 7_372_800,
         "tokens_trained": 54_000,
     }
-    shared = {"weights_sha256": sha, "base_sha256": base_scores["weights_sha256"], "data_sha256": data_sha, "dtype": "bfloat16", "versions": VERSIONS, "hardware": HARDWARE, "git": GIT, "numerics": 1}
+    shared = {
+        "weights_sha256": sha,
+        "base_sha256": base_scores["weights_sha256"],
+        "data_sha256": data_sha,
+        "dtype": "bfloat16",
+        "versions": VERSIONS,
+        "hardware": HARDWARE,
+        "git": GIT,
+        "numerics": 1,
+    }
     settings = {"learning_rate": 1e-5, "batch_size": 8, "warmup": 0.1, **SETTINGS.get(method, {})}
-    write_json(folder / "train.json", {"cell": cell, "seed": seed, "seconds_begin": 0.0, "steps": 60, "settings": settings, "compute_dtype": "bfloat16", "device": "cpu", "when": when, "parts": report, **costs, **shared})
-    write_json(folder / "evaluate.json", {"seconds_evaluate": 190.0, "hardware": HARDWARE, "versions": VERSIONS, "git": GIT, "when": when})
-    preparation = {"seconds_prepare": prepare, "tokens_prepare": 40_000 if prepare else 0, "bytes_importance": IMPORTANCE.get(method, 0)}
-    write_json(root / "prepared" / model / method / f"seed{seed}" / "prepare.json", {**preparation, "bytes_start": 0, "peak_memory_bytes": 2_000_000_000, "reused": False, "hardware": HARDWARE, "versions": VERSIONS, "git": GIT, "when": when})
+    write_json(
+        folder / "train.json",
+        {
+            "cell": cell,
+            "seed": seed,
+            "seconds_begin": 0.0,
+            "steps": 60,
+            "settings": settings,
+            "compute_dtype": "bfloat16",
+            "device": "cpu",
+            "when": when,
+            "parts": report,
+            **costs,
+            **shared,
+        },
+    )
+    write_json(
+        folder / "evaluate.json",
+        {"seconds_evaluate": 190.0, "hardware": HARDWARE, "versions": VERSIONS, "git": GIT, "when": when},
+    )
+    preparation = {
+        "seconds_prepare": prepare,
+        "tokens_prepare": 40_000 if prepare else 0,
+        "bytes_importance": IMPORTANCE.get(method, 0),
+    }
+    write_json(
+        root / "prepared" / model / method / f"seed{seed}" / "prepare.json",
+        {
+            **preparation,
+            "bytes_start": 0,
+            "peak_memory_bytes": 2_000_000_000,
+            "reused": False,
+            "hardware": HARDWARE,
+            "versions": VERSIONS,
+            "git": GIT,
+            "when": when,
+        },
+    )
     mean = lambda table: sum(table[t]["value"] for t in kept) / len(kept)
-    write_json(folder / "metrics.json", {
-        "cell": cell, "model": model, "domain": domain, "method": method, "seed": seed, "parts": SETTINGS.get(method, {}),
-        "domain_score": after[domain]["value"], "domain_score_base": before[domain]["value"], "domain_gain": after[domain]["value"] - before[domain]["value"],
-        "general_score": mean(after), "general_score_base": mean(before), "forgetting": sum(lost[t] for t in kept) / len(kept), "forgetting_by_task": lost, "at_chance": at_chance,
-        "transfer_by_task": {t: after[t]["value"] - before[t]["value"] for t in after if after[t]["role"] == "transfer"},
-        "scores_by_task": {t: {"value": after[t]["value"], "base": before[t]["value"], "n": after[t]["n"], "chance": after[t]["chance"], "metric": after[t]["metric"], "role": after[t]["role"]} for t in after},
-        "general_perplexity": scores["general"]["perplexity"], "general_perplexity_base": base_scores["general"]["perplexity"],
-        "general_bits_per_byte": scores["general"]["bits_per_byte"], "general_bits_per_byte_base": base_scores["general"]["bits_per_byte"],
-        "seconds_evaluate": 190.0, "tokens_per_second": 54_000 / train, "n": {t: after[t]["n"] for t in after} | {"general_text": 128}, **preparation, **costs, **shared,
-        "scoring": scores["scoring"], "parts_report": report, "learning_rate": 1e-5, "cost_known": True, "model_note": NOTE, "not_a_result": not_a_result,
-    })
+    write_json(
+        folder / "metrics.json",
+        {
+            "cell": cell,
+            "model": model,
+            "domain": domain,
+            "method": method,
+            "seed": seed,
+            "parts": SETTINGS.get(method, {}),
+            "domain_score": after[domain]["value"],
+            "domain_score_base": before[domain]["value"],
+            "domain_gain": after[domain]["value"] - before[domain]["value"],
+            "general_score": mean(after),
+            "general_score_base": mean(before),
+            "forgetting": sum(lost[t] for t in kept) / len(kept),
+            "forgetting_by_task": lost,
+            "at_chance": at_chance,
+            "transfer_by_task": {
+                t: after[t]["value"] - before[t]["value"] for t in after if after[t]["role"] == "transfer"
+            },
+            "scores_by_task": {
+                t: {
+                    "value": after[t]["value"],
+                    "base": before[t]["value"],
+                    "n": after[t]["n"],
+                    "chance": after[t]["chance"],
+                    "metric": after[t]["metric"],
+                    "role": after[t]["role"],
+                }
+                for t in after
+            },
+            "general_perplexity": scores["general"]["perplexity"],
+            "general_perplexity_base": base_scores["general"]["perplexity"],
+            "general_bits_per_byte": scores["general"]["bits_per_byte"],
+            "general_bits_per_byte_base": base_scores["general"]["bits_per_byte"],
+            "seconds_evaluate": 190.0,
+            "tokens_per_second": 54_000 / train,
+            "n": {t: after[t]["n"] for t in after} | {"general_text": 128},
+            **preparation,
+            **costs,
+            **shared,
+            "scoring": scores["scoring"],
+            "parts_report": report,
+            "learning_rate": 1e-5,
+            "cost_known": True,
+            "model_note": NOTE,
+            "not_a_result": not_a_result,
+        },
+    )
 
 
 def write_tuning(root: Path, *, methods: tuple[str, ...], model: str, domain: str) -> None:
     trials = []
     for method in methods:
         for k in range(3):
-            trials.append({"method": method, "settings": {"train.learning_rate": [5e-6, 1e-5, 2e-5][k]}, "domain_probe": 0.7 + 0.02 * k, "retention_probe": 0.5 - 0.01 * k, "general_perplexity_probe": 21 + k, "objective": 0.2 + 0.01 * (k == 1), "seconds": 60.0 + k, "chosen": k == 1})
+            trials.append(
+                {
+                    "method": method,
+                    "settings": {"train.learning_rate": [5e-6, 1e-5, 2e-5][k]},
+                    "domain_probe": 0.7 + 0.02 * k,
+                    "retention_probe": 0.5 - 0.01 * k,
+                    "general_perplexity_probe": 21 + k,
+                    "objective": 0.2 + 0.01 * (k == 1),
+                    "seconds": 60.0 + k,
+                    "chosen": k == 1,
+                }
+            )
     if "mofo" in methods:
-        trials[0] = {"method": trials[0]["method"], "settings": {"train.learning_rate": 1.0}, "failed": "loss is NaN at step 3", "chosen": False}
-    write_json(root / "tuning" / model / f"{domain}.json", {"rule": "highest domain probe gain minus retention probe loss", "trials": trials, "base": {domain: 0.6, f"{domain}_nll": 1.5, "hellaswag": 0.44, "hellaswag_nll": 2.6, "piqa": 0.66, "piqa_nll": 2.4, "perplexity": 20.7}})
+        trials[0] = {
+            "method": trials[0]["method"],
+            "settings": {"train.learning_rate": 1.0},
+            "failed": "loss is NaN at step 3",
+            "chosen": False,
+        }
+    write_json(
+        root / "tuning" / model / f"{domain}.json",
+        {
+            "rule": "highest domain probe gain minus retention probe loss",
+            "trials": trials,
+            "base": {
+                domain: 0.6,
+                f"{domain}_nll": 1.5,
+                "hellaswag": 0.44,
+                "hellaswag_nll": 2.6,
+                "piqa": 0.66,
+                "piqa_nll": 2.4,
+                "perplexity": 20.7,
+            },
+        },
+    )
 
 
-def write_bench(root: Path, name: str, *, races: list[Race], when: str = "2030-01-02T03:00:00+00:00", text: str = "What is compared, and why.", drawn: bool = True) -> Path:
+def write_bench(
+    root: Path,
+    name: str,
+    *,
+    races: list[Race],
+    when: str = "2030-01-02T03:00:00+00:00",
+    text: str = "What is compared, and why.",
+    drawn: bool = True,
+) -> Path:
     """A benchmark's record and figure, in the form `python -m experiments bench` writes."""
-    record = {"name": name, "title": f"Title of {name}", "text": text, "races": [race.record() for race in races], "hardware": HARDWARE,
-              "load": 0.4, "versions": VERSIONS, "git": GIT, "when": when}  # fmt: skip
+    record = {
+        "name": name,
+        "title": f"Title of {name}",
+        "text": text,
+        "races": [race.record() for race in races],
+        "hardware": HARDWARE,
+        "load": 0.4,
+        "versions": VERSIONS,
+        "git": GIT,
+        "when": when,
+    }
     write_json(root / "bench" / f"{name}.json", record)
     if drawn:
         show.draw(record, stem=root / "bench" / name)
@@ -244,4 +432,8 @@ def write_bench(root: Path, name: str, *, races: list[Race], when: str = "2030-0
 
 def steps_race() -> Race:
     """Steps by method: ewc takes 1.5, 1.2 and 1.1 times full in the three rounds, its fastest 1.25 times the fastest of full."""
-    return Race(title="smollm2-135m, science: a step", against="full", seconds={"full": [0.2, 0.3, 0.25], "ewc": [0.3, 0.36, 0.275], "lora": [0.1, 0.15, 0.125]})
+    return Race(
+        title="smollm2-135m, science: a step",
+        against="full",
+        seconds={"full": [0.2, 0.3, 0.25], "ewc": [0.3, 0.36, 0.275], "lora": [0.1, 0.15, 0.125]},
+    )

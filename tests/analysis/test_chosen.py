@@ -16,8 +16,17 @@ def loaded(runs, *, probed=True):
     cells, curves = [], []
     for (method, seed), scores in runs.items():
         cell = f"m/science/{method}/seed{seed}"
-        cells.append({"cell": cell, "model": "m", "domain": "science", "method": method, "seed": seed,
-                      "domain_gain": -scores[0], "forgetting": scores[1]})  # fmt: skip
+        cells.append(
+            {
+                "cell": cell,
+                "model": "m",
+                "domain": "science",
+                "method": method,
+                "seed": seed,
+                "domain_gain": -scores[0],
+                "forgetting": scores[1],
+            }
+        )
         for step, values in ((0, (0.1, 0.1, 0.1, 99.0)), (5, (np.nan,) * 4), (9, scores if probed else (np.nan,) * 4)):
             names = ("probe_science", "probe_piqa", "probe_hellaswag", "probe_perplexity")
             curves.append({"cell": cell, "step": step, **dict(zip(names, values)), "probe_piqa_nll": 3.0})
@@ -27,14 +36,21 @@ def loaded(runs, *, probed=True):
 
 
 def test_the_best_objective_wins_and_of_equal_ones_the_lowest_perplexity():
-    runs = {("ewc", 0): (0.80, 0.60, 0.40, 20.0), ("ewc-s1", 0): (0.90, 0.60, 0.40, 22.0), ("ewc-s2", 0): (0.896, 0.60, 0.40, 21.0),
-            ("ewc-s3", 0): (0.894, 0.60, 0.40, 5.0), ("full", 0): (0.1, 0.1, 0.1, 90.0)}  # fmt: skip
+    runs = {
+        ("ewc", 0): (0.80, 0.60, 0.40, 20.0),
+        ("ewc-s1", 0): (0.90, 0.60, 0.40, 22.0),
+        ("ewc-s2", 0): (0.896, 0.60, 0.40, 21.0),
+        ("ewc-s3", 0): (0.894, 0.60, 0.40, 5.0),
+        ("full", 0): (0.1, 0.1, 0.1, 90.0),
+    }
     found = loaded(runs)
     assert chosen(found, "ewc", model="m", domain="science") == "ewc-s2"  # 0.4 points below the best; s3 is 0.6 below
     assert chosen(found, "full", model="m", domain="science") == "full"
     assert chosen(found, "lora", model="m", domain="science") is None
     table = choices(found, model="m", domain="science").set_index("method")
-    assert table.loc["ewc-s1", "objective"] == pytest.approx(0.90 + 0.50) and table.loc["ewc-s1", "retention_probe"] == pytest.approx(0.5)
+    assert table.loc["ewc-s1", "objective"] == pytest.approx(0.90 + 0.50) and table.loc[
+        "ewc-s1", "retention_probe"
+    ] == pytest.approx(0.5)
     assert list(table["family"]) == ["ewc"] * 4 + ["full"] and table["chosen"].sum() == 2
 
 
@@ -61,21 +77,37 @@ def test_test_scores_do_not_count():
 
 
 def test_what_is_reported_is_one_block_a_family_and_no_test_score_moves_it():
-    runs = {("full", 0): (0.9, 0.6, 0.4, 20.0), ("ewc", 0): (0.5, 0.6, 0.4, 20.0), ("ewc-s1", 0): (0.9, 0.6, 0.4, 20.0),
-            ("mofo-s1", 0): (0.5, 0.6, 0.4, 20.0), ("mofo-s2", 0): (0.4, 0.6, 0.4, 20.0)}  # fmt: skip
+    runs = {
+        ("full", 0): (0.9, 0.6, 0.4, 20.0),
+        ("ewc", 0): (0.5, 0.6, 0.4, 20.0),
+        ("ewc-s1", 0): (0.9, 0.6, 0.4, 20.0),
+        ("mofo-s1", 0): (0.5, 0.6, 0.4, 20.0),
+        ("mofo-s2", 0): (0.4, 0.6, 0.4, 20.0),
+    }
     kept = lambda found: list(reported(found).cells["method"])
     found = loaded(runs)
-    assert kept(found) == ["full", "ewc-s1", "mofo-s1"] and set(reported(found).curves["cell"]) == set(reported(found).cells.index)
+    assert kept(found) == ["full", "ewc-s1", "mofo-s1"] and set(reported(found).curves["cell"]) == set(
+        reported(found).cells.index
+    )
     found.cells["domain_gain"], found.cells["forgetting"] = [9.0, 9.0, -9.0, -9.0, 9.0], [-9.0, -9.0, 9.0, 9.0, -9.0]
     assert kept(found) == ["full", "ewc-s1", "mofo-s1"]
-    assert kept(loaded(runs, probed=False)) == ["full", "ewc", "mofo-s1"]  # without probes the method as it is written, else its first block
+    assert kept(loaded(runs, probed=False)) == [
+        "full",
+        "ewc",
+        "mofo-s1",
+    ]  # without probes the method as it is written, else its first block
     alone = loaded({("full", 0): (0.9, 0.6, 0.4, 20.0)})
     assert reported(alone) is alone and reported(loaded({})).cells.empty
 
 
 def test_seeds_are_averaged_over_those_that_all_blocks_have():
-    runs = {("ewc", 0): (0.7, 0.6, 0.4, 20.0), ("ewc", 1): (0.9, 0.6, 0.4, 20.0), ("ewc", 2): (1.0, 1.0, 1.0, 1.0),
-            ("ewc-s1", 0): (0.82, 0.6, 0.4, 20.0), ("ewc-s1", 1): (0.82, 0.6, 0.4, 20.0)}  # fmt: skip
+    runs = {
+        ("ewc", 0): (0.7, 0.6, 0.4, 20.0),
+        ("ewc", 1): (0.9, 0.6, 0.4, 20.0),
+        ("ewc", 2): (1.0, 1.0, 1.0, 1.0),
+        ("ewc-s1", 0): (0.82, 0.6, 0.4, 20.0),
+        ("ewc-s1", 1): (0.82, 0.6, 0.4, 20.0),
+    }
     table = choices(loaded(runs), model="m", domain="science").set_index("method")
     assert list(table["seeds"]) == [2, 2] and table.loc["ewc", "domain_probe"] == pytest.approx(0.8)
     assert chosen(loaded(runs), "ewc", model="m", domain="science") == "ewc-s1"

@@ -8,18 +8,28 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
+from analysis.load import load_cells
 from analysis.sections import claims
 from analysis.sections.claims_measured import Measured
-from analysis.load import load_cells
 from analysis.sections.tables import comparison
 from experiments.bench.race import Race
-from methods.errors import UserError
 from experiments.study.paths import HERE
+from methods.errors import UserError
 from tests.analysis.fixtures import write_bench, write_json, write_results
 
 PAPERS = {"p": {"title": "A paper <of> 2025", "source": "https://example.org/p"}}
-CLAIM = {"paper": "p", "claim": "c", "number": 0.1, "unit": "points", "direction": "about", "tolerance": 0.02, "setting": "s", "scope": "any",
-         "seen": "review", "measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "value"}}]}  # fmt: skip
+CLAIM = {
+    "paper": "p",
+    "claim": "c",
+    "number": 0.1,
+    "unit": "points",
+    "direction": "about",
+    "tolerance": 0.02,
+    "setting": "s",
+    "scope": "any",
+    "seen": "review",
+    "measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "value"}}],
+}
 HERE_ON = {"scope": "setting", "on": {"models": ["smollm2-135m"], "domains": ["science"]}}
 
 
@@ -55,7 +65,10 @@ def measure(results, folder, measured, **changes):
 def test_the_projects_own_claims_hold_together(results):
     loaded = claims.load()
     assert len(loaded) >= 15
-    assert {claim.paper["source"] for claim in loaded} == {"https://arxiv.org/abs/2501.13669", "https://arxiv.org/abs/2407.20999"}
+    assert {claim.paper["source"] for claim in loaded} == {
+        "https://arxiv.org/abs/2501.13669",
+        "https://arxiv.org/abs/2407.20999",
+    }
     for claim in loaded:
         low, high = claim.accepted
         assert low <= claim.number[0] <= claim.number[1] <= high  # what is claimed agrees with itself
@@ -63,20 +76,30 @@ def test_the_projects_own_claims_hold_together(results):
     assert set(table["name"]) == {claim.name for claim in loaded} and set(table["verdict"]) <= set(claims.VERDICTS)
     scores = table[(table["scope"] == "setting") & table["value"].notna()]
     assert len(scores) and set(scores["verdict"]) == {"not comparable"}  # nothing here is of the papers' models
-    assert (table[table["value"].isna()]["verdict"] == "not measured").all() and table[table["value"].isna()]["why"].all()
+    assert (table[table["value"].isna()]["verdict"] == "not measured").all() and table[table["value"].isna()][
+        "why"
+    ].all()
 
 
 @pytest.mark.parametrize(
     ("direction", "value", "low", "high", "verdict"),
     [
-        ("about", 0.1, 0.09, 0.11, "agrees"), ("about", 0.12, None, None, "agrees"), ("about", 0.1201, None, None, "disagrees"),
-        ("about", 0.1, 0.07, 0.11, "not measured"), ("about", 0.2, 0.05, 0.3, "not measured"), ("about", 0.2, 0.13, 0.3, "disagrees"),
+        ("about", 0.1, 0.09, 0.11, "agrees"),
+        ("about", 0.12, None, None, "agrees"),
+        ("about", 0.1201, None, None, "disagrees"),
+        ("about", 0.1, 0.07, 0.11, "not measured"),
+        ("about", 0.2, 0.05, 0.3, "not measured"),
+        ("about", 0.2, 0.13, 0.3, "disagrees"),
         ("about", 0.0, -0.1, 0.079, "disagrees"),
-        ("at least", 9.0, None, None, "agrees"), ("at least", 0.2, 0.08, 0.3, "agrees"), ("at least", 0.2, 0.07, 0.3, "not measured"),
+        ("at least", 9.0, None, None, "agrees"),
+        ("at least", 0.2, 0.08, 0.3, "agrees"),
+        ("at least", 0.2, 0.07, 0.3, "not measured"),
         ("at least", 0.05, 0.0, 0.07, "disagrees"),
-        ("at most", -9.0, None, None, "agrees"), ("at most", 0.1, 0.0, 0.13, "not measured"), ("at most", 0.2, 0.13, 0.3, "disagrees"),
+        ("at most", -9.0, None, None, "agrees"),
+        ("at most", 0.1, 0.0, 0.13, "not measured"),
+        ("at most", 0.2, 0.13, 0.3, "disagrees"),
     ],
-)  # fmt: skip
+)
 def test_a_verdict_is_of_the_whole_interval(tmp_path, direction, value, low, high, verdict):
     claim = one(tmp_path, direction=direction)
     assert claim.verdict(Measured(where="w", value=value, low=low, high=high))[0] == verdict
@@ -84,7 +107,11 @@ def test_a_verdict_is_of_the_whole_interval(tmp_path, direction, value, low, hig
 
 def test_a_range_is_claimed_as_a_range(tmp_path):
     claim = one(tmp_path, number=[0.1, 0.2])
-    assert [claim.verdict(Measured(where="w", value=v))[0] for v in (0.07, 0.08, 0.15, 0.22, 0.23)] == ["disagrees", *["agrees"] * 3, "disagrees"]
+    assert [claim.verdict(Measured(where="w", value=v))[0] for v in (0.07, 0.08, 0.15, 0.22, 0.23)] == [
+        "disagrees",
+        *["agrees"] * 3,
+        "disagrees",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,14 +132,29 @@ def test_a_range_is_claimed_as_a_range(tmp_path):
         ({"scope": "setting", "on": {"models": []}}, "claims.one.on: domains is missing"),
         ({"measures": ...}, "a claim that nothing measures says in `why`"),
         ({"measures": [{"tables": {}}]}, r"claims.one.measures\[0\] is .*name one place to look"),
-        ({"measures": [{"table": {"metric": "forgeting", "method": "ewc", "as": "value"}}]}, "unknown metric 'forgeting' in .*mean 'forgetting'"),
-        ({"measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "sum", "against": "full"}}]}, "as is 'sum'"),
-        ({"measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "ratio"}}]}, "table: against is missing"),
-        ({"measures": [{"table": {"metric": "forgetting", "methods": "ewc"}}]}, "unknown key 'methods' in .*did you mean 'method'"),
-        ({"measures": [{"fact": {"record": "steps", "name": "x"}, "equals": []}]}, "unknown key 'equals' in .*did you mean 'equal'"),
+        (
+            {"measures": [{"table": {"metric": "forgeting", "method": "ewc", "as": "value"}}]},
+            "unknown metric 'forgeting' in .*mean 'forgetting'",
+        ),
+        (
+            {"measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "sum", "against": "full"}}]},
+            "as is 'sum'",
+        ),
+        (
+            {"measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "ratio"}}]},
+            "table: against is missing",
+        ),
+        (
+            {"measures": [{"table": {"metric": "forgetting", "methods": "ewc"}}]},
+            "unknown key 'methods' in .*did you mean 'method'",
+        ),
+        (
+            {"measures": [{"fact": {"record": "steps", "name": "x"}, "equals": []}]},
+            "unknown key 'equals' in .*did you mean 'equal'",
+        ),
         ({**HERE_ON, "measures": [{"fact": {"record": "steps", "name": "x"}}]}, "the claim's scope must be `any`"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_the_file_are_refused_by_name(tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         one(tmp_path, **changes)
@@ -137,7 +179,9 @@ def test_a_value_is_the_tables_own(results, tmp_path):
 
 @pytest.mark.parametrize("metric", ["forgetting", "domain_gain", "domain_score", "general_score"])
 def test_a_difference_is_paired_by_item_and_seed(results, tmp_path, metric):
-    row = measure(results, tmp_path, {"table": {"metric": metric, "method": "ewc", "against": "full", "as": "difference"}})
+    row = measure(
+        results, tmp_path, {"table": {"metric": metric, "method": "ewc", "against": "full", "as": "difference"}}
+    )
     loaded = load_cells(*results)
     mean = loaded.cells.groupby("method")[metric].mean()
     assert row["value"] == pytest.approx(mean["ewc"] - mean["full"])
@@ -154,12 +198,24 @@ def test_a_difference_is_paired_by_item_and_seed(results, tmp_path, metric):
 
 
 def test_a_ratio_of_scores_has_an_interval(results, tmp_path):
-    row = measure(results, tmp_path, {"table": {"metric": "domain_score", "method": "mofo", "against": "full", "as": "ratio"}}, unit="share")
+    row = measure(
+        results,
+        tmp_path,
+        {"table": {"metric": "domain_score", "method": "mofo", "against": "full", "as": "ratio"}},
+        unit="share",
+    )
     loaded = load_cells(*results)
     mean = loaded.cells.groupby("method")["domain_score"].mean()
     assert row["value"] == pytest.approx(mean["mofo"] / mean["full"]) and row["low"] < row["value"] < row["high"]
-    same = measure(results, tmp_path, {"table": {"metric": "domain_score", "method": "full", "against": "full", "as": "ratio"}}, unit="share")
-    assert same["value"] == 1.0 and 0.98 < same["low"] < 1 < same["high"] < 1.02  # that no item differs does not say that none can
+    same = measure(
+        results,
+        tmp_path,
+        {"table": {"metric": "domain_score", "method": "full", "against": "full", "as": "ratio"}},
+        unit="share",
+    )
+    assert (
+        same["value"] == 1.0 and 0.98 < same["low"] < 1 < same["high"] < 1.02
+    )  # that no item differs does not say that none can
 
 
 def test_costs_are_compared_seed_by_seed_on_one_machine(results, tmp_path):
@@ -168,10 +224,14 @@ def test_costs_are_compared_seed_by_seed_on_one_machine(results, tmp_path):
     assert row["value"] == pytest.approx(301.2 / 252.3) and row["n"] == "2 seeds" and row["verdict"] == "agrees"
     loaded = load_cells(*results)
     loaded.cells.loc["smollm2-135m/science/mofo/seed0", "seconds_train"] *= 2
-    row, = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
-    assert row["low"] == pytest.approx(301.2 / 252.3) and row["high"] == pytest.approx(602.4 / 252.3) and row["verdict"] == "not measured"
+    (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    assert (
+        row["low"] == pytest.approx(301.2 / 252.3)
+        and row["high"] == pytest.approx(602.4 / 252.3)
+        and row["verdict"] == "not measured"
+    )
     loaded.cells.at["smollm2-135m/science/mofo/seed0", "hardware"] = {"cpu": "another"}
-    row, = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
     assert row["verdict"] == "not comparable" and "hardware is not equal" in row["why"]
 
 
@@ -179,26 +239,41 @@ def test_a_time_taken_once_is_no_verdict_and_a_reused_preparation_counts_once(re
     asked = {"table": {"metric": "seconds_train", "method": "mofo", "against": "full", "as": "ratio"}}
     assert measure(results, tmp_path, asked, number=1.19, unit="times")["verdict"] == "agrees"
     alone = load_cells(results[0], [cell for cell in results[1] if cell.endswith("seed0")])
-    row, = claims.table(alone, comparison(alone), path=tmp_path / "claims.yaml").to_dict("records")
-    assert row["value"] == pytest.approx(301.2 / 252.3) and (row["verdict"], row["why"][:10]) == ("not measured", "timed once")
+    (row,) = claims.table(alone, comparison(alone), path=tmp_path / "claims.yaml").to_dict("records")
+    assert row["value"] == pytest.approx(301.2 / 252.3) and (row["verdict"], row["why"][:10]) == (
+        "not measured",
+        "timed once",
+    )
     asked = {"table": {"metric": "seconds_prepare", "method": "hierarchical", "against": "ewc", "as": "ratio"}}
-    assert measure(results, tmp_path, asked, unit="times")["n"] == "1 timing"  # both seeds have the same seconds to the last digit
+    assert (
+        measure(results, tmp_path, asked, unit="times")["n"] == "1 timing"
+    )  # both seeds have the same seconds to the last digit
     loaded = load_cells(*results)
     loaded.cells.loc["smollm2-135m/science/ewc/seed1", "seconds_prepare"] *= 1.1
-    row, = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
     assert row["n"] == "2 timings" and row["low"] < row["high"]
 
 
 def test_what_must_be_equal_and_is_not_is_not_comparable(results, tmp_path):
-    asked = {"table": {"metric": "bytes_importance", "method": "hierarchical", "against": "ewc", "as": "ratio"},
-             "equal": ["learning_rate", "tokens_trained"]}  # fmt: skip
+    asked = {
+        "table": {"metric": "bytes_importance", "method": "hierarchical", "against": "ewc", "as": "ratio"},
+        "equal": ["learning_rate", "tokens_trained"],
+    }
     assert measure(results, tmp_path, asked, unit="share")["verdict"] == "disagrees"  # 0.7 %
     loaded = load_cells(*results)
     loaded.cells.loc[loaded.cells["method"] == "ewc", "learning_rate"] = 3e-4
-    row, = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
     assert row["verdict"] == "not comparable" and row["why"] == "learning rate is not equal: 1e-05 and 0.0003"
-    unknown = measure(results, tmp_path, {"table": {"metric": "bytes_importance", "method": "ewc", "against": "full", "as": "ratio"}}, why="a")
-    assert unknown["verdict"] == "not measured" and "bytes_importance is unknown or nothing; it would take a" == unknown["why"]
+    unknown = measure(
+        results,
+        tmp_path,
+        {"table": {"metric": "bytes_importance", "method": "ewc", "against": "full", "as": "ratio"}},
+        why="a",
+    )
+    assert (
+        unknown["verdict"] == "not measured"
+        and "bytes_importance is unknown or nothing; it would take a" == unknown["why"]
+    )
 
 
 def test_scores_agree_or_disagree_only_on_the_claims_own_models_and_data(results, tmp_path):
@@ -213,11 +288,25 @@ def test_scores_agree_or_disagree_only_on_the_claims_own_models_and_data(results
 
 
 def test_benchmarks_are_looked_up_by_runner_and_fact(results, tmp_path):
-    row = measure(results, tmp_path, {"bench": {"record": "steps", "runner": "mofo", "against": "full"}}, number=1.12, unit="times", tolerance=0.1)
-    assert (row["value"], row["low"], row["high"]) == pytest.approx((1.15, 1.1, 1.15)) and row["n"] == "2 rounds" and row["verdict"] == "agrees"
+    row = measure(
+        results,
+        tmp_path,
+        {"bench": {"record": "steps", "runner": "mofo", "against": "full"}},
+        number=1.12,
+        unit="times",
+        tolerance=0.1,
+    )
+    assert (
+        (row["value"], row["low"], row["high"]) == pytest.approx((1.15, 1.1, 1.15))
+        and row["n"] == "2 rounds"
+        and row["verdict"] == "agrees"
+    )
     row = measure(results, tmp_path, {"fact": {"record": "steps", "name": "share"}}, unit="share")
     assert row["value"] == 0.12 and row["verdict"] == "agrees"
-    for gone in ({"bench": {"record": "steps", "runner": "mofo", "against": "lora"}}, {"fact": {"record": "headline", "name": "x"}}):
+    for gone in (
+        {"bench": {"record": "steps", "runner": "mofo", "against": "lora"}},
+        {"fact": {"record": "headline", "name": "x"}},
+    ):
         row = measure(results, tmp_path, gone)
         assert row["verdict"] == "not measured" and "python -m experiments bench" in row["why"]
 
@@ -225,18 +314,32 @@ def test_benchmarks_are_looked_up_by_runner_and_fact(results, tmp_path):
 def test_movement_is_read_from_drift(results, tmp_path):
     asked = {"drift": {"metric": "distance", "method": "mofo", "against": "full"}}
     assert measure(results, tmp_path, asked)["verdict"] == "not measured"
-    moved = {cell: {"overall": {"distance": {"mofo": 1.0, "full": 5.0}.get(cell.split("/")[2], 2.0) + int(cell[-1])}} for cell in results[1]}
-    row, = found(results, tmp_path / "claims.yaml", drift=moved).to_dict("records")
-    assert row["value"] == pytest.approx((1 / 5 + 2 / 6) / 2) and (row["low"], row["high"]) == pytest.approx((1 / 5, 2 / 6))
+    moved = {
+        cell: {"overall": {"distance": {"mofo": 1.0, "full": 5.0}.get(cell.split("/")[2], 2.0) + int(cell[-1])}}
+        for cell in results[1]
+    }
+    (row,) = found(results, tmp_path / "claims.yaml", drift=moved).to_dict("records")
+    assert row["value"] == pytest.approx((1 / 5 + 2 / 6) / 2) and (row["low"], row["high"]) == pytest.approx(
+        (1 / 5, 2 / 6)
+    )
 
 
 def test_methods_that_are_not_there_and_seeds_that_do_not_meet(results, tmp_path):
-    row = measure(results, tmp_path, {"table": {"metric": "forgetting", "method": "ewc-lora", "against": "full", "as": "difference"}})
-    assert row["verdict"] == "not measured" and row["why"] == "no model and domain with finished cells of ewc-lora and full"
+    row = measure(
+        results,
+        tmp_path,
+        {"table": {"metric": "forgetting", "method": "ewc-lora", "against": "full", "as": "difference"}},
+    )
+    assert (
+        row["verdict"] == "not measured"
+        and row["why"] == "no model and domain with finished cells of ewc-lora and full"
+    )
     cells = ["smollm2-135m/science/ewc/seed0", "smollm2-135m/science/full/seed1"]
     loaded = load_cells(results[0], cells)
-    written(tmp_path, measures=[{"table": {"metric": "forgetting", "method": "ewc", "against": "full", "as": "difference"}}])
-    row, = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    written(
+        tmp_path, measures=[{"table": {"metric": "forgetting", "method": "ewc", "against": "full", "as": "difference"}}]
+    )
+    (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
     assert row["verdict"] == "not measured" and row["why"] == "ewc and full have no seed in common"
 
 
@@ -264,7 +367,9 @@ def test_the_section_shows_every_claim_and_escapes(results):
     loaded = load_cells(*results)
     made = claims.section(loaded, comparison(loaded))
     json.dumps(made)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
     partial = environment.from_string((HERE / "analysis/sections/claims.html.j2").read_text())
     page = partial.render(claims=made)
     table = claims.table(loaded, comparison(loaded))
@@ -276,6 +381,15 @@ def test_the_section_shows_every_claim_and_escapes(results):
 
 def test_a_record_of_one_round_is_a_value(results, tmp_path):
     race = Race(title="t", against="a", seconds={"a": [1.0], "b": [2.0]})
-    write_json(tmp_path / "results/bench/other.json", {"name": "other", "title": "t", "text": "t", "when": "2030", "races": [race.record()]})
-    row = measure((tmp_path / "results", []), tmp_path, {"bench": {"record": "other", "runner": "b", "against": "a"}}, number=2, tolerance=0)
+    write_json(
+        tmp_path / "results/bench/other.json",
+        {"name": "other", "title": "t", "text": "t", "when": "2030", "races": [race.record()]},
+    )
+    row = measure(
+        (tmp_path / "results", []),
+        tmp_path,
+        {"bench": {"record": "other", "runner": "b", "against": "a"}},
+        number=2,
+        tolerance=0,
+    )
     assert row["verdict"] == "agrees" and pd.isna(row["low"]) and row["n"] == "1 round"

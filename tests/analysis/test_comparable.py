@@ -75,7 +75,11 @@ def test_each_rule_takes_the_odd_cell_out_and_is_named(root, rule):
     found = comparable.guarded(loaded(root))
     assert odd not in found.cells.index and len(found.cells) == 7
     (failure,) = found.failures.itertuples()
-    assert (failure.cell, failure.kind) == (odd, "not comparable") and f"{rule} is " in failure.reason and "7 cells compared" in failure.reason
+    assert (
+        (failure.cell, failure.kind) == (odd, "not comparable")
+        and f"{rule} is " in failure.reason
+        and "7 cells compared" in failure.reason
+    )
     assert odd not in set(found.items["cell"]) | set(found.curves["cell"]) | set(found.prepared)
     if rule == "numerics":
         assert f"numerics is 99 here and {before['numerics']} there" in failure.reason
@@ -85,9 +89,15 @@ def test_each_rule_takes_the_odd_cell_out_and_is_named(root, rule):
 
 def test_the_message_counts_what_it_does_not_spell_out(root):
     odd = CELL.format("full", 0)
-    changed(root, odd, lambda m: [RULES[rule](m) for rule in ("base_sha256", "dtype", "numerics", "scoring.limit", "token budget")])
-    (_, reason), = comparable.groups(loaded(root).cells)[1]
-    assert "base_sha256 is ffffffffffff here" in reason and reason.count(" there") == 3 and "and 2 more differ" in reason
+    changed(
+        root,
+        odd,
+        lambda m: [RULES[rule](m) for rule in ("base_sha256", "dtype", "numerics", "scoring.limit", "token budget")],
+    )
+    ((_, reason),) = comparable.groups(loaded(root).cells)[1]
+    assert (
+        "base_sha256 is ffffffffffff here" in reason and reason.count(" there") == 3 and "and 2 more differ" in reason
+    )
 
 
 def test_the_largest_group_is_kept_and_of_two_the_newest(root):
@@ -95,7 +105,10 @@ def test_the_largest_group_is_kept_and_of_two_the_newest(root):
         for seed in (0, 1):
             changed(root, CELL.format(method, seed), lambda m: m.update(numerics=99))
     kept, out = comparable.groups(loaded(root).cells)
-    assert set(kept["method"]) == {"full", "lora", "ewc"} and [cell for cell, _ in out] == [CELL.format("mofo", 0), CELL.format("mofo", 1)]
+    assert set(kept["method"]) == {"full", "lora", "ewc"} and [cell for cell, _ in out] == [
+        CELL.format("mofo", 0),
+        CELL.format("mofo", 1),
+    ]
     changed(root, CELL.format("ewc", 0), lambda m: m.update(numerics=1))
     changed(root, CELL.format("ewc", 1), lambda m: m.update(numerics=1))  # now four and four
     cells = loaded(root).cells

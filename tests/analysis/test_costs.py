@@ -3,13 +3,24 @@ import json
 import pandas as pd
 import pytest
 
-from analysis.sections import costs
 from analysis.load import load_cells
+from analysis.sections import costs
 from tests.analysis.fixtures import METHODS, steps_race, write_bench, write_results
 
 # the fixtures' seconds and tokens: full trains 54,000 tokens in 252.3 s and 60 steps
-EWC = {"seconds_prepare": 96.4, "tokens_prepare": 40_000, "seconds_train": 268.0, "seconds_evaluate": 190.0, "steps": 60, "bytes_importance": 538_060_000,
-       "bytes_anchor": 269_030_000, "bytes_start": 0, "bytes_weights_delta": 269_060_552, "peak_memory_prepare_bytes": 2e9, "peak_memory_train_bytes": 3.1e9}  # fmt: skip
+EWC = {
+    "seconds_prepare": 96.4,
+    "tokens_prepare": 40_000,
+    "seconds_train": 268.0,
+    "seconds_evaluate": 190.0,
+    "steps": 60,
+    "bytes_importance": 538_060_000,
+    "bytes_anchor": 269_030_000,
+    "bytes_start": 0,
+    "bytes_weights_delta": 269_060_552,
+    "peak_memory_prepare_bytes": 2e9,
+    "peak_memory_train_bytes": 3.1e9,
+}
 
 
 def of(root, planned):
@@ -18,7 +29,12 @@ def of(root, planned):
 
 
 def change(root, cell, file="metrics.json", **keys):
-    path = root / ("prepared" if file == "prepare.json" else "runs") / (cell.replace("/science", "") if file == "prepare.json" else cell) / file
+    path = (
+        root
+        / ("prepared" if file == "prepare.json" else "runs")
+        / (cell.replace("/science", "") if file == "prepare.json" else cell)
+        / file
+    )
     path.write_text(json.dumps(json.loads(path.read_text()) | keys))
 
 
@@ -32,8 +48,26 @@ def test_numbers_by_hand(tmp_path):
     assert ewc["seconds_per_step"] == pytest.approx(268.0 / 60) and ewc["step_ratio"] == pytest.approx(268.0 / 252.3)
     assert table.at["full", "step_ratio"] == 1 and table.at["full", "prepare_token_equivalents"] == 0
     assert table["step_ratio_same_run"].isna().all()
-    assert costs.seconds_row(ewc) == [("ewc", ""), ("1 min 36 s", ""), ("20,600", "40,000 seen"), ("4 min 28 s", "54,000 tokens"), ("4.47 s", ""), ("×1.06", ""), ("–", ""), ("3 min 10 s", "")]
-    assert [text for text, _ in costs.bytes_row(ewc)] == ["ewc", "2.0 GB", "3.1 GB", "1.1 GB", "269 MB", "538 MB", "–", "269 MB"]
+    assert costs.seconds_row(ewc) == [
+        ("ewc", ""),
+        ("1 min 36 s", ""),
+        ("20,600", "40,000 seen"),
+        ("4 min 28 s", "54,000 tokens"),
+        ("4.47 s", ""),
+        ("×1.06", ""),
+        ("–", ""),
+        ("3 min 10 s", ""),
+    ]
+    assert [text for text, _ in costs.bytes_row(ewc)] == [
+        "ewc",
+        "2.0 GB",
+        "3.1 GB",
+        "1.1 GB",
+        "269 MB",
+        "538 MB",
+        "–",
+        "269 MB",
+    ]
     assert "not measured" in " ".join(costs.formula(table))
 
 
@@ -43,13 +77,19 @@ def test_the_ratio_of_the_same_run_is_the_median_of_the_rounds(tmp_path):
     write_bench(tmp_path, "other", races=[steps_race()], drawn=False)
     assert costs.same_run(load_cells(tmp_path, planned), model="another", method="ewc") is None
     _, table = of(tmp_path, planned)
-    assert table.at["ewc", "step_ratio_same_run"] == pytest.approx(1.2) and pd.isna(table.at["mofo", "step_ratio_same_run"])
-    assert "(smollm2-135m, science: a step)" in " ".join(costs.formula(table)) and costs.seconds_row(table.loc["ewc"])[6] == ("×1.20", "")
+    assert table.at["ewc", "step_ratio_same_run"] == pytest.approx(1.2) and pd.isna(
+        table.at["mofo", "step_ratio_same_run"]
+    )
+    assert "(smollm2-135m, science: a step)" in " ".join(costs.formula(table)) and costs.seconds_row(table.loc["ewc"])[
+        6
+    ] == ("×1.20", "")
 
 
 def test_without_full_the_tokens_are_of_the_method_itself(tmp_path):
     _, table = of(tmp_path, write_results(tmp_path, methods=("ewc", "mofo")))
-    assert table.at["ewc", "reference"] == "ewc" and table.at["ewc", "prepare_token_equivalents"] == pytest.approx(96.4 / (268.0 / 54_000))
+    assert table.at["ewc", "reference"] == "ewc" and table.at["ewc", "prepare_token_equivalents"] == pytest.approx(
+        96.4 / (268.0 / 54_000)
+    )
     assert table["step_ratio"].isna().all() and "of the method itself" in costs.formula(table)[0]
 
 
@@ -66,8 +106,20 @@ def test_unknown_costs_stay_unknown_and_scoring_is_known(tmp_path):
     change(tmp_path, planned[1], cost_known=False, seconds_train=None, tokens_trained=None)
     _, table = of(tmp_path, planned)
     mine = table.loc["mine"]
-    assert mine[[key for key in costs.MEASURED if key != "seconds_evaluate"]].isna().all() and mine["seconds_evaluate"] == 190
-    assert [text for text, _ in costs.seconds_row(mine)] == ["mine", "unknown", "–", "unknown", "unknown", "–", "–", "3 min 10 s"]
+    assert (
+        mine[[key for key in costs.MEASURED if key != "seconds_evaluate"]].isna().all()
+        and mine["seconds_evaluate"] == 190
+    )
+    assert [text for text, _ in costs.seconds_row(mine)] == [
+        "mine",
+        "unknown",
+        "–",
+        "unknown",
+        "unknown",
+        "–",
+        "–",
+        "3 min 10 s",
+    ]
     assert {text for text, _ in costs.bytes_row(mine)[1:]} == {"unknown"}
 
 
@@ -77,7 +129,9 @@ def test_seeds_are_averaged_and_a_stored_preparation_says_so(tmp_path):
     change(tmp_path, planned[3], "prepare.json", bytes_start=100, reused=True)
     _, table = of(tmp_path, planned)
     assert table.at["ewc", "seconds_prepare"] == pytest.approx(146.4) and table.at["ewc", "bytes_start"] == 50
-    assert costs.seconds_row(table.loc["ewc"])[1][1] == "from the store" and "from the store" in costs.formula(table)[-1]
+    assert (
+        costs.seconds_row(table.loc["ewc"])[1][1] == "from the store" and "from the store" in costs.formula(table)[-1]
+    )
 
 
 def test_markdown_holds_both_tables_or_nothing(tmp_path):

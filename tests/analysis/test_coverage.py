@@ -32,7 +32,11 @@ def right_or_wrong(draw, *, seeds: int, sizes: tuple, spread: float):
     for n in sizes:
         item = np.sqrt(own) * draw.standard_normal((STUDIES, 1, n))
         before = item + np.sqrt(drawn) * draw.standard_normal((STUDIES, 1, n)) > bound
-        moved = item + np.sqrt(drawn / 2) * draw.standard_normal((STUDIES, 1, n)) + np.sqrt(drawn / 2) * draw.standard_normal((STUDIES, seeds, n))
+        moved = (
+            item
+            + np.sqrt(drawn / 2) * draw.standard_normal((STUDIES, 1, n))
+            + np.sqrt(drawn / 2) * draw.standard_normal((STUDIES, seeds, n))
+        )
         tasks.append((moved + shift > bound + drop) * 1.0 - before)
     return tasks, norm.sf((bound + drop) / np.sqrt(1 + scale**2)) - norm.sf(bound)
 
@@ -99,7 +103,10 @@ def test_an_interval_over_items_alone_fails_where_seeds_differ():
 def test_tasks_of_unequal_size_and_a_single_seed_cover():
     draw = np.random.default_rng(4)
     assert 0.93 <= covered(*normal(draw, seeds=4, sizes=(100, 200, 300), spread=1)) <= 0.98
-    for study in (normal, right_or_wrong):  # one seed, about this run: the seeds' part is no part of the truth, so there is no spread
+    for study in (
+        normal,
+        right_or_wrong,
+    ):  # one seed, about this run: the seeds' part is no part of the truth, so there is no spread
         assert 0.93 <= covered(*study(draw, seeds=1, sizes=(100, 100, 100), spread=0)) <= 0.97
 
 
@@ -108,7 +115,11 @@ def test_the_score_over_seeds_covers(spread):
     draw, bound, inside = np.random.default_rng(5), -1.0, 0
     truth = norm.sf(bound / np.sqrt(1 + spread**2))
     for _ in range(STUDIES):
-        ability = np.sqrt(0.8) * draw.standard_normal(100) + np.sqrt(0.2) * draw.standard_normal((3, 100)) + spread * draw.standard_normal((3, 1))
+        ability = (
+            np.sqrt(0.8) * draw.standard_normal(100)
+            + np.sqrt(0.2) * draw.standard_normal((3, 100))
+            + spread * draw.standard_normal((3, 1))
+        )
         found = of_shares((ability > bound) * 1.0)
         inside += found.low <= truth <= found.high
     assert 0.93 <= inside / STUDIES <= 0.99
@@ -119,7 +130,12 @@ def test_the_perplexity_ratio_over_seeds_covers(spread):
     draw, inside = np.random.default_rng(6), 0
     tokens = draw.integers(80, 200, size=128)
     for _ in range(STUDIES):
-        nats = 0.1 + spread * draw.standard_normal((3, 1)) + 0.03 * draw.standard_normal(128) + 0.02 * draw.standard_normal((3, 128))
+        nats = (
+            0.1
+            + spread * draw.standard_normal((3, 1))
+            + 0.03 * draw.standard_normal(128)
+            + 0.02 * draw.standard_normal((3, 128))
+        )
         runs = dict(zip("abc", nats * tokens))
         found = perplexity_ratio(pd.DataFrame({"task": "general", "gold": tokens, "base": 0.0, "tuned": 0.0, **runs}))
         inside += found.low <= np.exp(0.1) <= found.high

@@ -4,13 +4,21 @@ import pandas as pd
 import pytest
 
 from analysis import style
-from analysis.report.figures import write_figures
 from analysis.load import load_cells
+from analysis.report.figures import write_figures
 from analysis.sections.tables import comparison
 from tests.analysis.fixtures import METHODS, coefficients, write_results
 
-NAMES = ["gain_forgetting_front", "matched_gain", "forgetting_by_task", "forgetting_over_training", "answers_lost_and_gained", "lost_in_common",
-         "layer_coefficients", "cost"]  # fmt: skip
+NAMES = [
+    "gain_forgetting_front",
+    "matched_gain",
+    "forgetting_by_task",
+    "forgetting_over_training",
+    "answers_lost_and_gained",
+    "lost_in_common",
+    "layer_coefficients",
+    "cost",
+]
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +26,12 @@ def drawn(tmp_path_factory):
     root = tmp_path_factory.mktemp("results")
     loaded = load_cells(root, write_results(root))
     table = comparison(loaded)
-    return root, loaded, table, {figure.name: figure for figure in write_figures(loaded, table, folder=root / "figures")}
+    return (
+        root,
+        loaded,
+        table,
+        {figure.name: figure for figure in write_figures(loaded, table, folder=root / "figures")},
+    )
 
 
 def csv(figure):
@@ -45,13 +58,20 @@ def test_csv_holds_what_was_drawn(drawn):
     assert len(by_task) == 4 * len(METHODS) and set(by_task[by_task.at_chance]["task"]) == {"copa"}
     metrics = json.loads((root / "runs/smollm2-135m/science/ewc/seed0/metrics.json").read_text())
     copa = metrics["scores_by_task"]["copa"]
-    assert by_task[(by_task.task == "copa") & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(100 * (copa["base"] - copa["value"]))
+    assert by_task[(by_task.task == "copa") & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(
+        100 * (copa["base"] - copa["value"])
+    )
     for task, lost in metrics["forgetting_by_task"].items():
-        assert by_task[(by_task.task == task) & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(100 * lost)
+        assert by_task[(by_task.task == task) & (by_task.method == "ewc")]["forgetting"].item() == pytest.approx(
+            100 * lost
+        )
     cost = csv(figures["cost"]).set_index("method")
     assert cost.at["ewc", "bytes_importance"] + cost.at["ewc", "bytes_anchor"] == rows.at["ewc", "bytes_stored"]
     assert cost.at["ewc", "peak_memory_prepare_bytes"] == 2_000_000_000 and cost.at["full", "step_ratio"] == 1
-    probes, curve = csv(figures["forgetting_over_training"]), pd.read_csv(root / "runs/smollm2-135m/science/lora/seed0/curve.csv")
+    probes, curve = (
+        csv(figures["forgetting_over_training"]),
+        pd.read_csv(root / "runs/smollm2-135m/science/lora/seed0/curve.csv"),
+    )
     asked = [f"probe_{task}_nll" for task in ("hellaswag", "piqa", "lambada_openai", "copa")]
     expected = curve.dropna(subset=["probe_perplexity"])
     own = probes[probes.method == "lora"]
@@ -65,7 +85,9 @@ def test_the_same_data_give_the_same_bytes(drawn, tmp_path):
     _, loaded, table, figures = drawn
     for again in write_figures(loaded, table, folder=tmp_path):
         for suffix in (".svg", ".png", ".csv"):
-            assert again.stem.with_suffix(suffix).read_bytes() == figures[again.name].stem.with_suffix(suffix).read_bytes(), again.name + suffix
+            assert (
+                again.stem.with_suffix(suffix).read_bytes() == figures[again.name].stem.with_suffix(suffix).read_bytes()
+            ), again.name + suffix
 
 
 def test_a_demo_is_marked_in_every_figure(tmp_path):
@@ -82,14 +104,23 @@ def test_without_items_and_curves_the_rest_is_still_drawn(tmp_path):
         (tmp_path / "runs" / cell / "items.csv.gz").unlink()
         (tmp_path / "runs" / cell / "curve.csv").unlink()
     loaded = load_cells(tmp_path, planned)
-    assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == ["gain_forgetting_front", "forgetting_by_task", "cost"]
+    assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == [
+        "gain_forgetting_front",
+        "forgetting_by_task",
+        "cost",
+    ]
 
 
 def test_block_coefficients_with_groups_outside_the_layers(tmp_path):
     planned = write_results(tmp_path, methods=("hierarchical",))
     path = tmp_path / "runs" / planned[0] / "metrics.json"
     metrics = json.loads(path.read_text())
-    metrics["parts_report"]["hierarchical"]["coefficients"] = {"model.embed_tokens": 0.5, "model.layers.0": 1.5, "model.layers.1": 1.0, "model.norm": 1.0}
+    metrics["parts_report"]["hierarchical"]["coefficients"] = {
+        "model.embed_tokens": 0.5,
+        "model.layers.0": 1.5,
+        "model.layers.1": 1.0,
+        "model.norm": 1.0,
+    }
     path.write_text(json.dumps(metrics))
     loaded = load_cells(tmp_path, planned)
     figures = write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")
@@ -101,7 +132,10 @@ def test_block_coefficients_with_groups_outside_the_layers(tmp_path):
 def test_colours_are_fixed_and_stand_out_on_both_pages():
     def light(shade):
         parts = [int(shade[i : i + 2], 16) / 255 for i in (1, 3, 5)]
-        return sum(w * (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4) for w, p in zip((0.2126, 0.7152, 0.0722), parts))
+        return sum(
+            w * (p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4)
+            for w, p in zip((0.2126, 0.7152, 0.0722), parts)
+        )
 
     contrast = lambda a, b: (max(light(a), light(b)) + 0.05) / (min(light(a), light(b)) + 0.05)
     assert style.colour("ewc") == style.FIXED["ewc"] and style.colour("ewc-lora") == style.colour("ewc-lora")

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from analysis.sections import flips, flips_show
 from analysis import style
 from analysis.load import Loaded, load_cells
+from analysis.sections import flips, flips_show
 from tests.analysis.fixtures import digest, write_results
 
 ROLES = {"sums": "domain", "poems": "retention", "maps": "retention", "coins": "retention", "words": "transfer"}
@@ -18,7 +18,11 @@ ROLES = {"sums": "domain", "poems": "retention", "maps": "retention", "coins": "
 
 def frame(scores: dict[str, str]) -> pd.DataFrame:
     """Items from a word of 0 and 1 a task."""
-    rows = [(task, i, digest(f"{task} {i}"), float(score), 0, 0, -1.0) for task, word in scores.items() for i, score in enumerate(word)]
+    rows = [
+        (task, i, digest(f"{task} {i}"), float(score), 0, 0, -1.0)
+        for task, word in scores.items()
+        for i, score in enumerate(word)
+    ]
     return pd.DataFrame(rows, columns=["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"])
 
 
@@ -29,14 +33,30 @@ def study(base: dict[str, str], runs: dict[str, dict[str, str]], *, at_chance=("
     for name, scores in runs.items():
         method, seed = name.split("/")
         cell = f"m/sums/{method}/{seed}"
-        rows.append({"cell": cell, "model": "m", "domain": "sums", "method": method, "seed": int(seed.removeprefix("seed")), "not_a_result": False,
-                     "scores_by_task": {t: {"role": role} for t, role in roles.items()}, "at_chance": list(at_chance),
-                     "forgetting_by_task": {t: 0.0 for t, role in roles.items() if role == "retention" and t not in at_chance}})  # fmt: skip
+        rows.append(
+            {
+                "cell": cell,
+                "model": "m",
+                "domain": "sums",
+                "method": method,
+                "seed": int(seed.removeprefix("seed")),
+                "not_a_result": False,
+                "scores_by_task": {t: {"role": role} for t, role in roles.items()},
+                "at_chance": list(at_chance),
+                "forgetting_by_task": {
+                    t: 0.0 for t, role in roles.items() if role == "retention" and t not in at_chance
+                },
+            }
+        )
         items.append(frame(base | scores).assign(cell=cell))
     text = pd.DataFrame([("general", 0, "x", 300.0, None, 100, -300.0)], columns=items[0].columns.drop("cell"))
-    return Loaded(cells=pd.DataFrame(rows, index=[row["cell"] for row in rows]), curves=pd.DataFrame(), failures=pd.DataFrame(),
-                  items=pd.concat([*items, text.assign(cell=rows[0]["cell"])], ignore_index=True),
-                  base={"m": {"items": pd.concat([frame(base), text], ignore_index=True)}})  # fmt: skip
+    return Loaded(
+        cells=pd.DataFrame(rows, index=[row["cell"] for row in rows]),
+        curves=pd.DataFrame(),
+        failures=pd.DataFrame(),
+        items=pd.concat([*items, text.assign(cell=rows[0]["cell"])], ignore_index=True),
+        base={"m": {"items": pd.concat([frame(base), text], ignore_index=True)}},
+    )
 
 
 BASE = {"sums": "1100", "poems": "11110000", "maps": "110", "coins": "10", "words": "10"}
@@ -51,7 +71,13 @@ def test_lost_gained_net_and_churn_by_hand():
     assert found.loc[("maps", "full"), columns].to_list() == [3, 2, 0.5, 0.5, 0, 1]
     assert found.loc[("sums", "full"), columns].to_list() == [4, 2, 0, 1, 1, 1]
     assert found.loc[("coins", "ewc"), columns].to_list() == [2, 1, 1, 1, 0, 2]
-    assert found["counts"].groupby("task").first().to_dict() == {"sums": False, "poems": True, "maps": True, "coins": False, "words": False}
+    assert found["counts"].groupby("task").first().to_dict() == {
+        "sums": False,
+        "poems": True,
+        "maps": True,
+        "coins": False,
+        "words": False,
+    }
     assert "general" not in found.index.get_level_values("task")
 
 
@@ -59,19 +85,28 @@ def test_without_items_there_is_nothing():
     loaded = study(BASE, {"full/seed0": {}})
     bare = Loaded(**(vars(loaded) | {"base": {}}))
     assert flips.flips(bare, model="m", domain="sums").empty and flips.section(bare, model="m", domain="sums") is None
-    assert flips_show.answers_lost_and_gained(bare, None, bare.cells) is None and flips_show.lost_in_common(bare, None, bare.cells) is None
+    assert (
+        flips_show.answers_lost_and_gained(bare, None, bare.cells) is None
+        and flips_show.lost_in_common(bare, None, bare.cells) is None
+    )
 
 
 def test_chance_is_that_of_all_independent_draws():
     right, lost = {"poems": 5, "maps": 4}, {"a": {"poems": 2, "maps": 1}, "b": {"poems": 3, "maps": 2}}
     base = {task: "1" * n for task, n in right.items()}
     choose = lambda who: [list(combinations(range(right[task]), lost[who][task])) for task in right]
-    shared = [sum(len(set(x) & set(y)) for x, y in zip(first, second)) for first in product(*choose("a")) for second in product(*choose("b"))]
+    shared = [
+        sum(len(set(x) & set(y)) for x, y in zip(first, second))
+        for first in product(*choose("a"))
+        for second in product(*choose("b"))
+    ]
 
     def run(who):  # the first of the draws
         return {task: "".join("0" if i < lost[who][task] else "1" for i in range(n)) for task, n in right.items()}
 
-    found = flips.pairs(flips.flips(study({"sums": "1"} | base, {"a/seed0": run("a"), "b/seed0": run("b")}), model="m", domain="sums"))
+    found = flips.pairs(
+        flips.flips(study({"sums": "1"} | base, {"a/seed0": run("a"), "b/seed0": run("b")}), model="m", domain="sums")
+    )
     (row,) = found.to_dict("records")
     assert (row["lost_a"], row["lost_b"], row["both"], row["union"]) == (3, 5, 3, 5)
     assert row["expected"] == pytest.approx(np.mean(shared)) and row["variance"] == pytest.approx(np.var(shared))
@@ -82,21 +117,35 @@ def test_chance_is_that_of_all_independent_draws():
 
 
 def test_pairs_look_only_at_what_the_base_had_right_in_tasks_that_count():
-    runs = {"a/seed0": {"poems": "00111111", "coins": "00", "words": "00"}, "b/seed0": {"poems": "00110000", "coins": "00", "words": "00"}}
+    runs = {
+        "a/seed0": {"poems": "00111111", "coins": "00", "words": "00"},
+        "b/seed0": {"poems": "00110000", "coins": "00", "words": "00"},
+    }
     (row,) = flips.pairs(flips.flips(study(BASE, runs), model="m", domain="sums")).to_dict("records")
     assert (row["lost_a"], row["lost_b"], row["both"], row["expected"]) == (2, 2, 2, 1.0)
 
 
 def test_seeds_are_added_up_by_method_and_compared_within_it():
-    runs = {"a/seed0": {"poems": "01110000"}, "b/seed0": {"poems": "01110000"}, "a/seed1": {"poems": "10110000"}, "b/seed1": {"poems": "10110000"}}
-    found = flips.overlap(flips.pairs(flips.flips(study(BASE, runs), model="m", domain="sums")), ["a", "b"]).set_index(["method_a", "method_b"])
+    runs = {
+        "a/seed0": {"poems": "01110000"},
+        "b/seed0": {"poems": "01110000"},
+        "a/seed1": {"poems": "10110000"},
+        "b/seed1": {"poems": "10110000"},
+    }
+    found = flips.overlap(flips.pairs(flips.flips(study(BASE, runs), model="m", domain="sums")), ["a", "b"]).set_index(
+        ["method_a", "method_b"]
+    )
     assert found["pairs"].to_dict() == {("a", "b"): 4, ("a", "a"): 1, ("b", "b"): 1}
-    assert found.loc[("a", "b"), "jaccard"] == pytest.approx(2 / 6)  # two of four pairs share their one item of one, two none of two
+    assert found.loc[("a", "b"), "jaccard"] == pytest.approx(
+        2 / 6
+    )  # two of four pairs share their one item of one, two none of two
     assert found.loc[("a", "b"), "ratio"] == pytest.approx(2 / (4 * 1 / 4)) and found.loc[("a", "a"), "ratio"] == 0
 
 
 def test_who_loses_nothing_has_no_ratio():
-    found = flips.overlap(flips.pairs(flips.flips(study(BASE, {"a/seed0": {}, "b/seed0": {}}), model="m", domain="sums")), ["a", "b"])
+    found = flips.overlap(
+        flips.pairs(flips.flips(study(BASE, {"a/seed0": {}, "b/seed0": {}}), model="m", domain="sums")), ["a", "b"]
+    )
     assert found[["jaccard", "by_chance", "ratio", "deviations"]].isna().all(axis=None)
     loaded = study(BASE, {"a/seed0": {}})
     assert flips_show.lost_in_common(loaded, None, loaded.cells) is None
@@ -104,10 +153,17 @@ def test_who_loses_nothing_has_no_ratio():
 
 
 def test_most_forgotten_are_lost_by_most():
-    runs = {"a/seed0": {"poems": "00110000", "maps": "010"}, "a/seed1": {"poems": "01110000"}, "b/seed0": {"poems": "00111111", "coins": "00"}}
+    runs = {
+        "a/seed0": {"poems": "00110000", "maps": "010"},
+        "a/seed1": {"poems": "01110000"},
+        "b/seed0": {"poems": "00111111", "coins": "00"},
+    }
     items = flips.flips(study(BASE, runs), model="m", domain="sums")
     found = flips.most_forgotten(items)
-    assert found[["task", "doc_hash", "lost_by", "of"]].values.tolist() == [["poems", digest("poems 0"), 3, 3], ["poems", digest("poems 1"), 2, 3]]
+    assert found[["task", "doc_hash", "lost_by", "of"]].values.tolist() == [
+        ["poems", digest("poems 0"), 3, 3],
+        ["poems", digest("poems 1"), 2, 3],
+    ]
     assert found.at[0, "methods"] == ["a", "b"] and len(flips.most_forgotten(items, top=1)) == 1
     single = flips.flips(study(BASE, {"a/seed0": {"maps": "010"}}), model="m", domain="sums")
     assert flips.most_forgotten(single)["doc_hash"].to_list() == [digest("maps 0")]
@@ -121,15 +177,28 @@ def loaded(tmp_path_factory):
 
 def test_section_shows_hashes_and_how_to_read_them(loaded):
     found = flips.section(loaded, model="smollm2-135m", domain="science")
-    assert found["tasks"] == ["hellaswag", "piqa", "lambada_openai"] and found["seeds"] == 2 and len(found["worst"]) == flips.LISTED
+    assert (
+        found["tasks"] == ["hellaswag", "piqa", "lambada_openai"]
+        and found["seeds"] == 2
+        and len(found["worst"]) == flips.LISTED
+    )
     row = next(row for row in found["rows"] if row["method"] == "full")
     items = flips.flips(loaded, model="smollm2-135m", domain="science")
     own = items[(items["method"] == "full") & items["task"].isin(found["tasks"])]
     assert row["cells"][0][0] == f"{own['lost'].sum() / 2:.1f}" and row["cells"][3][1] == "of 600"
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-                                     loader=jinja2.FileSystemLoader("analysis/sections"))  # fmt: skip
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        loader=jinja2.FileSystemLoader("analysis/sections"),
+    )
     page = environment.get_template("flips.html.j2").render(flips=found)
-    assert found["worst"][0]["hash"] in page and "flips &#39;smollm2-135m/science/*&#39;" in page and "means over the seeds" in page
+    assert (
+        found["worst"][0]["hash"] in page
+        and "flips &#39;smollm2-135m/science/*&#39;" in page
+        and "means over the seeds" in page
+    )
     assert any("times as many lost answers" in sentence for sentence in found["sentences"])
 
 
@@ -142,9 +211,21 @@ def test_figures_show_the_numbers_and_come_out_equal(loaded, tmp_path):
                 figure, data, title, caption = draw(loaded, None, cells)
                 texts = {text.get_text() for axes in figure.axes for text in axes.texts}
                 style.save(figure, data, stem=tmp_path / name / draw.__name__, not_a_result=False)
-            files.append([(tmp_path / name / draw.__name__).with_suffix(suffix).read_bytes() for suffix in (".png", ".svg", ".csv")])
+            files.append(
+                [
+                    (tmp_path / name / draw.__name__).with_suffix(suffix).read_bytes()
+                    for suffix in (".png", ".svg", ".csv")
+                ]
+            )
         assert files[0] == files[1] and title and caption
-        shown = data["lost"].map(lambda v: f"{v:.3g}") if "lost" in data else data["jaccard"].map(lambda v: f"{100 * v:.0f} %")
+        shown = (
+            data["lost"].map(lambda v: f"{v:.3g}")
+            if "lost" in data
+            else data["jaccard"].map(lambda v: f"{100 * v:.0f} %")
+        )
         assert set(shown) <= texts
-    assert set(zip(data["method_a"], data["method_b"])) >= {("full", "full"), ("full", "lora")}  # the diagonal: seeds of one method
+    assert set(zip(data["method_a"], data["method_b"])) >= {
+        ("full", "full"),
+        ("full", "lora"),
+    }  # the diagonal: seeds of one method
     assert plt.get_fignums() == []

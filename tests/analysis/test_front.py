@@ -7,10 +7,10 @@ import pytest
 
 import analysis
 from analysis import style
-from analysis.sections.front import ALL, _volume, front, gain_forgetting_front, hypervolume, nondominated, section
 from analysis.load import load_cells
-from analysis.statistics.resample import Resampled, _seeds_part, family, resampled, reversed_interval
+from analysis.sections.front import ALL, _volume, front, gain_forgetting_front, hypervolume, nondominated, section
 from analysis.sections.tables import comparison
+from analysis.statistics.resample import Resampled, _seeds_part, family, resampled, reversed_interval
 from tests.analysis.fixtures import write_results
 
 WHERE = {"model": "smollm2-135m", "domain": "science"}
@@ -28,7 +28,9 @@ def swept(tmp_path_factory):
 
 def page(name, **values):
     folder = Path(analysis.__file__).parent
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FileSystemLoader(folder))
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, loader=jinja2.FileSystemLoader(folder)
+    )
     return environment.get_template(f"sections/{name}.html.j2").render(**values)
 
 
@@ -58,7 +60,14 @@ def test_the_bare_base_beats_what_learns_nothing_and_forgets():
 
 
 def test_families_by_name():
-    names = {"ewc": "ewc", "ewc-s1": "ewc", "ewc-s12": "ewc", "ewc-lora": "ewc-lora", "mofo-sparse": "mofo-sparse", "s-s1": "s"}
+    names = {
+        "ewc": "ewc",
+        "ewc-s1": "ewc",
+        "ewc-s12": "ewc",
+        "ewc-lora": "ewc-lora",
+        "mofo-sparse": "mofo-sparse",
+        "s-s1": "s",
+    }
     assert {name: family(name) for name in names} == names
 
 
@@ -66,7 +75,10 @@ def test_redraws_have_the_error_of_the_reported_numbers(tmp_path):
     loaded = loaded_of(tmp_path, methods=("full", "lora"))
     found, rows = resampled(loaded, **WHERE), comparison(loaded).set_index("method")
     for column, method in enumerate(found.methods):
-        for key, value, draws in (("domain_gain", found.gain, found.gains), ("forgetting", found.forgetting, found.forgettings)):
+        for key, value, draws in (
+            ("domain_gain", found.gain, found.gains),
+            ("forgetting", found.forgetting, found.forgettings),
+        ):
             assert value[column] == pytest.approx(rows.at[method, key])
             assert draws[:, column].mean() == pytest.approx(value[column], abs=0.002)
             half = (rows.at[method, f"{key}_high"] - rows.at[method, f"{key}_low"]) / 2
@@ -80,15 +92,21 @@ def test_one_redraw_serves_every_method(tmp_path):
     twin = loaded.items[loaded.items["cell"].str.contains("/full/")].assign(cell="smollm2-135m/science/lora/seed0")
     items = pd.concat([loaded.items[loaded.items["cell"].str.contains("/full/")], twin.sample(frac=1, random_state=0)])
     found = resampled(type(loaded)(**{**loaded.__dict__, "items": items}), **WHERE)
-    assert np.allclose(found.gains[:, 0], found.gains[:, 1]) and np.allclose(found.forgettings[:, 0], found.forgettings[:, 1])
+    assert np.allclose(found.gains[:, 0], found.gains[:, 1]) and np.allclose(
+        found.forgettings[:, 0], found.forgettings[:, 1]
+    )
 
 
 def test_seeds_come_in_with_the_tails_of_student():
     values = np.array([0.10, 0.14, 0.09])
     gain, seeds = [*values, *(values + 1), 0.2], [0, 1, 2, 0, 1, 2, 0]
-    cells = pd.DataFrame({"method": ["a"] * 3 + ["b"] * 3 + ["c"], "seed": seeds, "domain_gain": gain, "forgetting": 0.0})
+    cells = pd.DataFrame(
+        {"method": ["a"] * 3 + ["b"] * 3 + ["c"], "seed": seeds, "domain_gain": gain, "forgetting": 0.0}
+    )
     gains, forgettings = _seeds_part(cells, ("a", "b", "c"), draws=40_000, rng=np.random.default_rng(0))
-    assert np.quantile(gains[:, 0], 0.975) == pytest.approx(4.303 * values.std(ddof=1) / np.sqrt(3), rel=0.06)  # Student, 2 degrees of freedom
+    assert np.quantile(gains[:, 0], 0.975) == pytest.approx(
+        4.303 * values.std(ddof=1) / np.sqrt(3), rel=0.06
+    )  # Student, 2 degrees of freedom
     assert np.allclose(gains[:, 0], gains[:, 1])  # b moves as a does with the seed: their difference is known
     assert not gains[:, 2].any() and not forgettings.any()
 
@@ -115,13 +133,19 @@ def test_front_of_a_sweep(swept):
     assert list(points.index) == list(SWEPT) and points["family"].to_list() == ["full", "lora", "ewc", "ewc", "ewc"]
     assert points["gain"].to_list() == pytest.approx([rows.at[m, "domain_gain"] for m in SWEPT])
     worst = 100 * points["forgetting"].max()
-    assert made.reference == pytest.approx((np.ceil(worst) + 5) / 100) and made.n_domain == 300 and made.n_retention == 600
+    assert (
+        made.reference == pytest.approx((np.ceil(worst) + 5) / 100) and made.n_domain == 300 and made.n_retention == 600
+    )
     volumes = made.volumes.set_index("family")
     assert list(volumes.index) == ["full", "lora", "ewc", ALL] and volumes["blocks"].to_list() == [1, 1, 3, 5]
     full = points.loc["full"]
-    assert volumes.at["full", "hypervolume"] == pytest.approx(1e4 * full["gain"] * (made.reference - full["forgetting"]))
+    assert volumes.at["full", "hypervolume"] == pytest.approx(
+        1e4 * full["gain"] * (made.reference - full["forgetting"])
+    )
     assert volumes.at[ALL, "hypervolume"] >= volumes["hypervolume"].drop(ALL).max()
-    assert (volumes["hypervolume_low"] < volumes["hypervolume"]).all() and (volumes["hypervolume"] < volumes["hypervolume_high"]).all()
+    assert (volumes["hypervolume_low"] < volumes["hypervolume"]).all() and (
+        volumes["hypervolume"] < volumes["hypervolume_high"]
+    ).all()
     assert points["front_share"].between(0, 1).all() and points.loc[points["front"], "front_share"].min() > 0
 
 
@@ -130,8 +154,16 @@ def test_a_gain_close_to_nothing_leaves_the_area_without_an_interval():
     rng, methods = np.random.default_rng(3), ("near", "far")
     gain, forgetting = np.array([0.01, 0.17]), np.array([0.0, 0.0])
     draws = [center + rng.normal(size=(2000, 2)) * 0.015 for center in (gain, forgetting)]
-    found = Resampled(methods=methods, gain=gain, forgetting=forgetting, gains=draws[0], forgettings=draws[1], seeds=dict.fromkeys(methods, 1),
-                      n_domain=300, n_retention=600)  # fmt: skip
+    found = Resampled(
+        methods=methods,
+        gain=gain,
+        forgetting=forgetting,
+        gains=draws[0],
+        forgettings=draws[1],
+        seeds=dict.fromkeys(methods, 1),
+        n_domain=300,
+        n_retention=600,
+    )
     near, far = (_volume(found, name, [k], 0.05) for k, name in enumerate(methods))
     assert near["hypervolume_low"] is None and near["hypervolume_high"] is None and near["hypervolume"] > 0
     assert far["hypervolume_low"] < far["hypervolume"] < far["hypervolume_high"]
@@ -140,17 +172,29 @@ def test_a_gain_close_to_nothing_leaves_the_area_without_an_interval():
 def test_luck_is_a_good_part_of_what_the_best_of_equal_settings_gains_by_chance():
     """With the tails of three seeds; the mean of the redraws overshoots here, and without bound."""
     rng, studies, methods = np.random.default_rng(4), 200, tuple("abcde")
-    errors = lambda *shape: (0.7 * rng.normal(size=(*shape, 1, 2)) + 0.7 * rng.normal(size=(*shape, 5, 2))) * [0.02, 0.008]
+    errors = lambda *shape: (
+        (0.7 * rng.normal(size=(*shape, 1, 2)) + 0.7 * rng.normal(size=(*shape, 5, 2))) * [0.02, 0.008]
+    )
     true, gained, estimated = 1e4 * 0.17 * (0.07 - 0.01), [], []
     for _ in range(studies):
         point = [0.17, 0.01] + errors()
         draws = point + errors(500) / np.sqrt(rng.chisquare(2, size=(500, 1, 1)) / 2)
-        found = Resampled(methods=methods, gain=point[:, 0], forgetting=point[:, 1], gains=draws[..., 0], forgettings=draws[..., 1],
-                          seeds=dict.fromkeys(methods, 3), n_domain=300, n_retention=600)  # fmt: skip
+        found = Resampled(
+            methods=methods,
+            gain=point[:, 0],
+            forgetting=point[:, 1],
+            gains=draws[..., 0],
+            forgettings=draws[..., 1],
+            seeds=dict.fromkeys(methods, 3),
+            n_domain=300,
+            n_retention=600,
+        )
         whole = _volume(found, ALL, list(range(5)), 0.07)
         gained.append(whole["hypervolume"] - true)
         estimated.append(whole["luck"])
-    assert 0.3 * np.mean(gained) < np.mean(estimated) < 0.7 * np.mean(gained) and np.max(estimated) < 3 * np.mean(gained)
+    assert 0.3 * np.mean(gained) < np.mean(estimated) < 0.7 * np.mean(gained) and np.max(estimated) < 3 * np.mean(
+        gained
+    )
 
 
 def test_without_items_the_front_has_no_intervals(tmp_path):
@@ -158,21 +202,33 @@ def test_without_items_the_front_has_no_intervals(tmp_path):
     (tmp_path / "runs" / planned[1] / "items.csv.gz").unlink()
     made = front(load_cells(tmp_path, planned), **WHERE)
     volumes = made.volumes.set_index("family")
-    assert volumes["hypervolume_low"].notna().to_dict() == {"full": True, "lora": False, ALL: False} and made.points["front_share"].isna().all()
+    assert (
+        volumes["hypervolume_low"].notna().to_dict() == {"full": True, "lora": False, ALL: False}
+        and made.points["front_share"].isna().all()
+    )
 
 
 def test_figure_and_section(swept, tmp_path):
     table = comparison(swept)
     with style.house():
-        figure, data, title, caption = gain_forgetting_front(swept, table[table["method"] != "base"], swept.of("smollm2-135m", "science"))
+        figure, data, title, caption = gain_forgetting_front(
+            swept, table[table["method"] != "base"], swept.of("smollm2-135m", "science")
+        )
         style.save(figure, data, stem=tmp_path / "front", not_a_result=False)
     made = front(swept, **WHERE)
     kept = pd.read_csv(tmp_path / "front.csv")
-    assert kept["gain"].to_list() == pytest.approx((100 * made.points["gain"]).to_list()) and kept["forgetting_low"].notna().all()
+    assert (
+        kept["gain"].to_list() == pytest.approx((100 * made.points["gain"]).to_list())
+        and kept["forgetting_low"].notna().all()
+    )
     assert f"forgetting {100 * made.reference:.0f} points" in caption and title
     texts = section(swept, **WHERE)
     html = page("front", front=texts)
-    assert "items and seeds" in html and html.count("<tr>") == 1 + len(made.volumes) and f"{made.volumes['hypervolume'].iloc[0]:.1f}" in html
+    assert (
+        "items and seeds" in html
+        and html.count("<tr>") == 1 + len(made.volumes)
+        and f"{made.volumes['hypervolume'].iloc[0]:.1f}" in html
+    )
     for name in made.points[made.points["front"]]["method"]:
         assert f"{name} (gain" in texts["sentence"]
 

@@ -6,19 +6,34 @@ import pytest
 from scipy.stats import t as student
 
 from analysis.statistics.crossed import crossed
-from analysis.statistics.intervals import mean_difference, of_arrays, of_shares, overall, paired, perplexity_ratio, score, wilson
+from analysis.statistics.intervals import (
+    mean_difference,
+    of_arrays,
+    of_shares,
+    overall,
+    paired,
+    perplexity_ratio,
+    score,
+    wilson,
+)
 from methods.errors import UserError
 
 
 def items(task, scores, gold=0, cell=None):
     hashes = [f"{task}{i}" for i in range(len(scores))]
-    frame = pd.DataFrame({"task": task, "doc_id": range(len(scores)), "doc_hash": hashes, "score": scores, "gold": gold})
+    frame = pd.DataFrame(
+        {"task": task, "doc_id": range(len(scores)), "doc_hash": hashes, "score": scores, "gold": gold}
+    )
     return frame if cell is None else frame.assign(cell=cell)
 
 
 def test_wilson_by_hand():
     found = wilson(8, 10)  # Wilson's interval of 8 in 10, worked out by hand
-    assert found.value == 0.8 and found.low == pytest.approx(0.4902, abs=1e-4) and found.high == pytest.approx(0.9433, abs=1e-4)
+    assert (
+        found.value == 0.8
+        and found.low == pytest.approx(0.4902, abs=1e-4)
+        and found.high == pytest.approx(0.9433, abs=1e-4)
+    )
     assert found.scope == "run"
 
 
@@ -63,9 +78,15 @@ def test_one_task_is_two_way_random_effects():
             squares["item"] += (by_item - mean) ** 2 / (n - 1)
             squares["rest"] += (table[s, i] - by_seed - by_item + mean) ** 2 / ((seeds - 1) * (n - 1))
     variance = (squares["seed"] + squares["item"] - squares["rest"]) / (seeds * n)
-    bottom = squares["seed"] ** 2 / (seeds - 1) + squares["item"] ** 2 / (n - 1) + squares["rest"] ** 2 / ((seeds - 1) * (n - 1))
+    bottom = (
+        squares["seed"] ** 2 / (seeds - 1)
+        + squares["item"] ** 2 / (n - 1)
+        + squares["rest"] ** 2 / ((seeds - 1) * (n - 1))
+    )
     found = of_arrays([table], step=0)
-    assert found.error == pytest.approx(math.sqrt(variance)) and found.df == pytest.approx((variance * seeds * n) ** 2 / bottom)
+    assert found.error == pytest.approx(math.sqrt(variance)) and found.df == pytest.approx(
+        (variance * seeds * n) ** 2 / bottom
+    )
     assert found.scope == "method" and found.seeds == 4 and found.n == 30
     assert found.high - found.value >= student.ppf(0.975, found.df) * found.error - 1e-12
 
@@ -102,8 +123,13 @@ def test_a_grid_of_studies_is_each_study():
 def test_items_that_do_not_move_leave_a_width_and_one_item_has_no_bounds():
     base = items("a", [1, 0] * 50)
     found = mean_difference(paired(base, base), ["a"])
-    assert found.value == 0 and found.high == -found.low == pytest.approx(student.ppf(0.975, 99) * math.sqrt(2 / 101 / 102))
-    assert of_arrays([np.zeros((3, 100))]).high == pytest.approx(found.high) and of_arrays([np.zeros((3, 4))], step=0).high == 0
+    assert found.value == 0 and found.high == -found.low == pytest.approx(
+        student.ppf(0.975, 99) * math.sqrt(2 / 101 / 102)
+    )
+    assert (
+        of_arrays([np.zeros((3, 100))]).high == pytest.approx(found.high)
+        and of_arrays([np.zeros((3, 4))], step=0).high == 0
+    )
     one = items("a", [1])
     alone = mean_difference(paired(one, one), ["a"])
     assert alone.low is None and (-alone).high is None
@@ -111,10 +137,17 @@ def test_items_that_do_not_move_leave_a_width_and_one_item_has_no_bounds():
 
 def test_overall_is_the_mean_over_tasks_and_refuses_other_rows():
     base = pd.concat([items("a", [1, 1, 1, 0]), items("b", [1, 0])])
-    runs = [pd.concat([items("a", [0, 1, 1, 0]), items("b", [1, 1])]), pd.concat([items("a", [0, 0, 1, 0]), items("b", [0, 1])])]
+    runs = [
+        pd.concat([items("a", [0, 1, 1, 0]), items("b", [1, 1])]),
+        pd.concat([items("a", [0, 0, 1, 0]), items("b", [0, 1])]),
+    ]
     tuned = pd.concat([rows.assign(cell=f"seed{k}") for k, rows in enumerate(runs)])
     found = -overall(base=base, tuned=tuned, tasks=["a", "b"])
-    assert found.value == pytest.approx(-np.mean([(-0.25 + 0.5) / 2, (-0.5 + 0) / 2])) and (found.seeds, found.n, found.scope) == (2, 6, "method")
+    assert found.value == pytest.approx(-np.mean([(-0.25 + 0.5) / 2, (-0.5 + 0) / 2])) and (
+        found.seeds,
+        found.n,
+        found.scope,
+    ) == (2, 6, "method")
     assert found.low < found.value < found.high
     with pytest.raises(UserError, match="seed1.*1 stand in one only, first b1 of b"):
         overall(base=base, tuned=tuned.iloc[:-1], tasks=["a", "b"])
@@ -128,9 +161,16 @@ def test_score_is_wilsons_for_one_seed_and_stays_inside_for_several():
     assert (one.low, one.high) == (wilson(8, 10).low, wilson(8, 10).high)
     assert (score(items("a", right, cell="seed0"), "a").low, one.scope) == (one.low, "run")
     alike = pd.concat([items("a", right, cell="seed0"), items("a", right, cell="seed1")])
-    both = score(alike, "a")  # seeds that agree leave the items' variance p(1-p)/(n-1): Wilson's for n - 1 rows, with its t for z
+    both = score(
+        alike, "a"
+    )  # seeds that agree leave the items' variance p(1-p)/(n-1): Wilson's for n - 1 rows, with its t for z
     by_hand = wilson(0.8 * 9, 9, z=student.ppf(0.975, 9))
-    assert (both.low, both.high, both.scope, both.seeds) == (pytest.approx(by_hand.low), pytest.approx(by_hand.high), "method", 2)
+    assert (both.low, both.high, both.scope, both.seeds) == (
+        pytest.approx(by_hand.low),
+        pytest.approx(by_hand.high),
+        "method",
+        2,
+    )
     apart = of_shares(np.array([[1.0] * 40, [0.0] * 40]))
     assert apart.value == 0.5 and apart.low < 0.1 and apart.high > 0.9 and 0 <= apart.low
     assert of_shares(np.ones((3, 50))).low > 0.9 and of_shares(np.ones((3, 50))).high == pytest.approx(1)
@@ -142,12 +182,18 @@ def test_perplexity_ratio_by_hand():
     ratio = 20 / 150
     residuals = np.array([10 - ratio * 100, 10 - ratio * 50])
     half = student.ppf(0.975, 1) * math.sqrt((residuals**2).sum() * 2) / 150
-    assert found.value == pytest.approx(math.exp(ratio)) and found.high == pytest.approx(math.exp(ratio + half), rel=1e-6)
+    assert found.value == pytest.approx(math.exp(ratio)) and found.high == pytest.approx(
+        math.exp(ratio + half), rel=1e-6
+    )
 
 
 def test_perplexity_ratio_over_seeds_is_the_geometric_mean():
     base = items("general", [300.0, 100.0, 200.0], [100, 50, 80])
-    tuned = pd.concat([items("general", [310.0, 110.0, 205.0], cell="a"), items("general", [330.0, 120.0, 230.0], cell="b")])
+    tuned = pd.concat(
+        [items("general", [310.0, 110.0, 205.0], cell="a"), items("general", [330.0, 120.0, 230.0], cell="b")]
+    )
     found = perplexity_ratio(paired(base, tuned))
     assert found.value == pytest.approx(math.exp((25 / 230 + 80 / 230) / 2)) and found.scope == "method"
-    assert found.error >= 55 / 230 / 2 * 0.99  # two seeds 55 / 230 apart: s / sqrt(2) is half of that, and passages add to it
+    assert (
+        found.error >= 55 / 230 / 2 * 0.99
+    )  # two seeds 55 / 230 apart: s / sqrt(2) is half of that, and passages add to it

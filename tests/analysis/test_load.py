@@ -36,7 +36,9 @@ def test_a_recorded_failure_outranks_older_metrics(tmp_path):
     planned = write_results(tmp_path)
     failure = tmp_path / "failures" / f"{planned[0]}.json"
     failure.parent.mkdir(parents=True)
-    failure.write_text(json.dumps({"cell": planned[0], "stage": "train", "kind": "out of memory", "reason": "no room", "when": ""}))
+    failure.write_text(
+        json.dumps({"cell": planned[0], "stage": "train", "kind": "out of memory", "reason": "no room", "when": ""})
+    )
     loaded = load_cells(tmp_path, planned)
     assert planned[0] not in loaded.cells.index and list(loaded.failures["kind"]) == ["out of memory"]
 
@@ -68,14 +70,30 @@ def test_a_broken_file_is_named(tmp_path):
         ("metrics.json", lambda text: "{}", "scores_by_task is missing"),
         ("metrics.json", lambda text: "[]", "it is no mapping"),
         ("metrics.json", lambda text: json.dumps(json.loads(text) | {"n": None}), "n is not a mapping"),
-        ("metrics.json", lambda text: json.dumps(json.loads(text) | {"domain_gain": "much"}), "domain_gain is not a number"),
-        ("metrics.json", lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "git"}), "git is missing"),
-        ("metrics.json", lambda text: json.dumps(json.loads(text) | {"scores_by_task": {"piqa": {"value": 1}}}), "scores_by_task.piqa is not whole"),
-        ("train.json", lambda text: json.dumps(json.loads(text) | {"when": "yesterday"}), "when is 'yesterday', no time"),
+        (
+            "metrics.json",
+            lambda text: json.dumps(json.loads(text) | {"domain_gain": "much"}),
+            "domain_gain is not a number",
+        ),
+        (
+            "metrics.json",
+            lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "git"}),
+            "git is missing",
+        ),
+        (
+            "metrics.json",
+            lambda text: json.dumps(json.loads(text) | {"scores_by_task": {"piqa": {"value": 1}}}),
+            "scores_by_task.piqa is not whole",
+        ),
+        (
+            "train.json",
+            lambda text: json.dumps(json.loads(text) | {"when": "yesterday"}),
+            "when is 'yesterday', no time",
+        ),
         ("curve.csv", lambda text: text.replace("\n12,", "\ntwelve,"), "column step is not of numbers"),
         ("curve.csv", lambda text: text.replace("seconds", "minutes", 1), "column seconds is missing"),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_named_with_what_is_wrong_and_what_restores_it(tmp_path, file, damage, message):
     planned = write_results(tmp_path, methods=("full",))
     path = tmp_path / "runs" / planned[0] / file

@@ -7,11 +7,11 @@ from scipy import stats
 
 from analysis import style
 from analysis.load import Loaded, load_cells
-from analysis.statistics.matched import crossing, levels, matched, rows_behind, trajectories
 from analysis.sections.matched_show import matched_gain, section
+from analysis.sections.tables import comparison
+from analysis.statistics.matched import crossing, levels, matched, rows_behind, trajectories
 from analysis.statistics.matched_sweep import curve, gap, gaps
 from analysis.statistics.resample import resampled
-from analysis.sections.tables import comparison
 from tests.analysis.fixtures import write_results
 from tests.analysis.test_front import page
 
@@ -29,22 +29,49 @@ def study(runs, *, starts=(), tuning=None, columns=("d", "a", "b"), wrong=None):
     wrong  {(method, seed): {task: how many of its ROWS scored rows are wrong, the first ones}}; without it there are no items
     """
     cells, curves, base, tuned = [], [], [], []
-    item = lambda task, k, score: {"task": task, "doc_id": k, "doc_hash": f"{task}{k}", "score": float(score), "gold": 1.0}
+    item = lambda task, k, score: {
+        "task": task,
+        "doc_id": k,
+        "doc_hash": f"{task}{k}",
+        "score": float(score),
+        "gold": 1.0,
+    }
     for task in ("a", "b") if wrong else ():
         base += [item(task, k, 1) for k in range(ROWS)]
-        tuned += [item(task, k, k >= lost[task]) | {"cell": f"m/d/{m}/seed{s}"} for (m, s), lost in wrong.items() for k in range(ROWS)]
+        tuned += [
+            item(task, k, k >= lost[task]) | {"cell": f"m/d/{m}/seed{s}"}
+            for (m, s), lost in wrong.items()
+            for k in range(ROWS)
+        ]
     for (method, seed), scores in runs.items():
         name = f"m/d/{method}/seed{seed}"
         about = {task: {"role": role} for task, role in ROLES.items()}
-        cells.append({"cell": name, "model": "m", "domain": "d", "method": method, "seed": seed, "scores_by_task": about, "at_chance": ["low"],
-                      "domain_gain": None, "forgetting": None, "n": dict.fromkeys(("a", "b"), ROWS) if wrong else {}})  # fmt: skip
+        cells.append(
+            {
+                "cell": name,
+                "model": "m",
+                "domain": "d",
+                "method": method,
+                "seed": seed,
+                "scores_by_task": about,
+                "at_chance": ["low"],
+                "domain_gain": None,
+                "forgetting": None,
+                "n": dict.fromkeys(("a", "b"), ROWS) if wrong else {},
+            }
+        )
         values = np.array(scores) / (1 if any(c.endswith("_nll") for c in columns) else 100)
         frame = pd.DataFrame(values, columns=[f"probe_{c}" for c in columns])
         curves.append(frame.assign(cell=name, step=range(len(frame)), tokens=range(len(frame))))
     return Loaded(
-        cells=pd.DataFrame(cells).set_index("cell", drop=False), curves=pd.concat(curves, ignore_index=True), items=pd.DataFrame(tuned),
-        failures=pd.DataFrame(), prepared={name: {"bytes_start": 5} for name in starts}, tuning=tuning or {}, base={"m": {"items": pd.DataFrame(base)}},
-    )  # fmt: skip
+        cells=pd.DataFrame(cells).set_index("cell", drop=False),
+        curves=pd.concat(curves, ignore_index=True),
+        items=pd.DataFrame(tuned),
+        failures=pd.DataFrame(),
+        prepared={name: {"bytes_start": 5} for name in starts},
+        tuning=tuning or {},
+        base={"m": {"items": pd.DataFrame(base)}},
+    )
 
 
 def rows_at(table, level="matched", measure="forgetting"):
@@ -65,16 +92,27 @@ def test_rows_behind_shares():
 
 def test_forgetting_at_the_same_gain_by_hand():
     """full reaches 10, 20 and 30 points, ewc 12 and 24, idle 4: the level is 24, which full passes 40 % of the way from 20 to 30."""
-    found = trajectories(study({
-        ("full", 0): [[50, 60, 70], [60, 58, 70], [70, 50, 66], [80, 40, 56]],
-        ("ewc", 0): [[50, 60, 70], [62, 60, 68], [74, 57, 65]],
-        ("idle", 0): [[50, 60, 70], [54, 60, 70]],
-    }), **WHERE)  # fmt: skip
+    found = trajectories(
+        study(
+            {
+                ("full", 0): [[50, 60, 70], [60, 58, 70], [70, 50, 66], [80, 40, 56]],
+                ("ewc", 0): [[50, 60, 70], [62, 60, 68], [74, 57, 65]],
+                ("idle", 0): [[50, 60, 70], [54, 60, 70]],
+            }
+        ),
+        **WHERE,
+    )
     assert levels(found) == pytest.approx({"matched": 0.24, "25 %": 0.075, "50 %": 0.15, "75 %": 0.225})
     table = rows_at(matched(found))
-    assert table.at["full", "value"] == pytest.approx(0.07 + 0.4 * (0.17 - 0.07)) and table.at["ewc", "value"] == pytest.approx(0.04)
+    assert table.at["full", "value"] == pytest.approx(0.07 + 0.4 * (0.17 - 0.07)) and table.at[
+        "ewc", "value"
+    ] == pytest.approx(0.04)
     assert table.at["ewc", "difference"] == pytest.approx(0.04 - 0.11) and table.at["idle", "reached"] == 0
-    assert pd.isna(table.at["idle", "value"]) and pd.isna(table.at["idle", "difference"]) and pd.isna(table.at["full", "difference"])
+    assert (
+        pd.isna(table.at["idle", "value"])
+        and pd.isna(table.at["idle", "difference"])
+        and pd.isna(table.at["full", "difference"])
+    )
     assert rows_at(matched(found), "25 %").at["ewc", "early"] and not table.at["ewc", "early"]
 
 
@@ -92,9 +130,13 @@ def test_one_seed_has_the_rows_part_from_the_scored_rows():
     found = trajectories(study(runs, wrong={("full", 0): {"a": 8, "b": 6}, ("ewc", 0): {"a": 3, "b": 0}}), **WHERE)
     assert found.rows == {"probe_a": 100, "probe_b": 100}
     table = rows_at(matched(found))
-    assert table.at["full", "high"] - table.at["full", "value"] == pytest.approx(1.959964 * sqrt(moved(lost(8), lost(6))), rel=1e-6)
+    assert table.at["full", "high"] - table.at["full", "value"] == pytest.approx(
+        1.959964 * sqrt(moved(lost(8), lost(6))), rel=1e-6
+    )
     between = moved(lost(3) - lost(8), lost(0) - lost(6))  # paired: what both methods lost does not count
-    assert table.at["ewc", "difference_high"] - table.at["ewc", "difference"] == pytest.approx(1.959964 * sqrt(between), rel=1e-6)
+    assert table.at["ewc", "difference_high"] - table.at["ewc", "difference"] == pytest.approx(
+        1.959964 * sqrt(between), rel=1e-6
+    )
     assert set(table["covers"]) == {"rows"}
     bare = rows_at(matched(trajectories(study(runs), **WHERE)))
     assert bare["low"].isna().all() and set(bare["covers"]) == {""}  # without items nothing says how much answers vary
@@ -102,28 +144,41 @@ def test_one_seed_has_the_rows_part_from_the_scored_rows():
 
 def test_several_seeds_have_students_part_too_and_differences_are_paired():
     ends = {"full": [20, 26, 17], "ewc": [12, 17, 10]}
-    runs = {(method, seed): [[50, 60, 70], [70, 60 - value, 70 - value]] for method, values in ends.items() for seed, value in enumerate(values)}
+    runs = {
+        (method, seed): [[50, 60, 70], [70, 60 - value, 70 - value]]
+        for method, values in ends.items()
+        for seed, value in enumerate(values)
+    }
     table = rows_at(matched(trajectories(study(runs), **WHERE)))
     one = stats.ttest_1samp(np.array(ends["full"]) / 100, 0).confidence_interval(0.95)
-    assert (table.at["full", "low"], table.at["full", "high"]) == pytest.approx((one.low, one.high)) and set(table["covers"]) == {"seeds"}
+    assert (table.at["full", "low"], table.at["full", "high"]) == pytest.approx((one.low, one.high)) and set(
+        table["covers"]
+    ) == {"seeds"}
     two = stats.ttest_rel(np.array(ends["ewc"]) / 100, np.array(ends["full"]) / 100).confidence_interval(0.95)
     assert (table.at["ewc", "difference_low"], table.at["ewc", "difference_high"]) == pytest.approx((two.low, two.high))
     wrong = {(method, seed): {"a": 8 if method == "full" else 3, "b": 0} for method, seed in runs}
     both = rows_at(matched(trajectories(study(runs, wrong=wrong), **WHERE)))
     half = sqrt((one.high - one.low) ** 2 / 4 + 1.959964**2 * moved(lost(8), lost(0)))
-    assert both.at["full", "high"] - both.at["full", "value"] == pytest.approx(half, rel=1e-6) and set(both["covers"]) == {"seeds and rows"}
+    assert both.at["full", "high"] - both.at["full", "value"] == pytest.approx(half, rel=1e-6) and set(
+        both["covers"]
+    ) == {"seeds and rows"}
 
 
 def test_seeds_that_agree_on_the_same_rows_are_no_certainty():
     alike = {("full", seed): [[50, 60, 70], [70, 60, 69]] for seed in range(3)}
     row = rows_at(matched(trajectories(study(alike), **WHERE))).loc["full"]
     assert row["value"] == pytest.approx(0.005) and pd.isna(row["low"])
-    row = rows_at(matched(trajectories(study(alike, wrong={run: {"a": 0, "b": 0} for run in alike}), **WHERE))).loc["full"]
+    row = rows_at(matched(trajectories(study(alike, wrong={run: {"a": 0, "b": 0} for run in alike}), **WHERE))).loc[
+        "full"
+    ]
     assert row["low"] < 0 < row["value"] < row["high"]
 
 
 def test_a_seed_that_does_not_reach_the_gain_is_not_left_out():
-    base, ends = [50, 60, 70], {("full", 0): [80, 50, 60], ("full", 1): [80, 50, 60], ("ewc", 0): [80, 55, 65], ("ewc", 1): [60, 60, 70]}
+    base, ends = (
+        [50, 60, 70],
+        {("full", 0): [80, 50, 60], ("full", 1): [80, 50, 60], ("ewc", 0): [80, 55, 65], ("ewc", 1): [60, 60, 70]},
+    )
     loaded = study({run: [base, end] for run, end in ends.items()})
     table = rows_at(matched(trajectories(loaded, **WHERE)))
     assert table.at["full", "gain"] == pytest.approx(0.3)
@@ -134,15 +189,23 @@ def test_a_seed_that_does_not_reach_the_gain_is_not_left_out():
 
 def test_weights_of_a_preparation_are_set_against_the_bare_base():
     own = "m/d/hierarchical/seed0"
-    loaded = study({("hierarchical", 0): [[56, 64, 72], [70, 50, 60]], ("full", 0): [[50, 60, 70], [70, 50, 60]]}, starts=[own])
+    loaded = study(
+        {("hierarchical", 0): [[56, 64, 72], [70, 50, 60]], ("full", 0): [[50, 60, 70], [70, 50, 60]]}, starts=[own]
+    )
     found = trajectories(loaded, **WHERE)
     first = found.points[found.points["cell"] == own].iloc[0]
-    assert first["gain"] == pytest.approx(0.06) and first["forgetting"] == pytest.approx(-0.03) and not found.from_own_start
+    assert (
+        first["gain"] == pytest.approx(0.06)
+        and first["forgetting"] == pytest.approx(-0.03)
+        and not found.from_own_start
+    )
     early = rows_at(matched(found), "25 %").loc["hierarchical"]
     assert early["begins"] and early["value"] == pytest.approx(-0.03)
     alone = {("hierarchical", 0): [[56, 64, 72], [70, 50, 60]]}
     recorded = {("m", "d"): {"base": {"d": 0.5, "a": 0.6, "b": 0.7}}}
-    assert trajectories(study(alone, starts=[own], tuning=recorded), **WHERE).points["gain"].iloc[0] == pytest.approx(0.06)
+    assert trajectories(study(alone, starts=[own], tuning=recorded), **WHERE).points["gain"].iloc[0] == pytest.approx(
+        0.06
+    )
     unknown = trajectories(study(alone, starts=[own]), **WHERE)
     assert unknown.from_own_start == ("hierarchical",) and unknown.points["gain"].iloc[0] == 0
 
@@ -155,9 +218,15 @@ def test_only_retention_above_chance_counts():
 
 
 def test_a_domain_without_accuracy_is_measured_in_nats():
-    loaded = study({("full", 0): [[2.0, 3.0], [1.2, 3.4]], ("ewc", 0): [[2.0, 3.0], [1.4, 3.1]]}, columns=("d_nll", "a_nll"))
+    loaded = study(
+        {("full", 0): [[2.0, 3.0], [1.2, 3.4]], ("ewc", 0): [[2.0, 3.0], [1.4, 3.1]]}, columns=("d_nll", "a_nll")
+    )
     found = trajectories(loaded, **WHERE)
-    assert found.gain == "nats" and found.measures == ("forgetting_nats",) and levels(found)["matched"] == pytest.approx(0.6)
+    assert (
+        found.gain == "nats"
+        and found.measures == ("forgetting_nats",)
+        and levels(found)["matched"] == pytest.approx(0.6)
+    )
     table = rows_at(matched(found), measure="forgetting_nats")
     assert table.at["full", "value"] == pytest.approx(0.3) and set(table["covers"]) == {""}
     texts = section(loaded, **WHERE)
@@ -171,7 +240,10 @@ def test_nothing_learned_is_said():
 
 
 def test_curve_of_a_family():
-    gain, forgetting = np.array([0.3, 0.1, 0.2, 0.15]), np.array([0.08, 0.0, 0.02, 0.06])  # the block at 0.15 is worse than the one at 0.2
+    gain, forgetting = (
+        np.array([0.3, 0.1, 0.2, 0.15]),
+        np.array([0.08, 0.0, 0.02, 0.06]),
+    )  # the block at 0.15 is worse than the one at 0.2
     at = np.array([0.05, 0.1, 0.125, 0.15, 0.25, 0.3, 0.31])
     assert curve(gain, forgetting, at) == pytest.approx([np.nan, 0.0, 0.01, 0.02, 0.05, 0.08, np.nan], nan_ok=True)
 
@@ -190,9 +262,19 @@ def test_sweeps_are_compared_on_the_scored_rows(tmp_path):
     methods = ("full", "lora", "ewc-s1", "ewc-s2", "mofo-s1", "mofo-s2", "mofo-s3")
     loaded = load_cells(tmp_path, write_results(tmp_path, methods=methods))
     table = gaps(resampled(loaded, **FIXTURE))
-    assert set(zip(table["a"], table["b"])) == {("full", "ewc"), ("lora", "ewc"), ("full", "mofo"), ("lora", "mofo"), ("ewc", "mofo")}
+    assert set(zip(table["a"], table["b"])) == {
+        ("full", "ewc"),
+        ("lora", "ewc"),
+        ("full", "mofo"),
+        ("lora", "mofo"),
+        ("ewc", "mofo"),
+    }
     bounded = table.dropna(subset=["low"])
-    assert (bounded["low"] < bounded["difference"]).all() and (bounded["difference"] < bounded["high"]).all() and (bounded["shared"] >= 0.95).all()
+    assert (
+        (bounded["low"] < bounded["difference"]).all()
+        and (bounded["difference"] < bounded["high"]).all()
+        and (bounded["shared"] >= 0.95).all()
+    )
     assert table.loc[table["difference"].isna(), "shared"].eq(0).all() and table["difference"].notna().any()
     html = page("matched", matched=section(loaded, **FIXTURE))
     assert "ewc (2) − mofo (3)" in html and "full − lora" not in html
@@ -206,9 +288,18 @@ def test_figure_and_section(tmp_path):
         style.save(figure, data, stem=tmp_path / "matched", not_a_result=False)
     found, kept = trajectories(loaded, **FIXTURE), pd.read_csv(tmp_path / "matched.csv")
     assert kept["gain"].to_list() == pytest.approx((100 * found.points["gain"]).to_list()) and len(kept) == 5 * 3 * 6
-    assert kept["matched_gain"].iloc[0] == pytest.approx(100 * levels(found)["matched"]) and "dashed line" in caption and title
+    assert (
+        kept["matched_gain"].iloc[0] == pytest.approx(100 * levels(found)["matched"])
+        and "dashed line" in caption
+        and title
+    )
     html = page("matched", matched=section(loaded, **FIXTURE))
-    assert html.count("<tr>") == 6 and "over seeds and probe rows" in html and "over seeds alone (Student" in html and "copa" not in found.right
+    assert (
+        html.count("<tr>") == 6
+        and "over seeds and probe rows" in html
+        and "over seeds alone (Student" in html
+        and "copa" not in found.right
+    )
 
 
 def test_without_curves_there_is_nothing(tmp_path):

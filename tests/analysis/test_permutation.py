@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from scipy.stats import binomtest, kstest
 
+from analysis.load import load_cells
 from analysis.statistics import permutation
 from analysis.statistics.intervals import paired
-from analysis.load import load_cells
 from analysis.statistics.permutation import FLIPS, LEVEL, could_find, exact, holm, mcnemar, sign_flip
 from analysis.statistics.significance import found, section, sentence
 from methods.errors import UserError
@@ -41,7 +41,10 @@ def tests(seeds):
 @pytest.mark.parametrize("case", range(4))
 def test_few_items_agree_with_every_pattern_of_signs(case):
     draw = np.random.default_rng(case)
-    thirds = [draw.integers(-3, 4, size=5) / 3, draw.integers(-3, 4, size=7) / 3]  # means of three seeds, with ties: exact
+    thirds = [
+        draw.integers(-3, 4, size=5) / 3,
+        draw.integers(-3, 4, size=7) / 3,
+    ]  # means of three seeds, with ties: exact
     assert sign_flip(thirds) == pytest.approx(enumerated(thirds), rel=1e-9)
     tasks = [thirds[0], draw.normal(0.4, 1, size=6)]  # no common unit: drawn
     truth = enumerated(tasks)
@@ -64,8 +67,12 @@ def test_p_is_never_zero_and_the_same_again():
 
 def test_tasks_weigh_the_same_whatever_their_size():
     small, large = np.array([1.0] * 8 + [0.0] * 2), np.repeat([-1.0, 0.0], [20, 480])
-    assert sign_flip([small, large]) == pytest.approx(2 / 2**8, abs=0.004)  # mean .8 and -.04: only the eight can turn it
-    assert sign_flip([np.concatenate([small, large])]) == pytest.approx(exact(8, 20), rel=1e-12)  # as one task, 8 against 20
+    assert sign_flip([small, large]) == pytest.approx(
+        2 / 2**8, abs=0.004
+    )  # mean .8 and -.04: only the eight can turn it
+    assert sign_flip([np.concatenate([small, large])]) == pytest.approx(
+        exact(8, 20), rel=1e-12
+    )  # as one task, 8 against 20
 
 
 def test_many_rows_of_many_sizes_are_drawn_and_agree_with_the_exact_p(monkeypatch):
@@ -120,8 +127,12 @@ def test_the_statistic_is_the_reported_number(seeds, tests):
     for method in ("full", "lora", "ewc"):
         assert tests.loc[("gain", method, "base"), "difference"] == pytest.approx(mean(method, "domain_gain"))
         assert tests.loc[("forgetting", method, "base"), "difference"] == pytest.approx(mean(method, "forgetting"))
-    assert tests.loc[("forgetting", "full", "ewc"), "difference"] == pytest.approx(mean("full", "forgetting") - mean("ewc", "forgetting"))
-    assert tests.loc[("gain", "full", "ewc"), "difference"] == pytest.approx(mean("full", "domain_gain") - mean("ewc", "domain_gain"))
+    assert tests.loc[("forgetting", "full", "ewc"), "difference"] == pytest.approx(
+        mean("full", "forgetting") - mean("ewc", "forgetting")
+    )
+    assert tests.loc[("gain", "full", "ewc"), "difference"] == pytest.approx(
+        mean("full", "domain_gain") - mean("ewc", "domain_gain")
+    )
     row = tests.loc[("forgetting", "full", "base")]
     assert (row["n"], row["seeds"], row["scope"]) == (600, 3, "method") and row["low"] < row["difference"] < row["high"]
     assert found(row) and row["p"] < 1e-5
@@ -141,30 +152,43 @@ def test_items_that_differ_and_a_floor_for_what_can_be_detected(seeds, tests):
     assert (equal["items_differing"], equal["p"], equal["difference"]) == (0, 1.0, 0.0)
     assert 0 < -equal["low"] == equal["high"] < 0.01  # that no item moved does not say that none can
     tested = (rows.reset_index()["b"] != "base").sum()
-    assert equal["detectable"] == pytest.approx(np.ceil(np.log2(2 * tested / LEVEL)) / 300)  # fewer could not have been found
+    assert equal["detectable"] == pytest.approx(
+        np.ceil(np.log2(2 * tested / LEVEL)) / 300
+    )  # fewer could not have been found
 
 
 def test_mcnemar_counts_by_task_and_seed(seeds):
     loaded = seeds[1]
     table = mcnemar(loaded, model=MODEL, domain=DOMAIN)
-    assert len(table) == 3 * 3 * 8 and set(table["task"]) == set(loaded.cells.iloc[0]["scores_by_task"])  # general text is no right or wrong
+    assert len(table) == 3 * 3 * 8 and set(table["task"]) == set(
+        loaded.cells.iloc[0]["scores_by_task"]
+    )  # general text is no right or wrong
     row = table[(table["method"] == "full") & (table["seed"] == 1) & (table["task"] == "lambada_openai")].iloc[0]
     base = loaded.base[MODEL]["items"].query("task == 'lambada_openai'")["score"].to_numpy()
-    tuned = loaded.items.query("task == 'lambada_openai' and cell == 'smollm2-135m/science/full/seed1'")["score"].to_numpy()
+    tuned = loaded.items.query("task == 'lambada_openai' and cell == 'smollm2-135m/science/full/seed1'")[
+        "score"
+    ].to_numpy()
     assert (row["lost"], row["gained"]) == (((base == 1) & (tuned == 0)).sum(), ((base == 0) & (tuned == 1)).sum())
-    assert row["p"] == pytest.approx(binomtest(row["lost"], row["lost"] + row["gained"]).pvalue) and row["role"] == "retention"
+    assert (
+        row["p"] == pytest.approx(binomtest(row["lost"], row["lost"] + row["gained"]).pvalue)
+        and row["role"] == "retention"
+    )
 
 
 def test_other_rows_than_the_bases_are_refused(seeds):
     loaded = seeds[1]
-    drop = loaded.items[(loaded.items["cell"] == "smollm2-135m/science/ewc/seed2") & (loaded.items["task"] == "piqa")].index[0]
+    drop = loaded.items[
+        (loaded.items["cell"] == "smollm2-135m/science/ewc/seed2") & (loaded.items["task"] == "piqa")
+    ].index[0]
     with pytest.raises(UserError, match="science/ewc/seed2.*1 stand in one only"):
         permutation.tests_of(_with(loaded, items=loaded.items.drop(index=drop)), model=MODEL, domain=DOMAIN)
 
 
 def test_two_methods_are_compared_on_the_seeds_both_have(tmp_path):
     write_results(tmp_path, methods=("full", "lora", "ewc"), seeds=(0, 1, 2))
-    names = [f"{MODEL}/{DOMAIN}/{cell}" for cell in ("full/seed0", "full/seed1", "lora/seed1", "lora/seed2", "ewc/seed2")]
+    names = [
+        f"{MODEL}/{DOMAIN}/{cell}" for cell in ("full/seed0", "full/seed1", "lora/seed1", "lora/seed2", "ewc/seed2")
+    ]
     rows = permutation.tests_of(load_cells(tmp_path, names), model=MODEL, domain=DOMAIN).set_index(["kind", "a", "b"])
     assert rows.loc[("gain", "full", "base"), "seeds"] == 2
     assert (rows.loc[("gain", "full", "lora"), "seeds"], rows.loc[("gain", "full", "lora"), "scope"]) == (1, "run")
@@ -172,22 +196,53 @@ def test_two_methods_are_compared_on_the_seeds_both_have(tmp_path):
 
 
 def test_sentences_say_nothing_as_plainly_as_something():
-    row = pd.Series({"kind": "forgetting", "a": "lora", "b": "base", "difference": 0.011, "low": -0.004, "high": 0.026, "p": 0.21, "p_holm": 0.42,
-                     "detectable": 0.0214, "n": 700, "items_differing": 50, "seeds": 1, "scope": "run"})  # fmt: skip
-    assert sentence(row) == "No detectable difference in forgetting between lora and the base at n = 700; this study could have detected 2.1 points."
+    row = pd.Series(
+        {
+            "kind": "forgetting",
+            "a": "lora",
+            "b": "base",
+            "difference": 0.011,
+            "low": -0.004,
+            "high": 0.026,
+            "p": 0.21,
+            "p_holm": 0.42,
+            "detectable": 0.0214,
+            "n": 700,
+            "items_differing": 50,
+            "seeds": 1,
+            "scope": "run",
+        }
+    )
+    assert (
+        sentence(row)
+        == "No detectable difference in forgetting between lora and the base at n = 700; this study could have detected 2.1 points."
+    )
     sure = pd.concat([row, pd.Series({"p_holm": 0.003, "scope": "method"})]).groupby(level=0, sort=False).last()
-    assert sentence(sure).startswith("Forgetting of lora: +1.1 points [−0.4, +2.6], p = 0.003 after Holm's correction, n = 700.")
+    assert sentence(sure).startswith(
+        "Forgetting of lora: +1.1 points [−0.4, +2.6], p = 0.003 after Holm's correction, n = 700."
+    )
     assert "these runs, not of the method" in sentence(sure)
-    between = pd.concat([sure, pd.Series({"b": "ewc", "low": 0.002, "p_holm": 0.0001})]).groupby(level=0, sort=False).last()
-    assert sentence(between) == "Forgetting of lora minus that of ewc: +1.1 points [+0.2, +2.6], p < 0.001 after Holm's correction, n = 700."
+    between = (
+        pd.concat([sure, pd.Series({"b": "ewc", "low": 0.002, "p_holm": 0.0001})]).groupby(level=0, sort=False).last()
+    )
+    assert (
+        sentence(between)
+        == "Forgetting of lora minus that of ewc: +1.1 points [+0.2, +2.6], p < 0.001 after Holm's correction, n = 700."
+    )
 
 
 def test_the_section_renders_with_its_numbers(seeds, tests):
     made = section(seeds[1], permutation.all_tests(seeds[1]), model=MODEL, domain=DOMAIN)
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(SECTIONS), autoescape=True, undefined=jinja2.StrictUndefined)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(SECTIONS), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     page = environment.get_template("significance.html.j2").render(significance=made)
     row = tests.loc[("forgetting", "full", "base")]
-    assert f"{100 * row['difference']:+.1f}" in page and f"{100 * row['detectable']:.1f}" in page and "all patterns of signs" in page
+    assert (
+        f"{100 * row['difference']:+.1f}" in page
+        and f"{100 * row['detectable']:.1f}" in page
+        and "all patterns of signs" in page
+    )
     assert page.count("<tr>") == 3 + 3 + 3 + 8 * 3 and "object at" not in page  # heads, methods, pairs, tasks by seed
     assert "p is about these runs on other items" in page
 
@@ -197,14 +252,21 @@ def test_a_cell_without_items_is_left_out_and_named(tmp_path):
     (tmp_path / "runs" / f"{MODEL}/{DOMAIN}/lora/seed1" / "items.csv.gz").unlink()
     loaded = load_cells(tmp_path, planned)
     found = permutation.tests_of(loaded, model=MODEL, domain=DOMAIN)
-    assert len(found) == 12 and set(found[(found["a"] == "lora") | (found["b"] == "lora")]["seeds"]) == {1} and found["seeds"].max() == 2
+    assert (
+        len(found) == 12
+        and set(found[(found["a"] == "lora") | (found["b"] == "lora")]["seeds"]) == {1}
+        and found["seeds"].max() == 2
+    )
     legend = section(loaded, permutation.all_tests(loaded), model=MODEL, domain=DOMAIN)["legend"]
     assert legend[-1] == f"Not tested, for their items.csv.gz are not there: {MODEL}/{DOMAIN}/lora/seed1."
 
 
 def test_nothing_to_test_is_no_section(tmp_path):
     none = load_cells(tmp_path, [f"{MODEL}/{DOMAIN}/full/seed0"])
-    assert permutation.tests_of(none, model=MODEL, domain=DOMAIN).empty and section(none, permutation.all_tests(none), model=MODEL, domain=DOMAIN) is None
+    assert (
+        permutation.tests_of(none, model=MODEL, domain=DOMAIN).empty
+        and section(none, permutation.all_tests(none), model=MODEL, domain=DOMAIN) is None
+    )
     planned = write_results(tmp_path, methods=("full",))
     (tmp_path / "runs" / planned[0] / "items.csv.gz").unlink()
     bare = load_cells(tmp_path, planned)

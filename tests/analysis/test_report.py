@@ -5,10 +5,10 @@ import pandas as pd
 import pytest
 
 from analysis import numbers, write_summary
-from analysis.sections.answer import sentences
 from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.report.inline import inline
+from analysis.sections.answer import sentences
 from analysis.sections.tables import BANNER, comparison
 from tests.analysis.fixtures import METHODS, NOTE, steps_race, write_bench, write_results
 
@@ -17,13 +17,17 @@ from tests.analysis.fixtures import METHODS, NOTE, steps_race, write_bench, writ
 def summary(tmp_path_factory):
     root = tmp_path_factory.mktemp("project") / "results"
     planned = write_results(root)
-    text = write_summary(results_root=root, summary_dir=root / "summary", cells=planned, title="Five methods", planned=planned)
+    text = write_summary(
+        results_root=root, summary_dir=root / "summary", cells=planned, title="Five methods", planned=planned
+    )
     return root, planned, text, (root / "summary/report.html").read_text()
 
 
 def test_all_files_are_there(summary):
     root, _, text, page = summary
-    assert {"table.txt", "table.csv", "table.md", "tests.csv", "report.html", "figures"} == {path.name for path in (root / "summary").iterdir()}
+    assert {"table.txt", "table.csv", "table.md", "tests.csv", "report.html", "figures"} == {
+        path.name for path in (root / "summary").iterdir()
+    }
     assert len(list((root / "summary/figures").iterdir())) == 24
     assert "hierarchical" in text and "<title>Five methods</title>" in page
 
@@ -51,7 +55,13 @@ def test_every_methods_numbers_are_on_the_page(summary):
     table = comparison(load_cells(root, planned)).set_index("method")
     for method in METHODS:
         row = table.loc[method]
-        for text in (numbers.percent(row["domain_score"]), numbers.points(row["domain_gain"]), numbers.points(row["forgetting"]), f"×{row['perplexity_ratio']:.2f}", numbers.seconds(row["seconds_train"])):
+        for text in (
+            numbers.percent(row["domain_score"]),
+            numbers.points(row["domain_gain"]),
+            numbers.points(row["forgetting"]),
+            f"×{row['perplexity_ratio']:.2f}",
+            numbers.seconds(row["seconds_train"]),
+        ):
             assert text in page, (method, text)
 
 
@@ -71,7 +81,10 @@ def test_the_answer_is_computed(summary):
     table = comparison(load_cells(root, planned))
     methods = table[table["method"] != "base"]
     most = methods.loc[methods["forgetting"].idxmax()]
-    assert f"({most['method']})" in page and f"{numbers.points(most['forgetting'])} [{numbers.points(most['forgetting_low'])}" in page
+    assert (
+        f"({most['method']})" in page
+        and f"{numbers.points(most['forgetting'])} [{numbers.points(most['forgetting_low'])}" in page
+    )
     assert "The methods did not learn equally much" in page
     said = re.search(r'<div class="answer">(.*?)</div>', page, re.S)[1]
     assert len(re.findall(r"<p>.*?</p>", said)) == 3 and len(re.findall(r"\.(?= [A-Z]|</p>)", said)) == 3
@@ -97,17 +110,37 @@ def test_commands_on_the_page_name_the_study(tmp_path):
     write_bench(tmp_path / "birds", "steps", races=[steps_race()])
     write_summary(results_root=tmp_path / "birds", summary_dir=tmp_path / "out", cells=planned, title="t")
     page = (tmp_path / "out/report.html").read_text()
-    for command in ("compare --study birds", "tune --study birds", f"export {planned[0]} DIR --study birds", "*&#39; --study birds", "bench steps"):
+    for command in (
+        "compare --study birds",
+        "tune --study birds",
+        f"export {planned[0]} DIR --study birds",
+        "*&#39; --study birds",
+        "bench steps",
+    ):
         assert command in page, command
 
 
 def test_many_methods_are_counted_and_not_listed():
     names = ["full", "lora", "ewc", "mofo", "l2sp"]
-    rows = pd.DataFrame({"method": ["base", *names], "seeds": 1, "n_domain": 300, "n_retention": 700, "domain_score": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
-                         "forgetting": [0, 0.01, 0.02, 0.03, 0.04, 0.05], "forgetting_low": [None, -0.01, -0.01, -0.01, -0.01, 0.01],
-                         "forgetting_high": [None, 0.03, 0.04, 0.05, 0.06, 0.09], "perplexity_ratio": [1.0, None, None, None, None, None],
-                         "seconds_train": [None, 10, 20, 30, 40, 50], "seconds_prepare": [None, 1, 2, 3, 4, 5], "bytes_stored": [None, 0, 0, 10, 0, 20]})  # fmt: skip
-    tests = pd.DataFrame({"kind": "forgetting", "a": names, "b": "base", "difference": 0.03, "p_holm": [0.06, 0.2, 1, 1, 0.01]})
+    rows = pd.DataFrame(
+        {
+            "method": ["base", *names],
+            "seeds": 1,
+            "n_domain": 300,
+            "n_retention": 700,
+            "domain_score": [0.5, 0.6, 0.7, 0.8, 0.9, 0.95],
+            "forgetting": [0, 0.01, 0.02, 0.03, 0.04, 0.05],
+            "forgetting_low": [None, -0.01, -0.01, -0.01, -0.01, 0.01],
+            "forgetting_high": [None, 0.03, 0.04, 0.05, 0.06, 0.09],
+            "perplexity_ratio": [1.0, None, None, None, None, None],
+            "seconds_train": [None, 10, 20, 30, 40, 50],
+            "seconds_prepare": [None, 1, 2, 3, 4, 5],
+            "bytes_stored": [None, 0, 0, 10, 0, 20],
+        }
+    )
+    tests = pd.DataFrame(
+        {"kind": "forgetting", "a": names, "b": "base", "difference": 0.03, "p_holm": [0.06, 0.2, 1, 1, 0.01]}
+    )
     gains = tests.assign(kind="gain", p_holm=[0.2, 0.01, 0.01, 0.01, 0.01])
     learned, forgotten, cost = sentences(rows, pd.concat([tests, gains]), domain="sums", model="m", tasks=["a", "b"])
     assert "a gain of +10.0 to +45.0 points, where full cannot be told from zero" in learned
@@ -116,7 +149,9 @@ def test_many_methods_are_counted_and_not_listed():
 
 
 def test_a_demo_is_marked_and_failures_are_named(tmp_path):
-    planned = write_results(tmp_path / "demo", not_a_result=True, failed={"mofo": "loss is NaN <at> step 12"}, missing=("ewc",))
+    planned = write_results(
+        tmp_path / "demo", not_a_result=True, failed={"mofo": "loss is NaN <at> step 12"}, missing=("ewc",)
+    )
     write_summary(results_root=tmp_path / "demo", summary_dir=tmp_path / "out", cells=planned, title="Demo")
     page = (tmp_path / "out/report.html").read_text()
     assert f'role="alert">{BANNER}' in page and "NOT A RESULT" in (tmp_path / "out/table.md").read_text()
@@ -126,7 +161,9 @@ def test_a_demo_is_marked_and_failures_are_named(tmp_path):
 
 def test_planned_cells_without_a_result_are_named_although_not_compared(tmp_path):
     planned = write_results(tmp_path, methods=("full", "lora"), missing=("lora",))
-    write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned[:1], title="t", planned=planned)
+    write_summary(
+        results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned[:1], title="t", planned=planned
+    )
     assert planned[1] in (tmp_path / "summary/report.html").read_text()
 
 

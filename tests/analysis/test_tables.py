@@ -31,7 +31,15 @@ def test_numbers_are_those_of_the_metrics(root, loaded):
     for method in METHODS:
         metrics = json.loads((root / f"runs/smollm2-135m/science/{method}/seed0/metrics.json").read_text())
         row = table.loc[method]
-        for key in ("domain_score", "domain_gain", "forgetting", "seconds_prepare", "seconds_train", "bytes_weights_delta", "peak_memory_bytes"):
+        for key in (
+            "domain_score",
+            "domain_gain",
+            "forgetting",
+            "seconds_prepare",
+            "seconds_train",
+            "bytes_weights_delta",
+            "peak_memory_bytes",
+        ):
             assert row[key] == metrics[key], key
         assert row["perplexity_ratio"] == metrics["general_perplexity"] / metrics["general_perplexity_base"]
         assert row["bytes_stored"] == metrics["bytes_importance"] + metrics["bytes_anchor"]
@@ -98,7 +106,9 @@ def test_no_cell_at_all(tmp_path):
 
 
 def test_cells_that_nobody_has_begun_take_one_line(tmp_path):
-    planned = write_results(tmp_path, methods=("full", "lora", "ewc"), seeds=(0, 1), failed={"ewc": "loss is NaN"}, missing=("lora",))
+    planned = write_results(
+        tmp_path, methods=("full", "lora", "ewc"), seeds=(0, 1), failed={"ewc": "loss is NaN"}, missing=("lora",)
+    )
     lines = failure_lines(load_cells(tmp_path, planned))
     model_domain = planned[0].rsplit("/", 2)[0]
     assert lines[-1] == f"{model_domain}: not run: 2 of its cells, by method and seed: lora 0, 1"
@@ -111,14 +121,21 @@ def test_several_seeds_are_averaged_and_say_so(tmp_path):
     table = comparison(both)
     row = table.set_index("method").loc["full"]
     assert row["seeds"] == 2 and row["forgetting"] == pytest.approx(both.cells["forgetting"].mean())
-    assert row["forgetting_min"] == both.cells["forgetting"].min() and row["forgetting_max"] == both.cells["forgetting"].max()
+    assert (
+        row["forgetting_min"] == both.cells["forgetting"].min()
+        and row["forgetting_max"] == both.cells["forgetting"].max()
+    )
     assert "other seeds and other items" in as_text(both, table)
 
 
 def test_unknown_cost_is_unknown_and_not_zero(tmp_path):
     planned = write_results(tmp_path, methods=("full",))
     path = tmp_path / "runs" / planned[0] / "metrics.json"
-    metrics = json.loads(path.read_text()) | {"cost_known": False} | dict.fromkeys(("seconds_train", "seconds_prepare", "bytes_importance", "bytes_anchor", "peak_memory_bytes"))
+    metrics = (
+        json.loads(path.read_text())
+        | {"cost_known": False}
+        | dict.fromkeys(("seconds_train", "seconds_prepare", "bytes_importance", "bytes_anchor", "peak_memory_bytes"))
+    )
     path.write_text(json.dumps(metrics))
     given = load_cells(tmp_path, planned)
     text = as_text(given, comparison(given))
@@ -132,15 +149,43 @@ def test_a_batched_fisher_says_so(tmp_path):
     metrics["parts"] = {"ewc": {"estimator": "batched"}}
     path.write_text(json.dumps(metrics))
     loaded = load_cells(tmp_path, planned)
-    assert "batched Fisher" in as_text(loaded, comparison(loaded)) and "batched Fisher" in as_markdown(loaded, comparison(loaded))
+    assert "batched Fisher" in as_text(loaded, comparison(loaded)) and "batched Fisher" in as_markdown(
+        loaded, comparison(loaded)
+    )
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0 B"), (999, "999 B"), (1500, "1.5 kB"), (999_600, "1.0 MB"), (269_060_552, "269 MB"), (None, "unknown"), (3.1e9, "3.1 GB"), (5e12, "5.0 TB")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1500, "1.5 kB"),
+        (999_600, "1.0 MB"),
+        (269_060_552, "269 MB"),
+        (None, "unknown"),
+        (3.1e9, "3.1 GB"),
+        (5e12, "5.0 TB"),
+    ],
+)
 def test_sizes(value, text):
     assert numbers.size(value) == text
 
 
-@pytest.mark.parametrize(("value", "text"), [(0, "0 s"), (1e-6, "0 s"), (0.0123, "12 ms"), (0.94, "940 ms"), (0.96, "1.0 s"), (4.25, "4.2 s"), (59.6, "1 min 00 s"), (252.3, "4 min 12 s"), (7260, "2 h 01 min"), (float("nan"), "unknown")])
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0 s"),
+        (1e-6, "0 s"),
+        (0.0123, "12 ms"),
+        (0.94, "940 ms"),
+        (0.96, "1.0 s"),
+        (4.25, "4.2 s"),
+        (59.6, "1 min 00 s"),
+        (252.3, "4 min 12 s"),
+        (7260, "2 h 01 min"),
+        (float("nan"), "unknown"),
+    ],
+)
 def test_seconds(value, text):
     assert numbers.seconds(value) == text
 
@@ -151,7 +196,13 @@ def test_times_and_counts():
 
 
 def test_points():
-    assert [numbers.points(v) for v in (0.0312, -0.0312, 0.0, -0.0001, None)] == ["+3.1", "\N{MINUS SIGN}3.1", "0.0", "0.0", "–"]
+    assert [numbers.points(v) for v in (0.0312, -0.0312, 0.0, -0.0001, None)] == [
+        "+3.1",
+        "\N{MINUS SIGN}3.1",
+        "0.0",
+        "0.0",
+        "–",
+    ]
 
 
 def test_a_checkpoint_made_elsewhere_goes_all_the_way(tmp_path):
@@ -162,13 +213,22 @@ def test_a_checkpoint_made_elsewhere_goes_all_the_way(tmp_path):
     planned = write_results(tmp_path, methods=("full", "mine"))
     folder = tmp_path / "runs" / planned[1]
     metrics = json.loads((folder / "metrics.json").read_text())
-    unknown = [key for key in metrics if key.startswith(("seconds_", "bytes_", "tokens_", "peak_"))] + ["forgetting", "general_score"]
-    metrics |= dict.fromkeys(unknown) | {"cost_known": False, "forgetting_by_task": {}, "at_chance": ["hellaswag", "piqa", "lambada_openai", "copa"]}
+    unknown = [key for key in metrics if key.startswith(("seconds_", "bytes_", "tokens_", "peak_"))] + [
+        "forgetting",
+        "general_score",
+    ]
+    metrics |= dict.fromkeys(unknown) | {
+        "cost_known": False,
+        "forgetting_by_task": {},
+        "at_chance": ["hellaswag", "piqa", "lambada_openai", "copa"],
+    }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "curve.csv").write_text("step,tokens,seconds,loss\n")
     text = write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned, title="t")
     assert "mine*" in text and "unknown" in text
-    assert "tasks above chance" in text and "forgetting" not in {key for key, *_ in run_of(load_cells(tmp_path, planned), planned[1]).metrics}
+    assert "tasks above chance" in text and "forgetting" not in {
+        key for key, *_ in run_of(load_cells(tmp_path, planned), planned[1]).metrics
+    }
     (tmp_path / "runs" / planned[0] / "metrics.json").unlink()
     alone = write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned[1:], title="t")
     assert "mine*" in alone and "cannot show forgetting" in (tmp_path / "summary/report.html").read_text()

@@ -9,15 +9,15 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from experiments.commands import mirror
-from analysis.statistics import permutation
 from analysis import units, write_summary
-from analysis.sections.flips import flips
-from analysis.statistics.intervals import of_set
 from analysis.load import load_cells
+from analysis.sections.flips import flips
+from analysis.sections.tables import as_text, comparison
+from analysis.statistics import permutation
+from analysis.statistics.intervals import of_set
 from analysis.statistics.matched import trajectories
 from analysis.statistics.resample import resampled
-from analysis.sections.tables import as_text, comparison
+from experiments.commands import mirror
 from tests.analysis.fixtures import write_items, write_json, write_results
 
 PAIR = {"model": "smollm2-135m", "domain": "science"}
@@ -28,21 +28,37 @@ def in_another_metric(root, task, metric, **about):
     base = pd.read_csv(root / "base/smollm2-135m/items.csv.gz")
     whole = {path: pd.read_csv(path) for path in sorted(root.glob("runs/**/items.csv.gz"))}
     per_item = metric == "perplexity"
-    turn = lambda items: items.assign(score=items["score"].where(items["task"] != task, items["score"] - 3 if per_item else np.nan))
+    turn = lambda items: items.assign(
+        score=items["score"].where(items["task"] != task, items["score"] - 3 if per_item else np.nan)
+    )
     before = float(base.loc[base["task"] == task, "score"].mean())
     for path, items in whole.items():
         after = float(items.loc[items["task"] == task, "score"].mean())
         metrics = json.loads((file := path.parent / "metrics.json").read_text())
         own = metrics["scores_by_task"][task]
         value = (lambda share: math.exp(3 - share)) if per_item else (lambda share: 2 * share - 1)
-        own |= {"metric": metric, "value": value(after), "base": value(before), "change": (after - before) * (1 if per_item else 2),
-                "unit": "nats" if per_item else metric, "per_item": per_item, "higher_is_better": not per_item} | about  # fmt: skip
+        own |= {
+            "metric": metric,
+            "value": value(after),
+            "base": value(before),
+            "change": (after - before) * (1 if per_item else 2),
+            "unit": "nats" if per_item else metric,
+            "per_item": per_item,
+            "higher_is_better": not per_item,
+        } | about
         if task == metrics["domain"]:
-            metrics |= {"domain_score": own["value"], "domain_score_base": own["base"], "domain_gain": own["change"], "domain_unit": own["unit"]}
+            metrics |= {
+                "domain_score": own["value"],
+                "domain_score_base": own["base"],
+                "domain_gain": own["change"],
+                "domain_unit": own["unit"],
+            }
         else:
             metrics["forgetting_by_task"].pop(task)
-            metrics |= {"forgetting": float(np.mean(list(metrics["forgetting_by_task"].values()))),
-                        "forgetting_apart": {task: {"forgetting": -own["change"], "unit": own["unit"]}}}  # fmt: skip
+            metrics |= {
+                "forgetting": float(np.mean(list(metrics["forgetting_by_task"].values()))),
+                "forgetting_apart": {task: {"forgetting": -own["change"], "unit": own["unit"]}},
+            }
         write_json(file, metrics)
         write_items(path, turn(items))
     write_items(root / "base/smollm2-135m/items.csv.gz", turn(base))
@@ -53,16 +69,26 @@ def test_a_domain_in_nats_is_compared_row_by_row_and_said_in_nats(tmp_path):
     in_another_metric(tmp_path, "science", "perplexity")
     loaded = load_cells(tmp_path, names)
     row = comparison(loaded).set_index("method").loc["full"]
-    items = loaded.items[(loaded.items["cell"] == names[0]) & (loaded.items["task"] == "science")].set_index("doc_id")["score"]
+    items = loaded.items[(loaded.items["cell"] == names[0]) & (loaded.items["task"] == "science")].set_index("doc_id")[
+        "score"
+    ]
     asked = loaded.base["smollm2-135m"]["items"]
     changed = items - asked[asked["task"] == "science"].set_index("doc_id")["score"]
-    half = student.ppf(0.975, len(changed) - 1) * changed.std(ddof=1) / math.sqrt(len(changed))  # no row more: nothing turns
+    half = (
+        student.ppf(0.975, len(changed) - 1) * changed.std(ddof=1) / math.sqrt(len(changed))
+    )  # no row more: nothing turns
     assert row["domain_gain"] == pytest.approx(changed.mean())
-    assert (row["domain_gain_low"], row["domain_gain_high"]) == pytest.approx((changed.mean() - half, changed.mean() + half))
+    assert (row["domain_gain_low"], row["domain_gain_high"]) == pytest.approx(
+        (changed.mean() - half, changed.mean() + half)
+    )
     text = as_text(loaded, comparison(loaded))
-    assert re.search(r"full .* perplexity +\+0\.\d+ nats \[", text) and "the gain of science in nats of perplexity" in text
+    assert (
+        re.search(r"full .* perplexity +\+0\.\d+ nats \[", text) and "the gain of science in nats of perplexity" in text
+    )
     tests = permutation.tests_of(loaded, **PAIR)
-    assert set(tests.loc[tests["kind"] == "gain", "unit"]) == {"nats"} and set(tests.loc[tests["kind"] == "forgetting", "unit"]) == {"share"}
+    assert set(tests.loc[tests["kind"] == "gain", "unit"]) == {"nats"} and set(
+        tests.loc[tests["kind"] == "forgetting", "unit"]
+    ) == {"share"}
     assert tests.loc[tests["kind"] == "gain", "difference"].iloc[0] == pytest.approx(changed.mean())
     assert resampled(loaded, **PAIR) is None  # no area of nats times points
     assert "science" not in set(flips(loaded, **PAIR)["task"])
@@ -73,7 +99,10 @@ def test_a_metric_of_the_set_goes_through_the_whole_summary_without_a_paired_tes
     in_another_metric(tmp_path / "results", "science", "mcc", change_error=0.04)
     in_another_metric(tmp_path / "results", "piqa", "perplexity")
     text = write_summary(results_root=tmp_path / "results", summary_dir=tmp_path / "summary", cells=names, title="t")
-    assert re.search(r"full +0\.\d+ mcc +\+0\.\d+ \[", text) and "piqa (science) is no proportion of rows and not in the mean; its own forgetting, in nats" in text
+    assert (
+        re.search(r"full +0\.\d+ mcc +\+0\.\d+ \[", text)
+        and "piqa (science) is no proportion of rows and not in the mean; its own forgetting, in nats" in text
+    )
     tests = pd.read_csv(tmp_path / "summary/tests.csv")
     assert set(tests["kind"]) == {"forgetting"}
     page = (tmp_path / "summary/report.html").read_text()
@@ -86,7 +115,10 @@ def test_a_metric_of_the_set_goes_through_the_whole_summary_without_a_paired_tes
     assert row["domain_gain_high"] - row["domain_gain_low"] == pytest.approx(2 * half, rel=1e-6)
     run = mirror.run_of(loaded, names[0])
     assert f"{gains[0]:+.3g} mcc" in run.tags["mlflow.note.content"]
-    assert dict((key, value) for key, value, *_ in run.metrics)["forgetting/piqa"] == loaded.cells.iloc[0]["forgetting_apart"]["piqa"]["forgetting"]
+    assert (
+        dict((key, value) for key, value, *_ in run.metrics)["forgetting/piqa"]
+        == loaded.cells.iloc[0]["forgetting_apart"]["piqa"]["forgetting"]
+    )
 
 
 def test_an_interval_of_the_set_without_an_error_has_no_bounds():
@@ -95,9 +127,16 @@ def test_an_interval_of_the_set_without_an_error_has_no_bounds():
     assert (one.low, one.high) == pytest.approx((0.1 - 1.959964 * 0.05, 0.1 + 1.959964 * 0.05), rel=1e-6)
 
 
-@pytest.mark.parametrize("value, unit, level, change", [
-    (0.4837, "share", "48.4", "+48.4"), (15.8948, "nats", "15.89", "+15.9"), (-0.25, "mcc", "−0.25", "−0.25"), (0.0, "mcc", "0", "0"),
-    (5.976e12, "nats", "5.976e+12", "+5.98e+12"), (None, "nats", "–", "–"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, unit, level, change",
+    [
+        (0.4837, "share", "48.4", "+48.4"),
+        (15.8948, "nats", "15.89", "+15.9"),
+        (-0.25, "mcc", "−0.25", "−0.25"),
+        (0.0, "mcc", "0", "0"),
+        (5.976e12, "nats", "5.976e+12", "+5.98e+12"),
+        (None, "nats", "–", "–"),
+    ],
+)
 def test_numbers_as_they_are_written(value, unit, level, change):
     assert (units.level(value, unit), units.change(value, unit)) == (level, change)

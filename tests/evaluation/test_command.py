@@ -33,20 +33,44 @@ def command(tasks_dir, tmp_path_factory):
     (folder / "tasks").mkdir()
     for entry in ENTRIES:
         task = {
-            "include": str(shipped_yaml(entry["task"])), "task": f"local_{entry['name']}", "dataset_path": "json",
-            "dataset_name": None, "dataset_kwargs": {"data_files": {"test": str(tasks_dir / f"{entry['name']}.jsonl")}},
-            "training_split": None, "validation_split": None, "test_split": "test",
-        }  # fmt: skip
+            "include": str(shipped_yaml(entry["task"])),
+            "task": f"local_{entry['name']}",
+            "dataset_path": "json",
+            "dataset_name": None,
+            "dataset_kwargs": {"data_files": {"test": str(tasks_dir / f"{entry['name']}.jsonl")}},
+            "training_split": None,
+            "validation_split": None,
+            "test_split": "test",
+        }
         (folder / "tasks" / f"{entry['name']}.yaml").write_text(yaml.safe_dump(task))
     done = subprocess.run(
-        [sys.executable, "-c", LM_EVAL, "run", "--model", "hf", "--model_args",
-         f"pretrained={model},dtype=float32,max_length=512", "--tasks", *[f"local_{e['name']}" for e in ENTRIES],
-         "--include_path", str(folder / "tasks"), "--batch_size", "4", "--device", "cpu", "--log_samples",
-         "--output_path", str(folder / "out")],
-        env=os.environ | {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1",
-                          "HF_DATASETS_OFFLINE": "1"},
-        capture_output=True, text=True, cwd=folder,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-c",
+            LM_EVAL,
+            "run",
+            "--model",
+            "hf",
+            "--model_args",
+            f"pretrained={model},dtype=float32,max_length=512",
+            "--tasks",
+            *[f"local_{e['name']}" for e in ENTRIES],
+            "--include_path",
+            str(folder / "tasks"),
+            "--batch_size",
+            "4",
+            "--device",
+            "cpu",
+            "--log_samples",
+            "--output_path",
+            str(folder / "out"),
+        ],
+        env=os.environ
+        | {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        cwd=folder,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (results,) = (folder / "out").rglob("results_*.json")
     samples = {}
@@ -63,9 +87,12 @@ def test_scores_and_items_equal_the_commands(scorer, command, tasks_dir):
 
     folder, results, samples = command
     scores, items = harness.score(
-        model=AutoModelForCausalLM.from_pretrained(folder), tokenizer=AutoTokenizer.from_pretrained(folder),
-        tasks_dir=tasks_dir, scorer=scorer, batch_size=4,
-    )  # fmt: skip
+        model=AutoModelForCausalLM.from_pretrained(folder),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        tasks_dir=tasks_dir,
+        scorer=scorer,
+        batch_size=4,
+    )
     for entry in ENTRIES:
         ours, theirs = items[items.task == entry["name"]], samples[entry["name"]]
         assert ours.doc_hash.tolist() == [row["doc_hash"] for row in theirs]

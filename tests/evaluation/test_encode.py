@@ -13,8 +13,9 @@ from transformers import PreTrainedTokenizerFast
 from evaluation import encode, harness, lm
 from evaluation.probe import encoded, load_probes, probe
 from evaluation.task import make_task, render
+from experiments.model.random_models import build
+from experiments.model.random_models import byte_tokenizer as make_byte_tokenizer
 from methods.errors import UserError
-from experiments.model.random_models import build, byte_tokenizer as make_byte_tokenizer
 from tests.evaluation.conftest import TEXT, write_rows
 
 PAIRS = [
@@ -61,21 +62,40 @@ def with_end():
 
 def without_specials():
     """The byte tokenizer without BOS, EOS and padding."""
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(make_byte_tokenizer().backend_tokenizer.to_str()))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(make_byte_tokenizer().backend_tokenizer.to_str())
+    )
 
 
 def trained(kind):
     """Tokenizers of the other families, trained on a few sentences."""
-    special, text = ["<unk>", "<s>", "</s>"], ["Question: what is water? Answer: wet.", "The border of the word, the end.", "é 漢 字"] * 4
+    special, text = (
+        ["<unk>", "<s>", "</s>"],
+        ["Question: what is water? Answer: wet.", "The border of the word, the end.", "é 漢 字"] * 4,
+    )
     if kind == "metaspace":  # as LLaMA-2's
-        backend, trainer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True)), trainers.BpeTrainer(vocab_size=150, special_tokens=special)
-        backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.Metaspace(prepend_scheme="first")
+        backend, trainer = (
+            Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True)),
+            trainers.BpeTrainer(vocab_size=150, special_tokens=special),
+        )
+        backend.pre_tokenizer, backend.decoder = (
+            pre_tokenizers.Metaspace(prepend_scheme="first"),
+            decoders.Metaspace(prepend_scheme="first"),
+        )
     elif kind == "unigram":  # as T5's, which strips spaces and puts </s> behind a text
-        backend, trainer = Tokenizer(models.Unigram()), trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>")
-        backend.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Strip(), normalizers.Replace("  ", " ")])
+        backend, trainer = (
+            Tokenizer(models.Unigram()),
+            trainers.UnigramTrainer(vocab_size=80, special_tokens=special, unk_token="<unk>"),
+        )
+        backend.normalizer = normalizers.Sequence(
+            [normalizers.NFKC(), normalizers.Strip(), normalizers.Replace("  ", " ")]
+        )
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     elif kind == "wordpiece":  # as BERT's, which lowers the case
-        backend, trainer = Tokenizer(models.WordPiece(unk_token="<unk>")), trainers.WordPieceTrainer(vocab_size=120, special_tokens=special)
+        backend, trainer = (
+            Tokenizer(models.WordPiece(unk_token="<unk>")),
+            trainers.WordPieceTrainer(vocab_size=120, special_tokens=special),
+        )
         backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
         backend.decoder = decoders.WordPiece()
     else:  # as GPT-2's
@@ -89,7 +109,27 @@ def trained(kind):
 
 def phrases(count):
     """Pairs of prompt and answer that meet in every way: at a space, at a line's end, at punctuation, inside a word."""
-    draw, pieces = random.Random(4), ["water", " wet", "Question:", "\n", " ", "  ", "the bor", "der", "?", ".", "é", " 漢", "'s", "<s>", "12", "The"]
+    draw, pieces = (
+        random.Random(4),
+        [
+            "water",
+            " wet",
+            "Question:",
+            "\n",
+            " ",
+            "  ",
+            "the bor",
+            "der",
+            "?",
+            ".",
+            "é",
+            " 漢",
+            "'s",
+            "<s>",
+            "12",
+            "The",
+        ],
+    )
     text = lambda: "".join(draw.choices(pieces, k=draw.randint(1, 5)))
     return [(text(), text()) for _ in range(count)]
 
@@ -128,12 +168,20 @@ def test_pairs_that_hflm_can_score_are_hflms_with_every_family_of_tokenizers(kin
 
 def test_an_end_of_text_that_the_tokenizer_adds_stands_nowhere(tiny_llama, tasks_dir):
     plain, ending = make_byte_tokenizer(), with_end()
-    assert ending.encode("a") == [97, 256] and encode.appended(ending) == [256] and encode.appended(plain) == encode.appended(with_bos()) == []
+    assert (
+        ending.encode("a") == [97, 256]
+        and encode.appended(ending) == [256]
+        and encode.appended(plain) == encode.appended(with_bos()) == []
+    )
     for context, continuation in [*PAIRS[:6], *phrases(50)]:
         assert encode.encode_pair(ending, context, continuation) == encode.encode_pair(plain, context, continuation)
     assert encode.encode_pair(ending, "a", "b", end=True) == ([97, 98, 256], 1)
-    assert encode.encode_text(ending, "a<|eos|>") == [97, 256] and encode.encode_text(ending, "") == []  # what the text itself says stays
-    found, right = (harness.score(model=tiny_llama, tokenizer=tokenizer, tasks_dir=tasks_dir)[1] for tokenizer in (ending, plain))
+    assert (
+        encode.encode_text(ending, "a<|eos|>") == [97, 256] and encode.encode_text(ending, "") == []
+    )  # what the text itself says stays
+    found, right = (
+        harness.score(model=tiny_llama, tokenizer=tokenizer, tasks_dir=tasks_dir)[1] for tokenizer in (ending, plain)
+    )
     assert found.equals(right)
     asked, _ = lm.build(tiny_llama, ending, scorer="hflm", batch_size=2)
     ids, seen = asked.tok_batch_encode(["ab", "c"])
@@ -146,15 +194,21 @@ def test_without_a_prefix_a_text_is_scored_from_its_second_token(tiny_llama, tas
     scores, items = harness.score(model=tiny_llama, tokenizer=tokenizer, tasks_dir=tasks_dir)
     asked, _ = lm.build(tiny_llama, tokenizer, scorer="hflm", batch_size=2)
     texts = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(row["text"],), idx=0) for row in TEXT]
-    for row, found, theirs in zip(TEXT, items[items.task == "general"].itertuples(), asked.loglikelihood_rolling(texts), strict=True):
+    for row, found, theirs in zip(
+        TEXT, items[items.task == "general"].itertuples(), asked.loglikelihood_rolling(texts), strict=True
+    ):
         ids = torch.tensor([list(row["text"].encode())])
         assert found.gold == ids.shape[1] - 1 and theirs == pytest.approx(-found.score, rel=1e-5)
         if ids.shape[1] <= 512:  # one window
-            assert found.score == pytest.approx(tiny_llama(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1), rel=1e-4)
+            assert found.score == pytest.approx(
+                tiny_llama(input_ids=ids, labels=ids).loss.item() * (ids.shape[1] - 1), rel=1e-4
+            )
     _, right = harness.score(model=tiny_llama, tokenizer=make_byte_tokenizer(), tasks_dir=tasks_dir)
     assert items[items.task != "general"].equals(right[right.task != "general"])
     nats = scores["general"]["nats_per_token"]
-    assert probe(model=tiny_llama, sets={"general": encoded(TEXT, tokenizer)})["perplexity"] == pytest.approx(torch.tensor(nats).exp().item(), rel=1e-4)
+    assert probe(model=tiny_llama, sets={"general": encoded(TEXT, tokenizer)})["perplexity"] == pytest.approx(
+        torch.tensor(nats).exp().item(), rel=1e-4
+    )
     assert encoded([{"text": "a"}], tokenizer) == []  # nothing to score
     (tmp_path / "probe").mkdir()
     write_rows(tmp_path / "probe" / "general.jsonl", [{"text": "a"}])
@@ -167,14 +221,28 @@ def test_without_a_prefix_a_text_is_scored_from_its_second_token(tiny_llama, tas
 
 
 def test_answers_are_written_with_an_end_of_text_or_refused(tiny_llama):
-    asked, plain = (lm.build(tiny_llama, tokenizer, scorer="shared-prefix", batch_size=1)[0] for tokenizer in (without_specials(), make_byte_tokenizer()))
-    request = lambda prompt: [Instance(request_type="generate_until", doc={}, arguments=(prompt, {"until": [], "max_gen_toks": 9}), idx=0,
-                                       metadata=("sums", 2, 1))]  # fmt: skip
-    assert asked.generate_until(request("1 + 1 =")) == plain.generate_until(request("1 + 1 ="))  # the model's own end of text
+    asked, plain = (
+        lm.build(tiny_llama, tokenizer, scorer="shared-prefix", batch_size=1)[0]
+        for tokenizer in (without_specials(), make_byte_tokenizer())
+    )
+    request = lambda prompt: [
+        Instance(
+            request_type="generate_until",
+            doc={},
+            arguments=(prompt, {"until": [], "max_gen_toks": 9}),
+            idx=0,
+            metadata=("sums", 2, 1),
+        )
+    ]
+    assert asked.generate_until(request("1 + 1 =")) == plain.generate_until(
+        request("1 + 1 =")
+    )  # the model's own end of text
     with pytest.raises(UserError, match="task sums, row 3 .*the prompt has no token"):
         asked.generate_until(request(""))
     theirs, _ = lm.build(tiny_llama, without_specials(), scorer="hflm", batch_size=1)
-    with pytest.raises(UserError, match="task sums: lm-eval's HFLM writes answers only with a tokenizer that has an EOS"):
+    with pytest.raises(
+        UserError, match="task sums: lm-eval's HFLM writes answers only with a tokenizer that has an EOS"
+    ):
         theirs.generate_until(request("1 + 1 ="))
     tiny_llama.generation_config.eos_token_id = None
     with pytest.raises(UserError, match="task sums: its answers are written and have to end"):
@@ -185,13 +253,18 @@ def test_answers_are_written_with_an_end_of_text_or_refused(tiny_llama):
 
 def test_an_answer_without_a_token_is_told_with_its_row(tiny_llama):
     for tokenizer, context, answer, reason in (
-        (with_merges(), PAIRS[0][0], PAIRS[0][1], "runs over the border"), (make_byte_tokenizer(), "a", "", "nothing in it"),
-        (make_byte_tokenizer(), "", "", "nothing in it"), (trained("unigram"), "the", " ", "nothing in it")):  # fmt: skip
+        (with_merges(), PAIRS[0][0], PAIRS[0][1], "runs over the border"),
+        (make_byte_tokenizer(), "a", "", "nothing in it"),
+        (make_byte_tokenizer(), "", "", "nothing in it"),
+        (trained("unigram"), "the", " ", "nothing in it"),
+    ):
         with pytest.raises(UserError, match=reason):
             encode.answer_pair(tokenizer, context, answer)
         for scorer in lm.SCORERS:
             asked, _ = lm.build(tiny_llama, tokenizer, scorer=scorer, batch_size=1)
-            request = Instance(request_type="loglikelihood", doc={}, arguments=(context, answer), idx=0, metadata=("birds", 4, 1))
+            request = Instance(
+                request_type="loglikelihood", doc={}, arguments=(context, answer), idx=0, metadata=("birds", 4, 1)
+            )
             with pytest.raises(UserError, match="task birds, row 5 of those scored: the answer"):
                 asked.loglikelihood([request])
         with pytest.raises(UserError, match="a probe row: the answer"):
@@ -200,8 +273,16 @@ def test_an_answer_without_a_token_is_told_with_its_row(tiny_llama):
 
 def test_an_answer_longer_than_the_model_is_told_with_its_row(tiny_llama, tmp_path):
     """Also where another model with more positions was asked before, and the ids were kept."""
-    request = Instance(request_type="loglikelihood", doc={}, arguments=("a", "b" * 513), idx=0, metadata=("birds", 0, 1))
-    longer, _ = lm.build(build("llama", seed=0, max_position_embeddings=600), make_byte_tokenizer(), scorer="shared-prefix", batch_size=1, kept=tmp_path)
+    request = Instance(
+        request_type="loglikelihood", doc={}, arguments=("a", "b" * 513), idx=0, metadata=("birds", 0, 1)
+    )
+    longer, _ = lm.build(
+        build("llama", seed=0, max_position_embeddings=600),
+        make_byte_tokenizer(),
+        scorer="shared-prefix",
+        batch_size=1,
+        kept=tmp_path,
+    )
     for kept in (None, tmp_path):
         asked, _ = lm.build(tiny_llama, make_byte_tokenizer(), scorer="shared-prefix", batch_size=1, kept=kept)
         with pytest.raises(UserError, match="task birds, row 1.*has 513 tokens, but the model takes 512"):
@@ -212,8 +293,16 @@ def test_an_answer_longer_than_the_model_is_told_with_its_row(tiny_llama, tmp_pa
 def test_tokens_over_the_border_are_said(capsys):
     asked, _ = lm.build(build("llama", seed=0, vocab_size=330), with_merges(), scorer="shared-prefix", batch_size=1)
     pairs = [PAIRS[3], ("x", "y"), ("ends in spaces   ", "then this")]
-    asked.loglikelihood([Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0, metadata=("birds", 7, 1)) for pair in pairs])
-    assert "1 of 3 answers begin inside a token of the whole text, the first in task birds, row 8" in capsys.readouterr().out
+    asked.loglikelihood(
+        [
+            Instance(request_type="loglikelihood", doc={}, arguments=pair, idx=0, metadata=("birds", 7, 1))
+            for pair in pairs
+        ]
+    )
+    assert (
+        "1 of 3 answers begin inside a token of the whole text, the first in task birds, row 8"
+        in capsys.readouterr().out
+    )
 
 
 def test_the_tokenizers_differ_where_they_should():
@@ -227,8 +316,12 @@ def test_the_tokenizers_differ_where_they_should():
 
 def test_training_ids_are_those_hflm_scores_for_the_gold_choice(tasks_dir, tiny_llama):
     tokenizer = with_bos()
-    for name, task_name, metric in (("science", "sciq", "acc"), ("hellaswag", "hellaswag", "acc_norm"),
-                                    ("lambada_openai", "lambada_openai", "acc"), ("copa", "copa", "acc")):  # fmt: skip
+    for name, task_name, metric in (
+        ("science", "sciq", "acc"),
+        ("hellaswag", "hellaswag", "acc_norm"),
+        ("lambada_openai", "lambada_openai", "acc"),
+        ("copa", "copa", "acc"),
+    ):
         task = make_task(name, task_name, tasks_dir / f"{name}.jsonl", metric=metric)
         task.build_all_requests()
         recorder = Recorder(pretrained=tiny_llama, tokenizer=tokenizer, batch_size=1)

@@ -5,8 +5,8 @@ import pytest
 from evaluation.encode import encode_pair
 from evaluation.probe import encoded, probe
 from evaluation.task import SEED, make_task, render
-from methods.errors import UserError
 from experiments.model.random_models import build
+from methods.errors import UserError
 from tests.evaluation.test_measure import ROWS, TASKS, task_of
 
 SHOTS = [{"q": f"Is {n} even?", "choices": ["yes", "no"], "gold": n % 2, "text": f"Shot {n}."} for n in range(4)]
@@ -16,7 +16,9 @@ SETTINGS = {
     "prefix": {"gen_prefix": "The answer is"},
     "prefix, row by row": {"gen_prefix": "Row {{gold}}: "},
     "in the order given": {"fewshot_config": {"samples": SHOTS, "sampler": "first_n"}},
-    "shots of another form": {"fewshot_config": {"samples": SHOTS, "doc_to_text": "Example: {{q}}", "target_delimiter": " = "}},
+    "shots of another form": {
+        "fewshot_config": {"samples": SHOTS, "doc_to_text": "Example: {{q}}", "target_delimiter": " = "}
+    },
 }
 
 
@@ -61,7 +63,9 @@ def test_without_shots_the_context_stands_alone():
 
 def test_null_in_an_example_is_refused():
     with pytest.raises(UserError, match="null"):
-        shown("multiple_choice", {"fewshot_config": {"samples": [{"q": None, "choices": ["a", "b"], "gold": 0}]}}, shots=1)
+        shown(
+            "multiple_choice", {"fewshot_config": {"samples": [{"q": None, "choices": ["a", "b"], "gold": 0}]}}, shots=1
+        )
 
 
 @pytest.mark.parametrize("metric", ["acc", "acc_norm", "acc_bytes", "acc_mutual_info", "exact_match"])

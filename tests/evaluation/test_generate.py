@@ -9,16 +9,19 @@ from lm_eval.api.instance import Instance
 
 from evaluation import encode, generate, harness, lm
 from evaluation.task import make_task, render
-from methods.errors import UserError
 from experiments.model.random_models import EOS_ID, build
+from methods.errors import UserError
 from tests.evaluation.conftest import write_rows
 
 ROWS = [
     {"question": f"Ann has {a} pens and buys {b}. How many?", "answer": f"{a}+{b}={a + b}\n#### {a + b}"}
     for a, b in ((1, 2), (3, 5), (20, 4), (7, 7), (9, 1))
-]  # fmt: skip
-GSM8K = {"include": "gsm8k", "num_fewshot": 0,
-         "generation_kwargs": {"until": ["Question:", "</s>"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 24}}  # fmt: skip
+]
+GSM8K = {
+    "include": "gsm8k",
+    "num_fewshot": 0,
+    "generation_kwargs": {"until": ["Question:", "</s>"], "do_sample": False, "temperature": 0.0, "max_gen_toks": 24},
+}
 
 
 def task(tmp_path, change=None, metric="exact_match,strict-match", rows=ROWS):
@@ -33,7 +36,9 @@ def learned():
     tokenizer, model = byte_tokenizer(), build("llama", seed=0)
     examples = []
     for row in ROWS:
-        ids, start = encode.encode_pair(tokenizer, f"Question: {row['question']}\nAnswer:", f" {row['answer']}", end=True)
+        ids, start = encode.encode_pair(
+            tokenizer, f"Question: {row['question']}\nAnswer:", f" {row['answer']}", end=True
+        )
         examples.append((torch.tensor([ids]), torch.tensor([[-100] * start + ids[start:]])))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(60):
@@ -46,12 +51,19 @@ def learned():
 
 def requests(prompts, **settings):
     return [
-        Instance(request_type="generate_until", doc={}, arguments=(prompt, settings), idx=0, metadata=("math", number, 1))
+        Instance(
+            request_type="generate_until", doc={}, arguments=(prompt, settings), idx=0, metadata=("math", number, 1)
+        )
         for number, prompt in enumerate(prompts)
     ]
 
 
-PROMPTS = ["Question: one?\nAnswer:", "a much longer prompt, so that the others are padded\nA:", "x", "Question: one?\nAnswer: and"]
+PROMPTS = [
+    "Question: one?\nAnswer:",
+    "a much longer prompt, so that the others are padded\nA:",
+    "x",
+    "Question: one?\nAnswer: and",
+]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gptj"])
@@ -75,7 +87,10 @@ def test_a_text_is_the_argmax_token_by_token(byte_tokenizer, tiny_gptj):
     with torch.no_grad():
         for _ in range(20):
             written.append(tiny_gptj(torch.tensor([ids + written])).logits[0, -1].argmax().item())
-    prompts = [generate.Prompt(ids=tuple(ids), until=(), tokens=20), generate.Prompt(ids=tuple(b"much longer " * 9), until=(), tokens=20)]
+    prompts = [
+        generate.Prompt(ids=tuple(ids), until=(), tokens=20),
+        generate.Prompt(ids=tuple(b"much longer " * 9), until=(), tokens=20),
+    ]
     text = generate.texts(model=tiny_gptj, tokenizer=byte_tokenizer, prompts=prompts, max_length=512, batch_size=2)[0]
     end = written.index(EOS_ID) if EOS_ID in written else None
     assert text == byte_tokenizer.decode(written[:end], skip_special_tokens=True)
@@ -108,15 +123,32 @@ def test_a_long_prompt_loses_its_beginning(learned, byte_tokenizer):
 
 @pytest.mark.parametrize("scorer", lm.SCORERS)
 def test_exact_match_through_lm_evals_filters(scorer, learned, byte_tokenizer, tmp_path):
-    entry = {"name": "math", "role": "domain", "task": GSM8K, "metric": "exact_match,strict-match", "chance": 0.0, "file": "math.jsonl"}
+    entry = {
+        "name": "math",
+        "role": "domain",
+        "task": GSM8K,
+        "metric": "exact_match,strict-match",
+        "chance": 0.0,
+        "file": "math.jsonl",
+    }
     wrong = ROWS[2] | {"answer": "20-4=16\n#### 16"}  # what the model learned is 24
     write_rows(tmp_path / "math.jsonl", [*ROWS[:2], wrong, *ROWS[3:]])
     (tmp_path / "tasks.json").write_text(json.dumps([entry]))
     scores, items = _scored(learned, byte_tokenizer, tmp_path, scorer)
     assert scores["tasks"]["math"] | {"version": 0, "prompt": ""} == {
-        "role": "domain", "metric": "exact_match,strict-match", "value": 0.8, "n": 5, "chance": 0.0, "version": 0, "prompt": "",
-        "unit": "share", "higher_is_better": True, "per_item": True, "compared": 0.8,
-        "metrics": {"exact_match,strict-match": 0.8, "exact_match,flexible-extract": 0.8}}  # fmt: skip
+        "role": "domain",
+        "metric": "exact_match,strict-match",
+        "value": 0.8,
+        "n": 5,
+        "chance": 0.0,
+        "version": 0,
+        "prompt": "",
+        "unit": "share",
+        "higher_is_better": True,
+        "per_item": True,
+        "compared": 0.8,
+        "metrics": {"exact_match,strict-match": 0.8, "exact_match,flexible-extract": 0.8},
+    }
     items = items[items.task == "math"]
     assert items.score.tolist() == [1, 1, 0, 1, 1]
     assert items[["choice", "gold", "log_likelihood"]].isna().all(axis=None)
@@ -128,8 +160,16 @@ def _scored(model, tokenizer, folder, scorer):
     """Scores with the general text that every domain has."""
     listed = json.loads((folder / "tasks.json").read_text())
     if not any(entry["role"] == "perplexity" for entry in listed):
-        listed.append({"name": "general", "role": "perplexity", "task": "general_text", "metric": "perplexity",
-                       "chance": None, "file": "general.jsonl"})  # fmt: skip
+        listed.append(
+            {
+                "name": "general",
+                "role": "perplexity",
+                "task": "general_text",
+                "metric": "perplexity",
+                "chance": None,
+                "file": "general.jsonl",
+            }
+        )
         write_rows(folder / "general.jsonl", [{"text": "Water is wet."}])
         (folder / "tasks.json").write_text(json.dumps(listed))
     return harness.score(model=model, tokenizer=tokenizer, tasks_dir=folder, scorer=scorer, batch_size=2)
@@ -141,8 +181,14 @@ def test_the_metrics_filter_is_the_one_that_counts(learned, byte_tokenizer, tmp_
     write_rows(tmp_path / "math.jsonl", ROWS)
     values = {}
     for name in ("strict-match", "flexible-extract"):
-        entry = {"name": "math", "role": "domain", "task": cut, "metric": f"exact_match,{name}", "chance": 0.0,
-                 "file": "math.jsonl"}  # fmt: skip
+        entry = {
+            "name": "math",
+            "role": "domain",
+            "task": cut,
+            "metric": f"exact_match,{name}",
+            "chance": 0.0,
+            "file": "math.jsonl",
+        }
         (tmp_path / "tasks.json").write_text(json.dumps([entry]))
         scores, items = _scored(learned, byte_tokenizer, tmp_path, "shared-prefix")
         values[name] = scores["tasks"]["math"]["value"]
@@ -154,15 +200,22 @@ def test_rendered_with_the_whole_solution_and_its_end(tmp_path, byte_tokenizer):
     row = render(task(tmp_path))[0]
     assert {k: v for k, v in row.items() if k != "id"} == {
         "context": "Question: Ann has 1 pens and buys 2. How many?\nAnswer:",
-        "choices": [" 1+2=3\n#### 3"], "gold": 0, "end": True}  # fmt: skip
+        "choices": [" 1+2=3\n#### 3"],
+        "gold": 0,
+        "end": True,
+    }
     ids, start = encode.encode_pair(byte_tokenizer, row["context"], row["choices"][0], end=True)
     assert bytes(ids[start:-1]) == b" 1+2=3\n#### 3" and ids[-1] == EOS_ID
     assert encode.encode_pair(byte_tokenizer, row["context"], row["choices"][0]) == (ids[:-1], start)
 
 
 def test_several_right_answers_render_as_the_first(tmp_path):
-    several = {"output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "answers",
-               "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
+    several = {
+        "output_type": "generate_until",
+        "doc_to_text": "{{q}}",
+        "doc_to_target": "answers",
+        "metric_list": [{"metric": "exact_match"}],
+    }
     rows = [{"q": "a", "answers": ["yes", "y"]}]
     made = make_task("qa", several, write_rows(tmp_path / "qa.jsonl", rows), metric="exact_match")
     assert render(made)[0]["choices"] == [" yes"]
@@ -170,24 +223,34 @@ def test_several_right_answers_render_as_the_first(tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"generation_kwargs": {"do_sample": True}}, "math: generation_kwargs.do_sample is True.*greedily"),
-     ({"generation_kwargs": {"temperature": 0.7}}, "generation_kwargs.temperature is 0.7"),
-     ({"generation_kwargs": {"max_gen_toks": "24"}}, "generation_kwargs.max_gen_toks is '24': it must be a whole number of tokens"),
-     ({"generation_kwargs": {"max_gen_toks": 0}}, "generation_kwargs.max_gen_toks is 0"),
-     ({"generation_kwargs": {"until": ["\n", ""]}}, r"generation_kwargs.until is \['\\n', ''\]: it must be a text"),
-     ({"filter_list": [{"name": "strict-match", "filter": [{"function": "regex", "regex_pattern": "("}]}]}, "filter 'strict-match' of filter_list cannot work on answers"),
-     ({"generation_kwargs": {"top_p": 0.9}}, "generation_kwargs.top_p is not followed"),
-     ({"repeats": 8}, "repeats is 8"),
-     ({"num_fewshot": 5}, "num_fewshot is 5"),
-     ({"doc_to_text": "{{query}}"}, "no column 'query'")],
-)  # fmt: skip
+    [
+        ({"generation_kwargs": {"do_sample": True}}, "math: generation_kwargs.do_sample is True.*greedily"),
+        ({"generation_kwargs": {"temperature": 0.7}}, "generation_kwargs.temperature is 0.7"),
+        (
+            {"generation_kwargs": {"max_gen_toks": "24"}},
+            "generation_kwargs.max_gen_toks is '24': it must be a whole number of tokens",
+        ),
+        ({"generation_kwargs": {"max_gen_toks": 0}}, "generation_kwargs.max_gen_toks is 0"),
+        ({"generation_kwargs": {"until": ["\n", ""]}}, r"generation_kwargs.until is \['\\n', ''\]: it must be a text"),
+        (
+            {"filter_list": [{"name": "strict-match", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
+            "filter 'strict-match' of filter_list cannot work on answers",
+        ),
+        ({"generation_kwargs": {"top_p": 0.9}}, "generation_kwargs.top_p is not followed"),
+        ({"repeats": 8}, "repeats is 8"),
+        ({"num_fewshot": 5}, "num_fewshot is 5"),
+        ({"doc_to_text": "{{query}}"}, "no column 'query'"),
+    ],
+)
 def test_what_cannot_be_followed_is_refused(change, message, tmp_path):
     with pytest.raises(UserError, match=message):
         task(tmp_path, change)
 
 
 def test_a_filter_that_the_task_does_not_have(tmp_path):
-    with pytest.raises(UserError, match=r"'exact_match,strict' names none of its filters \['strict-match', 'flexible-extract'\]"):
+    with pytest.raises(
+        UserError, match=r"'exact_match,strict' names none of its filters \['strict-match', 'flexible-extract'\]"
+    ):
         task(tmp_path, metric="exact_match,strict")
 
 
@@ -210,7 +273,10 @@ def test_answers_are_not_written_by_logits_that_are_no_numbers(scorer, byte_toke
 
 def test_lm_evals_own_scorer_is_not_asked_to_write_behind_nothing(byte_tokenizer, tiny_llama):
     asked, _ = lm.build(tiny_llama, byte_tokenizer, scorer="hflm", batch_size=2)
-    with pytest.raises(UserError, match="task math, row 1 of those scored: lm-eval's HFLM writes nothing behind a prompt without a token"):
+    with pytest.raises(
+        UserError,
+        match="task math, row 1 of those scored: lm-eval's HFLM writes nothing behind a prompt without a token",
+    ):
         asked.generate_until(requests([""], until=[], max_gen_toks=4))
 
 

@@ -12,8 +12,8 @@ import torch
 
 from evaluation import SCORING, encode, harness, lm
 from evaluation.retention import forgetting
-from methods.errors import UserError
 from experiments.model.random_models import build
+from methods.errors import UserError
 from tests.evaluation.conftest import COPA, ENTRIES, HELLASWAG, TEXT, write_rows
 
 
@@ -22,9 +22,13 @@ def scored(request, tasks_dir):
     from experiments.model.random_models import byte_tokenizer
 
     return request.param, *harness.score(
-        model=build("llama", seed=0), tokenizer=byte_tokenizer(), tasks_dir=tasks_dir, scorer=request.param,
-        batch_size=4, weights_sha256="abc",
-    )  # fmt: skip
+        model=build("llama", seed=0),
+        tokenizer=byte_tokenizer(),
+        tasks_dir=tasks_dir,
+        scorer=request.param,
+        batch_size=4,
+        weights_sha256="abc",
+    )
 
 
 def test_shape_of_the_scores(scored):
@@ -32,13 +36,23 @@ def test_shape_of_the_scores(scored):
     assert list(scores["tasks"]) == [e["name"] for e in ENTRIES if e["role"] != "perplexity"]
     hellaswag = scores["tasks"]["hellaswag"]
     assert {k: hellaswag[k] for k in ("role", "metric", "n", "chance", "version")} == {
-        "role": "retention", "metric": "acc_norm", "n": len(HELLASWAG), "chance": 0.25, "version": 1.0}  # fmt: skip
+        "role": "retention",
+        "metric": "acc_norm",
+        "n": len(HELLASWAG),
+        "chance": 0.25,
+        "version": 1.0,
+    }
     assert hellaswag["value"] == hellaswag["metrics"]["acc_norm"]
     assert set(hellaswag["metrics"]) == {"acc", "acc_norm"}
     assert set(scores["tasks"]["lambada_openai"]["metrics"]) == {"acc", "perplexity"}
     assert scores["scoring"] == {
-        "scoring": SCORING, "scorer": scorer, "batch_size": 4, "dtype": "float32", "limit": None,
-        **{name: version(name).removesuffix("+cpu") for name in ("lm_eval", "tokenizers", "torch", "transformers")}}  # fmt: skip
+        "scoring": SCORING,
+        "scorer": scorer,
+        "batch_size": 4,
+        "dtype": "float32",
+        "limit": None,
+        **{name: version(name).removesuffix("+cpu") for name in ("lm_eval", "tokenizers", "torch", "transformers")},
+    }
     assert scores["weights_sha256"] == "abc"
     assert list(items.columns) == harness.COLUMNS
 
@@ -81,7 +95,9 @@ def test_perplexity_is_exp_of_the_mean_nats_per_token(scored, byte_tokenizer):
 def test_two_runs_give_the_same_bytes_and_base_against_itself_is_zero(tasks_dir, byte_tokenizer, tmp_path):
     runs = []
     for name in ("a", "b"):
-        harness.save(*harness.score(model=build("gptj", seed=0), tokenizer=byte_tokenizer, tasks_dir=tasks_dir), tmp_path / name)
+        harness.save(
+            *harness.score(model=build("gptj", seed=0), tokenizer=byte_tokenizer, tasks_dir=tasks_dir), tmp_path / name
+        )
         runs.append(json.loads((tmp_path / name / "scores.json").read_text()))
     for file in ("scores.json", "items.csv.gz"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
@@ -105,9 +121,20 @@ def test_modes_and_random_states_are_restored(tasks_dir, byte_tokenizer):
 
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_hflm_uses_the_batch_size(batch_size, tasks_dir, tmp_path, byte_tokenizer, monkeypatch):
-    (tmp_path / "tasks.json").write_text(json.dumps(
-        [{"name": "copa", "role": "retention", "task": "copa", "metric": "acc", "chance": 0.5, "file": "copa.jsonl"}]
-    ))  # fmt: skip
+    (tmp_path / "tasks.json").write_text(
+        json.dumps(
+            [
+                {
+                    "name": "copa",
+                    "role": "retention",
+                    "task": "copa",
+                    "metric": "acc",
+                    "chance": 0.5,
+                    "file": "copa.jsonl",
+                }
+            ]
+        )
+    )
     write_rows(tmp_path / "copa.jsonl", COPA)  # 8 different requests
     model, sizes = build("llama", seed=0), []
     real = model.forward
@@ -142,5 +169,7 @@ def test_refusals(tasks_dir, tmp_path, byte_tokenizer):
 def test_scores_that_are_no_numbers_are_refused_before_they_are_written(tasks_dir, byte_tokenizer, tiny_llama):
     with torch.no_grad():
         tiny_llama.lm_head.weight[7] = 3e38  # finite, and its logits are not
-    with pytest.raises(UserError, match="task .*, document 1: the model's score is not a finite number .*compute_dtype"):
+    with pytest.raises(
+        UserError, match="task .*, document 1: the model's score is not a finite number .*compute_dtype"
+    ):
         harness.score(model=tiny_llama, tokenizer=byte_tokenizer, tasks_dir=tasks_dir)

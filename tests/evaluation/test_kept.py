@@ -7,7 +7,8 @@ from transformers import AutoTokenizer
 from evaluation import harness
 from evaluation.kept import KeptTokens
 from evaluation.lm import SharedPrefixLM
-from experiments.model.random_models import build, byte_tokenizer as make_tokenizer
+from experiments.model.random_models import build
+from experiments.model.random_models import byte_tokenizer as make_tokenizer
 
 TEXTS = [("a b", " c"), ("", "é"), ("a b", " dd"), ("ends ", "x")]
 PAIRS = [([1, 2], [3]), ([256], [4, 5]), ([1, 2], [6, 7, 8]), ([9], [10])]
@@ -42,7 +43,9 @@ def test_a_damaged_file_is_not_used(tmp_path, byte_tokenizer):
     for damaged in (b"", whole[:40], whole[:-30], b"x" * len(whole), whole[:at] + b"\x07" + whole[at + 1 :]):
         file.write_bytes(damaged)
         assert kept.load(TEXTS) is None
-    np.savez(file, ids=np.arange(13, dtype=np.int32), lengths=np.ones((4, 2), dtype=np.int64))  # whole, but not of these
+    np.savez(
+        file, ids=np.arange(13, dtype=np.int32), lengths=np.ones((4, 2), dtype=np.int64)
+    )  # whole, but not of these
     assert kept.load(TEXTS) is None
     kept.save(TEXTS, PAIRS)
     assert kept.load(TEXTS) == PAIRS
@@ -62,7 +65,11 @@ def test_the_second_model_encodes_nothing_and_scores_the_same(saved, tasks_dir, 
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
     scored = []
     for seed, kept in ((0, tmp_path / "kept"), (1, None)):
-        scored.append(harness.score(model=build("llama", seed=seed), tokenizer=byte_tokenizer, tasks_dir=tasks_dir, kept=kept)[1])
+        scored.append(
+            harness.score(model=build("llama", seed=seed), tokenizer=byte_tokenizer, tasks_dir=tasks_dir, kept=kept)[1]
+        )
     monkeypatch.setattr(SharedPrefixLM, "_encode_pair", lambda *_: pytest.fail("encoded again"))
-    again = harness.score(model=build("llama", seed=1), tokenizer=tokenizer, tasks_dir=tasks_dir, kept=tmp_path / "kept")[1]
+    again = harness.score(
+        model=build("llama", seed=1), tokenizer=tokenizer, tasks_dir=tasks_dir, kept=tmp_path / "kept"
+    )[1]
     assert again.equals(scored[1]) and not again.log_likelihood.equals(scored[0].log_likelihood)

@@ -10,8 +10,8 @@ import torch
 
 from evaluation import encode
 from evaluation.probe import load_probes, probe
-from methods.errors import UserError
 from experiments.model.random_models import build
+from methods.errors import UserError
 from tests.evaluation.conftest import TEXT, write_rows
 
 ROWS = [
@@ -45,8 +45,10 @@ def folder(tmp_path):
 def test_probe_is_what_it_says(name, folder, byte_tokenizer, request):
     model = request.getfixturevalue(name)
     found = probe(model=model, sets=load_probes(folder, byte_tokenizer))
-    for key, lengths in (("science", lambda row: [1] * len(row["choices"])),
-                         ("normed", lambda row: [len(c) - 1 for c in row["choices"]])):  # fmt: skip
+    for key, lengths in (
+        ("science", lambda row: [1] * len(row["choices"])),
+        ("normed", lambda row: [len(c) - 1 for c in row["choices"]]),
+    ):
         right = nats = tokens = 0
         for row in ROWS:
             costs = [brute(model, byte_tokenizer, row["context"], choice) for choice in row["choices"]]
@@ -70,13 +72,17 @@ def test_probe_is_what_it_says(name, folder, byte_tokenizer, request):
 
 @torch.no_grad()
 def test_written_answers_have_the_nats_of_the_solution_and_its_end(tmp_path, byte_tokenizer, tiny_llama):
-    rows = [{"context": "Q: 1+1?\nA:", "choices": [" 1+1=2\n#### 2"], "gold": 0, "end": True},
-            {"context": "Q: long?\nA:", "choices": [" x" * 400], "gold": 0, "end": True}]  # fmt: skip
+    rows = [
+        {"context": "Q: 1+1?\nA:", "choices": [" 1+1=2\n#### 2"], "gold": 0, "end": True},
+        {"context": "Q: long?\nA:", "choices": [" x" * 400], "gold": 0, "end": True},
+    ]
     write_rows(tmp_path / "math.jsonl", rows)
     found = probe(model=tiny_llama, sets=load_probes(tmp_path, byte_tokenizer))
     assert set(found) == {"math_nll"}  # no accuracy: that takes generation
     nats = tokens = 0
-    for row, kept in zip(rows, (len(rows[0]["choices"][0]) + 1, 512)):  # the model takes 512: the rest of the solution is cut
+    for row, kept in zip(
+        rows, (len(rows[0]["choices"][0]) + 1, 512)
+    ):  # the model takes 512: the rest of the solution is cut
         solution = [*row["choices"][0].encode(), byte_tokenizer.eos_token_id][:kept]
         ids = [*row["context"].encode(), *solution][-513:]
         logits = tiny_llama(torch.tensor([ids[:-1]])).logits[0, -kept:].double()

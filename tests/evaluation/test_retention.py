@@ -41,10 +41,20 @@ def test_above_chance_needs_the_bound_and_not_the_score():
 
 
 def test_mean_over_the_tasks_above_chance_only():
-    base = {"a": entry(0.6), "b": entry(0.5), "c": entry(0.26), "d": entry(0.7, role="domain"),
-            "t": entry(0.6, role="transfer")}  # fmt: skip
-    tuned = {"a": entry(0.5), "b": entry(0.53), "c": entry(0.0), "d": entry(0.9, role="domain"),
-             "t": entry(0.1, role="transfer")}  # fmt: skip
+    base = {
+        "a": entry(0.6),
+        "b": entry(0.5),
+        "c": entry(0.26),
+        "d": entry(0.7, role="domain"),
+        "t": entry(0.6, role="transfer"),
+    }
+    tuned = {
+        "a": entry(0.5),
+        "b": entry(0.53),
+        "c": entry(0.0),
+        "d": entry(0.9, role="domain"),
+        "t": entry(0.1, role="transfer"),
+    }
     lost = forgetting(base, tuned)
     assert lost["by_task"] == pytest.approx({"a": 0.1, "b": -0.03})
     assert lost["at_chance"] == ["c"]
@@ -52,7 +62,12 @@ def test_mean_over_the_tasks_above_chance_only():
 
 
 def test_none_where_no_task_can_show_loss():
-    assert forgetting({"a": entry(0.25)}, {"a": entry(0.0)}) == {"forgetting": None, "by_task": {}, "at_chance": ["a"], "apart": {}}
+    assert forgetting({"a": entry(0.25)}, {"a": entry(0.0)}) == {
+        "forgetting": None,
+        "by_task": {},
+        "at_chance": ["a"],
+        "apart": {},
+    }
 
 
 def test_base_against_itself_is_exactly_zero():
@@ -92,7 +107,9 @@ def test_a_fall_of_perplexity_is_a_gain_in_nats_and_its_rise_forgetting():
 def test_the_interval_of_a_metric_of_the_set_is_of_the_same_draws():
     draws = [0.1, 0.5, None, 0.3, 0.2]
     base = entry(0.3, unit="mcc", metric="mcc", compared=0.3, resampled=draws)
-    tuned = entry(0.4, unit="mcc", metric="mcc", compared=0.4, resampled=[None if d is None else d + 0.1 for d in draws])
+    tuned = entry(
+        0.4, unit="mcc", metric="mcc", compared=0.4, resampled=[None if d is None else d + 0.1 for d in draws]
+    )
     found = change(base, tuned)
     assert found["change"] == pytest.approx(0.1) and found["change_error"] is None  # no draw differs: nothing to go by
     wider = change(base, tuned | {"resampled": [0.2, 0.2, 0.2, 0.2, 0.2]})

@@ -69,7 +69,9 @@ def test_peft_wrapped_model_is_scored_with_its_adapter(tiny_llama):
         expected = logits.log_softmax(-1).gather(1, torch.tensor(continuation)[:, None]).sum()
         assert value == pytest.approx(expected.item(), abs=1e-4)
     with wrapped.disable_adapter():
-        assert shared_prefix.log_likelihoods(wrapped, requests, max_length=512)[0][0] != pytest.approx(scored[0][0], abs=1e-2)
+        assert shared_prefix.log_likelihoods(wrapped, requests, max_length=512)[0][0] != pytest.approx(
+            scored[0][0], abs=1e-2
+        )
 
 
 def test_bfloat16_stays_near_float32(tiny_gptj):
@@ -108,16 +110,26 @@ def granite():
 
     torch.manual_seed(0)
     return GraniteForCausalLM(
-        GraniteConfig(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, logits_scaling=4.0, initializer_range=0.2)
-    ).eval()  # fmt: skip
+        GraniteConfig(
+            vocab_size=258,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            logits_scaling=4.0,
+            initializer_range=0.2,
+        )
+    ).eval()
 
 
 def test_logits_that_are_scaled_behind_the_head_are_the_models_own(byte_tokenizer):
     model = granite()
     assert shared_prefix.refusal(model) == ""
     requests = [r for r in ragged_requests() if len(r[1]) + len(r[2]) < 130]
-    theirs = HFLM(pretrained=model, tokenizer=byte_tokenizer, batch_size=4)._loglikelihood_tokens(requests, disable_tqdm=True)
+    theirs = HFLM(pretrained=model, tokenizer=byte_tokenizer, batch_size=4)._loglikelihood_tokens(
+        requests, disable_tqdm=True
+    )
     ours = shared_prefix.log_likelihoods(model, [(c, d) for _, c, d in requests], max_length=512)
     assert [v for v, _ in ours] == pytest.approx([v for v, _ in theirs], abs=1e-3)
 
@@ -135,9 +147,17 @@ def sliding():
 
     torch.manual_seed(0)
     return MistralForCausalLM(
-        MistralConfig(vocab_size=258, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                      num_key_value_heads=2, sliding_window=8, initializer_range=0.2)
-    ).eval()  # fmt: skip
+        MistralConfig(
+            vocab_size=258,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            sliding_window=8,
+            initializer_range=0.2,
+        )
+    ).eval()
 
 
 @pytest.mark.parametrize("make, reason", [(blind, "its own forward pass"), (sliding, "whole context")])

@@ -25,7 +25,11 @@ def test_shipped_prompt_on_local_rows(tmp_path):
 
 def test_a_template_is_compiled_once(tmp_path, monkeypatch):
     compiled, real = [], jinja_env.compile
-    monkeypatch.setattr(jinja_env, "compile", lambda source, *args, **settings: compiled.append(source) or real(source, *args, **settings))
+    monkeypatch.setattr(
+        jinja_env,
+        "compile",
+        lambda source, *args, **settings: compiled.append(source) or real(source, *args, **settings),
+    )
     mapping = {"include": "sciq", "doc_to_text": "{{question}}, asked once:"}  # no other test has compiled it
     assert len(render(made(tmp_path, SCIQ, mapping))) == len(SCIQ)
     assert compiled.count(mapping["doc_to_text"]) == 1 and len(set(compiled)) == len(compiled)
@@ -54,14 +58,32 @@ def test_inline_task_and_one_built_on_a_shipped_one(tmp_path):
     rows = [{"q": "2+2?", "options": ["3", "4"], "answer": 1}, {"q": "1+1?", "options": ["2", "5"], "answer": 0}]
     inline = {"doc_to_text": "{{q}}", "doc_to_choice": "options", "doc_to_target": "answer"}
     assert render(made(tmp_path, rows, inline))[0] | {"id": ""} == {
-        "id": "", "context": "2+2?", "choices": [" 3", " 4"], "gold": 1}  # fmt: skip
+        "id": "",
+        "context": "2+2?",
+        "choices": [" 3", " 4"],
+        "gold": 1,
+    }
     described = render(made(tmp_path, SCIQ, {"include": "sciq", "description": "Science.\n"}))
     assert described[0]["context"].startswith("Science.\n")
 
 
 def test_every_shipped_task_of_the_studies_is_found_without_the_index():
-    for name in ("sciq", "hellaswag", "piqa", "lambada_openai", "copa", "arc_easy", "arc_challenge", "openbookqa",
-                 "medmcqa", "winogrande", "commonsense_qa", "social_iqa", "boolq", "mmlu_anatomy"):  # fmt: skip
+    for name in (
+        "sciq",
+        "hellaswag",
+        "piqa",
+        "lambada_openai",
+        "copa",
+        "arc_easy",
+        "arc_challenge",
+        "openbookqa",
+        "medmcqa",
+        "winogrande",
+        "commonsense_qa",
+        "social_iqa",
+        "boolq",
+        "mmlu_anatomy",
+    ):
         assert shipped_yaml(name).is_relative_to(SHIPPED)
     assert shipped_yaml("arc_challenge").name == "arc_challenge.yaml"
     assert not shipped_yaml("general_text").is_relative_to(SHIPPED)
@@ -93,9 +115,14 @@ def without(rows, column):
 
 @pytest.mark.parametrize(
     "rows, task, column",
-    [(SCIQ, "sciq", "support"), (SCIQ, "sciq", "distractor2"), (HELLASWAG, "hellaswag", "endings"),
-     (HELLASWAG, "hellaswag", "label"), ([row | {"id": 1} for row in LAMBADA], "lambada_openai", "text")],
-)  # fmt: skip
+    [
+        (SCIQ, "sciq", "support"),
+        (SCIQ, "sciq", "distractor2"),
+        (HELLASWAG, "hellaswag", "endings"),
+        (HELLASWAG, "hellaswag", "label"),
+        ([row | {"id": 1} for row in LAMBADA], "lambada_openai", "text"),
+    ],
+)
 def test_a_missing_column_is_named(rows, task, column, tmp_path):
     with pytest.raises(UserError, match=f"{column}.*rename"):
         made(tmp_path, without(rows, column), task)
@@ -141,11 +168,14 @@ def test_few_shot_from_the_scored_rows_is_refused(tmp_path):
         made(tmp_path, SCIQ, {"include": "sciq", "num_fewshot": 2})
 
 
-@pytest.mark.parametrize("example, said", [
-    ({"question": "x", "choices": ["a", "b"], "gold": 2}, "the gold answer 2 is not one of its 2 choices"),
-    ({"question": None, "choices": ["a", "b"], "gold": 0}, "'question' is null"),
-    ("x", "'x' is no mapping of columns to values"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "example, said",
+    [
+        ({"question": "x", "choices": ["a", "b"], "gold": 2}, "the gold answer 2 is not one of its 2 choices"),
+        ({"question": None, "choices": ["a", "b"], "gold": 0}, "'question' is null"),
+        ("x", "'x' is no mapping of columns to values"),
+    ],
+)
 def test_a_few_shot_example_that_does_not_fit_is_named_and_no_row_is(tmp_path, example, said):
     good = {"question": "q", "choices": ["a", "b"], "gold": 1}
     task = {"doc_to_text": "{{question}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "num_fewshot": 1}
@@ -198,14 +228,28 @@ CHOICES = {"doc_to_text": "{{q}}", "doc_to_choice": "{{options}}", "doc_to_targe
 @pytest.mark.parametrize("doc_to_choice", ["options", "{{options}}"])
 def test_choices_that_are_numbers_are_read_as_json_writes_them(tmp_path, doc_to_choice):
     task = CHOICES | {"doc_to_choice": doc_to_choice}
-    rows = [{"q": "a", "options": [3, 40], "gold": 1}, {"q": "b", "options": [0.5, 2], "gold": 0}, {"q": "c", "options": [True, -1.0], "gold": 0}]
-    assert [row["choices"] for row in render(made(tmp_path, rows, task))] == [[" 3", " 40"], [" 0.5", " 2"], [" true", " -1.0"]]
+    rows = [
+        {"q": "a", "options": [3, 40], "gold": 1},
+        {"q": "b", "options": [0.5, 2], "gold": 0},
+        {"q": "c", "options": [True, -1.0], "gold": 0},
+    ]
+    assert [row["choices"] for row in render(made(tmp_path, rows, task))] == [
+        [" 3", " 40"],
+        [" 0.5", " 2"],
+        [" true", " -1.0"],
+    ]
 
 
-@pytest.mark.parametrize("choices, said", [
-    (["x", ""], "choice 2 of 2 is empty .doc_to_choice: 'options'"), (["x", ["y"]], r"choice 2 of 2 is \[\"y\"\], neither text nor a number"),
-    ([], "doc_to_choice .'options'. gives .*not a list of choices"), ({"A": "x"}, "doc_to_choice .'options'. gives .*not a list of choices"), ("xy", "doc_to_choice .'options'. gives 'xy', not a list"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "choices, said",
+    [
+        (["x", ""], "choice 2 of 2 is empty .doc_to_choice: 'options'"),
+        (["x", ["y"]], r"choice 2 of 2 is \[\"y\"\], neither text nor a number"),
+        ([], "doc_to_choice .'options'. gives .*not a list of choices"),
+        ({"A": "x"}, "doc_to_choice .'options'. gives .*not a list of choices"),
+        ("xy", "doc_to_choice .'options'. gives 'xy', not a list"),
+    ],
+)
 @pytest.mark.parametrize("at", [1, 3])
 def test_choices_that_are_none_are_told_by_row(tmp_path, choices, said, at):
     rows = [{"q": f"q{n}", "options": ["x", "y"], "gold": 0} for n in range(4)]
@@ -215,28 +259,42 @@ def test_choices_that_are_none_are_told_by_row(tmp_path, choices, said, at):
 
 
 def test_a_column_of_several_types_keeps_its_values(tmp_path):
-    rows = [{"q": n, "options": ["x", "y"], "gold": 0, "source": source} for n, source in
-            enumerate((12, "book", 1.5, True, None, [1, "x"], {"a": {}}, {"a": 1}), 1)]  # fmt: skip
+    rows = [
+        {"q": n, "options": ["x", "y"], "gold": 0, "source": source}
+        for n, source in enumerate((12, "book", 1.5, True, None, [1, "x"], {"a": {}}, {"a": 1}), 1)
+    ]
     task = made(tmp_path, rows, CHOICES | {"doc_to_text": "{{q}} of {{source or 'nobody'}}"})
     assert [doc["source"] for doc in task.eval_docs] == [row["source"] for row in rows]
-    assert [row["context"] for row in render(task)][:5] == ["1 of 12", "2 of book", "3 of 1.5", "4 of True", "5 of nobody"]
+    assert [row["context"] for row in render(task)][:5] == [
+        "1 of 12",
+        "2 of book",
+        "3 of 1.5",
+        "4 of True",
+        "5 of nobody",
+    ]
 
 
 def test_the_row_that_a_tasks_own_function_cannot_take_is_named(tmp_path):
     rows = [dict(row) for row in HELLASWAG * 3]
     rows[5]["ctx_b"] = 7  # process_docs calls .capitalize()
-    with pytest.raises(UserError, match="task set, .*rows.jsonl line 6: .*AttributeError: 'int' object has no attribute 'capitalize'"):
+    with pytest.raises(
+        UserError, match="task set, .*rows.jsonl line 6: .*AttributeError: 'int' object has no attribute 'capitalize'"
+    ):
         made(tmp_path, rows, "hellaswag")
 
 
-@pytest.mark.parametrize("task, package", [("ifeval", "langdetect"), ("minerva_math_algebra", "antlr4-python3-runtime==4.11")])
+@pytest.mark.parametrize(
+    "task, package", [("ifeval", "langdetect"), ("minerva_math_algebra", "antlr4-python3-runtime==4.11")]
+)
 def test_a_package_that_a_task_needs_is_named(tmp_path, monkeypatch, task, package):
     for module in list(sys.modules):
         if module.startswith(("lm_eval.tasks.ifeval", "lm_eval.tasks.minerva")):
             monkeypatch.delitem(sys.modules, module)
     for module in ("langdetect", "antlr4", "sympy.parsing.latex"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"task {task!r} needs the Python package .*not installed: `pip install '{package}'`"):
+    with pytest.raises(
+        UserError, match=f"task {task!r} needs the Python package .*not installed: `pip install '{package}'`"
+    ):
         made(tmp_path, [{"prompt": "x"}], task)
 
 
@@ -245,19 +303,37 @@ def test_a_package_that_only_scoring_needs_is_named_before_anything_is_scored(tm
     def lacking(*_):
         import a_package_of_a_metric  # noqa: F401
 
-    own = {"process_results": lacking} if function == "process_results" else {"metric_list": [{"metric": "acc", "aggregation": lacking, "higher_is_better": True}]}
-    with pytest.raises(UserError, match="task set.* needs the Python package a_package_of_a_metric, which is not installed: `pip install"):
+    own = (
+        {"process_results": lacking}
+        if function == "process_results"
+        else {"metric_list": [{"metric": "acc", "aggregation": lacking, "higher_is_better": True}]}
+    )
+    with pytest.raises(
+        UserError,
+        match="task set.* needs the Python package a_package_of_a_metric, which is not installed: `pip install",
+    ):
         made(tmp_path, SCIQ, {"include": "sciq"} | own)
 
 
-@pytest.mark.parametrize("key, value, said", [
-    ("doc_to_text", "{{q", "doc_to_text '{{q' is no template"), ("doc_to_choice", "{{options|nope}}", "doc_to_choice .* No filter named 'nope'"),
-    ("doc_to_text", None, "doc_to_text is None: write a column's name or a template"), ("target_delimiter", 3, "target_delimiter is 3: write a text"),
-    ("metric_list", ["acc"], "metric_list must be a list of mappings with `metric`"), ("filter_list", [{"name": "x"}], "filter_list must be a list"),
-    ("filter_list", [{"filter": []}], "every entry of filter_list has a `name`"), ("process_docs", "utils.f", "process_docs is a function"),
-    ("filter_list", [{"name": "x", "filter": [{"function": "nope"}]}], "lm-eval cannot make the task .Unknown filter 'nope'"),
-    ("output_type", "nope", "output_type is 'nope': it must be one of loglikelihood,"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("doc_to_text", "{{q", "doc_to_text '{{q' is no template"),
+        ("doc_to_choice", "{{options|nope}}", "doc_to_choice .* No filter named 'nope'"),
+        ("doc_to_text", None, "doc_to_text is None: write a column's name or a template"),
+        ("target_delimiter", 3, "target_delimiter is 3: write a text"),
+        ("metric_list", ["acc"], "metric_list must be a list of mappings with `metric`"),
+        ("filter_list", [{"name": "x"}], "filter_list must be a list"),
+        ("filter_list", [{"filter": []}], "every entry of filter_list has a `name`"),
+        ("process_docs", "utils.f", "process_docs is a function"),
+        (
+            "filter_list",
+            [{"name": "x", "filter": [{"function": "nope"}]}],
+            "lm-eval cannot make the task .Unknown filter 'nope'",
+        ),
+        ("output_type", "nope", "output_type is 'nope': it must be one of loglikelihood,"),
+    ],
+)
 def test_a_wrong_value_of_the_task_is_not_blamed_on_a_row(tmp_path, key, value, said):
     rows = [{"q": f"q{n}", "options": ["x", "y"], "gold": 0} for n in range(4)]
     with pytest.raises(UserError, match=f"task set: {said}"):
@@ -265,6 +341,11 @@ def test_a_wrong_value_of_the_task_is_not_blamed_on_a_row(tmp_path, key, value, 
 
 
 def test_an_object_has_the_names_that_its_row_gives_it(tmp_path):
-    rows = [{"q": "a", "options": ["x", "y"], "gold": 0, "about": about} for about in ({"year": 1}, {"author": "b"}, {}, {"year": 2, "author": None})]
+    rows = [
+        {"q": "a", "options": ["x", "y"], "gold": 0, "about": about}
+        for about in ({"year": 1}, {"author": "b"}, {}, {"year": 2, "author": None})
+    ]
     task = made(tmp_path, rows, CHOICES)
-    assert [doc["about"] for doc in task.eval_docs] == [row["about"] for row in rows]  # and none of the others', with a null
+    assert [doc["about"] for doc in task.eval_docs] == [
+        row["about"] for row in rows
+    ]  # and none of the others', with a null

@@ -24,14 +24,30 @@ class Browser:
     def __init__(self, folder: Path, *, width: int = 1500, height: int = 1000):
         commands, self._write = os.pipe()
         self._read, answers = os.pipe()
-        options = ["--headless=new", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions",
-                   "--disable-background-networking", "--disable-component-update", f"--user-data-dir={folder / 'profile'}",
-                   f"--window-size={width},{height}", *(["--no-sandbox"] if os.getuid() == 0 else [])]  # fmt: skip # root has no sandbox
+        options = [
+            "--headless=new",
+            "--remote-debugging-pipe",
+            "--no-first-run",
+            "--disable-gpu",
+            "--disable-dev-shm-usage",
+            "--disable-extensions",
+            "--disable-background-networking",
+            "--disable-component-update",
+            f"--user-data-dir={folder / 'profile'}",
+            f"--window-size={width},{height}",
+            *(["--no-sandbox"] if os.getuid() == 0 else []),
+        ]  # root has no sandbox
         # the shell puts the two pipes where Chromium looks, whatever their numbers are here
         script = f'exec 3<&{commands} 4>&{answers}; exec "$@"'
         with open(folder / "chromium.log", "wb") as log:
-            self._process = subprocess.Popen(["bash", "-c", script, "bash", executable(), *options, "about:blank"], pass_fds=(commands, answers),
-                                             stdout=log, stderr=log, start_new_session=True, env={**os.environ, "HOME": str(folder)})  # fmt: skip
+            self._process = subprocess.Popen(
+                ["bash", "-c", script, "bash", executable(), *options, "about:blank"],
+                pass_fds=(commands, answers),
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env={**os.environ, "HOME": str(folder)},
+            )
         os.close(commands), os.close(answers)
         self._rest, self._count, self._session = b"", 0, None
         target = self._send("Target.createTarget", url="about:blank")["targetId"]
@@ -75,7 +91,12 @@ class Browser:
 
     def _send(self, method: str, *, seconds: float = 30, **parameters) -> dict:
         self._count += 1
-        message = {"id": self._count, "method": method, "params": parameters, **({"sessionId": self._session} if self._session else {})}
+        message = {
+            "id": self._count,
+            "method": method,
+            "params": parameters,
+            **({"sessionId": self._session} if self._session else {}),
+        }
         os.write(self._write, json.dumps(message).encode() + b"\0")
         until = time.monotonic() + seconds
         while time.monotonic() < until:

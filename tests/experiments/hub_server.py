@@ -21,7 +21,11 @@ LARGE = (".safetensors", ".bin", ".parquet")  # kept beside git, known by their 
 def digest(file: Path) -> str:
     """The name of a file's bytes on the hub: sha256 for large files, git's blob hash for others."""
     content = file.read_bytes()
-    return hashlib.sha256(content).hexdigest() if file.suffix in LARGE else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    return (
+        hashlib.sha256(content).hexdigest()
+        if file.suffix in LARGE
+        else hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    )
 
 
 def fill_cache(cache: Path, name: str, folder: Path, *, commit: str = COMMIT, ref: str = "main") -> Path:
@@ -40,8 +44,14 @@ def fill_cache(cache: Path, name: str, folder: Path, *, commit: str = COMMIT, re
 def run_python(code: str, cache: Path, *arguments: str, **environment: str) -> str:
     """What a fresh Python prints that runs `code`: the hub's clients read their settings when they are imported."""
     kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH", "TMPDIR") if name in os.environ}
-    given = kept | {"HOME": str(cache), "HF_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)} | environment
-    done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=HERE, text=True, capture_output=True, timeout=240, env=given)
+    given = (
+        kept
+        | {"HOME": str(cache), "HF_HOME": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+        | environment
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=HERE, text=True, capture_output=True, timeout=240, env=given
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout
 
@@ -51,7 +61,9 @@ class Hub:
     """Repositories by kind ("models", "datasets") and name, each of one commit, and what goes wrong with which."""
 
     folders: dict[tuple[str, str], Path] = field(default_factory=dict)
-    faults: dict[str, tuple[int, str, str]] = field(default_factory=dict)  # name: HTTP status, X-Error-Code, X-Error-Message
+    faults: dict[str, tuple[int, str, str]] = field(
+        default_factory=dict
+    )  # name: HTTP status, X-Error-Code, X-Error-Message
     gated: set[str] = field(default_factory=set)  # names whose files are refused, but not what is said of them
     renamed: dict[str, str] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)  # file: how many times it ends halfway
@@ -84,7 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
         if found:
             kind, name, what, revision, inside = found.groups()
         else:
-            data_set, name, revision, inside = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path).groups()
+            data_set, name, revision, inside = re.fullmatch(
+                r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path
+            ).groups()
             kind, what = ("datasets" if data_set else "models"), "resolve"
         if name in self.state.renamed:
             self._answer(307, headers={"Location": self.path.replace(name, self.state.renamed[name])})
@@ -107,14 +121,20 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(200, json.dumps({"id": name, "sha": COMMIT, "siblings": [], "tags": []}).encode())
 
     def _tree(self, folder: Path, _: str, __: str) -> None:
-        self._answer(200, json.dumps([self._entry(file, folder) for file in sorted(folder.rglob("*")) if file.is_file()]).encode())
+        self._answer(
+            200,
+            json.dumps([self._entry(file, folder) for file in sorted(folder.rglob("*")) if file.is_file()]).encode(),
+        )
 
     def _resolve(self, folder: Path, _: str, inside: str) -> None:
         file = folder / inside
         if not file.is_file():
             self._answer(404, headers={"X-Error-Code": "EntryNotFound", "X-Error-Message": "Entry not found"})
             return
-        content, headers = file.read_bytes(), {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        content, headers = (
+            file.read_bytes(),
+            {"ETag": f'"{digest(file)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"},
+        )
         if inside in self.state.sizes:
             headers["X-Linked-Size"] = str(self.state.sizes[inside])
         start = re.match(r"bytes=(\d+)-", self.headers.get("Range", ""))

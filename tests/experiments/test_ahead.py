@@ -7,16 +7,16 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments.study import ahead, config
-from experiments.commands import plan
-from experiments.study.cells import parse
 from evaluation.chance import below_chance
+from experiments.commands import plan
 from experiments.data.prepared_rows import write_data
-from methods.errors import UserError
-from methods.tools.files import write_json
-from experiments.study.paths import HERE, Paths
 from experiments.model.random_models import build
 from experiments.stages import evaluate, model, resolve, train
+from experiments.study import ahead, config
+from experiments.study.cells import parse
+from experiments.study.paths import HERE, Paths
+from methods.errors import UserError
+from methods.tools.files import write_json
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 CELL = "llama-tiny/sums/full/seed0"
@@ -40,37 +40,90 @@ def rows(path, content):
     return {"jsonl": str(path)}
 
 
-@pytest.mark.parametrize(("changes", "message"), [
-    ([("domains/sums/rows", {"jsonl": "nowhere.jsonl"})], "domains.sums.rows.jsonl is 'nowhere.jsonl': there is no such file"),
-    ([("tasks/colours/rows", {"hub": {"path": "a/b", "split": "test"}})], "tasks.colours.rows has no 'pypi' source (it has hub)"),
-    ([("general/rows", {"pypi": {"package": "a==1", "path": "x"}})], "general.rows.pypi: package 'a==1' has no checksum"),
-    ([("general/rows", {"pypi": {"package": "a==1"}})], "general.rows.pypi has neither `path` nor `requests`"),
-    ([("tasks/colours/task", "sciqq")], "tasks.colours.task: "),
-    ([("tasks/colours/task", "SciQ")], "tasks.colours.task: task 'SciQ' is not shipped with lm-eval: did you mean 'sciq'?"),
-    ([("tasks/colours/task/doc_to_txt", "x")], "tasks.colours.task: "),
-    ([("domains/sums/metric", "accuracy")], "metric 'accuracy' is not one of its metrics"),
-    ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
-    ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are asked for"),
-    ([("general/perplexity", 10_000)], "general.perplexity asks for 10000 texts"),
-    ([("models/llama-tiny/source", "random:lama")], "models.llama-tiny: no random architecture 'lama'"),
-    ([("models/llama-tiny/config", {"hiden_size": 32})], "models.llama-tiny: random:llama knows no setting hiden_size"),
-    ([("models/llama-tiny/config", {"hidden_act": "nope"})], "models.llama-tiny: random:llama cannot be built from {'hidden_act': 'nope'}"),
-    ([("models/llama-tiny/config", {"num_attention_heads": 3})], "models.llama-tiny: random:llama cannot be built from"),
-    ([("models/llama-tiny/source", "hub:a/b"), ("models/llama-tiny/architecture", {"model_type": "llama", "hidden_size": "3"})],
-     "models.llama-tiny.architecture: transformers cannot make a config of it"),
-    ([("domains/sums/task/num_fewshot", "3")], "domains.sums.task: task sums: num_fewshot is '3': it must be a whole number; write 3 without quotes"),
-    ([("domains/sums/task/fewshot_config", 3)], "task sums: fewshot_config is 3: it must be a mapping"),
-    ([("domains/sums/task/metric_list", [{"metric": 1}])], "domains.sums.task: task sums: metric_list names 1: write a metric's name"),
-    ([("domains/sums/task/metric_list", [{"metric": "acc", "higher_is_better": "yes"}])], "higher_is_better of acc in metric_list is 'yes': it must be true or false"),
-    ([("domains/sums/task/filter_list", [{"name": "a", "filter": [{"function": "nope"}]}])], "Unknown filter 'nope'. Available: "),
-    ([("domains/sums/task/doc_to_choice", None)], "domains.sums.task: task sums: it is a task of choices without `doc_to_choice`"),
-    ([("domains/sums/task", {})], "domains.sums.task: task sums: it has no `doc_to_text`"),
-    ([("domains/sums/task/include", 3)], "task sums: include is 3: it must be text"),
-    ([("domains/sums/task/output_type", "choice")], "task sums: output_type is 'choice': it must be one of"),
-    ([("models/llama-tiny/source", "path:nowhere")], "models.llama-tiny.source is 'path:nowhere': nowhere is not a model folder"),
-    ([("models/llama-tiny/source", "pypi:a==1/x.gguf"), ("models/llama-tiny/sha256", "a" * 64)], "models.llama-tiny.source: package 'a==1' has no checksum"),
-    ([("methods/full", {"lora": {"targets": ["q_porj"]}})], "methods.full.lora.targets: 'q_porj' is no linear layer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            [("domains/sums/rows", {"jsonl": "nowhere.jsonl"})],
+            "domains.sums.rows.jsonl is 'nowhere.jsonl': there is no such file",
+        ),
+        (
+            [("tasks/colours/rows", {"hub": {"path": "a/b", "split": "test"}})],
+            "tasks.colours.rows has no 'pypi' source (it has hub)",
+        ),
+        (
+            [("general/rows", {"pypi": {"package": "a==1", "path": "x"}})],
+            "general.rows.pypi: package 'a==1' has no checksum",
+        ),
+        ([("general/rows", {"pypi": {"package": "a==1"}})], "general.rows.pypi has neither `path` nor `requests`"),
+        ([("tasks/colours/task", "sciqq")], "tasks.colours.task: "),
+        (
+            [("tasks/colours/task", "SciQ")],
+            "tasks.colours.task: task 'SciQ' is not shipped with lm-eval: did you mean 'sciq'?",
+        ),
+        ([("tasks/colours/task/doc_to_txt", "x")], "tasks.colours.task: "),
+        ([("domains/sums/metric", "accuracy")], "metric 'accuracy' is not one of its metrics"),
+        ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
+        ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are asked for"),
+        ([("general/perplexity", 10_000)], "general.perplexity asks for 10000 texts"),
+        ([("models/llama-tiny/source", "random:lama")], "models.llama-tiny: no random architecture 'lama'"),
+        (
+            [("models/llama-tiny/config", {"hiden_size": 32})],
+            "models.llama-tiny: random:llama knows no setting hiden_size",
+        ),
+        (
+            [("models/llama-tiny/config", {"hidden_act": "nope"})],
+            "models.llama-tiny: random:llama cannot be built from {'hidden_act': 'nope'}",
+        ),
+        (
+            [("models/llama-tiny/config", {"num_attention_heads": 3})],
+            "models.llama-tiny: random:llama cannot be built from",
+        ),
+        (
+            [
+                ("models/llama-tiny/source", "hub:a/b"),
+                ("models/llama-tiny/architecture", {"model_type": "llama", "hidden_size": "3"}),
+            ],
+            "models.llama-tiny.architecture: transformers cannot make a config of it",
+        ),
+        (
+            [("domains/sums/task/num_fewshot", "3")],
+            "domains.sums.task: task sums: num_fewshot is '3': it must be a whole number; write 3 without quotes",
+        ),
+        ([("domains/sums/task/fewshot_config", 3)], "task sums: fewshot_config is 3: it must be a mapping"),
+        (
+            [("domains/sums/task/metric_list", [{"metric": 1}])],
+            "domains.sums.task: task sums: metric_list names 1: write a metric's name",
+        ),
+        (
+            [("domains/sums/task/metric_list", [{"metric": "acc", "higher_is_better": "yes"}])],
+            "higher_is_better of acc in metric_list is 'yes': it must be true or false",
+        ),
+        (
+            [("domains/sums/task/filter_list", [{"name": "a", "filter": [{"function": "nope"}]}])],
+            "Unknown filter 'nope'. Available: ",
+        ),
+        (
+            [("domains/sums/task/doc_to_choice", None)],
+            "domains.sums.task: task sums: it is a task of choices without `doc_to_choice`",
+        ),
+        ([("domains/sums/task", {})], "domains.sums.task: task sums: it has no `doc_to_text`"),
+        ([("domains/sums/task/include", 3)], "task sums: include is 3: it must be text"),
+        ([("domains/sums/task/output_type", "choice")], "task sums: output_type is 'choice': it must be one of"),
+        (
+            [("models/llama-tiny/source", "path:nowhere")],
+            "models.llama-tiny.source is 'path:nowhere': nowhere is not a model folder",
+        ),
+        (
+            [("models/llama-tiny/source", "pypi:a==1/x.gguf"), ("models/llama-tiny/sha256", "a" * 64)],
+            "models.llama-tiny.source: package 'a==1' has no checksum",
+        ),
+        (
+            [("methods/full", {"lora": {"targets": ["q_porj"]}})],
+            "methods.full.lora.targets: 'q_porj' is no linear layer",
+        ),
+    ],
+)
 def test_what_cannot_work_is_refused_by_plan(tmp_path, changes, message):
     with pytest.raises(UserError, match=re.escape(message)):
         plan.make(study(tmp_path, *changes))
@@ -83,7 +136,10 @@ def test_a_checkpoint_made_elsewhere_is_refused_by_plan_where_it_is_none_of_the_
     build("llama", seed=1, num_hidden_layers=1).save_pretrained(tmp_path / "given")
     plan.make(asked)  # the base is not made yet: its tensors are not known
     model.main(asked, model="llama-tiny")
-    with pytest.raises(UserError, match="methods.full.given.path: .* lacks model.layers.1.input_layernorm.weight and 8 more: it is not a checkpoint of this"):
+    with pytest.raises(
+        UserError,
+        match="methods.full.given.path: .* lacks model.layers.1.input_layernorm.weight and 8 more: it is not a checkpoint of this",
+    ):
         plan.make(asked)
     build("llama", seed=1).to(torch.float8_e4m3fn).save_pretrained(tmp_path / "given")
     with pytest.raises(UserError, match="methods.full.given.path: .* is quantised or damaged: .* is stored as F8_E4M3"):
@@ -116,7 +172,9 @@ def test_a_wrong_row_is_named_by_its_own_file_and_line(tmp_path):
         plan.make(study(tmp_path, ("domains/sums/rows", rows(tmp_path / "mine.jsonl", good))))
 
 
-@pytest.mark.parametrize("architecture", [("random:gptj", {"n_positions": 32}), ("random:llama", {"max_position_embeddings": 32})])
+@pytest.mark.parametrize(
+    "architecture", [("random:gptj", {"n_positions": 32}), ("random:llama", {"max_position_embeddings": 32})]
+)
 def test_rows_longer_than_the_models_positions(tmp_path, architecture):
     """The byte tokenizer makes a token of each byte, so the longest row that is trained on can be counted by hand."""
     source, sizes = architecture
@@ -130,34 +188,56 @@ def test_rows_longer_than_the_models_positions(tmp_path, architecture):
         said = f"{path.replace('/', '.')}.length is 64, llama-tiny has 32 positions, and a training row of sums has {longest} tokens"
         with pytest.raises(UserError, match=re.escape(said)):
             ahead.look(study(tmp_path, *small, (path, block)))
-    ahead.look(study(tmp_path, *small, ("train/length", 32)))  # longer rows lose their beginning, and the model takes the rest
+    ahead.look(
+        study(tmp_path, *small, ("train/length", 32))
+    )  # longer rows lose their beginning, and the model takes the rest
     ahead.look(study(tmp_path, ("models/llama-tiny/config", {"max_position_embeddings": longest})))
 
 
 def test_long_rows_are_refused_by_base_and_training_too(tmp_path):
     """A tokenizer that has to be fetched is known there first."""
-    found = study(tmp_path, ("models/llama-tiny/source", "random:gptj"), ("models/llama-tiny/config", {"n_positions": 32}))
+    found = study(
+        tmp_path, ("models/llama-tiny/source", "random:gptj"), ("models/llama-tiny/config", {"n_positions": 32})
+    )
     model.main(found, model="llama-tiny")
     write_data(found, found.paths.data)
     for run in (lambda: evaluate.base(found, model="llama-tiny"), lambda: train.main(found, parse(CELL, found))):
-        with pytest.raises(UserError, match="train.length is 128, llama-tiny has 32 positions, and a training row of sums has"):
+        with pytest.raises(
+            UserError, match="train.length is 128, llama-tiny has 32 positions, and a training row of sums has"
+        ):
             run()
 
 
 def test_answers_that_leave_no_room_for_their_prompt(tmp_path):
     """The tiny Llama takes 512 tokens; lm-eval's answers may have 256 where nothing else is said."""
-    task = DEMO["tasks"]["colours"]["task"] | {"output_type": "generate_until", "doc_to_target": "{{choices[gold]}}", "doc_to_choice": None}
+    task = DEMO["tasks"]["colours"]["task"] | {
+        "output_type": "generate_until",
+        "doc_to_target": "{{choices[gold]}}",
+        "doc_to_choice": None,
+    }
     for settings, tokens, positions in (({"max_gen_toks": 512}, 512, 512), ({}, 256, 256)):
-        found = study(tmp_path, ("tasks/colours/task", task | {"generation_kwargs": {"until": ["\n"], "do_sample": False} | settings}),
-                      ("models/llama-tiny/config", {"max_position_embeddings": positions}))  # fmt: skip
-        with pytest.raises(UserError, match=f"tasks.colours.task: an answer may have {tokens} tokens, but llama-tiny takes {positions} in all"):
+        found = study(
+            tmp_path,
+            ("tasks/colours/task", task | {"generation_kwargs": {"until": ["\n"], "do_sample": False} | settings}),
+            ("models/llama-tiny/config", {"max_position_embeddings": positions}),
+        )
+        with pytest.raises(
+            UserError,
+            match=f"tasks.colours.task: an answer may have {tokens} tokens, but llama-tiny takes {positions} in all",
+        ):
             ahead.look(found)
 
 
 @pytest.mark.parametrize(("probes", "passages"), [(0, 0), (2, 0), (2, 4)])
 def test_without_probe_rows_a_cell_trains(tmp_path, probes, passages):
-    found = study(tmp_path, ("domains/sums/split/probe", 0), ("domains/sums/probes", []), ("general/probe", passages), ("train/probes", probes),
-                  ("domains/sums/split/train", 8))  # fmt: skip
+    found = study(
+        tmp_path,
+        ("domains/sums/split/probe", 0),
+        ("domains/sums/probes", []),
+        ("general/probe", passages),
+        ("train/probes", probes),
+        ("domains/sums/split/train", 8),
+    )
     plan.make(found)
     model.main(found, model="llama-tiny")
     write_data(found, found.paths.data)
@@ -170,8 +250,11 @@ def test_without_probe_rows_a_cell_trains(tmp_path, probes, passages):
 def test_trials_are_refused_where_nothing_judges_them(tmp_path):
     from experiments.commands import tune
 
-    for path, value, name in (("domains/sums/split/probe", 0, "domains.sums.split.probe is 0"), ("domains/sums/probes", [], "domains.sums.probes is empty"),
-                              ("general/probe", 0, "general.probe is 0")):  # fmt: skip
+    for path, value, name in (
+        ("domains/sums/split/probe", 0, "domains.sums.split.probe is 0"),
+        ("domains/sums/probes", [], "domains.sums.probes is empty"),
+        ("general/probe", 0, "general.probe is 0"),
+    ):
         found = study(tmp_path, (path, value), ("tune", {"methods": {"full": {"train.learning_rate": [1e-3]}}}))
         with pytest.raises(UserError, match=f"{name}: trials are judged"):
             tune.main(found, [])
@@ -185,24 +268,40 @@ def test_trials_are_refused_where_nothing_judges_them(tmp_path):
 def test_a_domain_without_retention_tasks_is_a_line(tmp_path):
     assert plan.make(study(tmp_path))["warnings"] == []
     made = plan.make(study(tmp_path, ("domains/sums/retention", [])))
-    assert made["warnings"] == ["warning: domains.sums has no retention tasks: forgetting shows in the perplexity of general text alone"]
+    assert made["warnings"] == [
+        "warning: domains.sums has no retention tasks: forgetting shows in the perplexity of general text alone"
+    ]
     assert plan.text(made).endswith(made["warnings"][0])
 
 
 def test_choices_with_a_space_behind_the_delimiters_are_a_line(tmp_path):
     colours = [json.loads(line) for line in (HERE / DEMO["tasks"]["colours"]["rows"]["jsonl"]).read_text().splitlines()]
-    spaced = rows(tmp_path / "spaced.jsonl", [row | {"choices": [f" {choice}" for choice in row["choices"]]} for row in colours])
+    spaced = rows(
+        tmp_path / "spaced.jsonl", [row | {"choices": [f" {choice}" for choice in row["choices"]]} for row in colours]
+    )
     (line,) = ahead.look(study(tmp_path, ("tasks/colours/rows", spaced)))
-    assert line.startswith("warning: tasks.colours: in 40 of 40 rows a choice begins with a space, and target_delimiter ' ' stands before it")
-    assert ahead.look(study(tmp_path, ("tasks/colours/rows", spaced), ("tasks/colours/task/target_delimiter", ""))) == []
+    assert line.startswith(
+        "warning: tasks.colours: in 40 of 40 rows a choice begins with a space, and target_delimiter ' ' stands before it"
+    )
+    assert (
+        ahead.look(study(tmp_path, ("tasks/colours/rows", spaced), ("tasks/colours/task/target_delimiter", ""))) == []
+    )
 
 
 def test_a_base_below_chance_is_a_line(tmp_path):
     found = study(tmp_path)
     assert below_chance(found, "llama-tiny") == []  # not scored yet
     entry = {"chance": 0.5, "n": 40, "role": "retention"}
-    write_json(found.paths.base("llama-tiny") / "scores.json", {"tasks": {
-        "colours": entry | {"value": 0.475}, "sums": entry | {"value": 0.3, "chance": 0.25}, "other": entry | {"value": 0.0}}})  # fmt: skip
+    write_json(
+        found.paths.base("llama-tiny") / "scores.json",
+        {
+            "tasks": {
+                "colours": entry | {"value": 0.475},
+                "sums": entry | {"value": 0.3, "chance": 0.25},
+                "other": entry | {"value": 0.0},
+            }
+        },
+    )
     (line,) = plan.make(found)["warnings"]
     assert line.startswith("warning: llama-tiny scores 0.475 on colours, below its chance of 0.5 (n 40)")
     assert below_chance(found, "llama-tiny", ["sums"]) == []

@@ -9,34 +9,51 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from evaluation import shared_prefix
-from methods.tools import architecture
-from experiments.training import memory
 from experiments.model import trial, tuned, weights
 from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
-from experiments.training.batches import collate
-from experiments.training.engine import final_weights, fit
-from experiments.training.settings import TrainSettings
-from methods.errors import UserError
-from experiments.training.flops import Flops
-from experiments.training.loss import summed_nll
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import Shape
 from experiments.stages.prepare import _fit
+from experiments.training import memory
+from experiments.training.batches import collate
+from experiments.training.engine import final_weights, fit
+from experiments.training.flops import Flops
+from experiments.training.loss import summed_nll
+from experiments.training.settings import TrainSettings
 from methods import given, registry
-from methods.tools.fisher import diagonal_fisher
-from methods.tools.effective import effective_weights
+from methods.errors import UserError
 from methods.lora import LoRA
 from methods.part import Run
+from methods.tools import architecture
+from methods.tools.effective import effective_weights
+from methods.tools.fisher import diagonal_fisher
 
 COMMON = {
-    "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.18,
-}  # fmt: skip
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.18,
+}
 ALTERNATE = ["sliding_attention", "full_attention"]
 KINDS = {
     "gpt_neox": {},
-    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0},
+    "gpt2": {
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 128,
+        "resid_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+    },
     "opt": {"word_embed_proj_dim": 32, "ffn_dim": 48, "dropout": 0.0},
     "bloom": {"n_layer": 2, "n_head": 4},
     "falcon": {"new_decoder_architecture": False, "multi_query": True},
@@ -44,15 +61,26 @@ KINDS = {
     "mixtral": {"num_local_experts": 4, "sliding_window": None},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
-    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 5.0, "attn_logit_softcapping": 10.0, "layer_types": ALTERNATE,
-               "sliding_window": 4},
+    "gemma2": {
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "final_logit_softcapping": 5.0,
+        "attn_logit_softcapping": 10.0,
+        "layer_types": ALTERNATE,
+        "sliding_window": 4,
+    },
     "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "layer_types": ALTERNATE, "sliding_window": 4},
     "phi3": {},
     "olmo2": {},
-    "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0, "residual_multiplier": 0.22, "attention_multiplier": 0.25},
+    "granite": {
+        "logits_scaling": 8.0,
+        "embedding_multiplier": 12.0,
+        "residual_multiplier": 0.22,
+        "attention_multiplier": 0.25,
+    },
     "cohere": {"logit_scale": 0.0625},
     "stablelm": {},
-}  # fmt: skip
+}
 
 
 def build(kind, **changed):
@@ -82,7 +110,9 @@ def own_sums(model):
     """Σ nll of each document by the model's own loss, and the gradients of its parameters."""
     for example in documents():
         model.zero_grad(set_to_none=True)
-        total = model(input_ids=example["input_ids"][None], labels=example["labels"][None]).loss * int((example["labels"][1:] != -100).sum())
+        total = model(input_ids=example["input_ids"][None], labels=example["labels"][None]).loss * int(
+            (example["labels"][1:] != -100).sum()
+        )
         total.backward()
         yield total.item(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -95,7 +125,9 @@ def test_loss_and_gradient_are_those_of_its_own_forward(model, monkeypatch):
         value += one
         wanted = {name: wanted.get(name, 0) + gradient for name, gradient in gradients.items()}
     batch = collate(documents())
-    loss = summed_nll(architecture.hidden_states(model, batch["input_ids"], None), batch["labels"], architecture.logits_of(model))
+    loss = summed_nll(
+        architecture.hidden_states(model, batch["input_ids"], None), batch["labels"], architecture.logits_of(model)
+    )
     loss.backward()
     assert loss.item() == pytest.approx(value, rel=1e-5)
     whole = sum(g.square().sum() for g in wanted.values()).sqrt()
@@ -124,48 +156,83 @@ def test_fisher_is_that_of_a_loop_over_examples(model):
     found = diagonal_fisher(model, [collate(documents()) | mask])
     whole = sum(f.square().sum() for f in wanted.values()).sqrt()
     for name in wanted:
-        torch.testing.assert_close(found[name], wanted[name], rtol=1e-3, atol=1e-7 * whole.item(), msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name],
+            wanted[name],
+            rtol=1e-3,
+            atol=1e-7 * whole.item(),
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @torch.no_grad()
 def test_scores_are_those_of_its_own_forward(model):
     requests = [([5, 6, 7, 8, 9, 10], [11, 12, 13]), ([5, 6, 7, 8, 9, 10], [14, 15]), ([20, 21], [22])]
-    for (context, continuation), (value, _) in zip(requests, shared_prefix.log_likelihoods(model, requests, max_length=64), strict=True):
+    for (context, continuation), (value, _) in zip(
+        requests, shared_prefix.log_likelihoods(model, requests, max_length=64), strict=True
+    ):
         logits = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1]
-        assert value == pytest.approx(-F.cross_entropy(logits, torch.tensor(continuation), reduction="sum").item(), abs=1e-3)
+        assert value == pytest.approx(
+            -F.cross_entropy(logits, torch.tensor(continuation), reduction="sum").item(), abs=1e-3
+        )
 
 
 def test_it_is_accepted_and_left_as_it_was(model):
     before, state = {name: p.detach().clone() for name, p in model.named_parameters()}, torch.get_rng_state()
     model.train()
     trial.check(model)
-    assert all(module.training for module in model.modules()) and all(p.requires_grad and p.grad is None for p in model.parameters())
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules()) and all(
+        p.requires_grad and p.grad is None for p in model.parameters()
+    )
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters()) and torch.equal(
+        torch.get_rng_state(), state
+    )
     model.eval()
 
 
 def linear_layers(model, number=2):
     """Last names of some linear layers inside the blocks, as lora.targets takes them."""
     (_, block), *_ = architecture.blocks(model)
-    return sorted({name.rpartition(".")[2] for name, module in block.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)})[:number]
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in block.named_modules()
+            if isinstance(module, torch.nn.Linear | Conv1D)
+        }
+    )[:number]
 
 
 UNLIKE = ("gpt_neox", "gpt2", "opt", "falcon", "mixtral", "gemma2")
 
 
-@pytest.mark.parametrize("kind, method", [(kind, "ewc") for kind in KINDS] + [
-    pytest.param(kind, "hierarchical", marks=() if kind in UNLIKE else pytest.mark.thorough) for kind in KINDS])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, method",
+    [(kind, "ewc") for kind in KINDS]
+    + [pytest.param(kind, "hierarchical", marks=() if kind in UNLIKE else pytest.mark.thorough) for kind in KINDS],
+)
 def test_the_chain_from_plan_to_score(kind, method):
     """What `plan`, `prepare`, `train` and `evaluate` ask of a model: EWC on all weights, hierarchical regularisation on adapters."""
     model = build(kind)
     settings = TrainSettings(batch=2, micro_batch=2, length=12, learning_rate=1e-3, probes=0)
-    blocks = {"ewc": {"ewc": {"samples": 4, "length": 12, "strength": 10.0}},
-              "hierarchical": {"lora": {"rank": 2, "targets": linear_layers(model)}, "hierarchical": {"samples": 4, "length": 12}}}[method]  # fmt: skip
+    blocks = {
+        "ewc": {"ewc": {"samples": 4, "length": 12, "strength": 10.0}},
+        "hierarchical": {
+            "lora": {"rank": 2, "targets": linear_layers(model)},
+            "hierarchical": {"samples": 4, "length": 12},
+        },
+    }[method]
     parts, states = registry.build(blocks), {}
     shape, base = Shape(config=model.config), {name: p.detach().clone() for name, p in model.named_parameters()}
     for phase in ("prepare", "train"):
-        predicted = memory.predict(phase=phase, shape=shape, parts=parts, settings=settings, checkpoint_dtype=torch.float32,
-                                   compute_dtype=torch.float32, device_type="cpu")  # fmt: skip
+        predicted = memory.predict(
+            phase=phase,
+            shape=shape,
+            parts=parts,
+            settings=settings,
+            checkpoint_dtype=torch.float32,
+            compute_dtype=torch.float32,
+            device_type="cpu",
+        )
         assert predicted["total"] > predicted["activations"] > 0
     assert Flops(shape.build(parts=memory.adapting(parts))).step(lengths=(12,), labelled=1) > 0
     assert tuned.expected_bytes(shape=shape, parts=parts, checkpoint=torch.float32) > 0
@@ -179,10 +246,18 @@ def test_the_chain_from_plan_to_score(kind, method):
         adapted = fresh()
         for other in parts:
             adapted = other.adapt(adapted, seed=0)
-        prepared = part.prepare(model=adapted, base=base, general=documents(labelled=0), seed=0, progress=None,
-                                fit=partial(_fit, settings=settings, base=base, device="cpu", name="prepare"))  # fmt: skip
+        prepared = part.prepare(
+            model=adapted,
+            base=base,
+            general=documents(labelled=0),
+            seed=0,
+            progress=None,
+            fit=partial(_fit, settings=settings, base=base, device="cpu", name="prepare"),
+        )
         if prepared:
-            states[part.key] = {key: getattr(prepared, key) for key in ("importance", "start", "carry") if getattr(prepared, key)}
+            states[part.key] = {
+                key: getattr(prepared, key) for key in ("importance", "start", "carry") if getattr(prepared, key)
+            }
     result = fit(model=fresh(), parts=parts, examples=documents(), settings=settings, seed=0, base=base, states=states)
     assert result.flops > 0 and all(row["mfu"] for row in result.curve)
     tuned_model = fresh()
@@ -192,23 +267,50 @@ def test_the_chain_from_plan_to_score(kind, method):
             p.copy_(final.get(name, p))
     batch = collate(documents())
     # what is merged computes what was trained
-    trained, kept = (m(batch["input_ids"]).logits[batch["attention_mask"].bool()] for m in (result.run.model, tuned_model))
+    trained, kept = (
+        m(batch["input_ids"]).logits[batch["attention_mask"].bool()] for m in (result.run.model, tuned_model)
+    )
     torch.testing.assert_close(kept, trained, rtol=1e-3, atol=1e-4)
     assert (kept - model(batch["input_ids"]).logits[batch["attention_mask"].bool()]).abs().max() > 1e-5
 
 
 OTHERS = {
-    "llama": {}, "gemma": {"head_dim": 8}, "gpt_neo": {"num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 4}, "gpt_bigcode": {"attn_pdrop": 0.0},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2}, "starcoder2": {}, "glm": {"head_dim": 8}, "glm4": {"head_dim": 8}, "nemotron": {},
-    "smollm3": {}, "exaone4": {}, "ernie4_5": {"head_dim": 8}, "helium": {"head_dim": 8}, "apertus": {}, "arcee": {}, "cohere2": {}, "phi": {},
-    "persimmon": {}, "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}, "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4,
-    "ffn_dim": 48}, "biogpt": {}, "olmo": {}, "olmo3": {}, "granitemoe": {"num_local_experts": 4}, "qwen2_moe": {"num_experts": 4,
-    "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16}, "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8,
-    "moe_intermediate_size": 16}, "olmoe": {"num_experts": 4, "num_experts_per_tok": 2}, "phimoe": {"num_local_experts": 4, "lm_head_bias": True},
-    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}, "diffllama": {}, "seed_oss": {"head_dim": 8, "residual_dropout": 0.0}, "mamba": {"state_size": 8},
-    "llama4_text": {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8}, "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48},
+    "llama": {},
+    "gemma": {"head_dim": 8},
+    "gpt_neo": {"num_layers": 2, "attention_types": [[["global"], 2]], "num_heads": 4},
+    "gpt_bigcode": {"attn_pdrop": 0.0},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2},
+    "starcoder2": {},
+    "glm": {"head_dim": 8},
+    "glm4": {"head_dim": 8},
+    "nemotron": {},
+    "smollm3": {},
+    "exaone4": {},
+    "ernie4_5": {"head_dim": 8},
+    "helium": {"head_dim": 8},
+    "apertus": {},
+    "arcee": {},
+    "cohere2": {},
+    "phi": {},
+    "persimmon": {},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4},
+    "xglm": {"d_model": 32, "num_layers": 2, "attention_heads": 4, "ffn_dim": 48},
+    "biogpt": {},
+    "olmo": {},
+    "olmo3": {},
+    "granitemoe": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "moe_intermediate_size": 16},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4, "lm_head_bias": True},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8},
+    "diffllama": {},
+    "seed_oss": {"head_dim": 8, "residual_dropout": 0.0},
+    "mamba": {"state_size": 8},
+    "llama4_text": {"intermediate_size_mlp": 48, "num_local_experts": 4, "head_dim": 8},
+    "ctrl": {"n_embd": 32, "n_layer": 2, "n_head": 4, "dff": 48},
     "openai-gpt": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
-}  # fmt: skip
+}
 
 
 @pytest.mark.thorough
@@ -240,7 +342,14 @@ def test_effective_update_of_a_weight_that_is_kept_the_other_way_round():
             if p.requires_grad:
                 p.copy_(torch.randn(p.shape, generator=draw))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    run = Run(model=model, weights=trained, base=plain, seed=0, device="cpu", shapes={name: p.shape for name, p in trained.items()})
+    run = Run(
+        model=model,
+        weights=trained,
+        base=plain,
+        seed=0,
+        device="cpu",
+        shapes={name: p.shape for name, p in trained.items()},
+    )
     weights = effective_weights(run)
     assert {weight.transposed for weight in weights} == {True} and len(weights) == 6
     for weight in weights:
@@ -268,7 +377,9 @@ def test_tensors_are_named_as_parameters_whatever_a_checkpoint_names_them(kind, 
         saved.save_pretrained(tmp_path / folder)
         byte_tokenizer().save_pretrained(tmp_path / folder)
     assert set(load_tensors(tmp_path / "theirs")) != names
-    weights.materialise(name="mine", block={"source": f"path:{tmp_path / 'theirs'}"}, packages={}, out_dir=tmp_path / "base")
+    weights.materialise(
+        name="mine", block={"source": f"path:{tmp_path / 'theirs'}"}, packages={}, out_dir=tmp_path / "base"
+    )
     base = load_tensors(tmp_path / "base")
     assert set(base) == names
     found = given.load(str(tmp_path / "given"), base)
@@ -287,13 +398,17 @@ def looking_ahead(model):
 
 def smoothing(model):
     """A loss that is not −log p(label)."""
-    model.loss_function = lambda logits, labels, **_: F.cross_entropy(logits[0, :-1], labels[0, 1:], label_smoothing=0.1)
+    model.loss_function = lambda logits, labels, **_: F.cross_entropy(
+        logits[0, :-1], labels[0, 1:], label_smoothing=0.1
+    )
 
 
 def stopping(model):
     """A gradient that the model's own loss does not have: it takes its logits of hidden states that lead nowhere in training."""
     forward = model.lm_head.forward
-    model.lm_head.forward = lambda hidden: forward(hidden if hidden.shape[1] == trial.TOKENS else hidden.detach() + hidden.mean() * 0)
+    model.lm_head.forward = lambda hidden: forward(
+        hidden if hidden.shape[1] == trial.TOKENS else hidden.detach() + hidden.mean() * 0
+    )
 
 
 def raising(model):
@@ -303,10 +418,15 @@ def raising(model):
     model.model.layers[1].mlp.forward = fail
 
 
-@pytest.mark.parametrize("wrong, said", [
-    (looking_ahead, "its attention is not causal"), (smoothing, "the loss that training would take"), (stopping, "the gradient of its own loss"),
-    (raising, "raises RuntimeError: this kernel needs a GPU"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (looking_ahead, "its attention is not causal"),
+        (smoothing, "the loss that training would take"),
+        (stopping, "the gradient of its own loss"),
+        (raising, "raises RuntimeError: this kernel needs a GPU"),
+    ],
+)
 @pytest.mark.parametrize("large", [False, True])
 def test_an_architecture_that_differs_is_refused_by_name(wrong, said, large, monkeypatch):
     model = build("granite", attention_dropout=1e-9 * (1 + large))  # a config that no other test has had accepted
@@ -343,8 +463,17 @@ def test_what_is_not_known_of_an_architecture_keeps_nothing_from_training(monkey
 
     monkeypatch.setattr(type(model.model), "forward", reading)
     settings = TrainSettings(batch=2, micro_batch=2, length=12, learning_rate=1e-3, probes=0)
-    predicted = memory.refuse(what="training", available=1, phase="train", shape=Shape(config=model.config), parts=(), settings=settings,
-                              checkpoint_dtype=torch.float32, compute_dtype=torch.float32, device_type="cpu")  # fmt: skip
+    predicted = memory.refuse(
+        what="training",
+        available=1,
+        phase="train",
+        shape=Shape(config=model.config),
+        parts=(),
+        settings=settings,
+        checkpoint_dtype=torch.float32,
+        compute_dtype=torch.float32,
+        device_type="cpu",
+    )
     assert set(predicted.values()) == {None}
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     result = fit(model=model, parts=(), examples=documents(), settings=settings, seed=0, base=base)
@@ -352,8 +481,17 @@ def test_what_is_not_known_of_an_architecture_keeps_nothing_from_training(monkey
     assert all(row["loss"] > 0 for row in result.curve)
 
 
-HYBRID = {"qwen3_5_text": {"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "head_dim": 8},
-          "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32}, "jamba": {"mamba_d_state": 8}}  # fmt: skip
+HYBRID = {
+    "qwen3_5_text": {
+        "linear_num_value_heads": 4,
+        "linear_num_key_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "head_dim": 8,
+    },
+    "recurrent_gemma": {"num_hidden_layers": 3, "lru_width": 32},
+    "jamba": {"mamba_d_state": 8},
+}
 ERNIE = {"moe_num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8}
 
 
@@ -362,20 +500,53 @@ def test_adapters_may_stand_in_later_blocks_alone(kind):
     """Attention begins in the third block or later, and some of these configs cannot be shortened."""
     shape = Shape(config=CONFIG_MAPPING[kind](**COMMON | {"num_hidden_layers": 8} | HYBRID[kind]))
     parts = registry.build({"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}})
-    adapted = {name.partition(".self_attn")[0] for name, p in shape.build(parts=parts).named_parameters() if p.requires_grad}
+    adapted = {
+        name.partition(".self_attn")[0] for name, p in shape.build(parts=parts).named_parameters() if p.requires_grad
+    }
     assert adapted and not any(name.endswith("layers.0") for name in adapted)
-    asked = {"shape": shape, "parts": parts, "settings": TrainSettings(batch=2, micro_batch=2, length=12, learning_rate=1e-3),
-             "checkpoint_dtype": torch.float32, "compute_dtype": torch.float32, "device_type": "cpu"}  # fmt: skip
+    asked = {
+        "shape": shape,
+        "parts": parts,
+        "settings": TrainSettings(batch=2, micro_batch=2, length=12, learning_rate=1e-3),
+        "checkpoint_dtype": torch.float32,
+        "compute_dtype": torch.float32,
+        "device_type": "cpu",
+    }
     predicted = memory.predict(phase="train", **asked)
     assert (predicted["total"] is None) if kind == "jamba" else predicted["total"] > predicted["activations"] > 0
 
 
-@pytest.mark.parametrize(("kind", "changed", "targets", "said"), [
-    ("llama4_text", OTHERS["llama4_text"], ["router"], "lora: its adapters would stand on model.layers.0.feed_forward.router .* a Llama4Router"),
-    ("ernie4_5_moe", ERNIE, ["gate_proj"], "lora: Ernie4_5_MoeForCausalLM cannot be adapted as this block says: .*gate_proj"),
-    ("ernie4_5_moe", ERNIE, ["gate_proj", "up_proj"], "lora: its adapters would stand on model.layers.1.mlp.experts .* a Ernie4_5_MoeExperts"),
-    ("mamba", OTHERS["mamba"], ["out_proj"], "lora: MambaForCausalLM cannot be adapted as this block says: .*'out_proj' is incompatible"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "changed", "targets", "said"),
+    [
+        (
+            "llama4_text",
+            OTHERS["llama4_text"],
+            ["router"],
+            "lora: its adapters would stand on model.layers.0.feed_forward.router .* a Llama4Router",
+        ),
+        (
+            "ernie4_5_moe",
+            ERNIE,
+            ["gate_proj"],
+            "lora: Ernie4_5_MoeForCausalLM cannot be adapted as this block says: .*gate_proj",
+        ),
+        (
+            "ernie4_5_moe",
+            ERNIE,
+            ["gate_proj", "up_proj"],
+            "lora: its adapters would stand on model.layers.1.mlp.experts .* a Ernie4_5_MoeExperts",
+        ),
+        (
+            "mamba",
+            OTHERS["mamba"],
+            ["out_proj"],
+            "lora: MambaForCausalLM cannot be adapted as this block says: .*'out_proj' is incompatible",
+        ),
+    ],
+)
 def test_layers_that_are_no_plain_matrix_are_refused_by_name(kind, changed, targets, said):
     with pytest.raises(UserError, match=said):
-        Shape(config=CONFIG_MAPPING[kind](**COMMON | changed)).build(parts=registry.build({"lora": {"rank": 2, "targets": targets}}))
+        Shape(config=CONFIG_MAPPING[kind](**COMMON | changed)).build(
+            parts=registry.build({"lora": {"rank": 2, "targets": targets}})
+        )

@@ -99,7 +99,9 @@ def test_a_cache_with_fewer_queries_than_keys(cut, mask):
     pieces = []
     for piece in (slice(0, cut), slice(cut, 9)):
         seen = None if mask is None else mask[:, : piece.stop]
-        pieces.append(model(tokens[:, piece], attention_mask=seen, position_ids=positions[:, piece], past_key_values=cache).logits)
+        pieces.append(
+            model(tokens[:, piece], attention_mask=seen, position_ids=positions[:, piece], past_key_values=cache).logits
+        )
     wanted = plain(tokens, attention_mask=mask, position_ids=positions, use_cache=True).logits
     real = torch.ones_like(LEFT).bool() if mask is None else mask.bool()
     same(torch.cat(pieces, dim=1)[real], wanted[real])
@@ -117,7 +119,13 @@ def test_a_cache_longer_than_what_is_in_it():
 @pytest.mark.parametrize("use_cache", [True, False])
 def test_generation(use_cache):
     model, plain = both()
-    asked = {"attention_mask": LEFT, "max_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "pad_token_id": 257}
+    asked = {
+        "attention_mask": LEFT,
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "use_cache": use_cache,
+        "pad_token_id": 257,
+    }
     assert torch.equal(model.generate(ids(), **asked), plain.generate(ids(), **asked))
 
 
@@ -134,7 +142,9 @@ def test_gradients_equal_eager(mask, checkpointing):
         m.train()  # no dropout by default
         m(ids(), attention_mask=mask, labels=labels, use_cache=False).loss.backward()
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            ours.grad, theirs.grad, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_attention_dropout_in_training_alone():
@@ -185,7 +195,10 @@ def test_adapters(first):
     torch.manual_seed(3)
     ours = get_peft_model(model, config) if first == "sdpa" else with_sdpa(get_peft_model(copy.deepcopy(plain), config))
     assert type(ours.get_base_model().transformer.h[0].attn) is GPTJSdpaAttention
-    same(ours.eval()(ids(), attention_mask=LEFT).logits[LEFT.bool()], theirs.eval()(ids(), attention_mask=LEFT).logits[LEFT.bool()])
+    same(
+        ours.eval()(ids(), attention_mask=LEFT).logits[LEFT.bool()],
+        theirs.eval()(ids(), attention_mask=LEFT).logits[LEFT.bool()],
+    )
     for m in (ours, theirs):
         m(ids(), labels=ids()).loss.backward()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -218,7 +231,10 @@ def test_other_models_are_left_as_they_are():
 def attended(attend, *, heads=6, groups=2, tokens=7, keys=7, mask=None, dtype=torch.float64, **others):
     """What an attention gives and its gradients of queries, keys and values."""
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, n, t, 8, dtype=dtype, generator=draw).requires_grad_() for n, t in ((heads, tokens), (groups, keys), (groups, keys)))
+    q, k, v = (
+        torch.randn(2, n, t, 8, dtype=dtype, generator=draw).requires_grad_()
+        for n, t in ((heads, tokens), (groups, keys), (groups, keys))
+    )
     mixed, _ = attend(GPTJAttention, q, k, v, mask, scaling=0.3, **others)
     mixed.backward(torch.randn(mixed.shape, dtype=dtype, generator=draw))
     return mixed.detach(), q.grad, k.grad, v.grad
@@ -242,11 +258,17 @@ def by_hand(module, q, k, v, mask, *, scaling, **others):
     return torch.stack(rows).view(len(q), q.shape[2], q.shape[1], -1), None
 
 
-SEEN = torch.tensor([[1, 1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).bool()[:, None, None] & torch.ones(7, 7).tril().bool()
+SEEN = (
+    torch.tensor([[1, 1, 1, 0, 1, 1, 0], [1, 0, 1, 1, 1, 1, 1]]).bool()[:, None, None] & torch.ones(7, 7).tril().bool()
+)
 
 
 @pytest.mark.parametrize("groups", [1, 2, 6])
-@pytest.mark.parametrize("mask", [None, SEEN, torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(~SEEN, -1e9)], ids=["causal", "bool", "additive"])
+@pytest.mark.parametrize(
+    "mask",
+    [None, SEEN, torch.zeros(2, 1, 7, 7, dtype=torch.float64).masked_fill(~SEEN, -1e9)],
+    ids=["causal", "bool", "additive"],
+)
 def test_products_are_the_formula(mask, groups):
     for found, wanted in zip(attended(products, groups=groups, mask=mask), attended(by_hand, groups=groups, mask=mask)):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
@@ -254,7 +276,10 @@ def test_products_are_the_formula(mask, groups):
 
 def test_values_of_another_width_than_keys():
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 7, width, generator=draw, dtype=torch.float64) for heads, width in ((6, 8), (2, 8), (2, 5)))
+    q, k, v = (
+        torch.randn(2, heads, 7, width, generator=draw, dtype=torch.float64)
+        for heads, width in ((6, 8), (2, 8), (2, 5))
+    )
     (found, _), (wanted, _) = (attend(GPTJAttention, q, k, v, None, scaling=0.3) for attend in (products, by_hand))
     assert found.shape == (2, 7, 6, 5)
     torch.testing.assert_close(found, wanted.view(2, 7, 6, 5), rtol=0, atol=1e-12)
@@ -282,10 +307,15 @@ def test_products_of_one_query_behind_a_cache_see_all_of_it():
 def test_what_products_do_not_compute_is_sdpa_s(case, monkeypatch):
     asked = []
     sdpa = attention.sdpa_attention_forward
-    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda *a, **k: asked.append(k["dropout"]) or sdpa(*a, **k))
+    monkeypatch.setattr(
+        attention, "sdpa_attention_forward", lambda *a, **k: asked.append(k["dropout"]) or sdpa(*a, **k)
+    )
     module = torch.nn.Module()
     module.is_causal, module.num_key_value_groups, module.training = True, 3, True
-    q, k, v = (torch.randn(1, n, t, 8) for n, t in ((6, case.get("tokens", 7)), (2, case.get("keys", 7)), (2, case.get("keys", 7))))
+    q, k, v = (
+        torch.randn(1, n, t, 8)
+        for n, t in ((6, case.get("tokens", 7)), (2, case.get("keys", 7)), (2, case.get("keys", 7)))
+    )
     products(module, q, k, v, None, scaling=0.3, dropout=case.get("dropout", 0.0))
     assert asked == [case.get("dropout", 0.0)]
 
@@ -296,10 +326,19 @@ def test_a_long_text_in_blocks_of_queries(tokens, mask):
     """Without gradients; against scores of all pairs at once."""
     keys = max(tokens, LONGEST + 5) if mask or tokens == 1 else tokens
     draw = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, n, 8, generator=draw, dtype=torch.float64) for heads, n in ((6, tokens), (2, keys), (2, keys)))
-    allowed = torch.ones(tokens, keys).tril(keys - tokens).bool() if mask is None else torch.rand(2, 1, tokens, keys, generator=draw) < 0.5
+    q, k, v = (
+        torch.randn(2, heads, n, 8, generator=draw, dtype=torch.float64)
+        for heads, n in ((6, tokens), (2, keys), (2, keys))
+    )
+    allowed = (
+        torch.ones(tokens, keys).tril(keys - tokens).bool()
+        if mask is None
+        else torch.rand(2, 1, tokens, keys, generator=draw) < 0.5
+    )
     allowed = (allowed[:, :, :1] if mask == "one row" else allowed) | (torch.arange(keys) == 0)
-    given = {None: None, "boolean": allowed}.get(mask, torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, -1e9))
+    given = {None: None, "boolean": allowed}.get(
+        mask, torch.zeros(allowed.shape, dtype=q.dtype).masked_fill(~allowed, -1e9)
+    )
     wide = [t.repeat_interleave(3, 1) for t in (k, v)]
     scores = (0.3 * q @ wide[0].mT).masked_fill(~allowed, -torch.inf)
     with torch.no_grad():

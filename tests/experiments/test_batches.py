@@ -31,10 +31,24 @@ def test_batches_hold_like_lengths():
     assert padding(epoch_order(LENGTHS, 8, 0, 0)) < 0.75 * padding(plain)
 
 
-@pytest.mark.parametrize(("rows", "batch", "epochs", "batches"), [
-    (203, 8, 1, 26), (203, 8, 2, 52), (203, 8, 0.5, 13), (203, 8, 1.5, 39), (203, 8, 0.001, 1),
-    (8, 8, 1.2, 1), (8, 8, 1.6, 2), (16, 8, 2.1, 4), (16, 8, 2.5, 5), (16, 8, 0.1, 1), (3, 8, 3.0, 3), (18, 4, 1.5, 7), (0, 8, 1.0, 0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "batch", "epochs", "batches"),
+    [
+        (203, 8, 1, 26),
+        (203, 8, 2, 52),
+        (203, 8, 0.5, 13),
+        (203, 8, 1.5, 39),
+        (203, 8, 0.001, 1),
+        (8, 8, 1.2, 1),
+        (8, 8, 1.6, 2),
+        (16, 8, 2.1, 4),
+        (16, 8, 2.5, 5),
+        (16, 8, 0.1, 1),
+        (3, 8, 3.0, 3),
+        (18, 4, 1.5, 7),
+        (0, 8, 1.0, 0),
+    ],
+)
 def test_fractional_epochs(rows, batch, epochs, batches):
     assert len(schedule([5] * rows, batch, 0, epochs)) == steps(rows, batch, epochs) == batches
 
@@ -44,7 +58,24 @@ def test_a_fraction_of_an_epoch_is_that_share_of_its_batches():
     for rows in (1, 2, 7, 8, 9, 31, 64, 100):
         for batch in (1, 3, 8):
             whole = -(-rows // batch)
-            for written in ("0.01", "0.1", "0.3", "0.49", "0.5", "0.75", "0.99", "1", "1.01", "1.1", "1.2", "1.5", "2.1", "2.9", "3", "4.7"):
+            for written in (
+                "0.01",
+                "0.1",
+                "0.3",
+                "0.49",
+                "0.5",
+                "0.75",
+                "0.99",
+                "1",
+                "1.01",
+                "1.1",
+                "1.2",
+                "1.5",
+                "2.1",
+                "2.9",
+                "3",
+                "4.7",
+            ):
                 wanted = max(Fraction(1), Fraction(Decimal(written)) * whole)
                 found = schedule([5] * rows, batch, 3, float(written))
                 assert abs(len(found) - wanted) <= Fraction(1, 2), (rows, batch, written)

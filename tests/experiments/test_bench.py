@@ -16,13 +16,16 @@ import torch
 from experiments.bench import command, headline, show, steps, subject
 from experiments.bench.race import Goal, Race, race
 from experiments.bench.stepwise import Stepwise
-from methods.errors import UserError
 from experiments.study.paths import HERE
+from methods.errors import UserError
 
 RACE = Race(
-    title="a", against="plain", seconds={"plain": [2.0, 1.0, 4.0], "ours": [1.0, 0.75, 1.0]},
-    goals=(Goal(runner="ours", limit=2, faster=True), Goal(runner="ours", limit=0.8)), facts={"entries": 3, "bytes_kept": {"ours": 2000}},
-)  # fmt: skip
+    title="a",
+    against="plain",
+    seconds={"plain": [2.0, 1.0, 4.0], "ours": [1.0, 0.75, 1.0]},
+    goals=(Goal(runner="ours", limit=2, faster=True), Goal(runner="ours", limit=0.8)),
+    facts={"entries": 3, "bytes_kept": {"ours": 2000}},
+)
 
 
 @cache
@@ -32,12 +35,19 @@ def small(name):
 
 def test_ratios_are_of_the_fastest_and_of_each_round():
     assert RACE.ratio_min("ours") == 0.75
-    assert RACE.ratio_median("ours") == 0.5  # of 1/2, 0.75 and 1/4; the ratio of the medians is 0.5 too, that of the minima is not
-    assert replace(RACE, seconds={"plain": [1.0, 10.0, 2.0], "ours": [2.0, 10.0, 8.0]}).ratio_median("ours") == 2.0  # medians: 8 / 2
+    assert (
+        RACE.ratio_median("ours") == 0.5
+    )  # of 1/2, 0.75 and 1/4; the ratio of the medians is 0.5 too, that of the minima is not
+    assert (
+        replace(RACE, seconds={"plain": [1.0, 10.0, 2.0], "ours": [2.0, 10.0, 8.0]}).ratio_median("ours") == 2.0
+    )  # medians: 8 / 2
 
 
 def test_goals_are_judged_by_the_fastest():
-    assert [(goal["text"], goal["met"]) for goal in RACE.record()["goals"]] == [("at least 2 times faster", False), ("at most 0.8 times", True)]
+    assert [(goal["text"], goal["met"]) for goal in RACE.record()["goals"]] == [
+        ("at least 2 times faster", False),
+        ("at most 0.8 times", True),
+    ]
     assert Goal(runner="x", limit=2, faster=True).met(0.5) and not Goal(runner="x", limit=2).met(2.01)
 
 
@@ -56,7 +66,9 @@ def test_what_comes_before_a_run_is_not_timed(monkeypatch):
     def takes(seconds):
         now[0] += seconds
 
-    found = race("t", {"a": lambda: takes(1.0), "b": lambda: takes(3.0)}, against="a", rounds=2, before=lambda: takes(100.0))
+    found = race(
+        "t", {"a": lambda: takes(1.0), "b": lambda: takes(3.0)}, against="a", rounds=2, before=lambda: takes(100.0)
+    )
     assert found.seconds == {"a": [1.0, 1.0], "b": [3.0, 3.0]}
 
 
@@ -112,7 +124,10 @@ def run(*arguments):
 def test_the_command_keeps_a_record_and_a_figure(made_up, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "FOLDER", tmp_path / "bench")
     assert run("--small") == 0 and not (tmp_path / "bench").exists()
-    assert run("made_up", "--rounds", "4") == 0 and made_up == [{"small": True, "rounds": 0}, {"small": False, "rounds": 4}]
+    assert run("made_up", "--rounds", "4") == 0 and made_up == [
+        {"small": True, "rounds": 0},
+        {"small": False, "rounds": 4},
+    ]
     record = json.loads((tmp_path / "bench/made_up.json").read_text())
     assert record["title"] == "A title" and record["text"] == "Text of it."
     assert record["races"] == json.loads(json.dumps([RACE.record()]))
@@ -159,7 +174,11 @@ def test_steps_of_every_method_are_against_full_and_hold_what_they_must():
     whole, adapters = small("steps")
     on = subject.find(small=True)
     assert whole.against == steps.PLAIN and set(whole.seconds) == {*on.study.grid["methods"], "ewc-lora"}
-    assert adapters.against == "lora" and adapters.seconds["hierarchical"] == whole.seconds["hierarchical"] and "ewc" not in adapters.seconds
+    assert (
+        adapters.against == "lora"
+        and adapters.seconds["hierarchical"] == whole.seconds["hierarchical"]
+        and "ewc" not in adapters.seconds
+    )
     entries = whole.facts["weights"]
     assert entries == sum(p.numel() for p in on.make().parameters())
     full, ewc = (whole.facts[f"bytes_held by {name}"] for name in ("full", "ewc"))
@@ -181,29 +200,44 @@ def test_the_claims_contestants_read_the_same_and_keep_what_they_say():
     adapted = sum(p.numel() for name, p in model.named_parameters() if "q_proj" in name or "v_proj" in name)
     facts = found.facts
     assert len(set(facts["tokens read"].values())) == 1
-    assert facts["entries"] == {headline.OURS: adapted, headline.SAME: adapted} | dict.fromkeys(headline.PUBLISHED.values(), everything)
-    assert 4 * everything < facts[f"bytes_stored by {headline.PUBLISHED[1]}"]["importance"] < 4 * everything + 5000  # its header
+    assert facts["entries"] == {headline.OURS: adapted, headline.SAME: adapted} | dict.fromkeys(
+        headline.PUBLISHED.values(), everything
+    )
+    assert (
+        4 * everything < facts[f"bytes_stored by {headline.PUBLISHED[1]}"]["importance"] < 4 * everything + 5000
+    )  # its header
     assert facts["share of EWC-LoRA's entries"] == pytest.approx(adapted / everything, rel=0.01)
     assert facts["sentence"].startswith("On the same 6 documents")
 
 
-FOUND = headline.Findings(documents=9, tokens=1234, times={8: 1.2, 1: 2.1}, times_same=0.8, storage=0.03, storage_same=1.02, entries=0.12)
+FOUND = headline.Findings(
+    documents=9, tokens=1234, times={8: 1.2, 1: 2.1}, times_same=0.8, storage=0.03, storage_same=1.02, entries=0.12
+)
 
 
 def test_the_arithmetic_is_of_documents():
     assert FOUND.by_arithmetic() == {8: pytest.approx(1.2 * 5000 / 10000), 1: pytest.approx(2.1 * 20000 / 10000)}
 
 
-@pytest.mark.parametrize(("changed", "says"), [
-    ({}, "it 4.2 times at most (arithmetic): what is left of the claim comes neither"),
-    ({"times": {8: 1.0, 1: 6.0}}, "would make it 12 times (arithmetic): with them, most of the claim is accounted for"),
-    ({"times": {8: 1.0, 1: 18.0}}, "So work per token accounts for most of the claim"),
-    ({}, "the same matrices is had in less time from a Fisher"),
-    ({}, "takes 3 % of the published baseline's storage, where the paper claims 10 % to 15 %: 12 % because only the adapted"),
-    ({"storage": 0.12}, "the adapted matrices are 12 % of the weights"),
-    ({}, "takes as much (102 %): the saving comes from what is kept"),
-    ({"storage_same": 0.5}, "Fisher of the same matrices, kept in the same way, it takes 50 %."),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({}, "it 4.2 times at most (arithmetic): what is left of the claim comes neither"),
+        (
+            {"times": {8: 1.0, 1: 6.0}},
+            "would make it 12 times (arithmetic): with them, most of the claim is accounted for",
+        ),
+        ({"times": {8: 1.0, 1: 18.0}}, "So work per token accounts for most of the claim"),
+        ({}, "the same matrices is had in less time from a Fisher"),
+        (
+            {},
+            "takes 3 % of the published baseline's storage, where the paper claims 10 % to 15 %: 12 % because only the adapted",
+        ),
+        ({"storage": 0.12}, "the adapted matrices are 12 % of the weights"),
+        ({}, "takes as much (102 %): the saving comes from what is kept"),
+        ({"storage_same": 0.5}, "Fisher of the same matrices, kept in the same way, it takes 50 %."),
+    ],
+)
 def test_the_sentence_follows_the_numbers(changed, says):
     assert says in replace(FOUND, **changed).sentence()
 

@@ -9,35 +9,114 @@ from typing import Any
 import pytest
 
 from experiments.study import blocks, config
-from methods.errors import UserError
 from experiments.study.paths import Paths
 from methods import registry
+from methods.errors import UserError
 from methods.settings import declared
 
 SHA = "a" * 64
-ROWS = {"hub": {"path": "a/b", "name": "c", "split": "test", "revision": "main", "data_files": "x.json", "set": {"q": "{{p}}"}, "columns": ["q"]},
-        "pypi": {"package": "a-b==1", "path": "x/y", "requests": "z.jsonl.gz", "set": {"q": 1}, "columns": {"q": "p"}},
-        "jsonl": {"path": "rows.jsonl", "set": {"q": ""}, "columns": ["q"]}}  # fmt: skip
-SCORED = {"task": "sciq", "metric": "acc", "chance": 0.25, "licence": "MIT", "rows": ROWS, "nulls": "empty", "set": {"a": ""}, "columns": {"a": "b"}}
-TRAIN = {"learning_rate": 1e-3, "schedule": "cosine", "warmup": 0.1, "epochs": 2, "batch": 8, "micro_batch": 4, "length": 64, "weight_decay": 0,
-         "beta1": 0.8, "beta2": 0.9, "eps": 1e-9, "clip": 0.5, "pack": 128, "moments": "bfloat16", "checkpointing": True, "compile": False,
-         "checkpoint_seconds": 0.0, "probes": 0}  # fmt: skip
+ROWS = {
+    "hub": {
+        "path": "a/b",
+        "name": "c",
+        "split": "test",
+        "revision": "main",
+        "data_files": "x.json",
+        "set": {"q": "{{p}}"},
+        "columns": ["q"],
+    },
+    "pypi": {"package": "a-b==1", "path": "x/y", "requests": "z.jsonl.gz", "set": {"q": 1}, "columns": {"q": "p"}},
+    "jsonl": {"path": "rows.jsonl", "set": {"q": ""}, "columns": ["q"]},
+}
+SCORED = {
+    "task": "sciq",
+    "metric": "acc",
+    "chance": 0.25,
+    "licence": "MIT",
+    "rows": ROWS,
+    "nulls": "empty",
+    "set": {"a": ""},
+    "columns": {"a": "b"},
+}
+TRAIN = {
+    "learning_rate": 1e-3,
+    "schedule": "cosine",
+    "warmup": 0.1,
+    "epochs": 2,
+    "batch": 8,
+    "micro_batch": 4,
+    "length": 64,
+    "weight_decay": 0,
+    "beta1": 0.8,
+    "beta2": 0.9,
+    "eps": 1e-9,
+    "clip": 0.5,
+    "pack": 128,
+    "moments": "bfloat16",
+    "checkpointing": True,
+    "compile": False,
+    "checkpoint_seconds": 0.0,
+    "probes": 0,
+}
 FULL = {  # every key of every block, with a right value
-    "title": "all", "device": "cpu", "not_a_result": True,
+    "title": "all",
+    "device": "cpu",
+    "not_a_result": True,
     "grid": {"models": ["m"], "domains": ["d"], "methods": ["lora"], "seeds": [0, 1]},
-    "data": {"source": "hub"}, "packages": {"a-b==1": SHA},
-    "models": {"m": {"source": "pypi:a==1/x.gguf", "sha256": SHA, "bin_sha256": SHA.upper(), "dtype": "float32", "compute_dtype": "bfloat16",
-                     "note": "n", "licence": "MIT", "config": {"a": 1}, "architecture": {"model_type": "llama"}, "seed": 0, "parameters": 5,
-                     "layers": 2, "width": 8, "processes": 2, "train": TRAIN}},
+    "data": {"source": "hub"},
+    "packages": {"a-b==1": SHA},
+    "models": {
+        "m": {
+            "source": "pypi:a==1/x.gguf",
+            "sha256": SHA,
+            "bin_sha256": SHA.upper(),
+            "dtype": "float32",
+            "compute_dtype": "bfloat16",
+            "note": "n",
+            "licence": "MIT",
+            "config": {"a": 1},
+            "architecture": {"model_type": "llama"},
+            "seed": 0,
+            "parameters": 5,
+            "layers": 2,
+            "width": 8,
+            "processes": 2,
+            "train": TRAIN,
+        }
+    },
     "tasks": {"t": SCORED | {"test": 20, "probe": 4}},
-    "domains": {"d": SCORED | {"question": "q", "test_rows": ROWS, "split": {"train": "all", "probe": 0, "test": 5}, "retention": ["t"],
-                               "transfer": [], "probes": ["t"], "why": "w", "train": TRAIN}},
-    "general": {"rows": ROWS, "text": "passage", "importance": 4, "perplexity": 4, "probe": 0, "max_words": 100, "nulls": "empty", "licence": "MIT", "note": "n"},
-    "methods": {"lora": {"lora": {}, "ewc": {}, "train": {key: value for key, value in TRAIN.items() if key != "moments"}}},
-    "train": TRAIN, "evaluate": {"scorer": "hflm", "batch_size": 4},
+    "domains": {
+        "d": SCORED
+        | {
+            "question": "q",
+            "test_rows": ROWS,
+            "split": {"train": "all", "probe": 0, "test": 5},
+            "retention": ["t"],
+            "transfer": [],
+            "probes": ["t"],
+            "why": "w",
+            "train": TRAIN,
+        }
+    },
+    "general": {
+        "rows": ROWS,
+        "text": "passage",
+        "importance": 4,
+        "perplexity": 4,
+        "probe": 0,
+        "max_words": 100,
+        "nulls": "empty",
+        "licence": "MIT",
+        "note": "n",
+    },
+    "methods": {
+        "lora": {"lora": {}, "ewc": {}, "train": {key: value for key, value in TRAIN.items() if key != "moments"}}
+    },
+    "train": TRAIN,
+    "evaluate": {"scorer": "hflm", "batch_size": 4},
     "tune": {"epochs": 0.5, "methods": {"lora": {"lora.rank": [2, 4]}}},
     "archive": {"commit": "b" * 40, "known": ["nothing"]},
-}  # fmt: skip
+}
 OTHERS = ["text", 1.5, 7, True, None, ["a"], [1], [["a"]], {"a": 1}, [None]]  # one of each type that YAML writes
 
 
@@ -63,8 +142,11 @@ def keys(table: blocks.Table, path: tuple[str, ...]) -> list[tuple[tuple[str, ..
     return found
 
 
-EVERY = keys(blocks.TOP, ()) + [entry for kind, name in (("models", "m"), ("tasks", "t"), ("domains", "d"))
-                                for entry in keys(blocks.NAMED[kind], (kind, name))]  # fmt: skip
+EVERY = keys(blocks.TOP, ()) + [
+    entry
+    for kind, name in (("models", "m"), ("tasks", "t"), ("domains", "d"))
+    for entry in keys(blocks.NAMED[kind], (kind, name))
+]
 EVERY += [(("methods", "lora", "train", name), key) for name, key in blocks.TRAIN.items() if name != "moments"]
 
 
@@ -94,8 +176,12 @@ def test_the_example_has_every_key_and_is_accepted():
 
 @pytest.mark.parametrize(("path", "key"), EVERY, ids=lambda value: ".".join(value) if isinstance(value, tuple) else "")
 def test_a_wrong_type_and_a_wrong_value_are_named(path, key):
-    empty = any(kind is dict or typing.get_origin(kind) in (dict, list) for kind in (key.kind, *typing.get_args(key.kind)))
-    wrong = [value for value in OTHERS if not right(value, key.kind) and not (value is None and empty and not key.required)]
+    empty = any(
+        kind is dict or typing.get_origin(kind) in (dict, list) for kind in (key.kind, *typing.get_args(key.kind))
+    )
+    wrong = [
+        value for value in OTHERS if not right(value, key.kind) and not (value is None and empty and not key.required)
+    ]
     assert len(wrong) >= 5
     if key.within:
         low, high = (float(end) for end in key.within[1:-1].split(","))
@@ -111,8 +197,9 @@ def test_a_wrong_type_and_a_wrong_value_are_named(path, key):
         if value is None and empty:
             assert re.match(rf"{where} has no `{path[-1]}`", str(refused.value)), (value, str(refused.value))
         else:
-            assert re.match(rf"{name} is ", str(refused.value)) or re.match(rf"{name}\.\w+ is |.*unknown \w+ .* in {name}:", str(refused.value)), (
-                value, str(refused.value))  # fmt: skip
+            assert re.match(rf"{name} is ", str(refused.value)) or re.match(
+                rf"{name}\.\w+ is |.*unknown \w+ .* in {name}:", str(refused.value)
+            ), (value, str(refused.value))
 
 
 @pytest.mark.parametrize("path", [path for path, key in EVERY if key.required], ids=".".join)
@@ -148,53 +235,108 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
                 build(raw)
 
 
-@pytest.mark.parametrize(("path", "value", "message"), [
-    (("tasks", "t", "chance"), "0.5", "tasks.t.chance is '0.5': it must be a number in [0, 1); write 0.5 without quotes"),
-    (("domains", "d", "chance"), 25, "domains.d.chance is 25: it must be a share of 1, in [0, 1); 25 % is 0.25"),
-    (("tasks", "t", "test"), "20", "tasks.t.test is '20': it must be a whole number from 1; write 20 without quotes"),
-    (("domains", "d", "split", "train"), 32.0, "domains.d.split.train is 32.0: it must be a whole number or all from 1"),
-    (("domains", "d", "retention"), "t", "domains.d.retention is 't': it must be a list of names; write [t]"),
-    (("grid", "methods"), "lora", "grid.methods is 'lora': it must be a list of names; write [lora]"),
-    (("grid", "seeds"), 0, "grid.seeds is 0: it must be a list of whole numbers; write [0]"),
-    (("evaluate", "batch_size"), "auto", "evaluate.batch_size is 'auto': it must be a whole number from 1"),
-    (("evaluate", "scorer"), "vllm", "evaluate.scorer is 'vllm': it must be one of shared-prefix, hflm"),
-    (("not_a_result"), "yes", "not_a_result is 'yes': it must be true or false; write true"),
-    (("models", "m", "sha256"), "b179", "models.m.sha256 is 'b179': it must be a sha256: 64 hexadecimal digits"),
-    (("models", "m", "sha256"), None, "models.m.sha256 is null"),
-    (("tasks", "t", "columns"), {"a": ["b"]}, "tasks.t.columns is {'a': ['b']}: it must be a list of names or a mapping of names to names"),
-    (("models", "m", "config"), {"seed": 1}, "models.m.config names `seed`: write it in the block beside `config`"),
-    (("models", "m", "dtype"), "bf16", "models.m.dtype is 'bf16': it must be one of bfloat16, float16, float32, float64"),
-    (("models", "m", "source"), "llama", "models.m.source is 'llama': it must be hub:NAME@REVISION, pypi:"),
-    (("packages"), {"a-b": SHA}, "packages names 'a-b': it must be NAME==VERSION"),
-    (("packages"), {"a-b==1": SHA[1:]}, "packages.a-b==1 is 'aaaa"),
-    (("domains", "d", "rows", "hub", "revision"), 47e169, "domains.d.rows.hub.revision is 4.7e+170: it must be text; put it in quotes"),
-    (("methods", "lora", "train", "learning_rate"), -1.0, "methods.lora.train.learning_rate is -1.0: it must be a number above 0"),
-    (("methods", "x"), "lora", "methods.x is 'lora': it must be a mapping"),
-    (("methods", "x"), False, "methods.x is false: it must be a mapping"),
-    (("methods", "x"), {"lora": 0}, "methods.x.lora is 0: it must be a mapping"),
-    (("methods", "x"), {"train": []}, "methods.x.train is []: it must be a mapping"),
-    (("methods", "x"), {"lora": 4}, "methods.x.lora is 4: it must be a mapping"),
-    (("methods", "x"), {"like": ["lora"]}, "methods.x.like is ['lora']: it must be text"),
-    (("methods", "x"), {"given": {}}, "methods.x.given.path is missing"),
-    (("methods", "x"), {"mofo": {}, "given": {"path": "x"}}, "methods.x: given and mofo cannot be combined"),
-    (("tune", "methods"), {"lara": {}}, "unknown method 'lara' in tune.methods: did you mean 'lora'?"),
-    (("tune", "methods"), {"lora": []}, "tune.methods.lora is []: it must be a mapping"),
-    (("tune", "methods"), {"lora": {"lora.rank": 4}}, "tune.methods.lora.lora.rank: write PART.SETTING or train.SETTING with a list of values"),
-    (("tune", "methods"), {"lora": {"mofo.fraction": [0.1]}}, "unknown part 'mofo' in tune.methods.lora"),
-    (("tune", "methods"), {"lora": {"lora.rank": [2, 0]}}, "tune.methods.lora: with lora.rank 0, methods.lora.lora.rank is 0: it must be a whole number"),
-    (("tune", "methods"), {"lora": {"train.rate": [1.0]}}, "unknown key 'rate' in tune.methods.lora: with train.rate 1.0, methods.lora.train"),
-    (("domains", "d", "retention"), ["t", "t"], "domains.d.retention names 't' twice"),
-    (("tasks", "t", "probe"), 0, "domains.d.probes names 't', but tasks.t.probe is 0"),
-    (("tasks", "t", "rows"), {"jsonl": None}, "tasks.t.rows.jsonl has no `path`"),
-    (("general", "rows"), {"pypi": None}, "general.rows.pypi has no `package`"),
-    (("models", "m", "config"), {1: 2}, "models.m.config: the key 1 is not text: put it in quotes"),
-    (("tasks", "t", "task"), {None: 2}, "tasks.t.task: the key null is not text: put it in quotes"),
-    (("methods", 1), {}, "methods: the key 1 is not text: put it in quotes"),
-    (("tasks", "t", "set"), {"x": [date(2024, 1, 2)]}, "tasks.t.set.x is 2024-01-02, which YAML takes for a date: put it in quotes"),
-    (("domains", "d", "task"), {"metadata": {"x": b"y"}}, "domains.d.task.metadata.x is b'y': write text, a number"),
-    (("title",), "\ud800", "title is '\\ud800': it holds half of a character"),
-    (("grid", "seeds"), [0, 2**63], "grid.seeds is [0, 9223372036854775808]: it must list whole numbers from 0 to 9223372036854775807"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (
+            ("tasks", "t", "chance"),
+            "0.5",
+            "tasks.t.chance is '0.5': it must be a number in [0, 1); write 0.5 without quotes",
+        ),
+        (("domains", "d", "chance"), 25, "domains.d.chance is 25: it must be a share of 1, in [0, 1); 25 % is 0.25"),
+        (
+            ("tasks", "t", "test"),
+            "20",
+            "tasks.t.test is '20': it must be a whole number from 1; write 20 without quotes",
+        ),
+        (
+            ("domains", "d", "split", "train"),
+            32.0,
+            "domains.d.split.train is 32.0: it must be a whole number or all from 1",
+        ),
+        (("domains", "d", "retention"), "t", "domains.d.retention is 't': it must be a list of names; write [t]"),
+        (("grid", "methods"), "lora", "grid.methods is 'lora': it must be a list of names; write [lora]"),
+        (("grid", "seeds"), 0, "grid.seeds is 0: it must be a list of whole numbers; write [0]"),
+        (("evaluate", "batch_size"), "auto", "evaluate.batch_size is 'auto': it must be a whole number from 1"),
+        (("evaluate", "scorer"), "vllm", "evaluate.scorer is 'vllm': it must be one of shared-prefix, hflm"),
+        (("not_a_result"), "yes", "not_a_result is 'yes': it must be true or false; write true"),
+        (("models", "m", "sha256"), "b179", "models.m.sha256 is 'b179': it must be a sha256: 64 hexadecimal digits"),
+        (("models", "m", "sha256"), None, "models.m.sha256 is null"),
+        (
+            ("tasks", "t", "columns"),
+            {"a": ["b"]},
+            "tasks.t.columns is {'a': ['b']}: it must be a list of names or a mapping of names to names",
+        ),
+        (("models", "m", "config"), {"seed": 1}, "models.m.config names `seed`: write it in the block beside `config`"),
+        (
+            ("models", "m", "dtype"),
+            "bf16",
+            "models.m.dtype is 'bf16': it must be one of bfloat16, float16, float32, float64",
+        ),
+        (("models", "m", "source"), "llama", "models.m.source is 'llama': it must be hub:NAME@REVISION, pypi:"),
+        (("packages"), {"a-b": SHA}, "packages names 'a-b': it must be NAME==VERSION"),
+        (("packages"), {"a-b==1": SHA[1:]}, "packages.a-b==1 is 'aaaa"),
+        (
+            ("domains", "d", "rows", "hub", "revision"),
+            47e169,
+            "domains.d.rows.hub.revision is 4.7e+170: it must be text; put it in quotes",
+        ),
+        (
+            ("methods", "lora", "train", "learning_rate"),
+            -1.0,
+            "methods.lora.train.learning_rate is -1.0: it must be a number above 0",
+        ),
+        (("methods", "x"), "lora", "methods.x is 'lora': it must be a mapping"),
+        (("methods", "x"), False, "methods.x is false: it must be a mapping"),
+        (("methods", "x"), {"lora": 0}, "methods.x.lora is 0: it must be a mapping"),
+        (("methods", "x"), {"train": []}, "methods.x.train is []: it must be a mapping"),
+        (("methods", "x"), {"lora": 4}, "methods.x.lora is 4: it must be a mapping"),
+        (("methods", "x"), {"like": ["lora"]}, "methods.x.like is ['lora']: it must be text"),
+        (("methods", "x"), {"given": {}}, "methods.x.given.path is missing"),
+        (("methods", "x"), {"mofo": {}, "given": {"path": "x"}}, "methods.x: given and mofo cannot be combined"),
+        (("tune", "methods"), {"lara": {}}, "unknown method 'lara' in tune.methods: did you mean 'lora'?"),
+        (("tune", "methods"), {"lora": []}, "tune.methods.lora is []: it must be a mapping"),
+        (
+            ("tune", "methods"),
+            {"lora": {"lora.rank": 4}},
+            "tune.methods.lora.lora.rank: write PART.SETTING or train.SETTING with a list of values",
+        ),
+        (("tune", "methods"), {"lora": {"mofo.fraction": [0.1]}}, "unknown part 'mofo' in tune.methods.lora"),
+        (
+            ("tune", "methods"),
+            {"lora": {"lora.rank": [2, 0]}},
+            "tune.methods.lora: with lora.rank 0, methods.lora.lora.rank is 0: it must be a whole number",
+        ),
+        (
+            ("tune", "methods"),
+            {"lora": {"train.rate": [1.0]}},
+            "unknown key 'rate' in tune.methods.lora: with train.rate 1.0, methods.lora.train",
+        ),
+        (("domains", "d", "retention"), ["t", "t"], "domains.d.retention names 't' twice"),
+        (("tasks", "t", "probe"), 0, "domains.d.probes names 't', but tasks.t.probe is 0"),
+        (("tasks", "t", "rows"), {"jsonl": None}, "tasks.t.rows.jsonl has no `path`"),
+        (("general", "rows"), {"pypi": None}, "general.rows.pypi has no `package`"),
+        (("models", "m", "config"), {1: 2}, "models.m.config: the key 1 is not text: put it in quotes"),
+        (("tasks", "t", "task"), {None: 2}, "tasks.t.task: the key null is not text: put it in quotes"),
+        (("methods", 1), {}, "methods: the key 1 is not text: put it in quotes"),
+        (
+            ("tasks", "t", "set"),
+            {"x": [date(2024, 1, 2)]},
+            "tasks.t.set.x is 2024-01-02, which YAML takes for a date: put it in quotes",
+        ),
+        (
+            ("domains", "d", "task"),
+            {"metadata": {"x": b"y"}},
+            "domains.d.task.metadata.x is b'y': write text, a number",
+        ),
+        (("title",), "\ud800", "title is '\\ud800': it holds half of a character"),
+        (
+            ("grid", "seeds"),
+            [0, 2**63],
+            "grid.seeds is [0, 9223372036854775808]: it must list whole numbers from 0 to 9223372036854775807",
+        ),
+    ],
+)
 def test_what_is_said(path, value, message):
     with pytest.raises(UserError) as refused:
         build(put(path if isinstance(path, tuple) else (path,), value))

@@ -6,14 +6,14 @@ import json
 import pytest
 
 from evaluation import harness
-from experiments.study import cells, config
 from experiments.commands import tracking, tune
-from experiments.study.cells import Cell
-from methods.errors import UserError
-from methods.tools.names import NAME
-from experiments.study.paths import Paths
 from experiments.stages.collect import comparable
 from experiments.stages.evaluate import merged
+from experiments.study import cells, config
+from experiments.study.cells import Cell
+from experiments.study.paths import Paths
+from methods.errors import UserError
+from methods.tools.names import NAME
 from tests.evaluation.conftest import COPA, TEXT, write_rows
 from tests.experiments.test_config import load
 
@@ -23,9 +23,12 @@ def named(domains, tasks, *, grid=None, methods=("full",), models=("llama-tiny",
 
     def change(raw):
         domain, task = raw["domains"]["sums"], raw["tasks"]["colours"]
-        raw["domains"] = {name: domain | {"retention": [tasks[0]], "probes": []} | (roles if name == domains[0] else {}) for name in domains}
+        raw["domains"] = {
+            name: domain | {"retention": [tasks[0]], "probes": []} | (roles if name == domains[0] else {})
+            for name in domains
+        }
         raw["tasks"] = {name: copy.deepcopy(task) | {"test": 20 + number} for number, name in enumerate(tasks)}
-        raw["models"] = {name: raw["models"]["llama-tiny"] for name in models}
+        raw["models"] = dict.fromkeys(models, raw["models"]["llama-tiny"])
         raw["methods"] = {name: {} for name in methods}
         raw["grid"] = {"models": list(models), "domains": list(grid or domains), "methods": list(methods), "seeds": [0]}
         raw |= {"tune": {"methods": {"full": {"train.learning_rate": [0.1]}}}} if tune else {}
@@ -33,27 +36,46 @@ def named(domains, tasks, *, grid=None, methods=("full",), models=("llama-tiny",
     return change
 
 
-@pytest.mark.parametrize(("change", "message"), [
-    (named(["sums", "birds"], ["birds"]), "domains.birds and tasks.birds share their name.*domains.sums.retention.*rename.*tasks.birds_task"),
-    (named(["sums"], ["sums"]), "domains.sums and tasks.sums share their name, and both are scored"),
-    (named(["sums"], ["birds", "sums"], probes=["sums"]), "domains.sums and tasks.sums share their name, and both have probe rows"),
-    (named(["general"], ["birds"]), "domains.general: 'general' is the name under which general text"),
-    (named(["sums"], ["general_text"]), "tasks.general_text: .*rename the block"),
-    (named(["sums"], ["birds", "perplexity"], probes=["perplexity"]), "tasks.perplexity: .*rename"),
-    (named(["sums"], ["sums_nll"]), "tasks.sums_nll: a name with _nll at its end"),
-    (named(["sums"], ["seconds"], tune=True), "tasks.seconds: 'seconds' is the name of something that each trial"),
-    (named(["sums"], ["birds"], transfer=["birds"]), "domains.sums.transfer lists 'birds', which is evaluated already"),
-    (named(["sums"], ["birds"], methods=["base"]), "grid.methods names 'base'"),
-    (named(["sums"], ["birds"], models=["a", "a-b"], methods=["b-c", "c"]), "prepare@a-b-c: rename one of the blocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            named(["sums", "birds"], ["birds"]),
+            "domains.birds and tasks.birds share their name.*domains.sums.retention.*rename.*tasks.birds_task",
+        ),
+        (named(["sums"], ["sums"]), "domains.sums and tasks.sums share their name, and both are scored"),
+        (
+            named(["sums"], ["birds", "sums"], probes=["sums"]),
+            "domains.sums and tasks.sums share their name, and both have probe rows",
+        ),
+        (named(["general"], ["birds"]), "domains.general: 'general' is the name under which general text"),
+        (named(["sums"], ["general_text"]), "tasks.general_text: .*rename the block"),
+        (named(["sums"], ["birds", "perplexity"], probes=["perplexity"]), "tasks.perplexity: .*rename"),
+        (named(["sums"], ["sums_nll"]), "tasks.sums_nll: a name with _nll at its end"),
+        (named(["sums"], ["seconds"], tune=True), "tasks.seconds: 'seconds' is the name of something that each trial"),
+        (
+            named(["sums"], ["birds"], transfer=["birds"]),
+            "domains.sums.transfer lists 'birds', which is evaluated already",
+        ),
+        (named(["sums"], ["birds"], methods=["base"]), "grid.methods names 'base'"),
+        (
+            named(["sums"], ["birds"], models=["a", "a-b"], methods=["b-c", "c"]),
+            "prepare@a-b-c: rename one of the blocks",
+        ),
+    ],
+)
 def test_names_of_two_things_are_refused_at_load(tmp_path, change, message):
     with pytest.raises(UserError, match=message):
         load(tmp_path, change)
 
 
 def test_names_that_nothing_else_has_are_let_be(tmp_path):
-    for change in (named(["sums", "birds"], ["fish"]), named(["sums", "birds"], ["birds"], grid=["sums"]), named(["sums"], ["seconds"]),
-                   named(["sums", "birds"], ["fish", "sums"], grid=["sums"])):  # fmt: skip
+    for change in (
+        named(["sums", "birds"], ["fish"]),
+        named(["sums", "birds"], ["birds"], grid=["sums"]),
+        named(["sums"], ["seconds"]),
+        named(["sums", "birds"], ["fish", "sums"], grid=["sums"]),
+    ):
         assert cells.grid(load(tmp_path, change))
 
 
@@ -62,16 +84,37 @@ def test_one_task_under_two_names_is_refused(tmp_path):
         raw["tasks"]["colors"] = dict(raw["tasks"]["colours"])
         raw["domains"]["sums"]["transfer"] = ["colors"]
 
-    with pytest.raises(UserError, match="domains.sums: tasks.colours and tasks.colors are the same rows with the same prompt and metric"):
+    with pytest.raises(
+        UserError,
+        match="domains.sums: tasks.colours and tasks.colors are the same rows with the same prompt and metric",
+    ):
         load(tmp_path, change)
 
 
 def test_no_study_writes_into_the_default_ones_folders(tmp_path):
     """Every folder that the default study has below results/ and work/, found from the paths themselves."""
     paths, cell = Paths(root=tmp_path), Cell("m", "d", "x", 0)
-    own = [paths.model("m"), paths.data, paths.resolved, paths.prepared(model="m", method="x", seed=0), paths.weights(cell), paths.local, paths.summary,
-           paths.prepare_costs(model="m", method="x", seed=0), paths.run(cell), paths.base("m"), paths.tuning("m", "d"), paths.failure(cell)]  # fmt: skip
-    names = {path.relative_to(tmp_path).parts[1] for path in own} | {"gpu", "bench", "downloads", "gpu-check", paths.resume.name}
+    own = [
+        paths.model("m"),
+        paths.data,
+        paths.resolved,
+        paths.prepared(model="m", method="x", seed=0),
+        paths.weights(cell),
+        paths.local,
+        paths.summary,
+        paths.prepare_costs(model="m", method="x", seed=0),
+        paths.run(cell),
+        paths.base("m"),
+        paths.tuning("m", "d"),
+        paths.failure(cell),
+    ]
+    names = {path.relative_to(tmp_path).parts[1] for path in own} | {
+        "gpu",
+        "bench",
+        "downloads",
+        "gpu-check",
+        paths.resume.name,
+    }
     assert all(NAME.fullmatch(name) for name in names)
     for name in names:
         with pytest.raises(UserError, match=f"a study cannot be called '{name}'"):
@@ -80,8 +123,22 @@ def test_no_study_writes_into_the_default_ones_folders(tmp_path):
 
 def write_tasks(folder, rows=COPA, **change):
     folder.mkdir(exist_ok=True)
-    entry = {"name": "copa", "role": "retention", "task": "copa", "metric": "acc", "chance": 0.5, "file": "copa.jsonl"} | change
-    text = {"name": "general", "role": "perplexity", "task": "general_text", "metric": "perplexity", "chance": None, "file": "general.jsonl"}
+    entry = {
+        "name": "copa",
+        "role": "retention",
+        "task": "copa",
+        "metric": "acc",
+        "chance": 0.5,
+        "file": "copa.jsonl",
+    } | change
+    text = {
+        "name": "general",
+        "role": "perplexity",
+        "task": "general_text",
+        "metric": "perplexity",
+        "chance": None,
+        "file": "general.jsonl",
+    }
     write_rows(folder / "copa.jsonl", rows)
     write_rows(folder / "general.jsonl", TEXT[:2])
     (folder / "tasks.json").write_text(json.dumps([entry, text]))
@@ -94,8 +151,15 @@ OTHER = [COPA[0] | {"choice1": "He tripped."}, *COPA[1:]]
 def test_the_base_scores_one_thing_a_name(tmp_path):
     one, other = write_tasks(tmp_path / "one"), write_tasks(tmp_path / "other", role="transfer")
     assert [entry["name"] for entry in merged([one, other])] == ["copa", "general"]
-    for change, what in (({"rows": OTHER}, "rows"), ({"chance": 0.4}, "chance"), ({"metric": "acc_norm"}, "metric"), ({"task": {"include": "copa"}}, "task")):
-        with pytest.raises(UserError, match=f"copa names two things: .*one/copa.jsonl and .*other/copa.jsonl differ in {what}"):
+    for change, what in (
+        ({"rows": OTHER}, "rows"),
+        ({"chance": 0.4}, "chance"),
+        ({"metric": "acc_norm"}, "metric"),
+        ({"task": {"include": "copa"}}, "task"),
+    ):
+        with pytest.raises(
+            UserError, match=f"copa names two things: .*one/copa.jsonl and .*other/copa.jsonl differ in {what}"
+        ):
             merged([one, write_tasks(tmp_path / "other", **change)])
 
 
@@ -109,10 +173,17 @@ def test_scores_of_two_things_are_not_compared(tmp_path, tiny_llama, byte_tokeni
     check(scored(role="transfer"))  # another domain's task for transfer is the same thing
     choices = {"include": "copa", "doc_to_choice": "{{[choice1, choice2]}}", "doc_to_target": "label"}
     for change, what in (
-        ({"rows": OTHER}, "digest of rows and prompts of task copa"), ({"rows": COPA[:3]}, "number of rows of task copa is 3 for the cell and 4"),
-        ({"chance": 0.4}, "chance of task copa is 0.4"), ({"task": choices}, "digest of rows and prompts of task copa"),
-        ({"task": choices | {"target_delimiter": ": "}}, "digest of rows and prompts of task copa"), ({"name": "other"}, "the score of task other")):  # fmt: skip
-        with pytest.raises(UserError, match=f"m/d/x/seed0: .*{what}.*`python -m experiments base m --study trial`.*evaluate m/d/x/seed0 --study trial"):
+        ({"rows": OTHER}, "digest of rows and prompts of task copa"),
+        ({"rows": COPA[:3]}, "number of rows of task copa is 3 for the cell and 4"),
+        ({"chance": 0.4}, "chance of task copa is 0.4"),
+        ({"task": choices}, "digest of rows and prompts of task copa"),
+        ({"task": choices | {"target_delimiter": ": "}}, "digest of rows and prompts of task copa"),
+        ({"name": "other"}, "the score of task other"),
+    ):
+        with pytest.raises(
+            UserError,
+            match=f"m/d/x/seed0: .*{what}.*`python -m experiments base m --study trial`.*evaluate m/d/x/seed0 --study trial",
+        ):
             check(scored(**change))
     with pytest.raises(UserError, match="the hash of the base's weights is 'v' for the cell and 'w' for its base"):
         check(base, base_sha256="v")

@@ -11,17 +11,30 @@ from types import SimpleNamespace
 import pytest
 
 from experiments.study import environment
-from methods.errors import UserError
 from experiments.study.paths import HERE, Paths
+from methods.errors import UserError
 
 
 def call(*arguments, **environment):
-    return subprocess.run([sys.executable, "-m", *arguments], cwd=HERE, capture_output=True, text=True, env=os.environ | environment)
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=HERE, capture_output=True, text=True, env=os.environ | environment
+    )
 
 
 def test_help_names_every_command():
     shown = call("experiments", "--help").stdout
-    for command in ("plan", "export", "tune", "track", "pipeline", "summary", "clean-cells", "train", "evaluate", "compare"):
+    for command in (
+        "plan",
+        "export",
+        "tune",
+        "track",
+        "pipeline",
+        "summary",
+        "clean-cells",
+        "train",
+        "evaluate",
+        "compare",
+    ):
         assert command in shown
 
 
@@ -52,9 +65,12 @@ def answer(monkeypatch, capsys):
         (("plan", "--study", "dmo"), "unknown study 'dmo': did you mean 'demo'?"),
         (("pipeline", "--study", "demo/"), "--study 'demo/': a name is lower-case letters"),
         (("prepare", "smollm2-135m", "ewc", "--", "-1"), "seed -1: it must be a whole number from 0"),
-        (("prepare", "smollm2-135m", "ewc", str(2**63)), "seed 9223372036854775808: it must be a whole number from 0 to 9223372036854775807"),
+        (
+            ("prepare", "smollm2-135m", "ewc", str(2**63)),
+            "seed 9223372036854775808: it must be a whole number from 0 to 9223372036854775807",
+        ),
     ],
-)  # fmt: skip
+)
 def test_mistakes_exit_2_without_a_traceback(answer, arguments, message):
     status, _, said = answer(*arguments)
     assert status == 2 and said.startswith("error: ") and said.count("\n") == 1
@@ -69,28 +85,50 @@ def test_a_disk_that_refuses_is_named_without_a_traceback(monkeypatch, answer):
 
     monkeypatch.setattr(command, "run", refuse)
     status, _, said = answer("compare")
-    assert status == 2 and "error: results/summary/table.csv: read-only file system; correct the path, make it writable" in said
+    assert (
+        status == 2
+        and "error: results/summary/table.csv: read-only file system; correct the path, make it writable" in said
+    )
 
 
 def test_away_from_the_root_the_way_back_is_told(monkeypatch, answer, tmp_path):
     """The paths of params.yaml begin in the root."""
     monkeypatch.chdir(tmp_path)
     status, _, said = answer("plan", "--study", "demo")
-    assert status == 2 and said == f"error: {tmp_path} is not the project's root, from which the paths in params.yaml go: run `cd {HERE}` first\n"
+    assert (
+        status == 2
+        and said
+        == f"error: {tmp_path} is not the project's root, from which the paths in params.yaml go: run `cd {HERE}` first\n"
+    )
 
 
 @pytest.mark.parametrize("module", ("experiments", "methods"))
 def test_without_the_environment_what_to_do_is_told(module):
     """-S: a Python without any package, such as the system's. Help needs none."""
-    told = subprocess.run([sys.executable, "-S", "-m", module, *(["plan"] if module == "experiments" else [])], cwd=HERE, capture_output=True, text=True)
-    assert told.returncode == 2 and re.fullmatch(r"error: the package \w+ is not installed for .*`source \.venv/bin/activate`.*\n", told.stderr), told.stderr
+    told = subprocess.run(
+        [sys.executable, "-S", "-m", module, *(["plan"] if module == "experiments" else [])],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+    )
+    assert told.returncode == 2 and re.fullmatch(
+        r"error: the package \w+ is not installed for .*`source \.venv/bin/activate`.*\n", told.stderr
+    ), told.stderr
     if module == "experiments":
         shown = subprocess.run([sys.executable, "-S", "-m", module, "--help"], cwd=HERE, capture_output=True, text=True)
         assert shown.returncode == 0 and "clean-cells" in shown.stdout
 
 
-@pytest.mark.parametrize(("path", "owner"), [("work/demo/data", "demo"), ("results/demo/base/m/scores.json", "demo"), ("work/data", ""),
-                                             ("results/runs/m/d/full/seed0/train.json", ""), ("experiments/studies/demo/x", "demo")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("path", "owner"),
+    [
+        ("work/demo/data", "demo"),
+        ("results/demo/base/m/scores.json", "demo"),
+        ("work/data", ""),
+        ("results/runs/m/d/full/seed0/train.json", ""),
+        ("experiments/studies/demo/x", "demo"),
+    ],
+)
 def test_beside_a_dvc_at_work_on_the_same_study_its_files_are_left_alone(tmp_path, path, owner):
     """The lock is DVC's own."""
     from dvc.fs import localfs
@@ -117,7 +155,9 @@ def test_beside_a_dvc_at_work_on_the_same_study_its_files_are_left_alone(tmp_pat
 
 def test_plan_prints_cells_and_estimates(answer):
     plan = json.loads(answer("plan", "--json", "--study", "demo")[1])
-    assert [c["cell"] for c in plan["cells"]] == [f"llama-tiny/sums/{m}/seed0" for m in ("full", "lora", "ewc", "mofo", "hierarchical")]
+    assert [c["cell"] for c in plan["cells"]] == [
+        f"llama-tiny/sums/{m}/seed0" for m in ("full", "lora", "ewc", "mofo", "hierarchical")
+    ]
     for cell in plan["cells"]:
         assert {"cached", "seconds", "memory_bytes", "disk_bytes", "tokens"} <= cell.keys()
         assert cell["memory_bytes"] > 0 and cell["disk_bytes"] > 0

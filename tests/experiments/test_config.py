@@ -8,8 +8,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from experiments.study import cells, config
-from methods.errors import UserError
 from experiments.study.paths import HERE
+from methods.errors import UserError
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 
@@ -46,7 +46,11 @@ def put(path, value):
         ("grid/seeds", [0, 0], "grid.seeds names one entry twice"),
         ("grid/seeds", ["a"], "whole numbers"),
         ("models/llama-tiny/dtpye", "float32", "unknown key 'dtpye' in models.llama-tiny: did you mean 'dtype'"),
-        ("domains/sums/retention", ["colour"], "unknown task 'colour' in domains.sums.retention: did you mean 'colours'"),
+        (
+            "domains/sums/retention",
+            ["colour"],
+            "unknown task 'colour' in domains.sums.retention: did you mean 'colours'",
+        ),
         ("tasks/colours/chance", 50, "tasks.colours.chance is 50: it must be a share of 1, in \\[0, 1\\); 50 % is 0.5"),
         ("domains/sums/chance", -9.0, "domains.sums.chance is -9.0: it must be a number in \\[0, 1\\)"),
         ("tasks/colours/chance", "0.5", "tasks.colours.chance is '0.5': it must be a number"),
@@ -56,13 +60,21 @@ def put(path, value):
         ("train/learning_rate", "fast", "train.learning_rate is 'fast': it must be a number above 0"),
         ("train/batch", 0, "train.batch is 0: it must be a whole number from 1"),
         ("train/batch", 2.5, "train.batch is 2.5: it must be a whole number from 1"),
-        ("methods/ewc/ewc", {"strenght": 1.0}, "unknown setting 'strenght' in methods.ewc.ewc: did you mean 'strength'"),
+        (
+            "methods/ewc/ewc",
+            {"strenght": 1.0},
+            "unknown setting 'strenght' in methods.ewc.ewc: did you mean 'strength'",
+        ),
         ("methods/ewc", {"ewx": {}}, "unknown part 'ewx' in methods.ewc: did you mean 'ewc'"),
         ("methods/mofo/mofo", {"fraction": 1.5}, "methods.mofo.mofo.fraction is 1.5.*\\(0, 1\\]"),
         ("methods/bad name", {}, "methods: 'bad name'"),
         ("methods/plus+plus", {}, "methods: 'plus\\+plus'"),
         ("methods/again", {"like": "nobody"}, "unknown method 'nobody' in methods.again.like"),
-        ("methods/full", {"train": {"moments": "bfloat16"}}, "methods.full.train.moments: Adam's precision is one for all methods"),
+        (
+            "methods/full",
+            {"train": {"moments": "bfloat16"}},
+            "methods.full.train.moments: Adam's precision is one for all methods",
+        ),
         ("train/moments", "float16", "train.moments is 'float16': it must be one of float32, bfloat16"),
         ("models/llama-tiny/processes", 0, "models.llama-tiny.processes is 0: it must be a whole number from 1"),
         ("device", "tpu", "device is 'tpu'"),
@@ -74,18 +86,27 @@ def test_mistakes_are_named(tmp_path, path, value, message):
         load(tmp_path, put(path, value))
 
 
-@pytest.mark.parametrize(("text", "message"), [
-    (b"a: [1", "params.yaml is not valid YAML: line 1, column 6"),
-    (b"a:\n\tb: 1\n", "params.yaml is not valid YAML: line 2, column 1: a tab: indent with spaces"),
-    (b"a: 1\nb: c: d\n", "line 2, column 5: a second colon: put a text that holds one in quotes"),
-    (b"train: {}\nmodels: {}\ntrain: {}\n", "params.yaml line 3: the key \"train\" stands there already: keep one of the two"),
-    (b"a: {{b}}\n", "params.yaml is not valid YAML: line 1, column 5: a text that begins with one of { [ % @ ` stands in quotes"),
-    (b"a: %b\n", "line 1, column 4: a text that begins with one of { [ % @ ` stands in quotes"),
-    (b"", "params.yaml is empty: it needs at least grid"),
-    (b"- a\n", "params.yaml must be a mapping of blocks"),
-    (b"a: 1\nb: \xff\n", "params.yaml line 2 holds bytes that are not UTF-8"),
-    (b"a: 2024-99-99\n", "params.yaml is not valid YAML: month"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"a: [1", "params.yaml is not valid YAML: line 1, column 6"),
+        (b"a:\n\tb: 1\n", "params.yaml is not valid YAML: line 2, column 1: a tab: indent with spaces"),
+        (b"a: 1\nb: c: d\n", "line 2, column 5: a second colon: put a text that holds one in quotes"),
+        (
+            b"train: {}\nmodels: {}\ntrain: {}\n",
+            'params.yaml line 3: the key "train" stands there already: keep one of the two',
+        ),
+        (
+            b"a: {{b}}\n",
+            "params.yaml is not valid YAML: line 1, column 5: a text that begins with one of { [ % @ ` stands in quotes",
+        ),
+        (b"a: %b\n", "line 1, column 4: a text that begins with one of { [ % @ ` stands in quotes"),
+        (b"", "params.yaml is empty: it needs at least grid"),
+        (b"- a\n", "params.yaml must be a mapping of blocks"),
+        (b"a: 1\nb: \xff\n", "params.yaml line 2 holds bytes that are not UTF-8"),
+        (b"a: 2024-99-99\n", "params.yaml is not valid YAML: month"),
+    ],
+)
 def test_broken_yaml_is_named_with_its_line(tmp_path, text, message):
     (tmp_path / "params.yaml").write_bytes(text)
     with pytest.raises(UserError, match=re.escape(message)):
@@ -143,9 +164,14 @@ def test_parts_stand_in_alphabetical_order_whatever_the_block_says(tmp_path):
 
 def test_cells_and_their_names(tmp_path):
     study = load(tmp_path)
-    assert [c.name for c in cells.grid(study)] == [f"llama-tiny/sums/{m}/seed0" for m in ("full", "lora", "ewc", "mofo", "hierarchical")]
+    assert [c.name for c in cells.grid(study)] == [
+        f"llama-tiny/sums/{m}/seed0" for m in ("full", "lora", "ewc", "mofo", "hierarchical")
+    ]
     assert cells.parse("llama-tiny/sums/ewc/seed3", study) == cells.Cell("llama-tiny", "sums", "ewc", 3)
-    for text, message in (("llama-tiny/sums/ewc", "model/domain/method/seed0"), ("llama-tiny/sums/ewd/seed0", "did you mean 'ewc'")):
+    for text, message in (
+        ("llama-tiny/sums/ewc", "model/domain/method/seed0"),
+        ("llama-tiny/sums/ewd/seed0", "did you mean 'ewc'"),
+    ):
         with pytest.raises(UserError, match=message):
             cells.parse(text, study)
 

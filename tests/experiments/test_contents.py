@@ -9,7 +9,11 @@ from experiments.training.contents import digest, mixed, overlaps, pickled, tens
 from methods.tools.importance import encode
 
 
-@pytest.mark.parametrize("look", [digest, lambda tensor: mixed(tensor.contiguous().reshape(-1).view(torch.uint8))], ids=["on the CPU", "on a GPU"])
+@pytest.mark.parametrize(
+    "look",
+    [digest, lambda tensor: mixed(tensor.contiguous().reshape(-1).view(torch.uint8))],
+    ids=["on the CPU", "on a GPU"],
+)
 def test_every_bit_and_its_place_count(look):
     tensor = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     assert look(tensor) == look(tensor.clone()) == look(torch.stack([tensor, -tensor], 1)[:, 0])
@@ -42,5 +46,12 @@ def test_what_pickle_would_write_tells_a_change():
 
 def test_tensors_are_found_at_any_depth():
     one, codes = torch.ones(2), encode(torch.rand(3))
-    assert list(map(id, tensors_in({"a": [one, (1, {"b": codes})], "c": collections.deque(["x"]), "d": None}))) == [id(one), id(codes.codes)]
-    assert overlaps(torch.ones(1).expand(3)) and not overlaps(torch.ones(3, 4).T) and not overlaps(torch.ones(1, 1).expand(1, 1))
+    assert list(map(id, tensors_in({"a": [one, (1, {"b": codes})], "c": collections.deque(["x"]), "d": None}))) == [
+        id(one),
+        id(codes.codes),
+    ]
+    assert (
+        overlaps(torch.ones(1).expand(3))
+        and not overlaps(torch.ones(3, 4).T)
+        and not overlaps(torch.ones(1, 1).expand(1, 1))
+    )

@@ -12,17 +12,17 @@ from safetensors.torch import save_file
 from evaluation import harness
 from evaluation.kept import KeptTokens
 from evaluation.probe import load_probes
-from experiments.study import config, lock
 from experiments.model import delta, packages, tuned, weights
 from experiments.model.base import load_tensors
-from methods.errors import UserError
-from methods.tools.files import read_json, write_json
-from experiments.study.paths import HERE
 from experiments.model.random_models import build, byte_tokenizer
 from experiments.stages.prepare import load_states
+from experiments.study import config, lock
+from experiments.study.paths import HERE
 from methods import given, registry
-from methods.tools.importance import Codes
+from methods.errors import UserError
 from methods.part import Run
+from methods.tools.files import read_json, write_json
+from methods.tools.importance import Codes
 from methods.tools.stored import load_importance, save_importance
 
 
@@ -41,8 +41,19 @@ def whole(base, out):
 
 def a_model(base, tmp):
     shutil.copytree(base, tmp / "m")
-    for file in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors"):
-        yield tmp / "m" / file, lambda: weights.materialise(name="m", block={"source": f"path:{tmp / 'm'}"}, packages={}, out_dir=tmp / "out")
+    for file in (
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "model.safetensors",
+    ):
+        yield (
+            tmp / "m" / file,
+            lambda: weights.materialise(
+                name="m", block={"source": f"path:{tmp / 'm'}"}, packages={}, out_dir=tmp / "out"
+            ),
+        )
     yield tmp / "m/model.safetensors", lambda: [tensor.sum() for tensor in load_tensors(tmp / "m").values()]
 
 
@@ -74,8 +85,14 @@ def an_adapter(base, tmp):
 
 def what_was_prepared(base, tmp):
     codes = torch.arange(96, dtype=torch.uint8).reshape(8, 12) % 5
-    save_importance({"a": Codes(codes=codes, low=-3.0, step=0.1), "b": torch.rand(7), "c": Codes(codes=codes * (codes > 3), low=0.0, step=1.0)},
-                    tmp / "ewc.importance.safetensors")  # fmt: skip
+    save_importance(
+        {
+            "a": Codes(codes=codes, low=-3.0, step=0.1),
+            "b": torch.rand(7),
+            "c": Codes(codes=codes * (codes > 3), low=0.0, step=1.0),
+        },
+        tmp / "ewc.importance.safetensors",
+    )
     save_file({"a": torch.rand(4, 4)}, tmp / "ewc.start.safetensors")
     write_json(tmp / "prepared.json", {"ewc": {"n": 1}})
     yield tmp / "ewc.importance.safetensors", lambda: load_importance(tmp / "ewc.importance.safetensors")
@@ -84,7 +101,11 @@ def what_was_prepared(base, tmp):
 
 
 def token_ids(base, tmp):
-    kept, texts, ids = KeptTokens(tmp / "tokens", byte_tokenizer(), {}), [("a", "b"), ("cd", "e")], [([97], [98]), ([99, 100], [101])]
+    kept, texts, ids = (
+        KeptTokens(tmp / "tokens", byte_tokenizer(), {}),
+        [("a", "b"), ("cd", "e")],
+        [([97], [98]), ([99, 100], [101])],
+    )
     kept.save(texts, ids)
     (file,) = (tmp / "tokens").iterdir()
 
@@ -95,11 +116,16 @@ def token_ids(base, tmp):
 
 
 def tables(base, tmp):
-    write_json(tmp / "tasks.json", [{"name": "a", "role": "domain", "task": "sciq", "metric": "acc", "chance": 0.25, "file": "a.jsonl"}])
+    write_json(
+        tmp / "tasks.json",
+        [{"name": "a", "role": "domain", "task": "sciq", "metric": "acc", "chance": 0.25, "file": "a.jsonl"}],
+    )
     yield tmp / "tasks.json", lambda: harness.entries(tmp)
     write_json(tmp / "train.json", {"cell": "a", "weights_sha256": "b"})
     yield tmp / "train.json", lambda: read_json(tmp / "train.json", "weights_sha256")
-    (tmp / "set.jsonl").write_text("".join(json.dumps({"context": f"é {i}", "choices": [" a", " b"], "gold": 0}) + "\n" for i in range(5)))
+    (tmp / "set.jsonl").write_text(
+        "".join(json.dumps({"context": f"é {i}", "choices": [" a", " b"], "gold": 0}) + "\n" for i in range(5))
+    )
     yield tmp / "set.jsonl", lambda: load_probes(tmp, byte_tokenizer())
     shutil.copy(HERE / "dvc.lock", tmp / "dvc.lock")
     yield tmp / "dvc.lock", lambda: lock.stages(tmp / "dvc.lock")
@@ -114,7 +140,11 @@ def damages(content, number):
         at = chance.randrange(min(len(content), 4000))  # of tensors mostly the header
         yield content[:at]
         yield content[:at] + bytes([content[at] ^ chance.randrange(1, 256)]) + content[at + 1 :]
-        yield content[:at] + chance.choice([b"0", b"9", b'"', b"null", b"[", b"{}", b"\xff", b"\n<<<<<<< HEAD\n"]) + content[at + 1 :]
+        yield (
+            content[:at]
+            + chance.choice([b"0", b"9", b'"', b"null", b"[", b"{}", b"\xff", b"\n<<<<<<< HEAD\n"])
+            + content[at + 1 :]
+        )
 
 
 KINDS = [a_model, a_given_folder, a_delta, an_adapter, what_was_prepared, token_ids, tables]
@@ -125,13 +155,22 @@ def told(base, tmp_path, kind, number):
     for file, read in kind(base, tmp_path):
         content = file.read_bytes()
         read()  # undamaged
-        for damaged in (b"", b"[]", b"{}", b"\x80\x02}q\x00.", b"version https://git-lfs.github.com/spec/v1\n", *damages(content, number)):
+        for damaged in (
+            b"",
+            b"[]",
+            b"{}",
+            b"\x80\x02}q\x00.",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            *damages(content, number),
+        ):
             file.unlink()  # another file may be mapped in the old one's place
             file.write_bytes(damaged)
             try:
                 read()
             except UserError as error:
-                assert any(str(named) in str(error) for named in (file.name, *file.parents[:2], "model 'm': its tokenizer")), (file, str(error))
+                assert any(
+                    str(named) in str(error) for named in (file.name, *file.parents[:2], "model 'm': its tokenizer")
+                ), (file, str(error))
                 assert "Traceback" not in str(error)
                 refused += 1
         file.unlink()

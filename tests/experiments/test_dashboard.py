@@ -15,7 +15,10 @@ from experiments.commands.tracking import link, track
 from tests.analysis.fixtures import write_results
 from tests.experiments.browser import NAMES, Browser, end, executable
 
-pytestmark = pytest.mark.skipif(executable() is None, reason=f"no Chromium: none of {', '.join(NAMES)} is on PATH (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    executable() is None,
+    reason=f"no Chromium: none of {', '.join(NAMES)} is on PATH (Debian: apt-get install chromium)",
+)
 
 METHODS = ("full", "lora", "ewc", "mofo")
 RUNS = {f"{method} {domain} smollm2-135m" for domain in ("science", "physical") for method in ("base", *METHODS)}
@@ -25,9 +28,17 @@ RUNS = {f"{method} {domain} smollm2-135m" for domain in ("science", "physical") 
 def store(tmp_path_factory):
     """A store of two domains and two seeds a method, one method crashed."""
     folder = tmp_path_factory.mktemp("dashboard")
-    cells = [cell for domain in ("science", "physical")
-             for cell in write_results(folder / "results", methods=METHODS, seeds=(0, 1), domain=domain,
-                                       failed={"mofo": "loss is NaN at step 12: lower the learning rate"})]  # fmt: skip
+    cells = [
+        cell
+        for domain in ("science", "physical")
+        for cell in write_results(
+            folder / "results",
+            methods=METHODS,
+            seeds=(0, 1),
+            domain=domain,
+            failed={"mofo": "loss is NaN at step 12: lower the learning rate"},
+        )
+    ]
     track(results_root=folder / "results", cells=cells, study="default", database=folder / "mlflow.db")
     return folder / "mlflow.db"
 
@@ -38,15 +49,34 @@ def address(store):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{store}", "--port", str(port), "--workers", "1"]
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "ui",
+        "--backend-store-uri",
+        f"sqlite:///{store}",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+    ]
+    environment = os.environ | {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     log = store.parent / "ui.log"
     with open(log, "wb") as out:
-        ui = subprocess.Popen(command, cwd=store.parent, env=environment, stdout=out, stderr=out, start_new_session=True)
+        ui = subprocess.Popen(
+            command, cwd=store.parent, env=environment, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         until = time.monotonic() + 90
         while not _answers(f"http://127.0.0.1:{port}/health"):
-            assert ui.poll() is None and time.monotonic() < until, f"mlflow ui does not answer:\n{log.read_text()[-2000:]}"
+            assert ui.poll() is None and time.monotonic() < until, (
+                f"mlflow ui does not answer:\n{log.read_text()[-2000:]}"
+            )
             time.sleep(0.3)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -78,7 +108,9 @@ def test_the_table_shows_a_row_a_method_with_its_numbers(page, store, address):
     links = page.run("[...document.querySelectorAll('[role=row] a')].map(link => link.innerText.trim())")
     assert set(filter(None, links)) == RUNS  # the seeds are folded below their methods
     page.wait(f"['domain_score', 'domain_gain', 'forgetting'].every(name => {HEADERS}.includes(name))")
-    gains = page.run("[...document.querySelectorAll('[role=gridcell][col-id=\"metrics.`domain_gain`\"]')].map(cell => cell.innerText.trim())")
+    gains = page.run(
+        "[...document.querySelectorAll('[role=gridcell][col-id=\"metrics.`domain_gain`\"]')].map(cell => cell.innerText.trim())"
+    )
     assert len(gains) == 10 and gains.count("-") == 2 and gains.count("0") == 2  # mofo has no number, the base has 0
     assert sum(float(gain) > 0.05 for gain in gains if gain != "-") == 6 and max(map(len, gains)) <= 9
     page.screenshot(store.parent / "table.png")
@@ -89,8 +121,13 @@ def test_the_charts_open_with_forgetting_against_gain(page, store, address):
     page.wait(f"{PLOTS}.length >= 4", seconds=40)
     titles = page.run("[...document.querySelectorAll('h4')].map(title => title.innerText)")
     own = "science smollm2-135m"
-    assert titles[:2] == [f"{own}/domain_gain vs. {own}/forgetting", f"{own}/forgetting"]  # a comparison shares no chart with another
-    kind, gains, losses = page.run(f"{PLOTS}.slice(0, 1).map(plot => [plot.data[0].type, plot.data[0].x, plot.data[0].y])[0]")
+    assert titles[:2] == [
+        f"{own}/domain_gain vs. {own}/forgetting",
+        f"{own}/forgetting",
+    ]  # a comparison shares no chart with another
+    kind, gains, losses = page.run(
+        f"{PLOTS}.slice(0, 1).map(plot => [plot.data[0].type, plot.data[0].x, plot.data[0].y])[0]"
+    )
     assert kind == "scatter" and len(gains) == len(losses) == 4 and (0, 0) in set(zip(gains, losses))
     assert page.run(f"{PLOTS}.slice(0, 1).map(plot => plot.querySelectorAll('.scatterlayer .point').length)[0]") == 4
     kind, losses = page.run(f"{PLOTS}.slice(1, 2).map(plot => [plot.data[0].type, plot.data[0].x])[0]")
@@ -104,8 +141,14 @@ def test_a_crashed_cell_says_why_on_its_own_page(page, store, address):
 
     client = MlflowClient(f"sqlite:///{store}")
     experiment = client.get_experiment_by_name("default").experiment_id
-    run = next(run for run in client.search_runs([experiment]) if run.data.tags.get("holdfast.cell", "").endswith("science/mofo/seed1"))
+    run = next(
+        run
+        for run in client.search_runs([experiment])
+        if run.data.tags.get("holdfast.cell", "").endswith("science/mofo/seed1")
+    )
     page.open(f"{address}/#/experiments/{experiment}/runs/{run.info.run_id}")
     page.wait("document.body.innerText.includes('loss is NaN at step 12')", seconds=40)
     assert "Failed" in page.text()
-    page.wait("[...document.querySelectorAll('a')].some(link => link.innerText.trim() == 'mofo science smollm2-135m')")  # the way up
+    page.wait(
+        "[...document.querySelectorAll('a')].some(link => link.innerText.trim() == 'mofo science smollm2-135m')"
+    )  # the way up

@@ -4,20 +4,31 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.data import prepared_rows as data
-from experiments.commands import plan
-from methods.errors import UserError
-from experiments.data.splits import normalised
 from evaluation.rendered import read_jsonl
+from experiments.commands import plan
+from experiments.data import prepared_rows as data
+from experiments.data.splits import normalised
+from methods.errors import UserError
 
 # a multiple-choice question from a local file, in lm-eval's own keys
-TASK = {"doc_to_text": "Q: {{question}}\nA:", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
-        "output_type": "multiple_choice", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]}  # fmt: skip
+TASK = {
+    "doc_to_text": "Q: {{question}}\nA:",
+    "doc_to_choice": "{{choices}}",
+    "doc_to_target": "gold",
+    "output_type": "multiple_choice",
+    "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+}
 
 
 def questions(path, n, *, word, start=0):
-    lines = [{"question": f"Which {word} has number {i}?", "choices": [f"{word} {i}", f"{word} {i + 1}", "none"], "gold": i % 3}
-             for i in range(start, start + n)]  # fmt: skip
+    lines = [
+        {
+            "question": f"Which {word} has number {i}?",
+            "choices": [f"{word} {i}", f"{word} {i + 1}", "none"],
+            "gold": i % 3,
+        }
+        for i in range(start, start + n)
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return {"jsonl": str(path)}
 
@@ -26,18 +37,38 @@ def questions(path, n, *, word, start=0):
 def study(tmp_path):
     """A study whose every row comes from JSONL files: nothing but its blocks is needed."""
     passages = tmp_path / "passages.jsonl"
-    passages.write_text("".join(json.dumps({"passage": f"Passage {i} tells of {i * i} things."}) + "\n" for i in range(80)))
+    passages.write_text(
+        "".join(json.dumps({"passage": f"Passage {i} tells of {i * i} things."}) + "\n" for i in range(80))
+    )
     block = {"task": TASK, "metric": "acc", "chance": 0.33}
     return SimpleNamespace(
-        data={"source": "pypi"}, packages={}, grid={"domains": ["birds"]},
-        domains={"birds": block | {"rows": questions(tmp_path / "birds.jsonl", 60, word="bird"), "question": "question",
-                                   "split": {"train": 30, "probe": 10, "test": 20}, "retention": ["fish"],
-                                   "transfer": ["trees"], "probes": ["fish"], "licence": "CC0"}},
-        tasks={"fish": block | {"rows": questions(tmp_path / "fish.jsonl", 40, word="fish"), "test": 20, "probe": 8,
-                                "metric": "acc_norm"},
-               "trees": block | {"rows": questions(tmp_path / "trees.jsonl", 12, word="tree")}},
+        data={"source": "pypi"},
+        packages={},
+        grid={"domains": ["birds"]},
+        domains={
+            "birds": block
+            | {
+                "rows": questions(tmp_path / "birds.jsonl", 60, word="bird"),
+                "question": "question",
+                "split": {"train": 30, "probe": 10, "test": 20},
+                "retention": ["fish"],
+                "transfer": ["trees"],
+                "probes": ["fish"],
+                "licence": "CC0",
+            }
+        },
+        tasks={
+            "fish": block
+            | {
+                "rows": questions(tmp_path / "fish.jsonl", 40, word="fish"),
+                "test": 20,
+                "probe": 8,
+                "metric": "acc_norm",
+            },
+            "trees": block | {"rows": questions(tmp_path / "trees.jsonl", 12, word="tree")},
+        },
         general={"rows": {"jsonl": str(passages)}, "text": "passage", "importance": 20, "perplexity": 20, "probe": 4},
-    )  # fmt: skip
+    )
 
 
 def lines(path):
@@ -53,8 +84,14 @@ def test_a_local_jsonl_domain_needs_its_block_and_nothing_else(study, tmp_path):
     assert train[0]["choices"] == [f" bird {number}", f" bird {number + 1}", " none"] and train[0]["gold"] == number % 3
     test = lines(tmp_path / "out/evaluate/birds/birds.jsonl")
     probe = lines(tmp_path / "out/train/birds/probe/birds.jsonl")
-    asked = [{normalised(c) for c in part} for part in (
-        [r["context"][3:-3] for r in train], [r["context"][3:-3] for r in probe], [r["question"] for r in test])]  # fmt: skip
+    asked = [
+        {normalised(c) for c in part}
+        for part in (
+            [r["context"][3:-3] for r in train],
+            [r["context"][3:-3] for r in probe],
+            [r["question"] for r in test],
+        )
+    ]
     assert [len(part) for part in asked] == [30, 10, 20] and len(set.union(*asked)) == 60
     assert report["domains"]["birds"]["n"] == {"train": 30, "probe": 10, "test": 20}
     assert report["domains"]["birds"]["licence"] == "CC0"
@@ -66,8 +103,11 @@ def test_tasks_json_says_what_each_file_is_for(study, tmp_path):
     folder = tmp_path / "out/evaluate/birds"
     listed = json.loads((folder / "tasks.json").read_text())
     assert [(entry["name"], entry["role"], entry["metric"]) for entry in listed] == [
-        ("birds", "domain", "acc"), ("fish", "retention", "acc_norm"), ("trees", "transfer", "acc"),
-        ("general", "perplexity", "perplexity")]  # fmt: skip
+        ("birds", "domain", "acc"),
+        ("fish", "retention", "acc_norm"),
+        ("trees", "transfer", "acc"),
+        ("general", "perplexity", "perplexity"),
+    ]
     assert all((folder / entry["file"]).is_file() for entry in listed)
     assert listed[-1]["chance"] is None and listed[0]["task"] == TASK
 
@@ -80,7 +120,9 @@ def test_probe_rows_are_never_scored_rows(study, tmp_path):
 
 
 def test_a_probe_question_that_is_scored_too_is_dropped_and_counted(study, tmp_path):
-    twins = [json.loads(line) | {"choices": ["yes", "no", "both"]} for line in open(study.tasks["fish"]["rows"]["jsonl"])]
+    twins = [
+        json.loads(line) | {"choices": ["yes", "no", "both"]} for line in open(study.tasks["fish"]["rows"]["jsonl"])
+    ]
     with open(study.tasks["fish"]["rows"]["jsonl"], "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in twins)
     study.tasks["fish"] |= {"test": 40, "probe": 40}
@@ -93,11 +135,23 @@ def test_a_probe_question_that_is_scored_too_is_dropped_and_counted(study, tmp_p
 def test_copies_are_counted_on_the_screen_and_shown_by_a_pair(study, tmp_path, capsys):
     path = study.domains["birds"]["rows"]["jsonl"]
     rows = lines(Path(path))
-    again = [row | {"question": row["question"].upper().replace("?", " ?"), "gold": (row["gold"] + 1) % 3} for row in rows[1:]]
+    again = [
+        row | {"question": row["question"].upper().replace("?", " ?"), "gold": (row["gold"] + 1) % 3}
+        for row in rows[1:]
+    ]
     Path(path).write_text("".join(json.dumps(row) + "\n" for row in [*rows, *again, rows[0]]))
-    study.domains["birds"]["split"] = {"train": 30, "probe": 11, "test": 21}  # odd numbers of rows, all but one of which are two by two
+    study.domains["birds"]["split"] = {
+        "train": 30,
+        "probe": 11,
+        "test": 21,
+    }  # odd numbers of rows, all but one of which are two by two
     said = data.write_data(study, tmp_path / "out")["domains"]["birds"]["duplicates"]
-    assert said["within"] == 1 and said["between"] > 0 and "is a copy of" in said["pair"] and "birds.jsonl line" in said["pair"]
+    assert (
+        said["within"] == 1
+        and said["between"] > 0
+        and "is a copy of" in said["pair"]
+        and "birds.jsonl line" in said["pair"]
+    )
     shown = capsys.readouterr().out
     assert "data: birds: rows left out as whole copies of others: 1\n" in shown
     assert f"because a row of an earlier set asks the same: {said['between']}, such as {said['pair']}" in shown
@@ -107,9 +161,15 @@ def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_cal
     birds = lines(Path(study.domains["birds"]["rows"]["jsonl"]))
     (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row | {"note": i}) + "\n" for i, row in enumerate(birds)))
     study.tasks["fish"] |= {"rows": {"jsonl": str(tmp_path / "copy.jsonl")}, "test": 60}
-    with pytest.raises(UserError, match="birds.retention lists 'fish', but 30 of its 60 test rows|birds.probes lists 'fish', but no rows"):
+    with pytest.raises(
+        UserError,
+        match="birds.retention lists 'fish', but 30 of its 60 test rows|birds.probes lists 'fish', but no rows",
+    ):
         data.write_data(study, tmp_path / "out")
-    assert "30 of its 60 test rows ask what training rows of the domain ask, such as 'Q: Which bird" in capsys.readouterr().out
+    assert (
+        "30 of its 60 test rows ask what training rows of the domain ask, such as 'Q: Which bird"
+        in capsys.readouterr().out
+    )
     study.domains["birds"]["split"] = {"train": 40, "probe": 10, "test": 10}
     with pytest.raises(UserError, match="retention lists 'fish', but 40 of its 60 test rows .*cannot show retention"):
         data.write_data(study, tmp_path / "out")
@@ -117,7 +177,9 @@ def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_cal
 
 def test_the_same_task_under_two_names_is_refused(study, tmp_path):
     study.tasks["trees"] = dict(study.tasks["fish"])
-    with pytest.raises(UserError, match="domains.birds: tasks 'fish' and 'trees' are the same rows with the same prompt and metric"):
+    with pytest.raises(
+        UserError, match="domains.birds: tasks 'fish' and 'trees' are the same rows with the same prompt and metric"
+    ):
         data.write_data(study, tmp_path / "out")
     study.tasks["trees"]["metric"] = "acc"  # another measure of the same answers
     assert data.write_data(study, tmp_path / "out")["domains"]["birds"]["tasks"]["trees"]["n"]["test"] == 20
@@ -158,23 +220,37 @@ def test_a_column_emptied_makes_another_domain_of_the_same_rows(study, tmp_path)
 def test_written_answers_trained_on_in_other_columns_than_they_are_scored_in(study, tmp_path):
     """As MetaMathQA for GSM8K: the training rows' columns are renamed at their source, and both go through one prompt."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
-    solved = [{"query": f"How much is {i}+{i}?", "response": f"It is {i + i}.\nThe answer is: {i + i}", "type": "sum"} for i in range(40)]
+    solved = [
+        {"query": f"How much is {i}+{i}?", "response": f"It is {i + i}.\nThe answer is: {i + i}", "type": "sum"}
+        for i in range(40)
+    ]
     train.write_text("".join(json.dumps(row) + "\n" for row in solved))
     asked = [{"question": f"how much is {i} + {i}", "answer": f"{i}+{i}={i + i}\n#### {i + i}"} for i in range(35, 45)]
     test.write_text("".join(json.dumps(row) + "\n" for row in asked))
     study.domains["sums"] = {
-        "task": {"include": "gsm8k", "num_fewshot": 0}, "metric": "exact_match,flexible-extract", "chance": 0.0, "question": "question",
-        "columns": ["question", "answer"], "split": {"train": "all", "probe": 5, "test": "all"}, "retention": ["fish"], "probes": ["fish"],
-        "rows": {"jsonl": {"path": str(train), "columns": {"question": "query", "answer": "response"}}}, "test_rows": {"jsonl": str(test)},
-    }  # fmt: skip
+        "task": {"include": "gsm8k", "num_fewshot": 0},
+        "metric": "exact_match,flexible-extract",
+        "chance": 0.0,
+        "question": "question",
+        "columns": ["question", "answer"],
+        "split": {"train": "all", "probe": 5, "test": "all"},
+        "retention": ["fish"],
+        "probes": ["fish"],
+        "rows": {"jsonl": {"path": str(train), "columns": {"question": "query", "answer": "response"}}},
+        "test_rows": {"jsonl": str(test)},
+    }
     study.grid["domains"] = ["sums"]
     report = data.write_data(study, tmp_path / "out")["domains"]["sums"]
-    assert report["n"] == {"train": 30, "probe": 5, "test": 10} and report["duplicates"]["between"] == 5  # 35 to 39 are scored
+    assert (
+        report["n"] == {"train": 30, "probe": 5, "test": 10} and report["duplicates"]["between"] == 5
+    )  # 35 to 39 are scored
     rendered = [row for name in ("train", "probe/sums") for row in lines(tmp_path / f"out/train/sums/{name}.jsonl")]
     assert {row["context"] for row in rendered} == {f"Question: {row['query']}\nAnswer:" for row in solved[:35]}
     assert {row["choices"][0] for row in rendered} == {f" {row['response']}" for row in solved[:35]}
     assert all(row["gold"] == 0 and row["end"] for row in rendered)
-    assert sorted(row["answer"] for row in lines(tmp_path / "out/evaluate/sums/sums.jsonl")) == sorted(row["answer"] for row in asked)
+    assert sorted(row["answer"] for row in lines(tmp_path / "out/evaluate/sums/sums.jsonl")) == sorted(
+        row["answer"] for row in asked
+    )
     listed = json.loads((tmp_path / "out/evaluate/sums/tasks.json").read_text())
     assert listed[0]["metric"] == "exact_match,flexible-extract" and listed[0]["chance"] == 0.0
 
@@ -189,7 +265,11 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
         (birds, {"retention": ["fsh"]}, "unknown task 'fsh' in domains.birds.retention: did you mean 'fish'"),
         (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is evaluated already"),
         (birds, {"chance": None}, "domains.birds has no `chance`"),
-        (birds, {"rows": fish["rows"], "split": {"train": 5, "probe": 1, "test": 5}}, "'fish', which is the domain's own task or rows"),
+        (
+            birds,
+            {"rows": fish["rows"], "split": {"train": 5, "probe": 1, "test": 5}},
+            "'fish', which is the domain's own task or rows",
+        ),
         (birds, {"probes": ["trees"]}, "birds.probes lists 'trees', but no rows are left"),
         (fish, {"rows": {}}, "tasks.fish has no 'pypi' source"),
         (fish, {"columns": {"gold": "label"}}, "tasks.fish: .*fish.jsonl line 1 has no column 'label'"),
@@ -197,7 +277,7 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
         (fish, {"columns": ["question", "gold"]}, "fish.*choices"),
         (general, {"importance": 500}, "general.importance asks for 500 texts"),
         (general, {"text": "body"}, "general: no column 'body'"),
-    ):  # fmt: skip
+    ):
         kept = dict(block)
         block.update(change)
         with pytest.raises(UserError, match=message):
@@ -217,13 +297,30 @@ def with_nulls(path, column, *numbers):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("name, column, line, more, told", [
-    ("birds", "question", 7, {}, "domains.birds: .*birds.jsonl line 7: 'question' is null"),
-    ("birds", "hint", 60, {"task": TASK | {"doc_to_text": "Q: {{question}} {{hint}}\nA:"}}, "task birds, .*birds.jsonl line 60: 'hint' is null"),
-    ("fish", "question", 11, {"set": {"question": "{{question}}!"}}, "tasks.fish: .*fish.jsonl line 11, `set`: 'question' is null"),
-    ("passages", "passage", 3, {}, "general: .*passages.jsonl line 3: 'passage' is null"),
-])  # fmt: skip
-def test_null_is_refused_by_file_and_line_or_emptied_where_the_block_says_so(study, tmp_path, name, column, line, more, told):
+@pytest.mark.parametrize(
+    "name, column, line, more, told",
+    [
+        ("birds", "question", 7, {}, "domains.birds: .*birds.jsonl line 7: 'question' is null"),
+        (
+            "birds",
+            "hint",
+            60,
+            {"task": TASK | {"doc_to_text": "Q: {{question}} {{hint}}\nA:"}},
+            "task birds, .*birds.jsonl line 60: 'hint' is null",
+        ),
+        (
+            "fish",
+            "question",
+            11,
+            {"set": {"question": "{{question}}!"}},
+            "tasks.fish: .*fish.jsonl line 11, `set`: 'question' is null",
+        ),
+        ("passages", "passage", 3, {}, "general: .*passages.jsonl line 3: 'passage' is null"),
+    ],
+)
+def test_null_is_refused_by_file_and_line_or_emptied_where_the_block_says_so(
+    study, tmp_path, name, column, line, more, told
+):
     rows = lines(tmp_path / f"{name}.jsonl")
     (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"hint": "h"} | row) + "\n" for row in rows))
     with_nulls(tmp_path / f"{name}.jsonl", column, line)
@@ -244,24 +341,34 @@ def test_null_in_a_column_that_nothing_reads_is_no_matter(study, tmp_path):
 def test_separators_that_python_splits_lines_at_stay_in_a_text(study, tmp_path):
     texts = [f"Passage {i}:\u2028one\x85two\x0bthree\u2029four" for i in range(80)]
     passages = tmp_path / "passages.jsonl"
-    passages.write_text("".join(json.dumps({"passage": text}, ensure_ascii=False) + "\n" for text in texts).replace("\x0b", "\\u000b"), encoding="utf-8")
+    passages.write_text(
+        "".join(json.dumps({"passage": text}, ensure_ascii=False) + "\n" for text in texts).replace("\x0b", "\\u000b"),
+        encoding="utf-8",
+    )
     data.write_data(study, tmp_path / "out")
     kept = [row["text"] for row in read_jsonl(tmp_path / "out/general/importance.jsonl")]
     assert len(kept) == 20 and set(kept) <= set(texts)
-    assert plan._general_tokens(SimpleNamespace(paths=SimpleNamespace(data=tmp_path / "out"))) == [plan._tokens(text) for text in kept]
+    assert plan._general_tokens(SimpleNamespace(paths=SimpleNamespace(data=tmp_path / "out"))) == [
+        plan._tokens(text) for text in kept
+    ]
 
 
 def test_answers_to_train_on_that_say_nothing_are_warned_of(study, tmp_path, capsys):
     task = {"output_type": "generate_until", "doc_to_text": "{{question}}", "metric_list": [{"metric": "exact_match"}]}
     study.domains["birds"] |= {"metric": "exact_match", "retention": [], "transfer": [], "probes": []}
-    for target, said in ((" ", "in 30 of 30 training rows the answer has no text"), ("bird", "all 30 training rows have the one answer 'bird'")):
+    for target, said in (
+        (" ", "in 30 of 30 training rows the answer has no text"),
+        ("bird", "all 30 training rows have the one answer 'bird'"),
+    ):
         study.domains["birds"]["task"] = task | {"doc_to_target": target}
         data.write_data(study, tmp_path / "out")
         assert f"warning: domains.birds: {said}: check doc_to_target" in capsys.readouterr().out
 
 
 def test_general_text_in_lists_is_refused_by_line(study, tmp_path):
-    Path(study.general["rows"]["jsonl"]).write_text("".join(json.dumps({"passage": [f"Passage {i}", "of two parts."]}) + "\n" for i in range(80)))
+    Path(study.general["rows"]["jsonl"]).write_text(
+        "".join(json.dumps({"passage": [f"Passage {i}", "of two parts."]}) + "\n" for i in range(80))
+    )
     with pytest.raises(UserError, match=r"passages.jsonl line 1, column 'passage' is no text, but a list or an object"):
         data.write_data(study, tmp_path / "out")
     study.general["text"] = "{{passage | join(' ')}}"

@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from experiments.model import delta, difference, weights
 from experiments.bench.delta import entropy
+from experiments.model import delta, difference, weights
 from methods.errors import UserError
 
 FLOATS = [torch.bfloat16, torch.float16, torch.float32]
@@ -78,7 +78,9 @@ def test_bytes_are_near_the_entropy_given_the_bases_exponent(change):
 @pytest.fixture
 def pair():
     """Weights before and after: changed, untouched, of a dtype that is not coded, with another name order than the alphabet's."""
-    base = dict(zip("zyxw", (drawn(3000, change=0, seed=s)[0] for s in range(4)), strict=True)) | {"v": torch.arange(6.0, dtype=torch.float64)}
+    base = dict(zip("zyxw", (drawn(3000, change=0, seed=s)[0] for s in range(4)), strict=True)) | {
+        "v": torch.arange(6.0, dtype=torch.float64)
+    }
     tuned = {name: tensor.clone() for name, tensor in base.items()}
     tuned["y"] = drawn(3000, change=1e-2, seed=1)[1]
     tuned["x"][7] = float("nan")
@@ -114,12 +116,18 @@ def test_nothing_changed(pair, tmp_path):
     assert dict(delta.verified(found, sha256=delta.sha256_of(base), what="")).keys() == base.keys()
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda tuned: tuned | {"new": torch.zeros(2)}, "new is a tensor of the tuned model alone"),
-    (lambda tuned: {name: t for name, t in tuned.items() if name != "w"}, "w is a tensor of the base alone"),
-    (lambda tuned: tuned | {"x": tuned["x"].reshape(-1)}, r"x is torch.bfloat16 \[3000\] in the tuned model, torch.bfloat16 \[30, 100\] in the base"),
-    (lambda tuned: tuned | {"v": tuned["v"].float()}, "v is torch.float32 .* in the tuned model, torch.float64"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tuned: tuned | {"new": torch.zeros(2)}, "new is a tensor of the tuned model alone"),
+        (lambda tuned: {name: t for name, t in tuned.items() if name != "w"}, "w is a tensor of the base alone"),
+        (
+            lambda tuned: tuned | {"x": tuned["x"].reshape(-1)},
+            r"x is torch.bfloat16 \[3000\] in the tuned model, torch.bfloat16 \[30, 100\] in the base",
+        ),
+        (lambda tuned: tuned | {"v": tuned["v"].float()}, "v is torch.float32 .* in the tuned model, torch.float64"),
+    ],
+)
 def test_other_tensors_than_the_bases_are_refused_by_name(pair, tmp_path, change, said):
     base, tuned = pair
     with pytest.raises(UserError, match=said):
@@ -130,9 +138,18 @@ def test_other_tensors_than_the_bases_are_refused_by_name(pair, tmp_path, change
 def test_tensors_of_any_layout_come_back(tmp_path):
     """Turned, strided, expanded, without entries, without dimensions, and of every dtype that safetensors names."""
     wide = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    base = {"turned": wide.T, "strided": wide[::2, 1::3], "expanded": wide[:, :1].expand(6, 4), "none": torch.empty(0, 5), "single": torch.tensor(1.5),
-            "bytes": torch.arange(256, dtype=torch.uint8), "long": torch.tensor([2**62 + 1, -1]), "truth": torch.tensor([True, False]),
-            "eight": wide.to(torch.float8_e4m3fn), "double": wide.double()}  # fmt: skip
+    base = {
+        "turned": wide.T,
+        "strided": wide[::2, 1::3],
+        "expanded": wide[:, :1].expand(6, 4),
+        "none": torch.empty(0, 5),
+        "single": torch.tensor(1.5),
+        "bytes": torch.arange(256, dtype=torch.uint8),
+        "long": torch.tensor([2**62 + 1, -1]),
+        "truth": torch.tensor([True, False]),
+        "eight": wide.to(torch.float8_e4m3fn),
+        "double": wide.double(),
+    }
     tuned = {name: (t.float() + 1).to(t.dtype) if t.is_floating_point() else ~t for name, t in base.items()}
     tuned["turned"] = tuned["turned"].clone().T.contiguous().T
     tuned["double"][0, 0] = float("nan")
@@ -145,11 +162,15 @@ def test_another_base_another_version_no_delta(pair, tmp_path, monkeypatch):
     base, tuned = pair
     path = tmp_path / "delta.safetensors"
     delta.write(path, base=base, tuned=tuned, base_sha256="a" * 64)
-    with pytest.raises(UserError, match="is a delta of the base aaaaaaaaaaaa, this one is bbbbbbbbbbbb: give the base it was made from"):
+    with pytest.raises(
+        UserError, match="is a delta of the base aaaaaaaaaaaa, this one is bbbbbbbbbbbb: give the base it was made from"
+    ):
         delta.Delta(path, base=base, base_sha256="b" * 64)
     with pytest.raises(UserError, match=r"y is \['bfloat16', \[3000\]\], the base's is torch.float16"):
         delta.Delta(path, base=base | {"y": base["y"].half()}, base_sha256="a" * 64)["y"]
-    changed = delta.Delta(path, base=base | {"w": -base["w"]}, base_sha256="a" * 64)  # what the stated hash of the base hides
+    changed = delta.Delta(
+        path, base=base | {"w": -base["w"]}, base_sha256="a" * 64
+    )  # what the stated hash of the base hides
     with pytest.raises(UserError, match="gives weights"):
         list(delta.verified(changed, sha256=changed.sha256, what=path))
     monkeypatch.setattr(delta, "VERSION", "2")

@@ -7,15 +7,15 @@ import math
 import pytest
 import torch
 
-from experiments.study import cells, config, pipeline
 from experiments.model import drift, tuned, weights
 from experiments.model.base import load_tensors
-from methods.tools.files import read_json
 from experiments.model.random_models import build
 from experiments.stages import drift as stage
-from methods.tools.importance import encode
+from experiments.study import cells, config, pipeline
 from methods.lora import LoRA
 from methods.part import Run
+from methods.tools.files import read_json
+from methods.tools.importance import encode
 from methods.tools.stored import save_importance
 
 CELL = cells.Cell("llama-tiny", "sums", "full", 0)
@@ -43,7 +43,10 @@ def test_roles_by_structure():
     assert llama["model.norm.weight"] == ("final_norm", "norm") and llama["lm_head.weight"] == ("head", "lm_head")
     gptj = drift.roles(build("gptj", seed=0))
     assert gptj["transformer.h.0.mlp.fc_in.weight"] == gptj["transformer.h.0.mlp.fc_in.bias"] == ("block.0", "fc_in")
-    assert gptj["transformer.h.1.ln_1.bias"] == ("block.1", "norm") and gptj["transformer.ln_f.weight"] == ("final_norm", "norm")
+    assert gptj["transformer.h.1.ln_1.bias"] == ("block.1", "norm") and gptj["transformer.ln_f.weight"] == (
+        "final_norm",
+        "norm",
+    )
     assert gptj["transformer.wte.weight"][0] == "embedding" and gptj["lm_head.bias"] == ("head", "lm_head")
 
 
@@ -51,7 +54,13 @@ def test_two_modules_of_one_name_in_a_block_are_kept_apart():
     from transformers import AutoModelForCausalLM, GPT2Config
 
     found = drift.roles(AutoModelForCausalLM.from_config(GPT2Config(n_embd=8, n_layer=2, n_head=2, vocab_size=20)))
-    assert {kind for group, kind in found.values() if group == "block.1"} == {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "norm"}
+    assert {kind for group, kind in found.values() if group == "block.1"} == {
+        "c_attn",
+        "attn.c_proj",
+        "c_fc",
+        "mlp.c_proj",
+        "norm",
+    }
 
 
 def test_effective_rank_in_closed_form():
@@ -83,11 +92,25 @@ def test_movement_by_group_is_that_of_the_tensors(architecture):
     size = math.hypot(*(p.double().norm() for p in base.values()))
     assert found["overall"]["relative"] == pytest.approx(math.hypot(*moved.values()) / size, rel=1e-5)
     rows = by_role(found)
-    assert sum(row["entries"] for row in found["groups"]) == found["overall"]["entries"] == sum(p.numel() for p in base.values())
+    assert (
+        sum(row["entries"] for row in found["groups"])
+        == found["overall"]["entries"]
+        == sum(p.numel() for p in base.values())
+    )
     assert rows["block.0", "v_proj"] == {
-        "group": "block.0", "kind": "v_proj", "entries": base[still].numel(), "matrices": 0, "distance": 0.0, "relative": 0.0, "changed": 0.0,
+        "group": "block.0",
+        "kind": "v_proj",
+        "entries": base[still].numel(),
+        "matrices": 0,
+        "distance": 0.0,
+        "relative": 0.0,
+        "changed": 0.0,
         "base_norm": pytest.approx(base[still].double().norm().item(), rel=1e-5),
-        "effective_rank": None, "overlap": None, "overlap_within": None, "top_share": None}  # fmt: skip
+        "effective_rank": None,
+        "overlap": None,
+        "overlap_within": None,
+        "top_share": None,
+    }
     key = next(name for name in base if ".1." in name and name.endswith("q_proj.weight"))
     query = rows["block.1", "q_proj"]
     assert query["distance"] == pytest.approx(moved[key], rel=1e-5) and query["changed"] == pytest.approx(1, abs=0.01)
@@ -108,7 +131,10 @@ def test_matrices_that_take_too_long_are_named(monkeypatch):
     model, base = tensors("llama")
     monkeypatch.setattr(drift, "LARGEST", 31)
     found = drift.measure(base=base, tuned=noise(base).items(), roles=drift.roles(model))
-    assert "model.layers.0.mlp.up_proj.weight" in found["rank_skipped"] and "model.embed_tokens.weight" not in found["rank_skipped"]
+    assert (
+        "model.layers.0.mlp.up_proj.weight" in found["rank_skipped"]
+        and "model.embed_tokens.weight" not in found["rank_skipped"]
+    )
     assert by_role(found)["block.0", "up_proj"]["effective_rank"] is None
     assert by_role(found)["block.0", "k_proj"]["effective_rank"] > 1  # 16 of 32
 
@@ -131,22 +157,34 @@ def test_movement_in_important_weights_and_away_from_them():
     away = {"a": torch.cat([torch.zeros(20), torch.ones(80)]), "b": torch.ones(100)}
     mean, mean_a = (20 * 9 + 180) / 200, (20 * 9 + 80) / 100
     found = drift.measure(base=base, tuned=towards.items(), roles={}, importance=importance)["overall"]
-    assert (found["overlap"], found["overlap_within"], found["top_share"]) == pytest.approx((9 / mean, 9 / mean_a, 1.0), rel=1e-5)
+    assert (found["overlap"], found["overlap_within"], found["top_share"]) == pytest.approx(
+        (9 / mean, 9 / mean_a, 1.0), rel=1e-5
+    )
     found = drift.measure(base=base, tuned=away.items(), roles={}, importance=importance)["overall"]
     expected = 180 / (80 * mean_a + 100 * 1.0)
-    assert (found["overlap"], found["overlap_within"], found["top_share"]) == pytest.approx((1 / mean, expected, 0.0), rel=1e-5)
+    assert (found["overlap"], found["overlap_within"], found["top_share"]) == pytest.approx(
+        (1 / mean, expected, 0.0), rel=1e-5
+    )
     # of 200 entries the 20 most important are those of `a`; where 10 more entries belong to the 10 %, the level of 1 is taken in part
-    wider = drift.measure(base=base | {"c": torch.zeros(100)}, tuned=(away | {"c": torch.zeros(100)}).items(), roles={},
-                          importance=importance | {"c": torch.full((100,), 1.0)})["overall"]  # fmt: skip
+    wider = drift.measure(
+        base=base | {"c": torch.zeros(100)},
+        tuned=(away | {"c": torch.zeros(100)}).items(),
+        roles={},
+        importance=importance | {"c": torch.full((100,), 1.0)},
+    )["overall"]
     assert wider["top_share"] == pytest.approx(10 / 280, rel=1e-5)
     partly = drift.measure(base=base, tuned=away.items(), roles={}, importance={"b": importance["b"]})["overall"]
-    assert partly["overlap"] == pytest.approx(1.0, rel=1e-5) and partly["distance"] == pytest.approx(math.sqrt(180), rel=1e-5)
+    assert partly["overlap"] == pytest.approx(1.0, rel=1e-5) and partly["distance"] == pytest.approx(
+        math.sqrt(180), rel=1e-5
+    )
 
 
 def small(tmp_path, **grid):
     """The demo study with its folders in tmp_path, and its base model in bf16."""
     study = config.load("demo")
-    study = dataclasses.replace(study, paths=dataclasses.replace(study.paths, root=tmp_path), grid=dict(study.grid) | grid)
+    study = dataclasses.replace(
+        study, paths=dataclasses.replace(study.paths, root=tmp_path), grid=dict(study.grid) | grid
+    )
     block = study.models["llama-tiny"] | {"dtype": "bfloat16"}
     weights.materialise(name="llama-tiny", block=block, packages={}, out_dir=study.paths.model("llama-tiny"))
     return study
@@ -160,16 +198,29 @@ def test_stage_of_a_difference_with_and_without_an_importance(tmp_path):
     stage.main(study, CELL)
     found = read_json(study.paths.run(CELL) / "drift.json")
     assert found["weights_sha256"] == digest and found["base_sha256"] == read_json(folder / "base.json")["sha256"]
-    assert found["reference"] is None and found["overall"]["overlap"] is None and found["overall"]["effective_rank"] > 10
+    assert (
+        found["reference"] is None and found["overall"]["overlap"] is None and found["overall"]["effective_rank"] > 10
+    )
 
     prepared = study.paths.prepared(model="llama-tiny", method="ewc", seed=0)
     prepared.mkdir(parents=True)
-    save_importance({name: encode(torch.full(base[name].shape, 0.5)) for name in base}, prepared / "ewc.importance.safetensors")
+    save_importance(
+        {name: encode(torch.full(base[name].shape, 0.5)) for name in base}, prepared / "ewc.importance.safetensors"
+    )
     stage.main(study, CELL)
     again = read_json(study.paths.run(CELL) / "drift.json")
-    assert again["reference"] == {"method": "ewc", "part": "ewc", "entries": sum(base[n].numel() for n in base), "mean": 0.5}
+    assert again["reference"] == {
+        "method": "ewc",
+        "part": "ewc",
+        "entries": sum(base[n].numel() for n in base),
+        "mean": 0.5,
+    }
     assert (again["overall"]["overlap"], again["overall"]["top_share"]) == pytest.approx((1.0, 0.1), rel=1e-5)
-    assert {k: v for k, v in again["overall"].items() if v != found["overall"][k]}.keys() == {"overlap", "overlap_within", "top_share"}
+    assert {k: v for k, v in again["overall"].items() if v != found["overall"][k]}.keys() == {
+        "overlap",
+        "overlap_within",
+        "top_share",
+    }
     text = (study.paths.run(CELL) / "drift.json").read_text()
     stage.main(study, CELL)
     assert (study.paths.run(CELL) / "drift.json").read_text() == text
@@ -181,7 +232,13 @@ def test_stage_of_an_adapter(tmp_path):
     part = LoRA(rank=2, targets=("q_proj",))
     base = load_tensors(folder)
     model = part.adapt(weights.load_model(folder, dtype=torch.float32), seed=0)
-    run = Run(model=model, weights={n: p for n, p in model.named_parameters() if p.requires_grad}, base=base, seed=0, device="cpu")
+    run = Run(
+        model=model,
+        weights={n: p for n, p in model.named_parameters() if p.requires_grad},
+        base=base,
+        seed=0,
+        device="cpu",
+    )
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in run.weights.values():
@@ -191,15 +248,22 @@ def test_stage_of_an_adapter(tmp_path):
     assert json.loads((out / "weights.json").read_text())["kind"] == "adapter"
     stage.main(study, CELL)
     found = read_json(study.paths.run(CELL) / "drift.json")
-    assert {(r["group"], r["kind"]) for r in found["groups"] if r["distance"]} == {("block.0", "q_proj"), ("block.1", "q_proj")}
-    assert 1 < by_role(found)["block.0", "q_proj"]["effective_rank"] < 2.5  # of rank 2, and rounding to bf16 moves a little in all directions
+    assert {(r["group"], r["kind"]) for r in found["groups"] if r["distance"]} == {
+        ("block.0", "q_proj"),
+        ("block.1", "q_proj"),
+    }
+    assert (
+        1 < by_role(found)["block.0", "q_proj"]["effective_rank"] < 2.5
+    )  # of rank 2, and rounding to bf16 moves a little in all directions
 
 
 def test_reference_is_the_first_importance_of_the_whole_model():
     paper, demo = config.load("paper"), config.load("demo")
     assert drift.reference(paper) == drift.reference(demo) == ("ewc", "ewc")
     with_grid = lambda *methods: dataclasses.replace(paper, grid=dict(paper.grid) | {"methods": list(methods)})
-    assert drift.reference(with_grid("full", "lora", "mofo", "hierarchical")) is None  # Ω of an adapter's matrices alone
+    assert (
+        drift.reference(with_grid("full", "lora", "mofo", "hierarchical")) is None
+    )  # Ω of an adapter's matrices alone
     assert drift.reference(with_grid("hierarchical", "ewc-lora", "ewc")) == ("ewc-lora", "ewc")
     assert pipeline.drift_inputs(with_grid("full")) == []
     assert pipeline.drift_inputs(paper) == ["work/paper/prepared/${item.model}/ewc/seed${item.seed}"]

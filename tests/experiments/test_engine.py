@@ -5,14 +5,14 @@ import math
 import pytest
 import torch
 
-from methods.tools.architecture import head, hidden_states
+from experiments.model.random_models import build
 from experiments.training.batches import collate, schedule
 from experiments.training.engine import TrainingFailed, final_weights, fit
-from experiments.training.settings import TrainSettings, learning_rate
-from methods.errors import UserError
 from experiments.training.loss import summed_nll
 from experiments.training.master_weights import MasterWeights
-from experiments.model.random_models import build
+from experiments.training.settings import TrainSettings, learning_rate
+from methods.errors import UserError
+from methods.tools.architecture import head, hidden_states
 from tests.experiments.test_loss import ragged
 
 SIZES = (7, 12, 3, 30, 21, 9, 14, 5, 26, 11)
@@ -25,7 +25,12 @@ def settings(**changes):
 def run(model, **changes):
     chosen = changes.pop("settings", settings())
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    return fit(**({"model": model, "parts": (), "examples": ragged(sizes=SIZES), "settings": chosen, "seed": 3, "base": base} | changes))
+    return fit(
+        **(
+            {"model": model, "parts": (), "examples": ragged(sizes=SIZES), "settings": chosen, "seed": 3, "base": base}
+            | changes
+        )
+    )
 
 
 def weights(model):
@@ -41,11 +46,15 @@ def test_masters_take_the_gradient_of_a_loss_of_themselves():
     for _ in range(2):
         masters.zero()
         for _ in range(2):
-            loss = hidden_states(model, ids, None).float().square().sum()  # before the penalty, whose backward so comes first
+            loss = (
+                hidden_states(model, ids, None).float().square().sum()
+            )  # before the penalty, whose backward so comes first
             (loss + sum(weight.square().sum() for weight in masters.weights.values())).backward()
         masters.complete()
         for name, p in other.named_parameters():
-            torch.testing.assert_close(masters.weights[name].grad, 2 * p.grad.float() + 4 * masters.weights[name].detach())
+            torch.testing.assert_close(
+                masters.weights[name].grad, 2 * p.grad.float() + 4 * masters.weights[name].detach()
+            )
 
 
 def test_equals_a_plain_loop():
@@ -120,7 +129,9 @@ def test_loss_of_a_step_is_over_its_labelled_tokens():
     plan = schedule([len(e["input_ids"]) for e in examples], 4, 3, 1)
     batch = collate([examples[i] for i in plan[0]])
     with torch.no_grad():
-        nll = summed_nll(hidden_states(model, batch["input_ids"], batch["attention_mask"]), batch["labels"], head(model))
+        nll = summed_nll(
+            hidden_states(model, batch["input_ids"], batch["attention_mask"]), batch["labels"], head(model)
+        )
     first = run(model).curve[0]
     assert first["loss"] == pytest.approx(float(nll) / int((batch["labels"][:, 1:] != -100).sum()), rel=1e-5)
 
@@ -134,7 +145,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run():
         run(model)
 
 
-@pytest.mark.parametrize(("key", "value"), [("learning_rate", 0.0), ("batch", 0), ("warmup", 1.0), ("clip", -1.0), ("schedule", "step")])
+@pytest.mark.parametrize(
+    ("key", "value"), [("learning_rate", 0.0), ("batch", 0), ("warmup", 1.0), ("clip", -1.0), ("schedule", "step")]
+)
 def test_settings_out_of_range_are_named(key, value):
     with pytest.raises(UserError, match=f"train.{key} is {value!r}"):
         settings(**{key: value})
@@ -154,7 +167,9 @@ def test_compiled_blocks_give_the_same_weights(architecture, monkeypatch):
 
     def without_code_generation(function):
         compiled.append(function)
-        return real(function, backend="aot_eager")  # graphs are captured and differentiated; generating code takes minutes
+        return real(
+            function, backend="aot_eager"
+        )  # graphs are captured and differentiated; generating code takes minutes
 
     real = torch.compile
     monkeypatch.setattr(torch, "compile", without_code_generation)

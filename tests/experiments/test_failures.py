@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from evaluation.kept import KeptTokens
-from experiments.study import cells, config
 from experiments.model import delta, weights
-from experiments.training.engine import TrainingFailed
-from methods.errors import UserError
+from experiments.model.random_models import byte_tokenizer
+from experiments.study import cells, config
 from experiments.study.failures import recorded
-from methods.tools.files import need_room, read_json, write_json
 from experiments.study.paths import HERE, Paths
 from experiments.study.provenance import git
-from experiments.model.random_models import byte_tokenizer
+from experiments.training.engine import TrainingFailed
+from methods.errors import UserError
+from methods.tools.files import need_room, read_json, write_json
 from methods.tools.stored import save_importance
 
 CELL = cells.Cell("llama-tiny", "sums", "full", 0)
@@ -54,7 +54,10 @@ def test_out_of_memory_names_what_would_help(study):
 
 def test_not_a_number(study):
     record, message = fail(study, raiser(TrainingFailed("train x: the loss is nan at step 3 of 9")))
-    assert record["settings"]["learning_rate"] == study.settings(model="llama-tiny", domain="sums", method="full").learning_rate
+    assert (
+        record["settings"]["learning_rate"]
+        == study.settings(model="llama-tiny", domain="sums", method="full").learning_rate
+    )
     assert set(record["git"]) == {"commit", "dirty"} and record["parts"] == {}
     assert (record["kind"], record["stage"]) == ("nan", "train")
     assert message.startswith("llama-tiny/sums/full/seed0: ")
@@ -74,7 +77,10 @@ def test_our_own_mistake_is_recorded_and_still_shown(study):
 
 
 def test_a_missing_input_leaves_no_record_and_the_results_of_an_earlier_run_stand(study):
-    with pytest.raises(UserError, match="llama-tiny/sums/full/seed0: .*base.json is missing: run `dvc repro`"), recorded(study, CELL, "evaluate"):
+    with (
+        pytest.raises(UserError, match="llama-tiny/sums/full/seed0: .*base.json is missing: run `dvc repro`"),
+        recorded(study, CELL, "evaluate"),
+    ):
         read_json(study.paths.root / "base.json")
     assert not study.paths.failure(CELL).exists()
 
@@ -128,14 +134,18 @@ def write_importance(folder):
 
 
 def write_delta(folder):
-    delta.write(folder / "delta.safetensors", base={"a": torch.zeros(1000)}, tuned={"a": torch.rand(1000)}, base_sha256="0")
+    delta.write(
+        folder / "delta.safetensors", base={"a": torch.zeros(1000)}, tuned={"a": torch.rand(1000)}, base_sha256="0"
+    )
 
 
 def write_tokens(folder):
     KeptTokens(folder, byte_tokenizer(), {}).save([("a", "b")], [(list(range(999)), [1])])
 
 
-@pytest.mark.parametrize("write", [write_importance, write_delta, write_tokens, lambda folder: write_json(folder / "a.json", ["x" * 999])])
+@pytest.mark.parametrize(
+    "write", [write_importance, write_delta, write_tokens, lambda folder: write_json(folder / "a.json", ["x" * 999])]
+)
 def test_a_disk_that_takes_no_more_is_a_line_and_a_record(study, tmp_path, write):
     with full_disk(500), pytest.raises(OSError) as raised:
         write(tmp_path)

@@ -6,18 +6,25 @@ import json
 import pytest
 
 from evaluation.harness import load_tasks
-from experiments.study import config
 from experiments.commands import flips
+from experiments.study import config
 from methods.errors import UserError
 from tests.analysis.fixtures import write_items, write_json
 from tests.analysis.test_flips import frame
 
-PIQA = [{"goal": f"Boil {i} eggs.", "sol1": f"Take {i} hot pans.", "sol2": "Wait for rain.", "label": 0} for i in range(3)]
+PIQA = [
+    {"goal": f"Boil {i} eggs.", "sol1": f"Take {i} hot pans.", "sol2": "Wait for rain.", "label": 0} for i in range(3)
+]
 LAMBADA = [{"text": f"The cat saw {i} dogs and ran to the house"} for i in range(2)]
 WINOGRANDE = [
-    {"sentence": f"The {i} cups did not fit the boxes as _ were too big.", "option1": "the cups", "option2": "the boxes", "answer": "1"}
+    {
+        "sentence": f"The {i} cups did not fit the boxes as _ were too big.",
+        "option1": "the cups",
+        "option2": "the boxes",
+        "answer": "1",
+    }
     for i in range(2)
-]  # fmt: skip
+]
 TASKS = {"piqa": (PIQA, "acc_norm"), "lambada_openai": (LAMBADA, "acc"), "winogrande": (WINOGRANDE, "acc")}
 
 
@@ -31,7 +38,9 @@ def study(tmp_path):
     listed = []
     for name, (rows, metric) in TASKS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        listed.append({"name": name, "role": "retention", "task": name, "metric": metric, "chance": 0.0, "file": f"{name}.jsonl"})
+        listed.append(
+            {"name": name, "role": "retention", "task": name, "metric": metric, "chance": 0.0, "file": f"{name}.jsonl"}
+        )
     write_json(folder / "tasks.json", listed)
     hashes = {entry["name"]: [row["id"] for row in flips.questions(task)] for entry, task in load_tasks(folder)}
     base = frame({name: "1" * len(rows) for name, (rows, _) in TASKS.items()})
@@ -45,21 +54,46 @@ def study(tmp_path):
         tuned = base.assign(score=(~lost).astype(float), choice=lost.astype(int)).astype({"choice": object})
         tuned.loc[(tuned["task"] == "lambada_openai") & lost, "choice"] = None
         write_items(run / "items.csv.gz", tuned)
-        write_json(run / "metrics.json", {"cell": f"llama-tiny/sums/{method}/seed0", "model": "llama-tiny", "domain": "sums", "method": method,
-                                          "seed": 0, "not_a_result": True, "at_chance": [], "forgetting_by_task": dict.fromkeys(TASKS, 0.5),
-                                          **dict.fromkeys(("transfer_by_task", "scoring", "parts", "git", "hardware", "versions"), {}),
-                                          **dict.fromkeys(("dtype", "base_sha256", "weights_sha256"), "x"), "numerics": 1,
-                                          **dict.fromkeys(("domain_score", "domain_score_base", "domain_gain"), 0.5),
-                                          "n": {name: len(rows) for name, (rows, _) in TASKS.items()},
-                                          "scores_by_task": {name: {"role": "retention", "value": 0.5, "base": 1.0, "n": len(rows), "metric": metric, "chance": 0.0}
-                                                             for name, (rows, metric) in TASKS.items()}})  # fmt: skip
+        write_json(
+            run / "metrics.json",
+            {
+                "cell": f"llama-tiny/sums/{method}/seed0",
+                "model": "llama-tiny",
+                "domain": "sums",
+                "method": method,
+                "seed": 0,
+                "not_a_result": True,
+                "at_chance": [],
+                "forgetting_by_task": dict.fromkeys(TASKS, 0.5),
+                **dict.fromkeys(("transfer_by_task", "scoring", "parts", "git", "hardware", "versions"), {}),
+                **dict.fromkeys(("dtype", "base_sha256", "weights_sha256"), "x"),
+                "numerics": 1,
+                **dict.fromkeys(("domain_score", "domain_score_base", "domain_gain"), 0.5),
+                "n": {name: len(rows) for name, (rows, _) in TASKS.items()},
+                "scores_by_task": {
+                    name: {
+                        "role": "retention",
+                        "value": 0.5,
+                        "base": 1.0,
+                        "n": len(rows),
+                        "metric": metric,
+                        "chance": 0.0,
+                    }
+                    for name, (rows, metric) in TASKS.items()
+                },
+            },
+        )
     return study
 
 
 def test_questions_that_both_runs_lost_with_their_text(study, capsys):
     flips.main(study, patterns=["llama-tiny/sums/*"])
     said = capsys.readouterr().out
-    assert "Boil 0 eggs." in said and "right: Take 0 hot pans." in said and "chosen: Wait for rain.  [full/seed0, lora/seed0]" in said
+    assert (
+        "Boil 0 eggs." in said
+        and "right: Take 0 hot pans." in said
+        and "chosen: Wait for rain.  [full/seed0, lora/seed0]" in said
+    )
     assert "The cat saw 0 dogs and ran to the" in said and "right: house" in said
     assert "right: The 0 cups did not fit the boxes as the cups were too big." in said
     assert "The 0 cups did not fit the boxes as the boxes were too big." in said.partition("chosen: ")[2]

@@ -6,10 +6,10 @@ from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.gptj.modeling_gptj import GPTJAttention
 
-from methods.tools import architecture
+from experiments.model.random_models import build
 from experiments.training import hardware, loss
 from experiments.training.flops import Flops, mfu
-from experiments.model.random_models import build
+from methods.tools import architecture
 
 MODELS = {
     "llama-tied": ("llama", {}),
@@ -22,7 +22,9 @@ LENGTHS, LABELLED = (11, 11, 11), 12  # no padding: the counter would count it
 def adapted(model, targets):
     if not targets:
         return model
-    return get_peft_model(model, LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"), autocast_adapter_dtype=False)
+    return get_peft_model(
+        model, LoraConfig(r=3, target_modules=targets, task_type="CAUSAL_LM"), autocast_adapter_dtype=False
+    )
 
 
 def counted(model):
@@ -33,18 +35,31 @@ def counted(model):
     with FlopCounterMode(display=False) as counter:
         hidden = architecture.hidden_states(model, ids, None)
         loss.summed_nll(hidden, labels, architecture.head(model)).backward()
-    found = {str(operation).removeprefix("aten."): flops for operation, flops in counter.get_flop_counts()["Global"].items()}
+    found = {
+        str(operation).removeprefix("aten."): flops for operation, flops in counter.get_flop_counts()["Global"].items()
+    }
     return found.get("mm", 0) + found.get("addmm", 0), found.get("bmm", 0)
 
 
-TARGETS = [(), ("q_proj", "v_proj"), ("k_proj",), ("mlp-out",), ("attention-out",), ("q_proj", "v_proj", "mlp-out", "attention-out")]
+TARGETS = [
+    (),
+    ("q_proj", "v_proj"),
+    ("k_proj",),
+    ("mlp-out",),
+    ("attention-out",),
+    ("q_proj", "v_proj", "mlp-out", "attention-out"),
+]
 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("targets", TARGETS)
 def test_matrices_equal_the_counters(kind, targets):
     architecture_name, config = MODELS[kind]
-    names = {"mlp-out": "fc_out", "attention-out": "out_proj"} if kind == "gptj" else {"mlp-out": "down_proj", "attention-out": "o_proj"}
+    names = (
+        {"mlp-out": "fc_out", "attention-out": "out_proj"}
+        if kind == "gptj"
+        else {"mlp-out": "down_proj", "attention-out": "o_proj"}
+    )
     model = adapted(build(architecture_name, seed=0, **config), [names.get(t, t) for t in targets])
     matrices, _ = counted(model)
     assert without_attention(Flops(model))(LENGTHS, LABELLED) == matrices
@@ -54,7 +69,9 @@ def without_attention(flops):
     """The part of `step` that does not grow with the square of a length, by its values at three lengths."""
     one, two = flops.step(lengths=(1,), labelled=0), flops.step(lengths=(2,), labelled=0)
     square = (two - 2 * one) / 2
-    return lambda lengths, labelled: flops.step(lengths=lengths, labelled=labelled) - square * sum(n * n for n in lengths)
+    return lambda lengths, labelled: (
+        flops.step(lengths=lengths, labelled=labelled) - square * sum(n * n for n in lengths)
+    )
 
 
 def eager(model):
@@ -67,8 +84,9 @@ def eager(model):
 
 @pytest.mark.parametrize(
     ("kind", "trained"),
-    [(kind, trained) for kind in MODELS for trained in ("all", "second block's adapters")] + [("llama-untied", "head"), ("gptj", "head")],
-)  # fmt: skip
+    [(kind, trained) for kind in MODELS for trained in ("all", "second block's adapters")]
+    + [("llama-untied", "head"), ("gptj", "head")],
+)
 def test_attention_is_half_of_what_eager_attention_multiplies(kind, trained):
     architecture_name, config = MODELS[kind]
     model = eager(build(architecture_name, seed=0, **config))
@@ -76,8 +94,12 @@ def test_attention_is_half_of_what_eager_attention_multiplies(kind, trained):
         model.requires_grad_(False)
         architecture.head(model).requires_grad_(True)
     if trained == "second block's adapters":
-        model = get_peft_model(model, LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"], layers_to_transform=[1],
-                                                 task_type="CAUSAL_LM"))  # fmt: skip
+        model = get_peft_model(
+            model,
+            LoraConfig(
+                r=3, target_modules=["q_proj", "k_proj", "v_proj"], layers_to_transform=[1], task_type="CAUSAL_LM"
+            ),
+        )
     flops = Flops(model)
     _, attention = counted(model)
     whole = flops.step(lengths=LENGTHS, labelled=0) - without_attention(flops)(LENGTHS, 0)
@@ -111,12 +133,23 @@ def test_model_is_left_as_it_was(tiny_llama):
 def test_sizes_of_the_targets_on_the_meta_device():
     """LLaMA-3-8B, trained in full: 6 FLOPs a weight of its blocks' matrices and token, and attention's causal half."""
     with torch.device("meta"):
-        model = build("llama", seed=0, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-                      num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False)  # fmt: skip
+        model = build(
+            "llama",
+            seed=0,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            tie_word_embeddings=False,
+        )
     flops = Flops(model)
     in_blocks = 8_030_261_248 - 2 * 128256 * 4096 - 65 * 4096
     square = 32 * 3 * 2 * 4096
-    assert flops.step(lengths=(1024,), labelled=100) == 6 * in_blocks * 1024 + 6 * 128256 * 4096 * 100 + square * 1024**2
+    assert (
+        flops.step(lengths=(1024,), labelled=100) == 6 * in_blocks * 1024 + 6 * 128256 * 4096 * 100 + square * 1024**2
+    )
 
 
 def test_mfu():
@@ -139,7 +172,7 @@ def test_mfu():
         ("Tesla V100-SXM2-16GB", 125e12, 15.7e12),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None, None),
     ],
-)  # fmt: skip
+)
 def test_peaks_of_data_sheets(name, bf16, float32):
     for dtype, stated in ((torch.bfloat16, bf16), (torch.float32, float32)):
         found = hardware.data_sheet_peak(name, dtype)

@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 
-from experiments.study import config
-from experiments.commands import gate
 from experiments.__main__ import parser, run
-from methods.errors import UserError
+from experiments.commands import gate
+from experiments.study import config
 from experiments.study.paths import HERE
+from methods.errors import UserError
 from tests.analysis.fixtures import write_json, write_results
 
 METHODS = ("full", "lora", "ewc", "mofo", "hierarchical")
@@ -38,7 +38,9 @@ def test_every_cell_within_the_limit_passes(study, capsys):
     assert status == 0 and len(lines) == 6
     assert [line.split()[:2] for line in lines[:5]] == [["pass", f"smollm2-135m/science/{m}/seed0"] for m in METHODS]
     assert lines[5] == "5 of 5 cells pass: forgetting at most +50 points"
-    assert all("n = 600" in line and "n = 300" in line and "[" in line for line in lines[:5])  # retention rows above chance, domain rows
+    assert all(
+        "n = 600" in line and "n = 300" in line and "[" in line for line in lines[:5]
+    )  # retention rows above chance, domain rows
 
 
 def test_the_limit_is_the_most_that_passes(study, capsys):
@@ -47,7 +49,12 @@ def test_the_limit_is_the_most_that_passes(study, capsys):
     assert at > 0.02
     assert judged(study, capsys, "*/full/*", max_forgetting=at)[0] == 0
     status, lines = judged(study, capsys, "*/full/*", max_forgetting=at - 1e-6)
-    assert status == 1 and lines[0].startswith("FAIL") and "forgetting: is above" in lines[0] and lines[1].startswith("0 of 1 cells pass")
+    assert (
+        status == 1
+        and lines[0].startswith("FAIL")
+        and "forgetting: is above" in lines[0]
+        and lines[1].startswith("0 of 1 cells pass")
+    )
 
 
 def test_a_tie_passes_however_a_mean_is_rounded_and_the_limit_is_said_in_full(study, capsys):
@@ -70,7 +77,11 @@ def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):
     between = (value + high) / 2
     assert judged(study, capsys, cell, max_forgetting=between)[0] == 0
     status, lines = judged(study, capsys, cell, max_forgetting=between, confidence=True)
-    assert status == 1 and "the upper end of its interval is above" in lines[0] and "by the ends of the 95 % intervals" in lines[1]
+    assert (
+        status == 1
+        and "the upper end of its interval is above" in lines[0]
+        and "by the ends of the 95 % intervals" in lines[1]
+    )
     assert judged(study, capsys, cell, max_forgetting=high, confidence=True)[0] == 0
     gain = found["domain_gain"]
     least = (gain.value + gain.low) / 2

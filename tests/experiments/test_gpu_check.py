@@ -11,20 +11,20 @@ import pytest
 import torch
 
 from analysis.load import load_cells, newest_gpu_check
-from analysis.statistics.permutation import all_tests
 from analysis.report.page import write_report
 from analysis.sections.tables import comparison
-from methods.tools import adam as moments
+from analysis.statistics.permutation import all_tests
 from experiments.__main__ import parser
-from methods.errors import UserError
 from experiments.gpu_check import command, kernels, record, sizes, speed, waiting
 from experiments.gpu_check.record import Record
 from experiments.gpu_check.running import process_group
 from experiments.gpu_check.stopwatch import Stopwatch
-from experiments.study.paths import HERE
 from experiments.model.random_models import build, byte_tokenizer
-from methods.tools.process_group import Shards
+from experiments.study.paths import HERE
+from methods.errors import UserError
+from methods.tools import adam as moments
 from methods.tools import selection
+from methods.tools.process_group import Shards
 from tests.analysis.fixtures import write_results
 
 CPU = torch.device("cpu")
@@ -60,8 +60,13 @@ def guarded(tmp_path_factory):
     """One call without the modules and without a network, as on a bare GPU machine."""
     out = tmp_path_factory.mktemp("gpu") / "out.json"
     arguments = ["gpu-check", "--tiny", "--methods", "full,ewc,lora", "--models", "llama3-8b", "--out", str(out)]
-    done = subprocess.run([sys.executable, "-c", GUARD, *arguments], cwd=HERE, capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", GUARD, *arguments],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return out, done
 
@@ -70,9 +75,24 @@ def test_runs_with_torch_and_transformers_alone(guarded):
     out, done = guarded
     found = pieces(out)
     assert not any(piece["status"] in ("failed", "broken", "out of memory") for piece in found.values())
-    for name in ("attention-float32", "attention-bfloat16", "cross-entropy", "random-bits", "mofo-threshold", "zero-strength",
-                 "importance-8-bit", "resume-full", "resume-mofo", "resume-ewc", "sharded-float32", "sharded-bfloat16",
-                 "packed-gptj-eager", "packed-gptj-sdpa", "packed-llama-eager", "packed-llama-sdpa"):  # fmt: skip
+    for name in (
+        "attention-float32",
+        "attention-bfloat16",
+        "cross-entropy",
+        "random-bits",
+        "mofo-threshold",
+        "zero-strength",
+        "importance-8-bit",
+        "resume-full",
+        "resume-mofo",
+        "resume-ewc",
+        "sharded-float32",
+        "sharded-bfloat16",
+        "packed-gptj-eager",
+        "packed-gptj-sdpa",
+        "packed-llama-eager",
+        "packed-llama-sdpa",
+    ):
         assert found[f"checks/{name}"]["status"] == "passed", name
     for name in ("checks/zero-strength-lora", "speed/llama3-8b/lora/plain/2x32"):
         assert found[name]["status"] == "skipped" and "peft" in found[name]["reason"]
@@ -83,7 +103,9 @@ def test_runs_with_torch_and_transformers_alone(guarded):
 def test_every_number_has_its_origin(guarded):
     whole = json.loads(guarded[0].read_text())
     assert whole["tiny"] is True and whole["device"] == "cpu" and whole["running"] is None
-    assert {"cpu", "cores", "driver", "cuda", "gpu"} <= whole["hardware"].keys() and {"torch", "python"} <= whole["versions"].keys()
+    assert {"cpu", "cores", "driver", "cuda", "gpu"} <= whole["hardware"].keys() and {"torch", "python"} <= whole[
+        "versions"
+    ].keys()
     for piece in whole["pieces"].values():
         assert piece["code"] == record.code() and piece["when"] and piece["seconds"] >= 0
 
@@ -92,14 +114,24 @@ def test_speed_says_all_it_should(guarded):
     piece = pieces(guarded[0])["speed/llama3-8b/ewc/sharded/2x32"]
     kinds = piece["memory"]["held"]
     parameters = sizes.shape_named("llama3-8b", tiny=True).parameters
-    assert kinds == {"weights": 4 * parameters, "masters": 0, "gradients": 4 * parameters, "moments": kinds["moments"],
-                     "anchor": 2 * parameters, "importance": kinds["importance"]}  # fmt: skip
-    assert 4 * parameters <= kinds["moments"] < 4.1 * parameters and parameters <= kinds["importance"] < 1.1 * parameters
+    assert kinds == {
+        "weights": 4 * parameters,
+        "masters": 0,
+        "gradients": 4 * parameters,
+        "moments": kinds["moments"],
+        "anchor": 2 * parameters,
+        "importance": kinds["importance"],
+    }
+    assert (
+        4 * parameters <= kinds["moments"] < 4.1 * parameters and parameters <= kinds["importance"] < 1.1 * parameters
+    )
     assert piece["bytes"] == {"weights": 2 * parameters, "importance": kinds["importance"], "anchor": 2 * parameters}
     assert piece["tokens_per_second"] == pytest.approx(64 / piece["seconds_step"])
     assert 0 < piece["share_penalty"] < 1 and piece["prepare"]["seconds_per_million_tokens"] > 0
     assert 0 < piece["seconds_optimizer"] < piece["seconds_step"] and piece["prepare"]["predicted"]["total"] > 0
-    inside = piece["seconds_forward"] + piece["seconds_backward"] + piece["seconds_penalty"] + piece["seconds_optimizer"]
+    inside = (
+        piece["seconds_forward"] + piece["seconds_backward"] + piece["seconds_penalty"] + piece["seconds_optimizer"]
+    )
     assert inside < 1.5 * piece["seconds_step"]
     assert pieces(guarded[0])["speed/llama3-8b/full/plain/2x32"]["share_penalty"] is None
     alone = pieces(guarded[0])["speed/llama3-8b/optimizers"]
@@ -117,7 +149,10 @@ def test_a_later_call_adds_to_the_file_and_does_not_repeat(guarded, capsys):
     assert {name: after[name] for name in before} == before
     assert "1 pieces to do, 2 done before" in capsys.readouterr().out
     assert run("--methods", "full", "--only", "/full/", "--again", *arguments) == 0
-    assert pieces(out)["speed/llama3-8b/full/plain/2x32"]["seconds"] != before["speed/llama3-8b/full/plain/2x32"]["seconds"]
+    assert (
+        pieces(out)["speed/llama3-8b/full/plain/2x32"]["seconds"]
+        != before["speed/llama3-8b/full/plain/2x32"]["seconds"]
+    )
 
 
 def test_another_code_or_a_failed_piece_is_measured_again(tmp_path, monkeypatch):
@@ -137,7 +172,9 @@ def test_numbers_that_json_has_not_are_none_and_a_killed_call_names_its_piece(tm
     kept.add("a", {"status": "failed", "off": float("inf"), "rows": [float("nan"), 1.5]})
     kept.begin("b")
     whole = json.loads((tmp_path / "out.json").read_text())
-    assert whole["pieces"]["a"]["off"] is None and whole["pieces"]["a"]["rows"] == [None, 1.5] and whole["running"] == "b"
+    assert (
+        whole["pieces"]["a"]["off"] is None and whole["pieces"]["a"]["rows"] == [None, 1.5] and whole["running"] == "b"
+    )
 
 
 @pytest.mark.parametrize(("key", "value"), [("device", "NVIDIA H200"), ("tiny", False), ("format", 0)])
@@ -178,9 +215,15 @@ def test_a_wrong_device_fails_its_check_and_a_broken_piece_costs_no_other(tmp_pa
         assert status == (only not in ("cross-entropy", "attention-float32")), only
     found = {name.removeprefix("checks/"): piece for name, piece in pieces(out).items()}
     assert {name: piece["status"] for name, piece in found.items()} == {
-        "random-bits": "failed", "mofo-threshold": "failed", "cross-entropy": "out of memory", "importance-8-bit": "broken",
-        "attention-float32": "passed"}  # fmt: skip
-    assert "1.00 TiB" in found["cross-entropy"]["reason"] and found["importance-8-bit"]["reason"].startswith("ZeroDivisionError")
+        "random-bits": "failed",
+        "mofo-threshold": "failed",
+        "cross-entropy": "out of memory",
+        "importance-8-bit": "broken",
+        "attention-float32": "passed",
+    }
+    assert "1.00 TiB" in found["cross-entropy"]["reason"] and found["importance-8-bit"]["reason"].startswith(
+        "ZeroDivisionError"
+    )
     assert any("heavy-tailed, k=1, one" in wrong for wrong in found["mofo-threshold"]["wrong"])
     assert "1 failed: checks/mofo-threshold" in capsys.readouterr().out
 
@@ -190,14 +233,18 @@ def test_full_sizes_on_a_cpu_and_a_comparison_of_nothing_are_refused(tmp_path):
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="use --tiny"):
         command.main(parser().parse_args(["gpu-check", "--out", str(tmp_path / "x.json")]))
-    for arguments, said in ((("--parts", "comparison"), "give --weights DIR"),
-                            (("--weights", tmp_path), "no config.json")):  # fmt: skip
+    for arguments, said in (
+        (("--parts", "comparison"), "give --weights DIR"),
+        (("--weights", tmp_path), "no config.json"),
+    ):
         with pytest.raises(UserError, match=said):
             run(*arguments, "--out", tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize("arguments", [("--parts", "speed,chekcs"), ("--shape", "4"), ("--minutes", "0"), ("--rows", "0")])
+@pytest.mark.parametrize(
+    "arguments", [("--parts", "speed,chekcs"), ("--shape", "4"), ("--minutes", "0"), ("--rows", "0")]
+)
 def test_options_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["gpu-check", *arguments])
@@ -213,7 +260,9 @@ def test_the_models_have_the_real_sizes():
 def test_buffers_of_a_model_built_on_the_device_are_right(kind):
     made, wanted = sizes.build(kind, device=CPU, dtype=torch.bfloat16), build(kind, seed=0, dtype=torch.bfloat16)
     buffers = dict(made.named_buffers())
-    assert buffers and all(torch.equal(buffers[name], other) and other.isfinite().all() for name, other in wanted.named_buffers())
+    assert buffers and all(
+        torch.equal(buffers[name], other) and other.isfinite().all() for name, other in wanted.named_buffers()
+    )
     assert all(torch.equal(a, b) for a, b in zip(made.parameters(), wanted.parameters()))
 
 
@@ -281,7 +330,12 @@ def test_real_weights_are_probed_before_and_after(study, tmp_path):
     assert full["forgetting"] == pytest.approx(base["probes"]["other"] - full["probes"]["other"])
     assert full["perplexity_ratio"] == pytest.approx(full["probes"]["perplexity"] / base["probes"]["perplexity"])
     assert full["probes"]["sums_nll"] < base["probes"]["sums_nll"]  # it has learned
-    assert found["comparison/tiny/sums/hierarchical/16-rows-rate-0.01"]["bytes"].keys() == {"weights", "importance", "start", "anchor"}
+    assert found["comparison/tiny/sums/hierarchical/16-rows-rate-0.01"]["bytes"].keys() == {
+        "weights",
+        "importance",
+        "start",
+        "anchor",
+    }
     with pytest.raises(UserError, match="--domain maths: .* has sums"):
         run("--weights", model, "--data", data, "--domain", "maths", "--out", out)
 
@@ -292,7 +346,9 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
 
     def page():
         loaded = load_cells(root, planned)
-        return write_report(loaded, comparison(loaded), all_tests(loaded), [], path=root / "summary/report.html", title="x", study="").read_text()
+        return write_report(
+            loaded, comparison(loaded), all_tests(loaded), [], path=root / "summary/report.html", title="x", study=""
+        ).read_text()
 
     assert "Not measured: there is no file in results/gpu/" in page()
     whole = json.loads(guarded[0].read_text())
@@ -303,7 +359,10 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
     whole["pieces"]["speed/llama3-8b/full/plain/2x32"]["goals"] = [goal]
     whole["pieces"]["checks/random-bits"]["status"] = "failed"
     whole["pieces"]["speed/llama3-8b/ewc/plain/2x32"] = {"status": "out of memory", "reason": "Tried to allocate 1 GiB"}
-    for name, when, device in (("a", "2026-02-01T00:00:00+00:00", "GPU newer"), ("b", "2026-01-01T00:00:00+00:00", "GPU older")):
+    for name, when, device in (
+        ("a", "2026-02-01T00:00:00+00:00", "GPU newer"),
+        ("b", "2026-01-01T00:00:00+00:00", "GPU older"),
+    ):
         (root / f"gpu/{name}.json").write_text(json.dumps(whole | {"tiny": False, "when": when, "device": device}))
     assert newest_gpu_check(root)["device"] == newest_gpu_check(root / "study")["device"] == "GPU newer"
     shown = page()

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from experiments.model.random_models import build
 from experiments.training import hooks
 from experiments.training.engine import final_weights, fit
 from methods.errors import UserError
-from experiments.model.random_models import build
 from methods.part import REGISTERED, Part, register
 from tests import goldens
 
@@ -25,12 +25,23 @@ def run(part, *more, dtype=torch.float32, states=None, **settings):
     model = build("llama", seed=1, dtype=dtype)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     chosen = dataclasses.replace(goldens.SETTINGS, **({"epochs": 0.4} | settings))
-    return fit(model=model, parts=(part, *more), examples=goldens.texts(18, seed=12, labelled=True), settings=chosen, seed=5, base=base, states=states)
+    return fit(
+        model=model,
+        parts=(part, *more),
+        examples=goldens.texts(18, seed=12, labelled=True),
+        settings=chosen,
+        seed=5,
+        base=base,
+        states=states,
+    )
 
 
 def odd(**given):
     """A part whose hooks give what is given, or call it with the hook's arguments."""
-    functions = {name: (lambda self, value=value, **arguments: value(**arguments) if callable(value) else value) for name, value in given.items()}
+    functions = {
+        name: (lambda self, value=value, **arguments: value(**arguments) if callable(value) else value)
+        for name, value in given.items()
+    }
     return dataclasses.dataclass(frozen=True, kw_only=True)(type("Odd", (Odd,), functions))()
 
 
@@ -45,28 +56,75 @@ def masked_before(batch, **_):
 
 
 WRONG = {
-    "loss of each token": (dict(loss=lambda hidden, **_: hidden.square().sum(-1)), "odd: its `loss` gives a tensor of float32 .*: it must give a 0-dim tensor"),
+    "loss of each token": (
+        dict(loss=lambda hidden, **_: hidden.square().sum(-1)),
+        "odd: its `loss` gives a tensor of float32 .*: it must give a 0-dim tensor",
+    ),
     "loss as a number": (dict(loss=0.5), "odd: its `loss` gives 0.5: it must give a 0-dim tensor of floats, or None"),
-    "loss elsewhere": (dict(loss=lambda **_: torch.zeros((), device="meta")), "odd: its `loss` gives a tensor on meta, the run is on cpu"),
-    "penalty of each tensor": (dict(before_clip=lambda **_: torch.zeros(3)), r"odd: its `before_clip` gives a tensor of float32 \[3\]"),
+    "loss elsewhere": (
+        dict(loss=lambda **_: torch.zeros((), device="meta")),
+        "odd: its `loss` gives a tensor on meta, the run is on cpu",
+    ),
+    "penalty of each tensor": (
+        dict(before_clip=lambda **_: torch.zeros(3)),
+        r"odd: its `before_clip` gives a tensor of float32 \[3\]",
+    ),
     "penalty as text": (dict(before_clip="0.1"), "odd: its `before_clip` gives '0.1'"),
-    "no batch": (dict(batch=None), "odd: the micro-batch that its `batch` gives is None: it must be a dict with input_ids and labels"),
-    "batch without labels": (dict(batch=lambda batch, **_: {"input_ids": batch["input_ids"]}), "odd: the micro-batch .* is a dict: it must be"),
-    "labels too short": (dict(batch=lambda batch, **_: batch | {"labels": batch["labels"][:, 1:]}), "has labels a tensor of int64 .* beside input_ids"),
-    "labels as floats": (dict(batch=lambda batch, **_: batch | {"labels": batch["labels"].float()}), "it must be torch.int64, .batch, tokens., on the CPU"),
-    "padding on the left": (dict(batch=masked_before), "odd: .* attention_mask with a 0 before a 1: padding stands on the right"),
-    "an optimizer that closes": (dict(optimizer=lambda run, **_: torch.optim.LBFGS(list(run.weights.values()))), "odd: LBFGS computes the loss again"),
-    "an optimizer of its kind": (dict(optimizer=lambda run, **_: Closing(list(run.weights.values()))), "odd: Closing computes the loss again"),
-    "an optimizer of copies": (dict(optimizer=lambda run, **_: torch.optim.SGD([w.detach().clone() for w in run.weights.values()])),
-                               "odd: its optimizer holds none of the trained tensors"),
+    "no batch": (
+        dict(batch=None),
+        "odd: the micro-batch that its `batch` gives is None: it must be a dict with input_ids and labels",
+    ),
+    "batch without labels": (
+        dict(batch=lambda batch, **_: {"input_ids": batch["input_ids"]}),
+        "odd: the micro-batch .* is a dict: it must be",
+    ),
+    "labels too short": (
+        dict(batch=lambda batch, **_: batch | {"labels": batch["labels"][:, 1:]}),
+        "has labels a tensor of int64 .* beside input_ids",
+    ),
+    "labels as floats": (
+        dict(batch=lambda batch, **_: batch | {"labels": batch["labels"].float()}),
+        "it must be torch.int64, .batch, tokens., on the CPU",
+    ),
+    "padding on the left": (
+        dict(batch=masked_before),
+        "odd: .* attention_mask with a 0 before a 1: padding stands on the right",
+    ),
+    "an optimizer that closes": (
+        dict(optimizer=lambda run, **_: torch.optim.LBFGS(list(run.weights.values()))),
+        "odd: LBFGS computes the loss again",
+    ),
+    "an optimizer of its kind": (
+        dict(optimizer=lambda run, **_: Closing(list(run.weights.values()))),
+        "odd: Closing computes the loss again",
+    ),
+    "an optimizer of copies": (
+        dict(optimizer=lambda run, **_: torch.optim.SGD([w.detach().clone() for w in run.weights.values()])),
+        "odd: its optimizer holds none of the trained tensors",
+    ),
     "no optimizer": (dict(optimizer=3), "odd: its `optimizer` gives 3: it must give a torch.optim.Optimizer, or None"),
-    "a second optimizer": (dict(optimizer=lambda run, **_: torch.optim.SGD(run.weights.values())), "even and odd cannot be combined: each brings an optimizer"),
+    "a second optimizer": (
+        dict(optimizer=lambda run, **_: torch.optim.SGD(run.weights.values())),
+        "even and odd cannot be combined: each brings an optimizer",
+    ),
     "nothing finished": (dict(finish=None), "odd: its `finish` gives None: it must give a dict of tensors"),
-    "an unknown name": (dict(finish=lambda final, **_: final | {"extra.weight": torch.zeros(2)}), "odd: its `finish` gives extra.weight, which the base model"),
-    "another shape": (dict(finish=lambda final, **_: {n: t[:1] for n, t in final.items()}), "odd: its `finish` gives a tensor of .* for model"),
-    "fewer bits": (dict(finish=lambda final, **_: {n: t.bfloat16() for n, t in final.items()}), "in torch.bfloat16, which holds less than the base's torch.float32"),
-    "whole numbers": (dict(finish=lambda final, **_: {n: t.to(torch.int8) for n, t in final.items()}), "in torch.int8, which holds less"),
-}  # fmt: skip
+    "an unknown name": (
+        dict(finish=lambda final, **_: final | {"extra.weight": torch.zeros(2)}),
+        "odd: its `finish` gives extra.weight, which the base model",
+    ),
+    "another shape": (
+        dict(finish=lambda final, **_: {n: t[:1] for n, t in final.items()}),
+        "odd: its `finish` gives a tensor of .* for model",
+    ),
+    "fewer bits": (
+        dict(finish=lambda final, **_: {n: t.bfloat16() for n, t in final.items()}),
+        "in torch.bfloat16, which holds less than the base's torch.float32",
+    ),
+    "whole numbers": (
+        dict(finish=lambda final, **_: {n: t.to(torch.int8) for n, t in final.items()}),
+        "in torch.int8, which holds less",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", WRONG)
@@ -77,17 +135,26 @@ def test_what_is_wrong_is_named(what):
     with pytest.raises(UserError, match=said):
         if "finish" in given:
             result = run(odd(), epochs=0.1)
-            hooks.finished(part, part.finish(run=result.run, state={}, final=final_weights(result, ())), base=result.run.base)
+            hooks.finished(
+                part, part.finish(run=result.run, state={}, final=final_weights(result, ())), base=result.run.base
+            )
         else:
             run(part, *others, epochs=0.1)
 
 
 def test_what_is_documented_works():
     plain = run(odd()).curve
-    part = odd(before_clip=lambda step, **_: [0.5, torch.tensor(0.5), torch.tensor([0.5], dtype=torch.float64)][step % 3] if step else 0.5,
-               loss=lambda hidden, **_: hidden.sum().view(1) * 0, finish=lambda final, **_: {n: t.double() for n, t in final.items()})  # fmt: skip
+    part = odd(
+        before_clip=lambda step, **_: (
+            [0.5, torch.tensor(0.5), torch.tensor([0.5], dtype=torch.float64)][step % 3] if step else 0.5
+        ),
+        loss=lambda hidden, **_: hidden.sum().view(1) * 0,
+        finish=lambda final, **_: {n: t.double() for n, t in final.items()},
+    )
     result = run(part)
-    assert [row["penalty"] for row in result.curve] == [0.5, 0.5] and [row["loss"] for row in result.curve] == [row["loss"] for row in plain]
+    assert [row["penalty"] for row in result.curve] == [0.5, 0.5] and [row["loss"] for row in result.curve] == [
+        row["loss"] for row in plain
+    ]
     assert {t.dtype for t in final_weights(result, (part,)).values()} == {torch.float64}
     half = run(odd(), dtype=torch.bfloat16)
     final = {n: t.bfloat16() for n, t in final_weights(half, ()).items()}
@@ -109,6 +176,7 @@ def test_two_starts_and_a_strange_one_are_refused():
 
 def test_labels_that_a_part_changes_count_in_the_steps_division():
     """Rows doubled, and half of the labels dropped: each step's loss is the mean over the labels that are left."""
+
     def doubled(batch, **_):
         return {name: torch.cat([tensor, tensor]) for name, tensor in batch.items()}
 
@@ -132,8 +200,14 @@ def test_labels_that_a_part_changes_count_in_the_steps_division():
         assert (untouched.tokens, untouched.flops) == (plain.tokens, plain.flops)
     model = build("llama", seed=1)
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
-    wanted = fit(model=model, parts=(), examples=[only_last(e) for e in goldens.texts(18, seed=12, labelled=True)], seed=5, base=base,
-                 settings=dataclasses.replace(goldens.SETTINGS, epochs=0.4))  # fmt: skip
+    wanted = fit(
+        model=model,
+        parts=(),
+        examples=[only_last(e) for e in goldens.texts(18, seed=12, labelled=True)],
+        seed=5,
+        base=base,
+        settings=dataclasses.replace(goldens.SETTINGS, epochs=0.4),
+    )
     found = run(odd(batch=thinned))
     assert [row["loss"] for row in found.curve] == pytest.approx([row["loss"] for row in wanted.curve], rel=1e-5)
 
@@ -141,6 +215,7 @@ def test_labels_that_a_part_changes_count_in_the_steps_division():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_that_a_part_changes_after_a_step_are_those_of_the_next(dtype):
     """Weights put back to the base after every step: every loss is one of the base."""
+
     def back(run, **_):
         for name, weight in run.weights.items():
             weight.copy_(run.base[name])
@@ -153,13 +228,30 @@ def test_weights_that_a_part_changes_after_a_step_are_those_of_the_next(dtype):
 @pytest.mark.parametrize(("hook", "capability"), [("optimizer", "optimizer"), ("adapt", "adapts")])
 def test_a_hook_without_its_capability_is_refused(hook, capability):
     kind = dataclasses.dataclass(frozen=True, kw_only=True)(type("Quiet", (Part,), {hook: lambda self, *_, **__: None}))
-    with pytest.raises(TypeError, match=f"part 'quiet': it has the hook `{hook}`, so write '{capability}' among its capabilities"):
+    with pytest.raises(
+        TypeError, match=f"part 'quiet': it has the hook `{hook}`, so write '{capability}' among its capabilities"
+    ):
         register(title="x", paper="", line="x.", key="quiet")(kind)
     assert "quiet" not in REGISTERED
 
 
 def test_a_report_is_made_json():
-    facts = {"loss": torch.tensor(0.5), "each": torch.arange(3), 3: np.float32(0.25), "array": np.ones(2), "pair": (1, {"a"}), "nan": math.nan, "what": Part}
+    facts = {
+        "loss": torch.tensor(0.5),
+        "each": torch.arange(3),
+        3: np.float32(0.25),
+        "array": np.ones(2),
+        "pair": (1, {"a"}),
+        "nan": math.nan,
+        "what": Part,
+    }
     found = hooks.report(odd(report=facts), run=None, state={})
     assert json.loads(json.dumps(found, allow_nan=False)) == {
-        "loss": 0.5, "each": [0, 1, 2], "3": 0.25, "array": [1.0, 1.0], "pair": [1, ["a"]], "nan": "nan", "what": str(Part)}  # fmt: skip
+        "loss": 0.5,
+        "each": [0, 1, 2],
+        "3": 0.25,
+        "array": [1.0, 1.0],
+        "pair": [1, ["a"]],
+        "nan": "nan",
+        "what": str(Part),
+    }

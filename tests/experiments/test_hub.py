@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from experiments.model import hub, random_models, tuned, weights
+from experiments.model import random_models, tuned, weights
 from methods.errors import UserError
 from tests.experiments.hub_server import COMMIT, Hub, digest, fill_cache, run_python
 
@@ -37,7 +37,9 @@ for name in names:
 """
 
 
-def save(folder: Path, architecture: str = "llama", *, shard: str = "5GB", dtype: torch.dtype = torch.float32, **config):
+def save(
+    folder: Path, architecture: str = "llama", *, shard: str = "5GB", dtype: torch.dtype = torch.float32, **config
+):
     model = random_models.build(architecture, seed=5, dtype=dtype, **config)
     model.save_pretrained(folder, max_shard_size=shard)
     random_models.byte_tokenizer().save_pretrained(folder)
@@ -64,7 +66,9 @@ def test_a_filled_cache_is_enough_offline_also_for_weights_in_several_files(tmp_
     base = make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
     assert base["revision"] == COMMIT and base["sha256"] == weights.tensor_sha256(tmp_path / "given")
     assert json.loads((tmp_path / "made" / "base.json").read_text()) == base
-    for (name, a), b in zip(weights.load_model(tmp_path / "made", dtype="auto").named_parameters(), model.parameters(), strict=True):
+    for (name, a), b in zip(
+        weights.load_model(tmp_path / "made", dtype="auto").named_parameters(), model.parameters(), strict=True
+    ):
         assert torch.equal(a, b), name
     assert not [file for file in (tmp_path / "made").iterdir() if file.is_symlink()]
 
@@ -77,7 +81,9 @@ def test_a_branch_is_resolved_and_its_commit_recorded_and_told(tmp_path, cache, 
         assert f"someone/tiny at main is commit {COMMIT}: name it in the source" in capsys.readouterr().out
     make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
     assert "is commit" not in capsys.readouterr().out
-    with pytest.raises(UserError, match=f"'someone/tiny' at revision {'f' * 40} is not in the local hub cache, or not whole"):
+    with pytest.raises(
+        UserError, match=f"'someone/tiny' at revision {'f' * 40} is not in the local hub cache, or not whole"
+    ):
         make(tmp_path / "made", source=f"hub:someone/tiny@{'f' * 40}")
 
 
@@ -100,16 +106,22 @@ def test_a_cache_that_is_damaged_or_lacks_a_file_is_refused_by_the_files_name(tm
     for file in (shard, settings):
         whole, blob = file.read_bytes(), file.resolve()
         blob.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-        with pytest.raises(UserError, match=f"{file.name} of someone/tiny is damaged: its hash is .* Delete .*{blob.name}"):
+        with pytest.raises(
+            UserError, match=f"{file.name} of someone/tiny is damaged: its hash is .* Delete .*{blob.name}"
+        ):
             make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
         blob.unlink()
         with pytest.raises(UserError, match=f"{file.name} of someone/tiny is missing"):
             make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
         blob.write_bytes(whole)
-    shutil.copytree(snapshot, tmp_path / "copy", symlinks=False)  # as on a file system without links: nothing to check against
+    shutil.copytree(
+        snapshot, tmp_path / "copy", symlinks=False
+    )  # as on a file system without links: nothing to check against
     shutil.rmtree(snapshot)
     shutil.copytree(tmp_path / "copy", snapshot)
-    assert make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")["sha256"] == weights.tensor_sha256(tmp_path / "given")
+    assert make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")["sha256"] == weights.tensor_sha256(
+        tmp_path / "given"
+    )
     shutil.rmtree(tmp_path / "made")
     shard.unlink()
     with pytest.raises(UserError, match=f"model 'tiny': .*{shard.name}"):
@@ -142,31 +154,57 @@ def given(tmp_path_factory):
     (folder / "model" / "original" / "model.safetensors").write_bytes(b"the same once more")
     (folder / "model" / "modeling_own.py").write_text("raise SystemExit('run')")
     (folder / "rows").mkdir()
-    Dataset.from_list([{"q": f"question {i}"} for i in range(5)]).to_parquet(str(folder / "rows" / "train-00000-of-00001.parquet"))
+    Dataset.from_list([{"q": f"question {i}"} for i in range(5)]).to_parquet(
+        str(folder / "rows" / "train-00000-of-00001.parquet")
+    )
     return folder
 
 
 def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
     faults = {
-        "gated": (403, "GatedRepo", "Access to model is restricted"), "gone": (401, "RepoNotFound", "Repository not found"),
-        "off": (403, "", "Access to this resource is disabled."), "login": (401, "", "Invalid credentials in Authorization header"),
-        "rights": (403, "", "no"), "often": (429, "", "We had to rate limit you"), "broken": (503, "", ""), "fault": (500, "", "Internal"),
-    }  # fmt: skip
+        "gated": (403, "GatedRepo", "Access to model is restricted"),
+        "gone": (401, "RepoNotFound", "Repository not found"),
+        "off": (403, "", "Access to this resource is disabled."),
+        "login": (401, "", "Invalid credentials in Authorization header"),
+        "rights": (403, "", "no"),
+        "often": (429, "", "We had to rate limit you"),
+        "broken": (503, "", ""),
+        "fault": (500, "", "Internal"),
+    }
     said = {
         "gated": "is gated: accept its terms at https://huggingface.co/{page}someone/gated, then log in with `hf auth login`",
-        "gone": "was not found on the hub: check the name .*renamed.*if it is private, log in", "off": "was disabled by the hub",
-        "login": r"is refused to this login \(HTTP 401\).*hf auth login", "rights": r"is refused to this login \(HTTP 403\)",
+        "gone": "was not found on the hub: check the name .*renamed.*if it is private, log in",
+        "off": "was disabled by the hub",
+        "login": r"is refused to this login \(HTTP 401\).*hf auth login",
+        "rights": r"is refused to this login \(HTTP 403\)",
         "often": r"cannot be fetched now: the hub limits how often it is asked \(HTTP 429\). Wait",
         "broken": r"cannot be fetched now: the hub has a fault of its own \(HTTP 503\). Run again later",
         "fault": r"cannot be fetched now: the hub has a fault of its own \(HTTP 500\)",
-    }  # fmt: skip
-    folders = {("models", "someone/tiny"): given / "model", ("datasets", "someone/rows"): given / "rows",
-               ("models", "someone/llama"): given / "model"}  # fmt: skip
-    asked = [f"{kind}:someone/{name}:{revision}" for kind in ("model", "data set") for name in faults for revision in ("main", COMMIT)]
-    more = ["model:someone/tiny:v9", f"model:someone/tiny:{'e' * 40}", "model:not/a/name:main", "data set:someone/rows:v9",
-            f"model:someone/llama:{COMMIT}"]  # fmt: skip
-    with Hub(folders=folders, faults={f"someone/{name}": fault for name, fault in faults.items()}, gated={"someone/llama"}) as server:
-        lines = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), *asked, *more, HF_ENDPOINT=server.url).splitlines()
+    }
+    folders = {
+        ("models", "someone/tiny"): given / "model",
+        ("datasets", "someone/rows"): given / "rows",
+        ("models", "someone/llama"): given / "model",
+    }
+    asked = [
+        f"{kind}:someone/{name}:{revision}"
+        for kind in ("model", "data set")
+        for name in faults
+        for revision in ("main", COMMIT)
+    ]
+    more = [
+        "model:someone/tiny:v9",
+        f"model:someone/tiny:{'e' * 40}",
+        "model:not/a/name:main",
+        "data set:someone/rows:v9",
+        f"model:someone/llama:{COMMIT}",
+    ]
+    with Hub(
+        folders=folders, faults={f"someone/{name}": fault for name, fault in faults.items()}, gated={"someone/llama"}
+    ) as server:
+        lines = run_python(
+            ASK, tmp_path / "hf", str(tmp_path / "out"), *asked, *more, HF_ENDPOINT=server.url
+        ).splitlines()
     for request, line in zip(asked, lines, strict=False):
         kind, name, revision = request.split(":")
         expected = said[name.removeprefix("someone/")].replace("{page}", "datasets/" if kind == "data set" else "")
@@ -177,21 +215,40 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
     assert f"model 'someone/llama' at revision {COMMIT} is gated: accept its terms" in files
     assert "OWNER/NAME" in name and "data set 'someone/rows' at revision v9 does not exist" in rows
     # nobody answers there any more
-    lines = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), "model:someone/tiny:main", f"model:someone/tiny:{COMMIT}",
-                       "data set:someone/rows:main", HF_ENDPOINT=server.url).splitlines()  # fmt: skip
+    lines = run_python(
+        ASK,
+        tmp_path / "hf",
+        str(tmp_path / "out"),
+        "model:someone/tiny:main",
+        f"model:someone/tiny:{COMMIT}",
+        "data set:someone/rows:main",
+        HF_ENDPOINT=server.url,
+    ).splitlines()
     assert len(lines) == 3 and all("the hub is not reachable. Check the network" in line for line in lines)
     line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), "model:someone/tiny:main", HF_HUB_OFFLINE="1")
-    assert "model 'someone/tiny' at revision main is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set" in line
+    assert (
+        "model 'someone/tiny' at revision main is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set"
+        in line
+    )
 
 
 def test_a_disk_without_room_is_told_before_anything_is_fetched(tmp_path, given):
     """Room for what is to be fetched and for a copy: of the same size, or of the size that parameters and dtype make."""
     shard = next((given / "model").glob("model-00001-of-*.safetensors")).name
     with Hub(folders={("models", "someone/big"): given / "model"}, sizes={shard: 2**60}) as server:
-        same, smaller = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), f"model:someone/big:{COMMIT}",
-                                   f"model:someone/big:{COMMIT}:{2**58}", HF_ENDPOINT=server.url).splitlines()  # fmt: skip
+        same, smaller = run_python(
+            ASK,
+            tmp_path / "hf",
+            str(tmp_path / "out"),
+            f"model:someone/big:{COMMIT}",
+            f"model:someone/big:{COMMIT}:{2**58}",
+            HF_ENDPOINT=server.url,
+        ).splitlines()
     for line, needed in ((same, 2**61), (smaller, 2**60 + 2**58)):
-        assert f"too little disk for someone/big ({2**30:.1f} GiB to fetch" in line and f": {needed / 2**30:.1f} GiB needed at" in line
+        assert (
+            f"too little disk for someone/big ({2**30:.1f} GiB to fetch" in line
+            and f": {needed / 2**30:.1f} GiB needed at" in line
+        )
     assert not [request for request in server.asked if request.startswith("GET") and "/resolve/" in request]
 
 
@@ -213,10 +270,14 @@ def test_a_download_that_is_cut_off_goes_on_or_begins_anew(tmp_path, given):
         assert Path(line.strip()) == cache / "snapshots" / COMMIT
     fetched = [request for request in server.asked if request.startswith("GET") and "/resolve/" in request]
     assert kept and not [request for request in fetched if request.split("/")[-1].split()[0] in kept]
-    assert [request for request in fetched if shard in request and "bytes=" in request]  # it went on where it was cut off
+    assert [
+        request for request in fetched if shard in request and "bytes=" in request
+    ]  # it went on where it was cut off
     names = {file.name for file in (cache / "snapshots" / COMMIT).iterdir()}
     assert names == {file.name for file in (given / "model").iterdir() if file.suffix in (".json", ".safetensors")}
-    assert all((cache / "snapshots" / COMMIT / name).read_bytes() == (given / "model" / name).read_bytes() for name in names)
+    assert all(
+        (cache / "snapshots" / COMMIT / name).read_bytes() == (given / "model" / name).read_bytes() for name in names
+    )
     assert run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), ask, HF_HUB_OFFLINE="1") == line
 
 
@@ -243,7 +304,9 @@ def test_weights_that_could_not_be_used_are_not_fetched(tmp_path, given):
     finally:
         config.write_text(before)
     assert "model 'tiny': someone/tiny is quantised (gptq" in line
-    assert [request for request in server.asked if "config.json" in request] and not [request for request in server.asked if request.split()[1].endswith(".safetensors")]
+    assert [request for request in server.asked if "config.json" in request] and not [
+        request for request in server.asked if request.split()[1].endswith(".safetensors")
+    ]
 
 
 def test_a_renamed_repository_is_followed(tmp_path, given):
@@ -280,7 +343,10 @@ def test_rows_of_the_hub_are_of_the_commit_asked_for_also_from_the_cache(tmp_pat
         server.faults.clear()
         server.gated.add("someone/rows")
         line = run_python(ROWS, tmp_path / "new", COMMIT, HF_ENDPOINT=server.url)
-        assert f"data set 'someone/rows' at revision {COMMIT} is gated: accept its terms at https://huggingface.co/datasets/" in line
+        assert (
+            f"data set 'someone/rows' at revision {COMMIT} is gated: accept its terms at https://huggingface.co/datasets/"
+            in line
+        )
     kept, refused = run_python(ROWS, tmp_path / "hf", COMMIT, other, HF_HUB_OFFLINE="1").splitlines()
     assert kept == f"5 hub:someone/rows@{COMMIT}/train"
     assert f"'someone/rows' in the local cache is of commit {COMMIT}, not {other}" in refused
@@ -301,7 +367,9 @@ def watch(event, given):
         raise OSError(f"connection refused by the test: {event} {address}")
 sys.addaudithook(watch)
 """
-STAGES = GUARD + """
+STAGES = (
+    GUARD
+    + """
 import importlib, pkgutil
 from pathlib import Path
 import analysis, evaluation, experiments, methods
@@ -332,6 +400,7 @@ assert [thread.name for thread in threading.enumerate() if "conversion" in threa
 assert not asked, asked
 print("nothing asked")
 """
+)
 
 
 def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
@@ -347,8 +416,15 @@ def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
     text = text.replace("random:llama", f"hub:someone/tiny@{COMMIT}")
     text = text.replace("dtype: float32", "dtype: float16\n    compute_dtype: float64")
     (study / "params.yaml").write_text(text)
-    said = run_python(STAGES, tmp_path / "hf", str(tmp_path / "root"), f"path:{tmp_path / 'gptj'}", "random:gptj",
-                      f"hub:someone/tiny@{COMMIT}", HF_HUB_OFFLINE="1")  # fmt: skip
+    said = run_python(
+        STAGES,
+        tmp_path / "hf",
+        str(tmp_path / "root"),
+        f"path:{tmp_path / 'gptj'}",
+        "random:gptj",
+        f"hub:someone/tiny@{COMMIT}",
+        HF_HUB_OFFLINE="1",
+    )
     assert said.splitlines()[-1] == "nothing asked"
     measured = json.loads((tmp_path / "root/results/demo/runs/llama-tiny/sums/ewc/seed0/train.json").read_text())
     assert measured["compute_dtype"] == "float64" and measured["dtype"] == "float16"
@@ -359,7 +435,9 @@ def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
     assert not all(torch.equal(tensor, base[name].half()) for name, tensor in trained.items())
 
 
-ONLINE = GUARD + """
+ONLINE = (
+    GUARD
+    + """
 from pathlib import Path
 from urllib.parse import urlsplit
 from huggingface_hub import constants
@@ -375,6 +453,7 @@ rows.read({"hub": {"path": "someone/rows", "split": "train"}}, packages={}, pref
 assert asked and all(f", {hub})" in address for address in asked), asked
 print(base["revision"], base["sha256"])
 """
+)
 
 
 def test_a_hub_source_asks_the_hub_and_nobody_else(tmp_path, given):
@@ -384,11 +463,25 @@ def test_a_hub_source_asks_the_hub_and_nobody_else(tmp_path, given):
     (old / "model.safetensors").unlink()
     torch.save(model.state_dict(), old / "pytorch_model.bin")
     (old / "pytorch_model.bin.index.json").write_text("{}")
-    folders = {("models", "someone/tiny"): given / "model", ("models", "someone/old"): old, ("datasets", "someone/rows"): given / "rows"}
+    folders = {
+        ("models", "someone/tiny"): given / "model",
+        ("models", "someone/old"): old,
+        ("datasets", "someone/rows"): given / "rows",
+    }
     with Hub(folders=folders) as server:
-        said = run_python(ONLINE, tmp_path / "hf", str(tmp_path), digest(old / "pytorch_model.bin"), HF_ENDPOINT=server.url)
+        said = run_python(
+            ONLINE, tmp_path / "hf", str(tmp_path), digest(old / "pytorch_model.bin"), HF_ENDPOINT=server.url
+        )
     assert said.splitlines()[-1] == f"{COMMIT} {weights.tensor_sha256(given / 'model')}"
     # what a repository has beside its weights stays there: copies in other forms, and code
-    assert not [request for request in server.asked if "original" in request or "/modeling_own.py" in request or "agent" in request]
-    assert all(request.split()[1].startswith(("/api/models/someone/", "/api/datasets/someone/", "/someone/", "/datasets/someone/"))
-               for request in server.asked)  # fmt: skip
+    assert not [
+        request
+        for request in server.asked
+        if "original" in request or "/modeling_own.py" in request or "agent" in request
+    ]
+    assert all(
+        request.split()[1].startswith(
+            ("/api/models/someone/", "/api/datasets/someone/", "/someone/", "/datasets/someone/")
+        )
+        for request in server.asked
+    )

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from experiments.training.engine import fit
 from experiments.model.random_models import build
+from experiments.training.engine import fit
 from experiments.training.resume import Resume
 from methods import registry
 from methods.part import Part, Prepared, Run
@@ -20,7 +20,12 @@ from tests import goldens
 from tests.experiments import worlds
 
 LORA = {"rank": 2, "targets": ["q_proj", "v_proj"], "dropout": 0.1}
-SMALL = {"ewc": {"strength": 10.0, "samples": 6, "length": 32}, "hierarchical": {"samples": 6, "length": 32, "epochs": 2.0}, "lora": LORA, "mofo": {}}
+SMALL = {
+    "ewc": {"strength": 10.0, "samples": 6, "length": 32},
+    "hierarchical": {"samples": 6, "length": 32, "epochs": 2.0},
+    "lora": LORA,
+    "mofo": {},
+}
 ENGINE = ({"moments": "bfloat16"}, {"pack": 64}, {"checkpointing": True}, {"micro_batch": 1})
 
 
@@ -66,7 +71,12 @@ def stops(blocks: dict, **settings) -> tuple[dict, list[int]]:
             prepared += block.get("samples", 0)
         if key == "hierarchical":
             prepared += round(block.get("epochs", 1.0) * -(-block["samples"] // goldens.SETTINGS.batch))
-    found = {before + kept + 1 for before, count in ((0, prepared), (prepared, trained)) for kept in (1, count // 2, count - 1) if 0 < kept < count}
+    found = {
+        before + kept + 1
+        for before, count in ((0, prepared), (prepared, trained))
+        for kept in (1, count // 2, count - 1)
+        if 0 < kept < count
+    }
     return whole, sorted(found)
 
 
@@ -82,7 +92,9 @@ def goes_on(blocks: dict, folder, *, few: bool = False, **settings) -> None:
         resumed.append(again["resumed"])
         for key in ("final", "reports", "watched", "curve"):
             assert same(again[key], whole[key]), f"{blocks} {settings} stopped after {stop}: {key}"
-    assert resumed[-1] == len(whole["curve"]) // 2 if few else resumed[-1] == len(whole["curve"]) - 1, "no checkpoint was gone on from"
+    assert resumed[-1] == len(whole["curve"]) // 2 if few else resumed[-1] == len(whole["curve"]) - 1, (
+        "no checkpoint was gone on from"
+    )
 
 
 def variations(part: type[Part]) -> list[dict]:
@@ -90,7 +102,12 @@ def variations(part: type[Part]) -> list[dict]:
     kinds, found = typing.get_type_hints(part), []
     for field in declared(part):
         kind, default = kinds[field.name], field.metadata["default"]
-        choices = [choice for option in (kind, *typing.get_args(kind)) if typing.get_origin(option) is typing.Literal for choice in typing.get_args(option)]
+        choices = [
+            choice
+            for option in (kind, *typing.get_args(kind))
+            if typing.get_origin(option) is typing.Literal
+            for choice in typing.get_args(option)
+        ]
         if kind is bool:
             choices = [True, False]
         within = field.metadata["within"]
@@ -102,14 +119,24 @@ def variations(part: type[Part]) -> list[dict]:
 
 def test_variations_are_those_of_the_declarations():
     found = variations(registry.parts()["hierarchical"])
-    assert {"preset": "official"} in found and {"consolidate": "epoch"} in found and {"bits": 32} in found and {"density": 0.5} in found
+    assert (
+        {"preset": "official"} in found
+        and {"consolidate": "epoch"} in found
+        and {"bits": 32} in found
+        and {"density": 0.5} in found
+    )
     assert {"carry_optimizer": True} in found and {"clamp": "step"} in found and {"consolidate": "end"} not in found
-    assert {"dropout": 0.5} in variations(registry.parts()["lora"]) and {"fraction": 0.5} in variations(registry.parts()["mofo"])
+    assert {"dropout": 0.5} in variations(registry.parts()["lora"]) and {"fraction": 0.5} in variations(
+        registry.parts()["mofo"]
+    )
 
 
 OFTEN = {name: (blocks, {}) for name, blocks in goldens.METHODS.items()} | {
     "official": ({"lora": LORA, "hierarchical": SMALL["hierarchical"] | {"preset": "official"}}, {}),
-    "official, filtered": ({"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}}, {"moments": "bfloat16"}),
+    "official, filtered": (
+        {"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}},
+        {"moments": "bfloat16"},
+    ),
 }
 
 
@@ -132,9 +159,14 @@ def product() -> list:
                 found.append((blocks, {}))
         for settings in ENGINE:
             found.append(({key: base}, settings))
-    found += [({"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}, **more}, settings)
-              for more in ({}, {"lora": LORA}) for settings in ({}, *ENGINE)]  # fmt: skip
-    return [pytest.param(*one, id=f"{'+'.join(one[0])} {[b for b in one[0].values()][0]} {one[1]}"[:120]) for one in found]
+    found += [
+        ({"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}, **more}, settings)
+        for more in ({}, {"lora": LORA})
+        for settings in ({}, *ENGINE)
+    ]
+    return [
+        pytest.param(*one, id=f"{'+'.join(one[0])} {[b for b in one[0].values()][0]} {one[1]}"[:120]) for one in found
+    ]
 
 
 @pytest.mark.thorough
@@ -172,19 +204,55 @@ class Hoard(Part):
         name = next(iter(run.weights))
         shared = torch.zeros(6)
         state |= {
-            "calls": 0, "ratio": 0.5, "on": False, "said": "", "nothing": None, "seen": [], "pair": (1, 2.0), "names": {"a"}, "last": collections.deque(maxlen=3),
-            "nested": {"deep": [{"count": 0}, {"tensor": torch.zeros(3)}]}, "window": Window([], torch.zeros(2), torch.ones(2)),
-            "in place": torch.zeros(4), "through data": torch.ones(4), "array": np.zeros(3), "number": np.float32(1), "view": shared[2:4], "whole": shared,
-            "still": torch.arange(5.0), "expanded": torch.zeros(1).expand(3), "draws": random.Random(3), "torch draws": torch.Generator().manual_seed(4),
-            "numpy draws": np.random.default_rng(5), "head": torch.nn.Linear(2, 2), "weight": run.weights[name], "optimizer": None, 7: "by number",
-            "twice": shared, "gone": [1, 2], "iterator": iter([1, 2, 3]) if self.odd == "iterator" else None, "tally": Tally(),
-        }  # fmt: skip
+            "calls": 0,
+            "ratio": 0.5,
+            "on": False,
+            "said": "",
+            "nothing": None,
+            "seen": [],
+            "pair": (1, 2.0),
+            "names": {"a"},
+            "last": collections.deque(maxlen=3),
+            "nested": {"deep": [{"count": 0}, {"tensor": torch.zeros(3)}]},
+            "window": Window([], torch.zeros(2), torch.ones(2)),
+            "in place": torch.zeros(4),
+            "through data": torch.ones(4),
+            "array": np.zeros(3),
+            "number": np.float32(1),
+            "view": shared[2:4],
+            "whole": shared,
+            "still": torch.arange(5.0),
+            "expanded": torch.zeros(1).expand(3),
+            "draws": random.Random(3),
+            "torch draws": torch.Generator().manual_seed(4),
+            "numpy draws": np.random.default_rng(5),
+            "head": torch.nn.Linear(2, 2),
+            "weight": run.weights[name],
+            "optimizer": None,
+            7: "by number",
+            "twice": shared,
+            "gone": [1, 2],
+            "iterator": iter([1, 2, 3]) if self.odd == "iterator" else None,
+            "tally": Tally(),
+        }
         torch.nn.init.constant_(state["head"].weight, 1.0)
         state["head optimizer"] = torch.optim.Adam(state["head"].parameters(), lr=0.1)
 
     def before_clip(self, *, run, state, step):
-        scale = state["calls"] + state["draws"].random() + state["in place"].sum() + state["nested"]["deep"][0]["count"] + state["head"].weight.sum()
-        scale = scale + torch.rand(1, generator=state["torch draws"]).item() + state["numpy draws"].random() + sum(state["seen"]) + state["array"].sum()
+        scale = (
+            state["calls"]
+            + state["draws"].random()
+            + state["in place"].sum()
+            + state["nested"]["deep"][0]["count"]
+            + state["head"].weight.sum()
+        )
+        scale = (
+            scale
+            + torch.rand(1, generator=state["torch draws"]).item()
+            + state["numpy draws"].random()
+            + sum(state["seen"])
+            + state["array"].sum()
+        )
         for weight in run.weights.values():
             weight.grad.add_(weight.detach(), alpha=1e-4 * float(scale))
         return 1e-3 * float(scale)
@@ -227,8 +295,15 @@ def run(parts, folder=None, stop=worlds.NEVER, *, every=0.0, examples=18, **sett
     base = {n: p.detach().clone() for n, p in model.named_parameters()}
     resume = Resume(folder / "run", identity={}, every=every) if folder else None
     chosen = dataclasses.replace(goldens.SETTINGS, **settings)
-    return fit(model=model, parts=(*parts, worlds.Stop(left=[stop])), examples=goldens.texts(examples, seed=12, labelled=True), settings=chosen,
-               seed=5, base=base, resume=resume)  # fmt: skip
+    return fit(
+        model=model,
+        parts=(*parts, worlds.Stop(left=[stop])),
+        examples=goldens.texts(examples, seed=12, labelled=True),
+        settings=chosen,
+        seed=5,
+        base=base,
+        resume=resume,
+    )
 
 
 def weights(result):
@@ -251,10 +326,15 @@ def test_whatever_changes_in_a_state_is_kept(tmp_path):
         assert found.keys() == whole.states["hoard"].keys()
         assert found["numpy draws"].random() == run([Hoard()]).states["hoard"]["numpy draws"].random()
         assert found["twice"] is found["whole"] and found["later alias"] is found["later"]
-        assert found["view"].data_ptr() == found["whole"][2:].data_ptr() and found["weight"] is next(iter(again.run.weights.values()))
+        assert found["view"].data_ptr() == found["whole"][2:].data_ptr() and found["weight"] is next(
+            iter(again.run.weights.values())
+        )
 
 
-@pytest.mark.parametrize(("odd", "said"), [("tally", r'hoard: state\["tally"\] is a .*Tally'), ("iterator", r'hoard: state\["iterator"\] is a .*iterator')])
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [("tally", r'hoard: state\["tally"\] is a .*Tally'), ("iterator", r'hoard: state\["iterator"\] is a .*iterator')],
+)
 def test_what_cannot_be_put_back_is_said_and_no_checkpoint_is_written(tmp_path, capfd, odd, said):
     whole = run([Hoard(odd=odd)], tmp_path)
     err = capfd.readouterr().err
@@ -320,10 +400,18 @@ class Brings(Part):
         if self.kind == "own tensor":
             given.append(torch.ones(3, requires_grad=True))
         return {
-            "mixed": Mixed, "around": Around, "plain": torch.optim.SGD, "own tensor": torch.optim.Adam, "adadelta": torch.optim.Adadelta, "nadam": torch.optim.NAdam,
-            "momentum": lambda given, lr: torch.optim.SGD(given, lr=lr, momentum=0.9, nesterov=True), "rprop": torch.optim.Rprop,
-            "asgd": torch.optim.ASGD, "adafactor": torch.optim.Adafactor, "amsgrad": lambda given, lr: torch.optim.Adam(given, lr=lr, amsgrad=True),
-        }[self.kind](given, lr=learning_rate)  # fmt: skip
+            "mixed": Mixed,
+            "around": Around,
+            "plain": torch.optim.SGD,
+            "own tensor": torch.optim.Adam,
+            "adadelta": torch.optim.Adadelta,
+            "nadam": torch.optim.NAdam,
+            "momentum": lambda given, lr: torch.optim.SGD(given, lr=lr, momentum=0.9, nesterov=True),
+            "rprop": torch.optim.Rprop,
+            "asgd": torch.optim.ASGD,
+            "adafactor": torch.optim.Adafactor,
+            "amsgrad": lambda given, lr: torch.optim.Adam(given, lr=lr, amsgrad=True),
+        }[self.kind](given, lr=learning_rate)
 
     def before_clip(self, *, run, state, step):
         if "own" in state:
@@ -337,9 +425,15 @@ class Brings(Part):
         return {"own": state["own"].tolist()} if "own" in state else {}
 
 
-@pytest.mark.parametrize("kind", ["mixed", "around", "own tensor", pytest.param("every other", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize(
+    "kind", ["mixed", "around", "own tensor", pytest.param("every other", marks=pytest.mark.thorough)]
+)
 def test_whatever_an_optimizer_holds_is_kept(tmp_path, kind):
-    for kind in [kind] if kind != "every other" else ["plain", "momentum", "adadelta", "nadam", "rprop", "asgd", "adafactor", "amsgrad"]:
+    for kind in (
+        [kind]
+        if kind != "every other"
+        else ["plain", "momentum", "adadelta", "nadam", "rprop", "asgd", "adafactor", "amsgrad"]
+    ):
         whole = run([Brings(kind=kind)])
         for stop in (2, 4, 7):
             here = tmp_path / f"{kind} {stop}"
@@ -348,11 +442,18 @@ def test_whatever_an_optimizer_holds_is_kept(tmp_path, kind):
             again = run([Brings(kind=kind)], here)
             assert again.resumed == stop - 1 and same(weights(again), weights(whole)), f"{kind} {stop}"
             assert same(moments(again.run, again.optimizer), moments(whole.run, whole.optimizer))
-            groups = [[{k: v for k, v in g.items() if k != "params"} for g in r.optimizer.param_groups] for r in (again, whole)]
+            groups = [
+                [{k: v for k, v in g.items() if k != "params"} for g in r.optimizer.param_groups]
+                for r in (again, whole)
+            ]
             assert same(*groups) and same(again.states["brings"], whole.states["brings"])
             if kind == "mixed":
                 found, wanted = again.optimizer, whole.optimizer
-                assert (found.total, found.slow, found.state["calls"]) == (wanted.total, wanted.slow, wanted.state["calls"]) == (7, [7, 6, 5], 7)
+                assert (
+                    (found.total, found.slow, found.state["calls"])
+                    == (wanted.total, wanted.slow, wanted.state["calls"])
+                    == (7, [7, 6, 5], 7)
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -407,7 +508,9 @@ def test_a_preparation_of_several_phases_goes_on(tmp_path, monkeypatch):
         with pytest.raises(worlds.Stopped):
             worlds.cell("llama", "", blocks={"two_phases": {}}, folder=tmp_path / str(stop), stop=stop)
         again = worlds.cell("llama", "", blocks={"two_phases": {}}, folder=tmp_path / str(stop), watch=watched)
-        assert same(again["final"], whole["final"]) and same(again["watched"]["prepared"], whole["watched"]["prepared"]), stop
+        assert same(again["final"], whole["final"]) and same(
+            again["watched"]["prepared"], whole["watched"]["prepared"]
+        ), stop
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from experiments.training import loss
-from methods.tools.architecture import head, hidden_states
 from experiments.training.batches import collate
+from methods.tools.architecture import head, hidden_states
 
 
 def ragged(seed=0, sizes=(7, 12, 3)):
@@ -23,7 +23,9 @@ def ragged(seed=0, sizes=(7, 12, 3)):
 def test_sum_equals_transformers_loss(model_name, request):
     model = request.getfixturevalue(model_name)
     batch = collate(ragged())
-    ours = loss.summed_nll(hidden_states(model, batch["input_ids"], batch["attention_mask"]), batch["labels"], head(model))
+    ours = loss.summed_nll(
+        hidden_states(model, batch["input_ids"], batch["attention_mask"]), batch["labels"], head(model)
+    )
     theirs = model(**batch).loss  # mean over labelled tokens
     asked = (batch["labels"][:, 1:] != -100).sum()
     torch.testing.assert_close(ours / asked, theirs, rtol=1e-5, atol=1e-6)
@@ -34,7 +36,9 @@ def test_chunks_change_neither_value_nor_gradient(tiny_llama, monkeypatch):
 
     def run():
         tiny_llama.zero_grad()
-        value = loss.summed_nll(hidden_states(tiny_llama, batch["input_ids"], batch["attention_mask"]), batch["labels"], head(tiny_llama))
+        value = loss.summed_nll(
+            hidden_states(tiny_llama, batch["input_ids"], batch["attention_mask"]), batch["labels"], head(tiny_llama)
+        )
         value.backward()
         return value.detach(), tiny_llama.model.embed_tokens.weight.grad.clone()
 
@@ -47,7 +51,9 @@ def test_chunks_change_neither_value_nor_gradient(tiny_llama, monkeypatch):
 def test_padding_does_not_matter(tiny_gptj):
     examples = ragged()
     together = collate(examples)
-    total = loss.summed_nll(hidden_states(tiny_gptj, together["input_ids"], together["attention_mask"]), together["labels"], head(tiny_gptj))
+    total = loss.summed_nll(
+        hidden_states(tiny_gptj, together["input_ids"], together["attention_mask"]), together["labels"], head(tiny_gptj)
+    )
     alone = 0
     for example in examples:
         batch = collate([example])

@@ -8,28 +8,52 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods.tools import architecture
+from experiments.model.random_models import build
+from experiments.model.shape import shape_of
 from experiments.training import loss, memory
 from experiments.training.engine import fit
 from experiments.training.settings import TrainSettings
-from methods.errors import UserError
-from experiments.model.random_models import build
-from experiments.model.shape import shape_of
-from methods.tools.process_group import Shards
-from methods.tools.adam import CHUNK, CPU_CHUNK
 from methods import registry
-from methods.tools.importance import encode
+from methods.errors import UserError
 from methods.part import Part
+from methods.tools import architecture
+from methods.tools.adam import CHUNK, CPU_CHUNK
+from methods.tools.importance import encode
+from methods.tools.process_group import Shards
 from methods.tools.selection import HISTOGRAM
 from tests.experiments import worlds
 
-LLAMA3 = {"model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-          "num_key_value_heads": 8, "vocab_size": 128256, "tie_word_embeddings": False}  # fmt: skip
-GPTJ = {"model_type": "gptj", "n_embd": 4096, "n_layer": 28, "n_head": 16, "rotary_dim": 64, "vocab_size": 50400, "n_positions": 2048}
-METHODS = {name: registry.build(block) for name, block in {
-    "full": {}, "mofo": {"mofo": {"fraction": 0.1}}, "ewc": {"ewc": {}}, "hierarchical": {"hierarchical": {}},
-    "lora": {"lora": {}}, "ewc-lora": {"lora": {}, "ewc": {}}, "hierarchical-lora": {"lora": {}, "hierarchical": {}},
-}.items()}  # fmt: skip
+LLAMA3 = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+GPTJ = {
+    "model_type": "gptj",
+    "n_embd": 4096,
+    "n_layer": 28,
+    "n_head": 16,
+    "rotary_dim": 64,
+    "vocab_size": 50400,
+    "n_positions": 2048,
+}
+METHODS = {
+    name: registry.build(block)
+    for name, block in {
+        "full": {},
+        "mofo": {"mofo": {"fraction": 0.1}},
+        "ewc": {"ewc": {}},
+        "hierarchical": {"hierarchical": {}},
+        "lora": {"lora": {}},
+        "ewc-lora": {"lora": {}, "ewc": {}},
+        "hierarchical-lora": {"lora": {}, "hierarchical": {}},
+    }.items()
+}
 HERE = Path("nowhere")
 
 
@@ -47,10 +71,30 @@ def tiny(family, **config):
     return shape_of("tiny", {"source": f"random:{family}", "config": config}, HERE)
 
 
-def predict(shape, method, *, phase="train", dtype=torch.bfloat16, device="cuda", processes=None, parts=None, longest=None, **settings):
+def predict(
+    shape,
+    method,
+    *,
+    phase="train",
+    dtype=torch.bfloat16,
+    device="cuda",
+    processes=None,
+    parts=None,
+    longest=None,
+    **settings,
+):
     chosen = TrainSettings(**({"batch": 8, "micro_batch": 8, "length": 64} | settings))
-    return memory.predict(phase=phase, shape=shape, parts=parts or METHODS[method], settings=chosen, checkpoint_dtype=dtype,
-                          compute_dtype=dtype, device_type=device, processes=processes, longest=longest)  # fmt: skip
+    return memory.predict(
+        phase=phase,
+        shape=shape,
+        parts=parts or METHODS[method],
+        settings=chosen,
+        checkpoint_dtype=dtype,
+        compute_dtype=dtype,
+        device_type=device,
+        processes=processes,
+        longest=longest,
+    )
 
 
 # activations
@@ -76,13 +120,22 @@ def saved_bytes(model, rows, length, position_ids=None):
 
 SIZES = [  # and the shape of a batch
     ("llama", {}, (1, 48)),
-    ("llama", {"hidden_size": 96, "intermediate_size": 128, "num_hidden_layers": 5, "num_attention_heads": 6,
-               "num_key_value_heads": 1}, (4, 32)),
+    (
+        "llama",
+        {
+            "hidden_size": 96,
+            "intermediate_size": 128,
+            "num_hidden_layers": 5,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 1,
+        },
+        (4, 32),
+    ),
     ("llama", {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 3, "num_key_value_heads": 4}, (2, 80)),
     ("gptj", {}, (4, 32)),
     ("gptj", {"n_embd": 64, "n_layer": 4, "n_head": 2, "rotary_dim": 8}, (1, 48)),
     ("gptj", {"n_embd": 48, "n_layer": 1, "n_head": 3, "n_inner": 80}, (3, 24)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("family", "config", "batch"), SIZES)
@@ -154,7 +207,9 @@ def test_peak_of_a_pass_is_the_allocators(family, checkpointing):
         hidden = architecture.hidden_states(model, ids, None)  # named, so that it is held as in the engine's loop
         hidden.sum().backward()
 
-    alive, beyond = memory.activations(tiny(family, **{layers: 6}), dtype=torch.float32, rows=4, length=256, checkpointing=checkpointing)
+    alive, beyond = memory.activations(
+        tiny(family, **{layers: 6}), dtype=torch.float32, rows=4, length=256, checkpointing=checkpointing
+    )
     assert alive + beyond == pytest.approx(allocated(run), rel=0.03)
     if checkpointing:
         assert alive < 0.2 * memory.activations(tiny(family, **{layers: 6}), dtype=torch.float32, rows=4, length=256)[0]
@@ -172,7 +227,10 @@ def test_logits_are_one_chunk(llama3):
 @pytest.mark.parametrize("rows", [700, 2500])
 def test_bytes_of_logits_are_the_allocators(dtype, rows):
     head = torch.nn.Linear(8, 3000, bias=False, dtype=dtype).requires_grad_(False)
-    hidden, labels = torch.randn(1, rows + 1, 8, dtype=dtype, requires_grad=True), torch.zeros(1, rows + 1, dtype=torch.long)
+    hidden, labels = (
+        torch.randn(1, rows + 1, 8, dtype=dtype, requires_grad=True),
+        torch.zeros(1, rows + 1, dtype=torch.long),
+    )
     measured = allocated(lambda: loss.summed_nll(hidden, labels, head).backward())
     assert measured == pytest.approx(12 * 3000 * min(rows, loss.CHUNK), rel=0.03)
 
@@ -183,10 +241,16 @@ def test_bytes_of_logits_are_the_allocators(dtype, rows):
 @pytest.mark.parametrize(
     ("method", "processes", "by_weight"),
     [
-        ("full", None, 14), ("mofo", None, 14), ("ewc", None, 17), ("hierarchical", None, 17),
-        ("full", 1, 12), ("ewc", 1, 15), ("full", 2, 6), ("ewc", 4, 3.75),
+        ("full", None, 14),
+        ("mofo", None, 14),
+        ("ewc", None, 17),
+        ("hierarchical", None, 17),
+        ("full", 1, 12),
+        ("ewc", 1, 15),
+        ("full", 2, 6),
+        ("ewc", 4, 3.75),
     ],
-)  # fmt: skip
+)
 def test_bytes_a_weight_with_moments_in_bfloat16(llama3, gptj, method, processes, by_weight):
     for shape, parameters in ((llama3, 8_030_261_248), (gptj, 6_050_882_784)):
         assert shape.parameters == parameters
@@ -214,7 +278,9 @@ def test_bytes_of_real_state(tiny_llama):
         assert kinds["weights"] == sum(p.nbytes for p in model.parameters())
         assert kinds["masters"] == sum(w.nbytes for w in masters.weights.values())
         assert kinds["gradients"] == sum(w.grad.nbytes for w in masters.weights.values())
-        assert kinds["moments"] == sum(state[k].nbytes for state in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq"))
+        assert kinds["moments"] == sum(
+            state[k].nbytes for state in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")
+        )
 
 
 def test_masters_are_the_parameters_where_they_are_wide():
@@ -273,7 +339,10 @@ def test_total_is_the_larger_of_two_moments(llama3):
     assert longer["activations"] > longer["gradients"]
     assert longer["total"] == held + longer["activations"] + max(longer["logits"], longer["transient"] + 4 * head)
     several = predict(llama3, "full", batch=64, micro_batch=8, length=1024)
-    assert several["total"] == held + longer["activations"] + max(longer["logits"], longer["transient"]) + longer["gradients"]
+    assert (
+        several["total"]
+        == held + longer["activations"] + max(longer["logits"], longer["transient"]) + longer["gradients"]
+    )
 
 
 LARGE, SMALL = 4000, 258  # vocabularies: logits outweigh activations, or the other way round
@@ -282,28 +351,52 @@ LARGE, SMALL = 4000, 258  # vocabularies: logits outweigh activations, or the ot
 @pytest.mark.parametrize(
     ("method", "settings", "vocabulary"),
     [
-        ("full", {"batch": 4}, LARGE), ("full", {"batch": 8}, LARGE), ("full", {"batch": 4, "checkpointing": True}, LARGE),
-        ("full", {"batch": 4}, SMALL), ("mofo", {"batch": 8}, SMALL), ("mofo", {"batch": 4, "pack": 256}, LARGE),
-        ("ewc", {"batch": 8, "moments": "bfloat16"}, LARGE), ("ewc", {"batch": 4, "pack": 256}, SMALL),
-        ("lora", {"batch": 4, "checkpointing": True}, SMALL), ("ewc-lora", {"batch": 8}, SMALL),
+        ("full", {"batch": 4}, LARGE),
+        ("full", {"batch": 8}, LARGE),
+        ("full", {"batch": 4, "checkpointing": True}, LARGE),
+        ("full", {"batch": 4}, SMALL),
+        ("mofo", {"batch": 8}, SMALL),
+        ("mofo", {"batch": 4, "pack": 256}, LARGE),
+        ("ewc", {"batch": 8, "moments": "bfloat16"}, LARGE),
+        ("ewc", {"batch": 4, "pack": 256}, SMALL),
+        ("lora", {"batch": 4, "checkpointing": True}, SMALL),
+        ("ewc-lora", {"batch": 8}, SMALL),
     ],
-)  # fmt: skip
+)
 def test_total_is_the_peak_of_a_real_run(method, settings, vocabulary):
     """What the engine's own loop allocates on the CPU; the model and the base are there before."""
     config = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": vocabulary}
     model, parts = build("llama", seed=0, dtype=torch.bfloat16, **config), METHODS[method]
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
-    states = {"ewc": {"importance": {name: encode(torch.ones(p.shape)) for name, p in base.items()}}} if "ewc" in method else {}
+    states = (
+        {"ewc": {"importance": {name: encode(torch.ones(p.shape)) for name, p in base.items()}}}
+        if "ewc" in method
+        else {}
+    )
     draw = torch.Generator().manual_seed(0)
     ids = [torch.randint(0, 200, (128,), generator=draw) for _ in range(16)]
     chosen = TrainSettings(**({"micro_batch": 4, "length": 128, "probes": 0, "learning_rate": 1e-5} | settings))
 
     def run():
-        fit(model=model, parts=parts, examples=[{"input_ids": row, "labels": row} for row in ids], settings=chosen, seed=0,
-            base=base, states=states)  # fmt: skip
+        fit(
+            model=model,
+            parts=parts,
+            examples=[{"input_ids": row, "labels": row} for row in ids],
+            settings=chosen,
+            seed=0,
+            base=base,
+            states=states,
+        )
 
-    kinds = memory.predict(phase="train", shape=tiny("llama", **config), parts=parts, settings=chosen, checkpoint_dtype=torch.bfloat16,
-                           compute_dtype=torch.bfloat16, device_type="cpu")  # fmt: skip
+    kinds = memory.predict(
+        phase="train",
+        shape=tiny("llama", **config),
+        parts=parts,
+        settings=chosen,
+        checkpoint_dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
+        device_type="cpu",
+    )
     # on the CPU anchor and importance are the very tensors that were there before
     before = sum(p.nbytes for p in base.values()) + kinds["anchor"] + kinds["importance"]
     assert kinds["total"] - before == pytest.approx(allocated(run), rel=0.03)
@@ -315,8 +408,12 @@ def test_a_shared_run_grows_with_the_model_as_predicted(method, computing):
     measured, predicted = [], []
     for layers in (2, 6):
         config = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": layers}
-        base = {name: p.detach() for name, p in build("llama", seed=0, dtype=torch.bfloat16, **config).named_parameters()}
-        states = {"ewc": {"importance": {name: torch.ones(p.shape) for name, p in base.items()}}} if method == "ewc" else {}
+        base = {
+            name: p.detach() for name, p in build("llama", seed=0, dtype=torch.bfloat16, **config).named_parameters()
+        }
+        states = (
+            {"ewc": {"importance": {name: torch.ones(p.shape) for name, p in base.items()}}} if method == "ewc" else {}
+        )
         draw = torch.Generator().manual_seed(0)
         ids = [torch.randint(0, 200, (48,), generator=draw) for _ in range(8)]
         chosen = TrainSettings(batch=4, micro_batch=4, length=48, probes=0, learning_rate=1e-5)
@@ -324,11 +421,28 @@ def test_a_shared_run_grows_with_the_model_as_predicted(method, computing):
 
         def run(config=config, base=base, states=states, ids=ids, chosen=chosen, parts=parts):
             with worlds.of_one() as shards:
-                fit(model=build("llama", seed=0, dtype=torch.bfloat16, **config), parts=parts, settings=chosen, seed=0, base=base, states=states,
-                    examples=[{"input_ids": row, "labels": row} for row in ids], shards=shards, compute_dtype=computing)  # fmt: skip
+                fit(
+                    model=build("llama", seed=0, dtype=torch.bfloat16, **config),
+                    parts=parts,
+                    settings=chosen,
+                    seed=0,
+                    base=base,
+                    states=states,
+                    examples=[{"input_ids": row, "labels": row} for row in ids],
+                    shards=shards,
+                    compute_dtype=computing,
+                )
 
-        kinds = memory.predict(phase="train", shape=tiny("llama", **config), parts=parts, settings=chosen, checkpoint_dtype=torch.bfloat16,
-                               compute_dtype=computing, device_type="cpu", processes=1)  # fmt: skip
+        kinds = memory.predict(
+            phase="train",
+            shape=tiny("llama", **config),
+            parts=parts,
+            settings=chosen,
+            checkpoint_dtype=torch.bfloat16,
+            compute_dtype=computing,
+            device_type="cpu",
+            processes=1,
+        )
         if not measured:
             run()  # what is loaded and made once a process is not of the run
         measured.append(allocated(run))
@@ -338,8 +452,14 @@ def test_a_shared_run_grows_with_the_model_as_predicted(method, computing):
 
 
 def test_processes_on_the_cpu_begin_with_a_whole_copy_in_another_dtype(llama3):
-    given = {"phase": "train", "shape": llama3, "parts": METHODS["lora"], "settings": TrainSettings(batch=1, micro_batch=1, length=16),
-             "compute_dtype": torch.float32, "processes": 8}  # fmt: skip
+    given = {
+        "phase": "train",
+        "shape": llama3,
+        "parts": METHODS["lora"],
+        "settings": TrainSettings(batch=1, micro_batch=1, length=16),
+        "compute_dtype": torch.float32,
+        "processes": 8,
+    }
     whole = 4 * (llama3.parameters + 32 * 8 * ((4096 + 4096) + (4096 + 1024)))
     assert memory.predict(checkpoint_dtype=torch.bfloat16, device_type="cpu", **given)["total"] == whole
     assert memory.predict(checkpoint_dtype=torch.float32, device_type="cpu", **given)["total"] < whole
@@ -365,7 +485,9 @@ def test_preparations(llama3):
 
 def test_batched_fisher_holds_a_batch(llama3):
     one = predict(llama3, "", phase="prepare", parts=registry.build({"ewc": {"estimator": "batched", "batch_size": 1}}))
-    batch = predict(llama3, "", phase="prepare", parts=registry.build({"ewc": {"estimator": "batched", "batch_size": 4}}))
+    batch = predict(
+        llama3, "", phase="prepare", parts=registry.build({"ewc": {"estimator": "batched", "batch_size": 4}})
+    )
     assert batch["logits"] == 4 * one["logits"]
     assert batch["activations"] == pytest.approx(4 * one["activations"], rel=0.01)
     whole = predict(llama3, "", phase="prepare", parts=registry.build({"lora": {}, "ewc": {"scope": "whole-model"}}))
@@ -375,10 +497,13 @@ def test_batched_fisher_holds_a_batch(llama3):
 @pytest.mark.parametrize(
     "block",
     [
-        {"ewc": {}}, {"lora": {}, "ewc": {}}, {"lora": {}, "ewc": {"scope": "whole-model", "estimator": "batched", "batch_size": 4}},
-        {"hierarchical": {}}, {"lora": {}, "hierarchical": {}},
+        {"ewc": {}},
+        {"lora": {}, "ewc": {}},
+        {"lora": {}, "ewc": {"scope": "whole-model", "estimator": "batched", "batch_size": 4}},
+        {"hierarchical": {}},
+        {"lora": {}, "hierarchical": {}},
     ],
-)  # fmt: skip
+)
 def test_total_is_the_peak_of_a_real_preparation(block):
     """Long documents and a small model: what a part does with the finished importance is then not the peak."""
     config = {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 4, "vocab_size": 2000}
@@ -394,12 +519,28 @@ def test_total_is_the_peak_of_a_real_preparation(block):
         return fit(settings=dataclasses.replace(settings, epochs=epochs), base=base, **arguments)
 
     def run():
-        parts[0].prepare(model=model, base=base, general=[{"input_ids": row, "labels": row} for row in ids], seed=0, fit=fitting,
-                         progress=None, shards=Shards(), resume=None)  # fmt: skip
+        parts[0].prepare(
+            model=model,
+            base=base,
+            general=[{"input_ids": row, "labels": row} for row in ids],
+            seed=0,
+            fit=fitting,
+            progress=None,
+            shards=Shards(),
+            resume=None,
+        )
 
     assert type(parts[0]).prepare is not Part.prepare
-    kinds = memory.predict(phase="prepare", shape=tiny("llama", **config), parts=parts, settings=settings, longest=256, checkpoint_dtype=torch.bfloat16,
-                           compute_dtype=torch.bfloat16, device_type="cpu")  # fmt: skip
+    kinds = memory.predict(
+        phase="prepare",
+        shape=tiny("llama", **config),
+        parts=parts,
+        settings=settings,
+        longest=256,
+        checkpoint_dtype=torch.bfloat16,
+        compute_dtype=torch.bfloat16,
+        device_type="cpu",
+    )
     assert kinds["total"] - kinds["weights"] == pytest.approx(allocated(run), rel=0.03)
 
 
@@ -407,9 +548,15 @@ def test_total_is_the_peak_of_a_real_preparation(block):
 
 
 def inputs(shape, method, **settings):
-    return {"phase": "train", "shape": shape, "parts": METHODS[method], "checkpoint_dtype": torch.bfloat16,
-            "compute_dtype": torch.bfloat16, "device_type": "cuda",
-            "settings": TrainSettings(**({"batch": 64, "micro_batch": 16, "length": 512} | settings))}  # fmt: skip
+    return {
+        "phase": "train",
+        "shape": shape,
+        "parts": METHODS[method],
+        "checkpoint_dtype": torch.bfloat16,
+        "compute_dtype": torch.bfloat16,
+        "device_type": "cuda",
+        "settings": TrainSettings(**({"batch": 64, "micro_batch": 16, "length": 512} | settings)),
+    }
 
 
 def test_what_fits_is_not_refused(gptj):
@@ -426,12 +573,18 @@ def test_refusal_says_by_how_much_and_what_helps(gptj):
     said = str(refused.value)
     assert f"train gptj-6b/science/ewc/seed0 would take {now / 2**30:.1f} GiB" in said
     assert f"{(now - available) / 2**30:.1f} GiB more than the 139.0 GiB free" in said
-    for change, words in (({"checkpointing": True}, "checkpointing: true"), ({"moments": "bfloat16"}, "moments: bfloat16")):
+    for change, words in (
+        ({"checkpointing": True}, "checkpointing: true"),
+        ({"moments": "bfloat16"}, "moments: bfloat16"),
+    ):
         left = memory.predict(**(given | {"settings": dataclasses.replace(given["settings"], **change)}))["total"]
         fits = " and fits" if left <= available else ""
         assert f"`train.{words}` saves {(now - left) / 2**30:.1f} GiB{fits};" in said
     for size in (8, 4):  # the largest that fits is named
-        fits = memory.predict(**(given | {"settings": dataclasses.replace(given["settings"], micro_batch=size)}))["total"] <= available
+        fits = (
+            memory.predict(**(given | {"settings": dataclasses.replace(given["settings"], micro_batch=size)}))["total"]
+            <= available
+        )
         assert (f"`train.micro_batch: {size}` fits" in said) == fits
         if fits:
             break
@@ -439,7 +592,9 @@ def test_refusal_says_by_how_much_and_what_helps(gptj):
 
 
 def test_refusal_where_nothing_helps(gptj):
-    given = inputs(gptj, "lora", checkpointing=True, moments="bfloat16", micro_batch=1, length=16, batch=1) | {"device_type": "cpu"}
+    given = inputs(gptj, "lora", checkpointing=True, moments="bfloat16", micro_batch=1, length=16, batch=1) | {
+        "device_type": "cpu"
+    }
     with pytest.raises(UserError, match="No setting helps"):
         memory.refuse(what="x", available=2**30, **given)
 

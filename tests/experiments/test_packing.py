@@ -7,10 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from methods.tools.architecture import backbone, head, hidden_states, keeps_apart
+from experiments.model.random_models import build
 from experiments.training.batches import collate, collate_packed, pack
 from experiments.training.loss import summed_nll
-from experiments.model.random_models import build
+from methods.tools.architecture import backbone, head, hidden_states, keeps_apart
 
 SIZES = (7, 1, 12, 1, 1, 3)
 NO_FLASH = "flash_attention_2 needs a CUDA GPU and flash_attn"
@@ -51,7 +51,9 @@ def examples(sizes=SIZES, seed=0):
 
 
 def close(found, wanted, dtype):
-    tolerance = {torch.float64: 1e-5, torch.float32: 2e-5, torch.bfloat16: 5e-2}[dtype]  # a float64 model's norms compute in float32
+    tolerance = {torch.float64: 1e-5, torch.float32: 2e-5, torch.bfloat16: 5e-2}[
+        dtype
+    ]  # a float64 model's norms compute in float32
     torch.testing.assert_close(found, wanted, rtol=tolerance, atol=tolerance)
 
 
@@ -66,15 +68,18 @@ def test_pack_fills_rows_and_loses_nothing():
     assert rows == pack(list(lengths), 256)
 
 
-@pytest.mark.parametrize(("lengths", "tokens", "rows"), [
-    ([], 8, []),
-    ([3], 8, [[0]]),
-    ([4, 4], 8, [[0, 1]]),
-    ([4, 5], 8, [[0], [1]]),
-    ([3, 20, 4, 1], 8, [[0, 2, 3], [1]]),  # too long for any row
-    ([1, 1, 1], 1, [[0], [1], [2]]),
-    ([2, 6, 3, 5], 8, [[0, 1], [2, 3]]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("lengths", "tokens", "rows"),
+    [
+        ([], 8, []),
+        ([3], 8, [[0]]),
+        ([4, 4], 8, [[0, 1]]),
+        ([4, 5], 8, [[0], [1]]),
+        ([3, 20, 4, 1], 8, [[0, 2, 3], [1]]),  # too long for any row
+        ([1, 1, 1], 1, [[0], [1], [2]]),
+        ([2, 6, 3, 5], 8, [[0, 1], [2, 3]]),
+    ],
+)
 def test_pack(lengths, tokens, rows):
     assert pack(lengths, tokens) == rows
 
@@ -88,7 +93,9 @@ def test_a_packed_row():
     assert (row["labels"][0, borders] == -100).all()
     # as many labels as each example alone has behind its first token
     assert (row["labels"] != -100).sum() == sum((e["labels"][1:] != -100).sum() for e in examples())
-    assert all((e["labels"][0] == e["input_ids"][0]).all() for e in examples()[1::2])  # the examples are left as they were
+    assert all(
+        (e["labels"][0] == e["input_ids"][0]).all() for e in examples()[1::2]
+    )  # the examples are left as they were
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -113,10 +120,14 @@ def test_loss_and_gradients_are_the_sums_over_each_alone(architecture, attention
         model.zero_grad(set_to_none=False)
         total = 0.0
         for batch in batches:
-            loss = summed_nll(hidden_states(model, batch["input_ids"], None, batch.get("position_ids")), batch["labels"], head(model))
+            loss = summed_nll(
+                hidden_states(model, batch["input_ids"], None, batch.get("position_ids")), batch["labels"], head(model)
+            )
             loss.backward()
             total += loss.item()
-        return total, {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+        return total, {
+            n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in model.named_parameters()
+        }
 
     packed, packed_gradients = run([collate_packed(examples(sizes), model.device)])
     alone, alone_gradients = run([collate([e], model.device) for e in examples(sizes)])
@@ -138,7 +149,11 @@ def test_what_packing_must_not_be_given(architecture, attention):
     through = torch.arange(sum(SIZES)).unsqueeze(0)
     plain = {"input_ids": row["input_ids"], "position_ids": row["position_ids"], "use_cache": False}
     close(backbone(model)(**plain).last_hidden_state, right, torch.float32)
-    for change in ({"attention_mask": torch.ones_like(row["input_ids"])}, {"use_cache": True}, {"position_ids": through}):
+    for change in (
+        {"attention_mask": torch.ones_like(row["input_ids"])},
+        {"use_cache": True},
+        {"position_ids": through},
+    ):
         wrong = backbone(model)(**plain | change).last_hidden_state
         gap = (head(model)(wrong) - head(model)(right))[0].abs().amax(dim=-1)
         assert gap[: SIZES[0]].max() < 1e-4  # the first example has nobody before it

@@ -3,13 +3,13 @@
 import pytest
 from ruamel.yaml import YAML
 
-from experiments.study import cells, config, pipeline
 from experiments.__main__ import parser, run
-from methods.errors import UserError
-from methods.tools.files import read_json
+from experiments.stages import resolve
+from experiments.study import cells, config, pipeline
 from experiments.study.lock import Lock
 from experiments.study.paths import HERE
-from experiments.stages import resolve
+from methods.errors import UserError
+from methods.tools.files import read_json
 
 STUDIES = ["", *sorted(p.parent.name for p in (HERE / "experiments" / "studies").glob("*/params.yaml"))]
 ARCHIVES = [name for name in STUDIES if config.load(name).archive]
@@ -19,7 +19,9 @@ RUN = [name for name in STUDIES if name not in ARCHIVES]
 @pytest.mark.parametrize("name", RUN)
 def test_dvc_yaml_is_what_the_command_writes(name):
     study = config.load(name)
-    assert (study.paths.folder / "dvc.yaml").read_text() == pipeline.rendered(study), f"run `python -m experiments pipeline --study '{name}'`"
+    assert (study.paths.folder / "dvc.yaml").read_text() == pipeline.rendered(study), (
+        f"run `python -m experiments pipeline --study '{name}'`"
+    )
 
 
 @pytest.mark.parametrize("name", RUN)
@@ -47,7 +49,9 @@ def test_a_study_keeps_to_its_own_folders():
     for name, stage in stages.items():
         assert stage["wdir"] == "../../.."
         assert stage["cmd"].endswith("--study demo"), name
-        outs = [next(iter(o)) if isinstance(o, dict) else o for o in [*stage.get("outs", []), *stage.get("metrics", [])]]
+        outs = [
+            next(iter(o)) if isinstance(o, dict) else o for o in [*stage.get("outs", []), *stage.get("metrics", [])]
+        ]
         assert all(o.startswith(("results/demo", "work/demo")) for o in outs), name
 
 
@@ -58,7 +62,9 @@ def test_the_committed_default_study_is_of_the_code_in_git():
     for cell in cells.grid(study):
         metrics = read_json(study.paths.run(cell) / "metrics.json")
         assert metrics["settings"] == study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()
-        assert lock.recorded(f"train@{cell.stage}"), f"{cell.name}: dvc.lock is of other settings or sources: run `dvc repro`"
+        assert lock.recorded(f"train@{cell.stage}"), (
+            f"{cell.name}: dvc.lock is of other settings or sources: run `dvc repro`"
+        )
 
 
 def test_every_method_had_the_same_number_of_trials_and_got_what_they_chose():
@@ -69,7 +75,7 @@ def test_every_method_had_the_same_number_of_trials_and_got_what_they_chose():
             counts = {m: sum(t["method"] == m for t in trials) for m in study.grid["methods"]}
             assert len(set(counts.values())) == 1, counts
             for trial in (t for t in trials if t["chosen"] and t["method"] in counts):
-                (knob, value), = trial["settings"].items()
+                ((knob, value),) = trial["settings"].items()
                 part, setting = knob.split(".", 1)
                 if part == "train":
                     used = getattr(study.settings(model=model, domain=domain, method=trial["method"]), setting)

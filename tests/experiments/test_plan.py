@@ -9,14 +9,14 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments.study import config
-from experiments.training import hardware, memory
 from experiments.commands import plan
-from experiments.study.cells import Cell
-from methods.errors import UserError
-from experiments.training.flops import Flops
-from experiments.study.paths import HERE
 from experiments.model.shape import shape_of
+from experiments.study import config
+from experiments.study.cells import Cell
+from experiments.study.paths import HERE
+from experiments.training import hardware, memory
+from experiments.training.flops import Flops
+from methods.errors import UserError
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 DEFAULT = YAML(typ="safe").load(HERE / "params.yaml")
@@ -26,7 +26,9 @@ ANSWER, QUESTION = 40, 200  # characters: 10 and 50 tokens
 def study(tmp_path, **changes):
     raw = copy.deepcopy(DEMO)
     raw["grid"] |= {"methods": ["full", "lora", "ewc"]} | changes.pop("grid", {})
-    raw["models"] = changes.pop("models", raw["models"] | {name: DEFAULT["models"][name] for name in ("gptj-6b", "llama3-8b")})
+    raw["models"] = changes.pop(
+        "models", raw["models"] | {name: DEFAULT["models"][name] for name in ("gptj-6b", "llama3-8b")}
+    )
     raw |= changes
     out = io.StringIO()
     YAML().dump(raw, out)
@@ -42,7 +44,10 @@ def with_rows(tmp_path, count=6):
 
 
 def test_the_target_models_are_planned_without_being_fetched(tmp_path):
-    adapters = {"gptj-6b": 28 * 2 * 4 * (4096 + 4096), "llama3-8b": 32 * 4 * ((4096 + 4096) + (4096 + 1024))}  # rank 4 on q and v
+    adapters = {
+        "gptj-6b": 28 * 2 * 4 * (4096 + 4096),
+        "llama3-8b": 32 * 4 * ((4096 + 4096) + (4096 + 1024)),
+    }  # rank 4 on q and v
     made = plan.make(study(tmp_path, grid={"models": ["gptj-6b", "llama3-8b"]}))
     cells = {c["cell"]: c for c in made["cells"]}
     available = made["total"]["available_memory_bytes"]
@@ -65,7 +70,9 @@ def test_the_target_models_are_planned_without_being_fetched(tmp_path):
 
 @pytest.mark.parametrize("name", ["", "paper", "mofo-math"])
 def test_stated_sizes_are_those_of_the_architecture(name):
-    models = YAML(typ="safe").load((HERE / "experiments" / "studies" / name if name else HERE) / "params.yaml")["models"]
+    models = YAML(typ="safe").load((HERE / "experiments" / "studies" / name if name else HERE) / "params.yaml")[
+        "models"
+    ]
     described = {model: block for model, block in models.items() if "architecture" in block}
     assert described
     for model, block in described.items():
@@ -78,8 +85,13 @@ def test_training_time_is_flops_over_the_rate_of_earlier_cells(tmp_path):
     with_rows(tmp_path, count=6)
     here = study(tmp_path, train={"batch": 8, "micro_batch": 8, "length": 128, "epochs": 2.0})
     shape = shape_of("llama-tiny", here.models["llama-tiny"], tmp_path / "nowhere")
-    earlier = {"cell": "llama-tiny/sums/full/seed0", "hardware": hardware.describe(torch.device("cpu")),
-               "seconds_train": 4.0, "tokens_trained": 10, "flops": 8e6}  # fmt: skip
+    earlier = {
+        "cell": "llama-tiny/sums/full/seed0",
+        "hardware": hardware.describe(torch.device("cpu")),
+        "seconds_train": 4.0,
+        "tokens_trained": 10,
+        "flops": 8e6,
+    }
     path = tmp_path / "results" / "runs" / "llama-tiny" / "sums" / "full" / "seed0" / "train.json"
     path.parent.mkdir(parents=True)
     path.write_text(json.dumps(earlier))
@@ -92,10 +104,14 @@ def test_training_time_is_flops_over_the_rate_of_earlier_cells(tmp_path):
         assert cell["tokens"] == 2 * 6 * 60
     path.write_text(json.dumps(earlier | {"hardware": {"cpu": "another"}}))
     assert plan.make(here)["basis"]["llama-tiny"].endswith("TFLOP/s (matrix product measured here)")
-    path.write_text(json.dumps({k: v for k, v in earlier.items() if k != "flops"}))  # as records were before they had FLOPs
+    path.write_text(
+        json.dumps({k: v for k, v in earlier.items() if k != "flops"})
+    )  # as records were before they had FLOPs
     flops = Flops(shape.build())
     rate = 10 * flops.step(lengths=(1,), labelled=0) / 4.0
-    assert plan.make(here)["cells"][0]["seconds_train"] == pytest.approx(2 * flops.step(lengths=[60] * 6, labelled=60) / rate, rel=0.01)
+    assert plan.make(here)["cells"][0]["seconds_train"] == pytest.approx(
+        2 * flops.step(lengths=[60] * 6, labelled=60) / rate, rel=0.01
+    )
 
 
 def test_a_fraction_of_an_epoch_is_planned_as_it_is_trained(tmp_path):
@@ -113,14 +129,18 @@ def test_long_rows_are_cut_and_all_rows_are_a_guess(tmp_path):
     domains = copy.deepcopy(DEMO["domains"])
     domains["sums"]["split"]["train"] = "all"
     (tmp_path / "elsewhere").mkdir()
-    unknown = study(tmp_path / "elsewhere", train={"batch": 8, "micro_batch": 8, "length": 32, "epochs": 1.0}, domains=domains)
+    unknown = study(
+        tmp_path / "elsewhere", train={"batch": 8, "micro_batch": 8, "length": 32, "epochs": 1.0}, domains=domains
+    )
     assert plan.make(unknown)["cells"][0]["tokens"] == plan.UNKNOWN_ROWS * 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_study_on_cuda_is_planned_where_there_is_none(tmp_path):
     made = plan.make(study(tmp_path, device="cuda", grid={"models": ["llama3-8b"], "methods": ["full"]}))
-    assert made["basis"]["llama3-8b"] == "40% of 989.00 TFLOP/s (data sheet of NVIDIA H200; there is no CUDA device here)"
+    assert (
+        made["basis"]["llama3-8b"] == "40% of 989.00 TFLOP/s (data sheet of NVIDIA H200; there is no CUDA device here)"
+    )
     (cell,) = made["cells"]
     assert cell["fits"] is None and made["total"]["available_memory_bytes"] is None
     assert cell["memory"]["train"]["weights"] == 2 * 8_030_261_248  # bf16, as a GPU computes
@@ -132,7 +152,9 @@ def test_processes_share_memory_and_time(tmp_path):
     block = DEFAULT["models"]["llama3-8b"]
     cells = []
     for model in (block, block | {"processes": 4}):
-        made = plan.make(study(tmp_path, device="cuda", grid={"models": ["big"], "methods": ["full"]}, models={"big": model}))
+        made = plan.make(
+            study(tmp_path, device="cuda", grid={"models": ["big"], "methods": ["full"]}, models={"big": model})
+        )
         cells += made["cells"]
     alone, shared = cells
     assert made["basis"]["big"].startswith("40% of 4 times 989.00 TFLOP/s")
@@ -151,15 +173,24 @@ def test_text_marks_what_does_not_fit(tmp_path):
 
 
 def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan._Model, "memory", lambda self, phase, **_: {"total": 0})  # memory and time have tests of their own
+    monkeypatch.setattr(
+        plan._Model, "memory", lambda self, phase, **_: {"total": 0}
+    )  # memory and time have tests of their own
     monkeypatch.setattr(plan._Model, "flops", lambda self, method: SimpleNamespace(step=lambda **_: 0.0))
     monkeypatch.setattr(plan._Model, "scoring", SimpleNamespace(step=lambda **_: 0.0))
     methods = DEMO["methods"] | {"more": {"ewc": {"strength": 1.0, "samples": 16}}}
     domains = {name: copy.deepcopy(DEMO["domains"]["sums"]) for name in ("one", "two", "three")}
-    grid = {"models": ["gptj-6b", "llama3-8b"], "domains": list(domains), "methods": ["full", "lora", "ewc", "mofo", "more"]}
+    grid = {
+        "models": ["gptj-6b", "llama3-8b"],
+        "domains": list(domains),
+        "methods": ["full", "lora", "ewc", "mofo", "more"],
+    }
     made = plan.make(study(tmp_path, grid=grid, domains=domains, methods=methods))
     full = 3 * 4 * (6_050_882_784 + 8_030_261_248) // 2
-    assert len(made["cells"]) == 30 and full < made["total"]["disk_bytes_all"] == made["total"]["disk_bytes"] < 1.001 * full
+    assert (
+        len(made["cells"]) == 30
+        and full < made["total"]["disk_bytes_all"] == made["total"]["disk_bytes"] < 1.001 * full
+    )
     text = plan.text(made)
     assert "disk of all 30 cells: 78.7" in text and "about 4 bits a weight in bf16" in text
     assert any(line.endswith("3.74 GiB") or "3.74 GiB " in line for line in text.splitlines()) and "MiB" in text
@@ -173,7 +204,10 @@ def test_only_the_cells_that_are_asked_for(tmp_path):
 
 
 def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tmp_path):
-    methods = {"ewc": {"ewc": {"samples": 3, "length": 40}}, "hierarchical": {"hierarchical": {"samples": 4, "length": 40, "epochs": 2.0}}}
+    methods = {
+        "ewc": {"ewc": {"samples": 3, "length": 40}},
+        "hierarchical": {"hierarchical": {"samples": 4, "length": 40, "epochs": 2.0}},
+    }
     model = SimpleNamespace(flops=lambda method: SimpleNamespace(step=lambda lengths, labelled: sum(lengths)))
     for length in (16, 512):
         train = {"batch": 2, "micro_batch": 2, "length": length}
@@ -181,6 +215,8 @@ def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tm
         found = {}
         for method in methods:
             settings = here.prepare_settings(model="llama-tiny", method=method)
-            of = lambda documents: plan._prepare_flops(here, Cell("llama-tiny", "sums", method, 0), model, settings, documents)
+            of = lambda documents: plan._prepare_flops(
+                here, Cell("llama-tiny", "sums", method, 0), model, settings, documents
+            )
             found[method] = of([100, 10, 30, 50, 60]), of(None)
         assert found == {"ewc": (40 + 10 + 30, 3 * 20), "hierarchical": (2 * (40 + 10 + 30 + 40), 2 * 4 * 20)}

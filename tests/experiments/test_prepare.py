@@ -8,17 +8,17 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from experiments.study import ahead, config
 from experiments.commands import plan
-from experiments.study.cells import Cell
-from methods.errors import UserError
-from methods.tools.files import read_json, sha256, write_json
-from experiments.training.hardware import device
-from experiments.study.paths import HERE
 from experiments.model.positions import refuse_long_documents
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import shape_of
 from experiments.stages import data, model, prepare
+from experiments.study import ahead, config
+from experiments.study.cells import Cell
+from experiments.study.paths import HERE
+from experiments.training.hardware import device
+from methods.errors import UserError
+from methods.tools.files import read_json, sha256, write_json
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 METHODS = ("ewc", "hierarchical")
@@ -52,8 +52,11 @@ def run(root, method, change=lambda raw: None):
     study = load(root, change)
     prepare.main(study, model="llama-tiny", method=method, seed=0, cell=Cell("llama-tiny", "sums", method, 0))
     out = study.paths.prepared(model="llama-tiny", method=method, seed=0)
-    return sha256(out / f"{method}.importance.safetensors"), read_json(out / "prepared.json")[method], \
-        read_json(study.paths.prepare_costs(model="llama-tiny", method=method, seed=0))  # fmt: skip
+    return (
+        sha256(out / f"{method}.importance.safetensors"),
+        read_json(out / "prepared.json")[method],
+        read_json(study.paths.prepare_costs(model="llama-tiny", method=method, seed=0)),
+    )
 
 
 def general(root, texts):
@@ -100,8 +103,13 @@ def test_general_text_of_single_tokens_is_refused(made, texts, method):
         prepare.stored(load(made), "llama-tiny", method, 0)
     study = load(made)
     with pytest.raises(UserError, match=r"^general: none of the 32 documents"):  # and before any stage runs
-        ahead.refuse_long(study, model="llama-tiny", shape=shape_of("llama-tiny", study.models["llama-tiny"], made), tokenizer=byte_tokenizer(),
-                          data=study.paths.data)  # fmt: skip
+        ahead.refuse_long(
+            study,
+            model="llama-tiny",
+            shape=shape_of("llama-tiny", study.models["llama-tiny"], made),
+            tokenizer=byte_tokenizer(),
+            data=study.paths.data,
+        )
 
 
 def test_importance_of_zeros_is_refused(made, texts, monkeypatch):
@@ -150,8 +158,11 @@ def test_the_key_of_the_store_says_what_a_preparation_depends_on(made, monkeypat
     first = keys["first"] = key()
     assert key(seed=1) == first and key(method="hierarchical", seed=0) != key(method="hierarchical", seed=1)
     folder = made / "work" / "models" / "llama-tiny"
-    for file, change in ((folder / "base.json", {"sha256": "0" * 64}), (folder / "tokenizer_config.json", {"add_bos_token": True}),
-                         (folder / "config.json", {"rms_norm_eps": 1e-3})):  # fmt: skip
+    for file, change in (
+        (folder / "base.json", {"sha256": "0" * 64}),
+        (folder / "tokenizer_config.json", {"add_bos_token": True}),
+        (folder / "config.json", {"rms_norm_eps": 1e-3}),
+    ):
         before = file.read_bytes()
         write_json(file, read_json(file) | change)
         keys[file.name] = key()
@@ -166,4 +177,3 @@ def test_the_key_of_the_store_says_what_a_preparation_depends_on(made, monkeypat
     monkeypatch.setattr("evaluation.version", lambda name: "9.9")
     keys["versions"] = key()
     assert len(set(keys.values())) == len(keys)
-

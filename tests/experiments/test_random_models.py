@@ -2,8 +2,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from methods.errors import UserError
 from experiments.model.random_models import EOS_ID, build, byte_tokenizer
+from methods.errors import UserError
 
 
 @pytest.mark.parametrize("architecture", ["gptj", "llama"])

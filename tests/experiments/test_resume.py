@@ -28,11 +28,20 @@ def tensors():
     draw = torch.Generator().manual_seed(0)
     wide = torch.randn(6, 8, generator=draw)
     return {
-        "model.layers.0.weight": wide.clone(), "double": wide.double() / 3, "half": wide.bfloat16(), "turned": wide.T,
-        "every other": wide[::2, 1::3], "spread": wide[:, :1].expand(6, 4), "bytes": torch.arange(256, dtype=torch.uint8),
-        "long": torch.tensor([2**62 + 1, -1]), "step": torch.tensor(7.0), "none": torch.empty(0, 5), "truth": torch.tensor([True, False]),
-        "odd": torch.tensor([math.nan, -0.0, math.inf, 5e-324], dtype=torch.float64), "parameter": torch.nn.Parameter(wide + 1),
-    }  # fmt: skip
+        "model.layers.0.weight": wide.clone(),
+        "double": wide.double() / 3,
+        "half": wide.bfloat16(),
+        "turned": wide.T,
+        "every other": wide[::2, 1::3],
+        "spread": wide[:, :1].expand(6, 4),
+        "bytes": torch.arange(256, dtype=torch.uint8),
+        "long": torch.tensor([2**62 + 1, -1]),
+        "step": torch.tensor(7.0),
+        "none": torch.empty(0, 5),
+        "truth": torch.tensor([True, False]),
+        "odd": torch.tensor([math.nan, -0.0, math.inf, 5e-324], dtype=torch.float64),
+        "parameter": torch.nn.Parameter(wide + 1),
+    }
 
 
 def same_bits(found, wanted):
@@ -66,13 +75,23 @@ def refused(folder, capsys, identity=IDENTITY, into=None):
 def reseal(save):
     """What somebody who can write the folder could do: a manifest that fits the files."""
     manifest = json.loads((save / "manifest.json").read_text())
-    manifest["files"] = {p.relative_to(save).as_posix(): {"bytes": p.stat().st_size, "sha256": module.sha256(p)}
-                         for p in save.rglob("*") if p.is_file() and p.name != "manifest.json"}  # fmt: skip
+    manifest["files"] = {
+        p.relative_to(save).as_posix(): {"bytes": p.stat().st_size, "sha256": module.sha256(p)}
+        for p in save.rglob("*")
+        if p.is_file() and p.name != "manifest.json"
+    }
     (save / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_everything_comes_back_bit_for_bit(tmp_path, capsys, recwarn):
-    position = {"step": 3, "loss": 0.1 + 0.2, "tiny": 5e-324, "curve": [{"loss": 1 / 3, "probe": None}], "rate": math.nan, "text": "ü"}
+    position = {
+        "step": 3,
+        "loss": 0.1 + 0.2,
+        "tiny": 5e-324,
+        "curve": [{"loss": 1 / 3, "probe": None}],
+        "rate": math.nan,
+        "text": "ü",
+    }
     Resume(tmp_path / "run", identity=IDENTITY).save(tensors(), position)
     found, place = Resume(tmp_path / "run", identity=IDENTITY).load({})
     same_bits(found, tensors())
@@ -116,7 +135,9 @@ def test_folders_and_files_are_closed_to_others_whatever_the_umask(tmp_path, uma
         run.save({"x": torch.ones(2), "y": torch.ones(3)}, {})
     finally:
         os.umask(before)
-    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "run", *tmp_path.glob("run/**/*")) if p.is_dir()} == {"0o700"}
+    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "run", *tmp_path.glob("run/**/*")) if p.is_dir()} == {
+        "0o700"
+    }
     assert {oct(p.stat().st_mode & 0o777) for p in tmp_path.glob("run/**/*") if p.is_file()} == {"0o600"}
     assert run.load({}) is not None
 
@@ -136,18 +157,30 @@ def change_a_byte(save):
 DAMAGE = {
     "truncated": (truncate, r"process-0/__0_0.distcp has \d+ bytes, \d+ were written"),
     "changed byte": (change_a_byte, "process-0/__0_0.distcp is not as it was written"),
-    "changed position": (lambda s: (s / "process-0/position.json").write_text('{"step": 2}'), "position.json is not as it was written"),
+    "changed position": (
+        lambda s: (s / "process-0/position.json").write_text('{"step": 2}'),
+        "position.json is not as it was written",
+    ),
     "missing file": (lambda s: (s / "process-0/.metadata").unlink(), "process-0/.metadata is missing"),
     "missing process": (lambda s: shutil.rmtree(s / "process-0"), "process-0/.metadata is missing"),
     "added file": (lambda s: (s / "process-0/more").touch(0o600), "process-0/more is not in its manifest"),
     "missing manifest": (lambda s: (s / "manifest.json").unlink(), "manifest.json is missing"),
     "cut manifest": (lambda s: (s / "manifest.json").write_text('{"format"'), "it cannot be read .JSONDecodeError"),
     "another manifest": (lambda s: (s / "manifest.json").write_text("[]"), "it cannot be read .TypeError"),
-    "group may write a file": (lambda s: (s / "process-0/.metadata").chmod(0o660), "process-0/.metadata can be written by others"),
-    "group may write the process's folder": (lambda s: (s / "process-0").chmod(0o770), "process-0 can be written by others"),
+    "group may write a file": (
+        lambda s: (s / "process-0/.metadata").chmod(0o660),
+        "process-0/.metadata can be written by others",
+    ),
+    "group may write the process's folder": (
+        lambda s: (s / "process-0").chmod(0o770),
+        "process-0 can be written by others",
+    ),
     "all may write the save": (lambda s: s.chmod(0o702), "it can be written by others"),
     "all may write the folder": (lambda s: s.parent.chmod(0o707), "it can be written by others"),
-    "file is a pipe": (lambda s: os.mkfifo(s / "process-0/pipe", 0o600), "process-0/pipe is neither a file nor a folder"),
+    "file is a pipe": (
+        lambda s: os.mkfifo(s / "process-0/pipe", 0o600),
+        "process-0/pipe is neither a file nor a folder",
+    ),
 }
 
 
@@ -161,7 +194,9 @@ def test_damage_is_named_and_not_used(folder, capsys, kind):
     assert (into["x"] == 9).all()
 
 
-@pytest.mark.parametrize("what", ["run", "run/save-00000001", "run/save-00000001/process-0", "run/save-00000001/process-0/.metadata"])
+@pytest.mark.parametrize(
+    "what", ["run", "run/save-00000001", "run/save-00000001/process-0", "run/save-00000001/process-0/.metadata"]
+)
 def test_symbolic_links_are_not_followed(folder, capsys, what):
     path = folder.parent / what
     path.rename(folder.parent / "elsewhere")
@@ -193,7 +228,11 @@ def test_another_run_is_named_by_what_differs(folder, capsys):
 def test_another_number_of_processes_torch_or_format_is_named(folder, capsys, monkeypatch):
     save = newest(folder)
     manifest = json.loads((save / "manifest.json").read_text())
-    for key, there, here in (("processes", 2, 1), ("torch", "2.0.1", torch.__version__), ("format", module.FORMAT - 1, module.FORMAT)):
+    for key, there, here in (
+        ("processes", 2, 1),
+        ("torch", "2.0.1", torch.__version__),
+        ("format", module.FORMAT - 1, module.FORMAT),
+    ):
         (save / "manifest.json").write_text(json.dumps(manifest | {key: there}))
         assert f"it was made with {key} {there}, this run has {here};" in refused(folder, capsys)
 
@@ -201,7 +240,9 @@ def test_another_number_of_processes_torch_or_format_is_named(folder, capsys, mo
 def test_tensors_that_do_not_fit_are_named(folder, capsys):
     assert "it has no tensor y" in refused(folder, capsys, into={"y": torch.zeros(1)})
     assert "x in it is [4] torch.float32, here [5] torch.float32" in refused(folder, capsys, into={"x": torch.zeros(5)})
-    assert "x in it is [4] torch.float32, here [4] torch.float64" in refused(folder, capsys, into={"x": torch.zeros(4).double()})
+    assert "x in it is [4] torch.float32, here [4] torch.float64" in refused(
+        folder, capsys, into={"x": torch.zeros(4).double()}
+    )
 
 
 class Trap:
@@ -291,7 +332,9 @@ def test_a_save_that_is_killed_leaves_a_whole_checkpoint(folder, capsys, monkeyp
     run = Resume(folder, identity=IDENTITY)
     assert not list(folder.glob("*.part"))
     found, place = run.load({})
-    assert place == {"step": step} and torch.equal(found["x"], torch.arange(4.0) if step == 1 else torch.full((4,), 2.0))
+    assert place == {"step": step} and torch.equal(
+        found["x"], torch.arange(4.0) if step == 1 else torch.full((4,), 2.0)
+    )
     run.save({"x": torch.zeros(4)}, {"step": 9})
     assert run.load({})[1] == {"step": 9} and len(list(folder.iterdir())) == 1
     assert capsys.readouterr().err == ""
@@ -324,7 +367,9 @@ def test_a_disk_that_fills_while_writing_is_named_and_the_older_checkpoint_stays
     monkeypatch.setattr("threading.excepthook", lambda facts: None)
     run.save({f"x{i}": torch.zeros(7 + i) for i in range(count)}, {"step": 2})
     err = capsys.readouterr().err
-    assert err.startswith("no checkpoint was written: ") and ("No space left" in err or "x0 could not be written" in err)
+    assert err.startswith("no checkpoint was written: ") and (
+        "No space left" in err or "x0 could not be written" in err
+    )
     assert [p.name for p in folder.iterdir()] == ["save-00000001"] and run.load({})[1] == {"step": 1}
 
 
@@ -332,7 +377,9 @@ def test_nothing_is_written_where_others_can_write(folder, capsys):
     folder.chmod(0o777)
     run = Resume(folder, identity=IDENTITY)
     run.save({"x": torch.zeros(4)}, {"step": 2})
-    assert "can be written by others" in capsys.readouterr().err and [p.name for p in folder.iterdir()] == ["save-00000001"]
+    assert "can be written by others" in capsys.readouterr().err and [p.name for p in folder.iterdir()] == [
+        "save-00000001"
+    ]
 
 
 def test_a_position_that_is_not_json_is_an_error(folder):
@@ -407,7 +454,9 @@ def test_two_processes_keep_their_own_tensors_and_positions(tmp_path, capfd):
     def saves(rank, folder):
         run = Resume(folder / "run", identity=IDENTITY, rank=rank, world=2)
         assert run.load({}) is None
-        run.save({"shared": torch.full((3,), float(rank)), f"own {rank}": torch.arange(rank)}, {"rank": rank, "step": 1})
+        run.save(
+            {"shared": torch.full((3,), float(rank)), f"own {rank}": torch.arange(rank)}, {"rank": rank, "step": 1}
+        )
         assert len(list((folder / "run").iterdir())) == 1
 
     def loads(rank, folder):

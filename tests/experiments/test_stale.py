@@ -6,13 +6,13 @@ import shlex
 
 import pytest
 
-from experiments.study import config, pipeline, stale
 from experiments.__main__ import parser
+from experiments.stages import resolve
+from experiments.study import config, pipeline, stale
 from experiments.study.advice import of_study
+from experiments.study.paths import HERE
 from methods.errors import UserError
 from methods.tools.files import write_json
-from experiments.study.paths import HERE
-from experiments.stages import resolve
 
 CELL = {"model": "llama-tiny", "domain": "sums", "method": "ewc"}
 DEMO = (HERE / "experiments" / "studies" / "demo" / "params.yaml").read_text()
@@ -51,8 +51,11 @@ def test_an_upgraded_package_is_refused_before_the_work(study, monkeypatch, stag
     upgrade(monkeypatch, "transformers")
     with pytest.raises(UserError) as refused:
         stale.refuse(study, stage, **CELL)
-    assert re.match(r"train@llama-tiny-sums-ewc-0: versions.transformers is '99.0' now, and was '5.*' when work/resolved/evaluate/llama-tiny.json "
-                    r"was written; .*`python -m experiments pipeline` and then the same `dvc repro` again", str(refused.value))  # fmt: skip
+    assert re.match(
+        r"train@llama-tiny-sums-ewc-0: versions.transformers is '99.0' now, and was '5.*' when work/resolved/evaluate/llama-tiny.json "
+        r"was written; .*`python -m experiments pipeline` and then the same `dvc repro` again",
+        str(refused.value),
+    )
     stale.refuse(study, "collect", **CELL)  # joins what is there
     monkeypatch.delenv("DVC_STAGE")
     stale.refuse(study, stage, **CELL)  # by hand
@@ -63,7 +66,9 @@ def test_following_the_advice_has_dvc_resolve_again(study, monkeypatch, capsys):
     capsys.readouterr()
     pipeline.main(study)
     assert "versions.transformers is '99.0' now" in capsys.readouterr().out
-    assert not study.paths.resolved.exists()  # DVC runs a stage whose out is gone; `persist` keeps it from taking an older one
+    assert (
+        not study.paths.resolved.exists()
+    )  # DVC runs a stage whose out is gone; `persist` keeps it from taking an older one
     written(study)
     stale.refuse(study, "train", **CELL)
     pipeline.main(study)
@@ -97,12 +102,14 @@ def test_resolved_files_are_what_the_pipeline_says_stages_depend_on():
     [
         ("run `dvc repro` to make it", "run `dvc repro experiments/studies/demo/dvc.yaml` to make it"),
         ("`dvc repro train@a-b-c-0` first", "`dvc repro experiments/studies/demo/dvc.yaml:train@a-b-c-0` first"),
-        ("`dvc repro --force --single-item base@a evaluate@b`",
-         "`dvc repro --force --single-item experiments/studies/demo/dvc.yaml:base@a experiments/studies/demo/dvc.yaml:evaluate@b`"),
+        (
+            "`dvc repro --force --single-item base@a evaluate@b`",
+            "`dvc repro --force --single-item experiments/studies/demo/dvc.yaml:base@a experiments/studies/demo/dvc.yaml:evaluate@b`",
+        ),
         ("`dvc repro -k experiments/studies/demo/dvc.yaml`", "`dvc repro -k experiments/studies/demo/dvc.yaml`"),
         ("`dvc checkout --force`, `dvc reproduce`", "`dvc checkout --force`, `dvc reproduce`"),
     ],
-)  # fmt: skip
+)
 def test_commands_name_the_study(said, meant):
     assert of_study(said, "demo") == meant
     assert of_study(meant, "demo") == meant
@@ -112,16 +119,28 @@ def test_commands_name_the_study(said, meant):
 def test_every_command_that_a_message_prints_is_one():
     """Of our own command line and of DVC's, in the text of every module; what is filled in is left out."""
     found = 0
-    for path in [*HERE.glob("experiments/**/*.py"), *HERE.glob("methods/*.py"), *HERE.glob("evaluation/*.py"), *HERE.glob("analysis/*.py")]:
+    for path in [
+        *HERE.glob("experiments/**/*.py"),
+        *HERE.glob("methods/*.py"),
+        *HERE.glob("evaluation/*.py"),
+        *HERE.glob("analysis/*.py"),
+    ]:
         if path.name == "advice.py":  # which holds patterns of commands
             continue
         for command in re.findall(r"`((?:dvc|python -m experiments) [^`{]*)`", path.read_text()):
             words = shlex.split(command.replace('"', ""))
             found += 1
             if words[0] == "dvc":
-                stages = [w.partition("@")[0] for w in words[2:] if not w.startswith("-") and w.isascii() and "dvc.yaml" not in w]
+                stages = [
+                    w.partition("@")[0]
+                    for w in words[2:]
+                    if not w.startswith("-") and w.isascii() and "dvc.yaml" not in w
+                ]
                 assert words[1] in ("repro", "status", "checkout", "exp", "plots", "queue"), (path, command)
-                assert words[1] != "repro" or set(stages) <= {"resolve", "compare", *stale.FILES, "drift"}, (path, command)
+                assert words[1] != "repro" or set(stages) <= {"resolve", "compare", *stale.FILES, "drift"}, (
+                    path,
+                    command,
+                )
             elif words[3] not in ("ARGUMENTS", "COMMAND"):
                 assert words[3] in parser()._subparsers._group_actions[0].choices, (path, command)
     assert found > 20
@@ -130,7 +149,9 @@ def test_every_command_that_a_message_prints_is_one():
 def test_a_message_names_the_study_it_is_of(capsys, monkeypatch):
     from experiments import __main__
 
-    monkeypatch.setattr("sys.argv", ["experiments", "export", "llama-tiny/sums/full/seed0", "nowhere", "--study", "demo"])
+    monkeypatch.setattr(
+        "sys.argv", ["experiments", "export", "llama-tiny/sums/full/seed0", "nowhere", "--study", "demo"]
+    )
     monkeypatch.setattr(__main__.environment, "busy", lambda *_: None, raising=False)
     if (HERE / "work" / "demo" / "cells" / "llama-tiny/sums/full/seed0").exists():
         pytest.skip("the demo was run here")
@@ -139,4 +160,9 @@ def test_a_message_names_the_study_it_is_of(capsys, monkeypatch):
 
 
 def test_a_folder_of_versions_is_json(study):
-    assert json.loads((study.paths.resolved / "evaluate" / "llama-tiny.json").read_text())["versions"].keys() == {"lm_eval", "tokenizers", "torch", "transformers"}
+    assert json.loads((study.paths.resolved / "evaluate" / "llama-tiny.json").read_text())["versions"].keys() == {
+        "lm_eval",
+        "tokenizers",
+        "torch",
+        "transformers",
+    }

@@ -13,12 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from evaluation.shipped import shipped_yaml
 from evaluation.task import make_task
-from experiments.study import cells, config, pipeline
 from experiments.commands import tune
+from experiments.stages import collect, data, evaluate, prepare, resolve, train
+from experiments.stages import model as model_stage
+from experiments.study import cells, config, pipeline
+from experiments.study.paths import HERE
 from methods.errors import UserError
 from methods.tools.files import read_json
-from experiments.study.paths import HERE
-from experiments.stages import collect, data, evaluate, model as model_stage, prepare, resolve, train
 from tests.evaluation.conftest import COPA, HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
 
 NAMES = ("paper", "mofo-math")
@@ -28,25 +29,67 @@ FIELD = {  # words that no subject of a domain's MMLU retention task has in its 
     "physical": "physics astronomy electrical",
 }
 EXTRA = {  # words of the other subjects that are left out: for science health and every formal science
-    "science": "clinical aging sexuality algebra statistics learning security engineering", "medical": "", "physical": "engineering",
-}  # fmt: skip
+    "science": "clinical aging sexuality algebra statistics learning security engineering",
+    "medical": "",
+    "physical": "engineering",
+}
 ROWS = {  # one row of each data set, with the columns it has on the hub
-    "Rowan/hellaswag": HELLASWAG[0], "allenai/sciq": SCIQ[0], "EleutherAI/lambada_openai": LAMBADA[0], "aps/super_glue": COPA[0],
+    "Rowan/hellaswag": HELLASWAG[0],
+    "allenai/sciq": SCIQ[0],
+    "EleutherAI/lambada_openai": LAMBADA[0],
+    "aps/super_glue": COPA[0],
     "allenai/winogrande": WINOGRANDE[0],
     "baber/piqa": {"goal": "Open a jar.", "sol1": "Turn the lid.", "sol2": "Turn the table.", "label": 0},
-    "allenai/ai2_arc": {"id": "a", "question": "What is wet?", "answerKey": "A",
-                        "choices": {"text": ["water", "sand"], "label": ["A", "B"]}},
-    "allenai/openbookqa": {"id": "a", "question_stem": "Water is", "answerKey": "A",
-                           "choices": {"text": ["wet", "dry"], "label": ["A", "B"]}},
-    "tau/commonsense_qa": {"id": "a", "question": "Where is water?", "question_concept": "water", "answerKey": "E",
-                           "choices": {"label": list("ABCDE"), "text": ["sun", "fire", "sand", "dust", "sea"]}},
-    "lighteval/siqa": {"context": "Ann ran.", "question": "Why?", "answerA": "late", "answerB": "tall", "answerC": "red", "label": "1"},
-    "cais/mmlu": {"question": "What is wet?", "subject": "world_religions", "choices": ["sun", "sea", "sand", "dust"], "answer": 1},
-    "openlifescienceai/medmcqa": {"id": "a", "question": "What beats?", "opa": "heart", "opb": "nail", "opc": "hair", "opd": "tooth",
-                                  "cop": 0},
-    "meta-math/MetaMathQA": {"query": "1+1?", "response": "2\nThe answer is: 2", "type": "GSM_SV", "original_question": "1+1?"},
+    "allenai/ai2_arc": {
+        "id": "a",
+        "question": "What is wet?",
+        "answerKey": "A",
+        "choices": {"text": ["water", "sand"], "label": ["A", "B"]},
+    },
+    "allenai/openbookqa": {
+        "id": "a",
+        "question_stem": "Water is",
+        "answerKey": "A",
+        "choices": {"text": ["wet", "dry"], "label": ["A", "B"]},
+    },
+    "tau/commonsense_qa": {
+        "id": "a",
+        "question": "Where is water?",
+        "question_concept": "water",
+        "answerKey": "E",
+        "choices": {"label": list("ABCDE"), "text": ["sun", "fire", "sand", "dust", "sea"]},
+    },
+    "lighteval/siqa": {
+        "context": "Ann ran.",
+        "question": "Why?",
+        "answerA": "late",
+        "answerB": "tall",
+        "answerC": "red",
+        "label": "1",
+    },
+    "cais/mmlu": {
+        "question": "What is wet?",
+        "subject": "world_religions",
+        "choices": ["sun", "sea", "sand", "dust"],
+        "answer": 1,
+    },
+    "openlifescienceai/medmcqa": {
+        "id": "a",
+        "question": "What beats?",
+        "opa": "heart",
+        "opb": "nail",
+        "opc": "hair",
+        "opd": "tooth",
+        "cop": 0,
+    },
+    "meta-math/MetaMathQA": {
+        "query": "1+1?",
+        "response": "2\nThe answer is: 2",
+        "type": "GSM_SV",
+        "original_question": "1+1?",
+    },
     "openai/gsm8k": {"question": "1+1?", "answer": "1+1=2\n#### 2"},
-}  # fmt: skip
+}
 
 
 def hub_sources(study):
@@ -68,7 +111,11 @@ def test_it_loads_and_every_name_resolves(name):
 def test_the_papers_grid():
     study = config.load("paper")
     assert len(cells.grid(study)) == 2 * 3 * 6 * 3
-    assert set(study.grid["methods"]) == {"full", "lora", "ewc", "ewc-lora", "mofo", "hierarchical"} == set(study.tune["methods"])
+    assert (
+        set(study.grid["methods"])
+        == {"full", "lora", "ewc", "ewc-lora", "mofo", "hierarchical"}
+        == set(study.tune["methods"])
+    )
     assert {len(values) for knob in study.tune["methods"].values() for values in knob.values()} == {4}
     for cell in cells.grid(study):  # held equal over methods: the budget and the precision of the optimizer's state
         settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
@@ -78,7 +125,9 @@ def test_the_papers_grid():
 @pytest.mark.parametrize("name", NAMES)
 def test_sources_are_pinned(name):
     study = config.load(name)
-    loose = {source["path"] for source in hub_sources(study) if not re.fullmatch("[0-9a-f]{40}", source.get("revision", ""))}
+    loose = {
+        source["path"] for source in hub_sources(study) if not re.fullmatch("[0-9a-f]{40}", source.get("revision", ""))
+    }
     assert loose <= {"lighteval/siqa"}
     for block in study.models.values():
         assert re.fullmatch(r"hub:[^@]+@[0-9a-f]{40}", block["source"]) or block["source"].startswith("pypi:")
@@ -94,7 +143,9 @@ def test_the_architecture_is_the_models(name, model):
     block = config.load(name).models[model]
     asked = dict(block["architecture"])
     made = AutoConfig.for_model(asked.pop("model_type"), **asked)
-    assert {key: getattr(made, key) for key in asked if key != "rope_theta"} == {k: v for k, v in asked.items() if k != "rope_theta"}
+    assert {key: getattr(made, key) for key in asked if key != "rope_theta"} == {
+        k: v for k, v in asked.items() if k != "rope_theta"
+    }
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(made)
     assert sum(p.numel() for p in built.parameters()) == block["parameters"]
@@ -111,7 +162,9 @@ def test_every_task_takes_the_rows_of_its_data_set(name, tmp_path):
         for key in ("rows", "test_rows"):
             if source := (block.get(key) or {}).get("hub"):
                 rows = shape(shape([ROWS[source["path"]]], source, where=where), block, where=where)
-                made = make_task(where, block["task"], write_rows(tmp_path / "rows.jsonl", rows), metric=block["metric"])
+                made = make_task(
+                    where, block["task"], write_rows(tmp_path / "rows.jsonl", rows), metric=block["metric"]
+                )
                 assert made.config.num_fewshot == 0 and len(made.eval_docs) == 1
                 if source["path"] == "cais/mmlu":
                     said = "about world religions" if name == "mofo-math" else "(with answers).\n\nWhat is wet?"
@@ -146,7 +199,10 @@ def local(study_name, root, change):
 def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, monkeypatch):
     """mofo-math on a tiny random model and rows written here, through the stages' own code."""
     pairs = [(i, j) for i in range(6) for j in range(6)]
-    solved = [{"question": f"Ann has {i} pens and buys {j}. How many?", "answer": f"{i}+{j}={i + j}\n#### {i + j}"} for i, j in pairs]
+    solved = [
+        {"question": f"Ann has {i} pens and buys {j}. How many?", "answer": f"{i}+{j}={i + j}\n#### {i + j}"}
+        for i, j in pairs
+    ]
     write_rows(tmp_path / "solved.jsonl", [{"query": row["question"], "response": row["answer"]} for row in solved])
     write_rows(tmp_path / "test.jsonl", solved[:4])
     write_rows(tmp_path / "other.jsonl", [HELLASWAG[i % 6] | {"ctx_a": f"A man has {i} cups. He"} for i in range(12)])
@@ -160,14 +216,32 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         raw["train"] |= {"batch": 8, "micro_batch": 8, "length": 128, "epochs": 0.25, "probes": 1}
         math = raw["domains"]["math"]
         math["task"]["generation_kwargs"]["max_gen_toks"] = 12
-        math |= {"split": {"train": "all", "probe": 4, "test": "all"}, "retention": ["hellaswag", "ends"], "probes": ["hellaswag"]}
+        math |= {
+            "split": {"train": "all", "probe": 4, "test": "all"},
+            "retention": ["hellaswag", "ends"],
+            "probes": ["hellaswag"],
+        }
         math["rows"] = {"jsonl": {"path": str(tmp_path / "solved.jsonl"), "columns": math["rows"]["hub"]["columns"]}}
         math["test_rows"] = {"jsonl": str(tmp_path / "test.jsonl")}
         raw["domains"] = {"math": math}
-        raw["tasks"] = {"hellaswag": raw["tasks"]["hellaswag"] | {"rows": {"jsonl": str(tmp_path / "other.jsonl")}, "test": 6, "probe": 4}}
-        raw["tasks"]["ends"] = {"task": "lambada_openai", "metric": "perplexity", "chance": 0.0, "rows": {"jsonl": str(tmp_path / "ends.jsonl")}, "test": 6}
+        raw["tasks"] = {
+            "hellaswag": raw["tasks"]["hellaswag"]
+            | {"rows": {"jsonl": str(tmp_path / "other.jsonl")}, "test": 6, "probe": 4}
+        }
+        raw["tasks"]["ends"] = {
+            "task": "lambada_openai",
+            "metric": "perplexity",
+            "chance": 0.0,
+            "rows": {"jsonl": str(tmp_path / "ends.jsonl")},
+            "test": 6,
+        }
         raw["tune"] = {"methods": {"full": {"train.learning_rate": [1.0e-3]}}}
-        raw["general"] |= {"rows": {"jsonl": str(tmp_path / "text.jsonl")}, "importance": 4, "perplexity": 4, "probe": 2}
+        raw["general"] |= {
+            "rows": {"jsonl": str(tmp_path / "text.jsonl")},
+            "importance": 4,
+            "perplexity": 4,
+            "probe": 2,
+        }
 
     monkeypatch.chdir(tmp_path)
     study = local("mofo-math", tmp_path, change)
@@ -184,11 +258,25 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         metrics = read_json(study.paths.run(cell) / "metrics.json")
         math = metrics["scores_by_task"]["math"]
         assert math | {"version": 0, "prompt": ""} == {
-            "value": 0.0, "base": 0.0, "n": 4, "chance": 0.0, "metric": "exact_match,flexible-extract", "role": "domain",
-            "version": 0, "prompt": "", "unit": "share", "higher_is_better": True, "per_item": True, "change": 0.0}  # fmt: skip
+            "value": 0.0,
+            "base": 0.0,
+            "n": 4,
+            "chance": 0.0,
+            "metric": "exact_match,flexible-extract",
+            "role": "domain",
+            "version": 0,
+            "prompt": "",
+            "unit": "share",
+            "higher_is_better": True,
+            "per_item": True,
+            "change": 0.0,
+        }
         ends = metrics["scores_by_task"]["ends"]  # of which lower is better: its rise is forgetting, beside the mean
         rise = log(ends["value"] / ends["base"])
-        assert metrics["forgetting_apart"] == {"ends": {"forgetting": pytest.approx(rise, rel=1e-6), "unit": "nats"}} and rise != 0
+        assert (
+            metrics["forgetting_apart"] == {"ends": {"forgetting": pytest.approx(rise, rel=1e-6), "unit": "nats"}}
+            and rise != 0
+        )
         assert "ends" not in metrics["forgetting_by_task"] and "ends" not in metrics["at_chance"]
         curve = (study.paths.run(cell) / "curve.csv").read_text().splitlines()[0].split(",")
         assert {"probe_math_nll", "probe_hellaswag", "probe_perplexity"} <= set(curve) and "probe_math" not in curve
@@ -202,7 +290,10 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
 def test_the_small_variant_needs_no_hub():
     study = config.load("mofo-math")
     small = dataclasses.replace(
-        study, data={"source": "pypi"}, grid=dict(study.grid) | {"models": ["smollm2-135m"], "domains": ["math-small"]})
+        study, data={"source": "pypi"}, grid=dict(study.grid) | {"models": ["smollm2-135m"], "domains": ["math-small"]}
+    )
     used = resolve.data(small)
-    assert all("pypi" in block["rows"] for block in (*used["domains"].values(), *used["tasks"].values(), used["general"]))
+    assert all(
+        "pypi" in block["rows"] for block in (*used["domains"].values(), *used["tasks"].values(), used["general"])
+    )
     assert small.settings(model="smollm2-135m", domain="math-small", method="full").moments == "float32"

@@ -6,13 +6,13 @@ import shutil
 
 import pytest
 
-from experiments.study import config, pipeline
-from experiments.commands import sweep
-from methods.errors import UserError
 from analysis.families import families, family
+from experiments.commands import sweep
+from experiments.stages import resolve
+from experiments.study import config, pipeline
 from experiments.study.params_text import with_methods
 from experiments.study.paths import HERE
-from experiments.stages import resolve
+from methods.errors import UserError
 
 SOURCES = [HERE / "params.yaml", *sorted((HERE / "experiments" / "studies").glob("*/params.yaml"))]
 
@@ -46,16 +46,30 @@ def test_a_sweep_writes_blocks_names_and_the_pipeline(demo, capsys):
     new, old = added_lines(before, demo.paths.params.read_text())
     # ewc itself runs at 100: that value is its own trial
     assert [line for line in new if "like" in line] == [
-        "  ewc-s1: {like: ewc, ewc: {strength: 10.0}}", "  ewc-s2: {like: ewc, ewc: {strength: 1000.0}}",
-        "  ewc-s3: {like: ewc, ewc: {strength: 10000.0}}", "  ewc-s4: {like: ewc, ewc: {strength: 1.0e+5}}",
-    ]  # fmt: skip
+        "  ewc-s1: {like: ewc, ewc: {strength: 10.0}}",
+        "  ewc-s2: {like: ewc, ewc: {strength: 1000.0}}",
+        "  ewc-s3: {like: ewc, ewc: {strength: 10000.0}}",
+        "  ewc-s4: {like: ewc, ewc: {strength: 1.0e+5}}",
+    ]
     assert len(new) == 5 and old == ["  methods: [full, lora, ewc, mofo, hierarchical]"]
     study = again(demo)
-    assert study.grid["methods"] == ["full", "lora", "ewc", "ewc-s1", "ewc-s2", "ewc-s3", "ewc-s4", "mofo", "hierarchical"]
+    assert study.grid["methods"] == [
+        "full",
+        "lora",
+        "ewc",
+        "ewc-s1",
+        "ewc-s2",
+        "ewc-s3",
+        "ewc-s4",
+        "mofo",
+        "hierarchical",
+    ]
     assert [study.methods[f"ewc-s{k}"].parts[0].strength for k in (1, 2, 3, 4)] == [10.0, 1e3, 1e4, 1e5]
     assert {study.methods[f"ewc-s{k}"].parts[0].samples for k in (1, 2, 3, 4)} == {16}
     assert not pipeline.behind(study)
-    assert "results/demo/runs/llama-tiny/sums/ewc-s4/seed0/metrics.json" in (study.paths.folder / "dvc.yaml").read_text()
+    assert (
+        "results/demo/runs/llama-tiny/sums/ewc-s4/seed0/metrics.json" in (study.paths.folder / "dvc.yaml").read_text()
+    )
     assert "trials by family: full 1, lora 1, ewc 5, mofo 1, hierarchical 1" in said
     assert "sweep full, lora, mofo, hierarchical until each has 5" in said
     assert re.search(r"4 of 4 cells to run: about [\d.]+ min, disk \d+ MiB.*plan --study demo` shows each", said)
@@ -67,11 +81,16 @@ def test_the_same_sweep_again_changes_nothing_and_another_is_refused(demo, capsy
     text = demo.paths.params.read_text()
     capsys.readouterr()
     sweep.main(again(demo), **arguments)
-    assert demo.paths.params.read_text() == text and "mofo-s2: mofo.fraction = 0.2 (there already)" in capsys.readouterr().out
+    assert (
+        demo.paths.params.read_text() == text
+        and "mofo-s2: mofo.fraction = 0.2 (there already)" in capsys.readouterr().out
+    )
     with pytest.raises(UserError, match=r"has a block mofo-s1 already, .*0.05.*delete the blocks mofo-s.*mofo-b"):
         sweep.main(again(demo), method="mofo", knob="mofo.fraction", values="0.3,0.4")
     assert demo.paths.params.read_text() == text
-    sweep.main(again(demo), method="mofo", knob="mofo.fraction", values="0.05,0.2,0.4")  # a longer list goes on from the shorter one
+    sweep.main(
+        again(demo), method="mofo", knob="mofo.fraction", values="0.05,0.2,0.4"
+    )  # a longer list goes on from the shorter one
     assert again(demo).methods["mofo-s3"].parts[0].fraction == 0.4
 
 
@@ -89,8 +108,10 @@ def test_the_preparation_is_shared_where_the_knob_does_not_enter_it(demo):
 def test_cells_of_one_preparation_pay_for_it_once(demo, monkeypatch):
     sweep.main(demo, method="ewc", knob="ewc.strength", values="1,10")
     cell = {"seconds": 90.0, "seconds_prepare": 60.0, "cached": {"scored": False}}
-    made = {"cells": [cell | {"cell": f"llama-tiny/sums/ewc-s{k}/seed0"} for k in (1, 2)],
-            "total": {"to_run": 2, "cells": 2, "disk_bytes": 0, "peak_memory_bytes": 0, "too_large": 0}}  # fmt: skip
+    made = {
+        "cells": [cell | {"cell": f"llama-tiny/sums/ewc-s{k}/seed0"} for k in (1, 2)],
+        "total": {"to_run": 2, "cells": 2, "disk_bytes": 0, "peak_memory_bytes": 0, "too_large": 0},
+    }
     monkeypatch.setattr(sweep.plan, "make", lambda study, patterns: made)
     assert "about 2.0 min" in sweep.cost(again(demo), ["ewc-s1", "ewc-s2"])  # 60 + 30 + 30 seconds
 
@@ -100,11 +121,20 @@ def test_training_rates_whole_numbers_and_names_of_choices(demo):
     sweep.main(again(demo), method="ewc", knob="ewc.samples", values="4..30", points=3, linear=True)
     sweep.main(again(demo), method="hierarchical", knob="lora.rank", values="2..32", points=3)
     text = demo.paths.params.read_text()
-    assert "lora-s1: {like: lora, train: {learning_rate: 1.0e-4}}" in text and "lora-s3: {like: lora, train: {learning_rate: 0.01}}" in text
+    assert (
+        "lora-s1: {like: lora, train: {learning_rate: 1.0e-4}}" in text
+        and "lora-s3: {like: lora, train: {learning_rate: 0.01}}" in text
+    )
     study = again(demo)
-    assert [study.settings(model="llama-tiny", domain="sums", method=f"lora-s{k}").learning_rate for k in (1, 2, 3)] == [1e-4, 1e-3, 1e-2]
+    assert [
+        study.settings(model="llama-tiny", domain="sums", method=f"lora-s{k}").learning_rate for k in (1, 2, 3)
+    ] == [1e-4, 1e-3, 1e-2]
     assert [study.methods[f"ewc-s{k}"].parts[0].samples for k in (1, 2, 3)] == [4, 17, 30]
-    assert [next(p.rank for p in study.methods[f"hierarchical-s{k}"].parts if p.key == "lora") for k in (1, 2, 3)] == [2, 8, 32]
+    assert [next(p.rank for p in study.methods[f"hierarchical-s{k}"].parts if p.key == "lora") for k in (1, 2, 3)] == [
+        2,
+        8,
+        32,
+    ]
     assert study.methods["hierarchical-s1"].train == {"learning_rate": 5e-3}
 
 
@@ -129,10 +159,13 @@ def test_training_rates_whole_numbers_and_names_of_choices(demo):
         (("ewc", "ewc.strength", "1,1e400"), "'1e400' is no finite number"),
         (("full", "train.epochs", "1,2"), "train.epochs: it changes the tokens.*a study of its own"),
         (("full", "train.length", "128,512"), "train.length: it changes the tokens"),
-        (("lora", "train.learning_rate", "0,1e-3"), "methods.lora-s1.train.learning_rate is 0.0: it must be a number above 0"),
+        (
+            ("lora", "train.learning_rate", "0,1e-3"),
+            "methods.lora-s1.train.learning_rate is 0.0: it must be a number above 0",
+        ),
         (("lora", "train.moments", "bfloat16"), "one for all methods"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_refused_and_nothing_is_written(demo, arguments, message):
     before = demo.paths.params.read_text(), (demo.paths.folder / "dvc.yaml").read_text()
     with pytest.raises(UserError, match=message):
@@ -171,13 +204,26 @@ def test_other_layouts():
     block = {"b-s1": {"like": "b", "x": {"y": 2}}}
     listed = "grid:\n  methods:\n    - a\n    - b  # why\n\nmethods:\n  a: {}\n  b:\n    x: {y: 1}"
     made = with_methods(listed, blocks=block, grid=["b-s1"], behind="b", where="p")
-    assert made == "grid:\n  methods:\n    - a\n    - b  # why\n    - b-s1\n\nmethods:\n  a: {}\n  b:\n    x: {y: 1}\n  b-s1: {like: b, x: {y: 2}}\n"
+    assert (
+        made
+        == "grid:\n  methods:\n    - a\n    - b  # why\n    - b-s1\n\nmethods:\n  a: {}\n  b:\n    x: {y: 1}\n  b-s1: {like: b, x: {y: 2}}\n"
+    )
     with pytest.raises(UserError, match="p: cannot add methods to this layout"):
-        with_methods("grid: {methods: [b]}\nmethods: {b: {x: {y: 1}}, a: {}}\n", blocks=block, grid=[], behind="b", where="p")
+        with_methods(
+            "grid: {methods: [b]}\nmethods: {b: {x: {y: 1}}, a: {}}\n", blocks=block, grid=[], behind="b", where="p"
+        )
     with pytest.raises(UserError, match="p: cannot add methods to this layout"):
-        with_methods("grid: {methods: [b]}\nmethods: {b: {x: {y: 1}},\n  a: {}}\n", blocks=block, grid=[], behind="b", where="p")
+        with_methods(
+            "grid: {methods: [b]}\nmethods: {b: {x: {y: 1}},\n  a: {}}\n", blocks=block, grid=[], behind="b", where="p"
+        )
 
 
 def test_families():
-    assert [family(name) for name in ("ewc", "ewc-s3", "ewc-s03", "x-s1-s2", "mofo-ewc")] == ["ewc", "ewc", "ewc-s03", "x-s1", "mofo-ewc"]
+    assert [family(name) for name in ("ewc", "ewc-s3", "ewc-s03", "x-s1-s2", "mofo-ewc")] == [
+        "ewc",
+        "ewc",
+        "ewc-s03",
+        "x-s1",
+        "mofo-ewc",
+    ]
     assert families(["a", "b-s1", "a-s2", "b"]) == {"a": ["a", "a-s2"], "b": ["b-s1", "b"]}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from methods.errors import UserError
 from experiments.commands.tracking import link, track
+from methods.errors import UserError
 from tests.analysis.fixtures import METHODS, write_results
 
 CELL = "smollm2-135m/science/{}/seed0".format
@@ -22,7 +22,11 @@ def client(database: Path):
 def runs_of(database: Path, study: str = "default", *, kind: str = "cell") -> dict:
     found = client(database)
     experiment = found.get_experiment_by_name(study)
-    return {run.data.tags[f"holdfast.{kind}"]: run for run in found.search_runs([experiment.experiment_id]) if f"holdfast.{kind}" in run.data.tags}
+    return {
+        run.data.tags[f"holdfast.{kind}"]: run
+        for run in found.search_runs([experiment.experiment_id])
+        if f"holdfast.{kind}" in run.data.tags
+    }
 
 
 def content(database: Path) -> dict:
@@ -31,11 +35,27 @@ def content(database: Path) -> dict:
     every = {key: run for kind in ("cell", "group", "base") for key, run in runs_of(database, kind=kind).items()}
     keys = {run.info.run_id: key for key, run in every.items()}
     for cell, run in every.items():
-        points = {key: [(m.step, m.timestamp, m.value) for m in found.get_metric_history(run.info.run_id, key)] for key in run.data.metrics}
+        points = {
+            key: [(m.step, m.timestamp, m.value) for m in found.get_metric_history(run.info.run_id, key)]
+            for key in run.data.metrics
+        }
         inputs = sorted((d.dataset.name, d.dataset.digest) for d in run.inputs.dataset_inputs)
         files = sorted(file.path for file in found.list_artifacts(run.info.run_id))
-        tags = run.data.tags | ({"mlflow.parentRunId": keys[run.data.tags["mlflow.parentRunId"]]} if "mlflow.parentRunId" in run.data.tags else {})
-        all_of_it[cell] = (run.info.status, run.info.start_time, run.info.end_time, run.data.params, points, tags, inputs, files)
+        tags = run.data.tags | (
+            {"mlflow.parentRunId": keys[run.data.tags["mlflow.parentRunId"]]}
+            if "mlflow.parentRunId" in run.data.tags
+            else {}
+        )
+        all_of_it[cell] = (
+            run.info.status,
+            run.info.start_time,
+            run.info.end_time,
+            run.data.params,
+            points,
+            tags,
+            inputs,
+            files,
+        )
     return all_of_it
 
 
@@ -71,31 +91,67 @@ def test_a_run_holds_parameters_curves_scores_costs_data_and_files(database, res
     runs = runs_of(database)
     run, metrics = runs[CELL("ewc")], json.loads((results / "runs" / CELL("ewc") / "metrics.json").read_text())
     assert len(runs) == 5 and run.info.run_id == made[CELL("ewc")] and run.info.status == "FINISHED"
-    assert run.data.params["ewc.strength"] == "10000.0" and run.data.params["scoring.scorer"] == "shared-prefix" and run.data.params["seed"] == "0"
+    assert (
+        run.data.params["ewc.strength"] == "10000.0"
+        and run.data.params["scoring.scorer"] == "shared-prefix"
+        and run.data.params["seed"] == "0"
+    )
     for key in ("forgetting", "domain_gain", "seconds_train", "seconds_prepare", "bytes_anchor", "peak_memory_bytes"):
-        assert run.data.metrics[key] == pytest.approx(metrics[key], rel=1e-5) and len(repr(run.data.metrics[key]).split(".")[-1]) <= 8
-    assert run.data.metrics["forgetting/hellaswag"] == pytest.approx(metrics["forgetting_by_task"]["hellaswag"], rel=1e-5)
+        assert (
+            run.data.metrics[key] == pytest.approx(metrics[key], rel=1e-5)
+            and len(repr(run.data.metrics[key]).split(".")[-1]) <= 8
+        )
+    assert run.data.metrics["forgetting/hellaswag"] == pytest.approx(
+        metrics["forgetting_by_task"]["hellaswag"], rel=1e-5
+    )
     assert run.data.metrics["bytes_weights_delta"] == metrics["bytes_weights_delta"]  # whole numbers keep every digit
     found = client(database)
     loss = found.get_metric_history(run.info.run_id, "curve/loss")
-    assert [m.step for m in loss] == list(range(1, 61)) and loss[-1].timestamp - loss[0].timestamp == pytest.approx(268_000 * 59 / 60, abs=2)
+    assert [m.step for m in loss] == list(range(1, 61)) and loss[-1].timestamp - loss[0].timestamp == pytest.approx(
+        268_000 * 59 / 60, abs=2
+    )
     assert [m.step for m in found.get_metric_history(run.info.run_id, "probe/hellaswag")] == [0, 12, 24, 36, 48, 60]
     tags = run.data.tags
-    assert tags["git.commit"] == metrics["git"]["commit"] and tags["git.dirty"] == "False" and tags["not_a_result"] == "False"
+    assert (
+        tags["git.commit"] == metrics["git"]["commit"]
+        and tags["git.dirty"] == "False"
+        and tags["not_a_result"] == "False"
+    )
     assert tags["mlflow.note.content"].count("\n\n") == 1 and "ewc" in tags["mlflow.note.content"]
     data = {d.dataset.name: (d.dataset.digest, d.tags[0].value) for d in run.inputs.dataset_inputs}
-    assert data["science train"] == (metrics["data_sha256"][:36], "training") and data["hellaswag"][1] == "evaluation" and len(data) == 10
-    assert {f.path for f in found.list_artifacts(run.info.run_id)} == {"metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json", "environment.json", "model.json"}
+    assert (
+        data["science train"] == (metrics["data_sha256"][:36], "training")
+        and data["hellaswag"][1] == "evaluation"
+        and len(data) == 10
+    )
+    assert {f.path for f in found.list_artifacts(run.info.run_id)} == {
+        "metrics.json",
+        "train.json",
+        "curve.csv",
+        "scores.json",
+        "evaluate.json",
+        "environment.json",
+        "model.json",
+    }
     assert (database.parent / "mlartifacts").is_dir()
     home = database.parent / "mlartifacts" / "default" / run.info.run_id / "artifacts"
     model = json.loads((home / "model.json").read_text())
-    assert (model["path"], model["sha256"], model["bytes_beside_base"]) == (f"work/cells/{CELL('ewc')}/weights", metrics["weights_sha256"], metrics["bytes_weights_delta"])
+    assert (model["path"], model["sha256"], model["bytes_beside_base"]) == (
+        f"work/cells/{CELL('ewc')}/weights",
+        metrics["weights_sha256"],
+        metrics["bytes_weights_delta"],
+    )
     # what tells of the machine is where MLflow shows system metrics
-    assert run.data.metrics["system/peak_memory_train_bytes"] == 3_100_000_000 and run.data.metrics["system/peak_memory_prepare_bytes"] == 2_000_000_000
+    assert (
+        run.data.metrics["system/peak_memory_train_bytes"] == 3_100_000_000
+        and run.data.metrics["system/peak_memory_prepare_bytes"] == 2_000_000_000
+    )
     assert len(found.get_metric_history(run.info.run_id, "system/tokens_per_second")) == 60
     above = runs_of(database, kind="group")[CELL("ewc").rsplit("/", 1)[0]]
     assert {f.path for f in found.list_artifacts(above.info.run_id)} == {"report.html", "figures"}
-    assert [f.path for f in found.list_artifacts(above.info.run_id, "figures")] == ["figures/cost-smollm2-135m-science.png"]
+    assert [f.path for f in found.list_artifacts(above.info.run_id, "figures")] == [
+        "figures/cost-smollm2-135m-science.png"
+    ]
 
 
 def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_path):
@@ -106,26 +162,57 @@ def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_pat
     cells = write_results(root, methods=("full", "ewc"), seeds=(0, 1, 2))
     made = track(results_root=root, cells=cells, study="default", database=database)
     above, children = runs_of(database, kind="group"), runs_of(database)
-    assert set(above) == {"smollm2-135m/science/full", "smollm2-135m/science/ewc"} and set(children) == set(made) == set(cells)
+    assert set(above) == {"smollm2-135m/science/full", "smollm2-135m/science/ewc"} and set(children) == set(
+        made
+    ) == set(cells)
     for cell, run in children.items():
         assert run.data.tags["mlflow.parentRunId"] == above[cell.rsplit("/", 1)[0]].info.run_id
     row, run = comparison(load_cells(root, cells)).set_index("method").loc["ewc"], above["smollm2-135m/science/ewc"]
     own = [children[cell] for cell in cells if "/ewc/" in cell]
     assert len({child.data.metrics["forgetting"] for child in own}) > 1
-    for key in ("forgetting", "forgetting_low", "forgetting_high", "domain_gain", "domain_gain_low", "perplexity_ratio", "seconds_train", "bytes_anchor"):
+    for key in (
+        "forgetting",
+        "forgetting_low",
+        "forgetting_high",
+        "domain_gain",
+        "domain_gain_low",
+        "perplexity_ratio",
+        "seconds_train",
+        "bytes_anchor",
+    ):
         assert run.data.metrics[key] == pytest.approx(row[key], rel=1e-5)
-    assert run.data.metrics["forgetting"] == pytest.approx(sum(child.data.metrics["forgetting"] for child in own) / 3, rel=1e-5)
-    assert run.data.metrics["science smollm2-135m/forgetting"] == run.data.metrics["forgetting"]  # its own comparison's charts
-    assert run.info.end_time - run.info.start_time == own[0].info.end_time - own[0].info.start_time  # as long as a seed took
-    assert run.data.metrics["forgetting/piqa"] == pytest.approx(sum(child.data.metrics["forgetting/piqa"] for child in own) / 3, rel=1e-5)
-    last = lambda found: [m.value for m in client(database).get_metric_history(found.info.run_id, "curve/loss") if m.step == 60]
+    assert run.data.metrics["forgetting"] == pytest.approx(
+        sum(child.data.metrics["forgetting"] for child in own) / 3, rel=1e-5
+    )
+    assert (
+        run.data.metrics["science smollm2-135m/forgetting"] == run.data.metrics["forgetting"]
+    )  # its own comparison's charts
+    assert (
+        run.info.end_time - run.info.start_time == own[0].info.end_time - own[0].info.start_time
+    )  # as long as a seed took
+    assert run.data.metrics["forgetting/piqa"] == pytest.approx(
+        sum(child.data.metrics["forgetting/piqa"] for child in own) / 3, rel=1e-5
+    )
+    last = lambda found: [
+        m.value for m in client(database).get_metric_history(found.info.run_id, "curve/loss") if m.step == 60
+    ]
     assert last(run) == [pytest.approx(sum(last(child)[0] for child in own) / 3, rel=1e-5)]
-    assert run.data.params["seeds"] == "0, 1, 2" and run.data.params["ewc.strength"] == "10000.0" and "seed" not in run.data.params
+    assert (
+        run.data.params["seeds"] == "0, 1, 2"
+        and run.data.params["ewc.strength"] == "10000.0"
+        and "seed" not in run.data.params
+    )
     assert run.data.tags["git.commit"] == own[0].data.tags["git.commit"] and run.data.tags["git.dirty"] == "False"
-    assert run.data.tags["mlflow.note.content"].count("\n\n") == 1 and "mean of 3 seeds" in run.data.tags["mlflow.note.content"]
+    assert (
+        run.data.tags["mlflow.note.content"].count("\n\n") == 1
+        and "mean of 3 seeds" in run.data.tags["mlflow.note.content"]
+    )
     assert len(run.inputs.dataset_inputs) == 10
     base = runs_of(database, kind="base")["smollm2-135m/science"]
-    assert base.data.metrics["forgetting"] == base.data.metrics["domain_gain"] == 0 and base.data.metrics["domain_score"] == own[0].data.metrics["domain_score_base"]
+    assert (
+        base.data.metrics["forgetting"] == base.data.metrics["domain_gain"] == 0
+        and base.data.metrics["domain_score"] == own[0].data.metrics["domain_score_base"]
+    )
 
 
 def test_a_seed_more_changes_the_run_above_and_no_other_child(database, tmp_path):
@@ -136,7 +223,11 @@ def test_a_seed_more_changes_the_run_above_and_no_other_child(database, tmp_path
     assert "one seed: this run, not this method" in alone.data.tags["mlflow.note.content"]
     second = track(results_root=root, cells=cells, study="default", database=database)
     above = runs_of(database, kind="group")["smollm2-135m/science/full"]
-    assert above.info.run_id == alone.info.run_id and above.data.metrics["seeds"] == 2 and second[cells[0]] == first[cells[0]]
+    assert (
+        above.info.run_id == alone.info.run_id
+        and above.data.metrics["seeds"] == 2
+        and second[cells[0]] == first[cells[0]]
+    )
     assert {run.data.tags["mlflow.parentRunId"] for run in runs_of(database).values()} == {above.info.run_id}
 
 
@@ -149,11 +240,19 @@ def test_a_cell_under_other_rules_is_shown_and_not_in_the_mean(database, tmp_pat
     runs, above = runs_of(database), runs_of(database, kind="group")["smollm2-135m/science/ewc"]
     out, kept = runs[cells[5]], [runs[cell] for cell in cells[3:5]]
     assert out.info.status == above.info.status == "FINISHED" and "forgetting" in out.data.metrics
-    assert "numerics" in out.data.tags["not_comparable"].lower() and out.data.tags["not_comparable"] in out.data.tags["mlflow.note.content"]
-    assert above.data.tags["not_comparable"] == cells[5] and "mean of 2 of 3 seeds" in above.data.tags["mlflow.note.content"]
+    assert (
+        "numerics" in out.data.tags["not_comparable"].lower()
+        and out.data.tags["not_comparable"] in out.data.tags["mlflow.note.content"]
+    )
+    assert (
+        above.data.tags["not_comparable"] == cells[5]
+        and "mean of 2 of 3 seeds" in above.data.tags["mlflow.note.content"]
+    )
     for key in ("forgetting", "forgetting/piqa"):
         assert above.data.metrics[key] == pytest.approx(sum(run.data.metrics[key] for run in kept) / 2, rel=1e-5)
-        assert above.data.metrics[key] != pytest.approx(sum(run.data.metrics[key] for run in [*kept, out]) / 3, rel=1e-4)
+        assert above.data.metrics[key] != pytest.approx(
+            sum(run.data.metrics[key] for run in [*kept, out]) / 3, rel=1e-4
+        )
 
 
 def test_a_store_of_single_runs_is_taken_over(database, results):
@@ -214,15 +313,24 @@ def test_a_failed_cell_shows_failed_with_its_reason_and_recovers(database, tmp_p
     assert run.info.status == "FINISHED" and "failure.reason" not in run.data.tags and "forgetting" in run.data.metrics
     assert not client(database).list_artifacts(run.info.run_id, "failure")
     above = runs_of(database, kind="group")["smollm2-135m/science/mofo"]
-    assert above.info.status == "FINISHED" and "failure.reason" not in above.data.tags and "forgetting" in above.data.metrics
+    assert (
+        above.info.status == "FINISHED"
+        and "failure.reason" not in above.data.tags
+        and "forgetting" in above.data.metrics
+    )
 
 
 def test_a_cell_that_never_ran_has_no_run_and_one_that_is_gone_loses_it(database, results):
     cells = [CELL("full"), CELL("lora"), CELL("never")]
-    assert set(track(results_root=results, cells=cells, study="default", database=database)) == {CELL("full"), CELL("lora")}
+    assert set(track(results_root=results, cells=cells, study="default", database=database)) == {
+        CELL("full"),
+        CELL("lora"),
+    }
     shutil.rmtree(results / "runs" / CELL("lora"))
     track(results_root=results, cells=cells, study="default", database=database)
-    assert set(runs_of(database)) == {CELL("full")} and set(runs_of(database, kind="group")) == {"smollm2-135m/science/full"}
+    assert set(runs_of(database)) == {CELL("full")} and set(runs_of(database, kind="group")) == {
+        "smollm2-135m/science/full"
+    }
 
 
 def test_studies_are_experiments_of_their_own(database, results):
@@ -241,18 +349,28 @@ def test_a_dvc_experiment_is_a_run_of_its_own_and_the_plain_run_stays(database, 
     metrics = results / "runs" / CELL("full") / "metrics.json"
     before = metrics.read_text()
     found = json.loads(before)
-    metrics.write_text(json.dumps(found | {"git": found["git"] | {"experiment": "high-lr"}}))  # as provenance.git writes it within `dvc exp run`
+    metrics.write_text(
+        json.dumps(found | {"git": found["git"] | {"experiment": "high-lr"}})
+    )  # as provenance.git writes it within `dvc exp run`
     tried = track(results_root=results, cells=[CELL("full"), CELL("lora")], study="default", database=database)
     assert tried[CELL("lora")] == plain[CELL("lora")]  # nothing of it changed
     assert tried[CELL("full")] != plain[CELL("full")]
     assert client(database).get_run(tried[CELL("full")]).data.tags["DVC_EXP_NAME"] == "high-lr"
-    assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == {CELL("full"): tried[CELL("full")]}
+    assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == {
+        CELL("full"): tried[CELL("full")]
+    }
     found = client(database)
-    above = [run for run in found.search_runs([found.get_experiment_by_name("default").experiment_id]) if run.data.tags.get("holdfast.group", "").endswith("/full")]
+    above = [
+        run
+        for run in found.search_runs([found.get_experiment_by_name("default").experiment_id])
+        if run.data.tags.get("holdfast.group", "").endswith("/full")
+    ]
     assert sorted(run.data.tags.get("DVC_EXP_NAME", "") for run in above) == ["", "high-lr"]
     path.write_text(was)
     metrics.write_text(before)
-    assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == {CELL("full"): plain[CELL("full")]}
+    assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == {
+        CELL("full"): plain[CELL("full")]
+    }
 
 
 def test_a_cell_that_is_gone_for_a_while_keeps_its_run(database, results):
@@ -261,10 +379,15 @@ def test_a_cell_that_is_gone_for_a_while_keeps_its_run(database, results):
     above = runs_of(database, kind="group")["smollm2-135m/science/full"].info.run_id
     path = results / "runs" / CELL("full") / "metrics.json"
     path.rename(path.with_suffix(".away"))
-    assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == {} and not runs_of(database)
+    assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == {} and not runs_of(
+        database
+    )
     path.with_suffix(".away").rename(path)
     assert track(results_root=results, cells=[CELL("full")], study="default", database=database) == first
-    assert set(runs_of(database)) == {CELL("full")} and runs_of(database, kind="group")["smollm2-135m/science/full"].info.run_id == above
+    assert (
+        set(runs_of(database)) == {CELL("full")}
+        and runs_of(database, kind="group")["smollm2-135m/science/full"].info.run_id == above
+    )
 
 
 def test_a_store_that_was_moved_keeps_its_files_beside_itself(database, results, tmp_path):
@@ -272,14 +395,17 @@ def test_a_store_that_was_moved_keeps_its_files_beside_itself(database, results,
     moved = tmp_path / "moved"
     database.parent.rename(moved)
     made = track(results_root=results, cells=[CELL("full")], study="default", database=moved / "mlflow.db")
-    assert not database.parent.exists() and (moved / "mlartifacts/default" / made[CELL("full")] / "artifacts/metrics.json").exists()
+    assert (
+        not database.parent.exists()
+        and (moved / "mlartifacts/default" / made[CELL("full")] / "artifacts/metrics.json").exists()
+    )
     uri = client(moved / "mlflow.db").get_run(made[CELL("full")]).info.artifact_uri
     assert uri.startswith((moved / "mlartifacts").as_uri())
 
 
 def test_without_a_name_every_study_with_results_is_tracked_and_a_bad_store_is_named(migrated, tmp_path, capsys):
-    from experiments.study import config
     from experiments.commands import tracking
+    from experiments.study import config
     from experiments.study.paths import HERE, Paths
 
     root = tmp_path / "project"
@@ -292,11 +418,18 @@ def test_without_a_name_every_study_with_results_is_tracked_and_a_bad_store_is_n
     shutil.copytree(root / "experiments/studies/demo", root / "experiments/studies/unrun")
     tracking.main(config.load(root=root))
     said = capsys.readouterr().out
-    assert "cells of study default" in said and "cells of study demo" in said and "unrun" not in said and said.count("http://") == 4
+    assert (
+        "cells of study default" in said
+        and "cells of study demo" in said
+        and "unrun" not in said
+        and said.count("http://") == 4
+    )
     tracking.main(config.load("demo", root=root))
     assert "default" not in capsys.readouterr().out
     (root / "mlflow.db").write_bytes(b"this is no database" * 100)
-    with pytest.raises(UserError, match=r"mlflow.db cannot be written .*delete it and run `python -m experiments track`"):
+    with pytest.raises(
+        UserError, match=r"mlflow.db cannot be written .*delete it and run `python -m experiments track`"
+    ):
         tracking.main(config.load(root=root))
 
 
@@ -328,12 +461,20 @@ def test_the_link_opens_a_view_with_scores_as_columns(database, results):
     track(results_root=results, cells=[CELL("full")], study="default", database=database)
     experiment = client(database).get_experiment_by_name("default")
     address = link(study="default", database=database)
-    assert f"/experiments/{experiment.experiment_id}/runs?" in address and address.endswith("viewStateShareKey=holdfast")
-    view = json.loads(zlib.decompress(base64.b64decode(experiment.tags["mlflow.sharedViewState.holdfast"].removeprefix("deflate;"))))
+    assert f"/experiments/{experiment.experiment_id}/runs?" in address and address.endswith(
+        "viewStateShareKey=holdfast"
+    )
+    view = json.loads(
+        zlib.decompress(base64.b64decode(experiment.tags["mlflow.sharedViewState.holdfast"].removeprefix("deflate;")))
+    )
     assert "metrics.`forgetting`" in view["selectedColumns"]
     metrics = runs_of(database, kind="group")["smollm2-135m/science/full"].data.metrics
     own = "science smollm2-135m/"
     assert set(view["selectedColumns"]) <= {f"metrics.`{key}`" for key in metrics}
-    drawn = {axis for chart in view["compareRunCharts"] for axis in ([chart["metricKey"]] if chart["type"] == "BAR" else [chart["xaxis"]["key"], chart["yaxis"]["key"]])}
+    drawn = {
+        axis
+        for chart in view["compareRunCharts"]
+        for axis in ([chart["metricKey"]] if chart["type"] == "BAR" else [chart["xaxis"]["key"], chart["yaxis"]["key"]])
+    }
     assert {f"{own}forgetting", f"{own}domain_gain", "seconds_train"} <= drawn <= set(metrics)
     assert link(study="default", database=database, charts=True).replace("compareRunsMode=CHART&", "") == address

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from experiments.model import tuned, weights
 from experiments.model.base import load_tensors
-from methods.errors import UserError
-from experiments.training.log import TrainingFailed
 from experiments.model.shape import shape_of
+from experiments.training.log import TrainingFailed
+from methods.errors import UserError
 from methods.lora import LoRA
 from methods.part import Run
 
@@ -33,14 +33,23 @@ def moved(folder):
     """Final weights in float32: one tensor as it was, the others moved by 1 %."""
     draw = torch.Generator().manual_seed(3)
     base = load_tensors(folder)
-    return {name: base[name].float() * (1 + 0.01 * torch.randn(base[name].shape, generator=draw)) for name in sorted(base)[1:]}
+    return {
+        name: base[name].float() * (1 + 0.01 * torch.randn(base[name].shape, generator=draw))
+        for name in sorted(base)[1:]
+    }
 
 
 @pytest.fixture
 def adapted(folder, tmp_path):
     """A folder with the adapter of a model that LoRA has wrapped and noise has trained, and its final weights."""
     model = PART.adapt(weights.load_model(folder, dtype=torch.float32), seed=0)
-    run = Run(model=model, weights={n: p for n, p in model.named_parameters() if p.requires_grad}, base=load_tensors(folder), seed=0, device="cpu")
+    run = Run(
+        model=model,
+        weights={n: p for n, p in model.named_parameters() if p.requires_grad},
+        base=load_tensors(folder),
+        seed=0,
+        device="cpu",
+    )
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in run.weights.values():
@@ -56,7 +65,11 @@ def ordinary(folder, final, target):
     (target / "base.json").unlink()
     base = load_tensors(folder)
     (target / "model.safetensors").unlink()
-    save_file({n: final[n].bfloat16() if n in final else base[n].clone() for n in base}, target / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {n: final[n].bfloat16() if n in final else base[n].clone() for n in base},
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     return target
 
 
@@ -73,10 +86,16 @@ def test_a_difference_rebuilds_the_model_and_its_folder(folder, moved, tmp_path)
         expected = weights.load_model(plain, dtype=dtype).state_dict()
         assert found == digest and not model.training
         assert model.state_dict().keys() == expected.keys()
-        assert all(torch.equal(tensor, expected[name]) and tensor.dtype == dtype for name, tensor in model.state_dict().items())
+        assert all(
+            torch.equal(tensor, expected[name]) and tensor.dtype == dtype for name, tensor in model.state_dict().items()
+        )
     tuned.write_folder(tmp_path / "cell", folder=folder, target=tmp_path / "made")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == {path.name: path.read_bytes() for path in plain.iterdir()}
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before  # the model was rebuilt in memory that its file is mapped to
+    assert {path.name: path.read_bytes() for path in (tmp_path / "made").iterdir()} == {
+        path.name: path.read_bytes() for path in plain.iterdir()
+    }
+    assert {
+        path.name: path.read_bytes() for path in folder.iterdir()
+    } == before  # the model was rebuilt in memory that its file is mapped to
 
 
 def test_an_adapter_is_all_that_is_kept(folder, adapted, tmp_path):
@@ -91,7 +110,9 @@ def test_an_adapter_is_all_that_is_kept(folder, adapted, tmp_path):
     assert weights.tensor_sha256(tmp_path / "made") == digest
     shape = shape_of("tiny", BLOCK, folder)
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert tuned.expected_bytes(shape=shape, parts=(PART,), checkpoint=torch.bfloat16) == sum(t.nbytes for t in tensors.values())
+    assert tuned.expected_bytes(shape=shape, parts=(PART,), checkpoint=torch.bfloat16) == sum(
+        t.nbytes for t in tensors.values()
+    )
 
 
 @pytest.mark.parametrize("touched", ["model.norm.weight", "model.layers.0.self_attn.q_proj.weight"])
@@ -102,7 +123,11 @@ def test_what_another_part_changed_is_kept_beside_the_adapter(folder, adapted, t
     final = final | {touched: tensor}
     digest = tuned.keep(out, folder=folder, base=load_tensors(folder), final=final)
     assert json.loads((out / "weights.json").read_text())["kind"] == "delta" and (out / "adapter").is_dir()
-    assert tuned.load(out, folder=folder, dtype=torch.bfloat16)[1] == digest == weights.tensor_sha256(ordinary(folder, final, tmp_path / "plain"))
+    assert (
+        tuned.load(out, folder=folder, dtype=torch.bfloat16)[1]
+        == digest
+        == weights.tensor_sha256(ordinary(folder, final, tmp_path / "plain"))
+    )
 
 
 def test_expected_bytes():
@@ -155,7 +180,9 @@ def test_weights_that_cannot_be_the_bases_are_refused_by_name(folder, moved, tmp
     for value in (float("nan"), float("inf"), 3.4e38):  # the last one is finite in float32, and not in bfloat16
         broken = moved[name].clone()
         broken.view(-1)[3] = value
-        with pytest.raises(TrainingFailed, match=f"{name} is damaged, 1 of its .* lower train.learning_rate or a part's strength"):
+        with pytest.raises(
+            TrainingFailed, match=f"{name} is damaged, 1 of its .* lower train.learning_rate or a part's strength"
+        ):
             tuned.keep(tmp_path / "c", folder=folder, base=base, final=moved | {name: broken})
 
 
@@ -163,6 +190,9 @@ def test_weights_that_cannot_be_the_bases_are_refused_by_name(folder, moved, tmp
 def test_weights_that_training_left_without_numbers_are_no_cells(folder, moved, tmp_path, value):
     name = next(iter(moved))
     broken = moved | {name: moved[name].float().index_fill(0, torch.tensor([0]), value)}
-    with pytest.raises(TrainingFailed, match=f"the weights after the last step: {name} is damaged, .* values are NaN or infinite: lower train.learning_rate"):
+    with pytest.raises(
+        TrainingFailed,
+        match=f"the weights after the last step: {name} is damaged, .* values are NaN or infinite: lower train.learning_rate",
+    ):
         tuned.keep(tmp_path / "cell", folder=folder, base=load_tensors(folder), final=broken)
     assert not (tmp_path / "cell/weights.json").exists()

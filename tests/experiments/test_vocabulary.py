@@ -6,15 +6,16 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from experiments.study import ahead
 from experiments.model import vocabulary
-from methods.errors import UserError
-from experiments.model.random_models import build, byte_tokenizer as make_tokenizer
+from experiments.model.random_models import build
+from experiments.model.random_models import byte_tokenizer as make_tokenizer
+from experiments.model.weights import materialise
 from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
-from experiments.model.weights import materialise
-from tests.experiments.test_ahead import rows, study
+from experiments.study import ahead
+from methods.errors import UserError
 from tests.evaluation.test_encode import with_bos, with_end, with_merges, without_specials
+from tests.experiments.test_ahead import rows, study
 
 
 def test_tokens_beyond_the_embedding_are_counted_and_named(tiny_llama, tiny_llama_untied):
@@ -22,7 +23,10 @@ def test_tokens_beyond_the_embedding_are_counted_and_named(tiny_llama, tiny_llam
     assert vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=added) == []
     added.add_tokens(["<one>", "<two>"])
     for model in (tiny_llama, tiny_llama_untied):
-        with pytest.raises(UserError, match="2 tokens for which.*'<one>' is number 258 and the embedding ends with number 257.*to 260 rows"):
+        with pytest.raises(
+            UserError,
+            match="2 tokens for which.*'<one>' is number 258 and the embedding ends with number 257.*to 260 rows",
+        ):
             vocabulary.check(rows=vocabulary.embedded(model), tokenizer=added)
     tiny_llama.resize_token_embeddings(260)  # as the message says
     assert vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=added) == []
@@ -41,7 +45,11 @@ def test_what_a_tokenizer_adds_or_lacks_is_said(tiny_llama):
     assert "puts '<|eos|>' behind every text" in behind
     (neither,) = vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=without_specials())
     assert "neither a BOS nor an EOS" in neither
-    assert vocabulary.check(rows=vocabulary.embedded(large), tokenizer=with_bos()) == vocabulary.check(rows=vocabulary.embedded(large), tokenizer=with_merges()) == []
+    assert (
+        vocabulary.check(rows=vocabulary.embedded(large), tokenizer=with_bos())
+        == vocabulary.check(rows=vocabulary.embedded(large), tokenizer=with_merges())
+        == []
+    )
 
 
 def test_a_tokenizer_that_draws_is_refused():
@@ -55,7 +63,9 @@ def test_a_tokenizer_that_draws_is_refused():
 def training(tmp_path, rows):
     path = tmp_path / "sums" / "train.jsonl"
     path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps({"context": context, "choices": [answer], "gold": 0}) + "\n" for context, answer in rows))
+    path.write_text(
+        "".join(json.dumps({"context": context, "choices": [answer], "gold": 0}) + "\n" for context, answer in rows)
+    )
     return path
 
 
@@ -65,7 +75,10 @@ def test_training_rows_keep_their_answers_whole(tmp_path, capsys):
     assert len(examples) == 19 and bytes(examples[18]["input_ids"].tolist()) == b"ng question? no"[-14:]
     assert [(e["labels"] >= 0).sum().item() for e in examples] == [4] * 18 + [3]
     said = capsys.readouterr().out
-    assert "answers of 1 of 20 training rows leave no room" in said and "the longest has 14 tokens: training row 'Q'. They are left out" in said
+    assert (
+        "answers of 1 of 20 training rows leave no room" in said
+        and "the longest has 14 tokens: training row 'Q'. They are left out" in said
+    )
     assert "1 of 20 training rows are longer than train.length (14 tokens): their prompts lose the beginning" in said
     with pytest.raises(UserError, match="domain sums: the answers of 20 of 20 .*Set `train.length` to 15 or more"):
         encoded(path, make_tokenizer(), 3)
@@ -73,16 +86,25 @@ def test_training_rows_keep_their_answers_whole(tmp_path, capsys):
 
 
 def test_a_training_answer_without_a_token_is_told_by_its_domain(tmp_path):
-    with pytest.raises(UserError, match="domain sums, a training row: the answer ' water' has no token of its own behind.*runs over the border"):
+    with pytest.raises(
+        UserError,
+        match="domain sums, a training row: the answer ' water' has no token of its own behind.*runs over the border",
+    ):
         encoded(training(tmp_path, [("Question: what?\nAnswer:", " water")]), with_merges(), 64)
 
 
 def test_training_and_general_text_have_no_end_that_the_tokenizer_adds(tmp_path):
     path, text = training(tmp_path, [("Question?", " yes"), ("Q", " no")]), tmp_path / "text.jsonl"
     text.write_text(json.dumps({"text": "Water is wet."}) + "\n")
-    for read, file in ((lambda tokenizer: encoded(path, tokenizer, 32), path), (lambda tokenizer: encoded_text(text, tokenizer, 32), text)):
+    for read, file in (
+        (lambda tokenizer: encoded(path, tokenizer, 32), path),
+        (lambda tokenizer: encoded_text(text, tokenizer, 32), text),
+    ):
         for found, right in zip(read(with_end()), read(make_tokenizer()), strict=True):
-            assert found["input_ids"].tolist() == right["input_ids"].tolist() and found["labels"].tolist() == right["labels"].tolist(), file
+            assert (
+                found["input_ids"].tolist() == right["input_ids"].tolist()
+                and found["labels"].tolist() == right["labels"].tolist()
+            ), file
 
 
 def folder_of(path, tokenizer):
@@ -94,11 +116,30 @@ def folder_of(path, tokenizer):
 def test_plan_already_refuses_a_tokenizer_that_does_not_fit(tmp_path):
     added = make_tokenizer()
     added.add_tokens([f"<{i}>" for i in range(80)])
-    with pytest.raises(UserError, match="models.llama-tiny: its tokenizer has 8 tokens for which the model has no embedding: '<72>' is number 330"):
+    with pytest.raises(
+        UserError,
+        match="models.llama-tiny: its tokenizer has 8 tokens for which the model has no embedding: '<72>' is number 330",
+    ):
         ahead.look(study(tmp_path, folder_of(tmp_path / "added", added)))
-    crossing = ("domains/sums/rows", rows(tmp_path / "rows.jsonl", [{"question": f"what? {i}", "choices": [" water", " no"], "gold": 0} for i in range(120)]))
-    prompt = ("domains/sums/task", {"doc_to_text": "{{question}}\nAnswer:", "target_delimiter": "", "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
-                                    "metric_list": [{"metric": "acc"}]})  # fmt: skip
-    with pytest.raises(UserError, match="models.llama-tiny: domain sums, a training row: the answer ' water' has no token of its own"):
+    crossing = (
+        "domains/sums/rows",
+        rows(
+            tmp_path / "rows.jsonl",
+            [{"question": f"what? {i}", "choices": [" water", " no"], "gold": 0} for i in range(120)],
+        ),
+    )
+    prompt = (
+        "domains/sums/task",
+        {
+            "doc_to_text": "{{question}}\nAnswer:",
+            "target_delimiter": "",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "gold",
+            "metric_list": [{"metric": "acc"}],
+        },
+    )
+    with pytest.raises(
+        UserError, match="models.llama-tiny: domain sums, a training row: the answer ' water' has no token of its own"
+    ):
         ahead.look(study(tmp_path, folder_of(tmp_path / "merges", with_merges()), crossing, prompt))
     ahead.look(study(tmp_path, folder_of(tmp_path / "bytes", make_tokenizer()), crossing, prompt))

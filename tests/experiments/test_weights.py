@@ -73,8 +73,13 @@ def as_bin(folder, architecture, *, vocabulary=258, **extra):
     model = random_models.build(architecture, seed=5, vocab_size=vocabulary)
     model.config.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
-    config |= {"rotary": True, "scale_attn_weights": True, "summary_type": "cls_index", "tokenizer_class": "GPT2Tokenizer",
-               "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 1.0}}}
+    config |= {
+        "rotary": True,
+        "scale_attn_weights": True,
+        "summary_type": "cls_index",
+        "tokenizer_class": "GPT2Tokenizer",
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50, "temperature": 1.0}},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     random_models.byte_tokenizer().save_pretrained(folder)
     torch.save(dict(model.state_dict()) | extra, folder / "pytorch_model.bin")
@@ -83,7 +88,9 @@ def as_bin(folder, architecture, *, vocabulary=258, **extra):
 
 @pytest.mark.parametrize("architecture", ["gptj", "llama"])
 def test_a_bin_is_converted_when_its_checksum_is_stated(tmp_path, architecture):
-    model, sha = as_bin(tmp_path / "old", architecture, **{"transformer.h.0.attn.bias": torch.ones(1, dtype=torch.uint8)})
+    model, sha = as_bin(
+        tmp_path / "old", architecture, **{"transformer.h.0.attn.bias": torch.ones(1, dtype=torch.uint8)}
+    )
     made = make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=sha)
     loaded = weights.load_model(tmp_path / "new", dtype="auto")
     for (name, a), b in zip(loaded.named_parameters(), model.parameters(), strict=True):
@@ -153,7 +160,10 @@ def test_generation_settings_are_those_of_the_source(tmp_path, form):
     if form == "safetensors":
         (tmp_path / "old" / "pytorch_model.bin").unlink()
         model.save_pretrained(tmp_path / "old")
-    for settings in ({"do_sample": True, "temperature": 0.6, "eos_token_id": [256, 257]}, {"temperature": 0.9, "eos_token_id": 256}):
+    for settings in (
+        {"do_sample": True, "temperature": 0.6, "eos_token_id": [256, 257]},
+        {"temperature": 0.9, "eos_token_id": 256},
+    ):
         (tmp_path / "old" / "generation_config.json").write_text(json.dumps(settings))
         make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", **({"bin_sha256": sha} if form == "bin" else {}))
         written = json.loads((tmp_path / "new" / "generation_config.json").read_text())
@@ -165,13 +175,18 @@ def test_other_bins_than_one_file_of_tensors_by_name_are_refused(tmp_path):
     file, state = tmp_path / "old" / "pytorch_model.bin", dict(model.state_dict())
     name = "transformer.h.1.mlp.fc_in.weight"
     for content, message in (
-        ({"model": state}, "holds more than tensors by their names"), ([*state.values()], "holds more than tensors by their names"),
+        ({"model": state}, "holds more than tensors by their names"),
+        ([*state.values()], "holds more than tensors by their names"),
         ({n: t for n, t in state.items() if n != name}, rf"lacks 1 of the model's tensors \({name}"),
         (state | {name: torch.zeros(3)}, f"does not fit its config.json.*{name}"),
-    ):  # fmt: skip
+    ):
         torch.save(content, file)
         with pytest.raises(UserError, match=message):
-            make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+            make(
+                tmp_path / "new",
+                source=f"path:{tmp_path / 'old'}",
+                bin_sha256=hashlib.sha256(file.read_bytes()).hexdigest(),
+            )
     # as torch wrote files before 1.6
     torch.save(state, file, _use_new_zipfile_serialization=False)
     make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=hashlib.sha256(file.read_bytes()).hexdigest())
@@ -186,28 +201,39 @@ def test_other_bins_than_one_file_of_tensors_by_name_are_refused(tmp_path):
 @pytest.mark.parametrize("model_type", ["llama", "their-own"])
 def test_code_that_a_folder_brings_along_is_not_run(tmp_path, model_type):
     make(tmp_path / "old", source="random:llama", seed=3)
-    for file, name, own in (("config.json", "auto_map", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
-                            ("config.json", "model_type", model_type),
-                            ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]})):  # fmt: skip
+    for file, name, own in (
+        ("config.json", "auto_map", {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}),
+        ("config.json", "model_type", model_type),
+        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["own.Tokenizer", "own.Tokenizer"]}),
+    ):
         path = tmp_path / "old" / file
         path.write_text(json.dumps(json.loads(path.read_text()) | {name: own}))
     ran = tmp_path / "ran"
-    (tmp_path / "old" / "own.py").write_text(f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n")
+    (tmp_path / "old" / "own.py").write_text(
+        f"open({str(ran)!r}, 'w')\nclass Config: pass\nclass Model: pass\nclass Tokenizer: pass\n"
+    )
     if model_type == "llama":
         make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
         everything = b"".join(contents(tmp_path / "new").values())
         assert b"auto_map" not in everything and not (tmp_path / "new" / "own.py").exists()
         weights.load_model(tmp_path / "old", dtype="auto"), weights.load_tokenizer(tmp_path / "old")
     else:
-        with pytest.raises(UserError, match="needs code of its own .*never run: choose a model of an architecture that transformers has"):
+        with pytest.raises(
+            UserError,
+            match="needs code of its own .*never run: choose a model of an architecture that transformers has",
+        ):
             make(tmp_path / "new", source=f"path:{tmp_path / 'old'}")
         with pytest.raises(UserError, match="cannot be loaded"):
             weights.load_model(tmp_path / "old", dtype="auto")
-        assert type(weights.load_tokenizer(tmp_path / "old")).__module__.startswith("transformers.")  # its files are enough
+        assert type(weights.load_tokenizer(tmp_path / "old")).__module__.startswith(
+            "transformers."
+        )  # its files are enough
     assert not ran.exists()
 
 
-@pytest.mark.parametrize(("architecture", "name"), [("gptj", "lm_head.weight"), ("llama", "model.layers.1.mlp.up_proj.weight")])
+@pytest.mark.parametrize(
+    ("architecture", "name"), [("gptj", "lm_head.weight"), ("llama", "model.layers.1.mlp.up_proj.weight")]
+)
 def test_weights_that_lack_a_tensor_are_refused(tmp_path, architecture, name):
     make(tmp_path / "old", source=f"random:{architecture}", seed=3)
     file = tmp_path / "old" / "model.safetensors"
@@ -219,8 +245,11 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path, architecture, name):
 def test_damaged_files_are_told_by_folder(tmp_path):
     make(tmp_path / "old", source="random:llama", seed=3)
     whole = contents(tmp_path / "old")
-    for file, message in (("model.safetensors", ": model.safetensors is no safetensors file, or damaged or cut off"), ("tokenizer.json", " holds no tokenizer"),
-                          ("config.json", " has no config.json that can be read")):  # fmt: skip
+    for file, message in (
+        ("model.safetensors", ": model.safetensors is no safetensors file, or damaged or cut off"),
+        ("tokenizer.json", " holds no tokenizer"),
+        ("config.json", " has no config.json that can be read"),
+    ):
         for cut in (len(whole[file]) // 2, 20, 0):
             (tmp_path / "old" / file).write_bytes(whole[file][:cut])
             with pytest.raises(UserError, match=f"model 'tiny': {tmp_path / 'old'}{message}"):
@@ -241,8 +270,12 @@ def test_the_tokenizer_files_that_came_with_gptj(tmp_path, whole):
     (tmp_path / "old" / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "old" / "merges.txt").write_text("#version: 0.2\nh e\nĠ he\n")
     (tmp_path / "old" / "added_tokens.json").write_text(json.dumps(extra))
-    (tmp_path / "old" / "special_tokens_map.json").write_text(json.dumps({"bos_token": end, "eos_token": end, "unk_token": end}))
-    (tmp_path / "old" / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 2048}))
+    (tmp_path / "old" / "special_tokens_map.json").write_text(
+        json.dumps({"bos_token": end, "eos_token": end, "unk_token": end})
+    )
+    (tmp_path / "old" / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "GPT2Tokenizer", "model_max_length": 2048})
+    )
     if whole:
         first = weights.load_tokenizer(tmp_path / "old")
         first.save_pretrained(tmp_path / "saved")
@@ -250,8 +283,13 @@ def test_the_tokenizer_files_that_came_with_gptj(tmp_path, whole):
     make(tmp_path / "new", source=f"path:{tmp_path / 'old'}", bin_sha256=sha)
     tokenizer = weights.load_tokenizer(tmp_path / "new")
     byte = {symbol: i for symbol, i in vocab.items() if i < 256}
-    for text, ids in (("he he", [256, 257]), ("the", [byte["t"], 256]), (f"he{end}", [256, 258]), ("é", [byte["Ã"], byte["©"]]),
-                      ("<|extratoken_2|>", [260])):  # fmt: skip
+    for text, ids in (
+        ("he he", [256, 257]),
+        ("the", [byte["t"], 256]),
+        (f"he{end}", [256, 258]),
+        ("é", [byte["Ã"], byte["©"]]),
+        ("<|extratoken_2|>", [260]),
+    ):
         assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
     assert tokenizer.eos_token_id == 258 and len(tokenizer) == 262 and tokenizer.model_max_length == 2048
     assert tokenizer.is_fast and (tmp_path / "new" / "tokenizer.json").is_file()

@@ -14,14 +14,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
-from methods.tools import architecture
-from experiments.training.engine import final_weights, fit
 from experiments.model.random_models import build
-from experiments.training.resume import Resume
-from methods.tools.process_group import Shards
 from experiments.stages.prepare import fitting
+from experiments.training.engine import final_weights, fit
+from experiments.training.resume import Resume
 from methods import registry
 from methods.part import Part
+from methods.tools import architecture
+from methods.tools.process_group import Shards
 from tests import goldens
 
 
@@ -30,7 +30,9 @@ def without_chance(key: str, block: dict) -> dict:
     return block | ({"bits": 32} if key in ("ewc", "hierarchical") else {"dropout": 0.0} if key == "lora" else {})
 
 
-METHODS = {name: {key: without_chance(key, block) for key, block in blocks.items()} for name, blocks in goldens.METHODS.items()}
+METHODS = {
+    name: {key: without_chance(key, block) for key, block in blocks.items()} for name, blocks in goldens.METHODS.items()
+}
 
 
 NEVER = 1 << 30
@@ -80,8 +82,12 @@ class Look(Part):
 
     def loss(self, *, run, state, batch, hidden):
         state["calls"] += 1
-        state["saw"] |= {("the run", run is state["run"]), ("hidden", str(hidden.dtype)), ("weight", batch["weight"][0].item()),
-                         *(("trained", str(w.dtype)) for w in run.weights.values())}  # fmt: skip
+        state["saw"] |= {
+            ("the run", run is state["run"]),
+            ("hidden", str(hidden.dtype)),
+            ("weight", batch["weight"][0].item()),
+            *(("trained", str(w.dtype)) for w in run.weights.values()),
+        }
         other = architecture.hidden_states(run.model, batch["input_ids"].flip(1), None)
         return (batch["weight"] * (hidden - other).float().square()).mean()
 
@@ -99,8 +105,20 @@ def of_one():
         dist.destroy_process_group()
 
 
-def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=torch.float32, folder: Path | None = None, stop: int = NEVER,
-         blocks: dict | None = None, more: tuple[Part, ...] = (), compute_dtype: torch.dtype | None = None, watch=None, **settings) -> dict:  # fmt: skip
+def cell(
+    architecture: str,
+    method: str,
+    *,
+    shards: Shards = Shards(),
+    dtype=torch.float32,
+    folder: Path | None = None,
+    stop: int = NEVER,
+    blocks: dict | None = None,
+    more: tuple[Part, ...] = (),
+    compute_dtype: torch.dtype | None = None,
+    watch=None,
+    **settings,
+) -> dict:
     """Prepare and train one cell; with `folder` a checkpoint after every step, and `stop` ends it after so many steps.
 
     watch   watch(prepared states, fit's result): what else is wanted of the cell, under "watched"
@@ -109,7 +127,9 @@ def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=tor
     make = partial(build, architecture, seed=1, dtype=dtype)
     base = {n: p.detach().clone() for n, p in make().named_parameters()}
     parts, states, stopper = registry.build(METHODS[method] if blocks is None else blocks), {}, Stop(left=[stop])
-    keep = partial(Resume, rank=shards.rank, world=shards.world, every=0.0 if folder else float("inf"), identity={"method": method})
+    keep = partial(
+        Resume, rank=shards.rank, world=shards.world, every=0.0 if folder else float("inf"), identity={"method": method}
+    )
     folder = folder or Path(tempfile.mkdtemp())
 
     def general(key: str):
@@ -120,17 +140,41 @@ def cell(architecture: str, method: str, *, shards: Shards = Shards(), dtype=tor
         model = make()
         for other in parts:
             model = other.adapt(model, seed=5)
-        prepared = part.prepare(model=model, base=base, general=goldens.texts(8, seed=11, labelled=False), seed=5, shards=shards,
-                                resume=keep(folder / part.key), progress=stopper.bar, fit=general(part.key))  # fmt: skip
+        prepared = part.prepare(
+            model=model,
+            base=base,
+            general=goldens.texts(8, seed=11, labelled=False),
+            seed=5,
+            shards=shards,
+            resume=keep(folder / part.key),
+            progress=stopper.bar,
+            fit=general(part.key),
+        )
         if prepared:
-            states[part.key] = {k: getattr(prepared, k) for k in ("importance", "start", "carry") if getattr(prepared, k)}
-    result = fit(model=make(), parts=(*parts, *more, stopper), examples=goldens.texts(18, seed=12, labelled=True), settings=chosen, seed=5, base=base,
-                 compute_dtype=compute_dtype, states=states, shards=shards, resume=keep(folder / "train"))  # fmt: skip
+            states[part.key] = {
+                k: getattr(prepared, k) for k in ("importance", "start", "carry") if getattr(prepared, k)
+            }
+    result = fit(
+        model=make(),
+        parts=(*parts, *more, stopper),
+        examples=goldens.texts(18, seed=12, labelled=True),
+        settings=chosen,
+        seed=5,
+        base=base,
+        compute_dtype=compute_dtype,
+        states=states,
+        shards=shards,
+        resume=keep(folder / "train"),
+    )
     reports = {part.key: part.report(run=result.run, state=result.states[part.key]) for part in (*parts, *more)}
     beside = {"watched": watch(states, result)} if watch else {}
-    return {"final": final_weights(result, parts), "reports": reports, "resumed": result.resumed,
-            "shared": [isinstance(p, DTensor) for p in result.run.model.parameters()],
-            "curve": [{k: row[k] for k in ("step", "loss", "penalty", "grad_norm", "tokens")} for row in result.curve]} | beside  # fmt: skip
+    return {
+        "final": final_weights(result, parts),
+        "reports": reports,
+        "resumed": result.resumed,
+        "shared": [isinstance(p, DTensor) for p in result.run.model.parameters()],
+        "curve": [{k: row[k] for k in ("step", "loss", "penalty", "grad_norm", "tokens")} for row in result.curve],
+    } | beside
 
 
 def everything(shards: Shards, folder: Path) -> dict:
@@ -139,7 +183,9 @@ def everything(shards: Shards, folder: Path) -> dict:
     architectures = ("llama",) if shards.active and shards.world == 1 else goldens.ARCHITECTURES
     found = {(a, m): ten(a, m) for a in architectures for m in METHODS}
     found["mofo", "lora"] = ten("llama", "", blocks={"mofo": {"fraction": 0.2}, "lora": {"rank": 2}})
-    found["official"] = ten("llama", "", blocks={"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32}})
+    found["official"] = ten(
+        "llama", "", blocks={"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32}}
+    )
     found["moments"] = ten("llama", "full", moments="bfloat16")
     found["packed"] = ten("llama", "full", pack=64)
     found["recomputed"] = ten("gptj", "ewc", checkpointing=True)
@@ -156,21 +202,32 @@ def stopped(shards: Shards, folder: Path) -> dict:
     """Cells stopped on the way, three times, beside the same ones left alone."""
     found = {}
     official = {"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32, "epochs": 3.0}}
-    for architecture, method in (("llama", "full"), ("gptj", "ewc"), ("llama", "official"), ("gptj", "hierarchical-full"), ("llama", "mofo")):
+    for architecture, method in (
+        ("llama", "full"),
+        ("gptj", "ewc"),
+        ("llama", "official"),
+        ("gptj", "hierarchical-full"),
+        ("llama", "mofo"),
+    ):
         here, blocks = folder / method, METHODS.get(method, official)
         for stop in (2, 5, 12):
             try:
                 cell(architecture, method, shards=shards, folder=here, stop=stop, blocks=blocks)
             except Stopped:
                 pass
-        found[method] = (cell(architecture, method, shards=shards, blocks=blocks), cell(architecture, method, shards=shards, folder=here, blocks=blocks))
+        found[method] = (
+            cell(architecture, method, shards=shards, blocks=blocks),
+            cell(architecture, method, shards=shards, folder=here, blocks=blocks),
+        )
     return found
 
 
 def _work(rank: int, world: int, folder: str, job: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{job}-{world}", rank=rank, world_size=world)
-    found = {"everything": everything, "stopped": stopped}[job](Shards(rank=rank, world=world, active=True), Path(folder))
+    found = {"everything": everything, "stopped": stopped}[job](
+        Shards(rank=rank, world=world, active=True), Path(folder)
+    )
     if rank == 0:
         torch.save(found, f"{folder}/{job}-{world}.pt")
     dist.destroy_process_group()

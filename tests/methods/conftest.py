@@ -5,18 +5,17 @@ import torch
 
 from experiments.model.random_models import build
 
-MODELS = {
-    "llama-tied": ("llama", {}),
-    "llama-untied": ("llama", {"tie_word_embeddings": False}),
-    "gptj": ("gptj", {}),
-}
+MODELS = {"llama-tied": ("llama", {}), "llama-untied": ("llama", {"tie_word_embeddings": False}), "gptj": ("gptj", {})}
 
 
 @pytest.fixture
 def make():
     """make(kind, dtype, seed=0): a fresh tiny model with a small vocabulary."""
     return lambda kind="llama-tied", dtype=torch.float64, seed=0, **config: build(
-        MODELS[kind][0], seed=seed, dtype=dtype, **({"vocab_size": 31, "eos_token_id": 1, "pad_token_id": 0} | MODELS[kind][1] | config)
+        MODELS[kind][0],
+        seed=seed,
+        dtype=dtype,
+        **({"vocab_size": 31, "eos_token_id": 1, "pad_token_id": 0} | MODELS[kind][1] | config),
     )
 
 
@@ -41,7 +40,9 @@ def train():
 
     def run(model, parts, examples, states=None, seed=0, base=None, **settings):
         base = base or {n: p.detach().clone() for n, p in model.named_parameters()}
-        chosen = TrainSettings(**({"batch": 2, "micro_batch": 2, "learning_rate": 1e-2, "clip": 0.0, "probes": 0} | settings))
+        chosen = TrainSettings(
+            **({"batch": 2, "micro_batch": 2, "learning_rate": 1e-2, "clip": 0.0, "probes": 0} | settings)
+        )
         return fit(model=model, parts=parts, examples=examples, settings=chosen, seed=seed, base=base, states=states)
 
     return run
@@ -50,9 +51,17 @@ def train():
 @pytest.fixture
 def fitting(train):
     """What `prepare` gets as `fit`: training settings beside the loop's arguments, None for the method's own."""
+
     def bound(base, **own):
         def fit(*, model, parts, examples, seed, **overrides):
-            return train(model, parts, examples, seed=seed, base=base, **(own | {k: v for k, v in overrides.items() if v is not None}))
+            return train(
+                model,
+                parts,
+                examples,
+                seed=seed,
+                base=base,
+                **(own | {k: v for k, v in overrides.items() if v is not None}),
+            )
 
         return fit
 
@@ -64,13 +73,19 @@ def run_of():
     """run_of(model, base): the run a part sees before its first step."""
     from methods.part import Run
 
-    return lambda model, base: Run(model=model, weights={n: p for n, p in model.named_parameters() if p.requires_grad},
-                                   base=base, seed=0, device="cpu")  # fmt: skip
+    return lambda model, base: Run(
+        model=model,
+        weights={n: p for n, p in model.named_parameters() if p.requires_grad},
+        base=base,
+        seed=0,
+        device="cpu",
+    )
 
 
 @pytest.fixture
 def drawn():
     """drawn(model, seed): noise added to every trained tensor, for LoRA's B starts at zero."""
+
     def draw_into(model, seed=0):
         draw = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -87,5 +102,7 @@ def dense():
     """dense(importance): the float64 values that codes or tensors stand for, by name."""
     from methods.tools.importance import Codes, decode
 
-    return lambda importance: {n: decode(v.codes, low=v.low, step=v.step, dtype=torch.float64) if isinstance(v, Codes) else v.double()
-                               for n, v in importance.items()}  # fmt: skip
+    return lambda importance: {
+        n: decode(v.codes, low=v.low, step=v.step, dtype=torch.float64) if isinstance(v, Codes) else v.double()
+        for n, v in importance.items()
+    }

@@ -24,7 +24,9 @@ def made(start, *, kind, seed=0, optimizer=AdamW, **settings):
     kept = Moments(dtype=kind, seed=seed)
     for i, weight in enumerate(weights):
         kept.place(weight, name=f"w{i}")
-    return weights, optimizer(weights, moments=kept, **({"lr": 0.01, "betas": BETAS, "eps": EPS, "weight_decay": 0.1} | settings))
+    return weights, optimizer(
+        weights, moments=kept, **({"lr": 0.01, "betas": BETAS, "eps": EPS, "weight_decay": 0.1} | settings)
+    )
 
 
 def advance(weights, optimizer, seeds):
@@ -35,7 +37,9 @@ def advance(weights, optimizer, seeds):
 
 
 def contents(weights, optimizer):
-    return [t.detach() for p in weights for t in (p, *(optimizer.state[p][n] for n in ("step", "exp_avg", "exp_avg_sq")))]
+    return [
+        t.detach() for p in weights for t in (p, *(optimizer.state[p][n] for n in ("step", "exp_avg", "exp_avg_sq")))
+    ]
 
 
 def same(these, those):
@@ -74,7 +78,9 @@ def test_bits_are_the_finaliser_of_the_keyed_index():
 def test_bits_belong_to_the_global_index(start):
     whole = random_bits(seed=1, step=2, name="w", start=start, entries=100)
     for cut in (1, 33, 40, 99):
-        pieces = [random_bits(seed=1, step=2, name="w", start=start + a, entries=b - a) for a, b in ((0, cut), (cut, 100))]
+        pieces = [
+            random_bits(seed=1, step=2, name="w", start=start + a, entries=b - a) for a, b in ((0, cut), (cut, 100))
+        ]
         assert torch.equal(whole, torch.cat(pieces))
     assert len(random_bits(seed=1, step=2, name="w", start=start, entries=0)) == 0
 
@@ -107,7 +113,9 @@ def test_rounding_takes_the_two_neighbours_and_keeps_the_mean(value):
 
 
 def test_what_needs_no_rounding_stays():
-    values = bits_to_floats(0, 0x80000000, 0x7F800000, 0xFF800000, 0x3FC00000, 0xBE800000, 0x00010000, 0x7F7F0000)  # ±0, ±inf, …
+    values = bits_to_floats(
+        0, 0x80000000, 0x7F800000, 0xFF800000, 0x3FC00000, 0xBE800000, 0x00010000, 0x7F7F0000
+    )  # ±0, ±inf, …
     for drawn in (0, 1, 0x8000, 0xFFFF):
         out = torch.empty(8, dtype=torch.bfloat16)
         round_stochastically(values.clone(), torch.full((8,), drawn, dtype=torch.int32), out=out)
@@ -166,8 +174,14 @@ def test_pieces_of_a_tensor_change_no_bit(kind, cuts):
             for weight, a, b in zip(weights, cuts, cuts[1:]):
                 weight.grad = gradient[a:b].clone()
             optimizer.step()
-        return [torch.cat([f(w) for w in weights]) for f in (
-            lambda w: w.detach(), lambda w: optimizer.state[w]["exp_avg"], lambda w: optimizer.state[w]["exp_avg_sq"])]  # fmt: skip
+        return [
+            torch.cat([f(w) for w in weights])
+            for f in (
+                lambda w: w.detach(),
+                lambda w: optimizer.state[w]["exp_avg"],
+                lambda w: optimizer.state[w]["exp_avg_sq"],
+            )
+        ]
 
     assert same(run((0, 1200)), run(cuts))
 
@@ -224,7 +238,9 @@ def test_bfloat16_descends_as_float32_and_nearest_rounding_of_v_does_not(monkeyp
         assert abs((v / exact_v).mean() - 1) < 2e-3
     monkeypatch.setattr(moments, "round_stochastically", lambda value, bits, *, out: out.copy_(value))
     _, stuck = descent("bfloat16", 200)
-    assert abs((stuck / exact_v).mean() - 1) > 2e-2  # v should fall as the gradient vanishes, by less than half a neighbour
+    assert (
+        abs((stuck / exact_v).mean() - 1) > 2e-2
+    )  # v should fall as the gradient vanishes, by less than half a neighbour
 
 
 def test_strided_weights():
@@ -246,7 +262,9 @@ def test_groups_closures_and_weights_without_gradient():
         return loss
 
     assert optimizer.step(closure) == 32
-    torch.testing.assert_close((a, b, c), (torch.full((4, 4), 0.8), torch.full((4, 4), 0.9), torch.ones(4, 4)), check_stride=False)
+    torch.testing.assert_close(
+        (a, b, c), (torch.full((4, 4), 0.8), torch.full((4, 4), 0.9), torch.ones(4, 4)), check_stride=False
+    )
     assert c not in optimizer.state
 
 

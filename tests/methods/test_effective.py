@@ -5,13 +5,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from methods.errors import UserError
-from methods.tools.effective import adapted_names, effective_weights
 from methods.lora import LoRA
+from methods.tools.effective import adapted_names, effective_weights
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gptj"])
 def test_full_parameters(make, run_of, drawn, kind):
-    base = make(kind).state_dict() if kind != "llama-tied" else {n: p.detach() for n, p in make(kind).named_parameters()}
+    base = (
+        make(kind).state_dict() if kind != "llama-tied" else {n: p.detach() for n, p in make(kind).named_parameters()}
+    )
     model = drawn(make(kind))
     weights = effective_weights(run_of(model, base))
     assert [w.name for w in weights] == [n for n, _ in model.named_parameters()] == adapted_names(model)
@@ -61,12 +63,15 @@ def test_change_from_an_anchor_is_exactly_zero_there_and_follows_it(make, run_of
         assert all((w.value() == 0).all() for w in weights)
 
 
-@pytest.mark.parametrize("wrong, said", [
-    ({"use_dora": True}, "DoRA"),
-    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"lora_bias": True}, "not s·B·A"),
-    ({"target_modules": ["embed_tokens"]}, "not s·B·A"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_bias": True}, "not s·B·A"),
+        ({"target_modules": ["embed_tokens"]}, "not s·B·A"),
+    ],
+)
 def test_other_adapters_are_refused(make, run_of, wrong, said):
     bare = make("llama-untied")
     base = {n: p.detach() for n, p in make("llama-untied").named_parameters()}

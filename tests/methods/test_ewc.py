@@ -23,9 +23,18 @@ def loss_form(run, fisher, strength):
     """strength/2 · Σ F (θ − θ₀)² as a differentiable function of what is trained, written out once more."""
     total = 0.0
     for name, f in fisher.items():
-        factors = [w for n, w in run.weights.items() if ".lora_" in n and n.split(".lora_")[0].endswith(name.removesuffix(".weight"))]
+        factors = [
+            w
+            for n, w in run.weights.items()
+            if ".lora_" in n and n.split(".lora_")[0].endswith(name.removesuffix(".weight"))
+        ]
         if len(factors) == 2:
-            moved = run.model.peft_config["default"].lora_alpha / run.model.peft_config["default"].r * factors[1] @ factors[0]
+            moved = (
+                run.model.peft_config["default"].lora_alpha
+                / run.model.peft_config["default"].r
+                * factors[1]
+                @ factors[0]
+            )
         elif name in run.weights:
             moved = run.weights[name] - run.base[name]
         else:
@@ -37,7 +46,9 @@ def loss_form(run, fisher, strength):
 @pytest.mark.parametrize("adapter", [(), (LoRA(rank=3, alpha=7),)])
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gptj"])
 @pytest.mark.parametrize("scope, bits, density", [("adapted", 8, 1.0), ("whole-model", 32, 1.0), ("adapted", 8, 0.2)])
-def test_closed_form_is_the_gradient_of_the_loss_form(make, documents, run_of, drawn, dense, kind, adapter, scope, bits, density):
+def test_closed_form_is_the_gradient_of_the_loss_form(
+    make, documents, run_of, drawn, dense, kind, adapter, scope, bits, density
+):
     model, base = make(kind), base_of(make(kind))
     for part in adapter:
         model = part.adapt(model, seed=0)
@@ -67,7 +78,12 @@ def test_preparation(make, documents, dense, estimator):
     short = [{n: t[:6] for n, t in d.items()} for d in documents[:4]]
     singles = [{n: t[None] for n, t in d.items()} for d in short]
     if estimator != "batched":
-        together = [{n: pad_sequence([d[n] for d in short], batch_first=True, padding_value=-100 if n == "labels" else 0) for n in short[0]}]
+        together = [
+            {
+                n: pad_sequence([d[n] for d in short], batch_first=True, padding_value=-100 if n == "labels" else 0)
+                for n in short[0]
+            }
+        ]
         together[0]["attention_mask"] = pad_sequence([torch.ones_like(d["input_ids"]) for d in short], batch_first=True)
         wanted = diagonal_fisher(make(), together if estimator == "signed" else singles, estimator)
         for name in wanted:
@@ -77,7 +93,9 @@ def test_preparation(make, documents, dense, estimator):
     assert part.report(run=None, state={}).get("batch_size") == (3 if estimator == "batched" else None)
     coded = prepared(replace(part, bits=8), make(), documents, {}).importance
     for name, values in dense(coded).items():
-        torch.testing.assert_close(values, done.importance[name].double(), rtol=0.06, atol=1e-9 * done.importance[name].max().item())
+        torch.testing.assert_close(
+            values, done.importance[name].double(), rtol=0.06, atol=1e-9 * done.importance[name].max().item()
+        )
     few = prepared(replace(part, bits=8, density=0.2), make(), documents, {})
     kept = few.notes["kept"]
     values = torch.cat([f.flatten() for f in dense(few.importance).values()])
@@ -112,11 +130,17 @@ def test_zero_strength_is_plain_fine_tuning_bit_for_bit(make, documents, train, 
         model = part.adapt(model, seed=0)
     fisher = prepared(EWC(), model, documents, {}).importance
     plain = train(make(dtype=torch.float32), adapter, documents)
-    nothing = train(make(dtype=torch.float32), (*adapter, EWC(strength=0.0)), documents, states={"ewc": {"importance": fisher}})
-    held = train(make(dtype=torch.float32), (*adapter, EWC(strength=1e4)), documents, states={"ewc": {"importance": fisher}})
+    nothing = train(
+        make(dtype=torch.float32), (*adapter, EWC(strength=0.0)), documents, states={"ewc": {"importance": fisher}}
+    )
+    held = train(
+        make(dtype=torch.float32), (*adapter, EWC(strength=1e4)), documents, states={"ewc": {"importance": fisher}}
+    )
     assert all(torch.equal(w, nothing.run.weights[n]) for n, w in plain.run.weights.items())
     assert any(not torch.equal(w, held.run.weights[n]) for n, w in plain.run.weights.items())
-    poison = {"ewc": {"importance": {n: f * torch.nan for n, f in dense(fisher).items()}}}  # nothing is added, not zero times something
+    poison = {
+        "ewc": {"importance": {n: f * torch.nan for n, f in dense(fisher).items()}}
+    }  # nothing is added, not zero times something
     spared = train(make(dtype=torch.float32), (*adapter, EWC(strength=0.0)), documents, states=poison)
     assert all(torch.equal(w, spared.run.weights[n]) for n, w in plain.run.weights.items())
     assert [row["penalty"] for row in nothing.curve] == [0, 0, 0] and held.curve[-1]["penalty"] > 0
@@ -127,8 +151,17 @@ def test_a_strong_penalty_holds_the_weights(make, documents, train, dense):
     fisher = prepared(EWC(), make(), documents, base).importance
     moved = []
     for strength in (0.0, 1e6):
-        result = train(make(), (EWC(strength=strength),), documents, states={"ewc": {"importance": fisher}}, epochs=6, learning_rate=3e-3)
-        moved.append(sum((dense(fisher)[n] * (w.detach() - base[n]) ** 2).sum().item() for n, w in result.run.weights.items()))
+        result = train(
+            make(),
+            (EWC(strength=strength),),
+            documents,
+            states={"ewc": {"importance": fisher}},
+            epochs=6,
+            learning_rate=3e-3,
+        )
+        moved.append(
+            sum((dense(fisher)[n] * (w.detach() - base[n]) ** 2).sum().item() for n, w in result.run.weights.items())
+        )
     assert moved[1] < 0.2 * moved[0]
 
 

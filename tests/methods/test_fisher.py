@@ -11,16 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from methods.tools.architecture import backbone
-from methods.errors import UserError
 from experiments.model.random_models import build
 from experiments.training.resume import Resume
-from methods.tools.process_group import Shards
+from methods.errors import UserError
+from methods.lora import LoRA
 from methods.tools import fisher, per_example
+from methods.tools.architecture import backbone
 from methods.tools.effective import base_parameters
 from methods.tools.fisher import ESTIMATORS, _drawn, by_length, diagonal_fisher
-from methods.lora import LoRA
 from methods.tools.per_example import Squares
+from methods.tools.process_group import Shards
 
 KINDS = ["llama-tied", "llama-untied", "gptj"]
 
@@ -55,7 +55,9 @@ def same(found, wanted, rtol=1e-6):
     assert found.keys() == wanted.keys()
     for name in wanted:
         assert found[name].dtype == torch.float32
-        torch.testing.assert_close(found[name].double(), wanted[name].double(), rtol=rtol, atol=rtol * 1e-4, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            found[name].double(), wanted[name].double(), rtol=rtol, atol=rtol * 1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -115,11 +117,19 @@ def test_the_padding_token_as_a_word(make, documents, passes, kind):
 def test_some_tensors_alone_and_backward_no_further_than_they_need(make, documents, passes, kind):
     model = make(kind)
     wanted = brute_force(model, documents)
-    names = [name for name in wanted if any(part in name for part in (".1.self_attn.q_proj.", ".1.attn.q_proj.", ".1.mlp.fc_in.bias"))]
+    names = [
+        name
+        for name in wanted
+        if any(part in name for part in (".1.self_attn.q_proj.", ".1.attn.q_proj.", ".1.mlp.fc_in.bias"))
+    ]
     needed = []
     blocks = model.model.layers if kind == "llama-tied" else model.transformer.h
     for block in blocks:
-        block.register_forward_hook(lambda module, arguments, output: needed.append((output if kind == "llama-tied" else output[0]).requires_grad))
+        block.register_forward_hook(
+            lambda module, arguments, output: needed.append(
+                (output if kind == "llama-tied" else output[0]).requires_grad
+            )
+        )
     same(diagonal_fisher(model, [padded(documents)], parameters=names), {name: wanted[name] for name in names})
     assert needed == [False, True] and passes == [(6, True)] and len(names) == (1 if kind == "llama-tied" else 2)
 
@@ -223,12 +233,22 @@ def test_sampled_draws_by_seed_and_document_alone(make, documents, kind):
 
 
 def test_sampled_estimates_the_true_fisher(make):
-    model = make(vocab_size=5, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    model = make(
+        vocab_size=5,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
     ids = torch.tensor([2, 3])
     name, parameter = "model.norm.weight", model.model.norm.weight
     chances = model(input_ids=ids[None]).logits[0, 0].log_softmax(-1)
     exact = sum(c.exp().detach() * torch.autograd.grad(-c, parameter, retain_graph=True)[0] ** 2 for c in chances)
-    draws = [diagonal_fisher(model, [{"input_ids": ids[None]}], "sampled", seed=s, parameters=[name])[name] for s in range(600)]
+    draws = [
+        diagonal_fisher(model, [{"input_ids": ids[None]}], "sampled", seed=s, parameters=[name])[name]
+        for s in range(600)
+    ]
     torch.testing.assert_close(torch.stack(draws).mean(0).double(), exact, rtol=0.25, atol=0.05 * exact.max().item())
 
 
@@ -241,13 +261,19 @@ def test_batched_is_the_square_of_the_mean_gradient(make, documents, kind, side)
     for group in groups:
         mean = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
         for d in group:
-            loss = F.cross_entropy(model(input_ids=d["input_ids"][None]).logits[0, :-1], d["labels"][1:], reduction="sum")
+            loss = F.cross_entropy(
+                model(input_ids=d["input_ids"][None]).logits[0, :-1], d["labels"][1:], reduction="sum"
+            )
             for n, g in zip(mean, torch.autograd.grad(loss, [*model.parameters()])):
                 mean[n] += g / len(group)
         for n, g in mean.items():
             total[n] += len(group) * g**2 / len(documents)
     # GPT-J's attention scores are float32 whatever the model's dtype, so padding moves their last bits
-    same(diagonal_fisher(model, [padded(g, side) for g in groups], "batched"), total, rtol=1e-3 if kind == "gptj" else 1e-6)
+    same(
+        diagonal_fisher(model, [padded(g, side) for g in groups], "batched"),
+        total,
+        rtol=1e-3 if kind == "gptj" else 1e-6,
+    )
 
 
 def test_left_over_gradients_do_not_leak_and_everything_is_restored(make, documents):
@@ -273,7 +299,9 @@ def test_restored_after_an_error_too(make, documents):
     ids = documents[0]["input_ids"][None]
     with pytest.raises(RuntimeError):
         diagonal_fisher(model, [padded(documents), {"input_ids": ids, "labels": ids[:, 1:]}])
-    assert not model.model.norm.weight.requires_grad and not any(p._post_accumulate_grad_hooks for p in model.parameters())
+    assert not model.model.norm.weight.requires_grad and not any(
+        p._post_accumulate_grad_hooks for p in model.parameters()
+    )
 
 
 @pytest.mark.parametrize("at", ["forward", "backward"])
@@ -285,7 +313,9 @@ def test_restored_after_an_error_in_a_pass(make, documents, at):
         raise RuntimeError("no")
 
     layer = model.model.layers[0].mlp
-    handle = layer.register_forward_hook(lambda m, a, output: fail() if at == "forward" else output.register_hook(fail) and None)
+    handle = layer.register_forward_hook(
+        lambda m, a, output: fail() if at == "forward" else output.register_hook(fail) and None
+    )
     with pytest.raises(RuntimeError, match="no"):
         diagonal_fisher(model, [padded(documents)])
     handle.remove()
@@ -298,7 +328,10 @@ def test_restored_after_an_error_in_a_pass(make, documents, at):
 def test_under_a_fresh_adapter_the_base_weights_have_the_bases_fisher(make, documents, kind):
     wanted = diagonal_fisher(make(kind), [padded(documents)])
     adapted = LoRA(rank=2, dropout=0.5).adapt(make(kind), seed=1)
-    same(diagonal_fisher(adapted, [padded(documents)], parameters=base_parameters(adapted)), {n: f.double() for n, f in wanted.items()})
+    same(
+        diagonal_fisher(adapted, [padded(documents)], parameters=base_parameters(adapted)),
+        {n: f.double() for n, f in wanted.items()},
+    )
     assert all(p.requires_grad == (".lora_" in n) for n, p in adapted.named_parameters())
 
 
@@ -337,7 +370,9 @@ def stopping(after):
 def counted(model):
     """The examples `model` sees, as a list that grows."""
     seen = []
-    backbone(model).register_forward_pre_hook(lambda module, arguments, named: seen.extend([0] * len(named["input_ids"])), with_kwargs=True)
+    backbone(model).register_forward_pre_hook(
+        lambda module, arguments, named: seen.extend([0] * len(named["input_ids"])), with_kwargs=True
+    )
     return seen
 
 
@@ -373,7 +408,9 @@ def test_without_a_checkpoint_due_nothing_is_kept(make, documents, tmp_path):
 @pytest.fixture
 def two_processes(tmp_path):
     """two_processes(target, *arguments): what target(rank, *arguments) returns in each of a gloo group's two processes."""
-    context = multiprocessing.get_context("forkserver")  # a fork of this process could not use autograd where there is a GPU
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # a fork of this process could not use autograd where there is a GPU
     context.set_forkserver_preload([__name__])
     runs = []
 
@@ -381,7 +418,10 @@ def two_processes(tmp_path):
         runs.append(target)
         files = [tmp_path / f"{len(runs)}-{rank}.pt" for rank in range(2)]
         store = tmp_path / f"{len(runs)}.store"
-        children = [context.Process(target=_joined, args=(rank, store, file, target, arguments)) for rank, file in enumerate(files)]
+        children = [
+            context.Process(target=_joined, args=(rank, store, file, target, arguments))
+            for rank, file in enumerate(files)
+        ]
         for child in children:
             child.start()
         for child in children:
@@ -407,7 +447,10 @@ def _fisher(rank, batches, estimator, folder, after):
     """(F or None where it was stopped, what progress was told, examples this process saw)."""
     model = _tiny()
     seen, (progress, told) = counted(model), stopping(after)
-    shards, resume = Shards(rank=rank, world=2, active=True), folder and Resume(folder, identity={}, every=0, rank=rank, world=2)
+    shards, resume = (
+        Shards(rank=rank, world=2, active=True),
+        folder and Resume(folder, identity={}, every=0, rank=rank, world=2),
+    )
     try:
         found = diagonal_fisher(model, torch.load(batches), estimator, shards=shards, resume=resume, progress=progress)
     except Stopped:
@@ -422,7 +465,9 @@ def test_two_processes_give_the_same_and_go_on_where_they_stopped(make, document
     batches = [padded(group, side) for group, side in zip(groups, ("left", "right", "right", "left", "right"))]
     torch.save(batches, tmp_path / "batches.pt")
     one = diagonal_fisher(_tiny(), batches, estimator)
-    (first, told, seen), (second, told_second, seen_second) = two_processes(_fisher, tmp_path / "batches.pt", estimator, None, math.inf)
+    (first, told, seen), (second, told_second, seen_second) = two_processes(
+        _fisher, tmp_path / "batches.pt", estimator, None, math.inf
+    )
     assert told == told_second == [2, 3, 1] and (seen, seen_second) == (4, 2)
     same(first, {n: f.double() for n, f in one.items()})
     assert all(torch.equal(first[n], second[n]) for n in one)
@@ -441,7 +486,9 @@ def _refused(rank):
     model = _tiny()
     fully_shard(model)
     try:
-        diagonal_fisher(model, [{"input_ids": torch.tensor([[2, 3, 4]])}], shards=Shards(rank=rank, world=2, active=True))
+        diagonal_fisher(
+            model, [{"input_ids": torch.tensor([[2, 3, 4]])}], shards=Shards(rank=rank, world=2, active=True)
+        )
     except UserError as error:
         return str(error)
 

@@ -44,7 +44,10 @@ def test_the_engine_trains_nothing_for_it(make, saved, documents, train):
 
 def test_shards_a_repeated_tied_head_and_old_buffers_fit(base, make, tmp_path):
     tensors = {n: p.detach() for n, p in make("llama-tied", torch.bfloat16, seed=1).named_parameters()}
-    tensors |= {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    tensors |= {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
     names = sorted(tensors)
     shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
     for file, part in shards.items():
@@ -59,12 +62,18 @@ def test_shards_a_repeated_tied_head_and_old_buffers_fit(base, make, tmp_path):
         part.begin(run=None, state={}, examples=[])
 
 
-@pytest.mark.parametrize("change, said", [
-    (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight: it is not a checkpoint of this base"),
-    (lambda t: t.update({"model.norm.weight": torch.ones(33)}), r"model.norm.weight in .* has shape \[33\], the base's is \[32\]"),
-    (lambda t: t.update({"lm_head.weight": torch.ones(31, 32)}), "has what the base has not: lm_head.weight"),
-    (lambda t: t.update(x=torch.ones(1), y=torch.ones(1)), "has what the base has not: x and 1 more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight: it is not a checkpoint of this base"),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(33)}),
+            r"model.norm.weight in .* has shape \[33\], the base's is \[32\]",
+        ),
+        (lambda t: t.update({"lm_head.weight": torch.ones(31, 32)}), "has what the base has not: lm_head.weight"),
+        (lambda t: t.update(x=torch.ones(1), y=torch.ones(1)), "has what the base has not: x and 1 more"),
+    ],
+)
 def test_what_does_not_fit_is_named(base, tmp_path, change, said):
     tensors = dict(base)
     change(tensors)

@@ -9,10 +9,10 @@ import torch
 
 from methods.errors import UserError
 from methods.hierarchical import OFFICIAL, PAPER, Hierarchical, keep_strength, layer_coefficients
-from methods.tools.importance import totals
 from methods.lora import LoRA
 from methods.mofo import MomentumFilter
 from methods.part import Part
+from methods.tools.importance import totals
 
 LORA = LoRA(rank=2, alpha=6)
 
@@ -20,12 +20,15 @@ LORA = LoRA(rank=2, alpha=6)
 @pytest.fixture
 def ready(make, documents, fitting):
     """ready(part, adapter): a prepared state, its base and the adapted model it came from."""
+
     def prepare(part, adapter=(LORA,), kind="llama-tied", dtype=torch.float64, seed=0):
         base = {n: p.detach().clone() for n, p in make(kind, dtype).named_parameters()}
         model = make(kind, dtype)
         for other in adapter:
             model = other.adapt(model, seed=seed)
-        done = part.prepare(model=model, base=base, general=documents, seed=seed, fit=fitting(base, batch=2), progress=None)
+        done = part.prepare(
+            model=model, base=base, general=documents, seed=seed, fit=fitting(base, batch=2), progress=None
+        )
         kept = {kind: getattr(done, kind) for kind in ("importance", "start", "carry") if getattr(done, kind)}
         return done, kept, base, model
 
@@ -96,10 +99,21 @@ def block_of(name):
     return "head" if "lm_head" in name else "final_norm"
 
 
-@pytest.mark.parametrize("settings", [
-    {}, {"groups": "blocks"}, {"keep_strength": False, "temperature": 2.0}, {"layer_wise": False}, {"element_wise": False},
-    {"bits": 32}, {"density": 0.2}, {"preset": "paper"}, {"preset": "official", "strength": 0.5}, {"normalise": "sum"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"groups": "blocks"},
+        {"keep_strength": False, "temperature": 2.0},
+        {"layer_wise": False},
+        {"element_wise": False},
+        {"bits": 32},
+        {"density": 0.2},
+        {"preset": "paper"},
+        {"preset": "official", "strength": 0.5},
+        {"normalise": "sum"},
+    ],
+)
 @pytest.mark.parametrize("kind, adapter", [("llama-tied", (LORA,)), ("gptj", (LORA,)), ("llama-untied", ())])
 def test_closed_form_is_the_gradient_of_the_loss_form(ready, documents, run_of, drawn, dense, settings, kind, adapter):
     part = Hierarchical(**settings)
@@ -111,7 +125,9 @@ def test_closed_form_is_the_gradient_of_the_loss_form(ready, documents, run_of, 
             run.weights[name].copy_(value)
     for w in run.weights.values():
         w.grad = torch.zeros_like(w)
-    assert part.before_clip(run=run, state=state, step=0) == 0 and all((w.grad == 0).all() for w in run.weights.values())
+    assert part.before_clip(run=run, state=state, step=0) == 0 and all(
+        (w.grad == 0).all() for w in run.weights.values()
+    )
     drawn(model)
 
     chosen = part.settings()
@@ -160,12 +176,26 @@ def test_a_preset_fills_what_is_not_given_and_nothing_else():
     assert {k: v for k, v in Hierarchical(preset="official").settings().items() if k in OFFICIAL} == OFFICIAL
     assert {k: v for k, v in Hierarchical(preset="paper").settings().items() if k in PAPER} == PAPER
     mixed = Hierarchical(preset="official", temperature=1.0, carry_optimizer=False, samples=7)
-    assert mixed.settings() == Hierarchical(preset="official").settings() | {"temperature": 1.0, "carry_optimizer": False, "samples": 7}
+    assert mixed.settings() == Hierarchical(preset="official").settings() | {
+        "temperature": 1.0,
+        "carry_optimizer": False,
+        "samples": 7,
+    }
     assert Hierarchical().settings()["temperature"] == "auto" and Hierarchical(strength=0).settings()["strength"] == 0
     assert mixed.resolved().settings() == mixed.settings()
 
 
-@pytest.mark.parametrize("wrong", [{"strength": -1}, {"temperature": 0}, {"temperature": "warm"}, {"groups": "layers"}, {"xi": 0.0}, {"preset": "v2"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"strength": -1},
+        {"temperature": 0},
+        {"temperature": "warm"},
+        {"groups": "layers"},
+        {"xi": 0.0},
+        {"preset": "v2"},
+    ],
+)
 def test_wrong_settings_are_named(wrong):
     (name,) = wrong
     with pytest.raises(UserError, match=f"hierarchical.{name} is .*it must be"):
@@ -188,14 +218,28 @@ def test_preparation_is_a_run_on_general_text(ready, documents, train, make, den
     assert done.tokens == alone.tokens and done.notes["documents"] == 4 and done.carry is None
     assert done.start.keys() == alone.run.weights.keys()
     assert all(torch.equal(done.start[n], w) for n, w in alone.run.weights.items())
-    assert len(done.importance) == (4 if adapter else len(base)) and all((o >= 0).all() for o in dense(done.importance).values())
+    assert len(done.importance) == (4 if adapter else len(base)) and all(
+        (o >= 0).all() for o in dense(done.importance).values()
+    )
 
 
 @pytest.mark.parametrize("adapter", [(LORA,), ()])
 def test_zero_strength_is_plain_fine_tuning_from_the_same_start(ready, documents, train, make, dense, adapter):
     done, state, base, _ = ready(Hierarchical(), adapter, dtype=torch.float32)
-    nothing = train(make(dtype=torch.float32), (*adapter, Hierarchical(strength=0.0)), documents, states={"hierarchical": state}, base=base)
-    held = train(make(dtype=torch.float32), (*adapter, Hierarchical(strength=1.0)), documents, states={"hierarchical": state}, base=base)
+    nothing = train(
+        make(dtype=torch.float32),
+        (*adapter, Hierarchical(strength=0.0)),
+        documents,
+        states={"hierarchical": state},
+        base=base,
+    )
+    held = train(
+        make(dtype=torch.float32),
+        (*adapter, Hierarchical(strength=1.0)),
+        documents,
+        states={"hierarchical": state},
+        base=base,
+    )
     begun = make(dtype=torch.float32)
     for other in adapter:
         begun = other.adapt(begun, seed=0)
@@ -205,8 +249,16 @@ def test_zero_strength_is_plain_fine_tuning_from_the_same_start(ready, documents
     plain = train(begun, (), documents, base=base)
     assert all(torch.equal(w, nothing.run.weights[n]) for n, w in plain.run.weights.items())
     assert any(not torch.equal(w, held.run.weights[n]) for n, w in plain.run.weights.items())
-    state["importance"] = {n: o * torch.nan for n, o in dense(state["importance"]).items()}  # nothing is added, not zero times something
-    spared = train(make(dtype=torch.float32), (*adapter, Hierarchical(strength=0.0)), documents, states={"hierarchical": state}, base=base)
+    state["importance"] = {
+        n: o * torch.nan for n, o in dense(state["importance"]).items()
+    }  # nothing is added, not zero times something
+    spared = train(
+        make(dtype=torch.float32),
+        (*adapter, Hierarchical(strength=0.0)),
+        documents,
+        states={"hierarchical": state},
+        base=base,
+    )
     assert all(torch.equal(w, spared.run.weights[n]) for n, w in plain.run.weights.items())
     assert held.curve[0]["penalty"] == 0 and held.curve[-1]["penalty"] > 0
     assert [row["penalty"] for row in nothing.curve] == [0, 0, 0]
@@ -229,9 +281,17 @@ def test_the_official_preset_carries_adams_state(ready, documents, train, make):
     for optimizer in ((), (MomentumFilter(fraction=0.5),)):
         result = train(make(), (LORA, part, *optimizer), documents, states={"hierarchical": state}, base=base)
         assert {s["step"].item() for s in result.optimizer.state.values()} == {6.0}
-    with pytest.raises(UserError, match="SGD cannot begin with Adam's state of the general phase: set carry_optimizer: false"):
+    with pytest.raises(
+        UserError, match="SGD cannot begin with Adam's state of the general phase: set carry_optimizer: false"
+    ):
         train(make(), (LORA, part, Descent()), documents, states={"hierarchical": state}, base=base)
-    dropped = train(make(), (LORA, Hierarchical(preset="official", carry_optimizer=False)), documents, states={"hierarchical": state}, base=base)
+    dropped = train(
+        make(),
+        (LORA, Hierarchical(preset="official", carry_optimizer=False)),
+        documents,
+        states={"hierarchical": state},
+        base=base,
+    )
     assert {s["step"].item() for s in dropped.optimizer.state.values()} == {3.0}
 
 
@@ -243,7 +303,11 @@ def test_an_anchor_is_small_with_an_adapter(ready, documents, run_of):
 
 
 def test_one_group_that_takes_all_is_warned_of(ready, documents, run_of):
-    for settings, warned in (({"temperature": 1e-6}, True), ({"temperature": 1e12}, False), ({"temperature": 1e-6, "layer_wise": False}, False)):
+    for settings, warned in (
+        ({"temperature": 1e-6}, True),
+        ({"temperature": 1e12}, False),
+        ({"temperature": 1e-6, "layer_wise": False}, False),
+    ):
         part = Hierarchical(**settings)
         _, state, base, model = ready(part)
         run = run_of(model, base)
@@ -251,7 +315,9 @@ def test_one_group_that_takes_all_is_warned_of(ready, documents, run_of):
         warning = part.report(run=run, state=state)["warning"]
         assert (warning is not None) == warned
         if warned:
-            assert max(state["coefficients"], key=state["coefficients"].get) in warning and "higher temperature" in warning
+            assert (
+                max(state["coefficients"], key=state["coefficients"].get) in warning and "higher temperature" in warning
+            )
 
 
 def test_no_general_text_and_foreign_importance_are_named(make, documents, ready, run_of):
@@ -270,7 +336,14 @@ def test_a_failed_phase_leaves_no_hooks(make, documents, ready):
 
     def fit(*, model, parts, **_):
         from experiments.training.engine import Run
-        run = Run(model=model, weights={n: p for n, p in model.named_parameters() if p.requires_grad}, base=before, seed=0, device="cpu")
+
+        run = Run(
+            model=model,
+            weights={n: p for n, p in model.named_parameters() if p.requires_grad},
+            base=before,
+            seed=0,
+            device="cpu",
+        )
         parts[0].begin(run=run, state={}, examples=documents)
         hooked.append(sum(len(module._forward_hooks) for module in model.modules()))
         raise UserError("the loss is nan")

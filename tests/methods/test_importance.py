@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from methods.errors import UserError
-from methods.tools.process_group import Shards
 from methods.tools import importance
 from methods.tools.importance import Codes, decode, encode, penalise, placed, totals
+from methods.tools.process_group import Shards
 
 ROUNDING = 2.0**-23  # float32's
 
@@ -68,11 +68,23 @@ def test_codes_are_not_spent_on_what_becomes_zero():
     assert coded.codes.tolist() == [255, 1, 0] and coded.low == -20
 
 
-@pytest.mark.parametrize("values", [
-    drawn(), drawn(spread=20.0), drawn(spread=0.001), drawn(spread=1e-6), torch.tensor([1.0, 1 + ROUNDING, 1 + 2 * ROUNDING]),
-    torch.tensor([1.0, 2.0**-20, 2.0**-60]), torch.tensor([1e-45, 1e-40, 1e-38, 1e-36]), torch.tensor([3e38, 1e-38]),
-    torch.full((9,), 0.3), torch.zeros(4), torch.tensor([0.0, 5e-324], dtype=torch.float64), torch.tensor([1e-39, 1e-45]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values",
+    [
+        drawn(),
+        drawn(spread=20.0),
+        drawn(spread=0.001),
+        drawn(spread=1e-6),
+        torch.tensor([1.0, 1 + ROUNDING, 1 + 2 * ROUNDING]),
+        torch.tensor([1.0, 2.0**-20, 2.0**-60]),
+        torch.tensor([1e-45, 1e-40, 1e-38, 1e-36]),
+        torch.tensor([3e38, 1e-38]),
+        torch.full((9,), 0.3),
+        torch.zeros(4),
+        torch.tensor([0.0, 5e-324], dtype=torch.float64),
+        torch.tensor([1e-39, 1e-45]),
+    ],
+)
 def test_decoded_values_have_the_same_codes(values):
     coded = encode(values)
     again = encode(decoded(coded))
@@ -181,7 +193,11 @@ def test_penalty_against_the_formula(dtype, anchor_dtype, kind, piece, monkeypat
         given = dense = torch.tensor(0.7)
     else:
         given = dense = drawn(12 * 32, spread=2.0, dtype=getattr(torch, kind)).view(12, 32)
-    kept = [weight.clone(), None if anchor is None else anchor.clone(), given.codes.clone() if kind == "codes" else given.clone()]
+    kept = [
+        weight.clone(),
+        None if anchor is None else anchor.clone(),
+        given.codes.clone() if kind == "codes" else given.clone(),
+    ]
     wanted, total = brute(weight, anchor, dense, gradient, 0.3)
 
     found = penalise(weight=weight, anchor=anchor, importance=given, gradient=gradient, scale=0.3)
@@ -196,13 +212,21 @@ def test_penalty_against_the_formula(dtype, anchor_dtype, kind, piece, monkeypat
 
 @pytest.mark.parametrize("entries, start", [(1000, 0), (999, 0), (1000, 1), (1000, 2), (1, 0), (0, 0)])
 def test_codes_decoded_two_at_once_are_what_they_stand_for(entries, start, monkeypatch):
-    codes = torch.randint(0, 256, (entries + start,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))[start:]
+    codes = torch.randint(0, 256, (entries + start,), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))[
+        start:
+    ]
     codes[:3] = torch.tensor([0, 255, 0], dtype=torch.uint8)[: len(codes)]
     exact = torch.where(codes == 0, 0.0, (-30 + (codes.double() - 1) * (40 / 254)).exp2())
     for least in (1, 1 << 30):
         monkeypatch.setattr(importance, "_PAIRED", least)
         gradient = torch.zeros(entries)
-        penalise(weight=torch.ones(entries), anchor=None, importance=Codes(codes=codes, low=-30.0, step=40 / 254), gradient=gradient, scale=1.0)
+        penalise(
+            weight=torch.ones(entries),
+            anchor=None,
+            importance=Codes(codes=codes, low=-30.0, step=40 / 254),
+            gradient=gradient,
+            scale=1.0,
+        )
         torch.testing.assert_close(gradient.double(), exact, rtol=2.0**-24, atol=0)
 
 

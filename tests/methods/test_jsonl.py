@@ -7,8 +7,8 @@ import lzma
 
 import pytest
 
-from methods.tools import jsonl
 from methods.errors import UserError
+from methods.tools import jsonl
 
 ROWS = [{"q": "\u00e9 \U0001f600", "n": 1}, {"q": "b\u2028c\x85d", "n": [1, 2.5, None, {"x": True}]}]
 TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -51,7 +51,10 @@ BAD = [
     (b'{"a": NaN}', "line 1 holds NaN, which is no JSON number"),
     (b'{"a": [-Infinity]}', "line 1 holds -Infinity"),
     (b'{"a": 1e999}', "line 1, column 'a': a number is infinite, or too large"),
-    (b'{"a": 9223372036854775808}', "line 1, column 'a': 9223372036854775808 needs more than 64 bits: write it as text"),
+    (
+        b'{"a": 9223372036854775808}',
+        "line 1, column 'a': 9223372036854775808 needs more than 64 bits: write it as text",
+    ),
     (b'{"a": ' + b"9" * 5000 + b"}", "line 1 holds a number that is too long"),
     (b'{"a": ' + b"[" * 9000 + b"]" * 9000 + b"}", "line 1 nests lists or objects more than 100 deep"),
     (b'{"a": ' + b'{"b": ' * 200 + b"1" + b"}" * 201, "line 1, column 'a' nests"),
@@ -62,7 +65,7 @@ BAD = [
     (b"question,answer\nx,y\n", "line 1 is not JSON"),
     (b'{"a": "x\ty"}', "line 1 is not JSON .Invalid control character at character 9"),
     (b"\x00\x00\x00\x00\x00", "begins as UTF-32-BE and does not go on"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("content, said", BAD, ids=range(len(BAD)))
@@ -82,7 +85,12 @@ def test_what_is_no_file(tmp_path):
 
 def test_every_cut_and_every_changed_byte_is_read_or_told(tmp_path):
     file = tmp_path / "rows.jsonl"
-    for whole in (TEXT.encode(), TEXT.encode("utf-16"), gzip.compress(TEXT.encode(), mtime=0), lzma.compress(TEXT.encode())):
+    for whole in (
+        TEXT.encode(),
+        TEXT.encode("utf-16"),
+        gzip.compress(TEXT.encode(), mtime=0),
+        lzma.compress(TEXT.encode()),
+    ):
         for at in range(0, len(whole), 3):
             for content in (whole[:at], whole[:at] + bytes([whole[at] ^ 0x84]) + whole[at + 1 :]):
                 file.write_bytes(content)

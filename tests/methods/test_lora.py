@@ -18,8 +18,13 @@ def logits(model, documents):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("rslora", [False, True])
-@pytest.mark.parametrize("kind, targets", [("llama-tied", ("q_proj", "v_proj")), ("gptj", ("q_proj", "fc_in")), ("llama-untied", ("down_proj", "k_proj"))])
-def test_merged_and_saved_adapters_compute_what_was_trained(make, documents, train, tmp_path, kind, targets, rslora, dtype):
+@pytest.mark.parametrize(
+    "kind, targets",
+    [("llama-tied", ("q_proj", "v_proj")), ("gptj", ("q_proj", "fc_in")), ("llama-untied", ("down_proj", "k_proj"))],
+)
+def test_merged_and_saved_adapters_compute_what_was_trained(
+    make, documents, train, tmp_path, kind, targets, rslora, dtype
+):
     base = {n: p.detach().clone() for n, p in make(kind, dtype).named_parameters()}
     part = LoRA(rank=3, alpha=6, targets=targets, rslora=rslora, dropout=0.1)
     result = train(make(kind, dtype), (part,), documents, base=base)
@@ -36,7 +41,10 @@ def test_merged_and_saved_adapters_compute_what_was_trained(make, documents, tra
     part.save(run=result.run, state={}, folder=tmp_path)
     loaded = PeftModel.from_pretrained(make(kind, dtype), tmp_path / "adapter", autocast_adapter_dtype=False)
     torch.testing.assert_close(logits(loaded, documents), trained, rtol=near, atol=near)
-    beneath = {n.removeprefix("base_model.model.").replace(".base_layer.", "."): p for n, p in result.run.model.named_parameters()}
+    beneath = {
+        n.removeprefix("base_model.model.").replace(".base_layer.", "."): p
+        for n, p in result.run.model.named_parameters()
+    }
     assert all(torch.equal(beneath[name], tensor) for name, tensor in base.items())  # nothing but the adapter has moved
 
 
@@ -76,7 +84,10 @@ def test_adapters_take_the_models_dtype_and_alone_are_trained(make, dtype):
 def test_targets_that_match_nothing_get_the_nearest_names(make):
     with pytest.raises(UserError, match=r"lora.targets: 'q_prj' is no linear layer of this model; nearest: q_proj"):
         LoRA(targets=("q_prj", "v_proj")).adapt(make(), seed=0)
-    with pytest.raises(UserError, match=r"'query_key_value' is no linear.*all: fc_in, fc_out, k_proj, lm_head, out_proj, q_proj, v_proj"):
+    with pytest.raises(
+        UserError,
+        match=r"'query_key_value' is no linear.*all: fc_in, fc_out, k_proj, lm_head, out_proj, q_proj, v_proj",
+    ):
         LoRA(targets=("query_key_value",)).adapt(make("gptj"), seed=0)
     with pytest.raises(UserError, match="lora.targets is empty"):
         LoRA(targets=()).adapt(make(), seed=0)
@@ -92,21 +103,30 @@ def test_merging_keeps_what_another_part_has_written(make, documents, train):
     changed = part.finish(run=result.run, state={}, final={name: result.run.base[name] + 1, "other": torch.ones(1)})
     torch.testing.assert_close(changed[name], plain[name] + 1)
     assert changed["other"] == 1
-    assert part.report(run=result.run, state={}) == {"adapted_layers": 4, "trained_entries": 2 * (2 * (32 + 32) + 2 * (32 + 16)), "scale": 16}
+    assert part.report(run=result.run, state={}) == {
+        "adapted_layers": 4,
+        "trained_entries": 2 * (2 * (32 + 32) + 2 * (32 + 16)),
+        "scale": 16,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_merging_adds_rank_after_rank_in_float64(dtype, monkeypatch):
     draw = torch.Generator().manual_seed(0)
     weight, a, b = (torch.randn(*shape, generator=draw).to(dtype) for shape in ((13, 9), (5, 9), (13, 5)))
-    expected = [[float(weight[i, j]) + 0.7 * sum(float(b[i, k]) * float(a[k, j]) for k in range(5)) for j in range(9)] for i in range(13)]
+    expected = [
+        [float(weight[i, j]) + 0.7 * sum(float(b[i, k]) * float(a[k, j]) for k in range(5)) for j in range(9)]
+        for i in range(13)
+    ]
     wide = torch.promote_types(dtype, torch.float32)
     for threads, piece in ((1, 1 << 17), (2, 20), (1, 1)):
         monkeypatch.setattr("methods.lora.PIECE", piece)
         torch.set_num_threads(threads)
         found = merged(weight, a=a, b=b, scale=0.7)
         torch.set_num_threads(1)
-        assert found.dtype == wide and torch.equal(found, torch.tensor(expected, dtype=torch.float64).to(wide))  # bit for bit
+        assert found.dtype == wide and torch.equal(
+            found, torch.tensor(expected, dtype=torch.float64).to(wide)
+        )  # bit for bit
 
 
 def test_the_saved_adapter_merges_to_the_same_bits(make, documents, train, tmp_path):

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
 
-from methods.tools.adam import MOMENTS, AdamW, Moments
-from methods.tools.process_group import Shards
 from methods import mofo
 from methods.mofo import MoFO, MomentumFilter
 from methods.part import Run
+from methods.tools.adam import MOMENTS, AdamW, Moments
+from methods.tools.process_group import Shards
 
 SHAPES = [(7, 5), (3,), (2, 3, 4), (1, 1), (40, 30), ()]
 
@@ -60,7 +60,9 @@ def reference(ps, gradients, lr, b1, b2, eps, decay, fraction, decay_all):
 def test_equals_its_definition(dtype, near, fraction, decay, decay_all):
     start, gradients = tensors(dtype), [tensors(dtype, seed) for seed in range(1, 7)]
     ps = [p.clone().requires_grad_() for p in start]
-    optimizer = MoFO(ps, lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay, fraction=fraction, decay_all=decay_all)
+    optimizer = MoFO(
+        ps, lr=0.01, betas=(0.8, 0.95), eps=1e-6, weight_decay=decay, fraction=fraction, decay_all=decay_all
+    )
     for step in gradients:
         for p, g in zip(ps, step):
             p.grad = g.clone()
@@ -135,13 +137,19 @@ def test_ties_are_kept_and_a_zero_threshold_keeps_all():
 
 def gradient_of(kind, shape, seed):
     draw = torch.Generator().manual_seed(seed)
-    gradient = torch.randn(shape, generator=draw, dtype=torch.float64).exp_().mul_(torch.randn(shape, generator=draw, dtype=torch.float64))
+    gradient = (
+        torch.randn(shape, generator=draw, dtype=torch.float64)
+        .exp_()
+        .mul_(torch.randn(shape, generator=draw, dtype=torch.float64))
+    )
     if kind == "ties":
         return gradient.round().clamp(-2, 2)
     if kind == "constant":
         return torch.full_like(gradient, 0.25)
     if kind.endswith("zeros"):
-        zero = torch.rand(shape[0], generator=torch.Generator().manual_seed(0)) < float(kind.split()[0])  # rows, in every step
+        zero = torch.rand(shape[0], generator=torch.Generator().manual_seed(0)) < float(
+            kind.split()[0]
+        )  # rows, in every step
         gradient[zero] = 0.0
     return gradient
 
@@ -181,7 +189,10 @@ def test_threads_change_no_bit(kind, threads, monkeypatch):
     shapes, runs = [(700, 640), (3, 4), (400, 300), (0, 5), (50,), (640, 333), (1, 1), (2, 100_003)], []
     for count in (1, 2, 3, 5):
         threads(count)
-        ps = [torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_() for i, shape in enumerate(shapes)]
+        ps = [
+            torch.randn(shape, generator=torch.Generator().manual_seed(i)).requires_grad_()
+            for i, shape in enumerate(shapes)
+        ]
         optimizer = MoFO(ps, lr=0.1, weight_decay=0.1, fraction=0.2, moments=placed(ps, kind))
         for step in range(3):
             for i, p in enumerate(ps):
@@ -316,8 +327,18 @@ def test_groups_closures_and_parameters_without_gradient():
     assert MoFO([("a", a)], lr=0.1).param_groups[0]["param_names"] == ["a"]
 
 
-@pytest.mark.parametrize("wrong", [{"fraction": 0.0}, {"fraction": 1.01}, {"fraction": -0.1}, {"lr": -1.0},
-                                   {"betas": (1.0, 0.9)}, {"eps": -1.0}, {"weight_decay": -0.1}])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fraction": 0.0},
+        {"fraction": 1.01},
+        {"fraction": -0.1},
+        {"lr": -1.0},
+        {"betas": (1.0, 0.9)},
+        {"eps": -1.0},
+        {"weight_decay": -0.1},
+    ],
+)
 def test_wrong_settings_are_named(wrong):
     (name,) = wrong
     with pytest.raises(ValueError, match=f"{name} is .*must be in"):
@@ -331,9 +352,19 @@ def test_sizes_go_with_the_parameters():
 
 
 # two processes: the rows of every tensor, from where the second process's begin
-SHARDED = {"even": ((40, 30), 20), "uneven": ((7, 5), 5), "second empty": ((3, 4), 3), "first empty": ((2, 9), 0),
-           "vector": ((5,), 3), "deep": ((5, 3, 4), 2), "ties": ((6, 6), 4), "zero": ((4, 6), 1), "no gradient": ((6, 5), 3),
-           "large": ((90, 100), 31), "tiny": ((1, 2), 1)}  # fmt: skip
+SHARDED = {
+    "even": ((40, 30), 20),
+    "uneven": ((7, 5), 5),
+    "second empty": ((3, 4), 3),
+    "first empty": ((2, 9), 0),
+    "vector": ((5,), 3),
+    "deep": ((5, 3, 4), 2),
+    "ties": ((6, 6), 4),
+    "zero": ((4, 6), 1),
+    "no gradient": ((6, 5), 3),
+    "large": ((90, 100), 31),
+    "tiny": ((1, 2), 1),
+}
 SETTINGS = [("float32", 0.1, False), ("float32", 0.37, True), ("bfloat16", 0.1, True), ("bfloat16", 1.0, False)]
 
 
@@ -349,13 +380,24 @@ def sharded_gradient(name, shape, seed):
 def train_on(shards, kind, fraction, decay_all):
     """{name: this process's rows after every step} and the realised fractions."""
     kept, weights = Moments(dtype=kind, seed=3), {}
-    rows = {n: slice(0, None) if shards.world == 1 else (slice(0, cut), slice(cut, None))[shards.rank] for n, (_, cut) in SHARDED.items()}
+    rows = {
+        n: slice(0, None) if shards.world == 1 else (slice(0, cut), slice(cut, None))[shards.rank]
+        for n, (_, cut) in SHARDED.items()
+    }
     for name, (shape, _) in SHARDED.items():
         whole = torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
         weights[name] = whole[rows[name]].clone().requires_grad_()
         kept.place(weights[name], name=name, offset=rows[name].start * whole[0].numel())
-    optimizer = MoFO(weights.values(), lr=0.01, weight_decay=0.1, fraction=fraction, decay_all=decay_all, moments=kept, shards=shards,
-                     sizes=[torch.Size(shape).numel() for shape, _ in SHARDED.values()])  # fmt: skip
+    optimizer = MoFO(
+        weights.values(),
+        lr=0.01,
+        weight_decay=0.1,
+        fraction=fraction,
+        decay_all=decay_all,
+        moments=kept,
+        shards=shards,
+        sizes=[torch.Size(shape).numel() for shape, _ in SHARDED.values()],
+    )
     way = {name: [] for name in SHARDED}
     for step in range(1, 4):
         for name, weight in weights.items():
@@ -371,7 +413,9 @@ def train_on(shards, kind, fraction, decay_all):
 def one_of_two(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    torch.save([train_on(Shards(rank=rank, world=2, active=True), *settings) for settings in SETTINGS], f"{folder}/{rank}.pt")
+    torch.save(
+        [train_on(Shards(rank=rank, world=2, active=True), *settings) for settings in SETTINGS], f"{folder}/{rank}.pt"
+    )
     dist.destroy_process_group()
 
 
@@ -382,7 +426,9 @@ def test_two_processes_move_the_entries_that_one_moves(tmp_path):
         wanted, fractions = train_on(Shards(), *settings)
         assert realised == realised_there == fractions
         for name, steps in wanted.items():
-            assert any(len(piece[0]) == 0 for piece in (first[name], second[name])) == ("empty" in name or name == "tiny")
+            assert any(len(piece[0]) == 0 for piece in (first[name], second[name])) == (
+                "empty" in name or name == "tiny"
+            )
             for step, a, b in zip(steps, first[name], second[name]):
                 assert torch.equal(step, torch.cat([a, b])), (settings, name)  # weights, and so masks
 
@@ -410,7 +456,9 @@ def test_threads_are_as_many_as_have_work(threads):
 
 
 @pytest.mark.parametrize("moments", ["float32", "bfloat16"])
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_goes_on_as_the_original_does(copied, moments):
     def steps(optimizer, seed, count=3):
         draw = torch.Generator().manual_seed(seed)
@@ -456,4 +504,7 @@ def test_a_loaded_state_dict_goes_on_as_the_original_does():
             other.load_state_dict(copy.deepcopy(mine.state_dict()))
             with torch.no_grad():
                 other.param_groups[0]["params"][0].copy_(weights[0])
-    assert torch.equal(weights[0], other.param_groups[0]["params"][0]) and other.realised_fraction()["last"] == mine.realised_fraction()["last"]
+    assert (
+        torch.equal(weights[0], other.param_groups[0]["params"][0])
+        and other.realised_fraction()["last"] == mine.realised_fraction()["last"]
+    )

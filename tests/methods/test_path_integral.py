@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from methods.tools import adam as moments
 from experiments.training.batches import schedule
 from methods.lora import LoRA
 from methods.part import Run
+from methods.tools import adam as moments
 from methods.tools.path_integral import PathIntegral
 
 SETTINGS = {"batch": 4, "micro_batch": 2, "epochs": 2, "learning_rate": 3e-3, "weight_decay": 0.1, "clip": 0.5}
@@ -28,15 +28,27 @@ def recorded(make, documents, kind, adapter, lora_scale):
     def theta():
         if not adapter:
             return {n: trained[n].detach().clone() for n in dense}
-        return {n: (parameters[n] + lora_scale * parameters[_factor(n, "B")] @ parameters[_factor(n, "A")]).detach() for n in dense}
+        return {
+            n: (parameters[n] + lora_scale * parameters[_factor(n, "B")] @ parameters[_factor(n, "A")]).detach()
+            for n in dense
+        }
 
     path = []
     for step, indices in enumerate(plan):
         for n in dense:
             parameters[n].requires_grad_(True)
         asked = sum(int((documents[i]["labels"][1:] != -100).sum()) for i in indices)
-        loss = sum(F.cross_entropy(model(input_ids=documents[i]["input_ids"][None]).logits[0, :-1], documents[i]["labels"][1:],
-                                   reduction="sum") for i in indices) / asked  # fmt: skip
+        loss = (
+            sum(
+                F.cross_entropy(
+                    model(input_ids=documents[i]["input_ids"][None]).logits[0, :-1],
+                    documents[i]["labels"][1:],
+                    reduction="sum",
+                )
+                for i in indices
+            )
+            / asked
+        )
         loss.backward()
         g = {n: parameters[n].grad.clone() for n in dense}
         factors = {n: (p.detach().clone(), p.grad.clone()) for n, p in trained.items()} if adapter else {}
@@ -60,11 +72,16 @@ def _factor(name, letter):
 
 @pytest.mark.parametrize("clamp", ["end", "step"])
 @pytest.mark.parametrize("consolidate", ["end", "epoch"])
-@pytest.mark.parametrize("kind, adapter, gradient", [
-    ("llama-tied", (), "exact"), ("gptj", (), "exact"),
-    ("llama-tied", (LoRA(rank=2, alpha=3),), "exact"), ("gptj", (LoRA(rank=2, alpha=3),), "exact"),
-    ("llama-untied", (LoRA(rank=2, alpha=3),), "displacement"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, adapter, gradient",
+    [
+        ("llama-tied", (), "exact"),
+        ("gptj", (), "exact"),
+        ("llama-tied", (LoRA(rank=2, alpha=3),), "exact"),
+        ("gptj", (LoRA(rank=2, alpha=3),), "exact"),
+        ("llama-untied", (LoRA(rank=2, alpha=3),), "displacement"),
+    ],
+)
 def test_equals_its_definition_along_the_path(make, documents, train, kind, adapter, gradient, clamp, consolidate):
     part = PathIntegral(gradient=gradient, clamp=clamp, consolidate=consolidate, xi=1e-7)
     result = train(make(kind), (*adapter, part), documents, **SETTINGS)
@@ -89,14 +106,19 @@ def test_equals_its_definition_along_the_path(make, documents, train, kind, adap
         assert importance.max() > 0
         # Adam turns float32 noise in a gradient near 0 (GPT-J attends in float32) into movement
         near = 5e-3 if kind == "gptj" else 1e-6
-        torch.testing.assert_close(ours, importance, rtol=near, atol=near * importance.max().item(), msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours, importance, rtol=near, atol=near * importance.max().item(), msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.01])
 def test_on_a_quadratic_the_integral_is_the_fall_of_the_loss(rate):
     draw = torch.Generator().manual_seed(0)
     root = torch.randn(6, 6, generator=draw, dtype=torch.float64) / 6
-    curvature, goal = root @ root.T + torch.eye(6, dtype=torch.float64) / 2, torch.randn(6, generator=draw, dtype=torch.float64)
+    curvature, goal = (
+        root @ root.T + torch.eye(6, dtype=torch.float64) / 2,
+        torch.randn(6, generator=draw, dtype=torch.float64),
+    )
     weight = torch.nn.Parameter(torch.zeros(6, dtype=torch.float64))
     model = torch.nn.Module()
     model.weight = weight
@@ -121,7 +143,9 @@ def test_on_a_quadratic_the_integral_is_the_fall_of_the_loss(rate):
         bent += rate**2 * gradient @ curvature @ gradient / 2
         part.after_step(run=run, state=state, step=step, gradient=None)
     fall = first - loss()
-    torch.testing.assert_close(state["omega"]["weight"].sum(), fall + bent)  # a step's sum is the fall and its curvature term
+    torch.testing.assert_close(
+        state["omega"]["weight"].sum(), fall + bent
+    )  # a step's sum is the fall and its curvature term
     if rate == 0.01:
         torch.testing.assert_close(state["omega"]["weight"].sum(), fall, rtol=0.02, atol=0)
     omega = state["omega"]["weight"].clone()
@@ -146,7 +170,9 @@ def test_omega_is_the_gradient_times_what_copies_of_the_weights_show(monkeypatch
     draw = torch.Generator().manual_seed(0)
     start, gradient = (torch.randn(30, 41, generator=draw, dtype=torch.float64) for _ in range(2))
     weight = torch.nn.Parameter(start.clone())
-    run = Run(model=torch.nn.ParameterDict({"w": weight}), weights={"w": weight}, base={"w": start}, seed=0, device="cpu")
+    run = Run(
+        model=torch.nn.ParameterDict({"w": weight}), weights={"w": weight}, base={"w": start}, seed=0, device="cpu"
+    )
     part, state, omega = PathIntegral(), {}, torch.zeros_like(start)
     part.begin(run=run, state=state, examples=[])
     optimizer = part.optimizer(run=run, learning_rate=1e-2, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from methods.errors import UserError
 from methods import registry
+from methods.errors import UserError
 from methods.ewc import EWC
 from methods.hierarchical import Hierarchical
 from methods.lora import LoRA
@@ -24,40 +24,58 @@ ROOT = Path(registry.__file__).parent.parent
 def test_the_built_in_parts_are_there():
     assert list(registry.parts()) == ["ewc", "given", "hierarchical", "lora", "mofo"]
     for key, part in registry.parts().items():
-        assert part.key == key and part.title and part.line.endswith(".") and (part.paper.startswith("https://") or key == "given")
+        assert (
+            part.key == key
+            and part.title
+            and part.line.endswith(".")
+            and (part.paper.startswith("https://") or key == "given")
+        )
         assert all(f.metadata["help"] for f in dataclasses.fields(part))
 
 
 def test_a_block_becomes_sorted_parts():
     block = {"lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"]}, "ewc": None}
-    assert registry.build(block) == registry.build(dict(reversed(block.items()))) == (EWC(), LoRA(rank=4, alpha=8.0, targets=("q_proj",)))
+    assert (
+        registry.build(block)
+        == registry.build(dict(reversed(block.items())))
+        == (EWC(), LoRA(rank=4, alpha=8.0, targets=("q_proj",)))
+    )
     assert registry.build({}) == registry.build(None) == ()
     assert isinstance(registry.build(block)[1].alpha, float)
 
 
-@pytest.mark.parametrize("block, said", [
-    ({"mofoo": {}}, "unknown part 'mofoo': did you mean 'mofo'"),
-    ({"dropout": {}}, "unknown part 'dropout': known: ewc, given, hierarchical, lora, mofo"),
-    ({"ewc": {"strenght": 1.0}}, "unknown setting 'strenght' in ewc: did you mean 'strength'"),
-    ({"ewc": 5}, "ewc is 5: it must be a mapping or null"),
-    ({"mofo": {"fraction": 0}}, r"mofo.fraction is 0: it must be a number in \(0, 1\]"),
-    ({"mofo": {"fraction": 1.5}}, r"mofo.fraction is 1.5: it must be a number in \(0, 1\]"),
-    ({"mofo": {"fraction": float("nan")}}, r"mofo.fraction is nan: it must be a number in \(0, 1\]"),
-    ({"mofo": {"fraction": True}}, r"mofo.fraction is true: it must be a number"),
-    ({"mofo": {"decay_all": 1}}, "mofo.decay_all is 1: it must be true or false"),
-    ({"ewc": {"strength": -1}}, r"ewc.strength is -1: it must be a number from 0"),
-    ({"ewc": {"strength": "1e4"}}, r"ewc.strength is '1e4': it must be a number from 0; write 10000.0 without quotes"),
-    ({"ewc": {"strength": None}}, "ewc.strength is null: it must be a number"),
-    ({"ewc": {"strength": float("inf")}}, "ewc.strength is inf: it must be a number"),
-    ({"ewc": {"samples": 0}}, r"ewc.samples is 0: it must be a whole number from 1"),
-    ({"ewc": {"samples": 2.5}}, "ewc.samples is 2.5: it must be a whole number"),
-    ({"ewc": {"estimator": "exact"}}, "ewc.estimator is 'exact': it must be one of empirical, sampled, signed, batched"),
-    ({"lora": {"targets": "q_proj"}}, "lora.targets is 'q_proj': it must be a list of names"),
-    ({"lora": {"targets": ["q_proj", 3]}}, "lora.targets is .*: it must be a list of names"),
-    ({"lora": {"dropout": 1.0}}, r"lora.dropout is 1.0: it must be a number in \[0, 1\)"),
-    ({"given": {}}, "given.path is missing"),
-    ({"given": {"path": "x"}, "lora": {}}, "given and lora cannot be combined: given weights are not trained"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "block, said",
+    [
+        ({"mofoo": {}}, "unknown part 'mofoo': did you mean 'mofo'"),
+        ({"dropout": {}}, "unknown part 'dropout': known: ewc, given, hierarchical, lora, mofo"),
+        ({"ewc": {"strenght": 1.0}}, "unknown setting 'strenght' in ewc: did you mean 'strength'"),
+        ({"ewc": 5}, "ewc is 5: it must be a mapping or null"),
+        ({"mofo": {"fraction": 0}}, r"mofo.fraction is 0: it must be a number in \(0, 1\]"),
+        ({"mofo": {"fraction": 1.5}}, r"mofo.fraction is 1.5: it must be a number in \(0, 1\]"),
+        ({"mofo": {"fraction": float("nan")}}, r"mofo.fraction is nan: it must be a number in \(0, 1\]"),
+        ({"mofo": {"fraction": True}}, r"mofo.fraction is true: it must be a number"),
+        ({"mofo": {"decay_all": 1}}, "mofo.decay_all is 1: it must be true or false"),
+        ({"ewc": {"strength": -1}}, r"ewc.strength is -1: it must be a number from 0"),
+        (
+            {"ewc": {"strength": "1e4"}},
+            r"ewc.strength is '1e4': it must be a number from 0; write 10000.0 without quotes",
+        ),
+        ({"ewc": {"strength": None}}, "ewc.strength is null: it must be a number"),
+        ({"ewc": {"strength": float("inf")}}, "ewc.strength is inf: it must be a number"),
+        ({"ewc": {"samples": 0}}, r"ewc.samples is 0: it must be a whole number from 1"),
+        ({"ewc": {"samples": 2.5}}, "ewc.samples is 2.5: it must be a whole number"),
+        (
+            {"ewc": {"estimator": "exact"}},
+            "ewc.estimator is 'exact': it must be one of empirical, sampled, signed, batched",
+        ),
+        ({"lora": {"targets": "q_proj"}}, "lora.targets is 'q_proj': it must be a list of names"),
+        ({"lora": {"targets": ["q_proj", 3]}}, "lora.targets is .*: it must be a list of names"),
+        ({"lora": {"dropout": 1.0}}, r"lora.dropout is 1.0: it must be a number in \[0, 1\)"),
+        ({"given": {}}, "given.path is missing"),
+        ({"given": {"path": "x"}, "lora": {}}, "given and lora cannot be combined: given weights are not trained"),
+    ],
+)
 def test_what_is_wrong_is_named(block, said):
     with pytest.raises(UserError, match=said):
         registry.build(block)
@@ -65,8 +83,20 @@ def test_what_is_wrong_is_named(block, said):
 
 def test_a_phase_depends_on_its_settings():
     ewc = EWC(strength=5.0, samples=3)
-    assert registry.phase_settings(ewc, "prepare") == {"samples": 3, "length": 512, "estimator": "empirical", "scope": "adapted", "bits": 8, "density": 1.0, "batch_size": 8}
-    assert registry.phase_settings(ewc, None) == registry.phase_settings(ewc, "train") == {"strength": 5.0, **registry.phase_settings(ewc, "prepare")}
+    assert registry.phase_settings(ewc, "prepare") == {
+        "samples": 3,
+        "length": 512,
+        "estimator": "empirical",
+        "scope": "adapted",
+        "bits": 8,
+        "density": 1.0,
+        "batch_size": 8,
+    }
+    assert (
+        registry.phase_settings(ewc, None)
+        == registry.phase_settings(ewc, "train")
+        == {"strength": 5.0, **registry.phase_settings(ewc, "prepare")}
+    )
     assert registry.phase_settings(LoRA(), "prepare")["targets"] == ["q_proj", "v_proj"]
     # a strength sweep and a preset that changes no preparation prepare once; one that changes it does not
     same = [Hierarchical(), Hierarchical(strength=9.0), Hierarchical(preset="paper"), Hierarchical(layer_wise=False)]
@@ -83,23 +113,30 @@ def test_source_files_are_the_parts_own_and_what_it_shares():
         files = registry.source_files(part)
         assert all(path.is_file() for path in files)
         for path in files:  # an import of another module with code of a method is a declared one
-            used = {line.split()[1].rpartition(".")[2] + ".py" for line in path.read_text().splitlines() if line.startswith("from methods.")}
+            used = {
+                line.split()[1].rpartition(".")[2] + ".py"
+                for line in path.read_text().splitlines()
+                if line.startswith("from methods.")
+            }
             assert used <= {p.name for p in files} | {"part.py"}, path
 
 
 def test_a_part_is_declared_properly_or_refused():
     with pytest.raises(TypeError, match="would hide the hook"):
+
         @register(title="x", paper="", line="x.", key="wrong")
         @dataclasses.dataclass(frozen=True, kw_only=True)
         class Hides(Part):
             batch: int = setting(1)
 
     with pytest.raises(TypeError, match="frozen=True"):
+
         @register(title="x", paper="", line="x.", key="wrong")
         class Bare(Part):
             pass
 
     with pytest.raises(TypeError, match="unknown capability"):
+
         @register(title="x", paper="", line="x.", key="wrong", capabilities=frozenset({"flies"}))
         @dataclasses.dataclass(frozen=True, kw_only=True)
         class Flies(Part):
@@ -107,10 +144,12 @@ def test_a_part_is_declared_properly_or_refused():
 
     for key in ("ewc", "train"):
         with pytest.raises(UserError, match=f"part '{key}' of .*: the name is taken"):
+
             @register(title="x", paper="", line="x.", key=key)
             @dataclasses.dataclass(frozen=True, kw_only=True)
             class Taken(Part):
                 pass
+
     assert "wrong" not in REGISTERED and REGISTERED["ewc"] is EWC
 
 
@@ -124,7 +163,9 @@ def package(tmp_path, monkeypatch):
         info = tmp_path / f"{name}-1.0.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text("[holdfast.parts]\n" + "\n".join(f"{k} = {v}" for k, v in points.items()) + "\n")
+        (info / "entry_points.txt").write_text(
+            "[holdfast.parts]\n" + "\n".join(f"{k} = {v}" for k, v in points.items()) + "\n"
+        )
         if str(tmp_path) not in sys.path:
             monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -171,7 +212,9 @@ def test_a_strangers_part_is_found_listed_and_trains(package, make, documents, t
 
 
 def test_two_optimizers_are_refused_by_name(package):
-    package("stranger_sgd", """
+    package(
+        "stranger_sgd",
+        """
         from dataclasses import dataclass
         from methods.part import Part, register
 
@@ -179,15 +222,23 @@ def test_two_optimizers_are_refused_by_name(package):
         @dataclass(frozen=True, kw_only=True)
         class SGD(Part):
             pass
-        """, {"sgd": "stranger_sgd:SGD"})  # fmt: skip
+        """,
+        {"sgd": "stranger_sgd:SGD"},
+    )
     with pytest.raises(UserError, match="mofo and stranger_sgd cannot be combined: each brings an optimizer"):
         registry.build({"stranger_sgd": {}, "mofo": {}})
 
 
-@pytest.mark.parametrize("code, said", [
-    ("import no_such_package", "the part 'odd' .* does not load: ModuleNotFoundError: No module named 'no_such_package'"),
-    ("Odd = 3", "the part 'odd' .* is not registered"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        (
+            "import no_such_package",
+            "the part 'odd' .* does not load: ModuleNotFoundError: No module named 'no_such_package'",
+        ),
+        ("Odd = 3", "the part 'odd' .* is not registered"),
+    ],
+)
 def test_a_strangers_broken_part_is_named(package, code, said):
     package("stranger_odd", code, {"odd": "stranger_odd:Odd"})
     with pytest.raises(UserError, match=said):
@@ -204,7 +255,9 @@ def test_an_entry_point_to_a_module_is_told_the_line_that_works(package, code, n
 def test_the_list_and_the_pages_say_what_the_registry_says():
     from methods import listing
 
-    shown = subprocess.run([sys.executable, "-m", "methods"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [sys.executable, "-m", "methods"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for key, part in registry.parts().items():
         page = (ROOT / "docs/methods" / f"{key}.md").read_text()
         assert page == listing.with_block(page, part), f"docs/methods/{key}.md is behind: run `python -m methods docs`"

@@ -21,12 +21,16 @@ def cases(entries, dtype=torch.float32):
     heavy = torch.randn(entries, generator=draw, dtype=dtype).exp_().mul_(1e-4)
     share = torch.rand(entries, generator=draw, dtype=dtype)
     return {
-        "heavy-tailed": heavy, "rounded": heavy.bfloat16().to(dtype), "few levels": (share * 8).floor(), "constant": torch.full_like(heavy, 0.3),
-        "all zero": torch.zeros_like(heavy), **{f"{q:.0%} zeros": heavy * (share >= q) for q in (0.3, 0.5, 0.7, 0.95)},
+        "heavy-tailed": heavy,
+        "rounded": heavy.bfloat16().to(dtype),
+        "few levels": (share * 8).floor(),
+        "constant": torch.full_like(heavy, 0.3),
+        "all zero": torch.zeros_like(heavy),
+        **{f"{q:.0%} zeros": heavy * (share >= q) for q in (0.3, 0.5, 0.7, 0.95)},
         **{f"half are {x}": torch.where(share < 0.5, x, heavy) for x in (1e-6, 1e-4, 1.0)},
         "two values and a tail": torch.where(share < 0.4, 1e-4, torch.where(share < 0.8, 2e-4, heavy)),
         "extremes": torch.where(share < 0.3, math.inf, torch.where(share < 0.6, 1e-42, heavy)),
-    }  # fmt: skip
+    }
 
 
 def ranks(entries):
@@ -47,7 +51,9 @@ def test_partition_is_exact(entries, dtype):
 def test_no_rank_among_equal_entries_is_searched_for(monkeypatch):
     """What a partition is given has no value that an eighth of the entries share, wherever the k-th largest is."""
     left = []
-    monkeypatch.setattr(selection, "_heavy", lambda values, heavy=selection._heavy: left.append(heavy(values)) or left[-1])
+    monkeypatch.setattr(
+        selection, "_heavy", lambda values, heavy=selection._heavy: left.append(heavy(values)) or left[-1]
+    )
     for name, size in cases(70_001).items():
         for k in ranks(70_001):
             left.clear()
@@ -69,7 +75,11 @@ def test_histogram_is_exact(entries, lanes):
         ordered = size.sort(descending=True).values
         for k in ranks(entries) if lanes == 1 else ranks(entries)[1::3]:
             for counted in (100, entries) if entries <= 1000 and lanes == 1 else (entries // 3 + 1,):
-                assert kth_by_histogram(lambda: size.split(counted), k, device=CPU, lanes=lanes) == ordered[k - 1], (name, k, counted)
+                assert kth_by_histogram(lambda: size.split(counted), k, device=CPU, lanes=lanes) == ordered[k - 1], (
+                    name,
+                    k,
+                    counted,
+                )
 
 
 @pytest.mark.parametrize("cut", [0, 1700, 5000])
@@ -87,7 +97,10 @@ def test_histograms_add_up_over_processes(cut):
             return counts
 
         own = (size[:cut], size[cut:])[rank]
-        return [float(kth_by_histogram(lambda: own.split(512), k, device=CPU, shards=SimpleNamespace(sum=add))) for k in ranks(5000)]
+        return [
+            float(kth_by_histogram(lambda: own.split(512), k, device=CPU, shards=SimpleNamespace(sum=add)))
+            for k in ranks(5000)
+        ]
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(one_of_two, (0, 1))

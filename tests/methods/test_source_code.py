@@ -4,8 +4,8 @@ import ast
 
 import pytest
 
-from experiments.study import config
 from experiments.stages import resolve
+from experiments.study import config
 from methods import registry
 from methods.mofo import MomentumFilter
 from methods.tools.source_code import digest, digest_of
@@ -47,11 +47,17 @@ SAME = {
     "what it shares, moved": ('("methods.tools.effective",)', '("methods.tools.effective",)'),
     "an annotation": ("run: dict", "run: 'Run'"),
     "an annotation that is gone": ("strength: float = 2.0", "strength = 2.0"),
-    "a line that is broken": ("np.sqrt(SCALE) + self.strength", "(\n            np.sqrt(SCALE)\n            + self.strength\n        )"),
+    "a line that is broken": (
+        "np.sqrt(SCALE) + self.strength",
+        "(\n            np.sqrt(SCALE)\n            + self.strength\n        )",
+    ),
     "quotes and a trailing comma": ('["pull"]', "['pull', ]"),
     "an import that nothing uses": ("import numpy as np", "import numpy as np\nimport os"),
     "an import for annotations": ("from torch import Tensor", "from torch import Tensor, nn"),
-    "the order of imports": ("import numpy as np\nfrom methods.tools.effective import effective_weights", "from methods.tools.effective import effective_weights\nimport numpy as np"),
+    "the order of imports": (
+        "import numpy as np\nfrom methods.tools.effective import effective_weights",
+        "from methods.tools.effective import effective_weights\nimport numpy as np",
+    ),
 }
 OTHER = {
     "a constant": ("SCALE = 1.5", "SCALE = 1.6"),
@@ -83,10 +89,13 @@ def test_every_parts_file_may_be_laid_out_anew():
             assert digest_of(ast.unparse(ast.parse(path.read_text()))) == digest(path)
 
 
-@pytest.mark.parametrize("edit, stale", [
-    (lambda text: text.replace("#", "# rewritten:").replace('"""', '"""Rewritten. ', 1), False),
-    (lambda text: text + "\nCONSTANT = 1\n", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "edit, stale",
+    [
+        (lambda text: text.replace("#", "# rewritten:").replace('"""', '"""Rewritten. ', 1), False),
+        (lambda text: text + "\nCONSTANT = 1\n", True),
+    ],
+)
 def test_an_edit_makes_the_cells_of_its_part_stale_and_no_others(edit, stale, tmp_path, monkeypatch):
     study = config.load("demo")
     before = resolve.contents(study)
@@ -95,6 +104,8 @@ def test_an_edit_makes_the_cells_of_its_part_stale_and_no_others(edit, stale, tm
     edited.parent.mkdir()
     (original,) = [path for path in files(MomentumFilter) if path.name == edited.name]
     edited.write_text(edit(original.read_text()))
-    monkeypatch.setattr(registry, "source_files", lambda part: [edited if path == original else path for path in files(part)])
+    monkeypatch.setattr(
+        registry, "source_files", lambda part: [edited if path == original else path for path in files(part)]
+    )
     changed = {name for name, content in resolve.contents(study).items() if content != before[name]}
     assert changed == ({"train/llama-tiny/sums/mofo.json"} if stale else set())

@@ -31,18 +31,28 @@ def same(found, wanted):
 
 
 MADE = {
-    "dense": encode(drawn(24, 30)), "sparse": encode(sparse(7, 13)), "turned": Codes(codes=encode(drawn(4, 6)).codes.T, low=-3.5, step=0.1),
-    "zeros": encode(torch.zeros(3)), "none": encode(torch.zeros(0, 3)), "one": encode(torch.tensor(2.0)),
-    "float": drawn(5, 7), "double": drawn(9, dtype=torch.float64), "bf16": drawn(3, 3, dtype=torch.bfloat16), "scalar": torch.tensor(2.5),
-    "empty": torch.zeros(0, 2), "strided": drawn(4, 6).T,
-}  # fmt: skip
+    "dense": encode(drawn(24, 30)),
+    "sparse": encode(sparse(7, 13)),
+    "turned": Codes(codes=encode(drawn(4, 6)).codes.T, low=-3.5, step=0.1),
+    "zeros": encode(torch.zeros(3)),
+    "none": encode(torch.zeros(0, 3)),
+    "one": encode(torch.tensor(2.0)),
+    "float": drawn(5, 7),
+    "double": drawn(9, dtype=torch.float64),
+    "bf16": drawn(3, 3, dtype=torch.bfloat16),
+    "scalar": torch.tensor(2.5),
+    "empty": torch.zeros(0, 2),
+    "strided": drawn(4, 6).T,
+}
 
 
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
     save_importance(MADE, tmp_path / "a.safetensors")
     found = load_importance(tmp_path / "a.safetensors")
     assert found.keys() == MADE.keys() and all(same(found[name], wanted) for name, wanted in MADE.items())
-    assert all(f.shape == w.shape for f, w in ((found[n].codes, w.codes) for n, w in MADE.items() if isinstance(w, Codes)))
+    assert all(
+        f.shape == w.shape for f, w in ((found[n].codes, w.codes) for n, w in MADE.items() if isinstance(w, Codes))
+    )
     again = dict(reversed(MADE.items()))
     save_importance(again, tmp_path / "b.safetensors")
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
@@ -70,8 +80,13 @@ def test_codes_take_about_their_entropy_and_few_of_them_a_bitmap_and_theirs(tmp_
 
 @pytest.mark.parametrize("density", [0.001, 0.1, 0.2, 0.6, 0.99])
 def test_the_largest_of_all_tensors_are_kept_and_each_keeps_its_mass(dense, density):
-    importance = {"a": encode(drawn(40, 50)), "b": encode(drawn(1500, spread=2.0, seed=2)), "light": encode(1e-6 * drawn(30, seed=3)),
-                  "zeros": encode(torch.zeros(7)), "none": encode(torch.zeros(0))}  # fmt: skip
+    importance = {
+        "a": encode(drawn(40, 50)),
+        "b": encode(drawn(1500, spread=2.0, seed=2)),
+        "light": encode(1e-6 * drawn(30, seed=3)),
+        "zeros": encode(torch.zeros(7)),
+        "none": encode(torch.zeros(0)),
+    }
     thinned, facts = thin(importance, density=density)
     before, after = dense(importance), dense(thinned)
     flat, kept = (torch.cat([t.flatten() for t in group.values()]) for group in (before, after))
@@ -86,8 +101,12 @@ def test_the_largest_of_all_tensors_are_kept_and_each_keeps_its_mass(dense, dens
         torch.testing.assert_close(after[name], chosen * factor, rtol=1e-9, atol=0)
         if chosen.any():
             assert totals(thinned[name])[0] == pytest.approx(totals(importance[name])[0])
-    wanted = {"share": share, "mass": flat[kept > 0].sum().item() / flat.sum().item(), "error": ((kept - flat).norm() / flat.norm()).item(),
-              "factor": max((after[n].sum() / v[after[n] > 0].sum()).item() for n, v in before.items() if after[n].any())}  # fmt: skip
+    wanted = {
+        "share": share,
+        "mass": flat[kept > 0].sum().item() / flat.sum().item(),
+        "error": ((kept - flat).norm() / flat.norm()).item(),
+        "factor": max((after[n].sum() / v[after[n] > 0].sum()).item() for n, v in before.items() if after[n].any()),
+    }
     assert facts == {name: pytest.approx(fact, rel=1e-3) for name, fact in wanted.items()}
 
 
