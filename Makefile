@@ -6,7 +6,8 @@
 # make bench   each fast path against its counterpart, ratios and figures in results/bench
 # make study NAME=...   another study of experiments/studies
 SHELL := /bin/bash
-PYTHON ?= python3.11
+# The newest of the accepted versions that runs here; `make PYTHON=/path/to/python` names another one.
+PYTHON ?= $(firstword $(shell for v in 3.13 3.12 3.11; do python$$v -c "" 2>/dev/null && echo python$$v; done) python3)
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_DISABLE_TELEMETRY := 1
@@ -20,8 +21,8 @@ export DO_NOT_TRACK := true
 setup: .venv/installed
 
 .venv/installed: requirements.lock
-	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found: install Python 3.11, or name it: make PYTHON=python3"; exit 2; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "error: $(PYTHON) is not Python 3.11: make PYTHON=/path/to/python3.11"; exit 2; }
+	@$(PYTHON) -c "" 2>/dev/null || { echo "error: $(PYTHON) does not run: install Python 3.11, 3.12 or 3.13, or name one: make PYTHON=/path/to/python3.12"; exit 2; }
+	@$(PYTHON) -c 'import platform, sys; (3, 11) <= sys.version_info[:2] <= (3, 13) or sys.exit("error: $(PYTHON) is Python " + platform.python_version() + ": Holdfast needs 3.11, 3.12 or 3.13; name one: make PYTHON=/path/to/python3.12")' || exit 2
 	@echo "setting up .venv from requirements.lock (some minutes the first time)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
