@@ -44,6 +44,9 @@ class EWC(Part):
         "methods.tools.stored",
     )
 
+    neutral = {"strength": 0.0}
+    trial = {"strength": 10.0, "samples": 4, "length": 24, "bits": 32}
+
     strength: float = setting(
         1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token"
     )

@@ -23,6 +23,10 @@ from methods.tools import model_folder
 )
 @dataclass(frozen=True, kw_only=True)
 class Given(Part):
+    neutral = "none: nothing is trained"
+    frozen = "its weights are made elsewhere"
+    trial = {"path": "{checkpoint}"}
+
     path: str = setting(
         "", path=True, help="folder with the checkpoint's safetensors; a relative one starts at the project's root"
     )

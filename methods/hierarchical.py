@@ -67,6 +67,9 @@ class Hierarchical(Part):
     )
     presets = {"paper": PAPER, "official": OFFICIAL}
 
+    neutral = {"strength": 0.0}
+    trial = {"samples": 4, "length": 24, "bits": 32}
+
     preset: Literal["", "paper", "official"] = setting(
         "", help="settles the settings not given as the paper or its code does"
     )

@@ -37,6 +37,9 @@ PIECE = 1 << 17  # entries merged at a time, which stay in the processor's cache
 class LoRA(Part):
     shares = ("methods.tools.effective", "methods.tools.importance")
 
+    neutral = "none: it trains two factors in place of each matrix"
+    trial = {"rank": 2}
+
     rank: int = setting(8, phase="prepare", within="[1, inf)", help="rank of the update")
     alpha: float = setting(32.0, phase="prepare", within="(0, inf)", help="the update's scale is alpha/rank")
     dropout: float = setting(0.0, phase="prepare", within="[0, 1)", help="dropout on the adapter's input")

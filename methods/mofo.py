@@ -328,6 +328,8 @@ def _threads(workers: int, each: int, process: int) -> ThreadPoolExecutor:
 class MomentumFilter(Part):
     shares = ("methods.tools.selection",)
 
+    neutral = {"fraction": 1.0, "decay_all": True}
+
     fraction: float = setting(0.1, within=ALLOWED, help="share of each tensor's entries that move in a step")
     decay_all: bool = setting(False, help="weight decay on every entry, as published, and not only on those that move")
 

@@ -124,6 +124,12 @@ class Part:
         tuple[str, ...]
     ] = ()  # keys of its state that hold nothing from one step to the next: no checkpoint has them
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # values of the setting `preset` → settings they fill
+    # What the laws (experiments/laws) must know of it. docs/parts.md explains them.
+    neutral: ClassVar[Mapping[str, Any] | str] = ""  # settings that make it plain fine-tuning, or "none: the reason"
+    frozen: ClassVar[str] = ""  # why entries that are not trained may differ from the base afterwards
+    decomposed: ClassVar[float] = 0.0  # largest relative error of the base's logits where its weights are kept as a sum
+    beside: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # parts without which it cannot run, with their settings
+    trial: ClassVar[Mapping[str, Any]] = {}  # settings for a tiny model, on which the laws run it
 
     def __post_init__(self) -> None:
         check(self, self.key or type(self).__name__)
