@@ -23,7 +23,6 @@ from methods.tools.effective import Full, adapted_names, anchored, base_paramete
 from methods.tools.fisher import by_length, diagonal_fisher
 from methods.tools.importance import encode, placed
 from methods.tools.process_group import Shards
-from methods.tools.stored import refuse_thin_floats, thin
 
 __all__ = ["EWC", "diagonal_fisher"]
 
@@ -43,6 +42,7 @@ class EWC(Part):
         "methods.tools.per_example",
         "methods.tools.stored",
     )
+    removed = {"density": "importance is stored for every entry; leave it out (the default was 1.0)"}
 
     neutral = {"strength": 0.0}
     trial = {"strength": 10.0, "samples": 4, "length": 24, "bits": 32}
@@ -68,16 +68,9 @@ class EWC(Part):
     bits: Literal[8, 32] = setting(
         8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float"
     )
-    density: float = setting(
-        1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept"
-    )
     batch_size: int = setting(
         8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone"
     )
-
-    def __post_init__(self):
-        super().__post_init__()
-        refuse_thin_floats(self)
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         """The Fisher by base parameter name. Its labels are drawn with one fixed seed: every cell of a model shares it."""
@@ -109,8 +102,6 @@ class EWC(Part):
             name: encode(fisher.pop(name), name=name) if self.bits == 8 else fisher.pop(name).cpu()
             for name in list(fisher)
         }
-        if self.density < 1:
-            importance, notes["kept"] = thin(importance, density=self.density)
         return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
 
     def begin(self, *, run, state, examples):
@@ -139,8 +130,6 @@ class EWC(Part):
 
     def report(self, *, run, state):
         said = {"strength": self.strength, "estimator": self.estimator, "scope": self.scope}
-        if self.density < 1:
-            said["kept"] = state.get("notes", {}).get("kept")
         return said | ({"batch_size": self.batch_size} if self.estimator == "batched" else {})
 
 

@@ -5,7 +5,7 @@ A short training phase on general text finds θ* and Ω (methods/tools/path_inte
     penalty = φ · Σ_l c_l Σ_i Ω_i (θ_i − θ*_i)²          c = L·softmax(‖Ω_l‖ / temperature)
 
 over L groups l, so that the coefficients' mean is 1. On LoRA's effective update s·B·A, as in the paper, or on full
-parameters. docs/methods/hierarchical.md lists where paper and code differ and what each preset takes.
+parameters. docs/methods/hierarchical.md lists where the paper and its code differ; params.yaml has a block for each.
 """
 
 from __future__ import annotations
@@ -25,29 +25,6 @@ from methods.tools.effective import Full, anchored, effective_weights
 from methods.tools.importance import encode, placed, totals
 from methods.tools.path_integral import PathIntegral
 from methods.tools.process_group import Shards
-from methods.tools.stored import refuse_thin_floats, thin
-
-# What the sources say where they are ambiguous; a setting beside the preset wins.
-PAPER = {
-    "strength": 1.0e-3,
-    "temperature": 1.0,
-    "groups": "blocks",
-    "normalise": "sum",
-    "keep_strength": False,
-    "xi": 1.0e-9,
-    "gradient": "exact",
-    "clamp": "end",
-    "consolidate": "end",
-    "carry_optimizer": False,
-}
-OFFICIAL = PAPER | {
-    "temperature": 1.0e8,
-    "groups": "modules",
-    "gradient": "displacement",
-    "clamp": "step",
-    "consolidate": "epoch",
-    "carry_optimizer": True,
-}
 
 
 @register(
@@ -65,30 +42,26 @@ class Hierarchical(Part):
         "methods.tools.path_integral",
         "methods.tools.stored",
     )
-    presets = {"paper": PAPER, "official": OFFICIAL}
+    removed = {
+        "preset": "write `like: hierarchical-paper` or `like: hierarchical-official` in the method's block instead; "
+        "the root's params.yaml has these two blocks",
+        "density": "importance is stored for every entry; leave it out (the default was 1.0)",
+    }
 
     neutral = {"strength": 0.0}
     trial = {"samples": 4, "length": 24, "bits": 32}
 
-    preset: Literal["", "paper", "official"] = setting(
-        "", help="settles the settings not given as the paper or its code does"
-    )
-    strength: float = setting(
-        1.0e-3, by_preset=True, within="[0, inf)", help="φ, against a loss in nats a labelled token"
-    )
+    strength: float = setting(1.0e-3, within="[0, inf)", help="φ, against a loss in nats a labelled token")
     temperature: Literal["auto"] | float = setting(
-        "auto",
-        by_preset=True,
-        within="(0, inf)",
-        help="of the softmax over groups; auto is the norms' standard deviation",
+        "auto", within="(0, inf)", help="of the softmax over groups; auto is the norms' standard deviation"
     )
     groups: Literal["modules", "blocks"] = setting(
-        "modules", by_preset=True, help="a coefficient each module or each transformer block"
+        "modules", help="a coefficient each module or each transformer block"
     )
     normalise: Literal["mean", "sum"] = setting(
-        "mean", by_preset=True, help="whether φ is for coefficients of mean 1 or of sum 1, as published"
+        "mean", help="whether φ is for coefficients of mean 1 or of sum 1, as published"
     )
-    keep_strength: bool = setting(True, by_preset=True, help="divide by the importance-weighted mean coefficient")
+    keep_strength: bool = setting(True, help="divide by the importance-weighted mean coefficient")
     layer_wise: bool = setting(True, help="false: all coefficients 1 (ablation)")
     element_wise: bool = setting(True, help="false: each tensor's Ω replaced by its mean (ablation)")
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of the general phase")
@@ -97,39 +70,25 @@ class Hierarchical(Part):
     learning_rate: float | None = setting(
         None, phase="prepare", within="(0, inf)", help="of the general phase; null takes the method's own"
     )
-    xi: float = setting(1.0e-9, phase="prepare", by_preset=True, within="(0, inf)", help="ξ of Ω's denominator")
+    xi: float = setting(1.0e-9, phase="prepare", within="(0, inf)", help="ξ of Ω's denominator")
     gradient: Literal["exact", "displacement"] = setting(
-        "exact", phase="prepare", by_preset=True, help="dL/dθ, or the code's movement of the product"
+        "exact", phase="prepare", help="dL/dθ, or the code's movement of the product"
     )
-    clamp: Literal["end", "step"] = setting(
-        "end", phase="prepare", by_preset=True, help="when ω is kept from being negative"
-    )
-    consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", by_preset=True, help="when ω becomes Ω")
+    clamp: Literal["end", "step"] = setting("end", phase="prepare", help="when ω is kept from being negative")
+    consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", help="when ω becomes Ω")
     bits: Literal[8, 32] = setting(
         8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float"
     )
-    density: float = setting(
-        1.0, phase="prepare", within="(0, 1]", help="share of all entries, the largest, whose importance is kept"
-    )
-    carry_optimizer: bool = setting(
-        False, phase="prepare", by_preset=True, help="begin with Adam's state of the general phase"
-    )
-
-    def __post_init__(self):
-        super().__post_init__()
-        refuse_thin_floats(self)
+    carry_optimizer: bool = setting(False, phase="prepare", help="begin with Adam's state of the general phase")
 
     def general_phase(self):
         return {"learning_rate": self.learning_rate, "epochs": self.epochs}
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
-        chosen = self.resolved()
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not examples:
             raise UserError("hierarchical: no general text to learn importance from")
-        integral = PathIntegral(
-            gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi
-        )
+        integral = PathIntegral(gradient=self.gradient, clamp=self.clamp, consolidate=self.consolidate, xi=self.xi)
         try:
             result = fit(model=model, parts=(integral,), examples=examples, seed=seed, **self.general_phase())
             run, state = result.run, result.states[integral.key]
@@ -145,7 +104,7 @@ class Hierarchical(Part):
             name: run.whole(name).to(base[name].dtype if name in base else run.weights[name].dtype).cpu().clone()
             for name in run.weights
         }
-        carry = carried(run, result.optimizer) if chosen.carry_optimizer else None
+        carry = carried(run, result.optimizer) if self.carry_optimizer else None
         notes = {
             "documents": len(examples),
             "tokens": result.tokens,
@@ -153,12 +112,9 @@ class Hierarchical(Part):
         }
         if len(examples) < self.samples:
             notes["documents_asked"] = self.samples
-        if self.density < 1:
-            importance, notes["kept"] = thin(importance, density=self.density)
         return Prepared(importance=importance, start=start, carry=carry, tokens=result.tokens, notes=notes)
 
     def begin(self, *, run, state, examples):
-        chosen = self.resolved()
         state["anchor"] = anchored(run, state["start"])
         weights = effective_weights(run, anchor=state["anchor"])
         if missing := [w.name for w in weights if w.name not in state["importance"]]:
@@ -170,7 +126,7 @@ class Hierarchical(Part):
         names = {
             w.name: (
                 group_of(run.model, w.parameter if isinstance(w, Full) else f"{w.layer}.base_layer.weight")
-                if chosen.groups == "blocks"
+                if self.groups == "blocks"
                 else w.name.rpartition(".")[0]
             )
             for w in weights
@@ -182,14 +138,14 @@ class Hierarchical(Part):
             squares[names[name]] += square
             mass[names[name]] += sums[name]
         norms = torch.tensor([squares[g] for g in groups], dtype=torch.float64).sqrt()
-        found = layer_coefficients(norms, chosen.temperature) if self.layer_wise else torch.ones_like(norms)
+        found = layer_coefficients(norms, self.temperature) if self.layer_wise else torch.ones_like(norms)
         share = (found / len(groups)).max().item()
-        if chosen.keep_strength:
+        if self.keep_strength:
             found = keep_strength(found, torch.tensor([mass[g] for g in groups], dtype=torch.float64))
         state["coefficients"] = dict(zip(groups, found.tolist(), strict=True))
         state["norms"] = dict(zip(groups, norms.tolist(), strict=True))
         state["largest_share"] = share
-        strength = chosen.strength / (len(groups) if chosen.normalise == "sum" else 1)
+        strength = self.strength / (len(groups) if self.normalise == "sum" else 1)
         omega = {
             name: placed(run, values)
             if self.element_wise
@@ -200,11 +156,11 @@ class Hierarchical(Part):
 
     def optimizer_ready(self, *, run, state, optimizer):
         carry = state.pop("carry", None)
-        if self.resolved().carry_optimizer and carry:
+        if self.carry_optimizer and carry:
             restore_state(run, optimizer, carry)
 
     def before_clip(self, *, run, state, step):
-        if not self.resolved().strength:
+        if not self.strength:
             return None
         value = torch.zeros((), device=run.device)
         for weight, omega, strength in state["terms"]:
@@ -219,8 +175,6 @@ class Hierarchical(Part):
             "settings": self.settings(),
             "warning": None,
         }
-        if self.density < 1:
-            said["kept"] = state.get("notes", {}).get("kept")
         if self.layer_wise and len(state["coefficients"]) > 1 and state["largest_share"] > 0.5:
             first = max(state["coefficients"], key=state["coefficients"].get)
             said["warning"] = (

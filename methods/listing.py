@@ -57,15 +57,6 @@ def block(part: type[Part]) -> str:
     for name, kind, default, help, phase in settings(part):
         stages = "preparation and training" if phase == "prepare" else "training"
         lines.append(f"| `{name}` | `{default}` | {help} | {kind} | {stages} |")
-    if part.presets:
-        names = sorted({name for chosen in part.presets.values() for name in chosen})
-        lines += ["", "| preset | " + " | ".join(f"`{name}`" for name in names) + " |", "|---" * (len(names) + 1) + "|"]
-        for preset, chosen in part.presets.items():
-            lines.append(
-                f"| `{preset}` | "
-                + " | ".join(f"`{yaml(chosen[name])}`" if name in chosen else "" for name in names)
-                + " |"
-            )
     return "\n".join([*lines, "", END])
 
 

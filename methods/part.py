@@ -14,7 +14,7 @@ bytes are recorded. Where several processes train one model, each holds some row
 
     from dataclasses import dataclass
 
-    from methods.effective import effective_weights
+    from methods.tools.effective import effective_weights
     from methods.part import Part, register, setting
 
     @register(key="l2_sp", title="L2-SP", paper="https://arxiv.org/abs/1802.01483", line="Pull every weight back to the base.")
@@ -123,7 +123,7 @@ class Part:
     scratch: ClassVar[
         tuple[str, ...]
     ] = ()  # keys of its state that hold nothing from one step to the next: no checkpoint has them
-    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # values of the setting `preset` → settings they fill
+    removed: ClassVar[Mapping[str, str]] = {}  # settings of earlier versions → what to write instead
     # What the laws (experiments/laws) must know of it. docs/parts.md explains them.
     neutral: ClassVar[Mapping[str, Any] | str] = ""  # settings that make it plain fine-tuning, or "none: the reason"
     frozen: ClassVar[str] = ""  # why entries that are not trained may differ from the base afterwards
@@ -135,17 +135,8 @@ class Part:
         check(self, self.key or type(self).__name__)
 
     def settings(self) -> dict[str, Any]:
-        """Every setting's value in force: the block's, else the preset's, else the default."""
-        chosen = self.presets.get(getattr(self, "preset", ""), {})
-        values = {f.name: (getattr(self, f.name), f.metadata) for f in declared(self)}
-        return {
-            name: chosen.get(name, meta["default"]) if value is None and meta["by_preset"] else value
-            for name, (value, meta) in values.items()
-        }
-
-    def resolved(self) -> Part:
-        """The same part with nothing left to its preset."""
-        return dataclasses.replace(self, **self.settings())
+        """Every setting's value: the block's, else the default."""
+        return {f.name: getattr(self, f.name) for f in declared(self)}
 
     def look(self, *, shapes: Mapping[str, Sequence[int]]) -> None:
         """Before anything runs: refuse what the part itself reads, such as files, where it could not work.

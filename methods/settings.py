@@ -15,28 +15,19 @@ PHASES = ("prepare", "train")
 
 
 def setting(
-    default: Any,
-    *,
-    phase: Literal["prepare", "train"] = "train",
-    help: str = "",
-    within: str = "",
-    by_preset: bool = False,
-    path: bool = False,
+    default: Any, *, phase: Literal["prepare", "train"] = "train", help: str = "", within: str = "", path: bool = False
 ) -> Any:
     """A field of a part.
 
     phase      "prepare" where the preparation depends on it, so that changing it prepares and trains again;
                "train" where only the training does, so that a sweep over it prepares once
     within     the interval a number must lie in, as it is printed: "(0, 1]", "[0, inf)"
-    by_preset  not set unless the block sets it: a preset, or else `default`, fills it in `Part.settings()`
     path       a file or folder that is read: what is in it makes a cell stale, not its name alone
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}: it must be one of {', '.join(PHASES)}")
-    metadata = {"phase": phase, "help": help, "within": within, "default": default}
-    return dataclasses.field(
-        default=None if by_preset else default, metadata=metadata | {"by_preset": by_preset, "path": path}
-    )
+    metadata = {"phase": phase, "help": help, "within": within, "default": default, "path": path}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def declared(part: Any) -> list[dataclasses.Field]:
@@ -55,8 +46,6 @@ def check(part: Any, key: str) -> None:
     kinds = _kinds(type(part))
     for field in declared(part):
         value, kind = getattr(part, field.name), kinds[field.name]
-        if value is None and field.metadata["by_preset"]:
-            continue
         refuse(value, kind, within=field.metadata["within"], where=f"{key}.{field.name}")
         if isinstance(value, list):
             value = tuple(value)
@@ -70,10 +59,11 @@ def check_block(part: type, block: Mapping[str, Any], *, where: str) -> None:
     fields = {field.name: field for field in declared(part)}
     kinds = _kinds(part)
     for name, value in block.items():
+        if name in part.removed:
+            raise UserError(f"{where}.{name} no longer exists: {part.removed[name]}")
         if name not in fields:
             raise unknown("setting", name, fields, where=where)
-        if value is not None or not fields[name].metadata["by_preset"]:
-            refuse(value, kinds[name], within=fields[name].metadata["within"], where=f"{where}.{name}")
+        refuse(value, kinds[name], within=fields[name].metadata["within"], where=f"{where}.{name}")
 
 
 def refuse(value: Any, kind: Any, *, within: str = "", where: str) -> None:

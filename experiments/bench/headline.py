@@ -103,7 +103,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             name: (*adapting, EWC(scope="whole-model", estimator="batched", batch_size=size, bits=32, **given))
             for size, name in PUBLISHED.items()
         },
-        SAME: (*adapting, EWC(bits=own.bits, density=own.density, **given)),
+        SAME: (*adapting, EWC(bits=own.bits, **given)),
     }
     common = {
         "make": on.make,

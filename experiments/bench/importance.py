@@ -2,7 +2,7 @@
 
 Importance is the Fisher of 16 documents, and δ what full fine-tuning changed, where the default study's model and cell are here;
 else both are drawn. Errors are against float32: relative L2 of the penalty's gradient F⊙δ, for a δ of one size everywhere and for this one,
-and relative of its value ΣFδ², before each tensor's kept entries are given its whole mass and after.
+and relative of its value ΣFδ².
 """
 
 import math
@@ -23,22 +23,13 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     from safetensors.torch import load_file, save_file
 
     from methods.tools.importance import encode
-    from methods.tools.stored import load_importance, save_importance, thin
+    from methods.tools.stored import load_importance, save_importance
 
     real = not small and all(path.is_file() for path in (MODEL / "base.json", CELL / "weights.json", TEXT))
     fisher, delta = _of_the_study() if real else _drawn(20_000 if small else 4_000_000)
     codes = {name: encode(values, name=name) for name, values in fisher.items()}
     plain, forms, errors = {"float32": fisher, "8 bits": codes}, {"float32, zstd": fisher, "8 bits, zstd": codes}, {}
     errors["8 bits, zstd"] = _errors(codes, fisher, delta)
-    for density in (0.2, 0.1):
-        thinned, kept = thin(codes, density=density)
-        forms[f"density {density}"] = thinned
-        raw = {name: replace(values, low=codes[name].low) for name, values in thinned.items()}
-        errors[f"density {density}"] = {
-            "kept": kept,
-            "before": _errors(raw, fisher, delta),
-            "after": _errors(thinned, fisher, delta),
-        }
 
     with TemporaryDirectory() as folder:
         writers = {

@@ -6,6 +6,7 @@
 A stage is stale when the code of its parts says something else (methods/tools/source_code.py), and moving, splitting or renaming
 code does that without changing a number. The command asks the old commit and the working tree the same question and refuses
 unless the golden weights are equal bit for bit and all settings are equal; what may differ are the hashes of source files.
+Settings that no longer exist count as equal where they had the value at which they did nothing (`REMOVED`).
 It never touches results, and a line in docs/decisions.md says each time that it was used.
 """
 
@@ -26,6 +27,11 @@ from experiments.stages import resolve
 from methods.errors import UserError
 
 LOCK = "dvc.lock"
+REMOVED = {  # (part, setting) → the value at which it did nothing
+    ("ewc", "density"): 1.0,
+    ("hierarchical", "density"): 1.0,
+    ("hierarchical", "preset"): "",
+}
 
 
 def main(study, *, show: bool = False) -> None:
@@ -79,10 +85,25 @@ def without_sources(content):
     return content
 
 
+def without_removed(contents: Mapping) -> dict:
+    """Resolved files without the settings in `REMOVED`, where these had the value at which they did nothing."""
+
+    def bare(part: str, settings: Mapping) -> dict:
+        return {k: value for k, value in settings.items() if (part, k) not in REMOVED or REMOVED[part, k] != value}
+
+    return {
+        name: content
+        | {"parts": {k: part | {"settings": bare(k, part["settings"])} for k, part in content["parts"].items()}}
+        if isinstance(content, Mapping) and "parts" in content
+        else content
+        for name, content in contents.items()
+    }
+
+
 def refuse_unless_equal(before: Mapping, after: Mapping) -> None:
     """Raises UserError naming the golden cells and the resolved files that differ between two trees."""
     for what, kind in (("goldens", "golden weights"), ("settings", "settings")):
-        old, new = before[what], json.loads(json.dumps(after[what]))
+        old, new = without_removed(before[what]), json.loads(json.dumps(after[what]))
         differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if differ:
             raise UserError(

@@ -57,10 +57,6 @@ class Codes:
     def cpu(self) -> Codes:
         return replace(self, codes=self.codes.cpu())
 
-    def scaled(self, factor: float) -> Codes:
-        """factor times the values, factor > 0: the same codes."""
-        return replace(self, low=_round(self.low + math.log2(factor)))
-
     def histogram(self) -> tuple[Tensor, Tensor]:
         """How many entries have each of the 256 codes, and what it stands for; (256,) each, float64, on the CPU."""
         counts = torch.zeros(_CODES + 1, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Importance on disk: 8-bit codes without loss in fewer bits, and the few largest of them alone.
+"""Importance on disk: 8-bit codes and floats, compressed without loss.
 
 A file is safetensors; every tensor in it is one zstd frame of bytes, and the metadata say what it holds:
 
@@ -14,7 +14,6 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -26,64 +25,11 @@ from methods.errors import UserError
 from methods.tools.files import writing
 from methods.tools.importance import Codes, largest
 
-if TYPE_CHECKING:
-    from methods.part import Part
-
 BITMAP = "::bitmap"
 AGAIN = "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
 LEVEL = 1  # codes do not repeat, so higher levels of zstd are slower and no smaller
 
 _FACTS = "importance"  # the metadata's only key: safetensors writes several in any order
-
-
-def thin(importance: Mapping[str, Codes], *, density: float) -> tuple[dict[str, Codes], dict[str, float]]:
-    """The largest of all tensors' entries F, at most the share `density` of them; the others count as 0.
-
-    What tensor l keeps is multiplied by ΣF_l / Σ_kept F_l, so that each tensor's mass is what it was and a strength means
-    the same; a tensor that keeps nothing loses its mass. Entries of one code are kept or dropped together, at least one
-    code's are kept. Beside F′, facts to four digits: the `share` of entries kept, their share of the `mass` ΣF before they
-    were multiplied, the largest `factor`, and `error` = ‖F′ − F‖/‖F‖, that of the penalty's gradient F⊙δ for a movement δ
-    of one size everywhere, against the 8-bit F. Of zeros alone there is nothing to drop and nothing to say.
-    """
-    counts, values = (
-        torch.stack(rows) for rows in zip(*(codes.histogram() for codes in importance.values()), strict=True)
-    )
-    there = counts * (values > 0)
-    if not there.any():
-        return dict(importance), {}
-    order = values.flatten().argsort(descending=True, stable=True)
-    order = order[there.flatten()[order] > 0]
-    within = there.flatten()[order].cumsum(0) <= density * counts.sum()
-    chosen = torch.zeros(there.numel(), dtype=torch.bool)
-    chosen[order[: max(1, int(within.sum()))]] = True
-    chosen = chosen.view_as(there)
-
-    kept = there * chosen
-    mass, mass_kept = (counts * values).sum(1), (kept * values).sum(1)
-    factors = torch.where(mass_kept > 0, mass / mass_kept, 1.0)
-    dropped = torch.where((there > 0) & ~chosen, torch.arange(there.shape[1]), 0).amax(
-        1
-    )  # values grow with their codes
-    thinned = {}
-    for (name, codes), last, factor in zip(importance.items(), dropped.tolist(), factors.tolist(), strict=True):
-        thinned[name] = Codes(codes=codes.codes * (codes.codes > last), low=codes.low, step=codes.step).scaled(factor)
-    difference = (kept * ((factors[:, None] - 1) * values).square()).sum() + ((there - kept) * values.square()).sum()
-    facts = {
-        "share": kept.sum() / counts.sum(),
-        "mass": mass_kept.sum() / mass.sum(),
-        "factor": factors.max(),
-        "error": (difference / (counts * values.square()).sum()).sqrt(),
-    }
-    return thinned, {name: float(f"{fact.item():.4g}") for name, fact in facts.items()}
-
-
-def refuse_thin_floats(part: Part) -> None:
-    """Raises UserError where a part's settings `density` and `bits` exclude each other."""
-    if part.density < 1 and part.bits != 8:
-        raise UserError(
-            f"{part.key}.density is {part.density:g} with bits: {part.bits}: only 8-bit importance can be kept in part; "
-            "write bits: 8, or density: 1.0"
-        )
 
 
 def save_importance(importance: Mapping[str, Tensor | Codes], path: Path) -> None:

@@ -119,12 +119,7 @@ def variations(part: type[Part]) -> list[dict]:
 
 def test_variations_are_those_of_the_declarations():
     found = variations(registry.parts()["hierarchical"])
-    assert (
-        {"preset": "official"} in found
-        and {"consolidate": "epoch"} in found
-        and {"bits": 32} in found
-        and {"density": 0.5} in found
-    )
+    assert {"groups": "blocks"} in found and {"consolidate": "epoch"} in found and {"bits": 32} in found
     assert {"carry_optimizer": True} in found and {"clamp": "step"} in found and {"consolidate": "end"} not in found
     assert {"dropout": 0.5} in variations(registry.parts()["lora"]) and {"fraction": 0.5} in variations(
         registry.parts()["mofo"]
@@ -132,9 +127,9 @@ def test_variations_are_those_of_the_declarations():
 
 
 OFTEN = {name: (blocks, {}) for name, blocks in goldens.METHODS.items()} | {
-    "official": ({"lora": LORA, "hierarchical": SMALL["hierarchical"] | {"preset": "official"}}, {}),
+    "official": ({"lora": LORA, "hierarchical": SMALL["hierarchical"] | worlds.OFFICIAL}, {}),
     "official, filtered": (
-        {"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}},
+        {"hierarchical": SMALL["hierarchical"] | worlds.OFFICIAL, "mofo": {}},
         {"moments": "bfloat16"},
     ),
 }
@@ -160,7 +155,7 @@ def product() -> list:
         for settings in ENGINE:
             found.append(({key: base}, settings))
     found += [
-        ({"hierarchical": SMALL["hierarchical"] | {"preset": "official"}, "mofo": {}, **more}, settings)
+        ({"hierarchical": SMALL["hierarchical"] | worlds.OFFICIAL, "mofo": {}, **more}, settings)
         for more in ({}, {"lora": LORA})
         for settings in ({}, *ENGINE)
     ]

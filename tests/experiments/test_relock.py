@@ -49,6 +49,22 @@ def test_a_change_of_numbers_or_settings_is_refused(changed, said):
         relock.refuse_unless_equal(before, before | changed)
 
 
+def test_a_removed_setting_counts_as_equal_only_where_it_did_nothing():
+    def facts(part, **settings):
+        return {"goldens": {}, "settings": {"train/a.json": {"parts": {part: {"settings": settings}}}}}
+
+    now = facts("hierarchical", samples=8)
+    relock.refuse_unless_equal(facts("hierarchical", samples=8, density=1.0, preset=""), now)
+    for part, settings in (
+        ("hierarchical", {"samples": 8, "density": 0.2, "preset": ""}),
+        ("hierarchical", {"samples": 8, "preset": "official"}),
+        ("hierarchical", {"samples": 9, "density": 1.0}),
+        ("ewc", {"samples": 8, "preset": ""}),
+    ):
+        with pytest.raises(UserError, match="the settings of train/a.json differ"):
+            relock.refuse_unless_equal(facts(part, **settings), now)
+
+
 def test_hashes_of_sources_are_all_that_may_differ():
     for name, content in resolve.contents(config.load()).items():
         bare = relock.without_sources(content)

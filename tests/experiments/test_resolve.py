@@ -212,7 +212,7 @@ def expected(path):
         return set() if key == "why" or name == "unused" else {"data.json"}
     if top == "methods":
         phase = next(f.metadata["phase"] for f in declared(registry.parts()[key]) if f.name == path[3])
-        again = prepared(k=[name]) if phase == "prepare" or path[3] == "preset" else set()
+        again = prepared(k=[name]) if phase == "prepare" else set()
         return trained(k=[name]) | collected(k=[name]) | again
     if top == "packages":
         return {"weights==1": {"model/wheel.json"}, "rows==1": {"data.json"}}[name]

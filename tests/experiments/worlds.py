@@ -30,6 +30,15 @@ def without_chance(key: str, block: dict) -> dict:
     return block | ({"bits": 32} if key in ("ewc", "hierarchical") else {"dropout": 0.0} if key == "lora" else {})
 
 
+OFFICIAL = {  # params.yaml's block hierarchical-official
+    "temperature": 1.0e8,
+    "normalise": "sum",
+    "keep_strength": False,
+    "gradient": "displacement",
+    "clamp": "step",
+    "consolidate": "epoch",
+    "carry_optimizer": True,
+}
 METHODS = {
     name: {key: without_chance(key, block) for key, block in blocks.items()} for name, blocks in goldens.METHODS.items()
 }
@@ -184,7 +193,7 @@ def everything(shards: Shards, folder: Path) -> dict:
     found = {(a, m): ten(a, m) for a in architectures for m in METHODS}
     found["mofo", "lora"] = ten("llama", "", blocks={"mofo": {"fraction": 0.2}, "lora": {"rank": 2}})
     found["official"] = ten(
-        "llama", "", blocks={"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32}}
+        "llama", "", blocks={"lora": {"rank": 2}, "hierarchical": OFFICIAL | {"samples": 6, "bits": 32}}
     )
     found["moments"] = ten("llama", "full", moments="bfloat16")
     found["packed"] = ten("llama", "full", pack=64)
@@ -201,7 +210,7 @@ def everything(shards: Shards, folder: Path) -> dict:
 def stopped(shards: Shards, folder: Path) -> dict:
     """Cells stopped on the way, three times, beside the same ones left alone."""
     found = {}
-    official = {"lora": {"rank": 2}, "hierarchical": {"preset": "official", "samples": 6, "bits": 32, "epochs": 3.0}}
+    official = {"lora": {"rank": 2}, "hierarchical": OFFICIAL | {"samples": 6, "bits": 32, "epochs": 3.0}}
     for architecture, method in (
         ("llama", "full"),
         ("gptj", "ewc"),

@@ -45,14 +45,14 @@ def loss_form(run, fisher, strength):
 
 @pytest.mark.parametrize("adapter", [(), (LoRA(rank=3, alpha=7),)])
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied", "gptj"])
-@pytest.mark.parametrize("scope, bits, density", [("adapted", 8, 1.0), ("whole-model", 32, 1.0), ("adapted", 8, 0.2)])
+@pytest.mark.parametrize("scope, bits", [("adapted", 8), ("whole-model", 32)])
 def test_closed_form_is_the_gradient_of_the_loss_form(
-    make, documents, run_of, drawn, dense, kind, adapter, scope, bits, density
+    make, documents, run_of, drawn, dense, kind, adapter, scope, bits
 ):
     model, base = make(kind), base_of(make(kind))
     for part in adapter:
         model = part.adapt(model, seed=0)
-    ewc = EWC(strength=3.0, scope=scope, bits=bits, density=density)
+    ewc = EWC(strength=3.0, scope=scope, bits=bits)
     fisher = prepared(ewc, model, documents, base).importance
     assert len(fisher) == (4 if adapter and scope == "adapted" else len(base))
     run, state = run_of(model, base), {"importance": fisher}
@@ -96,13 +96,6 @@ def test_preparation(make, documents, dense, estimator):
         torch.testing.assert_close(
             values, done.importance[name].double(), rtol=0.06, atol=1e-9 * done.importance[name].max().item()
         )
-    few = prepared(replace(part, bits=8, density=0.2), make(), documents, {})
-    kept = few.notes["kept"]
-    values = torch.cat([f.flatten() for f in dense(few.importance).values()])
-    assert 0 < kept["share"] <= 0.2 and kept["share"] == pytest.approx((values > 0).double().mean().item(), rel=1e-3)
-    assert values.sum().item() == pytest.approx(sum(f.sum().item() for f in dense(coded).values()), rel=1e-3)
-    assert replace(part, bits=8, density=0.2).report(run=None, state={"notes": few.notes})["kept"] == kept
-    assert "kept" not in done.notes and "kept" not in part.report(run=None, state={})
     bars = []
 
     class Bar:

@@ -1,4 +1,4 @@
-"""Importance on disk: what is written is read back; what is dropped, against brute force on the decoded values."""
+"""Importance on disk: what is written is read back."""
 
 import math
 import sys
@@ -8,10 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from methods.errors import UserError
-from methods.ewc import EWC
-from methods.hierarchical import Hierarchical
-from methods.tools.importance import Codes, encode, totals
-from methods.tools.stored import load_importance, save_importance, thin
+from methods.tools.importance import Codes, encode
+from methods.tools.stored import load_importance, save_importance
 
 
 def drawn(*shape, spread=4.0, seed=0, dtype=torch.float32):
@@ -78,50 +76,6 @@ def test_codes_take_about_their_entropy_and_few_of_them_a_bitmap_and_theirs(tmp_
     assert bits_an_entry(drawn(300_000), tmp_path / "float") < 0.9 * 32
 
 
-@pytest.mark.parametrize("density", [0.001, 0.1, 0.2, 0.6, 0.99])
-def test_the_largest_of_all_tensors_are_kept_and_each_keeps_its_mass(dense, density):
-    importance = {
-        "a": encode(drawn(40, 50)),
-        "b": encode(drawn(1500, spread=2.0, seed=2)),
-        "light": encode(1e-6 * drawn(30, seed=3)),
-        "zeros": encode(torch.zeros(7)),
-        "none": encode(torch.zeros(0)),
-    }
-    thinned, facts = thin(importance, density=density)
-    before, after = dense(importance), dense(thinned)
-    flat, kept = (torch.cat([t.flatten() for t in group.values()]) for group in (before, after))
-    entries, least = flat.numel(), flat[kept > 0].min()
-    share = (kept > 0).sum().item() / entries
-    assert share <= density and (flat[kept == 0] < least).all()
-    below = flat[flat < least].max() if (flat < least).any() else 0
-    assert (flat >= below).sum() > density * entries  # no more would have fitted
-    for name, values in before.items():
-        chosen = values * (after[name] > 0)
-        factor = (values.sum() / chosen.sum()).item() if chosen.any() else 1.0
-        torch.testing.assert_close(after[name], chosen * factor, rtol=1e-9, atol=0)
-        if chosen.any():
-            assert totals(thinned[name])[0] == pytest.approx(totals(importance[name])[0])
-    wanted = {
-        "share": share,
-        "mass": flat[kept > 0].sum().item() / flat.sum().item(),
-        "error": ((kept - flat).norm() / flat.norm()).item(),
-        "factor": max((after[n].sum() / v[after[n] > 0].sum()).item() for n, v in before.items() if after[n].any()),
-    }
-    assert facts == {name: pytest.approx(fact, rel=1e-3) for name, fact in wanted.items()}
-
-
-def test_one_code_is_kept_whole_and_nothing_but_zeros_is_left_alone(dense):
-    even = {"w": encode(torch.full((10,), 0.3))}
-    thinned, facts = thin(even, density=0.2)
-    assert same(thinned["w"], even["w"]) and facts == {"share": 1.0, "mass": 1.0, "factor": 1.0, "error": 0.0}
-    zeros = {"w": encode(torch.zeros(10))}
-    assert thin(zeros, density=0.2) == (zeros, {})
-    two = {"a": encode(torch.tensor([4.0, 1.0, 1.0])), "b": encode(torch.tensor([1.0, 0.0]))}
-    thinned, facts = thin(two, density=0.2)
-    assert dense(thinned)["a"].tolist() == [pytest.approx(6), 0, 0] and dense(thinned)["b"].tolist() == [0, 0]
-    assert facts == {"share": 0.2, "mass": 0.5714, "factor": 1.5, "error": float(f"{math.sqrt(7 / 19):.4g}")}
-
-
 @pytest.mark.parametrize("bad", [-1.0, math.inf, math.nan])
 def test_a_float_that_is_no_importance_is_refused_by_name(bad, tmp_path):
     with pytest.raises(UserError, match=r"h\.0\.weight.*finite and not negative"):
@@ -143,14 +97,5 @@ def test_another_layout_and_a_frame_that_ends_early_are_refused(tmp_path):
 
 def test_without_zstandard_only_files_are_missed(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "zstandard", None)
-    assert thin({"w": encode(drawn(9))}, density=0.5)[1]["share"] <= 0.5
     with pytest.raises(UserError, match="zstandard: install requirements.lock"):
         save_importance({"w": encode(drawn(9))}, tmp_path / "x")
-
-
-@pytest.mark.parametrize("part", [EWC, Hierarchical])
-def test_floats_are_not_thinned(part):
-    with pytest.raises(UserError, match=f"{part.key}.density is 0.1 with bits: 32: .*write bits: 8"):
-        part(density=0.1, bits=32)
-    with pytest.raises(UserError, match=rf"{part.key}.density is 0.0: it must be a number in \(0, 1\]"):
-        part(density=0.0)
