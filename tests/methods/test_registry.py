@@ -1,5 +1,6 @@
 """Parts by name: composing, refusing by name, what a phase depends on, and parts of other packages."""
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -131,11 +132,11 @@ def test_source_files_are_the_parts_own_and_what_it_shares():
         files = registry.source_files(part)
         assert all(path.is_file() for path in files)
         for path in files:  # an import of another module with code of a method is a declared one
-            used = {
-                line.split()[1].rpartition(".")[2] + ".py"
-                for line in path.read_text().splitlines()
-                if line.startswith("from methods.")
-            }
+            used = set()
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("methods"):
+                    modules = [a.name for a in node.names] if node.module == "methods.tools" else [node.module]
+                    used |= {module.rpartition(".")[2] + ".py" for module in modules}
             assert used <= {p.name for p in files} | OF_THE_ENGINE, path
 
 
