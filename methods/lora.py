@@ -83,7 +83,7 @@ class LoRA(Part):
                     f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding too): leave it out"
                 )
 
-    def finish(self, *, run, state, final):
+    def finish(self, *, run, state, final, measure=None):
         changed = dict(final)
         for weight in effective_weights(run):
             if isinstance(weight, Factored):

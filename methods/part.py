@@ -223,11 +223,23 @@ class Part:
         """
         return {}
 
-    def finish(self, *, run: Run, state: dict, final: dict[str, Tensor]) -> dict[str, Tensor]:
+    def finish(
+        self,
+        *,
+        run: Run,
+        state: dict,
+        final: dict[str, Tensor],
+        measure: Callable[[Mapping[str, Tensor]], dict[str, float]] | None,
+    ) -> dict[str, Tensor]:
         """Change the full-precision weights to be written, by base parameter name; what is absent stays the base's.
 
-        No name, shape or narrower dtype than the base has: that is refused by the part's name.
-        Whole tensors on the CPU at the first process, which writes them; `final` is empty at the others.
+        final    whole tensors on the CPU at the first process, which writes them; empty at the others
+        measure  measure(weights) → {"nll", "kl"}: nats per token of the general probe rows and KL(base ‖ weights) there, of
+                 weights like `final`, rounded as they will be kept. Every process calls it equally often; None outside a cell
+
+        No name, shape or narrower dtype than the base has: that is refused by the part's name. A part that has no other
+        hook of a training acts in `finish` alone: cells that differ in such parts train once. Its `run` then has a model
+        without numbers and no trained weights.
         """
         return final
 

@@ -45,7 +45,7 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
     if unknown := sorted(set(final) - set(base)):
         raise UserError(f"{unknown[0]} is no tensor of the base model: it cannot be kept beside it")
     out.mkdir(parents=True, exist_ok=True)
-    info, tuned = read_json(folder / "base.json", "sha256"), _rounded(base, final)
+    info, tuned = read_json(folder / "base.json", "sha256"), rounded(base, final)
     model_folder.refuse_not_finite(
         tuned,
         "the weights after the last step",
@@ -180,8 +180,10 @@ class _Over(Mapping[str, Tensor]):
         return len(self._base)
 
 
-def _rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> _Over:
-    def rounded(name: str, tensor: Tensor) -> Tensor:
+def rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`final`, each tensor in the base's dtype when it is asked for; what it lacks is the base's."""
+
+    def change(name: str, tensor: Tensor) -> Tensor:
         if name not in final:
             return tensor
         found = final[name].to(tensor.dtype).cpu().contiguous()
@@ -191,7 +193,7 @@ def _rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> _Over:
             )
         return found
 
-    return _Over(base, rounded)
+    return _Over(base, change)
 
 
 def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:

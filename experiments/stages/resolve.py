@@ -15,7 +15,7 @@ import torch
 import evaluation
 from experiments.study import blocks, local_files
 from experiments.study.advice import of_study
-from experiments.training import hardware
+from experiments.training import hardware, hooks
 from experiments.training.settings import NUMERICS, TrainSettings
 from methods import registry
 from methods.errors import UserError
@@ -198,9 +198,11 @@ def seeded(parts) -> bool:
     return any("seeded_preparation" in part.capabilities for part in parts)
 
 
-def train(study, model: str, domain: str, method: str) -> dict:
+def train(study, model: str, domain: str, method: str, *, finished: bool = True) -> dict:
+    """What a cell's weights depend on; without `finished` those before the parts that act in `finish` alone."""
     settings: TrainSettings = study.settings(model=model, domain=domain, method=method)
-    parts = {part.key: _part(study, part, None) for part in study.methods[method].parts}
+    acting = study.methods[method].parts if finished else hooks.trainers(study.methods[method].parts)
+    parts = {part.key: _part(study, part, None) for part in acting}
     return {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts} | _computing(
         study, model
     )

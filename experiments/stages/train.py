@@ -2,16 +2,20 @@
 
 import csv
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+import evaluation
 from evaluation.encode import answer_pair, shown
 from evaluation.probe import load_probes, probe
 from evaluation.rendered import read_jsonl
-from experiments.model import tuned, weights
+from experiments.model import trained, tuned, weights
 from experiments.model.base import dtype_of, load_tensors
+from experiments.model.measure import Measure
 from experiments.model.positions import refuse_long_rows
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
@@ -21,11 +25,12 @@ from experiments.study.failures import recorded
 from experiments.training import hardware, hooks, memory, processes
 from experiments.training.batches import Example
 from experiments.training.contents import tensors_in
-from experiments.training.engine import FitResult, final_weights, fit
+from experiments.training.engine import FitResult, final_weights, finish, fit
 from experiments.training.flops import mfu
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
 from methods.errors import UserError
+from methods.part import Run
 from methods.tools.files import folder_sha256, need_room, read_json, write_json
 from methods.tools.process_group import Shards
 
@@ -42,23 +47,111 @@ def main(study, cell) -> None:
 
 
 def _train(study, cell) -> None:
-    paths = study.paths
-    settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
-    parts = study.methods[cell.method].parts
+    """Train the cell, or take the training that a cell with the same one has kept, and finish its weights."""
+    paths, parts = study.paths, study.methods[cell.method].parts
     where = hardware.device(study.device)
     shards = processes.join(where)
+    folder, out, probes = paths.model(cell.model), paths.weights(cell), paths.data / "train" / cell.domain / "probe"
+    base, info = load_tensors(folder), read_json(folder / "base.json", "sha256", "dtype")
+    computing = study.compute_dtype(cell.model, dtype_of(info), where)
+    measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=shards)
+    identity = _identity(study, cell, info=info, where=where, computing=computing)
+    store = _store(study, cell)
+    reused = shards.said_by_first(shards.first and store is not None and trained.is_kept(store, identity=identity))
+    if shards.first:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+    if reused:
+        final, record = trained.load(store, files=out) if shards.first else ({}, {})
+    else:
+        final, record = _fit(study, cell, shards=shards, base=base, identity=identity, measure=measure)
+        if shards.first and store is not None:
+            trained.keep(store, identity=identity, final=final, files=out, record=record)
+            trained.prune(store.parent, used=_used(study, cell))
+    shape = shape_of(cell.model, study.models[cell.model], folder)
+    run = Run(model=shape.build(), weights={}, base=base, seed=cell.seed, device=where, shards=shards)
+    finishers = hooks.finishers(parts)
+    states: dict[str, dict] = {part.key: {} for part in finishers}
+    final = finish(run, finishers, states=states, final=dict(final), measure=measure)
+    reports = {part.key: hooks.report(part, run=run, state=states[part.key]) for part in finishers}
+    if not shards.first:
+        return
+    write_curve(paths.run(cell) / "curve.csv", record.pop("curve"))
+    digest = tuned.keep(out, folder=folder, base=base, final=final)
+    ledger.note(study, stage="train", cell=cell.name, weights=digest)
+    write_json(
+        paths.run(cell) / "train.json",
+        record
+        | {
+            "cell": cell.name,
+            "training_reused": reused,
+            "bytes_weights_delta": tuned.kept_bytes(out),
+            "weights_sha256": digest,
+            "git": provenance.git(paths.root),
+            "when": provenance.now(),
+            "parts": record["parts"] | reports,
+        },
+    )
+    _resume(study, cell, shards=shards, identity=identity).clear()
+
+
+def _identity(study, cell, *, info: dict, where: torch.device, computing: torch.dtype) -> dict:
+    """Everything that the weights depend on before the parts that act in `finish` alone."""
+    paths = study.paths
+    return {
+        "base": info["sha256"],
+        "data": folder_sha256(paths.data / "train" / cell.domain),
+        "settings": resolve.train(study, cell.model, cell.domain, cell.method, finished=False),
+        "prepared": folder_sha256(paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)),
+        "seed": cell.seed,
+        "device": where.type,
+        "compute_dtype": str(computing),
+        "versions": evaluation.versions(),
+    }
+
+
+def _store(study, cell) -> Path | None:
+    """Where the training of this cell is kept; None where no other cell of the grid could differ in `finish` alone."""
+    name = trained.name(resolve.train(study, cell.model, cell.domain, cell.method, finished=False))
+    folder = study.paths.trained / cell.model / cell.domain / f"seed{cell.seed}"
+    return folder / name if name in _used(study, cell) else None
+
+
+def _used(study, cell) -> set[str]:
+    """The names of the trainings that methods of the grid with a part that acts in `finish` alone begin from."""
+    return {
+        trained.name(resolve.train(study, cell.model, cell.domain, method, finished=False))
+        for method in {*study.grid["methods"], cell.method}
+        if hooks.finishers(study.methods[method].parts)
+    }
+
+
+def _resume(study, cell, *, shards: Shards, identity: dict) -> Resume:
+    settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
+    folder = study.paths.resume / "train" / cell.name
+    return Resume(folder, every=settings.checkpoint_seconds, rank=shards.rank, world=shards.world, identity=identity)
+
+
+def _fit(
+    study, cell, *, shards: Shards, base: Mapping[str, Tensor], identity: dict, measure: Measure
+) -> tuple[dict[str, Tensor], dict]:
+    """Train the cell: its weights before the parts that act in `finish` alone, and what train.json says of the training.
+
+    What parts save beside the weights is in the cell's folder afterwards.
+    """
+    paths, where = study.paths, measure.device
+    settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
+    parts = hooks.trainers(study.methods[cell.method].parts)
     folder, out = paths.model(cell.model), paths.weights(cell)
-    base_info = read_json(folder / "base.json", "sha256", "dtype")
-    base = load_tensors(folder)
+    info = read_json(folder / "base.json", "sha256", "dtype")
     prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
-    checkpoint = dtype_of(base_info)
+    checkpoint = dtype_of(info)
     shape = shape_of(cell.model, study.models[cell.model], folder)
     need_room(
         paths.work,
         2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint),
         f"the weights of {cell.name}",
     )
-    computing = study.compute_dtype(cell.model, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
     examples = encoded(
         paths.data / "train" / cell.domain / "train.jsonl",
@@ -76,32 +169,13 @@ def _train(study, cell) -> None:
         parts=parts,
         settings=replace(settings, length=longest),
         checkpoint_dtype=checkpoint,
-        compute_dtype=computing,
+        compute_dtype=measure.dtype,
         device_type=where.type,
         processes=shards.world if shards.active else None,
     )
     # to be shared among processes it is cut on the CPU and moved piece by piece
-    model = weights.load_model(folder, dtype=computing, device="cpu" if shards.active else where)
-    asked = paths.data / "train" / cell.domain / "probe"
-    sets = (
-        load_probes(asked, tokenizer) if settings.probes and any(asked.glob("*.jsonl")) else {}
-    )  # there may be none to ask
-    data = folder_sha256(paths.data / "train" / cell.domain)
-    resume = Resume(
-        paths.resume / "train" / cell.name,
-        every=settings.checkpoint_seconds,
-        rank=shards.rank,
-        world=shards.world,
-        identity={
-            "base": base_info["sha256"],
-            "data": data,
-            "settings": resolve.train(study, cell.model, cell.domain, cell.method),
-            "prepared": folder_sha256(prepared),
-            "seed": cell.seed,
-            "device": where.type,
-            "compute_dtype": str(computing),
-        },
-    )
+    model = weights.load_model(folder, dtype=measure.dtype, device="cpu" if shards.active else where)
+    sets = load_probes(measure.probes, tokenizer) if settings.probes and any(measure.probes.glob("*.jsonl")) else {}
     hardware.reset_peak(where)
     result = fit(
         model=model,
@@ -112,66 +186,46 @@ def _train(study, cell) -> None:
         base=base,
         device=where,
         shards=shards,
-        compute_dtype=computing,
-        resume=resume,
+        compute_dtype=measure.dtype,
+        resume=_resume(study, cell, shards=shards, identity=identity),
         states=load_states(prepared, parts),
         probe=(lambda m: probe(model=m, sets=sets)) if sets else None,
         name=f"train {cell.name}",
     )
     known = not any("provides_weights" in part.capabilities for part in parts)
-    final = final_weights(result, parts)
-    if shards.first:
-        shutil.rmtree(out, ignore_errors=True)
-        out.mkdir(parents=True)
+    final = final_weights(result, parts, measure=measure)
     for part in parts:
         part.save(run=result.run, state=result.states[part.key], folder=out)
     reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in parts}
-    costs = {
+    return final, {
         "bytes_anchor": _everywhere(shards, anchor_bytes(result)),
         "bytes_optimizer_state": _everywhere(shards, optimizer_bytes(result.optimizer)),
+        "seed": cell.seed,
+        "numerics": NUMERICS,
+        "seconds_train": result.seconds if known else None,
+        "seconds_begin": result.seconds_begin,
+        "tokens_trained": result.tokens if known else None,
+        "steps": result.steps,
+        "steps_resumed": result.resumed,
+        "flops": result.flops,
+        "mfu": mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,
+        "peak_flops": result.peak_flops,
+        "peak_flops_basis": hardware.dense_peak(where, measure.dtype)[1],
+        "peak_memory_bytes": _everywhere(shards, hardware.peak_memory_bytes(where)),
+        "processes": shards.world,
+        "sharded": shards.active,
+        "base_sha256": info["sha256"],
+        "data_sha256": identity["data"],
+        "settings": settings.numeric(),
+        "dtype": info["dtype"],
+        "compute_dtype": identity["compute_dtype"].removeprefix("torch."),
+        "device": where.type,
+        "hardware": hardware.describe(where),
+        "versions": provenance.versions(),
+        "cost_known": known,
+        "parts": reports,
+        "curve": result.curve,
     }
-    peaks = _everywhere(shards, hardware.peak_memory_bytes(where))
-    if not shards.first:
-        return
-    write_curve(paths.run(cell) / "curve.csv", result.curve)
-    digest = tuned.keep(out, folder=folder, base=base, final=final)
-    ledger.note(study, stage="train", cell=cell.name, weights=digest)
-    write_json(
-        paths.run(cell) / "train.json",
-        costs
-        | {
-            "cell": cell.name,
-            "seed": cell.seed,
-            "numerics": NUMERICS,
-            "seconds_train": result.seconds if known else None,
-            "seconds_begin": result.seconds_begin,
-            "tokens_trained": result.tokens if known else None,
-            "steps": result.steps,
-            "steps_resumed": result.resumed,
-            "flops": result.flops,
-            "mfu": mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,
-            "peak_flops": result.peak_flops,
-            "peak_flops_basis": hardware.dense_peak(where, computing)[1],
-            "peak_memory_bytes": peaks,
-            "processes": shards.world,
-            "sharded": shards.active,
-            "bytes_weights_delta": tuned.kept_bytes(out),
-            "weights_sha256": digest,
-            "base_sha256": base_info["sha256"],
-            "data_sha256": data,
-            "settings": settings.numeric(),
-            "dtype": base_info["dtype"],
-            "compute_dtype": str(computing).removeprefix("torch."),
-            "device": where.type,
-            "hardware": hardware.describe(where),
-            "versions": provenance.versions(),
-            "git": provenance.git(paths.root),
-            "when": provenance.now(),
-            "cost_known": known,
-            "parts": reports,
-        },
-    )
-    resume.clear()
 
 
 def _everywhere(shards: Shards, count: int) -> int:

@@ -74,6 +74,11 @@ class Paths:
         return Path(os.environ.get("DVC_ROOT", self.root)) / "work" / "local"
 
     @property
+    def trained(self) -> Path:
+        """Trainings that are kept for cells that differ in `finish` alone."""
+        return self.local / "trained" / (self.study or "default")
+
+    @property
     def resume(self) -> Path:
         """Where interrupted runs go on from."""
         return self.local / "resume" / (self.study or "default")

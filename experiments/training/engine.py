@@ -314,10 +314,10 @@ def _probed(probe, trained) -> dict[str, float]:
     return {f"probe_{name}": value for name, value in trained.compute(probe).items()}
 
 
-def final_weights(result: FitResult, parts: Sequence[Part]) -> dict[str, Tensor]:
+def final_weights(result: FitResult, parts: Sequence[Part], *, measure: Callable | None = None) -> dict[str, Tensor]:
     """Full-precision final weights by base parameter name: trained tensors, then every part's `finish`.
 
-    Every process must ask; the first one gets them, whole and on the CPU, the others nothing.
+    Every process must call it; the first one gets them, whole and on the CPU, the others nothing.
     """
     run, final = result.run, {}
     for name in run.weights:
@@ -325,6 +325,14 @@ def final_weights(result: FitResult, parts: Sequence[Part]) -> dict[str, Tensor]
             whole = run.whole(name)
             if run.shards.first:
                 final[name] = whole.cpu()
+    return finish(run, parts, states=result.states, final=final, measure=measure)
+
+
+def finish(
+    run: Run, parts: Sequence[Part], *, states: Mapping[str, dict], final: dict[str, Tensor], measure: Callable | None
+) -> dict[str, Tensor]:
+    """`final` as every part's `finish` leaves it, in order."""
     for part in sorted(parts, key=lambda part: part.key):
-        final = hooks.finished(part, part.finish(run=run, state=result.states[part.key], final=final), base=run.base)
+        given = part.finish(run=run, state=states[part.key], final=final, measure=measure)
+        final = hooks.finished(part, given, base=run.base)
     return final

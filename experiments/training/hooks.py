@@ -1,6 +1,7 @@
 """What the hooks of parts give back, looked at before it is used: what is not as methods/part.py says is refused by the part's name."""
 
 import inspect
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,10 +12,29 @@ from torch import Tensor
 from methods.errors import UserError
 from methods.part import Part, Run
 
+# what a part may do without having a share in how the weights are trained
+APART = {"settings", "resolved", "look", "finish", "report", "memory"}
+TRAINING = [name for name, value in vars(Part).items() if callable(value) and name[0] != "_" and name not in APART]
+
 
 def overridden(parts: Sequence[Part], hook: str) -> bool:
     """Whether one of the parts has this hook."""
     return any(getattr(type(part), hook) is not getattr(Part, hook) for part in parts)
+
+
+def finishers(parts: Sequence[Part]) -> list[Part]:
+    """The parts that end the order of `finish` and act in no hook of a training: cells that differ in these alone share one."""
+    finishing = [part for part in parts if overridden([part], "finish")]
+    return list(itertools.takewhile(_acts_in_finish_alone, reversed(finishing)))[::-1]
+
+
+def _acts_in_finish_alone(part: Part) -> bool:
+    return not part.capabilities and not any(overridden([part], hook) for hook in TRAINING)
+
+
+def trainers(parts: Sequence[Part]) -> list[Part]:
+    """All other parts."""
+    return [part for part in parts if part not in finishers(parts)]
 
 
 def batch(part: Part, *, run: Run, state: dict, before: dict[str, Tensor]) -> dict[str, Tensor]:
