@@ -58,6 +58,7 @@ COMMANDS = {
     "pipeline": "rewrite dvc.yaml for the study's grid",
     "summary": "print the comparison, how each cell came to its scores, and where to look next",
     "clean-cells": "free the weights of finished cells; their results stay",
+    "check": "whether a part, built in or of another package, keeps the laws that hold for all of them; needs no study",
     "relock": "after a change of form: rewrite the locks of the default study's finished cells, where goldens and settings are equal",
     "gpu-check": "what holds and what it costs on this machine's GPU, with random weights; needs no study",
     "bench": "time each fast path against its plain or library counterpart and keep the ratios; needs no study",
@@ -125,6 +126,8 @@ def parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--confidence", action="store_true", help="judge by the ends of the 95 %% intervals, not by the values"
             )
+        if name == "check":
+            command.add_argument("part", metavar="PART", help="the part's name in a method block, such as ewc")
         if name == "relock":
             command.add_argument(
                 "--show", action="store_true", help="print what is compared, as JSON, and change nothing"
@@ -133,7 +136,7 @@ def parser() -> argparse.ArgumentParser:
             add_options(command)
         elif name == "bench":
             bench.add_options(command)
-        elif name != "relock":
+        elif name not in ("check", "relock"):
             _study(command)
     for name, (text, needs) in STAGES.items():
         command = sub.add_parser(name, help=f"stage: {text}", description=text)
@@ -159,6 +162,10 @@ def run(options: argparse.Namespace) -> int:
     environment.at_root()
     if options.command == "bench":
         return bench.main(options)
+    if options.command == "check":
+        from experiments.commands import check
+
+        return check.main(options.part)
     from experiments.study import config
 
     study = config.load(getattr(options, "study", ""))

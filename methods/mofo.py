@@ -328,12 +328,14 @@ def _threads(workers: int, each: int, process: int) -> ThreadPoolExecutor:
 class MomentumFilter(Part):
     shares = ("methods.tools.selection",)
 
-    neutral = {"fraction": 1.0, "decay_all": True}
+    neutral = {"fraction": 1.0}
 
     fraction: float = setting(0.1, within=ALLOWED, help="share of each tensor's entries that move in a step")
     decay_all: bool = setting(False, help="weight decay on every entry, as published, and not only on those that move")
 
     def optimizer(self, *, run, learning_rate, betas, eps, weight_decay):
+        if self.fraction == 1:
+            return None  # AdamW itself: its fused kernel rounds otherwise than an update that is added
         return MoFO(
             run.weights.values(),
             lr=learning_rate,
@@ -351,7 +353,8 @@ class MomentumFilter(Part):
         state["optimizer"] = optimizer
 
     def report(self, *, run, state):
-        realised = state["optimizer"].realised_fraction()
+        optimizer = state["optimizer"]
+        realised = optimizer.realised_fraction() if isinstance(optimizer, MoFO) else {"last": 1.0, "mean": 1.0}
         return {
             "fraction": self.fraction,
             "realised_fraction": realised["mean"],

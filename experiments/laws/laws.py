@@ -1,0 +1,389 @@
+"""The laws of a part, one function a law: it returns where the law holds, and raises `Broken` or `DoesNotApply`.
+
+    neutral       at its neutral setting it equals plain fine-tuning from the same start, bit for bit
+    base          adapting and preparing leave the base as it is
+    frozen        entries that are not trained are the base's afterwards, bit for bit
+    repeatable    a second run gives the same bits, whatever random numbers were drawn before it
+    resumable     a run that is killed after every checkpoint ends with the bits of the uninterrupted one
+    memory        the memory that is predicted covers the memory that is taken
+    described     title, paper and line are there, every setting is bounded and has a help text
+
+The law that two processes give the numbers of one is in experiments/laws/processes.py.
+"""
+
+import contextlib
+import gc
+import io
+import itertools
+import math
+import random
+import re
+import shutil
+import traceback
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from experiments.laws.trial import SEED, SETTINGS, Checkpoints, Killed, Trial, texts
+from experiments.model.random_models import build
+from experiments.model.shape import Shape
+from experiments.stages.prepare import TENSORS
+from experiments.training import memory
+from experiments.training.contents import tensors_in
+from experiments.training.engine import fit
+from methods import listing, registry
+from methods.part import Part
+from methods.settings import declared
+from methods.tools.architecture import base_name
+from methods.tools.files import folder_sha256
+
+LIVES = 100  # of a run that is killed after every checkpoint
+# Long rows of a model whose tensors are large beside what a run holds whatever its size.
+SIZES = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "vocab_size": 2000}
+TOLERANCE = 0.03  # of predicted memory, as tests/experiments/test_memory.py measures it for the parts built in
+
+
+class Broken(Exception):
+    """The law does not hold; the message says what was found and what to do."""
+
+
+class DoesNotApply(Exception):
+    """The part declares that the law cannot hold for it, with the reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """Whether one law holds for a part, and if not, what was found and what to do."""
+
+    part: str
+    law: str
+    status: Literal["passed", "failed", "does not apply"]
+    text: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.part}  {self.law:{WIDTH}}  {self.status}" + (self.text and f": {self.text}")
+
+
+def neutral(trial: Trial) -> None:
+    settings = trial.kind.neutral
+    if isinstance(settings, str):
+        if settings.startswith("none: ") and settings.removeprefix("none: ").strip():
+            raise DoesNotApply(f"it has no neutral setting: {settings.removeprefix('none: ')}")
+        raise Broken(
+            f"`neutral` is {settings!r}: declare the settings at which the part is plain fine-tuning, such as "
+            'neutral = {"strength": 0.0}, or neutral = "none: " and the reason why there is none'
+        )
+    part = trial.part(**settings)
+    parts = (*trial.beside, part)
+    prepares = registry.phase_settings(part, "prepare") != registry.phase_settings(trial.part(), "prepare")
+    states = trial.prepare(parts) if prepares else trial.states
+    start = {name: tensor for state in states.values() for name, tensor in state.get("start", {}).items()}
+    plain = trial.train((*trial.beside, _Start()), {_Start.key: {"start": start}} if start else None)
+    own = trial.train(parts, states)
+    _same(
+        own.final,
+        plain.final,
+        what=f"at {_shown(settings)} its weights and those of plain fine-tuning",
+        within=trial.kind.decomposed,
+        then="make the part do nothing at its neutral setting: return before anything is added, drawn or rounded",
+    )
+
+
+def base(trial: Trial) -> None:
+    model = trial.model()
+    before = trial.logits(model)
+    then = "`adapt` may wrap and freeze; what it adds must start at zero"
+    _same(
+        {"logits": trial.logits(trial.adapted(trial.parts))},
+        {"logits": before},
+        what="the adapted model's logits and the base's",
+        within=trial.kind.decomposed,
+        then=then,
+    )
+    started = any(state.get("start") for state in trial.states.values())
+    if trial.trained.logits is not None and not started:
+        _same(
+            {"logits": trial.trained.logits},
+            {"logits": before},
+            what="the logits before the first step and the base's",
+            within=trial.kind.decomposed,
+            then="`begin` must leave the weights alone; weights to start from are prepared, as `start`",
+        )
+    pristine = {name: p.detach() for name, p in trial.model().named_parameters()}
+    _same(
+        trial.base, pristine, what="`base` after the run and before it", then="read `base` and `run.base`, never write"
+    )
+
+
+def frozen(trial: Trial) -> None:
+    if trial.kind.frozen:
+        raise DoesNotApply(trial.kind.frozen)
+    run, final = trial.trained.result.run, trial.trained.final
+    parameters = dict(run.model.named_parameters())
+    kept = {
+        base_name(name): parameter.detach()
+        for name, parameter in parameters.items()
+        if base_name(name) in trial.base and name not in run.weights
+    }
+    if not trial.kind.decomposed:
+        _same(
+            kept,
+            {name: trial.base[name] for name in kept},
+            what="tensors of the model that are not trained and the base's",
+            then="change trained entries alone, which are in `run.weights`",
+        )
+    wrapped = {name.partition(".base_layer.")[0] + "." for name in parameters if ".base_layer." in name}
+    adapted = {prefix for prefix in wrapped if any(name.startswith(prefix) for name in run.weights)}
+    untouched = [
+        base_name(name)
+        for name in parameters
+        if base_name(name) in kept and not any(name.startswith(prefix) for prefix in adapted)
+    ]
+    _same(
+        {name: final[name] for name in untouched if name in final},
+        {name: trial.base[name] for name in untouched if name in final},
+        what="finished tensors that are neither trained nor adapted and the base's",
+        then="leave them out of what `finish` gives: what is absent stays the base's",
+    )
+
+
+def repeatable(trial: Trial) -> None:
+    torch.manual_seed(trial.trained.result.steps + 1)
+    random.seed(1)
+    states = trial.prepare(trial.parts)
+    again = trial.train(trial.parts, states, save=trial.folder / "saved-again")
+    then = "draw from a generator that is seeded with `run.seed`, and keep nothing in the module between two runs"
+    _same_prepared(states, trial.states, what="prepares twice", then=then)
+    _same(again.final, trial.trained.final, what="the weights of two equal runs", then=then)
+    if again.reports != trial.trained.reports:
+        raise Broken(f"two equal runs report {again.reports} and {trial.trained.reports}: report no time and no place")
+    first, second = trial.folder / "saved", trial.folder / "saved-again"
+    if first.is_dir() and folder_sha256(first) != folder_sha256(second):
+        raise Broken("the files that `save` writes differ between two equal runs: sort what is written")
+
+
+def resumable(trial: Trial) -> None:
+    folder = trial.folder / "resumed"
+    shutil.rmtree(folder, ignore_errors=True)
+    states, _ = _in_many_lives(
+        lambda checkpoints: trial.prepare(trial.parts, checkpoints=checkpoints), folder / "prepare"
+    )
+    resumed, lives = _in_many_lives(
+        lambda checkpoints: trial.train(trial.parts, states, checkpoints=checkpoints), folder / "train"
+    )
+    if lives < resumed.result.steps:  # no checkpoint is written after the last step
+        raise Broken(f"of {resumed.result.steps} steps {lives - 1} were followed by a checkpoint")
+    then = "keep what changes from step to step in `state`, or name its tensors in `keep`"
+    _same_prepared(states, trial.states, what="prepares with interruptions and without", then=then)
+    _same(resumed.final, trial.trained.final, what="the weights of an interrupted run and of a whole one", then=then)
+    if resumed.reports != trial.trained.reports:
+        raise Broken(f"an interrupted run reports {resumed.reports}, a whole one {trial.trained.reports}: {then}")
+
+
+def predicted_memory(trial: Trial) -> None:
+    """Of a Llama in bfloat16, in the preparation and in the training."""
+    model = build("llama", seed=1, dtype=torch.bfloat16, **SIZES)
+    reference = {name: p.detach().clone() for name, p in model.named_parameters()}
+    parts = (*trial.beside, trial.part())
+    settings = replace(SETTINGS, batch=8, micro_batch=4, length=128, learning_rate=1e-5)
+    rows = texts(16, seed=14, labelled=False)
+    rows = [{name: tensor.repeat(128)[:128] for name, tensor in row.items()} for row in rows]
+    shape = Shape(config=model.config)
+    held = model_bytes = sum(p.nbytes for p in model.parameters())
+
+    def adapted() -> torch.nn.Module:
+        wrapped = build("llama", seed=1, dtype=torch.bfloat16, **SIZES)
+        for part in sorted(parts, key=lambda part: part.key):
+            wrapped = part.adapt(wrapped, seed=SEED)
+        return wrapped
+
+    def compare(phase: memory.Phase, taken: int) -> None:
+        predicted = memory.predict(
+            phase=phase,
+            shape=shape,
+            parts=parts,
+            settings=settings,
+            checkpoint_dtype=torch.bfloat16,
+            compute_dtype=torch.bfloat16,
+            device_type="cpu",
+            longest=128,
+        )["total"]
+        if predicted is not None and predicted < (1 - TOLERANCE) * taken:
+            raise Broken(
+                f"{'preparation' if phase == 'prepare' else 'training'} takes {taken / 2**20:.1f} MiB at its peak, and "
+                f"{predicted / 2**20:.1f} MiB are predicted: count in `memory` what the part holds"
+            )
+
+    states: dict[str, dict] = {}
+    for part in parts:
+        if type(part).prepare is Part.prepare:
+            continue
+
+        def fitting(*, examples, **arguments):
+            chosen = {name: value for name, value in arguments.items() if name in vars(settings) and value is not None}
+            rest = {name: value for name, value in arguments.items() if name not in vars(settings)}
+            return fit(settings=replace(settings, **chosen), base=reference, examples=examples, **rest)
+
+        wrapped = adapted()
+
+        def run(part=part, wrapped=wrapped, fitting=fitting):
+            prepared = part.prepare(
+                model=wrapped, base=reference, general=rows[:8], seed=SEED, fit=fitting, progress=None
+            )
+            if prepared:
+                states[part.key] = {kind: getattr(prepared, kind) for kind in TENSORS if getattr(prepared, kind)}
+
+        compare("prepare", held + _allocated(run))
+    held = model_bytes + sum(
+        {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_in(states)}.values()
+    )
+    model = build("llama", seed=1, dtype=torch.bfloat16, **SIZES)
+
+    def train() -> None:
+        fit(model=model, parts=parts, examples=rows, settings=settings, seed=SEED, base=reference, states=states)
+
+    compare("train", held + _allocated(train))
+
+
+def described(trial: Trial) -> None:
+    kind, missing = trial.kind, []
+    if not kind.title:
+        missing.append("a title")
+    if not kind.paper.startswith("https://") and "provides_weights" not in kind.capabilities:
+        missing.append(f"the paper's https address (it is {kind.paper!r})")
+    if not kind.line.endswith("."):
+        missing.append(f"one line of description that ends with a full stop (it is {kind.line!r})")
+    kinds = typing.get_type_hints(kind)
+    for field in declared(kind):
+        if not field.metadata["help"]:
+            missing.append(f"a help text of the setting {field.name}")
+        numbers = [one for one in (kinds[field.name], *typing.get_args(kinds[field.name])) if one in (int, float)]
+        if numbers and not field.metadata["within"]:
+            missing.append(f'the interval of the setting {field.name}, such as within="[0, inf)"')
+    if kind.key in registry.BUILT_IN and not (listing.DOCS / f"{kind.key}.md").is_file():
+        missing.append(f"docs/methods/{kind.key}.md: `python -m methods docs` writes it")
+    if missing:
+        raise Broken(f"it lacks {'; '.join(missing)}")
+
+
+LAWS: Mapping[str, Callable[[Trial], None]] = {
+    "described": described,
+    "neutral": neutral,
+    "base": base,
+    "frozen": frozen,
+    "repeatable": repeatable,
+    "resumable": resumable,
+    "memory": predicted_memory,
+}
+ONCE = ("described", "memory")  # the same on every architecture
+PROCESSES = "processes"
+WIDTH = max(map(len, (*LAWS, PROCESSES)))
+
+
+def judge(law: str, trial: Trial) -> Verdict:
+    """The verdict on one law of one trial."""
+    return verdict(law, trial, lambda: LAWS[law](trial))
+
+
+def verdict(law: str, trial: Trial, hold: Callable[[], None]) -> Verdict:
+    """What `hold` found: whatever a faulty part raises is the verdict's text, and what it prints is not shown."""
+    part = trial.kind.key or trial.kind.__name__
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            hold()
+    except DoesNotApply as reason:
+        return Verdict(part=part, law=law, status="does not apply", text=str(reason))
+    except Broken as broken:
+        return Verdict(part=part, law=law, status="failed", text=f"{broken} ({trial.architecture})")
+    except Exception as error:  # a faulty part may raise anything
+        return Verdict(part=part, law=law, status="failed", text=told(error, trial))
+    return Verdict(part=part, law=law, status="passed")
+
+
+def told(error: BaseException, trial: Trial) -> str:
+    """An error in one line, with the line of the part's own file that it went through last."""
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if trial.kind.__module__.replace(".", "/") in frame.filename
+    ]
+    where = f", line {frames[-1].lineno} of {frames[-1].name} in {trial.kind.__module__}" if frames else ""
+    text = re.sub(r"\s+", " ", str(error)).strip()
+    return f"{type(error).__name__}: {text or 'no message'}{where} ({trial.architecture})"
+
+
+class _Start(Part):
+    """Plain fine-tuning from given weights."""
+
+    key = "start"
+
+
+def _same(own: Mapping[str, Tensor], other: Mapping[str, Tensor], *, what: str, then: str, within: float = 0.0) -> None:
+    """Raise `Broken` unless the tensors are equal to the bit, or within the relative error `within`."""
+    if odd := sorted(own.keys() ^ other.keys()):
+        raise Broken(f"{what} are not of the same names: {odd[0]} is in one alone. What to do: {then}")
+    worst, differing = ("", 0.0), 0
+    for name, tensor in own.items():
+        if torch.equal(tensor, other[name]):
+            continue
+        error = relative(tensor, other[name])
+        if not error <= within:
+            differing += 1
+            if not error <= worst[1]:
+                worst = name, error
+    if differing:
+        allowed = f"{within:.0e} is declared" if within else "they must be equal to the bit"
+        raise Broken(
+            f"{what} differ in {differing} of {len(own)} tensors, most in {worst[0]}, by {worst[1]:.2g} of its norm; "
+            f"{allowed}. What to do: {then}"
+        )
+
+
+def relative(tensor: Tensor, other: Tensor) -> float:
+    """‖tensor − other‖ / ‖other‖; infinite where the shapes differ or a value is not a number."""
+    if tensor.shape != other.shape:
+        return math.inf
+    error = (tensor.double() - other.double()).norm().item() / max(other.double().norm().item(), 1e-30)
+    return error if math.isfinite(error) else math.inf
+
+
+def _same_prepared(own: Mapping[str, dict], other: Mapping[str, dict], *, what: str, then: str) -> None:
+    """The same of everything that the parts prepare; 8-bit codes are compared by the tensors they are made of."""
+    for key, prepared in other.items():
+        for kind in TENSORS:
+            one, two = (
+                {
+                    f"{name}[{index}]": tensor
+                    for name, value in kinds.get(kind, {}).items()
+                    for index, tensor in enumerate(tensors_in(value))
+                }
+                for kinds in (own.get(key, {}), prepared)
+            )
+            _same(one, two, what=f"the {kind} that {key} {what}", then=then)
+
+
+def _in_many_lives(run: Callable[[Checkpoints], Any], folder: Path) -> tuple[Any, int]:
+    """What `run` returns when it is killed after every checkpoint and continued, and how often it was begun."""
+    for lives in range(1, LIVES + 1):
+        with contextlib.suppress(Killed):
+            return run(Checkpoints(folder, lives=1)), lives
+    raise Broken(f"it is not done after {LIVES} interruptions: a checkpoint is written, but not used")
+
+
+def _allocated(run: Callable[[], None]) -> int:
+    """The most bytes that the CPU's allocator held while `run` ran, beyond what it held before."""
+    gc.collect()  # what was left by others would be freed meanwhile
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        run()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes), default=0)
+
+
+def _shown(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{name}: {listing.yaml(value)}" for name, value in settings.items()) or "its trial settings"

@@ -1,0 +1,226 @@
+"""A part tried on a tiny random model: prepared, trained and finished by the functions that the stages use.
+
+A `Trial` is one part class on one architecture. It is trained at most once for all laws that look at its ordinary run.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from experiments.model.random_models import build
+from experiments.stages.prepare import TENSORS, fitting
+from experiments.training import hooks
+from experiments.training.batches import Example
+from experiments.training.engine import FitResult, final_weights, fit
+from experiments.training.resume import Resume
+from experiments.training.settings import TrainSettings
+from methods import registry
+from methods.part import Part
+from methods.tools.process_group import Shards
+
+ARCHITECTURES = ("llama", "gptj")
+SEED = 5
+# Five examples a step are cut into micro-batches of two, two and one; of two processes one has three examples and the
+# other two, so that their micro-batches do not divide evenly.
+SETTINGS = TrainSettings(
+    learning_rate=2e-3, batch=5, micro_batch=2, length=48, probes=0, warmup=0.2, weight_decay=0.1, epochs=1.0
+)
+
+
+def texts(count: int, *, seed: int, labelled: bool) -> list[Example]:
+    """Random token ids of ragged lengths; with `labelled` only a short tail has labels, as an answer after a question."""
+    draw = torch.Generator().manual_seed(seed)
+    examples = []
+    for index in range(count):
+        ids = torch.randint(0, 256, (8 + (index * 7) % 30,), generator=draw)
+        labels = ids.clone()
+        if labelled:
+            labels[:-3] = -100
+        examples.append({"input_ids": ids, "labels": labels})
+    return examples
+
+
+class Killed(Exception):
+    """The run ends here, as by a kill."""
+
+
+class Checkpoints(Resume):
+    """Checkpoints after every step, of a run that is killed once `lives` of them are written."""
+
+    def __init__(self, folder: Path, *, lives: int = 1 << 30, counter: list[int] | None = None, **arguments: Any):
+        super().__init__(folder, **({"identity": {}, "every": 0.0} | arguments))
+        self.lives, self.written, self.problem = lives, counter if counter is not None else [0], None
+
+    def within(self, name: str) -> "Checkpoints":
+        return Checkpoints(self.folder / name, lives=self.lives, counter=self.written)
+
+    def save(self, tensors, position, *, problem=None) -> None:
+        if problem:
+            raise RuntimeError(problem)  # no checkpoint can be written: the law says why
+        super().save(tensors, position)
+        self.written[0] += 1
+        if self.written[0] >= self.lives:
+            raise Killed
+
+
+@dataclass(kw_only=True)
+class Trained:
+    """What became of one run."""
+
+    result: FitResult
+    final: dict[str, Tensor]  # by base parameter name, at the first process
+    reports: dict[str, Any]
+    logits: Tensor | None = None  # before the first step
+
+
+@dataclass(kw_only=True)
+class Trial:
+    """One part class on one architecture, with its own `trial` settings and the parts it needs beside it."""
+
+    kind: type[Part]
+    architecture: str
+    folder: Path  # for checkpoints and for what the part's settings name
+    shards: Shards = Shards()
+    ROWS: ClassVar[int] = 14  # of the domain
+
+    def model(self) -> nn.Module:
+        return build(self.architecture, seed=1)
+
+    @cached_property
+    def base(self) -> dict[str, Tensor]:
+        return {name: p.detach().clone() for name, p in self.model().named_parameters()}
+
+    @property
+    def beside(self) -> tuple[Part, ...]:
+        return registry.build(self.kind.beside)
+
+    def part(self, **settings: Any) -> Part:
+        """The part with its `trial` settings; `{checkpoint}` and `{rows}` in them become a checkpoint folder and a JSONL."""
+        places = {"{checkpoint}": self._checkpoint, "{rows}": self._rows}
+        return self.kind(
+            **{
+                name: places[value]() if isinstance(value, str) and value in places else value
+                for name, value in {**self.kind.trial, **settings}.items()
+            }
+        )
+
+    def adapted(self, parts: tuple[Part, ...]) -> nn.Module:
+        model = self.model()
+        for part in sorted(parts, key=lambda part: part.key):
+            model = part.adapt(model, seed=SEED)
+        return model
+
+    def prepare(self, parts: tuple[Part, ...], *, checkpoints: Checkpoints | None = None) -> dict[str, dict]:
+        """What each part prepares from general text, as the training stage would load it."""
+        states: dict[str, dict] = {}
+        for part in parts:
+            if type(part).prepare is Part.prepare:
+                continue
+            resume = checkpoints.within(part.key) if checkpoints else self._no_checkpoints()
+            torch.manual_seed(SEED)
+            prepared = part.prepare(
+                model=self.adapted(parts),
+                base=self.base,
+                general=texts(6, seed=11, labelled=False),
+                seed=SEED,
+                progress=None,
+                shards=self.shards,
+                resume=resume,
+                fit=fitting(
+                    resume,
+                    settings=SETTINGS,
+                    base=self.base,
+                    device="cpu",
+                    shards=self.shards,
+                    name=f"prepare {part.key}",
+                ),
+            )
+            if prepared is not None:
+                kept = {kind: getattr(prepared, kind) for kind in TENSORS if getattr(prepared, kind)}
+                states[part.key] = kept | {"notes": json.loads(json.dumps(prepared.notes))}
+        return states
+
+    def train(
+        self,
+        parts: tuple[Part, ...],
+        states: dict[str, dict] | None = None,
+        *,
+        checkpoints: Checkpoints | None = None,
+        save: Path | None = None,
+        **settings: Any,
+    ) -> Trained:
+        """Train and finish; `save` is the folder for the files that parts write."""
+        logits: list[Tensor] = []
+
+        def probe(model: nn.Module) -> dict[str, float]:
+            logits.append(self.logits(model))
+            return {}
+
+        result = fit(
+            model=self.model(),
+            parts=parts,
+            examples=texts(self.ROWS, seed=12, labelled=True),
+            settings=replace(SETTINGS, **settings),
+            seed=SEED,
+            base=self.base,
+            states=states,
+            shards=self.shards,
+            resume=checkpoints,
+            probe=probe,
+        )
+        final = final_weights(result, parts)
+        for part in parts if save else ():
+            save.mkdir(parents=True, exist_ok=True)
+            part.save(run=result.run, state=result.states[part.key], folder=save)
+        reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in parts}
+        return Trained(result=result, final=final, reports=reports, logits=logits[0] if logits else None)
+
+    def logits(self, model: nn.Module) -> Tensor:
+        """Of one fixed text, without dropout; the model's mode is as it was afterwards."""
+        was = model.training
+        model.eval()
+        with torch.no_grad():
+            found = model(texts(1, seed=13, labelled=False)[0]["input_ids"][None]).logits
+        model.train(was)
+        return found
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        return (*self.beside, self.part())
+
+    @cached_property
+    def states(self) -> dict[str, dict]:
+        return self.prepare(self.parts)
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The ordinary run, uninterrupted, without checkpoints."""
+        return self.train(self.parts, self.states, probes=1, save=self.folder / "saved")
+
+    def _no_checkpoints(self) -> Resume:
+        return Resume(
+            self.folder / "unused", identity={}, every=float("inf"), rank=self.shards.rank, world=self.shards.world
+        )
+
+    def _checkpoint(self) -> str:
+        folder = self.folder / "checkpoint"
+        if self.shards.first and not folder.is_dir():
+            build(self.architecture, seed=2).save_pretrained(folder)
+        self.shards.wait()
+        return str(folder)
+
+    def _rows(self) -> str:
+        path = self.folder / "rows.jsonl"
+        if self.shards.first and not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [
+                json.dumps({"text": f"Row {index} of a user's own text. " * (1 + index % 3)}) for index in range(9)
+            ]
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.shards.wait()
+        return str(path)
