@@ -2,7 +2,7 @@
 # make test    set-up, then the tests
 # make test-all set-up, then the tests and those that take longer
 # make demo    tiny random models through the whole pipeline (not a result)
-# make ui      refill MLflow's database from results/, then its dashboard
+# make ui      refill MLflow's database from results/, then open its server
 # make bench   each fast path against its counterpart, ratios and figures in results/bench
 # make study NAME=...   another study of experiments/studies
 SHELL := /bin/bash

@@ -222,9 +222,9 @@ def run(options: argparse.Namespace) -> int:
 
         relock.main(study, show=options.show)
     elif options.command == "track":
-        from experiments.commands import tracking
+        from experiments.commands import track
 
-        tracking.main(study)
+        track.main(study)
     else:
         from experiments.commands import clean, summary
         from experiments.study import pipeline

@@ -55,4 +55,7 @@ def test_another_version_is_refused_by_name(folder, version, accepted):
 
 def test_a_python_that_is_not_there_is_named(folder):
     done = make(folder, "setup", "PYTHON=python9")
-    assert done.returncode == 2 and "error: python9 does not run: install Python 3.11, 3.12 or 3.13" in done.stdout + done.stderr
+    assert (
+        done.returncode == 2
+        and "error: python9 does not run: install Python 3.11, 3.12 or 3.13" in done.stdout + done.stderr
+    )

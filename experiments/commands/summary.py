@@ -7,7 +7,7 @@ from methods.tools.files import read_json
 
 
 def main(study) -> None:
-    """Print table, verdicts, report and dashboard; exits 1 where a cell failed or is missing."""
+    """Print table, verdicts, report and MLflow's command; exits 1 where a cell failed or is missing."""
     table = study.paths.summary / "table.txt"
     if table.is_file():
         print(table.read_text())
@@ -20,7 +20,7 @@ def main(study) -> None:
         bad += verdict.startswith(("FAILED", "not run"))
         print(f"{cell.name:<{width}}  {verdict}")
     print(f"\nreport:    {study.paths.summary / 'report.html'}")
-    print("dashboard: make ui")
+    print("MLflow:    make ui")
     if bad:
         print(f"\n{bad} of {len(found)} cells have no result; the reasons stand above", file=sys.stderr)
         sys.exit(1)

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from evaluation import harness
-from experiments.commands import tracking, tune
+from experiments.commands import tracked_runs, tune
 from experiments.stages.collect import comparable
 from experiments.stages.evaluate import merged
 from experiments.study import cells, config
@@ -213,5 +213,5 @@ def test_a_models_figures_are_not_those_of_a_model_whose_name_ends_alike(tmp_pat
     folder.mkdir(parents=True)
     for name in ("cost-tiny-sums", "cost-llama-tiny-sums", "cost-tiny-other-sums"):
         (folder / f"{name}.png").touch()
-    shown = [file.stem for file, kind in tracking._of_group(tmp_path, "tiny/sums/full") if kind == "figures"]
-    assert shown == ["cost-tiny-sums"]
+    files = tracked_runs.group_files(tmp_path, "tiny/sums/full")
+    assert [file.stem for file, folder in files if folder == "figures"] == ["cost-tiny-sums"]
