@@ -31,6 +31,7 @@ __all__ = ["EWC", "diagonal_fisher"]
     title="EWC",
     paper="https://arxiv.org/abs/1612.00796",
     line="Hold each weight to the base as firmly as the Fisher information of general text says.",
+    phase="penalty",
     capabilities=frozenset({"importance"}),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +105,7 @@ class EWC(Part):
         }
         return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
 
-    def begin(self, *, run, state, examples):
+    def begin(self, *, run, state, examples, general=()):
         # what the run holds on to: θ₀ of trained tensors; an adapter's anchor is zero and takes no room
         state["anchor"] = anchored(
             run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base}

@@ -19,6 +19,7 @@ from methods.tools import model_folder
     title="Given checkpoint",
     paper="",
     line="Evaluate weights made elsewhere from the same base; their cost is unknown.",
+    phase="merge",
     capabilities=frozenset({"provides_weights"}),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Given(Part):
     def look(self, *, shapes):
         fits(self.path, shapes)
 
-    def begin(self, *, run, state, examples):
+    def begin(self, *, run, state, examples, general=()):
         fits(self.path, {})  # a wrong path is said before anything else is done
 
     def finish(self, *, run, state, final, measure=None):

@@ -31,6 +31,7 @@ from methods.tools.process_group import Shards
     title="Hierarchical",
     paper="https://arxiv.org/abs/2501.13669",
     line="Learn on general text which weights matter, by layer and by entry, then hold them while the domain is learned.",
+    phase="penalty",
     capabilities=frozenset({"importance", "seeded_preparation"}),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ class Hierarchical(Part):
             notes["documents_asked"] = self.samples
         return Prepared(importance=importance, start=start, carry=carry, tokens=result.tokens, notes=notes)
 
-    def begin(self, *, run, state, examples):
+    def begin(self, *, run, state, examples, general=()):
         state["anchor"] = anchored(run, state["start"])
         weights = effective_weights(run, anchor=state["anchor"])
         if missing := [w.name for w in weights if w.name not in state["importance"]]:

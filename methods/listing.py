@@ -70,10 +70,8 @@ def with_block(text: str, part: type[Part]) -> str:
 def write_docs() -> list[Path]:
     """Bring the pages of the built-in parts up to date; returns those that changed."""
     changed = []
-    for key, part in registry.parts().items():
-        path = DOCS / f"{key}.md"
-        if key not in registry.BUILT_IN:
-            continue
+    for key in registry.built_in():
+        part, path = registry.parts()[key], DOCS / f"{key}.md"
         old = path.read_text() if path.is_file() else f"# {part.title}\n\n{BEGIN}\n{END}\n"
         new = with_block(old, part)
         if new != old or not path.is_file():

@@ -31,6 +31,7 @@ PIECE = 1 << 17  # entries merged at a time, which stay in the processor's cache
     title="LoRA",
     paper="https://arxiv.org/abs/2106.09685",
     line="Train a low-rank update of chosen linear layers and merge it.",
+    phase="adapt",
     capabilities=frozenset({"adapts"}),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class LoRA(Part):
     )
     rslora: bool = setting(False, phase="prepare", help="scale alpha/√rank instead")
 
-    def adapt(self, model, *, seed):
+    def adapt(self, model, *, seed, state={}):
         from peft import LoraConfig, get_peft_model
 
         self._check_targets(model)

@@ -322,6 +322,7 @@ def _threads(workers: int, each: int, process: int) -> ThreadPoolExecutor:
     title="MoFO",
     paper="https://arxiv.org/abs/2407.20999",
     line="AdamW that moves only the entries with the largest momentum of each tensor.",
+    phase="mask",
     capabilities=frozenset({"optimizer"}),
 )
 @dataclass(frozen=True, kw_only=True)

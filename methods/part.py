@@ -1,23 +1,53 @@
 """The protocol of a part: what a method may do to a run, and when.
 
 A method is a composition of parts. A part is a frozen, keyword-only dataclass: its fields are its settings, and it
-overrides only the hooks it needs. The engine calls them in this order, parts in alphabetical order of their keys:
+overrides only the hooks it needs. The engine calls the hooks in this order:
 
-    adapt → [prepare, in a stage of its own] → begin → optimizer → optimizer_ready
-          → each step: batch, loss for every micro-batch; before_clip; clip; optimizer.step(); after_step
-          → finish → save → report
+    calibrate, prepare      in the stage `prepare`: calibrate on the bare model, prepare on the adapted one
+    adapt                   wrap the model or freeze tensors of it
+    begin                   the training rows are there, nothing has moved
+    optimizer, optimizer_ready
+    epoch                   at the beginning of each epoch: its rows
+    each step:
+        examples            the rows of the global step, before they are cut into micro-batches and shared out
+        batch               one micro-batch
+        token_weights       a weight for each labelled token
+        loss                a term in nats
+        second_gradient     offsets at which the step's gradient is taken once more
+        before_clip         gradients of penalties in closed form, projections
+        after_step          after clipping and optimizer.step()
+    finish, save, report
 
-`state` is one mutable dict a part: what `prepare` left under "importance", "start" and "carry", and whatever the
-part's own hooks put there. `state["anchor"]` (a dict of tensors) is what the run holds to compare weights with; its
-bytes are recorded. Where several processes train one model, each holds some rows of every tensor: a part works on these
-(`run.weights`, `run.shards.local`), and what is of all rows it sums (`run.shards.sum`). A complete example:
+Parts that share a hook run by phase (`PHASES`), then by key; `@register(phase=...)` says the phase. Without it the phase
+follows from the hooks that the part overrides.
+
+`state` is one mutable dict for each part. It begins with what `calibrate` and `prepare` made ("calibration", "importance",
+"start", "carry"), and the part's hooks add to it; checkpoints contain it. The engine reads two keys:
+
+    state["anchor"]   tensors, in a dict, that the run compares its weights with; their bytes are recorded
+    state["frozen"]   {name of run.weights: bool mask of this process's rows}: entries that do not move in this step,
+                      whatever the optimizer and its weight decay do; their gradient counts in no norm
+
+Where several processes train one model, each holds some rows of every tensor. A part works on these rows (`run.weights`,
+`run.shards.local`) and sums over processes what belongs to all rows (`run.shards.sum`). All processes call all hooks
+equally often, also for micro-batches that only fill up an uneven batch and count with weight zero: a hook that runs the
+model runs it in every call, whatever the batch contains.
+
+What the engine offers, so that no part has to write it, stands at `Run`. What these services cost is charged to the part
+whose hook uses them; a part reports what else it reads or stores with `run.charge`. A complete example:
 
     from dataclasses import dataclass
 
-    from methods.tools.effective import effective_weights
     from methods.part import Part, register, setting
+    from methods.tools.effective import effective_weights
 
-    @register(key="l2_sp", title="L2-SP", paper="https://arxiv.org/abs/1802.01483", line="Pull every weight back to the base.")
+    @register(
+        key="l2_sp",
+        title="L2-SP",
+        paper="https://arxiv.org/abs/1802.01483",
+        line="Pull every weight back to the base.",
+        phase="penalty",
+    )
     @dataclass(frozen=True, kw_only=True)
     class L2SP(Part):
         strength: float = setting(1e-2, within="[0, inf)", help="α of α/2·‖θ−θ₀‖²")
@@ -28,16 +58,19 @@ bytes are recorded. Where several processes train one model, each holds some row
                 moved = weight.value()
                 weight.pull(moved, scale=self.strength)
                 value += self.strength / 2 * moved.square().sum()
-            return value  # of this process's rows; the engine adds them up
+            return value  # of this process's rows; the engine adds the processes' values
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
 
 from methods.errors import UserError
 from methods.settings import check, declared, setting
@@ -45,23 +78,45 @@ from methods.tools.adam import Moments
 from methods.tools.process_group import Shards
 
 if TYPE_CHECKING:
-    from torch import Tensor, device, nn, optim
+    from torch import Generator, Tensor, device, nn, optim
 
     from methods.tools.importance import Codes
     from methods.tools.resume import Resume
+    from methods.tools.token_statistics import TokenStatistics
 
-__all__ = ["CAPABILITIES", "REGISTERED", "Part", "Prepared", "Run", "cut", "register", "setting"]
+__all__ = [
+    "CAPABILITIES",
+    "PHASES",
+    "REGISTERED",
+    "Part",
+    "Prepared",
+    "Row",
+    "Run",
+    "adapted",
+    "cut",
+    "register",
+    "setting",
+]
+
+Row = dict[str, Any]  # {"input_ids", "labels"}, both (tokens,); labels unshifted, -100 where nothing is learned
+
+PHASES = ("adapt", "data", "weights", "loss", "penalty", "projection", "mask", "merge", "interpolate", "budget")
 
 CAPABILITIES = {
     "optimizer": "brings the optimizer; two such parts are refused",
     "adapts": "changes which tensors are trained; preparation is done on the adapted model",
     "importance": "prepares importance, which is stored",
+    "general": "reads general text while it trains: `begin` is given it",
     "needs_gradient": "reads the raw task gradient in after_step",
     "provides_weights": "brings finished weights: nothing is trained, its cost is unknown, it stands alone",
     "seeded_preparation": "its preparation draws, so it is made once a seed",
 }
 
 REGISTERED: dict[str, type[Part]] = {}
+
+
+def _nothing(**_: Any) -> None:
+    """What `Run.charge` does outside the engine."""
 
 
 @dataclass(kw_only=True)
@@ -77,6 +132,15 @@ class Run:
     moments  how an optimizer of Adam's kind keeps its m and v
     epoch    optimizer steps an epoch takes
     clipped  what clipping multiplied the last step's gradients by; a 0-dim tensor, None before the first
+
+    Services of the engine, absent (None) where a run was not made by it:
+
+    reference  the frozen base as a model (experiments/training/reference.py): its hidden states and logits, and the
+               KL divergence between it and the trained model, in chunks
+    sample     sample(prompts=, tokens=, temperature=, seed=, base=False) → continuations, lists of token ids
+    score      score(rows, base=False) → for each row the log-probabilities of its labelled tokens, on the CPU
+    encode     text → token ids, as general text is encoded
+    charge     charge(tokens=, flops=, seconds=, bytes=) adds to what the part that is at work costs
     """
 
     model: nn.Module
@@ -89,6 +153,11 @@ class Run:
     moments: Moments = dataclasses.field(default_factory=Moments)
     epoch: int = 1
     clipped: Tensor | None = None
+    reference: Any = None
+    sample: Callable[..., list[list[int]]] | None = None
+    score: Callable[..., list[Tensor]] | None = None
+    encode: Callable[[str], Sequence[int]] | None = None
+    charge: Callable[..., None] = _nothing
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or {name: weight.shape for name, weight in self.weights.items()}
@@ -97,14 +166,25 @@ class Run:
         """The whole trained tensor `name`, detached; every process must ask."""
         return self.shards.whole(self.weights[name].detach(), self.shapes[name])
 
+    def generator(self, *key: int | str) -> Generator:
+        """Random numbers on the CPU that depend on the run's seed and `key` alone: (part's key, step, row).
+
+        So a draw does not depend on the accumulation, on the number of processes or on what was drawn before.
+        """
+        digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
 
 @dataclass(kw_only=True)
 class Prepared:
-    """What a part prepared: importance by base parameter name, tensors or 8-bit codes (methods/tools/importance.py); `start` by
-    the names of `Run.weights`; carried tensors. Whole tensors; of several processes the first one's are kept."""
+    """What `calibrate` or `prepare` made, stored for the runs that use it.
 
-    importance: dict[str, Tensor | Codes] | None = None
-    start: dict[str, Tensor] | None = None
+    Whole tensors; of several processes the first one's are kept.
+    """
+
+    calibration: dict[str, Tensor] | None = None  # by `calibrate`, for `adapt`
+    importance: dict[str, Tensor | Codes] | None = None  # by base parameter name, tensors or 8-bit codes
+    start: dict[str, Tensor] | None = None  # by the names of `Run.weights`: what training starts from
     carry: dict[str, Tensor] | None = None
     tokens: int = 0  # non-padding input tokens read
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)  # deterministic facts, no time and no place
@@ -119,6 +199,7 @@ class Part:
     paper: ClassVar[str] = ""
     line: ClassVar[str] = ""
     capabilities: ClassVar[frozenset[str]] = frozenset()
+    phase: ClassVar[str] = ""  # one of PHASES; empty: as its hooks say
     shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.tools.effective"
     scratch: ClassVar[
         tuple[str, ...]
@@ -144,8 +225,27 @@ class Part:
         shapes   of the base's tensors by name, where the base was made; else empty
         """
 
-    def adapt(self, model: nn.Module, *, seed: int) -> nn.Module:
-        """Wrap the model or freeze tensors of it; trained tensors are those that require a gradient afterwards."""
+    def calibrate(
+        self,
+        *,
+        model: nn.Module,
+        general: Sequence[Row],
+        seed: int,
+        progress: Callable[..., Any] | None,
+        shards: Shards = Shards(),
+    ) -> Prepared | None:
+        """Statistics of the bare model on general text, before any part adapts it: `Prepared.calibration`, for `adapt`.
+
+        Each process has the whole model, which must be left as it is. The other arguments are those of `prepare`.
+        """
+        return None
+
+    def adapt(self, model: nn.Module, *, seed: int, state: Mapping[str, Any] = {}) -> nn.Module:
+        """Wrap the model or freeze tensors of it; trained tensors are those that require a gradient afterwards.
+
+        `state["calibration"]` is what `calibrate` made. It is absent where only shapes are needed, which is on the meta
+        device.
+        """
         return model
 
     def general_phase(self) -> dict[str, Any]:
@@ -177,8 +277,12 @@ class Part:
         """
         return None
 
-    def begin(self, *, run: Run, state: dict, examples: Sequence[dict[str, Tensor]]) -> None:
-        """Before the first step; weights are still the base's (the adapter's fresh), `state["start"]` is copied after."""
+    def begin(self, *, run: Run, state: dict, examples: Sequence[Row], general: Sequence[Row] = ()) -> None:
+        """Before the first step; weights are still the base's (the adapter's fresh), `state["start"]` is copied after.
+
+        examples  the training rows of the domain; row i of the list is the row with the index i in later hooks
+        general   whole documents of general text with the capability "general", else nothing
+        """
 
     def optimizer(
         self, *, run: Run, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
@@ -188,27 +292,65 @@ class Part:
     def optimizer_ready(self, *, run: Run, state: dict, optimizer: optim.Optimizer) -> None:
         """After the optimizer is made and the start is copied."""
 
+    def epoch(self, *, run: Run, state: dict, examples: Sequence[Row], epoch: int) -> Sequence[Row]:
+        """The training rows of epoch `epoch` (from 0), as many as `examples` has; for example answers sampled anew."""
+        return examples
+
+    def examples(self, *, run: Run, state: dict, rows: list[Row], step: int) -> list[Row]:
+        """Change the rows of the global step, on the CPU, before they are cut into micro-batches and shared out.
+
+        A row of the domain carries its "index". A row without one is the part's own: its tokens and FLOPs are charged to
+        the part and not counted in `tokens_trained`. Further 1-D tensors of a row's length are carried into the
+        micro-batch under their name, zero where a row has none. Every process calls this with the same rows and must get
+        the same rows: draw from `run.generator(self.key, step, row)`.
+
+        The step's loss is divided by the labelled tokens of the rows that are returned. A label set to -100 here is
+        not counted; a token that is to be counted and not learned gets the weight 0 in `token_weights`.
+        """
+        return rows
+
     def batch(self, *, run: Run, state: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each (batch, tokens).
 
-        Rows and labels may be added, changed and taken away: a step's loss is divided by the labelled tokens that are then in all
-        its micro-batches, and the record's tokens and FLOPs are of what is then computed. Padding stands on the right; no other mask is read.
+        Rows and labels may be added, changed and taken away: the step's loss is divided by the labelled tokens that are
+        then in all its micro-batches, and tokens that are added are charged to the part. Padding stands on the right; no
+        other mask is read.
         """
         return batch
+
+    def token_weights(
+        self, *, run: Run, state: dict, batch: dict[str, Tensor], statistics: TokenStatistics
+    ) -> Tensor | None:
+        """Weights (tokens,) of the nll of labelled tokens, without a gradient; None leaves them at 1, to the bit.
+
+        Called for a chunk of a micro-batch's labelled tokens, where their logits are. The weights of several parts are
+        multiplied. The loss stays divided by the number of labelled tokens.
+        """
+        return None
 
     def loss(self, *, run: Run, state: dict, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
         """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them.
 
-        hidden (batch, tokens, width) and all of the batch but its labels are on the run's device. The model may be run on
-        other tokens. Where processes share the model, one that has fewer micro-batches than another is asked of an example of
-        the step once more, which does not count; and a term of `run.weights` themselves is refused: it belongs in `before_clip`.
+        hidden (batch, tokens, width) and all of the batch but its labels are on the run's device. The model and
+        `run.reference` may be run on other tokens. Where processes share the model a term of `run.weights` themselves is
+        refused: it belongs in `before_clip`.
         """
+        return None
 
-    def before_clip(self, *, run: Run, state: dict, step: int) -> Tensor | None:
-        """Add a penalty's closed-form gradient to the trained tensors' `.grad`, once a step.
+    def second_gradient(self, *, run: Run, state: dict, step: int) -> Mapping[str, Tensor] | None:
+        """Offsets by names of `run.weights`: the step's gradient is taken once more at weights plus offsets.
 
-        Returns its value (0-dim) on this process's rows; the engine adds the processes' values up.
+        The first gradient is in `.grad`. The second one replaces it, on the same micro-batches with the same dropout; the
+        step itself is made from the unmoved weights (SAM). At most one part of a method asks for it.
         """
+        return None
+
+    def before_clip(self, *, run: Run, state: dict, step: int) -> Tensor | float | None:
+        """Add a penalty's closed-form gradient to the trained tensors' `.grad`, or project it, once a step.
+
+        Returns the penalty's value (0-dim) on this process's rows; the engine adds the processes' values.
+        """
+        return None
 
     def after_step(self, *, run: Run, state: dict, step: int, gradient: dict[str, Tensor] | None) -> None:
         """After the update. `gradient`: the task's, before penalties and clipping, if "needs_gradient" is declared."""
@@ -229,7 +371,7 @@ class Part:
         run: Run,
         state: dict,
         final: dict[str, Tensor],
-        measure: Callable[[Mapping[str, Tensor]], dict[str, float]] | None,
+        measure: Callable[[Mapping[str, Tensor]], dict[str, float]] | None = None,
     ) -> dict[str, Tensor]:
         """Change the full-precision weights to be written, by base parameter name; what is absent stays the base's.
 
@@ -251,8 +393,50 @@ class Part:
         return {}
 
 
-def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] = frozenset(), key: str = ""):
-    """Class decorator: enter a part under `key`, by default its module's name."""
+# The phase of a part that does not say one: that of the first of these hooks that it overrides.
+PHASE_OF_HOOK = {
+    "adapt": "adapt",
+    "epoch": "data",
+    "examples": "data",
+    "batch": "data",
+    "token_weights": "weights",
+    "loss": "loss",
+    "before_clip": "penalty",
+    "optimizer": "mask",
+    "after_step": "mask",
+    "finish": "interpolate",
+}
+
+
+def overrides(part: Part | type[Part], hook: str) -> bool:
+    """Whether a part has this hook of its own."""
+    return getattr(part if isinstance(part, type) else type(part), hook) is not getattr(Part, hook)
+
+
+def phase_of(part: Part | type[Part]) -> str:
+    """The phase in which a part's hooks run."""
+    return part.phase or next((phase for hook, phase in PHASE_OF_HOOK.items() if overrides(part, hook)), PHASES[0])
+
+
+def in_order(parts: Iterable[Part]) -> tuple[Part, ...]:
+    """Parts in the order in which hooks they share are called: by phase, then by key."""
+    return tuple(sorted(parts, key=lambda part: (PHASES.index(phase_of(part)), part.key)))
+
+
+def adapted(model: nn.Module, parts: Iterable[Part], *, seed: int, states: Mapping[str, Mapping] = {}) -> nn.Module:
+    """The model as all parts adapt it, in their order; `states` by key as `Part.adapt` reads them."""
+    for part in in_order(parts):
+        model = part.adapt(model, seed=seed, state=states.get(part.key, {}))
+    return model
+
+
+def register(
+    *, title: str, paper: str, line: str, phase: str = "", capabilities: frozenset[str] = frozenset(), key: str = ""
+):
+    """Class decorator: enter a part under `key`, by default its module's name.
+
+    phase   when its hooks run beside those of other parts, one of `PHASES`; by default that of its first hook
+    """
 
     def enter(part: type[Part]) -> type[Part]:
         name = key or part.__module__.rpartition(".")[2]
@@ -265,7 +449,7 @@ def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] 
                 f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name; call it something else"
             )
         for hook, capability in (("optimizer", "optimizer"), ("adapt", "adapts")):
-            if getattr(part, hook) is not getattr(Part, hook) and capability not in capabilities:
+            if overrides(part, hook) and capability not in capabilities:
                 raise TypeError(
                     f"part {name!r}: it has the hook `{hook}`, so write {capability!r} among its capabilities: {CAPABILITIES[capability]}"
                 )
@@ -273,6 +457,8 @@ def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] 
             raise TypeError(
                 f"part {name!r}: unknown capability {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}"
             )
+        if phase and phase not in PHASES:
+            raise TypeError(f"part {name!r}: the phase is {phase!r}: it must be one of {', '.join(PHASES)}")
         there = REGISTERED.get(name)
         if name in ("train", "like") or (
             there and (there.__module__, there.__qualname__) != (part.__module__, part.__qualname__)
@@ -281,13 +467,8 @@ def register(*, title: str, paper: str, line: str, capabilities: frozenset[str] 
             raise UserError(
                 f"part {name!r} of {part.__module__}: the name is taken by {taken}; give another `key` to @register"
             )
-        part.key, part.title, part.paper, part.line, part.capabilities = (
-            name,
-            title,
-            paper,
-            line,
-            frozenset(capabilities),
-        )
+        part.key, part.title, part.paper, part.line, part.phase = name, title, paper, line, phase
+        part.capabilities = frozenset(capabilities)
         REGISTERED[name] = part
         return part
 

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import pkgutil
 import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
@@ -10,20 +11,28 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import methods
 from methods.errors import UserError
-from methods.part import REGISTERED, Part
+from methods.part import REGISTERED, Part, in_order
 from methods.settings import check_block, declared, refuse
 from methods.tools.names import unknown
 
-BUILT_IN = ("ewc", "given", "hierarchical", "lora", "mofo")
-
 
 def parts() -> dict[str, type[Part]]:
-    """Every part by key, in alphabetical order. Raises UserError where an entry point does not load."""
-    for name in BUILT_IN:
-        importlib.import_module(f"methods.{name}")
+    """Every part by key, in alphabetical order: those in this folder, and those of other packages.
+
+    Raises UserError where an entry point does not load.
+    """
+    for module in pkgutil.iter_modules(methods.__path__):
+        if not module.name.startswith("_"):
+            importlib.import_module(f"methods.{module.name}")
     _load_entry_points(tuple(sys.path))
     return dict(sorted(REGISTERED.items()))
+
+
+def built_in() -> list[str]:
+    """Keys of the parts in this folder."""
+    return [key for key, part in parts().items() if part.__module__.rpartition(".")[0] == methods.__name__]
 
 
 @functools.cache  # one look through the installed packages for each search path
@@ -48,7 +57,7 @@ def _load_entry_points(search_path: tuple[str, ...]) -> None:
 
 
 def build(block: Mapping[str, Any] | None, *, where: str = "") -> tuple[Part, ...]:
-    """The parts of a method block `{part: {setting: value}}`, in alphabetical order.
+    """The parts of a method block `{part: {setting: value}}`, in the order in which their hooks are called.
 
     Raises UserError naming what is wrong with its path below `where`, such as methods.lora.
     """
@@ -72,7 +81,7 @@ def build(block: Mapping[str, Any] | None, *, where: str = "") -> tuple[Part, ..
         raise UserError(
             f"{said}{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained"
         )
-    return tuple(built)
+    return in_order(built)
 
 
 def phase_settings(part: Part, phase: str | None) -> dict[str, Any]:

@@ -67,7 +67,7 @@ class Stopwatch:
 
 @dataclass(frozen=True, kw_only=True)
 class _Before(Part):
-    key = " before all"
+    key, phase = " before all", "adapt"
 
     watch: Stopwatch = field(repr=False)
 
@@ -85,7 +85,7 @@ class _Before(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class _After(Part):
-    key = "~ after all"
+    key, phase = "~ after all", "budget"
 
     watch: Stopwatch = field(repr=False)
 

@@ -38,6 +38,7 @@ from experiments.training.contents import tensors_in
 from experiments.training.engine import fit
 from methods import listing, registry
 from methods.part import Part
+from methods.part import adapted as adapt_all
 from methods.settings import declared
 from methods.tools.architecture import base_name
 from methods.tools.files import folder_sha256
@@ -197,10 +198,7 @@ def predicted_memory(trial: Trial) -> None:
     held = model_bytes = sum(p.nbytes for p in model.parameters())
 
     def adapted() -> torch.nn.Module:
-        wrapped = build("llama", seed=1, dtype=torch.bfloat16, **SIZES)
-        for part in sorted(parts, key=lambda part: part.key):
-            wrapped = part.adapt(wrapped, seed=SEED)
-        return wrapped
+        return adapt_all(build("llama", seed=1, dtype=torch.bfloat16, **SIZES), parts, seed=SEED)
 
     def compare(phase: memory.Phase, taken: int) -> None:
         predicted = memory.predict(
@@ -265,7 +263,7 @@ def described(trial: Trial) -> None:
         numbers = [one for one in (kinds[field.name], *typing.get_args(kinds[field.name])) if one in (int, float)]
         if numbers and not field.metadata["within"]:
             missing.append(f'the interval of the setting {field.name}, such as within="[0, inf)"')
-    if kind.key in registry.BUILT_IN and not (listing.DOCS / f"{kind.key}.md").is_file():
+    if kind.key in registry.built_in() and not (listing.DOCS / f"{kind.key}.md").is_file():
         missing.append(f"docs/methods/{kind.key}.md: `python -m methods docs` writes it")
     if missing:
         raise Broken(f"it lacks {'; '.join(missing)}")

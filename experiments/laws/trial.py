@@ -20,7 +20,7 @@ from experiments.training.engine import FitResult, final_weights, fit
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
 from methods import registry
-from methods.part import Part
+from methods.part import Part, adapted
 from methods.tools.process_group import Shards
 
 ARCHITECTURES = ("llama", "gptj")
@@ -110,10 +110,7 @@ class Trial:
         )
 
     def adapted(self, parts: tuple[Part, ...]) -> nn.Module:
-        model = self.model()
-        for part in sorted(parts, key=lambda part: part.key):
-            model = part.adapt(model, seed=SEED)
-        return model
+        return adapted(self.model(), parts, seed=SEED)
 
     def prepare(self, parts: tuple[Part, ...], *, checkpoints: Checkpoints | None = None) -> dict[str, dict]:
         """What each part prepares from general text, as the training stage would load it."""

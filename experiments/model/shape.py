@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from experiments.model import random_models
 from experiments.model.attention import with_sdpa
 from methods.errors import UserError
-from methods.part import Part
+from methods.part import Part, in_order
 from methods.tools import architecture, model_folder
 from methods.tools.architecture import base_name
 
@@ -44,7 +44,7 @@ class Shape:
                     f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
                     "correct config.json, or `architecture:` and `config:` of the model's block"
                 ) from error
-            for part in sorted(parts, key=lambda part: part.key):
+            for part in in_order(parts):
                 model = _adapted(model, part)
         for p in model.parameters():
             p.data = p.data.to(dtype)  # an adapter follows its base's dtype on every other device

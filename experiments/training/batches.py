@@ -6,7 +6,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-Example = dict[str, Tensor]  # {"input_ids": (tokens,), "labels": (tokens,)}, -100 where nothing is asked
+from experiments.training.settings import TrainSettings
+from methods.tools.process_group import Shards
+
+# {"input_ids": (tokens,), "labels": (tokens,)}, -100 where nothing is asked; other tensors (tokens,) are carried along
+Example = dict[str, Tensor]
 
 POOL = 8  # batches sorted by length together: less padding, order still drawn by the seed
 
@@ -60,12 +64,19 @@ def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> 
         "labels": torch.full((len(examples), width), -100, dtype=torch.long),
         "attention_mask": torch.zeros(len(examples), width, dtype=torch.long),
     }
+    for name in carried(examples):
+        batch[name] = torch.zeros(len(examples), width, dtype=examples[0][name].dtype)
     for row, example in enumerate(examples):
         size = len(example["input_ids"])
-        batch["input_ids"][row, :size] = example["input_ids"]
-        batch["labels"][row, :size] = example["labels"]
         batch["attention_mask"][row, :size] = 1
+        for name in batch.keys() - {"attention_mask"}:
+            batch[name][row, :size] = example[name]
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def carried(examples: Sequence[Example]) -> list[str]:
+    """Names of the tensors beside ids and labels, which all examples of a step have."""
+    return [n for n, value in examples[0].items() if isinstance(value, Tensor) and n not in ("input_ids", "labels")]
 
 
 def pack(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -96,7 +107,7 @@ def collate_packed(examples: Sequence[Example], device: torch.device | str = "cp
         "input_ids": torch.cat([e["input_ids"] for e in examples]),
         "labels": torch.cat(labels),
         "position_ids": torch.cat([torch.arange(len(e["input_ids"])) for e in examples]),
-    }
+    } | {name: torch.cat([e[name] for e in examples]) for name in carried(examples)}
     return {name: tensor.unsqueeze(0).to(device) for name, tensor in row.items()}
 
 
@@ -108,3 +119,22 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 def micro_batches(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
     for start in range(0, len(indices), size):
         yield indices[start : start + size]
+
+
+def shared(examples: list[Example], shards: Shards, settings: TrainSettings) -> Iterator[tuple[Example, int]]:
+    """This process's micro-batches of a step, each with 1; and some with 0, whose loss does not count.
+
+    Processes that share weights compute together, also what a part computes in its hooks: one with fewer micro-batches
+    than another computes the step's first example in their place.
+    """
+    shares = [examples[rank :: shards.world] for rank in range(shards.world)]
+    if settings.pack:
+        cuts = [pack([len(e["input_ids"]) for e in share], settings.pack) for share in shares]
+    else:
+        cuts = [list(micro_batches(range(len(share)), settings.micro_batch)) for share in shares]
+    mine = shares[shards.rank]
+    joined = collate_packed if settings.pack else collate
+    for indices in cuts[shards.rank]:
+        yield joined([mine[i] for i in indices]), 1
+    for _ in range(max(map(len, cuts)) - len(cuts[shards.rank])):
+        yield joined(examples[:1]), 0

@@ -22,7 +22,7 @@ from methods.tools import architecture
 # tokens of the pass that is counted: no other size of a model is a multiple of it; fewer where the model has fewer positions
 LENGTHS = (251, 127, 61)
 
-_counted: dict[tuple, tuple[float, float, float] | None] = {}
+_counted: dict[tuple, tuple[float, ...] | None] = {}
 
 
 class Flops:
@@ -61,7 +61,14 @@ class Flops:
         """
         if self._each is None:
             return None
-        token, label, square = self._each
+        return self._sum(self._each[:3], lengths, labelled)
+
+    def forward(self, *, lengths: Sequence[int], predicted: int) -> float | None:
+        """FLOPs of a forward pass alone, with logits of `predicted` tokens. None where they are not known."""
+        return None if self._each is None else self._sum(self._each[3:], lengths, predicted)
+
+    def _sum(self, each: tuple[float, ...], lengths: Sequence[int], labelled: int) -> float:
+        token, label, square = each
         return float(sum(lengths) * token + labelled * label + sum(n * n for n in lengths) * square)
 
 
@@ -70,8 +77,8 @@ def mfu(flops: float | None, seconds: float, peak: float | None) -> float | None
     return flops / seconds / peak if flops is not None and peak and seconds else None
 
 
-def _whole(model: nn.Module) -> tuple[float, float, float]:
-    """FLOPs a token, a labelled token, and T² of an example, of a forward and a backward pass.
+def _whole(model: nn.Module) -> tuple[float, ...]:
+    """FLOPs a token, a labelled token, and T² of an example, of a forward and a backward pass; then of the former alone.
 
     Where all blocks but the first are alike, those from the third on cost what the third does.
     """
@@ -82,7 +89,7 @@ def _whole(model: nn.Module) -> tuple[float, float, float]:
     return tuple(a + (len(blocks) - 2) * (b - a) for a, b in zip(two, three))
 
 
-def _count(model: nn.Module, blocks: int | None) -> tuple[float, float, float]:
+def _count(model: nn.Module, blocks: int | None) -> tuple[float, ...]:
     """The same of the first `blocks` blocks alone, None for all.
 
     Every tensor of the model is replaced by one of the meta device, in bfloat16, the one dtype that experts are multiplied in there.
@@ -102,19 +109,24 @@ class _Passes(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self) -> tuple[float, float, float]:
+    def forward(self) -> tuple[float, ...]:
         positions = getattr(architecture.plain(self.model).config, "max_position_embeddings", None) or LENGTHS[0]
         length = next((n for n in LENGTHS if n <= positions), LENGTHS[-1])
         ids = torch.zeros(1, length, dtype=torch.long, device="meta")
         with _Counter(length) as decoder:
             hidden = architecture.hidden_states(self.model, ids, None)
+            linear, square = decoder.linear, decoder.square
             _backward(hidden)
         with _Counter(length) as head:
             # a leaf of its own, so that the head's backward pass does not go on into the decoder's
-            _backward(architecture.logits_of(self.model)(hidden[0, :1].detach().requires_grad_(hidden.requires_grad)))
+            row = hidden[0, :1].detach().requires_grad_(hidden.requires_grad)
+            logits = architecture.logits_of(self.model)(row)
+            label = head.linear
+            _backward(logits)
         if not decoder.linear:
             raise ValueError("no product was seen")
-        return decoder.linear / length, head.linear, decoder.square / 2 / length**2
+        both = decoder.linear / length, head.linear, decoder.square / 2 / length**2
+        return (*both, linear / length, label, square / 2 / length**2)
 
 
 def _backward(output: Tensor) -> None:

@@ -1,35 +1,202 @@
-"""What the hooks of parts give back, looked at before it is used: what is not as methods/part.py says is refused by the part's name."""
+"""The hooks of a method's parts, called in order; what they return is checked and what they cost is charged.
+
+What is not as methods/part.py says is refused by the part's name.
+"""
 
 import inspect
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from experiments.training.flops import Flops
 from methods.errors import UserError
-from methods.part import Part, Run
+from methods.part import Part, Row, Run, in_order, overrides
+from methods.tools.process_group import Shards
+from methods.tools.token_statistics import TokenStatistics
+
+COSTS = ("tokens", "flops", "seconds", "bytes")
 
 # what a part may do without having a share in how the weights are trained
 APART = {"settings", "resolved", "look", "finish", "report", "memory"}
 TRAINING = [name for name, value in vars(Part).items() if callable(value) and name[0] != "_" and name not in APART]
 
 
-def overridden(parts: Sequence[Part], hook: str) -> bool:
-    """Whether one of the parts has this hook."""
-    return any(getattr(type(part), hook) is not getattr(Part, hook) for part in parts)
+class Hooks:
+    """The parts of one run in the order of their hooks, with their states and what each of them costs.
+
+    added    {part: {"tokens", "flops", "seconds", "bytes"}}: what this process has charged to each part. Seconds are the
+             host's while its hooks run; what all processes know alike is charged by the first one alone.
+    counted  false while a micro-batch is computed that counts with weight zero: nothing is charged then
+    """
+
+    def __init__(self, parts: Sequence[Part], states: Mapping[str, dict], *, flops: Flops, shards: Shards) -> None:
+        self.parts = in_order(parts)
+        self.states = {part.key: dict(states.get(part.key, {})) for part in self.parts}
+        self.added: dict[str, dict[str, float | None]] = {}
+        self.counted = True
+        self._flops, self._shards, self._at_work = flops, shards, ""
+
+    def having(self, hook: str) -> list[Part]:
+        """The parts that have this hook of their own."""
+        return [part for part in self.parts if overrides(part, hook)]
+
+    def call(self, part: Part, hook: str, **arguments: Any) -> Any:
+        """What the hook of one part returns, given its state."""
+        with self.working(part):
+            return getattr(part, hook)(state=self.states[part.key], **arguments)
+
+    @contextmanager
+    def working(self, part: Part) -> Iterator[None]:
+        """Charge what is done meanwhile to `part`."""
+        before, self._at_work, began = self._at_work, part.key, time.perf_counter()
+        try:
+            yield
+        finally:
+            self.charge(seconds=time.perf_counter() - began)
+            self._at_work = before
+
+    def charge(self, *, part: str = "", **costs: float | None) -> None:
+        """Add costs to those of `part`, by default the one at work; FLOPs of None are not known."""
+        if not self.counted or not (part or self._at_work):
+            return
+        sums = self.added.setdefault(part or self._at_work, dict.fromkeys(COSTS, 0))
+        for kind, cost in costs.items():
+            sums[kind] = None if cost is None or sums[kind] is None else sums[kind] + cost
+
+    def total(self) -> dict[str, dict[str, float | None]]:
+        """What each part has cost in all processes together; the seconds are the first one's."""
+        everywhere = self._shards.gathered(self.added)
+        found = {}
+        for key in self.added:
+            each = [added[key] for added in everywhere if key in added]
+            found[key] = {kind: None if None in (all_ := [one[kind] for one in each]) else sum(all_) for kind in COSTS}
+            found[key]["seconds"] = self.added[key]["seconds"]
+        return found
+
+    def begin(self, run: Run, examples: Sequence[Row], general: Sequence[Row]) -> None:
+        for part in self.having("begin"):
+            wanted = general if "general" in part.capabilities else ()
+            self.call(part, "begin", run=run, examples=examples, general=wanted)
+
+    def epoch(self, run: Run, rows: list[Row], number: int, *, begins: bool) -> list[Row]:
+        """The rows of an epoch; where it does not begin, those that it began with, which a state contains."""
+        drawing = self.having("epoch")
+        if not drawing:
+            return rows
+        kept = self.states[drawing[-1].key]
+        if begins or "epoch" not in kept:
+            drawn = rows
+            for part in drawing:
+                drawn = list(self.call(part, "epoch", run=run, examples=drawn, epoch=number))
+                refuse_rows(part, "epoch", drawn)
+                if len(drawn) != len(rows):
+                    raise UserError(
+                        f"{part.key}: its `epoch` gives {len(drawn)} rows where the domain has {len(rows)}: "
+                        "give as many, so that every epoch has the same number of steps"
+                    )
+            kept["epoch"] = [row | {"index": index} for index, row in enumerate(drawn)]
+        return kept["epoch"]
+
+    def examples(self, run: Run, rows: list[Row], step: int) -> list[Row]:
+        """The rows of a step as the parts change them; those without an index are charged to the part that adds them."""
+        for part in self.having("examples"):
+            rows = list(self.call(part, "examples", run=run, rows=rows, step=step))
+            refuse_rows(part, "examples", rows)
+            rows = [row if "index" in row or "part" in row else row | {"part": part.key} for row in rows]
+            if not rows:
+                raise UserError(f"{part.key}: its `examples` gives no rows at step {step}: give at least one")
+        for key in dict.fromkeys(row["part"] for row in rows if "index" not in row):
+            own = [row for row in rows if row.get("part") == key]
+            if self._shards.first:
+                lengths = [len(row["input_ids"]) for row in own]
+                self.charge(
+                    part=key, tokens=sum(lengths), flops=self._flops.step(lengths=lengths, labelled=labelled(own))
+                )
+        extra = {name: one for row in rows for name, one in row.items() if isinstance(one, Tensor)}
+        if len(extra) > 2:
+            rows = [
+                {name: torch.zeros_like(row["input_ids"], dtype=one.dtype) for name, one in extra.items()} | row
+                for row in rows
+            ]
+        return rows
+
+    def batch(self, run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The micro-batch as the parts' `batch` changes it; tokens that it adds are charged to the part."""
+        for part in self.having("batch"):
+            lengths, count = worked(batch)
+            before = batch
+            batch = changed(part, self.call(part, "batch", run=run, batch=batch), before=before)
+            after, count_after = worked(batch)
+            if (lengths, count) != (after, count_after):
+                cost, cost_before = (
+                    self._flops.step(lengths=n, labelled=k) for n, k in ((after, count_after), (lengths, count))
+                )
+                flops = None if cost is None else cost - cost_before
+                self.charge(part=part.key, tokens=sum(after) - sum(lengths), flops=flops)
+        return batch
+
+    def weigh(self, run: Run, batch: dict[str, Tensor], statistics: TokenStatistics) -> Tensor | None:
+        """The product of the parts' token weights; None where none has any."""
+        product = None
+        for part in self.having("token_weights"):
+            weights = self.call(part, "token_weights", run=run, batch=batch, statistics=statistics)
+            if weights is None:
+                continue
+            if not isinstance(weights, Tensor) or weights.shape != statistics.targets.shape:
+                raise UserError(
+                    f"{part.key}: its `token_weights` gives {_told(weights)}: it must give a tensor of "
+                    f"{list(statistics.targets.shape)}, a weight for each labelled token, or None"
+                )
+            weights = weights.detach().to(statistics.logits)
+            product = weights if product is None else product * weights
+        return product
+
+    def loss(self, run: Run, batch: dict[str, Tensor], hidden: Tensor, loss: Tensor) -> Tensor:
+        """The loss of a micro-batch with the terms that parts add to it."""
+        like = loss
+        for part in self.having("loss"):
+            value = term(part, "loss", self.call(part, "loss", run=run, batch=batch, hidden=hidden), like=like)
+            loss = loss if value is None else loss + value
+        return loss
+
+    def penalty(self, run: Run, step: int) -> Tensor:
+        """The sum of the penalties whose gradients the parts add."""
+        penalty = torch.zeros((), device=run.device)
+        for part in self.having("before_clip"):
+            value = term(part, "before_clip", self.call(part, "before_clip", run=run, step=step), like=penalty)
+            penalty = penalty if value is None else penalty + value
+        return penalty
+
+    @torch.no_grad()
+    def offsets(self, run: Run, step: int) -> Mapping[str, Tensor] | None:
+        """Where a part wants a second gradient, from the weights."""
+        for part in self.having("second_gradient"):
+            return self.call(part, "second_gradient", run=run, step=step)
+        return None
+
+    def frozen(self) -> dict[str, Tensor]:
+        """Entries that no step may move, by the names of `run.weights`: those of all parts together."""
+        masks: dict[str, Tensor] = {}
+        for state in self.states.values():
+            for name, mask in (state.get("frozen") or {}).items():
+                masks[name] = masks[name] | mask if name in masks else mask
+        return masks
 
 
 def finishers(parts: Sequence[Part]) -> list[Part]:
     """The parts that end the order of `finish` and act in no hook of a training: cells that differ in these alone share one."""
-    finishing = [part for part in parts if overridden([part], "finish")]
+    finishing = [part for part in parts if overrides(part, "finish")]
     return list(itertools.takewhile(_acts_in_finish_alone, reversed(finishing)))[::-1]
 
 
 def _acts_in_finish_alone(part: Part) -> bool:
-    return not part.capabilities and not any(overridden([part], hook) for hook in TRAINING)
+    return not part.capabilities and not any(overrides(part, hook) for hook in TRAINING)
 
 
 def trainers(parts: Sequence[Part]) -> list[Part]:
@@ -37,11 +204,29 @@ def trainers(parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if part not in finishers(parts)]
 
 
-def batch(part: Part, *, run: Run, state: dict, before: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The micro-batch as the part's `batch` changes it. Raises UserError for what cannot be trained on as it is."""
-    if not overridden([part], "batch"):
-        return before
-    found = part.batch(run=run, state=state, batch=before)
+def refuse_rows(part: Part, hook: str, rows: Sequence[Any]) -> None:
+    """Raises UserError for rows that are no rows."""
+    for row in rows:
+        ids = row.get("input_ids") if isinstance(row, Mapping) else None
+        if not isinstance(ids, Tensor) or not isinstance(row.get("labels"), Tensor):
+            raise UserError(f"{part.key}: a row that its `{hook}` gives is {_told(row)}: give input_ids and labels")
+        for name, tensor in row.items():
+            if isinstance(tensor, Tensor) and (
+                tensor.shape != ids.shape or tensor.dim() != 1 or not len(tensor) or tensor.device.type != "cpu"
+            ):
+                raise UserError(
+                    f"{part.key}: a row that its `{hook}` gives has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
+                    "each must be (tokens,), of the same length, on the CPU"
+                )
+
+
+def labelled(rows: Sequence[Mapping[str, Tensor]]) -> int:
+    """Labelled tokens of rows; a row's first token has no position that predicts it."""
+    return sum(int((row["labels"][1:] != -100).sum()) for row in rows)
+
+
+def changed(part: Part, found: Any, *, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The micro-batch that a part's `batch` gives. Raises UserError for what cannot be trained on as it is."""
     said = f"{part.key}: the micro-batch that its `batch` gives"
     if not isinstance(found, Mapping) or not all(
         isinstance(found.get(name), Tensor) for name in ("input_ids", "labels")
@@ -75,7 +260,12 @@ def worked(batch: Mapping[str, Tensor]) -> tuple[list[int], int]:
         lengths = [end - start for start, end in zip(starts, [*starts[1:], positions.numel()])]
     else:
         lengths = mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * len(ids)
-    return lengths, int((batch["labels"][:, 1:] != -100).sum())
+    return lengths, labelled_in(batch)
+
+
+def labelled_in(batch: Mapping[str, Tensor]) -> int:
+    """Tokens of a micro-batch that a loss is taken of."""
+    return int((batch["labels"][:, 1:] != -100).sum())
 
 
 def term(part: Part, hook: str, value: Any, *, like: Tensor) -> Tensor | float | None:

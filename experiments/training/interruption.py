@@ -56,7 +56,7 @@ class Interruption:
             tensors, position = found
             for name, begun in self._begun.items():
                 self._set(name, begun.restore(position["changes"][name], tensors))
-            for name in ("curve", "seconds", "tokens", "flops"):
+            for name in ("curve", "seconds", "tokens", "flops", "added"):
                 setattr(self._log, name, position[name])
             set_random_state(position["random"], self._run.device)
             steps = position["step"]
@@ -87,6 +87,7 @@ class Interruption:
                 "seconds": self._log.seconds,
                 "tokens": self._log.tokens,
                 "flops": self._log.flops,
+                "added": self._log.added,
                 "random": random_state(self._run.device),
                 "changes": changes,
             },

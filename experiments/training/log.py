@@ -23,8 +23,19 @@ class Log:
     A window's seconds are shared equally by its steps; what happens in a `pause` counts for none.
     """
 
-    def __init__(self, *, name: str, steps: int, learning_rate: float, device: torch.device, peak: float | None, bar):
+    def __init__(
+        self,
+        *,
+        name: str,
+        steps: int,
+        learning_rate: float,
+        device: torch.device,
+        peak: float | None,
+        bar,
+        added: dict[str, dict] | None = None,
+    ):
         self.curve: list[dict] = []
+        self.added = {} if added is None else added  # by part, what it has cost so far
         self.seconds = 0.0
         self.tokens = 0
         self.flops: float | None = 0.0  # None: not known of this architecture

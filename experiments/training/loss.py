@@ -1,7 +1,7 @@
-"""Cross-entropy on labelled positions only, in chunks: the logits of a batch are never whole.
+"""Losses over the vocabulary in chunks, so that the logits of a batch are never whole.
 
 LLaMA-3's logits cost 1.28 MB a token with their gradient; an answer of four tokens behind a prompt of a
-hundred needs four rows of them, not a hundred.
+hundred needs four rows of them, not a hundred. A chunk of several is computed again in backward.
 """
 
 from collections.abc import Callable
@@ -12,8 +12,11 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from experiments.training.batches import sent
+from methods.tools.token_statistics import TokenStatistics
 
 CHUNK = 1024  # rows of logits alive at once
+
+Logits = Callable[[Tensor], Tensor]  # a model's own map from hidden rows (rows, width) to logits
 
 
 def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,31 +25,96 @@ def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     hidden (batch, tokens, width), labels (batch, tokens) with -100 where nothing is asked; labels on the CPU spare a
     GPU the wait for their number. Returns (rows, width) and (rows,) on the device of `hidden`.
     """
+    line, column, targets = _labelled(labels)
+    return _rows(hidden, line, column), sent(targets, hidden.device)
+
+
+def _labelled(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Line and column of what predicts a label, and the label; all on the CPU."""
     targets = labels.cpu()[:, 1:]
     line, column = (targets != -100).nonzero(as_tuple=True)
-    rows = sent(line * labels.shape[1] + column, hidden.device)
-    return hidden.flatten(0, 1).index_select(0, rows), sent(targets[line, column], hidden.device)
+    return line, column, targets[line, column]
 
 
-def summed_nll(hidden: Tensor, labels: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """Σ −log p(label) in nats over all labelled positions; a scalar in float32 (float64 for float64 hidden states).
+def _rows(hidden: Tensor, line: Tensor, column: Tensor) -> Tensor:
+    return hidden.flatten(0, 1).index_select(0, sent(line * hidden.shape[1] + column, hidden.device))
 
-    logits_of   the model's own map from hidden rows (rows, width) to logits (`architecture.logits_of`)
+
+def summed_nll(hidden: Tensor, labels: Tensor, logits_of: Logits) -> Tensor:
+    """Σ −log p(label) in nats over all labelled positions; a scalar in float32 (float64 for float64 hidden states)."""
+    return weighted_nll(hidden, labels, logits_of, None)[0]
+
+
+def weighted_nll(
+    hidden: Tensor, labels: Tensor, logits_of: Logits, weights_of: Callable[[TokenStatistics], Tensor | None] | None
+) -> tuple[Tensor, Tensor]:
+    """Σ w·nll over all labelled positions, and Σ nll without a gradient; scalars as `summed_nll` gives them.
+
+    weights_of   statistics of a chunk's n tokens → weights (n,), or None where all are 1; called once for each chunk
     """
-    rows, targets = shifted(hidden, labels)
-    if len(rows) <= CHUNK:
-        return _chunk_nll(rows, targets, logits_of)
-    total = rows.new_zeros((), dtype=_wide(rows.dtype))
-    for start in range(0, len(rows), CHUNK):
+    line, column, targets = _labelled(labels)
+    rows, targets = _rows(hidden, line, column), sent(targets, hidden.device)
+
+    def chunk(piece: slice) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        known: list[Tensor | None] = []  # weights, which must be the same when the chunk is computed again
+
+        def compute(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits = logits_of(rows)
+            logits = logits.to(_wide(logits.dtype))
+            if weights_of is not None and not known:
+                places = (sent(place[piece], rows.device) for place in (line, column + 1))
+                statistics = dict(zip(("rows", "columns"), places))
+                with torch.no_grad():
+                    known.append(weights_of(TokenStatistics(logits=logits.detach(), targets=targets, **statistics)))
+            if not known or known[0] is None:
+                nll = F.cross_entropy(logits, targets, reduction="sum")
+                return nll, nll.detach()
+            nll = F.cross_entropy(logits, targets, reduction="none")
+            return (known[0].to(nll) * nll).sum(), nll.detach().sum()
+
+        return compute
+
+    return _in_chunks(chunk, rows, targets)
+
+
+def summed_kl(
+    hidden: Tensor, reference: Tensor, logits_of: Logits, reference_logits_of: Logits, *, temperature=1.0, reverse=False
+) -> Tensor:
+    """Σ over rows of KL(p₀‖p) in nats, p = softmax(logits/temperature); a scalar with a gradient to `hidden`.
+
+    hidden, reference    (rows, width): last hidden states of the model and of the reference, which gets no gradient
+    reverse              KL(p‖p₀) instead
+    """
+
+    def chunk(_: slice) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
+        def compute(rows: Tensor, others: Tensor) -> tuple[Tensor]:
+            with torch.no_grad():
+                theirs = _log_softmax(reference_logits_of(others), temperature)
+            ours = _log_softmax(logits_of(rows), temperature)
+            inputs, targets = (theirs, ours) if reverse else (ours, theirs)
+            return (F.kl_div(inputs, targets, reduction="sum", log_target=True),)
+
+        return compute
+
+    return _in_chunks(chunk, hidden, reference)[0]
+
+
+def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    return torch.log_softmax(logits.to(_wide(logits.dtype)) / temperature, dim=-1)
+
+
+def _in_chunks(chunk: Callable[[slice], Callable[..., tuple]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Sums of what `chunk(piece)(*pieces)` gives for consecutive pieces of tensors with equally many rows."""
+    count = len(tensors[0])
+    if count <= CHUNK:
+        return chunk(slice(0, count))(*tensors)
+    totals: tuple | None = None
+    for start in range(0, count, CHUNK):
         piece = slice(start, start + CHUNK)
         # recomputed in backward, so that only one chunk of logits is ever held
-        total = total + checkpoint(_chunk_nll, rows[piece], targets[piece], logits_of, use_reentrant=False)
-    return total
-
-
-def _chunk_nll(rows: Tensor, targets: Tensor, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-    logits = logits_of(rows)
-    return F.cross_entropy(logits.to(_wide(logits.dtype)), targets, reduction="sum")
+        values = checkpoint(chunk(piece), *(tensor[piece] for tensor in tensors), use_reentrant=False)
+        totals = values if totals is None else tuple(a + b for a, b in zip(totals, values))
+    return totals
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -88,7 +88,12 @@ class ShardedWeights:
         self.weights = {name: p.to_local().detach().requires_grad_() for name, p in self._parameters.items()}
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """function(model, *arguments), with the weights gathered as it goes; every process must call it together."""
+        """function(model, *arguments), with the weights gathered as it goes; every process must call it together.
+
+        What is computed may call this again.
+        """
+        if self._root.function is not None:
+            return function(self._root.model, *arguments)
         self._root.function = lambda model: function(model, *arguments)
         try:
             return self._root()

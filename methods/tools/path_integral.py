@@ -45,7 +45,7 @@ class PathIntegral(Part):
     xi: float = 1e-9
     undo: list[Any] = field(default_factory=list, repr=False)
 
-    def begin(self, *, run, state, examples):
+    def begin(self, *, run, state, examples, general=()):
         weights = effective_weights(run)
         factored = [w for w in weights if isinstance(w, Factored)]
         state["displaced"] = weights  # since the start

@@ -195,7 +195,7 @@ class Hoard(Part):
     key = "hoard"
     odd: str = ""
 
-    def begin(self, *, run, state, examples):
+    def begin(self, *, run, state, examples, general):
         name = next(iter(run.weights))
         shared = torch.zeros(6)
         state |= {
@@ -457,7 +457,7 @@ class Merges(Part):
 
     key = "merges"
 
-    def adapt(self, model, *, seed):
+    def adapt(self, model, *, seed, state):
         model.model.norm.weight.requires_grad_(False)
         model.register_buffer("seen", torch.zeros(2))
         return model
@@ -516,7 +516,7 @@ class Keeps(Part):
     own: list = dataclasses.field(default_factory=list, repr=False)
     grows: bool = False
 
-    def begin(self, *, run, state, examples):
+    def begin(self, *, run, state, examples, general):
         self.own[:] = [torch.zeros(2)]
 
     def after_step(self, *, run, state, step, gradient):

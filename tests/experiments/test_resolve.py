@@ -62,7 +62,7 @@ STUDY = {
         "own": {"train": dict(OWN)},
         "hierarchical-own": {"hierarchical": {"learning_rate": 1e-4}, "train": dict(OWN)},
     }
-    | {name: {name: {}} for name in registry.BUILT_IN if name != "given"},
+    | {name: {name: {}} for name in registry.built_in() if name != "given"},
     "train": TRAIN,
     "evaluate": {"batch_size": 8},
     "tune": {"epochs": 1.0},

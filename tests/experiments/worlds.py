@@ -83,7 +83,7 @@ class Look(Part):
 
     key = "look"
 
-    def begin(self, *, run, state, examples):
+    def begin(self, *, run, state, examples, general):
         state |= {"run": run, "calls": 0, "saw": set()}
 
     def batch(self, *, run, state, batch):

@@ -34,15 +34,15 @@ def test_the_built_in_parts_are_there():
         assert all(f.metadata["help"] for f in dataclasses.fields(part))
 
 
-def test_a_block_becomes_sorted_parts():
+def test_a_block_becomes_parts_in_the_order_of_their_phases():
     block = {"lora": {"rank": 4, "alpha": 8, "targets": ["q_proj"]}, "ewc": None}
     assert (
         registry.build(block)
         == registry.build(dict(reversed(block.items())))
-        == (EWC(), LoRA(rank=4, alpha=8.0, targets=("q_proj",)))
+        == (LoRA(rank=4, alpha=8.0, targets=("q_proj",)), EWC())
     )
     assert registry.build({}) == registry.build(None) == ()
-    assert isinstance(registry.build(block)[1].alpha, float)
+    assert isinstance(registry.build(block)[0].alpha, float)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,79 @@
+"""What an optimizer step does to gradients and weights, and what it begins with."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from experiments.training import hooks
+from experiments.training.settings import TrainSettings
+from methods.part import Part, Run
+from methods.tools.adam import AdamW, Moments
+from methods.tools.process_group import Shards
+
+
+@contextmanager
+def moved(run: Run, trained, offsets: Mapping[str, Tensor]) -> Iterator[None]:
+    """The weights plus `offsets` for a time; then the very same weights again."""
+    with torch.no_grad():
+        kept = {name: run.weights[name].detach().clone() for name in offsets}
+        for name, offset in offsets.items():
+            run.weights[name].add_(offset)
+        trained.push()
+    yield
+    with torch.no_grad():
+        for name, weight in kept.items():
+            run.weights[name].copy_(weight)
+        trained.push()
+
+
+@contextmanager
+def unmoved(run: Run, masks: Mapping[str, Tensor]) -> Iterator[None]:
+    """Entries that have no gradient for a time, and afterwards the very same values as before."""
+    kept = {}
+    for name, mask in masks.items():
+        run.weights[name].grad.masked_fill_(mask, 0)
+        kept[name] = run.weights[name][mask]
+    yield
+    for name, values in kept.items():
+        run.weights[name][masks[name]] = values
+
+
+def clip(run: Run, limit: float) -> Tensor:
+    """Scale the gradients down to the norm `limit` (0: none), as torch does; returns their norm over all processes."""
+    gradients = [weight.grad for weight in run.weights.values()]
+    norms = torch.stack(torch._foreach_norm(gradients))
+    norm = run.shards.sum(norms.square().sum()).sqrt()
+    run.clipped = (limit / (norm + 1e-6)).clamp(max=1.0) if limit else torch.ones_like(norm)
+    torch._foreach_mul_(gradients, run.clipped)
+    return norm
+
+
+def moments(trained, settings: TrainSettings, seed: int, shards: Shards) -> Moments:
+    moments = Moments(dtype=settings.moments, seed=seed)
+    for name, weight in trained.weights.items():
+        shape = trained.shapes[name]
+        rows = shards.rows(shape[0]).start if shape else 0
+        moments.place(weight, name=name, offset=rows * math.prod(shape[1:]))
+    return moments
+
+
+def start_from(run: Run, states: dict[str, dict]) -> None:
+    """Copy the weights that a part prepared as the start of fine-tuning."""
+    with torch.no_grad():
+        for name, value in hooks.starts(states, run).items():
+            run.weights[name].copy_(run.shards.local(value))
+
+
+def optimizer_of(parts: Sequence[Part], run: Run, settings: TrainSettings) -> torch.optim.Optimizer:
+    """The optimizer of the part that brings one, else fused AdamW."""
+    betas, chosen = (settings.beta1, settings.beta2), {"eps": settings.eps, "weight_decay": settings.weight_decay}
+    if (
+        optimizer := hooks.optimizer(parts, run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)
+    ) is not None:
+        return optimizer
+    if settings.moments == "float32":
+        return torch.optim.AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, fused=True, **chosen)
+    return AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, moments=run.moments, **chosen)
