@@ -19,9 +19,10 @@ import torch
 from methods.errors import UserError
 from methods.part import Part, Prepared, cut, register, setting
 from methods.tools.architecture import base_name
+from methods.tools.costs import Memory, Pass
 from methods.tools.effective import Full, adapted_names, anchored, base_parameters, effective_weights
-from methods.tools.fisher import by_length, diagonal_fisher
-from methods.tools.importance import encode, placed
+from methods.tools.fisher import TOKENS, by_length, diagonal_fisher
+from methods.tools.importance import encode, memory_of_penalty, placed
 from methods.tools.process_group import Shards
 
 __all__ = ["EWC", "diagonal_fisher"]
@@ -72,6 +73,21 @@ class EWC(Part):
     batch_size: int = setting(
         8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone"
     )
+
+    def preparation(self):
+        batched = {"rows": self.batch_size} if self.estimator == "batched" else {"tokens": TOKENS}
+        return (Pass(documents=self.samples, length=self.length, cut_by="length", gradients=self.scope, **batched),)
+
+    def memory(self, *, counts, phase):
+        if phase == "train":
+            anchor = counts.share(counts.checkpoint * counts.trained_base)
+            return Memory(anchor=anchor, **memory_of_penalty(counts, bits=self.bits))
+        whole = self.scope == "whole-model"
+        largest = counts.largest_base if whole else counts.largest_regularised
+        return Memory(
+            importance=counts.wide * (counts.base if whole else counts.regularised),
+            gradient=(counts.compute + counts.wide * counts.half) * largest,
+        )
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         """The Fisher by base parameter name. Its labels are drawn with one fixed seed: every cell of a model shares it."""

@@ -21,8 +21,9 @@ from methods.errors import UserError
 from methods.part import Part, Prepared, cut, register, setting
 from methods.tools.architecture import group_of
 from methods.tools.carry import carried, restore_state
+from methods.tools.costs import Memory, Pass
 from methods.tools.effective import Full, anchored, effective_weights
-from methods.tools.importance import encode, placed, totals
+from methods.tools.importance import encode, memory_of_penalty, placed, totals
 from methods.tools.path_integral import PathIntegral
 from methods.tools.process_group import Shards
 
@@ -82,16 +83,30 @@ class Hierarchical(Part):
     )
     carry_optimizer: bool = setting(False, phase="prepare", help="begin with Adam's state of the general phase")
 
-    def general_phase(self):
-        return {"learning_rate": self.learning_rate, "epochs": self.epochs}
+    def preparation(self):
+        training = {"learning_rate": self.learning_rate, "epochs": self.epochs}
+        return (Pass(documents=self.samples, length=self.length, cut_by="length", training=training),)
+
+    def memory(self, *, counts, phase):
+        if phase == "prepare":  # ω of every regularised weight and, under an adapter, the sum of dL/dW it comes from
+            return Memory(importance=counts.share(counts.wide * (counts.regularised + counts.adapted)))
+        anchor = counts.share(counts.checkpoint * counts.trained_base + counts.wide * counts.adapters)
+        return Memory(anchor=anchor, **memory_of_penalty(counts, bits=self.bits))
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not examples:
             raise UserError("hierarchical: no general text to learn importance from")
+<<<<<<< HEAD
         integral = PathIntegral(gradient=self.gradient, clamp=self.clamp, consolidate=self.consolidate, xi=self.xi)
+=======
+        integral = PathIntegral(
+            gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi
+        )
+        (general_phase,) = self.preparation()
+>>>>>>> 93173b8 (A part answers for the memory it takes and for the text it reads; memory, plan and prepare read no setting of a part by name)
         try:
-            result = fit(model=model, parts=(integral,), examples=examples, seed=seed, **self.general_phase())
+            result = fit(model=model, parts=(integral,), examples=examples, seed=seed, **general_phase.training)
             run, state = result.run, result.states[integral.key]
             rows = integral.consolidated(state)
         finally:

@@ -29,8 +29,9 @@ import torch
 from torch import Tensor
 
 from methods.part import Part, register, setting
-from methods.tools.adam import Moments, fused_adam, kernel_is_lerp, pieces
-from methods.tools.selection import kth_by_histogram, kth_largest
+from methods.tools.adam import CHUNK, CPU_CHUNK, SCRATCH, Moments, fused_adam, kernel_is_lerp, pieces
+from methods.tools.costs import Memory
+from methods.tools.selection import HISTOGRAM, kth_by_histogram, kth_largest
 
 ALLOWED = "(0, 1]"
 SHARED = 1 << 18  # entries for which another thread is worth while
@@ -333,6 +334,18 @@ class MomentumFilter(Part):
 
     fraction: float = setting(0.1, within=ALLOWED, help="share of each tensor's entries that move in a step")
     decay_all: bool = setting(False, help="weight decay on every entry, as published, and not only on those that move")
+
+    def memory(self, *, counts, phase):
+        """Update and mask of a chunk, and beside them |m| of a tensor, which a partition reorders, or histograms."""
+        if phase == "prepare":
+            return Memory()
+        alone = counts.device == "cpu" and (counts.processes or 1) == 1
+        largest = counts.share(counts.largest_trained)
+        chunk = counts.piece(largest, cpu=CPU_CHUNK, cuda=CHUNK)
+        return Memory(
+            kept=2 * counts.wide * chunk + alone * counts.wide * largest,
+            optimizer=0 if alone else SCRATCH * chunk + HISTOGRAM,
+        )
 
     def optimizer(self, *, run, learning_rate, betas, eps, weight_decay):
         if self.fraction == 1:

@@ -75,6 +75,7 @@ import torch
 from methods.errors import UserError
 from methods.settings import check, declared, setting
 from methods.tools.adam import Moments
+from methods.tools.costs import Added, Counts, Memory, Pass
 from methods.tools.process_group import Shards
 
 if TYPE_CHECKING:
@@ -248,9 +249,17 @@ class Part:
         """
         return model
 
-    def general_phase(self) -> dict[str, Any]:
-        """Training settings of this part's own that its `prepare` gives to `fit`; None keeps the method's."""
-        return {}
+    def preparation(self) -> Sequence[Pass]:
+        """The passes over general text that `prepare` makes: what `plan` must know. By default one over all documents, uncut."""
+        return (Pass(),) if type(self).prepare is not Part.prepare else ()
+
+    def added(self) -> Added:
+        """What the part adds to every step of training, in tokens."""
+        return Added()
+
+    def memory(self, *, counts: Counts, phase: str) -> Memory:
+        """The bytes that the part holds and takes beside the engine's own, in the phase "prepare" or "train"."""
+        return Memory()
 
     def prepare(
         self,

@@ -29,10 +29,8 @@ from methods.tools.files import read_json
 CHARACTERS_A_TOKEN = 4.0
 UNKNOWN_ROWS = 10_000  # training rows of a domain that takes all there are, before they are here
 UNKNOWN_SCORED = 250_000  # tokens to score before they are here
-UNKNOWN_DOCUMENTS, UNKNOWN_LENGTH = (
-    512,
-    512,
-)  # of general text, and the tokens at which a part cuts them that does not say so
+UNKNOWN_DOCUMENTS = 512  # of general text
+UNKNOWN_LENGTH = 512  # tokens at which a part is taken to cut documents where it states no length
 REACHED = 0.4  # share of a device's peak that training reaches
 REFERENCE = "NVIDIA H200"  # whose time is told for a study on CUDA where there is no such device
 
@@ -214,21 +212,18 @@ def _most(values: Iterable[int | None]) -> int | None:
 
 
 def _prepare_flops(study, cell, model: _Model, settings, documents: list[int] | None) -> float | None:
-    """One forward and backward pass over each document, or the epochs of training on them. `documents`: tokens of each, where they are here."""
+    """FLOPs of every pass over general text that the parts prepare in. `documents`: tokens of each, where they are here."""
     flops = 0.0
-    for part in study.methods[cell.method].parts:
-        if type(part).prepare is not Part.prepare:
-            samples, length = getattr(part, "samples", None), getattr(part, "length", None)
-            known = documents or [(length or UNKNOWN_LENGTH) // 2] * int(
-                study.general.get("importance", UNKNOWN_DOCUMENTS)
-            )
-            lengths = [min(tokens, length or tokens) for tokens in known[:samples]]
-            epochs = part.general_phase().get("epochs")
-            passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
-            added = _times(passes, model.flops(cell.method).step(lengths=lengths, labelled=sum(lengths)))
-            if added is None:
-                return None
-            flops += added
+    for made in (made for part in study.methods[cell.method].parts for made in part.preparation()):
+        count = int(study.general.get("importance", UNKNOWN_DOCUMENTS))
+        lengths = made.cut(documents or [(made.length or UNKNOWN_LENGTH) // 2] * count)
+        epochs = (made.training or {}).get("epochs")
+        passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
+        counter = model.scoring if made.gradients == "none" else model.flops(cell.method)
+        added = _times(passes, counter.step(lengths=lengths, labelled=sum(lengths)))
+        if added is None:
+            return None
+        flops += added
     return flops
 
 

@@ -79,7 +79,7 @@ def measure(size: Size, *, method: str, layout: str, device: torch.device, shard
     vocabulary = size.shape.config.vocab_size
     given = {"device": device, "shards": shards if processes else Shards(), "compute_dtype": torch.bfloat16}
 
-    trains = any("seeded_preparation" in part.capabilities for part in parts)
+    trains = any(made.training is not None for part in parts for made in part.preparation())
     count = (running.WARM + STEPS) * preparing.batch if trains else running.WARM + DOCUMENTS
     general = sizes.random_examples(count, preparing.length, vocabulary=vocabulary, seed=1)
     prepared = running.prepare(

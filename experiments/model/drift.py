@@ -113,7 +113,7 @@ def reference(study) -> tuple[str, str] | None:
         parts = study.methods[method].parts
         adapted = any("adapts" in part.capabilities for part in parts)
         for part in parts:
-            whole = getattr(part, "scope", "") == "whole-model" or not adapted
+            whole = not adapted or any(made.gradients == "whole-model" for made in part.preparation())
             if "importance" in part.capabilities and whole:
                 return method, part.key
     return None

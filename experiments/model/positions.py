@@ -7,30 +7,37 @@ from evaluation.encode import encode_pair, encode_text
 from evaluation.rendered import read_jsonl
 from experiments.model.shape import Shape
 from methods.errors import UserError
-from methods.part import Part
 
 MARKS = 8  # tokens that a tokenizer may put around a text: its beginning, its end, a space
 
 
 def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longest: int | None = None) -> None:
-    """Raises UserError naming the part whose documents of general text have more tokens than the model has positions.
+    """Raises UserError naming the part that reads documents of general text with more tokens than the model has positions.
 
-    longest   tokens of the longest document, where it is known; until then a `length` that is written in the method's block
-              is taken for it. A model without a limit in its config (ALiBi's) takes any.
+    longest   tokens of the longest document, where that is known; until then only a cut that is written in the method's
+              block counts. A model whose config names no limit (ALiBi's) takes documents of any length.
     """
     limit = shape.positions
+    if limit is None:
+        return
     for part in study.methods[method].parts:
-        if limit is None or type(part).prepare is Part.prepare:
-            continue
-        length = getattr(part, "length", None)
-        if longest is None:
-            reached = length if "length" in (study.methods[method].block.get(part.key) or {}) else None
-        else:
-            reached = min(length or longest, longest)
-        if reached and reached > limit:
-            raise UserError(
-                f"methods.{method}.{part.key}.length is {length}, and {model} has {limit} positions: write `length: {limit}` or less there"
-            )
+        block = study.methods[method].block.get(part.key) or {}
+        for made in (*part.preparation(), *([part.added()] if part.added().length else [])):
+            if longest is None:
+                reached = made.length if made.cut_by in block else None
+            else:
+                reached = min(made.length or longest, longest)
+            if reached and reached > limit and made.cut_by:
+                where = f"methods.{method}.{part.key}.{made.cut_by}"
+                raise UserError(
+                    f"{where} is {made.length}, and {model} has {limit} positions: "
+                    f"write `{made.cut_by}: {limit}` or less there"
+                )
+            if reached and reached > limit:
+                raise UserError(
+                    f"methods.{method}.{part.key} reads documents of {reached} tokens, and {model} has {limit} "
+                    "positions: take shorter text under `general`"
+                )
 
 
 def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shape, longest: int) -> None:

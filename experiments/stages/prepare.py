@@ -163,7 +163,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         if type(part).prepare is Part.prepare:
             continue
         # a part that trains here has the model cut on the CPU; another one needs it whole on its device
-        cut = shards.active and "seeded_preparation" in part.capabilities
+        cut = shards.active and any(made.training is not None for made in part.preparation())
         model = weights.load_model(folder, dtype=computing, device="cpu" if cut else where)
         torch.manual_seed(drawn)
         for other in parts:

@@ -21,6 +21,7 @@ from methods import registry
 from methods.errors import UserError
 from methods.part import Part
 from methods.tools import source_code
+from methods.tools.costs import Pass
 from methods.tools.files import write_json
 
 # raise one when the stage writes other bytes from the same settings
@@ -180,15 +181,16 @@ def prepare(study, model: str, method: str) -> dict:
         if type(part).prepare is not Part.prepare or "adapts" in part.capabilities:
             resolved["parts"][part.key] = _part(study, part, "prepare")
     for part in parts:
-        if "seeded_preparation" in part.capabilities:
-            resolved["parts"][part.key]["train"] = _general_phase(study, part, model=model, method=method)
+        for made in part.preparation():
+            if made.training is not None:
+                resolved["parts"][part.key]["train"] = _general_phase(study, made, model=model, method=method)
     return resolved | _computing(study, model)
 
 
-def _general_phase(study, part: Part, *, model: str, method: str) -> dict:
+def _general_phase(study, made: Pass, *, model: str, method: str) -> dict:
     """The training settings of a part's own training on general text: the method's, but for those that are the part's, that rows of
     a domain alone are cut by, and that say when a run is probed."""
-    own = {name: value for name, value in part.general_phase().items() if value is not None}
+    own = {name: value for name, value in made.training.items() if value is not None}
     found = replace(study.prepare_settings(model=model, method=method), **own).numeric()
     return {name: value for name, value in found.items() if name not in ("length", "probes")}
 

@@ -27,7 +27,6 @@ from experiments.model.positions import (
 from experiments.model.shape import Shape, shape_of
 from experiments.training import memory
 from methods.errors import UserError
-from methods.part import Part
 from methods.tools import model_folder
 
 LARGE = 2**25  # bytes of rows that are read ahead; of more, the `data` stage tells
@@ -58,9 +57,7 @@ def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) 
     general = data / "general" / "importance.jsonl"
     documents = longest_document(general, tokenizer) if general.is_file() else 0
     if documents and any(
-        type(part).prepare is not Part.prepare
-        for method in study.grid["methods"]
-        for part in study.methods[method].parts
+        part.preparation() for method in study.grid["methods"] for part in study.methods[method].parts
     ):
         refuse_documents_without_a_label(documents, count=study.general.get("importance", 512))
     if shape.positions is None:

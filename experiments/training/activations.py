@@ -39,17 +39,19 @@ def activations(
     length: int,
     checkpointing: bool = False,
     packed: bool = False,
-    fisher: str = "",
+    gradients: str = "trained",
     device: str = "cpu",
 ) -> tuple[int, int]:
     """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
 
-    Weights, their gradients and the logits are not in it. `parts` adapt the model; `fisher`: "adapted" or "whole-model"
-    tensors get a gradient, in evaluation mode. Where all blocks but the first are alike, one and two of them are run; else all.
-    On a `device` that is not the CPU attention is SDPA's alone. Raises Unknown for an architecture that does not run on
-    fake tensors.
+    Weights, their gradients and the logits are not in it. `parts` adapt the model.
+    Where all blocks but the first are alike, one and two of them are run; else all. On a `device` that is not the CPU
+    attention is SDPA's alone. Raises Unknown for an architecture that does not run on fake tensors.
+
+    gradients  tensors that get one: "trained" in training mode; in evaluation mode "adapted" or "whole-model" tensors of
+               the base, as methods/tools/costs.py says, or "none"
     """
-    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, fisher, device)
+    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, gradients, device)
     blocks = _blocks(shape.build(parts=parts))
     if blocks and architecture.alike(blocks[1:]):
         try:
@@ -84,19 +86,19 @@ def _run_on_fake(
     length: int,
     checkpointing: bool,
     packed: bool,
-    fisher: str,
+    gradients: str,
     device: str,
     *,
     layers: int | None,
 ) -> tuple[int, int]:
     """Bytes alive after the forward pass of the first `layers` blocks, None for all, and at most in it and in the backward pass."""
-    model = shape.build(parts=parts, layers=layers, dtype=dtype).train(not fisher)
+    model = shape.build(parts=parts, layers=layers, dtype=dtype).train(gradients == "trained")
     with FakeTensorMode(), only_sdpa() if device != "cpu" else contextlib.nullcontext():
         _fake(model)
-        if fisher:
+        if gradients != "trained":
             base, names = base_parameters(model), adapted_names(model)
             model.requires_grad_(False)
-            for name in base if fisher == "whole-model" else names:
+            for name in {"whole-model": base, "adapted": names, "none": ()}[gradients]:
                 base[name].requires_grad_(True)
         if checkpointing:
             architecture.recompute_activations(model)

@@ -1,8 +1,7 @@
-"""Numbers of a model's weights, by what its memory depends on."""
+"""Counts a model's weights by what its memory depends on."""
 
 import functools
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -11,31 +10,8 @@ from experiments.training.activations import Unknown
 from methods.errors import UserError
 from methods.part import Part
 from methods.tools import architecture
+from methods.tools.costs import Entries
 from methods.tools.effective import adapted_names, base_parameters, factors, lora_layers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Entries:
-    """Numbers of weights. Root: what stands outside the blocks; block: the largest one."""
-
-    all: int
-    base: int
-    trained: int
-    trained_base: int
-    adapters: int
-    adapted: int  # entries of the matrices under adapters
-    regularised: int  # these, and trained base tensors
-    largest_base: int
-    largest_trained: int
-    largest_adapted: int
-    largest_regularised: int
-    root: int
-    block: int
-    root_trained: int
-    block_trained: int
-    head_trained: int
-    vocabulary: int
-    width: int
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""Peak memory of preparing and of training a cell, by kind, before anything is loaded.
+"""Predict the peak memory of preparing and of training a cell, by kind, before anything is loaded.
 
-What is held, in bytes a weight (c: bytes of the compute dtype, w: 4, or 8 for float64; k: of the checkpoint; m: 2 or w,
+Bytes that are held for each weight (c: bytes of the compute dtype, w: 4, or 8 for float64 models; m: 2 or w, by
 `train.moments`; N: processes that share the model):
 
     kind          one process                          shared, each of N
@@ -8,22 +8,24 @@ What is held, in bytes a weight (c: bytes of the compute dtype, w: 4, or 8 for f
     masters       trained w, where c < w               -
     gradients     trained w                            trained w/N
     moments       trained 2m                           trained 2m/N
-    anchor        trained base tensors k; adapters w if the part's preparation trains; /N
-    importance    regularised matrices 1 (`bits: 8`) or 4; /N
-    scratch       what optimizer and penalty take beside them: of the largest tensor, or of a piece
+
+Parts answer for what they hold (`Part.memory`): anchor, importance, state, scratch.
 
 What comes and goes: activations (all that is alive at the end of the forward pass of one micro-batch of the longest
-examples), logits (of one chunk, with their log-softmax and its gradient), transient (the most that backward takes beyond
-the activations; where the model is shared, also the gathered copies and what gradients are reduced in). Activations and
-their backward pass are no formula: the real modules run on fake tensors, which have shapes and no numbers.
+examples), logits (of one chunk, with their log-softmax and its gradient), transient (the most that the backward pass
+takes beyond the activations; where processes share the model, also the gathered copies and what gradients are reduced
+in). Activations and their backward pass follow from no formula: the real modules run on fake tensors, which have shapes
+and no numbers.
 
-`total` is what is held and the larger of two moments: a pass, with activations and with logits or transient, and with all
-gradients only if a step accumulates several passes, or masters are on the CPU; and the update, with all gradients and without activations. It is
-so less than the kinds added up. Processes on the CPU that share a model and compute in another dtype than its checkpoint's
-each begin with a whole copy, which can be more. CUDA's own context and the gaps of its allocator are not in it.
+`total` is what is held and the larger of two moments: a pass, with activations and with logits or transient, and with
+all gradients only if a step accumulates several passes, or if masters are on the CPU; and the update, with all
+gradients and without activations. It is therefore less than the sum of the kinds. Processes on the CPU that share a
+model and compute in another dtype than its checkpoint's each begin with a whole copy, which can be more. CUDA's own
+context and the gaps of its allocator are not included.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,14 +35,12 @@ import torch
 from experiments.model.shape import Shape
 from experiments.training import loss
 from experiments.training.activations import Unknown, activations
-from experiments.training.entries import Entries, entries
+from experiments.training.entries import entries
 from experiments.training.settings import TrainSettings
 from methods.errors import UserError
 from methods.part import Part
-from methods.tools import adam as moments
-from methods.tools import selection
-from methods.tools.fisher import TOKENS
-from methods.tools.importance import CPU_PIECE, CUDA_PIECE
+from methods.tools.adam import CHUNK, CPU_CHUNK, SCRATCH
+from methods.tools.costs import Counts, Memory, Pass
 
 Phase = Literal["prepare", "train"]
 KINDS = (
@@ -50,14 +50,15 @@ KINDS = (
     "moments",
     "anchor",
     "importance",
+    "state",
     "scratch",
     "activations",
     "logits",
     "transient",
     "total",
 )
-HELD = ("weights", "masters", "moments", "anchor", "importance")  # from the first step to the last
-MOST_PROCESSES = 8  # that are proposed
+HELD = ("weights", "masters", "moments", "anchor", "importance", "state")  # from the first step to the last
+MOST_PROCESSES = 8  # that a refusal proposes
 
 
 def predict(
@@ -72,16 +73,15 @@ def predict(
     processes: int | None = None,
     longest: int | None = None,
 ) -> dict[str, int | None]:
-    """Peak bytes of one process in `phase`, {kind: bytes} by `KINDS`; all 0 for a preparation of parts that prepare nothing.
+    """Peak bytes of one process in `phase`, {kind: bytes} by `KINDS`; all 0 where no part prepares anything.
 
-    settings   of training in that phase; `length` is taken for the longest example, so put in what is known to be shorter
-    longest    tokens of the longest document of general text, which a part cuts at its own length; None: not known
-    processes  how many share the model; None: one process that does not share
+    settings   of training in that phase; `length` is taken for the longest example: replace it where that is shorter
+    longest    tokens of the longest document of general text, which a part may cut; None: not known
+    processes  how many share the model; None: one process, which does not share it
 
-    All None where the activations of the architecture are not known, for it does not run on tensors without numbers.
-    A part with "seeded_preparation" trains while it prepares; another makes a Fisher pass, each process with the whole model.
+    All None for an architecture that does not run on tensors without numbers, whose activations are therefore unknown.
     """
-    layout = _Layout(
+    predicting = _Prediction(
         shape=shape,
         parts=tuple(parts),
         checkpoint=checkpoint_dtype,
@@ -89,66 +89,59 @@ def predict(
         device=device_type,
         processes=processes,
     )
-    phase_of = lambda part: layout.general_phase if "seeded_preparation" in part.capabilities else layout.fisher
     try:
         if phase == "train":
-            return layout.training(settings)
-        prepared = [
-            phase_of(part)(part, _cut(part, settings, longest))
-            for part in parts
-            if type(part).prepare is not Part.prepare
-        ]
+            return predicting.training(settings)
+        passes = [predicting.preparing(part, made, settings, longest) for part in parts for made in part.preparation()]
     except Unknown:
         return dict.fromkeys(KINDS)
-    return max(prepared, key=lambda kinds: kinds["total"], default=_total({}))
+    return max(passes, key=lambda kinds: kinds["total"], default=_with_total({}))
 
 
 def refuse(
     *, what: str, available: int | None, settings: TrainSettings, processes: int | None = None, **inputs: Any
-) -> dict[str, int]:
-    """The prediction where it fits into `available` bytes; what is not known fits. `predict` takes the other arguments.
+) -> dict[str, int | None]:
+    """The prediction, where it is unknown or fits into `available` bytes. `predict` takes the other arguments.
 
     Raises UserError naming `what`, by how much it does not fit, and what each change of settings would save.
     """
     if available is not None and inputs["device_type"] == "cpu":
-        available //= processes or 1  # there they share it
-    found = predict(settings=settings, processes=processes, **inputs)
-    if available is None or found["total"] is None or found["total"] <= available:
-        return found
+        available //= processes or 1  # processes on the CPU share its memory
+    kinds = predict(settings=settings, processes=processes, **inputs)
+    if available is None or kinds["total"] is None or kinds["total"] <= available:
+        return kinds
 
     def total(*, processes: int | None = processes, **changed: Any) -> int:
         return predict(settings=dataclasses.replace(settings, **changed), processes=processes, **inputs)["total"]
 
-    helps = _helps(
-        total, found["total"], available, settings, processes if inputs["device_type"] != "cpu" else MOST_PROCESSES
-    )
+    most_processes = 1 if inputs["device_type"] == "cpu" else MOST_PROCESSES
+    helps = _what_helps(total, kinds["total"], available, settings, processes or 1, most_processes)
     advice = (
         f"What would help: {'; '.join(helps)}"
         if helps
         else "No setting helps: take a smaller model, adapters, or a larger device"
     )
-    most = ", ".join(
-        f"{kind} {_gib(found[kind])}" for kind in sorted(KINDS[:-1], key=found.get, reverse=True)[:4] if found[kind]
-    )
+    largest = sorted((kind for kind in KINDS[:-1] if kinds[kind]), key=kinds.get, reverse=True)[:4]
     raise UserError(
-        f"{what} would take {_gib(found['total'])} of memory at its peak, {_gib(found['total'] - available)} more than the "
-        f"{_gib(available)} free here (most of it: {most}). {advice}"
+        f"{what} would take {_gib(kinds['total'])} of memory at its peak, {_gib(kinds['total'] - available)} more than "
+        f"the {_gib(available)} free here (most of it: {', '.join(f'{kind} {_gib(kinds[kind])}' for kind in largest)}). "
+        f"{advice}"
     )
 
 
-def _helps(
-    total: Callable[..., int], now: int, available: int, settings: TrainSettings, processes: int | None
+def _what_helps(
+    total: Callable[..., int], now: int, available: int, settings: TrainSettings, processes: int, most_processes: int
 ) -> list[str]:
-    """Changes that save memory, each with the bytes; of micro-batches and processes the first that fits."""
+    """Changes that save memory, with the bytes each saves; of micro-batches and of processes the first that fits."""
     helps, changes = [], {}
-    for key, value, said in (
+    for key, value, text in (
         ("checkpointing", True, "checkpointing: true"),
         ("moments", "bfloat16", "moments: bfloat16"),
     ):
         saved = now - total(**{key: value})
         if saved > 0:
             changes[key] = value
-            helps.append(f"`train.{said}` saves {_gib(saved)}{' and fits' if now - saved <= available else ''}")
+            helps.append(f"`train.{text}` saves {_gib(saved)}{' and fits' if now - saved <= available else ''}")
     if len(changes) > 1:
         saved = now - total(**changes)
         helps.append(f"both save {_gib(saved)}{' and fit' if now - saved <= available else ''}")
@@ -156,7 +149,7 @@ def _helps(
     fitting = next((size for size in smaller if total(micro_batch=size) <= available), None)
     if fitting:
         helps.append(f"`train.micro_batch: {fitting}` fits")
-    more = [2**i for i in range(1, MOST_PROCESSES.bit_length()) if 2**i > (processes or 1)]
+    more = [2**i for i in range(1, most_processes.bit_length()) if 2**i > processes]
     fitting = next((n for n in more if total(processes=n) <= available), None)
     if fitting:
         helps.append(f"`processes: {fitting}` in the model's block fits, with as many devices like this one")
@@ -164,7 +157,7 @@ def _helps(
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Layout:
+class _Prediction:
     """The bytes of one model as its parts adapt it."""
 
     shape: Shape
@@ -174,55 +167,59 @@ class _Layout:
     device: str
     processes: int | None
 
+    @functools.cached_property
+    def counts(self) -> Counts:
+        return Counts(
+            **vars(entries(self.shape, adapting(self.parts))),
+            checkpoint=self.checkpoint.itemsize,
+            compute=self.compute.itemsize,
+            device=self.device,
+            processes=self.processes,
+        )
+
     def training(self, settings: TrainSettings) -> dict[str, int]:
         if any("provides_weights" in part.capabilities for part in self.parts):
-            return _total({"weights": self._count.base * self.compute.itemsize})
-        return self._fit(
-            settings,
-            parts=self.parts,
-            held={"anchor": sum(map(self._anchor, self.parts)), "importance": sum(map(self._importance, self.parts))},
-        )
+            return _with_total({"weights": self.counts.base * self.counts.compute})
+        longest = max([settings.length, *(part.added().length or 0 for part in self.parts)])
+        own = [part.memory(counts=self.counts, phase="train") for part in self.parts]
+        copied = "needs_gradient" in {capability for part in self.parts for capability in part.capabilities}
+        return self._fit(dataclasses.replace(settings, length=longest), own, gradient_copied=copied)
 
-    def general_phase(self, _: Part, settings: TrainSettings) -> dict[str, int]:
-        """Training with float32 ω of every regularised weight; under an adapter also the sum of dL/dW it comes from."""
-        count = self._count
-        omega = self._wide * (count.regularised + count.adapted)
-        return self._fit(settings, parts=(), held={"importance": _share(omega, self.processes)})
+    def preparing(self, part: Part, made: Pass, settings: TrainSettings, longest: int | None) -> dict[str, int]:
+        """A pass that a part makes over documents: a training of its own, or forward and backward passes."""
+        length = min(n for n in (made.length or longest or settings.length, longest) if n)
+        own = part.memory(counts=self.counts, phase="prepare")
+        if made.training is None:
+            return self._pass(made, own, length)
+        given = {name: value for name, value in made.training.items() if value is not None}
+        return self._fit(dataclasses.replace(settings, **(given | {"length": length})), [own])
 
-    def fisher(self, part: Part, settings: TrainSettings) -> dict[str, int]:
-        """A pass of as many documents as `TOKENS` hold (`batched`: of a batch), a float32 F, one gradient at a time."""
-        count, wide, length = self._count, self._wide, settings.length
-        documents = (
-            part.batch_size
-            if getattr(part, "estimator", "") == "batched"
-            else max(1, min(part.samples, TOKENS // length))
-        )
-        whole = getattr(part, "scope", "adapted") == "whole-model"
+    def _pass(self, made: Pass, own: Memory, length: int) -> dict[str, int]:
+        """Each process has the whole model, and one gradient at a time."""
+        counts, rows = self.counts, made.rows_at(length)
         alive, work = activations(
             self.shape,
-            parts=adapting(self.parts),
+            parts=() if made.bare else adapting(self.parts),
             dtype=self.compute,
-            rows=documents,
+            rows=rows,
             length=length,
-            fisher="whole-model" if whole else "adapted",
+            gradients=made.gradients,
         )
-        kinds = {
-            "weights": count.all * self.compute.itemsize,
-            "importance": wide * (count.base if whole else count.regularised),
-            "scratch": (self.compute.itemsize + wide * self._half)
-            * (count.largest_base if whole else count.largest_regularised),
+        kinds = _held([own]) | {
+            "weights": counts.compute * (counts.base if made.bare else counts.all),
+            "scratch": own.kept + own.gradient,
             "activations": alive,
             "transient": work,
-            "logits": 3 * wide * count.vocabulary * documents * length,
+            "logits": 3 * counts.wide * counts.vocabulary * rows * length,
         }
-        return _total(kinds, passing=alive + max(kinds["logits"], work, kinds["scratch"]))
+        return _with_total(kinds, kept=own.kept, passing=alive + max(kinds["logits"], work, own.gradient))
 
-    def _fit(self, settings: TrainSettings, *, parts: Sequence[Part], held: dict[str, int]) -> dict[str, int]:
-        count, wide, narrow, n = self._count, self._wide, self.compute.itemsize, self.processes
-        moment = 2 if settings.moments == "bfloat16" else wide
-        rows, length = (
-            (1, max(settings.pack, settings.length)) if settings.pack else (settings.micro_batch, settings.length)
-        )
+    def _fit(self, settings: TrainSettings, own: Sequence[Memory], *, gradient_copied: bool = False) -> dict[str, int]:
+        """The engine's loop, with what the parts hold and take in it."""
+        counts, share, wide, narrow = self.counts, self.counts.share, self.counts.wide, self.counts.compute
+        rows, length = settings.micro_batch, settings.length
+        if settings.pack:
+            rows, length = 1, max(settings.pack, length)
         alive, work = activations(
             self.shape,
             parts=adapting(self.parts),
@@ -233,110 +230,65 @@ class _Layout:
             packed=bool(settings.pack),
             device=self.device,
         )
+        moment = 2 if settings.moments == "bfloat16" else wide
         labelled, copies = rows * length, 0
-        kinds = held | {"gradients": _share(wide * count.trained, n), "moments": _share(2 * moment * count.trained, n)}
-        if n is None:
-            kinds["weights"] = narrow * count.all
-            kinds["masters"] = wide * count.trained * self._half
+        kinds = _held(own) | {
+            "gradients": share(wide * counts.trained),
+            "moments": share(2 * moment * counts.trained),
+            "logits": 3 * wide * counts.vocabulary * min(labelled, loss.CHUNK),
+        }
+        if self.processes is None:
+            kinds["weights"] = narrow * counts.all
+            kinds["masters"] = wide * counts.trained * counts.half
         else:
-            kinds["weights"] = _share(wide * count.trained + narrow * (count.all - count.trained), n)
-            copies = narrow * (count.root + 2 * count.block) + (narrow + wide) * max(
-                count.root_trained, count.block_trained
-            )
-        kinds["logits"] = 3 * wide * count.vocabulary * min(labelled, loss.CHUNK)
-        if (
-            labelled > loss.CHUNK
-        ):  # the rows that logits are computed of, their gradient, and the head's of the chunks so far
-            kinds["logits"] += 2 * narrow * count.width * labelled + narrow * count.head_trained
-        kept, passing = self._scratch(settings, parts)
-        kinds |= {"scratch": kept + passing, "activations": alive, "transient": work + copies}
-        # gradients are there in a pass where several are added up, and where masters on the CPU keep their buffers
-        waiting = bool(settings.pack) or settings.batch > settings.micro_batch * (n or 1)
-        waiting = waiting or (self.device == "cpu" and n is None and self._half)
+            kinds["weights"] = share(wide * counts.trained + narrow * (counts.all - counts.trained))
+            copies = narrow * (counts.root + 2 * counts.block)
+            copies += (narrow + wide) * max(counts.root_trained, counts.block_trained)
+        if labelled > loss.CHUNK:
+            # the hidden states that logits are computed from, their gradient, and the head's of the chunks so far
+            kinds["logits"] += 2 * narrow * counts.width * labelled + narrow * counts.head_trained
+        update = 0
+        if settings.moments == "bfloat16":
+            update = SCRATCH * counts.piece(share(counts.largest_trained), cpu=CPU_CHUNK, cuda=CHUNK)
+        update += sum(memory.update for memory in own) + gradient_copied * share(wide * counts.trained)
+        update = max([update, *(memory.optimizer for memory in own)])
+        kept, forward = sum(memory.kept for memory in own), sum(memory.forward for memory in own)
+        kinds |= {"scratch": kept + forward + update, "activations": alive, "transient": work + copies}
+        # gradients exist during a pass where several are added up, and where masters on the CPU keep their buffers
+        waiting = bool(settings.pack) or settings.batch > settings.micro_batch * (self.processes or 1)
+        waiting = waiting or (self.device == "cpu" and self.processes is None and counts.half)
         # the head's gradient is complete while all blocks still hold their activations
-        head = 0 if waiting else _share(wide * count.head_trained, n)
-        # what is to be shared is loaded whole and cut in main memory: mapped from its files, or copied into another dtype
-        copied = n is not None and self.device == "cpu" and self.compute != self.checkpoint
-        return _total(
+        head = 0 if waiting else share(wide * counts.head_trained)
+        # a model to be shared is loaded whole and cut in main memory: mapped from its files, or copied to another dtype
+        copied = self.processes is not None and self.device == "cpu" and self.compute != self.checkpoint
+        return _with_total(
             kinds,
             kept=kept,
-            loading=narrow * count.all * copied,
-            passing=alive + copies + max(kinds["logits"], work + head) + (kinds["gradients"] if waiting else 0),
-            update=kinds["gradients"] + max(passing, narrow * count.largest_trained * self._half),
+            loading=narrow * counts.all * copied,
+            passing=alive
+            + copies
+            + forward
+            + max(kinds["logits"], work + head)
+            + (kinds["gradients"] if waiting else 0),
+            update=kinds["gradients"] + max(update, narrow * counts.largest_trained * counts.half),
         )
-
-    def _scratch(self, settings: TrainSettings, parts: Sequence[Part]) -> tuple[int, int]:
-        """Bytes that are kept from step to step, and bytes that are taken during the update alone."""
-        count, wide, n, cpu = self._count, self._wide, self.processes, self.device == "cpu"
-        largest = _share(count.largest_trained, n)
-        chunk = min(largest, moments.CPU_CHUNK if cpu else moments.CHUNK)
-        kept, passing = (
-            0,
-            28 * chunk if settings.moments == "bfloat16" else 0,
-        )  # float32 update, m, v, and their random bits
-        for part in parts:
-            if (
-                "optimizer" in part.capabilities
-            ):  # update and mask of a piece; |m| that a partition reorders, or histograms
-                kept += 2 * wide * chunk
-                if cpu and not (n and n > 1):
-                    kept += wide * largest
-                else:
-                    passing = max(passing, 28 * chunk + selection.HISTOGRAM)
-            if "importance" in part.capabilities:
-                piece = min(_share(count.largest_regularised, n), CPU_PIECE if cpu else CUDA_PIECE)
-                passing += 2 * wide * _share(count.largest_adapted, n) + 4 * wide * piece
-            if "needs_gradient" in part.capabilities:
-                passing += _share(wide * count.trained, n)
-        return kept, passing
-
-    def _anchor(self, part: Part) -> int:
-        if "importance" not in part.capabilities:
-            return 0
-        trains = "seeded_preparation" in part.capabilities  # then it starts from adapters of its own
-        held = self.checkpoint.itemsize * self._count.trained_base + self._wide * self._count.adapters * trains
-        return _share(held, self.processes)
-
-    def _importance(self, part: Part) -> int:
-        if "importance" not in part.capabilities:
-            return 0
-        return _share(self._count.regularised * getattr(part, "bits", 32) // 8, self.processes)
-
-    @property
-    def _wide(self) -> int:
-        return max(4, self.compute.itemsize)
-
-    @property
-    def _half(self) -> bool:
-        """Whether the module computes in fewer bits than its masters have."""
-        return self.compute.itemsize < self._wide
-
-    @property
-    def _count(self) -> Entries:
-        return entries(self.shape, adapting(self.parts))
-
-
-def _cut(part: Part, settings: TrainSettings, longest: int | None) -> TrainSettings:
-    return dataclasses.replace(
-        settings, length=min(n for n in (getattr(part, "length", longest or settings.length), longest) if n)
-    )
 
 
 def adapting(parts: Sequence[Part]) -> tuple[Part, ...]:
-    """Those that change which tensors are trained: FLOPs and activations depend on no others."""
+    """The parts that change which tensors are trained: FLOPs and activations depend on no others."""
     return tuple(part for part in parts if "adapts" in part.capabilities)
 
 
-def _share(count: int, processes: int | None) -> int:
-    return -(-count // (processes or 1))
+def _held(own: Sequence[Memory]) -> dict[str, int]:
+    return {kind: sum(getattr(memory, kind) for memory in own) for kind in ("anchor", "importance", "state")}
 
 
-def _total(
+def _with_total(
     kinds: dict[str, int], *, kept: int = 0, passing: int = 0, update: int = 0, loading: int = 0
 ) -> dict[str, int]:
-    """All kinds and their `total`: what is held, `kept` scratch included, and the larger of two moments; or `loading` before them."""
-    found = {kind: int(kinds.get(kind, 0)) for kind in KINDS[:-1]}
-    return found | {"total": max(loading, sum(found[kind] for kind in HELD) + kept + max(passing, update))}
+    """All kinds and `total`: what is held, with `kept` scratch, and the larger of two moments; or `loading` before."""
+    every = {kind: int(kinds.get(kind, 0)) for kind in KINDS[:-1]}
+    return every | {"total": max(loading, sum(every[kind] for kind in HELD) + kept + max(passing, update))}
 
 
 def _gib(size: float) -> str:

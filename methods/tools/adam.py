@@ -25,6 +25,9 @@ from torch.nn.functional import pad
 MOMENTS = ("float32", "bfloat16")
 CHUNK = 1 << 24  # entries of a tensor worked on at once: the bound of every temporary
 CPU_CHUNK = 1 << 18  # there what stays in the cache is three times as fast
+SCRATCH = (
+    28  # bytes an entry of a chunk takes meanwhile: float32 update, m and v, and the random bits they are rounded by
+)
 VECTOR = 64  # a multiple of every CPU's vector length, in entries
 BLOCK = 1 << 31  # indices that one hash key serves: those an int32 can hold
 

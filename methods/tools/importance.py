@@ -27,6 +27,7 @@ from methods.errors import UserError
 
 if TYPE_CHECKING:
     from methods.part import Run
+    from methods.tools.costs import Counts
 
 OCTAVES = 40
 CPU_PIECE = (
@@ -238,3 +239,12 @@ def _decode(codes: Tensor, table: Tensor, pairs: Tensor | None, *, spare: Tensor
             pairs, 0, index[: len(codes) // 2].copy_(codes.view(torch.uint16)), out=out.view(torch.float64)
         )
     return out
+
+
+def memory_of_penalty(counts: Counts, *, bits: int) -> dict[str, int]:
+    """Bytes of importance in `bits` a weight, and of what a penalty computes with it, as fields of `costs.Memory`."""
+    piece = counts.piece(counts.share(counts.largest_regularised), cpu=CPU_PIECE, cuda=CUDA_PIECE)
+    return {
+        "importance": counts.share(counts.regularised * bits // 8),
+        "update": 2 * counts.wide * counts.share(counts.largest_adapted) + 4 * counts.wide * piece,
+    }

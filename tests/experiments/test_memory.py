@@ -165,9 +165,9 @@ def test_fisher_pass_keeps_only_what_its_tensors_need():
     model = parts[0].adapt(build("llama", seed=0, num_hidden_layers=4), seed=0).requires_grad_(False)
     for name, p in model.named_parameters():
         p.requires_grad_("q_proj.base" in name or "v_proj.base" in name)
-    alive, _ = memory.activations(shape, parts=parts, dtype=torch.float32, rows=1, length=40, fisher="adapted")
+    alive, _ = memory.activations(shape, parts=parts, dtype=torch.float32, rows=1, length=40, gradients="adapted")
     assert alive == pytest.approx(saved_bytes(model, 1, 40), rel=0.03)
-    whole, _ = memory.activations(shape, parts=parts, dtype=torch.float32, rows=1, length=40, fisher="whole-model")
+    whole, _ = memory.activations(shape, parts=parts, dtype=torch.float32, rows=1, length=40, gradients="whole-model")
     assert whole > alive
 
 

@@ -1,0 +1,143 @@
+"""What a part says of its costs before anything runs: `plan` shows it, and a run whose memory cannot fit is refused.
+
+The answers follow from settings and sizes alone. What a run really takes is measured and recorded beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """A pass of the model over documents of general text, made while a part prepares.
+
+    documents  how many it reads; None: all there are
+    length     tokens that each document is cut at; None: none is cut
+    cut_by     the setting that gives `length`, which is named where the model has fewer positions
+    training   settings of training with which the part calls `fit`; None: the part runs the model itself
+    rows       documents in one forward pass of the part's own
+    tokens     above 0: as many documents as so many tokens hold take the place of `rows`
+    gradients  which base tensors get a gradient: those that the method changes, all of them, or none (forward only)
+    bare       the model is the base itself, which no part has adapted (`calibrate`)
+    """
+
+    documents: int | None = None
+    length: int | None = None
+    cut_by: str = ""
+    training: Mapping[str, Any] | None = None
+    rows: int = 1
+    tokens: int = 0
+    gradients: Literal["adapted", "whole-model", "none"] = "adapted"
+    bare: bool = False
+
+    def cut(self, lengths: Sequence[int]) -> list[int]:
+        """Tokens that are read of each document, of documents of these lengths."""
+        return [min(length, self.length or length) for length in lengths[: self.documents]]
+
+    def rows_at(self, length: int) -> int:
+        """Documents of `length` tokens in one forward pass."""
+        return max(1, min(self.documents or self.tokens, self.tokens // length)) if self.tokens else self.rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Added:
+    """What a part adds to every step of training, in tokens for each token of the domain.
+
+    trained  tokens that pass forward and backward, such as replayed text
+    read     tokens that pass forward only, such as those that a reference model reads
+    length   tokens of the longest example that the part brings; None: it brings none, or none longer than the domain's
+    cut_by   the setting that gives `length`
+    """
+
+    trained: float = 0.0
+    read: float = 0.0
+    length: int | None = None
+    cut_by: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a part holds and takes in one process in one phase, beside what the engine takes for every method.
+
+    anchor      held: weights that the trained ones are compared with
+    importance  held: importance of the weights
+    state       held: anything else
+    kept        scratch that is made once and kept
+    forward     scratch taken in the forward and backward pass of a micro-batch
+    gradient    scratch taken for one gradient at a time, in a pass of the part's own
+    update      scratch taken in a step, before and after the optimizer's own
+    optimizer   scratch taken in the step of the optimizer that the part brings
+    """
+
+    anchor: int = 0
+    importance: int = 0
+    state: int = 0
+    kept: int = 0
+    forward: int = 0
+    gradient: int = 0
+    update: int = 0
+    optimizer: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entries:
+    """Numbers of weights of a model as its parts adapt it.
+
+    Regularised: base tensors that are trained, and matrices under adapters. Root: what stands outside the blocks.
+    Block: the largest one. Every `largest_…` is of one tensor.
+    """
+
+    all: int
+    base: int
+    trained: int
+    trained_base: int
+    adapters: int
+    adapted: int  # entries of the matrices under adapters
+    regularised: int
+    largest_base: int
+    largest_trained: int
+    largest_adapted: int
+    largest_regularised: int
+    root: int
+    block: int
+    root_trained: int
+    block_trained: int
+    head_trained: int
+    vocabulary: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts(Entries):
+    """What the memory of a part is computed from: numbers of weights, bytes a number has, and where they lie.
+
+    checkpoint, compute  bytes of a number in the checkpoint's dtype and in the dtype that the model computes in
+    device               "cpu" or "cuda"
+    processes            how many share the model; None: one process, which does not share it
+    """
+
+    checkpoint: int
+    compute: int
+    device: str
+    processes: int | None
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a number of the trained weights: 4, or 8 for float64 models."""
+        return max(4, self.compute)
+
+    @property
+    def half(self) -> bool:
+        """Whether the model computes in fewer bits than its trained weights have."""
+        return self.compute < self.wide
+
+    def share(self, count: int) -> int:
+        """What one process has of `count` bytes or entries that are cut evenly."""
+        return -(-count // (self.processes or 1))
+
+    def piece(self, entries: int, *, cpu: int, cuda: int) -> int:
+        """Entries worked on at once: no more than `entries`, nor than the limit of the device."""
+        return min(entries, cpu if self.device == "cpu" else cuda)
