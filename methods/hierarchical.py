@@ -97,14 +97,8 @@ class Hierarchical(Part):
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not examples:
             raise UserError("hierarchical: no general text to learn importance from")
-<<<<<<< HEAD
         integral = PathIntegral(gradient=self.gradient, clamp=self.clamp, consolidate=self.consolidate, xi=self.xi)
-=======
-        integral = PathIntegral(
-            gradient=chosen.gradient, clamp=chosen.clamp, consolidate=chosen.consolidate, xi=chosen.xi
-        )
         (general_phase,) = self.preparation()
->>>>>>> 93173b8 (A part answers for the memory it takes and for the text it reads; memory, plan and prepare read no setting of a part by name)
         try:
             result = fit(model=model, parts=(integral,), examples=examples, seed=seed, **general_phase.training)
             run, state = result.run, result.states[integral.key]

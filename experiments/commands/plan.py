@@ -9,6 +9,7 @@ adapter or a difference from the base. Nothing is loaded or fetched.
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -112,10 +113,10 @@ class _Model:
             method = train["cell"].split("/")[2]
             if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
                 # earlier records have no FLOPs; their rows were short, so that attention's share is small
-                flops = train.get("flops") or _times(
-                    train["tokens_trained"], self.flops(method).step(lengths=(1,), labelled=0)
+                flops = train.get("flops") or train["tokens_trained"] * _flops(
+                    self.flops(method), lengths=[1], labelled=0
                 )
-                reached += [flops / train["seconds_train"]] if flops else []
+                reached += [] if math.isnan(flops) else [flops / train["seconds_train"]]
         if reached:
             return min(reached), f"{len(reached)} earlier cells on this machine"
         if here is None:
@@ -130,7 +131,7 @@ class _Model:
         return REACHED * peak * devices, f"{REACHED:.0%} of {many}{peak / 1e12:.2f} TFLOP/s ({basis})"
 
     def flops(self, method: str) -> Flops:
-        return _flops(self.shape, memory.adapting(self.study.methods[method].parts))
+        return _flops_of(self.shape, memory.adapting(self.study.methods[method].parts))
 
     @functools.cached_property
     def scoring(self) -> Flops:
@@ -151,7 +152,7 @@ class _Model:
 
 
 @functools.cache
-def _flops(shape: Shape, adapters: tuple[Part, ...]) -> Flops:
+def _flops_of(shape: Shape, adapters: tuple[Part, ...]) -> Flops:
     return Flops(shape.build(parts=adapters))
 
 
@@ -161,44 +162,70 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     parts = study.methods[cell.method].parts
     refuse_long_documents(study, model=cell.model, method=cell.method, shape=model.shape)
     rate, _ = model.rate
-    lengths, labelled = _train_rows(study, cell, settings)
-    trained = not any("provides_weights" in part.capabilities for part in parts)
-    epochs = _epochs(len(lengths), settings, settings.epochs)
-    train = _times(epochs / rate, model.flops(cell.method).step(lengths=lengths, labelled=labelled)) if trained else 0.0
-    prepare = _times(1 / rate, _prepare_flops(study, cell, model, preparing, _general_tokens(study)))
+    trained, added, train = _training(study, cell, model, settings)
+    prepare_tokens, prepare = _preparation(study, cell, model, preparing)
     scored = _scored_tokens(study, cell)
-    evaluate = _times(1 / rate, model.scoring.step(lengths=[256] * (scored // 256), labelled=scored))
-    seconds = {
-        "prepare": 0.0 if cached["prepared"] else prepare,
-        "train": 0.0 if cached["trained"] else train,
-        "evaluate": 0.0 if cached["scored"] else evaluate,
-    }
-    seconds = {stage: None if value is None else round(value, 1) for stage, value in seconds.items()}
+    evaluate = _flops(model.scoring, lengths=[256] * (scored // 256), labelled=scored)
+    stages = {"prepared": ("prepare", prepare), "trained": ("train", train), "scored": ("evaluate", evaluate)}
+    seconds = {name: 0.0 if cached[done] else _known(flops / rate) for done, (name, flops) in stages.items()}
     kinds = {
         "prepare": model.memory("prepare", parts=parts, settings=preparing),
         "train": model.memory("train", parts=parts, settings=settings),
     }
-    peak = _most(found["total"] for found in kinds.values())
+    peak = _most(phase["total"] for phase in kinds.values())
     together = model.processes or 1 if _device(study).type == "cpu" else 1  # processes on a CPU share its memory
-    return (
-        {
-            "cell": cell.name,
-            "cached": cached,
-            "tokens": int(epochs * sum(lengths)) if trained else 0,
-            "seconds": _sum(seconds.values()),
-        }
-        | {f"seconds_{stage}": value for stage, value in seconds.items()}
-        | {
-            "memory_bytes": peak,
-            "memory": kinds,
-            "fits": None if None in (available, peak) else together * peak <= available,
-            "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint),
-        }
-    )
+    return {
+        "cell": cell.name,
+        "cached": cached,
+        "tokens": trained,
+        "tokens_added": added,
+        "tokens_prepare": prepare_tokens,
+        "seconds": _sum(seconds.values()),
+        **{f"seconds_{stage}": value for stage, value in seconds.items()},
+        "memory_bytes": peak,
+        "memory": kinds,
+        "fits": None if None in (available, peak) else together * peak <= available,
+        "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint),
+    }
 
 
-def _times(factor: float, value: float | None) -> float | None:
-    return None if value is None else factor * value
+def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
+    """Tokens of the domain, tokens that the parts add to them, and the FLOPs of both; NaN where these are unknown."""
+    parts = study.methods[cell.method].parts
+    if any("provides_weights" in part.capabilities for part in parts):
+        return 0, 0, 0.0
+    lengths, labelled = _train_rows(study, cell, settings)
+    epochs = _epochs(len(lengths), settings, settings.epochs)
+    trained, read = (sum(getattr(part.added(), kind) for part in parts) for kind in ("trained", "read"))
+    flops = (1 + trained) * _flops(model.flops(cell.method), lengths=lengths, labelled=labelled)
+    if read:
+        flops += read * _flops(model.scoring, lengths=lengths, labelled=labelled)
+    tokens = epochs * sum(lengths)
+    return int(tokens), int(tokens * (trained + read)), epochs * flops
+
+
+def _preparation(study, cell, model: _Model, settings) -> tuple[int, float]:
+    """Tokens and FLOPs of every pass over general text in which the parts prepare; NaN where FLOPs are unknown."""
+    tokens, flops = 0.0, 0.0
+    documents = _general_tokens(study)
+    for made in (made for part in study.methods[cell.method].parts for made in part.preparation()):
+        count = int(study.general.get("importance", UNKNOWN_DOCUMENTS))
+        lengths = made.cut(documents or [(made.length or UNKNOWN_LENGTH) // 2] * count)
+        epochs = (made.training or {}).get("epochs")
+        passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
+        counter = model.scoring if made.gradients == "none" else model.flops(cell.method)
+        tokens += passes * sum(lengths)
+        flops += passes * _flops(counter, lengths=lengths, labelled=sum(lengths))
+    return int(tokens), flops
+
+
+def _flops(counter: Flops, *, lengths: list[int], labelled: int) -> float:
+    flops = counter.step(lengths=lengths, labelled=labelled)
+    return math.nan if flops is None else flops
+
+
+def _known(seconds: float) -> float | None:
+    return None if math.isnan(seconds) else round(seconds, 1)
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
@@ -209,22 +236,6 @@ def _sum(values: Iterable[float | None]) -> float | None:
 def _most(values: Iterable[int | None]) -> int | None:
     values = list(values)
     return None if None in values else max(values, default=0)
-
-
-def _prepare_flops(study, cell, model: _Model, settings, documents: list[int] | None) -> float | None:
-    """FLOPs of every pass over general text that the parts prepare in. `documents`: tokens of each, where they are here."""
-    flops = 0.0
-    for made in (made for part in study.methods[cell.method].parts for made in part.preparation()):
-        count = int(study.general.get("importance", UNKNOWN_DOCUMENTS))
-        lengths = made.cut(documents or [(made.length or UNKNOWN_LENGTH) // 2] * count)
-        epochs = (made.training or {}).get("epochs")
-        passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
-        counter = model.scoring if made.gradients == "none" else model.flops(cell.method)
-        added = _times(passes, counter.step(lengths=lengths, labelled=sum(lengths)))
-        if added is None:
-            return None
-        flops += added
-    return flops
 
 
 def _epochs(rows: int, settings, epochs: float) -> float:

@@ -203,7 +203,7 @@ def test_only_the_cells_that_are_asked_for(tmp_path):
         plan.make(study(tmp_path), patterns=["nothing", "else"])
 
 
-def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tmp_path):
+def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tmp_path, monkeypatch):
     methods = {
         "ewc": {"ewc": {"samples": 3, "length": 40}},
         "hierarchical": {"hierarchical": {"samples": 4, "length": 40, "epochs": 2.0}},
@@ -215,8 +215,11 @@ def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tm
         found = {}
         for method in methods:
             settings = here.prepare_settings(model="llama-tiny", method=method)
-            of = lambda documents: plan._prepare_flops(
-                here, Cell("llama-tiny", "sums", method, 0), model, settings, documents
-            )
-            found[method] = of([100, 10, 30, 50, 60]), of(None)
+            cell, read = Cell("llama-tiny", "sums", method, 0), []
+            for documents in ([100, 10, 30, 50, 60], None):
+                monkeypatch.setattr(plan, "_general_tokens", lambda study, documents=documents: documents)
+                tokens, flops = plan._preparation(here, cell, model, settings)
+                assert tokens == flops
+                read.append(tokens)
+            found[method] = tuple(read)
         assert found == {"ewc": (40 + 10 + 30, 3 * 20), "hierarchical": (2 * (40 + 10 + 30 + 40), 2 * 4 * 20)}

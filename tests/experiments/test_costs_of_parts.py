@@ -1,0 +1,177 @@
+"""A part answers for its own costs: what plan, memory and prepare know of it is what it says itself."""
+
+import ast
+import copy
+import dataclasses
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from experiments.commands import plan
+from experiments.model.positions import refuse_long_documents
+from experiments.model.shape import shape_of
+from experiments.stages import data, model, prepare
+from experiments.study import ahead, config
+from experiments.study.cells import Cell
+from experiments.study.paths import HERE
+from experiments.training import memory
+from experiments.training.flops import Flops
+from experiments.training.settings import TrainSettings
+from methods import registry
+from methods.errors import UserError
+from methods.part import REGISTERED, Part, Prepared, register
+from methods.settings import declared
+from methods.tools.costs import Added, Memory, Pass
+from methods.tools.files import read_json
+
+DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Replayed(Part):
+    """What a first part of somebody else's looks like: it prepares, and has none of the settings that ours have."""
+
+    share: float = 0.25
+
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None):
+        longest = max(general, key=lambda example: len(example["input_ids"]))
+        return Prepared(carry={"text": longest["input_ids"]}, tokens=sum(len(e["input_ids"]) for e in general))
+
+
+@pytest.fixture
+def replayed(monkeypatch):
+    monkeypatch.delitem(REGISTERED, "replayed", raising=False)
+    yield register(title="Replayed", paper="", line="Keeps a text.", key="replayed")(Replayed)
+    REGISTERED.pop("replayed", None)
+
+
+@pytest.fixture
+def study(replayed, tmp_path):
+    raw = copy.deepcopy(DEMO)
+    raw["grid"]["methods"] = ["own"]
+    raw["methods"] = {"own": {"replayed": {}}}
+    out = io.StringIO()
+    YAML().dump(raw, out)
+    (tmp_path / "params.yaml").write_text(out.getvalue())
+    return config.load(root=tmp_path)
+
+
+def test_a_part_with_none_of_our_settings_is_planned_and_prepared(study):
+    (before,) = plan.make(study)["cells"]
+    assert before["seconds_prepare"] >= 0 and before["memory"]["prepare"]["total"] > 0
+    model.main(study, model="llama-tiny")
+    data.main(study)
+    assert ahead.look(study) == []
+    prepare.main(study, model="llama-tiny", method="own", seed=0, cell=Cell("llama-tiny", "sums", "own", 0))
+    costs = read_json(study.paths.prepare_costs(model="llama-tiny", method="own", seed=0))
+    folder = study.paths.prepared(model="llama-tiny", method="own", seed=0)
+    (states,) = prepare.load_states(folder, study.methods["own"].parts).values()
+    text = [len(row["input_ids"]) for row in prepare.encoded_text(general_text(study), byte_tokenizer())]
+    assert costs["tokens_prepare"] == sum(text) and len(states["carry"]["text"]) == max(text)
+
+
+def general_text(study):
+    return study.paths.data / "general" / "importance.jsonl"
+
+
+def byte_tokenizer():
+    from experiments.model.random_models import byte_tokenizer
+
+    return byte_tokenizer()
+
+
+def test_documents_of_a_part_without_a_length_are_refused_where_the_model_is_shorter(study):
+    shape = shape_of("llama-tiny", study.models["llama-tiny"], Path("nowhere"))
+    refuse_long_documents(study, model="llama-tiny", method="own", shape=shape, longest=512)
+    with pytest.raises(UserError, match=r"methods\.own\.replayed reads documents of 513 tokens.*512 positions"):
+        refuse_long_documents(study, model="llama-tiny", method="own", shape=shape, longest=513)
+
+
+def said(**answers):
+    """A part that answers as given."""
+    functions = {name: (lambda self, answer=answer, **_: answer) for name, answer in answers.items()}
+    return dataclasses.dataclass(frozen=True, kw_only=True)(type("Said", (Part,), functions))()
+
+
+def predict(part, phase="train", **settings):
+    return memory.predict(
+        phase=phase,
+        shape=shape_of("tiny", {"source": "random:llama"}, Path("nowhere")),
+        parts=(part,),
+        settings=TrainSettings(**({"batch": 8, "micro_batch": 4, "length": 64} | settings)),
+        checkpoint_dtype=torch.float32,
+        compute_dtype=torch.float32,
+        device_type="cuda",
+    )
+
+
+def test_memory_of_a_part_is_added_to_the_engines():
+    plain = predict(Part())
+    for answer, kind, more in (
+        (Memory(anchor=1000), "anchor", 1000),
+        (Memory(importance=1000), "importance", 1000),
+        (Memory(state=1000), "state", 1000),
+        (Memory(kept=1000), "scratch", 1000),
+        (Memory(forward=1000), "scratch", 1000),  # this step's peak is in its passes
+        (Memory(update=1000), "scratch", 0),
+        (Memory(optimizer=1000), "scratch", 0),
+    ):
+        found = predict(said(memory=answer))
+        assert found[kind] == plain[kind] + 1000, answer
+        assert found["total"] == plain["total"] + more, answer
+    update = predict(said(memory=Memory(update=10**9)))
+    assert update["total"] - update["weights"] - update["moments"] - update["gradients"] == 10**9
+    # the optimizer's own scratch and what is taken beside it are not taken at once
+    assert predict(said(memory=Memory(update=10**9, optimizer=10**8)))["total"] == update["total"]
+
+
+def test_longer_examples_that_a_part_brings_are_planned_for():
+    assert predict(said(added=Added(trained=1.0, length=128))) == predict(Part(), length=128)
+    assert predict(said(added=Added(trained=1.0, length=16))) == predict(Part())
+
+
+def test_memory_of_a_pass_is_that_of_what_gets_a_gradient():
+    kinds = {
+        gradients: predict(said(preparation=(Pass(length=64, rows=2, gradients=gradients),)), "prepare")
+        for gradients in ("none", "adapted")
+    }
+    hidden = 2 * 64 * 32 * 4  # all that is left of a forward pass, but for the positions
+    assert kinds["none"]["activations"] == pytest.approx(hidden, rel=0.01)
+    assert kinds["adapted"]["activations"] > 2 * hidden
+    assert predict(said(preparation=()), "prepare")["total"] == 0
+
+
+def test_what_a_part_adds_to_a_step_is_planned(study, monkeypatch):
+    (plain,) = plan.make(study)["cells"]
+    monkeypatch.setattr(Replayed, "added", lambda self: Added(trained=self.share, read=2.0), raising=False)
+    monkeypatch.setattr(plan._Model, "rate", (1.0, "one FLOP a second"))
+    (found,) = plan.make(study)["cells"]
+    assert (found["tokens"], found["tokens_added"]) == (plain["tokens"], round(2.25 * plain["tokens"]))
+    assert plain["tokens_added"] == 0
+    rows, labelled = plan._train_rows(
+        study, Cell("llama-tiny", "sums", "own", 0), study.settings(model="llama-tiny", domain="sums", method="own")
+    )
+    built = shape_of("llama-tiny", study.models["llama-tiny"], Path("nowhere")).build()
+    step = {"lengths": rows, "labelled": labelled}
+    both, forward = Flops(built).step(**step), Flops(built.requires_grad_(False)).step(**step)
+    assert found["seconds_train"] == pytest.approx((1.25 * both + 2.0 * forward) * plain["tokens"] / sum(rows))
+
+
+def test_no_setting_of_a_part_is_read_by_name():
+    """Nobody above methods/ asks a part for an attribute that only some parts have."""
+    settings = {field.name for part in registry.parts().values() for field in declared(part)}
+    common = {field for field in settings if hasattr(TrainSettings, field)} | {"strength"}
+    found = []
+    for path in (HERE / "experiments").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("part", "p"):
+                if node.attr in settings - common:
+                    found.append(f"{path.name}:{node.lineno}")
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "hasattr"):
+                subject, name = node.args[0], node.args[1]
+                if getattr(subject, "id", "") == "part" and isinstance(name, ast.Constant):
+                    found.append(f"{path.name}:{node.lineno}")
+    assert not found
