@@ -117,6 +117,7 @@ OF_THE_ENGINE = {
     "errors.py",
     "adam.py",
     "architecture.py",
+    "costs.py",
     "files.py",
     "model_folder.py",
     "process_group.py",
