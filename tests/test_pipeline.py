@@ -429,6 +429,36 @@ def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
 
 
 @pytest.mark.thorough
+def test_cells_that_differ_in_finish_alone_train_once(project):
+    """Any number of α beside full fine-tuning: one training a seed; another α is no training at all."""
+
+    def trained(method, seed):
+        path = project / f"results/runs/llama-tiny/sums/{method}/seed{seed}/train.json"
+        return json.loads(path.read_text())
+
+    def change(raw):
+        raw["methods"] |= {"wise-03": {"wise_ft": {"alpha": 0.3}}, "wise-05": {"wise_ft": {"alpha": 0.5}}}
+        raw["grid"] = raw["grid"] | {"methods": ["full", "wise-03", "wise-05"], "seeds": [0, 1]}
+        raw["train"]["learning_rate"] = 0.9e-3  # full is trained anew, too
+
+    edit(project, change)
+    repro(project)
+    for seed in (0, 1):
+        own = [trained(method, seed) for method in ("full", "wise-03", "wise-05")]
+        assert sorted(one["training_reused"] for one in own) == [False, True, True]
+        assert len({one["seconds_train"] for one in own}) == 1
+        assert len({one["weights_sha256"] for one in own}) == 3
+    assert trained("full", 0)["seconds_train"] != trained("full", 1)["seconds_train"]
+    before = metrics(project, "full")
+    edit(project, lambda raw: raw["methods"]["wise-05"]["wise_ft"].update(alpha=0.6))
+    ran = repro(project)
+    stages = ("train", "evaluate", "collect", "drift")
+    assert set(ran) == {"resolve", "compare"} | {f"{s}@llama-tiny-sums-wise-05-{k}" for s in stages for k in (0, 1)}
+    assert trained("wise-05", 0)["training_reused"] is True
+    assert metrics(project, "wise-05")["training_reused"] is True and metrics(project, "full") == before
+
+
+@pytest.mark.thorough
 def test_an_upgraded_library_is_told_and_the_advice_works(project, tmp_path):
     """The base is scored, transformers is upgraded, another cell is asked for: both are scored again, once the advice is followed."""
     edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc"]))

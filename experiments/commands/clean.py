@@ -1,4 +1,4 @@
-"""Free the weights of finished cells, in the work folder and in DVC's cache; results stay."""
+"""Free the weights of finished cells, in the work folder, in DVC's cache and in the local store; results stay."""
 
 import shutil
 
@@ -16,9 +16,9 @@ def main(study) -> None:
         for out in stage.get("outs", []):
             if out["path"].endswith("/weights"):
                 freed += _drop(out["md5"])
-    cells = study.paths.work / "cells"
-    freed += sum(p.stat().st_size for p in cells.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
-    shutil.rmtree(cells, ignore_errors=True)
+    for folder in (study.paths.work / "cells", study.paths.trained):
+        freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
+        shutil.rmtree(folder, ignore_errors=True)
     print(
         of_study(
             f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is asked for",

@@ -11,7 +11,10 @@ from methods.errors import UserError
 
 
 class Tensors(Mapping[str, Tensor]):
-    """The tensors of a safetensors file, or of all those of a folder, by name. Each look-up maps the file: nothing is held in between."""
+    """The tensors by name of one safetensors file, or of all those in a folder.
+
+    A tensor is mapped from its file when it is asked for, and is not held afterwards.
+    """
 
     def __init__(self, folder: Path):
         files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
@@ -34,7 +37,10 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def load_tensors(folder: Path) -> Tensors:
-    """Every tensor of a safetensors file or of a folder's, by name, as stored. Raises UserError where there is none or one is damaged."""
+    """Every tensor by name, as stored, of a safetensors file or of a folder of them.
+
+    Raises UserError where there is no file, or where one is damaged.
+    """
     return Tensors(folder)
 
 
@@ -43,7 +49,8 @@ def _opened(file: Path):
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{file} is no safetensors file, or damaged or cut off ({error}): delete it and run the stage that makes it again"
+            f"{file} is no safetensors file, or damaged or cut off ({error}): delete it and run the stage that "
+            "makes it again"
         ) from error
 
 
@@ -52,6 +59,7 @@ def dtype_of(info: dict) -> torch.dtype:
     found = getattr(torch, str(info["dtype"]), None)
     if not isinstance(found, torch.dtype):
         raise UserError(
-            f"base.json names the dtype {info['dtype']!r}, which torch does not have: delete it and run the `model` stage again"
+            f"base.json names the dtype {info['dtype']!r}, which torch does not have: delete it and run "
+            "the `model` stage again"
         )
     return found

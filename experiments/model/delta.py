@@ -1,7 +1,8 @@
-"""A tuned model as a lossless difference from its base: delta.safetensors (the coding: experiments/model/difference.py).
+"""A tuned model as a lossless difference from its base: delta.safetensors.
 
-The file holds a uint8 tensor for each tensor that changed, with the weights' hashes, dtypes and shapes as metadata. What is read
-is checked: against the base, in its sizes, and by who reads all of it against the hash of the result (`verified`).
+The file holds one uint8 tensor for each tensor that changed (coded by experiments/model/difference.py), and as
+metadata the hashes, dtypes and shapes of the weights. A reader checks the base's hash and every size; a reader of all
+tensors also checks the hash of the result (`verified`).
 """
 
 import hashlib
@@ -22,7 +23,7 @@ AGAIN = "fetch it again (`dvc checkout --force`), or train the cell again"
 
 
 def update(digest, name: str, tensor: Tensor) -> None:
-    """Enter a tensor, name, dtype, shape and bytes, into a hash of weights; they come by sorted name (`weights.tensor_sha256`)."""
+    """Add a tensor (name, dtype, shape and bytes) to a hash of weights, which takes tensors by sorted name."""
     digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
@@ -41,15 +42,15 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], base_sha256: str) -> str:
-    """Write what differs of `tuned` from `base` (the same names, shapes and dtypes) to `path`; returns the sha256 of `tuned`.
+    """Write the difference of `tuned` from `base` to `path`; returns the sha256 of `tuned`.
 
-    One tensor of each is asked for at a time, and what is coded goes to the disk at once. A tensor of a dtype that is not coded
-    is written as it is. Raises UserError, and leaves no file, where a name, a shape or a dtype is not the base's.
+    Both have the same names, shapes and dtypes: UserError otherwise, and no file is left. One tensor of each is in
+    memory at a time. A tensor of a dtype that is not coded is written as it is.
     """
     if odd := sorted(set(base) ^ set(tuned)):
         raise UserError(
-            f"{odd[0]} is a tensor of the {'base' if odd[0] in base else 'tuned model'} alone, of {len(odd)} such: "
-            "a difference is of the same tensors"
+            f"{odd[0]} is a tensor of the {'base' if odd[0] in base else 'tuned model'} alone, as are {len(odd) - 1} "
+            "others: a difference needs the same tensors in both"
         )
     try:
         return _write(path, base=base, tuned=tuned, base_sha256=base_sha256)
@@ -61,7 +62,7 @@ def write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]
 def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], base_sha256: str) -> str:
     digest, entries, about, at = hashlib.sha256(), {}, {}, 0
     shapes = {name: [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)] for name, tensor in base.items()}
-    # the lengths stand in the header, which stands in front: it gets room for the longest, and spaces for the rest
+    # the header precedes the data whose lengths it lists: reserve room for the longest one and fill up with spaces
     room = -(-(len(json.dumps([shapes, json.dumps(shapes)])) + 100 * len(shapes) + 1000) // 8) * 8
     with path.open("wb") as file:
         file.seek(8 + room)
@@ -69,7 +70,8 @@ def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor
             before, after = base[name], tuned[name]
             if (after.shape, after.dtype) != (before.shape, before.dtype):
                 raise UserError(
-                    f"{name} is {after.dtype} {list(after.shape)} in the tuned model, {before.dtype} {list(before.shape)} in the base"
+                    f"{name} is {after.dtype} {list(after.shape)} in the tuned model, "
+                    f"{before.dtype} {list(before.shape)} in the base"
                 )
             update(digest, name, after)
             if same(before, after):
@@ -95,9 +97,9 @@ def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor
 
 
 class Delta(Mapping[str, Tensor]):
-    """The tuned tensors that a file of `write` holds beside `base`; each look-up decodes one, or reads it from the base.
+    """The tuned tensors that a file of `write` stands for beside `base`; a tensor is decoded when it is asked for.
 
-    sha256    of the whole result; who reads all of it compares (`verified`)
+    sha256    of all tensors; a reader of all of them compares it (`verified`)
     Raises UserError where the file is damaged, of another version, or of another base.
     """
 
@@ -108,8 +110,8 @@ class Delta(Mapping[str, Tensor]):
             metadata = self._file.metadata() or {}
             if metadata.get("format") != "holdfast-delta" or metadata["version"] != VERSION:
                 raise UserError(
-                    f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this program reads "
-                    f"holdfast-delta of version {VERSION}: train the cell again"
+                    f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this "
+                    f"program reads holdfast-delta of version {VERSION}: train the cell again"
                 )
             self.sha256, found, self._about = (
                 metadata["sha256"],
@@ -122,7 +124,8 @@ class Delta(Mapping[str, Tensor]):
             raise UserError(f"{path} is damaged ({error}): {AGAIN}") from error
         if found != base_sha256:
             raise UserError(
-                f"{path} is a delta of the base {found[:12]}, this one is {base_sha256[:12]}: give the base it was made from"
+                f"{path} is a delta of the base {found[:12]}, this one is {base_sha256[:12]}: give the base it was "
+                "made from"
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -131,7 +134,8 @@ class Delta(Mapping[str, Tensor]):
             return base
         if self._about[name] != [str(base.dtype).removeprefix("torch."), list(base.shape)]:
             raise UserError(
-                f"{self._path}: {name} is {self._about[name]}, the base's is {base.dtype} {list(base.shape)}: it is another base"
+                f"{self._path}: {name} is {self._about[name]}, the base's is {base.dtype} {list(base.shape)}: "
+                "it is another base"
             )
         try:
             coded = self._file.get_tensor(name)
@@ -151,7 +155,7 @@ class Delta(Mapping[str, Tensor]):
 
 
 def verified(tensors: Mapping[str, Tensor], *, sha256: str, what: object) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by sorted name, and at the end UserError naming `what` if together they are not those of `sha256`."""
+    """Every tensor by sorted name; after the last one, UserError naming `what` where their hash is not `sha256`."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name]

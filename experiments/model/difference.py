@@ -1,15 +1,16 @@
 """A tensor of floats as its lossless difference from another one: bytes.
 
-A float's bits, read as an integer that grows with the number (its ordinal), differ little between a weight and the same weight
-fine-tuned. In a tensor
+The ordinal of a float is its bits read as an integer that grows with the number. It differs little between a weight
+and the same weight after fine-tuning. In a tensor
 
-    z = zigzag(ordinal(tuned) − ordinal(base))      modulo 2^bits, so that NaN, infinities and −0.0 are numbers like any other
+    z = zigzag(ordinal(tuned) − ordinal(base))      modulo 2^bits; NaN, infinities and −0.0 are numbers like any other
 
-has about one scale for each exponent of the base, which the reader knows. So the entries of a chunk are ordered by that exponent,
-and those of one exponent are written as digits of a radix that fits their scale, several to a byte, with zstd's Huffman
-coding behind: a code of whole bits for a byte wastes little where the byte holds eight entries of 0.2 bits. What does not fit
-a digit goes on in the next stream, and bits that are noise anyway in streams of their own. That is within 1.1 times of the
-entropy of z given the base's exponent (python -m experiments bench delta).
+has about one scale for each exponent of the base, which the reader knows. The entries of a chunk are therefore ordered
+by that exponent. Those of one exponent are written as digits of a radix that fits their scale, several digits to a
+byte, and zstd's Huffman coding follows: its codes are of whole bits, which wastes little where a byte holds eight
+entries of 0.2 bits. What exceeds a digit is written to the next stream; bits that are only noise are written to
+streams of their own. The size is within 1.1 times the entropy of z given the base's exponent (python -m experiments
+bench delta).
 """
 
 import os
@@ -39,7 +40,7 @@ _HEAD = struct.Struct("<HI")  # radix, bytes
 def encode(base: Tensor, tuned: Tensor, *, threads: int | None = None) -> bytes:
     """`tuned`, of the same shape and dtype (bfloat16, float16 or float32), as bytes that `decode` reads beside `base`.
 
-    threads   at work on chunks; None: one a core, at most `THREADS`. The bytes do not depend on it.
+    threads   threads that work on chunks; None: one for each core, at most `THREADS`. The bytes do not depend on it.
     """
     a, b = _bits(base), _bits(tuned)
     mantissa = FLOATS[base.dtype][1]
@@ -53,7 +54,7 @@ def encode(base: Tensor, tuned: Tensor, *, threads: int | None = None) -> bytes:
 
 
 def decode(base: Tensor, coded: np.ndarray | bytes, *, threads: int | None = None) -> Tensor:
-    """What `encode` was given as `tuned`. Raises ValueError for bytes that are not of this tensor."""
+    """The tensor that `encode` was given as `tuned`. Raises ValueError for bytes that are not of this tensor."""
     a, view = _bits(base), memoryview(coded)
     out = np.empty_like(a)
     mantissa, starts = FLOATS[base.dtype][1], range(0, len(a), CHUNK)
@@ -82,7 +83,7 @@ def _bits(tensor: Tensor) -> np.ndarray:
 
 
 def _ordinal(bits: np.ndarray) -> np.ndarray:
-    """Unsigned integers in the order of the numbers: the sign bit turned over, below zero all others too."""
+    """Unsigned integers in the order of the numbers: the sign bit is inverted, for negative numbers all bits."""
     top = bits.dtype.type(8 * bits.itemsize - 1)
     return bits ^ ((bits.dtype.type(1) << top) | -(bits >> top))
 
@@ -93,13 +94,12 @@ def _bits_of(ordinal: np.ndarray) -> np.ndarray:
 
 
 def _groups(base: np.ndarray, mantissa: int) -> tuple[np.ndarray, list[slice]]:
-    """The order of the entries by the base's exponent, equal ones as they stand, and the slices of it that are coded together."""
+    """The entries ordered by the base's exponent (a stable order), and its slices that are coded together."""
     exponents = 1 << (8 * base.itemsize - 1 - mantissa)
     keys = (base >> base.dtype.type(mantissa)).astype(np.uint32) & np.uint32(exponents - 1)
     keys *= np.uint32(CHUNK)
-    keys |= np.arange(
-        len(base), dtype=np.uint32
-    )  # exponent and place in one number: sorting it is stable, and several times faster
+    # exponent and position in one number: its sort is stable, and several times faster than a stable sort of exponents
+    keys |= np.arange(len(base), dtype=np.uint32)
     keys.sort()
     ends = np.searchsorted(keys, np.arange(1, exponents, dtype=np.uint32) * np.uint32(CHUNK)).tolist() + [len(base)]
     groups, start = [], 0
@@ -164,14 +164,14 @@ def _decode_chunk(base: np.ndarray, coded: memoryview, mantissa: int, *, out: np
 
 
 def _radix(values: np.ndarray) -> int:
-    """The smallest radix at which few entries are escaped, by a sample of them; LOW_BYTE where none is."""
+    """The smallest radix at which few entries of a sample are escaped; LOW_BYTE where there is none."""
     sample = np.sort(values[:: max(1, len(values) // SAMPLE)])
-    most = sample[int((1 - ESCAPED) * len(sample))]  # so many are at most this
+    most = sample[int((1 - ESCAPED) * len(sample))]  # all but the escaped share are at most this
     return next((radix for radix in RADICES if most < radix - 1), LOW_BYTE)
 
 
 def _pack(values: np.ndarray, radix: int) -> np.ndarray:
-    """Digits min(value, radix − 1), as many to a byte as it holds: of byte i those at i, i + bytes, i + 2·bytes, …"""
+    """Digits min(value, radix − 1), as many to a byte as fit: byte i holds those at i, i + bytes, i + 2·bytes, …"""
     digits = np.minimum(values, values.dtype.type(radix - 1)).astype(np.uint8)
     if radix == 2:
         return np.packbits(digits)
@@ -197,7 +197,7 @@ def _unpack(packed: np.ndarray, radix: int, count: int) -> np.ndarray:
 
 
 def _joined(levels: list[tuple[np.ndarray, np.ndarray | None]], dtype: np.dtype) -> np.ndarray:
-    """The entries from their digits, from the last stream back to the first."""
+    """The entries put together from their digits, from the last stream to the first."""
     rest = np.empty(0, dtype)
     for digits, escaped in reversed(levels):
         if escaped is None:

@@ -1,19 +1,22 @@
-"""How far fine-tuning moved the weights, where, in how many directions, and whether it spared what general text needs.
+"""How far fine-tuning moved the weights, where, in how many directions, and whether it spared important weights.
 
-For the tensors of a group, with Δ = θ − θ₀, θ the weights as kept (rounded to the checkpoint's dtype) and F an importance:
+The measures of a group of tensors, with Δ = θ − θ₀, θ the weights as kept (rounded to the checkpoint's dtype) and F an
+importance:
 
     distance        ‖Δ‖, the root of the sum of squares over all entries
     base_norm       ‖θ₀‖; `relative` is ‖Δ‖ / ‖θ₀‖
-    changed         share of entries that are not what they were
+    changed         share of entries that changed
     effective_rank  exp(H) of a matrix's Δ, H the entropy in nats of its singular values over their sum (Roy & Vetterli
                     2007, "The effective rank"): 1 where all columns move alike, the matrix's rank where all directions
                     move equally; of several matrices the median
-    overlap         (ΣFΔ² / ΣΔ²) / mean F: 1 as if movement ignored importance, below 1 it avoided important weights
-    overlap_within  ΣFΔ² / Σ_tensor (mean F of the tensor · its ΣΔ²): the same given how much each tensor moved, so that a
-                    method that trains few matrices is judged by what it does in them
-    top_share       share of ΣΔ² in the most important `TOP` of the entries: `TOP` where movement ignored importance
+    overlap         (ΣFΔ² / ΣΔ²) / mean F: 1 where movement is independent of importance, below 1 where it avoided
+                    important weights
+    overlap_within  ΣFΔ² / Σ_tensor (mean F of the tensor · its ΣΔ²): the same relative to how much each tensor moved,
+                    so that a method that trains few matrices is judged by what it does within them
+    top_share       share of ΣΔ² in the most important `TOP` of the entries: `TOP` where movement is independent of it
 
-What is not defined is None: a ratio to zero, an effective rank where nothing moved, the last three without an importance.
+A measure that is not defined is None: a ratio to zero, the effective rank of no movement, the last three without
+importance.
 """
 
 import math
@@ -29,9 +32,9 @@ from methods.tools.architecture import blocks, group_of
 from methods.tools.importance import Codes, encode, pieces
 
 TOP = 0.10
-LARGEST = 4096  # smaller side of a matrix whose effective rank is computed: the time grows with its cube
-OUTSIDE = "other"  # the group of what a file holds beside the model's parameters
-DIGITS = 6  # that are kept: fewer than what the order of additions can change
+LARGEST = 4096  # smaller side of the largest matrix whose effective rank is computed: the time grows with its cube
+OUTSIDE = "other"  # the group of tensors in a file that are no parameters of the model
+DIGITS = 6  # digits that are kept, so that the order of additions does not show
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -60,7 +63,8 @@ def measure(
     base        θ₀ by name
     tuned       (name, θ), one tensor at a time, shaped like the base's
     roles       (group, kind) by name, see `roles`; effective ranks are of matrices in blocks
-    importance  F by name, non-negative; read in 8-bit steps, each value to 5.6 %. Tensors that it lacks do not count in its measures
+    importance  F by name, non-negative, read in 8-bit steps (each value to 5.6 %); its measures leave out tensors that
+                it lacks
     device      where singular values are computed
     Numbers have `DIGITS` digits.
     """
@@ -86,9 +90,12 @@ def measure(
 
 
 def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
-    """(group, kind) by parameter name. The group is `block.3`, `embedding`, `final_norm` or `head`; the kind is the last word
-    of the module's path (`q_proj`, `fc_in`), its path in the block where two modules of the block share that word, and
-    `norm` for a module without a matrix. The model may be on the meta device."""
+    """(group, kind) by parameter name; the model may be on the meta device.
+
+    The group is `block.3`, `embedding`, `final_norm` or `head`. The kind is the last word of the module's path
+    (`q_proj`, `fc_in`), its path in the block where two modules of the block share that word, and `norm` for a module
+    without a matrix.
+    """
     modules = dict(model.named_modules())
     paths = {f"block.{index}": path for index, (path, _) in enumerate(blocks(model))}
     found = {}
@@ -120,9 +127,9 @@ def reference(study) -> tuple[str, str] | None:
 
 
 def effective_rank(matrix: Tensor) -> float | None:
-    """exp of the entropy of the singular values of a 2-D tensor over their sum; None of a matrix of zeros.
+    """exp of the entropy of the singular values of a 2-D tensor over their sum; None for a matrix of zeros.
 
-    Exact, from the eigenvalues of the smaller Gram matrix in float64; what is below its rounding counts as 0.
+    Computed from the eigenvalues of the smaller Gram matrix in float64; values below its rounding count as 0.
     """
     wide = matrix.double()
     wide = wide.T if wide.shape[0] > wide.shape[1] else wide
@@ -136,7 +143,7 @@ def effective_rank(matrix: Tensor) -> float | None:
 
 @torch.no_grad()
 def _moved(name: str, before: Tensor, after: Tensor, importance: Tensor | Codes | None, *, device) -> _Moved:
-    """`device` None: no effective rank."""
+    """The sums of one tensor; `device` None leaves out the effective rank."""
     if importance is not None and not isinstance(importance, Codes):
         importance = encode(importance, name=name)
     before, after = before.contiguous(), after.contiguous()
@@ -183,27 +190,27 @@ def _summary(tensors: Sequence[_Moved]) -> dict:
 
 
 def _overlaps(tensors: Sequence[_Moved]) -> dict[str, float | None]:
-    """Movement against importance, over the tensors that have one."""
-    nothing = dict.fromkeys(("overlap", "overlap_within", "top_share"))
+    """The measures of movement against importance, over the tensors that have an importance."""
+    undefined = dict.fromkeys(("overlap", "overlap_within", "top_share"))
     known = [t.bins for t in tensors if t.bins is not None]
     if not known:
-        return nothing
+        return undefined
     bins = torch.stack(known, dim=1)  # (3, tensors, 256)
     value, count, moved = bins
     total = moved.sum()
     mean = (value * count).sum() / count.sum()
     if not total or not mean:
-        return nothing
+        return undefined
     weighted = (value * moved).sum()
     expected = ((value * count).sum(1) / count.sum(1) * moved.sum(1)).sum()
-    levels, place = value.flatten().unique(return_inverse=True)  # one level may be in several tensors
+    levels, place = value.flatten().unique(return_inverse=True)  # several tensors may share a level
     at = (
         torch.zeros(2, len(levels), dtype=torch.float64)
         .index_add_(1, place, torch.stack([count, moved]).flatten(1))
         .flip(1)
     )
     above = at[0].cumsum(0) - at[0]
-    taken = ((TOP * at[0].sum() - above) / at[0].clamp(min=1)).clamp(0, 1)  # of the level on the border a part
+    taken = ((TOP * at[0].sum() - above) / at[0].clamp(min=1)).clamp(0, 1)  # a part of the level on the border
     return {
         "overlap": (weighted / total / mean).item(),
         "overlap_within": (weighted / expected).item() if expected else None,
@@ -212,7 +219,7 @@ def _overlaps(tensors: Sequence[_Moved]) -> dict[str, float | None]:
 
 
 def _place(group: str) -> tuple[int, int]:
-    """Where a group stands in the order of the forward pass."""
+    """The position of a group in the order of the forward pass."""
     if group.startswith("block."):
         return 1, int(group.removeprefix("block."))
     return {"embedding": 0, "final_norm": 2, "head": 3}.get(group, 4), 0

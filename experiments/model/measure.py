@@ -23,7 +23,8 @@ ROWS = 1024  # of logits that are held at once
 
 @dataclass(kw_only=True)
 class Measure:
-    """measure(weights) → {"nll", "kl"}, nats per token of the general probe rows; nothing is loaded before the first call.
+    """measure(weights) → {"nll", "kl"}, nats per token of the general probe rows; nothing is loaded before the first
+    call.
 
     nll       −log p(token) by the weights
     kl        KL(base ‖ weights), Σ p₀·(log p₀ − log p) over the vocabulary

@@ -1,10 +1,10 @@
-"""What is kept of a cell's tuned weights: what rebuilds them bit for bit beside the base, and nothing that the base has.
+"""A cell's tuned weights on the disk: what rebuilds them bit for bit from the base, and nothing that the base has.
 
-    adapter/            peft's layout, where base + merged adapter are the weights; else beside
+    adapter/            in peft's layout; enough where base + merged adapter are the weights, else kept beside
     delta.safetensors   the difference from the base (experiments/model/delta.py)
-    weights.json        what it is, and hashes: of the base's weights and other files, and of the weights it stands for
+    weights.json        which of the two it is, and hashes: of the tuned weights, the base's and the base's other files
 
-Config and tokenizer are the base's. Whatever is rebuilt is compared with its hash before it is used.
+Config and tokenizer are the base's. Rebuilt weights are compared with their hash before they are used.
 """
 
 import functools
@@ -33,14 +33,16 @@ from methods.tools.effective import factors
 from methods.tools.files import need_room, read_json, sha256, write_json, writing
 
 VERSION = 1
-BITS = 4.0  # of a weight trained in bf16 that moved by 1 %: what is reckoned with before it is known
+BITS = 4.0  # bits for the difference of a weight trained in bf16 that moved by 1 %: the estimate before it is known
 
 
 def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> str:
-    """Keep `final`, rounded once to each base tensor's dtype, in the folder `out`, which may have an adapter/; returns its hash.
+    """Keep `final`, rounded once to each base tensor's dtype, in the folder `out`; returns the hash of the weights.
 
-    folder   the base model's; `base` are its tensors, and stand for what `final` lacks
-    Raises UserError for a tensor that the base has not, or not in that shape, and TrainingFailed where a value is not finite.
+    out      may contain the adapter/ that a part has saved
+    folder   the folder of the base model; `base` are its tensors, which take the place of those that `final` lacks
+    Raises UserError for a tensor that the base lacks or has in another shape, and TrainingFailed for a value that is
+    not finite.
     """
     if unknown := sorted(set(final) - set(base)):
         raise UserError(f"{unknown[0]} is no tensor of the base model: it cannot be kept beside it")
@@ -71,14 +73,15 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
 
 
 def kept_bytes(out: Path) -> int:
-    """Bytes of all that is kept."""
+    """Bytes of all files that are kept."""
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
 
 
 def expected_bytes(*, shape: Shape, parts: Sequence[Part], checkpoint: torch.dtype) -> int:
-    """Bytes that a cell will keep: those of its adapter's tensors, else of a difference of every trained weight.
+    """Bytes that a cell will keep: its adapter's tensors, or the difference of every trained weight.
 
-    `BITS` a weight in bf16 is a relative change of 1 % (0.1 %: 1; 10 %: 7.3); each further bit of mantissa is one more.
+    A weight in bf16 takes `BITS` bits where it changed by 1 % (1 bit for 0.1 %, 7.3 for 10 %), and one more for each
+    further bit of mantissa.
     """
     count, adapter = _trained(shape, memory.adapting(parts))
     if adapter:
@@ -89,7 +92,7 @@ def expected_bytes(*, shape: Shape, parts: Sequence[Part], checkpoint: torch.dty
 
 @functools.cache
 def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, bool]:
-    """Entries that are trained, and whether all of them are an adapter's."""
+    """The number of trained entries, and whether all of them are an adapter's."""
     model = shape.build(parts=adapting)
     trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     return sum(trained.values()), trained.keys() == set.union(*factors(model))
@@ -98,9 +101,9 @@ def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, bool]:
 def load(
     out: Path, *, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, str]:
-    """The tuned model in `dtype`, in evaluation mode, and its weights' hash. Beside it memory holds one tensor.
+    """The tuned model in `dtype`, in evaluation mode, and the hash of its weights; memory holds one further tensor.
 
-    Raises UserError where what is kept does not fit the base in `folder`, or is damaged.
+    Raises UserError where the files do not fit the base in `folder`, or are damaged.
     """
     found, digest = tensors(out, folder=folder)
     model = weights.load_model(folder, dtype=dtype, device=device)
@@ -114,7 +117,10 @@ def load(
 
 
 def write_folder(out: Path, *, folder: Path, target: Path) -> str:
-    """An ordinary Hugging Face folder of the tuned model; returns the weights' hash. Raises UserError like `load`, and for lack of room."""
+    """Write the tuned model as an ordinary Hugging Face folder; returns the hash of its weights.
+
+    Raises UserError like `load`, and for lack of room.
+    """
     found, digest = tensors(out, folder=folder)
     need_room(
         target.parent.resolve(), sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), str(target)
@@ -130,17 +136,18 @@ def write_folder(out: Path, *, folder: Path, target: Path) -> str:
 
 
 def weights_sha256(out: Path) -> str:
-    """The hash of the weights that the folder `out` is kept for."""
+    """The hash of the weights that the folder `out` stands for."""
     return _about(out)["weights_sha256"]
 
 
 def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
-    """The tuned tensors by name, each rebuilt when it is asked for, and the hash of them all, which is for the caller to compare."""
+    """The tuned tensors by name, each rebuilt when it is asked for, and their hash, which the caller has to compare."""
     about, info = _about(out), read_json(folder / "base.json", "sha256")
     for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
         if about[key] != found:
             raise UserError(
-                f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: {_again(out)}"
+                f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: "
+                f"{_again(out)}"
             )
     base = load_tensors(folder)
     if about["kind"] == "adapter":
@@ -149,7 +156,7 @@ def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
 
 
 def _again(out: Path) -> str:
-    """What trains the cell of a weights folder again, whatever DVC knows of it."""
+    """The command that trains the cell of a weights folder again, even where DVC takes it for finished."""
     model, domain, method, seed = out.parts[-5:-1] if len(out.parts) > 4 else ("MODEL", "DOMAIN", "METHOD", "seedN")
     return f"run `dvc repro --force --single-item train@{model}-{domain}-{method}-{seed.removeprefix('seed')}`"
 
@@ -165,7 +172,7 @@ def _about(out: Path) -> dict:
 
 
 class _Over(Mapping[str, Tensor]):
-    """The base's tensors, each as `change(name, tensor)` gives it when it is asked for."""
+    """The base's tensors, each changed by `change(name, tensor)` when it is asked for."""
 
     def __init__(self, base: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]):
         self._base, self._change = base, change
@@ -209,7 +216,8 @@ def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
         shape = (a.shape[-1], len(b)) if transposed else (len(b), a.shape[-1])
         if tensor.ndim != 2 or shape != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
             raise UserError(
-                f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: {delta.AGAIN}"
+                f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: "
+                f"{delta.AGAIN}"
             )
         return merged(tensor, a=a, b=b, scale=scale, transposed=transposed).to(tensor.dtype)
 

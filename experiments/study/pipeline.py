@@ -1,6 +1,8 @@
-"""dvc.yaml written by a command where DVC's own language ends: the cell files that `compare` depends on, the local
-files and folders that `resolve` hashes, the importance that `drift` measures against, what `dvc plots` shows, and a study's dvc.yaml,
-which is the root's with its own folders. A test holds them together."""
+"""pipeline: write the parts of dvc.yaml that DVC's own language cannot express.
+
+These are the cell files that `compare` depends on, the local files that `resolve` hashes, the importance that `drift`
+measures against and what `dvc plots` shows. A study's dvc.yaml is the root's with the study's folders.
+"""
 
 import io
 import os
@@ -16,13 +18,15 @@ from experiments.study.paths import Paths
 
 OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
 BASE = ("scores.json", "items.csv.gz")
-# the code that `resolve` hashes and the numbers that it writes: SCORING, NUMERICS and its own formats
+# the code that `resolve` hashes, and the files with the numbers that it writes: SCORING, NUMERICS and its own formats
 CODE = ("methods", "evaluation/__init__.py", "experiments/training/settings.py", "experiments/stages/resolve.py")
 
 
 def compare_inputs(study) -> list[str]:
-    """The files of exactly the grid's cells, their preparations, bases and trials, relative to the root; of each machine's own
-    measurements (GPU checks, benchmarks) those that there are."""
+    """The files of exactly the grid's cells, their preparations, bases and trials, relative to the root.
+
+    Of the measurements of machines (GPU checks, benchmarks) and of the trials those that exist.
+    """
     grid = cells.grid(study)
     files = [study.paths.run(cell) / name for cell in grid for name in OUTPUTS]
     files += [study.paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed) for cell in grid]
@@ -36,9 +40,10 @@ def compare_inputs(study) -> list[str]:
 
 
 def local_inputs(study) -> list[str]:
-    """The files and folders of the user's own that the study reads, as far as they are there: relative to the root within it.
+    """The user's own files and folders that the study reads and that exist; relative to the root where they are within
+    it.
 
-    What a pipeline makes is no input of its first stage.
+    What a pipeline writes is no input of its first stage.
     """
     root, found = study.paths.root.resolve(), []
     for path in resolve.local_inputs(study):
@@ -50,7 +55,7 @@ def local_inputs(study) -> list[str]:
 
 
 def _made(inside: tuple[str, ...] | None) -> bool:
-    """Whether a path of the root is, or holds, what stages of a study write: all of results/, folders of work/ and of work/STUDY/."""
+    """Whether stages write to a path of the root or below it: results/, and folders of work/ and work/STUDY/."""
     if not inside or inside[0] not in ("work", "results"):
         return False
     return (
@@ -61,7 +66,7 @@ def _made(inside: tuple[str, ...] | None) -> bool:
 
 
 def drift_inputs(study) -> list[str]:
-    """What was prepared of the importance that drift is measured against, where a method of the grid has one."""
+    """The folder with the importance that drift is measured against, where a method of the grid has one."""
     if (reference := drift.reference(study)) is None:
         return []
     folder = study.paths.work / "prepared" / "${item.model}" / reference[0] / "seed${item.seed}"
@@ -69,14 +74,15 @@ def drift_inputs(study) -> list[str]:
 
 
 def plots(study) -> list:
-    """What `dvc plots` shows: the figures that there are, and the loss of the grid's cells along their training. Relative to dvc.yaml.
+    """What `dvc plots` shows, relative to dvc.yaml: the figures that exist, and the loss of the grid's cells over
+    tokens.
 
-    A demo has none: its results are not in git, and its dvc.yaml is.
+    A demo has no plots: its dvc.yaml is in git, and its results are not.
     """
     if study.not_a_result:
         return []
-    place = lambda path: os.path.relpath(path, study.paths.folder)
-    shown: list = [place(path) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
+    folder = study.paths.folder
+    shown: list = [os.path.relpath(path, folder) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
     for model in study.grid["models"]:
         for domain in study.grid["domains"]:
             own = [
@@ -84,18 +90,25 @@ def plots(study) -> list:
                 for cell in cells.grid(study)
                 if (cell.model, cell.domain) == (model, domain)
             ]
-            shown.append({f"loss, {model}, {domain}": {"x": "tokens", "y": {place(path): "loss" for path in own}}})
+            shown.append(
+                {
+                    f"loss, {model}, {domain}": {
+                        "x": "tokens",
+                        "y": {os.path.relpath(path, folder): "loss" for path in own},
+                    }
+                }
+            )
     return shown
 
 
 def behind(study) -> bool:
-    """Whether the study has no dvc.yaml, or one that lists other cells or rows than its params.yaml asks for."""
+    """Whether the study has no dvc.yaml, or one that lists other cells or files than its params.yaml."""
     path = study.paths.folder / "dvc.yaml"
     return not path.is_file() or path.read_text() != rendered(study)
 
 
 def main(study) -> None:
-    """Rewrite the study's dvc.yaml: the root's stages on its folders, `compare` on its own cells."""
+    """Rewrite the study's dvc.yaml: the root's stages with the study's folders, and `compare` on its own cells."""
     path = study.paths.folder / "dvc.yaml"
     text = rendered(study)
     if not path.is_file() or path.read_text() != text:
@@ -128,7 +141,7 @@ def rendered(study) -> str:
 
 
 def _moved(value, study: str):
-    """Every path and command of the default study's pipeline, turned into the study's."""
+    """The default study's pipeline with every path and command changed to those of the study."""
     if isinstance(value, dict):
         for key in list(value):
             value[key] = _moved(value[key], study)
