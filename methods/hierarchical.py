@@ -51,7 +51,7 @@ class Hierarchical(Part):
     }
 
     neutral = {"strength": 0.0}
-    trial = {"samples": 4, "length": 24, "bits": 32}
+    trial = {"samples": 6, "length": 32, "bits": 32}
 
     strength: float = setting(1.0e-3, within="[0, inf)", help="φ, against a loss in nats a labelled token")
     temperature: Literal["auto"] | float = setting(

@@ -1,10 +1,20 @@
-"""Every law of experiments/laws, on every registered part, and wrong parts that each law must catch."""
+"""Every law of experiments/laws on every registered part, every pair of parts, and wrong parts that the laws catch."""
+
+import itertools
+import random
+import re
+from dataclasses import dataclass
 
 import pytest
+import torch
 
-from experiments.laws.laws import LAWS, ONCE, judge
-from experiments.laws.trial import ARCHITECTURES, Trial
+from experiments.laws import processes
+from experiments.laws.laws import LAWS, ONCE, PROCESSES, judge
+from experiments.laws.trial import ARCHITECTURES, SETTINGS, Trial
+from experiments.training import hooks
 from methods import registry
+from methods.errors import UserError
+from methods.part import Part, setting
 
 PARTS = registry.parts()
 
@@ -14,11 +24,10 @@ def trial(tmp_path_factory):
     """trial(part class, architecture): one trial for all laws, so that its ordinary run is trained once."""
     made = {}
 
-    def trial_of(kind, architecture):
+    def trial_of(kind, architecture="llama"):
         if (kind, architecture) not in made:
-            made[kind, architecture] = Trial(
-                kind=kind, architecture=architecture, folder=tmp_path_factory.mktemp(f"{kind.__name__}-{architecture}")
-            )
+            folder = tmp_path_factory.mktemp(f"{kind.__name__}-{architecture}")
+            made[kind, architecture] = Trial(kind=kind, architecture=architecture, folder=folder)
         return made[kind, architecture]
 
     return trial_of
@@ -32,4 +41,229 @@ def test_law(trial, part, law, architecture):
     if (part, law) == ("given", "memory"):
         pytest.xfail("what is predicted of `given` has no float32 masters, which the engine makes all the same")
     verdict = judge(law, trial(PARTS[part], architecture))
-    assert verdict.status != "failed", verdict
+    assert verdict.status != "failed", str(verdict)
+
+
+@pytest.mark.thorough
+def test_two_processes_give_the_numbers_of_one(trial, tmp_path):
+    verdicts = processes.judge([trial(kind, a) for kind in PARTS.values() for a in ARCHITECTURES], tmp_path)
+    assert not [str(verdict) for verdict in verdicts if verdict.status == "failed"]
+
+
+# every pair of parts
+
+REFUSED = {"given": "given weights are not trained"}  # beside any other part
+
+
+def hooks_of(kind):
+    """The hooks that a part overrides."""
+    return {hook for hook in (*hooks.TRAINING, "finish") if getattr(kind, hook) is not getattr(Part, hook)}
+
+
+PAIRS = [
+    pytest.param(*pair, marks=[] if hooks_of(PARTS[pair[0]]) & hooks_of(PARTS[pair[1]]) else pytest.mark.thorough)
+    for pair in itertools.combinations(PARTS, 2)
+]
+
+
+@pytest.mark.parametrize(("one", "two"), PAIRS)
+def test_a_pair_trains_or_is_refused_with_the_reason(trial, one, two):
+    trials = [trial(PARTS[key]) for key in (one, two)]
+    block = {**trials[0].kind.beside, **trials[1].kind.beside, **{t.kind.key: t.settings() for t in trials}}
+    reason = REFUSED.get(one) or REFUSED.get(two)
+    if reason:
+        with pytest.raises(UserError, match=f"{one} and {two} cannot be combined: {reason}"):
+            registry.build(block)
+        return
+    parts = registry.build(block)
+    trained = trials[0].train(parts, trials[0].prepare(parts), epochs=3 * SETTINGS.batch / Trial.ROWS)
+    assert trained.result.steps == 3 and trained.final
+    assert all(tensor.isfinite().all() for tensor in trained.final.values())
+    assert any(not torch.equal(tensor, trials[0].base[name]) for name, tensor in trained.final.items())
+
+
+# wrong parts
+
+
+def wrong(kind):
+    """A part that is not registered; its key is the class's name."""
+    kind.key = kind.__name__
+    kind.title, kind.paper, kind.line = "Wrong", "https://example.org", "Does what no part may do."
+    return dataclass(frozen=True, kw_only=True)(kind)
+
+
+@wrong
+class Biased(Part):
+    """Not neutral at its neutral setting."""
+
+    neutral = {"strength": 0.0}
+    strength: float = setting(1.0, within="[0, inf)", help="of the pull")
+
+    def before_clip(self, *, run, state, step):
+        for weight in run.weights.values():
+            weight.grad.add_(weight.detach(), alpha=self.strength + 1e-3)
+
+
+@wrong
+class Undeclared(Part):
+    """Says nothing of a neutral setting, and nothing of its settings."""
+
+    strength: float = setting(1.0)
+
+
+@wrong
+class Scaling(Part):
+    """Changes the base in `adapt`."""
+
+    capabilities = frozenset({"adapts"})
+
+    def adapt(self, model, **_):
+        with torch.no_grad():
+            next(model.parameters()).mul_(1.01)
+        return model
+
+
+@wrong
+class Shifting(Part):
+    """Moves the weights in `begin`."""
+
+    def begin(self, *, run, **_):
+        with torch.no_grad():
+            for weight in run.weights.values():
+                weight.add_(1e-3)
+
+
+@wrong
+class Writing(Part):
+    """Writes into the base."""
+
+    def after_step(self, *, run, **_):
+        for tensor in run.base.values():
+            tensor.mul_(0.9)
+
+
+@wrong
+class Thawing(Part):
+    """Freezes the embedding and decays it all the same."""
+
+    capabilities = frozenset({"adapts"})
+
+    def adapt(self, model, **_):
+        model.get_input_embeddings().requires_grad_(False)
+        return model
+
+    def after_step(self, *, run, **_):
+        run.model.get_input_embeddings().weight.mul_(0.99)
+
+
+@wrong
+class Inventing(Thawing):
+    """Freezes the embedding and finishes with another one."""
+
+    def after_step(self, **_):
+        pass
+
+    def finish(self, *, run, final, **_):
+        name = next(name for name, p in run.model.named_parameters() if p is run.model.get_input_embeddings().weight)
+        return final | {name: run.base[name] + 1e-4}
+
+
+@wrong
+class Noisy(Part):
+    """Draws from a generator that nothing seeds."""
+
+    def before_clip(self, *, run, **_):
+        for weight in run.weights.values():
+            weight.grad.mul_(1 + 0.1 * random.random())
+
+
+STEPS_DONE = [0]  # in the module: no checkpoint has it
+
+
+@wrong
+class Forgetful(Part):
+    """Counts its steps where no checkpoint sees it."""
+
+    def begin(self, **_):
+        STEPS_DONE[0] = 0
+
+    def before_clip(self, *, run, **_):
+        STEPS_DONE[0] += 1
+        for weight in run.weights.values():
+            weight.grad.mul_(1 / STEPS_DONE[0])
+
+
+@wrong
+class Unkept(Part):
+    """Changes something that no checkpoint can keep."""
+
+    def begin(self, *, state, **_):
+        state["steps"] = itertools.count()
+
+    def after_step(self, *, state, **_):
+        next(state["steps"])
+
+
+@wrong
+class Hoarding(Part):
+    """Holds copies of all weights and predicts nothing."""
+
+    def begin(self, *, run, state, **_):
+        state["copies"] = [weight.detach().clone() for weight in run.weights.values() for _ in range(3)]
+
+
+@wrong
+class Failing(Part):
+    """Raises in a hook."""
+
+    def before_clip(self, *, run, **_):
+        return run.weights["no.such.weight"]
+
+
+@wrong
+class Ranked(Part):
+    """Draws from torch's own generator, which is another one in every process."""
+
+    def batch(self, *, batch, **_):
+        return batch | {"labels": batch["labels"].masked_fill(torch.rand(batch["labels"].shape) < 0.3, -100)}
+
+
+CAUGHT = [
+    (
+        Biased,
+        "neutral",
+        "at strength: 0.0 its weights and those of plain fine-tuning differ in .* tensors, most in .* by",
+    ),
+    (Undeclared, "neutral", "`neutral` is '': declare the settings at which the part is plain fine-tuning"),
+    (Undeclared, "described", "it lacks a help text of the setting strength; the interval of the setting strength"),
+    (Scaling, "base", "the adapted model's logits and the base's differ in 1 of 1 .* by 0.0"),
+    (Shifting, "base", "the logits before the first step and the base's differ"),
+    (Writing, "base", "`base` after the run and before it differ in .* tensors"),
+    (
+        Thawing,
+        "frozen",
+        "tensors of the model that are not trained and the base's differ in 1 of 1 tensors, .*embed_tokens",
+    ),
+    (Inventing, "frozen", "finished tensors that are neither trained nor adapted .* differ in 1 of 1 .*embed_tokens"),
+    (Noisy, "repeatable", "the weights of two equal runs differ in .*`run.seed`"),
+    (Forgetful, "resumable", "the weights of an interrupted run and of a whole one differ in .*`keep`"),
+    (Unkept, "resumable", "Unkept: state.*steps"),
+    (Hoarding, "memory", r"training takes \d+.\d MiB at its peak, and \d+.\d MiB are predicted: count in `memory`"),
+    (Failing, "repeatable", "KeyError: 'no.such.weight', line .* of before_clip in tests.test_laws"),
+]
+
+
+@pytest.mark.parametrize(("kind", "law", "said"), CAUGHT, ids=lambda value: getattr(value, "__name__", None))
+def test_a_wrong_part_is_caught(trial, kind, law, said):
+    verdict = judge(law, trial(kind))
+    assert verdict.status == "failed"
+    assert re.search(f"^{kind.__name__}  {law} +failed: .*{said}", str(verdict)), str(verdict)
+    assert "\n" not in str(verdict)
+
+
+@pytest.mark.thorough
+def test_draws_by_process_are_caught(trial, tmp_path):
+    ranked, failing = processes.judge([trial(Ranked), trial(Failing)], tmp_path)
+    assert ranked.status == failing.status == "failed" and ranked.law == PROCESSES
+    assert "after 10 steps the weights of two processes differ from those of one by" in ranked.text
+    assert "KeyError: 'no.such.weight', line" in failing.text

@@ -4,6 +4,7 @@ A `Trial` is one part class on one architecture. It is trained at most once for 
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,15 +13,17 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from experiments.model.random_models import build
+from experiments.model.measure import Measure
+from experiments.model.random_models import build, byte_tokenizer
+from experiments.model.shape import Shape
 from experiments.stages.prepare import TENSORS, fitting
 from experiments.training import hooks
 from experiments.training.batches import Example
-from experiments.training.engine import FitResult, final_weights, fit
+from experiments.training.engine import FitResult, final_weights, finish, fit
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
 from methods import registry
-from methods.part import Part, adapted
+from methods.part import Part, Run, adapted
 from methods.tools.process_group import Shards
 
 ARCHITECTURES = ("llama", "gptj")
@@ -99,15 +102,16 @@ class Trial:
     def beside(self) -> tuple[Part, ...]:
         return registry.build(self.kind.beside)
 
-    def part(self, **settings: Any) -> Part:
-        """The part with its `trial` settings; `{checkpoint}` and `{rows}` in them become a checkpoint folder and a JSONL."""
+    def settings(self, **settings: Any) -> dict[str, Any]:
+        """The part's `trial` settings; `{checkpoint}` and `{rows}` in them become a checkpoint folder and a JSONL."""
         places = {"{checkpoint}": self._checkpoint, "{rows}": self._rows}
-        return self.kind(
-            **{
-                name: places[value]() if isinstance(value, str) and value in places else value
-                for name, value in {**self.kind.trial, **settings}.items()
-            }
-        )
+        return {
+            name: places[value]() if isinstance(value, str) and value in places else value
+            for name, value in {**self.kind.trial, **settings}.items()
+        }
+
+    def part(self, **settings: Any) -> Part:
+        return self.kind(**self.settings(**settings))
 
     def adapted(self, parts: tuple[Part, ...]) -> nn.Module:
         return adapted(self.model(), parts, seed=SEED)
@@ -158,9 +162,10 @@ class Trial:
             logits.append(self.logits(model))
             return {}
 
+        training, finishing = hooks.trainers(parts), hooks.finishers(parts)
         result = fit(
             model=self.model(),
-            parts=parts,
+            parts=training,
             examples=texts(self.ROWS, seed=12, labelled=True),
             settings=replace(SETTINGS, **settings),
             seed=SEED,
@@ -170,11 +175,17 @@ class Trial:
             resume=checkpoints,
             probe=probe,
         )
-        final = final_weights(result, parts)
-        for part in parts if save else ():
+        final = final_weights(result, training, measure=self.measure)
+        for part in training if save else ():
             save.mkdir(parents=True, exist_ok=True)
             part.save(run=result.run, state=result.states[part.key], folder=save)
-        reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in parts}
+        reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in training}
+        # parts that act in `finish` alone are given no training, as in the stage
+        shape = Shape(config=result.run.model.config).build()
+        run = Run(model=shape, weights={}, base=self.base, seed=SEED, device="cpu", shards=self.shards)
+        ended: dict[str, dict] = {part.key: {} for part in finishing}
+        final = finish(run, finishing, states=ended, final=final, measure=self.measure)
+        reports |= {part.key: hooks.report(part, run=run, state=ended[part.key]) for part in finishing}
         return Trained(result=result, final=final, reports=reports, logits=logits[0] if logits else None)
 
     def logits(self, model: nn.Module) -> Tensor:
@@ -202,6 +213,28 @@ class Trial:
     def _no_checkpoints(self) -> Resume:
         return Resume(
             self.folder / "unused", identity={}, every=float("inf"), rank=self.shards.rank, world=self.shards.world
+        )
+
+    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """What a part's `finish` is given to score weights with; nothing is made before the first call."""
+        return self._measure(weights)
+
+    @cached_property
+    def _measure(self) -> Measure:
+        folder, probes = self.folder / "base", self.folder / "probes"
+        if self.shards.first and not probes.is_dir():
+            self.model().save_pretrained(folder)
+            byte_tokenizer().save_pretrained(folder)
+            probes.mkdir()
+            (probes / "general.jsonl").write_text(json.dumps({"text": "General text that is not trained on."}) + "\n")
+        self.shards.wait()
+        return Measure(
+            folder=folder,
+            probes=probes,
+            base=self.base,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            shards=self.shards,
         )
 
     def _checkpoint(self) -> str:
