@@ -172,8 +172,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
             study.paths.resume / "prepare" / key / part.key,
             every=settings.checkpoint_seconds,
             identity={"preparation": key, "part": part.key, "device": where.type, "compute_dtype": str(computing)},
-            rank=shards.rank,
-            world=shards.world,
+            shards=shards,
         )
         began = perf_counter()
         prepared = part.prepare(

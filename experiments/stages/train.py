@@ -24,11 +24,11 @@ from experiments.study import ledger, provenance
 from experiments.study.failures import recorded
 from experiments.training import hardware, hooks, memory, processes
 from experiments.training.batches import Example
-from experiments.training.contents import tensors_in
 from experiments.training.engine import FitResult, final_weights, finish, fit
 from experiments.training.flops import mfu
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
+from experiments.training.snapshot import tensors_in
 from methods.errors import UserError
 from methods.part import Run
 from methods.tools.files import folder_sha256, need_room, read_json, write_json
@@ -129,7 +129,7 @@ def _used(study, cell) -> set[str]:
 def _resume(study, cell, *, shards: Shards, identity: dict) -> Resume:
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
     folder = study.paths.resume / "train" / cell.name
-    return Resume(folder, every=settings.checkpoint_seconds, rank=shards.rank, world=shards.world, identity=identity)
+    return Resume(folder, every=settings.checkpoint_seconds, shards=shards, identity=identity)
 
 
 def _fit(

@@ -155,7 +155,7 @@ def fit(
                 interruption = Interruption(
                     resume, run=run, parts=parts, states=method.states, optimizer=optimizer, log=log
                 )
-                result.resumed = interruption.go_on()
+                result.resumed = interruption.restore()
                 method.added = log.added
             bar.update(result.resumed)
         trained.push()
@@ -184,7 +184,7 @@ def fit(
             )
             if resume is not None and step + 1 < steps and resume.due():
                 with log.pause():
-                    interruption.keep(step + 1)
+                    interruption.save(step + 1)
         log.flush()
         if probe_steps and log.curve:
             log.curve[-1] |= _probed(probe, trained)

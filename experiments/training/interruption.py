@@ -1,8 +1,9 @@
-"""What of a run is kept in a checkpoint, and how the run goes on from it.
+"""Saves a run's checkpoints, and resumes an interrupted run from one.
 
-Kept are the weights, whatever has changed in the optimizer, in every part's state and in the model's other tensors
-(experiments/training/snapshot.py), what a part's `keep` names, and as JSON the step (which stands for the learning rate and the place in the
-data), random states and the curve. Where a change is of a kind that cannot be kept, no checkpoint is written, and that is said.
+A checkpoint holds the weights, the tensors that a part's `keep` names, whatever has changed in the optimizer, the
+parts' states, the model's other tensors and the random generators (experiments/training/snapshot.py), and as JSON the
+number of steps, which gives the learning rate and the position in the data, and the curve. Where a change cannot be
+restored no checkpoint is written, and a message says so.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +17,11 @@ from experiments.training.resume import Resume
 from experiments.training.snapshot import Beginning, Unkeepable
 from methods.part import Part, Run
 
-OPTIMIZER, MODEL = "its optimizer", "its model"  # no part's key has a space
+LOGGED = ("curve", "seconds", "tokens", "flops", "added")
 
 
 class Interruption:
-    """One run, all of it ready for its first step, and its checkpoints."""
+    """One run, ready for its first step, and its checkpoints."""
 
     def __init__(
         self,
@@ -32,140 +33,74 @@ class Interruption:
         optimizer: torch.optim.Optimizer,
         log: Log,
     ) -> None:
-        self._resume, self._run, self._parts, self._states, self._optimizer, self._log = (
-            resume,
-            run,
-            parts,
-            states,
-            optimizer,
-            log,
-        )
-        apart = (run, run.base, run.shards, run.moments, optimizer, *parts, *run.model.modules())
-        self._begun = {
-            name: Beginning(value, place=place, weights=run.weights, apart=apart)
-            for name, (place, value) in self._changing().items()
-        }
-        self._named = self._by_parts()
+        self._resume, self._run, self._parts, self._states = resume, run, parts, states
+        self._optimizer, self._log = optimizer, log
+        apart = (run, run.base, run.shards, run.moments, *parts, *run.model.modules())
+        self._beginning = Beginning(self._values(), weights=run.weights, apart=apart)
+        self._kept = self._kept_by_parts()
 
-    def go_on(self) -> int:
-        """Put everything back as it was; returns the number of steps behind the run, 0 where there is no checkpoint of it."""
-        room = {place: tensor for begun in self._begun.values() for place, tensor in begun.room().items()}
-        found = self._resume.load(into=self._weights() | self._named, room=room, device=self._run.device)
-        steps = 0
-        if found is not None:
-            tensors, position = found
-            for name, begun in self._begun.items():
-                self._set(name, begun.restore(position["changes"][name], tensors))
-            for name in ("curve", "seconds", "tokens", "flops", "added"):
-                setattr(self._log, name, position[name])
-            set_random_state(position["random"], self._run.device)
-            steps = position["step"]
-        for begun in self._begun.values():
-            begun.settle()
+    def restore(self) -> int:
+        """Put everything back as the newest checkpoint has it; the number of steps done, 0 where there is none."""
+        into = self._weights() | self._kept
+        checkpoint, steps = self._resume.newest(into), 0
+        if checkpoint is not None:
+            checkpoint.read_into(into)
+            values = self._beginning.restore(checkpoint.position["changes"], checkpoint.tensor)
+            self._set_model(values["model"])
+            for part in self._parts:
+                state, back = self._states[part.key], values[f"{part.key}: state"]
+                for key in state.keys() - back.keys() - set(part.scratch):
+                    del state[key]
+                state.update(back)
+            set_random_state(values["random"], self._run.device)
+            vars(self._log).update(checkpoint.position["log"])
+            steps = checkpoint.position["step"]
+        self._beginning.release()
         return steps
 
-    def keep(self, step: int) -> None:
-        """Write a checkpoint of the run with `step` steps behind it."""
-        tensors, changes, problem = self._weights(), {}, None
+    def save(self, step: int) -> None:
+        """Write a checkpoint of the run after `step` steps."""
+        kept, changes, changed, problem = self._kept_by_parts(), {}, {}, None
         try:
-            named = self._by_parts()
-            if odd := sorted(named.keys() ^ self._named.keys()):
+            if odd := sorted(kept.keys() ^ self._kept.keys()):
                 raise Unkeepable(
                     f"the part's `keep` names {odd[0]} at one step and not at another: it must name the same tensors throughout"
                 )
-            tensors |= named
-            for name, (_, value) in self._changing().items():
-                changes[name], changed = self._begun[name].changes(value)
-                tensors |= changed
+            changes, changed = self._beginning.changes(self._values())
         except Unkeepable as error:
             problem = str(error)
-        self._resume.save(
-            tensors,
-            {
-                "step": step,
-                "curve": self._log.curve,
-                "seconds": self._log.seconds,
-                "tokens": self._log.tokens,
-                "flops": self._log.flops,
-                "added": self._log.added,
-                "random": random_state(self._run.device),
-                "changes": changes,
-            },
-            problem=problem,
-        )
+        log = {name: getattr(self._log, name) for name in LOGGED}
+        position = {"step": step, "log": log, "changes": changes}
+        self._resume.save(self._weights() | kept | changed, position, problem=problem)
 
     def _weights(self) -> dict[str, Tensor]:
         return {f"weights/{name}": weight.detach() for name, weight in self._run.weights.items()}
 
-    def _by_parts(self) -> dict[str, Tensor]:
+    def _kept_by_parts(self) -> dict[str, Tensor]:
         return {
-            f"{part.key}/{name}": tensor
+            f"{part.key}/{name}": tensor.detach()
             for part in self._parts
             for name, tensor in part.keep(run=self._run, state=self._states[part.key]).items()
         }
 
-    def _changing(self) -> dict[str, tuple[str, object]]:
-        """What is looked through for changes, and how its place begins."""
-        found: dict[str, tuple[str, object]] = {
-            OPTIMIZER: ("optimizer", self._optimizer_tree()),
-            MODEL: ("model", self._others()),
-        }
+    def _values(self) -> dict[str, object]:
+        """Everything that is compared with the beginning, by place."""
+        values = {"optimizer": self._optimizer, "model": self._others()}
         for part in self._parts:
             state = self._states[part.key]
-            kept = {name: value for name, value in state.items() if name not in part.scratch} if part.scratch else state
-            found[part.key] = f"{part.key}: state", kept
-        return found
+            values[f"{part.key}: state"] = {key: value for key, value in state.items() if key not in part.scratch}
+        return values | {"random": random_state(self._run.device)}
 
     def _others(self) -> dict[str, Tensor]:
         """The model's tensors that are not trained, which a part may change all the same."""
         model, trained = self._run.model, self._run.weights
-        return {
-            name: tensor
-            for tensors in (model.named_parameters(), model.named_buffers())
-            for name, tensor in tensors
-            if name not in trained
-        }
+        every = [*model.named_parameters(), *model.named_buffers()]
+        return {name: tensor for name, tensor in every if name not in trained}
 
-    def _optimizer_tree(self) -> dict:
-        """What an optimizer holds: its state by the weights' names, its groups, tensors of its own that it trains, and its attributes."""
-        names = {id(weight): name for name, weight in self._run.weights.items()}
-        own = {}
-        for number, group in enumerate(self._optimizer.param_groups):
-            for index, tensor in enumerate(group["params"]):
-                if id(tensor) not in names:
-                    names[id(tensor)] = f"group {number}, tensor {index}"
-                    own[names[id(tensor)]] = tensor
-        left_out = {"state", "param_groups", *getattr(type(self._optimizer), "scratch", ())}
-        return {
-            "state": {names.get(id(key), key): value for key, value in self._optimizer.state.items()},
-            "own": own,
-            "groups": [
-                {name: value for name, value in group.items() if name != "params"}
-                for group in self._optimizer.param_groups
-            ],
-            "attributes": {name: value for name, value in vars(self._optimizer).items() if name not in left_out},
-        }
-
-    def _set(self, name: str, back: dict) -> None:
-        """Give back what was not put back in place."""
-        if name == OPTIMIZER:
-            tensors = dict(self._run.weights) | back["own"]
-            state = {
-                tensors.get(key, key) if isinstance(key, str) else key: value for key, value in back["state"].items()
-            }
-            self._optimizer.state.clear()
-            self._optimizer.state.update(state)
-            for group, values in zip(self._optimizer.param_groups, back["groups"], strict=True):
-                group.update(values)
-            vars(self._optimizer).update(back["attributes"])
-        elif name == MODEL:
-            there = self._others()
-            for path in [path for path, tensor in back.items() if tensor is not there.get(path)]:
-                module, _, own = path.rpartition(".")
-                setattr(self._run.model.get_submodule(module), own, back[path])
-        else:
-            (part,) = (part for part in self._parts if part.key == name)
-            state = self._states[name]
-            found = {key: state[key] for key in part.scratch if key in state} | back
-            state.clear()
-            state.update(found)
+    def _set_model(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the model the tensors that were not restored in place."""
+        there = self._others()
+        for name, tensor in tensors.items():
+            if tensor is not there.get(name):
+                module, _, own = name.rpartition(".")
+                setattr(self._run.model.get_submodule(module), own, tensor)

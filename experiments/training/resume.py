@@ -1,323 +1,261 @@
-"""Where an interrupted run goes on from: tensors by torch.distributed.checkpoint (DCP), the position as JSON beside them.
+"""Checkpoints of an interrupted run: one safetensors file a process, and JSON beside it.
 
-    FOLDER/save-00000003/manifest.json      format, identity, processes, torch, size and sha256 of every file
-    FOLDER/save-00000003/process-0/         what process 0 saved: DCP's .metadata and *.distcp, and position.json
-
-DCP pickles its metadata, and unpickling runs what the file says. So a checkpoint is opened only where this user alone can
-have written it, and where its manifest, written last, says that it is this run's and every byte is as it was written.
-Every process keeps a DCP checkpoint of its own: DCP would take tensors of the same name in two processes for one tensor.
+FOLDER/save-00000003/manifest.json           format, identity, size and sha256 of every file; written last
+FOLDER/save-00000003/process-0.safetensors   the tensors of process 0, as bytes
+FOLDER/save-00000003/process-0.json          their dtypes and shapes, and the position
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
 import sys
-import uuid
-import warnings
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 import torch
-import torch.distributed as dist
+from safetensors import safe_open
 from torch import Tensor
-from torch.distributed import checkpoint as dcp
 
-from experiments.training.contents import local
 from methods.errors import UserError
-from methods.tools.files import exposed, need_room, sha256
+from methods.tools.files import need_room, sha256
+from methods.tools.process_group import Shards
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
-POSITION = "position.json"
-THREADS = 4
-NAME = re.compile(r"save-\d{8}")
-FRAME = 4096  # bytes DCP may add to a tensor
+SAVE = re.compile(r"save-\d{8}")
 
 
 class Resume:
-    """The checkpoints of one run in `folder`, which is the run's alone.
+    """The checkpoints of one run in `folder`, which belongs to this run alone.
 
-    identity    what the run is, as JSON: another identity's checkpoint is not gone on from
-    every       seconds between checkpoints: 0 after each step, math.inf never
-    rank, world this process and how many there are; above one, torch's default process group is used, and every
-                process calls `load`, `due` and `save` equally often
+    identity  what the run is, as JSON: a checkpoint of another identity is not used
+    every     seconds between checkpoints: 0 after each step, math.inf never
+    shards    the processes of the run, which call `newest`, `load`, `due` and `save` equally often
     """
 
-    def __init__(self, folder: Path, *, identity: dict, every: float = 900.0, rank: int = 0, world: int = 1) -> None:
-        self.folder = Path(folder)
-        self.identity = json.loads(json.dumps(identity))
-        self.every, self.rank, self.world = every, rank, world
+    def __init__(self, folder: Path, *, identity: dict, every: float = 900.0, shards: Shards = Shards()) -> None:
+        self.folder, self.every, self._shards = Path(folder), every, shards
+        # another version of torch computes other bits, and another number of processes holds other rows
+        here = {"torch": str(torch.__version__), "processes": shards.world}
+        self.identity = json.loads(json.dumps(identity | here))
         self._last = monotonic()
         self._warned = False
-        if rank == 0 and os.path.lexists(self.folder) and not exposed(self.folder):
-            for part in self.folder.glob("*.part"):  # of saves that were killed
-                _remove(part)
 
     def within(self, name: str) -> "Resume":
-        """The checkpoints of a part of this run, in a folder of their own."""
-        return Resume(
-            self.folder / name,
-            identity=self.identity | {"within": name},
-            every=self.every,
-            rank=self.rank,
-            world=self.world,
-        )
+        """The checkpoints of one phase of this run, in a folder of their own."""
+        identity = self.identity | {"within": name}
+        return Resume(self.folder / name, identity=identity, every=self.every, shards=self._shards)
 
-    def load(
-        self, into: Mapping[str, Tensor], device: torch.device | str = "cpu", *, room: Mapping[str, Tensor] = {}
-    ) -> tuple[dict[str, Tensor], dict] | None:
-        """The newest whole checkpoint of this run: (all tensors by key, position), or None where there is none.
+    def load(self, into: Mapping[str, Tensor], device: torch.device | str = "cpu") -> tuple[dict, dict] | None:
+        """The newest checkpoint as (tensors, position), the tensors of `into` read in place; None where there is none."""
+        checkpoint = self.newest(into)
+        if checkpoint is None:
+            return None
+        checkpoint.read_into(into)
+        others = {key: checkpoint.tensor(key).to(device, copy=True) for key in checkpoint.kinds if key not in into}
+        return {**into, **others}, checkpoint.position
 
-        Tensors of `into` are read in place, and those of `room` where the checkpoint has one of that key, shape and dtype; all others
-        are allocated on `device`. A checkpoint that may not or cannot be used is named on stderr with the reason, and neither
-        unpickled nor read into any tensor.
+    def newest(self, into: Mapping[str, Tensor] = {}) -> "Checkpoint | None":
+        """The newest whole checkpoint of this run that has every tensor of `into`; None where there is none.
+
+        A checkpoint that cannot be used is named on stderr with the reason, and an older one is taken.
         """
         used, refused = None, []
-        for path, reason in self._from_first(self._candidates):
-            reason = reason or next(filter(None, self._gather(self._refusal(path, into))), None)
-            if not reason:
-                used = path
-                break
-            refused.append((path, reason))
-        if self.rank == 0:
-            then = f"using the older {used.name}" if used else "starting from the beginning"
+        while used is None and (path := self._from_first(self._next, len(refused))):
+            checkpoint, reason = self._opened(path, into)
+            if reason := next(filter(None, self._shards.gathered(reason)), None):
+                refused.append((path, reason))
+            else:
+                used = checkpoint
+        if self._shards.first:
+            then = f"using the older {used.folder.name}" if used else "starting from the beginning"
             for path, reason in refused:
                 print(f"checkpoint {path} is not used: {reason}; {then}", file=sys.stderr)
-        return self._read(used, into, room, device) if used else None
+        return used
 
     def due(self) -> bool:
-        """Whether `every` seconds have passed since the last save; process 0's clock decides for all."""
-        if math.isinf(self.every):
-            return False
-        return self._from_first(lambda: monotonic() - self._last >= self.every)
+        """Whether `every` seconds have passed since the last save; the first process's clock decides for all."""
+        return not math.isinf(self.every) and self._from_first(lambda: monotonic() - self._last >= self.every)
 
     def save(self, tensors: Mapping[str, Tensor], position: dict, *, problem: str | None = None) -> None:
-        """Write this process's `tensors` and `position` (JSON: floats come back exactly, tuples as lists), then drop the
-        older checkpoint. What the disk does not take, or a `problem` that one of the processes has, is named once on stderr,
-        and the run goes on without."""
-        text = json.dumps(position)
-        sizes, problems = zip(
-            *self._gather((sum(t.nbytes + FRAME for t in map(local, tensors.values())) + len(text), problem))
-        )
-        fresh = self._from_first(lambda: self._fresh(sum(sizes), next(filter(None, problems), None)))
-        if fresh:
-            outcomes = self._gather(self._write(fresh / f"process-{self.rank}", tensors, text))
-            self._from_first(lambda: self._finish(fresh, outcomes))
+        """Write this process's `tensors` and `position` (JSON), then remove the older checkpoints.
+
+        A full disk, or a `problem` of one of the processes, is reported once on stderr, and the run goes on without a
+        checkpoint; the older one stays.
+        """
+        kinds = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in tensors.items()}
+        facts = json.dumps({"position": position, "tensors": kinds}).encode()
+        needs = self._shards.gathered((sum(t.nbytes for t in tensors.values()) + 2 * len(facts), problem))
+        problem = next((problem for _, problem in needs if problem), None)
+        unfinished = self._from_first(self._make_folder, sum(size for size, _ in needs), problem)
+        if unfinished:
+            outcomes = self._shards.gathered(self._write(unfinished, tensors, facts))
+            self._from_first(self._finish, unfinished, outcomes)
         self._last = monotonic()
 
     def clear(self) -> None:
         """The run is finished: remove the folder."""
-        if self.rank == 0:
-            _remove(self.folder)
+        if self._shards.first:
+            shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _candidates(self) -> list[tuple[Path, str | None]]:
-        """The saves, newest first, each with what is wrong with it already."""
-        try:
-            if not os.path.lexists(self.folder):
-                return []
-            if why := exposed(self.folder):
-                return [(self.folder, f"it {why}")]
-            return [(path, None) for path in sorted(self.folder.iterdir(), reverse=True) if NAME.fullmatch(path.name)]
-        except OSError as error:
-            return [(self.folder, f"it cannot be read ({error})")]
+    def _saves(self) -> list[Path]:
+        """Every save, newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path for path in self.folder.iterdir() if SAVE.fullmatch(path.name)), reverse=True)
 
-    def _refusal(self, path: Path, into: Mapping[str, Tensor]) -> str | None:
-        """Why this checkpoint is not to be used, or None. Nothing is unpickled before all else is in order."""
+    def _next(self, refused: int) -> Path | None:
+        return next(iter(self._saves()[refused:]), None)
+
+    def _opened(self, path: Path, into: Mapping[str, Tensor]) -> "tuple[Checkpoint | None, str | None]":
+        """This process's part of a save, or why it cannot be used."""
         try:
-            entries = sorted(path.rglob("*"))
-            for entry in (path, *entries):
-                if why := exposed(entry):
-                    return f"{'it' if entry == path else entry.relative_to(path)} {why}"
             if not (path / MANIFEST).is_file():
-                return f"{MANIFEST} is missing"
+                return None, f"{MANIFEST} is missing, so it was not finished"
             manifest = json.loads((path / MANIFEST).read_text())
-            for key, here in (("format", FORMAT), ("torch", str(torch.__version__)), ("processes", self.world)):
-                if manifest[key] != here:
-                    return f"it was made with {key} {manifest[key]}, this run has {here}"
-            there = manifest["identity"]
-            missing = object()
-            differing = [
-                k for k in sorted(there | self.identity) if there.get(k, missing) != self.identity.get(k, missing)
-            ]
+            if manifest["format"] != FORMAT:
+                return None, f"it was written by an earlier version (format {manifest['format']}, this is {FORMAT})"
+            other, missing = manifest["identity"], object()
+            keys = sorted(other | self.identity)
+            differing = [key for key in keys if other.get(key, missing) != self.identity.get(key, missing)]
             if differing:
-                return f"it is another run's, which differs in {', '.join(differing)}"
-            sizes = {entry.relative_to(path).as_posix(): entry.stat().st_size for entry in entries if entry.is_file()}
-            del sizes[MANIFEST]
-            for name in sorted(sizes | manifest["files"]):
-                if name not in sizes:
-                    return f"{name} is missing"
-                if name not in manifest["files"]:
-                    return f"{name} is not in its manifest"
-                if sizes[name] != manifest["files"][name]["bytes"]:
-                    return f"{name} has {sizes[name]} bytes, {manifest['files'][name]['bytes']} were written"
-            own = [name for name in sizes if name.startswith(f"process-{self.rank}/")]
-            for name, found in zip(own, _hashes([path / name for name in own])):
-                if found != manifest["files"][name]["sha256"]:
-                    return f"{name} is not as it was written (its sha256 differs)"
-            return _misfit(_stored(path / f"process-{self.rank}"), into)
+                return None, f"it belongs to another run, which differs in {', '.join(differing)}"
+            for name in (f"process-{self._shards.rank}.json", f"process-{self._shards.rank}.safetensors"):
+                written = manifest["files"][name]
+                if not (path / name).is_file():
+                    return None, f"{name} is missing"
+                if (size := (path / name).stat().st_size) != written["bytes"]:
+                    return None, f"{name} has {size} bytes, {written['bytes']} were written"
+                if sha256(path / name) != written["sha256"]:
+                    return None, f"{name} is damaged (its sha256 differs)"
+            checkpoint = Checkpoint(path, self._shards.rank)
+            return checkpoint, checkpoint.misfit(into)
         except Exception as error:  # whatever is wrong with a checkpoint, the run can start without it
-            return f"it cannot be read ({type(error).__name__}: {error})"
+            return None, f"it cannot be read ({type(error).__name__}: {error})"
 
-    def _read(
-        self, path: Path, into: Mapping[str, Tensor], room: Mapping[str, Tensor], device: torch.device | str
-    ) -> tuple[dict[str, Tensor], dict]:
-        own = path / f"process-{self.rank}"
-        stored = _stored(own)
-        there = {**{key: tensor for key, tensor in room.items() if not _misfit(stored, {key: tensor})}, **into}
-        tensors = {
-            key: there[key] if key in there else torch.empty(kept.size, dtype=kept.properties.dtype, device=device)
-            for key, kept in stored.items()
-        }
-        with _quiet():
-            dcp.load(
-                {key: local(t) for key, t in tensors.items()}, storage_reader=dcp.FileSystemReader(own), no_dist=True
-            )
-        return tensors, json.loads((own / POSITION).read_text())
-
-    def _fresh(self, needed: int, problem: str | None) -> Path | None:
-        """An empty folder for the next save, or None where there is no place for it or a problem with it."""
+    def _make_folder(self, needed: int, problem: str | None) -> Path | None:
+        """An empty folder for the next save; None where there is no room for it or a problem with it."""
         try:
             if problem:
                 raise OSError(problem)
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if why := exposed(self.folder):
-                raise OSError(f"{self.folder} {why}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for path in self.folder.glob("*.part"):  # a save that was interrupted
+                shutil.rmtree(path)
             need_room(self.folder, needed, "a checkpoint")
-            last = max((int(path.name[5:]) for path in self.folder.iterdir() if NAME.fullmatch(path.name)), default=0)
-            fresh = self.folder / f"save-{last + 1:08d}.{uuid.uuid4().hex[:8]}.part"
-            fresh.mkdir(mode=0o700)
-            return fresh
+            number = max((int(path.name[5:]) for path in self._saves()), default=0) + 1
+            unfinished = self.folder / f"save-{number:08d}.part"
+            unfinished.mkdir()
+            return unfinished
         except (OSError, UserError) as error:
-            self._warn(error)
-            return None
+            return self._warn(error)
 
-    def _write(self, own: Path, tensors: Mapping[str, Tensor], text: str) -> dict[str, dict] | str:
-        """Size and hash of each file written for this process, or what went wrong."""
+    def _write(self, folder: Path, tensors: Mapping[str, Tensor], facts: bytes) -> dict[str, dict] | str:
+        """Size and sha256 of each file that this process wrote, or what went wrong."""
+        name = f"process-{self._shards.rank}"
         try:
-            own.mkdir(mode=0o700)
-            writer = dcp.FileSystemWriter(own, thread_count=max(1, min(THREADS, len(tensors))))
-            with _quiet():
-                metadata = dcp.save(
-                    {key: local(t).detach() for key, t in tensors.items()}, storage_writer=writer, no_dist=True
-                )
-            unwritten = tensors.keys() - {index.fqn for index in metadata.storage_data}
-            if unwritten:  # DCP does not pass on an error of its writing threads
-                raise OSError(f"{min(unwritten)} could not be written")
-            _write_synced(own / POSITION, text)
-            files = sorted(own.iterdir())
-            for path in files:
-                path.chmod(0o600)  # whatever the umask
-                _sync(path)
-            _sync(own)
             return {
-                f"{own.name}/{path.name}": {"bytes": path.stat().st_size, "sha256": found}
-                for path, found in zip(files, _hashes(files))
+                f"{name}.safetensors": _write(folder / f"{name}.safetensors", _safetensors(tensors)),
+                f"{name}.json": _write(folder / f"{name}.json", [facts]),
             }
-        except dcp.CheckpointException as error:
-            return " ".join(str(cause) for cause, _ in error.failures.values())
         except Exception as error:  # the other processes wait for the outcome
             return f"{type(error).__name__}: {error}"
 
-    def _finish(self, fresh: Path, outcomes: list[dict[str, dict] | str]) -> None:
-        """Seal the save with its manifest, give it its name, remove all older ones."""
+    def _finish(self, unfinished: Path, outcomes: list[dict[str, dict] | str]) -> None:
+        """Write the manifest, give the save its name, and remove all older ones."""
         try:
-            for outcome in outcomes:
-                if isinstance(outcome, str):
-                    raise OSError(outcome)
+            if problem := next((outcome for outcome in outcomes if isinstance(outcome, str)), None):
+                raise OSError(problem)
             files = {name: facts for outcome in outcomes for name, facts in outcome.items()}
-            _write_synced(
-                fresh / MANIFEST,
-                json.dumps(
-                    {
-                        "format": FORMAT,
-                        "torch": str(torch.__version__),
-                        "processes": self.world,
-                        "identity": self.identity,
-                        "files": files,
-                    },
-                    indent=1,
-                ),
-            )
-            _sync(fresh)
-            named = fresh.with_name(fresh.name.split(".")[0])
-            os.rename(fresh, named)
+            manifest = {"format": FORMAT, "identity": self.identity, "files": files}
+            _write(unfinished / MANIFEST, [json.dumps(manifest, indent=1).encode()])
+            _sync(unfinished)
+            finished = unfinished.rename(unfinished.with_suffix(""))
             _sync(self.folder)
         except OSError as error:
-            _remove(fresh)
-            self._warn(error)
-            return
+            shutil.rmtree(unfinished, ignore_errors=True)
+            return self._warn(error)
         self._warned = False
-        for path in self.folder.iterdir():
-            if path != named and NAME.fullmatch(path.name):
-                _remove(path)
+        for path in self._saves():
+            if path != finished:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
             print(f"no checkpoint was written: {error}; the run goes on without", file=sys.stderr)
         self._warned = True
 
-    def _gather(self, value: Any) -> list:
-        """Every process's value, in order of rank."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def _from_first(self, compute) -> Any:
-        """What process 0 computes, in every process."""
-        value = [compute() if self.rank == 0 else None]
-        if self.world > 1:
-            dist.broadcast_object_list(value, src=0)
-        return value[0]
+    def _from_first(self, compute, *arguments):
+        """What the first process computes, in every process."""
+        return self._shards.gathered(compute(*arguments) if self._shards.first else None)[0]
 
 
-def _stored(own: Path) -> dict:
-    """Size and dtype of the tensors in one process's checkpoint, by key. Unpickles."""
-    return dcp.FileSystemReader(own).read_metadata().state_dict_metadata
+class Checkpoint:
+    """One process's part of a save: the position, and tensors that are read one at a time.
+
+    kinds  [dtype, shape] of every tensor by its key
+    """
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.folder = folder
+        facts = json.loads((folder / f"process-{rank}.json").read_text())
+        self.position, self.kinds = facts["position"], facts["tensors"]
+        self._file = safe_open(folder / f"process-{rank}.safetensors", framework="pt")
+
+    def tensor(self, key: str) -> Tensor:
+        """A tensor on the CPU, which may lie in the file itself: copy it."""
+        dtype, shape = self.kinds[key]
+        return self._file.get_tensor(key).view(getattr(torch, dtype)).view(shape)
+
+    @torch.no_grad()
+    def read_into(self, into: Mapping[str, Tensor]) -> None:
+        for key, tensor in into.items():
+            tensor.copy_(self.tensor(key))
+
+    def misfit(self, into: Mapping[str, Tensor]) -> str | None:
+        """Why the tensors of `into` cannot be read from it, or None."""
+        for key, tensor in into.items():
+            here = [str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
+            if key not in self.kinds:
+                return f"it has no tensor {key}"
+            if self.kinds[key] != here:
+                return f"{key} in it is {' '.join(map(str, self.kinds[key]))}, here {' '.join(map(str, here))}"
+        return None
 
 
-def _misfit(stored: dict, into: Mapping[str, Tensor]) -> str | None:
-    for key, tensor in into.items():
-        if key not in stored:
-            return f"it has no tensor {key}"
-        there, here = stored[key], local(tensor)
-        if (there.size, there.properties.dtype) != (here.shape, here.dtype):
-            return f"{key} in it is {list(there.size)} {there.properties.dtype}, here {list(here.shape)} {here.dtype}"
-    return None
+def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """The pieces of a safetensors file. Its library would copy all tensors of a GPU to the host's memory at once."""
+    # the widest dtypes come first, so that every tensor begins at a multiple of its entries' size
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))
+    header, end = {}, 0
+    for key, tensor in tensors.items():
+        header[key] = {"dtype": "U8", "shape": [tensor.nbytes], "data_offsets": [end, end := end + tensor.nbytes]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for tensor in tensors.values():
+        yield tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _hashes(paths: list[Path]) -> list[str]:
-    with ThreadPoolExecutor(THREADS) as pool:
-        return list(pool.map(sha256, paths))
+def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict:
+    """Write a file, and wait until the disk has it; its size and sha256."""
+    digest = hashlib.sha256()
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            digest.update(piece)
+        file.flush()
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def _write_synced(path: Path, text: str) -> None:
-    path.touch(mode=0o600)
-    path.write_text(text)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, on the disk before anything that relies on them."""
-    handle = os.open(path, os.O_RDONLY)
+def _sync(folder: Path) -> None:
+    """Wait until the disk has the names in a folder."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _remove(path: Path) -> None:
-    if path.is_symlink():
-        path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _quiet() -> warnings.catch_warnings:
-    """DCP warns that it does not use the process group: that is meant."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)

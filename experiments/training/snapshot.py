@@ -1,18 +1,23 @@
-"""What of a nested value has changed since its beginning, as JSON and tensors, and the value put back as it was.
+"""What has changed in a run's state since its beginning, as JSON and tensors, and the state restored from them.
 
-Looked into are dicts, lists, tuples, sets, deques and dataclasses at any depth, and generators of random numbers and objects with a
-`state_dict`, which say what their state is. In them tensors, numpy's arrays, numbers, texts, true, false and None are compared by
-content, so that it does not matter how they were changed. Any other object is compared by what pickle would write of it. It cannot be
-put back, so where it has changed that is said (`Unkeepable`) and nothing is kept.
+Dicts, lists, tuples, sets, deques and dataclasses are looked into at any depth, and so are random generators, torch's
+optimizers and objects with a `state_dict`. In them tensors, numpy's arrays, numbers, texts, bools and None are compared
+by content, so that it does not matter how they were changed. What is unchanged is not written: it is there again when
+the run is set up again (importance, anchors, frozen weights). An object of any other kind cannot be restored; where one
+has changed, `Unkeepable` names it.
 
-A place is the way to a value as it is written in Python: state["seen"][3].
+A place is the way to a value, written as in Python: ewc: state["seen"][3].
 """
 
 import dataclasses
+import hashlib
+import io
+import pickle
+import random
+import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import copy
-from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -20,292 +25,356 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from experiments.training.contents import (
-    digest,
-    local,
-    looks,
-    memory,
-    overlaps,
-    pickled,
-    plain,
-    same_view,
-    set_state,
-    state_of,
-)
-
 PLAIN = (type(None), bool, int, float, str)
-SEQUENCES = {"list": list, "tuple": tuple, "set": set, "deque": deque}
+SEQUENCES = {"list": list, "tuple": tuple, "deque": deque}
+SAME = ["same"]
+PIECE = 1 << 24  # words hashed at a time
 
 
 class Unkeepable(Exception):
-    """A value has changed that cannot be put back; the message names its place."""
+    """A value has changed that cannot be restored; the message names its place."""
 
 
 class Beginning:
-    """A value as it is before anything changes: what each place holds, and how its content reads.
+    """The values of a run, by place, before its first step.
 
-    weights  tensors that are kept elsewhere, by name: what shares their memory is theirs
+    weights  tensors that are kept elsewhere, by name
     apart    objects that are not looked into
     """
 
-    def __init__(self, value: Any, *, place: str, weights: Mapping[str, Tensor] = {}, apart: tuple = ()):
-        self.place, self.weights, self.apart = place, weights, {id(one) for one in apart}
-        self.objects: dict[str, Any] = {}
-        first = _Walk(self, begun=None)
-        first.write(value, place)
-        self.objects, self.prints, self.shares = first.objects, first.prints, first.shares
+    def __init__(self, values: Mapping[str, Any], *, weights: Mapping[str, Tensor], apart: tuple = ()) -> None:
+        self._weights, self._apart = weights, apart
+        self._walk: _Walk | None = _Walk(weights, apart, begun=None)
+        for place, value in values.items():
+            self._walk.write(value, place)
+        self._looks = self._walk.looks
 
-    def changes(self, value: Any) -> tuple[Any, dict[str, Tensor]]:
-        """What of `value` is not as it was: JSON, and tensors by their place. Raises Unkeepable."""
-        walk = _Walk(self, begun=self.prints)
-        return walk.write(value, self.place), walk.tensors
+    def changes(self, values: Mapping[str, Any]) -> tuple[dict, dict[str, Tensor]]:
+        """What is not as it was: JSON by place, and the tensors that it names. Raises Unkeepable."""
+        walk = _Walk(self._weights, self._apart, begun=self._looks)
+        return {place: walk.write(value, place) for place, value in values.items()}, walk.tensors
 
-    def room(self) -> dict[str, Tensor]:
-        """Tensors there were at the beginning, by place, that kept ones can be read into."""
-        found = {place: one for place, one in self.objects.items() if isinstance(one, Tensor)}
-        owned = {memory(weight) for weight in self.weights.values()}
-        return {
-            place: one.detach()
-            for place, one in found.items()
-            if memory(one) not in owned | {None} and not overlaps(one)
-        }
+    def restore(self, changes: dict, read: Callable[[str], Tensor]) -> dict[str, Any]:
+        """The values with the changes in them; what was there at the beginning is changed in place.
 
-    def restore(self, changes: Any, tensors: Mapping[str, Tensor]) -> Any:
-        """The value with `changes` in it, in place where the place was there at the beginning. Once, and before anything has changed."""
-        return _Back(self, tensors).read(changes, self.place)
+        read  gives a tensor by its name in `changes`
+        """
+        back = _Back(self._walk, self._weights, read)
+        return {place: back.read(written, place) for place, written in changes.items()}
 
-    def settle(self) -> None:
-        """Let go of the objects of the beginning: from now on there is nothing to restore."""
-        self.objects = {}
+    def release(self) -> None:
+        """Hold the values of the beginning no longer; `restore` cannot be called after it."""
+        self._walk = None
 
 
 class _Walk:
-    """One look at a value: what is written down, with how it reads at each place."""
+    """One look at all values: what is written of them, and how each place looks."""
 
-    def __init__(self, beginning: Beginning, *, begun: Mapping[str, str] | None):
-        self.beginning, self.begun = beginning, begun
+    def __init__(self, weights: Mapping[str, Tensor], apart: tuple, *, begun: Mapping[str, str] | None) -> None:
+        self.looks: dict[str, str] = {}
+        self.objects: dict[str, Any] = {}  # by place; also holds them, so that their ids stay their own
+        self.aliases: set[str] = set()  # places whose object has an earlier place too
         self.tensors: dict[str, Tensor] = {}
-        self.prints: dict[str, str] = {}
-        self.shares: dict[str, str] = {}  # places of tensors whose memory an earlier place has too
-        self.objects: dict[str, Any] = {}
-        self._seen: dict[int, str] = {}
-        self._memories: dict[tuple, str] = {}
-        self._owners = {memory(weight): name for name, weight in beginning.weights.items() if weight.numel()}
+        self._begun, self._same = begun, set()
+        self._first: dict[int, str] = {}
+        self._apart = {id(one) for one in apart}
+        self._weights = {id(weight): name for name, weight in weights.items()}
+        self._owners = {memory: f"weight {name}" for name, weight in weights.items() if (memory := _memory(weight))}
 
     def write(self, value: Any, place: str) -> list:
-        kind, self.objects[place] = type(value), value
-        if kind in PLAIN:
-            return self._leaf(place, repr(value), ["value", value])
-        if id(value) in self._seen:
-            first = self._seen[id(value)]
-            return self._leaf(place, f"as {first}", ["as", first], same=self._unchanged(first))
-        self._seen[id(value)] = place  # and objects[place] keeps it, so that no other gets its id
-        if id(value) in self.beginning.apart:
-            return self._opaque(value, place, "the run's")
+        self.objects[place] = value
+        if type(value) in PLAIN:
+            return self._node(place, repr(value), ["value", value])
+        if id(value) in self._weights:
+            name = self._weights[id(value)]
+            return self._node(place, f"weight {name}", ["weight", name])
+        if id(value) in self._first:
+            self.aliases.add(place)
+            first = self._first[id(value)]
+            return self._node(place, f"as {first}", ["as", first], unchanged=first in self._same)
+        self._first[id(value)] = place
+        if id(value) in self._apart:
+            return self._opaque(value, place)
         if isinstance(value, Tensor):
             return self._tensor(value, place)
-        if isinstance(value, np.ndarray | np.generic) and value.dtype != object:
+        if (type(value) is np.ndarray or isinstance(value, np.generic)) and value.dtype != object:
             return self._array(value, place)
-        if isinstance(value, dict) and all(type(key) in PLAIN for key in value):
-            items = [[key, self.write(one, f"{place}[{_key(key)}]")] for key, one in value.items()]
-            return self._container(value, place, "dict", items, [repr(key) for key in value], [one for _, one in items])
-        for name, sequence in SEQUENCES.items():
-            if isinstance(value, sequence):
-                items = [self.write(one, f"{place}[{index}]") for index, one in enumerate(value)]
-                more = [value.maxlen] if sequence is deque else []
-                return self._container(value, place, name, items, [str(len(items)), *map(str, more)], items, *more)
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            items = [
-                [f.name, self.write(getattr(value, f.name, None), f"{place}.{f.name}")]
-                for f in dataclasses.fields(value)
-            ]
-            return self._container(
-                value, place, "fields", items, [name for name, _ in items], [one for _, one in items]
-            )
-        state = state_of(value)
-        if state is not None:
-            inner = self.write(state, f"{place}.state")
-            return self._container(value, place, "state", [inner], [], [inner])
-        return self._opaque(value, place, pickled(value, named=self._named))
+        if isinstance(value, dict) and None not in (keys := [self._hashable(key) for key in value]):
+            children = [self.write(one, f"{place}[{_label(key)}]") for key, one in zip(keys, value.values())]
+            return self._container(value, place, "dict", children, keys)
+        if type(value) is set and None not in (entries := [self._hashable(one) for one in value]):
+            return self._node(place, f"set {sorted(map(str, entries))}", ["set", entries])
+        for kind, sequence in SEQUENCES.items():
+            if isinstance(value, sequence) and (
+                sequence is not tuple or type(value) is tuple or hasattr(value, "_make")
+            ):
+                children = [self.write(one, f"{place}[{index}]") for index, one in enumerate(value)]
+                return self._container(value, place, kind, children, getattr(value, "maxlen", None))
+        if (fields := _fields(value)) is not None:
+            children = [self.write(one, f"{place}.{name}") for name, one in fields.items()]
+            return self._container(value, place, "fields", children, list(fields))
+        if (state := _state(value)) is not None:
+            return self._container(value, place, "state", [self.write(state, f"{place}.state")])
+        return self._opaque(value, place)
 
-    def print_of(self, tensor: Tensor) -> str:
-        """How a tensor reads: which of the weights it is, or its content."""
-        own = local(tensor)
-        look = f"{own.dtype} {tuple(own.shape)} {own.device}"
-        if owner := self._owners.get(memory(tensor)):
-            return f"weight {owner} {look} {own.stride()} {own.storage_offset()}"
-        return f"{look} {digest(own) if plain(own) else id(tensor)}"
+    def _node(self, place: str, look: str, written: list, *, unchanged: bool = True) -> list:
+        self.looks[place] = look
+        if self._begun is None or not (unchanged and self._begun.get(place) == look):
+            return written
+        self._same.add(place)
+        return SAME
 
-    def _named(self, one: Any) -> str | None:
-        """What stands for an object in what pickle writes: the run's own, modules and functions by identity, tensors by content."""
-        if isinstance(one, Tensor):
-            return self.print_of(one)
-        known = id(one) in self.beginning.apart or isinstance(
-            one, nn.Module | FunctionType | MethodType | BuiltinFunctionType
-        )
-        return f"{type(one)} {id(one)}" if known else None
+    def _container(self, value: Any, place: str, kind: str, children: list, *more: Any) -> list:
+        unchanged = all(child == SAME for child in children)
+        look = f"{type(value)} {len(children)} {more}"
+        written = self._node(place, look, [kind, children, *more], unchanged=unchanged)
+        if self._begun is not None and type(value) not in (dict, *SEQUENCES.values()):
+            if not self._begun.get(place, "").startswith(f"{type(value)} "):
+                raise Unkeepable(f"{place} is a {type(value).__qualname__} that was made in a step: make it in `begin`")
+        return written
 
-    def _unchanged(self, place: str) -> bool:
-        return self.begun is not None and self.begun.get(place) == self.prints.get(place)
-
-    def _leaf(self, place: str, print_: str, written: list, *, same: bool = True) -> list:
-        self.prints[place] = print_
-        return ["same"] if same and self._unchanged(place) else written
-
-    def _container(
-        self, value: Any, place: str, kind: str, items: list, look: list[str], children: list, *more: Any
-    ) -> list:
-        self.prints[place] = f"{type(value)} {look}"
-        there = self._unchanged(place)
-        if there and all(child == ["same"] for child in children):
-            return ["same"]
-        plain = type(value) in (dict, *SEQUENCES.values())
-        if self.begun is not None and not there and not plain and str(type(value)) not in self.begun.get(place, ""):
-            raise Unkeepable(f"{place} is a {type(value).__qualname__} that was made on the way; make it in `begin`")
-        return [kind, items, *more]
+    def _hashable(self, value: Any) -> list | None:
+        """A key of a dict or an element of a set; None for a kind that cannot be restored."""
+        if type(value) in PLAIN:
+            return ["value", value]
+        if type(value) is tuple and None not in (entries := [self._hashable(one) for one in value]):
+            return ["tuple", entries, None]
+        if id(value) in self._weights:
+            return ["weight", self._weights[id(value)]]
+        return ["as", self._first[id(value)]] if isinstance(value, Tensor) and id(value) in self._first else None
 
     def _tensor(self, value: Tensor, place: str) -> list:
-        own, where = local(value), memory(value)
-        first = self._memories.setdefault(where, place) if where else place
-        if first != place:
-            self.shares[place] = first
-        there = self.begun is not None and place in self.begun
-        self.prints[place] = f"{self.print_of(value)} {self.shares.get(place)}" if self.begun is None or there else ""
-        if self.begun is None or self._unchanged(place):
-            return ["same"]
-        if owner := self._owners.get(where):
-            weight = self.beginning.weights[owner]
-            if not same_view(own, weight):
-                raise Unkeepable(
-                    f"{place} is a view of the weight {owner} that was made on the way: keep a copy (.clone())"
-                )
-            return ["weight", owner, value is weight]
-        together = self.shares.get(place) == self.beginning.shares.get(place)
-        if first != place and not together:
-            if not same_view(own, local(self.objects[first])):
-                raise Unkeepable(
-                    f"{place} shares the memory of {first} since it was made on the way: keep a copy (.clone())"
-                )
-            return ["as", first]
-        if not plain(own) or (isinstance(value, DTensor) and not there):
+        own, memory = _local(value), _memory(value)
+        dense = own.layout == torch.strided and not own.is_quantized and not own.is_meta
+        owner = self._owners.setdefault(memory, place) if memory else place
+        shape = f"{own.dtype} {own.device} {list(own.shape)} {own.stride()}" if dense else f"{own.layout} {id(value)}"
+        where = f"{shape} {own.storage_offset() if dense else ''} in {owner}: "
+        content = fingerprint(own) if dense and not owner.startswith("weight ") else ""
+        there = self._begun is not None and self._begun.get(place, "").startswith(where)
+        overlapping = dense and any(size > 1 and not step for size, step in zip(own.shape, own.stride()))
+        in_place = there and not overlapping
+        grad = value.requires_grad and value.is_leaf
+        written = self._node(place, f"{where}{content}", ["tensor", place, in_place, str(own.device), grad])
+        if self._begun is None or written == SAME:
+            return SAME
+        if owner != place and not there:
+            raise Unkeepable(f"{place} shares the memory of {owner} since a step: keep a copy (.clone())")
+        if not dense or (isinstance(value, DTensor) and not in_place):
             raise Unkeepable(f"{place} is a tensor of a kind that a checkpoint does not hold ({own.layout})")
-        name = place if there and together else f"{place}, new"
-        self.tensors[name] = value
-        return ["tensor", name, str(own.device), value.requires_grad and value.is_leaf]
+        self.tensors[place] = own
+        return written
 
     def _array(self, value: np.ndarray | np.generic, place: str) -> list:
-        flat = torch.from_numpy(np.frombuffer(np.ascontiguousarray(value).tobytes(), np.uint8).copy())
-        self.prints[place] = f"{type(value)} {value.dtype.str} {value.shape} {digest(flat)}"
-        if self.begun is None or self._unchanged(place):
-            return ["same"]
-        self.tensors[place] = flat
-        return ["array", value.dtype.str, list(value.shape), isinstance(value, np.generic)]
+        data = torch.frombuffer(bytearray(np.ascontiguousarray(value).tobytes() or b"\0"), dtype=torch.uint8)
+        facts = [value.dtype.str, list(value.shape), isinstance(value, np.generic)]
+        written = self._node(place, f"{facts} {fingerprint(data)}", ["array", place, *facts])
+        if written != SAME:
+            self.tensors[place] = data
+        return written
 
-    def _opaque(self, value: Any, place: str, print_: str | None) -> list:
-        """What cannot be put back; a print of None is of what may change unseen."""
-        self.prints[place] = f"{type(value)} {print_}"
-        if self.begun is None or (print_ is not None and self._unchanged(place)):
-            return ["same"]
+    def _opaque(self, value: Any, place: str) -> list:
+        look = self._content(value) if id(value) not in self._apart else str(id(value))
+        same = self._node(place, f"{type(value)} {look}", [], unchanged=look is not None) == SAME
+        if self._begun is None or same:
+            return SAME
         raise Unkeepable(
-            f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which changes and cannot be put back; "
-            "keep numbers, texts, tensors or generators of random numbers"
+            f"{place} is a {type(value).__module__}.{type(value).__qualname__}, which changes and cannot be restored; "
+            "keep numbers, texts, tensors or random generators"
         )
+
+    def _content(self, value: Any) -> str | None:
+        """A hash of what pickle would write, which is never read. Where pickle cannot write the object, its identity, and None for an
+        iterator, whose position cannot be seen."""
+        apart, weights = self._apart, self._weights
+
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, one):
+                if isinstance(one, Tensor):
+                    return weights.get(id(one)) or f"{one.shape} {fingerprint(one)}"
+                known = id(one) in apart or isinstance(one, nn.Module) or callable(one)
+                return f"{type(one)} {id(one)}" if known and not isinstance(one, type) else None
+
+        data = io.BytesIO()
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                Pickler(data).dump(value)
+        except Exception:  # whatever an object does when it is pickled
+            return None if hasattr(value, "__next__") else str(id(value))
+        return hashlib.sha256(data.getvalue()).hexdigest()
 
 
 class _Back:
-    """One value put back."""
+    """All values restored, from what was written of them."""
 
-    def __init__(self, beginning: Beginning, tensors: Mapping[str, Tensor]):
-        self._objects, self._weights, self._tensors = beginning.objects, beginning.weights, tensors
-        self._read: dict[str, Any] = {}
+    def __init__(self, begun: _Walk, weights: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
+        self._begun, self._weights, self._stored = begun, weights, tensor
+        self._restored: dict[str, Any] = {}
 
     def read(self, written: list, place: str) -> Any:
         kind, *facts = written
-        fresh = self._objects.get(place)
+        there = self._begun.objects.get(place)
         if kind == "same":
-            return fresh
-        if kind == "as":
-            return self._read[facts[0]] if facts[0] in self._read else self._objects[facts[0]]
-        found = getattr(self, f"_{kind}")(fresh, place, *facts)
-        self._read[place] = found
-        return found
-
-    def _value(self, fresh, place, value):
+            value = there
+        else:  # an object with two places at the beginning is changed at the first one only
+            value = getattr(self, f"_{kind}")(None if place in self._begun.aliases else there, place, *facts)
+        self._restored[place] = value
         return value
 
-    def _weight(self, fresh, place, name, itself):
-        return self._weights[name] if itself else self._weights[name].detach()
+    def _value(self, there, place, value):
+        return value
 
-    def _tensor(self, fresh, place, name, device, grad):
-        found = self._tensors[name]
-        if name == place and isinstance(fresh, Tensor) and not overlaps(fresh) and looks(fresh) == looks(found):
-            if memory(fresh) != memory(found):  # else it was read in place
-                with torch.no_grad():
-                    local(fresh.detach()).copy_(local(found))
-            return fresh
-        return found.to(device).requires_grad_(grad)
+    def _weight(self, there, place, name):
+        return self._weights[name]
 
-    def _array(self, fresh, place, dtype, shape, single):
-        found = np.frombuffer(self._tensors[place].cpu().numpy().tobytes(), np.dtype(dtype)).reshape(shape)
+    def _as(self, there, place, first):
+        return self._restored.get(first, self._begun.objects.get(first))
+
+    @torch.no_grad()
+    def _tensor(self, there, place, name, in_place, device, grad):
+        stored = self._stored(name)
+        if not in_place:
+            return stored.to(device, copy=True).requires_grad_(grad)
+        _local(there.detach()).copy_(stored)
+        return there
+
+    def _array(self, there, place, name, dtype, shape, single):
+        count = int(np.prod(shape))
+        value = np.frombuffer(self._stored(name).numpy().tobytes(), np.dtype(dtype), count).reshape(shape)
         if single:
-            return found[()]
-        if (
-            isinstance(fresh, np.ndarray)
-            and fresh.dtype.str == dtype
-            and list(fresh.shape) == shape
-            and fresh.flags.writeable
-        ):
-            fresh[...] = found
-            return fresh
-        return found.copy()
+            return value[()]
+        if not (isinstance(there, np.ndarray) and there.dtype.str == dtype and there.shape == value.shape):
+            return value.copy()
+        there[...] = value
+        return there
 
-    def _dict(self, fresh, place, items):
-        target = self._read[place] = fresh if isinstance(fresh, dict) else {}
-        found = {key: self.read(one, f"{place}[{_key(key)}]") for key, one in items}
+    def _dict(self, there, place, children, keys):
+        values = [self.read(one, f"{place}[{_label(key)}]") for key, one in zip(keys, children)]
+        target = there if isinstance(there, dict) else {}
         target.clear()
-        target.update(found)
+        target.update(zip([self.read(key, "") for key in keys], values))
         return target
 
-    def _list(self, fresh, place, items):
-        target = self._read[place] = fresh if isinstance(fresh, list) else []
-        target[:] = self._items(place, items)
-        return target
-
-    def _deque(self, fresh, place, items, maxlen):
-        target = self._read[place] = (
-            fresh if isinstance(fresh, deque) and fresh.maxlen == maxlen else deque(maxlen=maxlen)
-        )
-        found = self._items(place, items)
+    def _set(self, there, place, entries):
+        target = there if isinstance(there, set) else set()
         target.clear()
-        target.extend(found)
+        target.update(self.read(one, "") for one in entries)
         return target
 
-    def _set(self, fresh, place, items):
-        target, found = fresh if isinstance(fresh, set) else set(), self._items(place, items)
+    def _list(self, there, place, children, _):
+        target = there if isinstance(there, list) else []
+        target[:] = self._entries(place, children)
+        return target
+
+    def _deque(self, there, place, children, maxlen):
+        target = there if isinstance(there, deque) and there.maxlen == maxlen else deque(maxlen=maxlen)
+        entries = self._entries(place, children)
         target.clear()
-        target.update(found)
+        target.extend(entries)
         return target
 
-    def _tuple(self, fresh, place, items):
-        found = self._items(place, items)
-        return fresh._make(found) if hasattr(fresh, "_make") else tuple(found)
+    def _tuple(self, there, place, children, _):
+        entries = self._entries(place, children)
+        return there._make(entries) if hasattr(there, "_make") else tuple(entries)
 
-    def _items(self, place: str, items: list) -> list:
-        return [self.read(one, f"{place}[{index}]") for index, one in enumerate(items)]
+    def _entries(self, place: str, children: list) -> list:
+        return [self.read(one, f"{place}[{index}]") for index, one in enumerate(children)]
 
-    def _fields(self, fresh, place, items):
-        found = {name: self.read(one, f"{place}.{name}") for name, one in items}
-        if all(value is getattr(fresh, name, None) for name, value in found.items()):
-            return fresh
-        target = copy(fresh) if fresh.__dataclass_params__.frozen else fresh
-        for name, value in found.items():
-            object.__setattr__(target, name, value)
-        return target
+    def _fields(self, there, place, children, names):
+        values = {name: self.read(one, f"{place}.{name}") for name, one in zip(names, children)}
+        if any(value is not getattr(there, name, None) for name, value in values.items()):
+            there = copy(there) if dataclasses.is_dataclass(there) and there.__dataclass_params__.frozen else there
+            for name, value in values.items():
+                object.__setattr__(there, name, value)
+        return there
 
-    def _state(self, fresh, place, items):
-        set_state(fresh, self.read(items[0], f"{place}.state"))
-        return fresh
+    def _state(self, there, place, children):
+        _set_state(there, self.read(children[0], f"{place}.state"))
+        return there
 
 
-def _key(key: Any) -> str:
-    return f'"{key}"' if isinstance(key, str) else repr(key)
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested dicts, sequences and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        yield from (t for one in value.values() for t in tensors_in(one))
+    elif isinstance(value, list | tuple | set | deque):
+        yield from (t for one in value for t in tensors_in(one))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from (t for f in dataclasses.fields(value) for t in tensors_in(getattr(value, f.name)))
+
+
+@torch.no_grad()
+def fingerprint(tensor: Tensor) -> int:
+    """64 bits of a tensor's content, computed on its device: the sum over its 8-byte words w_i of mix(mix(w_i) + i)."""
+    data = _local(tensor).contiguous().reshape(-1).view(torch.uint8)
+    data = nn.functional.pad(data, (0, -len(data) % 8))
+    words = (data.clone() if data.storage_offset() % 8 else data).view(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=words.device)
+    for start in range(0, len(words), PIECE):
+        piece = words[start : start + PIECE]
+        total += _mix(_mix(piece) + torch.arange(start, start + len(piece), device=words.device)).sum()
+    return int(total)
+
+
+def _mix(words: Tensor) -> Tensor:
+    """A finaliser of 64-bit hashes (the constants are Stafford's mix 13), with products modulo 2⁶⁴."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
+        words = (words ^ (words >> shift)) * factor
+    return words ^ (words >> 31)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor, and any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _memory(tensor: Tensor) -> tuple | None:
+    """Where a tensor's memory is; None where it has none."""
+    own = _local(tensor)
+    if own.layout != torch.strided or own.is_meta or not own.numel():
+        return None
+    return own.device, own.untyped_storage().data_ptr()
+
+
+def _label(key: list) -> str:
+    """A dict's key as it is shown in a place."""
+    return f'"{key[1]}"' if isinstance(key[1], str) else repr(key[1])
+
+
+def _fields(value: Any) -> dict[str, Any] | None:
+    """The fields of a dataclass and the attributes of an optimizer by name; None for another object."""
+    if isinstance(value, torch.optim.Optimizer):
+        # the groups come first, so that the state's keys are known; `scratch` holds nothing from one step to the next
+        scratch = getattr(type(value), "scratch", ())
+        return {"param_groups": None} | {name: one for name, one in vars(value).items() if name not in scratch}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name, None) for field in dataclasses.fields(value)}
+    return None
+
+
+def _state(value: Any) -> Any:
+    """The state of an object that can give it and take it back, else None."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, torch.Generator):
+        return value.get_state()
+    if isinstance(value, np.random.Generator):
+        return value.bit_generator.state
+    if isinstance(value, np.random.RandomState):
+        return value.get_state(legacy=False)
+    both = (getattr(type(value), name, None) for name in ("state_dict", "load_state_dict"))
+    return value.state_dict() if all(map(callable, both)) else None
+
+
+def _set_state(value: Any, state: Any) -> None:
+    if isinstance(value, random.Random):
+        value.setstate(state)
+    elif isinstance(value, torch.Generator):
+        value.set_state(state.cpu())
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = state
+    elif isinstance(value, np.random.RandomState):
+        value.set_state(state)
+    else:
+        value.load_state_dict(state)

@@ -137,7 +137,7 @@ def cell(
     base = {n: p.detach().clone() for n, p in make().named_parameters()}
     parts, states, stopper = registry.build(METHODS[method] if blocks is None else blocks), {}, Stop(left=[stop])
     keep = partial(
-        Resume, rank=shards.rank, world=shards.world, every=0.0 if folder else float("inf"), identity={"method": method}
+        Resume, shards=shards, every=0.0 if folder else float("inf"), identity={"method": method}
     )
     folder = folder or Path(tempfile.mkdtemp())
 

@@ -447,10 +447,8 @@ def _fisher(rank, batches, estimator, folder, after):
     """(F or None where it was stopped, what progress was told, examples this process saw)."""
     model = _tiny()
     seen, (progress, told) = counted(model), stopping(after)
-    shards, resume = (
-        Shards(rank=rank, world=2, active=True),
-        folder and Resume(folder, identity={}, every=0, rank=rank, world=2),
-    )
+    shards = Shards(rank=rank, world=2, active=True)
+    resume = folder and Resume(folder, identity={}, every=0, shards=shards)
     try:
         found = diagonal_fisher(model, torch.load(batches), estimator, shards=shards, resume=resume, progress=progress)
     except Stopped:
