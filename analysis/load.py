@@ -1,35 +1,50 @@
-"""Reads what the stages left in results/; knows what was planned, so that nothing goes missing silently."""
+"""Read what the stages wrote into results/, for every planned cell, so that nothing goes missing silently."""
 
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from datetime import datetime
+from numbers import Real
 from pathlib import Path
+from types import NoneType
 
 import pandas as pd
 
-from analysis import checked
 from methods.errors import UserError
 from methods.tools.files import read_json
 
-UNBEGUN = "has not been run"
+NOT_STARTED = "has not been run"
+KINDS = {dict: "a mapping", str: "a text", Real: "a number", list: "a list", bool: "true or false"}
+METRICS = {  # what metrics.json must hold before anything is computed from it
+    **dict.fromkeys(("scores_by_task", "forgetting_by_task", "transfer_by_task", "n", "scoring", "parts"), dict),
+    **dict.fromkeys(("model", "domain", "method", "dtype", "base_sha256", "weights_sha256"), str),
+    **dict.fromkeys(("seed", "numerics", "domain_score", "domain_score_base", "domain_gain"), Real),
+    **dict.fromkeys(("git", "hardware", "versions"), (dict, NoneType)),
+    "at_chance": list,
+    "not_a_result": bool,
+}
+FAILURE = dict.fromkeys(("stage", "kind", "reason"), str)
+SCORE = ("value", "base", "n", "role", "metric", "chance")
+ITEMS = ("task", "doc_id", "doc_hash", "score", "gold")
+CURVE = ("step", "tokens", "seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
     """One study's results.
 
-    cells     one row a finished cell: metrics.json, with `settings`, `device`, `when` and `steps` from train.json
-              and the two peaks apart: `peak_memory_train_bytes` from there, the preparation's in `prepared`
-    curves    curve.csv of all finished cells below one another, with a `cell` column
-    items     items.csv.gz likewise; the score of every item
-    failures  one row a cell without a result: cell, stage, kind, reason, when (kind 'not run' where nothing is recorded), and where they
-              are recorded settings, parts, git
+    cells     one row per finished cell: metrics.json, with `settings`, `device`, `when` and `steps` of train.json and
+              its peak as `peak_memory_train_bytes`; the preparation's peak is in `prepared`
+    curves    curve.csv of all finished cells, with a `cell` column
+    items     items.csv.gz of all finished cells, with a `cell` column: the score of every item
+    failures  one row per cell without a result: cell, stage, kind, reason, when ('not run' is the kind where nothing is
+              recorded), and settings, parts, git where they are recorded
     base      model -> {"scores": scores.json, "items": DataFrame, "evaluate": evaluate.json}
-    tuning    (model, domain) -> the tuning record
+    tuning    (model, domain) -> the record of the tuning trials
     prepared  cell -> prepare.json
     drift     cell -> drift.json
-    planned   every cell asked for, in order
-    gpu       the newest GPU check (results/gpu/*.json, docs/gpu-check.md); None where there is none
+    planned   the names of all cells, in order
+    gpu       the newest GPU check (results/gpu/*.json, docs/gpu-check.md), or None
     bench     path -> benchmark record (results/bench/*.json), the newest of each name, in alphabetical order
     """
 
@@ -47,90 +62,87 @@ class Loaded:
 
     @property
     def not_a_result(self) -> bool:
-        """True where any cell says so: one demo cell taints the whole comparison."""
+        """True if any cell is marked so: one demo cell makes the whole comparison a demo."""
         return bool(len(self.cells)) and bool(self.cells["not_a_result"].any())
 
     @property
     def comparisons(self) -> list[tuple[str, str]]:
         """The (model, domain) pairs with at least one finished cell, in planned order."""
-        pairs = [tuple(name.split("/")[:2]) for name in self.cells.index]
-        return list(dict.fromkeys(pairs))
+        return list(dict.fromkeys(tuple(name.split("/")[:2]) for name in self.cells.index))
 
     def without(self, names: Collection[str]) -> "Loaded":
-        """The results but for the cells `names`, with all that is read of a cell."""
-        rows = lambda frame: frame[~frame["cell"].isin(names)].reset_index(drop=True) if len(frame) else frame
-        of = lambda records: {cell: record for cell, record in records.items() if cell not in names}
+        """These results without anything of the cells `names`."""
+
+        def rows(frame: pd.DataFrame) -> pd.DataFrame:
+            return frame[~frame["cell"].isin(names)].reset_index(drop=True) if len(frame) else frame
+
         return replace(
             self,
             cells=self.cells.drop(index=list(names)),
             curves=rows(self.curves),
             items=rows(self.items),
-            prepared=of(self.prepared),
-            drift=of(self.drift),
+            prepared={cell: record for cell, record in self.prepared.items() if cell not in names},
+            drift={cell: record for cell, record in self.drift.items() if cell not in names},
         )
 
     def of(self, model: str, domain: str) -> pd.DataFrame:
         """The finished cells of one comparison."""
         return self.cells[(self.cells["model"] == model) & (self.cells["domain"] == domain)]
 
+    def base_items(self, model: str) -> pd.DataFrame:
+        """The scored items of the bare model; empty if there are none."""
+        return self.base.get(model, {}).get("items", pd.DataFrame())
+
+    def items_of(self, cells: pd.DataFrame) -> pd.DataFrame:
+        """The scored items of `cells`; empty if there are none."""
+        return self.items[self.items["cell"].isin(cells.index)] if len(self.items) else pd.DataFrame()
+
 
 def load_cells(results_root: Path | str, cells) -> Loaded:
-    """Reads the results of `cells` (names `model/domain/method/seed0`, or objects with a `.name`).
+    """Read the results of `cells` (names `model/domain/method/seed0`, or objects with a `.name`).
 
-    A file in failures/ outranks older metrics of the same cell: the last attempt is what counts.
-    Raises UserError where a results file cannot be read.
+    A file in failures/ takes precedence over older metrics of the same cell: the last attempt counts.
+    Raises UserError for a results file that cannot be read or lacks something, by its path.
     """
     root = Path(results_root)
     names = [getattr(cell, "name", cell) for cell in cells]
     rows, curves, items, failures, prepared, drift = [], [], [], [], {}, {}
     for name in names:
-        model, domain, method, seed = name.split("/")
+        model, _, method, seed = name.split("/")
         run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
         if failure.exists():
-            failures.append({**checked.failure(failure, read_json(failure)), "cell": name})
+            failures.append({**_checked(failure, FAILURE), "cell": name})
             continue
         if not (run / "metrics.json").exists():
-            failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _how_far(root, name), "when": ""})
+            failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _progress(run), "when": ""})
             continue
-        metrics = checked.metrics(run / "metrics.json", read_json(run / "metrics.json"))
-        train = (
-            checked.train(run / "train.json", read_json(run / "train.json")) if (run / "train.json").exists() else {}
-        )
+        train = _train(run / "train.json")
         rows.append(
             {
-                **metrics,
+                **_metrics(run / "metrics.json"),
                 "cell": name,
                 **{key: train[key] for key in ("settings", "device", "when", "steps") if key in train},
                 "peak_memory_train_bytes": train.get("peak_memory_bytes"),
             }
         )
         if (path := run / "curve.csv").exists():
-            curve = _read_csv(path)
-            curves.append(
-                checked.table(path, curve, columns=checked.CURVE, numeric=tuple(curve.columns)).assign(cell=name)
-            )
+            curves.append(_table(path, columns=CURVE).assign(cell=name))
         if (path := run / "items.csv.gz").exists():
-            items.append(_items(path).assign(cell=name))
-        costs = root / "prepared" / model / method / seed / "prepare.json"
-        if costs.exists():
-            prepared[name] = read_json(costs)
-        if (run / "drift.json").exists():
-            drift[name] = read_json(run / "drift.json")
-    models = dict.fromkeys(name.split("/")[0] for name in names)
+            items.append(_table(path, columns=ITEMS, numeric=("score", "gold")).assign(cell=name))
+        if (path := root / "prepared" / model / method / seed / "prepare.json").exists():
+            prepared[name] = read_json(path)
+        if (path := run / "drift.json").exists():
+            drift[name] = read_json(path)
+    bases = {model: root / "base" / model for model in dict.fromkeys(name.split("/")[0] for name in names)}
     pairs = dict.fromkeys(tuple(name.split("/")[:2]) for name in names)
     tuning = {pair: root / "tuning" / pair[0] / f"{pair[1]}.json" for pair in pairs}
+    columns = ["cell", "stage", "kind", "reason", "when", "settings", "parts", "git"]
     return Loaded(
         cells=pd.DataFrame(rows, index=[row["cell"] for row in rows]) if rows else pd.DataFrame(),
         curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
         items=pd.concat(items, ignore_index=True) if items else pd.DataFrame(),
-        failures=pd.DataFrame(
-            failures, columns=["cell", "stage", "kind", "reason", "when", "settings", "parts", "git"]
-        ),
-        base={
-            model: _read_base(root / "base" / model)
-            for model in models
-            if (root / "base" / model / "scores.json").exists()
-        },
+        failures=pd.DataFrame(failures, columns=columns),
+        base={model: _read_base(folder) for model, folder in bases.items() if (folder / "scores.json").exists()},
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
         prepared=prepared,
         drift=drift,
@@ -141,39 +153,45 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
 
 
 def newest_gpu_check(root: Path) -> dict | None:
-    """The last written check of a GPU; it is the machine's and no study's, and lies beside the default study's results."""
-    found = [check for check in map(read_json, _beside(root, "gpu")) if not check.get("tiny")]
-    return max(found, key=lambda check: check.get("when") or "", default=None)
+    """The newest check of a GPU. It belongs to the machine, not to a study, and lies in the default study's results."""
+    checks = [check for check in map(read_json, _shared_files(root, "gpu")) if not check.get("tiny")]
+    return max(checks, key=lambda check: check.get("when") or "", default=None)
 
 
 def newest_benchmarks(root: Path) -> dict[Path, dict]:
-    """The last record of every benchmark, by its path; the machine's and no study's, like the GPU check.
+    """The newest record of every benchmark, by its path; like the GPU check, they belong to the machine.
 
-    Raises UserError where a file is not a record as `python -m experiments bench` writes it.
+    Raises UserError for a file that is not a record as `python -m experiments bench` writes it.
     """
     newest: dict[str, tuple[Path, dict]] = {}
-    for path in _beside(root, "bench"):
+    for path in _shared_files(root, "bench"):
         record = read_json(path)
         if wrong := _not_a_benchmark(record):
             raise UserError(
-                f"{path} is not a benchmark's record ({wrong}): delete it, or write it again with `python -m experiments bench {path.stem}`"
+                f"{path} is not a benchmark's record ({wrong}): delete it, or write it again with "
+                f"`python -m experiments bench {path.stem}`"
             )
         if path.stem not in newest or record["when"] > newest[path.stem][1]["when"]:
             newest[path.stem] = path, record
     return dict(newest[name] for name in sorted(newest))
 
 
-def _beside(root: Path, folder: str) -> list[Path]:
+def retention_tasks(cell: pd.Series) -> list[str]:
+    """The tasks that `forgetting` averages: retention tasks on which the base is above chance."""
+    return [task for task in cell["forgetting_by_task"] if task not in cell["at_chance"]]
+
+
+def _shared_files(root: Path, folder: str) -> list[Path]:
     """The JSON files of a folder in the default study's results, whichever study `root` belongs to."""
     return [path for place in (root / folder, root.parent / folder) for path in sorted(place.glob("*.json"))]
 
 
 def _not_a_benchmark(record) -> str:
-    """What keeps a file's content from being a benchmark's record; empty where nothing does."""
+    """Why a file's content is not a benchmark's record; empty if it is one."""
     try:
         for key in ("title", "text", "when"):
             if not isinstance(record[key], str):
-                return f"{key} is no text"
+                return f"{key} is not a text"
         if not record["races"]:
             return "it holds no race"
         for race in record["races"]:
@@ -181,7 +199,7 @@ def _not_a_benchmark(record) -> str:
                 for key in ("seconds_min", "seconds_median", "ratio_min", "ratio_median"):
                     float(row[key])
             if race["against"] not in (runners := [row["runner"] for row in race["rows"]]):
-                return f"{race['against']!r} is no runner of {race['title']!r}"
+                return f"{race['against']!r} is not a runner of {race['title']!r}"
             for goal in race["goals"]:
                 goal["text"], goal["met"]
                 if goal["runner"] not in runners:
@@ -192,45 +210,74 @@ def _not_a_benchmark(record) -> str:
     return ""
 
 
-def _read_csv(path: Path) -> pd.DataFrame:
-    try:
-        columns = pd.read_csv(path, nrows=0).columns
-        # by itself pandas takes a task called `nan` or `null` for a missing one, and numbers in place of names for numbers
-        return pd.read_csv(
-            path,
-            dtype={"task": str},
-            keep_default_na=False,
-            na_values={name: ["", "nan"] for name in columns if name != "task"},
-        )
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again"
-        ) from error
-
-
-def _items(path: Path) -> pd.DataFrame:
-    return checked.table(path, _read_csv(path), columns=checked.ITEMS, numeric=("score", "gold"))
-
-
 def _read_base(folder: Path) -> dict:
     items, evaluate = folder / "items.csv.gz", folder / "evaluate.json"
     return {
         "scores": read_json(folder / "scores.json"),
-        "items": _items(items) if items.exists() else pd.DataFrame(),
+        "items": _table(items, columns=ITEMS, numeric=("score", "gold")) if items.exists() else pd.DataFrame(),
         "evaluate": read_json(evaluate) if evaluate.exists() else {},
     }
 
 
-def _how_far(root: Path, name: str) -> str:
-    """What there is of a cell that has no metrics and no recorded failure."""
-    run = root / "runs" / name
+def _progress(run: Path) -> str:
+    """How far a cell without metrics and without a recorded failure has come."""
     if (run / "scores.json").exists():
         return "scored, but not collected yet"
-    if (run / "train.json").exists():
-        return "trained, but not scored yet"
-    return UNBEGUN
+    return "trained, but not scored yet" if (run / "train.json").exists() else NOT_STARTED
 
 
-def retention_tasks(cell: pd.Series) -> list[str]:
-    """The tasks that count in `forgetting`: retention tasks whose base is above chance."""
-    return [task for task in cell["forgetting_by_task"] if task not in cell["at_chance"]]
+def _metrics(path: Path) -> dict:
+    content = _checked(path, METRICS)
+    for task, score in content["scores_by_task"].items():
+        if not isinstance(score, dict) or (missing := [key for key in SCORE if key not in score]):
+            what = "is not a mapping" if not isinstance(score, dict) else f"lacks {', '.join(missing)}"
+            raise _damaged(path, f"scores_by_task.{task} {what}")
+    return content
+
+
+def _train(path: Path) -> dict:
+    if not path.exists():
+        return {}
+    content = _checked(path, {})
+    try:
+        datetime.fromisoformat(content.get("when") or "2000-01-01")
+    except (TypeError, ValueError):
+        raise _damaged(path, f"when is {content['when']!r}, not a time") from None
+    return content
+
+
+def _checked(path: Path, kinds: dict) -> dict:
+    """The mapping in a JSON file, whose keys `kinds` are there and of their kind."""
+    content = read_json(path)
+    for key, kind in kinds.items():
+        if key not in content:
+            raise _damaged(path, f"{key} is missing")
+        if not isinstance(content[key], kind):
+            raise _damaged(path, f"{key} is not {KINDS[kind[0] if isinstance(kind, tuple) else kind]}")
+    return content
+
+
+def _table(path: Path, *, columns: tuple[str, ...], numeric: tuple[str, ...] | None = None) -> pd.DataFrame:
+    """A CSV file with at least `columns`; the `numeric` ones (all, by default) hold numbers only."""
+    try:
+        head = pd.read_csv(path, nrows=0).columns
+        # by default pandas reads a task called `nan` or `null` as missing, and a task called `01` as a number
+        missing = {name: ["", "nan"] for name in head if name != "task"}
+        frame = pd.read_csv(path, dtype={"task": str}, keep_default_na=False, na_values=missing)
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again"
+        ) from error
+    for column in columns:
+        if column not in frame:
+            raise _damaged(path, f"column {column} is missing")
+    for column in frame.columns if numeric is None else numeric:
+        if len(frame) and not pd.api.types.is_numeric_dtype(frame[column]):  # a checkpoint from elsewhere has no curve
+            raise _damaged(path, f"column {column} holds something that is not a number")
+    return frame
+
+
+def _damaged(path: Path, why: str) -> UserError:
+    return UserError(
+        f"{path} is not what its stage writes ({why}): restore it with git, or delete it and run the stage again"
+    )

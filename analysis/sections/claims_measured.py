@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis import units
 from analysis.load import Loaded, retention_tasks
-from analysis.sections import tables
+from analysis.statistics.comparison import COSTS, mean_if_known
 from analysis.statistics.intervals import FIXED, by_run, of_arrays, paired
 from methods.errors import UserError
 from methods.tools.names import unknown
@@ -60,7 +60,7 @@ def check(measure: Any, *, where: str, scope: str) -> None:
     needed = KEYS[kind] - ({"against"} if way == "value" else set())
     if missing := sorted(needed - measure[kind].keys()):
         raise UserError(f"{where}.{kind}: {', '.join(missing)} is missing")
-    known = {"table": (*SCORES, *tables.COSTS), "drift": DRIFTS}.get(kind)
+    known = {"table": (*SCORES, *COSTS), "drift": DRIFTS}.get(kind)
     if known and measure[kind]["metric"] not in known:
         raise unknown("metric", measure[kind]["metric"], known, where=f"{where}.{kind}")
     if way not in ("value", "difference", "ratio"):
@@ -201,7 +201,7 @@ def _score(loaded: Loaded, groups: list[pd.DataFrame], metric: str, way: str) ->
     """A difference or ratio of two methods' scores over the same items; without all items the value alone."""
     first, seeds = groups[0].iloc[0], len(groups[0])
     tasks = [first["domain"]] if metric.startswith("domain") else retention_tasks(first)
-    means = [tables.mean_if_known(group[metric]) for group in groups]
+    means = [mean_if_known(group[metric]) for group in groups]
     if None in means or (way == "ratio" and not means[1]):
         return {"why": f"{metric} is not known of all cells"}
     value = means[0] - means[1] if way == "difference" else means[0] / means[1]

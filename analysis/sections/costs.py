@@ -4,7 +4,7 @@ import pandas as pd
 
 from analysis import numbers
 from analysis.load import Loaded
-from analysis.sections import tables
+from analysis.statistics.comparison import mean_if_known
 
 PLAIN = "full"
 MEASURED = (
@@ -85,7 +85,7 @@ def _measured(loaded: Loaded, cells: pd.DataFrame) -> dict:
         bytes_start=[record.get("bytes_start") for record in prepared],
     )
     known = bool(cells["cost_known"].all()) if "cost_known" in cells else True
-    mean = lambda key: tables.mean_if_known(own[key]) if key in own else None
+    mean = lambda key: mean_if_known(own[key]) if key in own else None
     # scoring is ours even where the checkpoint was made elsewhere
     return {key: mean(key) if known or key == "seconds_evaluate" else None for key in MEASURED} | {
         "reused": any(record.get("reused") for record in prepared)

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from analysis import numbers, units
 from analysis.load import Loaded, load_cells
-from analysis.sections.tables import BANNER, item_intervals
+from analysis.sections.tables import BANNER
+from analysis.statistics.comparison import item_intervals
 from experiments.study import cells
 from methods.errors import UserError
 

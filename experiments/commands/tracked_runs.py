@@ -19,7 +19,8 @@ import pandas as pd
 from analysis import numbers, units
 from analysis.comparable import KIND, guarded
 from analysis.load import Loaded, load_cells
-from analysis.sections.tables import BANNER, comparison
+from analysis.sections.tables import BANNER
+from analysis.statistics.comparison import comparison
 
 SCALARS = (
     "domain_score",

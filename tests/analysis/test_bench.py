@@ -109,9 +109,9 @@ def rename(record):
     ("spoil", "reason"),
     [
         (drop, "KeyError: 'ratio_min'"),
-        (rename, "'nobody' is no runner"),
+        (rename, "'nobody' is not a runner"),
         (lambda record: record.update(races=[]), "it holds no race"),
-        (lambda record: record.update(when=None), "when is no text"),
+        (lambda record: record.update(when=None), "when is not a text"),
         (lambda record: record["races"][0]["goals"][0].update(runner="x"), "the goal of 'x' has no runner"),
     ],
 )

@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from analysis.load import load_cells
 from analysis.sections import claims
 from analysis.sections.claims_measured import Measured
-from analysis.sections.tables import comparison
+from analysis.statistics.comparison import comparison
 from experiments.bench.race import Race
 from experiments.study.paths import HERE
 from methods.errors import UserError

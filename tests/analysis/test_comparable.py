@@ -8,7 +8,8 @@ import pytest
 
 from analysis import comparable
 from analysis.load import load_cells
-from analysis.sections.tables import as_text, comparison
+from analysis.sections.tables import as_text
+from analysis.statistics.comparison import comparison
 from tests.analysis.fixtures import write_json, write_results
 
 METHODS = ("full", "lora", "ewc", "mofo")

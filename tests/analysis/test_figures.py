@@ -6,7 +6,7 @@ import pytest
 from analysis import style
 from analysis.load import load_cells
 from analysis.report.figures import write_figures
-from analysis.sections.tables import comparison
+from analysis.statistics.comparison import comparison
 from tests.analysis.fixtures import METHODS, coefficients, write_results
 
 NAMES = [

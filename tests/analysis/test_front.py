@@ -9,7 +9,7 @@ import analysis
 from analysis import style
 from analysis.load import load_cells
 from analysis.sections.front import ALL, _volume, front, gain_forgetting_front, hypervolume, nondominated, section
-from analysis.sections.tables import comparison
+from analysis.statistics.comparison import comparison
 from analysis.statistics.resample import Resampled, _seeds_part, family, resampled, reversed_interval
 from tests.analysis.fixtures import write_results
 

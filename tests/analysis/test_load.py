@@ -83,14 +83,18 @@ def test_a_broken_file_is_named(tmp_path):
         (
             "metrics.json",
             lambda text: json.dumps(json.loads(text) | {"scores_by_task": {"piqa": {"value": 1}}}),
-            "scores_by_task.piqa is not whole",
+            "scores_by_task.piqa lacks base",
         ),
         (
             "train.json",
             lambda text: json.dumps(json.loads(text) | {"when": "yesterday"}),
-            "when is 'yesterday', no time",
+            "when is 'yesterday', not a time",
         ),
-        ("curve.csv", lambda text: text.replace("\n12,", "\ntwelve,"), "column step is not of numbers"),
+        (
+            "curve.csv",
+            lambda text: text.replace("\n12,", "\ntwelve,"),
+            "column step holds something that is not a number",
+        ),
         ("curve.csv", lambda text: text.replace("seconds", "minutes", 1), "column seconds is missing"),
     ],
 )

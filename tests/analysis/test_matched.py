@@ -8,7 +8,7 @@ from scipy import stats
 from analysis import style
 from analysis.load import Loaded, load_cells
 from analysis.sections.matched_show import matched_gain, section
-from analysis.sections.tables import comparison
+from analysis.statistics.comparison import comparison
 from analysis.statistics.matched import crossing, levels, matched, rows_behind, trajectories
 from analysis.statistics.matched_sweep import curve, gap, gaps
 from analysis.statistics.resample import resampled

@@ -9,7 +9,8 @@ from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.report.inline import inline
 from analysis.sections.answer import sentences
-from analysis.sections.tables import BANNER, comparison
+from analysis.sections.tables import BANNER
+from analysis.statistics.comparison import comparison
 from tests.analysis.fixtures import METHODS, NOTE, steps_race, write_bench, write_results
 
 

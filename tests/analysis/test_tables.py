@@ -9,7 +9,8 @@ from scipy.stats import t as student
 
 from analysis import numbers
 from analysis.load import load_cells
-from analysis.sections.tables import BANNER, as_csv, as_markdown, as_text, comparison, failure_lines, mean_if_known
+from analysis.sections.tables import BANNER, as_csv, as_markdown, as_text, failure_lines
+from analysis.statistics.comparison import comparison, mean_if_known
 from tests.analysis.fixtures import METHODS, write_results
 
 

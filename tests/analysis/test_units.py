@@ -12,8 +12,9 @@ from scipy.stats import t as student
 from analysis import units, write_summary
 from analysis.load import load_cells
 from analysis.sections.flips import flips
-from analysis.sections.tables import as_text, comparison
+from analysis.sections.tables import as_text
 from analysis.statistics import permutation
+from analysis.statistics.comparison import comparison
 from analysis.statistics.intervals import of_set
 from analysis.statistics.matched import trajectories
 from analysis.statistics.resample import resampled
@@ -101,7 +102,7 @@ def test_a_metric_of_the_set_goes_through_the_whole_summary_without_a_paired_tes
     text = write_summary(results_root=tmp_path / "results", summary_dir=tmp_path / "summary", cells=names, title="t")
     assert (
         re.search(r"full +0\.\d+ mcc +\+0\.\d+ \[", text)
-        and "piqa (science) is no proportion of rows and not in the mean; its own forgetting, in nats" in text
+        and "piqa (science) is not a proportion of rows and not in the mean; its own forgetting, in nats" in text
     )
     tests = pd.read_csv(tmp_path / "summary/tests.csv")
     assert set(tests["kind"]) == {"forgetting"}

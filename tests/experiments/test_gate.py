@@ -67,7 +67,7 @@ def test_a_tie_passes_however_a_mean_is_rounded_and_the_limit_is_said_in_full(st
 
 def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):
     from analysis.load import load_cells
-    from analysis.sections.tables import item_intervals
+    from analysis.statistics.comparison import item_intervals
 
     cell = "smollm2-135m/science/mofo/seed0"
     loaded = load_cells(study.paths.results, [cell])

@@ -12,7 +12,7 @@ import torch
 
 from analysis.load import load_cells, newest_gpu_check
 from analysis.report.page import write_report
-from analysis.sections.tables import comparison
+from analysis.statistics.comparison import comparison
 from analysis.statistics.permutation import all_tests
 from experiments.__main__ import parser
 from experiments.gpu_check import command, kernels, record, sizes, speed, waiting

@@ -141,7 +141,7 @@ def test_a_run_holds_parameters_curves_scores_costs_data_and_files(database, res
 
 def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_path):
     from analysis.load import load_cells
-    from analysis.sections.tables import comparison
+    from analysis.statistics.comparison import comparison
 
     root = tmp_path / "seeds"
     cells = write_results(root, methods=("full", "ewc"), seeds=(0, 1, 2))

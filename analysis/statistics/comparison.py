@@ -1,0 +1,168 @@
+"""The comparison: one row per method, with every reported number and its 95 % interval."""
+
+import pandas as pd
+
+from analysis import units
+from analysis.load import Loaded, retention_tasks
+from analysis.statistics import intervals
+from analysis.statistics.intervals import Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
+
+COSTS = (
+    "seconds_prepare",
+    "seconds_train",
+    "seconds_evaluate",
+    "peak_memory_bytes",
+    "bytes_importance",
+    "bytes_anchor",
+    "bytes_weights_delta",
+    "bytes_optimizer_state",
+    "tokens_prepare",
+    "tokens_trained",
+)
+
+
+def comparison(loaded: Loaded) -> pd.DataFrame:
+    """One row per (model, domain, method), the bare base first: shares of 1, seconds, bytes.
+
+    `*_low` and `*_high` are 95 % bounds. Over several seeds every number is the mean, `*_min` and `*_max` its range.
+    """
+    rows = []
+    for model, domain in loaded.comparisons:
+        cells = loaded.of(model, domain)
+        rows.append(_base_row(cells.iloc[0]))
+        rows += [_method_row(loaded, cells[cells["method"] == method]) for method in dict.fromkeys(cells["method"])]
+    return pd.DataFrame(rows)
+
+
+def _about(first: pd.Series, *, method: str, seeds: int) -> dict:
+    domain, n = first["domain"], first["n"]
+    return {
+        "model": first["model"],
+        "domain": domain,
+        "method": method,
+        "unit": units.of_domain(first),
+        "metric": units.metric_of(first, domain),
+        "seeds": seeds,
+        "n_domain": n.get(domain, 0),
+        "n_retention": sum(n[task] for task in retention_tasks(first)),
+    }
+
+
+def _base_row(first: pd.Series) -> dict:
+    return {
+        **_about(first, method="base", seeds=0),
+        **_bounds("domain_score", _domain_score(first, first["domain_score_base"])),
+        "domain_gain": 0.0,
+        "forgetting": 0.0 if retention_tasks(first) else None,
+        "general_score": first["general_score_base"],
+        "perplexity": first["general_perplexity_base"],
+        "perplexity_ratio": 1.0,
+    }
+
+
+def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
+    first = cells.iloc[0]
+
+    def mean(key: str) -> float | None:
+        return mean_if_known(cells[key]) if key in cells else None
+
+    by_items = item_intervals(loaded, cells)
+    score = by_items.get("domain_score") or _domain_score(first, mean("domain_score"))
+    ratio = mean("general_perplexity") / first["general_perplexity_base"] if mean("general_perplexity") else None
+    if len(cells) > 1 and "perplexity_ratio" in by_items:
+        ratio = None  # the interval's own centre is the geometric mean
+    stored = (mean("bytes_importance"), mean("bytes_anchor"))
+    row = {
+        **_about(first, method=first["method"], seeds=len(cells)),
+        **_bounds("domain_score", score),
+        **_bounds("domain_gain", by_items.get("domain_gain"), mean("domain_gain")),
+        **_bounds("forgetting", by_items.get("forgetting"), mean("forgetting")),
+        "general_score": mean("general_score"),
+        "perplexity": mean("general_perplexity"),
+        **_bounds("perplexity_ratio", by_items.get("perplexity_ratio"), ratio),
+        **{key: mean(key) for key in COSTS},
+        "bytes_stored": None if None in stored else sum(stored),
+        **_apart(cells),
+        "cost_known": bool(cells["cost_known"].all()) if "cost_known" in cells else True,
+        "note": _note(first),
+    }
+    if len(cells) > 1:
+        for key in ("domain_score", "domain_gain", "forgetting"):
+            row |= {f"{key}_min": cells[key].min(), f"{key}_max": cells[key].max()}
+    return row
+
+
+def _apart(cells: pd.DataFrame) -> dict:
+    """Mean forgetting of retention tasks that are not proportions, each in its own unit; empty without such tasks."""
+    column = cells["forgetting_apart"] if "forgetting_apart" in cells else ()
+    by_seed = [tasks for tasks in column if isinstance(tasks, dict)]
+    if len(by_seed) < len(cells) or not by_seed[0]:
+        return {}
+    task_units = {task: about["unit"] for task, about in by_seed[0].items()}
+    means = {task: float(pd.Series([seed[task]["forgetting"] for seed in by_seed]).mean()) for task in task_units}
+    return {f"apart_{task}": mean for task, mean in means.items()} | {"apart": task_units}
+
+
+def _domain_score(cell: pd.Series, score: float) -> Interval:
+    """A domain's score without its items: Wilson's interval for a proportion of its rows, none for anything else."""
+    n = cell["n"].get(cell["domain"], 0)
+    return wilson(score * n, n) if n and units.of_domain(cell) == units.SHARE else Interval(score, None, None, n)
+
+
+def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
+    """One method's intervals, crossed with seeds if it has several; empty if items of the base or a run are missing."""
+    first = cells.iloc[0]
+    base, tuned = loaded.base_items(first["model"]), loaded.items_of(cells)
+    if base.empty or tuned.empty or tuned["cell"].nunique() < len(cells):
+        return {}
+    pairs = paired(base, tuned)
+    counts = pairs["task"].value_counts()
+
+    def complete(tasks: list[str]) -> bool:
+        return bool(tasks) and all(counts.get(task, 0) == first["n"].get(task) for task in tasks)
+
+    kept, made, domain, unit = retention_tasks(first), {}, first["domain"], units.of_domain(first)
+    if not units.per_item(first, domain):
+        scores = [by_task[domain] for by_task in cells["scores_by_task"]]
+        changes, errors = [score["change"] for score in scores], [score.get("change_error") for score in scores]
+        made["domain_gain"] = of_set(changes, errors, n=first["n"][domain])
+    elif complete([domain]):
+        made["domain_gain"] = mean_difference(pairs, [domain], step=units.step(unit))
+        if unit == units.SHARE:
+            made["domain_score"] = intervals.score(tuned, domain)
+    if complete(kept):
+        made["forgetting"] = -mean_difference(pairs, kept)
+    if counts.get("general", 0):
+        made["perplexity_ratio"] = perplexity_ratio(pairs)
+    return made
+
+
+def _bounds(key: str, interval: Interval | None, value: float | None = None) -> dict:
+    """The recorded value (or else the interval's own centre) with the interval's bounds."""
+    if interval is None:
+        return {key: value, f"{key}_low": None, f"{key}_high": None}
+    return {key: interval.value if value is None else value, f"{key}_low": interval.low, f"{key}_high": interval.high}
+
+
+def mean_if_known(column: pd.Series) -> float | None:
+    """The mean, or None if any run lacks the value: a mean over the runs that have it would compare unlike things."""
+    if column.isna().any():
+        return None
+    mean = float(column.mean())
+    return mean if abs(mean) > 1e-12 else 0.0  # gains of seeds that cancel leave -3.7e-17
+
+
+def _note(cell: pd.Series) -> str:
+    notes = []
+    if any(_contains(cell.get(key), "estimator", "batched") for key in ("parts", "settings", "parts_report")):
+        notes.append("batched Fisher: only for the published baseline")
+    if not cell.get("cost_known", True):
+        notes.append("made elsewhere: cost unknown")
+    return "; ".join(notes)
+
+
+def _contains(block, key: str, value) -> bool:
+    """Whether a nested block holds `key: value` anywhere."""
+    if isinstance(block, dict):
+        return block.get(key) == value or any(_contains(inner, key, value) for inner in block.values())
+    return False
