@@ -250,8 +250,12 @@ class Part:
         return model
 
     def preparation(self) -> Sequence[Pass]:
-        """The passes over general text that `prepare` makes: what `plan` must know. By default one over all documents, uncut."""
-        return (Pass(),) if type(self).prepare is not Part.prepare else ()
+        """The passes over general text that `calibrate` and `prepare` make, which `plan` and the memory check must know.
+
+        By default each makes one over all documents, uncut: forward alone on the bare model, with gradients on the adapted.
+        """
+        passes = {"calibrate": Pass(bare=True, gradients="none"), "prepare": Pass()}
+        return tuple(made for hook, made in passes.items() if overrides(self, hook))
 
     def added(self) -> Added:
         """What the part adds to every step of training, in tokens."""
@@ -420,6 +424,11 @@ PHASE_OF_HOOK = {
 def overrides(part: Part | type[Part], hook: str) -> bool:
     """Whether a part has this hook of its own."""
     return getattr(part if isinstance(part, type) else type(part), hook) is not getattr(Part, hook)
+
+
+def prepares(part: Part) -> bool:
+    """Whether the part has something to do in the stage `prepare`."""
+    return overrides(part, "calibrate") or overrides(part, "prepare")
 
 
 def phase_of(part: Part | type[Part]) -> str:

@@ -4,14 +4,13 @@ python -m tests.goldens      writes tests/goldens.json anew; raise NUMERICS in t
 """
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from experiments.model.random_models import build
-from experiments.stages.prepare import _fit
 from experiments.training.engine import final_weights, fit
+from experiments.training.preparation import Fitting
 from experiments.training.settings import NUMERICS, TrainSettings
 from methods import registry
 
@@ -69,7 +68,7 @@ def final(
             general=texts(8, seed=11, labelled=False),
             seed=seed,
             progress=None,
-            fit=partial(_fit, settings=settings, base=base, device="cpu", name="golden"),
+            fit=Fitting(None, settings=settings, base=base, device="cpu", name="golden"),
         )
         if prepared:
             states[part.key] = {

@@ -23,7 +23,7 @@ from experiments.model.weights import as_dtype
 from experiments.study import ahead, cells
 from experiments.study.lock import Lock
 from experiments.training import batches, hardware, memory
-from experiments.training.flops import Flops
+from experiments.training.flops import Flops, of_pass
 from methods.part import Part
 from methods.tools.files import read_json
 
@@ -113,9 +113,8 @@ class _Model:
             method = train["cell"].split("/")[2]
             if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
                 # earlier records have no FLOPs; their rows were short, so that attention's share is small
-                flops = train.get("flops") or train["tokens_trained"] * _flops(
-                    self.flops(method), lengths=[1], labelled=0
-                )
+                each = _number(self.flops(method).step(lengths=[1], labelled=0))
+                flops = train.get("flops") or train["tokens_trained"] * each
                 reached += [] if math.isnan(flops) else [flops / train["seconds_train"]]
         if reached:
             return min(reached), f"{len(reached)} earlier cells on this machine"
@@ -133,10 +132,10 @@ class _Model:
     def flops(self, method: str) -> Flops:
         return _flops_of(self.shape, memory.adapting(self.study.methods[method].parts))
 
-    @functools.cached_property
-    def scoring(self) -> Flops:
-        """The same without anything trained: forward passes."""
-        return Flops(self.shape.build().requires_grad_(False))
+    @property
+    def bare(self) -> Flops:
+        """FLOPs of the base, which no part has adapted."""
+        return _flops_of(self.shape, ())
 
     def memory(self, phase: memory.Phase, *, parts, settings) -> dict[str, int]:
         return memory.predict(
@@ -165,7 +164,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
     trained, added, train = _training(study, cell, model, settings)
     prepare_tokens, prepare = _preparation(study, cell, model, preparing)
     scored = _scored_tokens(study, cell)
-    evaluate = _flops(model.scoring, lengths=[256] * (scored // 256), labelled=scored)
+    evaluate = _number(model.bare.forward(lengths=[256] * (scored // 256), predicted=scored))
     stages = {"prepared": ("prepare", prepare), "trained": ("train", train), "scored": ("evaluate", evaluate)}
     seconds = {name: 0.0 if cached[done] else _known(flops / rate) for done, (name, flops) in stages.items()}
     kinds = {
@@ -197,9 +196,9 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
     lengths, labelled = _train_rows(study, cell, settings)
     epochs = _epochs(len(lengths), settings, settings.epochs)
     trained, read = (sum(getattr(part.added(), kind) for part in parts) for kind in ("trained", "read"))
-    flops = (1 + trained) * _flops(model.flops(cell.method), lengths=lengths, labelled=labelled)
+    flops = (1 + trained) * _number(model.flops(cell.method).step(lengths=lengths, labelled=labelled))
     if read:
-        flops += read * _flops(model.scoring, lengths=lengths, labelled=labelled)
+        flops += read * _number(model.bare.forward(lengths=lengths, predicted=labelled))
     tokens = epochs * sum(lengths)
     return int(tokens), int(tokens * (trained + read)), epochs * flops
 
@@ -210,17 +209,16 @@ def _preparation(study, cell, model: _Model, settings) -> tuple[int, float]:
     documents = _general_tokens(study)
     for made in (made for part in study.methods[cell.method].parts for made in part.preparation()):
         count = int(study.general.get("importance", UNKNOWN_DOCUMENTS))
-        lengths = made.cut(documents or [(made.length or UNKNOWN_LENGTH) // 2] * count)
+        lengths = documents or [(made.length or UNKNOWN_LENGTH) // 2] * count
+        read = made.cut(lengths)
         epochs = (made.training or {}).get("epochs")
-        passes = _epochs(len(lengths), settings, epochs) if epochs else 1.0
-        counter = model.scoring if made.gradients == "none" else model.flops(cell.method)
-        tokens += passes * sum(lengths)
-        flops += passes * _flops(counter, lengths=lengths, labelled=sum(lengths))
+        passes = _epochs(len(read), settings, epochs) if epochs else 1.0
+        flops += passes * _number(of_pass(made, model.bare if made.bare else model.flops(cell.method), lengths))
+        tokens += passes * sum(read)
     return int(tokens), flops
 
 
-def _flops(counter: Flops, *, lengths: list[int], labelled: int) -> float:
-    flops = counter.step(lengths=lengths, labelled=labelled)
+def _number(flops: float | None) -> float:
     return math.nan if flops is None else flops
 
 

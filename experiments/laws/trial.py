@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from experiments.model.measure import Measure
 from experiments.model.random_models import build, byte_tokenizer
 from experiments.model.shape import Shape
-from experiments.stages.prepare import TENSORS, fitting
 from experiments.training import hooks
 from experiments.training.batches import Example
 from experiments.training.engine import FitResult, final_weights, finish, fit
+from experiments.training.preparation import TENSORS, prepare
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
 from methods import registry
@@ -119,31 +119,20 @@ class Trial:
     def prepare(self, parts: tuple[Part, ...], *, checkpoints: Checkpoints | None = None) -> dict[str, dict]:
         """What each part prepares from general text, as the training stage would load it."""
         states: dict[str, dict] = {}
-        for part in parts:
-            if type(part).prepare is Part.prepare:
-                continue
-            resume = checkpoints.within(part.key) if checkpoints else self._no_checkpoints()
-            torch.manual_seed(SEED)
-            prepared = part.prepare(
-                model=self.adapted(parts),
-                base=self.base,
-                general=texts(6, seed=11, labelled=False),
-                seed=SEED,
-                progress=None,
-                shards=self.shards,
-                resume=resume,
-                fit=fitting(
-                    resume,
-                    settings=SETTINGS,
-                    base=self.base,
-                    device="cpu",
-                    shards=self.shards,
-                    name=f"prepare {part.key}",
-                ),
-            )
-            if prepared is not None:
-                kept = {kind: getattr(prepared, kind) for kind in TENSORS if getattr(prepared, kind)}
-                states[part.key] = kept | {"notes": json.loads(json.dumps(prepared.notes))}
+        for made in prepare(
+            parts,
+            make=lambda trains: self.model(),
+            general=texts(6, seed=11, labelled=False),
+            base=self.base,
+            seed=SEED,
+            settings=SETTINGS,
+            resume=lambda part: checkpoints.within(part) if checkpoints else self._no_checkpoints(),
+            shards=self.shards,
+        ):
+            kept = {kind: getattr(made.prepared, kind) for kind in TENSORS if getattr(made.prepared, kind)}
+            state = states.setdefault(made.part.key, {"notes": {}})
+            state["notes"] |= json.loads(json.dumps(made.prepared.notes))
+            state |= kept
         return states
 
     def train(

@@ -4,15 +4,12 @@ Preparations with equal settings are computed once a model and kept in a local s
 depend on: another seed, another domain or another strength reuses them, and the record says so.
 """
 
-import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from hashlib import sha256 as new_sha256
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from safetensors.torch import save_file
@@ -27,21 +24,18 @@ from experiments.model.shape import shape_of
 from experiments.stages import resolve
 from experiments.study import provenance
 from experiments.study.failures import recorded
-from experiments.training import hardware, memory, processes
-from experiments.training.engine import FitResult, fit
+from experiments.training import hardware, memory, preparation, processes
+from experiments.training.preparation import TENSORS
 from experiments.training.progress import bar
 from experiments.training.resume import Resume
-from experiments.training.settings import TrainSettings
 from methods.errors import UserError
-from methods.part import Part
+from methods.part import Prepared
 from methods.tools import source_code
 from methods.tools import stored as layout
 from methods.tools.files import folder_sha256, need_room, read_json, sha256, write_json, writing
 from methods.tools.importance import totals
 from methods.tools.process_group import Shards
 from methods.tools.stored import load_importance, save_importance
-
-TENSORS = ("importance", "start", "carry")
 
 
 def main(study, *, model: str, method: str, seed: int, cell) -> None:
@@ -65,9 +59,9 @@ def _prepare(study, model: str, method: str, seed: int) -> None:
             {
                 "seconds_prepare": 0.0,
                 "tokens_prepare": 0,
-                "bytes_importance": 0,
-                "bytes_start": 0,
                 "peak_memory_bytes": 0,
+                "added": {},
+                **{f"bytes_{kind}": 0 for kind in TENSORS},
                 "reused": False,
             },
         )
@@ -129,10 +123,9 @@ def store_key(study, model: str, method: str, seed: int, where: torch.device) ->
 
 
 def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: str, shards: Shards) -> dict:
-    """Prepare every part in turn into `out`; returns the measured costs."""
+    """Let every part prepare, write what it made into `out`, and return the measured costs."""
     where = hardware.device(study.device)
     folder = study.paths.model(model_name)
-    base = load_tensors(folder)
     checkpoint = dtype_of(read_json(folder / "base.json", "sha256", "dtype"))
     computing = study.compute_dtype(model_name, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
@@ -155,72 +148,57 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         processes=shards.world if shards.active else None,
     )
     hardware.reset_peak(where)
-    seconds, tokens, notes = 0.0, 0, {}
     if shards.first:
         out.mkdir(parents=True)
-    drawn = seed if resolve.seeded(parts) else 0  # what other seeds reuse must not depend on the one that came first
-    for part in parts:
-        if type(part).prepare is Part.prepare:
-            continue
-        # a part that trains here has the model cut on the CPU; another one needs it whole on its device
-        cut = shards.active and any(made.training is not None for made in part.preparation())
-        model = weights.load_model(folder, dtype=computing, device="cpu" if cut else where)
-        torch.manual_seed(drawn)
-        for other in parts:
-            model = other.adapt(model, seed=drawn)
-        resume = Resume(
-            study.paths.resume / "prepare" / key / part.key,
+
+    def make(trains: bool):
+        # a model that is trained by several processes is cut on the CPU; another one is needed whole on its device
+        return weights.load_model(folder, dtype=computing, device="cpu" if shards.active and trains else where)
+
+    def resume(part: str) -> Resume:
+        return Resume(
+            study.paths.resume / "prepare" / key / part,
             every=settings.checkpoint_seconds,
-            identity={"preparation": key, "part": part.key, "device": where.type, "compute_dtype": str(computing)},
+            identity={"preparation": key, "part": part, "device": where.type, "compute_dtype": str(computing)},
             shards=shards,
         )
-        began = perf_counter()
-        prepared = part.prepare(
-            model=model,
-            base=base,
-            general=general,
-            seed=drawn,
-            progress=bar,
-            shards=shards,
-            resume=resume,
-            fit=fitting(
-                resume,
-                settings=settings,
-                base=base,
-                device=where,
-                shards=shards,
-                compute_dtype=computing,
-                name=f"prepare {part.key}",
-            ),
-        )
-        seconds += perf_counter() - began
-        if prepared is None:
-            continue
+
+    added, notes = {}, {}
+    for made in preparation.prepare(
+        parts,
+        make=make,
+        general=general,
+        base=load_tensors(folder),
+        # what other seeds reuse must not depend on the seed that came first
+        seed=seed if resolve.seeded(parts) else 0,
+        settings=settings,
+        resume=resume,
+        progress=bar,
+        shards=shards,
+        device=where,
+        compute_dtype=computing,
+    ):
+        name, prepared = made.part.key, made.prepared
         if prepared.importance and not any(totals(values)[0] for values in prepared.importance.values()):
             raise UserError(
-                f"methods.{method}.{part.key}: the importance of every weight came out as 0, so that nothing would be held: the general "
-                "text gives no gradient; look at `general`, and at the numbers of the base model"
+                f"methods.{method}.{name}: the importance of every weight came out as 0, so that nothing would be held: "
+                "the general text gives no gradient; look at `general`, and at the numbers of the base model"
             )
-        tokens += prepared.tokens
-        notes[part.key] = prepared.notes
-        for kind in TENSORS:
-            tensors, path = getattr(prepared, kind), out / f"{part.key}.{kind}.safetensors"
-            if tensors and shards.first:
-                if kind == "importance":
-                    save_importance(tensors, path)
-                else:
-                    with writing(path):
-                        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path)
+        notes[name] = notes.get(name, {}) | prepared.notes
+        costs = {"tokens": prepared.tokens, "flops": made.flops, "seconds": made.seconds}
+        added[name] = added_up([added[name], costs]) if name in added else costs
+        if shards.first:
+            _write(out, name, prepared)
     peak = int(shards.sum(torch.tensor(hardware.peak_memory_bytes(where))).item())
     if not shards.first:
         return {}
     write_json(out / "prepared.json", notes)
     return {
-        "seconds_prepare": seconds,
-        "tokens_prepare": tokens,
+        "seconds_prepare": sum(costs["seconds"] for costs in added.values()),
+        "tokens_prepare": sum(costs["tokens"] for costs in added.values()),
         "peak_memory_bytes": peak,
-        "bytes_importance": _bytes(out, "importance"),
-        "bytes_start": _bytes(out, "start") + _bytes(out, "carry"),
+        "added": {name: costs | {"bytes": _bytes(out, f"{name}.*")} for name, costs in added.items()},
+        **{f"bytes_{kind}": _bytes(out, f"*.{kind}") for kind in TENSORS},
         "processes": shards.world,
         "hardware": hardware.describe(where),
         "versions": provenance.versions(),
@@ -229,46 +207,20 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     }
 
 
-def fitting(resume: Resume, **arguments) -> Callable[..., FitResult]:
-    """`_fit` for one preparation, in which every call has checkpoints of its own: a second one does not go on from the first one's."""
-    calls = itertools.count()
-
-    def fit_next(**more) -> FitResult:
-        return _fit(resume=resume.within(f"fit-{next(calls)}"), **arguments, **more)
-
-    return fit_next
+def added_up(costs: Iterable[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """Costs by kind, added up; None where one of them is not known."""
+    costs = list(costs)
+    return {kind: None if None in (each := [one[kind] for one in costs]) else sum(each) for kind in costs[0]}
 
 
-def _fit(
-    *,
-    settings: TrainSettings,
-    model,
-    parts,
-    examples,
-    seed,
-    base,
-    device,
-    name,
-    shards=Shards(),
-    compute_dtype=None,
-    resume=None,
-    **overrides,
-):
-    """The engine's own loop for parts that train while they prepare; None keeps the method's own setting."""
-    changed = replace(settings, **{key: value for key, value in overrides.items() if value is not None})
-    return fit(
-        model=model,
-        parts=parts,
-        examples=examples,
-        settings=changed,
-        seed=seed,
-        base=base,
-        device=device,
-        shards=shards,
-        compute_dtype=compute_dtype,
-        resume=resume,
-        name=name,
-    )
+def _write(out: Path, name: str, prepared: Prepared) -> None:
+    for kind in TENSORS:
+        tensors, path = getattr(prepared, kind), out / f"{name}.{kind}.safetensors"
+        if tensors and kind == "importance":
+            save_importance(tensors, path)
+        elif tensors:
+            with writing(path):
+                save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path)
 
 
 def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]:
@@ -313,5 +265,5 @@ def _whole(store: Path) -> bool:
         return False
 
 
-def _bytes(out: Path, kind: str) -> int:
-    return sum(path.stat().st_size for path in out.glob(f"*.{kind}.safetensors"))
+def _bytes(out: Path, pattern: str) -> int:
+    return sum(path.stat().st_size for path in out.glob(f"{pattern}.safetensors"))

@@ -20,7 +20,7 @@ from experiments.training import hardware, hooks
 from experiments.training.settings import NUMERICS, TrainSettings
 from methods import registry
 from methods.errors import UserError
-from methods.part import Part
+from methods.part import Part, prepares
 from methods.tools import source_code
 from methods.tools.costs import Pass
 from methods.tools.files import write_json
@@ -175,11 +175,11 @@ def prepare(study, model: str, method: str) -> dict:
     Training settings are included only for parts that train while they prepare.
     """
     parts = study.methods[method].parts
-    if all(type(part).prepare is Part.prepare for part in parts):
+    if not any(map(prepares, parts)):
         return {}
     resolved = {"numerics": NUMERICS, "device": study.device, "parts": {}}
     for part in parts:
-        if type(part).prepare is not Part.prepare or "adapts" in part.capabilities:
+        if prepares(part) or "adapts" in part.capabilities:
             resolved["parts"][part.key] = _part(study, part, "prepare")
     for part in parts:
         for made in part.preparation():

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from methods.tools import architecture
+from methods.tools.costs import Pass
 
 # tokens of the pass that is counted: no other size of a model is a multiple of it; fewer where the model has fewer positions
 LENGTHS = (251, 127, 61)
@@ -70,6 +71,14 @@ class Flops:
     def _sum(self, each: tuple[float, ...], lengths: Sequence[int], labelled: int) -> float:
         token, label, square = each
         return float(sum(lengths) * token + labelled * label + sum(n * n for n in lengths) * square)
+
+
+def of_pass(made: Pass, counter: Flops, lengths: Sequence[int]) -> float | None:
+    """FLOPs of a pass in which a part prepares, over documents of these lengths, which it may cut."""
+    read = made.cut(lengths)
+    if made.gradients == "none":
+        return counter.forward(lengths=read, predicted=0)
+    return counter.step(lengths=read, labelled=sum(read))
 
 
 def mfu(flops: float | None, seconds: float, peak: float | None) -> float | None:

@@ -23,7 +23,7 @@ from methods.tools.token_statistics import TokenStatistics
 COSTS = ("tokens", "flops", "seconds", "bytes")
 
 # what a part may do without having a share in how the weights are trained
-APART = {"settings", "resolved", "look", "finish", "report", "memory"}
+APART = {"settings", "resolved", "look", "finish", "report", "preparation", "added", "memory"}
 TRAINING = [name for name, value in vars(Part).items() if callable(value) and name[0] != "_" and name not in APART]
 
 

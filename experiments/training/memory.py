@@ -210,7 +210,7 @@ class _Prediction:
             "scratch": own.kept + own.gradient,
             "activations": alive,
             "transient": work,
-            "logits": 3 * counts.wide * counts.vocabulary * rows * length,
+            "logits": 3 * counts.wide * counts.vocabulary * rows * length * (made.gradients != "none"),
         }
         return _with_total(kinds, kept=own.kept, passing=alive + max(kinds["logits"], work, own.gradient))
 

@@ -20,7 +20,7 @@ class Pass:
     training   settings of training with which the part calls `fit`; None: the part runs the model itself
     rows       documents in one forward pass of the part's own
     tokens     above 0: as many documents as so many tokens hold take the place of `rows`
-    gradients  which base tensors get a gradient: those that the method changes, all of them, or none (forward only)
+    gradients  which base tensors get a gradient: those that the method changes, all, or none: forward, without logits
     bare       the model is the base itself, which no part has adapted (`calibrate`)
     """
 

@@ -1,7 +1,5 @@
 """Architectures that nobody has tuned this project to: what it computes of each against the model's own forward pass."""
 
-from functools import partial
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -14,12 +12,12 @@ from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import Shape
-from experiments.stages.prepare import _fit
 from experiments.training import memory
 from experiments.training.batches import collate
 from experiments.training.engine import final_weights, fit
 from experiments.training.flops import Flops
 from experiments.training.loss import summed_nll
+from experiments.training.preparation import Fitting
 from experiments.training.settings import TrainSettings
 from methods import given, registry
 from methods.errors import UserError
@@ -252,7 +250,7 @@ def test_the_chain_from_plan_to_score(kind, method):
             general=documents(labelled=0),
             seed=0,
             progress=None,
-            fit=partial(_fit, settings=settings, base=base, device="cpu", name="prepare"),
+            fit=Fitting(None, settings=settings, base=base, device="cpu", name="prepare"),
         )
         if prepared:
             states[part.key] = {

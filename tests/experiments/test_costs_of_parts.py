@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from experiments.commands import plan
 from experiments.model.positions import refuse_long_documents
+from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import shape_of
 from experiments.stages import data, model, prepare
 from experiments.study import ahead, config
@@ -41,18 +42,45 @@ class Replayed(Part):
         return Prepared(carry={"text": longest["input_ids"]}, tokens=sum(len(e["input_ids"]) for e in general))
 
 
-@pytest.fixture
-def replayed(monkeypatch):
-    monkeypatch.delitem(REGISTERED, "replayed", raising=False)
-    yield register(title="Replayed", paper="", line="Keeps a text.", key="replayed")(Replayed)
-    REGISTERED.pop("replayed", None)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibrated(Part):
+    """It reads the bare model's hidden states, adapts the model by them, and prepares on the adapted model."""
+
+    def preparation(self):
+        return Pass(bare=True, gradients="none", documents=3), Pass(documents=2, length=8)
+
+    def calibrate(self, *, model, general, seed, progress, shards):
+        assert not hasattr(model, "directions")
+        with torch.no_grad():
+            hidden = [model.model(e["input_ids"][None]).last_hidden_state[0] for e in general[:3]]
+        tokens = sum(len(one) for one in hidden)
+        return Prepared(calibration={"mean": torch.cat(hidden).mean(0)}, tokens=tokens, notes={"read": 3})
+
+    def adapt(self, model, *, seed, state={}):
+        if "calibration" in state:
+            model.directions = state["calibration"]["mean"]
+        return model
+
+    def prepare(self, *, model, general, **_):
+        texts = [document["input_ids"][:8] for document in general[:2]]
+        return Prepared(carry={"twice": 2 * model.directions}, tokens=sum(map(len, texts)), notes={"cut": 2})
+
+
+@pytest.fixture(autouse=True)
+def parts():
+    for kind, capabilities in ((Replayed, ()), (Calibrated, ("adapts",))):
+        name = kind.__name__
+        register(title=name, paper="", line="x.", key=name.lower(), capabilities=frozenset(capabilities))(kind)
+    yield
+    for kind in (Replayed, Calibrated):
+        del REGISTERED[kind.key]
 
 
 @pytest.fixture
-def study(replayed, tmp_path):
+def study(tmp_path):
     raw = copy.deepcopy(DEMO)
     raw["grid"]["methods"] = ["own"]
-    raw["methods"] = {"own": {"replayed": {}}}
+    raw["methods"] = {"own": {"replayed": {}}, "calibrated": {"calibrated": {}}}
     out = io.StringIO()
     YAML().dump(raw, out)
     (tmp_path / "params.yaml").write_text(out.getvalue())
@@ -73,14 +101,38 @@ def test_a_part_with_none_of_our_settings_is_planned_and_prepared(study):
     assert costs["tokens_prepare"] == sum(text) and len(states["carry"]["text"]) == max(text)
 
 
+def test_calibration_is_made_on_the_bare_model_and_stored_for_the_adapted_one(study):
+    model.main(study, model="llama-tiny")
+    data.main(study)
+    prepare.main(
+        study, model="llama-tiny", method="calibrated", seed=0, cell=Cell("llama-tiny", "sums", "calibrated", 0)
+    )
+    folder = study.paths.prepared(model="llama-tiny", method="calibrated", seed=0)
+    state = prepare.load_states(folder, study.methods["calibrated"].parts)["calibrated"]
+    assert torch.equal(state["carry"]["twice"], 2 * state["calibration"]["mean"])
+    assert state["notes"] == {"read": 3, "cut": 2}
+    # what it took is recorded for the part, by what it states
+    costs = read_json(study.paths.prepare_costs(model="llama-tiny", method="calibrated", seed=0))
+    lengths = [len(row["input_ids"]) for row in prepare.encoded_text(general_text(study), byte_tokenizer())]
+    cut = [min(8, length) for length in lengths[:2]]
+    counter = Flops(shape_of("llama-tiny", study.models["llama-tiny"], Path("nowhere")).build())
+    flops = counter.forward(lengths=lengths[:3], predicted=0) + counter.step(lengths=cut, labelled=sum(cut))
+    sizes = {kind: (folder / f"calibrated.{kind}.safetensors").stat().st_size for kind in ("calibration", "carry")}
+    assert costs["added"] == {
+        "calibrated": {
+            "tokens": sum(lengths[:3]) + sum(cut),
+            "flops": flops,
+            "seconds": costs["seconds_prepare"],
+            "bytes": sum(sizes.values()),
+        }
+    }
+    assert costs["tokens_prepare"] == costs["added"]["calibrated"]["tokens"]
+    stored = {kind: costs[f"bytes_{kind}"] for kind in ("calibration", "importance", "start", "carry")}
+    assert stored == {"importance": 0, "start": 0} | sizes
+
+
 def general_text(study):
     return study.paths.data / "general" / "importance.jsonl"
-
-
-def byte_tokenizer():
-    from experiments.model.random_models import byte_tokenizer
-
-    return byte_tokenizer()
 
 
 def test_documents_of_a_part_without_a_length_are_refused_where_the_model_is_shorter(study):

@@ -177,7 +177,7 @@ def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
         plan._Model, "memory", lambda self, phase, **_: {"total": 0}
     )  # memory and time have tests of their own
     monkeypatch.setattr(plan._Model, "flops", lambda self, method: SimpleNamespace(step=lambda **_: 0.0))
-    monkeypatch.setattr(plan._Model, "scoring", SimpleNamespace(step=lambda **_: 0.0))
+    monkeypatch.setattr(plan._Model, "bare", SimpleNamespace(forward=lambda **_: 0.0))
     methods = DEMO["methods"] | {"more": {"ewc": {"strength": 1.0, "samples": 16}}}
     domains = {name: copy.deepcopy(DEMO["domains"]["sums"]) for name in ("one", "two", "three")}
     grid = {

@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 from torch.distributed.tensor import DTensor
 
 from experiments.model.random_models import build
-from experiments.stages.prepare import fitting
 from experiments.training.engine import final_weights, fit
+from experiments.training.preparation import Fitting
 from experiments.training.resume import Resume
 from methods import registry
 from methods.part import Part
@@ -142,7 +142,7 @@ def cell(
     folder = folder or Path(tempfile.mkdtemp())
 
     def general(key: str):
-        run = fitting(keep(folder / key), settings=chosen, base=base, device="cpu", name="prepare", shards=shards)
+        run = Fitting(keep(folder / key), settings=chosen, base=base, device="cpu", name="prepare", shards=shards)
         return lambda *, parts, **arguments: run(parts=(*parts, stopper), **arguments)
 
     for part in parts:
