@@ -136,9 +136,7 @@ def cell(
     make = partial(build, architecture, seed=1, dtype=dtype)
     base = {n: p.detach().clone() for n, p in make().named_parameters()}
     parts, states, stopper = registry.build(METHODS[method] if blocks is None else blocks), {}, Stop(left=[stop])
-    keep = partial(
-        Resume, shards=shards, every=0.0 if folder else float("inf"), identity={"method": method}
-    )
+    keep = partial(Resume, shards=shards, every=0.0 if folder else float("inf"), identity={"method": method})
     folder = folder or Path(tempfile.mkdtemp())
 
     def general(key: str):
