@@ -34,9 +34,9 @@ from experiments.laws.trial import SEED, SETTINGS, Checkpoints, Killed, Trial, t
 from experiments.model.random_models import build
 from experiments.model.shape import Shape
 from experiments.training import memory
-from experiments.training.contents import tensors_in
 from experiments.training.engine import fit
 from experiments.training.preparation import TENSORS
+from experiments.training.snapshot import tensors_in
 from methods import listing, registry
 from methods.part import Part
 from methods.part import adapted as adapt_all

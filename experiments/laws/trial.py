@@ -200,9 +200,7 @@ class Trial:
         return self.train(self.parts, self.states, probes=1, save=self.folder / "saved")
 
     def _no_checkpoints(self) -> Resume:
-        return Resume(
-            self.folder / "unused", identity={}, every=float("inf"), rank=self.shards.rank, world=self.shards.world
-        )
+        return Resume(self.folder / "unused", identity={}, every=float("inf"), shards=self.shards)
 
     def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
         """What a part's `finish` is given to score weights with; nothing is made before the first call."""
