@@ -23,7 +23,7 @@ ROOT = Path(registry.__file__).parent.parent
 
 
 def test_the_built_in_parts_are_there():
-    assert list(registry.parts()) == ["ewc", "given", "hierarchical", "lora", "mofo"]
+    assert {"ewc", "given", "hierarchical", "lora", "mofo"} <= registry.parts().keys()
     for key, part in registry.parts().items():
         assert (
             part.key == key
