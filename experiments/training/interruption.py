@@ -7,6 +7,7 @@ restored no checkpoint is written, and a message says so.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from experiments.training.log import Log
 from experiments.training.random_state import random_state, set_random_state
 from experiments.training.resume import Resume
-from experiments.training.snapshot import Beginning, Unkeepable
+from experiments.training.snapshot import Snapshot, Unkeepable, restore
 from methods.part import Part, Run
 
 LOGGED = ("curve", "seconds", "tokens", "flops", "added")
@@ -36,7 +37,8 @@ class Interruption:
         self._resume, self._run, self._parts, self._states = resume, run, parts, states
         self._optimizer, self._log = optimizer, log
         apart = (run, run.base, run.shards, run.moments, *parts, *run.model.modules())
-        self._beginning = Beginning(self._values(), weights=run.weights, apart=apart)
+        self._snapshot = partial(Snapshot, weights=run.weights, apart=apart)
+        self._begun = self._snapshot(self._values())
         self._kept = self._kept_by_parts()
 
     def restore(self) -> int:
@@ -45,7 +47,7 @@ class Interruption:
         checkpoint, steps = self._resume.newest(into), 0
         if checkpoint is not None:
             checkpoint.read_into(into)
-            values = self._beginning.restore(checkpoint.position["changes"], checkpoint.tensor)
+            values = restore(self._begun, checkpoint.position["changes"], checkpoint.tensor)
             self._set_model(values["model"])
             for part in self._parts:
                 state, back = self._states[part.key], values[f"{part.key}: state"]
@@ -55,7 +57,7 @@ class Interruption:
             set_random_state(values["random"], self._run.device)
             vars(self._log).update(checkpoint.position["log"])
             steps = checkpoint.position["step"]
-        self._beginning.release()
+        self._begun.objects = {}  # what a part drops from now on is not held
         return steps
 
     def save(self, step: int) -> None:
@@ -66,7 +68,8 @@ class Interruption:
                 raise Unkeepable(
                     f"the part's `keep` names {odd[0]} at one step and not at another: it must name the same tensors throughout"
                 )
-            changes, changed = self._beginning.changes(self._values())
+            snapshot = self._snapshot(self._values(), begun=self._begun)
+            changes, changed = snapshot.changes, snapshot.tensors
         except Unkeepable as error:
             problem = str(error)
         log = {name: getattr(self._log, name) for name in LOGGED}

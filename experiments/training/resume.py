@@ -13,6 +13,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from time import monotonic
 
@@ -243,10 +244,11 @@ def _safetensors(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 def _write(path: Path, pieces: Iterable[bytes | memoryview]) -> dict:
     """Write a file, and wait until the disk has it; its size and sha256."""
     digest = hashlib.sha256()
-    with path.open("wb") as file:
+    with path.open("wb") as file, ThreadPoolExecutor(1) as pool:
         for piece in pieces:
+            hashed = pool.submit(digest.update, piece)  # while the disk is at work
             file.write(piece)
-            digest.update(piece)
+            hashed.result()
         file.flush()
         os.fsync(file.fileno())
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}

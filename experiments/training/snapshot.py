@@ -15,9 +15,11 @@ import io
 import pickle
 import random
 import warnings
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,68 +28,50 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 PLAIN = (type(None), bool, int, float, str)
-SEQUENCES = {"list": list, "tuple": tuple, "deque": deque}
 SAME = ["same"]
-PIECE = 1 << 24  # words hashed at a time
 
 
 class Unkeepable(Exception):
     """A value has changed that cannot be restored; the message names its place."""
 
 
-class Beginning:
-    """The values of a run, by place, before its first step.
+class Snapshot:
+    """The values of a run, by place: all of them at its beginning, later what is not as it was. Raises Unkeepable.
 
     weights  tensors that are kept elsewhere, by name
     apart    objects that are not looked into
+    begun    the beginning's snapshot
+
+    changes  what is not as it was: JSON by place
+    tensors  the tensors that `changes` names
     """
 
-    def __init__(self, values: Mapping[str, Any], *, weights: Mapping[str, Tensor], apart: tuple = ()) -> None:
-        self._weights, self._apart = weights, apart
-        self._walk: _Walk | None = _Walk(weights, apart, begun=None)
-        for place, value in values.items():
-            self._walk.write(value, place)
-        self._looks = self._walk.looks
-
-    def changes(self, values: Mapping[str, Any]) -> tuple[dict, dict[str, Tensor]]:
-        """What is not as it was: JSON by place, and the tensors that it names. Raises Unkeepable."""
-        walk = _Walk(self._weights, self._apart, begun=self._looks)
-        return {place: walk.write(value, place) for place, value in values.items()}, walk.tensors
-
-    def restore(self, changes: dict, read: Callable[[str], Tensor]) -> dict[str, Any]:
-        """The values with the changes in them; what was there at the beginning is changed in place.
-
-        read  gives a tensor by its name in `changes`
-        """
-        back = _Back(self._walk, self._weights, read)
-        return {place: back.read(written, place) for place, written in changes.items()}
-
-    def release(self) -> None:
-        """Hold the values of the beginning no longer; `restore` cannot be called after it."""
-        self._walk = None
-
-
-class _Walk:
-    """One look at all values: what is written of them, and how each place looks."""
-
-    def __init__(self, weights: Mapping[str, Tensor], apart: tuple, *, begun: Mapping[str, str] | None) -> None:
+    def __init__(
+        self,
+        values: Mapping[str, Any],
+        *,
+        weights: Mapping[str, Tensor],
+        apart: tuple = (),
+        begun: "Snapshot | None" = None,
+    ) -> None:
         self.looks: dict[str, str] = {}
         self.objects: dict[str, Any] = {}  # by place; also holds them, so that their ids stay their own
         self.aliases: set[str] = set()  # places whose object has an earlier place too
         self.tensors: dict[str, Tensor] = {}
-        self._begun, self._same = begun, set()
+        self.weights = weights
+        self._begun, self._same = None if begun is None else begun.looks, set()
         self._first: dict[int, str] = {}
         self._apart = {id(one) for one in apart}
-        self._weights = {id(weight): name for name, weight in weights.items()}
+        self._names = {id(weight): name for name, weight in weights.items()}
         self._owners = {memory: f"weight {name}" for name, weight in weights.items() if (memory := _memory(weight))}
+        self.changes = {place: self._write(value, place) for place, value in values.items()}
 
-    def write(self, value: Any, place: str) -> list:
+    def _write(self, value: Any, place: str) -> list:
         self.objects[place] = value
         if type(value) in PLAIN:
             return self._node(place, repr(value), ["value", value])
-        if id(value) in self._weights:
-            name = self._weights[id(value)]
-            return self._node(place, f"weight {name}", ["weight", name])
+        if id(value) in self._names:
+            return self._node(place, f"weight {self._names[id(value)]}", ["weight", self._names[id(value)]])
         if id(value) in self._first:
             self.aliases.add(place)
             first = self._first[id(value)]
@@ -97,38 +81,36 @@ class _Walk:
             return self._opaque(value, place)
         if isinstance(value, Tensor):
             return self._tensor(value, place)
-        if (type(value) is np.ndarray or isinstance(value, np.generic)) and value.dtype != object:
-            return self._array(value, place)
+        if (data := _from_numpy(value)) is not None:
+            return self._container(value, place, "array", {".data": data}, isinstance(value, np.generic))
         if isinstance(value, dict) and None not in (keys := [self._hashable(key) for key in value]):
-            children = [self.write(one, f"{place}[{_label(key)}]") for key, one in zip(keys, value.values())]
-            return self._container(value, place, "dict", children, keys)
+            return self._container(value, place, "dict", dict(zip(map(_label, keys), value.values())), keys)
         if type(value) is set and None not in (entries := [self._hashable(one) for one in value]):
             return self._node(place, f"set {sorted(map(str, entries))}", ["set", entries])
-        for kind, sequence in SEQUENCES.items():
-            if isinstance(value, sequence) and (
-                sequence is not tuple or type(value) is tuple or hasattr(value, "_make")
-            ):
-                children = [self.write(one, f"{place}[{index}]") for index, one in enumerate(value)]
-                return self._container(value, place, kind, children, getattr(value, "maxlen", None))
+        if isinstance(value, list | deque) or type(value) is tuple or hasattr(value, "_make"):
+            kind = "list" if isinstance(value, list) else "deque" if isinstance(value, deque) else "tuple"
+            parts = {f"[{index}]": one for index, one in enumerate(value)}
+            return self._container(value, place, kind, parts, getattr(value, "maxlen", None))
         if (fields := _fields(value)) is not None:
-            children = [self.write(one, f"{place}.{name}") for name, one in fields.items()]
-            return self._container(value, place, "fields", children, list(fields))
-        if (state := _state(value)) is not None:
-            return self._container(value, place, "state", [self.write(state, f"{place}.state")])
+            parts = {f".{name}": one for name, one in fields.items()}
+            return self._container(value, place, "fields", parts, list(fields))
+        if (found := _state(value)) is not None:
+            return self._container(value, place, "state", {".state": found[0]})
         return self._opaque(value, place)
 
     def _node(self, place: str, look: str, written: list, *, unchanged: bool = True) -> list:
+        """What is written of a place: SAME where it looks as at the beginning."""
         self.looks[place] = look
-        if self._begun is None or not (unchanged and self._begun.get(place) == look):
+        if self._begun is None or not unchanged or self._begun.get(place) != look:
             return written
         self._same.add(place)
         return SAME
 
-    def _container(self, value: Any, place: str, kind: str, children: list, *more: Any) -> list:
-        unchanged = all(child == SAME for child in children)
+    def _container(self, value: Any, place: str, kind: str, parts: Mapping[str, Any], *more: Any) -> list:
+        children = [self._write(one, place + label) for label, one in parts.items()]
         look = f"{type(value)} {len(children)} {more}"
-        written = self._node(place, look, [kind, children, *more], unchanged=unchanged)
-        if self._begun is not None and type(value) not in (dict, *SEQUENCES.values()):
+        written = self._node(place, look, [kind, children, *more], unchanged=all(child == SAME for child in children))
+        if self._begun is not None and type(value) not in (dict, list, tuple, deque) and kind != "array":
             if not self._begun.get(place, "").startswith(f"{type(value)} "):
                 raise Unkeepable(f"{place} is a {type(value).__qualname__} that was made in a step: make it in `begin`")
         return written
@@ -139,8 +121,8 @@ class _Walk:
             return ["value", value]
         if type(value) is tuple and None not in (entries := [self._hashable(one) for one in value]):
             return ["tuple", entries, None]
-        if id(value) in self._weights:
-            return ["weight", self._weights[id(value)]]
+        if id(value) in self._names:
+            return ["weight", self._names[id(value)]]
         return ["as", self._first[id(value)]] if isinstance(value, Tensor) and id(value) in self._first else None
 
     def _tensor(self, value: Tensor, place: str) -> list:
@@ -154,7 +136,7 @@ class _Walk:
         overlapping = dense and any(size > 1 and not step for size, step in zip(own.shape, own.stride()))
         in_place = there and not overlapping
         grad = value.requires_grad and value.is_leaf
-        written = self._node(place, f"{where}{content}", ["tensor", place, in_place, str(own.device), grad])
+        written = self._node(place, f"{where}{content}", ["tensor", in_place, str(own.device), grad])
         if self._begun is None or written == SAME:
             return SAME
         if owner != place and not there:
@@ -162,14 +144,6 @@ class _Walk:
         if not dense or (isinstance(value, DTensor) and not in_place):
             raise Unkeepable(f"{place} is a tensor of a kind that a checkpoint does not hold ({own.layout})")
         self.tensors[place] = own
-        return written
-
-    def _array(self, value: np.ndarray | np.generic, place: str) -> list:
-        data = torch.frombuffer(bytearray(np.ascontiguousarray(value).tobytes() or b"\0"), dtype=torch.uint8)
-        facts = [value.dtype.str, list(value.shape), isinstance(value, np.generic)]
-        written = self._node(place, f"{facts} {fingerprint(data)}", ["array", place, *facts])
-        if written != SAME:
-            self.tensors[place] = data
         return written
 
     def _opaque(self, value: Any, place: str) -> list:
@@ -185,12 +159,12 @@ class _Walk:
     def _content(self, value: Any) -> str | None:
         """A hash of what pickle would write, which is never read. Where pickle cannot write the object, its identity, and None for an
         iterator, whose position cannot be seen."""
-        apart, weights = self._apart, self._weights
+        apart, names = self._apart, self._names
 
         class Pickler(pickle.Pickler):
             def persistent_id(self, one):
                 if isinstance(one, Tensor):
-                    return weights.get(id(one)) or f"{one.shape} {fingerprint(one)}"
+                    return names.get(id(one)) or f"{one.shape} {fingerprint(one)}"
                 known = id(one) in apart or isinstance(one, nn.Module) or callable(one)
                 return f"{type(one)} {id(one)}" if known and not isinstance(one, type) else None
 
@@ -203,11 +177,20 @@ class _Walk:
         return hashlib.sha256(data.getvalue()).hexdigest()
 
 
-class _Back:
-    """All values restored, from what was written of them."""
+def restore(begun: Snapshot, changes: Mapping[str, list], tensor: Callable[[str], Tensor]) -> dict[str, Any]:
+    """The values of the beginning with later `changes` put into them; what was there at the beginning is changed in place.
 
-    def __init__(self, begun: _Walk, weights: Mapping[str, Tensor], tensor: Callable[[str], Tensor]) -> None:
-        self._begun, self._weights, self._stored = begun, weights, tensor
+    tensor  gives a tensor by its name in `changes`
+    """
+    values = _Restored(begun, tensor)
+    return {place: values.read(written, place) for place, written in changes.items()}
+
+
+class _Restored:
+    """Values by place, read in the order in which they were written."""
+
+    def __init__(self, begun: Snapshot, tensor: Callable[[str], Tensor]) -> None:
+        self._begun, self._stored = begun, tensor
         self._restored: dict[str, Any] = {}
 
     def read(self, written: list, place: str) -> Any:
@@ -224,63 +207,47 @@ class _Back:
         return value
 
     def _weight(self, there, place, name):
-        return self._weights[name]
+        return self._begun.weights[name]
 
     def _as(self, there, place, first):
         return self._restored.get(first, self._begun.objects.get(first))
 
     @torch.no_grad()
-    def _tensor(self, there, place, name, in_place, device, grad):
-        stored = self._stored(name)
+    def _tensor(self, there, place, in_place, device, grad):
+        stored = self._stored(place)
         if not in_place:
             return stored.to(device, copy=True).requires_grad_(grad)
         _local(there.detach()).copy_(stored)
         return there
 
-    def _array(self, there, place, name, dtype, shape, single):
-        count = int(np.prod(shape))
-        value = np.frombuffer(self._stored(name).numpy().tobytes(), np.dtype(dtype), count).reshape(shape)
-        if single:
-            return value[()]
-        if not (isinstance(there, np.ndarray) and there.dtype.str == dtype and there.shape == value.shape):
-            return value.copy()
-        there[...] = value
-        return there
+    def _array(self, there, place, children, single):
+        data = self.read(children[0], f"{place}.data")
+        in_place = data is self._begun.objects.get(f"{place}.data") and not single and there.flags.writeable
+        return there if in_place else data.numpy()[()] if single else data.numpy()
 
     def _dict(self, there, place, children, keys):
-        values = [self.read(one, f"{place}[{_label(key)}]") for key, one in zip(keys, children)]
-        target = there if isinstance(there, dict) else {}
-        target.clear()
-        target.update(zip([self.read(key, "") for key in keys], values))
-        return target
+        values = [self.read(child, place + _label(key)) for key, child in zip(keys, children)]
+        return _refilled(there, {}, zip([self.read(key, "") for key in keys], values))
 
     def _set(self, there, place, entries):
-        target = there if isinstance(there, set) else set()
-        target.clear()
-        target.update(self.read(one, "") for one in entries)
-        return target
+        return _refilled(there, set(), [self.read(entry, "") for entry in entries])
 
     def _list(self, there, place, children, _):
-        target = there if isinstance(there, list) else []
-        target[:] = self._entries(place, children)
-        return target
+        return _refilled(there, [], self._entries(place, children))
 
     def _deque(self, there, place, children, maxlen):
-        target = there if isinstance(there, deque) and there.maxlen == maxlen else deque(maxlen=maxlen)
-        entries = self._entries(place, children)
-        target.clear()
-        target.extend(entries)
-        return target
+        there = there if getattr(there, "maxlen", None) == maxlen else None
+        return _refilled(there, deque(maxlen=maxlen), self._entries(place, children))
 
     def _tuple(self, there, place, children, _):
         entries = self._entries(place, children)
         return there._make(entries) if hasattr(there, "_make") else tuple(entries)
 
     def _entries(self, place: str, children: list) -> list:
-        return [self.read(one, f"{place}[{index}]") for index, one in enumerate(children)]
+        return [self.read(child, f"{place}[{index}]") for index, child in enumerate(children)]
 
     def _fields(self, there, place, children, names):
-        values = {name: self.read(one, f"{place}.{name}") for name, one in zip(names, children)}
+        values = {name: self.read(child, f"{place}.{name}") for name, child in zip(names, children)}
         if any(value is not getattr(there, name, None) for name, value in values.items()):
             there = copy(there) if dataclasses.is_dataclass(there) and there.__dataclass_params__.frozen else there
             for name, value in values.items():
@@ -288,8 +255,17 @@ class _Back:
         return there
 
     def _state(self, there, place, children):
-        _set_state(there, self.read(children[0], f"{place}.state"))
+        _, put = _state(there)
+        put(self.read(children[0], f"{place}.state"))
         return there
+
+
+def _refilled(there: Any, empty: Any, entries: Iterable) -> Any:
+    """A list, deque, set or dict with other entries: the one that was there, or a new one."""
+    target = there if isinstance(there, type(empty)) else empty
+    target.clear()
+    (target.extend if isinstance(target, list | deque) else target.update)(entries)
+    return target
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -304,24 +280,9 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
         yield from (t for f in dataclasses.fields(value) for t in tensors_in(getattr(value, f.name)))
 
 
-@torch.no_grad()
 def fingerprint(tensor: Tensor) -> int:
-    """64 bits of a tensor's content, computed on its device: the sum over its 8-byte words w_i of mix(mix(w_i) + i)."""
-    data = _local(tensor).contiguous().reshape(-1).view(torch.uint8)
-    data = nn.functional.pad(data, (0, -len(data) % 8))
-    words = (data.clone() if data.storage_offset() % 8 else data).view(torch.int64)
-    total = torch.zeros((), dtype=torch.int64, device=words.device)
-    for start in range(0, len(words), PIECE):
-        piece = words[start : start + PIECE]
-        total += _mix(_mix(piece) + torch.arange(start, start + len(piece), device=words.device)).sum()
-    return int(total)
-
-
-def _mix(words: Tensor) -> Tensor:
-    """A finaliser of 64-bit hashes (the constants are Stafford's mix 13), with products modulo 2⁶⁴."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64))):
-        words = (words ^ (words >> shift)) * factor
-    return words ^ (words >> 31)
+    """A checksum of a tensor's content (CRC-32), the same in any memory layout."""
+    return zlib.crc32(_local(tensor).detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -339,7 +300,17 @@ def _memory(tensor: Tensor) -> tuple | None:
 
 def _label(key: list) -> str:
     """A dict's key as it is shown in a place."""
-    return f'"{key[1]}"' if isinstance(key[1], str) else repr(key[1])
+    return f'["{key[1]}"]' if isinstance(key[1], str) else f"[{key[1]!r}]"
+
+
+def _from_numpy(value: Any) -> Tensor | None:
+    """An array of numpy's or one of its numbers as a tensor, in the same memory where it may be written; None for another object."""
+    if type(value) is not np.ndarray and not isinstance(value, np.generic):
+        return None
+    try:
+        return torch.from_numpy(value if value.flags.writeable else np.array(value))
+    except (TypeError, ValueError):  # texts, objects, negative strides
+        return None
 
 
 def _fields(value: Any) -> dict[str, Any] | None:
@@ -353,28 +324,15 @@ def _fields(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def _state(value: Any) -> Any:
-    """The state of an object that can give it and take it back, else None."""
+def _state(value: Any) -> tuple[Any, Callable[[Any], Any]] | None:
+    """The state of an object and what takes it back; None for an object that has no such pair."""
     if isinstance(value, random.Random):
-        return value.getstate()
+        return value.getstate(), value.setstate
     if isinstance(value, torch.Generator):
-        return value.get_state()
+        return value.get_state(), value.set_state
     if isinstance(value, np.random.Generator):
-        return value.bit_generator.state
+        return value.bit_generator.state, partial(setattr, value.bit_generator, "state")
     if isinstance(value, np.random.RandomState):
-        return value.get_state(legacy=False)
+        return value.get_state(legacy=False), value.set_state
     both = (getattr(type(value), name, None) for name in ("state_dict", "load_state_dict"))
-    return value.state_dict() if all(map(callable, both)) else None
-
-
-def _set_state(value: Any, state: Any) -> None:
-    if isinstance(value, random.Random):
-        value.setstate(state)
-    elif isinstance(value, torch.Generator):
-        value.set_state(state.cpu())
-    elif isinstance(value, np.random.Generator):
-        value.bit_generator.state = state
-    elif isinstance(value, np.random.RandomState):
-        value.set_state(state)
-    else:
-        value.load_state_dict(state)
+    return (value.state_dict(), value.load_state_dict) if all(map(callable, both)) else None

@@ -1,11 +1,10 @@
-"""Result files: JSON written whole or not at all, DVC's YAML, hashes, room on the disk, who else may write."""
+"""Result files: JSON written whole or not at all, DVC's YAML, hashes, room on the disk."""
 
 import hashlib
 import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,15 +78,3 @@ def need_room(folder: Path, needed: int, what: str) -> None:
             f"too little disk for {what}: {needed / 2**30:.1f} GiB needed at {folder}, {free / 2**30:.1f} GiB free; "
             "free some (`make clean-cells` removes the weights of finished cells)"
         )
-
-
-def exposed(path: Path) -> str | None:
-    """Why somebody else may have written `path`, or None."""
-    facts = path.lstat()
-    if not (stat.S_ISDIR(facts.st_mode) or stat.S_ISREG(facts.st_mode)):
-        return "is a symbolic link" if stat.S_ISLNK(facts.st_mode) else "is neither a file nor a folder"
-    if facts.st_uid != os.getuid():
-        return f"belongs to user {facts.st_uid}, not to {os.getuid()}"
-    if facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return "can be written by others (`chmod go-w` closes it)"
-    return None

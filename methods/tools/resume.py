@@ -1,4 +1,4 @@
-"""What a long pass of a part needs of the checkpoints it is given; the engine's own are experiments/training/resume.py."""
+"""The checkpoints that a long pass of a part may use; experiments/training/resume.py implements them."""
 
 from collections.abc import Mapping
 from typing import Protocol
@@ -14,4 +14,4 @@ class Resume(Protocol):
         """Whether it is time for the next checkpoint; the same answer in every process."""
 
     def save(self, tensors: Mapping[str, Tensor], position: dict) -> None:
-        """Write a checkpoint; every process calls it."""
+        """Write a checkpoint of tensors and a position, which is JSON; every process calls it."""

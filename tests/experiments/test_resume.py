@@ -20,7 +20,7 @@ import torch.distributed as dist
 from experiments.training import resume as module
 from experiments.training.random_state import random_state, set_random_state
 from experiments.training.resume import Resume
-from experiments.training.snapshot import Beginning
+from experiments.training.snapshot import Snapshot, restore
 from methods.tools.process_group import Shards
 
 IDENTITY = {"settings": "a1", "base": "b2", "numerics": 3}
@@ -295,13 +295,13 @@ def test_due_by_the_clock(tmp_path, monkeypatch):
 
 def saved_and_restored(folder, device):
     """Makes the run's random generators what they were: through a checkpoint, as one is resumed."""
-    begun = Beginning({"random": random_state(device)}, weights={})
+    begun = Snapshot({"random": random_state(device)}, weights={})
     torch.rand(1, device=device), random.random(), numpy.random.rand()
-    changes, tensors = begun.changes({"random": random_state(device)})
+    later = Snapshot({"random": random_state(device)}, weights={}, begun=begun)
     run = Resume(folder, identity=IDENTITY)
-    run.save(tensors, changes)
+    run.save(later.tensors, later.changes)
     checkpoint = run.newest()
-    return lambda: set_random_state(begun.restore(checkpoint.position, checkpoint.tensor)["random"], device)
+    return lambda: set_random_state(restore(begun, checkpoint.position, checkpoint.tensor)["random"], device)
 
 
 def test_random_generators_go_on_where_they_were(tmp_path):
