@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from experiments.laws.laws import PROCESSES, Broken, Verdict, relative, told, verdict
-from experiments.laws.trial import SETTINGS, Trained, Trial
+from experiments.laws.trial import Trained, Trial
 from methods.part import Part
 from methods.tools.process_group import Shards
 
@@ -75,7 +75,7 @@ def _share_of_other_entries(own: Mapping[str, Tensor], other: Mapping[str, Tenso
 
 
 def _run(trial: Trial) -> Trained:
-    return trial.train(trial.parts, trial.states, epochs=STEPS * SETTINGS.batch / trial.ROWS)
+    return trial.train(trial.parts, trial.states, steps=STEPS)
 
 
 def _work(rank: int, folder: str, items: Sequence[tuple[str, str, str]]) -> None:

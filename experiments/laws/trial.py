@@ -4,11 +4,11 @@ A `Trial` is one part class on one architecture. It is trained at most once for 
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from experiments.model.measure import Measure
 from experiments.model.random_models import build, byte_tokenizer
 from experiments.model.shape import Shape
 from experiments.training import hooks
-from experiments.training.batches import Example
+from experiments.training.batches import Example, epoch_steps
 from experiments.training.engine import FitResult, final_weights, finish, fit
 from experiments.training.preparation import TENSORS, prepare
 from experiments.training.resume import Resume
@@ -35,12 +35,12 @@ SETTINGS = TrainSettings(
 )
 
 
-def texts(count: int, *, seed: int, labelled: bool) -> list[Example]:
-    """Random token ids of ragged lengths; with `labelled` only a short tail has labels, as an answer after a question."""
+def texts(count: int, *, seed: int, labelled: bool, length: int | None = None) -> list[Example]:
+    """Random token ids, of `length` or of ragged lengths; `labelled`: only the last three, as an answer to a question."""
     draw = torch.Generator().manual_seed(seed)
     examples = []
     for index in range(count):
-        ids = torch.randint(0, 256, (8 + (index * 7) % 30,), generator=draw)
+        ids = torch.randint(0, 256, (length or 8 + (index * 7) % 30,), generator=draw)
         labels = ids.clone()
         if labelled:
             labels[:-3] = -100
@@ -89,14 +89,21 @@ class Trial:
     architecture: str
     folder: Path  # for checkpoints and for what the part's settings name
     shards: Shards = Shards()
-    ROWS: ClassVar[int] = 14  # of the domain
+    training: TrainSettings = SETTINGS
+    rows: int = 14  # of the domain
+    length: int | None = None  # tokens of every text; None: ragged
+    dtype: torch.dtype = torch.float32
+    config: Mapping[str, Any] = field(default_factory=dict)  # sizes that are not the tiny model's
 
     def model(self) -> nn.Module:
-        return build(self.architecture, seed=1)
+        return build(self.architecture, seed=1, dtype=self.dtype, **self.config)
 
-    @cached_property
-    def base(self) -> dict[str, Tensor]:
-        return {name: p.detach().clone() for name, p in self.model().named_parameters()}
+    def __post_init__(self) -> None:
+        self.base = {name: p.detach() for name, p in self.model().named_parameters()}
+
+    @property
+    def general(self) -> list[Example]:
+        return texts(6, seed=11, labelled=False, length=self.length)
 
     @property
     def beside(self) -> tuple[Part, ...]:
@@ -113,8 +120,8 @@ class Trial:
     def part(self, **settings: Any) -> Part:
         return self.kind(**self.settings(**settings))
 
-    def adapted(self, parts: tuple[Part, ...]) -> nn.Module:
-        return adapted(self.model(), parts, seed=SEED)
+    def adapted(self, parts: tuple[Part, ...], states: Mapping[str, dict]) -> nn.Module:
+        return adapted(self.model(), parts, seed=SEED, states=states)
 
     def prepare(self, parts: tuple[Part, ...], *, checkpoints: Checkpoints | None = None) -> dict[str, dict]:
         """What each part prepares from general text, as the training stage would load it."""
@@ -122,10 +129,10 @@ class Trial:
         for made in prepare(
             parts,
             make=lambda trains: self.model(),
-            general=texts(6, seed=11, labelled=False),
+            general=self.general,
             base=self.base,
             seed=SEED,
-            settings=SETTINGS,
+            settings=self.training,
             resume=lambda part: checkpoints.within(part) if checkpoints else self._no_checkpoints(),
             shards=self.shards,
         ):
@@ -134,6 +141,33 @@ class Trial:
             state["notes"] |= json.loads(json.dumps(made.prepared.notes))
             state |= kept
         return states
+
+    def fit(
+        self,
+        parts: tuple[Part, ...],
+        states: dict[str, dict] | None = None,
+        *,
+        steps: int | None = None,
+        checkpoints: Checkpoints | None = None,
+        probe: Callable[[nn.Module], dict[str, float]] | None = None,
+        **settings: Any,
+    ) -> FitResult:
+        """The training alone: an epoch, or `steps`."""
+        if steps:
+            settings["epochs"] = steps / epoch_steps(self.rows, self.training.batch)
+        return fit(
+            model=self.model(),
+            parts=hooks.trainers(parts),
+            examples=texts(self.rows, seed=12, labelled=True, length=self.length),
+            general=self.general,
+            settings=replace(self.training, **settings),
+            seed=SEED,
+            base=self.base,
+            states=states,
+            shards=self.shards,
+            resume=checkpoints,
+            probe=probe,
+        )
 
     def train(
         self,
@@ -151,25 +185,14 @@ class Trial:
             logits.append(self.logits(model))
             return {}
 
+        result = self.fit(parts, states, checkpoints=checkpoints, probe=probe, **settings)
         training, finishing = hooks.trainers(parts), hooks.finishers(parts)
-        result = fit(
-            model=self.model(),
-            parts=training,
-            examples=texts(self.ROWS, seed=12, labelled=True),
-            settings=replace(SETTINGS, **settings),
-            seed=SEED,
-            base=self.base,
-            states=states,
-            shards=self.shards,
-            resume=checkpoints,
-            probe=probe,
-        )
         final = final_weights(result, training, measure=self.measure)
         for part in training if save else ():
             save.mkdir(parents=True, exist_ok=True)
             part.save(run=result.run, state=result.states[part.key], folder=save)
         reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in training}
-        # parts that act in `finish` alone are given no training, as in the stage
+        # parts that act in `finish` alone are given a run without a training, as in the stage
         shape = Shape(config=result.run.model.config).build()
         run = Run(model=shape, weights={}, base=self.base, seed=SEED, device="cpu", shards=self.shards)
         ended: dict[str, dict] = {part.key: {} for part in finishing}

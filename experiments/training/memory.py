@@ -179,7 +179,8 @@ class _Prediction:
 
     def training(self, settings: TrainSettings) -> dict[str, int]:
         if any("provides_weights" in part.capabilities for part in self.parts):
-            return _with_total({"weights": self.counts.base * self.counts.compute})
+            masters = self.counts.wide * self.counts.trained * self.counts.half  # made although nothing moves them
+            return _with_total({"weights": self.counts.base * self.counts.compute, "masters": masters})
         longest = max([settings.length, *(part.added().length or 0 for part in self.parts)])
         own = [part.memory(counts=self.counts, phase="train") for part in self.parts]
         copied = "needs_gradient" in {capability for part in self.parts for capability in part.capabilities}

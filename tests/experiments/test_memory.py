@@ -322,7 +322,8 @@ def test_sharing_gathers_the_root_and_two_blocks(llama3):
 
 def test_a_given_checkpoint_is_only_held(llama3, tmp_path):
     kinds = predict(llama3, "", parts=registry.build({"given": {"path": str(tmp_path)}}))
-    assert kinds["total"] == kinds["weights"] == 2 * llama3.parameters
+    assert (kinds["weights"], kinds["masters"]) == (2 * llama3.parameters, 4 * llama3.parameters)
+    assert kinds["total"] == kinds["weights"] + kinds["masters"]
 
 
 # the two moments that a peak can fall on
