@@ -66,7 +66,8 @@ class Interruption:
         try:
             if odd := sorted(kept.keys() ^ self._kept.keys()):
                 raise Unkeepable(
-                    f"the part's `keep` names {odd[0]} at one step and not at another: it must name the same tensors throughout"
+                    f"the part's `keep` names {odd[0]} at one step and not at another: "
+                    "it must name the same tensors throughout"
                 )
             snapshot = self._snapshot(self._values(), begun=self._begun)
             changes, changed = snapshot.changes, snapshot.tensors

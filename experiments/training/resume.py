@@ -52,7 +52,7 @@ class Resume:
         return Resume(self.folder / name, identity=identity, every=self.every, shards=self._shards)
 
     def load(self, into: Mapping[str, Tensor], device: torch.device | str = "cpu") -> tuple[dict, dict] | None:
-        """The newest checkpoint as (tensors, position), the tensors of `into` read in place; None where there is none."""
+        """The newest checkpoint as (tensors, position), or None; tensors of `into` are read in place."""
         checkpoint = self.newest(into)
         if checkpoint is None:
             return None

@@ -20,6 +20,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from copy import copy
 from functools import partial
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 PLAIN = (type(None), bool, int, float, str)
+BY_IDENTITY = (nn.Module, FunctionType, MethodType, BuiltinFunctionType)
 SAME = ["same"]
 
 
@@ -157,16 +159,17 @@ class Snapshot:
         )
 
     def _content(self, value: Any) -> str | None:
-        """A hash of what pickle would write, which is never read. Where pickle cannot write the object, its identity, and None for an
-        iterator, whose position cannot be seen."""
+        """A hash of what pickle would write, which is never read.
+
+        Its identity where pickle cannot write the object, and None for an iterator, whose position cannot be seen.
+        """
         apart, names = self._apart, self._names
 
         class Pickler(pickle.Pickler):
             def persistent_id(self, one):
                 if isinstance(one, Tensor):
                     return names.get(id(one)) or f"{one.shape} {fingerprint(one)}"
-                known = id(one) in apart or isinstance(one, nn.Module) or callable(one)
-                return f"{type(one)} {id(one)}" if known and not isinstance(one, type) else None
+                return f"{type(one)} {id(one)}" if id(one) in apart or isinstance(one, BY_IDENTITY) else None
 
         data = io.BytesIO()
         try:
@@ -178,7 +181,7 @@ class Snapshot:
 
 
 def restore(begun: Snapshot, changes: Mapping[str, list], tensor: Callable[[str], Tensor]) -> dict[str, Any]:
-    """The values of the beginning with later `changes` put into them; what was there at the beginning is changed in place.
+    """The values of the beginning with later `changes` put into them, in place where they were there at the beginning.
 
     tensor  gives a tensor by its name in `changes`
     """
@@ -304,7 +307,7 @@ def _label(key: list) -> str:
 
 
 def _from_numpy(value: Any) -> Tensor | None:
-    """An array of numpy's or one of its numbers as a tensor, in the same memory where it may be written; None for another object."""
+    """An array or a number of numpy's as a tensor, in the same memory where that may be written; else None."""
     if type(value) is not np.ndarray and not isinstance(value, np.generic):
         return None
     try:

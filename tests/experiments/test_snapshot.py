@@ -122,9 +122,12 @@ class Fixed:
     def __init__(self):
         self.seen = collections.Counter("abc")
 
+    def __call__(self):
+        self.seen.update("a")
+
 
 CHANGES = {
-    "an attribute of an object": (lambda: {"x": Fixed()}, lambda v: v["x"].seen.update("a"), r'x\["x"\] is a .*Fixed'),
+    "an attribute of an object": (lambda: {"x": Fixed()}, lambda v: v["x"](), r'x\["x"\] is a .*Fixed'),
     "an iterator's position": (lambda: {"x": iter([1])}, lambda v: next(v["x"]), "list_iterator"),
     "a generator's position": (lambda: {"x": (i for i in (1, 2))}, lambda v: None, "generator"),
     "a dataclass made on the way": (dict, lambda v: v.update(x=Holder(1)), "is a Holder that was made in a step"),
