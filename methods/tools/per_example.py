@@ -191,7 +191,7 @@ class _Tap(torch.autograd.Function):
     def forward(ctx, start: Tensor, output: Tensor, inputs: Tensor, use: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.use = use
-        return output.view_as(output)
+        return output.data  # no view of it, which a model could not change in place
 
     @staticmethod
     def backward(ctx, gradient: Tensor):

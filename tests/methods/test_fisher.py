@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from transformers import CTRLConfig, CTRLLMHeadModel
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from experiments.model.random_models import build
@@ -88,6 +89,15 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(Squares, "add", spied)
     return done
+
+
+def test_a_model_that_scales_its_embeddings_in_place(documents, passes):
+    """CTRL multiplies the embedding's output in place, which autograd forbids on a view."""
+    torch.manual_seed(0)
+    config = CTRLConfig(vocab_size=64, n_positions=64, n_embd=16, dff=32, n_layer=2, n_head=2)
+    model = CTRLLMHeadModel(config).double()
+    same(diagonal_fisher(model, [padded(documents)]), brute_force(model.eval(), documents))
+    assert passes == [(6, True)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
