@@ -195,10 +195,8 @@ class Trial:
         # parts that act in `finish` alone are given a run without a training, as in the stage
         shape = Shape(config=result.run.model.config).build()
         run = Run(model=shape, weights={}, base=self.base, seed=SEED, device="cpu", shards=self.shards)
-        ended: dict[str, dict] = {part.key: {} for part in finishing}
-        final = finish(run, finishing, states=ended, final=final, measure=self.measure)
-        reports |= {part.key: hooks.report(part, run=run, state=ended[part.key]) for part in finishing}
-        return Trained(result=result, final=final, reports=reports, logits=logits[0] if logits else None)
+        final, more, _ = finish(finishing, run=run, final=final, measure=self.measure)
+        return Trained(result=result, final=final, reports=reports | more, logits=logits[0] if logits else None)
 
     def logits(self, model: nn.Module) -> Tensor:
         """Of one fixed text, without dropout; the model's mode is as it was afterwards."""
@@ -225,9 +223,9 @@ class Trial:
     def _no_checkpoints(self) -> Resume:
         return Resume(self.folder / "unused", identity={}, every=float("inf"), shards=self.shards)
 
-    def measure(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+    def measure(self, weights: Mapping[str, Tensor], **charge: Any) -> dict[str, float]:
         """What a part's `finish` is given to score weights with; nothing is made before the first call."""
-        return self._measure(weights)
+        return self._measure(weights, **charge)
 
     @cached_property
     def _measure(self) -> Measure:

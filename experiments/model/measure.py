@@ -1,10 +1,9 @@
 """`measure` of a part's `finish`: how weights would score on general probe text, rounded as they will be kept."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ class Measure:
     kl        KL(base ‖ weights), Σ p₀·(log p₀ − log p) over the vocabulary
     weights   by base parameter name, whole, in full precision, at the first process; what is absent is the base's
 
-    Every process must call it and gets the first one's answer. `cost` counts what all calls took.
+    Every process must call it and gets the first one's answer. `charge` is given the tokens and FLOPs of a call.
     """
 
     folder: Path  # of the base model
@@ -40,17 +39,14 @@ class Measure:
     device: torch.device
     shards: Shards
 
-    def __post_init__(self) -> None:
-        self.cost = {"seconds": 0.0, "tokens": 0, "flops": 0.0}
-
-    def __call__(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        started = perf_counter()
-        answer = self.shards.said_by_first(self._score(weights) if self.shards.first else None)
-        self.cost["seconds"] += perf_counter() - started
-        return answer
+    def __call__(
+        self, weights: Mapping[str, Tensor], *, charge: Callable[..., None] = lambda **costs: None
+    ) -> dict[str, float]:
+        return self.shards.said_by_first(self._score(weights, charge) if self.shards.first else None)
 
     @torch.no_grad()
-    def _score(self, final: Mapping[str, Tensor]) -> dict[str, float]:
+    def _score(self, final: Mapping[str, Tensor], charge: Callable[..., None]) -> dict[str, float]:
+        passes = 1 if "_reference" in vars(self) else 2
         reference = self._reference
         state = self._model.state_dict()
         for name, tensor in tuned.rounded(self.base, final).items():
@@ -68,18 +64,15 @@ class Measure:
                 nll = nll - p.gather(1, targets[rows, None]).double().sum().cpu()
                 kl = kl + (p_of_base.exp() * (p_of_base - p)).double().sum().cpu()
         count = sum(len(continuation) for _, continuation in self._requests)
+        lengths = [len(context) + len(continuation) - 1 for context, continuation in self._requests]
+        flops = Flops(self._model).forward(lengths=lengths, predicted=count)
+        charge(tokens=passes * sum(lengths), flops=flops and passes * flops)
         return {"nll": float(nll / count), "kl": float(kl / count)}
 
     def _hidden(self, model: nn.Module, request: Request) -> Tensor:
         """The hidden rows that predict the continuation of a request: (its tokens, width)."""
         context, continuation = request
         ids = torch.tensor([[*context, *continuation][:-1]], device=self.device)
-        self.cost["tokens"] += ids.numel()
-        flops = self._flops.step(lengths=[ids.numel()], labelled=len(continuation))
-        if flops is None or self.cost["flops"] is None:
-            self.cost["flops"] = None
-        else:
-            self.cost["flops"] += flops
         return architecture.hidden_states(model, ids, None)[0, -len(continuation) :]
 
     @cached_property
@@ -97,10 +90,6 @@ class Measure:
         """The base's hidden rows of every request, on the CPU."""
         with torch.no_grad():
             return [self._hidden(self._base_model, request).cpu() for request in self._requests]
-
-    @cached_property
-    def _flops(self) -> Flops:
-        return Flops(self._base_model)
 
     @cached_property
     def _model(self) -> nn.Module:

@@ -70,10 +70,7 @@ def _train(study, cell) -> None:
             trained.prune(store.parent, used=_used(study, cell))
     shape = shape_of(cell.model, study.models[cell.model], folder)
     run = Run(model=shape.build(), weights={}, base=base, seed=cell.seed, device=where, shards=shards)
-    finishers = hooks.finishers(parts)
-    states: dict[str, dict] = {part.key: {} for part in finishers}
-    final = finish(run, finishers, states=states, final=dict(final), measure=measure)
-    reports = {part.key: hooks.report(part, run=run, state=states[part.key]) for part in finishers}
+    final, reports, added = finish(hooks.finishers(parts), run=run, final=dict(final), measure=measure)
     if not shards.first:
         return
     write_curve(paths.run(cell) / "curve.csv", record.pop("curve"))
@@ -90,6 +87,7 @@ def _train(study, cell) -> None:
             "git": provenance.git(paths.root),
             "when": provenance.now(),
             "parts": record["parts"] | reports,
+            "added": record["added"] | added,
         },
     )
     _resume(study, cell, shards=shards, identity=identity).clear()
@@ -209,6 +207,7 @@ def _fit(
         "steps": result.steps,
         "steps_resumed": result.resumed,
         "flops": result.flops,
+        "added": result.added,
         "mfu": mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,
         "peak_flops": result.peak_flops,
         "peak_flops_basis": hardware.dense_peak(where, measure.dtype)[1],

@@ -8,6 +8,7 @@ Hooks shared by several parts run in the order of their phases.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +35,10 @@ __all__ = ["FitResult", "TrainingFailed", "final_weights", "fit"]
 
 @dataclass(kw_only=True)
 class FitResult:
-    """What a fit returns: the run (adapted model and float32 weights), its states, and what it cost."""
+    """What a fit returns: the run (adapted model and float32 weights), its parts with their states, and what it cost."""
 
     run: Run
-    states: dict[str, dict]
+    method: Hooks
     optimizer: torch.optim.Optimizer
     tokens: int = 0  # non-padding input tokens of the training rows
     # executed in matrix products on these rows, recomputation left out; None: not known of this architecture
@@ -51,6 +52,10 @@ class FitResult:
     seconds_begin: float = 0.0
     peak_flops: float | None = None  # the device's, a second; of all processes' devices together
     curve: list[dict] = field(default_factory=list)
+
+    @property
+    def states(self) -> dict[str, dict]:
+        return self.method.states
 
 
 def fit(
@@ -131,7 +136,7 @@ def fit(
     peak, _ = hardware.dense_peak(device, computing)
     result = FitResult(
         run=run,
-        states=method.states,
+        method=method,
         optimizer=optimizer,
         seconds_begin=seconds_begin,
         peak_flops=peak and peak * shards.world,
@@ -280,14 +285,23 @@ def final_weights(result: FitResult, parts: Sequence[Part], *, measure: Callable
             whole = run.whole(name)
             if run.shards.first:
                 final[name] = whole.cpu()
-    return finish(run, parts, states=result.states, final=final, measure=measure)
+    final = result.method.finish(run, parts, final, measure)
+    result.added = result.method.total()
+    return final
 
 
 def finish(
-    run: Run, parts: Sequence[Part], *, states: Mapping[str, dict], final: dict[str, Tensor], measure: Callable | None
-) -> dict[str, Tensor]:
-    """`final` as every part's `finish` leaves it, in order."""
-    for part in in_order(parts):
-        given = part.finish(run=run, state=states[part.key], final=final, measure=measure)
-        final = hooks.finished(part, given, base=run.base)
-    return final
+    parts: Sequence[Part], *, run: Run, final: dict[str, Tensor], measure: Callable | None
+) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, dict]]:
+    """What parts that act in `finish` alone make of trained weights: the weights, the parts' reports and their costs.
+
+    `run` is no training: its model has no numbers, and it has no trained weights.
+    """
+    method = Hooks(parts, {}, flops=Flops(run.model), shards=run.shards)
+    run.charge = method.charge
+    final = method.finish(run, parts, final, measure)
+    return (
+        final,
+        {part.key: hooks.report(part, run=run, state=method.states[part.key]) for part in parts},
+        method.total(),
+    )

@@ -3,11 +3,12 @@
 What is not as methods/part.py says is refused by the part's name.
 """
 
+import functools
 import inspect
 import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -179,6 +180,17 @@ class Hooks:
         for part in self.having("second_gradient"):
             return self.call(part, "second_gradient", run=run, step=step)
         return None
+
+    def finish(
+        self, run: Run, parts: Sequence[Part], final: dict[str, Tensor], measure: Callable | None
+    ) -> dict[str, Tensor]:
+        """`final` as the `finish` of these parts leaves it; what `measure` takes is charged to the part that calls it."""
+        charged = measure and functools.partial(measure, charge=self.charge)
+        for part in in_order(parts):
+            if overrides(part, "finish"):
+                given = self.call(part, "finish", run=run, final=final, measure=charged)
+                final = finished(part, given, base=run.base)
+        return final
 
     def frozen(self) -> dict[str, Tensor]:
         """Entries that no step may move, by the names of `run.weights`: those of all parts together."""
