@@ -12,6 +12,9 @@ MEASURED = (
     "tokens_prepare",
     "seconds_train",
     "tokens_trained",
+    "tokens_added",
+    "flops",
+    "flops_added",
     "steps",
     "seconds_evaluate",
     "peak_memory_prepare_bytes",
@@ -82,7 +85,11 @@ def _measured(loaded: Loaded, cells: pd.DataFrame) -> dict:
     prepared = [loaded.prepared.get(name, {}) for name in cells.index]
     own = cells.assign(
         peak_memory_prepare_bytes=[record.get("peak_memory_bytes") for record in prepared],
-        bytes_start=[record.get("bytes_start") for record in prepared],
+        # earlier records count what is carried into training as part of the start
+        bytes_start=[
+            record["bytes_start"] + record.get("bytes_carry", 0) if "bytes_start" in record else None
+            for record in prepared
+        ],
     )
     known = bool(cells["cost_known"].all()) if "cost_known" in cells else True
     mean = lambda key: mean_if_known(own[key]) if key in own else None
@@ -139,15 +146,24 @@ def seconds_row(row: pd.Series) -> list[tuple[str, str]]:
             numbers.count(row["prepare_token_equivalents"]) if prepared else "–",
             f"{row['tokens_prepare']:,.0f} seen" if prepared and row["tokens_prepare"] > 0 else "",
         ),
-        (
-            numbers.seconds(row["seconds_train"]),
-            f"{row['tokens_trained']:,.0f} tokens" if not numbers.missing(row["tokens_trained"]) else "",
-        ),
+        (numbers.seconds(row["seconds_train"]), _tokens(row)),
         (a_step(row["seconds_per_step"]), ""),
         (numbers.times(row["step_ratio"]), ""),
         (numbers.times(row["step_ratio_same_run"]), ""),
         (numbers.seconds(row["seconds_evaluate"]), ""),
     ]
+
+
+def _tokens(row: pd.Series) -> str:
+    """Tokens of the domain, and what the parts added to them, with the FLOPs as a share of the domain's."""
+    if numbers.missing(row["tokens_trained"]):
+        return ""
+    text = f"{row['tokens_trained']:,.0f} tokens"
+    if numbers.missing(row["tokens_added"]) or not row["tokens_added"]:
+        return text
+    known = not numbers.missing(row["flops_added"]) and not numbers.missing(row["flops"]) and row["flops"]
+    share = f", +{row['flops_added'] / row['flops']:.0%} FLOPs" if known else ""
+    return f"{text}, {row['tokens_added']:,.0f} added by parts{share}"
 
 
 def a_step(value: float | None) -> str:

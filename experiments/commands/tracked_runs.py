@@ -42,7 +42,11 @@ SCALARS = (
     "bytes_optimizer_state",
     "tokens_trained",
     "tokens_prepare",
+    "tokens_added",
     "tokens_per_second",
+    "flops",
+    "flops_prepare",
+    "flops_added",
     "mfu",
 )
 MACHINE = ("tokens_per_second", "mfu")  # columns of a curve about the machine: MLflow shows `system/` on its own page
@@ -316,6 +320,8 @@ def _scores(loaded: Loaded, row: pd.Series) -> dict:
     if isinstance(apart := row.get("forgetting_apart"), dict):
         values |= {f"forgetting/{task}": about["forgetting"] for task, about in apart.items()}
     values |= {f"score/{task}": about["value"] for task, about in row["scores_by_task"].items()}
+    for stage, parts in (row["added"] if isinstance(row.get("added"), dict) else {}).items():
+        values |= {f"added/{part}/{stage}_{kind}": cost for part in parts or () for kind, cost in parts[part].items()}
     prepared = loaded.prepared.get(row["cell"], {})
     values["system/peak_memory_prepare_bytes"] = prepared.get("peak_memory_bytes")
     values["system/peak_memory_train_bytes"] = row.get("peak_memory_train_bytes")

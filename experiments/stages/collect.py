@@ -189,6 +189,11 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
         "bytes_optimizer_state": train["bytes_optimizer_state"],
         "tokens_trained": train["tokens_trained"],
         "tokens_prepare": prepared["tokens_prepare"],
+        "flops": train.get("flops"),
+        "flops_prepare": _sum(prepared, "flops"),
+        "tokens_added": _sum(train, "tokens"),
+        "flops_added": _sum(train, "flops"),
+        "added": {"prepare": prepared.get("added"), "train": train.get("added")},
         "tokens_per_second": train["tokens_trained"] / train["seconds_train"] if known else None,
         "mfu": train["mfu"],
         "processes": train["processes"],
@@ -198,6 +203,14 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
     if not known:  # a checkpoint made elsewhere: nobody here saw what it cost
         costs = dict.fromkeys(costs)
     return costs | {"cost_known": known, "seconds_evaluate": evaluated["seconds_evaluate"]}
+
+
+def _sum(record: dict, kind: str) -> float | None:
+    """What all parts added of one kind of cost; None where it is not known, as in records of earlier versions."""
+    if (added := record.get("added")) is None:
+        return None
+    each = [costs[kind] for costs in added.values()]
+    return None if None in each else sum(each)
 
 
 def _provenance(train: dict, scores: dict) -> dict:

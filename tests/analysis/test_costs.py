@@ -139,3 +139,19 @@ def test_markdown_holds_both_tables_or_nothing(tmp_path):
     text = costs.as_markdown(loaded)
     assert "| ewc | 1 min 36 s | 20,600 (40,000 seen) |" in text and text.count("\n| ewc |") == 2
     assert costs.as_markdown(load_cells(tmp_path, ["m/d/full/seed0"])) == ""
+
+
+def test_what_parts_add_stands_beside_the_tokens_of_the_domain(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "ewc"))
+    change(tmp_path, planned[1], tokens_added=13_500, flops=4e12, flops_added=9e11)
+    _, table = of(tmp_path, planned)
+    assert costs.seconds_row(table.loc["ewc"])[3][1] == "54,000 tokens, 13,500 added by parts, +22% FLOPs"
+    change(tmp_path, planned[1], flops_added=None)
+    assert costs.seconds_row(of(tmp_path, planned)[1].loc["ewc"])[3][1] == "54,000 tokens, 13,500 added by parts"
+
+
+def test_carried_state_counts_as_start_in_new_records_as_in_earlier_ones(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "ewc"))
+    for record in ({"bytes_start": 30}, {"bytes_start": 20, "bytes_carry": 10}):
+        change(tmp_path, planned[1], "prepare.json", **record)
+        assert of(tmp_path, planned)[1].at["ewc", "bytes_start"] == 30

@@ -4,17 +4,20 @@ import ast
 import copy
 import dataclasses
 import io
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 
+from analysis.load import load_cells
 from experiments.commands import plan
+from experiments.commands.tracked_runs import _points, _scores
 from experiments.model.positions import refuse_long_documents
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import shape_of
-from experiments.stages import data, model, prepare
+from experiments.stages import collect, data, model, prepare, train
 from experiments.study import ahead, config
 from experiments.study.cells import Cell
 from experiments.study.paths import HERE
@@ -26,7 +29,8 @@ from methods.errors import UserError
 from methods.part import REGISTERED, Part, Prepared, register
 from methods.settings import declared
 from methods.tools.costs import Added, Memory, Pass
-from methods.tools.files import read_json
+from methods.tools.files import read_json, write_json
+from tests.analysis.fixtures import write_results
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 
@@ -40,6 +44,10 @@ class Replayed(Part):
     def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None):
         longest = max(general, key=lambda example: len(example["input_ids"]))
         return Prepared(carry={"text": longest["input_ids"]}, tokens=sum(len(e["input_ids"]) for e in general))
+
+    def examples(self, *, run, state, rows, step):
+        text = state["carry"]["text"]
+        return [*rows, {"input_ids": text, "labels": text.clone()}]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +64,7 @@ class Calibrated(Part):
         tokens = sum(len(one) for one in hidden)
         return Prepared(calibration={"mean": torch.cat(hidden).mean(0)}, tokens=tokens, notes={"read": 3})
 
-    def adapt(self, model, *, seed, state={}):
+    def adapt(self, model, *, seed, state=types.MappingProxyType({})):
         if "calibration" in state:
             model.directions = state["calibration"]["mean"]
         return model
@@ -99,6 +107,19 @@ def test_a_part_with_none_of_our_settings_is_planned_and_prepared(study):
     (states,) = prepare.load_states(folder, study.methods["own"].parts).values()
     text = [len(row["input_ids"]) for row in prepare.encoded_text(general_text(study), byte_tokenizer())]
     assert costs["tokens_prepare"] == sum(text) and len(states["carry"]["text"]) == max(text)
+    # what it adds to every step is recorded beside the domain's tokens, and joined with what it took to prepare
+    train.main(study, Cell("llama-tiny", "sums", "own", 0))
+    record = read_json(study.paths.run(Cell("llama-tiny", "sums", "own", 0)) / "train.json")
+    added = record["added"]["replayed"]
+    one = Flops(built(study)).step(lengths=[max(text)], labelled=max(text) - 1)
+    assert (added["tokens"], added["flops"]) == (record["steps"] * max(text), record["steps"] * one)
+    joined = collect._costs(record, costs, {"seconds_evaluate": 1.0})
+    assert (joined["tokens_trained"], joined["tokens_added"]) == (record["tokens_trained"], added["tokens"])
+    assert (joined["flops"], joined["flops_added"]) == (record["flops"], added["flops"])
+    assert joined["flops_prepare"] == costs["added"]["replayed"]["flops"] > 0
+    assert joined["added"] == {"prepare": costs["added"], "train": record["added"]}
+    earlier = collect._costs(record | {"added": None}, costs | {"added": None}, {"seconds_evaluate": 1.0})
+    assert [earlier[key] for key in ("tokens_added", "flops_added", "flops_prepare")] == [None] * 3
 
 
 def test_calibration_is_made_on_the_bare_model_and_stored_for_the_adapted_one(study):
@@ -115,7 +136,7 @@ def test_calibration_is_made_on_the_bare_model_and_stored_for_the_adapted_one(st
     costs = read_json(study.paths.prepare_costs(model="llama-tiny", method="calibrated", seed=0))
     lengths = [len(row["input_ids"]) for row in prepare.encoded_text(general_text(study), byte_tokenizer())]
     cut = [min(8, length) for length in lengths[:2]]
-    counter = Flops(shape_of("llama-tiny", study.models["llama-tiny"], Path("nowhere")).build())
+    counter = Flops(built(study))
     flops = counter.forward(lengths=lengths[:3], predicted=0) + counter.step(lengths=cut, labelled=sum(cut))
     sizes = {kind: (folder / f"calibrated.{kind}.safetensors").stat().st_size for kind in ("calibration", "carry")}
     assert costs["added"] == {
@@ -129,6 +150,10 @@ def test_calibration_is_made_on_the_bare_model_and_stored_for_the_adapted_one(st
     assert costs["tokens_prepare"] == costs["added"]["calibrated"]["tokens"]
     stored = {kind: costs[f"bytes_{kind}"] for kind in ("calibration", "importance", "start", "carry")}
     assert stored == {"importance": 0, "start": 0} | sizes
+
+
+def built(study):
+    return shape_of("llama-tiny", study.models["llama-tiny"], Path("nowhere")).build()
 
 
 def general_text(study):
@@ -206,9 +231,8 @@ def test_what_a_part_adds_to_a_step_is_planned(study, monkeypatch):
     rows, labelled = plan._train_rows(
         study, Cell("llama-tiny", "sums", "own", 0), study.settings(model="llama-tiny", domain="sums", method="own")
     )
-    built = shape_of("llama-tiny", study.models["llama-tiny"], Path("nowhere")).build()
-    step = {"lengths": rows, "labelled": labelled}
-    both, forward = Flops(built).step(**step), Flops(built.requires_grad_(False)).step(**step)
+    step, plain_model = {"lengths": rows, "labelled": labelled}, built(study)
+    both, forward = Flops(plain_model).step(**step), Flops(plain_model.requires_grad_(False)).step(**step)
     assert found["seconds_train"] == pytest.approx((1.25 * both + 2.0 * forward) * plain["tokens"] / sum(rows))
 
 
@@ -227,3 +251,19 @@ def test_no_setting_of_a_part_is_read_by_name():
                 if getattr(subject, "id", "") == "part" and isinstance(name, ast.Constant):
                     found.append(f"{path.name}:{node.lineno}")
     assert not found
+
+
+def test_costs_of_every_part_are_metrics_in_mlflow(tmp_path):
+    planned = write_results(tmp_path, methods=("ewc",))
+    path = tmp_path / "runs" / planned[0] / "metrics.json"
+    added = {"prepare": {"ewc": {"tokens": 5, "flops": None}}, "train": {"ewc": {"tokens": 0, "seconds": 2.5}}}
+    write_json(path, read_json(path) | {"added": added, "tokens_added": 7})
+    loaded = load_cells(tmp_path, planned)
+    points = {name: value for name, value, _, _ in _points(_scores(loaded, loaded.cells.iloc[0]), 0)}
+    own = {name: value for name, value in points.items() if "added" in name}
+    assert own == {
+        "tokens_added": 7,
+        "added/ewc/prepare_tokens": 5,
+        "added/ewc/train_tokens": 0,
+        "added/ewc/train_seconds": 2.5,
+    }
