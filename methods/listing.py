@@ -6,11 +6,26 @@ import typing
 from pathlib import Path
 
 from methods import registry
-from methods.part import Part
+from methods.part import Part, overrides, phase_of
 from methods.settings import declared, describe
 
 BEGIN, END = "<!-- from the registry: begin -->", "<!-- from the registry: end -->"
 DOCS = Path(__file__).parent.parent / "docs" / "methods"
+ACTS_ON = {
+    "calibrate": "general text (before training)",
+    "prepare": "general text (before training)",
+    "adapt": "the model",
+    "epoch": "training rows",
+    "examples": "training rows",
+    "batch": "micro-batches",
+    "token_weights": "token weights",
+    "loss": "loss",
+    "second_gradient": "gradient",
+    "before_clip": "gradient",
+    "optimizer": "optimizer",
+    "after_step": "weights after a step",
+    "finish": "finished weights",
+}
 
 
 def described(part: type[Part]) -> str:
@@ -21,7 +36,26 @@ def described(part: type[Part]) -> str:
     shown = max((len(row[2]) for row in rows), default=0)
     for name, kind, default, help, _ in rows:
         lines.append(f"    {name:{width}}  {default:{shown}}  {help}" + (f" ({kind})" if help else kind))
-    return "\n".join(lines)
+    return "\n".join([*lines, *(f"    {name}: {text}" for name, text in facts(part).items())])
+
+
+def facts(part: type[Part]) -> dict[str, str]:
+    """What a part acts on and when, its neutral setting, and what it declares of the laws that it cannot keep by nature."""
+    own = part.neutral
+    neutral = own if isinstance(own, str) else ", ".join(f"{name}: {yaml(value)}" for name, value in own.items())
+    exceptions = [f"frozen entries may differ from the base: {part.frozen}"] if part.frozen else []
+    if part.decomposed:
+        exceptions.append(
+            f"the base's logits are equal within {part.decomposed:g} of their norm, its weights being kept as a sum"
+        )
+    if part.beside:
+        exceptions.append(f"it runs beside {' and '.join(part.beside)}")
+    return {
+        "acts on": ", ".join(dict.fromkeys(words for hook, words in ACTS_ON.items() if overrides(part, hook))),
+        "phase": phase_of(part),
+        "neutral setting": neutral or "not declared",
+        "exceptions": "; ".join(exceptions) or "none",
+    }
 
 
 def settings(part: type[Part]) -> list[tuple[str, str, str, str, str]]:
@@ -57,6 +91,8 @@ def block(part: type[Part]) -> str:
     for name, kind, default, help, phase in settings(part):
         stages = "preparation and training" if phase == "prepare" else "training"
         lines.append(f"| `{name}` | `{default}` | {help} | {kind} | {stages} |")
+    own = facts(part)
+    lines += ["", f"| {' | '.join(own)} |", "|---" * len(own) + "|", f"| {' | '.join(own.values())} |"]
     return "\n".join([*lines, "", END])
 
 
@@ -67,14 +103,28 @@ def with_block(text: str, part: type[Part]) -> str:
     return before + block(part) + after
 
 
+def index() -> str:
+    """The page that lists the built-in parts."""
+    lines = [
+        "# Methods",
+        "",
+        "Written by `python -m methods docs`; [docs/parts.md](../parts.md) explains the columns.",
+        "",
+    ]
+    kinds = [registry.parts()[key] for key in registry.built_in()]
+    lines += [f"| part | what it does | {' | '.join(facts(kinds[0]))} |", "|---" * (2 + len(facts(kinds[0]))) + "|"]
+    lines += [f"| [`{kind.key}`]({kind.key}.md) | {kind.line} | {' | '.join(facts(kind).values())} |" for kind in kinds]
+    return "\n".join(lines) + "\n"
+
+
 def write_docs() -> list[Path]:
-    """Bring the pages of the built-in parts up to date; returns those that changed."""
-    changed = []
+    """Bring the pages of the built-in parts and their list up to date; returns those that changed."""
+    pages = {DOCS / "README.md": index()}
     for key in registry.built_in():
         part, path = registry.parts()[key], DOCS / f"{key}.md"
         old = path.read_text() if path.is_file() else f"# {part.title}\n\n{BEGIN}\n{END}\n"
-        new = with_block(old, part)
-        if new != old or not path.is_file():
-            path.write_text(new)
-            changed.append(path)
+        pages[path] = with_block(old, part)
+    changed = [path for path, text in pages.items() if not path.is_file() or path.read_text() != text]
+    for path in changed:
+        path.write_text(pages[path])
     return changed

@@ -36,7 +36,7 @@ from experiments.training import memory
 from experiments.training.preparation import TENSORS
 from experiments.training.snapshot import tensors_in
 from methods import listing, registry
-from methods.part import Part, overrides
+from methods.part import Part, in_order, overrides
 from methods.settings import declared
 from methods.tools.architecture import base_name
 from methods.tools.files import folder_sha256
@@ -80,11 +80,11 @@ def neutral(trial: Trial) -> None:
             'neutral = {"strength": 0.0}, or neutral = "none: " and the reason why there is none'
         )
     part = trial.part(**settings)
-    parts = (*trial.beside, part)
+    parts = in_order((*trial.beside, part))
     prepares = registry.phase_settings(part, "prepare") != registry.phase_settings(trial.part(), "prepare")
     states = trial.prepare(parts) if prepares else trial.states
     start = {name: tensor for state in states.values() for name, tensor in state.get("start", {}).items()}
-    plain = trial.train((*trial.beside, _Start()), {_Start.key: {"start": start}} if start else None)
+    plain = trial.train(in_order((*trial.beside, _Start())), {_Start.key: {"start": start}} if start else None)
     own = trial.train(parts, states)
     _same(
         own.final,

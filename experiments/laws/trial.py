@@ -23,7 +23,7 @@ from experiments.training.preparation import TENSORS, prepare
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
 from methods import registry
-from methods.part import Part, Run, adapted
+from methods.part import Part, Run, adapted, in_order
 from methods.tools.process_group import Shards
 
 ARCHITECTURES = ("llama", "gptj")
@@ -209,7 +209,7 @@ class Trial:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        return (*self.beside, self.part())
+        return in_order((*self.beside, self.part()))
 
     @cached_property
     def states(self) -> dict[str, dict]:
