@@ -16,7 +16,7 @@ if sys.version_info < (3, 11):  # before what an older Python cannot read is imp
     )
 
 from experiments.bench import command as bench
-from experiments.gpu_check.options import add_options
+from experiments.commands import gpu_check
 from experiments.study import environment
 from experiments.study.advice import of_study
 from experiments.training import allocator
@@ -133,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
                 "--show", action="store_true", help="print what is compared, as JSON, and change nothing"
             )
         if name == "gpu-check":
-            add_options(command)
+            gpu_check.add_options(command)
         elif name == "bench":
             bench.add_options(command)
         elif name not in ("check", "relock"):
@@ -156,9 +156,7 @@ def run(options: argparse.Namespace) -> int:
     """Import what the command needs and no more: help pages stay light. Returns the exit status."""
     allocator.keep_memory()
     if options.command == "gpu-check":  # it must run where nothing but torch and transformers is installed
-        from experiments.gpu_check import command
-
-        return command.main(options)
+        return gpu_check.main(options)
     environment.at_root()
     if options.command == "bench":
         return bench.main(options)

@@ -86,8 +86,7 @@ class Findings:
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from experiments.bench import subject
-    from experiments.gpu_check import running
+    from experiments.bench import running, subject
     from methods.ewc import EWC
     from methods.tools.process_group import Shards
 

@@ -29,10 +29,9 @@ PHASES = {
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     import torch
 
-    from experiments.bench import subject
+    from experiments.bench import full_size, running, subject
     from experiments.bench.stepwise import Pausing, Stepwise
-    from experiments.gpu_check import running, speed
-    from experiments.gpu_check.stopwatch import Stopwatch
+    from experiments.bench.stopwatch import Stopwatch
     from experiments.training.engine import fit
     from methods.tools.process_group import Shards
 
@@ -92,7 +91,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         }
     for name, run in runs.items():
         found.facts[f"bytes_held by {name}"] = {
-            kind: count for kind, count in speed.held(run.result, prepared[name]).items() if count
+            kind: count for kind, count in full_size.held(run.result, prepared[name]).items() if count
         }
     yield found
     if adapted := [

@@ -15,17 +15,19 @@ from analysis.report.page import write_report
 from analysis.statistics.comparison import comparison
 from analysis.statistics.permutation import all_tests
 from experiments.__main__ import parser
-from experiments.gpu_check import command, kernels, record, sizes, speed, waiting
-from experiments.gpu_check.record import Record
-from experiments.gpu_check.running import process_group
-from experiments.gpu_check.stopwatch import Stopwatch
-from experiments.model.random_models import build, byte_tokenizer
+from experiments.bench import full_size, sizes
+from experiments.bench.running import process_group
+from experiments.bench.stopwatch import Stopwatch
+from experiments.commands import gpu_check as command
+from experiments.commands.gpu_check import Record
+from experiments.model.random_models import build
 from experiments.study.paths import HERE
 from methods.errors import UserError
 from methods.tools import adam as moments
 from methods.tools import selection
 from methods.tools.process_group import Shards
 from tests.analysis.fixtures import write_results
+from tests.gpu import kernels, waiting
 
 CPU = torch.device("cpu")
 # modules that the machines of the check may lack; peft and accelerate do not import without psutil
@@ -107,7 +109,7 @@ def test_every_number_has_its_origin(guarded):
         "versions"
     ].keys()
     for piece in whole["pieces"].values():
-        assert piece["code"] == record.code() and piece["when"] and piece["seconds"] >= 0
+        assert piece["code"] == command.code() and piece["when"] and piece["seconds"] >= 0
 
 
 def test_speed_says_all_it_should(guarded):
@@ -163,7 +165,7 @@ def test_another_code_or_a_failed_piece_is_measured_again(tmp_path, monkeypatch)
     assert kept.done("checks/a") and not kept.done("checks/b") and not kept.done("checks/c")
     kept.add("checks/a", {"status": "skipped", "reason": "no time"})
     assert kept.pieces["checks/a"]["status"] == "passed"
-    monkeypatch.setattr(record, "code", lambda: "another")
+    monkeypatch.setattr(command, "code", lambda: "another")
     assert not kept.done("checks/a")
 
 
@@ -189,7 +191,7 @@ def test_another_devices_file_is_not_added_to(tmp_path, key, value):
 def test_no_piece_is_begun_without_time_for_it(tmp_path, capsys):
     assert run("--parts", "checks", "--minutes", 0.001, "--out", tmp_path / "out.json") == 0
     assert {piece["status"] for piece in pieces(tmp_path / "out.json").values()} == {"skipped"}
-    assert "its time would not have been enough" in capsys.readouterr().out
+    assert "for lack of time" in capsys.readouterr().out
 
 
 def test_a_wrong_device_fails_its_check_and_a_broken_piece_costs_no_other(tmp_path, monkeypatch, capsys):
@@ -228,23 +230,23 @@ def test_a_wrong_device_fails_its_check_and_a_broken_piece_costs_no_other(tmp_pa
     assert "1 failed: checks/mofo-threshold" in capsys.readouterr().out
 
 
-def test_full_sizes_on_a_cpu_and_a_comparison_of_nothing_are_refused(tmp_path):
+def test_full_sizes_on_a_cpu_are_refused(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     with pytest.raises(UserError, match="use --tiny"):
         command.main(parser().parse_args(["gpu-check", "--out", str(tmp_path / "x.json")]))
-    for arguments, said in (
-        (("--parts", "comparison"), "give --weights DIR"),
-        (("--weights", tmp_path), "no config.json"),
-    ):
-        with pytest.raises(UserError, match=said):
-            run(*arguments, "--out", tmp_path / "x.json")
     assert not (tmp_path / "x.json").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments", [("--parts", "speed,chekcs"), ("--shape", "4"), ("--minutes", "0"), ("--rows", "0")]
-)
+def test_what_became_a_study_is_named(tmp_path, capsys):
+    with pytest.raises(UserError, match="fine-tuning real weights is a study"):
+        run("--weights", tmp_path)
+    with pytest.raises(SystemExit):
+        parser().parse_args(["gpu-check", "--parts", "comparison"])
+    assert "fine-tuning real weights is a study" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [("--parts", "speed,chekcs"), ("--shape", "4"), ("--minutes", "0")])
 def test_options_that_make_no_sense(arguments, capsys):
     with pytest.raises(SystemExit):
         parser().parse_args(["gpu-check", *arguments])
@@ -277,9 +279,9 @@ def test_steps_are_timed_from_end_to_end_and_by_their_inside():
 
 def test_tensors_that_do_not_fit_are_left_out():
     shapes = [torch.Size([100, 10]), torch.Size([50]), torch.Size([1000, 10])]
-    assert speed._first_that_fit(shapes, None) == shapes
-    assert speed._first_that_fit(shapes, 16 * (1050 + 1000)) == shapes[:2]
-    assert speed._first_that_fit(shapes, 16 * 2000 - 1) == []
+    assert full_size._first_that_fit(shapes, None) == shapes
+    assert full_size._first_that_fit(shapes, 16 * (1050 + 1000)) == shapes[:2]
+    assert full_size._first_that_fit(shapes, 16 * 2000 - 1) == []
 
 
 def test_waits_are_counted_by_place():
@@ -295,49 +297,6 @@ def test_a_group_of_one_needs_no_network():
     with process_group(CPU) as shards:
         assert shards == Shards(rank=0, world=1, active=True)
     assert not torch.distributed.is_initialized()
-
-
-def lines(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture
-def study(tmp_path):
-    """A tiny model's folder and a study's data."""
-    model, data = tmp_path / "tiny", tmp_path / "data"
-    build("llama", seed=0).save_pretrained(model)
-    byte_tokenizer().save_pretrained(model)
-    sums = [{"context": f"{i}+{i}=", "choices": [f" {2 * i}", f" {2 * i + 1}"], "gold": 0} for i in range(40)]
-    lines(data / "train/sums/train.jsonl", sums[:24])
-    lines(data / "train/sums/probe/sums.jsonl", sums[24:32])
-    lines(data / "train/sums/probe/other.jsonl", sums[32:])
-    lines(data / "train/sums/probe/general.jsonl", [{"text": "a text of its own"}])
-    lines(data / "general/importance.jsonl", [{"text": "text that says nothing"}] * 5)
-    return model, data
-
-
-def test_real_weights_are_probed_before_and_after(study, tmp_path):
-    model, data = study
-    out = tmp_path / "out.json"
-    asked = ("--methods", "full,hierarchical", "--rows", 16, "--learning-rate", "1e-2")
-    assert run("--weights", model, "--data", data, *asked, "--out", out) == 0
-    found = pieces(out)
-    base, full = found["comparison/tiny/sums/base"], found["comparison/tiny/sums/full/16-rows-rate-0.01"]
-    assert base["rows"] == {"general": 1, "other": 8, "sums": 8} and base["probes"].keys() == full["probes"].keys()
-    assert full["steps"] == 2 and full["forgetting_of"] == ["other"]
-    assert full["gain"] == pytest.approx(full["probes"]["sums"] - base["probes"]["sums"])
-    assert full["forgetting"] == pytest.approx(base["probes"]["other"] - full["probes"]["other"])
-    assert full["perplexity_ratio"] == pytest.approx(full["probes"]["perplexity"] / base["probes"]["perplexity"])
-    assert full["probes"]["sums_nll"] < base["probes"]["sums_nll"]  # it has learned
-    assert found["comparison/tiny/sums/hierarchical/16-rows-rate-0.01"]["bytes"].keys() == {
-        "weights",
-        "importance",
-        "start",
-        "anchor",
-    }
-    with pytest.raises(UserError, match="--domain maths: .* has sums"):
-        run("--weights", model, "--data", data, "--domain", "maths", "--out", out)
 
 
 def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guarded):

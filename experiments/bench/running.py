@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from experiments.gpu_check.stopwatch import Stopwatch
+from experiments.bench.stopwatch import Stopwatch
 from experiments.training import hardware
 from experiments.training.engine import FitResult, fit
 from experiments.training.settings import TrainSettings

@@ -5,8 +5,12 @@ from collections.abc import Callable
 
 import torch
 
-from experiments.gpu_check import fits, kernels, sizes
+from experiments.bench import sizes
 from methods.tools.process_group import Shards
+from tests.gpu import fits, kernels
+from tests.gpu.verdict import Wrong
+
+__all__ = ["Wrong", "checks"]
 
 Check = Callable[..., dict]
 

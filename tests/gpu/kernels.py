@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from experiments.gpu_check import sizes
-from experiments.gpu_check.record import judged
-from experiments.gpu_check.sizes import Skipped
+from experiments.bench import sizes
+from experiments.bench.sizes import Skipped
 from experiments.training import batches, loss
 from methods.tools import adam as moments
 from methods.tools import architecture, importance, selection
 from methods.tools.process_group import Shards
+from tests.gpu.verdict import judged
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
 

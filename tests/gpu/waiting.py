@@ -61,11 +61,11 @@ def _place(stack: traceback.StackSummary) -> str:
     """`file:line function` of the innermost frame of this project, and of the library's that it called."""
     frames = [frame for frame in stack if Path(frame.filename).name != "warnings.py"]
     own = max((i for i, frame in enumerate(frames) if _is_ours(frame.filename)), default=0)
-    said = [f"{short_path(frame.filename)}:{frame.lineno} {frame.name}" for frame in (frames[own], frames[-1])]
+    said = [f"{_short_path(frame.filename)}:{frame.lineno} {frame.name}" for frame in (frames[own], frames[-1])]
     return " → ".join(dict.fromkeys(said))
 
 
-def short_path(file: str) -> str:
+def _short_path(file: str) -> str:
     """A path without this machine's part of it."""
     return Path(file).relative_to(HERE).as_posix() if _is_ours(file) else "/".join(Path(file).parts[-3:])
 

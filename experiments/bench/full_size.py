@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from experiments.gpu_check import running, sizes
-from experiments.gpu_check.sizes import Skipped
-from experiments.gpu_check.stopwatch import Stopwatch
+from experiments.bench import running, sizes
+from experiments.bench.sizes import Skipped
+from experiments.bench.stopwatch import Stopwatch
 from experiments.model.shape import Shape
 from experiments.training import hardware, memory
 from experiments.training.engine import FitResult
@@ -55,7 +55,7 @@ class Size:
         return self.rows * self.length
 
 
-def measure(size: Size, *, method: str, layout: str, device: torch.device, shards: Shards) -> dict:
+def steps(size: Size, *, method: str, layout: str, device: torch.device, shards: Shards) -> dict:
     """One method in one layout: preparation, then steps of one micro-batch. Raises Skipped where it is predicted not to fit."""
     parts = sizes.parts_of(method)
     if size.length > (longest := size.shape.config.max_position_embeddings):
@@ -102,7 +102,6 @@ def measure(size: Size, *, method: str, layout: str, device: torch.device, shard
     reached = mfu(result.flops / result.steps, step, result.peak_flops)
     penalty = median(watch.between("backward", "penalty", skip=running.WARM)) if "penalty" in _adds(parts) else None
     outcome = {
-        "status": "measured",
         "layout": layout,
         "rows": size.rows,
         "length": size.length,
@@ -176,7 +175,6 @@ def optimizers(size: Size, *, device: torch.device) -> dict:
     entries, all_entries = (sum(shape.numel() for shape in some) for some in (chosen, shapes))
     goals = [_goal(f"{name} / adamw fused", times[name], "<=", MOFO_GOAL) for name in times if name.startswith("mofo,")]
     return {
-        "status": "measured",
         "seconds_by_optimizer": seconds,
         "times_fused_adamw": times,
         "bytes_beside_weights": peaks,

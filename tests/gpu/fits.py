@@ -14,10 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from experiments.gpu_check import running, sizes
-from experiments.gpu_check.record import judged
-from experiments.gpu_check.sizes import Skipped
-from experiments.gpu_check.waiting import Watcher
+from experiments.bench import running, sizes
+from experiments.bench.sizes import Skipped
 from experiments.model.shape import Shape
 from experiments.training import memory
 from experiments.training.engine import FitResult
@@ -27,6 +25,8 @@ from methods import registry
 from methods.part import Part
 from methods.tools.effective import base_parameters
 from methods.tools.process_group import Shards
+from tests.gpu.verdict import judged
+from tests.gpu.waiting import Watcher
 
 MEMORY_WITHIN = 0.15
 
