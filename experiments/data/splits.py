@@ -1,7 +1,7 @@
-"""Splits that depend on the rows alone: no seed, no order, no machine.
+"""Split rows by their content alone: no seed, order or machine matters.
 
-Rows are put in the order of a sha256 and taken from the front, so a row's split does not depend on where it stood, and
-a sample of n lies in the sample of n+1. Which rows are copies of one another is asked of `sameness`.
+Rows are sorted by a sha256 and taken from the front, so a row's split does not depend on its position in the file, and
+a sample of n rows is part of the sample of n+1 rows. `sameness` decides which rows ask the same question.
 """
 
 import hashlib
@@ -17,12 +17,15 @@ from methods.errors import UserError
 
 Row = dict[str, Any]
 SHOWN = 80  # characters of a text in a message
-_NUMBERING = {"id", "idx", "ind", "index"}  # columns that number a row: two rows that differ in them alone are the same
+_NUMBERING = {"id", "idx", "ind", "index"}  # columns that only number a row: rows that differ only in them are copies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Three disjoint sets of rows, and what was dropped: copies within the rows, and between the sets, with a pair of these to show."""
+    """Three disjoint sets of rows, and the numbers of dropped copies, within the rows and between the sets.
+
+    pair  one dropped row and the row that it copies, for a message
+    """
 
     train: list[Row]
     probe: list[Row]
@@ -33,36 +36,36 @@ class Split:
 
 
 def normalised(text: str) -> str:
-    """Lower case, compatibility forms folded, runs of anything but letters and digits as one space: for the order alone.
+    """Lower case with compatibility forms folded; anything but letters and digits becomes one space.
 
-    It is coarse ("7 + 3" and "7 - 3" are one), so it says nothing of copies. It stays as it is because any other one would
-    deal the rows of every domain anew into train, probe and test.
+    It only sorts rows. It is too coarse to find copies ("7 + 3" and "7 - 3" are equal), and it must not change, because
+    any other normalisation would split the rows of every domain differently.
     """
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
 
 def text_hash(text: str) -> str:
-    """Hex sha256 of the normalised text, by which rows are dealt."""
+    """Hex sha256 of the normalised text, by which rows are sorted."""
     return hashlib.sha256(normalised(text).encode()).hexdigest()
 
 
 def row_hash(row: Row) -> str:
-    """Hex sha256 of a row, whatever the order of its columns, without the columns that only number it."""
+    """Hex sha256 of a row, independent of the order of its columns and of the columns that only number it."""
     content = {name: value for name, value in row.items() if name not in _NUMBERING}
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
 def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
-    """Rows in the order of their hash, each once, and the number of copies dropped."""
+    """The distinct rows sorted by their hash, and the number of copies dropped."""
     by_hash: dict[str, Row] = {}
-    count = 0
-    for count, row in enumerate(rows, 1):
+    rows = list(rows)
+    for row in rows:
         by_hash.setdefault(row_hash(row), row)
-    return [by_hash[key] for key in sorted(by_hash)], count - len(by_hash)
+    return [by_hash[key] for key in sorted(by_hash)], len(rows) - len(by_hash)
 
 
 def sample(rows: Iterable[Row], *, test: int, probe: int) -> Split:
-    """The first `test` rows by hash and the next `probe` ones; where there are fewer, all of them, test first."""
+    """The first `test` rows by hash and the next `probe` rows; if there are fewer, test gets its rows first."""
     ordered, copies = distinct(rows)
     return Split(
         train=[],
@@ -85,13 +88,12 @@ def three_way(
 ) -> Split:
     """Split by hash of the normalised question: test first, then probe, then train.
 
-    No question stands in two sets: a row whose question is in an earlier set already (`sameness`) is dropped and counted. With
-    `test_rows` the test set is taken from those alone. `train` may be "all" (what is left), and so may `test` with
-    test_rows. Raises UserError where there are too few rows.
+    No question is in two sets: a row whose question is already in an earlier set (`sameness`) is dropped and counted.
+    With `test_rows` the test set is taken from these rows only. `train` may be "all" (every remaining row), and so may
+    `test` with `test_rows`. Raises UserError if there are too few rows.
     """
     ordered, copies = distinct(rows)
-    deal = {id(row): text_hash(question(row)) for row in ordered}
-    ordered.sort(key=lambda row: deal[id(row)])  # stable: rows of one question stay in the order of their own hash
+    ordered.sort(key=lambda row: text_hash(question(row)))  # stable: rows of one question stay sorted by their own hash
     same = {id(row): sameness(question(row)) for row in ordered}
     between, pair = 0, ""
     if test_rows is None:
@@ -103,7 +105,7 @@ def three_way(
         copies += more
         taken, rest = pool if test == "all" else pool[: _number(test, where)], ordered
         _enough(taken, len(pool) if test == "all" else test, "test", len(pool), where)
-        # also against the test rows that are not scored: a later, larger test set must not meet training rows
+        # compare with the test rows that are not scored too: a later, larger test set must not contain training rows
         seen = {sameness(question(row)): row for row in reversed(pool)}
     sets = []
     for name, wanted in (("probe", probe), ("train", train)):
@@ -122,31 +124,31 @@ def three_way(
 
 
 def halves(texts: Iterable[str]) -> tuple[list[str], list[str], int]:
-    """Different texts in two halves by the first bit of their hash, each in the order of the hash, and the copies."""
+    """Distinct texts in two halves by the first bit of their hash, each sorted by hash, and the number of copies."""
     by_key: dict[tuple[str, str], str] = {}
-    count = 0
-    for count, text in enumerate(texts, 1):
+    texts = list(texts)
+    for text in texts:
         by_key.setdefault((text_hash(text), sameness(text)), text)
     first, second, known = [], [], set()
     for key in sorted(by_key):
-        if key[1] in known:  # one text in two spellings that are dealt differently
+        if key[1] in known:  # the same text in two spellings with different hashes
             continue
         known.add(key[1])
-        # the first bit chooses the half and the rest the order, so a larger number asked for never moves a text across
+        # the first bit chooses the half and the rest the order, so a larger sample never moves a text to the other half
         (first if int(key[0][0], 16) < 8 else second).append(by_key[key])
-    return first, second, count - len(first) - len(second)
+    return first, second, len(texts) - len(first) - len(second)
 
 
 def _pair(copy: Row, kept: Row, question: Callable[[Row], str]) -> str:
-    """Two rows of one question as a message shows them."""
-    show = lambda row: f"{question(row)[:SHOWN]!r}" + (f" ({row.at})" if hasattr(row, "at") else "")
-    return f"{show(copy)} is a copy of {show(kept)}"
+    """Two rows with the same question, for a message."""
+    shown = [f"{question(row)[:SHOWN]!r}" + (f" ({row.at})" if hasattr(row, "at") else "") for row in (copy, kept)]
+    return " is a copy of ".join(shown)
 
 
 def _number(wanted: int | str, where: str) -> int:
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0:
         raise UserError(
-            f"{where}: a split of {wanted!r} rows; write a whole number"
+            f"{where}: a split cannot have {wanted!r} rows; write a whole number"
             " (train, and test with test_rows, may also be `all`)"
         )
     return wanted
@@ -156,14 +158,12 @@ def _enough(
     rows: list[Row], wanted: int, name: str, total: int, where: str, *, copies: int = 0, pair: str = ""
 ) -> None:
     if len(rows) < max(wanted, 0 if name == "probe" else 1):
-        told = (
-            (
-                f" ({copies} are left out because their questions stand in an earlier set: {pair}). Lower the numbers under `split`, or let "
-                "`question` name what tells the rows apart"
+        remedy = ": lower the numbers under `split`"
+        if copies:
+            remedy = (
+                f" ({copies} are left out because their questions are in an earlier set: {pair}). "
+                "Lower the numbers under `split`, or let `question` name a text that differs between the rows"
             )
-            if copies
-            else ": lower the numbers under `split`"
-        )
         raise UserError(
-            f"{where}: {max(wanted, 1)} {name} rows are asked for, {len(rows)} can be had out of {total}{told}"
+            f"{where}: {max(wanted, 1)} {name} rows are requested, and {len(rows)} of {total} are available{remedy}"
         )

@@ -64,8 +64,8 @@ def rows(path, content):
         ([("tasks/colours/task/doc_to_txt", "x")], "tasks.colours.task: "),
         ([("domains/sums/metric", "accuracy")], "metric 'accuracy' is not one of its metrics"),
         ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
-        ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are asked for"),
-        ([("general/perplexity", 10_000)], "general.perplexity asks for 10000 texts"),
+        ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are requested"),
+        ([("general/perplexity", 10_000)], "general.perplexity is 10000 texts"),
         ([("models/llama-tiny/source", "random:lama")], "models.llama-tiny: no random architecture 'lama'"),
         (
             [("models/llama-tiny/config", {"hiden_size": 32})],
@@ -281,7 +281,7 @@ def test_choices_with_a_space_behind_the_delimiters_are_a_line(tmp_path):
     )
     (line,) = ahead.look(study(tmp_path, ("tasks/colours/rows", spaced)))
     assert line.startswith(
-        "warning: tasks.colours: in 40 of 40 rows a choice begins with a space, and target_delimiter ' ' stands before it"
+        "warning: tasks.colours: in 40 of 40 rows a choice begins with a space after target_delimiter ' '"
     )
     assert (
         ahead.look(study(tmp_path, ("tasks/colours/rows", spaced), ("tasks/colours/task/target_delimiter", ""))) == []

@@ -153,7 +153,7 @@ def test_copies_are_counted_on_the_screen_and_shown_by_a_pair(study, tmp_path, c
         and "birds.jsonl line" in said["pair"]
     )
     shown = capsys.readouterr().out
-    assert "data: birds: rows left out as whole copies of others: 1\n" in shown
+    assert "data: birds: rows left out as exact copies of others: 1\n" in shown
     assert f"because a row of an earlier set asks the same: {said['between']}, such as {said['pair']}" in shown
 
 
@@ -167,7 +167,7 @@ def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_cal
     ):
         data.write_data(study, tmp_path / "out")
     assert (
-        "30 of its 60 test rows ask what training rows of the domain ask, such as 'Q: Which bird"
+        "30 of its 60 test rows ask the same as training rows of the domain, such as 'Q: Which bird"
         in capsys.readouterr().out
     )
     study.domains["birds"]["split"] = {"train": 40, "probe": 10, "test": 10}
@@ -178,7 +178,7 @@ def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_cal
 def test_the_same_task_under_two_names_is_refused(study, tmp_path):
     study.tasks["trees"] = dict(study.tasks["fish"])
     with pytest.raises(
-        UserError, match="domains.birds: tasks 'fish' and 'trees' are the same rows with the same prompt and metric"
+        UserError, match="domains.birds: tasks 'fish' and 'trees' have the same rows, prompt and metric"
     ):
         data.write_data(study, tmp_path / "out")
     study.tasks["trees"]["metric"] = "acc"  # another measure of the same answers
@@ -258,12 +258,16 @@ def test_written_answers_trained_on_in_other_columns_than_they_are_scored_in(stu
 def test_bad_blocks_are_told_by_name(study, tmp_path):
     birds, fish, general = study.domains["birds"], study.tasks["fish"], study.general
     for block, change, message in (
-        (birds, {"split": {"train": 50, "probe": 10, "test": 20}}, "domains.birds: 50 train rows are asked for, 30"),
+        (
+            birds,
+            {"split": {"train": 50, "probe": 10, "test": 20}},
+            "domains.birds: 50 train rows are requested, and 30",
+        ),
         (birds, {"split": {"train": 5, "probe": 1}}, "domains.birds: `split`.*test is missing"),
         (birds, {"question": "query"}, "domains.birds: no column 'query' in .*birds.jsonl line \\d+ .*question"),
         (birds, {"question": ""}, "domains.birds: `question` must name"),
         (birds, {"retention": ["fsh"]}, "unknown task 'fsh' in domains.birds.retention: did you mean 'fish'"),
-        (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is evaluated already"),
+        (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is already evaluated"),
         (birds, {"chance": None}, "domains.birds has no `chance`"),
         (
             birds,
@@ -275,7 +279,7 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
         (fish, {"columns": {"gold": "label"}}, "tasks.fish: .*fish.jsonl line 1 has no column 'label'"),
         (fish, {"set": {"gold": 7}}, "fish.*(gold answer 7|fit the task.s prompt)"),
         (fish, {"columns": ["question", "gold"]}, "fish.*choices"),
-        (general, {"importance": 500}, "general.importance asks for 500 texts"),
+        (general, {"importance": 500}, "general.importance is 500 texts"),
         (general, {"text": "body"}, "general: no column 'body'"),
     ):
         kept = dict(block)
@@ -357,8 +361,8 @@ def test_answers_to_train_on_that_say_nothing_are_warned_of(study, tmp_path, cap
     task = {"output_type": "generate_until", "doc_to_text": "{{question}}", "metric_list": [{"metric": "exact_match"}]}
     study.domains["birds"] |= {"metric": "exact_match", "retention": [], "transfer": [], "probes": []}
     for target, said in (
-        (" ", "in 30 of 30 training rows the answer has no text"),
-        ("bird", "all 30 training rows have the one answer 'bird'"),
+        (" ", "in 30 of 30 training rows the answer is empty"),
+        ("bird", "all 30 training rows have the same answer 'bird'"),
     ):
         study.domains["birds"]["task"] = task | {"doc_to_target": target}
         data.write_data(study, tmp_path / "out")
@@ -369,7 +373,7 @@ def test_general_text_in_lists_is_refused_by_line(study, tmp_path):
     Path(study.general["rows"]["jsonl"]).write_text(
         "".join(json.dumps({"passage": [f"Passage {i}", "of two parts."]}) + "\n" for i in range(80))
     )
-    with pytest.raises(UserError, match=r"passages.jsonl line 1, column 'passage' is no text, but a list or an object"):
+    with pytest.raises(UserError, match=r"passages.jsonl line 1, column 'passage' is a list or an object"):
         data.write_data(study, tmp_path / "out")
     study.general["text"] = "{{passage | join(' ')}}"
     data.write_data(study, tmp_path / "out")

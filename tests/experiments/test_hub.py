@@ -349,7 +349,7 @@ def test_rows_of_the_hub_are_of_the_commit_asked_for_also_from_the_cache(tmp_pat
         )
     kept, refused = run_python(ROWS, tmp_path / "hf", COMMIT, other, HF_HUB_OFFLINE="1").splitlines()
     assert kept == f"5 hub:someone/rows@{COMMIT}/train"
-    assert f"'someone/rows' in the local cache is of commit {COMMIT}, not {other}" in refused
+    assert f"'someone/rows' in the local cache has commit {COMMIT}, not {other}" in refused
     empty = run_python(ROWS, tmp_path / "empty", COMMIT, HF_HUB_OFFLINE="1")
     assert "data set 'someone/rows'" in empty and "is not in the local hub cache" in empty
 

@@ -101,9 +101,9 @@ def test_columns_are_renamed_kept_or_emptied():
     assert rows.shape([{"a": 1, "b": 2}], {"columns": {"a": "b", "b": "a"}}, where="w") == [{"a": 2, "b": 1}]
     with pytest.raises(UserError, match="w: row 1 has no column 'c'.*a, b"):
         rows.shape(given, {"columns": {"q": "c"}}, where="w")
-    with pytest.raises(UserError, match="w: `set` of 'q' is nan, which rows cannot hold"):
+    with pytest.raises(UserError, match="w: `set` of 'q' is nan, which a row cannot hold"):
         rows.shape(given, {"set": {"q": float("nan")}}, where="w")
-    with pytest.raises(UserError, match="w: `set` of 'q', '{{c', is no template that can be read"):
+    with pytest.raises(UserError, match="w: `set` of 'q', '{{c', is not a valid template"):
         rows.shape(given, {"set": {"q": "{{c"}}, where="w")
     with pytest.raises(UserError, match="w: row 1 does not fit `set`.*'c' is undefined"):
         rows.shape(given, {"set": {"q": "{{c}}"}}, where="w")

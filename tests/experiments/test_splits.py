@@ -62,11 +62,11 @@ def test_the_sample_is_not_the_first_rows():
 
 
 def test_too_few_rows_are_refused():
-    with pytest.raises(UserError, match="domains.x: 8 train rows are asked for, 5 can be had out of 10"):
+    with pytest.raises(UserError, match="domains.x: 8 train rows are requested, and 5 of 10 are available"):
         splits.three_way(numbered(10), question=question, train=8, probe=2, test=3, where="domains.x")
     with pytest.raises(UserError, match="1 test rows|0 test rows"):
         splits.three_way(numbered(10), question=question, train=8, probe=2, test=0, where="domains.x")
-    with pytest.raises(UserError, match="a split of 'al' rows"):
+    with pytest.raises(UserError, match="a split cannot have 'al' rows"):
         splits.three_way(numbered(10), question=question, train="al", probe=2, test=3)
 
 
@@ -112,7 +112,7 @@ def test_copies_are_shown_by_one_pair_with_their_lines():
         r"'What is 7 \+ 3\?' \(rows.jsonl line [12]\) is a copy of 'what is 7\+3' \(test.jsonl line 9\)", split.pair
     )
     with pytest.raises(
-        UserError, match=r"1 train rows are asked for, 0 can be had out of 2 \(2 are left out.*is a copy of.*line 9"
+        UserError, match=r"1 train rows are requested, and 0 of 2 are available \(2 are left out.*is a copy of.*line 9"
     ):
         splits.three_way(rows, question=question, train="all", probe=0, test="all", test_rows=held)
 
