@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import numbers, style, units
 from analysis.families import family
 from analysis.load import Loaded
-from analysis.sections import drift, flips_show, front, matched_show
+from analysis.sections import drift, flips, front, matched_show
 from analysis.sections.costs import costs
 from analysis.statistics.intervals import mean_difference, paired
 
@@ -35,7 +35,7 @@ def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[
         matched_show.matched_gain,
         forgetting_by_task,
         forgetting_over_training,
-        *flips_show.FIGURES,
+        *flips.FIGURES,
         *drift.FIGURES,
         layer_coefficients,
         cost,

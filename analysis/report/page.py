@@ -13,8 +13,7 @@ from analysis.families import family
 from analysis.load import Loaded, retention_tasks
 from analysis.report.figures import Figure
 from analysis.report.inline import inline
-from analysis.sections import answer, bench, claims, costs, drift, flips, front, matched_show, tables
-from analysis.statistics import significance
+from analysis.sections import answer, bench, claims, costs, drift, flips, front, matched_show, significance, tables
 
 TEMPLATES = Path(__file__).parents[1]
 
@@ -76,7 +75,7 @@ def write_report(
         provenance=_provenance(loaded),
         gpu=_gpu(loaded.gpu),
         claim=next((bench.claim(record) for file, record in loaded.bench.items() if file.stem == bench.HEADLINE), None),
-        claims=claims.section(loaded, table, drift=loaded.drift),
+        claims=claims.section(loaded, table),
         benchmarks=[_benchmark(file, record, path.parent, drawn) for file, record in loaded.bench.items()],
         colours={method: style.colour(method) for method in dict.fromkeys(table["method"])} if len(table) else {},
     )

@@ -1,202 +1,39 @@
-"""What stands behind a difference of scores: which right answers a method lost, which it gained, and whether methods lose the same.
+"""Lost and gained answers (analysis/statistics/flips.py) as figures and a section of the report."""
 
-An item is lost where the base is right and the tuned model wrong, gained the other way round. Lost and gained answers cancel
-in a score: net = gained − lost, churn = gained + lost. Two cells that lose n_a and n_b of the n items of a task that the base
-has right, each by a draw of its own, would share n_a·n_b/n of them on average, with the hypergeometric variance
-n_a n_b (n − n_a)(n − n_b) / (n² (n − 1)); tasks are drawn apart and added up.
-"""
-
-from itertools import combinations
-
+import matplotlib
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style, units
-from analysis.load import Loaded, retention_tasks
-from analysis.statistics.intervals import KEYS
+from analysis import numbers, style
+from analysis.load import Loaded
+from analysis.statistics.flips import by_task, flips, most_forgotten, overlap, pairs
 
 ROLES = ("domain", "retention", "transfer")
-LISTED = 10  # of the most forgotten questions
-SURE = 2.58  # standard deviations from chance that are called more than chance
-
-
-def flips(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
-    """One row a (cell, scored item) of one comparison: cell, method, seed, task, role, doc_id, doc_hash, choice, and as booleans
-    base, tuned (right answers), lost, gained, counts (whether the task counts in forgetting).
-
-    An answer is right where its score is above 1/2; tasks whose metric is no proportion of right answers are left out. Empty where the base's or all cells' items are missing.
-    """
-    base = loaded.base.get(model, {}).get("items", pd.DataFrame())
-    if base.empty or loaded.items.empty or not len(loaded.cells):
-        return pd.DataFrame()
-    cells = loaded.of(model, domain)
-    first = cells.iloc[0]
-    tasks = {
-        task: about["role"]
-        for task, about in first["scores_by_task"].items()
-        if units.of_task(first, task) == units.SHARE
-    }
-    tuned = loaded.items[loaded.items["cell"].isin(cells.index) & loaded.items["task"].isin(list(tasks))]
-    found = tuned[["cell", *KEYS, "choice", "score"]].merge(base[[*KEYS, "score"]], on=KEYS, suffixes=("", "_base"))
-    if found.empty:
-        return pd.DataFrame()
-    before, after = found.pop("score_base") > 0.5, found.pop("score") > 0.5
-    return found.assign(
-        method=found["cell"].map(cells["method"]),
-        seed=found["cell"].map(cells["seed"]),
-        role=found["task"].map(tasks),
-        counts=found["task"].isin(_counting(cells)),
-        base=before,
-        tuned=after,
-        lost=before & ~after,
-        gained=~before & after,
-    )
-
-
-def _counting(cells: pd.DataFrame) -> list[str]:
-    """The tasks of which forgetting is the mean; all retention tasks where none is above chance."""
-    first = cells.iloc[0]
-    return retention_tasks(first) or [
-        task
-        for task, about in first["scores_by_task"].items()
-        if about["role"] == "retention" and units.of_task(first, task) == units.SHARE
-    ]
-
-
-def by_task(items: pd.DataFrame) -> pd.DataFrame:
-    """One row a (task, method): role, counts, n items, right (the base's), lost, gained, net, churn; numbers of items, means over seeds."""
-    each = items.groupby(["task", "method", "cell"], sort=False).agg(
-        role=("role", "first"),
-        counts=("counts", "first"),
-        n=("base", "size"),
-        right=("base", "sum"),
-        lost=("lost", "sum"),
-        gained=("gained", "sum"),
-    )
-    mean = {key: (key, "mean") for key in ("n", "right", "lost", "gained")}
-    found = each.groupby(["task", "method"], sort=False, as_index=False).agg(
-        role=("role", "first"), counts=("counts", "first"), **mean
-    )
-    return found.assign(net=found["gained"] - found["lost"], churn=found["gained"] + found["lost"])
-
-
-def pairs(items: pd.DataFrame) -> pd.DataFrame:
-    """One row a pair of cells, over the tasks that count in forgetting: how many lost items they share, and how many by chance.
-
-    a, b, method_a, method_b, lost_a, lost_b, both, union, expected and variance (of `both` by independent draws).
-    """
-    counted = items[items["counts"] & items["base"]]
-    lost = counted.pivot(index=["task", "doc_id", "doc_hash"], columns="cell", values="lost")
-    lost = lost[[cell for cell in dict.fromkeys(items["cell"]) if cell in lost]].dropna().astype(bool)
-    methods = items.drop_duplicates("cell").set_index("cell")["method"]
-    task = lost.index.get_level_values("task")
-    n = pd.Series(1, index=task).groupby(level=0).sum()
-    each = lost.groupby(task).sum()
-    rows = []
-    for a, b in combinations(lost.columns, 2):
-        first, second = each[a], each[b]
-        both = int((lost[a] & lost[b]).sum())
-        variance = first * second * (n - first) * (n - second) / (n**2 * (n - 1).clip(lower=1))
-        rows.append(
-            {
-                "a": a,
-                "b": b,
-                "method_a": methods[a],
-                "method_b": methods[b],
-                "lost_a": int(first.sum()),
-                "lost_b": int(second.sum()),
-                "both": both,
-                "union": int(first.sum() + second.sum()) - both,
-                "expected": float((first * second / n).sum()),
-                "variance": float(variance.sum()),
-            }
-        )
-    return pd.DataFrame(rows)
-
-
-def overlap(found: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
-    """`pairs` added up by methods: one row a pair of methods, of one method with itself where it has several seeds.
-
-    jaccard     shared lost items / items that either lost
-    by_chance   the same of independent draws, expected / (lost_a + lost_b − expected)
-    ratio       shared lost items over those expected
-    deviations  (shared − expected) / standard deviation by independent draws, the root mean over pairs of cells: pairs of one
-                comparison are not independent, so more pairs are not taken for more evidence
-    """
-    place = {method: k for k, method in enumerate(methods)}
-    records = []
-    for (a, b), rows in _ordered(found, place).groupby(["method_a", "method_b"], sort=False):
-        both, expected, spread = rows["both"].sum(), rows["expected"].sum(), np.sqrt(rows["variance"].mean())
-        either, total = rows["union"].sum(), (rows["lost_a"] + rows["lost_b"]).sum()
-        records.append(
-            {
-                "method_a": a,
-                "method_b": b,
-                "pairs": len(rows),
-                "jaccard": both / either if either else np.nan,
-                "by_chance": expected / (total - expected) if total else np.nan,
-                "ratio": both / expected if expected else np.nan,
-                "deviations": (both - expected) / len(rows) / spread if spread else np.nan,
-            }
-        )
-    return pd.DataFrame(records)
-
-
-def _ordered(found: pd.DataFrame, place: dict[str, int]) -> pd.DataFrame:
-    """The earlier method of each pair first."""
-    if found.empty:
-        return pd.DataFrame(columns=["method_a", "method_b"])
-    swapped = found["method_a"].map(place) > found["method_b"].map(place)
-    turned = found.rename(
-        columns={f"{key}_{one}": f"{key}_{two}" for key in ("method", "lost") for one, two in ("ab", "ba")}
-    )
-    return pd.concat([found[~swapped], turned[swapped]], ignore_index=True)
-
-
-def most_forgotten(items: pd.DataFrame, *, top: int = LISTED) -> pd.DataFrame:
-    """The items of retention tasks that count, lost by most cells (at least two, or the only one): task, doc_id, doc_hash, lost_by, of, methods.
-
-    Equals stand in the order of task and document hash, so that no file's order decides.
-    """
-    counted = items[items["counts"]]
-    of = counted.groupby(KEYS)["cell"].nunique().rename("of")
-    lost = counted[counted["lost"]]
-    found = (
-        lost.groupby(KEYS)
-        .agg(lost_by=("cell", "nunique"), methods=("method", lambda names: list(dict.fromkeys(names))))
-        .join(of)
-        .reset_index()
-    )
-    found = found[found["lost_by"] >= min(2, items["cell"].nunique())]
-    found = found.sort_values(["lost_by", "task", "doc_hash"], ascending=[False, True, True]).head(top)
-    return found.reset_index(drop=True)
+SURE = 2.58  # standard deviations beyond which sharing is called more than chance
+DARK, LIGHT = "#10141a", "#fdfdfd"  # text on a filled square, which is the same on the light and the dark page
 
 
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
-    """What analysis/sections/flips.html.j2 shows of one comparison; None where there are no items. Hashes only: rows are not ours to show."""
+    """What flips.html.j2 shows of one comparison; None without items. Rows are shown by hash, without their text."""
     items = flips(loaded, model=model, domain=domain)
     if items.empty or not items["counts"].any():
         return None
     methods = list(dict.fromkeys(items["method"]))
-    tasks, shared, worst = by_task(items), overlap(pairs(items), methods), most_forgotten(items)
-    totals = (
-        tasks[tasks["counts"]].groupby("method", sort=False)[["n", "right", "lost", "gained", "net", "churn"]].sum()
-    )
+    tasks, shared = by_task(items), overlap(pairs(items), methods)
+    counts = ["n", "right", "lost", "gained", "net", "churn"]
+    totals = tasks[tasks["counts"]].groupby("method", sort=False)[counts].sum()
     own = tasks[tasks["role"] == "domain"].set_index("method")
     seeds = int(items.groupby("method")["cell"].nunique().max())
+    rows = []
+    for method in totals.index:
+        domain_cells = _cells(own.loc[method], seeds) if method in own.index else [("–", "")] * 4
+        cells = _cells(totals.loc[method], seeds) + domain_cells
+        rows.append({"method": method, "colour": style.colour(method), "cells": cells})
     return {
         "tasks": list(dict.fromkeys(items[items["counts"]]["task"])),
         "sentences": _sentences(totals, shared),
         "seeds": seeds,
-        "rows": [
-            {
-                "method": method,
-                "colour": style.colour(method),
-                "cells": _cells(totals.loc[method], seeds)
-                + (_cells(own.loc[method], seeds) if method in own.index else [("–", "")] * 4),
-            }
-            for method in totals.index
-        ],
+        "rows": rows,
         "worst": [
             {
                 "task": row.task,
@@ -204,17 +41,18 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
                 "lost_by": f"{row.lost_by} of {row.of}",
                 "methods": ", ".join(row.methods),
             }
-            for row in worst.itertuples()
+            for row in most_forgotten(items).itertuples()
         ],
         "command": f"python -m experiments flips '{model}/{domain}/*'",
     }
 
 
 def _cells(row: pd.Series, seeds: int) -> list[tuple[str, str]]:
-    show = lambda value: f"{value:.0f}" if seeds == 1 else f"{value:.1f}"
+    show = "{:.0f}".format if seeds == 1 else "{:.1f}".format
     sign = "+" if row["net"] > 0 else numbers.MINUS if row["net"] < 0 else ""
+    share = f"{numbers.percent(row['lost'] / row['right'])} % of the right ones" if row["right"] else ""
     return [
-        (show(row["lost"]), f"{numbers.percent(row['lost'] / row['right'])} % of the right" if row["right"] else ""),
+        (show(row["lost"]), share),
         (show(row["gained"]), ""),
         (sign + show(abs(row["net"])), ""),
         (f"{numbers.percent(row['churn'] / row['n'])} %", f"of {row['n']:,.0f}"),
@@ -222,25 +60,116 @@ def _cells(row: pd.Series, seeds: int) -> list[tuple[str, str]]:
 
 
 def _sentences(totals: pd.DataFrame, shared: pd.DataFrame) -> list[str]:
-    said = []
+    sentences = []
     worst = totals.loc[totals["lost"].idxmax()]
     if worst["lost"]:
-        said.append(
-            f"On the retention tasks that count {worst.name} lost most right answers, {worst['lost']:.0f} of {worst['right']:.0f}, "
-            f"and gained {worst['gained']:.0f} others: a score shows only the difference."
+        sentences.append(
+            f"On the retention tasks that count in forgetting, {worst.name} lost the most right answers, "
+            f"{worst['lost']:.0f} of {worst['right']:.0f}, and gained {worst['gained']:.0f} others: a score shows only "
+            "the difference."
         )
-    between = shared[shared["method_a"] != shared["method_b"]].dropna(subset=["ratio"]) if len(shared) else shared
+    known = shared.dropna(subset=["ratio"]) if len(shared) else pd.DataFrame(columns=["method_a", "method_b"])
+    between = known[known["method_a"] != known["method_b"]]
     if len(between):
         low, high = (numbers.times(end).removeprefix("×") for end in (between["ratio"].min(), between["ratio"].max()))
-        span = low if low == high else f"{low} to {high}"
         more = int((between["deviations"] > SURE).sum())
-        alike = "all pairs are" if more == len(between) else f"{more} of {len(between)} pairs are"
-        said.append(
-            f"Two methods share {span} times as many lost answers as independent draws would; {alike} beyond chance "
-            f"(by more than {SURE:g} standard deviations)."
+        which = "all pairs exceed" if more == len(between) else f"{more} of {len(between)} pairs exceed"
+        sentences.append(
+            f"Two methods share {low if low == high else f'{low} to {high}'} times as many lost answers as independent "
+            f"draws would; {which} chance by more than {SURE:g} standard deviations."
         )
-    seeds = shared[shared["method_a"] == shared["method_b"]].dropna(subset=["ratio"]) if len(shared) else shared
-    if len(seeds):
-        each = ", ".join(f"{row.method_a} {numbers.times(row.ratio)}" for row in seeds.itertuples())
-        said.append(f"Two seeds of one method: {each}.")
-    return said
+    same = known[known["method_a"] == known["method_b"]]
+    if len(same):
+        each = ", ".join(f"{row.method_a} {numbers.times(row.ratio)}" for row in same.itertuples())
+        sentences.append(f"Between two seeds of one method the ratio is: {each}.")
+    return sentences
+
+
+def answers_lost_and_gained(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """For each task the right answers lost (left) and gained (right) by each method, and the net."""
+    items = flips(loaded, model=cells.iloc[0]["model"], domain=cells.iloc[0]["domain"])
+    if items.empty:
+        return None
+    data = by_task(items)
+    roles = data.drop_duplicates("task").set_index("task")["role"]
+    tasks = sorted(roles.index, key=lambda task: ROLES.index(roles[task]))
+    methods = list(dict.fromkeys(data["method"]))
+    lines = -(-len(tasks) // 2)
+    height = 0.6 + lines * (0.42 + 0.17 * len(methods))
+    figure, panels = style.new(style.WIDTH, height, lines, 2, sharex=True, sharey=True, squeeze=False)
+    title = f"Right answers lost and gained: {style.where(cells)}"
+    figure.suptitle(title, fontsize=9.5, fontweight="bold", x=0.01, ha="left")
+    widest = max(float(data[["lost", "gained"]].max(axis=None)), 1.0)
+    for axes, task in zip(panels.flat, tasks):
+        own = data[data["task"] == task].set_index("method").reindex(methods)
+        shades, y = [style.colour(method) for method in methods], range(len(methods))
+        axes.barh(y, -own["lost"], color=shades, height=0.66)
+        axes.barh(y, own["gained"], color=shades, height=0.66, alpha=0.45)
+        axes.plot(own["net"], y, "|", color=style.INK, markersize=8, markeredgewidth=1.8)
+        axes.axvline(0, color=style.MUTED, linewidth=0.8)
+        for k, (lost, gained) in enumerate(zip(own["lost"], own["gained"])):
+            for value, side, ha in ((lost, -1, "right"), (gained, 1, "left")):
+                place = {"xytext": (3 * side, 0), "textcoords": "offset points", "va": "center", "ha": ha}
+                axes.annotate(f"{value:.3g}", (side * value, k), fontsize=7.5, color=style.INK, **place)
+        first = own.iloc[0]
+        chance = ", at chance" if first["role"] == "retention" and not first["counts"] else ""
+        axes.set_title(f"{task} ({first['role']}, n = {first['n']:.0f}){chance}", fontsize=8.5)
+        axes.set_yticks(list(y), methods)
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="y", visible=False)
+        axes.spines["left"].set_visible(False)
+    panels[0, 0].invert_yaxis()
+    panels[0, 0].set_xlim(-1.25 * widest, 1.25 * widest)
+    panels[0, 0].xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_axis_off()
+    below = "items: lost to the left, gained to the right (paler); the tick is the net"
+    figure.supxlabel(below, fontsize=9, color=style.INK)
+    caption = (
+        "An answer is lost if the base has it right and the tuned model wrong. A score shows only the net: methods of "
+        "equal score may have changed very different numbers of answers."
+    )
+    return figure, data, "Answers lost and gained", caption
+
+
+def lost_in_common(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Lost items that two methods share, over what independent draws would share, as a matrix."""
+    items = flips(loaded, model=cells.iloc[0]["model"], domain=cells.iloc[0]["domain"])
+    if items.empty:
+        return None
+    methods = list(dict.fromkeys(items["method"]))
+    data = overlap(pairs(items), methods)
+    if data.empty or data["ratio"].isna().all():
+        return None
+    place = {method: k for k, method in enumerate(methods)}
+    side = max(2.6, 0.5 + 0.62 * len(methods))
+    figure, axes = style.new(min(style.WIDTH, side + 1.5), min(style.WIDTH, side) + 0.4)
+    small = min(1.0, 8 / len(methods))  # the figure grows up to a page's width, then the squares shrink
+    shades, top = matplotlib.colormaps["Blues"], max(2.0, float(data["ratio"].max()))
+    for row in data.dropna(subset=["ratio"]).itertuples():
+        depth = 0.08 + 0.82 * min(1.0, max(0.0, np.log(max(row.ratio, 1e-9)) / np.log(top)))
+        text = {"ha": "center", "va": "center", "color": LIGHT if depth > 0.7 else DARK}
+        for x, y in {(place[row.method_a], place[row.method_b]), (place[row.method_b], place[row.method_a])}:
+            corner, look = (x - 0.48, y - 0.48), {"facecolor": shades(depth), "linewidth": 0}
+            axes.add_patch(matplotlib.patches.Rectangle(corner, 0.96, 0.96, **look))
+            axes.text(x, y - 0.1, numbers.times(row.ratio), fontsize=9 * small, fontweight="bold", **text)
+            axes.text(x, y + 0.24, f"{100 * row.jaccard:.0f} %", fontsize=7.5 * small, **text)
+    axes.set_xlim(-0.5, len(methods) - 0.5)
+    axes.set_ylim(len(methods) - 0.5, -0.5)
+    axes.set_aspect("equal")
+    axes.set_xticks(range(len(methods)), methods, rotation=35, ha="right", rotation_mode="anchor")
+    axes.set_yticks(range(len(methods)), methods)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    axes.set_title(f"Lost in common: {style.where(cells)}", x=0, fontsize=8.5)
+    caption = (
+        "Items of the retention tasks that count in forgetting which both methods lost, as a multiple of what "
+        "independent draws of as many items would share (×1 is chance), and below it their share of all items that "
+        "either lost. The diagonal compares the seeds of one method, if there are several."
+    )
+    return figure, data, "Lost in common", caption
+
+
+FIGURES = (answers_lost_and_gained, lost_in_common)

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.comparable import guarded
 from analysis.load import load_cells
-from analysis.sections.flips import flips, most_forgotten
+from analysis.statistics.flips import flips, most_forgotten
 from evaluation.harness import load_tasks
 from evaluation.task import LocalTask, doc_hash, gold_index, render
 from experiments.study import cells
@@ -44,7 +44,7 @@ def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
 
 
 def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
-    """The most forgotten questions of `items` (analysis/sections/flips.py) in words; `folder` holds tasks.json and the rows."""
+    """The most forgotten questions of `items` (analysis/statistics/flips.py) in words; `folder` holds tasks.json and the rows."""
     worst = most_forgotten(items, top=top)
     runs = items["cell"].nunique()
     if worst.empty:

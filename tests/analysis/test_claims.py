@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from dataclasses import replace
 
 import jinja2
 import pandas as pd
@@ -10,7 +11,7 @@ from ruamel.yaml import YAML
 
 from analysis.load import load_cells
 from analysis.sections import claims
-from analysis.sections.claims_measured import Measured
+from analysis.statistics.claimed import Measured
 from analysis.statistics.comparison import comparison
 from experiments.bench.race import Race
 from experiments.study.paths import HERE
@@ -40,7 +41,7 @@ def written(folder, **changes):
 
 
 def one(folder, **changes):
-    return claims.load(written(folder, **changes))[0]
+    return claims.load(written(folder, **changes)).claims["one"]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +54,8 @@ def results(tmp_path_factory):
 
 
 def found(results, path, **more):
-    loaded = load_cells(results[0], results[1])
-    return claims.table(loaded, comparison(loaded), path=path, **more)
+    loaded = replace(load_cells(results[0], results[1]), **more)
+    return claims.table(loaded, comparison(loaded), path=path)
 
 
 def measure(results, folder, measured, **changes):
@@ -63,22 +64,20 @@ def measure(results, folder, measured, **changes):
 
 
 def test_the_projects_own_claims_hold_together(results):
-    loaded = claims.load()
-    assert len(loaded) >= 15
-    assert {claim.paper["source"] for claim in loaded} == {
-        "https://arxiv.org/abs/2501.13669",
-        "https://arxiv.org/abs/2407.20999",
-    }
-    for claim in loaded:
+    file = claims.load()
+    assert len(file.claims) >= 15
+    sources = {paper.source for paper in file.papers.values()}
+    assert sources == {"https://arxiv.org/abs/2501.13669", "https://arxiv.org/abs/2407.20999"}
+    for claim in file.claims.values():
         low, high = claim.accepted
-        assert low <= claim.number[0] <= claim.number[1] <= high  # what is claimed agrees with itself
+        assert low <= claim.range[0] <= claim.range[1] <= high  # what is claimed agrees with itself
     table = found(results, claims.FILE)
-    assert set(table["name"]) == {claim.name for claim in loaded} and set(table["verdict"]) <= set(claims.VERDICTS)
-    scores = table[(table["scope"] == "setting") & table["value"].notna()]
+    assert set(table["name"]) == set(file.claims) and set(table["verdict"]) <= set(claims.VERDICTS)
+    of_setting = table["name"].map(lambda name: file.claims[name].scope == "setting")
+    scores = table[of_setting & table["value"].notna()]
     assert len(scores) and set(scores["verdict"]) == {"not comparable"}  # nothing here is of the papers' models
-    assert (table[table["value"].isna()]["verdict"] == "not measured").all() and table[table["value"].isna()][
-        "why"
-    ].all()
+    unknown = table[table["value"].isna()]
+    assert (unknown["verdict"] == "not measured").all() and unknown["why"].all()
 
 
 @pytest.mark.parametrize(
@@ -117,28 +116,28 @@ def test_a_range_is_claimed_as_a_range(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colour": 1}, "unknown key 'colour' in claims.one"),
-        ({"tolerence": 1, "tolerance": ...}, "unknown key 'tolerence' in claims.one: did you mean 'tolerance'"),
-        ({"number": ...}, "claims.one: number is missing"),
-        ({"number": "20"}, "claims.one.number is '20': it must be a number or"),
-        ({"number": [2, 1]}, r"claims.one.number is \[2, 1\]"),
+        ({"colour": 1}, "unknown key 'colour' in a block `claim` of docs/claims.yaml"),
+        ({"tolerence": 1, "tolerance": ...}, "unknown key 'tolerence' in .*: did you mean 'tolerance'"),
+        ({"number": ...}, "claims.one.number: Field required"),
+        ({"number": "20"}, "claims.one.number.* is '20'"),
+        ({"number": [2, 1]}, r"claims.one.number is \[2, 1\]: it must be a number or"),
         ({"tolerance": -1}, "claims.one.tolerance is -1"),
-        ({"unit": "percent"}, "claims.one.unit is 'percent': it must be one of times, share, points"),
+        ({"unit": "percent"}, "claims.one.unit is 'percent': Input should be 'times', 'share' or 'points'"),
         ({"direction": "up"}, "claims.one.direction is 'up'"),
         ({"seen": "somewhere"}, "claims.one.seen is 'somewhere'"),
         ({"paper": "q"}, "unknown paper 'q' in claims.one"),
         ({"scope": "setting"}, "claims.one: scope `setting` names models and domains"),
         ({"on": {"models": [], "domains": []}}, "claims.one: scope `setting` names models and domains"),
-        ({"scope": "setting", "on": {"models": []}}, "claims.one.on: domains is missing"),
+        ({"scope": "setting", "on": {"models": []}}, "claims.one.on.domains: Field required"),
         ({"measures": ...}, "a claim that nothing measures says in `why`"),
-        ({"measures": [{"tables": {}}]}, r"claims.one.measures\[0\] is .*name one place to look"),
+        ({"measures": [{"tables": {}}]}, r"unknown key 'tables' in .* did you mean 'table'"),
         (
             {"measures": [{"table": {"metric": "forgeting", "method": "ewc", "as": "value"}}]},
-            "unknown metric 'forgeting' in .*mean 'forgetting'",
+            "claims.one.measures.0.table.metric is 'forgeting': Input should be 'forgetting'",
         ),
         (
             {"measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "sum", "against": "full"}}]},
-            "as is 'sum'",
+            "as is 'sum': Input should be 'value', 'difference' or 'ratio'",
         ),
         (
             {"measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "ratio"}}]},
@@ -272,7 +271,7 @@ def test_what_must_be_equal_and_is_not_is_not_comparable(results, tmp_path):
     )
     assert (
         unknown["verdict"] == "not measured"
-        and "bytes_importance is unknown or nothing; it would take a" == unknown["why"]
+        and "bytes_importance is unknown or zero; it would take a" == unknown["why"]
     )
 
 

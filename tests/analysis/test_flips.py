@@ -10,7 +10,8 @@ from matplotlib import pyplot as plt
 
 from analysis import style
 from analysis.load import Loaded, load_cells
-from analysis.sections import flips, flips_show
+from analysis.sections import flips as section
+from analysis.statistics import flips
 from tests.analysis.fixtures import digest, write_results
 
 ROLES = {"sums": "domain", "poems": "retention", "maps": "retention", "coins": "retention", "words": "transfer"}
@@ -84,10 +85,10 @@ def test_lost_gained_net_and_churn_by_hand():
 def test_without_items_there_is_nothing():
     loaded = study(BASE, {"full/seed0": {}})
     bare = Loaded(**(vars(loaded) | {"base": {}}))
-    assert flips.flips(bare, model="m", domain="sums").empty and flips.section(bare, model="m", domain="sums") is None
+    assert flips.flips(bare, model="m", domain="sums").empty and section.section(bare, model="m", domain="sums") is None
     assert (
-        flips_show.answers_lost_and_gained(bare, None, bare.cells) is None
-        and flips_show.lost_in_common(bare, None, bare.cells) is None
+        section.answers_lost_and_gained(bare, None, bare.cells) is None
+        and section.lost_in_common(bare, None, bare.cells) is None
     )
 
 
@@ -148,8 +149,8 @@ def test_who_loses_nothing_has_no_ratio():
     )
     assert found[["jaccard", "by_chance", "ratio", "deviations"]].isna().all(axis=None)
     loaded = study(BASE, {"a/seed0": {}})
-    assert flips_show.lost_in_common(loaded, None, loaded.cells) is None
-    assert flips.section(loaded, model="m", domain="sums")["sentences"] == []
+    assert section.lost_in_common(loaded, None, loaded.cells) is None
+    assert section.section(loaded, model="m", domain="sums")["sentences"] == []
 
 
 def test_most_forgotten_are_lost_by_most():
@@ -176,7 +177,7 @@ def loaded(tmp_path_factory):
 
 
 def test_section_shows_hashes_and_how_to_read_them(loaded):
-    found = flips.section(loaded, model="smollm2-135m", domain="science")
+    found = section.section(loaded, model="smollm2-135m", domain="science")
     assert (
         found["tasks"] == ["hellaswag", "piqa", "lambada_openai"]
         and found["seeds"] == 2
@@ -204,7 +205,7 @@ def test_section_shows_hashes_and_how_to_read_them(loaded):
 
 def test_figures_show_the_numbers_and_come_out_equal(loaded, tmp_path):
     cells = loaded.of("smollm2-135m", "science")
-    for draw in flips_show.FIGURES:
+    for draw in section.FIGURES:
         files = []
         for name in ("one", "two"):
             with style.house():

@@ -11,7 +11,7 @@ from analysis.load import load_cells
 from analysis.statistics import permutation
 from analysis.statistics.intervals import paired
 from analysis.statistics.permutation import FLIPS, LEVEL, could_find, exact, holm, mcnemar, sign_flip
-from analysis.statistics.significance import found, section, sentence
+from analysis.sections.significance import is_significant, section
 from methods.errors import UserError
 from tests.analysis.fixtures import write_results
 
@@ -135,7 +135,7 @@ def test_the_statistic_is_the_reported_number(seeds, tests):
     )
     row = tests.loc[("forgetting", "full", "base")]
     assert (row["n"], row["seeds"], row["scope"]) == (600, 3, "method") and row["low"] < row["difference"] < row["high"]
-    assert found(row) and row["p"] < 1e-5
+    assert is_significant(row) and row["p"] < 1e-5
 
 
 def test_items_that_differ_and_a_floor_for_what_can_be_detected(seeds, tests):
@@ -195,42 +195,6 @@ def test_two_methods_are_compared_on_the_seeds_both_have(tmp_path):
     assert ("gain", "full", "ewc") not in rows.index and ("gain", "lora", "ewc") in rows.index
 
 
-def test_sentences_say_nothing_as_plainly_as_something():
-    row = pd.Series(
-        {
-            "kind": "forgetting",
-            "a": "lora",
-            "b": "base",
-            "difference": 0.011,
-            "low": -0.004,
-            "high": 0.026,
-            "p": 0.21,
-            "p_holm": 0.42,
-            "detectable": 0.0214,
-            "n": 700,
-            "items_differing": 50,
-            "seeds": 1,
-            "scope": "run",
-        }
-    )
-    assert (
-        sentence(row)
-        == "No detectable difference in forgetting between lora and the base at n = 700; this study could have detected 2.1 points."
-    )
-    sure = pd.concat([row, pd.Series({"p_holm": 0.003, "scope": "method"})]).groupby(level=0, sort=False).last()
-    assert sentence(sure).startswith(
-        "Forgetting of lora: +1.1 points [−0.4, +2.6], p = 0.003 after Holm's correction, n = 700."
-    )
-    assert "these runs, not of the method" in sentence(sure)
-    between = (
-        pd.concat([sure, pd.Series({"b": "ewc", "low": 0.002, "p_holm": 0.0001})]).groupby(level=0, sort=False).last()
-    )
-    assert (
-        sentence(between)
-        == "Forgetting of lora minus that of ewc: +1.1 points [+0.2, +2.6], p < 0.001 after Holm's correction, n = 700."
-    )
-
-
 def test_the_section_renders_with_its_numbers(seeds, tests):
     made = section(seeds[1], permutation.all_tests(seeds[1]), model=MODEL, domain=DOMAIN)
     environment = jinja2.Environment(
@@ -258,7 +222,7 @@ def test_a_cell_without_items_is_left_out_and_named(tmp_path):
         and found["seeds"].max() == 2
     )
     legend = section(loaded, permutation.all_tests(loaded), model=MODEL, domain=DOMAIN)["legend"]
-    assert legend[-1] == f"Not tested, for their items.csv.gz are not there: {MODEL}/{DOMAIN}/lora/seed1."
+    assert legend[-1] == f"Not tested, because their items.csv.gz is missing: {MODEL}/{DOMAIN}/lora/seed1."
 
 
 def test_nothing_to_test_is_no_section(tmp_path):

@@ -11,7 +11,7 @@ from scipy.stats import t as student
 
 from analysis import units, write_summary
 from analysis.load import load_cells
-from analysis.sections.flips import flips
+from analysis.statistics.flips import flips
 from analysis.sections.tables import as_text
 from analysis.statistics import permutation
 from analysis.statistics.comparison import comparison

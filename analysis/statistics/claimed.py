@@ -1,0 +1,277 @@
+"""Measure what a claim of docs/claims.yaml is about: in the comparison, benchmark records and movements of the weights.
+
+A score comes with its interval over items and seeds. A cost measured with several seeds comes with its lowest and
+highest seed; a race with the ratio of its fastest rounds beside the median of the ratios, so that a verdict has to hold
+by both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from analysis import units
+from analysis.load import Loaded, retention_tasks
+from analysis.statistics.comparison import COSTS, mean_if_known
+from analysis.statistics.intervals import FIXED, Interval, by_run, of_arrays, paired
+from methods.tools.names import unknown
+
+SCORES = ("forgetting", "domain_gain", "domain_score", "general_score")
+PREPARE = "seconds_prepare"  # cells that took one preparation from the store share its timing
+
+
+class Strict(BaseModel):
+    """A block of docs/claims.yaml; a key that it does not have is refused with the nearest one that it has."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, block):
+        known = [field.alias or name for name, field in cls.model_fields.items()]
+        for key in block if isinstance(block, Mapping) else ():
+            if key not in known:
+                raise unknown("key", key, known, where=f"a block `{cls.__name__.lower()}` of docs/claims.yaml")
+        return block
+
+
+class Table(Strict):
+    """A number of finished cells: of `method`, or its difference from or ratio to that of `against`."""
+
+    metric: Literal[*SCORES, *COSTS]
+    method: str
+    against: str = ""
+    way: Literal["value", "difference", "ratio"] = Field(alias="as")
+
+    @model_validator(mode="after")
+    def _needs_against(self):
+        if self.way != "value" and not self.against:
+            raise ValueError("against is missing")
+        return self
+
+
+class Bench(Strict):
+    """The time of `runner` over that of `against` in results/bench/RECORD.json: the median of the ratios of a round."""
+
+    record: str
+    runner: str
+    against: str
+
+
+class Fact(Strict):
+    """A fact of results/bench/RECORD.json by its name."""
+
+    record: str
+    name: str
+
+
+class Drift(Strict):
+    """The ratio of two methods' movements from the base, from drift.json."""
+
+    metric: Literal["distance", "relative"]
+    method: str
+    against: str
+    way: str = "ratio"
+
+
+class Measure(Strict):
+    """One place to look at; `equal` names settings that both methods must share."""
+
+    table: Table | None = None
+    bench: Bench | None = None
+    fact: Fact | None = None
+    drift: Drift | None = None
+    equal: list[str] = []
+
+    @model_validator(mode="after")
+    def _one_place(self):
+        if sum(place is not None for place in (self.table, self.bench, self.fact, self.drift)) != 1:
+            raise ValueError("name one place to look at: table, bench, fact or drift")
+        return self
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What one place holds. `value` is None if it holds nothing; `why` says why, or why it may not be compared."""
+
+    where: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    ends: str = ""  # what low and high are
+    n: str = ""
+    model: str = ""
+    domain: str = ""
+    why: str = ""
+    once: bool = False  # seconds of one timing: a busy machine changes them by more than most claims are about
+
+
+def measured(loaded: Loaded, comparison: pd.DataFrame, measures: Sequence[Measure]) -> list[Measured]:
+    """What all places of a claim hold; at least one entry. `comparison` is `analysis.statistics.comparison`'s table."""
+    entries = []
+    for measure in measures:
+        if measure.bench:
+            entries.append(_race(loaded, measure.bench))
+        elif measure.fact:
+            entries.append(_fact(loaded, measure.fact))
+        else:
+            entries += _cells(loaded, comparison, measure)
+    return entries or [Measured(where="–")]
+
+
+def _race(loaded: Loaded, place: Bench) -> Measured:
+    where = f"results/bench/{place.record}.json: {place.runner} against {place.against}"
+    for race in _races(loaded, place.record):
+        row = next((row for row in race["rows"] if row["runner"] == place.runner), None)
+        if row and race["against"] == place.against:
+            median, fastest, rounds = float(row["ratio_median"]), float(row["ratio_min"]), race["rounds"]
+            ends = {"low": min(median, fastest), "high": max(median, fastest), "ends": "fastest rounds and median"}
+            n = f"{rounds} round{'s' if rounds != 1 else ''}"
+            return Measured(where=where, value=median, n=n, **(ends if rounds > 1 else {}))
+    return Measured(where=where, why=f"`python -m experiments bench {place.record}` has not measured it")
+
+
+def _fact(loaded: Loaded, place: Fact) -> Measured:
+    where = f"results/bench/{place.record}.json: {place.name}"
+    for race in _races(loaded, place.record):
+        if isinstance(value := race["facts"].get(place.name), int | float):
+            return Measured(where=where, value=float(value), n="1 model")
+    return Measured(where=where, why=f"`python -m experiments bench {place.record}` has not measured it")
+
+
+def _races(loaded: Loaded, name: str) -> list[dict]:
+    return next((record["races"] for path, record in loaded.bench.items() if path.stem == name), [])
+
+
+def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Measure) -> Iterator[Measured]:
+    """One entry per (model, domain) that has the methods, or one that says that none has them."""
+    place = measure.table or measure.drift
+    metric, methods = place.metric, list(filter(None, (place.method, place.against)))
+    what = f"{metric} of {' against '.join(methods)}"
+    compared, timed = 0, set()
+    for model, domain in loaded.comparisons if len(loaded.cells) else ():
+        cells = loaded.of(model, domain)
+        if not set(methods) <= set(cells["method"]):
+            continue
+        compared += 1
+        about = {"where": f"{model}, {domain}: {what}", "model": model, "domain": domain}
+        own = [cells[cells["method"] == method].sort_values("seed") for method in methods]
+        common = set.intersection(*(set(group["seed"]) for group in own))
+        groups = [group[group["seed"].isin(common)] for group in own]
+        unit = units.of_domain(cells.iloc[0])
+        if not common:
+            yield Measured(**about, why=f"{methods[0]} and {methods[1]} have no seed in common")
+            continue
+        if measure.table and metric.startswith("domain_") and unit != units.SHARE:
+            yield Measured(**about, why=f"the gain is in {unit}, not in points")
+            continue
+        if measure.drift:
+            entry = _movement(loaded, groups, metric)
+        elif place.way == "value":
+            entry = _value(comparison, groups[0], metric)
+        elif metric in SCORES:
+            entry = _score(loaded, groups, metric, place.way)
+        else:
+            entry = _cost(groups, metric, place.way)
+            if metric == PREPARE:
+                if _timings(groups) <= timed:
+                    continue  # the cells of another domain took the same preparation from the store
+                timed |= _timings(groups)
+        why = _unequal(loaded, groups, measure.equal, metric)
+        yield Measured(**about | entry | ({"why": why} if why else {}))
+    if not compared:
+        yield Measured(where=what, why=f"no model and domain with finished cells of {' and '.join(methods)}")
+
+
+def _unequal(loaded: Loaded, groups: list[pd.DataFrame], equal: Sequence[str], metric: str) -> str:
+    """What has to be equal and is not; times have to be of one machine."""
+    if loaded.not_a_result:
+        return "demo or random weights: not a result"
+    for key in [*equal, *(["hardware"] if metric.startswith("seconds_") else [])]:
+        values = dict.fromkeys(str(value) for group in groups for value in (group[key] if key in group else [None]))
+        if len(values) > 1:
+            return f"{key.replace('_', ' ')} is not equal: {' and '.join(values)}"
+    return ""
+
+
+def _value(comparison: pd.DataFrame, cells: pd.DataFrame, metric: str) -> dict:
+    """The comparison's own number and interval."""
+    keys, first = ["model", "domain", "method"], cells.iloc[0]
+    row = comparison[(comparison[keys] == tuple(first[keys])).all(axis=1)].iloc[0]
+    value, low, high = (
+        None if pd.isna(row.get(key)) else float(row[key]) for key in (metric, f"{metric}_low", f"{metric}_high")
+    )
+    rows = row["n_domain"] if metric.startswith("domain") else row["n_retention"]
+    n = _n(int(rows) if metric in SCORES else 0, len(cells))
+    return {"value": value, "n": n} | _ends(Interval(value, low, high, 0), len(cells))
+
+
+def _score(loaded: Loaded, groups: list[pd.DataFrame], metric: str, way: str) -> dict:
+    """A difference or ratio of two methods' scores over the same items; without all items, the value alone."""
+    first, seeds = groups[0].iloc[0], len(groups[0])
+    tasks = [first["domain"]] if metric.startswith("domain") else retention_tasks(first)
+    means = [mean_if_known(group[metric]) for group in groups]
+    if None in means or (way == "ratio" and not means[1]):
+        return {"why": f"{metric} is not known of all cells"}
+    value = means[0] - means[1] if way == "difference" else means[0] / means[1]
+    entry = {"value": value, "n": _n(sum(first["n"].get(task, 0) for task in tasks), seeds)}
+    scores = [_arrays(loaded, group, tasks) for group in groups]
+    if not tasks or None in scores:
+        return entry
+    if way == "difference":
+        sign = -1 if metric == "forgetting" else 1
+        return entry | _ends(of_arrays([sign * (a - b) for a, b in zip(*scores)]), seeds)
+    if metric not in ("domain_score", "general_score"):
+        return entry  # the ratio of a change has no usable interval where the change is near 0
+    mean = of_arrays(scores[1]).value
+    deviation = of_arrays([(a - value * b) / mean for a, b in zip(*scores)], step=1 / mean)  # delta method
+    return entry | _ends(deviation, seeds, shift=value)
+
+
+def _arrays(loaded: Loaded, cells: pd.DataFrame, tasks: list[str]) -> list[np.ndarray] | None:
+    """Scores of each task, (S seeds, n items), in the order of the base's rows; None if items are missing."""
+    base, items = loaded.base_items(cells.iloc[0]["model"]), loaded.items_of(cells)
+    if base.empty or items.empty or items["cell"].nunique() < len(cells):
+        return None
+    pairs = paired(base, items)[[*FIXED, *cells.index]]  # runs in the order of their seeds
+    arrays = [by_run(pairs[pairs["task"] == task]) for task in tasks]
+    complete = all(array.shape[1] == cells.iloc[0]["n"].get(task) for task, array in zip(tasks, arrays))
+    return arrays if complete else None
+
+
+def _cost(groups: list[pd.DataFrame], metric: str, way: str) -> dict:
+    """A cost's ratio or difference, seed by seed."""
+    values = [group[metric].astype(float).to_numpy() if metric in group else np.array([np.nan]) for group in groups]
+    if any(np.isnan(group).any() for group in values) or (way == "ratio" and not values[1].all()):
+        return {"why": f"{metric} is unknown or zero"}
+    each = values[0] / values[1] if way == "ratio" else values[0] - values[1]
+    times = len(_timings(groups)) if metric == PREPARE else len(each)
+    ends = {"low": float(each.min()), "high": float(each.max()), "ends": "lowest and highest seed"} if times > 1 else {}
+    n = f"{times} timing{'s' if times != 1 else ''}" if metric == PREPARE else _n(0, len(each))
+    return {"value": float(each.mean()), "n": n, "once": metric.startswith("seconds_") and times == 1} | ends
+
+
+def _timings(groups: list[pd.DataFrame]) -> set[tuple[float, ...]]:
+    """The seconds of the preparations, seed by seed: if equal to the last digit, cells took one from the store."""
+    return set(zip(*(group[PREPARE].astype(float) for group in groups)))
+
+
+def _movement(loaded: Loaded, groups: list[pd.DataFrame], metric: str) -> dict:
+    moved = [[loaded.drift.get(cell, {}).get("overall", {}).get(metric) for cell in group.index] for group in groups]
+    if any(value is None for values in moved for value in values) or not all(moved[1]):
+        return {"why": "the movement of these cells is not measured (drift.json)"}
+    return _cost([group.assign(moved=values) for group, values in zip(groups, moved)], "moved", "ratio")
+
+
+def _ends(interval: Interval, seeds: int, *, shift: float = 0.0) -> dict:
+    if interval.low is None:
+        return {}
+    about = "other seeds and other items" if seeds > 1 else "other items: this run, not this method"
+    return {"low": shift + interval.low, "high": shift + interval.high, "ends": f"95 %, {about}"}
+
+
+def _n(rows: int, seeds: int) -> str:
+    return (f"{rows} rows, " if rows else "") + f"{seeds} seed{'s' if seeds != 1 else ''}"
