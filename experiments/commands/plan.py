@@ -4,7 +4,8 @@ Time: the matrix FLOPs of the cell (experiments/training/flops.py, on the model 
 cells of the model reached on this machine, else over a share of the device's peak. Rows that are not there yet count as
 half of `length`. Memory: experiments/training/memory.py, by kind, for both phases, with examples as long as `length` allows;
 a cell that cannot fit into what is free here is marked. Disk: what is kept of a cell's weights (experiments/model/tuned.py), an
-adapter or a difference from the base. Nothing is loaded or fetched.
+adapter or a difference from the base, and once for cells that differ in `finish` alone their trained weights in full
+precision; such a training is counted once, too. Nothing is loaded or fetched.
 """
 
 import functools
@@ -12,6 +13,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -20,6 +22,7 @@ from experiments.model import tuned
 from experiments.model.positions import refuse_long_documents
 from experiments.model.shape import Shape, shape_of
 from experiments.model.weights import as_dtype
+from experiments.stages.train import store_of
 from experiments.study import ahead, cells
 from experiments.study.lock import Lock
 from experiments.training import batches, hardware, memory
@@ -52,7 +55,8 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
     chosen = cells.matching(study, patterns)
     planners = {model: _Model(study=study, name=model) for model in study.grid["models"]}
     available = _available(study)
-    planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available) for cell in chosen]
+    begun: set[Path] = set()
+    planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available, begun) for cell in chosen]
     todo = [c for c in planned if not c["cached"]["scored"]]
     return {
         "study": study.title,
@@ -155,13 +159,22 @@ def _flops_of(shape: Shape, adapters: tuple[Part, ...]) -> Flops:
     return Flops(shape.build(parts=adapters))
 
 
-def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> dict:
+def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun: set[Path]) -> dict:
+    """The plan of one cell; `begun` gets the training that it makes and keeps for other cells."""
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
     preparing = study.prepare_settings(model=cell.model, method=cell.method)
     parts = study.methods[cell.method].parts
     refuse_long_documents(study, model=cell.model, method=cell.method, shape=model.shape)
     rate, _ = model.rate
     trained, added, train = _training(study, cell, model, settings)
+    disk = tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint)
+    store = store_of(study, cell)
+    reused = store is not None and (store in begun or (store / "manifest.json").is_file())
+    if reused:
+        train = 0.0
+    elif store is not None and not cached["trained"]:
+        begun.add(store)
+        disk += model.shape.parameters * max(4, model.checkpoint.itemsize)
     prepare_tokens, prepare = _preparation(study, cell, model, preparing)
     scored = _scored_tokens(study, cell)
     evaluate = _number(model.bare.forward(lengths=[256] * (scored // 256), predicted=scored))
@@ -184,7 +197,8 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None) -> di
         "memory_bytes": peak,
         "memory": kinds,
         "fits": None if None in (available, peak) else together * peak <= available,
-        "disk_bytes": tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint),
+        "disk_bytes": disk,
+        "training_reused": reused,
     }
 
 

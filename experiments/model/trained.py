@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -34,6 +35,7 @@ def keep(store: Path, *, identity: dict, final: Mapping[str, Tensor], files: Pat
 
     identity  everything that the training depends on, as JSON
     files     the folder in which the parts saved what they keep beside the weights
+    Where the disk does not take it, a line on stderr says so: the cell is finished without, and other cells train again.
     """
     fresh = store.with_name(f"{store.name}.{uuid.uuid4().hex[:8]}")
     out = fresh / "out"
@@ -44,11 +46,10 @@ def keep(store: Path, *, identity: dict, final: Mapping[str, Tensor], files: Pat
         write_json(out / "record.json", record)
         write_json(fresh / "manifest.json", {"identity": identity, "sha256": folder_sha256(out)})
         shutil.rmtree(store, ignore_errors=True)
-        try:
-            os.replace(fresh, store)
-        except OSError:
-            if not is_kept(store, identity=identity):  # else another process has kept the same training meanwhile
-                raise
+        os.replace(fresh, store)
+    except OSError as error:
+        if not is_kept(store, identity=identity):  # else another process has kept the same training meanwhile
+            print(f"the training is not kept for other cells: {error}; they train again", file=sys.stderr, flush=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 

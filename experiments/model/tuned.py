@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from experiments.model import delta, weights
 from experiments.model.base import load_tensors
 from experiments.model.shape import Shape
-from experiments.training import memory
+from experiments.training import hooks, memory
 from experiments.training.log import TrainingFailed
 from methods.errors import UserError
 from methods.lora import merged, read_adapter
@@ -83,19 +83,23 @@ def expected_bytes(*, shape: Shape, parts: Sequence[Part], checkpoint: torch.dty
     A weight in bf16 takes `BITS` bits where it changed by 1 % (1 bit for 0.1 %, 7.3 for 10 %), and one more for each
     further bit of mantissa.
     """
-    count, adapter = _trained(shape, memory.adapting(parts))
-    if adapter:
-        return count * (8 if checkpoint == torch.float64 else 4)
+    trained, adapted = _trained(shape, memory.adapting(parts))
     bits = 64 if checkpoint == torch.float64 else BITS - 7 - math.log2(torch.finfo(checkpoint).eps)
-    return int(count * bits / 8)
+    adapter = trained * (8 if checkpoint == torch.float64 else 4) if adapted else 0
+    if adapted and not hooks.finishers(parts):
+        return adapter
+    return adapter + int((adapted or trained) * bits / 8)
 
 
 @functools.cache
-def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, bool]:
-    """The number of trained entries, and whether all of them are an adapter's."""
+def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, int]:
+    """Entries that are trained, and entries of the matrices under adapters where adapters alone are trained, else 0."""
     model = shape.build(parts=adapting)
-    trained = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
-    return sum(trained.values()), trained.keys() == set.union(*factors(model))
+    parameters = dict(model.named_parameters())
+    trained = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
+    if trained.keys() != set.union(*factors(model)):
+        return sum(trained.values()), 0
+    return sum(trained.values()), sum(p.numel() for name, p in parameters.items() if ".base_layer." in name)
 
 
 def load(

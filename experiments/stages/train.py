@@ -56,7 +56,7 @@ def _train(study, cell) -> None:
     computing = study.compute_dtype(cell.model, dtype_of(info), where)
     measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=shards)
     identity = _identity(study, cell, info=info, where=where, computing=computing)
-    store = _store(study, cell)
+    store = store_of(study, cell)
     reused = shards.said_by_first(shards.first and store is not None and trained.is_kept(store, identity=identity))
     if shards.first:
         shutil.rmtree(out, ignore_errors=True)
@@ -108,7 +108,7 @@ def _identity(study, cell, *, info: dict, where: torch.device, computing: torch.
     }
 
 
-def _store(study, cell) -> Path | None:
+def store_of(study, cell) -> Path | None:
     """Where the training of this cell is kept; None where no other cell of the grid could differ in `finish` alone."""
     name = trained.name(resolve.train(study, cell.model, cell.domain, cell.method, finished=False))
     folder = study.paths.trained / cell.model / cell.domain / f"seed{cell.seed}"
@@ -146,11 +146,10 @@ def _fit(
     prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
     checkpoint = dtype_of(info)
     shape = shape_of(cell.model, study.models[cell.model], folder)
-    need_room(
-        paths.work,
-        2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint),
-        f"the weights of {cell.name}",
-    )
+    needed = 2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint)
+    if store_of(study, cell):
+        needed += shape.parameters * max(4, checkpoint.itemsize)
+    need_room(paths.work, needed, f"the weights of {cell.name}")
     tokenizer = weights.load_tokenizer(folder)
     examples = encoded(
         paths.data / "train" / cell.domain / "train.jsonl",

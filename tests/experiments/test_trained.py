@@ -7,6 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from experiments.commands import plan
+from experiments.model import tuned
 from experiments.model.measure import Measure
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.weights import load_model
@@ -87,8 +89,6 @@ def test_cells_that_differ_in_finish_alone_train_once(made):
     (manifest,) = kept(made)
     trained = load_file(manifest.parent / "out" / "weights.safetensors")
     study = load(made, methods())
-    from experiments.model import tuned
-
     found, _ = tuned.tensors(study.paths.weights(cell("third")), folder=study.paths.model("llama-tiny"))
     for name, tensor in trained.items():
         assert torch.equal(found[name], (tensor / 3)) or torch.allclose(found[name], tensor / 3, rtol=1e-7)
@@ -125,6 +125,33 @@ def test_a_study_without_such_cells_keeps_nothing(made):
         manifest.unlink()
     run(made, "full", methods(full={}, lora={"lora": {"rank": 2}}))
     assert kept(made) == []
+
+
+def test_a_full_disk_loses_no_training(made, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    weights = run(made, "half")["weights_sha256"]
+    for manifest in kept(made):
+        manifest.unlink()
+    monkeypatch.setattr("experiments.model.trained.save_file", full)
+    assert run(made, "half")["weights_sha256"] == weights
+    assert "not kept for other cells: [Errno 28] No space left on device" in capsys.readouterr().err
+    assert kept(made) == []
+
+
+def test_the_plan_counts_a_training_once(made):
+    def fresh(raw):
+        methods()(raw)
+        raw["train"]["epochs"] = 1.0e5  # seconds are rounded
+
+    planned = {c["cell"].split("/")[2]: c for c in plan.make(load(made, fresh))["cells"]}
+    assert [planned[m]["training_reused"] for m in ("full", "half", "third", "lora")] == [False, True, True, False]
+    assert planned["full"]["seconds_train"] > 0 == planned["half"]["seconds_train"] == planned["third"]["seconds_train"]
+    assert planned["full"]["tokens"] == planned["half"]["tokens"]  # what stands behind the weights
+    folder = load(made, fresh).paths.model("llama-tiny")
+    entries = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
+    assert planned["full"]["disk_bytes"] - planned["half"]["disk_bytes"] == 4 * entries
 
 
 def test_measure_is_what_the_whole_models_say(made):
