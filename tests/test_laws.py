@@ -1,8 +1,11 @@
 """Every law of experiments/laws on every registered part, every pair of parts, and wrong parts that the laws catch."""
 
 import itertools
+import os
 import random
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -11,6 +14,7 @@ import torch
 from experiments.laws import processes
 from experiments.laws.laws import LAWS, ONCE, PROCESSES, judge
 from experiments.laws.trial import ARCHITECTURES, Trial
+from experiments.study.paths import HERE
 from experiments.training import hooks
 from methods import registry
 from methods.errors import UserError
@@ -278,3 +282,66 @@ def test_draws_by_process_are_caught(trial, tmp_path):
     assert ranked.status == failing.status == "failed" and ranked.law == PROCESSES
     assert "after 10 steps the weights of two processes differ from those of one by" in ranked.text
     assert "KeyError: 'no.such.weight', line" in failing.text
+
+
+# the command
+
+STRANGER = """
+from dataclasses import dataclass
+
+from methods.part import Part, register, setting
+from methods.tools.effective import effective_weights
+
+SEEN = []
+
+
+@register(title="L2-SP", paper="https://arxiv.org/abs/1802.01483", line="Pull every weight back to the base.")
+@dataclass(frozen=True, kw_only=True)
+class L2SP(Part):
+    neutral = {"strength": 0.0}
+    strength: float = setting(1e-2, within="[0, inf)", help="α of α/2·‖θ−θ₀‖²")
+
+    def before_clip(self, *, run, state, step):
+        value = 0.0
+        for weight in effective_weights(run):
+            moved = weight.value()
+            weight.pull(moved, scale=self.strength)
+            value += self.strength / 2 * moved.square().sum()
+        return value
+
+
+@register(key="faulty", title="Faulty", paper="https://example.org", line="Fails at its second run.")
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Part):
+    neutral = "none: it is wrong"
+
+    def begin(self, *, run, **_):
+        SEEN.append(run)
+
+    def before_clip(self, *, run, **_):
+        if len(SEEN) > 1:
+            raise ValueError("two runs")
+"""
+
+
+@pytest.mark.thorough
+def test_check_runs_on_parts_of_another_package(tmp_path):
+    (tmp_path / "stranger.py").write_text(STRANGER, encoding="utf-8")
+    info = tmp_path / "stranger-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: stranger\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[holdfast.parts]\nstranger = stranger:L2SP\nfaulty = stranger:Faulty\n")
+    outputs = {}
+    for part, status in (("stranger", 0), ("faulty", 1)):
+        command = [sys.executable, "-m", "experiments", "check", part]
+        environment = os.environ | {"PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=HERE, env=environment, capture_output=True, text=True)
+        assert done.returncode == status and "Traceback" not in done.stdout + done.stderr, done.stderr
+        outputs[part] = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines()]
+    laws = [*LAWS, PROCESSES]
+    assert outputs["stranger"] == [[law, "passed"] for law in laws]
+    assert [law for law, _ in outputs["faulty"]] == laws
+    faulty = dict(outputs["faulty"])
+    assert faulty["neutral"] == "does not apply: it has no neutral setting: it is wrong"
+    assert faulty["repeatable"].startswith("failed: ValueError: two runs, line ")
+    assert " of before_clip in stranger" in faulty["repeatable"]

@@ -6,6 +6,7 @@
 Prints one line a law; the exit status is 1 where one fails. docs/parts.md says what to do then.
 """
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def main(name: str) -> int:
     known = registry.parts()
     if name not in known:
         raise unknown("part", name, known)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's profiler writes a line each time it starts and stops
     failed = False
     with (
         tempfile.TemporaryDirectory() as folder,

@@ -60,6 +60,7 @@ def answer(monkeypatch, capsys):
         (("train", "smollm2-135m/science/ewd/seed0"), "unknown method 'ewd'.*did you mean 'ewc'"),
         (("train", "nonsense"), "must be written model/domain/method/seed0"),
         (("plan", "*/nonsense/*"), r"no cell of the grid matches \*/nonsense/\*"),
+        (("check", "mofoo"), "unknown part .mofoo.: did you mean .mofo."),
         (("model", "smolm2-135m"), "unknown model 'smolm2-135m': did you mean 'smollm2-135m'"),
         (("export", "llama-tiny/sums/mofo/seed7", "x", "--study", "demo"), "has no weights here"),
         (("plan", "--study", "dmo"), "unknown study 'dmo': did you mean 'demo'?"),
