@@ -1,8 +1,10 @@
-"""What a tuned model takes beside its base, and the seconds to write and to read that: the lossless difference of experiments/model/difference.py
-against zstd of the tensor as it is, and against zstd of the byte planes of its XOR with the base (as ZipLLM does, arXiv 2505.06252).
+"""What a tuned model takes beside its base, and the seconds to write and to read that: the lossless difference of
+experiments/model/difference.py against zstd of the tensor as it is, and against zstd of the byte planes of its XOR with
+the base (as ZipLLM does, arXiv 2505.06252).
 
-Simulated bf16 weights of N(0, 0.02²) moved by noise of a share of that, and where a cell of the default study is here, its own weights.
-The limit is the entropy of the ordinals' difference given the base's exponent, counted over all pairs of both. One thread each.
+Simulated bf16 weights of N(0, 0.02²) moved by noise of a share of that, and where a cell of the default study is here,
+its own weights. The limit is the entropy of the ordinals' difference given the base's exponent, counted over all pairs
+of both. One thread each.
 """
 
 from collections.abc import Iterator
@@ -80,7 +82,9 @@ def _pairs(count: int, *, changes: tuple[float, ...]) -> Iterator[tuple[str, Ten
 
 
 def _cells(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of every kind of difference that cells of the default study keep here, the first `count` weights of the blocks."""
+    """Of every kind of difference that cells of the default study keep here, the first `count` weights of the
+    blocks.
+    """
     from experiments.model import tuned
     from experiments.model.base import load_tensors
     from experiments.study.paths import Paths

@@ -1,7 +1,7 @@
-"""The exact diagonal of the Fisher needs every example's own gradient. Against one plain forward and backward pass of the same
-tokens in batches: a loop over examples that squares and adds whole gradients, the same with hooks that free each gradient
-once it is squared, ours (a batch at a time, one matrix product an example and weight), and two estimators that take a batch's gradient:
-`signed`, which is right in the mean over signs, and `batched`, which is no Fisher.
+"""The exact diagonal of the Fisher needs every example's own gradient. Against one plain forward and backward pass of
+the same tokens in batches: a loop over examples that squares and adds whole gradients, the same with hooks that free
+each gradient once it is squared, ours (a batch at a time, one matrix product an example and weight), and two estimators
+that take a batch's gradient: `signed`, which is right in the mean over signs, and `batched`, which is no Fisher.
 """
 
 from __future__ import annotations

@@ -56,26 +56,34 @@ class Size:
 
 
 def steps(size: Size, *, method: str, layout: str, device: torch.device, shards: Shards) -> dict:
-    """One method in one layout: preparation, then steps of one micro-batch. Raises Skipped where it is predicted not to fit."""
+    """One method in one layout: preparation, then steps of one micro-batch. Raises Skipped where it is predicted not to
+    fit.
+    """
     parts = sizes.parts_of(method)
     if size.length > (longest := size.shape.config.max_position_embeddings):
         raise Skipped(f"{size.model} takes {longest} tokens, not {size.length}")
     settings = _settings(size)
     processes = 1 if layout == "sharded" else None
     preparing = dataclasses.replace(settings, **_of_preparation(size))
-    predict = lambda phase, of: memory.predict(
-        phase=phase,
-        shape=size.shape,
-        parts=parts,
-        settings=of,
-        checkpoint_dtype=torch.bfloat16,
-        compute_dtype=torch.bfloat16,
-        device_type=device.type,
-        processes=processes,
-    )
+
+    def predict(phase, of):
+        return memory.predict(
+            phase=phase,
+            shape=size.shape,
+            parts=parts,
+            settings=of,
+            checkpoint_dtype=torch.bfloat16,
+            compute_dtype=torch.bfloat16,
+            device_type=device.type,
+            processes=processes,
+        )
+
     preparing, predicted_prepare = _fitting(preparing, lambda of: predict("prepare", of), device, f"preparing {method}")
     settings, predicted = _fitting(settings, lambda of: predict("train", of), device, f"training {method}")
-    make = lambda: sizes.build_named(size.model, tiny=size.tiny, device=device, dtype=torch.bfloat16)
+
+    def make():
+        return sizes.build_named(size.model, tiny=size.tiny, device=device, dtype=torch.bfloat16)
+
     vocabulary = size.shape.config.vocab_size
     given = {"device": device, "shards": shards if processes else Shards(), "compute_dtype": torch.bfloat16}
 
@@ -206,7 +214,9 @@ def held(result: FitResult, prepared: running.Preparation) -> dict[str, int]:
 
 
 def stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
-    """Bytes of what a study would keep: tuned weights, or the adapter that stands for them; importance, start, anchor."""
+    """Bytes of what a study would keep: tuned weights, or the adapter that stands for them; importance, start,
+    anchor.
+    """
     adapter = [result.run.weights[name] for name in set.union(*factors(result.run.model))]
     anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
     kept = {"adapter": _bytes(adapter)} if adapter else {"weights": weights}
@@ -243,7 +253,8 @@ def _fitting(
         if room is None or predicted["total"] <= room:
             return chosen, predicted
     raise Skipped(
-        f"{what} is predicted to take {predicted['total'] / 2**30:.1f} GiB with checkpointing, {room / 2**30:.1f} GiB are free"
+        f"{what} is predicted to take {predicted['total'] / 2**30:.1f} GiB with checkpointing, {room / 2**30:.1f} GiB "
+        "are free"
     )
 
 

@@ -1,7 +1,8 @@
-"""The paper behind hierarchical importance (arXiv 2501.13669) claims preparation about 20 times faster and 10-15 % of the storage of
-EWC-LoRA's, which computes and keeps a Fisher of the whole model. Here everyone prepares from the same documents: its importance, along
-a phase of LoRA training; the whole model's Fisher as the published scripts approximate it, from batches of 8 and of 1; and an exact
-Fisher of the adapted matrices alone, in the same bits. Only `prepare` is timed, as in a cell; storage is of real files.
+"""The paper behind hierarchical importance (arXiv 2501.13669) claims preparation about 20 times faster and 10-15 % of
+the storage of EWC-LoRA's, which computes and keeps a Fisher of the whole model. Here everyone prepares from the same
+documents: its importance, along a phase of LoRA training; the whole model's Fisher as the published scripts approximate
+it, from batches of 8 and of 1; and an exact Fisher of the adapted matrices alone, in the same bits. Only `prepare` is
+timed, as in a cell; storage is of real files.
 """
 
 from __future__ import annotations
@@ -44,42 +45,52 @@ class Findings:
         low, high = CLAIM["storage"]
         each = " and ".join(f"{_times(ratio)} (batches of {size})" for size, ratio in self.times.items())
         time = (
-            f"On the same {self.documents} documents ({self.tokens:,} tokens) the published baseline takes {each} as long to prepare as "
-            f"hierarchical importance; the paper claims about {CLAIM['times_faster']:g} times. An exact Fisher of the adapted matrices alone "
+            f"On the same {self.documents} documents ({self.tokens:,} tokens) the published baseline takes {each} as "
+            "long to prepare as "
+            f"hierarchical importance; the paper claims about {CLAIM['times_faster']:g} times. An exact Fisher of the "
+            "adapted matrices alone "
             f"takes {_times(self.times_same)} as long. "
         )
         if most >= CLAIM["times_faster"] / 2:
             time += "So work per token accounts for most of the claim"
         elif larger >= CLAIM["times_faster"] / 2:
             time += (
-                f"The published numbers of documents would make it {_times(larger)} (arithmetic): with them, most of the claim is "
+                f"The published numbers of documents would make it {_times(larger)} (arithmetic): with them, most of "
+                "the claim is "
                 "accounted for"
             )
         else:
             time += (
-                f"The published numbers of documents would make it {_times(larger)} at most (arithmetic): what is left of the claim "
+                f"The published numbers of documents would make it {_times(larger)} at most (arithmetic): what is left "
+                "of the claim "
                 "comes neither from work per token nor from the documents, as measured here"
             )
         if self.times_same < 1:
             time += ", and importance of the same matrices is had in less time from a Fisher"
         storage = (
-            f". Its importance takes {_percent(self.storage)} of the published baseline's storage, where the paper claims "
+            f". Its importance takes {_percent(self.storage)} of the published baseline's storage, where the paper "
+            "claims "
             f"{_percent(low)} to {_percent(high)}: "
         )
         if self.storage < self.entries * 0.95:
             storage += (
-                f"{_percent(self.entries)} because only the adapted matrices are kept, the rest of the way because an entry is kept in "
+                f"{_percent(self.entries)} because only the adapted matrices are kept, the rest of the way because an "
+                "entry is kept in "
                 "fewer bits. "
             )
         else:
             storage += f"the adapted matrices are {_percent(self.entries)} of the weights. "
         if abs(self.storage_same - 1) < 0.1:
             storage += (
-                f"A Fisher of the same matrices, kept in the same way, takes as much ({_percent(self.storage_same)}): the saving comes "
+                f"A Fisher of the same matrices, kept in the same way, takes as much ({_percent(self.storage_same)}): "
+                "the saving comes "
                 "from what is kept, not from the kind of importance."
             )
         else:
-            storage += f"Of the storage of a Fisher of the same matrices, kept in the same way, it takes {_percent(self.storage_same)}."
+            storage += (
+                "Of the storage of a Fisher of the same matrices, kept in the same way, it takes "
+                f"{_percent(self.storage_same)}."
+            )
         return time + storage
 
 
@@ -169,14 +180,17 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             "entries": {name: sizes[name]["entries"] for name in contestants},
             "computed in": str(on.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher is in full precision",
+            "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher is in "
+            "full precision",
         }
     )
     yield found
 
 
 def _stored(states: dict[str, dict], *, plain: bool) -> dict[str, int]:
-    """Bytes of the files, and entries of importance. `plain`: a float an entry and no compression, as published checkpoints are."""
+    """Bytes of the files, and entries of importance. `plain`: a float an entry and no compression, as published
+    checkpoints are.
+    """
     from safetensors.torch import save_file
 
     from methods.tools.stored import save_importance

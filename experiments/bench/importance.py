@@ -1,8 +1,9 @@
-"""Forms of importance on disk: what each takes, what writing and reading cost beside plain safetensors, and how far the penalty is off.
+"""Forms of importance on disk: what each takes, what writing and reading cost beside plain safetensors, and how far the
+penalty is off.
 
-Importance is the Fisher of 16 documents, and δ what full fine-tuning changed, where the default study's model and cell are here;
-else both are drawn. Errors are against float32: relative L2 of the penalty's gradient F⊙δ, for a δ of one size everywhere and for this one,
-and relative of its value ΣFδ².
+Importance is the Fisher of 16 documents, and δ what full fine-tuning changed, where the default study's model and cell
+are here; else both are drawn. Errors are against float32: relative L2 of the penalty's gradient F⊙δ, for a δ of one
+size everywhere and for this one, and relative of its value ΣFδ².
 """
 
 import math

@@ -1,6 +1,6 @@
-"""MoFO's step against torch's fused AdamW and against the paper's code as it is published (a sorted topk for each tensor), on
-tensors of LLaMA's shapes, and the same with other selections of torch; then the selection alone, on heavy-tailed |m|, with many
-zeros, and with many equal entries that are not zero, which a quickselect is slow on.
+"""MoFO's step against torch's fused AdamW and against the paper's code as it is published (a sorted topk for each
+tensor), on tensors of LLaMA's shapes, and the same with other selections of torch; then the selection alone, on
+heavy-tailed |m|, with many zeros, and with many equal entries that are not zero, which a quickselect is slow on.
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def _steps(small: bool, rounds: int) -> Iterator[Race]:
 
 
 class Published:
-    """The paper's own step (its AdamW_MoFO), operation by operation: whole-tensor temporaries, and a threshold from `select`."""
+    """The paper's own step (its AdamW_MoFO), operation by operation: whole-tensor temporaries, and a threshold from
+    `select`.
+    """
 
     def __init__(self, weights: list, select: Callable[[Any, int], Any]):
         import torch

@@ -1,6 +1,8 @@
-"""A step of AdamW that adds up ω −= g⊙Δθ, against the plain step of torch's fused AdamW on the same tensors of LLaMA's shapes.
+"""A step of AdamW that adds up ω −= g⊙Δθ, against the plain step of torch's fused AdamW on the same tensors of LLaMA's
+shapes.
 
-Ours takes Δθ out of the step, piece by piece; the usual way copies the weights before the step and subtracts them after it.
+Ours takes Δθ out of the step, piece by piece; the usual way copies the weights before the step and subtracts them after
+it.
 """
 
 from collections.abc import Callable, Iterator

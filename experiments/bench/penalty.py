@@ -1,6 +1,8 @@
-"""gradient += scale·F⊙(θ − θ₀) and ΣF(θ − θ₀)², once an optimizer step, against the step of torch's fused AdamW on the same tensors of LLaMA's shapes.
+"""gradient += scale·F⊙(θ − θ₀) and ΣF(θ − θ₀)², once an optimizer step, against the step of torch's fused AdamW on the
+same tensors of LLaMA's shapes.
 
-Beside ours, for importance F in float32, bfloat16 and 8 bits: the penalty in autograd, as it is mostly written, and its closed form in plain torch.
+Beside ours, for importance F in float32, bfloat16 and 8 bits: the penalty in autograd, as it is mostly written, and its
+closed form in plain torch.
 """
 
 from __future__ import annotations

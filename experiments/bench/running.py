@@ -156,7 +156,9 @@ def train(
 
 
 class _InnerFit:
-    """The loop as parts that train in their preparation are given it; notes seconds a token of the steps after warm-up."""
+    """The loop as parts that train in their preparation are given it; notes seconds a token of the steps after
+    warm-up.
+    """
 
     def __init__(self, *, settings: TrainSettings, **given: Any):
         self._settings, self._given = settings, given

@@ -1,7 +1,8 @@
-"""Scoring as `evaluate` does it, with the shared-prefix scorer and with lm-eval's own HFLM: the first tenth of every set of the
-default study (a fixed sample: rows lie in the order of their hashes), from rows to scores. Both through lm-eval's evaluation and with what is
-done to both here (its templates compiled once, attention by products). Untimed: the answers of both in the model's own dtype over all
-the study's rows, probe rows and as many training rows as make 2,000, and in float32 over a few.
+"""Scoring as `evaluate` does it, with the shared-prefix scorer and with lm-eval's own HFLM: the first tenth of every
+set of the default study (a fixed sample: rows lie in the order of their hashes), from rows to scores. Both through
+lm-eval's evaluation and with what is done to both here (its templates compiled once, attention by products). Untimed:
+the answers of both in the model's own dtype over all the study's rows, probe rows and as many training rows as make
+2,000, and in float32 over a few.
 """
 
 from __future__ import annotations
@@ -39,7 +40,10 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         real = not small and (folder / "base.json").is_file() and (found / "tasks.json").is_file()
         if real:
             name, tokenizer = folder.name, weights.load_tokenizer(folder)
-            make = lambda dtype: weights.load_model(folder, dtype=dtype)
+
+            def make(dtype):
+                return weights.load_model(folder, dtype=dtype)
+
             train = study.paths.data / "train" / study.grid["domains"][0]
             others = [
                 file
@@ -167,7 +171,10 @@ def _random(folder: Path, *, small: bool) -> tuple[str, Any, Any]:
     from experiments.model.random_models import build, byte_tokenizer
 
     draw, count = random.Random(0), 8 if small else 60
-    text = lambda words: " ".join("".join(draw.choices("etaoinshr", k=draw.randint(2, 8))) for _ in range(words))
+
+    def text(words):
+        return " ".join("".join(draw.choices("etaoinshr", k=draw.randint(2, 8))) for _ in range(words))
+
     rows = {
         "sciq": [
             {"question": text(8) + "?", "support": text(30), "correct_answer": text(2)}
@@ -194,7 +201,10 @@ def _random(folder: Path, *, small: bool) -> tuple[str, Any, Any]:
     for task, own in rows.items():
         (folder / f"{task}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
     sizes = {} if small else {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8}
-    make = lambda dtype: build("llama", seed=0, dtype=dtype, **sizes)
+
+    def make(dtype):
+        return build("llama", seed=0, dtype=dtype, **sizes)
+
     return (
         f"random Llama of {sum(p.numel() for p in build('llama', seed=0, **sizes).parameters()) / 1e6:.2g} M weights",
         byte_tokenizer(),

@@ -21,7 +21,8 @@ def as_text(record: dict) -> str:
                 if goal["runner"] == row["runner"]
             )
             lines.append(
-                f"    {row['runner']:{wide}}  {1e3 * row['seconds_min']:9.2f}  {row['ratio_min']:7.2f}  {row['ratio_median']:7.2f}{goals}"
+                f"    {row['runner']:{wide}}  {1e3 * row['seconds_min']:9.2f}  {row['ratio_min']:7.2f}  "
+                f"{row['ratio_median']:7.2f}{goals}"
             )
         lines += [f"    {name}: {value}" for name, value in bench.facts(race["facts"])]
         lines += textwrap.wrap(race["facts"].get("sentence", ""), 130, initial_indent="    ", subsequent_indent="    ")

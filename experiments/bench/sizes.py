@@ -1,4 +1,6 @@
-"""Models with random weights made on the device itself, methods and random tokens: for cost and checks, never for scores."""
+"""Models with random weights made on the device itself, methods and random tokens: for cost and checks, never for
+scores.
+"""
 
 from collections.abc import Mapping
 from functools import cache

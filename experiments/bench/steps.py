@@ -1,6 +1,7 @@
-"""What a method adds to a step of training: the steps of every method of the default study, and of EWC-LoRA, against those of plain
-fine-tuning, on one and the same batch through the engine itself. All methods train side by side and take one step each in turn;
-loading, preparation and a first step are not counted. Importance is of one document: a penalty costs the same whatever its values.
+"""What a method adds to a step of training: the steps of every method of the default study, and of EWC-LoRA, against
+those of plain fine-tuning, on one and the same batch through the engine itself. All methods train side by side and take
+one step each in turn; loading, preparation and a first step are not counted. Importance is of one document: a penalty
+costs the same whatever its values.
 """
 
 from __future__ import annotations

@@ -13,7 +13,8 @@ from methods.part import Part
 class Stepwise:
     """Runs `work(pause)` up to its next `pause()` at each call of `go`; `result` is what it returned in the end.
 
-    A thread of its own keeps its place, and never runs beside the caller: one of the two waits. `go` raises what `work` raised.
+    A thread of its own keeps its place, and never runs beside the caller: one of the two waits. `go` raises what `work`
+    raised.
     """
 
     def __init__(self, work: Callable[[Callable[[], None]], Any]):

@@ -1,4 +1,6 @@
-"""What benchmarks of whole steps work on: the default study's model and rows where they lie in work/, else random ones."""
+"""What benchmarks of whole steps work on: the default study's model and rows where they lie in work/, else random
+ones.
+"""
 
 from __future__ import annotations
 
@@ -99,7 +101,10 @@ def _random(study, *, small: bool) -> Subject:
     from experiments.model.random_models import build
 
     sizes = {} if small else {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "vocab_size": 8192}
-    make = lambda: build("llama", seed=0, **sizes)
+
+    def make():
+        return build("llama", seed=0, **sizes)
+
     model, draw = make(), torch.Generator().manual_seed(0)
     longest = 24 if small else 160
 

@@ -1,8 +1,8 @@
-"""The engine against transformers' own Trainer on the same work: all weights, the same batch of rows in every step, fused AdamW on
-float32 weights, a constant rate, clipping at 1, no evaluation, logging or checkpoints; only the steps are timed. The engine leaves out
-the padding mask, has attention of its own on the CPU, computes logits only where there is a label, and computes in bf16 on a copy of
-its float32 weights, where the Trainer casts them at every use (autocast); a Trainer on bf16 weights has no float32 ones and loses
-small updates.
+"""The engine against transformers' own Trainer on the same work: all weights, the same batch of rows in every step,
+fused AdamW on float32 weights, a constant rate, clipping at 1, no evaluation, logging or checkpoints; only the steps
+are timed. The engine leaves out the padding mask, has attention of its own on the CPU, computes logits only where there
+is a label, and computes in bf16 on a copy of its float32 weights, where the Trainer casts them at every use (autocast);
+a Trainer on bf16 weights has no float32 ones and loses small updates.
 """
 
 from __future__ import annotations

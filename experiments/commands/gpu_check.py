@@ -3,9 +3,10 @@
     python -m experiments gpu-check
     python -m experiments gpu-check --parts speed --models llama3-8b
 
-The checks are the tests of tests/gpu, which `python -m pytest -m gpu` runs too; the speed part is experiments/bench/full_size.py.
-Only torch and transformers have to be installed. Every piece is written to results/gpu/NAME-OF-THE-GPU.json as it ends, and a
-later call repeats only what has no result of the same code (docs/gpu-check.md).
+The checks are the tests of tests/gpu, which `python -m pytest -m gpu` runs too; the speed part is
+experiments/bench/full_size.py. Only torch and transformers have to be installed. Every piece is written to
+results/gpu/NAME-OF-THE-GPU.json as it ends, and a later call repeats only what has no result of the same code
+(docs/gpu-check.md).
 """
 
 import argparse
@@ -196,7 +197,8 @@ class _Clock:
 
 
 class Record:
-    """The JSON file of a GPU check, to which every piece is added as it ends. Raises UserError where it is another device's.
+    """The JSON file of a GPU check, to which every piece is added as it ends. Raises UserError where it is another
+    device's.
 
     format, tiny, device, hardware, versions, git   what the numbers are of
     pieces    name → {"status", "seconds", "when", "code", "commit", …}; status is passed, failed, measured, skipped,

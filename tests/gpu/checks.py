@@ -1,4 +1,6 @@
-"""Does the device compute what the CPU, float64 or the plain way computes? Every check by name. Random weights, no data."""
+"""Does the device compute what the CPU, float64 or the plain way computes? Every check by name. Random weights, no
+data.
+"""
 
 import functools
 from collections.abc import Callable

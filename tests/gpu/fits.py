@@ -32,7 +32,8 @@ MEMORY_WITHIN = 0.15
 
 
 def zero_strength(device: torch.device, *, tiny: bool, lora: bool = False) -> dict:
-    """Weights after some steps with a penalty of strength 0 against plain fine-tuning: bit for bit, in deterministic kernels.
+    """Weights after some steps with a penalty of strength 0 against plain fine-tuning: bit for bit, in deterministic
+    kernels.
 
     `repeats` says whether plain fine-tuning itself comes out equal twice in torch's ordinary kernels.
     """
@@ -57,18 +58,23 @@ def zero_strength(device: torch.device, *, tiny: bool, lora: bool = False) -> di
 
 
 def resumed(device: torch.device, *, tiny: bool, method: str) -> dict:
-    """A run stopped after three steps and gone on with, against one that was not: bit for bit, in deterministic kernels."""
+    """A run that is stopped after three steps and resumed, against one that is not: bit for bit, in
+    deterministic kernels.
+    """
     model, parts = sizes.llama(device, tiny), sizes.parts_of(method)
     states = {"ewc": {"importance": _ones(model)}} if method == "ewc" else {}
     with _deterministic(), tempfile.TemporaryDirectory() as folder:
         whole = _weights(_fit(model, parts, device, states=states))
-        at = lambda: Resume(Path(folder) / "run", identity={"check": method}, every=0)
+
+        def at():
+            return Resume(Path(folder) / "run", identity={"check": method}, every=0)
+
         with contextlib.suppress(_Stop):
             _fit(model, (*parts, _StopAfter(steps=3)), device, states=states, resume=at())
-        gone_on = _fit(model, parts, device, states=states, resume=at())
-        found = _weights(gone_on)
-    wrong = [key for key, value in found.items() if not torch.equal(value, whole[key])]
-    return judged(not wrong and gone_on.resumed == 2, {"wrong": wrong[:10], "steps_resumed": gone_on.resumed})
+        continued = _fit(model, parts, device, states=states, resume=at())
+        weights = _weights(continued)
+    wrong = [key for key, value in weights.items() if not torch.equal(value, whole[key])]
+    return judged(not wrong and continued.resumed == 2, {"wrong": wrong[:10], "steps_resumed": continued.resumed})
 
 
 def sharded(device: torch.device, *, tiny: bool, dtype: torch.dtype, shards: Shards) -> dict:
@@ -82,7 +88,10 @@ def sharded(device: torch.device, *, tiny: bool, dtype: torch.dtype, shards: Sha
     plain, other = (
         _weights(_fit(model, (), device, shards=s, compute_dtype=dtype, base=base)) for s in (Shards(), shards)
     )
-    whole = lambda tensors: torch.cat([tensors[name].double().flatten() for name in plain])
+
+    def whole(tensors):
+        return torch.cat([tensors[name].double().flatten() for name in plain])
+
     start = torch.cat([base[name].double().flatten() for name in plain])
     moved, apart = (whole(plain) - start).norm().item(), (whole(other) - whole(plain)).norm().item()
     numbers = {"apart_of_weights": apart / whole(plain).norm().item(), "apart_of_movement": apart / moved}

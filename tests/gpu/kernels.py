@@ -1,4 +1,5 @@
-"""Does the device compute what the CPU, float64 or the plain way computes? One piece of a step at a time, on random numbers.
+"""Does the device compute what the CPU, float64 or the plain way computes? One piece of a step at a time, on random
+numbers.
 
 Each check returns {"status": "passed" or "failed", its numbers}; what "passed" asks for stands in its docstring.
 """
@@ -44,7 +45,8 @@ def attention(device: torch.device, *, tiny: bool, dtype: torch.dtype) -> dict:
 
 
 def packed(device: torch.device, *, tiny: bool, kind: str, name: str) -> dict:
-    """Rows of several examples against each example alone, hidden states and gradient, with one attention of transformers.
+    """Rows of several examples against each example alone, hidden states and gradient, with one attention of
+    transformers.
 
     Equal within a relative 1e-4 in float32, 2e-2 in bfloat16 (of attentions made for it); or told apart by
     `architecture.keeps_apart`, so that the engine refuses to pack.
@@ -169,7 +171,6 @@ def importance_in_8_bits(device: torch.device, *, tiny: bool) -> dict:
     values = torch.randn(entries, generator=draw).mul_(5).exp_()
     values[::7] = 0
     weight, anchor = torch.randn(2, entries, generator=draw)
-    gradient = torch.randn(entries, generator=draw)
     there, here = importance.encode(values), importance.encode(values.to(device))
     apart = (there.codes.int() - here.codes.cpu().int()).abs()
     exact = torch.where(there.codes == 0, 0.0, 2.0 ** (there.low + (there.codes.double() - 1) * there.step))
@@ -211,7 +212,9 @@ def _logits_and_gradient(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, T
 
 
 def _hidden_and_gradient(model: PreTrainedModel, rows: list[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, Tensor]:
-    """Hidden states of all rows behind one another, and what a fixed function of them gives the embeddings as gradient."""
+    """Hidden states of all rows behind one another, and what a fixed function of them gives the embeddings as
+    gradient.
+    """
     model.zero_grad()
     hidden = torch.cat([architecture.hidden_states(model, ids, None, positions)[0] for ids, positions in rows]).float()
     hidden.square().mul(torch.linspace(0, 1, hidden.shape[-1], device=hidden.device)).sum().backward()

@@ -15,7 +15,9 @@ from methods.part import Part
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Watcher(Part):
-    """Counts, by place in the code, what makes the host wait from the end of step `first` − 1 to the end of step `last`."""
+    """Counts, by place in the code, what makes the host wait from the end of step `first` − 1 to the end of step
+    `last`.
+    """
 
     key = "~ watch"
 
