@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import numbers, style, units
 from analysis.families import family
 from analysis.load import Loaded
-from analysis.sections import drift, flips, front, matched_show
+from analysis.sections import drift, flips, front, matched
 from analysis.sections.costs import costs
 from analysis.statistics.intervals import mean_difference, paired
 
@@ -32,7 +32,7 @@ def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[
     made = []
     draws = (
         front.gain_forgetting_front,
-        matched_show.matched_gain,
+        matched.matched_gain,
         forgetting_by_task,
         forgetting_over_training,
         *flips.FIGURES,

@@ -13,7 +13,7 @@ from analysis.families import family
 from analysis.load import Loaded, retention_tasks
 from analysis.report.figures import Figure
 from analysis.report.inline import inline
-from analysis.sections import answer, bench, claims, costs, drift, flips, front, matched_show, significance, tables
+from analysis.sections import answer, bench, claims, costs, drift, flips, front, matched, significance, tables
 
 TEMPLATES = Path(__file__).parents[1]
 
@@ -152,7 +152,7 @@ def _comparison(
         "figures": shown,
         "front": front.section(loaded, model=model, domain=domain),
         "significance": significance.section(loaded, tests, model=model, domain=domain),
-        "matched": matched_show.section(loaded, model=model, domain=domain),
+        "matched": matched.section(loaded, model=model, domain=domain),
         "flips": flips.section(loaded, model=model, domain=domain),
         "drift": drift.section(loaded, model=model, domain=domain),
         "cost": {

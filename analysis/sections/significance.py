@@ -66,7 +66,7 @@ def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
         only_runs = sure & (rows["scope"] == "method") & (rows["low"] <= 0) & (rows["high"] >= 0)
         if only_runs.any():
             sentences.append(
-                f"For {_listed(names[only_runs], what)} the interval over seeds includes zero: the difference is one of "
+                f"For {_listed(names[only_runs], what)} the interval over seeds includes zero: the difference is of "
                 "these runs, not of the method."
             )
         if not sure.all():

@@ -7,10 +7,9 @@ from scipy import stats
 
 from analysis import style
 from analysis.load import Loaded, load_cells
-from analysis.sections.matched_show import matched_gain, section
+from analysis.sections.matched import matched_gain, section
 from analysis.statistics.comparison import comparison
-from analysis.statistics.matched import crossing, levels, matched, rows_behind, trajectories
-from analysis.statistics.matched_sweep import curve, gap, gaps
+from analysis.statistics.matched import crossing, curve, gap, gaps, levels, matched, rows_behind, trajectories
 from analysis.statistics.resample import resampled
 from tests.analysis.fixtures import write_results
 from tests.analysis.test_front import page

@@ -8,10 +8,10 @@ import pytest
 from scipy.stats import binomtest, kstest
 
 from analysis.load import load_cells
+from analysis.sections.significance import is_significant, section
 from analysis.statistics import permutation
 from analysis.statistics.intervals import paired
 from analysis.statistics.permutation import FLIPS, LEVEL, could_find, exact, holm, mcnemar, sign_flip
-from analysis.sections.significance import is_significant, section
 from methods.errors import UserError
 from tests.analysis.fixtures import write_results
 

@@ -11,10 +11,10 @@ from scipy.stats import t as student
 
 from analysis import units, write_summary
 from analysis.load import load_cells
-from analysis.statistics.flips import flips
 from analysis.sections.tables import as_text
 from analysis.statistics import permutation
 from analysis.statistics.comparison import comparison
+from analysis.statistics.flips import flips
 from analysis.statistics.intervals import of_set
 from analysis.statistics.matched import trajectories
 from analysis.statistics.resample import resampled
