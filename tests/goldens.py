@@ -98,15 +98,6 @@ def signature(tensors: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     return found
 
 
-def without_regulariser(blocks: dict) -> dict:
-    """The same method at zero strength."""
-    return {key: replace_strength(value) for key, value in blocks.items()}
-
-
-def replace_strength(settings: dict) -> dict:
-    return settings | {"strength": 0.0} if "strength" in settings else settings
-
-
 def main() -> None:
     goldens = {f"{a}/{m}": signature(final(a, blocks)) for a in ARCHITECTURES for m, blocks in METHODS.items()}
     FILE.write_text(json.dumps({"numerics": NUMERICS, "cells": goldens}, indent=0, sort_keys=True) + "\n")

@@ -401,6 +401,7 @@ def one_of_two(rank, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.thorough
 def test_two_processes_move_the_entries_that_one_moves(tmp_path):
     processes.spawn(one_of_two, args=(str(tmp_path),), nprocs=2)
     pieces = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
