@@ -2,9 +2,9 @@
 
     penalty = strength/2 · Σ_i F_i (θ_i − θ₀,i)²        gradient strength · F ⊙ (θ − θ₀)
 
-F is the diagonal Fisher of the base model on general text (methods/tools/fisher.py), in units of nats² a document; the
-penalty is added in closed form once an optimizer step, after accumulation and before clipping. With LoRA θ − θ₀ is
-s·B·A. The page docs/methods/ewc.md says what published baselines do differently.
+F is the diagonal Fisher information of the base model on general text (methods/tools/fisher.py), in nats² per document.
+The gradient is added in closed form once an optimizer step, after accumulation and before clipping. With LoRA θ − θ₀ is
+s·B·A. docs/methods/ewc.md tells how published baselines differ.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
-from methods.errors import UserError
 from methods.part import Part, Prepared, cut, register, setting
 from methods.tools.architecture import base_name
 from methods.tools.costs import Memory, Pass
 from methods.tools.effective import Full, adapted_names, anchored, base_parameters, effective_weights
 from methods.tools.fisher import TOKENS, by_length, diagonal_fisher
-from methods.tools.importance import encode, memory_of_penalty, placed
+from methods.tools.importance import compact, memory_of_penalty, placed, refuse_missing, totals
 from methods.tools.process_group import Shards
 
 __all__ = ["EWC", "diagonal_fisher"]
@@ -50,29 +50,21 @@ class EWC(Part):
     trial = {"strength": 10.0, "samples": 4, "length": 24, "bits": 32}
 
     strength: float = setting(
-        1.0e4, within="[0, inf)", help="λ of λ/2·Σ F(θ−θ₀)², against a loss in nats a labelled token"
+        1.0e4, within="[0, inf)", help="λ in λ/2·Σ F(θ−θ₀)²; the loss is in nats per labelled token"
     )
-    samples: int = setting(
-        256, phase="prepare", within="[1, inf)", help="documents of general text the Fisher is the mean over"
-    )
-    length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
+    samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text for the Fisher")
+    length: int = setting(512, phase="prepare", within="[2, inf)", help="each document is cut at this many tokens")
     estimator: Literal["empirical", "sampled", "signed", "batched"] = setting(
         "empirical",
         phase="prepare",
-        help="labels of the text, labels drawn from the model, the text's under a random sign a document, or the published square of "
-        "a batch's mean gradient",
+        help="labels of the text, labels drawn from the model, labels of the text with a random sign for each document, or "
+        "the squared mean gradient of a batch as published baselines compute it",
     )
     scope: Literal["adapted", "whole-model"] = setting(
-        "adapted",
-        phase="prepare",
-        help="tensors the Fisher is computed and stored on: those that the method changes, or all",
+        "adapted", phase="prepare", help="tensors with a Fisher: those that the method changes, or all"
     )
-    bits: Literal[8, 32] = setting(
-        8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float"
-    )
-    batch_size: int = setting(
-        8, phase="prepare", within="[1, inf)", help="documents a gradient is the mean of, for `batched` alone"
-    )
+    bits: Literal[8, 32] = setting(8, phase="prepare", help="importance in 8-bit logarithmic codes or as 32-bit floats")
+    batch_size: int = setting(8, phase="prepare", within="[1, inf)", help="documents in a batch, only for `batched`")
 
     def preparation(self):
         batched = {"rows": self.batch_size} if self.estimator == "batched" else {"tokens": TOKENS}
@@ -90,7 +82,7 @@ class EWC(Part):
         )
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
-        """The Fisher by base parameter name. Its labels are drawn with one fixed seed: every cell of a model shares it."""
+        """The Fisher by base parameter name. It ignores `seed`, so that all cells of a model share it."""
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         everything = base_parameters(model)
         names = adapted_names(model) if self.scope == "adapted" else list(everything)
@@ -104,25 +96,24 @@ class EWC(Part):
                 shards=shards,
                 resume=resume,
             )
+        entries = sum(f.numel() for f in fisher.values())
+        mean = sum(totals(f)[0] for f in fisher.values()) / entries
         notes = {
             "estimator": self.estimator,
             "documents": len(examples),
-            "entries": sum(f.numel() for f in fisher.values()),
+            "entries": entries,
             "scope": self.scope,
-            "mean": _mean(fisher),
+            "mean": float(f"{mean:.4g}"),  # rounded, so that the last bit of a sum changes no file
         }
         if len(examples) < self.samples:
             notes["documents_asked"] = self.samples
         if self.estimator == "batched":
             notes["batch_size"] = self.batch_size
-        importance = {
-            name: encode(fisher.pop(name), name=name) if self.bits == 8 else fisher.pop(name).cpu()
-            for name in list(fisher)
-        }
+        importance = {name: compact(fisher.pop(name), bits=self.bits, name=name) for name in list(fisher)}
         return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
 
     def begin(self, *, run, state, examples, general=()):
-        # what the run holds on to: θ₀ of trained tensors; an adapter's anchor is zero and takes no room
+        # θ₀ of the trained tensors; an adapter's anchor is zero and takes no memory
         state["anchor"] = anchored(
             run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base}
         )
@@ -130,11 +121,7 @@ class EWC(Part):
             replace(w, anchor=state["anchor"][w.parameter]) if isinstance(w, Full) else w
             for w in effective_weights(run)
         ]
-        if missing := [w.name for w in weights if w.name not in state["importance"]]:
-            raise UserError(
-                f"ewc: the Fisher has nothing on {missing[0]} and {len(missing) - 1} more: "
-                "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
-            )
+        refuse_missing(state["importance"], [w.name for w in weights], part=self.key)
         state["terms"] = [(w, placed(run, state["importance"][w.name])) for w in weights]
 
     def before_clip(self, *, run, state, step):
@@ -146,30 +133,23 @@ class EWC(Part):
         return value * (self.strength / 2)
 
     def report(self, *, run, state):
-        said = {"strength": self.strength, "estimator": self.estimator, "scope": self.scope}
-        return said | ({"batch_size": self.batch_size} if self.estimator == "batched" else {})
+        facts = {"strength": self.strength, "estimator": self.estimator, "scope": self.scope}
+        return facts | ({"batch_size": self.batch_size} if self.estimator == "batched" else {})
 
 
 def _batches(examples: list[dict], size: int | None) -> Iterator[dict]:
-    """Right-padded batches of `size` documents in their order; without a size, of as many of like lengths as one pass takes."""
+    """Right-padded batches of `size` documents in order; without a size, groups of similar length for one pass each."""
     if size is None:
         groups = by_length([len(e["input_ids"]) for e in examples])
     else:
         groups = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
     for group in groups:
-        rows = [examples[i] for i in group]
-        pad = torch.nn.utils.rnn.pad_sequence
+        ids, labels = ([examples[i][name] for i in group] for name in ("input_ids", "labels"))
         yield {
-            "input_ids": pad([e["input_ids"] for e in rows], batch_first=True),
-            "labels": pad([e["labels"] for e in rows], batch_first=True, padding_value=-100),
-            "attention_mask": pad([torch.ones_like(e["input_ids"]) for e in rows], batch_first=True),
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-
-
-def _mean(fisher: dict[str, torch.Tensor]) -> float:
-    """Mean entry, to compare strengths between models; rounded, so that a last bit changes no file."""
-    entries = sum(f.numel() for f in fisher.values())
-    return float(f"{sum(f.double().sum().item() for f in fisher.values()) / entries:.4g}")
 
 
 @contextlib.contextmanager

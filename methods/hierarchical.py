@@ -1,15 +1,16 @@
 """Hierarchical importance regularisation (Song et al. 2025, arXiv 2501.13669).
 
-A short training phase on general text finds θ* and Ω (methods/tools/path_integral.py); the domain phase starts from θ* with
+A short training phase on general text gives θ* and Ω (methods/tools/path_integral.py). The domain phase starts from θ* with
 
     penalty = φ · Σ_l c_l Σ_i Ω_i (θ_i − θ*_i)²          c = L·softmax(‖Ω_l‖ / temperature)
 
-over L groups l, so that the coefficients' mean is 1. On LoRA's effective update s·B·A, as in the paper, or on full
+over L groups l, so that the mean of the coefficients is 1. θ is LoRA's effective update s·B·A, as in the paper, or the full
 parameters. docs/methods/hierarchical.md lists where the paper and its code differ; params.yaml has a block for each.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -22,8 +23,8 @@ from methods.part import Part, Prepared, cut, register, setting
 from methods.tools.architecture import group_of
 from methods.tools.carry import carried, restore_state
 from methods.tools.costs import Memory, Pass
-from methods.tools.effective import Full, anchored, effective_weights
-from methods.tools.importance import encode, memory_of_penalty, placed, totals
+from methods.tools.effective import Effective, Full, anchored, effective_weights
+from methods.tools.importance import compact, memory_of_penalty, placed, refuse_missing, totals
 from methods.tools.path_integral import PathIntegral
 from methods.tools.process_group import Shards
 
@@ -53,35 +54,33 @@ class Hierarchical(Part):
     neutral = {"strength": 0.0}
     trial = {"samples": 6, "length": 32, "bits": 32}
 
-    strength: float = setting(1.0e-3, within="[0, inf)", help="φ, against a loss in nats a labelled token")
+    strength: float = setting(1.0e-3, within="[0, inf)", help="φ; the loss is in nats per labelled token")
     temperature: Literal["auto"] | float = setting(
-        "auto", within="(0, inf)", help="of the softmax over groups; auto is the norms' standard deviation"
+        "auto", within="(0, inf)", help="of the softmax over groups; auto is the standard deviation of the norms"
     )
     groups: Literal["modules", "blocks"] = setting(
-        "modules", help="a coefficient each module or each transformer block"
+        "modules", help="one coefficient for each module or for each transformer block"
     )
     normalise: Literal["mean", "sum"] = setting(
-        "mean", help="whether φ is for coefficients of mean 1 or of sum 1, as published"
+        "mean", help="whether φ belongs to coefficients of mean 1 or, as published, of sum 1"
     )
-    keep_strength: bool = setting(True, help="divide by the importance-weighted mean coefficient")
-    layer_wise: bool = setting(True, help="false: all coefficients 1 (ablation)")
-    element_wise: bool = setting(True, help="false: each tensor's Ω replaced by its mean (ablation)")
+    keep_strength: bool = setting(True, help="divide the coefficients by their importance-weighted mean")
+    layer_wise: bool = setting(True, help="false: all coefficients are 1 (ablation)")
+    element_wise: bool = setting(True, help="false: each tensor's Ω is replaced by its mean (ablation)")
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of the general phase")
-    length: int = setting(512, phase="prepare", within="[2, inf)", help="tokens a document is cut at")
-    epochs: float = setting(1.0, phase="prepare", within="(0, inf)", help="of the general phase")
+    length: int = setting(512, phase="prepare", within="[2, inf)", help="each document is cut at this many tokens")
+    epochs: float = setting(1.0, phase="prepare", within="(0, inf)", help="epochs of the general phase")
     learning_rate: float | None = setting(
-        None, phase="prepare", within="(0, inf)", help="of the general phase; null takes the method's own"
+        None, phase="prepare", within="(0, inf)", help="of the general phase; null: the method's own"
     )
-    xi: float = setting(1.0e-9, phase="prepare", within="(0, inf)", help="ξ of Ω's denominator")
+    xi: float = setting(1.0e-9, phase="prepare", within="(0, inf)", help="ξ in the denominator of Ω")
     gradient: Literal["exact", "displacement"] = setting(
-        "exact", phase="prepare", help="dL/dθ, or the code's movement of the product"
+        "exact", phase="prepare", help="dL/dθ, or what the paper's code takes for it: the movement of the product B·A"
     )
-    clamp: Literal["end", "step"] = setting("end", phase="prepare", help="when ω is kept from being negative")
-    consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", help="when ω becomes Ω")
-    bits: Literal[8, 32] = setting(
-        8, phase="prepare", help="a weight's importance: 8, in logarithmic steps, or 32, a float"
-    )
-    carry_optimizer: bool = setting(False, phase="prepare", help="begin with Adam's state of the general phase")
+    clamp: Literal["end", "step"] = setting("end", phase="prepare", help="when negative ω are set to 0")
+    consolidate: Literal["end", "epoch"] = setting("end", phase="prepare", help="when ω is added to Ω")
+    bits: Literal[8, 32] = setting(8, phase="prepare", help="importance in 8-bit logarithmic codes or as 32-bit floats")
+    carry_optimizer: bool = setting(False, phase="prepare", help="start with Adam's state from the general phase")
 
     def preparation(self):
         training = {"learning_rate": self.learning_rate, "epochs": self.epochs}
@@ -105,11 +104,10 @@ class Hierarchical(Part):
             rows = integral.consolidated(state)
         finally:
             integral.release()
-        importance = {}
-        for weight in state["displaced"]:
-            whole = weight.wholly(rows.pop(weight.name))
-            importance[weight.name] = encode(whole, name=weight.name) if self.bits == 8 else whole.cpu()
-        # θ* is rounded once to the checkpoint's own dtype, so that fine-tuning starts exactly at its anchor and two bytes hold it
+        importance = {
+            w.name: compact(w.wholly(rows.pop(w.name)), bits=self.bits, name=w.name) for w in state["displaced"]
+        }
+        # θ* is rounded once to the checkpoint's own dtype: training starts exactly at the anchor, which takes two bytes
         start = {
             name: run.whole(name).to(base[name].dtype if name in base else run.weights[name].dtype).cpu().clone()
             for name in run.weights
@@ -127,42 +125,38 @@ class Hierarchical(Part):
     def begin(self, *, run, state, examples, general=()):
         state["anchor"] = anchored(run, state["start"])
         weights = effective_weights(run, anchor=state["anchor"])
-        if missing := [w.name for w in weights if w.name not in state["importance"]]:
-            raise UserError(
-                f"hierarchical: no importance of {missing[0]} and {len(missing) - 1} more: "
-                "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
-            )
-        importance = {w.name: state["importance"][w.name] for w in weights}
-        names = {
-            w.name: (
-                group_of(run.model, w.parameter if isinstance(w, Full) else f"{w.layer}.base_layer.weight")
-                if self.groups == "blocks"
-                else w.name.rpartition(".")[0]
-            )
-            for w in weights
-        }
-        groups = list(dict.fromkeys(names.values()))
-        squares, mass, sums = dict.fromkeys(groups, 0.0), dict.fromkeys(groups, 0.0), {}
-        for name, values in importance.items():
-            sums[name], square = totals(values)  # of the whole tensor, which every process has on the CPU
-            squares[names[name]] += square
-            mass[names[name]] += sums[name]
-        norms = torch.tensor([squares[g] for g in groups], dtype=torch.float64).sqrt()
-        found = layer_coefficients(norms, self.temperature) if self.layer_wise else torch.ones_like(norms)
-        share = (found / len(groups)).max().item()
+        refuse_missing(state["importance"], [w.name for w in weights], part=self.key)
+        group = {w.name: self._group(run, w) for w in weights}
+        norms, mass, sums = dict.fromkeys(group.values(), 0.0), dict.fromkeys(group.values(), 0.0), {}
+        for name in group:  # of whole tensors, which every process has on the CPU
+            sums[name], squares = totals(state["importance"][name])
+            mass[group[name]] += sums[name]
+            norms[group[name]] += squares
+        norms = {name: math.sqrt(squares) for name, squares in norms.items()}
+        c = layer_coefficients(list(norms.values()), self.temperature)
+        if not self.layer_wise:
+            c = torch.ones_like(c)
+        state["largest_share"] = (c / len(norms)).max().item()
         if self.keep_strength:
-            found = keep_strength(found, torch.tensor([mass[g] for g in groups], dtype=torch.float64))
-        state["coefficients"] = dict(zip(groups, found.tolist(), strict=True))
-        state["norms"] = dict(zip(groups, norms.tolist(), strict=True))
-        state["largest_share"] = share
-        strength = self.strength / (len(groups) if self.normalise == "sum" else 1)
-        omega = {
-            name: placed(run, values)
-            if self.element_wise
-            else torch.tensor(sums[name] / values.numel(), dtype=torch.float64, device=run.device)
-            for name, values in importance.items()
-        }
-        state["terms"] = [(w, omega[w.name], strength * state["coefficients"][names[w.name]]) for w in weights]
+            c = keep_strength(c, torch.tensor(list(mass.values()), dtype=torch.float64))
+        state["coefficients"], state["norms"] = dict(zip(norms, c.tolist(), strict=True)), norms
+        strength = self.strength / (len(norms) if self.normalise == "sum" else 1)
+        state["terms"] = []
+        for w in weights:
+            omega = state["importance"][w.name]
+            if self.element_wise:
+                omega = placed(run, omega)
+            else:
+                omega = torch.tensor(sums[w.name] / omega.numel(), dtype=torch.float64, device=run.device)
+            state["terms"].append((w, omega, strength * state["coefficients"][group[w.name]]))
+
+    def _group(self, run, weight: Effective) -> str:
+        """The name of the group that a weight's coefficient is of."""
+        if self.groups == "modules":
+            return weight.name.rpartition(".")[0]
+        return group_of(
+            run.model, weight.parameter if isinstance(weight, Full) else f"{weight.layer}.base_layer.weight"
+        )
 
     def optimizer_ready(self, *, run, state, optimizer):
         carry = state.pop("carry", None)
@@ -178,26 +172,21 @@ class Hierarchical(Part):
         return value
 
     def report(self, *, run, state):
-        said = {
-            "coefficients": state["coefficients"],
-            "norms": state["norms"],
-            "largest_share": state["largest_share"],
-            "settings": self.settings(),
-            "warning": None,
-        }
+        warning = None
         if self.layer_wise and len(state["coefficients"]) > 1 and state["largest_share"] > 0.5:
             first = max(state["coefficients"], key=state["coefficients"].get)
-            said["warning"] = (
+            warning = (
                 f"{first} takes {state['largest_share']:.0%} of the layer-wise weight: the softmax over norms is nearly "
-                f"one-hot; a higher temperature spreads it"
+                "one-hot; a higher temperature spreads it"
             )
-        return said
+        facts = {name: state[name] for name in ("coefficients", "norms", "largest_share")}
+        return facts | {"settings": self.settings(), "warning": warning}
 
 
 def layer_coefficients(norms: Sequence[float] | Tensor, temperature: float | Literal["auto"] = "auto") -> Tensor:
     """c = L·softmax(norms/temperature) over L groups, float64, so that their mean is 1.
 
-    "auto" is the norms' standard deviation (of the population: divided by L); where all are equal, every c is 1.
+    "auto" is the standard deviation of the norms (divided by L, not L − 1); where all are equal, every c is 1.
     Raises UserError for a temperature that is not above 0.
     """
     norms = torch.as_tensor(norms, dtype=torch.float64)
@@ -212,6 +201,6 @@ def layer_coefficients(norms: Sequence[float] | Tensor, temperature: float | Lit
 
 
 def keep_strength(coefficients: Tensor, mass: Tensor) -> Tensor:
-    """c / (Σ c_l·m_l / Σ m_l), m_l = ΣΩ of group l: Σ c_l ΣΩ is then what it is with every c at 1."""
+    """c / (Σ c_l·m_l / Σ m_l) with m_l = ΣΩ of group l, so that Σ c_l·m_l is the same as with all c = 1."""
     mean = (coefficients * mass).sum() / mass.sum()
     return coefficients / mean if mean > 0 else coefficients

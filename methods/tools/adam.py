@@ -77,7 +77,8 @@ class Moments:
     def advance(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
         """Make the state or put it right after a load, and count the step.
 
-        state   "step" (0-dim float32), "exp_avg" and "exp_avg_sq" (like `weight`, in the chosen dtype), all on its device
+        state   "step" (0-dim float32), "exp_avg" and "exp_avg_sq" (like `weight`, in the chosen dtype), all on its
+                device
 
         Raises ValueError for a sparse gradient, and for bfloat16 moments of a weight that `place` was not told of.
         """

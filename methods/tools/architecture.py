@@ -223,7 +223,8 @@ def numberless(*, packed: bool = False) -> Iterator[None]:
 def keeps_apart(model: nn.Module) -> bool:
     """Whether examples packed in one row do not see each other; tried on six tokens, in evaluation mode.
 
-    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins, and for what takes no positions.
+    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins, and for what
+    takes no positions.
     """
     device = next(model.parameters()).device
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)

@@ -1,11 +1,12 @@
 """The weights that a penalty sees: θ itself, or the dense matrix that LoRA's factors stand for.
 
 For a trained base tensor the effective change is θ − θ₀; for a linear layer with LoRA it is s·B·A (rank r: A is r × in,
-B is out × r, s = alpha/r, alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor reaches what is trained as
-D itself, or as ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ. Where the model keeps W as in × out (Conv1D), (s·B·A)ᵀ and Dᵀ stand in their place. A penalty written on effective weights so works for both.
+B is out × r, s = alpha/r, alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor reaches what is trained
+as D itself, or as ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ. Where the model keeps W as in × out (Conv1D), (s·B·A)ᵀ and Dᵀ stand in
+their place. A penalty written on effective weights so works for both.
 
-Where several processes share the model, each sees its own rows of every effective weight: of s·B·A the rows of its piece
-of B, times the whole of A; ∂A is then summed over processes, ∂B is complete where it is made.
+Where several processes share the model, each sees its own rows of every effective weight: of s·B·A the rows of its
+piece of B, times the whole of A; ∂A is then summed over processes, ∂B is complete where it is made.
 """
 
 from __future__ import annotations
@@ -118,10 +119,10 @@ Effective = Full | Factored
 def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -> list[Effective]:
     """One entry for every trained base tensor or adapted layer, in the model's order.
 
-    `anchor` maps names of run.weights to what change is measured from: rows of trained base tensors and of B, the whole of
-    A (`anchored`); without it that is the base (θ₀, and zero for an adapter). Values are read when asked for, so an anchor
-    changed in place is seen.
-    Raises UserError for DoRA, modules_to_save and adapters on embeddings, whose effective update is not s·B·A.
+    `anchor` maps names of run.weights to what change is measured from: rows of trained base tensors and of B, the
+    whole of A (`anchored`); without it that is the base (θ₀, and zero for an adapter). Values are read when asked
+    for, so an anchor changed in place is seen. Raises UserError for DoRA, modules_to_save and adapters on embeddings,
+    whose effective update is not s·B·A.
     """
     found: list[Effective] = []
     factors = set()

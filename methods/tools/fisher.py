@@ -1,13 +1,14 @@
-"""The diagonal of the Fisher information, exact per example.
+"""The diagonal of the Fisher information matrix, exact for each example.
 
     F_i = (1/N) Σ_n (∂/∂θ_i Σ_t −log p_θ(y_nt | x_n,<t))²
 
-The square is outside the sum over tokens and inside the sum over examples, so there is no cheaper way than one matrix
-product an example and weight; all else is done for several examples of like lengths at once (methods/tools/per_example.py).
-Padding on the right is seen by no token and has no gradient, so F depends on batch size, padding and order by rounding
-alone. A model with layers that are not known there has one backward pass an example, in which a hook squares each tensor's
-gradient as soon as it is complete and frees it. Either way there is no gradient buffer, and one float32 F.
-Several processes take the batches in turn, each with the whole weights, and add up their sums of squares once, at the end.
+The square is outside the sum over tokens and inside the sum over examples, so it takes one matrix product for each
+example and weight. Everything else is done for several examples of similar length at once
+(methods/tools/per_example.py). Padding is on the right, where no token attends to it, so F depends on batch size,
+padding and order only by rounding. A model with layers that per_example does not know takes one backward pass for
+each example, in which a hook squares each tensor's gradient as soon as it is complete and frees it. In both cases
+there is one float32 F and no gradient buffer. Several processes take the batches in turn, each with the whole
+weights, and add up their sums of squares once at the end.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from methods.tools.resume import Resume
 
 ESTIMATORS = ("empirical", "sampled", "signed", "batched")
-TOKENS = 512  # of one forward pass, padding included, unless one document is longer
+TOKENS = 512  # in one forward pass, with padding; a longer document is alone in its pass
 
 
 def diagonal_fisher(
@@ -45,27 +46,29 @@ def diagonal_fisher(
     shards: Shards | None = None,
     resume: Resume | None = None,
 ) -> dict[str, Tensor]:
-    """F of `model`'s parameters on `batches`: float32 tensors by parameter name, shaped like the parameters.
+    """F of a model's parameters on batches: float32 tensors by parameter name, in the shapes of the parameters.
 
     batches     dicts of (examples, tokens) tensors: input_ids; attention_mask where padded, on either side; labels as
-                transformers takes them (unshifted, −100 ignored), without them every token is a label
-    estimator   "empirical": the labels given. "sampled": labels drawn from the model at every labelled position, by a
-                generator seeded with `seed` and the example's input ids: the true Fisher's estimate.
-                "signed": (Σ_n s_n ∂/∂θ_i Σ_t …)² of examples of like lengths together, s_n = ±1 drawn from `seed` and the
-                example's input ids alone: the empirical F in the mean over signs, noisier, at the price of plain training.
-                The noise, and no more, depends on the batches; examples that are the same have the same sign.
-                "batched": the square of each batch's mean gradient, as published baselines compute it: about 1/batch of
-                the empirical scale, and the batches' sizes and composition matter. Not a Fisher; kept for comparison.
+                transformers takes them (unshifted, −100 ignored); without labels every token is one
+    estimator   "empirical": the labels given.
+                "sampled": labels drawn from the model at every labelled position, by a generator seeded with `seed` and
+                the example's input ids: an estimate of the true Fisher.
+                "signed": (Σ_n s_n ∂/∂θ_i Σ_t …)² over groups of examples of similar length, s_n = ±1 drawn from `seed`
+                and the example's input ids: its mean over signs is the empirical F. It is noisier, and as cheap as
+                training. Only the noise depends on the batches; equal examples have equal signs.
+                "batched": the square of each batch's mean gradient, as published baselines compute it. Its scale is
+                about 1/batch of the empirical one, and it depends on the sizes and composition of the batches. It is
+                not a Fisher and is here for comparison.
     parameters  what to compute F of: names, or parameters under the names they are to have; all by default.
-                A tied tensor has one name; its uses are summed before squaring.
-    progress    called after each batch with the number of examples that all processes did meanwhile; first with those
-                done before an interruption
-    shards      the processes to split the batches over; each has the whole weights and gives the same arguments, and F
-                is the same on all. One by default.
-    resume      where the sums are kept from time to time; a pass begun again goes on from there to the same F, bit for bit
+                A tied tensor has one name; the gradients of its uses are summed before squaring.
+    progress    called after each batch with the number of examples that all processes completed, and first with the
+                number completed before an interruption
+    shards      the processes that share the batches; all have the whole weights, give the same arguments and get the
+                same F. One process by default.
+    resume      where the sums are saved from time to time; an interrupted pass continues from there, to the same bits
 
-    The model computes in evaluation mode; its modes, gradients and requires_grad flags are left as they were.
-    An example without a label counts with a zero gradient. Raises UserError for an unknown estimator, for no examples
+    The model runs in evaluation mode; its modes, gradients and requires_grad flags are restored afterwards.
+    An example without a label counts with a zero gradient. Raises UserError for an unknown estimator, without examples
     and for weights that are cut into shards.
     """
     if estimator not in ESTIMATORS:
@@ -78,8 +81,8 @@ def diagonal_fisher(
     for name, p in parameters.items():
         if hasattr(p, "placements"):  # a DTensor, whose module takes a second to import
             raise UserError(
-                f"{name} is cut into shards: its gradient is a mean over processes, and the square of a mean is not the mean "
-                "of squares; compute the Fisher on whole weights, before fully_shard"
+                f"{name} is cut into shards: its gradient is a mean over processes, and the square of a mean is not "
+                "the mean of squares; compute the Fisher on whole weights, before fully_shard"
             )
     shards = shards or Shards()
     batches = list(batches)
@@ -94,7 +97,7 @@ def diagonal_fisher(
     device = next(iter(everything.values())).device
     wide = {name: torch.float64 if p.dtype == torch.float64 else torch.float32 for name, p in parameters.items()}
     total = {name: torch.zeros_like(p, dtype=wide[name], requires_grad=False) for name, p in parameters.items()}
-    weight = 1  # examples the gradient at hand stands for; read by the hooks
+    weight = 1  # number of examples that a gradient is the mean of; the hooks read it
 
     def square_into(name: str) -> Callable[[Tensor], None]:
         def hook(parameter: Tensor) -> None:
@@ -112,26 +115,22 @@ def diagonal_fisher(
     with _only_these(model, parameters, square_into), torch.enable_grad():
         for turn in range(done, len(rows)):
             for batch in mine[turn : turn + 1]:  # none in the last round of a process with one batch less
+                documents = list(_documents(batch))
+                groups = by_length([len(ids) for ids, _ in documents])
                 if estimator == "batched":
-                    weight = len(batch["input_ids"])
-                    loss = _batch_nll(model, batch, device)
-                    if loss is not None:
-                        (loss / weight).backward()
-                else:
-                    documents = list(_documents(batch))
-                    for group in by_length([len(ids) for ids, _ in documents]):
-                        _accumulate(model, [documents[i] for i in group], estimator, seed, squares, device)
+                    groups, weight = [range(len(documents))], len(documents)
+                for group in groups:
+                    _backward(model, [documents[i] for i in group], estimator, seed, squares, device)
             if resume and resume.due():
                 resume.save(total, {"rounds": turn + 1})
             if progress is not None:
                 progress(rows[turn])
-    return {
-        name: shards.sum(total.pop(name)).div_(examples).float() for name in list(total)
-    }  # never a second copy of F
+    # tensor by tensor, so that there is never a second copy of F
+    return {name: shards.sum(total.pop(name)).div_(examples).float() for name in list(total)}
 
 
 def by_length(lengths: Sequence[int], tokens: int = TOKENS) -> list[list[int]]:
-    """Indices in groups of like lengths, longest first: at most `tokens` a group when padded; what is longer is alone."""
+    """Indices in groups of similar length, longest first: at most `tokens` in a padded group, or one longer example."""
     groups: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if groups and lengths[groups[-1][0]] * (len(groups[-1]) + 1) <= tokens:
@@ -141,7 +140,7 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS) -> list[list[int]]:
     return groups
 
 
-def _accumulate(
+def _backward(
     model: nn.Module,
     documents: list[tuple[Tensor, Tensor]],
     estimator: str,
@@ -149,67 +148,61 @@ def _accumulate(
     squares: Squares | None,
     device: torch.device,
 ) -> None:
-    """Backward passes of (input ids, labels) of examples: by `squares` of all together, or into the parameters' hooks."""
-    if estimator == "signed":
+    """Backward passes over examples (input ids, labels), together into `squares` or one by one into the hooks."""
+    if estimator in ("signed", "batched"):
         ids, labels = _padded(documents, device)
         if (labels[:, 1:] != -100).any():
-            signs = torch.tensor([_sign(ids, seed) for ids, _ in documents], device=device)
-            (_nll(model, ids, labels) * signs).sum().backward()
+            nll = _nll(model, ids, labels)
+            if estimator == "signed":
+                nll = nll * torch.tensor([_sign(ids, seed) for ids, _ in documents], device=device)
+            else:
+                nll = nll / len(documents)
+            nll.sum().backward()
         return
-    seed = seed if estimator == "sampled" else None
+    draw = seed if estimator == "sampled" else None
     documents = [(ids, labels) for ids, labels in documents if (labels[1:] != -100).any()]
     lengths = [len(ids) for ids, _ in documents]
     if documents and squares is not None:
         ids, labels = _padded(documents, device)
-        if squares.add(ids, lambda: _nll(model, ids, labels, lengths, seed).sum()):
+        if squares.add(ids, lambda: _nll(model, ids, labels, lengths, draw).sum()):
             return
     for document, length in zip(documents, lengths, strict=True):
-        _nll(model, *_padded([document], device), [length], seed).sum().backward()
+        _nll(model, *_padded([document], device), [length], draw).sum().backward()
 
 
 def _padded(documents: list[tuple[Tensor, Tensor]], device: torch.device) -> tuple[Tensor, Tensor]:
     ids, labels = zip(*documents, strict=True)
-    return pad_sequence(ids, batch_first=True).to(device), pad_sequence(
-        labels, batch_first=True, padding_value=-100
-    ).to(device)
+    ids = pad_sequence(ids, batch_first=True)
+    return ids.to(device), pad_sequence(labels, batch_first=True, padding_value=-100).to(device)
 
 
 def _documents(batch: Mapping[str, Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
     """(input ids, labels) of each example without its padding."""
-    mask, labels = _filled(batch)
-    for ids, keep, wanted in zip(batch["input_ids"], mask, labels, strict=True):
-        yield ids[keep], wanted[keep]
-
-
-def _filled(batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     ids = batch["input_ids"]
-    mask = batch.get("attention_mask")
-    mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-    labels = batch.get("labels")
-    return mask, (ids if labels is None else labels).masked_fill(~mask, -100)
+    mask = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    for row, kept, wanted in zip(ids, mask, batch.get("labels", ids), strict=True):
+        yield row[kept], wanted[kept]
 
 
 def _nll(model: nn.Module, ids: Tensor, labels: Tensor, lengths: Sequence[int] = (), seed: int | None = None) -> Tensor:
-    """Σ −log p(label) of each right-padded example, in nats, of labels drawn by `seed` if there is one.
+    """Σ −log p(label) of each right-padded example, in nats; with a seed the labels are drawn from the model.
 
-    The last real token of an example sees no padding, so there is no attention mask. Logits only where an example has a label.
+    No token of an example attends to its padding, so there is no attention mask. Logits are computed only at positions
+    where an example has a label.
     """
-    asked = (labels[:, 1:] != -100).any(0).nonzero().flatten()
-    targets = labels[:, 1:][:, asked]
-    logits = architecture.logits_of(model)(architecture.hidden_states(model, ids, None)[:, asked])
+    labelled = (labels[:, 1:] != -100).any(0).nonzero().flatten()
+    targets = labels[:, 1:][:, labelled]
+    logits = architecture.logits_of(model)(architecture.hidden_states(model, ids, None)[:, labelled])
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if seed is not None:
         for row, length, wanted in zip(range(len(ids)), lengths, targets != -100, strict=True):
             targets[row, wanted] = _drawn(logits[row, wanted].detach(), ids[row, :length], seed)
-    return (
-        F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
-        .view(targets.shape)
-        .sum(1)
-    )
+    nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="none")
+    return nll.view(targets.shape).sum(1)
 
 
 def _drawn(logits: Tensor, ids: Tensor, seed: int) -> Tensor:
-    """A label for each row of logits, drawn on the CPU so that every device draws the same."""
+    """A label for each row of logits, drawn on the CPU so that all devices draw the same."""
     generator = torch.Generator().manual_seed(_number(ids, seed))
     chances = logits.double().softmax(-1).cpu()
     return torch.multinomial(chances, 1, generator=generator).flatten().to(logits.device)
@@ -220,38 +213,22 @@ def _sign(ids: Tensor, seed: int) -> int:
 
 
 def _number(ids: Tensor, seed: int) -> int:
-    """63 random bits of a document."""
+    """63 random bits that depend on a document and the seed alone."""
     text = f"{seed}:{','.join(map(str, ids.tolist()))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
-
-
-def _batch_nll(model: nn.Module, batch: Mapping[str, Tensor], device: torch.device) -> Tensor | None:
-    """Σ −log p(label) over a padded batch in one forward pass."""
-    mask, labels = (t.to(device) for t in _filled(batch))
-    if not (labels[:, 1:] != -100).any():
-        return None
-    # padding on the left must not shift positions, which not every model takes: they are its own where there is none
-    shifted = {} if mask[:, 0].all() else {"position_ids": (mask.long().cumsum(-1) - 1).clamp(min=0)}
-    logits = model(
-        input_ids=batch["input_ids"].to(device), attention_mask=mask.long(), use_cache=False, **shifted
-    ).logits[:, :-1]
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # the first real token of a left-padded row would be predicted from padding: it has no context
-    labels = labels[:, 1:].masked_fill(~mask[:, :-1], -100)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
 @contextlib.contextmanager
 def _only_these(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], hook_for: Callable[[str], Callable[[Tensor], None]]
 ) -> Iterator[None]:
-    """Gradients of `parameters` alone, none left over from before, in evaluation mode; everything restored after."""
+    """Evaluation mode with gradients of `parameters` alone and none from before; everything is restored afterwards."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
     handles = []
     try:
         for p, _, _ in before:
-            p.grad = None  # a left-over gradient would be squared with the first example's
+            p.grad = None  # an old gradient would be squared together with the first example's
             p.requires_grad_(False)
         for name, p in parameters.items():
             p.requires_grad_(True)

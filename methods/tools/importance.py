@@ -1,14 +1,14 @@
-"""Importance of weights in 8 bits, and the quadratic penalty on it, both without a temporary of a whole tensor.
+"""Importance of weights in 8 bits and the quadratic penalty on it, both without a temporary as large as a tensor.
 
-Importances of one tensor spread over many powers of two, and a penalty needs each only to a few per cent. So 255 codes
-are spread evenly over the logarithm, tensor by tensor, and a 256th means exactly 0:
+The importances in a tensor range over many powers of two, and a penalty needs each only to a few per cent. So 255 codes
+are spaced evenly on a logarithmic scale, separately for each tensor, and one more code means exactly 0:
 
     value(0) = 0        value(k) = 2^(low + (k − 1)·step),  k = 1 … 255
 
-Codes 1 and 255 are the tensor's own smallest and largest value. Values reach at most OCTAVES powers of two below the
-largest, and never below float32's smallest normal number, 2^−126. What is smaller becomes code 1 or code 0, whichever
-value is nearer: 0 below half of value(1). Every other value is within a relative 2^(step/2) − 1 of its code's: at most
-5.6 % where all of the range is used.
+Codes 1 and 255 are the smallest and the largest value of the tensor. The range ends OCTAVES powers of two below the
+largest value, or at float32's smallest normal number, 2^−126, if that is larger. A smaller value becomes code 1, or
+code 0 if it is below half of value(1). Any other value differs from that of its code by a factor of at most
+2^(step/2): 5.6 % where the whole range is used.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -30,13 +30,12 @@ if TYPE_CHECKING:
     from methods.tools.costs import Counts
 
 OCTAVES = 40
-CPU_PIECE = (
-    1 << 20
-)  # entries worked on at once: a few float32 copies of them fit in a shared cache; smaller ones wait more for threads
+# entries worked on at once: a few float32 copies of them fit in a shared cache; with fewer, threads wait more
+CPU_PIECE = 1 << 20
 CUDA_PIECE = 1 << 24
 
-_CODES = 255  # that are not 0
-_PAIRED = 1 << 16  # entries of a tensor from which on its codes are decoded two at once
+_CODES = 255  # codes other than 0
+_PAIRED = 1 << 16  # tensors of at least so many entries are decoded two codes at a time
 _SMALLEST = -126  # log2 of float32's smallest normal number
 
 
@@ -59,7 +58,7 @@ class Codes:
         return replace(self, codes=self.codes.cpu())
 
     def histogram(self) -> tuple[Tensor, Tensor]:
-        """How many entries have each of the 256 codes, and what it stands for; (256,) each, float64, on the CPU."""
+        """The number of entries with each of the 256 codes, and the codes' values; both (256,) float64 on the CPU."""
         counts = torch.zeros(_CODES + 1, dtype=torch.float64)
         for (piece,) in pieces(self.codes):
             counts += piece.bincount(minlength=_CODES + 1).cpu()
@@ -68,25 +67,30 @@ class Codes:
 
 @torch.no_grad()
 def encode(values: Tensor, *, name: str = "a tensor") -> Codes:
-    """Code of a non-negative tensor of any floating-point type, read as float32; nearest in the logarithm.
+    """The code of a non-negative floating-point tensor, read as float32: for each value the nearest in the logarithm.
 
-    The same values give the same code, and a code's decoded values give that code again.
-    Raises UserError calling the tensor `name` for a value that is negative, infinite or not a number in float32.
+    Equal values have equal codes, and encoding the decoded values gives the same codes again.
+    Raises UserError naming the tensor for a value that is negative, infinite or not a number in float32.
     """
     flat = values.detach().reshape(-1)
     low, step, nothing = _range(flat, largest(flat, name))
     codes = torch.empty(flat.shape, dtype=torch.uint8, device=flat.device)
     for code, piece in pieces(codes, flat):
         piece = piece.float()
-        logarithm = piece.double().log2_()  # float32 is too coarse for a narrow range
+        logarithm = piece.double().log2_()  # for a narrow range float32 is too coarse
         if step:
             logarithm.sub_(low).div_(step).add_(1).round_()
         code.copy_(logarithm.clamp_(1, _CODES).masked_fill_(piece < nothing, 0))
     return Codes(codes=codes.view(values.shape), low=low, step=step)
 
 
+def compact(values: Tensor, *, bits: int, name: str) -> Tensor | Codes:
+    """Importance as a part's setting `bits` wants it stored: 8-bit codes, or the values themselves on the CPU."""
+    return encode(values, name=name) if bits == 8 else values.cpu()
+
+
 def largest(flat: Tensor, name: str) -> float:
-    """The largest value, 0 of none. Raises UserError calling the tensor `name` for one that no importance can have."""
+    """The largest value, 0 for an empty tensor. Raises UserError naming the tensor for an impossible importance."""
     highest = 0.0
     for (piece,) in pieces(flat):
         least, most = (bound.item() for bound in piece.float().aminmax())
@@ -100,7 +104,7 @@ def largest(flat: Tensor, name: str) -> float:
 
 
 def _range(flat: Tensor, largest: float) -> tuple[float, float, float]:
-    """low, step, and what a value must reach not to become 0."""
+    """low, step, and the smallest value whose code is not 0."""
     if not largest:
         return 0.0, 0.0, math.inf
     high = math.log2(largest)
@@ -115,12 +119,12 @@ def _range(flat: Tensor, largest: float) -> tuple[float, float, float]:
 
 
 def _round(logarithm: float) -> float:
-    """To 2^−36: far finer than float32 can tell, and coarser than the last bit, in which mathematics libraries differ."""
+    """Round to 2^−36: finer than float32's precision, and coarser than the last bit, in which libraries differ."""
     return round(logarithm * 2.0**36) / 2.0**36
 
 
 def decode(codes: Tensor, *, low: float, step: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The values of uint8 `codes` of any shape, a whole tensor's or a part's; a new tensor on their device."""
+    """The values of uint8 `codes` of any shape, in a new tensor on their device."""
     flat = codes.reshape(-1).int()
     return _table(low, step, dtype, codes.device).index_select(0, flat).view(codes.shape)
 
@@ -132,14 +136,24 @@ def _table(low: float, step: float, dtype: torch.dtype, device: torch.device) ->
 
 
 def pieces(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Contiguous tensors of one size and device, flat and cut alike into pieces that are views of them."""
+    """Matching flat pieces (views) of contiguous tensors of equal size and device."""
     size = CUDA_PIECE if tensors[0].is_cuda else CPU_PIECE
     flat = [tensor.view(-1) for tensor in tensors if tensor.numel()]
-    if flat and len(flat[0]) <= size:  # splitting takes longer than working on a small one
+    if flat and len(flat[0]) <= size:  # for a small tensor splitting would take longer than the work
         flat = [(tensor,) for tensor in flat]
     else:
         flat = [tensor.split(size) for tensor in flat]
     yield from zip(*flat, strict=True)
+
+
+def refuse_missing(importance: Mapping[str, Tensor | Codes], names: Iterable[str], *, part: str) -> None:
+    """Raises UserError where weights that are trained have no prepared importance."""
+    if missing := [name for name in names if name not in importance]:
+        more = f" and {len(missing) - 1} more" if missing[1:] else ""
+        raise UserError(
+            f"{part}: no importance was prepared for {missing[0]}{more}: "
+            "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
+        )
 
 
 def placed(run: Run, values: Tensor | Codes) -> Tensor | Codes:
@@ -150,7 +164,7 @@ def placed(run: Run, values: Tensor | Codes) -> Tensor | Codes:
 
 
 def totals(values: Tensor | Codes) -> tuple[float, float]:
-    """ΣF and ΣF², added up in float64."""
+    """ΣF and ΣF², summed in float64."""
     if isinstance(values, Codes):
         counts, each = values.histogram()
         return (counts * each).sum().item(), (counts * each.square()).sum().item()
@@ -168,8 +182,8 @@ def penalise(
     """gradient += scale·F·(θ − θ₀), in place; returns Σ F·(θ − θ₀)² on the weight's device.
 
     weight, anchor and gradient have one shape and are contiguous; so has the importance F, or it is one value for all
-    (0-dim). The anchor θ₀ may be of another dtype; None is zero. Computed in float32, in float64 for float64 weights, and so
-    is the sum, which is 0-dim. A gradient of a coarser dtype is rounded once, when F·(θ − θ₀) is added.
+    (0-dim). The anchor θ₀ may be of another dtype; None is zero. Computed in float32, in float64 for float64 weights,
+    and so is the sum, which is 0-dim. A gradient of a coarser dtype is rounded once, when F·(θ − θ₀) is added.
     """
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     if isinstance(importance, Codes) and importance.codes.dim() == 0:
@@ -188,9 +202,8 @@ def penalise(
     )
     sums = []
     for theta, out, *rest in pieces(*rows):
-        moved, force, spare = room[
-            :, : len(theta)
-        ]  # one memory for all pieces: fresh pages cost more than the arithmetic
+        # the same memory for all pieces: new memory costs more than the arithmetic
+        moved, force, spare = room[:, : len(theta)]
         if anchor is None:
             moved = theta.to(wide)
         else:
@@ -205,7 +218,7 @@ def penalise(
 
 
 def _widened(values: Tensor, *, into: Tensor) -> Tensor:
-    """`values`, for an operation with wider ones: a GPU widens on the way, the CPU would take new memory for it."""
+    """`values` for an operation with wider ones: a GPU widens them on the way, the CPU would allocate memory."""
     return (
         values
         if values.is_cuda or values.dim() == 0 or values.dtype.itemsize >= into.dtype.itemsize
@@ -214,7 +227,7 @@ def _widened(values: Tensor, *, into: Tensor) -> Tensor:
 
 
 def _in_pairs(codes: Tensor, table: Tensor) -> bool:
-    """Whether looking two codes up at once pays for the table of their 65536 values."""
+    """Whether decoding two codes at a time is worth a table of 65536 pairs."""
     return (
         codes.device.type == "cpu"
         and table.dtype == torch.float32
@@ -224,13 +237,13 @@ def _in_pairs(codes: Tensor, table: Tensor) -> bool:
 
 
 def _pairs(table: Tensor) -> Tensor:
-    """By two neighbouring codes read as one uint16 their two float32, side by side in a float64: (65536,)."""
-    first = table.view(torch.int32).long()  # none has a sign
+    """Two float32 values in a float64 for every uint16 that two neighbouring codes make: (65536,)."""
+    first = table.view(torch.int32).long()  # values have no sign bit
     return torch.add(first, first[:, None], alpha=1 << 32).view(torch.float64).view(-1)
 
 
 def _decode(codes: Tensor, table: Tensor, pairs: Tensor | None, *, spare: Tensor, out: Tensor) -> Tensor:
-    """The values of uint8 `codes` (entries,), in `out`; both it and `spare` are (entries,) of the table's type."""
+    """The values of uint8 `codes` (entries,) in `out`; `out` and `spare` are (entries,) in the table's dtype."""
     index = spare.view(torch.int32)  # for float64 twice as long as needed
     if pairs is None or len(codes) % 2 or codes.storage_offset() % 2:
         torch.index_select(table, 0, index[: len(codes)].copy_(codes), out=out)

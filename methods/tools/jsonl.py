@@ -1,8 +1,9 @@
 """Rows of a JSONL file, one JSON object a line, each with the place where it stands.
 
-Read are UTF-8, UTF-16 and UTF-32, with a byte order mark or without, lines that end in LF, CR LF or CR, and files that gzip,
-bzip2 or xz packed, whatever their names. Refused by file and line is what has no one meaning or cannot be written down again:
-text in another encoding, one half of a surrogate pair, NaN and infinities, the same name twice in an object.
+Read are UTF-8, UTF-16 and UTF-32, with a byte order mark or without, lines that end in LF, CR LF or CR, and files
+that gzip, bzip2 or xz packed, whatever their names. Refused by file and line is what has no one meaning or cannot be
+written down again: text in another encoding, one half of a surrogate pair, NaN and infinities, the same name twice in
+an object.
 """
 
 import bz2

@@ -31,7 +31,8 @@ BUFFERS = (
 def config_of(folder: Path, name: str) -> PreTrainedConfig:
     """transformers' config of the folder. Raises UserError beginning with `name` where it is none of a causal language model.
 
-    Refused are an adapter, weights that are quantised, an encoder and decoder, an architecture that transformers does not have.
+    Refused are an adapter, weights that are quantised, an encoder and decoder, an architecture that transformers does
+    not have.
     """
     said = _json(folder / "config.json", name)
     if (folder / "adapter_config.json").is_file():

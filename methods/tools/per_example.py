@@ -2,9 +2,10 @@
 
     Σ_b (Σ_t g_bt a_btᵀ)²        a linear layer: its input a, its output's gradient g, an example b's tokens t
 
-Autograd is asked for no weight's gradient, and goes back no further than the lowest layer that is. What it does bring, g, is
-multiplied with a example by example, in pieces that stay in the cache with their piece of the sum: there is no gradient of
-a whole tensor. Norms, biases and embeddings are summed over an example's tokens in the same way.
+Autograd computes no weight's gradient, and goes back no further than the lowest layer whose gradient is wanted. The
+output gradients g that it computes are multiplied by the inputs a for each example, in pieces that stay in the cache
+together with their piece of the sum, so there is never a gradient of a whole tensor. Norms, biases and embeddings are
+summed over an example's tokens in the same way.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-CPU_PIECE = (
-    1 << 20
-)  # entries of a product worked on at once: few enough for a shared cache, enough for a matrix product
+# entries of a product computed at once: few enough for a shared cache, enough for a matrix product
+CPU_PIECE = 1 << 20
 CUDA_PIECE = 1 << 26
 
 
 class Squares:
-    """Adds to `totals`, by parameter name, the squared gradients of a batch's examples.
+    """Adds the squared gradients of a batch's examples to `totals`, by parameter name.
 
-    of     None where a parameter belongs to a module of an unknown kind, or is shared otherwise than by embedding and head
-    add    one batch
+    sites   names of the parameters by module and by their name in it
     """
 
     def __init__(
@@ -40,14 +39,15 @@ class Squares:
         uses = Counter(name for names in sites.values() for name in names.values())
         self._tied = {name for name, count in uses.items() if count == 2}
         self._usable = True
-        self._ids: Tensor  # of the batch at hand, as the next two
-        self._heads: dict[str, list[Tensor]]  # gradient of a tied head at the rows of an example's own tokens
+        self._ids: Tensor  # of the current batch, as the next two
+        self._heads: dict[str, list[Tensor]]  # gradients of a tied head in the rows of each example's own tokens
         self._scratch: dict[torch.dtype, Tensor]
 
     @classmethod
     def of(
         cls, model: nn.Module, parameters: Mapping[str, nn.Parameter], totals: Mapping[str, Tensor]
     ) -> Squares | None:
+        """None where a module is of an unknown kind, or where others than embedding and head share a parameter."""
         names = {id(p): name for name, p in parameters.items()}
         sites: dict[nn.Module, dict[str, str]] = {}
         users: dict[str, list[str]] = {name: [] for name in parameters}
@@ -68,15 +68,15 @@ class Squares:
         return cls(sites, parameters, totals) if known else None
 
     def add(self, ids: Tensor, loss: Callable[[], Tensor]) -> bool:
-        """Add the squares of `loss()`, a sum over the examples of `ids` (examples, tokens), which padding does not enter.
+        """Add the squares for `loss()`, a sum over the examples of `ids` (examples, tokens) without their padding.
 
-        False, with nothing added, where a module was not called once and with the whole batch, and ever after.
+        Returns False and adds nothing where a module is not called exactly once with the whole batch, and from then on.
         """
         if not self._usable:
             return False
         self._ids, self._heads, self._scratch = ids, {}, {}
         calls: Counter[nn.Module] = Counter()
-        # the outputs that a weight is used in need a gradient even where nothing below them does
+        # the output of a module needs a gradient even where nothing below it requires one
         start = torch.zeros((), device=ids.device, requires_grad=True)
 
         def tap(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
@@ -87,12 +87,12 @@ class Squares:
                 and given.dim() == 2
                 and len(given) == 1 < len(ids)
             ):
-                # positions that all examples share: each gets its own, to which the same is added
+                # position embeddings that all examples share: a copy for each example
                 given, output = given.expand(len(ids), -1), output.expand(len(ids), -1, -1)
             whole = given is not None and output.dim() == 3 and len(output) == len(ids)
             calls[module] += 1 if whole else 2
             return (
-                _Tap.apply(start, output, given.detach(), lambda *found: self._square(module, *found))
+                _Tap.apply(start, output, given.detach(), lambda *tensors: self._square(module, *tensors))
                 if whole
                 else output
             )
@@ -104,7 +104,7 @@ class Squares:
                 p.requires_grad_(False)
             value = loss()
             for handle in handles:
-                handle.remove()  # a norm is called again on the way back
+                handle.remove()  # the backward pass calls norms again
             self._usable = all(calls[module] == 1 for module in self._sites)
             if self._usable:
                 value.backward()
@@ -114,10 +114,10 @@ class Squares:
                 handle.remove()
             for name, p in self._parameters.items():
                 p.requires_grad_(required[name])
-            self._heads, self._scratch = {}, {}  # nothing is held while the next batch's logits are at their largest
+            self._heads, self._scratch = {}, {}  # freed before the next batch's logits are computed
 
     def _square(self, module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
-        """Add what `module`'s parameters get by its input and its output's gradient, both (examples, tokens, …)."""
+        """Add the squares of a module's parameters from its input and its output's gradient, (examples, tokens, …)."""
         names = self._sites[module]
         weight, bias = names.get("weight"), names.get("bias")
         if bias:
@@ -152,13 +152,13 @@ class Squares:
                 piece.addcmul_(wide, wide)
 
     def _room(self, dtype: torch.dtype, like: Tensor) -> Tensor:
-        """The one scratch of `dtype`, shaped like `like`."""
+        """Scratch of `dtype` in the shape of `like`; there is one for each dtype."""
         if dtype not in self._scratch or self._scratch[dtype].numel() < like.numel():
             self._scratch[dtype] = torch.empty(like.numel(), dtype=dtype, device=like.device)
         return self._scratch[dtype][: like.numel()].view(like.shape)
 
     def _head(self, name: str, inputs: Tensor, gradient: Tensor) -> None:
-        """All rows but those of an example's own tokens, which the embedding adds to before they are squared."""
+        """All rows except those of an example's own tokens, to which the embedding adds before they are squared."""
         total = self._totals[name]
         self._heads[name], columns = [], []
         for example, ids in enumerate(self._ids):
@@ -168,7 +168,7 @@ class Squares:
             gradient[example].index_fill_(1, tokens, 0)
             columns.append((tokens, column))
         self._linear(total, inputs, gradient)
-        for example, (tokens, column) in enumerate(columns):  # autograd goes on with it
+        for example, (tokens, column) in enumerate(columns):  # autograd continues with this gradient
             gradient[example][:, tokens] = column
 
     def _embedding(self, module: nn.Embedding, name: str, inputs: Tensor, gradient: Tensor) -> None:
@@ -185,13 +185,13 @@ class Squares:
 
 
 class _Tap(torch.autograd.Function):
-    """`output` itself; on the way back `use` gets the kept input and the gradient."""
+    """The identity on `output`; in the backward pass `use` is called with the saved input and the gradient."""
 
     @staticmethod
     def forward(ctx, start: Tensor, output: Tensor, inputs: Tensor, use: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(inputs)
         ctx.use = use
-        return output.data  # no view of it, which a model could not change in place
+        return output.data  # autograd forbids a model to change a view of it in place
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
@@ -200,7 +200,7 @@ class _Tap(torch.autograd.Function):
 
 
 def _kind(module: nn.Module) -> str:
-    """ "linear", "embedding", "norm" (a scale, and a bias, of what does not depend on either) or "unknown"."""
+    """The kind of a module: linear, embedding, norm (a scale and a bias on what depends on neither) or unknown."""
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
         return "linear"
     if isinstance(module, Conv1D) and type(module).forward is Conv1D.forward:
@@ -212,7 +212,7 @@ def _kind(module: nn.Module) -> str:
 
 @torch.no_grad()
 def _scales(module: nn.Module) -> bool:
-    """Whether module(x) is weight·h(x) + bias; tried on random numbers, for norms are many classes and their names say little."""
+    """Whether module(x) = weight·h(x) + bias, tried on random numbers: norms are many classes under various names."""
     own = dict(module.named_parameters())
     if (
         "weight" not in own
@@ -232,6 +232,6 @@ def _scales(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _normed(module: nn.Module, inputs: Tensor) -> Tensor:
-    """What the module's weight is multiplied with."""
+    """The tensor that the module multiplies by its weight."""
     plain = {key: torch.full_like(p, key == "weight", dtype=inputs.dtype) for key, p in module.named_parameters()}
     return functional_call(module, plain, (inputs,))

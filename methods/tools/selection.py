@@ -32,7 +32,8 @@ def kth_largest(size: Tensor, k: int) -> Tensor:
     bits = size.view(-1).view(torch.int64 if size.dtype == torch.float64 else torch.int32)
     values = bits.numpy()
     for _ in range(SAMPLE // HEAVY):
-        # A quickselect makes no way through equal entries: half of them zero (rows without gradient) make it forty times slower.
+        # A quickselect makes no way through equal entries: half of them zero (rows without gradient) make it forty
+        # times slower.
         heavy = _heavy(values)
         if heavy is None:
             break
@@ -83,8 +84,8 @@ def kth_by_histogram(
     shards   the processes: `sum(tensor)`, an in-place all-reduce; None: there is only this one
     lanes    copies of a histogram, a power of two; by default LANES, and 1 on the CPU
 
-    The upper 16 bits name a bin: the one that holds the k-th largest is found in the histogram of all; the lower 16 in a
-    second one, of the entries in that bin. Beside itself an entry of a piece takes at most 24 bytes, a histogram
+    The upper 16 bits name a bin: the one that holds the k-th largest is found in the histogram of all; the lower 16
+    in a second one, of the entries in that bin. Beside itself an entry of a piece takes at most 24 bytes, a histogram
     (12·lanes+8)·(2¹⁶+TRASH): 403 and 52 MB, however large the tensor.
     """
     lanes = lanes or (1 if device.type == "cpu" else LANES)

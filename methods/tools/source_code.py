@@ -1,8 +1,9 @@
 """What a module's source says to Python, as one hash: the same after a rewritten comment, a new layout or a moved file.
 
 The hash is of the syntax tree without what cannot change a result: docstrings, annotations, the paths that names are
-imported from, `__all__`, a part's `shares` (whose modules are hashed themselves), and blocks under `if TYPE_CHECKING:`. Of an import
-there stay the original and the bound name, where the module uses it. Equal trees give equal hashes on Python 3.11 to 3.13.
+imported from, `__all__`, a part's `shares` (whose modules are hashed themselves), and blocks under `if
+TYPE_CHECKING:`. Of an import there stay the original and the bound name, where the module uses it. Equal trees give
+equal hashes on Python 3.11 to 3.13.
 """
 
 import ast

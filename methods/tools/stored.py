@@ -3,7 +3,8 @@
 A file is safetensors; every tensor in it is one zstd frame of bytes, and the metadata say what it holds:
 
     NAME           a tensor's codes, row by row; of a float tensor its byte planes: all first bytes, all second bytes, …
-    NAME::bitmap   where more than half of the codes are 0: a bit an entry, 1 where NAME has a code; NAME then has no other
+    NAME::bitmap   where more than half of the codes are 0: a bit an entry, 1 where NAME has a code; NAME then has no
+                   other
 
 Codes that were written are read back bit for bit, and equal importances make equal files.
 """

@@ -160,7 +160,7 @@ def test_a_strong_penalty_holds_the_weights(make, documents, train, dense):
 
 def test_a_fisher_of_other_tensors_is_refused(make, documents, run_of):
     state = {"importance": prepared(EWC(), LoRA(targets=("q_proj",)).adapt(make(), seed=0), documents, {}).importance}
-    with pytest.raises(UserError, match="ewc: the Fisher has nothing on .*v_proj"):
+    with pytest.raises(UserError, match="ewc: no importance was prepared for .*v_proj"):
         EWC().begin(run=run_of(LoRA().adapt(make(), seed=0), base_of(make())), state=state, examples=[])
 
 

@@ -328,7 +328,7 @@ def test_no_general_text_and_foreign_importance_are_named(make, documents, ready
         Hierarchical().prepare(model=make(), base={}, general=[], seed=0, fit=None, progress=None)
     _, state, base, model = ready(Hierarchical())
     state["importance"].popitem()
-    with pytest.raises(UserError, match="no importance of"):
+    with pytest.raises(UserError, match="no importance was prepared for .*v_proj"):
         Hierarchical().begin(run=run_of(model, base), state=state, examples=documents)
 
 

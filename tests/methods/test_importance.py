@@ -143,13 +143,6 @@ def test_what_is_no_importance_is_refused_by_name(bad):
         encode(torch.tensor([1e300], dtype=torch.float64))
 
 
-def test_scaled_values_have_the_same_codes():
-    coded = encode(drawn())
-    scaled = coded.scaled(1.7)
-    assert torch.equal(scaled.codes, coded.codes)
-    torch.testing.assert_close(decoded(scaled, torch.float64), 1.7 * decoded(coded, torch.float64), rtol=1e-10, atol=0)
-
-
 @pytest.mark.parametrize("coded", [True, False])
 def test_totals(coded, monkeypatch):
     monkeypatch.setattr(importance, "CPU_PIECE", 64)
