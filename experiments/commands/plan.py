@@ -1,11 +1,14 @@
-"""The cells of a study before they run: what is cached, and what the rest will cost in time, memory and disk.
+"""plan: what each cell of a study will cost in time, memory and disk, before anything runs.
 
-Time: the matrix FLOPs of the cell (experiments/training/flops.py, on the model without its weights) over the rate that earlier
-cells of the model reached on this machine, else over a share of the device's peak. Rows that are not there yet count as
-half of `length`. Memory: experiments/training/memory.py, by kind, for both phases, with examples as long as `length` allows;
-a cell that cannot fit into what is free here is marked. Disk: what is kept of a cell's weights (experiments/model/tuned.py), an
-adapter or a difference from the base, and once for cells that differ in `finish` alone their trained weights in full
-precision; such a training is counted once, too. Nothing is loaded or fetched.
+Time: the matrix FLOPs of the cell (experiments/training/flops.py, on the model without its weights), divided by the
+rate that earlier cells of the model reached on this machine, or else by a share of the device's peak rate. Tokens of
+rows that are not here yet are assumed (experiments/data/expected.py). Parts say themselves what they read while they
+prepare and what they add to each step (`Part.preparation`, `Part.added`).
+Memory: experiments/training/memory.py, by kind, for both phases, with examples as long as `length` allows. A cell that
+does not fit into the memory that is free here is marked.
+Disk: what is kept of a cell's weights (experiments/model/tuned.py): an adapter, or the difference from the base. Cells
+that differ in `finish` alone share one training, which is counted once, with its trained weights in full precision.
+Nothing is loaded or fetched.
 """
 
 import functools
@@ -14,10 +17,12 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import torch
 
-from evaluation.rendered import read_jsonl
+from experiments.data import expected
 from experiments.model import tuned
 from experiments.model.positions import refuse_long_documents
 from experiments.model.shape import Shape, shape_of
@@ -30,13 +35,9 @@ from experiments.training.flops import Flops, of_pass
 from methods.part import Part
 from methods.tools.files import read_json
 
-CHARACTERS_A_TOKEN = 4.0
-UNKNOWN_ROWS = 10_000  # training rows of a domain that takes all there are, before they are here
-UNKNOWN_SCORED = 250_000  # tokens to score before they are here
-UNKNOWN_DOCUMENTS = 512  # of general text
-UNKNOWN_LENGTH = 512  # tokens at which a part is taken to cut documents where it states no length
-REACHED = 0.4  # share of a device's peak that training reaches
-REFERENCE = "NVIDIA H200"  # whose time is told for a study on CUDA where there is no such device
+UNKNOWN_LENGTH = 512  # tokens at which a part cuts documents, where it states no length
+REACHED = 0.4  # share of a device's peak rate that training reaches
+REFERENCE = "NVIDIA H200"  # the device whose time is predicted for a study on CUDA, on a machine without such a device
 
 
 def main(study, *, as_json: bool, patterns: Sequence[str] = ()) -> None:
@@ -45,113 +46,109 @@ def main(study, *, as_json: bool, patterns: Sequence[str] = ()) -> None:
 
 
 def make(study, *, patterns: Sequence[str] = ()) -> dict:
-    """{"cells": [...], "total": {...}, "basis": {...}} with seconds, bytes and what they rest on.
+    """{"cells": [...], "total": {...}, "basis": {...}, "warnings": [...]}: seconds, bytes, and what they rest on.
 
-    None where FLOPs or memory of an architecture are not known, and in totals over it.
-    Only cells whose names match one of `patterns`, if there are any (see `cells.matching`, which raises UserError).
+    Only the cells whose names match one of `patterns`, if there are any (see `cells.matching`, which raises UserError).
+    None stands for FLOPs and memory of an architecture that are not known, and for totals that include them.
     """
     warnings = ahead.look(study)
     lock = Lock(study)
     chosen = cells.matching(study, patterns)
-    planners = {model: _Model(study=study, name=model) for model in study.grid["models"]}
-    available = _available(study)
+    models = {name: _Model(study=study, name=name) for name in study.grid["models"]}
+    device = _device(study)
+    available = hardware.available_memory(device) if _is_here(device) else None
     begun: set[Path] = set()
-    planned = [_cell(study, cell, planners[cell.model], lock.cell(cell), available, begun) for cell in chosen]
-    todo = [c for c in planned if not c["cached"]["scored"]]
+    planned = [_cell(study, cell, models[cell.model], lock.cell(cell), available, begun) for cell in chosen]
+    to_run = [cell for cell in planned if not cell["cached"]["scored"]]
     return {
         "study": study.title,
         "cells": planned,
         "total": {
             "cells": len(planned),
-            "to_run": len(todo),
-            "seconds": _sum(c["seconds"] for c in todo),
-            "disk_bytes": sum(c["disk_bytes"] for c in todo),
-            "disk_bytes_all": sum(c["disk_bytes"] for c in planned),
-            "peak_memory_bytes": _most(c["memory_bytes"] for c in planned),
+            "to_run": len(to_run),
+            "seconds": _sum(cell["seconds"] for cell in to_run),
+            "disk_bytes": sum(cell["disk_bytes"] for cell in to_run),
+            "disk_bytes_all": sum(cell["disk_bytes"] for cell in planned),
+            "peak_memory_bytes": _largest(cell["memory_bytes"] for cell in planned),
             "available_memory_bytes": available,
-            "too_large": sum(c["fits"] is False for c in planned),
+            "too_large": sum(cell["fits"] is False for cell in planned),
         },
-        "basis": {model: planner.rate[1] for model, planner in planners.items()},
+        "basis": {name: model.rate[1] for name, model in models.items()},
         "warnings": warnings,
     }
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Model:
-    """A model of the grid without its weights: its FLOPs and bytes, and the rate it trains at."""
+    """A model of the grid without its weights: its FLOPs and bytes, and the rate at which it trains."""
 
-    study: object
+    study: Any
     name: str
 
     @functools.cached_property
+    def block(self) -> dict:
+        return self.study.models[self.name]
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        return _device(self.study)
+
+    @functools.cached_property
     def shape(self) -> Shape:
-        return shape_of(self.name, self.study.models[self.name], self.study.paths.model(self.name))
+        return shape_of(self.name, self.block, self.study.paths.model(self.name))
 
     @functools.cached_property
     def checkpoint(self) -> torch.dtype:
         """The base's dtype: as it was made, else as its block says, else bfloat16 (random models: float32)."""
-        made, block = self.study.paths.model(self.name) / "base.json", self.study.models[self.name]
+        made = self.study.paths.model(self.name) / "base.json"
         if made.is_file():
             return as_dtype(read_json(made, "dtype")["dtype"])
-        return as_dtype(block.get("dtype") or ("float32" if block["source"].startswith("random:") else "bfloat16"))
+        default = "float32" if self.block["source"].startswith("random:") else "bfloat16"
+        return as_dtype(self.block.get("dtype") or default)
 
     @functools.cached_property
     def compute(self) -> torch.dtype:
-        where = _device(self.study)
-        if where.type == "cuda" and not torch.cuda.is_available():
-            chosen = self.study.models[self.name].get("compute_dtype")
-            return as_dtype(chosen) if chosen else torch.promote_types(self.checkpoint, torch.bfloat16)
-        return self.study.compute_dtype(self.name, self.checkpoint, where)
+        if _is_here(self.device):
+            return self.study.compute_dtype(self.name, self.checkpoint, self.device)
+        chosen = self.block.get("compute_dtype")
+        return as_dtype(chosen) if chosen else torch.promote_types(self.checkpoint, torch.bfloat16)
 
     @property
     def processes(self) -> int | None:
-        return self.study.models[self.name].get("processes")
+        return self.block.get("processes")
 
     @functools.cached_property
     def rate(self) -> tuple[float, str]:
         """FLOP/s that training reaches, and what that rests on."""
-        here = hardware.describe(_device(self.study)) if _is_here(self.study) else None
+        here = hardware.describe(self.device) if _is_here(self.device) else None
         reached = []
         for path in sorted((self.study.paths.results / "runs" / self.name).glob("*/*/*/train.json")):
             train = read_json(path, "cell", "hardware", "seconds_train", "tokens_trained")
             method = train["cell"].split("/")[2]
             if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
-                # earlier records have no FLOPs; their rows were short, so that attention's share is small
+                # earlier records have no FLOPs; their rows were short, so attention's share of the FLOPs is small
                 each = _number(self.flops(method).step(lengths=[1], labelled=0))
                 flops = train.get("flops") or train["tokens_trained"] * each
+                flops += sum(costs["flops"] or 0 for costs in (train.get("added") or {}).values())
                 reached += [] if math.isnan(flops) else [flops / train["seconds_train"]]
         if reached:
             return min(reached), f"{len(reached)} earlier cells on this machine"
-        if here is None:
-            peak, basis = (
-                hardware.data_sheet_peak(REFERENCE, self.compute),
-                f"data sheet of {REFERENCE}; there is no CUDA device here",
-            )
+        if here:
+            peak, basis = hardware.dense_peak(self.device, self.compute)
         else:
-            peak, basis = hardware.dense_peak(_device(self.study), self.compute)
-        devices = self.processes or 1 if _device(self.study).type == "cuda" else 1
+            peak = hardware.data_sheet_peak(REFERENCE, self.compute)
+            basis = f"data sheet of {REFERENCE}; there is no CUDA device here"
+        devices = self.processes or 1 if self.device.type == "cuda" else 1
         many = f"{devices} times " if devices > 1 else ""
         return REACHED * peak * devices, f"{REACHED:.0%} of {many}{peak / 1e12:.2f} TFLOP/s ({basis})"
-
-    def flops(self, method: str) -> Flops:
-        return _flops_of(self.shape, memory.adapting(self.study.methods[method].parts))
 
     @property
     def bare(self) -> Flops:
         """FLOPs of the base, which no part has adapted."""
         return _flops_of(self.shape, ())
 
-    def memory(self, phase: memory.Phase, *, parts, settings) -> dict[str, int]:
-        return memory.predict(
-            phase=phase,
-            shape=self.shape,
-            parts=parts,
-            settings=settings,
-            checkpoint_dtype=self.checkpoint,
-            compute_dtype=self.compute,
-            device_type=_device(self.study).type,
-            processes=self.processes,
-        )
+    def flops(self, method: str) -> Flops:
+        return _flops_of(self.shape, memory.adapting(self.study.methods[method].parts))
 
 
 @functools.cache
@@ -160,7 +157,7 @@ def _flops_of(shape: Shape, adapters: tuple[Part, ...]) -> Flops:
 
 
 def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun: set[Path]) -> dict:
-    """The plan of one cell; `begun` gets the training that it makes and keeps for other cells."""
+    """The plan of one cell; a training that it makes and keeps for other cells is added to `begun`."""
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
     preparing = study.prepare_settings(model=cell.model, method=cell.method)
     parts = study.methods[cell.method].parts
@@ -176,16 +173,25 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
         begun.add(store)
         disk += model.shape.parameters * max(4, model.checkpoint.itemsize)
     prepare_tokens, prepare = _preparation(study, cell, model, preparing)
-    scored = _scored_tokens(study, cell)
+    scored = expected.scored(study, cell.domain)
     evaluate = _number(model.bare.forward(lengths=[256] * (scored // 256), predicted=scored))
     stages = {"prepared": ("prepare", prepare), "trained": ("train", train), "scored": ("evaluate", evaluate)}
     seconds = {name: 0.0 if cached[done] else _known(flops / rate) for done, (name, flops) in stages.items()}
     kinds = {
-        "prepare": model.memory("prepare", parts=parts, settings=preparing),
-        "train": model.memory("train", parts=parts, settings=settings),
+        phase: memory.predict(
+            phase=phase,
+            shape=model.shape,
+            parts=parts,
+            settings=of_phase,
+            checkpoint_dtype=model.checkpoint,
+            compute_dtype=model.compute,
+            device_type=model.device.type,
+            processes=model.processes,
+        )
+        for phase, of_phase in (("prepare", preparing), ("train", settings))
     }
-    peak = _most(phase["total"] for phase in kinds.values())
-    together = model.processes or 1 if _device(study).type == "cpu" else 1  # processes on a CPU share its memory
+    peak = _largest(phase["total"] for phase in kinds.values())
+    together = model.processes or 1 if model.device.type == "cpu" else 1  # processes on a CPU share its memory
     return {
         "cell": cell.name,
         "cached": cached,
@@ -207,7 +213,7 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
     parts = study.methods[cell.method].parts
     if any("provides_weights" in part.capabilities for part in parts):
         return 0, 0, 0.0
-    lengths, labelled = _train_rows(study, cell, settings)
+    lengths, labelled = expected.train_rows(study, cell.domain, length=settings.length)
     epochs = _epochs(len(lengths), settings, settings.epochs)
     trained, read = (sum(getattr(part.added(), kind) for part in parts) for kind in ("trained", "read"))
     flops = (1 + trained) * _number(model.flops(cell.method).step(lengths=lengths, labelled=labelled))
@@ -220,9 +226,9 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
 def _preparation(study, cell, model: _Model, settings) -> tuple[int, float]:
     """Tokens and FLOPs of every pass over general text in which the parts prepare; NaN where FLOPs are unknown."""
     tokens, flops = 0.0, 0.0
-    documents = _general_tokens(study)
+    documents = expected.general_text(study)
     for made in (made for part in study.methods[cell.method].parts for made in part.preparation()):
-        count = int(study.general.get("importance", UNKNOWN_DOCUMENTS))
+        count = int(study.general.get("importance", expected.DOCUMENTS))
         lengths = documents or [(made.length or UNKNOWN_LENGTH) // 2] * count
         read = made.cut(lengths)
         epochs = (made.training or {}).get("epochs")
@@ -245,7 +251,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
     return None if None in values else round(sum(values), 1)
 
 
-def _most(values: Iterable[int | None]) -> int | None:
+def _largest(values: Iterable[int | None]) -> int | None:
     values = list(values)
     return None if None in values else max(values, default=0)
 
@@ -255,79 +261,48 @@ def _epochs(rows: int, settings, epochs: float) -> float:
     return batches.steps(rows, settings.batch, epochs) / max(1, batches.epoch_steps(rows, settings.batch))
 
 
-def _general_tokens(study) -> list[int] | None:
-    """Tokens of each document that importance is learned from; None where they are not here yet."""
-    path = study.paths.data / "general" / "importance.jsonl"
-    return [_tokens(row["text"]) for row in read_jsonl(path)] if path.is_file() else None
-
-
-def _train_rows(study, cell, settings) -> tuple[list[int], int]:
-    """Tokens of each training row, and labelled tokens of all."""
-    path = study.paths.data / "train" / cell.domain / "train.jsonl"
-    if path.is_file():
-        rows = read_jsonl(path)
-        answers = [min(_tokens(r["choices"][r["gold"]]), settings.length) for r in rows]
-        return [min(_tokens(r["context"]) + answer, settings.length) for r, answer in zip(rows, answers)], sum(answers)
-    count = study.domains[cell.domain]["split"]["train"]
-    lengths = [settings.length // 2] * (count if isinstance(count, int) else UNKNOWN_ROWS)
-    return lengths, sum(lengths)
-
-
-def _tokens(text: str) -> int:
-    return max(1, round(len(text) / CHARACTERS_A_TOKEN))
-
-
-def _scored_tokens(study, cell) -> int:
-    folder = study.paths.data / "evaluate" / cell.domain
-    return (
-        int(sum(p.stat().st_size for p in folder.glob("*.jsonl")) / CHARACTERS_A_TOKEN)
-        if folder.is_dir()
-        else UNKNOWN_SCORED
-    )
-
-
-def _is_here(study) -> bool:
-    return study.device != "cuda" or torch.cuda.is_available()
-
-
 def _device(study) -> torch.device:
-    return hardware.device(study.device) if _is_here(study) else torch.device("cuda")
+    return torch.device("cuda") if study.device == "cuda" else hardware.device(study.device)
 
 
-def _available(study) -> int | None:
-    return hardware.available_memory(_device(study)) if _is_here(study) else None
+def _is_here(device: torch.device) -> bool:
+    return device.type == "cpu" or torch.cuda.is_available()
 
 
 def text(plan: dict) -> str:
     """The plan as a table for a terminal."""
-    width = max(len(c["cell"]) for c in plan["cells"])
     total = plan["total"]
-    lines = [
-        f"{plan['study']}: {total['cells']} cells, {total['to_run']} to run",
-        "",
-        f"{'cell':<{width}}  {'cached':<24}  {'time':>9}  {'memory':>10}  {'disk':>10}",
-    ]
-    for c in plan["cells"]:
-        done = [stage for stage, yes in c["cached"].items() if yes]
-        lines.append(
-            f"{c['cell']:<{width}}  {', '.join(done) or '-':<24}  {_minutes(c['seconds']):>9}  "
-            f"{_gib(c['memory_bytes']):>10}  {_gib(c['disk_bytes']):>10}{'  does not fit' if c['fits'] is False else ''}"
-        )
-    free = total["available_memory_bytes"]
-    room = "" if free is None else f" of {_gib(free)} free here"
+    table = pd.DataFrame(
+        {
+            "cell": cell["cell"],
+            "cached": ", ".join(stage for stage, yes in cell["cached"].items() if yes) or "-",
+            "time": _minutes(cell["seconds"]),
+            "by parts": f"{cell['tokens_prepare'] + cell['tokens_added']:,}",
+            "memory": _gib(cell["memory_bytes"]),
+            "disk": _gib(cell["disk_bytes"]),
+            "": "does not fit" if cell["fits"] is False else "",
+        }
+        for cell in plan["cells"]
+    )
+    lines = [f"{plan['study']}: {total['cells']} cells, {total['to_run']} to run", ""]
+    lines += table.to_string(index=False).splitlines()
+    peak, free = total["peak_memory_bytes"], total["available_memory_bytes"]
     lines += [
         "",
-        f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, "
-        f"peak memory {'about ' if total['peak_memory_bytes'] is not None else ''}{_gib(total['peak_memory_bytes'])}{room}",
+        f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, peak memory "
+        f"{'' if peak is None else 'about '}{_gib(peak)}{'' if free is None else f' of {_gib(free)} free here'}",
     ]
     if total["too_large"]:
         lines.append(
-            f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, and a run says what would help"
+            f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, "
+            "and a run says what would help"
         )
-    lines.append(
-        f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other weights as their difference "
-        f"from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each further bit of mantissa"
-    )
+    lines += [
+        "by parts: tokens that the parts of a method read, while they prepare and beside the domain's in training",
+        f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other "
+        f"weights as their difference from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each "
+        "further bit of mantissa",
+    ]
     lines += [f"{model}: time estimated from {basis}" for model, basis in plan["basis"].items()]
     return "\n".join(lines + plan["warnings"])
 

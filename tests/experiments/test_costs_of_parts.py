@@ -14,6 +14,7 @@ from ruamel.yaml import YAML
 from analysis.load import load_cells
 from experiments.commands import plan
 from experiments.commands.tracked_runs import _points, _scores
+from experiments.data import expected
 from experiments.model.positions import refuse_long_documents
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import shape_of
@@ -228,9 +229,8 @@ def test_what_a_part_adds_to_a_step_is_planned(study, monkeypatch):
     (found,) = plan.make(study)["cells"]
     assert (found["tokens"], found["tokens_added"]) == (plain["tokens"], round(2.25 * plain["tokens"]))
     assert plain["tokens_added"] == 0
-    rows, labelled = plan._train_rows(
-        study, Cell("llama-tiny", "sums", "own", 0), study.settings(model="llama-tiny", domain="sums", method="own")
-    )
+    length = study.settings(model="llama-tiny", domain="sums", method="own").length
+    rows, labelled = expected.train_rows(study, "sums", length=length)
     step, plain_model = {"lengths": rows, "labelled": labelled}, built(study)
     both, forward = Flops(plain_model).step(**step), Flops(plain_model.requires_grad_(False)).step(**step)
     assert found["seconds_train"] == pytest.approx((1.25 * both + 2.0 * forward) * plain["tokens"] / sum(rows))

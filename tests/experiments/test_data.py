@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from evaluation.rendered import read_jsonl
-from experiments.commands import plan
+from experiments.data import expected
 from experiments.data import prepared_rows as data
 from experiments.data.splits import normalised
 from methods.errors import UserError
@@ -352,9 +352,8 @@ def test_separators_that_python_splits_lines_at_stay_in_a_text(study, tmp_path):
     data.write_data(study, tmp_path / "out")
     kept = [row["text"] for row in read_jsonl(tmp_path / "out/general/importance.jsonl")]
     assert len(kept) == 20 and set(kept) <= set(texts)
-    assert plan._general_tokens(SimpleNamespace(paths=SimpleNamespace(data=tmp_path / "out"))) == [
-        plan._tokens(text) for text in kept
-    ]
+    study_there = SimpleNamespace(paths=SimpleNamespace(data=tmp_path / "out"))
+    assert expected.general_text(study_there) == [expected.tokens(text) for text in kept]
 
 
 def test_answers_to_train_on_that_say_nothing_are_warned_of(study, tmp_path, capsys):

@@ -132,7 +132,7 @@ def test_long_rows_are_cut_and_all_rows_are_a_guess(tmp_path):
     unknown = study(
         tmp_path / "elsewhere", train={"batch": 8, "micro_batch": 8, "length": 32, "epochs": 1.0}, domains=domains
     )
-    assert plan.make(unknown)["cells"][0]["tokens"] == plan.UNKNOWN_ROWS * 16
+    assert plan.make(unknown)["cells"][0]["tokens"] == plan.expected.ROWS * 16
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -173,9 +173,8 @@ def test_text_marks_what_does_not_fit(tmp_path):
 
 
 def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        plan._Model, "memory", lambda self, phase, **_: {"total": 0}
-    )  # memory and time have tests of their own
+    # memory and time have tests of their own
+    monkeypatch.setattr(plan.memory, "predict", lambda **_: {"total": 0})
     monkeypatch.setattr(plan._Model, "flops", lambda self, method: SimpleNamespace(step=lambda **_: 0.0))
     monkeypatch.setattr(plan._Model, "bare", SimpleNamespace(forward=lambda **_: 0.0))
     methods = DEMO["methods"] | {"more": {"ewc": {"strength": 1.0, "samples": 16}}}
@@ -217,7 +216,7 @@ def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tm
             settings = here.prepare_settings(model="llama-tiny", method=method)
             cell, read = Cell("llama-tiny", "sums", method, 0), []
             for documents in ([100, 10, 30, 50, 60], None):
-                monkeypatch.setattr(plan, "_general_tokens", lambda study, documents=documents: documents)
+                monkeypatch.setattr(plan.expected, "general_text", lambda study, documents=documents: documents)
                 tokens, flops = plan._preparation(here, cell, model, settings)
                 assert tokens == flops
                 read.append(tokens)

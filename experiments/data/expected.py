@@ -1,0 +1,42 @@
+"""Estimate the tokens of a study's data before a tokenizer is here, from characters, or by assumption without rows."""
+
+from evaluation.rendered import read_jsonl
+
+CHARACTERS_PER_TOKEN = 4.0
+# What is assumed of data that is not here yet.
+ROWS = 10_000  # training rows of a domain that takes all there are
+SCORED = 250_000  # tokens to score
+DOCUMENTS = 512  # documents of general text
+
+
+def tokens(text: str) -> int:
+    return max(1, round(len(text) / CHARACTERS_PER_TOKEN))
+
+
+def general_text(study) -> list[int] | None:
+    """Tokens of each document of general text; None where it is not here yet."""
+    path = study.paths.data / "general" / "importance.jsonl"
+    return [tokens(row["text"]) for row in read_jsonl(path)] if path.is_file() else None
+
+
+def train_rows(study, domain: str, *, length: int) -> tuple[list[int], int]:
+    """Tokens of each training row, cut at `length`, and the number of labelled tokens of all rows.
+
+    Rows that are not here yet count as half of `length`, all of it labelled.
+    """
+    path = study.paths.data / "train" / domain / "train.jsonl"
+    if path.is_file():
+        rows = read_jsonl(path)
+        answers = [min(tokens(row["choices"][row["gold"]]), length) for row in rows]
+        return [min(tokens(row["context"]) + answer, length) for row, answer in zip(rows, answers)], sum(answers)
+    count = study.domains[domain]["split"]["train"]
+    lengths = [length // 2] * (count if isinstance(count, int) else ROWS)
+    return lengths, sum(lengths)
+
+
+def scored(study, domain: str) -> int:
+    """Tokens to score for a cell of the domain."""
+    folder = study.paths.data / "evaluate" / domain
+    if not folder.is_dir():
+        return SCORED
+    return int(sum(path.stat().st_size for path in folder.glob("*.jsonl")) / CHARACTERS_PER_TOKEN)
