@@ -1,4 +1,6 @@
-"""Scoring: lm-eval's tasks on local rows, a faster scorer with the same values, probes, and what counts as forgetting."""
+"""Scoring: lm-eval's tasks on local rows, a faster scorer with the same values, probes, and what counts as
+forgetting.
+"""
 
 from importlib.metadata import version
 

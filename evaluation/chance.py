@@ -1,4 +1,6 @@
-"""Warnings of bases that answer worse than chance: a task's chance or prompt is wrong, or the model is of no use there."""
+"""Warnings of bases that answer worse than chance: a task's chance or prompt is wrong, or the model is of no use
+there.
+"""
 
 from collections.abc import Iterable
 
@@ -9,7 +11,9 @@ WARNING = "warning: "
 
 
 def below_chance(study, model: str, tasks: Iterable[str] | None = None) -> list[str]:
-    """A line for each task of the grid's domains, or of `tasks`, that the base answers worse than chance; none before it is scored."""
+    """A line for each task of the grid's domains, or of `tasks`, that the base answers worse than chance; none
+    before it is scored.
+    """
     file = study.paths.base(model) / "scores.json"
     if not file.is_file():
         return []
@@ -22,8 +26,8 @@ def below_chance(study, model: str, tasks: Iterable[str] | None = None) -> list[
             for name in (domain, *(block.get("retention") or ()), *(block.get("transfer") or ()))
         }
     return [
-        f"{WARNING}{model} scores {scored[name]['value']:.3f} on {name}, below its chance of {scored[name]['chance']:g} (n {scored[name]['n']}): "
-        "what is learned or forgotten there is hard to see"
+        f"{WARNING}{model} scores {scored[name]['value']:.3f} on {name}, below its chance of "
+        f"{scored[name]['chance']:g} (n {scored[name]['n']}): what is learned or forgotten there is hard to see"
         for name in sorted(tasks)
         if name in scored and unit_of(scored[name]) == SHARE and scored[name]["value"] < scored[name]["chance"]
     ]

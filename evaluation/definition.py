@@ -19,7 +19,8 @@ from methods.settings import refuse, shown
 
 SPLIT = "test"
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
-# what lm-eval's YAML keys hold, where a value of another type is told by no other check; a function of an included task may stand there too
+# what lm-eval's YAML keys hold, where no other check names a value of another type; a function of an included task
+# may stand there too
 FORMS: dict[str, Any] = {
     "num_fewshot": int,
     "fewshot_config": dict,
@@ -47,7 +48,8 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"task {name}: {task!r} is written in Python, not YAML, and cannot run on local rows")
     if config.pop("unsafe_code", None):
         raise UserError(
-            f"task {name}: it runs the programs that a model writes (unsafe_code), and these are never run here: choose another task"
+            f"task {name}: it runs the programs that a model writes (unsafe_code), and these are never run here: "
+            "choose another task"
         )
     for key in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
         config.pop(key, None)
@@ -83,7 +85,8 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
         )
     if isinstance(shots.get("samples"), list) and (config.get("num_fewshot") or 0) > len(shots["samples"]):
         raise UserError(
-            f"task {name}: num_fewshot is {config['num_fewshot']}, and fewshot_config has {len(shots['samples'])} samples: lower it"
+            f"task {name}: num_fewshot is {config['num_fewshot']}, and fewshot_config has {len(shots['samples'])} "
+            "samples: lower it"
         )
     metadata = config.get("metadata")
     return config | {
@@ -106,7 +109,8 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
     for key in ("process_docs", "process_results", "custom_dataset"):
         if isinstance(config.get(key), str):
             raise UserError(
-                f"task {name}: {key} is a function, which params.yaml cannot hold: start from a task that has it with `include:`"
+                f"task {name}: {key} is a function, which params.yaml cannot hold: start from a task that has it with "
+                "`include:`"
             )
     for key, needed in (("metric_list", "metric"), ("filter_list", "filter")):
         listed = config.get(key)
@@ -120,7 +124,8 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
     for entry in config.get("metric_list") or ():
         if not isinstance(entry["metric"], str) and not callable(entry["metric"]):
             raise UserError(
-                f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name, such as {{metric: acc}}"
+                f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name, such as {{metric: "
+                f"acc}}"
             )
         if "higher_is_better" in entry:
             refuse(
@@ -134,7 +139,8 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
     kind = config.get("output_type") or ("multiple_choice" if "doc_to_choice" in config else "generate_until")
     if kind == "multiple_choice" and config.get("doc_to_choice") is None and not config.get("use_prompt"):
         raise UserError(
-            f"task {name}: it is a task of choices without `doc_to_choice`: write a column's name, a template or a list of choices"
+            f"task {name}: it is a task of choices without `doc_to_choice`: write a column's name, a template or a "
+            "list of choices"
         )
     if kind != "loglikelihood_rolling" and "doc_to_text" not in config and not config.get("use_prompt"):
         raise UserError(
@@ -144,7 +150,8 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
         isinstance(config["doc_to_text"], str | int) or callable(config["doc_to_text"])
     ):
         raise UserError(
-            f"task {name}: doc_to_text is {config['doc_to_text']!r}: write a column's name or a template, such as 'Q: {{{{question}}}}'"
+            f"task {name}: doc_to_text is {config['doc_to_text']!r}: write a column's name or a template, such as 'Q: "
+            f"{{{{question}}}}'"
         )
     for key in ("target_delimiter", "fewshot_delimiter", "description"):
         if key in config and not isinstance(config[key], str) and not callable(config[key]):
@@ -178,8 +185,8 @@ def _refuse_generation(name: str, settings: Mapping[str, Any]) -> None:
             stops = value if isinstance(value, list) else [] if value is None else [value]
             if not all(isinstance(stop, str) and stop for stop in stops):
                 raise UserError(
-                    f"task {name}: generation_kwargs.until is {value!r}: it must be a text, or a list of texts, at which an answer ends, "
-                    "and none of them empty"
+                    f"task {name}: generation_kwargs.until is {value!r}: it must be a text, or a list of texts, at "
+                    "which an answer ends, and none of them empty"
                 )
         else:
             raise UserError(

@@ -2,9 +2,9 @@
 
 Training labels, probes and scores are all cut by these functions, so that what is trained is what is scored: trailing
 spaces of the context move to the continuation, context and whole are encoded apart, BOS comes as the tokenizer adds it,
-and an empty context is the prefix token alone. Two things differ from HFLM, and docs/scoring.md says so: what a tokenizer
-puts behind every text (its end of text) is left out, because HFLM would score the answer behind the end of the prompt;
-and a tokenizer without BOS and EOS is used without a prefix, where HFLM stops with a TypeError.
+and an empty context is the prefix token alone. Two things differ from HFLM, and docs/scoring.md says so: what a
+tokenizer puts behind every text (its end of text) is left out, because HFLM would score the answer behind the end of
+the prompt; and a tokenizer without BOS and EOS is used without a prefix, where HFLM stops with a TypeError.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,14 @@ def prefix_token(tokenizer: Tokenizer) -> int | None:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text. What the tokenizer adds in front is kept, unless the text already begins with the prefix token; what it
-    adds behind the text is left out."""
+    """Ids of a text. What the tokenizer adds in front is kept, unless the text already begins with the prefix
+    token; what it adds behind the text is left out.
+    """
     prefix = prefix_token(tokenizer)
     if prefix is not None and text.startswith(tokenizer.decode(prefix)):
         return tokenizer.encode(text, add_special_tokens=False)
     ids, own = _marked(tokenizer, text)
-    if not own and ids:  # nothing of the text's own by which the front could be told from the back
+    if not own and ids:  # no token of the text's own separates what stands in front from what stands behind
         return ids[: min(_marked(tokenizer, "a")[1], default=0)]
     return ids[: own[-1] + 1] if own else ids
 
@@ -51,19 +52,21 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: b
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     head = [] if empty else encode_text(tokenizer, context)
     if head:
-        # the context's own ids, not the whole's: they differ where a token spans the border, and HFLM scores after these
+        # the context's own ids, not the whole's: they differ where a token spans the border, and HFLM scores after
+        # these
         ids, start = head + encode_text(tokenizer, context + continuation)[len(head) :], len(head)
     elif prefix is not None:
         ids, start = tokenizer.encode(continuation, add_special_tokens=False), 1
         ids = ids if ids[:1] == [prefix] else [prefix, *ids]
     else:
         raise UserError(
-            f"no prompt stands before the answer {shown(continuation)}, and the tokenizer has neither a BOS nor an EOS token to put "
-            "there: give the prompt some text, or name `bos_token` in tokenizer_config.json"
+            f"no prompt stands before the answer {shown(continuation)}, and the tokenizer has neither a BOS nor an EOS "
+            "token to put there: give the prompt some text, or name `bos_token` in tokenizer_config.json"
         )
     if end and tokenizer.eos_token_id is None:
         raise UserError(
-            "an answer that is written has to end, and the tokenizer has no EOS token: name `eos_token` in tokenizer_config.json"
+            "an answer that is written has to end, and the tokenizer has no EOS token: name `eos_token` in "
+            "tokenizer_config.json"
         )
     return ids + [tokenizer.eos_token_id] if end else ids, start
 
@@ -86,7 +89,8 @@ def answer_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: b
 
 
 def crossed(tokenizer: Tokenizer, context: str, continuation: str, ids: list[int]) -> bool:
-    """Whether a token of the whole text runs over the border between the two, so that `ids` of `encode_pair` do not read as the text.
+    """Whether a token of the whole text runs over the border between the two, so that `ids` of `encode_pair` do not
+    read as the text.
 
     lm-eval scores what stands behind as many tokens as the context has alone, and so is it done here.
     """
@@ -94,7 +98,9 @@ def crossed(tokenizer: Tokenizer, context: str, continuation: str, ids: list[int
 
 
 def encode_rolling(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """(context of one id, ids that are scored) of a whole text: behind the prefix token; without one, behind its own first token."""
+    """(context of one id, ids that are scored) of a whole text: behind the prefix token; without one, behind its
+    own first token.
+    """
     ids, prefix = encode_text(tokenizer, text), prefix_token(tokenizer)
     return (ids[:1], ids[1:]) if prefix is None else ([prefix], ids)
 
@@ -136,7 +142,7 @@ def shown(text: str, *, end: bool = False) -> str:
 
 def _marked(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     """Ids of a text as the tokenizer gives them, and the places of those that are not its additions."""
-    found = tokenizer(
+    encoded = tokenizer(
         text, return_special_tokens_mask=True, verbose=False
     )  # no advice that a text is longer than the model's positions
-    return list(found["input_ids"]), [place for place, mark in enumerate(found["special_tokens_mask"]) if not mark]
+    return list(encoded["input_ids"]), [place for place, mark in enumerate(encoded["special_tokens_mask"]) if not mark]

@@ -1,4 +1,5 @@
-"""Greedy continuations in batches: transformers' `generate` with its cache of keys and values, prompts padded on the left.
+"""Greedy continuations in batches: transformers' `generate` with its cache of keys and values, prompts padded on the
+left.
 
 Each row ends on its own, at the end of text or behind the first of its stop strings; lm-eval's HFLM goes on until a
 whole batch has met the same one. The texts are the same: what follows a stop string is cut off.
@@ -59,7 +60,9 @@ def ends_of_text(model: torch.nn.Module, tokenizer: Any) -> list[int]:
 
 
 def padding(model: torch.nn.Module, tokenizer: Any) -> int:
-    """The id that fills up short rows, which nothing attends to: the tokenizer's where the model has a row for it, else 0."""
+    """The id that fills up short rows, which nothing attends to: the tokenizer's where the model has a row for it,
+    else 0.
+    """
     pad = tokenizer.pad_token_id
     return pad if pad is not None and 0 <= pad < model.get_input_embeddings().num_embeddings else 0
 
@@ -67,9 +70,10 @@ def padding(model: torch.nn.Module, tokenizer: Any) -> int:
 def padded(rows: Sequence[Sequence[int]], pad: int, *, side: str = "left") -> tuple[Tensor, Tensor]:
     """(ids, attention mask), each (rows, tokens)."""
     width = max(map(len, rows))
-    fill = lambda row, own, other: (
-        [other] * (width - len(row)) + own if side == "left" else own + [other] * (width - len(row))
-    )
+
+    def fill(row, own, other):
+        return [other] * (width - len(row)) + own if side == "left" else own + [other] * (width - len(row))
+
     return torch.tensor([fill(row, list(row), pad) for row in rows]), torch.tensor(
         [fill(row, [1] * len(row), 0) for row in rows]
     )
@@ -108,13 +112,13 @@ def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_
         eos_token_id=ends,
         stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, until, start=width, rows=len(batch))]),
     )
-    found = []
+    written = []
     for row in whole[:, width:].tolist():
         end = next((place for place, token in enumerate(row) if token in ends), len(row))
-        found.append(
+        written.append(
             postprocess_generated_text(tokenizer.decode(row[:end], skip_special_tokens=True), list(until), None)
         )
-    return found
+    return written
 
 
 class _StopStrings(StoppingCriteria):

@@ -1,9 +1,9 @@
-"""Gold answers and choices as lm-eval will read them, with what it would misread settled or refused.
+"""Gold answers and choices as lm-eval reads them, with ambiguous ones resolved or refused.
 
-lm-eval takes a template that renders digits for an index, whatever the choices are: '{{answer}}' with the answer "0" of the choices
-"1", "2", "0" would be the choice "1". Here a text is matched to the choices first; where it names one choice as a text and another
-as an index the row is refused, for nobody but its author can tell. An expression whose value is a whole number, and no text of digits,
-is an index. Numbers among the choices are read as texts.
+lm-eval takes a template that renders digits for an index, whatever the choices are: '{{answer}}' with the answer "0" of
+the choices "1", "2", "0" would be the choice "1". Here a text is matched to the choices first; where it names one
+choice as a text and another as an index the row is refused, for nobody but its author can tell. An expression whose
+value is a whole number, and no text of digits, is an index. Numbers among the choices are read as texts.
 """
 
 import functools
@@ -31,7 +31,8 @@ def is_text(template: str, doc: Mapping[str, Any]) -> bool:
 
 
 def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, indices: bool) -> int | str | None:
-    """The gold of a template, an index or the text of a choice; None where it is neither, and lm-eval's own reading stands.
+    """The gold of a template, an index or the text of a choice; None where it is neither, and lm-eval's own reading
+    stands.
 
     indices: an index is wanted where a text would do, too.
     """
@@ -53,8 +54,8 @@ def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, in
 
 def _value(template: str, doc: Mapping[str, Any]) -> Any:
     """What the one expression that a template consists of gives, before it is written out; None of other templates."""
-    found = _EXPRESSION.fullmatch(template)
-    return _compiled(found[1].strip())(**doc) if found else None
+    match = _EXPRESSION.fullmatch(template)
+    return _compiled(match[1].strip())(**doc) if match else None
 
 
 @functools.lru_cache(maxsize=256)
@@ -63,15 +64,19 @@ def _compiled(expression: str) -> Callable[..., Any]:
 
 
 def refuse_marks(gold: Any, choices: list[str]) -> None:
-    """Refuse a column's list of 0 and 1, or of truth values, as long as the choices: marks of right and wrong would be taken for indices."""
+    """Refuse a column's list of 0 and 1, or of truth values, as long as the choices: marks of right and wrong would
+    be taken for indices.
+    """
     if isinstance(gold, list) and (
         any(isinstance(one, bool) for one in gold)
         or len(gold) == len(choices) > 1
         and all(isinstance(one, int) and one in (0, 1) for one in gold)
     ):
         raise Ambiguous(
-            f"the gold answer {gold!r} can be a mark for each of the {len(choices)} choices, right or wrong, and is read as a list of "
-            'indices: write the index of the right choice (`doc_to_target: "{{labels.index(1)}}"`), or a list of the right texts'
+            f"the gold answer {gold!r} can be a mark for each of the {len(choices)} choices, right or wrong, and is "
+            "read as a list of "
+            'indices: write the index of the right choice (`doc_to_target: "{{labels.index(1)}}"`), or a list of the '
+            "right texts"
         )
 
 
@@ -98,22 +103,24 @@ def of_value(gold: Any, given: Any, choices: list[str]) -> Any:
 
 
 def _of_truth(gold: bool, choices: list[str]) -> int:
-    """The choice that a truth value is: among true and false the one that says so, otherwise false is the first one and true the second."""
+    """The choice that a truth value is: among true and false the one that says so, otherwise false is the first one
+    and true the second.
+    """
     words = [choice.strip().casefold() for choice in choices]
     if words.count("true") == words.count("false") == 1:
         return words.index(str(gold).casefold())
     places = [number for number, word in enumerate(words) if word == ("yes" if gold else "no")]
     if places and places != [int(gold)]:
         raise Ambiguous(
-            f"the gold answer {gold!r} is choice {int(gold)} of {[choice[:40] for choice in choices]} as an index, and {choices[places[0]]!r} by "
-            "what it says: write the right choice's text or index in its place"
+            f"the gold answer {gold!r} is choice {int(gold)} of {[choice[:40] for choice in choices]} as an index, and "
+            f"{choices[places[0]]!r} by what it says: write the right choice's text or index in its place"
         )
     return int(gold)
 
 
 def _both(gold: Any, *, place: int, index: int, choices: list[str]) -> str:
     return (
-        f"the gold answer {gold!r} is choice {place} of {[choice[:40] for choice in choices]} as a text and choice {index} as an index: "
-        "write the column's name alone (`doc_to_target: answer`) where a text is meant, and a whole number "
-        "(`{{answer | int}}`, beside choices that are texts) where an index is"
+        f"the gold answer {gold!r} is choice {place} of {[choice[:40] for choice in choices]} as a text and choice "
+        f"{index} as an index: write the column's name alone (`doc_to_target: answer`) where a text is meant, and a "
+        "whole number (`{{answer | int}}`, beside choices that are texts) where an index is"
     )

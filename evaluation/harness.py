@@ -36,11 +36,11 @@ def entries(folder: Path) -> list[dict[str, Any]]:
     file = Path(folder) / "tasks.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist: run the `data` stage first")
-    found = read_json(file, kind=list)
-    for entry in found:
+    listed = read_json(file, kind=list)
+    for entry in listed:
         if not isinstance(entry, dict) or not {"name", "role", "task", "metric", "chance", "file"} <= entry.keys():
             raise UserError(f"{file}: {json.dumps(entry)[:80]} is no task's entry: {AGAIN}")
-    return found
+    return listed
 
 
 def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
@@ -73,10 +73,11 @@ def score(
     scorer: "shared-prefix" (forward passes of 64·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
     sequences each). kept: a folder in which shared-prefix keeps token ids for the next model. Random states and
     train/eval modes are left as they were. Nothing in the result differs between two runs on the same weights, rows,
-    versions and kind of machine. items' score is the row's part in the number that models are compared by, turned so that more
-    is better, empty where the metric is one of the set (evaluation/measure.py); log_likelihood is the gold choice's, in nats;
-    `choice` is the one the task's metric picks. A written answer (GSM8K) has neither: its items hold the score by the entry's
-    metric and filter (`exact_match,strict-match`) alone, and scores' `metrics` those of all filters.
+    versions and kind of machine. items' score is the row's part in the number that models are compared by, turned so
+    that more is better, empty where the metric is one of the set (evaluation/measure.py); log_likelihood is the gold
+    choice's, in nats; `choice` is the one the task's metric picks. A written answer (GSM8K) has neither: its items hold
+    the score by the entry's metric and filter (`exact_match,strict-match`) alone, and scores' `metrics` those of all
+    filters.
     """
     tasks = load_tasks(tasks_dir)
     with preserved(model), quiet():
@@ -130,9 +131,9 @@ def _refuse_no_numbers(items: list[dict[str, Any]]) -> None:
     for item in items:
         if not math.isfinite(item["score"] or 0.0) or math.isnan(item.get("log_likelihood") or 0.0):
             raise UserError(
-                f"task {item['task']}, document {item['doc_id'] + 1}: the model's score is not a finite number "
-                f"(score {item['score']}, log-likelihood {item.get('log_likelihood')}): its activations overflow in this dtype, or its "
-                "weights are damaged; state compute_dtype: float32 or bfloat16 in the model's block"
+                f"task {item['task']}, document {item['doc_id'] + 1}: the model's score is not a finite number (score "
+                f"{item['score']}, log-likelihood {item.get('log_likelihood')}): its activations overflow in this "
+                "dtype, or its weights are damaged; state compute_dtype: float32 or bfloat16 in the model's block"
             )
 
 
@@ -143,7 +144,8 @@ def _reported(
     value = float(results[f"{task.measure.metric},{task.measure.filter}"])
     if not math.isfinite(value):
         raise UserError(
-            f"task {name}: lm-eval's {task.measure.metric} of these answers is {value}, which is no number to compare: choose another metric"
+            f"task {name}: lm-eval's {task.measure.metric} of these answers is {value}, which is no number to compare: "
+            "choose another metric"
         )
     metrics = {
         key.removesuffix(",none"): float(number)
@@ -179,14 +181,14 @@ def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], 
         greedy = [number for number, (_, likeliest) in enumerate(answers[: len(choices)]) if likeliest]
         return gold if gold in greedy else next(iter(greedy), None)
     values = np.array([value for value, _ in answers])
-    found = values[: len(choices)]
+    scores = values[: len(choices)]
     if metric == "acc_mutual_info":  # behind the choices' stand those without the question
-        found = found - values[len(choices) :]
+        scores = scores - values[len(choices) :]
     lengths = {
         "acc_norm": [len(choice) for choice in choices],
         "acc_bytes": [len(choice.encode()) for choice in choices],
     }.get(metric, 1.0)
-    return int(np.argmax(found / np.array(lengths)))
+    return int(np.argmax(scores / np.array(lengths)))
 
 
 def _prompt(samples: list[Mapping[str, Any]]) -> str:
@@ -221,7 +223,8 @@ def _general(
     nats, tokens = math.fsum(row["score"] for row in rows), sum(row["gold"] for row in rows)
     if not tokens:
         raise UserError(
-            f"{name}: its {len(rows)} texts have no token to score in this tokenizer, which puts nothing before them: give longer texts"
+            f"{name}: its {len(rows)} texts have no token to score in this tokenizer, which puts nothing before them: "
+            "give longer texts"
         )
     return {
         "perplexity": math.exp(min(nats / tokens, 700.0)),  # beyond which a float is infinite, which JSON has not

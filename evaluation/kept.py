@@ -1,8 +1,9 @@
-"""Token ids of a suite's requests, kept on disk from one model to the next: every cell of a study asks the same questions.
+"""Token ids of a suite's requests, kept on disk from one model to the next: every cell of a study asks the same
+questions.
 
-A file is named by the sha256 of all that the ids follow from: the texts themselves, the tokenizer's whole definition and
-the versions of what encodes. What has changed has another name and is never found; what cannot be read whole is encoded
-and written again. The files may be deleted at any time.
+A file is named by the sha256 of all that the ids follow from: the texts themselves, the tokenizer's whole definition
+and the versions of what encodes. What has changed has another name and is never found; what cannot be read whole is
+encoded and written again. The files may be deleted at any time.
 """
 
 import hashlib
@@ -19,7 +20,9 @@ Pair = tuple[list[int], list[int]]  # ids of a context, ids of its continuation
 
 
 class KeptTokens:
-    """The files of `folder` for one tokenizer; `settings` is whatever else decides how lm-eval encodes (JSON values)."""
+    """The files of `folder` for one tokenizer; `settings` is whatever else decides how lm-eval encodes (JSON
+    values).
+    """
 
     def __init__(self, folder: Path, tokenizer: Any, settings: Any):
         self.folder = Path(folder)

@@ -1,4 +1,6 @@
-"""The language models lm-eval asks: its own HFLM, and HFLM with our scorer and our generation in place of its forward passes."""
+"""The language models lm-eval asks: its own HFLM, and HFLM with our scorer and our generation in place of its
+forward passes.
+"""
 
 import contextlib
 import math
@@ -20,8 +22,9 @@ TOKENS_PER_BATCH_SIZE = shared_prefix.TOKENS // 16  # batch_size 16 stands for t
 
 
 class _Encoding(HFLM):
-    """HFLM that encodes as `evaluation.encode` does, which is what training and probes do. Wherever HFLM gives an answer at all, the ids
-    are HFLM's, but for an end of text that a tokenizer puts behind every prompt."""
+    """HFLM that encodes as `evaluation.encode` does, which is what training and probes do. Wherever HFLM gives an
+    answer at all, the ids are HFLM's, but for an end of text that a tokenizer puts behind every prompt.
+    """
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
@@ -53,8 +56,9 @@ class _Encoding(HFLM):
             encoded.append((request.args, ids[:start], ids[start:]))
         if crossing:
             print(
-                f"{len(crossing)} of {len(requests)} answers begin inside a token of the whole text, the first in {_row(crossing[0])}: they are "
-                "scored from the token that lm-eval scores them from, which may leave out their first characters",
+                f"{len(crossing)} of {len(requests)} answers begin inside a token of the whole text, the first in "
+                f"{_row(crossing[0])}: they are scored from the token that lm-eval scores them from, which may leave "
+                "out their first characters",
                 flush=True,
             )
         self._fits(requests, [(ids, continuation) for _, ids, continuation in encoded])
@@ -65,8 +69,8 @@ class _Encoding(HFLM):
         for request, (_, ids) in zip(requests, pairs, strict=True):
             if len(ids) > self.max_length:
                 raise UserError(
-                    f"{_row(request)}: the answer {encode.shown(request.args[1])} has {len(ids)} tokens, but the model takes "
-                    f"{self.max_length}: leave the row out, or choose a model that takes more"
+                    f"{_row(request)}: the answer {encode.shown(request.args[1])} has {len(ids)} tokens, but the model "
+                    f"takes {self.max_length}: leave the row out, or choose a model that takes more"
                 )
 
     def _windows(self, requests: list) -> tuple[list[shared_prefix.Request], list[int]]:
@@ -97,13 +101,13 @@ class QuietLM(_Encoding):
         _room(requests, self)
         if self.tokenizer.eos_token_id is None:
             raise UserError(
-                f"task {requests[0].task_name}: lm-eval's HFLM writes answers only with a tokenizer that has an EOS token: name "
-                "`eos_token` in tokenizer_config.json, or score with `scorer: shared-prefix`"
+                f"task {requests[0].task_name}: lm-eval's HFLM writes answers only with a tokenizer that has an EOS "
+                "token: name `eos_token` in tokenizer_config.json, or score with `scorer: shared-prefix`"
             )
         if empty := [request for request in requests if not self.tok_encode(request.args[0])]:
             raise UserError(
-                f"{_row(empty[0])}: lm-eval's HFLM writes nothing behind a prompt without a token: give it some text, or score with "
-                "`scorer: shared-prefix`"
+                f"{_row(empty[0])}: lm-eval's HFLM writes nothing behind a prompt without a token: give it some text, "
+                "or score with `scorer: shared-prefix`"
             )
         with _numbers(self.model, requests[0].task_name):
             return super().generate_until(requests, disable_tqdm=disable_tqdm or not sys.stderr.isatty())
@@ -115,12 +119,13 @@ class QuietLM(_Encoding):
 
 
 class SharedPrefixLM(_Encoding):
-    """HFLM whose log-likelihoods come from `evaluation.shared_prefix`: each context once, the logits that are asked for.
+    """HFLM whose log-likelihoods come from `evaluation.shared_prefix`: each context once, the logits that are asked
+    for.
 
     Everything else (truncation from the left, rolling windows) is HFLM's. Equal to HFLM within 1e-3 nats in
     float32; in half precision the softmax is taken in float32 here and in half there. Texts come from
-    `evaluation.generate` and are HFLM's where the tokenizer's end of text is the model's own; where it is another token,
-    a text ends there, while HFLM writes on behind it.
+    `evaluation.generate` and are HFLM's where the tokenizer's end of text is the model's own; where it is another
+    token, a text ends there, while HFLM writes on behind it.
 
     kept    a folder in which the ids of choices are kept for the next model, or None
     """
@@ -157,8 +162,8 @@ class SharedPrefixLM(_Encoding):
         asked = _room(requests, self)
         if not generate.ends_of_text(self.model, self.tokenizer):
             raise UserError(
-                f"task {requests[0].task_name}: its answers are written and have to end, and neither tokenizer nor model names an end "
-                "of text: name `eos_token` in tokenizer_config.json"
+                f"task {requests[0].task_name}: its answers are written and have to end, and neither tokenizer nor "
+                "model names an end of text: name `eos_token` in tokenizer_config.json"
             )
         prompts = [
             generate.Prompt(
@@ -181,7 +186,8 @@ class SharedPrefixLM(_Encoding):
     def _prefix(self, request: Any) -> int:
         if self.prefix_token_id is None:
             raise UserError(
-                f"{_row(request)}: the prompt has no token, and the tokenizer has neither a BOS nor an EOS token to begin with"
+                f"{_row(request)}: the prompt has no token, and the tokenizer has neither a BOS nor an EOS token to "
+                "begin with"
             )
         return self.prefix_token_id
 
@@ -207,8 +213,8 @@ def _numbers(model: torch.nn.Module, task: str) -> Iterator[None]:
     def look(_: torch.nn.Module, __: Any, output: Any) -> None:
         if output.logits[:, -1].isnan().any():
             raise UserError(
-                f"task {task}: the model's logits are NaN: its activations overflow in this dtype, or its weights are damaged; state "
-                "compute_dtype: float32 or bfloat16 in the model's block"
+                f"task {task}: the model's logits are NaN: its activations overflow in this dtype, or its weights are "
+                "damaged; state compute_dtype: float32 or bfloat16 in the model's block"
             )
 
     hook = model.register_forward_hook(look)
@@ -224,8 +230,9 @@ def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:
     for request, kwargs in zip(requests, settings):
         if kwargs["max_gen_toks"] >= asked.max_length:
             raise UserError(
-                f"task {request.task_name}: an answer may have {kwargs['max_gen_toks']} tokens, but the model takes {asked.max_length} in "
-                "all: lower `generation_kwargs: {max_gen_toks: ...}` of the task, or choose a model that takes more"
+                f"task {request.task_name}: an answer may have {kwargs['max_gen_toks']} tokens, but the model takes "
+                f"{asked.max_length} in all: lower `generation_kwargs: {{max_gen_toks: ...}}` of the task, or choose a "
+                "model that takes more"
             )
     return settings
 

@@ -31,8 +31,9 @@ class Unfit(ValueError):
 class LocalTask(ConfigurableTask):
     """An lm-eval task whose documents are rows held in memory: nothing is downloaded, nothing is cached.
 
-    Texts, choices and golds are lm-eval's, but that a text stays a text: numbers among choices and in a column that stands for a
-    text are written out, and digits that a template renders are matched to the choices before they are taken for an index.
+    Texts, choices and golds are lm-eval's, but that a text stays a text: numbers among choices and in a column that
+    stands for a text are written out, and digits that a template renders are matched to the choices before they are
+    taken for an index.
     """
 
     def __init__(self, *, rows: Sequence[Row], config: dict[str, Any], metric: str) -> None:
@@ -49,8 +50,8 @@ class LocalTask(ConfigurableTask):
             return text
         if isinstance(text, list | tuple | Mapping):
             raise Unfit(
-                f"doc_to_text ({template!r:.60}) gives {str(text)[:60]}, no text: write a template that names what of it is to be asked, such as "
-                "'{{messages[0].content}}'"
+                f"doc_to_text ({template!r:.60}) gives {str(text)[:60]}, no text: write a template that names what of "
+                "it is to be asked, such as '{{messages[0].content}}'"
             )
         return (
             apply_template(template, doc) if isinstance(template, str) and template not in self.features else str(text)
@@ -68,8 +69,8 @@ class LocalTask(ConfigurableTask):
         for number, choice in enumerate(choices, 1):
             if not isinstance(choice, str | int | float):
                 raise Unfit(
-                    f"choice {number} of {len(choices)} is {json.dumps(choice, default=str)[:60]}, neither text nor a number "
-                    f"(doc_to_choice: {self.config.doc_to_choice!r})"
+                    f"choice {number} of {len(choices)} is {json.dumps(choice, default=str)[:60]}, neither text nor a "
+                    f"number (doc_to_choice: {self.config.doc_to_choice!r})"
                 )
             texts.append(choice if isinstance(choice, str) else json.dumps(choice))
             if not texts[-1]:
@@ -84,8 +85,8 @@ class LocalTask(ConfigurableTask):
             choices = self.doc_to_choice(doc)
             if gold >= len(choices):
                 raise Unfit(
-                    f"the gold answer {gold} is not one of its {len(choices)} choices {[choice[:40] for choice in choices]}, "
-                    "which count from 0"
+                    f"the gold answer {gold} is not one of its {len(choices)} choices "
+                    f"{[choice[:40] for choice in choices]}, which count from 0"
                 )
         return gold
 
@@ -95,25 +96,27 @@ class LocalTask(ConfigurableTask):
         if self.config.doc_to_choice is None or self.multiple_input:
             if written and (self.OUTPUT_TYPE != "generate_until" or golds.is_text(template, doc)):
                 return apply_template(template, doc)
-            found = nulls.refuse(super().doc_to_target(doc, doc_to_target))
-            if isinstance(found, list | tuple | Mapping) and (not found or isinstance(found, Mapping)):
-                kind = "an object" if isinstance(found, Mapping) else "a list without an answer"
-                raise Unfit(f"doc_to_target ({self.config.doc_to_target!r:.60}) gives {str(found)[:60]}, {kind}")
-            return found if isinstance(found, str | list) else str(found)
+            target = nulls.refuse(super().doc_to_target(doc, doc_to_target))
+            if isinstance(target, list | tuple | Mapping) and (not target or isinstance(target, Mapping)):
+                kind = "an object" if isinstance(target, Mapping) else "a list without an answer"
+                raise Unfit(f"doc_to_target ({self.config.doc_to_target!r:.60}) gives {str(target)[:60]}, {kind}")
+            return target if isinstance(target, str | list) else str(target)
         if written:
-            found = golds.of_template(
+            gold = golds.of_template(
                 template, doc, self.doc_to_choice(doc), indices=self.OUTPUT_TYPE == "generate_until"
             )
-            if found is not None:
-                return found
-        found = nulls.refuse(super().doc_to_target(doc, doc_to_target))
+            if gold is not None:
+                return gold
+        gold = nulls.refuse(super().doc_to_target(doc, doc_to_target))
         if isinstance(template, str):
-            golds.refuse_marks(found, self.doc_to_choice(doc))
-        return golds.of_value(found, super().doc_to_choice(doc), self.doc_to_choice(doc))
+            golds.refuse_marks(gold, self.doc_to_choice(doc))
+        return golds.of_value(gold, super().doc_to_choice(doc), self.doc_to_choice(doc))
 
     @functools.cached_property
     def _inputs_chosen(self) -> bool:
-        """Whether `doc_to_text` is the index of the right one of several contexts (WinoGrande) in every row, and not a question in digits."""
+        """Whether `doc_to_text` is the index of the right one of several contexts (WinoGrande) in every row, and
+        not a question in digits.
+        """
         texts = [ConfigurableTask.doc_to_text(self, doc) for doc in self.eval_docs]
         return all(
             isinstance(text, int) and 0 <= text < len(self.doc_to_choice(doc))
@@ -161,7 +164,8 @@ def filled(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
-    """The rows with their values as they are: a column whose values have no one type, which Arrow refuses, is held as JSON.
+    """The rows with their values as they are: a column whose values have no one type, which Arrow refuses, is held as
+    JSON.
 
     So is a column of whole and broken numbers, of which Arrow would make broken ones: a choice 3 stays "3", not "3.0".
     """
@@ -177,7 +181,9 @@ def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
 
 
 def _one_type(values: Sequence[Any]) -> bool:
-    """Whether the values, but for nulls, are of one type, and so are what lists hold and what objects hold by one name."""
+    """Whether the values, but for nulls, are of one type, and so are what lists hold and what objects hold by one
+    name.
+    """
     values = [value for value in values if value is not None]
     kinds = {type(value) for value in values}
     if kinds == {list}:

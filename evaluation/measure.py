@@ -1,12 +1,14 @@
-"""What a task's metric is: which way is better, in which unit two models differ, and whether every row has a part in it.
+"""A task's metric: which direction is better, the unit of a difference, and whether it is a mean over rows.
 
-lm-eval says how a metric is aggregated and which way is better; the rest is seen in a trial, in which its own functions get made-up
-answers to every row. What they cannot do with them they could not do with a model's, so it is refused before anything is trained.
+lm-eval states how a metric is aggregated and which direction is better. The rest is found by a trial: lm-eval's own
+functions get invented answers to every row. Where they fail on these they would fail on a model's answers, so the
+metric is refused before anything is trained. The unit is
 
-    share       the mean over rows of numbers in [0, 1], more is better: a proportion, told in percentage points
-    nats        perplexities: two models differ by the logarithm of their ratio, so that an e-fold fall is 1 whatever the level
-    otherwise   the metric's own name, differences as they are
-All differences are turned so that more is better: the rise of a metric of which lower is better counts as a loss.
+    share       of a mean over rows of numbers in [0, 1], higher is better: a proportion, shown in percentage points
+    nats        of a perplexity: two models differ by the logarithm of their ratio
+    otherwise   the metric's own name: a plain difference
+
+Every difference has its sign set so that more is better: where lower is better, a rise counts as a loss.
 """
 
 import math
@@ -33,7 +35,8 @@ class Measure:
     """One metric of a task as `metric` and `filter` name it.
 
     per_item  whether the number is a mean over rows of a number each: then models are compared row by row
-    part      a row's number, turned so that more is better, from what lm-eval passes on for the row; None where not per_item
+    part      a row's number, turned so that more is better, from what lm-eval passes on for the row; None where not
+              per_item
     compared  what two models are compared by, of all passed values: turned, and a logarithm for nats
     """
 
@@ -51,23 +54,23 @@ class Measure:
         unit = self.unit
         if unit == SHARE and not all(0 <= part <= 1 for part in parts):
             unit = self.metric  # a function of the task's own that the trial had not shown to leave [0, 1]
-        found = {"unit": unit, "higher_is_better": self.higher_is_better, "per_item": self.per_item}
+        entry = {"unit": unit, "higher_is_better": self.higher_is_better, "per_item": self.per_item}
         if parts is None:
-            return found | {"compared": self.compared(passed), "resampled": resampled(self.compared, passed)}
-        return found | {"compared": value if unit == SHARE else math.fsum(parts) / len(parts)}
+            return entry | {"compared": self.compared(passed), "resampled": resampled(self.compared, passed)}
+        return entry | {"compared": value if unit == SHARE else math.fsum(parts) / len(parts)}
 
 
 def resampled(number: Callable[[Sequence[Any]], float], passed: Sequence[Any]) -> list[float | None]:
     """`number` of rows drawn with replacement, again and again; None where it cannot be had of a draw."""
     drawn = np.random.default_rng(SEED).integers(len(passed), size=(RESAMPLES, len(passed)))
-    found: list[float | None] = []
+    numbers: list[float | None] = []
     for rows in drawn:
         try:
             value = number([passed[row] for row in rows])
         except (ArithmeticError, ValueError, IndexError):  # all rows of a draw may be of one class
             value = math.nan
-        found.append(round(value, 9) if math.isfinite(value) else None)
-    return found
+        numbers.append(round(value, 9) if math.isfinite(value) else None)
+    return numbers
 
 
 def bounded(aggregation: Mapping[str, Callable]) -> dict[str, Callable]:
@@ -87,7 +90,8 @@ _BOUNDED = {metrics.perplexity: _perplexity, metrics.weighted_perplexity: _weigh
 
 
 def measured(task: Any, metric: str, instances: Sequence[Sequence[Any]]) -> Measure:
-    """The measure of `metric` (METRIC or METRIC,FILTER) of a task whose rows are asked by `instances`, which are given made-up answers.
+    """The measure of `metric` (METRIC or METRIC,FILTER) of a task whose rows are asked by `instances`, which are given
+    made-up answers.
 
     Raises UserError where lm-eval does not compute the metric of such a task, or not of such rows.
     """
@@ -102,20 +106,22 @@ def measured(task: Any, metric: str, instances: Sequence[Sequence[Any]]) -> Meas
         )
     if known is not None and known != better:
         raise UserError(
-            f"{what} is said to be better {'higher' if better else 'lower'}, and lm-eval says {'higher' if known else 'lower'}: "
-            "correct higher_is_better in metric_list"
+            f"{what} is said to be better {'higher' if better else 'lower'}, and lm-eval says "
+            f"{'higher' if known else 'lower'}: correct higher_is_better in metric_list"
         )
     passed = _tried(task, instances)
     if (name, chosen) not in passed:
-        found = sorted({key for key, _ in passed})
+        computed = sorted({key for key, _ in passed})
         raise UserError(
-            f"{what} is none that lm-eval computes of {task.OUTPUT_TYPE} tasks: it computes {', '.join(found) or 'none'} of this one"
+            f"{what} is none that lm-eval computes of {task.OUTPUT_TYPE} tasks: it computes "
+            f"{', '.join(computed) or 'none'} of this one"
         )
     for (other, _), values in passed.items():
         _aggregates(task, other, values, reported=other == name)
     if len(passed[name, chosen]) < len(instances):
         raise UserError(
-            f"{what} is computed of {len(passed[name, chosen])} of {len(instances)} rows: choose rows that it is computed of"
+            f"{what} is computed of {len(passed[name, chosen])} of {len(instances)} rows: choose rows that it is "
+            "computed of"
         )
     return _measure(
         task.aggregation().get(name, metrics.mean), name=name, filter=chosen, better=better, tried=passed[name, chosen]
@@ -154,7 +160,9 @@ def _measure(aggregate: Callable, *, name: str, filter: str, better: bool, tried
 
 
 def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
-    """(metric, filter) -> what lm-eval passes on for each row whose answers are made up: every choice is the likeliest of some row."""
+    """(metric, filter) -> what lm-eval passes on for each row whose answers are made up: every choice is the
+    likeliest of some row.
+    """
     for number, asked in enumerate(instances):
         for one in asked:
             one.resps = [_answer(task, one, number, len(asked))]
@@ -171,7 +179,7 @@ def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str
         for number, asked in enumerate(instances, 1):
             try:
                 with np.errstate(all="ignore"):
-                    found = task.process_results(asked[0].doc, [one.filtered_resps[ensemble.name] for one in asked])
+                    results = task.process_results(asked[0].doc, [one.filtered_resps[ensemble.name] for one in asked])
             except UserError:
                 raise
             except ImportError as error:
@@ -179,9 +187,10 @@ def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str
             except Exception as error:  # the task's own Python
                 raise UserError(
                     f"task {task.config.task}, {task.place(number)}: scoring an answer to this row fails in lm-eval "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct the row, or the task's metrics"
+                    f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct the row, or the task's "
+                    "metrics"
                 ) from error
-            for key, value in found.items():
+            for key, value in results.items():
                 passed.setdefault((key, ensemble.name), []).append(value)
     return passed
 

@@ -1,4 +1,6 @@
-"""Null cells: a template would print them as the word None (NaN as nan), and a model would be trained and scored on that word."""
+"""Null cells: a template would print them as the word None (NaN as nan), and a model would be trained and scored on
+that word.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,8 +26,8 @@ def refuse(value: Any) -> Any:
     return value
 
 
-def told(row: Mapping[str, Any], asked: Iterable[str] = ()) -> str:
-    """What to say of a row that gave null: its null columns, if possible those of `asked`, and what to do."""
+def describe(row: Mapping[str, Any], asked: Iterable[str] = ()) -> str:
+    """A row's null columns (those of `asked` where there are any) and what to do about them, for a message."""
     empty = [column for column, value in row.items() if is_null(value)]
     named = [column for column in empty if column in set(asked)] or empty
     what = f"{', '.join(map(repr, named))} is null" if named else "a template gives null"

@@ -1,8 +1,8 @@
 """Small fixed sets scored while a model is trained, and in choosing settings: no lm-eval, no trace left behind.
 
 A set is a file <name>.jsonl of work/data/train/<domain>/probe: rows {"context", "choices", "gold"} and, for an acc_norm
-or acc_bytes task, "norm", and what else `evaluation.task.render` writes; for a task whose answers are written, "end"; or {"text"} for general text. Probe rows are disjoint from
-every scored row.
+or acc_bytes task, "norm", and what else `evaluation.task.render` writes; for a task whose answers are written, "end";
+or {"text"} for general text. Probe rows are disjoint from every scored row.
 """
 
 import math
@@ -56,7 +56,8 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
     sets = {file.stem: encoded(_rows(file), tokenizer) for file in files}
     if empty := [name for name, items in sets.items() if not items]:
         raise UserError(
-            f"probe set {empty[0]}: its texts have no token to score in this tokenizer, which puts nothing before them: give longer texts"
+            f"probe set {empty[0]}: its texts have no token to score in this tokenizer, which puts nothing before "
+            "them: give longer texts"
         )
     return sets
 
@@ -77,7 +78,10 @@ def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
                 ]
             except UserError as error:
                 raise UserError(f"a probe row: {error}") from error
-            split = lambda pairs: tuple((ids[:start], ids[start:]) for ids, start in pairs)
+
+            def split(pairs):
+                return tuple((ids[:start], ids[start:]) for ids, start in pairs)
+
             less = [encode.answer_pair(tokenizer, "", choice) for choice in row["choices"]] if row.get("less") else []
             norm = tuple(row["norm"]) if row.get("norm") else None
             items.append(
@@ -99,10 +103,11 @@ def probe(
     """{"<name>": accuracy, "<name>_nll": nats per token of the gold choice} for sets of choices, and
     {"perplexity": exp(nats per token)} for the set of texts.
 
-    Accuracy is lm-eval's: the likeliest choice, per character for acc_norm, per byte for acc_bytes, by what the context adds to it for
-    acc_mutual_info; where there is only one choice (LAMBADA) and for exact_match, whether it is what the model would write. A task by
-    another metric (mcc, brier_score) has the accuracy of its likeliest choice here. Of written answers (GSM8K) there are the nats alone, end of text included.
-    The model's modes and all random states are left as they were.
+    Accuracy is lm-eval's: the likeliest choice, per character for acc_norm, per byte for acc_bytes, by what the context
+    adds to it for acc_mutual_info; where there is only one choice (LAMBADA) and for exact_match, whether it is what the
+    model would write. A task by another metric (mcc, brier_score) has the accuracy of its likeliest choice here. Of
+    written answers (GSM8K) there are the nats alone, end of text included. The model's modes and all random states are
+    left as they were.
     """
     limit = encode.max_length(model)
     asked = {name: [item.windows(limit) for item in items] for name, items in sets.items()}

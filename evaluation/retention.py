@@ -1,10 +1,11 @@
-"""What a model gained and lost: its scores against the bare base model's.
+"""What a model gained and lost: its scores compared with the base model's.
 
-Two models differ in a task by what their scores are `compared` by (evaluation/measure.py): turned so that more is better, shares of
-1 as they are, perplexities by their logarithm. Forgetting is base minus tuned, averaged over the retention tasks whose metric is a
-proportion of rows and on which the base is above chance. A task at chance cannot show loss, so it would only dilute the mean: it is
-named, and left out. A task in another unit has no mean with proportions: it is listed by itself. Above chance means that the lower
-end of Wilson's interval for the base's score, one-sided at 95 %, lies above chance:
+Two models differ in a task by what their scores are `compared` by (evaluation/measure.py): turned so that more is
+better, shares of 1 as they are, perplexities by their logarithm. Forgetting is base minus tuned, averaged over the
+retention tasks whose metric is a proportion of rows and on which the base is above chance. A task at chance cannot show
+loss, so it would only dilute the mean: it is named, and left out. A task in another unit has no mean with proportions:
+it is listed by itself. Above chance means that the lower end of Wilson's one-sided 95 % interval for the base's score
+lies above chance:
 
     (p + z²/2n − z·sqrt(p(1−p)/n + z²/4n²)) / (1 + z²/n) > chance,     z = 1.6449, n scored rows
 
@@ -34,7 +35,9 @@ def lower_bound(proportion: float, n: int) -> float:
 
 
 def above_chance(score: Mapping[str, Any]) -> bool:
-    """Whether a task's entry in scores.json lies above chance with a 95 % lower bound; never for what is no proportion of rows."""
+    """Whether a task's entry in scores.json lies above chance with a 95 % lower bound; never for what is no
+    proportion of rows.
+    """
     return (
         unit_of(score) == SHARE
         and 0 <= score["value"] <= 1
@@ -48,12 +51,14 @@ def unit_of(score: Mapping[str, Any]) -> str:
 
 
 def change(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """{"change", "unit"} of a task's two entries in scores.json: tuned minus base, turned so that more is better. Of a metric of the set also
-    "change_error", "change_low" and "change_high": the standard error by drawing rows with replacement, the same for both, and the
-    95 % interval by it (None where too few draws gave a number, or none differed: that no draw changed it does not say that none can)."""
+    """{"change", "unit"} of a task's two entries in scores.json: tuned minus base, turned so that more is better.
+    Of a metric of the set also "change_error", "change_low" and "change_high": the standard error by drawing rows
+    with replacement, the same for both, and the 95 % interval by it (None where too few draws gave a number, or
+    none differed: that no draw changed it does not say that none can).
+    """
     units = {unit_of(base), unit_of(tuned)}
     unit = units.pop() if len(units) == 1 else base["metric"].partition(",")[0]
-    found: dict[str, Any] = {"change": _compared(tuned) - _compared(base), "unit": unit}
+    result: dict[str, Any] = {"change": _compared(tuned) - _compared(base), "unit": unit}
     if "resampled" in tuned:
         pairs = [
             (after, before)
@@ -66,17 +71,20 @@ def change(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
             else 0.0
         )
         error = error if error > STILL else None
-        bounds = (None, None) if error is None else (found["change"] - Z_BOTH * error, found["change"] + Z_BOTH * error)
-        found |= {"change_error": error, "change_low": bounds[0], "change_high": bounds[1]}
-    return found
+        bounds = (
+            (None, None) if error is None else (result["change"] - Z_BOTH * error, result["change"] + Z_BOTH * error)
+        )
+        result |= {"change_error": error, "change_low": bounds[0], "change_high": bounds[1]}
+    return result
 
 
 def forgetting(base: Tasks, tuned: Tasks) -> dict[str, Any]:
-    """{"forgetting", "by_task", "at_chance", "apart"} of `tuned`, entries of the retention tasks (others are not counted).
+    """{"forgetting", "by_task", "at_chance", "apart"} of `tuned`, entries of the retention tasks (others are not
+    counted).
 
     by_task: base minus tuned of each task that counts; forgetting: their mean, None where no task counts; at_chance:
-    the retention tasks left out; apart: those in another unit than shares, each with its "forgetting" in its "unit". Raises
-    UserError where a task's two scores are not of the same rows and metric.
+    the retention tasks left out; apart: those in another unit than shares, each with its "forgetting" in its "unit".
+    Raises UserError where a task's two scores are not of the same rows and metric.
     """
     by_task: dict[str, float] = {}
     apart: dict[str, dict[str, Any]] = {}
@@ -103,7 +111,8 @@ def same(name: str, base: Tasks, score: Mapping[str, Any]) -> None:
     for key in ("metric", "n", "chance", "version"):
         if base[name].get(key) != score.get(key):
             raise UserError(
-                f"task {name}: {key} is {base[name].get(key)!r} for the base and {score.get(key)!r} for the tuned model: score both again"
+                f"task {name}: {key} is {base[name].get(key)!r} for the base and {score.get(key)!r} for the tuned "
+                "model: score both again"
             )
 
 

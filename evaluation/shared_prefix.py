@@ -85,7 +85,9 @@ def log_likelihoods(
 
 
 def plan(requests: Sequence[Request], *, max_length: int, tokens: int = TOKENS, shared: bool = True) -> list[list[Row]]:
-    """The forward passes that score `requests`, in order: rows of like lengths, each padded to the first, the longest."""
+    """The forward passes that score `requests`, in order: rows of like lengths, each padded to the first, the
+    longest.
+    """
     return list(_batches(_sequences(requests, max_length, shared), tokens))
 
 
@@ -209,7 +211,8 @@ def _pick(
             here = order[begin:end]
             row, wanted = (row_of[begin:end] - first).to(logits.device), target[here].to(logits.device)
             best = logits[row, wanted] == logits.amax(-1)[row]
-            # of equal logits the first is the argmax, which takes as long as the softmax: only where it may be the target
+            # of equal logits the first is the argmax, which takes as long as the softmax: only where it may be the
+            # target
             best[best.clone()] = logits[row[best]].argmax(-1) == wanted[best]
             greedy[here] = best.cpu()
             values[here] = logits.log_softmax(-1)[row, wanted].double().cpu()

@@ -38,12 +38,15 @@ def shipped_yaml(name: str) -> Path:
 
 
 def shipped_config(name: str) -> dict[str, Any]:
-    """What the task's YAML file says, with the functions it names, whose files are run. Raises UserError where they cannot be."""
+    """What the task's YAML file says, with the functions it names, whose files are run. Raises UserError where they
+    cannot be.
+    """
     file = shipped_yaml(name)
     try:
         if load_yaml(file, resolve_func=False).get("unsafe_code"):
             raise UserError(
-                f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: choose another task"
+                f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: "
+                "choose another task"
             )
         return dict(load_yaml(file))
     except UserError:
@@ -53,8 +56,8 @@ def shipped_config(name: str) -> dict[str, Any]:
     except Exception as error:  # the task's own Python is run here, and fails as it likes
         if "module script" in str(error):  # evaluate's words for program code that is not on this machine
             raise UserError(
-                f"task {name!r} has a metric that is program code of others, which the library evaluate would fetch and run, and that "
-                "is not done: choose another task"
+                f"task {name!r} has a metric that is program code of others, which the library evaluate would fetch "
+                "and run, and that is not done: choose another task"
             ) from error
         raise UserError(
             f"task {name!r} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
@@ -82,7 +85,10 @@ def lacks_package(what: str, error: ImportError) -> str:
         or named.get(_PACKAGES.get(module, "").replace("-", "_"))
         or _PACKAGES.get(module, module)
     )
-    return f"{what} needs the Python package {module}, which is not installed: `pip install '{package}'`, or choose another task"
+    return (
+        f"{what} needs the Python package {module}, which is not installed: `pip install '{package}'`, "
+        "or choose another task"
+    )
 
 
 # distributions of modules that go by another name
@@ -101,7 +107,9 @@ _WORD = re.compile(r"[\w.+-]*\w")
 
 
 def _not_shipped(name: str) -> str:
-    """What to do about a name that is no task: for a group its tasks, else the nearest names. Reads all of lm-eval's files."""
+    """What to do about a name that is no task: for a group its tasks, else the nearest names. Reads all of
+    lm-eval's files.
+    """
     tasks: set[str] = set()
     members: set[str] = set()
     groups: set[str] = set()
@@ -117,7 +125,10 @@ def _not_shipped(name: str) -> str:
     if name in groups:
         own = sorted(task for task in tasks if task.startswith(f"{name}_")) or sorted(members & tasks)
         such = f", such as {', '.join(own[:3])}" if own else ""
-        return f"task {name!r} is a group of lm-eval's tasks, not one task: give each of its tasks a block of its own{such}"
+        return (
+            f"task {name!r} is a group of lm-eval's tasks, not one task: give each of its tasks a block of its own"
+            f"{such}"
+        )
     alike = sorted(task for task in tasks if task.lower() == name.lower())  # `SciQ`
     near = alike or difflib.get_close_matches(name, sorted(tasks), n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "check the name in lm-eval's list of tasks"

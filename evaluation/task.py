@@ -1,8 +1,9 @@
 """lm-eval tasks on rows of our own: the shipped prompt and metric, without its index, hub or cache.
 
 A task is named as lm-eval names it ("sciq", "hellaswag") or given as a mapping of lm-eval's own YAML keys; such a
-mapping may start from a shipped one with `include: sciq`. The rows are a JSONL file, or in memory. Everything that would make
-lm-eval score 0.0 in silence (a missing column, a gold answer that is no choice, a null cell) is refused here by name.
+mapping may start from a shipped one with `include: sciq`. The rows are a JSONL file, or in memory. Everything that
+would make lm-eval score 0.0 in silence (a missing column, a gold answer that is no choice, a null cell) is refused here
+by name.
 """
 
 import contextlib
@@ -45,10 +46,10 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
     """The lm-eval task `task` on `rows`, or on those of a JSONL file, known as `name`, reported by `metric`.
 
     A metric that lm-eval takes of several filters' answers is written METRIC,FILTER, such as
-    `exact_match,strict-match`; without a filter it is that of the task's first one. Every row is checked (`check`), and the metric
-    is tried on made-up answers to all of them (evaluation/measure.py).
-    Raises UserError for an unknown task, key, metric or filter, a missing column, a gold answer that is not one of the
-    choices, and for answers that are to be drawn instead of written greedily. It names the place where a row was read.
+    `exact_match,strict-match`; without a filter it is that of the task's first one. Every row is checked (`check`), and
+    the metric is tried on made-up answers to all of them (evaluation/measure.py). Raises UserError for an unknown task,
+    key, metric or filter, a missing column, a gold answer that is not one of the choices, and for answers that are to
+    be drawn instead of written greedily. It names the place where a row was read.
     """
     config = config_of(name, task)
     rows = read_rows(rows) if isinstance(rows, str | Path) else _as_written(rows)
@@ -82,7 +83,8 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
 
 
 def check(task: LocalTask) -> list[list[Instance]]:
-    """Refuse documents whose prompt or target cannot be made, that would write null, and those whose gold answer is not a valid choice.
+    """Refuse documents whose prompt or target cannot be made, that would write null, and those whose gold answer is not
+    a valid choice.
 
     Returns what lm-eval asks of each row."""
     task.set_fewshot_seed(SEED)
@@ -99,7 +101,9 @@ def check(task: LocalTask) -> list[list[Instance]]:
 
 
 def _check_examples(task: LocalTask) -> None:
-    """Refuse few-shot examples that do not fit the task by their own number: shown before every row, they would fail at the first one."""
+    """Refuse few-shot examples that do not fit the task by their own number: shown before every row, they would
+    fail at the first one.
+    """
     shots = task.config.fewshot_config
     if not task.config.num_fewshot or shots is None or shots.process_docs or not isinstance(shots.samples, list):
         return
@@ -128,7 +132,8 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> in
     if isinstance(gold, list) != bool(task.multiple_target):
         first = "a list" if task.multiple_target else "one"
         raise UserError(
-            f"task {task.config.task}: {at} has the gold answer {gold!r}, the first row has {first}: write a list in every row or in none"
+            f"task {task.config.task}: {at} has the gold answer {gold!r}, the first row has {first}: write a list in "
+            "every row or in none"
         )
     for answer in gold if isinstance(gold, list) and gold else [gold]:
         valid = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
@@ -146,7 +151,9 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> in
 
 
 def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[Instance]:
-    """What lm-eval asks the model of one row; its `args` are (context, continuation) by choice, (text,), or (context, generation settings)."""
+    """What lm-eval asks the model of one row; its `args` are (context, continuation) by choice, (text,), or
+    (context, generation settings).
+    """
     context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
     made = task.construct_requests(doc, context, metadata=(task.config.task, 0, 1))
     asked = made if isinstance(made, list) else [made]
@@ -157,7 +164,9 @@ def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[Instance]:
 
 
 def _solution(task: LocalTask, doc: Mapping[str, Any]) -> str:
-    """The text that answers a question in full behind its context: the target, the first of several, and what parts the two."""
+    """The text that answers a question in full behind its context: the target, the first of several, and what parts
+    the two.
+    """
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None:
         target = task.doc_to_choice(doc)[target]
@@ -175,19 +184,20 @@ def doc_hash(doc: Mapping[str, Any]) -> str:
 def render(task: LocalTask) -> list[dict[str, Any]]:
     """The rows as the task asks them: {"id", "context", "choices", "gold"}, text and delimiters as lm-eval sends them.
 
-    `context` holds the description and the few-shot examples that scoring shows, drawn alike; then "asked" is the context without
-    the examples. `choices` begin with the target delimiter. Where the metric is acc_norm or acc_bytes a row also has "norm", the lengths in
-    characters or bytes by which lm-eval divides the choices' log-likelihoods; of acc_mutual_info "less", for the choices' own
-    log-likelihoods without a context are taken off; of exact_match "greedy", for the gold choice has to be what the model writes. A task of one continuation (LAMBADA) has one
-    choice, gold 0; so has a task whose answers are written (GSM8K), its choice the whole target, and the row has "end",
-    for end of text belongs behind it. `id` is lm-eval's doc_hash.
+    `context` holds the description and the few-shot examples that scoring shows, drawn alike; then "asked" is the
+    context without the examples. `choices` begin with the target delimiter. Where the metric is acc_norm or acc_bytes a
+    row also has "norm", the lengths in characters or bytes by which lm-eval divides the choices' log-likelihoods; of
+    acc_mutual_info "less", for the choices' own log-likelihoods without a context are taken off; of exact_match
+    "greedy", for the gold choice has to be what the model writes. A task of one continuation (LAMBADA) has one choice,
+    gold 0; so has a task whose answers are written (GSM8K), its choice the whole target, and the row has "end", for end
+    of text belongs behind it. `id` is lm-eval's doc_hash.
     """
     name, rendered = task.config.task, []
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "generate_until") or task.multiple_input:
         raise UserError(
             f"task {name} cannot be rendered as a context with choices "
-            f"({'its choices stand in the context' if task.multiple_input else task.OUTPUT_TYPE}): "
-            "it can be scored, but not trained on or probed"
+            f"({'its choices stand in the context' if task.multiple_input else task.OUTPUT_TYPE}): it can be scored, "
+            "but not trained on or probed"
         )
     task.set_fewshot_seed(SEED)
     for doc in task.eval_docs:
@@ -248,9 +258,10 @@ def _named(
     at: str = "",
     only: bool = True,
 ) -> Iterator[None]:
-    """Errors of a prompt that asks for a column the rows lack, told as such.
+    """Turn whatever lm-eval raises on these rows into a UserError that names the task and the place.
 
-    `row` is the one at hand and `at` its place; without `only`, other rows fail too, and the place is told where the row itself is at fault.
+    `row` is the current one and `at` its place; without `only`, other rows fail too, and the place is named where the
+    row itself is at fault.
     """
     what, task = f"{task}{at}", f"{task}{at if only else ''}"
     try:
@@ -260,7 +271,7 @@ def _named(
     except UserError:
         raise
     except nulls.NullCell as error:
-        raise UserError(f"{what}: {nulls.told(row or rows[0], columns_read(config))}") from error
+        raise UserError(f"{what}: {nulls.describe(row or rows[0], columns_read(config))}") from error
     except Unfit as error:
         raise UserError(f"{what}: {error}: correct the rows or the task") from error
     except ImportError as error:
@@ -270,7 +281,8 @@ def _named(
             r"[\w.-]+", str(error.args[0] if error.args else "")
         ):  # no column's name: lm-eval's own words
             raise UserError(
-                f"{task}: lm-eval cannot make the task ({' '.join(str(error.args[0] if error.args else error).split())[:300]})"
+                f"{task}: lm-eval cannot make the task "
+                f"({' '.join(str(error.args[0] if error.args else error).split())[:300]})"
             ) from error
         raise UserError(f"{task}: no column {error} (columns: {_columns(rows)}): rename it in `columns:`") from error
     except (
@@ -279,13 +291,14 @@ def _named(
         # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
         absent = sorted(columns_asked(config) - {column for row in rows for column in row})
         if absent and not config.get("process_docs"):
-            told = f"no column {', '.join(map(repr, absent))} (columns: {_columns(rows)}): rename it in `columns:`"
-            raise UserError(f"{task}: {told}") from error
+            problem = f"no column {', '.join(map(repr, absent))} (columns: {_columns(rows)}): rename it in `columns:`"
+            raise UserError(f"{task}: {problem}") from error
         if row and any(nulls.is_null(row.get(column)) for column in columns_read(config) & row.keys()):
-            raise UserError(f"{what}: {nulls.told(row, columns_read(config))}") from error
+            raise UserError(f"{what}: {nulls.describe(row, columns_read(config))}") from error
         which = "a row does" if only else "the rows do"
         raise UserError(
-            f"{task}: {which} not fit the task ({type(error).__name__}: {' '.join(str(error).split())[:300]}): correct the rows or the task"
+            f"{task}: {which} not fit the task ({type(error).__name__}: {' '.join(str(error).split())[:300]}): correct "
+            "the rows or the task"
         ) from error
 
 

@@ -46,45 +46,38 @@ class Findings:
         each = " and ".join(f"{_times(ratio)} (batches of {size})" for size, ratio in self.times.items())
         time = (
             f"On the same {self.documents} documents ({self.tokens:,} tokens) the published baseline takes {each} as "
-            "long to prepare as "
-            f"hierarchical importance; the paper claims about {CLAIM['times_faster']:g} times. An exact Fisher of the "
-            "adapted matrices alone "
-            f"takes {_times(self.times_same)} as long. "
+            f"long to prepare as hierarchical importance; the paper claims about {CLAIM['times_faster']:g} times. An "
+            f"exact Fisher of the adapted matrices alone takes {_times(self.times_same)} as long. "
         )
         if most >= CLAIM["times_faster"] / 2:
             time += "So work per token accounts for most of the claim"
         elif larger >= CLAIM["times_faster"] / 2:
             time += (
                 f"The published numbers of documents would make it {_times(larger)} (arithmetic): with them, most of "
-                "the claim is "
-                "accounted for"
+                "the claim is accounted for"
             )
         else:
             time += (
                 f"The published numbers of documents would make it {_times(larger)} at most (arithmetic): what is left "
-                "of the claim "
-                "comes neither from work per token nor from the documents, as measured here"
+                "of the claim comes neither from work per token nor from the documents, as measured here"
             )
         if self.times_same < 1:
             time += ", and importance of the same matrices is had in less time from a Fisher"
         storage = (
             f". Its importance takes {_percent(self.storage)} of the published baseline's storage, where the paper "
-            "claims "
-            f"{_percent(low)} to {_percent(high)}: "
+            f"claims {_percent(low)} to {_percent(high)}: "
         )
         if self.storage < self.entries * 0.95:
             storage += (
                 f"{_percent(self.entries)} because only the adapted matrices are kept, the rest of the way because an "
-                "entry is kept in "
-                "fewer bits. "
+                "entry is kept in fewer bits. "
             )
         else:
             storage += f"the adapted matrices are {_percent(self.entries)} of the weights. "
         if abs(self.storage_same - 1) < 0.1:
             storage += (
                 f"A Fisher of the same matrices, kept in the same way, takes as much ({_percent(self.storage_same)}): "
-                "the saving comes "
-                "from what is kept, not from the kind of importance."
+                "the saving comes from what is kept, not from the kind of importance."
             )
         else:
             storage += (
