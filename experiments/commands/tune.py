@@ -9,18 +9,24 @@ from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
+from torch import nn
+
 from analysis.families import family
 from evaluation.probe import load_probes, probe
-from experiments.model import weights
+from experiments.model import tuned, weights
 from experiments.model.base import dtype_of, load_tensors
+from experiments.model.measure import Measure
+from experiments.model.shape import shape_of
 from experiments.stages import prepare, resolve
 from experiments.stages.train import encoded
 from experiments.study.config import build_method
-from experiments.training import hardware
-from experiments.training.engine import TrainingFailed, fit
+from experiments.training import hardware, hooks
+from experiments.training.engine import TrainingFailed, final_weights, finish, fit
 from methods.errors import UserError
+from methods.part import Run, overrides
 from methods.tools.files import folder_sha256, read_json, write_json
 from methods.tools.names import unknown
+from methods.tools.process_group import Shards
 
 RULE = (
     "highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
@@ -169,7 +175,7 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
     try:
         result = fit(
             model=model,
-            parts=parts,
+            parts=hooks.trainers(parts),
             examples=examples,
             settings=settings,
             seed=SEED,
@@ -180,7 +186,24 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
         )
     except TrainingFailed as error:
         return {"failed": str(error)}
-    return probe(model=result.run.model, sets=sets) | {"seconds": result.seconds}
+    judged = _finished(study, model_name, domain, result, parts, base, where)
+    return probe(model=judged, sets=sets) | {"seconds": result.seconds}
+
+
+def _finished(study, model_name, domain, result, parts, base, where) -> nn.Module:
+    """The model by which a trial is judged: the trained one, or one with the weights that parts change after training."""
+    if all("adapts" in part.capabilities for part in parts if overrides(part, "finish")):  # merging computes the same
+        return result.run.model
+    folder, probes = study.paths.model(model_name), study.paths.data / "train" / domain / "probe"
+    computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
+    measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=Shards())
+    final = final_weights(result, hooks.trainers(parts), measure=measure)
+    shape = shape_of(model_name, study.models[model_name], folder)
+    run = Run(model=shape.build(), weights={}, base=base, seed=SEED, device=where)
+    final, _, _ = finish(hooks.finishers(parts), run=run, final=final, measure=measure)
+    model = weights.load_model(folder, dtype=computing, device=where)
+    tuned.fill(model, tuned.rounded(base, final).items())
+    return model
 
 
 def _judge(record: dict, domain: str) -> None:

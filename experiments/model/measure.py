@@ -48,9 +48,7 @@ class Measure:
     def _score(self, final: Mapping[str, Tensor], charge: Callable[..., None]) -> dict[str, float]:
         passes = 1 if "_reference" in vars(self) else 2
         reference = self._reference
-        state = self._model.state_dict()
-        for name, tensor in tuned.rounded(self.base, final).items():
-            state[name].copy_(tensor)
+        tuned.fill(self._model, tuned.rounded(self.base, final).items())
         logits, logits_of_base = (architecture.logits_of(model) for model in (self._model, self._base_model))
         nll = kl = torch.zeros((), dtype=torch.float64)
         for (context, continuation), before in zip(self._requests, reference, strict=True):

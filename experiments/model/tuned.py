@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -114,10 +114,16 @@ def load(
     state = model.state_dict()
     if unknown := sorted(set(found) - set(state)):
         raise UserError(f"{folder}: {unknown[0]} is no tensor of the model that its config describes")
-    with torch.no_grad():
-        for name, tensor in delta.verified(found, sha256=digest, what=out):
-            state[name].copy_(tensor)
+    fill(model, delta.verified(found, sha256=digest, what=out))
     return model, digest
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy tensors, such as those of `rounded`, into a model by name."""
+    state = model.state_dict()
+    for name, tensor in tensors:
+        state[name].copy_(tensor)
 
 
 def write_folder(out: Path, *, folder: Path, target: Path) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from experiments.commands import plan
+from experiments.commands import plan, tune
 from experiments.model import tuned
 from experiments.model.measure import Measure
 from experiments.model.random_models import byte_tokenizer
@@ -152,6 +152,19 @@ def test_the_plan_counts_a_training_once(made):
     folder = load(made, fresh).paths.model("llama-tiny")
     entries = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     assert planned["full"]["disk_bytes"] - planned["half"]["disk_bytes"] == 4 * entries
+
+
+def test_a_trial_is_judged_by_the_finished_weights(made, capsys):
+    def change(raw):
+        methods()(raw)
+        raw["tune"] = {"methods": {"half": {"scaled.by": [0.0, 1.0]}, "full": {"train.learning_rate": [1e-3, 2e-3]}}}
+
+    study = load(made, change)
+    tune.main(study, ["half", "full"])
+    record = read_json(study.paths.tuning("llama-tiny", "sums"))
+    trials = {(t["method"], *t["settings"].values()): t for t in record["trials"]}
+    assert trials["half", 1.0]["perplexity"] == trials["full", 1e-3]["perplexity"]
+    assert trials["half", 0.0]["perplexity"] == pytest.approx(258, rel=1e-5)  # zeros: any of the 258 tokens
 
 
 def test_measure_is_what_the_whole_models_say(made):
