@@ -7,6 +7,7 @@ have another mask: a last bit of the gradient can turn the choice between two en
 import functools
 import importlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -52,26 +53,42 @@ def _compare(trial: Trial, found: Path, problem: str) -> None:
         raise Broken(
             f"two processes did not end: {errors[0] if errors else problem or 'they stopped before this part'}"
         )
-    two, one = load_file(found / "final.safetensors"), _run(trial).final
+    alone = _run(trial)
+    two, one = load_file(found / "final.safetensors"), alone.final
     if two.keys() != one.keys():
         raise Broken("two processes give tensors of other names than one: every process must call the same `run.whole`")
     errors = {name: relative(tensor, one[name]) for name, tensor in two.items()}
     worst = max(errors, key=errors.get, default="")
-    if not worst or errors[worst] <= WITHIN:
-        return
     share = _share_of_other_entries(two, one)
-    if "optimizer" in trial.kind.capabilities and share <= OTHER_MASKS:
-        return
-    raise Broken(
-        f"after {STEPS} steps the weights of two processes differ from those of one by {errors[worst]:.2g} of the norm of {worst} "
-        f"({WITHIN:.0e} is allowed), in {share:.2%} of all entries. What to do: draw by (seed, step, row) and never by "
-        "process, sum over `run.shards` what is of all rows, and do the same work in every process"
-    )
+    masked = "optimizer" in trial.kind.capabilities and share <= OTHER_MASKS
+    if worst and errors[worst] > WITHIN and not masked:
+        raise Broken(
+            f"after {STEPS} steps the weights of two processes differ from those of one by {errors[worst]:.2g} of the norm "
+            f"of {worst} ({WITHIN:.0e} is allowed), in {share:.2%} of all entries. What to do: draw by (seed, step, row) and "
+            "never by process, sum over `run.shards` what is of all rows, and do the same work in every process"
+        )
+    costs, own = json.loads((found / "costs.json").read_text()), _costs(alone)
+    for what, cost in own.items():
+        if not (
+            cost == costs.get(what) or (cost and costs.get(what) and math.isclose(cost, costs[what], rel_tol=1e-9))
+        ):
+            raise Broken(
+                f"{what}: two processes count {costs.get(what)}, one counts {cost}. What to do: charge what every process "
+                "does in the first one alone, and what each does of its own rows in all of them"
+            )
 
 
 def _share_of_other_entries(own: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
     differing = sum(int(((t - other[n]).abs() > WITHIN * other[n].abs().max()).sum()) for n, t in own.items())
     return differing / max(1, sum(t.numel() for t in own.values()))
+
+
+def _costs(trained: Trained) -> dict[str, float | None]:
+    """Tokens of the domain, and what each part adds to them; seconds are measured, and therefore left out."""
+    added = trained.result.added.items()
+    return {"tokens": trained.result.tokens} | {
+        f"{kind} added by {part}": cost[kind] for part, cost in added for kind in ("tokens", "flops", "bytes")
+    }
 
 
 def _run(trial: Trial) -> Trained:
@@ -93,10 +110,11 @@ def _work(rank: int, folder: str, items: Sequence[tuple[str, str, str]]) -> None
             kind=kind, architecture=architecture, folder=own, shards=Shards(rank=rank, world=WORLD, active=True)
         )
         try:
-            final = _run(trial).final
+            trained = _run(trial)
         except BaseException as error:
             (own / f"error-{rank}.json").write_text(json.dumps({"error": told(error, trial)}))
             raise
         if rank == 0:
-            save_file({name: tensor.contiguous() for name, tensor in final.items()}, own / "final.safetensors")
+            (own / "costs.json").write_text(json.dumps(_costs(trained)))
+            save_file({name: t.contiguous() for name, t in trained.final.items()}, own / "final.safetensors")
     dist.destroy_process_group()
