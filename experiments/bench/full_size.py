@@ -91,11 +91,7 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
     count = (running.WARM + STEPS) * preparing.batch if trains else running.WARM + DOCUMENTS
     general = sizes.random_examples(count, preparing.length, vocabulary=vocabulary, seed=1)
     prepared = running.prepare(
-        parts=[dataclasses.replace(p, samples=count) if hasattr(p, "samples") else p for p in parts],
-        make=make,
-        general=general,
-        settings=preparing,
-        **given,
+        parts=sizes.parts_of(method, documents=count), make=make, general=general, settings=preparing, **given
     )
 
     peak = running.Peak(device)

@@ -103,9 +103,14 @@ def shape_named(name: str, *, tiny: bool) -> Shape:
     return Shape(config=build_named(name, tiny=tiny, device=torch.device("meta"), dtype=torch.float32).config)
 
 
-def parts_of(method: str) -> tuple[Part, ...]:
-    """The method's parts with default settings. Raises Skipped where peft is needed and not there."""
-    block = METHODS[method]
+def parts_of(method: str, *, documents: int | None = None) -> tuple[Part, ...]:
+    """The method's parts with default settings, but for the `documents` that they prepare on.
+
+    Raises Skipped where peft is needed and not installed.
+    """
+    block = dict(METHODS[method])
+    for part in {"ewc", "hierarchical"} & block.keys() if documents else ():
+        block[part] = {"samples": documents}
     if "lora" in block:
         try:
             import peft  # noqa: F401
