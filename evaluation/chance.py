@@ -21,9 +21,8 @@ def below_chance(study, model: str, tasks: Iterable[str] | None = None) -> list[
     if tasks is None:
         tasks = {
             name
-            for domain in study.grid["domains"]
-            for block in [study.domains[domain]]
-            for name in (domain, *(block.get("retention") or ()), *(block.get("transfer") or ()))
+            for domain in study.grid.domains
+            for name in (domain, *study.domains[domain].retention, *study.domains[domain].transfer)
         }
     return [
         f"{WARNING}{model} scores {scored[name]['value']:.3f} on {name}, below its chance of "

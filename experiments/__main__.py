@@ -169,7 +169,7 @@ def run(options: argparse.Namespace) -> int:
     study = config.load(getattr(options, "study", ""))
     if study.archive and options.command not in READING:
         raise UserError(
-            f"study {study.name} is an archive of commit {study.archive['commit'][:10]}: its results are read "
+            f"study {study.name} is an archive of commit {study.archive.commit[:10]}: its results are read "
             f"({', '.join(READING)}) and never run again; copy its folder under another name, without the block "
             "`archive:`, to run it"
         )
@@ -256,7 +256,7 @@ def _stage(study, options: argparse.Namespace) -> None:
         if not 0 <= options.seed < 2**63:
             raise UserError(f"seed {options.seed}: it must be a whole number from 0 to {2**63 - 1}")
         # a preparation never sees the domain: a failure is recorded with the first cell that needs it
-        cell = cells.Cell(options.model, study.grid["domains"][0], options.method, options.seed)
+        cell = cells.Cell(options.model, study.grid.domains[0], options.method, options.seed)
         prepare.main(study, model=options.model, method=options.method, seed=options.seed, cell=cell)
     elif stage == "base":
         from experiments.stages import evaluate

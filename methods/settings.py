@@ -70,7 +70,7 @@ def refuse(value: Any, kind: Any, *, within: str = "", where: str) -> None:
     """Raise a UserError that names `where`, the value and what it must be, unless it is of its type and in its interval."""
     if fits(value, kind) and not (_number(value) and within and not inside(value, within)):
         return
-    raise UserError(f"{where} is {shown(value)}: it must be {describe(kind)}{_interval(within)}{_hint(value, kind)}")
+    raise UserError(f"{where} is {shown(value)}: it must be {described(kind, within)}{hint(value, kind)}")
 
 
 def fits(value: Any, kind: Any) -> bool:
@@ -78,6 +78,7 @@ def fits(value: Any, kind: Any) -> bool:
     options = _options(kind)
     if len(options) > 1:
         return any(fits(value, option) for option in options)
+    (kind,) = options
     origin = typing.get_origin(kind)
     if origin is Literal:
         return any(type(value) is type(choice) and value == choice for choice in typing.get_args(kind))
@@ -126,15 +127,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def _interval(within: str) -> str:
-    """An interval in words where they are plainer than the interval."""
+def described(kind: Any, within: str) -> str:
+    """A field's type and interval in words."""
     if not within:
-        return ""
+        return describe(kind)
     low, high = within[1:-1].split(", ")
-    return f" in {within}" if high != "inf" else f" from {low}" if within[0] == "[" else f" above {low}"
+    interval = f"in {within}" if high != "inf" else f"from {low}" if within[0] == "[" else f"above {low}"
+    return f"{describe(kind)} {interval}"
 
 
-def _hint(value: Any, kind: Any) -> str:
+def hint(value: Any, kind: Any) -> str:
     """What was probably meant, where the value is of another type."""
     if fits(value, kind):
         return ""
@@ -161,6 +163,7 @@ def inside(value: float, within: str) -> bool:
 
 
 def _options(kind: Any) -> tuple:
+    kind = typing.get_args(kind)[0] if typing.get_origin(kind) is typing.Annotated else kind
     union = typing.get_origin(kind) in (typing.Union, types.UnionType)
     return typing.get_args(kind) if union else (kind,)
 

@@ -19,6 +19,7 @@ from ruamel.yaml import YAML
 from experiments.__main__ import parser, run
 from experiments.data import prepared_rows as data
 from experiments.study import cells, config
+from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE, Paths
 from methods import part as protocol
 from methods import registry
@@ -129,7 +130,7 @@ def _dvc(words):
             )
     for change in getattr(options, "set_param", None) or []:
         name, _, _ = change.partition("=")
-        block = config.read_yaml(HERE / "params.yaml")
+        block = read_yaml(HERE / "params.yaml")
         for key in name.split("."):
             assert key in block, f"{name} is no key of params.yaml"
             block = block[key]
@@ -143,7 +144,7 @@ def _stages(file):
     lists = {"model": "models", "domain": "domains", "method": "methods", "seed": "seeds"}
     names = set()
     for stage, block in YAML(typ="safe").load(file)["stages"].items():
-        values = product(*([str(v) for v in study.grid[lists[key]]] for key in block.get("matrix", {})))
+        values = product(*([str(v) for v in getattr(study.grid, lists[key])] for key in block.get("matrix", {})))
         names |= {f"{stage}@{'-'.join(value)}" if value else stage for value in values}
     return names
 
@@ -232,7 +233,7 @@ def test_a_block_of_params_yaml_is_one_that_loads(page, text, tmp_path):
     """Put in place of the same blocks of the study it is about (else beside those of the default study), it is accepted."""
     given = YAML(typ="safe").load(text)
     study = "mofo-math" if "math-small" in text else ""
-    whole = config.read_yaml(Paths(study=study).params)
+    whole = read_yaml(Paths(study=study).params)
     for key, block in given.items():
         merge = isinstance(block, dict) and key != "grid" and "source" not in block
         whole[key] = whole.get(key, {}) | block if merge else block
@@ -258,7 +259,7 @@ def test_the_readmes_domain_makes_its_rows(tmp_path, monkeypatch):
     (tmp_path / "text.jsonl").write_text(
         "\n".join(json.dumps({"text": f"A passage about bird number {n}."}) for n in range(40))
     )
-    whole = config.read_yaml(HERE / "params.yaml") | {
+    whole = read_yaml(HERE / "params.yaml") | {
         "domains": {"birds": block},
         "general": {"rows": {"jsonl": "text.jsonl"}, "importance": 4, "perplexity": 4, "probe": 2},
     }

@@ -114,9 +114,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         "device": torch.device("cpu"),
         "shards": Shards(),
         "compute_dtype": on.dtype,
-        "settings": replace(
-            on.study.prepare_settings(model=on.study.grid["models"][0], method="hierarchical"), probes=0
-        ),
+        "settings": replace(on.study.prepare_settings(model=on.study.grid.models[0], method="hierarchical"), probes=0),
     }
     sizes: dict[str, dict[str, int]] = {}
     tokens: dict[str, int] = {}

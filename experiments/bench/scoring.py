@@ -33,10 +33,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     study = config.load()
     with TemporaryDirectory() as place:
         timed = Path(place) / "evaluate"
-        folder, found = (
-            study.paths.model(study.grid["models"][0]),
-            study.paths.data / "evaluate" / study.grid["domains"][0],
-        )
+        folder, found = (study.paths.model(study.grid.models[0]), study.paths.data / "evaluate" / study.grid.domains[0])
         real = not small and (folder / "base.json").is_file() and (found / "tasks.json").is_file()
         if real:
             name, tokenizer = folder.name, weights.load_tokenizer(folder)
@@ -44,7 +41,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             def make(dtype):
                 return weights.load_model(folder, dtype=dtype)
 
-            train = study.paths.data / "train" / study.grid["domains"][0]
+            train = study.paths.data / "train" / study.grid.domains[0]
             others = [
                 file
                 for file in (*sorted((train / "probe").glob("*.jsonl")), train / "train.jsonl")
@@ -55,7 +52,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             found, others = Path(place) / "all", []
         _first(found, timed, share=4 if small else SHARE)
         model = make("auto" if real else torch.bfloat16)
-        batch_size = study.evaluate["batch_size"]
+        batch_size = study.evaluate.batch_size
 
         def scored(scorer: str) -> Any:
             return lambda: harness.score(

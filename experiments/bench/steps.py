@@ -39,9 +39,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     on, rounds = subject.find(small=small), rounds or ROUNDS
     batch = on.batch()
     methods = {PLAIN: ()} | {
-        name: on.study.methods[name].parts
-        for name in (*on.study.grid["methods"], "ewc-lora")
-        if name in on.study.methods
+        name: on.study.methods[name].parts for name in (*on.study.grid.methods, "ewc-lora") if name in on.study.methods
     }
     common = {"device": torch.device("cpu"), "compute_dtype": on.dtype}
     settings = {name: on.steps(name, batch, 1 + rounds) for name in methods}

@@ -69,7 +69,7 @@ def find(*, small: bool, real: bool = True) -> Subject:
 
 
 def _first(study: Study) -> tuple[str, str]:
-    return study.grid["models"][0], study.grid["domains"][0]
+    return study.grid.models[0], study.grid.domains[0]
 
 
 def _real(study, folder, train, general) -> Subject:
@@ -83,7 +83,7 @@ def _real(study, folder, train, general) -> Subject:
     model, domain = _first(study)
     dtype = study.compute_dtype(model, dtype_of(read_json(folder / "base.json")), hardware.device("cpu"))
     tokenizer = weights.load_tokenizer(folder)
-    length = study.settings(model=model, domain=domain, method=study.grid["methods"][0]).length
+    length = study.settings(model=model, domain=domain, method=study.grid.methods[0]).length
     return Subject(
         name=f"{model}, {domain}",
         study=study,

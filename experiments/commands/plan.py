@@ -30,6 +30,7 @@ from experiments.model.weights import as_dtype
 from experiments.stages.train import store_of
 from experiments.study import ahead, cells
 from experiments.study.lock import Lock
+from experiments.study.schema import Model
 from experiments.training import batches, hardware, memory
 from experiments.training.flops import Flops, of_pass
 from methods.part import Part
@@ -54,7 +55,7 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
     warnings = ahead.look(study)
     lock = Lock(study)
     chosen = cells.matching(study, patterns)
-    models = {name: _Model(study=study, name=name) for name in study.grid["models"]}
+    models = {name: _Model(study=study, name=name) for name in study.grid.models}
     device = _device(study)
     available = hardware.available_memory(device) if _is_here(device) else None
     begun: set[Path] = set()
@@ -86,7 +87,7 @@ class _Model:
     name: str
 
     @functools.cached_property
-    def block(self) -> dict:
+    def block(self) -> Model:
         return self.study.models[self.name]
 
     @functools.cached_property
@@ -103,19 +104,19 @@ class _Model:
         made = self.study.paths.model(self.name) / "base.json"
         if made.is_file():
             return as_dtype(read_json(made, "dtype")["dtype"])
-        default = "float32" if self.block["source"].startswith("random:") else "bfloat16"
-        return as_dtype(self.block.get("dtype") or default)
+        default = "float32" if self.block.source.startswith("random:") else "bfloat16"
+        return as_dtype(self.block.dtype or default)
 
     @functools.cached_property
     def compute(self) -> torch.dtype:
         if _is_here(self.device):
             return self.study.compute_dtype(self.name, self.checkpoint, self.device)
-        chosen = self.block.get("compute_dtype")
+        chosen = self.block.compute_dtype
         return as_dtype(chosen) if chosen else torch.promote_types(self.checkpoint, torch.bfloat16)
 
     @property
     def processes(self) -> int | None:
-        return self.block.get("processes")
+        return self.block.processes
 
     @functools.cached_property
     def rate(self) -> tuple[float, str]:
@@ -228,7 +229,7 @@ def _preparation(study, cell, model: _Model, settings) -> tuple[int, float]:
     tokens, flops = 0.0, 0.0
     documents = expected.general_text(study)
     for made in (made for part in study.methods[cell.method].parts for made in part.preparation()):
-        count = int(study.general.get("importance", expected.DOCUMENTS))
+        count = study.general.importance
         lengths = documents or [(made.length or UNKNOWN_LENGTH) // 2] * count
         read = made.cut(lengths)
         epochs = (made.training or {}).get("epochs")

@@ -22,7 +22,7 @@ from analysis.families import families, family, member
 from experiments.commands import plan
 from experiments.stages import resolve
 from experiments.study import cells, config, pipeline
-from experiments.study.params_text import with_methods
+from experiments.study.params_text import read_yaml, with_methods
 from experiments.study.paths import Paths
 from experiments.training.settings import TrainSettings
 from methods.errors import UserError
@@ -44,7 +44,7 @@ def main(study, *, method: str, knob: str, values: str, points: int | None = Non
     """
     blocks = make(study, method=method, knob=knob, values=values, points=points, linear=linear)
     path = study.paths.params
-    there = config.read_yaml(path)["methods"]
+    there = read_yaml(path)["methods"]
     for name, block in blocks.items():
         if name in there and there[name] != block:
             raise UserError(
@@ -53,7 +53,7 @@ def main(study, *, method: str, knob: str, values: str, points: int | None = Non
                 "methods: and sweep that"
             )
     new = {name: block for name, block in blocks.items() if name not in there}
-    added = [name for name in blocks if name not in study.grid["methods"]]
+    added = [name for name in blocks if name not in study.grid.methods]
     if new or added:
         text = with_methods(path.read_text(), blocks=new, grid=added, behind=method, where=path.name)
         _check(study, text)
@@ -85,7 +85,7 @@ def make(study, *, method: str, knob: str, values: str, points: int | None, line
     if double := [value for value, count in Counter(wanted).items() if count > 1]:
         hint = "; a whole number is wanted, so ask for fewer points" if kind is int else ""
         raise UserError(f"{knob} {values}: {double[0]} comes twice, in {', '.join(map(str, wanted))}{hint}")
-    if method in study.grid["methods"]:
+    if method in study.grid.methods:
         wanted = [value for value in wanted if value not in own]
     if not wanted:
         raise UserError(f"{knob} {values}: {method} has this value itself, so that there is nothing to add")
@@ -124,7 +124,7 @@ def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: b
 
 def counts(study) -> list[str]:
     """How many blocks each family has in the grid, and a warning where these differ."""
-    found = {name: len(blocks) for name, blocks in families(study.grid["methods"]).items()}
+    found = {name: len(blocks) for name, blocks in families(study.grid.methods).items()}
     lines = ["trials by family: " + ", ".join(f"{name} {count}" for name, count in found.items())]
     if len(set(found.values())) > 1:
         most = max(found.values())
@@ -171,7 +171,7 @@ def _knob(study, method: str, part: str, setting: str) -> tuple[Any, list]:
                 f"knob train.{setting}: it changes the tokens of training, and methods are compared at equal tokens (docs/rules.md): give "
                 "another budget a study of its own"
             )
-        pairs = [(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
+        pairs = [(model, domain) for model in study.grid.models for domain in study.grid.domains]
         used = {getattr(study.settings(model=model, domain=domain, method=method), setting) for model, domain in pairs}
         return kinds[setting], list(used) if len(used) == 1 else []
     by_key = {own.key: own for own in study.methods[method].parts}

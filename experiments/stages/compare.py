@@ -11,8 +11,8 @@ def main(study) -> None:
         summary_dir=study.paths.summary,
         cells=[cell.name for cell in cells.grid(study)],
         title=study.title,
-        archive=study.archive,
+        archive=study.archive and study.archive.as_written,
     )
-    for model in study.grid["models"]:
+    for model in study.grid.models:
         for line in below_chance(study, model):
             print(line)

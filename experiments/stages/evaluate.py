@@ -31,7 +31,7 @@ def base(study, *, model: str) -> None:
     ahead.refuse_long(study, model=model, **known)
     ahead.refuse_encoding(study, model=model, **known)
     with tempfile.TemporaryDirectory() as together:
-        entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid["domains"]])
+        entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid.domains])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))
         _score(
             study,
@@ -99,7 +99,7 @@ def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks
         tasks_dir=tasks,
         weights_sha256=digest,
         kept=study.paths.local / "tokens",
-        **study.evaluate,
+        **study.evaluate.model_dump(),
     )
     seconds = perf_counter() - began
     harness.save(scores, items, out)

@@ -14,8 +14,10 @@ from importlib.metadata import version
 import torch
 
 import evaluation
-from experiments.study import blocks, local_files
+from experiments.study import local_files
 from experiments.study.advice import of_study
+from experiments.study.clashes import ROLES
+from experiments.study.schema import Domain, Rows
 from experiments.training import hardware, hooks
 from experiments.training.settings import NUMERICS, TrainSettings
 from methods import registry
@@ -30,9 +32,7 @@ MODEL_FORMAT = 2
 DATA_FORMAT = 2
 
 MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed")
-DOMAIN_KEYS = tuple(
-    key for key in blocks.DOMAIN if key not in ("why", "train")
-)  # what enters its rows and their scores
+DOMAIN_KEYS = Domain.model_fields.keys() - {"why", "train"}  # what enters its rows and their scores
 DATA_PACKAGES = ("datasets", "lm_eval")  # that read and render rows
 
 
@@ -55,7 +55,7 @@ def main(study) -> None:
 
 def contents(study) -> dict[str, dict]:
     """The content of every resolved file of the study, by relative path."""
-    models, domains, methods = (study.grid[kind] for kind in ("models", "domains", "methods"))
+    models, domains, methods = study.grid.models, study.grid.domains, study.grid.methods
     paths = ["data.json", "compare.json"]
     paths += [f"{kind}/{name}.json" for kind in ("model", "evaluate") for name in models]
     paths += [
@@ -81,23 +81,26 @@ def content(study, path: str) -> dict:
 
 def model(study, name: str) -> dict:
     block = study.models[name]
-    resolved = {key: value for key, value in block.items() if key in MODEL_KEYS} | {"format": MODEL_FORMAT}
-    kind, _, rest = block["source"].partition(":")
+    resolved = {key: value for key, value in block.as_written.items() if key in MODEL_KEYS} | {"format": MODEL_FORMAT}
+    kind, _, rest = block.source.partition(":")
     if kind == "pypi":
         resolved["packages"] = _packages(study, [rest.partition("/")[0]])
     return resolved | _files(study, local_files.of_model(block))
 
 
 def data(study) -> dict:
-    domains = {d: {k: v for k, v in study.domains[d].items() if k in DOMAIN_KEYS} for d in study.grid["domains"]}
-    tasks = {name: study.tasks[name] for name in _tasks(study)}
-    wheels = [rows["pypi"].get("package") for rows in _rows(study) if "pypi" in rows and _prefer(study) == "pypi"]
+    domains = {
+        name: {key: value for key, value in study.domains[name].as_written.items() if key in DOMAIN_KEYS}
+        for name in study.grid.domains
+    }
+    tasks = {name: study.tasks[name].as_written for name in _tasks(study)}
+    wheels = [rows.pypi.package for rows in _rows(study) if rows.pypi and study.data.source == "pypi"]
     return {
         "domains": domains,
         "tasks": tasks,
-        "general": dict(study.general),
+        "general": study.general.as_written,
         "packages": _packages(study, wheels),
-        "data": dict(study.data),
+        "data": study.data.model_dump(),
         "versions": {name: version(name) for name in DATA_PACKAGES},
         "format": DATA_FORMAT,
     } | _files(study, _row_files(study))
@@ -106,36 +109,24 @@ def data(study) -> dict:
 def _tasks(study) -> list[str]:
     """Names of the tasks that the grid's domains use."""
     return sorted(
-        {
-            task
-            for name in study.grid["domains"]
-            for role in ("retention", "transfer", "probes")
-            for task in study.domains[name].get(role) or []
-        }
+        {task for name in study.grid.domains for role in ROLES for task in getattr(study.domains[name], role)}
     )
 
 
-def _rows(study) -> list[dict]:
+def _rows(study) -> list[Rows]:
     """All `rows:` blocks that are read."""
-    blocks = [
-        study.general,
-        *(study.domains[name] for name in study.grid["domains"]),
-        *(study.tasks[name] for name in _tasks(study)),
-    ]
-    return [block.get(key) or {} for block in blocks for key in ("rows", "test_rows")]
+    domains = [study.domains[name] for name in study.grid.domains]
+    blocks = [study.general, *domains, *(study.tasks[name] for name in _tasks(study))]
+    return [block.rows for block in blocks] + [domain.test_rows for domain in domains]
 
 
 def _row_files(study) -> list[str]:
-    return [path for rows in _rows(study) for path in local_files.of_rows(rows, prefer=_prefer(study))]
-
-
-def _prefer(study) -> str:
-    return study.data.get("source", "pypi")
+    return [path for rows in _rows(study) for path in local_files.of_rows(rows, prefer=study.data.source)]
 
 
 def evaluate(study, model: str) -> dict:
     """What the scores of the base and of cells depend on besides weights and rows; `collect` compares the same."""
-    resolved = dict(study.evaluate) | {
+    resolved = study.evaluate.model_dump() | {
         "scoring": evaluation.SCORING,
         "versions": evaluation.versions(),
         "device": study.device,
@@ -146,11 +137,7 @@ def evaluate(study, model: str) -> dict:
         return resolved | _computing(study, model)
     resolved["device"] = where.type
     block = study.models[model]
-    stated = (
-        block.get("compute_dtype")
-        or block.get("dtype")
-        or ("float32" if block["source"].startswith("random:") else None)
-    )
+    stated = block.compute_dtype or block.dtype or ("float32" if block.source.startswith("random:") else None)
     if stated is None:  # the checkpoint's own dtype, which is not known before the model was made
         return resolved | {"bf16": hardware.has_bf16(where)}
     return resolved | {"compute_dtype": str(study.compute_dtype(model, getattr(torch, stated), where))}
@@ -159,7 +146,7 @@ def evaluate(study, model: str) -> dict:
 def collect(study, model: str, method: str) -> dict:
     """What metrics.json takes directly from params.yaml."""
     return {
-        "note": study.models[model].get("note"),
+        "note": study.models[model].note,
         "not_a_result": study.not_a_result,
         "method": dict(study.methods[method].block),
     }
@@ -215,7 +202,8 @@ def train(study, model: str, domain: str, method: str, *, finished: bool = True)
 
 def _computing(study, model: str) -> dict:
     """The dtype to compute in, where the model's block names one."""
-    return {"compute_dtype": study.models[model]["compute_dtype"]} if "compute_dtype" in study.models[model] else {}
+    chosen = study.models[model].compute_dtype
+    return {"compute_dtype": chosen} if chosen else {}
 
 
 def _part(study, part: Part, phase: str | None) -> dict:
@@ -237,8 +225,8 @@ def _packages(study, wheels: list[str]) -> dict:
 
 def local_inputs(study) -> list[str]:
     """Paths whose content is hashed: files and folders that the study reads, and code of parts outside the project."""
-    parts = [part for method in study.grid["methods"] for part in study.methods[method].parts]
-    found = [path for name in study.grid["models"] for path in local_files.of_model(study.models[name])]
+    parts = [part for method in study.grid.methods for part in study.methods[method].parts]
+    found = [path for name in study.grid.models for path in local_files.of_model(study.models[name])]
     found += [path for part in parts for path in registry.paths(part, None)]
     return sorted({*found, *_row_files(study), *local_files.of_code(parts)})
 

@@ -119,7 +119,7 @@ def _used(study, cell) -> set[str]:
     """The names of the trainings that methods of the grid with a part that acts in `finish` alone begin from."""
     return {
         trained.name(resolve.train(study, cell.model, cell.domain, method, finished=False))
-        for method in {*study.grid["methods"], cell.method}
+        for method in {*study.grid.methods, cell.method}
         if hooks.finishers(study.methods[method].parts)
     }
 

@@ -29,7 +29,7 @@ class Cell:
 def grid(study) -> list[Cell]:
     """All cells of the study's grid in its own order; two that DVC could not tell apart are refused."""
     names = study.grid
-    cells = [Cell(*c) for c in itertools.product(names["models"], names["domains"], names["methods"], names["seeds"])]
+    cells = [Cell(*c) for c in itertools.product(names.models, names.domains, names.methods, names.seeds)]
     by_stage: dict[str, Cell] = {}
     for cell in cells:
         if cell.stage in by_stage:

@@ -3,10 +3,11 @@
 import json
 from collections.abc import Mapping
 from itertools import product
-from typing import Any
 
+from experiments.study.schema import Params, Task, Tune
 from methods.errors import UserError
 
+ROLES = ("retention", "transfer", "probes")  # what a domain uses tasks for
 # what Holdfast itself writes beside the domains and tasks of a study: general text's rows and scores, and a probe's nats a token
 GENERAL = ("general", "general_text", "perplexity")
 NATS = "_nll"
@@ -53,51 +54,42 @@ def refuse_study(name: str) -> None:
         )
 
 
-def refuse(
-    *, grid: Mapping[str, list], domains: Mapping[str, dict], tasks: Mapping[str, dict], tune: Mapping[str, Any]
-) -> None:
+def refuse(params: Params) -> None:
     """Refuse names that two things of a study would share, with the block to rename."""
-    used = {domain: domains[domain] for domain in grid["domains"]}
-    listed = {
-        (domain, role): block.get(role) or []
-        for domain, block in used.items()
-        for role in ("retention", "transfer", "probes")
-    }
+    used = {domain: params.domains[domain] for domain in params.grid.domains}
     scored = {
         task: f"domains.{domain}.{role}"
-        for (domain, role), names in reversed(listed.items())
-        if role != "probes"
-        for task in names
+        for domain, block in reversed(used.items())
+        for role in ("transfer", "retention")
+        for task in getattr(block, role)
     }
-    for kind, names in (
-        ("domains", used),
-        ("tasks", dict.fromkeys(task for names in listed.values() for task in names)),
-    ):
+    named = dict.fromkeys(task for block in used.values() for role in ROLES for task in getattr(block, role))
+    for kind, names in (("domains", used), ("tasks", named)):
         for name in names:
-            _own(kind, name, tune)
-    for name in used:
+            _own(kind, name, params.tune)
+    for name, block in used.items():
         if name in scored:
             raise UserError(
-                f"domains.{name} and tasks.{name} share their name, and both are scored (the task for {scored[name]}): the base model is "
-                f"scored once a name, so rename one of the blocks, such as tasks.{name}_task"
+                f"domains.{name} and tasks.{name} share their name, and both are scored (the task for {scored[name]}): "
+                f"the base model is scored once a name, so rename one of the blocks, such as tasks.{name}_task"
             )
-        if name in listed[name, "probes"]:
+        if name in block.probes:
             raise UserError(
-                f"domains.{name} and tasks.{name} share their name, and both have probe rows (domains.{name}.probes): rename one of the "
-                f"blocks, such as tasks.{name}_task"
+                f"domains.{name} and tasks.{name} share their name, and both have probe rows (domains.{name}.probes): "
+                f"rename one of the blocks, such as tasks.{name}_task"
             )
-        twice = [task for task in listed[name, "retention"] if task in listed[name, "transfer"]]
-        if twice:
+        if twice := [task for task in block.retention if task in block.transfer]:
             raise UserError(
-                f"domains.{name}.transfer lists {twice[0]!r}, which is evaluated already under `retention`: name each task once"
+                f"domains.{name}.transfer lists {twice[0]!r}, which is evaluated already under `retention`: name each "
+                "task once"
             )
-        _things(name, [*listed[name, "retention"], *listed[name, "transfer"]], tasks)
-    if BASE in grid["methods"]:
+        _same_rows(name, [*block.retention, *block.transfer], params.tasks)
+    if BASE in params.grid.methods:
         raise UserError(
             f"grid.methods names {BASE!r}, which is what tables call the model before training: rename methods.{BASE}"
         )
     prepared: dict[str, tuple[str, str]] = {}
-    for pair in product(grid["models"], grid["methods"]):
+    for pair in product(params.grid.models, params.grid.methods):
         if (other := prepared.setdefault("-".join(pair), pair)) != pair:
             raise UserError(
                 f"method {other[1]} of model {other[0]} and method {pair[1]} of model {pair[0]} share the stage name "
@@ -105,7 +97,7 @@ def refuse(
             )
 
 
-def _own(kind: str, name: str, tune: Mapping[str, Any]) -> None:
+def _own(kind: str, name: str, tune: Tune) -> None:
     """Refuse a domain or a task called like something that Holdfast writes beside it."""
     if name in GENERAL:
         raise UserError(
@@ -115,18 +107,18 @@ def _own(kind: str, name: str, tune: Mapping[str, Any]) -> None:
         raise UserError(
             f"{kind}.{name}: a name with {NATS} at its end is that of a probe's nats a token: rename the block"
         )
-    if tune and name in TRIAL:
+    if tune.as_written and name in TRIAL:
         raise UserError(
             f"{kind}.{name}: {name!r} is the name of something that each trial of `tune` records: rename the block"
         )
 
 
-def _things(domain: str, names: list[str], tasks: Mapping[str, dict]) -> None:
+def _same_rows(domain: str, names: list[str], tasks: Mapping[str, Task]) -> None:
     """Refuse one task under two names: its score would count twice."""
     known: dict[str, str] = {}
     for name in names:
         thing = json.dumps(
-            [tasks[name].get(key) for key in ("task", "metric", "rows", "columns", "set", "nulls", "test")],
+            [tasks[name].as_written.get(key) for key in ("task", "metric", "rows", "columns", "set", "nulls", "test")],
             sort_keys=True,
             default=str,
         )

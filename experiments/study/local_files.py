@@ -8,36 +8,33 @@ import contextlib
 import glob
 import os
 import sysconfig
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from experiments.study.schema import Model, Rows
 from methods import registry
 from methods.part import Part
 from methods.tools import files
 
 
-def of_model(block: Mapping[str, Any]) -> list[str]:
-    """The folder of a `models:` block whose source is `path:DIR`."""
-    kind, _, folder = str(block.get("source", "")).partition(":")
-    return [folder] if kind == "path" and folder else []
+def of_model(model: Model) -> list[str]:
+    """The folder of a model whose source is `path:DIR`."""
+    kind, _, folder = model.source.partition(":")
+    return [folder] if kind == "path" else []
 
 
-def of_rows(block: Any, *, prefer: str) -> list[str]:
-    """What is read of a `rows:` block, where `data.source` is `prefer`: a JSONL file, or the hub library's local folder or files."""
-    if not isinstance(block, Mapping):
+def of_rows(rows: Rows, *, prefer: str) -> list[str]:
+    """Files and folders that are read of rows if `data.source` is `prefer`: a JSONL file, or local ones of the hub's library."""
+    if prefer == "pypi" and rows.pypi:
         return []
-    source = block.get(prefer if prefer in block else "jsonl")
-    if isinstance(source, str):
-        return [source]
-    if not isinstance(source, Mapping) or "package" in source:
-        return []
-    named = source.get("data_files") or []
-    named = [one for value in named.values() for one in _list(value)] if isinstance(named, Mapping) else _list(named)
-    found = [path for name in named for path in sorted(glob.glob(str(name), recursive=True))]
-    path = source.get("path") or source.get("jsonl")
-    return ([path] if isinstance(path, str) and (prefer not in block or os.path.isdir(path)) else []) + found
+    if prefer != "hub" or not rows.hub:
+        return [rows.jsonl.path] if rows.jsonl else []
+    named = rows.hub.data_files or []
+    named = [one for value in named.values() for one in _list(value)] if isinstance(named, dict) else _list(named)
+    files = [path for name in named for path in sorted(glob.glob(str(name), recursive=True))]
+    return ([rows.hub.path] if os.path.isdir(rows.hub.path) else []) + files
 
 
 def of_code(parts: Iterable[Part]) -> list[str]:

@@ -5,16 +5,98 @@ stand, and the outcome is read again and compared.
 """
 
 from collections.abc import Mapping, Sequence
+from datetime import date
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from analysis.families import family
 from methods.errors import UserError
+from methods.settings import shown
 
 WIDTH = 120  # a list in one line that would become longer goes on in the next
+
+
+def read_yaml(path: Path) -> dict:
+    """A YAML 1.2 mapping as plain Python (`1e-3` is a number here, as it is to DVC)."""
+    if not path.is_file():
+        raise UserError(
+            f"{path.name} not found at {path}: copy one of another study there, or correct the study's name"
+        )
+    try:
+        raw = YAML(typ="safe", pure=True).load(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"{path.name} line {line} holds bytes that are not UTF-8: save the file as UTF-8") from error
+    except DuplicateKeyError as error:
+        key = error.problem.removeprefix("found duplicate ").partition(" with value")[0]
+        raise UserError(
+            f"{path.name} line {error.problem_mark.line + 1}: the {key} stands there already: keep one of the two"
+        ) from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        said = ", ".join(text for text in (error.problem, error.context) if text)
+        if "mapping values are not allowed" in said:
+            said = "a second colon: put a text that holds one in quotes"
+        if r"character '\t'" in said:
+            said = "a tab: indent with spaces"
+        if "unhashable key" in said or "that cannot start any token" in said:
+            said = "a text that begins with one of { [ % @ ` stands in quotes"
+        raise UserError(
+            f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path.name} is not valid YAML: it nests lists or mappings without end") from error
+    except (
+        YAMLError,
+        ValueError,
+        LookupError,
+    ) as error:  # ValueError: a date that does not exist; LookupError: `!!bool maybe`
+        raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise UserError(
+            f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: it needs at least grid, models, domains, "
+            "general, methods and train"
+        )
+    return raw
+
+
+def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen: set[int] | None = None) -> None:
+    """Refuse by its path what YAML can write and no file of settings can hold: keys that are not text, dates, bytes and sets,
+    half characters, and aliases inside of their own anchor."""
+    seen = set() if seen is None else seen
+    if id(value) in above:
+        raise UserError(
+            f"{where} holds itself: an alias (*) stands inside of its own anchor (&); write out what is meant"
+        )
+    if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UserError(
+                f"{where} is {shown(value)}: it holds half of a character (\\ud800 to \\udfff); write the character itself"
+            )
+    elif isinstance(value, dict | list):
+        if id(value) in seen:
+            return
+        seen.add(id(value))
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, list):
+                path = where
+            elif isinstance(key, str):
+                refuse_odd(key, where=f"a key of {where or 'params.yaml'}")
+                path = f"{where}.{key}" if where else key
+            elif isinstance(key, int) and where.endswith(".doc_to_choice"):  # lm-eval takes the values alone
+                path = where
+            else:
+                raise UserError(f"{where or 'params.yaml'}: the key {shown(key)} is not text: put it in quotes")
+            refuse_odd(inner, where=path, above=(*above, id(value)), seen=seen)
+    elif isinstance(value, date):
+        raise UserError(f"{where} is {value}, which YAML takes for a date: put it in quotes")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise UserError(f"{where} is {shown(value)}: write text, a number, true, false, null, a list or a mapping")
 
 
 def with_methods(

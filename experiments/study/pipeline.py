@@ -30,8 +30,8 @@ def compare_inputs(study) -> list[str]:
     grid = cells.grid(study)
     files = [study.paths.run(cell) / name for cell in grid for name in OUTPUTS]
     files += [study.paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed) for cell in grid]
-    files += [study.paths.base(model) / name for model in study.grid["models"] for name in BASE]
-    trials = [study.paths.tuning(model, domain) for model in study.grid["models"] for domain in study.grid["domains"]]
+    files += [study.paths.base(model) / name for model in study.grid.models for name in BASE]
+    trials = [study.paths.tuning(model, domain) for model in study.grid.models for domain in study.grid.domains]
     files += [path for path in trials if path.is_file()]
     files += [
         path for kind in ("gpu", "bench") for path in sorted((study.paths.root / "results" / kind).glob("*.json"))
@@ -83,8 +83,8 @@ def plots(study) -> list:
         return []
     folder = study.paths.folder
     shown: list = [os.path.relpath(path, folder) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
-    for model in study.grid["models"]:
-        for domain in study.grid["domains"]:
+    for model in study.grid.models:
+        for domain in study.grid.domains:
             own = [
                 study.paths.run(cell) / "curve.csv"
                 for cell in cells.grid(study)

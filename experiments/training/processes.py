@@ -42,9 +42,9 @@ def first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0 or STARTED not in os.environ
 
 
-def asked_for(block: dict) -> int | None:
-    """How many processes the model's block wants started here: None where it says nothing or they are running."""
-    return None if STARTED in os.environ else block.get("processes")
+def asked_for(model) -> int | None:
+    """How many processes to start for a model of params.yaml: None where it names no number, or where they run already."""
+    return None if STARTED in os.environ else model.processes
 
 
 def start(count: int, arguments: list[str]) -> None:

@@ -3,7 +3,6 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import pandas as pd
 import pytest
 from scipy.stats import binomtest, kstest
 

@@ -12,6 +12,7 @@ from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import Shape
+from experiments.study.schema import Model
 from experiments.training import memory
 from experiments.training.batches import collate
 from experiments.training.engine import final_weights, fit
@@ -376,7 +377,7 @@ def test_tensors_are_named_as_parameters_whatever_a_checkpoint_names_them(kind, 
         byte_tokenizer().save_pretrained(tmp_path / folder)
     assert set(load_tensors(tmp_path / "theirs")) != names
     weights.materialise(
-        name="mine", block={"source": f"path:{tmp_path / 'theirs'}"}, packages={}, out_dir=tmp_path / "base"
+        name="mine", block=Model(source=f"path:{tmp_path / 'theirs'}"), packages={}, out_dir=tmp_path / "base"
     )
     base = load_tensors(tmp_path / "base")
     assert set(base) == names

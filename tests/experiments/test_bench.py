@@ -173,7 +173,7 @@ def test_the_batch_is_a_usual_one():
 def test_steps_of_every_method_are_against_full_and_hold_what_they_must():
     whole, adapters = small("steps")
     on = subject.find(small=True)
-    assert whole.against == steps.PLAIN and set(whole.seconds) == {*on.study.grid["methods"], "ewc-lora"}
+    assert whole.against == steps.PLAIN and set(whole.seconds) == {*on.study.grid.methods, "ewc-lora"}
     assert (
         adapters.against == "lora"
         and adapters.seconds["hierarchical"] == whole.seconds["hierarchical"]

@@ -8,6 +8,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from experiments.study import cells, config
+from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE
 from methods.errors import UserError
 
@@ -52,9 +53,9 @@ def put(path, value):
             "unknown task 'colour' in domains.sums.retention: did you mean 'colours'",
         ),
         ("tasks/colours/chance", 50, "tasks.colours.chance is 50: it must be a share of 1, in \\[0, 1\\); 50 % is 0.5"),
-        ("domains/sums/chance", -9.0, "domains.sums.chance is -9.0: it must be a number in \\[0, 1\\)"),
-        ("tasks/colours/chance", "0.5", "tasks.colours.chance is '0.5': it must be a number"),
-        ("tasks/colours/chance", True, "tasks.colours.chance is true: it must be a number"),
+        ("domains/sums/chance", -9.0, "domains.sums.chance is -9.0: it must be a share of 1, in \\[0, 1\\)"),
+        ("tasks/colours/chance", "0.5", "tasks.colours.chance is '0.5': it must be a share of 1"),
+        ("tasks/colours/chance", True, "tasks.colours.chance is true: it must be a share of 1"),
         ("tasks/colours/nulls", "keep", "tasks.colours.nulls is 'keep': it must be empty"),
         ("train/learning_rat", 1.0, "unknown key 'learning_rat' in train: did you mean 'learning_rate'"),
         ("train/learning_rate", "fast", "train.learning_rate is 'fast': it must be a number above 0"),
@@ -129,7 +130,7 @@ def test_a_number_without_a_point_is_a_number(tmp_path):
     # PyYAML reads 1e-3 as text, DVC as a number: so must we
     text = "train: {learning_rate: 1e-3}"
     (tmp_path / "x.yaml").write_text(text)
-    assert config.read_yaml(tmp_path / "x.yaml")["train"]["learning_rate"] == pytest.approx(1e-3)
+    assert read_yaml(tmp_path / "x.yaml")["train"]["learning_rate"] == pytest.approx(1e-3)
 
 
 def test_precedence_train_domain_model_method(tmp_path):

@@ -22,6 +22,7 @@ from experiments.stages import collect, data, model, prepare, train
 from experiments.study import ahead, config
 from experiments.study.cells import Cell
 from experiments.study.paths import HERE
+from experiments.study.schema import Model
 from experiments.training import memory
 from experiments.training.flops import Flops
 from experiments.training.settings import TrainSettings
@@ -180,7 +181,7 @@ def said(**answers):
 def predict(part, phase="train", **settings):
     return memory.predict(
         phase=phase,
-        shape=shape_of("tiny", {"source": "random:llama"}, Path("nowhere")),
+        shape=shape_of("tiny", Model(source="random:llama"), Path("nowhere")),
         parts=(part,),
         settings=TrainSettings(**({"batch": 8, "micro_batch": 4, "length": 64} | settings)),
         checkpoint_dtype=torch.float32,

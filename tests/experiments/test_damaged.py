@@ -16,8 +16,9 @@ from experiments.model import delta, packages, tuned, weights
 from experiments.model.base import load_tensors
 from experiments.model.random_models import build, byte_tokenizer
 from experiments.stages.prepare import load_states
-from experiments.study import config, lock
+from experiments.study import lock, params_text
 from experiments.study.paths import HERE
+from experiments.study.schema import Model
 from methods import given, registry
 from methods.errors import UserError
 from methods.part import Run
@@ -29,7 +30,7 @@ from methods.tools.stored import load_importance, save_importance
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base") / "llama"
-    weights.materialise(name="m", block={"source": "random:llama"}, packages={}, out_dir=folder)
+    weights.materialise(name="m", block=Model(source="random:llama"), packages={}, out_dir=folder)
     return folder
 
 
@@ -51,7 +52,7 @@ def a_model(base, tmp):
         yield (
             tmp / "m" / file,
             lambda: weights.materialise(
-                name="m", block={"source": f"path:{tmp / 'm'}"}, packages={}, out_dir=tmp / "out"
+                name="m", block=Model(source=f"path:{tmp / 'm'}"), packages={}, out_dir=tmp / "out"
             ),
         )
     yield tmp / "m/model.safetensors", lambda: [tensor.sum() for tensor in load_tensors(tmp / "m").values()]
@@ -130,7 +131,7 @@ def tables(base, tmp):
     shutil.copy(HERE / "dvc.lock", tmp / "dvc.lock")
     yield tmp / "dvc.lock", lambda: lock.stages(tmp / "dvc.lock")
     shutil.copy(HERE / "experiments/studies/demo/params.yaml", tmp / "params.yaml")
-    yield tmp / "params.yaml", lambda: config.read_yaml(tmp / "params.yaml")
+    yield tmp / "params.yaml", lambda: params_text.read_yaml(tmp / "params.yaml")
 
 
 def damages(content, number):

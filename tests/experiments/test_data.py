@@ -8,6 +8,8 @@ from evaluation.rendered import read_jsonl
 from experiments.data import expected
 from experiments.data import prepared_rows as data
 from experiments.data.splits import normalised
+from experiments.study import config
+from experiments.study.paths import Paths
 from methods.errors import UserError
 
 # a multiple-choice question from a local file, in lm-eval's own keys
@@ -35,7 +37,7 @@ def questions(path, n, *, word, start=0):
 
 @pytest.fixture
 def study(tmp_path):
-    """A study whose every row comes from JSONL files: nothing but its blocks is needed."""
+    """The blocks of a study whose every row comes from JSONL files; tests change them, and `write` reads them."""
     passages = tmp_path / "passages.jsonl"
     passages.write_text(
         "".join(json.dumps({"passage": f"Passage {i} tells of {i * i} things."}) + "\n" for i in range(80))
@@ -44,7 +46,10 @@ def study(tmp_path):
     return SimpleNamespace(
         data={"source": "pypi"},
         packages={},
-        grid={"domains": ["birds"]},
+        grid={"models": ["tiny"], "domains": ["birds"], "methods": ["full"], "seeds": [0]},
+        models={"tiny": {"source": "random:llama"}},
+        methods={"full": {}},
+        train={},
         domains={
             "birds": block
             | {
@@ -71,12 +76,16 @@ def study(tmp_path):
     )
 
 
+def write(study, out):
+    return data.write_data(config.build(vars(study), paths=Paths(root=out)), out)
+
+
 def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_local_jsonl_domain_needs_its_block_and_nothing_else(study, tmp_path):
-    report = data.write_data(study, tmp_path / "out")
+    report = write(study, tmp_path / "out")
     train = lines(tmp_path / "out/train/birds/train.jsonl")
     assert len(train) == 30
     number = int(train[0]["context"].split()[-2].rstrip("?"))
@@ -99,7 +108,7 @@ def test_a_local_jsonl_domain_needs_its_block_and_nothing_else(study, tmp_path):
 
 
 def test_tasks_json_says_what_each_file_is_for(study, tmp_path):
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
     folder = tmp_path / "out/evaluate/birds"
     listed = json.loads((folder / "tasks.json").read_text())
     assert [(entry["name"], entry["role"], entry["metric"]) for entry in listed] == [
@@ -113,7 +122,7 @@ def test_tasks_json_says_what_each_file_is_for(study, tmp_path):
 
 
 def test_probe_rows_are_never_scored_rows(study, tmp_path):
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
     probe = {row["context"] for row in lines(tmp_path / "out/train/birds/probe/fish.jsonl")}
     scored = {f"Q: {row['question']}\nA:" for row in lines(tmp_path / "out/evaluate/birds/fish.jsonl")}
     assert len(probe) == 8 and len(scored) == 20 and not probe & scored
@@ -126,7 +135,7 @@ def test_a_probe_question_that_is_scored_too_is_dropped_and_counted(study, tmp_p
     with open(study.tasks["fish"]["rows"]["jsonl"], "a") as file:
         file.writelines(json.dumps(row) + "\n" for row in twins)
     study.tasks["fish"] |= {"test": 40, "probe": 40}
-    said = data.write_data(study, tmp_path / "out")["domains"]["birds"]["probes"]["fish"]
+    said = write(study, tmp_path / "out")["domains"]["birds"]["probes"]["fish"]
     assert said["n"] + said["duplicates"]["between"] == 40 and said["duplicates"]["between"] > 5
     probe = {row["context"] for row in lines(tmp_path / "out/train/birds/probe/fish.jsonl")}
     assert not probe & {f"Q: {row['question']}\nA:" for row in lines(tmp_path / "out/evaluate/birds/fish.jsonl")}
@@ -145,7 +154,7 @@ def test_copies_are_counted_on_the_screen_and_shown_by_a_pair(study, tmp_path, c
         "probe": 11,
         "test": 21,
     }  # odd numbers of rows, all but one of which are two by two
-    said = data.write_data(study, tmp_path / "out")["domains"]["birds"]["duplicates"]
+    said = write(study, tmp_path / "out")["domains"]["birds"]["duplicates"]
     assert (
         said["within"] == 1
         and said["between"] > 0
@@ -165,37 +174,39 @@ def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_cal
         UserError,
         match="birds.retention lists 'fish', but 30 of its 60 test rows|birds.probes lists 'fish', but no rows",
     ):
-        data.write_data(study, tmp_path / "out")
+        write(study, tmp_path / "out")
     assert (
         "30 of its 60 test rows ask the same as training rows of the domain, such as 'Q: Which bird"
         in capsys.readouterr().out
     )
     study.domains["birds"]["split"] = {"train": 40, "probe": 10, "test": 10}
     with pytest.raises(UserError, match="retention lists 'fish', but 40 of its 60 test rows .*cannot show retention"):
-        data.write_data(study, tmp_path / "out")
+        write(study, tmp_path / "out")
 
 
 def test_the_same_task_under_two_names_is_refused(study, tmp_path):
-    study.tasks["trees"] = dict(study.tasks["fish"])
+    copied = tmp_path / "copy.jsonl"
+    copied.write_bytes((tmp_path / "fish.jsonl").read_bytes())
+    study.tasks["trees"] = study.tasks["fish"] | {"rows": {"jsonl": str(copied)}}
     with pytest.raises(
         UserError, match="domains.birds: tasks 'fish' and 'trees' have the same rows, prompt and metric"
     ):
-        data.write_data(study, tmp_path / "out")
+        write(study, tmp_path / "out")
     study.tasks["trees"]["metric"] = "acc"  # another measure of the same answers
-    assert data.write_data(study, tmp_path / "out")["domains"]["birds"]["tasks"]["trees"]["n"]["test"] == 20
+    assert write(study, tmp_path / "out")["domains"]["birds"]["tasks"]["trees"]["n"]["test"] == 20
 
 
 def test_general_texts_are_three_disjoint_sets(study, tmp_path):
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
     files = ("general/importance.jsonl", "train/birds/probe/general.jsonl", "evaluate/birds/general.jsonl")
     texts = [{row["text"] for row in lines(tmp_path / "out" / file)} for file in files]
     assert [len(part) for part in texts] == [20, 4, 20] and len(set.union(*texts)) == 44
 
 
 def test_the_same_bytes_twice_and_old_files_gone(study, tmp_path):
-    first = data.write_data(study, tmp_path / "out")
+    first = write(study, tmp_path / "out")
     (tmp_path / "out/train/gone").mkdir()
-    assert data.write_data(study, tmp_path / "out") == first
+    assert write(study, tmp_path / "out") == first
     assert not (tmp_path / "out/train/gone").exists()
     assert json.loads((tmp_path / "out/data.json").read_text()) == first
     files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
@@ -203,9 +214,9 @@ def test_the_same_bytes_twice_and_old_files_gone(study, tmp_path):
 
 
 def test_another_retention_task_leaves_the_training_files_alone(study, tmp_path):
-    before = data.write_data(study, tmp_path / "out")
+    before = write(study, tmp_path / "out")
     study.domains["birds"]["transfer"] = []
-    after = data.write_data(study, tmp_path / "out")
+    after = write(study, tmp_path / "out")
     assert before["domains"]["birds"]["sha256"]["train"] == after["domains"]["birds"]["sha256"]["train"]
     assert before["domains"]["birds"]["sha256"]["evaluate"] != after["domains"]["birds"]["sha256"]["evaluate"]
 
@@ -213,7 +224,7 @@ def test_another_retention_task_leaves_the_training_files_alone(study, tmp_path)
 def test_a_column_emptied_makes_another_domain_of_the_same_rows(study, tmp_path):
     study.domains["closed"] = study.domains["birds"] | {"set": {"hint": ""}}
     study.grid["domains"] = ["birds", "closed"]
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
     assert all(row["hint"] == "" for row in lines(tmp_path / "out/evaluate/closed/closed.jsonl"))
 
 
@@ -240,7 +251,7 @@ def test_written_answers_trained_on_in_other_columns_than_they_are_scored_in(stu
         "test_rows": {"jsonl": str(test)},
     }
     study.grid["domains"] = ["sums"]
-    report = data.write_data(study, tmp_path / "out")["domains"]["sums"]
+    report = write(study, tmp_path / "out")["domains"]["sums"]
     assert (
         report["n"] == {"train": 30, "probe": 5, "test": 10} and report["duplicates"]["between"] == 5
     )  # 35 to 39 are scored
@@ -257,17 +268,18 @@ def test_written_answers_trained_on_in_other_columns_than_they_are_scored_in(stu
 
 def test_bad_blocks_are_told_by_name(study, tmp_path):
     birds, fish, general = study.domains["birds"], study.tasks["fish"], study.general
+    study.tasks["trees"]["probe"] = 3  # all 12 rows are test rows
     for block, change, message in (
         (
             birds,
             {"split": {"train": 50, "probe": 10, "test": 20}},
             "domains.birds: 50 train rows are requested, and 30",
         ),
-        (birds, {"split": {"train": 5, "probe": 1}}, "domains.birds: `split`.*test is missing"),
+        (birds, {"split": {"train": 5, "probe": 1}}, "domains.birds.split has no `test`"),
         (birds, {"question": "query"}, "domains.birds: no column 'query' in .*birds.jsonl line \\d+ .*question"),
-        (birds, {"question": ""}, "domains.birds: `question` must name"),
+        (birds, {"question": ""}, "domains.birds.question is ''"),
         (birds, {"retention": ["fsh"]}, "unknown task 'fsh' in domains.birds.retention: did you mean 'fish'"),
-        (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is already evaluated"),
+        (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is evaluated already"),
         (birds, {"chance": None}, "domains.birds has no `chance`"),
         (
             birds,
@@ -285,12 +297,12 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
         kept = dict(block)
         block.update(change)
         with pytest.raises(UserError, match=message):
-            data.write_data(study, tmp_path / "out")
+            write(study, tmp_path / "out")
         block.clear()
         block.update(kept)
     study.grid["domains"] = ["brids"]
     with pytest.raises(UserError, match="unknown domain 'brids'.*'birds'"):
-        data.write_data(study, tmp_path / "out")
+        write(study, tmp_path / "out")
 
 
 def with_nulls(path, column, *numbers):
@@ -331,15 +343,15 @@ def test_null_is_refused_by_file_and_line_or_emptied_where_the_block_says_so(
     block = {"birds": study.domains["birds"], "fish": study.tasks["fish"], "passages": study.general}[name]
     block.update(more)
     with pytest.raises(UserError, match=told):
-        data.write_data(study, tmp_path / "out")
+        write(study, tmp_path / "out")
     block["nulls"] = "empty"
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
     assert "None" not in "".join(path.read_text() for path in (tmp_path / "out").rglob("*.jsonl"))
 
 
 def test_null_in_a_column_that_nothing_reads_is_no_matter(study, tmp_path):
     with_nulls(tmp_path / "birds.jsonl", "source", *range(1, 61))
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
 
 
 def test_separators_that_python_splits_lines_at_stay_in_a_text(study, tmp_path):
@@ -349,7 +361,7 @@ def test_separators_that_python_splits_lines_at_stay_in_a_text(study, tmp_path):
         "".join(json.dumps({"passage": text}, ensure_ascii=False) + "\n" for text in texts).replace("\x0b", "\\u000b"),
         encoding="utf-8",
     )
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
     kept = [row["text"] for row in read_jsonl(tmp_path / "out/general/importance.jsonl")]
     assert len(kept) == 20 and set(kept) <= set(texts)
     study_there = SimpleNamespace(paths=SimpleNamespace(data=tmp_path / "out"))
@@ -364,7 +376,7 @@ def test_answers_to_train_on_that_say_nothing_are_warned_of(study, tmp_path, cap
         ("bird", "all 30 training rows have the same answer 'bird'"),
     ):
         study.domains["birds"]["task"] = task | {"doc_to_target": target}
-        data.write_data(study, tmp_path / "out")
+        write(study, tmp_path / "out")
         assert f"warning: domains.birds: {said}: check doc_to_target" in capsys.readouterr().out
 
 
@@ -373,7 +385,7 @@ def test_general_text_in_lists_is_refused_by_line(study, tmp_path):
         "".join(json.dumps({"passage": [f"Passage {i}", "of two parts."]}) + "\n" for i in range(80))
     )
     with pytest.raises(UserError, match=r"passages.jsonl line 1, column 'passage' is a list or an object"):
-        data.write_data(study, tmp_path / "out")
+        write(study, tmp_path / "out")
     study.general["text"] = "{{passage | join(' ')}}"
-    data.write_data(study, tmp_path / "out")
+    write(study, tmp_path / "out")
     assert lines(tmp_path / "out" / "general" / "importance.jsonl")[0]["text"].endswith(" of two parts.")

@@ -182,10 +182,9 @@ def test_movement_in_important_weights_and_away_from_them():
 def small(tmp_path, **grid):
     """The demo study with its folders in tmp_path, and its base model in bf16."""
     study = config.load("demo")
-    study = dataclasses.replace(
-        study, paths=dataclasses.replace(study.paths, root=tmp_path), grid=dict(study.grid) | grid
-    )
-    block = study.models["llama-tiny"] | {"dtype": "bfloat16"}
+    changed = {"paths": dataclasses.replace(study.paths, root=tmp_path), "grid": study.grid.model_copy(update=grid)}
+    study = study.model_copy(update=changed)
+    block = study.models["llama-tiny"].model_copy(update={"dtype": "bfloat16"})
     weights.materialise(name="llama-tiny", block=block, packages={}, out_dir=study.paths.model("llama-tiny"))
     return study
 
@@ -260,7 +259,10 @@ def test_stage_of_an_adapter(tmp_path):
 def test_reference_is_the_first_importance_of_the_whole_model():
     paper, demo = config.load("paper"), config.load("demo")
     assert drift.reference(paper) == drift.reference(demo) == ("ewc", "ewc")
-    with_grid = lambda *methods: dataclasses.replace(paper, grid=dict(paper.grid) | {"methods": list(methods)})
+
+    def with_grid(*methods):
+        return paper.model_copy(update={"grid": paper.grid.model_copy(update={"methods": list(methods)})})
+
     assert (
         drift.reference(with_grid("full", "lora", "mofo", "hierarchical")) is None
     )  # Ω of an adapter's matrices alone

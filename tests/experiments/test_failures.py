@@ -17,6 +17,7 @@ from experiments.study import cells, config
 from experiments.study.failures import recorded
 from experiments.study.paths import HERE, Paths
 from experiments.study.provenance import git
+from experiments.study.schema import Model
 from experiments.training.engine import TrainingFailed
 from methods.errors import UserError
 from methods.tools.files import need_room, read_json, write_json
@@ -27,10 +28,7 @@ CELL = cells.Cell("llama-tiny", "sums", "full", 0)
 
 @pytest.fixture
 def study(tmp_path):
-    from dataclasses import replace
-
-    found = config.load("demo")
-    return replace(found, paths=Paths(study="demo", root=tmp_path))
+    return config.load("demo").model_copy(update={"paths": Paths(study="demo", root=tmp_path)})
 
 
 def fail(study, error, stage="train"):
@@ -156,7 +154,7 @@ def test_a_disk_that_takes_no_more_is_a_line_and_a_record(study, tmp_path, write
 
 def test_a_model_that_the_disk_does_not_take_is_told_by_name(tmp_path):
     with full_disk(20_000), pytest.raises(UserError, match="model 'm': cannot be read or written: .*File too large"):
-        weights.materialise(name="m", block={"source": "random:llama"}, packages={}, out_dir=tmp_path / "m")
+        weights.materialise(name="m", block=Model(source="random:llama"), packages={}, out_dir=tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

@@ -1,6 +1,5 @@
 """The command that prints the most forgotten questions from the local rows."""
 
-import dataclasses
 import json
 
 import pytest
@@ -8,6 +7,7 @@ import pytest
 from evaluation.harness import load_tasks
 from experiments.commands import flips
 from experiments.study import config
+from experiments.study.paths import Paths
 from methods.errors import UserError
 from tests.analysis.fixtures import write_items, write_json
 from tests.analysis.test_flips import frame
@@ -31,8 +31,7 @@ TASKS = {"piqa": (PIQA, "acc_norm"), "lambada_openai": (LAMBADA, "acc"), "winogr
 @pytest.fixture
 def study(tmp_path):
     """Two runs of the demo study, scored on rows of three kinds; each lost the first row of every task, one of them more."""
-    study = config.load("demo")
-    study = dataclasses.replace(study, paths=dataclasses.replace(study.paths, root=tmp_path))
+    study = config.load("demo").model_copy(update={"paths": Paths(study="demo", root=tmp_path)})
     folder = study.paths.data / "evaluate" / "sums"
     folder.mkdir(parents=True)
     listed = []

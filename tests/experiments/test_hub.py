@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from experiments.model import random_models, tuned, weights
+from experiments.study.schema import Model
 from methods.errors import UserError
 from tests.experiments.hub_server import COMMIT, Hub, digest, fill_cache, run_python
 
@@ -21,8 +22,8 @@ time.sleep = lambda seconds: None  # between tries
 from pathlib import Path
 from huggingface_hub import constants
 constants.DOWNLOAD_CHUNK_SIZE = 1000  # small files, too, end in the middle of their chunks
-from experiments import hub
-from experiments.errors import UserError
+from experiments.model import hub
+from methods.errors import UserError
 copy_to, *names = sys.argv[1:]
 for name in names:
     kind, name, revision, *copy_bytes = name.split(":")
@@ -47,7 +48,7 @@ def save(
 
 
 def make(out: Path, **block) -> dict:
-    return weights.materialise(name="tiny", block=block, packages={}, out_dir=out)
+    return weights.materialise(name="tiny", block=Model(**block), packages={}, out_dir=out)
 
 
 @pytest.fixture
@@ -284,10 +285,11 @@ def test_a_download_that_is_cut_off_goes_on_or_begins_anew(tmp_path, given):
 MAKE = """
 import sys
 from pathlib import Path
-from experiments import weights
-from experiments.errors import UserError
+from experiments.model import weights
+from experiments.study.schema import Model
+from methods.errors import UserError
 try:
-    weights.materialise(name="tiny", block={"source": "hub:someone/tiny"}, packages={}, out_dir=Path(sys.argv[1]))
+    weights.materialise(name="tiny", block=Model(source="hub:someone/tiny"), packages={}, out_dir=Path(sys.argv[1]))
 except UserError as error:
     print(error)
 """
@@ -318,12 +320,13 @@ def test_a_renamed_repository_is_followed(tmp_path, given):
 ROWS = """
 import sys, time
 time.sleep = lambda seconds: None
-from experiments import rows
-from experiments.errors import UserError
+from experiments.data import rows
+from experiments.study.schema import Rows
+from methods.errors import UserError
 for revision in sys.argv[1:]:
     block = {"hub": {"path": "someone/rows", "split": "train"} | ({"revision": revision} if revision != "none" else {})}
     try:
-        found = rows.read(block, packages={}, prefer="hub", where="tasks.tiny")
+        found = rows.read(Rows(**block), packages={}, prefer="hub", where="tasks.tiny")
         print(len(found.rows), found.source)
     except UserError as error:
         print(error)
@@ -379,11 +382,13 @@ for package in (analysis, evaluation, experiments, methods):
             importlib.import_module(module.name)
 import datasets, lm_eval, mlflow, transformers
 assert not asked, asked
-from experiments import cells, config, weights
+from experiments.model import weights
+from experiments.study import cells, config
+from experiments.study.schema import Model
 from experiments.stages import collect, data, evaluate, model, prepare, resolve, train
 root, sources = Path(sys.argv[1]), sys.argv[2:]
 for number, source in enumerate(sources):
-    weights.materialise(name="tiny", block={"source": source}, packages={}, out_dir=root / f"made{number}")
+    weights.materialise(name="tiny", block=Model(source=source), packages={}, out_dir=root / f"made{number}")
     weights.load_model(root / f"made{number}", dtype="auto"), weights.load_tokenizer(root / f"made{number}")
 study = config.load("demo", root=root)
 resolve.main(study)
@@ -441,15 +446,18 @@ ONLINE = (
 from pathlib import Path
 from urllib.parse import urlsplit
 from huggingface_hub import constants
-from experiments import rows, weights
+from experiments.data import rows
+from experiments.study.schema import Rows
+from experiments.model import weights
+from experiments.study.schema import Model, Rows
 hub = urlsplit(constants.ENDPOINT).port
 out = Path(sys.argv[1])
-weights.materialise(name="tiny", block={"source": "random:gptj"}, packages={}, out_dir=out / "random")
+weights.materialise(name="tiny", block=Model(source="random:gptj"), packages={}, out_dir=out / "random")
 assert not asked, asked
 allowed.append(hub)
-base = weights.materialise(name="tiny", block={"source": "hub:someone/tiny@main"}, packages={}, out_dir=out / "hub")
-weights.materialise(name="old", block={"source": "hub:someone/old", "bin_sha256": sys.argv[2]}, packages={}, out_dir=out / "old")
-rows.read({"hub": {"path": "someone/rows", "split": "train"}}, packages={}, prefer="hub", where="tasks.tiny")
+base = weights.materialise(name="tiny", block=Model(source="hub:someone/tiny@main"), packages={}, out_dir=out / "hub")
+weights.materialise(name="old", block=Model(source="hub:someone/old", bin_sha256=sys.argv[2]), packages={}, out_dir=out / "old")
+rows.read(Rows(**{"hub": {"path": "someone/rows", "split": "train"}}), packages={}, prefer="hub", where="tasks.tiny")
 assert asked and all(f", {hub})" in address for address in asked), asked
 print(base["revision"], base["sha256"])
 """

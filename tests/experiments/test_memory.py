@@ -10,6 +10,7 @@ import torch
 
 from experiments.model.random_models import build
 from experiments.model.shape import shape_of
+from experiments.study.schema import Model
 from experiments.training import loss, memory
 from experiments.training.engine import fit
 from experiments.training.settings import TrainSettings
@@ -59,16 +60,16 @@ HERE = Path("nowhere")
 
 @pytest.fixture(scope="module")
 def llama3():
-    return shape_of("llama3-8b", {"source": "hub:x", "architecture": LLAMA3}, HERE)
+    return shape_of("llama3-8b", Model(source="hub:x", architecture=LLAMA3), HERE)
 
 
 @pytest.fixture(scope="module")
 def gptj():
-    return shape_of("gptj-6b", {"source": "hub:x", "architecture": GPTJ}, HERE)
+    return shape_of("gptj-6b", Model(source="hub:x", architecture=GPTJ), HERE)
 
 
 def tiny(family, **config):
-    return shape_of("tiny", {"source": f"random:{family}", "config": config}, HERE)
+    return shape_of("tiny", Model(source=f"random:{family}", config=config), HERE)
 
 
 def predict(
@@ -602,12 +603,12 @@ def test_refusal_where_nothing_helps(gptj):
 
 def test_shape_of_a_model_that_is_not_there():
     with pytest.raises(UserError, match="models.m: not fetched yet.*architecture"):
-        shape_of("m", {"source": "hub:x"}, HERE)
+        shape_of("m", Model(source="hub:x"), HERE)
     with pytest.raises(UserError, match="models.m.architecture"):
-        shape_of("m", {"source": "hub:x", "architecture": {"model_type": "no-such"}}, HERE)
+        shape_of("m", Model(**{"source": "hub:x", "architecture": {"model_type": "no-such"}}), HERE)
 
 
 def test_shape_from_a_folder(tiny_llama_untied, tmp_path):
     tiny_llama_untied.config.save_pretrained(tmp_path)
-    shape = shape_of("m", {"source": "hub:x"}, tmp_path)
+    shape = shape_of("m", Model(source="hub:x"), tmp_path)
     assert shape.parameters == sum(p.numel() for p in tiny_llama_untied.parameters())

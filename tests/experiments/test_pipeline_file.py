@@ -36,12 +36,12 @@ def test_compare_lists_exactly_its_own_cells(name):
 def test_an_archive_is_read_and_never_run(name, capsys):
     study = config.load(name)
     assert not (study.paths.folder / "dvc.yaml").exists() and not (study.paths.folder / "dvc.lock").exists()
-    for command in (["pipeline"], ["model", study.grid["models"][0]], ["train", cells.grid(study)[0].name]):
-        with pytest.raises(UserError, match=f"{name} is an archive of commit {study.archive['commit'][:10]}"):
+    for command in (["pipeline"], ["model", study.grid.models[0]], ["train", cells.grid(study)[0].name]):
+        with pytest.raises(UserError, match=f"{name} is an archive of commit {study.archive.commit[:10]}"):
             run(parser().parse_args([*command, "--study", name]))
     report = (study.paths.summary / "report.html").read_text()
-    assert study.archive["commit"][:10] in report
-    assert all(" ".join(line.split())[:60] in report.replace("&#39;", "'") for line in study.archive["known"])
+    assert study.archive.commit[:10] in report
+    assert all(" ".join(line.split())[:60] in report.replace("&#39;", "'") for line in study.archive.known)
 
 
 def test_a_study_keeps_to_its_own_folders():
@@ -69,10 +69,10 @@ def test_the_committed_default_study_is_of_the_code_in_git():
 
 def test_every_method_had_the_same_number_of_trials_and_got_what_they_chose():
     study = config.load()
-    for model in study.grid["models"]:
-        for domain in study.grid["domains"]:
+    for model in study.grid.models:
+        for domain in study.grid.domains:
             trials = read_json(study.paths.tuning(model, domain))["trials"]
-            counts = {m: sum(t["method"] == m for t in trials) for m in study.grid["methods"]}
+            counts = {m: sum(t["method"] == m for t in trials) for m in study.grid.methods}
             assert len(set(counts.values())) == 1, counts
             for trial in (t for t in trials if t["chosen"] and t["method"] in counts):
                 ((knob, value),) = trial["settings"].items()

@@ -14,6 +14,7 @@ from experiments.model.shape import shape_of
 from experiments.study import config
 from experiments.study.cells import Cell
 from experiments.study.paths import HERE
+from experiments.study.schema import Model
 from experiments.training import hardware, memory
 from experiments.training.flops import Flops
 from methods.errors import UserError
@@ -76,7 +77,7 @@ def test_stated_sizes_are_those_of_the_architecture(name):
     described = {model: block for model, block in models.items() if "architecture" in block}
     assert described
     for model, block in described.items():
-        shape = shape_of(model, block, HERE / "nowhere")
+        shape = shape_of(model, Model(**block), HERE / "nowhere")
         assert shape.parameters == block["parameters"], model
         assert (shape.config.num_hidden_layers, shape.config.hidden_size) == (block["layers"], block["width"]), model
 

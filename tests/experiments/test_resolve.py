@@ -1,6 +1,6 @@
 """What each setting of params.yaml makes again: every one is changed by itself, and the resolved files that change are looked at.
 
-The settings are those of the tables in experiments/study/blocks.py and of the parts: a new one is in the test without being named
+The settings are those of the models in experiments/study/schema.py and of the parts: a new one is in the test without being named
 here, and fails it until `expected` or `OTHER` says what is to be known of it.
 """
 
@@ -13,7 +13,7 @@ import typing
 from pathlib import Path
 
 from experiments.stages import resolve
-from experiments.study import blocks, config, local_files, pipeline
+from experiments.study import config, local_files, pipeline, schema
 from experiments.study.paths import Paths
 from experiments.training.settings import TrainSettings
 from methods import registry
@@ -129,22 +129,21 @@ def changes():
         f.name: (typing.get_type_hints(TrainSettings)[f.name], getattr(TrainSettings(), f.name))
         for f in declared(TrainSettings)
     }
-    for key, entry in blocks.TOP.items():
-        if entry.keys is None and entry.kind is not dict:
-            yield (key,), other(key, entry.kind, STUDY.get(key))
-    for key, entry in blocks.EVALUATE.items():
-        yield ("evaluate", key), other(key, entry.kind, STUDY["evaluate"].get(key))
-    for key, entry in blocks.GENERAL.items():
-        yield ("general", key), other(key, entry.kind, STUDY["general"].get(key))
+    for key in ("title", "device", "not_a_result"):
+        yield (key,), other(key, schema.Params.model_fields[key].annotation, STUDY.get(key))
+    for key, field in schema.Evaluate.model_fields.items():
+        yield ("evaluate", key), other(key, field.annotation, STUDY["evaluate"].get(key))
+    for key, field in schema.General.model_fields.items():
+        yield ("general", key), other(key, field.annotation, STUDY["general"].get(key))
     yield ("data", "source"), OTHER["source of data"]
     yield ("tune", "epochs"), 0.5
     yield ("grid", "seeds"), [0, 1]
     yield from ((("packages", spec), B) for spec in STUDY["packages"])
-    for kind, table in (("models", blocks.MODEL), ("domains", blocks.DOMAIN), ("tasks", blocks.TASK)):
+    for kind, table in (("models", schema.Model), ("domains", schema.Domain), ("tasks", schema.Task)):
         for name, block in STUDY[kind].items():
-            for key, entry in table.items():
+            for key, field in table.model_fields.items():
                 if key != "train":
-                    yield (kind, name, key), other(key, entry.kind, block.get(key))
+                    yield (kind, name, key), other(key, field.annotation, block.get(key))
     places = [(), *((kind, name) for kind in ("models", "domains") for name in STUDY[kind])]
     places += [("methods", name) for name in ("full", "own", "ewc-lora", "hierarchical", "hierarchical-own")]
     for place in places:

