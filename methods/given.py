@@ -1,4 +1,4 @@
-"""A checkpoint made elsewhere, put on the track: nothing is trained, everything is evaluated, its cost is unknown."""
+"""A checkpoint made elsewhere: nothing is trained, its weights are evaluated like those of any method."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.errors import UserError
@@ -29,7 +29,7 @@ class Given(Part):
     trial = {"path": "{checkpoint}"}
 
     path: str = setting(
-        "", path=True, help="folder with the checkpoint's safetensors; a relative one starts at the project's root"
+        "", path=True, help="folder with the checkpoint's safetensors; a relative path starts at the project's root"
     )
 
     def __post_init__(self):
@@ -41,7 +41,7 @@ class Given(Part):
         fits(self.path, shapes)
 
     def begin(self, *, run, state, examples, general=()):
-        fits(self.path, {})  # a wrong path is said before anything else is done
+        fits(self.path, {})  # so that a wrong path is refused before anything else is done
 
     def finish(self, *, run, state, final, measure=None):
         return load(self.path, run.base)
@@ -51,61 +51,58 @@ class Given(Part):
 
 
 def load(path: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The folder's tensors by base parameter name, float32 (float64 where they are). Raises UserError where they do not fit.
+    """The folder's tensors by base parameter name, in float32 (float64 ones stay float64).
 
-    Every tensor of the base must be there with its shape, and no other; a tied head saved beside its embedding and the
-    attention buffers of older files are passed over. No value may be NaN or infinite.
+    Raises UserError unless the folder has exactly the tensors of the base, with their shapes and without NaN and
+    infinity. A tied head saved beside its embedding and the attention buffers of older files are ignored.
     """
     shapes = {name: list(tensor.shape) for name, tensor in base.items()}
     fits(path, shapes)
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     for file in files(path):
-        with safe_open(file, framework="pt") as tensors:
-            found |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
-    if set(shapes) - set(found):
-        found = _by_its_own_names(path)
+        tensors |= load_file(file)
+    if set(shapes) - set(tensors):
+        tensors = _loaded_by_transformers(path)
     extra = [
-        n for n in found if n not in base and not n.endswith(model_folder.BUFFERS) and not _tied_copy(n, found, base)
+        name
+        for name in tensors
+        if name not in base and not name.endswith(model_folder.BUFFERS) and not _is_copy(name, tensors, base)
     ]
-    _refuse(path, "has what the base has not:", extra)
-    model_folder.refuse_not_finite(
-        {name: found[name] for name in base}, f"given.path: {path}", then="fetch it again, or give another checkpoint"
-    )
-    return {name: found[name] if found[name].dtype == torch.float64 else found[name].float() for name in base}
+    _refuse(path, "has tensors that the base does not have:", extra)
+    tensors = {name: tensors[name] for name in base}
+    model_folder.refuse_not_finite(tensors, f"given.path: {path}", then="fetch it again, or give another checkpoint")
+    return {name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in tensors.items()}
 
 
 def fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises UserError for a folder that is no checkpoint, or not one of a base with tensors of these shapes. No tensor is read."""
-    found = model_folder.headers(files(path), f"given.path: {path}")
-    model_folder.refuse_codes(found, f"given.path: {path}")
-    missing = [name for name in shapes if name not in found]
-    if (
-        missing
-        and (own := _shapes_by_its_own_names(path))
-        and all(own.get(name) == list(shape) for name, shape in shapes.items())
-    ):
-        return  # as transformers reads it
+    """Raises UserError unless the folder is a checkpoint of a base whose tensors have these shapes; reads no tensor."""
+    headers = model_folder.headers(files(path), f"given.path: {path}")
+    model_folder.refuse_codes(headers, f"given.path: {path}")
+    wanted = {name: list(shape) for name, shape in shapes.items()}
+    missing = [name for name in wanted if name not in headers]
+    if missing and wanted.items() <= _shapes_by_transformers(path).items():
+        return
     _refuse(path, "lacks", missing)
-    for name, shape in shapes.items():
-        if found[name][1] != list(shape):
+    for name, shape in wanted.items():
+        if headers[name][1] != shape:
             raise UserError(
-                f"given.path: {name} in {path} has shape {found[name][1]}, the base's is {list(shape)}: "
+                f"given.path: {name} in {path} has shape {headers[name][1]}, the base's is {shape}: "
                 "it is not a checkpoint of this base model"
             )
 
 
-def _shapes_by_its_own_names(path: str) -> dict[str, list[int]] | None:
-    """Shapes by parameter name of the model that the folder's config describes, whose tensors other versions of transformers named otherwise."""
+def _shapes_by_transformers(path: str) -> dict[str, list[int]]:
+    """Shapes by parameter name of the model in the folder's config: other versions of transformers used other names."""
     if not (Path(path) / "config.json").is_file():
-        return None
+        return {}
     config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def _by_its_own_names(path: str) -> dict[str, torch.Tensor]:
-    """The folder's tensors, renamed and put together as transformers does it. Raises UserError where that leaves any out."""
+def _loaded_by_transformers(path: str) -> dict[str, torch.Tensor]:
+    """The folder's tensors as transformers renames and joins them. Raises UserError where it leaves any out."""
     model, about = AutoModelForCausalLM.from_pretrained(
         path,
         dtype="auto",
@@ -115,7 +112,7 @@ def _by_its_own_names(path: str) -> dict[str, torch.Tensor]:
         output_loading_info=True,
     )
     _refuse(path, "lacks", sorted(about["missing_keys"]))
-    _refuse(path, "has what the base has not:", sorted(about["unexpected_keys"]))
+    _refuse(path, "has tensors that the base does not have:", sorted(about["unexpected_keys"]))
     return model.state_dict()
 
 
@@ -145,14 +142,13 @@ def files(path: str) -> list[Path]:
     if (folder / "adapter_config.json").is_file():
         raise UserError(f"given.path: {path} is an adapter; merge it into its base and save that")
     raise UserError(
-        f"given.path: {path} has no model.safetensors; nothing else is read, for .bin files can run code: "
-        "load it where it was made and save it with safe_serialization"
+        f"given.path: {path} has no model.safetensors; nothing else is read, because .bin files can run code: "
+        "load the model where it was made and save it with safe_serialization"
     )
 
 
-def _tied_copy(name: str, found: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> bool:
-    """Whether an extra tensor only repeats one of the base's, as a tied head saved in full does."""
+def _is_copy(name: str, tensors: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> bool:
+    """Whether an extra tensor equals one of the base's, as a tied head that is saved in full does."""
     return any(
-        other in base and other != name and tensor.shape == found[name].shape and torch.equal(tensor, found[name])
-        for other, tensor in found.items()
+        other in base and other != name and torch.equal(tensor, tensors[name]) for other, tensor in tensors.items()
     )

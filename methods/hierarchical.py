@@ -1,11 +1,13 @@
 """Hierarchical importance regularisation (Song et al. 2025, arXiv 2501.13669).
 
-A short training phase on general text gives θ* and Ω (methods/tools/path_integral.py). The domain phase starts from θ* with
+A short training phase on general text gives θ* and Ω (methods/tools/path_integral.py). The domain phase starts from
+θ* with
 
     penalty = φ · Σ_l c_l Σ_i Ω_i (θ_i − θ*_i)²          c = L·softmax(‖Ω_l‖ / temperature)
 
-over L groups l, so that the mean of the coefficients is 1. θ is LoRA's effective update s·B·A, as in the paper, or the full
-parameters. docs/methods/hierarchical.md lists where the paper and its code differ; params.yaml has a block for each.
+over L groups l, so that the mean of the coefficients is 1. θ is LoRA's effective update s·B·A, as in the paper, or
+the full parameters. docs/methods/hierarchical.md lists where the paper and its code differ; params.yaml has a block
+for each.
 """
 
 from __future__ import annotations

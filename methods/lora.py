@@ -1,7 +1,8 @@
-"""Low-rank adaptation (Hu et al. 2021): W + s·B·A with A (rank × in) drawn, B (out × rank) zero; peft does the wrapping.
+"""Low-rank adaptation (Hu et al. 2021): W + s·B·A, where A (rank × in) starts random and B (out × rank) zero.
 
-s = alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023). The weights that are scored are merged, W + s·B·A, and rounded
-to the checkpoint's dtype. The adapter is saved in peft's format, and is enough to merge the same bits again (`merged`).
+s = alpha/rank, or alpha/√rank with rsLoRA (Kalajdzievski 2023). peft wraps the layers. The weights that are scored are
+merged, W + s·B·A, and rounded to the checkpoint's dtype. The adapter is saved in peft's format; merging it again gives
+the same bits (`merged`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from methods.tools.architecture import base_name
 from methods.tools.effective import Factored, effective_weights, factors
 from methods.tools.files import writing
 
-PIECE = 1 << 17  # entries merged at a time, which stay in the processor's cache
+PIECE = 1 << 17  # entries merged at a time: few enough for the processor's cache
 
 
 @register(
@@ -63,8 +64,8 @@ class LoRA(Part):
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         )
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft's advice, none of which a setting here could follow
-            torch.manual_seed(seed)  # A is drawn here, in float32 on the CPU, whatever the model's dtype and device
+            warnings.simplefilter("ignore")  # peft's advice concerns no setting of this part
+            torch.manual_seed(seed)  # peft draws A in float32 on the CPU, whatever the model's dtype and device
             return get_peft_model(model, config, autocast_adapter_dtype=False)
 
     def _check_targets(self, model: nn.Module) -> None:
@@ -72,16 +73,17 @@ class LoRA(Part):
         if not self.targets:
             raise UserError(f"lora.targets is empty: name at least one linear layer of {_known(linear)}")
         for target in self.targets:
-            found = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
-            if not found:
+            named = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
+            if not named:
                 near = difflib.get_close_matches(target, _known(linear), n=3, cutoff=0.4) or _known(linear)
                 raise UserError(
                     f"lora.targets: {target!r} is no linear layer of this model; "
                     f"nearest: {', '.join(near)} (all: {', '.join(_known(linear))})"
                 )
-            if any(module is model.get_output_embeddings() for module in found):
+            if any(module is model.get_output_embeddings() for module in named):
                 raise UserError(
-                    f"lora.targets: {target!r} is the head, which is not adapted (often it is the embedding too): leave it out"
+                    f"lora.targets: {target!r} is the head, which cannot be adapted (often it is also the embedding): "
+                    "leave it out"
                 )
 
     def finish(self, *, run, state, final, measure=None):
@@ -95,7 +97,7 @@ class LoRA(Part):
         return changed
 
     def save(self, *, run, state, folder):
-        """adapter/: adapter_model.safetensors and adapter_config.json, sorted; peft writes the latter from a set."""
+        """Write adapter/adapter_model.safetensors and adapter/adapter_config.json, sorted unlike peft's own."""
         tensors = {
             name.replace(".default.", "."): run.whole(name).cpu().contiguous()
             for name in sorted(set.union(*factors(run.model)))
@@ -132,11 +134,12 @@ class LoRA(Part):
 
 
 def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float, transposed: bool = False) -> Tensor:
-    """W + s·B·A (W out × in, A rank × in, B out × rank) on the CPU, in float32, float64 for a float64 W; a new tensor.
-    `transposed`: W is in × out, and (s·B·A)ᵀ is added.
+    """W + s·B·A (W out × in, A rank × in, B out × rank) on the CPU, in float32, or in float64 for a float64 W.
 
-    The same bits on every machine and with any number of threads: a matrix product adds in an order of its own, so here the
-    ranks are added one after the other, in float64, and the sum is rounded to float32.
+    transposed   W is in × out, and (s·B·A)ᵀ is added
+
+    The bits are the same on every machine and with any number of threads: the order of summation in a matrix product is
+    not defined, so the ranks are added one after the other in float64, and the sum is rounded once.
     """
     if transposed:
         return merged(weight.T, a=a, b=b, scale=scale).T.contiguous()
@@ -147,25 +150,22 @@ def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float, transposed: bo
         rows = slice(at, at + size)
         total, product = (torch.zeros(len(out[rows]), a.shape[1], dtype=torch.float64) for _ in range(2))
         for of_b, of_a in zip(b[rows].T, a):
-            total += torch.mul(of_b[:, None], of_a, out=product)  # two roundings: addcmul is one on some machines
+            total += torch.mul(of_b[:, None], of_a, out=product)  # addcmul rounds only once on some machines
         out[rows] = total.mul_(scale).add_(weight[rows].cpu())
     return out
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float, bool]:
-    """A and B by base name of the weight they adapt, the scale, and whether these weights are in × out, from the files that `save` writes."""
+    """The adapter that `save` wrote: (A, B) by base name of the weight, the scale, whether weights are in × out."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
-    found = {
+    pairs = {
         base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
         for name, tensor in tensors.items()
         if name.endswith(".lora_A.weight")
     }
-    return (
-        found,
-        config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"]),
-        config["fan_in_fan_out"],
-    )
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
+    return pairs, scale, config["fan_in_fan_out"]
 
 
 def _known(linear: dict[str, nn.Module]) -> list[str]:

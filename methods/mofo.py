@@ -8,8 +8,9 @@ Only the entries with the largest momentum of each tensor move, so that the run 
 where the threshold is 0; tensors of fewer than two dimensions (norms, biases) move in full.
 
 The exact threshold is computed first, from the |m| that the step will arrive at (methods/tools/selection.py). Then m, v
-and θ advance together in pieces, so that no temporary is as large as a tensor except |m| itself, which the partition on the
-CPU reorders. On other devices, and where several processes hold pieces of every tensor, histograms replace the partition.
+and θ advance together in pieces, so that no temporary is as large as a tensor except |m| itself, which the partition
+on the CPU reorders. On other devices, and where several processes hold pieces of every tensor, histograms replace the
+partition.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ class MoFO(torch.optim.Optimizer):
     number of dimensions. All call `step` and `realised_fraction` together; a missing gradient then counts as zeros,
     and |m| of float64 parameters is compared in float32. The masks are those of one process.
 
-    On the CPU one process works on several tensors at once, one in each thread; the result does not depend on the number
-    of threads. Scratch: 4 bytes (8 for float64) an entry of the largest tensor in each thread.
+    On the CPU one process works on several tensors at once, one in each thread; the result does not depend on the
+    number of threads. Scratch: 4 bytes (8 for float64) an entry of the largest tensor in each thread.
 
     Raises ValueError for a fraction outside (0, 1], for sparse gradients, and where the numbers of sizes and of
     parameters differ. Deep copies and pickles keep `realised_fraction`; a `state_dict` does not.
@@ -146,7 +147,8 @@ class MoFO(torch.optim.Optimizer):
         counts: list[Tensor | None] = [None] * len(jobs)
         order, workers = list(range(len(jobs))), 1  # several processes take the same order, in which they all-reduce
         if self._shards is None and all(job.weight.is_cpu for job in jobs):
-            # the largest first: threads end together, and a thread's first scratch is large enough for all later tensors
+            # the largest first: threads end together, and a thread's first scratch is large enough for all later
+            # tensors
             order.sort(key=lambda index: -jobs[index].weight.numel())
             workers = _workers([jobs[index].weight.numel() for index in order])
         rest = iter(order[workers:])

@@ -11,7 +11,7 @@ from methods.tools.adam import Moments
 
 
 def carried(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """{"<trained tensor>::<entry>": whole tensor} of everything the optimizer keeps (Adam: step, exp_avg, exp_avg_sq)."""
+    """All tensors in the optimizer's state, whole, by "<trained tensor>::<entry>" (Adam: step, exp_avg, exp_avg_sq)."""
     return {
         f"{name}::{entry}": (run.shards.whole(value, run.shapes[name]) if value.shape == weight.shape else value)
         .detach()
@@ -26,7 +26,7 @@ def carried(run: Run, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 def restore_state(run: Run, optimizer: torch.optim.Optimizer, carry: dict[str, Tensor]) -> None:
     """Put carried tensors into an optimizer over the same trained tensors.
 
-    Raises UserError for one that is not of Adam's kind: it would take another's entries for its own.
+    Raises UserError unless it is a kind of Adam: another optimizer would read these entries as its own.
     """
     if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and not isinstance(
         getattr(optimizer, "_moments", None), Moments

@@ -1,12 +1,12 @@
 """The weights that a penalty sees: θ itself, or the dense matrix that LoRA's factors stand for.
 
 For a trained base tensor the effective change is θ − θ₀; for a linear layer with LoRA it is s·B·A (rank r: A is r × in,
-B is out × r, s = alpha/r, alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor reaches what is trained
-as D itself, or as ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ. Where the model keeps W as in × out (Conv1D), (s·B·A)ᵀ and Dᵀ stand in
-their place. A penalty written on effective weights so works for both.
+B is out × r, s = alpha/r, or alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor becomes the gradient
+D of the tensor itself, or ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ of the factors. A model that stores W as in × out (Conv1D)
+takes (s·B·A)ᵀ and Dᵀ instead. So a penalty that is written for effective weights works for both.
 
-Where several processes share the model, each sees its own rows of every effective weight: of s·B·A the rows of its
-piece of B, times the whole of A; ∂A is then summed over processes, ∂B is complete where it is made.
+Where several processes share the model, each has its own rows of every effective weight: for s·B·A its rows of B times
+the whole of A. ∂A is then summed over processes; ∂B is complete in the process that has its rows.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Full:
     run: Run
     name: str  # base parameter name
     parameter: str  # name in run.weights and in run.model
-    anchor: Tensor  # the same rows of θ₀, or of what else change is measured from
+    anchor: Tensor  # the same rows of the tensor that change is measured from, by default θ₀
 
     def value(self) -> Tensor:
         """θ − anchor in the trained tensor's dtype, on its device; a new tensor."""
@@ -43,7 +43,7 @@ class Full:
         _add(self.run.weights[self.parameter], direction, scale)
 
     def penalise(self, importance: Tensor | Codes, *, scale: float) -> Tensor:
-        """Add scale·Ω⊙(θ − anchor) to the gradient; returns ΣΩ(θ − anchor)², 0-dim. No temporary of the tensor's size."""
+        """Add scale·Ω⊙(θ − anchor) to the gradient; returns ΣΩ(θ − anchor)², 0-dim; makes no temporary of the size."""
         weight = self.run.weights[self.parameter]
         return penalise(
             weight=weight.detach(), anchor=self.anchor, importance=importance, gradient=weight.grad, scale=scale
@@ -65,9 +65,8 @@ class Factored:
     b: str
     scaling: float
     transposed: bool  # the base tensor is in × out (GPT-2's Conv1D): its rows need the whole of both factors
-    anchor: (
-        tuple[Tensor, Tensor] | None
-    )  # factors as `parts` gives them that change is measured from; None: the base, where s·B·A = 0
+    # the factors (as from `parts`) that change is measured from; None: the base, where s·B·A = 0
+    anchor: tuple[Tensor, Tensor] | None
 
     def value(self) -> Tensor:
         """s·B·A − anchor's s·B·A in the base tensor's layout; a new tensor. Exactly zero at the anchor."""
@@ -75,7 +74,7 @@ class Factored:
         return value if self.anchor is None else value.sub_(self.product(*self.anchor).to(value.device))
 
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What this process's rows are a product of: A whole, and rows of B or all of it; of the weights or of their gradients."""
+        """The factors of this process's rows, of the weights or of their gradients: all of A, and rows of B or all of it."""
         a, b = (tensors[name].detach() for name in (self.a, self.b))
         whole = self.run.shards.whole
         return {
@@ -87,7 +86,7 @@ class Factored:
         return self.laid((b @ a).mul_(self.scaling))
 
     def laid(self, product: Tensor) -> Tensor:
-        """A product of `parts`, out × in, as this process's rows of the base tensor."""
+        """A product of `parts` (out × in) as this process's rows of the base tensor."""
         return self.run.shards.local(product.T.contiguous()) if self.transposed else product
 
     def pull(self, direction: Tensor, *, scale: float = 1.0) -> None:
@@ -117,20 +116,20 @@ Effective = Full | Factored
 
 
 def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -> list[Effective]:
-    """One entry for every trained base tensor or adapted layer, in the model's order.
+    """One entry for every adapted layer and then for every trained base tensor, in the model's order.
 
-    `anchor` maps names of run.weights to what change is measured from: rows of trained base tensors and of B, the
-    whole of A (`anchored`); without it that is the base (θ₀, and zero for an adapter). Values are read when asked
-    for, so an anchor changed in place is seen. Raises UserError for DoRA, modules_to_save and adapters on embeddings,
-    whose effective update is not s·B·A.
+    anchor   what change is measured from, by names of run.weights: rows of trained base tensors and of B, all of A
+             (`anchored`). By default that is the base: θ₀, and zero for an adapter. It is not copied.
+
+    Raises UserError for DoRA, modules_to_save and adapters on embeddings, whose effective update is not s·B·A.
     """
-    found: list[Effective] = []
+    weights: list[Effective] = []
     factors = set()
     for path, module in lora_layers(run.model):
         (adapter,) = module.lora_A
         a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
         factors |= {a, b}
-        found.append(
+        weights.append(
             Factored(
                 run=run,
                 name=base_name(f"{path}.base_layer.weight"),
@@ -151,12 +150,12 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
                     "modules_to_save and prompt tensors cannot be compared with the base"
                 )
             start = run.shards.local(run.base[name]) if anchor is None else anchor[parameter]
-            found.append(Full(run=run, name=name, parameter=parameter, anchor=start))
-    return found
+            weights.append(Full(run=run, name=name, parameter=parameter, anchor=start))
+    return weights
 
 
 def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole `tensors` by names of run.weights, as an anchor of `effective_weights` on the run's device."""
+    """An anchor for `effective_weights` on the run's device, from whole tensors by names of run.weights."""
     whole, rows = factors(run.model)
     whole |= {
         name for name in rows if isinstance(run.model.get_submodule(name.partition(".lora_B.")[0]).base_layer, Conv1D)
@@ -167,7 +166,7 @@ def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def factors(model: nn.Module) -> tuple[set[str], set[str]]:
-    """Names of LoRA's factors among the model's parameters: the A's and the B's."""
+    """Names of LoRA's factors among the model's parameters: those of A and those of B."""
     layers = [(path, next(iter(module.lora_A))) for path, module in lora_layers(model)]
     return {f"{path}.lora_A.{adapter}.weight" for path, adapter in layers}, {
         f"{path}.lora_B.{adapter}.weight" for path, adapter in layers
@@ -190,7 +189,7 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The base model's parameters by base name, out of an adapted model or a plain one; a tied tensor once."""
+    """The base model's parameters by base name, from an adapted model or a plain one; a tied tensor once."""
     adapters = set.union(*factors(model))
     return {base_name(n): p for n, p in model.named_parameters() if n not in adapters}
 

@@ -1,13 +1,14 @@
-"""Importance as what each weight contributed to a fall of the loss: a part for a training phase of its own.
+"""Importance as the contribution of each weight to the decrease of the loss: a part for a training phase of its own.
 
     ω_i = −Σ_steps g_i Δθ_i          Ω_i = Σ max(ω_i, 0) / (Δ_i² + ξ)
 
-g is the raw task gradient at the start of a step, Δθ the optimizer's actual movement in it, Δ the whole movement since
-the start of the phase. −∫ g·dθ over all weights is the loss's fall (Zenke et al. 2017). θ is the effective weight: a
-trained tensor, or s·B·A of an adapted layer, whose true gradient dL/dθ is dL/dW of the frozen W beneath the adapter.
+g is the raw task gradient at the start of a step, Δθ the optimizer's movement in the step, and Δ the whole movement
+since the start of the phase. −∫ g·dθ over all weights is the decrease of the loss (Zenke et al. 2017). θ is the
+effective weight: a trained tensor, or s·B·A of an adapted layer, whose gradient dL/dθ is dL/dW of the frozen W
+beneath the adapter.
 
-Of a trained tensor ω is added up inside the optimizer's step, which knows Δθ: no copy of weights or gradients is kept.
-Of several processes each has the rows of ω that it has of the weights.
+For a trained tensor ω is accumulated inside the optimizer's step, which knows Δθ, so no copy of weights or gradients is
+needed. Each process has the same rows of ω as of the weights.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from methods.tools.effective import Factored, effective_weights, lora_layers
 
 @dataclass(frozen=True, kw_only=True)
 class PathIntegral(Part):
-    """Accumulates Ω in state["importance"] of the fit it takes part in; call `release` afterwards, also after an error.
+    """Accumulates Ω in state["importance"] during a `fit`; call `release` afterwards, also after an error.
 
-    It stands alone in its fit: g is what the optimizer sees, with clipping undone.
+    It is the only part of its fit: g is the gradient that the optimizer sees, with clipping undone.
 
     gradient     "exact": dL/dθ. "displacement": for adapters s·(B·∂A + ∂B·A − lr·∂B·∂A), the movement of the product
-                 under plain gradient descent divided by −lr, which the paper's own code takes for the gradient
-    clamp        max(ω, 0) at the end, or after every step
-    consolidate  ω becomes Ω at the end of the phase, or of every epoch (Δ counts from the start of the phase)
+                 in plain gradient descent divided by −lr, which the paper's code uses as the gradient
+    clamp        set negative ω to 0 at the end, or after every step
+    consolidate  add ω to Ω at the end of the phase, or of every epoch (Δ counts from the start of the phase)
     """
 
     key = "path_integral"
@@ -48,13 +49,12 @@ class PathIntegral(Part):
     def begin(self, *, run, state, examples, general=()):
         weights = effective_weights(run)
         factored = [w for w in weights if isinstance(w, Factored)]
-        state["displaced"] = weights  # since the start
+        state["displaced"] = weights  # their values are movements since the start
         state["omega"] = {w.name: torch.zeros_like(w.value()) for w in weights}
         state["importance"] = {}
         state["before"] = {name: tensor.clone() for w in factored for name, tensor in w.parts(run.weights).items()}
-        state["moved"] = [
-            replace(w, anchor=(state["before"][w.a], state["before"][w.b])) for w in factored
-        ]  # in the step
+        # their values are movements in the step
+        state["moved"] = [replace(w, anchor=(state["before"][w.a], state["before"][w.b])) for w in factored]
         if self.gradient == "exact":
             layers = dict(lora_layers(run.model))
             state["dense"] = {
@@ -80,7 +80,7 @@ class PathIntegral(Part):
         return total
 
     def release(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         while self.undo:
             self.undo.pop()()
 
@@ -96,7 +96,7 @@ class PathIntegral(Part):
         def watch(weight: Tensor, piece: slice, movement: Tensor) -> None:
             gradient, factor = weight.grad.view(-1)[piece], -1.0
             if run.clipped is not None:
-                if weight.is_cuda:  # where reading the number would wait for the device
+                if weight.is_cuda:  # where reading the number would make the host wait
                     gradient = gradient / run.clipped
                 else:
                     factor = (factor / run.clipped.double()).item()
@@ -130,20 +130,16 @@ class PathIntegral(Part):
     def _gradient(self, weight: Factored, state: dict) -> Tensor:
         shards = weight.run.shards
         if self.gradient == "exact":
-            # the loss that each process differentiates is `world` times its share of the step's
+            # each process differentiates `world` times its share of the step's loss
             return shards.local(shards.sum(state["dense"][weight.name])) / shards.world
-        a, b, ga, gb = (
-            state["before"][weight.a],
-            state["before"][weight.b],
-            state["gradient"][weight.a],
-            state["gradient"][weight.b],
-        )
+        a, b = (state["before"][name] for name in (weight.a, weight.b))
+        ga, gb = (state["gradient"][name] for name in (weight.a, weight.b))
         rate = state["optimizer"].param_groups[0]["lr"]
         return weight.laid((b @ ga).add_(gb @ a).sub_(gb @ ga, alpha=rate).mul_(weight.scaling))
 
     @torch.no_grad()
     def consolidated(self, state: dict) -> dict[str, Tensor]:
-        """Ω by base parameter name, with the ω since the last time added in and begun anew; this process's rows."""
+        """Add ω to Ω and start a new ω; returns Ω by base parameter name, this process's rows."""
         for weight in state["displaced"]:
             omega = state["omega"].pop(weight.name)
             omega.clamp_(min=0).div_(weight.value().square_().add_(self.xi))

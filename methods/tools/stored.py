@@ -2,11 +2,12 @@
 
 A file is safetensors; every tensor in it is one zstd frame of bytes, and the metadata say what it holds:
 
-    NAME           a tensor's codes, row by row; of a float tensor its byte planes: all first bytes, all second bytes, …
+    NAME           the codes of a tensor in order; for a float tensor its byte planes: all first bytes, then all
+                   second ones
     NAME::bitmap   where more than half of the codes are 0: a bit an entry, 1 where NAME has a code; NAME then has no
                    other
 
-Codes that were written are read back bit for bit, and equal importances make equal files.
+Reading a file gives what was written, bit for bit, and equal importances have equal files.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from methods.tools.importance import Codes, largest
 
 BITMAP = "::bitmap"
 AGAIN = "prepare it again, `dvc repro --force --single-item prepare@MODEL-METHOD-SEED`"
-LEVEL = 1  # codes do not repeat, so higher levels of zstd are slower and no smaller
+LEVEL = 1  # codes do not repeat: higher levels of zstd take longer and save nothing
 
 _FACTS = "importance"  # the metadata's only key: safetensors writes several in any order
 
@@ -93,11 +94,11 @@ def _load(path: Path) -> dict[str, Tensor | Codes]:
         names = set(file.keys())
 
         def bytes_of(name: str, size: int) -> np.ndarray:
-            found = np.empty(size, np.uint8)
+            data = np.empty(size, np.uint8)
             with _zstandard().ZstdDecompressor().stream_reader(file.get_tensor(name)) as reader:
-                if (got := reader.readinto(found)) != size:
+                if (got := reader.readinto(data)) != size:
                     raise UserError(f"{path}: {name} ends after {got:,} of {size:,} bytes: {AGAIN}")
-            return found
+            return data
 
         for name, fact in json.loads(facts).items():
             shape = fact["shape"]

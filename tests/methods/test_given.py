@@ -70,8 +70,11 @@ def test_shards_a_repeated_tied_head_and_old_buffers_fit(base, make, tmp_path):
             lambda t: t.update({"model.norm.weight": torch.ones(33)}),
             r"model.norm.weight in .* has shape \[33\], the base's is \[32\]",
         ),
-        (lambda t: t.update({"lm_head.weight": torch.ones(31, 32)}), "has what the base has not: lm_head.weight"),
-        (lambda t: t.update(x=torch.ones(1), y=torch.ones(1)), "has what the base has not: x and 1 more"),
+        (
+            lambda t: t.update({"lm_head.weight": torch.ones(31, 32)}),
+            "has tensors that the base does not have: lm_head.weight",
+        ),
+        (lambda t: t.update(x=torch.ones(1), y=torch.ones(1)), "has tensors that the base does not have: x and 1 more"),
     ],
 )
 def test_what_does_not_fit_is_named(base, tmp_path, change, said):
