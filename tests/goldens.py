@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from experiments.laws.trial import texts
 from experiments.model.random_models import build
 from experiments.training.engine import final_weights, fit
 from experiments.training.preparation import Fitting
@@ -37,19 +38,6 @@ METHODS = {
     "hierarchical-full": {"hierarchical": {"strength": 1.0e-3, "samples": 6, "length": 32}},
 }
 ARCHITECTURES = ("gptj", "llama")
-
-
-def texts(count: int, *, seed: int, labelled: bool) -> list[dict]:
-    """Random ids of ragged lengths; `labelled` keeps labels on a short tail, as an answer behind a question."""
-    draw = torch.Generator().manual_seed(seed)
-    examples = []
-    for index in range(count):
-        ids = torch.randint(0, 256, (8 + (index * 7) % 30,), generator=draw)
-        labels = ids.clone()
-        if labelled:
-            labels[:-3] = -100
-        examples.append({"input_ids": ids, "labels": labels})
-    return examples
 
 
 def final(

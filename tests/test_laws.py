@@ -18,7 +18,9 @@ from experiments.study.paths import HERE
 from experiments.training import hooks
 from methods import registry
 from methods.errors import UserError
+from methods.lora import LoRA
 from methods.part import Part, setting
+from methods.tools.effective import effective_weights, lora_layers
 
 PARTS = registry.parts()
 
@@ -274,6 +276,43 @@ def test_a_wrong_part_is_caught(trial, kind, law, said):
     assert verdict.status == "failed"
     assert re.search(f"^{kind.__name__}  {law} +failed: .*{said}", str(verdict)), str(verdict)
     assert "\n" not in str(verdict)
+
+
+@wrong
+class Split(Part):
+    """Keeps adapted matrices as a low-rank part, which is trained, and the rest in float32, as PiSSA does."""
+
+    capabilities = frozenset({"adapts"})
+    neutral = "none: it trains two factors in place of each matrix"
+
+    def adapt(self, model, *, seed, state):
+        model = LoRA(rank=2).adapt(model, seed=seed)
+        draw = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for _, layer in lora_layers(model):
+                a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+                b.copy_(0.1 * torch.randn(b.shape, generator=draw))
+                layer.base_layer.weight.sub_(layer.scaling["default"] * b @ a)
+        return model
+
+    def finish(self, *, run, final, **_):
+        return final | {
+            weight.name: run.model.get_submodule(weight.layer).base_layer.weight.detach() + weight.value()
+            for weight in effective_weights(run)
+        }
+
+
+@wrong
+class Declared(Split):
+    decomposed = 1e-5
+
+
+def test_a_decomposed_base_is_held_to_the_rounding_that_is_declared(trial, monkeypatch):
+    split, declared = judge("base", trial(Split)), judge("base", trial(Declared))
+    assert split.status == "failed" and "they must be equal to the bit" in split.text
+    assert declared.status == judge("frozen", trial(Declared)).status == "passed", str(declared)
+    monkeypatch.setattr(Declared, "decomposed", 1e-12)
+    assert "1e-12 is declared" in judge("base", trial(Declared)).text
 
 
 @pytest.mark.thorough
