@@ -13,7 +13,9 @@ import torch
 from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
 from tqdm import tqdm
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+
+from methods.tools import architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,14 +58,15 @@ def ends_of_text(model: torch.nn.Module, tokenizer: Any) -> list[int]:
     """The tokens that end a text: the model's own and the tokenizer's."""
     named = model.generation_config.eos_token_id
     ids = named if isinstance(named, list) else [named]
-    return sorted({i for i in [*ids, tokenizer.eos_token_id] if i is not None})
+    own = [] if tokenizer is None else [tokenizer.eos_token_id]
+    return sorted({i for i in [*ids, *own] if i is not None})
 
 
 def padding(model: torch.nn.Module, tokenizer: Any) -> int:
     """The id that fills up short rows, which nothing attends to: the tokenizer's where the model has a row for it,
     else 0.
     """
-    pad = tokenizer.pad_token_id
+    pad = None if tokenizer is None else tokenizer.pad_token_id
     return pad if pad is not None and 0 <= pad < model.get_input_embeddings().num_embeddings else 0
 
 
@@ -91,9 +94,23 @@ def _batches(order: list[int], prompts: Sequence[Prompt], size: int) -> list[lis
     return batches
 
 
-def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_length: int) -> list[str]:
-    until, tokens = batch[0].until, batch[0].tokens
-    rows = [prompt.ids[-(max_length - tokens) :] for prompt in batch]
+def generated(
+    *,
+    model: torch.nn.Module,
+    tokenizer: Any,
+    rows: Sequence[Sequence[int]],
+    tokens: int,
+    processors: Sequence[Any] = (),
+    criteria: Sequence[Any] = (),
+    together: bool = False,
+) -> list[list[int]]:
+    """The likeliest continuation of each row of token ids, at most `tokens` ids, without the end of text.
+
+    processors   change the logits that the likeliest token is taken of (transformers' LogitsProcessor)
+    criteria     end a row early (transformers' StoppingCriteria)
+    together     other processes share the model: each goes on until all have finished
+    """
+    model = architecture.plain(model)  # adapters stay where they are in it
     pad = padding(model, tokenizer)
     ids, seen = padded(rows, pad)
     width = ids.shape[1]
@@ -109,16 +126,25 @@ def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_
         top_k=None,
         use_cache=True,
         pad_token_id=pad,
-        eos_token_id=ends,
-        stopping_criteria=StoppingCriteriaList([_StopStrings(tokenizer, until, start=width, rows=len(batch))]),
+        eos_token_id=ends or None,
+        logits_processor=LogitsProcessorList(processors),
+        stopping_criteria=StoppingCriteriaList(criteria),
+        synced_gpus=together,
     )
-    written = []
-    for row in whole[:, width:].tolist():
-        end = next((place for place, token in enumerate(row) if token in ends), len(row))
-        written.append(
-            postprocess_generated_text(tokenizer.decode(row[:end], skip_special_tokens=True), list(until), None)
-        )
-    return written
+    return [
+        row[: next((place for place, token in enumerate(row) if token in ends), tokens)]
+        for row in whole[:, width:].tolist()
+    ]
+
+
+def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_length: int) -> list[str]:
+    until, tokens = batch[0].until, batch[0].tokens
+    rows = [prompt.ids[-(max_length - tokens) :] for prompt in batch]
+    stop = _StopStrings(tokenizer, until, start=max(map(len, rows)), rows=len(batch))
+    return [
+        postprocess_generated_text(tokenizer.decode(row, skip_special_tokens=True), list(until), None)
+        for row in generated(model=model, tokenizer=tokenizer, rows=rows, tokens=tokens, criteria=[stop])
+    ]
 
 
 class _StopStrings(StoppingCriteria):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.training import batches, hardware, hooks, update
+from experiments.training import batches, hardware, hooks, services, update
 from experiments.training.flops import Flops
 from experiments.training.hooks import Hooks
 from experiments.training.interruption import Interruption
@@ -73,12 +73,13 @@ def fit(
     compute_dtype: torch.dtype | None = None,
     resume: Resume | None = None,
     probe: Callable[[nn.Module], dict[str, float]] | None = None,
+    tokenizer: Any = None,
     name: str = "train",
 ) -> FitResult:
     """Fine-tune `model` on `examples` with `parts`; the model is changed in place and returned in the run.
 
     `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key; `general` is general text for
-    parts with the capability "general". The model computes in
+    parts with the capability "general"; parts that encode or sample text use `tokenizer`. The model computes in
     `compute_dtype`, by default its own. With `shards` active the model, on the CPU or on `device`, is shared among the
     processes; every process gives the same arguments. `resume` is where an interrupted run is gone on from, bit for
     bit. `probe` is called outside timed training and must leave random state and mode as they were.
@@ -89,6 +90,7 @@ def fit(
     computing = compute_dtype or next(model.parameters()).dtype
     compute_in(model, computing)  # adapters are drawn in the dtype of what they adapt
     torch.manual_seed(seed)
+    bare = services.skeleton(model)
     model = adapted(model, parts, seed=seed, states=states)
     if shards.rank:
         torch.manual_seed(seed + 2**32 * shards.rank)  # processes have different examples, so different dropout
@@ -125,6 +127,11 @@ def fit(
         epoch=max(1, epoch),
         charge=method.charge,
     )
+    run.reference = services.Reference(bare=bare, run=run, trained=trained, flops=flops)
+    offered = services.Services(
+        run=run, trained=trained, reference=run.reference, flops=flops, size=settings.micro_batch, tokenizer=tokenizer
+    )
+    run.score, run.sample, run.encode = offered.score, offered.sample, offered.encode
 
     started = time.perf_counter()
     method.begin(run, examples, general)

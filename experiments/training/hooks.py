@@ -130,10 +130,10 @@ class Hooks:
     def batch(self, run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """The micro-batch as the parts' `batch` changes it; tokens that it adds are charged to the part."""
         for part in self.having("batch"):
-            lengths, count = worked(batch)
+            lengths, count = lengths_of(batch), labelled_in(batch)
             before = batch
             batch = changed(part, self.call(part, "batch", run=run, batch=batch), before=before)
-            after, count_after = worked(batch)
+            after, count_after = lengths_of(batch), labelled_in(batch)
             if (lengths, count) != (after, count_after):
                 cost, cost_before = (
                     self._flops.step(lengths=n, labelled=k) for n, k in ((after, count_after), (lengths, count))
@@ -264,15 +264,13 @@ def changed(part: Part, found: Any, *, before: Mapping[str, Tensor]) -> dict[str
     return dict(found)
 
 
-def worked(batch: Mapping[str, Tensor]) -> tuple[list[int], int]:
-    """Tokens of each example of a micro-batch, without padding, and how many of them a loss is taken of."""
+def lengths_of(batch: Mapping[str, Tensor]) -> list[int]:
+    """Tokens of each example of a micro-batch, without padding."""
     ids, mask, positions = batch["input_ids"], batch.get("attention_mask"), batch.get("position_ids")
     if positions is not None:  # packed: an example begins where its positions do
         starts = (positions.flatten() == 0).nonzero().flatten().tolist()
-        lengths = [end - start for start, end in zip(starts, [*starts[1:], positions.numel()])]
-    else:
-        lengths = mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * len(ids)
-    return lengths, labelled_in(batch)
+        return [end - start for start, end in zip(starts, [*starts[1:], positions.numel()])]
+    return mask.sum(1).tolist() if mask is not None else [ids.shape[1]] * len(ids)
 
 
 def labelled_in(batch: Mapping[str, Tensor]) -> int:

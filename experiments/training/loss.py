@@ -78,21 +78,30 @@ def weighted_nll(
 
 
 def summed_kl(
-    hidden: Tensor, reference: Tensor, logits_of: Logits, reference_logits_of: Logits, *, temperature=1.0, reverse=False
+    hidden: Tensor,
+    reference: Tensor,
+    logits_of: Logits,
+    reference_logits_of: Logits,
+    *,
+    weights: Tensor | None = None,
+    temperature: float = 1.0,
+    reverse: bool = False,
 ) -> Tensor:
-    """Σ over rows of KL(p₀‖p) in nats, p = softmax(logits/temperature); a scalar with a gradient to `hidden`.
+    """Σ over rows of w·KL(p₀‖p) in nats, p = softmax(logits/temperature); a scalar with a gradient to `hidden`.
 
     hidden, reference    (rows, width): last hidden states of the model and of the reference, which gets no gradient
+    weights              w (rows,); None: all 1
     reverse              KL(p‖p₀) instead
     """
 
-    def chunk(_: slice) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
+    def chunk(piece: slice) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
         def compute(rows: Tensor, others: Tensor) -> tuple[Tensor]:
             with torch.no_grad():
                 theirs = _log_softmax(reference_logits_of(others), temperature)
             ours = _log_softmax(logits_of(rows), temperature)
             inputs, targets = (theirs, ours) if reverse else (ours, theirs)
-            return (F.kl_div(inputs, targets, reduction="sum", log_target=True),)
+            each = F.kl_div(inputs, targets, reduction="none", log_target=True).sum(-1)
+            return ((each if weights is None else each * weights[piece].to(each)).sum(),)
 
         return compute
 

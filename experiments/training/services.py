@@ -1,0 +1,290 @@
+"""What the engine offers to the parts of a run: the frozen base as a model, scores of rows, and sampled text.
+
+All of it leaves the random state and the mode of the trained model as they were. Where several processes share a model,
+every process must call each service equally often.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import LogitsProcessor
+
+from experiments.training import hooks
+from experiments.training.batches import collate, micro_batches, sent
+from experiments.training.flops import Flops
+from experiments.training.loss import CHUNK, shifted, summed_kl
+from experiments.training.sharded_weights import ShardedWeights
+from methods.part import Row, Run
+from methods.tools import architecture
+from methods.tools.process_group import Shards
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A copy of a model whose parameters are on the meta device: it takes no memory until `Reference` fills it."""
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, empty | {id(buffer): buffer for buffer in model.buffers()})
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode for a time."""
+    was = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was)
+
+
+class Reference:
+    """The frozen base as a model; its weights get no gradient, and it has no dropout.
+
+    Where every trained tensor belongs to an adapter and all others are the base's, it is the trained model with its
+    adapters switched off, which takes no memory. Otherwise it is a second copy of the base, shared among the processes
+    as the trained model is.
+    """
+
+    def __init__(self, *, bare: nn.Module, run: Run, trained: Any, flops: Flops) -> None:
+        self._bare, self._run, self._trained, self._flops = bare, run, trained, flops
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """function(the base as a model, *arguments), without a gradient."""
+        with torch.no_grad():
+            if not self._switches_off:
+                return self._copy(function, *arguments)
+            with _without_adapters(self._run.model), evaluating(self._run.model):
+                return self._trained.compute(function, *arguments)
+
+    def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The base's last hidden states (batch, tokens, width) of a micro-batch, which `loss` is given or `collate` makes."""
+        lengths = hooks.lengths_of(batch)
+        self._charge(tokens=sum(lengths), flops=self._base_flops.forward(lengths=lengths, predicted=0))
+        return self.compute(architecture.hidden_states, batch["input_ids"], None, batch.get("position_ids"))
+
+    def logits(self, rows: Tensor) -> Tensor:
+        """The base's logits (rows, vocabulary) of its last hidden states (rows, width)."""
+        return self.compute(lambda model: architecture.logits_of(model)(rows))
+
+    def kl(self, hidden: Tensor, reference: Tensor, *, temperature=1.0, weights=None, reverse=False) -> Tensor:
+        """Σ over rows of w·KL(base‖model) in nats; `reverse`: KL(model‖base). Logits are held in chunks.
+
+        hidden, reference   (rows, width): last hidden states by the trained model and by the base
+        weights             w (rows,); None: all 1
+        temperature         of both distributions; multiply by its square for gradients of the size at temperature 1
+        """
+        own = self._flops.step(lengths=(), labelled=len(hidden))
+        theirs = self._base_flops.forward(lengths=(), predicted=len(hidden))
+        self._charge(flops=None if own is None or theirs is None else own + theirs)
+        logits_of = architecture.logits_of(self._run.model)
+        settings = {"temperature": temperature, "weights": weights, "reverse": reverse}
+        return summed_kl(hidden, reference, logits_of, self.logits, **settings)
+
+    @property
+    def _charge(self) -> Callable[..., None]:
+        return self._run.charge
+
+    @cached_property
+    def _base_flops(self) -> Flops:
+        return Flops(self._bare)
+
+    @cached_property
+    def _switches_off(self) -> bool:
+        """Whether the trained model with its adapters switched off is exactly the base."""
+        run = self._run
+        adapters = any(hasattr(module, "lora_A") for module in run.model.modules())
+        if not adapters or any(architecture.base_name(name) in run.base for name in run.weights):
+            return False
+        differ = 0
+        for name, tensor in run.model.named_parameters():
+            if (base := run.base.get(architecture.base_name(name))) is not None:
+                own = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+                differ += not torch.equal(own, run.shards.local(base).to(own))
+        return not sum(run.shards.gathered(differ))
+
+    @cached_property
+    def _copy(self) -> Callable[..., Any]:
+        """`compute` of the second copy."""
+        run, model = self._run, self._bare
+        filled: dict[int, nn.Parameter] = {}
+        names = {id(p): name for name, p in model.named_parameters()}
+        where = "cpu" if run.shards.active else run.device  # what is shared is moved piece by piece
+        for module in model.modules():
+            for name, p in list(module._parameters.items()):
+                if p is not None and p.is_meta:
+                    if id(p) not in filled:
+                        tensor = run.base[names[id(p)]].to(where, p.dtype, copy=True)
+                        filled[id(p)] = nn.Parameter(tensor, requires_grad=False)
+                    module._parameters[name] = filled[id(p)]
+        model.eval()
+        held = [run.shards.local(p) for p in filled.values()]
+        self._charge(bytes=sum(p.numel() * p.element_size() for p in held))
+        if not run.shards.active:
+            return lambda function, *arguments: function(model, *arguments)
+        dtype = next(iter(filled.values())).dtype
+        device = torch.device(run.device)
+        return ShardedWeights(model, shards=run.shards, compute_dtype=dtype, device=device, base=run.base).compute
+
+
+@contextmanager
+def _without_adapters(model: nn.Module) -> Iterator[None]:
+    # peft's own `disable_adapter` also changes which tensors require a gradient, in the middle of a forward pass
+    layers = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+class Services:
+    """`score`, `sample` and `encode` of `methods.part.Run`, on the trained model or on the base."""
+
+    def __init__(
+        self, *, run: Run, trained: Any, reference: Reference, flops: Flops, size: int, tokenizer: Any
+    ) -> None:
+        self._run, self._trained, self._reference, self._flops = run, trained, reference, flops
+        self._size, self._tokenizer = size, tokenizer
+
+    def compute(self, base: bool, function: Callable[[nn.Module], Any]) -> Any:
+        if base:
+            return self._reference.compute(function)
+        with torch.no_grad(), evaluating(self._run.model):
+            return self._trained.compute(function)
+
+    def score(self, rows: Sequence[Row], *, base: bool = False) -> list[Tensor]:
+        """log p of each row's labelled tokens, (labelled tokens,) in float32 on the CPU, by the model or by the base."""
+        run, found = self._run, {}
+        for indices, counts in _shared(len(rows), self._size, run.shards):
+            batch = collate([rows[i] for i in indices])
+            ids, labels = sent(batch["input_ids"], torch.device(run.device)), batch["labels"]
+            values = self.compute(base, lambda model: _log_probabilities(model, ids, labels))  # noqa: B023
+            if counts:
+                sizes = (labels[:, 1:] != -100).sum(1).tolist()
+                found |= dict(zip(indices, values.split(sizes), strict=True))
+                lengths = hooks.lengths_of(batch)
+                run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=sum(sizes)))
+        return _collected(found, run.shards)
+
+    def sample(
+        self,
+        *,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        temperature: float = 1.0,
+        key: Sequence[int | str] = (),
+        base: bool = False,
+    ) -> list[list[int]]:
+        """A continuation of at most `tokens` tokens for each prompt (token ids, not empty), without the end of text.
+
+        temperature  of the softmax that tokens are drawn from; 0 takes the likeliest
+        key          draws depend on the run's seed, this key, and the number of the prompt; not on the batch
+        """
+        run = self._run
+        draws = [run.generator("sample", *key, number) for number in range(len(prompts))]
+        found, lengths = sample(
+            lambda function: self.compute(base, function),
+            prompts=prompts,
+            tokens=tokens,
+            temperature=temperature,
+            draws=draws,
+            tokenizer=self._tokenizer,
+            size=self._size,
+            shards=run.shards,
+        )
+        predicted = sum(lengths) - sum(len(prompts[i]) for i in range(run.shards.rank, len(prompts), run.shards.world))
+        run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=predicted))
+        return found
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text, as general text is encoded."""
+        from evaluation.encode import encode_text
+
+        return encode_text(self._tokenizer, text)
+
+
+def sample(
+    compute: Callable[[Callable[[nn.Module], Any]], Any],
+    *,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    temperature: float,
+    draws: Sequence[torch.Generator],
+    tokenizer: Any,
+    size: int,
+    shards: Shards,
+) -> tuple[list[list[int]], list[int]]:
+    """Continuations of prompts, and the lengths of prompt and continuation of those that this process wrote.
+
+    compute   compute(function) → function(model)
+    draws     the random numbers of each prompt
+    """
+    from evaluation.generate import generated
+
+    found, lengths = {}, []
+    for indices, counts in _shared(len(prompts), size, shards):
+        chosen = [prompts[i] for i in indices]
+        noise = [_Gumbel(temperature, [draws[i] for i in indices])] if temperature else []
+        written = compute(
+            lambda model: generated(
+                model=model,
+                tokenizer=tokenizer,
+                rows=chosen,  # noqa: B023
+                tokens=tokens,
+                processors=noise,  # noqa: B023
+                together=shards.world > 1,
+            )
+        )
+        if counts:
+            found |= dict(zip(indices, written, strict=True))
+            lengths += [len(prompt) + len(row) for prompt, row in zip(chosen, written, strict=True)]
+    return _collected(found, shards), lengths
+
+
+class _Gumbel(LogitsProcessor):
+    """Logits over the temperature plus Gumbel noise: their argmax is a draw from the softmax, row by row.
+
+    Every row has its own random numbers, so that a draw does not depend on the other rows of its batch.
+    """
+
+    def __init__(self, temperature: float, draws: Sequence[torch.Generator]):
+        self._temperature, self._draws = temperature, draws
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        uniform = [torch.rand(scores.shape[1], generator=draw, dtype=torch.float64) for draw in self._draws]
+        noise = -torch.log(-torch.log(torch.stack(uniform)))
+        return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
+
+
+def _shared(count: int, size: int, shards: Shards) -> Iterator[tuple[list[int], int]]:
+    """This process's share of `count` things in batches, each with 1; and batches with 0, so that all have as many."""
+    shares = [list(range(rank, count, shards.world)) for rank in range(shards.world)]
+    own = list(micro_batches(shares[shards.rank], size))
+    for indices in own:
+        yield list(indices), 1
+    for _ in range(-(-len(shares[0]) // size) - len(own)):
+        yield [0], 0
+
+
+def _collected(found: Mapping[int, Any], shards: Shards) -> list:
+    """What all processes have found, in the order of the indices."""
+    together = {index: value for each in shards.gathered(dict(found)) for index, value in each.items()}
+    return [together[index] for index in sorted(together)]
+
+
+def _log_probabilities(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
+    """log p of the labelled tokens of a batch, in its order, on the CPU."""
+    rows, targets = shifted(architecture.hidden_states(model, ids, None), labels)
+    logits_of = architecture.logits_of(model)
+    pieces = [
+        torch.log_softmax(logits_of(part).float(), dim=-1).gather(1, labels_[:, None])[:, 0]
+        for part, labels_ in zip(rows.split(CHUNK), targets.split(CHUNK), strict=True)
+    ]
+    return torch.cat(pieces).cpu() if pieces else torch.zeros(0)
