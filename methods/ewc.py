@@ -81,7 +81,7 @@ class EWC(Part):
             gradient=(counts.compute + counts.wide * counts.half) * largest,
         )
 
-    def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None, sample=None):
         """The Fisher by base parameter name. It ignores `seed`, so that all cells of a model share it."""
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         everything = base_parameters(model)

@@ -94,7 +94,7 @@ class Hierarchical(Part):
         anchor = counts.share(counts.checkpoint * counts.trained_base + counts.wide * counts.adapters)
         return Memory(anchor=anchor, **memory_of_penalty(counts, bits=self.bits))
 
-    def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None):
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None, sample=None):
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not examples:
             raise UserError("hierarchical: no general text to learn importance from")

@@ -50,7 +50,7 @@ class LoRA(Part):
     )
     rslora: bool = setting(False, phase="prepare", help="scale alpha/√rank instead")
 
-    def adapt(self, model, *, seed, state={}):
+    def adapt(self, model, *, seed, state=None):
         from peft import LoraConfig, get_peft_model
 
         self._check_targets(model)

@@ -136,9 +136,9 @@ class Run:
 
     Services of the engine, absent (None) where a run was not made by it:
 
-    reference  the frozen base as a model (experiments/training/reference.py): its hidden states and logits, and the
-               KL divergence between it and the trained model, in chunks
-    sample     sample(prompts=, tokens=, temperature=, seed=, base=False) → continuations, lists of token ids
+    reference  the frozen base as a model: `hidden(batch)`, `logits(rows)` and, in chunks of logits,
+               `kl(hidden rows, reference's hidden rows, temperature=, weights=, reverse=)` to the trained model
+    sample     sample(prompts=, tokens=, temperature=, key=, base=False) → continuations, lists of token ids
     score      score(rows, base=False) → for each row the log-probabilities of its labelled tokens, on the CPU
     encode     text → token ids, as general text is encoded
     charge     charge(tokens=, flops=, seconds=, bytes=) adds to what the part that is at work costs
@@ -172,8 +172,13 @@ class Run:
 
         So a draw does not depend on the accumulation, on the number of processes or on what was drawn before.
         """
-        digest = hashlib.sha256(repr((self.seed, *key)).encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return generator(self.seed, *key)
+
+
+def generator(*key: int | str) -> Generator:
+    """Random numbers on the CPU that depend on `key` alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
 
 
 @dataclass(kw_only=True)
@@ -276,6 +281,7 @@ class Part:
         progress: Callable[..., Any] | None,
         shards: Shards = Shards(),
         resume: Resume | None = None,
+        sample: Callable[..., list[list[int]]] | None = None,
     ) -> Prepared | None:
         """What the method needs before it sees the domain, from general text.
 
@@ -287,6 +293,7 @@ class Part:
         progress  progress(total=, desc=, unit=) → a tqdm bar
         shards    the processes at work; each has the whole model
         resume    where a pass of the part's own keeps what it has so far; None: nowhere
+        sample    sample(model=, prompts=, tokens=, temperature=, key=) → continuations, as `Run.sample` gives them
         """
         return None
 

@@ -37,6 +37,8 @@ from methods.tools.importance import totals
 from methods.tools.process_group import Shards
 from methods.tools.stored import load_importance, save_importance
 
+GENERAL = "general.jsonl"  # a copy for parts that read general text while they train
+
 
 def main(study, *, model: str, method: str, seed: int, cell) -> None:
     needed = bool(resolve.prepare(study, model, method))
@@ -65,12 +67,20 @@ def _prepare(study, model: str, method: str, seed: int) -> None:
                 "reused": False,
             },
         )
+        _copy_general(study, method, out)
         return
     store, reused = stored(study, model, method, seed)
     if processes.first():
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(store / "out", out)
         write_json(costs_file, read_json(store / "costs.json") | {"reused": reused})
+        _copy_general(study, method, out)
+
+
+def _copy_general(study, method: str, out: Path) -> None:
+    """Put general text beside what is prepared for parts that read it in training, which then depends on it."""
+    if any("general" in part.capabilities for part in study.methods[method].parts):
+        shutil.copyfile(study.paths.data / "general" / "importance.jsonl", out / GENERAL)
 
 
 def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
@@ -175,6 +185,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         resume=resume,
         progress=bar,
         shards=shards,
+        tokenizer=tokenizer,
         device=where,
         compute_dtype=computing,
     ):
@@ -255,6 +266,12 @@ def load_states(folder: Path, parts) -> dict[str, dict]:
             if path.is_file():
                 states[part.key][kind] = load_importance(path) if kind == "importance" else dict(load_tensors(path))
     return states
+
+
+def load_general(folder: Path, tokenizer) -> list[dict]:
+    """General text for parts that read it in training, encoded as for `prepare`; none where no part reads it."""
+    path = folder / GENERAL
+    return _learnable(encoded_text(path, tokenizer), speak=False) if path.is_file() else []
 
 
 def _whole(store: Path) -> bool:

@@ -96,20 +96,26 @@ def summed_kl(
 
     def chunk(piece: slice) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
         def compute(rows: Tensor, others: Tensor) -> tuple[Tensor]:
+            logits = logits_of(rows)
+            logits = logits.to(_wide(logits.dtype))
             with torch.no_grad():
-                theirs = _log_softmax(reference_logits_of(others), temperature)
-            ours = _log_softmax(logits_of(rows), temperature)
-            inputs, targets = (theirs, ours) if reverse else (ours, theirs)
-            each = F.kl_div(inputs, targets, reduction="none", log_target=True).sum(-1)
-            return ((each if weights is None else each * weights[piece].to(each)).sum(),)
+                ours, theirs = (
+                    torch.log_softmax(each.to(logits.dtype) / temperature, dim=-1)
+                    for each in (logits, reference_logits_of(others))
+                )
+                (p, q) = (ours, theirs) if reverse else (theirs, ours)
+                kl = (p.exp() * (p - q)).sum(-1)
+                # The gradient in closed form is exactly 0 where both agree. Autograd's is rounding there, which Adam would
+                # scale up to whole steps.
+                slope = ours.exp() * (ours - theirs - kl[:, None]) if reverse else ours.exp() - theirs.exp()
+                if weights is not None:
+                    kl, slope = kl * weights[piece].to(kl), slope * weights[piece, None].to(kl)
+            moving = (slope * logits).sum() / temperature
+            return (kl.sum() + moving - moving.detach(),)
 
         return compute
 
     return _in_chunks(chunk, hidden, reference)[0]
-
-
-def _log_softmax(logits: Tensor, temperature: float) -> Tensor:
-    return torch.log_softmax(logits.to(_wide(logits.dtype)) / temperature, dim=-1)
 
 
 def _in_chunks(chunk: Callable[[slice], Callable[..., tuple]], *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.training import services
 from experiments.training.engine import FitResult, fit
 from experiments.training.flops import Flops, of_pass
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
-from methods.part import Part, Prepared, Row, adapted, in_order, overrides
+from methods.part import Part, Prepared, Row, adapted, generator, in_order, overrides
 from methods.tools.process_group import Shards
 
 TENSORS = ("calibration", "importance", "start", "carry")  # what is stored of a `Prepared`, a file each
@@ -42,6 +43,7 @@ def prepare(
     resume: Callable[[str], Resume],
     progress: Callable[..., Any] | None = None,
     shards: Shards = Shards(),
+    tokenizer: Any = None,
     **placed: Any,
 ) -> Iterator[Preparation]:
     """One preparation after the other, so that what is taken can be stored and forgotten before the next one begins.
@@ -49,6 +51,7 @@ def prepare(
     make      make(trains) → the bare model, anew; `trains`: the part gives it to `fit`, which cuts it among the processes
     settings  of training, for parts that train while they prepare
     resume    by a part's key, where it keeps what it has so far
+    tokenizer for parts that sample text
     placed    `device` and `compute_dtype` of that training
     """
     lengths = [len(document["input_ids"]) for document in general]
@@ -80,7 +83,8 @@ def prepare(
         model = adapted(model, parts, seed=seed, states=states)
         kept = resume(part.key)
         fitting = Fitting(kept, settings=settings, base=base, shards=shards, name=f"prepare {part.key}", **placed)
-        prepared = made(part, "prepare", model, fitting, base=base, resume=kept, fit=fitting)
+        sample = Sampling(tokenizer=tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
+        prepared = made(part, "prepare", model, fitting, base=base, resume=kept, fit=fitting, sample=sample)
         del model, fitting
         if prepared is not None:
             yield prepared
@@ -111,3 +115,32 @@ class Fitting:
         )
         self.flops.append(result.flops)
         return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """Texts from a model that each process has whole; prompts are shared out among the processes."""
+
+    tokenizer: Any
+    seed: int
+    size: int  # prompts in a batch
+    shards: Shards
+
+    def __call__(
+        self,
+        *,
+        model: nn.Module,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        temperature: float = 1.0,
+        key: Sequence[int | str] = (),
+    ) -> list[list[int]]:
+        """As `Services.sample` of a run, but from `model`."""
+
+        def compute(function: Callable[[nn.Module], Any]) -> Any:
+            with torch.no_grad(), services.evaluating(model):
+                return function(model)
+
+        draws = [generator(self.seed, "sample", *key, number) for number in range(len(prompts))]
+        arguments = {"prompts": prompts, "tokens": tokens, "temperature": temperature, "draws": draws}
+        return services.sample(compute, **arguments, tokenizer=self.tokenizer, size=self.size, shards=self.shards)[0]

@@ -111,6 +111,7 @@ class Reference:
     def _copy(self) -> Callable[..., Any]:
         """`compute` of the second copy."""
         run, model = self._run, self._bare
+        assert self._base_flops  # counted while nothing is sharded
         filled: dict[int, nn.Parameter] = {}
         names = {id(p): name for name, p in model.named_parameters()}
         where = "cpu" if run.shards.active else run.device  # what is shared is moved piece by piece
@@ -198,6 +199,7 @@ class Services:
             tokenizer=self._tokenizer,
             size=self._size,
             shards=run.shards,
+            together=run.shards.world > 1,
         )
         predicted = sum(lengths) - sum(len(prompts[i]) for i in range(run.shards.rank, len(prompts), run.shards.world))
         run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=predicted))
@@ -220,11 +222,13 @@ def sample(
     tokenizer: Any,
     size: int,
     shards: Shards,
+    together: bool = False,
 ) -> tuple[list[list[int]], list[int]]:
     """Continuations of prompts, and the lengths of prompt and continuation of those that this process wrote.
 
     compute   compute(function) → function(model)
     draws     the random numbers of each prompt
+    together  the processes compute as one, on a model that they share
     """
     from evaluation.generate import generated
 
@@ -239,7 +243,7 @@ def sample(
                 rows=chosen,  # noqa: B023
                 tokens=tokens,
                 processors=noise,  # noqa: B023
-                together=shards.world > 1,
+                together=together,
             )
         )
         if counts:

@@ -483,7 +483,7 @@ class TwoPhases(Part):
 
     key = "two_phases"
 
-    def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None):
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None, sample=None):
         first = fit(model=model, parts=(), examples=general, seed=seed, epochs=2.0, learning_rate=None)
         before = resume.load({}) if resume else None
         total = before[0]["total"] if before else torch.zeros(1)

@@ -103,7 +103,7 @@ def build(raw, root):
 
 def other(name, kind, now, within=""):
     """A valid value of the type `kind` that is not `now`."""
-    if name in OTHER and kind is not int:  # train.probes is a number, a domain's are names
+    if name in OTHER and kind is not int and typing.get_origin(kind) is not typing.Literal:
         return OTHER[name]
     options = typing.get_args(kind) if typing.get_origin(kind) is not typing.Literal else ()
     kinds = [option for option in (options or (kind,)) if option is not type(None)]
