@@ -1,4 +1,4 @@
-"""The positions of a model, and the training and the preparations that would read beyond them."""
+"""Refuse training and preparation on texts with more tokens than the model has positions."""
 
 from pathlib import Path
 from typing import Any
@@ -8,14 +8,16 @@ from evaluation.rendered import read_jsonl
 from experiments.model.shape import Shape
 from methods.errors import UserError
 
-MARKS = 8  # tokens that a tokenizer may put around a text: its beginning, its end, a space
+MARKS = 8  # tokens that a tokenizer may add to a text: at its beginning, at its end, a space
 
 
 def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longest: int | None = None) -> None:
-    """Raises UserError naming the part that reads documents of general text with more tokens than the model has positions.
+    """Raises UserError naming the part that reads documents with more tokens than the model has positions.
 
-    longest   tokens of the longest document, where that is known; until then only a cut that is written in the method's
-              block counts. A model whose config names no limit (ALiBi's) takes documents of any length.
+    longest   tokens of the longest document of general text; None: not known, so that only a length that is written in
+              the method's block is checked
+
+    A model whose config names no limit (such as one with ALiBi) takes documents of any length.
     """
     limit = shape.positions
     if limit is None:
@@ -41,28 +43,32 @@ def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longe
 
 
 def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shape, longest: int) -> None:
-    """Raises UserError naming the `length` in force where the domain's longest training row, cut by it, has more tokens than the
-    model has positions. `longest` is in tokens, uncut."""
+    """Raises UserError naming the `length` that applies where a training row is longer than the model's positions.
+
+    longest   tokens of the domain's longest row, before it is cut
+    """
     limit, length = shape.positions, study.settings(model=model, domain=domain, method=method).length
     if limit is not None and min(length, longest) > limit:
         where = study.written("length", model=model, domain=domain, method=method)
         raise UserError(
-            f"{where}.length is {length}, {model} has {limit} positions, and a training row of {domain} has {longest} tokens: "
-            f"write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter rows"
+            f"{where}.length is {length}, {model} has {limit} positions, and a training row of {domain} has {longest} "
+            f"tokens: write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter "
+            "rows"
         )
 
 
 def refuse_documents_without_a_label(longest: int, *, count: int) -> None:
-    """Raises UserError where the longest of `count` documents of general text is a single token: there is nothing to predict in any."""
+    """Raises UserError where each of `count` documents of general text is a single token, with nothing to predict."""
     if longest < 2:
         raise UserError(
-            f"general: none of the {count} documents of `general.importance` is longer than a token, so there is nothing to "
-            "predict in them and no importance to learn: name longer text under `general.rows`, or another column as `general.text`"
+            f"general: none of the {count} documents of `general.importance` is longer than a token, so there is "
+            "nothing to predict in them and no importance to learn: name longer text under `general.rows`, or another "
+            "column as `general.text`"
         )
 
 
 def longest_row(file: Path, tokenizer: Any, limit: int) -> int:
-    """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where every one is known to have at most `limit`."""
+    """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where no row can have more than `limit`."""
     longest = 0
     for row in read_jsonl(file):
         answer = row["choices"][row["gold"]]

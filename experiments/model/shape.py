@@ -1,4 +1,4 @@
-"""A model's shape, from its config alone: what memory, FLOPs and bytes are predicted from before any weight is there."""
+"""A model's shape, from its config alone: memory, FLOPs and bytes are predicted from it before any weight exists."""
 
 import functools
 from collections.abc import Sequence
@@ -31,10 +31,8 @@ class Shape:
     def build(
         self, *, parts: Sequence[Part] = (), layers: int | None = None, dtype: torch.dtype = torch.float32
     ) -> nn.Module:
-        """The model as `parts` adapt it, on the meta device; with its first `layers` blocks alone if that is given."""
-        config = type(self.config).from_dict(
-            self.config.to_dict()
-        )  # what building a model notes in its config stays there
+        """The model as `parts` adapt it, on the meta device, with all of its blocks or the first `layers` of them."""
+        config = type(self.config).from_dict(self.config.to_dict())  # a copy, because building a model changes it
         if layers is not None:
             config.num_hidden_layers = layers
             if getattr(config, "layer_types", None):
@@ -42,7 +40,7 @@ class Shape:
         with torch.device("meta"):
             try:
                 model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
-            except Exception as error:  # the config's sizes decide how it fails
+            except Exception as error:  # of any kind, depending on the config's sizes
                 raise UserError(
                     f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
                     "correct config.json, or `architecture:` and `config:` of the model's block"
@@ -50,7 +48,7 @@ class Shape:
             for part in in_order(parts):
                 model = _adapted(model, part)
         for p in model.parameters():
-            p.data = p.data.to(dtype)  # an adapter follows its base's dtype on every other device
+            p.data = p.data.to(dtype)  # as adapters follow their base's dtype on other devices
         return model
 
     @functools.cached_property
@@ -59,12 +57,15 @@ class Shape:
 
     @property
     def positions(self) -> int | None:
-        """Tokens of the longest text that the model takes; None where its config names no limit."""
+        """The longest text that the model takes, in tokens; None where its config names no limit."""
         return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
 def _adapted(model: nn.Module, part: Part) -> nn.Module:
-    """The model as a part adapts it. Raises UserError where peft does not take it, or takes it in a way that is no s·B·A on a matrix."""
+    """The model as a part adapts it.
+
+    Raises UserError where peft cannot adapt it, or adapts something other than a matrix, whose update is not s·B·A.
+    """
     name = type(architecture.plain(model)).__name__
     try:
         model = part.adapt(model, seed=0)
@@ -80,30 +81,30 @@ def _adapted(model: nn.Module, part: Part) -> nn.Module:
         base = module.get_base_layer()
         if not _is_matrix(base):
             raise UserError(
-                f"{part.key}: its adapters would stand on {base_name(path)} of {name}, a {type(base).__name__}, which is no plain linear "
-                "layer: leave out the name that takes it in"
+                f"{part.key}: its adapters would stand on {base_name(path)} of {name}, a {type(base).__name__}, "
+                "which is no plain linear layer: leave out the name that selects it"
             )
     return model
 
 
 def _is_matrix(layer: nn.Module) -> bool:
-    """Whether a layer on the meta device gives for rows of its width rows of its other width, as some classes of their own do, too."""
+    """Whether a layer on the meta device maps rows of its input width to rows of its output width, like a matrix."""
     if not isinstance(layer, nn.Linear | Conv1D):
         return False
     if type(layer).forward in (nn.Linear.forward, Conv1D.forward):
         return True
     try:
-        found = layer(torch.empty(1, 2, layer.in_features, dtype=layer.weight.dtype, device="meta"))
-    except Exception:  # a router, or several matrices in one
+        output = layer(torch.empty(1, 2, layer.in_features, dtype=layer.weight.dtype, device="meta"))
+    except Exception:  # such as a router, or several matrices in one layer
         return False
-    return isinstance(found, torch.Tensor) and found.shape == (1, 2, layer.out_features)
+    return isinstance(output, torch.Tensor) and output.shape == (1, 2, layer.out_features)
 
 
 def shape_of(name: str, block: "Model", folder: Path) -> Shape:
-    """The shape of the model `name`: from its folder where it was made or lies, else from its block, without fetching it.
+    """The shape of the model `name`: from its folder where that exists, else from its block, without fetching it.
 
-    The block of a model that is not random says it as `architecture:`, transformers' config with its `model_type`.
-    Raises UserError where there is neither, and for a config that transformers does not take.
+    The block of a model that is not random states it under `architecture:`, transformers' config with `model_type`.
+    Raises UserError where there is neither, and for a config that transformers cannot read.
     """
     if (folder / "config.json").is_file():
         return Shape(config=model_folder.config_of(folder, f"models.{name}: {folder}"))
@@ -115,12 +116,12 @@ def shape_of(name: str, block: "Model", folder: Path) -> Shape:
         return Shape(config=model_folder.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
     if "model_type" not in block.architecture:
         raise UserError(
-            f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to its block "
-            "`architecture:` with model_type and the sizes of its config.json"
+            f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to "
+            "its block `architecture:` with model_type and the sizes of its config.json"
         )
     try:
         return Shape(config=AutoConfig.for_model(**block.architecture))
-    except Exception as error:  # the values decide how it fails
+    except Exception as error:  # of any kind, depending on the values
         raise UserError(
             f"models.{name}.architecture: transformers cannot make a config of it: {model_folder.shortened(error)}"
         ) from error

@@ -24,7 +24,7 @@ OF_TASK = (
     "change_low",
     "change_high",
 )
-# what makes two scores of one name scores of one thing
+# What must be equal where two scores are compared: of a task, and of the general text.
 THING = {
     "metric": "the metric",
     "chance": "chance",
@@ -39,7 +39,7 @@ TEXT = {
     "prompt": "the digest",
 }
 
-# what a train.json that was written whole has
+# The keys of a complete train.json.
 TRAIN = (
     "cost_known",
     "seconds_begin",
@@ -100,28 +100,32 @@ def main(study, cell) -> None:
             | _provenance(train, scores)
         ),
     )
-    # the cell is whole: a stage that failed once is not run again where DVC finds its weights equal bit for bit, and could not say so itself
+    # The cell is complete. A stage that failed before is not run again where DVC finds equal weights, so that only this
+    # stage can remove its record.
     paths.failure(cell).unlink(missing_ok=True)
     for line in below_chance(study, cell.model, scores["tasks"]):
         print(line)
 
 
 def comparable(cell, *, scores: dict, base: dict, train: dict, study: str) -> None:
-    """Refuse scores that are not of the same things as the base's: weights, scorer, rows, prompts, metrics.
+    """Refuse scores that cannot be compared with the base's: other weights, scorer, rows, prompts or metrics.
 
-    `scores` and `base` are two scores.json, `train` the cell's train.json. The UserError names the task and what differs.
+    scores, base   the contents of two scores.json
+    train          the content of the cell's train.json
+
+    The UserError names the task and what differs.
     """
     for what, ours, theirs in _differences(scores, base, train):
         option = f" --study {study}" if study else ""
         raise UserError(
-            f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again with `python -m experiments base "
-            f"{cell.model}{option}` and `python -m experiments evaluate {cell.name}{option}`, then "
-            f"`python -m experiments collect {cell.name}{option}`"
+            f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again "
+            f"with `python -m experiments base {cell.model}{option}` and "
+            f"`python -m experiments evaluate {cell.name}{option}`, then `python -m experiments collect {cell.name}{option}`"
         )
 
 
 def _differences(scores: dict, base: dict, train: dict) -> Iterator[tuple[str, object, object]]:
-    """(what, the cell's, the base's) of whatever is not equal and has to be."""
+    """(what, the cell's value, the base's value) of everything that must be equal and is not."""
     pairs = [
         ("the hash of the base's weights", train["base_sha256"], base["weights_sha256"]),
         (
@@ -200,7 +204,7 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
     }
     if train.get("training_reused"):
         costs["training_reused"] = True  # these are the costs of the one training that several cells begin from
-    if not known:  # a checkpoint made elsewhere: nobody here saw what it cost
+    if not known:  # a checkpoint made elsewhere, whose costs nobody measured here
         costs = dict.fromkeys(costs)
     return costs | {"cost_known": known, "seconds_evaluate": evaluated["seconds_evaluate"]}
 

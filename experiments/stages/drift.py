@@ -1,4 +1,4 @@
-"""drift: one drift.json a cell, how far its weights are from the base's, in what directions, and how important those are."""
+"""drift: one drift.json a cell, with how far its weights moved, in which directions, and how important these are."""
 
 from experiments.model import drift, tuned
 from experiments.model.base import load_tensors
@@ -12,12 +12,12 @@ from methods.tools.stored import load_importance
 
 def main(study, cell) -> None:
     folder, out = study.paths.model(cell.model), study.paths.weights(cell)
-    found, digest = tuned.tensors(out, folder=folder)
+    tensors, digest = tuned.tensors(out, folder=folder)
     model = shape_of(cell.model, study.models[cell.model], folder).build()
     against, importance = _importance(study, cell)
     measured = drift.measure(
         base=load_tensors(folder),
-        tuned=verified(found, sha256=digest, what=out),
+        tuned=verified(tensors, sha256=digest, what=out),
         roles=drift.roles(model),
         importance=importance,
         device=hardware.device(study.device),
@@ -37,7 +37,7 @@ def main(study, cell) -> None:
 
 
 def _importance(study, cell) -> tuple[dict | None, dict | None]:
-    """What the reference method prepared for this model and seed, and a line about it; nothing where it is not there."""
+    """What the reference method prepared for this model and seed: a description and importance; None without one."""
     if (reference := drift.reference(study)) is None:
         return None, None
     method, part = reference

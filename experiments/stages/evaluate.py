@@ -22,7 +22,7 @@ from methods.tools.files import read_json, sha256, write_json
 def base(study, *, model: str) -> None:
     """Score the bare model once, on the tasks of every domain of the grid."""
     folder, (dtype, where) = study.paths.model(model), _computing(study, model)
-    # the first stage with both rows and tokenizer: told now, not after hours of preparing
+    # the first stage that has both rows and tokenizer: refuse now, and not after hours of preparation
     known = {
         "shape": shape_of(model, study.models[model], folder),
         "tokenizer": weights.load_tokenizer(folder),
@@ -44,9 +44,9 @@ def base(study, *, model: str) -> None:
 
 
 def merged(folders: Sequence[Path]) -> list[dict]:
-    """The entries of the folders' tasks.json, each task that domains share once, with the absolute path of its rows.
+    """The entries of several tasks.json, with absolute paths of their rows; a task that domains share is there once.
 
-    Raises UserError where two entries of one name are not of the same rows, prompt, metric and chance: a score has one name.
+    Raises UserError where two entries of one name differ in rows, prompt, metric or chance.
     """
     entries: dict[str, dict] = {}
     for folder in folders:
@@ -58,8 +58,8 @@ def merged(folders: Sequence[Path]) -> list[dict]:
                 differ.insert(0, "rows")
             if differ:
                 raise UserError(
-                    f"{entry['name']} names two things: {known['file']} and {file} differ in {', '.join(differ)}. Run the `data` stage "
-                    "again; if that does not help, rename one of the blocks in params.yaml"
+                    f"{entry['name']} names two things: {known['file']} and {file} differ in {', '.join(differ)}. "
+                    "Run the `data` stage again; if that does not help, rename one of the blocks in params.yaml"
                 )
     return list(entries.values())
 
@@ -82,14 +82,14 @@ def main(study, cell) -> None:
 
 
 def _computing(study, model_name: str) -> tuple[torch.dtype, torch.device]:
+    """The dtype and the device that the model is scored in and on."""
     where = hardware.device(study.device)
-    return study.compute_dtype(
-        model_name, dtype_of(read_json(study.paths.model(model_name) / "base.json", "dtype")), where
-    ), where
+    checkpoint = dtype_of(read_json(study.paths.model(model_name) / "base.json", "dtype"))
+    return study.compute_dtype(model_name, checkpoint, where), where
 
 
 def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path) -> None:
-    """Score `model`, whose weights' hash is `digest`; writes scores, items and costs to `out`."""
+    """Score a model whose weights have the hash `digest`, and write scores, items and costs to `out`."""
     where = hardware.device(study.device)
     hardware.reset_peak(where)
     began = perf_counter()

@@ -42,7 +42,7 @@ GENERAL = "general.jsonl"  # a copy for parts that read general text while they 
 
 def main(study, *, model: str, method: str, seed: int, cell) -> None:
     needed = bool(resolve.prepare(study, model, method))
-    if needed and (count := processes.asked_for(study.models[model])):
+    if needed and (count := processes.to_start(study.models[model])):
         processes.start(count, ["prepare", model, method, str(seed), "--study", study.name])
         return
     with recorded(study, cell, "prepare"):

@@ -38,7 +38,7 @@ COLUMNS = ["step", "tokens", "seconds", "loss", "grad_norm", "penalty", "learnin
 
 
 def main(study, cell) -> None:
-    if count := processes.asked_for(study.models[cell.model]):
+    if count := processes.to_start(study.models[cell.model]):
         processes.start(count, ["train", cell.name, "--study", study.name])
         return
     with recorded(study, cell, "train"):

@@ -1,4 +1,4 @@
-"""Bytes of activations, counted and not estimated: the real modules run on fake tensors, which have shapes and no numbers."""
+"""Count the bytes of activations by running the real modules on fake tensors, which have shapes and no numbers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Unknown(Exception):
-    """The memory of this architecture is not known."""
+    """The memory of this architecture cannot be predicted."""
 
 
 @functools.cache
@@ -42,11 +42,11 @@ def activations(
     gradients: str = "trained",
     device: str = "cpu",
 ) -> tuple[int, int]:
-    """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and what backward takes beyond them at most.
+    """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and the most that backward adds.
 
-    Weights, their gradients and the logits are not in it. `parts` adapt the model.
-    Where all blocks but the first are alike, one and two of them are run; else all. On a `device` that is not the CPU
-    attention is SDPA's alone. Raises Unknown for an architecture that does not run on fake tensors.
+    Weights, their gradients and logits are not counted. `parts` adapt the model.
+    Where all blocks but the first are equal, models of one and of two blocks are run, else the whole model. On a
+    `device` other than the CPU attention is SDPA. Raises Unknown for an architecture that fake tensors cannot run.
 
     gradients  tensors that get one: "trained" in training mode; in evaluation mode "adapted" or "whole-model" tensors of
                the base, as methods/tools/costs.py says, or "none"
@@ -58,15 +58,11 @@ def activations(
             one, _ = run(layers=1)
             two, peak = run(layers=min(len(blocks), 2))
             return one + (len(blocks) - 1) * (two - one), max(0, peak - two)
-        except (
-            Exception
-        ):  # some configs cannot be shortened, and a part may adapt the later blocks alone: all of them are run
+        except Exception:  # some configs cannot be shortened, and a part may adapt only later blocks: run them all
             pass
     try:
         whole, peak = run(layers=None)
-    except (
-        Exception
-    ) as error:  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
+    except Exception as error:  # whatever fails here, the model may still train
         raise Unknown from error
     return whole, max(0, peak - whole)
 
@@ -91,7 +87,7 @@ def _run_on_fake(
     *,
     layers: int | None,
 ) -> tuple[int, int]:
-    """Bytes alive after the forward pass of the first `layers` blocks, None for all, and at most in it and in the backward pass."""
+    """Bytes alive after the forward pass of the first `layers` blocks (None: all), and the peak of both passes."""
     model = shape.build(parts=parts, layers=layers, dtype=dtype).train(gradients == "trained")
     with FakeTensorMode(), only_sdpa() if device != "cpu" else contextlib.nullcontext():
         _fake(model)
@@ -107,10 +103,10 @@ def _run_on_fake(
                 p.register_post_accumulate_grad_hook(_forget)
         trained = architecture.plain(model).get_input_embeddings().weight.requires_grad
         positions = {"position_ids": torch.empty(1, length, dtype=torch.long)} if packed else {}
-        # experts' grouped product is known for fake tensors of bfloat16 alone, the product that stands in for it for all
+        # fake tensors have a grouped product of experts in bfloat16 only; the plain product works in every dtype
         plainly = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
         with plainly, architecture.numberless(packed=packed), _Alive(*model.parameters(), *model.buffers()) as alive:
-            # rows as an embedding gives them; the gradient of the embedding itself comes when all activations are gone
+            # rows as an embedding returns them; the embedding's own gradient comes after all activations are freed
             row = torch.empty(shape.config.hidden_size, dtype=dtype, requires_grad=trained)
             embedded = row.expand(rows, length, -1).clone()
             hidden = architecture.backbone(model)(
@@ -124,7 +120,7 @@ def _run_on_fake(
 
 
 def _fake(model: nn.Module) -> None:
-    """Tensors like the model's in their place, of the mode in force; a tied one becomes two, which no backbone notices."""
+    """Replace the model's tensors by new ones of the active mode. Tied tensors become two, which is the same here."""
     for module in model.modules():
         for name, p in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(torch.empty(p.shape, dtype=p.dtype), requires_grad=p.requires_grad))
@@ -137,7 +133,7 @@ def _forget(parameter: Tensor) -> None:
 
 
 class _Alive(TorchDispatchMode):
-    """Bytes of the storages made under it that are alive: `now`, and `peak` at most."""
+    """Bytes of living storages that were made in this mode: `now`, and their maximum `peak`."""
 
     def __init__(self, *known: Tensor):
         super().__init__()

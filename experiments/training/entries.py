@@ -16,7 +16,7 @@ from methods.tools.effective import adapted_names, base_parameters, factors, lor
 
 @functools.cache
 def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
-    """Of the model as `parts` adapt it. Raises Unknown where its blocks or its head are not found."""
+    """The counts of a model as `parts` adapt it. Raises Unknown where its blocks or its head are not found."""
     model = shape.build(parts=parts)
     everything, base = dict(model.named_parameters()), base_parameters(model)
     trained = {name: p.numel() for name, p in everything.items() if p.requires_grad}

@@ -1,11 +1,12 @@
-"""Matrix FLOPs that a step of training executes, and the share of a device's peak they reach (MFU).
+"""Count the matrix FLOPs of training steps, and the share of a device's peak rate that they reach (MFU).
 
-Counted by torch's own formulas (torch.utils.flop_counter) of the products that a forward and a backward pass execute on tensors
-without numbers: 2 FLOPs an entry of every matrix for each token that is no padding (of a mixture of experts, of those chosen), the
-head only where there is a label; looking up an embedding is no product (a head tied to it is). Backward: what autograd computes: the
-same once more where the weight is trained, and once more where the matrix's input leads back to anything trained. Attention's
-products grow with the square of an example's length T; half of them are counted, the causal half, also where a window leaves out more.
-Norms, activations and what is computed a second time are not counted.
+torch's own formulas (torch.utils.flop_counter) count the products of a forward and a backward pass on tensors without
+numbers. Forward: 2 FLOPs for every entry of every matrix and each token that is no padding; in a mixture of experts,
+for the experts that a token is sent to; in the head, only for labelled tokens. Looking up an embedding is no product,
+a head tied to the embedding is. Backward: what autograd computes, which is the same once more where the weight is trained, and
+once more where the matrix's input depends on anything trained. Attention's products grow with the square of an
+example's length T; half of them are counted, the causal half, also where a window leaves out more. Norms, activation
+functions and recomputation are not counted.
 """
 
 from collections.abc import Sequence
@@ -20,18 +21,17 @@ from torch.utils.flop_counter import flop_registry
 from methods.tools import architecture
 from methods.tools.costs import Pass
 
-# tokens of the pass that is counted: no other size of a model is a multiple of it; fewer where the model has fewer positions
+# Tokens of the pass that is counted, fewer where the model has fewer positions: primes, of which no size is a multiple.
 LENGTHS = (251, 127, 61)
 
 _counted: dict[tuple, tuple[float, ...] | None] = {}
 
 
 class Flops:
-    """FLOPs of optimizer steps of `model`, adapters included, with those tensors trained that require a gradient now.
+    """FLOPs of passes of a model, adapters included, whose trained tensors are those that require a gradient now.
 
-    Ask before activations are recomputed: what that computes again would be counted. The passes leave the model as it is.
-
-    known    whether there is a count; a model that does not run on tensors without numbers has none
+    Count before activation checkpointing is enabled, because its recomputation would be counted. The model stays as it
+    is. A model that does not run on tensors without numbers has no count: `known` is false.
     """
 
     def __init__(self, model: nn.Module):
@@ -45,9 +45,7 @@ class Flops:
         if key not in _counted:
             try:
                 _counted[key] = _whole(model)
-            except (
-                Exception
-            ):  # bookkeeping: whatever keeps an architecture from being counted does not keep it from training
+            except Exception:  # whatever fails here, the model may still train
                 _counted[key] = None
         self._each = _counted[key]
 
@@ -56,16 +54,16 @@ class Flops:
         return self._each is not None
 
     def step(self, *, lengths: Sequence[int], labelled: int) -> float | None:
-        """FLOPs of one optimizer step on examples of these lengths (tokens, without padding), `labelled` tokens of them labelled.
+        """FLOPs of one optimizer step on examples of these lengths in tokens without padding; None: not known.
 
-        None where they are not known.
+        labelled   how many of their tokens are labelled
         """
         if self._each is None:
             return None
         return self._sum(self._each[:3], lengths, labelled)
 
     def forward(self, *, lengths: Sequence[int], predicted: int) -> float | None:
-        """FLOPs of a forward pass alone, with logits of `predicted` tokens. None where they are not known."""
+        """FLOPs of a forward pass alone, with logits for `predicted` tokens; None: not known."""
         return None if self._each is None else self._sum(self._each[3:], lengths, predicted)
 
     def _sum(self, each: tuple[float, ...], lengths: Sequence[int], labelled: int) -> float:
@@ -82,14 +80,14 @@ def of_pass(made: Pass, counter: Flops, lengths: Sequence[int]) -> float | None:
 
 
 def mfu(flops: float | None, seconds: float, peak: float | None) -> float | None:
-    """Share of `peak` (FLOP/s) that `flops` in `seconds` reach; None where either is unknown or no time has passed."""
+    """The share of `peak` (FLOP/s) that `flops` in `seconds` reach; None where it cannot be computed."""
     return flops / seconds / peak if flops is not None and peak and seconds else None
 
 
 def _whole(model: nn.Module) -> tuple[float, ...]:
-    """FLOPs a token, a labelled token, and T² of an example, of a forward and a backward pass; then of the former alone.
+    """FLOPs for a token, a labelled token and T² of an example: of forward and backward, then of forward alone.
 
-    Where all blocks but the first are alike, those from the third on cost what the third does.
+    Where all blocks but the first are equal, each block from the third on costs what the third does.
     """
     blocks = [block for _, block in architecture.blocks(model)]
     if len(blocks) <= 3 or not architecture.alike(blocks[1:]):
@@ -99,9 +97,9 @@ def _whole(model: nn.Module) -> tuple[float, ...]:
 
 
 def _count(model: nn.Module, blocks: int | None) -> tuple[float, ...]:
-    """The same of the first `blocks` blocks alone, None for all.
+    """The same for the first `blocks` blocks; None: all of them.
 
-    Every tensor of the model is replaced by one of the meta device, in bfloat16, the one dtype that experts are multiplied in there.
+    Every tensor of the model is replaced by one on the meta device, in bfloat16, where experts have no other dtype.
     """
 
     def meta(tensor: Tensor) -> Tensor:
@@ -127,13 +125,13 @@ class _Passes(nn.Module):
             linear, square = decoder.linear, decoder.square
             _backward(hidden)
         with _Counter(length) as head:
-            # a leaf of its own, so that the head's backward pass does not go on into the decoder's
+            # a leaf, so that the head's backward pass does not continue into the decoder
             row = hidden[0, :1].detach().requires_grad_(hidden.requires_grad)
             logits = architecture.logits_of(self.model)(row)
             label = head.linear
             _backward(logits)
         if not decoder.linear:
-            raise ValueError("no product was seen")
+            raise ValueError("no matrix product was counted")
         both = decoder.linear / length, head.linear, decoder.square / 2 / length**2
         return (*both, linear / length, label, square / 2 / length**2)
 
@@ -144,7 +142,7 @@ def _backward(output: Tensor) -> None:
 
 
 class _Counter(TorchDispatchMode):
-    """FLOPs of all products executed under it: those that multiply tokens with tokens, and others."""
+    """FLOPs of the products that are executed in this mode: `square` of tokens with tokens, `linear` of all others."""
 
     def __init__(self, length: int):
         super().__init__()
@@ -163,7 +161,7 @@ class _Counter(TorchDispatchMode):
             if operation in _BATCHED:
                 left, right = args[-2:]
                 rows, inner, columns = left.shape[-2], left.shape[-1], right.shape[-1]
-                if inner == 1:  # rotary angles: an outer product, which adds nothing up
+                if inner == 1:  # rotary angles: an outer product, which sums nothing
                     flops = 0
                 elif sum(size % self._length == 0 for size in (rows, inner, columns)) > 1:
                     self.square += flops
@@ -176,5 +174,5 @@ _BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
 
 def _grouped(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
-    """Rows in groups, each times a matrix of its own, or the gradients of these matrices: torch has no formula for it."""
+    """FLOPs of a grouped product, in which each group of rows has its own matrix; torch has no formula for it."""
     return 2 * left.numel() * right.shape[-1]

@@ -1,4 +1,4 @@
-"""The machine a number was measured on: device, compute dtype, peak rate, memory."""
+"""The machine that a number is measured on: device, compute dtype, peak rate, memory."""
 
 import functools
 import os
@@ -13,8 +13,8 @@ import torch
 
 from methods.errors import UserError
 
-# Words of a device's name → dense matrix TFLOP/s of its data sheet, without sparsity: bf16 and fp16 with float32
-# accumulation, and float32 without TF32. The first line whose words are all in the name holds.
+# Words of a device's name, and the dense matrix TFLOP/s of its data sheet, without sparsity: bf16 and fp16 with float32
+# accumulation, and float32 without TF32. The first line whose words are all in the name applies.
 _DATA_SHEET = (
     ({"B200"}, 2250.0, 75.0),
     ({"H200", "NVL"}, 835.0, 60.0),
@@ -37,11 +37,11 @@ _DATA_SHEET = (
     ({"V100"}, 125.0, 15.7),
     ({"T4"}, 65.0, 8.1),
 )
-_CUT_DOWN = {"MIG", "Laptop", "Ti", "D", "Max-Q"}  # a part or a smaller relative of the device the other words name
+_CUT_DOWN = {"MIG", "Laptop", "Ti", "D", "Max-Q"}  # names of slices and smaller variants of a device
 
 
 def device(setting: str) -> torch.device:
-    """`auto` is the CUDA device where there is one, else the CPU."""
+    """The device for a setting: `auto` is the CUDA device where there is one, else the CPU."""
     if setting == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device is cuda, but torch finds no CUDA device here: set `device: auto` or `cpu` in params.yaml"
@@ -50,15 +50,17 @@ def device(setting: str) -> torch.device:
 
 
 def has_bf16(where: torch.device) -> bool:
-    """Whether matrix products in bf16 run in hardware there; emulated ones are slower than float32."""
+    """Whether the device has instructions for matrix products in bf16; emulated ones are slower than float32."""
     if where.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def compute_dtype(checkpoint: torch.dtype, where: torch.device) -> torch.dtype:
-    """The dtype forward and backward run in: the checkpoint's, but bf16 for fp16 (whose gradients underflow)
-    and float32 where there are no bf16 instructions."""
+    """The dtype of forward and backward passes for a checkpoint's dtype.
+
+    It is the same, but bf16 for fp16, whose gradients underflow, and float32 where there are no bf16 instructions.
+    """
     if checkpoint in (torch.float32, torch.float64):
         return checkpoint
     return torch.bfloat16 if has_bf16(where) else torch.float32
@@ -70,7 +72,7 @@ def reset_peak(where: torch.device) -> None:
 
 
 def peak_memory_bytes(where: torch.device) -> int:
-    """Largest CUDA allocation since `reset_peak`; on CPU the process's largest resident set so far."""
+    """The largest CUDA allocation since `reset_peak`; on the CPU the largest resident set of the process so far."""
     if where.type == "cuda":
         return torch.cuda.max_memory_allocated(where)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -78,7 +80,7 @@ def peak_memory_bytes(where: torch.device) -> int:
 
 
 def available_memory(where: torch.device) -> int | None:
-    """Bytes that a run can still take there: free CUDA memory, or the machine's available memory; None where unknown."""
+    """Bytes that a run can still take: free CUDA memory, or available main memory; None where that is unknown."""
     if where.type == "cuda":
         return torch.cuda.mem_get_info(where)[0]
     memory = _memory()
@@ -86,9 +88,9 @@ def available_memory(where: torch.device) -> int | None:
 
 
 def dense_peak(where: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
-    """FLOP/s of dense matrix products in `dtype`, and what that rests on: "data sheet" or "matrix product measured here".
+    """FLOP/s of dense matrix products in `dtype`, and its basis: "data sheet" or "matrix product measured here".
 
-    Measured where the device or the dtype is in no data sheet here, the CPU among them; once a process.
+    It is measured, once in a process, where no data sheet is known for the device and dtype, as for every CPU.
     """
     return _peak(where.type, where.index, dtype)
 
@@ -104,7 +106,7 @@ def _peak(kind: str, index: int | None, dtype: torch.dtype) -> tuple[float | Non
 
 
 def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:
-    """FLOP/s of dense products that the data sheet of the CUDA device `name` states; None where it is not known here."""
+    """FLOP/s of dense products in the data sheet of a CUDA device, by its name; None where no data sheet is known."""
     words = set(re.split(r"[ _]+|-(?!Q)", name))
     half = dtype in (torch.bfloat16, torch.float16)
     if words & _CUT_DOWN or not (half or dtype == torch.float32):
@@ -116,9 +118,9 @@ def data_sheet_peak(name: str, dtype: torch.dtype) -> float | None:
 
 
 def _measured_peak(where: torch.device, dtype: torch.dtype) -> float:
-    """The best of some short matrix products."""
+    """FLOP/s of the fastest of some short matrix products."""
     size = 8192 if where.type == "cuda" else 1024
-    # a generator of its own: a run's random numbers must not depend on whether this was measured before
+    # its own generator, because a run's random numbers must not depend on whether this was measured before
     a = torch.randn(size, size, device=where, dtype=dtype, generator=torch.Generator(where).manual_seed(0))
     best = float("inf")
     for _ in range(6):
@@ -129,7 +131,7 @@ def _measured_peak(where: torch.device, dtype: torch.dtype) -> float:
 
 
 def describe(where: torch.device) -> dict:
-    """What a reader needs to judge a time: processor, cores, memory, GPU."""
+    """Processor, cores, memory and GPU, without which a reader cannot judge a time."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

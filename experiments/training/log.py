@@ -1,4 +1,4 @@
-"""What a run says of its steps, read from the device as seldom as the device would wait for it."""
+"""The log of a run's steps: losses are read from the device only now and then, because each read makes it wait."""
 
 import math
 import time
@@ -10,17 +10,17 @@ import torch
 from experiments.training.flops import mfu
 from methods.errors import UserError
 
-WINDOW = 10  # steps between two looks at a GPU's numbers; the CPU, which computes as it is asked, is read at every step
+WINDOW = 10  # steps between two reads from a GPU; on the CPU, where a read costs nothing, every step is read
 
 
 class TrainingFailed(UserError):
-    """The loss stopped being a number."""
+    """The loss is no longer a finite number."""
 
 
 class Log:
-    """The curve of a run: one row a step, completed when `flush` reads the losses of the steps since the last time.
+    """The curve of a run, one row for each step; `flush` reads the losses of the steps since the last read.
 
-    A window's seconds are shared equally by its steps; what happens in a `pause` counts for none.
+    The seconds between two reads are shared equally by the steps; seconds in a `pause` are not counted.
     """
 
     def __init__(
@@ -35,24 +35,18 @@ class Log:
         added: dict[str, dict] | None = None,
     ):
         self.curve: list[dict] = []
-        self.added = {} if added is None else added  # by part, what it has cost so far
+        self.added = {} if added is None else added  # {part: costs so far}
         self.seconds = 0.0
         self.tokens = 0
-        self.flops: float | None = 0.0  # None: not known of this architecture
-        self._name, self._steps, self._rate, self._device, self._peak, self._bar = (
-            name,
-            steps,
-            learning_rate,
-            device,
-            peak,
-            bar,
-        )
+        self.flops: float | None = 0.0  # None: not known for this architecture
+        self._name, self._steps, self._rate = name, steps, learning_rate
+        self._device, self._peak, self._bar = device, peak, bar
         self._window = 1 if device.type == "cpu" else WINDOW
         self._open: list[tuple[dict, dict, int, float | None]] = []
         self._began = time.perf_counter()
 
     def step(self, row: dict, *, tokens: int, flops: float | None, read: dict) -> None:
-        """A step is under way: `row` is known, `read` will be (0-dim tensors on the device, or numbers)."""
+        """Add a step: `row` is known, `read` is still being computed (0-dim tensors on the device, or numbers)."""
         self.tokens += tokens
         self.flops = None if flops is None or self.flops is None else self.flops + flops
         self._open.append((row | {"tokens": self.tokens}, read, tokens, flops))
@@ -60,17 +54,16 @@ class Log:
             self.flush()
 
     def flush(self) -> None:
-        """Wait for the steps under way and write them down. Raises TrainingFailed where a loss is not finite."""
+        """Wait for the steps that are being computed and add them to the curve.
+
+        Raises TrainingFailed where a loss is not finite.
+        """
         if not self._open:
             return
         keys = list(self._open[0][1])
-        values = torch.stack(
-            [
-                torch.as_tensor(read[key], dtype=torch.float64, device=self._device)
-                for _, read, _, _ in self._open
-                for key in keys
-            ]
-        ).tolist()
+        wide = {"dtype": torch.float64, "device": self._device}
+        values = torch.stack([torch.as_tensor(read[key], **wide) for _, read, _, _ in self._open for key in keys])
+        values = values.tolist()  # one read for all
         seconds = (time.perf_counter() - self._began) / len(self._open)
         for i, (row, _, tokens, flops) in enumerate(self._open):
             self.seconds += seconds
@@ -91,7 +84,7 @@ class Log:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Something that is not training."""
+        """A time whose seconds are not counted as training."""
         self.flush()
         yield
         self._began = time.perf_counter()

@@ -123,9 +123,9 @@ def refuse(
     )
     largest = sorted((kind for kind in KINDS[:-1] if kinds[kind]), key=kinds.get, reverse=True)[:4]
     raise UserError(
-        f"{what} would take {_gib(kinds['total'])} of memory at its peak, {_gib(kinds['total'] - available)} more than "
-        f"the {_gib(available)} free here (most of it: {', '.join(f'{kind} {_gib(kinds[kind])}' for kind in largest)}). "
-        f"{advice}"
+        f"{what} would take {_gib(kinds['total'])} of memory at its peak, {_gib(kinds['total'] - available)} more "
+        f"than the {_gib(available)} free here (most of it: "
+        f"{', '.join(f'{kind} {_gib(kinds[kind])}' for kind in largest)}). {advice}"
     )
 
 
@@ -183,7 +183,7 @@ class _Prediction:
             return _with_total({"weights": self.counts.base * self.counts.compute, "masters": masters})
         longest = max([settings.length, *(part.added().length or 0 for part in self.parts)])
         own = [part.memory(counts=self.counts, phase="train") for part in self.parts]
-        copied = "needs_gradient" in {capability for part in self.parts for capability in part.capabilities}
+        copied = any("needs_gradient" in part.capabilities for part in self.parts)
         return self._fit(dataclasses.replace(settings, length=longest), own, gradient_copied=copied)
 
     def preparing(self, part: Part, made: Pass, settings: TrainSettings, longest: int | None) -> dict[str, int]:

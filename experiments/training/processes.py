@@ -1,4 +1,4 @@
-"""The processes of one run: joined where torchrun started them, started where a model's block says how many."""
+"""Start and join the processes of one run; torchrun starts them, or `start` where a model's block has `processes`."""
 
 import ctypes
 import logging
@@ -14,17 +14,17 @@ import torch.distributed as dist
 from methods.errors import UserError
 from methods.tools.process_group import Shards
 
-PATIENCE = timedelta(hours=6)  # the others wait while the first one writes weights or looks for a preparation
+PATIENCE = timedelta(hours=6)  # other processes wait while the first one writes weights or looks for a preparation
 PR_SET_PDEATHSIG = 1
-STARTED = "TORCHELASTIC_RUN_ID"  # torchrun sets it
+STARTED = "TORCHELASTIC_RUN_ID"  # the environment variable that torchrun sets
 
 
 def join(device: torch.device) -> Shards:
-    """This process among those torchrun started; a run of one where it was started plainly."""
+    """This process among those that torchrun started, or a single process where it did not."""
     if STARTED not in os.environ:
         return Shards()
     if not dist.is_initialized():
-        if sys.platform == "linux":  # torchrun killed outright would leave its processes at work
+        if sys.platform == "linux":  # so that this process ends when torchrun is killed
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
         if device.type == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -38,19 +38,19 @@ def leave() -> None:
 
 
 def first() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return int(os.environ.get("RANK", 0)) == 0 or STARTED not in os.environ
 
 
-def asked_for(model) -> int | None:
-    """How many processes to start for a model of params.yaml: None where it names no number, or where they run already."""
+def to_start(model) -> int | None:
+    """How many processes are to be started for a model of params.yaml; None where it names no number or they already run."""
     return None if STARTED in os.environ else model.processes
 
 
 def start(count: int, arguments: list[str]) -> None:
     """Run `python -m experiments ARGUMENTS` in `count` processes on this machine, as torchrun would.
 
-    Raises UserError where one of them fails; what it said is already on the screen.
+    Raises UserError where one of them fails, which has then printed its own error.
     """
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -64,7 +64,7 @@ def start(count: int, arguments: list[str]) -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
     )
-    # each process explains itself; torchrun's own account of it is a page of traceback
+    # each process prints its own error; torchrun would add a page of traceback
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
         elastic_launch(config, sys.executable)("-m", "experiments", *arguments)

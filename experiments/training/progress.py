@@ -1,4 +1,4 @@
-"""Progress with time left: a live bar on a terminal, a line now and then in a log."""
+"""Progress bars with the time left: redrawn often on a terminal, every 20 seconds in a log file."""
 
 import sys
 
