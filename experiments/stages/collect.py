@@ -120,7 +120,8 @@ def comparable(cell, *, scores: dict, base: dict, train: dict, study: str) -> No
         raise UserError(
             f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again "
             f"with `python -m experiments base {cell.model}{option}` and "
-            f"`python -m experiments evaluate {cell.name}{option}`, then `python -m experiments collect {cell.name}{option}`"
+            f"`python -m experiments evaluate {cell.name}{option}`, then "
+            f"`python -m experiments collect {cell.name}{option}`"
         )
 
 

@@ -48,8 +48,8 @@ def activations(
     Where all blocks but the first are equal, models of one and of two blocks are run, else the whole model. On a
     `device` other than the CPU attention is SDPA. Raises Unknown for an architecture that fake tensors cannot run.
 
-    gradients  tensors that get one: "trained" in training mode; in evaluation mode "adapted" or "whole-model" tensors of
-               the base, as methods/tools/costs.py says, or "none"
+    gradients  the tensors that get one: "trained" (in training mode), or in evaluation mode "adapted" or "whole-model"
+               tensors of the base or "none", as in methods/tools/costs.py
     """
     run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, gradients, device)
     blocks = _blocks(shape.build(parts=parts))

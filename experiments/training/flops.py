@@ -3,10 +3,10 @@
 torch's own formulas (torch.utils.flop_counter) count the products of a forward and a backward pass on tensors without
 numbers. Forward: 2 FLOPs for every entry of every matrix and each token that is no padding; in a mixture of experts,
 for the experts that a token is sent to; in the head, only for labelled tokens. Looking up an embedding is no product,
-a head tied to the embedding is. Backward: what autograd computes, which is the same once more where the weight is trained, and
-once more where the matrix's input depends on anything trained. Attention's products grow with the square of an
-example's length T; half of them are counted, the causal half, also where a window leaves out more. Norms, activation
-functions and recomputation are not counted.
+a head tied to the embedding is. Backward: what autograd computes, which is the same once more where the weight is
+trained, and once more where the matrix's input depends on anything trained. Attention's products grow with the square
+of an example's length T; half of them are counted, the causal half, also where a window leaves out more. Norms,
+activation functions and recomputation are not counted.
 """
 
 from collections.abc import Sequence

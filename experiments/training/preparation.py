@@ -46,7 +46,7 @@ def prepare(
     tokenizer: Any = None,
     **placed: Any,
 ) -> Iterator[Preparation]:
-    """One preparation after the other, so that what is taken can be stored and forgotten before the next one begins.
+    """One preparation after the other, so that each can be stored and freed before the next one begins.
 
     make      make(trains) → the bare model, anew; `trains`: the part gives it to `fit`, which cuts it among the processes
     settings  of training, for parts that train while they prepare

@@ -43,7 +43,7 @@ def first() -> bool:
 
 
 def to_start(model) -> int | None:
-    """How many processes are to be started for a model of params.yaml; None where it names no number or they already run."""
+    """How many processes are to be started for a model of params.yaml; None: no number, or they run already."""
     return None if STARTED in os.environ else model.processes
 
 
