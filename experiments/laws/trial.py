@@ -30,9 +30,7 @@ ARCHITECTURES = ("llama", "gptj")
 SEED = 5
 # Five examples a step are cut into micro-batches of two, two and one; of two processes one has three examples and the
 # other two, so that their micro-batches do not divide evenly.
-SETTINGS = TrainSettings(
-    learning_rate=2e-3, batch=5, micro_batch=2, length=48, probes=0, warmup=0.2, weight_decay=0.1, epochs=1.0
-)
+SETTINGS = TrainSettings(learning_rate=2e-3, batch=5, micro_batch=2, length=48, probes=0, warmup=0.2, epochs=1.0)
 
 
 def texts(count: int, *, seed: int, labelled: bool, length: int | None = None) -> list[Example]:
@@ -89,7 +87,7 @@ class Trial:
     architecture: str
     folder: Path  # for checkpoints and for what the part's settings name
     shards: Shards = Shards()
-    training: TrainSettings = SETTINGS
+    training: TrainSettings | None = None  # None: as SETTINGS, for GPT-J without weight decay
     rows: int = 14  # of the domain
     length: int | None = None  # tokens of every text; None: ragged
     dtype: torch.dtype = torch.float32
@@ -99,6 +97,7 @@ class Trial:
         return build(self.architecture, seed=1, dtype=self.dtype, **self.config)
 
     def __post_init__(self) -> None:
+        self.training = self.training or replace(SETTINGS, weight_decay=0.1 * (self.architecture == "llama"))
         self.base = {name: p.detach() for name, p in self.model().named_parameters()}
 
     @property
@@ -135,6 +134,7 @@ class Trial:
             settings=self.training,
             resume=lambda part: checkpoints.within(part) if checkpoints else self._no_checkpoints(),
             shards=self.shards,
+            tokenizer=byte_tokenizer(),
         ):
             kept = {kind: getattr(made.prepared, kind) for kind in TENSORS if getattr(made.prepared, kind)}
             state = states.setdefault(made.part.key, {"notes": {}})
@@ -167,6 +167,7 @@ class Trial:
             shards=self.shards,
             resume=checkpoints,
             probe=probe,
+            tokenizer=byte_tokenizer(),
         )
 
     def train(
