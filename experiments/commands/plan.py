@@ -216,12 +216,13 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
         return 0, 0, 0.0
     lengths, labelled = expected.train_rows(study, cell.domain, length=settings.length)
     epochs = _epochs(len(lengths), settings, settings.epochs)
-    trained, read = (sum(getattr(part.added(), kind) for part in parts) for kind in ("trained", "read"))
-    flops = (1 + trained) * _number(model.flops(cell.method).step(lengths=lengths, labelled=labelled))
+    kinds = ("trained", "read", "replaced")
+    trained, read, replaced = (sum(getattr(part.added(), kind) for part in parts) for kind in kinds)
+    flops = (1 + trained - replaced) * _number(model.flops(cell.method).step(lengths=lengths, labelled=labelled))
     if read:
         flops += read * _number(model.bare.forward(lengths=lengths, predicted=labelled))
     tokens = epochs * sum(lengths)
-    return int(tokens), int(tokens * (trained + read)), epochs * flops
+    return int(tokens * (1 - replaced)), int(tokens * (trained + read)), epochs * flops
 
 
 def _preparation(study, cell, model: _Model, settings) -> tuple[int, float]:

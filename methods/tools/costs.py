@@ -46,14 +46,16 @@ class Pass:
 class Added:
     """What a part adds to every step of training, in tokens for each token of the domain.
 
-    trained  tokens that pass forward and backward, such as replayed text
-    read     tokens that pass forward only, such as those that a reference model reads
-    length   tokens of the longest example that the part brings; None: it brings none, or none longer than the domain's
-    cut_by   the setting that gives `length`
+    trained   tokens that pass forward and backward, such as replayed text
+    read      tokens that pass forward only, such as those that a reference model reads
+    replaced  tokens of the domain whose place they take
+    length    tokens of the longest example that the part brings; None: it brings none, or none longer than the domain's
+    cut_by    the setting that gives `length`
     """
 
     trained: float = 0.0
     read: float = 0.0
+    replaced: float = 0.0
     length: int | None = None
     cut_by: str = ""
 
