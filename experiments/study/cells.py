@@ -22,12 +22,12 @@ class Cell:
 
     @property
     def stage(self) -> str:
-        """What DVC calls it behind the `@`; matched against the grid, never split."""
+        """Its name after the `@` of a DVC stage, which is matched against the grid and never split."""
         return f"{self.model}-{self.domain}-{self.method}-{self.seed}"
 
 
 def grid(study) -> list[Cell]:
-    """All cells of the study's grid in its own order; two that DVC could not tell apart are refused."""
+    """All cells of the study's grid in its order. Raises UserError if two have the same stage name."""
     names = study.grid
     cells = [Cell(*c) for c in itertools.product(names.models, names.domains, names.methods, names.seeds)]
     by_stage: dict[str, Cell] = {}
@@ -41,9 +41,9 @@ def grid(study) -> list[Cell]:
 
 
 def matching(study, patterns: Sequence[str]) -> list[Cell]:
-    """The grid's cells whose names match one of `patterns`, as fnmatch knows them (`*/full/seed0`); all of them without a pattern.
+    """The grid's cells whose names match one of `patterns` (`*/full/seed0`, see fnmatch); all without a pattern.
 
-    Raises UserError for a pattern without a cell: it would let pass what it was meant to hold.
+    Raises UserError for a pattern that matches no cell, because a check would then pass without checking anything.
     """
     every = grid(study)
     for pattern in patterns:
@@ -55,7 +55,7 @@ def matching(study, patterns: Sequence[str]) -> list[Cell]:
 
 
 def parse(text: str, study) -> Cell:
-    """The cell written `model/domain/method/seed0`; unknown names are refused with the nearest known one."""
+    """The cell written `model/domain/method/seed0`. Raises UserError for an unknown name, with the nearest known one."""
     pieces = text.strip("/").split("/")
     if len(pieces) != 4 or not pieces[3].startswith("seed") or not pieces[3][4:].isdigit():
         raise UserError(f"cell {text!r} must be written model/domain/method/seed0")

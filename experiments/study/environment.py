@@ -1,4 +1,4 @@
-"""Where and with what the command line is run: from the project's root, in its environment, beside no other run of the same study."""
+"""Check that commands run in the project's root, and not while DVC runs the same study."""
 
 import json
 import os
@@ -9,41 +9,36 @@ from methods.errors import UserError
 
 
 def at_root(*, here: Path = HERE) -> None:
-    """Raises UserError anywhere but in the project's root, from which the paths of params.yaml are written."""
+    """Raise UserError unless the working directory is the project's root; paths in params.yaml are relative to it."""
     if Path.cwd().resolve() != here:
         raise UserError(
-            f"{Path.cwd()} is not the project's root, from which the paths in params.yaml go: run `cd {here}` first"
+            f"{Path.cwd()} is not the project's root, to which the paths in params.yaml are relative: "
+            f"run `cd {here}` first"
         )
 
 
 def alone(study) -> None:
-    """Raises UserError where a `dvc` that is at work, by its own lock file, writes files of this study."""
+    """Raise UserError if a running `dvc` writes files of this study, according to its lock file."""
     lock = study.paths.root / ".dvc" / "tmp" / "rwlock"
     try:
         held = {path: int(holder["pid"]) for path, holder in json.loads(lock.read_text())["write"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return  # there is none, or DVC is just writing it
+        return  # there is no lock, or DVC is just writing it
     for path, process in held.items():
         if _study_of(Path(path), study.paths.root) == study.name and _runs(process):
             raise UserError(
-                f"process {process} (`dvc`) is at work on this study: wait until it has ended, or stop it with Ctrl-C where it was started; "
-                f"if it is no `dvc`, delete {lock.relative_to(study.paths.root)}"
+                f"process {process} (`dvc`) is running this study: wait until it ends, or stop it with Ctrl-C "
+                f"where it was started; if it is not `dvc`, delete {lock.relative_to(study.paths.root)}"
             )
 
 
 def _study_of(path: Path, root: Path) -> str | None:
-    """The study that a file belongs to; None where it is outside the project."""
+    """The study that a file belongs to; None if it is outside the project."""
     if not path.is_relative_to(root):
         return None
     pieces = path.relative_to(root).parts
-    name = (
-        pieces[2]
-        if pieces[:2] == ("experiments", "studies") and len(pieces) > 2
-        else pieces[1]
-        if len(pieces) > 1
-        else ""
-    )
-    return name if (root / "experiments" / "studies" / name).is_dir() and name else ""
+    within = pieces[2:] if pieces[:2] == ("experiments", "studies") else pieces[1:]  # else results/NAME, work/NAME
+    return within[0] if within and (root / "experiments" / "studies" / within[0]).is_dir() else ""
 
 
 def _runs(process: int) -> bool:

@@ -1,4 +1,4 @@
-"""A cell that fails leaves a record with its reason, never a zero and never nothing."""
+"""Record why a cell failed, so that a failure is never a zero and never missing."""
 
 import errno
 import signal
@@ -19,40 +19,36 @@ from methods.tools.files import read_json, write_json
 def recorded(study, cell, stage: str):
     """Run a stage of `cell`; on failure write results/failures/CELL.json and raise one clear UserError.
 
-    A missing input leaves no record: a stage that could not begin says nothing of a cell, which may be whole from an earlier run.
+    A missing input leaves no record, because the cell may be complete from an earlier run.
     """
     path = study.paths.failure(cell)
     began = time.time()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped by the system is stopped like from the keyboard
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by the system is handled like Ctrl-C
     try:
         yield
     except KeyboardInterrupt:
-        kind, reason = "interrupted", f"stopped during {stage}; `dvc repro` goes on with this cell"
+        kind, reason = "interrupted", f"stopped during {stage}; `dvc repro` continues with this cell"
         if not processes.first() or (path.exists() and path.stat().st_mtime > began):
-            raise  # stopped because another process of this run failed, which has said why
+            raise  # another process of this run failed and has recorded the reason
     except TrainingFailed as error:
         kind, reason = "nan", str(error)
     except MissingInput as error:
         raise UserError(f"{cell.name}: {error}") from error
     except UserError as error:
         kind, reason = "error", str(error)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not out_of_memory(error):
+    except Exception as error:
+        if out_of_memory(error):
+            kind = "out of memory"
+            reason = (
+                f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
+                "or set train.checkpointing: true"
+            )
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            at = f" ({error.filename})" if error.filename else ""
+            kind, reason = "error", f"the disk is full{at}: free some space, then run `dvc repro` again"
+        else:  # a fault of the program: recorded for the report, and the traceback is still shown
             write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
             raise
-        kind = "out of memory"
-        reason = (
-            f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
-            "or set train.checkpointing: true"
-        )
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        at = f" ({error.filename})" if error.filename else ""
-        kind, reason = "error", f"the disk is full{at}: free some, then run `dvc repro` again"
-    except Exception as error:  # recorded for the report; the traceback is still shown, for it is our fault
-        write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
-        raise
     else:
         if processes.first() and path.exists() and read_json(path).get("stage") == stage:
             path.unlink()
@@ -63,7 +59,7 @@ def recorded(study, cell, stage: str):
 
 
 def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
-    """What failed, and the settings and code it failed with: a reader looks for the rate that gave the NaN."""
+    """What failed, with the settings and the code: a reader looks for the learning rate that gave the NaN."""
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()
     return {
         "cell": cell.name,
@@ -78,7 +74,7 @@ def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """torch's CPU allocator says so only in words."""
+    """Whether memory ran out; torch's CPU allocator says so only in its message."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )

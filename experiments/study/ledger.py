@@ -1,5 +1,8 @@
-"""What really ran on this machine, one JSON line a stage: so that the screen can say which cells were trained
-here and which scores are the committed ones, kept by DVC because the weights came out equal bit for bit."""
+"""Note which stages ran on this machine, one JSON line for each.
+
+The screen can then say which cells were trained here, and which scores are the committed ones, which DVC kept because
+the weights came out equal bit for bit.
+"""
 
 import json
 
@@ -20,7 +23,7 @@ def note(study, *, stage: str, cell: str, weights: str) -> None:
 
 
 def verdict(study, cell, metrics: dict | None) -> str:
-    """How the cell came to its scores here, in words."""
+    """How the cell's scores were obtained on this machine, in words."""
     if study.paths.failure(cell).is_file():
         return "FAILED: " + read_json(study.paths.failure(cell)).get("reason", "no reason recorded")
     if metrics is None:

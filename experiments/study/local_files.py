@@ -1,7 +1,8 @@
-"""Files and folders of a person's own that a study reads, and hashes of what is in them.
+"""The user's own files and folders that a study reads, and hashes of their content.
 
-What `resolve` writes for a stage holds the hashes of what that stage reads, so that a file overwritten in place reruns it;
-`pipeline` lists the paths in dvc.yaml, so that DVC looks at them. A hash is computed once for a file's size, times and inode.
+`resolve` writes the hashes of the files that a stage reads, so that a file that was overwritten in place reruns the
+stage; `pipeline` lists the paths in dvc.yaml, so that DVC checks them. A hash is kept until the file's size, times or
+inode change.
 """
 
 import contextlib
@@ -26,28 +27,31 @@ def of_model(model: Model) -> list[str]:
 
 
 def of_rows(rows: Rows, *, prefer: str) -> list[str]:
-    """Files and folders that are read of rows if `data.source` is `prefer`: a JSONL file, or local ones of the hub's library."""
+    """Local files that rows are read from if `data.source` is `prefer`: a JSONL file, or what `hub:` names here."""
     if prefer == "pypi" and rows.pypi:
         return []
     if prefer != "hub" or not rows.hub:
         return [rows.jsonl.path] if rows.jsonl else []
     named = rows.hub.data_files or []
     named = [one for value in named.values() for one in _list(value)] if isinstance(named, dict) else _list(named)
-    files = [path for name in named for path in sorted(glob.glob(str(name), recursive=True))]
-    return ([rows.hub.path] if os.path.isdir(rows.hub.path) else []) + files
+    matched = [path for name in named for path in sorted(glob.glob(str(name), recursive=True))]
+    return ([rows.hub.path] if os.path.isdir(rows.hub.path) else []) + matched
 
 
 def of_code(parts: Iterable[Part]) -> list[str]:
-    """Source files of parts that lie neither in the project nor where packages are installed: those that a person edits."""
+    """Source files of parts outside the project and outside installed packages: files that the user edits."""
     own, installed = Path(registry.__file__).parent, [Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")]
-    found = {path.resolve() for part in parts for path in registry.source_files(part)}
+    sources = {path.resolve() for part in parts for path in registry.source_files(part)}
     return sorted(
-        str(path) for path in found if not any(path.is_relative_to(folder.resolve()) for folder in (own, *installed))
+        str(path) for path in sources if not any(path.is_relative_to(folder.resolve()) for folder in (own, *installed))
     )
 
 
 def digests(paths: Iterable[str], *, kept: Path) -> dict[str, str | None]:
-    """Hash of each file's or folder's content, by the path as it is written; None where nothing is there. `kept`: a folder for hashes."""
+    """The hash of each file's or folder's content by its path as written; None if nothing is there.
+
+    kept  folder in which hashes are remembered
+    """
     return {path: _digest(Path(path).expanduser(), kept) for path in sorted(set(paths))}
 
 
@@ -67,7 +71,7 @@ def _digest(path: Path, kept: Path) -> str | None:
 
 
 def _file(path: Path, kept: Path) -> str:
-    """Hex sha256 of a file, remembered for as long as the file system calls it the same."""
+    """Hex sha256 of a file, remembered while its size, times and inode are the same."""
     facts = path.stat()
     same = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
     note = kept / f"{sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.json"
@@ -77,10 +81,10 @@ def _file(path: Path, kept: Path) -> str:
             return known["sha256"]
     except (files.UserError, KeyError, TypeError):
         pass
-    found = files.sha256(path)
-    with contextlib.suppress(OSError):  # a full disk, or another process that writes the same
-        files.write_json(note, {"file": same, "sha256": found})
-    return found
+    digest = files.sha256(path)
+    with contextlib.suppress(OSError):  # a full disk, or another process that writes the same note
+        files.write_json(note, {"file": same, "sha256": digest})
+    return digest
 
 
 def _list(value: Any) -> list:

@@ -1,4 +1,4 @@
-"""What dvc.lock says is done: the cells whose inputs have not changed, without running DVC."""
+"""Read from dvc.lock which cells are done and unchanged, without running DVC."""
 
 from hashlib import md5
 from pathlib import Path
@@ -11,28 +11,28 @@ from methods.errors import UserError
 
 
 def stages(path: Path) -> dict[str, dict]:
-    """What a dvc.lock says of each stage; nothing where it is not there. Raises UserError where it cannot be read."""
+    """The entries of a dvc.lock by stage; empty without the file. Raises UserError if it cannot be read."""
     if not path.is_file():
         return {}
     try:
-        found = (YAML(typ="safe").load(path) or {}).get("stages") or {}
+        entries = (YAML(typ="safe").load(path) or {}).get("stages") or {}
         return {
-            name: {
-                "deps": [dict(d) for d in said.get("deps", []) if d["path"]],
-                "outs": [dict(o) for o in said.get("outs", []) if o["path"]],
-            }
-            for name, said in found.items()
+            name: {kind: [dict(file) for file in entry.get(kind, []) if file["path"]] for kind in ("deps", "outs")}
+            for name, entry in entries.items()
         }
     except (YAMLError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(
-            f"{path} is no lock of DVC ({' '.join(str(error).split())[:300]}): it may hold marks of a merge, or be cut off; restore it "
-            "with git"
+            f"{path} is not a lock of DVC ({' '.join(str(error).split())[:300]}): "
+            "it may have merge markers or be cut off; restore it with git"
         ) from error
 
 
 class Lock:
-    """dvc.lock beside the settings as they are now. A stage is done if DVC ran it on the very settings that
-    `resolve` would write now, the stages before it are done, and its outs are there."""
+    """dvc.lock compared with the current settings.
+
+    A stage is done if DVC ran it with the settings that `resolve` would write now, the stages before it are done, and
+    its outputs exist.
+    """
 
     def __init__(self, study):
         path = study.paths.folder / "dvc.lock"
@@ -46,20 +46,20 @@ class Lock:
         }
 
     def recorded(self, stage: str) -> bool:
-        """Whether dvc.lock has the stage on the settings and sources of now."""
+        """Whether dvc.lock has the stage with the current settings and sources."""
         entry = self._stages.get(stage)
         return entry is not None and all(
             self._now.get(d["path"], d.get("md5")) == d.get("md5") for d in entry.get("deps", [])
         )
 
     def done(self, stage: str) -> bool:
-        """The same, and its outs are here."""
+        """Whether the stage is recorded and its outputs exist."""
         return self.recorded(stage) and all(
             (self._root / o["path"]).exists() for o in self._stages[stage].get("outs", [])
         )
 
     def cell(self, cell) -> dict[str, bool]:
-        """Which stages of a cell are done, each only if those before it are."""
+        """Which stages of a cell are done; each counts only if those before it are done."""
         ready = self.done(f"model@{cell.model}") and self.done("data")
         prepared = ready and self.done(f"prepare@{cell.model}-{cell.method}-{cell.seed}")
         trained = prepared and self.done(f"train@{cell.stage}")

@@ -1,7 +1,7 @@
-"""Method blocks written into the text of a params.yaml: lines are added and no other byte changes.
+"""Add method blocks to the text of a params.yaml without changing any other byte.
 
-ruamel's round trip moves comments and joins wrapped lists in files that people wrote, so it is asked only where things
-stand, and the outcome is read again and compared.
+ruamel's round trip moves comments and joins wrapped lists in files that people wrote, so it only tells the positions,
+and the new text is parsed and compared with what is expected.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from analysis.families import family
 from methods.errors import UserError
 from methods.settings import shown
 
-WIDTH = 120  # a list in one line that would become longer goes on in the next
+WIDTH = 120  # a one-line list that would become longer continues on the next line
 
 
 def read_yaml(path: Path) -> dict:
@@ -102,9 +102,9 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
 def with_methods(
     text: str, *, blocks: Mapping[str, Mapping[str, Any]], grid: Sequence[str], behind: str, where: str
 ) -> str:
-    """The text with `blocks` under methods: and the names `grid` in grid.methods, both behind the last of `behind`'s family.
+    """Add `blocks` under methods: and the names `grid` to grid.methods, both after the last of `behind`'s family.
 
-    Raises UserError where the file is not laid out as one method a line.
+    Raises UserError if the file does not have one method a line.
     """
     document = YAML().load(text)
     expected = YAML(typ="safe", pure=True).load(text)
@@ -118,20 +118,20 @@ def with_methods(
         edits.append(_into_list(lines, document["grid"]["methods"], grid, behind))
     if blocks:
         edits.append(_into_methods(lines, document["methods"], blocks, behind))
-    for row, new in sorted(
-        edits, key=lambda edit: edit[0].start, reverse=True
-    ):  # from below, so that rows above keep their numbers
+    # from the bottom, so that the rows above keep their numbers
+    for row, new in sorted(edits, key=lambda edit: edit[0].start, reverse=True):
         lines[row.start : row.stop] = new
     made = "".join(lines)
-    if not _says(made, expected):
+    if not _is_yaml_of(made, expected):
         raise UserError(
-            f"{where}: cannot add methods to this layout: write `methods:` with one method a line, and `grid.methods` as a list of names"
+            f"{where}: cannot add methods to this layout: write `methods:` with one method a line, "
+            "and `grid.methods` as a list of names"
         )
     return made
 
 
 def _into_methods(lines: list[str], methods, blocks: Mapping, behind: str) -> tuple[slice, list[str]]:
-    """The lines of the blocks, and where they go: behind all lines of the last member that are indented deeper than its name."""
+    """The lines of the blocks, and their position: after the last member, whose lines are indented more than its name."""
     last = [name for name in methods if family(name) == family(behind)][-1]
     row, column, *_ = methods.lc.data[last]
     end = row
@@ -145,7 +145,7 @@ def _into_methods(lines: list[str], methods, blocks: Mapping, behind: str) -> tu
 
 
 def _into_list(lines: list[str], names, added: Sequence[str], behind: str) -> tuple[slice, list[str]]:
-    """The changed lines of grid.methods: the names behind the last member of the family that is there, else at the end."""
+    """The changed lines of grid.methods: the names after the last member of the family in it, else at the end."""
     at = max((k for k, name in enumerate(names) if family(name) == family(behind)), default=len(names) - 1)
     row, column = names.lc.data[at][:2]
     line = lines[row]
@@ -160,7 +160,7 @@ def _into_list(lines: list[str], names, added: Sequence[str], behind: str) -> tu
 
 
 def _flow(value: Any) -> str:
-    """A block in one line, floats as `100.0` and `1.0e+6`, which YAML 1.1 and 1.2 both read as numbers."""
+    """A block on one line, with floats as `100.0` and `1.0e+6`, which YAML 1.1 and 1.2 both read as numbers."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, bool):
@@ -177,11 +177,11 @@ def _number(value: float) -> str:
     return f"{sign}{first}.{''.join(map(str, rest)) or 0}e{exponent + len(digits) - 1:+d}"
 
 
-def _says(text: str, expected: dict) -> bool:
-    """Whether the text is YAML for what is expected; names of the grid may stand in any order."""
+def _is_yaml_of(text: str, expected: dict) -> bool:
+    """Whether the text is YAML for what is expected; the order of the grid's methods does not matter."""
     try:
-        found = YAML(typ="safe", pure=True).load(text)
+        documents = (YAML(typ="safe", pure=True).load(text), expected)
     except YAMLError:
         return False
-    ordered = lambda raw: raw | {"grid": raw["grid"] | {"methods": sorted(raw["grid"]["methods"])}}
-    return ordered(found) == ordered(expected)
+    one, other = (raw | {"grid": raw["grid"] | {"methods": sorted(raw["grid"]["methods"])}} for raw in documents)
+    return one == other

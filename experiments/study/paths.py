@@ -1,4 +1,4 @@
-"""Where the files of a study lie. One place, so that dvc.yaml and the code cannot drift apart unseen."""
+"""The paths of a study's files, in one place, so that dvc.yaml and the code agree."""
 
 import os
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ HERE = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Paths:
-    """Files of the study `study` ('' is the default one) below the project's root."""
+    """The files of the study `study` ('' is the default study) in the project's root."""
 
     study: str = ""
     root: Path = HERE
@@ -69,16 +69,16 @@ class Paths:
 
     @property
     def local(self) -> Path:
-        """Caches and logs, never an out. `dvc exp run --temp` runs in a temporary copy without what git ignores;
-        DVC_ROOT then names the real root."""
+        """Caches and logs, never an output of a stage."""
+        # `dvc exp run --temp` runs in a copy without ignored files; DVC_ROOT then names the real root
         return Path(os.environ.get("DVC_ROOT", self.root)) / "work" / "local"
 
     @property
     def trained(self) -> Path:
-        """Trainings that are kept for cells that differ in `finish` alone."""
+        """Trained weights that are kept for cells that differ only in `finish`."""
         return self.local / "trained" / (self.study or "default")
 
     @property
     def resume(self) -> Path:
-        """Where interrupted runs go on from."""
+        """Checkpoints of interrupted runs."""
         return self.local / "resume" / (self.study or "default")

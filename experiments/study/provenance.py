@@ -1,14 +1,15 @@
-"""Where a number comes from: versions of what computed it and the commit of the code."""
+"""Record where a number comes from: the versions of the packages and the commit of the code."""
 
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "peft", "lm_eval", "datasets", "safetensors", "tokenizers", "numpy")
-# "dirty" asks about the code and knobs alone: a rewritten result does not make the code another one
+# "dirty" is about code and settings only: a rewritten result does not change the code
 CODE = (
     "experiments",
     "methods",
@@ -21,24 +22,21 @@ CODE = (
 
 
 def versions() -> dict[str, str]:
-    """Version of Python and of each package that can move a score; those not installed are left out."""
-    found = {"python": platform.python_version()}
+    """Version of Python and of each installed package that can change a score."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
 
 
 def git(root: Path) -> dict:
-    """Commit of the checkout, and whether code or knobs differ from it (None outside a repository); `experiment` within `dvc exp run`."""
+    """The commit, whether code or settings differ from it (None outside a repository), and the `experiment` of DVC."""
     commit = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--", *CODE)
-    within = (
-        {"experiment": name} if (name := os.environ.get("DVC_EXP_NAME")) else {}
-    )  # DVC sets it for its stages alone
-    return {"commit": commit, "dirty": None if changed is None else bool(changed), **within}
+    facts = {"commit": commit, "dirty": None if changed is None else bool(changed)}
+    name = os.environ.get("DVC_EXP_NAME")  # `dvc exp run` sets it for its stages
+    return facts | ({"experiment": name} if name else {})
 
 
 def _git(root: Path, *command: str) -> str | None:

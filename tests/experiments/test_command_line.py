@@ -99,7 +99,7 @@ def test_away_from_the_root_the_way_back_is_told(monkeypatch, answer, tmp_path):
     assert (
         status == 2
         and said
-        == f"error: {tmp_path} is not the project's root, from which the paths in params.yaml go: run `cd {HERE}` first\n"
+        == f"error: {tmp_path} is not the project's root, to which the paths in params.yaml are relative: run `cd {HERE}` first\n"
     )
 
 
@@ -143,7 +143,7 @@ def test_beside_a_dvc_at_work_on_the_same_study_its_files_are_left_alone(tmp_pat
     with rwlock(str(folder), localfs, "repro", [str(tmp_path / "params.yaml")], [str(tmp_path / path)], False):
         for name in {"demo", "other", ""} - {owner}:
             environment.alone(study(name))
-        with pytest.raises(UserError, match=f"process {os.getpid()} .* is at work on this study: wait"):
+        with pytest.raises(UserError, match=f"process {os.getpid()} .* is running this study: wait"):
             environment.alone(study(owner))
         held = (folder / "rwlock").read_text()
     environment.alone(study(owner))
