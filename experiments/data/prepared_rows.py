@@ -18,10 +18,10 @@ from evaluation.chance import WARNING
 from evaluation.task import LocalTask, make_task, render
 from experiments.data import rows, splits
 from experiments.data.sameness import sameness
-from experiments.model import packages
 from experiments.study import schema
 from experiments.study.schema import Domain, General, Scored, Task
 from methods.errors import UserError
+from methods.tools.files import sha256
 from methods.tools.jsonl import place
 
 Row = dict[str, Any]
@@ -40,7 +40,7 @@ def write_data(study, out_dir: Path) -> dict[str, Any]:
     for domain in study.grid.domains:
         report["domains"][domain] = _domain(domain, study.domains[domain], reader, out)
     report["files"] = {
-        str(path.relative_to(out)): packages.file_sha256(path)
+        str(path.relative_to(out)): sha256(path)
         for part in ("train", "evaluate", "general")
         for path in sorted((out / part).rglob("*"))
         if path.is_file()
@@ -115,11 +115,11 @@ def _domain(domain: str, block: Domain, reader: _Reader, out: Path) -> dict[str,
                 )
             file = write_rows(evaluate / f"{name}.jsonl", drawn.test)
             made = make_task(name, task.task, drawn.test, metric=task.metric)
-            content = (packages.file_sha256(file), json.dumps(task.task, sort_keys=True), task.metric)
+            content = (sha256(file), json.dumps(task.task, sort_keys=True), task.metric)
             if content in seen:
                 raise UserError(
-                    f"{where}: tasks {seen[content]!r} and {name!r} have the same rows, prompt and metric and would count "
-                    "twice: leave one of them out"
+                    f"{where}: tasks {seen[content]!r} and {name!r} have the same rows, prompt and metric "
+                    "and would count twice: leave one of them out"
                 )
             seen[content] = name
             _refuse_taught(made, taught, where=f"{where}.{role} lists {name!r}")

@@ -1,10 +1,10 @@
-"""Attention that transformers' models compute otherwise or not at all: SDPA for GPT-J, and matrix products on the CPU.
+"""SDPA attention for GPT-J, which transformers does not have, and faster attention by matrix products on the CPU.
 
     softmax(Q·Kᵀ/√(head width) + mask)·V
 
-Eager attention holds a score for every pair of tokens, in float32, for the backward pass; torch's fused kernels hold
-none of them. On a GPU they are the faster too. On the CPU torch's fused kernel takes four to six times as long as the
-two products and the softmax that it stands for, as long as their scores stay in its cache.
+Eager attention keeps a float32 score for every pair of tokens for the backward pass; torch's fused kernels keep none,
+and on a GPU they are faster too. On the CPU the fused kernel takes four to six times as long as the two matrix products
+and the softmax, provided that the scores fit into the cache.
 """
 
 from collections.abc import Iterator
@@ -19,23 +19,23 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 Model = TypeVar("Model", bound=nn.Module)
 
-LONGEST = 512  # tokens; beyond, the scores of a layer no longer stay in the cache and are many bytes to keep
-BLOCK = 256  # queries of a longer text that attend at once
+LONGEST = 512  # tokens; scores of longer texts do not fit into the cache and take much memory
+BLOCK = 256  # queries of a longer text that are computed at once
 
 
 def with_sdpa(model: Model) -> Model:
-    """`model` itself, its eager GPT-J attention replaced by SDPA in place.
+    """Replace eager GPT-J attention in `model` by SDPA, in place, and return the model.
 
-    Logits are eager's to rounding (of float32 in a float64 model too, whose scores eager computes in float32). Weights,
-    names and saved files are unchanged. As with SDPA in Llama, there are no attention weights to return. A new model made
-    from this model's `config` object, in place of a saved one, needs `attn_implementation="eager"` and `with_sdpa` again.
-    Other attention is left as it is.
+    Logits equal those of eager attention up to rounding (of float32 also in a float64 model, because eager
+    attention computes scores in float32). Weights, names and saved files are unchanged. As with SDPA in Llama, no
+    attention weights are returned. A new model that is made from this model's `config` object, and not from a saved
+    one, needs `attn_implementation="eager"` and `with_sdpa` again. Other attention is unchanged.
     """
     for module in model.modules():
         if type(module) is GPTJAttention:
-            # the class of the one module, and not a bound method on it, so that copies and pickles keep it
+            # change the class of the module instead of binding a method to it, so that copies keep the change
             module.__class__ = GPTJSdpaAttention
-            # what the model's masks are made for; transformers does not save it
+            # the model makes its masks for this implementation; transformers does not save it
             module.config._attn_implementation = "sdpa"
     return model
 
@@ -51,12 +51,14 @@ def products(
     scaling: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention as transformers asks SDPA for it: queries (batch, heads, tokens, width), keys and values of as many heads or
-    of a divisor's, masks additive or boolean, None for causal. Returns (batch, tokens, heads, width).
+    """Attention with the arguments that transformers gives to SDPA.
 
-    Scores are rounded to the model's dtype before the softmax, which is taken in float32, as in transformers' eager
-    attention. A text longer than LONGEST is worked on in blocks of queries where no gradient is asked for, and is
-    SDPA's where one is. What is on a GPU, drops out, is not causal, or continues a cache without a mask is SDPA's too.
+    Queries are (batch, heads, tokens, width); keys and values have as many heads or a divisor of them; masks are
+    additive or boolean, None for causal attention. Returns (batch, tokens, heads, width).
+
+    Scores are rounded to the model's dtype before the softmax, which is computed in float32, as in transformers' eager
+    attention. Texts longer than LONGEST are computed in blocks of queries without a gradient, and by SDPA with one.
+    SDPA also computes attention on a GPU, with dropout, without causality, and with a cache but no mask.
     """
     tokens, keys = query.shape[2], key.shape[2]
     long = max(tokens, keys) > LONGEST
@@ -75,21 +77,17 @@ def products(
     for start in range(0, tokens, BLOCK):
         end = min(start + BLOCK, tokens)
         seen = end if attention_mask is None and tokens > 1 else keys
-        mask = (
-            None
-            if attention_mask is None
-            else attention_mask[..., start:end, :]
-            if attention_mask.shape[-2] > 1
-            else attention_mask
-        )
+        mask = attention_mask
+        if mask is not None and mask.shape[-2] > 1:
+            mask = mask[..., start:end, :]
         blocks.append(_mixed(query[:, :, start:end], key[:, :, :seen], value[:, :, :seen], mask))
     return torch.cat(blocks, 2).transpose(1, 2).contiguous(), None
 
 
 def _mixed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """Values mixed for scaled queries, (batch, heads, tokens, width); without a mask the last query sees every key.
+    """Attention of scaled queries, (batch, heads, tokens, width); without a mask the last query sees every key.
 
-    Queries that share keys are one matrix, so that a group of heads costs one product.
+    Queries that share keys form one matrix, so that a group of heads takes one product.
     """
     (batch, heads, tokens, width), (groups, keys) = query.shape, key.shape[1:3]
     scores = query.reshape(batch * groups, -1, width) @ key.reshape(batch * groups, keys, width).transpose(1, 2)
@@ -105,7 +103,7 @@ def _mixed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     return (scores.softmax(-1) @ value.reshape(batch * groups, keys, -1)).view(batch, heads, tokens, -1)
 
 
-# In SDPA's own name: some models ask by that name which masks to make or which path to take, and do something else under another.
+# Registered under the name of SDPA, because some models choose their masks or code path by that name.
 AttentionInterface.register("sdpa", products)
 
 _only_sdpa = False
@@ -113,7 +111,7 @@ _only_sdpa = False
 
 @contextmanager
 def only_sdpa() -> Iterator[None]:
-    """SDPA alone on the CPU, too: tensors without numbers have no device to tell a GPU by."""
+    """Use only SDPA, also on the CPU: meta tensors do not show whether they stand for a GPU."""
     global _only_sdpa
     _only_sdpa = True
     try:
@@ -123,12 +121,12 @@ def only_sdpa() -> Iterator[None]:
 
 
 class GPTJSdpaAttention(GPTJAttention):
-    """GPT-J's attention with transformers' own call of SDPA, whose rules for a missing mask fit transformers' masks."""
+    """GPT-J's attention through transformers' own SDPA call, whose treatment of a missing mask fits its masks."""
 
     def _attn(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, None]:
-        """Queries (batch, heads, tokens, head width); keys and values may be longer. Returns values mixed, shaped like queries."""
+        """Attention of queries (batch, heads, tokens, head width), in their shape; keys and values may be longer."""
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask.to(query.dtype)
         dropout = self.attn_dropout.p if self.training else 0.0

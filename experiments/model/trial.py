@@ -1,14 +1,16 @@
-"""What training computes of an architecture against the architecture's own forward pass: tried on twelve tokens when it is loaded.
+"""Compare what training computes of a model with the model's own forward pass, on twelve tokens when it is loaded.
 
-There are more architectures than anyone has read. Holdfast relies on three things of each, and tries them on the model itself,
-with the weights, attention and dtype that it is going to compute with:
+There are more architectures than anyone has read. Holdfast relies on three properties, and tests them on the model
+itself, with the weights, attention and dtype that it will compute with:
 
-    causality   changing the last token moves no earlier logit; without that, right padding, packed rows and an answer's labels leak
-    loss        the chunked loss of hidden states and labels is what `model(input_ids, labels)` says
-    gradient    with respect to the embedded tokens, so that it has passed every layer, against autograd through the model's own loss
+    causality   changing the last token changes no earlier logit; otherwise right padding, packed rows and labels leak
+    loss        the chunked loss of hidden states and labels equals the loss of `model(input_ids, labels)`
+    gradient    the gradient with respect to the embedded tokens, which passes every layer, equals autograd's through
+                the model's own loss
 
-Once for each config, dtype and device in a process. It takes five forward and three backward passes of twelve tokens and the gradient
-of no weight: less than reading the weights did. A mixture of experts is tried without the loss of its router, which training leaves out.
+The test runs once for each config, dtype and device in a process. It takes five forward and three backward passes of
+twelve tokens and no weight's gradient, which is less than reading the weights. A mixture of experts is tested without
+the loss of its router, which training leaves out.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,18 +25,18 @@ from methods.tools import architecture
 
 TOKENS = 12
 LARGE = (
-    1_000_000_000  # parameters; of a larger model on the CPU, where each pass takes seconds, the first blocks are tried
+    1_000_000_000  # parameters; of larger models on the CPU, where a pass takes seconds, the first blocks are tested
 )
 FIRST = 2
-_HALF, _FULL = 0.03, 1e-3  # relative differences that rounding explains, in half precision and above
+_HALF, _FULL = 0.03, 1e-3  # relative differences due to rounding, in half precision and above
 
 _tried: set[tuple[str, ...]] = set()
 
 
 def check(model: nn.Module) -> None:
-    """Raises UserError naming the architecture and by how much it differs, where one of the three does not hold.
+    """Raise UserError with the architecture and the difference if one of the three properties does not hold.
 
-    Random state, gradients, flags and modes are left as they were.
+    Random state, gradients, flags and modes are unchanged.
     """
     inner = architecture.plain(model)
     weight = next(inner.parameters())
@@ -42,30 +44,30 @@ def check(model: nn.Module) -> None:
     if key in _tried:
         return
     limit = _HALF if weight.dtype in (torch.bfloat16, torch.float16) else _FULL
-    for blocks in (FIRST, None) if _large(inner) else (None,):  # what the first blocks alone do not do, all of them may
+    for blocks in (FIRST, None) if _large(inner) else (None,):  # all blocks may pass where the first ones do not
         try:
-            with _quiet(model, blocks):
-                found = _differences(model)
+            with _prepared(model, blocks):
+                differences = _differences(model)
         except (MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # whatever an architecture nobody has tried raises
+        except Exception as error:  # an untested architecture may raise anything
             if blocks is None:
                 raise UserError(
-                    f"{_name(inner)} cannot be trained as a causal language model: a forward and backward pass of {TOKENS} tokens "
-                    f"raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    f"{_name(inner)} cannot be trained as a causal language model: a forward and backward pass of "
+                    f"{TOKENS} tokens raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
                 ) from error
             continue
         wrong = [
             f"{what} (relative difference {difference:.2g}, allowed {limit:g})"
-            for what, difference in found.items()
+            for what, difference in differences.items()
             if difference > limit
         ]
         if not wrong:
             break
     if wrong:
         raise UserError(
-            f"{_name(inner)} is not supported: tried on {TOKENS} tokens, {'; '.join(wrong)}. Choose a model of another architecture, "
-            "or report this one with its config.json"
+            f"{_name(inner)} is not supported: tested on {TOKENS} tokens, {'; '.join(wrong)}. "
+            "Choose a model of another architecture, or report this one with its config.json"
         )
     _tried.add(key)
 
@@ -75,7 +77,7 @@ def _name(model: nn.Module) -> str:
 
 
 def _differences(model: nn.Module) -> dict[str, float]:
-    """Relative differences, each by what it means if it is not small; NaN where the model's own logits are not finite."""
+    """Relative differences by what a large one means; NaN if the model's own logits are not finite."""
     inner = architecture.plain(model)
     device, vocabulary = next(inner.parameters()).device, inner.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocabulary, (1, TOKENS), generator=torch.Generator().manual_seed(0))
@@ -96,18 +98,12 @@ def _differences(model: nn.Module) -> dict[str, float]:
         before, after = (inner(input_ids=tokens, use_cache=False).logits[:, :-1] for tokens in (ids, other))
     (loss, gradient), (our_loss, our_gradient) = (_with_gradient(inner, compute) for compute in (own, ours))
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        inner.train()  # where dropout makes other numbers, and some models fail
+        inner.train()  # some models fail in training mode, and dropout changes their numbers
         _with_gradient(inner, ours)
     return {
-        "changing the last token moves the logits of earlier ones: its attention is not causal": _relative(
-            after, before
-        ),
-        f"its own loss is {loss.item():.5g} and the loss that training would take {our_loss.item():.5g}": _relative(
-            our_loss, loss
-        ),
-        "the gradient of its own loss is not that of the loss that training would take": _relative(
-            our_gradient, gradient
-        ),
+        "changing the last token changes earlier logits: its attention is not causal": _relative(after, before),
+        f"its own loss is {loss.item():.5g}, and the training loss {our_loss.item():.5g}": _relative(our_loss, loss),
+        "the gradients of its own loss and of the training loss differ": _relative(our_gradient, gradient),
     }
 
 
@@ -117,7 +113,7 @@ def _with_gradient(model: nn.Module, compute: Callable[[], Tensor]) -> tuple[Ten
 
     def leaf(module: nn.Module, arguments: tuple, output: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())
-        return embedded[-1].clone()  # some models scale it in place
+        return embedded[-1].clone()  # some models scale their embeddings in place
 
     handle = model.get_input_embeddings().register_forward_hook(leaf)
     try:
@@ -129,14 +125,14 @@ def _with_gradient(model: nn.Module, compute: Callable[[], Tensor]) -> tuple[Ten
     return loss.detach(), gradient
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    found, wanted = found.double(), wanted.double()
-    return ((found - wanted).norm() / wanted.norm().clamp_min(1e-12)).item()
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    actual, expected = actual.double(), expected.double()
+    return ((actual - expected).norm() / expected.norm().clamp_min(1e-12)).item()
 
 
 @contextmanager
-def _quiet(model: nn.Module, blocks: int | None) -> Iterator[None]:
-    """In evaluation mode, no weight with a gradient, no router's loss, with the first `blocks` blocks alone; all put back after."""
+def _prepared(model: nn.Module, blocks: int | None) -> Iterator[None]:
+    """Evaluation mode without weight gradients and router loss, in the first `blocks` blocks; undone afterwards."""
     inner = architecture.plain(model)
     modes = [(module, module.training) for module in model.modules()]
     flags = [(p, p.requires_grad) for p in model.parameters()]

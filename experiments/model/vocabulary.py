@@ -1,4 +1,4 @@
-"""What is asked of a model's tokenizer before anything is encoded with it."""
+"""Check a model's tokenizer before anything is encoded with it."""
 
 from itertools import islice
 from pathlib import Path
@@ -9,12 +9,12 @@ from evaluation.encode import answer_pair, appended, encode_text, prefix_token
 from evaluation.rendered import read_jsonl
 from methods.errors import UserError
 
-AHEAD = 500  # training rows that are encoded before anything is trained
+AHEAD = 500  # training rows that are encoded as a check before training
 TRIED = ("a", "A b.", "Question: 1 + 1?\nAnswer:")
 
 
 def embedded(model: PreTrainedModel) -> int:
-    """Tokens that the model has a row for, in its embedding and in its head."""
+    """The number of tokens that have a row in the model's embedding and in its head."""
     layers = (model.get_input_embeddings(), model.get_output_embeddings())
     return min(
         (layer.weight.shape[0] for layer in layers if getattr(layer, "weight", None) is not None),
@@ -23,46 +23,49 @@ def embedded(model: PreTrainedModel) -> int:
 
 
 def check(*, rows: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What a user should know of how texts will be encoded, a sentence each; mostly nothing.
+    """Facts about the encoding that a user should know, a sentence each; usually none.
 
-    `rows` is the model's number of embedded tokens. Raises UserError where a token has no row, where equal texts may be encoded in different
-    ways, and where what the tokenizer adds to a text cannot be told from the text.
+    Raises UserError if a token has no row, if equal texts may be encoded differently, and if the tokens that the
+    tokenizer adds cannot be separated from the text.
+
+    rows  number of tokens in the model's embedding
     """
     beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
     if beyond:
         raise UserError(
-            f"its tokenizer has {len(beyond)} tokens for which the model has no embedding: {beyond[0][1]!r} is number {beyond[0][0]} and "
-            f"the embedding ends with number {rows - 1}. Resize the model's embedding to {max(beyond)[0] + 1} rows "
-            "(`resize_token_embeddings` of transformers), or use the tokenizer that the model was trained with"
+            f"its tokenizer has {len(beyond)} tokens for which the model has no embedding: {beyond[0][1]!r} is number "
+            f"{beyond[0][0]} and the embedding ends with number {rows - 1}. Resize the model's embedding to "
+            f"{max(beyond)[0] + 1} rows (`resize_token_embeddings` of transformers), or use the model's own tokenizer"
         )
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if getattr(getattr(backend, "model", None), "dropout", None):
         raise UserError(
-            f"its tokenizer draws the tokens of a text at random (dropout {backend.model.dropout} in tokenizer.json), so equal weights "
-            "would score differently: set it to null"
+            f"its tokenizer draws the tokens of a text at random (dropout {backend.model.dropout} in tokenizer.json), "
+            "so equal weights would score differently: set it to null"
         )
     for text in TRIED:
         own = tokenizer.encode(text, add_special_tokens=False)
         if own and encode_text(tokenizer, text)[-len(own) :] != own:
             raise UserError(
-                f"its tokenizer encodes {text!r} as {tokenizer.encode(text)} with the tokens that it adds and as {own} without: what it "
-                "adds cannot be told from the text"
+                f"its tokenizer encodes {text!r} as {tokenizer.encode(text)} with the tokens that it adds and as {own} "
+                "without them: what it adds cannot be separated from the text"
             )
     notes = []
-    if behind := appended(tokenizer):
+    if added := appended(tokenizer):
         notes.append(
-            f"its tokenizer puts {tokenizer.decode(behind)!r} behind every text; it is left out, or it would stand between prompt and answer"
+            f"its tokenizer adds {tokenizer.decode(added)!r} to the end of every text; it is left out, because it "
+            "would be between prompt and answer"
         )
     if prefix_token(tokenizer) is None:
         notes.append(
-            "its tokenizer has neither a BOS nor an EOS token: texts are scored from their second token on, and answers that are "
-            "written cannot be trained or scored"
+            "its tokenizer has neither a BOS nor an EOS token: texts are scored from their second token on, and "
+            "generated answers cannot be trained or scored"
         )
     return notes
 
 
 def refuse_answers(*, domain: str, file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises UserError where one of the first training rows (they are in the order of a hash) cannot be encoded with its answer."""
+    """Raise UserError if one of the first training rows (sorted by a hash) cannot be encoded with its answer."""
     for row in islice(read_jsonl(file), AHEAD):
         try:
             answer_pair(tokenizer, row["context"], row["choices"][row["gold"]], end=row.get("end", False))

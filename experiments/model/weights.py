@@ -38,7 +38,7 @@ from experiments.model.base import load_tensors
 from experiments.model.delta import sha256_of
 from experiments.study.failures import out_of_memory
 from methods.errors import UserError
-from methods.tools import model_folder
+from methods.tools import files, model_folder
 from methods.tools.files import need_room, writing
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ def _anonymous(folder: Path) -> None:
 
 
 def _same(file: Path, sha256: str, name: str) -> None:
-    found = packages.file_sha256(file)
+    found = files.sha256(file)
     if found != str(sha256).lower():
         raise UserError(f"checksum of {name} differs: its sha256 is {found}, params.yaml says {sha256}; do not use it")
 

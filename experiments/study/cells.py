@@ -41,7 +41,7 @@ def grid(study) -> list[Cell]:
 
 
 def matching(study, patterns: Sequence[str]) -> list[Cell]:
-    """The grid's cells whose names match one of `patterns` (`*/full/seed0`, see fnmatch); all without a pattern.
+    """The grid's cells whose names match one of `patterns` (`*/full/seed0`, see fnmatch); all if none is given.
 
     Raises UserError for a pattern that matches no cell, because a check would then pass without checking anything.
     """
@@ -55,7 +55,7 @@ def matching(study, patterns: Sequence[str]) -> list[Cell]:
 
 
 def parse(text: str, study) -> Cell:
-    """The cell written `model/domain/method/seed0`. Raises UserError for an unknown name, with the nearest known one."""
+    """The cell written `model/domain/method/seed0`. Raises UserError for an unknown name, with the nearest one."""
     pieces = text.strip("/").split("/")
     if len(pieces) != 4 or not pieces[3].startswith("seed") or not pieces[3][4:].isdigit():
         raise UserError(f"cell {text!r} must be written model/domain/method/seed0")

@@ -131,7 +131,7 @@ def with_methods(
 
 
 def _into_methods(lines: list[str], methods, blocks: Mapping, behind: str) -> tuple[slice, list[str]]:
-    """The lines of the blocks, and their position: after the last member, whose lines are indented more than its name."""
+    """The lines of the blocks, and their position: after the last member and its more deeply indented lines."""
     last = [name for name in methods if family(name) == family(behind)][-1]
     row, column, *_ = methods.lc.data[last]
     end = row

@@ -66,10 +66,10 @@ def rows(path, content):
         ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
         ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are requested"),
         ([("general/perplexity", 10_000)], "general.perplexity is 10000 texts"),
-        ([("models/llama-tiny/source", "random:lama")], "models.llama-tiny: no random architecture 'lama'"),
+        ([("models/llama-tiny/source", "random:lama")], "models.llama-tiny: there is no random architecture 'lama'"),
         (
             [("models/llama-tiny/config", {"hiden_size": 32})],
-            "models.llama-tiny: random:llama knows no setting hiden_size",
+            "models.llama-tiny: random:llama has no setting hiden_size",
         ),
         (
             [("models/llama-tiny/config", {"hidden_act": "nope"})],

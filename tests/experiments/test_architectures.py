@@ -421,8 +421,8 @@ def raising(model):
     "wrong, said",
     [
         (looking_ahead, "its attention is not causal"),
-        (smoothing, "the loss that training would take"),
-        (stopping, "the gradient of its own loss"),
+        (smoothing, "and the training loss"),
+        (stopping, "the gradients of its own loss"),
         (raising, "raises RuntimeError: this kernel needs a GPU"),
     ],
 )

@@ -194,5 +194,5 @@ def test_a_damaged_file_is_told_by_name_in_many_ways(base, tmp_path, kind):
 def test_a_wheel_that_is_none(tmp_path):
     (tmp_path / "a-1-py3-none-any.whl").write_bytes(b"PK\x03\x04 and no more")
     for read in (lambda wheel: packages.read(wheel, "a"), lambda wheel: packages.members(wheel, "a")):
-        with pytest.raises(UserError, match="a-1-py3-none-any.whl is no wheel that can be read"):
+        with pytest.raises(UserError, match="a-1-py3-none-any.whl is not a readable wheel"):
             read(tmp_path / "a-1-py3-none-any.whl")

@@ -83,7 +83,7 @@ def test_a_branch_is_resolved_and_its_commit_recorded_and_told(tmp_path, cache, 
     make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
     assert "is commit" not in capsys.readouterr().out
     with pytest.raises(
-        UserError, match=f"'someone/tiny' at revision {'f' * 40} is not in the local hub cache, or not whole"
+        UserError, match=f"'someone/tiny' at revision {'f' * 40} is missing or incomplete in the local hub cache"
     ):
         make(tmp_path / "made", source=f"hub:someone/tiny@{'f' * 40}")
 
@@ -178,9 +178,9 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
         "off": "was disabled by the hub",
         "login": r"is refused to this login \(HTTP 401\).*hf auth login",
         "rights": r"is refused to this login \(HTTP 403\)",
-        "often": r"cannot be fetched now: the hub limits how often it is asked \(HTTP 429\). Wait",
-        "broken": r"cannot be fetched now: the hub has a fault of its own \(HTTP 503\). Run again later",
-        "fault": r"cannot be fetched now: the hub has a fault of its own \(HTTP 500\)",
+        "often": r"cannot be downloaded now: the hub limits the number of requests \(HTTP 429\). Wait",
+        "broken": r"cannot be downloaded now: the hub has an internal error \(HTTP 503\). Run again later",
+        "fault": r"cannot be downloaded now: the hub has an internal error \(HTTP 500\)",
     }
     folders = {
         ("models", "someone/tiny"): given / "model",
@@ -228,7 +228,7 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
     assert len(lines) == 3 and all("the hub is not reachable. Check the network" in line for line in lines)
     line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), "model:someone/tiny:main", HF_HUB_OFFLINE="1")
     assert (
-        "model 'someone/tiny' at revision main is not in the local hub cache, or not whole, and HF_HUB_OFFLINE is set"
+        "model 'someone/tiny' at revision main is missing or incomplete in the local hub cache, and HF_HUB_OFFLINE is set"
         in line
     )
 
@@ -247,7 +247,7 @@ def test_a_disk_without_room_is_told_before_anything_is_fetched(tmp_path, given)
         ).splitlines()
     for line, needed in ((same, 2**61), (smaller, 2**60 + 2**58)):
         assert (
-            f"too little disk for someone/big ({2**30:.1f} GiB to fetch" in line
+            f"too little disk for someone/big ({2**30:.1f} GiB to download" in line
             and f": {needed / 2**30:.1f} GiB needed at" in line
         )
     assert not [request for request in server.asked if request.startswith("GET") and "/resolve/" in request]
@@ -258,13 +258,13 @@ def test_a_download_that_is_cut_off_goes_on_or_begins_anew(tmp_path, given):
     ask = f"model:someone/tiny:{COMMIT}"
     with Hub(folders={("models", "someone/tiny"): given / "model"}, cut={shard: 99}) as server:
         line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), ask, HF_ENDPOINT=server.url)
-        assert "model 'someone/tiny'" in line and "cannot be fetched" in line and "run again" in line
+        assert "model 'someone/tiny'" in line and "cannot be downloaded" in line and "run again" in line
         cache = tmp_path / "hf" / "hub" / "models--someone--tiny"
         assert not (cache / "snapshots" / COMMIT / shard).exists()
         kept = {file.name for file in (cache / "snapshots" / COMMIT).iterdir()}
         # offline half a download is not taken for a whole one
         line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), ask, HF_HUB_OFFLINE="1")
-        assert "is not in the local hub cache, or not whole" in line
+        assert "is missing or incomplete in the local hub cache" in line
         server.cut[shard] = 1
         server.asked.clear()
         line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), ask, HF_ENDPOINT=server.url)
@@ -342,7 +342,7 @@ def test_rows_of_the_hub_are_of_the_commit_asked_for_also_from_the_cache(tmp_pat
         # `datasets` would now answer from its cache, whatever was asked
         server.faults["someone/rows"] = (429, "", "slow down")
         line = run_python(ROWS, tmp_path / "hf", other, HF_ENDPOINT=server.url)
-        assert "the hub limits how often it is asked (HTTP 429)" in line
+        assert "the hub limits the number of requests (HTTP 429)" in line
         server.faults.clear()
         server.gated.add("someone/rows")
         line = run_python(ROWS, tmp_path / "new", COMMIT, HF_ENDPOINT=server.url)
@@ -354,7 +354,7 @@ def test_rows_of_the_hub_are_of_the_commit_asked_for_also_from_the_cache(tmp_pat
     assert kept == f"5 hub:someone/rows@{COMMIT}/train"
     assert f"'someone/rows' in the local cache has commit {COMMIT}, not {other}" in refused
     empty = run_python(ROWS, tmp_path / "empty", COMMIT, HF_HUB_OFFLINE="1")
-    assert "data set 'someone/rows'" in empty and "is not in the local hub cache" in empty
+    assert "data set 'someone/rows'" in empty and "is missing or incomplete in the local hub cache" in empty
 
 
 # every Python call that would open a connection or ask for an address is noted, and refused where it goes past the hub's
@@ -447,7 +447,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from huggingface_hub import constants
 from experiments.data import rows
-from experiments.study.schema import Rows
 from experiments.model import weights
 from experiments.study.schema import Model, Rows
 hub = urlsplit(constants.ENDPOINT).port

@@ -51,12 +51,12 @@ def test_other_bytes_are_refused_and_not_kept(index):
 def test_a_cached_wheel_is_verified_every_time(index):
     wheel = packages.fetch("tiny-rows==1.0", sha256=sha(index))
     wheel.write_bytes(wheel.read_bytes() + b"x")
-    with pytest.raises(UserError, match=f"Delete {wheel} to fetch it again"):
+    with pytest.raises(UserError, match=f"Delete {wheel} to download it again"):
         packages.fetch("tiny-rows==1.0", sha256=sha(index))
 
 
 def test_a_package_that_is_not_there(index):
-    with pytest.raises(UserError, match="tiny-rows==2.0 cannot be fetched: .*Check the name and version"):
+    with pytest.raises(UserError, match="tiny-rows==2.0 cannot be downloaded: .*Check the name and version"):
         packages.fetch("tiny-rows==2.0", sha256="0" * 64)
 
 
@@ -76,7 +76,7 @@ def test_what_is_asked_for_must_be_exact(index):
         packages.fetch("tiny-rows>=1.0", sha256="0" * 64)
     with pytest.raises(UserError, match="no checksum.*known: a==1"):
         packages.checksum({"a==1": "00"}, "b==1")
-    with pytest.raises(UserError, match="holds no file 'tiny_rows/b.jsonl'.*tiny_rows/a.jsonl"):
+    with pytest.raises(UserError, match="has no file 'tiny_rows/b.jsonl'.*tiny_rows/a.jsonl"):
         packages.read(index, "tiny_rows/b.jsonl")
 
 

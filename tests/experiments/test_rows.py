@@ -59,7 +59,7 @@ def test_the_hub_reader_reads_what_datasets_reads(tmp_path):
     found = read({"hub": {"path": str(folder), "split": "train"}}, prefer="hub")
     assert found.rows == [{"q": "one", "n": None, "parts": [1.0, None]}]  # as tables write a value that is missing
     assert found.rows[0].at == f"hub:{folder}@unknown revision/train row 1"
-    with pytest.raises(UserError, match="tasks.tiny: data set .*cannot be fetched: .*dev.*train"):
+    with pytest.raises(UserError, match="tasks.tiny: data set .*cannot be downloaded: .*dev.*train"):
         read({"hub": {"path": str(folder), "split": "dev"}}, prefer="hub")
 
 

@@ -43,7 +43,7 @@ def test_the_model_stage_refuses_by_name_and_keeps_nothing(tmp_path):
 def test_what_a_tokenizer_adds_or_lacks_is_said(tiny_llama):
     large = build("llama", seed=0, vocab_size=330)
     (behind,) = vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=with_end())
-    assert "puts '<|eos|>' behind every text" in behind
+    assert "adds '<|eos|>' to the end of every text" in behind
     (neither,) = vocabulary.check(rows=vocabulary.embedded(tiny_llama), tokenizer=without_specials())
     assert "neither a BOS nor an EOS" in neither
     assert (

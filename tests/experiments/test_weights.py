@@ -132,7 +132,7 @@ def test_a_failure_leaves_the_old_folder_alone(tmp_path):
     make(tmp_path / "a", source="random:llama", seed=3)
     before = contents(tmp_path / "a")
     for block, message in (
-        ({"source": "random:mamba"}, "model 'tiny': no random architecture 'mamba'"),
+        ({"source": "random:mamba"}, "model 'tiny': there is no random architecture 'mamba'"),
         ({"source": f"path:{tmp_path / 'none'}"}, "is not a model folder"),
         ({"source": "pypi:a==1/b.gguf", "sha256": "0" * 64}, "no checksum"),
     ):
