@@ -30,7 +30,7 @@ Row = dict[str, Any]
 def write_data(study, out_dir: Path) -> dict[str, Any]:
     """Write the data of the domains in `study.grid` to `out_dir` and return the content of data.json.
 
-    Raises a UserError that names the block for a missing source or column, a wrong gold answer, or a split without rows.
+    Raises a UserError that names the block for a missing source or column, a wrong gold answer, or an empty split.
     """
     out = Path(out_dir)
     for part in ("train", "evaluate", "general"):

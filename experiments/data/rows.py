@@ -51,7 +51,8 @@ def choose(block: schema.Rows, *, prefer: str, where: str) -> str:
     """The kind of source to read: `prefer` (`data.source` of params.yaml) if the block has it, else `jsonl`."""
     if not has(block, prefer=prefer):
         raise UserError(
-            f"{where} has no {prefer!r} source (it has {', '.join(block.as_written) or 'none'}): add one, or set data.source"
+            f"{where} has no {prefer!r} source (it has {', '.join(block.as_written) or 'none'}): "
+            "add one, or set data.source"
         )
     return prefer if getattr(block, prefer) else "jsonl"
 
@@ -103,7 +104,7 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
                 for name, value in templates.items()
             }
         except nulls.NullCell as error:
-            raise UserError(f"{where}: {at}, `set`: {nulls.told(given)}") from error
+            raise UserError(f"{where}: {at}, `set`: {nulls.describe(given)}") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
         if missing := [old for old in renamed.values() if old not in row]:
@@ -125,7 +126,7 @@ def text(row: dict[str, Any], expression: str, *, where: str) -> str:
             return _JINJA.from_string(expression).render(row)
         return str(nulls.refuse(row[expression]))
     except nulls.NullCell as error:
-        raise UserError(f"{where}: {place(row, 1)}: {nulls.told(row, [expression])}") from error
+        raise UserError(f"{where}: {place(row, 1)}: {nulls.describe(row, [expression])}") from error
     except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise UserError(
             f"{where}: {expression!r} does not fit {place(row, 1)}: {error} (columns: {', '.join(row)})"

@@ -59,15 +59,16 @@ def read_yaml(path: Path) -> dict:
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(
-            f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: it needs at least grid, models, domains, "
-            "general, methods and train"
+            f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: "
+            "it needs at least grid, models, domains, general, methods and train"
         )
     return raw
 
 
 def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen: set[int] | None = None) -> None:
-    """Refuse by its path what YAML can write and no file of settings can hold: keys that are not text, dates, bytes and sets,
-    half characters, and aliases inside of their own anchor."""
+    """Refuse YAML that a file of settings cannot hold: keys that are not text, dates, bytes, sets, half characters, and
+    aliases inside their own anchor. The message names the path of keys.
+    """
     seen = set() if seen is None else seen
     if id(value) in above:
         raise UserError(
@@ -76,7 +77,8 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
     if isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise UserError(
-                f"{where} is {shown(value)}: it holds half of a character (\\ud800 to \\udfff); write the character itself"
+                f"{where} is {shown(value)}: it holds half of a character (\\ud800 to \\udfff); "
+                "write the character itself"
             )
     elif isinstance(value, dict | list):
         if id(value) in seen:
