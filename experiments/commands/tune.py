@@ -24,7 +24,7 @@ from experiments.study.config import build_method
 from experiments.training import hardware, hooks
 from experiments.training.engine import TrainingFailed, final_weights, finish, fit
 from methods.errors import UserError
-from methods.part import Run, overrides
+from methods.part import Run, overrides, prepares
 from methods.tools.files import folder_sha256, read_json, write_json
 from methods.tools.names import unknown
 from methods.tools.process_group import Shards
@@ -158,7 +158,7 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
     settings = replace(study.settings(model=model_name, domain=domain, method=method), probes=0)
     parts = study.methods[method].parts
     states = {}
-    if resolve.prepare(study, model_name, method):
+    if any(map(prepares, parts)):
         store, _ = prepare.stored(study, model_name, method, SEED)
         states = prepare.load_states(store / "out", parts)
     examples = encoded(
@@ -175,7 +175,9 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
             settings=settings,
             seed=SEED,
             base=base,
+            general=prepare.load_general(study.paths.data / "general" / "importance.jsonl", tokenizer),
             states=states,
+            tokenizer=tokenizer,
             device=where,
             name=f"trial {method}",
         )

@@ -29,7 +29,7 @@ from experiments.training.preparation import TENSORS
 from experiments.training.progress import bar
 from experiments.training.resume import Resume
 from methods.errors import UserError
-from methods.part import Prepared
+from methods.part import Prepared, prepares
 from methods.tools import source_code
 from methods.tools import stored as layout
 from methods.tools.files import folder_sha256, need_room, read_json, sha256, write_json, writing
@@ -41,7 +41,7 @@ GENERAL = "general.jsonl"  # a copy for parts that read general text while they 
 
 
 def main(study, *, model: str, method: str, seed: int, cell) -> None:
-    needed = bool(resolve.prepare(study, model, method))
+    needed = any(map(prepares, study.methods[method].parts))
     if needed and (count := processes.to_start(study.models[model])):
         processes.start(count, ["prepare", model, method, str(seed), "--study", study.name])
         return
@@ -53,7 +53,7 @@ def main(study, *, model: str, method: str, seed: int, cell) -> None:
 def _prepare(study, model: str, method: str, seed: int) -> None:
     out = study.paths.prepared(model=model, method=method, seed=seed)
     costs_file = study.paths.prepare_costs(model=model, method=method, seed=seed)
-    if not resolve.prepare(study, model, method):
+    if not any(map(prepares, study.methods[method].parts)):
         shutil.rmtree(out, ignore_errors=True)
         write_json(out / "prepared.json", {})
         write_json(
@@ -268,9 +268,8 @@ def load_states(folder: Path, parts) -> dict[str, dict]:
     return states
 
 
-def load_general(folder: Path, tokenizer) -> list[dict]:
-    """General text for parts that read it in training, encoded as for `prepare`; none where no part reads it."""
-    path = folder / GENERAL
+def load_general(path: Path, tokenizer) -> list[dict]:
+    """General text for parts that read it in training, encoded as for `prepare`; none where there is no such file."""
     return _learnable(encoded_text(path, tokenizer), speak=False) if path.is_file() else []
 
 

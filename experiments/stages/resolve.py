@@ -157,13 +157,14 @@ def compare(study) -> dict:
 
 
 def prepare(study, model: str, method: str) -> dict:
-    """What the preparation of a method depends on; {} where no part of it prepares anything.
+    """What the preparation of a method depends on; {} where no part prepares anything or reads general text in training.
 
     Training settings are included only for parts that train while they prepare.
     """
     parts = study.methods[method].parts
+    copied = {"general": "copied"} if any("general" in part.capabilities for part in parts) else {}
     if not any(map(prepares, parts)):
-        return {}
+        return copied
     resolved = {"numerics": NUMERICS, "device": study.device, "parts": {}}
     for part in parts:
         if prepares(part) or "adapts" in part.capabilities:
@@ -172,7 +173,7 @@ def prepare(study, model: str, method: str) -> dict:
         for made in part.preparation():
             if made.training is not None:
                 resolved["parts"][part.key]["train"] = _general_phase(study, made, model=model, method=method)
-    return resolved | _computing(study, model)
+    return resolved | copied | _computing(study, model)
 
 
 def _general_phase(study, made: Pass, *, model: str, method: str) -> dict:

@@ -19,7 +19,7 @@ from experiments.model.measure import Measure
 from experiments.model.positions import refuse_long_rows
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
-from experiments.stages.prepare import load_general, load_states
+from experiments.stages.prepare import GENERAL, load_general, load_states
 from experiments.study import ledger, provenance
 from experiments.study.failures import recorded
 from experiments.training import hardware, hooks, memory, processes
@@ -187,7 +187,7 @@ def _fit(
         compute_dtype=measure.dtype,
         resume=_resume(study, cell, shards=shards, identity=identity),
         states=load_states(prepared, parts),
-        general=load_general(prepared, tokenizer),
+        general=load_general(prepared / GENERAL, tokenizer),
         tokenizer=tokenizer,
         probe=(lambda m: probe(model=m, sets=sets)) if sets else None,
         name=f"train {cell.name}",

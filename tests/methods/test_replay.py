@@ -7,7 +7,7 @@ from statistics import mean, stdev
 import pytest
 import torch
 
-from experiments.commands import plan
+from experiments.commands import plan, tune
 from experiments.model.random_models import byte_tokenizer
 from experiments.stages import data, model, prepare, resolve, train
 from experiments.study.cells import Cell
@@ -200,6 +200,7 @@ def test_planned_prepared_and_trained_by_the_stages(tmp_path):
     def change(raw):
         raw["methods"] = blocks
         raw["grid"]["methods"] = list(blocks)
+        raw["tune"] = {"methods": {"general": {"replay.share": [0.1, 0.4]}}}
 
     study = load(tmp_path, change)
     model.main(study, model="llama-tiny")
@@ -212,6 +213,10 @@ def test_planned_prepared_and_trained_by_the_stages(tmp_path):
         train.main(study, cell)
         trained[method] = read_json(study.paths.run(cell) / "train.json")
     full, general, more = (trained[method] for method in blocks)
+    # a block that begins to replay is prepared again, for its folder then has the text
+    assert resolve.prepare(study, "llama-tiny", "full") == {} != resolve.prepare(study, "llama-tiny", "general")
+    tune.main(study, ["general"])
+    assert len(read_json(study.paths.tuning("llama-tiny", "sums"))["trials"]) == 2
     before = resolve.train(study, "llama-tiny", "sums", "more")
     assert full["added"] == {} and more["tokens_trained"] == full["tokens_trained"]
     longest = full["tokens_trained"] / 64 * 2  # sums are nearly of one length
