@@ -57,8 +57,8 @@ class EWC(Part):
     estimator: Literal["empirical", "sampled", "signed", "batched"] = setting(
         "empirical",
         phase="prepare",
-        help="labels of the text, labels drawn from the model, labels of the text with a random sign for each document, or "
-        "the squared mean gradient of a batch as published baselines compute it",
+        help="labels of the text, labels drawn from the model, labels of the text with a random sign per document, "
+        "or the squared mean gradient of a batch as published baselines compute it",
     )
     scope: Literal["adapted", "whole-model"] = setting(
         "adapted", phase="prepare", help="tensors with a Fisher: those that the method changes, or all"

@@ -34,7 +34,7 @@ from methods.tools.process_group import Shards
 @register(
     title="Hierarchical",
     paper="https://arxiv.org/abs/2501.13669",
-    line="Learn on general text which weights matter, by layer and by entry, then hold them while the domain is learned.",
+    line="Learn from general text which layers and entries matter, and hold them while the domain is learned.",
     phase="penalty",
     capabilities=frozenset({"importance", "seeded_preparation"}),
 )
@@ -178,8 +178,8 @@ class Hierarchical(Part):
         if self.layer_wise and len(state["coefficients"]) > 1 and state["largest_share"] > 0.5:
             first = max(state["coefficients"], key=state["coefficients"].get)
             warning = (
-                f"{first} takes {state['largest_share']:.0%} of the layer-wise weight: the softmax over norms is nearly "
-                "one-hot; a higher temperature spreads it"
+                f"{first} takes {state['largest_share']:.0%} of the layer-wise weight: the softmax over norms is "
+                "nearly one-hot; a higher temperature spreads it"
             )
         facts = {name: state[name] for name in ("coefficients", "norms", "largest_share")}
         return facts | {"settings": self.settings(), "warning": warning}

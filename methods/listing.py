@@ -1,4 +1,4 @@
-"""The parts in words, for the terminal and for docs/methods; all of it from the registry."""
+"""The list of parts, for the terminal and for docs/methods, from the registry."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def described(part: type[Part]) -> str:
 
 
 def facts(part: type[Part]) -> dict[str, str]:
-    """What a part acts on and when, its neutral setting, and what it declares of the laws that it cannot keep by nature."""
+    """What a part acts on and when, its neutral setting, and the laws that it declares it cannot keep by nature."""
     own = part.neutral
     neutral = own if isinstance(own, str) else ", ".join(f"{name}: {yaml(value)}" for name, value in own.items())
     exceptions = [f"frozen entries may differ from the base: {part.frozen}"] if part.frozen else []

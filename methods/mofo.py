@@ -173,7 +173,7 @@ class MoFO(torch.optim.Optimizer):
         decay = group["lr"] * group["weight_decay"]
 
         def size(piece: slice, out: Tensor | None = None) -> Tensor:
-            """|m| of a piece after the step, by the same operation each time, so that the threshold is met to the bit."""
+            """|m| of a piece after the step; the same operation each time, so that the threshold is met to the bit."""
             return torch.lerp(momentum[piece].to(wide), gradient[piece].to(wide), 1 - beta, out=out).abs_()
 
         filtered = p.dim() >= 2 and job.entries > 0
@@ -228,7 +228,7 @@ class MoFO(torch.optim.Optimizer):
         return kth_largest(room, k)
 
     def _room(self, use: str, worker: int, entries: int, *, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A thread's flat scratch, kept from tensor to tensor: new memory costs the CPU more than the arithmetic on it."""
+        """A thread's flat scratch memory, which is kept: new memory costs the CPU more than the arithmetic on it."""
         key = (use, worker, like.device, dtype or like.dtype)
         if key not in self._scratch or len(self._scratch[key]) < entries:
             self._scratch[key] = torch.empty(entries, dtype=key[-1], device=like.device)
@@ -253,7 +253,7 @@ def _workers(entries: Sequence[int]) -> int:
 
 @cache
 def _threads(workers: int, each: int, process: int) -> ThreadPoolExecutor:
-    """`workers` threads of `process` (a fork does not have those of its parent); each operation in them uses `each` threads."""
+    """`workers` threads whose operations use `each` threads. A fork needs its own, hence the id of the process."""
     ours, all_here = torch.get_num_threads(), Barrier(workers)
 
     def begin() -> None:

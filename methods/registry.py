@@ -98,6 +98,6 @@ def paths(part: Part, phase: str | None) -> list[str]:
 
 
 def source_files(part: Part | type[Part]) -> list[Path]:
-    """The part's own module and the modules it declares in `shares`: what changes in their code (methods/tools/source_code.py) makes its cells stale."""
+    """The part's own module and those in `shares`: a change of their code (source_code.py) makes its cells stale."""
     kind = part if isinstance(part, type) else type(part)
     return [Path(importlib.util.find_spec(name).origin) for name in (kind.__module__, *kind.shares)]

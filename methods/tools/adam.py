@@ -2,12 +2,12 @@
 
     m ← β₁m + (1−β₁)g,  v ← β₂v + (1−β₂)g²,  update = −lr·m̂/(√v̂+ε),  m̂ = m/(1−β₁ᵗ),  v̂ = v/(1−β₂ᵗ)
 
-bfloat16 halves the memory of both. A step changes v by less than a bfloat16 can show (β₂ = 0.999 moves it by a
-thousandth, neighbours lie 1/128 apart), so nearest rounding would stop it where it stands: it is rounded at random
-instead, up with the probability that makes the mean right. The update comes from m and v before they are rounded.
+bfloat16 halves the memory of both. A step changes v by less than bfloat16 can represent (β₂ = 0.999 moves it by a
+thousandth, neighbouring numbers are 1/128 apart), so rounding to nearest would keep v constant. It is rounded
+stochastically instead, up with the probability that makes the mean right. The update is computed before rounding.
 
-An entry's random bits are a hash of (seed, step, tensor's name, index of the entry in the whole tensor) and of nothing
-else: they depend on no chunk, no device and no number of processes.
+The random bits of an entry are a hash of (seed, step, name of the tensor, index of the entry in the whole tensor):
+they do not depend on chunks, on the device or on the number of processes.
 """
 
 from __future__ import annotations
@@ -23,23 +23,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 MOMENTS = ("float32", "bfloat16")
-CHUNK = 1 << 24  # entries of a tensor worked on at once: the bound of every temporary
-CPU_CHUNK = 1 << 18  # there what stays in the cache is three times as fast
-SCRATCH = (
-    28  # bytes an entry of a chunk takes meanwhile: float32 update, m and v, and the random bits they are rounded by
-)
-VECTOR = 64  # a multiple of every CPU's vector length, in entries
-BLOCK = 1 << 31  # indices that one hash key serves: those an int32 can hold
+CHUNK = 1 << 24  # entries of a tensor processed at once, which bounds every temporary
+CPU_CHUNK = 1 << 18  # the same on the CPU, where work that stays in the cache is three times as fast
+SCRATCH = 28  # bytes for each entry of a chunk: float32 update, m and v, and the random bits for rounding them
+VECTOR = 64  # entries; a multiple of every CPU's vector length
+BLOCK = 1 << 31  # indices for one hash key: those that an int32 can hold
 
 
 @dataclass
 class _Place:
-    """Where a weight stands, and its step count on the host."""
+    """The place of a weight in the model, and its step count on the host."""
 
-    weight: Tensor  # held, so that its id stays its own
+    weight: Tensor  # a reference, so that its id is not used again
     name: str
     offset: int
-    step: Tensor | None = None  # the tensor that was counted, and its version: any other write to it makes us read it
+    step: Tensor | None = None  # the step tensor that `count` is of; after another write to it, it is read again
     version: int = -1
     count: int = 0
 
@@ -60,9 +58,9 @@ class Moments:
         self._places: dict[int, _Place] = {}
 
     def place(self, weight: Tensor, *, name: str, offset: int = 0) -> None:
-        """Say that `weight` is the piece of the flattened tensor `name` that begins at its entry `offset`.
+        """Declare `weight` as the piece of the flattened tensor `name` that begins at entry `offset`.
 
-        bfloat16 moments need it for every weight; float32 ones do not.
+        bfloat16 moments need this for every weight, float32 moments do not.
         """
         self._places[id(weight)] = _Place(weight, name, offset)
 
@@ -70,17 +68,16 @@ class Moments:
         return vars(self) | {"_places": list(self._places.values())}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(
-            state | {"_places": {id(place.weight): place for place in state["_places"]}}
-        )  # a copy's weights have other ids
+        # the weights of a copy have other ids
+        vars(self).update(state | {"_places": {id(place.weight): place for place in state["_places"]}})
 
     def advance(self, *, weight: Tensor, gradient: Tensor, state: dict[str, Any]) -> None:
-        """Make the state or put it right after a load, and count the step.
+        """Create the state, or restore its dtypes and device after a load, and count the step.
 
         state   "step" (0-dim float32), "exp_avg" and "exp_avg_sq" (like `weight`, in the chosen dtype), all on its
                 device
 
-        Raises ValueError for a sparse gradient, and for bfloat16 moments of a weight that `place` was not told of.
+        Raises ValueError for a sparse gradient, and for bfloat16 moments of a weight without a `place`.
         """
         if gradient.is_sparse:
             raise ValueError("there are no moments of sparse gradients: build the embedding with sparse=False")
@@ -89,24 +86,21 @@ class Moments:
             state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device)
             state["exp_avg"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
             state["exp_avg_sq"] = torch.zeros(weight.shape, dtype=dtype, device=weight.device)
-        for (
-            name,
-            value,
-        ) in state.items():  # load_state_dict gives m and v the weight's dtype and leaves the step on the CPU
+        # load_state_dict gives m and v the dtype of the weight and leaves the step on the CPU
+        for name, value in state.items():
             state[name] = value.to(weight.device, torch.float32 if name == "step" else dtype)
         step = state["step"]
-        if self.dtype == "bfloat16":
-            if id(weight) not in self._places:
-                raise ValueError(
-                    f"bfloat16 moments of an unknown weight of shape {tuple(weight.shape)}: call place(weight, name=…) first"
-                )
-            place = self._places[id(weight)]
-            if place.step is not step or place.version != step._version:
-                place.step, place.count = step, int(step)  # the one wait for the device, at the start and after a load
-            step += 1
+        place = self._places.get(id(weight)) if self.dtype == "bfloat16" else None
+        if place is None and self.dtype == "bfloat16":
+            raise ValueError(
+                f"bfloat16 moments of an unknown weight of shape {tuple(weight.shape)}: "
+                "call place(weight, name=…) first"
+            )
+        if place and (place.step is not step or place.version != step._version):
+            place.step, place.count = step, int(step)  # waits for the device, at the start and after a load only
+        step += 1
+        if place:
             place.version, place.count = step._version, place.count + 1
-        else:
-            step += 1
 
     def move(
         self,
@@ -120,13 +114,14 @@ class Moments:
         betas: tuple[float, float],
         eps: float,
     ) -> None:
-        """After `advance`, m and v of one piece and −lr·m̂/(√v̂+ε) over `update`; an entry's result is the same in any piece.
+        """After `advance`, update m and v of one piece and write −lr·m̂/(√v̂+ε) into `update`.
 
-        `gradient` and `update` are the flattened piece itself; `piece` is where it stands in the flattened weight.
+        gradient, update   the piece itself, flat
+        piece              its place in the flattened weight; the result for an entry does not depend on the pieces
         """
         kept = state["exp_avg"].view(-1)[piece], state["exp_avg_sq"].view(-1)[piece]
         wide = _wide(weight) if self.dtype == "float32" else torch.float32
-        m, v = (moment.to(wide) for moment in kept)  # the moments themselves where they are wide already
+        m, v = (moment.to(wide) for moment in kept)  # no copies if they are wide already
         moved = update.zero_() if update.dtype == wide else torch.zeros_like(update, dtype=wide)
         fused_adam(moved, gradient.to(wide), m, v, state["step"], lr=lr, betas=betas, eps=eps)
         if moved is not update:
@@ -151,8 +146,8 @@ class AdamW(torch.optim.Optimizer):
         θ ← θ − lr·( m̂/(√v̂+ε) + weight_decay·θ )
 
     watch   called with (weight, piece, movement) for every piece of every weight just before the movement is added:
-            `piece` is a slice of the flattened weight, `movement` all that is added to it, weight decay included;
-            it must not be kept, for it is scratch. Watching changes no weight.
+            `piece` is a slice of the flattened weight, `movement` is all that is added to it, with weight decay. It is
+            scratch memory and must not be kept. Watching changes no weight.
     """
 
     watch: Callable[[Tensor, slice, Tensor], None] | None = None
@@ -171,7 +166,7 @@ class AdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     def __getstate__(self) -> dict[str, Any]:
-        return super().__getstate__() | {"_moments": self._moments}  # who watches this one does not watch its copy
+        return super().__getstate__() | {"_moments": self._moments}  # a copy is not watched
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -192,9 +187,7 @@ class AdamW(torch.optim.Optimizer):
         update = None
         for piece in pieces(p):
             weight = flat[piece]
-            update = (
-                torch.empty_like(weight) if update is None else update[: len(weight)]
-            )  # the first piece is the longest
+            update = torch.empty_like(weight) if update is None else update[: len(weight)]  # the first is the longest
             self._moments.move(
                 weight=p,
                 gradient=gradient[piece],
@@ -215,7 +208,7 @@ class AdamW(torch.optim.Optimizer):
 
 
 def pieces(weight: Tensor) -> Iterator[slice]:
-    """The flattened weight cut into what is worked on at once."""
+    """Slices of the flattened weight that are processed one after the other."""
     chunk = CPU_CHUNK if weight.device.type == "cpu" else CHUNK
     for start in range(0, weight.numel(), chunk):
         yield slice(start, min(start + chunk, weight.numel()))
@@ -236,27 +229,14 @@ def fused_adam(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """torch's fused kernel on a zeroed "parameter" without weight decay, which then holds the update; all tensors 1-D."""
+    """torch's fused kernel on a zeroed "parameter" without weight decay, which becomes the update; all tensors 1-D."""
+    settings = {"lr": lr, "beta1": betas[0], "beta2": betas[1], "weight_decay": 0.0, "eps": eps}
 
     def kernel(update, gradient, m, v):
-        torch._fused_adamw_(
-            [update],
-            [gradient],
-            [m],
-            [v],
-            [],
-            [step],
-            lr=lr,
-            beta1=betas[0],
-            beta2=betas[1],
-            weight_decay=0.0,
-            eps=eps,
-            amsgrad=False,
-            maximize=False,
-        )
+        torch._fused_adamw_([update], [gradient], [m], [v], [], [step], **settings, amsgrad=False, maximize=False)
 
     tensors = (update, gradient, m, v)
-    # the CPU kernel's scalar loop over the last entries rounds otherwise than its vectors: no entry may be a last one
+    # the CPU kernel rounds the last entries, outside its vectors, in another way: pad, so that none is outside
     odd = len(update) % VECTOR if update.device.type == "cpu" else 0
     whole = len(update) - odd
     if not odd:
@@ -273,7 +253,7 @@ def fused_adam(
 
 @cache
 def kernel_is_lerp(dtype: torch.dtype, beta: float) -> bool:
-    """Whether the CPU's fused kernel advances m as torch.lerp does: then the m it leaves is that of the threshold."""
+    """Whether the CPU's fused kernel computes m to the same bits as torch.lerp."""
     p, m, draw = torch.zeros(4099, dtype=dtype), torch.zeros(4099, dtype=dtype), torch.Generator().manual_seed(0)
     optimizer = AdamW([p], betas=(beta, 0.5))
     for _ in range(3):
@@ -288,8 +268,8 @@ def random_bits(
 ) -> Tensor:
     """32 random bits for each of the entries start, start+1, … of the tensor `name`: (entries,), int32.
 
-    The entry's index, xor a key hashed from all else, through a 32-bit finaliser (Wellons' lowbias32). Integers only,
-    with products modulo 2³²: the same on every device.
+    The index of the entry, xor a hash of everything else, goes through a 32-bit finaliser (Wellons' lowbias32). It uses
+    integers and products modulo 2³² only, so it is the same on every device.
     """
     bits = torch.empty(entries, dtype=torch.int32, device=device)
     shifted = torch.empty_like(bits)
@@ -302,7 +282,7 @@ def random_bits(
         torch.arange(low, low + some, out=x)
         x.bitwise_xor_(int.from_bytes(key, "little", signed=True))
         for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - (1 << 32)), (16, None)):
-            # the shift copies the sign downwards; the mask makes it the unsigned one
+            # the mask makes the arithmetic shift an unsigned one
             torch.bitwise_right_shift(x, shift, out=spare).bitwise_and_((1 << (32 - shift)) - 1)
             x.bitwise_xor_(spare)
             if factor is not None:
@@ -314,10 +294,10 @@ def random_bits(
 def round_stochastically(value: Tensor, bits: Tensor, *, out: Tensor) -> None:
     """Round float32 `value` (overwritten) to bfloat16 `out`: up in magnitude with the probability that keeps the mean.
 
-    bits    int32 in [0, 2¹⁶), uniform: as many as a bfloat16 drops of a float32
+    bits    uniform int32 in [0, 2¹⁶): 16 bits, as many as bfloat16 drops
 
-    A value that bfloat16 can hold stays what it is, and so do zeros, infinities and NaN.
+    Values that bfloat16 can represent stay as they are, and so do zeros, infinities and NaN.
     """
     unknown = value.isnan()
     out.view(torch.int16).copy_(value.view(torch.int32).add_(bits).bitwise_right_shift_(16))
-    out.masked_fill_(unknown, torch.nan)  # the bits of a NaN may have carried into something else
+    out.masked_fill_(unknown, torch.nan)  # a carry may have turned the bits of a NaN into another value

@@ -1,7 +1,7 @@
-"""Roles of a causal language model's modules and parameters, told by structure and not by names.
+"""Roles of a causal language model's modules and parameters, by structure and not by name.
 
-`ln_f` is a norm in GPT-J and `norm` is one in Llama: a rule that reads names gets one of them wrong
-(`docs/decisions.md`). Everything here asks transformers for the role or looks at the module's shape.
+`ln_f` is a norm in GPT-J and `norm` is one in Llama, so rules about names fail (`docs/decisions.md`). The functions
+here ask transformers for the role or look at the structure of a module.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,12 @@ from methods.errors import UserError
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """The transformers model itself, out of peft's wrapper if it is in one."""
+    """The transformers model itself, without peft's wrapper."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def base_name(parameter: str) -> str:
-    """A parameter's name in the base model, from its name in the model or in peft's wrapper of it."""
+    """A parameter's name in the base model, from its name there or in peft's wrapper."""
     return parameter.removeprefix("base_model.model.").replace(".base_layer.", ".")
 
 
@@ -33,59 +33,60 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def _backbone_name(model: nn.Module) -> str:
-    """What a model calls its decoder: as its class says, or, where that is the name of something else, the one model in it."""
+    """The attribute that has the decoder: as the class says, or, where that is something else, the only model in it."""
     inner = plain(model)
     models = [name for name, child in inner.named_children() if isinstance(child, PreTrainedModel)]
     for name in (getattr(inner, "base_model_prefix", ""), models[0] if len(models) == 1 else ""):
         if name and isinstance(getattr(inner, name, None), nn.Module):
             return name
     raise UserError(
-        f"model {type(inner).__name__} is not a decoder with a head on top of it: Holdfast trains causal language models"
+        f"model {type(inner).__name__} is not a decoder with a head on top of it: "
+        "Holdfast trains causal language models"
     )
 
 
 def logits_of(model: nn.Module) -> Callable[[Tensor], Tensor]:
-    """The model's own map from last hidden states (rows, width) or (batch, tokens, width) to logits over the vocabulary.
+    """The model's map from last hidden states, (rows, width) or (batch, tokens, width), to logits over the vocabulary.
 
-    The causal model's own `forward` is run with a stand-in for its decoder, which answers with the hidden states given:
-    whatever the class does behind its decoder (a head with a bias, a scale, a cap, a cast) is done by its own code.
+    It runs the model's own `forward` with a stand-in for the decoder that returns the given hidden states, so that the
+    class's own code does whatever comes after the decoder (a head with a bias, a scale, a cap, a cast).
     """
     inner, name, decoder = plain(model), _backbone_name(model), backbone(model)
-    # a twin that shares everything with the model but the decoder, so that nothing in the model is exchanged meanwhile
+    # a copy that shares everything with the model except the decoder, so that the model itself is not changed
     twin = object.__new__(type(inner))
     vars(twin).update(vars(inner))
     vars(twin)["_modules"] = inner._modules | {name: _StandIn(decoder)}
 
-    def logits(hidden: Tensor) -> Tensor:
+    def compute(hidden: Tensor) -> Tensor:
         whole = hidden if hidden.dim() == 3 else hidden[None]
         vars(twin)["_modules"][name] = _StandIn(decoder, whole)
         ids = torch.zeros(whole.shape[:2], dtype=torch.long, device=whole.device)
-        found = type(inner).forward(twin, input_ids=ids, use_cache=False).logits
-        return found if hidden.dim() == 3 else found[0]
+        logits = type(inner).forward(twin, input_ids=ids, use_cache=False).logits
+        return logits if hidden.dim() == 3 else logits[0]
 
-    return logits
+    return compute
 
 
 class _StandIn(nn.Module):
-    """Answers with the hidden states given, and has whatever else the decoder has.
+    """Returns the given hidden states and has all other attributes of the decoder.
 
-    Some models call a module inside their decoder, or read a number of it: a module is given as a stand-in of its own.
+    Some models call a module inside their decoder or read a number of it; such a module is again a stand-in.
     """
 
     def __init__(self, decoder: nn.Module, hidden: Tensor | None = None):
         super().__init__()
-        vars(self)["decoder_"], vars(self)["hidden_"] = decoder, hidden  # not as a module of it
+        vars(self)["decoder_"], vars(self)["hidden_"] = decoder, hidden  # not registered as a submodule
 
     def __getattr__(self, name: str) -> Any:
-        found = getattr(vars(self)["decoder_"], name)
-        return _StandIn(found, vars(self)["hidden_"]) if isinstance(found, nn.Module) else found
+        value = getattr(vars(self)["decoder_"], name)
+        return _StandIn(value, vars(self)["hidden_"]) if isinstance(value, nn.Module) else value
 
     def forward(self, *_: Any, **__: Any) -> BaseModelOutputWithPast:
         return _Output(last_hidden_state=vars(self)["hidden_"])
 
 
 class _Output(BaseModelOutputWithPast):
-    """What a decoder returns; None for what some return beside it."""
+    """A decoder's output; any further attribute that some decoders return is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -94,14 +95,14 @@ class _Output(BaseModelOutputWithPast):
 
 
 def head(model: nn.Module) -> nn.Linear:
-    """The linear layer that logits come from. Models that scale or cap them, or map otherwise, do so in `logits_of`."""
-    found = plain(model).get_output_embeddings()
-    if not isinstance(found, nn.Linear):
+    """The linear layer before the logits. What a model does to them afterwards (a scale, a cap) is in `logits_of`."""
+    layer = plain(model).get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
         raise UserError(
             f"model {type(plain(model)).__name__} has no plain linear head "
-            f"(found {type(found).__name__}): Holdfast trains causal language models with one"
+            f"(found {type(layer).__name__}): Holdfast trains causal language models with one"
         )
-    return found
+    return layer
 
 
 def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -116,19 +117,15 @@ def blocks(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def alike(blocks: Sequence[nn.Module]) -> bool:
-    """Whether blocks have the same modules, with parameters of the same names and shapes, of which the same are trained."""
-    return (
-        len(
-            {
-                (
-                    tuple(type(m) for m in block.modules()),
-                    tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()),
-                )
-                for block in blocks
-            }
+    """Whether blocks have the same modules and parameters (names, shapes), of which the same ones are trained."""
+    kinds = {
+        (
+            tuple(type(m) for m in block.modules()),
+            tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()),
         )
-        <= 1
-    )
+        for block in blocks
+    }
+    return len(kinds) <= 1
 
 
 def _is_stack(modules: nn.ModuleList) -> bool:
@@ -137,7 +134,7 @@ def _is_stack(modules: nn.ModuleList) -> bool:
 
 @contextmanager
 def first_blocks(model: nn.Module, count: int | None) -> Iterator[None]:
-    """`model` with its first `count` blocks alone, for as long as it lasts; with all of them for None."""
+    """Within the context the model has only its first `count` blocks; all of them for None."""
     if count is None:
         yield
         return
@@ -151,8 +148,8 @@ def first_blocks(model: nn.Module, count: int | None) -> Iterator[None]:
 
 
 def recompute_activations(model: nn.Module) -> None:
-    """Keep only each block's input for backward and compute the rest again: activation checkpointing."""
-    # the name before transformers 5.20
+    """Activation checkpointing: keep only each block's input, and compute the rest again in the backward pass."""
+    # the second is the name before transformers 5.20
     enable = (
         getattr(plain(model), "activation_checkpointing_enable", None) or plain(model).gradient_checkpointing_enable
     )
@@ -166,16 +163,13 @@ def recompute_activations(model: nn.Module) -> None:
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile for each block's computation: one graph serves all blocks, and hooks stay outside of it."""
+    """Compile each block's `forward`: all blocks share a graph, and hooks are not part of it."""
     for _, block in blocks(model):
         block.forward = torch.compile(block.forward)
 
 
 def group_of(model: nn.Module, parameter: str) -> str:
-    """The group a parameter counts in: `block.3`, `embedding`, `final_norm` or `head`.
-
-    A tied embedding is one parameter and counts as the embedding.
-    """
+    """The group of a parameter: `block.3`, `embedding`, `final_norm` or `head`; a tied embedding is in `embedding`."""
     for index, (path, _) in enumerate(blocks(model)):
         if parameter.startswith(path + "."):
             return f"block.{index}"
@@ -194,11 +188,11 @@ def hidden_states(
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The backbone's last hidden state, without a cache. Shape (batch, tokens, width).
+    """The backbone's last hidden state, (batch, tokens, width), computed without a cache.
 
-    The batch is padded, or packed: then `position_ids` begin at 0 in each example, and there is no attention mask.
+    The batch is padded or packed. If packed, `position_ids` begin at 0 in each example and there is no attention mask.
     """
-    # transformers looks for packed examples only where it gets neither a mask nor a cache
+    # transformers looks for packed examples only if it gets neither a mask nor a cache
     packed = {} if position_ids is None else {"position_ids": position_ids}
     return backbone(model)(
         input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **packed
@@ -207,24 +201,26 @@ def hidden_states(
 
 @contextmanager
 def numberless(*, packed: bool = False) -> Iterator[None]:
-    """For models on tensors without numbers: transformers does not look for packed examples in positions, unless they are
-    `packed`, nor for padding in token ids."""
+    """For models whose tensors have no numbers: keep transformers from looking for padding and for packed examples.
+
+    packed   the batch is packed, so that positions may be read
+    """
 
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
     with mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", nothing):
-        # a fake position is taken for that of a packed row
+        # transformers would take a position without a number for that of a packed row
         with nullcontext() if packed else mock.patch.object(masking_utils, "find_packed_sequence_indices", nothing):
             yield
 
 
 @torch.no_grad()
 def keeps_apart(model: nn.Module) -> bool:
-    """Whether examples packed in one row do not see each other; tried on six tokens, in evaluation mode.
+    """Whether examples packed in one row do not attend to each other; tried on six tokens in evaluation mode.
 
-    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins, and for what
-    takes no positions.
+    False for GPT-J with flash_attention_2, which transformers does not tell where an example begins, and for models
+    that take no positions.
     """
     device = next(model.parameters()).device
     positions = torch.tensor([[0, 1, 2, 0, 1, 2]], device=device)
@@ -238,5 +234,5 @@ def keeps_apart(model: nn.Module) -> bool:
         return False
     finally:
         model.train(was_training)
-    # a key that is masked out has weight exactly 0, whatever it is
+    # a key that is masked out has a weight of exactly 0
     return torch.equal(one, two)

@@ -32,8 +32,8 @@ def restore_state(run: Run, optimizer: torch.optim.Optimizer, carry: dict[str, T
         getattr(optimizer, "_moments", None), Moments
     ):
         raise UserError(
-            f"{type(optimizer).__name__} cannot begin with Adam's state of the general phase: set carry_optimizer: false, "
-            "or combine with another optimizer"
+            f"{type(optimizer).__name__} cannot begin with Adam's state of the general phase: "
+            "set carry_optimizer: false, or combine with another optimizer"
         )
     for name, weight in run.weights.items():
         entries = {key.partition("::")[2]: value for key, value in carry.items() if key.partition("::")[0] == name}

@@ -74,7 +74,7 @@ class Factored:
         return value if self.anchor is None else value.sub_(self.product(*self.anchor).to(value.device))
 
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The factors of this process's rows, of the weights or of their gradients: all of A, and rows of B or all of it."""
+        """The factors of this process's rows, from weights or gradients: all of A, and rows of B or all of it."""
         a, b = (tensors[name].detach() for name in (self.a, self.b))
         whole = self.run.shards.whole
         return {

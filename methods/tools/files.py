@@ -1,4 +1,4 @@
-"""Result files: JSON written whole or not at all, DVC's YAML, hashes, room on the disk."""
+"""Result files: JSON that is written completely or not at all, hashes, free space on the disk."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ AGAIN = "restore it with git, or delete it and run the stage again"
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted, indented, ended by a newline; moved into place so that a stop leaves the old file or the new."""
+    """Write sorted, indented JSON and move it into place: an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
@@ -26,28 +26,28 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path, *keys: str, kind: type = dict) -> Any:
-    """What a result file holds, a mapping, or a list with `kind=list`. Raises MissingInput without the file, UserError for a damaged one.
+    """The content of a result file: a mapping that has `keys`, or a list with `kind=list`.
 
-    `keys` must be in the mapping.
+    Raises MissingInput without the file and UserError for a damaged one.
     """
     if not path.is_file():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON ({error}): {AGAIN}") from error
-    if not isinstance(found, kind):
+    if not isinstance(value, kind):
         raise UserError(
-            f"{path} is not what its stage writes (it is no {'mapping' if kind is dict else 'list'}): {AGAIN}"
+            f"{path} is not what its stage writes (it is not a {'mapping' if kind is dict else 'list'}): {AGAIN}"
         )
-    if missing := [key for key in keys if key not in found]:
+    if missing := [key for key in keys if key not in value]:
         raise UserError(f"{path} is not what its stage writes ({missing[0]} is missing): {AGAIN}")
-    return found
+    return value
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What a disk does not take while safetensors writes `path`, as the OSError that any other writer raises."""
+    """Turn safetensors' own error for a failed write to `path` into the OSError that other writers raise."""
     try:
         yield
     except SafetensorError as error:
@@ -70,7 +70,7 @@ def folder_sha256(folder: Path) -> str:
 
 
 def need_room(folder: Path, needed: int, what: str) -> None:
-    """Refuse to start what the disk cannot hold."""
+    """Raises UserError where the disk has less than `needed` bytes free."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed:

@@ -1,9 +1,8 @@
-"""Rows of a JSONL file, one JSON object a line, each with the place where it stands.
+"""Rows of a JSONL file, one JSON object in each line, with the line that each was read from.
 
-Read are UTF-8, UTF-16 and UTF-32, with a byte order mark or without, lines that end in LF, CR LF or CR, and files
-that gzip, bzip2 or xz packed, whatever their names. Refused by file and line is what has no one meaning or cannot be
-written down again: text in another encoding, one half of a surrogate pair, NaN and infinities, the same name twice in
-an object.
+It reads UTF-8, UTF-16 and UTF-32 with or without a byte order mark, lines that end in LF, CR LF or CR, and files
+compressed by gzip, bzip2 or xz, whatever their names. What is ambiguous or cannot be written again is refused with file
+and line: text in another encoding, one half of a surrogate pair, NaN and infinities, the same name twice in an object.
 """
 
 import bz2
@@ -32,11 +31,11 @@ _OTHERS = {
 }
 _ONE_A_LINE = "write one JSON object a line"
 _HALF = re.compile("[\ud800-\udfff]")
-_DEPTH = 100  # lists and objects within one another; Python's own reader ends near 1,000
+_DEPTH = 100  # of nested lists and objects; Python's own reader allows about 1,000
 
 
 class Row(dict):
-    """A row's columns, and `at`, the place it was read from: "rows.jsonl line 3"."""
+    """The columns of a row, and in `at` the place it was read from, such as "rows.jsonl line 3"."""
 
     def __init__(self, columns: Any, *, at: str) -> None:
         super().__init__(columns)
@@ -44,35 +43,30 @@ class Row(dict):
 
 
 def place(row: dict, number: int) -> str:
-    """Where a row was read from, or its number (from 1) where that is not known."""
+    """The place a row was read from, or its number (from 1) where that is not known."""
     return getattr(row, "at", f"row {number}")
 
 
 def read(path: Path | str) -> list[Row]:
-    """Every row of a file. Raises UserError naming file, line and column of what cannot be read."""
+    """All rows of a file. Raises UserError naming the file, line and column of what cannot be read."""
     path = Path(path)
     rows = []
     for number, line in _lines(path):
-        line = line.removeprefix("\ufeff")  # of a file that was put behind another one
+        line = line.removeprefix("\ufeff")  # within the file where files were concatenated
         if not line.strip():
             continue
         at = f"{path} line {number}"
         row = _parsed(line, at)
         if not isinstance(row, dict):
-            raise UserError(
-                f"{at} is a JSON {_kind(row)}, not an object: {_ONE_A_LINE}"
-                + (
-                    f" (`python -c 'import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]' < {path} > rows.jsonl`)"
-                    if isinstance(row, list)
-                    else ""
-                )
-            )
+            script = "import json, sys; [print(json.dumps(row)) for row in json.load(sys.stdin)]"
+            hint = f" (`python -c '{script}' < {path} > rows.jsonl`)" if isinstance(row, list) else ""
+            raise UserError(f"{at} is a JSON {_kind(row)}, not an object: {_ONE_A_LINE}{hint}")
         rows.append(Row(row, at=at))
     return rows
 
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """The file's lines from 1, unpacked and decoded."""
+    """The lines of the file, numbered from 1, decompressed and decoded."""
     try:
         with open(path, "rb") as raw:
             start = raw.read(8)
@@ -83,22 +77,21 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
         with opened(path, "rb") as file:
             encoding = json.detect_encoding(file.read(4))
         with opened(path, "rb") as file:
-            # bytes that are no UTF-8 come through as halves of surrogate pairs, so that their line can be named
-            lines = io.TextIOWrapper(
-                file, encoding=encoding, errors="surrogateescape" if encoding.startswith("utf-8") else "strict"
-            )
+            # bytes that are not UTF-8 become halves of surrogate pairs, so that their line can be named
+            errors = "surrogateescape" if encoding.startswith("utf-8") else "strict"
+            lines = io.TextIOWrapper(file, encoding=encoding, errors=errors)
             for number, line in enumerate(lines, 1):
-                if not line.isascii() and (found := _HALF.search(line)):
-                    byte = ord(found.group()) - 0xDC00
+                if not line.isascii() and (half := _HALF.search(line)):
+                    byte = ord(half.group()) - 0xDC00
                     raise UserError(
-                        f"{path} line {number} is not UTF-8 (byte {byte:#x} at character {found.start() + 1}). If another "
-                        f"program wrote it, such as Excel, it may be Windows-1252 (Latin-1): "
+                        f"{path} line {number} is not UTF-8 (byte {byte:#x} at character {half.start() + 1}). If "
+                        f"another program wrote it, such as Excel, it may be Windows-1252 (Latin-1): "
                         f"`iconv -f WINDOWS-1252 -t UTF-8 {path} > rows.jsonl` converts it"
                     )
                 yield number, line
     except UnicodeDecodeError as error:
         raise UserError(
-            f"{path} begins as {error.encoding.upper()} and does not go on as such ({error.reason}): save it as UTF-8"
+            f"{path} begins as {error.encoding.upper()} and is not in it further on ({error.reason}): save it as UTF-8"
         ) from error
     except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
         raise UserError(f"{path} is packed, and damaged or cut off ({error}): fetch it or pack it again") from error
@@ -112,12 +105,12 @@ def _parsed(line: str, at: str) -> Any:
         raise UserError(f"{at} holds {word}, which is no JSON number: write null, or a number")
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        columns = dict(pairs)
+        if len(columns) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
             raise UserError(f"{at} has the name {twice!r} twice in one object: leave one of them out")
-        return found
+        return columns
 
     try:
         row = json.loads(line, parse_constant=constant, object_pairs_hook=once)
@@ -135,7 +128,7 @@ def _parsed(line: str, at: str) -> Any:
 
 
 def refuse_unwritable(row: dict[str, Any], at: str) -> None:
-    """Raises UserError for a value that JSON or UTF-8 has no form for, by `at` and its column."""
+    """Raises UserError naming `at` and the column of a value that JSON or UTF-8 cannot represent."""
     for column, value in row.items():
         _writable(column, f"{at}, a column's name")
         _writable(value, f"{at}, column {column!r}")
@@ -145,8 +138,8 @@ def _writable(value: Any, where: str, depth: int = 0) -> None:
     if isinstance(value, str):
         if not value.isascii() and (half := _HALF.search(value)):
             raise UserError(
-                f"{where}: character {half.start() + 1} is {half.group()!a:.8}, one half of a surrogate pair (half of an emoji, "
-                "where a text was cut), which no text encoding can hold: remove it"
+                f"{where}: character {half.start() + 1} is {half.group()!a:.8}, one half of a surrogate pair "
+                "(half of an emoji, where a text was cut), which no text encoding can hold: remove it"
             )
     elif isinstance(value, float):
         if not math.isfinite(value):

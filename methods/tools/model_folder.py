@@ -1,4 +1,4 @@
-"""What a folder in Hugging Face layout says of its model, and what of it is refused: by its config, by its files, by what was loaded."""
+"""Checks of a model folder in Hugging Face layout: of its config, of its files and of what was loaded."""
 
 import json
 import re
@@ -15,7 +15,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from methods.errors import UserError
 
-_CLOSER = "choose a causal language model that transformers has (config.json with its model_type, model.safetensors, tokenizer.json)"
+_CLOSER = (
+    "choose a causal language model that transformers has (config.json with its model_type, model.safetensors, "
+    "tokenizer.json)"
+)
 
 # buffers that older versions of transformers saved among the weights
 BUFFERS = (
@@ -29,29 +32,29 @@ BUFFERS = (
 
 
 def config_of(folder: Path, name: str) -> PreTrainedConfig:
-    """transformers' config of the folder. Raises UserError beginning with `name` where it is none of a causal language model.
+    """transformers' config of the folder. Raises UserError naming `name` unless it is a causal language model.
 
-    Refused are an adapter, weights that are quantised, an encoder and decoder, an architecture that transformers does
-    not have.
+    An adapter, quantised weights, an encoder-decoder and an architecture that transformers does not have are refused.
     """
-    said = _json(folder / "config.json", name)
+    config = _json(folder / "config.json", name)
     if (folder / "adapter_config.json").is_file():
         raise UserError(
-            f"{name} {_adapter(folder)}, so it is open which of the two is meant: remove adapter_config.json to take the model "
-            "as it is, or save the merged model"
+            f"{name} {_adapter(folder)}, so it is not clear which of the two is meant: remove adapter_config.json to "
+            "take the model as it is, or save the merged model"
         )
-    kind = said.get("model_type")
+    kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
-        if "auto_map" in said:
+        if "auto_map" in config:
             raise UserError(
                 f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
                 "architecture that transformers has"
             )
         raise UserError(
-            f"{name}: config.json names the model_type {kind!r}, which transformers {transformers_version} does not have: {_CLOSER}"
+            f"{name}: config.json names the model_type {kind!r}, which transformers {transformers_version} does not "
+            f"have: {_CLOSER}"
         )
     refuse_quantised(folder, name)
-    if said.get("is_encoder_decoder"):
+    if config.get("is_encoder_decoder"):
         raise UserError(f"{name} is an encoder and decoder ({kind}), no causal language model: {_CLOSER}")
     if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
@@ -64,7 +67,7 @@ def config_of(folder: Path, name: str) -> PreTrainedConfig:
 
 
 def no_config(folder: Path) -> str:
-    """What to say of a folder without config.json: of the hub's cache it is a folder inside that is meant."""
+    """The message for a folder without config.json; in the hub's cache the model is in a folder further inside."""
     inside = next(iter(sorted(file.parent for file in folder.glob("snapshots/*/config.json"))), None)
     if inside is None:
         return f"{folder} is not a model folder (no config.json): give a folder in Hugging Face layout"
@@ -72,25 +75,24 @@ def no_config(folder: Path) -> str:
 
 
 def refuse_quantised(folder: Path, name: str) -> None:
-    """Refuse weights that the folder's config.json says are quantised, by bitsandbytes, GPTQ, AWQ, FP8, MXFP4 or any other method."""
+    """Refuse weights that are quantised according to config.json, by whatever method (bitsandbytes, GPTQ, AWQ, …)."""
     config = _json(folder / "config.json", name)
-    for said in (config, config.get("text_config")):
-        for key in (
-            "quantization_config",
-            "compression_config",
-            "quantization",
-        ):  # the second was written before, the third is MLX's
-            if isinstance(said, dict) and (settings := said.get(key)):
+    # the second key is an older name, the third is MLX's
+    keys = ("quantization_config", "compression_config", "quantization")
+    for block in (config, config.get("text_config")):
+        for key in keys:
+            if isinstance(block, dict) and (settings := block.get(key)):
                 method = settings.get("quant_method") if isinstance(settings, dict) else None
                 raise UserError(
                     f"{name} is quantised ({method or 'by a method without a name'}: {key} in config.json), and its "
-                    "weights cannot be trained or compared as they are: name the checkpoint it was made from, or load it where its "
-                    "library is installed, call model.dequantize() and save_pretrained, and name that folder"
+                    "weights cannot be trained or compared as they are: name the checkpoint it was made from, or load "
+                    "it where its library is installed, call model.dequantize() and save_pretrained, and name that "
+                    "folder"
                 )
 
 
 def refuse_incomplete(folder: Path, name: str) -> None:
-    """Refuse a folder without safetensors of a model, and one whose index names files that are not there."""
+    """Refuse a folder whose index names files that are missing."""
     index = folder / "model.safetensors.index.json"
     if index.is_file() and not (folder / "model.safetensors").is_file():
         absent = [file for file in shards(index, name) if not (folder / file).is_file()]
@@ -102,67 +104,71 @@ def refuse_incomplete(folder: Path, name: str) -> None:
 
 
 def headers(files: Iterable[Path], name: str) -> dict[str, tuple[str, list[int]]]:
-    """Dtype, as safetensors writes it, and shape of every tensor; no tensor is read. Raises UserError for a damaged file."""
-    found = {}
+    """(dtype as safetensors writes it, shape) of every tensor; reads no tensor. Raises UserError for a damaged file."""
+    tensors_of = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
                 for tensor in tensors.keys():  # noqa: SIM118 (no mapping)
                     about = tensors.get_slice(tensor)
-                    found[tensor] = (about.get_dtype(), about.get_shape())
+                    tensors_of[tensor] = (about.get_dtype(), about.get_shape())
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{name}: {file.name} is no safetensors file, or damaged or cut off ({error}): fetch it again"
             ) from error
-    return found
+    return tensors_of
 
 
-def refuse_codes(found: Mapping[str, tuple[str, list[int]]], name: str) -> None:
-    """Refuse weights that are stored as something else than floating-point numbers of 16 bits or more: transformers would take codes for values."""
+def refuse_codes(headers: Mapping[str, tuple[str, list[int]]], name: str) -> None:
+    """Refuse weights that are no floating-point numbers of 16 bits or more: transformers would read codes as values."""
     codes = [
         tensor
-        for tensor, (dtype, _) in found.items()
+        for tensor, (dtype, _) in headers.items()
         if tensor.endswith(".weight") and dtype not in ("F64", "F32", "F16", "BF16")
     ]
     if codes:
+        more = f" (and {len(codes) - 1} more such)" if len(codes) > 1 else ""
         raise UserError(
-            f"{name} is quantised or damaged: {codes[0]} is stored as {found[codes[0]][0]}{f' (and {len(codes) - 1} more such)' if len(codes) > 1 else ''}: "
+            f"{name} is quantised or damaged: {codes[0]} is stored as {headers[codes[0]][0]}{more}: "
             "name the checkpoint it was made from, or save it in bfloat16, float16 or float32"
         )
 
 
 def shards(index: Path, name: str) -> list[str]:
-    """The files of a checkpoint cut into several, as its index names them."""
+    """The files of a sharded checkpoint, as its index names them."""
     named = _json(index, name).get("weight_map")
-    files = (
-        sorted(set(named.values()))
-        if isinstance(named, dict) and all(isinstance(file, str) for file in named.values())
-        else []
-    )
+    named = list(named.values()) if isinstance(named, dict) else []
+    files = sorted(set(named)) if all(isinstance(file, str) for file in named) else []
     if not files or any(Path(file).name != file for file in files):
         raise UserError(
-            f"{name}: {index.name} names no files beside it as `weight_map`: fetch the folder again, or save the model again"
+            f"{name}: {index.name} names no files beside it as `weight_map`: fetch the folder again, or save the model "
+            "again"
         )
     return files
 
 
-def refuse_partial(folder: Path, model: PreTrainedModel, found: Mapping[str, Any]) -> None:
-    """Refuse what transformers `found` in loading and would go on with: random tensors in the place of those that lack or do not fit, or fewer layers."""
-    if missing := sorted(found["missing_keys"]):
+def refuse_partial(folder: Path, model: PreTrainedModel, about: Mapping[str, Any]) -> None:
+    """Refuse a model that transformers loads in part: with random tensors for missing ones, or with too few layers.
+
+    about   the loading info of `from_pretrained`
+    """
+    if missing := sorted(about["missing_keys"]):
         raise UserError(
-            f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): it is no whole causal language model"
+            f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): "
+            "it is no whole causal language model"
         )
-    if wrong := sorted(found["mismatched_keys"]):
+    if wrong := sorted(about["mismatched_keys"]):
         name, there, wanted = wrong[0]
         raise UserError(
             f"{folder} does not fit its config.json: {name} has shape {list(there)}, the config gives {list(wanted)}"
             f"{f' (and {len(wrong) - 1} more such)' if len(wrong) > 1 else ''}: fetch the folder again"
         )
-    extra = sorted(name for name in found["unexpected_keys"] if not name.endswith(BUFFERS))
+    extra = sorted(name for name in about["unexpected_keys"] if not name.endswith(BUFFERS))
     numbered = {re.sub(r"\d+", "N", name) for name in model.state_dict()}
     if more := [name for name in extra if re.sub(r"\d+", "N", name) in numbered]:
         raise UserError(
-            f"{folder} does not fit its config.json: it has {more[0]}, and the config has fewer layers: fetch the folder again"
+            f"{folder} does not fit its config.json: it has {more[0]}, and the config has fewer layers: "
+            "fetch the folder again"
         )
     if len(extra) > len(numbered):
         raise UserError(
@@ -170,7 +176,8 @@ def refuse_partial(folder: Path, model: PreTrainedModel, found: Mapping[str, Any
         )
     if extra:
         print(
-            f"{folder} has {len(extra)} tensors that its config gives no place, and which are left out ({', '.join(extra[:3])}…)",
+            f"{folder} has {len(extra)} tensors that its config gives no place, and which are left out "
+            f"({', '.join(extra[:3])}…)",
             flush=True,
         )
 
@@ -178,20 +185,20 @@ def refuse_partial(folder: Path, model: PreTrainedModel, found: Mapping[str, Any
 def refuse_not_finite(
     tensors: Mapping[str, Tensor], what: str, *, then: str, kind: type[UserError] = UserError
 ) -> None:
-    """Refuse weights that hold a NaN or an infinity, by tensor and count: of those every score is NaN."""
+    """Refuse weights with a NaN or an infinity, naming tensor and count: all scores of such a model would be NaN."""
     bad = {}
     for name, tensor in tensors.items():
-        # one look at the ends of the range takes no memory; a NaN is both of them
+        # the minimum and maximum need no memory; both are NaN where a value is
         if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             bad[name] = f"{int((~tensor.isfinite()).sum()):,} of its {tensor.numel():,} values are NaN or infinite"
     if bad:
         more = f", and {len(bad) - 1} more tensors hold such" if len(bad) > 1 else ""
-        name, said = next(iter(bad.items()))
-        raise kind(f"{what}: {name} is damaged, {said}{more}: {then}")
+        name, count = next(iter(bad.items()))
+        raise kind(f"{what}: {name} is damaged, {count}{more}: {then}")
 
 
 def shortened(error: Exception) -> str:
-    """An error of a library in one line."""
+    """A library's error in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:400]}{'…' if len(text) > 400 else ''}"
 
@@ -203,7 +210,7 @@ def _json(file: Path, name: str) -> dict[str, Any]:
             "save_pretrained) and name that folder"
         )
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = getattr(error, "strerror", None) or str(error).removesuffix(
             " (decode using utf-8-sig): line 1 column 1 (char 0)"
@@ -211,9 +218,9 @@ def _json(file: Path, name: str) -> dict[str, Any]:
         raise UserError(
             f"{name} has no {file.name} that can be read ({reason}): fetch it again, or save it as JSON in UTF-8"
         ) from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise UserError(f"{name} has no {file.name} that can be read: it holds no JSON object")
-    return found
+    return content
 
 
 def _adapter(folder: Path) -> str:

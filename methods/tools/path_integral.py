@@ -62,7 +62,7 @@ class PathIntegral(Part):
             }
 
     def _listen(self, layer: nn.Module, *, dtype: torch.dtype) -> Tensor:
-        """A buffer that sums dL/dW = Σ (dL/dy)ᵀ·x of the frozen W under an adapter; y = W·x + s·B·A·x has W·x's gradient."""
+        """A buffer for dL/dW = Σ (dL/dy)ᵀ·x of the frozen W under an adapter; y = W·x + s·B·A·x."""
         frozen, transposed = layer.base_layer.weight, isinstance(layer.base_layer, Conv1D)
         total = torch.zeros(frozen.shape, dtype=dtype, device=frozen.device)
 

@@ -1,9 +1,10 @@
 """The exact k-th largest of many non-negative floats.
 
-Their bits, read as integers, are ordered as they are, and integers are what both ways compare:
+The bits of non-negative floats, read as integers, have the order of the floats. Both functions compare integers:
 
-    kth_largest       numpy's vectorised partition on the CPU, in place: three times as fast on integers as on floats
-    kth_by_histogram  any device and any number of processes, nothing as large as the tensor, the host never waits
+    kth_largest       numpy's vectorised partition on the CPU, in place, three times as fast on integers as on floats
+    kth_by_histogram  for any device and any number of processes, without a temporary of the tensor's size; the host
+                      never waits
 """
 
 from __future__ import annotations
@@ -17,23 +18,25 @@ import torch
 from torch import Tensor
 
 SAMPLE = 256
-HEAVY = SAMPLE // 8  # as often in the sample, a value is one that many entries share
+HEAVY = SAMPLE // 8  # a value that occurs so often in the sample is shared by many entries
 RAMP = 1 << 16
-COUNTED = 1 << 24  # entries that enter a histogram at once: the bound of its temporaries
-LANES = 64  # copies of a histogram: neighbours count into different ones, for those that meet in a cell wait in line
-TRASH = 1024  # cells, in each copy, for entries that are not to be counted: as many for the same reason
-HISTOGRAM = (12 * LANES + 8) * ((1 << 16) + TRASH)  # bytes that counting takes beside its pieces
+COUNTED = 1 << 24  # entries counted at once, which bounds the temporaries
+LANES = (
+    64  # copies of a histogram for neighbouring entries: atomic additions to the same cell would wait for each other
+)
+TRASH = 1024  # cells in each copy for entries that must not be counted; many of them for the same reason
+HISTOGRAM = (12 * LANES + 8) * ((1 << 16) + TRASH)  # bytes for counting, without the pieces
 
 
 def kth_largest(size: Tensor, k: int) -> Tensor:
-    """The exact k-th largest of `size`, 0-dim; on the CPU `size` (contiguous float32 or float64) is scratch and overwritten."""
+    """The exact k-th largest entry, 0-dim; on the CPU `size` (contiguous float32 or float64) is overwritten."""
     if not size.is_cpu:
         return kth_by_histogram(lambda: size.view(-1).split(COUNTED), k, device=size.device)
     bits = size.view(-1).view(torch.int64 if size.dtype == torch.float64 else torch.int32)
     values = bits.numpy()
     for _ in range(SAMPLE // HEAVY):
-        # A quickselect makes no way through equal entries: half of them zero (rows without gradient) make it forty
-        # times slower.
+        # Quickselect makes no progress through equal entries: when half of them are zero (rows without a gradient) it
+        # is forty times slower.
         heavy = _heavy(values)
         if heavy is None:
             break
@@ -47,7 +50,7 @@ def kth_largest(size: Tensor, k: int) -> Tensor:
 
 
 def _heavy(values: np.ndarray) -> int | None:
-    """A value that about an eighth of the entries share, if there is one."""
+    """A value shared by about an eighth of the entries or more, if there is one."""
     if values.size < SAMPLE:
         return None
     sample = np.sort(values[_places(values.size)])
@@ -57,12 +60,12 @@ def _heavy(values: np.ndarray) -> int | None:
 
 @lru_cache(256)
 def _places(entries: int) -> np.ndarray:
-    """Where the sample is taken: at (i·golden ratio mod 1) of the entries, evenly spread and in step with no length of a row."""
+    """Positions of the sample, at (i·golden ratio mod 1) of the entries: evenly spread, with no period of any row."""
     return (np.arange(SAMPLE) * 0.6180339887498949 % 1 * entries).astype(np.intp)
 
 
 def _spread(bits: Tensor, heavy: int, *, below: bool) -> None:
-    """Make the entries up to (`below`) or from `heavy` differ from one another: all stay on their side of the others."""
+    """Make the entries up to `heavy` (`below`) or from it on distinct; none moves past an entry on the other side."""
     ramp = torch.arange(min(RAMP, len(bits)), dtype=bits.dtype)
     for piece in bits.split(RAMP):
         moved = piece.clone()
@@ -78,15 +81,17 @@ def kth_by_histogram(
     shards: Any = None,
     lanes: int | None = None,
 ) -> Tensor:
-    """The exact k-th largest of the non-negative float32 entries of all processes, 0-dim on `device`; every process calls it.
+    """The exact k-th largest of the non-negative float32 entries of all processes, 0-dim on `device`.
 
-    pieces   makes this process's entries, as flat tensors of at most COUNTED; it is called twice, and may make none
+    Every process must call it.
+
+    pieces   gives this process's entries as flat tensors of at most COUNTED, possibly none; it is called twice
     shards   the processes: `sum(tensor)`, an in-place all-reduce; None: there is only this one
     lanes    copies of a histogram, a power of two; by default LANES, and 1 on the CPU
 
-    The upper 16 bits name a bin: the one that holds the k-th largest is found in the histogram of all; the lower 16
-    in a second one, of the entries in that bin. Beside itself an entry of a piece takes at most 24 bytes, a histogram
-    (12·lanes+8)·(2¹⁶+TRASH): 403 and 52 MB, however large the tensor.
+    A histogram of the upper 16 bits gives the bin of the k-th largest, and a second one of the lower 16 bits of the
+    entries in that bin gives the value. An entry of a piece takes at most 24 bytes more, and a histogram
+    (12·lanes+8)·(2¹⁶+TRASH) bytes: 403 and 52 MB, whatever the size of the tensor.
     """
     lanes = lanes or (1 if device.type == "cpu" else LANES)
     upper, k = _bin_of_kth(
@@ -105,12 +110,12 @@ def kth_by_histogram(
 
 
 def kth_largest_of_all(size: Tensor, k: int, shards: Any) -> Tensor:
-    """`kth_by_histogram` of the float32 tensor `size`, which stays as it is."""
+    """`kth_by_histogram` of the float32 tensor `size`, which is not changed."""
     return kth_by_histogram(lambda: size.view(-1).split(COUNTED), k, device=size.device, shards=shards)
 
 
 def _histogram(digits: Iterable[Tensor], bins: int, lanes: int, device: torch.device) -> Tensor:
-    """How often each of 0, 1, …, bins − 1 comes in flat tensors: (bins,), int64. Unlike torch.bincount it asks the host nothing."""
+    """Counts of 0, 1, …, bins − 1 in flat tensors: (bins,), int64. Unlike torch.bincount it does not wait for a GPU."""
     counts = torch.zeros(bins, lanes, dtype=torch.int32, device=device)
     one = torch.ones((), dtype=torch.int32, device=device)
     for digit in digits:
@@ -121,7 +126,7 @@ def _histogram(digits: Iterable[Tensor], bins: int, lanes: int, device: torch.de
 
 
 def _bin_of_kth(counts: Tensor, k: int | Tensor, shards: Any) -> tuple[Tensor, Tensor]:
-    """The bin that holds the k-th largest entry of all processes, and its rank among those in that bin; both 0-dim."""
+    """The bin of the k-th largest entry of all processes, and its rank among the entries in that bin; both 0-dim."""
     from_above = (counts if shards is None else shards.sum(counts)).flip(0).cumsum(0)
     before = from_above < k
     return len(counts) - 1 - before.sum(), k - (from_above * before).max()

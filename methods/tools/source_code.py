@@ -1,9 +1,9 @@
-"""What a module's source says to Python, as one hash: the same after a rewritten comment, a new layout or a moved file.
+"""A hash of a module's code that a rewritten comment, a new layout or a moved file does not change.
 
-The hash is of the syntax tree without what cannot change a result: docstrings, annotations, the paths that names are
+It is the hash of the syntax tree without what cannot change a result: docstrings, annotations, the paths that names are
 imported from, `__all__`, a part's `shares` (whose modules are hashed themselves), and blocks under `if
-TYPE_CHECKING:`. Of an import there stay the original and the bound name, where the module uses it. Equal trees give
-equal hashes on Python 3.11 to 3.13.
+TYPE_CHECKING:`. An import counts with the original and the bound name, if the module uses it. Equal trees have equal
+hashes on Python 3.11 to 3.13.
 """
 
 import ast
@@ -12,12 +12,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-_UNSAID = ("annotation", "returns", "type_comment", "type_params", "kind", "ctx")
+_IGNORED_FIELDS = ("annotation", "returns", "type_comment", "type_params", "kind", "ctx")
 _NAMES_ONLY = ("__all__", "shares")  # lists of names whose objects are hashed elsewhere
 
 
 def digest(path: Path) -> str:
-    """Hex sha256 of the code in `path`, a file of Python source."""
+    """Hex sha256 of the code in a file of Python source."""
     facts = path.stat()
     return _digest(path, facts.st_mtime_ns, facts.st_size)
 
@@ -28,7 +28,7 @@ def _digest(path: Path, *_: int) -> str:
 
 
 def digest_of(source: str) -> str:
-    """Hex sha256 of what Python source does, as described above. Raises SyntaxError where it is not Python."""
+    """Hex sha256 of Python source, as described above. Raises SyntaxError where it is not Python."""
     tree = ast.parse(source)
     used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
     imported = sorted(
@@ -40,28 +40,28 @@ def digest_of(source: str) -> str:
             if (bound := alias.asname or alias.name.partition(".")[0]) in used
         }
     )
-    return sha256(repr((imported, _said(tree))).encode()).hexdigest()
+    return sha256(repr((imported, _tuples(tree))).encode()).hexdigest()
 
 
-def _said(node: Any) -> Any:
+def _tuples(node: Any) -> Any:
     """The tree as nested tuples of (kind, named children); absent and empty children are left out."""
     if isinstance(node, list):
-        return tuple(_said(child) for child in node if not _silent(child))
-    if isinstance(node, ast.AnnAssign):  # `x: int = 3` says what `x = 3` says
+        return tuple(_tuples(child) for child in node if not _is_ignored(child))
+    if isinstance(node, ast.AnnAssign):  # `x: int = 3` counts as `x = 3`
         node = ast.Assign(targets=[node.target], value=node.value)
     if not isinstance(node, ast.AST):
         return (type(node).__name__, repr(node))
     fields = (
         (name, value)
         for name, value in ast.iter_fields(node)
-        if name not in _UNSAID and value is not None and value != []
+        if name not in _IGNORED_FIELDS and value is not None and value != []
     )
     if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and _is_text(node.body[:1]):
         fields = ((name, value[1:] if name == "body" else value) for name, value in fields)
-    return (type(node).__name__, *((name, _said(value)) for name, value in fields))
+    return (type(node).__name__, *((name, _tuples(value)) for name, value in fields))
 
 
-def _silent(node: Any) -> bool:
+def _is_ignored(node: Any) -> bool:
     if isinstance(node, ast.Import | ast.ImportFrom):
         return True
     if isinstance(node, ast.If):

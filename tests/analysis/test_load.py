@@ -68,7 +68,7 @@ def test_a_broken_file_is_named(tmp_path):
     ("file", "damage", "message"),
     [
         ("metrics.json", lambda text: "{}", "scores_by_task is missing"),
-        ("metrics.json", lambda text: "[]", "it is no mapping"),
+        ("metrics.json", lambda text: "[]", "it is not a mapping"),
         ("metrics.json", lambda text: json.dumps(json.loads(text) | {"n": None}), "n is not a mapping"),
         (
             "metrics.json",

@@ -39,7 +39,7 @@ def test_a_giant_line(tmp_path):
 BAD = [
     (TEXT.encode("latin-1", "replace"), "line 1 is not UTF-8 .byte 0xe9 at character 8.*Windows-1252.*iconv"),
     (TEXT.encode() + b'{"q": "caf\xe9"}', "line 3 is not UTF-8 .byte 0xe9 at character 11"),
-    (TEXT.encode("utf-16")[:-1], "begins as UTF-16-LE and does not go on as such"),
+    (TEXT.encode("utf-16")[:-1], "begins as UTF-16-LE and is not in it further on"),
     (gzip.compress(TEXT.encode() * 99)[:-20], "is packed, and damaged or cut off"),
     (b"\x1f\x8bnot gzip", "is packed, and damaged or cut off"),
     (lzma.compress(TEXT.encode() * 99)[:-20], "is packed, and damaged or cut off"),
@@ -64,7 +64,7 @@ BAD = [
     (b'{\n  "a": 1\n}', "line 1 is not JSON .*: write one JSON object a line"),
     (b"question,answer\nx,y\n", "line 1 is not JSON"),
     (b'{"a": "x\ty"}', "line 1 is not JSON .Invalid control character at character 9"),
-    (b"\x00\x00\x00\x00\x00", "begins as UTF-32-BE and does not go on"),
+    (b"\x00\x00\x00\x00\x00", "begins as UTF-32-BE and is not in it further on"),
 ]
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from methods.effective import effective_weights
+from methods.tools.effective import effective_weights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,8 @@ SAME = {
     "a rewritten comment": ("# the first weight alone", "# only the first weight counts here"),
     "a docstring": ('"""Pull."""', '"""Pull every weight back to the base."""'),
     "a docstring that is gone": ('        """Pull."""\n', ""),
-    "a moved module": ("from methods.tools.effective import", "from methods.tools.effective import"),
-    "what it shares, moved": ('("methods.tools.effective",)', '("methods.tools.effective",)'),
+    "a moved module": ("from methods.tools.effective import", "from methods.effective import"),
+    "what it shares, moved": ('("methods.tools.effective",)', '("methods.effective",)'),
     "an annotation": ("run: dict", "run: 'Run'"),
     "an annotation that is gone": ("strength: float = 2.0", "strength = 2.0"),
     "a line that is broken": (
