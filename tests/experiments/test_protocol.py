@@ -1,0 +1,375 @@
+"""What the protocol promises a part: the order of hooks, rows of a step, token weights, a second gradient, services."""
+
+import importlib.util
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from experiments.model.random_models import build
+from experiments.training import loss
+from experiments.training.engine import final_weights, fit
+from methods import registry
+from methods.errors import UserError
+from methods.part import REGISTERED, Part, phase_of, register
+from methods.tools.token_statistics import TokenStatistics
+from tests import goldens
+from tests.experiments import worlds
+from tests.experiments.test_hooks import odd, run
+
+LORA = {"rank": 2, "targets": ["q_proj", "v_proj"], "dropout": 0.1}
+
+
+def train(*parts, dtype=torch.float64, blocks=None, **settings):
+    """A few steps of a tiny model with parts and the parts of `blocks`."""
+    model = build("llama", seed=1, dtype=dtype)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return fit(
+        model=model,
+        parts=(*parts, *registry.build(blocks or {})),
+        examples=goldens.texts(18, seed=12, labelled=True),
+        general=goldens.texts(5, seed=11, labelled=False),
+        settings=replace(goldens.SETTINGS, **({"epochs": 0.4} | settings)),
+        seed=5,
+        base=base,
+    )
+
+
+# the order of hooks
+
+
+@pytest.fixture
+def interpolate(tmp_path):
+    """A third party's part in a file `interpolate.py`: half of the way from the base, of whatever was trained."""
+    (tmp_path / "interpolate.py").write_text(
+        """
+from dataclasses import dataclass
+from methods.part import Part, register
+
+@register(title="Half", paper="", line="Half of the way.")
+@dataclass(frozen=True, kw_only=True)
+class Half(Part):
+    def finish(self, *, run, state, final, measure=None):
+        return {name: (run.base[name] + tensor) / 2 for name, tensor in final.items()}
+"""
+    )
+    spec = importlib.util.spec_from_file_location("interpolate", tmp_path / "interpolate.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["interpolate"] = module
+    spec.loader.exec_module(module)
+    yield module.Half
+    del REGISTERED["interpolate"], sys.modules["interpolate"]
+
+
+def test_a_part_in_a_file_named_interpolate_acts_on_merged_adapters(interpolate):
+    """By key it would come before `lora`, and find nothing to interpolate."""
+    assert phase_of(interpolate) == "interpolate" and [p.key for p in registry.build({"interpolate": {}, "lora": LORA})]
+    alone, both = (registry.build(blocks) for blocks in ({"lora": LORA}, {"interpolate": {}, "lora": LORA}))
+    result = train(*alone)
+    merged, half = final_weights(result, alone), final_weights(train(*both), both)
+    assert half.keys() == merged.keys() and half
+    for name, tensor in half.items():
+        base = result.run.base[name]
+        assert not torch.equal(merged[name], base)
+        torch.testing.assert_close(tensor - base, (merged[name] - base) / 2)
+
+
+def test_parts_that_share_a_hook_run_by_phase_then_by_key():
+    called = []
+
+    def part(key, phase):
+        found = odd(before_clip=lambda **_: called.append(key))
+        return type(key, (type(found),), {"key": key, "phase": phase})()
+
+    parts = [part("b", "mask"), part("c", "penalty"), part("a", "mask"), part("d", "")]  # d has the hook of penalties
+    run(*parts, epochs=0.1)
+    assert called[:4] == ["c", "d", "a", "b"]
+
+
+def test_an_unknown_phase_is_refused():
+    with pytest.raises(TypeError, match="the phase is 'late': it must be one of adapt, data,"):
+
+        @register(title="x", paper="", line="x.", key="wrong", phase="late")
+        @dataclass(frozen=True, kw_only=True)
+        class Late(Part):
+            pass
+
+
+# the rows of a step
+
+
+def plain_loss(model, rows):
+    """nll and labelled tokens of rows, one row at a time by whole logits."""
+    nll, count = 0.0, 0
+    for row in rows:
+        logits = model(row["input_ids"][None]).logits[0, :-1]
+        nll = nll + F.cross_entropy(logits, row["labels"][1:], reduction="sum")
+        count += int((row["labels"][1:] != -100).sum())
+    return nll, count
+
+
+@pytest.mark.parametrize("pack", [0, 64])
+def test_rows_that_a_part_adds_are_trained_on_and_charged_to_it(pack):
+    seen = []
+    extra = goldens.texts(3, seed=7, labelled=False)
+
+    def examples(rows, step, **_):
+        assert len({row["index"] for row in rows}) == len(rows)
+        seen.append([*rows[1:], *({**row, "mark": torch.ones_like(row["input_ids"])} for row in extra)])
+        return seen[-1]
+
+    def batch(batch, **_):
+        marks.append(int(batch["mark"].sum()))
+        return batch
+
+    marks = []
+    part = odd(examples=examples, batch=batch)
+    result = train(part, pack=pack)
+    nll, count = plain_loss(build("llama", seed=1, dtype=torch.float64), seen[0])
+    assert result.curve[0]["loss"] == pytest.approx(float(nll) / count, rel=1e-6)
+    added = len(seen) * sum(len(row["input_ids"]) for row in extra)
+    assert sum(marks) == added == result.added["odd"]["tokens"]  # the mark is carried to the tokens of these rows alone
+    domain = [row for rows in seen for row in rows if "index" in row]
+    assert result.tokens == sum(len(row["input_ids"]) for row in domain)
+    without = train(odd(), pack=pack)
+    assert without.added == {} and result.added["odd"]["flops"] > 0
+    assert result.flops < without.flops  # of a step a row of the domain is missing
+
+
+def test_rows_that_are_no_rows_are_refused():
+    with pytest.raises(UserError, match="odd: a row that its `examples` gives is a dict: give input_ids and labels"):
+        run(odd(examples=lambda rows, **_: [{"input_ids": rows[0]["input_ids"]}]))
+    short = lambda rows, **_: [rows[0] | {"labels": rows[0]["labels"][:-1]}]  # noqa: E731
+    with pytest.raises(UserError, match="odd: a row that its `examples` gives has labels a tensor of int64"):
+        run(odd(examples=short))
+    with pytest.raises(UserError, match="odd: its `examples` gives no rows at step 0"):
+        run(odd(examples=[]))
+    with pytest.raises(UserError, match="odd: its `epoch` gives 1 rows where the domain has 18"):
+        run(odd(epoch=lambda examples, **_: examples[:1]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rewritten(Part):
+    """Other ids in each epoch, which depend on the weights at its beginning."""
+
+    key = "rewritten"
+
+    def epoch(self, *, run, state, examples, epoch):
+        moved = int(1e6 * sum(float(weight.detach().abs().sum()) for weight in run.weights.values()))
+        state.setdefault("moved", []).append(moved)
+        draw = run.generator(self.key, epoch, moved)
+        return [row | {"input_ids": torch.randint(0, 256, row["input_ids"].shape, generator=draw)} for row in examples]
+
+
+def test_rows_of_an_epoch_are_drawn_at_its_beginning_and_survive_a_stop(tmp_path):
+    whole = worlds.cell("llama", "full", more=(Rewritten(),), epochs=2.0)
+    for stop in (3, 4):  # in the middle of an epoch of five steps
+        try:
+            worlds.cell("llama", "full", more=(Rewritten(),), epochs=2.0, folder=tmp_path, stop=stop)
+        except worlds.Stopped:
+            pass
+    again = worlds.cell("llama", "full", more=(Rewritten(),), epochs=2.0, folder=tmp_path)
+    assert again["resumed"] > 0 and again["curve"] == whole["curve"]
+    assert all(torch.equal(again["final"][name], tensor) for name, tensor in whole["final"].items())
+
+
+# token weights
+
+
+def test_statistics_are_those_of_torchs_distributions():
+    draw = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(6, 40, generator=draw), torch.randint(0, 40, (6,), generator=draw)
+    found = TokenStatistics(logits=logits, targets=targets, rows=targets, columns=targets)
+    whole = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(found.probability, whole.probs.gather(1, targets[:, None])[:, 0])
+    torch.testing.assert_close(found.nll, -whole.log_prob(targets))
+    torch.testing.assert_close(found.entropy(), whole.entropy())
+    largest = torch.distributions.Categorical(probs=whole.probs.topk(20).values)
+    torch.testing.assert_close(found.entropy(20), largest.entropy())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_weights_of_several_parts_multiply_and_the_denominator_stays(monkeypatch, checkpointing):
+    monkeypatch.setattr(loss, "CHUNK", 2)  # chunks are computed again in backward, with the same weights
+    calls, gradients = [], []
+
+    def weigh(statistics, batch, **_):
+        calls.append(len(statistics.targets))
+        labels = batch["labels"][statistics.rows, statistics.columns]
+        assert torch.equal(labels, statistics.targets)
+        return statistics.probability
+
+    def keep(run, **_):
+        gradients.append({name: weight.grad.clone() for name, weight in run.weights.items()})
+
+    even = type("Even", (type(odd(token_weights=lambda statistics, **_: 2.0 + 0 * statistics.nll)),), {"key": "even"})()
+    rows = []
+    part = odd(token_weights=weigh, before_clip=keep, examples=lambda **a: rows.append(a["rows"]) or a["rows"])
+    result = train(part, even, checkpointing=checkpointing, epochs=0.1)
+    assert len(calls) > len(rows[0]) / 2 and sum(calls) == plain_loss(build("llama", seed=1), rows[0])[1]
+    model, total, count = build("llama", seed=1, dtype=torch.float64), 0.0, 0
+    for row in rows[0]:
+        nll = F.cross_entropy(model(row["input_ids"][None]).logits[0, :-1], row["labels"][1:], reduction="none")
+        nll = nll[row["labels"][1:] != -100]
+        total, count = total + (2 * nll.detach().neg().exp() * nll).sum(), count + len(nll)
+    (total / count).backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(gradients[0][name], p.grad, rtol=1e-6, atol=1e-9)
+    nll, count = plain_loss(model, rows[0])
+    assert result.curve[0]["loss"] == pytest.approx(
+        float(nll.detach()) / count, rel=1e-6
+    )  # the curve's loss has no weights
+
+
+def test_weights_of_none_are_the_plain_loss_to_the_bit():
+    plain, none = train(), train(odd(token_weights=None))
+    assert all(torch.equal(none.run.weights[name], weight) for name, weight in plain.run.weights.items())
+    with pytest.raises(UserError, match="odd: its `token_weights` gives a tensor of float64"):
+        train(odd(token_weights=lambda statistics, **_: statistics.nll.sum()), epochs=0.1)
+
+
+# the second gradient
+
+
+def test_a_second_gradient_is_that_of_the_moved_weights():
+    """Sharpness-aware minimisation in a plain loop of one step."""
+    rho, gradients = 0.3, []
+
+    def ascend(run, **_):
+        norm = torch.stack([weight.grad.norm() for weight in run.weights.values()]).norm()
+        return {name: rho / norm * weight.grad for name, weight in run.weights.items()}
+
+    def keep(run, **_):
+        gradients.append({name: weight.grad.clone() for name, weight in run.weights.items()})
+
+    def note(run, rows, **_):
+        seen.append(rows)
+        weights.append({name: weight.detach().clone() for name, weight in run.weights.items()})
+        return rows
+
+    seen, weights = [], []
+    result = train(odd(second_gradient=ascend, before_clip=keep, examples=note))
+    model = build("llama", seed=1, dtype=torch.float64)
+    for step in (0, 1):
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[step][name])
+        nll, count = plain_loss(model, seen[step])
+        first = torch.autograd.grad(nll / count, list(model.parameters()))
+        norm = torch.stack([g.norm() for g in first]).norm()
+        with torch.no_grad():
+            for p, g in zip(model.parameters(), first, strict=True):
+                p.add_(rho / norm * g)
+        nll, count = plain_loss(model, seen[step])
+        second = torch.autograd.grad(nll / count, list(model.parameters()))
+        for (name, _), g in zip(model.named_parameters(), second, strict=True):
+            torch.testing.assert_close(gradients[step][name], g, rtol=1e-6, atol=1e-9)
+    assert result.added["odd"]["tokens"] == result.tokens and result.added["odd"]["flops"] == result.flops
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_offsets_of_zero_it_is_the_first_one_to_the_bit(dtype):
+    """With the same dropout, and from weights that are put back exactly."""
+    still = odd(second_gradient=lambda run, **_: {name: torch.zeros_like(w) for name, w in run.weights.items()})
+    plain, twice = (train(*parts, blocks={"lora": LORA}, dtype=dtype, epochs=1.0) for parts in ((), (still,)))
+    assert all(torch.equal(twice.run.weights[name], weight) for name, weight in plain.run.weights.items())
+    assert [row["loss"] for row in twice.curve] == [row["loss"] for row in plain.curve]
+
+
+# entries that do not move
+
+
+@pytest.mark.parametrize("blocks", [{}, {"mofo": {"fraction": 0.5}}])
+def test_frozen_entries_are_the_bases_bit_for_bit_and_count_in_no_norm(blocks):
+    norms = []
+
+    def freeze(run, state, **_):
+        draw = torch.Generator().manual_seed(3)
+        state["frozen"] = {name: torch.rand(w.shape, generator=draw) < 0.5 for name, w in run.weights.items()}
+
+    def norm(run, state, **_):
+        left = [weight.grad[~state["frozen"][name]] for name, weight in run.weights.items()]
+        norms.append(torch.cat(left).norm().item())
+
+    part = odd(begin=freeze, before_clip=norm)
+    result = train(part, blocks=blocks, weight_decay=0.5, dtype=torch.float32, epochs=1.0)
+    for name, mask in result.states["odd"]["frozen"].items():
+        weight, base = result.run.weights[name].detach(), result.run.base[name]
+        assert torch.equal(weight[mask], base[mask]) and not torch.equal(weight[~mask], base[~mask])
+    assert [row["grad_norm"] for row in result.curve] == pytest.approx(norms, rel=1e-5)
+
+
+# services
+
+
+def services(function, *, blocks=None, **settings):
+    """What `function(run)` gives before the first step."""
+    found, part = [], odd(begin=lambda run, **_: found.append(function(run)))
+    train(part, dtype=torch.float32, blocks=blocks, epochs=0.1, **settings)
+    return found[0]
+
+
+@pytest.mark.parametrize("blocks", [{}, {"lora": LORA}])
+@pytest.mark.parametrize("base", [False, True])
+def test_scores_are_log_probabilities_of_labelled_tokens(blocks, base):
+    rows = goldens.texts(7, seed=12, labelled=True)
+    found = services(lambda run: run.score(rows, base=base), blocks=blocks)
+    model = build("llama", seed=1).eval()  # adapters start at zero
+    for row, scores in zip(rows, found, strict=True):
+        with torch.no_grad():
+            logits = model(row["input_ids"][None]).logits[0, :-1]
+        labels = row["labels"][1:]
+        wanted = -F.cross_entropy(logits[labels != -100], labels[labels != -100], reduction="none")
+        torch.testing.assert_close(scores, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_samples_follow_the_softmax_and_depend_on_their_prompts_alone():
+    prompts = [[5, 9], [7], [200, 3, 3]]
+    greedy = services(lambda run: run.sample(prompts=prompts, tokens=5, temperature=0))
+    model = build("llama", seed=1).eval()
+    for prompt, row in zip(prompts, greedy, strict=True):
+        ids = list(prompt)
+        for token in row:
+            assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+            ids.append(token)
+    whole, alone, other = (
+        services(lambda run, p=p, key=key: run.sample(prompts=p, tokens=4, key=key))
+        for p, key in ((prompts, ("a",)), (prompts[:1], ("a",)), (prompts[:1], ("b",)))
+    )
+    assert whole[0] == alone[0] != other[0]  # whatever else is in the batch
+    count = 4000
+    many = services(lambda run: run.sample(prompts=[[5]] * count, tokens=1, temperature=0.5), micro_batch=500)
+    with torch.no_grad():
+        wanted = torch.softmax(model(torch.tensor([[5]])).logits[0, -1] / 0.5, -1)
+    end = model.generation_config.eos_token_id  # a text that ends at once is empty
+    found = torch.bincount(torch.tensor([row[0] if row else end for row in many]), minlength=len(wanted)) / count
+    spread = (wanted * (1 - wanted) / count).sqrt()
+    assert ((found - wanted).abs() < 5 * spread + 1 / count).all()
+
+
+def test_services_leave_the_training_as_it_is():
+    def use(run, **_):
+        run.sample(prompts=[[5]], tokens=3)
+        run.score(goldens.texts(3, seed=12, labelled=True), base=True)
+
+    plain, used = (train(part, blocks={"lora": LORA}, dtype=torch.float32) for part in (odd(), odd(begin=use)))
+    assert all(torch.equal(used.run.weights[name], weight) for name, weight in plain.run.weights.items())
+    assert used.added["odd"]["tokens"] > 0 and used.added["odd"]["flops"] > 0
+
+
+@pytest.mark.parametrize("blocks", [{}, {"lora": LORA}])
+def test_the_reference_is_the_base_whatever_has_been_trained(blocks):
+    found = []
+
+    def look(run, batch, **_):
+        found.append((batch["input_ids"], run.reference.logits(run.reference.hidden(batch))))
+
+    result = train(odd(loss=look), blocks=blocks, dtype=torch.float32, learning_rate=0.1, warmup=0.0, epochs=1.0)
+    base = build("llama", seed=1).eval()
+    with torch.no_grad():
+        for ids, logits in found:
+            torch.testing.assert_close(logits, base(ids).logits, rtol=1e-5, atol=1e-5)
+        own = result.run.model(found[-1][0]).logits
+    assert (own - found[-1][1]).abs().max() > 0.1
