@@ -236,7 +236,7 @@ class Trial:
             byte_tokenizer().save_pretrained(folder)
             probes.mkdir()
             (probes / "general.jsonl").write_text(json.dumps({"text": "General text that is not trained on."}) + "\n")
-        self.shards.wait()
+        self.shards.barrier()
         return Measure(
             folder=folder,
             probes=probes,
@@ -250,7 +250,7 @@ class Trial:
         folder = self.folder / "checkpoint"
         if self.shards.first and not folder.is_dir():
             build(self.architecture, seed=2).save_pretrained(folder)
-        self.shards.wait()
+        self.shards.barrier()
         return str(folder)
 
     def _rows(self) -> str:
@@ -261,5 +261,5 @@ class Trial:
                 json.dumps({"text": f"Row {index} of a user's own text. " * (1 + index % 3)}) for index in range(9)
             ]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        self.shards.wait()
+        self.shards.barrier()
         return str(path)

@@ -42,7 +42,7 @@ class Measure:
     def __call__(
         self, weights: Mapping[str, Tensor], *, charge: Callable[..., None] = lambda **costs: None
     ) -> dict[str, float]:
-        return self.shards.said_by_first(self._score(weights, charge) if self.shards.first else None)
+        return self.shards.broadcast(self._score(weights, charge) if self.shards.first else None)
 
     @torch.no_grad()
     def _score(self, final: Mapping[str, Tensor], charge: Callable[..., None]) -> dict[str, float]:

@@ -90,9 +90,9 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     key = store_key(study, model, method, seed, where)
     store = study.paths.local / "prepared" / key
     whole = shards.first and _whole(store)
-    if shards.said_by_first(whole):
+    if shards.broadcast(whole):
         return store, True
-    fresh = store.with_name(f"{store.name}.{shards.said_by_first(uuid.uuid4().hex[:8])}")
+    fresh = store.with_name(f"{store.name}.{shards.broadcast(uuid.uuid4().hex[:8])}")
     if shards.first:
         shutil.rmtree(store, ignore_errors=True)
         need_room(
@@ -106,7 +106,7 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
         write_json(fresh / "manifest.json", {"sha256": folder_sha256(fresh / "out")})
         os.replace(fresh, store)  # whole or not at all
         shutil.rmtree(study.paths.resume / "prepare" / key, ignore_errors=True)
-    shards.wait()
+    shards.barrier()
     return store, False
 
 

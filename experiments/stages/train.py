@@ -57,7 +57,7 @@ def _train(study, cell) -> None:
     measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=shards)
     identity = _identity(study, cell, info=info, where=where, computing=computing)
     store = store_of(study, cell)
-    reused = shards.said_by_first(shards.first and store is not None and trained.is_kept(store, identity=identity))
+    reused = shards.broadcast(shards.first and store is not None and trained.is_kept(store, identity=identity))
     if shards.first:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)

@@ -43,9 +43,8 @@ class FitResult:
     tokens: int = 0  # non-padding input tokens of the training rows
     # executed in matrix products on these rows, recomputation left out; None: not known of this architecture
     flops: float | None = 0.0
-    added: dict[str, dict[str, float | None]] = field(
-        default_factory=dict
-    )  # by each part: tokens, flops, seconds, bytes
+    # by part: tokens, flops, seconds and bytes
+    added: dict[str, dict[str, float | None]] = field(default_factory=dict)
     steps: int = 0
     resumed: int = 0  # steps that an interrupted run had already done
     seconds: float = 0.0  # inside the loop, without probes and checkpoints
@@ -81,8 +80,8 @@ def fit(
     `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key; `general` is general text for
     parts with the capability "general"; parts that encode or sample text use `tokenizer`. The model computes in
     `compute_dtype`, by default its own. With `shards` active the model, on the CPU or on `device`, is shared among the
-    processes; every process gives the same arguments. `resume` is where an interrupted run is gone on from, bit for
-    bit. `probe` is called outside timed training and must leave random state and mode as they were.
+    processes; every process gives the same arguments. `resume` keeps the checkpoints from which an interrupted run
+    continues, bit for bit. `probe` is called outside timed training and must leave random state and mode as they were.
     Raises TrainingFailed where the loss is not finite.
     """
     device = torch.device(device)
@@ -127,11 +126,7 @@ def fit(
         epoch=max(1, epoch),
         charge=method.charge,
     )
-    run.reference = services.Reference(bare=bare, run=run, trained=trained, flops=flops)
-    offered = services.Services(
-        run=run, trained=trained, reference=run.reference, flops=flops, size=settings.micro_batch, tokenizer=tokenizer
-    )
-    run.score, run.sample, run.encode = offered.score, offered.sample, offered.encode
+    services.offer(run, bare=bare, trained=trained, flops=flops, prompts=settings.micro_batch, tokenizer=tokenizer)
 
     started = time.perf_counter()
     method.begin(run, examples, general)
@@ -148,9 +143,7 @@ def fit(
         seconds_begin=seconds_begin,
         peak_flops=peak and peak * shards.world,
     )
-    probe_steps = (
-        {round(i * steps / settings.probes) for i in range(settings.probes)} if settings.probes and probe else set()
-    )
+    probe_steps = {round(i * steps / settings.probes) for i in range(settings.probes)} if probe else set()
 
     with progress(total=steps, desc=name, unit="step", disable=not shards.first) as bar:
         log = Log(
@@ -170,7 +163,7 @@ def fit(
                 result.resumed = interruption.restore()
                 method.added = log.added
             bar.update(result.resumed)
-        trained.push()
+        trained.update_model()
         order: list[list[int]] = []  # of the epoch, once it is known
         for step in range(result.resumed, steps):
             if step in probe_steps:
@@ -191,7 +184,7 @@ def fit(
             log.step(
                 {"step": step + 1, "learning_rate": rate},
                 tokens=sum(lengths),
-                read=_step(run, method, trained, optimizer, settings, wanted, step, flops),
+                read=_step(run, method, trained, optimizer, settings, wanted, step),
                 flops=flops.step(lengths=lengths, labelled=hooks.labelled(own)),
             )
             if resume is not None and step + 1 < steps and resume.due():
@@ -207,23 +200,19 @@ def fit(
     return result
 
 
-def _step(run, method, trained, optimizer, settings, rows, step, flops) -> dict[str, Tensor | float]:
+def _step(run, method, trained, optimizer, settings, rows, step) -> dict[str, Tensor | float]:
     """One optimizer step; returns loss (nats a labelled token), penalty and gradient norm, on the device."""
     asked = max(1, hooks.labelled(rows))
     pieces = [
-        (_changed(run, method, batch, counts), counts) for batch, counts in batches.shared(rows, run.shards, settings)
+        (method.batch(run, batch, counted=bool(counts)), counts)
+        for batch, counts in batches.shared(rows, run.shards, settings)
     ]
     random = random_state(run.device) if method.having("second_gradient") else None
     total = _gradient(run, method, trained, pieces, asked)
-    if random and (offsets := method.offsets(run, step)):
-        set_random_state(random, run.device)
+    if random and (offsets := method.offsets(run, rows, step)):
+        set_random_state(random, run.device)  # the same dropout
         with update.moved(run, trained, offsets):
             _gradient(run, method, trained, pieces, asked)
-        if run.shards.first:
-            lengths = [len(row["input_ids"]) for row in rows]
-            (part,) = method.having("second_gradient")
-            cost = flops.step(lengths=lengths, labelled=asked)
-            method.charge(part=part.key, tokens=sum(lengths), flops=cost)
     needed = any("needs_gradient" in part.capabilities for part in method.parts)
     gradient = {n: w.grad.clone() for n, w in run.weights.items()} if needed else None
     with torch.no_grad():
@@ -231,19 +220,12 @@ def _step(run, method, trained, optimizer, settings, rows, step, flops) -> dict[
         with update.unmoved(run, method.frozen()):
             norm = update.clip(run, settings.clip)
             optimizer.step()
-        trained.push()
+        trained.update_model()
         for part in method.having("after_step"):
             method.call(part, "after_step", run=run, step=step, gradient=gradient)
         if method.having("after_step"):  # which may have changed the weights
-            trained.push()
+            trained.update_model()
     return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}
-
-
-def _changed(run: Run, method: Hooks, batch: batches.Example, counts: int) -> batches.Example:
-    method.counted = bool(counts)
-    batch = method.batch(run, batch)
-    method.counted = True
-    return batch
 
 
 def _gradient(run: Run, method: Hooks, trained, pieces: Sequence[tuple[batches.Example, int]], asked: int) -> Tensor:
@@ -262,7 +244,7 @@ def _gradient(run: Run, method: Hooks, trained, pieces: Sequence[tuple[batches.E
         (loss * (counts * run.shards.world / asked)).backward()  # reduction over processes takes the mean
     method.counted = True
     trained.complete()
-    if method.having("batch") and (labelled := sum(run.shards.gathered(count))) not in (0, asked):
+    if method.having("batch") and (labelled := sum(run.shards.all_gather(count))) not in (0, asked):
         torch._foreach_mul_([weight.grad for weight in run.weights.values()], asked / labelled)
         total *= asked / labelled
     return total
@@ -307,8 +289,5 @@ def finish(
     method = Hooks(parts, {}, flops=Flops(run.model), shards=run.shards)
     run.charge = method.charge
     final = method.finish(run, parts, final, measure)
-    return (
-        final,
-        {part.key: hooks.report(part, run=run, state=method.states[part.key]) for part in parts},
-        method.total(),
-    )
+    reports = {part.key: hooks.report(part, run=run, state=method.states[part.key]) for part in parts}
+    return final, reports, method.total()

@@ -72,7 +72,7 @@ class Hooks:
 
     def total(self) -> dict[str, dict[str, float | None]]:
         """What each part has cost in all processes together; the seconds are the first one's."""
-        everywhere = self._shards.gathered(self.added)
+        everywhere = self._shards.all_gather(self.added)
         found = {}
         for key in self.added:
             each = [added[key] for added in everywhere if key in added]
@@ -127,8 +127,9 @@ class Hooks:
             ]
         return rows
 
-    def batch(self, run: Run, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def batch(self, run: Run, batch: dict[str, Tensor], *, counted: bool) -> dict[str, Tensor]:
         """The micro-batch as the parts' `batch` changes it; tokens that it adds are charged to the part."""
+        self.counted = counted
         for part in self.having("batch"):
             lengths, count = lengths_of(batch), labelled_in(batch)
             before = batch
@@ -140,6 +141,7 @@ class Hooks:
                 )
                 flops = None if cost is None else cost - cost_before
                 self.charge(part=part.key, tokens=sum(after) - sum(lengths), flops=flops)
+        self.counted = True
         return batch
 
     def weigh(self, run: Run, batch: dict[str, Tensor], statistics: TokenStatistics) -> Tensor | None:
@@ -175,10 +177,19 @@ class Hooks:
         return penalty
 
     @torch.no_grad()
-    def offsets(self, run: Run, step: int) -> Mapping[str, Tensor] | None:
-        """Where a part wants a second gradient, from the weights."""
-        for part in self.having("second_gradient"):
-            return self.call(part, "second_gradient", run=run, step=step)
+    def offsets(self, run: Run, rows: Sequence[Row], step: int) -> Mapping[str, Tensor] | None:
+        """Where a part wants a second gradient, as offsets from the weights; the part is charged for it."""
+        asking = self.having("second_gradient")
+        if len(asking) > 1:
+            keys = " and ".join(part.key for part in asking)
+            raise UserError(f"{keys} cannot be combined: each takes the step's gradient at other weights; keep one")
+        for part in asking:
+            offsets = self.call(part, "second_gradient", run=run, step=step)
+            if offsets and self._shards.first:
+                lengths = [len(row["input_ids"]) for row in rows]
+                flops = self._flops.step(lengths=lengths, labelled=labelled(rows))
+                self.charge(part=part.key, tokens=sum(lengths), flops=flops)
+            return offsets
         return None
 
     def finish(

@@ -14,9 +14,9 @@ from methods.tools.architecture import base_name
 
 
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Cast a model that was loaded in another dtype than the one it is to compute in.
+    """Cast a model to the dtype it computes in.
 
-    What transformers keeps in a dtype of its own stays there: buffers, and parameters that differ from the first one.
+    What transformers keeps in a dtype of its own stays in it: buffers, and parameters whose dtype is not the first one's.
     """
     loaded = next(model.parameters()).dtype
     for parameter in model.parameters():
@@ -27,8 +27,9 @@ def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
 class MasterWeights:
     """The trained tensors of `model`, by parameter name, in `weights`: leaf tensors with `.grad`.
 
-    A master begins as the base's own number, which a module in fewer bits may not hold. Bytes a weight in bf16: 2 for
-    the module, 4 for the master, 4 for its gradient; a gradient in bf16 lives for one tensor at a time.
+    A master starts as the base's own value, which a module in fewer bits may not be able to represent. In bf16 a weight
+    takes 2 bytes in the module, 4 in the master and 4 for the master's gradient; a gradient in bf16 exists for one tensor
+    at a time.
     """
 
     def __init__(self, model: nn.Module, *, base: Mapping[str, Tensor]):
@@ -42,7 +43,7 @@ class MasterWeights:
         }
         self.shapes = {name: p.shape for name, p in trained.items()}
         self._copies = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
-        self._reached: set[int] = set()  # masters that have a gradient of this step in the buffer that is kept for them
+        self._reached: set[int] = set()  # masters whose buffer holds a gradient of this step
         self._hooks = [
             parameter.register_post_accumulate_grad_hook(self._adder(master)) for parameter, master in self._copies
         ]
@@ -69,7 +70,7 @@ class MasterWeights:
         return add
 
     def _reacher(self, master: Tensor) -> Callable[[Tensor], None]:
-        """A hook for a loss that is of the master itself: autograd adds to what is in the buffer, which may be of the last step."""
+        """A hook for a loss of the master itself: autograd would add to the last step's gradient in the buffer."""
 
         def reach(gradient: Tensor) -> None:
             if id(master) not in self._reached:
@@ -80,7 +81,7 @@ class MasterWeights:
 
     @torch.no_grad()
     def complete(self) -> None:
-        """Give a zero gradient to tensors the step did not reach, so that every hook finds one."""
+        """Give tensors that the step did not reach a gradient of zero, so that every hook can read one."""
         for master in self.weights.values():
             if master.grad is None:
                 master.grad = torch.zeros_like(master)
@@ -90,8 +91,8 @@ class MasterWeights:
                 self._reached.add(id(master))
 
     @torch.no_grad()
-    def push(self) -> None:
-        """Round the masters once into the module's own dtype."""
+    def update_model(self) -> None:
+        """Copy the masters into the module, rounded once to its own dtype."""
         for parameter, master in self._copies:
             parameter.copy_(master)
 
@@ -99,11 +100,12 @@ class MasterWeights:
         self._reached.clear()
         copied = {id(master) for _, master in self._copies}
         for weight in self.weights.values():
-            # on the CPU new memory costs a page fault for every page, at every step; a GPU's room is for activations meanwhile
+            # On the CPU a new buffer costs a page fault per page at every step, so it is kept; a GPU needs the memory for
+            # activations.
             if weight.is_cuda or id(weight) not in copied:
                 weight.grad = None
 
     def release(self) -> None:
-        """Leave the model as it came, but for its weights."""
+        """Leave the model as it was given, except for its weights."""
         for hook in self._hooks:
             hook.remove()

@@ -68,7 +68,7 @@ class Resume:
         used, refused = None, []
         while used is None and (path := self._from_first(self._next, len(refused))):
             checkpoint, reason = self._opened(path, into)
-            if reason := next(filter(None, self._shards.gathered(reason)), None):
+            if reason := next(filter(None, self._shards.all_gather(reason)), None):
                 refused.append((path, reason))
             else:
                 used = checkpoint
@@ -90,11 +90,11 @@ class Resume:
         """
         kinds = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in tensors.items()}
         facts = json.dumps({"position": position, "tensors": kinds}).encode()
-        needs = self._shards.gathered((sum(t.nbytes for t in tensors.values()) + 2 * len(facts), problem))
+        needs = self._shards.all_gather((sum(t.nbytes for t in tensors.values()) + 2 * len(facts), problem))
         problem = next((problem for _, problem in needs if problem), None)
         unfinished = self._from_first(self._make_folder, sum(size for size, _ in needs), problem)
         if unfinished:
-            outcomes = self._shards.gathered(self._write(unfinished, tensors, facts))
+            outcomes = self._shards.all_gather(self._write(unfinished, tensors, facts))
             self._from_first(self._finish, unfinished, outcomes)
         self._last = monotonic()
 
@@ -191,7 +191,7 @@ class Resume:
 
     def _from_first(self, compute, *arguments):
         """What the first process computes, in every process."""
-        return self._shards.gathered(compute(*arguments) if self._shards.first else None)[0]
+        return self._shards.all_gather(compute(*arguments) if self._shards.first else None)[0]
 
 
 class Checkpoint:

@@ -105,7 +105,7 @@ class Reference:
             if (base := run.base.get(architecture.base_name(name))) is not None:
                 own = tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
                 differ += not torch.equal(own, run.shards.local(base).to(own))
-        return not sum(run.shards.gathered(differ))
+        return not sum(run.shards.all_gather(differ))
 
     @cached_property
     def _copy(self) -> Callable[..., Any]:
@@ -145,18 +145,22 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def offer(run: Run, *, bare: nn.Module, trained: Any, flops: Flops, prompts: int, tokenizer: Any) -> None:
+    """Give a run its services; `prompts` of them are continued together."""
+    run.reference = Reference(bare=bare, run=run, trained=trained, flops=flops)
+    services = Services(run=run, trained=trained, flops=flops, size=prompts, tokenizer=tokenizer)
+    run.score, run.sample, run.encode = services.score, services.sample, services.encode
+
+
 class Services:
     """`score`, `sample` and `encode` of `methods.part.Run`, on the trained model or on the base."""
 
-    def __init__(
-        self, *, run: Run, trained: Any, reference: Reference, flops: Flops, size: int, tokenizer: Any
-    ) -> None:
-        self._run, self._trained, self._reference, self._flops = run, trained, reference, flops
-        self._size, self._tokenizer = size, tokenizer
+    def __init__(self, *, run: Run, trained: Any, flops: Flops, size: int, tokenizer: Any) -> None:
+        self._run, self._trained, self._flops, self._size, self._tokenizer = run, trained, flops, size, tokenizer
 
     def compute(self, base: bool, function: Callable[[nn.Module], Any]) -> Any:
         if base:
-            return self._reference.compute(function)
+            return self._run.reference.compute(function)
         with torch.no_grad(), evaluating(self._run.model):
             return self._trained.compute(function)
 
@@ -279,7 +283,7 @@ def _shared(count: int, size: int, shards: Shards) -> Iterator[tuple[list[int], 
 
 def _collected(found: Mapping[int, Any], shards: Shards) -> list:
     """What all processes have found, in the order of the indices."""
-    together = {index: value for each in shards.gathered(dict(found)) for index, value in each.items()}
+    together = {index: value for each in shards.all_gather(dict(found)) for index, value in each.items()}
     return [together[index] for index in sorted(together)]
 
 

@@ -14,10 +14,10 @@ from methods.tools.process_group import Shards
 
 
 class _Root(nn.Module):
-    """What fully_shard takes for the whole model: whatever is computed inside its forward finds the weights it needs.
+    """The root module of fully_shard: everything computed inside its forward has the weights it needs.
 
-    The forward takes no arguments. fully_shard copies, casts and moves every tensor that it finds in them, at any depth,
-    and what is computed may hold the whole run: the function stands in `function` for the time of one call.
+    The forward takes no arguments, because fully_shard copies, casts and moves every tensor it finds in them, at any
+    depth, and a part's hooks are given the whole run. The function to compute is in `function` during a call instead.
     """
 
     def __init__(self, model: nn.Module):
@@ -30,7 +30,7 @@ class _Root(nn.Module):
 
 
 def _kept_apart(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """The outermost modules whose parameters are all in one dtype, which is not `dtype`; each with its own."""
+    """The outermost modules whose parameters all have one dtype other than `dtype`, each with that dtype."""
     found = {p.dtype for p in module.parameters()}
     if len(found) > 1:
         for child in module.children():
@@ -102,7 +102,7 @@ class ShardedWeights:
 
     @torch.no_grad()
     def complete(self) -> None:
-        """Put each row's gradient to the row. Raises UserError where a loss was of the rows themselves."""
+        """Give each row its gradient. Raises UserError where a loss was computed of the rows themselves."""
         for name, weight in self.weights.items():
             if weight.grad is not None:
                 raise UserError(
@@ -112,8 +112,8 @@ class ShardedWeights:
             gradient = self._parameters[name].grad
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient.to_local()
 
-    def push(self) -> None:
-        """The weights are the shards themselves."""
+    def update_model(self) -> None:
+        """Nothing to do: the weights are the shards themselves."""
 
     def zero(self) -> None:
         for name, weight in self.weights.items():

@@ -21,12 +21,12 @@ def moved(run: Run, trained, offsets: Mapping[str, Tensor]) -> Iterator[None]:
         kept = {name: run.weights[name].detach().clone() for name in offsets}
         for name, offset in offsets.items():
             run.weights[name].add_(offset)
-        trained.push()
+        trained.update_model()
     yield
     with torch.no_grad():
         for name, weight in kept.items():
             run.weights[name].copy_(weight)
-        trained.push()
+        trained.update_model()
 
 
 @contextmanager

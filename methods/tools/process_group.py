@@ -1,8 +1,8 @@
-"""Several processes as one run: who holds which rows, and sums over all of them.
+"""Several processes as one run: which rows each holds, and collective operations over all of them.
 
-Every tensor is cut along its first dimension as torch.chunk would cut it, which is how fully_shard lays parameters
-out; a process holds one contiguous piece of each, possibly an empty one. `Shards()` is a run of one process, and all
-of this is then nothing.
+Every tensor is cut along its first dimension as torch.chunk would cut it, which is how fully_shard lays out parameters.
+A process holds one contiguous piece of each tensor, possibly an empty one. `Shards()` is a run of one process, where
+every operation returns what it is given.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Shards:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """Whether this is the process that writes files and prints."""
         return self.rank == 0
 
     def rows(self, count: int) -> slice:
@@ -34,11 +34,11 @@ class Shards:
         return slice(min(count, self.rank * size), min(count, (self.rank + 1) * size))
 
     def local(self, tensor: Tensor) -> Tensor:
-        """This process's rows of a whole tensor; a 0-dim tensor is held by all."""
+        """This process's rows of a whole tensor; every process holds a 0-dim tensor."""
         return tensor if self.world == 1 or tensor.dim() == 0 else tensor[self.rows(len(tensor))]
 
     def whole(self, local: Tensor, shape: torch.Size) -> Tensor:
-        """The whole tensor of `shape` from every process's rows of it; all must ask."""
+        """The whole tensor of `shape` from every process's rows of it; every process must call it."""
         if self.world == 1 or not shape:
             return local
         size = -(-shape[0] // self.world)
@@ -54,20 +54,20 @@ class Shards:
             dist.all_reduce(tensor)
         return tensor
 
-    def wait(self) -> None:
-        """Until all processes are here."""
+    def barrier(self) -> None:
+        """Wait until every process has called it."""
         if self.world > 1:
             dist.barrier()
 
-    def gathered(self, value: Any) -> list:
-        """Every process's `value`, in order of rank."""
+    def all_gather(self, value: Any) -> list:
+        """Every process's `value`, in the order of the ranks."""
         values = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
-    def said_by_first(self, value: Any) -> Any:
-        """The first process's `value`, on all."""
+    def broadcast(self, value: Any) -> Any:
+        """The first process's `value`, on every process."""
         if self.world == 1:
             return value
         box = [value]
