@@ -1,7 +1,7 @@
-"""prepare: what a method computes before it sees the domain (importance, a start), timed and weighed.
+"""prepare: what a method computes before it sees the domain, such as importance or a start, with its costs.
 
-Preparations with equal settings are computed once a model and kept in a local store by the hash of all they
-depend on: another seed, another domain or another strength reuses them, and the record says so.
+A preparation is computed once for a model and kept in a local store, by the hash of everything that it depends on.
+Cells with another seed, domain or strength reuse it, and their records say so.
 """
 
 import os
@@ -37,7 +37,7 @@ from methods.tools.importance import totals
 from methods.tools.process_group import Shards
 from methods.tools.stored import load_importance, save_importance
 
-GENERAL = "general.jsonl"  # a copy for parts that read general text while they train
+GENERAL = "general.jsonl"  # a copy of general text, for parts that read it while they train
 
 
 def main(study, *, model: str, method: str, seed: int, cell) -> None:
@@ -78,13 +78,13 @@ def _prepare(study, model: str, method: str, seed: int) -> None:
 
 
 def _copy_general(study, method: str, out: Path) -> None:
-    """Put general text beside what is prepared for parts that read it in training, which then depends on it."""
+    """Copy general text beside the preparation where a part reads it in training, which then depends on it."""
     if any("general" in part.capabilities for part in study.methods[method].parts):
         shutil.copyfile(study.paths.data / "general" / "importance.jsonl", out / GENERAL)
 
 
 def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
-    """The store's folder with this preparation in `out/`, computed unless it is there; and whether it was."""
+    """The store's folder with this preparation in `out/`, and whether it was there before. It is computed otherwise."""
     where = hardware.device(study.device)
     shards = processes.join(where)
     key = store_key(study, model, method, seed, where)
@@ -104,17 +104,17 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     if shards.first:
         write_json(fresh / "costs.json", costs)
         write_json(fresh / "manifest.json", {"sha256": folder_sha256(fresh / "out")})
-        os.replace(fresh, store)  # whole or not at all
+        os.replace(fresh, store)  # complete, or not there at all
         shutil.rmtree(study.paths.resume / "prepare" / key, ignore_errors=True)
     shards.barrier()
     return store, False
 
 
 def store_key(study, model: str, method: str, seed: int, where: torch.device) -> str:
-    """Hash of everything the preparation depends on; the seed only where it draws.
+    """The hash of everything that the preparation depends on.
 
-    The settings that `resolve` writes, the base's weights, its config and tokenizer, the general text, what is computed on
-    and in, and the versions of what computes.
+    That is: the settings that `resolve` writes; the base's weights, config and tokenizer; general text; device and
+    compute dtype; versions of libraries; and the seed, where the preparation draws random numbers.
     """
     folder = study.paths.model(model)
     info = read_json(folder / "base.json", "sha256", "dtype")
@@ -192,8 +192,8 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         name, prepared = made.part.key, made.prepared
         if prepared.importance and not any(totals(values)[0] for values in prepared.importance.values()):
             raise UserError(
-                f"methods.{method}.{name}: the importance of every weight came out as 0, so that nothing would be held: "
-                "the general text gives no gradient; look at `general`, and at the numbers of the base model"
+                f"methods.{method}.{name}: the importance of every weight came out as 0, so that nothing would be "
+                "held: the general text gives no gradient; look at `general`, and at the numbers of the base model"
             )
         notes[name] = notes.get(name, {}) | prepared.notes
         costs = {"tokens": prepared.tokens, "flops": made.flops, "seconds": made.seconds}
@@ -235,7 +235,7 @@ def _write(out: Path, name: str, prepared: Prepared) -> None:
 
 
 def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]:
-    """General text as examples: one document each, every token labelled; whole, or cut at `length` tokens."""
+    """General text as examples, one for each document with every token labelled, cut at `length` tokens if given."""
     examples = []
     for row in read_jsonl(path):
         ids = torch.tensor(encode_text(tokenizer, row["text"])[:length])
@@ -244,20 +244,21 @@ def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]
 
 
 def _learnable(examples: list[dict], *, speak: bool) -> list[dict]:
-    """The documents in which there is a token to predict: one of a single token has no gradient, and would count all the same."""
-    found = [example for example in examples if (example["labels"][1:] != -100).any()]
-    if not found:
+    """The documents with a token to predict. One of a single token has no gradient, but would count in every mean."""
+    learnable = [example for example in examples if (example["labels"][1:] != -100).any()]
+    if not learnable:
         refuse_documents_without_a_label(1, count=len(examples))
-    if speak and len(found) < len(examples):
+    if speak and (left_out := len(examples) - len(learnable)):
         print(
-            f"general: {len(examples) - len(found)} of {len(examples)} documents are a single token with nothing to predict: they are left out",
+            f"general: {left_out} of {len(examples)} documents are a single token with nothing to predict: "
+            "they are left out",
             flush=True,
         )
-    return found
+    return learnable
 
 
 def load_states(folder: Path, parts) -> dict[str, dict]:
-    """What `prepare` left for each part: {key: {"importance": {...}, "start": {...}, ...}} as far as present."""
+    """What was prepared for each part: {key: {"notes": {...}, "importance": {...}, ...}}, with the kinds that exist."""
     states: dict[str, dict] = {}
     for part in parts:
         states[part.key] = {"notes": read_json(folder / "prepared.json").get(part.key, {})}
@@ -269,12 +270,12 @@ def load_states(folder: Path, parts) -> dict[str, dict]:
 
 
 def load_general(path: Path, tokenizer) -> list[dict]:
-    """General text for parts that read it in training, encoded as for `prepare`; none where there is no such file."""
+    """General text for parts that read it in training, encoded as for `prepare`; empty without such a file."""
     return _learnable(encoded_text(path, tokenizer), speak=False) if path.is_file() else []
 
 
 def _whole(store: Path) -> bool:
-    """Whether the store's folder is there as it was written; what is damaged is prepared again."""
+    """Whether the store's folder is as it was written; a damaged preparation is computed again."""
     try:
         return read_json(store / "manifest.json", "sha256")["sha256"] == folder_sha256(store / "out")
     except UserError:

@@ -238,8 +238,10 @@ def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list
     """Training examples of at most `length` tokens: context and gold choice, with labels on the choice alone.
 
     A context that is too long loses its beginning. A row whose answer leaves no room for a token of its prompt is left
-    out, because it would teach the rest of an answer to no question. Raises UserError where that is more than one row in
-    ten, which means that `length` is wrong, and for an answer without a token. `where` is the block that states `length`.
+    out, because it would teach the rest of an answer to no question. Raises UserError where that is more than one row
+    in ten, which means that `length` is wrong, and for an answer without a token.
+
+    where   the block that states `length`
     """
     examples, cut, long, domain = [], 0, [], f"domain {path.parent.name}"
     for row in read_jsonl(path):
@@ -268,8 +270,8 @@ def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list
             print(f"{told}. They are left out", flush=True)
     if cut and processes.first():
         print(
-            f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their prompts lose "
-            "the beginning",
+            f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their "
+            "prompts lose the beginning",
             flush=True,
         )
     return examples

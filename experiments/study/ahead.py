@@ -57,7 +57,8 @@ def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) 
     or prepare from documents in which there is nothing to predict."""
     general = data / "general" / "importance.jsonl"
     documents = longest_document(general, tokenizer) if general.is_file() else 0
-    if documents and any(part.preparation() for method in study.grid.methods for part in study.methods[method].parts):
+    parts = [part for method in study.grid.methods for part in study.methods[method].parts]
+    if documents and any(part.preparation() or "general" in part.capabilities for part in parts):
         refuse_documents_without_a_label(documents, count=study.general.importance)
     if shape.positions is None:
         return

@@ -46,7 +46,7 @@ class Replayed(Part):
 
     share: float = 0.25
 
-    def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None):
+    def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None, sample=None):
         longest = max(general, key=lambda example: len(example["input_ids"]))
         return Prepared(carry={"text": longest["input_ids"]}, tokens=sum(len(e["input_ids"]) for e in general))
 
