@@ -58,6 +58,7 @@ COMMANDS = {
     "pipeline": "rewrite dvc.yaml for the study's grid",
     "summary": "print the comparison, how each cell came to its scores, and where to look next",
     "clean-cells": "free the weights of finished cells; their results stay",
+    "schema": "write params.schema.json, from which an editor completes params.yaml; needs no study",
     "check": "whether a part, built in or of another package, keeps the laws that hold for all of them; needs no study",
     "relock": "after a change of form: rewrite the locks of the default study's finished cells, where goldens and settings are equal",
     "gpu-check": "what holds and what it costs on this machine's GPU, with random weights; needs no study",
@@ -136,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
             gpu_check.add_options(command)
         elif name == "bench":
             bench.add_options(command)
-        elif name not in ("check", "relock"):
+        elif name not in ("check", "relock", "schema"):
             _study(command)
     for name, (text, needs) in STAGES.items():
         command = sub.add_parser(name, help=f"stage: {text}", description=text)
@@ -160,6 +161,11 @@ def run(options: argparse.Namespace) -> int:
     environment.at_root()
     if options.command == "bench":
         return bench.main(options)
+    if options.command == "schema":
+        from experiments.commands import schema
+
+        schema.main()
+        return 0
     if options.command == "check":
         from experiments.commands import check
 

@@ -14,7 +14,7 @@ from typing import Any
 import methods
 from methods.errors import UserError
 from methods.part import REGISTERED, Part, in_order
-from methods.settings import check_block, declared, refuse
+from methods.settings import declared, refuse
 from methods.tools.names import unknown
 
 
@@ -68,7 +68,12 @@ def build(block: Mapping[str, Any] | None, *, where: str = "") -> tuple[Part, ..
     for key, settings in sorted((block or {}).items()):
         path = f"{where}.{key}" if where else key
         refuse(settings, dict | None, where=path)
-        check_block(known[key], settings or {}, where=path)
+        names = [field.name for field in declared(known[key])]
+        for name in settings or {}:
+            if name in known[key].removed:
+                raise UserError(f"{path}.{name} no longer exists: {known[key].removed[name]}")
+            if name not in names:
+                raise unknown("setting", name, names, where=path)
         try:
             built.append(known[key](**(settings or {})))
         except UserError as error:  # what a part itself refuses begins with its key

@@ -5,11 +5,9 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from methods.errors import UserError
-from methods.tools.names import unknown
 
 PHASES = ("prepare", "train")
 
@@ -52,18 +50,6 @@ def check(part: Any, key: str) -> None:
         if _number(value) and float in _options(kind):
             value = float(value)
         object.__setattr__(part, field.name, value)
-
-
-def check_block(part: type, block: Mapping[str, Any], *, where: str) -> None:
-    """The same for settings as a block writes them, before anything is built: what is wrong is named with its whole path."""
-    fields = {field.name: field for field in declared(part)}
-    kinds = _kinds(part)
-    for name, value in block.items():
-        if name in part.removed:
-            raise UserError(f"{where}.{name} no longer exists: {part.removed[name]}")
-        if name not in fields:
-            raise unknown("setting", name, fields, where=where)
-        refuse(value, kinds[name], within=fields[name].metadata["within"], where=f"{where}.{name}")
 
 
 def refuse(value: Any, kind: Any, *, within: str = "", where: str) -> None:

@@ -3,15 +3,16 @@
 `python -m experiments schema` writes them as JSON Schema to params.schema.json, from which an editor completes keys.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WrapValidator, create_model, model_validator
 
 from experiments.training.settings import TrainSettings
-from methods import registry
+from methods.part import Part
 from methods.settings import declared, described
 from methods.tools.names import LONGEST, NAME
 
@@ -79,9 +80,11 @@ def settings_block(kind: type, *, name: str, without: tuple[str, ...] = ()) -> t
     kinds, keys = get_type_hints(kind), {}
     for field in declared(kind):
         if field.name not in without:
-            within, help, default = (field.metadata[entry] for entry in ("within", "help", "default"))
-            form = Form(described(kinds[field.name], within))
-            keys[field.name] = (Annotated[kinds[field.name], Field(**bounds(within)), form], key(help, default))
+            type_, within = kinds[field.name], field.metadata["within"]
+            options = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
+            bounded = [Annotated[o, Field(**bounds(within))] if o in (int, float) else o for o in options]
+            settings = Annotated[Union[tuple(bounded)], Form(described(type_, within))]  # noqa: UP007 (made at run time)
+            keys[field.name] = (settings, key(field.metadata["help"], field.metadata["default"]))
     return create_model(name, __base__=Block, __doc__=None, **keys)
 
 
@@ -300,11 +303,11 @@ class Params(Block):
 MethodTrain = settings_block(TrainSettings, name="MethodTrain", without=("moments",))
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON Schema of params.yaml, with the settings of every part that is installed."""
-    parts: Any = {
-        name: (settings_block(part, name=part.title), key(f"{part.line} {part.paper}".rstrip(), None))
-        for name, part in registry.parts().items()
+def json_schema(parts: Mapping[str, type[Part]]) -> dict[str, Any]:
+    """The JSON Schema of params.yaml, with the settings of these parts."""
+    blocks: Any = {
+        name: (settings_block(part, name=part.__name__), key(f"{part.line} {part.paper}".rstrip(), None))
+        for name, part in parts.items()
     }
     method: Any = create_model(
         "Method",
@@ -315,7 +318,7 @@ def json_schema() -> dict[str, Any]:
             MethodTrain,
             key("Training settings for this method; precedence train < domain < model < method.", None),
         ),
-        **parts,
+        **blocks,
     )
     params = create_model("Params", __base__=Params, methods=(dict[Name, method], Params.model_fields["methods"]))
     return {"$schema": DIALECT} | _plain(params.model_json_schema())

@@ -14,27 +14,35 @@ NUMERICS = 3  # raise when trained weights change by more than rounding; the gol
 class TrainSettings:
     """Settings of the loop; one block for the domain phase, reused by parts that train in `prepare`."""
 
-    learning_rate: float = setting(5.0e-4, within="(0, inf)")  # peak
-    schedule: Literal["linear", "cosine", "constant"] = setting("linear")  # after the warm-up
-    warmup: float = setting(0.0, within="[0, 1)")  # share of the steps
-    epochs: float = setting(1.0, within="(0, inf)")
-    batch: int = setting(8, within="[1, inf)")  # examples an optimizer step
-    micro_batch: int = setting(8, within="[1, inf)")  # examples a forward pass; the rest is accumulated
-    length: int = setting(256, within="[2, inf)")  # tokens; longer examples lose their beginning
-    weight_decay: float = setting(0.0, within="[0, inf)")
-    beta1: float = setting(0.9, within="[0, 1)")
-    beta2: float = setting(0.999, within="[0, 1)")
-    eps: float = setting(1.0e-8, within="(0, inf)")
-    clip: float = setting(1.0, within="[0, inf)")  # largest gradient norm, penalties included; 0 is no clipping
-    # tokens of a row of several examples, a forward pass each, in place of padded micro-batches; 0: none
-    pack: int = setting(0, within="[0, inf)")
-    # Adam's m and v: float32, or bfloat16 with stochastic rounding, 4 bytes a weight less
-    moments: Literal["float32", "bfloat16"] = setting("float32")
-    checkpointing: bool = setting(False)  # recompute activations in backward: less memory, a third more time
-    compile: bool = setting(False)  # torch.compile of each block: minutes at the start, faster steps on a GPU
-    # between two checkpoints that an interrupted run goes on from; 0 after every step
-    checkpoint_seconds: float = setting(900.0, within="[0, inf)")
-    probes: int = setting(4, within="[0, inf)")  # times a run is probed while it trains
+    learning_rate: float = setting(5.0e-4, within="(0, inf)", help="peak learning rate")
+    schedule: Literal["linear", "cosine", "constant"] = setting("linear", help="learning rate after the warm-up")
+    warmup: float = setting(0.0, within="[0, 1)", help="share of the steps over which the learning rate rises")
+    epochs: float = setting(1.0, within="(0, inf)", help="passes over the training rows")
+    batch: int = setting(8, within="[1, inf)", help="examples an optimizer step")
+    micro_batch: int = setting(8, within="[1, inf)", help="examples a forward pass; gradients are accumulated")
+    length: int = setting(256, within="[2, inf)", help="tokens of an example; longer ones lose their beginning")
+    weight_decay: float = setting(0.0, within="[0, inf)", help="decoupled weight decay of AdamW")
+    beta1: float = setting(0.9, within="[0, 1)", help="decay of Adam's first moment")
+    beta2: float = setting(0.999, within="[0, 1)", help="decay of Adam's second moment")
+    eps: float = setting(1.0e-8, within="(0, inf)", help="added to the denominator of Adam's step")
+    clip: float = setting(1.0, within="[0, inf)", help="largest gradient norm, penalties included; 0: no clipping")
+    pack: int = setting(
+        0,
+        within="[0, inf)",
+        help="tokens of a row that holds several examples, one row a forward pass, instead of padded micro-batches; "
+        "0: no packing",
+    )
+    moments: Literal["float32", "bfloat16"] = setting(
+        "float32", help="data type of Adam's moments; bfloat16 rounds stochastically and saves 4 bytes a weight"
+    )
+    checkpointing: bool = setting(
+        False, help="recompute activations in the backward pass: less memory, a third more time"
+    )
+    compile: bool = setting(False, help="torch.compile of each block: minutes at the start, then faster steps on a GPU")
+    checkpoint_seconds: float = setting(
+        900.0, within="[0, inf)", help="seconds between two checkpoints of a run; 0: after every step"
+    )
+    probes: int = setting(4, within="[0, inf)", help="number of times a run is probed during training")
 
     def __post_init__(self) -> None:
         check(self, "train")

@@ -1,4 +1,4 @@
-"""Every key of params.yaml with a value of a wrong type and with a wrong value: each is refused by name before anything runs."""
+"""Every key of params.yaml with wrong values: the loader refuses each by name, and the JSON Schema refuses it, too."""
 
 import json
 import re
@@ -11,8 +11,10 @@ import pytest
 from annotated_types import Ge, Gt, Lt
 from pydantic.fields import FieldInfo
 
+from experiments.commands.schema import text
 from experiments.study import config, schema
-from experiments.study.paths import Paths
+from experiments.study.params_text import read_yaml
+from experiments.study.paths import HERE, Paths
 from experiments.study.schema import Block
 from methods import registry
 from methods.errors import UserError
@@ -183,21 +185,7 @@ def test_the_example_has_every_key_and_is_accepted():
     ("path", "field"), EVERY, ids=lambda value: ".".join(value) if isinstance(value, tuple) else ""
 )
 def test_a_wrong_type_and_a_wrong_value_are_named(path, field):
-    options = (field.annotation, *typing.get_args(field.annotation))
-    empty = {typing.get_origin(option) or option for option in options} & {dict, list}
-    empty = empty or field.is_required() or (isinstance(field.annotation, type) and issubclass(field.annotation, Block))
-    kind = str | dict if field.annotation is schema.Jsonl else field.annotation
-    wrong = [value for value in OTHERS if not right(value, kind) and not (value is None and empty)]
-    assert len(wrong) >= 5
-    for bound in field.metadata:
-        wrong += [float("nan")] if isinstance(bound, Ge | Gt | Lt) else []
-        wrong += [bound.ge - 1] if isinstance(bound, Ge) else []
-        wrong += [bound.gt, bound.gt - 1] if isinstance(bound, Gt) else []
-        wrong += [bound.lt, bound.lt + 1] if isinstance(bound, Lt) else []
-        wrong += ["", " "] if getattr(bound, "pattern", None) else []
-    if typing.get_origin(field.annotation) is typing.Literal:
-        wrong += ["", " "]
-    for value in wrong:
+    for value in wrong_values(field):
         with pytest.raises(UserError) as refused:
             build(put(path, value))
         name = re.escape(".".join(path))
@@ -378,3 +366,123 @@ def test_a_method_without_settings_is_plain_fine_tuning_however_it_is_written(no
     raw["methods"]["mine"] = {"ewc": nothing, "train": nothing}
     study = build(raw)
     assert study.methods["plain"].parts == () and [part.key for part in study.methods["mine"].parts] == ["ewc"]
+
+
+def valid(value: Any, schema: dict, root: dict) -> bool:
+    """JSON Schema (draft 2020-12) by its text, for the keywords that the schema uses; another keyword is an error."""
+    kinds = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+
+    def is_a(kind: str) -> bool:
+        if kind in ("integer", "number"):
+            return (
+                isinstance(value, int | float) and not isinstance(value, bool) and (kind == "number" or value % 1 == 0)
+            )
+        return isinstance(value, kinds[kind])
+
+    def within(inner: dict, *values: Any) -> bool:
+        return all(valid(value, inner, root) for value in values)
+
+    number, block = is_a("number"), value if isinstance(value, dict) else {}
+    names = schema.get("properties", {})
+    patterns = schema.get("patternProperties", {})
+    others = [v for k, v in block.items() if k not in names and not any(re.search(p, k) for p in patterns)]
+    checks = {
+        "$ref": lambda ref: within(root["$defs"][ref.removeprefix("#/$defs/")], value),
+        "type": lambda kind: any(map(is_a, [kind] if isinstance(kind, str) else kind)),
+        "enum": lambda choices: value in choices,
+        "const": lambda choice: value == choice,
+        "anyOf": lambda options: any(within(option, value) for option in options),
+        "properties": lambda _: all(within(names[k], v) for k, v in block.items() if k in names),
+        "patternProperties": lambda _: all(
+            within(patterns[p], v) for p in patterns for k, v in block.items() if re.search(p, k)
+        ),
+        "propertyNames": lambda inner: within(inner, *block),
+        "additionalProperties": lambda inner: not others if inner is False else inner is True or within(inner, *others),
+        "required": lambda keys: not isinstance(value, dict) or set(keys) <= set(value),
+        "items": lambda inner: not isinstance(value, list) or within(inner, *value),
+        "minItems": lambda least: not isinstance(value, list) or len(value) >= least,
+        "pattern": lambda pattern: not isinstance(value, str) or re.search(pattern, value) is not None,
+        "maxLength": lambda most: not isinstance(value, str) or len(value) <= most,
+        "minimum": lambda least: not number or value >= least,
+        "exclusiveMinimum": lambda least: not number or value > least,
+        "maximum": lambda most: not number or value <= most,
+        "exclusiveMaximum": lambda most: not number or value < most,
+    }
+    said = schema.keys() - {"$schema", "$defs", "description", "default"}
+    return all(checks[keyword](schema[keyword]) for keyword in said)
+
+
+BUILT_IN = {name: part for name, part in registry.parts().items() if part.__module__.startswith("methods.")}
+JSON_SCHEMA = json.loads((HERE / "params.schema.json").read_text())
+
+
+def accepted(raw: dict) -> bool:
+    return valid(raw, JSON_SCHEMA, JSON_SCHEMA)
+
+
+def test_the_committed_schema_is_of_the_code():
+    """Run `python -m experiments schema` after a change of a key or of a part's settings."""
+    assert (HERE / "params.schema.json").read_text() == text(BUILT_IN)
+
+
+@pytest.mark.parametrize(
+    "params",
+    sorted(HERE.glob("experiments/studies/*/params.yaml")) + [HERE / "params.yaml"],
+    ids=lambda path: path.parent.name,
+)
+def test_every_study_is_valid_and_names_the_schema(params):
+    raw = read_yaml(params)
+    assert accepted(raw)
+    first = params.read_text().splitlines()[0]
+    if "archive" not in raw:
+        assert (params.parent / first.removeprefix("# yaml-language-server: $schema=")).samefile(
+            HERE / "params.schema.json"
+        )
+
+
+def wrong_values(field: FieldInfo) -> list[Any]:
+    """Values of other types, and those at and beyond the bounds."""
+    options = (field.annotation, *typing.get_args(field.annotation))
+    empty = {typing.get_origin(option) or option for option in options} & {dict, list}
+    empty = empty or field.is_required() or (isinstance(field.annotation, type) and issubclass(field.annotation, Block))
+    kind = str | dict if field.annotation is schema.Jsonl else field.annotation
+    wrong = [value for value in OTHERS if not right(value, kind) and not (value is None and empty)]
+    assert len(wrong) >= 5
+    for bound in field.metadata:
+        wrong += [float("nan")] if isinstance(bound, Ge | Gt | Lt) else []
+        wrong += [bound.ge - 1] if isinstance(bound, Ge) else []
+        wrong += [bound.gt, bound.gt - 1] if isinstance(bound, Gt) else []
+        wrong += [bound.lt, bound.lt + 1] if isinstance(bound, Lt) else []
+        wrong += ["", " "] if getattr(bound, "pattern", None) else []
+    if typing.get_origin(field.annotation) is typing.Literal:
+        wrong += ["", " "]
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("path", "field"), EVERY, ids=lambda value: ".".join(value) if isinstance(value, tuple) else ""
+)
+def test_the_schema_refuses_what_the_loader_refuses(path, field):
+    assert accepted(FULL) and not accepted(put((*path[:-1], "nonsense"), 1))
+    for value in wrong_values(field):
+        if value == value and value is not None:  # JSON has no NaN
+            assert not accepted(put(path, value)), value
+
+
+def test_settings_of_parts_are_in_the_schema():
+    for block, fits in (
+        ({"lora": {"rank": 4, "targets": ["q_proj"]}, "ewc": None}, True),
+        ({"lora": {"rnak": 4}}, False),
+        ({"lora": {"rank": 0}}, False),
+        ({"lora": {"targets": "q_proj"}}, False),
+        ({"lroa": {}}, False),
+        ({"train": {"moments": "float32"}}, False),
+    ):
+        assert accepted(put(("methods", "mine"), block)) == fits, block
+
+
+def test_every_key_has_help():
+    blocks = {"params.yaml": JSON_SCHEMA} | JSON_SCHEMA["$defs"]
+    keys = {(name, key): value for name, block in blocks.items() for key, value in block.get("properties", {}).items()}
+    described = [blocks[key["$ref"].removeprefix("#/$defs/")] | key if "$ref" in key else key for key in keys.values()]
+    assert len(keys) > 150 and all(key["description"] for key in described)
