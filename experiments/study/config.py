@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One block under `methods:`: its parts in alphabetical order, and its overrides of `train:`."""
+    """One block under `methods:`: its parts in the order of their hooks, and its overrides of `train:`."""
 
     name: str
     parts: tuple[Part, ...]

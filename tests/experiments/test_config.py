@@ -156,11 +156,11 @@ def test_like_takes_over_and_is_overridden(tmp_path):
     assert (ours.strength, ours.samples) == (7.0, theirs.samples)
 
 
-def test_parts_stand_in_alphabetical_order_whatever_the_block_says(tmp_path):
+def test_parts_stand_in_the_order_of_their_phases_whatever_the_block_says(tmp_path):
     def change(raw):
-        raw["methods"]["both"] = {"mofo": {}, "ewc": {}}
+        raw["methods"]["both"] = {"mofo": {}, "ewc": {}, "lora": {}}
 
-    assert [part.key for part in load(tmp_path, change).methods["both"].parts] == ["ewc", "mofo"]
+    assert [part.key for part in load(tmp_path, change).methods["both"].parts] == ["lora", "ewc", "mofo"]
 
 
 def test_cells_and_their_names(tmp_path):

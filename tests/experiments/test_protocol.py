@@ -9,15 +9,21 @@ import torch
 from torch.nn import functional as F
 
 from experiments.model.random_models import build
+from experiments.stages import data, prepare
+from experiments.stages import model as model_stage
+from experiments.stages import train as train_stage
+from experiments.study.cells import Cell
 from experiments.training import loss
 from experiments.training.engine import final_weights, fit
 from methods import registry
 from methods.errors import UserError
 from methods.part import REGISTERED, Part, phase_of, register
+from methods.tools.files import read_json
 from methods.tools.token_statistics import TokenStatistics
 from tests import goldens
 from tests.experiments import worlds
 from tests.experiments.test_hooks import odd, run
+from tests.experiments.test_prepare import load
 
 LORA = {"rank": 2, "targets": ["q_proj", "v_proj"], "dropout": 0.1}
 
@@ -281,6 +287,22 @@ def test_at_offsets_of_zero_it_is_the_first_one_to_the_bit(dtype):
 # entries that do not move
 
 
+def test_whole_tensors_may_be_frozen_for_a_while():
+    """As LISA trains a few layers at a time: what is frozen in one step moves in another."""
+    seen = []
+
+    def freeze(run, state, rows, step, **_):
+        seen.append({name: weight.detach().clone() for name, weight in run.weights.items()})
+        state["frozen"] = {name: torch.tensor((place + step) % 2 == 0) for place, name in enumerate(run.weights)}
+        return rows
+
+    result = train(odd(examples=freeze), dtype=torch.float32, weight_decay=0.1)
+    seen.append({name: weight.detach() for name, weight in result.run.weights.items()})
+    for place, name in enumerate(result.run.weights):
+        for step in (0, 1):
+            assert torch.equal(seen[step][name], seen[step + 1][name]) == ((place + step) % 2 == 0)
+
+
 @pytest.mark.parametrize("blocks", [{}, {"mofo": {"fraction": 0.5}}])
 def test_frozen_entries_are_the_bases_bit_for_bit_and_count_in_no_norm(blocks):
     norms = []
@@ -299,6 +321,33 @@ def test_frozen_entries_are_the_bases_bit_for_bit_and_count_in_no_norm(blocks):
         weight, base = result.run.weights[name].detach(), result.run.base[name]
         assert torch.equal(weight[mask], base[mask]) and not torch.equal(weight[~mask], base[~mask])
     assert [row["grad_norm"] for row in result.curve] == pytest.approx(norms, rel=1e-5)
+
+
+# from the study to the record of a cell
+
+
+def test_general_text_reaches_the_part_and_its_costs_the_record(tmp_path):
+    def change(raw):
+        raw["methods"] = {"kl": {"kl": {"text": "both", "share": 0.5}}, "full": {}}
+        raw["grid"]["methods"] = list(raw["methods"])
+
+    study = load(tmp_path, change)
+    model_stage.main(study, model="llama-tiny")
+    data.main(study)
+    records = {}
+    for method in study.grid.methods:
+        cell = Cell("llama-tiny", "sums", method, 0)
+        prepare.main(study, model="llama-tiny", method=method, seed=0, cell=cell)
+        train_stage.main(study, cell)
+        records[method] = read_json(study.paths.run(cell) / "train.json")
+    prepared = study.paths.prepared(model="llama-tiny", method="kl", seed=0) / prepare.GENERAL
+    # train depends on the folder of what is prepared: other general text makes the cell stale
+    assert prepared.read_bytes() == (study.paths.data / "general" / "importance.jsonl").read_bytes()
+    trained, added = records["full"]["tokens_trained"], records["kl"]["added"]["kl"]
+    assert records["full"]["added"] == {} and records["kl"]["tokens_trained"] == trained
+    # general text is read by the model and by the base, the domain's by the base
+    assert added["tokens"] == pytest.approx(trained + 2 * 0.5 * trained, rel=0.02)
+    assert added["bytes"] > 0 and 0 < added["seconds"] < records["kl"]["seconds_train"]
 
 
 # services
