@@ -1,14 +1,6 @@
 """The laws of a part, one function a law: it returns where the law holds, and raises `Broken` or `DoesNotApply`.
 
-    neutral       at its neutral setting it equals plain fine-tuning from the same start, bit for bit
-    base          adapting and preparing leave the base as it is
-    frozen        entries that are not trained are the base's afterwards, bit for bit
-    repeatable    a second run gives the same bits, whatever random numbers were drawn before it
-    resumable     a run that is killed after every checkpoint ends with the bits of the uninterrupted one
-    memory        the memory that is predicted covers the memory that is taken
-    described     title, paper and line are there, every setting is bounded and has a help text
-
-The law that two processes give the numbers of one is in experiments/laws/processes.py.
+The law that two processes give the numbers of one stands in experiments/laws/processes.py.
 """
 
 import contextlib
@@ -20,6 +12,7 @@ import random
 import re
 import shutil
 import traceback
+import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -71,6 +64,7 @@ class Verdict:
 
 
 def neutral(trial: Trial) -> None:
+    """At its neutral setting it equals plain fine-tuning from the same start, bit for bit."""
     settings = trial.kind.neutral
     if isinstance(settings, str):
         if settings.startswith("none: ") and settings.removeprefix("none: ").strip():
@@ -96,6 +90,7 @@ def neutral(trial: Trial) -> None:
 
 
 def base(trial: Trial) -> None:
+    """The adapted model computes the base's logits, also just before the first step, and nothing writes into the base."""
     model = trial.model()
     before = trial.logits(model)
     then = "`adapt` may wrap and freeze; what it adds must start at zero"
@@ -115,13 +110,12 @@ def base(trial: Trial) -> None:
             within=trial.kind.decomposed,
             then="`begin` must leave the weights alone; weights to start from are prepared, as `start`",
         )
-    pristine = {name: p.detach() for name, p in trial.model().named_parameters()}
-    _same(
-        trial.base, pristine, what="`base` after the run and before it", then="read `base` and `run.base`, never write"
-    )
+    then = "read `base` and `run.base`, never write"
+    _same(trial.lent, trial.base, what="`base` after the run and before it", then=then)
 
 
 def frozen(trial: Trial) -> None:
+    """Entries that are not trained are the base's afterwards, bit for bit."""
     if trial.kind.frozen:
         raise DoesNotApply(trial.kind.frozen)
     run, final = trial.trained.result.run, trial.trained.final
@@ -165,6 +159,7 @@ def frozen(trial: Trial) -> None:
 
 
 def repeatable(trial: Trial) -> None:
+    """A second run gives the same bits, files and reports, whatever random numbers were drawn before it."""
     once = trial.trained
     random.random(), np.random.random(), torch.rand(1)
     states = trial.prepare(trial.parts)
@@ -180,6 +175,7 @@ def repeatable(trial: Trial) -> None:
 
 
 def resumable(trial: Trial) -> None:
+    """A run that is killed after every checkpoint ends with the bits of the uninterrupted one."""
     folder = trial.folder / "resumed"
     shutil.rmtree(folder, ignore_errors=True)
     states, _ = _in_many_lives(
@@ -198,7 +194,7 @@ def resumable(trial: Trial) -> None:
 
 
 def predicted_memory(trial: Trial) -> None:
-    """In the preparation and in the training of a Llama in bfloat16; `finish` is not counted."""
+    """The memory that is predicted covers what is taken, in the preparation and in the training of a bfloat16 model."""
     large = replace(
         trial,
         architecture="llama",
@@ -208,7 +204,7 @@ def predicted_memory(trial: Trial) -> None:
         length=LENGTH,
         folder=trial.folder / "large",
     )
-    shape = Shape(config=large.model().config)
+    parts, shape = large.parts, Shape(config=large.model().config)
     states: dict[str, dict] = {}
 
     def compare(phase: memory.Phase, run: Callable[[], object]) -> None:
@@ -217,7 +213,7 @@ def predicted_memory(trial: Trial) -> None:
         predicted = memory.predict(
             phase=phase,
             shape=shape,
-            parts=large.parts,
+            parts=parts,
             settings=large.training,
             checkpoint_dtype=large.dtype,
             compute_dtype=large.dtype,
@@ -230,12 +226,13 @@ def predicted_memory(trial: Trial) -> None:
                 f"{predicted / 2**20:.1f} MiB are predicted. What to do: return from `memory` what the part holds and takes"
             )
 
-    if any(overrides(part, "prepare") for part in large.parts):
-        compare("prepare", lambda: states.update(large.prepare(large.parts)))
-    compare("train", lambda: large.fit(large.parts, states))
+    if any(overrides(part, hook) for part in parts for hook in ("calibrate", "prepare")):
+        compare("prepare", lambda: states.update(large.prepare(parts)))
+    compare("train", lambda: large.fit(parts, states))
 
 
 def described(trial: Trial) -> None:
+    """Title, paper and line are there, and every setting is bounded and has a help text."""
     kind, missing = trial.kind, []
     if not kind.title:
         missing.append("a title")
@@ -247,8 +244,9 @@ def described(trial: Trial) -> None:
     for field in declared(kind):
         if not field.metadata["help"]:
             missing.append(f"a help text of the setting {field.name}")
-        numbers = [one for one in (kinds[field.name], *typing.get_args(kinds[field.name])) if one in (int, float)]
-        if numbers and not field.metadata["within"]:
+        kind_of = kinds[field.name]
+        choices = typing.get_args(kind_of) if isinstance(kind_of, types.UnionType) else (kind_of,)
+        if {int, float} & set(choices) and not field.metadata["within"]:
             missing.append(f'the interval of the setting {field.name}, such as within="[0, inf)"')
     if kind.key in registry.built_in() and not (listing.DOCS / f"{kind.key}.md").is_file():
         missing.append(f"docs/methods/{kind.key}.md: `python -m methods docs` writes it")
@@ -285,7 +283,8 @@ def verdict(law: str, trial: Trial, hold: Callable[[], None]) -> Verdict:
     except DoesNotApply as reason:
         return Verdict(part=part, law=law, status="does not apply", text=str(reason))
     except Broken as broken:
-        return Verdict(part=part, law=law, status="failed", text=f"{broken} ({trial.architecture})")
+        where = "" if law in ONCE else f" ({trial.architecture})"
+        return Verdict(part=part, law=law, status="failed", text=f"{broken}{where}")
     except Exception as error:  # a faulty part may raise anything
         return Verdict(part=part, law=law, status="failed", text=told(error, trial))
     return Verdict(part=part, law=law, status="passed")
@@ -357,7 +356,7 @@ def _in_many_lives(run: Callable[[Checkpoints], Any], folder: Path) -> tuple[Any
     """What `run` returns when it is killed after every checkpoint and continued, and how often it was begun."""
     for lives in range(1, LIVES + 1):
         with contextlib.suppress(Killed):
-            return run(Checkpoints(folder, lives=1)), lives
+            return run(Checkpoints(folder)), lives
     raise Broken(f"it is not done after {LIVES} interruptions: a checkpoint is written, but not used")
 
 

@@ -51,22 +51,19 @@ class Killed(Exception):
 
 
 class Checkpoints(Resume):
-    """Checkpoints after every step, of a run that is killed once `lives` of them are written."""
+    """Checkpoints of a run that is killed after each of them."""
 
-    def __init__(self, folder: Path, *, lives: int = 1 << 30, counter: list[int] | None = None, **arguments: Any):
-        super().__init__(folder, **({"identity": {}, "every": 0.0} | arguments))
-        self.lives, self.written, self.problem = lives, counter if counter is not None else [0], None
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, identity={}, every=0.0)
 
     def within(self, name: str) -> "Checkpoints":
-        return Checkpoints(self.folder / name, lives=self.lives, counter=self.written)
+        return Checkpoints(self.folder / name)
 
     def save(self, tensors, position, *, problem=None) -> None:
         if problem:
-            raise RuntimeError(problem)  # no checkpoint can be written: the law says why
+            raise RuntimeError(problem)  # no checkpoint can be written, and the verdict says why
         super().save(tensors, position)
-        self.written[0] += 1
-        if self.written[0] >= self.lives:
-            raise Killed
+        raise Killed
 
 
 @dataclass(kw_only=True)
@@ -93,12 +90,13 @@ class Trial:
     dtype: torch.dtype = torch.float32
     config: Mapping[str, Any] = field(default_factory=dict)  # sizes that are not the tiny model's
 
-    def model(self) -> nn.Module:
-        return build(self.architecture, seed=1, dtype=self.dtype, **self.config)
-
     def __post_init__(self) -> None:
         self.training = self.training or replace(SETTINGS, weight_decay=0.1 * (self.architecture == "llama"))
         self.base = {name: p.detach() for name, p in self.model().named_parameters()}
+        self.lent = {name: tensor.clone() for name, tensor in self.base.items()}  # what parts are given as the base
+
+    def model(self) -> nn.Module:
+        return build(self.architecture, seed=1, dtype=self.dtype, **self.config)
 
     @property
     def general(self) -> list[Example]:
@@ -129,7 +127,7 @@ class Trial:
             parts,
             make=lambda trains: self.model(),
             general=self.general,
-            base=self.base,
+            base=self.lent,
             seed=SEED,
             settings=self.training,
             resume=lambda part: checkpoints.within(part) if checkpoints else self._no_checkpoints(),
@@ -162,7 +160,7 @@ class Trial:
             general=self.general,
             settings=replace(self.training, **settings),
             seed=SEED,
-            base=self.base,
+            base=self.lent,
             states=states,
             shards=self.shards,
             resume=checkpoints,
@@ -195,7 +193,7 @@ class Trial:
         reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in training}
         # parts that act in `finish` alone are given a run without a training, as in the stage
         shape = Shape(config=result.run.model.config).build()
-        run = Run(model=shape, weights={}, base=self.base, seed=SEED, device="cpu", shards=self.shards)
+        run = Run(model=shape, weights={}, base=self.lent, seed=SEED, device="cpu", shards=self.shards)
         final, more, _ = finish(finishing, run=run, final=final, measure=self.measure)
         return Trained(result=result, final=final, reports=reports | more, logits=logits[0] if logits else None)
 
@@ -240,7 +238,7 @@ class Trial:
         return Measure(
             folder=folder,
             probes=probes,
-            base=self.base,
+            base=self.lent,
             dtype=torch.float32,
             device=torch.device("cpu"),
             shards=self.shards,
@@ -249,7 +247,7 @@ class Trial:
     def _checkpoint(self) -> str:
         folder = self.folder / "checkpoint"
         if self.shards.first and not folder.is_dir():
-            build(self.architecture, seed=2).save_pretrained(folder)
+            build(self.architecture, seed=2, dtype=self.dtype, **self.config).save_pretrained(folder)
         self.shards.barrier()
         return str(folder)
 

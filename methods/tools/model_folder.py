@@ -108,7 +108,7 @@ def headers(files: Iterable[Path], name: str) -> dict[str, tuple[str, list[int]]
     tensors_of = {}
     for file in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with safe_open(file, framework="numpy") as tensors:
                 for tensor in tensors.keys():  # noqa: SIM118 (no mapping)
                     about = tensors.get_slice(tensor)
                     tensors_of[tensor] = (about.get_dtype(), about.get_shape())
