@@ -1,4 +1,4 @@
-"""Benchmark records (results/bench/*.json) as the report shows them; the headline claim is one of them."""
+"""Benchmark records (results/bench/*.json) as the report shows them, and the headline claim, which is one of them."""
 
 import os
 from pathlib import Path
@@ -11,32 +11,28 @@ HEADLINE = "headline"
 def shown(path: Path, record: dict, *, folder: Path) -> dict:
     """One record for a page that lies in `folder`: its races as rows of text, its facts, the files beside it."""
     beside = [(suffix.upper(), path.with_suffix(f".{suffix}")) for suffix in ("png", "svg", "csv", "json")]
+    goals = [(race, goal) for race in record["races"] for goal in race["goals"]]
+    svg = path.with_suffix(".svg")
     return {
         "name": path.stem,
-        "title": record["title"],
-        "text": record["text"],
-        "when": record["when"],
+        **{key: record[key] for key in ("title", "text", "when")},
         "load": record.get("load"),
-        "hardware": record.get("hardware") or {},
-        "versions": record.get("versions") or {},
-        "git": record.get("git") or {},
+        **{key: record.get(key) or {} for key in ("hardware", "versions", "git")},
         "races": [_race(race) for race in record["races"]],
-        "missed": [
-            f"{goal['runner']} {goal['text']} ({race['title']})"
-            for race in record["races"]
-            for goal in race["goals"]
-            if not goal["met"]
-        ],
-        "goals": sum(len(race["goals"]) for race in record["races"]),
-        "svg": path.with_suffix(".svg").read_text(encoding="utf-8") if path.with_suffix(".svg").is_file() else "",
+        "missed": [f"{goal['runner']} {goal['text']} ({race['title']})" for race, goal in goals if not goal["met"]],
+        "goals": len(goals),
+        "svg": svg.read_text(encoding="utf-8") if svg.is_file() else "",
         "files": [(kind, Path(os.path.relpath(file, folder)).as_posix()) for kind, file in beside if file.is_file()],
     }
 
 
 def facts(block: dict) -> list[tuple[str, str]]:
-    """Whatever a benchmark found worth saying, as names and values to read; its sentence stands apart."""
-    name = lambda key: key.removeprefix("bytes_").removesuffix("_bytes").replace("_", " ")
-    return [(name(key), as_text(value, bytes=_counts_bytes(key))) for key, value in block.items() if key != "sentence"]
+    """The facts of a race as names and values to read, without its sentence."""
+    return [
+        (key.removeprefix("bytes_").removesuffix("_bytes").replace("_", " "), as_text(value, bytes=_counts_bytes(key)))
+        for key, value in block.items()
+        if key != "sentence"
+    ]
 
 
 def as_text(value, *, bytes: bool = False) -> str:
@@ -55,16 +51,12 @@ def as_text(value, *, bytes: bool = False) -> str:
 
 
 def _shares(value) -> str:
-    return (
-        " to ".join(map(_shares, value))
-        if isinstance(value, list)
-        else f"{100 * value:.3g} %"
-        if isinstance(value, int | float)
-        else as_text(value)
-    )
+    if isinstance(value, list):
+        return " to ".join(map(_shares, value))
+    return f"{100 * value:.3g} %" if isinstance(value, int | float) else as_text(value)
 
 
-# what is claimed, and the facts of the headline's race that say so: the paper's, against its baseline, against a Fisher of the same matrices
+# The headline's claims: of the paper, against its baseline, and against a Fisher of the same matrices.
 CLAIMED = (
     (
         "preparation, times as long as ours (EWC-LoRA by batch size)",
@@ -88,21 +80,15 @@ CLAIMED = (
 
 
 def claim(record: dict) -> dict:
-    """The headline record for its own block: the sentence and the claim beside what was measured; all facts where they are others."""
+    """The headline record for its own block: the claims beside what was measured, or all facts if it has none of them."""
     races = []
     for race in record["races"]:
-        found = race["facts"]
+        values = race["facts"]
         rows = [
-            (what, *(show(found[key]) for key in keys)) for what, show, keys in CLAIMED if found.keys() >= set(keys)
+            (what, *(show(values[key]) for key in keys)) for what, show, keys in CLAIMED if {*keys} <= values.keys()
         ]
-        races.append(
-            {
-                "title": race["title"],
-                "sentence": str(found.get("sentence", "")),
-                "rows": rows,
-                "facts": [] if rows else facts(found),
-            }
-        )
+        block = {"title": race["title"], "sentence": str(values.get("sentence", "")), "rows": rows}
+        races.append(block | {"facts": [] if rows else facts(values)})
     return {"title": record["title"], "races": races}
 
 
@@ -120,9 +106,7 @@ def _race(race: dict) -> dict:
         for row in race["rows"]
     ]
     return {
-        "title": race["title"],
-        "against": race["against"],
-        "rounds": race["rounds"],
+        **{key: race[key] for key in ("title", "against", "rounds")},
         "rows": rows,
         "goals": bool(goals),
         "sentence": str(race["facts"].get("sentence", "")),

@@ -23,8 +23,8 @@ FEW = 8  # points up to which each is drawn with its intervals
 class Front:
     """One comparison's front.
 
-    points     a row a method: method, family, seeds, gain, forgetting (shares of 1), front, front_share (of the redraws)
-    volumes    a row a family and one for ALL: family, blocks, hypervolume with _low and _high, luck; in points times points
+    points     one row per method: method, family, seeds, gain, forgetting (shares), front, front_share (of redraws)
+    volumes    one row per family and one for ALL: family, blocks, hypervolume with _low and _high, luck; in points²
     reference  forgetting of the reference point, a share of 1; its gain is 0
     """
 
@@ -40,21 +40,25 @@ class Front:
 
 
 def nondominated(gain: np.ndarray, forgetting: np.ndarray) -> np.ndarray:
-    """Which of (..., k) points no other and not the bare base (0, 0) beats: none gains as much and forgets as little, one of them strictly."""
+    """Which of (..., k) points are not dominated by another or by the bare base (0, 0).
+
+    A point is dominated by one that gains as much and forgets as little, with at least one of them strictly better.
+    """
     gain, forgetting = np.asarray(gain, float), np.asarray(forgetting, float)
     pad = [(0, 0)] * (gain.ndim - 1) + [(0, 1)]  # the base is a choice too
     gain, forgetting = np.pad(gain, pad), np.pad(forgetting, pad)
     g, f = gain[..., :, None], forgetting[..., :, None]
     others_g, others_f = gain[..., None, :], forgetting[..., None, :]
-    beaten = (others_g >= g) & (others_f <= f) & ((others_g > g) | (others_f < f))
-    return ~beaten.any(axis=-1)[..., :-1]
+    dominated = (others_g >= g) & (others_f <= f) & ((others_g > g) | (others_f < f))
+    return ~dominated.any(axis=-1)[..., :-1]
 
 
 def hypervolume(gain: np.ndarray, forgetting: np.ndarray, *, reference: float) -> np.ndarray:
     """The area that (..., k) points dominate down to the reference point (gain 0, forgetting `reference`); shape (...).
 
-    Exact in two dimensions by one sweep (Zitzler and Thiele 1998): with gains in descending order g_1 >= ... >= g_k and
-    g_{k+1} = 0, sum_i (g_i - g_{i+1}) (reference - min_{j<=i} f_j), gains below 0 and forgetting above the reference cut off.
+    Exact in two dimensions by one sweep (Zitzler and Thiele 1998): with gains in descending order g_1 ≥ … ≥ g_k and
+    g_{k+1} = 0, Σ_i (g_i − g_{i+1}) (reference − min_{j≤i} f_j), with gains below 0 and forgetting above the reference
+    clipped.
     """
     gain, forgetting = np.clip(gain, 0, None), np.minimum(forgetting, reference)
     order = np.argsort(-gain, axis=-1, kind="stable")
@@ -65,38 +69,40 @@ def hypervolume(gain: np.ndarray, forgetting: np.ndarray, *, reference: float) -
 
 
 def front(loaded: Loaded, *, model: str, domain: str) -> Front | None:
-    """The front over all methods and sweep blocks of one comparison; None where no method has gain and forgetting.
+    """The front over all methods and sweep blocks of one comparison; None if no method has gain and forgetting.
 
-    The reference point is gain 0 and MARGIN points more forgetting than the worst seen (or than none), rounded up to a whole
-    point: the worst method keeps a volume, and redraws are seldom cut off. It stays the same over the redraws; another study's differs.
+    The reference point is gain 0 and MARGIN points more forgetting than the worst (or than none), rounded up to a whole
+    point, so that the worst method keeps a volume and redraws are seldom clipped. It is the same for all redraws;
+    another study has another.
     """
-    found = resampled(loaded, model=model, domain=domain)
-    if found is None:
+    draws = resampled(loaded, model=model, domain=domain)
+    if draws is None:
         return None
-    worst = max(0.0, float(found.forgetting.max()))
+    worst = max(0.0, float(draws.forgetting.max()))
     reference = (math.ceil(round(100 * worst, 9)) + MARGIN) / 100
-    drawn = ~np.isnan(found.gains).any() and ~np.isnan(found.forgettings).any()
-    share = nondominated(found.gains, found.forgettings).mean(axis=0) if drawn else np.full(len(found.methods), np.nan)
+    share = np.full(len(draws.methods), np.nan)
+    if not np.isnan(draws.gains).any() and not np.isnan(draws.forgettings).any():
+        share = nondominated(draws.gains, draws.forgettings).mean(axis=0)
     points = pd.DataFrame(
         {
-            "method": found.methods,
-            "family": [family(method) for method in found.methods],
-            "seeds": [found.seeds[method] for method in found.methods],
-            "gain": found.gain,
-            "forgetting": found.forgetting,
-            "front": nondominated(found.gain, found.forgetting),
+            "method": draws.methods,
+            "family": [family(method) for method in draws.methods],
+            "seeds": [draws.seeds[method] for method in draws.methods],
+            "gain": draws.gain,
+            "forgetting": draws.forgetting,
+            "front": nondominated(draws.gain, draws.forgetting),
             "front_share": share,
         }
     )
-    rows = [_volume(found, name, columns, reference) for name, columns in found.families.items()]
+    rows = [_volume(draws, name, columns, reference) for name, columns in draws.families.items()]
     if len(rows) > 1:
-        rows.append(_volume(found, ALL, list(range(len(found.methods))), reference))
+        rows.append(_volume(draws, ALL, list(range(len(draws.methods))), reference))
     return Front(
         points=points,
         volumes=pd.DataFrame(rows),
         reference=reference,
-        n_domain=found.n_domain,
-        n_retention=found.n_retention,
+        n_domain=draws.n_domain,
+        n_retention=draws.n_retention,
     )
 
 
@@ -140,7 +146,7 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
     axes.set_xlabel("gain on the domain, points (right is better)")
     axes.set_ylabel("forgetting, points (down is better)")
     axes.margins(0.1)
-    axes.set_xlim(axes.get_xlim())  # the line goes on to the reference point, which lies far from the methods
+    axes.set_xlim(axes.get_xlim())  # the reference point, at which the line ends, is far from the methods
     axes.set_ylim(axes.get_ylim())
     line = _steps(data[data["front"]], reference=100 * made.reference)
     axes.plot(*zip(*line), color=style.FAINT, linewidth=4, alpha=0.6, zorder=1, solid_joinstyle="miter")
@@ -149,74 +155,76 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
     bars += [(left, 0, right, 0), (0, bottom, 0, top)]
     style.label_points(axes, labels, bars=bars, size=8.5)
     caption = (
-        "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they reach together, towards the "
-        f"reference point of the hypervolume (gain 0, forgetting {100 * made.reference:.0f} points). Bars are 95 % intervals"
+        "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they "
+        "reach together, towards the reference point of the hypervolume (gain 0, forgetting "
+        f"{100 * made.reference:.0f} points). Bars are 95 % confidence intervals"
         + ("." if len(data) <= FEW else ", drawn for the front only; the CSV has them all.")
     )
     return figure, data, "The front of gain against forgetting", caption
 
 
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
-    """Texts for sections/front.html.j2; None where there is nothing to compare (fewer than two methods)."""
+    """What front.html.j2 shows of one comparison; None if there is nothing to compare (fewer than two methods)."""
     made = front(loaded, model=model, domain=domain)
     if made is None or len(made.points) < 2:
         return None
     best = made.points[made.points["front"]].sort_values("gain")
-    several = made.most_seeds > 1
     table = choices(loaded, model=model, domain=domain)
     picked = table[table["chosen"]].set_index("family")["method"].to_dict()
+    sentence = "No method is on the front: the bare base gains as much and forgets as little."
+    if len(best):
+        sentence = f"On the front: {', '.join(_place(point) for point in best.itertuples())}."
+    families = made.volumes[made.volumes["family"] != ALL]
     return {
-        "sentence": (
-            f"On the front: {', '.join(_place(point) for point in best.itertuples())}."
-            if len(best)
-            else "No method is on the front: the bare base gains as much and forgets as little."
-        ),
+        "sentence": sentence,
         "reference": f"gain 0, forgetting {100 * made.reference:.0f} points",
-        "covers": "items and seeds" if several else "items only: this run, not this method",
-        "swept": bool((made.volumes["blocks"] > 1).drop(index=made.volumes.index[made.volumes["family"] == ALL]).any()),
+        "covers": "items and seeds" if made.most_seeds > 1 else "items only: this run, not this method",
+        "swept": bool((families["blocks"] > 1).any()),
         "n": f"{made.n_domain} domain and {made.n_retention} retention rows",
-        "rows": [
-            {
-                "name": row.family,
-                "whole": row.family == ALL,
-                "colour": style.colour(row.family),
-                "blocks": row.blocks,
-                "volume": f"{row.hypervolume:.1f}",
-                "luck": "–" if row.blocks < 2 or numbers.missing(row.luck) else f"{max(row.luck, 0.0):.1f}",
-                "interval": ""
-                if numbers.missing(row.hypervolume_low)
-                else f"[{row.hypervolume_low:.1f}, {row.hypervolume_high:.1f}]",
-                "chosen": picked.get(row.family, ""),
-                "on_front": _on_front(made, row.family),
-            }
-            for row in made.volumes.itertuples()
-        ],
+        "rows": [_row(made, row, picked) for row in made.volumes.itertuples()],
     }
 
 
-def _volume(found: Resampled, name: str, columns: list[int], reference: float) -> dict:
-    """A family's hypervolume in points times points; `luck` is how far the redraws' median lies above it.
+def _row(made: Front, row, picked: dict[str, str]) -> dict:
+    interval = f"[{row.hypervolume_low:.1f}, {row.hypervolume_high:.1f}]"
+    own = made.points[made.points["front"] & (made.points["family"] == row.family)]["method"]
+    whole = row.family == ALL
+    return {
+        "name": row.family,
+        "whole": whole,
+        "colour": style.colour(row.family),
+        "blocks": row.blocks,
+        "volume": f"{row.hypervolume:.1f}",
+        "luck": "–" if row.blocks < 2 or numbers.missing(row.luck) else f"{max(row.luck, 0.0):.1f}",
+        "interval": "" if numbers.missing(row.hypervolume_low) else interval,
+        "chosen": picked.get(row.family, ""),
+        "on_front": f"{int(made.points['front'].sum())} of {len(made.points)}" if whole else ", ".join(own),
+    }
 
-    Not their mean: with three seeds gain and forgetting have Student's tails of 2 degrees of freedom, and the mean of their product is infinite.
-    Redraws start from points that are spread already: for two to twelve settings that are equally good the median finds 0.3 to 0.6 of the luck.
 
-    Without an interval where the redraws pile up at an area of 0, which is where it would cover as little as half of all studies.
+def _volume(draws: Resampled, name: str, columns: list[int], reference: float) -> dict:
+    """A family's hypervolume in points², with its interval; `luck` is how far the median of the redraws lies above it.
+
+    The median, not the mean: with three seeds gain and forgetting have Student's tails of 2 degrees of freedom, and the
+    mean of their product is infinite. Redraws start from points that are spread already: for two to twelve equally good
+    settings the median shows 0.3 to 0.6 of the luck. There is no interval if the redraws pile up at an area of 0, where
+    it would cover the truth in as few as half of all studies.
     """
-    value = 1e4 * float(hypervolume(found.gain[columns], found.forgetting[columns], reference=reference))
-    draws = 1e4 * hypervolume(found.gains[:, columns], found.forgettings[:, columns], reference=reference)
-    low, high = reversed_interval(value, draws) if (draws <= 0).mean() <= EMPTY else (None, None)
+    value = 1e4 * float(hypervolume(draws.gain[columns], draws.forgetting[columns], reference=reference))
+    again = 1e4 * hypervolume(draws.gains[:, columns], draws.forgettings[:, columns], reference=reference)
+    low, high = reversed_interval(value, again) if (again <= 0).mean() <= EMPTY else (None, None)
     return {
         "family": name,
         "blocks": len(columns),
         "hypervolume": value,
         "hypervolume_low": None if low is None else max(low, 0.0),
         "hypervolume_high": high,
-        "luck": None if np.isnan(draws).any() else float(np.median(draws)) - value,
+        "luck": None if np.isnan(again).any() else float(np.median(again)) - value,
     }
 
 
 def _steps(points: pd.DataFrame, *, reference: float) -> list[tuple[float, float]]:
-    """Corners of the front's edge, from the bare base's gain up to the reference's forgetting."""
+    """Corners of the front's edge, from the base's gain to the reference point's forgetting."""
     corners, gain = [], 0.0
     for point in points.sort_values(["gain", "forgetting"]).itertuples():
         corners += [(min(gain, point.gain), point.forgetting), (point.gain, point.forgetting)]
@@ -225,7 +233,7 @@ def _steps(points: pd.DataFrame, *, reference: float) -> list[tuple[float, float
 
 
 def _draw_bars(axes, point, shade: str) -> list[tuple[float, float, float, float]]:
-    """Draws a point's intervals; answers with them as lines for the labels to keep clear of."""
+    """Draw a point's intervals and return them as lines, which the labels avoid."""
     xerr = style.bars(point.gain, point.domain_gain_low, point.domain_gain_high)
     yerr = style.bars(point.forgetting, point.forgetting_low, point.forgetting_high)
     axes.errorbar(
@@ -238,9 +246,3 @@ def _draw_bars(axes, point, shade: str) -> list[tuple[float, float, float, float
 def _place(point) -> str:
     share = "" if numbers.missing(point.front_share) else f", in {100 * point.front_share:.0f} % of the redraws"
     return f"{point.method} (gain {numbers.points(point.gain)}, forgetting {numbers.points(point.forgetting)}{share})"
-
-
-def _on_front(made: Front, name: str) -> str:
-    if name == ALL:
-        return f"{int(made.points['front'].sum())} of {len(made.points)}"
-    return ", ".join(made.points[made.points["front"] & (made.points["family"] == name)]["method"])

@@ -130,7 +130,7 @@ def test_seeds_are_averaged_and_a_stored_preparation_says_so(tmp_path):
     _, table = of(tmp_path, planned)
     assert table.at["ewc", "seconds_prepare"] == pytest.approx(146.4) and table.at["ewc", "bytes_start"] == 50
     assert (
-        costs.seconds_row(table.loc["ewc"])[1][1] == "from the store" and "from the store" in costs.formula(table)[-1]
+        costs.seconds_row(table.loc["ewc"])[1][1] == "from the store" and "From the store" in costs.formula(table)[-1]
     )
 
 

@@ -126,9 +126,9 @@ def test_kinds_have_a_panel_each_and_leave_out_who_did_not_move_them(loaded):
 
 def test_section_says_who_avoided_important_weights(loaded):
     found = drift.section(loaded, model="smollm2-135m", domain="science")
-    assert "ewc (×0.50) moved what general text depends on less than chance would." in found["sentences"]
-    assert "full (×1.60) moved it more than chance would." in found["sentences"]
-    assert "lora (×1.01) moved it as if importance did not matter." in found["sentences"]
+    assert "ewc (×0.50) moved the weights that general text depends on less than chance would." in found["sentences"]
+    assert "full (×1.60) moved them more than chance would." in found["sentences"]
+    assert "lora (×1.01) moved them as if importance did not matter." in found["sentences"]
     assert found["sentences"][0].startswith("lora moved the weights farthest, by 1.50 % of their norm, ewc least")
     assert found["missing"] == ["smollm2-135m/science/ewc/seed1"]
     page = rendered(found)
