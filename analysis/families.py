@@ -1,4 +1,4 @@
-"""Families of methods: a method and the blocks that a sweep made from it, `ewc`, `ewc-s1`, `ewc-s2`. Imports nothing heavy."""
+"""Families of methods: a method and the blocks of its sweep, `ewc`, `ewc-s1`, `ewc-s2`. Imports nothing heavy."""
 
 import re
 from collections.abc import Iterable
@@ -18,8 +18,8 @@ def member(method: str, number: int) -> str:
 
 
 def families(methods: Iterable[str]) -> dict[str, list[str]]:
-    """Methods by family, both in the order they come in."""
-    found: dict[str, list[str]] = {}
+    """Methods by family, both in the order given."""
+    grouped: dict[str, list[str]] = {}
     for method in methods:
-        found.setdefault(family(method), []).append(method)
-    return found
+        grouped.setdefault(family(method), []).append(method)
+    return grouped

@@ -42,29 +42,20 @@ def size(value: float | None) -> str:
     """Bytes in units of 1000: 269060552 -> '269 MB'."""
     if missing(value):
         return "unknown"
-    value = float(value)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            break
+    value, units = float(value), ["B", "kB", "MB", "GB", "TB"]
+    while value >= 999.5 and len(units) > 1:
         value /= 1000
-    else:
-        unit = "TB"
-    return f"{value:.0f} {unit}" if value >= 99.5 or unit == "B" else f"{value:.1f} {unit}"
+        units.pop(0)
+    return f"{value:.0f} {units[0]}" if value >= 99.5 or units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def times(ratio: float | None) -> str:
-    """How many times a reference: 1.183 -> '×1.18', 24.7 -> '×24.7', 0.0411 -> '×0.041'."""
+    """A multiple of a reference: 1.183 -> '×1.18', 24.7 -> '×24.7', 0.0411 -> '×0.041'."""
     if missing(ratio):
         return "–"
-    return (
-        f"×{ratio:.0f}"
-        if ratio >= 99.5
-        else f"×{ratio:.1f}"
-        if ratio >= 9.95
-        else f"×{ratio:.2f}"
-        if ratio >= 0.0995
-        else f"×{ratio:.2g}"
-    )
+    if ratio < 0.0995:
+        return f"×{ratio:.2g}"
+    return f"×{ratio:.0f}" if ratio >= 99.5 else f"×{ratio:.1f}" if ratio >= 9.95 else f"×{ratio:.2f}"
 
 
 def count(value: float | None) -> str:

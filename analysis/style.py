@@ -12,7 +12,7 @@ import pandas as pd  # noqa: E402
 from analysis import numbers  # noqa: E402
 from analysis.families import families, family  # noqa: E402
 
-MANY = 10  # methods beyond which the blocks of a sweep go without a name
+MANY = 10  # methods beyond which the blocks of a sweep are not labelled
 WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page
 INK, MUTED, FAINT, GRID, PAPER, RED = "#1b1f24", "#5b636d", "#a4abb3", "#d9dde2", "#ffffff", "#c5221f"
 
@@ -55,19 +55,19 @@ SETTINGS = {
 
 
 def colour(method: str) -> str:
-    """A method's colour, the same in every figure of every study and for all blocks of a sweep; others get one by their name."""
+    """A method's colour, the same in every figure and for all blocks of its sweep; unknown methods get one by name."""
     method = family(method)
     return FIXED.get(method) or OTHERS[zlib.crc32(method.encode()) % len(OTHERS)]
 
 
 def marker(method: str) -> str:
-    """A shape beside the colour, so that no reader has to tell methods apart by hue alone."""
+    """A method's marker, so that no reader has to distinguish methods by hue alone."""
     method = family(method)
     return MARKERS.get(method) or OTHER_MARKERS[zlib.crc32(method.encode()) % len(OTHER_MARKERS)]
 
 
 def line(method: str, *, size: float) -> dict:
-    """How a method's line is drawn; the blocks of a sweep are dashed and finer than the method itself."""
+    """The look of a method's line; the blocks of a sweep are dashed and thinner than the method itself."""
     block = method != family(method)
     return {
         "color": colour(method),
@@ -79,7 +79,7 @@ def line(method: str, *, size: float) -> dict:
 
 
 def course(axes, runs: pd.DataFrame, *, method: str, x: str, y: str, size: float) -> tuple[float, float]:
-    """Draws the runs of a method over their steps, several seeds faint below their mean; returns where the mean ends."""
+    """Draw the runs of a method over their steps, several seeds faintly below their mean; return the mean's end."""
     for _, run in runs.groupby("cell", sort=False) if runs["cell"].nunique() > 1 else ():
         axes.plot(run[x], run[y], color=colour(method), linewidth=0.5, alpha=0.3)
     mean = runs.groupby("step")[[x, y]].mean()
@@ -88,17 +88,15 @@ def course(axes, runs: pd.DataFrame, *, method: str, x: str, y: str, size: float
 
 
 def named(methods) -> list[str]:
-    """The methods whose lines are written out: all, or where there are more than MANY one a family, itself or its first block."""
+    """The methods to label: all, or one per family (itself or its first block) if there are more than MANY."""
     methods = list(methods)
-    return (
-        methods
-        if len(methods) <= MANY
-        else [name if name in own else own[0] for name, own in families(methods).items()]
-    )
+    if len(methods) <= MANY:
+        return methods
+    return [name if name in own else own[0] for name, own in families(methods).items()]
 
 
 def house():
-    """A context in which everything is drawn and written in the house style."""
+    """A context in which everything is drawn and saved in the house style."""
     return plt.rc_context(SETTINGS)
 
 
@@ -108,7 +106,7 @@ def new(width: float, height: float, rows: int = 1, columns: int = 1, **options)
 
 
 def save(figure, data: pd.DataFrame, *, stem: Path, not_a_result: bool) -> list[Path]:
-    """Writes stem.png, stem.svg and stem.csv (what was drawn) and closes the figure; no dates inside."""
+    """Write stem.png, stem.svg and stem.csv (the data) without dates, and close the figure."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     if not_a_result:
         figure.suptitle("NOT A RESULT", color=RED, fontsize=13, fontweight="bold")
@@ -121,13 +119,13 @@ def save(figure, data: pd.DataFrame, *, stem: Path, not_a_result: bool) -> list[
 
 
 def where(cells: pd.DataFrame) -> str:
-    """What a figure is about, for its title: a picture travels without its page."""
+    """Model, domain and seeds for a figure's title, because a picture travels without its page."""
     first, seeds = cells.iloc[0], cells["seed"].nunique()
     return f"{first['model']}, {first['domain']}, " + (f"{seeds} seeds" if seeds > 1 else f"seed {first['seed']}")
 
 
 def bars(value: float, low, high):
-    """An interval as matplotlib's error bar; None where a bound is missing."""
+    """An interval as matplotlib's error bar; None if a bound is missing."""
     return None if numbers.missing(low) or numbers.missing(high) else [[value - low], [high - value]]
 
 
@@ -138,7 +136,7 @@ def label_points(
     bars: list[tuple[float, float, float, float]] = (),
     size: float = 9,
 ) -> None:
-    """Writes each (x, y, text, colour) beside its point, where it touches least: other labels, points, bars (x0, y0, x1, y1)."""
+    """Write each (x, y, text, colour) beside its point, away from other labels, points and bars (x0, y0, x1, y1)."""
     figure = axes.figure
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
@@ -155,17 +153,8 @@ def label_points(
     for x, y, text, shade in points:
         best = None
         for dx, dy, ha, va in places:
-            note = axes.annotate(
-                text,
-                (x, y),
-                xytext=(dx, dy),
-                textcoords="offset points",
-                ha=ha,
-                va=va,
-                color=shade,
-                fontsize=size,
-                fontweight="bold",
-            )
+            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va}
+            note = axes.annotate(text, (x, y), color=shade, fontsize=size, fontweight="bold", **place)
             box = note.get_window_extent(renderer).expanded(1.04, 1.1)
             cost = sum(box.overlaps(other) for other in taken) * 4 + sum(box.contains(*pixel) for pixel in pixels) * 2
             cost += 0.15 * sum(box.contains(*pixel) for pixel in lines) + 0.02 * (abs(dx) - 9)
@@ -181,29 +170,23 @@ def label_points(
 
 
 def label_ends(axes, ends: list[tuple[float, float, str, str]], *, gap: float) -> None:
-    """Writes each (x, y, text, colour) right of the axes at the height of its line's end; `gap` is a share of the height."""
-    axes.set_ylim(axes.get_ylim())  # what is placed by its height must not move afterwards
+    """Write each (x, y, text, colour) right of the axes, level with its line's end; `gap` is a share of the height."""
+    axes.set_ylim(axes.get_ylim())  # labels are placed by height, which must not change
     heights = [float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]) for x, y, _, _ in ends]
     for (_, _, text, shade), place in zip(ends, spread(heights, gap)):
-        axes.annotate(
-            text,
-            (1, place),
-            xytext=(5, 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            fontweight="bold",
-            color=shade,
-            annotation_clip=False,
-        )
+        right = {"xytext": (5, 0), "xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
+        look = {"fontsize": 8, "fontweight": "bold", "color": shade, "annotation_clip": False}
+        axes.annotate(text, (1, place), **right, **look)
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """Shares of a height moved apart to at least `gap`, order kept, as little as possible: for labels at the ends of lines."""
+    """Positions moved apart to at least `gap`, in the same order and as little as possible, for labels of lines."""
     order = sorted(range(len(heights)), key=lambda i: heights[i])
     groups: list[list[int]] = []
-    centre = lambda group: sum(heights[i] for i in group) / len(group)
+
+    def centre(group: list[int]) -> float:
+        return sum(heights[i] for i in group) / len(group)
+
     for i in order:
         groups.append([i])
         while (

@@ -1,8 +1,8 @@
-"""In which unit the scores of a task differ, and how its numbers are written.
+"""The unit in which the scores of a task differ, and how its numbers are written.
 
-Only a proportion of rows (`share`) is told in percentage points, has right and wrong answers and a chance; perplexities differ in
-nats, other metrics in themselves (evaluation/measure.py). All differences are turned so that more is better. Results that do not
-name a unit are of shares.
+Only a proportion of rows (`share`) is in percentage points, has right and wrong answers and a chance; perplexities
+differ in nats, other metrics in their own unit (evaluation/measure.py). All differences have the sign with which more
+is better. Results that do not name a unit are shares.
 """
 
 import pandas as pd
@@ -23,7 +23,7 @@ def of_domain(cell: pd.Series) -> str:
 
 
 def per_item(cell: pd.Series, task: str) -> bool:
-    """Whether every row has a part in the task's number, so that two models are compared row by row."""
+    """Whether the task's number is a mean over rows, so that two models can be compared row by row."""
     return cell["scores_by_task"].get(task, {}).get("per_item", True)
 
 
@@ -32,19 +32,19 @@ def metric_of(cell: pd.Series, task: str) -> str:
 
 
 def step(unit: str) -> float:
-    """How far the number of one row moves when its answer turns, see `analysis.statistics.crossed`; 0 where answers are not right or wrong."""
+    """How far one row's number moves if its answer changes (`analysis.statistics.crossed`); 0 without right and wrong."""
     return 1.0 if unit == SHARE else 0.0
 
 
 def level(value: float | None, unit: str) -> str:
-    """A score: a share in percent, anything else as it is."""
+    """A score as text: a share in percent, anything else as it is."""
     if unit == SHARE or numbers.missing(value):
         return numbers.percent(value)
     return f"{value:.4g}".replace("-", numbers.MINUS)
 
 
 def change(value: float | None, unit: str) -> str:
-    """A signed difference: of shares in points, of anything else as it is."""
+    """A signed difference as text: of shares in points, of anything else as it is."""
     if unit == SHARE or numbers.missing(value):
         return numbers.points(value)
     text = f"{value:+.3g}"

@@ -84,9 +84,8 @@ def claim(record: dict) -> dict:
     races = []
     for race in record["races"]:
         values = race["facts"]
-        rows = [
-            (what, *(show(values[key]) for key in keys)) for what, show, keys in CLAIMED if {*keys} <= values.keys()
-        ]
+        claims = [claim for claim in CLAIMED if values.keys() >= {*claim[2]}]
+        rows = [(what, *(show(values[key]) for key in keys)) for what, show, keys in claims]
         block = {"title": race["title"], "sentence": str(values.get("sentence", "")), "rows": rows}
         races.append(block | {"facts": [] if rows else facts(values)})
     return {"title": record["title"], "races": races}

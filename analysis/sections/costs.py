@@ -29,7 +29,7 @@ MEASURED = (*SECONDS, "steps", "seconds_evaluate", *BYTES)
 
 
 def costs(loaded: Loaded) -> pd.DataFrame:
-    """One row per (model, domain, method): MEASURED, the mean over its seeds, missing if a run lacks it, and
+    """One row per (model, domain, method): MEASURED, the mean over its seeds, None if a run lacks it, and
 
     reused                     whether a seed took its preparation from the store, with the seconds of its computation
     reference                  `full` if it ran on the same hardware in this study, else the method itself; '' if unknown
