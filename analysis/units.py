@@ -32,7 +32,7 @@ def metric_of(cell: pd.Series, task: str) -> str:
 
 
 def step(unit: str) -> float:
-    """How far one row's number moves if its answer changes (`analysis.statistics.crossed`); 0 without right and wrong."""
+    """How far one row's number moves if its answer changes (statistics/crossed.py), 0 without right and wrong."""
     return 1.0 if unit == SHARE else 0.0
 
 

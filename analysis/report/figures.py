@@ -28,7 +28,7 @@ class Figure:
 
 
 def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[Figure]:
-    """Every figure the data allow, for every comparison, as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
+    """Write every figure that the data allow as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
     made = []
     draws = (
         front.gain_forgetting_front,
@@ -58,36 +58,19 @@ def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[
 def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     """Base minus tuned for each retention task; tasks at chance in grey."""
     first = cells.iloc[0]
-    base = loaded.base.get(first["model"], {}).get("items", pd.DataFrame())
+    base, roles = loaded.base_items(first["model"]), {t: score["role"] for t, score in first["scores_by_task"].items()}
+    shown = [t for t, role in roles.items() if role == "retention" and units.of_task(first, t) == units.SHARE]
     records = []
-    for task in [
-        task
-        for task, about in first["scores_by_task"].items()
-        if about["role"] == "retention" and units.of_task(first, task) == units.SHARE
-    ]:
-        for method in dict.fromkeys(cells["method"]):
-            own = cells[cells["method"] == method]
-            value = float(
-                np.mean([by_task[task]["base"] - by_task[task]["value"] for by_task in own["scores_by_task"]])
-            )
-            low = high = None
-            if len(base) and len(loaded.items):
-                pairs = paired(
-                    base[base["task"] == task],
-                    loaded.items[loaded.items["cell"].isin(own.index) & (loaded.items["task"] == task)],
-                )
-                if len(pairs) > 1:
-                    change = mean_difference(pairs, [task])
-                    low, high = -change.high, -change.low
-            records.append(
-                (
-                    task,
-                    method,
-                    task in first["at_chance"],
-                    first["n"][task],
-                    *(None if v is None else 100 * v for v in (value, low, high)),
-                )
-            )
+    for task in shown:
+        for method, own in cells.groupby("method", sort=False):
+            values = [100 * np.mean([scores[task]["base"] - scores[task]["value"] for scores in own["scores_by_task"]])]
+            items = loaded.items_of(own)
+            pairs = paired(base[base["task"] == task], items[items["task"] == task]) if len(base) and len(items) else ()
+            if len(pairs) > 1:
+                change = mean_difference(pairs, [task])
+                values += [-100 * change.high, -100 * change.low]
+            values += [None] * (3 - len(values))
+            records.append((task, method, task in first["at_chance"], first["n"][task], *values))
     if not records:
         return None
     data = pd.DataFrame(records, columns=["task", "method", "at_chance", "n", "forgetting", "low", "high"])
@@ -101,42 +84,27 @@ def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         for m, method in enumerate(methods):
             row = data[(data["task"] == task) & (data["method"] == method)].iloc[0]
             y, shade = -(t * step + m), style.FAINT if row["at_chance"] else style.colour(method)
-            axes.errorbar(
-                row["forgetting"],
-                y,
-                color=shade,
-                marker=style.marker(method),
-                markersize=5.5,
-                elinewidth=1.2,
-                xerr=style.bars(row["forgetting"], row["low"], row["high"]),
-            )
+            bars = style.bars(row["forgetting"], row["low"], row["high"])
+            look = {"color": shade, "marker": style.marker(method), "markersize": 5.5, "elinewidth": 1.2}
+            axes.errorbar(row["forgetting"], y, xerr=bars, **look)
             end = row["forgetting"] if numbers.missing(row["high"]) else row["high"]
-            axes.annotate(
-                method,
-                (end, y),
-                xytext=(6, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=7.5,
-                color=style.MUTED if row["at_chance"] else shade,
-                bbox={"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6},
-            )
+            box = {"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6}
+            look = {"fontsize": 7.5, "color": style.MUTED if row["at_chance"] else shade, "bbox": box}
+            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", **look)
     middle = [-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))]
     chance = set(first["at_chance"])
-    axes.set_yticks(
-        middle,
-        [
-            f"{task}\nn = {first['n'][task]}" + ("\nat chance:\ncannot show loss" if task in chance else "")
-            for task in tasks
-        ],
-    )
+    note = "\nat chance:\ncannot show loss"
+    axes.set_yticks(middle, [f"{task}\nn = {first['n'][task]}" + (note if task in chance else "") for task in tasks])
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_xlim(right=edge + 0.22 * max(edge, 1.0) + 1.0)
     axes.set_xlabel("forgetting, points (base minus tuned; right of 0 is loss)")
     over = "seeds and items" if cells["seed"].nunique() > 1 else "the items"
-    caption = f"Retention tasks only, and of these the proportions of right answers; bars are 95 % intervals over {over}. Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
+    caption = (
+        f"Retention tasks scored by the proportion of right answers; bars are 95 % confidence intervals over {over}. "
+        "Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
+    )
     return figure, data, "Forgetting by task", caption
 
 
@@ -172,27 +140,24 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
             own = data[data["method"] == method].dropna(subset=[key])
             if own.empty:
                 continue
-            end = style.course(
-                axes,
-                own.assign(domain_accuracy=100 * own["domain_accuracy"]),
-                method=method,
-                x="tokens",
-                y=key,
-                size=3.5,
-            )
+            percent = own.assign(domain_accuracy=100 * own["domain_accuracy"])
+            end = style.course(axes, percent, method=method, x="tokens", y=key, size=3.5)
             if method in style.named(methods):
                 ends.append((*end, method, style.colour(method)))
         style.label_ends(axes, ends, gap=0.095)
     panels[-1, 0].set_xlabel(f"training tokens ({style.where(cells)})")
     panels[-1, 0].xaxis.set_major_formatter(lambda x, _: f"{x:,.0f}")
     panels[-1, 0].margins(x=0.02)
-    caption = "Measured on probe rows during training, which are disjoint from the scored rows. A method whose curves start elsewhere begins from weights of its own preparation."
+    caption = (
+        "Measured during training on probe rows, which are disjoint from the scored rows. A method whose curves start "
+        "elsewhere begins from weights of its own preparation."
+    )
     caption += " Faint lines are seeds, the others their mean." if cells["seed"].nunique() > 1 else ""
     caption += " Dashed lines are the blocks of a sweep." if any(method != family(method) for method in methods) else ""
     return figure, data, "Learning and forgetting over training", caption
 
 
-# a row of panels is one kind on one scale
+# each row of panels is one kind of cost, on one scale
 COST_PANELS = (
     (
         "seconds",
@@ -222,16 +187,12 @@ COST_PANELS = (
 
 
 def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Seconds, memory and bytes by kind: a row of panels each, on one scale, never added up across kinds."""
+    """Seconds, memory and bytes by kind: one row of panels each, on one scale, never added up across kinds."""
     table = costs(loaded)
-    data = table[(table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])].drop(
-        columns=["model", "domain"]
-    )
-    if (
-        data[[key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]]
-        .isna()
-        .all(axis=None)
-    ):
+    own = (table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])
+    data = table[own].drop(columns=["model", "domain"])
+    keys = [key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]
+    if data[keys].isna().all(axis=None):
         return None
     methods = list(data["method"])
     figure, grid = style.new(style.WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
@@ -242,15 +203,8 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.barh(range(len(methods)), values[key].fillna(0), color=[style.colour(m) for m in methods], height=0.62)
             for y, value in enumerate(values[key]):
                 text = "–" if value < 0.0005 else show(value)
-                axes.annotate(
-                    text,
-                    (0 if value != value else value, y),
-                    xytext=(4, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=7.5,
-                    color=style.INK,
-                )
+                place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+                axes.annotate(text, (0 if value != value else value, y), fontsize=7.5, color=style.INK, **place)
             axes.set_xlim(0, 1.95 * widest if widest > 0 else 1)
             axes.set_title(title, fontsize=8.5)
             axes.set_xticks([])
@@ -263,54 +217,42 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         line[0].set_ylabel(kind, fontweight="bold")
     grid[0, 0].invert_yaxis()
     figure.supxlabel(style.where(cells), fontsize=8.5, color=style.MUTED)
-    caption = "Measured on the machine named under provenance. The panels of a row share one scale. – is nothing of the kind, 'unknown' a checkpoint made elsewhere."
+    caption = (
+        "Measured on the machine named under provenance. The panels of a row share one scale. – means nothing of the "
+        "kind, 'unknown' a checkpoint made elsewhere."
+    )
     return figure, data, "Cost by kind", caption
 
 
 def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Layer-wise coefficients of a part that reports them, by layer and kind of matrix; their mean, weighted by importance, is 1."""
+    """The layer-wise coefficients of a part that reports them; their mean, weighted by importance, is 1."""
     records = []
     for cell, report in cells["parts_report"].items():
         for part in (report or {}).values():
             for group, value in ((part or {}).get("coefficients") or {}).items() if isinstance(part, dict) else ():
                 number = re.search(r"\.(\d+)(?:\.|$)", group)
-                kind = group[number.end() :] if number else group
-                records.append(
-                    (
-                        cell,
-                        cells.at[cell, "method"],
-                        group,
-                        int(number.group(1)) if number else None,
-                        kind.rsplit(".", 1)[-1] or "block",
-                        float(value),
-                    )
-                )
+                kind = (group[number.end() :] if number else group).rsplit(".", 1)[-1] or "block"
+                layer = int(number.group(1)) if number else None
+                records.append((cell, cells.at[cell, "method"], group, layer, kind, float(value)))
     if not records:
         return None
     data = pd.DataFrame(records, columns=["cell", "method", "group", "layer", "kind", "coefficient"])
     data["layer"] = data["layer"].astype("Int64")
     shown = list(dict.fromkeys(data["method"]))
     figure, panels = style.new(style.WIDTH, 0.6 + 2.5 * len(shown), len(shown), sharex=True, squeeze=False)
-    shades = (style.INK, *style.OTHERS)  # kinds of matrix: no method's colours
+    shades = (style.INK, *style.OTHERS)  # kinds of matrix, in none of the methods' colours
     for axes, method in zip(panels[:, 0], shown):
         own = data[data["method"] == method]
         axes.axhline(1, color=style.MUTED, linewidth=0.8)
         ends, layered = [], own[own["layer"].notna()]
         for k, kind in enumerate(dict.fromkeys(layered["kind"])):
             line = layered[layered["kind"] == kind].groupby("layer")["coefficient"].mean().sort_index()
-            axes.plot(
-                line.index.astype(int),
-                line,
-                color=shades[k % len(shades)],
-                marker="osD^v"[k % 5],
-                markersize=4,
-                linewidth=1.2,
-            )
+            look = {"color": shades[k % len(shades)], "marker": "osD^v"[k % 5], "markersize": 4, "linewidth": 1.2}
+            axes.plot(line.index.astype(int), line, **look)
             ends.append((float(line.index[-1]), float(line.iloc[-1]), kind, shades[k % len(shades)]))
         last = int(layered["layer"].max()) if len(layered) else -1
-        for k, (kind, value) in enumerate(
-            own[own["layer"].isna()].groupby("kind", sort=False)["coefficient"].mean().items()
-        ):
+        others = own[own["layer"].isna()].groupby("kind", sort=False)["coefficient"].mean()
+        for k, (kind, value) in enumerate(others.items()):
             axes.plot(last + 1.5 + k, value, "o", color=style.INK, markersize=4.5)
             ends.append((last + 1.5 + k, float(value), kind, style.INK))
         if own["coefficient"].max() > 30 * max(own["coefficient"].min(), 1e-9):
@@ -324,7 +266,7 @@ def layer_coefficients(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     panels[-1, 0].set_xlabel("layer")
     panels[-1, 0].xaxis.get_major_locator().set_params(integer=True)
     caption = (
-        "How the penalty is shared out over layers: a layer at 2 is held twice as hard as one at 1. The mean that is 1 is weighted by importance, "
-        "so most layers may lie below it."
+        "How the penalty is distributed over layers: a layer at 2 is held twice as strongly as one at 1. The mean of 1 "
+        "is weighted by importance, so most layers may lie below it."
     )
     return figure, data, "Layer coefficients", caption

@@ -1,7 +1,7 @@
-"""A figure's SVG file as an element of the page: in the page's colours, with ids of its own, and small.
+"""Turn a figure's SVG file into an element of the page: in the page's colours, with unique ids, and small.
 
-matplotlib names every element, and repeats a glyph's long id at each letter: what nothing refers to loses its name, what
-is referred to gets a short one, coordinates keep a tenth of a point, and a glyph is drawn once a page.
+matplotlib names every element and repeats a glyph's long id at each letter. Here unused ids are dropped and the others
+shortened, coordinates are rounded to a tenth of a point, and a glyph is defined once per page.
 """
 
 import re
@@ -13,9 +13,9 @@ SHADES = {style.INK: "ink", style.MUTED: "muted", style.GRID: "grid", style.PAPE
 
 
 def inline(svg: str, *, prefix: str, label: str, drawn: dict[str, str] | None = None) -> str:
-    """The element for the text of an SVG file; `prefix` begins its ids, `label` is what a screen reader says of it.
+    """The element for the text of an SVG file; `prefix` begins its ids, `label` is read by screen readers.
 
-    drawn   the page's definitions so far, each with its id: those that are there are used, the others are added
+    drawn   the page's definitions so far, each with its id; known ones are used again, new ones are added
     """
     drawn = {} if drawn is None else drawn
     svg = svg[svg.index("<svg") :]
@@ -23,31 +23,31 @@ def inline(svg: str, *, prefix: str, label: str, drawn: dict[str, str] | None = 
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
     used = dict.fromkeys(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))
     names = {(a or b): f"{prefix}-{number}" for number, (a, b) in enumerate(used)}
-    svg = re.sub(r'\sid="([^"]*)"', lambda found: f' id="{names[found[1]]}"' if found[1] in names else "", svg)
-    svg = re.sub(r'(href="#|url\(#)([^")]+)', lambda found: found[1] + names[found[2]], svg)
+    svg = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", svg)
+    svg = re.sub(r'(href="#|url\(#)([^")]+)', lambda m: m[1] + names[m[2]], svg)
     for shade, name in SHADES.items():
         svg = svg.replace(shade, f"var(--{name})")
     svg = re.sub(r'width="[\d.]+pt" height="[\d.]+pt"', "", svg, count=1)
-    svg = re.sub(r'(\s(?:d|x|y|transform)=")([^"]*)"', lambda found: f'{found[1]}{_short(found[2])}"', svg)
+    svg = re.sub(r'(\s(?:d|x|y|transform)=")([^"]*)"', lambda m: f'{m[1]}{_short(m[2])}"', svg)
     svg = re.sub(r">\s+<", "><", svg)
     svg = re.sub(r' transform="translate\(([-\d.]+) 0\)"/>', r' x="\1"/>', svg)
     svg = re.sub(r"<g( clip-path=[^>]*)?>((?:<use [^>]*/>){2,})</g>", _styled_once, svg)
     again: dict[str, str] = {}
 
-    def once(found: re.Match) -> str:
-        name = drawn.setdefault(found[2], found[1])
-        again[found[1]] = name
-        return found[0] if name == found[1] else ""
+    def once(path: re.Match) -> str:
+        name = drawn.setdefault(path[2], path[1])
+        again[path[1]] = name
+        return path[0] if name == path[1] else ""
 
     # definitions of paths: glyphs and markers
     svg = re.sub(r'<path id="([^"]*)"([^>]*)/>', once, svg)
-    svg = re.sub(r'href="#([^"]+)', lambda found: f'href="#{again.get(found[1], found[1])}', svg)
+    svg = re.sub(r'href="#([^"]+)', lambda m: f'href="#{again.get(m[1], m[1])}', svg)
     svg = re.sub(r"<defs></defs>|<g></g>", "", svg)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
 
 
 def _styled_once(group: re.Match) -> str:
-    """Markers of one series, which all name the same style, in a group that names it."""
+    """The markers of one series, which all have the same style, in a group with that style."""
     styles = set(re.findall(r' style="[^"]*"', group[2]))
     if len(styles) != 1 or group[2].count(" style=") != group[2].count("<use "):
         return group[0]
@@ -57,9 +57,8 @@ def _styled_once(group: re.Match) -> str:
 
 def _short(numbers: str) -> str:
     """Coordinates to a tenth of a point; a scale, which is below 1, keeps its digits."""
-    rounded = re.sub(
-        r"-?\d+\.\d+",
-        lambda found: found[0] if abs(float(found[0])) < 1 else f"{float(found[0]):.1f}".removesuffix(".0"),
-        numbers,
-    )
-    return re.sub(r"\s*\n\s*", " ", rounded).strip()
+
+    def rounded(number: re.Match) -> str:
+        return number[0] if abs(float(number[0])) < 1 else f"{float(number[0]):.1f}".removesuffix(".0")
+
+    return re.sub(r"\s*\n\s*", " ", re.sub(r"-?\d+\.\d+", rounded, numbers)).strip()

@@ -80,7 +80,7 @@ CLAIMED = (
 
 
 def claim(record: dict) -> dict:
-    """The headline record for its own block: the claims beside what was measured, or all facts if it has none of them."""
+    """The headline record for its own block: the claims beside what was measured, or else all facts."""
     races = []
     for race in record["races"]:
         values = race["facts"]

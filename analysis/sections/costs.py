@@ -32,7 +32,7 @@ def costs(loaded: Loaded) -> pd.DataFrame:
     """One row per (model, domain, method): MEASURED, the mean over its seeds, None if a run lacks it, and
 
     reused                     whether a seed took its preparation from the store, with the seconds of its computation
-    reference                  `full` if it ran on the same hardware in this study, else the method itself; '' if unknown
+    reference                  `full` if it ran on the same hardware in this study, else the method itself, or ''
     prepare_token_equivalents  seconds_prepare / (seconds_train / tokens_trained of the reference): the number of tokens
                                that could have been trained on meanwhile
     seconds_per_step           seconds_train / steps

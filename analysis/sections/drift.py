@@ -1,7 +1,7 @@
 """How far each method moved the weights, and where: figures and a section from the cells' drift.json.
 
-experiments/model/drift.py has the formulas. All numbers are of the weights as they are kept, rounded to the dtype of the
-checkpoint. `loaded.drift` is drift.json by cell name, for the cells that have one. Over seeds the numbers are means.
+experiments/model/drift.py has the formulas. All numbers are of the weights as they are kept, rounded to the
+checkpoint's dtype. `loaded.drift` is drift.json by cell name. Over seeds the numbers are means.
 """
 
 import numpy as np
@@ -213,15 +213,15 @@ def _notes(records: list[dict], methods: pd.DataFrame) -> list[str]:
     references = {(r["method"], r["part"], f"{r['entries']:,}") for r in (d["reference"] for d in records) if r}
     for method, part, entries in sorted(references):
         notes.append(
-            f"Importance is what {method} prepared ({part}, {entries} weights) from general text before any training; a "
-            "method that it regularises has a low overlap by design."
+            f"Importance is what {method} prepared ({part}, {entries} weights) from general text before any training; "
+            "a method that it regularises has a low overlap by design."
         )
     if references:
         notes.append(
             "Overlap is the movement’s mean importance, (ΣFΔ² / ΣΔ²) over the mean F: ×1 as if movement ignored "
             "importance, less if it avoided important weights; below it is the share of squared movement in the 10 % "
-            "most important weights. Within each matrix: given how far each matrix moved, so that it does not count which "
-            "matrices a method trains."
+            "most important weights. Within each matrix: given how far each matrix moved, so that it does not count "
+            "which matrices a method trains."
         )
     else:
         notes.append(

@@ -1,13 +1,13 @@
-"""The variance of a mean over items that every seed answers: seeds and items are crossed, and both are drawn.
+"""The variance of a mean over items that every seed answers: seeds and items are crossed, and both are random.
 
-d[s, i] = mean + seed_s + item_i + rest_si, with T tasks of n_t items each and one seed moving all tasks together. The estimate
-is the mean over tasks, with equal weight, of a task's mean over seeds and items. Its variance has two parts:
+d[s, i] = mean + seed_s + item_i + rest_si, with T tasks of n_t items each and one seed shifting all tasks together. The
+estimate is the mean over tasks, with equal weight, of a task's mean over seeds and items. Its variance has two parts:
 
-    items   sum_t MS_item,t / (S n_t) / T^2                      what other items would change (rest included)
-    seeds   Var_s(F_s) / S - sum_t MS_rest,t / (S n_t) / T^2     what other seeds would change; F_s the estimate of seed s alone
+    items   Σ_t MS_item,t / (S n_t) / T²                     what other items would change (rest included)
+    seeds   Var_s(F_s) / S − Σ_t MS_rest,t / (S n_t) / T²    what other seeds would change; F_s is seed s's own estimate
 
-For one task this is (MS_seed + MS_item - MS_rest) / (S n), two-way random effects (Searle, Casella and McCulloch 1992, ch. 4).
-The seeds' part is set to 0 where it comes out negative, so an interval is never narrower than one over items alone.
+For one task this is (MS_seed + MS_item − MS_rest) / (S n), two-way random effects (Searle, Casella and McCulloch 1992,
+ch. 4). A negative seeds' part is set to 0, so that an interval is never narrower than one over items alone.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,10 @@ from scipy.stats import t as student
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Arrays over the leading axes of what `crossed` was given: the mean, its standard error, half the 95 % interval, and the
-    degrees of freedom. All but `value` are NaN where a task has fewer than two items."""
+    """The mean, its standard error, half the 95 % interval and the degrees of freedom, over the input's leading axes.
+
+    All but `value` are NaN if a task has fewer than two items.
+    """
 
     value: np.ndarray
     error: np.ndarray
@@ -31,22 +33,24 @@ class Estimate:
 def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95, step: float = 0.0) -> Estimate:
     """The mean over `tasks`, arrays (..., S seeds, n_t items) in any unit, with its interval at `level`.
 
-    Half the interval is the larger of t(df) * error, with Satterthwaite's df of the mean squares (Satterthwaite 1946; the
-    negative one counts too), and sqrt(t(S-1)^2 * seeds + t(df_items)^2 * items), each part with the t of its own degrees (the idea of
-    Cochran 1964). Satterthwaite's alone covers .91 to .93 with three seeds that differ much: where they lie close together by
-    luck, the error is small and the df large, at once. With one seed there is no seeds' part: the items' alone, with t.
+    Half the interval is the larger of t(df) · error, with Satterthwaite's df of the mean squares (Satterthwaite 1946;
+    the negative one counts too), and sqrt(t(S−1)² · seeds + t(df_items)² · items), each part with the t of its own
+    degrees of freedom (after Cochran 1964). Satterthwaite's alone covers .91 to .93 with three seeds that differ much:
+    if they lie close together by chance, the error is small and the df large at once. With one seed there is only the
+    items' part, with t.
 
-    step > 0 is for answers that are right or wrong, how far one item moves when it turns: MS_item is then that of the items and of two more a
-    task, one moved up and one down (as for paired proportions: Bonett and Price 2012). Items that did not turn do not say that none can; the
-    plain interval covers 60 to 90 % where one item in a hundred turns (simulated in tests/analysis/test_coverage.py).
+    step > 0 is for answers that are right or wrong: how far one item moves if its answer changes. MS_item is then that
+    of the items and two more per task, one moved up and one down (as for paired proportions: Bonett and Price 2012),
+    because answers that did not change do not show that none can; the plain interval covers 60 to 90 % if one item in a
+    hundred changes (simulated in tests/analysis/test_coverage.py).
 
-    Raises ValueError where there is no task, or the tasks have different numbers of seeds.
+    Raises ValueError if there is no task, or if the tasks have different numbers of seeds.
     """
     if not tasks:
-        raise ValueError("no task to average over")
+        raise ValueError("there is no task to average over")
     seeds = tasks[0].shape[-2]
     if any(scores.shape[-2] != seeds for scores in tasks):
-        raise ValueError(f"tasks of different numbers of seeds: {[scores.shape[-2] for scores in tasks]}")
+        raise ValueError(f"tasks have different numbers of seeds: {[scores.shape[-2] for scores in tasks]}")
     by_seed = np.mean([scores.mean(axis=-1) for scores in tasks], axis=0)
     parts = [_parts(scores, step) for scores in tasks]
     share = 1 / len(tasks) ** 2
@@ -58,30 +62,27 @@ def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95, step: float = 0
     if seeds > 1:
         whole = by_seed.var(axis=-1, ddof=1) / seeds
         between = np.maximum(whole - rest, 0)
-        squares = (
-            squares + whole**2 / (seeds - 1) + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in parts)
-        )
+        squares = squares + whole**2 / (seeds - 1)
+        squares = squares + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in parts)
     point = (1 + level) / 2
     variance = items + between
     df = _degrees(variance, squares)
     half = student.ppf(point, df) * np.sqrt(variance)
     if seeds > 1:
-        apart = (
-            student.ppf(point, seeds - 1) ** 2 * between
-            + student.ppf(point, _degrees(items, squares_items)) ** 2 * items
-        )
-        half = np.maximum(half, np.sqrt(apart))
+        by_seeds = student.ppf(point, seeds - 1) ** 2 * between
+        by_items = student.ppf(point, _degrees(items, squares_items)) ** 2 * items
+        half = np.maximum(half, np.sqrt(by_seeds + by_items))
     return Estimate(value=by_seed.mean(axis=-1), error=np.sqrt(variance), half=half, df=df)
 
 
 def two_more(values: np.ndarray, *, step: float) -> np.ndarray:
-    """(..., n items) and two items more, moved up and down by `step`; as they are where it is 0."""
+    """(..., n items) and two more items, moved up and down by `step`; unchanged if it is 0."""
     moved = np.broadcast_to(np.array([step, -step]), (*values.shape[:-1], 2))
     return np.concatenate([values, moved], axis=-1) if step else values
 
 
 def _parts(scores: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """MS_item / (S n), MS_rest / (S n) and n - 1 of one task; NaN where n < 2, and no rest with one seed."""
+    """MS_item / (S n), MS_rest / (S n) and n - 1 of one task; NaN if n < 2, no rest with one seed."""
     seeds, n = scores.shape[-2:]
     if n < 2:
         unknown = np.full(scores.shape[:-2], np.nan)
@@ -90,7 +91,7 @@ def _parts(scores: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray, flo
     item = (with_more := two_more(means, step=step)).var(axis=-1, ddof=1) / with_more.shape[-1]
     if seeds == 1:
         return item, np.zeros_like(item), n - 1
-    # sum of squares within an item over seeds, less what the seeds' own means explain of it
+    # sum of squares within an item over seeds, minus what the seeds' own means explain
     within = ((scores - means[..., None, :]) ** 2).sum(axis=(-1, -2))
     by_seed = scores.mean(axis=-1)
     explained = n * ((by_seed - by_seed.mean(axis=-1, keepdims=True)) ** 2).sum(axis=-1)
@@ -98,6 +99,6 @@ def _parts(scores: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray, flo
 
 
 def _degrees(variance: np.ndarray, squares: np.ndarray) -> np.ndarray:
-    """Satterthwaite's degrees of freedom, variance^2 / squares; infinite where nothing varies."""
+    """Satterthwaite's degrees of freedom, variance² / squares; infinite if nothing varies."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(squares == 0, np.inf, variance**2 / squares)

@@ -1,7 +1,7 @@
 """95 % intervals of the reported numbers.
 
-With several seeds they cover other items and other seeds, which are crossed (analysis/statistics/crossed.py): they are about the method. With one
-seed they say how far the number would move with other items, and nothing about another seed: 'this run, not this method'.
+With several seeds they cover other items and other seeds, which are crossed (analysis/statistics/crossed.py): they are
+about the method. With one seed they cover other items only, not another seed: 'this run, not this method'.
 """
 
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from methods.errors import UserError
 
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 KEYS = ["task", "doc_id", "doc_hash"]
-FIXED = [*KEYS, "gold", "base", "tuned"]  # the columns of `paired` that are no run
+FIXED = [*KEYS, "gold", "base", "tuned"]  # the columns of `paired` that are not runs
 SCOPES = {"run": "this run, not this method", "method": "this method: other seeds and other items"}
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its lower and upper 95 % bound and the items behind it; bounds are None where n < 2.
+    """An estimate with its 95 % bounds, which are None if n < 2, and the number of items behind it.
 
     scope  "run" (one seed: items only) or "method" (several seeds: items and seeds)
-    error  standard error in the unit of `value` (of log(value) for a ratio); df its degrees of freedom; None where unknown
+    error  standard error in the unit of `value` (of log(value) for a ratio), None if unknown; df its degrees of freedom
     """
 
     value: float
@@ -39,27 +39,18 @@ class Interval:
     df: float | None = None
 
     def __neg__(self) -> "Interval":
-        """The interval of the negated number: forgetting is the negated change."""
+        """The interval of the negated number, because forgetting is the negated change."""
         low, high = (None if bound is None else -bound for bound in (self.high, self.low))
         return Interval(-self.value, low, high, self.n, self.seeds, self.scope, self.error, self.df)
 
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low is not None and (self.low > 0 or self.high < 0)
-
-    @property
-    def says(self) -> str:
-        """What the interval is about, in words."""
-        return SCOPES[self.scope]
-
 
 def paired(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
-    """Items on the same rows: task, doc_id, doc_hash, gold, base, tuned (mean over the runs), and a column a run, named by `cell`.
+    """Items on the same rows: task, doc_id, doc_hash, gold, base, tuned (mean over the runs), and one column per cell.
 
-    Rows that the base or any run lacks are not in it: compare counts before calling it a whole. Without a column `cell`, `tuned` is
-    one run, "run". Raises UserError where a run has a row twice.
+    Rows that the base or any run lacks are left out, so compare counts before treating it as complete. Without a column
+    `cell`, `tuned` is one run, "run". Raises UserError if a run has a row twice.
     """
-    runs = {"run": tuned} if "cell" not in tuned else {name: rows for name, rows in tuned.groupby("cell", sort=False)}
+    runs = dict(list(tuned.groupby("cell", sort=False))) if "cell" in tuned else {"run": tuned}
     pairs = base[[*KEYS, "score", "gold"]].rename(columns={"score": "base"})
     for name, rows in {"base": base, **runs}.items():
         if rows.duplicated(KEYS).any():
@@ -72,37 +63,35 @@ def paired(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
 
 
 def by_run(rows: pd.DataFrame) -> np.ndarray:
-    """The tuned scores of some rows of `paired`, (S runs, n items); `tuned` where a frame has no run of its own."""
+    """The tuned scores of some rows of `paired`, (S runs, n items); the column `tuned` if there are no runs."""
     runs = [column for column in rows.columns if column not in FIXED] or ["tuned"]
     return rows[runs].to_numpy(dtype=float).T
 
 
 def of_arrays(tasks: Sequence[np.ndarray], *, step: float = 1.0) -> Interval:
-    """The mean over tasks with equal weight; one array (S seeds, n_t items) a task, in shares of 1.
+    """The mean over tasks with equal weight; one array (S seeds, n_t items) per task, in shares of 1.
 
-    step  how far the number of one item moves when its answer turns, see `crossed`; 0 for numbers that are not right or wrong
+    step  how far one item moves if its answer changes, see `crossed`; 0 for numbers that are not right or wrong
     """
-    found, n, seeds = crossed(tasks, step=step), sum(scores.shape[1] for scores in tasks), tasks[0].shape[0]
-    value, half, scope = float(found.value), float(found.half), "method" if seeds > 1 else "run"
+    estimate, n, seeds = crossed(tasks, step=step), sum(scores.shape[1] for scores in tasks), tasks[0].shape[0]
+    value, half, scope = float(estimate.value), float(estimate.half), "method" if seeds > 1 else "run"
     if half != half:
         return Interval(value, None, None, n, seeds, scope)
-    return Interval(value, value - half, value + half, n, seeds, scope, float(found.error), float(found.df))
+    return Interval(value, value - half, value + half, n, seeds, scope, float(estimate.error), float(estimate.df))
 
 
 def mean_difference(pairs: pd.DataFrame, tasks: list[str], *, step: float = 1.0) -> Interval:
-    """tuned - base, averaged over `tasks` with equal weight; over items, and over seeds where `pairs` has several runs. `step`: see `of_arrays`."""
-    differences = []
-    for task in tasks:
-        rows = pairs[pairs["task"] == task]
-        differences.append(by_run(rows) - rows["base"].to_numpy(dtype=float))
-    return of_arrays(differences, step=step)
+    """tuned − base, averaged over `tasks` with equal weight, with its interval; `step` as in `of_arrays`."""
+    own = [pairs[pairs["task"] == task] for task in tasks]
+    return of_arrays([by_run(rows) - rows["base"].to_numpy(dtype=float) for rows in own], step=step)
 
 
 def of_set(changes: Sequence[float], errors: Sequence[float | None], *, n: int) -> Interval:
-    """The mean over runs of changes in a metric of the whole set of `n` rows, `errors` the standard errors of each by drawing rows anew.
+    """The mean over runs of changes in a metric of the whole set of `n` rows; `errors` are bootstrap standard errors.
 
-    The runs answer the same rows, so the rows' part of the variance is the mean of theirs and not the S-th part of it, which errs on the
-    wide side; with S > 1 runs the seeds' part, variance / S with Student's t of S - 1 degrees, is added as in analysis/statistics/crossed.py.
+    The runs answer the same rows, so the rows' part of the variance is the mean of theirs, not that over S, which errs
+    on the wide side. With S > 1 runs the seeds' part, variance / S with Student's t of S − 1 degrees of freedom, is
+    added as in analysis/statistics/crossed.py.
     """
     values, seeds = np.asarray(changes, dtype=float), len(changes)
     value, scope = float(values.mean()), "method" if seeds > 1 else "run"
@@ -111,43 +100,30 @@ def of_set(changes: Sequence[float], errors: Sequence[float | None], *, n: int) 
     items = float(np.mean(np.square(np.asarray(errors, dtype=float))))
     between = float(values.var(ddof=1)) / seeds if seeds > 1 else 0.0
     half = sqrt(Z**2 * items + (student.ppf(0.975, seeds - 1) ** 2 * between if seeds > 1 else 0.0))
-    return Interval(
-        value,
-        value - half,
-        value + half,
-        n,
-        seeds,
-        scope,
-        sqrt(items + between),
-        float(seeds - 1) if between else float("inf"),
-    )
-
-
-def overall(*, base: pd.DataFrame, tuned: pd.DataFrame, tasks: list[str]) -> Interval:
-    """tuned - base, the mean over `tasks`, from items as they are scored; `tuned` with a `cell` a seed. Negate it for forgetting.
-
-    Raises UserError where a run's rows of `tasks` are not those of the base.
-    """
-    refuse_unequal(base=base, tuned=tuned, tasks=tasks)
-    return mean_difference(paired(base, tuned), tasks)
+    df = float(seeds - 1) if between else float("inf")
+    return Interval(value, value - half, value + half, n, seeds, scope, sqrt(items + between), df)
 
 
 def refuse_unequal(*, base: pd.DataFrame, tuned: pd.DataFrame, tasks: list[str]) -> None:
-    """Raises UserError where a run of `tuned` was not scored on exactly the base's rows (KEYS) of `tasks`."""
-    rows = lambda items: set(items.loc[items["task"].isin(tasks), KEYS].itertuples(index=False, name=None))
+    """Raise UserError if a run of `tuned` was not scored on exactly the base's rows (KEYS) of `tasks`."""
+
+    def rows(items: pd.DataFrame) -> set[tuple]:
+        return set(items.loc[items["task"].isin(tasks), KEYS].itertuples(index=False, name=None))
+
     wanted = rows(base)
     if absent := [task for task in tasks if task not in {name for name, *_ in wanted}]:
         raise UserError(f"the base has no scored row of task {absent[0]}: score the base again")
     for name, items in [("run", tuned)] if "cell" not in tuned else tuned.groupby("cell", sort=False):
-        if found := rows(items) ^ wanted:
-            task, _, digest = min(found)
+        if different := rows(items) ^ wanted:
+            task, _, digest = min(different)
             raise UserError(
-                f"{name} and its base have not the same rows: {len(found)} stand in one only, first {digest} of {task}: score both again"
+                f"{name} and its base do not have the same rows: {len(different)} are in one of them only, first "
+                f"{digest} of {task}: score both again"
             )
 
 
 def wilson(right: float, n: float, *, z: float = Z) -> Interval:
-    """Wilson's interval for a share `right`/`n` (Wilson 1927); stays inside [0, 1]."""
+    """Wilson's interval for the share `right` / `n` (Wilson 1927), which stays inside [0, 1]."""
     p, z2 = right / n, z * z
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * sqrt(p * (1 - p) / n + z2 / (4 * n * n))
@@ -155,7 +131,7 @@ def wilson(right: float, n: float, *, z: float = Z) -> Interval:
 
 
 def score(items: pd.DataFrame, task: str) -> Interval:
-    """The share of right answers to a task, mean over the runs of `items` (with a `cell` a seed), on the rows that all runs have."""
+    """The share of right answers to a task, the mean over the runs of `items`, on the rows that all runs have."""
     own = items[items["task"] == task]
     first = own if "cell" not in own else own[own["cell"] == own["cell"].iloc[0]]
     return of_shares(by_run(paired(first, own)))
@@ -164,32 +140,34 @@ def score(items: pd.DataFrame, task: str) -> Interval:
 def of_shares(scores: np.ndarray) -> Interval:
     """The mean of scores in [0, 1], (S seeds, n items): Wilson's interval for one seed.
 
-    Over several, Wilson's with the number of rows that would give the crossed variance v, n = p(1-p)/v, and half/error of the crossed
-    interval for z (as for survey samples: Franco et al. 2019, J. Survey Statistics and Methodology 7): it stays inside [0, 1].
+    For several seeds it is Wilson's with the number of rows that would give the crossed variance v, n = p(1−p)/v, and
+    half / error of the crossed interval for z (as for survey samples: Franco et al. 2019, J. Survey Statistics and
+    Methodology 7), which stays inside [0, 1].
     """
     seeds, n = scores.shape
     p = float(scores.mean())
     if seeds == 1:
         return wilson(p * n, n)
-    found = crossed([scores])
-    error, rows, z = float(found.error), seeds * n, Z
-    if error > 0 and 0 < p < 1:  # else nothing varies and only the number of rows is known
-        rows, z = min(p * (1 - p) / error**2, rows), float(found.half) / error
+    estimate = crossed([scores])
+    error, rows, z = float(estimate.error), seeds * n, Z
+    if error > 0 and 0 < p < 1:  # else nothing varies, and only the number of rows is known
+        rows, z = min(p * (1 - p) / error**2, rows), float(estimate.half) / error
     at = wilson(p * rows, rows, z=z)
-    return Interval(p, at.low, at.high, n, seeds, "method", error, float(found.df))
+    return Interval(p, at.low, at.high, n, seeds, "method", error, float(estimate.df))
 
 
 def perplexity_ratio(pairs: pd.DataFrame) -> Interval:
-    """exp of the difference in nats per token, tuned over base; passages are the items, weighted by their tokens.
+    """exp of the difference in nats per token, tuned over base; the items are passages, weighted by their tokens.
 
-    log r = sum(d_i)/sum(t_i), d_i the difference in total nats and t_i the tokens of passage i. Its variance is that of the mean of
-    the linearised values log r + n (d_i - log r * t_i) / sum(t), log r each run's own, crossed with seeds; for one run the ratio estimator's,
-    sum((d_i - log r * t_i)^2) * n/(n-1) / sum(t_i)^2 (Cochran 1977, ch. 6). Over seeds `value` is the geometric mean.
+    log r = Σ d_i / Σ t_i, with d_i the difference in total nats and t_i the tokens of passage i. Its variance is that
+    of the mean of the linearised values log r + n (d_i − log r · t_i) / Σ t, with each run's own log r, crossed with
+    seeds; for one run it is the ratio estimator's, Σ (d_i − log r · t_i)² · n/(n−1) / (Σ t_i)² (Cochran 1977, ch. 6).
+    Over seeds `value` is the geometric mean.
     """
     rows = pairs[pairs["task"] == "general"]
     tokens = rows["gold"].to_numpy(dtype=float)
     differences = by_run(rows) - rows["base"].to_numpy(dtype=float)
     ratios = differences.sum(axis=1, keepdims=True) / tokens.sum()
-    found = of_arrays([ratios + len(rows) * (differences - ratios * tokens) / tokens.sum()], step=0)
-    bounds = [None if bound is None else exp(bound) for bound in (found.low, found.high)]
-    return Interval(exp(found.value), *bounds, found.n, found.seeds, found.scope, found.error, found.df)
+    log = of_arrays([ratios + len(rows) * (differences - ratios * tokens) / tokens.sum()], step=0)
+    bounds = [None if bound is None else exp(bound) for bound in (log.low, log.high)]
+    return Interval(exp(log.value), *bounds, log.n, log.seeds, log.scope, log.error, log.df)

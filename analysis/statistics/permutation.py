@@ -1,8 +1,8 @@
 """Paired tests between every method and its base, and between every two methods of one (model, domain).
 
-The statistic is the reported number, so that test and table speak of the same thing. Under the null hypothesis an item's difference is as
-likely the other way round: signs are flipped by item. An item is its mean over seeds, so p is about these runs on other items; what other
-seeds would do is in the interval beside it, and `sentence` says which of the two a finding rests on.
+The statistic is the reported number, so that test and table agree. Under the null hypothesis an item's difference could
+equally well have the other sign, so signs are flipped by item. An item is its mean over seeds: p is about these runs on
+other items; what other seeds would change is in the interval beside it.
 """
 
 from collections.abc import Sequence
@@ -17,40 +17,25 @@ from analysis import units
 from analysis.load import Loaded, retention_tasks
 from analysis.statistics.intervals import by_run, of_arrays, paired, refuse_unequal
 
-FLIPS = 100_000  # drawn where the exact p would take too long; the smallest p then still stands a correction for 5,000 tests
-SEED = 0  # of the flips: the same for every test, so that one more method changes no other's p
-MOST_SEEDS = (
-    1000  # an item's mean over seeds is a fraction with a denominator up to this, else its scores are not 0 or 1
-)
+FLIPS = 100_000  # drawn if the exact p would take too long; the smallest p still survives a correction for 5,000 tests
+SEED = 0  # of the flips: the same for every test, so that one more method does not change the others' p
+MOST_SEEDS = 1000  # an item's mean over seeds is a fraction with at most this denominator, or its scores are not 0 or 1
 MOST_WORK = 2e8  # additions of an exact p, well under a second
 LEVEL = 0.05
 POWER = 0.8
 KINDS = ("gain", "forgetting")
-COLUMNS = [
-    "kind",
-    "a",
-    "b",
-    "difference",
-    "low",
-    "high",
-    "p",
-    "p_holm",
-    "detectable",
-    "n",
-    "items_differing",
-    "seeds",
-    "scope",
-    "unit",
-]
+TESTED = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detectable"]
+COLUMNS = [*TESTED, "n", "items_differing", "seeds", "scope", "unit"]
 
 
 def sign_flip(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = SEED) -> float:
-    """Two-sided p of the mean over tasks of each task's mean difference, by flipping the signs of items (Fisher's randomisation test).
+    """Two-sided p of the mean over tasks of each task's mean difference, by flipping the signs of items.
 
-    tasks: one array (n_t items,) of differences a task, each the item's mean over seeds. p is the share of all patterns of signs whose |T*|
-    is at least |T|; with one task and one seed this is McNemar's exact test. It is exact where all differences are whole multiples of one
-    unit, as those of answers scored 0 or 1 are; else `flips` patterns are drawn, p = (1 + #{|T*| >= |T|}) / (1 + flips), which is never 0
-    (Phipson and Smyth 2010). Items of one task and one size of difference go together: the number of their positive signs is binomial.
+    tasks: one array (n_t items,) of differences per task, each the item's mean over seeds. p is the share of all
+    patterns of signs with |T*| ≥ |T| (Fisher's randomisation test); with one task and one seed it is McNemar's exact
+    test. It is exact if all differences are whole multiples of one unit, as for answers scored 0 or 1; else `flips`
+    patterns are drawn and p = (1 + #{|T*| ≥ |T|}) / (1 + flips), which is never 0 (Phipson and Smyth 2010). Items of
+    one task with the same size of difference are grouped: the number of their positive signs is binomial.
     """
     groups = [group for differences in tasks for group in _groups(differences)]
     whole = _whole(groups)
@@ -61,23 +46,23 @@ def sign_flip(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = SE
     for size, n, up, down in groups:
         statistic += size / n * (up - down)
         drawn += size / n * (2.0 * draw.binomial(up + down, 0.5, size=flips) - (up + down))
-    reached = np.abs(drawn) >= abs(statistic) - 1e-9  # equal up to rounding is as extreme
+    reached = np.abs(drawn) >= abs(statistic) - 1e-9  # equal up to rounding counts as extreme
     return float((1 + reached.sum()) / (1 + flips))
 
 
 def could_find(*, items: float, whole: float, fewest: float, tests: int) -> float:
-    """The true difference that a sign-flip test finds in 80 studies of 100 at the first step of Holm's correction of `tests` tests.
+    """The true difference that the test finds in 80 of 100 studies, at the first step of Holm's correction.
 
-    z(1 - .05 / (2 tests)) * items + z(.8) * whole, in the unit of the standard errors: `items` of items alone, which the test goes by, and
-    `whole` of all that another study would draw. No less than `fewest`, the share that one item is, times the items that must all change
-    the same way before any p is small enough: 2 / 2^k <= .05 / tests.
+    z(1 − .05 / (2 tests)) · items + z(.8) · whole, with the standard errors `items` of items alone, which the test
+    uses, and `whole` of everything that another study would draw. At least `fewest`, the share of one item, times the
+    number of items that must all change the same way before any p is small enough: 2 / 2^k ≤ .05 / tests.
     """
-    asked = norm.ppf(1 - LEVEL / (2 * tests)) * items + norm.ppf(POWER) * whole
-    return float(max(asked, fewest * ceil(log2(2 * tests / LEVEL))))
+    difference = norm.ppf(1 - LEVEL / (2 * tests)) * items + norm.ppf(POWER) * whole
+    return float(max(difference, fewest * ceil(log2(2 * tests / LEVEL))))
 
 
 def holm(p: Sequence[float]) -> np.ndarray:
-    """Holm's step-down correction of a family of p-values (Holm 1979): max over the smaller ones of (m - rank + 1) p, at most 1."""
+    """Holm's step-down correction of p-values (Holm 1979): the running maximum of (m − rank + 1) p, at most 1."""
     p = np.asarray(p, dtype=float)
     order = np.argsort(p, kind="stable")
     raised = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1.0)
@@ -87,44 +72,36 @@ def holm(p: Sequence[float]) -> np.ndarray:
 
 
 def all_tests(loaded: Loaded) -> pd.DataFrame:
-    """`tests_of` every comparison, below each other, `model` and `domain` first."""
-    rows = [
-        tests_of(loaded, model=model, domain=domain).assign(model=model, domain=domain)
-        for model, domain in loaded.comparisons
-    ]
-    return (
-        pd.concat(rows, ignore_index=True)[["model", "domain", *COLUMNS]]
-        if rows
-        else pd.DataFrame(columns=["model", "domain", *COLUMNS])
-    )
+    """`tests_of` every comparison, with `model` and `domain` as first columns."""
+    columns = ["model", "domain", *COLUMNS]
+    rows = [tests_of(loaded, model=m, domain=d).assign(model=m, domain=d) for m, d in loaded.comparisons]
+    return pd.concat(rows, ignore_index=True)[columns] if rows else pd.DataFrame(columns=columns)
 
 
 def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
-    """Every test of one comparison, a row each (COLUMNS); first against the base, then between methods. Empty where there are no items;
-    a cell without its items is left out.
+    """Every test of one comparison, one row each (COLUMNS), first against the base, then between methods.
 
-    kind             gain: a's domain score minus b's; forgetting: a's minus b's. Positive: a learned more, a forgot more
-    b                "base" or a method; two methods are compared on the seeds both have, or not at all where they share none
-    difference, low, high   in `unit`, shares of 1 as a rule; the bounds from the crossed interval
-    detectable       the true difference that the test would find in 80 studies of 100 after the correction (`could_find`)
-    p, p_holm        sign-flip p, and corrected over all methods x kinds: one family against the base, one between methods
+    kind             gain: a's domain score − b's; forgetting: a's − b's. Positive means that a learned, or forgot, more
+    b                "base" or a method; two methods are compared on the seeds that both have, if any
+    difference, low, high   in `unit` (shares of 1 as a rule), with the bounds of the crossed interval
+    detectable       the true difference that the test finds in 80 of 100 studies after the correction (`could_find`)
+    p, p_holm        sign-flip p, raw and corrected over all methods × kinds, against the base and between methods
     n, items_differing   items of the tasks that count, and how many of them differ in their mean over seeds
     seeds, scope     number of seeds, and what low, high and detectable are about: "run" or "method"
 
-    A gain in a metric of the whole set (analysis/units.py) has no rows to flip and is left out.
-    Raises UserError where a cell was not scored on the base's rows of the tasks that count.
+    A gain in a metric of the whole set (analysis/units.py) has no rows to flip and is left out, and so is a cell
+    without items. Raises UserError if a cell was not scored on the base's rows of the tasks that count.
     """
-    found = _wide(loaded, model=model, domain=domain)
-    if found is None:
+    wide = _wide(loaded, model=model, domain=domain)
+    if wide is None:
         return pd.DataFrame(columns=COLUMNS)
-    pairs, cells, counted = found
+    pairs, cells, counted = wide
     methods = list(dict.fromkeys(cells["method"]))
     families = ([(a, "base") for a in methods], [(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]])
     rows = []
     for family in families:
-        tested = [
-            _row(pairs, cells, kind=kind, a=a, b=b, tasks=tasks) for a, b in family for kind, tasks in counted.items()
-        ]
+        each = [(a, b, kind) for a, b in family for kind in counted]
+        tested = [_row(pairs, cells, kind=kind, a=a, b=b, tasks=counted[kind]) for a, b, kind in each]
         tested = [row for row in tested if row is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested])):
             errors = row.pop("errors")
@@ -133,16 +110,16 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
 
 
 def mcnemar(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
-    """Right answers lost and gained against the base by method, seed and task, with McNemar's exact p: description, uncorrected.
+    """Right answers lost and gained against the base by method, seed and task, with McNemar's exact p, not corrected.
 
-    Columns method, seed, task, role, n, lost, gained, p. Tasks whose items are not scored 0 or 1 are left out. p is two-sided, of `lost`
-    in lost + gained at one half (McNemar 1947); 1 where no item changed. Empty where there are no items.
+    Columns method, seed, task, role, n, lost, gained, p. Tasks whose items are not scored 0 or 1 are left out. p is
+    two-sided, of `lost` in lost + gained at one half (McNemar 1947), and 1 if no item changed.
     """
     columns = ["method", "seed", "task", "role", "n", "lost", "gained", "p"]
-    found = _wide(loaded, model=model, domain=domain)
-    if found is None:
+    wide = _wide(loaded, model=model, domain=domain)
+    if wide is None:
         return pd.DataFrame(columns=columns)
-    pairs, cells, _ = found
+    pairs, cells, _ = wide
     rows = []
     for name, cell in cells.iterrows():
         for task, about in cell["scores_by_task"].items():
@@ -150,9 +127,8 @@ def mcnemar(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
             before, after = own["base"], own[name]
             if len(own) and before.isin((0, 1)).all() and after.isin((0, 1)).all():
                 lost, gained = int((before > after).sum()), int((before < after).sum())
-                rows.append(
-                    (cell["method"], cell["seed"], task, about["role"], len(own), lost, gained, exact(lost, gained))
-                )
+                counts = (len(own), lost, gained, exact(lost, gained))
+                rows.append((cell["method"], cell["seed"], task, about["role"], *counts))
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -162,12 +138,12 @@ def exact(lost: int, gained: int) -> float:
 
 
 def _wide(loaded: Loaded, *, model: str, domain: str):
-    """The items of cells that have them beside the base's, these cells, and the tasks that count by kind; None where there are none."""
+    """Items of cells and base side by side, the cells with items, and the counting tasks by kind; None without."""
     cells = loaded.of(model, domain) if len(loaded.cells) else loaded.cells
-    base = loaded.base.get(model, {}).get("items", pd.DataFrame())
+    base = loaded.base_items(model)
     if base.empty or cells.empty or loaded.items.empty:
         return None
-    tuned = loaded.items[loaded.items["cell"].isin(cells.index)]
+    tuned = loaded.items_of(cells)
     cells = cells[cells.index.isin(tuned["cell"])]
     if cells.empty:
         return None
@@ -179,57 +155,52 @@ def _wide(loaded: Loaded, *, model: str, domain: str):
 
 
 def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str, tasks: list[str]) -> dict | None:
-    shared = sorted(
-        set.intersection(*(set(cells.loc[cells["method"] == method, "seed"]) for method in (a, b) if method != "base"))
-    )
+    # the cells of each method by seed, so that two methods are compared seed by seed
+    by_seed = {m: dict(zip(own["seed"], own.index)) for m, own in cells[cells["method"].isin([a, b])].groupby("method")}
+    shared = sorted(set.intersection(*map(set, by_seed.values())))
     if not shared:
         return None
     sign = 1.0 if kind == "gain" else -1.0
-    scores = lambda method, rows: (
-        rows["base"].to_numpy(dtype=float) if method == "base" else by_run(rows[_columns(cells, method, shared)])
-    )
+
+    def scores(method: str, rows: pd.DataFrame) -> np.ndarray:
+        if method not in by_seed:
+            return rows["base"].to_numpy(dtype=float)
+        return by_run(rows[[by_seed[method][seed] for seed in shared]])
+
     own = [pairs[pairs["task"] == task] for task in tasks]
     differences = [sign * (scores(a, rows) - scores(b, rows)) for rows in own]
-    means = [by_seed.mean(axis=0) for by_seed in differences]
+    means = [seeds.mean(axis=0) for seeds in differences]
     unit = units.of_domain(cells.iloc[0]) if kind == "gain" else units.SHARE
     step = units.step(unit)
-    found, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
+    whole, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
     one = step / (len(tasks) * max(map(len, means)))
     return {
         "kind": kind,
         "a": a,
         "b": b,
-        "difference": found.value,
-        "low": found.low,
-        "high": found.high,
+        "difference": whole.value,
+        "low": whole.low,
+        "high": whole.high,
         "p": sign_flip(means),
-        "errors": None if found.error is None else {"items": items.error, "whole": found.error, "fewest": one},
-        "n": found.n,
+        "errors": None if whole.error is None else {"items": items.error, "whole": whole.error, "fewest": one},
+        "n": whole.n,
         "items_differing": int(sum((np.abs(item) > 1e-12).sum() for item in means)),
-        "seeds": found.seeds,
-        "scope": found.scope,
+        "seeds": whole.seeds,
+        "scope": whole.scope,
         "unit": unit,
     }
 
 
-def _columns(cells: pd.DataFrame, method: str, seeds: list[int]) -> list[str]:
-    """The cells of a method in the order of `seeds`, so that two methods are compared seed by seed."""
-    by_seed = {cell["seed"]: name for name, cell in cells[cells["method"] == method].iterrows()}
-    return [by_seed[seed] for seed in seeds]
-
-
 def _groups(differences: np.ndarray) -> list[tuple[float, int, int, int]]:
-    """Items of one size of difference: the size, the task's number of items, how many are positive and how many negative."""
+    """Items by size of difference: the size, the task's number of items, how many are positive and negative."""
     differences = np.round(differences, 12)
     sizes = np.unique(np.abs(differences[differences != 0]))
-    return [
-        (float(size), len(differences), int((differences == size).sum()), int((differences == -size).sum()))
-        for size in sizes
-    ]
+    counts = [(int((differences == size).sum()), int((differences == -size).sum())) for size in sizes]
+    return [(float(size), len(differences), up, down) for size, (up, down) in zip(sizes, counts)]
 
 
 def _whole(groups: list[tuple[float, int, int, int]]) -> list[int] | None:
-    """What an item of each group weighs, in whole multiples of one unit; None where there is no such unit, or an exact p would take too long."""
+    """Each group's weight of an item in multiples of one unit; None without one, or if exact p takes too long."""
     sizes = [Fraction(size).limit_denominator(MOST_SEEDS) for size, *_ in groups]
     if any(abs(float(fraction) - size) > 1e-9 for fraction, (size, *_) in zip(sizes, groups)):
         return None
@@ -242,7 +213,7 @@ def _whole(groups: list[tuple[float, int, int, int]]) -> list[int] | None:
 
 
 def _exact(weights: list[int], counts: list[tuple[int, int]]) -> float:
-    """The share of patterns of signs whose sum is at least as far from 0, from the distribution of the sum of the positive weights."""
+    """The share of patterns of signs whose sum is at least as far from 0, by the distribution of the positive sum."""
     chance = np.ones(1)
     for weight, (up, down) in zip(weights, counts):
         wider = np.zeros(len(chance) + weight * (up + down))

@@ -19,9 +19,9 @@ class Resampled:
     """The M methods of one (model, domain); every number is a share of 1.
 
     gain, forgetting      (M,) the reported values, means over seeds
-    gains, forgettings    (draws, M) the same redrawn; NaN for a method some of whose items are not there
-    seeds                 seeds by method
-    n_domain, n_retention scored rows behind a gain, behind a forgetting
+    gains, forgettings    (draws, M) the same redrawn; NaN for a method without all of its items
+    seeds                 number of seeds by method
+    n_domain, n_retention number of scored rows behind a gain and behind a forgetting
     """
 
     methods: tuple[str, ...]
@@ -36,20 +36,21 @@ class Resampled:
     @property
     def families(self) -> dict[str, list[int]]:
         """Columns by family, in the order of the grid."""
-        found: dict[str, list[int]] = {}
+        columns: dict[str, list[int]] = {}
         for column, method in enumerate(self.methods):
-            found.setdefault(family(method), []).append(column)
-        return found
+            columns.setdefault(family(method), []).append(column)
+        return columns
 
 
 def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, seed: int = 0) -> Resampled | None:
-    """Redraws items and seeds together for all methods of one comparison; None where no method has both numbers, or the gain is none of shares.
+    """Redraw items and seeds together for all methods of one comparison.
 
-    Items are drawn with replacement within each task, the same draw for every method, whose scores are first averaged over
-    its seeds. Where a method has S > 1 seeds, their part is added: sum_s z_s d_s / sqrt(S (S - 1)), d_s the deviation of
-    seed s from the method's mean and z_s ~ N(0, 1) shared by all methods, over sqrt(chi2/df) of S - 1 degrees of freedom.
-    Its covariance is that of the mean over seeds and its tails are Student's; drawing 3 seeds out of 3 would make the seeds'
-    part a third too small. What differs between items by seed is in both parts, which errs on the wide side.
+    None if no method has both numbers, or if the gain is not of shares. Items are drawn with replacement within each
+    task, the same draw for every method, whose scores are first averaged over its seeds. For a method with S > 1 seeds
+    their part is added: Σ_s z_s d_s / sqrt(S (S − 1)), with d_s the deviation of seed s from the method's mean and
+    z_s ~ N(0, 1) shared by all methods, over sqrt(χ²/df) of S − 1 degrees of freedom. Its covariance is that of the
+    mean over seeds and its tails are Student's; drawing 3 seeds out of 3 would make the seeds' part a third too small.
+    What differs between items by seed is in both parts, which errs on the wide side.
     """
     cells = loaded.of(model, domain) if len(loaded.cells) else loaded.cells
     if not len(cells):
@@ -58,7 +59,7 @@ def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, se
     if not len(cells):
         return None
     first, methods = cells.iloc[0], tuple(dict.fromkeys(cells["method"]))
-    if units.of_domain(first) != units.SHARE:  # a front of gain in nats against forgetting in points has no area
+    if units.of_domain(first) != units.SHARE:  # gain in nats against forgetting in points has no area
         return None
     tasks = retention_tasks(first)
     counts = {task: first["n"].get(task, 0) for task in [domain, *tasks]}
@@ -81,11 +82,11 @@ def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, se
 
 
 def reversed_interval(value: float, draws: np.ndarray) -> tuple[float | None, float | None]:
-    """The reverse percentile ("basic") bootstrap interval, 2 value - quantiles (Davison and Hinkley 1997, eq. 5.6).
+    """The reverse percentile ("basic") bootstrap interval, 2 · value − quantiles (Davison and Hinkley 1997, eq. 5.6).
 
-    Of several noisy points a front takes the best, so its redraws lie above it as it lies above the truth; simulated for
-    five equally good points, percentiles of the redraws cover 7 to 77 % where these cover 85 to 96 %.
-    Returns None, None where a draw is not there.
+    A front takes the best of several noisy points, so its redraws lie above it as it lies above the truth; simulated
+    for five equally good points, percentiles of the redraws cover 7 to 77 %, these intervals 85 to 96 %. None, None if
+    a draw is missing.
     """
     if not len(draws) or np.isnan(draws).any():
         return None, None
@@ -94,30 +95,29 @@ def reversed_interval(value: float, draws: np.ndarray) -> tuple[float | None, fl
 
 
 def changes(loaded: Loaded, cells: pd.DataFrame, *, counts: dict[str, int]) -> dict[str, np.ndarray]:
-    """task -> (items, methods): tuned minus base, the mean over a method's seeds; NaN where a method's items are not all there."""
+    """task -> (items, methods): tuned − base, mean over a method's seeds; NaN for a method without all its items."""
     methods = list(dict.fromkeys(cells["method"]))
-    base = loaded.base.get(cells.iloc[0]["model"], {}).get("items", pd.DataFrame())
+    base, tuned = loaded.base_items(cells.iloc[0]["model"]), loaded.items_of(cells)
     absent = {task: np.full((1, len(methods)), np.nan) for task in counts}
     if not len(base) or not len(loaded.items):
         return absent
-    tuned = loaded.items[loaded.items["cell"].isin(cells.index)]
     tuned = tuned.assign(method=tuned["cell"].map(cells["method"]))
     runs = cells.groupby("method").size()
-    found = {}
+    made = {}
     for task, n in counts.items():
-        asked = base[base["task"] == task].set_index(KEYS)["score"]
+        before = base[base["task"] == task].set_index(KEYS)["score"]
         own = tuned[tuned["task"] == task].groupby([*KEYS, "method"])["score"].agg(["mean", "count"])
         own = own["mean"].where(own["count"] == runs.loc[own.index.get_level_values("method")].to_numpy())
-        wide = own.unstack("method").reindex(index=asked.index, columns=methods)
-        change = wide.sub(asked, axis=0).to_numpy(dtype=float)
+        wide = own.unstack("method").reindex(index=before.index, columns=methods)
+        change = wide.sub(before, axis=0).to_numpy(dtype=float)
         if len(change) != n or not n:
             return absent
-        found[task] = np.where(np.isnan(change).any(axis=0), np.nan, change)
-    return found
+        made[task] = np.where(np.isnan(change).any(axis=0), np.nan, change)
+    return made
 
 
 def _redrawn(change: np.ndarray, *, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, methods) means over n items drawn with replacement; one draw serves all methods."""
+    """(draws, methods) means over n items drawn with replacement, the same draw for all methods."""
     n = len(change)
     return rng.multinomial(n, np.full(n, 1 / n), size=draws) @ change / n
 

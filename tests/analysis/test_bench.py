@@ -49,7 +49,7 @@ def test_a_race_is_on_the_page_with_its_ratios_and_its_goals(page):
     )  # 20/1 ms; median of 50/1 and 20/2
     assert 'at most 3 times: <span class="bad">missed</span>' in page and "at most 1 times: met" in page
     assert (
-        "2 of 4 goals are met, missed are:" in page
+        "2 of 4 goals are met; missed:" in page
         and page.count("<li>library at most 3 times (2 entries &lt;&amp;&gt; more)</li>") == 2
     )
     assert (
@@ -83,7 +83,7 @@ def test_figures_are_inlined_with_ids_and_links_of_their_own(page):
 def test_without_benchmarks_the_page_says_how_to_make_them(tmp_path):
     write_summary(results_root=tmp_path / "results", summary_dir=tmp_path / "out", cells=["m/d/full/seed0"], title="t")
     page = (tmp_path / "out/report.html").read_text()
-    assert "<code>python -m experiments bench</code> makes them" in page and 'id="claim"' not in page
+    assert "<code>python -m experiments bench</code> writes them" in page and 'id="claim"' not in page
 
 
 def test_the_newest_of_each_name_counts_for_any_study(tmp_path):

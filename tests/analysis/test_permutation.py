@@ -179,7 +179,7 @@ def test_other_rows_than_the_bases_are_refused(seeds):
     drop = loaded.items[
         (loaded.items["cell"] == "smollm2-135m/science/ewc/seed2") & (loaded.items["task"] == "piqa")
     ].index[0]
-    with pytest.raises(UserError, match="science/ewc/seed2.*1 stand in one only"):
+    with pytest.raises(UserError, match="science/ewc/seed2.*1 are in one of them only"):
         permutation.tests_of(_with(loaded, items=loaded.items.drop(index=drop)), model=MODEL, domain=DOMAIN)
 
 
