@@ -165,6 +165,7 @@ def cell(
         model=make(),
         parts=(*parts, *more, stopper),
         examples=goldens.texts(18, seed=12, labelled=True),
+        general=goldens.texts(8, seed=11, labelled=False),
         settings=chosen,
         seed=5,
         base=base,
