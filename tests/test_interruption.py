@@ -1,4 +1,4 @@
-"""Stages of a study killed with SIGKILL and started again, through the command line: the weights of a run left alone."""
+"""Stages that are killed with SIGKILL and run again from the command line give the weights of an uninterrupted run."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def killed(folder: Path, *arguments: str) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The demo as a default study with longer phases, a checkpoint after every step, its model shared by two processes."""
+    """The demo as a default study with longer phases, a checkpoint after every step, and two processes."""
     folder = tmp_path_factory.mktemp("study")
     for name in ("experiments", "methods", "evaluation", "analysis"):
         shutil.copytree(HERE / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -99,7 +99,8 @@ def test_away_from_the_root_the_way_back_is_told(monkeypatch, answer, tmp_path):
     assert (
         status == 2
         and said
-        == f"error: {tmp_path} is not the project's root, to which the paths in params.yaml are relative: run `cd {HERE}` first\n"
+        == f"error: {tmp_path} is not the project's root, to which the paths in params.yaml are relative: "
+        f"run `cd {HERE}` first\n"
     )
 
 
@@ -139,7 +140,10 @@ def test_beside_a_dvc_at_work_on_the_same_study_its_files_are_left_alone(tmp_pat
         (tmp_path / "experiments" / "studies" / name).mkdir(parents=True)
     folder = tmp_path / ".dvc" / "tmp"
     folder.mkdir(parents=True)
-    study = lambda name: SimpleNamespace(name=name, paths=Paths(study=name, root=tmp_path))
+
+    def study(name):
+        return SimpleNamespace(name=name, paths=Paths(study=name, root=tmp_path))
+
     with rwlock(str(folder), localfs, "repro", [str(tmp_path / "params.yaml")], [str(tmp_path / path)], False):
         for name in {"demo", "other", ""} - {owner}:
             environment.alone(study(name))

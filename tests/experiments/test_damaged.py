@@ -1,4 +1,4 @@
-"""Whatever a stage reads back may be cut off or changed on the disk: it is told by the file's name, and nothing else is raised."""
+"""A file that a stage reads back and that was cut off or changed on the disk is named in a UserError."""
 
 import json
 import random

@@ -234,7 +234,7 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
 
 
 def test_a_disk_without_room_is_told_before_anything_is_fetched(tmp_path, given):
-    """Room for what is to be fetched and for a copy: of the same size, or of the size that parameters and dtype make."""
+    """Room for the download and for a copy: of the same size, or of the size that parameters and dtype give."""
     shard = next((given / "model").glob("model-00001-of-*.safetensors")).name
     with Hub(folders={("models", "someone/big"): given / "model"}, sizes={shard: 2**60}) as server:
         same, smaller = run_python(
@@ -357,7 +357,7 @@ def test_rows_of_the_hub_are_of_the_commit_asked_for_also_from_the_cache(tmp_pat
     assert "data set 'someone/rows'" in empty and "is missing or incomplete in the local hub cache" in empty
 
 
-# every Python call that would open a connection or ask for an address is noted, and refused where it goes past the hub's
+# every Python call that opens a connection or resolves an address is noted, and refused unless it goes to the hub
 GUARD = """
 import sys
 allowed, asked = [], []
@@ -401,7 +401,8 @@ train.main(study, cell)
 evaluate.main(study, cell)
 collect.main(study, cell)
 import threading
-assert [thread.name for thread in threading.enumerate() if "conversion" in thread.name or "elemetry" in thread.name] == []
+names = [thread.name for thread in threading.enumerate()]
+assert not [name for name in names if "conversion" in name or "elemetry" in name], names
 assert not asked, asked
 print("nothing asked")
 """
@@ -409,7 +410,7 @@ print("nothing asked")
 
 
 def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
-    """All of our modules imported, models of three kinds made, and a cell through every stage, with no network at all."""
+    """Without network, all modules are imported, models of three kinds are made, and a cell runs through every stage."""
     model = save(tmp_path / "given", "llama", shard="40KB")
     save(tmp_path / "gptj", "gptj")
     fill_cache(tmp_path / "hf" / "hub", "someone/tiny", tmp_path / "given")
@@ -455,7 +456,8 @@ weights.materialise(name="tiny", block=Model(source="random:gptj"), packages={},
 assert not asked, asked
 allowed.append(hub)
 base = weights.materialise(name="tiny", block=Model(source="hub:someone/tiny@main"), packages={}, out_dir=out / "hub")
-weights.materialise(name="old", block=Model(source="hub:someone/old", bin_sha256=sys.argv[2]), packages={}, out_dir=out / "old")
+old = Model(source="hub:someone/old", bin_sha256=sys.argv[2])
+weights.materialise(name="old", block=old, packages={}, out_dir=out / "old")
 rows.read(Rows(**{"hub": {"path": "someone/rows", "split": "train"}}), packages={}, prefer="hub", where="tasks.tiny")
 assert asked and all(f", {hub})" in address for address in asked), asked
 print(base["revision"], base["sha256"])
@@ -464,7 +466,7 @@ print(base["revision"], base["sha256"])
 
 
 def test_a_hub_source_asks_the_hub_and_nobody_else(tmp_path, given):
-    """Without HF_HUB_OFFLINE too, and for a branch, where transformers would ask for a conversion and `datasets` for an export."""
+    """Also online and for a branch, where transformers would ask for a conversion and `datasets` for an export."""
     old = given / "old"
     model = save(old)
     (old / "model.safetensors").unlink()

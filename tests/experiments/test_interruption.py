@@ -1,4 +1,4 @@
-"""A run that was stopped and goes on is the run left alone, bit for bit: every part, and whatever a part or an optimizer may hold."""
+"""A run that is interrupted and resumed equals the uninterrupted run bit for bit, for every part and kind of state."""
 
 import collections
 import dataclasses
@@ -58,12 +58,12 @@ def moments(run, optimizer) -> dict:
 
 
 def watched(prepared, result):
-    """All that a run has at its end, and in which step of what it was."""
+    """Everything that a run has at its end."""
     return {"prepared": prepared, "states": result.states, "optimizer": moments(result.run, result.optimizer)}
 
 
 def stops(blocks: dict, **settings) -> tuple[dict, list[int]]:
-    """The cell left alone, and where it is stopped: so that one step, half of them and all but one are kept, preparing and training."""
+    """The uninterrupted cell, and where to stop it: with one step, half of them, or all but one kept, in both phases."""
     whole = worlds.cell("llama", "", blocks=blocks, watch=watched, **settings)
     trained, prepared = len(whole["curve"]), 0
     for key, block in blocks.items():
@@ -80,25 +80,24 @@ def stops(blocks: dict, **settings) -> tuple[dict, list[int]]:
     return whole, sorted(found)
 
 
-def goes_on(blocks: dict, folder, *, few: bool = False, **settings) -> None:
-    """Every place at which it may be stopped; or `few`: in the middle of the preparation and of training."""
+def resumes(blocks: dict, folder, *, few: bool = False, **settings) -> None:
+    """Stop and resume at every place of `stops`; with `few` only in the middle of the preparation and of training."""
     whole, places = stops(blocks, **settings)
-    resumed = []
+    done = []
     for stop in sorted({places[1], places[-2]}) if few else places:
         here = folder / str(stop)
         with pytest.raises(worlds.Stopped):
             worlds.cell("llama", "", blocks=blocks, folder=here, stop=stop, **settings)
         again = worlds.cell("llama", "", blocks=blocks, folder=here, watch=watched, **settings)
-        resumed.append(again["resumed"])
+        done.append(again["resumed"])
         for key in ("final", "reports", "watched", "curve"):
             assert same(again[key], whole[key]), f"{blocks} {settings} stopped after {stop}: {key}"
-    assert resumed[-1] == len(whole["curve"]) // 2 if few else resumed[-1] == len(whole["curve"]) - 1, (
-        "no checkpoint was gone on from"
-    )
+    wanted = len(whole["curve"]) // 2 if few else len(whole["curve"]) - 1
+    assert done[-1] == wanted, "no checkpoint was used"
 
 
 def variations(part: type[Part]) -> list[dict]:
-    """Each other choice of each setting, by its declaration: texts and truths, and the middle of an interval with two ends."""
+    """Every other value of each setting by its declaration: literals, bools, and the middle of a bounded interval."""
     kinds, found = typing.get_type_hints(part), []
     for field in declared(part):
         kind, default = kinds[field.name], field.metadata["default"]
@@ -136,13 +135,13 @@ OFTEN = {name: (blocks, {}) for name, blocks in goldens.METHODS.items()} | {
 
 
 @pytest.mark.parametrize("name", OFTEN)
-def test_a_run_goes_on_where_it_was_stopped(tmp_path, name):
+def test_a_run_resumes_where_it_was_stopped(tmp_path, name):
     blocks, settings = OFTEN[name]
-    goes_on(blocks, tmp_path, few=True, **settings)
+    resumes(blocks, tmp_path, few=True, **settings)
 
 
 def product() -> list:
-    """Every registered part that trains, alone and with an adapter, each choice of its settings, each setting of the loop."""
+    """Every registered part that trains, alone and with an adapter, with each value of its settings and of the loop's."""
     found = []
     for key, part in registry.parts().items():
         if "provides_weights" in part.capabilities:
@@ -159,23 +158,21 @@ def product() -> list:
         for more in ({}, {"lora": LORA})
         for settings in ({}, *ENGINE)
     ]
-    return [
-        pytest.param(*one, id=f"{'+'.join(one[0])} {[b for b in one[0].values()][0]} {one[1]}"[:120]) for one in found
-    ]
+    return [pytest.param(*one, id=f"{'+'.join(one[0])} {list(one[0].values())[0]} {one[1]}"[:120]) for one in found]
 
 
 @pytest.mark.thorough
 @pytest.mark.parametrize(("blocks", "settings"), product())
-def test_every_part_and_every_choice_goes_on(tmp_path, blocks, settings):
+def test_every_part_resumes_with_every_choice(tmp_path, blocks, settings):
     try:
         registry.build(blocks)
     except Exception:
         pytest.skip("these settings exclude each other")
-    goes_on(blocks, tmp_path, **settings)
+    resumes(blocks, tmp_path, **settings)
 
 
 class Tally:
-    """An object of a kind that nothing knows how to put back."""
+    """An object of a kind that cannot be restored."""
 
     def __init__(self):
         self.calls = 0
@@ -330,7 +327,7 @@ def test_whatever_changes_in_a_state_is_kept(tmp_path):
     ("odd", "said"),
     [("tally", r'hoard: state\["tally"\] is a .*Tally'), ("iterator", r'hoard: state\["iterator"\] is a .*iterator')],
 )
-def test_what_cannot_be_put_back_is_said_and_no_checkpoint_is_written(tmp_path, capfd, odd, said):
+def test_what_cannot_be_restored_is_named_and_no_checkpoint_is_written(tmp_path, capfd, odd, said):
     whole = run([Hoard(odd=odd)], tmp_path)
     err = capfd.readouterr().err
     assert err.count("no checkpoint was written") == 1
@@ -420,15 +417,16 @@ class Brings(Part):
         return {"own": state["own"].tolist()} if "own" in state else {}
 
 
+OTHERS = ["plain", "momentum", "adadelta", "nadam", "rprop", "asgd", "adafactor", "amsgrad"]
+
+
 @pytest.mark.parametrize(
-    "kind", ["mixed", "around", "own tensor", pytest.param("every other", marks=pytest.mark.thorough)]
+    "kinds",
+    [["mixed"], ["around"], ["own tensor"], pytest.param(OTHERS, marks=pytest.mark.thorough)],
+    ids=["mixed", "around", "own tensor", "every other"],
 )
-def test_whatever_an_optimizer_holds_is_kept(tmp_path, kind):
-    for kind in (
-        [kind]
-        if kind != "every other"
-        else ["plain", "momentum", "adadelta", "nadam", "rprop", "asgd", "adafactor", "amsgrad"]
-    ):
+def test_whatever_an_optimizer_holds_is_kept(tmp_path, kinds):
+    for kind in kinds:
         whole = run([Brings(kind=kind)])
         for stop in (2, 4, 7):
             here = tmp_path / f"{kind} {stop}"
@@ -496,7 +494,7 @@ class TwoPhases(Part):
         return Prepared(start={name: second.run.whole(name).clone() for name in second.run.weights})
 
 
-def test_a_preparation_of_several_phases_goes_on(tmp_path, monkeypatch):
+def test_a_preparation_of_several_phases_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(registry.REGISTERED, "two_phases", TwoPhases)
     whole = worlds.cell("llama", "", blocks={"two_phases": {}}, watch=watched)
     for stop in (3, 6, 8):  # in the first phase, at the beginning of the second and at its end

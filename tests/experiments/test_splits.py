@@ -98,8 +98,8 @@ def test_a_finer_sameness_deals_no_row_anew():
     before = splits.three_way(rows, question=question, train="all", probe=10, test=20)
     signed = [{"question": f"What is number -{i}?"} for i in range(0, 60, 5)]
     after = splits.three_way(rows + signed, question=question, train="all", probe=10, test=20)
-    order = lambda split: [row for row in (*split.test, *split.probe, *split.train) if row in rows]
-    assert order(after) == order(before) == sorted(rows, key=lambda row: splits.text_hash(row["question"]))
+    first, second = ([row for row in (*s.test, *s.probe, *s.train) if row in rows] for s in (before, after))
+    assert first == second == sorted(rows, key=lambda row: splits.text_hash(row["question"]))
     assert after.duplicates_between == 0 and len(after.train) == len(before.train) + 12
 
 

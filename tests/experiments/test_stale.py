@@ -1,4 +1,4 @@
-"""What DVC cannot see is refused before a stage works on it, with a command that helps; commands name the study's own file."""
+"""What DVC cannot see is refused before a stage runs, with a command that helps and names the study's own file."""
 
 import json
 import re
