@@ -85,7 +85,7 @@ class Resume:
     def save(self, tensors: Mapping[str, Tensor], position: dict, *, problem: str | None = None) -> None:
         """Write this process's `tensors` and `position` (JSON), then remove the older checkpoints.
 
-        A full disk, or a `problem` of one of the processes, is reported once on stderr, and the run goes on without a
+        A full disk, or a `problem` of one of the processes, is reported once on stderr, and the run continues without a
         checkpoint; the older one stays.
         """
         kinds = {key: [str(t.dtype).removeprefix("torch."), list(t.shape)] for key, t in tensors.items()}
@@ -186,12 +186,12 @@ class Resume:
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
-            print(f"no checkpoint was written: {error}; the run goes on without", file=sys.stderr)
+            print(f"no checkpoint was written: {error}; the run continues without one", file=sys.stderr)
         self._warned = True
 
     def _from_first(self, compute, *arguments):
         """What the first process computes, in every process."""
-        return self._shards.all_gather(compute(*arguments) if self._shards.first else None)[0]
+        return self._shards.broadcast(compute(*arguments) if self._shards.first else None)
 
 
 class Checkpoint:

@@ -63,7 +63,7 @@ def watched(prepared, result):
 
 
 def stops(blocks: dict, **settings) -> tuple[dict, list[int]]:
-    """The uninterrupted cell, and where to stop it: with one step, half of them, or all but one kept, in both phases."""
+    """The whole cell, and where to stop it: with one step, half of them, or all but one done, in each phase."""
     whole = worlds.cell("llama", "", blocks=blocks, watch=watched, **settings)
     trained, prepared = len(whole["curve"]), 0
     for key, block in blocks.items():
@@ -141,7 +141,7 @@ def test_a_run_resumes_where_it_was_stopped(tmp_path, name):
 
 
 def product() -> list:
-    """Every registered part that trains, alone and with an adapter, with each value of its settings and of the loop's."""
+    """Every registered part that trains, alone and with an adapter, with each value of its and the loop's settings."""
     found = []
     for key, part in registry.parts().items():
         if "provides_weights" in part.capabilities:
