@@ -40,7 +40,7 @@ def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
     if tested:
         text += " Significance is that of a paired test at 5 % after Holm's correction."
     if chosen:
-        text += f" Of a method with several settings, only the one chosen on probe rows is meant ({', '.join(chosen)})."
+        text += f" Methods with several settings appear at the one chosen on probe rows ({', '.join(chosen)})."
     return f"{text} The methods did not learn equally much, so read each one's forgetting beside its gain."
 
 
