@@ -27,7 +27,7 @@ from experiments.model import tuned
 from experiments.model.positions import refuse_long_documents
 from experiments.model.shape import Shape, shape_of
 from experiments.model.weights import as_dtype
-from experiments.stages.train import store_of
+from experiments.stages import resolve
 from experiments.study import ahead, cells
 from experiments.study.lock import Lock
 from experiments.study.schema import Model
@@ -166,7 +166,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
     rate, _ = model.rate
     trained, added, train = _training(study, cell, model, settings)
     disk = tuned.expected_bytes(shape=model.shape, parts=parts, checkpoint=model.checkpoint)
-    store = store_of(study, cell)
+    store = resolve.store_of(study, cell)
     reused = store is not None and (store in begun or (store / "manifest.json").is_file())
     if reused:
         train = 0.0

@@ -69,8 +69,8 @@ def load(store: Path, *, files: Path) -> tuple[Mapping[str, Tensor], dict]:
     return load_tensors(store / "out" / "weights.safetensors"), read_json(store / "out" / "record.json")
 
 
-def prune(folder: Path, *, used: Collection[str]) -> None:
-    """Remove every training in `folder` whose name is not among `used`."""
-    for store in folder.iterdir() if folder.is_dir() else ():
-        if store.name.partition(".")[0] not in used:
+def prune(folder: Path, *, used: Collection[Path | None]) -> None:
+    """Remove every training MODEL/DOMAIN/SEED/NAME below `folder` that is not among `used`."""
+    for store in folder.glob("*/*/*/*"):
+        if store.with_name(store.name.partition(".")[0]) not in used:
             shutil.rmtree(store, ignore_errors=True)

@@ -10,11 +10,13 @@ import json
 import shutil
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
 import evaluation
-from experiments.study import local_files
+from experiments.model import trained
+from experiments.study import cells, local_files
 from experiments.study.advice import of_study
 from experiments.study.clashes import ROLES
 from experiments.study.schema import Domain, Rows
@@ -48,6 +50,7 @@ def main(study) -> None:
     shutil.rmtree(study.paths.resolved, ignore_errors=True)
     for path, content in contents(study).items():
         write_json(study.paths.resolved / path, content)
+    trained.prune(study.paths.trained, used={store_of(study, cell) for cell in cells.grid(study)})
     note = pipeline_behind(study)
     if note:
         print(note)
@@ -199,6 +202,16 @@ def train(study, model: str, domain: str, method: str, *, finished: bool = True)
     return {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts} | _computing(
         study, model
     )
+
+
+def store_of(study, cell) -> Path | None:
+    """Where the training of a cell is kept; None where no method of the grid begins from it and only finishes it."""
+    finishing = [name for name in {*study.grid.methods, cell.method} if hooks.finishers(study.methods[name].parts)]
+    if not finishing:
+        return None
+    own, *others = (train(study, cell.model, cell.domain, name, finished=False) for name in (cell.method, *finishing))
+    folder = study.paths.trained / cell.model / cell.domain / f"seed{cell.seed}"
+    return folder / trained.name(own) if own in others else None
 
 
 def _computing(study, model: str) -> dict:

@@ -56,7 +56,7 @@ def _train(study, cell) -> None:
     computing = study.compute_dtype(cell.model, dtype_of(info), where)
     measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=shards)
     identity = _identity(study, cell, info=info, where=where, computing=computing)
-    store = store_of(study, cell)
+    store = resolve.store_of(study, cell)
     reused = shards.broadcast(shards.first and store is not None and trained.is_kept(store, identity=identity))
     if shards.first:
         shutil.rmtree(out, ignore_errors=True)
@@ -67,7 +67,6 @@ def _train(study, cell) -> None:
         final, record = _fit(study, cell, shards=shards, base=base, identity=identity, measure=measure)
         if shards.first and store is not None:
             trained.keep(store, identity=identity, final=final, files=out, record=record)
-            trained.prune(store.parent, used=_used(study, cell))
     shape = shape_of(cell.model, study.models[cell.model], folder)
     run = Run(model=shape.build(), weights={}, base=base, seed=cell.seed, device=where, shards=shards)
     final, reports, added = finish(hooks.finishers(parts), run=run, final=dict(final), measure=measure)
@@ -108,22 +107,6 @@ def _identity(study, cell, *, info: dict, where: torch.device, computing: torch.
     }
 
 
-def store_of(study, cell) -> Path | None:
-    """Where the training of this cell is kept; None where no other cell of the grid could differ in `finish` alone."""
-    name = trained.name(resolve.train(study, cell.model, cell.domain, cell.method, finished=False))
-    folder = study.paths.trained / cell.model / cell.domain / f"seed{cell.seed}"
-    return folder / name if name in _used(study, cell) else None
-
-
-def _used(study, cell) -> set[str]:
-    """The names of the trainings that methods of the grid with a part that acts in `finish` alone begin from."""
-    return {
-        trained.name(resolve.train(study, cell.model, cell.domain, method, finished=False))
-        for method in {*study.grid.methods, cell.method}
-        if hooks.finishers(study.methods[method].parts)
-    }
-
-
 def _resume(study, cell, *, shards: Shards, identity: dict) -> Resume:
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
     folder = study.paths.resume / "train" / cell.name
@@ -147,7 +130,7 @@ def _fit(
     checkpoint = dtype_of(info)
     shape = shape_of(cell.model, study.models[cell.model], folder)
     needed = 2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint)
-    if store_of(study, cell):
+    if resolve.store_of(study, cell):
         needed += shape.parameters * max(4, checkpoint.itemsize)
     need_room(paths.work, needed, f"the weights of {cell.name}")
     tokenizer = weights.load_tokenizer(folder)

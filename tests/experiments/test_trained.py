@@ -12,7 +12,7 @@ from experiments.model import tuned
 from experiments.model.measure import Measure
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.weights import load_model
-from experiments.stages import data, model, prepare, train
+from experiments.stages import data, model, prepare, resolve, train
 from experiments.study.cells import Cell
 from methods.part import REGISTERED, Part, register, setting
 from methods.tools.files import read_json
@@ -107,7 +107,7 @@ def test_what_is_kept_is_the_same_as_what_is_trained_again(made):
     assert again["parts"] == reused["parts"]  # what was measured, too
 
 
-def test_other_settings_train_again_and_replace_what_no_cell_needs(made):
+def test_other_settings_train_again_and_what_no_cell_needs_is_removed(made):
     run(made, "half")
     before = kept(made)
 
@@ -117,7 +117,11 @@ def test_other_settings_train_again_and_replace_what_no_cell_needs(made):
 
     assert run(made, "half", slower)["training_reused"] is False
     assert run(made, "third", slower)["training_reused"] is True
+    assert len(kept(made)) == 2
+    resolve.main(load(made, slower))  # which DVC runs where params.yaml changed
     assert len(kept(made)) == 1 and kept(made) != before
+    resolve.main(load(made, methods(full={}, lora={"lora": {"rank": 2}})))
+    assert kept(made) == []
 
 
 def test_a_study_without_such_cells_keeps_nothing(made):
