@@ -181,10 +181,12 @@ class _Prediction:
         if any("provides_weights" in part.capabilities for part in self.parts):
             masters = self.counts.wide * self.counts.trained * self.counts.half  # made although nothing moves them
             return _with_total({"weights": self.counts.base * self.counts.compute, "masters": masters})
-        longest = max([settings.length, *(part.added().length or 0 for part in self.parts)])
+        added = [part.added() for part in self.parts]
+        longest = max([settings.length, *(each.length or 0 for each in added)])
         own = [part.memory(counts=self.counts, phase="train") for part in self.parts]
         copied = any("needs_gradient" in part.capabilities for part in self.parts)
-        return self._fit(dataclasses.replace(settings, length=longest), own, gradient_copied=copied)
+        settings = dataclasses.replace(settings, length=longest)
+        return self._fit(settings, own, gradient_copied=copied, rows_added=any(each.trained for each in added))
 
     def preparing(self, part: Part, made: Pass, settings: TrainSettings, longest: int | None) -> dict[str, int]:
         """A pass that a part makes over documents: a training of its own, or forward and backward passes."""
@@ -215,7 +217,9 @@ class _Prediction:
         }
         return _with_total(kinds, kept=own.kept, passing=alive + max(kinds["logits"], work, own.gradient))
 
-    def _fit(self, settings: TrainSettings, own: Sequence[Memory], *, gradient_copied: bool = False) -> dict[str, int]:
+    def _fit(
+        self, settings: TrainSettings, own: Sequence[Memory], *, gradient_copied: bool = False, rows_added: bool = False
+    ) -> dict[str, int]:
         """The engine's loop, with what the parts hold and take in it."""
         counts, share, wide, narrow = self.counts, self.counts.share, self.counts.wide, self.counts.compute
         rows, length = settings.micro_batch, settings.length
@@ -256,7 +260,7 @@ class _Prediction:
         kept, forward = sum(memory.kept for memory in own), sum(memory.forward for memory in own)
         kinds |= {"scratch": kept + forward + update, "activations": alive, "transient": work + copies}
         # gradients exist during a pass where several are added up, and where masters on the CPU keep their buffers
-        waiting = bool(settings.pack) or settings.batch > settings.micro_batch * (self.processes or 1)
+        waiting = rows_added or bool(settings.pack) or settings.batch > settings.micro_batch * (self.processes or 1)
         waiting = waiting or (self.device == "cpu" and self.processes is None and counts.half)
         # the head's gradient is complete while all blocks still hold their activations
         head = 0 if waiting else share(wide * counts.head_trained)

@@ -215,6 +215,12 @@ def test_longer_examples_that_a_part_brings_are_planned_for():
     assert predict(said(added=Added(trained=1.0, length=16))) == predict(Part())
 
 
+def test_gradients_wait_for_the_passes_over_rows_that_a_part_adds():
+    one_pass, more = predict(Part(), micro_batch=8), predict(said(added=Added(trained=0.1)), micro_batch=8)
+    assert one_pass["total"] < more["total"] <= one_pass["total"] + one_pass["gradients"]
+    assert predict(said(added=Added(read=1.0)), micro_batch=8) == one_pass
+
+
 def test_memory_of_a_pass_is_that_of_what_gets_a_gradient():
     kinds = {
         gradients: predict(said(preparation=(Pass(length=64, rows=2, gradients=gradients),)), "prepare")

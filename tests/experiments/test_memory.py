@@ -102,7 +102,7 @@ def predict(
 
 
 def saved_bytes(model, rows, length, position_ids=None):
-    """Bytes of the storages that autograd keeps of a forward pass, weights aside, and of the hidden states it ends in."""
+    """Bytes of the storages that autograd keeps in a forward pass, without weights, and of the final hidden states."""
     ids = torch.randint(0, 200, (rows, length), generator=torch.Generator().manual_seed(0))
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept = {}
@@ -173,7 +173,7 @@ def test_fisher_pass_keeps_only_what_its_tensors_need():
 
 
 def test_activations_grow_with_tokens_and_layers(llama3):
-    """SDPA keeps nothing that grows with the square of the length: bytes a token of LLaMA-3-8B's block, added up by hand."""
+    """SDPA keeps nothing that grows with the square of the length: bytes for a token of LLaMA-3-8B's block, by hand."""
     width, ffn, kv = 4096, 14336, 1024
     norms = 2 * (4 * width + 4 + 2 * width + 2 * width)  # float32 input, its root, normalised and scaled in bf16
     attention = 2 * (2 * width + 2 * kv) + 4 * 32  # q, k, v, their mix, a float32 number a head
@@ -331,7 +331,7 @@ def test_a_given_checkpoint_is_only_held(llama3, tmp_path):
 
 
 def test_total_is_the_larger_of_two_moments(llama3):
-    """One pass a step: activations are gone when the last gradient is there. Several: all gradients wait through the next."""
+    """With one pass in a step activations are freed before all gradients exist; with several, gradients wait."""
     head = 128256 * 4096
     once = predict(llama3, "full", batch=8, micro_batch=8, length=64)
     held = sum(once[k] for k in memory.HELD)
@@ -406,7 +406,7 @@ def test_total_is_the_peak_of_a_real_run(method, settings, vocabulary):
 
 @pytest.mark.parametrize(("method", "computing"), [("ewc", torch.bfloat16), ("lora", torch.float32)])
 def test_a_shared_run_grows_with_the_model_as_predicted(method, computing):
-    """By fully_shard in one process: what each further block takes is held, so nothing of a run is copied in passing."""
+    """By fully_shard in one process: what each further block takes is held, so a run copies nothing in passing."""
     measured, predicted = [], []
     for layers in (2, 6):
         config = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": layers}

@@ -78,8 +78,8 @@ def test_a_parts_own_length_alone_cuts_its_documents(made, texts, method):
     texts(["a" * 100] * 16)  # one token a character
     digest, notes, costs = run(made, method)
     assert costs["tokens_prepare"] == 16 * 40
-    shorter = lambda raw: raw["train"].update(length=16)  # of domain rows
-    assert run(made, method, shorter) == (digest, notes, costs | {"reused": True})
+    shorter_rows = run(made, method, lambda raw: raw["train"].update(length=16))
+    assert shorter_rows == (digest, notes, costs | {"reused": True})
     longer = run(made, method, lambda raw: raw["methods"][method][method].update(length=64))
     assert longer[0] != digest and longer[2]["tokens_prepare"] == 16 * 64
 
@@ -130,12 +130,19 @@ def test_importance_of_zeros_is_refused(made, texts, monkeypatch):
 
 
 def test_documents_longer_than_the_models_positions_are_refused_by_the_parts_name(made, texts):
-    written = lambda raw: raw["methods"]["ewc"]["ewc"].update(length=600)
+    def written(raw):
+        raw["methods"]["ewc"]["ewc"].update(length=600)
+
+    def default(raw):
+        raw["methods"]["ewc"]["ewc"].pop("length")
+
+    def narrow(raw):
+        default(raw)
+        raw["models"]["llama-tiny"].update(config={"max_position_embeddings": 256})
+
     message = r"methods\.ewc\.ewc\.length is 600, and llama-tiny has 512 positions: write `length: 512`"
     with pytest.raises(UserError, match=message):
         plan.make(load(made, written))
-    default = lambda raw: raw["methods"]["ewc"]["ewc"].pop("length")
-    narrow = lambda raw: (default(raw), raw["models"]["llama-tiny"].update(config={"max_position_embeddings": 256}))
     small = load(made, narrow)  # 512, by default, of a model of 256: refused only if a document is as long
     shape = shape_of("llama-tiny", small.models["llama-tiny"], made / "nowhere")
     refuse_long_documents(small, model="llama-tiny", method="ewc", shape=shape)
@@ -149,7 +156,7 @@ def test_documents_longer_than_the_models_positions_are_refused_by_the_parts_nam
 
 
 def test_the_key_of_the_store_says_what_a_preparation_depends_on(made, monkeypatch):
-    """Beside the settings, whose file is tested by itself: the base, its tokenizer, the text, the seed where it draws."""
+    """Beside the settings, which have a test of their own: the base, its tokenizer, the text, the seed if it draws."""
     where, keys = device("cpu"), {}
 
     def key(study=None, method="ewc", seed=0, at=where):
