@@ -85,15 +85,15 @@ class KL(Part):
     def _documents(self, run, state, rows, step) -> list[dict]:
         """Rows of general text without labels, `share` times as many tokens as the domain's."""
         left = max(2, round(self.share * sum(len(row["input_ids"]) for row in rows if "index" in row)))
-        documents, found = state["general"], []
+        documents, added = state["general"], []
         draw = run.generator(self.key, step)
         while left > 1:
             for number in torch.randperm(len(documents), generator=draw).tolist():
                 ids = documents[number][: min(left, self.length)]
                 if len(ids) > 1:
-                    found.append({"input_ids": ids, "labels": torch.full_like(ids, -100)})
+                    added.append({"input_ids": ids, "labels": torch.full_like(ids, -100)})
                     left -= len(ids)
-        return found
+        return added
 
     def _positions(self, row) -> torch.Tensor:
         """1.0 at the tokens of a row of the domain whose predictions are compared."""

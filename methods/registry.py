@@ -78,13 +78,13 @@ def build(block: Mapping[str, Any] | None, *, where: str = "") -> tuple[Part, ..
             built.append(known[key](**(settings or {})))
         except UserError as error:  # what a part itself refuses begins with its key
             raise UserError(f"{where}.{error}" if where else str(error)) from error
-    said = f"{where}: " if where else ""
+    place = f"{where}: " if where else ""
     optimizers = [part.key for part in built if "optimizer" in part.capabilities]
     if len(optimizers) > 1:
-        raise UserError(f"{said}{' and '.join(optimizers)} cannot be combined: each brings an optimizer; keep one")
+        raise UserError(f"{place}{' and '.join(optimizers)} cannot be combined: each brings an optimizer; keep one")
     if len(built) > 1 and any("provides_weights" in part.capabilities for part in built):
         raise UserError(
-            f"{said}{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained"
+            f"{place}{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained"
         )
     return in_order(built)
 

@@ -73,12 +73,14 @@ class Hooks:
     def total(self) -> dict[str, dict[str, float | None]]:
         """What each part has cost in all processes together; the seconds are the first one's."""
         everywhere = self._shards.all_gather(self.added)
-        found = {}
+        total = {}
         for key in self.added:
             each = [added[key] for added in everywhere if key in added]
-            found[key] = {kind: None if None in (all_ := [one[kind] for one in each]) else sum(all_) for kind in COSTS}
-            found[key]["seconds"] = self.added[key]["seconds"]
-        return found
+            for kind in COSTS:
+                costs = [one[kind] for one in each]
+                total.setdefault(key, {})[kind] = None if None in costs else sum(costs)
+            total[key]["seconds"] = self.added[key]["seconds"]
+        return total
 
     def begin(self, run: Run, examples: Sequence[Row], general: Sequence[Row]) -> None:
         for part in self.having("begin"):
@@ -213,7 +215,7 @@ class Hooks:
 
 
 def finishers(parts: Sequence[Part]) -> list[Part]:
-    """The parts that end the order of `finish` and act in no hook of a training: cells that differ in these alone share one."""
+    """The last parts in the order of `finish` that act in no hook of a training: cells that differ in these alone share it."""
     finishing = [part for part in parts if overrides(part, "finish")]
     return list(itertools.takewhile(_acts_in_finish_alone, reversed(finishing)))[::-1]
 
@@ -248,15 +250,15 @@ def labelled(rows: Sequence[Mapping[str, Tensor]]) -> int:
     return sum(int((row["labels"][1:] != -100).sum()) for row in rows)
 
 
-def changed(part: Part, found: Any, *, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def changed(part: Part, given: Any, *, before: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The micro-batch that a part's `batch` gives. Raises UserError for what cannot be trained on as it is."""
-    said = f"{part.key}: the micro-batch that its `batch` gives"
-    if not isinstance(found, Mapping) or not all(
-        isinstance(found.get(name), Tensor) for name in ("input_ids", "labels")
+    subject = f"{part.key}: the micro-batch that its `batch` gives"
+    if not isinstance(given, Mapping) or not all(
+        isinstance(given.get(name), Tensor) for name in ("input_ids", "labels")
     ):
-        raise UserError(f"{said} is {_told(found)}: it must be a dict with input_ids and labels")
-    ids = found["input_ids"]
-    for name, tensor in found.items():
+        raise UserError(f"{subject} is {_told(given)}: it must be a dict with input_ids and labels")
+    ids = given["input_ids"]
+    for name, tensor in given.items():
         if name in before and (
             tensor.shape != ids.shape
             or tensor.dim() != 2
@@ -264,15 +266,15 @@ def changed(part: Part, found: Any, *, before: Mapping[str, Tensor]) -> dict[str
             or tensor.dtype != before[name].dtype
         ):
             raise UserError(
-                f"{said} has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
+                f"{subject} has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
                 f"it must be {before[name].dtype}, (batch, tokens), on the CPU"
             )
-    mask = found.get("attention_mask")
+    mask = given.get("attention_mask")
     if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
         raise UserError(
-            f"{said} has an attention_mask with a 0 before a 1: padding stands on the right, and no other mask is read"
+            f"{subject} has an attention_mask with a 0 before a 1: padding stands on the right, and no other mask is read"
         )
-    return dict(found)
+    return dict(given)
 
 
 def lengths_of(batch: Mapping[str, Tensor]) -> list[int]:
@@ -304,10 +306,10 @@ def term(part: Part, hook: str, value: Any, *, like: Tensor) -> Tensor | float |
 
 def optimizer(parts: Sequence[Part], *, run: Run, **settings: Any) -> torch.optim.Optimizer | None:
     """The optimizer that one of the parts brings. Raises UserError for two, and for one that the loop cannot drive."""
-    found = {part.key: one for part in parts if (one := part.optimizer(run=run, **settings)) is not None}
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(found)} cannot be combined: each brings an optimizer; keep one")
-    for key, one in found.items():
+    brought = {part.key: one for part in parts if (one := part.optimizer(run=run, **settings)) is not None}
+    if len(brought) > 1:
+        raise UserError(f"{' and '.join(brought)} cannot be combined: each brings an optimizer; keep one")
+    for key, one in brought.items():
         if not isinstance(one, torch.optim.Optimizer):
             raise UserError(f"{key}: its `optimizer` gives {_told(one)}: it must give a torch.optim.Optimizer, or None")
         own = {id(weight) for weight in run.weights.values()}
@@ -321,7 +323,7 @@ def optimizer(parts: Sequence[Part], *, run: Run, **settings: Any) -> torch.opti
                 f"{key}: {type(one).__name__} computes the loss again in its step (it needs a closure), which this loop "
                 "cannot do; choose an optimizer that steps on a gradient"
             )
-    return next(iter(found.values()), None)
+    return next(iter(brought.values()), None)
 
 
 def finished(part: Part, final: Any, *, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -349,16 +351,16 @@ def finished(part: Part, final: Any, *, base: Mapping[str, Tensor]) -> dict[str,
 
 def starts(states: Mapping[str, dict], run: Run) -> dict[str, Tensor]:
     """The weights that one of the parts prepared as the start, taken out of its state. Raises UserError for two, and for strange ones."""
-    found = {key: start for key, state in states.items() if (start := state.pop("start", None))}
-    if len(found) > 1:
-        raise UserError(f"{' and '.join(found)} cannot be combined: each brings weights to start from; keep one")
-    for key, start in found.items():
+    brought = {key: start for key, state in states.items() if (start := state.pop("start", None))}
+    if len(brought) > 1:
+        raise UserError(f"{' and '.join(brought)} cannot be combined: each brings weights to start from; keep one")
+    for key, start in brought.items():
         for name, tensor in start.items():
             if name not in run.shapes or tensor.shape != run.shapes[name]:
                 raise UserError(
                     f"{key}: it starts {name} from {_told(tensor)}, which is no trained tensor of this run or not in its shape"
                 )
-    return next(iter(found.values()), {})
+    return next(iter(brought.values()), {})
 
 
 def report(part: Part, *, run: Run, state: dict) -> Any:

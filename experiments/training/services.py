@@ -166,17 +166,17 @@ class Services:
 
     def score(self, rows: Sequence[Row], *, base: bool = False) -> list[Tensor]:
         """log p of each row's labelled tokens, (labelled tokens,) in float32 on the CPU, by the model or by the base."""
-        run, found = self._run, {}
+        run, scores = self._run, {}
         for indices, counts in _shared(len(rows), self._size, run.shards):
             batch = collate([rows[i] for i in indices])
             ids, labels = sent(batch["input_ids"], torch.device(run.device)), batch["labels"]
             values = self.compute(base, lambda model: _log_probabilities(model, ids, labels))  # noqa: B023
             if counts:
                 sizes = (labels[:, 1:] != -100).sum(1).tolist()
-                found |= dict(zip(indices, values.split(sizes), strict=True))
+                scores |= dict(zip(indices, values.split(sizes), strict=True))
                 lengths = hooks.lengths_of(batch)
                 run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=sum(sizes)))
-        return _collected(found, run.shards)
+        return _collected(scores, run.shards)
 
     def sample(
         self,
@@ -194,7 +194,7 @@ class Services:
         """
         run = self._run
         draws = [run.generator("sample", *key, number) for number in range(len(prompts))]
-        found, lengths = sample(
+        texts, lengths = sample(
             lambda function: self.compute(base, function),
             prompts=prompts,
             tokens=tokens,
@@ -207,7 +207,7 @@ class Services:
         )
         predicted = sum(lengths) - sum(len(prompts[i]) for i in range(run.shards.rank, len(prompts), run.shards.world))
         run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=predicted))
-        return found
+        return texts
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text, as general text is encoded."""
@@ -236,7 +236,7 @@ def sample(
     """
     from evaluation.generate import generated
 
-    found, lengths = {}, []
+    continued, lengths = {}, []
     for indices, counts in _shared(len(prompts), size, shards):
         chosen = [prompts[i] for i in indices]
         noise = [_Gumbel(temperature, [draws[i] for i in indices])] if temperature else []
@@ -251,9 +251,9 @@ def sample(
             )
         )
         if counts:
-            found |= dict(zip(indices, written, strict=True))
+            continued |= dict(zip(indices, written, strict=True))
             lengths += [len(prompt) + len(row) for prompt, row in zip(chosen, written, strict=True)]
-    return _collected(found, shards), lengths
+    return _collected(continued, shards), lengths
 
 
 class _Gumbel(LogitsProcessor):
@@ -281,9 +281,9 @@ def _shared(count: int, size: int, shards: Shards) -> Iterator[tuple[list[int], 
         yield [0], 0
 
 
-def _collected(found: Mapping[int, Any], shards: Shards) -> list:
-    """What all processes have found, in the order of the indices."""
-    together = {index: value for each in shards.all_gather(dict(found)) for index, value in each.items()}
+def _collected(own: Mapping[int, Any], shards: Shards) -> list:
+    """The values of all processes, in the order of their indices."""
+    together = {index: value for each in shards.all_gather(dict(own)) for index, value in each.items()}
     return [together[index] for index in sorted(together)]
 
 

@@ -31,12 +31,12 @@ class _Root(nn.Module):
 
 def _kept_apart(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Module, torch.dtype]]:
     """The outermost modules whose parameters all have one dtype other than `dtype`, each with that dtype."""
-    found = {p.dtype for p in module.parameters()}
-    if len(found) > 1:
+    dtypes = {p.dtype for p in module.parameters()}
+    if len(dtypes) > 1:
         for child in module.children():
             yield from _kept_apart(child, dtype)
-    elif found - {dtype}:
-        yield module, found.pop()
+    elif dtypes - {dtype}:
+        yield module, dtypes.pop()
 
 
 class ShardedWeights:
