@@ -200,7 +200,7 @@ def test_measure_is_what_the_whole_models_say(made):
             q, p = (torch.log_softmax(m(torch.tensor([ids])).logits[0, :-1].double(), -1) for m in (before, after))
             nll -= p[range(len(ids) - 1), ids[1:]].sum()
             kl += (q.exp() * (q - p)).sum()
-            count, read = count + len(ids) - 1, read + len(ids) - 1
+            count, read = count + len(ids) - 1, read + len(ids)
     found = measure(weights, charge=lambda **cost: costs.append(cost))
     assert found["nll"] == pytest.approx(float(nll / count), rel=1e-6)
     assert found["kl"] == pytest.approx(float(kl / count), rel=1e-4) and found["kl"] > 0
