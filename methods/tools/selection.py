@@ -109,11 +109,6 @@ def kth_by_histogram(
     return (upper << 16 | low).int().view(torch.float32)
 
 
-def kth_largest_of_all(size: Tensor, k: int, shards: Any) -> Tensor:
-    """`kth_by_histogram` of the float32 tensor `size`, which is not changed."""
-    return kth_by_histogram(lambda: size.view(-1).split(COUNTED), k, device=size.device, shards=shards)
-
-
 def _histogram(digits: Iterable[Tensor], bins: int, lanes: int, device: torch.device) -> Tensor:
     """Counts of 0, 1, …, bins − 1 in flat tensors: (bins,), int64. Unlike torch.bincount it does not wait for a GPU."""
     counts = torch.zeros(bins, lanes, dtype=torch.int32, device=device)

@@ -152,7 +152,9 @@ def mofo_threshold(device: torch.device, *, tiny: bool) -> dict:
             wanted = ordered[k - 1].item()
             ways = {
                 "one": selection.kth_largest(size.clone(), k),
-                "several": selection.kth_largest_of_all(size.clone(), k, Shards()),
+                "several": selection.kth_by_histogram(
+                    lambda size=size: size.split(selection.COUNTED), k, device=device, shards=Shards()
+                ),
             }
             for path, found in ways.items():
                 if float(found) != wanted:

@@ -137,9 +137,9 @@ def test_moments_are_unbiased_and_m_and_v_round_independently():
         state = optimizer.state[weight]
         ups.append(torch.stack([state["exp_avg"], state["exp_avg_sq"]]).double())
     ups = torch.stack(ups, dim=1).view(2, -1)
-    for found, wanted in zip(ups, (0.1 * gradient, 0.05 * gradient**2)):
-        assert len(found.unique()) == 2
-        assert abs(found.mean() - wanted) <= 4 * found.std() / math.sqrt(found.numel())
+    for actual, wanted in zip(ups, (0.1 * gradient, 0.05 * gradient**2)):
+        assert len(actual.unique()) == 2
+        assert abs(actual.mean() - wanted) <= 4 * actual.std() / math.sqrt(actual.numel())
     assert abs(torch.corrcoef(ups)[0, 1]) < 4 / math.sqrt(ups.shape[1])
 
 
@@ -233,8 +233,8 @@ def descent(kind, steps, seed=0):
 def test_bfloat16_descends_as_float32_and_nearest_rounding_of_v_does_not(monkeypatch):
     exact, exact_v = descent("float32", 200)
     for seed in (0, 1):
-        found, v = descent("bfloat16", 200, seed)
-        assert max(abs(a - b) for a, b in zip(exact, found)) < 2e-3  # of a way of length 1
+        actual, v = descent("bfloat16", 200, seed)
+        assert max(abs(a - b) for a, b in zip(exact, actual)) < 2e-3  # of a way of length 1
         assert abs((v / exact_v).mean() - 1) < 2e-3
     monkeypatch.setattr(moments, "round_stochastically", lambda value, bits, *, out: out.copy_(value))
     _, stuck = descent("bfloat16", 200)

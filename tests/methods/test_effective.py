@@ -64,7 +64,7 @@ def test_change_from_an_anchor_is_exactly_zero_there_and_follows_it(make, run_of
 
 
 @pytest.mark.parametrize(
-    "wrong, said",
+    "wrong, message",
     [
         ({"use_dora": True}, "DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
@@ -72,9 +72,9 @@ def test_change_from_an_anchor_is_exactly_zero_there_and_follows_it(make, run_of
         ({"target_modules": ["embed_tokens"]}, "not s·B·A"),
     ],
 )
-def test_other_adapters_are_refused(make, run_of, wrong, said):
+def test_other_adapters_are_refused(make, run_of, wrong, message):
     bare = make("llama-untied")
     base = {n: p.detach() for n, p in make("llama-untied").named_parameters()}
     model = get_peft_model(bare, LoraConfig(**({"target_modules": ["q_proj"], "r": 2} | wrong)))
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         effective_weights(run_of(model, base))

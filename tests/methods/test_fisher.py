@@ -1,4 +1,4 @@
-"""The Fisher against one autograd call an example, whatever the batch, the padding, the order and the number of processes."""
+"""The Fisher against one autograd call for each example: batches, padding, order, number of processes."""
 
 import itertools
 import math
@@ -51,13 +51,13 @@ def padded(documents, side="right", pad=3):
     return {n: torch.stack(r) for n, r in rows.items()}
 
 
-def same(found, wanted, rtol=1e-6):
+def same(actual, wanted, rtol=1e-6):
     """Equal to float32 rounding, float32, and the same names."""
-    assert found.keys() == wanted.keys()
+    assert actual.keys() == wanted.keys()
     for name in wanted:
-        assert found[name].dtype == torch.float32
+        assert actual[name].dtype == torch.float32
         torch.testing.assert_close(
-            found[name].double(), wanted[name].double(), rtol=rtol, atol=rtol * 1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            actual[name].double(), wanted[name].double(), rtol=rtol, atol=rtol * 1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -107,10 +107,10 @@ def test_float32_in_groups_and_pieces(make, documents, monkeypatch, passes, kind
     monkeypatch.setattr(fisher.by_length, "__defaults__", (22,))
     model = make(kind)
     wanted = brute_force(model, documents)
-    found = diagonal_fisher(model.float(), [padded(documents)])
+    actual = diagonal_fisher(model.float(), [padded(documents)])
     assert passes == [(1, True), (2, True), (3, True)]
     for name in wanted:
-        assert (found[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
+        assert (actual[name] - wanted[name]).norm() <= 1e-5 * wanted[name].norm(), name
 
 
 @pytest.mark.parametrize("kind", ["llama-tied", "llama-untied"])
@@ -172,7 +172,7 @@ def test_unknown_layers_are_computed_one_example_at_a_time(make, documents, pass
     assert passes == [(6, False)]
 
 
-def test_norms_are_told_by_what_they_compute():
+def test_norms_are_recognised_by_what_they_compute():
     known = [LlamaRMSNorm(8), nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8), LlamaRMSNorm(8).bfloat16()]
     assert [per_example._kind(m) for m in known] == ["norm"] * 5
     unknown = [Gate(8), nn.PReLU(8), nn.BatchNorm1d(8), nn.Conv1d(8, 8, 1), nn.Embedding(4, 8, max_norm=1.0)]
@@ -354,10 +354,10 @@ def test_bad_input_is_named(make, documents):
 
 def test_bf16_models_accumulate_in_float32(make, documents):
     model = make(dtype=torch.bfloat16)
-    found = diagonal_fisher(model, [padded(documents)])
+    actual = diagonal_fisher(model, [padded(documents)])
     wanted = diagonal_fisher(make(dtype=torch.float32), [padded(documents)])
-    assert all(f.dtype == torch.float32 for f in found.values())
-    ratio = sum(f.sum() for f in found.values()) / sum(f.sum() for f in wanted.values())
+    assert all(f.dtype == torch.float32 for f in actual.values())
+    ratio = sum(f.sum() for f in actual.values()) / sum(f.sum() for f in wanted.values())
     assert ratio == pytest.approx(1, rel=0.1)
 
 
@@ -366,15 +366,15 @@ class Stopped(Exception):
 
 
 def stopping(after):
-    """A progress callback that stops the pass once `after` examples are done in all, and what it was told."""
-    told = []
+    """A progress callback that stops the pass after `after` examples in all, and the counts it was called with."""
+    counts = []
 
     def progress(count):
-        told.append(count)
-        if sum(told) >= after:
+        counts.append(count)
+        if sum(counts) >= after:
             raise Stopped
 
-    return progress, told
+    return progress, counts
 
 
 def counted(model):
@@ -395,29 +395,29 @@ def test_a_pass_that_is_interrupted_twice_gives_the_same_bits(make, documents, t
     for after in (2, 4, math.inf):
         model = make(dtype=dtype)
         part = counted(model)
-        progress, told = stopping(after)
+        progress, counts = stopping(after)
         resume = Resume(tmp_path / "run", identity={}, every=0)
         if after < math.inf:
             with pytest.raises(Stopped):
                 diagonal_fisher(model, batches, estimator, resume=resume, progress=progress)
         else:
-            found = diagonal_fisher(model, batches, estimator, resume=resume, progress=progress)
-        assert told == {2: [2], 4: [2, 2], math.inf: [4, 2]}[after]
+            actual = diagonal_fisher(model, batches, estimator, resume=resume, progress=progress)
+        assert counts == {2: [2], 4: [2, 2], math.inf: [4, 2]}[after]
         seen += part
     assert len(seen) == len(documents)
-    assert found.keys() == wanted.keys() and all(torch.equal(found[n], wanted[n]) for n in wanted)
+    assert actual.keys() == wanted.keys() and all(torch.equal(actual[n], wanted[n]) for n in wanted)
 
 
 def test_without_a_checkpoint_due_nothing_is_kept(make, documents, tmp_path):
     model = make()
     wanted = diagonal_fisher(model, [padded(documents)])
-    found = diagonal_fisher(model, [padded(documents)], resume=Resume(tmp_path / "run", identity={}))
-    assert all(torch.equal(found[n], wanted[n]) for n in wanted) and not (tmp_path / "run").exists()
+    actual = diagonal_fisher(model, [padded(documents)], resume=Resume(tmp_path / "run", identity={}))
+    assert all(torch.equal(actual[n], wanted[n]) for n in wanted) and not (tmp_path / "run").exists()
 
 
 @pytest.fixture
 def two_processes(tmp_path):
-    """two_processes(target, *arguments): what target(rank, *arguments) returns in each of a gloo group's two processes."""
+    """two_processes(target, *arguments): the results of target(rank, *arguments) in two processes of a gloo group."""
     context = multiprocessing.get_context(
         "forkserver"
     )  # a fork of this process could not use autograd where there is a GPU
@@ -454,16 +454,16 @@ def _tiny():
 
 
 def _fisher(rank, batches, estimator, folder, after):
-    """(F or None where it was stopped, what progress was told, examples this process saw)."""
+    """(F or None where it was stopped, the counts progress was called with, examples this process saw)."""
     model = _tiny()
-    seen, (progress, told) = counted(model), stopping(after)
+    seen, (progress, counts) = counted(model), stopping(after)
     shards = Shards(rank=rank, world=2, active=True)
     resume = folder and Resume(folder, identity={}, every=0, shards=shards)
     try:
-        found = diagonal_fisher(model, torch.load(batches), estimator, shards=shards, resume=resume, progress=progress)
+        actual = diagonal_fisher(model, torch.load(batches), estimator, shards=shards, resume=resume, progress=progress)
     except Stopped:
-        found = None
-    return found, told, len(seen)
+        actual = None
+    return actual, counts, len(seen)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -473,10 +473,10 @@ def test_two_processes_give_the_same_and_go_on_where_they_stopped(make, document
     batches = [padded(group, side) for group, side in zip(groups, ("left", "right", "right", "left", "right"))]
     torch.save(batches, tmp_path / "batches.pt")
     one = diagonal_fisher(_tiny(), batches, estimator)
-    (first, told, seen), (second, told_second, seen_second) = two_processes(
+    (first, counts, seen), (second, counts_second, seen_second) = two_processes(
         _fisher, tmp_path / "batches.pt", estimator, None, math.inf
     )
-    assert told == told_second == [2, 3, 1] and (seen, seen_second) == (4, 2)
+    assert counts == counts_second == [2, 3, 1] and (seen, seen_second) == (4, 2)
     same(first, {n: f.double() for n, f in one.items()})
     assert all(torch.equal(first[n], second[n]) for n in one)
 
@@ -484,8 +484,8 @@ def test_two_processes_give_the_same_and_go_on_where_they_stopped(make, document
     assert stopped == [(None, [2, 3], 3), (None, [2, 3], 2)]
     ended = two_processes(_fisher, tmp_path / "batches.pt", estimator, tmp_path / "run", math.inf)
     assert [seen for _, _, seen in ended] == [1, 0]
-    for found, told, _ in ended:
-        assert told == [5, 1] and all(torch.equal(found[n], first[n]) for n in one)
+    for actual, counts, _ in ended:
+        assert counts == [5, 1] and all(torch.equal(actual[n], first[n]) for n in one)
 
 
 def _refused(rank):

@@ -63,7 +63,7 @@ def test_shards_a_repeated_tied_head_and_old_buffers_fit(base, make, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, said",
+    "change, message",
     [
         (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight: it is not a checkpoint of this base"),
         (
@@ -77,11 +77,11 @@ def test_shards_a_repeated_tied_head_and_old_buffers_fit(base, make, tmp_path):
         (lambda t: t.update(x=torch.ones(1), y=torch.ones(1)), "has tensors that the base does not have: x and 1 more"),
     ],
 )
-def test_what_does_not_fit_is_named(base, tmp_path, change, said):
+def test_what_does_not_fit_is_named(base, tmp_path, change, message):
     tensors = dict(base)
     change(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         Given(path=str(tmp_path)).finish(run=type("Run", (), {"base": base})(), state={}, final={})
 
 

@@ -66,9 +66,9 @@ def test_coefficients_are_a_softmax_of_mean_one(temperature):
     powers = [math.exp(n / scale) for n in norms]
     wanted = torch.tensor([5 * p / sum(powers) for p in powers], dtype=torch.float64)
     for given in (norms, torch.tensor(norms, dtype=torch.float32)):
-        found = layer_coefficients(given, temperature)
-        torch.testing.assert_close(found, wanted)
-        assert found.mean().item() == pytest.approx(1)
+        actual = layer_coefficients(given, temperature)
+        torch.testing.assert_close(actual, wanted)
+        assert actual.mean().item() == pytest.approx(1)
 
 
 def test_auto_does_not_depend_on_scale_and_equal_norms_get_equal_coefficients():

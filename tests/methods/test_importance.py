@@ -50,8 +50,8 @@ def test_error_is_within_half_a_step_and_reaches_it(spread):
 
 def test_smallest_and_largest_are_kept_exactly():
     values = drawn()
-    found = decoded(encode(values))
-    assert found.min() == values.min() and found.max() == values.max()
+    actual = decoded(encode(values))
+    assert actual.min() == values.min() and actual.max() == values.max()
 
 
 def test_forty_octaves_below_the_largest_the_nearer_of_the_smallest_code_and_zero():
@@ -193,12 +193,12 @@ def test_penalty_against_the_formula(dtype, anchor_dtype, kind, piece, monkeypat
     ]
     wanted, total = brute(weight, anchor, dense, gradient, 0.3)
 
-    found = penalise(weight=weight, anchor=anchor, importance=given, gradient=gradient, scale=0.3)
+    actual = penalise(weight=weight, anchor=anchor, importance=given, gradient=gradient, scale=0.3)
 
-    assert found.dtype == dtype and found.dim() == 0 and gradient.dtype == dtype
+    assert actual.dtype == dtype and actual.dim() == 0 and gradient.dtype == dtype
     close = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 1e-12, "atol": 1e-14}
     torch.testing.assert_close(gradient.double(), wanted, **close)
-    torch.testing.assert_close(found.double(), total, **close)
+    torch.testing.assert_close(actual.double(), total, **close)
     for now, before in zip((weight, anchor, given.codes if kind == "codes" else given), kept, strict=True):
         assert before is None or torch.equal(now, before)
 
@@ -229,9 +229,9 @@ def test_penalty_on_half_precision_weights_is_computed_in_float32():
     weight = (anchor.float() * (1 + 0.02 * torch.rand(500, generator=draw))).bfloat16()
     given, gradient = drawn(500, spread=2.0), torch.zeros(500, dtype=torch.bfloat16)
     wanted, total = brute(weight, anchor, given, gradient, 2.0)
-    found = penalise(weight=weight, anchor=anchor, importance=given, gradient=gradient, scale=2.0)
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found.double(), total, rtol=1e-5, atol=0)
+    actual = penalise(weight=weight, anchor=anchor, importance=given, gradient=gradient, scale=2.0)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), total, rtol=1e-5, atol=0)
     torch.testing.assert_close(gradient.double(), wanted, rtol=2.0**-8, atol=0)
 
 
@@ -248,16 +248,16 @@ def test_penalty_is_the_gradient_of_its_half():
 def test_penalty_on_nothing_is_zero(shape):
     empty = torch.zeros(shape)
     for given in (encode(empty), empty, torch.tensor(1.0)):
-        found = penalise(weight=empty, anchor=None, importance=given, gradient=empty.clone(), scale=1.0)
-        assert found.item() == 0 and found.dim() == 0
+        actual = penalise(weight=empty, anchor=None, importance=given, gradient=empty.clone(), scale=1.0)
+        assert actual.item() == 0 and actual.dim() == 0
 
 
 def test_penalty_on_one_number():
     weight, gradient = torch.tensor(3.0), torch.tensor(1.0)
     for given in (encode(torch.tensor(0.25)), torch.tensor(0.25)):
         gradient.fill_(1)
-        found = penalise(weight=weight, anchor=torch.tensor(1.0), importance=given, gradient=gradient, scale=2.0)
-        assert (found.item(), gradient.item()) == (1.0, 2.0)
+        actual = penalise(weight=weight, anchor=torch.tensor(1.0), importance=given, gradient=gradient, scale=2.0)
+        assert (actual.item(), gradient.item()) == (1.0, 2.0)
 
 
 def test_penalty_refuses_what_it_would_get_wrong():

@@ -1,4 +1,4 @@
-"""Rows as people's tools write them are read; what cannot be read is told by file, line and column."""
+"""Rows as people's tools write them are read; what cannot be read is refused with file, line and column."""
 
 import bz2
 import gzip
@@ -18,8 +18,8 @@ TEXT = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
 @pytest.mark.parametrize("pack", [bytes, gzip.compress, bz2.compress, lzma.compress])
 def test_encodings_and_compressions(tmp_path, encoding, pack):
     (tmp_path / "rows").write_bytes(pack(TEXT.encode(encoding)))
-    found = jsonl.read(tmp_path / "rows")
-    assert found == ROWS and [row.at for row in found] == [f"{tmp_path}/rows line {n}" for n in (1, 2)]
+    actual = jsonl.read(tmp_path / "rows")
+    assert actual == ROWS and [row.at for row in actual] == [f"{tmp_path}/rows line {n}" for n in (1, 2)]
 
 
 def test_line_endings_blank_lines_and_marks_between_files_that_were_joined(tmp_path):
@@ -68,11 +68,11 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize("content, said", BAD, ids=range(len(BAD)))
-def test_what_cannot_be_read_is_told_by_place(tmp_path, content, said):
+@pytest.mark.parametrize("content, message", BAD, ids=range(len(BAD)))
+def test_what_cannot_be_read_is_refused_with_its_place(tmp_path, content, message):
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
-    with pytest.raises(UserError, match=f"^{file}.*{said}"):
+    with pytest.raises(UserError, match=f"^{file}.*{message}"):
         jsonl.read(file)
 
 
@@ -83,7 +83,7 @@ def test_what_is_no_file(tmp_path):
             jsonl.read(tmp_path / name)
 
 
-def test_every_cut_and_every_changed_byte_is_read_or_told(tmp_path):
+def test_every_cut_and_every_changed_byte_is_read_or_refused(tmp_path):
     file = tmp_path / "rows.jsonl"
     for whole in (
         TEXT.encode(),

@@ -122,10 +122,10 @@ def test_merging_adds_rank_after_rank_in_float64(dtype, monkeypatch):
     for threads, piece in ((1, 1 << 17), (2, 20), (1, 1)):
         monkeypatch.setattr("methods.lora.PIECE", piece)
         torch.set_num_threads(threads)
-        found = merged(weight, a=a, b=b, scale=0.7)
+        actual = merged(weight, a=a, b=b, scale=0.7)
         torch.set_num_threads(1)
-        assert found.dtype == wide and torch.equal(
-            found, torch.tensor(expected, dtype=torch.float64).to(wide)
+        assert actual.dtype == wide and torch.equal(
+            actual, torch.tensor(expected, dtype=torch.float64).to(wide)
         )  # bit for bit
 
 
@@ -135,7 +135,7 @@ def test_the_saved_adapter_merges_to_the_same_bits(make, documents, train, tmp_p
         result = train(make(kind, torch.float32), (part,), documents)
         final = part.finish(run=result.run, state={}, final={})
         part.save(run=result.run, state={}, folder=tmp_path / kind)
-        found, scale, _ = read_adapter(tmp_path / kind / "adapter")
-        assert found.keys() == final.keys()
-        for name, (a, b) in found.items():
+        actual, scale, _ = read_adapter(tmp_path / kind / "adapter")
+        assert actual.keys() == final.keys()
+        for name, (a, b) in actual.items():
             assert torch.equal(merged(result.run.base[name], a=a, b=b, scale=scale), final[name])

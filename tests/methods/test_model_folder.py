@@ -1,4 +1,4 @@
-"""Folders that are no whole causal language model are refused by name, by `plan` where their config shows it, and by `model`."""
+"""Folders without a whole causal language model are refused by name: by `plan` if the config shows it, and by `model`."""
 
 import json
 import shutil
@@ -179,21 +179,21 @@ def damaged(whole, tmp_path, change):
 
 
 @pytest.mark.parametrize("case", IN_CONFIG)
-def test_what_its_config_shows_is_said_by_plan_and_by_model(whole, tmp_path, case):
-    change, said = IN_CONFIG[case]
+def test_what_its_config_shows_is_refused_by_plan_and_by_model(whole, tmp_path, case):
+    change, message = IN_CONFIG[case]
     folder, block = damaged(whole, tmp_path, change)
-    with pytest.raises(UserError, match=f"^models.mine: {folder}:? {said}"):
+    with pytest.raises(UserError, match=f"^models.mine: {folder}:? {message}"):
         shape_of("mine", Model(**block), tmp_path / "not made yet")
-    with pytest.raises(UserError, match=f"^model 'mine': {folder}:? {said}"):
+    with pytest.raises(UserError, match=f"^model 'mine': {folder}:? {message}"):
         weights.materialise(name="mine", block=Model(**block), packages={}, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("case", IN_WEIGHTS)
-def test_what_its_files_show_is_said_by_model(whole, tmp_path, case):
-    change, said = IN_WEIGHTS[case]
+def test_what_its_files_show_is_refused_by_model(whole, tmp_path, case):
+    change, message = IN_WEIGHTS[case]
     folder, block = damaged(whole, tmp_path, change)
-    with pytest.raises(UserError, match=f"^model 'mine': .*{said}"):
+    with pytest.raises(UserError, match=f"^model 'mine': .*{message}"):
         weights.materialise(name="mine", block=Model(**block), packages={}, out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -205,7 +205,7 @@ def test_a_folder_that_lies_here_is_planned_by_its_own_config(whole, tmp_path):
     )
 
 
-def test_tensors_that_have_no_place_are_said_and_left_out(whole, tmp_path, capsys):
+def test_tensors_that_have_no_place_are_left_out_with_a_message(whole, tmp_path, capsys):
     change = tensors(
         lambda t: (
             t | {"value_head.weight": torch.ones(2), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
@@ -248,7 +248,7 @@ def test_finite_weights_of_every_dtype_pass():
         )
 
 
-def test_the_folder_of_the_hubs_cache_is_told_from_the_one_inside_it(whole, tmp_path):
+def test_the_folder_of_the_hubs_cache_is_distinguished_from_the_one_inside_it(whole, tmp_path):
     inside = tmp_path / "models--a--b" / "snapshots" / "0123"
     shutil.copytree(whole, inside)
     with pytest.raises(

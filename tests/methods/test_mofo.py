@@ -233,7 +233,7 @@ def test_scratch_is_of_the_largest_tensors(threads, monkeypatch):
 
 
 def test_a_kernel_that_is_not_lerp_changes_no_mask(monkeypatch):
-    """Elsewhere the fused kernel may round m in its own way: |m| is then computed twice and not read from its result."""
+    """Other CPUs' fused kernel may round m differently: |m| is then computed twice and not read from its result."""
     runs = []
     for same in (True, False):
         monkeypatch.setattr(mofo, "kernel_is_lerp", lambda dtype, beta, same=same: same)

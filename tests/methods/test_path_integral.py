@@ -15,11 +15,11 @@ NAMES = {"lora": ("q_proj", "v_proj")}
 
 
 def recorded(make, documents, kind, adapter, lora_scale):
-    """The same phase once more with torch's AdamW and autograd alone: [(θ before, dL/dθ, θ after, factors, their gradients, lr)]."""
+    """The phase with torch's AdamW and autograd: [(θ before, dL/dθ, θ after, factors, their gradients, lr)]."""
     model = make(kind)
     for part in adapter:
         model = part.adapt(model, seed=0)
-    parameters = {n: p for n, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
     trained = {n: p for n, p in parameters.items() if p.requires_grad}
     dense = [n for n in parameters if n.endswith("base_layer.weight")] if adapter else list(trained)
     optimizer = torch.optim.AdamW(trained.values(), lr=1.0, weight_decay=SETTINGS["weight_decay"])
@@ -85,7 +85,7 @@ def _factor(name, letter):
 def test_equals_its_definition_along_the_path(make, documents, train, kind, adapter, gradient, clamp, consolidate):
     part = PathIntegral(gradient=gradient, clamp=clamp, consolidate=consolidate, xi=1e-7)
     result = train(make(kind), (*adapter, part), documents, **SETTINGS)
-    found = part.consolidated(result.states["path_integral"])
+    actual = part.consolidated(result.states["path_integral"])
     part.release()
     path, epoch = recorded(make, documents, kind, adapter, 1.5)
     assert len(path) == result.steps == 2 * epoch
@@ -102,7 +102,7 @@ def test_equals_its_definition_along_the_path(make, documents, train, kind, adap
             if step == len(path) or (consolidate == "epoch" and step == epoch):
                 importance += omega.clamp(min=0) / ((after[name] - start[name]) ** 2 + 1e-7)
                 omega = torch.zeros_like(omega)
-        ours = found[name.removeprefix("base_model.model.").replace("base_layer.", "")]
+        ours = actual[name.removeprefix("base_model.model.").replace("base_layer.", "")]
         assert importance.max() > 0
         # Adam turns float32 noise in a gradient near 0 (GPT-J attends in float32) into movement
         near = 5e-3 if kind == "gptj" else 1e-6

@@ -46,7 +46,7 @@ def test_a_block_becomes_parts_in_the_order_of_their_phases():
 
 
 @pytest.mark.parametrize(
-    "block, said",
+    "block, message",
     [
         ({"mofoo": {}}, "unknown part 'mofoo': did you mean 'mofo'"),
         ({"dropout": {}}, "unknown part 'dropout': known: ewc, given, .*mofo"),
@@ -83,8 +83,8 @@ def test_a_block_becomes_parts_in_the_order_of_their_phases():
         ({"given": {"path": "x"}, "lora": {}}, "given and lora cannot be combined: given weights are not trained"),
     ],
 )
-def test_what_is_wrong_is_named(block, said):
-    with pytest.raises(UserError, match=said):
+def test_what_is_wrong_is_named(block, message):
+    with pytest.raises(UserError, match=message):
         registry.build(block)
 
 
@@ -250,7 +250,7 @@ def test_two_optimizers_are_refused_by_name(package):
 
 
 @pytest.mark.parametrize(
-    "code, said",
+    "code, message",
     [
         (
             "import no_such_package",
@@ -259,9 +259,9 @@ def test_two_optimizers_are_refused_by_name(package):
         ("Odd = 3", "the part 'odd' .* is not registered"),
     ],
 )
-def test_a_strangers_broken_part_is_named(package, code, said):
+def test_a_strangers_broken_part_is_named(package, code, message):
     package("stranger_odd", code, {"odd": "stranger_odd:Odd"})
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         registry.parts()
 
 

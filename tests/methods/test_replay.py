@@ -61,13 +61,13 @@ def test_the_share_of_replayed_tokens(mode, share):
     off, longer = [], []
     for step in range(600):
         rows = [DOMAIN[(3 * step + i) % 40] | {"index": (3 * step + i) % 40} for i in range(8)]
-        found = part.examples(run=run, state=state, rows=list(rows), step=step)
-        own = [row for row in found if "index" in row]
+        actual = part.examples(run=run, state=state, rows=list(rows), step=step)
+        own = [row for row in actual if "index" in row]
         assert all(any(row is other for other in rows) for row in own)
         assert mode == "swap" or len(own) == len(rows)
-        replayed = tokens(found) - tokens(own)
+        replayed = tokens(actual) - tokens(own)
         off.append(replayed - share * (tokens(rows) if mode == "swap" else tokens(rows) / (1 - share)))
-        longer.append(tokens(found) - (tokens(rows) if mode == "swap" else tokens(rows) / (1 - share)))
+        longer.append(tokens(actual) - (tokens(rows) if mode == "swap" else tokens(rows) / (1 - share)))
     assert max(map(abs, longer)) < 30  # to within one row: none is longer than the domain's longest
     for difference in (off, longer):  # on average exactly
         assert abs(mean(difference)) < 3 * stdev(difference) / len(difference) ** 0.5
@@ -98,8 +98,8 @@ def test_a_row_is_cut_to_the_longest_of_the_domain():
 
 def test_at_no_share_nothing_is_read_or_changed():
     part = Replay(share=0.0, path="nowhere.jsonl")
-    rows, found = step_of(part, 0, general=())
-    assert found == rows and part.added().trained == 0
+    rows, actual = step_of(part, 0, general=())
+    assert actual == rows and part.added().trained == 0
 
 
 def test_the_users_rows(tmp_path, capsys):
@@ -159,11 +159,11 @@ def test_what_the_domain_and_the_replay_cost(make, mode, batch):
 
     class Watched(Replay):
         def examples(self, *, run, state, rows, step):
-            found = original(self, run=run, state=state, rows=rows, step=step)
+            actual = original(self, run=run, state=state, rows=rows, step=step)
             seen.append(
-                [("index" in row, len(row["input_ids"]), int((row["labels"][1:] != -100).sum())) for row in found]
+                [("index" in row, len(row["input_ids"]), int((row["labels"][1:] != -100).sum())) for row in actual]
             )
-            return found
+            return actual
 
     result = fit(
         model=make(),
@@ -220,10 +220,10 @@ def test_planned_prepared_and_trained_by_the_stages(tmp_path):
     before = resolve.train(study, "llama-tiny", "sums", "more")
     assert full["added"] == {} and more["tokens_trained"] == full["tokens_trained"]
     longest = full["tokens_trained"] / 64 * 2  # sums are nearly of one length
-    for found, share, rows in ((general, 0.4, full["steps"]), (more, 1.0, full["steps"])):
-        added = found["added"]["replay"]
-        total = full["tokens_trained"] * (1.0 if found is general else 2.0)
-        assert abs(found["tokens_trained"] + added["tokens"] - total) < longest * rows**0.5 * 3
+    for actual, share, rows in ((general, 0.4, full["steps"]), (more, 1.0, full["steps"])):
+        added = actual["added"]["replay"]
+        total = full["tokens_trained"] * (1.0 if actual is general else 2.0)
+        assert abs(actual["tokens_trained"] + added["tokens"] - total) < longest * rows**0.5 * 3
         assert added["tokens"] == pytest.approx(share * full["tokens_trained"], rel=0.3) and added["flops"] > 0
     for method, kept, added in (("full", 1.0, 0.0), ("general", 0.6, 0.4), ("more", 1.0, 1.0)):
         assert planned[method]["tokens"] == pytest.approx(kept * planned["full"]["tokens"], abs=1)

@@ -43,9 +43,9 @@ def test_partition_is_exact(entries, dtype):
     for name, size in cases(entries, dtype).items():
         ordered = size.sort(descending=True).values
         for k in ranks(entries):
-            found = kth_largest(size.clone(), k)
-            assert found.dtype == dtype and found.dim() == 0
-            assert found == ordered[k - 1], (name, k)
+            actual = kth_largest(size.clone(), k)
+            assert actual.dtype == dtype and actual.dim() == 0
+            assert actual == ordered[k - 1], (name, k)
 
 
 def test_no_rank_among_equal_entries_is_searched_for(monkeypatch):
@@ -58,9 +58,9 @@ def test_no_rank_among_equal_entries_is_searched_for(monkeypatch):
         for k in ranks(70_001):
             left.clear()
             size_now = size.clone()
-            found = kth_largest(size_now, k)
+            actual = kth_largest(size_now, k)
             partitioned = left[-1] is None
-            assert partitioned or (size == found).float().mean() > 0.05, (name, k)
+            assert partitioned or (size == actual).float().mean() > 0.05, (name, k)
             if partitioned:
                 most = size_now.view(torch.int32).unique(return_counts=True)[1].max()
                 assert most < 0.2 * size.numel(), (name, k)
@@ -124,10 +124,10 @@ class Asking(TorchDispatchMode):
 def test_histograms_ask_for_no_number():
     size = cases(1000)["heavy-tailed"]
     with Asking() as asking:
-        found = kth_by_histogram(lambda: size.split(300), 70, device=CPU, lanes=LANES)
+        actual = kth_by_histogram(lambda: size.split(300), 70, device=CPU, lanes=LANES)
     assert not asking.seen
     with asking:
-        float(found)
+        float(actual)
     assert asking.seen
 
 

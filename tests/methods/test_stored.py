@@ -22,10 +22,10 @@ def sparse(*shape, share=0.2):
     return values * (torch.rand(shape, generator=torch.Generator().manual_seed(1)) < share)
 
 
-def same(found, wanted):
+def same(actual, wanted):
     if isinstance(wanted, Codes):
-        return torch.equal(found.codes, wanted.codes) and (found.low, found.step) == (wanted.low, wanted.step)
-    return torch.equal(found, wanted) and found.dtype == wanted.dtype
+        return torch.equal(actual.codes, wanted.codes) and (actual.low, actual.step) == (wanted.low, wanted.step)
+    return torch.equal(actual, wanted) and actual.dtype == wanted.dtype
 
 
 MADE = {
@@ -46,10 +46,10 @@ MADE = {
 
 def test_what_is_written_is_read_back_bit_for_bit(tmp_path):
     save_importance(MADE, tmp_path / "a.safetensors")
-    found = load_importance(tmp_path / "a.safetensors")
-    assert found.keys() == MADE.keys() and all(same(found[name], wanted) for name, wanted in MADE.items())
+    actual = load_importance(tmp_path / "a.safetensors")
+    assert actual.keys() == MADE.keys() and all(same(actual[name], wanted) for name, wanted in MADE.items())
     assert all(
-        f.shape == w.shape for f, w in ((found[n].codes, w.codes) for n, w in MADE.items() if isinstance(w, Codes))
+        f.shape == w.shape for f, w in ((actual[n].codes, w.codes) for n, w in MADE.items() if isinstance(w, Codes))
     )
     again = dict(reversed(MADE.items()))
     save_importance(again, tmp_path / "b.safetensors")

@@ -19,13 +19,13 @@ def finished(part, base, tuned):
 def test_it_is_the_weighted_mean(alpha):
     draw = torch.Generator().manual_seed(0)
     base, tuned = (torch.randn(7, 5, generator=draw, dtype=torch.float64) for _ in range(2))
-    found = finished(WiSEFT(alpha=alpha), {"w": base, "frozen": base}, {"w": tuned})
-    assert found.keys() == {"w"}  # what was not trained stays the base's
-    np.testing.assert_allclose(found["w"].numpy(), (1 - alpha) * base.numpy() + alpha * tuned.numpy(), rtol=1e-13)
-    found = finished(WiSEFT(alpha=alpha), {"w": base.bfloat16()}, {"w": tuned.float()})["w"]
+    actual = finished(WiSEFT(alpha=alpha), {"w": base, "frozen": base}, {"w": tuned})
+    assert actual.keys() == {"w"}  # what was not trained stays the base's
+    np.testing.assert_allclose(actual["w"].numpy(), (1 - alpha) * base.numpy() + alpha * tuned.numpy(), rtol=1e-13)
+    actual = finished(WiSEFT(alpha=alpha), {"w": base.bfloat16()}, {"w": tuned.float()})["w"]
     wanted = (1 - alpha) * base.bfloat16().double() + alpha * tuned.float().double()
-    assert found.dtype == torch.float32  # not rounded to the checkpoint's dtype, which happens once, afterwards
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-6, atol=1e-7)
+    assert actual.dtype == torch.float32  # not rounded to the checkpoint's dtype, which happens once, afterwards
+    torch.testing.assert_close(actual.double(), wanted, rtol=1e-6, atol=1e-7)
 
 
 def test_the_ends_are_the_two_models_bit_for_bit():
@@ -41,9 +41,9 @@ def test_adapters_are_merged_before_whatever_the_part_is_called(make, documents,
     lora = LoRA(rank=2)
     tuned = final_weights(train(make(), (lora,), documents), (lora,))
     parts = (WiSEFT(alpha=0.25), lora)
-    found = final_weights(train(make(), parts, documents), parts)
-    assert found.keys() == tuned.keys()
-    for name, tensor in found.items():
+    actual = final_weights(train(make(), parts, documents), parts)
+    assert actual.keys() == tuned.keys()
+    for name, tensor in actual.items():
         moved = tuned[name] - base[name]  # s·B·A
         assert moved.abs().max() > 0
         torch.testing.assert_close(tensor, base[name] + 0.25 * moved, rtol=1e-12, atol=1e-14)
