@@ -21,9 +21,9 @@ os.environ.setdefault("DO_NOT_TRACK", "true")
 PARENT, DIGEST = "mlflow.parentRunId", "holdfast.digest"
 METRICS, PARAMETERS = 1000, 100  # a batch, as MLflow limits it
 ABOUT = (
-    "Study **{study}** of Holdfast. A run is the bare base or one (model, domain, method), the mean over the seeds below "
-    "it. Choose domain_gain, forgetting and seconds_train as columns, or draw a chart of forgetting against domain_gain. "
-    "Rebuilt from results/ by `python -m experiments track`."
+    "Study **{study}** of Holdfast. A run is the bare base or one (model, domain, method), the mean over the seeds "
+    "below it. Choose domain_gain, forgetting and seconds_train as columns, or draw a chart of forgetting against "
+    "domain_gain. Rebuilt from results/ by `python -m experiments track`."
 )
 
 
@@ -53,7 +53,7 @@ def main(study) -> None:
 
 
 def track(*, results_root: Path | str, cells, study: str, database: Path | str) -> dict[str, str]:
-    """Mirror the results of `cells` into experiment `study` of the sqlite file `database`; return each cell's run id.
+    """Mirror the results of `cells` into experiment `study` of the sqlite file `database`; return run ids by cell.
 
     Artefacts lie in `mlartifacts` beside the database. A run whose content is unchanged is left as it is, a changed one
     is replaced, and one without results is deleted. What another `dvc exp run` wrote (tag DVC_EXP_NAME) stays, and so
