@@ -17,8 +17,9 @@ from experiments.training import loss
 from experiments.training.engine import final_weights, fit
 from methods import registry
 from methods.errors import UserError
-from methods.part import REGISTERED, Part, phase_of, register
+from methods.part import REGISTERED, Part, in_order, phase_of, register
 from methods.tools.files import read_json
+from methods.tools.process_group import Shards
 from methods.tools.token_statistics import TokenStatistics
 from tests import goldens
 from tests.experiments import worlds
@@ -422,3 +423,87 @@ def test_the_reference_is_the_base_whatever_has_been_trained(blocks):
             torch.testing.assert_close(logits, base(ids).logits, rtol=1e-5, atol=1e-5)
         own = result.run.model(found[-1][0]).logits
     assert (own - found[-1][1]).abs().max() > 0.1
+
+
+# two processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Everything(Part):
+    """Uses every service and every hook of a step."""
+
+    key = "everything"
+
+    def begin(self, *, run, state, examples, general=()):
+        state["scores"] = [run.score(list(examples)[:5], base=base) for base in (True, False)]
+        prompts = [row["input_ids"][:4].tolist() for row in list(examples)[:3]]
+        state["texts"] = [
+            run.sample(prompts=prompts, tokens=6, base=base, temperature=t) for base in (True, False) for t in (0, 1)
+        ]
+        state["frozen"] = {name: torch.tensor(name.endswith("norm.weight")) for name in run.weights}
+
+    def examples(self, *, run, state, rows, step):
+        draw = run.generator(self.key, step)
+        ids = torch.randint(0, 256, (9,), generator=draw)
+        return [*rows[1:], {"input_ids": ids, "labels": ids.clone()}]
+
+    def token_weights(self, *, run, state, batch, statistics):
+        return statistics.entropy(20)
+
+    def second_gradient(self, *, run, state, step):
+        square = sum(weight.grad.square().sum() for weight in run.weights.values())
+        norm = run.shards.sum(square.clone()).sqrt()
+        return {name: 0.05 / norm * weight.grad for name, weight in run.weights.items()}
+
+    def report(self, *, run, state):
+        return {"scores": [[t.tolist() for t in each] for each in state["scores"]], "texts": state["texts"]}
+
+
+CELLS = [(a, blocks) for a in ("llama", "gptj") for blocks in ({}, {"lora": {"rank": 2, "targets": ["q_proj"]}})]
+KL_BLOCK = {"kl": {"strength": 1.0, "text": "both", "share": 0.4, "length": 20, "temperature": 2.0}}
+
+
+def cells(shards):
+    """Runs of parts that use everything, three rows a step for two processes in micro-batches of one."""
+    for architecture, blocks in CELLS:
+        model = build(architecture, seed=1)
+        base = {name: p.detach().clone() for name, p in model.named_parameters()}
+        parts = in_order((*registry.build(blocks | KL_BLOCK), Everything()))
+        result = fit(
+            model=model,
+            parts=parts,
+            examples=goldens.texts(14, seed=12, labelled=True),
+            general=goldens.texts(6, seed=11, labelled=False),
+            settings=replace(goldens.SETTINGS, batch=3, micro_batch=1, epochs=1.0, weight_decay=0.1),
+            seed=5,
+            base=base,
+            shards=shards,
+        )
+        costs = {key: {kind: each[kind] for kind in ("tokens", "flops", "bytes")} for key, each in result.added.items()}
+        yield {
+            "final": final_weights(result, parts),
+            "report": Everything().report(run=result.run, state=result.states["everything"]),
+            "losses": [row["loss"] for row in result.curve],
+            "costs": costs,
+        }
+
+
+def work(rank, folder):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    found = list(cells(Shards(rank=rank, world=2, active=True)))
+    if rank == 0:
+        torch.save(found, f"{folder}/cells.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.thorough
+def test_two_processes_give_the_numbers_of_one_whatever_a_part_uses(tmp_path):
+    torch.multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    for two, one in zip(torch.load(tmp_path / "cells.pt", weights_only=True), cells(Shards()), strict=True):
+        for name, tensor in one["final"].items():
+            assert (two["final"][name] - tensor).norm() <= 2e-6 * tensor.norm(), name
+        assert two["costs"] == one["costs"] and two["report"]["texts"] == one["report"]["texts"]
+        assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        for own, other in zip(two["report"]["scores"], one["report"]["scores"], strict=True):
+            assert [pytest.approx(row, abs=1e-5) for row in other] == own
