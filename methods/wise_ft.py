@@ -2,8 +2,8 @@
 
     θ = (1 − α)·θ₀ + α·θ_tuned
 
-for every tensor of the model, with adapters merged. α = 1 keeps the tuned weights and α = 0 the base's, both bit for bit.
-The part acts after the training alone, so cells that differ in α share one training.
+for every tensor of the model, with adapters merged. α = 1 keeps the tuned weights and α = 0 the base's, both bit for
+bit. The part acts after the training alone, so cells that differ in α share one training.
 """
 
 from dataclasses import dataclass

@@ -56,10 +56,10 @@ def _opened(file: Path):
 
 def dtype_of(info: dict) -> torch.dtype:
     """The torch dtype that base.json names."""
-    found = getattr(torch, str(info["dtype"]), None)
-    if not isinstance(found, torch.dtype):
+    dtype = getattr(torch, str(info["dtype"]), None)
+    if not isinstance(dtype, torch.dtype):
         raise UserError(
             f"base.json names the dtype {info['dtype']!r}, which torch does not have: delete it and run "
             "the `model` stage again"
         )
-    return found
+    return dtype

@@ -113,7 +113,7 @@ class Delta(Mapping[str, Tensor]):
                     f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this "
                     f"program reads holdfast-delta of version {VERSION}: train the cell again"
                 )
-            self.sha256, found, self._about = (
+            self.sha256, made_beside, self._about = (
                 metadata["sha256"],
                 metadata["base_sha256"],
                 json.loads(metadata["tensors"]),
@@ -122,9 +122,9 @@ class Delta(Mapping[str, Tensor]):
             raise UserError(f"{path} is missing: train the cell again") from None
         except (SafetensorError, KeyError, ValueError) as error:
             raise UserError(f"{path} is damaged ({error}): {AGAIN}") from error
-        if found != base_sha256:
+        if made_beside != base_sha256:
             raise UserError(
-                f"{path} is a delta of the base {found[:12]}, this one is {base_sha256[:12]}: give the base it was "
+                f"{path} is a delta of the base {made_beside[:12]}, this one is {base_sha256[:12]}: give the base it was "
                 "made from"
             )
 

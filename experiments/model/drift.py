@@ -98,11 +98,11 @@ def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
     """
     modules = dict(model.named_modules())
     paths = {f"block.{index}": path for index, (path, _) in enumerate(blocks(model))}
-    found = {}
+    roles = {}
     for name, _ in model.named_parameters():
         owner, group = name.rpartition(".")[0], group_of(model, name)
         if not any(p.dim() > 1 for p in modules[owner].parameters(recurse=False)):
-            found[name] = group, "norm"
+            roles[name] = group, "norm"
             continue
         word = owner.rpartition(".")[2]
         siblings = [
@@ -110,8 +110,8 @@ def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
             for path in modules
             if path.startswith(f"{paths.get(group, owner)}.") and path.rpartition(".")[2] == word
         ]
-        found[name] = group, owner.removeprefix(f"{paths[group]}.") if len(siblings) > 1 else word
-    return found
+        roles[name] = group, owner.removeprefix(f"{paths[group]}.") if len(siblings) > 1 else word
+    return roles
 
 
 def reference(study) -> tuple[str, str] | None:
@@ -177,7 +177,7 @@ def _summary(tensors: Sequence[_Moved]) -> dict:
     entries = sum(t.entries for t in tensors)
     movement, size = (math.fsum(getattr(t, key) for t in tensors) for key in ("movement", "size"))
     ranks = [t.rank for t in tensors if t.rank is not None]
-    found = {
+    measures = {
         "distance": math.sqrt(movement),
         "base_norm": math.sqrt(size),
         "relative": math.sqrt(movement / size) if size else None,
@@ -185,7 +185,7 @@ def _summary(tensors: Sequence[_Moved]) -> dict:
         "effective_rank": statistics.median(ranks) if ranks else None,
     }
     return {"entries": entries, "matrices": len(ranks)} | {
-        key: _short(value) for key, value in (found | _overlaps(tensors)).items()
+        key: _short(value) for key, value in (measures | _overlaps(tensors)).items()
     }
 
 

@@ -35,7 +35,7 @@ def keep(store: Path, *, identity: dict, final: Mapping[str, Tensor], files: Pat
 
     identity  everything that the training depends on, as JSON
     files     the folder in which the parts saved what they keep beside the weights
-    Where the disk does not take it, a line on stderr says so: the cell is finished without, and other cells train again.
+    Where the disk does not take it, a line on stderr says so; the cell is finished, and other cells train again.
     """
     fresh = store.with_name(f"{store.name}.{uuid.uuid4().hex[:8]}")
     out = fresh / "out"

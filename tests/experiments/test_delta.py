@@ -77,7 +77,7 @@ def test_bytes_are_near_the_entropy_given_the_bases_exponent(change):
 
 @pytest.fixture
 def pair():
-    """Weights before and after: changed, untouched, of a dtype that is not coded, with another name order than the alphabet's."""
+    """Weights before and after: changed, untouched, of a dtype that is not coded, in another order of names."""
     base = dict(zip("zyxw", (drawn(3000, change=0, seed=s)[0] for s in range(4)), strict=True)) | {
         "v": torch.arange(6.0, dtype=torch.float64)
     }
