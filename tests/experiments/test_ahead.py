@@ -1,4 +1,4 @@
-"""What `plan` and `resolve` can know beforehand is refused there, with its block or file; what is only unwise is a line."""
+"""`plan` and `resolve` refuse what cannot work, with its block or file, and print a line for what is only unwise."""
 
 import json
 import re
@@ -138,7 +138,8 @@ def test_a_checkpoint_made_elsewhere_is_refused_by_plan_where_it_is_none_of_the_
     model.main(asked, model="llama-tiny")
     with pytest.raises(
         UserError,
-        match="methods.full.given.path: .* lacks model.layers.1.input_layernorm.weight and 8 more: it is not a checkpoint of this",
+        match="methods.full.given.path: .* lacks model.layers.1.input_layernorm.weight and 8 more: "
+        "it is not a checkpoint of this",
     ):
         plan.make(asked)
     build("llama", seed=1).to(torch.float8_e4m3fn).save_pretrained(tmp_path / "given")
@@ -185,7 +186,8 @@ def test_rows_longer_than_the_models_positions(tmp_path, architecture):
     assert 32 < longest < 64
     for path in ("train", "domains/sums/train", "models/llama-tiny/train", "methods/full/train"):
         block = {**DEMO["train"], "length": 64} if path == "train" else {"length": 64}
-        said = f"{path.replace('/', '.')}.length is 64, llama-tiny has 32 positions, and a training row of sums has {longest} tokens"
+        where = path.replace("/", ".")
+        said = f"{where}.length is 64, llama-tiny has 32 positions, and a training row of sums has {longest} tokens"
         with pytest.raises(UserError, match=re.escape(said)):
             ahead.look(study(tmp_path, *small, (path, block)))
     ahead.look(

@@ -1,4 +1,4 @@
-"""Architectures that nobody has tuned this project to: what it computes of each against the model's own forward pass."""
+"""Architectures that this project was not adapted to: what it computes of each equals the model's own forward pass."""
 
 import pytest
 import torch
@@ -210,7 +210,7 @@ UNLIKE = ("gpt_neox", "gpt2", "opt", "falcon", "mixtral", "gemma2")
     + [pytest.param(kind, "hierarchical", marks=() if kind in UNLIKE else pytest.mark.thorough) for kind in KINDS],
 )
 def test_the_chain_from_plan_to_score(kind, method):
-    """What `plan`, `prepare`, `train` and `evaluate` ask of a model: EWC on all weights, hierarchical regularisation on adapters."""
+    """What `plan`, `prepare`, `train` and `evaluate` need of a model: EWC on all weights, hierarchical on adapters."""
     model = build(kind)
     settings = TrainSettings(batch=2, micro_batch=2, length=12, learning_rate=1e-3, probes=0)
     blocks = {
@@ -403,7 +403,7 @@ def smoothing(model):
 
 
 def stopping(model):
-    """A gradient that the model's own loss does not have: it takes its logits of hidden states that lead nowhere in training."""
+    """A gradient that the model's own loss does not have: its logits use hidden states that training does not."""
     forward = model.lm_head.forward
     model.lm_head.forward = lambda hidden: forward(
         hidden if hidden.shape[1] == trial.TOKENS else hidden.detach() + hidden.mean() * 0

@@ -229,7 +229,7 @@ def test_a_column_emptied_makes_another_domain_of_the_same_rows(study, tmp_path)
 
 
 def test_written_answers_trained_on_in_other_columns_than_they_are_scored_in(study, tmp_path):
-    """As MetaMathQA for GSM8K: the training rows' columns are renamed at their source, and both go through one prompt."""
+    """As MetaMathQA for GSM8K: the training rows' columns are renamed at their source, and both use one prompt."""
     train, test = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
     solved = [
         {"query": f"How much is {i}+{i}?", "response": f"It is {i + i}.\nThe answer is: {i + i}", "type": "sum"}

@@ -173,7 +173,8 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
         "fault": (500, "", "Internal"),
     }
     said = {
-        "gated": "is gated: accept its terms at https://huggingface.co/{page}someone/gated, then log in with `hf auth login`",
+        "gated": "is gated: accept its terms at https://huggingface.co/{page}someone/gated, "
+        "then log in with `hf auth login`",
         "gone": "was not found on the hub: check the name .*renamed.*if it is private, log in",
         "off": "was disabled by the hub",
         "login": r"is refused to this login \(HTTP 401\).*hf auth login",
@@ -228,8 +229,8 @@ def test_every_refusal_of_the_hub_is_told_apart(tmp_path, given):
     assert len(lines) == 3 and all("the hub is not reachable. Check the network" in line for line in lines)
     line = run_python(ASK, tmp_path / "hf", str(tmp_path / "out"), "model:someone/tiny:main", HF_HUB_OFFLINE="1")
     assert (
-        "model 'someone/tiny' at revision main is missing or incomplete in the local hub cache, and HF_HUB_OFFLINE is set"
-        in line
+        "model 'someone/tiny' at revision main is missing or incomplete in the local hub cache, "
+        "and HF_HUB_OFFLINE is set" in line
     )
 
 
@@ -410,7 +411,7 @@ print("nothing asked")
 
 
 def test_no_connection_is_opened_that_no_setting_asked_for(tmp_path):
-    """Without network, all modules are imported, models of three kinds are made, and a cell runs through every stage."""
+    """All modules are imported, models of three kinds are made and a cell runs every stage, without any network."""
     model = save(tmp_path / "given", "llama", shard="40KB")
     save(tmp_path / "gptj", "gptj")
     fill_cache(tmp_path / "hf" / "hub", "someone/tiny", tmp_path / "given")

@@ -1,7 +1,7 @@
-"""What each setting of params.yaml makes again: every one is changed by itself, and the resolved files that change are looked at.
+"""What each setting of params.yaml makes again: each is changed alone, and the changed resolved files are compared.
 
-The settings are those of the models in experiments/study/schema.py and of the parts: a new one is in the test without being named
-here, and fails it until `expected` or `OTHER` says what is to be known of it.
+The settings are those of the models in experiments/study/schema.py and of the parts: a new setting is tested without
+being named here, and fails until `expected` or `OTHER` describes it.
 """
 
 import copy
@@ -188,10 +188,19 @@ def preparing(method):
 def expected(path):
     """The resolved files that may change, and that do, by an account that does not know how they are made."""
     models, domains, methods = (STUDY["grid"][kind] for kind in ("models", "domains", "methods"))
-    trained = lambda m=models, d=domains, k=methods: {f"train/{a}/{b}/{c}.json" for a in m for b in d for c in k}
-    prepared = lambda m=models, k=methods: {f"prepare/{a}/{c}.json" for a in m for c in k if preparing(c)}
-    scored = lambda m=models: {f"evaluate/{a}.json" for a in m}
-    collected = lambda m=models, k=methods: {f"collect/{a}/{c}.json" for a in m for c in k}
+
+    def trained(m=models, d=domains, k=methods):
+        return {f"train/{a}/{b}/{c}.json" for a in m for b in d for c in k}
+
+    def prepared(m=models, k=methods):
+        return {f"prepare/{a}/{c}.json" for a in m for c in k if preparing(c)}
+
+    def scored(m=models):
+        return {f"evaluate/{a}.json" for a in m}
+
+    def collected(m=models, k=methods):
+        return {f"collect/{a}/{c}.json" for a in m for c in k}
+
     if "train" in path:
         return of_training(path, trained, collected)
     top, name, key = (*path, None, None)[:3]
@@ -228,7 +237,7 @@ def expected(path):
 
 
 def of_training(path, trained, collected):
-    """A training setting reaches the cells below its block in which no narrower block has its own (train < domain < model < method)."""
+    """A training setting applies where no narrower block has its own (train < domain < model < method)."""
     kind, name = (path[0], path[1]) if len(path) == 4 else ("train", None)
     key, order = path[-1], ["train", "domains", "models", "methods"]
     found = collected(k=[name]) if kind == "methods" else set()
@@ -357,7 +366,8 @@ def test_the_pipeline_lists_what_is_there_and_is_not_its_own(tmp_path, monkeypat
 
 def test_source_of_parts_that_is_edited_elsewhere_is_listed(tmp_path, monkeypatch):
     (tmp_path / "strangers_part.py").write_text(
-        "from dataclasses import dataclass\nfrom methods.part import Part\n\n@dataclass(frozen=True, kw_only=True)\nclass Strange(Part):\n    pass\n"
+        "from dataclasses import dataclass\nfrom methods.part import Part\n\n"
+        "@dataclass(frozen=True, kw_only=True)\nclass Strange(Part):\n    pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     part = importlib.import_module("strangers_part").Strange()
@@ -374,7 +384,10 @@ def test_a_large_file_is_hashed_once(tmp_path, monkeypatch):
     file = tmp_path / "model" / "weights"
     file.parent.mkdir()
     file.write_text("1")
-    find = lambda: local_files.digests([str(file.parent)], kept=tmp_path / "kept")
+
+    def find():
+        return local_files.digests([str(file.parent)], kept=tmp_path / "kept")
+
     first, read = find(), []
     original = local_files.files.sha256
     monkeypatch.setattr(local_files.files, "sha256", lambda path: read.append(path) or original(path))
@@ -399,7 +412,10 @@ def test_upgraded_packages_are_in_what_they_can_change(tmp_path, monkeypatch):
         ("datasets", {"data.json"}),
         ("pandas", set()),
     ):
-        upgraded = lambda name, package=package: "99.0" if name == package else real(name)
+
+        def upgraded(name, package=package):
+            return "99.0" if name == package else real(name)
+
         monkeypatch.setattr("evaluation.version", upgraded)
         monkeypatch.setattr(resolve, "version", upgraded)
         after = resolve.contents(study)

@@ -52,7 +52,8 @@ def test_an_upgraded_package_is_refused_before_the_work(study, monkeypatch, stag
     with pytest.raises(UserError) as refused:
         stale.refuse(study, stage, **CELL)
     assert re.match(
-        r"train@llama-tiny-sums-ewc-0: versions.transformers is '99.0' now, and was '5.*' when work/resolved/evaluate/llama-tiny.json "
+        r"train@llama-tiny-sums-ewc-0: versions.transformers is '99.0' now, and was '5.*' when "
+        r"work/resolved/evaluate/llama-tiny.json "
         r"was written; .*`python -m experiments pipeline` and then the same `dvc repro` again",
         str(refused.value),
     )
@@ -104,7 +105,8 @@ def test_resolved_files_are_what_the_pipeline_says_stages_depend_on():
         ("`dvc repro train@a-b-c-0` first", "`dvc repro experiments/studies/demo/dvc.yaml:train@a-b-c-0` first"),
         (
             "`dvc repro --force --single-item base@a evaluate@b`",
-            "`dvc repro --force --single-item experiments/studies/demo/dvc.yaml:base@a experiments/studies/demo/dvc.yaml:evaluate@b`",
+            "`dvc repro --force --single-item experiments/studies/demo/dvc.yaml:base@a "
+            "experiments/studies/demo/dvc.yaml:evaluate@b`",
         ),
         ("`dvc repro -k experiments/studies/demo/dvc.yaml`", "`dvc repro -k experiments/studies/demo/dvc.yaml`"),
         ("`dvc checkout --force`, `dvc reproduce`", "`dvc checkout --force`, `dvc reproduce`"),

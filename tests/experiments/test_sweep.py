@@ -195,8 +195,8 @@ def test_other_layouts():
     listed = "grid:\n  methods:\n    - a\n    - b  # why\n\nmethods:\n  a: {}\n  b:\n    x: {y: 1}"
     made = with_methods(listed, blocks=block, grid=["b-s1"], behind="b", where="p")
     assert (
-        made
-        == "grid:\n  methods:\n    - a\n    - b  # why\n    - b-s1\n\nmethods:\n  a: {}\n  b:\n    x: {y: 1}\n  b-s1: {like: b, x: {y: 2}}\n"
+        made == "grid:\n  methods:\n    - a\n    - b  # why\n    - b-s1\n\n"
+        "methods:\n  a: {}\n  b:\n    x: {y: 1}\n  b-s1: {like: b, x: {y: 2}}\n"
     )
     with pytest.raises(UserError, match="p: cannot add methods to this layout"):
         with_methods(

@@ -119,7 +119,8 @@ def test_plan_already_refuses_a_tokenizer_that_does_not_fit(tmp_path):
     added.add_tokens([f"<{i}>" for i in range(80)])
     with pytest.raises(
         UserError,
-        match="models.llama-tiny: its tokenizer has 8 tokens for which the model has no embedding: '<72>' is number 330",
+        match="models.llama-tiny: its tokenizer has 8 tokens for which the model has no embedding: "
+        "'<72>' is number 330",
     ):
         ahead.look(study(tmp_path, folder_of(tmp_path / "added", added)))
     crossing = (
