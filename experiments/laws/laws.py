@@ -23,9 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.laws.trial import SETTINGS, Checkpoints, Killed, Trial
+from experiments.laws.trial import SETTINGS, Checkpoints, Killed, Trial, texts
 from experiments.model.shape import Shape
 from experiments.training import hardware, memory
+from experiments.training.batches import epoch_steps, steps
 from experiments.training.preparation import TENSORS
 from experiments.training.snapshot import tensors_in
 from methods import listing, registry
@@ -232,6 +233,36 @@ def predicted_memory(trial: Trial) -> None:
     compare("train", lambda: large.fit(parts, states))
 
 
+def costs(trial: Trial) -> None:
+    """What the part says that it reads, which `plan` shows, is what it reads; in training to within a row of each step."""
+    (part,) = (part for part in trial.parts if part.key == trial.kind.key)
+    trial.prepare(trial.parts)
+    lengths, stated = [len(document["input_ids"]) for document in trial.general], 0.0
+    for each in part.preparation():
+        cut = each.cut(lengths)
+        epochs = (each.training or {}).get("epochs") or 1.0
+        batch = trial.training.batch
+        passes = steps(len(cut), batch, epochs) / epoch_steps(len(cut), batch) if each.training is not None else 1.0
+        stated += passes * sum(cut)
+    if not math.isclose(stated, trial.read[part.key], rel_tol=0.01):
+        raise Broken(
+            f"it states passes over {stated:.0f} tokens, and reads {trial.read[part.key]} while it prepares: return from "
+            "`preparation` how many documents it reads, cut at which length, and from `prepare` the tokens"
+        )
+    result, rows = trial.trained.result, texts(trial.rows, seed=12, labelled=True, length=trial.length)
+    if result.tokens == 0 or overrides(part, "finish"):  # what `finish` reads is in no step
+        return
+    added = part.added()
+    stated = (added.trained + added.read) * sum(len(row["input_ids"]) for row in rows)
+    taken = result.added.get(part.key, {}).get("tokens", 0)
+    longest = max(added.length or 0, *(len(row["input_ids"]) for row in rows))
+    if abs(stated - taken) > result.steps * longest * bool(stated):
+        raise Broken(
+            f"it states {stated:.0f} tokens beside those of the domain in {result.steps} steps, and {taken} are charged "
+            "to it: return from `added` the tokens it adds for each token of the domain"
+        )
+
+
 def described(trial: Trial) -> None:
     """Title, paper and line are there, and every setting is bounded and has a help text."""
     kind, missing = trial.kind, []
@@ -263,8 +294,9 @@ LAWS: Mapping[str, Callable[[Trial], None]] = {
     "repeatable": repeatable,
     "resumable": resumable,
     "memory": predicted_memory,
+    "costs": costs,
 }
-ONCE = ("described", "memory")  # the same on every architecture
+ONCE = ("described", "memory", "costs")  # the same on every architecture
 PROCESSES = "processes"
 WIDTH = max(map(len, (*LAWS, PROCESSES)))
 

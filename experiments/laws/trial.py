@@ -94,6 +94,7 @@ class Trial:
         self.training = self.training or replace(SETTINGS, weight_decay=0.1 * (self.architecture == "llama"))
         self.base = {name: p.detach() for name, p in self.model().named_parameters()}
         self.lent = {name: tensor.clone() for name, tensor in self.base.items()}  # what parts are given as the base
+        self.read: dict[str, int] = {}  # tokens that each part says it read in its last preparation
 
     def model(self) -> nn.Module:
         return build(self.architecture, seed=1, dtype=self.dtype, **self.config)
@@ -123,6 +124,7 @@ class Trial:
     def prepare(self, parts: tuple[Part, ...], *, checkpoints: Checkpoints | None = None) -> dict[str, dict]:
         """What each part prepares from general text, as the training stage would load it."""
         states: dict[str, dict] = {}
+        self.read = dict.fromkeys((part.key for part in parts), 0)
         for made in prepare(
             parts,
             make=lambda trains: self.model(),
@@ -138,6 +140,7 @@ class Trial:
             state = states.setdefault(made.part.key, {"notes": {}})
             state["notes"] |= json.loads(json.dumps(made.prepared.notes))
             state |= kept
+            self.read[made.part.key] += made.prepared.tokens
         return states
 
     def fit(

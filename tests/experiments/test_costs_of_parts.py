@@ -15,6 +15,8 @@ from analysis.load import load_cells
 from experiments.commands import plan
 from experiments.commands.tracked_runs import _points, _scores
 from experiments.data import expected
+from experiments.laws.laws import judge
+from experiments.laws.trial import Trial
 from experiments.model.positions import refuse_long_documents
 from experiments.model.random_models import byte_tokenizer
 from experiments.model.shape import shape_of
@@ -244,6 +246,18 @@ def test_what_a_part_adds_to_a_step_is_planned(study, monkeypatch):
     step, plain_model = {"lengths": rows, "labelled": labelled}, built(study)
     both, forward = Flops(plain_model).step(**step), Flops(plain_model.requires_grad_(False)).step(**step)
     assert found["seconds_train"] == pytest.approx((1.25 * both + 2.0 * forward) * plain["tokens"] / sum(rows))
+
+
+def test_a_law_holds_a_part_to_the_costs_that_it_states(tmp_path, monkeypatch):
+    def verdict(kind):
+        return judge("costs", Trial(kind=kind, architecture="llama", folder=tmp_path))
+
+    assert verdict(Calibrated).status == "passed"
+    unstated = verdict(Replayed)  # it adds a row to every step
+    assert unstated.status == "failed" and "it states 0 tokens beside those of the domain" in unstated.text
+    monkeypatch.setattr(Calibrated, "preparation", lambda self: (Pass(documents=2, length=8),))
+    unstated = verdict(Calibrated)
+    assert unstated.status == "failed" and "it states passes over 16 tokens, and reads" in unstated.text
 
 
 def test_no_setting_of_a_part_is_read_by_name():
