@@ -46,7 +46,7 @@ def main(study) -> None:
         except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
             raise UserError(
                 f"{store} cannot be written ({str(error).strip().splitlines()[0]}): end other programs that use it; if "
-                "that does not help, delete it and run `python -m experiments track`, which makes it again from results/"
+                "that does not help, delete it and run `python -m experiments track`, which writes it from results/"
             ) from error
         print(f"mlflow.db: {len(cells)} cells of study {name}; run `make ui` (or `mlflow ui`), then open")
         print(f"  http://127.0.0.1:5000/#/experiments/{number}/runs")

@@ -22,33 +22,8 @@ from analysis.load import Loaded, load_cells
 from analysis.sections.tables import BANNER
 from analysis.statistics.comparison import comparison
 
-SCALARS = (
-    "domain_score",
-    "domain_score_base",
-    "domain_gain",
-    "general_score",
-    "general_score_base",
-    "forgetting",
-    "general_perplexity",
-    "general_perplexity_base",
-    "general_bits_per_byte",
-    "seconds_prepare",
-    "seconds_train",
-    "seconds_evaluate",
-    "peak_memory_bytes",
-    "bytes_importance",
-    "bytes_anchor",
-    "bytes_weights_delta",
-    "bytes_optimizer_state",
-    "tokens_trained",
-    "tokens_prepare",
-    "tokens_added",
-    "tokens_per_second",
-    "flops",
-    "flops_prepare",
-    "flops_added",
-    "mfu",
-)
+# numbers of a cell that are settings, or shown as `system/`; every other number of metrics.json is a metric
+NOT_METRICS = ["seed", "numerics", "processes", "learning_rate", "steps", "peak_memory_train_bytes"]
 MACHINE = ("tokens_per_second", "mfu")  # columns of a curve about the machine: MLflow shows `system/` on its own page
 FILES = ("metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json")
 EXPERIMENT = "DVC_EXP_NAME"  # the tag of a run made within `dvc exp run`
@@ -275,10 +250,9 @@ def group_files(root: Path, group: str) -> list[tuple[Path, str]]:
 
 def _note(group: str, row: dict, *, planned: int, counted: list[Run], failed: list[Run], excluded: list[Run]) -> str:
     model, domain, method = group.split("/")
-    seeds = "one seed" if planned == 1 else f"the mean of {len(counted)} of {planned} seeds"
-    text = (
-        f"{model} fine-tuned on {domain} with **{method}**: {seeds.replace(f'{planned} of {planned}', str(planned))}."
-    )
+    seeds = f"{planned} seeds" if len(counted) == planned else f"{len(counted)} of {planned} seeds"
+    seeds = "one seed" if planned == 1 else f"the mean of {seeds}"
+    text = f"{model} fine-tuned on {domain} with **{method}**: {seeds}."
     if excluded:
         names = ", ".join(run.key.rsplit("/", 1)[1] for run in excluded)
         text += f" **Not in the comparison: {names}** (see the reason there)."
@@ -302,7 +276,7 @@ def _bounds(row: dict, key: str, unit: str) -> str:
 
 
 def _row(table: pd.DataFrame, key: str) -> dict:
-    """The row of a method in the comparison, or of the base, which has no seeds; empty where there is none."""
+    """The row of a method in the comparison, or of the base, which has no seeds; empty if there is none."""
     if table.empty:
         return {}
     model, domain, method = (*key.split("/"), "base")[:3]
@@ -312,7 +286,7 @@ def _row(table: pd.DataFrame, key: str) -> dict:
 
 
 def _scores(loaded: Loaded, row: pd.Series) -> dict:
-    values = {key: row.get(key) for key in SCALARS}
+    values = row.drop(NOT_METRICS, errors="ignore").to_dict()
     if row.get("general_perplexity") and row.get("general_perplexity_base"):
         values["perplexity_ratio"] = row["general_perplexity"] / row["general_perplexity_base"]
     for kind in ("forgetting", "transfer"):
