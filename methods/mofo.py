@@ -147,8 +147,7 @@ class MoFO(torch.optim.Optimizer):
         counts: list[Tensor | None] = [None] * len(jobs)
         order, workers = list(range(len(jobs))), 1  # several processes take the same order, in which they all-reduce
         if self._shards is None and all(job.weight.is_cpu for job in jobs):
-            # the largest first: threads end together, and a thread's first scratch is large enough for all later
-            # tensors
+            # the largest first: threads end together, and a thread's first scratch is large enough for the later ones
             order.sort(key=lambda index: -jobs[index].weight.numel())
             workers = _workers([jobs[index].weight.numel() for index in order])
         rest = iter(order[workers:])
@@ -186,20 +185,10 @@ class MoFO(torch.optim.Optimizer):
         keeps = self._room("keep", worker, longest, like=flat, dtype=wide)
         for piece in pieces(p):
             weight = flat[piece]
-            update = updates[: len(weight)]
-            keep = keeps[: len(weight)]
+            update, keep = updates[: len(weight)], keeps[: len(weight)]
             if filtered and not same:
                 size(piece, out=keep)
-            self._moments.move(
-                weight=p,
-                gradient=gradient[piece],
-                state=state,
-                update=update,
-                piece=piece,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
+            self._moments.move(weight=p, gradient=gradient[piece], state=state, group=group, update=update, piece=piece)
             if filtered:
                 keep = (torch.abs(momentum[piece], out=keep) if same else keep).to(threshold.dtype).ge_(threshold)
                 moved += keep.sum()

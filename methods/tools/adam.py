@@ -108,14 +108,13 @@ class Moments:
         weight: Tensor,
         gradient: Tensor,
         state: dict[str, Any],
+        group: dict[str, Any],
         update: Tensor,
         piece: slice,
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
     ) -> None:
         """After `advance`, update m and v of one piece and write −lr·m̂/(√v̂+ε) into `update`.
 
+        group              the parameter group: lr, betas, eps
         gradient, update   the piece itself, flat
         piece              its place in the flattened weight; the result for an entry does not depend on the pieces
         """
@@ -123,7 +122,8 @@ class Moments:
         wide = _wide(weight) if self.dtype == "float32" else torch.float32
         m, v = (moment.to(wide) for moment in kept)  # no copies if they are wide already
         moved = update.zero_() if update.dtype == wide else torch.zeros_like(update, dtype=wide)
-        fused_adam(moved, gradient.to(wide), m, v, state["step"], lr=lr, betas=betas, eps=eps)
+        settings = {name: group[name] for name in ("lr", "betas", "eps")}
+        fused_adam(moved, gradient.to(wide), m, v, state["step"], **settings)
         if moved is not update:
             update.copy_(moved)
         if self.dtype == "bfloat16":
@@ -188,16 +188,7 @@ class AdamW(torch.optim.Optimizer):
         for piece in pieces(p):
             weight = flat[piece]
             update = torch.empty_like(weight) if update is None else update[: len(weight)]  # the first is the longest
-            self._moments.move(
-                weight=p,
-                gradient=gradient[piece],
-                state=state,
-                update=update,
-                piece=piece,
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-            )
+            self._moments.move(weight=p, gradient=gradient[piece], state=state, group=group, update=update, piece=piece)
             if decay:
                 update.add_(weight, alpha=-decay)
             if self.watch:
