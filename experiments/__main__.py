@@ -12,8 +12,8 @@ from importlib import import_module
 
 if sys.version_info < (3, 11):  # noqa: UP036 (before importing code that an older Python cannot read)
     sys.exit(
-        f"error: this is Python {sys.version_info.major}.{sys.version_info.minor}, and Python 3.11 is needed: enter the "
-        "project's environment with `source .venv/bin/activate`, or use `make`, which does"
+        f"error: this is Python {sys.version_info.major}.{sys.version_info.minor}, and Python 3.11 is needed: enter "
+        "the project's environment with `source .venv/bin/activate`, or use `make`, which does"
     )
 
 from experiments.commands.table import COMMANDS, STAGES, Command

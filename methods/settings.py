@@ -1,5 +1,6 @@
-"""Settings of a part: a dataclass field with its phase, its help and what it may be; checked when it is built."""
+"""Settings of a part: dataclass fields with phase, help, type and interval, checked when the part is built."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -17,10 +18,10 @@ def setting(
 ) -> Any:
     """A field of a part.
 
-    phase      "prepare" where the preparation depends on it, so that changing it prepares and trains again;
-               "train" where only the training does, so that a sweep over it prepares once
+    phase      "prepare" if the preparation depends on the setting: a change prepares and trains again;
+               "train" if only the training does: a sweep over it prepares once
     within     the interval a number must lie in, as it is printed: "(0, 1]", "[0, inf)"
-    path       a file or folder that is read: what is in it makes a cell stale, not its name alone
+    path       the value is a file or folder that is read: a change of its content makes a cell stale
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}: it must be one of {', '.join(PHASES)}")
@@ -29,7 +30,7 @@ def setting(
 
 
 def declared(part: Any) -> list[dataclasses.Field]:
-    """The settings of a part (its class or an instance) in the order they are written."""
+    """The settings of a part, its class or an instance, in the order of their definition."""
     return [f for f in dataclasses.fields(part) if "phase" in f.metadata]
 
 
@@ -40,7 +41,10 @@ def _kinds(part: type) -> dict[str, Any]:
 
 
 def check(part: Any, key: str) -> None:
-    """Refuse, by name, a setting of the wrong type or outside its interval; lists become tuples, whole numbers floats."""
+    """Check every setting of a part; lists become tuples, and whole numbers become floats where a float is expected.
+
+    Raises UserError that names the first setting of a wrong type or outside its interval.
+    """
     kinds = _kinds(type(part))
     for field in declared(part):
         value, kind = getattr(part, field.name), kinds[field.name]
@@ -53,14 +57,14 @@ def check(part: Any, key: str) -> None:
 
 
 def refuse(value: Any, kind: Any, *, within: str = "", where: str) -> None:
-    """Raise a UserError that names `where`, the value and what it must be, unless it is of its type and in its interval."""
+    """Raise UserError unless a value has its type and lies in its interval; `where` is its path in the message."""
     if fits(value, kind) and not (_number(value) and within and not inside(value, within)):
         return
-    raise UserError(f"{where} is {shown(value)}: it must be {described(kind, within)}{hint(value, kind)}")
+    raise UserError(f"{where} is {shown(value)}: it must be {describe(kind, within)}{hint(value, kind)}")
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether a value from YAML is of a field's type."""
+    """Whether a value from YAML has a field's type."""
     options = _options(kind)
     if len(options) > 1:
         return any(fits(value, option) for option in options)
@@ -72,7 +76,9 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, list | tuple) and all(fits(item, typing.get_args(kind)[0]) for item in value)
     if origin is dict:
         return isinstance(value, dict) and all(
-            fits(item, option) for pair in value.items() for item, option in zip(pair, typing.get_args(kind))
+            fits(item, option)
+            for pair in value.items()
+            for item, option in zip(pair, typing.get_args(kind), strict=True)
         )
     if kind is float:
         return _number(value) and math.isfinite(value)
@@ -81,8 +87,12 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def describe(kind: Any) -> str:
-    """A field's type in words, for messages and tables."""
+def describe(kind: Any, within: str = "") -> str:
+    """A type and an interval in words, for messages and tables: "a whole number from 1"."""
+    if within:
+        low, high = within[1:-1].split(", ")
+        bounds = f"in {within}" if high != "inf" else f"from {low}" if within[0] == "[" else f"above {low}"
+        return f"{describe(kind)} {bounds}"
     options = _options(kind)
     if len(options) > 1:
         return " or ".join(describe(option) for option in options)
@@ -106,42 +116,32 @@ def describe(kind: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML writes it, on one line and not longer than a message may be."""
-    text = (
-        {None: "null", True: "true", False: "false"}[value] if value is None or isinstance(value, bool) else repr(value)
-    )
+    """A value as YAML writes it, on one line and cut to the length of a message."""
+    words = {None: "null", True: "true", False: "false"}
+    text = words[value] if value is None or isinstance(value, bool) else repr(value)
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 
-def described(kind: Any, within: str) -> str:
-    """A field's type and interval in words."""
-    if not within:
-        return describe(kind)
-    low, high = within[1:-1].split(", ")
-    interval = f"in {within}" if high != "inf" else f"from {low}" if within[0] == "[" else f"above {low}"
-    return f"{describe(kind)} {interval}"
-
-
 def hint(value: Any, kind: Any) -> str:
-    """What was probably meant, where the value is of another type."""
+    """What was probably meant by a value of another type: "; write [a]", "; put it in quotes"."""
     if fits(value, kind):
         return ""
     for option in _options(kind):
         if typing.get_origin(option) in (tuple, list) and fits(value, typing.get_args(option)[0]):
             return f"; write [{value}]"
-    if _quoted_number(value) and fits(float(value), kind):
-        return f"; write {float(value)} without quotes"
-    if isinstance(value, str) and value.strip().lstrip("+-").isdigit() and fits(int(value), kind):
-        return f"; write {int(value)} without quotes"
     if _number(value) and fits(str(value), kind):
         return "; put it in quotes"
     if kind is bool and isinstance(value, str) and value.lower() in ("yes", "on", "no", "off"):
         return f"; write {'true' if value.lower() in ('yes', 'on') else 'false'}"
+    for number in (int, float) if isinstance(value, str) else ():
+        with contextlib.suppress(ValueError):
+            if fits(number(value), kind):
+                return f"; write {number(value)} without quotes"
     return ""
 
 
 def inside(value: float, within: str) -> bool:
-    """Whether a number lies in an interval written as mathematicians do: "[0, 1)"."""
+    """Whether a number lies in an interval in mathematical notation, such as "[0, 1)"."""
     low, high = (float(end) for end in within[1:-1].split(","))
     above = value >= low if within[0] == "[" else value > low
     below = value <= high if within[-1] == "]" else value < high
@@ -156,10 +156,3 @@ def _options(kind: Any) -> tuple:
 
 def _number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _quoted_number(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and math.isfinite(float(value))
-    except ValueError:
-        return False

@@ -1,8 +1,8 @@
-"""Trials of learning rates and strengths: the same number for every method, judged on probe rows, all kept.
+"""tune: try learning rates and strengths on probe rows, with the same number of trials for every method.
 
-`tune:` in params.yaml gives each method one knob and its values. Every trial trains for `tune.epochs` (the cell's own
-epochs where it is not set) on seed 0 and is scored on the domain's probe rows, the probe rows of its probe tasks and the probe passages, none of
-which is ever a test row. Trials are written as they finish; a second call runs only those that are missing.
+`tune:` in params.yaml gives each method one setting and its values. Every trial trains for `tune.epochs` (or the cell's
+own epochs) with seed 0 and is scored on the probe rows of the domain, on those of its probe tasks and on the probe
+passages, none of which is a test row. Every trial is recorded as it ends; a second call runs only the missing ones.
 """
 
 from dataclasses import replace
@@ -20,7 +20,7 @@ from experiments.model.measure import Measure
 from experiments.model.shape import shape_of
 from experiments.stages import prepare, resolve
 from experiments.stages.train import encoded
-from experiments.study.config import build_method
+from experiments.study.config import build_method, with_setting
 from experiments.training import hardware, hooks
 from experiments.training.engine import TrainingFailed, final_weights, finish, fit
 from methods.errors import UserError
@@ -39,14 +39,13 @@ SEED = 0
 
 def main(study, methods: list[str]) -> None:
     grid = study.tune.methods
-    methods = methods or [
-        name for name in study.grid.methods if family(name) == name
-    ]  # blocks of a sweep are trials themselves
+    # the blocks of a sweep are trials themselves
+    methods = methods or [name for name in study.grid.methods if family(name) == name]
     for method in methods:
         if method in study.methods and method not in grid:
             raise UserError(
-                f"tune.methods does not name {method}: add its knob with the values to try, such as `{method}: {{train.learning_rate: "
-                "[1.0e-4, 3.0e-4]}`, or name on the command line the methods to try"
+                f"tune.methods does not name {method}: add a setting with the values to try, such as `{method}: "
+                "{train.learning_rate: [1.0e-4, 3.0e-4]}`, or name the methods to try on the command line"
             )
         if method not in grid:
             raise unknown("method", method, study.methods)
@@ -55,12 +54,12 @@ def main(study, methods: list[str]) -> None:
         raise UserError(f"tune.methods: every method gets the same number of trials, but they have {counts}")
     for model in study.grid.models:
         for domain in study.grid.domains:
-            _refuse_unjudged(study, domain)
+            _refuse_without_probes(study, domain)
             _tune(study, model, domain, methods)
 
 
-def _refuse_unjudged(study, domain: str) -> None:
-    """Trials are judged by the accuracy of choices on probe rows, and among equals by the perplexity of probe passages."""
+def _refuse_without_probes(study, domain: str) -> None:
+    """Trials are judged by accuracy on probe rows, and equal ones by the perplexity of the probe passages."""
     block = study.domains[domain]
     for missing, path in (
         (not block.split.probe, f"domains.{domain}.split.probe is 0"),
@@ -69,12 +68,13 @@ def _refuse_unjudged(study, domain: str) -> None:
     ):
         if missing:
             raise UserError(
-                f"{path}: trials are judged on the probe rows of the domain, of its probe tasks and of the general text; give it some"
+                f"{path}: trials are judged on probe rows of the domain, of its probe tasks and of the general text; "
+                "give it some"
             )
 
 
 def _trials(knob: dict[str, list]) -> list[tuple[str, Any]]:
-    """(knob, value) of each trial of a method; `config` has refused anything but one knob with its values."""
+    """(setting, value) of each trial of a method; `config` has checked that it is one setting with a list."""
     return [(name, value) for name, values in knob.items() for value in values]
 
 
@@ -90,8 +90,8 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     sets = load_probes(rows / "probe", tokenizer)
     if written := [name for name, items in sets.items() if items[0].written]:
         raise UserError(
-            f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, "
-            "so trials cannot be judged: set its rates and strengths by hand"
+            f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, so trials "
+            "cannot be judged: set its rates and strengths by hand"
         )
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
@@ -101,14 +101,14 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
             if any(t["key"] == key for t in record["trials"]):
                 continue
             model = weights.load_model(folder, dtype=computing, device=where)
-            found = _run(trial_study, model_name, domain, method, model, base, tokenizer, sets, where)
+            scores = _run(trial_study, model_name, domain, method, model, base, tokenizer, sets, where)
             record["trials"] = [t for t in record["trials"] if (t["method"], t["settings"]) != (method, {knob: value})]
-            record["trials"].append({"method": method, "settings": {knob: value}, "key": key} | found)
+            record["trials"].append({"method": method, "settings": {knob: value}, "key": key} | scores)
             _judge(record, domain)
             write_json(path, record)
             print(
                 f"{method} {knob}={value}: "
-                + ", ".join(f"{k} {v:.4g}" for k, v in found.items() if isinstance(v, float)),
+                + ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float)),
                 flush=True,
             )
     _judge(record, domain)
@@ -119,29 +119,27 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
 
 
 def earlier(path: Path, judged_on: dict[str, str]) -> dict:
-    """The record of the trials that were made before. Those of another base, or judged on other rows, have the same names and are not
-    comparable: they are put aside, in a file beside it."""
+    """The record of earlier trials.
+
+    Trials of another base or of other rows have the same names but cannot be compared; their file is renamed.
+    """
     record = read_json(path, "trials") if path.is_file() else {"trials": []}
     if record.get("judged_on", judged_on) == judged_on:
         return record
     aside = path.with_suffix(f".{sha256(resolve.text(record['judged_on']).encode()).hexdigest()[:8]}.old")
     path.replace(aside)
     print(
-        f"{path}: its {len(record['trials'])} trials are of other rows or of another base, and stand in {aside.name} now",
+        f"{path}: its {len(record['trials'])} trials are of other rows or of another base, and are now in {aside.name}",
         flush=True,
     )
     return {"trials": []}
 
 
 def _with(study, method: str, knob: str, value, epochs: float | None):
-    """The study with one setting of one method changed, and the trials' epochs."""
-    part, setting = knob.split(".", 1)
-    block = dict(study.methods[method].block)
-    if part != "train" and part not in block:
-        raise unknown("part", part, block, where=f"tune.methods.{method}")
-    block[part] = {**(block.get(part) or {}), setting: value}
+    """The study with another value of one setting of a method, and with the epochs of a trial."""
+    block = with_setting(study.methods[method].block, knob, value)
     if epochs:
-        block["train"] = {**(block.get("train") or {}), "epochs": epochs}
+        block = with_setting(block, "train.epochs", epochs)
     return study.model_copy(update={"methods": study.methods | {method: build_method(method, block)}})
 
 
@@ -188,7 +186,7 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
 
 
 def _finished(study, model_name, domain, result, parts, base, where) -> nn.Module:
-    """The model by which a trial is judged: the trained one, or one with the weights that parts change after training."""
+    """The model that judges a trial: the trained one, or one with the weights that parts change after training."""
     if all("adapts" in part.capabilities for part in parts if overrides(part, "finish")):  # merging computes the same
         return result.run.model
     folder, probes = study.paths.model(model_name), study.paths.data / "train" / domain / "probe"
@@ -204,7 +202,7 @@ def _finished(study, model_name, domain, result, parts, base, where) -> nn.Modul
 
 
 def _judge(record: dict, domain: str) -> None:
-    """Fill in each trial's objective and mark the chosen one of every method."""
+    """Add the objective to each trial and mark the chosen trial of every method."""
     base = record["base"]
     tasks = [k for k in base if k != domain and not k.endswith("_nll") and k != "perplexity"]
     for trial in record["trials"]:

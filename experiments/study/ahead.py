@@ -1,7 +1,7 @@
-"""What can be known of a study before anything is fetched, made or trained: `plan` and `resolve` refuse it here, or warn of it.
+"""Find mistakes of a study before anything is fetched, made or trained; `plan` and `resolve` begin with it.
 
-Looked at are the names of lm-eval's tasks, where rows and models come from, the models' configs, and the rows themselves: as
-the `data` stage made them, and where they lie on this machine, whatever that stage would say of them. Nothing is fetched.
+It checks the names of lm-eval's tasks, the sources of rows and models, the models' configs, and the rows: those that
+the `data` stage wrote, and local files as that stage would read them. Nothing is fetched.
 """
 
 import contextlib
@@ -30,31 +30,30 @@ from experiments.training import memory
 from methods.errors import UserError
 from methods.tools import model_folder
 
-LARGE = 2**25  # bytes of rows that are read ahead; of more, the `data` stage tells
+LARGE = 2**25  # bytes; larger files of rows are left to the `data` stage
 
 
 def look(study) -> list[str]:
-    """What to warn of, a line each. Raises UserError naming the block, or the rows' own file, of what could not run."""
+    """One line for each warning. Raises UserError that names the block, or the file of rows, that could not be used."""
     _rows(study)
     _tasks(study)
     for model in study.grid.models:
         _model(study, model)
     warnings = [
-        f"{WARNING}domains.{domain} has no retention tasks: forgetting shows in the perplexity of general text alone"
+        f"{WARNING}domains.{domain} has no retention tasks: only the perplexity of general text shows forgetting"
         for domain in study.grid.domains
         if not study.domains[domain].retention
     ]
-    with _data(study) as (folder, said):
+    with _data(study) as (folder, about_data):
         for model in study.grid.models:
             if folder is not None and (shape := known_shape(study, model)) and (tokenizer := _tokenizer(study, model)):
                 refuse_long(study, model=model, shape=shape, tokenizer=tokenizer, data=folder)
                 refuse_encoding(study, model=model, shape=shape, tokenizer=tokenizer, data=folder)
-    return warnings + said + [line for model in study.grid.models for line in below_chance(study, model)]
+    return warnings + about_data + [line for model in study.grid.models for line in below_chance(study, model)]
 
 
 def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) -> None:
-    """Raises UserError where a method of the grid would train on, or prepare from, more tokens at once than the model has positions,
-    or prepare from documents in which there is nothing to predict."""
+    """Refuse rows and documents that have more tokens than the model has positions, and documents of a single token."""
     general = data / "general" / "importance.jsonl"
     documents = longest_document(general, tokenizer) if general.is_file() else 0
     parts = [part for method in study.grid.methods for part in study.methods[method].parts]
@@ -68,29 +67,36 @@ def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) 
     }
     for method in study.grid.methods:
         refuse_long_documents(study, model=model, method=method, shape=shape, longest=documents)
-        if not any("provides_weights" in part.capabilities for part in study.methods[method].parts):
+        if not _provides_weights(study, method):
             for domain, longest in rows_of.items():
                 refuse_long_rows(study, model=model, domain=domain, method=method, shape=shape, longest=longest)
 
 
 def refuse_encoding(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) -> None:
-    """Raises UserError where the tokenizer is not the model's, or leaves an answer to train on without a token or an end."""
-    try:
+    """Refuse a tokenizer that does not fit the model, or that encodes a training answer without a token or an end."""
+    with _at(f"models.{model}: "):
         vocabulary.check(rows=shape.config.get_text_config().vocab_size, tokenizer=tokenizer)
-        trained = [
-            name
-            for name in study.grid.methods
-            if not any("provides_weights" in part.capabilities for part in study.methods[name].parts)
-        ]
+        trained = [name for name in study.grid.methods if not _provides_weights(study, name)]
         for domain in study.grid.domains:
             if trained and (file := data / "train" / domain / "train.jsonl").is_file():
                 vocabulary.refuse_answers(domain=domain, file=file, tokenizer=tokenizer)
+
+
+def _provides_weights(study, method: str) -> bool:
+    return any("provides_weights" in part.capabilities for part in study.methods[method].parts)
+
+
+@contextlib.contextmanager
+def _at(path: str, after: str = "") -> Iterator[None]:
+    """Put the path of the block before the message of a UserError."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"models.{model}: {error}") from error
+        raise UserError(f"{path}{error}{after}") from error
 
 
 def known_shape(study, model: str) -> Shape | None:
-    """The model's shape; None where its size is not known before it is fetched."""
+    """The model's shape; None if its size is unknown until it is fetched."""
     block, folder = study.models[model], study.paths.model(model)
     kind = block.source.partition(":")[0]
     if kind in ("hub", "pypi") and not block.architecture and not (folder / "config.json").is_file():
@@ -102,16 +108,14 @@ def known_shape(study, model: str) -> Shape | None:
 
 
 def _rows(study) -> None:
-    """Every block of rows that the grid reads has a source for `data.source`; its wheel has a checksum, its file is there."""
+    """Refuse rows without a source for `data.source`, without the checksum of their wheel, or without their file."""
     for path, named in _rows_blocks(study).items():
         kind = rows.choose(named, prefer=study.data.source, where=path)
         if kind == "pypi":
             if not (named.pypi.path or named.pypi.requests):
                 raise UserError(f"{path}.pypi has neither `path` nor `requests`: say which rows of the wheel are read")
-            try:
+            with _at(f"{path}.pypi: "):
                 packages.checksum(study.packages, named.pypi.package)
-            except UserError as error:
-                raise UserError(f"{path}.pypi: {error}") from error
         if kind == "jsonl" and not Path(named.jsonl.path).is_file():
             raise UserError(
                 f"{path}.jsonl is {named.jsonl.path!r}: there is no such file; give the path of a JSONL file, from the "
@@ -124,10 +128,8 @@ def _tasks(study) -> None:
 
     for where, block in _used(study).items():
         if isinstance(block, Scored):
-            try:
+            with _at(f"{where}.task: "):
                 config_of(where.partition(".")[2], block.task)
-            except UserError as error:
-                raise UserError(f"{where}.task: {error}") from error
 
 
 def _model(study, model: str) -> None:
@@ -135,22 +137,17 @@ def _model(study, model: str) -> None:
     kind, _, rest = block.source.partition(":")
     folder = Path(rest).expanduser()
     if kind == "path" and (folder / "adapter_config.json").is_file():
-        model_folder.config_of(folder, f"models.{model}: {rest}")  # says that it is an adapter
-    if (
-        kind == "path"
-        and not (folder / "config.json").is_file()
-        and not (study.paths.model(model) / "config.json").is_file()
-    ):
+        model_folder.config_of(folder, f"models.{model}: {rest}")  # refuses an adapter
+    if kind == "path" and not any((f / "config.json").is_file() for f in (folder, study.paths.model(model))):
         raise UserError(f"models.{model}.source is {block.source!r}: {model_folder.no_config(folder)}")
     if kind == "pypi":
-        try:
+        with _at(f"models.{model}.source: "):
             packages.checksum(study.packages, rest.partition("/")[0])
-        except UserError as error:
-            raise UserError(f"models.{model}.source: {error}") from error
-    if study.device != "cpu" and torch.cuda.is_available() and (block.processes or 1) > torch.cuda.device_count():
+    devices = torch.cuda.device_count()
+    if study.device != "cpu" and torch.cuda.is_available() and (block.processes or 1) > devices:
         raise UserError(
-            f"models.{model}.processes is {block.processes}, and this machine has {torch.cuda.device_count()} CUDA devices: "
-            "each process takes one"
+            f"models.{model}.processes is {block.processes}, and this machine has {devices} CUDA devices: each process "
+            "takes one"
         )
     _files(study, model)
     if (shape := known_shape(study, model)) is None:
@@ -159,26 +156,22 @@ def _model(study, model: str) -> None:
         _answers_fit(study, model, shape.positions)
     for method in study.grid.methods:
         if adapters := memory.adapting(study.methods[method].parts):
-            try:
+            with _at(f"methods.{method}.", f" (model {model})"):
                 shape.build(parts=adapters)
-            except UserError as error:
-                raise UserError(f"methods.{method}.{error} (model {model})") from error
 
 
 def _files(study, model: str) -> None:
-    """What parts read beside the base, against the base's tensors where it was made."""
+    """Let parts check the files that they read, with the shapes of the base's tensors if the base is here."""
     made = sorted(study.paths.model(model).glob("*.safetensors"))
     shapes = {name: shape for name, (_, shape) in model_folder.headers(made, f"models.{model}").items()}
     for method in study.grid.methods:
         for part in study.methods[method].parts:
-            try:
+            with _at(f"methods.{method}.", f" (model {model})"):
                 part.look(shapes=shapes)
-            except UserError as error:
-                raise UserError(f"methods.{method}.{error} (model {model})") from error
 
 
 def _answers_fit(study, model: str, positions: int) -> None:
-    """Written answers leave room for their prompt, as scoring asks (evaluation/lm.py)."""
+    """Refuse generated answers that leave no room for their prompt (evaluation/lm.py)."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
     from evaluation.task import config_of
@@ -195,7 +188,7 @@ def _answers_fit(study, model: str, positions: int) -> None:
 
 
 def _tokenizer(study, model: str):
-    """The model's tokenizer, where it is on this machine."""
+    """The model's tokenizer, if it is on this machine."""
     kind, _, rest = study.models[model].source.partition(":")
     for folder in (study.paths.model(model), *([Path(rest).expanduser()] if kind == "path" else [])):
         if (folder / "config.json").is_file():
@@ -205,34 +198,33 @@ def _tokenizer(study, model: str):
 
 @contextlib.contextmanager
 def _data(study) -> Iterator[tuple[Path | None, list[str]]]:
-    """The folder of the study's data and what is to be warned of in it: made anew where all rows that a domain reads are on
-    this machine, else as the `data` stage left it. Raises what that stage would raise."""
+    """The folder of the study's data, and warnings about it.
+
+    It is written to a temporary folder if all rows of a domain are local files; else it is the folder of the `data`
+    stage, if there is one. Raises what that stage would raise.
+    """
     from experiments.data.prepared_rows import write_data
 
-    domains = [domain for domain in study.grid.domains if _near(study, domain)]
+    domains = [domain for domain in study.grid.domains if _is_local(study, domain)]
     if not domains or _bytes(study) > LARGE:
         yield (study.paths.data if study.paths.data.is_dir() else None), []
         return
-    said = io.StringIO()
+    printed = io.StringIO()
+    local = study.model_copy(update={"grid": study.grid.model_copy(update={"domains": domains})})
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.redirect_stdout(said):
-            write_data(
-                study.model_copy(update={"grid": study.grid.model_copy(update={"domains": domains})}), Path(folder)
-            )
-        yield Path(folder), [line for line in said.getvalue().splitlines() if line.startswith(WARNING)]
+        with contextlib.redirect_stdout(printed):
+            write_data(local, Path(folder))
+        yield Path(folder), [line for line in printed.getvalue().splitlines() if line.startswith(WARNING)]
 
 
-def _near(study, domain: str) -> bool:
-    """Whether all rows that a domain reads lie on this machine as files."""
-    source = study.data.source
-    return all(
-        rows.choose(named, prefer=source, where=path) == "jsonl"
-        for path, named in _rows_blocks(study, [domain]).items()
-    )
+def _is_local(study, domain: str) -> bool:
+    """Whether all rows that a domain reads are local files."""
+    blocks, source = _rows_blocks(study, [domain]), study.data.source
+    return all(rows.choose(block, prefer=source, where=path) == "jsonl" for path, block in blocks.items())
 
 
 def _used(study, domains: list[str] | None = None) -> dict[str, General | Scored]:
-    """Every block with rows that the grid's domains read, by its path."""
+    """The blocks that the domains use, by path: general text, domains and tasks."""
     used: dict[str, General | Scored] = {"general": study.general}
     for domain in domains or study.grid.domains:
         block = study.domains[domain]
@@ -242,7 +234,7 @@ def _used(study, domains: list[str] | None = None) -> dict[str, General | Scored
 
 
 def _rows_blocks(study, domains: list[str] | None = None) -> dict[str, Rows]:
-    """Every block of rows that the grid's domains read, by its path."""
+    """The blocks of rows that the domains read, by path."""
     used = _used(study, domains)
     tests = {f"{where}.test_rows": getattr(block, "test_rows", Rows()) for where, block in used.items()}
     return {f"{where}.rows": block.rows for where, block in used.items()} | {

@@ -1,4 +1,4 @@
-"""Names of params.yaml that would stand for two things: a file, a score or a row of a table has one name and one owner."""
+"""Refuse names of params.yaml that would stand for two things: a file, a score or a row of a table has one owner."""
 
 import json
 from collections.abc import Mapping
@@ -8,54 +8,31 @@ from experiments.study.schema import Params, Task, Tune
 from methods.errors import UserError
 
 ROLES = ("retention", "transfer", "probes")  # what a domain uses tasks for
-# what Holdfast itself writes beside the domains and tasks of a study: general text's rows and scores, and a probe's nats a token
+# names under which Holdfast itself writes rows and scores of general text, beside domains and tasks
 GENERAL = ("general", "general_text", "perplexity")
-NATS = "_nll"
-# what a trial of `tune` says of itself beside the accuracy on each set of probes
+NATS = "_nll"  # suffix of a probe's nats per token
+# what a trial of `tune` records beside its scores
 TRIAL = (
-    "method",
-    "settings",
-    "key",
-    "chosen",
-    "objective",
-    "failed",
-    "seconds",
-    "domain_probe",
-    "retention_probe",
-    "general_perplexity_probe",
+    "method settings key chosen objective failed seconds domain_probe retention_probe general_perplexity_probe".split()
 )
-BASE = "base"  # the bare model's own row among the methods
-# folders of the default study's results and work files, where every other study has one of its own name
+BASE = "base"  # the row of the bare model among the methods
+# folders of the default study in results/ and work/, where every other study has a folder of its own name
 STUDIES = (
-    "base",
-    "bench",
-    "cells",
-    "data",
-    "default",
-    "downloads",
-    "failures",
-    "gpu",
-    "gpu-check",
-    "local",
-    "models",
-    "prepared",
-    "resolved",
-    "runs",
-    "summary",
-    "tuning",
-)
+    "base bench cells data default downloads failures gpu gpu-check local models prepared resolved runs summary tuning"
+).split()
 
 
 def refuse_study(name: str) -> None:
-    """Refuse the name of a study whose folders would be another one's."""
+    """Refuse a study whose folders would be those of the default study."""
     if name in STUDIES:
         raise UserError(
-            f"a study cannot be called {name!r}: results/{name} and work/{name} belong to the default study; rename its folder"
+            f"a study cannot be called {name!r}: results/{name} and work/{name} belong to the default study; rename "
+            "its folder"
         )
 
 
 def refuse(params: Params) -> None:
-    """Refuse names that two things of a study would share, with the block to rename."""
+    """Refuse a name that two things of a study would share; the message names the block to rename."""
     used = {domain: params.domains[domain] for domain in params.grid.domains}
     scored = {
         task: f"domains.{domain}.{role}"
@@ -98,32 +75,28 @@ def refuse(params: Params) -> None:
 
 
 def _own(kind: str, name: str, tune: Tune) -> None:
-    """Refuse a domain or a task called like something that Holdfast writes beside it."""
+    """Refuse a domain or a task with a name that Holdfast itself uses beside it."""
     if name in GENERAL:
         raise UserError(
-            f"{kind}.{name}: {name!r} is the name under which general text is kept and scored: rename the block"
+            f"{kind}.{name}: {name!r} is the name under which general text is stored and scored: rename the block"
         )
     if name.endswith(NATS):
         raise UserError(
-            f"{kind}.{name}: a name with {NATS} at its end is that of a probe's nats a token: rename the block"
+            f"{kind}.{name}: a name that ends with {NATS} stands for a probe's nats per token: rename the block"
         )
     if tune.as_written and name in TRIAL:
-        raise UserError(
-            f"{kind}.{name}: {name!r} is the name of something that each trial of `tune` records: rename the block"
-        )
+        raise UserError(f"{kind}.{name}: {name!r} is a value that each trial of `tune` records: rename the block")
 
 
 def _same_rows(domain: str, names: list[str], tasks: Mapping[str, Task]) -> None:
-    """Refuse one task under two names: its score would count twice."""
-    known: dict[str, str] = {}
+    """Refuse a task under two names, because its score would count twice."""
+    first: dict[str, str] = {}
     for name in names:
-        thing = json.dumps(
-            [tasks[name].as_written.get(key) for key in ("task", "metric", "rows", "columns", "set", "nulls", "test")],
-            sort_keys=True,
-            default=str,
-        )
-        if known.setdefault(thing, name) != name:
+        scored = {
+            key: value for key, value in tasks[name].as_written.items() if key not in ("chance", "licence", "probe")
+        }
+        if (other := first.setdefault(json.dumps(scored, sort_keys=True), name)) != name:
             raise UserError(
-                f"domains.{domain}: tasks.{known[thing]} and tasks.{name} are the same rows with the same prompt and metric, and would "
+                f"domains.{domain}: tasks.{other} and tasks.{name} have the same rows, prompt and metric and would "
                 "count twice: leave one of them out"
             )

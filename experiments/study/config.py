@@ -1,4 +1,4 @@
-"""Reads a params.yaml and checks it: a `Study`, or one UserError that names what is wrong."""
+"""Read and check a params.yaml: the result is a `Study`, or one UserError that names what is wrong."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,11 +29,11 @@ class Method:
     name: str
     parts: tuple[Part, ...]
     train: Mapping[str, Any]
-    block: Mapping[str, Any]  # as written, with what `like:` takes over
+    block: Mapping[str, Any]  # as it is written, merged with the block that `like:` names
 
 
 class Study(Params):
-    """A params.yaml with its methods built, and the paths of the study's files."""
+    """A checked params.yaml with its methods built, and the paths of the study's files."""
 
     methods: dict[str, InstanceOf[Method]]
     paths: InstanceOf[Paths]
@@ -53,7 +53,7 @@ class Study(Params):
         return _settings(self.train.as_written, self.models[model].train.as_written, self.methods[method].train)
 
     def written(self, setting: str, *, model: str, domain: str, method: str) -> str:
-        """The path of the `train` block that a cell's training setting is taken from."""
+        """The path of the `train` block from which a cell takes a training setting."""
         blocks = {
             f"methods.{method}.train": self.methods[method].train,
             f"models.{model}.train": self.models[model].train.as_written,
@@ -86,13 +86,13 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
 
 
 def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
-    """The study of the blocks of a params.yaml. Raises UserError naming the path of the first thing that is wrong."""
+    """Build the study from the blocks of a params.yaml. Raises UserError that names the path of the first mistake."""
     refuse_odd(raw)
     params = validate(Params, raw)
     for name, model in params.models.items():
         if model.source.startswith("pypi:") and not model.sha256:
             raise UserError(
-                f"models.{name} has no `sha256`: a pypi source states that of the file it takes out of the wheel"
+                f"models.{name} has no `sha256`: a pypi source needs that of the file it takes out of the wheel"
             )
         if beside := {"seed", "dtype", "architecture"} & model.config.keys():
             raise UserError(
@@ -110,7 +110,7 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
 
 
 def validate(kind: type[Block], raw: Any, *, where: str = "") -> Any:
-    """The block `raw` as its model. Raises UserError naming what is wrong by its path below `where`."""
+    """Build the typed block of `raw`. Raises UserError with the path of the first mistake, below `where`."""
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -118,8 +118,8 @@ def validate(kind: type[Block], raw: Any, *, where: str = "") -> Any:
 
 
 def _refusal(error: ValidationError, kind: Any, value: Any, where: str) -> UserError:
-    """What pydantic found, in a sentence: the path as it is written, the value, what it must be, and the nearest key."""
-    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a misspelt key is missing, too
+    """One sentence for pydantic's errors: the path as it is written, the value, what it must be, or the nearest key."""
+    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a misspelt key is also missing
     *_, key, last = None, None, *first["loc"]
     path, metadata = [where] if where else [], ()
     for step in first["loc"]:
@@ -145,12 +145,12 @@ def _refusal(error: ValidationError, kind: Any, value: Any, where: str) -> UserE
     if first["type"] == "too_short":
         return UserError(f"{name} is empty: name at least one")
     kind = dict if get_origin(kind) is dict or isinstance(kind, type) and issubclass(kind, Block) else kind
-    said = (form.words + form.hint(value)) if form else describe(kind)
-    return UserError(f"{name or 'params.yaml'} is {shown(value)}: it must be {said}{hint(value, kind)}")
+    words = form.words + form.hint(value) if form else describe(kind)
+    return UserError(f"{name or 'params.yaml'} is {shown(value)}: it must be {words}{hint(value, kind)}")
 
 
 def _roles(params: Params) -> None:
-    """Refuse a domain's list of tasks that names one that is not there, or not fit for it."""
+    """Refuse unknown tasks of a domain, repeated ones, and probes without rows."""
     for domain, block in params.domains.items():
         for role in clashes.ROLES:
             names = getattr(block, role)
@@ -161,13 +161,13 @@ def _roles(params: Params) -> None:
                     raise UserError(f"domains.{domain}.{role} names {task!r} twice: name it once")
                 if role == "probes" and not params.tasks[task].probe:
                     raise UserError(
-                        f"domains.{domain}.probes names {task!r}, but tasks.{task}.probe is 0: say how many probe rows "
-                        "it has, or leave it out"
+                        f"domains.{domain}.probes names {task!r}, but tasks.{task}.probe is 0: give it probe rows, or "
+                        "leave it out"
                     )
 
 
 def _grid(params: Params) -> None:
-    """Refuse a name of the grid that no block has, and one that stands there twice."""
+    """Refuse unknown and repeated names in the grid."""
     for kind, names in params.grid:
         for name in names if kind != "seeds" else ():
             if name not in getattr(params, kind):
@@ -177,7 +177,7 @@ def _grid(params: Params) -> None:
 
 
 def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
-    """Every trial's block is built once, so that a wrong knob or value is said before the first trial."""
+    """Build the method of every trial, so that a wrong setting or value is refused before the first trial."""
     for name, knobs in tune.items():
         where = f"tune.methods.{name}"
         if name not in methods:
@@ -185,30 +185,33 @@ def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:
         refuse(knobs, dict, where=where)
         if len(knobs) != 1:
             raise UserError(
-                f"{where}: name one knob, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knobs)}"
+                f"{where}: name one setting, such as `train.learning_rate: [1.0e-4, 3.0e-4]`, not {list(knobs)}"
             )
         ((knob, values),) = knobs.items()
-        part, dot, setting = str(knob).partition(".")
+        part, dot, _ = str(knob).partition(".")
         if not dot or not isinstance(values, list) or not values:
             raise UserError(f"{where}.{knob}: write PART.SETTING or train.SETTING with a list of values")
         block = methods[name].block
         if part != "train" and part not in block:
             raise unknown("part", part, block, where=where)
         for value in values:
-            build_method(
-                name,
-                {**block, part: {**(block.get(part) or {}), setting: value}},
-                where=f"{where}: with {knob} {value}, methods.{name}",
-            )
+            changed = with_setting(block, knob, value)
+            build_method(name, changed, where=f"{where}: with {knob} {value}, methods.{name}")
+
+
+def with_setting(block: Mapping[str, Any], knob: str, value: Any) -> dict[str, Any]:
+    """A method's block with another value of the setting `knob`, such as ewc.strength."""
+    part, setting = knob.split(".", 1)
+    return {**block, part: {**(block.get(part) or {}), setting: value}}
 
 
 def build_method(name: str, block: Mapping[str, Any], *, where: str = "") -> Method:
-    """The method of one block without `like:`; its parts are checked by their own rules. `where` is its path in messages."""
+    """Build the method of a block in which `like:` is merged; messages begin with the path `where`."""
     where = where or f"methods.{name}"
     train = block.get("train") or {}
     if "moments" in train:
         raise UserError(
-            f"{where}.train.moments: Adam's precision is one for all methods, or it is part of what is compared; "
+            f"{where}.train.moments: Adam's precision is one for all methods, or it would be part of the comparison; "
             "set it under `train:` or in a model's block"
         )
     validate(MethodTrain, train, where=f"{where}.train")
@@ -217,9 +220,9 @@ def build_method(name: str, block: Mapping[str, Any], *, where: str = "") -> Met
 
 
 def _inherited(name: str, methods: Mapping[str, Any], seen: tuple[str, ...]) -> dict:
-    """The block with what `like:` takes over from another one; its own settings win."""
+    """The block merged with the one that `like:` names; its own settings take precedence."""
     if name in seen:
-        raise UserError(f"methods.{name}: `like` goes round in a circle: {' -> '.join((*seen, name))}")
+        raise UserError(f"methods.{name}: `like` leads back to itself: {' -> '.join((*seen, name))}")
     block = {} if methods[name] is None else methods[name]
     refuse(block, dict, where=f"methods.{name}")
     for key, value in block.items():

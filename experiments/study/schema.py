@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WrapValidator, c
 
 from experiments.training.settings import TrainSettings
 from methods.part import Part
-from methods.settings import declared, described
+from methods.settings import declared, describe
 from methods.tools.names import LONGEST, NAME
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -36,7 +36,7 @@ def key(help: str, default: Any = ...) -> Any:
 
 
 class Block(BaseModel):
-    """A block of params.yaml. Nothing behind a key (null) is an empty block, list or mapping; a required key lacks it."""
+    """A block of params.yaml. Null stands for an empty block, list or mapping, and counts as missing if required."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
     _written: dict = PrivateAttr(default_factory=dict)
@@ -58,7 +58,7 @@ class Block(BaseModel):
 
     @classmethod
     def _is_missing(cls, name: str, value: Any) -> bool:
-        """Whether a key has nothing behind it that is required, or is a list or a mapping."""
+        """Whether a value is null where a list, a mapping or a required value is expected."""
         field = cls.model_fields.get(name)
         if value is not None or field is None:
             return False
@@ -83,7 +83,7 @@ def settings_block(kind: type, *, name: str, without: tuple[str, ...] = ()) -> t
             type_, within = kinds[field.name], field.metadata["within"]
             options = get_args(type_) if get_origin(type_) in (Union, UnionType) else (type_,)
             bounded = [Annotated[o, Field(**bounds(within))] if o in (int, float) else o for o in options]
-            settings = Annotated[Union[tuple(bounded)], Form(described(type_, within))]  # noqa: UP007 (made at run time)
+            settings = Annotated[Union[tuple(bounded)], Form(describe(type_, within))]  # noqa: UP007 (made at run time)
             keys[field.name] = (settings, key(field.metadata["help"], field.metadata["default"]))
     return create_model(name, __base__=Block, __doc__=None, **keys)
 
@@ -325,7 +325,7 @@ def json_schema(parts: Mapping[str, type[Part]]) -> dict[str, Any]:
 
 
 def _plain(node: Any) -> Any:
-    """The schema as the loader reads it: names outside their pattern are refused, a block may be empty; no made-up titles."""
+    """The schema as the loader reads blocks: other names are refused, and null is an empty block; without titles."""
     if isinstance(node, list):
         return [_plain(entry) for entry in node]
     if not isinstance(node, dict):

@@ -261,7 +261,7 @@ def test_trials_are_refused_where_nothing_judges_them(tmp_path):
         with pytest.raises(UserError, match=f"{name}: trials are judged"):
             tune.main(found, [])
     found = study(tmp_path)
-    with pytest.raises(UserError, match="tune.methods does not name full: add its knob with the values to try"):
+    with pytest.raises(UserError, match="tune.methods does not name full: add a setting with the values to try"):
         tune.main(found, [])
     with pytest.raises(UserError, match="unknown method 'ful': did you mean 'full'?"):
         tune.main(found, ["ful"])
@@ -271,7 +271,7 @@ def test_a_domain_without_retention_tasks_is_a_line(tmp_path):
     assert plan.make(study(tmp_path))["warnings"] == []
     made = plan.make(study(tmp_path, ("domains/sums/retention", [])))
     assert made["warnings"] == [
-        "warning: domains.sums has no retention tasks: forgetting shows in the perplexity of general text alone"
+        "warning: domains.sums has no retention tasks: only the perplexity of general text shows forgetting"
     ]
     assert plan.text(made).endswith(made["warnings"][0])
 

@@ -51,8 +51,8 @@ def named(domains, tasks, *, grid=None, methods=("full",), models=("llama-tiny",
         (named(["general"], ["birds"]), "domains.general: 'general' is the name under which general text"),
         (named(["sums"], ["general_text"]), "tasks.general_text: .*rename the block"),
         (named(["sums"], ["birds", "perplexity"], probes=["perplexity"]), "tasks.perplexity: .*rename"),
-        (named(["sums"], ["sums_nll"]), "tasks.sums_nll: a name with _nll at its end"),
-        (named(["sums"], ["seconds"], tune=True), "tasks.seconds: 'seconds' is the name of something that each trial"),
+        (named(["sums"], ["sums_nll"]), "tasks.sums_nll: a name that ends with _nll"),
+        (named(["sums"], ["seconds"], tune=True), "tasks.seconds: 'seconds' is a value that each trial"),
         (
             named(["sums"], ["birds"], transfer=["birds"]),
             "domains.sums.transfer lists 'birds', which is evaluated already",
@@ -85,8 +85,7 @@ def test_one_task_under_two_names_is_refused(tmp_path):
         raw["domains"]["sums"]["transfer"] = ["colors"]
 
     with pytest.raises(
-        UserError,
-        match="domains.sums: tasks.colours and tasks.colors are the same rows with the same prompt and metric",
+        UserError, match="domains.sums: tasks.colours and tasks.colors have the same rows, prompt and metric"
     ):
         load(tmp_path, change)
 
@@ -203,7 +202,7 @@ def test_trials_of_other_rows_or_another_base_are_put_aside(tmp_path, capsys):
         assert tune.earlier(path, other) == {"trials": []} and not path.exists()
         (aside,) = tmp_path.glob("sums.*.old")
         assert json.loads(aside.read_text()) == record  # nothing that was worked out is lost
-        assert "its 1 trials are of other rows or of another base, and stand in sums." in capsys.readouterr().out
+        assert "its 1 trials are of other rows or of another base, and are now in sums." in capsys.readouterr().out
     path.write_text(json.dumps({"trials": [1]}))  # made before this was recorded
     assert tune.earlier(path, now)["trials"] == [1]
 
