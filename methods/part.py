@@ -129,11 +129,11 @@ class Run:
              `.grad` is the optimizer step's complete gradient. They are the truth; the module may compute on copies.
              Where several processes share the model these are this process's rows, cut along the first dimension.
     shapes   shapes of the whole tensors, by the same names
-    base     θ₀ by base parameter name, whole, in the checkpoint's own dtype.
+    base     θ₀ by base parameter name, whole, in the checkpoint's own dtype
     shards   this process among those that share the model
     moments  how an optimizer of Adam's kind keeps its m and v
-    epoch    optimizer steps an epoch takes
-    clipped  what clipping multiplied the last step's gradients by; a 0-dim tensor, None before the first
+    epoch    optimizer steps of an epoch
+    clipped  the factor by which clipping multiplied the last step's gradients; a 0-dim tensor, None before the first step
 
     Services of the engine, absent (None) where a run was not made by it:
 
@@ -165,13 +165,13 @@ class Run:
         self.shapes = self.shapes or {name: weight.shape for name, weight in self.weights.items()}
 
     def whole(self, name: str) -> Tensor:
-        """The whole trained tensor `name`, detached; every process must ask."""
+        """The whole trained tensor `name`, detached; every process must call it."""
         return self.shards.whole(self.weights[name].detach(), self.shapes[name])
 
     def generator(self, *key: int | str) -> Generator:
         """Random numbers on the CPU that depend on the run's seed and `key` alone: (part's key, step, row).
 
-        So a draw does not depend on the accumulation, on the number of processes or on what was drawn before.
+        A draw then does not depend on accumulation, on the number of processes or on what was drawn before.
         """
         return generator(self.seed, *key)
 
@@ -210,7 +210,7 @@ class Part:
     shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.tools.effective"
     scratch: ClassVar[
         tuple[str, ...]
-    ] = ()  # keys of its state that hold nothing from one step to the next: no checkpoint has them
+    ] = ()  # keys of its state that no checkpoint needs: made anew in `begin` or a step
     removed: ClassVar[Mapping[str, str]] = {}  # settings of earlier versions → what to write instead
     # What the laws (experiments/laws) must know of it. docs/parts.md explains them.
     neutral: ClassVar[Mapping[str, Any] | str] = ""  # settings that make it plain fine-tuning, or "none: the reason"
@@ -227,9 +227,9 @@ class Part:
         return {f.name: getattr(self, f.name) for f in declared(self)}
 
     def look(self, *, shapes: Mapping[str, Sequence[int]]) -> None:
-        """Before anything runs: refuse what the part itself reads, such as files, where it could not work.
+        """Before anything runs: refuse files and other inputs that the part reads and could not work with.
 
-        shapes   of the base's tensors by name, where the base was made; else empty
+        shapes   of the base's tensors by name; empty before the base was made
         """
 
     def calibrate(
@@ -276,7 +276,7 @@ class Part:
         *,
         model: nn.Module,
         base: Mapping[str, Tensor],
-        general: Sequence[dict[str, Tensor]],
+        general: Sequence[Row],
         seed: int,
         fit: Callable[..., Any],
         progress: Callable[..., Any] | None,
@@ -286,20 +286,19 @@ class Part:
     ) -> Prepared | None:
         """What the method needs before it sees the domain, from general text.
 
-        general   {"input_ids", "labels"}, 1-D, labels unshifted and -100 where nothing is asked; whole documents, which a part
-                  cuts at a length of its own (`cut`)
+        general   whole documents, which the part cuts at a length of its own (`cut`)
+        seed      the cell's with the capability "seeded_preparation"; otherwise 0, and all seeds share what is prepared
         fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the engine's loop,
-                  which shares the model among the processes and goes on where it was interrupted
-        seed      the cell's with the capability "seeded_preparation", else 0: other seeds reuse what is made
+                  which shares the model among the processes and continues where it was interrupted
         progress  progress(total=, desc=, unit=) → a tqdm bar
-        shards    the processes at work; each has the whole model
-        resume    where a pass of the part's own keeps what it has so far; None: nowhere
+        shards    the processes; each has the whole model
+        resume    checkpoints of a long pass of the part's own; None: there are none
         sample    sample(model=, prompts=, tokens=, temperature=, key=) → continuations, as `Run.sample` gives them
         """
         return None
 
     def begin(self, *, run: Run, state: dict, examples: Sequence[Row], general: Sequence[Row] = ()) -> None:
-        """Before the first step; weights are still the base's (the adapter's fresh), `state["start"]` is copied after.
+        """Before the first step: weights are the base's and adapters are fresh; `state["start"]` is copied afterwards.
 
         examples  the training rows of the domain; row i of the list is the row with the index i in later hooks
         general   whole documents of general text with the capability "general", else nothing
@@ -308,7 +307,7 @@ class Part:
     def optimizer(
         self, *, run: Run, learning_rate: float, betas: tuple[float, float], eps: float, weight_decay: float
     ) -> optim.Optimizer | None:
-        """The optimizer over `run.weights`; None leaves it to AdamW."""
+        """The optimizer of `run.weights`; None: AdamW."""
 
     def optimizer_ready(self, *, run: Run, state: dict, optimizer: optim.Optimizer) -> None:
         """After the optimizer is made and the start is copied."""
@@ -377,12 +376,13 @@ class Part:
         """After the update. `gradient`: the task's, before penalties and clipping, if "needs_gradient" is declared."""
 
     def keep(self, *, run: Run, state: dict) -> dict[str, Tensor]:
-        """Tensors outside `state` that change while the part trains: a run that was interrupted gets them back in place.
+        """Tensors outside `state` that change during training; an interrupted run gets them back in place.
 
-        The same names are given before the first step and after each. What changes in `state` needs no word here: tensors, numpy's
-        arrays, numbers, texts, true, false and None, generators of random numbers and objects with a `state_dict`, in dicts,
-        lists, tuples, sets, deques and dataclasses. Where an object of another kind changes no checkpoint is written, and that
-        is said; nor is anything kept that stands in the part itself, which is frozen, or in its module.
+        The names must be the same before the first step and after each step. Checkpoints contain `state` in any case:
+        tensors, numpy arrays, numbers, strings, booleans and None, random number generators and objects with a
+        `state_dict`, in dicts, lists, tuples, sets, deques and dataclasses. Where an object of another kind changes, no
+        checkpoint is written and a message names it. Attributes of the part, which is frozen, and of its module are not
+        kept.
         """
         return {}
 
@@ -407,10 +407,10 @@ class Part:
         return final
 
     def save(self, *, run: Run, state: dict, folder: Path) -> None:
-        """Write deterministic files of the part's own beside the weights; all processes are asked, the first one writes."""
+        """Write deterministic files of the part's own beside the weights. Every process calls it; the first one writes."""
 
     def report(self, *, run: Run, state: dict) -> dict[str, Any]:
-        """JSON-able facts of the run for its record."""
+        """Facts of the run for its record, as JSON can hold them."""
         return {}
 
 
@@ -504,11 +504,11 @@ def register(
 def cut(
     examples: Sequence[dict[str, Tensor]], *, samples: int, length: int, part: Part | None = None
 ) -> list[dict[str, Tensor]]:
-    """The first `samples` examples, each cut at `length` tokens: one document each, never packed. `part` is named where there are fewer."""
+    """The first `samples` documents, each cut at `length` tokens. With `part` a message says where there are fewer."""
     if part and len(examples) < samples:
         print(
-            f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all of them are taken; "
-            "`general.importance` sets how many there are",
+            f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all of "
+            "them are used; `general.importance` sets how many there are",
             flush=True,
         )
     return [{name: tensor[:length] for name, tensor in example.items()} for example in examples[:samples]]

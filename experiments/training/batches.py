@@ -1,4 +1,4 @@
-"""Examples to batches: the order of one seed, batches of like lengths, right padding or packed rows."""
+"""From examples to batches: the order that a seed draws, batches of similar lengths, right padding or packed rows."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from methods.tools.process_group import Shards
 # {"input_ids": (tokens,), "labels": (tokens,)}, -100 where nothing is asked; other tensors (tokens,) are carried along
 Example = dict[str, Tensor]
 
-POOL = 8  # batches sorted by length together: less padding, order still drawn by the seed
+POOL = 8  # batches whose examples are sorted by length together: less padding, in an order that the seed still draws
 
 
 def epoch_order(lengths: Sequence[int], batch: int, seed: int, epoch: int) -> list[list[int]]:
@@ -49,8 +49,8 @@ def epoch_steps(rows: int, batch: int) -> int:
 def steps(rows: int, batch: int, epochs: float) -> int:
     """Batches of a run of `epochs` over `rows` examples.
 
-    The fraction of the last epoch takes that share of an epoch's batches, rounded to a whole number (a half to the even one), which
-    may be none; a run has at least one batch in all. Without rows there are none.
+    A fraction of an epoch is that share of its batches, rounded to a whole number (half to even), which may be 0. A run
+    has at least one batch, unless there are no rows.
     """
     whole = epoch_steps(rows, batch)
     return max(min(1, whole), int(epochs) * whole + round((epochs - int(epochs)) * whole))
@@ -97,7 +97,7 @@ def pack(lengths: Sequence[int], tokens: int) -> list[list[int]]:
 
 
 def collate_packed(examples: Sequence[Example], device: torch.device | str = "cpu") -> Example:
-    """One row of examples behind one another: input_ids, labels and position_ids, each (1, tokens).
+    """One row of consecutive examples: input_ids, labels and position_ids, each (1, tokens).
 
     Positions begin at 0 in each example, and there is no attention mask: with one, or with a cache, transformers would
     take the row for a single text (`architecture.keeps_apart`). An example's first token is nobody's label.
@@ -112,7 +112,7 @@ def collate_packed(examples: Sequence[Example], device: torch.device | str = "cp
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """A CPU tensor on `device`, without waiting for what a GPU is busy with."""
+    """A CPU tensor on `device`, without waiting for work that is queued on a GPU."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 

@@ -161,7 +161,7 @@ def test_checkpointing_changes_nothing_but_memory():
         torch.testing.assert_close(weights(saved)[name], value, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("gptj", marks=pytest.mark.thorough)])
 def test_compiled_blocks_give_the_same_weights(architecture, monkeypatch):
     compiled = []
 

@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import json
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 
 from methods import registry
+from methods.__main__ import main
 from methods.errors import UserError
 from methods.ewc import EWC
 from methods.hierarchical import Hierarchical
@@ -272,12 +272,11 @@ def test_an_entry_point_to_a_module_is_told_the_line_that_works(package, code, n
         registry.parts()
 
 
-def test_the_list_and_the_pages_say_what_the_registry_says():
+def test_the_list_and_the_pages_say_what_the_registry_says(capsys):
     from methods import listing
 
-    shown = subprocess.run(
-        [sys.executable, "-m", "methods"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    assert main([]) == 0
+    shown = capsys.readouterr().out
     for key, part in registry.parts().items():
         page = (ROOT / "docs/methods" / f"{key}.md").read_text()
         assert page == listing.with_block(page, part), f"docs/methods/{key}.md is behind: run `python -m methods docs`"
@@ -285,5 +284,4 @@ def test_the_list_and_the_pages_say_what_the_registry_says():
             assert text in shown and text in page
     assert (ROOT / "docs/methods/README.md").read_text() == listing.index(), "run `python -m methods docs`"
     assert "fraction   0.1" in shown and "strength         1.0e-3" in shown and "(0, 1]" in shown
-    wrong = subprocess.run([sys.executable, "-m", "methods", "lits"], cwd=ROOT, capture_output=True, text=True)
-    assert wrong.returncode == 2 and "python -m methods docs" in wrong.stderr
+    assert main(["lits"]) == 2 and "python -m methods docs" in capsys.readouterr().err
