@@ -9,8 +9,8 @@ s·B·A. docs/methods/ewc.md tells how published baselines differ.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -86,13 +86,13 @@ class EWC(Part):
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         everything = base_parameters(model)
         names = adapted_names(model) if self.scope == "adapted" else list(everything)
-        with _bar(progress, len(examples)) as advance:
+        with progress(total=len(examples), desc="fisher", unit="doc") if progress else nullcontext() as bar:
             fisher = diagonal_fisher(
                 model,
                 _batches(examples, self.batch_size if self.estimator == "batched" else None),
                 self.estimator,
                 parameters={name: everything[name] for name in names},
-                progress=advance,
+                progress=None if bar is None else bar.update,
                 shards=shards,
                 resume=resume,
             )
@@ -150,12 +150,3 @@ def _batches(examples: list[dict], size: int | None) -> Iterator[dict]:
             "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
             "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
         }
-
-
-@contextlib.contextmanager
-def _bar(progress, total: int) -> Iterator:
-    if progress is None:
-        yield None
-    else:
-        with progress(total=total, desc="fisher", unit="doc") as bar:
-            yield bar.update

@@ -169,7 +169,7 @@ def totals(values: Tensor | Codes) -> tuple[float, float]:
         counts, each = values.histogram()
         return (counts * each).sum().item(), (counts * each.square()).sum().item()
     total = square = 0.0
-    for (piece,) in pieces(values):
+    for (piece,) in pieces(values.reshape(-1)):
         piece = piece.double()
         total, square = total + piece.sum().item(), square + torch.dot(piece, piece).item()
     return total, square
