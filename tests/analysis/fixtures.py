@@ -310,7 +310,10 @@ def write_cell(
             "when": when,
         },
     )
-    mean = lambda table: sum(table[t]["value"] for t in kept) / len(kept)
+
+    def mean(table):
+        return sum(table[t]["value"] for t in kept) / len(kept)
+
     write_json(
         folder / "metrics.json",
         {
@@ -431,7 +434,7 @@ def write_bench(
 
 
 def steps_race() -> Race:
-    """Steps by method: ewc takes 1.5, 1.2 and 1.1 times full in the three rounds, its fastest 1.25 times the fastest of full."""
+    """Steps by method: ewc takes 1.5, 1.2 and 1.1 times full in three rounds, its fastest 1.25 times that of full."""
     return Race(
         title="smollm2-135m, science: a step",
         against="full",

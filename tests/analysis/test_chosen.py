@@ -12,7 +12,7 @@ BASE = {"science": 0.5, "piqa": 0.6, "hellaswag": 0.4, "perplexity": 20.0}
 
 
 def loaded(runs, *, probed=True):
-    """Runs (method, seed) -> (domain, piqa, hellaswag, perplexity) at the end; the cells' test scores say the opposite."""
+    """Runs (method, seed) -> (domain, piqa, hellaswag, perplexity) at the end; the test scores are the opposite."""
     cells, curves = [], []
     for (method, seed), scores in runs.items():
         cell = f"m/science/{method}/seed{seed}"
@@ -84,7 +84,10 @@ def test_what_is_reported_is_one_block_a_family_and_no_test_score_moves_it():
         ("mofo-s1", 0): (0.5, 0.6, 0.4, 20.0),
         ("mofo-s2", 0): (0.4, 0.6, 0.4, 20.0),
     }
-    kept = lambda found: list(reported(found).cells["method"])
+
+    def kept(found):
+        return list(reported(found).cells["method"])
+
     found = loaded(runs)
     assert kept(found) == ["full", "ewc-s1", "mofo-s1"] and set(reported(found).curves["cell"]) == set(
         reported(found).cells.index

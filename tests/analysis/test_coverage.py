@@ -1,4 +1,4 @@
-"""How often the truth lies in the 95 % interval, over drawn studies: at least 93 in 100 for every number of seeds and items and every spread."""
+"""How often the 95 % interval covers the truth in simulated studies: at least 93 in 100 in all of them."""
 
 import numpy as np
 import pandas as pd
@@ -13,17 +13,20 @@ GRID = [(seeds, n, spread) for seeds in (3, 5) for n in (100, 500) for spread in
 
 
 def normal(draw, *, seeds: int, sizes: tuple, spread: float):
-    """Differences with item and rest parts of one size; the seeds' standard deviation is `spread` times one run's item error."""
+    """Differences with equal item and rest parts; the seeds' deviation is `spread` times one run's item error."""
     error = np.sqrt(sum(1 / n for n in sizes)) / len(sizes)
     shift = spread * error * draw.standard_normal((STUDIES, seeds, 1))
-    item = lambda n: np.sqrt(0.5) * draw.standard_normal((STUDIES, 1, n))
+
+    def item(n):
+        return np.sqrt(0.5) * draw.standard_normal((STUDIES, 1, n))
+
     return [shift + item(n) + np.sqrt(0.5) * draw.standard_normal((STUDIES, seeds, n)) for n in sizes], 0.0
 
 
 def right_or_wrong(draw, *, seeds: int, sizes: tuple, spread: float):
-    """Tuned minus base of answers scored 0 or 1: right where a latent ability passes a bound, which each seed moves for all items.
+    """Tuned minus base of answers scored 0 or 1: right if a latent ability exceeds a bound, which each seed shifts.
 
-    Most of the ability belongs to the item, so that most differences are 0. The truth: the mean of -1, 0 and 1 over all items and seeds.
+    Most of the ability belongs to the item, so most differences are 0. The truth is the mean over items and seeds.
     """
     own, drawn, bound, drop = 0.9, 0.1, -0.3, 0.25
     error = np.sqrt(_variance(own, drawn, bound, drop) * sum(1 / n for n in sizes)) / len(sizes)
@@ -44,7 +47,10 @@ def right_or_wrong(draw, *, seeds: int, sizes: tuple, spread: float):
 def _variance(own, drawn, bound, drop):
     draw = np.random.default_rng(3)
     item = np.sqrt(own) * draw.standard_normal(200_000)
-    right = lambda at: item + np.sqrt(drawn) * draw.standard_normal(200_000) > at
+
+    def right(at):
+        return item + np.sqrt(drawn) * draw.standard_normal(200_000) > at
+
     return (right(bound + drop) * 1.0 - right(bound)).var()
 
 
@@ -54,7 +60,7 @@ def covered(tasks, truth, *, step=0.0):
 
 
 def few_move(draw, *, seeds: int, n: int, lost: float, kept: float = 0.7):
-    """Right answers turned wrong at a rate `lost`; a seed turns an item that is prone to it with the chance `kept`. One task, few changes."""
+    """Right answers turn wrong at a rate `lost`; a seed turns an item that is prone to it with probability `kept`."""
     prone = draw.random((STUDIES, 1, n)) < lost / kept
     return [-1.0 * (prone & (draw.random((STUDIES, seeds, n)) < kept))], -lost
 
@@ -82,7 +88,7 @@ def test_the_crossed_interval_covers_on_the_whole_grid(study, tasks):
 
 @pytest.mark.parametrize("seeds", (1, 3, 5))
 def test_the_interval_covers_where_hardly_an_answer_moves(seeds):
-    """One answer in 300, in 100 and in 50: the plain interval, without two more items, covers 60 to 90 % of such studies."""
+    """One answer in 300, 100 and 50: the plain interval, without two more items, covers 60 to 90 % of such studies."""
     shares, plain = {}, {}
     for lost in (1 / 300, 0.01, 0.02):
         drawn = few_move(np.random.default_rng([9, seeds, round(1000 * lost)]), seeds=seeds, n=300, lost=lost)

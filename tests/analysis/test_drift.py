@@ -33,7 +33,7 @@ def measures(*, distance, base_norm, rank=None, overlap=None):
 
 
 def record(*, scale, moved=tuple(KINDS), overlap=None, reference=REFERENCE):
-    """A drift.json of three blocks, an embedding and a norm; the movement of block k is scale·(k + 1) in each kind that moved."""
+    """A drift.json of three blocks, an embedding and a norm; block k moves by scale·(k + 1) in each kind that moved."""
     groups = [
         {"group": "embedding", "kind": "embed_tokens"}
         | measures(distance=scale if len(moved) == 3 else 0.0, base_norm=50.0, overlap=overlap)

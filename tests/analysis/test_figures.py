@@ -137,7 +137,9 @@ def test_colours_are_fixed_and_stand_out_on_both_pages():
             for w, p in zip((0.2126, 0.7152, 0.0722), parts)
         )
 
-    contrast = lambda a, b: (max(light(a), light(b)) + 0.05) / (min(light(a), light(b)) + 0.05)
+    def contrast(a, b):
+        return (max(light(a), light(b)) + 0.05) / (min(light(a), light(b)) + 0.05)
+
     assert style.colour("ewc") == style.FIXED["ewc"] and style.colour("ewc-lora") == style.colour("ewc-lora")
     for shade in (*style.FIXED.values(), *style.OTHERS):
         assert contrast(shade, "#ffffff") >= 3 and contrast(shade, "#15181c") >= 3, shade

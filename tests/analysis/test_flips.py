@@ -95,7 +95,10 @@ def test_without_items_there_is_nothing():
 def test_chance_is_that_of_all_independent_draws():
     right, lost = {"poems": 5, "maps": 4}, {"a": {"poems": 2, "maps": 1}, "b": {"poems": 3, "maps": 2}}
     base = {task: "1" * n for task, n in right.items()}
-    choose = lambda who: [list(combinations(range(right[task]), lost[who][task])) for task in right]
+
+    def choose(who):
+        return [list(combinations(range(right[task]), lost[who][task])) for task in right]
+
     shared = [
         sum(len(set(x) & set(y)) for x, y in zip(first, second))
         for first in product(*choose("a"))

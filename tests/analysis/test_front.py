@@ -38,7 +38,7 @@ def test_hypervolume_against_counted_cells():
     rng = np.random.default_rng(0)
     for k in (1, 2, 5, 9):
         gain, forgetting = rng.integers(-5, 20, k), rng.integers(-10, 15, k)
-        # unit cells of [0, 20) x [-10, 10) that some point dominates: its gain reaches beyond, its forgetting lies below
+        # unit cells of [0, 20) x [-10, 10) that some point dominates: it gains more and forgets less
         cells = [(x, y) for x in range(20) for y in range(-10, 10) if ((gain > x) & (forgetting <= y)).any()]
         assert hypervolume(gain.astype(float), forgetting.astype(float), reference=10.0) == len(cells)
 
@@ -50,7 +50,10 @@ def test_hypervolume_and_front_of_many_draws_are_those_of_each():
     for g, f, volume, kept in zip(gain, forgetting, volumes, fronts):
         assert volume == pytest.approx(float(hypervolume(g, f, reference=1.0)))
         points = [*zip(g, f), (0.0, 0.0)]
-        beats = lambda a, b: a[0] >= b[0] and a[1] <= b[1] and a != b
+
+        def beats(a, b):
+            return a[0] >= b[0] and a[1] <= b[1] and a != b
+
         assert kept.tolist() == [not any(beats(other, point) for other in points) for point in points[:-1]]
 
 
@@ -114,7 +117,10 @@ def test_seeds_come_in_with_the_tails_of_student():
 def test_reversed_intervals_cover_a_front_where_percentiles_do_not():
     """Five equally good settings whose errors are half shared: the best of them looks better than it is."""
     rng, studies, reference = np.random.default_rng(2), 300, 0.07
-    noise = lambda *shape: 0.7 * rng.normal(size=(*shape, 1, 2)) + 0.7 * rng.normal(size=(*shape, 5, 2))
+
+    def noise(*shape):
+        return 0.7 * rng.normal(size=(*shape, 1, 2)) + 0.7 * rng.normal(size=(*shape, 5, 2))
+
     true, hits = 0.17 * (reference - 0.01), np.zeros(2)
     for _ in range(studies):
         point = [0.17, 0.01] + noise() * [0.02, 0.008]
@@ -172,9 +178,10 @@ def test_a_gain_close_to_nothing_leaves_the_area_without_an_interval():
 def test_luck_is_a_good_part_of_what_the_best_of_equal_settings_gains_by_chance():
     """With the tails of three seeds; the mean of the redraws overshoots here, and without bound."""
     rng, studies, methods = np.random.default_rng(4), 200, tuple("abcde")
-    errors = lambda *shape: (
-        (0.7 * rng.normal(size=(*shape, 1, 2)) + 0.7 * rng.normal(size=(*shape, 5, 2))) * [0.02, 0.008]
-    )
+
+    def errors(*shape):
+        return (0.7 * rng.normal(size=(*shape, 1, 2)) + 0.7 * rng.normal(size=(*shape, 5, 2))) * [0.02, 0.008]
+
     true, gained, estimated = 1e4 * 0.17 * (0.07 - 0.01), [], []
     for _ in range(studies):
         point = [0.17, 0.01] + errors()

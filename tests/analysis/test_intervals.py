@@ -58,7 +58,8 @@ def test_mean_difference_weights_tasks_equally():
     base = pd.concat([items("a", [1, 1, 1, 0]), items("b", [1, 0])])
     tuned = pd.concat([items("a", [0, 1, 1, 0]), items("b", [1, 1])])
     found = mean_difference(paired(base, tuned), ["a", "b"])
-    # differences a: -1 0 0 0 and two more, +1 -1, of 6: sum -1, squares 3, s^2 17/30; b: 0 1 and +1 -1, of 4: sum 1, squares 3, s^2 11/12
+    # differences a: -1 0 0 0 and two more, +1 -1, of 6: sum -1, squares 3, s^2 17/30
+    # differences b: 0 1 and two more, +1 -1, of 4: sum 1, squares 3, s^2 11/12
     first, second = 17 / 30 / 6 / 4, 11 / 12 / 4 / 4  # one seed, so items alone with Satterthwaite's t
     df = (first + second) ** 2 / (first**2 / 3 + second**2 / 1)
     assert found.value == pytest.approx(0.125) and found.n == 6 and found.df == pytest.approx(df)
@@ -92,7 +93,7 @@ def test_one_task_is_two_way_random_effects():
 
 
 def test_a_seed_moves_all_tasks_together():
-    """Three tasks, each without any item difference, and seeds 0, 3, 6 apart in all of them: only the seeds' spread is left."""
+    """Three tasks without item differences, and seeds 0, 3, 6 apart in all of them: only the seeds' spread is left."""
     tasks = [np.repeat([[0.0], [3.0], [6.0]], n, axis=1) for n in (10, 20, 30)]
     found = of_arrays(tasks, step=0)
     assert found.value == 3.0 and found.error == pytest.approx(3 / math.sqrt(3))  # sd 3 over three seeds, not over nine

@@ -25,16 +25,13 @@ ROWS = 40  # scored rows a task, all right in the base
 def study(runs, *, starts=(), tuning=None, columns=("d", "a", "b"), wrong=None):
     """A Loaded of runs {(method, seed): [[probe scores in percent, a row a step], ...]}, of 100 rows each.
 
-    wrong  {(method, seed): {task: how many of its ROWS scored rows are wrong, the first ones}}; without it there are no items
+    wrong  {(method, seed): {task: how many of its first ROWS scored rows are wrong}}; None for no items
     """
     cells, curves, base, tuned = [], [], [], []
-    item = lambda task, k, score: {
-        "task": task,
-        "doc_id": k,
-        "doc_hash": f"{task}{k}",
-        "score": float(score),
-        "gold": 1.0,
-    }
+
+    def item(task, k, score):
+        return {"task": task, "doc_id": k, "doc_hash": f"{task}{k}", "score": float(score), "gold": 1.0}
+
     for task in ("a", "b") if wrong else ():
         base += [item(task, k, 1) for k in range(ROWS)]
         tuned += [
@@ -90,7 +87,7 @@ def test_rows_behind_shares():
 
 
 def test_forgetting_at_the_same_gain_by_hand():
-    """full reaches 10, 20 and 30 points, ewc 12 and 24, idle 4: the level is 24, which full passes 40 % of the way from 20 to 30."""
+    """full reaches 10, 20, 30 points, ewc 12, 24, idle 4: the level is 24, 40 % of full's way from 20 to 30."""
     found = trajectories(
         study(
             {
@@ -116,7 +113,7 @@ def test_forgetting_at_the_same_gain_by_hand():
 
 
 def moved(*changes):
-    """The variance by row of changes of each task's rows, with one more up and one more down, over its 100 probe rows and over T^2."""
+    """The variance of changes of each task's rows, with one more up and one more down, over 100 probe rows and T^2."""
     return sum(np.append(change, [1, -1]).var(ddof=1) / 100 for change in changes) / len(changes) ** 2
 
 

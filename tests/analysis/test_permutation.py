@@ -75,7 +75,7 @@ def test_tasks_weigh_the_same_whatever_their_size():
 
 
 def test_many_rows_of_many_sizes_are_drawn_and_agree_with_the_exact_p(monkeypatch):
-    """Rows of whole benchmarks have no small common unit; the drawn p then has to be the exact one but for its own noise."""
+    """Rows of whole benchmarks have no small common unit; then the drawn p is the exact one up to its own noise."""
     draw = np.random.default_rng(7)
     tasks = [draw.choice([-1, -1 / 3, 0, 1 / 3, 1], p=[0.12, 0.1, 0.56, 0.1, 0.12], size=n) for n in (200, 100, 200)]
     whole = sign_flip(tasks)
@@ -89,14 +89,17 @@ def test_what_could_be_found_is_found_in_four_studies_of_five():
     draw, n, changed, tests = np.random.default_rng(8), 400, 0.2, 30
     error = np.sqrt(changed / n)
     truth = could_find(items=error, whole=error, fewest=1 / n, tests=tests)
-    study = lambda: draw.choice([1.0, -1.0, 0.0], p=[(changed + truth) / 2, (changed - truth) / 2, 1 - changed], size=n)
+
+    def study():
+        return draw.choice([1.0, -1.0, 0.0], p=[(changed + truth) / 2, (changed - truth) / 2, 1 - changed], size=n)
+
     assert np.mean([sign_flip([study()]) < LEVEL / tests for _ in range(1000)]) == pytest.approx(0.8, abs=0.06)
     assert could_find(items=0.0, whole=0.0, fewest=1 / n, tests=tests) == 11 / n  # 2 / 2^11 is the first below .05 / 30
     assert could_find(items=0.0, whole=0.0, fewest=1 / n, tests=1) == 6 / n
 
 
 def test_p_is_uniform_where_nothing_differs():
-    """Studies of two tasks, three seeds that share their items, and no difference in the mean: p below x in x of them."""
+    """Studies of two tasks, three seeds on the same items, and no mean difference: p is below x in x of them."""
     draw, p = np.random.default_rng(2), []
     for study in range(1500):
         tasks = [(draw.standard_normal(n) + draw.standard_normal((3, n))).mean(axis=0) for n in (30, 50)]
@@ -122,7 +125,10 @@ def test_families_are_corrected_apart(tests):
 
 def test_the_statistic_is_the_reported_number(seeds, tests):
     cells = seeds[1].cells
-    mean = lambda method, key: cells.loc[cells["method"] == method, key].mean()
+
+    def mean(method, key):
+        return cells.loc[cells["method"] == method, key].mean()
+
     for method in ("full", "lora", "ewc"):
         assert tests.loc[("gain", method, "base"), "difference"] == pytest.approx(mean(method, "domain_gain"))
         assert tests.loc[("forgetting", method, "base"), "difference"] == pytest.approx(mean(method, "forgetting"))

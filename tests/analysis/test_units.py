@@ -1,4 +1,4 @@
-"""Metrics that are no proportion of rows go through tables, tests, figures, dashboard and report in their own unit, or are left out."""
+"""Metrics that are not proportions of rows are shown everywhere in their own unit, or are left out."""
 
 import json
 import math
@@ -25,13 +25,16 @@ PAIR = {"model": "smollm2-135m", "domain": "science"}
 
 
 def in_another_metric(root, task, metric, **about):
-    """The results in `root` with a task scored by another metric: for nats an item's score is a log-likelihood, for a set metric empty."""
+    """The results in `root` with a task in another metric: an item's score is a log-likelihood, or empty for a set."""
     base = pd.read_csv(root / "base/smollm2-135m/items.csv.gz")
     whole = {path: pd.read_csv(path) for path in sorted(root.glob("runs/**/items.csv.gz"))}
     per_item = metric == "perplexity"
-    turn = lambda items: items.assign(
-        score=items["score"].where(items["task"] != task, items["score"] - 3 if per_item else np.nan)
-    )
+
+    def turn(items):
+        return items.assign(
+            score=items["score"].where(items["task"] != task, items["score"] - 3 if per_item else np.nan)
+        )
+
     before = float(base.loc[base["task"] == task, "score"].mean())
     for path, items in whole.items():
         after = float(items.loc[items["task"] == task, "score"].mean())
@@ -116,7 +119,7 @@ def test_a_metric_of_the_set_goes_through_the_whole_summary_without_a_paired_tes
     assert row["domain_gain_high"] - row["domain_gain_low"] == pytest.approx(2 * half, rel=1e-6)
     run = tracked_runs.run_of(loaded, names[0])
     assert f"{gains[0]:+.3g} mcc" in run.tags["mlflow.note.content"]
-    assert dict((key, value) for key, value, *_ in run.metrics)["forgetting/piqa"] == pytest.approx(
+    assert {key: value for key, value, *_ in run.metrics}["forgetting/piqa"] == pytest.approx(
         loaded.cells.iloc[0]["forgetting_apart"]["piqa"]["forgetting"], rel=1e-5
     )
 

@@ -19,7 +19,7 @@ def executable() -> str | None:
 
 
 class Browser:
-    """One page. Commands are JSON objects ended by a zero byte: in through the browser's file 3, out through its file 4."""
+    """One page. Commands are JSON objects ended by a zero byte, written to the browser's file 3, read from file 4."""
 
     def __init__(self, folder: Path, *, width: int = 1500, height: int = 1000):
         commands, self._write = os.pipe()
