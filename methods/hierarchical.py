@@ -53,7 +53,7 @@ class Hierarchical(Part):
         "density": "importance is stored for every entry; leave it out (the default was 1.0)",
     }
 
-    neutral = {"strength": 0.0}
+    neutral = {"strength": 0.0, "carry_optimizer": False}
     trial = {"samples": 6, "length": 32, "bits": 32}
 
     strength: float = setting(1.0e-3, within="[0, inf)", help="φ; the loss is in nats per labelled token")
@@ -89,10 +89,12 @@ class Hierarchical(Part):
         return (Pass(documents=self.samples, length=self.length, cut_by="length", training=training),)
 
     def memory(self, *, counts, phase):
+        start = counts.checkpoint * counts.trained_base + counts.wide * counts.adapters
         if phase == "prepare":  # ω of every regularised weight and, under an adapter, the sum of dL/dW it comes from
-            return Memory(importance=counts.share(counts.wide * (counts.regularised + counts.adapted)))
-        anchor = counts.share(counts.checkpoint * counts.trained_base + counts.wide * counts.adapters)
-        return Memory(anchor=anchor, **memory_of_penalty(counts, bits=self.bits))
+            importance = counts.share(counts.wide * (counts.regularised + counts.adapted))
+            made = start + 2 * counts.wide * counts.trained * self.carry_optimizer  # copies in main memory
+            return Memory(importance=importance, update=made if counts.device == "cpu" else 0)
+        return Memory(anchor=counts.share(start), **memory_of_penalty(counts, bits=self.bits))
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None, sample=None):
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)

@@ -6,7 +6,9 @@ import random
 import re
 import subprocess
 import sys
+import typing
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from methods import registry
 from methods.errors import UserError
 from methods.lora import LoRA
 from methods.part import Part, setting
+from methods.settings import declared
 from methods.tools.effective import effective_weights, lora_layers
 
 PARTS = registry.parts()
@@ -46,6 +49,25 @@ def trial(tmp_path_factory):
 def test_law(trial, part, law, architecture):
     verdict = judge(law, trial(PARTS[part], architecture))
     assert verdict.status != "failed", str(verdict)
+
+
+def choices():
+    """Each part with each value of a setting that is one of a few, but for the values that the other tests have."""
+    for part, kind in PARTS.items():
+        types = typing.get_type_hints(kind)
+        for setting_of in declared(kind):
+            name, default = setting_of.name, setting_of.metadata["default"]
+            values = (False, True) if types[name] is bool else typing.get_args(types[name])
+            for value in values if typing.get_origin(types[name]) is Literal or types[name] is bool else ():
+                if value != kind.trial.get(name, default):
+                    yield pytest.param(part, {name: value}, id=f"{part}-{name}-{value}")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(("part", "chosen"), choices())
+def test_laws_hold_for_every_choice(tmp_path, part, chosen):
+    chosen = Trial(kind=PARTS[part], architecture="llama", folder=tmp_path, chosen=chosen)
+    assert not [str(verdict) for law in LAWS if (verdict := judge(law, chosen)).status == "failed"]
 
 
 @pytest.mark.thorough

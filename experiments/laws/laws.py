@@ -30,6 +30,7 @@ from experiments.training.batches import epoch_steps, steps
 from experiments.training.preparation import TENSORS
 from experiments.training.snapshot import tensors_in
 from methods import listing, registry
+from methods.errors import UserError
 from methods.part import Part, in_order, overrides
 from methods.settings import declared
 from methods.tools.architecture import base_name
@@ -332,7 +333,8 @@ def told(error: BaseException, trial: Trial) -> str:
     ]
     where = f", line {frames[-1].lineno} of {frames[-1].name} in {trial.kind.__module__}" if frames else ""
     text = re.sub(r"\s+", " ", str(error)).strip()
-    return f"{type(error).__name__}: {text or 'no message'}{where} ({trial.architecture})"
+    name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+    return f"{name}{text or 'no message'}{where} ({trial.architecture})"
 
 
 class _Start(Part):

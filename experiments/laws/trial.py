@@ -24,6 +24,8 @@ from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
 from methods import registry
 from methods.part import Part, Run, adapted, in_order
+from methods.settings import declared
+from methods.tools.names import unknown
 from methods.tools.process_group import Shards
 
 ARCHITECTURES = ("llama", "gptj")
@@ -83,6 +85,7 @@ class Trial:
     kind: type[Part]
     architecture: str
     folder: Path  # for checkpoints and for what the part's settings name
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # settings in place of those of the part's `trial`
     shards: Shards = Shards()
     training: TrainSettings | None = None  # None: as SETTINGS, for GPT-J without weight decay
     rows: int = 14  # of the domain
@@ -108,11 +111,15 @@ class Trial:
         return registry.build(self.kind.beside)
 
     def settings(self, **settings: Any) -> dict[str, Any]:
-        """The part's `trial` settings; `{checkpoint}` and `{rows}` in them become a checkpoint folder and a JSONL."""
+        """The settings under which the part is tried; `{checkpoint}` and `{rows}` in them become a checkpoint folder and a JSONL."""
+        settings = {**self.kind.trial, **self.chosen, **settings}
+        names = [setting.name for setting in declared(self.kind)]
+        for name in settings.keys() - set(names):
+            raise unknown("setting", name, names, where=f"what {self.kind.key} declares")
         places = {"{checkpoint}": self._checkpoint, "{rows}": self._rows}
         return {
             name: places[value]() if isinstance(value, str) and value in places else value
-            for name, value in {**self.kind.trial, **settings}.items()
+            for name, value in settings.items()
         }
 
     def part(self, **settings: Any) -> Part:
