@@ -324,7 +324,7 @@ def test_export_loads_in_lm_eval_and_scores_the_same(project, tmp_path):
         project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"), check=False
     )
     assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert "already exists" in again.stderr
 
 
 def test_a_fresh_clone_trains_again_and_keeps_equal_scores(project, tmp_path):

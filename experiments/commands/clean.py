@@ -1,4 +1,4 @@
-"""Free the weights of finished cells, in the work folder, in DVC's cache and in the local store; results stay."""
+"""clean-cells: delete the weights of finished cells from work/, DVC's cache and the local store; results stay."""
 
 import shutil
 
@@ -19,16 +19,12 @@ def main(study) -> None:
     for folder in (study.paths.work / "cells", study.paths.trained):
         freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
         shutil.rmtree(folder, ignore_errors=True)
-    print(
-        of_study(
-            f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is asked for",
-            study.name,
-        )
-    )
+    text = f"freed {freed / 2**30:.2f} GiB of cell weights; results stay, and `dvc repro` trains again what is needed"
+    print(of_study(text, study.name))
 
 
 def _drop(md5: str) -> int:
-    """Remove a folder's listing and its files from DVC's cache; returns the bytes."""
+    """Delete a folder's listing and its safetensors from DVC's cache, and return the number of bytes."""
     cache = HERE / ".dvc" / "cache" / "files" / "md5"
     listing = cache / md5[:2] / md5[2:]
     if not listing.is_file():

@@ -1,4 +1,4 @@
-"""A finished cell as an ordinary Hugging Face folder, for `lm_eval --model hf --model_args pretrained=DIR`."""
+"""export: write a finished cell as an ordinary Hugging Face folder, for `lm_eval --model_args pretrained=DIR`."""
 
 from pathlib import Path
 
@@ -8,20 +8,19 @@ from methods.tools.files import read_json
 
 
 def main(study, cell, folder: str) -> None:
-    """Rebuild the cell's weights, checked against the hash its results name, in a new folder."""
+    """Write the cell's weights to a new folder. Raises UserError unless their hash is the one in train.json."""
     source, target = study.paths.weights(cell), Path(folder)
     if not source.is_dir():
         raise UserError(f"{cell.name} has no weights here: run `dvc repro train@{cell.stage}` first")
     if target.exists():
-        raise UserError(f"{target} exists already: name a new folder")
+        raise UserError(f"{target} already exists: name a new folder")
     recorded = read_json(study.paths.run(cell) / "train.json", "weights_sha256")["weights_sha256"]
-    found = tuned.weights_sha256(source)
-    if found != recorded:
+    digest = tuned.weights_sha256(source)
+    if digest != recorded:
         raise UserError(
-            f"{cell.name}: the weights at {source} ({found[:12]}) are not those of train.json ({recorded[:12]}): "
+            f"{cell.name}: the weights at {source} ({digest[:12]}) are not those of train.json ({recorded[:12]}): "
             f"run `dvc repro train@{cell.stage}`"
         )
     tuned.write_folder(source, folder=study.paths.model(cell.model), target=target)
-    print(
-        f"wrote {cell.name} to {target}; score it with: lm_eval --model hf --model_args pretrained={target} --tasks sciq"
-    )
+    command = f"lm_eval --model hf --model_args pretrained={target} --tasks sciq"
+    print(f"wrote {cell.name} to {target}; score it with: {command}")

@@ -1,8 +1,9 @@
-"""flips: the questions that most runs answered right before tuning and wrong after it, with their text.
+"""flips: print the questions that most runs answered correctly before tuning and wrongly after it.
 
     python -m experiments flips 'MODEL/DOMAIN/*' --top 10
 
-Results hold hashes only. The text is rendered from the local rows of work/data, as lm-eval asked it, and goes to the screen alone.
+Results contain only hashes. The text is rendered from the local rows of work/data, as lm-eval asked it, and is printed
+but never stored.
 """
 
 import textwrap
@@ -23,9 +24,10 @@ WIDTH = 110
 
 
 def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
-    """Print the `top` most forgotten questions of each (model, domain) among the cells that match a pattern (none: all).
+    """Print the `top` most forgotten questions per (model, domain) of the cells that match a pattern; default: all.
 
-    Raises UserError where a pattern matches no cell, no matching cell has items, or the local rows are not those that were scored.
+    Raises UserError if a pattern matches no cell, if no matching cell has items, or if the local rows are other rows
+    than those that were scored.
     """
     if top < 1:
         raise UserError(f"--top {top}: it must be a whole number from 1")
@@ -39,19 +41,23 @@ def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
             shown = True
     if not shown:
         raise UserError(
-            f"none of {len(chosen)} cells has scored items beside its base's: run `dvc repro` to score them"
+            f"none of {len(chosen)} cells has scored items and a base with scored items: run `dvc repro` to score them"
         )
 
 
 def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
-    """The most forgotten questions of `items` (analysis/statistics/flips.py) in words; `folder` holds tasks.json and the rows."""
+    """The most forgotten questions of `items` (analysis/statistics/flips.py) in words.
+
+    folder  tasks.json and the scored rows
+    """
     worst = most_forgotten(items, top=top)
     runs = items["cell"].nunique()
     if worst.empty:
-        return f"{title}: no right answer of the base was lost{f' by two or more of {runs} runs' if runs > 1 else ''}\n"
+        by = f" by two or more of {runs} runs" if runs > 1 else ""
+        return f"{title}: no correct answer of the base was lost{by}\n"
     asked = {entry["name"]: task for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])}
     texts = {(name, row["id"]): row for name, task in asked.items() for row in questions(task)}
-    pieces = [f"{title}: right answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
+    pieces = [f"{title}: correct answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
     for number, item in enumerate(worst.itertuples(), 1):
         row = texts.get((item.task, item.doc_hash))
         if row is None:
@@ -61,9 +67,10 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
             )
         own = items[(items["task"] == item.task) & (items["doc_hash"] == item.doc_hash) & items["lost"]]
         pieces += [
-            f"{number}. {item.task} {item.doc_hash[:12]}: lost by {item.lost_by} of {item.of} ({', '.join(item.methods)})",
+            f"{number}. {item.task} {item.doc_hash[:12]}: lost by {item.lost_by} of {item.of} "
+            f"({', '.join(item.methods)})",
             *_wrapped(row["context"]),
-            *_wrapped(f"right: {row['choices'][row['gold']].strip()}"),
+            *_wrapped(f"correct: {row['choices'][row['gold']].strip()}"),
             *_instead(own, row["choices"]),
             "",
         ]
@@ -71,7 +78,10 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
 
 
 def questions(task: LocalTask) -> list[dict]:
-    """Every row of the task as {"id", "context", "choices", "gold"}; where the choices stand in the context, each is the whole text."""
+    """Every row of the task as {"id", "context", "choices", "gold"}.
+
+    Of a task whose choices are part of the context, each choice is the whole text.
+    """
     if not task.multiple_input:
         return render(task)
     rows = []
@@ -84,15 +94,15 @@ def questions(task: LocalTask) -> list[dict]:
 
 
 def _instead(lost: pd.DataFrame, choices: list[str]) -> list[str]:
-    """What the runs that lost the item chose; nothing where an answer is written or the task has one choice."""
+    """The choices of the runs that lost the item; nothing for generated answers and tasks with one choice."""
     known = lost.dropna(subset=["choice"])
     if len(choices) < 2:
         return []
-    said = []
+    lines = []
     for choice, rows in known.groupby("choice", sort=True):
         runs = ", ".join(cell.split("/", 2)[2] for cell in rows["cell"])
-        said += _wrapped(f"chosen: {choices[int(choice)].strip()}  [{runs}]")
-    return said
+        lines += _wrapped(f"chosen: {choices[int(choice)].strip()}  [{runs}]")
+    return lines
 
 
 def _wrapped(passage: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""gate: whether finished cells forgot too much, as an exit status for somebody's continuous integration.
+"""gate: check whether finished cells forgot too much; the exit status serves continuous integration.
 
     python -m experiments gate --max-forgetting 0.02 'MODEL/DOMAIN/mofo/*'
 
-0 where every cell passes, 1 where one does not, 2 for bad input. A cell passes if its forgetting (docs/rules.md) is at most the
-limit and its gain at least the least that is asked for; under `confidence` it is the ends of the 95 % intervals over the scored
-items that have to be. What has failed, is missing or cannot show forgetting does not pass.
+The status is 0 if every cell passes, 1 if one does not, and 2 for bad input. A cell passes if its forgetting
+(docs/rules.md) is at most the limit and its gain at least the minimum; with `confidence`, if the ends of the 95 %
+confidence intervals over the scored items are. A cell that failed, is missing or cannot show forgetting does not pass.
 """
 
 import math
@@ -23,37 +23,36 @@ ROUNDING = 1e-9  # a mean of shares is not exact: 17 points may be stored as 0.1
 def main(
     study, *, patterns: Sequence[str], max_forgetting: float, min_gain: float | None = None, confidence: bool = False
 ) -> int:
-    """Print a line a cell and the outcome; limits are shares of 1 (2 points are 0.02). Returns the exit status.
+    """Print one line per cell and the outcome, and return the exit status; limits are shares of 1 (0.02 is 2 points).
 
-    patterns  see `cells.matching`. Raises UserError where one matches nothing or a limit is no share.
+    Raises UserError if one of the `patterns` (see `cells.matching`) matches nothing or a limit is not a share.
     """
     for name, limit in (("--max-forgetting", max_forgetting), ("--min-gain", min_gain)):
         if limit is not None and not (math.isfinite(limit) and -1 <= limit <= 1):
-            raise UserError(f"{name} {limit}: it is a share of 1, so that 2 points are 0.02")
+            raise UserError(f"{name} {limit}: it must be a share of 1; 0.02 is 2 points")
     chosen = [cell.name for cell in cells.matching(study, patterns)]
     loaded = load_cells(study.paths.results, chosen)
     if loaded.not_a_result:
         print(BANNER)
-    found = {
+    verdicts = {
         cell: verdict(loaded, cell, max_forgetting=max_forgetting, min_gain=min_gain, confidence=confidence)
         for cell in chosen
     }
     width = max(map(len, chosen))
-    for cell, (text, wrong) in found.items():
+    for cell, (text, wrong) in verdicts.items():
         print(f"{'FAIL' if wrong else 'pass'}  {cell:<{width}}  {'; '.join(filter(None, [text, *wrong]))}")
-    failed = sum(bool(wrong) for _, wrong in found.values())
-    asked = f"forgetting at most {_limit(max_forgetting)} points"
-    asked += "" if min_gain is None else f", gain at least {_limit(min_gain)}"
-    print(
-        f"{len(chosen) - failed} of {len(chosen)} cells pass: {asked}{' by the ends of the 95 % intervals' if confidence else ''}"
-    )
+    failed = sum(bool(wrong) for _, wrong in verdicts.values())
+    limits = f"forgetting at most {_limit(max_forgetting)} points"
+    limits += "" if min_gain is None else f", gain at least {_limit(min_gain)}"
+    limits += " by the ends of the 95 % confidence intervals" if confidence else ""
+    print(f"{len(chosen) - failed} of {len(chosen)} cells pass: {limits}")
     return int(failed > 0)
 
 
 def verdict(
     loaded: Loaded, cell: str, *, max_forgetting: float, min_gain: float | None, confidence: bool
 ) -> tuple[str, list[str]]:
-    """What was measured of a cell, and why it does not pass; no reason: it passes."""
+    """The measured values of a cell in words, and the reasons why it does not pass; without a reason it passes."""
     if cell not in loaded.cells.index:
         (failure,) = loaded.failures[loaded.failures["cell"] == cell].itertuples()
         return "", [f"{failure.kind}{f' in {failure.stage}' if failure.stage else ''}: {failure.reason}"]
@@ -65,10 +64,8 @@ def verdict(
         value, interval = row[key], intervals.get(key)
         if numbers.missing(value):
             share = " a proportion" if isinstance(row.get("forgetting_apart"), dict) and row["forgetting_apart"] else ""
-            why = (
-                f": no retention task of {row['domain']} is{share} above chance for the base model" if sign == 1 else ""
-            )
-            wrong.append(f"no {name}{why}")
+            why = f": no retention task of {row['domain']} is{share} above chance for the base model"
+            wrong.append(f"no {name}{why if sign == 1 else ''}")
             continue
         unit = units.of_domain(row) if key == "domain_gain" else units.SHARE
         bounded = interval is not None and interval.low is not None
@@ -80,16 +77,15 @@ def verdict(
             if bounded
             else ""
         )
-        measured.append(
-            f"{name} {units.change(value, unit)}{'' if unit == units.SHARE else f' {unit}'}{ends or f', no interval: {without}'}"
-        )
+        shown = units.change(value, unit) + ("" if unit == units.SHARE else f" {unit}")
+        measured.append(f"{name} {shown}{ends or f', no interval: {without}'}")
         if limit is None:
             continue
         if unit != units.SHARE:
-            wrong.append(f"{name} is in {unit}, and --min-gain is a share of right answers")
+            wrong.append(f"{name} is in {unit}, and --min-gain is a share of correct answers")
             continue
         if confidence and not bounded:
-            wrong.append(f"{name} has no interval to go by")
+            wrong.append(f"{name} has no confidence interval")
             continue
         end = value if not confidence else interval.high if sign == 1 else interval.low
         if sign * (end - limit) > ROUNDING:
@@ -99,5 +95,5 @@ def verdict(
 
 
 def _limit(share: float) -> str:
-    """A limit in points with all the digits it was given in."""
+    """A limit in points, with all digits that were given."""
     return f"{100 * share:+.10g}".replace("-", numbers.MINUS)

@@ -1,13 +1,13 @@
-"""relock: after a change of form, the locks of the default study's finished cells are rewritten instead of the cells.
+"""relock: rewrite dvc.lock for finished cells of the default study after a change of form, without running them again.
 
-    python -m experiments relock           compare with the commit that dvc.lock was last changed in, and rewrite
-    python -m experiments relock --show    print what is compared: settings of every stage and hashes of the golden weights
+    python -m experiments relock           compare with the last commit that changed dvc.lock, and rewrite
+    python -m experiments relock --show    print what is compared: settings of every stage, hashes of the golden weights
 
-A stage is stale when the code of its parts says something else (methods/tools/source_code.py), and moving, splitting or renaming
-code does that without changing a number. The command asks the old commit and the working tree the same question and refuses
-unless the golden weights are equal bit for bit and all settings are equal; what may differ are the hashes of source files.
-Settings that no longer exist count as equal where they had the value at which they did nothing (`REMOVED`).
-It never touches results, and a line in docs/decisions.md says each time that it was used.
+A stage becomes stale with the syntax tree of its parts (methods/tools/source_code.py), also when code is split or
+renamed without a change of numbers. The command computes the settings and golden weights of the old commit and of the
+working tree, and refuses unless the weights are equal bit for bit and all settings are equal; only hashes of source
+files may differ. A setting that no longer exists counts as equal if it had the value without effect (`REMOVED`).
+Results are never changed, and docs/decisions.md has a line for each use.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ from experiments.stages import resolve
 from methods.errors import UserError
 
 LOCK = "dvc.lock"
-REMOVED = {  # (part, setting) → the value at which it did nothing
+REMOVED = {  # (part, setting) → the value without effect
     ("ewc", "density"): 1.0,
     ("hierarchical", "density"): 1.0,
     ("hierarchical", "preset"): "",
@@ -35,14 +35,14 @@ REMOVED = {  # (part, setting) → the value at which it did nothing
 
 
 def main(study, *, show: bool = False) -> None:
-    """Rewrite dvc.lock, or with `show` print the facts that are compared. Raises UserError where they differ."""
+    """Rewrite dvc.lock, or with `show` print what is compared. Raises UserError if it differs."""
     if show:
         print(json.dumps(facts(study)))
         return
     root = study.paths.root
     commit = _git(root, "log", "-1", "--format=%H", "--", LOCK).strip()
     if not commit:
-        raise UserError(f"{LOCK} is in no commit yet: there is nothing to rewrite")
+        raise UserError(f"{LOCK} has no commit yet: there is nothing to rewrite")
     before, after = _facts_at(commit, root), facts(study)
     refuse_unless_equal(before, after)
     yaml = YAML()
@@ -51,8 +51,8 @@ def main(study, *, show: bool = False) -> None:
     with open(root / LOCK, "w", encoding="utf-8") as file:
         yaml.dump(lock, file)
     print(
-        f"{len(after['goldens'])} golden cells are equal bit for bit and the settings of {len(after['settings'])} files are equal "
-        f"between {commit[:10]} and the working tree: {len(changed)} stages of {LOCK} were rewritten"
+        f"{len(after['goldens'])} golden cells are equal bit for bit and the settings of {len(after['settings'])} "
+        f"files are equal between {commit[:10]} and the working tree: {len(changed)} stages of {LOCK} were rewritten"
     )
     for name in changed:
         print(f"  {name}")
@@ -62,11 +62,11 @@ def main(study, *, show: bool = False) -> None:
 
 
 def facts(study) -> dict:
-    """{"settings": resolved files of the study without their source hashes, "resolved": the same with them, "goldens": {cell: sha256}}."""
+    """What is compared: {"settings": resolved files without source hashes, "resolved": with them, "goldens"}."""
     from tests import goldens
 
     contents = resolve.contents(study)
-    found = {
+    hashes = {
         f"{architecture}/{method}": _sha256(goldens.final(architecture, blocks))
         for architecture in goldens.ARCHITECTURES
         for method, blocks in goldens.METHODS.items()
@@ -74,19 +74,19 @@ def facts(study) -> dict:
     return {
         "settings": {name: without_sources(content) for name, content in contents.items()},
         "resolved": contents,
-        "goldens": found,
+        "goldens": hashes,
     }
 
 
 def without_sources(content):
-    """A resolved file without the hashes of code."""
+    """A resolved file without the hashes of source files."""
     if isinstance(content, Mapping):
         return {key: without_sources(value) for key, value in content.items() if key != "sources"}
     return content
 
 
 def without_removed(contents: Mapping) -> dict:
-    """Resolved files without the settings in `REMOVED`, where these had the value at which they did nothing."""
+    """Resolved files without the settings in `REMOVED` that had the value without effect."""
 
     def bare(part: str, settings: Mapping) -> dict:
         return {k: value for k, value in settings.items() if (part, k) not in REMOVED or REMOVED[part, k] != value}
@@ -101,21 +101,21 @@ def without_removed(contents: Mapping) -> dict:
 
 
 def refuse_unless_equal(before: Mapping, after: Mapping) -> None:
-    """Raises UserError naming the golden cells and the resolved files that differ between two trees."""
+    """Raise UserError that names the golden cells or resolved files that differ between two trees."""
     for what, kind in (("goldens", "golden weights"), ("settings", "settings")):
         old, new = without_removed(before[what]), json.loads(json.dumps(after[what]))
         differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if differ:
             raise UserError(
-                f"the {kind} of {', '.join(differ[:5])}{' and others' if len(differ) > 5 else ''} differ: this is no change "
-                "of form, so no lock is rewritten; run `dvc repro` to compute the cells again"
+                f"the {kind} of {', '.join(differ[:5])}{' and others' if len(differ) > 5 else ''} differ: this is not "
+                "a change of form, so no lock is rewritten; run `dvc repro` to compute the cells again"
             )
 
 
 def rewrite(stages: Mapping, *, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
-    """Put the hash and size of each resolved file as it is now into the stages that had it as it was; returns their names.
+    """Replace the hash and size of each resolved file in the stages that depend on it, and return their names.
 
-    before, after  path of a resolved file → its text. A stage whose lock names another text was stale before and stays so.
+    before, after  path of a resolved file → its text; a stage with another text in its lock was stale and stays stale
     """
     changed = []
     for name, stage in stages.items():
@@ -128,13 +128,13 @@ def rewrite(stages: Mapping, *, before: Mapping[str, str], after: Mapping[str, s
     return changed
 
 
-def _texts(study, found: Mapping) -> dict[str, str]:
+def _texts(study, compared: Mapping) -> dict[str, str]:
     folder = study.paths.resolved.relative_to(study.paths.root)
-    return {(folder / name).as_posix(): resolve.text(content) for name, content in found["resolved"].items()}
+    return {(folder / name).as_posix(): resolve.text(content) for name, content in compared["resolved"].items()}
 
 
 def _facts_at(commit: str, root: Path) -> dict:
-    """What `relock --show` of the tree at `commit` prints, run by this Python."""
+    """The output of `relock --show` in the tree of `commit`, run by this Python."""
     with tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(_git(root, "archive", commit, text=False))) as tree:
             tree.extractall(folder, filter="data")
@@ -148,8 +148,8 @@ def _facts_at(commit: str, root: Path) -> dict:
         )
     if done.returncode:
         raise UserError(
-            f"the tree of {commit[:10]} cannot be asked (`python -m experiments relock --show` there said: "
-            f"{(done.stderr.strip().splitlines() or ['nothing'])[-1]}): run `dvc repro` instead"
+            f"`python -m experiments relock --show` fails in the tree of {commit[:10]} "
+            f"({(done.stderr.strip().splitlines() or ['no message'])[-1]}): run `dvc repro` instead"
         )
     return json.loads(done.stdout.strip().splitlines()[-1])
 

@@ -1,4 +1,4 @@
-"""The end of `make repro`: the comparison, how each cell came to its scores here, and where to look next."""
+"""summary: print the comparison, the outcome of each cell and where to look next; `make repro` ends with it."""
 
 import sys
 
@@ -7,14 +7,14 @@ from methods.tools.files import read_json
 
 
 def main(study) -> None:
-    """Print table, verdicts, report and MLflow's command; exits 1 where a cell failed or is missing."""
+    """Print the table, the outcome of each cell, the report and MLflow's command; exit 1 if a cell has no result."""
     table = study.paths.summary / "table.txt"
     if table.is_file():
         print(table.read_text())
-    found = cells.grid(study)
+    grid = cells.grid(study)
     bad = 0
-    width = max(len(cell.name) for cell in found)
-    for cell in found:
+    width = max(len(cell.name) for cell in grid)
+    for cell in grid:
         path = study.paths.run(cell) / "metrics.json"
         verdict = ledger.verdict(study, cell, read_json(path) if path.is_file() else None)
         bad += verdict.startswith(("FAILED", "not run"))
@@ -22,5 +22,5 @@ def main(study) -> None:
     print(f"\nreport:    {study.paths.summary / 'report.html'}")
     print("MLflow:    make ui")
     if bad:
-        print(f"\n{bad} of {len(found)} cells have no result; the reasons stand above", file=sys.stderr)
+        print(f"\n{bad} of {len(grid)} cells have no result; see the reasons above", file=sys.stderr)
         sys.exit(1)

@@ -1,11 +1,11 @@
-"""sweep: one knob of a method over several values, as method blocks of the study's params.yaml.
+"""sweep: add a method block to the study's params.yaml for each of several values of one setting.
 
     python -m experiments sweep ewc ewc.strength 1e2..1e6 --points 5
     python -m experiments sweep mofo mofo.fraction 0.05,0.1,0.2
 
-writes `ewc-s1: {like: ewc, ewc: {strength: 100.0}}` and so on behind `ewc`, adds the names to grid.methods and rewrites
-dvc.yaml. The cells are ordinary ones; where the knob does not enter the preparation they share one. Which of a family's
-blocks is best is chosen on probe rows (analysis/chosen.py), so every family should have equally many.
+writes `ewc-s1: {like: ewc, ewc: {strength: 100.0}}` and so on after `ewc`, adds the names to grid.methods and rewrites
+dvc.yaml. The cells are ordinary ones, and they share a preparation that does not depend on the setting. The best block
+of a family is chosen on probe rows (analysis/chosen.py), so every family should have the same number of blocks.
 """
 
 import typing
@@ -31,28 +31,29 @@ from methods.tools.names import unknown
 
 POINTS = 5
 MOST_POINTS = 100
-BUDGET = ("epochs", "length")  # settings of train: that change what every method is given
-DIGITS = 4  # significant ones of a value between the ends of a range
+BUDGET = ("epochs", "length")  # training settings that change the tokens of training, which are equal for all methods
+DIGITS = 4  # significant digits of a value between the ends of a range
 
 
 def main(study, *, method: str, knob: str, values: str, points: int | None = None, linear: bool = False) -> None:
-    """Write the blocks, dvc.yaml, and say what there is now and what it will cost.
+    """Write the blocks and dvc.yaml, and print the families of the grid and the expected cost.
 
-    values   `LOW..HIGH`, at `points` (5) values of equal ratio, or of equal distance if `linear`; or a list `A,B,C`
-    Raises UserError, with params.yaml as it was, for a method, knob or value that does not exist or that its part refuses,
-    and where a block of that name is there with other settings.
+    values   `LOW..HIGH`, with `points` (5) values of equal ratio, or of equal distance if `linear`; or a list `A,B,C`
+
+    Raises UserError and leaves params.yaml unchanged for a method, setting or value that does not exist or that its
+    part refuses, and if a block of that name has other settings.
     """
     blocks = make(study, method=method, knob=knob, values=values, points=points, linear=linear)
     path = study.paths.params
-    there = read_yaml(path)["methods"]
+    present = read_yaml(path)["methods"]
     for name, block in blocks.items():
-        if name in there and there[name] != block:
+        if present.get(name, block) != block:
             raise UserError(
-                f"{path.name} has a block {name} already, {there[name]}, which is not {block}: delete the blocks {method}-s… and their "
-                f"names in grid.methods, or give the new sweep a family of its own: add `{method}-b: {{like: {method}}}` to "
-                "methods: and sweep that"
+                f"{path.name} already has a block {name}, {present[name]}, which is not {block}: delete the blocks "
+                f"{method}-s… and their names in grid.methods, or give the new sweep a family of its own: add "
+                f"`{method}-b: {{like: {method}}}` to methods: and sweep that"
             )
-    new = {name: block for name, block in blocks.items() if name not in there}
+    new = {name: block for name, block in blocks.items() if name not in present}
     added = [name for name in blocks if name not in study.grid.methods]
     if new or added:
         text = with_methods(path.read_text(), blocks=new, grid=added, behind=method, where=path.name)
@@ -61,7 +62,7 @@ def main(study, *, method: str, knob: str, values: str, points: int | None = Non
         study = config.load(study.name, root=study.paths.root)
     part, setting = knob.split(".", 1)
     for name, block in blocks.items():
-        print(f"{name}: {knob} = {block[part][setting]}" + ("" if name in new else " (there already)"))
+        print(f"{name}: {knob} = {block[part][setting]}" + ("" if name in new else " (already present)"))
     print(f"{len(new)} new blocks in {path.relative_to(study.paths.root)}, {len(added)} new names in grid.methods")
     pipeline.main(study)
     for line in counts(study):
@@ -70,7 +71,7 @@ def main(study, *, method: str, knob: str, values: str, points: int | None = Non
 
 
 def make(study, *, method: str, knob: str, values: str, points: int | None, linear: bool) -> dict[str, dict]:
-    """The blocks by name; a value that the method itself has in the grid gets none, for the method is that trial."""
+    """The blocks by name; the method's own value gets none if the method is in the grid, because it is that trial."""
     if method not in study.methods:
         raise unknown("method", method, study.methods)
     if family(method) != method and family(method) in study.methods:
@@ -83,23 +84,21 @@ def make(study, *, method: str, knob: str, values: str, points: int | None, line
     if kind is float:
         wanted = [float(value) if _number(value) else value for value in wanted]
     if double := [value for value, count in Counter(wanted).items() if count > 1]:
-        hint = "; a whole number is wanted, so ask for fewer points" if kind is int else ""
+        hint = "; the setting is a whole number: use fewer points" if kind is int else ""
         raise UserError(f"{knob} {values}: {double[0]} comes twice, in {', '.join(map(str, wanted))}{hint}")
     if method in study.grid.methods:
         wanted = [value for value in wanted if value not in own]
     if not wanted:
-        raise UserError(f"{knob} {values}: {method} has this value itself, so that there is nothing to add")
+        raise UserError(f"{knob} {values}: {method} has this value itself: there is nothing to add")
     return {member(method, k): {"like": method, part: {setting: value}} for k, value in enumerate(wanted, 1)}
 
 
 def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: bool) -> list:
-    """The values that the text asks for, in its order; `whole` rounds those between the ends of a range."""
+    """The values that the text stands for, in its order; `whole` rounds those between the ends of a range."""
     ends = values.split("..")
     if len(ends) == 1:
         if points is not None or linear:
-            raise UserError(
-                f"{knob} {values}: --points and --linear are for a range LOW..HIGH; a list says its values itself"
-            )
+            raise UserError(f"{knob} {values}: --points and --linear are for a range LOW..HIGH, not for a list")
         return [_scalar(piece.strip(), knob=knob) for piece in values.split(",")]
     try:
         low, high = map(float, ends)
@@ -108,27 +107,28 @@ def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: b
     count = POINTS if points is None else points
     if not 2 <= count <= MOST_POINTS:
         raise UserError(
-            f"--points {count}: a range has two ends and at most {MOST_POINTS} blocks, so ask for 2 to {MOST_POINTS}"
+            f"--points {count}: a range has two ends and at most {MOST_POINTS} blocks: give 2 to {MOST_POINTS}"
         )
     if not low < high < float("inf"):
         raise UserError(f"{knob} {values}: a range goes from the lower to the higher end")
     if low <= 0 and not linear:
         raise UserError(
-            f"{knob} {values}: equal ratios need ends above 0; --linear spaces values evenly, and a list A,B,C may hold 0"
+            f"{knob} {values}: equal ratios need ends above 0; --linear spaces values evenly, and a list A,B,C may "
+            "contain 0"
         )
     steps = [step / (count - 1) for step in range(count)]
-    found = [low + (high - low) * s if linear else low * (high / low) ** s for s in steps]
-    found = [low, *(float(f"{value:.{DIGITS}g}") for value in found[1:-1]), high]
-    return [round(value) for value in found] if whole else found
+    spaced = [low + (high - low) * s if linear else low * (high / low) ** s for s in steps]
+    spaced = [low, *(float(f"{value:.{DIGITS}g}") for value in spaced[1:-1]), high]
+    return [round(value) for value in spaced] if whole else spaced
 
 
 def counts(study) -> list[str]:
-    """How many blocks each family has in the grid, and a warning where these differ."""
-    found = {name: len(blocks) for name, blocks in families(study.grid.methods).items()}
-    lines = ["trials by family: " + ", ".join(f"{name} {count}" for name, count in found.items())]
-    if len(set(found.values())) > 1:
-        most = max(found.values())
-        fewer = [name for name, count in found.items() if count < most]
+    """The number of blocks of each family in the grid, and a warning if these numbers differ."""
+    blocks = {name: len(members) for name, members in families(study.grid.methods).items()}
+    lines = ["trials by family: " + ", ".join(f"{name} {count}" for name, count in blocks.items())]
+    if len(set(blocks.values())) > 1:
+        most = max(blocks.values())
+        fewer = [name for name, count in blocks.items() if count < most]
         lines.append(
             "warning: the numbers differ, and a method with more trials is chosen from more: "
             f"sweep {', '.join(fewer)} until each has {most}"
@@ -137,7 +137,7 @@ def counts(study) -> list[str]:
 
 
 def cost(study, methods: list[str]) -> str:
-    """What `plan` says of these methods' cells, in one line; cells that share a preparation pay for it once."""
+    """The cost that `plan` predicts for the cells of these methods, in one line; a shared preparation counts once."""
     made = plan.make(study, patterns=[f"*/{method}/*" for method in methods])
     seconds, seen = 0.0, set()  # None: not known of the architecture
     for cell in (c for c in made["cells"] if not c["cached"]["scored"]):
@@ -154,22 +154,23 @@ def cost(study, methods: list[str]) -> str:
     minutes = "time unknown" if seconds is None else f"about {seconds / 60:.1f} min"
     peak = "unknown" if total["peak_memory_bytes"] is None else f"{total['peak_memory_bytes'] / 2**30:.2f} GiB"
     return (
-        f"{total['to_run']} of {total['cells']} cells to run: {minutes}, disk {total['disk_bytes'] / 2**20:.0f} MiB, peak memory {peak}"
+        f"{total['to_run']} of {total['cells']} cells to run: {minutes}, disk {total['disk_bytes'] / 2**20:.0f} MiB, "
+        f"peak memory {peak}"
         + (f"; {total['too_large']} do not fit here" if total["too_large"] else "")
         + f"; `python -m experiments plan{' --study ' + study.name if study.name else ''}` shows each"
     )
 
 
 def _knob(study, method: str, part: str, setting: str) -> tuple[Any, list]:
-    """The type of a setting, and the values that the method itself runs at."""
+    """The type of a setting, and the method's own values of it."""
     if part == "train":
         kinds = {field.name: field.type for field in fields(TrainSettings)}
         if setting not in kinds:
             raise unknown("setting", setting, kinds, where="train")
         if setting in BUDGET:
             raise UserError(
-                f"knob train.{setting}: it changes the tokens of training, and methods are compared at equal tokens (docs/rules.md): give "
-                "another budget a study of its own"
+                f"train.{setting} changes the tokens of training, and methods are compared at equal tokens "
+                "(docs/rules.md): give another budget a study of its own"
             )
         pairs = [(model, domain) for model in study.grid.models for domain in study.grid.domains]
         used = {getattr(study.settings(model=model, domain=domain, method=method), setting) for model, domain in pairs}
@@ -184,7 +185,7 @@ def _knob(study, method: str, part: str, setting: str) -> tuple[Any, list]:
 
 
 def _check(study, text: str) -> None:
-    """Read the file as it would be, by every part's own rules, before the old one is touched."""
+    """Load the new text as a study, so that every part checks its settings, before the old file is replaced."""
     with TemporaryDirectory() as folder:
         paths = Paths(study=study.name, root=Path(folder))
         paths.folder.mkdir(parents=True, exist_ok=True)
@@ -207,9 +208,9 @@ def _scalar(text: str, *, knob: str) -> Any:
         except ValueError:
             continue
         if not isfinite(value):
-            raise UserError(f"{knob}: {text!r} is no finite number")
+            raise UserError(f"{knob}: {text!r} is not a finite number")
         return value
     value = YAML(typ="safe", pure=True).load(text) if text else None
     if not isinstance(value, str | bool):
-        raise UserError(f"{knob}: {text!r} is no value: write a range LOW..HIGH or a list A,B,C")
+        raise UserError(f"{knob}: {text!r} is not a value: write a range LOW..HIGH or a list A,B,C")
     return value

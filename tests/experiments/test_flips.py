@@ -90,11 +90,11 @@ def test_questions_that_both_runs_lost_with_their_text(study, capsys):
     said = capsys.readouterr().out
     assert (
         "Boil 0 eggs." in said
-        and "right: Take 0 hot pans." in said
+        and "correct: Take 0 hot pans." in said
         and "chosen: Wait for rain.  [full/seed0, lora/seed0]" in said
     )
-    assert "The cat saw 0 dogs and ran to the" in said and "right: house" in said
-    assert "right: The 0 cups did not fit the boxes as the cups were too big." in said
+    assert "The cat saw 0 dogs and ran to the" in said and "correct: house" in said
+    assert "correct: The 0 cups did not fit the boxes as the cups were too big." in said
     assert "The 0 cups did not fit the boxes as the boxes were too big." in said.partition("chosen: ")[2]
     assert "Boil 1 eggs." not in said and said.count("lost by 2 of 2 (full, lora)") == 3
 

@@ -80,7 +80,7 @@ def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):
     assert (
         status == 1
         and "the upper end of its interval is above" in lines[0]
-        and "by the ends of the 95 % intervals" in lines[1]
+        and "by the ends of the 95 % confidence intervals" in lines[1]
     )
     assert judged(study, capsys, cell, max_forgetting=high, confidence=True)[0] == 0
     gain = found["domain_gain"]
@@ -120,14 +120,14 @@ def test_without_items_only_the_values_can_be_judged(study, capsys):
     status, lines = judged(study, capsys, "*/full/*", max_forgetting=0.9)
     assert status == 0 and "no interval: items are missing" in lines[0]
     status, lines = judged(study, capsys, "*/full/*", max_forgetting=0.9, confidence=True)
-    assert status == 1 and "forgetting has no interval to go by" in lines[0]
+    assert status == 1 and "forgetting has no confidence interval" in lines[0]
 
 
 @pytest.mark.parametrize(
     ("patterns", "limits", "message"),
     [
         (["*/full/*", "*/ewd/*"], {"max_forgetting": 0.1}, r"no cell of the grid matches \*/ewd/\*"),
-        ([], {"max_forgetting": 2.0}, "--max-forgetting 2.0: it is a share of 1, so that 2 points are 0.02"),
+        ([], {"max_forgetting": 2.0}, "--max-forgetting 2.0: it must be a share of 1; 0.02 is 2 points"),
         ([], {"max_forgetting": float("nan")}, "--max-forgetting nan"),
         ([], {"max_forgetting": 0.1, "min_gain": 5.0}, "--min-gain 5.0"),
     ],

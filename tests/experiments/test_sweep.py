@@ -73,9 +73,9 @@ def test_the_same_sweep_again_changes_nothing_and_another_is_refused(demo, capsy
     sweep.main(again(demo), **arguments)
     assert (
         demo.paths.params.read_text() == text
-        and "mofo-s2: mofo.fraction = 0.2 (there already)" in capsys.readouterr().out
+        and "mofo-s2: mofo.fraction = 0.2 (already present)" in capsys.readouterr().out
     )
-    with pytest.raises(UserError, match=r"has a block mofo-s1 already, .*0.05.*delete the blocks mofo-s.*mofo-b"):
+    with pytest.raises(UserError, match=r"already has a block mofo-s1, .*0.05.*delete the blocks mofo-s.*mofo-b"):
         sweep.main(again(demo), method="mofo", knob="mofo.fraction", values="0.3,0.4")
     assert demo.paths.params.read_text() == text
     sweep.main(
@@ -144,9 +144,9 @@ def test_training_rates_whole_numbers_and_names_of_choices(demo):
         (("ewc", "ewc.strength", "0..1"), "equal ratios need ends above 0; --linear"),
         (("ewc", "ewc.strength", "5..1"), "from the lower to the higher"),
         (("ewc", "ewc.strength", "a..b"), "write a range LOW..HIGH"),
-        (("ewc", "ewc.strength", "1,,2"), "'' is no value"),
-        (("ewc", "ewc.strength", "nan,1"), "'nan' is no finite number"),
-        (("ewc", "ewc.strength", "1,1e400"), "'1e400' is no finite number"),
+        (("ewc", "ewc.strength", "1,,2"), "'' is not a value"),
+        (("ewc", "ewc.strength", "nan,1"), "'nan' is not a finite number"),
+        (("ewc", "ewc.strength", "1,1e400"), "'1e400' is not a finite number"),
         (("full", "train.epochs", "1,2"), "train.epochs: it changes the tokens.*a study of its own"),
         (("full", "train.length", "128,512"), "train.length: it changes the tokens"),
         (
