@@ -64,6 +64,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.thorough
 def test_a_cell_on_two_processes(folder):
     cell = CELL.format("full")
     stage(folder, "prepare", "llama-tiny", "full", "0")
