@@ -13,7 +13,7 @@ from experiments.training.engine import FitResult, fit
 from experiments.training.flops import Flops, of_pass
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
-from methods.part import Part, Prepared, Row, adapted, generator, in_order, overrides
+from methods.part import Part, Prepared, Row, adapted, in_order, overrides
 from methods.tools.process_group import Shards
 
 TENSORS = ("calibration", "importance", "start", "carry")  # what is stored of a `Prepared`, a file each
@@ -83,7 +83,7 @@ def prepare(
         model = adapted(model, parts, seed=seed, states=states)
         kept = resume(part.key)
         fitting = Fitting(kept, settings=settings, base=base, shards=shards, name=f"prepare {part.key}", **placed)
-        sample = Sampling(tokenizer=tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
+        sample = services.sampling(tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
         prepared = made(part, "prepare", model, fitting, base=base, resume=kept, fit=fitting, sample=sample)
         del model, fitting
         if prepared is not None:
@@ -115,32 +115,3 @@ class Fitting:
         )
         self.flops.append(result.flops)
         return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """Texts from a model that each process has whole; prompts are shared out among the processes."""
-
-    tokenizer: Any
-    seed: int
-    size: int  # prompts in a batch
-    shards: Shards
-
-    def __call__(
-        self,
-        *,
-        model: nn.Module,
-        prompts: Sequence[Sequence[int]],
-        tokens: int,
-        temperature: float = 1.0,
-        key: Sequence[int | str] = (),
-    ) -> list[list[int]]:
-        """As `Services.sample` of a run, but from `model`."""
-
-        def compute(function: Callable[[nn.Module], Any]) -> Any:
-            with torch.no_grad(), services.evaluating(model):
-                return function(model)
-
-        draws = [generator(self.seed, "sample", *key, number) for number in range(len(prompts))]
-        arguments = {"prompts": prompts, "tokens": tokens, "temperature": temperature, "draws": draws}
-        return services.sample(compute, **arguments, tokenizer=self.tokenizer, size=self.size, shards=self.shards)[0]

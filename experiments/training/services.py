@@ -5,9 +5,9 @@ every process must call each service equally often.
 """
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from experiments.training.batches import collate, micro_batches, sent
 from experiments.training.flops import Flops
 from experiments.training.loss import CHUNK, shifted, summed_kl
 from experiments.training.sharded_weights import ShardedWeights
-from methods.part import Row, Run
+from methods.part import Row, Run, generator
 from methods.tools import architecture
 from methods.tools.process_group import Shards
 
@@ -89,11 +89,11 @@ class Reference:
     def _charge(self) -> Callable[..., None]:
         return self._run.charge
 
-    @cached_property
+    @functools.cached_property
     def _base_flops(self) -> Flops:
         return Flops(self._bare)
 
-    @cached_property
+    @functools.cached_property
     def _switches_off(self) -> bool:
         """Whether the trained model with its adapters switched off is exactly the base."""
         run = self._run
@@ -107,7 +107,7 @@ class Reference:
                 differ += not torch.equal(own, run.shards.local(base).to(own))
         return not sum(run.shards.all_gather(differ))
 
-    @cached_property
+    @functools.cached_property
     def _copy(self) -> Callable[..., Any]:
         """`compute` of the second copy."""
         run, model = self._run, self._bare
@@ -170,7 +170,7 @@ class Services:
         for indices, counts in _shared(len(rows), self._size, run.shards):
             batch = collate([rows[i] for i in indices])
             ids, labels = sent(batch["input_ids"], torch.device(run.device)), batch["labels"]
-            values = self.compute(base, lambda model: _log_probabilities(model, ids, labels))  # noqa: B023
+            values = self.compute(base, functools.partial(_log_probabilities, ids=ids, labels=labels))
             if counts:
                 sizes = (labels[:, 1:] != -100).sum(1).tolist()
                 scores |= dict(zip(indices, values.split(sizes), strict=True))
@@ -178,35 +178,17 @@ class Services:
                 run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=sum(sizes)))
         return _collected(scores, run.shards)
 
-    def sample(
-        self,
-        *,
-        prompts: Sequence[Sequence[int]],
-        tokens: int,
-        temperature: float = 1.0,
-        key: Sequence[int | str] = (),
-        base: bool = False,
-    ) -> list[list[int]]:
-        """A continuation of at most `tokens` tokens for each prompt (token ids, not empty), without the end of text.
-
-        temperature  of the softmax that tokens are drawn from; 0 takes the likeliest
-        key          draws depend on the run's seed, this key, and the number of the prompt; not on the batch
-        """
+    def sample(self, *, prompts: Sequence[Sequence[int]], base: bool = False, **arguments: Any) -> list[list[int]]:
+        """Continuations of prompts as `Sampler` gives them, by the model or by the base."""
         run = self._run
-        draws = [run.generator("sample", *key, number) for number in range(len(prompts))]
-        texts, lengths = sample(
-            lambda function: self.compute(base, function),
-            prompts=prompts,
-            tokens=tokens,
-            temperature=temperature,
-            draws=draws,
-            tokenizer=self._tokenizer,
-            size=self._size,
-            shards=run.shards,
-            together=run.shards.world > 1,
-        )
-        predicted = sum(lengths) - sum(len(prompts[i]) for i in range(run.shards.rank, len(prompts), run.shards.world))
-        run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=predicted))
+        together = run.shards.world > 1
+        compute = functools.partial(self.compute, base)
+        draw = Sampler(compute, self._tokenizer, seed=run.seed, size=self._size, shards=run.shards, together=together)
+        texts = draw(prompts=prompts, **arguments)
+        own = slice(run.shards.rank, None, run.shards.world)
+        written = [len(text) for text in texts[own]]
+        lengths = [len(prompt) + count for prompt, count in zip(prompts[own], written, strict=True)]
+        run.charge(tokens=sum(lengths), flops=self._flops.forward(lengths=lengths, predicted=sum(written)))
         return texts
 
     def encode(self, text: str) -> list[int]:
@@ -216,44 +198,58 @@ class Services:
         return encode_text(self._tokenizer, text)
 
 
-def sample(
-    compute: Callable[[Callable[[nn.Module], Any]], Any],
-    *,
-    prompts: Sequence[Sequence[int]],
-    tokens: int,
-    temperature: float,
-    draws: Sequence[torch.Generator],
-    tokenizer: Any,
-    size: int,
-    shards: Shards,
-    together: bool = False,
-) -> tuple[list[list[int]], list[int]]:
-    """Continuations of prompts, and the lengths of prompt and continuation of those that this process wrote.
+class Sampler:
+    """Continuations of prompts, which are shared out among the processes.
 
-    compute   compute(function) → function(model)
-    draws     the random numbers of each prompt
-    together  the processes compute as one, on a model that they share
+    compute   compute(function) → function(model), without a gradient and in evaluation mode
+    size      prompts that are continued together
+    together  the processes share the model, so that all go on until the last one has finished
     """
-    from evaluation.generate import generated
 
-    continued, lengths = {}, []
-    for indices, counts in _shared(len(prompts), size, shards):
-        chosen = [prompts[i] for i in indices]
-        noise = [_Gumbel(temperature, [draws[i] for i in indices])] if temperature else []
-        written = compute(
-            lambda model: generated(
-                model=model,
-                tokenizer=tokenizer,
-                rows=chosen,  # noqa: B023
+    def __init__(
+        self, compute: Callable, tokenizer: Any, *, seed: int, size: int, shards: Shards, together: bool = False
+    ) -> None:
+        self._compute, self._tokenizer, self._seed, self._size = compute, tokenizer, seed, size
+        self._shards, self._together = shards, together
+
+    def __call__(
+        self, *, prompts: Sequence[Sequence[int]], tokens: int, temperature: float = 1.0, key: Sequence[int | str] = ()
+    ) -> list[list[int]]:
+        """At most `tokens` token ids for each prompt (token ids, not empty), without the end of text.
+
+        temperature  of the softmax that tokens are drawn from; 0 takes the likeliest
+        key          draws depend on the seed, this key and the number of the prompt, and on nothing else in the batch
+        """
+        from evaluation.generate import generated
+
+        texts: dict[int, list[int]] = {}
+        for indices, counts in _shared(len(prompts), self._size, self._shards):
+            draws = [generator(self._seed, "sample", *key, index) for index in indices]
+            continuing = functools.partial(
+                generated,
+                tokenizer=self._tokenizer,
+                rows=[prompts[index] for index in indices],
                 tokens=tokens,
-                processors=noise,  # noqa: B023
-                together=together,
+                processors=[_Gumbel(temperature, draws)] if temperature else [],
+                together=self._together,
             )
-        )
-        if counts:
-            continued |= dict(zip(indices, written, strict=True))
-            lengths += [len(prompt) + len(row) for prompt, row in zip(chosen, written, strict=True)]
-    return _collected(continued, shards), lengths
+            written = self._compute(lambda model, run=continuing: run(model=model))
+            if counts:
+                texts |= dict(zip(indices, written, strict=True))
+        return _collected(texts, self._shards)
+
+
+def sampling(tokenizer: Any, *, seed: int, size: int, shards: Shards) -> Callable[..., list[list[int]]]:
+    """sample(model=, prompts=, …) for a preparation, in which each process has the whole model; else as `Sampler`."""
+
+    def sample(*, model: nn.Module, **arguments: Any) -> list[list[int]]:
+        def compute(function: Callable[[nn.Module], Any]) -> Any:
+            with torch.no_grad(), evaluating(model):
+                return function(model)
+
+        return Sampler(compute, tokenizer, seed=seed, size=size, shards=shards)(**arguments)
+
+    return sample
 
 
 class _Gumbel(LogitsProcessor):

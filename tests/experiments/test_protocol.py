@@ -13,7 +13,7 @@ from experiments.stages import data, prepare
 from experiments.stages import model as model_stage
 from experiments.stages import train as train_stage
 from experiments.study.cells import Cell
-from experiments.training import loss
+from experiments.training import loss, preparation
 from experiments.training.engine import final_weights, fit
 from methods import registry
 from methods.errors import UserError
@@ -397,6 +397,21 @@ def test_samples_follow_the_softmax_and_depend_on_their_prompts_alone():
     found = torch.bincount(torch.tensor([row[0] if row else end for row in many]), minlength=len(wanted)) / count
     spread = (wanted * (1 - wanted) / count).sqrt()
     assert ((found - wanted).abs() < 5 * spread + 1 / count).all()
+
+
+def test_a_preparation_samples_as_a_run_does():
+    prompts, texts = [[5, 9], [7]], []
+
+    def prepare(model, sample, **_):
+        assert model.training
+        texts.append(sample(model=model, prompts=prompts, tokens=5, temperature=0))
+        assert model.training
+
+    part = odd(prepare=prepare, preparation=())
+    common = {"general": [], "base": {}, "seed": 0, "settings": goldens.SETTINGS}
+    made = preparation.prepare([part], make=lambda _: build("llama", seed=1).train(), resume=lambda _: None, **common)
+    assert list(made) == []
+    assert texts[0] == services(lambda run: run.sample(prompts=prompts, tokens=5, temperature=0))
 
 
 def test_services_leave_the_training_as_it_is():
