@@ -96,6 +96,8 @@ def _rules(cell: pd.Series, rows: dict[str, str]) -> dict[str, object]:
     settings = _mapping(cell.get("settings"))
     tokens, epochs = cell.get("tokens_trained"), settings.get("epochs")
     if not _unknown(tokens):
+        # a part that replays other text in place of domain rows keeps the budget: tokens it leaves out are part of it
+        tokens += 0 if _unknown(cell.get("tokens_left_out")) else cell["tokens_left_out"]
         # part of an epoch takes other rows for every seed, so tokens differ a little where the budget does not
         whole = epochs is None or float(epochs).is_integer()
         part = f"epochs of {settings.get('length')} tokens a row, {settings.get('batch')} rows a step"

@@ -197,6 +197,7 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
         "flops": train.get("flops"),
         "flops_prepare": _sum(prepared, "flops"),
         "tokens_added": _sum(train, "tokens"),
+        "tokens_left_out": _sum(train, "left_out"),
         "flops_added": _sum(train, "flops"),
         "added": {"prepare": prepared.get("added"), "train": train.get("added")},
         "tokens_per_second": train["tokens_trained"] / train["seconds_train"] if known else None,
@@ -214,7 +215,7 @@ def _sum(record: dict, kind: str) -> float | None:
     """What all parts added of one kind of cost; None where it is not known, as in records of earlier versions."""
     if (added := record.get("added")) is None:
         return None
-    each = [costs[kind] for costs in added.values()]
+    each = [costs.get(kind, 0) for costs in added.values()]
     return None if None in each else sum(each)
 
 

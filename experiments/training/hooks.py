@@ -21,7 +21,7 @@ from methods.part import Part, Row, Run, in_order, overrides
 from methods.tools.process_group import Shards
 from methods.tools.token_statistics import TokenStatistics
 
-COSTS = ("tokens", "flops", "seconds", "bytes")
+COSTS = ("tokens", "left_out", "flops", "seconds", "bytes")  # left out: tokens of domain rows
 
 # what a part may do without having a share in how the weights are trained
 APART = {"settings", "resolved", "look", "finish", "report", "preparation", "added", "memory"}
@@ -31,8 +31,8 @@ TRAINING = [name for name, value in vars(Part).items() if callable(value) and na
 class Hooks:
     """The parts of one run in the order of their hooks, with their states and what each of them costs.
 
-    added    {part: {"tokens", "flops", "seconds", "bytes"}}: what this process has charged to each part. Seconds are the
-             host's while its hooks run; what all processes know alike is charged by the first one alone.
+    added    {part: {kind of `COSTS`: number}}: what this process has charged to each part. Seconds are the host's while
+             its hooks run; what all processes know alike is charged by the first one alone.
     counted  false while a micro-batch is computed that counts with weight zero: nothing is charged then
     """
 
@@ -109,8 +109,11 @@ class Hooks:
     def examples(self, run: Run, rows: list[Row], step: int) -> list[Row]:
         """The rows of a step as the parts change them; those without an index are charged to the part that adds them."""
         for part in self.having("examples"):
+            before = tokens_of_domain(rows)
             rows = list(self.call(part, "examples", run=run, rows=rows, step=step))
             refuse_rows(part, "examples", rows)
+            if self._shards.first and (left_out := before - tokens_of_domain(rows)):
+                self.charge(part=part.key, left_out=left_out)
             rows = [row if "index" in row or "part" in row else row | {"part": part.key} for row in rows]
             if not rows:
                 raise UserError(f"{part.key}: its `examples` gives no rows at step {step}: give at least one")
@@ -243,6 +246,11 @@ def refuse_rows(part: Part, hook: str, rows: Sequence[Any]) -> None:
                     f"{part.key}: a row that its `{hook}` gives has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
                     "each must be (tokens,), of the same length, on the CPU"
                 )
+
+
+def tokens_of_domain(rows: Sequence[Mapping[str, Any]]) -> int:
+    """Tokens of the rows that are the domain's, which have an index."""
+    return sum(len(row["input_ids"]) for row in rows if "index" in row)
 
 
 def labelled(rows: Sequence[Mapping[str, Tensor]]) -> int:

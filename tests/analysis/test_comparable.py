@@ -139,6 +139,13 @@ def test_an_unknown_budget_is_no_difference_and_leads_no_group(root):
     assert len(comparable.groups(pair)[0]) == 2 and len(comparable.groups(pair)[1]) == 1
 
 
+def test_tokens_that_make_room_for_replayed_ones_belong_to_the_budget(root):
+    changed(root, CELL.format("lora", 0), lambda m: m.update(tokens_trained=50_000, tokens_left_out=4_000))
+    assert comparable.groups(loaded(root).cells)[1] == []
+    changed(root, CELL.format("lora", 0), lambda m: m.update(tokens_left_out=3_000))
+    assert [cell for cell, _ in comparable.groups(loaded(root).cells)[1]] == [CELL.format("lora", 0)]
+
+
 def test_shares_of_an_epoch_are_compared_by_settings(root):
     found = loaded(root).cells
     half = [{"epochs": 0.5, "length": 256, "batch": 8}] * len(found)

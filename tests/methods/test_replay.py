@@ -184,8 +184,8 @@ def test_what_the_domain_and_the_replay_cost(make, mode, batch):
         wanted = flops.step(lengths=[size for _, size, _ in rows], labelled=sum(count for *_, count in rows))
         assert flops_ == pytest.approx(wanted, rel=1e-12)
     assert result.steps == -(-40 // batch) and len(seen) == result.steps
-    if mode == "add":
-        assert result.tokens == tokens(DOMAIN)
+    left_out = result.added[part.key]["left_out"]
+    assert result.tokens + left_out == tokens(DOMAIN) and (left_out > 0) == (mode == "swap")
 
 
 def test_planned_prepared_and_trained_by_the_stages(tmp_path):
