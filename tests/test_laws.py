@@ -247,6 +247,14 @@ class Hoarding(Part):
 
 
 @wrong
+class Unstated(Part):
+    """Adds rows to each step and states no tokens."""
+
+    def examples(self, *, rows, **_):
+        return [*rows, {name: tensor for name, tensor in rows[0].items() if name != "index"}]
+
+
+@wrong
 class Failing(Part):
     """Raises in a hook."""
 
@@ -288,6 +296,7 @@ CAUGHT = [
         "memory",
         r"training takes \d+.\d MiB at its peak, and \d+.\d MiB are predicted. What to do: return from `memory`",
     ),
+    (Unstated, "costs", r"it states 0 tokens beside those of the domain in 3 steps, and \d+ are charged to it"),
     (Failing, "repeatable", "KeyError: 'no.such.weight', line .* of before_clip in tests.test_laws"),
 ]
 

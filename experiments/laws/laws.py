@@ -92,7 +92,7 @@ def neutral(trial: Trial) -> None:
 
 
 def base(trial: Trial) -> None:
-    """The adapted model computes the base's logits, also just before the first step, and nothing writes into the base."""
+    """The adapted model computes the base's logits, also before the first step, and nothing writes into the base."""
     model = trial.model()
     before = trial.logits(model)
     then = "`adapt` may wrap and freeze; what it adds must start at zero"
@@ -226,7 +226,8 @@ def predicted_memory(trial: Trial) -> None:
         if predicted is not None and predicted < (1 - TOLERANCE) * taken - SMALL:
             raise Broken(
                 f"{'preparation' if phase == 'prepare' else 'training'} takes {taken / 2**20:.1f} MiB at its peak, and "
-                f"{predicted / 2**20:.1f} MiB are predicted. What to do: return from `memory` what the part holds and takes"
+                f"{predicted / 2**20:.1f} MiB are predicted. What to do: return from `memory` what the part holds and "
+                "takes"
             )
 
     if any(overrides(part, hook) for part in parts for hook in ("calibrate", "prepare")):
@@ -235,7 +236,7 @@ def predicted_memory(trial: Trial) -> None:
 
 
 def costs(trial: Trial) -> None:
-    """What the part says that it reads, which `plan` shows, is what it reads; in training to within a row of each step."""
+    """The tokens that the part states, which `plan` shows, are those it reads; in training to within a row a step."""
     (part,) = (part for part in trial.parts if part.key == trial.kind.key)
     trial.prepare(trial.parts)
     lengths, stated = [len(document["input_ids"]) for document in trial.general], 0.0
@@ -247,8 +248,8 @@ def costs(trial: Trial) -> None:
         stated += passes * sum(cut)
     if not math.isclose(stated, trial.read[part.key], rel_tol=0.01):
         raise Broken(
-            f"it states passes over {stated:.0f} tokens, and reads {trial.read[part.key]} while it prepares: return from "
-            "`preparation` how many documents it reads, cut at which length, and from `prepare` the tokens"
+            f"it states passes over {stated:.0f} tokens, and reads {trial.read[part.key]} while it prepares. What to "
+            "do: return from `preparation` how many documents it reads, cut at which length, and from `prepare` the tokens"
         )
     result, rows = trial.trained.result, texts(trial.rows, seed=12, labelled=True, length=trial.length)
     if result.tokens == 0 or overrides(part, "finish"):  # what `finish` reads is in no step
@@ -259,8 +260,8 @@ def costs(trial: Trial) -> None:
     longest = max(added.length or 0, *(len(row["input_ids"]) for row in rows))
     if abs(stated - taken) > result.steps * longest * bool(stated):
         raise Broken(
-            f"it states {stated:.0f} tokens beside those of the domain in {result.steps} steps, and {taken} are charged "
-            "to it: return from `added` the tokens it adds for each token of the domain"
+            f"it states {stated:.0f} tokens beside those of the domain in {result.steps} steps, and {taken} are "
+            "charged to it. What to do: return from `added` the tokens it adds for each token of the domain"
         )
 
 

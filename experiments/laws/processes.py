@@ -1,7 +1,7 @@
 """The law that the number of processes changes nothing: two real processes (gloo) against one.
 
-Float32, ten steps, each tensor within 1e-6 of its norm. Of a part that brings an optimizer, at most one entry in 10⁴ may
-have another mask: a last bit of the gradient can turn the choice between two entries.
+In float32, after ten steps, each tensor is within 1e-6 of its norm. A part that brings an optimizer may choose other
+entries to move, at most one in 10⁴: the last bit of a gradient can turn the choice between two.
 """
 
 import functools
@@ -63,18 +63,16 @@ def _compare(trial: Trial, found: Path, problem: str) -> None:
     masked = "optimizer" in trial.kind.capabilities and share <= OTHER_MASKS
     if worst and errors[worst] > WITHIN and not masked:
         raise Broken(
-            f"after {STEPS} steps the weights of two processes differ from those of one by {errors[worst]:.2g} of the norm "
-            f"of {worst} ({WITHIN:.0e} is allowed), in {share:.2%} of all entries. What to do: draw by (seed, step, row) and "
-            "never by process, sum over `run.shards` what is of all rows, and do the same work in every process"
+            f"after {STEPS} steps the weights of two processes differ from those of one by {errors[worst]:.2g} of "
+            f"the norm of {worst} ({WITHIN:.0e} is allowed), in {share:.2%} of all entries. What to do: draw by (seed, "
+            "step, row) and never by process, sum over `run.shards` what is of all rows, and do the same work in every process"
         )
     costs, own = json.loads((found / "costs.json").read_text()), _costs(alone)
     for what, cost in own.items():
-        if not (
-            cost == costs.get(what) or (cost and costs.get(what) and math.isclose(cost, costs[what], rel_tol=1e-9))
-        ):
+        if cost != costs.get(what) and not math.isclose(cost or 0, costs.get(what) or 0, rel_tol=1e-9):
             raise Broken(
-                f"{what}: two processes count {costs.get(what)}, one counts {cost}. What to do: charge what every process "
-                "does in the first one alone, and what each does of its own rows in all of them"
+                f"{what}: two processes count {costs.get(what)}, one counts {cost}. What to do: charge what every "
+                "process does in the first one alone, and what each does of its own rows in all of them"
             )
 
 

@@ -36,7 +36,7 @@ SETTINGS = TrainSettings(learning_rate=2e-3, batch=5, micro_batch=2, length=48, 
 
 
 def texts(count: int, *, seed: int, labelled: bool, length: int | None = None) -> list[Example]:
-    """Random token ids, of `length` or of ragged lengths; `labelled`: only the last three, as an answer to a question."""
+    """Random token ids, of `length` or of ragged lengths; `labelled` leaves labels on the last three, an answer's."""
     draw = torch.Generator().manual_seed(seed)
     examples = []
     for index in range(count):
@@ -111,7 +111,7 @@ class Trial:
         return registry.build(self.kind.beside)
 
     def settings(self, **settings: Any) -> dict[str, Any]:
-        """The settings under which the part is tried; `{checkpoint}` and `{rows}` in them become a checkpoint folder and a JSONL."""
+        """The settings under which the part is tried, with a checkpoint folder and a JSONL in the places for them."""
         settings = {**self.kind.trial, **self.chosen, **settings}
         names = [setting.name for setting in declared(self.kind)]
         for name in settings.keys() - set(names):
