@@ -18,39 +18,19 @@ EOS, PAD = "<|eos|>", "<|pad|>"
 EOS_ID, PAD_ID = 256, 257
 VOCABULARY = 258  # 256 bytes, EOS and PAD
 
+_TOKENS = {"vocab_size": VOCABULARY, "bos_token_id": None, "eos_token_id": EOS_ID, "pad_token_id": PAD_ID}
 # The dimensions differ from each other where possible, so that a test notices a transposed matrix.
-_TINY = {
-    "gptj": (
-        GPTJConfig,
-        {
-            "vocab_size": VOCABULARY,
-            "n_positions": 512,
-            "n_embd": 32,
-            "n_layer": 2,
-            "n_head": 4,
-            "rotary_dim": 4,
-            "bos_token_id": None,
-            "eos_token_id": EOS_ID,
-            "pad_token_id": PAD_ID,
-        },
-    ),
-    "llama": (
-        LlamaConfig,
-        {
-            "vocab_size": VOCABULARY,
-            "max_position_embeddings": 512,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "tie_word_embeddings": True,
-            "bos_token_id": None,
-            "eos_token_id": EOS_ID,
-            "pad_token_id": PAD_ID,
-        },
-    ),
+_GPTJ = {"n_positions": 512, "n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4}
+_LLAMA = {
+    "max_position_embeddings": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
 }
+_TINY = {"gptj": (GPTJConfig, _TOKENS | _GPTJ), "llama": (LlamaConfig, _TOKENS | _LLAMA)}
 
 
 def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, **config) -> PreTrainedModel:
