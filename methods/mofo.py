@@ -61,7 +61,7 @@ class MoFO(torch.optim.Optimizer):
     and |m| of float64 parameters is compared in float32. The masks are those of one process.
 
     On the CPU one process works on several tensors at once, one in each thread; the result does not depend on the
-    number of threads. Scratch: 4 bytes (8 for float64) an entry of the largest tensor in each thread.
+    number of threads. Scratch: 4 bytes (8 for float64) for each entry of the largest tensor in each thread.
 
     Raises ValueError for a fraction outside (0, 1], for sparse gradients, and where the numbers of sizes and of
     parameters differ. Deep copies and pickles keep `realised_fraction`; a `state_dict` does not.

@@ -50,7 +50,7 @@ class Full:
         )
 
     def wholly(self, local: Tensor) -> Tensor:
-        """The whole tensor from rows of its kind; every process must ask."""
+        """The whole tensor from the rows of all processes, which must all call this."""
         return self.run.shards.whole(local, self.run.shapes[self.parameter])
 
 
@@ -107,7 +107,7 @@ class Factored:
         return value
 
     def wholly(self, local: Tensor) -> Tensor:
-        """The whole matrix from rows of its kind; every process must ask."""
+        """The whole matrix from the rows of all processes, which must all call this."""
         shape = self.run.shapes[self.b][0], self.run.shapes[self.a][1]
         return self.run.shards.whole(local, torch.Size(shape[::-1] if self.transposed else shape))
 

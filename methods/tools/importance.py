@@ -219,11 +219,9 @@ def penalise(
 
 def _widened(values: Tensor, *, into: Tensor) -> Tensor:
     """`values` for an operation with wider ones: a GPU widens them on the way, the CPU would allocate memory."""
-    return (
-        values
-        if values.is_cuda or values.dim() == 0 or values.dtype.itemsize >= into.dtype.itemsize
-        else into.copy_(values)
-    )
+    if values.is_cuda or values.dim() == 0 or values.dtype.itemsize >= into.dtype.itemsize:
+        return values
+    return into.copy_(values)
 
 
 def _in_pairs(codes: Tensor, table: Tensor) -> bool:

@@ -1,11 +1,11 @@
 """Importance on disk: 8-bit codes and floats, compressed without loss.
 
-A file is safetensors; every tensor in it is one zstd frame of bytes, and the metadata say what it holds:
+A file is in safetensors; every tensor in it is a zstd frame of bytes, and the metadata describe the content:
 
     NAME           the codes of a tensor in order; for a float tensor its byte planes: all first bytes, then all
                    second ones
-    NAME::bitmap   where more than half of the codes are 0: a bit an entry, 1 where NAME has a code; NAME then has no
-                   other
+    NAME::bitmap   if more than half of the codes are 0: one bit for each entry, 1 for the codes in NAME; NAME then
+                   has no other
 
 Reading a file gives what was written, bit for bit, and equal importances have equal files.
 """
