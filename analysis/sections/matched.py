@@ -61,7 +61,7 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     if cells["seed"].nunique() > 1:
         caption += " Faint lines are its seeds, the other line is their mean at each probe."
     if marks:
-        caption += " The dashed line is the gain at which methods are compared."
+        caption += " The vertical dashed line is the gain at which methods are compared."
     else:
         caption += " No method gained on the probes, so there is no gain at which to compare."
     if any(method != family(method) for method in runs.methods):

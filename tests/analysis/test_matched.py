@@ -286,7 +286,7 @@ def test_figure_and_section(tmp_path):
     assert kept["gain"].to_list() == pytest.approx((100 * found.points["gain"]).to_list()) and len(kept) == 5 * 3 * 6
     assert (
         kept["matched_gain"].iloc[0] == pytest.approx(100 * levels(found)["matched"])
-        and "dashed line" in caption
+        and "vertical dashed line" in caption
         and title
     )
     html = page("matched", matched=section(loaded, **FIXTURE))
