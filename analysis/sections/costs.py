@@ -32,6 +32,7 @@ def costs(loaded: Loaded) -> pd.DataFrame:
     """One row per (model, domain, method): MEASURED, the mean over its seeds, None if a run lacks it, and
 
     reused                     whether a seed took its preparation from the store, with the seconds of its computation
+    training_reused            whether a seed took the training of another method, with the costs of that training
     reference                  `full` if it ran on the same hardware in this study, else the method itself, or ''
     prepare_token_equivalents  seconds_prepare / (seconds_train / tokens_trained of the reference): the number of tokens
                                that could have been trained on meanwhile
@@ -96,7 +97,9 @@ def _measured(loaded: Loaded, cells: pd.DataFrame) -> dict:
     # scoring is measured here even for a checkpoint that was made elsewhere
     keys = [key for key in MEASURED if key in own and (known or key == "seconds_evaluate")]
     means = {key: mean_if_known(own[key]) for key in keys}
-    return dict.fromkeys(MEASURED) | means | {"reused": any(record.get("reused") for record in prepared)}
+    shared = "training_reused" in cells and cells["training_reused"].eq(True).any()
+    reused = {"reused": any(record.get("reused") for record in prepared), "training_reused": bool(shared)}
+    return dict.fromkeys(MEASURED) | means | reused
 
 
 def _machine(cell: pd.Series) -> tuple:
@@ -137,7 +140,7 @@ def _tokens(row: pd.Series) -> str:
     """Tokens of the domain, and what the parts added to them, with the FLOPs as a share of the domain's."""
     if numbers.missing(row["tokens_trained"]):
         return ""
-    text = f"{row['tokens_trained']:,.0f} tokens"
+    text = f"{row['tokens_trained']:,.0f} tokens{', shared' if row['training_reused'] else ''}"
     if numbers.missing(row["tokens_added"]) or not row["tokens_added"]:
         return text
     known = not numbers.missing(row["flops_added"]) and not numbers.missing(row["flops"]) and row["flops"]
@@ -180,6 +183,8 @@ def formula(rows: pd.DataFrame) -> list[str]:
     ]
     if rows["reused"].any():
         lines.append("From the store: the same preparation had been computed before; its seconds are of that time.")
+    if rows["training_reused"].any():
+        lines.append("Shared: one training from which several methods begin and differ after it; each shows its costs.")
     return lines
 
 

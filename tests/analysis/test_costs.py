@@ -150,6 +150,18 @@ def test_what_parts_add_stands_beside_the_tokens_of_the_domain(tmp_path):
     assert costs.seconds_row(of(tmp_path, planned)[1].loc["ewc"])[3][1] == "54,000 tokens, 13,500 added by parts"
 
 
+def test_a_training_that_methods_share_is_shown_as_one(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "ewc"))
+    assert "Shared" not in costs.as_markdown(of(tmp_path, planned)[0])
+    change(tmp_path, planned[1], training_reused=True)  # of one seed
+    loaded, table = of(tmp_path, planned)
+    assert [costs.seconds_row(table.loc[name])[3][1] for name in ("full", "ewc")] == [
+        "54,000 tokens",
+        "54,000 tokens, shared",
+    ]
+    assert costs.as_markdown(loaded).count("Shared: one training") == 1
+
+
 def test_carried_state_counts_as_start_in_new_records_as_in_earlier_ones(tmp_path):
     planned = write_results(tmp_path, methods=("full", "ewc"))
     for record in ({"bytes_start": 30}, {"bytes_start": 20, "bytes_carry": 10}):
