@@ -395,7 +395,7 @@ def test_dvc_exp_run_sets_one_setting_of_one_part(project):
     trained = json.loads((project / "results/runs" / CELL.format("ewc") / "train.json").read_text())
     assert (
         trained["parts"]["ewc"]["strength"] == 3.0 and trained["git"]["experiment"] == "stronger"
-    )  # the dashboard's tag DVC_EXP_NAME
+    )  # MLflow's tag DVC_EXP_NAME
 
 
 def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
