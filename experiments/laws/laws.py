@@ -249,7 +249,8 @@ def costs(trial: Trial) -> None:
     if not math.isclose(stated, trial.read[part.key], rel_tol=0.01):
         raise Broken(
             f"it states passes over {stated:.0f} tokens, and reads {trial.read[part.key]} while it prepares. What to "
-            "do: return from `preparation` how many documents it reads, cut at which length, and from `prepare` the tokens"
+            "do: return from `preparation` how many documents it reads, cut at which length, and from `prepare` "
+            "the tokens"
         )
     result, rows = trial.trained.result, texts(trial.rows, seed=12, labelled=True, length=trial.length)
     if result.tokens == 0 or overrides(part, "finish"):  # what `finish` reads is in no step

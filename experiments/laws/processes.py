@@ -65,7 +65,8 @@ def _compare(trial: Trial, found: Path, problem: str) -> None:
         raise Broken(
             f"after {STEPS} steps the weights of two processes differ from those of one by {errors[worst]:.2g} of "
             f"the norm of {worst} ({WITHIN:.0e} is allowed), in {share:.2%} of all entries. What to do: draw by (seed, "
-            "step, row) and never by process, sum over `run.shards` what is of all rows, and do the same work in every process"
+            "step, row) and never by process, sum over `run.shards` what is of all rows, and do the same "
+            "work in every process"
         )
     costs, own = json.loads((found / "costs.json").read_text()), _costs(alone)
     for what, cost in own.items():
