@@ -421,7 +421,7 @@ def raising(model):
     "wrong, said",
     [
         (looking_ahead, "its attention is not causal"),
-        (smoothing, "and the training loss"),
+        (smoothing, "the training loss"),
         (stopping, "the gradients of its own loss"),
         (raising, "raises RuntimeError: this kernel needs a GPU"),
     ],
