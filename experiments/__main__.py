@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
         environment.at_root()
     arguments = {name: value for name, value in vars(options).items() if name not in ("command", "study")}
     if not command.study:
-        call = _function(command)
+        call = _function(options.command, command)
         return (call(options) if command.add_options else call(**arguments)) or 0
     from experiments.study import cells, config
 
@@ -69,12 +69,13 @@ def run(options: argparse.Namespace) -> int:
         arguments["cell"] = cells.parse(options.cell, study)
     if options.command in STAGES:
         _check_stage(study, options.command, arguments)
-    return _function(command)(study, **arguments) or 0
+    return _function(options.command, command)(study, **arguments) or 0
 
 
-def _function(command: Command):
-    module, _, name = command.module.partition(":")
-    return getattr(import_module(module), name or "main")
+def _function(name: str, command: Command):
+    room = "stages" if name in STAGES else "commands"
+    module, _, function = (command.module or f"experiments.{room}.{name.replace('-', '_')}").partition(":")
+    return getattr(import_module(module), function or "main")
 
 
 def _check_stage(study, stage: str, arguments: dict) -> None:

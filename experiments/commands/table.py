@@ -17,7 +17,8 @@ def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, An
 class Command:
     """One command or stage.
 
-    module       its `main` (or the function behind a colon) is called with the study and the arguments by name
+    module       its `main` (or the function after a colon) is called with the study and the arguments by name;
+                 by default the module of the command's name in experiments/commands or experiments/stages
     archive      whether it may be used on a study that is an archive
     alone        whether it is refused during `dvc repro`, because it writes what that reads
     study        whether it works on a study
@@ -25,7 +26,7 @@ class Command:
     """
 
     help: str
-    module: str
+    module: str = ""
     arguments: tuple = ()
     archive: bool = False
     alone: bool = False
@@ -45,22 +46,18 @@ SHARE = {"type": float, "metavar": "SHARE"}
 COMMANDS = {
     "plan": Command(
         help="show the cells of the grid, what is cached, and the expected time, memory and disk space",
-        module="experiments.commands.plan",
         arguments=(CELLS, argument("--json", dest="as_json", action="store_true", help="print JSON")),
     ),
     "export": Command(
         help="write the weights of a finished cell as an ordinary Hugging Face folder",
-        module="experiments.commands.export",
         arguments=(CELL, argument("folder", metavar="DIR", help="the new folder")),
     ),
     "tune": Command(
         help="try values of one setting on probe rows, the same number of values for every method",
-        module="experiments.commands.tune",
         arguments=(argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)"),),
     ),
     "sweep": Command(
         help="add a method block to params.yaml for each of several values of one setting",
-        module="experiments.commands.sweep",
         arguments=(
             METHOD,
             argument("knob", metavar="SETTING", help="PART.SETTING, such as ewc.strength, or train.learning_rate"),
@@ -72,7 +69,6 @@ COMMANDS = {
     ),
     "gate": Command(
         help="exit with status 1 if a finished cell forgot more than a limit, for continuous integration",
-        module="experiments.commands.gate",
         arguments=(
             CELLS,
             argument("--max-forgetting", required=True, help="most that may be forgotten: 0.02 is 2 points", **SHARE),
@@ -83,19 +79,14 @@ COMMANDS = {
     ),
     "flips": Command(
         help="print the questions that most runs forgot, with their text from the local rows",
-        module="experiments.commands.flips",
         arguments=(
             CELLS,
             argument("--top", type=int, default=10, metavar="N", help="questions per model and domain (default: 10)"),
         ),
     ),
-    "track": Command(help="copy the results into MLflow's database", module="experiments.commands.track", archive=True),
+    "track": Command(help="copy the results into MLflow's database", archive=True),
     "pipeline": Command(help="write dvc.yaml for the study's grid", module="experiments.study.pipeline", alone=True),
-    "summary": Command(
-        help="print the comparison, the outcome of each cell and the path of the report",
-        module="experiments.commands.summary",
-        archive=True,
-    ),
+    "summary": Command(help="print the comparison, the outcome of each cell and the path of the report", archive=True),
     "clean-cells": Command(
         help="delete the weights of finished cells and keep their results",
         module="experiments.commands.clean",
@@ -103,24 +94,19 @@ COMMANDS = {
     ),
     "relock": Command(
         help="rewrite dvc.lock after a change of form, if golden weights and settings are equal before and after",
-        module="experiments.commands.relock",
         arguments=(argument("--show", action="store_true", help="print what is compared as JSON; change nothing"),),
         alone=True,
     ),
     "schema": Command(
-        help="write params.schema.json, from which an editor completes params.yaml; needs no study",
-        module="experiments.commands.schema",
-        study=False,
+        help="write params.schema.json, from which an editor completes params.yaml; needs no study", study=False
     ),
     "check": Command(
         help="test a part, built in or of another package, against the laws for all parts; needs no study",
-        module="experiments.commands.check",
         arguments=(argument("name", metavar="PART", help="name of the part in a method block, such as ewc"),),
         study=False,
     ),
     "gpu-check": Command(
         help="test and measure this machine's GPU with random weights; needs no study",
-        module="experiments.commands.gpu_check",
         study=False,
         add_options=gpu_check.add_options,
     ),
@@ -132,32 +118,14 @@ COMMANDS = {
     ),
 }
 STAGES = {
-    "resolve": Command(
-        help="write the settings on which each stage depends, as small files", module="experiments.stages.resolve"
-    ),
-    "model": Command(
-        help="fetch a model and write it as ordinary safetensors", module="experiments.stages.model", arguments=(MODEL,)
-    ),
-    "data": Command(help="fetch, split and render the rows", module="experiments.stages.data"),
+    "resolve": Command(help="write the settings on which each stage depends, as small files"),
+    "model": Command(help="fetch a model and write it as ordinary safetensors", arguments=(MODEL,)),
+    "data": Command(help="fetch, split and render the rows"),
     "base": Command(help="score the bare model", module="experiments.stages.evaluate:base", arguments=(MODEL,)),
-    "prepare": Command(
-        help="compute what a method needs before it sees the domain",
-        module="experiments.stages.prepare",
-        arguments=(MODEL, METHOD, SEED),
-    ),
-    "train": Command(help="fine-tune one cell", module="experiments.stages.train", arguments=(CELL,)),
-    "evaluate": Command(
-        help="score the weights of one cell with lm-eval", module="experiments.stages.evaluate", arguments=(CELL,)
-    ),
-    "collect": Command(
-        help="join the files of a cell into metrics.json", module="experiments.stages.collect", arguments=(CELL,)
-    ),
-    "drift": Command(
-        help="measure how far the weights of a cell moved from the base, and where",
-        module="experiments.stages.drift",
-        arguments=(CELL,),
-    ),
-    "compare": Command(
-        help="write the tables, figures and report of the study", module="experiments.stages.compare", archive=True
-    ),
+    "prepare": Command(help="compute what a method needs before it sees the domain", arguments=(MODEL, METHOD, SEED)),
+    "train": Command(help="fine-tune one cell", arguments=(CELL,)),
+    "evaluate": Command(help="score the weights of one cell with lm-eval", arguments=(CELL,)),
+    "collect": Command(help="join the files of a cell into metrics.json", arguments=(CELL,)),
+    "drift": Command(help="measure how far the weights of a cell moved from the base, and where", arguments=(CELL,)),
+    "compare": Command(help="write the tables, figures and report of the study", archive=True),
 }

@@ -21,8 +21,17 @@ from methods.settings import shown
 WIDTH = 120  # a one-line list that would become longer continues on the next line
 
 
+QUOTED = "a text that begins with one of { [ % @ ` must be in quotes"
+REMEDIES = {  # part of the parser's message → what to do
+    "mapping values are not allowed": "a second colon: put a text with a colon in quotes",
+    r"character '\t'": "a tab: indent with spaces",
+    "unhashable key": QUOTED,
+    "that cannot start any token": QUOTED,
+}
+
+
 def read_yaml(path: Path) -> dict:
-    """A YAML 1.2 mapping as plain Python (`1e-3` is a number here, as it is to DVC)."""
+    """Read a YAML 1.2 mapping (`1e-3` is a number, as it is for DVC). Raises UserError with the line of a mistake."""
     if not path.is_file():
         raise UserError(
             f"{path.name} not found at {path}: copy one of another study there, or correct the study's name"
@@ -31,31 +40,23 @@ def read_yaml(path: Path) -> dict:
         raw = YAML(typ="safe", pure=True).load(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"{path.name} line {line} holds bytes that are not UTF-8: save the file as UTF-8") from error
+        raise UserError(f"{path.name} line {line} has bytes that are not UTF-8: save the file as UTF-8") from error
     except DuplicateKeyError as error:
         key = error.problem.removeprefix("found duplicate ").partition(" with value")[0]
         raise UserError(
-            f"{path.name} line {error.problem_mark.line + 1}: the {key} stands there already: keep one of the two"
+            f"{path.name} line {error.problem_mark.line + 1}: the {key} is already in this block: keep one of the two"
         ) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        said = ", ".join(text for text in (error.problem, error.context) if text)
-        if "mapping values are not allowed" in said:
-            said = "a second colon: put a text that holds one in quotes"
-        if r"character '\t'" in said:
-            said = "a tab: indent with spaces"
-        if "unhashable key" in said or "that cannot start any token" in said:
-            said = "a text that begins with one of { [ % @ ` stands in quotes"
+        problem = ", ".join(text for text in (error.problem, error.context) if text)
+        problem = next((words for part, words in REMEDIES.items() if part in problem), problem)
         raise UserError(
-            f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {said}"
+            f"{path.name} is not valid YAML: line {mark.line + 1}, column {mark.column + 1}: {problem}"
         ) from error
     except RecursionError as error:
         raise UserError(f"{path.name} is not valid YAML: it nests lists or mappings without end") from error
-    except (
-        YAMLError,
-        ValueError,
-        LookupError,
-    ) as error:  # ValueError: a date that does not exist; LookupError: `!!bool maybe`
+    # ValueError: a date that does not exist; LookupError: `!!bool maybe`
+    except (YAMLError, ValueError, LookupError) as error:
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(
@@ -71,15 +72,11 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
     """
     seen = set() if seen is None else seen
     if id(value) in above:
-        raise UserError(
-            f"{where} holds itself: an alias (*) stands inside of its own anchor (&); write out what is meant"
-        )
+        raise UserError(f"{where} contains itself: an alias (*) is inside its own anchor (&); write out what is meant")
     if isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
-            raise UserError(
-                f"{where} is {shown(value)}: it holds half of a character (\\ud800 to \\udfff); "
-                "write the character itself"
-            )
+            half = "half of a character (\\ud800 to \\udfff)"
+            raise UserError(f"{where} is {shown(value)}: it has {half}; write the character itself")
     elif isinstance(value, dict | list):
         if id(value) in seen:
             return
@@ -96,7 +93,7 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
                 raise UserError(f"{where or 'params.yaml'}: the key {shown(key)} is not text: put it in quotes")
             refuse_odd(inner, where=path, above=(*above, id(value)), seen=seen)
     elif isinstance(value, date):
-        raise UserError(f"{where} is {value}, which YAML takes for a date: put it in quotes")
+        raise UserError(f"{where} is {value}, which YAML reads as a date: put it in quotes")
     elif value is not None and not isinstance(value, bool | int | float):
         raise UserError(f"{where} is {shown(value)}: write text, a number, true, false, null, a list or a mapping")
 

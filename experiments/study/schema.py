@@ -28,8 +28,10 @@ class Form:
 
 
 def key(help: str, default: Any = ...) -> Any:
-    """A key of a block with its help; required without a default. A key with the default None is None where it is not
-    written; null itself is refused, except for a list or a mapping."""
+    """A key of a block with its help; without a default it is required.
+
+    With the default None the attribute is None if the key is not written, and null in the file is refused.
+    """
     if isinstance(default, type | list | dict):
         return Field(default_factory=default if isinstance(default, type) else default.copy, description=help)
     return Field(default, description=help)
@@ -67,7 +69,7 @@ class Block(BaseModel):
 
 
 def bounds(within: str) -> dict[str, float]:
-    """An interval such as "[1, inf)" as pydantic takes it: {"ge": 1}."""
+    """The arguments of pydantic's Field for an interval: {"ge": 1} for "[1, inf)"."""
     if not within:
         return {}
     low, high = within[1:-1].split(", ")
@@ -76,7 +78,7 @@ def bounds(within: str) -> dict[str, float]:
 
 
 def settings_block(kind: type, *, name: str, without: tuple[str, ...] = ()) -> type[Block]:
-    """The block that writes settings of a part or of training: every key may be left out."""
+    """The block with the settings of a part or of training; every key may be left out."""
     kinds, keys = get_type_hints(kind), {}
     for field in declared(kind):
         if field.name not in without:
@@ -88,22 +90,21 @@ def settings_block(kind: type, *, name: str, without: tuple[str, ...] = ()) -> t
     return create_model(name, __base__=Block, __doc__=None, **keys)
 
 
-SHA = Form("a sha256: 64 hexadecimal digits")
+def text(pattern: str, words: str) -> Any:
+    """A text that must match a pattern, with the pattern in words."""
+    return Annotated[str, Field(pattern=pattern), Form(words)]
+
+
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$", max_length=LONGEST)]
-Text = Annotated[str, Field(pattern=r"\S"), Form("text that is not empty")]
-Sha256 = Annotated[str, Field(pattern="^[0-9a-fA-F]{64}$"), SHA]
-Package = Annotated[
-    str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$"), Form("NAME==VERSION")
-]
-Metric = Annotated[str, Field(pattern=r"^[^\s,]+(,[^\s,]+)?$"), Form("a metric of the task, or METRIC,FILTER")]
-Source = Annotated[
-    str,
-    Field(pattern=r"^(hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+|random:.+)$"),
-    Form("hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE"),
-]
-Commit = Annotated[
-    str, Field(pattern="^[0-9a-f]{40}$"), Form("the 40 hexadecimal digits of the commit that made the results")
-]
+Text = text(r"\S", "text that is not empty")
+Sha256 = text("^[0-9a-fA-F]{64}$", "a sha256: 64 hexadecimal digits")
+Package = text(r"^[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*$", "NAME==VERSION")
+Metric = text(r"^[^\s,]+(,[^\s,]+)?$", "a metric of the task, or METRIC,FILTER")
+Source = text(
+    r"^(hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+|random:.+)$",
+    "hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE",
+)
+Commit = text("^[0-9a-f]{40}$", "the 40 hexadecimal digits of the commit that made the results")
 Count = Annotated[int, Field(ge=1), Form("a whole number from 1")]
 CountOrNone = Annotated[int, Field(ge=0), Form("a whole number from 0")]
 CountOrAll = Annotated[Annotated[int, Field(ge=1)] | Literal["all"], Form("a whole number from 1, or all")]
@@ -113,7 +114,7 @@ Positive = Annotated[float, Field(gt=0), Form("a number above 0")]
 Share = Annotated[
     float,
     Field(ge=0, lt=1),
-    WrapValidator(lambda value, check: (check(value), value)[1]),  # 0 stays 0: scored files hold it as it is written
+    WrapValidator(lambda value, check: (check(value), value)[1]),  # keeps 0 an integer in the files of tasks
     Form("a share of 1, in [0, 1)", lambda value: f"; {value} % is {value / 100:g}" if value in range(1, 100) else ""),
 ]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]

@@ -92,19 +92,19 @@ def test_mistakes_are_named(tmp_path, path, value, message):
     [
         (b"a: [1", "params.yaml is not valid YAML: line 1, column 6"),
         (b"a:\n\tb: 1\n", "params.yaml is not valid YAML: line 2, column 1: a tab: indent with spaces"),
-        (b"a: 1\nb: c: d\n", "line 2, column 5: a second colon: put a text that holds one in quotes"),
+        (b"a: 1\nb: c: d\n", "line 2, column 5: a second colon: put a text with a colon in quotes"),
         (
             b"train: {}\nmodels: {}\ntrain: {}\n",
-            'params.yaml line 3: the key "train" stands there already: keep one of the two',
+            'params.yaml line 3: the key "train" is already in this block: keep one of the two',
         ),
         (
             b"a: {{b}}\n",
-            "params.yaml is not valid YAML: line 1, column 5: a text that begins with one of { [ % @ ` stands in quotes",
+            "params.yaml is not valid YAML: line 1, column 5: a text that begins with one of { [ % @ ` must be in quotes",
         ),
-        (b"a: %b\n", "line 1, column 4: a text that begins with one of { [ % @ ` stands in quotes"),
+        (b"a: %b\n", "line 1, column 4: a text that begins with one of { [ % @ ` must be in quotes"),
         (b"", "params.yaml is empty: it needs at least grid"),
         (b"- a\n", "params.yaml must be a mapping of blocks"),
-        (b"a: 1\nb: \xff\n", "params.yaml line 2 holds bytes that are not UTF-8"),
+        (b"a: 1\nb: \xff\n", "params.yaml line 2 has bytes that are not UTF-8"),
         (b"a: 2024-99-99\n", "params.yaml is not valid YAML: month"),
     ],
 )

@@ -325,14 +325,14 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
         (
             ("tasks", "t", "set"),
             {"x": [date(2024, 1, 2)]},
-            "tasks.t.set.x is 2024-01-02, which YAML takes for a date: put it in quotes",
+            "tasks.t.set.x is 2024-01-02, which YAML reads as a date: put it in quotes",
         ),
         (
             ("domains", "d", "task"),
             {"metadata": {"x": b"y"}},
             "domains.d.task.metadata.x is b'y': write text, a number",
         ),
-        (("title",), "\ud800", "title is '\\ud800': it holds half of a character"),
+        (("title",), "\ud800", "title is '\\ud800': it has half of a character"),
         (
             ("grid", "seeds"),
             [0, 2**63],
@@ -351,7 +351,7 @@ def test_an_alias_inside_of_its_own_anchor_is_refused_and_one_used_twice_is_not(
     raw["domains"]["d"]["set"] = raw["tasks"]["t"]["set"] = {"x": {"y": 1}}
     build(raw)
     raw["tasks"]["t"]["set"]["x"]["y"] = raw["tasks"]["t"]["set"]
-    with pytest.raises(UserError, match="tasks.t.set.x.y holds itself"):
+    with pytest.raises(UserError, match="tasks.t.set.x.y contains itself"):
         build(raw)
 
 

@@ -167,7 +167,7 @@ def test_a_list_has_its_own_number_of_points_and_a_block_is_not_swept(demo):
     with pytest.raises(UserError, match="--points and --linear are for a range"):
         sweep.make(demo, method="ewc", knob="ewc.strength", values="1,2", points=2, linear=False)
     for points in (1, 1_000_000):
-        with pytest.raises(UserError, match=f"--points {points}: .*ask for 2 to 100"):
+        with pytest.raises(UserError, match=f"--points {points}: .*give 2 to 100"):
             sweep.make(demo, method="ewc", knob="ewc.strength", values="1..2", points=points, linear=False)
     sweep.main(demo, method="ewc", knob="ewc.strength", values="1,10")
     with pytest.raises(UserError, match="ewc-s1 is a block of a sweep: sweep ewc"):
