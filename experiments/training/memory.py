@@ -181,12 +181,9 @@ class _Prediction:
         if any("provides_weights" in part.capabilities for part in self.parts):
             masters = self.counts.wide * self.counts.trained * self.counts.half  # made although nothing moves them
             return _with_total({"weights": self.counts.base * self.counts.compute, "masters": masters})
-        added = [part.added() for part in self.parts]
-        longest = max([settings.length, *(each.length or 0 for each in added)])
+        longest = max([settings.length, *(part.added().length or 0 for part in self.parts)])
         own = [part.memory(counts=self.counts, phase="train") for part in self.parts]
-        copied = any("needs_gradient" in part.capabilities for part in self.parts)
-        settings = dataclasses.replace(settings, length=longest)
-        return self._fit(settings, own, gradient_copied=copied, rows_added=any(each.trained for each in added))
+        return self._fit(dataclasses.replace(settings, length=longest), own, parts=self.parts)
 
     def preparing(self, part: Part, made: Pass, settings: TrainSettings, longest: int | None) -> dict[str, int]:
         """A pass that a part makes over documents: a training of its own, or forward and backward passes."""
@@ -217,10 +214,8 @@ class _Prediction:
         }
         return _with_total(kinds, kept=own.kept, passing=alive + max(kinds["logits"], work, own.gradient))
 
-    def _fit(
-        self, settings: TrainSettings, own: Sequence[Memory], *, gradient_copied: bool = False, rows_added: bool = False
-    ) -> dict[str, int]:
-        """The engine's loop, with what the parts hold and take in it."""
+    def _fit(self, settings: TrainSettings, own: Sequence[Memory], *, parts: Sequence[Part] = ()) -> dict[str, int]:
+        """The engine's loop with `parts`, which hold and take their `own` in it."""
         counts, share, wide, narrow = self.counts, self.counts.share, self.counts.wide, self.counts.compute
         rows, length = settings.micro_batch, settings.length
         if settings.pack:
@@ -255,11 +250,13 @@ class _Prediction:
         update = 0
         if settings.moments == "bfloat16":
             update = SCRATCH * counts.piece(share(counts.largest_trained), cpu=CPU_CHUNK, cuda=CHUNK)
+        gradient_copied = any("needs_gradient" in part.capabilities for part in parts)
         update += sum(memory.update for memory in own) + gradient_copied * share(wide * counts.trained)
         update = max([update, *(memory.optimizer for memory in own)])
         kept, forward = sum(memory.kept for memory in own), sum(memory.forward for memory in own)
         kinds |= {"scratch": kept + forward + update, "activations": alive, "transient": work + copies}
         # gradients exist during a pass where several are added up, and where masters on the CPU keep their buffers
+        rows_added = any(part.added().trained for part in parts)
         waiting = rows_added or bool(settings.pack) or settings.batch > settings.micro_batch * (self.processes or 1)
         waiting = waiting or (self.device == "cpu" and self.processes is None and counts.half)
         # the head's gradient is complete while all blocks still hold their activations

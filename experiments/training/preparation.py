@@ -48,7 +48,7 @@ def prepare(
 ) -> Iterator[Preparation]:
     """One preparation after the other, so that each can be stored and freed before the next one begins.
 
-    make      make(trains) → the bare model, anew; `trains`: the part gives it to `fit`, which cuts it among the processes
+    make      make(trains) → a new bare model; `trains`: the part gives it to `fit`, which cuts it among the processes
     settings  of training, for parts that train while they prepare
     resume    by a part's key, where it keeps what it has so far
     tokenizer for parts that sample text
