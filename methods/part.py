@@ -18,24 +18,24 @@ overrides only the hooks it needs. The engine calls the hooks in this order:
         after_step          after clipping and optimizer.step()
     finish, save, report
 
-Parts that share a hook run by phase (`PHASES`), then by key; `@register(phase=...)` says the phase. Without it the phase
-follows from the hooks that the part overrides.
+Parts that share a hook run by phase (`PHASES`), then by key; `@register(phase=...)` says the phase. Without it the
+phase follows from the hooks that the part overrides.
 
-`state` is one mutable dict for each part. It begins with what `calibrate` and `prepare` made ("calibration", "importance",
-"start", "carry"), and the part's hooks add to it; checkpoints contain it. The engine reads two keys:
+`state` is one mutable dict for each part. It begins with what `calibrate` and `prepare` made ("calibration",
+"importance", "start", "carry"), and the part's hooks add to it; checkpoints contain it. The engine reads two keys:
 
     state["anchor"]   tensors, in a dict, that the run compares its weights with; their bytes are recorded
     state["frozen"]   {name of run.weights: bool mask of this process's rows, or of no dimension for all of them}:
                       entries that do not move in this step, whatever the optimizer and its weight decay do; their
                       gradient counts in no norm
 
-Where several processes train one model, each holds some rows of every tensor. A part works on these rows (`run.weights`,
-`run.shards.local`) and sums over processes what belongs to all rows (`run.shards.sum`). All processes call all hooks
-equally often, also for micro-batches that only fill up an uneven batch and count with weight zero: a hook that runs the
-model runs it in every call, whatever the batch contains.
+Where several processes train one model, each holds some rows of every tensor. A part works on these rows
+(`run.weights`, `run.shards.local`) and sums over processes what belongs to all rows (`run.shards.sum`). All processes
+call all hooks equally often, also for micro-batches that only fill up an uneven batch and count with weight zero: a
+hook that runs the model runs it in every call, whatever the batch contains.
 
-What the engine offers, so that no part has to write it, stands at `Run`. What these services cost is charged to the part
-whose hook uses them; a part reports what else it reads or stores with `run.charge`. A complete example:
+What the engine offers, so that no part has to write it, stands at `Run`. What these services cost is charged to the
+part whose hook uses them; a part reports what else it reads or stores with `run.charge`. A complete example:
 
     from dataclasses import dataclass
 
@@ -133,7 +133,8 @@ class Run:
     shards   this process among those that share the model
     moments  how an optimizer of Adam's kind keeps its m and v
     epoch    optimizer steps of an epoch
-    clipped  the factor by which clipping multiplied the last step's gradients; a 0-dim tensor, None before the first step
+    clipped  the factor by which clipping multiplied the last step's gradients; a 0-dim tensor, None before the first
+             step
 
     Services of the engine, absent (None) where a run was not made by it:
 
@@ -258,7 +259,8 @@ class Part:
     def preparation(self) -> Sequence[Pass]:
         """The passes over general text that `calibrate` and `prepare` make, which `plan` and the memory check must know.
 
-        By default each makes one over all documents, uncut: forward alone on the bare model, with gradients on the adapted.
+        By default each makes one over all documents, uncut: forward alone on the bare model, with gradients on the
+        adapted.
         """
         passes = {"calibrate": Pass(bare=True, gradients="none"), "prepare": Pass()}
         return tuple(made for hook, made in passes.items() if overrides(self, hook))
@@ -288,8 +290,8 @@ class Part:
 
         general   whole documents, which the part cuts at a length of its own (`cut`)
         seed      the cell's with the capability "seeded_preparation"; otherwise 0, and all seeds share what is prepared
-        fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the engine's loop,
-                  which shares the model among the processes and continues where it was interrupted
+        fit       fit(model=, parts=, examples=, seed=, **training settings; None keeps the method's own): the
+                  engine's loop, which shares the model among the processes and continues where it was interrupted
         progress  progress(total=, desc=, unit=) → a tqdm bar
         shards    the processes; each has the whole model
         resume    checkpoints of a long pass of the part's own; None: there are none
@@ -319,10 +321,10 @@ class Part:
     def examples(self, *, run: Run, state: dict, rows: list[Row], step: int) -> list[Row]:
         """Change the rows of the global step, on the CPU, before they are cut into micro-batches and shared out.
 
-        A row of the domain carries its "index". A row without one is the part's own: its tokens and FLOPs are charged to
-        the part and not counted in `tokens_trained`. Further 1-D tensors of a row's length are carried into the
-        micro-batch under their name, zero where a row has none. Every process calls this with the same rows and must get
-        the same rows: draw from `run.generator(self.key, step, row)`.
+        A row of the domain carries its "index". A row without one is the part's own: its tokens and FLOPs are charged
+        to the part and not counted in `tokens_trained`. Further 1-D tensors of a row's length are carried into the
+        micro-batch under their name, zero where a row has none. Every process calls this with the same rows and must
+        get the same rows: draw from `run.generator(self.key, step, row)`.
 
         The step's loss is divided by the labelled tokens of the rows that are returned. A label set to -100 here is
         not counted; a token that is to be counted and not learned gets the weight 0 in `token_weights`.
@@ -333,8 +335,8 @@ class Part:
         """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each (batch, tokens).
 
         Rows and labels may be added, changed and taken away: the step's loss is divided by the labelled tokens that are
-        then in all its micro-batches, and tokens that are added are charged to the part. Padding stands on the right; no
-        other mask is read.
+        then in all its micro-batches, and tokens that are added are charged to the part. Padding stands on the right;
+        no other mask is read.
         """
         return batch
 
@@ -352,16 +354,16 @@ class Part:
         """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them.
 
         hidden (batch, tokens, width) and all of the batch but its labels are on the run's device. The model and
-        `run.reference` may be run on other tokens. Where processes share the model a term of `run.weights` themselves is
-        refused: it belongs in `before_clip`.
+        `run.reference` may be run on other tokens. Where processes share the model a term of `run.weights` themselves
+        is refused: it belongs in `before_clip`.
         """
         return None
 
     def second_gradient(self, *, run: Run, state: dict, step: int) -> Mapping[str, Tensor] | None:
         """Offsets by names of `run.weights`: the step's gradient is taken once more at weights plus offsets.
 
-        The first gradient is in `.grad`. The second one replaces it, on the same micro-batches with the same dropout; the
-        step itself is made from the unmoved weights (SAM). At most one part of a method asks for it.
+        The first gradient is in `.grad`. The second one replaces it, on the same micro-batches with the same dropout;
+        the step itself is made from the unmoved weights (SAM). At most one part of a method asks for it.
         """
         return None
 
@@ -397,12 +399,13 @@ class Part:
         """Change the full-precision weights to be written, by base parameter name; what is absent stays the base's.
 
         final    whole tensors on the CPU at the first process, which writes them; empty at the others
-        measure  measure(weights) → {"nll", "kl"}: nats per token of the general probe rows and KL(base ‖ weights) there, of
-                 weights like `final`, rounded as they will be kept. Every process calls it equally often; None outside a cell
+        measure  measure(weights) → {"nll", "kl"}: nats per token of the general probe rows and KL(base ‖ weights)
+                 there, of weights like `final`, rounded as they will be kept. Every process calls it equally often;
+                 None outside a cell
 
         No name, shape or narrower dtype than the base has: that is refused by the part's name. A part that has no other
-        hook of a training acts in `finish` alone: cells that differ in such parts train once. Its `run` then has a model
-        without numbers and no trained weights.
+        hook of a training acts in `finish` alone: cells that differ in such parts train once. Its `run` then has a
+        model without numbers and no trained weights.
         """
         return final
 
