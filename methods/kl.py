@@ -1,4 +1,5 @@
-"""Stay near the base's predictions: KL divergence to the frozen base, per token (Li & Hoiem 2016, learning without forgetting).
+"""Stay near the base's predictions: KL divergence to the frozen base, per token (Li & Hoiem 2016, learning without
+forgetting).
 
     loss = nll + strength · T² · mean_t KL( p₀(·|x≤t) ‖ p(·|x≤t) )          p = softmax(logits / T), T the temperature
 

@@ -1,4 +1,6 @@
-"""Every code block of README and docs: examples run, commands are parsed by the program that they call, and run where they only read."""
+"""Every code block of README and docs: examples run, commands are parsed by the program that they call, and run
+where they only read.
+"""
 
 import contextlib
 import importlib.util
@@ -230,7 +232,9 @@ def _pulls(part, model, *, strength):
 
 @pytest.mark.parametrize("page, text", [(page, text) for page, text in blocks("yaml") if "l2_sp" not in text])
 def test_a_block_of_params_yaml_is_one_that_loads(page, text, tmp_path):
-    """Put in place of the same blocks of the study it is about (else beside those of the default study), it is accepted."""
+    """Put in place of the same blocks of the study it is about (else beside those of the default study), it is
+    accepted.
+    """
     given = YAML(typ="safe").load(text)
     study = "mofo-math" if "math-small" in text else ""
     whole = read_yaml(Paths(study=study).params)

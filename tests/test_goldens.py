@@ -40,7 +40,9 @@ def test_methods_differ():
 
 @pytest.mark.parametrize("method", sorted(goldens.METHODS))
 def test_accumulation_multiplies_nothing(method):
-    """A penalty added to every micro-batch's loss would count four times here; dropout is off, for it draws by batch."""
+    """A penalty added to every micro-batch's loss would count four times here; dropout is off, for it draws by
+    batch.
+    """
     blocks = {
         key: value | ({"dropout": 0.0} if key == "lora" else {}) for key, value in goldens.METHODS[method].items()
     }

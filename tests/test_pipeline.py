@@ -203,10 +203,16 @@ def test_adding_a_seed_and_a_method_runs_only_new_cells(project):
         "train@llama-tiny-sums-hierarchical-0",
         "prepare@llama-tiny-hierarchical-1",
     )
-    prepared = lambda cell: json.loads((project / f"results/prepared/llama-tiny/{cell}/prepare.json").read_text())
+
+    def prepared(cell):
+        return json.loads((project / f"results/prepared/llama-tiny/{cell}/prepare.json").read_text())
+
     assert prepared("ewc/seed1")["reused"] is True  # no seed enters EWC's Fisher
     assert prepared("hierarchical/seed1")["reused"] is False  # the general phase trains an adapter drawn by the seed
-    trained = lambda cell: json.loads((project / f"results/runs/llama-tiny/sums/{cell}/train.json").read_text())
+
+    def trained(cell):
+        return json.loads((project / f"results/runs/llama-tiny/sums/{cell}/train.json").read_text())
+
     assert trained("full/seed0")["weights_sha256"] != trained("full/seed1")["weights_sha256"]
     assert (
         trained("hierarchical/seed0")["tokens_trained"] == trained("full/seed0")["tokens_trained"]
@@ -460,12 +466,15 @@ def test_cells_that_differ_in_finish_alone_train_once(project):
 
 @pytest.mark.thorough
 def test_an_upgraded_library_is_told_and_the_advice_works(project, tmp_path):
-    """The base is scored, transformers is upgraded, another cell is asked for: both are scored again, once the advice is followed."""
+    """The base is scored, transformers is upgraded, another cell is asked for: both are scored again, once the
+    advice is followed.
+    """
     edit(project, lambda raw: raw["grid"].update(methods=["full", "ewc"]))
     cell = "collect@llama-tiny-sums-{}-0".format
     repro(project, cell("full"))
     (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.metadata as m\nreal = m.version\nm.version = lambda name: '99.0' if name == 'transformers' else real(name)\n"
+        "import importlib.metadata as m\nreal = m.version\nm.version = lambda name: '99.0' if name == 'transformers' "
+        "else real(name)\n"
     )
     upgraded = {"PYTHONPATH": str(tmp_path)}
     edit(project, lambda raw: raw["methods"]["ewc"]["ewc"].update(samples=9))
@@ -473,7 +482,8 @@ def test_an_upgraded_library_is_told_and_the_advice_works(project, tmp_path):
     done = run(project, "dvc", "repro", cell("ewc"), check=False, **upgraded)
     assert done.returncode and "train@" not in done.stdout  # before the work
     told = re.search(
-        r"versions.transformers is '99.0' now, .*run `(python -m experiments [^`]+)` and then the same `dvc repro` again",
+        r"versions.transformers is '99.0' now, .*run `(python -m experiments [^`]+)` and then the same "
+        "`dvc repro` again",
         done.stderr,
     )
     run(project, *told[1].split(), **upgraded)

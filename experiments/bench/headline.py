@@ -171,8 +171,8 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             "entries": {name: sizes[name]["entries"] for name in contestants},
             "computed in": str(on.dtype).removeprefix("torch."),
             "threads": torch.get_num_threads(),
-            "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher is in "
-            "full precision",
+            "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher "
+            "is in full precision",
         }
     )
     yield found

@@ -98,9 +98,8 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
     parts = row["parts"] if isinstance(row.get("parts"), dict) else {}
     about = {key: row[key] for key in ("model", "domain", "method", "seed", "dtype", "numerics", "scoring")}
     note = (
-        f"{row['model']} fine-tuned on {row['domain']} with **{row['method']}**, seed {row['seed']}.\n\n"
-        f"Gain {_change(row['domain_gain'], units.of_domain(row))}, "
-        f"forgetting {_change(row['forgetting'], units.SHARE)}."
+        f"{row['model']} fine-tuned on {row['domain']} with **{row['method']}**, seed {row['seed']}.\n\nGain "
+        f"{_change(row['domain_gain'], units.of_domain(row))}, forgetting {_change(row['forgetting'], units.SHARE)}."
         + (" **NOT A RESULT.**" if row["not_a_result"] else "")
         + (f" **Not in the comparison**: {excluded}" if excluded else "")
     )

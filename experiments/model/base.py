@@ -21,7 +21,8 @@ class Tensors(Mapping[str, Tensor]):
         if not files:
             raise UserError(f"no safetensors in {folder}: run `dvc repro` to make it")
         self._open = [_opened(file) for file in files]
-        self._where = {name: number for number, file in enumerate(self._open) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        # noqa: SIM118 (no mapping)
+        self._where = {name: number for number, file in enumerate(self._open) for name in file.keys()}
 
     def __getitem__(self, name: str) -> Tensor:
         return self._open[self._where[name]].get_tensor(name)

@@ -124,8 +124,8 @@ class Delta(Mapping[str, Tensor]):
             raise UserError(f"{path} is damaged ({error}): {AGAIN}") from error
         if made_beside != base_sha256:
             raise UserError(
-                f"{path} is a delta of the base {made_beside[:12]}, this one is {base_sha256[:12]}: give the base it was "
-                "made from"
+                f"{path} is a delta of the base {made_beside[:12]}, this one is {base_sha256[:12]}: give the base it "
+                "was made from"
             )
 
     def __getitem__(self, name: str) -> Tensor:

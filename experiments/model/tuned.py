@@ -206,7 +206,8 @@ def rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> Mapping[
         rounded_tensor = final[name].to(tensor.dtype).cpu().contiguous()
         if rounded_tensor.shape != tensor.shape:
             raise UserError(
-                f"{name} is {list(rounded_tensor.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside it"
+                f"{name} is {list(rounded_tensor.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside "
+                "it"
             )
         return rounded_tensor
 

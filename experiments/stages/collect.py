@@ -118,9 +118,8 @@ def comparable(cell, *, scores: dict, base: dict, train: dict, study: str) -> No
     for what, ours, theirs in _differences(scores, base, train):
         option = f" --study {study}" if study else ""
         raise UserError(
-            f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again "
-            f"with `python -m experiments base {cell.model}{option}` and "
-            f"`python -m experiments evaluate {cell.name}{option}`, then "
+            f"{cell.name}: {what} is {ours!r} for the cell and {theirs!r} for its base: score both again with `python "
+            f"-m experiments base {cell.model}{option}` and `python -m experiments evaluate {cell.name}{option}`, then "
             f"`python -m experiments collect {cell.name}{option}`"
         )
 

@@ -35,7 +35,9 @@ __all__ = ["FitResult", "TrainingFailed", "final_weights", "fit"]
 
 @dataclass(kw_only=True)
 class FitResult:
-    """What a fit returns: the run (adapted model and float32 weights), its parts with their states, and what it cost."""
+    """What a fit returns: the run (adapted model and float32 weights), its parts with their states, and what it
+    cost.
+    """
 
     run: Run
     method: Hooks
@@ -77,8 +79,8 @@ def fit(
 ) -> FitResult:
     """Fine-tune `model` on `examples` with `parts`; the model is changed in place and returned in the run.
 
-    `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key; `general` is general text for
-    parts with the capability "general"; parts that encode or sample text use `tokenizer`. The model computes in
+    `base` maps base parameter names to θ₀; `states` holds what each part prepared, by key; `general` is general text
+    for parts with the capability "general"; parts that encode or sample text use `tokenizer`. The model computes in
     `compute_dtype`, by default its own. With `shards` active the model, on the CPU or on `device`, is shared among the
     processes; every process gives the same arguments. `resume` keeps the checkpoints from which an interrupted run
     continues, bit for bit. `probe` is called outside timed training and must leave random state and mode as they were.
@@ -100,8 +102,8 @@ def fit(
         architecture.recompute_activations(model)
     if settings.pack and not architecture.keeps_apart(model):
         raise UserError(
-            f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets packed "
-            "examples see each other: set train.pack: 0"
+            f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets "
+            "packed examples see each other: set train.pack: 0"
         )
     if settings.compile:
         architecture.compile_blocks(model)

@@ -107,7 +107,9 @@ class Hooks:
         return kept["epoch"]
 
     def examples(self, run: Run, rows: list[Row], step: int) -> list[Row]:
-        """The rows of a step as the parts change them; those without an index are charged to the part that adds them."""
+        """The rows of a step as the parts change them; those without an index are charged to the part that adds
+        them.
+        """
         for part in self.having("examples"):
             before = tokens_of_domain(rows)
             rows = list(self.call(part, "examples", run=run, rows=rows, step=step))
@@ -200,7 +202,9 @@ class Hooks:
     def finish(
         self, run: Run, parts: Sequence[Part], final: dict[str, Tensor], measure: Callable | None
     ) -> dict[str, Tensor]:
-        """`final` as the `finish` of these parts leaves it; what `measure` takes is charged to the part that calls it."""
+        """`final` as the `finish` of these parts leaves it; what `measure` takes is charged to the part that calls
+        it.
+        """
         charged = measure and functools.partial(measure, charge=self.charge)
         for part in in_order(parts):
             if overrides(part, "finish"):
@@ -218,7 +222,9 @@ class Hooks:
 
 
 def finishers(parts: Sequence[Part]) -> list[Part]:
-    """The last parts in the order of `finish` that act in no hook of a training: cells that differ in these alone share it."""
+    """The last parts in the order of `finish` that act in no hook of a training: cells that differ in these alone
+    share it.
+    """
     finishing = [part for part in parts if overrides(part, "finish")]
     return list(itertools.takewhile(_acts_in_finish_alone, reversed(finishing)))[::-1]
 
@@ -243,8 +249,8 @@ def refuse_rows(part: Part, hook: str, rows: Sequence[Any]) -> None:
                 tensor.shape != ids.shape or tensor.dim() != 1 or not len(tensor) or tensor.device.type != "cpu"
             ):
                 raise UserError(
-                    f"{part.key}: a row that its `{hook}` gives has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
-                    "each must be (tokens,), of the same length, on the CPU"
+                    f"{part.key}: a row that its `{hook}` gives has {name} {_told(tensor)} beside input_ids "
+                    f"{_told(ids)}: each must be (tokens,), of the same length, on the CPU"
                 )
 
 
@@ -280,7 +286,8 @@ def changed(part: Part, given: Any, *, before: Mapping[str, Tensor]) -> dict[str
     mask = given.get("attention_mask")
     if mask is not None and (mask[:, 1:] > mask[:, :-1]).any():
         raise UserError(
-            f"{subject} has an attention_mask with a 0 before a 1: padding stands on the right, and no other mask is read"
+            f"{subject} has an attention_mask with a 0 before a 1: padding stands on the right, and no other mask is "
+            "read"
         )
     return dict(given)
 
@@ -323,13 +330,14 @@ def optimizer(parts: Sequence[Part], *, run: Run, **settings: Any) -> torch.opti
         own = {id(weight) for weight in run.weights.values()}
         if not any(id(tensor) in own for group in one.param_groups for tensor in group["params"]):
             raise UserError(
-                f"{key}: its optimizer holds none of the trained tensors: give it those of run.weights themselves, not copies"
+                f"{key}: its optimizer holds none of the trained tensors: give it those of run.weights themselves, not "
+                "copies"
             )
         closure = inspect.signature(one.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise UserError(
-                f"{key}: {type(one).__name__} computes the loss again in its step (it needs a closure), which this loop "
-                "cannot do; choose an optimizer that steps on a gradient"
+                f"{key}: {type(one).__name__} computes the loss again in its step (it needs a closure), which this "
+                "loop cannot do; choose an optimizer that steps on a gradient"
             )
     return next(iter(brought.values()), None)
 
@@ -351,14 +359,16 @@ def finished(part: Part, final: Any, *, base: Mapping[str, Tensor]) -> dict[str,
             and torch.promote_types(tensor.dtype, there.dtype) != tensor.dtype
         ):
             raise UserError(
-                f"{part.key}: its `finish` gives {name} in {tensor.dtype}, which holds less than the base's {there.dtype}: "
-                "give the full-precision weights"
+                f"{part.key}: its `finish` gives {name} in {tensor.dtype}, which holds less than the base's "
+                f"{there.dtype}: give the full-precision weights"
             )
     return dict(final)
 
 
 def starts(states: Mapping[str, dict], run: Run) -> dict[str, Tensor]:
-    """The weights that one of the parts prepared as the start, taken out of its state. Raises UserError for two, and for strange ones."""
+    """The weights that one of the parts prepared as the start, taken out of its state. Raises UserError for two,
+    and for strange ones.
+    """
     brought = {key: start for key, state in states.items() if (start := state.pop("start", None))}
     if len(brought) > 1:
         raise UserError(f"{' and '.join(brought)} cannot be combined: each brings weights to start from; keep one")
@@ -366,13 +376,16 @@ def starts(states: Mapping[str, dict], run: Run) -> dict[str, Tensor]:
         for name, tensor in start.items():
             if name not in run.shapes or tensor.shape != run.shapes[name]:
                 raise UserError(
-                    f"{key}: it starts {name} from {_told(tensor)}, which is no trained tensor of this run or not in its shape"
+                    f"{key}: it starts {name} from {_told(tensor)}, which is no trained tensor of this run or not in "
+                    "its shape"
                 )
     return next(iter(brought.values()), {})
 
 
 def report(part: Part, *, run: Run, state: dict) -> Any:
-    """A part's report as JSON takes it: what JSON cannot hold is written as text, so that nothing trained is lost over it."""
+    """A part's report as JSON takes it: what JSON cannot hold is written as text, so that nothing trained is lost
+    over it.
+    """
     return _json(part.report(run=run, state=state))
 
 

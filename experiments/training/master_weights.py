@@ -1,4 +1,5 @@
-"""Float32-exact updates in one process: a float32 master of every trained tensor, the module computing in its own dtype.
+"""Float32-exact updates in one process: a float32 master of every trained tensor, the module computing in its own
+dtype.
 
 A bf16 weight loses every update smaller than 1/256 of itself; the master keeps them. Where the module
 already computes in float32 or float64 the master is the parameter itself and nothing is copied.
@@ -16,7 +17,8 @@ from methods.tools.architecture import base_name
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast a model to the dtype it computes in.
 
-    What transformers keeps in a dtype of its own stays in it: buffers, and parameters whose dtype is not the first one's.
+    What transformers keeps in a dtype of its own stays in it: buffers, and parameters whose dtype is not the first
+    one's.
     """
     loaded = next(model.parameters()).dtype
     for parameter in model.parameters():
@@ -28,8 +30,8 @@ class MasterWeights:
     """The trained tensors of `model`, by parameter name, in `weights`: leaf tensors with `.grad`.
 
     A master starts as the base's own value, which a module in fewer bits may not be able to represent. In bf16 a weight
-    takes 2 bytes in the module, 4 in the master and 4 for the master's gradient; a gradient in bf16 exists for one tensor
-    at a time.
+    takes 2 bytes in the module, 4 in the master and 4 for the master's gradient; a gradient in bf16 exists for one
+    tensor at a time.
     """
 
     def __init__(self, model: nn.Module, *, base: Mapping[str, Tensor]):
@@ -100,7 +102,8 @@ class MasterWeights:
         self._reached.clear()
         copied = {id(master) for _, master in self._copies}
         for weight in self.weights.values():
-            # On the CPU a new buffer costs a page fault per page at every step, so it is kept; a GPU needs the memory for
+            # On the CPU a new buffer costs a page fault per page at every step, so it is kept; a GPU needs the memory
+            # for
             # activations.
             if weight.is_cuda or id(weight) not in copied:
                 weight.grad = None

@@ -123,8 +123,8 @@ def refuse(
     )
     largest = sorted((kind for kind in KINDS[:-1] if kinds[kind]), key=kinds.get, reverse=True)[:4]
     raise UserError(
-        f"{what} would take {_gib(kinds['total'])} of memory at its peak, {_gib(kinds['total'] - available)} more "
-        f"than the {_gib(available)} free here (most of it: "
+        f"{what} would take {_gib(kinds['total'])} of memory at its peak, {_gib(kinds['total'] - available)} more than "
+        f"the {_gib(available)} free here (most of it: "
         f"{', '.join(f'{kind} {_gib(kinds[kind])}' for kind in largest)}). {advice}"
     )
 

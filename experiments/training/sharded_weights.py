@@ -40,7 +40,8 @@ def _kept_apart(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Modu
 
 
 class ShardedWeights:
-    """The trained tensors of `model` as this process's float32 rows of them, and the model computing on gathered copies.
+    """The trained tensors of `model` as this process's float32 rows of them, and the model computing on gathered
+    copies.
 
     torch's fully_shard keeps float32 shards, gathers one block at a time in `compute_dtype`, reduces gradients in
     float32 and adds them up over micro-batches: the update is exact in float32, at 4 bytes a weight and 4 a gradient
@@ -106,8 +107,9 @@ class ShardedWeights:
         for name, weight in self.weights.items():
             if weight.grad is not None:
                 raise UserError(
-                    f"a part's `loss` is computed of run.weights[{name!r}] itself: where processes share the model these are one "
-                    "process's rows, which its other processes' losses do not reach; add such a term in `before_clip`"
+                    f"a part's `loss` is computed of run.weights[{name!r}] itself: where processes share the model "
+                    "these are one process's rows, which its other processes' losses do not reach; add such a term in "
+                    "`before_clip`"
                 )
             gradient = self._parameters[name].grad
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient.to_local()

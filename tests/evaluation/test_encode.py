@@ -130,7 +130,10 @@ def phrases(count):
             "The",
         ],
     )
-    text = lambda: "".join(draw.choices(pieces, k=draw.randint(1, 5)))
+
+    def text():
+        return "".join(draw.choices(pieces, k=draw.randint(1, 5)))
+
     return [(text(), text()) for _ in range(count)]
 
 
@@ -189,7 +192,9 @@ def test_an_end_of_text_that_the_tokenizer_adds_stands_nowhere(tiny_llama, tasks
 
 
 def test_without_a_prefix_a_text_is_scored_from_its_second_token(tiny_llama, tasks_dir, tmp_path):
-    """The nats of a text are the model's own loss times its tokens less one; choices behind a prompt are not touched."""
+    """The nats of a text are the model's own loss times its tokens less one; choices behind a prompt are not
+    touched.
+    """
     tokenizer = without_specials()
     scores, items = harness.score(model=tiny_llama, tokenizer=tokenizer, tasks_dir=tasks_dir)
     asked, _ = lm.build(tiny_llama, tokenizer, scorer="hflm", batch_size=2)
@@ -225,15 +230,18 @@ def test_answers_are_written_with_an_end_of_text_or_refused(tiny_llama):
         lm.build(tiny_llama, tokenizer, scorer="shared-prefix", batch_size=1)[0]
         for tokenizer in (without_specials(), make_byte_tokenizer())
     )
-    request = lambda prompt: [
-        Instance(
-            request_type="generate_until",
-            doc={},
-            arguments=(prompt, {"until": [], "max_gen_toks": 9}),
-            idx=0,
-            metadata=("sums", 2, 1),
-        )
-    ]
+
+    def request(prompt):
+        return [
+            Instance(
+                request_type="generate_until",
+                doc={},
+                arguments=(prompt, {"until": [], "max_gen_toks": 9}),
+                idx=0,
+                metadata=("sums", 2, 1),
+            )
+        ]
+
     assert asked.generate_until(request("1 + 1 =")) == plain.generate_until(
         request("1 + 1 =")
     )  # the model's own end of text

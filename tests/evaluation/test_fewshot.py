@@ -1,4 +1,6 @@
-"""What is trained and probed is what is scored: rendered contexts and choices are the arguments of lm-eval's own requests."""
+"""What is trained and probed is what is scored: rendered contexts and choices are the arguments of lm-eval's own
+requests.
+"""
 
 import pytest
 

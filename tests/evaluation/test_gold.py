@@ -1,4 +1,6 @@
-"""Values stay what they are: a gold text is matched to the choices before it is taken for an index, and null is never a word."""
+"""Values stay what they are: a gold text is matched to the choices before it is taken for an index, and null is
+never a word.
+"""
 
 import numpy as np
 import pytest

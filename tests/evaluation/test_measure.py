@@ -1,4 +1,6 @@
-"""Every metric of lm-eval's registry on the kind of task it is for: lm-eval's own number, or a refusal before anything is scored."""
+"""Every metric of lm-eval's registry on the kind of task it is for: lm-eval's own number, or a refusal before
+anything is scored.
+"""
 
 import json
 import math
@@ -80,7 +82,8 @@ def scored(folder):
     from experiments.model.random_models import byte_tokenizer
 
     model, tokenizer = build("llama", seed=3), byte_tokenizer()
-    # lm-eval's own classes and numbers, from its own functions: nothing of ours but the rows in memory and the forward passes
+    # lm-eval's own classes and numbers, from its own functions: nothing of ours but the rows in memory and the forward
+    # passes
     tasks = {
         entry["name"]: make_task(entry["name"], entry["task"], ROWS, metric=entry["metric"])
         for entry in json.loads((folder / "tasks.json").read_text())

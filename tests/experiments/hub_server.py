@@ -1,4 +1,6 @@
-"""A small Hugging Face hub on this machine: what the clients ask of the real one to find and fetch a repository's files."""
+"""A small Hugging Face hub on this machine: what the clients ask of the real one to find and fetch a repository's
+files.
+"""
 
 import hashlib
 import json
@@ -29,7 +31,9 @@ def digest(file: Path) -> str:
 
 
 def fill_cache(cache: Path, name: str, folder: Path, *, commit: str = COMMIT, ref: str = "main") -> Path:
-    """`folder` as the hub's cache holds it after a download: blobs, links to them by name, and the ref. Returns the snapshot."""
+    """`folder` as the hub's cache holds it after a download: blobs, links to them by name, and the ref. Returns the
+    snapshot.
+    """
     home = cache / f"models--{name.replace('/', '--')}"
     snapshot = home / "snapshots" / commit
     for part in (home / "blobs", home / "refs", snapshot):
@@ -150,9 +154,11 @@ class _Handler(BaseHTTPRequestHandler):
         large = {"lfs": {"oid": name, "size": size, "pointerSize": 130}} if file.suffix in LARGE else {}
         return {"type": "file", "path": str(file.relative_to(folder)), "size": size, "oid": name[:40]} | large
 
-    def _answer(self, status: int, content: bytes = b"", *, headers: dict[str, str] = {}, cut: bool = False) -> None:
+    def _answer(
+        self, status: int, content: bytes = b"", *, headers: dict[str, str] | None = None, cut: bool = False
+    ) -> None:
         self.send_response(status)
-        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+        for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":

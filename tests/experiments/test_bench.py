@@ -231,7 +231,8 @@ def test_the_arithmetic_is_of_documents():
         ({}, "the same matrices is had in less time from a Fisher"),
         (
             {},
-            "takes 3 % of the published baseline's storage, where the paper claims 10 % to 15 %: 12 % because only the adapted",
+            "takes 3 % of the published baseline's storage, where the paper claims 10 % to 15 %: 12 % because only the "
+            "adapted",
         ),
         ({"storage": 0.12}, "the adapted matrices are 12 % of the weights"),
         ({}, "takes as much (102 %): the saving comes from what is kept"),

@@ -168,7 +168,10 @@ def test_scores_of_two_things_are_not_compared(tmp_path, tiny_llama, byte_tokeni
         return harness.score(model=tiny_llama, tokenizer=byte_tokenizer, tasks_dir=folder, weights_sha256="w")[0]
 
     cell, train, base = Cell("m", "d", "x", 0), {"base_sha256": "w", "weights_sha256": "w"}, scored()
-    check = lambda scores, **other: comparable(cell, scores=scores, base=base, train=train | other, study="trial")
+
+    def check(scores, **other):
+        return comparable(cell, scores=scores, base=base, train=train | other, study="trial")
+
     check(scored(role="transfer"))  # another domain's task for transfer is the same thing
     choices = {"include": "copa", "doc_to_choice": "{{[choice1, choice2]}}", "doc_to_target": "label"}
     for change, what in (
@@ -181,7 +184,8 @@ def test_scores_of_two_things_are_not_compared(tmp_path, tiny_llama, byte_tokeni
     ):
         with pytest.raises(
             UserError,
-            match=f"m/d/x/seed0: .*{what}.*`python -m experiments base m --study trial`.*evaluate m/d/x/seed0 --study trial",
+            match=f"m/d/x/seed0: .*{what}.*`python -m experiments base m --study trial`.*"
+            "evaluate m/d/x/seed0 --study trial",
         ):
             check(scored(**change))
     with pytest.raises(UserError, match="the hash of the base's weights is 'v' for the cell and 'w' for its base"):

@@ -165,7 +165,8 @@ def test_movement_in_important_weights_and_away_from_them():
     assert (found["overlap"], found["overlap_within"], found["top_share"]) == pytest.approx(
         (1 / mean, expected, 0.0), rel=1e-5
     )
-    # of 200 entries the 20 most important are those of `a`; where 10 more entries belong to the 10 %, a part of the level 1 counts
+    # of 200 entries the 20 most important are those of `a`; where 10 more entries belong to the 10 %, a part of the
+    # level 1 counts
     wider = drift.measure(
         base=base | {"c": torch.zeros(100)},
         tuned=(away | {"c": torch.zeros(100)}).items(),

@@ -38,7 +38,9 @@ def weights(model):
 
 
 def test_masters_take_the_gradient_of_a_loss_of_themselves():
-    """A part's loss may be of `run.weights`: its gradient stands beside that of the bf16 module, whatever the last step left there."""
+    """A part's loss may be of `run.weights`: its gradient stands beside that of the bf16 module, whatever the last
+    step left there.
+    """
     ids = torch.arange(12)[None]
     model, other = (build("llama", seed=0, dtype=torch.bfloat16) for _ in range(2))
     masters = MasterWeights(model, base={})

@@ -30,7 +30,9 @@ TASKS = {"piqa": (PIQA, "acc_norm"), "lambada_openai": (LAMBADA, "acc"), "winogr
 
 @pytest.fixture
 def study(tmp_path):
-    """Two runs of the demo study, scored on rows of three kinds; each lost the first row of every task, one of them more."""
+    """Two runs of the demo study, scored on rows of three kinds; each lost the first row of every task, one of them
+    more.
+    """
     study = config.load("demo").model_copy(update={"paths": Paths(study="demo", root=tmp_path)})
     folder = study.paths.data / "evaluate" / "sums"
     folder.mkdir(parents=True)

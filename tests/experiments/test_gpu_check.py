@@ -1,4 +1,6 @@
-"""The GPU check, tried on the CPU with tiny sizes: that it runs with little installed, keeps what it has, and tells right from wrong."""
+"""The GPU check, tried on the CPU with tiny sizes: that it runs with little installed, keeps what it has, and tells
+right from wrong.
+"""
 
 import json
 import os
@@ -34,7 +36,7 @@ CPU = torch.device("cpu")
 GUARD = """
 import runpy, socket, sys
 from importlib.machinery import PathFinder
-absent = {"dvc", "mlflow", "lm_eval", "pandas", "datasets", "pytest", "ruamel", "matplotlib", "psutil", "accelerate", "peft"}
+absent = "dvc mlflow lm_eval pandas datasets pytest ruamel matplotlib psutil accelerate peft".split()
 class Fewer(PathFinder):
     @classmethod
     def find_spec(cls, name, path=None, target=None):
@@ -288,8 +290,8 @@ def test_waits_are_counted_by_place():
     places = {}
     with waiting.places_of_warnings(places):
         for _ in range(3):
-            warnings.warn("called a synchronizing CUDA operation")
-        warnings.warn("something else")
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
     assert list(places.values()) == [3] and next(iter(places)).startswith("tests/experiments/test_gpu_check.py:")
 
 

@@ -57,71 +57,71 @@ def masked_before(batch, **_):
 
 WRONG = {
     "loss of each token": (
-        dict(loss=lambda hidden, **_: hidden.square().sum(-1)),
+        {"loss": lambda hidden, **_: hidden.square().sum(-1)},
         "odd: its `loss` gives a tensor of float32 .*: it must give a 0-dim tensor",
     ),
-    "loss as a number": (dict(loss=0.5), "odd: its `loss` gives 0.5: it must give a 0-dim tensor of floats, or None"),
+    "loss as a number": ({"loss": 0.5}, "odd: its `loss` gives 0.5: it must give a 0-dim tensor of floats, or None"),
     "loss elsewhere": (
-        dict(loss=lambda **_: torch.zeros((), device="meta")),
+        {"loss": lambda **_: torch.zeros((), device="meta")},
         "odd: its `loss` gives a tensor on meta, the run is on cpu",
     ),
     "penalty of each tensor": (
-        dict(before_clip=lambda **_: torch.zeros(3)),
+        {"before_clip": lambda **_: torch.zeros(3)},
         r"odd: its `before_clip` gives a tensor of float32 \[3\]",
     ),
-    "penalty as text": (dict(before_clip="0.1"), "odd: its `before_clip` gives '0.1'"),
+    "penalty as text": ({"before_clip": "0.1"}, "odd: its `before_clip` gives '0.1'"),
     "no batch": (
-        dict(batch=None),
+        {"batch": None},
         "odd: the micro-batch that its `batch` gives is None: it must be a dict with input_ids and labels",
     ),
     "batch without labels": (
-        dict(batch=lambda batch, **_: {"input_ids": batch["input_ids"]}),
+        {"batch": lambda batch, **_: {"input_ids": batch["input_ids"]}},
         "odd: the micro-batch .* is a dict: it must be",
     ),
     "labels too short": (
-        dict(batch=lambda batch, **_: batch | {"labels": batch["labels"][:, 1:]}),
+        {"batch": lambda batch, **_: batch | {"labels": batch["labels"][:, 1:]}},
         "has labels a tensor of int64 .* beside input_ids",
     ),
     "labels as floats": (
-        dict(batch=lambda batch, **_: batch | {"labels": batch["labels"].float()}),
+        {"batch": lambda batch, **_: batch | {"labels": batch["labels"].float()}},
         "it must be torch.int64, .batch, tokens., on the CPU",
     ),
     "padding on the left": (
-        dict(batch=masked_before),
+        {"batch": masked_before},
         "odd: .* attention_mask with a 0 before a 1: padding stands on the right",
     ),
     "an optimizer that closes": (
-        dict(optimizer=lambda run, **_: torch.optim.LBFGS(list(run.weights.values()))),
+        {"optimizer": lambda run, **_: torch.optim.LBFGS(list(run.weights.values()))},
         "odd: LBFGS computes the loss again",
     ),
     "an optimizer of its kind": (
-        dict(optimizer=lambda run, **_: Closing(list(run.weights.values()))),
+        {"optimizer": lambda run, **_: Closing(list(run.weights.values()))},
         "odd: Closing computes the loss again",
     ),
     "an optimizer of copies": (
-        dict(optimizer=lambda run, **_: torch.optim.SGD([w.detach().clone() for w in run.weights.values()])),
+        {"optimizer": lambda run, **_: torch.optim.SGD([w.detach().clone() for w in run.weights.values()])},
         "odd: its optimizer holds none of the trained tensors",
     ),
-    "no optimizer": (dict(optimizer=3), "odd: its `optimizer` gives 3: it must give a torch.optim.Optimizer, or None"),
+    "no optimizer": ({"optimizer": 3}, "odd: its `optimizer` gives 3: it must give a torch.optim.Optimizer, or None"),
     "a second optimizer": (
-        dict(optimizer=lambda run, **_: torch.optim.SGD(run.weights.values())),
+        {"optimizer": lambda run, **_: torch.optim.SGD(run.weights.values())},
         "even and odd cannot be combined: each brings an optimizer",
     ),
-    "nothing finished": (dict(finish=None), "odd: its `finish` gives None: it must give a dict of tensors"),
+    "nothing finished": ({"finish": None}, "odd: its `finish` gives None: it must give a dict of tensors"),
     "an unknown name": (
-        dict(finish=lambda final, **_: final | {"extra.weight": torch.zeros(2)}),
+        {"finish": lambda final, **_: final | {"extra.weight": torch.zeros(2)}},
         "odd: its `finish` gives extra.weight, which the base model",
     ),
     "another shape": (
-        dict(finish=lambda final, **_: {n: t[:1] for n, t in final.items()}),
+        {"finish": lambda final, **_: {n: t[:1] for n, t in final.items()}},
         "odd: its `finish` gives a tensor of .* for model",
     ),
     "fewer bits": (
-        dict(finish=lambda final, **_: {n: t.bfloat16() for n, t in final.items()}),
+        {"finish": lambda final, **_: {n: t.bfloat16() for n, t in final.items()}},
         "in torch.bfloat16, which holds less than the base's torch.float32",
     ),
     "whole numbers": (
-        dict(finish=lambda final, **_: {n: t.to(torch.int8) for n, t in final.items()}),
+        {"finish": lambda final, **_: {n: t.to(torch.int8) for n, t in final.items()}},
         "in torch.int8, which holds less",
     ),
 }

@@ -348,8 +348,8 @@ def test_rows_of_the_hub_are_of_the_commit_asked_for_also_from_the_cache(tmp_pat
         server.gated.add("someone/rows")
         line = run_python(ROWS, tmp_path / "new", COMMIT, HF_ENDPOINT=server.url)
         assert (
-            f"data set 'someone/rows' at revision {COMMIT} is gated: accept its terms at https://huggingface.co/datasets/"
-            in line
+            f"data set 'someone/rows' at revision {COMMIT} is gated: accept its terms at "
+            "https://huggingface.co/datasets/" in line
         )
     kept, refused = run_python(ROWS, tmp_path / "hf", COMMIT, other, HF_HUB_OFFLINE="1").splitlines()
     assert kept == f"5 hub:someone/rows@{COMMIT}/train"

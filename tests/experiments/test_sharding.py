@@ -57,7 +57,8 @@ def test_numbers_do_not_depend_on_the_processes(alone, shared, request):
         wanted = alone[name]
         assert len(wanted["curve"]) == 10 and all(found["shared"]) and not any(wanted["shared"])
         assert found["final"].keys() == wanted["final"].keys()
-        # bf16 weights are rounded anew each step, bf16 moments at random: a last bit of the gradient can turn a rounding
+        # bf16 weights are rounded anew each step, bf16 moments at random: a last bit of the gradient can turn a
+        # rounding
         rounded = "moments" in name or "bfloat16" in name
         for tensor, value in wanted["final"].items():
             if request.node.callspec.params["shared"] == 1:
@@ -137,7 +138,9 @@ def test_modules_kept_in_float32_are_computed_in_it(tmp_path):
 
 
 def alike(folder: Path, method: str, *, loaded: torch.dtype, computing: torch.dtype) -> None:
-    """A shared run of the model in `folder`, loaded in another dtype, against a plain one that is loaded in the dtype to compute in."""
+    """A shared run of the model in `folder`, loaded in another dtype, against a plain one that is loaded in the
+    dtype to compute in.
+    """
     base = {name: p.detach() for name, p in load_model(folder, dtype="auto").named_parameters()}
     parts, found = registry.build(worlds.METHODS[method]), []
     with worlds.of_one() as one:

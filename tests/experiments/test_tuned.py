@@ -193,7 +193,7 @@ def test_weights_that_training_left_without_numbers_are_no_cells(folder, moved, 
     broken = moved | {name: moved[name].float().index_fill(0, torch.tensor([0]), value)}
     with pytest.raises(
         TrainingFailed,
-        match=f"the weights after the last step: {name} is damaged, .* values are NaN or infinite: lower train.learning",
+        match=f"the weights after the last step: {name} is damaged, .* values are NaN or infinite: lower train.lear",
     ):
         tuned.keep(tmp_path / "cell", folder=folder, base=load_tensors(folder), final=broken)
     assert not (tmp_path / "cell/weights.json").exists()

@@ -1,5 +1,6 @@
-"""Tiny cells of every method, in one process or several, whole or stopped on the way; `python -m tests.experiments.worlds`
-is what test_sharding.py starts."""
+"""Tiny cells of every method, in one process or several, whole or stopped on the way; `python -m
+tests.experiments.worlds` is what test_sharding.py starts.
+"""
 
 import os
 import sys
@@ -26,7 +27,9 @@ from tests import goldens
 
 
 def without_chance(key: str, block: dict) -> dict:
-    """Float importance, for a last bit of Ω can change an 8-bit code, and no dropout, which each process draws for itself."""
+    """Float importance, for a last bit of Ω can change an 8-bit code, and no dropout, which each process draws for
+    itself.
+    """
     return block | ({"bits": 32} if key in ("ewc", "hierarchical") else {"dropout": 0.0} if key == "lora" else {})
 
 
@@ -79,7 +82,9 @@ class Stop(Part):
 
 @dataclass(frozen=True, kw_only=True)
 class Look(Part):
-    """Tells what its hooks see, and adds what the model says of another text to the loss, times a third, which no bf16 number is."""
+    """Tells what its hooks see, and adds what the model says of another text to the loss, times a third, which no
+    bf16 number is.
+    """
 
     key = "look"
 
@@ -210,7 +215,7 @@ def stopped(shards: Shards, folder: Path) -> dict:
     """Cells stopped on the way, three times, beside the same ones left alone."""
     found = {}
     official = {"lora": {"rank": 2}, "hierarchical": OFFICIAL | {"samples": 6, "bits": 32, "epochs": 3.0}}
-    for architecture, method in (
+    for family, method in (
         ("llama", "full"),
         ("gptj", "ewc"),
         ("llama", "official"),
@@ -220,12 +225,12 @@ def stopped(shards: Shards, folder: Path) -> dict:
         here, blocks = folder / method, METHODS.get(method, official)
         for stop in (2, 5, 12):
             try:
-                cell(architecture, method, shards=shards, folder=here, stop=stop, blocks=blocks)
+                cell(family, method, shards=shards, folder=here, stop=stop, blocks=blocks)
             except Stopped:
                 pass
         found[method] = (
-            cell(architecture, method, shards=shards, blocks=blocks),
-            cell(architecture, method, shards=shards, folder=here, blocks=blocks),
+            cell(family, method, shards=shards, blocks=blocks),
+            cell(family, method, shards=shards, folder=here, blocks=blocks),
         )
     return found
 

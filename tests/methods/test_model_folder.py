@@ -1,4 +1,6 @@
-"""Folders without a whole causal language model are refused by name: by `plan` if the config shows it, and by `model`."""
+"""Folders without a whole causal language model are refused by name: by `plan` if the config shows it, and by
+`model`.
+"""
 
 import json
 import shutil
@@ -253,7 +255,8 @@ def test_the_folder_of_the_hubs_cache_is_distinguished_from_the_one_inside_it(wh
     shutil.copytree(whole, inside)
     with pytest.raises(
         UserError,
-        match=f"models--a--b is a folder of the hub's cache, and no model folder: give the one inside it, such as {inside}",
+        match="models--a--b is a folder of the hub's cache, and no model folder: give the one inside it, such as "
+        f"{inside}",
     ):
         weights.materialise(
             name="mine", block=Model(source=f"path:{tmp_path / 'models--a--b'}"), packages={}, out_dir=tmp_path / "out"
