@@ -257,7 +257,8 @@ class Part:
         return model
 
     def preparation(self) -> Sequence[Pass]:
-        """The passes over general text that `calibrate` and `prepare` make, which `plan` and the memory check must know.
+        """The passes over general text that `calibrate` and `prepare` make, which `plan` and the memory check must
+        know.
 
         By default each makes one over all documents, uncut: forward alone on the bare model, with gradients on the
         adapted.
@@ -332,7 +333,8 @@ class Part:
         return rows
 
     def batch(self, *, run: Run, state: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each (batch, tokens).
+        """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each
+        (batch, tokens).
 
         Rows and labels may be added, changed and taken away: the step's loss is divided by the labelled tokens that are
         then in all its micro-batches, and tokens that are added are charged to the part. Padding stands on the right;
@@ -410,7 +412,9 @@ class Part:
         return final
 
     def save(self, *, run: Run, state: dict, folder: Path) -> None:
-        """Write deterministic files of the part's own beside the weights. Every process calls it; the first one writes."""
+        """Write deterministic files of the part's own beside the weights. Every process calls it; the first one
+        writes.
+        """
 
     def report(self, *, run: Run, state: dict) -> dict[str, Any]:
         """Facts of the run for its record, as JSON can hold them."""
@@ -480,7 +484,8 @@ def register(
         for hook, capability in (("optimizer", "optimizer"), ("adapt", "adapts")):
             if overrides(part, hook) and capability not in capabilities:
                 raise TypeError(
-                    f"part {name!r}: it has the hook `{hook}`, so write {capability!r} among its capabilities: {CAPABILITIES[capability]}"
+                    f"part {name!r}: it has the hook `{hook}`, so write {capability!r} among its capabilities: "
+                    f"{CAPABILITIES[capability]}"
                 )
         if unknown := set(capabilities) - CAPABILITIES.keys():
             raise TypeError(
@@ -510,7 +515,8 @@ def cut(
     """The first `samples` documents, each cut at `length` tokens. With `part` a message says where there are fewer."""
     if part and len(examples) < samples:
         print(
-            f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all of "
+            f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all "
+            "of "
             "them are used; `general.importance` sets how many there are",
             flush=True,
         )

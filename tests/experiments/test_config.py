@@ -99,7 +99,8 @@ def test_mistakes_are_named(tmp_path, path, value, message):
         ),
         (
             b"a: {{b}}\n",
-            "params.yaml is not valid YAML: line 1, column 5: a text that begins with one of { [ % @ ` must be in quotes",
+            "params.yaml is not valid YAML: line 1, column 5: a text that begins with one of { [ % @ ` must be in "
+            "quotes",
         ),
         (b"a: %b\n", "line 1, column 4: a text that begins with one of { [ % @ ` must be in quotes"),
         (b"", "params.yaml is empty: it needs at least grid"),
