@@ -4,6 +4,7 @@ import json
 import re
 import typing
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import date
 from typing import Any
 
@@ -18,7 +19,8 @@ from experiments.study.paths import HERE, Paths
 from experiments.study.schema import Block
 from methods import registry
 from methods.errors import UserError
-from methods.settings import declared
+from methods.part import Part
+from methods.settings import declared, setting
 
 SHA = "a" * 64
 ROWS = {
@@ -479,6 +481,18 @@ def test_settings_of_parts_are_in_the_schema():
         ({"train": {"moments": "float32"}}, False),
     ):
         assert accepted(put(("methods", "mine"), block)) == fits, block
+
+
+def test_a_part_of_another_package_brings_its_settings():
+    @dataclass(frozen=True, kw_only=True)
+    class Strange(Part):
+        line, paper = "A part.", ""
+        share: float | None = setting(None, within="(0, 1]", help="share of something")
+
+    whole = json.loads(text(BUILT_IN | {"strange": Strange}))
+    for share, fits in ((0.5, True), (None, True), (1, True), (0, False), (1.5, False), ("a", False)):
+        assert valid(put(("methods", "mine"), {"strange": {"share": share}}), whole, whole) == fits, share
+    assert not accepted(put(("methods", "mine"), {"strange": {}}))
 
 
 def test_every_key_has_help():
