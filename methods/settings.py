@@ -99,7 +99,7 @@ def describe(kind: Any, within: str = "") -> str:
     origin = typing.get_origin(kind)
     if origin is Literal:
         choices = [repr(c) if c == "" else str(c) for c in typing.get_args(kind)]
-        return choices[0] if len(choices) == 1 else f"one of {', '.join(choices)}"
+        return f"the word {choices[0]}" if len(choices) == 1 else f"one of {', '.join(choices)}"
     if origin is dict:
         return "a mapping of names to names"
     if origin in (tuple, list):

@@ -326,7 +326,9 @@ def json_schema(parts: Mapping[str, type[Part]]) -> dict[str, Any]:
 
 
 def _plain(node: Any) -> Any:
-    """The schema as the loader reads blocks: other names are refused, and null is an empty block; without titles."""
+    """The schema as the loader reads blocks: other names are refused, and null is an empty block, list or mapping that
+    need not be written; without titles.
+    """
     if isinstance(node, list):
         return [_plain(entry) for entry in node]
     if not isinstance(node, dict):
@@ -338,6 +340,17 @@ def _plain(node: Any) -> Any:
         del kept["default"]
     if "patternProperties" in node:
         kept["additionalProperties"] = False
-    if node.get("type") == "object" and not node.get("required"):
-        kept["type"] = ["object", "null"]
+    if node.get("type") == "object":
+        required = node.get("required", ())
+        kept["type"] = "object" if required else ["object", "null"]
+        for name, value in kept.get("properties", {}).items():
+            options = value.get("anyOf", [value])
+            if name in required:
+                for option in options:
+                    if "$ref" in option or option.get("type") == ["object", "null"]:
+                        option["type"] = "object"
+            elif "default" not in value:
+                for option in options:
+                    if option.get("type") == "array":
+                        option["type"] = ["array", "null"]
     return kept

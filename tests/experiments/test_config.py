@@ -56,7 +56,7 @@ def put(path, value):
         ("domains/sums/chance", -9.0, "domains.sums.chance is -9.0: it must be a share of 1, in \\[0, 1\\)"),
         ("tasks/colours/chance", "0.5", "tasks.colours.chance is '0.5': it must be a share of 1"),
         ("tasks/colours/chance", True, "tasks.colours.chance is true: it must be a share of 1"),
-        ("tasks/colours/nulls", "keep", "tasks.colours.nulls is 'keep': it must be empty"),
+        ("tasks/colours/nulls", "keep", "tasks.colours.nulls is 'keep': it must be the word empty"),
         ("train/learning_rat", 1.0, "unknown key 'learning_rat' in train: did you mean 'learning_rate'"),
         ("train/learning_rate", "fast", "train.learning_rate is 'fast': it must be a number above 0"),
         ("train/batch", 0, "train.batch is 0: it must be a whole number from 1"),

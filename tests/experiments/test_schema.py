@@ -471,6 +471,17 @@ def test_the_schema_refuses_what_the_loader_refuses(path, field):
             assert not accepted(put(path, value)), value
 
 
+@pytest.mark.parametrize("path", [path for path, _ in EVERY], ids=".".join)
+def test_the_schema_and_the_loader_agree_on_null(path):
+    raw = put(path, None)
+    try:
+        build(raw)
+    except UserError as error:
+        assert accepted(raw) == str(error).startswith("unknown ")  # a name whose block null has emptied
+    else:
+        assert accepted(raw)
+
+
 def test_settings_of_parts_are_in_the_schema():
     for block, fits in (
         ({"lora": {"rank": 4, "targets": ["q_proj"]}, "ewc": None}, True),
