@@ -24,7 +24,7 @@ from experiments.study.config import build_method, with_setting
 from experiments.training import hardware, hooks
 from experiments.training.engine import TrainingFailed, final_weights, finish, fit
 from methods.errors import UserError
-from methods.part import Run, overrides, prepares
+from methods.part import overrides, prepares
 from methods.tools.files import folder_sha256, read_json, write_json
 from methods.tools.names import unknown
 from methods.tools.process_group import Shards
@@ -194,8 +194,7 @@ def _finished(study, model_name, domain, result, parts, base, where) -> nn.Modul
     measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=Shards())
     final = final_weights(result, hooks.trainers(parts), measure=measure)
     shape = shape_of(model_name, study.models[model_name], folder)
-    run = Run(model=shape.build(), weights={}, base=base, seed=SEED, device=where)
-    final, _, _ = finish(hooks.finishers(parts), run=run, final=final, measure=measure)
+    final, _, _ = finish(parts, final=final, measure=measure, shape=shape, base=base, seed=SEED, device=where)
     model = weights.load_model(folder, dtype=computing, device=where)
     tuned.fill(model, tuned.rounded(base, final).items())
     return model

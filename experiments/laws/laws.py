@@ -322,11 +322,11 @@ def verdict(law: str, trial: Trial, hold: Callable[[], None]) -> Verdict:
         where = "" if law in ONCE else f" ({trial.architecture})"
         return Verdict(part=part, law=law, status="failed", text=f"{broken}{where}")
     except Exception as error:  # a faulty part may raise anything
-        return Verdict(part=part, law=law, status="failed", text=told(error, trial))
+        return Verdict(part=part, law=law, status="failed", text=in_one_line(error, trial))
     return Verdict(part=part, law=law, status="passed")
 
 
-def told(error: BaseException, trial: Trial) -> str:
+def in_one_line(error: BaseException, trial: Trial) -> str:
     """An error in one line, with the line of the part's own file that it went through last."""
     frames = [
         frame

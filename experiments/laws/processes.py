@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from experiments.laws.laws import PROCESSES, Broken, Verdict, relative, told, verdict
+from experiments.laws.laws import PROCESSES, Broken, Verdict, in_one_line, relative, verdict
 from experiments.laws.trial import Trained, Trial
 from methods.part import Part
 from methods.tools.process_group import Shards
@@ -111,7 +111,7 @@ def _work(rank: int, folder: str, items: Sequence[tuple[str, str, str]]) -> None
         try:
             trained = _run(trial)
         except BaseException as error:
-            (own / f"error-{rank}.json").write_text(json.dumps({"error": told(error, trial)}))
+            (own / f"error-{rank}.json").write_text(json.dumps({"error": in_one_line(error, trial)}))
             raise
         if rank == 0:
             (own / "costs.json").write_text(json.dumps(_costs(trained)))

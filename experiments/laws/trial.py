@@ -21,9 +21,10 @@ from experiments.training.batches import Example, epoch_steps
 from experiments.training.engine import FitResult, final_weights, finish, fit
 from experiments.training.preparation import TENSORS, prepare
 from experiments.training.resume import Resume
+from experiments.training.services import evaluating
 from experiments.training.settings import TrainSettings
 from methods import registry
-from methods.part import Part, Run, adapted, in_order
+from methods.part import Part, adapted, in_order
 from methods.settings import declared
 from methods.tools.names import unknown
 from methods.tools.process_group import Shards
@@ -195,26 +196,27 @@ class Trial:
             return {}
 
         result = self.fit(parts, states, checkpoints=checkpoints, probe=probe, **settings)
-        training, finishing = hooks.trainers(parts), hooks.finishers(parts)
-        final = final_weights(result, training, measure=self.measure)
-        for part in training if save else ():
+        final = final_weights(result, result.method.parts, measure=self.measure)
+        for part in result.method.parts if save else ():
             save.mkdir(parents=True, exist_ok=True)
             part.save(run=result.run, state=result.states[part.key], folder=save)
-        reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in training}
-        # parts that act in `finish` alone are given a run without a training, as in the stage
-        shape = Shape(config=result.run.model.config).build()
-        run = Run(model=shape, weights={}, base=self.lent, seed=SEED, device="cpu", shards=self.shards)
-        final, more, _ = finish(finishing, run=run, final=final, measure=self.measure)
-        return Trained(result=result, final=final, reports=reports | more, logits=logits[0] if logits else None)
+        final, more, _ = finish(
+            parts,
+            final=final,
+            measure=self.measure,
+            shape=Shape(config=result.run.model.config),
+            base=self.lent,
+            seed=SEED,
+            device="cpu",
+            shards=self.shards,
+        )
+        reports = result.method.reports(result.run) | more
+        return Trained(result=result, final=final, reports=reports, logits=logits[0] if logits else None)
 
     def logits(self, model: nn.Module) -> Tensor:
         """Of one fixed text, without dropout; the model's mode is as it was afterwards."""
-        was = model.training
-        model.eval()
-        with torch.no_grad():
-            found = model(texts(1, seed=13, labelled=False)[0]["input_ids"][None]).logits
-        model.train(was)
-        return found
+        with torch.no_grad(), evaluating(model):
+            return model(texts(1, seed=13, labelled=False)[0]["input_ids"][None]).logits
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:

@@ -39,18 +39,17 @@ TEXT = {
     "prompt": "the digest",
 }
 
-# The keys of a complete train.json.
-TRAIN = (
-    "cost_known",
-    "seconds_begin",
+# Keys of train.json that metrics.json takes over: costs, and where the weights come from.
+COSTS = (
     "seconds_train",
-    "peak_memory_bytes",
     "bytes_anchor",
     "bytes_weights_delta",
     "bytes_optimizer_state",
     "tokens_trained",
     "mfu",
     "processes",
+)
+ORIGIN = (
     "weights_sha256",
     "base_sha256",
     "data_sha256",
@@ -63,15 +62,16 @@ TRAIN = (
     "numerics",
     "when",
     "settings",
-    "parts",
 )
+TRAIN = (*COSTS, *ORIGIN, "cost_known", "seconds_begin", "peak_memory_bytes", "parts")
+SCORES = ("tasks", "general", "scoring", "weights_sha256")
 
 
 def main(study, cell) -> None:
     paths = study.paths
     train = read_json(paths.run(cell) / "train.json", *TRAIN)
-    scores = read_json(paths.run(cell) / "scores.json", "tasks", "general", "scoring", "weights_sha256")
-    base = read_json(paths.base(cell.model) / "scores.json", "tasks", "general", "scoring", "weights_sha256")
+    scores = read_json(paths.run(cell) / "scores.json", *SCORES)
+    base = read_json(paths.base(cell.model) / "scores.json", *SCORES)
     prepared = read_json(
         paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed),
         "seconds_prepare",
@@ -97,7 +97,12 @@ def main(study, cell) -> None:
             }
             | _scores(scores, base, cell.domain)
             | _costs(train, prepared, evaluated)
-            | _provenance(train, scores)
+            | {key: train[key] for key in ORIGIN}
+            | {
+                "learning_rate": train["settings"]["learning_rate"],
+                "scoring": scores["scoring"],
+                "parts_report": train["parts"],
+            }
         ),
     )
     # The cell is complete. A stage that failed before is not run again where DVC finds equal weights, so that only this
@@ -126,13 +131,10 @@ def comparable(cell, *, scores: dict, base: dict, train: dict, study: str) -> No
 
 def _differences(scores: dict, base: dict, train: dict) -> Iterator[tuple[str, object, object]]:
     """(what, the cell's value, the base's value) of everything that must be equal and is not."""
+    tuned = "the hash of the tuned weights in train.json and scores.json"
     pairs = [
         ("the hash of the base's weights", train["base_sha256"], base["weights_sha256"]),
-        (
-            "the hash of the tuned weights in train.json and scores.json",
-            train["weights_sha256"],
-            scores["weights_sha256"],
-        ),
+        (tuned, train["weights_sha256"], scores["weights_sha256"]),
     ]
     settings = scores["scoring"].keys() | base["scoring"].keys()
     pairs += [(f"`{key}` of scoring", scores["scoring"].get(key), base["scoring"].get(key)) for key in sorted(settings)]
@@ -183,15 +185,10 @@ def _scores(scores: dict, base: dict, domain: str) -> dict:
 
 def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
     known = train["cost_known"]
-    costs = {
+    costs = {key: train[key] for key in COSTS} | {
         "seconds_prepare": prepared["seconds_prepare"] + train["seconds_begin"],
-        "seconds_train": train["seconds_train"],
         "peak_memory_bytes": max(train["peak_memory_bytes"], prepared["peak_memory_bytes"]),
         "bytes_importance": prepared["bytes_importance"],
-        "bytes_anchor": train["bytes_anchor"],
-        "bytes_weights_delta": train["bytes_weights_delta"],
-        "bytes_optimizer_state": train["bytes_optimizer_state"],
-        "tokens_trained": train["tokens_trained"],
         "tokens_prepare": prepared["tokens_prepare"],
         "flops": train.get("flops"),
         "flops_prepare": _sum(prepared, "flops"),
@@ -200,8 +197,6 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
         "flops_added": _sum(train, "flops"),
         "added": {"prepare": prepared.get("added"), "train": train.get("added")},
         "tokens_per_second": train["tokens_trained"] / train["seconds_train"] if known else None,
-        "mfu": train["mfu"],
-        "processes": train["processes"],
     }
     if train.get("training_reused"):
         costs["training_reused"] = True  # these are the costs of the one training that several cells begin from
@@ -216,27 +211,3 @@ def _sum(record: dict, kind: str) -> float | None:
         return None
     each = [costs.get(kind, 0) for costs in added.values()]
     return None if None in each else sum(each)
-
-
-def _provenance(train: dict, scores: dict) -> dict:
-    return {
-        key: train[key]
-        for key in (
-            "weights_sha256",
-            "base_sha256",
-            "data_sha256",
-            "versions",
-            "hardware",
-            "git",
-            "dtype",
-            "compute_dtype",
-            "device",
-            "numerics",
-            "when",
-        )
-    } | {
-        "learning_rate": train["settings"]["learning_rate"],
-        "settings": train["settings"],
-        "scoring": scores["scoring"],
-        "parts_report": train["parts"],
-    }

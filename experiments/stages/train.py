@@ -30,7 +30,6 @@ from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
 from experiments.training.snapshot import tensors_in
 from methods.errors import UserError
-from methods.part import Run
 from methods.tools.files import folder_sha256, need_room, read_json, write_json
 from methods.tools.process_group import Shards
 
@@ -68,8 +67,8 @@ def _train(study, cell) -> None:
         if shards.first and store is not None:
             trained.keep(store, identity=identity, final=final, files=out, record=record)
     shape = shape_of(cell.model, study.models[cell.model], folder)
-    run = Run(model=shape.build(), weights={}, base=base, seed=cell.seed, device=where, shards=shards)
-    final, reports, added = finish(hooks.finishers(parts), run=run, final=dict(final), measure=measure)
+    run = {"base": base, "seed": cell.seed, "device": where, "shards": shards}
+    final, reports, added = finish(parts, final=final, measure=measure, shape=shape, **run)
     if not shards.first:
         return
     write_curve(paths.run(cell) / "curve.csv", record.pop("curve"))
@@ -179,7 +178,6 @@ def _fit(
     final = final_weights(result, parts, measure=measure)
     for part in parts:
         part.save(run=result.run, state=result.states[part.key], folder=out)
-    reports = {part.key: hooks.report(part, run=result.run, state=result.states[part.key]) for part in parts}
     return final, {
         "bytes_anchor": _everywhere(shards, anchor_bytes(result)),
         "bytes_optimizer_state": _everywhere(shards, optimizer_bytes(result.optimizer)),
@@ -207,7 +205,7 @@ def _fit(
         "hardware": hardware.describe(where),
         "versions": provenance.versions(),
         "cost_known": known,
-        "parts": reports,
+        "parts": result.method.reports(result.run),
         "curve": result.curve,
     }
 
@@ -243,14 +241,14 @@ def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list
         examples.append({"input_ids": torch.tensor(ids[-length:]), "labels": torch.tensor(labels[-length:])})
     rows = len(examples) + len(long)
     if long:
-        told = (
+        problem = (
             f"{domain}: the answers of {len(long)} of {rows} training rows leave no room for their prompts in "
             f"{where}.length ({length} tokens); the longest has {max(long)[0]} tokens: {max(long)[1]}"
         )
         if len(long) > rows / 10:
-            raise UserError(f"{told}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
+            raise UserError(f"{problem}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
         if processes.first():
-            print(f"{told}. They are left out", flush=True)
+            print(f"{problem}. They are left out", flush=True)
     if cut and processes.first():
         print(
             f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from experiments.model.shape import Shape
 from experiments.training import batches, hardware, hooks, services, update
 from experiments.training.flops import Flops
 from experiments.training.hooks import Hooks
@@ -35,9 +36,7 @@ __all__ = ["FitResult", "TrainingFailed", "final_weights", "fit"]
 
 @dataclass(kw_only=True)
 class FitResult:
-    """What a fit returns: the run (adapted model and float32 weights), its parts with their states, and what it
-    cost.
-    """
+    """What a fit returns: the run (adapted model, float32 weights), its parts with their states, and its costs."""
 
     run: Run
     method: Hooks
@@ -159,9 +158,7 @@ def fit(
         )
         if resume is not None:
             with log.pause():
-                interruption = Interruption(
-                    resume, run=run, parts=parts, states=method.states, optimizer=optimizer, log=log
-                )
+                interruption = Interruption(resume, run=run, method=method, optimizer=optimizer, log=log)
                 result.resumed = interruption.restore()
                 method.added = log.added
             bar.update(result.resumed)
@@ -204,17 +201,17 @@ def fit(
 
 def _step(run, method, trained, optimizer, settings, rows, step) -> dict[str, Tensor | float]:
     """One optimizer step; returns loss (nats a labelled token), penalty and gradient norm, on the device."""
-    asked = max(1, hooks.labelled(rows))
+    labelled = max(1, hooks.labelled(rows))
     pieces = [
         (method.batch(run, batch, counted=bool(counts)), counts)
         for batch, counts in batches.shared(rows, run.shards, settings)
     ]
     random = random_state(run.device) if method.having("second_gradient") else None
-    total = _gradient(run, method, trained, pieces, asked)
+    total = _gradient(run, method, trained, pieces, labelled)
     if random and (offsets := method.offsets(run, rows, step)):
         set_random_state(random, run.device)  # the same dropout
         with update.moved(run, trained, offsets):
-            _gradient(run, method, trained, pieces, asked)
+            _gradient(run, method, trained, pieces, labelled)
     needed = any("needs_gradient" in part.capabilities for part in method.parts)
     gradient = {n: w.grad.clone() for n, w in run.weights.items()} if needed else None
     with torch.no_grad():
@@ -230,7 +227,7 @@ def _step(run, method, trained, optimizer, settings, rows, step) -> dict[str, Te
     return {"loss": run.shards.sum(total), "penalty": run.shards.sum(penalty), "grad_norm": norm}
 
 
-def _gradient(run: Run, method: Hooks, trained, pieces: Sequence[tuple[batches.Example, int]], asked: int) -> Tensor:
+def _gradient(run: Run, method: Hooks, trained, pieces: Sequence[tuple[batches.Example, int]], labelled: int) -> Tensor:
     """Put the step's gradient into `.grad` of the trained tensors; returns this process's share of the loss."""
     trained.zero()
     total, count = torch.zeros((), device=run.device), 0
@@ -242,13 +239,13 @@ def _gradient(run: Run, method: Hooks, trained, pieces: Sequence[tuple[batches.E
             name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()
         }
         nll, loss = trained.compute(_loss, batch, run, method)
-        total += counts * nll / asked
-        (loss * (counts * run.shards.world / asked)).backward()  # reduction over processes takes the mean
+        total += counts * nll / labelled
+        (loss * (counts * run.shards.world / labelled)).backward()  # reduction over processes takes the mean
     method.counted = True
     trained.complete()
-    if method.having("batch") and (labelled := sum(run.shards.all_gather(count))) not in (0, asked):
-        torch._foreach_mul_([weight.grad for weight in run.weights.values()], asked / labelled)
-        total *= asked / labelled
+    if method.having("batch") and (left := sum(run.shards.all_gather(count))) not in (0, labelled):
+        torch._foreach_mul_([weight.grad for weight in run.weights.values()], labelled / left)
+        total *= labelled / left
     return total
 
 
@@ -282,14 +279,22 @@ def final_weights(result: FitResult, parts: Sequence[Part], *, measure: Callable
 
 
 def finish(
-    parts: Sequence[Part], *, run: Run, final: dict[str, Tensor], measure: Callable | None
+    parts: Sequence[Part],
+    *,
+    final: Mapping[str, Tensor],
+    measure: Callable | None,
+    shape: Shape,
+    shards: Shards = Shards(),
+    **known: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, dict]]:
-    """What parts that act in `finish` alone make of trained weights: the weights, the parts' reports and their costs.
+    """What those of `parts` that act in `finish` alone make of trained weights: the weights, their reports and costs.
 
-    `run` is no training: its model has no numbers, and it has no trained weights.
+    They are given a run without a training: the model of `shape` has no numbers, and there are no trained weights.
+
+    known   `base`, `seed` and `device` of the run
     """
-    method = Hooks(parts, {}, flops=Flops(run.model), shards=run.shards)
-    run.charge = method.charge
-    final = method.finish(run, parts, final, measure)
-    reports = {part.key: hooks.report(part, run=run, state=method.states[part.key]) for part in parts}
-    return final, reports, method.total()
+    model, parts = shape.build(), hooks.finishers(parts)
+    method = Hooks(parts, {}, flops=Flops(model), shards=shards)
+    run = Run(model=model, weights={}, shards=shards, charge=method.charge, **known)
+    final = method.finish(run, parts, dict(final), measure)
+    return final, method.reports(run), method.total()

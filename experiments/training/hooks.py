@@ -70,6 +70,13 @@ class Hooks:
         for kind, cost in costs.items():
             sums[kind] = None if cost is None or sums[kind] is None else sums[kind] + cost
 
+    def _charge_rows(self, rows: Sequence[Row], *, part: str) -> None:
+        """Charge a training step on rows that all processes know alike."""
+        if self._shards.first:
+            lengths = [len(row["input_ids"]) for row in rows]
+            flops = self._flops.step(lengths=lengths, labelled=labelled(rows))
+            self.charge(part=part, tokens=sum(lengths), flops=flops)
+
     def total(self) -> dict[str, dict[str, float | None]]:
         """What each part has cost in all processes together; the seconds are the first one's."""
         everywhere = self._shards.all_gather(self.added)
@@ -107,9 +114,7 @@ class Hooks:
         return kept["epoch"]
 
     def examples(self, run: Run, rows: list[Row], step: int) -> list[Row]:
-        """The rows of a step as the parts change them; those without an index are charged to the part that adds
-        them.
-        """
+        """The rows of a step as the parts change them; a row without an index is charged to the part that adds it."""
         for part in self.having("examples"):
             before = tokens_of_domain(rows)
             rows = list(self.call(part, "examples", run=run, rows=rows, step=step))
@@ -120,12 +125,7 @@ class Hooks:
             if not rows:
                 raise UserError(f"{part.key}: its `examples` gives no rows at step {step}: give at least one")
         for key in dict.fromkeys(row["part"] for row in rows if "index" not in row):
-            own = [row for row in rows if row.get("part") == key]
-            if self._shards.first:
-                lengths = [len(row["input_ids"]) for row in own]
-                self.charge(
-                    part=key, tokens=sum(lengths), flops=self._flops.step(lengths=lengths, labelled=labelled(own))
-                )
+            self._charge_rows([row for row in rows if row.get("part") == key], part=key)
         extra = {name: one for row in rows for name, one in row.items() if isinstance(one, Tensor)}
         if len(extra) > 2:
             rows = [
@@ -138,15 +138,12 @@ class Hooks:
         """The micro-batch as the parts' `batch` changes it; tokens that it adds are charged to the part."""
         self.counted = counted
         for part in self.having("batch"):
-            lengths, count = lengths_of(batch), labelled_in(batch)
-            before = batch
+            before, lengths, count = batch, lengths_of(batch), labelled_in(batch)
             batch = changed(part, self.call(part, "batch", run=run, batch=batch), before=before)
             after, count_after = lengths_of(batch), labelled_in(batch)
             if (lengths, count) != (after, count_after):
-                cost, cost_before = (
-                    self._flops.step(lengths=n, labelled=k) for n, k in ((after, count_after), (lengths, count))
-                )
-                flops = None if cost is None else cost - cost_before
+                cost = self._flops.step(lengths=after, labelled=count_after)
+                flops = None if cost is None else cost - self._flops.step(lengths=lengths, labelled=count)
                 self.charge(part=part.key, tokens=sum(after) - sum(lengths), flops=flops)
         self.counted = True
         return batch
@@ -160,7 +157,7 @@ class Hooks:
                 continue
             if not isinstance(weights, Tensor) or weights.shape != statistics.targets.shape:
                 raise UserError(
-                    f"{part.key}: its `token_weights` gives {_told(weights)}: it must give a tensor of "
+                    f"{part.key}: its `token_weights` gives {_show(weights)}: it must give a tensor of "
                     f"{list(statistics.targets.shape)}, a weight for each labelled token, or None"
                 )
             weights = weights.detach().to(statistics.logits)
@@ -192,25 +189,25 @@ class Hooks:
             raise UserError(f"{keys} cannot be combined: each takes the step's gradient at other weights; keep one")
         for part in asking:
             offsets = self.call(part, "second_gradient", run=run, step=step)
-            if offsets and self._shards.first:
-                lengths = [len(row["input_ids"]) for row in rows]
-                flops = self._flops.step(lengths=lengths, labelled=labelled(rows))
-                self.charge(part=part.key, tokens=sum(lengths), flops=flops)
+            if offsets:
+                self._charge_rows(rows, part=part.key)
             return offsets
         return None
 
     def finish(
         self, run: Run, parts: Sequence[Part], final: dict[str, Tensor], measure: Callable | None
     ) -> dict[str, Tensor]:
-        """`final` as the `finish` of these parts leaves it; what `measure` takes is charged to the part that calls
-        it.
-        """
+        """`final` after the `finish` of these parts; what `measure` takes is charged to the part that calls it."""
         charged = measure and functools.partial(measure, charge=self.charge)
         for part in in_order(parts):
             if overrides(part, "finish"):
                 given = self.call(part, "finish", run=run, final=final, measure=charged)
                 final = finished(part, given, base=run.base)
         return final
+
+    def reports(self, run: Run) -> dict[str, Any]:
+        """The parts' reports by key."""
+        return {part.key: report(part, run=run, state=self.states[part.key]) for part in self.parts}
 
     def frozen(self) -> dict[str, Tensor]:
         """Entries that no step may move, by the names of `run.weights`: those of all parts together."""
@@ -222,15 +219,13 @@ class Hooks:
 
 
 def finishers(parts: Sequence[Part]) -> list[Part]:
-    """The last parts in the order of `finish` that act in no hook of a training: cells that differ in these alone
-    share it.
-    """
+    """The last parts that act in `finish` and in no hook of a training, which cells that differ in them share."""
+
+    def trains(part: Part) -> bool:
+        return bool(part.capabilities) or any(overrides(part, hook) for hook in TRAINING)
+
     finishing = [part for part in parts if overrides(part, "finish")]
-    return list(itertools.takewhile(_acts_in_finish_alone, reversed(finishing)))[::-1]
-
-
-def _acts_in_finish_alone(part: Part) -> bool:
-    return not part.capabilities and not any(overrides(part, hook) for hook in TRAINING)
+    return list(itertools.takewhile(lambda part: not trains(part), reversed(finishing)))[::-1]
 
 
 def trainers(parts: Sequence[Part]) -> list[Part]:
@@ -243,14 +238,14 @@ def refuse_rows(part: Part, hook: str, rows: Sequence[Any]) -> None:
     for row in rows:
         ids = row.get("input_ids") if isinstance(row, Mapping) else None
         if not isinstance(ids, Tensor) or not isinstance(row.get("labels"), Tensor):
-            raise UserError(f"{part.key}: a row that its `{hook}` gives is {_told(row)}: give input_ids and labels")
+            raise UserError(f"{part.key}: a row that its `{hook}` gives is {_show(row)}: give input_ids and labels")
         for name, tensor in row.items():
             if isinstance(tensor, Tensor) and (
                 tensor.shape != ids.shape or tensor.dim() != 1 or not len(tensor) or tensor.device.type != "cpu"
             ):
                 raise UserError(
-                    f"{part.key}: a row that its `{hook}` gives has {name} {_told(tensor)} beside input_ids "
-                    f"{_told(ids)}: each must be (tokens,), of the same length, on the CPU"
+                    f"{part.key}: a row that its `{hook}` gives has {name} {_show(tensor)} beside input_ids "
+                    f"{_show(ids)}: each must be (tokens,), of the same length, on the CPU"
                 )
 
 
@@ -270,7 +265,7 @@ def changed(part: Part, given: Any, *, before: Mapping[str, Tensor]) -> dict[str
     if not isinstance(given, Mapping) or not all(
         isinstance(given.get(name), Tensor) for name in ("input_ids", "labels")
     ):
-        raise UserError(f"{subject} is {_told(given)}: it must be a dict with input_ids and labels")
+        raise UserError(f"{subject} is {_show(given)}: it must be a dict with input_ids and labels")
     ids = given["input_ids"]
     for name, tensor in given.items():
         if name in before and (
@@ -280,7 +275,7 @@ def changed(part: Part, given: Any, *, before: Mapping[str, Tensor]) -> dict[str
             or tensor.dtype != before[name].dtype
         ):
             raise UserError(
-                f"{subject} has {name} {_told(tensor)} beside input_ids {_told(ids)}: "
+                f"{subject} has {name} {_show(tensor)} beside input_ids {_show(ids)}: "
                 f"it must be {before[name].dtype}, (batch, tokens), on the CPU"
             )
     mask = given.get("attention_mask")
@@ -312,7 +307,7 @@ def term(part: Part, hook: str, value: Any, *, like: Tensor) -> Tensor | float |
         return value
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
         raise UserError(
-            f"{part.key}: its `{hook}` gives {_told(value)}: it must give a 0-dim tensor of floats, or None"
+            f"{part.key}: its `{hook}` gives {_show(value)}: it must give a 0-dim tensor of floats, or None"
         )
     if value.device != like.device and value.device.type != "cpu":
         raise UserError(f"{part.key}: its `{hook}` gives a tensor on {value.device}, the run is on {like.device}")
@@ -326,7 +321,7 @@ def optimizer(parts: Sequence[Part], *, run: Run, **settings: Any) -> torch.opti
         raise UserError(f"{' and '.join(brought)} cannot be combined: each brings an optimizer; keep one")
     for key, one in brought.items():
         if not isinstance(one, torch.optim.Optimizer):
-            raise UserError(f"{key}: its `optimizer` gives {_told(one)}: it must give a torch.optim.Optimizer, or None")
+            raise UserError(f"{key}: its `optimizer` gives {_show(one)}: it must give a torch.optim.Optimizer, or None")
         own = {id(weight) for weight in run.weights.values()}
         if not any(id(tensor) in own for group in one.param_groups for tensor in group["params"]):
             raise UserError(
@@ -346,14 +341,14 @@ def finished(part: Part, final: Any, *, base: Mapping[str, Tensor]) -> dict[str,
     """What a part's `finish` gives. Raises UserError for tensors that cannot be the base's."""
     if not isinstance(final, Mapping):
         raise UserError(
-            f"{part.key}: its `finish` gives {_told(final)}: it must give a dict of tensors by base parameter name"
+            f"{part.key}: its `finish` gives {_show(final)}: it must give a dict of tensors by base parameter name"
         )
     if unknown := [name for name in final if name not in base]:
         raise UserError(f"{part.key}: its `finish` gives {unknown[0]}, which the base model does not have")
     for name, tensor in final.items():
         there = base[name]
         if not isinstance(tensor, Tensor) or tensor.shape != there.shape:
-            raise UserError(f"{part.key}: its `finish` gives {_told(tensor)} for {name}, which is {list(there.shape)}")
+            raise UserError(f"{part.key}: its `finish` gives {_show(tensor)} for {name}, which is {list(there.shape)}")
         if (
             tensor.dtype not in (torch.float32, torch.float64)
             and torch.promote_types(tensor.dtype, there.dtype) != tensor.dtype
@@ -366,9 +361,7 @@ def finished(part: Part, final: Any, *, base: Mapping[str, Tensor]) -> dict[str,
 
 
 def starts(states: Mapping[str, dict], run: Run) -> dict[str, Tensor]:
-    """The weights that one of the parts prepared as the start, taken out of its state. Raises UserError for two,
-    and for strange ones.
-    """
+    """The start that one of the parts prepared, taken out of its state. Raises UserError for two or a wrong shape."""
     brought = {key: start for key, state in states.items() if (start := state.pop("start", None))}
     if len(brought) > 1:
         raise UserError(f"{' and '.join(brought)} cannot be combined: each brings weights to start from; keep one")
@@ -376,16 +369,14 @@ def starts(states: Mapping[str, dict], run: Run) -> dict[str, Tensor]:
         for name, tensor in start.items():
             if name not in run.shapes or tensor.shape != run.shapes[name]:
                 raise UserError(
-                    f"{key}: it starts {name} from {_told(tensor)}, which is no trained tensor of this run or not in "
+                    f"{key}: it starts {name} from {_show(tensor)}, which is no trained tensor of this run or not in "
                     "its shape"
                 )
     return next(iter(brought.values()), {})
 
 
 def report(part: Part, *, run: Run, state: dict) -> Any:
-    """A part's report as JSON takes it: what JSON cannot hold is written as text, so that nothing trained is lost
-    over it.
-    """
+    """A part's report as JSON; what JSON cannot hold is written as text, so that no finished training is lost."""
     return _json(part.report(run=run, state=state))
 
 
@@ -401,7 +392,7 @@ def _json(value: Any) -> Any:
     return str(value)
 
 
-def _told(value: Any) -> str:
+def _show(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {list(value.shape)} on {value.device}"
     return f"{value!r}" if isinstance(value, int | float | str | None) else f"a {type(value).__name__}"

@@ -6,17 +6,18 @@ number of steps, which gives the learning rate and the position in the data, and
 restored no checkpoint is written, and a message says so.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from experiments.training.hooks import Hooks
 from experiments.training.log import Log
 from experiments.training.random_state import random_state, set_random_state
 from experiments.training.resume import Resume
 from experiments.training.snapshot import Snapshot, Unkeepable, restore
-from methods.part import Part, Run
+from methods.part import Run
 
 LOGGED = ("curve", "seconds", "tokens", "flops", "added")
 
@@ -24,19 +25,10 @@ LOGGED = ("curve", "seconds", "tokens", "flops", "added")
 class Interruption:
     """One run, ready for its first step, and its checkpoints."""
 
-    def __init__(
-        self,
-        resume: Resume,
-        *,
-        run: Run,
-        parts: Sequence[Part],
-        states: Mapping[str, dict],
-        optimizer: torch.optim.Optimizer,
-        log: Log,
-    ) -> None:
-        self._resume, self._run, self._parts, self._states = resume, run, parts, states
+    def __init__(self, resume: Resume, *, run: Run, method: Hooks, optimizer: torch.optim.Optimizer, log: Log) -> None:
+        self._resume, self._run, self._parts, self._states = resume, run, method.parts, method.states
         self._optimizer, self._log = optimizer, log
-        apart = (run, run.base, run.shards, run.moments, *parts, *run.model.modules())
+        apart = (run, run.base, run.shards, run.moments, *method.parts, *run.model.modules())
         self._snapshot = partial(Snapshot, weights=run.weights, apart=apart)
         self._begun = self._snapshot(self._values())
         self._kept = self._kept_by_parts()

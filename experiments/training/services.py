@@ -62,9 +62,7 @@ class Reference:
                 return self._trained.compute(function, *arguments)
 
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """The base's last hidden states (batch, tokens, width) of a micro-batch, which `loss` is given or `collate`
-        makes.
-        """
+        """The base's last hidden states (batch, tokens, width) of a micro-batch, as `loss` is given it."""
         lengths = hooks.lengths_of(batch)
         self._charge(tokens=sum(lengths), flops=self._base_flops.forward(lengths=lengths, predicted=0))
         return self.compute(architecture.hidden_states, batch["input_ids"], None, batch.get("position_ids"))
@@ -167,9 +165,7 @@ class Services:
             return self._trained.compute(function)
 
     def score(self, rows: Sequence[Row], *, base: bool = False) -> list[Tensor]:
-        """log p of each row's labelled tokens, (labelled tokens,) in float32 on the CPU, by the model or by the
-        base.
-        """
+        """log p of each row's labelled tokens, (labelled tokens,) in float32 on the CPU, by the model or the base."""
         run, scores = self._run, {}
         for indices, counts in _shared(len(rows), self._size, run.shards):
             batch = collate([rows[i] for i in indices])
