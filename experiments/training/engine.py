@@ -136,14 +136,9 @@ def fit(
     optimizer = update.optimizer_of(parts, run, settings)
     for part in method.having("optimizer_ready"):
         method.call(part, "optimizer_ready", run=run, optimizer=optimizer)
+    result = FitResult(run=run, method=method, optimizer=optimizer, seconds_begin=seconds_begin)
     peak, _ = hardware.dense_peak(device, computing)
-    result = FitResult(
-        run=run,
-        method=method,
-        optimizer=optimizer,
-        seconds_begin=seconds_begin,
-        peak_flops=peak and peak * shards.world,
-    )
+    result.peak_flops = peak and peak * shards.world
     probe_steps = {round(i * steps / settings.probes) for i in range(settings.probes)} if probe else set()
 
     with progress(total=steps, desc=name, unit="step", disable=not shards.first) as bar:
@@ -279,22 +274,16 @@ def final_weights(result: FitResult, parts: Sequence[Part], *, measure: Callable
 
 
 def finish(
-    parts: Sequence[Part],
-    *,
-    final: Mapping[str, Tensor],
-    measure: Callable | None,
-    shape: Shape,
-    shards: Shards = Shards(),
-    **known: Any,
+    parts: Sequence[Part], *, final: Mapping[str, Tensor], measure: Callable | None, shape: Shape, **known: Any
 ) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, dict]]:
     """What those of `parts` that act in `finish` alone make of trained weights: the weights, their reports and costs.
 
     They are given a run without a training: the model of `shape` has no numbers, and there are no trained weights.
 
-    known   `base`, `seed` and `device` of the run
+    known   `base`, `seed`, `device` and `shards` of the run
     """
-    model, parts = shape.build(), hooks.finishers(parts)
-    method = Hooks(parts, {}, flops=Flops(model), shards=shards)
-    run = Run(model=model, weights={}, shards=shards, charge=method.charge, **known)
-    final = method.finish(run, parts, dict(final), measure)
+    run = Run(model=shape.build(), weights={}, **known)
+    method = Hooks(hooks.finishers(parts), {}, flops=Flops(run.model), shards=run.shards)
+    run.charge = method.charge
+    final = method.finish(run, method.parts, dict(final), measure)
     return final, method.reports(run), method.total()
