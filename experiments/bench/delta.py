@@ -12,9 +12,13 @@ from functools import partial
 
 import numpy as np
 import torch
+import zstandard
 from torch import Tensor
 
 from experiments.bench.race import Race, race
+from experiments.model import delta, difference, tuned
+from experiments.model.base import load_tensors
+from experiments.study.paths import Paths
 from methods.errors import UserError
 
 TITLE = "Tuned weights as a lossless difference from the base"
@@ -22,16 +26,12 @@ CHANGES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 
 
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
-    import zstandard
-
-    from experiments.model import delta, difference
-
     compress, decompress = zstandard.ZstdCompressor(level=3).compress, zstandard.ZstdDecompressor().decompress
-    for what, base, tuned in _pairs(1 << 16 if small else 1 << 23, changes=CHANGES[::4] if small else CHANGES):
+    for what, base, changed in _pairs(1 << 16 if small else 1 << 23, changes=CHANGES[::4] if small else CHANGES):
         encoders = {
-            "difference": partial(difference.encode, base, tuned, threads=1),
-            "XOR planes + zstd": lambda base=base, tuned=tuned: compress(_planes(_bits(base) ^ _bits(tuned))),
-            "zstd": lambda tuned=tuned: compress(_bits(tuned)),
+            "difference": partial(difference.encode, base, changed, threads=1),
+            "XOR planes + zstd": lambda base=base, changed=changed: compress(_planes(_bits(base) ^ _bits(changed))),
+            "zstd": lambda changed=changed: compress(_bits(changed)),
         }
         coded = {name: encode() for name, encode in encoders.items()}
         decoders = {
@@ -41,13 +41,13 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             ),
             "zstd": lambda coded=coded: np.frombuffer(decompress(coded["zstd"]), np.uint16),
         }
-        assert delta.same(decoders["difference"](), tuned)
-        assert all((decoders[name]() == _bits(tuned)).all() for name in ("XOR planes + zstd", "zstd"))
-        limit = entropy(base, tuned)
+        assert delta.same(decoders["difference"](), changed)
+        assert all((decoders[name]() == _bits(changed)).all() for name in ("XOR planes + zstd", "zstd"))
+        limit = entropy(base, changed)
         bits = {name: round(8 * len(data) / len(base), 3) for name, data in coded.items()}
         facts = {
             "entries": len(base),
-            "changed": round(float((_bits(base) != _bits(tuned)).mean()), 4),
+            "changed": round(float((_bits(base) != _bits(changed)).mean()), 4),
             "bits a weight": bits,
             "entropy": round(limit, 3),
             "difference over entropy": round(bits["difference"] / limit, 3),
@@ -56,15 +56,15 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         yield race(f"read, {what}", decoders, against="zstd", rounds=rounds or 7)
 
 
-def entropy(base: Tensor, tuned: Tensor) -> float:
-    """H(ordinal(tuned) − ordinal(base) | exponent of base) in bits a weight, of bf16, by the counts of what occurs."""
+def entropy(base: Tensor, changed: Tensor) -> float:
+    """H(ordinal(changed) − ordinal(base) | exponent of base) in bits a bf16 weight, by the counts of what occurs."""
 
     def ordinal(tensor: Tensor) -> Tensor:
         bits = tensor.view(torch.int16).long()
         return torch.where(bits >= 0, bits, -1 - (bits & 0x7FFF))
 
     exponent = (base.view(torch.int16).long() >> 7) & 0xFF
-    pairs = (exponent << 32) + ordinal(tuned) - ordinal(base)
+    pairs = (exponent << 32) + ordinal(changed) - ordinal(base)
     together, alone = (np.unique(of.numpy(), return_counts=True)[1] for of in (pairs, exponent))
     return float(alone @ np.log2(alone) - together @ np.log2(together)) / len(base)
 
@@ -73,11 +73,8 @@ def _pairs(count: int, *, changes: tuple[float, ...]) -> Iterator[tuple[str, Ten
     draw = torch.Generator().manual_seed(0)
     base = 0.02 * torch.randn(count, generator=draw)
     for change in changes:
-        yield (
-            f"moved by {change:.2%}",
-            base.bfloat16(),
-            (base.bfloat16() + 0.02 * change * torch.randn(count, generator=draw)).bfloat16(),
-        )
+        noise = 0.02 * change * torch.randn(count, generator=draw)
+        yield f"moved by {change:.2%}", base.bfloat16(), (base.bfloat16() + noise).bfloat16()
     yield from _cells(count)
 
 
@@ -85,10 +82,6 @@ def _cells(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Of every kind of difference that cells of the default study keep here, the first `count` weights of the
     blocks.
     """
-    from experiments.model import tuned
-    from experiments.model.base import load_tensors
-    from experiments.study.paths import Paths
-
     paths, seen = Paths(), set()
     for out in sorted((paths.work / "cells").glob("*/*/*/*/weights")):
         model, _, method, _ = out.relative_to(paths.work / "cells").parts[:4]
@@ -105,10 +98,8 @@ def _cells(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
                 entries += before[name].numel()
         if names:
             seen.add(method)
-            yield (
-                f"{model} {method}",
-                *(torch.cat([side[name].flatten() for name in names])[:count] for side in (before, after)),
-            )
+            before, after = (torch.cat([side[n].flatten() for n in names])[:count] for side in (before, after))
+            yield f"{model} {method}", before, after
 
 
 def _bits(tensor: Tensor) -> np.ndarray:

@@ -4,25 +4,21 @@ each gradient once it is squared, ours (a batch at a time, one matrix product an
 that take a batch's gradient: `signed`, which is right in the mean over signs, and `batched`, which is no Fisher.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 
 from experiments.bench.race import Goal, Race, race
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
+from experiments.model.random_models import build
+from methods.tools.fisher import diagonal_fisher
 
 TITLE = "Diagonal Fisher of every weight"
 
 
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
-    import torch
-
-    from experiments.model.random_models import build
-    from methods.tools.fisher import diagonal_fisher
-
     sizes = {} if small else {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "vocab_size": 4096}
     model = build("llama", seed=0, **sizes)
     weights, count = sum(p.numel() for p in model.parameters()), 4 if small else 16
@@ -55,17 +51,12 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
 def _documents(count: int, longest: int, *, vocabulary: int) -> list[Tensor]:
     """Ids of lengths within an eighth of `longest`, longest first: a batch holds little padding."""
-    import torch
-
     draw = torch.Generator().manual_seed(longest)
     lengths = [longest - (i * longest) // (8 * count) for i in range(count)]
     return [torch.randint(2, vocabulary, (length,), generator=draw) for length in lengths]
 
 
 def _padded(documents: list[Tensor]) -> dict[str, Tensor]:
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
     pad = {"batch_first": True, "padding_value": 0}
     return {
         "input_ids": pad_sequence(documents, **pad),
@@ -74,8 +65,6 @@ def _padded(documents: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _nll(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
-    from torch.nn.functional import cross_entropy
-
     labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
     logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     return cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
@@ -89,8 +78,6 @@ def _plain(model: nn.Module, batches: list[dict[str, Tensor]]) -> None:
 
 
 def _naive(model: nn.Module, documents: list[Tensor]) -> dict[str, Tensor]:
-    import torch
-
     total = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
     for ids in documents:
         model.zero_grad()
@@ -102,8 +89,6 @@ def _naive(model: nn.Module, documents: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _hooked(model: nn.Module, documents: list[Tensor]) -> None:
-    import torch
-
     total = {p: torch.zeros_like(p, dtype=torch.float32, requires_grad=False) for p in model.parameters()}
 
     def square(p: Tensor) -> None:

@@ -4,8 +4,9 @@ The goals are stated for one H200 (docs/gpu-check.md); a goal that is missed is 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from experiments.training.engine import FitResult
 from experiments.training.flops import mfu
 from experiments.training.settings import TrainSettings
 from methods.mofo import MoFO
-from methods.part import Part
+from methods.part import Part, overrides
 from methods.tools.adam import AdamW, Moments
 from methods.tools.effective import factors
 from methods.tools.process_group import Shards
@@ -56,56 +57,62 @@ class Size:
 
 
 def steps(size: Size, *, method: str, layout: str, device: torch.device, shards: Shards) -> dict:
-    """One method in one layout: preparation, then steps of one micro-batch. Raises Skipped where it is predicted not to
-    fit.
-    """
+    """Prepare one method in one layout and train it in steps of one micro-batch. Raises Skipped if it will not fit."""
     parts = sizes.parts_of(method)
     if size.length > (longest := size.shape.config.max_position_embeddings):
         raise Skipped(f"{size.model} takes {longest} tokens, not {size.length}")
-    settings = _settings(size)
-    processes = 1 if layout == "sharded" else None
-    preparing = dataclasses.replace(settings, **_of_preparation(size))
+    settings = TrainSettings(
+        batch=size.rows,
+        micro_batch=size.rows,
+        length=size.length,
+        learning_rate=1e-6,
+        schedule="constant",
+        moments="bfloat16",
+        compile=size.compile,
+        probes=0,
+    )
+    # as many tokens a step as in training, in shorter documents
+    length = min(PREPARED_LENGTH, size.length)
+    documents = size.tokens // length
+    preparing = dataclasses.replace(settings, length=length, batch=documents, micro_batch=documents)
+    given = {"parts": parts, "device": device, "sharded": layout == "sharded"}
+    preparing, predicted_prepare = _fitting(size, preparing, phase="prepare", what=f"preparing {method}", **given)
+    settings, predicted = _fitting(size, settings, phase="train", what=f"training {method}", **given)
 
-    def predict(phase, of):
-        return memory.predict(
-            phase=phase,
-            shape=size.shape,
-            parts=parts,
-            settings=of,
-            checkpoint_dtype=torch.bfloat16,
-            compute_dtype=torch.bfloat16,
-            device_type=device.type,
-            processes=processes,
-        )
-
-    preparing, predicted_prepare = _fitting(preparing, lambda of: predict("prepare", of), device, f"preparing {method}")
-    settings, predicted = _fitting(settings, lambda of: predict("train", of), device, f"training {method}")
-
-    def make():
-        return sizes.build_named(size.model, tiny=size.tiny, device=device, dtype=torch.bfloat16)
-
+    make = partial(sizes.build_named, size.model, tiny=size.tiny, device=device, dtype=torch.bfloat16)
     vocabulary = size.shape.config.vocab_size
-    given = {"device": device, "shards": shards if processes else Shards(), "compute_dtype": torch.bfloat16}
+    base = running.base_of(make, parts)
+    among = shards if layout == "sharded" else Shards()
+    common = {"base": base, "device": device, "shards": among, "compute_dtype": torch.bfloat16}
 
     trains = any(made.training is not None for part in parts for made in part.preparation())
     count = (running.WARM + STEPS) * preparing.batch if trains else running.WARM + DOCUMENTS
     general = sizes.random_examples(count, preparing.length, vocabulary=vocabulary, seed=1)
     prepared = running.prepare(
-        parts=sizes.parts_of(method, documents=count), make=make, general=general, settings=preparing, **given
+        parts=sizes.parts_of(method, documents=count), make=make, general=general, settings=preparing, **common
     )
 
     peak = running.Peak(device)
     model = make()
     written = sum(p.nbytes for p in model.parameters())
-    base = running.base_of(model, parts)
     examples = sizes.random_examples((running.WARM + STEPS) * size.rows, size.length, vocabulary=vocabulary)
     result, watch = running.train(
-        parts=parts, model=model, base=base, states=prepared.states, examples=examples, settings=settings, **given
+        parts=parts, model=model, states=prepared.states, examples=examples, settings=settings, **common
     )
+
+    def seconds(first: str, second: str) -> float:
+        return median(watch.between(first, second, skip=running.WARM))
+
     step = median(watch.steps(skip=running.WARM))
     reached = mfu(result.flops / result.steps, step, result.peak_flops)
-    penalty = median(watch.between("backward", "penalty", skip=running.WARM)) if "penalty" in _adds(parts) else None
-    outcome = {
+    penalty = seconds("backward", "penalty") if any(overrides(part, "before_clip") for part in parts) else None
+    goals = []
+    if goal := MFU_GOALS.get((size.model, method)):
+        goals.append(_goal("mfu", reached, ">=", goal))
+    if penalty is not None:
+        goals.append(_goal("share_penalty", penalty / step, "<=", PENALTY_GOAL))
+    most = peak.bytes()
+    return {
         "layout": layout,
         "rows": size.rows,
         "length": size.length,
@@ -119,27 +126,23 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
         "mfu": reached,
         "peak_flops": result.peak_flops,
         "peak_flops_basis": hardware.dense_peak(device, torch.bfloat16)[1],
-        "seconds_forward": median(watch.between("begin", "forward", skip=running.WARM)),
-        "seconds_backward": median(watch.between("forward", "backward", skip=running.WARM)),
+        "seconds_forward": seconds("begin", "forward"),
+        "seconds_backward": seconds("forward", "backward"),
         "seconds_penalty": penalty,
         "share_penalty": penalty and penalty / step,
-        "seconds_optimizer": median(watch.between("update begins", "update ends", skip=running.WARM)),
+        "seconds_optimizer": seconds("update begins", "update ends"),
         "seconds_begin": result.seconds_begin,
         "prepare": _prepared(prepared, predicted_prepare, preparing),
         "memory": {
             "predicted": predicted,
             "held": held(result, prepared),
             **_passing(watch, peak.before),
-            "peak": (most := peak.bytes()),
+            "peak": most,
             "predicted_over_peak": most and predicted["total"] / most,
         },
         "bytes": stored(result, prepared, written),
+        "goals": [] if size.tiny else goals,
     }
-    goal = MFU_GOALS.get((size.model, method))
-    outcome["goals"] = ([_goal("mfu", reached, ">=", goal)] if goal else []) + (
-        [_goal("share_penalty", outcome["share_penalty"], "<=", PENALTY_GOAL)] if penalty is not None else []
-    )
-    return outcome if not size.tiny else outcome | {"goals": []}
 
 
 def optimizers(size: Size, *, device: torch.device) -> dict:
@@ -153,10 +156,8 @@ def optimizers(size: Size, *, device: torch.device) -> dict:
     for weight in weights:
         weight.grad = torch.empty_like(weight, requires_grad=False).normal_(std=1e-3, generator=draw)
     # the path of several processes, which this one plays alone
-    pieces = {
-        "shards": SimpleNamespace(rank=0, world=2, sum=lambda tensor: tensor),
-        "sizes": [weight.numel() for weight in weights],
-    }
+    alone = SimpleNamespace(rank=0, world=2, sum=lambda tensor: tensor)
+    pieces = {"shards": alone, "sizes": [weight.numel() for weight in weights]}
     makers: dict[str, Callable[[Moments, Moments], torch.optim.Optimizer]] = {
         "adamw fused, float32 moments": lambda wide, half: torch.optim.AdamW(weights, lr=1e-6, fused=True),
         "adamw, bfloat16 moments": lambda wide, half: AdamW(weights, lr=1e-6, moments=half),
@@ -195,57 +196,49 @@ def held(result: FitResult, prepared: running.Preparation) -> dict[str, int]:
     run, model = result.run, result.run.model
     local = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
     shared = {t.untyped_storage().data_ptr() for t in local}
-    moments = [
-        value for state in result.optimizer.state.values() for value in state.values() if isinstance(value, Tensor)
-    ]
-    anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
+    moments = (value for state in result.optimizer.state.values() for value in state.values())
     return {
         "weights": _bytes(local),
         "masters": _bytes(w for w in run.weights.values() if w.untyped_storage().data_ptr() not in shared),
         "gradients": _bytes(w.grad for w in run.weights.values() if w.grad is not None),
-        "moments": _bytes(moments),
-        "anchor": _bytes(anchors),
+        "moments": _bytes(value for value in moments if isinstance(value, Tensor)),
+        "anchor": _anchor_bytes(result),
         "importance": prepared.bytes_stored.get("importance", 0),
     }
 
 
 def stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
-    """Bytes of what a study would keep: tuned weights, or the adapter that stands for them; importance, start,
-    anchor.
-    """
+    """Bytes of what a study would keep: tuned weights or the adapter in their place; importance, start, anchor."""
     adapter = [result.run.weights[name] for name in set.union(*factors(result.run.model))]
-    anchors = [t for state in result.states.values() for t in _tensors(state.get("anchor"))]
     kept = {"adapter": _bytes(adapter)} if adapter else {"weights": weights}
-    return kept | prepared.bytes_stored | ({"anchor": _bytes(anchors)} if anchors else {})
-
-
-def _settings(size: Size) -> TrainSettings:
-    return TrainSettings(
-        batch=size.rows,
-        micro_batch=size.rows,
-        length=size.length,
-        learning_rate=1e-6,
-        schedule="constant",
-        moments="bfloat16",
-        compile=size.compile,
-        probes=0,
-    )
-
-
-def _of_preparation(size: Size) -> dict:
-    """As many tokens a step as in training, in shorter documents."""
-    length = min(PREPARED_LENGTH, size.length)
-    return {"length": length, "batch": size.tokens // length, "micro_batch": size.tokens // length}
+    anchor = _anchor_bytes(result)
+    return kept | prepared.bytes_stored | ({"anchor": anchor} if anchor else {})
 
 
 def _fitting(
-    settings: TrainSettings, predict: Callable[[TrainSettings], dict], device: torch.device, what: str
+    size: Size,
+    settings: TrainSettings,
+    *,
+    phase: str,
+    parts: Sequence[Part],
+    device: torch.device,
+    sharded: bool,
+    what: str,
 ) -> tuple[TrainSettings, dict]:
     """The settings, with checkpointing where only that fits, and what they are predicted to take."""
     room = _room(device)
     for checkpointing in (False, True):
         chosen = dataclasses.replace(settings, checkpointing=checkpointing)
-        predicted = predict(chosen)
+        predicted = memory.predict(
+            phase=phase,
+            shape=size.shape,
+            parts=parts,
+            settings=chosen,
+            checkpoint_dtype=torch.bfloat16,
+            compute_dtype=torch.bfloat16,
+            device_type=device.type,
+            processes=1 if sharded else None,
+        )
         if room is None or predicted["total"] <= room:
             return chosen, predicted
     raise Skipped(
@@ -261,22 +254,17 @@ def _room(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] - SPARE
 
 
-def _adds(parts: Sequence[Part]) -> set[str]:
-    return {"penalty" for part in parts if type(part).before_clip is not Part.before_clip}
-
-
-def _prepared(found: running.Preparation, predicted: dict, settings: TrainSettings) -> dict | None:
-    if not found.states:
+def _prepared(measured: running.Preparation, predicted: dict, settings: TrainSettings) -> dict | None:
+    if not measured.states:
         return None
-    a_token = found.seconds_token
     return {
-        "seconds_per_million_tokens": a_token and a_token * 1e6,
-        "seconds_measured": found.seconds,
-        "tokens_measured": found.tokens,
+        "seconds_per_million_tokens": measured.seconds_token and measured.seconds_token * 1e6,
+        "seconds_measured": measured.seconds,
+        "tokens_measured": measured.tokens,
         "checkpointing": settings.checkpointing,
-        "bytes_peak": found.bytes_peak,
+        "bytes_peak": measured.bytes_peak,
         "predicted": predicted,
-        "predicted_over_peak": found.bytes_peak and predicted["total"] / found.bytes_peak,
+        "predicted_over_peak": measured.bytes_peak and predicted["total"] / measured.bytes_peak,
     }
 
 
@@ -313,9 +301,9 @@ def _goal(what: str, value: float | None, sign: str, goal: float) -> dict:
     return {"what": what, "value": value, "goal": f"{sign} {goal:g}", "stated_for": "NVIDIA H200", "met": met}
 
 
-def _tensors(anchor: dict | None) -> list[Tensor]:
-    return list((anchor or {}).values())
+def _anchor_bytes(result: FitResult) -> int:
+    return sum(_bytes((state.get("anchor") or {}).values()) for state in result.states.values())
 
 
-def _bytes(tensors) -> int:
+def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)

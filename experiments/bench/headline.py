@@ -5,15 +5,20 @@ it, from batches of 8 and of 1; and an exact Fisher of the adapted matrices alon
 timed, as in a cell; storage is of real files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 
+import torch
+from safetensors.torch import save_file
+
+from experiments.bench import running, subject
 from experiments.bench.race import Race, race
+from methods.ewc import EWC
+from methods.tools.stored import save_importance
 
 TITLE = "Preparing importance: 20 times faster, 10-15 % of the storage?"
 OURS, SAME = "hierarchical", "Fisher, adapted matrices"
@@ -88,12 +93,6 @@ class Findings:
 
 
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
-    import torch
-
-    from experiments.bench import running, subject
-    from methods.ewc import EWC
-    from methods.tools.process_group import Shards
-
     on = subject.find(small=small)
     documents = on.general[: 6 if small else 16]
     hierarchical = on.study.methods["hierarchical"].parts
@@ -110,9 +109,9 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     }
     common = {
         "make": on.make,
+        "base": on.base,
         "general": documents,
         "device": torch.device("cpu"),
-        "shards": Shards(),
         "compute_dtype": on.dtype,
         "settings": replace(on.study.prepare_settings(model=on.study.grid.models[0], method="hierarchical"), probes=0),
     }
@@ -120,16 +119,15 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     tokens: dict[str, int] = {}
 
     def seconds(name: str) -> float:
-        found = running.prepare(parts=contestants[name], **common)
+        preparation = running.prepare(parts=contestants[name], **common)
         if name not in sizes:
-            sizes[name] = _stored(found.states, plain=name in PUBLISHED.values())
-        tokens[name] = found.tokens
-        return found.seconds
+            sizes[name] = _stored(preparation.states, plain=name in PUBLISHED.values())
+        tokens[name] = preparation.tokens
+        return preparation.seconds
 
-    # an argument of its own for each: a closure over the loop's variable would time the last one alone
-    found = race(
+    timed = race(
         f"{on.name}: {len(documents)} documents of general text",
-        {name: lambda name=name: seconds(name) for name in contestants},
+        {name: partial(seconds, name) for name in contestants},
         against=OURS,
         rounds=rounds or 3,
         warm=int(small),
@@ -139,65 +137,54 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     findings = Findings(
         documents=len(documents),
         tokens=tokens[OURS],
-        times={size: found.ratio_median(name) for size, name in PUBLISHED.items()},
-        times_same=found.ratio_median(SAME),
+        times={size: timed.ratio_median(name) for size, name in PUBLISHED.items()},
+        times_same=timed.ratio_median(SAME),
         storage=sizes[OURS]["importance"] / whole["importance"],
         storage_same=sizes[OURS]["importance"] / sizes[SAME]["importance"],
         entries=sizes[OURS]["entries"] / whole["entries"],
     )
-    found.facts.update(
-        {
-            "sentence": findings.sentence(),
-            "paper: times faster": CLAIM["times_faster"],
-            "paper: share of the storage": list(CLAIM["storage"]),
-            "times as long, EWC-LoRA by batch size": {str(size): _short(t) for size, t in findings.times.items()},
-            "times as long, Fisher of the adapted matrices": _short(findings.times_same),
-            "share of EWC-LoRA's storage": _short(findings.storage),
-            "share of EWC-LoRA's entries": _short(findings.entries),
-            "share of the storage of a Fisher of the adapted matrices": _short(findings.storage_same),
-            "arithmetic, not measured: times as long at the published numbers of documents, by batch size": {
-                str(size): _short(t) for size, t in findings.by_arithmetic().items()
-            },
-            "published documents, hierarchical": f"{DOCUMENTS[OURS]:,} in {EPOCHS} epochs",
-            "published documents, EWC-LoRA by batch size": {str(size): DOCUMENTS[size] for size in PUBLISHED},
-            "tokens read": tokens,
-            "microseconds a token": {
-                name: _short(1e6 * median(found.seconds[name]) / tokens[name]) for name in contestants
-            },
-            **{
-                f"bytes_stored by {name}": {kind: count for kind, count in sizes[name].items() if kind != "entries"}
-                for name in contestants
-            },
-            "entries": {name: sizes[name]["entries"] for name in contestants},
-            "computed in": str(on.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher "
-            "is in full precision",
-        }
-    )
-    yield found
+    facts = {
+        "sentence": findings.sentence(),
+        "paper: times faster": CLAIM["times_faster"],
+        "paper: share of the storage": list(CLAIM["storage"]),
+        "times as long, EWC-LoRA by batch size": {str(size): _short(t) for size, t in findings.times.items()},
+        "times as long, Fisher of the adapted matrices": _short(findings.times_same),
+        "share of EWC-LoRA's storage": _short(findings.storage),
+        "share of EWC-LoRA's entries": _short(findings.entries),
+        "share of the storage of a Fisher of the adapted matrices": _short(findings.storage_same),
+        "arithmetic, not measured: times as long at the published numbers of documents, by batch size": {
+            str(size): _short(t) for size, t in findings.by_arithmetic().items()
+        },
+        "published documents, hierarchical": f"{DOCUMENTS[OURS]:,} in {EPOCHS} epochs",
+        "published documents, EWC-LoRA by batch size": {str(size): DOCUMENTS[size] for size in PUBLISHED},
+        "tokens read": tokens,
+        "microseconds a token": {n: _short(1e6 * median(timed.seconds[n]) / tokens[n]) for n in contestants},
+        "entries": {name: size.pop("entries") for name, size in sizes.items()},
+        **{f"bytes_stored by {name}": size for name, size in sizes.items()},
+        "computed in": on.dtype_name,
+        "threads": torch.get_num_threads(),
+        "not in it": "the published scripts copy every gradient to the CPU, and train in 8 bits where the Fisher "
+        "is in full precision",
+    }
+    timed.facts.update(facts)
+    yield timed
 
 
 def _stored(states: dict[str, dict], *, plain: bool) -> dict[str, int]:
     """Bytes of the files, and entries of importance. `plain`: a float an entry and no compression, as published
     checkpoints are.
     """
-    from safetensors.torch import save_file
-
-    from methods.tools.stored import save_importance
-
     (state,) = states.values()
-    found = {"entries": sum(values.numel() for values in state["importance"].values())}
+    sizes = {"entries": sum(values.numel() for values in state["importance"].values())}
     with TemporaryDirectory() as folder:
-        for kind in ("importance", "start", "carry"):
-            if kind in state:
-                path = Path(folder) / kind
-                if kind == "importance" and not plain:
-                    save_importance(state[kind], path)
-                else:
-                    save_file({name: tensor.contiguous() for name, tensor in state[kind].items()}, path)
-                found[kind] = path.stat().st_size
-    return found
+        for kind, tensors in state.items():
+            path = Path(folder) / kind
+            if kind == "importance" and not plain:
+                save_importance(tensors, path)
+            else:
+                save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+            sizes[kind] = path.stat().st_size
+    return sizes
 
 
 def _short(value: float) -> float:

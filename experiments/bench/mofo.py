@@ -3,12 +3,15 @@ tensor), on tensors of LLaMA's shapes, and the same with other selections of tor
 heavy-tailed |m|, with many zeros, and with many equal entries that are not zero, which a quickselect is slow on.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import Any
+
+import torch
+from torch import Tensor
 
 from experiments.bench.race import Goal, Race, race
+from methods.mofo import MoFO
+from methods.tools.adam import AdamW
+from methods.tools.selection import kth_by_histogram, kth_largest
 
 TITLE = "MoFO's step and its selection"
 ROUNDS = 15
@@ -22,11 +25,6 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
 
 def _steps(small: bool, rounds: int) -> Iterator[Race]:
-    import torch
-
-    from methods.mofo import MoFO
-    from methods.tools.adam import AdamW
-
     width, ffn, layers, vocabulary = (32, 88, 1, 64) if small else (512, 1408, 6, 12_000)
     block = [(width,), *[(width, width)] * 4, (width,), (ffn, width), (ffn, width), (width, ffn)]
     shapes = [(vocabulary, width), *block * layers, (width,)]
@@ -34,7 +32,7 @@ def _steps(small: bool, rounds: int) -> Iterator[Race]:
     start = [torch.randn(shape, generator=draw).mul_(0.02) for shape in shapes]
     gradients = [_heavy_tailed(shape, draw) for shape in shapes]
 
-    def weights() -> list:
+    def weights() -> list[Tensor]:
         made = [weight.clone().requires_grad_() for weight in start]
         for weight, gradient in zip(made, gradients):
             weight.grad = gradient
@@ -53,34 +51,32 @@ def _steps(small: bool, rounds: int) -> Iterator[Race]:
         "the same, kthvalue": Published(tensors["kthvalue"], lambda size, k: size.kthvalue(len(size) - k + 1)[0]).step,
     }
     entries = sum(weight.numel() for weight in start)
-    found = race(
+    timed = race(
         f"A step of {entries / 1e6:.3g} M weights in {len(shapes)} tensors, fraction {FRACTION}",
         runners,
         against="torch AdamW, fused",
         rounds=rounds,
         goals=[] if small else [Goal(runner="MoFO", limit=4)],
     )
-    apart = [
+    apart = max(
         ((p - q).abs().max() / (q - s).abs().max()).item()
         for p, q, s in zip(tensors["MoFO"], tensors["sorted topk"], start)
-    ]
-    found.facts.update(
+    )
+    timed.facts.update(
         {
             "entries": entries,
             "threads": torch.get_num_threads(),
             "share that moved": mofo.realised_fraction()["mean"],
-            "weights apart from the official ones, of the largest movement": max(
-                apart
-            ),  # one entry with another mask would make it 1
+            # one entry with another mask would make it 1
+            "weights apart from the official ones, of the largest movement": apart,
             "bytes of MoFO's scratch": sum(room.nbytes for room in mofo._scratch.values()),
         }
     )
-    yield found
-    others = {name: times for name, times in found.seconds.items() if "AdamW" not in name}
+    yield timed
     yield Race(
         title="The same step of MoFO, against the paper's code",
         against="official: sorted topk",
-        seconds=others,
+        seconds={name: times for name, times in timed.seconds.items() if "AdamW" not in name},
         goals=() if small else (Goal(runner="MoFO", limit=12, faster=True),),
     )
 
@@ -90,17 +86,11 @@ class Published:
     `select`.
     """
 
-    def __init__(self, weights: list, select: Callable[[Any, int], Any]):
-        import torch
-
+    def __init__(self, weights: list[Tensor], select: Callable[[Tensor, int], Tensor]):
         self.weights, self.select, self.steps = weights, select, 0
-        self.moments = [
-            (torch.zeros_like(p, requires_grad=False), torch.zeros_like(p, requires_grad=False)) for p in weights
-        ]
+        self.moments = [tuple(torch.zeros_like(p, requires_grad=False) for _ in range(2)) for p in weights]
 
     def step(self) -> None:
-        import torch
-
         self.steps += 1
         first, second = (1 - beta**self.steps for beta in BETAS)
         with torch.no_grad():
@@ -118,17 +108,10 @@ class Published:
 
 
 def _selections(small: bool, rounds: int) -> Iterator[Race]:
-    import torch
-
-    from methods.tools.selection import kth_by_histogram, kth_largest
-
     entries = 4_000 if small else 2_000_000
     draw = torch.Generator().manual_seed(0)
-    heavy, share, k = (
-        _heavy_tailed((entries,), draw).abs_(),
-        torch.rand(entries, generator=draw),
-        int(FRACTION * entries),
-    )
+    heavy, share = _heavy_tailed((entries,), draw).abs_(), torch.rand(entries, generator=draw)
+    k = int(FRACTION * entries)
     cases = {
         "heavy-tailed |m|": heavy,
         "70 % zeros": heavy * (share >= 0.7),
@@ -138,32 +121,25 @@ def _selections(small: bool, rounds: int) -> Iterator[Race]:
     for what, size in cases.items():
         room = torch.empty_like(size)
 
-        def partition(kth: Callable = kth_largest, size: Any = size, room: Any = room) -> Any:
+        def on_a_copy(kth: Callable, size: Tensor = size, room: Tensor = room):
             return kth(room.copy_(size), k)
 
         runners = {
             "sorted topk": lambda: torch.topk(size, k)[0].min(),
             "unsorted topk": lambda: torch.topk(size, k, sorted=False)[0].min(),
             "kthvalue": lambda: size.kthvalue(entries - k + 1)[0],
-            "partition of floats": lambda: partition(lambda copy, k: copy.numpy().partition(entries - k)),
+            "partition of floats": lambda: on_a_copy(lambda copy, k: copy.numpy().partition(entries - k)),
             "histograms": lambda: kth_by_histogram(lambda: size.split(1 << 18), k, device=size.device),
-            "kth_largest": partition,
+            "kth_largest": lambda: on_a_copy(kth_largest),
         }
-        if any(
-            float(runners[name]()) != float(runners["kthvalue"]())
-            for name in ("sorted topk", "unsorted topk", "histograms", "kth_largest")
-        ):
-            raise AssertionError(f"the selections differ on {what}")
-        found = race(
-            f"The k-th largest of {entries:,} entries, {what}", runners, against="sorted topk", rounds=min(rounds, 5)
-        )
-        found.facts.update(
-            {f"ns an entry, {name}": round(1e9 * min(seconds) / entries, 2) for name, seconds in found.seconds.items()}
-        )
-        yield found
+        selected = {float(runner()) for name, runner in runners.items() if name != "partition of floats"}
+        assert len(selected) == 1, f"the selections differ on {what}"
+        title = f"The k-th largest of {entries:,} entries, {what}"
+        timed = race(title, runners, against="sorted topk", rounds=min(rounds, 5))
+        for name, seconds in timed.seconds.items():
+            timed.facts[f"ns an entry, {name}"] = round(1e9 * min(seconds) / entries, 2)
+        yield timed
 
 
-def _heavy_tailed(shape: tuple[int, ...], draw: Any) -> Any:
-    import torch
-
+def _heavy_tailed(shape: tuple[int, ...], draw: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=draw).exp_().mul_(torch.randn(shape, generator=draw)).mul_(1e-3)

@@ -5,15 +5,13 @@ Beside ours, for importance F in float32, bfloat16 and 8 bits: the penalty in au
 closed form in plain torch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from experiments.bench.race import Goal, Race, race
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from methods.tools.importance import decode, encode, penalise
 
 TITLE = "quadratic penalty beside AdamW"
 ADAMW = "torch AdamW, fused"
@@ -28,24 +26,13 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 def shapes(*, small: bool) -> list[tuple[int, ...]]:
     """Of a LLaMA's tensors: 25 M weights in 74."""
     vocabulary, width, inner, layers = (64, 16, 40, 1) if small else (4000, 512, 1376, 8)
-    block = [
-        (width, width),
-        (width // 2, width),
-        (width // 2, width),
-        (width, width),
-        (inner, width),
-        (inner, width),
-        (width, inner),
-        (width,),
-        (width,),
-    ]
+    attention = [(width, width), (width // 2, width), (width // 2, width), (width, width)]
+    block = [*attention, (inner, width), (inner, width), (width, inner), (width,), (width,)]
     return [(vocabulary, width), *block * layers, (width,)]
 
 
-def adamw(start: list[Tensor], gradients: list[Tensor]) -> Any:
+def adamw(start: list[Tensor], gradients: list[Tensor]) -> torch.optim.AdamW:
     """A fused AdamW over copies of the tensors."""
-    import torch
-
     weights = [values.clone().requires_grad_() for values in start]
     for weight, gradient in zip(weights, gradients):
         weight.grad = gradient.clone()
@@ -53,10 +40,6 @@ def adamw(start: list[Tensor], gradients: list[Tensor]) -> Any:
 
 
 def _anchored(dtype: str, *, small: bool, rounds: int) -> Race:
-    import torch
-
-    from methods.tools.importance import decode, encode, penalise
-
     draw = torch.Generator().manual_seed(0)
     anchors = [torch.randn(shape, generator=draw).mul_(0.02).to(getattr(torch, dtype)) for shape in shapes(small=small)]
     weights = [a.float() + 1e-4 * torch.randn(a.shape, generator=draw) for a in anchors]
@@ -88,11 +71,11 @@ def _anchored(dtype: str, *, small: bool, rounds: int) -> Race:
         """Relative L2 of the gradient, against the values that `kind` stands for, in float64."""
         off = size = 0.0
         for w, a, f in zip(weights, anchors, held[kind]):
-            found = torch.zeros_like(w)
-            penalise(weight=w, anchor=a, importance=f, gradient=found, scale=SCALE)
+            added = torch.zeros_like(w)
+            penalise(weight=w, anchor=a, importance=f, gradient=added, scale=SCALE)
             dense = decode(f.codes, low=f.low, step=f.step, dtype=torch.float64) if kind == "8 bits" else f.double()
             wanted = SCALE * dense * (w.double() - a.double())
-            off, size = off + (found - wanted).square().sum().item(), size + wanted.square().sum().item()
+            off, size = off + (added - wanted).square().sum().item(), size + wanted.square().sum().item()
         return float(f"{(off / size) ** 0.5:.2g}")
 
     facts = {
@@ -102,13 +85,6 @@ def _anchored(dtype: str, *, small: bool, rounds: int) -> Race:
     }
     runners = {ADAMW: adamw(weights, gradients).step, "autograd": by_autograd, "closed form": in_closed_form}
     runners |= {f"ours, {kind}": ours(kind) for kind in held}
-    goals = (
-        []
-        if small
-        else [
-            Goal(runner="ours, float32", limit=1.2),
-            Goal(runner="ours, bfloat16", limit=1.2),
-            Goal(runner="ours, 8 bits", limit=1.4),
-        ]
-    )
+    limits = {"float32": 1.2, "bfloat16": 1.2, "8 bits": 1.4}
+    goals = [] if small else [Goal(runner=f"ours, {kind}", limit=limit) for kind, limit in limits.items()]
     return race(f"θ₀ in {dtype}", runners, against=ADAMW, rounds=rounds, goals=goals, facts=facts)

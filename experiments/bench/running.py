@@ -1,12 +1,11 @@
 """Prepare and train as the stages do, without their files, and with what the GPU holds read beside the times."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import io
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import mean
 from time import perf_counter
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from experiments.bench.stopwatch import Stopwatch
-from experiments.training import hardware
+from experiments.training import hardware, preparation
 from experiments.training.engine import FitResult, fit
+from experiments.training.preparation import Fitting
 from experiments.training.settings import TrainSettings
 from methods.part import Part
 from methods.tools.effective import base_parameters
@@ -34,15 +34,13 @@ class Preparation:
     seconds: float = 0.0
     seconds_token: float | None = None
     tokens: int = 0
-    bytes_stored: dict[str, int] = field(
-        default_factory=dict
-    )  # by kind; a file of importance is smaller, being compressed
+    bytes_stored: dict[str, int] = field(default_factory=dict)  # by kind, before a file of importance is compressed
     bytes_peak: int | None = None
 
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[Shards]:
-    """A process group of this process alone, which fully_shard needs; no network is asked."""
+    """A process group of this process alone, which fully_shard needs; it uses no network."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
@@ -72,121 +70,94 @@ class Peak:
         return hardware.peak_memory_bytes(self._device) - self.before if self._device.type == "cuda" else None
 
 
-def base_of(model: nn.Module, parts: Sequence[Part]) -> dict[str, Tensor]:
-    """θ₀ on the CPU, where a study has it too, for parts that keep some of it; nothing for the others."""
+def base_of(make: Callable[[], nn.Module], parts: Sequence[Part]) -> dict[str, Tensor]:
+    """θ₀ of a new model on the CPU, where a study has it too, if a part keeps some of it; else nothing."""
     if not any("importance" in part.capabilities for part in parts):
         return {}
-    return {name: p.detach().to("cpu", copy=True) for name, p in base_parameters(model).items()}
+    return {name: p.detach().to("cpu", copy=True) for name, p in base_parameters(make()).items()}
 
 
 def prepare(
     *,
     parts: Sequence[Part],
     make: Callable[[], nn.Module],
+    base: Mapping[str, Tensor],
     general: Sequence[dict],
     settings: TrainSettings,
     device: torch.device,
-    shards: Shards,
+    shards: Shards = Shards(),
     compute_dtype: torch.dtype,
 ) -> Preparation:
     """Every part's preparation in turn, each on a new model. `settings` are those of a part that trains in it."""
-    found, peak = Preparation(), Peak(device)
-    for part in parts:
-        if type(part).prepare is Part.prepare:
-            continue
-        model = make()
-        base = base_of(model, parts)
-        torch.manual_seed(0)
-        for other in parts:
-            model = other.adapt(model, seed=0)
-        inner = _InnerFit(settings=settings, base=base, device=device, shards=shards, compute_dtype=compute_dtype)
-        documents = _Documents(device)
-        began = perf_counter()
-        prepared = part.prepare(
-            model=model, base=base, general=general, seed=0, fit=inner, progress=documents, shards=shards
-        )
-        found.seconds += perf_counter() - began
-        del model
-        if prepared is None:
-            continue
-        found.tokens += prepared.tokens
-        found.seconds_token = inner.seconds_token() or documents.seconds_token(general)
-        state = found.states[part.key] = {}
-        for kind in ("importance", "start", "carry"):
-            if tensors := getattr(prepared, kind):
-                state[kind] = {
-                    name: t.cpu() if isinstance(t, Codes) else t.detach().cpu() for name, t in tensors.items()
-                }
-                found.bytes_stored[kind] = found.bytes_stored.get(kind, 0) + sum(t.nbytes for t in state[kind].values())
-        del prepared
-    found.bytes_peak = peak.bytes() if found.states else None
-    return found
+    whole, peak, documents, fits = Preparation(), Peak(device), _Documents(device), []
+
+    def timed(*arguments: Any, **named: Any) -> _TimedFitting:
+        fits.append(_TimedFitting(*arguments, **named))
+        return fits[-1]
+
+    for made in preparation.prepare(
+        parts,
+        make=lambda _: make(),
+        general=general,
+        base=base,
+        seed=0,
+        settings=settings,
+        resume=lambda _: None,
+        progress=documents,
+        shards=shards,
+        fitting=timed,
+        device=device,
+        compute_dtype=compute_dtype,
+    ):
+        whole.seconds += made.seconds
+        whole.tokens += made.prepared.tokens
+        whole.seconds_token = (fits[-1].seconds_token if fits else None) or documents.seconds_token(general)
+        state = whole.states.setdefault(made.part.key, {})
+        for kind in preparation.TENSORS:
+            if tensors := getattr(made.prepared, kind):
+                state[kind] = {n: t.cpu() if isinstance(t, Codes) else t.detach().cpu() for n, t in tensors.items()}
+                stored = sum(tensor.nbytes for tensor in state[kind].values())
+                whole.bytes_stored[kind] = whole.bytes_stored.get(kind, 0) + stored
+    whole.bytes_peak = peak.bytes() if whole.states else None
+    return whole
 
 
-def train(
-    *,
-    parts: Sequence[Part],
-    model: nn.Module,
-    base: dict,
-    states: dict,
-    examples: Sequence[dict],
-    settings: TrainSettings,
-    device: torch.device,
-    shards: Shards,
-    compute_dtype: torch.dtype,
-    **more: Any,
-) -> tuple[FitResult, Stopwatch]:
-    """The engine's loop with a stopwatch in it."""
+def train(*, parts: Sequence[Part], device: torch.device, **given: Any) -> tuple[FitResult, Stopwatch]:
+    """The engine's loop (its arguments) with a stopwatch in it."""
     watch = Stopwatch(device)
     with contextlib.redirect_stderr(io.StringIO()):  # a bar for each of many short fits
-        result = fit(
-            model=model,
-            parts=(*parts, *watch.parts),
-            examples=examples,
-            settings=settings,
-            seed=0,
-            base=base,
-            states=states,
-            device=device,
-            shards=shards,
-            compute_dtype=compute_dtype,
-            **more,
-        )
-    return result, watch
+        return fit(parts=(*parts, *watch.parts), seed=0, device=device, **given), watch
 
 
-class _InnerFit:
-    """The loop as parts that train in their preparation are given it; notes seconds a token of the steps after
-    warm-up.
+class _TimedFitting(Fitting):
+    """The loop as parts that train in their preparation are given it, with a stopwatch in it.
+
+    seconds_token  of the last call's steps after warm-up; None where there are none
     """
 
-    def __init__(self, *, settings: TrainSettings, **given: Any):
-        self._settings, self._given = settings, given
-        self._times: list[float] = []
-        self._tokens = 0
+    seconds_token: float | None = None
 
-    def __call__(self, *, model, parts, examples, seed, **overrides) -> FitResult:
-        changed = replace(self._settings, **{key: value for key, value in overrides.items() if value is not None})
-        result, watch = train(model=model, parts=parts, examples=examples, settings=changed, states={}, **self._given)
+    def __call__(self, *, parts: Sequence[Part], **given: Any) -> FitResult:
+        watch = Stopwatch(self._arguments["device"])
+        with contextlib.redirect_stderr(io.StringIO()):
+            result = super().__call__(parts=(*parts, *watch.parts), **given)
         if result.steps > WARM:
-            self._times = watch.steps(skip=WARM)
-            self._tokens = result.tokens // result.steps
+            self.seconds_token = mean(watch.steps(skip=WARM)) / (result.tokens // result.steps)
         return result
-
-    def seconds_token(self) -> float | None:
-        return sum(self._times) / len(self._times) / self._tokens if self._times else None
 
 
 class _Documents:
     """A progress bar that notes when each document was done."""
 
     def __init__(self, device: torch.device):
-        self._device, self._times = device, []
+        self._device = device
+        self._times: list[float] = []
 
-    def __call__(self, **_: Any) -> _Documents:
+    def __call__(self, **_: Any) -> "_Documents":
+        self._times = []
         return self
 
-    def __enter__(self) -> _Documents:
+    def __enter__(self) -> "_Documents":
         return self
 
     def __exit__(self, *_: Any) -> None:

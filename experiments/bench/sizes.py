@@ -1,8 +1,5 @@
-"""Models with random weights made on the device itself, methods and random tokens: for cost and checks, never for
-scores.
-"""
+"""Models with random weights made on the device itself, methods and random tokens: for cost and checks, not scores."""
 
-from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
@@ -40,38 +37,11 @@ _MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
-METHODS: dict[str, Mapping[str, Any]] = {
-    "full": {},
-    "mofo": {"mofo": {}},
-    "ewc": {"ewc": {}},
-    "hierarchical": {"hierarchical": {}},
-    "lora": {"lora": {}},
-    "hierarchical-lora": {"hierarchical": {}, "lora": {}},
-}
-
-# architecture sizes of the checks: heads as wide as the real ones, a few layers
-MEDIUM = {
-    "gptj": {"n_embd": 1024, "n_layer": 4, "n_head": 4, "rotary_dim": 64, "vocab_size": 4096, "n_positions": 512},
-    "llama": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 2,
-        "vocab_size": 4096,
-        "max_position_embeddings": 512,
-        "tie_word_embeddings": False,
-    },
-}
-LARGE = {
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 4,
-    "vocab_size": 32000,
-    "max_position_embeddings": 1024,
-    "tie_word_embeddings": False,
+# the parts of each method, with their default settings
+METHODS: dict[str, tuple[str, ...]] = {
+    **{name: (name,) for name in ("mofo", "ewc", "hierarchical", "lora")},
+    "full": (),
+    "hierarchical-lora": ("hierarchical", "lora"),
 }
 
 
@@ -90,14 +60,6 @@ def build_named(name: str, *, tiny: bool, device: torch.device, dtype: torch.dty
     return build(architecture, device=device, dtype=dtype, **(small if tiny else full))
 
 
-def medium(kind: str, tiny: bool) -> dict:
-    return {} if tiny else MEDIUM[kind]
-
-
-def llama(device: torch.device, tiny: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    return build("llama", device=device, dtype=dtype, **medium("llama", tiny))
-
-
 @cache
 def shape_named(name: str, *, tiny: bool) -> Shape:
     return Shape(config=build_named(name, tiny=tiny, device=torch.device("meta"), dtype=torch.float32).config)
@@ -108,9 +70,8 @@ def parts_of(method: str, *, documents: int | None = None) -> tuple[Part, ...]:
 
     Raises Skipped where peft is needed and not installed.
     """
-    block = dict(METHODS[method])
-    for part in {"ewc", "hierarchical"} & block.keys() if documents else ():
-        block[part] = {"samples": documents}
+    samples = {"samples": documents} if documents else {}
+    block = {part: samples if part in ("ewc", "hierarchical") else {} for part in METHODS[method]}
     if "lora" in block:
         try:
             import peft  # noqa: F401

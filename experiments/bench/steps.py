@@ -4,15 +4,18 @@ one step each in turn; loading, preparation and a first step are not counted. Im
 costs the same whatever its values.
 """
 
-from __future__ import annotations
-
-import contextlib
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from statistics import median
 
-from experiments.bench.race import Race, race
+import torch
+
+from experiments.bench import full_size, running, subject
+from experiments.bench.race import Race
+from experiments.bench.stepwise import Pausing, race_of_steps
+from experiments.bench.stopwatch import Stopwatch
+from experiments.training.engine import FitResult, fit
 
 TITLE = "A training step of each method"
 PLAIN, LORA = "full", "lora"
@@ -28,14 +31,6 @@ PHASES = {
 
 
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
-    import torch
-
-    from experiments.bench import full_size, running, subject
-    from experiments.bench.stepwise import Pausing, Stepwise
-    from experiments.bench.stopwatch import Stopwatch
-    from experiments.training.engine import fit
-    from methods.tools.process_group import Shards
-
     on, rounds = subject.find(small=small), rounds or ROUNDS
     batch = on.batch()
     methods = {PLAIN: ()} | {
@@ -46,13 +41,13 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     watches = {name: Stopwatch(common["device"]) for name in methods}
     prepared = {
         name: running.prepare(
-            parts=parts, make=on.make, general=on.general[:1], settings=settings[name], shards=Shards(), **common
+            parts=parts, make=on.make, base=on.base, general=on.general[:1], settings=settings[name], **common
         )
         for name, parts in methods.items()
     }
 
-    def training(name: str) -> Callable:
-        return lambda pause: fit(
+    def training(name: str, pause: Callable[[], None]) -> FitResult:
+        return fit(
             model=on.make(),
             parts=(*methods[name], *watches[name].parts, Pausing(pause=pause)),
             examples=batch,
@@ -63,45 +58,21 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             **common,
         )
 
-    runs = {name: Stepwise(training(name)) for name in methods}
-    with contextlib.redirect_stderr(io.StringIO()):  # a bar for each of several fits
-        for run in runs.values():
-            run.go()
-        found = race(
-            f"{on.name}: a step of {len(batch)} rows",
-            {name: run.go for name, run in runs.items()},
-            against=PLAIN,
-            rounds=rounds,
-            warm=0,
-        )
-        for run in runs.values():
-            run.go()
-    found.facts.update(
-        {
-            "tokens a step": sum(len(e["input_ids"]) for e in batch),
-            "weights": sum(t.numel() for t in on.base.values()),
-            "computed in": str(on.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-        }
+    title = f"{on.name}: a step of {len(batch)} rows"
+    timed, results = race_of_steps(
+        title, {name: partial(training, name) for name in methods}, against=PLAIN, rounds=rounds
     )
+    timed.facts.update(on.facts(batch))
     for name, watch in watches.items():
-        found.facts[f"ms of a step, {name}"] = {
+        timed.facts[f"ms of a step, {name}"] = {
             phase: round(1e3 * median(watch.between(*marks, skip=1)), 2) for phase, marks in PHASES.items()
         }
-    for name, run in runs.items():
-        found.facts[f"bytes_held by {name}"] = {
-            kind: count for kind, count in full_size.held(run.result, prepared[name]).items() if count
-        }
-    yield found
-    if adapted := [
-        name
-        for name in methods
-        if any("adapts" in part.capabilities for part in methods[name]) and name != LORA and LORA in methods
-    ]:
-        yield replace(
-            found,
-            title=f"{on.name}: the same steps against {LORA}",
-            against=LORA,
-            facts={},
-            seconds={name: found.seconds[name] for name in (LORA, *adapted)},
-        )
+    for name, result in results.items():
+        held = full_size.held(result, prepared[name])
+        timed.facts[f"bytes_held by {name}"] = {kind: count for kind, count in held.items() if count}
+    yield timed
+    adapted = [name for name, parts in methods.items() if any("adapts" in part.capabilities for part in parts)]
+    if LORA in adapted and len(adapted) > 1:
+        seconds = {name: timed.seconds[name] for name in sorted(adapted, key=lambda name: name != LORA)}
+        title = f"{on.name}: the same steps against {LORA}"
+        yield replace(timed, title=title, against=LORA, facts={}, seconds=seconds)

@@ -1,21 +1,25 @@
-"""What benchmarks of whole steps work on: the default study's model and rows where they lie in work/, else random
-ones.
-"""
-
-from __future__ import annotations
+"""What benchmarks of whole steps work on: the default study's model and rows if work/ has them, else random ones."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
+from pathlib import Path
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-    from transformers import PreTrainedModel
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-    from experiments.study.config import Study
-    from experiments.training.batches import Example
-    from experiments.training.settings import TrainSettings
+from experiments.model import weights
+from experiments.model.base import dtype_of, load_tensors
+from experiments.model.random_models import build
+from experiments.stages.prepare import encoded_text
+from experiments.stages.train import encoded
+from experiments.study import config
+from experiments.study.config import Study
+from experiments.training import hardware
+from experiments.training.batches import Example, schedule
+from experiments.training.settings import TrainSettings
+from methods.tools.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,27 +42,31 @@ class Subject:
     def steps(self, method: str, batch: list[Example], count: int) -> TrainSettings:
         """The study's settings of `method` for `count` steps on one batch."""
         model, domain = _first(self.study)
-        return replace(
-            self.study.settings(model=model, domain=domain, method=method),
-            batch=len(batch),
-            micro_batch=len(batch),
-            epochs=float(count),
-            probes=0,
-        )
+        settings = self.study.settings(model=model, domain=domain, method=method)
+        return replace(settings, batch=len(batch), micro_batch=len(batch), epochs=float(count), probes=0)
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    def facts(self, batch: list[Example]) -> dict[str, object]:
+        """What a reader needs to know of a race of steps on `batch`."""
+        return {
+            "tokens a step": sum(len(example["input_ids"]) for example in batch),
+            "weights": sum(tensor.numel() for tensor in self.base.values()),
+            "computed in": self.dtype_name,
+            "threads": torch.get_num_threads(),
+        }
 
     def batch(self, size: int = 8) -> list[Example]:
         """The batch of the domain's first epoch whose number of tokens is the median."""
-        from experiments.training.batches import schedule
-
         lengths = [len(example["input_ids"]) for example in self.domain]
         plan = sorted(schedule(lengths, size, 0, 1.0), key=lambda rows: sum(lengths[i] for i in rows))
         return [self.domain[i] for i in plan[len(plan) // 2]]
 
 
 def find(*, small: bool, real: bool = True) -> Subject:
-    """The real one, unless it is not there, not wanted, or `small` asks for a tiny one."""
-    from experiments.study import config
-
+    """The default study's, or a random one where that is missing or not wanted (`real`), or a tiny one (`small`)."""
     study = config.load()
     model, domain = _first(study)
     folder, data = study.paths.model(model), study.paths.data
@@ -72,14 +80,7 @@ def _first(study: Study) -> tuple[str, str]:
     return study.grid.models[0], study.grid.domains[0]
 
 
-def _real(study, folder, train, general) -> Subject:
-    from experiments.model import weights
-    from experiments.model.base import dtype_of, load_tensors
-    from experiments.stages.prepare import encoded_text
-    from experiments.stages.train import encoded
-    from experiments.training import hardware
-    from methods.tools.files import read_json
-
+def _real(study: Study, folder: Path, train: Path, general: Path) -> Subject:
     model, domain = _first(study)
     dtype = study.compute_dtype(model, dtype_of(read_json(folder / "base.json")), hardware.device("cpu"))
     tokenizer = weights.load_tokenizer(folder)
@@ -87,7 +88,7 @@ def _real(study, folder, train, general) -> Subject:
     return Subject(
         name=f"{model}, {domain}",
         study=study,
-        make=lambda: weights.load_model(folder, dtype=dtype, device="cpu"),
+        make=partial(weights.load_model, folder, dtype=dtype),
         dtype=dtype,
         base=load_tensors(folder),
         domain=encoded(train, tokenizer, length),
@@ -95,27 +96,20 @@ def _real(study, folder, train, general) -> Subject:
     )
 
 
-def _random(study, *, small: bool) -> Subject:
-    import torch
-
-    from experiments.model.random_models import build
-
+def _random(study: Study, *, small: bool) -> Subject:
     sizes = {} if small else {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 8, "vocab_size": 8192}
-
-    def make():
-        return build("llama", seed=0, **sizes)
-
+    make = partial(build, "llama", seed=0, **sizes)
     model, draw = make(), torch.Generator().manual_seed(0)
     longest = 24 if small else 160
 
     def examples(count: int, labelled: float) -> list[Example]:
-        found = []
+        drawn = []
         for length in torch.randint(longest // 2, longest + 1, (count,), generator=draw).tolist():
             ids = torch.randint(2, model.config.vocab_size, (length,), generator=draw)
             labels = ids.clone()
             labels[: length - max(1, int(labelled * length))] = -100
-            found.append({"input_ids": ids, "labels": labels})
-        return found
+            drawn.append({"input_ids": ids, "labels": labels})
+        return drawn
 
     return Subject(
         name=f"random Llama of {sum(p.numel() for p in model.parameters()) / 1e6:.2g} M weights, random rows",

@@ -5,23 +5,20 @@ is a label, and computes in bf16 on a copy of its float32 weights, where the Tra
 a Trainer on bf16 weights has no float32 ones and loses small updates.
 """
 
-from __future__ import annotations
-
-import contextlib
-import io
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
-from experiments.bench.race import Race, race
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-if TYPE_CHECKING:
-    import torch
-
-    from experiments.bench.subject import Subject
-    from experiments.training.batches import Example
+from experiments.bench import subject
+from experiments.bench.race import Race
+from experiments.bench.stepwise import Pausing, race_of_steps
+from experiments.bench.subject import Subject
+from experiments.training.batches import Example, collate
+from experiments.training.engine import fit
 
 TITLE = "A step of the engine and of transformers' Trainer"
 ROUNDS = 7
@@ -30,50 +27,23 @@ ENGINE = "engine"
 
 
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
-    import torch
-
-    from experiments.bench import subject
-    from experiments.bench.stepwise import Stepwise
-
     rounds = rounds or ROUNDS
     random, real = subject.find(small=small, real=False), subject.find(small=small)
     for on in (random, *([real] if real.name != random.name else [])):
-        batch, losses = on.batch(), {}
+        batch = on.batch()
         trainers = {"Trainer": torch.float32}
         if on.dtype != torch.float32:
-            trainers = {"Trainer, autocast": torch.float32, f"Trainer, {_name(on.dtype)} weights": on.dtype}
-        work = {ENGINE: partial(_engine, on, batch, 1 + rounds)}
-        work |= {name: partial(_trainer, on, batch, 1 + rounds, weights) for name, weights in trainers.items()}
-        runs = {name: Stepwise(each) for name, each in work.items()}
-        with contextlib.redirect_stderr(io.StringIO()):  # the engine's bar
-            for run in runs.values():
-                run.go()
-            found = race(
-                f"{on.name}: a step of {len(batch)} rows",
-                {name: run.go for name, run in runs.items()},
-                against=next(iter(trainers)),
-                rounds=rounds,
-                warm=0,
-            )
-            for name, run in runs.items():
-                run.go()
-                losses[name] = [round(loss, 5) for loss in run.result]
-        found.facts.update(
-            {
-                "tokens a step": sum(len(e["input_ids"]) for e in batch),
-                "weights": sum(t.numel() for t in on.base.values()),
-                "computed in": _name(on.dtype),
-                "threads": torch.get_num_threads(),
-                "loss of each step": losses,
-            }
-        )
-        yield found
+            trainers = {"Trainer, autocast": torch.float32, f"Trainer, {on.dtype_name} weights": on.dtype}
+        works = {ENGINE: partial(_engine, on, batch, 1 + rounds)}
+        works |= {name: partial(_trainer, on, batch, 1 + rounds, weights) for name, weights in trainers.items()}
+        title = f"{on.name}: a step of {len(batch)} rows"
+        timed, losses = race_of_steps(title, works, against=next(iter(trainers)), rounds=rounds)
+        rounded = {name: [round(loss, 5) for loss in own] for name, own in losses.items()}
+        timed.facts.update(on.facts(batch), **{"loss of each step": rounded})
+        yield timed
 
 
 def _engine(on: Subject, batch: list[Example], steps: int, pause: Callable[[], None]) -> list[float]:
-    from experiments.bench.stepwise import Pausing
-    from experiments.training.engine import fit
-
     settings = replace(
         on.steps("full", batch, steps),
         learning_rate=RATE,
@@ -99,20 +69,16 @@ def _trainer(
     on: Subject, batch: list[Example], steps: int, weights: torch.dtype, pause: Callable[[], None]
 ) -> list[float]:
     """`weights` is what they are kept in; the engine's dtype is what is computed in either way."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    losses: list[torch.Tensor] = []
 
-    from experiments.training.batches import collate
-
-    found: list[torch.Tensor] = []
-
-    class Pausing(TrainerCallback):
+    class PausingCallback(TrainerCallback):
         def on_step_end(self, *_, **__):
             pause()
 
-    class Heard(Trainer):
+    class Recording(Trainer):
         def compute_loss(self, *arguments, **named):
             loss = super().compute_loss(*arguments, **named)
-            found.append(loss.detach())
+            losses.append(loss.detach())
             return loss
 
     model = on.make().to(weights)
@@ -137,11 +103,9 @@ def _trainer(
             disable_tqdm=True,
             dataloader_pin_memory=False,
         )
-        trainer = Heard(model=model, args=settings, train_dataset=batch, data_collator=collate, callbacks=[Pausing()])
+        trainer = Recording(
+            model=model, args=settings, train_dataset=batch, data_collator=collate, callbacks=[PausingCallback()]
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return [loss.item() for loss in found]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return [loss.item() for loss in losses]

@@ -44,6 +44,7 @@ def prepare(
     progress: Callable[..., Any] | None = None,
     shards: Shards = Shards(),
     tokenizer: Any = None,
+    fitting: "Callable[..., Fitting] | None" = None,
     **placed: Any,
 ) -> Iterator[Preparation]:
     """One preparation after the other, so that each can be stored and freed before the next one begins.
@@ -52,23 +53,22 @@ def prepare(
     settings  of training, for parts that train while they prepare
     resume    by a part's key, where it keeps what it has so far
     tokenizer for parts that sample text
+    fitting   makes what parts train with, by default `Fitting`
     placed    `device` and `compute_dtype` of that training
     """
     lengths = [len(document["input_ids"]) for document in general]
     common = {"general": general, "seed": seed, "progress": progress, "shards": shards}
     states: dict[str, dict] = {}
 
-    def made(
-        part: Part, hook: str, model: nn.Module, fitting: Fitting | None = None, **more: Any
-    ) -> Preparation | None:
+    def made(part: Part, hook: str, model: nn.Module, loop: Fitting | None = None, **more: Any) -> Preparation | None:
         counter = Flops(model)
         passes = [each for each in part.preparation() if each.bare == (hook == "calibrate") and each.training is None]
         flops = [of_pass(each, counter, lengths) for each in passes]
         began = time.perf_counter()
         prepared = getattr(part, hook)(model=model, **common, **more)
         seconds = time.perf_counter() - began
-        if fitting:
-            flops += fitting.flops
+        if loop:
+            flops += loop.flops
         total = None if None in flops else sum(flops)
         return None if prepared is None else Preparation(part=part, prepared=prepared, seconds=seconds, flops=total)
 
@@ -82,10 +82,11 @@ def prepare(
         torch.manual_seed(seed)
         model = adapted(model, parts, seed=seed, states=states)
         kept = resume(part.key)
-        fitting = Fitting(kept, settings=settings, base=base, shards=shards, name=f"prepare {part.key}", **placed)
+        arguments = {"settings": settings, "base": base, "shards": shards, "name": f"prepare {part.key}"} | placed
+        loop = (fitting or Fitting)(kept, **arguments)
         sample = services.sampling(tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
-        prepared = made(part, "prepare", model, fitting, base=base, resume=kept, fit=fitting, sample=sample)
-        del model, fitting
+        prepared = made(part, "prepare", model, loop, base=base, resume=kept, fit=loop, sample=sample)
+        del model, loop
         if prepared is not None:
             yield prepared
 

@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from experiments.bench import sizes
 from methods.tools.process_group import Shards
-from tests.gpu import fits, kernels
+from tests.gpu import fits, kernels, models
 from tests.gpu.verdict import Wrong
 
 __all__ = ["Wrong", "checks"]
@@ -35,7 +34,7 @@ def checks(*, tiny: bool, shards: Shards) -> dict[str, Check]:
     }
     for method in ("full", "mofo", "ewc"):
         found[f"resume-{method}"] = functools.partial(fits.resumed, tiny=tiny, method=method)
-    for kind in sizes.MEDIUM:
+    for kind in models.MEDIUM:
         for name in kernels.ATTENTIONS:
             found[f"packed-{kind}-{name}"] = functools.partial(kernels.packed, tiny=tiny, kind=kind, name=name)
     for method in ("full", "mofo", "ewc"):

@@ -25,6 +25,7 @@ from methods import registry
 from methods.part import Part
 from methods.tools.effective import base_parameters
 from methods.tools.process_group import Shards
+from tests.gpu import models
 from tests.gpu.verdict import judged
 from tests.gpu.waiting import Watcher
 
@@ -40,7 +41,7 @@ def zero_strength(device: torch.device, *, tiny: bool, lora: bool = False) -> di
     beside = {"lora": {}} if lora else {}
     if lora:
         sizes.parts_of("lora")
-    model = sizes.llama(device, tiny)
+    model = models.llama(device, tiny)
     adapted = registry.build(beside)
     with _deterministic():
         plain = _weights(_fit(model, registry.build(beside), device))
@@ -61,7 +62,7 @@ def resumed(device: torch.device, *, tiny: bool, method: str) -> dict:
     """A run that is stopped after three steps and resumed, against one that is not: bit for bit, in
     deterministic kernels.
     """
-    model, parts = sizes.llama(device, tiny), sizes.parts_of(method)
+    model, parts = models.llama(device, tiny), sizes.parts_of(method)
     states = {"ewc": {"importance": _ones(model)}} if method == "ewc" else {}
     with _deterministic(), tempfile.TemporaryDirectory() as folder:
         whole = _weights(_fit(model, parts, device, states=states))
@@ -83,7 +84,7 @@ def sharded(device: torch.device, *, tiny: bool, dtype: torch.dtype, shards: Sha
     float32: weights within a relative 1e-6. bfloat16: within 1 % of how far the plain run moved.
     """
     _needs(shards)
-    model = sizes.llama(device, tiny, dtype)
+    model = models.llama(device, tiny, dtype)
     base = {name: p.detach().clone() for name, p in base_parameters(model).items()}
     plain, other = (
         _weights(_fit(model, (), device, shards=s, compute_dtype=dtype, base=base)) for s in (Shards(), shards)
@@ -104,7 +105,7 @@ def no_waiting(device: torch.device, *, tiny: bool, shards: Shards) -> dict:
     """Where the host waits for the device inside a step of MoFO with EWC: nowhere. Steps 3 to 5 of 6 are watched."""
     if device.type != "cuda":
         raise Skipped("a CPU computes as it is asked: nothing waits")
-    model = sizes.llama(device, tiny, torch.bfloat16)
+    model = models.llama(device, tiny, torch.bfloat16)
     parts = registry.build({"ewc": {}, "mofo": {}})
     watcher = Watcher(first=2, last=4)
     states = {"ewc": {"importance": _ones(model)}}
@@ -122,11 +123,11 @@ def memory_predicted(device: torch.device, *, method: str, shards: Shards) -> di
     parts = sizes.parts_of(method)
     settings = _settings(steps=4, rows=8, length=512)
     peak = running.Peak(device)
-    model = sizes.build("llama", device=device, dtype=torch.bfloat16, **sizes.LARGE)
+    model = sizes.build("llama", device=device, dtype=torch.bfloat16, **models.LARGE)
     shape = Shape(config=model.config)
-    base = running.base_of(model, parts)
+    base = running.base_of(lambda: model, parts)
     states = {"ewc": {"importance": _ones(model, device="cpu")}} if method == "ewc" else {}
-    examples = sizes.random_examples(4 * 8, 512, vocabulary=sizes.LARGE["vocab_size"])
+    examples = sizes.random_examples(4 * 8, 512, vocabulary=models.LARGE["vocab_size"])
     running.train(
         parts=parts,
         model=model,

@@ -19,6 +19,7 @@ from experiments.training import batches, loss
 from methods.tools import adam as moments
 from methods.tools import architecture, importance, selection
 from methods.tools.process_group import Shards
+from tests.gpu import models
 from tests.gpu.verdict import judged
 
 ATTENTIONS = ("eager", "sdpa", "flash_attention_2", "flex_attention")
@@ -29,7 +30,7 @@ def attention(device: torch.device, *, tiny: bool, dtype: torch.dtype) -> dict:
 
     float32: both within a relative 1e-4 of eager's (2-norms). bfloat16: as near to float32 as eager is, times 1.5.
     """
-    ours = sizes.build("gptj", device=device, dtype=dtype, **sizes.medium("gptj", tiny))
+    ours = sizes.build("gptj", device=device, dtype=dtype, **models.medium("gptj", tiny))
     theirs, truth = _copy(ours, "eager", dtype), _copy(ours, "eager", torch.float32)
     ids = _ids(ours, rows=2, tokens=48 if tiny else 384)
     found = {
@@ -54,7 +55,7 @@ def packed(device: torch.device, *, tiny: bool, kind: str, name: str) -> dict:
     dtype = torch.bfloat16 if name in ("flash_attention_2", "flex_attention") else torch.float32
     if tiny and name == "flex_attention":
         raise Skipped("flex_attention is compiled for minutes: left out with --tiny")
-    model = sizes.build(kind, device=device, dtype=dtype, **sizes.medium(kind, tiny))
+    model = sizes.build(kind, device=device, dtype=dtype, **models.medium(kind, tiny))
     if not (kind == "gptj" and name == "sdpa"):  # that is the model as it is built
         try:
             model = _copy(model, name, dtype)
