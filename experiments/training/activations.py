@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
@@ -30,38 +31,23 @@ class Unknown(Exception):
 
 
 @functools.cache
-def activations(
-    shape: Shape,
-    *,
-    parts: tuple[Part, ...] = (),
-    dtype: torch.dtype,
-    rows: int,
-    length: int,
-    checkpointing: bool = False,
-    packed: bool = False,
-    gradients: str = "trained",
-    device: str = "cpu",
-) -> tuple[int, int]:
-    """Bytes alive after a forward pass of the backbone on (rows, length) tokens, and the most that backward adds.
+def activations(shape: Shape, **inputs: Any) -> tuple[int, int]:
+    """Bytes alive after a forward pass of the backbone, and the most that backward adds; `inputs` of `_FakePasses`.
 
-    Weights, their gradients and logits are not counted. `parts` adapt the model.
-    Where all blocks but the first are equal, models of one and of two blocks are run, else the whole model. On a
-    `device` other than the CPU attention is SDPA. Raises Unknown for an architecture that fake tensors cannot run.
-
-    gradients  the tensors that get one: "trained" (in training mode), or in evaluation mode "adapted" or "whole-model"
-               tensors of the base or "none", as in methods/tools/costs.py
+    Weights, their gradients and logits are not counted. Where all blocks but the first are equal, models of one and of
+    two blocks are run, else the whole model. Raises Unknown for an architecture that fake tensors cannot run.
     """
-    run = functools.partial(_run_on_fake, shape, parts, dtype, rows, length, checkpointing, packed, gradients, device)
-    blocks = _blocks(shape.build(parts=parts))
+    passes = _FakePasses(shape=shape, **inputs)
+    blocks = _blocks(shape.build(parts=passes.parts))
     if blocks and architecture.alike(blocks[1:]):
         try:
-            one, _ = run(layers=1)
-            two, peak = run(layers=min(len(blocks), 2))
+            one, _ = passes.run(layers=1)
+            two, peak = passes.run(layers=min(len(blocks), 2))
             return one + (len(blocks) - 1) * (two - one), max(0, peak - two)
         except Exception:  # some configs cannot be shortened, and a part may adapt only later blocks: run them all
             pass
     try:
-        whole, peak = run(layers=None)
+        whole, peak = passes.run(layers=None)
     except Exception as error:  # whatever fails here, the model may still train
         raise Unknown from error
     return whole, max(0, peak - whole)
@@ -74,49 +60,59 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
         return []
 
 
-def _run_on_fake(
-    shape: Shape,
-    parts: tuple[Part, ...],
-    dtype: torch.dtype,
-    rows: int,
-    length: int,
-    checkpointing: bool,
-    packed: bool,
-    gradients: str,
-    device: str,
-    *,
-    layers: int | None,
-) -> tuple[int, int]:
-    """Bytes alive after the forward pass of the first `layers` blocks (None: all), and the peak of both passes."""
-    model = shape.build(parts=parts, layers=layers, dtype=dtype).train(gradients == "trained")
-    with FakeTensorMode(), only_sdpa() if device != "cpu" else contextlib.nullcontext():
-        _fake(model)
-        if gradients != "trained":
-            base, names = base_parameters(model), adapted_names(model)
-            model.requires_grad_(False)
-            for name in {"whole-model": base, "adapted": names, "none": ()}[gradients]:
-                base[name].requires_grad_(True)
-        if checkpointing:
-            architecture.recompute_activations(model)
-        for p in model.parameters():
-            if p.requires_grad:
-                p.register_post_accumulate_grad_hook(_forget)
+@dataclass(frozen=True, kw_only=True)
+class _FakePasses:
+    """A forward and a backward pass on (rows, length) tokens of a model that `parts` adapt.
+
+    gradients  the tensors that get one: "trained" (in training mode), or in evaluation mode "adapted" or "whole-model"
+               tensors of the base or "none", as in methods/tools/costs.py
+    device     its type; on another one than the CPU attention is SDPA
+    """
+
+    shape: Shape
+    parts: tuple[Part, ...] = ()
+    dtype: torch.dtype
+    rows: int
+    length: int
+    checkpointing: bool = False
+    packed: bool = False
+    gradients: str = "trained"
+    device: str = "cpu"
+
+    def run(self, *, layers: int | None) -> tuple[int, int]:
+        """Bytes alive after the forward pass of the first `layers` blocks (None: all), and the peak of both passes."""
+        model = self.shape.build(parts=self.parts, layers=layers, dtype=self.dtype).train(self.gradients == "trained")
+        with FakeTensorMode(), only_sdpa() if self.device != "cpu" else contextlib.nullcontext():
+            _fake(model)
+            if self.gradients != "trained":
+                base, names = base_parameters(model), adapted_names(model)
+                model.requires_grad_(False)
+                for name in {"whole-model": base, "adapted": names, "none": ()}[self.gradients]:
+                    base[name].requires_grad_(True)
+            if self.checkpointing:
+                architecture.recompute_activations(model)
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(_forget)
+            # fake tensors have a grouped product of experts in bfloat16 only; the plain product works in every dtype
+            plainly = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
+            with plainly, architecture.numberless(packed=self.packed):
+                return self._bytes(model)
+
+    def _bytes(self, model: nn.Module) -> tuple[int, int]:
         trained = architecture.plain(model).get_input_embeddings().weight.requires_grad
-        positions = {"position_ids": torch.empty(1, length, dtype=torch.long)} if packed else {}
-        # fake tensors have a grouped product of experts in bfloat16 only; the plain product works in every dtype
-        plainly = mock.patch.object(moe, "_can_use_grouped_mm", lambda *_: False)
-        with plainly, architecture.numberless(packed=packed), _Alive(*model.parameters(), *model.buffers()) as alive:
+        positions = {"position_ids": torch.empty(1, self.length, dtype=torch.long)} if self.packed else {}
+        with _Alive(*model.parameters(), *model.buffers()) as alive:
             # rows as an embedding returns them; the embedding's own gradient comes after all activations are freed
-            row = torch.empty(shape.config.hidden_size, dtype=dtype, requires_grad=trained)
-            embedded = row.expand(rows, length, -1).clone()
-            hidden = architecture.backbone(model)(
-                inputs_embeds=embedded, use_cache=False, **positions
-            ).last_hidden_state
+            row = torch.empty(self.shape.config.hidden_size, dtype=self.dtype, requires_grad=trained)
+            embedded = row.expand(self.rows, self.length, -1).clone()
+            run = architecture.backbone(model)
+            hidden = run(inputs_embeds=embedded, use_cache=False, **positions).last_hidden_state
             del embedded
             after_forward = alive.now
             if hidden.requires_grad:
                 hidden.sum().backward()
-    return after_forward, alive.peak
+        return after_forward, alive.peak
 
 
 def _fake(model: nn.Module) -> None:

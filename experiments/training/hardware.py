@@ -87,21 +87,15 @@ def available_memory(where: torch.device) -> int | None:
     return memory and memory.available
 
 
+@functools.cache
 def dense_peak(where: torch.device, dtype: torch.dtype) -> tuple[float | None, str]:
     """FLOP/s of dense matrix products in `dtype`, and its basis: "data sheet" or "matrix product measured here".
 
     It is measured, once in a process, where no data sheet is known for the device and dtype, as for every CPU.
     """
-    return _peak(where.type, where.index, dtype)
-
-
-@functools.cache
-def _peak(kind: str, index: int | None, dtype: torch.dtype) -> tuple[float | None, str]:
-    where = torch.device(kind, index) if index is not None else torch.device(kind)
-    if kind == "cuda":
-        stated = data_sheet_peak(torch.cuda.get_device_name(where), dtype)
-        if stated is not None:
-            return stated, "data sheet"
+    stated = data_sheet_peak(torch.cuda.get_device_name(where), dtype) if where.type == "cuda" else None
+    if stated is not None:
+        return stated, "data sheet"
     return _measured_peak(where, dtype), "matrix product measured here"
 
 
@@ -151,8 +145,6 @@ def _memory():
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
+    if info.is_file() and (name := re.search(r"^model name\s*:\s*(.+?)\s*$", info.read_text(), re.MULTILINE)):
+        return name[1]
     return platform.processor() or platform.machine()

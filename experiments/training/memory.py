@@ -62,33 +62,17 @@ MOST_PROCESSES = 8  # that a refusal proposes
 
 
 def predict(
-    *,
-    phase: Phase,
-    shape: Shape,
-    parts: Sequence[Part],
-    settings: TrainSettings,
-    checkpoint_dtype: torch.dtype,
-    compute_dtype: torch.dtype,
-    device_type: str,
-    processes: int | None = None,
-    longest: int | None = None,
+    *, phase: Phase, parts: Sequence[Part], settings: TrainSettings, longest: int | None = None, **model: Any
 ) -> dict[str, int | None]:
     """Peak bytes of one process in `phase`, {kind: bytes} by `KINDS`; all 0 where no part prepares anything.
 
     settings   of training in that phase; `length` is taken for the longest example: replace it where that is shorter
     longest    tokens of the longest document of general text, which a part may cut; None: not known
-    processes  how many share the model; None: one process, which does not share it
+    model      the other fields of `_Prediction`
 
     All None for an architecture that does not run on tensors without numbers, whose activations are therefore unknown.
     """
-    predicting = _Prediction(
-        shape=shape,
-        parts=tuple(parts),
-        checkpoint=checkpoint_dtype,
-        compute=compute_dtype,
-        device=device_type,
-        processes=processes,
-    )
+    predicting = _Prediction(parts=tuple(parts), **model)
     try:
         if phase == "train":
             return predicting.training(settings)
@@ -158,22 +142,25 @@ def _what_helps(
 
 @dataclass(frozen=True, kw_only=True)
 class _Prediction:
-    """The bytes of one model as its parts adapt it."""
+    """The bytes of one model as its parts adapt it.
+
+    processes  how many share the model; None: one process, which does not share it
+    """
 
     shape: Shape
     parts: tuple[Part, ...]
-    checkpoint: torch.dtype
-    compute: torch.dtype
-    device: str
-    processes: int | None
+    checkpoint_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device_type: str
+    processes: int | None = None
 
     @functools.cached_property
     def counts(self) -> Counts:
         return Counts(
             **vars(entries(self.shape, adapting(self.parts))),
-            checkpoint=self.checkpoint.itemsize,
-            compute=self.compute.itemsize,
-            device=self.device,
+            checkpoint=self.checkpoint_dtype.itemsize,
+            compute=self.compute_dtype.itemsize,
+            device=self.device_type,
             processes=self.processes,
         )
 
@@ -200,7 +187,7 @@ class _Prediction:
         alive, work = activations(
             self.shape,
             parts=() if made.bare else adapting(self.parts),
-            dtype=self.compute,
+            dtype=self.compute_dtype,
             rows=rows,
             length=length,
             gradients=made.gradients,
@@ -223,12 +210,12 @@ class _Prediction:
         alive, work = activations(
             self.shape,
             parts=adapting(self.parts),
-            dtype=self.compute,
+            dtype=self.compute_dtype,
             rows=rows,
             length=length,
             checkpointing=settings.checkpointing,
             packed=bool(settings.pack),
-            device=self.device,
+            device=self.device_type,
         )
         moment = 2 if settings.moments == "bfloat16" else wide
         labelled, copies = rows * length, 0
@@ -258,11 +245,13 @@ class _Prediction:
         # gradients exist during a pass where several are added up, and where masters on the CPU keep their buffers
         rows_added = any(part.added().trained for part in parts)
         waiting = rows_added or bool(settings.pack) or settings.batch > settings.micro_batch * (self.processes or 1)
-        waiting = waiting or (self.device == "cpu" and self.processes is None and counts.half)
+        waiting = waiting or (self.device_type == "cpu" and self.processes is None and counts.half)
         # the head's gradient is complete while all blocks still hold their activations
         head = 0 if waiting else share(wide * counts.head_trained)
         # a model to be shared is loaded whole and cut in main memory: mapped from its files, or copied to another dtype
-        copied = self.processes is not None and self.device == "cpu" and self.compute != self.checkpoint
+        copied = (
+            self.processes is not None and self.device_type == "cpu" and self.compute_dtype != self.checkpoint_dtype
+        )
         return _with_total(
             kinds,
             kept=kept,

@@ -64,7 +64,7 @@ class Reference:
     def hidden(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The base's last hidden states (batch, tokens, width) of a micro-batch, as `loss` is given it."""
         lengths = hooks.lengths_of(batch)
-        self._charge(tokens=sum(lengths), flops=self._base_flops.forward(lengths=lengths, predicted=0))
+        self._run.charge(tokens=sum(lengths), flops=self._base_flops.forward(lengths=lengths, predicted=0))
         return self.compute(architecture.hidden_states, batch["input_ids"], None, batch.get("position_ids"))
 
     def logits(self, rows: Tensor) -> Tensor:
@@ -80,14 +80,10 @@ class Reference:
         """
         own = self._flops.step(lengths=(), labelled=len(hidden))
         theirs = self._base_flops.forward(lengths=(), predicted=len(hidden))
-        self._charge(flops=None if own is None or theirs is None else own + theirs)
+        self._run.charge(flops=None if own is None or theirs is None else own + theirs)
         logits_of = architecture.logits_of(self._run.model)
         settings = {"temperature": temperature, "weights": weights, "reverse": reverse}
         return summed_kl(hidden, reference, logits_of, self.logits, **settings)
-
-    @property
-    def _charge(self) -> Callable[..., None]:
-        return self._run.charge
 
     @functools.cached_property
     def _base_flops(self) -> Flops:
@@ -124,7 +120,7 @@ class Reference:
                     module._parameters[name] = filled[id(p)]
         model.eval()
         held = [run.shards.local(p) for p in filled.values()]
-        self._charge(bytes=sum(p.numel() * p.element_size() for p in held))
+        self._run.charge(bytes=sum(p.numel() * p.element_size() for p in held))
         if not run.shards.active:
             return lambda function, *arguments: function(model, *arguments)
         dtype = next(iter(filled.values())).dtype
