@@ -77,6 +77,7 @@ from methods.errors import UserError
 from methods.settings import check, declared, setting
 from methods.tools.adam import Moments
 from methods.tools.costs import Added, Counts, Memory, Pass
+from methods.tools.names import unknown
 from methods.tools.process_group import Shards
 
 if TYPE_CHECKING:
@@ -481,15 +482,21 @@ def register(
             raise TypeError(
                 f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name; call it something else"
             )
+        own = [name for name in vars(part) if not name.startswith("_") and name not in {f.name for f in declared(part)}]
+        if strange := [name for name in own if not hasattr(Part, name)]:
+            raise TypeError(
+                f"part {name!r}: write a setting as `setting(...)` and a helper's name with a leading `_`, or "
+                f"correct the name: {unknown('hook or attribute', strange[0], [n for n in dir(Part) if n[0] != '_'])}"
+            )
         for hook, capability in (("optimizer", "optimizer"), ("adapt", "adapts")):
             if overrides(part, hook) and capability not in capabilities:
                 raise TypeError(
                     f"part {name!r}: it has the hook `{hook}`, so write {capability!r} among its capabilities: "
                     f"{CAPABILITIES[capability]}"
                 )
-        if unknown := set(capabilities) - CAPABILITIES.keys():
+        if odd := set(capabilities) - CAPABILITIES.keys():
             raise TypeError(
-                f"part {name!r}: unknown capability {', '.join(sorted(unknown))}; known: {', '.join(CAPABILITIES)}"
+                f"part {name!r}: unknown capability {', '.join(sorted(odd))}; known: {', '.join(CAPABILITIES)}"
             )
         if phase and phase not in PHASES:
             raise TypeError(f"part {name!r}: the phase is {phase!r}: it must be one of {', '.join(PHASES)}")

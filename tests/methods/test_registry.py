@@ -149,6 +149,21 @@ def test_a_part_is_declared_properly_or_refused():
         class Hides(Part):
             batch: int = setting(1)
 
+    with pytest.raises(TypeError, match="'befor_clip': did you mean 'before_clip'"):
+
+        @register(title="x", paper="", line="x.", key="wrong")
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Misspelt(Part):
+            def befor_clip(self, **_):
+                """A hook of another name would never be called."""
+
+    with pytest.raises(TypeError, match=r"a setting as `setting\(\.\.\.\)` .*'rate'"):
+
+        @register(title="x", paper="", line="x.", key="wrong")
+        @dataclasses.dataclass(frozen=True, kw_only=True)
+        class Undeclared(Part):
+            rate: float = 1.0
+
     with pytest.raises(TypeError, match="frozen=True"):
 
         @register(title="x", paper="", line="x.", key="wrong")
