@@ -115,15 +115,15 @@ def _pieces(options: argparse.Namespace, device, shards) -> Iterator[Piece]:
         ending = f"{rows}x{length}{'-compiled' if options.compile else ''}"
         for model in options.models:
             size = full_size.Size(model=model, tiny=options.tiny, rows=rows, length=length, compile=options.compile)
-            alone = functools.partial(full_size.optimizers, size, device=device)
-            yield Piece(name=f"speed/{model}/optimizers", measure=alone)
+            measure = functools.partial(full_size.optimizers, size, device=device)
+            yield Piece(name=f"speed/{model}/optimizers", measure=measure)
             for method in options.methods:
                 for layout in options.layouts:
-                    one = functools.partial(
+                    measure = functools.partial(
                         full_size.steps, size, method=method, layout=layout, device=device, shards=shards
                     )
                     name = f"speed/{model}/{method}/{layout}/{ending}"
-                    yield Piece(name=name, measure=one, compiles=options.compile)
+                    yield Piece(name=name, measure=measure, compiles=options.compile)
 
 
 def _measured(piece: Piece, record: "Record", clock: "_Clock", device) -> dict:
@@ -216,8 +216,7 @@ class Record:
         self._content: dict[str, Any] = {"format": FORMAT, "tiny": tiny, "device": name, "pieces": {}}
         if path.is_file():
             self._content = _read(path, expected=self._content)
-        about = {"hardware": facts(device), "versions": provenance.versions(), "git": provenance.git(HERE)}
-        self._content |= about
+        self._content |= {"hardware": facts(device), "versions": provenance.versions(), "git": provenance.git(HERE)}
 
     @property
     def pieces(self) -> dict[str, dict]:
@@ -234,15 +233,16 @@ class Record:
     def add(self, name: str, outcome: dict) -> None:
         """Enter a piece; one that was only skipped does not replace a result."""
         if outcome["status"] != "skipped" or self.pieces.get(name, {}).get("status", "skipped") == "skipped":
-            origin = {"when": self._now(), "code": code(), "commit": self._content["git"]["commit"]}
-            self.pieces[name] = outcome | origin
+            commit = self._content["git"]["commit"]
+            self.pieces[name] = outcome | {"when": self._now(), "code": code(), "commit": commit}
         self._write(running=None)
 
     def _write(self, *, running: str | None) -> None:
         from methods.tools.files import write_json
 
         self._content |= {"running": running, "when": self._now()}
-        write_json(self.path, _finite(self._content))
+        # JSON has no NaN and no infinity: they are written as null
+        write_json(self.path, json.loads(json.dumps(self._content), parse_constant=lambda _: None))
 
 
 def file_of(device, *, tiny: bool) -> Path:
@@ -306,24 +306,10 @@ def _read(path: Path, *, expected: dict) -> dict:
     return content
 
 
-def _finite(value: Any) -> Any:
-    """The same with None for numbers that JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 def _in_short(outcome: dict[str, Any]) -> str:
-    texts = [outcome["status"], outcome.get("reason", "")[:160]]
-    if outcome.get("tokens_per_second"):
-        texts.append(f"{outcome['tokens_per_second']:,.0f} tokens/s")
-    if outcome.get("mfu"):
-        texts.append(f"MFU {outcome['mfu']:.1%}")
-    if "seconds" in outcome:
-        texts.append(f"took {outcome['seconds']:.1f} s")
-    return ", ".join(filter(None, texts))
+    formats = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}", "seconds": "took {:.1f} s"}
+    numbers = [text.format(outcome[key]) for key, text in formats.items() if outcome.get(key)]
+    return ", ".join(filter(None, [outcome["status"], outcome.get("reason", "")[:160], *numbers]))
 
 
 def _table(record: Record, names: list[str]) -> str:
@@ -363,10 +349,7 @@ def _shape(text: str) -> tuple[int, int]:
 
 
 def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 < (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")

@@ -21,6 +21,7 @@ from analysis.comparable import KIND, guarded
 from analysis.load import Loaded, load_cells
 from analysis.sections.tables import BANNER
 from analysis.statistics.comparison import comparison
+from methods.tools.files import sha256
 
 # numbers of a cell that are settings, or shown as `system/`; every other number of metrics.json is a metric
 NOT_METRICS = ["seed", "numerics", "processes", "learning_rate", "steps", "peak_memory_train_bytes"]
@@ -57,7 +58,7 @@ class Run:
     @cached_property
     def digest(self) -> str:
         """A hash of all that is written, the files' bytes included."""
-        content = {**asdict(self), "files": [(folder, file.name, _sha256(file)) for file, folder in self.files]}
+        content = {**asdict(self), "files": [(folder, file.name, sha256(file)) for file, folder in self.files]}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -103,6 +104,17 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
         + (" **NOT A RESULT.**" if row["not_a_result"] else "")
         + (f" **Not in the comparison**: {excluded}" if excluded else "")
     )
+    tags = {key: row[key] for key in ("device", "weights_sha256", "base_sha256", "data_sha256")} | {
+        "mlflow.note.content": note,
+        "mlflow.source.git.commit": row["git"].get("commit"),
+        **_commit(row["git"]),
+        "not_comparable": excluded,
+        "not_a_result": bool(row["not_a_result"]),
+        "gpu": (row["hardware"] or {}).get("gpu"),
+        "weights": f"{work}/cells/{cell}/weights",
+        "at_chance": ", ".join(row["at_chance"]),
+        "model_note": row.get("model_note"),
+    }
     return Run(
         key=cell,
         parent=cell.rsplit("/", 1)[0],
@@ -112,26 +124,7 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
         parameters=_texts(_flat({**parts, **row["settings"], **about})),
         metrics=_points(_scores(loaded, row), end) + _curves(curve, start),
         files=_existing([(root / "runs" / cell / name, "") for name in FILES]),
-        tags=_tags(
-            cell,
-            {
-                "mlflow.note.content": note,
-                "mlflow.source.git.commit": row["git"].get("commit"),
-                "git.commit": row["git"].get("commit"),
-                "git.dirty": row["git"].get("dirty"),
-                EXPERIMENT: row["git"].get("experiment"),
-                "not_comparable": excluded,
-                "not_a_result": bool(row["not_a_result"]),
-                "device": row["device"],
-                "gpu": (row["hardware"] or {}).get("gpu"),
-                "weights": f"{work}/cells/{cell}/weights",
-                "weights_sha256": row["weights_sha256"],
-                "base_sha256": row["base_sha256"],
-                "data_sha256": row["data_sha256"],
-                "at_chance": ", ".join(row["at_chance"]),
-                "model_note": row.get("model_note"),
-            },
-        ),
+        tags=_tags(cell, tags),
     )
 
 
@@ -141,6 +134,8 @@ def _failed(failure: dict, *, root: Path) -> Run:
         failure[key] if isinstance(failure[key], dict) else {} for key in ("settings", "parts", "git")
     )
     stage = f" in {failure['stage']}" if failure["stage"] else ""
+    note = f"**Failed**{stage}: {failure['kind']}, {failure['reason']}"
+    about = {f"failure.{key}": failure[key] for key in ("kind", "stage", "reason")}
     return Run(
         key=cell,
         parent=cell.rsplit("/", 1)[0],
@@ -149,17 +144,12 @@ def _failed(failure: dict, *, root: Path) -> Run:
         end=when,
         parameters=_texts(_flat({**parts, **settings})),
         files=_existing([(root / "failures" / f"{cell}.json", "failure")]),
-        tags=_tags(
-            cell,
-            {
-                "mlflow.note.content": f"**Failed**{stage}: {failure['kind']}, {failure['reason']}",
-                "git.commit": git.get("commit"),
-                "git.dirty": git.get("dirty"),
-                EXPERIMENT: git.get("experiment"),
-                **{f"failure.{key}": failure[key] for key in ("kind", "stage", "reason")},
-            },
-        ),
+        tags=_tags(cell, {"mlflow.note.content": note} | _commit(git) | about),
     )
+
+
+def _commit(git: dict) -> dict:
+    return {"git.commit": git.get("commit"), "git.dirty": git.get("dirty"), EXPERIMENT: git.get("experiment")}
 
 
 def group_of(group: str, *, table: pd.DataFrame, planned: int, children: list[Run], files=()) -> Run:
@@ -177,6 +167,20 @@ def group_of(group: str, *, table: pd.DataFrame, planned: int, children: list[Ru
     def collect(key: str, runs: list[Run]) -> str:
         return ", ".join(dict.fromkeys(run.tags[key] for run in runs if key in run.tags))
 
+    def any_of(key: str) -> bool | None:
+        return any(run.tags.get(key) == "True" for run in counted) if counted else None
+
+    tags = {
+        "mlflow.note.content": _note(group, row, planned=planned, counted=counted, failed=failed, excluded=excluded),
+        "git.commit": collect("git.commit", counted),
+        "git.dirty": any_of("git.dirty"),
+        EXPERIMENT: collect(EXPERIMENT, children),
+        "not_comparable": ", ".join(run.key for run in excluded),
+        "not_a_result": any_of("not_a_result"),
+        "base_sha256": collect("base_sha256", counted),
+        "failure.reason": collect("failure.reason", failed),
+        "note": row.get("note"),
+    }
     return Run(
         key=group,
         status="FAILED" if failed else "FINISHED",
@@ -185,22 +189,7 @@ def group_of(group: str, *, table: pd.DataFrame, planned: int, children: list[Ru
         parameters=_texts({**common, "seeds": ", ".join(run.tags["seed"] for run in counted)}) if counted else {},
         metrics=_points(row, end) + _means(counted, end),
         files=list(files),
-        tags=_tags(
-            group,
-            {
-                "mlflow.note.content": _note(
-                    group, row, planned=planned, counted=counted, failed=failed, excluded=excluded
-                ),
-                "git.commit": collect("git.commit", counted),
-                "git.dirty": any(run.tags.get("git.dirty") == "True" for run in counted) if counted else None,
-                EXPERIMENT: collect(EXPERIMENT, children),
-                "not_comparable": ", ".join(run.key for run in excluded),
-                "not_a_result": any(run.tags["not_a_result"] == "True" for run in counted) if counted else None,
-                "base_sha256": collect("base_sha256", counted),
-                "failure.reason": collect("failure.reason", failed),
-                "note": row.get("note"),
-            },
-        ),
+        tags=_tags(group, tags),
     )
 
 
@@ -219,22 +208,20 @@ def base_of(loaded: Loaded, pair: str, *, table: pd.DataFrame) -> Run | None:
         f"{model} before any fine-tuning, on the tasks of {domain}: every method is compared with it.\n\n"
         f"Score {units.level(row['domain_score'], row['unit'])} {'%' if row['unit'] == units.SHARE else row['metric']}."
     )
+    tags = {
+        "mlflow.note.content": note + (f" **{BANNER}.**" if not_a_result else ""),
+        "base_sha256": base["scores"].get("weights_sha256"),
+        "git.commit": about.get("git", {}).get("commit"),
+        "git.dirty": about.get("git", {}).get("dirty"),
+        "not_a_result": not_a_result,
+    }
     return Run(
         key=pair,
         status="FINISHED",
         start=end - round(1000 * (seconds or 0)),
         end=end,
         metrics=_points({**row, "seconds_evaluate": seconds, **scores}, end),
-        tags=_tags(
-            pair,
-            {
-                "mlflow.note.content": note + (f" **{BANNER}.**" if not_a_result else ""),
-                "base_sha256": base["scores"].get("weights_sha256"),
-                "git.commit": about.get("git", {}).get("commit"),
-                "git.dirty": about.get("git", {}).get("dirty"),
-                "not_a_result": not_a_result,
-            },
-        ),
+        tags=_tags(pair, tags),
     )
 
 
@@ -361,8 +348,3 @@ def _milliseconds(when) -> int:
 
 def _existing(files: list[tuple[Path, str]]) -> list[tuple[Path, str]]:
     return [(file, folder) for file, folder in files if file.is_file()]
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
