@@ -118,10 +118,6 @@ CAPABILITIES = {
 REGISTERED: dict[str, type[Part]] = {}
 
 
-def _nothing(**_: Any) -> None:
-    """What `Run.charge` does outside the engine."""
-
-
 @dataclass(kw_only=True)
 class Run:
     """One fine-tuning run, as its parts see it.
@@ -134,8 +130,7 @@ class Run:
     shards   this process among those that share the model
     moments  how an optimizer of Adam's kind keeps its m and v
     epoch    optimizer steps of an epoch
-    clipped  the factor by which clipping multiplied the last step's gradients; a 0-dim tensor, None before the first
-             step
+    clipped  by what clipping multiplied the last step's gradients: a 0-dim tensor, None before the first step
 
     Services of the engine, absent (None) where a run was not made by it:
 
@@ -161,7 +156,7 @@ class Run:
     sample: Callable[..., list[list[int]]] | None = None
     score: Callable[..., list[Tensor]] | None = None
     encode: Callable[[str], Sequence[int]] | None = None
-    charge: Callable[..., None] = _nothing
+    charge: Callable[..., None] = lambda **costs: None
 
     def __post_init__(self) -> None:
         self.shapes = self.shapes or {name: weight.shape for name, weight in self.weights.items()}
@@ -186,10 +181,7 @@ def generator(*key: int | str) -> Generator:
 
 @dataclass(kw_only=True)
 class Prepared:
-    """What `calibrate` or `prepare` made, stored for the runs that use it.
-
-    Whole tensors; of several processes the first one's are kept.
-    """
+    """What `calibrate` or `prepare` made: whole tensors, of several processes the first one's, stored for the runs."""
 
     calibration: dict[str, Tensor] | None = None  # by `calibrate`, for `adapt`
     importance: dict[str, Tensor | Codes] | None = None  # by base parameter name, tensors or 8-bit codes
@@ -210,9 +202,7 @@ class Part:
     capabilities: ClassVar[frozenset[str]] = frozenset()
     phase: ClassVar[str] = ""  # one of PHASES; empty: as its hooks say
     shares: ClassVar[tuple[str, ...]] = ()  # modules whose code counts as this part's own: "methods.tools.effective"
-    scratch: ClassVar[
-        tuple[str, ...]
-    ] = ()  # keys of its state that no checkpoint needs: made anew in `begin` or a step
+    scratch: ClassVar[tuple[str, ...]] = ()  # keys of `state` that no checkpoint needs: they are always made anew
     removed: ClassVar[Mapping[str, str]] = {}  # settings of earlier versions → what to write instead
     # What the laws (experiments/laws) must know of it. docs/parts.md explains them.
     neutral: ClassVar[Mapping[str, Any] | str] = ""  # settings that make it plain fine-tuning, or "none: the reason"
@@ -252,17 +242,14 @@ class Part:
     def adapt(self, model: nn.Module, *, seed: int, state: Mapping[str, Any] = {}) -> nn.Module:
         """Wrap the model or freeze tensors of it; trained tensors are those that require a gradient afterwards.
 
-        `state["calibration"]` is what `calibrate` made. It is absent where only shapes are needed, which is on the meta
-        device.
+        `state["calibration"]` is what `calibrate` made. It is absent on the meta device, where only shapes are needed.
         """
         return model
 
     def preparation(self) -> Sequence[Pass]:
-        """The passes over general text that `calibrate` and `prepare` make, which `plan` and the memory check must
-        know.
+        """The passes over general text that `calibrate` and `prepare` make, for `plan` and the memory check.
 
-        By default each makes one over all documents, uncut: forward alone on the bare model, with gradients on the
-        adapted.
+        By default each makes one over all uncut documents: `calibrate` forward alone, `prepare` with gradients.
         """
         passes = {"calibrate": Pass(bare=True, gradients="none"), "prepare": Pass()}
         return tuple(made for hook, made in passes.items() if overrides(self, hook))
@@ -334,8 +321,7 @@ class Part:
         return rows
 
     def batch(self, *, run: Run, state: dict, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Change a micro-batch, on the CPU: input_ids, labels, and attention_mask or (packed) position_ids, each
-        (batch, tokens).
+        """Change a micro-batch on the CPU: input_ids, labels, attention_mask or (packed) position_ids (batch, tokens).
 
         Rows and labels may be added, changed and taken away: the step's loss is divided by the labelled tokens that are
         then in all its micro-batches, and tokens that are added are charged to the part. Padding stands on the right;
@@ -386,8 +372,7 @@ class Part:
         The names must be the same before the first step and after each step. Checkpoints contain `state` in any case:
         tensors, numpy arrays, numbers, strings, booleans and None, random number generators and objects with a
         `state_dict`, in dicts, lists, tuples, sets, deques and dataclasses. Where an object of another kind changes, no
-        checkpoint is written and a message names it. Attributes of the part, which is frozen, and of its module are not
-        kept.
+        checkpoint is written and a message names it. Attributes of the part and of its module are not kept.
         """
         return {}
 
@@ -413,9 +398,7 @@ class Part:
         return final
 
     def save(self, *, run: Run, state: dict, folder: Path) -> None:
-        """Write deterministic files of the part's own beside the weights. Every process calls it; the first one
-        writes.
-        """
+        """Write deterministic files beside the weights. Every process calls it; the first one writes."""
 
     def report(self, *, run: Run, state: dict) -> dict[str, Any]:
         """Facts of the run for its record, as JSON can hold them."""
@@ -479,9 +462,7 @@ def register(
                 f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register, on a subclass of Part"
             )
         if shadowed := [f.name for f in declared(part) if hasattr(Part, f.name)]:
-            raise TypeError(
-                f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name; call it something else"
-            )
+            raise TypeError(f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name: rename it")
         own = [name for name in vars(part) if not name.startswith("_") and name not in {f.name for f in declared(part)}]
         if strange := [name for name in own if not hasattr(Part, name)]:
             raise TypeError(
@@ -523,8 +504,7 @@ def cut(
     if part and len(examples) < samples:
         print(
             f"{part.key}.samples is {samples}, but the general text has {len(examples)} documents to learn from: all "
-            "of "
-            "them are used; `general.importance` sets how many there are",
+            "of them are used; `general.importance` sets how many there are",
             flush=True,
         )
     return [{name: tensor[:length] for name, tensor in example.items()} for example in examples[:samples]]

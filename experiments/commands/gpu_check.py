@@ -197,8 +197,7 @@ class _Clock:
 
 
 class Record:
-    """The JSON file of a GPU check, to which every piece is added as it ends. Raises UserError where it is another
-    device's.
+    """The JSON file of a GPU check, to which each piece is added as it ends. Raises UserError for another device's.
 
     format, tiny, device, hardware, versions, git   what the numbers are of
     pieces    name → {"status", "seconds", "when", "code", "commit", …}; status is passed, failed, measured, skipped,

@@ -40,10 +40,10 @@ def judge(trials: Sequence[Trial], folder: Path) -> list[Verdict]:
         mp.spawn(_work, (str(folder), items), nprocs=WORLD)
     except Exception as error:  # of either process; what they did before is there
         problem = str(error).strip().splitlines()[-1]
-    verdicts = []
-    for index, trial in enumerate(trials):
-        verdicts.append(verdict(PROCESSES, trial, functools.partial(_compare, trial, folder / str(index), problem)))
-    return verdicts
+    return [
+        verdict(PROCESSES, trial, functools.partial(_compare, trial, folder / str(index), problem))
+        for index, trial in enumerate(trials)
+    ]
 
 
 def _compare(trial: Trial, found: Path, problem: str) -> None:

@@ -1,5 +1,4 @@
-"""resolve: one small JSON file for each stage with all that it depends on; a stage whose file is unchanged does not
-rerun.
+"""resolve: one small JSON file a stage with all that it depends on; an unchanged file means that it does not rerun.
 
 A file holds settings, hashes of the code of a method's parts and of local files that are read, and versions of
 packages that can change the outcome. DVC runs this stage when params.yaml, the parts or those files change. What DVC
@@ -51,19 +50,17 @@ def main(study) -> None:
     for path, content in contents(study).items():
         write_json(study.paths.resolved / path, content)
     trained.prune(study.paths.trained, used={store_of(study, cell) for cell in cells.grid(study)})
-    note = pipeline_behind(study)
-    if note:
+    if note := pipeline_behind(study):
         print(note)
 
 
 def contents(study) -> dict[str, dict]:
     """The content of every resolved file of the study, by relative path."""
     models, domains, methods = study.grid.models, study.grid.domains, study.grid.methods
+    pairs = [f"{name}/{method}" for name in models for method in methods]
     paths = ["data.json", "compare.json"]
     paths += [f"{kind}/{name}.json" for kind in ("model", "evaluate") for name in models]
-    paths += [
-        f"{kind}/{name}/{method}.json" for kind in ("prepare", "collect") for name in models for method in methods
-    ]
+    paths += [f"{kind}/{pair}.json" for kind in ("prepare", "collect") for pair in pairs]
     paths += [f"train/{name}/{domain}/{method}.json" for name in models for domain in domains for method in methods]
     return {path: content(study, path) for path in paths}
 
@@ -71,15 +68,8 @@ def contents(study) -> dict[str, dict]:
 def content(study, path: str) -> dict:
     """The content of the resolved file `path`, such as train/MODEL/DOMAIN/METHOD.json."""
     kind, *names = path.removesuffix(".json").split("/")
-    return {
-        "data": data,
-        "compare": compare,
-        "model": model,
-        "evaluate": evaluate,
-        "prepare": prepare,
-        "collect": collect,
-        "train": train,
-    }[kind](study, *names)
+    stages = (model, data, evaluate, prepare, train, collect, compare)
+    return {stage.__name__: stage for stage in stages}[kind](study, *names)
 
 
 def model(study, name: str) -> dict:
@@ -111,9 +101,8 @@ def data(study) -> dict:
 
 def _tasks(study) -> list[str]:
     """Names of the tasks that the grid's domains use."""
-    return sorted(
-        {task for name in study.grid.domains for role in ROLES for task in getattr(study.domains[name], role)}
-    )
+    domains = [study.domains[name] for name in study.grid.domains]
+    return sorted({task for domain in domains for role in ROLES for task in getattr(domain, role)})
 
 
 def _rows(study) -> list[Rows]:
@@ -199,9 +188,8 @@ def train(study, model: str, domain: str, method: str, *, finished: bool = True)
     settings: TrainSettings = study.settings(model=model, domain=domain, method=method)
     acting = study.methods[method].parts if finished else hooks.trainers(study.methods[method].parts)
     parts = {part.key: _part(study, part, None) for part in acting}
-    return {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts} | _computing(
-        study, model
-    )
+    resolved = {"numerics": NUMERICS, "device": study.device, "train": settings.numeric(), "parts": parts}
+    return resolved | _computing(study, model)
 
 
 def store_of(study, cell) -> Path | None:

@@ -115,8 +115,7 @@ def _resume(study, cell, *, shards: Shards, identity: dict) -> Resume:
 def _fit(
     study, cell, *, shards: Shards, base: Mapping[str, Tensor], identity: dict, measure: Measure
 ) -> tuple[dict[str, Tensor], dict]:
-    """Train the cell: its weights before the parts that act in `finish` alone, and what train.json says of the
-    training.
+    """Train the cell; its weights before the parts that act in `finish` alone, and the content of train.json.
 
     What parts save beside the weights is in the cell's folder afterwards.
     """

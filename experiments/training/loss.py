@@ -105,9 +105,8 @@ def summed_kl(
                 )
                 (p, q) = (ours, theirs) if reverse else (theirs, ours)
                 kl = (p.exp() * (p - q)).sum(-1)
-                # The gradient in closed form is exactly 0 where both agree. Autograd's is rounding there, which Adam
-                # would
-                # scale up to whole steps.
+                # The gradient in closed form is exactly 0 where both agree. Autograd's is a rounding error there, which
+                # Adam would scale up to whole steps.
                 slope = ours.exp() * (ours - theirs - kl[:, None]) if reverse else ours.exp() - theirs.exp()
                 if weights is not None:
                     kl, slope = kl * weights[piece].to(kl), slope * weights[piece, None].to(kl)

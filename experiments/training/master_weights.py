@@ -1,5 +1,4 @@
-"""Float32-exact updates in one process: a float32 master of every trained tensor, the module computing in its own
-dtype.
+"""Float32-exact updates in one process: a float32 master of every trained tensor of a module in fewer bits.
 
 A bf16 weight loses every update smaller than 1/256 of itself; the master keeps them. Where the module
 already computes in float32 or float64 the master is the parameter itself and nothing is copied.
@@ -17,8 +16,7 @@ from methods.tools.architecture import base_name
 def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
     """Cast a model to the dtype it computes in.
 
-    What transformers keeps in a dtype of its own stays in it: buffers, and parameters whose dtype is not the first
-    one's.
+    Buffers, and parameters that transformers keeps in another dtype than the first one's, stay in it.
     """
     loaded = next(model.parameters()).dtype
     for parameter in model.parameters():
@@ -102,9 +100,7 @@ class MasterWeights:
         self._reached.clear()
         copied = {id(master) for _, master in self._copies}
         for weight in self.weights.values():
-            # On the CPU a new buffer costs a page fault per page at every step, so it is kept; a GPU needs the memory
-            # for
-            # activations.
+            # a new buffer costs a page fault per page on the CPU, so it is kept; a GPU needs its memory for activations
             if weight.is_cuda or id(weight) not in copied:
                 weight.grad = None
 

@@ -66,7 +66,7 @@ class Resume:
         A checkpoint that cannot be used is named on stderr with the reason, and an older one is taken.
         """
         used, refused = None, []
-        while used is None and (path := self._from_first(self._next, len(refused))):
+        while used is None and (path := self._from_first(lambda: next(iter(self._saves()[len(refused) :]), None))):
             checkpoint, reason = self._opened(path, into)
             if reason := next(filter(None, self._shards.all_gather(reason)), None):
                 refused.append((path, reason))
@@ -108,9 +108,6 @@ class Resume:
         if not self.folder.is_dir():
             return []
         return sorted((path for path in self.folder.iterdir() if SAVE.fullmatch(path.name)), reverse=True)
-
-    def _next(self, refused: int) -> Path | None:
-        return next(iter(self._saves()[refused:]), None)
 
     def _opened(self, path: Path, into: Mapping[str, Tensor]) -> "tuple[Checkpoint | None, str | None]":
         """This process's part of a save, or why it cannot be used."""

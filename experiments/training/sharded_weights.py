@@ -40,8 +40,7 @@ def _kept_apart(module: nn.Module, dtype: torch.dtype) -> Iterator[tuple[nn.Modu
 
 
 class ShardedWeights:
-    """The trained tensors of `model` as this process's float32 rows of them, and the model computing on gathered
-    copies.
+    """The trained tensors of `model` as this process's float32 rows; the model computes on gathered copies.
 
     torch's fully_shard keeps float32 shards, gathers one block at a time in `compute_dtype`, reduces gradients in
     float32 and adds them up over micro-batches: the update is exact in float32, at 4 bytes a weight and 4 a gradient
