@@ -125,7 +125,7 @@ def memory_predicted(device: torch.device, *, method: str, shards: Shards) -> di
     peak = running.Peak(device)
     model = sizes.build("llama", device=device, dtype=torch.bfloat16, **models.LARGE)
     shape = Shape(config=model.config)
-    base = running.base_of(model, parts)
+    base = running.base_of(lambda: model, parts)
     states = {"ewc": {"importance": _ones(model, device="cpu")}} if method == "ewc" else {}
     examples = sizes.random_examples(4 * 8, 512, vocabulary=models.LARGE["vocab_size"])
     running.train(
