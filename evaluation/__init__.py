@@ -1,6 +1,4 @@
-"""Scoring: lm-eval's tasks on local rows, a faster scorer with the same values, probes, and what counts as
-forgetting.
-"""
+"""Scoring: lm-eval's tasks on local rows, a faster scorer with the same values, probes, and what forgetting is."""
 
 from importlib.metadata import version
 

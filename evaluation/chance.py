@@ -1,6 +1,4 @@
-"""Warnings of bases that answer worse than chance: a task's chance or prompt is wrong, or the model is of no use
-there.
-"""
+"""Warnings of bases that answer worse than chance, because a task's chance or prompt is wrong or the model is poor."""
 
 from collections.abc import Iterable
 
@@ -11,9 +9,7 @@ WARNING = "warning: "
 
 
 def below_chance(study, model: str, tasks: Iterable[str] | None = None) -> list[str]:
-    """A line for each task of the grid's domains, or of `tasks`, that the base answers worse than chance; none
-    before it is scored.
-    """
+    """A line for each task (default: the grid's) that the base answers worse than chance; none before it is scored."""
     file = study.paths.base(model) / "scores.json"
     if not file.is_file():
         return []

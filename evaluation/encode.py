@@ -98,9 +98,7 @@ def crossed(tokenizer: Tokenizer, context: str, continuation: str, ids: list[int
 
 
 def encode_rolling(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """(context of one id, ids that are scored) of a whole text: behind the prefix token; without one, behind its
-    own first token.
-    """
+    """(context of one id, scored ids) of a whole text: after the prefix token, or after its own first token."""
     ids, prefix = encode_text(tokenizer, text), prefix_token(tokenizer)
     return (ids[:1], ids[1:]) if prefix is None else ([prefix], ids)
 

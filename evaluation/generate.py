@@ -63,9 +63,7 @@ def ends_of_text(model: torch.nn.Module, tokenizer: Any) -> list[int]:
 
 
 def padding(model: torch.nn.Module, tokenizer: Any) -> int:
-    """The id that fills up short rows, which nothing attends to: the tokenizer's where the model has a row for it,
-    else 0.
-    """
+    """The id that pads short rows, which nothing attends to: the tokenizer's if the model has a row for it, else 0."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     return pad if pad is not None and 0 <= pad < model.get_input_embeddings().num_embeddings else 0
 

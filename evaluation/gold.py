@@ -64,9 +64,7 @@ def _compiled(expression: str) -> Callable[..., Any]:
 
 
 def refuse_marks(gold: Any, choices: list[str]) -> None:
-    """Refuse a column's list of 0 and 1, or of truth values, as long as the choices: marks of right and wrong would
-    be taken for indices.
-    """
+    """Refuse a list of 0 and 1, or of truth values, as long as the choices: marks would be taken for indices."""
     if isinstance(gold, list) and (
         any(isinstance(one, bool) for one in gold)
         or len(gold) == len(choices) > 1

@@ -20,9 +20,7 @@ Pair = tuple[list[int], list[int]]  # ids of a context, ids of its continuation
 
 
 class KeptTokens:
-    """The files of `folder` for one tokenizer; `settings` is whatever else decides how lm-eval encodes (JSON
-    values).
-    """
+    """The files of `folder` for one tokenizer; `settings` is all else that decides how lm-eval encodes (JSON)."""
 
     def __init__(self, folder: Path, tokenizer: Any, settings: Any):
         self.folder = Path(folder)

@@ -1,6 +1,4 @@
-"""The language models lm-eval asks: its own HFLM, and HFLM with our scorer and our generation in place of its
-forward passes.
-"""
+"""The language models that lm-eval asks: its own HFLM, and HFLM with our scorer and our generation."""
 
 import contextlib
 import math

@@ -114,9 +114,7 @@ class LocalTask(ConfigurableTask):
 
     @functools.cached_property
     def _inputs_chosen(self) -> bool:
-        """Whether `doc_to_text` is the index of the right one of several contexts (WinoGrande) in every row, and
-        not a question in digits.
-        """
+        """Whether `doc_to_text` is in every row the index of the right context (WinoGrande), no question in digits."""
         texts = [ConfigurableTask.doc_to_text(self, doc) for doc in self.eval_docs]
         return all(
             isinstance(text, int) and 0 <= text < len(self.doc_to_choice(doc))
@@ -181,9 +179,7 @@ def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
 
 
 def _one_type(values: Sequence[Any]) -> bool:
-    """Whether the values, but for nulls, are of one type, and so are what lists hold and what objects hold by one
-    name.
-    """
+    """Whether the values, but for nulls, are of one type, and so are elements of lists and fields of objects."""
     values = [value for value in values if value is not None]
     kinds = {type(value) for value in values}
     if kinds == {list}:

@@ -160,9 +160,7 @@ def _measure(aggregate: Callable, *, name: str, filter: str, better: bool, tried
 
 
 def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
-    """(metric, filter) -> what lm-eval passes on for each row whose answers are made up: every choice is the
-    likeliest of some row.
-    """
+    """(metric, filter) -> what lm-eval passes on for each row, where every choice is the likeliest of some row."""
     for number, asked in enumerate(instances):
         for one in asked:
             one.resps = [_answer(task, one, number, len(asked))]

@@ -1,6 +1,4 @@
-"""Null cells: a template would print them as the word None (NaN as nan), and a model would be trained and scored on
-that word.
-"""
+"""Null cells: a template prints them as the word None (NaN as nan), which a model would be trained and scored on."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any

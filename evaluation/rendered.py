@@ -7,9 +7,7 @@ from methods.tools import jsonl
 
 
 def read_jsonl(path: Path) -> list[jsonl.Row]:
-    """Every row of a file. Raises MissingInput where the stage has not run, UserError naming the line of a damaged
-    row.
-    """
+    """Every row of a file. Raises MissingInput where the stage has not run, UserError naming the damaged line."""
     if not path.is_file():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
     rows = jsonl.read(path)

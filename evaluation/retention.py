@@ -35,9 +35,7 @@ def lower_bound(proportion: float, n: int) -> float:
 
 
 def above_chance(score: Mapping[str, Any]) -> bool:
-    """Whether a task's entry in scores.json lies above chance with a 95 % lower bound; never for what is no
-    proportion of rows.
-    """
+    """Whether a task's 95 % lower bound in scores.json lies above chance; never for what is no proportion of rows."""
     return (
         unit_of(score) == SHARE
         and 0 <= score["value"] <= 1

@@ -85,9 +85,7 @@ def log_likelihoods(
 
 
 def plan(requests: Sequence[Request], *, max_length: int, tokens: int = TOKENS, shared: bool = True) -> list[list[Row]]:
-    """The forward passes that score `requests`, in order: rows of like lengths, each padded to the first, the
-    longest.
-    """
+    """The forward passes that score `requests`, in order: rows of like lengths, padded to the first, the longest."""
     return list(_batches(_sequences(requests, max_length, shared), tokens))
 
 

@@ -38,9 +38,7 @@ def shipped_yaml(name: str) -> Path:
 
 
 def shipped_config(name: str) -> dict[str, Any]:
-    """What the task's YAML file says, with the functions it names, whose files are run. Raises UserError where they
-    cannot be.
-    """
+    """The content of the task's YAML file and the functions it names. Raises UserError where these cannot be run."""
     file = shipped_yaml(name)
     try:
         if load_yaml(file, resolve_func=False).get("unsafe_code"):
@@ -107,9 +105,7 @@ _WORD = re.compile(r"[\w.+-]*\w")
 
 
 def _not_shipped(name: str) -> str:
-    """What to do about a name that is no task: for a group its tasks, else the nearest names. Reads all of
-    lm-eval's files.
-    """
+    """What to do about a name that is no task: for a group its tasks, else the nearest names of lm-eval's files."""
     tasks: set[str] = set()
     members: set[str] = set()
     groups: set[str] = set()

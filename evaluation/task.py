@@ -101,9 +101,7 @@ def check(task: LocalTask) -> list[list[Instance]]:
 
 
 def _check_examples(task: LocalTask) -> None:
-    """Refuse few-shot examples that do not fit the task by their own number: shown before every row, they would
-    fail at the first one.
-    """
+    """Refuse few-shot examples that do not fit the task, by their own number: they are shown before every row."""
     shots = task.config.fewshot_config
     if not task.config.num_fewshot or shots is None or shots.process_docs or not isinstance(shots.samples, list):
         return
@@ -151,9 +149,7 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> in
 
 
 def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[Instance]:
-    """What lm-eval asks the model of one row; its `args` are (context, continuation) by choice, (text,), or
-    (context, generation settings).
-    """
+    """What lm-eval asks of one row; `args` are (context, continuation) by choice, (text,), or (context, settings)."""
     context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
     made = task.construct_requests(doc, context, metadata=(task.config.task, 0, 1))
     asked = made if isinstance(made, list) else [made]
@@ -164,9 +160,7 @@ def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[Instance]:
 
 
 def _solution(task: LocalTask, doc: Mapping[str, Any]) -> str:
-    """The text that answers a question in full behind its context: the target, the first of several, and what parts
-    the two.
-    """
+    """The text that answers a question in full: the target, or the first of several, with the delimiter before it."""
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None:
         target = task.doc_to_choice(doc)[target]

@@ -12,9 +12,7 @@ FOLDER = Path("results/bench")
 
 
 def names() -> list[str]:
-    """Every benchmark, in alphabetical order: the modules that have `measure`, told by their text so that none is
-    imported.
-    """
+    """Every benchmark, in alphabetical order: modules whose text has `measure`, so that none is imported."""
     here = Path(__file__).parent
     return sorted(
         m.name

@@ -79,9 +79,7 @@ def _pairs(count: int, *, changes: tuple[float, ...]) -> Iterator[tuple[str, Ten
 
 
 def _cells(count: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Of every kind of difference that cells of the default study keep here, the first `count` weights of the
-    blocks.
-    """
+    """The first `count` weights of blocks for each kind of difference that cells of the default study keep here."""
     paths, seen = Paths(), set()
     for out in sorted((paths.work / "cells").glob("*/*/*/*/weights")):
         model, _, method, _ = out.relative_to(paths.work / "cells").parts[:4]

@@ -171,9 +171,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
 
 
 def _stored(states: dict[str, dict], *, plain: bool) -> dict[str, int]:
-    """Bytes of the files, and entries of importance. `plain`: a float an entry and no compression, as published
-    checkpoints are.
-    """
+    """Bytes of the files, and entries of importance. `plain`: a float an entry, as in published checkpoints."""
     (state,) = states.values()
     sizes = {"entries": sum(values.numel() for values in state["importance"].values())}
     with TemporaryDirectory() as folder:

@@ -82,9 +82,7 @@ def _steps(small: bool, rounds: int) -> Iterator[Race]:
 
 
 class Published:
-    """The paper's own step (its AdamW_MoFO), operation by operation: whole-tensor temporaries, and a threshold from
-    `select`.
-    """
+    """The paper's own step (its AdamW_MoFO): whole-tensor temporaries, and a threshold from `select`."""
 
     def __init__(self, weights: list[Tensor], select: Callable[[Tensor, int], Tensor]):
         self.weights, self.select, self.steps = weights, select, 0

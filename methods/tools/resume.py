@@ -8,9 +8,7 @@ from torch import Tensor, device
 
 class Resume(Protocol):
     def load(self, into: Mapping[str, Tensor], device: device | str = "cpu") -> tuple[dict[str, Tensor], dict] | None:
-        """The newest checkpoint as (tensors, position), the tensors of `into` read in place; None where there is
-        none.
-        """
+        """The newest checkpoint as (tensors, position), or None; the tensors of `into` are read in place."""
 
     def due(self) -> bool:
         """Whether it is time for the next checkpoint; the same answer in every process."""

@@ -40,8 +40,6 @@ class TokenStatistics:
         return (-self.nll).exp()
 
     def entropy(self, top: int | None = None) -> Tensor:
-        """Entropy in nats, (n,), of the `top` largest probabilities divided by their sum; None: of the whole
-        vocabulary.
-        """
+        """Entropy in nats, (n,), of the `top` largest probabilities divided by their sum; None: of all."""
         logits = self.logits if top is None else self.logits.topk(min(top, self.logits.shape[-1]), dim=-1).values
         return torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)
