@@ -60,18 +60,14 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     _refuse_forms(name, config)
     _refuse_generation(name, config.get("generation_kwargs") or {})
     for entry in config.get("metric_list") or ():
-        fetched = (
-            isinstance(entry.get("metric"), str)
-            and not callable(config.get("process_results"))
-            and entry["metric"] not in metric_registry
-        )
+        metric, own = entry.get("metric"), callable(config.get("process_results"))
+        fetched = isinstance(metric, str) and not own and metric not in metric_registry
         if fetched or entry.get("hf_evaluate"):
-            what = f"{entry.get('metric')!r} in metric_list is " + (
-                "none of lm-eval's own metrics" if fetched else "to be fetched (hf_evaluate: true)"
-            )
+            why = "not one of lm-eval's own metrics" if fetched else "to be downloaded (hf_evaluate: true)"
             raise UserError(
-                f"task {name}: {what}, and program code of others is not fetched: write a metric_list of lm-eval's own "
-                f"({', '.join(sorted(metric_registry))}); one of a shipped task is replaced beside `include:`"
+                f"task {name}: {metric!r} in metric_list is {why}, and code of others is not downloaded: choose among "
+                f"lm-eval's own ({', '.join(sorted(metric_registry))}); the list of a shipped task is replaced beside "
+                "`include:`"
             )
     if "doc_to_choice" in config:
         config.setdefault("output_type", "multiple_choice")
@@ -102,7 +98,7 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
-    """Values that lm-eval would fail on in its own words, or pass over."""
+    """Refuse values at which lm-eval would fail without naming the key, or which it would ignore."""
     for key, kind in FORMS.items():
         if config.get(key) is not None and not callable(config[key]):
             refuse(config[key], kind, where=f"task {name}: {key}")
@@ -113,26 +109,18 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
                 "`include:`"
             )
     for key, needed in (("metric_list", "metric"), ("filter_list", "filter")):
-        listed = config.get(key)
-        if listed is not None and not (
-            isinstance(listed, list) and all(isinstance(entry, dict) and needed in entry for entry in listed)
-        ):
-            raise UserError(
-                f"task {name}: {key} must be a list of mappings with `{needed}`, such as "
-                + ("[{metric: acc}]" if needed == "metric" else "[{name: first, filter: [{function: take_first}]}]")
-            )
+        entries = [] if config.get(key) is None else config[key]
+        if not isinstance(entries, list) or not all(isinstance(entry, dict) and needed in entry for entry in entries):
+            such = "[{metric: acc}]" if needed == "metric" else "[{name: first, filter: [{function: take_first}]}]"
+            raise UserError(f"task {name}: {key} must be a list of mappings with `{needed}`, such as {such}")
     for entry in config.get("metric_list") or ():
         if not isinstance(entry["metric"], str) and not callable(entry["metric"]):
             raise UserError(
-                f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name, such as {{metric: "
-                f"acc}}"
+                f"task {name}: metric_list names {shown(entry['metric'])}: write a metric's name: {{metric: acc}}"
             )
         if "higher_is_better" in entry:
-            refuse(
-                entry["higher_is_better"],
-                bool | None,
-                where=f"task {name}: higher_is_better of {entry['metric']} in metric_list",
-            )
+            where = f"task {name}: higher_is_better of {entry['metric']} in metric_list"
+            refuse(entry["higher_is_better"], bool | None, where=where)
     for entry in config.get("filter_list") or ():
         if not isinstance(entry.get("name"), str) or not isinstance(entry["filter"], list):
             raise UserError(f"task {name}: every entry of filter_list has a `name` and a list of `filter`")
@@ -146,12 +134,10 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
         raise UserError(
             f"task {name}: it has no `doc_to_text`: write a column's name or a template, such as 'Q: {{{{question}}}}'"
         )
-    if "doc_to_text" in config and not (
-        isinstance(config["doc_to_text"], str | int) or callable(config["doc_to_text"])
-    ):
+    text = config.get("doc_to_text", "")
+    if not isinstance(text, str | int) and not callable(text):
         raise UserError(
-            f"task {name}: doc_to_text is {config['doc_to_text']!r}: write a column's name or a template, such as 'Q: "
-            f"{{{{question}}}}'"
+            f"task {name}: doc_to_text is {text!r}: write a column's name or a template, such as 'Q: {{{{question}}}}'"
         )
     for key in ("target_delimiter", "fewshot_delimiter", "description"):
         if key in config and not isinstance(config[key], str) and not callable(config[key]):
@@ -162,13 +148,11 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
                 jinja_env.parse(template)
                 jinja_env.from_string(template)
             except jinja2.TemplateError as error:
-                raise UserError(
-                    f"task {name}: {key} {template[:60]!r} is no template that can be read: {error}"
-                ) from error
+                raise UserError(f"task {name}: {key} {template[:60]!r} is not a valid template: {error}") from error
 
 
 def _refuse_generation(name: str, settings: Mapping[str, Any]) -> None:
-    """Refuse what would make two runs on equal weights write different answers, and settings nobody would follow."""
+    """Refuse settings with which equal weights would give different answers, and settings that are not supported."""
     for key, value in settings.items():
         if key in ("temperature", "do_sample"):
             if value:
@@ -190,12 +174,12 @@ def _refuse_generation(name: str, settings: Mapping[str, Any]) -> None:
                 )
         else:
             raise UserError(
-                f"task {name}: generation_kwargs.{key} is not followed (until, {LENGTHS[0]} and greedy decoding are): "
+                f"task {name}: generation_kwargs.{key} is not supported (until, {LENGTHS[0]} and greedy decoding are): "
                 "leave it out"
             )
 
 
-def columns_asked(config: Mapping[str, Any]) -> set[str]:
+def columns_named(config: Mapping[str, Any]) -> set[str]:
     """The columns that the task's templates name."""
     return {
         column
@@ -206,8 +190,8 @@ def columns_asked(config: Mapping[str, Any]) -> set[str]:
 
 
 def columns_read(config: Mapping[str, Any]) -> set[str]:
-    """The columns that the task's templates name, and those that stand in a template's place."""
-    return columns_asked(config) | {template for template in _templates(config) if "{" not in template}
+    """The columns that the task's templates name, and those that are named in place of a template."""
+    return columns_named(config) | {template for template in _templates(config) if "{" not in template}
 
 
 def _templates(config: Mapping[str, Any]) -> list[str]:

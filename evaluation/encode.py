@@ -23,20 +23,18 @@ def prefix_token(tokenizer: Tokenizer) -> int | None:
 
 
 def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Ids of a text. What the tokenizer adds in front is kept, unless the text already begins with the prefix
-    token; what it adds behind the text is left out.
-    """
+    """Ids of a text with the tokenizer's prefix, unless the text begins with it; without what it adds at the end."""
     prefix = prefix_token(tokenizer)
     if prefix is not None and text.startswith(tokenizer.decode(prefix)):
         return tokenizer.encode(text, add_special_tokens=False)
     ids, own = _marked(tokenizer, text)
-    if not own and ids:  # no token of the text's own separates what stands in front from what stands behind
+    if not own and ids:  # the text has no token of its own between the additions before and after it
         return ids[: min(_marked(tokenizer, "a")[1], default=0)]
     return ids[: own[-1] + 1] if own else ids
 
 
 def appended(tokenizer: Tokenizer) -> list[int]:
-    """The ids that the tokenizer would put behind every text, and that `encode_text` leaves out."""
+    """The ids that the tokenizer would add to the end of every text, which `encode_text` leaves out."""
     ids, own = _marked(tokenizer, "a")
     return ids[own[-1] + 1 :] if own else []
 
@@ -52,8 +50,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: b
         context, continuation = context[:-spaces], context[-spaces:] + continuation
     head = [] if empty else encode_text(tokenizer, context)
     if head:
-        # the context's own ids, not the whole's: they differ where a token spans the border, and HFLM scores after
-        # these
+        # the ids of the context alone: HFLM scores what follows them, even where a token of the whole spans the border
         ids, start = head + encode_text(tokenizer, context + continuation)[len(head) :], len(head)
     elif prefix is not None:
         ids, start = tokenizer.encode(continuation, add_special_tokens=False), 1
@@ -75,30 +72,29 @@ def answer_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: b
     """`encode_pair` of an answer; raises UserError where no token is left of it to score or to train on."""
     ids, start = encode_pair(tokenizer, context, continuation, end=end)
     if len(ids) == start + end:
-        empty = not tokenizer.encode(continuation, add_special_tokens=False)
+        why = (
+            "a token of this tokenizer runs over the border between them; end the prompt differently (`doc_to_text`, "
+            "`target_delimiter`), or choose a model with another tokenizer"
+        )
+        if not tokenizer.encode(continuation, add_special_tokens=False):
+            why = "there is nothing in it; correct the row"
         raise UserError(
-            f"the answer {shown(continuation)} has no token of its own behind the prompt {shown(context, end=True)}: "
-            + (
-                "there is nothing in it; correct the row"
-                if empty
-                else "a token of this tokenizer runs over the border between them; end the prompt "
-                "differently (`doc_to_text`, `target_delimiter`), or choose a model with another tokenizer"
-            )
+            f"the answer {shown(continuation)} has no token of its own after the prompt {shown(context, end=True)}: "
+            f"{why}"
         )
     return ids, start
 
 
 def crossed(tokenizer: Tokenizer, context: str, continuation: str, ids: list[int]) -> bool:
-    """Whether a token of the whole text runs over the border between the two, so that `ids` of `encode_pair` do not
-    read as the text.
+    """Whether a token of the whole text spans the border, so that `ids` of `encode_pair` do not decode to the text.
 
-    lm-eval scores what stands behind as many tokens as the context has alone, and so is it done here.
+    As in lm-eval, the score is then of what follows as many tokens as the context has alone.
     """
     return bool(context.strip()) and encode_text(tokenizer, context + continuation) != ids
 
 
 def encode_rolling(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
-    """(context of one id, scored ids) of a whole text: after the prefix token, or after its own first token."""
+    """(context of one id, scored ids) of a whole text: the context is the prefix token, or else the first token."""
     ids, prefix = encode_text(tokenizer, text), prefix_token(tokenizer)
     return (ids[:1], ids[1:]) if prefix is None else ([prefix], ids)
 
@@ -111,14 +107,10 @@ def windows(ids: list[int], *, prefix: int, max_length: int) -> Iterator[tuple[l
     """
     if not ids:
         return
-    first = min(max_length, len(ids))
-    yield [prefix], ids[:first]
-    done = first
-    while done < len(ids):
-        size = min(len(ids) - done, max_length)
-        end = done + size
-        yield ids[end - max_length - 1 : end - size], ids[end - size : end]
-        done = end
+    yield [prefix], ids[:max_length]
+    for start in range(max_length, len(ids), max_length):
+        end = min(start + max_length, len(ids))
+        yield ids[end - max_length - 1 : start], ids[start:end]
 
 
 def max_length(model: Any, tokenizer: Tokenizer = None) -> int:
@@ -140,7 +132,6 @@ def shown(text: str, *, end: bool = False) -> str:
 
 def _marked(tokenizer: Tokenizer, text: str) -> tuple[list[int], list[int]]:
     """Ids of a text as the tokenizer gives them, and the places of those that are not its additions."""
-    encoded = tokenizer(
-        text, return_special_tokens_mask=True, verbose=False
-    )  # no advice that a text is longer than the model's positions
+    # verbose=False: no warning that a text is longer than the model's positions
+    encoded = tokenizer(text, return_special_tokens_mask=True, verbose=False)
     return list(encoded["input_ids"]), [place for place, mark in enumerate(encoded["special_tokens_mask"]) if not mark]

@@ -1,8 +1,7 @@
-"""Greedy continuations in batches: transformers' `generate` with its cache of keys and values, prompts padded on the
-left.
+"""Greedy continuations in batches: transformers' `generate` with its cache, prompts padded on the left.
 
-Each row ends on its own, at the end of text or behind the first of its stop strings; lm-eval's HFLM goes on until a
-whole batch has met the same one. The texts are the same: what follows a stop string is cut off.
+Each row ends by itself, at the end of text or after the first of its stop strings; lm-eval's HFLM continues until every
+row of the batch has reached one. The texts are the same: what follows a stop string is cut off.
 """
 
 from collections.abc import Sequence
@@ -42,11 +41,13 @@ def texts(
     A prompt longer than `max_length` less its `tokens` loses its beginning.
     """
     written = [""] * len(prompts)
-    order = sorted(
-        range(len(prompts)), key=lambda i: (prompts[i].until, prompts[i].tokens, -len(prompts[i].ids), prompts[i].ids)
-    )
-    bar = tqdm(total=len(prompts), desc=description, unit="text", disable=None if description else True)
-    with bar:
+
+    def likeness(number: int) -> tuple:
+        prompt = prompts[number]
+        return prompt.until, prompt.tokens, -len(prompt.ids), prompt.ids
+
+    order = sorted(range(len(prompts)), key=likeness)
+    with tqdm(total=len(prompts), desc=description, unit="text", disable=None if description else True) as bar:
         for batch in _batches(order, prompts, batch_size):
             for number, text in zip(batch, _continued(model, tokenizer, [prompts[i] for i in batch], max_length)):
                 written[number] = text
@@ -63,7 +64,7 @@ def ends_of_text(model: torch.nn.Module, tokenizer: Any) -> list[int]:
 
 
 def padding(model: torch.nn.Module, tokenizer: Any) -> int:
-    """The id that pads short rows, which nothing attends to: the tokenizer's if the model has a row for it, else 0."""
+    """The id that fills up short rows, which nothing attends to: the tokenizer's if the model embeds it, else 0."""
     pad = None if tokenizer is None else tokenizer.pad_token_id
     return pad if pad is not None and 0 <= pad < model.get_input_embeddings().num_embeddings else 0
 
@@ -72,12 +73,12 @@ def padded(rows: Sequence[Sequence[int]], pad: int, *, side: str = "left") -> tu
     """(ids, attention mask), each (rows, tokens)."""
     width = max(map(len, rows))
 
-    def fill(row, own, other):
-        return [other] * (width - len(row)) + own if side == "left" else own + [other] * (width - len(row))
+    def filled(own: list[int], other: int) -> list[int]:
+        missing = [other] * (width - len(own))
+        return missing + own if side == "left" else own + missing
 
-    return torch.tensor([fill(row, list(row), pad) for row in rows]), torch.tensor(
-        [fill(row, [1] * len(row), 0) for row in rows]
-    )
+    ids, mask = [filled(list(row), pad) for row in rows], [filled([1] * len(row), 0) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def _batches(order: list[int], prompts: Sequence[Prompt], size: int) -> list[list[int]]:
@@ -155,15 +156,12 @@ class _StopStrings(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         if self.until:
-            tails = self.tokenizer.batch_decode(
-                input_ids[:, max(self.start, input_ids.shape[1] - self.window) :], skip_special_tokens=True
-            )
-            for row, tail in enumerate(tails):
-                # a tail cut inside a character can read otherwise than the whole does
+            tails = input_ids[:, max(self.start, input_ids.shape[1] - self.window) :]
+            for row, tail in enumerate(self.tokenizer.batch_decode(tails, skip_special_tokens=True)):
                 if not self.done[row] and self._in(tail):
-                    self.done[row] = self._in(
-                        self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
-                    )
+                    # a tail that is cut inside a character may read differently, so look at the whole
+                    whole = self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
+                    self.done[row] = self._in(whole)
         return self.done.to(input_ids.device)
 
     def _in(self, text: str) -> bool:

@@ -1,9 +1,9 @@
 """Gold answers and choices as lm-eval reads them, with ambiguous ones resolved or refused.
 
 lm-eval takes a template that renders digits for an index, whatever the choices are: '{{answer}}' with the answer "0" of
-the choices "1", "2", "0" would be the choice "1". Here a text is matched to the choices first; where it names one
-choice as a text and another as an index the row is refused, for nobody but its author can tell. An expression whose
-value is a whole number, and no text of digits, is an index. Numbers among the choices are read as texts.
+the choices "1", "2", "0" would be the choice "1". Here a text is matched to the choices first. A row whose answer is
+one choice as a text and another as an index is refused, because only its author can decide. An expression whose value
+is a whole number, and not a text of digits, is an index. Numbers among the choices are read as texts.
 """
 
 import functools
@@ -31,17 +31,15 @@ def is_text(template: str, doc: Mapping[str, Any]) -> bool:
 
 
 def of_template(template: str, doc: Mapping[str, Any], choices: list[str], *, indices: bool) -> int | str | None:
-    """The gold of a template, an index or the text of a choice; None where it is neither, and lm-eval's own reading
-    stands.
+    """The gold of a template, an index or the text of a choice; None if it is neither, which is left to lm-eval.
 
-    indices: an index is wanted where a text would do, too.
+    indices: return an index where a text would be valid too.
     """
     text, value = apply_template(template, doc), _value(template, doc)
     number = isinstance(value, int | np.integer) and not isinstance(value, bool)
     index = int(text) if text.isascii() and text.isdigit() else None
-    text = (
-        json.dumps(value) if isinstance(value, bool) and text not in choices else text
-    )  # as choices that are truth values are written
+    if isinstance(value, bool) and text not in choices:
+        text = json.dumps(value)  # as choices that are truth values are written
     place = choices.index(text) if text in choices else None
     if index is not None and (number or place is None):
         return index
@@ -64,17 +62,15 @@ def _compiled(expression: str) -> Callable[..., Any]:
 
 
 def refuse_marks(gold: Any, choices: list[str]) -> None:
-    """Refuse a list of 0 and 1, or of truth values, as long as the choices: marks would be taken for indices."""
-    if isinstance(gold, list) and (
-        any(isinstance(one, bool) for one in gold)
-        or len(gold) == len(choices) > 1
-        and all(isinstance(one, int) and one in (0, 1) for one in gold)
-    ):
+    """Refuse a list of 0 and 1 for each choice, or of truth values: such marks would be read as indices."""
+    if not isinstance(gold, list):
+        return
+    marks = len(gold) == len(choices) > 1 and all(isinstance(one, int) and one in (0, 1) for one in gold)
+    if marks or any(isinstance(one, bool) for one in gold):
         raise Ambiguous(
             f"the gold answer {gold!r} can be a mark for each of the {len(choices)} choices, right or wrong, and is "
-            "read as a list of "
-            'indices: write the index of the right choice (`doc_to_target: "{{labels.index(1)}}"`), or a list of the '
-            "right texts"
+            "read as a list of indices: write the index of the right choice (`doc_to_target: "
+            '"{{labels.index(1)}}"`), or a list of the right texts'
         )
 
 
@@ -101,9 +97,7 @@ def of_value(gold: Any, given: Any, choices: list[str]) -> Any:
 
 
 def _of_truth(gold: bool, choices: list[str]) -> int:
-    """The choice that a truth value is: among true and false the one that says so, otherwise false is the first one
-    and true the second.
-    """
+    """The choice that a truth value names: of true and false that one, otherwise false the first, true the second."""
     words = [choice.strip().casefold() for choice in choices]
     if words.count("true") == words.count("false") == 1:
         return words.index(str(gold).casefold())

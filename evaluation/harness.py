@@ -1,8 +1,8 @@
 """Scores of a model: every task of a domain through lm-eval's own evaluation, and each item's result.
 
 `score` reads work/data/evaluate/<domain> (tasks.json and its row files) and returns what scores.json and items.csv.gz
-hold. Neither `limit` nor `use_cache` of lm-eval is ever used: the first says something else than the whole, the
-second answers for another model.
+hold. Neither `limit` nor `use_cache` of lm-eval is ever used: the first scores other rows, and the second may return
+another model's answers.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelih
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    """What a folder's tasks.json says of each task. Raises UserError for a missing or damaged file."""
+    """The entries of a folder's tasks.json. Raises UserError for a missing or damaged file."""
     file = Path(folder) / "tasks.json"
     if not file.is_file():
         raise UserError(f"{file} does not exist: run the `data` stage first")
@@ -81,11 +81,12 @@ def score(
     """
     tasks = load_tasks(tasks_dir)
     with preserved(model), quiet():
-        asked, called = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size, kept=kept)
+        language_model, scorer = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size, kept=kept)
         for _, task in tasks:
             task.set_fewshot_seed(SEED)
         torch.manual_seed(SEED)
-        results = evaluate(asked, {"tasks": {t["name"]: task for t, task in tasks}}, bootstrap_iters=0)
+        named = {entry["name"]: task for entry, task in tasks}
+        results = evaluate(language_model, {"tasks": named}, bootstrap_iters=0)
     scores: dict[str, Any] = {"tasks": {}}
     items = []
     for entry, task in tasks:
@@ -96,18 +97,13 @@ def score(
             items += rows
             continue
         samples = [sample for sample in samples if sample["filter"] == task.measure.filter]
-        scores["tasks"][name] = {
-            "role": entry["role"],
-            "metric": entry["metric"],
-            "n": len(samples),
-            "chance": entry["chance"],
-            "version": task.VERSION,
-            "prompt": _prompt(samples),
-        } | _reported(name, task, results["results"][name], samples)
+        about = {key: entry[key] for key in ("role", "metric", "chance")}
+        about |= {"n": len(samples), "version": task.VERSION, "prompt": _prompt(samples)}
+        scores["tasks"][name] = about | _reported(name, task, results["results"][name], samples)
         items += [_item(name, task, sample) for sample in samples]
     scores["scoring"] = {
         "scoring": SCORING,
-        "scorer": called,
+        "scorer": scorer,
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "limit": None,
@@ -144,7 +140,7 @@ def _reported(
     value = float(results[f"{task.measure.metric},{task.measure.filter}"])
     if not math.isfinite(value):
         raise UserError(
-            f"task {name}: lm-eval's {task.measure.metric} of these answers is {value}, which is no number to compare: "
+            f"task {name}: lm-eval's {task.measure.metric} of these answers is {value}, which cannot be compared: "
             "choose another metric"
         )
     metrics = {
@@ -152,19 +148,14 @@ def _reported(
         for key, number in sorted(results.items())
         if "," in key and "_stderr" not in key and isinstance(number, int | float) and math.isfinite(number)
     }
-    return {"value": value, "metrics": metrics} | task.measure.of(
-        value, [sample[task.measure.metric] for sample in samples]
-    )
+    passed = [sample[task.measure.metric] for sample in samples]
+    return {"value": value, "metrics": metrics} | task.measure.of(value, passed)
 
 
 def _item(name: str, task: LocalTask, sample: Mapping[str, Any]) -> dict[str, Any]:
     part, passed = task.measure.part, sample[task.measure.metric]
-    item = {
-        "task": name,
-        "doc_id": sample["doc_id"],
-        "doc_hash": sample["doc_hash"],
-        "score": None if part is None else part(passed),
-    }
+    item = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"]}
+    item["score"] = None if part is None else part(passed)
     if task.OUTPUT_TYPE == "multiple_choice":
         choices, gold = task.doc_to_choice(sample["doc"]), gold_index(task, sample["doc"])
         picked = _choice(task.measure.metric, choices, sample["filtered_resps"], gold)
@@ -176,28 +167,26 @@ def _item(name: str, task: LocalTask, sample: Mapping[str, Any]) -> dict[str, An
 
 
 def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], gold: int) -> int | None:
-    """The choice that a metric counts as the model's: as lm-eval works it out of (nats, greedy) by choice."""
+    """The choice that a metric counts as the model's, as lm-eval computes it from (nats, greedy) of each choice."""
     if metric == "exact_match":  # what the model would write: none of the choices, as a rule
         greedy = [number for number, (_, likeliest) in enumerate(answers[: len(choices)]) if likeliest]
         return gold if gold in greedy else next(iter(greedy), None)
     values = np.array([value for value, _ in answers])
     scores = values[: len(choices)]
-    if metric == "acc_mutual_info":  # behind the choices' stand those without the question
+    if metric == "acc_mutual_info":  # those without the question follow
         scores = scores - values[len(choices) :]
-    lengths = {
-        "acc_norm": [len(choice) for choice in choices],
-        "acc_bytes": [len(choice.encode()) for choice in choices],
-    }.get(metric, 1.0)
-    return int(np.argmax(scores / np.array(lengths)))
+    if metric in ("acc_norm", "acc_bytes"):
+        scores = scores / [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
+    return int(np.argmax(scores))
 
 
 def _prompt(samples: list[Mapping[str, Any]]) -> str:
-    """A digest of all that was asked: rows, prompts, every choice or how an answer is written, and what is right.
+    """A digest of the rows, prompts, choices or generation settings, and right answers.
 
-    Scores of one name are of one thing where they have it, and their metric, in common.
+    Scores of one name are comparable if this digest and their metric are equal.
     """
-    asked = [[sample["doc_hash"], sample["arguments"], sample["target_hash"]] for sample in samples]
-    return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    requests = [[sample["doc_hash"], sample["arguments"], sample["target_hash"]] for sample in samples]
+    return hashlib.sha256(json.dumps(requests, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _general(
@@ -206,28 +195,18 @@ def _general(
     """Perplexity exp(nats / tokens) and bits per byte, nats / (bytes · ln 2), over all texts together."""
     rows, size = [], 0
     for sample in samples:
-        text = task.doc_to_target(sample["doc"])
-        nats = -float(sample["filtered_resps"][0])
+        text, value = task.doc_to_target(sample["doc"]), float(sample["filtered_resps"][0])
         size += len(text.encode())
-        rows.append(
-            {
-                "task": name,
-                "doc_id": sample["doc_id"],
-                "doc_hash": sample["doc_hash"],
-                "score": nats,
-                "choice": None,
-                "gold": len(encode_rolling(tokenizer, text)[1]),
-                "log_likelihood": -nats,
-            }
-        )
+        row = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": -value}
+        rows.append(row | {"gold": len(encode_rolling(tokenizer, text)[1]), "log_likelihood": value})
     nats, tokens = math.fsum(row["score"] for row in rows), sum(row["gold"] for row in rows)
     if not tokens:
         raise UserError(
-            f"{name}: its {len(rows)} texts have no token to score in this tokenizer, which puts nothing before them: "
+            f"{name}: its {len(rows)} texts have no token to score, because this tokenizer adds no token before them: "
             "give longer texts"
         )
     return {
-        "perplexity": math.exp(min(nats / tokens, 700.0)),  # beyond which a float is infinite, which JSON has not
+        "perplexity": math.exp(min(nats / tokens, 700.0)),  # JSON has no infinity
         "nats_per_token": nats / tokens,
         "bits_per_byte": nats / (size * math.log(2)),
         "tokens": tokens,

@@ -1,9 +1,7 @@
-"""Token ids of a suite's requests, kept on disk from one model to the next: every cell of a study asks the same
-questions.
+"""Token ids of a suite's requests, kept on disk because every cell of a study scores the same texts.
 
-A file is named by the sha256 of all that the ids follow from: the texts themselves, the tokenizer's whole definition
-and the versions of what encodes. What has changed has another name and is never found; what cannot be read whole is
-encoded and written again. The files may be deleted at any time.
+A file's name is the sha256 of everything that decides the ids: the texts, the tokenizer's whole definition and the
+versions of the libraries. A file that cannot be read is encoded and written again; all may be deleted at any time.
 """
 
 import hashlib
@@ -20,25 +18,18 @@ Pair = tuple[list[int], list[int]]  # ids of a context, ids of its continuation
 
 
 class KeptTokens:
-    """The files of `folder` for one tokenizer; `settings` is all else that decides how lm-eval encodes (JSON)."""
+    """The files of `folder` for one tokenizer; `settings` are the others (JSON) that decide how lm-eval encodes."""
 
     def __init__(self, folder: Path, tokenizer: Any, settings: Any):
         self.folder = Path(folder)
-        # a tokenizer without a Rust half is Python code, of which there is no definition to hash: nothing of it is kept
+        # a tokenizer without a Rust half is Python code, which has no definition to hash: nothing of it is kept
         half = getattr(tokenizer, "backend_tokenizer", None)
         versions = [version(name) for name in ("lm_eval", "tokenizers", "transformers")]
-        self.definition = half and json.dumps(
-            # transformers' own setting beside the Rust half: whether special tokens in a text are read as one
-            [
-                type(tokenizer).__name__,
-                half.to_str(),
-                tokenizer.special_tokens_map,
-                getattr(tokenizer, "split_special_tokens", None),
-                settings,
-                versions,
-            ],
-            default=str,
-        )
+        self.definition = ""
+        if half:
+            split = getattr(tokenizer, "split_special_tokens", None)  # a setting that is not in the Rust half
+            own = [type(tokenizer).__name__, half.to_str(), tokenizer.special_tokens_map, split]
+            self.definition = json.dumps([*own, settings, versions], default=str)
 
     def load(self, texts: Sequence[tuple[str, str]]) -> list[Pair] | None:
         """The ids of each (context, continuation), None where they are not kept or the file is damaged."""
@@ -62,10 +53,9 @@ class KeptTokens:
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")  # cells may be scored side by side
         ids = np.array([i for pair in pairs for piece in pair for i in piece], dtype=np.int32)
+        lengths = np.array([[len(piece) for piece in pair] for pair in pairs], dtype=np.int64)
         with open(part, "wb") as stream:
-            np.savez(
-                stream, ids=ids, lengths=np.array([[len(piece) for piece in pair] for pair in pairs], dtype=np.int64)
-            )
+            np.savez(stream, ids=ids, lengths=lengths)
         part.replace(file)
 
     def _file(self, texts: Sequence[tuple[str, str]]) -> Path:

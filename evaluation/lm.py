@@ -1,4 +1,4 @@
-"""The language models that lm-eval asks: its own HFLM, and HFLM with our scorer and our generation."""
+"""The language models that lm-eval evaluates: its own HFLM, and HFLM with our scorer and our generation."""
 
 import contextlib
 import math
@@ -20,19 +20,18 @@ TOKENS_PER_BATCH_SIZE = shared_prefix.TOKENS // 16  # batch_size 16 stands for t
 
 
 class _Encoding(HFLM):
-    """HFLM that encodes as `evaluation.encode` does, which is what training and probes do. Wherever HFLM gives an
-    answer at all, the ids are HFLM's, but for an end of text that a tokenizer puts behind every prompt.
+    """HFLM that encodes as `evaluation.encode` does, like training and probes.
+
+    The ids are HFLM's wherever HFLM works, except for an end of text that a tokenizer adds to every prompt.
     """
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
     ) -> list[int]:
-        plain = add_special_tokens is not None
-        ids = (
-            self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
-            if plain
-            else encode.encode_text(self.tokenizer, string)
-        )
+        if add_special_tokens is None:
+            ids = encode.encode_text(self.tokenizer, string)
+        else:
+            ids = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids[-left_truncate_len:] if left_truncate_len else ids
 
     def tok_batch_encode(
@@ -55,8 +54,7 @@ class _Encoding(HFLM):
         if crossing:
             print(
                 f"{len(crossing)} of {len(requests)} answers begin inside a token of the whole text, the first in "
-                f"{_row(crossing[0])}: they are scored from the token that lm-eval scores them from, which may leave "
-                "out their first characters",
+                f"{_row(crossing[0])}: as in lm-eval, their scores may leave out their first characters",
                 flush=True,
             )
         self._fits(requests, [(ids, continuation) for _, ids, continuation in encoded])
@@ -83,20 +81,19 @@ class _Encoding(HFLM):
 
 
 class QuietLM(_Encoding):
-    """lm-eval's HFLM, every value its own; without progress bars where nobody watches."""
+    """lm-eval's HFLM with its own values, without progress bars where there is no terminal."""
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         if self.prefix_token_id is not None:
             return super().loglikelihood_rolling(requests, disable_tqdm=True)
         pieces, owners = self._windows(requests)
-        values = [self._loglikelihood_tokens([(None, *piece)], override_bs=1)[0][0] for piece in pieces]
-        return [
-            math.fsum(value for value, owner in zip(values, owners) if owner == number)
-            for number in range(len(requests))
-        ]
+        values: list[list[float]] = [[] for _ in requests]
+        for piece, owner in zip(pieces, owners):
+            values[owner].append(self._loglikelihood_tokens([(None, *piece)], override_bs=1)[0][0])
+        return [math.fsum(own) for own in values]
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        _room(requests, self)
+        _generation_settings(requests, self)
         if self.tokenizer.eos_token_id is None:
             raise UserError(
                 f"task {requests[0].task_name}: lm-eval's HFLM writes answers only with a tokenizer that has an EOS "
@@ -104,7 +101,7 @@ class QuietLM(_Encoding):
             )
         if empty := [request for request in requests if not self.tok_encode(request.args[0])]:
             raise UserError(
-                f"{_row(empty[0])}: lm-eval's HFLM writes nothing behind a prompt without a token: give it some text, "
+                f"{_row(empty[0])}: lm-eval's HFLM writes nothing after a prompt without a token: give it some text, "
                 "or score with `scorer: shared-prefix`"
             )
         with _numbers(self.model, requests[0].task_name):
@@ -117,28 +114,26 @@ class QuietLM(_Encoding):
 
 
 class SharedPrefixLM(_Encoding):
-    """HFLM whose log-likelihoods come from `evaluation.shared_prefix`: each context once, the logits that are asked
-    for.
+    """HFLM whose log-likelihoods come from `evaluation.shared_prefix`, which encodes each context once.
 
-    Everything else (truncation from the left, rolling windows) is HFLM's. Equal to HFLM within 1e-3 nats in
-    float32; in half precision the softmax is taken in float32 here and in half there. Texts come from
-    `evaluation.generate` and are HFLM's where the tokenizer's end of text is the model's own; where it is another
-    token, a text ends there, while HFLM writes on behind it.
+    Everything else (truncation from the left, rolling windows) is HFLM's. Values equal HFLM's within 1e-3 nats in
+    float32; in half precision the softmax is computed in float32 here and in half precision there. Texts come from
+    `evaluation.generate` and equal HFLM's if the tokenizer's end of text is the model's own; if it is another token, a
+    text ends there, while HFLM continues after it.
 
     kept    a folder in which the ids of choices are kept for the next model, or None
     """
 
     def __init__(self, *args: Any, kept: Path | None = None, **settings: Any):
         super().__init__(*args, **settings)
-        self.kept = (
-            KeptTokens(kept, self.tokenizer, [SCORING, self.add_bos_token, self.prefix_token_id]) if kept else None
-        )
+        encoding = [SCORING, self.add_bos_token, self.prefix_token_id]
+        self.kept = KeptTokens(kept, self.tokenizer, encoding) if kept else None
 
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = self.kept.load([request.args for request in requests]) if self.kept else None
         if pairs is not None:
             self._fits(requests, pairs)
-            return self._ask(pairs, "scoring choices")
+            return self._log_likelihoods(pairs, "scoring choices")
         return super().loglikelihood(requests)
 
     def _loglikelihood_tokens(
@@ -147,21 +142,21 @@ class SharedPrefixLM(_Encoding):
         pairs = [(context, continuation) for _, context, continuation in requests]
         if self.kept:
             self.kept.save([texts for texts, _, _ in requests], pairs)
-        return self._ask(pairs, "scoring choices")
+        return self._log_likelihoods(pairs, "scoring choices")
 
     def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
         pieces, owners = self._windows(requests)
         totals = [0.0] * len(requests)
-        for owner, (value, _) in zip(owners, self._ask(pieces, "scoring text")):
+        for owner, (value, _) in zip(owners, self._log_likelihoods(pieces, "scoring text")):
             totals[owner] += value
         return totals
 
     def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        asked = _room(requests, self)
+        settings = _generation_settings(requests, self)
         if not generate.ends_of_text(self.model, self.tokenizer):
             raise UserError(
-                f"task {requests[0].task_name}: its answers are written and have to end, and neither tokenizer nor "
-                "model names an end of text: name `eos_token` in tokenizer_config.json"
+                f"task {requests[0].task_name}: written answers have to end, and neither tokenizer nor model "
+                "names an end of text: name `eos_token` in tokenizer_config.json"
             )
         prompts = [
             generate.Prompt(
@@ -169,7 +164,7 @@ class SharedPrefixLM(_Encoding):
                 until=tuple(kwargs["until"]),
                 tokens=kwargs["max_gen_toks"],
             )
-            for request, kwargs in zip(requests, asked)
+            for request, kwargs in zip(requests, settings)
         ]
         with _numbers(self.model, requests[0].task_name):
             return generate.texts(
@@ -189,7 +184,7 @@ class SharedPrefixLM(_Encoding):
             )
         return self.prefix_token_id
 
-    def _ask(self, requests: list[shared_prefix.Request], what: str) -> list[tuple[float, bool]]:
+    def _log_likelihoods(self, requests: list[shared_prefix.Request], what: str) -> list[tuple[float, bool]]:
         return shared_prefix.log_likelihoods(
             self.model,
             requests,
@@ -200,13 +195,13 @@ class SharedPrefixLM(_Encoding):
 
 
 def _row(request: Any) -> str:
-    """What a request asks of, as a message names it; lm-eval counts documents from 0."""
+    """The row of a request as a message names it; lm-eval counts documents from 0."""
     return f"task {request.task_name}, row {request.doc_id + 1} of those scored"
 
 
 @contextlib.contextmanager
 def _numbers(model: torch.nn.Module, task: str) -> Iterator[None]:
-    """Refuse logits that are no numbers: an answer would be written by them all the same, and be wrong."""
+    """Refuse logits that are NaN: an answer would be written nevertheless, and would be wrong."""
 
     def look(_: torch.nn.Module, __: Any, output: Any) -> None:
         if output.logits[:, -1].isnan().any():
@@ -222,14 +217,14 @@ def _numbers(model: torch.nn.Module, task: str) -> Iterator[None]:
         hook.remove()
 
 
-def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:
+def _generation_settings(requests: Sequence[Any], model: HFLM) -> list[dict[str, Any]]:
     """Each request's generation settings; UserError where they leave no room for the prompt."""
-    settings = [normalize_gen_kwargs(request.args[1], asked.max_gen_toks) for request in requests]
+    settings = [normalize_gen_kwargs(request.args[1], model.max_gen_toks) for request in requests]
     for request, kwargs in zip(requests, settings):
-        if kwargs["max_gen_toks"] >= asked.max_length:
+        if kwargs["max_gen_toks"] >= model.max_length:
             raise UserError(
                 f"task {request.task_name}: an answer may have {kwargs['max_gen_toks']} tokens, but the model takes "
-                f"{asked.max_length} in all: lower `generation_kwargs: {{max_gen_toks: ...}}` of the task, or choose a "
+                f"{model.max_length} in all: lower `generation_kwargs: {{max_gen_toks: ...}}` of the task, or choose a "
                 "model that takes more"
             )
     return settings
@@ -238,7 +233,7 @@ def _room(requests: Sequence[Any], asked: HFLM) -> list[dict[str, Any]]:
 def build(
     model: torch.nn.Module, tokenizer: Any, *, scorer: str, batch_size: int, kept: Path | None = None
 ) -> tuple[HFLM, str]:
-    """The lm-eval model for `scorer`, and what it is called in the scores (with the reason where it is not used)."""
+    """The lm-eval model for `scorer`, and its name in the scores (with the reason if another scorer is used)."""
     if scorer not in SCORERS:
         raise UserError(f"scorer {scorer!r} is unknown: choose one of {', '.join(SCORERS)}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:

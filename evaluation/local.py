@@ -25,15 +25,15 @@ jinja_env.finalize = nulls.refuse
 
 
 class Unfit(ValueError):
-    """What is wrong with one row, in words for the person who wrote it."""
+    """What is wrong with one row, for a message to its author."""
 
 
 class LocalTask(ConfigurableTask):
     """An lm-eval task whose documents are rows held in memory: nothing is downloaded, nothing is cached.
 
-    Texts, choices and golds are lm-eval's, but that a text stays a text: numbers among choices and in a column that
-    stands for a text are written out, and digits that a template renders are matched to the choices before they are
-    taken for an index.
+    Texts, choices and golds are lm-eval's, except that a text stays a text: numbers among the choices or in a column of
+    texts are written out, and digits that a template renders are matched to the choices before they are read as an
+    index.
     """
 
     def __init__(self, *, rows: Sequence[Row], config: dict[str, Any], metric: str) -> None:
@@ -50,12 +50,11 @@ class LocalTask(ConfigurableTask):
             return text
         if isinstance(text, list | tuple | Mapping):
             raise Unfit(
-                f"doc_to_text ({template!r:.60}) gives {str(text)[:60]}, no text: write a template that names what of "
-                "it is to be asked, such as '{{messages[0].content}}'"
+                f"doc_to_text ({template!r:.60}) gives {str(text)[:60]}, not a text: write a template that selects the "
+                "question, such as '{{messages[0].content}}'"
             )
-        return (
-            apply_template(template, doc) if isinstance(template, str) and template not in self.features else str(text)
-        )
+        written = isinstance(template, str) and template not in self.features
+        return apply_template(template, doc) if written else str(text)
 
     def doc_to_choice(self, doc: Any, doc_to_choice: Any = None) -> list[str]:
         """The choices as text: numbers and truth values as JSON writes them."""
@@ -102,9 +101,8 @@ class LocalTask(ConfigurableTask):
                 raise Unfit(f"doc_to_target ({self.config.doc_to_target!r:.60}) gives {str(target)[:60]}, {kind}")
             return target if isinstance(target, str | list) else str(target)
         if written:
-            gold = golds.of_template(
-                template, doc, self.doc_to_choice(doc), indices=self.OUTPUT_TYPE == "generate_until"
-            )
+            generated = self.OUTPUT_TYPE == "generate_until"
+            gold = golds.of_template(template, doc, self.doc_to_choice(doc), indices=generated)
             if gold is not None:
                 return gold
         gold = nulls.refuse(super().doc_to_target(doc, doc_to_target))
@@ -114,29 +112,26 @@ class LocalTask(ConfigurableTask):
 
     @functools.cached_property
     def _inputs_chosen(self) -> bool:
-        """Whether `doc_to_text` is in every row the index of the right context (WinoGrande), no question in digits."""
-        texts = [ConfigurableTask.doc_to_text(self, doc) for doc in self.eval_docs]
-        return all(
-            isinstance(text, int) and 0 <= text < len(self.doc_to_choice(doc))
-            for text, doc in zip(texts, self.eval_docs)
-        )
+        """Whether `doc_to_text` is the index of the right context (WinoGrande) in every row, and not a question."""
+        texts = [(ConfigurableTask.doc_to_text(self, doc), doc) for doc in self.eval_docs]
+        return all(isinstance(text, int) and 0 <= text < len(self.doc_to_choice(doc)) for text, doc in texts)
 
     def place(self, number: int) -> str:
         """Where the row of document `number` (from 1) was read from."""
         if len(self.eval_docs) == len(self.rows):
             return place(self.rows[number - 1], number)
-        return f"document {number} of those that its process_docs makes of the rows"
+        return f"document {number} that its process_docs makes of the rows"
 
     def download(self, dataset_kwargs: dict | None = None, **_: Any) -> None:
         self.dataset = {SPLIT: _dataset(self.rows)}
 
     @functools.cached_property
-    def eval_docs(self) -> datasets.Dataset:  # lm-eval asks several times and would process the rows each time
+    def eval_docs(self) -> datasets.Dataset:  # lm-eval reads it several times and would process the rows each time
         with quiet():
             return self.test_docs()
 
     def build_all_requests(self, **settings: Any) -> None:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task, of no interest
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task
             super().build_all_requests(**settings)
 
 
@@ -156,39 +151,35 @@ def quiet() -> Iterator[None]:
 
 
 def filled(rows: Sequence[Row]) -> list[dict[str, Any]]:
-    # datasets takes the columns of the first row: give every row every column, in order of appearance
+    """Every row with every column in order of appearance, because datasets takes those of the first row."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
 def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
-    """The rows with their values as they are: a column whose values have no one type, which Arrow refuses, is held as
-    JSON.
+    """The rows with their values as they are: a column of several types, which Arrow refuses, is held as JSON.
 
-    So is a column of whole and broken numbers, of which Arrow would make broken ones: a choice 3 stays "3", not "3.0".
+    So is a column of integers and floats, which Arrow would make floats: a choice 3 stays "3" and not "3.0".
     """
     whole = filled(rows)
     mixed = [column for column in whole[0] if not _one_type([row[column] for row in whole])]
     if not mixed:
         return datasets.Dataset.from_list(whole)
-    typed = datasets.Dataset.from_list(
-        [{c: value for c, value in row.items() if c not in mixed} for row in whole]
-    ).features
+    others = [{column: value for column, value in row.items() if column not in mixed} for row in whole]
+    typed = datasets.Dataset.from_list(others).features
     features = {column: datasets.Json() if column in mixed else typed[column] for column in whole[0]}
     return datasets.Dataset.from_list(whole, features=datasets.Features(features))
 
 
 def _one_type(values: Sequence[Any]) -> bool:
-    """Whether the values, but for nulls, are of one type, and so are elements of lists and fields of objects."""
+    """Whether the values other than null are of one type, and so are the entries of lists and of objects by name."""
     values = [value for value in values if value is not None]
     kinds = {type(value) for value in values}
     if kinds == {list}:
         return _one_type([inner for value in values for inner in value])
     if kinds == {dict}:
         names = values[0].keys()
-        if any(
-            value.keys() != names for value in values
-        ):  # Arrow would give each all names, with nulls that nobody wrote
-            return False
-        return all(_one_type([value[name] for value in values if name in value]) for name in names)
+        # with different names, Arrow would give every object all of them, with nulls that nobody wrote
+        same = all(value.keys() == names for value in values)
+        return same and all(_one_type([value[name] for value in values]) for name in names)
     return len(kinds) <= 1

@@ -22,12 +22,12 @@ from lm_eval.api import metrics
 from lm_eval.api.registry import higher_is_better_registry
 
 from evaluation.shipped import lacks_package
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 
 SHARE, NATS = "share", "nats"
 RESAMPLES = 200  # a standard error from so many is within 10 % in 19 of 20 cases (Efron and Tibshirani 1993, ch. 6)
 SEED = 0  # the base and every cell draw the same rows, so that their differences are paired
-LARGEST = 700.0  # nats, beyond which a perplexity is infinite as a float, which JSON has not
+LARGEST = 700.0  # nats, beyond which a perplexity would be infinite, which JSON cannot hold
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class Measure:
 
 
 def resampled(number: Callable[[Sequence[Any]], float], passed: Sequence[Any]) -> list[float | None]:
-    """`number` of rows drawn with replacement, again and again; None where it cannot be had of a draw."""
+    """`number` of RESAMPLES draws of rows with replacement; None for a draw of which it cannot be computed."""
     drawn = np.random.default_rng(SEED).integers(len(passed), size=(RESAMPLES, len(passed)))
     numbers: list[float | None] = []
     for rows in drawn:
@@ -90,8 +90,7 @@ _BOUNDED = {metrics.perplexity: _perplexity, metrics.weighted_perplexity: _weigh
 
 
 def measured(task: Any, metric: str, instances: Sequence[Sequence[Any]]) -> Measure:
-    """The measure of `metric` (METRIC or METRIC,FILTER) of a task whose rows are asked by `instances`, which are given
-    made-up answers.
+    """The measure of `metric` (METRIC or METRIC,FILTER) of a task, tried on invented answers to `instances`, by row.
 
     Raises UserError where lm-eval does not compute the metric of such a task, or not of such rows.
     """
@@ -106,14 +105,14 @@ def measured(task: Any, metric: str, instances: Sequence[Sequence[Any]]) -> Meas
         )
     if known is not None and known != better:
         raise UserError(
-            f"{what} is said to be better {'higher' if better else 'lower'}, and lm-eval says "
-            f"{'higher' if known else 'lower'}: correct higher_is_better in metric_list"
+            f"{what} is better {'higher' if better else 'lower'} according to metric_list, and "
+            f"{'higher' if known else 'lower'} according to lm-eval: correct higher_is_better in metric_list"
         )
     passed = _tried(task, instances)
     if (name, chosen) not in passed:
         computed = sorted({key for key, _ in passed})
         raise UserError(
-            f"{what} is none that lm-eval computes of {task.OUTPUT_TYPE} tasks: it computes "
+            f"{what} is not computed by lm-eval for {task.OUTPUT_TYPE} tasks: it computes "
             f"{', '.join(computed) or 'none'} of this one"
         )
     for (other, _), values in passed.items():
@@ -123,25 +122,18 @@ def measured(task: Any, metric: str, instances: Sequence[Sequence[Any]]) -> Meas
             f"{what} is computed of {len(passed[name, chosen])} of {len(instances)} rows: choose rows that it is "
             "computed of"
         )
-    return _measure(
-        task.aggregation().get(name, metrics.mean), name=name, filter=chosen, better=better, tried=passed[name, chosen]
-    )
+    aggregate = task.aggregation().get(name, metrics.mean)
+    return _measure(aggregate, name=name, filter=chosen, better=better, tried=passed[name, chosen])
 
 
 def _measure(aggregate: Callable, *, name: str, filter: str, better: bool, tried: Sequence[Any]) -> Measure:
     sign = 1.0 if better else -1.0
     about: dict[str, Any] = {"metric": name, "filter": filter, "higher_is_better": better, "unit": name}
-    if aggregate is metrics.mean:
-        in_unit = better and all(0 <= float(value) <= 1 for value in tried)
-        return Measure(
-            **about | {"unit": SHARE if in_unit else name},
-            per_item=True,
-            part=lambda value: sign * float(value),
-            compared=lambda values: sign * float(metrics.mean(values)),
-        )
     if aggregate is _perplexity:
         return Measure(**about | {"unit": NATS}, per_item=True, part=float, compared=metrics.mean)
-    if aggregate is metrics.brier_score:
+    if aggregate in (metrics.mean, metrics.brier_score):
+        if aggregate is metrics.mean and better and all(0 <= float(value) <= 1 for value in tried):
+            about["unit"] = SHARE
         return Measure(
             **about,
             per_item=True,
@@ -160,24 +152,25 @@ def _measure(aggregate: Callable, *, name: str, filter: str, better: bool, tried
 
 
 def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str], list[Any]]:
-    """(metric, filter) -> what lm-eval passes on for each row, where every choice is the likeliest of some row."""
-    for number, asked in enumerate(instances):
-        for one in asked:
-            one.resps = [_answer(task, one, number, len(asked))]
+    """(metric, filter) -> what lm-eval passes on for each row of invented answers; every choice is likeliest in one."""
+    for number, requests in enumerate(instances):
+        for one in requests:
+            one.resps = [_answer(task, one, number, len(requests))]
     for ensemble in task._filters:
         try:
-            ensemble.apply([one for asked in instances for one in asked])
-        except Exception as error:  # a setting of a filter that it cannot work by
+            ensemble.apply([one for requests in instances for one in requests])
+        except Exception as error:  # of any kind, depending on the filter's settings
             raise UserError(
                 f"task {task.config.task}: filter {ensemble.name!r} of filter_list cannot work on answers "
-                f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct its settings"
+                f"({shortened(error)}): correct its settings"
             ) from error
     passed: dict[tuple[str, str], list[Any]] = {}
     for ensemble in task._filters:
-        for number, asked in enumerate(instances, 1):
+        for number, requests in enumerate(instances, 1):
             try:
                 with np.errstate(all="ignore"):
-                    results = task.process_results(asked[0].doc, [one.filtered_resps[ensemble.name] for one in asked])
+                    answers = [one.filtered_resps[ensemble.name] for one in requests]
+                    results = task.process_results(requests[0].doc, answers)
             except UserError:
                 raise
             except ImportError as error:
@@ -185,17 +178,17 @@ def _tried(task: Any, instances: Sequence[Sequence[Any]]) -> dict[tuple[str, str
             except Exception as error:  # the task's own Python
                 raise UserError(
                     f"task {task.config.task}, {task.place(number)}: scoring an answer to this row fails in lm-eval "
-                    f"({type(error).__name__}: {' '.join(str(error).split())[:200]}): correct the row, or the task's "
-                    "metrics"
+                    f"({shortened(error)}): correct the row, or the task's metrics"
                 ) from error
             for key, value in results.items():
                 passed.setdefault((key, ensemble.name), []).append(value)
     return passed
 
 
-def _answer(task: Any, one: Any, number: int, asked: int) -> Any:
+def _answer(task: Any, one: Any, number: int, count: int) -> Any:
+    """An invented answer to one of the `count` requests of row `number`."""
     if one.request_type == "loglikelihood":
-        likeliest = asked > 1 and one.idx == number % asked or asked == 1 and number % 2 == 0
+        likeliest = one.idx == number % count if count > 1 else number % 2 == 0
         return (-1.0, True) if likeliest else (-2.0 - one.idx, False)
     if one.request_type == "loglikelihood_rolling":
         return -10.0
@@ -223,7 +216,7 @@ def _aggregates(task: Any, name: str, values: Sequence[Any], *, reported: bool) 
     except ImportError as error:
         raise UserError(lacks_package(f"task {task.config.task}: metric {name!r}", error)) from error
     except Exception as error:  # of the task's own, or of scikit-learn's
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        why = shortened(error)
     what = "choose another one" if reported else "leave it out of the task's metric_list"
     raise UserError(
         f"task {task.config.task}: metric {name!r} cannot be computed of these rows by lm-eval ({why}): {what}"

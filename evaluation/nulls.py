@@ -1,4 +1,4 @@
-"""Null cells: a template prints them as the word None (NaN as nan), which a model would be trained and scored on."""
+"""Null cells: a template would print them as the words None or nan, on which a model would be trained and scored."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -24,13 +24,13 @@ def refuse(value: Any) -> Any:
     return value
 
 
-def describe(row: Mapping[str, Any], asked: Iterable[str] = ()) -> str:
-    """A row's null columns (those of `asked` where there are any) and what to do about them, for a message."""
+def describe(row: Mapping[str, Any], used: Iterable[str] = ()) -> str:
+    """A row's null columns (those among `used` if there are any) and what to do about them, for a message."""
     empty = [column for column, value in row.items() if is_null(value)]
-    named = [column for column in empty if column in set(asked)] or empty
+    named = [column for column in empty if column in set(used)] or empty
     what = f"{', '.join(map(repr, named))} is null" if named else "a template gives null"
     return (
-        f"{what}, which would be written as the word None: correct the rows, or let the template ask for it "
+        f"{what}, which would be written as the word None: correct the rows, or let the template test for it "
         "(`{% if column %}…{% endif %}`), or set `nulls: empty` in the block to read every null cell as empty text"
     )
 

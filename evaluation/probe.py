@@ -1,8 +1,7 @@
-"""Small fixed sets scored while a model is trained, and in choosing settings: no lm-eval, no trace left behind.
+"""Small fixed sets that are scored during training and to choose settings, without lm-eval and without side effects.
 
-A set is a file <name>.jsonl of work/data/train/<domain>/probe: rows {"context", "choices", "gold"} and, for an acc_norm
-or acc_bytes task, "norm", and what else `evaluation.task.render` writes; for a task whose answers are written, "end";
-or {"text"} for general text. Probe rows are disjoint from every scored row.
+A set is a file <name>.jsonl of work/data/train/<domain>/probe: rows as `evaluation.task.render` writes, {"context",
+"choices", "gold"} and what the metric needs, or {"text"} for general text. Probe rows are disjoint from scored rows.
 """
 
 import math
@@ -22,18 +21,20 @@ from methods.tools.jsonl import Row
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One row, encoded: a request for each choice, or for a text all of it behind the prefix token."""
+    """One row, encoded: a request for each choice, or one for a whole text after the prefix token.
+
+    norm     characters or bytes of each choice, where accuracy is per character or byte
+    less     the choices without a context, where accuracy is by what the context adds
+    greedy   an answer is right if the model would write the gold choice
+    written  the one choice is a whole solution: its log-likelihood counts, because accuracy would need generation
+    """
 
     requests: tuple[shared_prefix.Request, ...]
     gold: int | None  # None for a text
-    norm: tuple[int, ...] | None  # characters or bytes of each choice, where accuracy is per character or byte
-    less: tuple[
-        shared_prefix.Request, ...
-    ] = ()  # the choices without a context, where accuracy is by what the context adds
-    greedy: bool = False  # right is where the gold choice is what the model would write
-    written: bool = (
-        False  # the one choice is a whole solution: its log-likelihood counts, accuracy would take generation
-    )
+    norm: tuple[int, ...] | None = None
+    less: tuple[shared_prefix.Request, ...] = ()
+    greedy: bool = False
+    written: bool = False
 
     def windows(self, max_length: int) -> list[shared_prefix.Request]:
         """The requests as a model of `max_length` can take them: a long text in pieces, a long solution cut off."""
@@ -56,7 +57,7 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
     sets = {file.stem: encoded(_rows(file), tokenizer) for file in files}
     if empty := [name for name, items in sets.items() if not items]:
         raise UserError(
-            f"probe set {empty[0]}: its texts have no token to score in this tokenizer, which puts nothing before "
+            f"probe set {empty[0]}: its texts have no token to score, because this tokenizer adds no token before "
             "them: give longer texts"
         )
     return sets
@@ -69,54 +70,47 @@ def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
         if "text" in row:
             text = encode.encode_rolling(tokenizer, row["text"])
             if text[1]:  # without a prefix a text of one token has nothing to score
-                items.append(Item(requests=(text,), gold=None, norm=None))
-        else:
-            written = row.get("end", False)
-            try:
-                pairs = [
-                    encode.answer_pair(tokenizer, row["context"], choice, end=written) for choice in row["choices"]
-                ]
-            except UserError as error:
-                raise UserError(f"a probe row: {error}") from error
-
-            def split(pairs):
-                return tuple((ids[:start], ids[start:]) for ids, start in pairs)
-
-            less = [encode.answer_pair(tokenizer, "", choice) for choice in row["choices"]] if row.get("less") else []
-            norm = tuple(row["norm"]) if row.get("norm") else None
-            items.append(
-                Item(
-                    requests=split(pairs),
-                    gold=row["gold"],
-                    norm=norm,
-                    written=written,
-                    less=split(less),
-                    greedy=row.get("greedy", False),
-                )
-            )
+                items.append(Item(requests=(text,), gold=None))
+            continue
+        written, less = row.get("end", False), ()
+        try:
+            requests = _requests(tokenizer, row["context"], row["choices"], end=written)
+        except UserError as error:
+            raise UserError(f"a probe row: {error}") from error
+        if row.get("less"):
+            less = _requests(tokenizer, "", row["choices"])
+        norm = tuple(row["norm"]) if row.get("norm") else None
+        about = {"gold": row["gold"], "norm": norm, "written": written, "greedy": row.get("greedy", False)}
+        items.append(Item(requests=requests, less=less, **about))
     return items
+
+
+def _requests(
+    tokenizer: Any, context: str, choices: Iterable[str], *, end: bool = False
+) -> tuple[shared_prefix.Request, ...]:
+    pairs = [encode.answer_pair(tokenizer, context, choice, end=end) for choice in choices]
+    return tuple((ids[:start], ids[start:]) for ids, start in pairs)
 
 
 def probe(
     *, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int = shared_prefix.TOKENS
 ) -> dict[str, float]:
-    """{"<name>": accuracy, "<name>_nll": nats per token of the gold choice} for sets of choices, and
-    {"perplexity": exp(nats per token)} for the set of texts.
+    """Score probe sets: accuracy and nats per token of the gold choice, or the perplexity of a set of texts.
 
-    Accuracy is lm-eval's: the likeliest choice, per character for acc_norm, per byte for acc_bytes, by what the context
-    adds to it for acc_mutual_info; where there is only one choice (LAMBADA) and for exact_match, whether it is what the
-    model would write. A task by another metric (mcc, brier_score) has the accuracy of its likeliest choice here. Of
-    written answers (GSM8K) there are the nats alone, end of text included. The model's modes and all random states are
-    left as they were.
+    Returns {"<name>": accuracy, "<name>_nll": nats per token, "perplexity": exp(nats per token)}. Accuracy is that of
+    lm-eval: the likeliest choice, per character for acc_norm, per byte for acc_bytes, by what the context adds for
+    acc_mutual_info; with one choice (LAMBADA) and for exact_match, whether the model would write it. For any other
+    metric (mcc, brier_score) it is the accuracy of the likeliest choice. Written answers (GSM8K) have nats alone,
+    including the end of text. The model's modes and all random states are restored.
     """
     limit = encode.max_length(model)
-    asked = {name: [item.windows(limit) for item in items] for name, items in sets.items()}
-    requests = [request for rows in asked.values() for row in rows for request in row]
+    windows = {name: [item.windows(limit) for item in items] for name, items in sets.items()}
+    requests = [request for rows in windows.values() for row in rows for request in row]
     with preserved(model):
         answers = iter(shared_prefix.log_likelihoods(model, requests, max_length=limit, tokens=tokens))
     report: dict[str, float] = {}
     for name, items in sets.items():
-        scored = [[next(answers) for _ in row] for row in asked[name]]
+        scored = [[next(answers) for _ in row] for row in windows[name]]
         if items[0].gold is None:
             nats = -math.fsum(value for values in scored for value, _ in values)
             report["perplexity"] = math.exp(min(nats / _tokens(r for i in items for r in i.requests), 700.0))
@@ -124,7 +118,7 @@ def probe(
         nats = -math.fsum(values[item.gold][0] for item, values in zip(items, scored))
         if not items[0].written:
             report[name] = sum(_right(item, values) for item, values in zip(items, scored)) / len(items)
-        report[f"{name}_nll"] = nats / _tokens(row[item.gold] for item, row in zip(items, asked[name]))
+        report[f"{name}_nll"] = nats / _tokens(row[item.gold] for item, row in zip(items, windows[name]))
     return report
 
 

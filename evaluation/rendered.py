@@ -7,18 +7,15 @@ from methods.tools import jsonl
 
 
 def read_jsonl(path: Path) -> list[jsonl.Row]:
-    """Every row of a file. Raises MissingInput where the stage has not run, UserError naming the damaged line."""
+    """Every row of a file. Raises MissingInput where the stage has not run, and UserError naming a damaged line."""
     if not path.is_file():
         raise MissingInput(f"{path} is missing: run `dvc repro` to make it")
     rows = jsonl.read(path)
     for row in rows:
         choices, gold = row.get("choices"), row.get("gold")
-        asked = (
-            isinstance(row.get("context"), str)
-            and isinstance(choices, list)
-            and all(isinstance(choice, str) for choice in choices)
-        )
-        if not isinstance(row.get("text"), str) and not (asked and isinstance(gold, int) and 0 <= gold < len(choices)):
+        chosen = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+        answered = chosen and isinstance(gold, int) and 0 <= gold < len(choices)
+        if not isinstance(row.get("text"), str) and not (answered and isinstance(row.get("context"), str)):
             raise UserError(
                 f"{row.at} is no row of the `data` stage: run `dvc repro --force data` to make the file again"
             )

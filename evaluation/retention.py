@@ -35,12 +35,9 @@ def lower_bound(proportion: float, n: int) -> float:
 
 
 def above_chance(score: Mapping[str, Any]) -> bool:
-    """Whether a task's 95 % lower bound in scores.json lies above chance; never for what is no proportion of rows."""
-    return (
-        unit_of(score) == SHARE
-        and 0 <= score["value"] <= 1
-        and lower_bound(score["value"], score["n"]) > score["chance"]
-    )
+    """Whether a task's score, a proportion of rows, is above chance by its 95 % lower bound; never in another unit."""
+    share = unit_of(score) == SHARE and 0 <= score["value"] <= 1
+    return share and lower_bound(score["value"], score["n"]) > score["chance"]
 
 
 def unit_of(score: Mapping[str, Any]) -> str:
@@ -49,36 +46,27 @@ def unit_of(score: Mapping[str, Any]) -> str:
 
 
 def change(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
-    """{"change", "unit"} of a task's two entries in scores.json: tuned minus base, turned so that more is better.
-    Of a metric of the set also "change_error", "change_low" and "change_high": the standard error by drawing rows
-    with replacement, the same for both, and the 95 % interval by it (None where too few draws gave a number, or
-    none differed: that no draw changed it does not say that none can).
+    """{"change", "unit"} of a task's two entries in scores.json: tuned minus base, with the sign that more is better.
+
+    A metric of the whole set also has "change_error", "change_low" and "change_high": the bootstrap standard error over
+    rows, the same draws for both, and its 95 % interval. They are None if too few draws gave a number, or if no draw
+    changed it, which does not show that none can.
     """
     units = {unit_of(base), unit_of(tuned)}
     unit = units.pop() if len(units) == 1 else base["metric"].partition(",")[0]
     result: dict[str, Any] = {"change": _compared(tuned) - _compared(base), "unit": unit}
     if "resampled" in tuned:
-        pairs = [
-            (after, before)
-            for after, before in zip(tuned["resampled"], base["resampled"])
-            if None not in (after, before)
-        ]
-        error = (
-            statistics.stdev(after - before for after, before in pairs)
-            if len(pairs) > len(tuned["resampled"]) // 2
-            else 0.0
-        )
-        error = error if error > STILL else None
-        bounds = (
-            (None, None) if error is None else (result["change"] - Z_BOTH * error, result["change"] + Z_BOTH * error)
-        )
-        result |= {"change_error": error, "change_low": bounds[0], "change_high": bounds[1]}
+        both = zip(tuned["resampled"], base["resampled"])
+        draws = [after - before for after, before in both if None not in (after, before)]
+        result |= dict.fromkeys(("change_error", "change_low", "change_high"))
+        if len(draws) > len(tuned["resampled"]) // 2 and (error := statistics.stdev(draws)) > STILL:
+            low, high = result["change"] - Z_BOTH * error, result["change"] + Z_BOTH * error
+            result |= {"change_error": error, "change_low": low, "change_high": high}
     return result
 
 
 def forgetting(base: Tasks, tuned: Tasks) -> dict[str, Any]:
-    """{"forgetting", "by_task", "at_chance", "apart"} of `tuned`, entries of the retention tasks (others are not
-    counted).
+    """{"forgetting", "by_task", "at_chance", "apart"} of the retention tasks among `tuned`.
 
     by_task: base minus tuned of each task that counts; forgetting: their mean, None where no task counts; at_chance:
     the retention tasks left out; apart: those in another unit than shares, each with its "forgetting" in its "unit".

@@ -27,9 +27,7 @@ Request = tuple[Sequence[int], Sequence[int]]  # context ids, continuation ids; 
 TOKENS = 1024  # padded input tokens of one forward pass: 512 to 1024 is fastest on a CPU, a GPU wants more
 PACKED = 256  # a sequence no longer than this takes all continuations; a longer one up to twice its need
 LOGITS = 2**22  # logits alive at once, in the model's dtype: small enough that memory is not fetched anew each time
-CACHED = (
-    2**18
-)  # logits whose softmax is taken at once on the CPU: 1 MB in float32 stays in its cache, four times as fast
+CACHED = 2**18  # logits whose softmax is computed at once on the CPU: 1 MB of float32 fits its cache, 4 times as fast
 
 _refusals: "weakref.WeakKeyDictionary[torch.nn.Module, str]" = weakref.WeakKeyDictionary()
 
@@ -69,14 +67,9 @@ def log_likelihoods(
     shared = not refusal(model)
     results = [(0.0, True)] * len(requests)
     batches = plan(requests, max_length=max_length, tokens=tokens, shared=shared)
-    bar = tqdm(
-        total=sum(s.length for batch in batches for s in batch),
-        desc=description,
-        unit="tok",
-        unit_scale=True,
-        disable=None if description else True,  # None: off where stderr is no terminal
-    )
-    with bar:
+    total = sum(s.length for batch in batches for s in batch)
+    hidden = None if description else True  # None: hidden if stderr is no terminal
+    with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
         for batch in batches:
             for request, result in _score(model, batch, shared):
                 results[request] = result
@@ -85,7 +78,7 @@ def log_likelihoods(
 
 
 def plan(requests: Sequence[Request], *, max_length: int, tokens: int = TOKENS, shared: bool = True) -> list[list[Row]]:
-    """The forward passes that score `requests`, in order: rows of like lengths, padded to the first, the longest."""
+    """The forward passes that score `requests`, in order: rows of similar lengths, padded to the first and longest."""
     return list(_batches(_sequences(requests, max_length, shared), tokens))
 
 
@@ -104,7 +97,7 @@ def _sequences(requests: Sequence[Request], max_length: int, shared: bool) -> li
     for key, members in groups.items():
         context = key if shared else key[1]
         longest = max(len(c) for _, c in members)
-        # a dead block of the mask costs attention: what is mostly continuation is not worth sharing
+        # masked pairs still cost attention, so a row of mostly continuations is not worth sharing
         limit = max(PACKED, 2 * (len(context) + longest))
         current = Row(context)
         for number, continuation in members:
@@ -160,11 +153,9 @@ def _score(model: torch.nn.Module, batch: list[Row], shared: bool) -> Iterator[t
             at += inputs
     device = next(model.parameters()).device
     call: dict[str, Any] = {"input_ids": ids.to(device), "use_cache": False}
-    if batch[0].branches:
-        call |= {
-            "attention_mask": _mask(segment.to(device), plain(model).dtype),
-            "position_ids": positions.to(device),
-        }  # without branches the model's own causal attention does, padding being on the right
+    if batch[0].branches:  # otherwise the model's own causal attention is right, because padding is on the right
+        call["attention_mask"] = _mask(segment.to(device), plain(model).dtype)
+        call["position_ids"] = positions.to(device)
     if shared:
         states, to_logits = backbone(model)(**call).last_hidden_state, logits_of(model)
     else:
@@ -209,8 +200,7 @@ def _pick(
             here = order[begin:end]
             row, wanted = (row_of[begin:end] - first).to(logits.device), target[here].to(logits.device)
             best = logits[row, wanted] == logits.amax(-1)[row]
-            # of equal logits the first is the argmax, which takes as long as the softmax: only where it may be the
-            # target
+            # of equal logits the first is the argmax, which takes as long as the softmax: only if the target may be it
             best[best.clone()] = logits[row[best]].argmax(-1) == wanted[best]
             greedy[here] = best.cpu()
             values[here] = logits.log_softmax(-1)[row, wanted].double().cpu()
@@ -231,10 +221,8 @@ def _refusal(model: torch.nn.Module) -> str:
     config = getattr(inner.config, "text_config", None) or inner.config
     if "flash" in (getattr(config, "_attn_implementation", None) or ""):
         return "flash attention takes no mask of our own"
-    kinds = getattr(config, "layer_types", None) or []
-    if any(kind != "full_attention" for kind in kinds) or (
-        getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    ):
+    sliding = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if sliding or set(getattr(config, "layer_types", None) or ()) - {"full_attention"}:
         return "not all of its layers attend to the whole context"
     sequence = Row((1, 2, 3, 4, 5), [(0, (6, 7, 8, 9)), (1, (4, 3, 2, 1))])
     alone = [Row(sequence.context, [member]) for member in sequence.members]
@@ -243,7 +231,7 @@ def _refusal(model: torch.nn.Module) -> str:
         apart = dict(pair for s in alone for pair in _score(model, [s], False))
     except UserError as error:
         return str(error)
-    except Exception as error:  # whatever an architecture we do not know raises, it is refused for it
+    except Exception as error:  # an unknown architecture may raise anything
         return f"{type(error).__name__}: {error}"
     half = inner.dtype in (torch.bfloat16, torch.float16)
     gap = max(abs(together[i][0] - apart[i][0]) for i in together)

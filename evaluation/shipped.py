@@ -1,4 +1,4 @@
-"""A task that lm-eval, or this project, ships: where its YAML file lies, what it says, and which package it lacks."""
+"""The tasks that lm-eval and this project ship: their YAML files, their configurations, and packages they lack."""
 
 import difflib
 import functools
@@ -12,13 +12,12 @@ from typing import Any
 import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from methods.errors import UserError
+from methods.errors import UserError, chain, shortened
 
 SHIPPED = Path(lm_eval.tasks.__file__).parent
 OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as `general_text`
-os.environ["HF_EVALUATE_OFFLINE"] = (
-    "1"  # before a task's Python imports evaluate, which would fetch program code for its metrics
-)
+# before a task's Python imports evaluate, which would download program code for its metrics
+os.environ["HF_EVALUATE_OFFLINE"] = "1"
 # a task's folder almost always begins with the first word of its name; these are looked for where they are
 HOMES = {"boolq": "super_glue", "copa": "super_glue", "social_iqa": "siqa"}
 
@@ -38,7 +37,7 @@ def shipped_yaml(name: str) -> Path:
 
 
 def shipped_config(name: str) -> dict[str, Any]:
-    """The content of the task's YAML file and the functions it names. Raises UserError where these cannot be run."""
+    """The task's YAML file with the functions that it names, whose files are run. Raises UserError if that fails."""
     file = shipped_yaml(name)
     try:
         if load_yaml(file, resolve_func=False).get("unsafe_code"):
@@ -51,38 +50,29 @@ def shipped_config(name: str) -> dict[str, Any]:
         raise
     except ImportError as error:
         raise UserError(lacks_package(f"task {name!r}", error)) from error
-    except Exception as error:  # the task's own Python is run here, and fails as it likes
-        if "module script" in str(error):  # evaluate's words for program code that is not on this machine
+    except Exception as error:  # the task's own Python may raise anything
+        if "module script" in str(error):  # in evaluate's message about program code that is not on this machine
             raise UserError(
-                f"task {name!r} has a metric that is program code of others, which the library evaluate would fetch "
-                "and run, and that is not done: choose another task"
+                f"task {name!r} has a metric that is code of others, which the library evaluate would download and "
+                "run, and Holdfast does not: choose another task"
             ) from error
         raise UserError(
             f"task {name!r} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
-            f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            f"{shortened(error)}"
         ) from error
 
 
 def lacks_package(what: str, error: ImportError) -> str:
-    """What to install where `what` needs a package that is not here."""
-    chain: list[BaseException] = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
-        chain.append(cause)
-    module = next(
-        (name for one in chain if isinstance(one, ImportError) and (name := (one.name or "").partition(".")[0])), ""
-    )
-    said = " ".join(str(error).split())[:300]
-    if (
-        not module or sys.modules.get(module) or any(type(one) is ImportError and one.name == module for one in chain)
-    ):  # it is there, and does not fit
-        return f"{what} needs Python code that cannot be imported: {said}"
+    """A message that says what to install, because `what` needs a package that is not installed."""
+    failed = [one for one in chain(error) if isinstance(one, ImportError)]
+    module = next((name for one in failed if (name := (one.name or "").partition(".")[0])), "")
+    installed = sys.modules.get(module) or any(type(one) is ImportError and one.name == module for one in failed)
+    if not module or installed:  # an installed package of another version
+        return f"{what} needs Python code that cannot be imported: {' '.join(str(error).split())[:300]}"
     needed = [need.partition(";")[0].strip() for need in requires("lm_eval") or () if "extra ==" in need]
     named = {re.split(r"[^\w.-]", need)[0].lower().replace("-", "_"): need for need in needed}
-    package = (
-        named.get(module.lower())
-        or named.get(_PACKAGES.get(module, "").replace("-", "_"))
-        or _PACKAGES.get(module, module)
-    )
+    distribution = _PACKAGES.get(module, module)
+    package = named.get(module.lower()) or named.get(distribution.replace("-", "_")) or distribution
     return (
         f"{what} needs the Python package {module}, which is not installed: `pip install '{package}'`, "
         "or choose another task"
@@ -98,17 +88,14 @@ _PACKAGES = {
     "iso639": "iso639-lang",
     "pkg_resources": "setuptools",
 }
-_KEY = re.compile(
-    r"""^["']?(task|group|tag)["']?:(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE
-)  # a value, or the list below it
+# a key's value, or the list below it
+_KEY = re.compile(r"""^["']?(task|group|tag)["']?:(.*(?:\n[ \t]*-.*)*)""", re.MULTILINE)
 _WORD = re.compile(r"[\w.+-]*\w")
 
 
 def _not_shipped(name: str) -> str:
-    """What to do about a name that is no task: for a group its tasks, else the nearest names of lm-eval's files."""
-    tasks: set[str] = set()
-    members: set[str] = set()
-    groups: set[str] = set()
+    """A message about a name that is no task: a group's tasks, or the nearest names. Reads all of lm-eval's files."""
+    tasks, members, groups = set(), set(), set()
     for file in SHIPPED.rglob("*.yaml"):
         named: dict[str, list[str]] = {"task": [], "group": [], "tag": []}
         for key, value in _KEY.findall(file.read_text(encoding="utf-8", errors="ignore")):
@@ -121,10 +108,7 @@ def _not_shipped(name: str) -> str:
     if name in groups:
         own = sorted(task for task in tasks if task.startswith(f"{name}_")) or sorted(members & tasks)
         such = f", such as {', '.join(own[:3])}" if own else ""
-        return (
-            f"task {name!r} is a group of lm-eval's tasks, not one task: give each of its tasks a block of its own"
-            f"{such}"
-        )
+        return f"task {name!r} is a group of lm-eval's tasks, not one task: write a block for each of its tasks{such}"
     alike = sorted(task for task in tasks if task.lower() == name.lower())  # `SciQ`
     near = alike or difflib.get_close_matches(name, sorted(tasks), n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else "check the name in lm-eval's list of tasks"

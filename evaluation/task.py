@@ -19,11 +19,11 @@ from lm_eval.utils import handle_non_serializable, hash_string
 
 from evaluation import gold as golds
 from evaluation import nulls
-from evaluation.definition import columns_asked, columns_read, config_of
+from evaluation.definition import columns_named, columns_read, config_of
 from evaluation.local import LocalTask, Unfit, filled, quiet
 from evaluation.measure import measured
 from evaluation.shipped import lacks_package
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 from methods.tools import jsonl
 from methods.tools.jsonl import Row, place
 
@@ -57,7 +57,6 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
         with _named(f"task {name}", rows, config):
             made = LocalTask(rows=rows, config=config, metric=metric)
     except UserError:
-        # lm-eval reads the first document, and process_docs all of them
         if row := _culprit(rows, config, metric):
             only = len(rows) == 1 or not _fails(rows[-1:] if rows[-1].at != row.at else rows[:1], config, metric)
             with _named(f"task {name}", rows, config, row=row, at=f", {row.at}", only=only):
@@ -72,21 +71,21 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
         raise UserError(
             f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them"
         )
-    if made.OUTPUT_TYPE == "generate_until":
-        if made.config.repeats != 1:
-            raise UserError(
-                f"task {name}: repeats is {made.config.repeats}, but greedy answers are all the same: set `repeats: 1`"
-            )
-    asked = check(made)
-    made.measure = None if perplexity else measured(made, metric, asked)
+    if made.OUTPUT_TYPE == "generate_until" and made.config.repeats != 1:
+        raise UserError(
+            f"task {name}: repeats is {made.config.repeats}, but greedy answers are all the same: set `repeats: 1`"
+        )
+    instances = check(made)
+    made.measure = None if perplexity else measured(made, metric, instances)
     return made
 
 
 def check(task: LocalTask) -> list[list[Instance]]:
-    """Refuse documents whose prompt or target cannot be made, that would write null, and those whose gold answer is not
-    a valid choice.
+    """lm-eval's requests for each row.
 
-    Returns what lm-eval asks of each row."""
+    Raises UserError for a document whose prompt or target cannot be made, that would write null, or whose gold answer
+    is not a valid choice.
+    """
     task.set_fewshot_seed(SEED)
     _check_examples(task)
     made = []
@@ -101,26 +100,21 @@ def check(task: LocalTask) -> list[list[Instance]]:
 
 
 def _check_examples(task: LocalTask) -> None:
-    """Refuse few-shot examples that do not fit the task, by their own number: they are shown before every row."""
+    """Refuse few-shot examples that do not fit the task by their own number; lm-eval would fail at the first row."""
     shots = task.config.fewshot_config
     if not task.config.num_fewshot or shots is None or shots.process_docs or not isinstance(shots.samples, list):
         return
     alike = (shots.doc_to_target, shots.doc_to_choice) == (task.config.doc_to_target, task.config.doc_to_choice)
     for number, example in enumerate(shots.samples, 1):
-        with _named(
-            f"task {task.config.task}",
-            task.rows,
-            vars(task.config),
-            row=example,
-            at=f", example {number} of fewshot_config.samples",
-        ):
+        at = f"example {number} of fewshot_config.samples"
+        with _named(f"task {task.config.task}", task.rows, vars(task.config), row=example, at=f", {at}"):
             if not isinstance(example, Mapping):
-                raise Unfit(f"{example!r:.60} is no mapping of columns to values")
+                raise Unfit(f"{example!r:.60} is not a mapping of columns to values")
             task.doc_to_text(example, shots.doc_to_text)
             if task.OUTPUT_TYPE != "multiple_choice":
                 task.doc_to_target(example, shots.doc_to_target)
             elif alike:
-                gold_index(task, example, f"example {number} of fewshot_config.samples")
+                gold_index(task, example, at)
 
 
 def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> int:
@@ -136,31 +130,31 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> in
     for answer in gold if isinstance(gold, list) and gold else [gold]:
         valid = 0 <= answer < len(choices) if isinstance(answer, int) else answer in choices
         if not valid:
-            # lm-eval takes the name of a column that is not there for the answer itself, and scores 0.0
+            # lm-eval would read the name of a missing column as the answer itself, and score 0.0
             absent = answer in (task.config.doc_to_target, task.config.doc_to_text) and isinstance(answer, str)
             reason = f"no column {answer!r} (columns: {sorted(doc)}), so " if absent else ""
+            remedy = "rename the column in `columns:`" if absent else "correct the rows or the task's doc_to_target"
             raise UserError(
                 f"task {task.config.task}: {reason}{at}'s gold answer {answer!r} is not one of its {len(choices)} "
-                f"choices {[str(c)[:40] for c in choices]}: "
-                + ("rename the column in `columns:`" if absent else "correct the rows or the task's doc_to_target")
+                f"choices {[str(c)[:40] for c in choices]}: {remedy}"
             )
     first = gold[0] if isinstance(gold, list) else gold
     return int(first) if isinstance(first, int) else choices.index(first)
 
 
 def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[Instance]:
-    """What lm-eval asks of one row; `args` are (context, continuation) by choice, (text,), or (context, settings)."""
+    """lm-eval's requests for one row: `args` are (context, continuation) by choice, (text,), or (context, settings)."""
     context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
     made = task.construct_requests(doc, context, metadata=(task.config.task, 0, 1))
-    asked = made if isinstance(made, list) else [made]
-    for text in (part for one in asked for part in one.args if not isinstance(part, dict)):
+    instances = made if isinstance(made, list) else [made]
+    for text in (part for one in instances for part in one.args if not isinstance(part, dict)):
         if not isinstance(text, str):
-            raise Unfit(f"{text!r:.80} is to be asked, which is no text")
-    return asked
+            raise Unfit(f"{text!r:.80} would be a prompt or an answer, and is not a text")
+    return instances
 
 
 def _solution(task: LocalTask, doc: Mapping[str, Any]) -> str:
-    """The text that answers a question in full: the target, or the first of several, with the delimiter before it."""
+    """The delimiter and the text that answers a question in full: the target, or the first of several."""
     target = task.doc_to_target(doc)
     if task.config.doc_to_choice is not None:
         target = task.doc_to_choice(doc)[target]
@@ -176,15 +170,17 @@ def doc_hash(doc: Mapping[str, Any]) -> str:
 
 
 def render(task: LocalTask) -> list[dict[str, Any]]:
-    """The rows as the task asks them: {"id", "context", "choices", "gold"}, text and delimiters as lm-eval sends them.
+    """The rows as lm-eval sends them to a model: {"id", "context", "choices", "gold"} with text and delimiters.
 
-    `context` holds the description and the few-shot examples that scoring shows, drawn alike; then "asked" is the
-    context without the examples. `choices` begin with the target delimiter. Where the metric is acc_norm or acc_bytes a
-    row also has "norm", the lengths in characters or bytes by which lm-eval divides the choices' log-likelihoods; of
-    acc_mutual_info "less", for the choices' own log-likelihoods without a context are taken off; of exact_match
-    "greedy", for the gold choice has to be what the model writes. A task of one continuation (LAMBADA) has one choice,
-    gold 0; so has a task whose answers are written (GSM8K), its choice the whole target, and the row has "end", for end
-    of text belongs behind it. `id` is lm-eval's doc_hash.
+    id       lm-eval's doc_hash
+    context  with the description and the few-shot examples that scoring shows
+    asked    the context without the examples, if there are any
+    choices  each with the target delimiter before it; one for a task of one continuation (LAMBADA), gold 0; one, the
+             whole target, for a task of written answers (GSM8K)
+    norm     for acc_norm and acc_bytes: the lengths by which lm-eval divides the choices' log-likelihoods
+    less     for acc_mutual_info: the choices' log-likelihoods without a context are subtracted
+    greedy   for exact_match: the gold choice has to be what the model writes
+    end      for written answers: an end of text follows the choice
     """
     name, rendered = task.config.task, []
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "generate_until") or task.multiple_input:
@@ -195,17 +191,17 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
         )
     task.set_fewshot_seed(SEED)
     for doc in task.eval_docs:
-        asked = [one.args for one in requests(task, doc)]
-        row: dict[str, Any] = {"id": doc_hash(doc), "context": asked[0][0]}
+        arguments = [one.args for one in requests(task, doc)]
+        row: dict[str, Any] = {"id": doc_hash(doc), "context": arguments[0][0]}
         if task.config.num_fewshot:
             row["asked"] = task.fewshot_context(doc, num_fewshot=0, gen_prefix=task.doc_to_prefix(doc))
         if task.OUTPUT_TYPE == "loglikelihood":
-            row |= {"choices": [asked[0][1]], "gold": 0}
+            row |= {"choices": [arguments[0][1]], "gold": 0}
         elif task.OUTPUT_TYPE == "generate_until":
             row |= {"choices": [_solution(task, doc)], "gold": 0, "end": True}
         else:
             choices = task.doc_to_choice(doc)
-            row["choices"] = [continuation for _, continuation in asked[: len(choices)]]
+            row["choices"] = [continuation for _, continuation in arguments[: len(choices)]]
             row["gold"] = gold_index(task, doc)
             if (metric := task.metric.partition(",")[0]) in ("acc_norm", "acc_bytes"):
                 row["norm"] = [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
@@ -216,18 +212,13 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
 
 def _as_written(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Rows as they are read back from a file that holds them."""
-    return [
-        Row(json.loads(json.dumps(row, sort_keys=True, default=str)), at=place(row, number))
-        for number, row in enumerate(rows, 1)
-    ]
+    texts = (json.dumps(row, sort_keys=True, default=str) for row in rows)
+    return [Row(json.loads(text), at=place(row, n)) for n, (row, text) in enumerate(zip(rows, texts), 1)]
 
 
 def _culprit(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> Row | None:
-    """A row of which alone lm-eval can make no task; None where only several together do not go."""
-    rows = [
-        Row(columns, at=place(row, number))
-        for number, (row, columns) in enumerate(zip(rows, filled(rows), strict=True), 1)
-    ]
+    """A row of which alone lm-eval cannot make a task; None if it fails on several together only."""
+    rows = [Row(columns, at=place(row, n)) for n, (row, columns) in enumerate(zip(rows, filled(rows)), 1)]
     while len(rows) > 1:
         half = rows[: len(rows) // 2]
         rows = half if _fails(half, config, metric) else rows[len(rows) // 2 :]
@@ -271,19 +262,13 @@ def _named(
     except ImportError as error:
         raise UserError(lacks_package(task.partition(",")[0], error)) from error
     except KeyError as error:
-        if not re.fullmatch(
-            r"[\w.-]+", str(error.args[0] if error.args else "")
-        ):  # no column's name: lm-eval's own words
-            raise UserError(
-                f"{task}: lm-eval cannot make the task "
-                f"({' '.join(str(error.args[0] if error.args else error).split())[:300]})"
-            ) from error
+        message = " ".join(str(error.args[0] if error.args else error).split())[:300]
+        if not re.fullmatch(r"[\w.-]+", message):  # lm-eval's own message, and not a column's name
+            raise UserError(f"{task}: lm-eval cannot make the task ({message})") from error
         raise UserError(f"{task}: no column {error} (columns: {_columns(rows)}): rename it in `columns:`") from error
-    except (
-        Exception
-    ) as error:  # templates, and functions of lm-eval that process rows, fail in any way on rows that do not fit
-        # a missing value inside a list reaches lm-eval as the word `Undefined`, and the error says nothing of it
-        absent = sorted(columns_asked(config) - {column for row in rows for column in row})
+    except Exception as error:  # templates, and lm-eval's functions that process rows, may raise anything
+        # a missing value inside a list reaches lm-eval as the word `Undefined`, which the error does not mention
+        absent = sorted(columns_named(config) - {column for row in rows for column in row})
         if absent and not config.get("process_docs"):
             problem = f"no column {', '.join(map(repr, absent))} (columns: {_columns(rows)}): rename it in `columns:`"
             raise UserError(f"{task}: {problem}") from error
@@ -291,8 +276,7 @@ def _named(
             raise UserError(f"{what}: {nulls.describe(row, columns_read(config))}") from error
         which = "a row does" if only else "the rows do"
         raise UserError(
-            f"{task}: {which} not fit the task ({type(error).__name__}: {' '.join(str(error).split())[:300]}): correct "
-            "the rows or the task"
+            f"{task}: {which} not fit the task ({shortened(error)}): correct the rows or the task"
         ) from error
 
 

@@ -12,6 +12,21 @@ class MissingInput(UserError):
     """What an earlier stage makes is not there: the stage has not begun, so nothing about its cell is known."""
 
 
+def shortened(error: BaseException) -> str:
+    """A library's error in one line: its type and the first 400 characters of its message."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:400]}{'…' if len(text) > 400 else ''}"
+
+
+def chain(error: BaseException | None) -> list[BaseException]:
+    """The error and the errors that it was raised from; libraries wrap the one that explains."""
+    errors: list[BaseException] = []
+    while error is not None and error not in errors:
+        errors.append(error)
+        error = error.__cause__ or error.__context__
+    return errors
+
+
 def lacks(error: ModuleNotFoundError) -> str:
     """What to do about a package that is not installed for this Python, in one line."""
     name = (error.name or str(error)).partition(".")[0]

@@ -93,9 +93,8 @@ def _mixed(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     scores = query.reshape(batch * groups, -1, width) @ key.reshape(batch * groups, keys, width).transpose(1, 2)
     by_head = scores.view(batch, heads, tokens, keys)
     if mask is None and tokens > 1:
-        by_head.add_(
-            torch.full((tokens, keys), -torch.inf, dtype=scores.dtype, device=query.device).triu_(1 + keys - tokens)
-        )
+        later = torch.full((tokens, keys), -torch.inf, dtype=scores.dtype, device=query.device)
+        by_head.add_(later.triu_(1 + keys - tokens))
     elif mask is not None and mask.dtype == torch.bool:
         by_head.masked_fill_(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:

@@ -1,6 +1,6 @@
-"""The base model as numbers: θ₀ by parameter name, in the checkpoint's own dtype, read from disk as it is asked for."""
+"""The base model as numbers: θ₀ by parameter name, in the checkpoint's own dtype, read when it is needed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -10,39 +10,35 @@ from torch import Tensor
 from methods.errors import UserError
 
 
-class Tensors(Mapping[str, Tensor]):
-    """The tensors by name of one safetensors file, or of all those in a folder.
+class Lazy(Mapping[str, Tensor]):
+    """Tensors by name, each made by `get(name)` when it is read, and not held afterwards."""
 
-    A tensor is mapped from its file when it is asked for, and is not held afterwards.
-    """
-
-    def __init__(self, folder: Path):
-        files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
-        if not files:
-            raise UserError(f"no safetensors in {folder}: run `dvc repro` to make it")
-        self._open = [_opened(file) for file in files]
-        # noqa: SIM118 (no mapping)
-        self._where = {name: number for number, file in enumerate(self._open) for name in file.keys()}
+    def __init__(self, names: Collection[str], get: Callable[[str], Tensor]):
+        self._names, self._get = names, get
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._open[self._where[name]].get_tensor(name)
+        return self._get(name)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._names)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._where
+        return name in self._names
 
 
-def load_tensors(folder: Path) -> Tensors:
-    """Every tensor by name, as stored, of a safetensors file or of a folder of them.
+def load_tensors(folder: Path) -> Lazy:
+    """The tensors, as stored, of a safetensors file or of all those in a folder; each is mapped when it is read.
 
     Raises UserError where there is no file, or where one is damaged.
     """
-    return Tensors(folder)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if not files:
+        raise UserError(f"no safetensors in {folder}: run `dvc repro` to make it")
+    where = {name: opened for opened in map(_opened, files) for name in opened.keys()}  # noqa: SIM118 (no mapping)
+    return Lazy(where, lambda name: where[name].get_tensor(name))
 
 
 def _opened(file: Path):

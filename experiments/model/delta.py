@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from experiments.model.base import Lazy
 from experiments.model.difference import FLOATS, decode, encode
 from methods.errors import UserError
 
@@ -76,11 +77,8 @@ def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor
             update(digest, name, after)
             if same(before, after):
                 continue
-            data = (
-                encode(before, after)
-                if before.dtype in FLOATS
-                else after.contiguous().reshape(-1).view(torch.uint8).numpy()
-            )
+            coded = before.dtype in FLOATS
+            data = encode(before, after) if coded else after.contiguous().reshape(-1).view(torch.uint8).numpy()
             file.write(data)
             entries[name] = {"dtype": "U8", "shape": [len(data)], "data_offsets": [at, at + len(data)]}
             about[name], at = shapes[name], at + len(data)
@@ -96,14 +94,15 @@ def _write(path: Path, *, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor
     return digest.hexdigest()
 
 
-class Delta(Mapping[str, Tensor]):
-    """The tuned tensors that a file of `write` stands for beside `base`; a tensor is decoded when it is asked for.
+class Delta(Lazy):
+    """The tuned tensors that a file of `write` stands for beside `base`; a tensor is decoded when it is read.
 
     sha256    of all tensors; a reader of all of them compares it (`verified`)
     Raises UserError where the file is damaged, of another version, or of another base.
     """
 
     def __init__(self, path: Path, *, base: Mapping[str, Tensor], base_sha256: str):
+        super().__init__(base, self._decoded)
         self._path, self._base = path, base
         try:
             self._file = safe_open(path, framework="numpy")
@@ -113,11 +112,8 @@ class Delta(Mapping[str, Tensor]):
                     f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this "
                     f"program reads holdfast-delta of version {VERSION}: train the cell again"
                 )
-            self.sha256, made_beside, self._about = (
-                metadata["sha256"],
-                metadata["base_sha256"],
-                json.loads(metadata["tensors"]),
-            )
+            self.sha256, made_beside = metadata["sha256"], metadata["base_sha256"]
+            self._about = json.loads(metadata["tensors"])
         except FileNotFoundError:
             raise UserError(f"{path} is missing: train the cell again") from None
         except (SafetensorError, KeyError, ValueError) as error:
@@ -128,7 +124,7 @@ class Delta(Mapping[str, Tensor]):
                 "was made from"
             )
 
-    def __getitem__(self, name: str) -> Tensor:
+    def _decoded(self, name: str) -> Tensor:
         base = self._base[name]
         if name not in self._about:
             return base
@@ -139,19 +135,11 @@ class Delta(Mapping[str, Tensor]):
             )
         try:
             coded = self._file.get_tensor(name)
-            return (
-                decode(base, coded)
-                if base.dtype in FLOATS
-                else torch.from_numpy(coded).view(base.dtype).reshape(base.shape)
-            )
+            if base.dtype in FLOATS:
+                return decode(base, coded)
+            return torch.from_numpy(coded).view(base.dtype).reshape(base.shape)
         except (SafetensorError, ValueError, RuntimeError) as error:
             raise UserError(f"{self._path}: {name} is damaged ({error}): {AGAIN}") from error
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
 
 
 def verified(tensors: Mapping[str, Tensor], *, sha256: str, what: object) -> Iterator[tuple[str, Tensor]]:

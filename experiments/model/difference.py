@@ -29,11 +29,8 @@ ESCAPED = 0.35  # share of entries that may not fit a digit
 SAMPLE = 1 << 12
 RADICES = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1}  # digits in a byte
 LOW_BYTE = 0  # in place of a radix: the low byte of every entry
-FLOATS = {
-    torch.bfloat16: (np.uint16, 7),
-    torch.float16: (np.uint16, 10),
-    torch.float32: (np.uint32, 23),
-}  # bits of the mantissa
+# the unsigned integer of each dtype, and the bits of its mantissa
+FLOATS = {torch.bfloat16: (np.uint16, 7), torch.float16: (np.uint16, 10), torch.float32: (np.uint32, 23)}
 _HEAD = struct.Struct("<HI")  # radix, bytes
 
 
@@ -44,12 +41,12 @@ def encode(base: Tensor, tuned: Tensor, *, threads: int | None = None) -> bytes:
     """
     a, b = _bits(base), _bits(tuned)
     mantissa = FLOATS[base.dtype][1]
+
+    def one(at: int) -> bytes:
+        return _encode_chunk(a[at : at + CHUNK], b[at : at + CHUNK], mantissa)
+
     with ThreadPoolExecutor(threads or _threads()) as pool:
-        chunks = list(
-            pool.map(
-                lambda at: _encode_chunk(a[at : at + CHUNK], b[at : at + CHUNK], mantissa), range(0, len(a), CHUNK)
-            )
-        )
+        chunks = list(pool.map(one, range(0, len(a), CHUNK)))
     return np.array([len(chunk) for chunk in chunks], "<u4").tobytes() + b"".join(chunks)
 
 

@@ -41,7 +41,6 @@ DIGITS = 6  # digits that are kept, so that the order of additions does not show
 class _Moved:
     """One tensor's sums."""
 
-    name: str
     entries: int
     changed: int
     movement: float  # ΣΔ²
@@ -105,11 +104,8 @@ def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
             roles[name] = group, "norm"
             continue
         word = owner.rpartition(".")[2]
-        siblings = [
-            path
-            for path in modules
-            if path.startswith(f"{paths.get(group, owner)}.") and path.rpartition(".")[2] == word
-        ]
+        inside = f"{paths.get(group, owner)}."
+        siblings = [path for path in modules if path.startswith(inside) and path.rpartition(".")[2] == word]
         roles[name] = group, owner.removeprefix(f"{paths[group]}.") if len(siblings) > 1 else word
     return roles
 
@@ -167,9 +163,7 @@ def _moved(name: str, before: Tensor, after: Tensor, importance: Tensor | Codes 
     rank = None
     if not still and device is not None:
         rank = effective_rank(after.to(device).double() - before.to(device).double())
-    return _Moved(
-        name=name, entries=before.numel(), changed=changed, movement=movement, size=size, rank=rank, bins=bins
-    )
+    return _Moved(entries=before.numel(), changed=changed, movement=movement, size=size, rank=rank, bins=bins)
 
 
 def _summary(tensors: Sequence[_Moved]) -> dict:
@@ -204,11 +198,8 @@ def _overlaps(tensors: Sequence[_Moved]) -> dict[str, float | None]:
     weighted = (value * moved).sum()
     expected = ((value * count).sum(1) / count.sum(1) * moved.sum(1)).sum()
     levels, place = value.flatten().unique(return_inverse=True)  # several tensors may share a level
-    at = (
-        torch.zeros(2, len(levels), dtype=torch.float64)
-        .index_add_(1, place, torch.stack([count, moved]).flatten(1))
-        .flip(1)
-    )
+    at = torch.zeros(2, len(levels), dtype=torch.float64)
+    at = at.index_add_(1, place, torch.stack([count, moved]).flatten(1)).flip(1)
     above = at[0].cumsum(0) - at[0]
     taken = ((TOP * at[0].sum() - above) / at[0].clamp(min=1)).clamp(0, 1)  # a part of the level on the border
     return {

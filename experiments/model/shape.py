@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from experiments.model import random_models
 from experiments.model.attention import with_sdpa
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 from methods.part import Part, in_order
 from methods.tools import architecture, model_folder
 from methods.tools.architecture import base_name
@@ -42,7 +42,7 @@ class Shape:
                 model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
             except Exception as error:  # of any kind, depending on the config's sizes
                 raise UserError(
-                    f"transformers cannot build a {config.model_type} of its config ({model_folder.shortened(error)}): "
+                    f"transformers cannot build a {config.model_type} of its config ({shortened(error)}): "
                     "correct config.json, or `architecture:` and `config:` of the model's block"
                 ) from error
             for part in in_order(parts):
@@ -72,16 +72,14 @@ def _adapted(model: nn.Module, part: Part) -> nn.Module:
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(
-            f"{part.key}: {name} cannot be adapted as this block says: {model_folder.shortened(error)}"
-        ) from error
+        raise UserError(f"{part.key}: {name} cannot be adapted as this block says: {shortened(error)}") from error
     for path, module in model.named_modules():
         if not hasattr(module, "lora_A"):
             continue
         base = module.get_base_layer()
         if not _is_matrix(base):
             raise UserError(
-                f"{part.key}: its adapters would stand on {base_name(path)} of {name}, a {type(base).__name__}, "
+                f"{part.key}: its adapters would adapt {base_name(path)} of {name}, a {type(base).__name__}, "
                 "which is no plain linear layer: leave out the name that selects it"
             )
     return model
@@ -123,5 +121,5 @@ def shape_of(name: str, block: "Model", folder: Path) -> Shape:
         return Shape(config=AutoConfig.for_model(**block.architecture))
     except Exception as error:  # of any kind, depending on the values
         raise UserError(
-            f"models.{name}.architecture: transformers cannot make a config of it: {model_folder.shortened(error)}"
+            f"models.{name}.architecture: transformers cannot make a config of it: {shortened(error)}"
         ) from error

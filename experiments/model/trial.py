@@ -20,13 +20,11 @@ import torch
 from torch import Tensor, nn
 
 from experiments.training.loss import summed_nll
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 from methods.tools import architecture
 
 TOKENS = 12
-LARGE = (
-    1_000_000_000  # parameters; of larger models on the CPU, where a pass takes seconds, the first blocks are tested
-)
+LARGE = 1_000_000_000  # parameters; of larger models on the CPU, where a pass takes seconds, FIRST blocks are tested
 FIRST = 2
 _HALF, _FULL = 0.03, 1e-3  # relative differences due to rounding, in half precision and above
 
@@ -54,7 +52,7 @@ def check(model: nn.Module) -> None:
             if blocks is None:
                 raise UserError(
                     f"{_name(inner)} cannot be trained as a causal language model: a forward and backward pass of "
-                    f"{TOKENS} tokens raises {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+                    f"{TOKENS} tokens raises {shortened(error)}"
                 ) from error
             continue
         wrong = [

@@ -11,7 +11,7 @@ import functools
 import hashlib
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from experiments.model import delta, weights
-from experiments.model.base import load_tensors
+from experiments.model.base import Lazy, load_tensors
 from experiments.model.shape import Shape
 from experiments.training import hooks, memory
 from experiments.training.log import TrainingFailed
@@ -48,27 +48,15 @@ def keep(out: Path, *, folder: Path, base: Mapping[str, Tensor], final: Mapping[
         raise UserError(f"{unknown[0]} is no tensor of the base model: it cannot be kept beside it")
     out.mkdir(parents=True, exist_ok=True)
     info, tuned = read_json(folder / "base.json", "sha256"), rounded(base, final)
-    model_folder.refuse_not_finite(
-        tuned,
-        "the weights after the last step",
-        then="lower train.learning_rate or a part's strength",
-        kind=TrainingFailed,
-    )
+    remedy = "lower train.learning_rate or a part's strength"
+    model_folder.refuse_not_finite(tuned, "the weights after the last step", then=remedy, kind=TrainingFailed)
     adapted = (out / "adapter").is_dir() and _equal(_merged(base, out / "adapter"), tuned)
     if adapted:
         digest = delta.sha256_of(tuned)
     else:
         digest = delta.write(out / "delta.safetensors", base=base, tuned=tuned, base_sha256=info["sha256"])
-    write_json(
-        out / "weights.json",
-        {
-            "version": VERSION,
-            "kind": "adapter" if adapted else "delta",
-            "weights_sha256": digest,
-            "base_sha256": info["sha256"],
-            "base_files_sha256": files_sha256(folder),
-        },
-    )
+    hashes = {"weights_sha256": digest, "base_sha256": info["sha256"], "base_files_sha256": files_sha256(folder)}
+    write_json(out / "weights.json", {"version": VERSION, "kind": "adapter" if adapted else "delta"} | hashes)
     return digest
 
 
@@ -132,9 +120,8 @@ def write_folder(out: Path, *, folder: Path, target: Path) -> str:
     Raises UserError like `load`, and for lack of room.
     """
     kept, digest = tensors(out, folder=folder)
-    need_room(
-        target.parent.resolve(), sum(path.stat().st_size for path in folder.iterdir() if path.is_file()), str(target)
-    )
+    needed = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    need_room(target.parent.resolve(), needed, str(target))
     whole = dict(delta.verified(kept, sha256=digest, what=out))
     target.mkdir(parents=True)
     with writing(target / "model.safetensors"):
@@ -151,7 +138,7 @@ def weights_sha256(out: Path) -> str:
 
 
 def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
-    """The tuned tensors by name, each rebuilt when it is asked for, and their hash, which the caller has to compare."""
+    """The tuned tensors by name, each rebuilt when it is read, and their hash, which the caller has to compare."""
     about, info = _about(out), read_json(folder / "base.json", "sha256")
     for key, own in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
         if about[key] != own:
@@ -181,46 +168,31 @@ def _about(out: Path) -> dict:
     return about
 
 
-class _Over(Mapping[str, Tensor]):
-    """The base's tensors, each changed by `change(name, tensor)` when it is asked for."""
-
-    def __init__(self, base: Mapping[str, Tensor], change: Callable[[str, Tensor], Tensor]):
-        self._base, self._change = base, change
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._change(name, self._base[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._base)
-
-    def __len__(self) -> int:
-        return len(self._base)
-
-
 def rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """`final`, each tensor in the base's dtype when it is asked for; what it lacks is the base's."""
+    """`final`, each tensor in the base's dtype when it is read; what it lacks is the base's."""
 
-    def change(name: str, tensor: Tensor) -> Tensor:
+    def round_once(name: str) -> Tensor:
+        tensor = base[name]
         if name not in final:
             return tensor
         rounded_tensor = final[name].to(tensor.dtype).cpu().contiguous()
         if rounded_tensor.shape != tensor.shape:
             raise UserError(
-                f"{name} is {list(rounded_tensor.shape)}, the base's is {list(tensor.shape)}: it cannot be kept beside "
-                "it"
+                f"{name} is {list(rounded_tensor.shape)}, the base's is {list(tensor.shape)}: it cannot be kept with it"
             )
         return rounded_tensor
 
-    return _Over(base, change)
+    return Lazy(base, round_once)
 
 
-def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
+def _merged(base: Mapping[str, Tensor], adapter: Path) -> Lazy:
     try:
         factors_of, scale, transposed = read_adapter(adapter)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
         raise UserError(f"{adapter} is damaged or no adapter ({error}): {delta.AGAIN}") from error
 
-    def merge(name: str, tensor: Tensor) -> Tensor:
+    def merge(name: str) -> Tensor:
+        tensor = base[name]
         if name not in factors_of:
             return tensor
         a, b = factors_of[name]
@@ -232,7 +204,7 @@ def _merged(base: Mapping[str, Tensor], adapter: Path) -> _Over:
             )
         return merged(tensor, a=a, b=b, scale=scale, transposed=transposed).to(tensor.dtype)
 
-    return _Over(base, merge)
+    return Lazy(base, merge)
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
@@ -241,14 +213,8 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 def _files(folder: Path) -> list[Path]:
     """Config and tokenizer."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.is_file()
-        and path.suffix != ".safetensors"
-        and not path.name.endswith(".index.json")
-        and path.name != "base.json"
-    ]
+    others = ("base.json", ".safetensors", ".index.json")
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.endswith(others)]
 
 
 def files_sha256(folder: Path) -> str:

@@ -37,7 +37,7 @@ from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.delta import sha256_of
 from experiments.study.failures import out_of_memory
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 from methods.tools import files, model_folder
 from methods.tools.files import need_room, writing
 
@@ -66,14 +66,12 @@ def materialise(*, name: str, block: "Model", packages: Mapping[str, str], out_d
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
             model, tokenizer, facts = make(rest, block, packages, scratch)
-            model_folder.refuse_not_finite(
-                dict(model.named_parameters()),
-                f"{block.source}: the weights in {model.dtype}",
-                then=(
-                    "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: "
-                    "bfloat16 or float32 if the checkpoint is of another dtype"
-                ),
+            remedy = (
+                "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: "
+                "bfloat16 or float32 if the checkpoint is of another dtype"
             )
+            parameters, what = dict(model.named_parameters()), f"{block.source}: the weights in {model.dtype}"
+            model_folder.refuse_not_finite(parameters, what, then=remedy)
             for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
                 print(f"model {name!r}: {sentence}", flush=True)
             base = _save(model, tokenizer, made) | {"source": block.source} | facts
@@ -109,7 +107,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
         if out_of_memory(error):
             raise
         raise UserError(
-            f"{folder} cannot be loaded as a causal language model ({model_folder.shortened(error)}): its files are "
+            f"{folder} cannot be loaded as a causal language model ({shortened(error)}): its files are "
             "damaged or do not belong together; fetch it again or save it again"
         ) from error
     model_folder.refuse_partial(folder, model, loading)
@@ -130,7 +128,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
                 "never run: choose a model with an ordinary one"
             ) from error
         raise UserError(
-            f"{folder} holds no tokenizer that transformers can load ({model_folder.shortened(error)}): "
+            f"{folder} holds no tokenizer that transformers can load ({shortened(error)}): "
             "fetch tokenizer.json and tokenizer_config.json again"
         ) from error
     if not isinstance(length := tokenizer.model_max_length, int | float):
@@ -212,7 +210,7 @@ def _from_wheel(rest: str, block: "Model", checksums: Mapping[str, str], scratch
         if out_of_memory(error):
             raise
         raise UserError(
-            f"{member} cannot be read as a causal language model ({model_folder.shortened(error)}): choose another file"
+            f"{member} cannot be read as a causal language model ({shortened(error)}): choose another file"
         ) from error
     return model.to(as_dtype(block.dtype or "bfloat16")), tokenizer, {"file_sha256": block.sha256}
 
@@ -237,16 +235,10 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
     """A checkpoint that exists only as pytorch_model.bin: its hash is checked, and only tensors are read from it."""
     file = folder / "pytorch_model.bin"
     if not file.is_file():
-        cut = (folder / "pytorch_model.bin.index.json").is_file()
-        raise UserError(
-            "bin_sha256 is stated, but "
-            + (
-                "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors where "
-                "you trust them"
-                if cut
-                else "there is no pytorch_model.bin: remove bin_sha256 to use safetensors"
-            )
-        )
+        why = "there is no pytorch_model.bin: remove bin_sha256 to use safetensors"
+        if (folder / "pytorch_model.bin.index.json").is_file():
+            why = "pytorch_model.bin is cut into several files, which are not read: convert them to safetensors"
+        raise UserError(f"bin_sha256 is stated, but {why}")
     _same(file, sha256, file.name)
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -255,11 +247,8 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
             f"{file.name} holds more than tensors, or is damaged, and is not read: convert it to safetensors "
             "where you trust it"
         ) from error
-    if (
-        not isinstance(tensors, dict)
-        or not tensors
-        or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
-    ):
+    values = tensors.values() if isinstance(tensors, dict) else ()
+    if not values or not all(isinstance(tensor, torch.Tensor) for tensor in values):
         raise UserError(
             f"{file.name} holds more than tensors by their names, and is not read: convert it to safetensors"
         )
@@ -280,7 +269,7 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
         if out_of_memory(error):
             raise
         raise UserError(
-            f"{file.name} does not fit its config.json as a causal language model: {model_folder.shortened(error)}"
+            f"{file.name} does not fit its config.json as a causal language model: {shortened(error)}"
         ) from error
     return model.eval()
 

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTraine
 from transformers import __version__ as transformers_version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 
 _CLOSER = (
     "choose a causal language model that transformers has (config.json with its model_type, model.safetensors, "
@@ -195,12 +195,6 @@ def refuse_not_finite(
         more = f", and {len(bad) - 1} more tensors hold such" if len(bad) > 1 else ""
         name, count = next(iter(bad.items()))
         raise kind(f"{what}: {name} is damaged, {count}{more}: {then}")
-
-
-def shortened(error: Exception) -> str:
-    """A library's error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:400]}{'…' if len(text) > 400 else ''}"
 
 
 def _json(file: Path, name: str) -> dict[str, Any]:

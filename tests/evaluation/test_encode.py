@@ -253,7 +253,7 @@ def test_answers_are_written_with_an_end_of_text_or_refused(tiny_llama):
     ):
         theirs.generate_until(request("1 + 1 ="))
     tiny_llama.generation_config.eos_token_id = None
-    with pytest.raises(UserError, match="task sums: its answers are written and have to end"):
+    with pytest.raises(UserError, match="task sums: written answers have to end"):
         asked.generate_until(request("1 + 1 ="))
     nothing = Instance(request_type="loglikelihood_rolling", doc={}, arguments=("",), idx=0)
     assert asked.loglikelihood_rolling([nothing]) == [0.0]

@@ -236,7 +236,7 @@ def test_several_right_answers_render_as_the_first(tmp_path):
             {"filter_list": [{"name": "strict-match", "filter": [{"function": "regex", "regex_pattern": "("}]}]},
             "filter 'strict-match' of filter_list cannot work on answers",
         ),
-        ({"generation_kwargs": {"top_p": 0.9}}, "generation_kwargs.top_p is not followed"),
+        ({"generation_kwargs": {"top_p": 0.9}}, "generation_kwargs.top_p is not supported"),
         ({"repeats": 8}, "repeats is 8"),
         ({"num_fewshot": 5}, "num_fewshot is 5"),
         ({"doc_to_text": "{{query}}"}, "no column 'query'"),
@@ -275,7 +275,7 @@ def test_lm_evals_own_scorer_is_not_asked_to_write_behind_nothing(byte_tokenizer
     asked, _ = lm.build(tiny_llama, byte_tokenizer, scorer="hflm", batch_size=2)
     with pytest.raises(
         UserError,
-        match="task math, row 1 of those scored: lm-eval's HFLM writes nothing behind a prompt without a token",
+        match="task math, row 1 of those scored: lm-eval's HFLM writes nothing after a prompt without a token",
     ):
         asked.generate_until(requests([""], until=[], max_gen_toks=4))
 

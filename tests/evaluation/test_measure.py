@@ -153,9 +153,9 @@ def test_a_perplexity_beyond_all_numbers_is_the_largest(byte_tokenizer):
 @pytest.mark.parametrize(
     "entry, told",
     [
-        ({"metric": "perplexity", "higher_is_better": True}, "said to be better higher, and lm-eval says lower"),
-        ({"metric": "rouge"}, "'rouge' in metric_list is none of lm-eval's own metrics"),
-        ({"metric": "acc", "hf_evaluate": True}, "program code of others is not fetched"),
+        ({"metric": "perplexity", "higher_is_better": True}, "better higher according to metric_list, and lower"),
+        ({"metric": "rouge"}, "'rouge' in metric_list is not one of lm-eval's own metrics"),
+        ({"metric": "acc", "hf_evaluate": True}, "code of others is not downloaded"),
     ],
 )
 def test_metrics_that_contradict_lm_eval_or_have_to_be_fetched_are_refused(entry, told):

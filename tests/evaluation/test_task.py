@@ -173,7 +173,7 @@ def test_few_shot_from_the_scored_rows_is_refused(tmp_path):
     [
         ({"question": "x", "choices": ["a", "b"], "gold": 2}, "the gold answer 2 is not one of its 2 choices"),
         ({"question": None, "choices": ["a", "b"], "gold": 0}, "'question' is null"),
-        ("x", "'x' is no mapping of columns to values"),
+        ("x", "'x' is not a mapping of columns to values"),
     ],
 )
 def test_a_few_shot_example_that_does_not_fit_is_named_and_no_row_is(tmp_path, example, said):
@@ -192,9 +192,9 @@ def test_programs_that_a_model_writes_are_not_run(tmp_path, task):
 
 
 def test_program_code_of_metrics_is_not_fetched(tmp_path):
-    with pytest.raises(UserError, match="program code of others, which the library evaluate would fetch"):
+    with pytest.raises(UserError, match="code of others, which the library evaluate would download"):
         made(tmp_path, [{"text": "x"}], "mediqa_qa2019", metric="bleu")
-    with pytest.raises(UserError, match=r"'f1' in metric_list is to be fetched \(hf_evaluate: true\)"):
+    with pytest.raises(UserError, match=r"'f1' in metric_list is to be downloaded \(hf_evaluate: true\)"):
         made(tmp_path, [{"premise": "x"}], "kobest_copa")
 
 
@@ -318,7 +318,7 @@ def test_a_package_that_only_scoring_needs_is_named_before_anything_is_scored(tm
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("doc_to_text", "{{q", "doc_to_text '{{q' is no template"),
+        ("doc_to_text", "{{q", "doc_to_text '{{q' is not a valid template"),
         ("doc_to_choice", "{{options|nope}}", "doc_to_choice .* No filter named 'nope'"),
         ("doc_to_text", None, "doc_to_text is None: write a column's name or a template"),
         ("target_delimiter", 3, "target_delimiter is 3: write a text"),

@@ -89,7 +89,7 @@ def test_training_rows_keep_their_answers_whole(tmp_path, capsys):
 def test_a_training_answer_without_a_token_is_told_by_its_domain(tmp_path):
     with pytest.raises(
         UserError,
-        match="domain sums, a training row: the answer ' water' has no token of its own behind.*runs over the border",
+        match="domain sums, a training row: the answer ' water' has no token of its own after.*runs over the border",
     ):
         encoded(training(tmp_path, [("Question: what?\nAnswer:", " water")]), with_merges(), 64)
 
