@@ -93,9 +93,7 @@ def _check_stage(study, stage: str, arguments: dict) -> None:
         names = {"model": cell.model, "domain": cell.domain, "method": cell.method}
     stale.refuse(study, stage, **names)
     if stage == "prepare":  # it never sees the domain; a failure is recorded with the first cell that needs it
-        arguments["cell"] = cells.Cell(
-            arguments["model"], study.grid.domains[0], arguments["method"], arguments["seed"]
-        )
+        arguments["cell"] = cells.Cell(names["model"], study.grid.domains[0], names["method"], arguments["seed"])
 
 
 def main() -> int:

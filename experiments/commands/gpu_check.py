@@ -330,9 +330,7 @@ def _among(known: tuple[str, ...]):
         names = [name.strip() for name in text.split(",") if name.strip()]
         unknown = [name for name in names if name not in known]
         if "comparison" in unknown:
-            raise argparse.ArgumentTypeError(
-                "'comparison' is gone: fine-tuning real weights is a study (docs/studies.md)"
-            )
+            raise argparse.ArgumentTypeError("'comparison' is gone: tuning real weights is a study (docs/studies.md)")
         if unknown or not names:
             raise argparse.ArgumentTypeError(f"{(unknown or [text])[0]!r} is not one of {', '.join(known)}")
         return tuple(name for name in known if name in names)

@@ -56,9 +56,7 @@ def main(study, *, show: bool = False) -> None:
     )
     for name in changed:
         print(f"  {name}")
-    print(
-        "next: `dvc repro` (it runs `resolve`, and `compare` where its code changed), and a line in docs/decisions.md"
-    )
+    print("next: `dvc repro` (runs `resolve`, and `compare` where its code changed), and a line in docs/decisions.md")
 
 
 def facts(study) -> dict:
@@ -157,9 +155,7 @@ def _facts_at(commit: str, root: Path) -> dict:
 def _git(root: Path, *words: str, text: bool = True):
     done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=text)
     if done.returncode:
-        raise UserError(
-            f"`git {' '.join(words)}` failed in {root}: relock compares with a commit and needs a git repository"
-        )
+        raise UserError(f"`git {' '.join(words)}` failed in {root}: relock compares with a commit of a git repository")
     return done.stdout
 
 

@@ -106,9 +106,7 @@ def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: b
         raise UserError(f"{knob} {values!r}: write a range LOW..HIGH, such as 1e2..1e6, or a list A,B,C") from None
     count = POINTS if points is None else points
     if not 2 <= count <= MOST_POINTS:
-        raise UserError(
-            f"--points {count}: a range has two ends and at most {MOST_POINTS} blocks: give 2 to {MOST_POINTS}"
-        )
+        raise UserError(f"--points {count}: a range has two ends: give 2 to {MOST_POINTS}")
     if not low < high < float("inf"):
         raise UserError(f"{knob} {values}: a range goes from the lower to the higher end")
     if low <= 0 and not linear:

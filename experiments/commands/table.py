@@ -35,9 +35,7 @@ class Command:
 
 
 CELL = argument("cell", help="a cell of the grid: MODEL/DOMAIN/METHOD/seed0")
-CELLS = argument(
-    "patterns", nargs="*", metavar="CELL", help="names of cells; * stands for any text (default: the whole grid)"
-)
+CELLS = argument("patterns", nargs="*", metavar="CELL", help="cells; * stands for any text (default: the whole grid)")
 MODEL = argument("model", help="name of a block under `models:` in params.yaml")
 METHOD = argument("method", help="name of a block under `methods:` in params.yaml")
 SEED = argument("seed", type=int, help="a seed of the grid")

@@ -4,6 +4,7 @@ The law that two processes give the numbers of one stands in experiments/laws/pr
 """
 
 import contextlib
+import functools
 import gc
 import io
 import itertools
@@ -180,12 +181,8 @@ def resumable(trial: Trial) -> None:
     """A run that is killed after every checkpoint ends with the bits of the uninterrupted one."""
     folder = trial.folder / "resumed"
     shutil.rmtree(folder, ignore_errors=True)
-    states, _ = _in_many_lives(
-        lambda checkpoints: trial.prepare(trial.parts, checkpoints=checkpoints), folder / "prepare"
-    )
-    resumed, lives = _in_many_lives(
-        lambda checkpoints: trial.train(trial.parts, states, checkpoints=checkpoints), folder / "train"
-    )
+    states, _ = _in_many_lives(functools.partial(trial.prepare, trial.parts), folder / "prepare")
+    resumed, lives = _in_many_lives(functools.partial(trial.train, trial.parts, states), folder / "train")
     if lives < resumed.result.steps:  # no checkpoint is written after the last step
         raise Broken(f"of {resumed.result.steps} steps {lives - 1} were followed by a checkpoint")
     then = "keep what changes from step to step in `state`, or name its tensors in `keep`"
@@ -389,11 +386,11 @@ def _same_prepared(own: Mapping[str, dict], other: Mapping[str, dict], *, what: 
             _same(one, two, what=f"the {kind} that {key} {what}", then=then)
 
 
-def _in_many_lives(run: Callable[[Checkpoints], Any], folder: Path) -> tuple[Any, int]:
+def _in_many_lives(run: Callable[..., Any], folder: Path) -> tuple[Any, int]:
     """What `run` returns when it is killed after every checkpoint and continued, and how often it was begun."""
     for lives in range(1, LIVES + 1):
         with contextlib.suppress(Killed):
-            return run(Checkpoints(folder)), lives
+            return run(checkpoints=Checkpoints(folder)), lives
     raise Broken(f"it is not done after {LIVES} interruptions: a checkpoint is written, but not used")
 
 

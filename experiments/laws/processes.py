@@ -50,9 +50,7 @@ def _compare(trial: Trial, found: Path, problem: str) -> None:
     """Raise `Broken` unless the pair ended with the weights of one process."""
     if not (found / "final.safetensors").is_file():
         errors = [json.loads(path.read_text())["error"] for path in sorted(found.glob("error-*.json"))]
-        raise Broken(
-            f"two processes did not end: {errors[0] if errors else problem or 'they stopped before this part'}"
-        )
+        raise Broken(f"two processes did not end: {errors[0] if errors else problem or 'they stopped earlier'}")
     alone = _run(trial)
     two, one = load_file(found / "final.safetensors"), alone.final
     if two.keys() != one.keys():
@@ -101,13 +99,12 @@ def _work(rank: int, folder: str, items: Sequence[tuple[str, str, str]]) -> None
     torch.set_num_threads(1)
     meeting = f"file://{Path(folder).absolute()}/meeting"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=WORLD, timeout=PATIENCE)
+    shards = Shards(rank=rank, world=WORLD, active=True)
     for index, (module, name, architecture) in enumerate(items):
         kind: type[Part] = functools.reduce(getattr, name.split("."), importlib.import_module(module))
         own = Path(folder) / str(index)
         own.mkdir(exist_ok=True)
-        trial = Trial(
-            kind=kind, architecture=architecture, folder=own, shards=Shards(rank=rank, world=WORLD, active=True)
-        )
+        trial = Trial(kind=kind, architecture=architecture, folder=own, shards=shards)
         try:
             trained = _run(trial)
         except BaseException as error:

@@ -267,9 +267,7 @@ class Trial:
         path = self.folder / "rows.jsonl"
         if self.shards.first and not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            lines = [
-                json.dumps({"text": f"Row {index} of a user's own text. " * (1 + index % 3)}) for index in range(9)
-            ]
+            lines = [json.dumps({"text": f"Row {row} of a user's own text. " * (1 + row % 3)}) for row in range(9)]
             path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         self.shards.barrier()
         return str(path)

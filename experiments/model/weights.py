@@ -249,9 +249,7 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
         ) from error
     values = tensors.values() if isinstance(tensors, dict) else ()
     if not values or not all(isinstance(tensor, torch.Tensor) for tensor in values):
-        raise UserError(
-            f"{file.name} holds more than tensors by their names, and is not read: convert it to safetensors"
-        )
+        raise UserError(f"{file.name} holds more than tensors by name, and is not read: convert it to safetensors")
     if dtype == "auto":
         dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     try:

@@ -227,9 +227,8 @@ def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list
     for row in read_jsonl(path):
         what = f"training row {shown(row['context'], end=True)}"
         try:
-            ids, n_context = answer_pair(
-                tokenizer, row["context"], row["choices"][row["gold"]], end=row.get("end", False)
-            )
+            answer = row["choices"][row["gold"]]
+            ids, n_context = answer_pair(tokenizer, row["context"], answer, end=row.get("end", False))
         except UserError as error:
             raise UserError(f"{domain}, a training row: {error}") from error
         if len(ids) - n_context >= length:

@@ -77,13 +77,9 @@ def refuse(params: Params) -> None:
 def _own(kind: str, name: str, tune: Tune) -> None:
     """Refuse a domain or a task with a name that Holdfast itself uses beside it."""
     if name in GENERAL:
-        raise UserError(
-            f"{kind}.{name}: {name!r} is the name under which general text is stored and scored: rename the block"
-        )
+        raise UserError(f"{kind}.{name}: general text is stored and scored under {name!r}: rename the block")
     if name.endswith(NATS):
-        raise UserError(
-            f"{kind}.{name}: a name that ends with {NATS} stands for a probe's nats per token: rename the block"
-        )
+        raise UserError(f"{kind}.{name}: a name ending in {NATS} stands for a probe's nats per token: rename the block")
     if tune.as_written and name in TRIAL:
         raise UserError(f"{kind}.{name}: {name!r} is a value that each trial of `tune` records: rename the block")
 

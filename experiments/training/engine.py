@@ -230,9 +230,7 @@ def _gradient(run: Run, method: Hooks, trained, pieces: Sequence[tuple[batches.E
         method.counted = bool(counts)
         count += counts * hooks.labelled_in(batch)
         # labels stay on the CPU: what they select is known there
-        batch = {
-            name: tensor if name == "labels" else batches.sent(tensor, run.device) for name, tensor in batch.items()
-        }
+        batch = {name: value if name == "labels" else batches.sent(value, run.device) for name, value in batch.items()}
         nll, loss = trained.compute(_loss, batch, run, method)
         total += counts * nll / labelled
         (loss * (counts * run.shards.world / labelled)).backward()  # reduction over processes takes the mean

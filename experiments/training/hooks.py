@@ -306,9 +306,7 @@ def term(part: Part, hook: str, value: Any, *, like: Tensor) -> Tensor | float |
     if value is None or (hook == "before_clip" and isinstance(value, int | float)):
         return value
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.is_floating_point():
-        raise UserError(
-            f"{part.key}: its `{hook}` gives {_show(value)}: it must give a 0-dim tensor of floats, or None"
-        )
+        raise UserError(f"{part.key}: its `{hook}` gives {_show(value)}: it must give a 0-dim float tensor, or None")
     if value.device != like.device and value.device.type != "cpu":
         raise UserError(f"{part.key}: its `{hook}` gives a tensor on {value.device}, the run is on {like.device}")
     return value.reshape(())

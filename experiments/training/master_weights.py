@@ -44,9 +44,7 @@ class MasterWeights:
         self.shapes = {name: p.shape for name, p in trained.items()}
         self._copies = [(p, self.weights[name]) for name, p in trained.items() if self.weights[name] is not p]
         self._reached: set[int] = set()  # masters whose buffer holds a gradient of this step
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(self._adder(master)) for parameter, master in self._copies
-        ]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._adder(master)) for p, master in self._copies]
         self._hooks += [master.register_hook(self._reacher(master)) for _, master in self._copies]
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -70,10 +70,9 @@ def start_from(run: Run, states: dict[str, dict]) -> None:
 def optimizer_of(parts: Sequence[Part], run: Run, settings: TrainSettings) -> torch.optim.Optimizer:
     """The optimizer of the part that brings one, else fused AdamW."""
     betas, chosen = (settings.beta1, settings.beta2), {"eps": settings.eps, "weight_decay": settings.weight_decay}
-    if (
-        optimizer := hooks.optimizer(parts, run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)
-    ) is not None:
-        return optimizer
+    brought = hooks.optimizer(parts, run=run, learning_rate=settings.learning_rate, betas=betas, **chosen)
+    if brought is not None:
+        return brought
     if settings.moments == "float32":
         return torch.optim.AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, fused=True, **chosen)
     return AdamW(run.weights.values(), lr=settings.learning_rate, betas=betas, moments=run.moments, **chosen)

@@ -245,7 +245,7 @@ def test_what_became_a_study_is_named(tmp_path, capsys):
         run("--weights", tmp_path)
     with pytest.raises(SystemExit):
         parser().parse_args(["gpu-check", "--parts", "comparison"])
-    assert "fine-tuning real weights is a study" in capsys.readouterr().err
+    assert "tuning real weights is a study" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [("--parts", "speed,chekcs"), ("--shape", "4"), ("--minutes", "0")])

@@ -58,9 +58,9 @@ def masked_before(batch, **_):
 WRONG = {
     "loss of each token": (
         {"loss": lambda hidden, **_: hidden.square().sum(-1)},
-        "odd: its `loss` gives a tensor of float32 .*: it must give a 0-dim tensor",
+        "odd: its `loss` gives a tensor of float32 .*: it must give a 0-dim float tensor",
     ),
-    "loss as a number": ({"loss": 0.5}, "odd: its `loss` gives 0.5: it must give a 0-dim tensor of floats, or None"),
+    "loss as a number": ({"loss": 0.5}, "odd: its `loss` gives 0.5: it must give a 0-dim float tensor, or None"),
     "loss elsewhere": (
         {"loss": lambda **_: torch.zeros((), device="meta")},
         "odd: its `loss` gives a tensor on meta, the run is on cpu",

@@ -173,8 +173,8 @@ def test_other_bins_than_one_file_of_tensors_by_name_are_refused(tmp_path):
     file, state = tmp_path / "old" / "pytorch_model.bin", dict(model.state_dict())
     name = "transformer.h.1.mlp.fc_in.weight"
     for content, message in (
-        ({"model": state}, "holds more than tensors by their names"),
-        ([*state.values()], "holds more than tensors by their names"),
+        ({"model": state}, "holds more than tensors by name"),
+        ([*state.values()], "holds more than tensors by name"),
         ({n: t for n, t in state.items() if n != name}, rf"lacks 1 of the model's tensors \({name}"),
         (state | {name: torch.zeros(3)}, f"does not fit its config.json.*{name}"),
     ):
