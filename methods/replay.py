@@ -95,7 +95,10 @@ class Replay(Part):
 
 def read(path: str) -> list[jsonl.Row]:
     """The rows of a file, each a text or a prompt and its completion. Raises UserError naming file and line."""
-    rows = jsonl.read(path)
+    try:
+        rows = jsonl.read(path)
+    except UserError as error:
+        raise UserError(f"replay.path: {error}") from error
     for row in rows:
         columns = {"text", "prompt", "completion"} & row.keys()
         if columns not in ({"text"}, {"prompt", "completion"}):

@@ -135,11 +135,13 @@ def test_the_users_rows(tmp_path, capsys):
 def test_a_wrong_line_is_named_before_anything_runs(tmp_path, line, message):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "a"}\n' + line + "\n")
-    with pytest.raises(UserError, match=re.escape(f"{path} {message}")):
+    with pytest.raises(UserError, match="^" + re.escape(f"replay.path: {path} {message}")):
         Replay(path=str(path)).look(shapes={})
     path.write_text("")
     with pytest.raises(UserError, match=f"{path} has no rows"):
         Replay(path=str(path)).look(shapes={})
+    with pytest.raises(UserError, match=f"^replay.path: {tmp_path} cannot be read"):
+        Replay(path=str(tmp_path)).look(shapes={})
 
 
 def test_without_text_it_says_what_to_set():
