@@ -114,10 +114,6 @@ class _Model:
         chosen = self.block.compute_dtype
         return as_dtype(chosen) if chosen else torch.promote_types(self.checkpoint, torch.bfloat16)
 
-    @property
-    def processes(self) -> int | None:
-        return self.block.processes
-
     @functools.cached_property
     def rate(self) -> tuple[float, str]:
         """FLOP/s that training reaches, and what that rests on."""
@@ -139,7 +135,7 @@ class _Model:
         else:
             peak = hardware.data_sheet_peak(REFERENCE, self.compute)
             basis = f"data sheet of {REFERENCE}; there is no CUDA device here"
-        devices = self.processes or 1 if self.device.type == "cuda" else 1
+        devices = self.block.processes or 1 if self.device.type == "cuda" else 1
         many = f"{devices} times " if devices > 1 else ""
         return REACHED * peak * devices, f"{REACHED:.0%} of {many}{peak / 1e12:.2f} TFLOP/s ({basis})"
 
@@ -187,12 +183,12 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
             checkpoint_dtype=model.checkpoint,
             compute_dtype=model.compute,
             device_type=model.device.type,
-            processes=model.processes,
+            processes=model.block.processes,
         )
         for phase, of_phase in (("prepare", preparing), ("train", settings))
     }
     peak = _largest(phase["total"] for phase in kinds.values())
-    together = model.processes or 1 if model.device.type == "cpu" else 1  # processes on a CPU share its memory
+    together = model.block.processes or 1 if model.device.type == "cpu" else 1  # processes on a CPU share its memory
     return {
         "cell": cell.name,
         "cached": cached,

@@ -135,11 +135,7 @@ def frozen(trial: Trial) -> None:
             what="tensors of the model that are not trained and the base's",
             then="change trained entries alone, which are in `run.weights`",
         )
-    masks = {
-        name: mask
-        for state in trial.trained.result.states.values()
-        for name, mask in (state.get("frozen") or {}).items()
-    }
+    masks = trial.trained.result.method.frozen()
     _same(
         {name: run.weights[name].detach()[mask] for name, mask in masks.items()},
         {name: trial.base[base_name(name)][mask] for name, mask in masks.items()},
@@ -208,8 +204,8 @@ def predicted_memory(trial: Trial) -> None:
     hardware.dense_peak(torch.device("cpu"), large.dtype)  # its first call measures with matrices of its own
 
     def compare(phase: memory.Phase, run: Callable[[], object]) -> None:
-        held = sum(storage.nbytes() for storage in _storages(states))
-        taken = held + _allocated(run)
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(states)}
+        taken = sum(storage.nbytes() for storage in storages.values()) + _allocated(run)
         predicted = memory.predict(
             phase=phase,
             shape=shape,
@@ -392,11 +388,6 @@ def _in_many_lives(run: Callable[..., Any], folder: Path) -> tuple[Any, int]:
         with contextlib.suppress(Killed):
             return run(checkpoints=Checkpoints(folder)), lives
     raise Broken(f"it is not done after {LIVES} interruptions: a checkpoint is written, but not used")
-
-
-def _storages(value: Any) -> list[torch.UntypedStorage]:
-    """The memory of every tensor in `value`, each once."""
-    return list({t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors_in(value)}.values())
 
 
 def _allocated(run: Callable[[], object]) -> int:

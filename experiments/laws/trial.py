@@ -133,6 +133,7 @@ class Trial:
         """What each part prepares from general text, as the training stage would load it."""
         states: dict[str, dict] = {}
         self.read = dict.fromkeys((part.key for part in parts), 0)
+        never = Resume(self.folder / "unused", identity={}, every=float("inf"), shards=self.shards)
         for made in prepare(
             parts,
             make=lambda trains: self.model(),
@@ -140,7 +141,7 @@ class Trial:
             base=self.lent,
             seed=SEED,
             settings=self.training,
-            resume=lambda part: checkpoints.within(part) if checkpoints else self._no_checkpoints(),
+            resume=lambda part: checkpoints.within(part) if checkpoints else never,
             shards=self.shards,
             tokenizer=byte_tokenizer(),
         ):
@@ -230,9 +231,6 @@ class Trial:
     def trained(self) -> Trained:
         """The ordinary run, uninterrupted, without checkpoints."""
         return self.train(self.parts, self.states, probes=1, save=self.folder / "saved")
-
-    def _no_checkpoints(self) -> Resume:
-        return Resume(self.folder / "unused", identity={}, every=float("inf"), shards=self.shards)
 
     def measure(self, weights: Mapping[str, Tensor], **charge: Any) -> dict[str, float]:
         """What a part's `finish` is given to score weights with; nothing is made before the first call."""

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ from experiments.study import ledger, provenance
 from experiments.study.failures import recorded
 from experiments.training import hardware, hooks, memory, processes
 from experiments.training.batches import Example
-from experiments.training.engine import FitResult, final_weights, finish, fit
+from experiments.training.engine import final_weights, finish, fit
 from experiments.training.flops import mfu
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
@@ -178,8 +179,8 @@ def _fit(
     for part in parts:
         part.save(run=result.run, state=result.states[part.key], folder=out)
     return final, {
-        "bytes_anchor": _everywhere(shards, anchor_bytes(result)),
-        "bytes_optimizer_state": _everywhere(shards, optimizer_bytes(result.optimizer)),
+        "bytes_anchor": _everywhere(shards, _bytes([state.get("anchor") for state in result.states.values()])),
+        "bytes_optimizer_state": _everywhere(shards, _bytes(result.optimizer.state)),
         "seed": cell.seed,
         "numerics": NUMERICS,
         "seconds_train": result.seconds if known else None,
@@ -266,9 +267,5 @@ def write_curve(path: Path, curve: list[dict]) -> None:
         writer.writerows(curve)
 
 
-def anchor_bytes(result: FitResult) -> int:
-    return sum(t.nbytes for state in result.states.values() for t in tensors_in(state.get("anchor")))
-
-
-def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    return sum(t.nbytes for t in tensors_in(optimizer.state))
+def _bytes(value: Any) -> int:
+    return sum(tensor.nbytes for tensor in tensors_in(value))
