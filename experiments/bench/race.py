@@ -77,14 +77,12 @@ def race(
     against: str,
     rounds: int = 7,
     warm: int = 1,
-    before: Callable[[], Any] | None = None,
     own_clock: bool = False,
     goals: Sequence[Goal] = (),
     facts: Mapping[str, Any] | None = None,
 ) -> Race:
     """Time every runner once a round, after `warm` rounds that do not count; the order turns by one each round.
 
-    before     called ahead of every single run, outside its time: puts back what a run changed
     own_clock  runners return their seconds: only a part of what they do is compared
     Raises ValueError where `against` or a goal names no runner.
     """
@@ -98,8 +96,6 @@ def race(
         for turn in range(warm + rounds):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
-                if before is not None:
-                    before()
                 gc.collect()
                 began = perf_counter()
                 returned = runners[name]()

@@ -25,6 +25,7 @@ from methods.tools.files import sha256
 from methods.tools.jsonl import place
 
 Row = dict[str, Any]
+PARTS = ("train", "evaluate", "general")
 
 
 def write_data(study, out_dir: Path) -> dict[str, Any]:
@@ -33,18 +34,14 @@ def write_data(study, out_dir: Path) -> dict[str, Any]:
     Raises a UserError that names the block for a missing source or column, a wrong gold answer, or an empty split.
     """
     out = Path(out_dir)
-    for part in ("train", "evaluate", "general"):
+    for part in PARTS:
         shutil.rmtree(out / part, ignore_errors=True)
     reader = _Reader(study=study)
     report: dict[str, Any] = {"general": _general(study.general, reader, out), "domains": {}}
     for domain in study.grid.domains:
         report["domains"][domain] = _domain(domain, study.domains[domain], reader, out)
-    report["files"] = {
-        str(path.relative_to(out)): sha256(path)
-        for part in ("train", "evaluate", "general")
-        for path in sorted((out / part).rglob("*"))
-        if path.is_file()
-    }
+    files = [path for part in PARTS for path in sorted((out / part).rglob("*")) if path.is_file()]
+    report["files"] = {str(path.relative_to(out)): sha256(path) for path in files}
     for domain, facts in report["domains"].items():
         facts["sha256"] = {part: _digest(report["files"], f"{part}/{domain}/") for part in ("train", "evaluate")}
     (out / "data.json").write_text(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
@@ -68,13 +65,8 @@ class _Reader:
 
     def __call__(self, block: General | Scored, named: schema.Rows, *, where: str) -> rows.Rows:
         if where not in self.read_before:
-            loaded = rows.read(
-                named,
-                packages=self.study.packages,
-                prefer=self.study.data.source,
-                where=where,
-                emptied=block.nulls == "empty",
-            )
+            source = {"packages": self.study.packages, "prefer": self.study.data.source}
+            loaded = rows.read(named, **source, where=where, emptied=block.nulls == "empty")
             shaped = rows.shape(loaded.rows, block, where=where) if isinstance(block, Scored) else loaded.rows
             self.read_before[where] = rows.Rows(rows=shaped, source=loaded.source)
         return self.read_before[where]
@@ -268,13 +260,10 @@ def _lines(block: General, reader: _Reader) -> dict[str, Any]:
 
 
 def _facts(block: Scored, split: splits.Split, source: str) -> dict[str, Any]:
-    return {
-        "source": source,
-        "licence": block.licence,
-        "n": {"train": len(split.train), "probe": len(split.probe), "test": len(split.test)},
-        "duplicates": {"within": split.duplicates_within, "between": split.duplicates_between}
-        | ({"pair": split.pair} if split.pair else {}),
-    }
+    counts = {"train": len(split.train), "probe": len(split.probe), "test": len(split.test)}
+    duplicates = {"within": split.duplicates_within, "between": split.duplicates_between}
+    duplicates |= {"pair": split.pair} if split.pair else {}
+    return {"source": source, "licence": block.licence, "n": counts, "duplicates": duplicates}
 
 
 def _digest(files: Mapping[str, str], prefix: str) -> str:

@@ -99,10 +99,8 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
     for number, given in enumerate(rows, 1):
         at, row = place(given, number), given
         try:
-            row = given | {
-                name: value.render(row) if isinstance(value, jinja2.Template) else value
-                for name, value in templates.items()
-            }
+            rendered = {k: v.render(row) if isinstance(v, jinja2.Template) else v for k, v in templates.items()}
+            row = given | rendered
         except nulls.NullCell as error:
             raise UserError(f"{where}: {at}, `set`: {nulls.describe(given)}") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
@@ -183,33 +181,26 @@ def _hub(block: schema.Hub, _: Mapping[str, str]) -> Rows:
     path, name, split, revision = block.path, block.name, block.split, block.revision
     names = name if isinstance(name, list) else [name]
     # offline, or if the hub refuses, `datasets` uses any cached revision: resolve the commit first and check it below
-    asked = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
+    commit = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
+    which = {"split": split, "revision": commit or revision, "data_files": block.data_files}
     try:
-        parts = [
-            datasets.load_dataset(path, one, split=split, revision=asked or revision, data_files=block.data_files)
-            for one in names
-        ]
+        parts = [datasets.load_dataset(path, one, **which) for one in names]
         rows = [row for part in parts for row in part]  # decodes images and sounds
     except ImportError as error:
         raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
     except Exception as error:  # datasets and its HTTP library raise many types
         raise hub.refused(error, kind="data set", name=path, revision=revision) from error
     # the cache keeps the rows of a commit in a folder named after it
-    cached = {
-        folder
-        for part in parts
-        for file in part.cache_files
-        if _COMMIT.fullmatch(folder := Path(file["filename"]).parent.name)
-    }
-    wanted = asked or (revision if _COMMIT.fullmatch(revision or "") else None)
+    folders = {Path(file["filename"]).parent.name for part in parts for file in part.cache_files}
+    cached = set(filter(_COMMIT.fullmatch, folders))
+    wanted = commit or (revision if _COMMIT.fullmatch(revision or "") else None)
     if len(cached | ({wanted} - {None})) > 1:
         raise UserError(
             f"data set {path!r} in the local cache has commit {', '.join(sorted(cached))}, not {wanted or 'one'}: "
             "download that revision with HF_HUB_OFFLINE unset"
         )
-    at = next(iter(cached), asked or "unknown revision")
-    which = f"{','.join(names)}/{split}" if name else split
-    return _placed(rows, f"hub:{path}@{at}/{which}")
+    at = next(iter(cached), commit or "unknown revision")
+    return _placed(rows, f"hub:{path}@{at}/{','.join(names) + '/' if name else ''}{split}")
 
 
 def _jsonl(block: schema.Jsonl, _: Mapping[str, str]) -> Rows:
@@ -221,18 +212,15 @@ def _jsonl(block: schema.Jsonl, _: Mapping[str, str]) -> Rows:
 
 def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
     """Rows of a data set as JSON values, each with its number; NaN, a table's missing value, becomes null."""
-    placed = [
-        Row({name: _missing(value) for name, value in row.items()}, at=f"{source} row {number}")
-        for number, row in enumerate(rows, 1)
-    ]
+    placed = [Row(_without_nan(row), at=f"{source} row {number}") for number, row in enumerate(rows, 1)]
     for row in placed:
         jsonl.refuse_unwritable(row, row.at)
     return Rows(rows=placed, source=source)
 
 
-def _missing(value: Any) -> Any:
+def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
-        return [_missing(inner) for inner in value]
+        return [_without_nan(inner) for inner in value]
     if isinstance(value, dict):
-        return {name: _missing(inner) for name, inner in value.items()}
+        return {name: _without_nan(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and math.isnan(value) else value

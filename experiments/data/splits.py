@@ -31,7 +31,7 @@ class Split:
     probe: list[Row]
     test: list[Row]
     duplicates_within: int
-    duplicates_between: int
+    duplicates_between: int = 0
     pair: str = ""
 
 
@@ -67,13 +67,8 @@ def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
 def sample(rows: Iterable[Row], *, test: int, probe: int) -> Split:
     """The first `test` rows by hash and the next `probe` rows; if there are fewer, test gets its rows first."""
     ordered, copies = distinct(rows)
-    return Split(
-        train=[],
-        probe=ordered[test : test + probe],
-        test=ordered[:test],
-        duplicates_within=copies,
-        duplicates_between=0,
-    )
+    drawn = {"train": [], "probe": ordered[test : test + probe], "test": ordered[:test]}
+    return Split(**drawn, duplicates_within=copies)
 
 
 def three_way(

@@ -62,9 +62,8 @@ def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) 
     if shape.positions is None:
         return
     files = {domain: data / "train" / domain / "train.jsonl" for domain in study.grid.domains}
-    rows_of = {
-        domain: longest_row(file, tokenizer, shape.positions) for domain, file in files.items() if file.is_file()
-    }
+    files = {domain: file for domain, file in files.items() if file.is_file()}
+    rows_of = {domain: longest_row(file, tokenizer, shape.positions) for domain, file in files.items()}
     for method in study.grid.methods:
         refuse_long_documents(study, model=model, method=method, shape=shape, longest=documents)
         if not _provides_weights(study, method):
@@ -236,10 +235,12 @@ def _used(study, domains: list[str] | None = None) -> dict[str, General | Scored
 def _rows_blocks(study, domains: list[str] | None = None) -> dict[str, Rows]:
     """The blocks of rows that the domains read, by path."""
     used = _used(study, domains)
-    tests = {f"{where}.test_rows": getattr(block, "test_rows", Rows()) for where, block in used.items()}
-    return {f"{where}.rows": block.rows for where, block in used.items()} | {
-        path: named for path, named in tests.items() if rows.has(named, prefer=study.data.source)
-    }
+    blocks = {f"{where}.rows": block.rows for where, block in used.items()}
+    for where, block in used.items():
+        tests = getattr(block, "test_rows", Rows())
+        if rows.has(tests, prefer=study.data.source):
+            blocks[f"{where}.test_rows"] = tests
+    return blocks
 
 
 def _bytes(study) -> int:

@@ -32,11 +32,8 @@ def grid(study) -> list[Cell]:
     cells = [Cell(*c) for c in itertools.product(names.models, names.domains, names.methods, names.seeds)]
     by_stage: dict[str, Cell] = {}
     for cell in cells:
-        if cell.stage in by_stage:
-            raise UserError(
-                f"cells {by_stage[cell.stage].name} and {cell.name} share the stage name {cell.stage}: rename one"
-            )
-        by_stage[cell.stage] = cell
+        if (other := by_stage.setdefault(cell.stage, cell)) is not cell:
+            raise UserError(f"cells {other.name} and {cell.name} share the stage name {cell.stage}: rename one")
     return cells
 
 

@@ -88,9 +88,8 @@ def _same_rows(domain: str, names: list[str], tasks: Mapping[str, Task]) -> None
     """Refuse a task under two names, because its score would count twice."""
     first: dict[str, str] = {}
     for name in names:
-        scored = {
-            key: value for key, value in tasks[name].as_written.items() if key not in ("chance", "licence", "probe")
-        }
+        block = tasks[name].as_written
+        scored = {key: block[key] for key in block.keys() - {"chance", "licence", "probe"}}
         if (other := first.setdefault(json.dumps(scored, sort_keys=True), name)) != name:
             raise UserError(
                 f"domains.{domain}: tasks.{other} and tasks.{name} have the same rows, prompt and metric and would "

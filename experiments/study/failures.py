@@ -61,16 +61,9 @@ def recorded(study, cell, stage: str):
 def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
     """What failed, with the settings and the code: a reader looks for the learning rate that gave the NaN."""
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()
-    return {
-        "cell": cell.name,
-        "stage": stage,
-        "kind": kind,
-        "reason": reason,
-        "when": now(),
-        "git": git(study.paths.root),
-        "settings": settings,
-        "parts": {part.key: part.settings() for part in study.methods[cell.method].parts},
-    }
+    parts = {part.key: part.settings() for part in study.methods[cell.method].parts}
+    record = {"cell": cell.name, "stage": stage, "kind": kind, "reason": reason, "when": now()}
+    return record | {"git": git(study.paths.root), "settings": settings, "parts": parts}
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -29,11 +29,8 @@ def verdict(study, cell, metrics: dict | None) -> str:
     if metrics is None:
         return "not run yet"
     ran = jsonl.read(_path(study)) if _path(study).is_file() else []
-    here = {
-        entry.get("stage")
-        for entry in ran
-        if entry.get("cell") == cell.name and entry.get("weights") == metrics.get("weights_sha256")
-    }
+    same = (cell.name, metrics.get("weights_sha256"))
+    here = {entry.get("stage") for entry in ran if (entry.get("cell"), entry.get("weights")) == same}
     if "evaluate" in here:
         return "trained and scored here"
     if "train" in here:

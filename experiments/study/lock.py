@@ -38,25 +38,21 @@ class Lock:
         path = study.paths.folder / "dvc.lock"
         self._stages = stages(path)
         self._root = study.paths.root
-        self._now = {
-            (study.paths.resolved / name).relative_to(self._root).as_posix(): md5(
-                resolve.text(content).encode()
-            ).hexdigest()
-            for name, content in resolve.contents(study).items()
-        }
+        folder = study.paths.resolved.relative_to(self._root)
+        texts = {(folder / name).as_posix(): resolve.text(c) for name, c in resolve.contents(study).items()}
+        self._now = {name: md5(text.encode()).hexdigest() for name, text in texts.items()}
 
     def recorded(self, stage: str) -> bool:
         """Whether dvc.lock has the stage with the current settings and sources."""
-        entry = self._stages.get(stage)
-        return entry is not None and all(
-            self._now.get(d["path"], d.get("md5")) == d.get("md5") for d in entry.get("deps", [])
-        )
+        if stage not in self._stages:
+            return False
+        deps = self._stages[stage].get("deps", [])
+        return all(self._now.get(dep["path"], dep.get("md5")) == dep.get("md5") for dep in deps)
 
     def done(self, stage: str) -> bool:
         """Whether the stage is recorded and its outputs exist."""
-        return self.recorded(stage) and all(
-            (self._root / o["path"]).exists() for o in self._stages[stage].get("outs", [])
-        )
+        outs = self._stages.get(stage, {}).get("outs", [])
+        return self.recorded(stage) and all((self._root / out["path"]).exists() for out in outs)
 
     def cell(self, cell) -> dict[str, bool]:
         """Which stages of a cell are done; each counts only if those before it are done."""

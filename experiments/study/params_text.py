@@ -1,6 +1,6 @@
 """Add method blocks to the text of a params.yaml without changing any other byte.
 
-ruamel's round trip moves comments and joins wrapped lists in files that people wrote, so it only tells the positions,
+ruamel's round trip moves comments and joins wrapped lists in files that people wrote, so only its positions are used,
 and the new text is parsed and compared with what is expected.
 """
 
@@ -19,8 +19,6 @@ from methods.errors import UserError
 from methods.settings import shown
 
 WIDTH = 120  # a one-line list that would become longer continues on the next line
-
-
 QUOTED = "a text that begins with one of { [ % @ ` must be in quotes"
 REMEDIES = {  # part of the parser's message → what to do
     "mapping values are not allowed": "a second colon: put a text with a colon in quotes",

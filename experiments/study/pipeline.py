@@ -33,9 +33,8 @@ def compare_inputs(study) -> list[str]:
     files += [study.paths.base(model) / name for model in study.grid.models for name in BASE]
     trials = [study.paths.tuning(model, domain) for model in study.grid.models for domain in study.grid.domains]
     files += [path for path in trials if path.is_file()]
-    files += [
-        path for kind in ("gpu", "bench") for path in sorted((study.paths.root / "results" / kind).glob("*.json"))
-    ]
+    machines = [study.paths.root / "results" / kind for kind in ("gpu", "bench")]
+    files += [path for folder in machines for path in sorted(folder.glob("*.json"))]
     return list(dict.fromkeys(path.relative_to(study.paths.root).as_posix() for path in files))
 
 
@@ -58,11 +57,8 @@ def _made(inside: tuple[str, ...] | None) -> bool:
     """Whether stages write to a path of the root or below it: results/, and folders of work/ and work/STUDY/."""
     if not inside or inside[0] not in ("work", "results"):
         return False
-    return (
-        inside[0] == "results"
-        or len(inside) == 1
-        or bool({*inside[1:3]} & {"resolved", "models", "data", "prepared", "cells"})
-    )
+    made = {"resolved", "models", "data", "prepared", "cells"}
+    return inside[0] == "results" or len(inside) == 1 or not made.isdisjoint(inside[1:3])
 
 
 def drift_inputs(study) -> list[str]:
@@ -83,22 +79,11 @@ def plots(study) -> list:
         return []
     folder = study.paths.folder
     shown: list = [os.path.relpath(path, folder) for path in sorted((study.paths.summary / "figures").glob("*.png"))]
-    for model in study.grid.models:
-        for domain in study.grid.domains:
-            own = [
-                study.paths.run(cell) / "curve.csv"
-                for cell in cells.grid(study)
-                if (cell.model, cell.domain) == (model, domain)
-            ]
-            shown.append(
-                {
-                    f"loss, {model}, {domain}": {
-                        "x": "tokens",
-                        "y": {os.path.relpath(path, folder): "loss" for path in own},
-                    }
-                }
-            )
-    return shown
+    curves: dict[str, dict[str, str]] = {}
+    for cell in cells.grid(study):
+        path = os.path.relpath(study.paths.run(cell) / "curve.csv", folder)
+        curves.setdefault(f"loss, {cell.model}, {cell.domain}", {})[path] = "loss"
+    return shown + [{title: {"x": "tokens", "y": own}} for title, own in curves.items()]
 
 
 def behind(study) -> bool:
