@@ -11,11 +11,8 @@ from methods.tools.files import read_json
 def main(study) -> None:
     freed = 0
     for name, stage in stages(study.paths.folder / "dvc.lock").items():
-        if not name.startswith("train@"):
-            continue
-        for out in stage.get("outs", []):
-            if out["path"].endswith("/weights"):
-                freed += _drop(out["md5"])
+        outs = stage.get("outs", []) if name.startswith("train@") else []
+        freed += sum(_drop(out["md5"]) for out in outs if out["path"].endswith("/weights"))
     for folder in (study.paths.work / "cells", study.paths.trained):
         freed += sum(p.stat().st_size for p in folder.rglob("*") if p.is_file() and p.stat().st_nlink == 1)
         shutil.rmtree(folder, ignore_errors=True)

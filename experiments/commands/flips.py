@@ -2,7 +2,7 @@
 
     python -m experiments flips 'MODEL/DOMAIN/*' --top 10
 
-Results contain only hashes. The text is rendered from the local rows of work/data, as lm-eval asked it, and is printed
+Results contain only hashes. The text is rendered from the local rows of work/data, as lm-eval scored it, and is printed
 but never stored.
 """
 
@@ -55,8 +55,8 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
     if worst.empty:
         by = f" by two or more of {runs} runs" if runs > 1 else ""
         return f"{title}: no correct answer of the base was lost{by}\n"
-    asked = {entry["name"]: task for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])}
-    texts = {(name, row["id"]): row for name, task in asked.items() for row in questions(task)}
+    scored = {entry["name"]: task for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])}
+    texts = {(name, row["id"]): row for name, task in scored.items() for row in questions(task)}
     pieces = [f"{title}: correct answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
     for number, item in enumerate(worst.itertuples(), 1):
         row = texts.get((item.task, item.doc_hash))

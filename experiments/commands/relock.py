@@ -89,13 +89,12 @@ def without_removed(contents: Mapping) -> dict:
     def bare(part: str, settings: Mapping) -> dict:
         return {k: value for k, value in settings.items() if (part, k) not in REMOVED or REMOVED[part, k] != value}
 
-    return {
-        name: content
-        | {"parts": {k: part | {"settings": bare(k, part["settings"])} for k, part in content["parts"].items()}}
-        if isinstance(content, Mapping) and "parts" in content
-        else content
-        for name, content in contents.items()
-    }
+    contents = dict(contents)
+    for name, content in contents.items():
+        if isinstance(content, Mapping) and "parts" in content:
+            parts = {k: part | {"settings": bare(k, part["settings"])} for k, part in content["parts"].items()}
+            contents[name] = content | {"parts": parts}
+    return contents
 
 
 def refuse_unless_equal(before: Mapping, after: Mapping) -> None:

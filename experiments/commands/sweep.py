@@ -140,11 +140,8 @@ def cost(study, methods: list[str]) -> str:
     seconds, seen = 0.0, set()  # None: not known of the architecture
     for cell in (c for c in made["cells"] if not c["cached"]["scored"]):
         model, _, method, seed = cell["cell"].split("/")
-        key = (
-            model,
-            resolve.text(resolve.prepare(study, model, method)),
-            resolve.seeded(study.methods[method].parts) and seed,
-        )
+        settings = resolve.text(resolve.prepare(study, model, method))
+        key = (model, settings, resolve.seeded(study.methods[method].parts) and seed)
         known = None not in (seconds, cell["seconds"])
         seconds = seconds + cell["seconds"] - (cell["seconds_prepare"] if key in seen else 0.0) if known else None
         seen.add(key)

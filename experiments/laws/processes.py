@@ -46,13 +46,13 @@ def judge(trials: Sequence[Trial], folder: Path) -> list[Verdict]:
     ]
 
 
-def _compare(trial: Trial, found: Path, problem: str) -> None:
+def _compare(trial: Trial, folder: Path, problem: str) -> None:
     """Raise `Broken` unless the pair ended with the weights of one process."""
-    if not (found / "final.safetensors").is_file():
-        errors = [json.loads(path.read_text())["error"] for path in sorted(found.glob("error-*.json"))]
+    if not (folder / "final.safetensors").is_file():
+        errors = [json.loads(path.read_text())["error"] for path in sorted(folder.glob("error-*.json"))]
         raise Broken(f"two processes did not end: {errors[0] if errors else problem or 'they stopped earlier'}")
     alone = _run(trial)
-    two, one = load_file(found / "final.safetensors"), alone.final
+    two, one = load_file(folder / "final.safetensors"), alone.final
     if two.keys() != one.keys():
         raise Broken("two processes give tensors of other names than one: every process must call the same `run.whole`")
     errors = {name: relative(tensor, one[name]) for name, tensor in two.items()}
@@ -66,7 +66,7 @@ def _compare(trial: Trial, found: Path, problem: str) -> None:
             "step, row) and never by process, sum over `run.shards` what is of all rows, and do the same "
             "work in every process"
         )
-    costs, own = json.loads((found / "costs.json").read_text()), _costs(alone)
+    costs, own = json.loads((folder / "costs.json").read_text()), _costs(alone)
     for what, cost in own.items():
         if cost != costs.get(what) and not math.isclose(cost or 0, costs.get(what) or 0, rel_tol=1e-9):
             raise Broken(

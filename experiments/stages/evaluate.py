@@ -33,14 +33,8 @@ def base(study, *, model: str) -> None:
     with tempfile.TemporaryDirectory() as together:
         entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid.domains])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))
-        _score(
-            study,
-            model,
-            weights.load_model(folder, dtype=dtype, device=where),
-            weights.tensor_sha256(folder),
-            tasks=Path(together),
-            out=study.paths.base(model),
-        )
+        loaded, digest = weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder)
+        _score(study, model, loaded, digest, tasks=Path(together), out=study.paths.base(model))
 
 
 def merged(folders: Sequence[Path]) -> list[dict]:
@@ -67,17 +61,10 @@ def merged(folders: Sequence[Path]) -> list[dict]:
 def main(study, cell) -> None:
     with recorded(study, cell, "evaluate"):
         dtype, where = _computing(study, cell.model)
-        model, digest = tuned.load(
-            study.paths.weights(cell), folder=study.paths.model(cell.model), dtype=dtype, device=where
-        )
-        _score(
-            study,
-            cell.model,
-            model,
-            digest,
-            tasks=study.paths.data / "evaluate" / cell.domain,
-            out=study.paths.run(cell),
-        )
+        paths = study.paths
+        model, digest = tuned.load(paths.weights(cell), folder=paths.model(cell.model), dtype=dtype, device=where)
+        tasks = paths.data / "evaluate" / cell.domain
+        _score(study, cell.model, model, digest, tasks=tasks, out=paths.run(cell))
         ledger.note(study, stage="evaluate", cell=cell.name, weights=digest)
 
 

@@ -56,17 +56,8 @@ def _prepare(study, model: str, method: str, seed: int) -> None:
     if not any(map(prepares, study.methods[method].parts)):
         shutil.rmtree(out, ignore_errors=True)
         write_json(out / "prepared.json", {})
-        write_json(
-            costs_file,
-            {
-                "seconds_prepare": 0.0,
-                "tokens_prepare": 0,
-                "peak_memory_bytes": 0,
-                "added": {},
-                **{f"bytes_{kind}": 0 for kind in TENSORS},
-                "reused": False,
-            },
-        )
+        nothing = {"seconds_prepare": 0.0, "tokens_prepare": 0, "peak_memory_bytes": 0, "added": {}, "reused": False}
+        write_json(costs_file, nothing | {f"bytes_{kind}": 0 for kind in TENSORS})
         _copy_general(study, method, out)
         return
     store, reused = stored(study, model, method, seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 from experiments.training.settings import TrainSettings
 from methods.tools.process_group import Shards
 
-# {"input_ids": (tokens,), "labels": (tokens,)}, -100 where nothing is asked; other tensors (tokens,) are carried along
+# {"input_ids": (tokens,), "labels": (tokens,)}, -100 where nothing is learned; other tensors (tokens,) come along
 Example = dict[str, Tensor]
 
 POOL = 8  # batches whose examples are sorted by length together: less padding, in an order that the seed still draws

@@ -31,7 +31,7 @@ class Flops:
     """FLOPs of passes of a model, adapters included, whose trained tensors are those that require a gradient now.
 
     Count before activation checkpointing is enabled, because its recomputation would be counted. The model stays as it
-    is. A model that does not run on tensors without numbers has no count: `known` is false.
+    is. A model that does not run on tensors without numbers has no count (None).
     """
 
     def __init__(self, model: nn.Module):
@@ -49,18 +49,12 @@ class Flops:
                 _counted[key] = None
         self._each = _counted[key]
 
-    @property
-    def known(self) -> bool:
-        return self._each is not None
-
     def step(self, *, lengths: Sequence[int], labelled: int) -> float | None:
         """FLOPs of one optimizer step on examples of these lengths in tokens without padding; None: not known.
 
         labelled   how many of their tokens are labelled
         """
-        if self._each is None:
-            return None
-        return self._sum(self._each[:3], lengths, labelled)
+        return None if self._each is None else self._sum(self._each[:3], lengths, labelled)
 
     def forward(self, *, lengths: Sequence[int], predicted: int) -> float | None:
         """FLOPs of a forward pass alone, with logits for `predicted` tokens; None: not known."""

@@ -22,7 +22,7 @@ Logits = Callable[[Tensor], Tensor]  # a model's own map from hidden rows (rows,
 def shifted(hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The hidden rows that predict a label, and those labels (transformers' shift: position t predicts t+1).
 
-    hidden (batch, tokens, width), labels (batch, tokens) with -100 where nothing is asked; labels on the CPU spare a
+    hidden (batch, tokens, width), labels (batch, tokens) with -100 where nothing is learned; labels on the CPU spare a
     GPU the wait for their number. Returns (rows, width) and (rows,) on the device of `hidden`.
     """
     line, column, targets = _labelled(labels)

@@ -55,15 +55,8 @@ def start(count: int, arguments: list[str]) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        run_id=uuid.uuid4().hex,
-        max_restarts=0,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-    )
+    nodes = {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(nproc_per_node=count, run_id=uuid.uuid4().hex, max_restarts=0, **nodes)
     # each process prints its own error; torchrun would add a page of traceback
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:
