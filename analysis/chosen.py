@@ -49,8 +49,8 @@ def choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     """
     ends = _ends(loaded, model=model, domain=domain)
     rows = []
-    methods = dict.fromkeys(loaded.of(model, domain)["method"]) if len(loaded.cells) else ()
-    for name, blocks in families(methods).items():
+    cells = loaded.of(model, domain)
+    for name, blocks in families(dict.fromkeys(cells["method"]) if len(cells) else ()).items():
         probed = [seeds for block in blocks if (seeds := {seed for method, seed in ends if method == block})]
         common = sorted(set.intersection(*probed)) if probed else []
         own = []

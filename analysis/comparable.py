@@ -1,4 +1,4 @@
-"""The guard of the comparison: cells that were made or scored under different rules do not stand in one table.
+"""The guard of the comparison: cells that were made or scored under different rules are not shown in one table.
 
 Two cells of one (model, domain) are comparable if these are equal: the base's hash and scores, the data's hash, dtype
 and compute dtype, NUMERICS, all settings and versions of the scorer (SCORING, scorer, batch size, limit, dtype,
@@ -33,17 +33,9 @@ def guarded(loaded: Loaded) -> Loaded:
         dropped |= dict(groups(loaded.of(model, domain), rows=rows)[1])
     if not dropped:
         return loaded
-    records = [
-        {
-            "cell": cell,
-            "stage": "compare",
-            "kind": KIND,
-            "reason": reason,
-            "when": loaded.cells.loc[cell].get("when") or "",
-        }
-        for cell, reason in dropped.items()
-    ]
-    failures = pd.concat([loaded.failures, pd.DataFrame(records)], ignore_index=True)
+    records = pd.DataFrame({"cell": list(dropped), "stage": "compare", "kind": KIND, "reason": list(dropped.values())})
+    records["when"] = [loaded.cells.loc[cell].get("when") or "" for cell in dropped]
+    failures = pd.concat([loaded.failures, records], ignore_index=True)
     return replace(loaded.without(dropped), failures=failures)
 
 
@@ -58,15 +50,12 @@ def groups(
     """
     rules = {cell: _rules(row, (rows or {}).get(cell, {})) for cell, row in cells.iterrows()}
     when = {cell: str(row.get("when") or "") for cell, row in cells.iterrows()}
-    members = {
-        one: [
-            other
-            for other in rules
-            # a cell of unknown budget fits to several groups, so it gathers only others of unknown budget
-            if (BUDGET in rules[one] or BUDGET not in rules[other]) and not _differences(rules[one], rules[other])
-        ]
-        for one in rules
-    }
+
+    def gathers(one: dict, other: dict) -> bool:
+        # a cell of unknown budget fits to several groups, so it gathers only others of unknown budget
+        return (BUDGET in one or BUDGET not in other) and not _differences(one, other)
+
+    members = {one: [other for other in rules if gathers(rules[one], rules[other])] for one in rules}
     best = max(rules, key=lambda one: (len(members[one]), max(when[member] for member in members[one])), default=None)
     if best is None:
         return cells, []

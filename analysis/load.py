@@ -11,7 +11,7 @@ from types import NoneType
 import pandas as pd
 
 from methods.errors import UserError
-from methods.tools.files import read_json
+from methods.tools.files import AGAIN, read_json
 
 NOT_STARTED = "has not been run"
 KINDS = {dict: "a mapping", str: "a text", Real: "a number", list: "a list", bool: "true or false"}
@@ -76,17 +76,16 @@ class Loaded:
         def rows(frame: pd.DataFrame) -> pd.DataFrame:
             return frame[~frame["cell"].isin(names)].reset_index(drop=True) if len(frame) else frame
 
-        return replace(
-            self,
-            cells=self.cells.drop(index=list(names)),
-            curves=rows(self.curves),
-            items=rows(self.items),
-            prepared={cell: record for cell, record in self.prepared.items() if cell not in names},
-            drift={cell: record for cell, record in self.drift.items() if cell not in names},
-        )
+        def others(records: dict) -> dict:
+            return {cell: record for cell, record in records.items() if cell not in names}
+
+        frames = {"cells": self.cells.drop(index=list(names)), "curves": rows(self.curves), "items": rows(self.items)}
+        return replace(self, **frames, prepared=others(self.prepared), drift=others(self.drift))
 
     def of(self, model: str, domain: str) -> pd.DataFrame:
         """The finished cells of one comparison."""
+        if self.cells.empty:
+            return self.cells
         return self.cells[(self.cells["model"] == model) & (self.cells["domain"] == domain)]
 
     def base_items(self, model: str) -> pd.DataFrame:
@@ -117,14 +116,9 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
             failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _progress(run), "when": ""})
             continue
         train = _train(run / "train.json")
-        rows.append(
-            {
-                **_metrics(run / "metrics.json"),
-                "cell": name,
-                **{key: train[key] for key in ("settings", "device", "when", "steps") if key in train},
-                "peak_memory_train_bytes": train.get("peak_memory_bytes"),
-            }
-        )
+        row = _metrics(run / "metrics.json") | {"cell": name}
+        row |= {key: train[key] for key in ("settings", "device", "when", "steps") if key in train}
+        rows.append(row | {"peak_memory_train_bytes": train.get("peak_memory_bytes")})
         if (path := run / "curve.csv").exists():
             curves.append(_table(path, columns=CURVE).assign(cell=name))
         if (path := run / "items.csv.gz").exists():
@@ -265,9 +259,7 @@ def _table(path: Path, *, columns: tuple[str, ...], numeric: tuple[str, ...] | N
         missing = {name: ["", "nan"] for name in head if name != "task"}
         frame = pd.read_csv(path, dtype={"task": str}, keep_default_na=False, na_values=missing)
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(
-            f"{path} cannot be read ({error}): restore it with git, or delete it and run the stage again"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error
     for column in columns:
         if column not in frame:
             raise _damaged(path, f"column {column} is missing")
@@ -278,6 +270,4 @@ def _table(path: Path, *, columns: tuple[str, ...], numeric: tuple[str, ...] | N
 
 
 def _damaged(path: Path, why: str) -> UserError:
-    return UserError(
-        f"{path} is not what its stage writes ({why}): restore it with git, or delete it and run the stage again"
-    )
+    return UserError(f"{path} is not what its stage writes ({why}): {AGAIN}")

@@ -142,11 +142,8 @@ def label_points(
     renderer = figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer)
     pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
-    lines = [
-        axes.transData.transform((x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60))
-        for x0, y0, x1, y1 in bars
-        for k in range(61)
-    ]
+    along = [(x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60) for x0, y0, x1, y1 in bars for k in range(61)]
+    lines = [axes.transData.transform(place) for place in along]
     taken = []
     places = [(9, 9, "left", "bottom"), (-9, 9, "right", "bottom"), (9, -9, "left", "top"), (-9, -9, "right", "top")]
     places += [(dx * k, dy * k, ha, va) for k in (1.8, 2.7, 3.6) for dx, dy, ha, va in places[:4]]
@@ -187,11 +184,12 @@ def spread(heights: list[float], gap: float) -> list[float]:
     def centre(group: list[int]) -> float:
         return sum(heights[i] for i in group) / len(group)
 
+    def close(one: list[int], other: list[int]) -> bool:
+        return centre(other) - centre(one) < gap * (len(one) + len(other)) / 2
+
     for i in order:
         groups.append([i])
-        while (
-            len(groups) > 1 and centre(groups[-1]) - centre(groups[-2]) < gap * (len(groups[-1]) + len(groups[-2])) / 2
-        ):
+        while len(groups) > 1 and close(*groups[-2:]):
             last = groups.pop()
             groups[-1] += last
     placed = list(heights)

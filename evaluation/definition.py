@@ -19,8 +19,7 @@ from methods.settings import refuse, shown
 
 SPLIT = "test"
 TEMPLATES = ("doc_to_text", "doc_to_choice", "doc_to_target", "description", "gen_prefix")
-# what lm-eval's YAML keys hold, where no other check names a value of another type; a function of an included task
-# may stand there too
+# the types of lm-eval's YAML keys whose values no other check covers; a function of an included task is valid too
 FORMS: dict[str, Any] = {
     "num_fewshot": int,
     "fewshot_config": dict,

@@ -3,7 +3,7 @@
 Training labels, probes and scores are all cut by these functions, so that what is trained is what is scored: trailing
 spaces of the context move to the continuation, context and whole are encoded apart, BOS comes as the tokenizer adds it,
 and an empty context is the prefix token alone. Two things differ from HFLM, and docs/scoring.md says so: what a
-tokenizer puts behind every text (its end of text) is left out, because HFLM would score the answer behind the end of
+tokenizer adds to the end of every text (its end of text) is left out, because HFLM would score the answer after that of
 the prompt; and a tokenizer without BOS and EOS is used without a prefix, where HFLM stops with a TypeError.
 """
 
@@ -18,7 +18,7 @@ SHOWN = 60  # characters of a text that a message quotes
 
 
 def prefix_token(tokenizer: Tokenizer) -> int | None:
-    """What stands before the first token of a text: BOS; EOS where there is no BOS; None where there is neither."""
+    """The token before a text: BOS; EOS if there is no BOS; None if there is neither."""
     return tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
 
@@ -42,7 +42,7 @@ def appended(tokenizer: Tokenizer) -> list[int]:
 def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: bool = False) -> tuple[list[int], int]:
     """(ids of context and continuation, number of ids that are context). The rest are what is scored or trained on.
 
-    With `end` the tokenizer's end of text stands behind the continuation: an answer that is written, and has to stop.
+    With `end` the tokenizer's end of text follows the continuation, so that a written answer learns to stop.
     Raises UserError where a prefix or an end is needed that the tokenizer does not have.
     """
     prefix, empty = prefix_token(tokenizer), not context
@@ -57,7 +57,7 @@ def encode_pair(tokenizer: Tokenizer, context: str, continuation: str, *, end: b
         ids = ids if ids[:1] == [prefix] else [prefix, *ids]
     else:
         raise UserError(
-            f"no prompt stands before the answer {shown(continuation)}, and the tokenizer has neither a BOS nor an EOS "
+            f"the answer {shown(continuation)} has no prompt, and the tokenizer has neither a BOS nor an EOS "
             "token to put there: give the prompt some text, or name `bos_token` in tokenizer_config.json"
         )
     if end and tokenizer.eos_token_id is None:

@@ -2,7 +2,7 @@
 
     sequence   context | a1 a2 | b1 b2 b3 | ...      each continuation less its last token, which predicts nothing
     positions  0 .. n-1 | n ..  | n ..     | ...     every continuation begins where the context ends
-    attention  a token sees the context and what stands before it in its own continuation, nothing else
+    attention  a token sees the context and the tokens before it in its own continuation, nothing else
 
 The context is encoded once, not once a choice, and logits exist only where a token is scored: log p(t_1) comes from
 the context's last position, for all continuations from the same row. Requests are (context ids, continuation ids);

@@ -186,7 +186,7 @@ def render(task: LocalTask) -> list[dict[str, Any]]:
     if task.OUTPUT_TYPE not in ("multiple_choice", "loglikelihood", "generate_until") or task.multiple_input:
         raise UserError(
             f"task {name} cannot be rendered as a context with choices "
-            f"({'its choices stand in the context' if task.multiple_input else task.OUTPUT_TYPE}): it can be scored, "
+            f"({'its choices are in the context' if task.multiple_input else task.OUTPUT_TYPE}): it can be scored, "
             "but not trained on or probed"
         )
     task.set_fewshot_seed(SEED)

@@ -158,31 +158,22 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
 
 
 # each row of panels is one kind of cost, on one scale
+SECONDS = {"seconds_prepare": "preparation", "seconds_train": "training", "seconds_evaluate": "scoring"}
+MEMORY = {
+    "peak_memory_prepare_bytes": "peak, preparation",
+    "peak_memory_train_bytes": "peak, training",
+    "bytes_optimizer_state": "optimizer state",
+}
+KEPT = {
+    "bytes_weights_delta": "weights or adapter",
+    "bytes_importance": "importance",
+    "bytes_start": "start",
+    "bytes_anchor": "anchor",
+}
 COST_PANELS = (
-    (
-        "seconds",
-        numbers.seconds,
-        (("seconds_prepare", "preparation"), ("seconds_train", "training"), ("seconds_evaluate", "scoring")),
-    ),
-    (
-        "memory",
-        numbers.size,
-        (
-            ("peak_memory_prepare_bytes", "peak, preparation"),
-            ("peak_memory_train_bytes", "peak, training"),
-            ("bytes_optimizer_state", "optimizer state"),
-        ),
-    ),
-    (
-        "bytes to keep",
-        numbers.size,
-        (
-            ("bytes_weights_delta", "weights or adapter"),
-            ("bytes_importance", "importance"),
-            ("bytes_start", "start"),
-            ("bytes_anchor", "anchor"),
-        ),
-    ),
+    ("seconds", numbers.seconds, SECONDS),
+    ("memory", numbers.size, MEMORY),
+    ("bytes to keep", numbers.size, KEPT),
 )
 
 
@@ -191,15 +182,15 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     table = costs(loaded)
     own = (table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])
     data = table[own].drop(columns=["model", "domain"])
-    keys = [key for _, _, panels in COST_PANELS for key, _ in panels if key != "seconds_evaluate"]
+    keys = [key for _, _, panels in COST_PANELS for key in panels if key != "seconds_evaluate"]
     if data[keys].isna().all(axis=None):
         return None
     methods = list(data["method"])
     figure, grid = style.new(style.WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
     for line, (kind, show, panels) in zip(grid, COST_PANELS):
-        values = data[[key for key, _ in panels]].astype(float)
+        values = data[list(panels)].astype(float)
         widest = values.max(axis=None)
-        for axes, (key, title) in zip(line, panels):
+        for axes, (key, title) in zip(line, panels.items()):
             axes.barh(range(len(methods)), values[key].fillna(0), color=[style.colour(m) for m in methods], height=0.62)
             for y, value in enumerate(values[key]):
                 text = "–" if value < 0.0005 else show(value)

@@ -227,18 +227,11 @@ def _gpu(check: dict | None) -> dict | None:
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = piece
     statuses = Counter(piece["status"] for piece in parts["checks"].values())
-    optimizers = [
-        (
-            name.split("/")[0],
-            optimizer,
-            1e3 * s,
-            piece["times_fused_adamw"][optimizer],
-            piece["entries"] / piece["entries_of"],
-        )
-        for name, piece in parts["speed"].items()
-        if name.endswith("/optimizers")
-        for optimizer, s in piece.get("seconds_by_optimizer", {}).items()
-    ]
+    optimizers = []
+    for name, piece in parts["speed"].items():
+        for optimizer, seconds in piece.get("seconds_by_optimizer", {}).items():
+            times, share = piece["times_fused_adamw"][optimizer], piece["entries"] / piece["entries_of"]
+            optimizers.append((name.split("/")[0], optimizer, 1e3 * seconds, times, share))
     return {
         "device": check["device"],
         "when": check["when"],
@@ -261,22 +254,16 @@ def _gpu(check: dict | None) -> dict | None:
 def _gpu_row(name: str, piece: dict) -> dict:
     model, method, layout, shape = name.split("/")
     memory, stored, prepare = piece.get("memory") or {}, piece.get("bytes") or {}, piece.get("prepare") or {}
+    keys = ("tokens_per_second", "mfu", "seconds_optimizer", "share_penalty", "checkpointing")
     return {
-        "model": model,
-        "method": method,
-        "layout": layout,
-        "shape": shape,
+        **{"model": model, "method": method, "layout": layout, "shape": shape},
         "status": piece["status"],
         "reason": piece.get("reason", ""),
-        "tokens_per_second": piece.get("tokens_per_second"),
-        "mfu": piece.get("mfu"),
-        "seconds_optimizer": piece.get("seconds_optimizer"),
-        "share_penalty": piece.get("share_penalty"),
+        **{key: piece.get(key) for key in keys},
         "prepare": prepare.get("seconds_per_million_tokens"),
         "peak": memory.get("peak"),
         "predicted": (memory.get("predicted") or {}).get("total"),
         "stored": sum(stored.values()),
-        "checkpointing": piece.get("checkpointing"),
     }
 
 
@@ -290,9 +277,8 @@ def _provenance(loaded: Loaded) -> dict:
         names: dict[str, list[str]] = {}
         for cell, value in cells[key].items():
             names.setdefault(show(value or {}), []).append(cell)
-        groups += [
-            (key, text, "all cells" if len(own) == len(cells) else ", ".join(own)) for text, own in names.items()
-        ]
+        for text, own in names.items():
+            groups.append((key, text, "all cells" if len(own) == len(cells) else ", ".join(own)))
     keys = ("weights_sha256", "base_sha256", "data_sha256", "dtype", "device", "when")
     records = [{"cell": cell, **{key: row.get(key) for key in keys}} for cell, row in cells.iterrows()]
     return {"cells": records, "groups": groups}

@@ -16,16 +16,8 @@ BYTES = {
     "bytes_start": "start",
     "bytes_anchor": "anchor",
 }
-SECONDS = (
-    "seconds_prepare",
-    "tokens_prepare",
-    "seconds_train",
-    "tokens_trained",
-    "tokens_added",
-    "flops",
-    "flops_added",
-)
-MEASURED = (*SECONDS, "steps", "seconds_evaluate", *BYTES)
+TRAINING = ("seconds_train", "tokens_trained", "tokens_added", "flops", "flops_added", "steps")
+MEASURED = ("seconds_prepare", "tokens_prepare", *TRAINING, "seconds_evaluate", *BYTES)
 
 
 def costs(loaded: Loaded) -> pd.DataFrame:
@@ -53,20 +45,11 @@ def costs(loaded: Loaded) -> pd.DataFrame:
             step, of_plain = _per(row, "steps"), _per(plain, "steps")
             race = same_run(loaded, model=model, method=method)
             prepare = row["seconds_prepare"]
-            rows.append(
-                {
-                    "model": model,
-                    "domain": domain,
-                    "method": method,
-                    **row,
-                    "reference": reference,
-                    "prepare_token_equivalents": prepare / rate if rate and prepare is not None else None,
-                    "seconds_per_step": step,
-                    "step_ratio": step / of_plain if step and of_plain else None,
-                    "step_ratio_same_run": race[0] if race else None,
-                    "same_run": race[1] if race else "",
-                }
-            )
+            row = {"model": model, "domain": domain, "method": method, **row, "reference": reference}
+            row["prepare_token_equivalents"] = prepare / rate if rate and prepare is not None else None
+            row["seconds_per_step"], row["step_ratio"] = step, step / of_plain if step and of_plain else None
+            row["step_ratio_same_run"], row["same_run"] = race or (None, "")
+            rows.append(row)
     return pd.DataFrame(rows)
 
 
@@ -85,14 +68,10 @@ def same_run(loaded: Loaded, *, model: str, method: str) -> tuple[float, str] | 
 
 def _measured(loaded: Loaded, cells: pd.DataFrame) -> dict:
     prepared = [loaded.prepared.get(name, {}) for name in cells.index]
-    own = cells.assign(
-        peak_memory_prepare_bytes=[record.get("peak_memory_bytes") for record in prepared],
-        # earlier records count what is carried into training as part of the start
-        bytes_start=[
-            record["bytes_start"] + record.get("bytes_carry", 0) if "bytes_start" in record else None
-            for record in prepared
-        ],
-    )
+    # earlier records count what is carried into training as part of the start
+    starts = [r["bytes_start"] + r.get("bytes_carry", 0) if "bytes_start" in r else None for r in prepared]
+    peaks = [record.get("peak_memory_bytes") for record in prepared]
+    own = cells.assign(peak_memory_prepare_bytes=peaks, bytes_start=starts)
     known = bool(cells["cost_known"].all()) if "cost_known" in cells else True
     # scoring is measured here even for a checkpoint that was made elsewhere
     keys = [key for key in MEASURED if key in own and (known or key == "seconds_evaluate")]
@@ -164,11 +143,9 @@ def formula(rows: pd.DataFrame) -> list[str]:
     """How the derived columns are computed; `rows` are of one comparison."""
     own = [row["method"] for _, row in rows.iterrows() if row["reference"] == row["method"] != PLAIN]
     plain = PLAIN if PLAIN in set(rows["reference"]) else "the method itself"
-    but = (
-        f" (for {', '.join(own)} of the method itself: no {PLAIN} run on the same machine)"
-        if own and plain == PLAIN
-        else ""
-    )
+    but = ""
+    if own and plain == PLAIN:
+        but = f" (for {', '.join(own)} of the method itself: no {PLAIN} run on the same machine)"
     races = [race for race in dict.fromkeys(rows["same_run"]) if race]
     measured = f" ({'; '.join(races)})" if races else "; not measured on this model (python -m experiments bench steps)"
     lines = [

@@ -43,9 +43,8 @@ def by_group(loaded: Loaded, cells: pd.DataFrame) -> pd.DataFrame:
 
 def _frame(cells: pd.DataFrame, records: dict[str, list[dict]]) -> pd.DataFrame:
     """The records of all cells with their method, their measures as floats."""
-    frame = pd.DataFrame(
-        [{"method": cells.at[cell, "method"], **row} for cell, rows in records.items() for row in rows]
-    )
+    rows = [{"method": cells.at[cell, "method"], **row} for cell, own in records.items() for row in own]
+    frame = pd.DataFrame(rows)
     measures = frame.columns.difference(["method", "group", "kind"], sort=False)
     frame[measures] = frame[measures].astype(float)
     return frame
@@ -184,6 +183,7 @@ def _row(row: pd.Series) -> dict:
     rank, share = row["effective_rank"], ""
     if not numbers.missing(row["top_share"]):
         share = f"{numbers.percent(row['top_share'])} % in the top 10 %"
+    matrices = f"of {row['matrices']:.0f} matrices" if row["matrices"] else "no matrix moved"
     return {
         "method": row["method"],
         "colour": style.colour(row["method"]),
@@ -191,10 +191,7 @@ def _row(row: pd.Series) -> dict:
             (f"{row['distance']:#.3g}", ""),
             (f"{_percent(row['relative'])} %", ""),
             (f"{numbers.percent(row['changed'])} %", ""),
-            (
-                "–" if numbers.missing(rank) else f"{rank:.1f}" if rank < 9.95 else f"{rank:.0f}",
-                f"of {row['matrices']:.0f} matrices" if row["matrices"] else "no matrix moved",
-            ),
+            ("–" if numbers.missing(rank) else f"{rank:.1f}" if rank < 9.95 else f"{rank:.0f}", matrices),
             (numbers.times(row["overlap"]), share),
             (numbers.times(row["overlap_within"]), ""),
         ],

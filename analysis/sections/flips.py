@@ -34,17 +34,14 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
         "sentences": _sentences(totals, shared),
         "seeds": seeds,
         "rows": rows,
-        "worst": [
-            {
-                "task": row.task,
-                "hash": row.doc_hash[:12],
-                "lost_by": f"{row.lost_by} of {row.of}",
-                "methods": ", ".join(row.methods),
-            }
-            for row in most_forgotten(items).itertuples()
-        ],
+        "worst": [_forgotten(row) for row in most_forgotten(items).itertuples()],
         "command": f"python -m experiments flips '{model}/{domain}/*'",
     }
+
+
+def _forgotten(row) -> dict:
+    lost_by, methods = f"{row.lost_by} of {row.of}", ", ".join(row.methods)
+    return {"task": row.task, "hash": row.doc_hash[:12], "lost_by": lost_by, "methods": methods}
 
 
 def _cells(row: pd.Series, seeds: int) -> list[tuple[str, str]]:

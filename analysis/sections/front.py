@@ -83,27 +83,15 @@ def front(loaded: Loaded, *, model: str, domain: str) -> Front | None:
     share = np.full(len(draws.methods), np.nan)
     if not np.isnan(draws.gains).any() and not np.isnan(draws.forgettings).any():
         share = nondominated(draws.gains, draws.forgettings).mean(axis=0)
-    points = pd.DataFrame(
-        {
-            "method": draws.methods,
-            "family": [family(method) for method in draws.methods],
-            "seeds": [draws.seeds[method] for method in draws.methods],
-            "gain": draws.gain,
-            "forgetting": draws.forgetting,
-            "front": nondominated(draws.gain, draws.forgetting),
-            "front_share": share,
-        }
-    )
+    points = pd.DataFrame({"method": draws.methods, "family": [family(method) for method in draws.methods]})
+    points["seeds"] = points["method"].map(draws.seeds)
+    points["gain"], points["forgetting"] = draws.gain, draws.forgetting
+    points["front"], points["front_share"] = nondominated(draws.gain, draws.forgetting), share
     rows = [_volume(draws, name, columns, reference) for name, columns in draws.families.items()]
     if len(rows) > 1:
         rows.append(_volume(draws, ALL, list(range(len(draws.methods))), reference))
-    return Front(
-        points=points,
-        volumes=pd.DataFrame(rows),
-        reference=reference,
-        n_domain=draws.n_domain,
-        n_retention=draws.n_retention,
-    )
+    counts = {"n_domain": draws.n_domain, "n_retention": draws.n_retention}
+    return Front(points=points, volumes=pd.DataFrame(rows), reference=reference, **counts)
 
 
 def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
@@ -130,19 +118,12 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
         for point in own.itertuples():
             if point.front or len(data) <= FEW:
                 bars += _draw_bars(axes, point, shade)
-            axes.plot(
-                point.gain,
-                point.forgetting,
-                style.marker(name),
-                color=shade,
-                markersize=8 if point.front else 5.5,
-                markerfacecolor=shade if point.front else style.PAPER,
-                markeredgewidth=1.4,
-            )
-            if point.method in named:
-                labels.append((point.gain, point.forgetting, point.method, shade))
-            elif len(data) <= CROWDED:
-                labels.append((point.gain, point.forgetting, point.method.removeprefix(f"{name}-"), shade))
+            size, fill = (8, shade) if point.front else (5.5, style.PAPER)
+            look = {"color": shade, "markersize": size, "markerfacecolor": fill, "markeredgewidth": 1.4}
+            axes.plot(point.gain, point.forgetting, style.marker(name), **look)
+            if point.method in named or len(data) <= CROWDED:
+                label = point.method if point.method in named else point.method.removeprefix(f"{name}-")
+                labels.append((point.gain, point.forgetting, label, shade))
     axes.set_xlabel("gain on the domain, points (right is better)")
     axes.set_ylabel("forgetting, points (down is better)")
     axes.margins(0.1)
@@ -236,9 +217,8 @@ def _draw_bars(axes, point, shade: str) -> list[tuple[float, float, float, float
     """Draw a point's intervals and return them as lines, which the labels avoid."""
     xerr = style.bars(point.gain, point.domain_gain_low, point.domain_gain_high)
     yerr = style.bars(point.forgetting, point.forgetting_low, point.forgetting_high)
-    axes.errorbar(
-        point.gain, point.forgetting, xerr=xerr, yerr=yerr, fmt="none", color=shade, elinewidth=1.0, alpha=0.7
-    )
+    look = {"fmt": "none", "color": shade, "elinewidth": 1.0, "alpha": 0.7}
+    axes.errorbar(point.gain, point.forgetting, xerr=xerr, yerr=yerr, **look)
     lines = [(point.domain_gain_low, point.forgetting, point.domain_gain_high, point.forgetting)] if xerr else []
     return lines + ([(point.gain, point.forgetting_low, point.gain, point.forgetting_high)] if yerr else [])
 

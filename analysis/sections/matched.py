@@ -42,17 +42,10 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         if marks:
             axes.axvline(scale * marks["matched"], color=style.INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
     if marks:
-        panels[0, 0].annotate(
-            f"matched gain {_gain(runs, marks['matched'])}",
-            (scale * marks["matched"], 1),
-            xytext=(-5, -3),
-            xycoords=("data", "axes fraction"),
-            textcoords="offset points",
-            ha="right",
-            va="top",
-            fontsize=8,
-            color=style.INK,
-        )
+        place = {"xytext": (-5, -3), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        look = {"ha": "right", "va": "top", "fontsize": 8, "color": style.INK}
+        text = f"matched gain {_gain(runs, marks['matched'])}"
+        panels[0, 0].annotate(text, (scale * marks["matched"], 1), **place, **look)
     unit = "points" if runs.gain == "accuracy" else "nats per token"
     panels[-1, 0].set_xlabel(f"gain on the domain's probes, {unit} (right is better); {style.where(cells)}")
     caption = (

@@ -6,9 +6,7 @@ from analysis import numbers, units
 from analysis.load import Loaded
 from analysis.statistics.permutation import FLIPS, KINDS, LEVEL, mcnemar
 
-NAMED = (
-    6  # methods or pairs named one by one in a sentence; if there are more, they are counted and the table names them
-)
+NAMED = 6  # methods or pairs named one by one in a sentence; more are counted, and the table names them
 
 
 def is_significant(test: pd.Series) -> bool:

@@ -25,16 +25,12 @@ def flips(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     An answer is right if its score is above 1/2; tasks whose metric is not a proportion of right answers are left out.
     Empty if the items of the base or of all cells are missing.
     """
-    base = loaded.base_items(model)
-    if base.empty or loaded.items.empty or not len(loaded.cells):
+    base, cells = loaded.base_items(model), loaded.of(model, domain)
+    if base.empty or loaded.items.empty or cells.empty:
         return pd.DataFrame()
-    cells = loaded.of(model, domain)
     first = cells.iloc[0]
-    roles = {
-        task: about["role"]
-        for task, about in first["scores_by_task"].items()
-        if units.of_task(first, task) == units.SHARE
-    }
+    scores = first["scores_by_task"]
+    roles = {task: about["role"] for task, about in scores.items() if units.of_task(first, task) == units.SHARE}
     # forgetting is the mean of all retention tasks if the base is above chance on none
     counting = retention_tasks(first) or [task for task, role in roles.items() if role == "retention"]
     tuned = loaded.items_of(cells)
@@ -63,9 +59,8 @@ def by_task(items: pd.DataFrame) -> pd.DataFrame:
     same = {"role": ("role", "first"), "counts": ("counts", "first")}
     sums = {"n": ("base", "size"), "right": ("base", "sum"), "lost": ("lost", "sum"), "gained": ("gained", "sum")}
     each = items.groupby(["task", "method", "cell"], sort=False).agg(**same, **sums)
-    means = each.groupby(["task", "method"], sort=False, as_index=False).agg(
-        **same, **{key: (key, "mean") for key in sums}
-    )
+    averages = {key: (key, "mean") for key in sums}
+    means = each.groupby(["task", "method"], sort=False, as_index=False).agg(**same, **averages)
     return means.assign(net=means["gained"] - means["lost"], churn=means["gained"] + means["lost"])
 
 
@@ -106,17 +101,12 @@ def overlap(pairs: pd.DataFrame, methods: list[str]) -> pd.DataFrame:
     for (a, b), rows in _ordered(pairs, place).groupby(["method_a", "method_b"], sort=False):
         both, expected, spread = rows["both"].sum(), rows["expected"].sum(), np.sqrt(rows["variance"].mean())
         either, total = rows["union"].sum(), (rows["lost_a"] + rows["lost_b"]).sum()
-        records.append(
-            {
-                "method_a": a,
-                "method_b": b,
-                "pairs": len(rows),
-                "jaccard": both / either if either else np.nan,
-                "by_chance": expected / (total - expected) if total else np.nan,
-                "ratio": both / expected if expected else np.nan,
-                "deviations": (both - expected) / len(rows) / spread if spread else np.nan,
-            }
-        )
+        record = {"method_a": a, "method_b": b, "pairs": len(rows)}
+        record["jaccard"] = both / either if either else np.nan
+        record["by_chance"] = expected / (total - expected) if total else np.nan
+        record["ratio"] = both / expected if expected else np.nan
+        record["deviations"] = (both - expected) / len(rows) / spread if spread else np.nan
+        records.append(record)
     return pd.DataFrame(records)
 
 

@@ -190,13 +190,8 @@ def _bases(
     def values(cell: str) -> list[float]:
         return firsts.loc[cell, used].astype(float).tolist()
 
-    bare = [
-        cell
-        for cell in cells
-        if cell in firsts.index
-        and firsts.at[cell, "step"] == 0
-        and not loaded.prepared.get(cell, {}).get("bytes_start")
-    ]
+    begun = [cell for cell in cells if cell in firsts.index and firsts.at[cell, "step"] == 0]
+    bare = [cell for cell in begun if not loaded.prepared.get(cell, {}).get("bytes_start")]
     tuned = (loaded.tuning.get(pair) or {}).get("base") or {}
     recorded = [tuned.get(column.removeprefix("probe_")) for column in used]
     shared = values(bare[0]) if bare else recorded if None not in recorded else None
@@ -277,9 +272,10 @@ def curve(gain: np.ndarray, forgetting: np.ndarray, at: np.ndarray) -> np.ndarra
     return np.where(outside, np.nan, (1 - share) * f0 + share * f1)
 
 
-def gap(
-    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+Family = tuple[np.ndarray, np.ndarray]  # gain and forgetting of its blocks
+
+
+def gap(first: Family, second: Family) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The first family's forgetting minus the second's, averaged over the gains that both reach, and that range's ends.
 
     Each family is (gain, forgetting) of its blocks, (..., k); results are (...). The mean vertical distance of two

@@ -139,8 +139,7 @@ def exact(lost: int, gained: int) -> float:
 
 def _wide(loaded: Loaded, *, model: str, domain: str):
     """Items of cells and base side by side, the cells with items, and the counting tasks by kind; None without."""
-    cells = loaded.of(model, domain) if len(loaded.cells) else loaded.cells
-    base = loaded.base_items(model)
+    cells, base = loaded.of(model, domain), loaded.base_items(model)
     if base.empty or cells.empty or loaded.items.empty:
         return None
     tuned = loaded.items_of(cells)

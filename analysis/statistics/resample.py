@@ -7,7 +7,7 @@ import pandas as pd
 from scipy.stats import chi2
 
 from analysis import units
-from analysis.families import family
+from analysis.families import families
 from analysis.load import Loaded, retention_tasks
 from analysis.statistics.intervals import KEYS
 
@@ -36,10 +36,8 @@ class Resampled:
     @property
     def families(self) -> dict[str, list[int]]:
         """Columns by family, in the order of the grid."""
-        columns: dict[str, list[int]] = {}
-        for column, method in enumerate(self.methods):
-            columns.setdefault(family(method), []).append(column)
-        return columns
+        place = self.methods.index
+        return {name: [place(method) for method in blocks] for name, blocks in families(self.methods).items()}
 
 
 def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, seed: int = 0) -> Resampled | None:
@@ -52,11 +50,9 @@ def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, se
     mean over seeds and its tails are Student's; drawing 3 seeds out of 3 would make the seeds' part a third too small.
     What differs between items by seed is in both parts, which errs on the wide side.
     """
-    cells = loaded.of(model, domain) if len(loaded.cells) else loaded.cells
-    if not len(cells):
-        return None
-    cells = cells[cells["domain_gain"].notna() & cells["forgetting"].notna()]
-    if not len(cells):
+    cells = loaded.of(model, domain)
+    cells = cells.dropna(subset=["domain_gain", "forgetting"]) if len(cells) else cells
+    if cells.empty:
         return None
     first, methods = cells.iloc[0], tuple(dict.fromkeys(cells["method"]))
     if units.of_domain(first) != units.SHARE:  # gain in nats against forgetting in points has no area

@@ -31,9 +31,9 @@ from methods.tools.process_group import Shards
 MFU_GOALS = {("llama3-8b", "full"): 0.45, ("gptj-6b", "full"): 0.40}
 MOFO_GOAL = 1.3  # times fused AdamW
 PENALTY_GOAL = 0.03  # of a step
-STEPS = 6  # counted, behind the warm-up
+STEPS = 6  # counted, after the warm-up
 DOCUMENTS = 16  # of a Fisher pass, likewise
-SPARE = 1 << 30  # of a GPU's memory, for what nobody predicts
+SPARE = 1 << 30  # of a GPU's memory, for what is not predicted
 PREPARED_LENGTH = 512
 
 

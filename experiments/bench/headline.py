@@ -67,7 +67,7 @@ class Findings:
                 "of the claim comes neither from work per token nor from the documents, as measured here"
             )
         if self.times_same < 1:
-            time += ", and importance of the same matrices is had in less time from a Fisher"
+            time += ", and a Fisher gives importance of the same matrices in less time"
         storage = (
             f". Its importance takes {_percent(self.storage)} of the published baseline's storage, where the paper "
             f"claims {_percent(low)} to {_percent(high)}: "

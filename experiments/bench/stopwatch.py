@@ -2,7 +2,7 @@
 
     begin → forward → backward → penalty → clip → update begins → update ends → end
 
-On a GPU the times are those of its own clock (CUDA events), recorded as the work is queued: nobody waits for them.
+On a GPU the times are those of its own clock (CUDA events), recorded as the work is queued, without waiting for it.
 """
 
 from dataclasses import dataclass, field
@@ -20,9 +20,7 @@ class Stopwatch:
         self._device = device
         self._rows: list[dict] = []
         self._now: dict = {}
-        self.bytes_held = self.bytes_forward = (
-            0  # allocated at a step's begin and at the end of a forward pass; the largest
-        )
+        self.bytes_held = self.bytes_forward = 0  # the most allocated when a step begins and after a forward pass
         self.parts = (_Before(watch=self), _After(watch=self))
 
     def mark(self, name: str) -> None:
@@ -47,11 +45,11 @@ class Stopwatch:
         self._now = {}
 
     def between(self, first: str, second: str, *, skip: int) -> list[float]:
-        """Seconds from one mark to another in each step behind the first `skip`; waits for the device."""
+        """Seconds from one mark to another in each step after the first `skip`; waits for the device."""
         return [self._seconds(row[first], row[second]) for row in self._rows[skip:]]
 
     def steps(self, *, skip: int) -> list[float]:
-        """Seconds from the end of one step to the end of the next, behind the first `skip` (one at least)."""
+        """Seconds from the end of one step to the end of the next, after the first `skip` (one at least)."""
         rows = self._rows[skip - 1 :]
         return [self._seconds(before["end"], after["end"]) for before, after in zip(rows, rows[1:])]
 

@@ -153,7 +153,7 @@ def _decode_chunk(base: np.ndarray, coded: memoryview, mantissa: int, *, out: np
     except (zstandard.ZstdError, struct.error, KeyError) as error:
         raise ValueError(str(error)) from error
     if len(coded):
-        raise ValueError("bytes behind the last stream")
+        raise ValueError("bytes after the last stream")
     one = base.dtype.type(1)
     moved = np.empty_like(base)
     moved[order] = (zigzag >> one) ^ -(zigzag & one)

@@ -19,7 +19,7 @@ from methods.tools.process_group import Shards
 
 
 def _nothing(**_: float | None) -> None:
-    """What `charge` does where nobody counts."""
+    """`charge` of a call whose costs are not counted."""
 
 
 @dataclass(kw_only=True)

@@ -7,10 +7,11 @@ import pytest
 
 import analysis
 from analysis import style
+from analysis.families import family
 from analysis.load import load_cells
 from analysis.sections.front import ALL, _volume, front, gain_forgetting_front, hypervolume, nondominated, section
 from analysis.statistics.comparison import comparison
-from analysis.statistics.resample import Resampled, _seeds_part, family, resampled, reversed_interval
+from analysis.statistics.resample import Resampled, _seeds_part, resampled, reversed_interval
 from tests.analysis.fixtures import write_results
 
 WHERE = {"model": "smollm2-135m", "domain": "science"}

@@ -219,7 +219,7 @@ def test_without_a_prefix_a_text_is_scored_from_its_second_token(tiny_llama, tas
     write_rows(tmp_path / "probe" / "general.jsonl", [{"text": "a"}])
     with pytest.raises(UserError, match="probe set general: its texts have no token to score"):
         load_probes(tmp_path / "probe", tokenizer)
-    with pytest.raises(UserError, match="no prompt stands before the answer ' yes'.*bos_token"):
+    with pytest.raises(UserError, match="the answer ' yes' has no prompt.*bos_token"):
         encode.encode_pair(tokenizer, "", " yes")
     with pytest.raises(UserError, match="no EOS token: name `eos_token`"):
         encode.encode_pair(tokenizer, "a", "b", end=True)

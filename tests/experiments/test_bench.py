@@ -226,7 +226,7 @@ def test_the_arithmetic_is_of_documents():
             "would make it 12 times (arithmetic): with them, most of the claim is accounted for",
         ),
         ({"times": {8: 1.0, 1: 18.0}}, "So work per token accounts for most of the claim"),
-        ({}, "the same matrices is had in less time from a Fisher"),
+        ({}, "a Fisher gives importance of the same matrices in less time"),
         (
             {},
             "takes 3 % of the published baseline's storage, where the paper claims 10 % to 15 %: 12 % because only the "
