@@ -458,9 +458,7 @@ def register(
     def enter(part: type[Part]) -> type[Part]:
         name = key or part.__module__.rpartition(".")[2]
         if not (issubclass(part, Part) and "__dataclass_params__" in vars(part) and part.__dataclass_params__.frozen):
-            raise TypeError(
-                f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register, on a subclass of Part"
-            )
+            raise TypeError(f"part {name!r}: write @dataclass(frozen=True, kw_only=True) below @register on a Part")
         if shadowed := [f.name for f in declared(part) if hasattr(Part, f.name)]:
             raise TypeError(f"part {name!r}: the setting {shadowed[0]!r} would hide the hook of that name: rename it")
         own = [name for name in vars(part) if not name.startswith("_") and name not in {f.name for f in declared(part)}]
@@ -486,9 +484,7 @@ def register(
             there and (there.__module__, there.__qualname__) != (part.__module__, part.__qualname__)
         ):
             taken = f"{there.__module__}.{there.__qualname__}" if there else "a method block's own key"
-            raise UserError(
-                f"part {name!r} of {part.__module__}: the name is taken by {taken}; give another `key` to @register"
-            )
+            raise UserError(f"part {name!r} of {part.__module__}: the name is taken by {taken}; give another `key`")
         part.key, part.title, part.paper, part.line, part.phase = name, title, paper, line, phase
         part.capabilities = frozenset(capabilities)
         REGISTERED[name] = part

@@ -41,7 +41,7 @@ def main(study, *, patterns: Sequence[str] = (), top: int = 10) -> None:
             shown = True
     if not shown:
         raise UserError(
-            f"none of {len(chosen)} cells has scored items and a base with scored items: run `dvc repro` to score them"
+            f"none of {len(chosen)} cells has scored items and a scored base: run `dvc repro` to score them"
         )
 
 

@@ -69,9 +69,7 @@ def verdict(
             continue
         unit = units.of_domain(row) if key == "domain_gain" else units.SHARE
         bounded = interval is not None and interval.low is not None
-        without = (
-            "items are missing" if units.per_item(row, row["domain"]) or sign == 1 else "no draw of rows changes it"
-        )
+        without = "items are missing" if units.per_item(row, row["domain"]) or sign == 1 else "no draw changes it"
         ends = (
             f" [{units.change(interval.low, unit)}, {units.change(interval.high, unit)}], n = {interval.n}"
             if bounded

@@ -85,18 +85,14 @@ COMMANDS = {
     "track": Command(help="copy the results into MLflow's database", archive=True),
     "pipeline": Command(help="write dvc.yaml for the study's grid", module="experiments.study.pipeline", alone=True),
     "summary": Command(help="print the comparison, the outcome of each cell and the path of the report", archive=True),
-    "clean-cells": Command(
-        help="delete the weights of finished cells and keep their results",
-        module="experiments.commands.clean",
-        alone=True,
-    ),
+    "clean-cells": Command(help="delete the weights of finished cells and keep their results", alone=True),
     "relock": Command(
         help="rewrite dvc.lock after a change of form, if golden weights and settings are equal before and after",
         arguments=(argument("--show", action="store_true", help="print what is compared as JSON; change nothing"),),
         alone=True,
     ),
     "schema": Command(
-        help="write params.schema.json, from which an editor completes params.yaml; needs no study", study=False
+        help="write params.schema.json, by which editors complete params.yaml; needs no study", study=False
     ),
     "check": Command(
         help="test a part, built in or of another package, against the laws for all parts; needs no study",

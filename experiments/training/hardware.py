@@ -43,9 +43,7 @@ _CUT_DOWN = {"MIG", "Laptop", "Ti", "D", "Max-Q"}  # names of slices and smaller
 def device(setting: str) -> torch.device:
     """The device for a setting: `auto` is the CUDA device where there is one, else the CPU."""
     if setting == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device is cuda, but torch finds no CUDA device here: set `device: auto` or `cpu` in params.yaml"
-        )
+        raise UserError("device is cuda, but torch finds no CUDA device: set `device: auto` or `cpu` in params.yaml")
     return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
 
 

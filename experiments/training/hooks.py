@@ -338,9 +338,7 @@ def optimizer(parts: Sequence[Part], *, run: Run, **settings: Any) -> torch.opti
 def finished(part: Part, final: Any, *, base: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a part's `finish` gives. Raises UserError for tensors that cannot be the base's."""
     if not isinstance(final, Mapping):
-        raise UserError(
-            f"{part.key}: its `finish` gives {_show(final)}: it must give a dict of tensors by base parameter name"
-        )
+        raise UserError(f"{part.key}: its `finish` gives {_show(final)}: it must give tensors by base parameter name")
     if unknown := [name for name in final if name not in base]:
         raise UserError(f"{part.key}: its `finish` gives {unknown[0]}, which the base model does not have")
     for name, tensor in final.items():
