@@ -107,7 +107,7 @@ WRONG = {
         {"optimizer": lambda run, **_: torch.optim.SGD(run.weights.values())},
         "even and odd cannot be combined: each brings an optimizer",
     ),
-    "nothing finished": ({"finish": None}, "odd: its `finish` gives None: it must give tensors of tensors"),
+    "nothing finished": ({"finish": None}, "odd: its `finish` gives None: it must give tensors by base parameter name"),
     "an unknown name": (
         {"finish": lambda final, **_: final | {"extra.weight": torch.zeros(2)}},
         "odd: its `finish` gives extra.weight, which the base model",
