@@ -30,7 +30,7 @@ from experiments.training.flops import Flops
 from experiments.training.settings import TrainSettings
 from methods import registry
 from methods.errors import UserError
-from methods.part import REGISTERED, Part, Prepared, register
+from methods.part import REGISTERED, Part, Prepared, register, setting
 from methods.settings import declared
 from methods.tools.costs import Added, Memory, Pass
 from methods.tools.files import read_json, write_json
@@ -46,7 +46,7 @@ COMMON = set(vars(TrainSettings())) | {"path", "dropout"}  # settings whose name
 class Replayed(Part):
     """What a first part of somebody else's looks like: it prepares, and has none of the settings that ours have."""
 
-    share: float = 0.25
+    share: float = setting(0.25, within="[0, 1]", help="tokens read for each token of the domain")
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=None, resume=None, sample=None):
         longest = max(general, key=lambda example: len(example["input_ids"]))
