@@ -474,9 +474,9 @@ class Everything(Part):
         return {"scores": [[t.tolist() for t in each] for each in state["scores"]], "texts": state["texts"]}
 
 
-LORA = {"lora": {"rank": 2, "targets": ["q_proj"]}}
-CELLS = [(a, blocks, (Everything(),)) for a in ("llama", "gptj") for blocks in ({}, LORA)]
-CELLS += [("llama", LORA, ())]  # the base is first run inside the trained model's forward
+ADAPTED = {"lora": {"rank": 2, "targets": ["q_proj"]}}
+CELLS = [(a, blocks, (Everything(),)) for a in ("llama", "gptj") for blocks in ({}, ADAPTED)]
+CELLS += [("llama", ADAPTED, ())]  # the base is first run inside the trained model's forward
 KL_BLOCK = {"kl": {"strength": 1.0, "text": "both", "share": 0.4, "length": 20, "temperature": 2.0}}
 
 
