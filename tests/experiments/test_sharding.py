@@ -1,4 +1,4 @@
-"""One run on several processes: the numbers of one process; and a run that was stopped, gone on from, bit for bit.
+"""One run on several processes: the numbers of one process, and a run that was stopped and resumes, bit for bit.
 
 Processes are real (gloo), weights are shared by torch's fully_shard.
 """

@@ -1,4 +1,4 @@
-"""What has changed since the beginning is told by content, and put into values that are made anew."""
+"""Changes since the beginning are found by content and put into values that are made anew."""
 
 import collections
 import json
