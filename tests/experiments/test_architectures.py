@@ -522,7 +522,7 @@ def test_adapters_may_stand_in_later_blocks_alone(kind):
             "llama4_text",
             OTHERS["llama4_text"],
             ["router"],
-            "lora: its adapters would stand on model.layers.0.feed_forward.router .* a Llama4Router",
+            "lora: its adapters would adapt model.layers.0.feed_forward.router .* a Llama4Router",
         ),
         (
             "ernie4_5_moe",
@@ -534,7 +534,7 @@ def test_adapters_may_stand_in_later_blocks_alone(kind):
             "ernie4_5_moe",
             ERNIE,
             ["gate_proj", "up_proj"],
-            "lora: its adapters would stand on model.layers.1.mlp.experts .* a Ernie4_5_MoeExperts",
+            "lora: its adapters would adapt model.layers.1.mlp.experts .* a Ernie4_5_MoeExperts",
         ),
         (
             "mamba",
