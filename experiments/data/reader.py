@@ -1,0 +1,37 @@
+"""Read the rows of a study's blocks, each block once, and write rows to files."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.data import rows
+from experiments.study import schema
+from experiments.study.schema import General, Scored
+
+Row = dict[str, Any]
+
+
+@dataclass(kw_only=True)
+class Reader:
+    """Reads each block's rows once, however many domains use them."""
+
+    study: Any
+    read_before: dict[str, rows.Rows] = field(default_factory=dict)
+
+    def __call__(self, block: General | Scored, named: schema.Rows, *, where: str) -> rows.Rows:
+        if where not in self.read_before:
+            source = {"packages": self.study.packages, "prefer": self.study.data.source}
+            loaded = rows.read(named, **source, where=where, emptied=block.nulls == "empty")
+            shaped = rows.shape(loaded.rows, block, where=where) if isinstance(block, Scored) else loaded.rows
+            self.read_before[where] = rows.Rows(rows=shaped, source=loaded.source)
+        return self.read_before[where]
+
+
+def write_rows(path: Path, lines: Iterable[Row]) -> Path:
+    """Write one JSON object a line with sorted keys, so that equal rows give equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False, sort_keys=True, default=str) + "\n" for line in lines)
+    return path
