@@ -18,6 +18,8 @@ from evaluation.rendered import read_jsonl
 from methods.errors import UserError
 from methods.tools.jsonl import Row
 
+GENERAL = "general"  # the set of general text
+
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
@@ -95,9 +97,9 @@ def _requests(
 def probe(
     *, model: torch.nn.Module, sets: Mapping[str, list[Item]], tokens: int = shared_prefix.TOKENS
 ) -> dict[str, float]:
-    """Score probe sets: accuracy and nats per token of the gold choice, or the perplexity of a set of texts.
+    """Score probe sets: accuracy and nats per token of the gold choice, or the nats per token of a set of texts.
 
-    Returns {"<name>": accuracy, "<name>_nll": nats per token, "perplexity": exp(nats per token)}. Accuracy is that of
+    Returns {"<name>": accuracy, "<name>_nll": nats per token, "perplexity": exp(general_nll)}. Accuracy is that of
     lm-eval: the likeliest choice, per character for acc_norm, per byte for acc_bytes, by what the context adds for
     acc_mutual_info; with one choice (LAMBADA) and for exact_match, whether the model would write it. For any other
     metric (mcc, brier_score) it is the accuracy of the likeliest choice. Written answers (GSM8K) have nats alone,
@@ -113,7 +115,9 @@ def probe(
         scored = [[next(answers) for _ in row] for row in windows[name]]
         if items[0].gold is None:
             nats = -math.fsum(value for values in scored for value, _ in values)
-            report["perplexity"] = math.exp(min(nats / _tokens(r for i in items for r in i.requests), 700.0))
+            report[f"{name}_nll"] = nats / _tokens(r for i in items for r in i.requests)
+            if name == GENERAL:
+                report["perplexity"] = math.exp(min(report[f"{name}_nll"], 700.0))
             continue
         nats = -math.fsum(values[item.gold][0] for item, values in zip(items, scored))
         if not items[0].written:

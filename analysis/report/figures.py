@@ -115,7 +115,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     domain = cells.iloc[0]["domain"]
     curves = loaded.curves[loaded.curves["cell"].isin(cells.index)]
     names = [c for c in curves.columns if c.startswith("probe_") and c.endswith("_nll") and curves[c].notna().any()]
-    retention = [c for c in names if c != f"probe_{domain}_nll"]
+    retention = [c for c in names if c not in (f"probe_{domain}_nll", "probe_general_nll")]
     data = curves[["cell", "step", "tokens"]].copy()
     data["domain_accuracy"] = curves.get(f"probe_{domain}")
     data["retention_nats"] = curves[retention].mean(axis=1) if retention else np.nan

@@ -66,7 +66,11 @@ def trajectories(loaded: Loaded, *, model: str, domain: str) -> Trajectories | N
     curves = loaded.curves[loaded.curves["cell"].isin(cells.index)]
     probed = [c for c in curves.columns if c.startswith("probe_") and curves[c].notna().any()]
     sets = dict.fromkeys(c.removesuffix("_nll").removeprefix("probe_") for c in probed)
-    kept = [task for task in sets if task not in ("perplexity", domain) and _shows_forgetting(cells.iloc[0], task)]
+    kept = [
+        task
+        for task in sets
+        if task not in ("perplexity", "general", domain) and _shows_forgetting(cells.iloc[0], task)
+    ]
     shares = [task for task in kept if units.of_task(cells.iloc[0], task) == units.SHARE]
     right = tuple(f"probe_{task}" for task in shares if f"probe_{task}" in probed)
     nats = tuple(f"probe_{task}_nll" for task in kept if f"probe_{task}_nll" in probed)

@@ -163,6 +163,7 @@ def curve_of(*, method: str, domain: str, seed: int, steps: int = 60) -> pd.Data
                     f"probe_{task}_nll": 2.6 + 0.8 * lost,
                 }
             row["probe_perplexity"] = 21.0 * (1 + 0.12 * harsh * rise)
+            row["probe_general_nll"] = np.log(row["probe_perplexity"])
         rows.append(row)
     return pd.DataFrame(rows)
 

@@ -246,7 +246,9 @@ def test_without_probe_rows_a_cell_trains(tmp_path, probes, passages):
     (found.paths.prepared(model="llama-tiny", method="full", seed=0)).mkdir(parents=True)
     train.main(found, parse(CELL, found))
     columns = (found.paths.run(parse(CELL, found)) / "curve.csv").read_text().splitlines()[0].split(",")
-    assert [c for c in columns if c.startswith("probe_")] == (["probe_perplexity"] if probes and passages else [])
+    assert [c for c in columns if c.startswith("probe_")] == (
+        ["probe_general_nll", "probe_perplexity"] if probes and passages else []
+    )
 
 
 def test_trials_are_refused_where_nothing_judges_them(tmp_path):
