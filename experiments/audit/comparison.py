@@ -1,0 +1,155 @@
+"""What the tuned model lost against the base: by task, in all, on general text, and answer by answer.
+
+All differences are the base's less the tuned model's, paired item by item, so that more is more forgotten; intervals
+are at 95 % and over items (analysis/statistics/intervals.py): they are about these two models.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.statistics.intervals import KEYS, Interval, of_arrays
+from analysis.units import SHARE, step
+from evaluation.harness import load_tasks
+from evaluation.retention import change, forgetting
+from experiments.audit.data import Data
+from experiments.audit.scoring import Scores
+from experiments.commands.flips import questions
+
+NATS = {"gold_nll": "log_likelihood", "margin": "margin"}  # what a model may lose of an answer, and its column of items
+GENERAL = "general"
+
+
+def compare(base: Scores, tuned: Scores, *, same_ids: bool) -> dict[str, Any]:
+    """{"tasks", "overall", "general"} of audit.json.
+
+    same_ids   whether both models predict the same tokens: nats per token and KL are not defined otherwise
+    """
+    items = joined(base.items, tuned.items)
+    lost = forgetting(base.scores["tasks"], tuned.scores["tasks"])
+    tasks = [
+        _task(name, base.scores["tasks"][name], score, items[items["task"] == name], lost)
+        for name, score in tuned.scores["tasks"].items()
+    ]
+    return {"tasks": tasks, "overall": _overall(items, lost), "general": _general(base, tuned, items, same_ids)}
+
+
+def joined(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
+    """Items of both models, paired; columns of the base's end in _base."""
+    return tuned.merge(base, on=KEYS, suffixes=("", "_base"), validate="one_to_one")
+
+
+def _task(name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
+    about = {key: tuned.get(key) for key in ("metric", "chance", "n")} | {"name": name, "counts": name in lost["by_task"]}
+    changed = change(base, tuned)
+    about |= {"unit": changed["unit"], "base": base["value"], "tuned": tuned["value"]}
+    about["lost"] = _shown(_lost(items, "score", step(changed["unit"])), value=0.0 - changed["change"])
+    about |= {f"{key}_lost": _shown(_lost(items, column)) for key, column in NATS.items()}
+    if changed["unit"] == SHARE:
+        right, still = items["score_base"] > 0.5, items["score"] > 0.5
+        about["answers"] = {
+            "right": int(right.sum()),
+            "lost": int((right & ~still).sum()),
+            "gained": int((~right & still).sum()),
+        }
+    return about
+
+
+def _overall(items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
+    """The means over the tasks that count, which are those on which the base is above chance."""
+    kept = list(lost["by_task"])
+    each = {task: items[items["task"] == task] for task in kept}
+    found: dict[str, Any] = {"tasks": kept, "at_chance": lost["at_chance"], "apart": sorted(lost["apart"])}
+    found["forgetting"] = _shown(_mean([_difference(own, "score") for own in each.values()], 1.0), value=lost["forgetting"])
+    for key, column in NATS.items():
+        known = [found for own in each.values() if (found := _difference(own, column)) is not None]
+        found[f"{key}_lost"] = _shown(_mean(known, 0.0))
+    return found
+
+
+def _general(base: Scores, tuned: Scores, items: pd.DataFrame, same_ids: bool) -> dict[str, Any] | None:
+    """General text: nats and KL per token where the tokens are the same, bits per byte in any case."""
+    if GENERAL not in tuned.scores:
+        return None
+    one, other = base.scores[GENERAL], tuned.scores[GENERAL]
+    own = items[items["task"] == GENERAL]
+    nats = (own["log_likelihood_base"] - own["log_likelihood"]).to_numpy(dtype=float)
+    size = own["bytes"].to_numpy(dtype=float)
+    found: dict[str, Any] = {"n": other["n"], "bytes": other["bytes"], "same_ids": same_ids}
+    found["tokens"] = {"base": one["tokens"], "tuned": other["tokens"]}
+    found["bits_per_byte"] = {"base": one["bits_per_byte"], "tuned": other["bits_per_byte"]}
+    found["bits_per_byte_lost"] = _shown(_per(nats / np.log(2), size), value=other["bits_per_byte"] - one["bits_per_byte"])
+    if not same_ids:
+        return found | dict.fromkeys(("nll", "nll_lost", "kl", "kl_reverse"))
+    tokens = own["tokens"].to_numpy(dtype=float)
+    found["nll"] = {"base": one["nats_per_token"], "tuned": other["nats_per_token"]}
+    found["nll_lost"] = _shown(_per(nats, tokens), value=other["nats_per_token"] - one["nats_per_token"])
+    for key in ("kl", "kl_reverse"):
+        found[key] = _shown(_per(own[key].to_numpy(dtype=float) * tokens, tokens))
+    return found
+
+
+def _difference(items: pd.DataFrame, column: str) -> np.ndarray | None:
+    """The base's values less the tuned model's, (1, n); None where the items have none."""
+    if f"{column}_base" not in items or not len(items):
+        return None
+    values = (items[f"{column}_base"] - items[column]).to_numpy(dtype=float)
+    return None if np.isnan(values).any() else values[None]
+
+
+def _lost(items: pd.DataFrame, column: str, moved: float = 0.0) -> Interval | None:
+    values = _difference(items, column)
+    return None if values is None else of_arrays([values], step=moved)
+
+
+def _mean(tasks: list[np.ndarray], moved: float) -> Interval | None:
+    return of_arrays(tasks, step=moved) if tasks else None
+
+
+def _per(values: np.ndarray, weights: np.ndarray) -> Interval:
+    """Σ values / Σ weights over texts, with the ratio estimator's interval (Cochran 1977, ch. 6)."""
+    ratio = values.sum() / weights.sum()
+    return of_arrays([(ratio + len(values) * (values - ratio * weights) / weights.sum())[None]], step=0.0)
+
+
+def _shown(interval: Interval | None, *, value: float | None = None) -> dict[str, float | None] | None:
+    """An interval as JSON; `value` is the recorded one where there is one."""
+    if interval is None:
+        return None if value is None else {"value": value, "low": None, "high": None}
+    return {"value": interval.value if value is None else value, "low": interval.low, "high": interval.high}
+
+
+def flipped(base: Scores, tuned: Scores, data: Data) -> list[dict[str, Any]]:
+    """Answers that turned from right to wrong ("lost") or from wrong to right ("gained"), with their text.
+
+    Lost ones first, and of each kind those whose right answer changed most in log-likelihood.
+    """
+    items = joined(base.items, tuned.items)
+    right, still = items["score_base"] > 0.5, items["score"] > 0.5
+    shares = [name for name, task in tuned.scores["tasks"].items() if task.get("unit", SHARE) == SHARE]
+    items = items.assign(kind=np.where(right & ~still, "lost", np.where(~right & still, "gained", "")))
+    items = items[items["task"].isin(shares) & (items["kind"] != "")]
+    tasks = {entry["name"]: task for entry, task in load_tasks(data.folder) if entry["name"] in set(items["task"])}
+    texts = {(name, row["id"]): row for name, task in tasks.items() for row in questions(task)}
+    made = []
+    for item in items.itertuples():
+        row = texts[item.task, item.doc_hash]
+        choices = [choice.strip() for choice in row["choices"]]
+        several = len(choices) > 1
+        change = item.log_likelihood - item.log_likelihood_base
+        made.append(
+            {
+                "task": item.task,
+                "doc_hash": item.doc_hash,
+                "kind": item.kind,
+                "question": row["context"],
+                "right": choices[row["gold"]],
+                "base": choices[int(item.choice_base)] if several and item.choice_base == item.choice_base else None,
+                "tuned": choices[int(item.choice)] if several and item.choice == item.choice else None,
+                "gold_change": None if change != change else change,
+            }
+        )
+    made.sort(key=lambda one: (one["kind"] != "lost", -abs(one["gold_change"] or 0.0), one["task"], one["doc_hash"]))
+    return made

@@ -1,0 +1,110 @@
+"""The rows that both models are scored on: tasks as the `data` stage writes them, and general text."""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from experiments.audit import kept
+from experiments.data import general_text, rows, splits
+from experiments.data.reader import Reader, write_rows
+from experiments.data.scored_tasks import write_scored
+from experiments.study import schema
+from methods.errors import UserError
+from methods.tools.files import sha256
+from methods.tools.jsonl import place
+
+TEXTS = 128  # passages of general text
+COLUMNS = ("text", "content", "passage", "document")  # where a file's text is looked for
+GENERAL = {"name": "general", "role": "perplexity", "file": "general.jsonl", "task": "general_text"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Rows on the disk, in the layout of work/data/evaluate/DOMAIN.
+
+    folder    tasks.json and one file a task
+    sha256    hash of all of it, by which scores are kept
+    facts     by task: source, licence, counts
+    """
+
+    folder: Path
+    sha256: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def texts(self) -> list[str]:
+        """The general text."""
+        file = self.folder / "general.jsonl"
+        return (
+            [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+            if file.is_file()
+            else []
+        )
+
+
+def write(*, study, work: Path, names: Sequence[str], number: int | None, text: Path | None, texts: int | None) -> Data:
+    """Write the rows of the tasks `names` and of general text to a folder of `work` that is named after their content.
+
+    study    whose tasks and general text are meant; `number` replaces its number of rows of each task
+    text     a file of one's own in place of its general text, of which `texts` passages are taken
+    Raises UserError for a task without rows, and where there is neither text nor a general block.
+    """
+    out = work / "rows" / "new"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    if number is not None:
+        limited = {name: task.model_copy(update={"test": number}) for name, task in study.tasks.items()}
+        study = study.model_copy(update={"tasks": limited})
+    reader = Reader(study=study)
+    # as a domain would name them, without rows of its own
+    named = SimpleNamespace(retention=list(names), transfer=[], task=None)
+    listed, facts = write_scored("audit", named, reader, folder=out, taught=set(), sources=())
+    passages, facts["general"] = _own(text, texts or TEXTS) if text else _general(study, reader, texts)
+    if passages:
+        write_rows(out / "general.jsonl", passages)
+        listed.append(GENERAL | {"metric": "perplexity", "chance": None})
+    (out / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    digest = kept.digest([[path.name, sha256(path)] for path in sorted(out.iterdir())])
+    folder = work / "rows" / digest[:32]
+    shutil.rmtree(folder, ignore_errors=True)
+    out.replace(folder)
+    return Data(folder=folder, sha256=digest, facts=facts)
+
+
+def _general(study, reader: Reader, number: int | None) -> tuple[list[dict], dict]:
+    """The passages of `general:` whose perplexity a study measures: the same ones, so that its scores are comparable."""
+    block = study.general
+    if block is None:
+        return [], {}
+    wanted = {"importance": 1, "probe": 0, "perplexity": number or block.perplexity}
+    drawn = general_text.lines(block.model_copy(update=wanted), reader)
+    source = reader(block, block.rows, where="general").source
+    return drawn["perplexity"], {"source": source, "licence": block.licence}
+
+
+def _own(file: Path, number: int) -> tuple[list[dict], dict]:
+    """Passages of a file: the first `number` distinct ones by hash."""
+    loaded = rows.read(schema.Rows(jsonl=schema.Jsonl(path=str(file))), packages={}, prefer="pypi", where="--text")
+    column = _column(loaded.rows, file)
+    texts = [str(row[column]).strip() for row in loaded.rows]
+    by_hash = {splits.text_hash(text): text for text in reversed(texts) if text}
+    chosen = sorted(by_hash)[:number]
+    if not chosen:
+        raise UserError(f"--text {file}: every text in column {column!r} is empty")
+    return [{"id": key, "text": by_hash[key]} for key in chosen], {"source": loaded.source, "licence": ""}
+
+
+def _column(found: Sequence[dict], file: Path) -> str:
+    """The column that holds the text: one with a usual name, or the only one with texts."""
+    holding = [name for name in found[0] if all(isinstance(row.get(name), str) for row in found)]
+    for name in (*COLUMNS, *(holding if len(holding) == 1 else ())):
+        if name in holding:
+            return name
+    raise UserError(
+        f"--text {file}: {place(found[0], 1)} has the columns {', '.join(found[0])}, and it is not clear which of them is "
+        f"the text: call it {COLUMNS[0]!r}"
+    )

@@ -1,0 +1,280 @@
+"""The two models of an audit, from what a person may name: a folder, an adapter's folder, the hub, a model by name.
+
+A model is looked at without loading it: which files it consists of, their hash, its config and its tokenizer. Each is a
+folder in Hugging Face layout; an adapter's becomes one when it is merged (experiments/audit/adapters.py).
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from experiments.audit import adapters, kept
+from experiments.model import hub, vocabulary, weights
+from experiments.model.shape import Shape
+from methods.errors import UserError
+from methods.tools import files as disk
+from methods.tools import model_folder
+from methods.tools.names import unknown
+
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+_ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A model that is known and not loaded.
+
+    given       as the person wrote it
+    folder      its config and weights; of an adapter those of its base
+    adapter     the adapter's folder, which is to be merged into `folder`, or None
+    names       what an adapter_config.json may call it
+    weights     identity: of a folder the hash of its weights (`weights.tensor_sha256`)
+    about       facts for the page: the hub's commit, the adapter's base
+    """
+
+    given: str
+    folder: Path
+    names: frozenset[str]
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    weights: str
+    config_sha256: str
+    adapter: Path | None = None
+    base: "Model | None" = None
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+
+def resolve(given: str, *, study, work: Path, beside: Model | None = None, same_base: bool = False) -> Model:
+    """The model that a person named; UserError names what is wrong with it.
+
+    study       whose `models:` may be named, or None
+    work        folder for remembered hashes
+    beside      BASE, into which an adapter given as TUNED is merged
+    same_base   an adapter's base is `beside`, whatever its adapter_config.json says
+    """
+    known = study.models if study else {}
+    if given.startswith("hub:"):
+        folder, about = _from_hub(given.removeprefix("hub:"), work)
+        names = {given.removeprefix("hub:").partition("@")[0]}
+    elif given in known:
+        folder, names, about = _by_name(given, study)
+    elif Path(given).expanduser().is_dir():
+        folder, about = Path(given).expanduser(), {}
+        names = {str(folder), folder.resolve().name}
+    else:
+        raise UserError(_nothing(given, known))
+    if _is_adapter(folder):
+        return _adapted(given, folder, names, about, study=study, work=work, beside=beside, same_base=same_base)
+    return _whole(given, folder, frozenset(names | _names_inside(folder)), about, work=work)
+
+
+def _nothing(given: str, known: Mapping[str, Any]) -> str:
+    if Path(given).expanduser().is_file():
+        return f"{given} is a file, not a model: give the folder that it is in"
+    if given.count("/") == 1 and not given.startswith((".", "/", "~")):
+        return f"{given} is no folder here: write hub:{given} for a model on the hub, or correct the path"
+    if "/" in given:
+        return f"{given} is no folder: correct the path, or write hub:OWNER/NAME for a model on the hub"
+    return f"{unknown('model', given, known)}; a folder is written ./{given}, a model on the hub hub:OWNER/NAME"
+
+
+def _from_hub(rest: str, work: Path) -> tuple[Path, dict[str, Any]]:
+    """The folder in the hub's cache of OWNER/NAME[@REVISION]; an adapter's as well as a whole model's."""
+    name, _, revision = rest.partition("@")
+    small = hub.snapshot(name, revision=revision or "main", patterns=[*weights.TOKENIZER_FILES], copy_to=work)
+    if not (small / "adapter_config.json").is_file():
+        model_folder.config_of(small, f"hub:{name}")  # refused before gigabytes are fetched
+    patterns = [*weights.TOKENIZER_FILES, *weights.SAFETENSORS, *_ADAPTER]
+    folder = hub.snapshot(name, revision=small.name, patterns=patterns, copy_to=work, copy_bytes=0)
+    return folder, {"commit": folder.name}
+
+
+def _by_name(name: str, study) -> tuple[Path, set[str], dict[str, Any]]:
+    """The converted folder of a model under `models:`, which is made where it is not there."""
+    block, folder = study.models[name], study.paths.model(name)
+    if not (folder / "base.json").is_file():
+        print(f"model {name!r} is not converted yet: {block.source} is read", flush=True)
+        weights.materialise(name=name, block=block, packages=study.packages, out_dir=folder)
+    if (source := disk.read_json(folder / "base.json").get("source")) != block.source:
+        raise UserError(
+            f"model {name!r}: {folder} was made of {source}, and params.yaml says {block.source}: run `dvc repro "
+            f"model@{name}`"
+        )
+    kind, _, rest = block.source.partition(":")
+    named = {name, rest.partition("@")[0] if kind == "hub" else rest}
+    return folder, named, {"source": block.source} | ({"note": block.note} if block.note else {})
+
+
+def _is_adapter(folder: Path) -> bool:
+    whole = ("model.safetensors", "model.safetensors.index.json")
+    return (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in whole)
+
+
+def _names_inside(folder: Path) -> set[str]:
+    """Names of the model that its own config.json or base.json gives."""
+    named = set()
+    for file, key in (("config.json", "_name_or_path"), ("base.json", "source")):
+        if (folder / file).is_file():
+            value = disk.read_json(folder / file).get(key)
+            named |= {value.removeprefix("hub:").partition("@")[0]} if isinstance(value, str) and value else set()
+    return named
+
+
+def _whole(given: str, folder: Path, names: frozenset[str], about: Mapping[str, Any], *, work: Path) -> Model:
+    """A folder with all weights; refused by name where it is not a causal language model in safetensors."""
+    if not (folder / "config.json").is_file():
+        raise UserError(_no_model(given, folder))
+    config = model_folder.config_of(folder, given)
+    model_folder.refuse_incomplete(folder, given)
+    tensors = sorted(folder.glob("*.safetensors"))
+    if not tensors:
+        pickled = any(folder.glob("*.bin"))
+        raise UserError(
+            f"{given} holds no safetensors"
+            + (
+                ": its .bin files can run code and are not read; save the model with safetensors, or write a block "
+                "under `models:` in params.yaml with `bin_sha256` and give that block's name"
+                if pickled
+                else ": fetch the folder again, whole"
+            )
+        )
+    model_folder.refuse_codes(model_folder.headers(tensors, given), given)
+    tokenizer = _tokenizer(given, folder, rows=config.get_text_config().vocab_size)
+    digest = kept.of_files(
+        tensors, folder=work / "hashes", name="weights", compute=lambda: weights.tensor_sha256(folder)
+    )
+    return Model(
+        given=given,
+        folder=folder,
+        names=names,
+        config=config,
+        tokenizer=tokenizer,
+        weights=digest,
+        config_sha256=_config_sha256(folder),
+        about=about,
+    )
+
+
+def _no_model(given: str, folder: Path) -> str:
+    if (folder / "weights.json").is_file() and (folder / "delta.safetensors").is_file():
+        return f"{given} holds the kept weights of a cell: write them as a model with `python -m experiments export`"
+    return model_folder.no_config(folder)
+
+
+def _tokenizer(given: str, folder: Path, *, rows: int) -> PreTrainedTokenizerBase:
+    tokenizer = weights.load_tokenizer(folder)
+    try:
+        notes = vocabulary.check(rows=rows, tokenizer=tokenizer)
+    except UserError as error:
+        raise UserError(f"{given}: {error}") from error
+    for sentence in notes:
+        print(f"{given}: {sentence}", flush=True)
+    return tokenizer
+
+
+def _config_sha256(folder: Path) -> str:
+    """Hash of the files beside the weights that decide what a model computes and where an answer ends."""
+    found = [folder / name for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in found)).hexdigest()
+
+
+def _adapted(
+    given: str, folder: Path, names: set[str], about: dict, *, study, work: Path, beside: Model | None, same_base: bool
+) -> Model:
+    """An adapter beside its base: BASE, BASE's own base where that is an adapter too, or the folder it names."""
+    config = adapters.read_config(folder, given)
+    named = config.get("base_model_name_or_path") or None
+    base = _base_of(given, named, study=study, work=work, beside=beside, same_base=same_base)
+    adapters.refuse_other_shapes(folder, given, base)
+    own = any((folder / name).is_file() for name in _TOKENIZER)
+    rows = max(adapters.embedding_rows(folder, base) or 0, base.config.get_text_config().vocab_size)
+    file = folder / "adapter_model.safetensors"
+    digest = kept.of_files([file], folder=work / "hashes", name="file", compute=lambda: disk.sha256(file))
+    return Model(
+        given=given,
+        folder=base.folder,
+        adapter=folder,
+        base=base,
+        names=frozenset(names),
+        config=base.config,
+        tokenizer=_tokenizer(given, folder, rows=rows) if own else base.tokenizer,
+        weights=kept.digest([base.weights, digest, config, adapters.VERSION]),
+        config_sha256=base.config_sha256,
+        about=about | {"adapter_of": named, "adapter": adapters.described(config)},
+    )
+
+
+def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model | None, same_base: bool) -> Model:
+    """The model that an adapter belongs to."""
+    candidates = [model for model in (beside, beside and beside.base) if model]
+    if candidates and (same_base or named is None):
+        if named is None and not same_base:
+            print(
+                f"{given} names no base (adapter_config.json): it is taken for an adapter of {beside.given}", flush=True
+            )
+        return candidates[0]
+    here = _here(named, study=study, work=work)
+    for model in candidates:
+        if here is not None and here.weights == model.weights:
+            return model
+        if here is None and any(_alike(named, name) for name in model.names):
+            return model
+    if candidates:
+        raise UserError(
+            f"{given} is an adapter of another model: it names {named!r} as its base (adapter_config.json), and BASE is "
+            f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {named} as BASE; where BASE "
+            "is that model under another name, say so with --same-base"
+        )
+    if here is None:
+        raise UserError(
+            f"{given} is an adapter of {named or 'a base that it does not name'}, which is no folder here and no model "
+            "of params.yaml: give an adapter as TUNED beside its base, or merge it (peft's merge_and_unload, then "
+            "save_pretrained) and give that folder"
+        )
+    return here
+
+
+def _here(named: str | None, *, study, work: Path) -> Model | None:
+    """The base that an adapter names, where it is on this machine: as a folder, or under `models:`."""
+    known = (name for name, block in (study.models if study else {}).items() if named == name)
+    name = next(known, None)
+    if named is None or not (name or Path(named).expanduser().is_dir()):
+        return None
+    return resolve(name or named, study=study, work=work)
+
+
+def _alike(one: str, other: str) -> bool:
+    """Whether two names of models may be of the same: a copy has another owner or folder, and the same last part."""
+    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (one, other)]
+    return last[0] == last[1]
+
+
+def refuse_other_architecture(base: Model, tuned: Model) -> None:
+    """Raise UserError unless both have the same tensors; the rows of embedding and head may differ in number."""
+    kinds = [model.config.model_type for model in (base, tuned)]
+    if kinds[0] != kinds[1]:
+        raise UserError(
+            f"{base.given} is a {kinds[0]} and {tuned.given} a {kinds[1]}: an audit compares a model with what it was "
+            "tuned from, which has the same architecture"
+        )
+    shapes, embedding = [], set()
+    for model in (base, tuned):
+        built = Shape(config=model.config).build()
+        shapes.append({name: tuple(p.shape) for name, p in built.named_parameters()})
+        inside = {id(p): name for name, p in built.named_parameters()}
+        layers = [layer for layer in (built.get_input_embeddings(), built.get_output_embeddings()) if layer is not None]
+        embedding |= {inside[id(p)] for layer in layers for p in layer.parameters() if id(p) in inside}
+    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
+        ours, theirs = (shape.get(name) for shape in shapes)
+        if name in embedding and (ours is None or theirs is None or ours[1:] == theirs[1:]):
+            continue  # added tokens, or a head that is no longer the embedding
+        if ours != theirs:
+            said = [list(shape) if shape else "nothing" for shape in (ours, theirs)]
+            raise UserError(
+                f"{base.given} and {tuned.given} are {kinds[0]}s of different sizes: {name} is {said[0]} in the first "
+                f"and {said[1]} in the second, so one was not tuned from the other"
+            )
