@@ -244,6 +244,8 @@ def test_a_block_of_params_yaml_is_one_that_loads(page, text, tmp_path):
     folder = Paths(study=study, root=tmp_path).folder
     folder.mkdir(parents=True, exist_ok=True)
     YAML().dump(whole, folder / "params.yaml")
+    if study:
+        shutil.copy(HERE / "params.yaml", tmp_path)
     loaded = config.load(study, root=tmp_path)
     for key in ("methods", "domains", "models"):
         assert set(given.get(key, {})) <= set(getattr(loaded, key))

@@ -23,7 +23,6 @@ from experiments.commands import plan
 from experiments.stages import resolve
 from experiments.study import cells, config, pipeline
 from experiments.study.params_text import read_yaml, with_methods
-from experiments.study.paths import Paths
 from experiments.training.settings import TrainSettings
 from methods.errors import UserError
 from methods.settings import declared
@@ -45,7 +44,7 @@ def main(study, *, method: str, knob: str, values: str, points: int | None = Non
     """
     blocks = make(study, method=method, knob=knob, values=values, points=points, linear=linear)
     path = study.paths.params
-    present = read_yaml(path)["methods"]
+    present = read_yaml(path).get("methods") or {}
     for name, block in blocks.items():
         if present.get(name, block) != block:
             raise UserError(
@@ -182,10 +181,9 @@ def _knob(study, method: str, part: str, setting: str) -> tuple[Any, list]:
 def _check(study, text: str) -> None:
     """Load the new text as a study, so that every part checks its settings, before the old file is replaced."""
     with TemporaryDirectory() as folder:
-        paths = Paths(study=study.name, root=Path(folder))
-        paths.folder.mkdir(parents=True, exist_ok=True)
-        paths.params.write_text(text)
-        new = config.load(study.name, root=paths.root)
+        file = Path(folder) / study.paths.params.name
+        file.write_text(text)
+        new = config.build(read_yaml(file), paths=study.paths)
     for cell in cells.grid(new):
         new.settings(model=cell.model, domain=cell.domain, method=cell.method)
         new.prepare_settings(model=cell.model, method=cell.method)

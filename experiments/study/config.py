@@ -3,19 +3,20 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any
 
-from pydantic import InstanceOf, ValidationError
+from pydantic import InstanceOf
 
-from experiments.study import clashes
+from experiments.study import clashes, inheritance
 from experiments.study.params_text import read_yaml, refuse_odd
 from experiments.study.paths import Paths
-from experiments.study.schema import Block, Form, MethodTrain, Params
+from experiments.study.schema import MethodTrain, Params
+from experiments.study.validation import check_models, validate
 from experiments.training.settings import TrainSettings
 from methods import registry
 from methods.errors import UserError
 from methods.part import Part
-from methods.settings import describe, hint, refuse, shown
+from methods.settings import refuse
 from methods.tools.names import checked, unknown
 
 if TYPE_CHECKING:
@@ -86,19 +87,15 @@ def load(name: str = "", *, root: Path | None = None) -> Study:
 
 
 def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
-    """Build the study from the blocks of a params.yaml. Raises UserError that names the path of the first mistake."""
+    """Build the study from the blocks of a params.yaml and those that it takes over from the root's.
+
+    Raises UserError that names the path of the first mistake.
+    """
     refuse_odd(raw)
-    params = validate(Params, raw)
-    for name, model in params.models.items():
-        if model.source.startswith("pypi:") and not model.sha256:
-            raise UserError(f"models.{name} has no `sha256`: a pypi source needs that of its file in the wheel")
-        if beside := {"seed", "dtype", "architecture"} & model.config.keys():
-            raise UserError(
-                f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes "
-                "transformers' own names"
-            )
+    params = validate(Params, inheritance.completed(raw, paths=paths))
+    check_models(params.models)
     _roles(params)
-    methods = {name: build_method(name, _inherited(name, params.methods, ())) for name in params.methods}
+    methods = _methods(params, own=raw.get("methods") or {})
     _tune(params.tune.methods, methods)
     _grid(params)
     clashes.refuse(params)
@@ -107,44 +104,22 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     return Study(**written | {"title": title, "methods": methods, "paths": paths})
 
 
-def validate(kind: type[Block], raw: Any, *, where: str = "") -> Any:
-    """Build the typed block of `raw`. Raises UserError with the path of the first mistake, below `where`."""
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        raise _refusal(error, kind, raw, where) from error
+def _methods(params: Params, *, own: Mapping[str, Any]) -> dict[str, Method]:
+    """Build the methods, of which those not in `own` are the root's.
 
-
-def _refusal(error: ValidationError, kind: Any, value: Any, where: str) -> UserError:
-    """One sentence for pydantic's errors: the path as it is written, the value, what it must be, or the nearest key."""
-    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a misspelt key is also missing
-    *_, key, last = None, None, *first["loc"]
-    path, metadata = [where] if where else [], ()
-    for step in first["loc"]:
-        if isinstance(kind, type) and issubclass(kind, Block) and step in kind.model_fields:
-            kind, metadata = kind.model_fields[step].annotation, kind.model_fields[step].metadata
-        elif get_origin(kind) is dict and last != "[key]":
-            kind = get_args(kind)[1]
-            metadata = getattr(kind, "__metadata__", ())
-        else:
-            break
-        path.append(step)
-        value = value.get(step) if isinstance(value, dict) else value
-    if last == "[key]":
-        metadata = getattr(get_args(kind)[0], "__metadata__", ())
-    name, form = ".".join(path), next((entry for entry in metadata if isinstance(entry, Form)), None)
-    if last == "[key]":
-        return UserError(f"{name} names {key!r}: it must be {form.words}") if form else checked(f"{name}:", key)
-    if first["type"] == "extra_forbidden":
-        return unknown("key", last, kind.model_fields, where=name or "params.yaml")
-    if first["type"] == "missing":
-        above = ".".join(path[:-1]) or "params.yaml"
-        return UserError(f"{above} has no `{last}`: add it{f' ({form.words})' if form else ''}")
-    if first["type"] == "too_short":
-        return UserError(f"{name} is empty: name at least one")
-    kind = dict if get_origin(kind) is dict or isinstance(kind, type) and issubclass(kind, Block) else kind
-    words = form.words + form.hint(value) if form else describe(kind)
-    return UserError(f"{name or 'params.yaml'} is {shown(value)}: it must be {words}{hint(value, kind)}")
+    A method of the root that the study does not use is left out if it cannot be built: by name, its `like` may lead to
+    a block that the study has in place of the root's.
+    """
+    methods, used = {}, {*own, *params.grid.methods, *params.tune.methods}
+    for name in params.methods:
+        try:
+            methods[name] = build_method(name, _inherited(name, params.methods, ()))
+        except UserError as error:
+            if name in own:
+                raise
+            if name in used:
+                raise UserError(f"{error}{inheritance.FROM_ROOT}") from error
+    return methods
 
 
 def _roles(params: Params) -> None:

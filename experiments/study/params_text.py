@@ -57,7 +57,7 @@ def read_yaml(path: Path) -> dict:
     if not isinstance(raw, dict):
         raise UserError(
             f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: "
-            "it needs at least grid, models, domains, general, methods and train"
+            "it needs at least grid, domains and train; models, general and methods also, unless the root's has them"
         )
     return raw
 
@@ -99,11 +99,13 @@ def with_methods(
 ) -> str:
     """Add `blocks` under methods: and the names `grid` to grid.methods, both after the last of `behind`'s family.
 
+    A file that has no method of this family, because the study takes it over from the root, gets them at the end.
+
     Raises UserError if the file does not have one method a line.
     """
     document = YAML().load(text)
     expected = YAML(typ="safe", pure=True).load(text)
-    expected["methods"] |= blocks
+    expected["methods"] = (expected.get("methods") or {}) | blocks
     expected["grid"]["methods"] = expected["grid"]["methods"] + list(grid)
     lines = text.splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
@@ -112,7 +114,7 @@ def with_methods(
     if grid:
         edits.append(_into_list(lines, document["grid"]["methods"], grid, behind))
     if blocks:
-        edits.append(_into_methods(lines, document["methods"], blocks, behind))
+        edits.append(_into_methods(lines, document.get("methods"), blocks, behind))
     # from the bottom, so that the rows above keep their numbers
     for row, new in sorted(edits, key=lambda edit: edit[0].start, reverse=True):
         lines[row.start : row.stop] = new
@@ -127,8 +129,13 @@ def with_methods(
 
 def _into_methods(lines: list[str], methods, blocks: Mapping, behind: str) -> tuple[slice, list[str]]:
     """The lines of the blocks, and their position: after the last member and its more deeply indented lines."""
-    last = [name for name in methods if family(name) == family(behind)][-1]
-    row, column, *_ = methods.lc.data[last]
+    if not methods:
+        return slice(len(lines), len(lines)), [
+            "\nmethods:\n",
+            *(f"  {name}: {_flow(block)}\n" for name, block in blocks.items()),
+        ]
+    members = [name for name in methods if family(name) == family(behind)] or list(methods)
+    row, column, *_ = methods.lc.data[members[-1]]
     end = row
     for at in range(row + 1, len(lines)):
         if lines[at].strip():

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from experiments.model import drift
 from experiments.stages import resolve
-from experiments.study import cells, stale
+from experiments.study import cells, inheritance, stale
 from experiments.study.advice import of_study
 from experiments.study.paths import Paths
 
@@ -114,7 +114,11 @@ def rendered(study) -> str:
     deps = document["stages"]["compare"]["deps"]
     deps[:] = compare_inputs(study) + [path for path in deps if not path.startswith("results/")]
     deps = document["stages"]["resolve"]["deps"]
-    deps[:] = [study.paths.params.relative_to(study.paths.root).as_posix(), *CODE, *local_inputs(study)]
+    params = [
+        study.paths.params.relative_to(study.paths.root).as_posix(),
+        *filter(None, [inheritance.file(study.paths)]),
+    ]
+    deps[:] = [*params, *CODE, *local_inputs(study)]
     deps = document["stages"]["drift"]["deps"]
     deps[:] = [path for path in deps if "/prepared/" not in path] + drift_inputs(study)
     document.pop("plots", None)

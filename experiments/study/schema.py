@@ -16,6 +16,8 @@ from methods.part import Part
 from methods.settings import declared, describe
 from methods.tools.names import LONGEST, NAME
 
+# blocks of the root's params.yaml that every study takes over where it does not write its own
+TAKEN_OVER = ("models", "tasks", "methods", "general", "packages")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -322,7 +324,9 @@ def json_schema(parts: Mapping[str, type[Part]]) -> dict[str, Any]:
         **blocks,
     )
     params = create_model("Params", __base__=Params, methods=(dict[Name, method], Params.model_fields["methods"]))
-    return {"$schema": DIALECT} | _plain(params.model_json_schema())
+    document = {"$schema": DIALECT} | _plain(params.model_json_schema())
+    document["required"] = [name for name in document["required"] if name not in TAKEN_OVER]
+    return document
 
 
 def _plain(node: Any) -> Any:

@@ -15,8 +15,9 @@ from evaluation.task import make_task
 from experiments.commands import tune
 from experiments.stages import collect, data, evaluate, prepare, resolve, train
 from experiments.stages import model as model_stage
-from experiments.study import cells, config, pipeline
-from experiments.study.paths import HERE
+from experiments.study import cells, config, inheritance, pipeline
+from experiments.study.params_text import read_yaml
+from experiments.study.paths import Paths
 from experiments.study.schema import Data
 from methods.errors import UserError
 from methods.tools.files import read_json
@@ -92,8 +93,13 @@ ROWS = {  # one row of each data set, with the columns it has on the hub
 }
 
 
+def own(study):
+    """The domains and tasks that the study writes itself."""
+    return study.domains | {name: study.tasks[name] for name in read_yaml(study.paths.params)["tasks"]}
+
+
 def hub_sources(study):
-    blocks = [*study.domains.values(), *study.tasks.values(), study.general]
+    blocks = [*own(study).values(), study.general]
     rows = [rows for block in blocks for rows in (block.rows, getattr(block, "test_rows", None)) if rows]
     return [source.hub for source in rows if source.hub]
 
@@ -103,7 +109,7 @@ def test_it_loads_and_every_name_resolves(name):
     study = config.load(name)
     assert resolve.contents(study) and not pipeline.behind(study)
     assert study.data.source == "hub" and not study.not_a_result
-    for block in (*study.domains.values(), *study.tasks.values()):
+    for block in own(study).values():
         assert block.licence
         task = block.task
         assert shipped_yaml(task if isinstance(task, str) else task["include"])
@@ -128,7 +134,8 @@ def test_sources_are_pinned(name):
     study = config.load(name)
     loose = {source.path for source in hub_sources(study) if not re.fullmatch("[0-9a-f]{40}", source.revision or "")}
     assert loose <= {"lighteval/siqa"}
-    for block in study.models.values():
+    for name in read_yaml(study.paths.params)["models"]:
+        block = study.models[name]
         assert re.fullmatch(r"hub:[^@]+@[0-9a-f]{40}", block.source) or block.source.startswith("pypi:")
     root = config.load()
     for shared in set(study.models) & set(root.models):
@@ -157,7 +164,7 @@ def test_every_task_takes_the_rows_of_its_data_set(name, tmp_path):
     from experiments.data.rows import shape
 
     study = config.load(name)
-    for where, block in {**study.domains, **study.tasks}.items():
+    for where, block in own(study).items():
         for named in (block.rows, getattr(block, "test_rows", None)):
             if source := named and named.hub:
                 rows = shape(shape([ROWS[source.path]], source, where=where), block, where=where)
@@ -185,8 +192,9 @@ def test_mmlu_for_retention_has_no_subject_of_the_domains_field(domain):
 
 
 def local(study_name, root, change):
-    """A study's params.yaml in a root of its own, changed."""
-    raw = copy.deepcopy(YAML(typ="safe").load(HERE / "experiments" / "studies" / study_name / "params.yaml"))
+    """A study's params.yaml, with what it takes over, changed and in a root of its own."""
+    paths = Paths(study=study_name)
+    raw = copy.deepcopy(inheritance.completed(read_yaml(paths.params), paths=paths))
     change(raw)
     with open(root / "params.yaml", "w") as file:
         YAML().dump(raw, file)

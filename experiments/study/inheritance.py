@@ -1,0 +1,54 @@
+"""What a study takes over from the root's params.yaml where it does not write its own.
+
+`models`, `tasks`, `methods`, `packages` and `suites` are taken over name by name: a block that the study writes stands
+in place of the root's of the same name, as a whole. `general` is taken over as a whole. Nothing else is: the grid and
+the domains are the study's question, and rates and lengths (`train:`) are chosen for its models and domains, so that a
+change of the default study's would train the cells of every other study again. An archive takes nothing over.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import create_model
+
+from experiments.study.params_text import read_yaml, refuse_odd
+from experiments.study.paths import Paths
+from experiments.study.schema import TAKEN_OVER, Block, Params, key
+from experiments.study.validation import check_models, validate
+from methods.errors import UserError
+
+FROM_ROOT = " (in the root's params.yaml, from which the study takes over what it does not write)"
+
+_Root: Any = create_model(
+    "Root", __base__=Block, **{name: (Params.model_fields[name].annotation, key("", None)) for name in TAKEN_OVER}
+)
+
+
+def file(paths: Paths) -> str | None:
+    """The root's params.yaml, relative to the root, if the study of these paths takes blocks over from it."""
+    root = Paths(root=paths.root).params
+    return root.name if paths.study and root.is_file() else None
+
+
+def completed(own: Mapping[str, Any], *, paths: Paths) -> Mapping[str, Any]:
+    """The blocks `own` of a params.yaml together with those that it takes over, as they are written.
+
+    Raises UserError that names the root's file for a mistake in the root's blocks.
+    """
+    if own.get("archive") or not file(paths):
+        return own
+    try:
+        raw = read_yaml(paths.root / "params.yaml")
+        root = {name: raw[name] for name in TAKEN_OVER if raw.get(name)}
+        refuse_odd(root)
+        check_models(validate(_Root, root).models or {})
+    except UserError as error:
+        raise UserError(f"{error}{FROM_ROOT}") from error
+    whole = dict(own)
+    for name, blocks in root.items():
+        written = own.get(name)
+        if not written:
+            whole[name] = blocks
+        elif name != "general" and isinstance(written, dict):
+            whole[name] = blocks | written
+    return whole

@@ -1,0 +1,63 @@
+"""Check blocks of params.yaml against their typed models; what is wrong is one UserError with the path of the key."""
+
+from collections.abc import Mapping
+from typing import Any, get_args, get_origin
+
+from pydantic import ValidationError
+
+from experiments.study.schema import Block, Form, Model
+from methods.errors import UserError
+from methods.settings import describe, hint, shown
+from methods.tools.names import checked, unknown
+
+
+def validate(kind: type[Block], raw: Any, *, where: str = "") -> Any:
+    """Build the typed block of `raw`. Raises UserError with the path of the first mistake, below `where`."""
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise _refusal(error, kind, raw, where) from error
+
+
+def _refusal(error: ValidationError, kind: Any, value: Any, where: str) -> UserError:
+    """One sentence for pydantic's errors: the path as it is written, the value, what it must be, or the nearest key."""
+    first = min(error.errors(), key=lambda entry: entry["type"] != "extra_forbidden")  # a misspelt key is also missing
+    *_, key, last = None, None, *first["loc"]
+    path, metadata = [where] if where else [], ()
+    for step in first["loc"]:
+        if isinstance(kind, type) and issubclass(kind, Block) and step in kind.model_fields:
+            kind, metadata = kind.model_fields[step].annotation, kind.model_fields[step].metadata
+        elif get_origin(kind) is dict and last != "[key]":
+            kind = get_args(kind)[1]
+            metadata = getattr(kind, "__metadata__", ())
+        else:
+            break
+        path.append(step)
+        value = value.get(step) if isinstance(value, dict) else value
+    if last == "[key]":
+        metadata = getattr(get_args(kind)[0], "__metadata__", ())
+    name, form = ".".join(path), next((entry for entry in metadata if isinstance(entry, Form)), None)
+    if last == "[key]":
+        return UserError(f"{name} names {key!r}: it must be {form.words}") if form else checked(f"{name}:", key)
+    if first["type"] == "extra_forbidden":
+        return unknown("key", last, kind.model_fields, where=name or "params.yaml")
+    if first["type"] == "missing":
+        above = ".".join(path[:-1]) or "params.yaml"
+        return UserError(f"{above} has no `{last}`: add it{f' ({form.words})' if form else ''}")
+    if first["type"] == "too_short":
+        return UserError(f"{name} is empty: name at least one")
+    kind = dict if get_origin(kind) is dict or isinstance(kind, type) and issubclass(kind, Block) else kind
+    words = form.words + form.hint(value) if form else describe(kind)
+    return UserError(f"{name or 'params.yaml'} is {shown(value)}: it must be {words}{hint(value, kind)}")
+
+
+def check_models(models: Mapping[str, Model]) -> None:
+    """Refuse a model whose keys do not go together."""
+    for name, model in models.items():
+        if model.source.startswith("pypi:") and not model.sha256:
+            raise UserError(f"models.{name} has no `sha256`: a pypi source needs that of its file in the wheel")
+        if beside := {"seed", "dtype", "architecture"} & model.config.keys():
+            raise UserError(
+                f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes "
+                "transformers' own names"
+            )
