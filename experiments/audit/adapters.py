@@ -76,8 +76,8 @@ def refuse_other_shapes(folder: Path, given: str, base: "Model") -> None:
             raise UserError(f"{given} is an adapter of another model: {base.given} has no {of}, which it adapts")
         if sorted(shapes[of]) != sorted([b[0], shape[1]]):
             raise UserError(
-                f"{given} is an adapter of another model: its update of {of} is {[b[0], shape[1]]}, and in {base.given} "
-                f"that is {shapes[of]}"
+                f"{given} is an adapter of another model: its update of {of} is {[b[0], shape[1]]}, and that of "
+                f"{base.given} is {shapes[of]}"
             )
 
 
@@ -86,8 +86,8 @@ def merge(adapter: Path, *, base: Path, tokenizer, out: Path, given: str, rows: 
     """Write the base with the adapter merged in to the folder `out`.
 
     peft adds the update in float32 (float64 for a float64 base) on the CPU; each tensor is then rounded once to the
-    base's dtype. `rows` is the number of tokens of an embedding that the adapter brings. Raises UserError for an adapter
-    that does not fit, that cannot be merged, or for lack of room.
+    base's dtype. `rows` is the number of tokens of an embedding that the adapter brings. Raises UserError for an
+    adapter that does not fit, that cannot be merged, or for lack of room.
     """
     model = weights.load_model(base, dtype="auto")
     dtype = model.dtype
@@ -100,12 +100,11 @@ def merge(adapter: Path, *, base: Path, tokenizer, out: Path, given: str, rows: 
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(model, adapter, autocast_adapter_dtype=False)
             missing = [str(one.message) for one in said if "missing adapter keys" in str(one.message).lower()]
-        count = len(model_folder.headers([adapter / WEIGHTS], given))
-        if missing or count != len(get_peft_model_state_dict(adapted)):
+        count, made = len(model_folder.headers([adapter / WEIGHTS], given)), len(get_peft_model_state_dict(adapted))
+        if missing or count != made:
             raise UserError(
-                f"{given} does not fit its base: it has {count} tensors, and adapting the base as its "
-                f"adapter_config.json says makes {len(get_peft_model_state_dict(adapted))}: it is an adapter of another "
-                "model"
+                f"{given} is an adapter of another model: it has {count} tensors, and adapting the base as its "
+                f"adapter_config.json says makes {made}"
             )
         merged = adapted.merge_and_unload(safe_merge=True)
     except UserError:

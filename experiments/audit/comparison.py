@@ -42,7 +42,10 @@ def joined(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
 
 
 def _task(name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
-    about = {key: tuned.get(key) for key in ("metric", "chance", "n")} | {"name": name, "counts": name in lost["by_task"]}
+    about = {key: tuned.get(key) for key in ("metric", "chance", "n")} | {
+        "name": name,
+        "counts": name in lost["by_task"],
+    }
     changed = change(base, tuned)
     about |= {"unit": changed["unit"], "base": base["value"], "tuned": tuned["value"]}
     about["lost"] = _shown(_lost(items, "score", step(changed["unit"])), value=0.0 - changed["change"])
@@ -62,7 +65,9 @@ def _overall(items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
     kept = list(lost["by_task"])
     each = {task: items[items["task"] == task] for task in kept}
     found: dict[str, Any] = {"tasks": kept, "at_chance": lost["at_chance"], "apart": sorted(lost["apart"])}
-    found["forgetting"] = _shown(_mean([_difference(own, "score") for own in each.values()], 1.0), value=lost["forgetting"])
+    found["forgetting"] = _shown(
+        _mean([_difference(own, "score") for own in each.values()], 1.0), value=lost["forgetting"]
+    )
     for key, column in NATS.items():
         known = [found for own in each.values() if (found := _difference(own, column)) is not None]
         found[f"{key}_lost"] = _shown(_mean(known, 0.0))
@@ -80,7 +85,9 @@ def _general(base: Scores, tuned: Scores, items: pd.DataFrame, same_ids: bool) -
     found: dict[str, Any] = {"n": other["n"], "bytes": other["bytes"], "same_ids": same_ids}
     found["tokens"] = {"base": one["tokens"], "tuned": other["tokens"]}
     found["bits_per_byte"] = {"base": one["bits_per_byte"], "tuned": other["bits_per_byte"]}
-    found["bits_per_byte_lost"] = _shown(_per(nats / np.log(2), size), value=other["bits_per_byte"] - one["bits_per_byte"])
+    found["bits_per_byte_lost"] = _shown(
+        _per(nats / np.log(2), size), value=other["bits_per_byte"] - one["bits_per_byte"]
+    )
     if not same_ids:
         return found | dict.fromkeys(("nll", "nll_lost", "kl", "kl_reverse"))
     tokens = own["tokens"].to_numpy(dtype=float)

@@ -39,11 +39,8 @@ class Data:
     def texts(self) -> list[str]:
         """The general text."""
         file = self.folder / "general.jsonl"
-        return (
-            [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
-            if file.is_file()
-            else []
-        )
+        lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
+        return [json.loads(line)["text"] for line in lines if line]
 
 
 def write(*, study, work: Path, names: Sequence[str], number: int | None, text: Path | None, texts: int | None) -> Data:
@@ -76,7 +73,7 @@ def write(*, study, work: Path, names: Sequence[str], number: int | None, text: 
 
 
 def _general(study, reader: Reader, number: int | None) -> tuple[list[dict], dict]:
-    """The passages of `general:` whose perplexity a study measures: the same ones, so that its scores are comparable."""
+    """The passages of `general:` whose perplexity a study measures, so that the two are comparable."""
     block = study.general
     if block is None:
         return [], {}
@@ -105,6 +102,6 @@ def _column(found: Sequence[dict], file: Path) -> str:
         if name in holding:
             return name
     raise UserError(
-        f"--text {file}: {place(found[0], 1)} has the columns {', '.join(found[0])}, and it is not clear which of them is "
-        f"the text: call it {COLUMNS[0]!r}"
+        f"--text {file}: {place(found[0], 1)} has the columns {', '.join(found[0])}, and it is not clear which of them "
+        f"is the text: call it {COLUMNS[0]!r}"
     )

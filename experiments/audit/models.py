@@ -225,9 +225,9 @@ def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model 
             return model
     if candidates:
         raise UserError(
-            f"{given} is an adapter of another model: it names {named!r} as its base (adapter_config.json), and BASE is "
-            f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {named} as BASE; where BASE "
-            "is that model under another name, say so with --same-base"
+            f"{given} is an adapter of another model: its adapter_config.json names {named!r} as its base, and BASE is "
+            f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {named} as BASE; if BASE is "
+            "that model under another name, say so with --same-base"
         )
     if here is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""How far the tuned model's weights moved from the base's, and where; tensors that only one of the two has are named."""
+"""How far the tuned model's weights moved from the base's, and where."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -52,7 +52,7 @@ def _measured(base: Model, tuned: Model, *, folders: Folders, where: torch.devic
 
 
 def _parameters(model: Model, folder: Path) -> Mapping[str, Tensor]:
-    """The model's parameters by the names that this version of transformers gives them, read one at a time if it can."""
+    """The model's parameters by the names that this version of transformers gives them, read one at a time."""
     names = [name for name, _ in Shape(config=model.config).build().named_parameters()]
     tensors = load_tensors(folder)
     if set(names) <= set(tensors):

@@ -1,4 +1,4 @@
-"""In what two tokenizers differ, in sentences; and a hash of everything in one that decides which ids a text becomes."""
+"""In what two tokenizers differ, in sentences, and a hash of everything in one that decides the ids of a text."""
 
 import json
 from dataclasses import dataclass
@@ -74,25 +74,18 @@ def compare(base: PreTrainedTokenizerBase, tuned: PreTrainedTokenizerBase) -> Di
         sentences.append(f"The tokenizers join characters to tokens differently{counts}.")
     elif not added and not gone and one["added_tokens"] != other["added_tokens"]:
         sentences.append("The tokenizers treat their added tokens differently.")
-    sentences += [
-        f"The tokenizers differ: {said}." for step, said in _STEPS.items() if one["steps"][step] != other["steps"][step]
-    ]
+    steps = [said for step, said in _STEPS.items() if one["steps"][step] != other["steps"][step]]
+    sentences += [f"The tokenizers differ: {said}." for said in steps]
     for name, token in one["special"].items():
         if token != other["special"][name]:
-            sentences.append(
-                f"The {name.replace('_', ' ')} is {token!r} in the base and {other['special'][name]!r} in the tuned model."
-            )
+            said = f"{token!r} in the base and {other['special'][name]!r} in the tuned model"
+            sentences.append(f"The {name.replace('_', ' ')} is {said}.")
     if one["class"] != other["class"]:
         sentences.append(f"The tokenizers are of different kinds ({one['class']} and {other['class']}).")
     same_ids, template = not sentences, one["template"] != other["template"]
     if template:
-        has = [each["template"] is not None for each in (one, other)]
-        said = (
-            "The chat templates differ"
-            if all(has)
-            else f"Only the {'tuned model' if has[1] else 'base'} has a chat template"
-        )
-        sentences.append(f"{said}.")
+        alone = next((who for who, own in (("base", other), ("tuned model", one)) if own["template"] is None), None)
+        sentences.append(f"Only the {alone} has a chat template." if alone else "The chat templates differ.")
     return Difference(sentences=sentences, same_ids=same_ids, template=template, added=added)
 
 

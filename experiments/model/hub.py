@@ -123,7 +123,7 @@ def _check_room(
 ) -> None:
     cache = Path(constants.HF_HUB_CACHE)
     fetched = sum(file.file_size for file in files if file.will_download)
-    copied = copy_bytes or sum(file.file_size for file in files)
+    copied = sum(file.file_size for file in files) if copy_bytes is None else copy_bytes
     cache.mkdir(parents=True, exist_ok=True)
     copy_to.mkdir(parents=True, exist_ok=True)
     if cache.stat().st_dev == copy_to.stat().st_dev:

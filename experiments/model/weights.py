@@ -44,9 +44,9 @@ from methods.tools.files import need_room, writing
 if TYPE_CHECKING:
     from experiments.study.schema import Model
 
-_TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
+TOKENIZER_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 # the names that transformers gives: other safetensors of a repository are the same weights in other forms
-_SAFETENSORS = ["model.safetensors", "model-?????-of-?????.safetensors"]
+SAFETENSORS = ["model.safetensors", "model-?????-of-?????.safetensors"]
 # what transformers notes in tokenizer_config.json about this machine or call, and code that is no longer there
 _LOCAL_KEYS = ("name_or_path", "is_local", "local_files_only", "gguf_file", "auto_map")
 
@@ -74,7 +74,7 @@ def materialise(*, name: str, block: "Model", packages: Mapping[str, str], out_d
             model_folder.refuse_not_finite(parameters, what, then=remedy)
             for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
                 print(f"model {name!r}: {sentence}", flush=True)
-            base = _save(model, tokenizer, made) | {"source": block.source} | facts
+            base = save(model, tokenizer, made) | {"source": block.source} | facts
             (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
             shutil.rmtree(out_dir, ignore_errors=True)
             made.replace(out_dir)
@@ -163,14 +163,14 @@ Source = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]
 
 def _from_hub(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) -> Source:
     name, _, revision = rest.partition("@")
-    weights = ["pytorch_model.bin"] if block.bin_sha256 else _SAFETENSORS
+    weights = ["pytorch_model.bin"] if block.bin_sha256 else SAFETENSORS
     known = block.parameters and block.dtype
-    small = hub.snapshot(name, revision=revision or "main", patterns=_TOKENIZER_FILES, copy_to=scratch)
+    small = hub.snapshot(name, revision=revision or "main", patterns=TOKENIZER_FILES, copy_to=scratch)
     model_folder.config_of(small, name)  # refused before gigabytes are fetched
     folder = hub.snapshot(
         name,
         revision=small.name,
-        patterns=_TOKENIZER_FILES + weights,
+        patterns=TOKENIZER_FILES + weights,
         copy_to=scratch,
         copy_bytes=block.parameters * as_dtype(block.dtype).itemsize if known else None,
     )
@@ -272,7 +272,11 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
     return model.eval()
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> dict[str, Any]:
+    """Write weights, config and tokenizer to the folder `out`, with nothing that names this machine.
+
+    Returns the weights' hash, dtype and number. Raises UserError for lack of room.
+    """
     parameters = sum(p.numel() for p in model.parameters())
     needed = sum(p.numel() * p.element_size() for p in model.parameters())
     need_room(out.parent, needed, "the weights")
