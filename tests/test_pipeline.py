@@ -52,21 +52,28 @@ def edit(folder: Path, change) -> None:
     run(folder, sys.executable, "-m", "experiments", "pipeline")
 
 
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    """A copy of the checkout whose default study is the demo's, cut to two methods, run once."""
-    folder = tmp_path_factory.mktemp("project")
+def project_of(folder: Path, params: dict) -> None:
+    """A copy of the checkout in `folder`, under git and DVC, whose default study has these blocks."""
     for name in COPIED:
         source = HERE / name
         if source.is_dir():
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "dvc.lock"))
         else:
             shutil.copyfile(source, folder / name)
-    shutil.copyfile(HERE / "experiments" / "studies" / "demo" / "params.yaml", folder / "params.yaml")
+    with (folder / "params.yaml").open("w") as file:
+        YAML().dump(params, file)
     run(folder, "git", "init", "-q")
     run(folder, "git", "config", "user.email", "test@example.org")
     run(folder, "git", "config", "user.name", "test")
     run(folder, "dvc", "init", "-q")
+    shutil.copyfile(HERE / ".dvc" / "config", folder / ".dvc" / "config")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """A copy of the checkout whose default study is the demo's, cut to two methods, run once."""
+    folder = tmp_path_factory.mktemp("project")
+    project_of(folder, YAML().load(HERE / "experiments" / "studies" / "demo" / "params.yaml"))
     edit(folder, lambda raw: raw["grid"].update(methods=["full", "ewc"]))
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "start")

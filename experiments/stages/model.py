@@ -1,7 +1,70 @@
-"""model: a model's source to an ordinary safetensors folder with tokenizer and base.json."""
+"""model: a model's source to an ordinary safetensors folder with tokenizer and base.json.
+
+A model that another study, or another block, has made from the same settings is taken over: its weights are hard
+links, so that they take the room of one model. DVC keeps both folders as usual. Nothing is ever written through a
+link, because DVC and `materialise` delete the old files before they write new ones.
+"""
+
+import os
+import shutil
+import tempfile
+from contextlib import suppress
+from hashlib import md5
+from pathlib import Path
 
 from experiments.model.weights import materialise
+from experiments.stages import resolve
+from experiments.study import lock
+from methods.errors import UserError
+from methods.tools.files import need_room
 
 
 def main(study, *, model: str) -> None:
-    materialise(name=model, block=study.models[model], packages=study.packages, out_dir=study.paths.model(model))
+    out = study.paths.model(model)
+    if source := made_before(study, model):
+        take_over(source, out)
+        name = source.relative_to(study.paths.root)
+        print(f"model {model!r}: taken over from {name}, which was made from the same settings", flush=True)
+    else:
+        materialise(name=model, block=study.models[model], packages=study.packages, out_dir=out)
+
+
+def made_before(study, model: str) -> Path | None:
+    """The folder of another `model` stage that, by its dvc.lock, ran with the same settings and files.
+
+    A folder whose content is no longer what DVC recorded is passed over.
+    """
+    root, own = study.paths.root, study.paths.model(model)
+    settings = md5(resolve.text(resolve.model(study, model)).encode()).hexdigest()
+    for file in [root / "dvc.lock", *sorted((root / "experiments" / "studies").glob("*/dvc.lock"))]:
+        stages = {}
+        with suppress(UserError):  # the lock of another study that is damaged
+            stages = lock.stages(file)
+        for name, stage in stages.items():
+            if name.startswith("model@") and [dep.get("md5") for dep in stage["deps"]] == [settings]:
+                for out in stage["outs"]:
+                    folder = root / out["path"]
+                    if folder != own and folder.is_dir() and lock.folder_md5(folder) == out.get("md5"):
+                        return folder
+    return None
+
+
+def take_over(source: Path, out: Path) -> None:
+    """Make the folder `out` of the files of `source`: the weights as hard links where the disk has them, else copies.
+
+    `out` appears whole or not at all.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as fresh:
+        made = Path(fresh) / "made"
+        made.mkdir()
+        for file in sorted(source.iterdir()):
+            if file.suffix == ".safetensors":
+                try:
+                    os.link(file.resolve(), made / file.name)
+                    continue
+                except OSError:  # another disk, or one without hard links
+                    need_room(made, file.stat().st_size, f"a copy of {file}")
+            shutil.copyfile(file, made / file.name)
+        shutil.rmtree(out, ignore_errors=True)
+        made.replace(out)
