@@ -20,6 +20,7 @@ from experiments.commands.flips import questions
 
 NATS = {"gold_nll": "log_likelihood", "margin": "margin"}  # what a model may lose of an answer, and its column of items
 GENERAL = "general"
+FLIP = ("task", "doc_hash", "kind", "question", "right", "base", "tuned", "gold_change")  # columns of flips.csv
 
 
 def compare(base: Scores, tuned: Scores, *, same_ids: bool) -> dict[str, Any]:
@@ -69,8 +70,8 @@ def _overall(items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
         _mean([_difference(own, "score") for own in each.values()], 1.0), value=lost["forgetting"]
     )
     for key, column in NATS.items():
-        known = [found for own in each.values() if (found := _difference(own, column)) is not None]
-        found[f"{key}_lost"] = _shown(_mean(known, 0.0))
+        changes = [_difference(own, column) for own in each.values()]
+        found[f"{key}_lost"] = _shown(_mean([change for change in changes if change is not None], 0.0))
     return found
 
 

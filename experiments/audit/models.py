@@ -226,8 +226,8 @@ def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model 
     if candidates:
         raise UserError(
             f"{given} is an adapter of another model: its adapter_config.json names {named!r} as its base, and BASE is "
-            f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {named} as BASE; if BASE is "
-            "that model under another name, say so with --same-base"
+            f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {named} as BASE; if BASE "
+            "is that model under another name, say so with --same-base"
         )
     if here is None:
         raise UserError(

@@ -95,6 +95,11 @@ def score(
             kept=work.parent / "tokens",
             **settings,
         )
+        if "bytes" not in items:
+            sizes = pd.Series([len(text.encode()) for text in data.texts])
+            general = items["task"] == "general"
+            items["bytes"] = items["doc_id"].map(sizes).where(general)
+            items["tokens"] = items["gold"].where(general)
         if reference is not None:
             items = _with_kl(items, loaded, model, reference, data, folders=folders, dtype=dtype, where=where)
         harness.save(scores, items, out)

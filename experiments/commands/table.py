@@ -39,6 +39,7 @@ CELLS = argument("patterns", nargs="*", metavar="CELL", help="cells; * stands fo
 MODEL = argument("model", help="name of a block under `models:` in params.yaml")
 METHOD = argument("method", help="name of a block under `methods:` in params.yaml")
 SEED = argument("seed", type=int, help="a seed of the grid")
+MODEL_GIVEN = "a folder, a peft adapter's folder, hub:NAME[@REV], or a model's name in params.yaml"
 SHARE = {"type": float, "metavar": "SHARE"}
 
 COMMANDS = {
@@ -81,6 +82,31 @@ COMMANDS = {
             CELLS,
             argument("--top", type=int, default=10, metavar="N", help="questions per model and domain (default: 10)"),
         ),
+    ),
+    "audit": Command(
+        help="compare a fine-tuned model with its base: what it forgot, on one page; needs no study",
+        arguments=(
+            argument("base", metavar="BASE", help=MODEL_GIVEN),
+            argument("tuned", metavar="TUNED", help="the same of the tuned model; an adapter is merged into BASE"),
+            argument("--suite", metavar="NAME", help="a suite of params.yaml (default: general)"),
+            argument("--tasks", metavar="A,B,C", help="tasks in place of a suite"),
+            argument("--rows", type=int, metavar="N", help="rows of each task, a fixed sample"),
+            argument("--text", metavar="FILE", help="general text of your own"),
+            argument("--text-rows", type=int, metavar="N", help="passages of general text"),
+            argument("--out", metavar="FILE.html", help="the page (default: results/audits/BASE--TUNED/audit.html)"),
+            argument("--max-forgetting", help="exit with status 1 above it: 0.02 is 2 points of accuracy", **SHARE),
+            argument("--max-nll-lost", type=float, metavar="NATS", help="the same in nats per token of general text"),
+            argument("--confidence", action="store_true", help="compare the upper ends of the 95 %% intervals"),
+            argument(
+                "--same-base", action="store_true", help="BASE is the adapter's base, whatever name that gives it"
+            ),
+            argument(
+                "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
+            ),
+            argument("--dtype", help="what both are computed in (default: what suits the checkpoints)"),
+            argument("--batch-size", type=int, metavar="N", help="requests in a forward pass (default: 16)"),
+        ),
+        study=False,
     ),
     "track": Command(help="copy the results into MLflow's database", archive=True),
     "pipeline": Command(help="write dvc.yaml for the study's grid", module="experiments.study.pipeline", alone=True),

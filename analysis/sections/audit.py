@@ -1,0 +1,273 @@
+"""An audit in words, tables and bars: what the page and the terminal show of the content of audit.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from analysis import numbers, units
+
+TOP = 12  # answers lost that the page shows, and half as many gained
+CUT = 700  # characters of a question on the page: its end, where the question is asked
+
+Record = Mapping[str, Any]
+HEADS = (
+    "task",
+    "n",
+    "chance, %",
+    "base",
+    "tuned",
+    "lost",
+    "right answers lost, nats/item",
+    "margin lost, nats/item",
+    "answers lost",
+    "gained",
+)
+
+
+def section(record: Record) -> dict[str, Any]:
+    """Everything that audit.html.j2 shows."""
+    flips = record["flips"]
+    return {
+        "base": record["base"],
+        "tuned": record["tuned"],
+        "answer": answer(record),
+        "verdict": record["verdict"],
+        "notes": record["tokenizers"]["sentences"] + _reading(record),
+        "heads": HEADS,
+        "tasks": [_task(task) for task in record["tasks"]] + _mean(record),
+        "at_chance": record["overall"]["at_chance"],
+        "apart": record["overall"]["apart"],
+        "general": _general(record["general"]),
+        "flips": {
+            "lost": [_flip(flip) for flip in flips if flip["kind"] == "lost"][:TOP],
+            "gained": [_flip(flip) for flip in flips if flip["kind"] == "gained"][: TOP // 2],
+            "count": {kind: sum(flip["kind"] == kind for flip in flips) for kind in ("lost", "gained")},
+        },
+        "movement": _movement(record["movement"]),
+        "facts": _facts(record),
+    }
+
+
+def answer(record: Record) -> list[str]:
+    """What was lost, in sentences: on general text, in right answers, in accuracy, and how far the weights moved."""
+    said, general, overall = [], record["general"], record["overall"]
+    if general and general["nll_lost"]:
+        said.append(
+            f"General text: {_nats(general['nll_lost'])} nats per token lost, and KL(base‖tuned) is "
+            f"{_nats(general['kl'], sign=False)} nats per token, on {general['n']:,} passages of "
+            f"{general['tokens']['base']:,} tokens."
+        )
+    elif general:
+        said.append(
+            f"General text: {_nats(general['bits_per_byte_lost'])} bits per byte lost on {general['n']:,} passages of "
+            f"{general['bytes']:,} bytes. The two models divide a text into different tokens, so that nats per token "
+            "and KL are not defined."
+        )
+    tasks = len(overall["tasks"])
+    if tasks:
+        over = f"the {tasks} tasks that the base answers above chance" if tasks > 1 else overall["tasks"][0]
+        if overall["gold_nll_lost"]:
+            said.append(f"Right answers: {_nats(overall['gold_nll_lost'])} nats per item lost on {over}.")
+        said.append(f"Accuracy: {_points(overall['forgetting'])} points lost on {over}{_answers(record)}.")
+    elif record["tasks"]:
+        said.append("Accuracy: the base answers no task above chance, so that none can show what was lost.")
+    moved = record["movement"]["overall"]
+    if moved["distance"]:
+        said.append(
+            f"The weights moved by {_percent(moved['relative'])} % of their norm; {numbers.percent(moved['changed'])} "
+            "% of them changed."
+        )
+    else:
+        said.append("No weight moved.")
+    return said
+
+
+def _answers(record: Record) -> str:
+    counted = [task["answers"] for task in record["tasks"] if task["counts"] and "answers" in task]
+    lost, gained, right = (sum(one[key] for one in counted) for key in ("lost", "gained", "right"))
+    return f": of {right:,} right answers {lost:,} were lost, and {gained:,} others gained" if counted else ""
+
+
+def _reading(record: Record) -> list[str]:
+    general, notes = record["general"], []
+    if general and not general["same_ids"]:
+        notes.append(
+            "Each model reads the general text with its own tokenizer, and is measured in bits per byte. Answers to "
+            "tasks are the same texts for both, so that their nats can be compared."
+        )
+    for name, ours, theirs in record["movement"]["rows"]:
+        notes.append(
+            f"{name} has {ours:,} rows in the base and {theirs:,} in the tuned model: the shared ones are compared."
+        )
+    for who, key in (("base", "only_base"), ("tuned model", "only_tuned")):
+        if names := record["movement"][key]:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            notes.append(f"Only the {who} has the weights {names[0]}{more}.")
+    if (one := record["base"]["dtype"]) != (other := record["tuned"]["dtype"]):
+        notes.append(f"The base is stored in {one} and the tuned model in {other}: rounding is a part of the movement.")
+    return notes
+
+
+def _task(task: Mapping[str, Any]) -> dict[str, Any]:
+    unit, answers = task["unit"], task.get("answers")
+    right = f"of {answers['right']:,} right" if answers else ""
+    return {
+        "name": task["name"],
+        "note": task["metric"] + ("" if task["counts"] else ", not in the mean"),
+        "counts": task["counts"],
+        "cells": [
+            (f"{task['n']:,}", ""),
+            (numbers.percent(task["chance"]) if unit == units.SHARE else "–", ""),
+            (units.level(task["base"], unit), ""),
+            (units.level(task["tuned"], unit), ""),
+            _ends(task["lost"], lambda value: units.change(value, unit)),
+            _ends(task["gold_nll_lost"], _plain_nats),
+            _ends(task["margin_lost"], _plain_nats),
+            (f"{answers['lost']:,}", right) if answers else ("–", ""),
+            (f"{answers['gained']:,}", "") if answers else ("–", ""),
+        ],
+    }
+
+
+def _mean(record: Record) -> list[dict[str, Any]]:
+    """The last row: means over the tasks that count."""
+    overall = record["overall"]
+    if len(overall["tasks"]) < 2:
+        return []
+    blank = ("", "")
+    cells = [blank, blank, blank, blank, _ends(overall["forgetting"], numbers.points)]
+    cells += [_ends(overall[f"{key}_lost"], _plain_nats) for key in ("gold_nll", "margin")]
+    return [{"name": f"mean of {len(overall['tasks'])}", "note": "", "counts": True, "cells": [*cells, blank, blank]}]
+
+
+def _general(general: Mapping[str, Any] | None) -> list[tuple[str, str, str, tuple[str, str]]] | None:
+    """Rows (measure, base, tuned, lost with its interval) of general text; None where none was scored."""
+    if general is None:
+        return None
+    rows = []
+    if general["nll_lost"]:
+        base, tuned = (f"{general['nll'][who]:.4f}" for who in ("base", "tuned"))
+        rows.append(("nats per token", base, tuned, _ends(general["nll_lost"], _plain_nats)))
+    base, tuned = (f"{general['bits_per_byte'][who]:.4f}" for who in ("base", "tuned"))
+    rows.append(("bits per byte", base, tuned, _ends(general["bits_per_byte_lost"], _plain_nats)))
+    if general["kl"]:
+        rows.append(("KL(base‖tuned), nats per token", "0", "", _ends(general["kl"], _unsigned)))
+        rows.append(("KL(tuned‖base), nats per token", "0", "", _ends(general["kl_reverse"], _unsigned)))
+    return rows
+
+
+def _flip(flip: Mapping[str, Any]) -> dict[str, Any]:
+    question = flip["question"]
+    question = f"… {question[-CUT:]}" if len(question) > CUT else question
+    change = None if flip["gold_change"] is None else _plain_nats(flip["gold_change"])
+    return {**flip, "question": question, "change": change, "hash": flip["doc_hash"][:12]}
+
+
+def _movement(moved: Mapping[str, Any]) -> dict[str, Any]:
+    """A bar for each block and what lies outside of blocks, and a row for each kind of matrix: ‖Δ‖ / ‖θ₀‖."""
+    groups = _relative(moved["groups"], "group")
+    largest = max((relative or 0.0 for relative, _ in groups.values()), default=0.0)
+    bars = [
+        {
+            "name": name.replace("block.", "block ").replace("_", " "),
+            "share": 100 * (relative or 0.0) / largest if largest else 0.0,
+            "text": f"{_percent(relative)} %",
+        }
+        for name, (relative, _) in groups.items()
+    ]
+    kinds = {
+        kind: (f"{_percent(relative)} %", f"{numbers.percent(changed)} %", _rank(moved["groups"], kind))
+        for kind, (relative, changed) in _relative(moved["groups"], "kind").items()
+    }
+    overall = moved["overall"]
+    return {
+        "bars": bars,
+        "kinds": kinds,
+        "moved": bool(overall["distance"]),
+        "overall": (f"{_percent(overall['relative'])} %", f"{numbers.percent(overall['changed'])} %"),
+        "skipped": len(moved["rank_skipped"]),
+        "rank_limit": moved["rank_limit"],
+    }
+
+
+def _relative(groups: list[Mapping[str, Any]], key: str) -> dict[str, tuple[float | None, float]]:
+    """(‖Δ‖ / ‖θ₀‖, share of entries that changed) by the groups' `key`, over all tensors of one value of it."""
+    found = {}
+    for name in dict.fromkeys(group[key] for group in groups):
+        own = [group for group in groups if group[key] == name]
+        moved, size, entries, changed = (
+            np.array([group[what] or 0.0 for group in own]) for what in ("distance", "base_norm", "entries", "changed")
+        )
+        whole = np.sqrt((size**2).sum())
+        relative = float(np.sqrt((moved**2).sum()) / whole) if whole else None
+        found[name] = relative, float((entries * changed).sum() / entries.sum())
+    return found
+
+
+def _rank(groups: list[Mapping[str, Any]], kind: str) -> str:
+    """The median over blocks of the effective rank of one kind of matrix."""
+    ranks = [group["effective_rank"] for group in groups if group["kind"] == kind and group["effective_rank"]]
+    return f"{np.median(ranks):.3g}" if ranks else "–"
+
+
+def _facts(record: Record) -> list[tuple[str, str]]:
+    """How it was measured."""
+    base, tuned, settings, scoring = record["base"], record["tuned"], record["settings"], record["scoring"]
+    models = [(who, _model(about)) for who, about in (("base", base), ("tuned", tuned))]
+    computed = f"computed in {settings['dtype']} on {settings['device']}"
+    sources = [(name, facts["source"]) for name, facts in record["sources"].items() if facts.get("source")]
+    versions = ", ".join(f"{name} {number}" for name, number in record["versions"].items())
+    return [
+        *models,
+        ("scoring", f"{scoring['scorer']}, batch size {scoring['batch_size']}, {computed}"),
+        *((f"rows of {name}", source) for name, source in sources),
+        ("versions", versions),
+        ("made", f"{record['when'][:16].replace('T', ' ')}, commit {(record['git'].get('commit') or 'unknown')[:10]}"),
+    ]
+
+
+def _model(about: Mapping[str, Any]) -> str:
+    text = f"{about['given']}, {about['dtype']}, weights {about['weights_sha256'][:12]}"
+    if "adapter" in about:
+        text += f", an adapter ({about['adapter']}) of {about['adapter_of'] or 'the base'}, merged"
+    for key in ("source", "commit", "note"):
+        text += f", {key} {about[key]}" if about.get(key) else ""
+    return text
+
+
+def _ends(interval: Mapping[str, Any] | None, show) -> tuple[str, str]:
+    """(value, its 95 % interval) as text."""
+    if interval is None:
+        return "–", ""
+    if interval["low"] is None:
+        return show(interval["value"]), ""
+    return show(interval["value"]), f"{show(interval['low'])} to {show(interval['high'])}"
+
+
+def _plain_nats(value: float) -> str:
+    """A signed number with three digits after the point: '+0.412'; '0' for none."""
+    if abs(value) < 5e-7:
+        return "0"
+    text = f"{value:+.3f}" if abs(value) >= 5e-3 else f"{value:+.1e}" if abs(value) < 5e-5 else f"{value:+.5f}"
+    return text.replace("-", numbers.MINUS)
+
+
+def _unsigned(value: float) -> str:
+    return _plain_nats(value).removeprefix("+")
+
+
+def _nats(interval: Mapping[str, Any], *, sign: bool = True) -> str:
+    return _within(*_ends(interval, _plain_nats if sign else _unsigned))
+
+
+def _points(interval: Mapping[str, Any]) -> str:
+    return _within(*_ends(interval, numbers.points))
+
+
+def _within(value: str, ends: str) -> str:
+    return f"{value} [{ends}]" if ends else value
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else "0" if not share else f"{100 * share:.3g}"
