@@ -87,6 +87,8 @@ def _rules(cell: pd.Series, rows: dict[str, str]) -> dict[str, object]:
     if not _unknown(tokens):
         # a part that replays other text in place of domain rows keeps the budget: tokens it leaves out are part of it
         tokens += 0 if _unknown(cell.get("tokens_left_out")) else cell["tokens_left_out"]
+        # a run that a rule on probes may end has the budget of its last step
+        tokens = _mapping(cell.get("stopped")).get("tokens_planned", tokens)
         # part of an epoch takes other rows for every seed, so tokens differ a little where the budget does not
         whole = epochs is None or float(epochs).is_integer()
         part = f"epochs of {settings.get('length')} tokens a row, {settings.get('batch')} rows a step"

@@ -101,7 +101,7 @@ def describe(kind: Any, within: str = "") -> str:
         choices = [repr(c) if c == "" else str(c) for c in typing.get_args(kind)]
         return f"the word {choices[0]}" if len(choices) == 1 else f"one of {', '.join(choices)}"
     if origin is dict:
-        return "a mapping of names to names"
+        return "a mapping of names to " + {str: "names", float: "numbers"}[typing.get_args(kind)[1]]
     if origin in (tuple, list):
         return "a list of " + {str: "names", int: "whole numbers", float: "numbers"}[typing.get_args(kind)[0]]
     return {

@@ -84,7 +84,7 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
         "bytes_stored": None if None in stored else sum(stored),
         **_apart(cells),
         "cost_known": bool(cells["cost_known"].all()) if "cost_known" in cells else True,
-        "note": _note(first),
+        "note": _note(cells),
     }
     if len(cells) > 1:
         for key in ("domain_score", "domain_gain", "forgetting"):
@@ -152,8 +152,18 @@ def mean_if_known(column: pd.Series) -> float | None:
     return mean if abs(mean) > 1e-12 else 0.0  # gains of seeds that cancel leave -3.7e-17
 
 
-def _note(cell: pd.Series) -> str:
-    notes = []
+def _note(cells: pd.DataFrame) -> str:
+    """What a reader must know of one method's cells beside their numbers."""
+    notes, cell = [], cells.iloc[0]
+    if ruled := [one for one in cells.get("stopped", ()) if isinstance(one, dict)]:
+        rule = ruled[0]["rule"]
+        limits = ", ".join(f"{name} {limit:+g}" for name, limit in rule["stop"].items())
+        ends = ", ".join(str(one["stopped_at"] or one["steps_planned"]) for one in ruled)
+        kept = (
+            f"; weights of step {', '.join(str(one['kept_step']) for one in ruled)}" if rule["keep"] == "best" else ""
+        )
+        stop = f"stops at {limits}" if limits else "keeps its best step"
+        notes.append(f"{stop}: trained for {ends} of {ruled[0]['steps_planned']} steps{kept}")
     if any(_contains(cell.get(key), "estimator", "batched") for key in ("parts", "settings", "parts_report")):
         notes.append("batched Fisher: only for the published baseline")
     if not cell.get("cost_known", True):

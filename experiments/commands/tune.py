@@ -5,7 +5,6 @@ own epochs) with seed 0 and is scored on the probe rows of the domain, on those 
 passages, none of which is a test row. Every trial is recorded as it ends; a second call runs only the missing ones.
 """
 
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from experiments.stages.train import encoded
 from experiments.study.config import build_method, with_setting
 from experiments.training import hardware, hooks
 from experiments.training.engine import TrainingFailed, final_weights, finish, fit
+from experiments.training.stopping import rule_of
 from methods.errors import UserError
 from methods.part import overrides, prepares
 from methods.tools.files import folder_sha256, read_json, write_json
@@ -153,7 +153,8 @@ def _key(study, model: str, domain: str, method: str) -> str:
 
 
 def _run(study, model_name, domain, method, model, base, tokenizer, sets, where) -> dict:
-    settings = replace(study.settings(model=model_name, domain=domain, method=method), probes=0)
+    settings = study.settings(model=model_name, domain=domain, method=method)
+    rule = rule_of(settings, domain=domain)  # a trial ends as its cell would; without a rule it is probed at its end
     parts = study.methods[method].parts
     states = {}
     if any(map(prepares, parts)):
@@ -177,6 +178,8 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
             states=states,
             tokenizer=tokenizer,
             device=where,
+            probe=(lambda m: probe(model=m, sets=sets)) if rule else None,
+            rule=rule,
             name=f"trial {method}",
         )
     except TrainingFailed as error:

@@ -198,6 +198,8 @@ def _costs(train: dict, prepared: dict, evaluated: dict) -> dict:
         "added": {"prepare": prepared.get("added"), "train": train.get("added")},
         "tokens_per_second": train["tokens_trained"] / train["seconds_train"] if known else None,
     }
+    if train.get("stopped"):
+        costs["stopped"] = train["stopped"]  # what a rule on probes did: tokens and seconds are those that were spent
     if train.get("training_reused"):
         costs["training_reused"] = True  # these are the costs of the one training that several cells begin from
     if not known:  # a checkpoint made elsewhere, whose costs nobody measured here

@@ -171,11 +171,12 @@ def prepare(study, model: str, method: str) -> dict:
 def _general_phase(study, made: Pass, *, model: str, method: str) -> dict:
     """The training settings of a part's own training on general text: the part's, and otherwise the method's.
 
-    Left out are `length`, at which rows of a domain are cut, and `probes`, for this training is not probed.
+    Left out are `length`, at which rows of a domain are cut, and `probes`, `stop` and `keep`, for this training is not
+    probed.
     """
     own = {name: value for name, value in made.training.items() if value is not None}
     settings = replace(study.prepare_settings(model=model, method=method), **own).numeric()
-    return {name: value for name, value in settings.items() if name not in ("length", "probes")}
+    return {name: value for name, value in settings.items() if name not in ("length", "probes", "stop", "keep")}
 
 
 def seeded(parts) -> bool:

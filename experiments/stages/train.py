@@ -30,6 +30,7 @@ from experiments.training.flops import mfu
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
 from experiments.training.snapshot import tensors_in
+from experiments.training.stopping import rule_of, told
 from methods.errors import UserError
 from methods.tools.files import folder_sha256, need_room, read_json, write_json
 from methods.tools.process_group import Shards
@@ -172,8 +173,11 @@ def _fit(
         general=load_general(prepared / GENERAL, tokenizer),
         tokenizer=tokenizer,
         probe=(lambda m: probe(model=m, sets=sets)) if sets else None,
+        rule=rule_of(settings, domain=cell.domain, where=study.rule_written(cell)),
         name=f"train {cell.name}",
     )
+    if shards.first and result.stopped:
+        print(f"{cell.name}: {told(result.stopped)}", flush=True)
     known = not any("provides_weights" in part.capabilities for part in parts)
     final = final_weights(result, parts, measure=measure)
     for part in parts:
@@ -188,6 +192,7 @@ def _fit(
         "tokens_trained": result.tokens if known else None,
         "steps": result.steps,
         "steps_resumed": result.resumed,
+        **({"stopped": result.stopped} if result.stopped else {}),
         "flops": result.flops,
         "added": result.added,
         "mfu": mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,

@@ -24,9 +24,11 @@ from experiments.model.positions import (
     refuse_long_rows,
 )
 from experiments.model.shape import Shape, shape_of
+from experiments.study import cells
 from experiments.study.clashes import ROLES
 from experiments.study.schema import General, Rows, Scored
 from experiments.training import memory
+from experiments.training.stopping import rule_of
 from methods.errors import UserError
 from methods.tools import model_folder
 
@@ -37,6 +39,7 @@ def look(study) -> list[str]:
     """One line for each warning. Raises UserError that names the block, or the file of rows, that could not be used."""
     _rows(study)
     _tasks(study)
+    _rules(study)
     for model in study.grid.models:
         _model(study, model)
     warnings = [
@@ -120,6 +123,22 @@ def _rows(study) -> None:
                 f"{path}.jsonl is {named.jsonl.path!r}: there is no such file; give the path of a JSONL file, from the "
                 "project's root"
             )
+
+
+def _rules(study) -> None:
+    """Refuse a rule on probes that could not act, or names what no cell of it is probed on."""
+    for cell in cells.grid(study):
+        settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method)
+        if rule := rule_of(settings, domain=cell.domain, where=study.rule_written(cell)):
+            rule.check(_probed(study, cell.domain))
+
+
+def _probed(study, domain: str) -> list[str]:
+    """Names of what a domain's probes may report; a written answer has nats alone."""
+    block = study.domains[domain]
+    sets = [domain] * bool(block.split.probe) + block.probes
+    general = ["general_nll", "perplexity"] * bool(study.general.probe)
+    return general + [name for one in sets for name in (one, f"{one}_nll")]
 
 
 def _tasks(study) -> None:

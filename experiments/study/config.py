@@ -62,6 +62,12 @@ class Study(Params):
         }
         return next((path for path, block in blocks.items() if setting in block), "train")
 
+    def rule_written(self, cell) -> str:
+        """The path of the `train` block from which a cell takes its rule on probes: that of `stop` if it is written."""
+        names = {"model": cell.model, "domain": cell.domain, "method": cell.method}
+        setting = "stop" if self.settings(**names).stop else "keep"
+        return self.written(setting, **names)
+
     def compute_dtype(self, model: str, checkpoint: "torch.dtype", where: "torch.device") -> "torch.dtype":
         """The dtype of forward and backward: the model's `compute_dtype`, else what suits checkpoint and device."""
         from experiments.model.weights import as_dtype

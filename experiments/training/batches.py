@@ -56,6 +56,13 @@ def steps(rows: int, batch: int, epochs: float) -> int:
     return max(min(1, whole), int(epochs) * whole + round((epochs - int(epochs)) * whole))
 
 
+def tokens(examples: Sequence[Example], settings: TrainSettings, seed: int) -> int:
+    """Tokens of the examples in all steps of a run."""
+    lengths = [len(example["input_ids"]) for example in examples]
+    plan = schedule(lengths, settings.batch, seed, settings.epochs)
+    return sum(lengths[index] for batch in plan for index in batch)
+
+
 def collate(examples: Sequence[Example], device: torch.device | str = "cpu") -> Example:
     """Right-padded batch: input_ids (0 where padded), labels (-100), attention_mask; each (batch, tokens)."""
     width = max(len(e["input_ids"]) for e in examples)

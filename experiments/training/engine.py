@@ -26,6 +26,7 @@ from experiments.training.random_state import random_state, set_random_state
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings, learning_rate
 from experiments.training.sharded_weights import ShardedWeights
+from experiments.training.stopping import Probes, Rule
 from methods.errors import UserError
 from methods.part import Part, Run, adapted, in_order
 from methods.tools import architecture
@@ -46,7 +47,8 @@ class FitResult:
     flops: float | None = 0.0
     # by part: tokens, flops, seconds and bytes
     added: dict[str, dict[str, float | None]] = field(default_factory=dict)
-    steps: int = 0
+    steps: int = 0  # that were done
+    stopped: dict | None = None  # what a rule on probes did (`Probes.record`)
     resumed: int = 0  # steps that an interrupted run had already done
     seconds: float = 0.0  # inside the loop, without probes and checkpoints
     seconds_begin: float = 0.0
@@ -73,6 +75,7 @@ def fit(
     compute_dtype: torch.dtype | None = None,
     resume: Resume | None = None,
     probe: Callable[[nn.Module], dict[str, float]] | None = None,
+    rule: Rule | None = None,
     tokenizer: Any = None,
     name: str = "train",
 ) -> FitResult:
@@ -82,7 +85,8 @@ def fit(
     for parts with the capability "general"; parts that encode or sample text use `tokenizer`. The model computes in
     `compute_dtype`, by default its own. With `shards` active the model, on the CPU or on `device`, is shared among the
     processes; every process gives the same arguments. `resume` keeps the checkpoints from which an interrupted run
-    continues, bit for bit. `probe` is called outside timed training and must leave random state and mode as they were.
+    continues, bit for bit. `probe` is called outside timed training and must leave random state and mode as they were;
+    `rule` may end the run at a probe, and choose which probed step's weights it ends with.
     Raises TrainingFailed where the loss is not finite.
     """
     device = torch.device(device)
@@ -139,7 +143,6 @@ def fit(
     result = FitResult(run=run, method=method, optimizer=optimizer, seconds_begin=seconds_begin)
     peak, _ = hardware.dense_peak(device, computing)
     result.peak_flops = peak and peak * shards.world
-    probe_steps = {round(i * steps / settings.probes) for i in range(settings.probes)} if probe else set()
 
     with progress(total=steps, desc=name, unit="step", disable=not shards.first) as bar:
         log = Log(
@@ -151,20 +154,19 @@ def fit(
             bar=bar,
             added=method.added,
         )
+        probes = Probes(probe, times=settings.probes, rule=rule, steps=steps, run=run, trained=trained, log=log)
         if resume is not None:
             with log.pause():
-                interruption = Interruption(resume, run=run, method=method, optimizer=optimizer, log=log)
+                state = {"run": run, "method": method, "optimizer": optimizer, "log": log, "best": probes.weights}
+                interruption = Interruption(resume, **state)
                 result.resumed = interruption.restore()
                 method.added = log.added
             bar.update(result.resumed)
         trained.update_model()
         order: list[list[int]] = []  # of the epoch, once it is known
         for step in range(result.resumed, steps):
-            if step in probe_steps:
-                with log.pause():
-                    if step == 0:
-                        log.curve.append({"step": 0, "tokens": 0, "seconds": 0.0})
-                    log.curve[-1] |= _probed(probe, trained)
+            if probes.end_run(step):
+                break
             number, place = divmod(step, run.epoch)
             if place == 0 or not order:
                 drawn = method.epoch(run, rows, number, begins=place == 0)
@@ -185,10 +187,11 @@ def fit(
                 with log.pause():
                     interruption.save(step + 1)
         log.flush()
-        if probe_steps and log.curve:
-            log.curve[-1] |= _probed(probe, trained)
+        probes.finish()
     trained.release()
-    result.steps, result.curve, result.seconds = steps, log.curve, log.seconds
+    result.steps, result.curve, result.seconds = probes.stopped_at or steps, log.curve, log.seconds
+    if rule and result.steps:
+        result.stopped = probes.record() | {"tokens_planned": batches.tokens(rows, settings, seed)}
     result.tokens, result.flops, result.added = log.tokens, log.flops, method.total()
     model.eval()
     return result
@@ -249,10 +252,6 @@ def _loss(model: nn.Module, batch: batches.Example, run: Run, method: Hooks) -> 
     weigh = (lambda statistics: method.weigh(run, batch, statistics)) if method.having("token_weights") else None
     loss, nll = weighted_nll(hidden, batch["labels"], architecture.logits_of(model), weigh)
     return nll, method.loss(run, batch, hidden, loss)
-
-
-def _probed(probe, trained) -> dict[str, float]:
-    return {f"probe_{name}": value for name, value in trained.compute(probe).items()}
 
 
 def final_weights(result: FitResult, parts: Sequence[Part], *, measure: Callable | None = None) -> dict[str, Tensor]:

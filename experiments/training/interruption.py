@@ -1,9 +1,9 @@
 """Saves a run's checkpoints, and resumes an interrupted run from one.
 
-A checkpoint holds the weights, the tensors that a part's `keep` names, whatever has changed in the optimizer, the
-parts' states, the model's other tensors and the random generators (experiments/training/snapshot.py), and as JSON the
-number of steps, which gives the learning rate and the position in the data, and the curve. Where a change cannot be
-restored no checkpoint is written, and a message says so.
+A checkpoint holds the weights, the best step's weights where a rule keeps them, the tensors that a part's `keep` names,
+whatever has changed in the optimizer, the parts' states, the model's other tensors and the random generators
+(experiments/training/snapshot.py), and as JSON the number of steps, which gives the learning rate and the position in
+the data, and the curve. Where a change cannot be restored no checkpoint is written, and a message says so.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,17 @@ LOGGED = ("curve", "seconds", "tokens", "flops", "added")
 class Interruption:
     """One run, ready for its first step, and its checkpoints."""
 
-    def __init__(self, resume: Resume, *, run: Run, method: Hooks, optimizer: torch.optim.Optimizer, log: Log) -> None:
+    def __init__(
+        self,
+        resume: Resume,
+        *,
+        run: Run,
+        method: Hooks,
+        optimizer: torch.optim.Optimizer,
+        log: Log,
+        best: Mapping[str, Tensor] = {},
+    ) -> None:
+        self._best = {f"best/{name}": tensor for name, tensor in best.items()}
         self._resume, self._run, self._parts, self._states = resume, run, method.parts, method.states
         self._optimizer, self._log = optimizer, log
         apart = (run, run.base, run.shards, run.moments, *method.parts, *run.model.modules())
@@ -70,7 +80,7 @@ class Interruption:
         self._resume.save(self._weights() | kept | changed, position, problem=problem)
 
     def _weights(self) -> dict[str, Tensor]:
-        return {f"weights/{name}": weight.detach() for name, weight in self._run.weights.items()}
+        return {f"weights/{name}": weight.detach() for name, weight in self._run.weights.items()} | self._best
 
     def _kept_by_parts(self) -> dict[str, Tensor]:
         return {

@@ -9,6 +9,9 @@ Bytes that are held for each weight (c: bytes of the compute dtype, w: 4, or 8 f
     gradients     trained w                            trained w/N
     moments       trained 2m                           trained 2m/N
 
+`train.keep: best` holds the trained weights once more, at w bytes each, in main memory: they count as masters where the
+model is on the CPU, too.
+
 Parts answer for what they hold (`Part.memory`): anchor, importance, state, scratch.
 
 What comes and goes: activations (all that is alive at the end of the forward pass of one micro-batch of the longest
@@ -179,7 +182,7 @@ class _Prediction:
         if made.training is None:
             return self._pass(made, own, length)
         given = {name: value for name, value in made.training.items() if value is not None}
-        return self._fit(dataclasses.replace(settings, **(given | {"length": length})), [own])
+        return self._fit(dataclasses.replace(settings, **(given | {"length": length, "keep": "last"})), [own])
 
     def _pass(self, made: Pass, own: Memory, length: int) -> dict[str, int]:
         """Each process has the whole model, and one gradient at a time."""
@@ -228,9 +231,12 @@ class _Prediction:
             kinds["weights"] = narrow * counts.all
             kinds["masters"] = wide * counts.trained * counts.half
         else:
+            kinds["masters"] = 0
             kinds["weights"] = share(wide * counts.trained + narrow * (counts.all - counts.trained))
             copies = narrow * (counts.root + 2 * counts.block)
             copies += (narrow + wide) * max(counts.root_trained, counts.block_trained)
+        if settings.keep == "best" and self.device_type == "cpu":
+            kinds["masters"] += share(wide * counts.trained)
         if labelled > loss.CHUNK:
             # the hidden states that logits are computed from, their gradient, and the head's of the chunks so far
             kinds["logits"] += 2 * narrow * counts.width * labelled + narrow * counts.head_trained

@@ -43,13 +43,33 @@ class TrainSettings:
         900.0, within="[0, inf)", help="seconds between two checkpoints of a run; 0: after every step"
     )
     probes: int = setting(4, within="[0, inf)", help="number of times a run is probed during training")
+    stop: dict[str, float] | None = setting(
+        None,
+        help="by how much a probe may change for the worse from step 0 before the run ends at a probe, by its name: "
+        "{general_nll: +0.1} nats, {sciq: -0.05} of accuracy",
+    )
+    keep: Literal["last", "best"] = setting(
+        "last",
+        help="the weights that a run ends with: those of its last step, or of the probed step with the least nats of "
+        "the domain's probe rows, among those within the limits of `stop`",
+    )
 
     def __post_init__(self) -> None:
         check(self, "train")
 
     def numeric(self) -> dict[str, Any]:
-        """The settings that a run's weights can depend on."""
-        return {name: value for name, value in vars(self).items() if name != "checkpoint_seconds"}
+        """The settings that a run's weights can depend on; a rule on probes only where there is one."""
+        left_out = {
+            "checkpoint_seconds",
+            *(() if self.stop else ("stop",)),
+            *(("keep",) if self.keep == "last" else ()),
+        }
+        return {name: value for name, value in vars(self).items() if name not in left_out}
+
+    @property
+    def acts_on_probes(self) -> bool:
+        """Whether a rule on probes can end the run or choose its weights."""
+        return bool(self.stop) or self.keep != "last"
 
 
 SCHEDULES: dict[str, Callable[[float], float]] = {

@@ -114,7 +114,8 @@ class ShardedWeights:
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient.to_local()
 
     def update_model(self) -> None:
-        """Nothing to do: the weights are the shards themselves."""
+        """The weights are the shards themselves; copies that a forward pass without a backward pass left are freed."""
+        self._root.reshard()
 
     def zero(self) -> None:
         for name, weight in self.weights.items():

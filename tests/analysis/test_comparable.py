@@ -88,6 +88,25 @@ def test_each_rule_takes_the_odd_cell_out_and_is_named(root, rule):
     assert ("a study of their own" in failure.reason) == (rule == "token budget")  # no rerun makes another budget equal
 
 
+def test_cells_that_a_rule_on_probes_ended_have_the_budget_of_their_last_step(root):
+    stopped = {
+        "rule": {"stop": {"general_nll": 0.1}, "keep": "best"},
+        "stopped_at": 6,
+        "kept_step": 4,
+        "steps_planned": 12,
+        "tokens_planned": 54_000,
+    }
+    for seed, end in ((0, 6), (1, None)):
+        one = stopped | {"stopped_at": end}
+        changed(root, CELL.format("ewc", seed), lambda m, one=one: m.update(tokens_trained=27_000, stopped=one))
+    found = loaded(root)
+    assert comparable.guarded(found) is found
+    note = "* ewc: stops at general_nll +0.1: trained for 6, 12 of 12 steps; weights of step 4, 4."
+    assert note in as_text(found, comparison(found))
+    changed(root, CELL.format("ewc", 0), lambda m: m["stopped"].update(tokens_planned=99))
+    assert CELL.format("ewc", 0) not in comparable.guarded(loaded(root)).cells.index
+
+
 def test_the_message_counts_what_it_does_not_spell_out(root):
     odd = CELL.format("full", 0)
     changed(

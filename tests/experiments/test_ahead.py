@@ -3,6 +3,7 @@
 import json
 import re
 
+import pandas as pd
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -11,7 +12,7 @@ from evaluation.chance import below_chance
 from experiments.commands import plan
 from experiments.data.prepared_rows import write_data
 from experiments.model.random_models import build
-from experiments.stages import evaluate, model, resolve, train
+from experiments.stages import collect, evaluate, model, resolve, train
 from experiments.study import ahead, config
 from experiments.study.cells import parse
 from experiments.study.paths import HERE, Paths
@@ -66,6 +67,17 @@ def rows(path, content):
         ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
         ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are requested"),
         ([("general/perplexity", 10_000)], "general.perplexity is 10000 texts"),
+        ([("train/stop", {"general_nl": 0.1})], "unknown probe 'general_nl' in train.stop: did you mean 'general_nll'"),
+        (
+            [("train/stop", {"general_nll": 0.1}), ("general/probe", 0)],
+            "unknown probe 'general_nll' in train.stop: known: colours, colours_nll, sums, sums_nll",
+        ),
+        ([("domains/sums/train", {"stop": {"sums": 0.1}})], "domains.sums.train.stop.sums is 0.1, but accuracy is"),
+        (
+            [("methods/full", {"train": {"keep": "best"}}), ("train/probes", 0)],
+            "methods.full.train has a rule on probes, but `probes` is 0",
+        ),
+        ([("train/keep", "best"), ("domains/sums/split/probe", 0)], "train.keep is 'best', which is the probed step"),
         ([("models/llama-tiny/source", "random:lama")], "models.llama-tiny: there is no random architecture 'lama'"),
         (
             [("models/llama-tiny/config", {"hiden_size": 32})],
@@ -249,6 +261,26 @@ def test_without_probe_rows_a_cell_trains(tmp_path, probes, passages):
     assert [c for c in columns if c.startswith("probe_")] == (
         ["probe_general_nll", "probe_perplexity"] if probes and passages else []
     )
+
+
+def test_a_cell_that_a_rule_ends_says_so_in_its_record(tmp_path, capsys):
+    found = study(tmp_path, ("train/stop", {"general_nll": 0}), ("train/keep", "best"), ("train/learning_rate", 0.05))
+    ahead.look(found)
+    model.main(found, model="llama-tiny")
+    write_data(found, found.paths.data)
+    (found.paths.prepared(model="llama-tiny", method="full", seed=0)).mkdir(parents=True)
+    train.main(found, parse(CELL, found))
+    record = json.loads((found.paths.run(parse(CELL, found)) / "train.json").read_text())
+    stopped, curve = record["stopped"], pd.read_csv(found.paths.run(parse(CELL, found)) / "curve.csv")
+    probed = curve.dropna(subset="probe_general_nll").set_index("step")
+    rise = probed["probe_general_nll"] - probed["probe_general_nll"][0]
+    assert stopped["stopped_at"] == record["steps"] == rise.index[rise > 0][0] < stopped["steps_planned"]
+    assert stopped["kept_step"] == probed["probe_sums_nll"][rise <= 0].idxmin() < record["steps"]
+    assert record["tokens_trained"] == curve["tokens"].max() < stopped["tokens_planned"]
+    assert record["settings"]["stop"] == {"general_nll": 0} and record["settings"]["keep"] == "best"
+    assert f"{CELL}: stopped at step {record['steps']} of " in capsys.readouterr().out
+    prepared = dict.fromkeys(("seconds_prepare", "tokens_prepare", "bytes_importance", "peak_memory_bytes"), 0)
+    assert collect._costs(record, prepared, {"seconds_evaluate": 1.0})["stopped"] == stopped
 
 
 def test_trials_are_refused_where_nothing_judges_them(tmp_path):

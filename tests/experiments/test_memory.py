@@ -292,6 +292,22 @@ def test_masters_are_the_parameters_where_they_are_wide():
     assert (kinds["weights"], kinds["moments"]) == (8 * shape.parameters, 16 * shape.parameters)
 
 
+def test_the_best_steps_weights_are_held_where_the_model_is_on_the_cpu():
+    shape = tiny("llama")
+    for dtype, masters in ((torch.float32, 0), (torch.bfloat16, 4)):
+        kept, last = (predict(shape, "full", dtype=dtype, device="cpu", keep=keep) for keep in ("best", "last"))
+        assert last["masters"] == masters * shape.parameters
+        assert kept["masters"] == (4 + masters) * shape.parameters
+        assert kept["total"] - last["total"] == 4 * shape.parameters
+    shared = predict(shape, "full", dtype=torch.float32, device="cpu", keep="best", processes=2)
+    assert shared["masters"] == 2 * shape.parameters
+    assert predict(shape, "full", keep="best") == predict(shape, "full")  # on a GPU they are in main memory
+    parts = [part for part in METHODS["hierarchical"] if part.preparation()]
+    assert parts and predict(shape, "hierarchical", phase="prepare", device="cpu", keep="best") == predict(
+        shape, "hierarchical", phase="prepare", device="cpu"
+    )
+
+
 def test_adapters(llama3):
     """LoRA of rank 8 on q and v: everything but the frozen weights is of the factors; importance is of the matrices."""
     factors = 32 * 8 * ((4096 + 4096) + (4096 + 1024))

@@ -94,6 +94,7 @@ OTHER = {  # another value of a key that its type and interval do not give
     "scorer": "hflm",
     "source of data": "hub",
     "moments": "bfloat16",
+    "stop": {"general_nll": 0.1},
 }
 
 
@@ -253,7 +254,7 @@ def of_training(path, trained, collected):
                     continue
                 if domain:
                     found |= trained([model], [domain], [method])
-                elif key not in ("length", "probes", "epochs") and any(
+                elif key not in ("length", "probes", "stop", "keep", "epochs") and any(
                     preparing(method).values()
                 ):  # epochs are the part's own
                     if not (key == "learning_rate" and at(STUDY, ("methods", method, "hierarchical", "learning_rate"))):

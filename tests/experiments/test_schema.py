@@ -65,6 +65,8 @@ TRAIN = {
     "compile": False,
     "checkpoint_seconds": 0.0,
     "probes": 0,
+    "stop": {"general_nll": 0.1, "t": -1},
+    "keep": "best",
 }
 FULL = {  # every key of every block, with a right value
     "title": "all",
@@ -168,7 +170,7 @@ def right(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) in (list, tuple):
         return isinstance(value, list) and all(right(item, typing.get_args(kind)[0]) for item in value)
     if typing.get_origin(kind) is dict:
-        return isinstance(value, dict) and all(isinstance(item, str) for item in value.values())
+        return isinstance(value, dict) and all(right(item, typing.get_args(kind)[1]) for item in value.values())
     if typing.get_args(kind):
         return any(right(value, option) for option in typing.get_args(kind))
     return isinstance(value, kind)

@@ -17,6 +17,7 @@ from experiments.model.random_models import build
 from experiments.model.weights import load_model
 from experiments.study.paths import HERE
 from experiments.training.engine import final_weights, fit
+from experiments.training.sharded_weights import ShardedWeights
 from methods import registry
 from methods.errors import UserError
 from methods.part import Part
@@ -84,6 +85,27 @@ def test_parts_see_the_run_itself(alone, shared, request):
     # three examples a step for two processes: the second one is asked of the first example again, ten times in all
     for found, calls in ((alone, 30), (shared, 30 if request.node.callspec.params["shared"] == 1 else 40)):
         assert found["bfloat16", "look"]["reports"]["look"] == {"calls": calls, "saw": saw}
+
+
+def test_weights_that_change_after_a_forward_pass_are_gathered_anew():
+    """fully_shard leaves the root's weights gathered where no backward pass follows."""
+    ids = torch.arange(12)[None]
+    model, plain = build("llama", seed=0), build("llama", seed=0)
+    with worlds.of_one() as shards, torch.no_grad():
+        where = {"compute_dtype": torch.float32, "device": torch.device("cpu"), "base": {}}
+        trained = ShardedWeights(model, shards=shards, **where)
+        trained.compute(lambda one: one(ids))
+        for weight in (*trained.weights.values(), *plain.parameters()):
+            weight.mul_(1.5)
+        trained.update_model()
+        assert torch.equal(trained.compute(lambda one: one(ids).logits), plain(ids).logits)
+
+
+@pytest.mark.thorough
+def test_the_first_process_decides_by_its_probes(tmp_path):
+    alone, shared = worlds.ruled(Shards(), tmp_path), start(2, tmp_path, "ruled")
+    assert shared["stopped"] == alone["stopped"] and shared["stopped"]["kept_step"] == 3
+    assert all(away(shared["final"][name], tensor) < 1e-6 for name, tensor in alone["final"].items())
 
 
 @dataclass(frozen=True, kw_only=True)

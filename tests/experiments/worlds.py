@@ -235,10 +235,19 @@ def stopped(shards: Shards, folder: Path) -> dict:
     return found
 
 
+def ruled(shards: Shards, folder: Path) -> dict:
+    """A run that a rule on probes ends; what the other processes measure does not count."""
+    from tests.experiments.test_stopping import RULE, falling_until, trained
+
+    values = falling_until(3) if shards.first else falling_until(12, general=(2.0,) * 5)
+    final, result = trained(rule=RULE, values=values, shards=shards)
+    return {"final": final, "stopped": result.stopped}
+
+
 def _work(rank: int, world: int, folder: str, job: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/{job}-{world}", rank=rank, world_size=world)
-    found = {"everything": everything, "stopped": stopped}[job](
+    found = {"everything": everything, "stopped": stopped, "ruled": ruled}[job](
         Shards(rank=rank, world=world, active=True), Path(folder)
     )
     if rank == 0:
