@@ -50,6 +50,8 @@ def _task(name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: M
     changed = change(base, tuned)
     about |= {"unit": changed["unit"], "base": base["value"], "tuned": tuned["value"]}
     about["lost"] = _shown(_lost(items, "score", step(changed["unit"])), value=0.0 - changed["change"])
+    if changed.get("change_low") is not None:  # a metric of the whole set: bootstrap over rows
+        about["lost"] |= {"low": -changed["change_high"], "high": -changed["change_low"]}
     about |= {f"{key}_lost": _shown(_lost(items, column)) for key, column in NATS.items()}
     if changed["unit"] == SHARE:
         right, still = items["score_base"] > 0.5, items["score"] > 0.5

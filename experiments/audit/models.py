@@ -51,12 +51,12 @@ class Model:
 def resolve(given: str, *, study, work: Path, beside: Model | None = None, same_base: bool = False) -> Model:
     """The model that a person named; UserError names what is wrong with it.
 
-    study       whose `models:` may be named, or None
+    study       whose `models:` may be named
     work        folder for remembered hashes
     beside      BASE, into which an adapter given as TUNED is merged
     same_base   an adapter's base is `beside`, whatever its adapter_config.json says
     """
-    known = study.models if study else {}
+    known = study.models
     if given.startswith("hub:"):
         folder, about = _from_hub(given.removeprefix("hub:"), work)
         names = {given.removeprefix("hub:").partition("@")[0]}
@@ -219,9 +219,7 @@ def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model 
         return candidates[0]
     here = _here(named, study=study, work=work)
     for model in candidates:
-        if here is not None and here.weights == model.weights:
-            return model
-        if here is None and any(_alike(named, name) for name in model.names):
+        if any(_alike(named, name) for name in model.names) if here is None else here.weights == model.weights:
             return model
     if candidates:
         raise UserError(
@@ -229,6 +227,8 @@ def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model 
             f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {named} as BASE; if BASE "
             "is that model under another name, say so with --same-base"
         )
+    if here is None and named and given.startswith("hub:"):
+        return resolve(f"hub:{named}", study=study, work=work)
     if here is None:
         raise UserError(
             f"{given} is an adapter of {named or 'a base that it does not name'}, which is no folder here and no model "
@@ -240,11 +240,9 @@ def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model 
 
 def _here(named: str | None, *, study, work: Path) -> Model | None:
     """The base that an adapter names, where it is on this machine: as a folder, or under `models:`."""
-    known = (name for name, block in (study.models if study else {}).items() if named == name)
-    name = next(known, None)
-    if named is None or not (name or Path(named).expanduser().is_dir()):
+    if named is None or not (named in study.models or Path(named).expanduser().is_dir()):
         return None
-    return resolve(name or named, study=study, work=work)
+    return resolve(named, study=study, work=work)
 
 
 def _alike(one: str, other: str) -> bool:

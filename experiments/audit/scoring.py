@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from transformers import PreTrainedModel
 
 from evaluation import SCORING, harness, versions
 from evaluation.encode import encode_rolling
@@ -19,7 +20,10 @@ from experiments.audit import adapters, kept, tokenizers
 from experiments.audit.data import Data
 from experiments.audit.models import Model
 from experiments.model import weights
+from experiments.model.shape import Shape
 from experiments.training import hardware
+from methods.errors import UserError
+from methods.tools import model_folder
 from methods.tools.files import read_json, write_json
 
 
@@ -85,7 +89,7 @@ def score(
     again = (out / "key.json").is_file()
     if not again:
         began = perf_counter()
-        loaded = weights.load_model(folders.of(model), dtype=dtype, device=where)
+        loaded = _loaded(model, folders.of(model), dtype=dtype, where=where, models=1 if reference is None else 2)
         digest = model.weights if model.adapter is None else weights.tensor_sha256(folders.of(model))
         scores, items = harness.score(
             model=loaded,
@@ -108,6 +112,20 @@ def score(
     items = pd.read_csv(out / "items.csv.gz", dtype={"task": str}, keep_default_na=False, na_values=[""])
     seconds = read_json(out / "evaluate.json", "seconds")["seconds"]
     return Scores(scores=read_json(out / "scores.json"), items=items, seconds=seconds, again=again)
+
+
+def _loaded(model: Model, folder: Path, *, dtype: torch.dtype, where: torch.device, models: int) -> PreTrainedModel:
+    """The model to score; UserError where memory has no room for `models` of its size, or where it is damaged."""
+    needed = models * Shape(config=model.config).parameters * dtype.itemsize
+    if (free := hardware.available_memory(where)) is not None and free < needed:
+        raise UserError(
+            f"too little memory to score {model.given}: {needed / 2**30:.1f} GiB needed on {where.type} in "
+            f"{str(dtype).removeprefix('torch.')}, {free / 2**30:.1f} GiB free; close other programs, use another "
+            "--device, or state --dtype bfloat16"
+        )
+    loaded = weights.load_model(folder, dtype=dtype, device=where)
+    model_folder.refuse_not_finite(dict(loaded.named_parameters()), model.given, then="save or fetch it again")
+    return loaded
 
 
 def _key(

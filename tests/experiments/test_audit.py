@@ -1,0 +1,410 @@
+"""An audit of tiny random models: what it measures, what it keeps, and what it refuses, each by name."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from ruamel.yaml import YAML
+from safetensors.torch import load_file, save_file
+
+from evaluation.encode import encode_rolling
+from experiments.audit import adapters
+from experiments.commands import audit
+from experiments.model import weights
+from experiments.model.random_models import build, byte_tokenizer
+from experiments.study.paths import HERE
+from methods.errors import UserError
+from methods.tools.files import read_json
+
+ROWS = HERE / "experiments/studies/demo/rows"
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """A project's root with the demo's tasks, `moved` among its models, and folders of models beside it."""
+    root = tmp_path_factory.mktemp("world")
+    raw = YAML(typ="safe").load(HERE / "experiments/studies/demo/params.yaml")
+    raw["models"]["moved"] = {"source": f"path:{root}/moved", "dtype": "float32"}
+    raw["tasks"]["colours"] |= {"test": 12, "chance": 0.0}  # a chance of 0 is below whatever a random model scores
+    raw["tasks"]["sums"] = raw["tasks"]["colours"] | {"rows": {"jsonl": str(ROWS / "sums.jsonl")}, "test": 10}
+    raw["tasks"]["colours"] = raw["tasks"]["colours"] | {"rows": {"jsonl": str(ROWS / "colours.jsonl")}}
+    raw["domains"]["sums"] |= {"rows": {"jsonl": str(ROWS / "sums.jsonl")}}
+    raw["general"] |= {"rows": {"jsonl": str(ROWS / "text.jsonl")}, "perplexity": 8}
+    YAML().dump(raw, root / "params.yaml")
+    save(build("llama", seed=0), root / "base")
+    save(moved(build("llama", seed=0)), root / "moved")
+    save(build("llama", seed=9), root / "other")
+    save(build("gptj", seed=0), root / "gptj")
+    save(build("llama", seed=0, num_hidden_layers=1), root / "shallow")
+    adapter(root / "base", root / "adapter")
+    return root
+
+
+def save(model, folder: Path, tokenizer=None) -> Path:
+    model.save_pretrained(folder)
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    return folder
+
+
+def moved(model, *, by: float = 0.05):
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(3)
+        for p in model.parameters():
+            p.add_(by * torch.randn_like(p))
+    return model
+
+
+def adapter(base: Path, folder: Path, *, named: str | None = None, **settings) -> Path:
+    """An adapter as peft's own script leaves it, with factors that are not zero."""
+    model = weights.load_model(base, dtype="float32")
+    model.name_or_path = str(base) if named is None else named
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        config = LoraConfig(r=3, lora_alpha=6, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+        get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+def run(world: Path, base: str, tuned: str, **options) -> tuple[int, dict]:
+    """The exit status and audit.json."""
+    out = world / "pages" / f"{Path(base).name}-{Path(tuned).name}.html"
+    names = [name if name == "moved" else str(world / name) for name in (base, tuned)]
+    status = audit.main(*names, **{"tasks": "colours,sums", "root": world, "out": str(out)} | options)
+    return status, read_json(out.with_suffix(".json"))
+
+
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """The folders of which a whole model is loaded."""
+    folders, real = [], weights.load_model
+    monkeypatch.setattr(
+        weights, "load_model", lambda folder, **how: (folders.append(folder.name), real(folder, **how))[1]
+    )
+    return folders
+
+
+def test_a_model_against_itself_lost_exactly_nothing(world, loaded):
+    status, found = run(world, "base", "base", max_forgetting=0.0, max_nll_lost=0.0)
+    assert status == 0 and found["verdict"]["exceeded"] == [] and len(loaded) == 1
+    assert found["overall"]["forgetting"]["value"] == found["overall"]["gold_nll_lost"]["value"] == 0
+    assert [found["general"][key]["value"] for key in ("nll_lost", "bits_per_byte_lost", "kl", "kl_reverse")] == [0] * 4
+    assert found["movement"]["overall"]["distance"] == 0 and found["flips"] == []
+    assert found["tokenizers"] == {"same_ids": True, "sentences": [], "template": False}
+
+
+@torch.no_grad()
+def test_general_text_is_what_a_plain_computation_gives(world):
+    _, found = run(world, "base", "moved")
+    texts = [json.loads(line)["text"] for line in next(world.glob("work/local/audit/rows/*/general.jsonl")).open()]
+    models = [weights.load_model(world / name, dtype="float32") for name in ("base", "moved")]
+    nats, kl, count, size = [0.0, 0.0], [0.0, 0.0], 0, 0
+    for text in texts:
+        context, ids = encode_rolling(byte_tokenizer(), text)
+        logits = [model(torch.tensor([context + ids[:-1]])).logits[0].double().log_softmax(-1) for model in models]
+        for who, own in enumerate(logits):
+            nats[who] -= own[range(len(ids)), ids].sum().item()
+            kl[who] += (own.exp() * (own - logits[1 - who])).sum().item()
+        count, size = count + len(ids), size + len(text.encode())
+    general = found["general"]
+    assert (general["n"], general["bytes"], general["tokens"]) == (8, size, {"base": count, "tuned": count})
+    assert general["nll_lost"]["value"] == pytest.approx((nats[1] - nats[0]) / count, abs=1e-5)
+    assert general["bits_per_byte_lost"]["value"] == pytest.approx((nats[1] - nats[0]) / size / math.log(2), abs=1e-5)
+    assert [general[key]["value"] for key in ("kl", "kl_reverse")] == pytest.approx(
+        [each / count for each in kl], rel=1e-3
+    )
+    assert general["kl"]["low"] < general["kl"]["value"] < general["kl"]["high"]
+
+
+def test_tasks_and_movement_are_differences_of_the_two_models(world):
+    _, found = run(world, "base", "moved")
+    tasks = {task["name"]: task for task in found["tasks"]}
+    assert {name: task["n"] for name, task in tasks.items()} == {"colours": 12, "sums": 10}
+    for task in tasks.values():
+        answers = task["answers"]
+        assert answers["right"] == round(task["base"] * task["n"])
+        assert task["lost"]["value"] == pytest.approx(task["base"] - task["tuned"])
+        assert task["base"] - task["tuned"] == pytest.approx((answers["lost"] - answers["gained"]) / task["n"])
+        flips = [flip["kind"] for flip in found["flips"] if flip["task"] == task["name"]]
+        assert (flips.count("lost"), flips.count("gained")) == (answers["lost"], answers["gained"])
+    for key in ("lost", "gold_nll_lost"):
+        mean = sum(task[key]["value"] for task in tasks.values()) / 2
+        assert found["overall"][{"lost": "forgetting"}.get(key, key)]["value"] == pytest.approx(mean)
+    base, tuned = (load_file(world / name / "model.safetensors") for name in ("base", "moved"))
+    moved = math.sqrt(sum((tuned[name] - base[name]).double().square().sum().item() for name in base))
+    size = math.sqrt(sum(base[name].double().square().sum().item() for name in base))
+    assert found["movement"]["overall"]["relative"] == pytest.approx(moved / size, rel=1e-4)
+
+
+def test_scores_are_kept_and_an_audit_again_loads_no_model(world, loaded):
+    _, first = run(world, "base", "moved")
+    loaded.clear()
+    _, again = run(world, "base", "moved")
+    assert loaded == [] and again["base"]["kept"] and again["tuned"]["kept"]
+    same = first.keys() - {"seconds", "when", "base", "tuned"}
+    assert {key: first[key] for key in same} == {key: again[key] for key in same}
+    run(world, "base", "moved", batch_size=3)
+    assert sorted(loaded)[0] == "base"  # other settings are other scores
+
+
+def test_the_bases_scores_serve_another_tuned_model_and_a_copy_of_the_base(world, loaded, tmp_path):
+    run(world, "base", "moved")
+    loaded.clear()
+    shutil.copytree(world / "base", world / "copy")
+    save(moved(build("llama", seed=0), by=0.01), world / "nearer")
+    _, found = run(world, "copy", "nearer")
+    assert found["base"]["kept"] and not found["tuned"]["kept"]
+    (world / "copy" / "model.safetensors").write_bytes((world / "other" / "model.safetensors").read_bytes())
+    _, found = run(world, "copy", "nearer")
+    assert not found["base"]["kept"]
+
+
+def test_an_adapter_is_merged_into_its_base(world, tmp_path):
+    out, at = tmp_path / "merged", world / "adapter"
+    adapters.merge(at, base=world / "base", tokenizer=byte_tokenizer(), out=out, given="it", rows=None)
+    base, factors, merged = (
+        load_file(file) for file in (world / "base/model.safetensors", at / adapters.WEIGHTS, out / "model.safetensors")
+    )
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {f"model.layers.{k}.self_attn.{part}_proj.weight" for k in range(2) for part in "qv"}
+    for name in changed:
+        a, b = (factors[f"base_model.model.{name.removesuffix('weight')}lora_{key}.weight"] for key in "AB")
+        assert torch.allclose(merged[name], base[name] + 2 * b @ a, atol=1e-6)
+    shutil.copytree(out, world / "by-hand")
+    by_adapter, by_hand = (run(world, "base", name)[1] for name in ("adapter", "by-hand"))
+    assert by_adapter["tuned"]["weights_sha256"] == by_hand["tuned"]["weights_sha256"]
+    for key in ("tasks", "overall", "general", "flips", "movement"):
+        assert by_adapter[key] == by_hand[key]
+    assert not list((world / "work/local/audit").glob("merged-*"))
+
+
+def test_an_adapter_is_rounded_to_the_bases_dtype(world, tmp_path):
+    base = save(build("llama", seed=0, dtype=torch.bfloat16), tmp_path / "half")
+    at = adapter(base, tmp_path / "adapter", target_modules=["down_proj"])
+    adapters.merge(at, base=base, tokenizer=byte_tokenizer(), out=tmp_path / "out", given="it", rows=None)
+    name = "model.layers.0.mlp.down_proj."
+    factors, before = load_file(at / adapters.WEIGHTS), load_file(base / "model.safetensors")[f"{name}weight"]
+    a, b = (factors[f"base_model.model.{name}lora_{key}.weight"].float() for key in "AB")
+    after = load_file(tmp_path / "out/model.safetensors")[f"{name}weight"]
+    assert after.dtype == torch.bfloat16 and torch.equal(after, (before.float() + 2 * b @ a).bfloat16())
+
+
+@pytest.fixture(scope="module")
+def talkative(world) -> Path:
+    """The moved model with two tokens more, its embedding resized, and a chat template."""
+    tokenizer, model = byte_tokenizer(), moved(build("llama", seed=0))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|end|>"]})
+    tokenizer.chat_template = "{% for m in messages %}<|user|>{{ m.content }}<|end|>{% endfor %}"
+    model.resize_token_embeddings(260, mean_resizing=False)
+    return save(model, world / "talkative", tokenizer)
+
+
+def test_added_tokens_are_said_and_text_is_measured_in_bits_per_byte(world, talkative):
+    _, found = run(world, "base", "talkative")
+    _, same = run(world, "base", "moved")
+    said = " ".join(found["tokenizers"]["sentences"])
+    assert "2 tokens ('<|user|>', '<|end|>') that the base's lacks" in said
+    assert "Only the tuned model has a chat template" in said and not found["tokenizers"]["same_ids"]
+    general = found["general"]
+    assert general["nll_lost"] is None and general["kl"] is None
+    # the new tokens take some probability from every other one
+    assert general["bits_per_byte_lost"]["value"] > same["general"]["bits_per_byte_lost"]["value"]
+    assert found["movement"]["rows"] == [["model.embed_tokens.weight", 258, 260]]
+    assert found["movement"]["overall"] == same["movement"]["overall"]  # of the rows that both have
+    assert "bits per byte lost" in (world / "pages/base-talkative.html").read_text()
+
+
+def test_another_template_alone_is_said_and_changes_nothing(world):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    save(moved(build("llama", seed=0)), world / "template", tokenizer)
+    _, found = run(world, "base", "template")
+    _, same = run(world, "base", "moved")
+    assert found["tokenizers"]["sentences"] == ["Only the tuned model has a chat template."]
+    assert found["general"] == same["general"]
+
+
+def test_limits_decide_the_exit_status(world):
+    _, found = run(world, "base", "moved")
+    lost, nats = found["overall"]["forgetting"], found["general"]["nll_lost"]
+    for limits, status in (
+        ({"max_forgetting": lost["value"]}, 0),
+        ({"max_forgetting": lost["value"] - 1e-6}, 1),
+        ({"max_forgetting": lost["value"], "confidence": True}, 1),
+        ({"max_forgetting": lost["high"], "confidence": True}, 0),
+        ({"max_nll_lost": nats["value"]}, 0),
+        ({"max_nll_lost": nats["value"] - 1e-6}, 1),
+        ({"max_forgetting": 1.0, "max_nll_lost": -1.0}, 1),
+    ):
+        assert run(world, "base", "moved", **limits)[0] == status, limits
+
+
+def test_the_page_is_one_file_and_flips_are_beside_it_with_their_text(world, capsys):
+    _, found = run(world, "base", "moved", max_forgetting=-1.0)
+    said = capsys.readouterr().out
+    page, flips = (world / "pages" / f"base-moved.{end}" for end in ("html", "flips.csv"))
+    table, text = pd.read_csv(flips), page.read_text(encoding="utf-8")
+    assert len(table) == len(found["flips"]) > 0
+    assert all(
+        flip["question"].startswith("Question: ") and flip["right"] != flip["tuned"]
+        for flip in found["flips"]
+        if flip["kind"] == "lost"
+    )
+    assert "http" not in text.partition("</style>")[2] and "<script" not in text and "src=" not in text
+    for line in (said, text):
+        assert "nats per token lost" in line and "colours" in line
+    assert "FAIL  forgetting" in said and "Does not pass." in text
+    first = found["flips"][0]
+    assert first["question"].splitlines()[0] in text
+
+
+def test_a_name_of_params_yaml_is_its_converted_model(world):
+    _, by_folder = run(world, "base", "moved")
+    assert (world / "work/models/moved/base.json").is_file()
+    assert by_folder["tuned"]["source"] == f"path:{world}/moved"
+
+
+def test_by_default_the_page_lies_among_the_results_and_no_other_pairs_is_written_over(world):
+    for name in ("base", "other"):
+        audit.main(str(world / name), str(world / "base"), tasks="colours", root=world, out=None)
+    shutil.copytree(world / "other", world / "elsewhere/base")
+    audit.main(str(world / "base"), str(world / "elsewhere/base"), tasks="colours", root=world)
+    made = sorted(path.parent.name for path in (world / "results/audits").glob("*/audit.html"))
+    assert made[0] == "base--base" and made[1].startswith("base--base-") and made[2] == "other--base"
+
+
+def test_text_of_ones_own(world, tmp_path):
+    lines = [{"content": f"Line {k} of a text of my own, which is not long.", "n": k} for k in range(6)]
+    file = tmp_path / "mine.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    _, found = run(world, "base", "moved", text=str(file), text_rows=4)
+    assert found["general"]["n"] == 4 and found["sources"]["general"]["source"] == f"jsonl:{file}"
+    file.write_text('{"a": "one", "b": "two"}\n')
+    with pytest.raises(UserError, match="has the columns a, b, and it is not clear which of them is the text"):
+        run(world, "base", "moved", text=str(file))
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"not read")
+
+
+def cut_off(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def without_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def not_a_number(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (without_config, r"spoiled is not a model folder \(no config.json\)"),
+        (pickled, r"its .bin files can run code and are not read.*`bin_sha256`"),
+        (cut_off, "model.safetensors is no safetensors file, or damaged or cut off"),
+        (not_a_number, "model.norm.weight is damaged, 1 of its 32 values are NaN or infinite"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_by_name(world, spoil, message):
+    shutil.rmtree(world / "spoiled", ignore_errors=True)
+    shutil.copytree(world / "base", world / "spoiled")
+    spoil(world / "spoiled")
+    with pytest.raises(UserError, match=message):
+        run(world, "base", "spoiled")
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "message"),
+    [
+        ("base", "gptj", "base is a llama and .*gptj a gptj"),
+        ("base", "shallow", "are llamas of different sizes: model.layers.1"),
+        (
+            "other",
+            "adapter",
+            "adapter is an adapter of another model: .* and BASE is .*other, whose weights are others",
+        ),
+        ("gptj", "adapter", "adapter is an adapter of another model"),
+    ],
+)
+def test_models_that_do_not_belong_together_are_refused_by_name(world, base, tuned, message):
+    with pytest.raises(UserError, match=message):
+        run(world, base, tuned)
+
+
+def test_an_adapters_base_is_known_by_its_name_or_said(world):
+    adapter(world / "base", world / "of-the-hub", named="owner/other-name")
+    with pytest.raises(UserError, match="names 'owner/other-name' as its base, and BASE is .*base. Give .*--same-base"):
+        run(world, "base", "of-the-hub")
+    assert run(world, "base", "of-the-hub", same_base=True)[1]["tuned"]["adapter_of"] == "owner/other-name"
+    adapter(world / "base", world / "alike", named="owner/Base")
+    assert run(world, "base", "alike")[1]["tuned"]["adapter"] == "LORA, r 3, lora_alpha 6"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task_type": "SEQ_CLS"}, "is an adapter for SEQ_CLS"),
+        ({"r": 2}, "cannot be merged into its base by peft"),
+        ({"target_modules": ["q_proj"]}, "is an adapter of another model: it has 8 tensors"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(world, change, message):
+    folder = world / "misfit"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(world / "adapter", folder)
+    config = read_json(folder / "adapter_config.json") | change
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=f"misfit.*{message}"):
+        run(world, "base", "misfit")
+
+
+def test_adapters_of_both_sides_and_one_that_is_pickled(world):
+    _, found = run(world, "adapter", "base")
+    _, other = run(world, "base", "adapter")
+    assert found["general"]["nll_lost"]["value"] == pytest.approx(-other["general"]["nll_lost"]["value"])
+    shutil.copytree(world / "adapter", world / "pickled")
+    (world / "pickled" / adapters.WEIGHTS).rename(world / "pickled" / "adapter_model.bin")
+    with pytest.raises(UserError, match="pickled is a LORA adapter without .*adapter_model.bin can run code"):
+        run(world, "base", "pickled")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": 0}, "--rows 0: it must be a whole number from 1"),
+        ({"max_forgetting": 2.0}, "--max-forgetting 2.0: it must be a share of 1; 0.02 is 2 points"),
+        ({"confidence": True}, "--confidence compares a limit"),
+        ({"suite": "general"}, "--suite and --tasks are both given"),
+        ({"tasks": " , "}, "names no task"),
+        ({"out": "page.txt"}, r"--out page.txt: name the page, which ends in .html"),
+        ({"dtype": "int8"}, "dtype 'int8' is no floating-point type"),
+    ],
+)
+def test_bad_options_are_refused_by_name(world, options, message):
+    with pytest.raises(UserError, match=message):
+        run(world, "base", "moved", **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("nowhere/model", "nowhere/model is no folder here: write hub:nowhere/model for a model on the hub"),
+        ("/no/such/folder", "/no/such/folder is no folder: correct the path"),
+        ("movd", "unknown model 'movd': did you mean 'moved'"),
+    ],
+)
+def test_a_model_that_is_nowhere(world, given, message):
+    with pytest.raises(UserError, match=message):
+        audit.main(given, str(world / "base"), tasks="colours", root=world)
