@@ -1,4 +1,6 @@
-"""Rows that the `data` stage rendered: {"text"}, or {"context", "choices", "gold"} and what a task's metric adds."""
+"""Rows that the `data` stage wrote: {"text"}, {"messages"}, or {"context", "choices", "gold"} and what a task's metric
+adds.
+"""
 
 from pathlib import Path
 
@@ -15,7 +17,8 @@ def read_jsonl(path: Path) -> list[jsonl.Row]:
         choices, gold = row.get("choices"), row.get("gold")
         chosen = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
         answered = chosen and isinstance(gold, int) and 0 <= gold < len(choices)
-        if not isinstance(row.get("text"), str) and not (answered and isinstance(row.get("context"), str)):
+        whole = isinstance(row.get("text"), str) or isinstance(row.get("messages"), list)
+        if not whole and not (answered and isinstance(row.get("context"), str)):
             raise UserError(
                 f"{row.at} is no row of the `data` stage: run `dvc repro --force data` to make the file again"
             )

@@ -1,43 +1,110 @@
-"""A domain: its rows split once, rendered for training and probes, and kept as they are for scoring."""
+"""A domain: its rows split once, as training and probes read them, and kept as they are for scoring."""
 
 import json
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation import chat
 from evaluation.chance import WARNING
 from evaluation.task import make_task
-from experiments.data import general_text, rows, scored_tasks, splits
+from experiments.data import formats, general_text, rows, scored_tasks, splits
 from experiments.data.reader import Reader, Row, write_rows
+from experiments.data.sameness import sameness
 from experiments.data.scored_tasks import entry, facts, question, rendered, warn_of_spaces
 from experiments.study.schema import Domain
+from methods.errors import UserError
+
+TEMPLATE = "chat_template.jinja"  # a copy of the block's template, beside the rows
+# the split of a domain that states none: shares of all rows, and at most so many
+PROBED, SCORED = (0.05, 100), (0.1, 500)
 
 
-def write(domain: str, block: Domain, reader: Reader, out: Path) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """A domain's rows, split: `train` and `probe` as training reads them, and `split` with the rows to score.
+
+    sources   where the rows come from
+    """
+
+    split: splits.Split
+    train: list[Row]
+    probe: list[Row]
+    sources: list[str]
+
+
+def draw(domain: str, block: Domain, reader: Reader) -> Drawn:
+    """Read and split the rows of a domain. Raises UserError that names the block for rows that do not fit it."""
     where = f"domains.{domain}"
     loaded = reader(block, block.rows, where=where)
     tested = rows.has(block.test_rows, prefer=reader.study.data.source)
     held_out = reader(block, block.test_rows, where=f"{where}.test_rows") if tested else None
-    split = splits.three_way(
-        loaded.rows,
-        question=lambda row: rows.text(row, block.question, where=where),
-        where=where,
-        test_rows=held_out.rows if held_out else None,
-        **block.split.model_dump(),
-    )
-    folder, trained = out / "train" / domain, rendered(domain, block, split.train)
-    write_rows(folder / "train.jsonl", trained)
-    _warn_of_answers(where, trained)
+    sources = [loaded.source, *([held_out.source] if held_out else [])]
+    if block.format == "task":
+        split = splits.three_way(
+            loaded.rows,
+            question=lambda row: rows.text(row, block.question, where=where),
+            where=where,
+            test_rows=held_out.rows if held_out else None,
+            **block.split.model_dump(),
+        )
+        train, probe = (rendered(domain, block, drawn) for drawn in (split.train, split.probe))
+        return Drawn(split=split, train=train, probe=probe, sources=sources)
+    given, asked = _standard(loaded.rows, block, reader, where=where)
+    tests = None
+    if held_out:
+        tests, asked_there = _standard(held_out.rows, block, reader, where=f"{where}.test_rows")
+        asked |= asked_there
+    numbers = block.split.model_dump() if block.split else _shares(len(given), domain=domain, tested=tested)
+    split = splits.three_way(given, question=lambda row: asked[id(row)], where=where, test_rows=tests, **numbers)
+    return Drawn(split=split, train=split.train, probe=split.probe, sources=sources)
+
+
+def _standard(given: list[Row], block: Domain, reader: Reader, *, where: str) -> tuple[list[Row], dict[int, str]]:
+    """The rows in the form of their format, and what identifies each, by the row's `id()`."""
+    made, before, left_out = formats.standard(given, format=block.format, where=where)
+    if found := left_out.facts():
+        reader.left_out[f"{where}, {block.format}"] = found
+    if block.question:
+        return made, {id(row): rows.text(old, block.question, where=where) for row, old in zip(made, before)}
+    return made, {id(row): formats.question(row) for row in made}
+
+
+def _shares(count: int, *, domain: str, tested: bool) -> dict[str, Any]:
+    """The numbers of a domain without `split`, which are printed."""
+    (share, most), (scored, most_scored) = PROBED, SCORED
+    probe, test = (max(1, min(round(s * count), m)) for s, m in ((share, most), (scored, most_scored)))
+    how = "all of `test_rows` are scored" if tested else f"{test} rows are scored (a tenth, at most {most_scored})"
+    print(f"data: {domain}: no `split`: {how}, and {probe} probed (a twentieth, at most {most})", flush=True)
+    return {"train": "all", "probe": probe, "test": "all" if tested else test}
+
+
+def write(domain: str, block: Domain, reader: Reader, out: Path) -> dict[str, Any]:
+    """Write the rows of a domain and of the tasks that it names, and return their facts for data.json."""
+    where, drawn = f"domains.{domain}", draw(domain, block, reader)
+    split, folder, evaluate = drawn.split, out / "train" / domain, out / "evaluate" / domain
+    write_rows(folder / "train.jsonl", drawn.train)
+    if block.format in ("task", "pairs"):
+        _warn_of_answers(where, drawn.train, task=block.format == "task")
     general = general_text.lines(reader.study.general, reader)
-    for name, probe in ((domain, rendered(domain, block, split.probe)), ("general", general["probe"])):
+    for name, probe in ((domain, drawn.probe), ("general", general["probe"])):
         if probe:  # with 0 probe rows there is no file, not an empty one
             write_rows(folder / "probe" / f"{name}.jsonl", probe)
-    evaluate = out / "evaluate" / domain
     write_rows(evaluate / f"{domain}.jsonl", split.test)
-    listed = [entry(domain, block, "domain")]
-    warn_of_spaces(where, make_task(domain, block.task, split.test, metric=block.metric))  # checks every row
-    taught = {question(row) for row in trained}
-    sources = [loaded.source, *([held_out.source] if held_out else [])]
-    more, tasks = scored_tasks.write_scored(domain, block, reader, folder=evaluate, taught=taught, sources=sources)
+    if block.format == "task":
+        listed = [entry(domain, block, "domain")]
+        warn_of_spaces(where, make_task(domain, block.task, split.test, metric=block.metric))  # checks every row
+        taught = {question(row) for row in drawn.train}
+    else:
+        listed = [_entry(domain, block)]
+        taught = {sameness(formats.question(row)) for row in drawn.train}
+        if block.chat_template:
+            for place in (folder, evaluate):
+                shutil.copyfile(_template(block, where), place / TEMPLATE)
+    more, tasks = scored_tasks.write_scored(
+        domain, block, reader, folder=evaluate, taught=taught, sources=drawn.sources
+    )
     listed += more
     write_rows(evaluate / "general.jsonl", general["perplexity"])
     perplexity = {"task": "general_text", "metric": "perplexity", "chance": None}
@@ -57,11 +124,30 @@ def write(domain: str, block: Domain, reader: Reader, out: Path) -> dict[str, An
             f"such as {split.pair}",
             flush=True,
         )
-    source = loaded.source + (f" ; test: {held_out.source}" if held_out else "")
+    source, *test_source = drawn.sources
+    source += "".join(f" ; test: {name}" for name in test_source)
     return facts(block, split, source) | {"tasks": tasks, "probes": probes}
 
 
-def _warn_of_answers(where: str, trained: list[Row]) -> None:
+def _entry(domain: str, block: Domain) -> dict[str, Any]:
+    """The entry of tasks.json of a domain that is scored in nats per labelled token."""
+    about = {"name": domain, "role": "domain", "file": f"{domain}.jsonl", "format": block.format}
+    about |= {"task": None, "metric": "nats_per_token", "chance": None}
+    return about | ({"template": TEMPLATE} if block.chat_template else {})
+
+
+def _template(block: Domain, where: str) -> Path:
+    path = Path(block.chat_template).expanduser()
+    try:
+        chat.refuse_template(path.read_text(encoding="utf-8"))
+    except UserError as error:
+        raise UserError(f"{where}.chat_template: {path} {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where}.chat_template: {path} cannot be read ({error}): name a file of UTF-8 text") from error
+    return path
+
+
+def _warn_of_answers(where: str, trained: list[Row], *, task: bool) -> None:
     """Warn of empty training answers, and of the same answer to every question."""
     answers = [row["choices"][row["gold"]].strip() for row in trained]
     if empty := answers.count(""):
@@ -70,4 +156,4 @@ def _warn_of_answers(where: str, trained: list[Row]) -> None:
         problem = f"all {len(answers)} training rows have the same answer {answers[0][:60]!r}"
     else:
         return
-    print(f"{WARNING}{where}: {problem}: check doc_to_target", flush=True)
+    print(f"{WARNING}{where}: {problem}: check {'doc_to_target' if task else 'the column'}", flush=True)

@@ -1,6 +1,6 @@
 """Write the domains, tasks and general text of a study as files, split once and the same for every cell.
 
-data/train/<domain>/train.jsonl, probe/<name>.jsonl     questions as the task renders them
+data/train/<domain>/train.jsonl, probe/<name>.jsonl     questions as the task renders them, or rows of other formats
 data/general/importance.jsonl                           text that importance is computed on
 data/evaluate/<domain>/<task>.jsonl, tasks.json         rows that lm-eval scores, and the role of each file
 data/data.json                                          sources, counts, dropped duplicates, checksums
@@ -33,6 +33,8 @@ def write_data(study, out_dir: Path) -> dict[str, Any]:
     report: dict[str, Any] = {"general": general_text.write(study.general, reader, out), "domains": {}}
     for domain in study.grid.domains:
         report["domains"][domain] = domains.write(domain, study.domains[domain], reader, out)
+    if reader.left_out:
+        report["left_out"] = reader.left_out
     files = [path for part in PARTS for path in sorted((out / part).rglob("*")) if path.is_file()]
     report["files"] = {str(path.relative_to(out)): sha256(path) for path in files}
     for domain, facts in report["domains"].items():

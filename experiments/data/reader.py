@@ -15,16 +15,22 @@ Row = dict[str, Any]
 
 @dataclass(kw_only=True)
 class Reader:
-    """Reads each block's rows once, however many domains use them."""
+    """Reads each block's rows once, however many domains use them.
+
+    left_out   what was left out while reading, by the path of the block
+    """
 
     study: Any
     read_before: dict[str, rows.Rows] = field(default_factory=dict)
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __call__(self, block: General | Scored, named: schema.Rows, *, where: str) -> rows.Rows:
         if where not in self.read_before:
             source = {"packages": self.study.packages, "prefer": self.study.data.source}
             loaded = rows.read(named, **source, where=where, emptied=block.nulls == "empty")
             shaped = rows.shape(loaded.rows, block, where=where) if isinstance(block, Scored) else loaded.rows
+            if facts := loaded.left_out.facts():
+                self.left_out[where] = facts
             self.read_before[where] = rows.Rows(rows=shaped, source=loaded.source)
         return self.read_before[where]
 

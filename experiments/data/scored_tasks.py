@@ -27,7 +27,7 @@ def write_scored(
     listed: list[dict[str, Any]] = []
     tasks: dict[str, Any] = {}
     seen: dict[tuple, str] = {}
-    for role in ("retention", "transfer"):
+    for role in ("retention", "transfer", "score"):
         for name in getattr(block, role):
             task, drawn, source = _task(name, reader)
             same = isinstance(task.task, str) and task.task == block.task

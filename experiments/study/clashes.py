@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from itertools import product
 
-from experiments.study.schema import Params, Task, Tune
+from experiments.study.schema import Domain, Params, Task, Tune
 from methods.errors import UserError
 
-ROLES = ("retention", "transfer", "probes")  # what a domain uses tasks for
+ROLES = ("retention", "transfer", "score", "probes")  # what a domain uses tasks for
 # names under which Holdfast itself writes rows and scores of general text, beside domains and tasks
 GENERAL = ("general", "general_text", "perplexity")
 NATS = "_nll"  # suffix of a probe's nats per token
@@ -34,11 +34,13 @@ def refuse_study(name: str) -> None:
 
 def refuse(params: Params) -> None:
     """Refuse a name that two things of a study would share; the message names the block to rename."""
+    for domain, block in params.domains.items():
+        _refuse_format(domain, block)
     used = {domain: params.domains[domain] for domain in params.grid.domains}
     scored = {
         task: f"domains.{domain}.{role}"
         for domain, block in reversed(used.items())
-        for role in ("transfer", "retention")
+        for role in ("score", "transfer", "retention")
         for task in getattr(block, role)
     }
     named = dict.fromkeys(task for block in used.values() for role in ROLES for task in getattr(block, role))
@@ -56,12 +58,15 @@ def refuse(params: Params) -> None:
                 f"domains.{name} and tasks.{name} share their name, and both have probe rows (domains.{name}.probes): "
                 f"rename one of the blocks, such as tasks.{name}_task"
             )
-        if twice := [task for task in block.retention if task in block.transfer]:
-            raise UserError(
-                f"domains.{name}.transfer lists {twice[0]!r}, which is evaluated already under `retention`: name each "
-                "task once"
-            )
-        _same_rows(name, [*block.retention, *block.transfer], params.tasks)
+        first: dict[str, str] = {}
+        for role in ("retention", "transfer", "score"):
+            for task in getattr(block, role):
+                if (other := first.setdefault(task, role)) != role:
+                    raise UserError(
+                        f"domains.{name}.{role} lists {task!r}, which is evaluated already under `{other}`: name each "
+                        "task once"
+                    )
+        _same_rows(name, list(first), params.tasks)
     if BASE in params.grid.methods:
         raise UserError(
             f"grid.methods names {BASE!r}, which is what tables call the model before training: rename methods.{BASE}"
@@ -73,6 +78,22 @@ def refuse(params: Params) -> None:
                 f"method {other[1]} of model {other[0]} and method {pair[1]} of model {pair[0]} share the stage name "
                 f"prepare@{'-'.join(pair)}: rename one of the blocks"
             )
+
+
+def _refuse_format(domain: str, block: Domain) -> None:
+    """Refuse a domain without the keys of its format, or with those of another."""
+    of_task = ("task", "metric", "chance")
+    if block.format == "task":
+        for key in (*of_task, "question", "split"):
+            if getattr(block, key) is None:
+                raise UserError(
+                    f"domains.{domain} has no `{key}`: add it, or name the `format` of its rows: text, pairs or chat"
+                )
+    elif stated := [key for key in of_task if getattr(block, key) is not None]:
+        raise UserError(
+            f"domains.{domain}.{stated[0]}: a domain of the format {block.format} is scored in nats per token of its "
+            f"own text: leave `{stated[0]}` out, and name lm-eval's tasks under `score`"
+        )
 
 
 def _own(kind: str, name: str, tune: Tune) -> None:

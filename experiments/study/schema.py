@@ -162,12 +162,36 @@ class Jsonl(Shaped):
         return {"path": value} if isinstance(value, str) else value
 
 
-class Rows(Block):
-    """Where rows are read from: the source that `data.source` names, else `jsonl`."""
+class Local(Shaped):
+    """Rows from a file or folder: its path, or a block with it."""
 
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string"], "pattern": r"\S"})
+    path: Text = key(
+        "JSONL, JSON, CSV, TSV or Parquet file, folder of .txt or .md files, or folder that `datasets` saved, from the "
+        "project's root."
+    )
+    split: Text = key("Split that is read of a saved folder with several.", None)
+    encoding: Text = key("Encoding of the file, such as cp1252; without it UTF-8, or what its mark says.", None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
+
+
+class Rows(Block):
+    """Where rows are read from: the source that `data.source` names, else a local file; a path alone is `local`."""
+
+    model_config = ConfigDict(json_schema_extra={"type": ["object", "string", "null"], "pattern": r"\S"})
     hub: Hub = key("The Hugging Face hub.", None)
     pypi: Pypi = key("A wheel of the Python package index.", None)
     jsonl: Jsonl = key("A JSONL file of your own.", None)
+    local: Local = key("A file or folder of your own.", None)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_alone(cls, value: Any) -> Any:
+        return {"local": value} if isinstance(value, str) else value
 
 
 class Model(Block):
@@ -221,11 +245,30 @@ class Split(Block):
 class Domain(Scored):
     """What a model is fine-tuned on, and the tasks that show what it forgets."""
 
-    question: Text = key("Column, or Jinja template, of the text by whose hash rows are split.")
+    format: Literal["task", "text", "pairs", "chat"] = key(
+        "task: questions of an lm-eval task; text: documents; pairs: prompts and completions; chat: conversations.",
+        "task",
+    )
+    task: Annotated[Text | dict, Form("text that is not empty or a mapping")] = key(
+        "Name of one of lm-eval's tasks, or a task's own configuration; only for the format task.", None
+    )
+    metric: Metric = key("Metric of the task that is reported; only for the format task.", None)
+    chance: Share = key("Score of guessing, as a share of 1; only for the format task.", None)
+    chat_template: Text = key("File of the chat template, for the format chat; without it the tokenizer's own.", None)
+    question: Text = key(
+        "Column, or Jinja template, of the text by whose hash rows are split; by default the text, the prompt or the "
+        "first turn of the user.",
+        None,
+    )
     test_rows: Rows = key("Where test rows are read from, if the data set has its own test split.", Rows)
-    split: Split = key("How many rows are trained on, probed and scored.")
+    split: Split = key(
+        "How many rows are trained on, probed and scored; by default 5 % are probed and 10 % scored, at most 100 and "
+        "500, for formats other than task.",
+        None,
+    )
     retention: Names = key("Tasks that show what was forgotten.", [])
     transfer: Names = key("Tasks near the domain, which may improve.", [])
+    score: Names = key("Tasks that show what was learned, beside the domain's own test rows.", [])
     probes: Names = key("Tasks that are probed during training and in `tune`.", [])
     why: str = key("Why the tasks are retention or transfer.", None)
     train: Train = key("Training settings for this domain; precedence train < domain < model < method.", Train)
@@ -351,7 +394,9 @@ def _plain(node: Any) -> Any:
             options = value.get("anyOf", [value])
             if name in required:
                 for option in options:
-                    if "$ref" in option or option.get("type") == ["object", "null"]:
+                    if option.get("$ref") == "#/$defs/Rows":  # a path alone stands for the block
+                        option["type"] = ["object", "string"]
+                    elif "$ref" in option or option.get("type") == ["object", "null"]:
                         option["type"] = "object"
             elif "default" not in value:
                 for option in options:

@@ -280,7 +280,7 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
         (birds, {"question": ""}, "domains.birds.question is ''"),
         (birds, {"retention": ["fsh"]}, "unknown task 'fsh' in domains.birds.retention: did you mean 'fish'"),
         (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is evaluated already"),
-        (birds, {"chance": None}, "domains.birds has no `chance`"),
+        (birds, {"chance": None}, "domains.birds.chance is null"),
         (
             birds,
             {"rows": fish["rows"], "split": {"train": 5, "probe": 1, "test": 5}},

@@ -1,0 +1,59 @@
+"""Rows that cannot be used: a few are left out, counted and named; where they are many, something is wrong, and the
+run stops.
+"""
+
+from typing import Any
+
+from evaluation.chance import WARNING
+from methods.errors import UserError
+
+FEW = 0.1  # share of the rows up to which they are left out
+NAMED = 3  # places that a message names
+
+
+def are_many(left_out: int, rows: int) -> bool:
+    """Whether so many of `rows` cannot be used that the run stops."""
+    return left_out > FEW * rows
+
+
+class LeftOut:
+    """Rows that are left out, and rows that lose a part, by reason, each with the places where they were read."""
+
+    def __init__(self) -> None:
+        self.places: dict[str, list[str]] = {}
+        self.changed: dict[str, list[str]] = {}
+
+    def add(self, reason: str, place: str) -> None:
+        self.places.setdefault(reason, []).append(place)
+
+    def change(self, what: str, place: str) -> None:
+        self.changed.setdefault(what, []).append(place)
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.places.values()))
+
+    def settle(self, *, where: str, of: int, remedy: str) -> None:
+        """Say what was left out of `of` rows; raises UserError where it is more than a few."""
+        if self.rows:
+            problem = f"{where}: {self.rows} of {of} rows cannot be used: {_listed(self.places)}"
+            if are_many(self.rows, of):
+                raise UserError(f"{problem}. That is more than one in ten: {remedy}")
+            print(f"{WARNING}{problem}. They are left out", flush=True)
+        if self.changed:
+            print(f"{WARNING}{where}: {_listed(self.changed)}", flush=True)
+
+    def facts(self) -> dict[str, Any]:
+        """Counts and first places by reason, for data.json."""
+        return {
+            kind: {reason: {"n": len(places), "first": places[:NAMED]} for reason, places in sorted(named.items())}
+            for kind, named in (("left_out", self.places), ("changed", self.changed))
+            if named
+        }
+
+
+def _listed(named: dict[str, list[str]]) -> str:
+    return "; ".join(
+        f"{len(places)}: {reason} ({', '.join(places[:NAMED])}{', …' if len(places) > NAMED else ''})"
+        for reason, places in named.items()
+    )

@@ -1,0 +1,242 @@
+"""Rows of files that people have: JSONL, JSON, CSV, TSV, Parquet, folders of text files, and what `datasets` saved.
+
+    .jsonl .ndjson   one object a line
+    .json            a list of objects, or an object in which one column is such a list ({"data": [...]})
+    .csv .tsv        a header and rows; every value stays the text that is written, such as 007 or NA
+    .parquet         a table; every value keeps its type
+    a folder         text files (.txt, .md), one document each, or what `save_to_disk` of `datasets` has written
+
+The texts among them may be packed by gzip, bzip2 or xz, and are UTF-8, or what their byte order mark or `encoding:`
+says. A line that is not JSON, or that has more or fewer cells than its header, is left out and counted.
+"""
+
+import bz2
+import codecs
+import csv
+import gzip
+import io
+import json
+import lzma
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from experiments.data.left_out import LeftOut
+from methods.errors import UserError
+from methods.tools import jsonl
+from methods.tools.jsonl import Row
+
+TEXTS = (".txt", ".md")
+KINDS = ".jsonl, .json, .csv, .tsv, .parquet, a folder of .txt or .md files, or a folder saved by `datasets`"
+_PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
+_PACKED_NAMES = (".gz", ".bz2", ".xz")
+# the longest first: the mark of UTF-16 is the beginning of that of UTF-32
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig"}
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+
+
+class Broken(Exception):
+    """A line or an element of a file that is no row."""
+
+
+def read(path: Path, *, encoding: str | None, split: str | None) -> tuple[list[Row], LeftOut]:
+    """The rows of a file or folder, each with the place it was read from, and what was left out.
+
+    Raises UserError for a path that is not there, an unknown kind, another encoding, and a damaged file.
+    """
+    if not path.exists():
+        raise UserError(f"there is no file or folder {str(path)!r}: give a path from the project's root")
+    left_out = LeftOut()
+    if path.is_dir():
+        if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
+            return _saved(path, split), left_out
+        return _texts(path, encoding), left_out
+    if split:
+        raise UserError(f"{path} is a file, and `split` is of a folder that `datasets` saved: leave it out")
+    names = [suffix.lower() for suffix in path.suffixes]
+    kind = names[-2] if len(names) > 1 and names[-1] in _PACKED_NAMES else names[-1] if names else ""
+    if kind == ".parquet":
+        return _parquet(path), left_out
+    readers: dict[str, Callable] = {".jsonl": _lines, ".ndjson": _lines, ".json": _json, ".csv": _csv, ".tsv": _csv}
+    if kind not in readers:
+        hint = "a text file is one document: put it into a folder of text files" if kind in TEXTS else ""
+        raise UserError(f"{path}: rows are read from {KINDS}, {hint or f'not from {kind or chr(39) * 2} files'}")
+    return list(readers[kind](path, _text(path, encoding), left_out)), left_out
+
+
+def size(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    files = path.rglob("*") if path.is_dir() else [path]
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _text(path: Path, encoding: str | None) -> str:
+    """The decoded content of a file."""
+    raw = path.read_bytes()
+    unpack = next((unpack for magic, unpack in _PACKED.items() if raw.startswith(magic)), None)
+    try:
+        raw = unpack(raw) if unpack else raw
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise UserError(f"{path} is packed, and damaged or cut off ({error}): fetch it or pack it again") from error
+    chosen = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), encoding or "utf-8")
+    try:
+        return raw.decode(chosen)
+    except LookupError as error:
+        raise UserError(f"{path}: there is no encoding {chosen!r}: write one such as cp1252 or utf-16-le") from error
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        if encoding:
+            remedy = "name the file's own encoding as `encoding`"
+        else:
+            remedy = "if another program wrote it, such as Excel, write `encoding: cp1252` beside `local:`'s path"
+        raise UserError(
+            f"{path} line {line} is not {chosen.upper()} (byte {raw[error.start]:#x}, {error.reason}): {remedy}, or "
+            "save the file as UTF-8"
+        ) from error
+
+
+def _lines(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
+    for number, line in enumerate(io.StringIO(text, newline=None), 1):
+        line = line.removeprefix("\ufeff")  # within the file where files were concatenated
+        at = f"{path} line {number}"
+        if line.strip():
+            try:
+                yield _row(_parsed(line), at)
+            except Broken as error:
+                left_out.add(str(error), at)
+
+
+def _json(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
+    try:
+        whole = _parsed(text)
+    except Broken as error:
+        first = text.lstrip().partition("\n")[0]
+        try:
+            one_a_line = isinstance(_parsed(first), dict)
+        except Broken:
+            one_a_line = False
+        if not one_a_line:
+            raise UserError(f"{path}: {error}: correct it, or write one object a line into a .jsonl file") from None
+        yield from _lines(path, text, left_out)
+        return
+    if isinstance(whole, dict):
+        lists = [name for name, value in whole.items() if isinstance(value, list)]
+        if len(lists) != 1:
+            raise UserError(
+                f"{path} is an object with {len(lists)} lists ({', '.join(lists[:5])}): write a list of rows, or an "
+                'object with one such as {"data": [...]}'
+            )
+        whole = whole[lists[0]]
+    if not isinstance(whole, list):
+        raise UserError(f"{path} holds neither a list of rows nor an object with one: write a list of objects")
+    for number, value in enumerate(whole, 1):
+        at = f"{path} row {number}"
+        try:
+            yield _row(value, at)
+        except Broken as error:
+            left_out.add(str(error), at)
+
+
+def _csv(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
+    csv.field_size_limit(sys.maxsize)
+    header = text.partition("\n")[0]
+    delimiter = "\t" if ".tsv" in path.name.lower() else max(",;\t|", key=header.count)
+    table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    columns: list[str] = []
+    begins = 1
+    try:
+        for cells in table:
+            at, begins = f"{path} line {begins}", table.line_num + 1
+            if not cells:
+                continue
+            if not columns:
+                columns = cells
+                if twice := [name for name in columns if columns.count(name) > 1]:
+                    raise UserError(f"{at} names the column {twice[0]!r} twice: rename one of them")
+            elif len(cells) == len(columns):
+                yield Row(dict(zip(columns, cells)), at=at)
+            else:
+                kind = "more" if len(cells) > len(columns) else "fewer"
+                left_out.add(f"{kind} cells than the header has", at)
+    except csv.Error as error:
+        raise UserError(
+            f"{path} line {begins}: the row that begins there is not CSV ({error}): a quote is not closed, or stands "
+            "inside a text without being doubled"
+        ) from error
+
+
+def _parquet(path: Path) -> list[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        rows = parquet.ParquetFile(path).read().to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{path} is not a readable Parquet file ({error}): write it again") from error
+    return [Row(row, at=f"{path} row {number}") for number, row in enumerate(rows, 1)]
+
+
+def _texts(folder: Path, encoding: str | None) -> list[Row]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
+    texts = [path for path in files if path.suffix.lower() in TEXTS]
+    if not texts:
+        raise UserError(f"{folder} holds none of the files that rows are read from: {KINDS}")
+    if others := [path for path in files if path not in set(texts)]:
+        print(f"{folder}: {len(others)} files are neither .txt nor .md and are not read, such as {others[0].name}")
+    names = [path.relative_to(folder).as_posix() for path in texts]
+    return [Row({"id": name, "text": _text(path, encoding)}, at=str(path)) for name, path in zip(names, texts)]
+
+
+def _hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _saved(folder: Path, split: str | None) -> list[Row]:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # datasets and pyarrow raise many types
+        raise UserError(f"{folder} is not a readable folder of `datasets` ({error}): save it again") from error
+    if isinstance(saved, datasets.DatasetDict):
+        if split not in saved:
+            stated = f"`split` is {split!r}" if split else "it has several sets"
+            raise UserError(f"{folder}: {stated}: write `split:` with one of {', '.join(saved)}")
+        saved = saved[split]
+    elif split:
+        raise UserError(f"{folder} holds one set, without splits: leave `split` out")
+    return [Row(row, at=f"{folder} row {number}") for number, row in enumerate(saved, 1)]
+
+
+def _parsed(text: str) -> Any:
+    """The value of a JSON text. Raises Broken for what is not JSON, or could not be written again as it is."""
+
+    def constant(word: str) -> None:
+        raise Broken(f"{word} is no JSON number")
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        columns = dict(pairs)
+        if len(columns) < len(pairs):
+            raise Broken("an object has one name twice")
+        return columns
+
+    try:
+        return json.loads(text, parse_constant=constant, object_pairs_hook=once)
+    except json.JSONDecodeError:
+        raise Broken("not JSON") from None
+    except RecursionError:
+        raise Broken("lists or objects nested too deep") from None
+    except ValueError:
+        raise Broken("a number that is too long") from None
+
+
+def _row(value: Any, at: str) -> Row:
+    if not isinstance(value, dict):
+        raise Broken("not an object with columns")
+    try:
+        jsonl.refuse_unwritable(value, at)
+    except UserError as error:
+        raise Broken(str(error).removeprefix(f"{at}, ").removeprefix(f"{at} ")) from None
+    return Row(value, at=at)
