@@ -6,10 +6,19 @@
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from evaluation import chat
 from evaluation.encode import answer_pair, encode_text, prefix_token
+
+TEMPLATE = "chat_template.jinja"  # beside the rows of a domain that brings a chat template of its own
+
+
+def template_in(folder: Path) -> str | None:
+    """The chat template beside a domain's rows; None where the tokenizer's own is meant."""
+    file = folder / TEMPLATE
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def encode_row(

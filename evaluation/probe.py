@@ -1,7 +1,8 @@
 """Small fixed sets that are scored during training and to choose settings, without lm-eval and without side effects.
 
 A set is a file <name>.jsonl of work/data/train/<domain>/probe: rows as `evaluation.task.render` writes, {"context",
-"choices", "gold"} and what the metric needs, or {"text"} for general text. Probe rows are disjoint from scored rows.
+"choices", "gold"} and what the metric needs, or {"text"} for general text; of a domain of another format the rows that
+`evaluation.labelled` encodes. Probe rows are disjoint from scored rows.
 """
 
 import math
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from evaluation import encode, shared_prefix
+from evaluation.labelled import encode_row, template_in
 from evaluation.preserve import preserved
 from evaluation.rendered import read_jsonl
 from methods.errors import UserError
@@ -23,7 +25,8 @@ GENERAL = "general"  # the set of general text
 
 @dataclass(frozen=True, kw_only=True)
 class Item:
-    """One row, encoded: a request for each choice, or one for a whole text after the prefix token.
+    """One row, encoded: a request for each choice, one for a whole text after the prefix token, or one for each answer
+    of a conversation.
 
     norm     characters or bytes of each choice, where accuracy is per character or byte
     less     the choices without a context, where accuracy is by what the context adds
@@ -32,7 +35,7 @@ class Item:
     """
 
     requests: tuple[shared_prefix.Request, ...]
-    gold: int | None  # None for a text
+    gold: int | None  # None for a text and for a conversation
     norm: tuple[int, ...] | None = None
     less: tuple[shared_prefix.Request, ...] = ()
     greedy: bool = False
@@ -44,8 +47,13 @@ class Item:
             return [(context, solution[:max_length]) for context, solution in self.requests]
         if self.gold is not None:
             return [*self.requests, *self.less]
-        (((prefix,), ids),) = self.requests
-        return list(encode.windows(ids, prefix=prefix, max_length=max_length))
+        pieces = []
+        for context, ids in self.requests:
+            if len(context) == 1:
+                pieces += encode.windows(ids, prefix=context[0], max_length=max_length)
+            else:
+                pieces.append((context, ids[:max_length]))
+        return pieces
 
 
 Sets = dict[str, list[Item]]
@@ -56,13 +64,37 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
     files = sorted(Path(folder).glob("*.jsonl"))
     if not files:
         raise UserError(f"no probe sets (*.jsonl) in {folder}: run the `data` stage first")
-    sets = {file.stem: encoded(_rows(file), tokenizer) for file in files}
+    template, sets = template_in(Path(folder).parent), {}
+    for file in files:
+        rows = _rows(file)
+        if file.stem != GENERAL and rows[0].keys() & {"text", "messages"}:
+            sets[file.stem] = labelled(rows, tokenizer, template=template)
+        else:
+            sets[file.stem] = encoded(rows, tokenizer)
     if empty := [name for name, items in sets.items() if not items]:
         raise UserError(
             f"probe set {empty[0]}: its texts have no token to score, because this tokenizer adds no token before "
             "them: give longer texts"
         )
     return sets
+
+
+def labelled(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, template: str | None = None) -> list[Item]:
+    """Documents and conversations: a request for each run of labelled tokens, after all that precedes it.
+
+    A conversation that the chat template does not take is left out, as it is in training.
+    """
+    items = []
+    for row in rows:
+        try:
+            ids, labels, _ = encode_row(tokenizer, row, template=template)
+        except UserError:
+            continue
+        starts = [i for i in range(1, len(ids)) if labels[i] and (i == 1 or not labels[i - 1])]
+        ends = [next((j for j in range(i, len(ids)) if not labels[j]), len(ids)) for i in starts]
+        if starts:
+            items.append(Item(requests=tuple((ids[:i], ids[i:j]) for i, j in zip(starts, ends)), gold=None))
+    return items
 
 
 def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
@@ -115,7 +147,7 @@ def probe(
         scored = [[next(answers) for _ in row] for row in windows[name]]
         if items[0].gold is None:
             nats = -math.fsum(value for values in scored for value, _ in values)
-            report[f"{name}_nll"] = nats / _tokens(r for i in items for r in i.requests)
+            report[f"{name}_nll"] = nats / _tokens(request for row in windows[name] for request in row)
             if name == GENERAL:
                 report["perplexity"] = math.exp(min(report[f"{name}_nll"], 700.0))
             continue

@@ -47,6 +47,14 @@ COMMANDS = {
         help="show the cells of the grid, what is cached, and the expected time, memory and disk space",
         arguments=(CELLS, argument("--json", dest="as_json", action="store_true", help="print JSON")),
     ),
+    "show": Command(
+        help="print rows of a domain as training sees them, with the tokens that are learned marked",
+        arguments=(
+            argument("domain", help="name of a block under `domains:` in params.yaml"),
+            argument("--rows", type=int, default=3, metavar="N", help="rows to print (default: 3)"),
+            argument("--model", default="", metavar="NAME", help="whose tokenizer (default: the grid's first model)"),
+        ),
+    ),
     "export": Command(
         help="write the weights of a finished cell as an ordinary Hugging Face folder",
         arguments=(CELL, argument("folder", metavar="DIR", help="the new folder")),

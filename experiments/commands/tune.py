@@ -18,10 +18,10 @@ from experiments.model.base import dtype_of, load_tensors
 from experiments.model.measure import Measure
 from experiments.model.shape import shape_of
 from experiments.stages import prepare, resolve
-from experiments.stages.train import encoded
 from experiments.study.config import build_method, with_setting
 from experiments.training import hardware, hooks
 from experiments.training.engine import TrainingFailed, final_weights, finish, fit
+from experiments.training.examples import encoded
 from experiments.training.stopping import rule_of
 from methods.errors import UserError
 from methods.part import overrides, prepares

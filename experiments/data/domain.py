@@ -1,13 +1,13 @@
 """A domain: its rows split once, as training and probes read them, and kept as they are for scoring."""
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from evaluation import chat
 from evaluation.chance import WARNING
+from evaluation.labelled import TEMPLATE
 from evaluation.task import make_task
 from experiments.data import formats, general_text, rows, scored_tasks, splits
 from experiments.data.reader import Reader, Row, write_rows
@@ -16,7 +16,6 @@ from experiments.data.scored_tasks import entry, facts, question, rendered, warn
 from experiments.study.schema import Domain
 from methods.errors import UserError
 
-TEMPLATE = "chat_template.jinja"  # a copy of the block's template, beside the rows
 # the split of a domain that states none: shares of all rows, and at most so many
 PROBED, SCORED = (0.05, 100), (0.1, 500)
 
@@ -99,9 +98,9 @@ def write(domain: str, block: Domain, reader: Reader, out: Path) -> dict[str, An
     else:
         listed = [_entry(domain, block)]
         taught = {sameness(formats.question(row)) for row in drawn.train}
-        if block.chat_template:
+        if (text := template(block, where)) is not None:
             for place in (folder, evaluate):
-                shutil.copyfile(_template(block, where), place / TEMPLATE)
+                (place / TEMPLATE).write_text(text, encoding="utf-8")
     more, tasks = scored_tasks.write_scored(
         domain, block, reader, folder=evaluate, taught=taught, sources=drawn.sources
     )
@@ -136,15 +135,19 @@ def _entry(domain: str, block: Domain) -> dict[str, Any]:
     return about | ({"template": TEMPLATE} if block.chat_template else {})
 
 
-def _template(block: Domain, where: str) -> Path:
+def template(block: Domain, where: str) -> str | None:
+    """The text of the block's chat template, if it names one. Raises UserError where it is no valid template."""
+    if not block.chat_template:
+        return None
     path = Path(block.chat_template).expanduser()
     try:
-        chat.refuse_template(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8-sig")
+        chat.refuse_template(text)
     except UserError as error:
         raise UserError(f"{where}.chat_template: {path} {error}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{where}.chat_template: {path} cannot be read ({error}): name a file of UTF-8 text") from error
-    return path
+    return text
 
 
 def _warn_of_answers(where: str, trained: list[Row], *, task: bool) -> None:

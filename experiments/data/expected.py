@@ -25,12 +25,26 @@ def train_rows(study, domain: str, *, length: int) -> tuple[list[int], int]:
     """
     path = study.paths.data / "train" / domain / "train.jsonl"
     if path.is_file():
-        rows = read_jsonl(path)
-        answers = [min(tokens(row["choices"][row["gold"]]), length) for row in rows]
-        return [min(tokens(row["context"]) + answer, length) for row, answer in zip(rows, answers)], sum(answers)
-    count = study.domains[domain].split.train
-    lengths = [length // 2] * (count if isinstance(count, int) else ROWS)
+        rows = [_row(row) for row in read_jsonl(path)]
+        if study.domains[domain].format == "text":
+            whole = sum(own for own, _ in rows)
+            return [length] * (whole // length) + [whole % length] * (whole % length > 0), whole
+        answers = [min(answer, length) for _, answer in rows]
+        return [min(whole, length) for whole, _ in rows], sum(answers)
+    split = study.domains[domain].split
+    lengths = [length // 2] * (split.train if split and isinstance(split.train, int) else ROWS)
     return lengths, sum(lengths)
+
+
+def _row(row: dict) -> tuple[int, int]:
+    """Tokens of a training row, and of what is labelled in it."""
+    if "messages" in row:
+        answers = [tokens(turn["content"]) for turn in row["messages"] if turn["role"] == "assistant"]
+        return sum(tokens(turn["content"]) for turn in row["messages"]), sum(answers)
+    if "text" in row:
+        return tokens(row["text"]), tokens(row["text"])
+    answer = tokens(row["choices"][row["gold"]])
+    return tokens(row["context"]) + answer, answer
 
 
 def scored(study, domain: str) -> int:

@@ -168,7 +168,7 @@ def _warn_of_joined(rows: list[Row], where: str) -> None:
         row = joined[0]
         print(
             f"{WARNING}{where}: nothing stands between prompt and completion, such as "
-            f"{row['context'][-20:] + row['choices'][0][:20]!r} ({place(row, 1)}): end the prompts with a space or a "
-            'line, such as `set: {prompt: "{{prompt}}\\n"}`',
+            f"{row['context'][-20:] + row['choices'][0][:20]!r} ({place(row, 1)}): begin the completions with a space "
+            'or a line, such as `set: {completion: " {{completion}}"}`',
             flush=True,
         )

@@ -33,14 +33,15 @@ class LeftOut:
     def rows(self) -> int:
         return sum(map(len, self.places.values()))
 
-    def settle(self, *, where: str, of: int, remedy: str) -> None:
-        """Say what was left out of `of` rows; raises UserError where it is more than a few."""
+    def settle(self, *, where: str, of: int, remedy: str, quiet: bool = False) -> None:
+        """Say what was left out of `of` rows, unless `quiet`; raises UserError where it is more than a few."""
         if self.rows:
             problem = f"{where}: {self.rows} of {of} rows cannot be used: {_listed(self.places)}"
             if are_many(self.rows, of):
                 raise UserError(f"{problem}. That is more than one in ten: {remedy}")
-            print(f"{WARNING}{problem}. They are left out", flush=True)
-        if self.changed:
+            if not quiet:
+                print(f"{WARNING}{problem}. They are left out", flush=True)
+        if self.changed and not quiet:
             print(f"{WARNING}{where}: {_listed(self.changed)}", flush=True)
 
     def facts(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from evaluation.encode import encode_pair, encode_text
+from evaluation.encode import encode_text
+from evaluation.labelled import encode_row, template_in
 from evaluation.rendered import read_jsonl
 from experiments.model.shape import Shape
 from methods.errors import UserError
@@ -68,12 +69,25 @@ def refuse_documents_without_a_label(longest: int, *, count: int) -> None:
 
 
 def longest_row(file: Path, tokenizer: Any, limit: int) -> int:
-    """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where no row can have more than `limit`."""
-    longest = 0
+    """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where no row can have more than `limit`.
+
+    Of documents, which training packs into blocks, all tokens together.
+    """
+    longest, packed, template = 0, 0, template_in(file.parent)
     for row in read_jsonl(file):
-        answer = row["choices"][row["gold"]]
-        if len((row["context"] + answer).encode()) > limit - MARKS:  # a token is a byte at least
-            longest = max(longest, len(encode_pair(tokenizer, row["context"], answer, end=row.get("end", False))[0]))
+        if "messages" not in row:
+            text = row["text"] if "text" in row else row["context"] + row["choices"][row["gold"]]
+            size = len(text.encode())
+            packed += size if "text" in row else 0
+            if size <= limit - MARKS and packed <= limit - MARKS:  # a token is a byte at least
+                continue
+        try:
+            tokens = len(encode_row(tokenizer, row, template=template)[0])
+        except UserError:  # left out of training, or refused there
+            continue
+        longest = longest + tokens if "text" in row else max(longest, tokens)
+        if "text" in row and longest > limit:
+            break
     return longest
 
 

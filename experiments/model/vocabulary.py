@@ -1,13 +1,15 @@
 """Check a model's tokenizer before anything is encoded with it."""
 
-from itertools import islice
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation.encode import answer_pair, appended, encode_text, prefix_token
+from evaluation.encode import appended, encode_text, prefix_token
+from evaluation.labelled import encode_row, template_in
 from evaluation.rendered import read_jsonl
+from experiments.data.left_out import LeftOut
 from methods.errors import UserError
+from methods.tools.jsonl import place
 
 AHEAD = 500  # training rows that are encoded as a check before training
 TRIED = ("a", "A b.", "Question: 1 + 1?\nAnswer:")
@@ -65,9 +67,17 @@ def check(*, rows: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def refuse_answers(*, domain: str, file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if one of the first training rows (sorted by a hash) cannot be encoded with its answer."""
-    for row in islice(read_jsonl(file), AHEAD):
+    """Raise UserError if one of the first training rows (sorted by a hash) cannot be encoded with its answer.
+
+    Of conversations, if the chat template does not take more than a few of them.
+    """
+    rows, left_out, template = read_jsonl(file)[:AHEAD], LeftOut(), template_in(file.parent)
+    for number, row in enumerate(rows, 1):
         try:
-            answer_pair(tokenizer, row["context"], row["choices"][row["gold"]], end=row.get("end", False))
+            encode_row(tokenizer, row, template=template)
         except UserError as error:
-            raise UserError(f"domain {domain}, a training row: {error}") from error
+            if "messages" not in row:
+                raise UserError(f"domain {domain}, a training row: {error}") from error
+            left_out.add(str(error), place(row, number))
+    remedy = f"name another `chat_template` in domains.{domain}, or correct the rows"
+    left_out.settle(where=f"domain {domain}", of=len(rows), remedy=remedy, quiet=True)

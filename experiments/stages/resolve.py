@@ -113,7 +113,10 @@ def _rows(study) -> list[Rows]:
 
 
 def _row_files(study) -> list[str]:
-    return [path for rows in _rows(study) for path in local_files.of_rows(rows, prefer=study.data.source)]
+    """Local files that `data` reads: rows, and chat templates of domains."""
+    templates = [study.domains[name].chat_template for name in study.grid.domains]
+    sources = [local_files.of_rows(rows, prefer=study.data.source) for rows in _rows(study)]
+    return [*filter(None, templates), *(path for paths in sources for path in paths)]
 
 
 def evaluate(study, model: str) -> dict:

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 import evaluation
-from evaluation.encode import answer_pair, shown
 from evaluation.probe import load_probes, probe
-from evaluation.rendered import read_jsonl
 from experiments.model import trained, tuned, weights
 from experiments.model.base import dtype_of, load_tensors
 from experiments.model.measure import Measure
@@ -24,14 +22,17 @@ from experiments.stages.prepare import GENERAL, load_general, load_states
 from experiments.study import ledger, provenance
 from experiments.study.failures import recorded
 from experiments.training import hardware, hooks, memory, processes
-from experiments.training.batches import Example
 from experiments.training.engine import final_weights, finish, fit
+from experiments.training.examples import encoded
 from experiments.training.flops import mfu
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
 from experiments.training.snapshot import tensors_in
+<<<<<<< HEAD
 from experiments.training.stopping import rule_of, told
 from methods.errors import UserError
+=======
+>>>>>>> d3c5058 (What training sees of a domain can be looked at, and probes, plan and resolve know its format)
 from methods.tools.files import folder_sha256, need_room, read_json, write_json
 from methods.tools.process_group import Shards
 
@@ -218,48 +219,6 @@ def _fit(
 def _everywhere(shards: Shards, count: int) -> int:
     """The sum of a number over all processes."""
     return int(shards.sum(torch.tensor(count)).item())
-
-
-def encoded(path: Path, tokenizer, length: int, *, where: str = "train") -> list[Example]:
-    """Training examples of at most `length` tokens: context and gold choice, with labels on the choice alone.
-
-    A context that is too long loses its beginning. A row whose answer leaves no room for a token of its prompt is left
-    out, because it would teach the rest of an answer to no question. Raises UserError where that is more than one row
-    in ten, which means that `length` is wrong, and for an answer without a token.
-
-    where   the block that states `length`
-    """
-    examples, cut, long, domain = [], 0, [], f"domain {path.parent.name}"
-    for row in read_jsonl(path):
-        what = f"training row {shown(row['context'], end=True)}"
-        try:
-            answer = row["choices"][row["gold"]]
-            ids, n_context = answer_pair(tokenizer, row["context"], answer, end=row.get("end", False))
-        except UserError as error:
-            raise UserError(f"{domain}, a training row: {error}") from error
-        if len(ids) - n_context >= length:
-            long.append((len(ids) - n_context, what))
-            continue
-        cut += len(ids) > length
-        labels = [-100] * n_context + ids[n_context:]
-        examples.append({"input_ids": torch.tensor(ids[-length:]), "labels": torch.tensor(labels[-length:])})
-    rows = len(examples) + len(long)
-    if long:
-        problem = (
-            f"{domain}: the answers of {len(long)} of {rows} training rows leave no room for their prompts in "
-            f"{where}.length ({length} tokens); the longest has {max(long)[0]} tokens: {max(long)[1]}"
-        )
-        if len(long) > rows / 10:
-            raise UserError(f"{problem}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
-        if processes.first():
-            print(f"{problem}. They are left out", flush=True)
-    if cut and processes.first():
-        print(
-            f"{domain}: {cut} of {rows} training rows are longer than {where}.length ({length} tokens): their "
-            "prompts lose the beginning",
-            flush=True,
-        )
-    return examples
 
 
 def write_curve(path: Path, curve: list[dict]) -> None:

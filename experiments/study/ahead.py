@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from evaluation.chance import WARNING, below_chance
-from experiments.data import rows
+from experiments.data import local, rows
 from experiments.model import packages, random_models, vocabulary, weights
 from experiments.model.positions import (
     longest_document,
@@ -49,9 +49,9 @@ def look(study) -> list[str]:
     ]
     with _data(study) as (folder, about_data):
         for model in study.grid.models:
-            if folder is not None and (shape := known_shape(study, model)) and (tokenizer := _tokenizer(study, model)):
-                refuse_long(study, model=model, shape=shape, tokenizer=tokenizer, data=folder)
-                refuse_encoding(study, model=model, shape=shape, tokenizer=tokenizer, data=folder)
+            if folder is not None and (shape := known_shape(study, model)) and (encoder := tokenizer(study, model)):
+                refuse_long(study, model=model, shape=shape, tokenizer=encoder, data=folder)
+                refuse_encoding(study, model=model, shape=shape, tokenizer=encoder, data=folder)
     return warnings + about_data + [line for model in study.grid.models for line in below_chance(study, model)]
 
 
@@ -123,6 +123,17 @@ def _rows(study) -> None:
                 f"{path}.jsonl is {named.jsonl.path!r}: there is no such file; give the path of a JSONL file, from the "
                 "project's root"
             )
+        if kind == "local" and not Path(named.local.path).expanduser().exists():
+            raise UserError(
+                f"{path}.local is {named.local.path!r}: there is no such file or folder; give a path from the "
+                "project's root"
+            )
+    for domain in study.grid.domains:
+        block, where = study.domains[domain], f"domains.{domain}.chat_template"
+        if block.chat_template and block.format != "chat":
+            raise UserError(f"{where}: rows of the format {block.format} have no turns: leave it out, or write chat")
+        if block.chat_template and not Path(block.chat_template).expanduser().is_file():
+            raise UserError(f"{where} is {block.chat_template!r}: there is no such file; give a path from the root")
 
 
 def _rules(study) -> None:
@@ -145,7 +156,7 @@ def _tasks(study) -> None:
     from evaluation.task import config_of  # imports lm-eval
 
     for where, block in _used(study).items():
-        if isinstance(block, Scored):
+        if isinstance(block, Scored) and block.task:
             with _at(f"{where}.task: "):
                 config_of(where.partition(".")[2], block.task)
 
@@ -195,7 +206,11 @@ def _answers_fit(study, model: str, positions: int) -> None:
     from evaluation.task import config_of
 
     for where, block in _used(study).items():
-        config = config_of(where.partition(".")[2], block.task) if isinstance(block, Scored) else {}
+        config = (
+            config_of(where.partition(".")[2], block.task)
+            if isinstance(block, Scored) and block.task is not None
+            else {}
+        )
         if config.get("output_type") == "generate_until":
             tokens = normalize_gen_kwargs(dict(config.get("generation_kwargs") or {}))["max_gen_toks"]
             if tokens >= positions:
@@ -205,7 +220,7 @@ def _answers_fit(study, model: str, positions: int) -> None:
                 )
 
 
-def _tokenizer(study, model: str):
+def tokenizer(study, model: str):
     """The model's tokenizer, if it is on this machine."""
     kind, _, rest = study.models[model].source.partition(":")
     for folder in (study.paths.model(model), *([Path(rest).expanduser()] if kind == "path" else [])):
@@ -228,17 +243,17 @@ def _data(study) -> Iterator[tuple[Path | None, list[str]]]:
         yield (study.paths.data if study.paths.data.is_dir() else None), []
         return
     printed = io.StringIO()
-    local = study.model_copy(update={"grid": study.grid.model_copy(update={"domains": domains})})
+    narrowed = study.model_copy(update={"grid": study.grid.model_copy(update={"domains": domains})})
     with tempfile.TemporaryDirectory() as folder:
         with contextlib.redirect_stdout(printed):
-            write_data(local, Path(folder))
+            write_data(narrowed, Path(folder))
         yield Path(folder), [line for line in printed.getvalue().splitlines() if line.startswith(WARNING)]
 
 
 def _is_local(study, domain: str) -> bool:
     """Whether all rows that a domain reads are local files."""
     blocks, source = _rows_blocks(study, [domain]), study.data.source
-    return all(rows.choose(block, prefer=source, where=path) == "jsonl" for path, block in blocks.items())
+    return all(rows.choose(block, prefer=source, where=path) in ("jsonl", "local") for path, block in blocks.items())
 
 
 def _used(study, domains: list[str] | None = None) -> dict[str, General | Scored]:
@@ -263,5 +278,5 @@ def _rows_blocks(study, domains: list[str] | None = None) -> dict[str, Rows]:
 
 
 def _bytes(study) -> int:
-    files = [Path(named.jsonl.path) for named in _rows_blocks(study).values() if named.jsonl]
-    return sum(file.stat().st_size for file in files if file.is_file())
+    sources = [source for named in _rows_blocks(study).values() for source in (named.jsonl, named.local) if source]
+    return sum(local.size(Path(source.path).expanduser()) for source in sources)

@@ -27,11 +27,11 @@ def of_model(model: Model) -> list[str]:
 
 
 def of_rows(rows: Rows, *, prefer: str) -> list[str]:
-    """Local files that rows are read from if `data.source` is `prefer`: a JSONL file, or what `hub:` names here."""
+    """Local files and folders that rows are read from if `data.source` is `prefer`, also those that `hub:` names."""
     if prefer == "pypi" and rows.pypi:
         return []
     if prefer != "hub" or not rows.hub:
-        return [rows.jsonl.path] if rows.jsonl else []
+        return [source.path for source in (rows.jsonl, rows.local) if source]
     named = rows.hub.data_files or []
     named = [one for value in named.values() for one in _list(value)] if isinstance(named, dict) else _list(named)
     matched = [path for name in named for path in sorted(glob.glob(str(name), recursive=True))]

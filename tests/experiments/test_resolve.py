@@ -83,6 +83,7 @@ OTHER = {  # another value of a key that its type and interval do not give
     "split": {"train": 9, "probe": 4, "test": 4},
     "retention": ["unused"],
     "transfer": ["unused"],
+    "score": ["unused"],
     "probes": ["unused"],
     "dtype": "float64",
     "compute_dtype": "float64",
@@ -175,6 +176,9 @@ def changed(path, value):
     block[path[-1]] = value
     if path[0] == "models" and path[-1] == "source" and path[1] == "wheel":
         block.pop("sha256")
+    if path[-1] == "format":  # one without a task
+        for key in ("task", "metric", "chance"):
+            del block[key]
     return raw
 
 
