@@ -28,11 +28,7 @@ from experiments.training.flops import mfu
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
 from experiments.training.snapshot import tensors_in
-<<<<<<< HEAD
 from experiments.training.stopping import rule_of, told
-from methods.errors import UserError
-=======
->>>>>>> d3c5058 (What training sees of a domain can be looked at, and probes, plan and resolve know its format)
 from methods.tools.files import folder_sha256, need_room, read_json, write_json
 from methods.tools.process_group import Shards
 
