@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from lm_eval.models.utils import postprocess_generated_text
 from torch import Tensor
-from tqdm import tqdm
 from transformers import LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
+from evaluation.progress import Bar
 from methods.tools import architecture
 
 
@@ -47,7 +47,7 @@ def texts(
         return prompt.until, prompt.tokens, -len(prompt.ids), prompt.ids
 
     order = sorted(range(len(prompts)), key=likeness)
-    with tqdm(total=len(prompts), desc=description, unit="text", disable=None if description else True) as bar:
+    with Bar(total=len(prompts), desc=description, unit="text", disable=None if description else True) as bar:
         for batch in _batches(order, prompts, batch_size):
             for number, text in zip(batch, _continued(model, tokenizer, [prompts[i] for i in batch], max_length)):
                 written[number] = text

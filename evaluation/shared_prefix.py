@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from evaluation.progress import Bar
 from methods.errors import UserError
 from methods.tools.architecture import backbone, logits_of, plain
 
@@ -69,7 +69,7 @@ def log_likelihoods(
     batches = plan(requests, max_length=max_length, tokens=tokens, shared=shared)
     total = sum(s.length for batch in batches for s in batch)
     hidden = None if description else True  # None: hidden if stderr is no terminal
-    with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
+    with Bar(total=total, desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
         for batch in batches:
             for request, result in _score(model, batch, shared):
                 results[request] = result

@@ -16,9 +16,9 @@ from operator import itemgetter
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
 from evaluation import encode
+from evaluation.progress import Bar
 from evaluation.shared_prefix import CACHED, LOGITS, TOKENS
 from methods.errors import UserError
 from methods.tools.architecture import head, hidden_states, logits_of, plain
@@ -138,7 +138,7 @@ def _read(
     device = next(model.parameters()).device
     hidden = None if description else True  # None: hidden if stderr is no terminal
     total = sum(len(piece.ids) for piece in pieces)
-    with tqdm(total=total, desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
+    with Bar(total=total, desc=description, unit="tok", unit_scale=True, disable=hidden) as bar:
         for batch in _batches(pieces, tokens):
             states = hidden_states(model, _padded(batch).to(device), None)
             yield batch, _at(states, batch)

@@ -72,12 +72,15 @@ def main(
     computing = _dtype(dtype, [one, other], where)
     with Folders(work) as folders:
         how = {"data": data, "folders": folders, "work": work, "settings": settings, "dtype": computing, "where": where}
-        before = progress.scoring(one.given, lambda: score(one, **how))
-        if _same(one, other) and differ.same_ids and not differ.template:
+        same = _same(one, other) and differ.same_ids and not differ.template
+        before = progress.scoring(one.given, lambda: score(one, **how), after=0 if same else 1)
+        if same:
             after = _itself(before)
         else:
             reference = one if differ.same_ids else None
-            after = progress.scoring(other.given, lambda: score(other, reference=reference, **how), like=before)
+            after = progress.scoring(
+                other.given, lambda: score(other, reference=reference, **how), after=0, like=before
+            )
         progress.step("movement of the weights")
         moved = movement.measure(one, other, folders=folders, work=work, where=where)
     found = comparison.compare(before, after, same_ids=differ.same_ids)

@@ -5,6 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pandas as pd
 import pytest
 import torch
@@ -13,13 +14,14 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from evaluation.encode import encode_rolling
-from experiments.audit import adapters
+from experiments.audit import adapters, limits, progress
 from experiments.commands import audit
 from experiments.model import weights
 from experiments.model.random_models import build, byte_tokenizer
 from experiments.study.paths import HERE
 from methods.errors import UserError
 from methods.tools.files import read_json
+from tests.experiments import hub_server
 
 ROWS = HERE / "experiments/studies/demo/rows"
 
@@ -231,16 +233,21 @@ def test_another_template_alone_is_said_and_changes_nothing(world):
 def test_limits_decide_the_exit_status(world):
     _, found = run(world, "base", "moved")
     lost, nats = found["overall"]["forgetting"], found["general"]["nll_lost"]
-    for limits, status in (
-        ({"max_forgetting": lost["value"]}, 0),
-        ({"max_forgetting": lost["value"] - 1e-6}, 1),
-        ({"max_forgetting": lost["value"], "confidence": True}, 1),
-        ({"max_forgetting": lost["high"], "confidence": True}, 0),
-        ({"max_nll_lost": nats["value"]}, 0),
-        ({"max_nll_lost": nats["value"] - 1e-6}, 1),
-        ({"max_forgetting": 1.0, "max_nll_lost": -1.0}, 1),
+    assert run(world, "base", "moved", max_forgetting=lost["value"], max_nll_lost=nats["value"])[0] == 0
+    assert run(world, "base", "moved", max_forgetting=lost["value"] - 1e-6)[0] == 1
+    for limit, passes in (
+        ({"max_forgetting": lost["value"], "confidence": True}, False),
+        ({"max_forgetting": lost["high"], "confidence": True}, True),
+        ({"max_nll_lost": nats["value"] - 1e-6}, False),
+        ({"max_nll_lost": nats["high"], "confidence": True}, True),
+        ({"max_forgetting": 1.0, "max_nll_lost": -1.0}, False),
     ):
-        assert run(world, "base", "moved", **limits)[0] == status, limits
+        allowed = limits.checked(**{"max_forgetting": None, "max_nll_lost": None, "confidence": False} | limit)
+        assert (limits.verdict(found, allowed)["exceeded"] == []) == passes, limit
+    allowed = limits.checked(max_forgetting=1.0, max_nll_lost=9.0, confidence=False)
+    unknown = found | {"overall": found["overall"] | {"forgetting": None}, "general": None}
+    said = limits.verdict(unknown, allowed)["exceeded"]
+    assert ["no task is above chance" in said[0], "give --text FILE" in said[1]] == [True, True]
 
 
 def test_the_page_is_one_file_and_flips_are_beside_it_with_their_text(world, capsys):
@@ -408,3 +415,29 @@ def test_bad_options_are_refused_by_name(world, options, message):
 def test_a_model_that_is_nowhere(world, given, message):
     with pytest.raises(UserError, match=message):
         audit.main(given, str(world / "base"), tasks="colours", root=world)
+
+
+def test_models_and_adapters_of_the_hub(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    hub_server.fill_cache(tmp_path, "owner/base", world / "base")
+    adapter(world / "base", tmp_path / "adapter", named="owner/base")
+    hub_server.fill_cache(tmp_path, "owner/adapter", tmp_path / "adapter")
+    _, local = run(world, "base", "adapter")
+    options = {"tasks": "colours,sums", "root": world, "out": str(tmp_path / "hub.html")}
+    audit.main("hub:owner/base", f"hub:owner/adapter@{hub_server.COMMIT}", **options)
+    found = read_json(tmp_path / "hub.json")
+    assert found["base"]["kept"] and found["base"]["commit"] == hub_server.COMMIT  # scored before, as a local folder
+    assert found["tasks"] == local["tasks"] and found["general"] == local["general"]
+    audit.main("hub:owner/adapter", str(world / "moved"), **options)  # whose base is fetched from the hub
+    assert read_json(tmp_path / "hub.json")["base"]["adapter_of"] == "owner/base"
+    with pytest.raises(UserError, match="model 'owner/absent' at revision main is missing or incomplete"):
+        audit.main("hub:owner/absent", str(world / "moved"), **options)
+
+
+def test_the_time_left_of_the_whole_audit_is_told_now_and_then(world, monkeypatch, capsys):
+    # a quarter of this pass took 60 s, so 180 s of it are left; the other model will take 100 + 180 s
+    assert progress.time_left(elapsed=100.0, in_pass=60.0, share=0.25, models=1) == 180 + 280
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    run(world, "base", "moved", batch_size=7)
+    said = capsys.readouterr().err
+    assert "base: scoring choices, 100 %; about" in said and "moved: scoring text, 100 %; about 0 s left in all" in said
