@@ -165,8 +165,10 @@ def _no_model(given: str, folder: Path) -> str:
     return model_folder.no_config(folder)
 
 
-def _tokenizer(given: str, folder: Path, *, rows: int) -> PreTrainedTokenizerBase:
-    tokenizer = weights.load_tokenizer(folder)
+def _tokenizer(
+    given: str, folder: Path, *, rows: int, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    tokenizer = weights.load_tokenizer(folder, config=config)
     try:
         notes = vocabulary.check(rows=rows, tokenizer=tokenizer)
     except UserError as error:
@@ -201,7 +203,7 @@ def _adapted(
         base=base,
         names=frozenset(names),
         config=base.config,
-        tokenizer=_tokenizer(given, folder, rows=rows) if own else base.tokenizer,
+        tokenizer=_tokenizer(given, folder, rows=rows, config=base.config) if own else base.tokenizer,
         weights=kept.digest([base.weights, digest, config, adapters.VERSION]),
         config_sha256=base.config_sha256,
         about=about | {"adapter_of": named, "adapter": adapters.described(config)},

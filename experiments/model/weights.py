@@ -116,11 +116,12 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
     return model
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder."""
+def load_tokenizer(folder: Path, *, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder; with the model's config, which can decide its class, if the folder has none."""
+    given = {} if config is None else {"config": config}
     try:
         with _quiet():
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **given)
     except Exception as error:  # the tokenizers library raises plain Exception
         if "trust_remote_code" in str(error):
             raise UserError(

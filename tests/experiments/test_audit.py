@@ -12,9 +12,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from evaluation.encode import encode_rolling
-from experiments.audit import adapters, limits, progress
+from experiments.audit import adapters, limits, models, progress, tokenizers
 from experiments.commands import audit
 from experiments.model import weights
 from experiments.model.random_models import build, byte_tokenizer
@@ -193,6 +194,19 @@ def test_an_adapter_is_rounded_to_the_bases_dtype(world, tmp_path):
     a, b = (factors[f"base_model.model.{name}lora_{key}.weight"].float() for key in "AB")
     after = load_file(tmp_path / "out/model.safetensors")[f"{name}weight"]
     assert after.dtype == torch.bfloat16 and torch.equal(after, (before.float() + 2 * b @ a).bfloat16())
+
+
+def test_an_adapters_own_copy_of_the_tokenizer_is_the_bases(world, tmp_path):
+    """Without the base's config transformers would make it of another class than the base's."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=260, num_key_value_heads=2, **sizes))
+    base = save(qwen, tmp_path / "base")
+    at = adapter(base, tmp_path / "adapter", target_modules=["q_proj"])
+    byte_tokenizer().save_pretrained(at)
+    study = audit._study(world)
+    one = models.resolve(str(base), study=study, work=tmp_path)
+    other = models.resolve(str(at), study=study, work=tmp_path, beside=one)
+    assert tokenizers.compare(one.tokenizer, other.tokenizer).sentences == []
 
 
 @pytest.fixture(scope="module")
