@@ -12,23 +12,26 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import torch
 from lm_eval.evaluator import evaluate
 
-from evaluation import SCORING, versions
+from evaluation import SCORING, answers, texts, versions
 from evaluation import lm as models
-from evaluation.encode import encode_rolling
+from evaluation.lm import TOKENS_PER_BATCH_SIZE
 from evaluation.preserve import preserved
-from evaluation.task import SEED, LocalTask, check, gold_index, make_task, quiet, render
+from evaluation.task import SEED, LocalTask, check, make_task, quiet, render
+from evaluation.token_losses import HiddenRows, Labelled, token_losses
 from methods.errors import UserError
 from methods.tools.files import AGAIN, read_json
 
 __all__ = ["check", "load_tasks", "make_task", "render", "save", "score"]
 
-ROLES = ("domain", "retention", "transfer", "perplexity")
-COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"]
+ROLES = ("domain", "retention", "transfer", "score", "perplexity")
+NUMBERS = ["log_likelihood", "margin", "brier", "tokens", "bytes", "kl", "kl_reverse"]
+COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", *NUMBERS, "choices"]
+WHOLE = ("choice", "gold", "tokens", "bytes")
+TYPES = {column: "Int64" if column in WHOLE else "float64" for column in COLUMNS[3:-1]}
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
@@ -50,12 +53,15 @@ def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
     for entry in entries(folder):
         if entry["role"] not in ROLES:
             raise UserError(f"{file}: task {entry['name']} has role {entry['role']!r}, not one of {', '.join(ROLES)}")
-        rows = Path(folder) / entry["file"]
-        tasks.append((entry, make_task(entry["name"], entry["task"], rows, metric=entry["metric"])))
+        tasks.append((entry, _task(entry, folder)))
     names = [entry["name"] for entry, _ in tasks]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: two tasks share a name in {sorted(names)}: rename one")
     return tasks
+
+
+def _task(entry: Mapping[str, Any], folder: Path) -> LocalTask:
+    return make_task(entry["name"], entry["task"], Path(folder) / entry["file"], metric=entry["metric"])
 
 
 def score(
@@ -67,40 +73,54 @@ def score(
     batch_size: int = 16,
     weights_sha256: str | None = None,
     kept: Path | None = None,
+    reference: torch.nn.Module | HiddenRows | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """(scores, items) of `model` on the tasks of `tasks_dir`.
 
-    scorer: "shared-prefix" (forward passes of 64·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
-    sequences each). kept: a folder in which shared-prefix keeps token ids for the next model. Random states and
-    train/eval modes are left as they were. Nothing in the result differs between two runs on the same weights, rows,
-    versions and kind of machine. items' score is the row's part in the number that models are compared by, turned so
-    that more is better, empty where the metric is one of the set (evaluation/measure.py); log_likelihood is the gold
-    choice's, in nats; `choice` is the one the task's metric picks. A written answer (GSM8K) has neither: its items hold
-    the score by the entry's metric and filter (`exact_match,strict-match`) alone, and scores' `metrics` those of all
-    filters.
+    scorer     "shared-prefix" (forward passes of 64·batch_size padded tokens) or "hflm" (lm-eval's own, batch_size
+               sequences each)
+    kept       a folder in which shared-prefix keeps token ids for the next model
+    reference  the base, or its hidden rows of `general_passages`, for KL on general text; the base itself is its own
+
+    Random states and train/eval modes are left as they were. Nothing in the result differs between two runs on the same
+    weights, rows, versions and kind of machine. items' score is the row's part in the number that models are compared
+    by, turned so that more is better, empty where the metric is one of the set (evaluation/measure.py), and of a
+    general passage its nats. `choice` is the one the task's metric picks; the other columns are explained in
+    evaluation/answers.py and evaluation/texts.py. A written answer (GSM8K) has a score by the entry's metric and filter
+    (`exact_match,strict-match`) alone, and scores' `metrics` hold those of all filters.
     """
     tasks = load_tasks(tasks_dir)
     with preserved(model), quiet():
         language_model, scorer = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size, kept=kept)
-        for _, task in tasks:
-            task.set_fewshot_seed(SEED)
-        torch.manual_seed(SEED)
-        named = {entry["name"]: task for entry, task in tasks}
-        results = evaluate(language_model, {"tasks": named}, bootstrap_iters=0)
+        results = _evaluated(language_model, {e["name"]: task for e, task in tasks if e["role"] != "perplexity"})
+        losses = {
+            entry["name"]: token_losses(
+                model,
+                texts.passages(task, tokenizer),
+                reference=reference,
+                tokens=pass_tokens(batch_size),
+                max_length=language_model.max_length,
+                description="scoring text",
+            )
+            for entry, task in tasks
+            if entry["role"] == "perplexity"
+        }
     scores: dict[str, Any] = {"tasks": {}}
     items = []
     for entry, task in tasks:
-        name, samples = entry["name"], results["samples"][entry["name"]]
-        samples.sort(key=lambda sample: sample["doc_id"])
+        name = entry["name"]
         if entry["role"] == "perplexity":
-            scores["general"], rows = _general(name, task, samples, tokenizer)
+            scores["general"], rows = texts.general(name, task, losses[name])
             items += rows
             continue
+        samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
         samples = [sample for sample in samples if sample["filter"] == task.measure.filter]
+        rows = [answers.item(name, task, sample, tokens=language_model.answer_tokens) for sample in samples]
         about = {key: entry[key] for key in ("role", "metric", "chance")}
         about |= {"n": len(samples), "version": task.VERSION, "prompt": _prompt(samples)}
-        scores["tasks"][name] = about | _reported(name, task, results["results"][name], samples)
-        items += [_item(name, task, sample) for sample in samples]
+        about |= _reported(name, task, results["results"][name], samples)
+        scores["tasks"][name] = about | answers.summary(rows)
+        items += rows
     scores["scoring"] = {
         "scoring": SCORING,
         "scorer": scorer,
@@ -111,8 +131,30 @@ def score(
     }
     scores["weights_sha256"] = weights_sha256
     _refuse_no_numbers(items)
-    frame = pd.DataFrame(items, columns=COLUMNS)
-    return scores, frame.astype({"choice": "Int64", "gold": "Int64", "score": "float64"})
+    return scores, pd.DataFrame(items, columns=COLUMNS).astype(TYPES)
+
+
+def general_passages(tasks_dir: Path, tokenizer: Any) -> list[Labelled]:
+    """The general passages among the tasks of a folder, as `score` reads them."""
+    return [
+        passage
+        for entry in entries(tasks_dir)
+        if entry["role"] == "perplexity"
+        for passage in texts.passages(_task(entry, tasks_dir), tokenizer)
+    ]
+
+
+def pass_tokens(batch_size: int) -> int:
+    """Padded tokens of a forward pass over texts."""
+    return batch_size * TOKENS_PER_BATCH_SIZE
+
+
+def _evaluated(language_model: Any, tasks: Mapping[str, LocalTask]) -> dict[str, Any]:
+    """What lm-eval returns of tasks by name."""
+    for task in tasks.values():
+        task.set_fewshot_seed(SEED)
+    torch.manual_seed(SEED)
+    return evaluate(language_model, {"tasks": dict(tasks)}, bootstrap_iters=0) if tasks else {}
 
 
 def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
@@ -125,7 +167,8 @@ def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
 
 def _refuse_no_numbers(items: list[dict[str, Any]]) -> None:
     for item in items:
-        if not math.isfinite(item["score"] or 0.0) or math.isnan(item.get("log_likelihood") or 0.0):
+        finite = all(math.isfinite(item.get(key) or 0.0) for key in ("score", "kl", "kl_reverse"))
+        if not finite or math.isnan(item.get("log_likelihood") or 0.0):
             raise UserError(
                 f"task {item['task']}, document {item['doc_id'] + 1}: the model's score is not a finite number (score "
                 f"{item['score']}, log-likelihood {item.get('log_likelihood')}): its activations overflow in this "
@@ -152,34 +195,6 @@ def _reported(
     return {"value": value, "metrics": metrics} | task.measure.of(value, passed)
 
 
-def _item(name: str, task: LocalTask, sample: Mapping[str, Any]) -> dict[str, Any]:
-    part, passed = task.measure.part, sample[task.measure.metric]
-    item = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"]}
-    item["score"] = None if part is None else part(passed)
-    if task.OUTPUT_TYPE == "multiple_choice":
-        choices, gold = task.doc_to_choice(sample["doc"]), gold_index(task, sample["doc"])
-        picked = _choice(task.measure.metric, choices, sample["filtered_resps"], gold)
-        item |= {"choice": picked, "gold": gold, "log_likelihood": float(sample["filtered_resps"][gold][0])}
-    elif task.OUTPUT_TYPE == "loglikelihood":
-        ((value, greedy),) = sample["filtered_resps"]
-        item |= {"choice": 0 if greedy else None, "gold": 0, "log_likelihood": value}
-    return item
-
-
-def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], gold: int) -> int | None:
-    """The choice that a metric counts as the model's, as lm-eval computes it from (nats, greedy) of each choice."""
-    if metric == "exact_match":  # what the model would write: none of the choices, as a rule
-        greedy = [number for number, (_, likeliest) in enumerate(answers[: len(choices)]) if likeliest]
-        return gold if gold in greedy else next(iter(greedy), None)
-    values = np.array([value for value, _ in answers])
-    scores = values[: len(choices)]
-    if metric == "acc_mutual_info":  # those without the question follow
-        scores = scores - values[len(choices) :]
-    if metric in ("acc_norm", "acc_bytes"):
-        scores = scores / [len(choice if metric == "acc_norm" else choice.encode()) for choice in choices]
-    return int(np.argmax(scores))
-
-
 def _prompt(samples: list[Mapping[str, Any]]) -> str:
     """A digest of the rows, prompts, choices or generation settings, and right answers.
 
@@ -187,30 +202,3 @@ def _prompt(samples: list[Mapping[str, Any]]) -> str:
     """
     requests = [[sample["doc_hash"], sample["arguments"], sample["target_hash"]] for sample in samples]
     return hashlib.sha256(json.dumps(requests, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def _general(
-    name: str, task: LocalTask, samples: list[Mapping[str, Any]], tokenizer: Any
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Perplexity exp(nats / tokens) and bits per byte, nats / (bytes · ln 2), over all texts together."""
-    rows, size = [], 0
-    for sample in samples:
-        text, value = task.doc_to_target(sample["doc"]), float(sample["filtered_resps"][0])
-        size += len(text.encode())
-        row = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"], "score": -value}
-        rows.append(row | {"gold": len(encode_rolling(tokenizer, text)[1]), "log_likelihood": value})
-    nats, tokens = math.fsum(row["score"] for row in rows), sum(row["gold"] for row in rows)
-    if not tokens:
-        raise UserError(
-            f"{name}: its {len(rows)} texts have no token to score, because this tokenizer adds no token before them: "
-            "give longer texts"
-        )
-    return {
-        "perplexity": math.exp(min(nats / tokens, 700.0)),  # JSON has no infinity
-        "nats_per_token": nats / tokens,
-        "bits_per_byte": nats / (size * math.log(2)),
-        "tokens": tokens,
-        "bytes": size,
-        "n": len(rows),
-        "prompt": _prompt(samples),
-    }, rows

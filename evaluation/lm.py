@@ -23,7 +23,13 @@ class _Encoding(HFLM):
     """HFLM that encodes as `evaluation.encode` does, like training and probes.
 
     The ids are HFLM's wherever HFLM works, except for an end of text that a tokenizer adds to every prompt.
+
+    answer_tokens   number of tokens of each (context, continuation) that was scored
     """
+
+    def __init__(self, *args: Any, **settings: Any):
+        super().__init__(*args, **settings)
+        self.answer_tokens: dict[tuple[str, str], int] = {}
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, left_truncate_len: int | None = None, **_: Any
@@ -57,12 +63,13 @@ class _Encoding(HFLM):
                 f"{_row(crossing[0])}: as in lm-eval, their scores may leave out their first characters",
                 flush=True,
             )
-        self._fits(requests, [(ids, continuation) for _, ids, continuation in encoded])
+        self._count(requests, [(ids, continuation) for _, ids, continuation in encoded])
         return self._loglikelihood_tokens(encoded, disable_tqdm=disable_tqdm)
 
-    def _fits(self, requests: list, pairs: Sequence[shared_prefix.Request]) -> None:
-        """Refuse an answer that the model cannot take whole, by its row."""
+    def _count(self, requests: list, pairs: Sequence[shared_prefix.Request]) -> None:
+        """Note the tokens of each answer, and refuse one that the model cannot take whole, by its row."""
         for request, (_, ids) in zip(requests, pairs, strict=True):
+            self.answer_tokens[request.args] = len(ids)
             if len(ids) > self.max_length:
                 raise UserError(
                     f"{_row(request)}: the answer {encode.shown(request.args[1])} has {len(ids)} tokens, but the model "
@@ -132,7 +139,7 @@ class SharedPrefixLM(_Encoding):
     def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = self.kept.load([request.args for request in requests]) if self.kept else None
         if pairs is not None:
-            self._fits(requests, pairs)
+            self._count(requests, pairs)
             return self._log_likelihoods(pairs, "scoring choices")
         return super().loglikelihood(requests)
 

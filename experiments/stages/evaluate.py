@@ -5,10 +5,12 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 import torch
 
 from evaluation import harness
+from experiments.model import reference as references
 from experiments.model import tuned, weights
 from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
@@ -34,7 +36,8 @@ def base(study, *, model: str) -> None:
         entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid.domains])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))
         loaded, digest = weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder)
-        _score(study, model, loaded, digest, tasks=Path(together), out=study.paths.base(model))
+        out = study.paths.base(model)
+        _score(study, model, loaded, digest, tasks=Path(together), out=out, reference=loaded)
 
 
 def merged(folders: Sequence[Path]) -> list[dict]:
@@ -62,9 +65,12 @@ def main(study, cell) -> None:
     with recorded(study, cell, "evaluate"):
         dtype, where = _computing(study, cell.model)
         paths = study.paths
-        model, digest = tuned.load(paths.weights(cell), folder=paths.model(cell.model), dtype=dtype, device=where)
-        tasks = paths.data / "evaluate" / cell.domain
-        _score(study, cell.model, model, digest, tasks=tasks, out=paths.run(cell))
+        folder, tasks = paths.model(cell.model), paths.data / "evaluate" / cell.domain
+        base = _reference(study, folder, tasks=tasks, dtype=dtype, device=where)
+        model, digest = tuned.load(paths.weights(cell), folder=folder, dtype=dtype, device=where)
+        if digest == read_json(folder / "base.json", "sha256")["sha256"]:
+            base = model  # nothing was changed, which is to be 0 and not a rounding error
+        _score(study, cell.model, model, digest, tasks=tasks, out=paths.run(cell), reference=base)
         ledger.note(study, stage="evaluate", cell=cell.name, weights=digest)
 
 
@@ -75,7 +81,22 @@ def _computing(study, model_name: str) -> tuple[torch.dtype, torch.device]:
     return study.compute_dtype(model_name, checkpoint, where), where
 
 
-def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path) -> None:
+def _reference(study, folder: Path, *, tasks: Path, dtype: torch.dtype, device: torch.device):
+    """The base of `folder` on the general passages of `tasks`, as `harness.score` takes it."""
+    return references.reference(
+        folder,
+        key=(read_json(folder / "base.json", "sha256")["sha256"], tuned.files_sha256(folder)),
+        sequences=harness.general_passages(tasks, weights.load_tokenizer(folder)),
+        tokens=harness.pass_tokens(study.evaluate.batch_size),
+        dtype=dtype,
+        device=device,
+        kept=study.paths.local / "reference",
+    )
+
+
+def _score(
+    study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path, reference: Any
+) -> None:
     """Score a model whose weights have the hash `digest`, and write scores, items and costs to `out`."""
     where = hardware.device(study.device)
     hardware.reset_peak(where)
@@ -86,6 +107,7 @@ def _score(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks
         tasks_dir=tasks,
         weights_sha256=digest,
         kept=study.paths.local / "tokens",
+        reference=reference,
         **study.evaluate.model_dump(),
     )
     seconds = perf_counter() - began

@@ -12,8 +12,10 @@ import torch
 
 from evaluation import SCORING, encode, harness, lm
 from evaluation.retention import forgetting
+from evaluation.token_losses import HiddenRows, hidden_rows
 from experiments.model.random_models import build
 from methods.errors import UserError
+from methods.tools.architecture import logits_of
 from tests.evaluation.conftest import COPA, ENTRIES, HELLASWAG, TEXT, write_rows
 
 
@@ -88,8 +90,61 @@ def test_perplexity_is_exp_of_the_mean_nats_per_token(scored, byte_tokenizer):
     assert general["bits_per_byte"] == pytest.approx(nats / size / math.log(2), rel=1e-5)
     texts = items[items.task == "general"]
     assert texts.score.sum() == pytest.approx(nats, rel=1e-5)
-    assert texts.gold.tolist() == [len(row["text"].encode()) for row in TEXT]
-    assert texts.choice.isna().all()
+    assert texts.tokens.tolist() == texts.bytes.tolist() == [len(row["text"].encode()) for row in TEXT]
+    empty = ["choice", "margin", "brier", "choices", "kl", "kl_reverse"]  # KL is unknown without a reference
+    assert texts[empty].isna().all(axis=None) and general["kl"] is general["kl_reverse"] is None
+
+
+def test_log_likelihoods_of_choices_and_what_follows_from_them(scored):
+    _, scores, items = scored
+    for name, task in scores["tasks"].items():
+        own = items[items.task == name]
+        assert task["gold_nll"] == pytest.approx(-own.log_likelihood.mean())
+        assert (task["tokens"], task["bytes"]) == (own.tokens.sum(), own.bytes.sum())
+        assert own.tokens.equals(own.bytes)  # the tokenizer's tokens are bytes
+        if name == "lambada_openai":  # one continuation
+            assert own[["margin", "brier", "choices"]].isna().all(axis=None) and "margin" not in task
+            assert own.bytes.tolist() == [len(" house"), len(" d"), len(" .")]
+            continue
+        for row in own.itertuples():
+            values = np.array([float(value) for value in row.choices.split(";")])
+            assert values[row.gold] == pytest.approx(row.log_likelihood, rel=1e-5)
+            assert row.margin == pytest.approx(values[row.gold] - np.delete(values, row.gold).max(), abs=1e-2)
+            likely = torch.tensor(values).softmax(0)
+            likely[row.gold] -= 1
+            assert row.brier == pytest.approx(likely.square().sum().item(), abs=2e-3)
+            if task["metric"] == "acc":
+                assert (row.margin > 0) == (row.score == 1)
+        assert (task["margin"], task["brier"]) == pytest.approx((own.margin.mean(), own.brier.mean()))
+    assert items[items.task == "science"].bytes.tolist() == [len(f" water {i}") for i in range(7)]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gptj"])
+def test_kl_of_general_text_is_that_of_the_two_models_themselves(architecture, tasks_dir, byte_tokenizer):
+    model, base = build(architecture, seed=0), build(architecture, seed=1)
+    passages = harness.general_passages(tasks_dir, byte_tokenizer)
+    kept = HiddenRows(rows=hidden_rows(base, passages), logits_of=logits_of(base))
+    (scores, items), (again, same) = (
+        harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tasks_dir, reference=reference)
+        for reference in (base, kept)
+    )
+    assert scores == again and items.equals(same)
+    texts, kl, reverse = items[items.task == "general"], 0.0, 0.0
+    for row, found in zip(TEXT, texts.itertuples(), strict=True):
+        own = np.zeros(2)
+        for context, piece in encode.windows(list(row["text"].encode()), prefix=256, max_length=512):
+            ids = torch.tensor([context + piece[:-1]])
+            p, q = (each(ids).logits[0, len(context) - 1 :].double().log_softmax(-1) for each in (model, base))
+            own += [(q.exp() * (q - p)).sum().item(), (p.exp() * (p - q)).sum().item()]
+        assert (found.kl, found.kl_reverse) == pytest.approx(own / len(row["text"].encode()), rel=1e-4)
+        kl, reverse = kl + own[0], reverse + own[1]
+    general = scores["general"]
+    assert (general["kl"], general["kl_reverse"]) == pytest.approx(
+        np.array([kl, reverse]) / general["tokens"], rel=1e-4
+    )
+    itself, own = harness.score(model=base, tokenizer=byte_tokenizer, tasks_dir=tasks_dir, reference=base)
+    assert itself["general"]["kl"] == itself["general"]["kl_reverse"] == 0
+    assert own[own.task == "general"].kl.tolist() == [0, 0, 0]
 
 
 def test_two_runs_give_the_same_bytes_and_base_against_itself_is_zero(tasks_dir, byte_tokenizer, tmp_path):
