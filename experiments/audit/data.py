@@ -1,21 +1,21 @@
 """The rows that both models are scored on: tasks as the `data` stage writes them, and general text."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from experiments.audit import kept
-from experiments.data import general_text, rows, splits
+from experiments.data import general_text, local, rows, splits
 from experiments.data.reader import Reader, write_rows
 from experiments.data.scored_tasks import write_scored
 from experiments.study import schema
 from methods.errors import UserError
 from methods.tools.files import sha256
-from methods.tools.jsonl import place
+from methods.tools.jsonl import Row, place
 
 TEXTS = 128  # passages of general text
 COLUMNS = ("text", "content", "passage", "document")  # where a file's text is looked for
@@ -58,7 +58,7 @@ def write(*, study, work: Path, names: Sequence[str], number: int | None, text: 
         study = study.model_copy(update={"tasks": limited})
     reader = Reader(study=study)
     # as a domain would name them, without rows of its own
-    named = SimpleNamespace(retention=list(names), transfer=[], task=None)
+    named = schema.Domain.model_construct(retention=list(names), task=None)
     listed, facts = write_scored("audit", named, reader, folder=out, taught=set(), sources=())
     passages, facts["general"] = _own(text, texts or TEXTS) if text else _general(study, reader, texts)
     if passages:
@@ -85,7 +85,7 @@ def _general(study, reader: Reader, number: int | None) -> tuple[list[dict], dic
 
 def _own(file: Path, number: int) -> tuple[list[dict], dict]:
     """Passages of a file: the first `number` distinct ones by hash."""
-    loaded = rows.read(schema.Rows(jsonl=schema.Jsonl(path=str(file))), packages={}, prefer="pypi", where="--text")
+    loaded = _read(file)
     column = _column(loaded.rows, file)
     texts = [str(row[column]).strip() for row in loaded.rows]
     by_hash = {splits.text_hash(text): text for text in reversed(texts) if text}
@@ -93,6 +93,22 @@ def _own(file: Path, number: int) -> tuple[list[dict], dict]:
     if not chosen:
         raise UserError(f"--text {file}: every text in column {column!r} is empty")
     return [{"id": key, "text": by_hash[key]} for key in chosen], {"source": loaded.source, "licence": ""}
+
+
+def _read(file: Path) -> rows.Rows:
+    """The rows of a file of `rows: {local: …}`; the passages of a text file are divided by empty lines."""
+    if file.suffix.lower() not in local.TEXTS or not file.is_file():
+        block = schema.Rows.model_validate({"local": str(file)})
+        return rows.read(block, packages={}, prefer="pypi", where="--text")
+    try:
+        whole = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"--text {file} is not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    passages = [passage.strip() for passage in re.split(r"\n\s*\n", whole) if passage.strip()]
+    if not passages:
+        raise UserError(f"--text {file} is empty")
+    found = [Row({"text": passage}, at=f"{file} passage {number}") for number, passage in enumerate(passages, 1)]
+    return rows.Rows(rows=found, source=f"text:{file}")
 
 
 def _column(found: Sequence[dict], file: Path) -> str:

@@ -303,7 +303,10 @@ def test_text_of_ones_own(world, tmp_path):
     file = tmp_path / "mine.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     _, found = run(world, "base", "moved", text=str(file), text_rows=4)
-    assert found["general"]["n"] == 4 and found["sources"]["general"]["source"] == f"jsonl:{file}"
+    assert found["general"]["n"] == 4 and found["sources"]["general"]["source"] == f"local:{file}"
+    plain = tmp_path / "mine.txt"
+    plain.write_text("\ufeffOne passage\nof two lines.\n\n\nAnother passage.\n", encoding="utf-8")
+    assert run(world, "base", "moved", text=str(plain))[1]["general"]["n"] == 2
     file.write_text('{"a": "one", "b": "two"}\n')
     with pytest.raises(UserError, match="has the columns a, b, and it is not clear which of them is the text"):
         run(world, "base", "moved", text=str(file))
