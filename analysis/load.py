@@ -26,6 +26,7 @@ METRICS = {  # what metrics.json must hold before anything is computed from it
 FAILURE = dict.fromkeys(("stage", "kind", "reason"), str)
 SCORE = ("value", "base", "n", "role", "metric", "chance")
 ITEMS = ("task", "doc_id", "doc_hash", "score", "gold")
+NUMBERS = ("score", "gold", "log_likelihood", "margin", "tokens", "kl", "kl_reverse")  # where they are there
 CURVE = ("step", "tokens", "seconds")
 
 
@@ -122,7 +123,7 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         if (path := run / "curve.csv").exists():
             curves.append(_table(path, columns=CURVE).assign(cell=name))
         if (path := run / "items.csv.gz").exists():
-            items.append(_table(path, columns=ITEMS, numeric=("score", "gold")).assign(cell=name))
+            items.append(_table(path, columns=ITEMS, numeric=NUMBERS).assign(cell=name))
         if (path := root / "prepared" / model / method / seed / "prepare.json").exists():
             prepared[name] = read_json(path)
         if (path := run / "drift.json").exists():
@@ -175,6 +176,11 @@ def retention_tasks(cell: pd.Series) -> list[str]:
     return [task for task in cell["forgetting_by_task"] if task not in cell["at_chance"]]
 
 
+def score_tasks(cell: pd.Series) -> list[str]:
+    """The tasks that score the domain beside its own score (`score:` of its block), whose change is a gain."""
+    return [task for task, about in cell["scores_by_task"].items() if about["role"] == "score"]
+
+
 def _shared_files(root: Path, folder: str) -> list[Path]:
     """The JSON files of a folder in the default study's results, whichever study `root` belongs to."""
     return [path for place in (root / folder, root.parent / folder) for path in sorted(place.glob("*.json"))]
@@ -208,7 +214,7 @@ def _read_base(folder: Path) -> dict:
     items, evaluate = folder / "items.csv.gz", folder / "evaluate.json"
     return {
         "scores": read_json(folder / "scores.json"),
-        "items": _table(items, columns=ITEMS, numeric=("score", "gold")) if items.exists() else pd.DataFrame(),
+        "items": _table(items, columns=ITEMS, numeric=NUMBERS) if items.exists() else pd.DataFrame(),
         "evaluate": read_json(evaluate) if evaluate.exists() else {},
     }
 
@@ -264,7 +270,8 @@ def _table(path: Path, *, columns: tuple[str, ...], numeric: tuple[str, ...] | N
         if column not in frame:
             raise _damaged(path, f"column {column} is missing")
     for column in frame.columns if numeric is None else numeric:
-        if len(frame) and not pd.api.types.is_numeric_dtype(frame[column]):  # a checkpoint from elsewhere has no curve
+        known = column in frame and len(frame)  # a checkpoint from elsewhere has no curve
+        if known and not pd.api.types.is_numeric_dtype(frame[column]):
             raise _damaged(path, f"column {column} holds something that is not a number")
     return frame
 

@@ -22,6 +22,16 @@ def points(share: float | None) -> str:
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
 
 
+def nats(value: float | None) -> str:
+    """A signed number of nats: 0.4512 -> '+0.451', 0.00042 -> '+0.0004'."""
+    if missing(value):
+        return "–"
+    text = f"{value:+.3f}"
+    if float(text) == 0:
+        text = f"{value:+.1g}" if abs(value) > 1e-9 else "0"
+    return text.replace("-", MINUS)
+
+
 def seconds(value: float | None) -> str:
     """252.3 -> '4 min 12 s'."""
     if missing(value):

@@ -10,6 +10,7 @@ import pandas as pd
 from analysis import numbers
 
 SHARE = "share"
+PER_TOKEN = "nats_per_token"  # the metric of held-out text
 
 
 def of_task(cell: pd.Series, task: str) -> str:
@@ -25,6 +26,11 @@ def of_domain(cell: pd.Series) -> str:
 def per_item(cell: pd.Series, task: str) -> bool:
     """Whether the task's number is a mean over rows, so that two models can be compared row by row."""
     return cell["scores_by_task"].get(task, {}).get("per_item", True)
+
+
+def per_token(cell: pd.Series, task: str) -> bool:
+    """Whether the task's number is a mean over the tokens of its texts (a domain of format text, pairs or chat)."""
+    return metric_of(cell, task) == PER_TOKEN
 
 
 def metric_of(cell: pd.Series, task: str) -> str:

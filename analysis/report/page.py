@@ -16,7 +16,7 @@ from analysis.report.inline import inline
 from analysis.sections import answer, bench, claims, costs, drift, flips, front, matched, significance, tables
 
 TEMPLATES = Path(__file__).parents[1]
-ROLES = ["domain", "retention", "transfer"]
+ROLES = ["domain", "score", "retention", "transfer"]
 
 
 def write_report(
@@ -51,7 +51,6 @@ def write_report(
         planned=len(loaded.planned),
         finished=len(loaded.cells),
         legend=tables.legend(table) if len(table) else [],
-        heads=tables.HEADS,
         tuning=[_tuning(pair, record) for pair, record in loaded.tuning.items()],
         provenance=_provenance(loaded),
         gpu=_gpu(loaded.gpu),
@@ -81,7 +80,7 @@ def _comparisons(
             frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (table, tests, costed)
         )
         cells = loaded.of(model, domain)
-        first, methods = cells.iloc[0], list(dict.fromkeys(cells["method"]))
+        first, methods, shown = cells.iloc[0], list(dict.fromkeys(cells["method"])), tables.columns(rows)
         answering = list(dict.fromkeys(chosen.of(model, domain)["method"]))  # at the setting chosen on probe rows
         blocks, kept = Counter(map(family, methods)), retention_tasks(first)
         answered = rows[rows["method"].isin(["base", *answering])]
@@ -97,7 +96,8 @@ def _comparisons(
                 "note": next((note for note in cells["model_note"] if note), ""),
                 "answer": answer.sentences(answered, own_tests, domain=domain, model=model, tasks=kept),
                 "reading": answer.reading(answered, tested=len(own_tests) > 0, chosen=picked),
-                "rows": [_row(row) for _, row in rows.iterrows()],
+                "heads": [column.head for column in shown],
+                "rows": [_row(row, shown) for _, row in rows.iterrows()],
                 "tasks": _tasks(cells, methods, kept),
                 "at_chance": first["at_chance"],
                 "rules": _rules(cells),
@@ -140,9 +140,9 @@ def _tasks(cells: pd.DataFrame, methods: list[str], kept: list[str]) -> list[dic
     return sorted(tasks, key=lambda task: ROLES.index(task["role"]) if task["role"] in ROLES else len(ROLES))
 
 
-def _row(row: pd.Series) -> dict:
+def _row(row: pd.Series, columns: list[tables.Column]) -> dict:
     """A row of the comparison, each text split into value and interval so that a phone can show one below the other."""
-    texts = list(tables.readable(row).values())
+    texts = [column.text(row) for column in columns]
     return {
         "method": row["method"],
         "cells": [text.split(" [") if " [" in text else [text, ""] for text in texts[1:]],

@@ -4,8 +4,10 @@ import pandas as pd
 
 from analysis import numbers, units
 from analysis.load import Loaded
-from analysis.statistics.permutation import FLIPS, KINDS, LEVEL, mcnemar
+from analysis.measures import ACCURACY, BY_KEY, GENERAL, GOLD, KL
+from analysis.statistics.permutation import FLIPS, LEVEL, mcnemar
 
+SHOWN = ("gain", GENERAL.key, KL.key, GOLD.key, ACCURACY)  # tests.csv has the other measures too
 NAMED = 6  # methods or pairs named one by one in a sentence; more are counted, and the table names them
 
 
@@ -19,20 +21,27 @@ def section(loaded: Loaded, tests: pd.DataFrame, *, model: str, domain: str) -> 
     tests = tests[(tests["model"] == model) & (tests["domain"] == domain)]
     if tests.empty:
         return None
-    with_base, between = tests[tests["b"] == "base"], tests[tests["b"] != "base"]
-    kinds = [kind for kind in KINDS if (tests["kind"] == kind).any()]
+    shown = tests[tests["kind"].isin(SHOWN)]
+    with_base, between = shown[shown["b"] == "base"], shown[shown["b"] != "base"]
     return {
-        "kinds": kinds,
-        "with_base": {"sentences": _summary(with_base, what="method"), "rows": _rows(with_base, kinds)},
-        "between": {"sentences": _summary(between, what="pair"), "rows": _rows(between, kinds)},
+        "with_base": _table(with_base, what="method"),
+        "between": _table(between, what="pair"),
         "mcnemar": _by_task(mcnemar(loaded, model=model, domain=domain)),
         "legend": _legend(tests) + _not_tested(loaded, model=model, domain=domain),
     }
 
 
+def _table(tests: pd.DataFrame, *, what: str) -> dict:
+    """The sentences, heads and rows about one family of tests."""
+    kinds = [kind for kind in SHOWN if (tests["kind"] == kind).any()]
+    heads = [_head(tests[tests["kind"] == kind].iloc[0]) for kind in kinds]
+    return {"sentences": _summary(tests, kinds, what=what), "heads": heads, "rows": _rows(tests, kinds)}
+
+
 def _not_tested(loaded: Loaded, *, model: str, domain: str) -> list[str]:
     cells, lines = loaded.of(model, domain), []
-    if absent := [cell for cell in cells.index if cell not in set(loaded.items["cell"])]:
+    scored = set(loaded.items["cell"].unique())
+    if absent := [cell for cell in cells.index if cell not in scored]:
         lines.append(f"Not tested, because their items.csv.gz is missing: {', '.join(absent)}.")
     first = cells.iloc[0]
     if units.of_domain(first) != units.SHARE:
@@ -43,23 +52,24 @@ def _not_tested(loaded: Loaded, *, model: str, domain: str) -> list[str]:
     return lines
 
 
-def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
+def _summary(tests: pd.DataFrame, kinds: list[str], *, what: str) -> list[str]:
     """A sentence or two per kind: which differences are significant, and how large the others could have been."""
     sentences = []
-    for kind, rows in tests.groupby("kind", sort=False):
-        unit = _unit(rows.iloc[0])
+    for kind in kinds:
+        rows = tests[tests["kind"] == kind]
+        show, unit, name = _shower(rows.iloc[0]), _unit(rows.iloc[0]), _name(kind)
         names = rows["a"] if what == "method" else rows["a"] + " and " + rows["b"]
         sure = rows["p_holm"] < LEVEL
         against = " from the base" if what == "method" else ""
         if sure.sum() > NAMED:
             sentences.append(
-                f"{kind.capitalize()} differs significantly{against} for {sure.sum()} of {len(rows)} {what}s."
+                f"{_first_up(name)} differs significantly{against} for {sure.sum()} of {len(rows)} {what}s."
             )
         elif sure.any():
             pairs = zip(names[sure], rows[sure]["difference"])
-            each = "; ".join(f"{name} ({units.change(difference, unit)})" for name, difference in pairs)
+            each = "; ".join(f"{who} ({show(difference)})" for who, difference in pairs)
             where = f"{against} for" if what == "method" else " between"
-            sentences.append(f"{kind.capitalize()} ({units.named(unit)}) differs significantly{where} {each}.")
+            sentences.append(f"{_first_up(name)} ({units.named(unit)}) differs significantly{where} {each}.")
         # significant by items, while the interval over seeds and items includes zero
         only_runs = sure & (rows["scope"] == "method") & (rows["low"] <= 0) & (rows["high"] >= 0)
         if only_runs.any():
@@ -70,7 +80,7 @@ def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
         if not sure.all():
             n = " or ".join(str(n) for n in sorted(set(rows[~sure]["n"])))
             sentences.append(
-                f"No significant difference in {kind} at n = {n} for {_listed(names[~sure], what)}"
+                f"No significant difference in {name} at n = {n} for {_listed(names[~sure], what)}"
                 f"{_detectable(rows[~sure]['detectable'], unit)}."
             )
     return sentences
@@ -78,6 +88,28 @@ def _summary(tests: pd.DataFrame, *, what: str) -> list[str]:
 
 def _unit(test: pd.Series) -> str:
     return test.get("unit", units.SHARE)
+
+
+def _name(kind: str) -> str:
+    """What a kind of test is called within a sentence."""
+    return BY_KEY[kind].name if kind in BY_KEY else kind
+
+
+def _first_up(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _head(test: pd.Series) -> str:
+    """The head of a kind's columns."""
+    kind = test["kind"]
+    return BY_KEY[kind].head if kind in BY_KEY else f"{kind}, {units.named(_unit(test))}"
+
+
+def _shower(test: pd.Series):
+    """How a difference of this kind is written; between two methods a divergence has a sign too."""
+    if test["kind"] in BY_KEY:
+        return numbers.nats
+    return lambda value: units.change(value, _unit(test))
 
 
 def _listed(names: pd.Series, what: str) -> str:
@@ -111,7 +143,7 @@ def _rows(tests: pd.DataFrame, kinds: list[str]) -> list[dict]:
 
 
 def _cell(test: pd.Series) -> dict:
-    difference, low, high = (units.change(test[key], _unit(test)) for key in ("difference", "low", "high"))
+    difference, low, high = (_shower(test)(test[key]) for key in ("difference", "low", "high"))
     return {
         "difference": difference,
         "bounds": "" if numbers.missing(test["low"]) else f"[{low}, {high}]",
@@ -119,7 +151,8 @@ def _cell(test: pd.Series) -> dict:
         "raw": _p(test["p"]),
         "significant": is_significant(test),
         "detectable": "–" if numbers.missing(test["detectable"]) else _size(test["detectable"], _unit(test)),
-        "differing": f"{test['items_differing']} of {test['n']} differ",
+        # of measured numbers every item differs
+        "differing": "" if test["kind"] in BY_KEY else f"{test['items_differing']} of {test['n']} differ",
     }
 
 
@@ -135,9 +168,11 @@ def _by_task(table: pd.DataFrame) -> dict:
 
 
 def _legend(tests: pd.DataFrame) -> list[str]:
-    with_base = int((tests["b"] == "base").sum())
-    families = f"{with_base} tests against the base"
-    families += f" and {len(tests) - with_base} between methods" if len(tests) > with_base else ""
+    together = tests[~tests["kind"].isin(BY_KEY)]  # gain and forgetting are corrected together
+    with_base = int((together["b"] == "base").sum())
+    families = f"the {with_base} tests of gain and forgetting against the base"
+    families += f" and over the {len(together) - with_base} between methods" if len(together) > with_base else ""
+    families += ", and of each measure in nats over its own" if len(together) < len(tests) else ""
     about = "over items, as is p: this run, not this method"
     if (tests["scope"] == "method").any():
         about = "over seeds and items: p is about these runs on other items, the interval is about the method"
@@ -146,7 +181,7 @@ def _legend(tests: pd.DataFrame) -> list[str]:
         f"scores are right or wrong, else over {FLIPS:,} random ones; p is corrected by Holm's method over {families}.",
         "A positive difference means that the method named first gained more, or forgot more.",
         f"[ , ] is the 95 % confidence interval, not corrected, {about}.",
-        "“Could have detected” is the true difference that the test would find in 80 of 100 studies at the first step "
+        "“Detects”, in the unit of its column, is the true difference that the test would find in 80 of 100 studies at the first step "
         "of the correction, from the standard errors, and at least the number of items that must all change the same "
         "way for such a p.",
     ]

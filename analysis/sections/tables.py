@@ -1,48 +1,125 @@
 """The comparison as people read it: in the terminal, as CSV and as Markdown."""
 
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import pandas as pd
 
 from analysis import numbers, units
 from analysis.load import NOT_STARTED, Loaded
+from analysis.measures import KL, NATS, Measure
 from analysis.statistics.intervals import SCOPES
+from analysis.statistics.nats import DOMAIN
 
 BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
+WIDTH = 140  # characters of a line of the legend in the terminal
 GAIN, FORGETTING = "gain, points", "forgetting, points"
-HEADS = ("method", "score %", GAIN, FORGETTING, "perplexity", "prepare", "train", "stored", "delta", "n")
 
 
-def readable(row: pd.Series) -> dict[str, str]:
-    """One row of the comparison as text, by HEADS."""
-    is_base, share = row["method"] == "base", row.get("unit", units.SHARE) == units.SHARE
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of the comparison: its head, and the text of a row of `comparison`; `short` heads it in the terminal.
+
+    terminal  whether the terminal shows it, which has room for some 150 characters
+    """
+
+    head: str
+    text: Callable[[pd.Series], str]
+    short: str = ""
+    terminal: bool = True
+
+
+def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
+    """The columns of one comparison: what was learned, what was forgotten (in nats first), what it cost.
+
+    A measure that is known of no method, as in results before it was recorded, has no column.
+    """
+
+    def known(key: str) -> bool:
+        return key in rows and rows.loc[rows["method"] != "base", key].notna().any()
+
+    made = [
+        Column(head="method", text=_method),
+        Column(head="score %", text=lambda row: _score(row, interval=not terminal)),
+        Column(head=GAIN, text=_gain),
+    ]
+    if known("domain_bits_per_byte"):
+        made.append(Column(head="bits/byte", text=lambda row: _plain(row, "domain_bits_per_byte"), terminal=False))
+    for key in [key for key in rows if key.startswith("gain_") and not key.endswith(("_low", "_high"))]:
+        task = key.removeprefix("gain_")
+        made.append(Column(head=f"{task}: gain", text=lambda row, key=key, task=task: _gain_of(row, key, task)))
+    if known(DOMAIN) and (rows["metric"] != units.PER_TOKEN).all():
+        made.append(Column(head="gain, nats/token", text=lambda row: _bounded(row, DOMAIN, nats), terminal=False))
+    made += [
+        Column(
+            head=measure.head,
+            short=SHORT.get(measure.key, ""),
+            text=lambda row, m=measure: _bounded(row, m.key, m.show, interval=not (terminal and m is KL)),
+            terminal=measure.key in SHORT,
+        )
+        for measure in NATS
+        if known(measure.key)
+    ]
+    made += [
+        Column(head=FORGETTING, text=lambda row: _bounded(row, "forgetting", numbers.points)),
+        Column(head="perplexity", text=_perplexity, terminal=False),
+        Column(head="prepare", text=lambda row: _cost(row, "seconds_prepare", numbers.seconds), terminal=False),
+        Column(head="train", text=lambda row: _cost(row, "seconds_train", numbers.seconds)),
+        Column(head="stored", text=lambda row: _cost(row, "bytes_stored", numbers.size), terminal=False),
+        Column(head="n", text=lambda row: f"{row['n_domain']} + {row['n_retention']}"),
+    ]
+    return [column for column in made if column.terminal or not terminal]
+
+
+SHORT = {"general_nll_lost": "text lost, nats", "general_kl": "KL", "gold_nll_lost": "answers lost, nats"}
+
+
+def nats(value: float | None) -> str:
+    return numbers.nats(value)
+
+
+def _method(row: pd.Series) -> str:
+    return row["method"] + ("*" if row.get("note") and isinstance(row["note"], str) else "")
+
+
+def _score(row: pd.Series, *, interval: bool) -> str:
     unit = row.get("unit", units.SHARE)
     # the heads of the columns name the unit of shares; any other is written behind the number
-    metric, own_unit = ("", "") if share else (f" {row['metric']}", f" {unit}" if unit != row["metric"] else "")
-
-    def level(value: float) -> str:
-        return units.level(value, unit)
-
-    def change(value: float) -> str:
-        return units.change(value, unit)
-
-    def cost(key: str, show) -> str:
-        return "" if is_base else show(row.get(key))
-
-    texts = (
-        row["method"] + ("*" if row.get("note") and isinstance(row["note"], str) else ""),
-        f"{level(row['domain_score'])}{metric}{_range(row, 'domain_score', level)}",
-        "" if is_base else f"{change(row['domain_gain'])}{own_unit}{_range(row, 'domain_gain', change)}",
-        "" if is_base else f"{numbers.points(row['forgetting'])}{_range(row, 'forgetting', numbers.points)}",
-        f"{row['perplexity']:.1f}" if is_base else _ratio(row),
-        cost("seconds_prepare", numbers.seconds),
-        cost("seconds_train", numbers.seconds),
-        cost("bytes_stored", numbers.size),
-        cost("bytes_weights_delta", numbers.size),
-        f"{row['n_domain']} + {row['n_retention']}",
-    )
-    return dict(zip(HEADS, texts))
+    metric = "" if unit == units.SHARE else f" {row['metric']}"
+    bounds = _range(row, "domain_score", lambda value: units.level(value, unit)) if interval else ""
+    return f"{units.level(row['domain_score'], unit)}{metric}{bounds}"
 
 
-def _ratio(row: pd.Series) -> str:
+def _gain(row: pd.Series) -> str:
+    unit = row.get("unit", units.SHARE)
+    own_unit = "" if unit == units.SHARE or unit == row["metric"] else f" {unit}"
+    return _bounded(row, "domain_gain", lambda value: units.change(value, unit), after=own_unit)
+
+
+def _gain_of(row: pd.Series, key: str, task: str) -> str:
+    unit = row[f"unit_{task}"] if isinstance(row.get(f"unit_{task}"), str) else units.SHARE
+    return _bounded(row, key, lambda value: units.change(value, unit), after=f" {units.named(unit)}")
+
+
+def _bounded(row: pd.Series, key: str, show, *, after: str = "", interval: bool = True) -> str:
+    """A method's number with its interval; nothing for the base, from which all differences are."""
+    if row["method"] == "base" and row["seeds"] == 0:
+        return ""
+    return f"{show(row[key])}{after}{_range(row, key, show) if interval else ''}"
+
+
+def _cost(row: pd.Series, key: str, show) -> str:
+    return "" if row["method"] == "base" else show(row.get(key))
+
+
+def _plain(row: pd.Series, key: str) -> str:
+    return "–" if numbers.missing(row.get(key)) else f"{row[key]:.3f}"
+
+
+def _perplexity(row: pd.Series) -> str:
+    if row["method"] == "base":
+        return f"{row['perplexity']:.1f}"
     if numbers.missing(row["perplexity_ratio"]):
         return "–"
     return f"×{row['perplexity_ratio']:.2f}{_range(row, 'perplexity_ratio', '{:.2f}'.format)}"
@@ -53,20 +130,27 @@ def _range(row: pd.Series, key: str, show) -> str:
     return "" if numbers.missing(low) or numbers.missing(high) else f" [{show(low)}, {show(high)}]"
 
 
-def legend(table: pd.DataFrame) -> list[str]:
+def legend(table: pd.DataFrame, *, terminal: bool = False) -> list[str]:
     """What the columns mean, one line each."""
     seeds = set(table[table["method"] != "base"]["seeds"]) if len(table) else set()
     scopes = [f"over seeds and items ({SCOPES['method']})"] if max(seeds, default=1) > 1 else []
     if 1 in seeds or not scopes:
         one = ", for a method with one seed" if scopes else ""
         scopes.append(f"over the scored items{one} ({SCOPES['run']})")
+    methods = table[table["method"] != "base"] if len(table) else table
+
+    def known(measure: Measure) -> bool:
+        return measure.key in methods and bool(methods[measure.key].notna().any())
+
+    absent = [measure.head.split(",")[0] for measure in NATS if not known(measure)]
     lines = [
         f"[ , ] is the 95 % confidence interval {'; '.join(scopes)}.",
-        "Gain and forgetting are percentage points against the bare base model; forgetting is the mean over "
-        "retention tasks above chance.",
+        *(measure.says for measure in NATS if known(measure) and (measure.key in SHORT or not terminal)),
+        *([f"Not known of results that were scored before it was recorded: {', '.join(absent)}."] if absent else []),
+        "All are against the bare base model, and above 0 more is forgotten. Forgetting in points is the share of right "
+        "answers lost, the mean over retention tasks above chance: it sees only the answers that turned.",
         *_other_units(table),
-        "Perplexity is on general text: the base's own, and for each method its ratio to the base's.",
-        "Stored is importance plus anchor, delta what the tuned weights add to the base; n is domain + retention rows.",
+        "n is domain + retention rows.",
     ]
     if "note" in table:
         notes = table[table["note"].fillna("") != ""].drop_duplicates("method")
@@ -118,18 +202,20 @@ def failure_lines(loaded: Loaded) -> list[str]:
 
 
 def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
-    """For the terminal: aligned, about 130 columns."""
+    """For the terminal: aligned, about 150 columns."""
     lines = [BANNER, ""] if loaded.not_a_result else []
     for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
-        texts = [dict(zip(HEADS, HEADS)), *(readable(row) for _, row in rows.iterrows())]
-        widths = {head: max(len(text[head]) for text in texts) for head in HEADS}
+        shown = columns(rows, terminal=True)
+        texts = [[column.short or column.head, *(column.text(row) for _, row in rows.iterrows())] for column in shown]
+        widths = [max(map(len, column)) for column in texts]
         seeds = int(rows["seeds"].max())
         lines.append(f"{model}, {domain}, {seeds} seed{'s' if seeds != 1 else ''}")
-        for text in texts:
-            columns = [text["method"].ljust(widths["method"]), *(text[head].rjust(widths[head]) for head in HEADS[1:])]
-            lines.append("  ".join(columns).rstrip())
+        for first, *others in zip(*texts):
+            cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
+            lines.append("  ".join(cells).rstrip())
         lines.append("")
-    lines += legend(table) if len(table) else ["No cell has finished."]
+    told = legend(table, terminal=True) if len(table) else ["No cell has finished."]
+    lines += [part for line in told for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
     if without := failure_lines(loaded):
         lines += ["", "Without a result:", *("  " + line for line in without)]
     return "\n".join(lines) + "\n"
@@ -138,8 +224,11 @@ def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
 def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
     lines = [f"**{BANNER}**", ""] if loaded.not_a_result else []
     for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
-        lines += [f"### {model}, {domain}", "", f"| {' | '.join(HEADS)} |", f"|:--|{'--:|' * (len(HEADS) - 1)}"]
-        lines += [f"| {' | '.join(readable(row).values())} |".replace("*", r"\*") for _, row in rows.iterrows()]
+        shown = columns(rows)
+        heads = " | ".join(column.head for column in shown)
+        lines += [f"### {model}, {domain}", "", f"| {heads} |", f"|:--|{'--:|' * (len(shown) - 1)}"]
+        for _, row in rows.iterrows():
+            lines.append(f"| {' | '.join(column.text(row) for column in shown)} |".replace("*", r"\*"))
         lines.append("")
     lines += [f"- {line}".replace("*", r"\*") for line in legend(table)] if len(table) else ["No cell has finished."]
     if without := failure_lines(loaded):

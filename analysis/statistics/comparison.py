@@ -1,11 +1,14 @@
 """The comparison: one row per method, with every reported number and its 95 % interval."""
 
+import numpy as np
 import pandas as pd
 
 from analysis import units
-from analysis.load import Loaded, retention_tasks
+from analysis.load import Loaded, retention_tasks, score_tasks
+from analysis.measures import GENERAL, NATS
 from analysis.statistics import intervals
 from analysis.statistics.intervals import Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
+from analysis.statistics.nats import DOMAIN, Changes, intervals_in_nats
 
 COSTS = (
     "seconds_prepare",
@@ -30,7 +33,8 @@ def comparison(loaded: Loaded) -> pd.DataFrame:
     for model, domain in loaded.comparisons:
         cells = loaded.of(model, domain)
         rows.append(_base_row(cells.iloc[0]))
-        rows += [_method_row(loaded, cells[cells["method"] == method]) for method in dict.fromkeys(cells["method"])]
+        changes = Changes(loaded, cells)
+        rows += [_method_row(loaded, own, changes) for _, own in cells.groupby("method", sort=False)]
     return pd.DataFrame(rows)
 
 
@@ -53,6 +57,7 @@ def _base_row(first: pd.Series) -> dict:
         **_about(first, method="base", seeds=0),
         **_bounds("domain_score", _domain_score(first, first["domain_score_base"])),
         "domain_gain": 0.0,
+        **dict.fromkeys((measure.key for measure in NATS), 0.0),
         "forgetting": 0.0 if retention_tasks(first) else None,
         "general_score": first["general_score_base"],
         "perplexity": first["general_perplexity_base"],
@@ -60,13 +65,13 @@ def _base_row(first: pd.Series) -> dict:
     }
 
 
-def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
+def _method_row(loaded: Loaded, cells: pd.DataFrame, changes: Changes) -> dict:
     first = cells.iloc[0]
 
     def mean(key: str) -> float | None:
         return mean_if_known(cells[key]) if key in cells else None
 
-    by_items = item_intervals(loaded, cells)
+    by_items = item_intervals(loaded, cells, changes)
     score = by_items.get("domain_score") or _domain_score(first, mean("domain_score"))
     ratio = mean("general_perplexity") / first["general_perplexity_base"] if mean("general_perplexity") else None
     if len(cells) > 1 and "perplexity_ratio" in by_items:
@@ -76,6 +81,10 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
         **_about(first, method=first["method"], seeds=len(cells)),
         **_bounds("domain_score", score),
         **_bounds("domain_gain", by_items.get("domain_gain"), mean("domain_gain")),
+        **_bounds(DOMAIN, by_items.get(DOMAIN), mean(DOMAIN)),
+        "domain_bits_per_byte": mean("domain_bits_per_byte"),
+        **_score_tasks(cells, by_items),
+        **{key: value for m in NATS for key, value in _bounds(m.key, by_items.get(m.key), mean(m.key)).items()},
         **_bounds("forgetting", by_items.get("forgetting"), mean("forgetting")),
         "general_score": mean("general_score"),
         "perplexity": mean("general_perplexity"),
@@ -87,9 +96,20 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame) -> dict:
         "note": _note(cells),
     }
     if len(cells) > 1:
-        for key in ("domain_score", "domain_gain", "forgetting"):
-            row |= {f"{key}_min": cells[key].min(), f"{key}_max": cells[key].max()}
+        for key in ("domain_score", "domain_gain", "forgetting", *(measure.key for measure in NATS)):
+            if key in cells:
+                row |= {f"{key}_min": cells[key].min(), f"{key}_max": cells[key].max()}
     return row
+
+
+def _score_tasks(cells: pd.DataFrame, by_items: dict[str, Interval]) -> dict:
+    """`gain_TASK` of the tasks that score the domain beside its own score, each with its bounds, in its own unit."""
+    made = {}
+    for task in score_tasks(cells.iloc[0]):
+        change = float(np.mean([scores[task]["change"] for scores in cells["scores_by_task"]]))
+        made |= _bounds(f"gain_{task}", by_items.get(f"gain_{task}"), change)
+        made[f"unit_{task}"] = units.of_task(cells.iloc[0], task)
+    return made
 
 
 def _apart(cells: pd.DataFrame) -> dict:
@@ -109,8 +129,11 @@ def _domain_score(cell: pd.Series, score: float) -> Interval:
     return wilson(score * n, n) if n and units.of_domain(cell) == units.SHARE else Interval(score, None, None, n)
 
 
-def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
-    """One method's intervals, crossed with seeds if it has several; empty if items of the base or a run are missing."""
+def item_intervals(loaded: Loaded, cells: pd.DataFrame, changes: Changes | None = None) -> dict[str, Interval]:
+    """One method's intervals, crossed with seeds if it has several; empty if items of the base or a run are missing.
+
+    `changes` are those of cells that include `cells`, so that a table of many methods matches the items once.
+    """
     first = cells.iloc[0]
     base, tuned = loaded.base_items(first["model"]), loaded.items_of(cells)
     if base.empty or tuned.empty or tuned["cell"].nunique() < len(cells):
@@ -122,18 +145,24 @@ def item_intervals(loaded: Loaded, cells: pd.DataFrame) -> dict[str, Interval]:
         return bool(tasks) and all(counts.get(task, 0) == first["n"].get(task) for task in tasks)
 
     kept, made, domain, unit = retention_tasks(first), {}, first["domain"], units.of_domain(first)
-    if not units.per_item(first, domain):
-        scores = [by_task[domain] for by_task in cells["scores_by_task"]]
-        changes, errors = [score["change"] for score in scores], [score.get("change_error") for score in scores]
-        made["domain_gain"] = of_set(changes, errors, n=first["n"][domain])
-    elif complete([domain]):
-        made["domain_gain"] = mean_difference(pairs, [domain], step=units.step(unit))
-        if unit == units.SHARE:
-            made["domain_score"] = intervals.score(tuned, domain)
+    changes, runs = changes or Changes(loaded, cells), list(cells.index)
+    made = intervals_in_nats(changes, runs)
+    for task in [domain, *score_tasks(first)]:
+        key, own = ("domain_gain" if task == domain else f"gain_{task}"), units.of_task(first, task)
+        if units.per_token(first, task) and (change := changes.per_token(task, runs)):
+            made[key] = change.interval
+        elif not units.per_item(first, task):
+            scores = [by_task[task] for by_task in cells["scores_by_task"]]
+            values, errors = [score["change"] for score in scores], [score.get("change_error") for score in scores]
+            made[key] = of_set(values, errors, n=first["n"][task])
+        elif complete([task]):
+            made[key] = mean_difference(pairs, [task], step=units.step(own))
+    if unit == units.SHARE and "domain_gain" in made:
+        made["domain_score"] = intervals.score(tuned, domain)
     if complete(kept):
         made["forgetting"] = -mean_difference(pairs, kept)
-    if counts.get("general", 0):
-        made["perplexity_ratio"] = perplexity_ratio(pairs)
+    if GENERAL.key in made:
+        made["perplexity_ratio"] = perplexity_ratio(made[GENERAL.key])
     return made
 
 

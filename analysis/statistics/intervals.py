@@ -18,6 +18,7 @@ from methods.errors import UserError
 Z = 1.959963984540054  # the 97.5 % point of the normal distribution
 KEYS = ["task", "doc_id", "doc_hash"]
 FIXED = [*KEYS, "gold", "base", "tuned"]  # the columns of `paired` that are not runs
+GENERAL_TEXT = "general"  # the task of the general passages among the items
 SCOPES = {"run": "this run, not this method", "method": "this method: other seeds and other items"}
 
 
@@ -60,6 +61,15 @@ def paired(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
         pairs = pairs.merge(rows[[*KEYS, "score"]].rename(columns={"score": name}), on=KEYS, validate="one_to_one")
     pairs["tuned"] = pairs[list(runs)].mean(axis=1)
     return pairs[[*FIXED, *runs]]
+
+
+def tokens_of(items: pd.DataFrame) -> pd.Series:
+    """The number of tokens behind each item's log-likelihood, missing where unknown.
+
+    Results before the column `tokens` have it for general passages alone, under `gold`.
+    """
+    passages = items["gold"].where(items["task"] == GENERAL_TEXT)
+    return items["tokens"].fillna(passages) if "tokens" in items else passages
 
 
 def by_run(rows: pd.DataFrame) -> np.ndarray:
@@ -156,18 +166,18 @@ def of_shares(scores: np.ndarray) -> Interval:
     return Interval(p, at.low, at.high, n, seeds, "method", error, float(estimate.df))
 
 
-def perplexity_ratio(pairs: pd.DataFrame) -> Interval:
-    """exp of the difference in nats per token, tuned over base; the items are passages, weighted by their tokens.
+def per_token(change: np.ndarray, tokens: np.ndarray) -> Interval:
+    """Σ change / Σ tokens over n texts: `change` (S seeds, n) in nats, `tokens` (n,).
 
-    log r = Σ d_i / Σ t_i, with d_i the difference in total nats and t_i the tokens of passage i. Its variance is that
-    of the mean of the linearised values log r + n (d_i − log r · t_i) / Σ t, with each run's own log r, crossed with
-    seeds; for one run it is the ratio estimator's, Σ (d_i − log r · t_i)² · n/(n−1) / (Σ t_i)² (Cochran 1977, ch. 6).
-    Over seeds `value` is the geometric mean.
+    With r the ratio, its variance is that of the mean of the linearised values r + n (change_i − r · tokens_i) / Σ
+    tokens, with each run's own r, crossed with seeds; for one run it is the ratio estimator's,
+    Σ (change_i − r · tokens_i)² · n/(n−1) / (Σ tokens)² (Cochran 1977, ch. 6).
     """
-    rows = pairs[pairs["task"] == "general"]
-    tokens = rows["gold"].to_numpy(dtype=float)
-    differences = by_run(rows) - rows["base"].to_numpy(dtype=float)
-    ratios = differences.sum(axis=1, keepdims=True) / tokens.sum()
-    log = of_arrays([ratios + len(rows) * (differences - ratios * tokens) / tokens.sum()], step=0)
-    bounds = [None if bound is None else exp(bound) for bound in (log.low, log.high)]
-    return Interval(exp(log.value), *bounds, log.n, log.seeds, log.scope, log.error, log.df)
+    ratios = change.sum(axis=1, keepdims=True) / tokens.sum()
+    return of_arrays([ratios + len(tokens) * (change - ratios * tokens) / tokens.sum()], step=0)
+
+
+def perplexity_ratio(lost: Interval) -> Interval:
+    """The ratio of two perplexities, exp of the nats per token lost; over seeds `value` is the geometric mean."""
+    bounds = [None if bound is None else exp(bound) for bound in (lost.low, lost.high)]
+    return Interval(exp(lost.value), *bounds, lost.n, lost.seeds, lost.scope, lost.error, lost.df)

@@ -15,15 +15,17 @@ from scipy.stats import binom, binomtest, norm
 
 from analysis import units
 from analysis.load import Loaded, retention_tasks
-from analysis.statistics.intervals import by_run, of_arrays, paired, refuse_unequal
+from analysis.measures import NATS, Measure
+from analysis.statistics.intervals import Interval, by_run, of_arrays, paired, refuse_unequal
+from analysis.statistics.nats import Change, Changes
 
 FLIPS = 100_000  # drawn if the exact p would take too long; the smallest p still survives a correction for 5,000 tests
 SEED = 0  # of the flips: the same for every test, so that one more method does not change the others' p
 MOST_SEEDS = 1000  # an item's mean over seeds is a fraction with at most this denominator, or its scores are not 0 or 1
 MOST_WORK = 2e8  # additions of an exact p, well under a second
+AT_ONCE = 4_000_000  # signs held at a time
 LEVEL = 0.05
 POWER = 0.8
-KINDS = ("gain", "forgetting")
 TESTED = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detectable"]
 COLUMNS = [*TESTED, "n", "items_differing", "seeds", "scope", "unit"]
 
@@ -48,6 +50,22 @@ def sign_flip(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = SE
         drawn += size / n * (2.0 * draw.binomial(up + down, 0.5, size=flips) - (up + down))
     reached = np.abs(drawn) >= abs(statistic) - 1e-9  # equal up to rounding counts as extreme
     return float((1 + reached.sum()) / (1 + flips))
+
+
+def sign_flips(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = SEED) -> np.ndarray:
+    """`sign_flip` of K tests of measured numbers at once, whose sizes all differ, so that every p is drawn.
+
+    tasks: one array (n_t items, K tests) of differences per task. One pattern of signs serves all K tests, so that they
+    are as dependent as the differences are. Returns (K,).
+    """
+    values = np.concatenate([differences / len(differences) for differences in tasks])
+    draw, least = np.random.default_rng(seed), np.abs(values.sum(axis=0)) * (1 - 1e-9)  # equal up to rounding
+    reached, at_once = np.zeros(values.shape[1]), max(1, AT_ONCE // len(values))
+    for start in range(0, flips, at_once):
+        bits = draw.integers(0, 256, (min(at_once, flips - start), -(-len(values) // 8)), dtype=np.uint8)
+        flipped = np.unpackbits(bits, axis=1, count=len(values)).astype(float)
+        reached += (np.abs(2 * flipped @ values - values.sum(axis=0)) >= least).sum(axis=0)
+    return (1 + reached) / (1 + flips)
 
 
 def could_find(*, items: float, whole: float, fewest: float, tests: int) -> float:
@@ -81,16 +99,18 @@ def all_tests(loaded: Loaded) -> pd.DataFrame:
 def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     """Every test of one comparison, one row each (COLUMNS), first against the base, then between methods.
 
-    kind             gain: a's domain score − b's; forgetting: a's − b's. Positive means that a learned, or forgot, more
+    kind             gain: a's domain score − b's; forgetting, or a measure in nats by its key (analysis/measures.py):
+                     a's − b's. Positive means that a learned, or forgot, more
     b                "base" or a method; two methods are compared on the seeds that both have, if any
-    difference, low, high   in `unit` (shares of 1 as a rule), with the bounds of the crossed interval
+    difference, low, high   in `unit` (shares of 1, or nats), with the bounds of the crossed interval
     detectable       the true difference that the test finds in 80 of 100 studies after the correction (`could_find`)
-    p, p_holm        sign-flip p, raw and corrected over all methods × kinds, against the base and between methods
+    p, p_holm        sign-flip p, raw and corrected, against the base and between methods: gain and forgetting together
+                     over all methods × kinds, each measure in nats over all methods
     n, items_differing   items of the tasks that count, and how many of them differ in their mean over seeds
     seeds, scope     number of seeds, and what low, high and detectable are about: "run" or "method"
 
     A gain in a metric of the whole set (analysis/units.py) has no rows to flip and is left out, and so is a cell
-    without items. Raises UserError if a cell was not scored on the base's rows of the tasks that count.
+    without items. A divergence is tested between methods only: from itself the base's is 0, and every other's is more. Raises UserError if a cell was not scored on the base's rows of the tasks that count.
     """
     wide = _wide(loaded, model=model, domain=domain)
     if wide is None:
@@ -98,7 +118,7 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     pairs, cells, counted = wide
     methods = list(dict.fromkeys(cells["method"]))
     families = ([(a, "base") for a in methods], [(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]])
-    rows = []
+    rows, changes = [], Changes(loaded, cells)
     for family in families:
         each = [(a, b, kind) for a, b in family for kind in counted]
         tested = [_row(pairs, cells, kind=kind, a=a, b=b, tasks=counted[kind]) for a, b, kind in each]
@@ -106,6 +126,8 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
         for row, p in zip(tested, holm([row["p"] for row in tested])):
             errors = row.pop("errors")
             rows.append(row | {"p_holm": float(p), "detectable": errors and could_find(**errors, tests=len(tested))})
+        for measure in NATS:
+            rows += _in_nats(changes, cells, measure, family)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -154,9 +176,7 @@ def _wide(loaded: Loaded, *, model: str, domain: str):
 
 
 def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str, tasks: list[str]) -> dict | None:
-    # the cells of each method by seed, so that two methods are compared seed by seed
-    by_seed = {m: dict(zip(own["seed"], own.index)) for m, own in cells[cells["method"].isin([a, b])].groupby("method")}
-    shared = sorted(set.intersection(*map(set, by_seed.values())))
+    by_seed, shared = _by_seed(cells, a, b)
     if not shared:
         return None
     sign = 1.0 if kind == "gain" else -1.0
@@ -173,6 +193,46 @@ def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str,
     step = units.step(unit)
     whole, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
     one = step / (len(tasks) * max(map(len, means)))
+    about = _about(kind, a, b, unit=unit, whole=whole, items=items, fewest=one, means=means)
+    return about | {"p": sign_flip(means)}
+
+
+def _by_seed(cells: pd.DataFrame, a: str, b: str) -> tuple[dict[str, dict[int, str]], list[int]]:
+    """The cells of a, and of b if it is a method, by seed, and their common seeds: they are compared seed by seed."""
+    by_seed = {m: dict(zip(own["seed"], own.index)) for m, own in cells[cells["method"].isin([a, b])].groupby("method")}
+    return by_seed, sorted(set.intersection(*map(set, by_seed.values())))
+
+
+def _in_nats(changes: Changes, cells: pd.DataFrame, measure: Measure, family: list[tuple[str, str]]) -> list[dict]:
+    """The tests of one measure in nats, corrected by Holm's method among themselves."""
+    compared: list[tuple[str, str, Change]] = []
+    for a, b in family:
+        by_seed, shared = _by_seed(cells, a, b)
+        if not shared or (b == "base" and not measure.signed):
+            continue
+        change = changes.of(measure, [by_seed[a][seed] for seed in shared])
+        if change is None:
+            return []
+        other = changes.of(measure, [by_seed[b][seed] for seed in shared]) if b != "base" else None
+        compared.append((a, b, change if other is None else change - other))
+    if not compared:
+        return []
+    means = [[part.mean(axis=0) for part in change.parts] for _, _, change in compared]
+    p = sign_flips([np.stack(task, axis=1) for task in zip(*means)])
+    rows = []
+    for (a, b, change), mean, raw, corrected in zip(compared, means, p, holm(p)):
+        whole, items = change.interval, change.over_seeds().interval
+        row = _about(measure.key, a, b, unit=measure.unit, whole=whole, items=items, fewest=0.0, means=mean)
+        errors = row.pop("errors")
+        found = errors and could_find(**errors, tests=len(compared))
+        rows.append(row | {"p": float(raw), "p_holm": float(corrected), "detectable": found})
+    return rows
+
+
+def _about(
+    kind: str, a: str, b: str, *, unit: str, whole: Interval, items: Interval, fewest: float, means: list[np.ndarray]
+) -> dict:
+    """A test's row without its p: `whole` covers what another study would draw, `items` other items alone."""
     return {
         "kind": kind,
         "a": a,
@@ -180,8 +240,7 @@ def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str,
         "difference": whole.value,
         "low": whole.low,
         "high": whole.high,
-        "p": sign_flip(means),
-        "errors": None if whole.error is None else {"items": items.error, "whole": whole.error, "fewest": one},
+        "errors": None if whole.error is None else {"items": items.error, "whole": whole.error, "fewest": fewest},
         "n": whole.n,
         "items_differing": int(sum((np.abs(item) > 1e-12).sum() for item in means)),
         "seeds": whole.seeds,

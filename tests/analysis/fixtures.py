@@ -79,7 +79,58 @@ def base_items(model: str, domain: str) -> pd.DataFrame:
     for i in range(128):
         tokens = int(draw.integers(80, 200))
         rows.append(("general", i, digest(f"general {i}"), tokens * float(draw.normal(3.05, 0.25)), None, tokens, None))
-    return pd.DataFrame(rows, columns=["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"])
+    items = pd.DataFrame(rows, columns=["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood"])
+    return in_nats(items, draw=np.random.default_rng(2), domain=domain)
+
+
+def in_nats(items: pd.DataFrame, *, draw, domain: str, lost: float = 0.0, learned: float = 0.0) -> pd.DataFrame:
+    """The columns in nats: `lost` nats an item of the right answers, `learned` of the domain's; margins fit the scores.
+
+    `items` are the base's, or have its columns with the scores of a tuned model.
+    """
+    rows = []
+    for row in items.to_dict("records"):
+        if row["task"] == "general":
+            tokens = int(row["tokens"] if "tokens" in row else row["gold"])
+            about = {"gold": None, "log_likelihood": -row["score"], "tokens": tokens, "bytes": int(4.2 * tokens)}
+            kl = lost * draw.chisquare(4) / 10
+            rows.append(row | about | {"kl": kl, "kl_reverse": 0.9 * kl})
+            continue
+        chance = TASKS["science" if row["task"] == domain else row["task"]][3]
+        move = learned if row["task"] == domain else -lost
+        row["log_likelihood"] += move + (draw.normal(0, 0.4) if move else 0.0)
+        row |= {"tokens": int(row.get("tokens") or draw.integers(1, 7)), "choice": None}
+        row["bytes"] = 4 * row["tokens"]
+        if chance:
+            margin = (0.05 + abs(draw.normal(0, 1.5))) * (1 if row["score"] else -1)
+            best = row["log_likelihood"] - margin
+            others = [best, *(best - draw.gamma(2, 1, round(1 / chance) - 2))]
+            wrong = draw.permutation(len(others))
+            nats = np.array([row["log_likelihood"], *np.array(others)[wrong]])  # the right answer is choice 0
+            p = np.exp(nats - nats.max()) / np.exp(nats - nats.max()).sum()
+            brier = float(((p - (np.arange(len(p)) == 0)) ** 2).sum())
+            row |= {"choice": int(nats.argmax()), "margin": margin, "brier": brier}
+            row["choices"] = ";".join(f"{value:.6g}" for value in nats)
+        rows.append(row)
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", "log_likelihood", "margin", "brier", "tokens"]
+COLUMNS += ["bytes", "kl", "kl_reverse", "choices"]
+
+
+def without_nats(root: Path) -> None:
+    """Make all results in `root` those of an earlier version, which knew no nats but the items' log-likelihoods."""
+    for path in root.rglob("items.csv.gz"):
+        items = pd.read_csv(path)
+        items["gold"] = items["gold"].fillna(items["tokens"])
+        write_items(path, items[COLUMNS[:7]])
+    for path in root.rglob("metrics.json"):
+        known = json.loads(path.read_text())
+        write_json(path, {k: v for k, v in known.items() if not any(part in k for part in NEW_KEYS)})
+
+
+NEW_KEYS = ("nll", "_kl", "margin", "brier", "per_byte_lost", "domain_bits", "score_by_task")
 
 
 def tuned_items(base: pd.DataFrame, *, method: str, seed: int, domain: str) -> pd.DataFrame:
@@ -90,7 +141,7 @@ def tuned_items(base: pd.DataFrame, *, method: str, seed: int, domain: str) -> p
     for row in base.itertuples():
         score = row.score
         if row.task == "general":
-            score += row.gold * draw.normal(0.11 * harsh, 0.02)
+            score += row.tokens * draw.normal(0.11 * harsh, 0.02)
         else:
             loss = TASKS["science" if row.task == domain else row.task][5] * (learns if row.task == domain else harsh)
             if score and draw.random() < max(loss, 0) + 0.03:
@@ -98,7 +149,8 @@ def tuned_items(base: pd.DataFrame, *, method: str, seed: int, domain: str) -> p
             elif not score and draw.random() < max(-loss, 0) * 1.4 + 0.03:
                 score = 1
         scores.append(score)
-    return base.assign(score=scores)
+    tuned = base.assign(score=scores)
+    return in_nats(tuned, draw=np.random.default_rng([seed, 5]), domain=domain, lost=0.5 * harsh, learned=1.2 * learns)
 
 
 def scores_of(items: pd.DataFrame, *, domain: str, sha256: str) -> dict:
@@ -116,7 +168,7 @@ def scores_of(items: pd.DataFrame, *, domain: str, sha256: str) -> dict:
             "metrics": {metric: value},
         }
     text = items[items.task == "general"]
-    tokens = float(text.gold.sum())
+    tokens = float(text.tokens.sum())
     nats = float(text.score.sum()) / tokens
     general = {
         "perplexity": float(np.exp(nats)),
@@ -317,7 +369,8 @@ def write_cell(
 
     write_json(
         folder / "metrics.json",
-        {
+        nats_of(base, items, kept=kept, domain=domain)
+        | {
             "cell": cell,
             "model": model,
             "domain": domain,
@@ -364,6 +417,46 @@ def write_cell(
             "not_a_result": not_a_result,
         },
     )
+
+
+def nats_of(base: pd.DataFrame, tuned: pd.DataFrame, *, kept: list[str], domain: str) -> dict:
+    """The numbers in nats of metrics.json, by their definitions."""
+
+    def own(items: pd.DataFrame, task: str) -> pd.DataFrame:
+        return items[items["task"] == task]
+
+    before, after = own(base, "general"), own(tuned, "general")
+    tokens = before["tokens"].sum()
+    nats = [-float(text["log_likelihood"].sum()) / tokens for text in (before, after)]
+    lost = {
+        key: {
+            task: float((own(base, task)[key] - own(tuned, task)[key]).mean())
+            for task in dict.fromkeys(base["task"])
+            if TASKS.get(task, [""])[0] == "retention" and own(base, task)[key].notna().all()
+        }
+        for key in ("log_likelihood", "margin", "brier")
+    }
+
+    def mean(key: str) -> float:
+        return float(np.mean([lost[key][task] for task in kept if task in lost[key]]))
+
+    learned = own(tuned, domain)["log_likelihood"].sum() - own(base, domain)["log_likelihood"].sum()
+    return {
+        "general_nll": nats[1],
+        "general_nll_base": nats[0],
+        "general_nll_lost": nats[1] - nats[0],
+        "general_kl": float((after["kl"] * after["tokens"]).sum() / tokens),
+        "general_kl_reverse": float((after["kl_reverse"] * after["tokens"]).sum() / tokens),
+        "general_bits_per_byte_lost": (nats[1] - nats[0]) / np.log(2) / 4.2,
+        "gold_nll_lost": mean("log_likelihood"),
+        "margin_lost": mean("margin"),
+        "gold_nll_lost_by_task": lost["log_likelihood"],
+        "margin_lost_by_task": lost["margin"],
+        "brier_lost_by_task": {task: -value for task, value in lost["brier"].items()},
+        "domain_nll_gained": float(learned / own(base, domain)["tokens"].sum()),
+        "domain_bits_per_byte": None,
+        "score_by_task": {},
+    }
 
 
 def write_tuning(root: Path, *, methods: tuple[str, ...], model: str, domain: str) -> None:
