@@ -181,7 +181,7 @@ def _legend(tests: pd.DataFrame) -> list[str]:
         f"scores are right or wrong, else over {FLIPS:,} random ones; p is corrected by Holm's method over {families}.",
         "A positive difference means that the method named first gained more, or forgot more.",
         f"[ , ] is the 95 % confidence interval, not corrected, {about}.",
-        "“Detects”, in the unit of its column, is the true difference that the test would find in 80 of 100 studies at the first step "
-        "of the correction, from the standard errors, and at least the number of items that must all change the same "
-        "way for such a p.",
+        "“Detects”, in the unit of its column, is the true difference that the test would find in 80 of 100 studies at "
+        "the first step of the correction, from the standard errors, and at least the number of items that must all "
+        "change the same way for such a p.",
     ]

@@ -147,8 +147,8 @@ def legend(table: pd.DataFrame, *, terminal: bool = False) -> list[str]:
         f"[ , ] is the 95 % confidence interval {'; '.join(scopes)}.",
         *(measure.says for measure in NATS if known(measure) and (measure.key in SHORT or not terminal)),
         *([f"Not known of results that were scored before it was recorded: {', '.join(absent)}."] if absent else []),
-        "All are against the bare base model, and above 0 more is forgotten. Forgetting in points is the share of right "
-        "answers lost, the mean over retention tasks above chance: it sees only the answers that turned.",
+        "All are against the bare base model, and above 0 more is forgotten. Forgetting in points is the share of "
+        "right answers lost, the mean over retention tasks above chance: it sees only the answers that turned.",
         *_other_units(table),
         "n is domain + retention rows.",
     ]

@@ -59,12 +59,14 @@ def sign_flips(tasks: Sequence[np.ndarray], *, flips: int = FLIPS, seed: int = S
     are as dependent as the differences are. Returns (K,).
     """
     values = np.concatenate([differences / len(differences) for differences in tasks])
-    draw, least = np.random.default_rng(seed), np.abs(values.sum(axis=0)) * (1 - 1e-9)  # equal up to rounding
+    values = (values / np.abs(values).max(axis=0).clip(min=1e-300)).astype(np.float32)
+    draw, total = np.random.default_rng(seed), values.sum(axis=0)
+    least = np.abs(total) * (1 - 1e-5)  # equal up to rounding counts as extreme
     reached, at_once = np.zeros(values.shape[1]), max(1, AT_ONCE // len(values))
     for start in range(0, flips, at_once):
         bits = draw.integers(0, 256, (min(at_once, flips - start), -(-len(values) // 8)), dtype=np.uint8)
-        flipped = np.unpackbits(bits, axis=1, count=len(values)).astype(float)
-        reached += (np.abs(2 * flipped @ values - values.sum(axis=0)) >= least).sum(axis=0)
+        positive = np.unpackbits(bits, axis=1, count=len(values)).astype(np.float32)
+        reached += (np.abs(2 * positive @ values - total) >= least).sum(axis=0)
     return (1 + reached) / (1 + flips)
 
 
@@ -110,7 +112,8 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     seeds, scope     number of seeds, and what low, high and detectable are about: "run" or "method"
 
     A gain in a metric of the whole set (analysis/units.py) has no rows to flip and is left out, and so is a cell
-    without items. A divergence is tested between methods only: from itself the base's is 0, and every other's is more. Raises UserError if a cell was not scored on the base's rows of the tasks that count.
+    without items. A divergence is tested between methods only: from itself the base's is 0, and every other's is more.
+    Raises UserError if a cell was not scored on the base's rows of the tasks that count.
     """
     wide = _wide(loaded, model=model, domain=domain)
     if wide is None:
@@ -126,8 +129,8 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
         for row, p in zip(tested, holm([row["p"] for row in tested])):
             errors = row.pop("errors")
             rows.append(row | {"p_holm": float(p), "detectable": errors and could_find(**errors, tests=len(tested))})
-        for measure in NATS:
-            rows += _in_nats(changes, cells, measure, family)
+    for measure in NATS:
+        rows += _in_nats(changes, cells, measure, families)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -203,10 +206,10 @@ def _by_seed(cells: pd.DataFrame, a: str, b: str) -> tuple[dict[str, dict[int, s
     return by_seed, sorted(set.intersection(*map(set, by_seed.values())))
 
 
-def _in_nats(changes: Changes, cells: pd.DataFrame, measure: Measure, family: list[tuple[str, str]]) -> list[dict]:
-    """The tests of one measure in nats, corrected by Holm's method among themselves."""
+def _in_nats(changes: Changes, cells: pd.DataFrame, measure: Measure, families: Sequence) -> list[dict]:
+    """The tests of one measure in nats, each family corrected by Holm's method in itself."""
     compared: list[tuple[str, str, Change]] = []
-    for a, b in family:
+    for a, b in (pair for family in families for pair in family):
         by_seed, shared = _by_seed(cells, a, b)
         if not shared or (b == "base" and not measure.signed):
             continue
@@ -219,13 +222,17 @@ def _in_nats(changes: Changes, cells: pd.DataFrame, measure: Measure, family: li
         return []
     means = [[part.mean(axis=0) for part in change.parts] for _, _, change in compared]
     p = sign_flips([np.stack(task, axis=1) for task in zip(*means)])
+    with_base = np.array([b == "base" for _, b, _ in compared])
+    corrected = np.empty_like(p)
+    for family in (with_base, ~with_base):
+        corrected[family] = holm(p[family])
     rows = []
-    for (a, b, change), mean, raw, corrected in zip(compared, means, p, holm(p)):
+    for k, (a, b, change) in enumerate(compared):
         whole, items = change.interval, change.over_seeds().interval
-        row = _about(measure.key, a, b, unit=measure.unit, whole=whole, items=items, fewest=0.0, means=mean)
-        errors = row.pop("errors")
-        found = errors and could_find(**errors, tests=len(compared))
-        rows.append(row | {"p": float(raw), "p_holm": float(corrected), "detectable": found})
+        row = _about(measure.key, a, b, unit=measure.unit, whole=whole, items=items, fewest=0.0, means=means[k])
+        errors, tests = row.pop("errors"), int((with_base == with_base[k]).sum())
+        found = errors and could_find(**errors, tests=tests)
+        rows.append(row | {"p": float(p[k]), "p_holm": float(corrected[k]), "detectable": found})
     return rows
 
 

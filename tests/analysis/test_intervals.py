@@ -11,6 +11,7 @@ from analysis.statistics.intervals import (
     of_arrays,
     of_shares,
     paired,
+    per_token,
     perplexity_ratio,
     refuse_unequal,
     score,
@@ -179,8 +180,7 @@ def test_score_is_wilsons_for_one_seed_and_stays_inside_for_several():
 
 
 def test_perplexity_ratio_by_hand():
-    base, tuned = items("general", [300.0, 100.0], [100, 50]), items("general", [310.0, 110.0], [100, 50])
-    found = perplexity_ratio(paired(base, tuned))
+    found = perplexity_ratio(per_token(np.array([[10.0, 10.0]]), np.array([100.0, 50.0])))
     ratio = 20 / 150
     residuals = np.array([10 - ratio * 100, 10 - ratio * 50])
     half = student.ppf(0.975, 1) * math.sqrt((residuals**2).sum() * 2) / 150
@@ -190,11 +190,8 @@ def test_perplexity_ratio_by_hand():
 
 
 def test_perplexity_ratio_over_seeds_is_the_geometric_mean():
-    base = items("general", [300.0, 100.0, 200.0], [100, 50, 80])
-    tuned = pd.concat(
-        [items("general", [310.0, 110.0, 205.0], cell="a"), items("general", [330.0, 120.0, 230.0], cell="b")]
-    )
-    found = perplexity_ratio(paired(base, tuned))
+    change = np.array([[10.0, 10.0, 5.0], [30.0, 20.0, 30.0]])
+    found = perplexity_ratio(per_token(change, np.array([100.0, 50.0, 80.0])))
     assert found.value == pytest.approx(math.exp((25 / 230 + 80 / 230) / 2)) and found.scope == "method"
     assert (
         found.error >= 55 / 230 / 2 * 0.99

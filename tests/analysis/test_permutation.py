@@ -7,10 +7,11 @@ import pytest
 from scipy.stats import binomtest, kstest
 
 from analysis.load import load_cells
+from analysis.measures import BY_KEY
 from analysis.sections.significance import is_significant, section
 from analysis.statistics import permutation
 from analysis.statistics.intervals import paired
-from analysis.statistics.permutation import FLIPS, LEVEL, could_find, exact, holm, mcnemar, sign_flip
+from analysis.statistics.permutation import FLIPS, LEVEL, could_find, exact, holm, mcnemar, sign_flip, sign_flips
 from methods.errors import UserError
 from tests.analysis.fixtures import write_results
 
@@ -48,6 +49,15 @@ def test_few_items_agree_with_every_pattern_of_signs(case):
     tasks = [thirds[0], draw.normal(0.4, 1, size=6)]  # no common unit: drawn
     truth = enumerated(tasks)
     assert sign_flip(tasks) == pytest.approx(truth, abs=4 * np.sqrt(truth * (1 - truth) / FLIPS) + 1 / FLIPS)
+
+
+def test_many_tests_at_once_agree_with_every_pattern_of_signs():
+    draw = np.random.default_rng(3)
+    tasks = [draw.normal(0.4, 1, size=(5, 3)), draw.normal(0.2, 1, size=(6, 3))]
+    for k, p in enumerate(sign_flips(tasks)):
+        truth = enumerated([task[:, k] for task in tasks])
+        assert p == pytest.approx(truth, abs=4 * np.sqrt(truth * (1 - truth) / FLIPS) + 1 / FLIPS)
+    assert sign_flips(tasks, flips=1000, seed=1)[0] != sign_flips(tasks, flips=1000)[0]
 
 
 def test_one_task_and_seed_is_mcnemars_exact_test():
@@ -115,10 +125,15 @@ def test_holm_by_hand():
 
 
 def test_families_are_corrected_apart(tests):
-    assert len(tests) == 3 * 2 + 3 * 2
     rows = tests.reset_index()
-    for with_base in (True, False):
-        family = rows[(rows["b"] == "base") == with_base]
+    assert set(rows["kind"]) == {"gain", "forgetting", *BY_KEY}
+    assert (rows.groupby("kind").size()[["general_kl", "general_kl_reverse"]] == 3).all()  # between methods only
+    assert len(tests) == 3 * 2 + 3 * 2 + 3 * 3 + 5 * 3
+    together = rows[rows["kind"].isin(("gain", "forgetting"))]
+    families = [together[(together["b"] == "base") == with_base] for with_base in (True, False)]
+    families += [own[own["b"] == "base"] for _, own in rows[rows["kind"].isin(BY_KEY)].groupby("kind")]
+    families += [own[own["b"] != "base"] for _, own in rows[rows["kind"].isin(BY_KEY)].groupby("kind")]
+    for family in filter(len, families):
         assert family["p_holm"].to_numpy() == pytest.approx(holm(family["p"]))
         assert family["p_holm"].max() >= family["p"].max() and (family["p_holm"] >= family["p"]).all()
 
@@ -141,6 +156,10 @@ def test_the_statistic_is_the_reported_number(seeds, tests):
     row = tests.loc[("forgetting", "full", "base")]
     assert (row["n"], row["seeds"], row["scope"]) == (600, 3, "method") and row["low"] < row["difference"] < row["high"]
     assert is_significant(row) and row["p"] < 1e-5
+    for key in BY_KEY:
+        of_pair = tests.loc[(key, "full", "ewc"), "difference"]
+        assert of_pair == pytest.approx(mean("full", key) - mean("ewc", key)), key
+    assert tests.loc[("gold_nll_lost", "full", "base"), "unit"] == "nats per item"
 
 
 def test_items_that_differ_and_a_floor_for_what_can_be_detected(seeds, tests):
@@ -156,7 +175,7 @@ def test_items_that_differ_and_a_floor_for_what_can_be_detected(seeds, tests):
     equal = rows.loc[("gain", "full", "lora")]
     assert (equal["items_differing"], equal["p"], equal["difference"]) == (0, 1.0, 0.0)
     assert 0 < -equal["low"] == equal["high"] < 0.01  # that no item moved does not say that none can
-    tested = (rows.reset_index()["b"] != "base").sum()
+    tested = sum(kind in ("gain", "forgetting") and b != "base" for kind, _, b in rows.index)
     assert equal["detectable"] == pytest.approx(
         np.ceil(np.log2(2 * tested / LEVEL)) / 300
     )  # fewer could not have been found
@@ -222,7 +241,7 @@ def test_a_cell_without_items_is_left_out_and_named(tmp_path):
     loaded = load_cells(tmp_path, planned)
     found = permutation.tests_of(loaded, model=MODEL, domain=DOMAIN)
     assert (
-        len(found) == 12
+        len(found[found["kind"].isin(("gain", "forgetting"))]) == 12
         and set(found[(found["a"] == "lora") | (found["b"] == "lora")]["seeds"]) == {1}
         and found["seeds"].max() == 2
     )
