@@ -14,11 +14,11 @@ import torch
 from transformers import PreTrainedModel
 
 from evaluation import SCORING, harness, versions
-from evaluation.encode import encode_rolling
-from evaluation.token_losses import token_losses
+from evaluation.token_losses import HiddenRows
 from experiments.audit import adapters, kept, tokenizers
 from experiments.audit.data import Data
 from experiments.audit.models import Model
+from experiments.model import reference as references
 from experiments.model import weights
 from experiments.model.shape import Shape
 from experiments.training import hardware
@@ -89,7 +89,9 @@ def score(
     again = (out / "key.json").is_file()
     if not again:
         began = perf_counter()
-        loaded = _loaded(model, folders.of(model), dtype=dtype, where=where, models=1 if reference is None else 2)
+        how = {"dtype": dtype, "device": where}
+        known = None if reference is None else _predictions(reference, data, settings, folders, work, **how)
+        loaded = _loaded(model, folders.of(model), **how)
         digest = model.weights if model.adapter is None else weights.tensor_sha256(folders.of(model))
         scores, items = harness.score(
             model=loaded,
@@ -97,15 +99,9 @@ def score(
             tasks_dir=data.folder,
             weights_sha256=digest,
             kept=work.parent / "tokens",
+            reference=known,
             **settings,
         )
-        if "bytes" not in items:
-            sizes = pd.Series([len(text.encode()) for text in data.texts])
-            general = items["task"] == "general"
-            items["bytes"] = items["doc_id"].map(sizes).where(general)
-            items["tokens"] = items["gold"].where(general)
-        if reference is not None:
-            items = _with_kl(items, loaded, model, reference, data, folders=folders, dtype=dtype, where=where)
         harness.save(scores, items, out)
         write_json(out / "evaluate.json", {"seconds": perf_counter() - began})
         write_json(out / "key.json", key)  # the last file: without it nothing is kept
@@ -114,18 +110,32 @@ def score(
     return Scores(scores=read_json(out / "scores.json"), items=items, seconds=seconds, again=again)
 
 
-def _loaded(model: Model, folder: Path, *, dtype: torch.dtype, where: torch.device, models: int) -> PreTrainedModel:
-    """The model to score; UserError where memory has no room for `models` of its size, or where it is damaged."""
-    needed = models * Shape(config=model.config).parameters * dtype.itemsize
-    if (free := hardware.available_memory(where)) is not None and free < needed:
+def _loaded(model: Model, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model to score; UserError where memory has no room for it, or where it is damaged."""
+    needed = Shape(config=model.config).parameters * dtype.itemsize
+    if (free := hardware.available_memory(device)) is not None and free < needed:
         raise UserError(
-            f"too little memory to score {model.given}: {needed / 2**30:.1f} GiB needed on {where.type} in "
+            f"too little memory to score {model.given}: {needed / 2**30:.1f} GiB needed on {device.type} in "
             f"{str(dtype).removeprefix('torch.')}, {free / 2**30:.1f} GiB free; close other programs, use another "
             "--device, or state --dtype bfloat16"
         )
-    loaded = weights.load_model(folder, dtype=dtype, device=where)
+    loaded = weights.load_model(folder, dtype=dtype, device=device)
     model_folder.refuse_not_finite(dict(loaded.named_parameters()), model.given, then="save or fetch it again")
     return loaded
+
+
+def _predictions(
+    base: Model, data: Data, settings: Mapping[str, Any], folders: Folders, work: Path, **how: Any
+) -> HiddenRows | PreTrainedModel | None:
+    """What the base predicts of the general text, kept for the next tuned model, as `harness.score` takes it."""
+    return references.reference(
+        folders.of(base),
+        key=(base.weights, base.config_sha256, tokenizers.sha256(base.tokenizer)),
+        sequences=harness.general_passages(data.folder, base.tokenizer),
+        tokens=harness.pass_tokens(settings["batch_size"]),
+        kept=work.parent / "reference",
+        **how,
+    )
 
 
 def _key(
@@ -143,18 +153,3 @@ def _key(
         "scoring": SCORING,
         "versions": versions(),
     }
-
-
-def _with_kl(items, loaded, model: Model, reference: Model, data: Data, *, folders: Folders, dtype, where):
-    """The items with KL(base‖tuned) and its reverse of each general passage, in nats per token."""
-    sequences = []
-    for text in data.texts:
-        context, ids = encode_rolling(model.tokenizer, text)
-        sequences.append(([*context, *ids], [False] + [True] * len(ids)))
-    same = reference.weights == model.weights
-    base = loaded if same else weights.load_model(folders.of(reference), dtype=dtype, device=where)
-    losses = token_losses(loaded, sequences, reference=base, description="KL of general text")
-    rows = items["task"] == "general"
-    for name in ("kl", "kl_reverse"):
-        items.loc[rows, name] = [getattr(one, name) / one.tokens if one.tokens else None for one in losses]
-    return items
