@@ -147,9 +147,10 @@ def _rules(study) -> None:
 def _probed(study, domain: str) -> list[str]:
     """Names of what a domain's probes may report; a written answer has nats alone."""
     block = study.domains[domain]
-    sets = [domain] * bool(block.split.probe) + block.probes
-    general = ["general_nll", "perplexity"] * bool(study.general.probe)
-    return general + [name for one in sets for name in (one, f"{one}_nll")]
+    names = ["general_nll", "perplexity"] if study.general.probe else []
+    if block.split is None or block.split.probe:  # without `split` a share of the rows is probed
+        names += [f"{domain}_nll", *([domain] if block.format == "task" else [])]
+    return names + [name for task in block.probes for name in (task, f"{task}_nll")]
 
 
 def _tasks(study) -> None:

@@ -283,6 +283,17 @@ def test_a_cell_that_a_rule_ends_says_so_in_its_record(tmp_path, capsys):
     assert collect._costs(record, prepared, {"seconds_evaluate": 1.0})["stopped"] == stopped
 
 
+def test_a_rule_on_a_domain_of_conversations_without_a_split(tmp_path):
+    """A share of its rows is probed, by nats alone."""
+    talk = [{"messages": [{"role": r, "content": f"{r} {k}"} for r in ("user", "assistant")]} for k in range(40)]
+    (tmp_path / "template").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    block = {"format": "chat", "rows": rows(tmp_path / "talk.jsonl", talk), "chat_template": f"{tmp_path}/template"}
+    chat = ("domains/sums", block), ("train/stop", {"sums_nll": 0.1, "general_nll": 1}), ("train/keep", "best")
+    ahead.look(study(tmp_path, *chat))
+    with pytest.raises(UserError, match="unknown probe 'sums' in train.stop: did you mean 'sums_nll'"):
+        ahead.look(study(tmp_path, *chat, ("train/stop", {"sums": -0.1})))
+
+
 def test_trials_are_refused_where_nothing_judges_them(tmp_path):
     from experiments.commands import tune
 
