@@ -21,6 +21,7 @@ from evaluation import lm as models
 from evaluation.lm import TOKENS_PER_BATCH_SIZE
 from evaluation.preserve import preserved
 from evaluation.task import SEED, LocalTask, check, make_task, quiet, render
+from evaluation.texts import Texts
 from evaluation.token_losses import HiddenRows, Labelled, token_losses
 from methods.errors import UserError
 from methods.tools.files import AGAIN, read_json
@@ -47,17 +48,18 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
-    """The tasks of a folder's tasks.json, each with its entry; UserError for what is missing or wrong in them."""
-    file = Path(folder) / "tasks.json"
-    tasks = []
-    for entry in entries(folder):
+    """The lm-eval tasks of a folder's tasks.json, each with its entry; UserError for what is missing or wrong in them.
+
+    A domain of another format than `task` is none of them.
+    """
+    file, listed = Path(folder) / "tasks.json", entries(folder)
+    for entry in listed:
         if entry["role"] not in ROLES:
             raise UserError(f"{file}: task {entry['name']} has role {entry['role']!r}, not one of {', '.join(ROLES)}")
-        tasks.append((entry, _task(entry, folder)))
-    names = [entry["name"] for entry, _ in tasks]
+    names = [entry["name"] for entry in listed]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: two tasks share a name in {sorted(names)}: rename one")
-    return tasks
+    return [(entry, _task(entry, folder)) for entry in listed if "format" not in entry]
 
 
 def _task(entry: Mapping[str, Any], folder: Path) -> LocalTask:
@@ -89,37 +91,35 @@ def score(
     evaluation/answers.py and evaluation/texts.py. A written answer (GSM8K) has a score by the entry's metric and filter
     (`exact_match,strict-match`) alone, and scores' `metrics` hold those of all filters.
     """
-    tasks = load_tasks(tasks_dir)
+    tasks = {entry["name"]: task for entry, task in load_tasks(tasks_dir)}
+    listed = entries(tasks_dir)
     with preserved(model), quiet():
         language_model, scorer = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size, kept=kept)
-        results = _evaluated(language_model, {e["name"]: task for e, task in tasks if e["role"] != "perplexity"})
+        asked = {entry["name"]: tasks[entry["name"]] for entry in listed if not _is_text(entry)}
+        results = _evaluated(language_model, asked)
+        read = {entry["name"]: _texts(entry, tasks, tasks_dir, tokenizer) for entry in listed if _is_text(entry)}
         losses = {
             entry["name"]: token_losses(
                 model,
-                texts.passages(task, tokenizer),
-                reference=reference,
+                read[entry["name"]].sequences,
+                reference=reference if entry["role"] == "perplexity" else None,
                 tokens=pass_tokens(batch_size),
                 max_length=language_model.max_length,
                 description="scoring text",
             )
-            for entry, task in tasks
-            if entry["role"] == "perplexity"
+            for entry in listed
+            if _is_text(entry)
         }
     scores: dict[str, Any] = {"tasks": {}}
     items = []
-    for entry, task in tasks:
+    for entry in listed:
         name = entry["name"]
         if entry["role"] == "perplexity":
-            scores["general"], rows = texts.general(name, task, losses[name])
-            items += rows
-            continue
-        samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-        samples = [sample for sample in samples if sample["filter"] == task.measure.filter]
-        rows = [answers.item(name, task, sample, tokens=language_model.answer_tokens) for sample in samples]
-        about = {key: entry[key] for key in ("role", "metric", "chance")}
-        about |= {"n": len(samples), "version": task.VERSION, "prompt": _prompt(samples)}
-        about |= _reported(name, task, results["results"][name], samples)
-        scores["tasks"][name] = about | answers.summary(rows)
+            scores["general"], rows = texts.general(read[name], losses[name])
+        elif "format" in entry:
+            scores["tasks"][name], rows = texts.domain(entry, read[name], losses[name])
+        else:
+            scores["tasks"][name], rows = _answered(entry, tasks[name], results, language_model.answer_tokens)
         items += rows
     scores["scoring"] = {
         "scoring": SCORING,
@@ -136,12 +136,9 @@ def score(
 
 def general_passages(tasks_dir: Path, tokenizer: Any) -> list[Labelled]:
     """The general passages among the tasks of a folder, as `score` reads them."""
-    return [
-        passage
-        for entry in entries(tasks_dir)
-        if entry["role"] == "perplexity"
-        for passage in texts.passages(_task(entry, tasks_dir), tokenizer)
-    ]
+    listed = [entry for entry in entries(tasks_dir) if entry["role"] == "perplexity"]
+    read = (texts.passages(entry["name"], _task(entry, tasks_dir), tokenizer) for entry in listed)
+    return [passage for one in read for passage in one.sequences]
 
 
 def pass_tokens(batch_size: int) -> int:
@@ -155,6 +152,31 @@ def _evaluated(language_model: Any, tasks: Mapping[str, LocalTask]) -> dict[str,
         task.set_fewshot_seed(SEED)
     torch.manual_seed(SEED)
     return evaluate(language_model, {"tasks": dict(tasks)}, bootstrap_iters=0) if tasks else {}
+
+
+def _is_text(entry: Mapping[str, Any]) -> bool:
+    """Whether an entry's texts are scored token by token, and not by lm-eval."""
+    return entry["role"] == "perplexity" or "format" in entry
+
+
+def _texts(entry: Mapping[str, Any], tasks: Mapping[str, LocalTask], folder: Path, tokenizer: Any) -> Texts:
+    if "format" in entry:
+        return texts.labelled(entry, Path(folder), tokenizer)
+    return texts.passages(entry["name"], tasks[entry["name"]], tokenizer)
+
+
+def _answered(
+    entry: Mapping[str, Any], task: LocalTask, results: Mapping[str, Any], tokens: Mapping[tuple[str, str], int]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the entry's score, items) of a task that lm-eval evaluated."""
+    name = entry["name"]
+    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
+    samples = [sample for sample in samples if sample["filter"] == task.measure.filter]
+    items = [answers.item(name, task, sample, tokens=tokens) for sample in samples]
+    about = {key: entry[key] for key in ("role", "metric", "chance")}
+    about |= {"n": len(samples), "version": task.VERSION, "prompt": _prompt(samples)}
+    about |= _reported(name, task, results["results"][name], samples)
+    return about | answers.summary(items), items
 
 
 def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:

@@ -49,7 +49,8 @@ def merged(folders: Sequence[Path]) -> list[dict]:
     for folder in folders:
         for entry in harness.entries(folder):
             file = (folder / entry["file"]).resolve()
-            known = entries.setdefault(entry["name"], entry | {"file": str(file)})
+            template = {"template": str((folder / entry["template"]).resolve())} if entry.get("template") else {}
+            known = entries.setdefault(entry["name"], entry | {"file": str(file)} | template)
             differ = [key for key in ("task", "metric", "chance") if known[key] != entry[key]]
             if sha256(Path(known["file"])) != sha256(file):
                 differ.insert(0, "rows")
