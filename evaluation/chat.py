@@ -66,6 +66,13 @@ def encode(
     return ids, labels, sum(len(turn["content"].encode()) for turn in messages if turn["role"] == "assistant")
 
 
+def learns_to_stop(tokenizer: Any, ids: Sequence[int], labels: Sequence[bool]) -> bool:
+    """Whether the last answer is labelled together with the token that ends its turn, where there is one."""
+    last = max(place for place, labelled in enumerate(labels) if labelled)
+    special = _special(tokenizer)
+    return ids[last] in special or special.isdisjoint(ids[last + 1 :])
+
+
 def marked(
     tokenizer: Any, messages: Sequence[Message], *, template: str | None = None
 ) -> tuple[str, list[tuple[int, int]]]:
@@ -110,7 +117,7 @@ def _end(
     all that the template writes for the turn if it has no such token. `end` is the beginning of the next answer.
     """
     content = messages[number]["content"].strip()
-    alone, _ = _render(tokenizer, template, messages[: number + 1])
+    alone = text if number + 1 == len(messages) else _render(tokenizer, template, messages[: number + 1])[0]
     whole = len(os.path.commonprefix([alone, text]))
     place = text.find(content, start, end)
     if place < 0:
@@ -122,9 +129,13 @@ def _end(
     if whole >= place:  # else the template writes this turn differently at the end of a conversation
         end = min(end, whole)
     after = tokenizer(text[place:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    special = tokenizer.added_tokens_decoder.keys() | set(tokenizer.all_special_ids)
+    special = _special(tokenizer)
     closing = (last for (_, last), token in zip(after["offset_mapping"], after["input_ids"]) if token in special)
     return place + next(closing, end - place)
+
+
+def _special(tokenizer: Any) -> set[int]:
+    return {*tokenizer.added_tokens_decoder, *tokenizer.all_special_ids}
 
 
 def _render(

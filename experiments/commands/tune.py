@@ -62,7 +62,7 @@ def _refuse_without_probes(study, domain: str) -> None:
     """Trials are judged by accuracy on probe rows, and equal ones by the perplexity of the probe passages."""
     block = study.domains[domain]
     for missing, path in (
-        (not block.split.probe, f"domains.{domain}.split.probe is 0"),
+        (block.split and not block.split.probe, f"domains.{domain}.split.probe is 0"),
         (not block.probes, f"domains.{domain}.probes is empty"),
         (not study.general.probe, "general.probe is 0"),
     ):
@@ -92,6 +92,11 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
         raise UserError(
             f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, so trials "
             "cannot be judged: set its rates and strengths by hand"
+        )
+    if study.domains[domain].format != "task":
+        raise UserError(
+            f"domain {domain}: rows of the format {study.domains[domain].format} are probed in nats, and trials are "
+            "judged in accuracy: set its rates and strengths by hand, by the probes of its curve.csv"
         )
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:

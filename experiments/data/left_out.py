@@ -53,8 +53,10 @@ class LeftOut:
         }
 
 
+def first_of(places: list[str]) -> str:
+    """The first places, for a message."""
+    return ", ".join(places[:NAMED]) + (", …" if len(places) > NAMED else "")
+
+
 def _listed(named: dict[str, list[str]]) -> str:
-    return "; ".join(
-        f"{len(places)}: {reason} ({', '.join(places[:NAMED])}{', …' if len(places) > NAMED else ''})"
-        for reason, places in named.items()
-    )
+    return "; ".join(f"{len(places)}: {reason} ({first_of(places)})" for reason, places in named.items())

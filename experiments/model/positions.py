@@ -1,5 +1,7 @@
 """Refuse training and preparation on texts with more tokens than the model has positions."""
 
+from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,10 @@ from evaluation.labelled import encode_row, template_in
 from evaluation.rendered import read_jsonl
 from experiments.model.shape import Shape
 from methods.errors import UserError
+from methods.tools.jsonl import Row
 
+# tokens that a chat template writes around a conversation, such as a system turn of its own, and around a turn
+FRAME, TURN = 512, 64
 MARKS = 8  # tokens that a tokenizer may add to a text: at its beginning, at its end, a space
 
 
@@ -51,6 +56,11 @@ def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shap
     limit, length = shape.positions, study.settings(model=model, domain=domain, method=method).length
     if limit is not None and min(length, longest) > limit:
         where = study.written("length", model=model, domain=domain, method=method)
+        if study.domains[domain].format == "text":
+            raise UserError(
+                f"{where}.length is {length}, {model} has {limit} positions, and the documents of {domain} are packed "
+                f"into rows of `length` tokens: write `length: {limit}` or less there"
+            )
         raise UserError(
             f"{where}.length is {length}, {model} has {limit} positions, and a training row of {domain} has {longest} "
             f"tokens: write `length: {limit}` or less there, so that longer rows lose their beginning, or take shorter "
@@ -71,24 +81,27 @@ def refuse_documents_without_a_label(longest: int, *, count: int) -> None:
 def longest_row(file: Path, tokenizer: Any, limit: int) -> int:
     """Tokens of the longest row of a train.jsonl, as training encodes it; 0 where no row can have more than `limit`.
 
-    Of documents, which training packs into blocks, all tokens together.
+    Of documents, which training packs into blocks, all tokens together, or more than `limit`.
     """
-    longest, packed, template = 0, 0, template_in(file.parent)
-    for row in read_jsonl(file):
-        if "messages" not in row:
-            text = row["text"] if "text" in row else row["context"] + row["choices"][row["gold"]]
-            size = len(text.encode())
-            packed += size if "text" in row else 0
-            if size <= limit - MARKS and packed <= limit - MARKS:  # a token is a byte at least
-                continue
-        try:
-            tokens = len(encode_row(tokenizer, row, template=template)[0])
-        except UserError:  # left out of training, or refused there
-            continue
-        longest = longest + tokens if "text" in row else max(longest, tokens)
-        if "text" in row and longest > limit:
-            break
+    rows, template = read_jsonl(file), template_in(file.parent)
+    if rows and "text" in rows[0]:
+        if sum(map(_bytes, rows)) <= limit:
+            return 0
+        together = accumulate(len(encode_row(tokenizer, row)[0]) for row in rows)
+        return next((tokens for tokens in together if tokens > limit), 0)
+    longest = 0
+    for row in rows:
+        if _bytes(row) > limit:
+            with suppress(UserError):  # left out of training, or refused there
+                longest = max(longest, len(encode_row(tokenizer, row, template=template)[0]))
     return longest
+
+
+def _bytes(row: Row) -> int:
+    """More bytes than a row has tokens: a token is a byte at least."""
+    if "messages" in row:
+        return FRAME + sum(len(turn["content"].encode()) + TURN for turn in row["messages"])
+    return MARKS + len((row["text"] if "text" in row else row["context"] + row["choices"][row["gold"]]).encode())
 
 
 def longest_document(file: Path, tokenizer: Any) -> int:

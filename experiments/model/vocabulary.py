@@ -4,6 +4,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from evaluation import chat
 from evaluation.encode import appended, encode_text, prefix_token
 from evaluation.labelled import encode_row, template_in
 from evaluation.rendered import read_jsonl
@@ -72,6 +73,8 @@ def refuse_answers(*, domain: str, file: Path, tokenizer: PreTrainedTokenizerBas
     Of conversations, if the chat template does not take more than a few of them.
     """
     rows, left_out, template = read_jsonl(file)[:AHEAD], LeftOut(), template_in(file.parent)
+    if rows and "messages" in rows[0]:
+        chat.template_of(tokenizer, template)  # refuses a tokenizer without one
     for number, row in enumerate(rows, 1):
         try:
             encode_row(tokenizer, row, template=template)

@@ -12,17 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
+from evaluation import chat
+from evaluation.chance import WARNING
 from evaluation.encode import shown
 from evaluation.labelled import encode_row, shortened, template_in
 from evaluation.rendered import read_jsonl
-from experiments.data.left_out import LeftOut, are_many
+from experiments.data.left_out import LeftOut, are_many, first_of
 from experiments.training import processes
 from experiments.training.batches import Example
 from methods.errors import UserError
 from methods.tools.jsonl import Row, place
 
 IGNORED = -100  # the label of a token that is not learned
+BAR = 5_000  # conversations from which on a progress bar is shown
 
 
 def encoded(path: Path, tokenizer: Any, length: int, *, where: str = "train") -> list[Example]:
@@ -68,22 +72,31 @@ def packed(documents: Iterable[tuple[list[int], list[bool]]], length: int) -> li
 def _conversations(
     rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, where: str, template: str | None
 ) -> list[Example]:
-    examples, left_out = [], LeftOut()
-    for number, row in enumerate(rows, 1):
+    examples, left_out, unended = [], LeftOut(), 0
+    chat.template_of(tokenizer, template)  # refuses a tokenizer without one
+    shown_from = BAR if processes.first() else len(rows)
+    for number, row in enumerate(tqdm(rows, desc=f"{domain}: encode", disable=len(rows) <= shown_from), 1):
         try:
             ids, labels, _ = encode_row(tokenizer, row, template=template)
         except UserError as error:
             left_out.add(str(error), place(row, number))
             continue
+        unended += not chat.learns_to_stop(tokenizer, ids, labels)
         if (fitting := shortened(ids, labels, length)) is None:
             left_out.add(f"no answer ends within {where}.length ({length} tokens)", place(row, number))
             continue
-        if len(ids) > length:
+        if sum(fitting[1]) < sum(labels):
             what = f"turns behind {where}.length ({length} tokens) are cut off, the last whole answer is kept"
             left_out.change(what, place(row, number))
         examples.append(_example(*fitting))
     remedy = f"name another `chat_template`, correct the rows, or raise `{where}.length`"
     left_out.settle(where=domain, of=len(rows), remedy=remedy, quiet=not processes.first())
+    if unended and processes.first():
+        print(
+            f"{WARNING}{domain}: in {unended} of {len(rows)} conversations the template's {{% generation %}} ends before "
+            "the token that ends the turn, so that the model does not learn to stop: let it end behind that token",
+            flush=True,
+        )
     return examples
 
 
@@ -91,8 +104,8 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
     """A row whose answer leaves no room for a token of its prompt is left out, because it would teach the rest of an
     answer to no question.
     """
-    examples, cut, long = [], 0, []
-    for row in rows:
+    examples, cut, long = [], [], []
+    for number, row in enumerate(rows, 1):
         what = f"training row {shown(row['context'], end=True)}"
         try:
             ids, labels, _ = encode_row(tokenizer, row)
@@ -101,7 +114,8 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
         if sum(labels) >= length:
             long.append((sum(labels), what))
             continue
-        cut += len(ids) > length
+        if len(ids) > length:
+            cut.append(place(row, number))
         examples.append(_example(ids[-length:], labels[-length:]))
     if long:
         problem = (
@@ -114,8 +128,8 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
             print(f"{problem}. They are left out", flush=True)
     if cut and processes.first():
         print(
-            f"{domain}: {cut} of {len(rows)} training rows are longer than {where}.length ({length} tokens): their "
-            "prompts lose the beginning",
+            f"{domain}: {len(cut)} of {len(rows)} training rows are longer than {where}.length ({length} tokens): their "
+            f"prompts lose the beginning ({first_of(cut)})",
             flush=True,
         )
     return examples
