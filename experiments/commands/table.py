@@ -43,6 +43,31 @@ MODEL_GIVEN = "a folder, a peft adapter's folder, hub:NAME[@REV], or a model's n
 SHARE = {"type": float, "metavar": "SHARE"}
 
 COMMANDS = {
+    "new": Command(
+        help="begin a study of your own: look at a file of rows, and write the study's params.yaml and dvc.yaml",
+        arguments=(
+            argument("name", help="the study's name"),
+            argument(
+                "--model",
+                required=True,
+                metavar="MODEL",
+                help="a model of the root's params.yaml, hub:OWNER/NAME[@REVISION], or a local folder",
+            ),
+            argument(
+                "--rows",
+                required=True,
+                metavar="FILE",
+                help="JSONL, JSON, CSV, TSV or Parquet file, folder of text files, or folder that `datasets` saved",
+            ),
+            argument("--format", choices=("chat", "pairs", "text", "task"), help="default: by the columns"),
+            argument("--columns", metavar="NEW=OLD,…", help="columns that the file calls otherwise: prompt=question"),
+            argument("--chat-template", metavar="FILE", help="chat template (default: the tokenizer's own)"),
+            argument("--methods", metavar="A,B,…", help="methods of the root (default: full,lora,replay,wise-ft)"),
+            argument("--retention", metavar="A,B,…", help="tasks or suites that show forgetting (default: general)"),
+            argument("--seeds", default="0", metavar="0,1,…", help="default: 0"),
+        ),
+        study=False,
+    ),
     "plan": Command(
         help="show the cells of the grid, what is cached, and the expected time, memory and disk space",
         arguments=(CELLS, argument("--json", dest="as_json", action="store_true", help="print JSON")),

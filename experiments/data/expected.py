@@ -25,7 +25,7 @@ def train_rows(study, domain: str, *, length: int) -> tuple[list[int], int]:
     """
     path = study.paths.data / "train" / domain / "train.jsonl"
     if path.is_file():
-        rows = [_row(row) for row in read_jsonl(path)]
+        rows = [of_row(row) for row in read_jsonl(path)]
         if study.domains[domain].format == "text":
             whole = sum(own for own, _ in rows)
             return [length] * (whole // length) + [whole % length] * (whole % length > 0), whole
@@ -36,7 +36,7 @@ def train_rows(study, domain: str, *, length: int) -> tuple[list[int], int]:
     return lengths, sum(lengths)
 
 
-def _row(row: dict) -> tuple[int, int]:
+def of_row(row: dict) -> tuple[int, int]:
     """Tokens of a training row, and of what is labelled in it."""
     if "messages" in row:
         answers = [tokens(turn["content"]) for turn in row["messages"] if turn["role"] == "assistant"]

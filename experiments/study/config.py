@@ -212,8 +212,5 @@ def _inherited(name: str, methods: Mapping[str, Any], seen: tuple[str, ...]) -> 
     refuse(block["like"], str, where=f"methods.{name}.like")
     if block["like"] not in methods:
         raise unknown("method", block["like"], methods, where=f"methods.{name}.like")
-    merged = _inherited(block["like"], methods, (*seen, name))
-    for key, value in block.items():
-        if key != "like":
-            merged[key] = {**(merged.get(key) or {}), **(value or {})}
-    return merged
+    own = {key: value for key, value in block.items() if key != "like"}
+    return inheritance.laid_over(_inherited(block["like"], methods, (*seen, name)), own)

@@ -1,9 +1,10 @@
 """What a study takes over from the root's params.yaml where it does not write its own.
 
 `models`, `tasks`, `methods`, `packages` and `suites` are taken over name by name: a block that the study writes stands
-in place of the root's of the same name, as a whole. `general` is taken over as a whole. Nothing else is: the grid and
-the domains are the study's question, and rates and lengths (`train:`) are chosen for its models and domains, so that a
-change of the default study's would train the cells of every other study again. An archive takes nothing over.
+in place of the root's of the same name, as a whole. A method may say `like:` its own name to begin from the root's.
+`general` is taken over as a whole. Nothing else is: the grid and the domains are the study's question, and rates and
+lengths (`train:`) are chosen for its models and domains, so that a change of the default study's would train the cells
+of every other study again. An archive takes nothing over.
 """
 
 from collections.abc import Mapping
@@ -45,6 +46,9 @@ def completed(own: Mapping[str, Any], *, paths: Paths) -> Mapping[str, Any]:
     except UserError as error:
         raise UserError(f"{error}{FROM_ROOT}") from error
     whole = dict(own)
+    if isinstance(own.get("methods"), dict):
+        own = own | {"methods": {name: _from_root(name, block, root) for name, block in own["methods"].items()}}
+        whole["methods"] = own["methods"]
     for name, blocks in root.items():
         written = own.get(name)
         if not written:
@@ -52,3 +56,20 @@ def completed(own: Mapping[str, Any], *, paths: Paths) -> Mapping[str, Any]:
         elif name != "general" and isinstance(written, dict):
             whole[name] = blocks | written
     return whole
+
+
+def _from_root(name: str, block: Any, root: Mapping[str, Any]) -> Any:
+    """A method's block, put on the root's of its own name if it says `like:` that name."""
+    above = root.get("methods", {}).get(name)
+    if not (isinstance(block, dict) and block.get("like") == name and isinstance(above, dict)):
+        return block
+    return laid_over(above, {key: value for key, value in block.items() if key != "like"})
+
+
+def laid_over(base: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's block with the settings of `block`, part by part, in the place of those of `base`."""
+    merged = dict(base)
+    for part, own in block.items():
+        settings = own is None or isinstance(own, dict)
+        merged[part] = {**(merged.get(part) or {}), **(own or {})} if settings else own
+    return merged

@@ -4,6 +4,8 @@ ruamel's round trip moves comments and joins wrapped lists in files that people 
 and the new text is parsed and compared with what is expected.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from datetime import date
 from decimal import Decimal
@@ -18,6 +20,8 @@ from analysis.families import family
 from methods.errors import UserError
 from methods.settings import shown
 
+PLAIN = re.compile(r"[A-Za-z/][\w./@+-]*(?::[\w./@+-]+)*")  # text that needs no quotes
+WORDS = ("yes", "no", "on", "off", "true", "false", "null")  # of YAML 1.1 or 1.2
 WIDTH = 120  # a one-line list that would become longer continues on the next line
 QUOTED = "a text that begins with one of { [ % @ ` must be in quotes"
 REMEDIES = {  # part of the parser's message → what to do
@@ -132,7 +136,7 @@ def _into_methods(lines: list[str], methods, blocks: Mapping, behind: str) -> tu
     if not methods:
         return slice(len(lines), len(lines)), [
             "\nmethods:\n",
-            *(f"  {name}: {_flow(block)}\n" for name, block in blocks.items()),
+            *(f"  {name}: {flow(block)}\n" for name, block in blocks.items()),
         ]
     members = [name for name in methods if family(name) == family(behind)] or list(methods)
     row, column, *_ = methods.lc.data[members[-1]]
@@ -142,7 +146,7 @@ def _into_methods(lines: list[str], methods, blocks: Mapping, behind: str) -> tu
             if len(lines[at]) - len(lines[at].lstrip()) <= column:
                 break
             end = at
-    new = [f"{' ' * column}{name}: {_flow(block)}\n" for name, block in blocks.items()]
+    new = [f"{' ' * column}{name}: {flow(block)}\n" for name, block in blocks.items()]
     return slice(end + 1, end + 1), new
 
 
@@ -161,13 +165,17 @@ def _into_list(lines: list[str], names, added: Sequence[str], behind: str) -> tu
     return slice(row, row + 1), (line[:cut] + joint + text + line[cut:]).splitlines(keepends=True)
 
 
-def _flow(value: Any) -> str:
-    """A block on one line, with floats as `100.0` and `1.0e+6`, which YAML 1.1 and 1.2 both read as numbers."""
+def flow(value: Any) -> str:
+    """A value on one line, with floats as `100.0` and `1.0e+6`, which YAML 1.1 and 1.2 both read as numbers."""
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return _number(value) if isinstance(value, float) else str(value)
+        return "{" + ", ".join(f"{flow(key)}: {flow(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(flow, value)) + "]"
+    if isinstance(value, str) and PLAIN.fullmatch(value) and value.lower() not in WORDS:
+        return value
+    if isinstance(value, float):
+        return _number(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _number(value: float) -> str:

@@ -96,6 +96,22 @@ def test_a_block_of_the_same_name_replaces_the_roots_whole(tmp_path):
     assert study.general.text == "text" and study.general.importance == 512  # defaults, not the root's keys
 
 
+def test_a_method_like_its_own_name_begins_from_the_roots(tmp_path):
+    own = OWN | {"methods": {"lora": {"like": "lora", "train": {"learning_rate": 3.0e-4}, "lora": {"rank": 2}}}}
+    study = load(tmp_path, own)
+    assert study.methods["lora"].block == {
+        "lora": ROOT["methods"]["lora"]["lora"] | {"rank": 2},
+        "train": {"learning_rate": 3.0e-4},
+    }
+    assert study.methods["lora-wise-ft"].block == study.methods["lora"].block | {"wise_ft": {"alpha": 0.5}}
+    own["methods"] = {"hierarchical-paper": {"like": "hierarchical-paper", "hierarchical": {"strength": 1.0}}}
+    block = load(tmp_path, own).methods["hierarchical-paper"].block
+    assert block["hierarchical"]["strength"] == 1.0 and block["hierarchical"]["groups"] == "blocks"
+    assert block["lora"] == ROOT["methods"]["hierarchical"]["lora"]
+    with pytest.raises(UserError, match="methods.mine: `like` leads back to itself"):
+        load(tmp_path, OWN | {"methods": {"mine": {"like": "mine"}}})
+
+
 def test_whose_mistake_it_is(tmp_path):
     def message(own=OWN, above=ROOT):
         with pytest.raises(UserError) as refused:
