@@ -29,8 +29,8 @@ def section(record: Record) -> dict[str, Any]:
     """Everything that audit.html.j2 shows."""
     flips = record["flips"]
     return {
-        "base": record["base"],
-        "tuned": record["tuned"],
+        "base": _short(record["base"]["given"]),
+        "tuned": _short(record["tuned"]["given"]),
         "answer": answer(record),
         "verdict": record["verdict"],
         "notes": record["tokenizers"]["sentences"] + _reading(record),
@@ -47,6 +47,11 @@ def section(record: Record) -> dict[str, Any]:
         "movement": _movement(record["movement"]),
         "facts": _facts(record),
     }
+
+
+def _short(given: str) -> str:
+    """A model's name in a title: a folder without the folders above it."""
+    return given if given.startswith("hub:") else given.rstrip("/").rpartition("/")[2]
 
 
 def answer(record: Record) -> list[str]:
@@ -122,8 +127,8 @@ def _task(task: Mapping[str, Any]) -> dict[str, Any]:
             (units.level(task["base"], unit), ""),
             (units.level(task["tuned"], unit), ""),
             _ends(task["lost"], lambda value: units.change(value, unit)),
-            _ends(task["gold_nll_lost"], _plain_nats),
-            _ends(task["margin_lost"], _plain_nats),
+            _ends(task["gold_nll_lost"], numbers.nats),
+            _ends(task["margin_lost"], numbers.nats),
             (f"{answers['lost']:,}", right) if answers else ("–", ""),
             (f"{answers['gained']:,}", "") if answers else ("–", ""),
         ],
@@ -137,7 +142,7 @@ def _mean(record: Record) -> list[dict[str, Any]]:
         return []
     blank = ("", "")
     cells = [blank, blank, blank, blank, _ends(overall["forgetting"], numbers.points)]
-    cells += [_ends(overall[f"{key}_lost"], _plain_nats) for key in ("gold_nll", "margin")]
+    cells += [_ends(overall[f"{key}_lost"], numbers.nats) for key in ("gold_nll", "margin")]
     return [{"name": f"mean of {len(overall['tasks'])}", "note": "", "counts": True, "cells": [*cells, blank, blank]}]
 
 
@@ -148,9 +153,9 @@ def _general(general: Mapping[str, Any] | None) -> list[tuple[str, str, str, tup
     rows = []
     if general["nll_lost"]:
         base, tuned = (f"{general['nll'][who]:.4f}" for who in ("base", "tuned"))
-        rows.append(("nats per token", base, tuned, _ends(general["nll_lost"], _plain_nats)))
+        rows.append(("nats per token", base, tuned, _ends(general["nll_lost"], numbers.nats)))
     base, tuned = (f"{general['bits_per_byte'][who]:.4f}" for who in ("base", "tuned"))
-    rows.append(("bits per byte", base, tuned, _ends(general["bits_per_byte_lost"], _plain_nats)))
+    rows.append(("bits per byte", base, tuned, _ends(general["bits_per_byte_lost"], numbers.nats)))
     if general["kl"]:
         rows.append(("KL(base‖tuned), nats per token", "0", "", _ends(general["kl"], _unsigned)))
         rows.append(("KL(tuned‖base), nats per token", "0", "", _ends(general["kl_reverse"], _unsigned)))
@@ -160,7 +165,7 @@ def _general(general: Mapping[str, Any] | None) -> list[tuple[str, str, str, tup
 def _flip(flip: Mapping[str, Any]) -> dict[str, Any]:
     question = flip["question"]
     question = f"… {question[-CUT:]}" if len(question) > CUT else question
-    change = None if flip["gold_change"] is None else _plain_nats(flip["gold_change"])
+    change = None if flip["gold_change"] is None else numbers.nats(flip["gold_change"])
     return {**flip, "question": question, "change": change, "hash": flip["doc_hash"][:12]}
 
 
@@ -245,20 +250,12 @@ def _ends(interval: Mapping[str, Any] | None, show) -> tuple[str, str]:
     return show(interval["value"]), f"{show(interval['low'])} to {show(interval['high'])}"
 
 
-def _plain_nats(value: float) -> str:
-    """A signed number with three digits after the point: '+0.412'; '0' for none."""
-    if abs(value) < 5e-7:
-        return "0"
-    text = f"{value:+.3f}" if abs(value) >= 5e-3 else f"{value:+.1e}" if abs(value) < 5e-5 else f"{value:+.5f}"
-    return text.replace("-", numbers.MINUS)
-
-
 def _unsigned(value: float) -> str:
-    return _plain_nats(value).removeprefix("+")
+    return numbers.nats(value).removeprefix("+")
 
 
 def _nats(interval: Mapping[str, Any], *, sign: bool = True) -> str:
-    return _within(*_ends(interval, _plain_nats if sign else _unsigned))
+    return _within(*_ends(interval, numbers.nats if sign else _unsigned))
 
 
 def _points(interval: Mapping[str, Any]) -> str:
@@ -270,4 +267,4 @@ def _within(value: str, ends: str) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else "0" if not share else f"{100 * share:.3g}"
+    return "–" if share is None else "0" if not share else f"{100 * share:#.3g}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.statistics.intervals import KEYS, Interval, of_arrays
+from analysis.statistics.intervals import KEYS, Interval, of_arrays, per_token
 from analysis.units import SHARE, step
 from evaluation.harness import load_tasks
 from evaluation.retention import change, forgetting
@@ -83,21 +83,19 @@ def _general(base: Scores, tuned: Scores, items: pd.DataFrame, same_ids: bool) -
         return None
     one, other = base.scores[GENERAL], tuned.scores[GENERAL]
     own = items[items["task"] == GENERAL]
-    nats = (own["log_likelihood_base"] - own["log_likelihood"]).to_numpy(dtype=float)
-    size = own["bytes"].to_numpy(dtype=float)
+    nats = _difference(own, "log_likelihood")
+    size, tokens = (own[column].to_numpy(dtype=float) for column in ("bytes", "tokens_base"))
     found: dict[str, Any] = {"n": other["n"], "bytes": other["bytes"], "same_ids": same_ids}
     found["tokens"] = {"base": one["tokens"], "tuned": other["tokens"]}
     found["bits_per_byte"] = {"base": one["bits_per_byte"], "tuned": other["bits_per_byte"]}
-    found["bits_per_byte_lost"] = _shown(
-        _per(nats / np.log(2), size), value=other["bits_per_byte"] - one["bits_per_byte"]
-    )
+    found["bits_per_byte_lost"] = _shown(per_token(nats / np.log(2), size))
+    found["nats_lost_per_base_token"] = _shown(per_token(nats, tokens))
     if not same_ids:
         return found | dict.fromkeys(("nll", "nll_lost", "kl", "kl_reverse"))
-    tokens = own["tokens"].to_numpy(dtype=float)
     found["nll"] = {"base": one["nats_per_token"], "tuned": other["nats_per_token"]}
-    found["nll_lost"] = _shown(_per(nats, tokens), value=other["nats_per_token"] - one["nats_per_token"])
+    found["nll_lost"] = found["nats_lost_per_base_token"]
     for key in ("kl", "kl_reverse"):
-        found[key] = _shown(_per(own[key].to_numpy(dtype=float) * tokens, tokens))
+        found[key] = _shown(per_token(own[key].to_numpy(dtype=float)[None] * tokens, tokens))
     return found
 
 
@@ -116,12 +114,6 @@ def _lost(items: pd.DataFrame, column: str, moved: float = 0.0) -> Interval | No
 
 def _mean(tasks: list[np.ndarray], moved: float) -> Interval | None:
     return of_arrays(tasks, step=moved) if tasks else None
-
-
-def _per(values: np.ndarray, weights: np.ndarray) -> Interval:
-    """Σ values / Σ weights over texts, with the ratio estimator's interval (Cochran 1977, ch. 6)."""
-    ratio = values.sum() / weights.sum()
-    return of_arrays([(ratio + len(values) * (values - ratio * weights) / weights.sum())[None]], step=0.0)
 
 
 def _shown(interval: Interval | None, *, value: float | None = None) -> dict[str, float | None] | None:

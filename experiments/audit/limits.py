@@ -7,6 +7,7 @@ from typing import Any
 from analysis import numbers
 from methods.errors import UserError
 
+NO_TEXT = "no general text was scored; give --text FILE"
 ROUNDING = 1e-9  # as in `gate`: a mean of shares is not exact
 
 
@@ -22,7 +23,10 @@ def checked(*, max_forgetting: float | None, max_nll_lost: float | None, confide
 
 
 def verdict(found: Mapping[str, Any], allowed: Mapping[str, Any]) -> dict[str, Any]:
-    """{"limits", "exceeded"}: the limits in words, and why the tuned model does not pass, a sentence each."""
+    """{"limits", "exceeded"}: the limits in words, and why the tuned model does not pass, a sentence each.
+
+    General text is in nats per token, of the base's tokenizer where the two differ.
+    """
     limits, exceeded = [], []
     general = found["general"] or {}
     measured = (
@@ -33,7 +37,7 @@ def verdict(found: Mapping[str, Any], allowed: Mapping[str, Any]) -> dict[str, A
             _points,
             "no task is above chance for the base",
         ),
-        ("max_nll_lost", "general text lost", general.get("nll_lost"), _nats, _without(general)),
+        ("max_nll_lost", "general text lost", general.get("nats_lost_per_base_token"), _nats, NO_TEXT),
     )
     for key, name, interval, show, why in measured:
         limit = allowed[key]
@@ -52,14 +56,8 @@ def verdict(found: Mapping[str, Any], allowed: Mapping[str, Any]) -> dict[str, A
     return {**allowed, "limits": limits, "exceeded": exceeded}
 
 
-def _without(general: Mapping[str, Any]) -> str:
-    if not general:
-        return "no general text was scored; give --text FILE"
-    return "the two models divide a text into different tokens"
-
-
 def _points(share: float) -> str:
-    return f"{100 * share:+.10g} points".replace("-", numbers.MINUS)
+    return f"{100 * share:+.4g} points".replace("-", numbers.MINUS)
 
 
 def _nats(value: float) -> str:

@@ -227,6 +227,11 @@ def test_added_tokens_are_said_and_text_is_measured_in_bits_per_byte(world, talk
     assert "Only the tuned model has a chat template" in said and not found["tokenizers"]["same_ids"]
     general = found["general"]
     assert general["nll_lost"] is None and general["kl"] is None
+    per_token = general["nats_lost_per_base_token"]["value"]
+    assert per_token == pytest.approx(
+        general["bits_per_byte_lost"]["value"] * math.log(2) * general["bytes"] / general["tokens"]["base"]
+    )
+    assert run(world, "base", "talkative", max_nll_lost=per_token + 1e-6)[0] == 0
     # the new tokens take some probability from every other one
     assert general["bits_per_byte_lost"]["value"] > same["general"]["bits_per_byte_lost"]["value"]
     assert found["movement"]["rows"] == [["model.embed_tokens.weight", 258, 260]]
