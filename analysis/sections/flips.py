@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis import numbers, style
 from analysis.load import Loaded
-from analysis.statistics.flips import by_task, flips, most_forgotten, overlap, pairs
+from analysis.statistics.flips import by_task, flips, most_forgotten, overlap, pairs, total
 
 ROLES = ("domain", "retention", "transfer")
 SURE = 2.58  # standard deviations beyond which sharing is called more than chance
@@ -20,13 +20,12 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
         return None
     methods = list(dict.fromkeys(items["method"]))
     tasks, shared = by_task(items), overlap(pairs(items), methods)
-    counts = ["n", "right", "lost", "gained", "net", "churn"]
-    totals = tasks[tasks["counts"]].groupby("method", sort=False)[counts].sum()
+    totals = total(tasks)
     own = tasks[tasks["role"] == "domain"].set_index("method")
     seeds = int(items.groupby("method")["cell"].nunique().max())
     rows = []
     for method in totals.index:
-        domain_cells = _cells(own.loc[method], seeds) if method in own.index else [("–", "")] * 4
+        domain_cells = _cells(own.loc[method], seeds) if method in own.index else [("–", "")] * 6
         cells = _cells(totals.loc[method], seeds) + domain_cells
         rows.append({"method": method, "colour": style.colour(method), "cells": cells})
     return {
@@ -46,14 +45,21 @@ def _forgotten(row) -> dict:
 
 def _cells(row: pd.Series, seeds: int) -> list[tuple[str, str]]:
     show = "{:.0f}".format if seeds == 1 else "{:.1f}".format
+    known = [("–" if numbers.missing(row[key]) else _signed(row[key]), "") for key in ("lost_known", "gained_known")]
     sign = "+" if row["net"] > 0 else numbers.MINUS if row["net"] < 0 else ""
     share = f"{numbers.percent(row['lost'] / row['right'])} % of the right ones" if row["right"] else ""
     return [
         (show(row["lost"]), share),
+        known[0],
         (show(row["gained"]), ""),
+        known[1],
         (sign + show(abs(row["net"])), ""),
         (f"{numbers.percent(row['churn'] / row['n'])} %", f"of {row['n']:,.0f}"),
     ]
+
+
+def _signed(value: float) -> str:
+    return f"{value:.1f}".replace("-", numbers.MINUS)
 
 
 def _sentences(totals: pd.DataFrame, shared: pd.DataFrame) -> list[str]:
@@ -65,6 +71,10 @@ def _sentences(totals: pd.DataFrame, shared: pd.DataFrame) -> list[str]:
             f"{worst['lost']:.0f} of {worst['right']:.0f}, and gained {worst['gained']:.0f} others: a score shows only "
             "the difference."
         )
+    if totals["lost_known"].notna().all():
+        low, high = totals["lost_known"].min(), totals["lost_known"].max()
+        ends = _signed(low) if low == high else f"{_signed(low)} to {_signed(high)}"
+        sentences.append(f"Less what guessing alone would lose, the methods lost {ends} right answers.")
     known = shared.dropna(subset=["ratio"]) if len(shared) else pd.DataFrame(columns=["method_a", "method_b"])
     between = known[known["method_a"] != known["method_b"]]
     if len(between):

@@ -92,7 +92,7 @@ class Changes:
         return Change(tasks=[change * tokens if value in DIVERGENCES else change], tokens=tokens)
 
     def _change(self, task: str, runs: Sequence[str], value: str, *, sign: float) -> np.ndarray | None:
-        """sign · (tuned − base), (S runs, n items); None if a number is missing."""
+        """sign · (tuned − base), (S runs, n items); None if a number is missing or infinite."""
         expected = self.first["n"].get("general_text" if task == GENERAL_TEXT else task)
         if not self.known or task not in self._places or expected not in (None, len(self._places[task])):
             return None
@@ -101,7 +101,7 @@ class Changes:
         if (wide := self._wide[value]) is None:
             return None
         change = sign * wide[[self.column[run] for run in runs]][:, self._places[task]]
-        return None if np.isnan(change).any() else change
+        return change if np.isfinite(change).all() else None
 
     def _matched(self, value: str) -> np.ndarray | None:
         """tuned − base of every item of the base, (cells, items), missing where a cell lacks it; a divergence as is."""
@@ -109,7 +109,9 @@ class Changes:
             return None
         wide, known = np.full((len(self.column), len(self.base)), np.nan), self._row >= 0
         wide[self._cell[known], self._row[known]] = self.tuned[value].to_numpy(dtype=float)[known]
-        return wide if value in DIVERGENCES else wide - self.base[value].to_numpy(dtype=float)
+        if value in DIVERGENCES:
+            return np.where(self._tokens == 0, 0.0, wide)  # an empty passage has none
+        return wide - self.base[value].to_numpy(dtype=float)
 
 
 def intervals_in_nats(changes: Changes, runs: Sequence[str]) -> dict[str, Interval]:

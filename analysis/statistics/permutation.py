@@ -150,6 +150,8 @@ def mcnemar(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
         for task, about in cell["scores_by_task"].items():
             own = pairs[pairs["task"] == task]
             before, after = own["base"], own[name]
+            if about.get("subtasks"):  # an item's score is its part in the mean
+                before, after = (before > 0) * 1, (after > 0) * 1
             if len(own) and before.isin((0, 1)).all() and after.isin((0, 1)).all():
                 lost, gained = int((before > after).sum()), int((before < after).sum())
                 counts = (len(own), lost, gained, exact(lost, gained))

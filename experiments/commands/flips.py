@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.comparable import guarded
 from analysis.load import load_cells
-from analysis.statistics.flips import flips, most_forgotten
+from analysis.statistics.flips import by_task, flips, most_forgotten, total
 from evaluation.harness import load_tasks
 from evaluation.task import LocalTask, doc_hash, gold_index, render
 from experiments.study import cells
@@ -57,7 +57,8 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
         return f"{title}: no correct answer of the base was lost{by}\n"
     scored = {entry["name"]: task for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])}
     texts = {(name, row["id"]): row for name, task in scored.items() for row in questions(task)}
-    pieces = [f"{title}: correct answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
+    pieces = [*_counts(items), ""]
+    pieces += [f"{title}: correct answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
     for number, item in enumerate(worst.itertuples(), 1):
         row = texts.get((item.task, item.doc_hash))
         if row is None:
@@ -75,6 +76,18 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
             "",
         ]
     return "\n".join(pieces)
+
+
+def _counts(items: pd.DataFrame) -> list[str]:
+    """What each method lost and gained on the retention tasks that count, and the same less what guessing explains."""
+    lines = []
+    for method, row in total(by_task(items)).iterrows():
+        counts = [
+            f"{row[key]:.3g} {key}" + ("" if pd.isna(known := row[f"{key}_known"]) else f" ({known:.1f} less guessing)")
+            for key in ("lost", "gained")
+        ]
+        lines.append(f"{method}: of {row['right']:.4g} correct answers on the retention tasks, {' and '.join(counts)}")
+    return lines
 
 
 def questions(task: LocalTask) -> list[dict]:

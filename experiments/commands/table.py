@@ -103,7 +103,8 @@ COMMANDS = {
         help="exit with status 1 if a finished cell forgot more than a limit, for continuous integration",
         arguments=(
             CELLS,
-            argument("--max-forgetting", required=True, help="most that may be forgotten: 0.02 is 2 points", **SHARE),
+            argument("--max-forgetting", help="most that may be forgotten: 0.02 is 2 points of accuracy", **SHARE),
+            argument("--max-nll-lost", type=float, metavar="NATS", help="the same in nats per token of general text"),
             argument("--min-gain", help="least that must be gained on the domain", **SHARE),
             argument("--confidence", action="store_true", help="compare the ends of the 95 %% confidence intervals"),
         ),

@@ -90,6 +90,31 @@ def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):
     assert status == 1 and "gain: the lower end of its interval is below" in lines[0]
 
 
+def test_general_text_has_a_limit_in_nats(study, capsys):
+    from analysis.load import load_cells
+    from analysis.statistics.comparison import item_intervals
+
+    path, found = metrics(study, "full")
+    cell, at = "smollm2-135m/science/full/seed0", found["general_nll_lost"]
+    assert at > 0.05
+    assert judged(study, capsys, cell, max_nll_lost=at)[0] == 0
+    status, lines = judged(study, capsys, cell, max_nll_lost=0.05, max_forgetting=0.9)
+    assert status == 1 and "general text lost: is above +0.05" in lines[0] and "n = 128" in lines[0]
+    assert lines[1].endswith("general text lost at most +0.05 nats per token, forgetting at most +90 points")
+    loaded = load_cells(study.paths.results, [cell])
+    high = item_intervals(loaded, loaded.cells)["general_nll_lost"].high
+    assert judged(study, capsys, cell, max_nll_lost=(at + high) / 2)[0] == 0
+    assert judged(study, capsys, cell, max_nll_lost=(at + high) / 2, confidence=True)[0] == 1
+    assert judged(study, capsys, cell, max_nll_lost=high, confidence=True)[0] == 0
+    path.write_text(json.dumps(found | {"general_nll_lost": None}))  # the items know it too
+    assert judged(study, capsys, cell, max_nll_lost=at + 1e-6)[0] == 0
+    (path.parent / "items.csv.gz").unlink()
+    status, lines = judged(study, capsys, cell, max_nll_lost=9.0)
+    assert status == 1 and "no general text lost: it is not known of this cell" in lines[0]
+    write_json(path, found | {"forgetting": None, "forgetting_by_task": {}})
+    assert judged(study, capsys, cell, max_nll_lost=9.0)[0] == 0  # it needs no retention task
+
+
 def test_a_cell_that_learned_too_little_fails(study, capsys):
     _, found = metrics(study, "lora")
     status, lines = judged(study, capsys, "*/lora/*", max_forgetting=0.5, min_gain=found["domain_gain"] + 1e-6)
@@ -130,6 +155,8 @@ def test_without_items_only_the_values_can_be_judged(study, capsys):
         ([], {"max_forgetting": 2.0}, "--max-forgetting 2.0: it must be a share of 1; 0.02 is 2 points"),
         ([], {"max_forgetting": float("nan")}, "--max-forgetting nan"),
         ([], {"max_forgetting": 0.1, "min_gain": 5.0}, "--min-gain 5.0"),
+        ([], {"max_nll_lost": float("inf")}, "--max-nll-lost inf: it must be a number of nats per token"),
+        ([], {"min_gain": 0.1}, "no limit is given: add --max-forgetting 0.02"),
     ],
 )
 def test_bad_input(study, patterns, limits, message):
