@@ -169,6 +169,6 @@ def _warn_of_joined(rows: list[Row], where: str) -> None:
         print(
             f"{WARNING}{where}: nothing stands between prompt and completion, such as "
             f"{row['context'][-20:] + row['choices'][0][:20]!r} ({place(row, 1)}): begin the completions with a space "
-            'or a line, such as `set: {completion: " {{completion}}"}`, by the name that the column has before `columns`',
+            'or a line, such as `set: {completion: " {{completion}}"}`, by the name that the column has in the file',
             flush=True,
         )
