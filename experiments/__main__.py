@@ -128,6 +128,8 @@ def main() -> int:
         )
     except KeyboardInterrupt:
         stopped = "stopped; finished cells are complete, and `dvc repro` continues from here"
+        if options.command == "audit":
+            stopped = "stopped; scores of a model that are complete are kept for the next run of the same command"
         print(of_study(stopped, study), file=sys.stderr)
         return 130
     print(f"error: {message}", file=sys.stderr)

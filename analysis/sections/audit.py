@@ -58,9 +58,9 @@ def answer(record: Record) -> list[str]:
     """What was lost, in sentences: on general text, in right answers, in accuracy, and how far the weights moved."""
     said, general, overall = [], record["general"], record["overall"]
     if general and general["nll_lost"]:
+        kl = f", and KL(base‖tuned) is {_nats(general['kl'], sign=False)} nats per token" if general["kl"] else ""
         said.append(
-            f"General text: {_nats(general['nll_lost'])} nats per token lost, and KL(base‖tuned) is "
-            f"{_nats(general['kl'], sign=False)} nats per token, on {general['n']:,} passages of "
+            f"General text: {_nats(general['nll_lost'])} nats per token lost{kl}, on {general['n']:,} passages of "
             f"{general['tokens']['base']:,} tokens."
         )
     elif general:
@@ -101,6 +101,8 @@ def _reading(record: Record) -> list[str]:
             "Each model reads the general text with its own tokenizer, and is measured in bits per byte. Answers to "
             "tasks are the same texts for both, so that their nats can be compared."
         )
+    elif general and not general["kl"]:
+        notes.append("The two models have different numbers of rows for unused tokens, so that KL is not defined.")
     for name, ours, theirs in record["movement"]["rows"]:
         notes.append(
             f"{name} has {ours:,} rows in the base and {theirs:,} in the tuned model: the shared ones are compared."

@@ -94,8 +94,9 @@ def _general(base: Scores, tuned: Scores, items: pd.DataFrame, same_ids: bool) -
         return found | dict.fromkeys(("nll", "nll_lost", "kl", "kl_reverse"))
     found["nll"] = {"base": one["nats_per_token"], "tuned": other["nats_per_token"]}
     found["nll_lost"] = found["nats_lost_per_base_token"]
-    for key in ("kl", "kl_reverse"):
-        found[key] = _shown(per_token(own[key].to_numpy(dtype=float)[None] * tokens, tokens))
+    for key in ("kl", "kl_reverse"):  # not known where one model has more rows than the other for unused tokens
+        known = own[key].notna().all()
+        found[key] = _shown(per_token(own[key].to_numpy(dtype=float)[None] * tokens, tokens)) if known else None
     return found
 
 

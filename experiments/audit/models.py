@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from experiments.audit import adapters, kept
+from experiments.audit import adapters, kept, tokenizers
 from experiments.model import hub, vocabulary, weights
 from experiments.model.shape import Shape
 from methods.errors import UserError
@@ -32,6 +32,7 @@ class Model:
     folder      its config and weights; of an adapter those of its base
     adapter     the adapter's folder, which is to be merged into `folder`, or None
     names       what an adapter_config.json may call it
+    rows        tokens in its embedding
     weights     identity: of a folder the hash of its weights (`weights.tensor_sha256`)
     about       facts for the page: the hub's commit, the adapter's base
     """
@@ -41,6 +42,8 @@ class Model:
     names: frozenset[str]
     config: PreTrainedConfig
     tokenizer: PreTrainedTokenizerBase
+    tokenizer_sha256: str
+    rows: int
     weights: str
     config_sha256: str
     adapter: Path | None = None
@@ -69,7 +72,8 @@ def resolve(given: str, *, study, work: Path, beside: Model | None = None, same_
         raise UserError(_nothing(given, known))
     if _is_adapter(folder):
         return _adapted(given, folder, names, about, study=study, work=work, beside=beside, same_base=same_base)
-    return _whole(given, folder, frozenset(names | _names_inside(folder)), about, work=work)
+    names = frozenset(names | _names_inside(folder))
+    return _whole(given, folder, names, about, work=work, beside=beside)
 
 
 def _nothing(given: str, known: Mapping[str, Any]) -> str:
@@ -124,7 +128,9 @@ def _names_inside(folder: Path) -> set[str]:
     return named
 
 
-def _whole(given: str, folder: Path, names: frozenset[str], about: Mapping[str, Any], *, work: Path) -> Model:
+def _whole(
+    given: str, folder: Path, names: frozenset[str], about: Mapping[str, Any], *, work: Path, beside: Model | None
+) -> Model:
     """A folder with all weights; refused by name where it is not a causal language model in safetensors."""
     if not (folder / "config.json").is_file():
         raise UserError(_no_model(given, folder))
@@ -143,7 +149,8 @@ def _whole(given: str, folder: Path, names: frozenset[str], about: Mapping[str, 
             )
         )
     model_folder.refuse_codes(model_folder.headers(tensors, given), given)
-    tokenizer = _tokenizer(given, folder, rows=config.get_text_config().vocab_size)
+    rows = config.get_text_config().vocab_size
+    tokenizer = _tokenizer(given, folder, rows=rows, instead=beside)
     digest = kept.of_files(
         tensors, folder=work / "hashes", name="weights", compute=lambda: weights.tensor_sha256(folder)
     )
@@ -153,6 +160,8 @@ def _whole(given: str, folder: Path, names: frozenset[str], about: Mapping[str, 
         names=names,
         config=config,
         tokenizer=tokenizer,
+        tokenizer_sha256=tokenizers.sha256(tokenizer),
+        rows=rows,
         weights=digest,
         config_sha256=_config_sha256(folder),
         about=about,
@@ -166,8 +175,12 @@ def _no_model(given: str, folder: Path) -> str:
 
 
 def _tokenizer(
-    given: str, folder: Path, *, rows: int, config: PreTrainedConfig | None = None
+    given: str, folder: Path, *, rows: int, config: PreTrainedConfig | None = None, instead: Model | None = None
 ) -> PreTrainedTokenizerBase:
+    """The folder's tokenizer, or that of `instead` where weights alone were saved; every token needs its row."""
+    if instead and not any((folder / name).is_file() for name in _TOKENIZER):
+        print(f"{given} has no tokenizer: that of {instead.given} is used", flush=True)
+        return instead.tokenizer
     tokenizer = weights.load_tokenizer(folder, config=config)
     try:
         notes = vocabulary.check(rows=rows, tokenizer=tokenizer)
@@ -192,9 +205,10 @@ def _adapted(
     named = config.get("base_model_name_or_path") or None
     base = _base_of(given, named, study=study, work=work, beside=beside, same_base=same_base)
     adapters.refuse_other_shapes(folder, given, base)
-    own = any((folder / name).is_file() for name in _TOKENIZER)
     rows = max(adapters.embedding_rows(folder, base) or 0, base.config.get_text_config().vocab_size)
-    file = folder / "adapter_model.safetensors"
+    has = any((folder / name).is_file() for name in _TOKENIZER)
+    tokenizer = _tokenizer(given, folder, rows=rows, config=base.config) if has else base.tokenizer
+    file = folder / adapters.WEIGHTS
     digest = kept.of_files([file], folder=work / "hashes", name="file", compute=lambda: disk.sha256(file))
     return Model(
         given=given,
@@ -203,7 +217,9 @@ def _adapted(
         base=base,
         names=frozenset(names),
         config=base.config,
-        tokenizer=_tokenizer(given, folder, rows=rows, config=base.config) if own else base.tokenizer,
+        tokenizer=tokenizer,
+        tokenizer_sha256=tokenizers.sha256(tokenizer),
+        rows=rows,
         weights=kept.digest([base.weights, digest, config, adapters.VERSION]),
         config_sha256=base.config_sha256,
         about=about | {"adapter_of": named, "adapter": adapters.described(config)},

@@ -1,9 +1,10 @@
 """Scores of a model on the rows of an audit, kept by everything that they depend on."""
 
 import json
+import zlib
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
@@ -15,12 +16,13 @@ from transformers import PreTrainedModel
 
 from evaluation import SCORING, harness, versions
 from evaluation.token_losses import HiddenRows
-from experiments.audit import adapters, kept, tokenizers
+from experiments.audit import adapters, kept
 from experiments.audit.data import Data
 from experiments.audit.models import Model
 from experiments.model import reference as references
 from experiments.model import weights
 from experiments.model.shape import Shape
+from experiments.study.failures import out_of_memory
 from experiments.training import hardware
 from methods.errors import UserError
 from methods.tools import model_folder
@@ -83,31 +85,60 @@ def score(
 
     settings    what `harness.score` takes beside the model
     reference   the base whose predictions KL is measured against; None where the two do not predict the same tokens
+    Raises UserError where memory has no room.
     """
     key = _key(model, data, settings, dtype, where) | {"reference": reference and reference.weights}
     out = kept.folder_of(work / "scores", key)
-    again = (out / "key.json").is_file()
-    if not again:
-        began = perf_counter()
-        how = {"dtype": dtype, "device": where}
-        known = None if reference is None else _predictions(reference, data, settings, folders, work, **how)
-        loaded = _loaded(model, folders.of(model), **how)
-        digest = model.weights if model.adapter is None else weights.tensor_sha256(folders.of(model))
-        scores, items = harness.score(
-            model=loaded,
-            tokenizer=model.tokenizer,
-            tasks_dir=data.folder,
-            weights_sha256=digest,
-            kept=work.parent / "tokens",
-            reference=known,
-            **settings,
-        )
-        harness.save(scores, items, out)
-        write_json(out / "evaluate.json", {"seconds": perf_counter() - began})
-        write_json(out / "key.json", key)  # the last file: without it nothing is kept
-    items = pd.read_csv(out / "items.csv.gz", dtype={"task": str}, keep_default_na=False, na_values=[""])
-    seconds = read_json(out / "evaluate.json", "seconds")["seconds"]
-    return Scores(scores=read_json(out / "scores.json"), items=items, seconds=seconds, again=again)
+    if known := _read(out):
+        return known
+    began, how = perf_counter(), {"data": data, "folders": folders, "work": work, "settings": settings}
+    try:
+        scores, items = _scored(model, reference, **how, dtype=dtype, device=where)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise UserError(
+            f"out of memory while scoring {model.given}: lower --batch-size (it is {settings['batch_size']}), state "
+            "--dtype bfloat16, or use a machine with more"
+        ) from error
+    harness.save(scores, items, out)
+    write_json(out / "key.json", key)
+    write_json(out / "evaluate.json", {"seconds": perf_counter() - began})  # the last: without it nothing is kept
+    return replace(_read(out), again=False)
+
+
+def _read(out: Path) -> Scores | None:
+    """The scores that are kept in a folder; None where there are none, or where a file is damaged."""
+    try:
+        seconds = read_json(out / "evaluate.json", "seconds")["seconds"]
+        items = pd.read_csv(out / "items.csv.gz", dtype={"task": str}, keep_default_na=False, na_values=[""])
+        return Scores(scores=read_json(out / "scores.json", "tasks"), items=items, seconds=seconds, again=True)
+    except (UserError, OSError, EOFError, ValueError, zlib.error):
+        return None
+
+
+def _scored(
+    model: Model,
+    reference: Model | None,
+    *,
+    data: Data,
+    folders: Folders,
+    work: Path,
+    settings: Mapping[str, Any],
+    **how: Any,
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """What `harness.score` gives of a model, `how` its dtype and device; one model is in memory at a time."""
+    base = None if reference is None else _predictions(reference, data, settings, folders, work, **how)
+    folder = folders.of(model)
+    return harness.score(
+        model=_loaded(model, folder, **how),
+        tokenizer=model.tokenizer,
+        tasks_dir=data.folder,
+        weights_sha256=model.weights if model.adapter is None else weights.tensor_sha256(folder),
+        kept=work.parent / "tokens",
+        reference=base,
+        **settings,
+    )
 
 
 def _loaded(model: Model, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -130,7 +161,7 @@ def _predictions(
     """What the base predicts of the general text, kept for the next tuned model, as `harness.score` takes it."""
     return references.reference(
         folders.of(base),
-        key=(base.weights, base.config_sha256, tokenizers.sha256(base.tokenizer)),
+        key=(base.weights, base.config_sha256, base.tokenizer_sha256),
         sequences=harness.general_passages(data.folder, base.tokenizer),
         tokens=harness.pass_tokens(settings["batch_size"]),
         kept=work.parent / "reference",
@@ -145,7 +176,7 @@ def _key(
     return {
         "weights": model.weights,
         "config": model.config_sha256,
-        "tokenizer": tokenizers.sha256(model.tokenizer),
+        "tokenizer": model.tokenizer_sha256,
         "rows": data.sha256,
         "settings": json.loads(json.dumps(settings, default=str)),
         "dtype": str(dtype).removeprefix("torch."),

@@ -77,7 +77,7 @@ def main(
         if same:
             after = _itself(before)
         else:
-            reference = one if differ.same_ids else None
+            reference = one if differ.same_ids and one.rows == other.rows else None
             after = progress.scoring(
                 other.given, lambda: score(other, reference=reference, **how), after=0, like=before
             )
@@ -166,7 +166,7 @@ def _about(model: Model, scores: Scores) -> dict[str, Any]:
         "given": model.given,
         "weights_sha256": scores.scores["weights_sha256"],
         "dtype": _name(_checkpoint_dtype(model)),
-        "tokenizer_sha256": tokenizers.sha256(model.tokenizer),
+        "tokenizer_sha256": model.tokenizer_sha256,
         "seconds_scoring": scores.seconds,
         "kept": scores.again,
         **model.about,

@@ -239,6 +239,25 @@ def test_added_tokens_are_said_and_text_is_measured_in_bits_per_byte(world, talk
     assert "bits per byte lost" in (world / "pages/base-talkative.html").read_text()
 
 
+def test_weights_saved_alone_take_the_bases_tokenizer_and_unused_rows_leave_no_kl(world, capsys):
+    model = moved(build("llama", seed=0))
+    model.resize_token_embeddings(320, mean_resizing=False)
+    model.save_pretrained(world / "alone")
+    _, found = run(world, "base", "alone")
+    assert "alone has no tokenizer: that of" in capsys.readouterr().out
+    assert found["tokenizers"]["same_ids"] and found["general"]["nll_lost"] and found["general"]["kl"] is None
+    assert "different numbers of rows for unused tokens" in (world / "pages/base-alone.html").read_text()
+
+
+def test_a_damaged_file_of_kept_scores_is_made_again(world, loaded):
+    _, first = run(world, "base", "moved")
+    for file in (world / "work/local/audit/scores").glob("*/items.csv.gz"):
+        file.write_bytes(file.read_bytes()[:40])
+    loaded.clear()
+    _, again = run(world, "base", "moved")
+    assert loaded == ["base", "moved"] and again["tasks"] == first["tasks"] and again["general"] == first["general"]
+
+
 def test_another_template_alone_is_said_and_changes_nothing(world):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
