@@ -26,6 +26,7 @@ from typing import Any
 from experiments.data.left_out import LeftOut
 from methods.errors import UserError
 from methods.tools import jsonl
+from methods.tools.files import read_json
 from methods.tools.jsonl import Row
 
 TEXTS = (".txt", ".md")
@@ -196,17 +197,19 @@ def _hidden(path: Path) -> bool:
 def _saved(folder: Path, split: str | None) -> list[Row]:
     import datasets
 
+    sets = folder / "dataset_dict.json"
+    if sets.is_file():
+        names = read_json(sets, "splits")["splits"]
+        if split not in names:
+            stated = f"`split` is {split!r}" if split else "it has several sets"
+            raise UserError(f"{folder}: {stated}: write `split:` with one of {', '.join(names)}")
+        folder /= split
+    elif split:
+        raise UserError(f"{folder} holds one set, without splits: leave `split` out")
     try:
         saved = datasets.load_from_disk(str(folder))
     except Exception as error:  # datasets and pyarrow raise many types
         raise UserError(f"{folder} is not a readable folder of `datasets` ({error}): save it again") from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            stated = f"`split` is {split!r}" if split else "it has several sets"
-            raise UserError(f"{folder}: {stated}: write `split:` with one of {', '.join(saved)}")
-        saved = saved[split]
-    elif split:
-        raise UserError(f"{folder} holds one set, without splits: leave `split` out")
     return [Row(row, at=f"{folder} row {number}") for number, row in enumerate(saved, 1)]
 
 

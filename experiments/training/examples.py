@@ -93,8 +93,8 @@ def _conversations(
     left_out.settle(where=domain, of=len(rows), remedy=remedy, quiet=not processes.first())
     if unended and processes.first():
         print(
-            f"{WARNING}{domain}: in {unended} of {len(rows)} conversations the template's {{% generation %}} ends before "
-            "the token that ends the turn, so that the model does not learn to stop: let it end behind that token",
+            f"{WARNING}{domain}: in {unended} of {len(rows)} conversations the template's {{% generation %}} ends "
+            "before the token that ends the turn, so that the model does not learn to stop: let it end behind it",
             flush=True,
         )
     return examples
@@ -128,8 +128,8 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
             print(f"{problem}. They are left out", flush=True)
     if cut and processes.first():
         print(
-            f"{domain}: {len(cut)} of {len(rows)} training rows are longer than {where}.length ({length} tokens): their "
-            f"prompts lose the beginning ({first_of(cut)})",
+            f"{domain}: {len(cut)} of {len(rows)} training rows are longer than {where}.length ({length} tokens): "
+            f"their prompts lose the beginning ({first_of(cut)})",
             flush=True,
         )
     return examples
