@@ -13,7 +13,7 @@ from lm_eval.api.registry import metric_registry
 from lm_eval.config.task import TaskConfig
 from lm_eval.utils import env as jinja_env
 
-from evaluation.shipped import shipped_config
+from evaluation.shipped import refuse_unsafe, shipped_config
 from methods.errors import UserError
 from methods.settings import refuse, shown
 
@@ -45,11 +45,8 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     config = deepcopy(config)
     if "class" in config:
         raise UserError(f"task {name}: {task!r} is written in Python, not YAML, and cannot run on local rows")
-    if config.pop("unsafe_code", None):
-        raise UserError(
-            f"task {name}: it runs the programs that a model writes (unsafe_code), and these are never run here: "
-            "choose another task"
-        )
+    refuse_unsafe(name, config)
+    config.pop("unsafe_code", None)
     for key in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
         config.pop(key, None)
     for key in config:
@@ -58,16 +55,7 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"task {name}: unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
     _refuse_forms(name, config)
     _refuse_generation(name, config.get("generation_kwargs") or {})
-    for entry in config.get("metric_list") or ():
-        metric, own = entry.get("metric"), callable(config.get("process_results"))
-        fetched = isinstance(metric, str) and not own and metric not in metric_registry
-        if fetched or entry.get("hf_evaluate"):
-            why = "not one of lm-eval's own metrics" if fetched else "to be downloaded (hf_evaluate: true)"
-            raise UserError(
-                f"task {name}: {metric!r} in metric_list is {why}, and code of others is not downloaded: choose among "
-                f"lm-eval's own ({', '.join(sorted(metric_registry))}); the list of a shipped task is replaced beside "
-                "`include:`"
-            )
+    _refuse_metrics(name, config)
     if "doc_to_choice" in config:
         config.setdefault("output_type", "multiple_choice")
     shots = (config.get("fewshot_config") or {}) | {"split": None}
@@ -94,6 +82,34 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
         "num_fewshot": config.get("num_fewshot") or 0,
         "metadata": metadata if isinstance(metadata, dict) else {},
     }
+
+
+def _refuse_metrics(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse metrics that lm-eval would download as program code."""
+    for entry in config.get("metric_list") or ():
+        metric, own = entry.get("metric"), callable(config.get("process_results"))
+        fetched = isinstance(metric, str) and not own and metric not in metric_registry
+        if fetched or entry.get("hf_evaluate"):
+            why = "not one of lm-eval's own metrics" if fetched else "to be downloaded (hf_evaluate: true)"
+            raise UserError(
+                f"task {name}: {metric!r} in metric_list is {why}, and code of others is not downloaded: choose among "
+                f"lm-eval's own ({', '.join(sorted(metric_registry))}); the list of a shipped task is replaced beside "
+                "`include:`"
+            )
+
+
+def refuse_unusable(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a task of lm-eval's own that cannot be scored here; `config` is its YAML file's with its functions."""
+    refuse_unsafe(name, config)
+    if callable(config.get("custom_dataset")):
+        raise UserError(
+            f"task {name}: its own Python code makes or fetches its rows (custom_dataset), which is not run here: "
+            "choose another task"
+        )
+    if config.get("doc_to_image") or config.get("doc_to_audio"):
+        raise UserError(f"task {name}: it shows images or sounds, and Holdfast scores models of text: choose another")
+    _refuse_generation(name, config.get("generation_kwargs") or {})
+    _refuse_metrics(name, config)
 
 
 def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:

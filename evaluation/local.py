@@ -21,14 +21,29 @@ from methods.tools.jsonl import Row, place
 # lm-eval compiles a template again at every use: most of the time that scoring spends outside the model
 if not hasattr(jinja_env.from_string, "cache_info"):
     jinja_env.from_string = functools.lru_cache(maxsize=256)(jinja_env.from_string)
-jinja_env.finalize = nulls.refuse
+jinja_env.finalize = nulls.finalize
 
 
 class Unfit(ValueError):
     """What is wrong with one row, for a message to its author."""
 
 
-class LocalTask(ConfigurableTask):
+class Quiet:
+    """Beside a class of lm-eval's tasks: no bars, and a chat template only where the task's prompts may have one.
+
+    chat   whether prompts are written in a chat template where `evaluate` asks for it
+    """
+
+    chat = True
+
+    def build_all_requests(self, **settings: Any) -> None:
+        if not self.chat:
+            settings |= {"apply_chat_template": False, "chat_template": None}
+        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task
+            super().build_all_requests(**settings)
+
+
+class LocalTask(Quiet, ConfigurableTask):
     """An lm-eval task whose documents are rows held in memory: nothing is downloaded, nothing is cached.
 
     Texts, choices and golds are lm-eval's, except that a text stays a text: numbers among the choices or in a column of
@@ -36,8 +51,10 @@ class LocalTask(ConfigurableTask):
     index.
     """
 
-    def __init__(self, *, rows: Sequence[Row], config: dict[str, Any], metric: str) -> None:
-        self.rows, self.metric = rows, metric
+    metric: str
+
+    def __init__(self, *, rows: Sequence[Row], config: dict[str, Any]) -> None:
+        self.rows = rows
         self.measure: measure.Measure | None = None
         with quiet():
             super().__init__(config=config)
@@ -123,16 +140,12 @@ class LocalTask(ConfigurableTask):
         return f"document {number} that its process_docs makes of the rows"
 
     def download(self, dataset_kwargs: dict | None = None, **_: Any) -> None:
-        self.dataset = {SPLIT: _dataset(self.rows)}
+        self.dataset = {SPLIT: dataset(self.rows)}
 
     @functools.cached_property
     def eval_docs(self) -> datasets.Dataset:  # lm-eval reads it several times and would process the rows each time
         with quiet():
             return self.test_docs()
-
-    def build_all_requests(self, **settings: Any) -> None:
-        with quiet(), contextlib.redirect_stderr(io.StringIO()):  # a progress bar for each task
-            super().build_all_requests(**settings)
 
 
 @contextlib.contextmanager
@@ -156,7 +169,7 @@ def filled(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return [{column: row.get(column) for column in columns} for row in rows]
 
 
-def _dataset(rows: Sequence[Row]) -> datasets.Dataset:
+def dataset(rows: Sequence[Row]) -> datasets.Dataset:
     """The rows with their values as they are: a column of several types, which Arrow refuses, is held as JSON.
 
     So is a column of integers and floats, which Arrow would make floats: a choice 3 stays "3" and not "3.0".

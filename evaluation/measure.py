@@ -131,8 +131,8 @@ def _measure(aggregate: Callable, *, name: str, filter: str, better: bool, tried
     about: dict[str, Any] = {"metric": name, "filter": filter, "higher_is_better": better, "unit": name}
     if aggregate is _perplexity:
         return Measure(**about | {"unit": NATS}, per_item=True, part=float, compared=metrics.mean)
-    if aggregate in (metrics.mean, metrics.brier_score):
-        if aggregate is metrics.mean and better and all(0 <= float(value) <= 1 for value in tried):
+    if aggregate in (metrics.mean, np.mean, metrics.brier_score):
+        if aggregate in (metrics.mean, np.mean) and better and all(0 <= float(value) <= 1 for value in tried):
             about["unit"] = SHARE
         return Measure(
             **about,

@@ -1,7 +1,11 @@
 """Null cells: a template would print them as the words None or nan, on which a model would be trained and scored."""
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
+
+_WRITTEN = ContextVar("whether a template writes null as the word None", default=False)
 
 
 class NullCell(Exception):
@@ -18,10 +22,25 @@ def is_null(value: Any) -> bool:
 
 
 def refuse(value: Any) -> Any:
-    """`value` unless it is null; Jinja's `finalize`, which is called with all that a template prints."""
+    """`value` unless it is null."""
     if is_null(value):
         raise NullCell
     return value
+
+
+def finalize(value: Any) -> Any:
+    """Jinja's `finalize`, which is called with all that a template prints: null is refused, except in `written`."""
+    return value if _WRITTEN.get() else refuse(value)
+
+
+@contextlib.contextmanager
+def written() -> Iterator[None]:
+    """Let templates write null as lm-eval writes it, as the word None."""
+    token = _WRITTEN.set(True)
+    try:
+        yield
+    finally:
+        _WRITTEN.reset(token)
 
 
 def describe(row: Mapping[str, Any], used: Iterable[str] = ()) -> str:

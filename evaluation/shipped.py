@@ -1,10 +1,12 @@
 """The tasks that lm-eval and this project ship: their YAML files, their configurations, and packages they lack."""
 
+import contextlib
 import difflib
 import functools
 import os
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
@@ -39,25 +41,36 @@ def shipped_yaml(name: str) -> Path:
 def shipped_config(name: str) -> dict[str, Any]:
     """The task's YAML file with the functions that it names, whose files are run. Raises UserError if that fails."""
     file = shipped_yaml(name)
-    try:
-        if load_yaml(file, resolve_func=False).get("unsafe_code"):
-            raise UserError(
-                f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: "
-                "choose another task"
-            )
+    with named_errors(f"task {name!r}", file):
+        refuse_unsafe(name, load_yaml(file, resolve_func=False))
         return dict(load_yaml(file))
+
+
+def refuse_unsafe(name: str, config: Mapping[str, Any]) -> None:
+    if config.get("unsafe_code"):
+        raise UserError(
+            f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: "
+            "choose another task"
+        )
+
+
+@contextlib.contextmanager
+def named_errors(what: str, file: Path) -> Iterator[None]:
+    """Turn whatever the reading of a task's file and its functions raises into a UserError that names the task."""
+    try:
+        yield
     except UserError:
         raise
     except ImportError as error:
-        raise UserError(lacks_package(f"task {name!r}", error)) from error
+        raise UserError(lacks_package(what, error)) from error
     except Exception as error:  # the task's own Python may raise anything
         if "module script" in str(error):  # in evaluate's message about program code that is not on this machine
             raise UserError(
-                f"task {name!r} has a metric that is code of others, which the library evaluate would download and "
-                "run, and Holdfast does not: choose another task"
+                f"{what} has a metric that is code of others, which the library evaluate would download and run, and "
+                "Holdfast does not: choose another task"
             ) from error
         raise UserError(
-            f"task {name!r} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
+            f"{what} cannot be used: reading {file.relative_to(SHIPPED.parent.parent)} and its functions gives "
             f"{shortened(error)}"
         ) from error
 

@@ -42,9 +42,10 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Row], *, metric: str) -> LocalTask:
+def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Row], *, metric: str | None) -> LocalTask:
     """The lm-eval task `task` on `rows`, or on those of a JSONL file, known as `name`, reported by `metric`.
 
+    Without a metric it is the task's first.
     A metric that lm-eval takes of several filters' answers is written METRIC,FILTER, such as
     `exact_match,strict-match`; without a filter it is that of the task's first one. Every row is checked (`check`), and
     the metric is tried on made-up answers to all of them (evaluation/measure.py). Raises UserError for an unknown task,
@@ -55,13 +56,14 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
     rows = read_rows(rows) if isinstance(rows, str | Path) else _as_written(rows)
     try:
         with _named(f"task {name}", rows, config):
-            made = LocalTask(rows=rows, config=config, metric=metric)
+            made = LocalTask(rows=rows, config=config)
     except UserError:
-        if row := _culprit(rows, config, metric):
-            only = len(rows) == 1 or not _fails(rows[-1:] if rows[-1].at != row.at else rows[:1], config, metric)
+        if row := _culprit(rows, config):
+            only = len(rows) == 1 or not _fails(rows[-1:] if rows[-1].at != row.at else rows[:1], config)
             with _named(f"task {name}", rows, config, row=row, at=f", {row.at}", only=only):
-                LocalTask(rows=rows, config=config, metric=metric)
+                LocalTask(rows=rows, config=config)
         raise
+    made.metric = metric = metric or next(iter(made.aggregation()))
     known = sorted(made.aggregation())
     perplexity = task == "general_text" and metric == "perplexity"  # ours: exp(nats per token)
     if metric.partition(",")[0] not in known and not perplexity:
@@ -144,7 +146,7 @@ def gold_index(task: LocalTask, doc: Mapping[str, Any], at: str = "a row") -> in
 
 def requests(task: LocalTask, doc: Mapping[str, Any]) -> list[Instance]:
     """lm-eval's requests for one row: `args` are (context, continuation) by choice, (text,), or (context, settings)."""
-    context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot, gen_prefix=task.doc_to_prefix(doc))
+    context = task.fewshot_context(doc, num_fewshot=task.config.num_fewshot or 0, gen_prefix=task.doc_to_prefix(doc))
     made = task.construct_requests(doc, context, metadata=(task.config.task, 0, 1))
     instances = made if isinstance(made, list) else [made]
     for text in (part for one in instances for part in one.args if not isinstance(part, dict)):
@@ -216,18 +218,18 @@ def _as_written(rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     return [Row(json.loads(text), at=place(row, n)) for n, (row, text) in enumerate(zip(rows, texts), 1)]
 
 
-def _culprit(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> Row | None:
+def _culprit(rows: Sequence[Row], config: Mapping[str, Any]) -> Row | None:
     """A row of which alone lm-eval cannot make a task; None if it fails on several together only."""
     rows = [Row(columns, at=place(row, n)) for n, (row, columns) in enumerate(zip(rows, filled(rows)), 1)]
     while len(rows) > 1:
         half = rows[: len(rows) // 2]
-        rows = half if _fails(half, config, metric) else rows[len(rows) // 2 :]
-    return rows[0] if _fails(rows, config, metric) else None
+        rows = half if _fails(half, config) else rows[len(rows) // 2 :]
+    return rows[0] if _fails(rows, config) else None
 
 
-def _fails(rows: Sequence[Row], config: Mapping[str, Any], metric: str) -> bool:
+def _fails(rows: Sequence[Row], config: Mapping[str, Any]) -> bool:
     try:
-        LocalTask(rows=rows, config=deepcopy(dict(config)), metric=metric)
+        LocalTask(rows=rows, config=deepcopy(dict(config)))
     except Exception:
         return True
     return False

@@ -92,8 +92,9 @@ def write(domain: str, block: Domain, reader: Reader, out: Path) -> dict[str, An
             write_rows(folder / "probe" / f"{name}.jsonl", probe)
     write_rows(evaluate / f"{domain}.jsonl", split.test)
     if block.format == "task":
-        listed = [entry(domain, block, "domain")]
-        warn_of_spaces(where, make_task(domain, block.task, split.test, metric=block.metric))  # checks every row
+        scored = make_task(domain, block.task, split.test, metric=block.metric)  # checks every row
+        warn_of_spaces(where, scored)
+        listed = [entry(domain, block, "domain", scored)]
         taught = {question(row) for row in drawn.train}
     else:
         listed = [_entry(domain, block)]

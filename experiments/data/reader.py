@@ -1,12 +1,15 @@
 """Read the rows of a study's blocks, each block once, and write rows to files."""
 
+import functools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from experiments.data import rows
+from experiments.data import lm_eval_rows, rows
+from experiments.data.data_sets import DataSets
+from experiments.data.lm_eval_rows import Drawn
 from experiments.study import schema
 from experiments.study.schema import General, Scored
 
@@ -23,6 +26,20 @@ class Reader:
     study: Any
     read_before: dict[str, rows.Rows] = field(default_factory=dict)
     left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    drawn_before: dict[str, Drawn] = field(default_factory=dict)
+
+    @functools.cached_property
+    def data_sets(self) -> DataSets:
+        folder = self.study.data.hub
+        return DataSets(folder=Path(folder).expanduser() if folder else None, hashes=self.study.paths.local / "hashes")
+
+    def of_lm_eval(self, name: str) -> Drawn:
+        """The documents of a task without `rows`: lm-eval says where they are."""
+        if name not in self.drawn_before:
+            block = self.study.tasks[name]
+            test = block.test or self.study.data.test
+            self.drawn_before[name] = lm_eval_rows.draw(name, block, test=test, data_sets=self.data_sets)
+        return self.drawn_before[name]
 
     def __call__(self, block: General | Scored, named: schema.Rows, *, where: str) -> rows.Rows:
         if where not in self.read_before:

@@ -1,16 +1,19 @@
 """The tasks that a domain names: rows that are scored for each role, and rows that are probed."""
 
+import contextlib
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation import guessing
 from evaluation.chance import WARNING
 from evaluation.task import LocalTask, make_task, render
-from experiments.data import splits
+from experiments.data import lm_eval_rows, splits
 from experiments.data.reader import Reader, Row, write_rows
 from experiments.data.sameness import sameness
-from experiments.study.schema import Domain, Scored, Task
+from experiments.study.schema import Domain, Scored
 from methods.errors import UserError
 from methods.tools.files import sha256
 
@@ -29,26 +32,26 @@ def write_scored(
     seen: dict[tuple, str] = {}
     for role in ("retention", "transfer", "score"):
         for name in getattr(block, role):
-            task, drawn, source = _task(name, reader)
-            same = isinstance(task.task, str) and task.task == block.task
-            if same or source in sources:
+            written = _written(name, role, reader, folder=folder)
+            same = isinstance(written.entry["task"], str) and written.entry["task"] == block.task
+            if same or written.facts["source"] in sources:
                 raise UserError(
                     f"{where}.{role} lists {name!r}, which is the domain's own task or rows: "
                     "training data cannot show retention or transfer"
                 )
-            file = write_rows(folder / f"{name}.jsonl", drawn.test)
-            made = make_task(name, task.task, drawn.test, metric=task.metric)
-            content = (sha256(file), json.dumps(task.task, sort_keys=True), task.metric)
+            stated = [written.entry[key] for key in ("task", "metric")]
+            content = (sha256(folder / written.entry["file"]), json.dumps(stated, sort_keys=True))
             if content in seen:
                 raise UserError(
                     f"{where}: tasks {seen[content]!r} and {name!r} have the same rows, prompt and metric "
                     "and would count twice: leave one of them out"
                 )
             seen[content] = name
-            _refuse_taught(made, taught, where=f"{where}.{role} lists {name!r}")
-            warn_of_spaces(f"tasks.{name}", made)
-            listed.append(entry(name, task, role))
-            tasks[name] = facts(task, drawn, source) | {"role": role}
+            _refuse_taught(written.tasks, taught, where=f"{where}.{role} lists {name!r}")
+            for made in written.tasks:
+                warn_of_spaces(f"tasks.{name}", made)
+            listed.append(written.entry)
+            tasks[name] = written.facts | {"role": role}
     return listed, tasks
 
 
@@ -57,23 +60,52 @@ def write_probes(domain: str, block: Domain, reader: Reader, *, folder: Path) ->
     where = f"domains.{domain}"
     probes = {}
     for name in block.probes:
-        task, drawn, _ = _task(name, reader)
-        scored = {question(row) for row in rendered(name, task, drawn.test)}
-        probe = [row for row in rendered(name, task, drawn.probe) if question(row) not in scored]
+        task = reader.study.tasks[name]
+        if task.rows is None:
+            scored_rows, drawn_rows = lm_eval_rows.rendered(name, task, reader.of_lm_eval(name))
+        else:
+            drawn, _ = _drawn(name, reader)
+            scored_rows, drawn_rows = rendered(name, task, drawn.test), rendered(name, task, drawn.probe)
+        scored = {question(row) for row in scored_rows}
+        probe = [row for row in drawn_rows if question(row) not in scored]
         if not probe:
             raise UserError(
                 f"{where}.probes lists {name!r}, but no rows are left for its probe after its "
-                f"{len(drawn.test)} test rows: lower tasks.{name}.test, or raise its `probe`"
+                f"{len(scored_rows)} test rows: lower tasks.{name}.test, or raise its `probe`"
             )
         write_rows(folder / "probe" / f"{name}.jsonl", probe)
-        probes[name] = {"n": len(probe), "duplicates": {"between": len(drawn.probe) - len(probe)}}
+        probes[name] = {"n": len(probe), "duplicates": {"between": len(drawn_rows) - len(probe)}}
     return probes
 
 
-def _task(name: str, reader: Reader) -> tuple[Task, splits.Split, str]:
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """A task whose rows are written: its entry of tasks.json, its facts for data.json, and lm-eval's tasks of it."""
+
+    entry: dict[str, Any]
+    facts: dict[str, Any]
+    tasks: list[Any]
+
+
+def _written(name: str, role: str, reader: Reader, *, folder: Path) -> _Written:
+    task = reader.study.tasks[name]
+    if task.rows is not None:
+        drawn, source = _drawn(name, reader)
+        write_rows(folder / f"{name}.jsonl", drawn.test)
+        made = make_task(name, task.task, drawn.test, metric=task.metric)
+        return _Written(entry=entry(name, task, role, made), facts=facts(task, drawn, source), tasks=[made])
+    named = reader.of_lm_eval(name)
+    lm_eval_rows.write(folder / f"{name}.jsonl", named)
+    own, made = lm_eval_rows.entry(name, task, role, named, folder=folder)
+    return _Written(entry=own, facts=lm_eval_rows.facts(task, named), tasks=made)
+
+
+def _drawn(name: str, reader: Reader) -> tuple[splits.Split, str]:
+    """The scored and the probed rows of a task with rows of its own, and their source."""
     block = reader.study.tasks[name]
     loaded = reader(block, block.rows, where=f"tasks.{name}")
-    return block, splits.sample(loaded.rows, test=block.test, probe=block.probe), loaded.source
+    test = block.test or reader.study.data.test
+    return splits.sample(loaded.rows, test=test, probe=block.probe), loaded.source
 
 
 def warn_of_spaces(where: str, task: LocalTask) -> None:
@@ -100,12 +132,12 @@ def question(row: Row) -> str:
     return sameness(row.get("asked", row["context"]))
 
 
-def _refuse_taught(task: LocalTask, taught: set[str], *, where: str) -> None:
+def _refuse_taught(tasks: Iterable[LocalTask], taught: set[str], *, where: str) -> None:
     """Refuse a task if most of its questions are training questions, whatever its name or file; warn if some are."""
-    try:
-        asked = render(task)
-    except UserError:  # choices inside the context: training prompts are never of this kind
-        return
+    asked: list[Row] = []
+    for task in tasks:
+        with contextlib.suppress(UserError):  # choices inside the context: training prompts are never of this kind
+            asked += render(task)
     if not (known := [row for row in asked if question(row) in taught]):
         return
     problem = (
@@ -117,8 +149,10 @@ def _refuse_taught(task: LocalTask, taught: set[str], *, where: str) -> None:
     print(f"{WARNING}{problem}", flush=True)
 
 
-def entry(name: str, block: Scored, role: str) -> dict[str, Any]:
-    stated = {"task": block.task, "metric": block.metric, "chance": block.chance}
+def entry(name: str, block: Scored, role: str, task: LocalTask) -> dict[str, Any]:
+    """The entry of tasks.json; metric and chance level are the task's where the block states none."""
+    stated = {"task": block.task, "metric": task.metric, "chance": guessing.chance(task)}
+    stated |= {} if block.chance is None else {"chance": block.chance}
     return {"name": name, "role": role, "file": f"{name}.jsonl"} | stated
 
 

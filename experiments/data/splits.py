@@ -64,9 +64,13 @@ def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
     return [by_hash[key] for key in sorted(by_hash)], len(rows) - len(by_hash)
 
 
-def sample(rows: Iterable[Row], *, test: int, probe: int) -> Split:
-    """The first `test` rows by hash and the next `probe` rows; if there are fewer, test gets its rows first."""
+def sample(rows: Iterable[Row], *, test: int | str, probe: int) -> Split:
+    """The first `test` rows by hash and the next `probe` rows; if there are fewer, test gets its rows first.
+
+    "all" leaves the last rows to the probe.
+    """
     ordered, copies = distinct(rows)
+    test = max(len(ordered) - probe, 1) if test == "all" else test
     drawn = {"train": [], "probe": ordered[test : test + probe], "test": ordered[:test]}
     return Split(**drawn, duplicates_within=copies)
 

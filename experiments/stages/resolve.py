@@ -93,7 +93,7 @@ def data(study) -> dict:
         "tasks": tasks,
         "general": study.general.as_written,
         "packages": _packages(study, wheels),
-        "data": study.data.model_dump(),
+        "data": study.data.model_dump(include={"source"}) | _asked(study),
         "versions": {name: version(name) for name in DATA_PACKAGES},
         "format": DATA_FORMAT,
     } | _files(study, _row_files(study))
@@ -109,19 +109,27 @@ def _rows(study) -> list[Rows]:
     """All `rows:` blocks that are read."""
     domains = [study.domains[name] for name in study.grid.domains]
     blocks = [study.general, *domains, *(study.tasks[name] for name in _tasks(study))]
-    return [block.rows for block in blocks] + [domain.test_rows for domain in domains]
+    named = [block.rows for block in blocks if block.rows is not None]
+    return named + [domain.test_rows for domain in domains]
+
+
+def _asked(study) -> dict:
+    """What decides the rows of tasks that lm-eval says where to read."""
+    if all(study.tasks[name].rows is not None for name in _tasks(study)):
+        return {}
+    return {"test": study.data.test} | ({"hub": study.data.hub} if study.data.hub else {})
 
 
 def _row_files(study) -> list[str]:
-    """Local files that `data` reads: rows, and chat templates of domains."""
+    """Local files that `data` reads: rows, chat templates of domains, and the folder in the hub's layout."""
     templates = [study.domains[name].chat_template for name in study.grid.domains]
     sources = [local_files.of_rows(rows, prefer=study.data.source) for rows in _rows(study)]
-    return [*filter(None, templates), *(path for paths in sources for path in paths)]
+    return [*filter(None, [*templates, _asked(study).get("hub")]), *(path for paths in sources for path in paths)]
 
 
 def evaluate(study, model: str) -> dict:
     """What the scores of the base and of cells depend on besides weights and rows; `collect` compares the same."""
-    resolved = study.evaluate.model_dump() | {
+    resolved = evaluation_settings(study) | {
         "scoring": evaluation.SCORING,
         "versions": evaluation.versions(),
         "device": study.device,
@@ -136,6 +144,14 @@ def evaluate(study, model: str) -> dict:
     if stated is None:  # the checkpoint's own dtype, which is not known before the model was made
         return resolved | {"bf16": hardware.has_bf16(where)}
     return resolved | {"compute_dtype": str(study.compute_dtype(model, getattr(torch, stated), where))}
+
+
+def evaluation_settings(study) -> dict:
+    """The block `evaluate` without what is off; a template from a file is its text."""
+    settings = {key: value for key, value in study.evaluate.model_dump().items() if value not in (None, False)}
+    if isinstance(file := settings.get("chat_template"), str):
+        settings["chat_template"] = local_files.text(file, where="evaluate.chat_template")
+    return settings
 
 
 def collect(study, model: str, method: str) -> dict:
@@ -234,6 +250,7 @@ def local_inputs(study) -> list[str]:
     parts = [part for method in study.grid.methods for part in study.methods[method].parts]
     paths = [path for name in study.grid.models for path in local_files.of_model(study.models[name])]
     paths += [path for part in parts for path in registry.paths(part, None)]
+    paths += [study.evaluate.chat_template] if isinstance(study.evaluate.chat_template, str) else []
     return sorted({*paths, *_row_files(study), *local_files.of_code(parts)})
 
 

@@ -153,13 +153,24 @@ def _probed(study, domain: str) -> list[str]:
     return names + [name for task in block.probes for name in (task, f"{task}_nll")]
 
 
-def _tasks(study) -> None:
-    from evaluation.task import config_of  # imports lm-eval
+def _configs(name: str, block: Scored) -> list[dict[str, Any]]:
+    """lm-eval's configurations of a block's task or group. Raises UserError for a task that cannot be used."""
+    from evaluation import catalogue  # imports lm-eval
+    from evaluation.definition import config_of, refuse_unusable
 
+    if block.rows is not None:
+        return [config_of(name, block.task)]
+    known = catalogue.named(block.task, name=name)
+    for task, config in known.tasks.items():
+        refuse_unusable(task, config)
+    return list(known.tasks.values())
+
+
+def _tasks(study) -> None:
     for where, block in _used(study).items():
         if isinstance(block, Scored) and block.task:
             with _at(f"{where}.task: "):
-                config_of(where.partition(".")[2], block.task)
+                _configs(where.partition(".")[2], block)
 
 
 def _model(study, model: str) -> None:
@@ -204,14 +215,8 @@ def _answers_fit(study, model: str, positions: int) -> None:
     """Refuse generated answers that leave no room for their prompt (evaluation/lm.py)."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    from evaluation.task import config_of
-
-    for where, block in _used(study).items():
-        config = (
-            config_of(where.partition(".")[2], block.task)
-            if isinstance(block, Scored) and block.task is not None
-            else {}
-        )
+    used = {where: block for where, block in _used(study).items() if isinstance(block, Scored) and block.task}
+    for where, config in ((w, c) for w, block in used.items() for c in _configs(w.partition(".")[2], block)):
         if config.get("output_type") == "generate_until":
             tokens = normalize_gen_kwargs(dict(config.get("generation_kwargs") or {}))["max_gen_toks"]
             if tokens >= positions:
@@ -254,7 +259,10 @@ def _data(study) -> Iterator[tuple[Path | None, list[str]]]:
 def _is_local(study, domain: str) -> bool:
     """Whether all rows that a domain reads are local files."""
     blocks, source = _rows_blocks(study, [domain]), study.data.source
-    return all(rows.choose(block, prefer=source, where=path) in ("jsonl", "local") for path, block in blocks.items())
+    named = all(block.rows is not None for block in _used(study, [domain]).values())
+    return named and all(
+        rows.choose(block, prefer=source, where=path) in ("jsonl", "local") for path, block in blocks.items()
+    )
 
 
 def _used(study, domains: list[str] | None = None) -> dict[str, General | Scored]:
@@ -270,7 +278,7 @@ def _used(study, domains: list[str] | None = None) -> dict[str, General | Scored
 def _rows_blocks(study, domains: list[str] | None = None) -> dict[str, Rows]:
     """The blocks of rows that the domains read, by path."""
     used = _used(study, domains)
-    blocks = {f"{where}.rows": block.rows for where, block in used.items()}
+    blocks = {f"{where}.rows": block.rows for where, block in used.items() if block.rows is not None}
     for where, block in used.items():
         tests = getattr(block, "test_rows", Rows())
         if rows.has(tests, prefer=study.data.source):

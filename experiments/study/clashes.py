@@ -4,10 +4,10 @@ import json
 from collections.abc import Mapping
 from itertools import product
 
+from experiments.study.names_of_tasks import ROLES
 from experiments.study.schema import Domain, Params, Task, Tune
 from methods.errors import UserError
 
-ROLES = ("retention", "transfer", "score", "probes")  # what a domain uses tasks for
 # names under which Holdfast itself writes rows and scores of general text, beside domains and tasks
 GENERAL = ("general", "general_text", "perplexity")
 NATS = "_nll"  # suffix of a probe's nats per token

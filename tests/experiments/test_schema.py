@@ -74,7 +74,7 @@ FULL = {  # every key of every block, with a right value
     "device": "cpu",
     "not_a_result": True,
     "grid": {"models": ["m"], "domains": ["d"], "methods": ["lora"], "seeds": [0, 1]},
-    "data": {"source": "hub"},
+    "data": {"source": "hub", "test": 100, "hub": "sets"},
     "packages": {"a-b==1": SHA},
     "models": {
         "m": {
@@ -96,6 +96,7 @@ FULL = {  # every key of every block, with a right value
         }
     },
     "tasks": {"t": SCORED | {"test": 20, "probe": 4}},
+    "suites": {"s": ["t"]},
     "domains": {
         "d": SCORED
         | {
@@ -127,7 +128,7 @@ FULL = {  # every key of every block, with a right value
         "lora": {"lora": {}, "ewc": {}, "train": {key: value for key, value in TRAIN.items() if key != "moments"}}
     },
     "train": TRAIN,
-    "evaluate": {"scorer": "hflm", "batch_size": 4},
+    "evaluate": {"scorer": "hflm", "batch_size": 4, "chat_template": True, "fewshot_as_multiturn": False},
     "tune": {"epochs": 0.5, "methods": {"lora": {"lora.rank": [2, 4]}}},
     "archive": {"commit": "b" * 40, "known": ["nothing"]},
 }
@@ -255,7 +256,7 @@ def test_settings_of_parts_are_named_with_their_whole_path(part):
         (
             ("tasks", "t", "test"),
             "20",
-            "tasks.t.test is '20': it must be a whole number from 1; write 20 without quotes",
+            "tasks.t.test is '20': it must be a whole number from 1, or all; write 20 without quotes",
         ),
         (
             ("domains", "d", "split", "train"),

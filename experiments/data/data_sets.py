@@ -1,0 +1,79 @@
+"""The data sets of lm-eval's tasks: from the hub, from its cache, or from a folder in the hub's layout."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from experiments.model import hub
+from experiments.study import local_files
+from methods.errors import UserError
+
+COMMIT = re.compile("[0-9a-f]{40}")
+BUILDERS = ("arrow", "csv", "json", "parquet", "text")  # readers of `datasets`, whose files stand in `data_files`
+
+
+@dataclass(kw_only=True)
+class DataSets:
+    """Reads each data set once.
+
+    folder   in which data sets lie as OWNER/NAME, instead of on the hub
+    hashes   folder in which the hashes of files are remembered
+    """
+
+    folder: Path | None
+    hashes: Path
+    read_before: dict[str, tuple[Mapping[str, Any], str]] = field(default_factory=dict)
+
+    def __call__(self, path: str, name: str | None, arguments: Mapping[str, Any]) -> tuple[Mapping[str, Any], str]:
+        """(rows by split, where they are from with its commit or hash). Raises UserError saying what is missing."""
+        key = repr((path, name, sorted(arguments.items(), key=str)))
+        if key not in self.read_before:
+            self.read_before[key] = self._read(path, name, dict(arguments))
+        return self.read_before[key]
+
+    def _read(self, path: str, name: str | None, arguments: dict[str, Any]) -> tuple[Mapping[str, Any], str]:
+        import datasets
+
+        datasets.logging.set_verbosity_error()
+        datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every load is reported to a counter outside the hub
+        revision = arguments.pop("revision", None)
+        at, commit = path, None
+        if self.folder is not None:
+            at = str(self.folder / path)
+            if not Path(at).is_dir():
+                raise UserError(
+                    f"{self.folder} (data.hub) has no folder {path}: put the files of that data set's repository "
+                    "there, or leave data.hub out to read the hub"
+                )
+        elif path not in BUILDERS:
+            commit = hub.data_set_commit(path, revision=revision)
+        try:
+            pinned = {"revision": commit or revision} if self.folder is None and path not in BUILDERS else {}
+            splits = datasets.load_dataset(at, name, **arguments, **pinned)
+        except ImportError as error:
+            raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
+        except Exception as error:  # datasets and its HTTP library raise many types
+            raise _refused(error, path, revision, folder=self.folder) from error
+        splits = {"train": splits} if isinstance(splits, datasets.Dataset) else splits
+        if self.folder is not None:
+            digest = local_files.digests([at], kept=self.hashes)[at]
+            return splits, f"folder:{path}@{digest[:16]}" + (f"/{name}" if name else "")
+        cached = {Path(file["filename"]).parent.name for part in splits.values() for file in part.cache_files}
+        found = set(filter(COMMIT.fullmatch, cached)) | ({commit} - {None})
+        if len(found) > 1:
+            raise UserError(
+                f"data set {path!r} in the local cache has commit {', '.join(sorted(found - {commit}))}, not {commit}: "
+                "download that revision with HF_HUB_OFFLINE unset"
+            )
+        return splits, f"hub:{path}@{next(iter(found), 'unknown revision')}" + (f"/{name}" if name else "")
+
+
+def _refused(error: Exception, path: str, revision: str | None, *, folder: Path | None) -> UserError:
+    message = " ".join(str(error).split())[:300]
+    if "Dataset scripts are no longer supported" in message:
+        return UserError(f"data set {path!r} is made by a program of its repository, which is not run: {message}")
+    if folder is not None:
+        return UserError(f"data set {path!r} in {folder} (data.hub) cannot be read: {message}")
+    return hub.refused(error, kind="data set", name=path, revision=revision)

@@ -1,0 +1,165 @@
+"""Rows of lm-eval's own tasks and groups: read from where lm-eval gets them, sampled, and kept for scoring."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evaluation import catalogue, documents, groups, guessing
+from evaluation.catalogue import Named
+from evaluation.task import render
+from experiments.data import splits
+from experiments.data.data_sets import DataSets
+from experiments.study.schema import Task
+from methods.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """Documents of each task by its name: those scored, those probed, and those that few-shot examples are drawn from.
+
+    total  how many documents there are
+    """
+
+    named: Named
+    test: dict[str, list[dict]]
+    probe: dict[str, list[dict]]
+    examples: dict[str, list[dict]]
+    sources: tuple[str, ...]
+    total: int
+
+    @property
+    def source(self) -> str:
+        return " ; ".join(self.sources)
+
+
+def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Drawn:
+    """The documents of a task or group; at most `test` of them, a fixed sample in proportion to its tasks' sizes.
+
+    Raises UserError that names the task, the data set it wanted and the settings that would provide it.
+    """
+    named = catalogue.named(block.task, name=name)
+    docs: dict[str, list[dict]] = {}
+    examples: dict[str, list[dict]] = {}
+    sources: dict[str, None] = {}
+    for task, config in named.tasks.items():
+        read = documents.read(task, config, functools.partial(_load, name, task, config, data_sets, sources))
+        docs[task] = list(read.eval_docs)
+        if documents.shots(read) and not documents.states_examples(read):
+            examples[task] = list(read.fewshot_docs())
+    sizes = {task: len(own) for task, own in docs.items()}
+    free = sum(sizes.values()) - block.probe
+    tested = shared_out(sizes, max(free, 1) if test == "all" else test)
+    probed = shared_out({task: sizes[task] - tested[task] for task in sizes}, block.probe, least=0)
+    chosen = {task: _chosen(own, test=tested[task], probe=probed[task]) for task, own in docs.items()}
+    return Drawn(
+        named=named,
+        test={task: own[0] for task, own in chosen.items()},
+        probe={task: own[1] for task, own in chosen.items()},
+        examples=examples,
+        sources=tuple(sources),
+        total=sum(sizes.values()),
+    )
+
+
+def shared_out(sizes: Mapping[str, int], number: int, *, least: int = 1) -> dict[str, int]:
+    """`number` rows shared out in proportion to `sizes` by largest remainder; at least `least` of each that has any."""
+    total = sum(sizes.values())
+    if number >= total:
+        return dict(sizes)
+    exact = {task: number * size / total for task, size in sizes.items()}
+    shares = {task: max(int(part), min(least, sizes[task])) for task, part in exact.items()}
+    for task in sorted(exact, key=lambda task: (int(exact[task]) - exact[task], task)):
+        if sum(shares.values()) < number and shares[task] < sizes[task] and shares[task] <= exact[task]:
+            shares[task] += 1
+    return shares
+
+
+def _chosen(docs: Sequence[dict], *, test: int, probe: int) -> tuple[list[dict], list[dict]]:
+    """The first by hash for scoring and the next for probes, each in the order of the data set, as lm-eval has them."""
+    order = sorted(range(len(docs)), key=lambda number: (splits.row_hash(docs[number]), number))
+    return [docs[i] for i in sorted(order[:test])], [docs[i] for i in sorted(order[test : test + probe])]
+
+
+def _load(
+    name: str,
+    task: str,
+    config: Mapping[str, Any],
+    data_sets: DataSets,
+    sources: dict[str, None],
+    path: str,
+    subset: str | None,
+    arguments: Mapping[str, Any],
+) -> Mapping[str, Any]:
+    """The data set that lm-eval's task asks for; its source is added to `sources`."""
+    wanted = dict.fromkeys(config.get(f"{kind}_split") for kind in ("test", "validation", "fewshot"))
+    listed = ", ".join(split for split in wanted if split)
+    what = f"data set {path}" + (f", configuration {subset}" if subset else "") + (f", {listed}" if listed else "")
+    try:
+        rows, source = data_sets(path, subset, arguments)
+    except UserError as error:
+        raise UserError(
+            f"tasks.{name}: task {task} of lm-eval wants {what}: {error}. `data.hub: FOLDER` reads it from a folder in "
+            f"the hub's layout, and `tasks.{name}.rows` reads other rows"
+        ) from error
+    sources[source] = None
+    return rows
+
+
+def write(file: Path, drawn: Drawn) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with open(file, "w", encoding="utf-8") as out:
+        out.writelines(documents.lines(drawn.test, drawn.examples))
+    return file
+
+
+def entry(name: str, block: Task, role: str, drawn: Drawn, *, folder: Path) -> tuple[dict[str, Any], list[Any]]:
+    """The entry of tasks.json of documents that were written to `folder`, and lm-eval's tasks of it.
+
+    Metric and chance level are the task's or the group's first where the block states none.
+    """
+    stated = {"name": name, "role": role, "file": f"{name}.jsonl", "task": block.task, "documents": True}
+    stated |= _metric(block, drawn.named)
+    tasks = documents.load(stated, folder)
+    guessed = groups.mean(
+        [guessing.chance(task) for task in tasks],
+        [len(task.eval_docs) for task in tasks],
+        by_size=stated.get("weight_by_size", True),
+    )
+    metric = stated["metric"] or tasks[0].metric
+    return stated | {"metric": metric, "chance": guessed if block.chance is None else block.chance}, tasks
+
+
+def _metric(block: Task, named: Named) -> dict[str, Any]:
+    """The metric, and for a group whether its tasks weigh by size."""
+    if not named.aggregates:
+        return {"metric": block.metric}
+    first = named.aggregates[0]
+    own = next((one for one in named.aggregates if one.metric == (block.metric or "").partition(",")[0]), first)
+    filters = [one for one in own.filter_list or () if one != "none"]
+    return {"metric": block.metric or ",".join([own.metric, *filters[:1]]), "weight_by_size": own.weight_by_size}
+
+
+def rendered(name: str, block: Task, drawn: Drawn) -> tuple[list[dict], list[dict]]:
+    """The scored and the probed rows as lm-eval's tasks render them."""
+    metric = _metric(block, drawn.named)["metric"]
+    rows: dict[str, list[dict]] = {"test": [], "probe": []}
+    for kind, own in rows.items():
+        for task, docs in getattr(drawn, kind).items():
+            if docs:
+                config, examples = drawn.named.tasks[task], drawn.examples.get(task, ())
+                own += render(documents.kept(task, config, docs=docs, examples=examples, metric=metric))
+    return rows["test"], rows["probe"]
+
+
+def facts(block: Task, drawn: Drawn) -> dict[str, Any]:
+    """What data.json says of the task: its data sets with commit or hash, and how many rows are used."""
+    counts = {kind: sum(map(len, getattr(drawn, kind).values())) for kind in ("test", "probe")}
+    return {
+        "source": drawn.source,
+        "licence": block.licence,
+        "n": {"train": 0} | counts,
+        "of": drawn.total,
+        "duplicates": {"within": 0, "between": 0},
+    }
