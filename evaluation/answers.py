@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.task import LocalTask, gold_index
+from methods.errors import UserError
 
 MEANS = ("margin", "brier")
 Item = dict[str, Any]
@@ -29,11 +30,13 @@ def item(name: str, task: LocalTask, sample: Mapping[str, Any], *, tokens: Mappi
     row = {"task": name, "doc_id": sample["doc_id"], "doc_hash": sample["doc_hash"]}
     row["score"] = None if part is None else part(passed)
     if task.OUTPUT_TYPE == "multiple_choice":
-        choices, gold = task.doc_to_choice(sample["doc"]), gold_index(task, sample["doc"])
+        choices, gold = task.doc_to_choice(sample["doc"]), _gold(task, sample["doc"])
         row |= {"choice": _choice(task.measure.metric, choices, sample["filtered_resps"], gold), "gold": gold}
         values = [float(value) for value, _ in sample["filtered_resps"][: len(choices)]]
-        row |= _among(values, right=_right(task, sample["doc"], gold), gold=gold)
         row["choices"] = ";".join(f"{value:.6g}" for value in values)
+        if gold is None:
+            return row
+        row |= _among(values, right=_right(task, sample["doc"], gold), gold=gold)
     elif task.OUTPUT_TYPE == "loglikelihood":
         ((value, greedy),) = sample["filtered_resps"]
         row |= {"choice": 0 if greedy else None, "gold": 0, "log_likelihood": value}
@@ -41,6 +44,16 @@ def item(name: str, task: LocalTask, sample: Mapping[str, Any], *, tokens: Mappi
         return row
     asked = sample["arguments"][row["gold"]]
     return row | {"tokens": tokens[asked], "bytes": len(asked[1].encode())}
+
+
+def _gold(task: LocalTask, doc: Mapping[str, Any]) -> int | None:
+    """The gold choice; None where a row of lm-eval's own has none, which it counts as wrong."""
+    try:
+        return gold_index(task, doc)
+    except UserError:
+        if isinstance(task, LocalTask):
+            raise
+        return None
 
 
 def summary(items: Sequence[Item]) -> dict[str, float]:
@@ -79,7 +92,7 @@ def _right(task: LocalTask, doc: Mapping[str, Any], gold: int) -> set[int]:
     return {one if isinstance(one, int) else choices.index(one) for one in listed}
 
 
-def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], gold: int) -> int | None:
+def _choice(metric: str, choices: list[str], answers: list[tuple[float, bool]], gold: int | None) -> int | None:
     """The choice that a metric counts as the model's, as lm-eval computes it from (nats, greedy) of each choice."""
     if metric == "exact_match":  # what the model would write: none of the choices, as a rule
         greedy = [number for number, (_, likeliest) in enumerate(answers[: len(choices)]) if likeliest]

@@ -27,40 +27,39 @@ def mean(values: Sequence[float | None], sizes: Sequence[int], *, by_size: bool)
     return math.fsum(value * weight for value, weight in zip(values, weights(sizes, by_size=by_size), strict=True))
 
 
-def together(tasks: Mapping[str, Reported], *, by_size: bool) -> dict[str, Any]:
-    """The entry of a group from those of its tasks, by name: value, metrics and what the measure says of them."""
-    entries = list(tasks.values())
-    sizes = [entry["n"] for entry in entries]
+def together(
+    tasks: Sequence[tuple[str, Reported, list[Item]]], entry: Mapping[str, Any]
+) -> tuple[Reported, list[Item]]:
+    """What scores.json says of an entry of tasks.json, and its items, from (name, what it says, items) of its tasks."""
+    if "weight_by_size" not in entry:
+        ((_, reported, items),) = tasks
+        return reported, items
+    reports = [reported for _, reported, _ in tasks]
+    sizes = [reported["n"] for reported in reports]
+    shares = weights(sizes, by_size=entry["weight_by_size"])
 
-    def of(key: str, entries: Sequence[Reported] = entries) -> float | None:
-        return mean([entry[key] for entry in entries], sizes, by_size=by_size)
+    def of(key: str, values: Sequence[Reported] = reports) -> float:
+        return math.fsum(one[key] * share for one, share in zip(values, shares, strict=True))
 
-    units = {entry["unit"] for entry in entries}
-    whole = {
+    metrics = [reported["metrics"] for reported in reports]
+    units = {reported["unit"] for reported in reports}
+    whole: dict[str, Any] = {
         "n": sum(sizes),
         "value": of("value"),
         "compared": of("compared"),
-        "unit": SHARE if units == {SHARE} else next(iter(units - {SHARE})),
-        "higher_is_better": entries[0]["higher_is_better"],
-        "per_item": all(entry["per_item"] for entry in entries),
-        "metrics": {
-            key: of(key, [entry["metrics"] for entry in entries])
-            for key in entries[0]["metrics"]
-            if all(key in entry["metrics"] for entry in entries)
-        },
-        "subtasks": {name: {"value": entry["value"], "n": entry["n"]} for name, entry in tasks.items()},
+        "unit": SHARE if units == {SHARE} else min(units - {SHARE}),
+        "higher_is_better": reports[0]["higher_is_better"],
+        "per_item": all(reported["per_item"] for reported in reports),
+        "metrics": {key: of(key, metrics) for key in metrics[0] if all(key in one for one in metrics)},
+        "subtasks": {name: {"value": reported["value"], "n": reported["n"]} for name, reported, _ in tasks},
     }
     if not whole["per_item"]:
-        draws = [entry.get("resampled") or [entry["compared"]] * RESAMPLES for entry in entries]
-        whole["resampled"] = [mean(drawn, sizes, by_size=by_size) for drawn in zip(*draws, strict=True)]
-    return whole
-
-
-def parts(items: Sequence[Item], *, weight: float, n: int, first: int, per_item: bool) -> list[Item]:
-    """The items of one task of a group of `n` rows, counted on from `first`, each with its part in the value."""
-    factor = weight * n / len(items)
-    scaled = []
-    for number, item in enumerate(items, first):
-        score = item["score"] * factor if per_item and item["score"] is not None else None
-        scaled.append(item | {"doc_id": number, "score": score})
-    return scaled
+        draws = [reported.get("resampled") or [reported["compared"]] * RESAMPLES for reported in reports]
+        whole["resampled"] = [mean(drawn, sizes, by_size=entry["weight_by_size"]) for drawn in zip(*draws, strict=True)]
+    items: list[Item] = []
+    for (_, _, rows), share in zip(tasks, shares, strict=True):
+        factor = share * whole["n"] / len(rows)
+        for row in rows:
+            score = row["score"] * factor if whole["per_item"] else None
+            items.append(row | {"doc_id": len(items), "score": score})
+    return whole, items

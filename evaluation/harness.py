@@ -16,7 +16,8 @@ import pandas as pd
 import torch
 from lm_eval.evaluator import evaluate
 
-from evaluation import SCORING, answers, texts, versions
+from evaluation import SCORING, answers, documents, groups, texts, versions
+from evaluation import chat_template as templates
 from evaluation import lm as models
 from evaluation.lm import TOKENS_PER_BATCH_SIZE
 from evaluation.preserve import preserved
@@ -48,9 +49,9 @@ def entries(folder: Path) -> list[dict[str, Any]]:
 
 
 def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
-    """The lm-eval tasks of a folder's tasks.json, each with its entry; UserError for what is missing or wrong in them.
+    """The lm-eval tasks of a folder's tasks.json, each with its entry, which those of a group share.
 
-    A domain of another format than `task` is none of them.
+    A domain of another format than `task` is none of them. Raises UserError for what is missing or wrong.
     """
     file, listed = Path(folder) / "tasks.json", entries(folder)
     for entry in listed:
@@ -59,11 +60,16 @@ def load_tasks(folder: Path) -> list[tuple[dict[str, Any], LocalTask]]:
     names = [entry["name"] for entry in listed]
     if len(set(names)) < len(names):
         raise UserError(f"{file}: two tasks share a name in {sorted(names)}: rename one")
-    return [(entry, _task(entry, folder)) for entry in listed if "format" not in entry]
+    return [(entry, task) for entry in listed if "format" not in entry for task in _tasks(entry, folder)]
 
 
-def _task(entry: Mapping[str, Any], folder: Path) -> LocalTask:
-    return make_task(entry["name"], entry["task"], Path(folder) / entry["file"], metric=entry["metric"])
+def _tasks(entry: Mapping[str, Any], folder: Path) -> list[LocalTask]:
+    """The task of an entry, or those of its group."""
+    if entry.get("documents"):
+        return documents.load(entry, folder)
+    task = make_task(entry["name"], entry["task"], Path(folder) / entry["file"], metric=entry["metric"])
+    task.chat = entry["role"] != "domain"  # which is asked as it was trained
+    return [task]
 
 
 def score(
@@ -76,6 +82,8 @@ def score(
     weights_sha256: str | None = None,
     kept: Path | None = None,
     reference: torch.nn.Module | HiddenRows | None = None,
+    chat_template: bool | str = False,
+    fewshot_as_multiturn: bool | None = None,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """(scores, items) of `model` on the tasks of `tasks_dir`.
 
@@ -83,6 +91,9 @@ def score(
                sequences each)
     kept       a folder in which shared-prefix keeps token ids for the next model
     reference  the base, or its hidden rows of `general_passages`, for KL on general text; the base itself is its own
+    chat_template         prompts are written in the tokenizer's own template (True) or in the text of one, but for the
+                          domain's own, which is asked as it was trained
+    fewshot_as_multiturn  examples are turns of their own; by default with a chat template, as in lm-eval
 
     Random states and train/eval modes are left as they were. Nothing in the result differs between two runs on the same
     weights, rows, versions and kind of machine. items' score is the row's part in the number that models are compared
@@ -91,12 +102,17 @@ def score(
     evaluation/answers.py and evaluation/texts.py. A written answer (GSM8K) has a score by the entry's metric and filter
     (`exact_match,strict-match`) alone, and scores' `metrics` hold those of all filters.
     """
-    tasks = {entry["name"]: task for entry, task in load_tasks(tasks_dir)}
+    tasks: dict[str, list[LocalTask]] = {}
+    for entry, task in load_tasks(tasks_dir):
+        tasks.setdefault(entry["name"], []).append(task)
     listed = entries(tasks_dir)
+    chat = {"chat_template": templates.choose(tokenizer, chat_template)} if chat_template else {}
+    if chat:
+        chat["fewshot_as_multiturn"] = fewshot_as_multiturn is not False
     with preserved(model), quiet():
         language_model, scorer = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size, kept=kept)
-        asked = {entry["name"]: tasks[entry["name"]] for entry in listed if not _is_text(entry)}
-        results = _evaluated(language_model, asked)
+        asked = {_key(entry, task): task for entry in listed if not _is_text(entry) for task in tasks[entry["name"]]}
+        results = _evaluated(language_model, asked, **chat)
         read = {entry["name"]: _texts(entry, tasks, tasks_dir, tokenizer) for entry in listed if _is_text(entry)}
         losses = {
             entry["name"]: token_losses(
@@ -127,6 +143,7 @@ def score(
         "batch_size": batch_size,
         "dtype": str(model.dtype).removeprefix("torch."),
         "limit": None,
+        **chat,
         **versions(),
     }
     scores["weights_sha256"] = weights_sha256
@@ -137,7 +154,7 @@ def score(
 def general_passages(tasks_dir: Path, tokenizer: Any) -> list[Labelled]:
     """The general passages among the tasks of a folder, as `score` reads them."""
     listed = [entry for entry in entries(tasks_dir) if entry["role"] == "perplexity"]
-    read = (texts.passages(entry["name"], _task(entry, tasks_dir), tokenizer) for entry in listed)
+    read = (texts.passages(e["name"], task, tokenizer) for e in listed for task in _tasks(e, tasks_dir))
     return [passage for one in read for passage in one.sequences]
 
 
@@ -146,12 +163,27 @@ def pass_tokens(batch_size: int) -> int:
     return batch_size * TOKENS_PER_BATCH_SIZE
 
 
-def _evaluated(language_model: Any, tasks: Mapping[str, LocalTask]) -> dict[str, Any]:
+def _key(entry: Mapping[str, Any], task: LocalTask) -> str:
+    """The name under which lm-eval scores a task: two groups may hold the same one."""
+    return f"{entry['name']}/{task.config.task}" if "weight_by_size" in entry else entry["name"]
+
+
+def _evaluated(
+    language_model: Any, tasks: Mapping[str, LocalTask], *, chat_template: str = "", fewshot_as_multiturn: bool = False
+) -> dict[str, Any]:
     """What lm-eval returns of tasks by name."""
     for task in tasks.values():
         task.set_fewshot_seed(SEED)
     torch.manual_seed(SEED)
-    return evaluate(language_model, {"tasks": dict(tasks)}, bootstrap_iters=0) if tasks else {}
+    if not tasks:
+        return {}
+    return evaluate(
+        language_model,
+        {"tasks": dict(tasks)},
+        bootstrap_iters=0,
+        apply_chat_template=bool(chat_template),
+        fewshot_as_multiturn=fewshot_as_multiturn,
+    )
 
 
 def _is_text(entry: Mapping[str, Any]) -> bool:
@@ -159,24 +191,30 @@ def _is_text(entry: Mapping[str, Any]) -> bool:
     return entry["role"] == "perplexity" or "format" in entry
 
 
-def _texts(entry: Mapping[str, Any], tasks: Mapping[str, LocalTask], folder: Path, tokenizer: Any) -> Texts:
+def _texts(entry: Mapping[str, Any], tasks: Mapping[str, list[LocalTask]], folder: Path, tokenizer: Any) -> Texts:
     if "format" in entry:
         return texts.labelled(entry, Path(folder), tokenizer)
-    return texts.passages(entry["name"], tasks[entry["name"]], tokenizer)
+    (task,) = tasks[entry["name"]]
+    return texts.passages(entry["name"], task, tokenizer)
 
 
 def _answered(
-    entry: Mapping[str, Any], task: LocalTask, results: Mapping[str, Any], tokens: Mapping[tuple[str, str], int]
+    entry: Mapping[str, Any], tasks: list[LocalTask], results: Mapping[str, Any], tokens: Mapping[tuple[str, str], int]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the entry's score, items) of a task that lm-eval evaluated."""
-    name = entry["name"]
-    samples = sorted(results["samples"][name], key=lambda sample: sample["doc_id"])
-    samples = [sample for sample in samples if sample["filter"] == task.measure.filter]
-    items = [answers.item(name, task, sample, tokens=tokens) for sample in samples]
+    """(the entry's score, items) of a task that lm-eval evaluated, or of a group's tasks."""
+    name, answered, asked = entry["name"], [], []
+    for task in tasks:
+        key = _key(entry, task)
+        samples = sorted(results["samples"][key], key=lambda sample: sample["doc_id"])
+        samples = [sample for sample in samples if sample["filter"] == task.measure.filter]
+        items = [answers.item(name, task, sample, tokens=tokens) for sample in samples]
+        reported = {"n": len(samples)} | _reported(name, task, results["results"][key], samples)
+        answered.append((task.config.task, reported, items))
+        asked += samples
+    reported, items = groups.together(answered, entry)
     about = {key: entry[key] for key in ("role", "metric", "chance")}
-    about |= {"n": len(samples), "version": task.VERSION, "prompt": _prompt(samples)}
-    about |= _reported(name, task, results["results"][name], samples)
-    return about | answers.summary(items), items
+    about |= {"version": entry.get("version", tasks[0].VERSION), "prompt": _prompt(asked)}
+    return about | reported | answers.summary(items), items
 
 
 def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:

@@ -138,7 +138,11 @@ def _metric(block: Task, named: Named) -> dict[str, Any]:
     first = named.aggregates[0]
     own = next((one for one in named.aggregates if one.metric == (block.metric or "").partition(",")[0]), first)
     filters = [one for one in own.filter_list or () if one != "none"]
-    return {"metric": block.metric or ",".join([own.metric, *filters[:1]]), "weight_by_size": own.weight_by_size}
+    return {
+        "metric": block.metric or ",".join([own.metric, *filters[:1]]),
+        "weight_by_size": own.weight_by_size,
+        "version": named.version,
+    }
 
 
 def rendered(name: str, block: Task, drawn: Drawn) -> tuple[list[dict], list[dict]]:

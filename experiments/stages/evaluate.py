@@ -14,6 +14,7 @@ from experiments.model import reference as references
 from experiments.model import tuned, weights
 from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
+from experiments.stages import resolve
 from experiments.study import ahead, ledger, provenance
 from experiments.study.failures import recorded
 from experiments.training import hardware
@@ -109,7 +110,7 @@ def _score(
         weights_sha256=digest,
         kept=study.paths.local / "tokens",
         reference=reference,
-        **study.evaluate.model_dump(),
+        **resolve.evaluation_settings(study),
     )
     seconds = perf_counter() - began
     harness.save(scores, items, out)

@@ -114,10 +114,11 @@ def _rows(study) -> list[Rows]:
 
 
 def _asked(study) -> dict:
-    """What decides the rows of tasks that lm-eval says where to read."""
-    if all(study.tasks[name].rows is not None for name in _tasks(study)):
-        return {}
-    return {"test": study.data.test} | ({"hub": study.data.hub} if study.data.hub else {})
+    """What else `data:` decides: the number of rows, and the folder, of tasks whose blocks do not."""
+    tasks = [study.tasks[name] for name in _tasks(study)]
+    asked = {"test": study.data.test} if any(task.test is None for task in tasks) else {}
+    hub = study.data.hub if any(task.rows is None for task in tasks) else None
+    return asked | ({"hub": hub} if hub else {})
 
 
 def _row_files(study) -> list[str]:

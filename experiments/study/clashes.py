@@ -84,7 +84,7 @@ def _refuse_format(domain: str, block: Domain) -> None:
     """Refuse a domain without the keys of its format, or with those of another."""
     of_task = ("task", "metric", "chance")
     if block.format == "task":
-        for key in (*of_task, "question", "split"):
+        for key in ("task", "question", "split"):
             if getattr(block, key) is None:
                 raise UserError(
                     f"domains.{domain} has no `{key}`: add it, or name the `format` of its rows: text, pairs or chat"

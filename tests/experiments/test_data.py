@@ -268,7 +268,7 @@ def test_written_answers_trained_on_in_other_columns_than_they_are_scored_in(stu
 
 def test_bad_blocks_are_told_by_name(study, tmp_path):
     birds, fish, general = study.domains["birds"], study.tasks["fish"], study.general
-    study.tasks["trees"]["probe"] = 3  # all 12 rows are test rows
+    study.tasks["trees"] |= {"test": 12, "probe": 3}  # all 12 rows are test rows
     for block, change, message in (
         (
             birds,
@@ -280,7 +280,7 @@ def test_bad_blocks_are_told_by_name(study, tmp_path):
         (birds, {"question": ""}, "domains.birds.question is ''"),
         (birds, {"retention": ["fsh"]}, "unknown task 'fsh' in domains.birds.retention: did you mean 'fish'"),
         (birds, {"retention": ["fish"], "transfer": ["fish"]}, "lists 'fish', which is evaluated already"),
-        (birds, {"chance": None}, "domains.birds.chance is null"),
+        (birds, {"chance": None}, "domains.birds.chance is null: it must be a share of 1"),
         (
             birds,
             {"rows": fish["rows"], "split": {"train": 5, "probe": 1, "test": 5}},

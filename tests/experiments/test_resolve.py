@@ -93,6 +93,7 @@ OTHER = {  # another value of a key that its type and interval do not give
     "targets": ("k_proj",),
     "path": "elsewhere",
     "scorer": "hflm",
+    "test": 100,
     "source of data": "hub",
     "moments": "bfloat16",
     "stop": {"general_nll": 0.1},
@@ -138,6 +139,7 @@ def changes():
     for key, field in schema.General.model_fields.items():
         yield ("general", key), other(key, field.annotation, STUDY["general"].get(key))
     yield ("data", "source"), OTHER["source of data"]
+    yield ("data", "test"), OTHER["test"]
     yield ("tune", "epochs"), 0.5
     yield ("grid", "seeds"), [0, 1]
     yield from ((("packages", spec), B) for spec in STUDY["packages"])
