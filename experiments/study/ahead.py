@@ -168,7 +168,7 @@ def _configs(name: str, block: Scored) -> list[dict[str, Any]]:
 
 def _tasks(study) -> None:
     for where, block in _used(study).items():
-        if isinstance(block, Scored) and block.task:
+        if isinstance(block, Scored) and block.task is not None:
             with _at(f"{where}.task: "):
                 _configs(where.partition(".")[2], block)
 
@@ -215,7 +215,9 @@ def _answers_fit(study, model: str, positions: int) -> None:
     """Refuse generated answers that leave no room for their prompt (evaluation/lm.py)."""
     from lm_eval.models.utils import normalize_gen_kwargs
 
-    used = {where: block for where, block in _used(study).items() if isinstance(block, Scored) and block.task}
+    used = {
+        where: block for where, block in _used(study).items() if isinstance(block, Scored) and block.task is not None
+    }
     for where, config in ((w, c) for w, block in used.items() for c in _configs(w.partition(".")[2], block)):
         if config.get("output_type") == "generate_until":
             tokens = normalize_gen_kwargs(dict(config.get("generation_kwargs") or {}))["max_gen_toks"]
