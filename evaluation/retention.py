@@ -10,6 +10,16 @@ lies above chance:
     (p + z²/2n − z·sqrt(p(1−p)/n + z²/4n²)) / (1 + z²/n) > chance,     z = 1.6449, n scored rows
 
 (Wilson 1927, Probable inference, the law of succession, and statistical inference, JASA 22).
+
+Accuracy sees a loss when an answer changes; log-likelihoods see it before. Of the same scores, in nats:
+
+    general text lost     Σ nats / Σ tokens of the tuned model minus the base's, over the general passages
+    right answers lost    mean over the items of a task of log p₀(gold) − log p(gold), p₀ the base's
+    margin lost           the same of log p(right) − log p(best wrong choice)
+    domain gained         Σ nats / Σ tokens of the base minus the tuned model's, over the domain's labelled text or the
+                          gold answers to its test rows
+
+Over tasks it is the unweighted mean of those whose accuracy counts.
 """
 
 import math
@@ -22,6 +32,7 @@ from methods.errors import UserError
 
 Z = 1.6448536269514722  # Φ(z) = 0.95
 Z_BOTH = 1.959963984540054  # Φ(z) = 0.975
+ANSWERS = {"gold_nll": 1.0, "margin": -1.0, "brier": 1.0}  # 1.0: less is better
 STILL = 1e-9  # a spread of differences that is rounding alone
 
 Tasks = Mapping[str, Mapping[str, Any]]  # the "tasks" of a scores.json, or some of them
@@ -88,6 +99,42 @@ def forgetting(base: Tasks, tuned: Tasks) -> dict[str, Any]:
             at_chance.append(name)
     mean = math.fsum(by_task.values()) / len(by_task) if by_task else None
     return {"forgetting": mean, "by_task": by_task, "at_chance": at_chance, "apart": apart}
+
+
+def lost_in_nats(base: Mapping[str, Any], tuned: Mapping[str, Any]) -> dict[str, Any]:
+    """What was lost between the contents of two scores.json, in nats; None where it is not known.
+
+    general_nll_lost, general_kl, general_kl_reverse   nats per token of general text, KL(base‖tuned) and its reverse
+    general_bits_per_byte_lost                         bits per byte of it
+    gold_nll_lost, margin_lost                         nats per item, the mean over the tasks of `by_task`
+    gold_nll_lost_by_task, …, brier_lost_by_task       each retention task above chance that has it
+    """
+    text, before = tuned["general"], base["general"]
+    lost: dict[str, Any] = {"general_nll_lost": text["nats_per_token"] - before["nats_per_token"]}
+    lost |= {"general_kl": text.get("kl"), "general_kl_reverse": text.get("kl_reverse")}
+    lost["general_bits_per_byte_lost"] = text["bits_per_byte"] - before["bits_per_byte"]
+    counted = forgetting(base["tasks"], tuned["tasks"])["by_task"]
+    for key, sign in ANSWERS.items():
+        values = {name: (tuned["tasks"][name].get(key), base["tasks"][name].get(key)) for name in counted}
+        by_task = {name: sign * (new - old) for name, (new, old) in values.items() if None not in (new, old)}
+        lost[f"{key}_lost_by_task"] = {name: value + 0.0 for name, value in by_task.items()}  # never -0.0
+    for key in ("gold_nll", "margin"):
+        by_task = lost[f"{key}_lost_by_task"]
+        lost[f"{key}_lost"] = math.fsum(by_task.values()) / len(by_task) if by_task else None
+    return lost
+
+
+def nats_per_token(score: Mapping[str, Any]) -> float | None:
+    """Σ nats / Σ tokens of a task's labelled text, or of its gold answers; None where answers are written."""
+    if score.get("format"):
+        return score["value"]
+    return score["gold_nll"] * score["n"] / score["tokens"] if {"gold_nll", "tokens"} <= score.keys() else None
+
+
+def bits_per_byte(score: Mapping[str, Any]) -> float | None:
+    """Σ nats / (Σ bytes · ln 2) of the same text."""
+    nats = nats_per_token(score)
+    return None if nats is None else nats * score["tokens"] / (score["bytes"] * math.log(2))
 
 
 def same(name: str, base: Tasks, score: Mapping[str, Any]) -> None:

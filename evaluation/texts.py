@@ -104,7 +104,7 @@ def general(texts: Texts, losses: Sequence[Losses]) -> tuple[dict[str, Any], lis
     """(`general` of scores.json, items); an item's score is its nats, and its KL is in nats per token."""
     items, report = texts.items(losses), texts.report(losses)
     for row, one in zip(items, losses):
-        row |= {"score": one.nats, "gold": one.tokens}
+        row["score"] = one.nats
         if one.kl is not None and one.tokens:
             row |= {"kl": one.kl / one.tokens, "kl_reverse": one.kl_reverse / one.tokens}
     report["perplexity"] = math.exp(min(report[METRIC], 700.0))  # JSON has no infinity

@@ -112,6 +112,16 @@ def test_files_of_a_cell(project):
         "transfer_by_task",
         "general_perplexity",
         "general_perplexity_base",
+        "general_nll_lost",
+        "general_kl",
+        "general_kl_reverse",
+        "general_bits_per_byte_lost",
+        "gold_nll_lost",
+        "margin_lost",
+        "brier_lost_by_task",
+        "domain_nll_gained",
+        "domain_bits_per_byte",
+        "score_by_task",
         "seconds_prepare",
         "seconds_train",
         "seconds_evaluate",
@@ -426,6 +436,8 @@ def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
     assert found["seconds_train"] is None and found["tokens_trained"] is None
     assert found["domain_gain"] == 0.0  # the base against itself
     assert found["general_perplexity"] == found["general_perplexity_base"]
+    assert found["general_nll_lost"] == found["general_kl"] == found["general_kl_reverse"] == 0
+    assert found["domain_nll_gained"] == found["general_bits_per_byte_lost"] == 0
     assert all(value == 0.0 for value in found["forgetting_by_task"].values())
 
     from safetensors.torch import load_file, save_file  # the same folder, other weights: DVC is not told, and sees it

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from evaluation.chance import below_chance
-from evaluation.retention import change, forgetting
+from evaluation.retention import bits_per_byte, change, forgetting, lost_in_nats, nats_per_token
 from methods.errors import UserError
 from methods.tools.files import read_json, write_json
 
@@ -31,6 +31,9 @@ THING = {
     "version": "the version",
     "n": "the number of rows",
     "prompt": "the digest of rows and prompts",
+    "format": "the format",
+    "tokens": "the number of scored tokens",
+    "bytes": "the number of scored bytes",
 }
 TEXT = {
     "n": "the number of texts",
@@ -167,19 +170,33 @@ def _scores(scores: dict, base: dict, domain: str) -> dict:
         "domain_score_base": tasks[domain]["base"],
         "domain_gain": tasks[domain]["change"],
         "domain_unit": tasks[domain]["unit"],
+        **_domain_in_nats(base["tasks"][domain], scores["tasks"][domain]),
         "general_score": mean("value"),
         "general_score_base": mean("base"),
         "forgetting": lost["forgetting"],
         "forgetting_by_task": lost["by_task"],
         "at_chance": lost["at_chance"],
         "forgetting_apart": lost["apart"],
+        **lost_in_nats(base, scores),
         "transfer_by_task": {n: t["change"] for n, t in tasks.items() if t["role"] == "transfer"},
+        "score_by_task": {n: t["change"] for n, t in tasks.items() if t["role"] == "score"},
         "scores_by_task": {n: {k: t[k] for k in OF_TASK if k in t} for n, t in tasks.items()},
         "n": {n: t["n"] for n, t in tasks.items()} | {"general_text": scores["general"]["n"]},
+        "general_nll": scores["general"]["nats_per_token"],
+        "general_nll_base": base["general"]["nats_per_token"],
         "general_perplexity": scores["general"]["perplexity"],
         "general_perplexity_base": base["general"]["perplexity"],
         "general_bits_per_byte": scores["general"]["bits_per_byte"],
         "general_bits_per_byte_base": base["general"]["bits_per_byte"],
+    }
+
+
+def _domain_in_nats(base: dict, tuned: dict) -> dict:
+    before, after = nats_per_token(base), nats_per_token(tuned)
+    return {
+        "domain_nll_gained": None if None in (before, after) else before - after,
+        "domain_bits_per_byte": bits_per_byte(tuned),
+        "domain_bits_per_byte_base": bits_per_byte(base),
     }
 
 

@@ -91,7 +91,7 @@ def test_perplexity_is_exp_of_the_mean_nats_per_token(scored, byte_tokenizer):
     texts = items[items.task == "general"]
     assert texts.score.sum() == pytest.approx(nats, rel=1e-5)
     assert texts.tokens.tolist() == texts.bytes.tolist() == [len(row["text"].encode()) for row in TEXT]
-    empty = ["choice", "margin", "brier", "choices", "kl", "kl_reverse"]  # KL is unknown without a reference
+    empty = ["choice", "gold", "margin", "brier", "choices", "kl", "kl_reverse"]  # KL is unknown without a reference
     assert texts[empty].isna().all(axis=None) and general["kl"] is general["kl_reverse"] is None
 
 

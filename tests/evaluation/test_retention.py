@@ -5,7 +5,15 @@ import math
 import numpy as np
 import pytest
 
-from evaluation.retention import above_chance, change, forgetting, lower_bound
+from evaluation.retention import (
+    above_chance,
+    bits_per_byte,
+    change,
+    forgetting,
+    lost_in_nats,
+    lower_bound,
+    nats_per_token,
+)
 from methods.errors import UserError
 
 
@@ -121,3 +129,61 @@ def test_the_interval_of_a_metric_of_the_set_is_of_the_same_draws():
 def test_a_function_that_left_the_unit_interval_once_is_no_proportion_of_either_model():
     base, tuned = entry(0.5, unit="share", metric="rouge"), entry(30.0, unit="rouge", metric="rouge")
     assert change(base, tuned)["unit"] == change(tuned, base)["unit"] == "rouge"
+
+
+def scores(*, nats, bits, kl=None, tasks):
+    return {"general": {"nats_per_token": nats, "bits_per_byte": bits, "kl": kl, "kl_reverse": kl}, "tasks": tasks}
+
+
+def test_what_is_lost_in_nats():
+    base = {
+        "a": entry(0.6, gold_nll=2.0, margin=1.0, brier=0.4),
+        "written": entry(0.6, gold_nll=5.0),
+        "chance": entry(0.2, gold_nll=1.0, margin=9.0, brier=0.1),
+        "t": entry(0.9, role="transfer", gold_nll=1.0, margin=1.0, brier=0.1),
+    }
+    tuned = {
+        "a": entry(0.6, gold_nll=2.5, margin=0.25, brier=0.5),
+        "written": entry(0.6, gold_nll=4.5),
+        "chance": entry(0.2, gold_nll=9.0, margin=0.0, brier=0.9),
+        "t": entry(0.9, role="transfer", gold_nll=9.0, margin=0.0, brier=0.9),
+    }
+    lost = lost_in_nats(
+        scores(nats=3.0, bits=1.0, kl=0.0, tasks=base), scores(nats=3.25, bits=1.125, kl=0.5, tasks=tuned)
+    )
+    assert lost == {
+        "general_nll_lost": 0.25,
+        "general_bits_per_byte_lost": 0.125,
+        "general_kl": 0.5,
+        "general_kl_reverse": 0.5,
+        "gold_nll_lost": 0.0,  # the mean of both
+        "margin_lost": 0.75,
+        "gold_nll_lost_by_task": {"a": 0.5, "written": -0.5},
+        "margin_lost_by_task": {"a": 0.75},
+        "brier_lost_by_task": {"a": pytest.approx(0.1)},
+    }
+
+
+def test_a_model_loses_exactly_nothing_against_itself():
+    itself = scores(nats=0.1 + 0.2, bits=0.7, kl=0.0, tasks={"a": entry(0.6, gold_nll=1 / 3, margin=-0.1, brier=0.3)})
+    flat = [
+        v
+        for value in lost_in_nats(itself, itself).values()
+        for v in (value.values() if isinstance(value, dict) else [value])
+    ]
+    assert flat == [0.0] * 9 and not any(math.copysign(1, value) < 0 for value in flat)
+
+
+def test_scores_without_log_likelihoods_lose_an_unknown_amount():
+    old = scores(nats=3.0, bits=1.0, tasks={"a": entry(0.6)})
+    del old["general"]["kl"]
+    lost = lost_in_nats(old, old)
+    assert lost["general_kl"] is lost["gold_nll_lost"] is lost["margin_lost"] is None and lost["general_nll_lost"] == 0
+    assert nats_per_token(entry(0.6)) is bits_per_byte(entry(0.6)) is None
+
+
+def test_nats_of_a_domain_are_per_token_of_its_answers_or_its_labelled_text():
+    answers = entry(0.6, n=10, gold_nll=6.0, tokens=30, bytes=120)  # 60 nats
+    assert nats_per_token(answers) == 2.0 and bits_per_byte(answers) == pytest.approx(0.5 / math.log(2))
+    text = entry(1.5, n=10, format="chat", tokens=40, bytes=160)
+    assert nats_per_token(text) == 1.5 and bits_per_byte(text) == pytest.approx(60 / 160 / math.log(2))
