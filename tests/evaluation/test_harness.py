@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from evaluation import SCORING, encode, harness, lm
-from evaluation.retention import forgetting
+from evaluation.retention import forgetting, lost_in_nats
 from evaluation.token_losses import HiddenRows, hidden_rows
 from experiments.model.random_models import build
 from methods.errors import UserError
@@ -150,14 +150,19 @@ def test_kl_of_general_text_is_that_of_the_two_models_themselves(architecture, t
 def test_two_runs_give_the_same_bytes_and_base_against_itself_is_zero(tasks_dir, byte_tokenizer, tmp_path):
     runs = []
     for name in ("a", "b"):
-        harness.save(
-            *harness.score(model=build("gptj", seed=0), tokenizer=byte_tokenizer, tasks_dir=tasks_dir), tmp_path / name
-        )
+        model = build("gptj", seed=0)
+        found = harness.score(model=model, tokenizer=byte_tokenizer, tasks_dir=tasks_dir, reference=model)
+        harness.save(*found, tmp_path / name)
         runs.append(json.loads((tmp_path / name / "scores.json").read_text()))
     for file in ("scores.json", "items.csv.gz"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     base = {name: task | {"chance": 0.0, "n": 1000} for name, task in runs[0]["tasks"].items()}
     same = {name: task | {"chance": 0.0, "n": 1000} for name, task in runs[1]["tasks"].items()}
+    nats = lost_in_nats(*({"general": runs[0]["general"], "tasks": tasks} for tasks in (base, same)))
+    assert nats["gold_nll_lost_by_task"].keys() == nats["margin_lost_by_task"].keys() == {"hellaswag"}
+    assert not [
+        v for value in nats.values() for v in (value.values() if isinstance(value, dict) else [value]) if v != 0
+    ]
     lost = forgetting(base, same)
     assert lost["by_task"] and all(value == 0 for value in lost["by_task"].values()) and lost["forgetting"] == 0
     back = pd.read_csv(tmp_path / "a" / "items.csv.gz")

@@ -286,6 +286,15 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         curve = (study.paths.run(cell) / "curve.csv").read_text().splitlines()[0].split(",")
         assert {"probe_math_nll", "probe_hellaswag", "probe_perplexity"} <= set(curve) and "probe_math" not in curve
         assert read_json(study.paths.run(cell) / "train.json")["steps"] == 1
+        assert metrics["general_kl"] > 0 and metrics["general_nll_lost"] != 0
+        assert metrics["domain_nll_gained"] is None  # the answers are the model's own
+    scored = [study.paths.run(cell) / name for name in ("scores.json", "items.csv.gz")]
+    before = [file.read_bytes() for file in scored]
+    (kept,) = (study.paths.local / "reference").iterdir()
+    for content in (kept.read_bytes(), b"damaged"):  # the base's predictions are read, and then made again
+        kept.write_bytes(content)
+        evaluate.main(study, cell)
+        assert [file.read_bytes() for file in scored] == before
     with pytest.raises(UserError, match="math is scored on generated answers, which probes do not give"):
         tune.main(study, ["full"])
     rows = [json.loads(line) for line in (study.paths.data / "train/math/train.jsonl").read_text().splitlines()]
