@@ -33,6 +33,11 @@ RULE = (
     "highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
     "probe tasks); trials less than half a point below the best count as equal, and of these the lowest perplexity wins"
 )
+# of a domain whose rows are no questions: it has no accuracy
+RULE_IN_NATS = (
+    "highest objective = nats a token gained on the domain's probe rows - nats a token lost on the probe passages; "
+    "trials less than 0.005 below the best count as equal, and of these the lowest perplexity wins"
+)
 EQUAL = 0.005
 SEED = 0
 
@@ -59,11 +64,11 @@ def main(study, methods: list[str]) -> None:
 
 
 def _refuse_without_probes(study, domain: str) -> None:
-    """Trials are judged by accuracy on probe rows, and equal ones by the perplexity of the probe passages."""
+    """Trials are judged on probe rows, and equal ones by the perplexity of the probe passages."""
     block = study.domains[domain]
     for missing, path in (
         (block.split and not block.split.probe, f"domains.{domain}.split.probe is 0"),
-        (not block.probes, f"domains.{domain}.probes is empty"),
+        (block.format == "task" and not block.probes, f"domains.{domain}.probes is empty"),
         (not study.general.probe, "general.probe is 0"),
     ):
         if missing:
@@ -82,21 +87,17 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     path = study.paths.tuning(model_name, domain)
     folder, rows = study.paths.model(model_name), study.paths.data / "train" / domain
     judged_on = {"base_sha256": read_json(folder / "base.json", "sha256")["sha256"], "data_sha256": folder_sha256(rows)}
-    record = earlier(path, judged_on) | {"rule": RULE, "epochs": study.tune.epochs, "judged_on": judged_on}
+    rule = RULE if study.domains[domain].format == "task" else RULE_IN_NATS
+    record = earlier(path, judged_on) | {"rule": rule, "epochs": study.tune.epochs, "judged_on": judged_on}
     where = hardware.device(study.device)
     base = load_tensors(folder)
     computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
     tokenizer = weights.load_tokenizer(folder)
     sets = load_probes(rows / "probe", tokenizer)
-    if written := [name for name, items in sets.items() if items[0].written]:
+    if rule is RULE and (written := [name for name, items in sets.items() if items[0].written]):
         raise UserError(
             f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, so trials "
             "cannot be judged: set its rates and strengths by hand"
-        )
-    if study.domains[domain].format != "task":
-        raise UserError(
-            f"domain {domain}: rows of the format {study.domains[domain].format} are probed in nats, and trials are "
-            "judged in accuracy: set its rates and strengths by hand, by the probes of its curve.csv"
         )
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
@@ -214,7 +215,11 @@ def _judge(record: dict, domain: str) -> None:
     tasks = [k for k in base if k != domain and not k.endswith("_nll") and k != "perplexity"]
     for trial in record["trials"]:
         trial["chosen"] = False
-        if "failed" not in trial:
+        if "failed" not in trial and domain not in base:
+            gained = base[f"{domain}_nll"] - trial[f"{domain}_nll"]
+            trial["general_perplexity_probe"] = trial["perplexity"]
+            trial["objective"] = gained - (trial["general_nll"] - base["general_nll"])
+        elif "failed" not in trial:
             trial["domain_probe"] = trial[domain]
             trial["retention_probe"] = sum(trial[t] for t in tasks) / len(tasks)
             trial["general_perplexity_probe"] = trial["perplexity"]

@@ -1,6 +1,7 @@
 """Domains of documents, pairs and conversations: from a file to rows, to what training and probes read."""
 
 import json
+import math
 import re
 
 import pytest
@@ -10,7 +11,7 @@ from evaluation.encode import encode_text
 from evaluation.labelled import encode_row
 from evaluation.probe import load_probes, probe
 from evaluation.rendered import read_jsonl
-from experiments.commands import show
+from experiments.commands import show, tune
 from experiments.data import expected, formats
 from experiments.data.prepared_rows import write_data
 from experiments.model import positions, vocabulary
@@ -321,3 +322,13 @@ def test_a_changed_file_folder_or_template_makes_the_data_stale(tmp_path, monkey
         after = resolve.contents(made)
         assert {name for name in before if before[name] != after[name]} == {"data.json"}, file
         before = after
+
+
+def test_trials_on_a_domain_without_accuracy_are_judged_in_nats():
+    base = {"d_nll": 3.0, "general_nll": 2.0, "perplexity": math.e**2}
+    found = [(2.0, 2.5), (1.0, 2.9), (1.0, 3.2), (2.5, 2.006)]  # gains less losses: 0.5, 1.1, 0.8, 0.494
+    trials = [{"method": "full", "d_nll": d, "general_nll": g, "perplexity": math.exp(g)} for d, g in found]
+    record = {"base": base, "trials": trials + [{"method": "full", "failed": "nan"}]}
+    tune._judge(record, "d")
+    assert [trial["objective"] for trial in trials] == pytest.approx([0.5, 1.1, 0.8, 0.494])
+    assert [trial["chosen"] for trial in record["trials"]] == [False, True, False, False, False]
