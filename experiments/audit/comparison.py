@@ -134,8 +134,8 @@ def flipped(base: Scores, tuned: Scores, data: Data) -> list[dict[str, Any]]:
     shares = [name for name, task in tuned.scores["tasks"].items() if task.get("unit", SHARE) == SHARE]
     items = items.assign(kind=np.where(right & ~still, "lost", np.where(~right & still, "gained", "")))
     items = items[items["task"].isin(shares) & (items["kind"] != "")]
-    tasks = {entry["name"]: task for entry, task in load_tasks(data.folder) if entry["name"] in set(items["task"])}
-    texts = {(name, row["id"]): row for name, task in tasks.items() for row in questions(task)}
+    tasks = [(entry["name"], task) for entry, task in load_tasks(data.folder) if entry["name"] in set(items["task"])]
+    texts = {(name, row["id"]): row for name, task in tasks for row in questions(task)}
     made = []
     for item in items.itertuples():
         row = texts[item.task, item.doc_hash]

@@ -55,8 +55,8 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
     if worst.empty:
         by = f" by two or more of {runs} runs" if runs > 1 else ""
         return f"{title}: no correct answer of the base was lost{by}\n"
-    scored = {entry["name"]: task for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])}
-    texts = {(name, row["id"]): row for name, task in scored.items() for row in questions(task)}
+    scored = [(entry["name"], task) for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])]
+    texts = {(name, row["id"]): row for name, task in scored for row in questions(task)}
     pieces = [*_counts(items), ""]
     pieces += [f"{title}: correct answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
     for number, item in enumerate(worst.itertuples(), 1):
