@@ -58,4 +58,10 @@ def change(value: float | None, unit: str) -> str:
 
 
 def named(unit: str) -> str:
-    return "points" if unit == SHARE else unit
+    """A unit, or the metric of held-out text, as it is written."""
+    return {SHARE: "points", PER_TOKEN: "nats per token"}.get(unit, unit)
+
+
+def gains(table: pd.DataFrame) -> list[str]:
+    """The columns of a comparison with the gain of a task that scores the domain beside its own score."""
+    return [c.replace("unit_", "gain_", 1) for c in table if c.startswith("unit_") and table[c].notna().any()]

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style, units
+from analysis import numbers, style
 from analysis.families import family
 from analysis.load import Loaded
-from analysis.sections import drift, flips, front, matched
+from analysis.sections import by_task, drift, flips, front, matched
 from analysis.sections.costs import costs
-from analysis.statistics.intervals import mean_difference, paired
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,10 @@ def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[
     """Write every figure that the data allow as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
     made = []
     draws = (
+        front.gain_against_nats,
         front.gain_forgetting_front,
         matched.matched_gain,
-        forgetting_by_task,
+        *by_task.FIGURES,
         forgetting_over_training,
         *flips.FIGURES,
         *drift.FIGURES,
@@ -53,59 +53,6 @@ def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[
                 style.save(figure, data, stem=stem, not_a_result=loaded.not_a_result)
             made.append(Figure(name=draw.__name__, title=title, caption=caption, stem=stem, model=model, domain=domain))
     return made
-
-
-def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Base minus tuned for each retention task; tasks at chance in grey."""
-    first = cells.iloc[0]
-    base, roles = loaded.base_items(first["model"]), {t: score["role"] for t, score in first["scores_by_task"].items()}
-    shown = [t for t, role in roles.items() if role == "retention" and units.of_task(first, t) == units.SHARE]
-    records = []
-    for task in shown:
-        for method, own in cells.groupby("method", sort=False):
-            values = [100 * np.mean([scores[task]["base"] - scores[task]["value"] for scores in own["scores_by_task"]])]
-            items = loaded.items_of(own)
-            pairs = paired(base[base["task"] == task], items[items["task"] == task]) if len(base) and len(items) else ()
-            if len(pairs) > 1:
-                change = mean_difference(pairs, [task])
-                values += [-100 * change.high, -100 * change.low]
-            values += [None] * (3 - len(values))
-            records.append((task, method, task in first["at_chance"], first["n"][task], *values))
-    if not records:
-        return None
-    data = pd.DataFrame(records, columns=["task", "method", "at_chance", "n", "forgetting", "low", "high"])
-    tasks, methods = list(dict.fromkeys(data["task"])), list(dict.fromkeys(data["method"]))
-    step = len(methods) + 1.1
-    figure, axes = style.new(style.WIDTH, 0.9 + 0.17 * step * len(tasks))
-    axes.set_title(f"Forgetting by task: {style.where(cells)}")
-    axes.axvline(0, color=style.MUTED, linewidth=0.8)
-    edge = float(np.nanmax(data[["forgetting", "high"]].astype(float).to_numpy()))
-    for t, task in enumerate(tasks):
-        for m, method in enumerate(methods):
-            row = data[(data["task"] == task) & (data["method"] == method)].iloc[0]
-            y, shade = -(t * step + m), style.FAINT if row["at_chance"] else style.colour(method)
-            bars = style.bars(row["forgetting"], row["low"], row["high"])
-            look = {"color": shade, "marker": style.marker(method), "markersize": 5.5, "elinewidth": 1.2}
-            axes.errorbar(row["forgetting"], y, xerr=bars, **look)
-            end = row["forgetting"] if numbers.missing(row["high"]) else row["high"]
-            box = {"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6}
-            look = {"fontsize": 7.5, "color": style.MUTED if row["at_chance"] else shade, "bbox": box}
-            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", **look)
-    middle = [-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))]
-    chance = set(first["at_chance"])
-    note = "\nat chance:\ncannot show loss"
-    axes.set_yticks(middle, [f"{task}\nn = {first['n'][task]}" + (note if task in chance else "") for task in tasks])
-    axes.tick_params(axis="y", length=0)
-    axes.grid(axis="y", visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlim(right=edge + 0.22 * max(edge, 1.0) + 1.0)
-    axes.set_xlabel("forgetting, points (base minus tuned; right of 0 is loss)")
-    over = "seeds and items" if cells["seed"].nunique() > 1 else "the items"
-    caption = (
-        f"Retention tasks scored by the proportion of right answers; bars are 95 % confidence intervals over {over}. "
-        "Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
-    )
-    return figure, data, "Forgetting by task", caption
 
 
 def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):

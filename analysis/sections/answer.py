@@ -1,15 +1,18 @@
-"""The answer in three sentences, every number computed from the comparison."""
+"""The answer in four sentences, every number computed from the comparison."""
 
 import pandas as pd
 
 from analysis import numbers, units
+from analysis.measures import GENERAL, GOLD, KL
 from analysis.sections.significance import is_significant
 
 NAMED = 3  # methods named one by one in a sentence
 
 
 def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: str, tasks: list[str]) -> list[str]:
-    """What one comparison shows, in three sentences: what was learned, what was forgotten, what it cost.
+    """What one comparison shows: what was learned, what was forgotten in nats and in right answers, what it cost.
+
+    A sentence each; the one in nats is left out where they are not known.
 
     rows   its rows of the comparison table with the base, each method at the setting chosen on probe rows
     tests  its rows of `permutation.all_tests`, which decide what is significant
@@ -26,7 +29,8 @@ def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: st
                 "No retention task is a proportion of rows above chance for the base model; shown in its own unit: "
                 f"{_and(apart)}."
             )
-    return [_learning(base, methods, tests, domain=domain, model=model), forgotten, _cost(methods)]
+    learned = _learning(base, methods, tests, domain=domain, model=model)
+    return [learned, *_in_nats(methods, tests, tasks=tasks), forgotten, _cost(methods)]
 
 
 def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
@@ -49,32 +53,73 @@ def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, do
     worst, best = _ends(methods, "domain_score" if unit == units.SHARE else "domain_gain")
 
     def score(row: pd.Series) -> str:
-        return f"{units.level(row['domain_score'], unit)} {'%' if unit == units.SHARE else row['metric']}"
+        return f"{units.level(row['domain_score'], unit)} {'%' if unit == units.SHARE else units.named(row['metric'])}"
 
     def gain(row: pd.Series) -> str:
         share = row["domain_score"] - base["domain_score"]
         return units.change(share if unit == units.SHARE else row["domain_gain"], unit)
 
     before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {score(base)}"
-    tested = f"{units.named(unit)}{_significance(tests, 'gain')}."
+    tested = f"{units.named(unit)}{_significance(tests, 'gain')}{_beside(methods)}."
     if worst is best:
         return f"{before}; {best['method']} reaches {score(best)}, a gain of {gain(best)} {tested}"
     ends = " to ".join(f"{score(row)} ({row['method']})" for row in (worst, best))
     return f"{before}; after fine-tuning, the methods reach {ends}, a gain of {gain(worst)} to {gain(best)} {tested}"
 
 
+def _beside(methods: pd.DataFrame) -> str:
+    """The gain of the tasks that score the domain beside its own score."""
+    text = ""
+    for key in units.gains(methods):
+        task, unit = key.removeprefix("gain_"), methods.iloc[0][f"unit_{key.removeprefix('gain_')}"]
+        text += f"; {task} gains {_spread(methods, key, lambda value, unit=unit: units.change(value, unit))} "
+        text += units.named(unit)
+    return text
+
+
+def _in_nats(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str]) -> list[str]:
+    """The sentence about forgetting in nats, the measures that resolve most; none where they are not known."""
+    parts = []
+    for measure, text in (
+        (GENERAL, "On general text the methods lose {} nats per token{}"),
+        (KL, "their predictions there are {} nats per token (KL) from the base's{}"),
+        (GOLD, f"the right answers of {_counted(tasks)} lose {{}} nats an item{{}}"),
+    ):
+        if measure.key in methods and methods[measure.key].notna().any():
+            spread = _spread(methods, measure.key, measure.show)
+            parts.append(text.format(spread, _significance(tests, measure.key) if measure.signed else ""))
+    text = "; ".join(parts)
+    return [f"{text[0].upper()}{text[1:]}."] if parts else []
+
+
+def _counted(tasks: list[str]) -> str:
+    return f"{len(tasks)} retention task{'' if len(tasks) == 1 else 's'}"
+
+
+def _spread(methods: pd.DataFrame, key: str, show) -> str:
+    """The lowest and the highest value with their intervals and methods, or the one value there is."""
+    low, high = _ends(methods, key)
+
+    def bounded(row: pd.Series) -> str:
+        bounds = [row.get(f"{key}_{end}") for end in ("low", "high")]
+        text = show(row[key]) if any(map(numbers.missing, bounds)) else ""
+        return f"{text or f'{show(row[key])} [{show(bounds[0])}, {show(bounds[1])}]'} ({row['method']})"
+
+    return bounded(low) if low is high else f"{bounded(low)} to {bounded(high)}"
+
+
 def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str]) -> str:
     least, most = _ends(methods, "forgetting")
-    count = f"{len(tasks)} retention task{'' if len(tasks) == 1 else 's'}"
-    text = f"Over {count} ({int(methods['n_retention'].iloc[0])} rows) "
+    text = f"Over {_counted(tasks)} ({int(methods['n_retention'].iloc[0])} rows) "
     if least is most:
-        text += f"{most['method']} forgets {_with_range(most)} points"
+        text += f"{most['method']} forgets {_with_range(most)} points of accuracy"
     else:
-        text += f"forgetting ranges from {_with_range(least)} points ({least['method']}) "
+        text += f"forgetting in accuracy ranges from {_with_range(least)} points ({least['method']}) "
         text += f"to {_with_range(most)} ({most['method']})"
     text += _significance(tests, "forgetting")
     ratios = methods.dropna(subset=["perplexity_ratio"])
-    if len(ratios):
+    in_nats = GENERAL.key in methods and methods[GENERAL.key].notna().any()  # which is its logarithm
+    if len(ratios) and not in_nats:
         low, high = _ends(ratios, "perplexity_ratio")
         spread = f"×{low['perplexity_ratio']:.2f} ({low['method']})"
         spread += "" if low is high else f" to ×{high['perplexity_ratio']:.2f} ({high['method']})"

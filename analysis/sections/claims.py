@@ -18,7 +18,8 @@ from ruamel.yaml.error import YAMLError
 
 from analysis import numbers
 from analysis.load import Loaded
-from analysis.statistics.claimed import Measure, Measured, Strict, measured
+from analysis.measures import BY_KEY
+from analysis.statistics.claimed import Measure, Measured, Strict, Table, measured
 from methods.errors import UserError
 from methods.tools.names import unknown
 
@@ -35,6 +36,7 @@ SHOW = {
     "times": numbers.times,
     "share": lambda share: f"{numbers.percent(share)} %",
     "points": lambda share: f"{numbers.points(share)} points",
+    "nats": lambda value: f"{numbers.nats(value)} nats",
 }
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -59,7 +61,7 @@ class Claim(Strict):
     paper: str
     claim: str
     number: Finite | list[Finite]
-    unit: Literal["times", "share", "points"]
+    unit: Literal["times", "share", "points", "nats"]
     direction: Literal["about", "at least", "at most"]
     tolerance: Annotated[Finite, Field(ge=0)]
     setting: str
@@ -82,9 +84,17 @@ class Claim(Strict):
             raise ValueError("scope `setting` names models and domains under `on`, scope `any` does not")
         if not self.measures and not self.why:
             raise ValueError("a claim that nothing measures says in `why` what would")
+        if any(self.other_unit(measure.table) for measure in self.measures if measure.table) and any(
+            end or self.tolerance for end in self.range
+        ):
+            raise ValueError("a difference is measured in nats and in points only where the claim is about its sign: 0")
         if self.scope == "setting" and any(measure.bench or measure.fact for measure in self.measures):
             raise ValueError("a benchmark is of no model and domain of a study, so the claim's scope must be `any`")
         return self
+
+    def other_unit(self, table: Table) -> bool:
+        """Whether a place holds nats and the claim is in points, or the other way round."""
+        return table.way != "ratio" and (table.metric in BY_KEY) != (self.unit == "nats")
 
     @property
     def range(self) -> tuple[float, float]:
@@ -145,7 +155,7 @@ def load(path: Path = FILE) -> Claims:
 
 
 def table(loaded: Loaded, comparison: pd.DataFrame, *, path: Path = FILE) -> pd.DataFrame:
-    """One row per claim and place: name, where, value, low, high, ends, n, verdict, why.
+    """One row per claim and place: name, where, value, low, high, ends, n, metric, verdict, why.
 
     `comparison` is the table of `analysis.statistics.comparison`.
     """
@@ -154,7 +164,8 @@ def table(loaded: Loaded, comparison: pd.DataFrame, *, path: Path = FILE) -> pd.
         for entry in measured(loaded, comparison, claim.measures):
             verdict, why = claim.verdict(entry)
             row = {"name": name, "verdict": verdict, "why": why}
-            rows.append(row | {key: getattr(entry, key) for key in ("where", "value", "low", "high", "ends", "n")})
+            shown = ("where", "value", "low", "high", "ends", "n", "metric")
+            rows.append(row | {key: getattr(entry, key) for key in shown})
     return pd.DataFrame(rows)
 
 
@@ -169,11 +180,18 @@ def section(loaded: Loaded, comparison: pd.DataFrame) -> dict:
                 about = {"claim": claim.claim, "setting": claim.setting, "seen": SEEN[claim.seen]}
                 about |= {"claimed": _claimed(claim), "accepted": _accepted(claim)}
                 own = rows[rows["name"] == key].to_dict("records")
-                claims.append(about | {"rows": [_place(row, SHOW[claim.unit]) for row in own]})
+                claims.append(about | {"rows": [_place(row, _shower(claim, row["metric"])) for row in own]})
         papers.append({"title": paper.title, "source": paper.source.split("://")[-1], "claims": claims})
     counted = Counter(rows["verdict"])
     verdicts = ", ".join(f"{verdict} {counted[verdict]}" for verdict in VERDICTS)
     return {"papers": papers, "sentence": f"{len(file.claims)} claims, looked for in {len(rows)} places: {verdicts}."}
+
+
+def _shower(claim: Claim, metric: str):
+    """How a place's numbers are written: in nats, or in the claim's unit; scores under a claim in nats in points."""
+    if claim.unit in ("points", "nats"):
+        return SHOW["nats" if metric in BY_KEY else "points"]
+    return SHOW[claim.unit]
 
 
 def _place(row: dict, show) -> dict:

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style
+from analysis import numbers, style, units
 from analysis.chosen import choices
 from analysis.families import family
 from analysis.load import Loaded
+from analysis.measures import GENERAL
 from analysis.statistics.resample import Resampled, resampled, reversed_interval
 
 ALL = "all methods"
 EMPTY = 0.025  # share of redraws without any area beyond which there is no interval
 MARGIN = 5  # points between the worst forgetting seen and the reference point
+CAPTION = (
+    "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they "
+    "reach together"
+)
 CROWDED = 16  # points up to which the blocks of a sweep are named too, "s1" beside their method's colour and shape
 FEW = 8  # points up to which each is drawn with its intervals
 
@@ -94,27 +99,97 @@ def front(loaded: Loaded, *, model: str, domain: str) -> Front | None:
     return Front(points=points, volumes=pd.DataFrame(rows), reference=reference, **counts)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plane:
+    """A figure of gain against forgetting: one row of `data` per method, in the units of the axes.
+
+    data    method, family, front, gain and forgetting with their _low and _high
+    end     forgetting at which the front's line ends
+    """
+
+    data: pd.DataFrame
+    title: str
+    x: str
+    y: str
+    end: float
+
+
+def gain_against_nats(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Gain against the nats per token of general text that were lost, the measure of forgetting that resolves most."""
+    keys = ["domain_gain", GENERAL.key]
+    rows = rows.dropna(subset=keys) if set(keys) <= set(rows) else rows[:0]
+    if rows.empty:
+        return None
+    unit, names = rows.iloc[0]["unit"], list(rows["method"])
+    scale = 100 if unit == units.SHARE else 1
+    data = pd.DataFrame({"method": names, "family": [family(name) for name in names], "seeds": rows["seeds"].to_list()})
+    for name, key, factor in (("gain", "domain_gain", scale), ("forgetting", GENERAL.key, 1)):
+        for end in ("", "_low", "_high"):
+            data[name + end] = factor * rows[key + end].astype(float).to_numpy()
+    data["front"] = nondominated(data["gain"], data["forgetting"])
+    plane = Plane(
+        data=data,
+        title=f"Gain against general text lost: {style.where(cells)}, n = {rows.iloc[0]['n_domain']} rows, "
+        f"{cells.iloc[0]['n'].get('general_text', 0)} texts",
+        x=f"gain on the domain, {units.named(unit)} (right is better)",
+        y="general text lost, nats per token (down is better)",
+        end=math.inf,
+    )
+    caption = (
+        "Forgetting as the nats per token by which general text became less likely: it shows differences that "
+        f"accuracy cannot. {CAPTION}. {_bars(data)}"
+    )
+    return _drawn(plane), data, "Gain against forgetting, in nats", caption
+
+
+CAPTION = (
+    "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they"
+)
+CAPTION += " reach together"
+
+
 def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     """Gain against forgetting of every method and sweep block, in points, with the front as a step line."""
     made = front(loaded, model=cells.iloc[0]["model"], domain=cells.iloc[0]["domain"])
     if made is None:
         return None
-    known = rows.set_index("method")
     keys = ["domain_gain_low", "domain_gain_high", "forgetting_low", "forgetting_high"]
-    data = made.points.join(known[keys].astype(float), on="method")
+    data = made.points.join(rows.set_index("method")[keys].astype(float), on="method")
     shown = ["gain", "forgetting", *keys]
     data[shown] = 100 * data[shown]
+    plane = Plane(
+        data=data.rename(columns={f"domain_gain_{end}": f"gain_{end}" for end in ("low", "high")}),
+        title=f"Front of gain against forgetting: {style.where(cells)}, n = {made.n_domain} + {made.n_retention}",
+        x="gain on the domain, points (right is better)",
+        y="forgetting, points (down is better)",
+        end=100 * made.reference,
+    )
+    caption = (
+        f"Forgetting as right answers lost. {CAPTION}, towards the reference point of the hypervolume (gain 0, "
+        f"forgetting {100 * made.reference:.0f} points). {_bars(data)}"
+    )
+    return _drawn(plane), data, "The front of gain against forgetting, in right answers", caption
+
+
+def _bars(data: pd.DataFrame) -> str:
+    drawn = "." if len(data) <= FEW else ", drawn for the front only; the CSV has them all."
+    return f"Bars are 95 % confidence intervals{drawn}"
+
+
+def _drawn(plane: Plane):
+    """The figure of a plane, every family named at least once."""
+    data = plane.data
     figure, axes = style.new(style.WIDTH, 4.5 if len(data) <= FEW else 5.6)
     axes.axhline(0, color=style.MUTED, linewidth=0.8)
     axes.axvline(0, color=style.MUTED, linewidth=0.8)
     axes.plot(0, 0, "+", color=style.INK, markersize=10, markeredgewidth=1.6)
-    axes.set_title(f"Front of gain against forgetting: {style.where(cells)}, n = {made.n_domain} + {made.n_retention}")
+    axes.set_title(plane.title)
     labels, bars = [(0, 0, "base", style.INK)], []
     named = set(data[data["front"] | (data["family"] == data["method"])]["method"])
     for name, own in data.groupby("family", sort=False):
         shade = style.colour(name)
         if not named & set(own["method"]):
-            named.add(own.iloc[0]["method"])  # every family is named at least once
+            named.add(own.iloc[0]["method"])
         for point in own.itertuples():
             if point.front or len(data) <= FEW:
                 bars += _draw_bars(axes, point, shade)
@@ -124,24 +199,18 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
             if point.method in named or len(data) <= CROWDED:
                 label = point.method if point.method in named else point.method.removeprefix(f"{name}-")
                 labels.append((point.gain, point.forgetting, label, shade))
-    axes.set_xlabel("gain on the domain, points (right is better)")
-    axes.set_ylabel("forgetting, points (down is better)")
+    axes.set_xlabel(plane.x)
+    axes.set_ylabel(plane.y)
     axes.margins(0.1)
-    axes.set_xlim(axes.get_xlim())  # the reference point, at which the line ends, is far from the methods
+    axes.set_xlim(axes.get_xlim())  # the line may end far from the methods
     axes.set_ylim(axes.get_ylim())
-    line = _steps(data[data["front"]], reference=100 * made.reference)
-    axes.plot(*zip(*line), color=style.FAINT, linewidth=4, alpha=0.6, zorder=1, solid_joinstyle="miter")
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    line = _steps(data[data["front"]], reference=min(plane.end, top + (top - bottom)))
+    axes.plot(*zip(*line), color=style.FAINT, linewidth=4, alpha=0.6, zorder=1, solid_joinstyle="miter")
     bars += [(x0, min(y0, top), x1, min(y1, top)) for (x0, y0), (x1, y1) in zip(line, line[1:])]
     bars += [(left, 0, right, 0), (0, bottom, 0, top)]
     style.label_points(axes, labels, bars=bars, size=8.5)
-    caption = (
-        "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they "
-        "reach together, towards the reference point of the hypervolume (gain 0, forgetting "
-        f"{100 * made.reference:.0f} points). Bars are 95 % confidence intervals"
-        + ("." if len(data) <= FEW else ", drawn for the front only; the CSV has them all.")
-    )
-    return figure, data, "The front of gain against forgetting", caption
+    return figure
 
 
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
@@ -215,11 +284,11 @@ def _steps(points: pd.DataFrame, *, reference: float) -> list[tuple[float, float
 
 def _draw_bars(axes, point, shade: str) -> list[tuple[float, float, float, float]]:
     """Draw a point's intervals and return them as lines, which the labels avoid."""
-    xerr = style.bars(point.gain, point.domain_gain_low, point.domain_gain_high)
+    xerr = style.bars(point.gain, point.gain_low, point.gain_high)
     yerr = style.bars(point.forgetting, point.forgetting_low, point.forgetting_high)
     look = {"fmt": "none", "color": shade, "elinewidth": 1.0, "alpha": 0.7}
     axes.errorbar(point.gain, point.forgetting, xerr=xerr, yerr=yerr, **look)
-    lines = [(point.domain_gain_low, point.forgetting, point.domain_gain_high, point.forgetting)] if xerr else []
+    lines = [(point.gain_low, point.forgetting, point.gain_high, point.forgetting)] if xerr else []
     return lines + ([(point.gain, point.forgetting_low, point.gain, point.forgetting_high)] if yerr else [])
 
 

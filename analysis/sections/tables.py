@@ -46,7 +46,7 @@ def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
     ]
     if known("domain_bits_per_byte"):
         made.append(Column(head="bits/byte", text=lambda row: _plain(row, "domain_bits_per_byte"), terminal=False))
-    for key in [key for key in rows if key.startswith("gain_") and not key.endswith(("_low", "_high"))]:
+    for key in units.gains(rows):
         task = key.removeprefix("gain_")
         made.append(Column(head=f"{task}: gain", text=lambda row, key=key, task=task: _gain_of(row, key, task)))
     if known(DOMAIN) and (rows["metric"] != units.PER_TOKEN).all():
@@ -86,7 +86,7 @@ def _method(row: pd.Series) -> str:
 def _score(row: pd.Series, *, interval: bool) -> str:
     unit = row.get("unit", units.SHARE)
     # the heads of the columns name the unit of shares; any other is written behind the number
-    metric = "" if unit == units.SHARE else f" {row['metric']}"
+    metric = "" if unit == units.SHARE else f" {units.named(row['metric'])}"
     bounds = _range(row, "domain_score", lambda value: units.level(value, unit)) if interval else ""
     return f"{units.level(row['domain_score'], unit)}{metric}{bounds}"
 
@@ -172,6 +172,8 @@ def _other_units(table: pd.DataFrame) -> list[str]:
     if len(others):
         named = [
             f"{row.domain} in {row.unit}" + (f" of {row.metric}" if row.unit != row.metric else "")
+            if row.metric != units.PER_TOKEN
+            else f"{row.domain} in nats per token of its test rows"
             for row in others.itertuples()
         ]
         lines.append(f"Not in points, and with its sign such that more is better: the gain of {', '.join(named)}.")

@@ -15,11 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from analysis import units
 from analysis.load import Loaded, retention_tasks
+from analysis.measures import BY_KEY, NATS
 from analysis.statistics.comparison import COSTS, mean_if_known
 from analysis.statistics.intervals import FIXED, Interval, by_run, of_arrays, paired
+from analysis.statistics.nats import Changes
 from methods.tools.names import unknown
 
 SCORES = ("forgetting", "domain_gain", "domain_score", "general_score")
+IN_NATS = tuple(measure.key for measure in NATS)
 PREPARE = "seconds_prepare"  # cells that took one preparation from the store share its timing
 
 
@@ -41,7 +44,7 @@ class Strict(BaseModel):
 class Table(Strict):
     """A number of finished cells: of `method`, or its difference from or ratio to that of `against`."""
 
-    metric: Literal[*SCORES, *COSTS]
+    metric: Literal[*IN_NATS, *SCORES, *COSTS]
     method: str
     against: str = ""
     way: Literal["value", "difference", "ratio"] = Field(alias="as")
@@ -106,6 +109,7 @@ class Measured:
     model: str = ""
     domain: str = ""
     why: str = ""
+    metric: str = ""
     once: bool = False  # seconds of one timing: a busy machine changes them by more than most claims are about
 
 
@@ -157,7 +161,7 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Measure) -> Iterat
         if not set(methods) <= set(cells["method"]):
             continue
         compared += 1
-        about = {"where": f"{model}, {domain}: {what}", "model": model, "domain": domain}
+        about = {"where": f"{model}, {domain}: {what}", "model": model, "domain": domain, "metric": metric}
         own = [cells[cells["method"] == method].sort_values("seed") for method in methods]
         common = set.intersection(*(set(group["seed"]) for group in own))
         groups = [group[group["seed"].isin(common)] for group in own]
@@ -172,6 +176,8 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Measure) -> Iterat
             entry = _movement(loaded, groups, metric)
         elif place.way == "value":
             entry = _value(comparison, groups[0], metric)
+        elif metric in IN_NATS:
+            entry = _nats(loaded, groups, metric, place.way)
         elif metric in SCORES:
             entry = _score(loaded, groups, metric, place.way)
         else:
@@ -204,8 +210,23 @@ def _value(comparison: pd.DataFrame, cells: pd.DataFrame, metric: str) -> dict:
     keys = (metric, f"{metric}_low", f"{metric}_high")
     value, low, high = (None if pd.isna(row.get(key)) else float(row[key]) for key in keys)
     rows = row["n_domain"] if metric.startswith("domain") else row["n_retention"]
-    n = _n(int(rows) if metric in SCORES else 0, len(cells))
+    if metric in BY_KEY and BY_KEY[metric].general:
+        rows = first["n"].get("general_text", 0)
+    n = _n(int(rows) if metric in (*SCORES, *IN_NATS) else 0, len(cells))
     return {"value": value, "n": n} | _ends(Interval(value, low, high, 0), len(cells))
+
+
+def _nats(loaded: Loaded, groups: list[pd.DataFrame], metric: str, way: str) -> dict:
+    """A difference of two methods in a measure in nats over the same items; of a ratio the value alone."""
+    changes = [Changes(loaded, group).of(BY_KEY[metric], list(group.index)) for group in groups]
+    if None in changes:
+        return {"why": f"{metric} is not known of all cells"}
+    first, second = (change.interval for change in changes)
+    n = _n(first.n, len(groups[0]))
+    if way == "ratio":  # of changes, which has no usable interval where the second is near 0
+        return {"value": first.value / second.value, "n": n} if second.value else {"why": f"{metric} is zero"}
+    difference = (changes[0] - changes[1]).interval
+    return {"value": difference.value, "n": n} | _ends(difference, len(groups[0]))
 
 
 def _score(loaded: Loaded, groups: list[pd.DataFrame], metric: str, way: str) -> dict:

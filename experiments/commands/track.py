@@ -22,8 +22,8 @@ PARENT, DIGEST = "mlflow.parentRunId", "holdfast.digest"
 METRICS, PARAMETERS = 1000, 100  # a batch, as MLflow limits it
 ABOUT = (
     "Study **{study}** of Holdfast. A run is the bare base or one (model, domain, method), the mean over the seeds "
-    "below it. Choose domain_gain, forgetting and seconds_train as columns, or draw a chart of forgetting against "
-    "domain_gain. Rebuilt from results/ by `python -m experiments track`."
+    "below it. Choose domain_gain, general_nll_lost, forgetting and seconds_train as columns, or draw a chart of "
+    "general_nll_lost against domain_gain. Rebuilt from results/ by `python -m experiments track`."
 )
 
 

@@ -19,6 +19,7 @@ import pandas as pd
 from analysis import numbers, units
 from analysis.comparable import KIND, guarded
 from analysis.load import Loaded, load_cells
+from analysis.measures import GENERAL
 from analysis.sections.tables import BANNER
 from analysis.statistics.comparison import comparison
 from methods.tools.files import sha256
@@ -27,6 +28,7 @@ from methods.tools.files import sha256
 NOT_METRICS = ["seed", "numerics", "processes", "learning_rate", "steps", "peak_memory_train_bytes"]
 MACHINE = ("tokens_per_second", "mfu")  # columns of a curve about the machine: MLflow shows `system/` on its own page
 FILES = ("metrics.json", "train.json", "curve.csv", "scores.json", "evaluate.json")
+NAMES = {"score_by_task": "gain"}  # a change, where `score/TASK` is the level
 EXPERIMENT = "DVC_EXP_NAME"  # the tag of a run made within `dvc exp run`
 KINDS = ("holdfast.base", "holdfast.group", "holdfast.cell")  # the tag that holds a run's key, by what it is
 CHARACTERS, DIGITS = 5000, 6  # of a parameter or tag, as MLflow limits it; of a fraction, for MLflow shows them all
@@ -100,7 +102,8 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
     about = {key: row[key] for key in ("model", "domain", "method", "seed", "dtype", "numerics", "scoring")}
     note = (
         f"{row['model']} fine-tuned on {row['domain']} with **{row['method']}**, seed {row['seed']}.\n\nGain "
-        f"{_change(row['domain_gain'], units.of_domain(row))}, forgetting {_change(row['forgetting'], units.SHARE)}."
+        f"{_change(row['domain_gain'], units.of_domain(row))}, general text lost "
+        f"{_change(row.get(GENERAL.key), GENERAL.unit)}, forgetting {_change(row['forgetting'], units.SHARE)}."
         + (" **NOT A RESULT.**" if row["not_a_result"] else "")
         + (f" **Not in the comparison**: {excluded}" if excluded else "")
     )
@@ -206,7 +209,8 @@ def base_of(loaded: Loaded, pair: str, *, table: pd.DataFrame) -> Run | None:
     not_a_result = bool(cells["not_a_result"].any())
     note = (
         f"{model} before any fine-tuning, on the tasks of {domain}: every method is compared with it.\n\n"
-        f"Score {units.level(row['domain_score'], row['unit'])} {'%' if row['unit'] == units.SHARE else row['metric']}."
+        f"Score {units.level(row['domain_score'], row['unit'])} "
+        f"{'%' if row['unit'] == units.SHARE else units.named(row['metric'])}."
     )
     tags = {
         "mlflow.note.content": note + (f" **{BANNER}.**" if not_a_result else ""),
@@ -245,7 +249,11 @@ def _note(group: str, row: dict, *, planned: int, counted: list[Run], failed: li
     if failed:
         reason = failed[0].tags.get("failure.reason", "no reason recorded")
         return f"{text} **{len(failed)} failed.**\n\n{failed[0].title}: {reason}"
-    measures = (("Gain", "domain_gain", row.get("unit", units.SHARE)), ("forgetting", "forgetting", units.SHARE))
+    measures = (
+        ("Gain", "domain_gain", row.get("unit", units.SHARE)),
+        ("general text lost", GENERAL.key, GENERAL.unit),
+        ("forgetting", "forgetting", units.SHARE),
+    )
     values = ", ".join(f"{name} {_change(row.get(key), unit)}{_bounds(row, key, unit)}" for name, key, unit in measures)
     only = "; one seed: this run, not this method" if len(counted) == 1 else ""
     flag = " **NOT A RESULT.**" if any(run.tags["not_a_result"] == "True" for run in counted) else ""
@@ -275,8 +283,10 @@ def _scores(loaded: Loaded, row: pd.Series) -> dict:
     values = row.drop(NOT_METRICS, errors="ignore").to_dict()
     if row.get("general_perplexity") and row.get("general_perplexity_base"):
         values["perplexity_ratio"] = row["general_perplexity"] / row["general_perplexity_base"]
-    for kind in ("forgetting", "transfer"):
-        values |= {f"{kind}/{task}": value for task, value in row[f"{kind}_by_task"].items()}
+    for key in [key for key in row.index if key.endswith("_by_task") and key != "scores_by_task"]:
+        by_task = row[key] if isinstance(row[key], dict) else {}
+        name = NAMES.get(key, key.removesuffix("_by_task"))
+        values |= {f"{name}/{task}": value for task, value in by_task.items()}
     if isinstance(apart := row.get("forgetting_apart"), dict):
         values |= {f"forgetting/{task}": about["forgetting"] for task, about in apart.items()}
     values |= {f"score/{task}": about["value"] for task, about in row["scores_by_task"].items()}

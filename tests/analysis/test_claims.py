@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from ruamel.yaml import YAML
 
+from analysis import numbers
 from analysis.load import load_cells
 from analysis.sections import claims
 from analysis.statistics.claimed import Measured
@@ -122,7 +123,7 @@ def test_a_range_is_claimed_as_a_range(tmp_path):
         ({"number": "20"}, "claims.one.number.* is '20'"),
         ({"number": [2, 1]}, r"claims.one.number is \[2, 1\]: it must be a number or"),
         ({"tolerance": -1}, "claims.one.tolerance is -1"),
-        ({"unit": "percent"}, "claims.one.unit is 'percent': Input should be 'times', 'share' or 'points'"),
+        ({"unit": "percent"}, "claims.one.unit is 'percent': Input should be 'times', 'share', 'points' or 'nats'"),
         ({"direction": "up"}, "claims.one.direction is 'up'"),
         ({"seen": "somewhere"}, "claims.one.seen is 'somewhere'"),
         ({"paper": "q"}, "unknown paper 'q' in claims.one"),
@@ -133,7 +134,7 @@ def test_a_range_is_claimed_as_a_range(tmp_path):
         ({"measures": [{"tables": {}}]}, r"unknown key 'tables' in .* did you mean 'table'"),
         (
             {"measures": [{"table": {"metric": "forgeting", "method": "ewc", "as": "value"}}]},
-            "claims.one.measures.0.table.metric is 'forgeting': Input should be 'forgetting'",
+            "claims.one.measures.0.table.metric is 'forgeting': Input should be 'general_nll_lost'",
         ),
         (
             {"measures": [{"table": {"metric": "forgetting", "method": "ewc", "as": "sum", "against": "full"}}]},
@@ -194,6 +195,25 @@ def test_a_difference_is_paired_by_item_and_seed(results, tmp_path, metric):
         error = statistics.stdev(difference) / len(difference) ** 0.5
         assert single["high"] - single["value"] == pytest.approx(1.968 * error, rel=1e-3)  # t of 299 degrees
     assert "this run, not this method" in single["ends"] and "other seeds" in row["ends"]
+
+
+@pytest.mark.parametrize("metric", ("general_nll_lost", "gold_nll_lost"))
+def test_a_claim_may_name_a_measure_in_nats(results, tmp_path, metric):
+    place = {"table": {"metric": metric, "method": "ewc", "against": "full", "as": "difference"}}
+    sign = {"number": 0.0, "tolerance": 0.0, "direction": "at most", "unit": "nats"} | HERE_ON
+    row = measure(results, tmp_path, place, **sign)
+    mean = load_cells(*results).cells.groupby("method")[metric].mean()
+    assert row["value"] == pytest.approx(mean["ewc"] - mean["full"]) and row["low"] < row["value"] < row["high"] < 0
+    assert row["verdict"] == "agrees" and row["metric"] == metric
+    rows = "128 rows" if metric == "general_nll_lost" else "600 rows"
+    assert row["n"] == f"{rows}, 2 seeds" and numbers.nats(row["value"]) in claims.SHOW["nats"](row["value"])
+    value = measure(results, tmp_path, {"table": {"metric": metric, "method": "full", "as": "value"}}, **sign)
+    assert value["verdict"] == "disagrees" and value["value"] == pytest.approx(mean["full"])
+    both = [place, {"table": place["table"] | {"metric": "forgetting"}}]
+    assert len(one(tmp_path, measures=both, **sign).measures) == 2
+    for changes in ({"number": 0.1}, {"tolerance": 0.02}, {"unit": "points", "number": 0.1}):
+        with pytest.raises(UserError, match="only where the claim is about its sign"):
+            one(tmp_path, measures=both, **sign | changes)
 
 
 def test_a_ratio_of_scores_has_an_interval(results, tmp_path):

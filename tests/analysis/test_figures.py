@@ -10,8 +10,10 @@ from analysis.statistics.comparison import comparison
 from tests.analysis.fixtures import METHODS, coefficients, write_results
 
 NAMES = [
+    "gain_against_nats",
     "gain_forgetting_front",
     "matched_gain",
+    "nats_lost_by_task",
     "forgetting_by_task",
     "forgetting_over_training",
     "answers_lost_and_gained",
@@ -54,6 +56,12 @@ def test_csv_holds_what_was_drawn(drawn):
     points = csv(figures["gain_forgetting_front"]).set_index("method")
     assert points["forgetting"].to_list() == pytest.approx([100 * rows.at[m, "forgetting"] for m in METHODS])
     assert points["domain_gain_low"].to_list() == pytest.approx([100 * rows.at[m, "domain_gain_low"] for m in METHODS])
+    nats = csv(figures["gain_against_nats"]).set_index("method")
+    assert nats["forgetting"].to_list() == pytest.approx([rows.at[m, "general_nll_lost"] for m in METHODS])
+    assert nats["forgetting_high"].to_list() == pytest.approx([rows.at[m, "general_nll_lost_high"] for m in METHODS])
+    lost = csv(figures["nats_lost_by_task"])
+    own = lost[(lost["method"] == "full") & ~lost["at_chance"]]
+    assert own["nats_lost"].mean() == pytest.approx(rows.at["full", "gold_nll_lost"]) and len(own) == 3
     by_task = csv(figures["forgetting_by_task"])
     assert len(by_task) == 4 * len(METHODS) and set(by_task[by_task.at_chance]["task"]) == {"copa"}
     metrics = json.loads((root / "runs/smollm2-135m/science/ewc/seed0/metrics.json").read_text())
@@ -105,6 +113,7 @@ def test_without_items_and_curves_the_rest_is_still_drawn(tmp_path):
         (tmp_path / "runs" / cell / "curve.csv").unlink()
     loaded = load_cells(tmp_path, planned)
     assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == [
+        "gain_against_nats",
         "gain_forgetting_front",
         "forgetting_by_task",
         "cost",

@@ -29,7 +29,7 @@ def test_all_files_are_there(summary):
     assert {"table.txt", "table.csv", "table.md", "tests.csv", "report.html", "figures"} == {
         path.name for path in (root / "summary").iterdir()
     }
-    assert len(list((root / "summary/figures").iterdir())) == 24
+    assert len(list((root / "summary/figures").iterdir())) == 30
     assert "hierarchical" in text and "<title>Five methods</title>" in page
 
 
@@ -88,7 +88,9 @@ def test_the_answer_is_computed(summary):
     )
     assert "The methods did not learn equally much" in page
     said = re.search(r'<div class="answer">(.*?)</div>', page, re.S)[1]
-    assert len(re.findall(r"<p>.*?</p>", said)) == 3 and len(re.findall(r"\.(?= [A-Z]|</p>)", said)) == 3
+    assert len(re.findall(r"<p>.*?</p>", said)) == 4 and len(re.findall(r"\.(?= [A-Z]|</p>)", said)) == 4
+    worst = methods.loc[methods["general_nll_lost"].idxmax()]
+    assert f"{numbers.nats(worst['general_nll_lost'])} [" in said.split("</p>")[1] and "nats per token" in said
 
 
 def test_of_a_sweep_the_answer_and_the_tests_speak_of_the_chosen_setting(tmp_path):

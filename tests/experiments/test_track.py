@@ -94,7 +94,9 @@ def test_a_run_holds_parameters_curves_scores_costs_data_and_files(database, res
         and run.data.params["scoring.scorer"] == "shared-prefix"
         and run.data.params["seed"] == "0"
     )
-    for key in ("forgetting", "domain_gain", "seconds_train", "seconds_prepare", "bytes_anchor", "peak_memory_bytes"):
+    costs = ("seconds_train", "seconds_prepare", "bytes_anchor", "peak_memory_bytes")
+    nats = ("general_nll_lost", "general_kl", "general_kl_reverse", "gold_nll_lost", "margin_lost", "domain_nll_gained")
+    for key in ("forgetting", "domain_gain", *costs, *nats):
         assert (
             run.data.metrics[key] == pytest.approx(metrics[key], rel=1e-5)
             and len(repr(run.data.metrics[key]).split(".")[-1]) <= 8
@@ -102,6 +104,9 @@ def test_a_run_holds_parameters_curves_scores_costs_data_and_files(database, res
     assert run.data.metrics["forgetting/hellaswag"] == pytest.approx(
         metrics["forgetting_by_task"]["hellaswag"], rel=1e-5
     )
+    for measure in ("gold_nll_lost", "margin_lost"):
+        by_task = metrics[f"{measure}_by_task"]
+        assert run.data.metrics[f"{measure}/hellaswag"] == pytest.approx(by_task["hellaswag"], rel=1e-5)
     assert run.data.metrics["bytes_weights_delta"] == metrics["bytes_weights_delta"]  # whole numbers keep every digit
     found = client(database)
     loss = found.get_metric_history(run.info.run_id, "curve/loss")

@@ -1,0 +1,100 @@
+"""What was lost on each retention task, as figures: in nats of the right answers, and in right answers."""
+
+import numpy as np
+import pandas as pd
+
+from analysis import numbers, style, units
+from analysis.load import Loaded
+from analysis.measures import GOLD
+from analysis.statistics.intervals import mean_difference, paired
+from analysis.statistics.nats import Changes
+
+
+def nats_lost_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Nats of the right answers lost on each retention task; tasks at chance in grey."""
+    first, changes, records = cells.iloc[0], Changes(loaded, cells), []
+    for task in [task for task, score in first["scores_by_task"].items() if score["role"] == "retention"]:
+        for method, own in cells.groupby("method", sort=False):
+            change = changes.of_task(task, list(own.index), value=GOLD.value)
+            if change is not None:
+                found = change.interval
+                records.append((task, method, found.value, found.low, found.high))
+    if not records:
+        return None
+    data = pd.DataFrame(records, columns=["task", "method", "nats_lost", "low", "high"])
+    data.insert(2, "at_chance", data["task"].isin(first["at_chance"]))
+    data.insert(3, "n", data["task"].map(first["n"]))
+    figure = _by_task(data, "nats_lost", title=f"Right answers lost by task: {style.where(cells)}")
+    figure.axes[0].set_xlabel("right answers lost, nats per item (base minus tuned; right of 0 is loss)")
+    caption = (
+        f"By how many nats the right answers became less likely; bars are {_over(cells)}. Tasks of long answers have "
+        "more nats to lose. Grey tasks are at chance for the base model and do not count in the mean."
+    )
+    return figure, data, "Right answers lost by task, in nats", caption
+
+
+def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
+    """Base minus tuned for each retention task; tasks at chance in grey."""
+    first, records = cells.iloc[0], []
+    base, roles = loaded.base_items(first["model"]), {t: score["role"] for t, score in first["scores_by_task"].items()}
+    shown = [t for t, role in roles.items() if role == "retention" and units.of_task(first, t) == units.SHARE]
+    base = base[base["task"].isin(shown)] if len(base) else base
+    for method, own in cells.groupby("method", sort=False):
+        items = loaded.items_of(own)
+        pairs = paired(base, items[items["task"].isin(shown)]) if len(base) and len(items) else pd.DataFrame()
+        for task in shown:
+            values = [100 * np.mean([scores[task]["base"] - scores[task]["value"] for scores in own["scores_by_task"]])]
+            if len(pairs) and (pairs["task"] == task).sum() > 1:
+                change = mean_difference(pairs, [task])
+                values += [-100 * change.high, -100 * change.low]
+            values += [None] * (3 - len(values))
+            records.append((task, method, task in first["at_chance"], first["n"][task], *values))
+    if not records:
+        return None
+    data = pd.DataFrame(records, columns=["task", "method", "at_chance", "n", "forgetting", "low", "high"])
+    data = data.sort_values("task", key=lambda names: names.map(shown.index), kind="stable").reset_index(drop=True)
+    figure = _by_task(data, "forgetting", title=f"Forgetting by task: {style.where(cells)}", least=1.0)
+    figure.axes[0].set_xlabel("forgetting, points (base minus tuned; right of 0 is loss)")
+    caption = (
+        f"Retention tasks scored by the proportion of right answers; bars are {_over(cells)}. "
+        "Grey tasks are at chance for the base model, cannot show loss, and do not count in the mean."
+    )
+    return figure, data, "Forgetting by task", caption
+
+
+def _over(cells: pd.DataFrame) -> str:
+    return f"95 % confidence intervals over {'seeds and items' if cells['seed'].nunique() > 1 else 'the items'}"
+
+
+def _by_task(data: pd.DataFrame, value: str, *, title: str, least: float = 0.0):
+    """A figure with a line per task and method: `value` with its interval; the x axis spans at least `least`."""
+    tasks, methods = list(dict.fromkeys(data["task"])), list(dict.fromkeys(data["method"]))
+    step = len(methods) + 1.1
+    figure, axes = style.new(style.WIDTH, 0.9 + 0.17 * step * len(tasks))
+    axes.set_title(title)
+    axes.axvline(0, color=style.MUTED, linewidth=0.8)
+    edge = float(np.nanmax(data[[value, "high"]].astype(float).to_numpy()))
+    places = {(row.task, row.method): row for row in data.itertuples()}
+    for t, task in enumerate(tasks):
+        for m, method in enumerate(methods):
+            if (row := places.get((task, method))) is None:
+                continue
+            y, shade, at = -(t * step + m), style.FAINT if row.at_chance else style.colour(method), getattr(row, value)
+            look = {"color": shade, "marker": style.marker(method), "markersize": 5.5, "elinewidth": 1.2}
+            axes.errorbar(at, y, xerr=style.bars(at, row.low, row.high), **look)
+            end = at if numbers.missing(row.high) else row.high
+            box = {"facecolor": style.PAPER, "edgecolor": "none", "pad": 0.6}
+            look = {"fontsize": 7.5, "color": style.MUTED if row.at_chance else shade, "bbox": box}
+            axes.annotate(method, (end, y), xytext=(6, 0), textcoords="offset points", va="center", **look)
+    about = data.drop_duplicates("task").set_index("task")
+    note = "\nat chance:\ncannot show loss"
+    names = [f"{task}\nn = {about.at[task, 'n']}" + (note if about.at[task, "at_chance"] else "") for task in tasks]
+    axes.set_yticks([-(t * step + (len(methods) - 1) / 2) for t in range(len(tasks))], names)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlim(right=edge + 0.22 * max(edge, least) + least)
+    return figure
+
+
+FIGURES = (nats_lost_by_task, forgetting_by_task)
