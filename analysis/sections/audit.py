@@ -90,8 +90,12 @@ def answer(record: Record) -> list[str]:
 
 def _answers(record: Record) -> str:
     counted = [task["answers"] for task in record["tasks"] if task["counts"] and "answers" in task]
+    if not counted:
+        return ""
     lost, gained, right = (sum(one[key] for one in counted) for key in ("lost", "gained", "right"))
-    return f": of {right:,} right answers {lost:,} were lost, and {gained:,} others gained" if counted else ""
+    known = [one["lost_known"] for one in counted]
+    guessing = "" if None in known else f" ({sum(known):.1f} less what guessing would lose)"
+    return f": of {right:,} right answers {lost:,} were lost{guessing}, and {gained:,} others gained"
 
 
 def _reading(record: Record) -> list[str]:
@@ -119,6 +123,8 @@ def _reading(record: Record) -> list[str]:
 def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     unit, answers = task["unit"], task.get("answers")
     right = f"of {answers['right']:,} right" if answers else ""
+    known = {key: None if answers is None else answers[f"{key}_known"] for key in ("lost", "gained")}
+    less = {key: "" if value is None else f"{value:.1f} less guessing" for key, value in known.items()}
     return {
         "name": task["name"],
         "note": task["metric"] + ("" if task["counts"] else ", not in the mean"),
@@ -131,8 +137,8 @@ def _task(task: Mapping[str, Any]) -> dict[str, Any]:
             _ends(task["lost"], lambda value: units.change(value, unit)),
             _ends(task["gold_nll_lost"], numbers.nats),
             _ends(task["margin_lost"], numbers.nats),
-            (f"{answers['lost']:,}", right) if answers else ("–", ""),
-            (f"{answers['gained']:,}", "") if answers else ("–", ""),
+            (f"{answers['lost']:,}", ", ".join(filter(None, (right, less["lost"])))) if answers else ("–", ""),
+            (f"{answers['gained']:,}", less["gained"]) if answers else ("–", ""),
         ],
     }
 
@@ -165,7 +171,7 @@ def _general(general: Mapping[str, Any] | None) -> list[tuple[str, str, str, tup
 
 
 def _flip(flip: Mapping[str, Any]) -> dict[str, Any]:
-    question = flip["question"]
+    question = flip["question"] or ""
     question = f"… {question[-CUT:]}" if len(question) > CUT else question
     change = None if flip["gold_change"] is None else numbers.nats(flip["gold_change"])
     return {**flip, "question": question, "change": change, "hash": flip["doc_hash"][:12]}

@@ -10,10 +10,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from analysis.load import Loaded
+from analysis.statistics.flips import by_task, flips
 from analysis.statistics.intervals import KEYS, Interval, of_arrays, per_token
-from analysis.units import SHARE, step
+from analysis.units import step
 from evaluation.harness import load_tasks
 from evaluation.retention import change, forgetting
+from evaluation.task import doc_hash, requests
 from experiments.audit.data import Data
 from experiments.audit.scoring import Scores
 from experiments.commands.flips import questions
@@ -30,11 +33,29 @@ def compare(base: Scores, tuned: Scores, *, same_ids: bool) -> dict[str, Any]:
     """
     items = joined(base.items, tuned.items)
     lost = forgetting(base.scores["tasks"], tuned.scores["tasks"])
+    answers = flips_of(base, tuned)
+    counts = {} if answers.empty else by_task(answers).set_index("task").to_dict("index")
     tasks = [
-        _task(name, base.scores["tasks"][name], score, items[items["task"] == name], lost)
+        _task(name, base.scores["tasks"][name], score, items[items["task"] == name], lost, counts.get(name))
         for name, score in tuned.scores["tasks"].items()
     ]
     return {"tasks": tasks, "overall": _overall(items, lost), "general": _general(base, tuned, items, same_ids)}
+
+
+def flips_of(base: Scores, tuned: Scores) -> pd.DataFrame:
+    """A row for each item that is answered right or wrong, as analysis/statistics/flips.py gives them of a cell."""
+    lost = forgetting(base.scores["tasks"], tuned.scores["tasks"])
+    cell = "base/audit/tuned/seed0"
+    row = {"model": "base", "domain": "audit", "method": "tuned", "seed": 0, "scores_by_task": tuned.scores["tasks"]}
+    row |= {"forgetting_by_task": lost["by_task"], "at_chance": lost["at_chance"]}
+    loaded = Loaded(
+        cells=pd.DataFrame([row], index=[cell]),
+        curves=pd.DataFrame(),
+        items=tuned.items.assign(cell=cell),
+        failures=pd.DataFrame(),
+        base={"base": {"scores": base.scores, "items": base.items}},
+    )
+    return flips(loaded, model="base", domain="audit")
 
 
 def joined(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
@@ -42,7 +63,9 @@ def joined(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
     return tuned.merge(base, on=KEYS, suffixes=("", "_base"), validate="one_to_one")
 
 
-def _task(name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
+def _task(
+    name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: Mapping, counts: Mapping | None
+) -> dict[str, Any]:
     about = {key: tuned.get(key) for key in ("metric", "chance", "n")} | {
         "name": name,
         "counts": name in lost["by_task"],
@@ -53,14 +76,14 @@ def _task(name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: M
     if changed.get("change_low") is not None:  # a metric of the whole set: bootstrap over rows
         about["lost"] |= {"low": -changed["change_high"], "high": -changed["change_low"]}
     about |= {f"{key}_lost": _shown(_lost(items, column)) for key, column in NATS.items()}
-    if changed["unit"] == SHARE:
-        right, still = items["score_base"] > 0.5, items["score"] > 0.5
-        about["answers"] = {
-            "right": int(right.sum()),
-            "lost": int((right & ~still).sum()),
-            "gained": int((~right & still).sum()),
-        }
+    if counts is not None:
+        about["answers"] = {key: int(counts[key]) for key in ("right", "lost", "gained")}
+        about["answers"] |= {key: _known(counts[key]) for key in ("lost_known", "gained_known")}
     return about
+
+
+def _known(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
 
 
 def _overall(items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
@@ -129,30 +152,40 @@ def flipped(base: Scores, tuned: Scores, data: Data) -> list[dict[str, Any]]:
 
     Lost ones first, and of each kind those whose right answer changed most in log-likelihood.
     """
-    items = joined(base.items, tuned.items)
-    right, still = items["score_base"] > 0.5, items["score"] > 0.5
-    shares = [name for name, task in tuned.scores["tasks"].items() if task.get("unit", SHARE) == SHARE]
-    items = items.assign(kind=np.where(right & ~still, "lost", np.where(~right & still, "gained", "")))
-    items = items[items["task"].isin(shares) & (items["kind"] != "")]
-    tasks = [(entry["name"], task) for entry, task in load_tasks(data.folder) if entry["name"] in set(items["task"])]
-    texts = {(name, row["id"]): row for name, task in tasks for row in questions(task)}
-    made = []
-    for item in items.itertuples():
-        row = texts[item.task, item.doc_hash]
-        choices = [choice.strip() for choice in row["choices"]]
-        several = len(choices) > 1
-        change = item.log_likelihood - item.log_likelihood_base
-        made.append(
-            {
-                "task": item.task,
-                "doc_hash": item.doc_hash,
-                "kind": item.kind,
-                "question": row["context"],
-                "right": choices[row["gold"]],
-                "base": choices[int(item.choice_base)] if several and item.choice_base == item.choice_base else None,
-                "tuned": choices[int(item.choice)] if several and item.choice == item.choice else None,
-                "gold_change": None if change != change else change,
-            }
-        )
+    items = flips_of(base, tuned)
+    if items.empty or not (items["lost"] | items["gained"]).any():
+        return []
+    nats = joined(base.items, tuned.items)
+    nats = nats.assign(gold_change=nats["log_likelihood"] - nats["log_likelihood_base"])
+    items = items[items["lost"] | items["gained"]].merge(nats[[*KEYS, "choice_base", "gold_change"]], on=KEYS)
+    wanted = set(items["task"])
+    asked = [(entry["name"], task) for entry, task in load_tasks(data.folder) if entry["name"] in wanted]
+    texts = {(name, row["id"]): row for name, task in asked for row in _asked(task)}
+    made = [
+        {"task": item.task, "doc_hash": item.doc_hash, "kind": "lost" if item.lost else "gained"}
+        | _worded(texts.get((item.task, item.doc_hash)), item)
+        | {"gold_change": _known(item.gold_change)}
+        for item in items.itertuples()
+    ]
     made.sort(key=lambda one: (one["kind"] != "lost", -abs(one["gold_change"] or 0.0), one["task"], one["doc_hash"]))
     return made
+
+
+def _asked(task: Any) -> list[dict[str, Any]]:
+    """The rows of a task in words; of one whose answers cannot be written down, the prompts alone."""
+    try:
+        return questions(task)
+    except Exception:  # the task's own Python
+        return [{"id": doc_hash(doc), "context": requests(task, doc)[0].args[0]} for doc in task.eval_docs]
+
+
+def _worded(row: Mapping[str, Any] | None, item: Any) -> dict[str, str | None]:
+    """The question, the right answer, and what each model chose where there were choices."""
+    if row is None:
+        return dict.fromkeys(("question", "right", "base", "tuned"))
+    choices = [choice.strip() for choice in row.get("choices", ())]
+    right = choices[row["gold"]] if choices else None
+    picked = {"base": item.choice_base, "tuned": item.choice}
+    several = len(choices) > 1
+    chosen = {who: choices[int(one)] if several and not pd.isna(one) else None for who, one in picked.items()}
+    return {"question": row["context"], "right": right} | chosen

@@ -2,17 +2,17 @@
 
 import json
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from experiments.audit import kept
 from experiments.data import general_text, local, rows, splits
 from experiments.data.reader import Reader, write_rows
 from experiments.data.scored_tasks import write_scored
-from experiments.study import schema
+from experiments.study import names_of_tasks, schema
 from methods.errors import UserError
 from methods.tools.files import sha256
 from methods.tools.jsonl import Row, place
@@ -35,40 +35,35 @@ class Data:
     sha256: str
     facts: Mapping[str, Any] = field(default_factory=dict)
 
-    @property
-    def texts(self) -> list[str]:
-        """The general text."""
-        file = self.folder / "general.jsonl"
-        lines = file.read_text(encoding="utf-8").split("\n") if file.is_file() else []
-        return [json.loads(line)["text"] for line in lines if line]
-
 
 def write(*, study, work: Path, names: Sequence[str], number: int | None, text: Path | None, texts: int | None) -> Data:
     """Write the rows of the tasks `names` and of general text to a folder of `work` that is named after their content.
 
     study    whose tasks and general text are meant; `number` replaces its number of rows of each task
+    names    tasks, groups and suites, as a domain may name them
     text     a file of one's own in place of its general text, of which `texts` passages are taken
-    Raises UserError for a task without rows, and where there is neither text nor a general block.
+    Raises UserError for an unknown name, and for a task or a text whose rows are not to be had.
     """
-    out = work / "rows" / "new"
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    (work / "rows").mkdir(parents=True, exist_ok=True)
+    study, tasks = names_of_tasks.of(list(names), study, where="--tasks")
     if number is not None:
         limited = {name: task.model_copy(update={"test": number}) for name, task in study.tasks.items()}
         study = study.model_copy(update={"tasks": limited})
     reader = Reader(study=study)
-    # as a domain would name them, without rows of its own
-    named = schema.Domain.model_construct(retention=list(names), task=None)
-    listed, facts = write_scored("audit", named, reader, folder=out, taught=set(), sources=())
-    passages, facts["general"] = _own(text, texts or TEXTS) if text else _general(study, reader, texts)
-    if passages:
-        write_rows(out / "general.jsonl", passages)
-        listed.append(GENERAL | {"metric": "perplexity", "chance": None})
-    (out / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    digest = kept.digest([[path.name, sha256(path)] for path in sorted(out.iterdir())])
-    folder = work / "rows" / digest[:32]
-    shutil.rmtree(folder, ignore_errors=True)
-    out.replace(folder)
+    with TemporaryDirectory(dir=work / "rows") as fresh:
+        out = Path(fresh) / "rows"
+        # as a domain would name them, without rows of its own
+        named = schema.Domain.model_construct(retention=tasks, task=None)
+        listed, facts = write_scored("audit", named, reader, folder=out, taught=set(), sources=())
+        passages, facts["general"] = _own(text, texts or TEXTS) if text else _general(study, reader, texts)
+        if passages:
+            write_rows(out / "general.jsonl", passages)
+            listed.append(GENERAL | {"metric": "perplexity", "chance": None})
+        (out / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        digest = kept.digest([[path.name, sha256(path)] for path in sorted(out.iterdir())])
+        folder = work / "rows" / digest[:32]
+        if not folder.is_dir():
+            out.replace(folder)
     return Data(folder=folder, sha256=digest, facts=facts)
 
 

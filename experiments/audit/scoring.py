@@ -111,7 +111,9 @@ def _read(out: Path) -> Scores | None:
     """The scores that are kept in a folder; None where there are none, or where a file is damaged."""
     try:
         seconds = read_json(out / "evaluate.json", "seconds")["seconds"]
-        items = pd.read_csv(out / "items.csv.gz", dtype={"task": str}, keep_default_na=False, na_values=[""])
+        items = pd.read_csv(
+            out / "items.csv.gz", dtype={"task": str, "choices": str}, keep_default_na=False, na_values=[""]
+        )
         return Scores(scores=read_json(out / "scores.json", "tasks"), items=items, seconds=seconds, again=True)
     except (UserError, OSError, EOFError, ValueError, zlib.error):
         return None

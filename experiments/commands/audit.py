@@ -31,6 +31,7 @@ from experiments.study.paths import HERE, Paths
 from experiments.training import hardware
 from methods.errors import UserError
 from methods.tools.files import read_json, write_json
+from methods.tools.names import unknown
 
 SUITE = "general"
 
@@ -127,7 +128,9 @@ def _tasks(study, suite: str | None, tasks: str | None) -> list[str]:
         if not names:
             raise UserError(f"--tasks {tasks!r} names no task: write names with commas between them")
         return list(dict.fromkeys(names))
-    return [suite or SUITE]
+    if (suite := suite or SUITE) not in study.suites:
+        raise UserError(f"{unknown('suite', suite, study.suites)}; --tasks A,B,C names tasks without a suite")
+    return [suite]
 
 
 def _data(

@@ -29,6 +29,16 @@ def expanded(params: Params) -> Params:
     return params.model_copy(update={"tasks": tasks, "domains": domains})
 
 
+def of(names: list[str], params: Params, *, where: str) -> tuple[Params, list[str]]:
+    """The study with a block for every task that `names` stand for, and these tasks; `where` is where they are written.
+
+    It is `expanded` for names that are no domain's, such as those of a command.
+    """
+    tasks = {name: _named(name, block) for name, block in params.tasks.items()}
+    flat = _flat(names, params.suites, tasks, where=where)
+    return params.model_copy(update={"tasks": tasks}), flat
+
+
 def _named(name: str, block: Task) -> Task:
     """The block with its own name as `task` where it states none."""
     if block.rows is None and (changed := {"set", "columns", "nulls"} & block.as_written.keys()):
