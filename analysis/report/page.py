@@ -214,7 +214,8 @@ def _tuning(pair: tuple[str, str], record: dict) -> dict:
     for trial in record.get("trials", []):
         values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in trial["settings"].items()}
         text = ", ".join(f"{key} = {value}" for key, value in values.items())
-        trials.append(dict.fromkeys(keys) | trial | {"text": text})
+        nats = trial.get(f"{domain}_nll") if "domain_probe" not in trial else None  # a domain without accuracy
+        trials.append(dict.fromkeys(keys) | trial | {"text": text, "domain_nats": nats})
     return {"model": pair[0], "domain": domain, "rule": record.get("rule", ""), "trials": trials, "base": probes}
 
 

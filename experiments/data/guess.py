@@ -164,6 +164,5 @@ def _task(examples: Mapping[str, Any], rows: Sequence[Row]) -> Guess | None:
         "doc_to_target": target,
         "metric_list": [{"metric": "acc"}],
     }
-    chance = sum(1 / count for count in counts) / len(counts)
-    block = {"task": task, "metric": "acc", "chance": round(chance, 4), "question": question}
+    block = {"task": task, "metric": "acc", "question": question}
     return Guess(format="task", reads=(question, *reads, gold), block=block)

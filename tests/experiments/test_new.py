@@ -297,11 +297,16 @@ def test_from_a_file_to_the_report_by_the_commands_that_it_prints(tmp_path):
     random_models.byte_tokenizer().save_pretrained(tmp_path / "mine")
     command = [sys.executable, "-m", "experiments"]
     options = ["--model", "./mine", "--rows", "rows.jsonl", "--chat-template", "template.jinja"]
-    run(tmp_path, *command, "new", "talk", *options, "--retention", "colours", "--methods", "full,lora")
+    run(tmp_path, *command, "new", "talk", *options, "--retention", "colours", "--methods", "full")
     shown = run(tmp_path, *command, "show", "talk", "--study", "talk").stdout
     assert "They are" in shown
     run(tmp_path, *command, "plan", "--study", "talk")
-    assert "compare" in repro(tmp_path, "experiments/studies/talk/dvc.yaml")
-    metrics = read_json(tmp_path / "results/talk/runs/mine/talk/full/seed0/metrics.json")
-    assert metrics["domain_gain"] > 0 and metrics["forgetting_by_task"].keys() == {"colours"}
+    assert repro(tmp_path, "experiments/studies/talk/dvc.yaml")[-1].endswith("talk/dvc.yaml:compare")
+    cell = tmp_path / "results/talk/runs/mine/talk/full/seed0"
+    assert read_json(cell / "metrics.json")["domain_gain"] > 0
+    assert read_json(cell / "scores.json")["tasks"].keys() == {"talk", "colours"}
     assert (tmp_path / "results/talk/summary/report.html").is_file()
+    run(tmp_path, *command, "tune", "full", "--study", "talk")
+    tried = read_json(tmp_path / "results/talk/tuning/mine/talk.json")
+    gained = {trial["objective"]: tried["base"]["talk_nll"] - trial["talk_nll"] for trial in tried["trials"]}
+    assert len(gained) == 2 and all(gain > 0 for gain in gained.values()) and "in accuracy" not in tried["rule"]
