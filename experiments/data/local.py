@@ -7,7 +7,8 @@
     a folder         text files (.txt, .md), one document each, or what `save_to_disk` of `datasets` has written
 
 The texts among them may be packed by gzip, bzip2 or xz, and are UTF-8, or what their byte order mark or `encoding:`
-says. A line that is not JSON, or that has more or fewer cells than its header, is left out and counted.
+says. A line that is not JSON, or that has more or fewer cells than its header, and a document of a folder that is in
+another encoding, is left out and counted.
 """
 
 import bz2
@@ -42,6 +43,10 @@ class Broken(Exception):
     """A line or an element of a file that is no row."""
 
 
+class OtherEncoding(UserError):
+    """A file that is not in the encoding it is read in."""
+
+
 def read(path: Path, *, encoding: str | None, split: str | None) -> tuple[list[Row], LeftOut]:
     """The rows of a file or folder, each with the place it was read from, and what was left out.
 
@@ -53,7 +58,7 @@ def read(path: Path, *, encoding: str | None, split: str | None) -> tuple[list[R
     if path.is_dir():
         if any((path / name).is_file() for name in ("dataset_dict.json", "state.json")):
             return _saved(path, split), left_out
-        return _texts(path, encoding), left_out
+        return _texts(path, encoding, left_out), left_out
     if split:
         raise UserError(f"{path} is a file, and `split` is of a folder that `datasets` saved: leave it out")
     names = [suffix.lower() for suffix in path.suffixes]
@@ -92,7 +97,7 @@ def _text(path: Path, encoding: str | None) -> str:
             remedy = "name the file's own encoding as `encoding`"
         else:
             remedy = "if another program wrote it, such as Excel, write `encoding: cp1252` beside `local:`'s path"
-        raise UserError(
+        raise OtherEncoding(
             f"{path} line {line} is not {chosen.upper()} (byte {raw[error.start]:#x}, {error.reason}): {remedy}, or "
             "save the file as UTF-8"
         ) from error
@@ -179,15 +184,21 @@ def _parquet(path: Path) -> list[Row]:
     return [Row(row, at=f"{path} row {number}") for number, row in enumerate(rows, 1)]
 
 
-def _texts(folder: Path, encoding: str | None) -> list[Row]:
+def _texts(folder: Path, encoding: str | None, left_out: LeftOut) -> list[Row]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
     texts = [path for path in files if path.suffix.lower() in TEXTS]
     if not texts:
         raise UserError(f"{folder} holds none of the files that rows are read from: {KINDS}")
     if others := [path for path in files if path not in set(texts)]:
         print(f"{folder}: {len(others)} files are neither .txt nor .md and are not read, such as {others[0].name}")
-    names = [path.relative_to(folder).as_posix() for path in texts]
-    return [Row({"id": name, "text": _text(path, encoding)}, at=str(path)) for name, path in zip(names, texts)]
+    rows = []
+    for path in texts:
+        try:
+            rows.append(Row({"id": path.relative_to(folder).as_posix(), "text": _text(path, encoding)}, at=str(path)))
+        except OtherEncoding:
+            kind = (encoding or "utf-8").upper()
+            left_out.add(f"not {kind}: save it as UTF-8, or name the encoding of all files as `encoding`", str(path))
+    return rows
 
 
 def _hidden(path: Path) -> bool:

@@ -76,10 +76,10 @@ def read(block: schema.Rows, *, packages: Mapping[str, str], prefer: str, where:
         loaded = reader(source, packages)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    if not loaded.rows:
-        raise UserError(f"{where}: {loaded.source} holds no rows")
     left_out = loaded.left_out
     left_out.settle(where=where, of=len(loaded.rows) + left_out.rows, remedy="correct the file, or read another one")
+    if not loaded.rows:
+        raise UserError(f"{where}: {loaded.source} holds no rows")
     given = [Row(nulls.emptied(row), at=row.at) for row in loaded.rows] if emptied else loaded.rows
     return Rows(rows=shape(given, source, where=where), source=loaded.source, left_out=left_out)
 

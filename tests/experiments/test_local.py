@@ -89,9 +89,20 @@ def test_another_encoding_is_named_or_refused_by_file_and_line(tmp_path):
         read(path)
     with pytest.raises(UserError, match="there is no encoding 'cp12'"):
         read({"local": {"path": path, "encoding": "cp12"}})
-    texts = write(tmp_path / "old.txt", "é".encode("latin-1"))
-    with pytest.raises(UserError, match=f"{texts} line 1 is not UTF-8"):
+
+
+def test_a_document_in_another_encoding_is_left_out_and_many_are_refused(tmp_path, capsys):
+    for number in range(20):
+        write(tmp_path / f"{number}.txt", f"ä {number}")
+    old = write(tmp_path / "old.txt", "é".encode("latin-1"))
+    assert len(read(str(tmp_path)).rows) == 20
+    problem = "1 of 21 rows cannot be used: 1: not UTF-8: save it as UTF-8, or name the encoding of all files"
+    assert f"{problem} as `encoding` ({old})" in capsys.readouterr().out
+    for number in range(20):
+        write(tmp_path / f"{number}.txt", f"ä {number}".encode("latin-1"))
+    with pytest.raises(UserError, match="21 of 21 rows cannot be used: 21: not UTF-8"):
         read(str(tmp_path))
+    assert read({"local": {"path": str(tmp_path), "encoding": "latin-1"}}).rows[0]["text"] == "ä 0"
 
 
 def test_a_few_broken_lines_are_left_out_and_named_and_many_are_refused(tmp_path, capsys):
