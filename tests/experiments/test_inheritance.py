@@ -45,7 +45,7 @@ def copied(own, above=ROOT):
         if kind == "general":
             whole[kind] = own.get(kind) or above[kind]
         else:
-            whole[kind] = {**above[kind], **(own.get(kind) or {})}
+            whole[kind] = {**(above.get(kind) or {}), **(own.get(kind) or {})}
     return whole
 
 
@@ -94,6 +94,16 @@ def test_a_block_of_the_same_name_replaces_the_roots_whole(tmp_path):
     assert study.methods["more"].block == {"kl": {"strength": 2.0, "text": "domain"}}  # `like` names the root's
     assert study.methods["lora-wise-ft"].block["lora"] == {"rank": 2}  # and the root's `like` names the study's
     assert study.general.text == "text" and study.general.importance == 512  # defaults, not the root's keys
+
+
+def test_suites_are_taken_over_and_name_the_studys_own_tasks(tmp_path):
+    above = ROOT | {"suites": {"mine": ["piqa", "copa"], "words": ["lambada_openai"]}}
+    domain = OWN["domains"]["mine"] | {"retention": ["mine", "words"], "probes": ["piqa"]}
+    piqa = ROOT["tasks"]["piqa"] | {"test": 7}
+    own = OWN | {"domains": {"mine": domain}, "suites": {"words": ["hellaswag"]}, "tasks": {"piqa": piqa}}
+    study = load(tmp_path, own, above)
+    assert study.domains["mine"].retention == ["piqa", "copa", "hellaswag"]
+    assert study.tasks["piqa"].test == 7 and study.tasks["copa"].as_written == ROOT["tasks"]["copa"]
 
 
 def test_a_method_like_its_own_name_begins_from_the_roots(tmp_path):
