@@ -49,8 +49,8 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
         if documents.shots(read) and not documents.states_examples(read):
             examples[task] = list(read.fewshot_docs())
     sizes = {task: len(own) for task, own in docs.items()}
-    free = sum(sizes.values()) - block.probe
-    tested = shared_out(sizes, max(free, 1) if test == "all" else test)
+    free = max(sum(sizes.values()) - block.probe, 1)
+    tested = shared_out(sizes, free if test == "all" else min(test, free))
     probed = shared_out({task: sizes[task] - tested[task] for task in sizes}, block.probe, least=0)
     chosen = {task: _chosen(own, test=tested[task], probe=probed[task]) for task, own in docs.items()}
     return Drawn(

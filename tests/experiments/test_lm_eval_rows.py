@@ -1,0 +1,299 @@
+"""Tasks by lm-eval's name: rows from a folder in the hub's layout, and scores that are lm-eval's own, item for item."""
+
+import json
+import os
+
+import datasets
+import lm_eval
+import numpy as np
+import pytest
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from evaluation import catalogue, harness, lm
+from evaluation.documents import load
+from evaluation.task import doc_hash, quiet
+from experiments.data import lm_eval_rows
+from experiments.data.data_sets import DataSets
+from experiments.model.random_models import build, byte_tokenizer
+from experiments.study.schema import Task
+from methods.errors import UserError
+from tests.experiments import hub_folder
+
+SHOTS = {"include": "bhs__hindi__S_ne_O_V", "num_fewshot": 2, "fewshot_split": "test"}  # of the rows that are scored
+TASKS = {  # by the names of their blocks: lm-eval's name, or a configuration
+    "leaderboard_musr": "leaderboard_musr",  # a group that weighs its tasks by size
+    "bhs_hindi": "bhs_hindi",  # and one that does not
+    # five examples, written answers
+    "gsm8k": {"include": "gsm8k", "generation_kwargs": {"until": ["Question:"], "max_gen_toks": 24}},
+    "hellaswag": "hellaswag",  # documents that its own function makes of the rows
+    "truthfulqa_mc1": "truthfulqa_mc1",  # two to four choices
+    "squad_completion": "squad_completion",  # written in Python
+    "five_bones": {"include": "mmlu_anatomy", "num_fewshot": 5},  # the first five of another split
+    "own_examples": SHOTS,
+}
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CHATS = {"plain": {}, "turns": {"chat_template": TEMPLATE}, "one turn": {"chat_template": TEMPLATE}}
+CHATS["one turn"]["fewshot_as_multiturn"] = False
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder / "cache"))
+        yield hub_folder.made(folder / "hub")
+
+
+def sets(hub):
+    return DataSets(folder=hub, hashes=hub.parent / "hashes")
+
+
+def drawn(hub, name, *, test="all", **block):
+    block = Task.model_validate({"task": TASKS.get(name, name)} | block)
+    return block, lm_eval_rows.draw(name, block, test=test, data_sets=sets(hub))
+
+
+def write(hub, folder, names, *, test="all"):
+    """tasks.json and the rows of the tasks `names`; returns the entries by name."""
+    entries = {}
+    for name in names:
+        block, rows = drawn(hub, name, test=test)
+        lm_eval_rows.write(folder / f"{name}.jsonl", rows)
+        entries[name], _ = lm_eval_rows.entry(name, block, "retention", rows, folder=folder)
+    (folder / "tasks.json").write_text(json.dumps(list(entries.values())))
+    return entries
+
+
+def theirs(hub, names, *, chat_template=None, fewshot_as_multiturn=None, samples=None):
+    """What lm-eval says of a tiny model on the folder's data sets, which `datasets` finds by name from inside it."""
+    with pytest.MonkeyPatch.context() as patch, quiet():
+        patch.chdir(hub)
+        patch.setattr(lm_eval.evaluator, "add_env_info", lambda _: None)  # which asks every tool on the machine
+        manager = TaskManager(include_defaults=False)
+        manager._index = dict(catalogue.registry())
+        tokenizer = byte_tokenizer()
+        tokenizer.chat_template = chat_template
+        multiturn = bool(chat_template) if fewshot_as_multiturn is None else fewshot_as_multiturn
+        asked = [TASKS[name] if isinstance(TASKS[name], str) else named(name) for name in names]
+        return lm_eval.simple_evaluate(
+            HFLM(pretrained=build("llama", seed=0), tokenizer=tokenizer, batch_size=4),
+            tasks=asked,
+            task_manager=manager,
+            apply_chat_template=bool(chat_template),
+            fewshot_as_multiturn=multiturn,
+            samples=samples,
+            bootstrap_iters=0,
+        )
+
+
+def named(name):
+    """A block's configuration under the block's name, as one writes it for lm-eval in a YAML file."""
+    changes = {key: value for key, value in TASKS[name].items() if key != "include"}
+    return (
+        dict(catalogue.named(TASKS[name]["include"], name=name).tasks[TASKS[name]["include"]])
+        | changes
+        | {"task": name}
+    )
+
+
+def ours(folder, scorer="shared-prefix", **chat):
+    return harness.score(
+        model=build("llama", seed=0), tokenizer=byte_tokenizer(), tasks_dir=folder, scorer=scorer, batch_size=4, **chat
+    )
+
+
+def compare(entries, scores, items, results):
+    for name, entry in entries.items():
+        own, score = items[items.task == name], scores["tasks"][name]
+        metric, _, filter = entry["metric"].partition(",")
+        parts = list(score.get("subtasks", {name: None}))
+        samples = [
+            sample
+            for part in parts
+            for sample in sorted(results["samples"][part], key=lambda sample: sample["doc_id"])
+            if sample["filter"] == (filter or results["samples"][part][0]["filter"])
+        ]
+        assert own.doc_hash.tolist() == [sample["doc_hash"] for sample in samples], name
+        assert own.doc_id.tolist() == list(range(len(samples)))
+        chosen = filter or samples[0]["filter"]
+        assert score["value"] == pytest.approx(results["results"][name][f"{metric},{chosen}"], abs=1e-12), name
+        assert own.score.mean() == pytest.approx(score["value"], abs=1e-12), name
+        for part in parts[1:] and parts:
+            assert score["subtasks"][part]["value"] == results["results"][part][f"{metric},{chosen}"]
+        if "subtasks" not in score:
+            assert own.score.tolist() == [float(sample[metric]) for sample in samples], name
+        choices = [[float(value) for value in one.split(";")] for one in own.choices if isinstance(one, str)]
+        if choices:
+            values = [[value for value, _ in sample["filtered_resps"]] for sample in samples]
+            assert [len(one) for one in choices] == [len(one) for one in values]
+            assert np.concatenate(choices) == pytest.approx(np.concatenate(values), abs=1e-3), name
+
+
+@pytest.fixture(scope="module")
+def folder(hub, tmp_path_factory):
+    """Every row of all tasks, and the entries by name."""
+    out = tmp_path_factory.mktemp("rows")
+    return out, write(hub, out, TASKS)
+
+
+@pytest.mark.parametrize("chat", ["plain", "turns", pytest.param("one turn", marks=pytest.mark.thorough)])
+def test_scores_and_items_are_lm_evals(hub, folder, chat):
+    out, entries = folder
+    scores, items = ours(out, **CHATS[chat])
+    compare(entries, scores, items, theirs(hub, TASKS, **CHATS[chat]))
+    assert ("chat_template" in scores["scoring"]) == (chat != "plain")
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("chat", CHATS)
+def test_lm_evals_own_scorer_gives_the_same(folder, chat):
+    (first, items), (second, others) = (ours(folder[0], scorer, **CHATS[chat]) for scorer in lm.SCORERS)
+    assert items.score.tolist() == others.score.tolist()
+    for name, score in first["tasks"].items():
+        assert score["value"] == second["tasks"][name]["value"] and score["prompt"] == second["tasks"][name]["prompt"]
+
+
+def test_the_chat_template_changes_every_prompt_but_the_domains(folder, tmp_path):
+    out, entries = folder
+    entry = entries["hellaswag"]
+    own = {"name": "own", "role": "domain", "metric": "acc", "chance": 0.25, "file": "own.jsonl"}
+    rows = [{"q": f"Say {n}", "choices": ["a", "b"], "gold": n % 2} for n in range(3)]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "hellaswag.jsonl").write_bytes((out / "hellaswag.jsonl").read_bytes())
+    own["task"] = {"doc_to_text": "{{q}}", "doc_to_choice": "choices", "doc_to_target": "gold"}
+    (tmp_path / "tasks.json").write_text(json.dumps([own, entry]))
+    prompts = [
+        {name: score["prompt"] for name, score in ours(tmp_path, **chat)[0]["tasks"].items()}
+        for chat in (CHATS["plain"], CHATS["turns"])
+    ]
+    assert prompts[0]["own"] == prompts[1]["own"] and prompts[0]["hellaswag"] != prompts[1]["hellaswag"]
+
+
+def test_a_tokenizer_without_a_template_is_refused(folder):
+    with pytest.raises(
+        UserError, match="evaluate.chat_template is true, and the model's tokenizer has no chat template"
+    ):
+        ours(folder[0], chat_template=True)
+
+
+def test_a_sample_is_scored_as_lm_eval_scores_these_rows(hub, folder, tmp_path):
+    names = ["leaderboard_musr", "bhs_hindi", "gsm8k"]
+    entries = write(hub, tmp_path, names, test=7)
+    samples = {}
+    for name in names:
+        whole = {
+            task.config.task: [doc_hash(doc) for doc in task.eval_docs] for task in load(folder[1][name], folder[0])
+        }
+        for task in load(entries[name], tmp_path):
+            samples[task.config.task] = [whole[task.config.task].index(doc_hash(doc)) for doc in task.eval_docs]
+    assert [len(samples[f"leaderboard_musr_{part}"]) for part in ("murder_mysteries", "object_placements")] == [2, 4]
+    assert sum(len(rows) for task, rows in samples.items() if task.startswith("bhs")) == 7
+    scores, items = ours(tmp_path)
+    compare(entries, scores, items, theirs(hub, names, samples=samples))
+
+
+def test_the_chance_level_is_of_each_rows_choices(folder):
+    entries = folder[1]
+    assert entries["truthfulqa_mc1"]["chance"] == pytest.approx((1 / 2 + 1 / 3 + 1 / 4 + 1 / 2 + 1 / 3) / 5)
+    assert entries["hellaswag"]["chance"] == entries["five_bones"]["chance"] == 0.25
+    assert entries["bhs_hindi"]["chance"] == 0.5
+    assert entries["gsm8k"]["chance"] == entries["squad_completion"]["chance"] == 0.0
+    # two and three choices in turn, and a group's rows weigh alike: 3, 6 and 2 rows
+    assert entries["leaderboard_musr"]["chance"] == pytest.approx((6 * 1 / 2 + 5 * 1 / 3) / 11)
+    assert entries["leaderboard_musr"]["metric"] == "acc_norm" and entries["gsm8k"]["metric"] == "exact_match"
+
+
+def test_a_blocks_own_chance_and_metric_win(hub, tmp_path):
+    block, rows = drawn(hub, "gsm8k", metric="exact_match,flexible-extract", chance=0.1)
+    lm_eval_rows.write(tmp_path / "gsm8k.jsonl", rows)
+    entry, (task,) = lm_eval_rows.entry("gsm8k", block, "retention", rows, folder=tmp_path)
+    assert entry["chance"] == 0.1 and entry["metric"] == "exact_match,flexible-extract"
+    assert task.measure.filter == "flexible-extract"
+
+
+def test_nothing_is_fetched_once_the_rows_are_kept(folder, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a data set was asked for")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    scores, _ = ours(folder[0])
+    assert set(scores["tasks"]) == set(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "number", "expected"),
+    [
+        ({"a": 10, "b": 30, "c": 60}, 10, {"a": 1, "b": 3, "c": 6}),
+        ({"a": 1, "b": 1000}, 10, {"a": 1, "b": 9}),  # each task keeps a row
+        ({"a": 3, "b": 3, "c": 3}, 5, {"a": 2, "b": 2, "c": 1}),
+        ({"a": 2, "b": 3}, 9, {"a": 2, "b": 3}),
+        ({"a": 5, "b": 5, "c": 5}, 1, {"a": 1, "b": 1, "c": 1}),
+    ],
+)
+def test_rows_are_shared_out_in_proportion(sizes, number, expected):
+    assert lm_eval_rows.shared_out(sizes, number) == expected
+
+
+def test_a_larger_sample_holds_the_smaller_one_and_probes_are_other_rows(hub):
+    _, few = drawn(hub, "hellaswag", test=2, probe=1)
+    _, more = drawn(hub, "hellaswag", test=3, probe=1)
+    assert all(doc in more.test["hellaswag"] for doc in few.test["hellaswag"])
+    _, whole = drawn(hub, "hellaswag", probe=2)
+    assert [len(whole.test["hellaswag"]), len(whole.probe["hellaswag"])] == [3, 2]
+    assert not any(doc in whole.test["hellaswag"] for doc in whole.probe["hellaswag"])
+
+
+def test_what_was_read_is_recorded_and_changes_with_the_files(hub, tmp_path):
+    _, rows = drawn(hub, "gsm8k")
+    before = lm_eval_rows.facts(Task.model_validate({"task": "gsm8k"}), rows)
+    assert before["source"].startswith("folder:openai/gsm8k@") and before["source"].endswith("/main")
+    assert before["n"] == {"train": 0, "test": 2, "probe": 0} and before["of"] == 2
+    hub_folder.put(
+        tmp_path, "openai/gsm8k", {"main": {"train": [hub_folder.problem(1)], "test": [hub_folder.problem(2)]}}
+    )
+    _, other = drawn(tmp_path, "gsm8k", test=1)
+    assert other.source != rows.source
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "winogrande",
+            r"tasks.winogrande: task winogrande of lm-eval wants data set allenai/winogrande, configuration "
+            r"winogrande_xl, validation: .*\(data.hub\) has no folder allenai/winogrande.*`tasks.winogrande.rows`",
+        ),
+        (
+            "mmlu_astronomy",
+            "tasks.mmlu_astronomy: .* data set cais/mmlu, configuration astronomy, test, dev: .*cannot be",
+        ),
+        ("humaneval", "runs the programs that a model writes"),
+        ("openllm", "a group without a score of its own"),
+        ("math_word_problems", "a tag of several tasks"),
+        ("gsm9k", "unknown task 'gsm9k': lm-eval has none of this name; did you mean 'gsm8k'"),
+    ],
+)
+def test_rows_that_are_not_to_be_had_are_told_by_name(hub, name, message):
+    with pytest.raises(UserError, match=message):
+        drawn(hub, name)
+
+
+def test_a_metric_that_is_code_of_others_is_refused_with_the_rows(hub, tmp_path):
+    block, rows = drawn(hub, "squadv2")
+    lm_eval_rows.write(tmp_path / "squadv2.jsonl", rows)
+    with pytest.raises(UserError, match="squadv2: metric .* cannot be computed of these rows by lm-eval"):
+        lm_eval_rows.entry("squadv2", block, "retention", rows, folder=tmp_path)
+
+
+def test_without_the_hub_the_setting_that_would_help_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    block = Task.model_validate({"task": "gsm8k"})
+    with pytest.raises(
+        UserError, match="wants data set openai/gsm8k.*HF_HUB_OFFLINE is set: unset it.*`data.hub: FOLDER`"
+    ):
+        lm_eval_rows.draw("gsm8k", block, test="all", data_sets=DataSets(folder=None, hashes=tmp_path))
