@@ -1,5 +1,7 @@
 """Architectures that this project was not adapted to: what it computes of each equals the model's own forward pass."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,10 +9,12 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from evaluation import shared_prefix
+from evaluation.token_losses import HiddenRows, token_losses
 from experiments.model import trial, tuned, weights
 from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.random_models import byte_tokenizer
+from experiments.model.reference import reference
 from experiments.model.shape import Shape
 from experiments.study.schema import Model
 from experiments.training import memory
@@ -144,6 +148,26 @@ def test_a_token_changes_nothing_before_it(model):
     other = ids.clone()
     other[0, -1] = 96 - other[0, -1]
     torch.testing.assert_close(model(other).logits[:, :-1], model(ids).logits[:, :-1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.thorough
+@torch.no_grad()
+def test_kl_from_its_kept_states_is_that_of_whole_softmaxes(model, tmp_path):
+    model.save_pretrained(tmp_path / "base", save_original_format=False)  # as the `model` stage writes it
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    other = copy.deepcopy(model)
+    for p in other.parameters():
+        p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    sequences = [(row["input_ids"].tolist(), (row["labels"] != -100).tolist()) for row in documents()]
+    where = {"dtype": torch.float32, "device": torch.device("cpu"), "kept": tmp_path / "kept"}
+    base = reference(tmp_path / "base", key=("",), sequences=sequences, tokens=64, **where)
+    assert isinstance(base, HiddenRows)
+    for (ids, labels), found in zip(sequences, token_losses(other, sequences, reference=base, tokens=64)):
+        p, q = (each(torch.tensor([ids])).logits[0, :-1].double().log_softmax(-1) for each in (other, model))
+        at = torch.tensor(labels[1:])
+        kl, reverse = (q.exp() * (q - p)).sum(-1)[at].sum(), (p.exp() * (p - q)).sum(-1)[at].sum()
+        assert (found.kl, found.kl_reverse) == pytest.approx((kl.item(), reverse.item()), rel=1e-3, abs=1e-5)
+        assert found.kl > 1e-4
 
 
 def test_fisher_is_that_of_a_loop_over_examples(model):
