@@ -77,6 +77,7 @@ def score(
     folders: Folders,
     work: Path,
     settings: Mapping[str, Any],
+    template: bool | str,
     dtype: torch.dtype,
     where: torch.device,
     reference: Model | None = None,
@@ -84,9 +85,11 @@ def score(
     """The model's scores: those that are kept, or new ones, which are then kept.
 
     settings    what `harness.score` takes beside the model
+    template    the chat template of the prompts, or False
     reference   the base whose predictions KL is measured against; None where the two do not predict the same tokens
     Raises UserError where memory has no room.
     """
+    settings = {**settings, "chat_template": template}
     key = _key(model, data, settings, dtype, where) | {"reference": reference and reference.weights}
     out = kept.folder_of(work / "scores", key)
     if known := _read(out):

@@ -26,7 +26,7 @@ from experiments.audit.progress import Progress
 from experiments.audit.scoring import Folders, Scores, score
 from experiments.model.base import load_tensors
 from experiments.model.weights import as_dtype
-from experiments.study import config, provenance, schema
+from experiments.study import config, local_files, provenance, schema
 from experiments.study.paths import HERE, Paths
 from experiments.training import hardware
 from methods.errors import UserError
@@ -50,6 +50,7 @@ def main(
     max_nll_lost: float | None = None,
     confidence: bool = False,
     same_base: bool = False,
+    chat_template: bool | str = False,
     device: str = "auto",
     dtype: str | None = None,
     batch_size: int | None = None,
@@ -69,22 +70,23 @@ def main(
     differ = tokenizers.compare(one.tokenizer, other.tokenizer)
     progress.step(f"rows of {len(names)} task{'s' if len(names) != 1 else ''} and general text")
     data = _data(study, work, names, rows, text, text_rows)
-    settings = {"scorer": "shared-prefix", "batch_size": batch_size or schema.Evaluate().batch_size}
+    settings = schema.Evaluate(**({"batch_size": batch_size} if batch_size else {})).model_dump()
+    templates = _templates(chat_template, one, other)
     computing = _dtype(dtype, [one, other], where)
     with Folders(work) as folders:
         how = {"data": data, "folders": folders, "work": work, "settings": settings, "dtype": computing, "where": where}
         same = _same(one, other) and differ.same_ids and not differ.template
-        before = progress.scoring(one.given, lambda: score(one, **how), after=0 if same else 1)
+        before = progress.scoring(one.given, lambda: score(one, template=templates[0], **how), after=0 if same else 1)
         if same:
             after = _itself(before)
         else:
             reference = one if differ.same_ids and one.rows == other.rows else None
-            after = progress.scoring(
-                other.given, lambda: score(other, reference=reference, **how), after=0, like=before
-            )
+            how |= {"template": templates[1], "reference": reference}
+            after = progress.scoring(other.given, lambda: score(other, **how), after=0, like=before)
         progress.step("movement of the weights")
         moved = movement.measure(one, other, folders=folders, work=work, where=where)
     found = comparison.compare(before, after, same_ids=differ.same_ids)
+    asked = {"rows": rows, "text": text, "chat_template": bool(chat_template)}
     flips = comparison.flipped(before, after, data)
     record = found | {
         "base": _about(one, before),
@@ -93,7 +95,7 @@ def main(
         "movement": moved,
         "flips": flips,
         "verdict": limits.verdict(found, allowed),
-        "settings": settings | {"rows": rows, "text": text, "dtype": _name(computing), "device": where.type},
+        "settings": settings | asked | {"dtype": _name(computing), "device": where.type},
         "sources": data.facts,
         "scoring": after.scores["scoring"],
         "seconds": perf_counter() - began,
@@ -138,6 +140,25 @@ def _data(
 ) -> datasets.Data:
     own = Path(text).expanduser() if text else None
     return datasets.write(study=study, work=work, names=names, number=number, text=own, texts=texts)
+
+
+def _templates(wanted: bool | str, one: Model, other: Model) -> tuple[bool | str, bool | str]:
+    """The chat template of each model's prompts: its own, that of a file, or the other's where it has none."""
+    if isinstance(wanted, str):
+        text = local_files.text(wanted, where="--chat-template")
+        return text, text
+    if not wanted:
+        return False, False
+    own = [model.tokenizer.chat_template for model in (one, other)]
+    if own == [None, None]:
+        raise UserError(
+            f"--chat-template: neither {one.given} nor {other.given} has a chat template: name a file with one, or "
+            "leave it out"
+        )
+    for model, mine, theirs in ((one, own[0], other), (other, own[1], one)):
+        if mine is None:
+            print(f"{model.given} has no chat template: that of {theirs.given} is used", flush=True)
+    return own[0] or own[1], own[1] or own[0]
 
 
 def _dtype(wanted: str | None, models: list[Model], where: torch.device) -> torch.dtype:

@@ -135,6 +135,14 @@ COMMANDS = {
                 "--same-base", action="store_true", help="BASE is the adapter's base, whatever name that gives it"
             ),
             argument(
+                "--chat-template",
+                nargs="?",
+                const=True,
+                default=False,
+                metavar="FILE",
+                help="write prompts in each model's chat template, or in FILE's",
+            ),
+            argument(
                 "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
             ),
             argument("--dtype", help="what both are computed in (default: what suits the checkpoints)"),

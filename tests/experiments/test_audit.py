@@ -268,6 +268,20 @@ def test_another_template_alone_is_said_and_changes_nothing(world):
     assert found["general"] == same["general"]
 
 
+def test_prompts_in_chat_templates(world, talkative, tmp_path, capsys):
+    plain = run(world, "base", "talkative")[1]
+    _, found = run(world, "base", "talkative", chat_template=True)
+    assert f"base has no chat template: that of {talkative} is used" in capsys.readouterr().out
+    assert found["scoring"]["chat_template"] and found["general"] == plain["general"]
+    nats = [[task["gold_nll_lost"]["value"] for task in one["tasks"]] for one in (plain, found)]
+    assert nats[0] != nats[1]
+    file = tmp_path / "own.jinja"
+    file.write_text(talkative.joinpath("chat_template.jinja").read_text())
+    assert run(world, "base", "talkative", chat_template=str(file))[1]["tasks"] == found["tasks"]
+    with pytest.raises(UserError, match="--chat-template: neither .*base nor moved has a chat template"):
+        run(world, "base", "moved", chat_template=True)
+
+
 def test_limits_decide_the_exit_status(world):
     _, found = run(world, "base", "moved")
     lost, nats = found["overall"]["forgetting"], found["general"]["nll_lost"]
