@@ -58,6 +58,7 @@ def main(
     rows: str,
     format: str | None = None,
     columns: str | None = None,
+    encoding: str | None = None,
     chat_template: str | None = None,
     methods: str | None = None,
     retention: str | None = None,
@@ -74,7 +75,7 @@ def main(
         )
     default = config.load(root=root)
     chosen = named(model, default)
-    block = _rows_block(rows, root)
+    block = _rows_block(rows, root, encoding)
     found, loaded = _looked_at(block, rows, format=format, columns=columns)
     if chat_template and found.format != "chat":
         raise UserError(f"--chat-template: rows of the format {found.format} have no turns: leave it out")
@@ -120,7 +121,7 @@ def main(
     print(f"wrote experiments/studies/{name}/params.yaml and dvc.yaml\n\nnext:\n{_next(study)}")
 
 
-def _rows_block(rows: str, root: Path) -> dict[str, Any]:
+def _rows_block(rows: str, root: Path, encoding: str | None) -> dict[str, Any]:
     """The keys `rows` and, for a saved data set with a train and a test split, `test_rows`."""
     path = Path(rows).expanduser()
     if not path.exists():
@@ -128,7 +129,7 @@ def _rows_block(rows: str, root: Path) -> dict[str, Any]:
     inside = path.resolve().is_relative_to(root.resolve())
     place = path.resolve().relative_to(root.resolve()).as_posix() if inside else str(path.absolute())
     if not (saved := path / "dataset_dict.json").is_file():
-        return {"rows": place}
+        return {"rows": {"local": {"path": place, "encoding": encoding}} if encoding else place}
     splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
     first = "train" if "train" in splits else splits[0]
     found = {"rows": {"local": {"path": place, "split": first}}}

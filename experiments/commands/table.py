@@ -61,6 +61,7 @@ COMMANDS = {
             ),
             argument("--format", choices=("chat", "pairs", "text", "task"), help="default: by the columns"),
             argument("--columns", metavar="NEW=OLD,…", help="columns that the file calls otherwise: prompt=question"),
+            argument("--encoding", metavar="NAME", help="encoding of the file, such as cp1252 (default: UTF-8)"),
             argument("--chat-template", metavar="FILE", help="chat template (default: the tokenizer's own)"),
             argument("--methods", metavar="A,B,…", help="methods of the root (default: full,lora,replay,wise-ft)"),
             argument("--retention", metavar="A,B,…", help="tasks or suites that show forgetting (default: general)"),

@@ -179,11 +179,15 @@ def test_a_line_divides_a_prompt_from_its_completion(root):
 
 
 def test_a_csv_with_columns_of_its_own_names(root):
-    with open(root / "rows.csv", "w", newline="") as file:
+    with open(root / "rows.csv", "w", newline="", encoding="cp1252") as file:
         writer = csv.writer(file)
         writer.writerow(["frage", "antwort"])
-        writer.writerows([row["question"], f" {row['answer']}"] for row in PAIRS)
-    study = begin(root, rows="rows.csv", columns="prompt=frage,completion=antwort", methods="full", seeds="0,1,2")
+        writer.writerows([row["question"], f" für {row['answer']}"] for row in PAIRS)
+    options = {"rows": "rows.csv", "columns": "prompt=frage,completion=antwort", "methods": "full", "seeds": "0,1,2"}
+    with pytest.raises(UserError, match="rows.csv line 2 is not UTF-8"):
+        begin(root, **options)
+    study = begin(root, **options, encoding="cp1252")
+    assert study.domains["mine"].rows.local.encoding == "cp1252" and "set" not in study.domains["mine"].as_written
     assert study.domains["mine"].as_written["columns"] == {"prompt": "frage", "completion": "antwort"}
     assert study.grid.methods == ["full"] and study.grid.seeds == [0, 1, 2]
 
