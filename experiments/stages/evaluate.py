@@ -15,7 +15,7 @@ from experiments.model import tuned, weights
 from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
-from experiments.study import ahead, ledger, provenance
+from experiments.study import ahead, chat_templates, ledger, provenance
 from experiments.study.failures import recorded
 from experiments.training import hardware
 from methods.errors import UserError
@@ -33,6 +33,8 @@ def base(study, *, model: str) -> None:
     }
     ahead.refuse_long(study, model=model, **known)
     ahead.refuse_encoding(study, model=model, **known)
+    for line in chat_templates.look(study, model=model, tokenizer=known["tokenizer"]):
+        print(line)
     with tempfile.TemporaryDirectory() as together:
         entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid.domains])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))

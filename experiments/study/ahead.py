@@ -24,7 +24,7 @@ from experiments.model.positions import (
     refuse_long_rows,
 )
 from experiments.model.shape import Shape, shape_of
-from experiments.study import cells
+from experiments.study import cells, chat_templates
 from experiments.study.clashes import ROLES
 from experiments.study.schema import General, Rows, Scored
 from experiments.training import memory
@@ -47,6 +47,8 @@ def look(study) -> list[str]:
         for domain in study.grid.domains
         if not study.domains[domain].retention
     ]
+    for model in study.grid.models:
+        warnings += chat_templates.look(study, model=model, tokenizer=tokenizer(study, model))
     with _data(study) as (folder, about_data):
         for model in study.grid.models:
             if folder is not None and (shape := known_shape(study, model)) and (encoder := tokenizer(study, model)):
