@@ -19,10 +19,11 @@ from experiments.audit import adapters, limits, models, progress, tokenizers
 from experiments.commands import audit
 from experiments.model import weights
 from experiments.model.random_models import build, byte_tokenizer
+from experiments.study import schema
 from experiments.study.paths import HERE
 from methods.errors import UserError
 from methods.tools.files import read_json
-from tests.experiments import hub_server
+from tests.experiments import hub_folder, hub_server
 
 ROWS = HERE / "experiments/studies/demo/rows"
 
@@ -280,6 +281,32 @@ def test_prompts_in_chat_templates(world, talkative, tmp_path, capsys):
     assert run(world, "base", "talkative", chat_template=str(file))[1]["tasks"] == found["tasks"]
     with pytest.raises(UserError, match="--chat-template: neither .*base nor moved has a chat template"):
         run(world, "base", "moved", chat_template=True)
+
+
+def test_tasks_and_groups_of_lm_eval_by_name_without_a_params_yaml(world, tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text("A passage of text.\n\nAnother passage, which is longer.\n\nAnd one more of them.\n")
+    empty = audit._study(tmp_path)
+    contrary = build("llama", seed=0)
+    with torch.no_grad():
+        contrary.model.norm.weight.mul_(-3)  # it likes least what the base likes most
+    models_given = [str(world / "base"), str(save(contrary, tmp_path / "contrary"))]
+    options = {"root": tmp_path, "text": str(text), "out": str(tmp_path / "page.html")}
+    with pytest.raises(UserError, match="unknown suite 'general'.*--tasks A,B,C"):
+        audit.main(*models_given, **options)
+    with pytest.raises(UserError, match="tasks.hellaswag: task hellaswag of lm-eval wants data set Rowan/hellaswag"):
+        audit.main(*models_given, tasks="hellaswag", **options)
+    hub = schema.Data(hub=str(hub_folder.made(tmp_path / "hub")))
+    monkeypatch.setattr(audit, "_study", lambda root: empty.model_copy(update={"data": hub}))
+    audit.main(*models_given, tasks="leaderboard_musr,hellaswag", rows=9, **options)
+    found = read_json(tmp_path / "page.json")
+    assert {task["name"]: task["n"] for task in found["tasks"]} == {"leaderboard_musr": 9, "hellaswag": 5}
+    for task in found["tasks"]:
+        flips = [flip["kind"] for flip in found["flips"] if flip["task"] == task["name"]]
+        assert {kind: flips.count(kind) for kind in ("lost", "gained")}.items() <= task["answers"].items()
+    assert found["flips"] and all(flip["question"] and flip["right"] for flip in found["flips"])
+    with pytest.raises(UserError, match="unknown task 'helaswag'|--tasks.*'helaswag'"):
+        audit.main(*models_given, tasks="helaswag", **options)
 
 
 def test_limits_decide_the_exit_status(world):
