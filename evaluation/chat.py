@@ -97,9 +97,16 @@ def marked(
 
 def _start(tokenizer: Any, template: str, messages: Sequence[Message], number: int, text: str) -> int:
     """Where the answer of turn `number` begins: after all that the model reads when it is asked for it."""
-    before, _ = _render(tokenizer, template, messages[:number], generation_prompt=True)
-    if text.startswith(before):
+    try:
+        before, _ = _render(tokenizer, template, messages[:number], generation_prompt=True)
+    except UserError:
+        if number:
+            raise
+        before = None  # a template that looks at the first turn
+    if before is not None and text.startswith(before):
         return len(before)
+    if not number:
+        raise UserError("it begins with a turn of the assistant, for which this template cannot ask: take it out")
     common = len(os.path.commonprefix([before, text]))
     asked, written = before[common:], text[common:]
     raise UserError(

@@ -69,6 +69,8 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
         rows = _rows(file)
         if file.stem != GENERAL and rows[0].keys() & {"text", "messages"}:
             sets[file.stem] = labelled(rows, tokenizer, template=template)
+            if left_out := len(rows) - len(sets[file.stem]):
+                print(f"{file.stem}: {left_out} of {len(rows)} probe rows cannot be encoded: not probed", flush=True)
         else:
             sets[file.stem] = encoded(rows, tokenizer)
     if empty := [name for name, items in sets.items() if not items]:

@@ -8,7 +8,7 @@ from evaluation.chance import WARNING
 from methods.errors import UserError
 
 FEW = 0.1  # share of the rows up to which they are left out
-NAMED = 3  # places that a message names
+NAMED = 3  # places, and reasons, that a message names
 
 
 def are_many(left_out: int, rows: int) -> bool:
@@ -59,4 +59,8 @@ def first_of(places: list[str]) -> str:
 
 
 def _listed(named: dict[str, list[str]]) -> str:
-    return "; ".join(f"{len(places)}: {reason} ({first_of(places)})" for reason, places in named.items())
+    """The reasons with the most places."""
+    most = sorted(named.items(), key=lambda item: -len(item[1]))
+    listed = [f"{len(places)}: {reason} ({first_of(places)})" for reason, places in most[:NAMED]]
+    others = sum(len(places) for _, places in most[NAMED:])
+    return "; ".join(listed + ([f"{others} for other reasons"] if others else []))

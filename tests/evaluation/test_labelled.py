@@ -188,6 +188,12 @@ SYSTEM_LAST = (  # Mistral's third template writes the system turn into the last
         ),
         ("{% for m in messages %}{{ m['content'] }", LONG, "is not valid Jinja: line 1"),
         ("{{ messages[0].nothing.at.all }}", LONG, "the chat template (fails on|refuses) it"),
+        (
+            "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
+            + chatml(False),
+            LONG[2:],
+            "it begins with a turn of the assistant, for which",
+        ),
         (chatml(True), LONG[:2], "marks nothing of this conversation"),
         (None, LONG, "has no chat template: name a file"),
     ],
