@@ -8,7 +8,7 @@ from analysis import numbers, style
 from analysis.load import Loaded
 from analysis.statistics.flips import by_task, flips, most_forgotten, overlap, pairs, total
 
-ROLES = ("domain", "retention", "transfer")
+ROLES = ("domain", "score", "retention", "transfer")
 SURE = 2.58  # standard deviations beyond which sharing is called more than chance
 DARK, LIGHT = "#10141a", "#fdfdfd"  # text on a filled square, which is the same on the light and the dark page
 
