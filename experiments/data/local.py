@@ -12,7 +12,6 @@ another encoding, is left out and counted.
 """
 
 import bz2
-import codecs
 import csv
 import gzip
 import io
@@ -34,9 +33,6 @@ TEXTS = (".txt", ".md")
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet, a folder of .txt or .md files, or a folder saved by `datasets`"
 _PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 _PACKED_NAMES = (".gz", ".bz2", ".xz")
-# the longest first: the mark of UTF-16 is the beginning of that of UTF-32
-_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32", codecs.BOM_UTF8: "utf-8-sig"}
-_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
 
 
 class Broken(Exception):
@@ -86,7 +82,8 @@ def _text(path: Path, encoding: str | None) -> str:
         raw = unpack(raw) if unpack else raw
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise UserError(f"{path} is packed, and damaged or cut off ({error}): fetch it or pack it again") from error
-    chosen = next((name for mark, name in _MARKS.items() if raw.startswith(mark)), encoding or "utf-8")
+    found = json.detect_encoding(raw)  # by a byte order mark, or by the zero bytes of UTF-16 and UTF-32
+    chosen = found if found != "utf-8" else encoding or found
     try:
         return raw.decode(chosen)
     except LookupError as error:
@@ -188,7 +185,10 @@ def _texts(folder: Path, encoding: str | None, left_out: LeftOut) -> list[Row]:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not _hidden(path.relative_to(folder))]
     texts = [path for path in files if path.suffix.lower() in TEXTS]
     if not texts:
-        raise UserError(f"{folder} holds none of the files that rows are read from: {KINDS}")
+        raise UserError(
+            f"{folder} is neither a folder of text files (.txt, .md) nor one that `datasets` saved: name a file in it, or "
+            "read a folder of Parquet or JSONL files by `hub: {path: FOLDER, split: train}`"
+        )
     if others := [path for path in files if path not in set(texts)]:
         print(f"{folder}: {len(others)} files are neither .txt nor .md and are not read, such as {others[0].name}")
     rows = []

@@ -11,6 +11,7 @@ from evaluation.encode import encode_text
 from evaluation.labelled import encode_row
 from evaluation.probe import load_probes, probe
 from evaluation.rendered import read_jsonl
+from evaluation.token_losses import token_losses
 from experiments.commands import show, tune
 from experiments.data import expected, formats
 from experiments.data.prepared_rows import write_data
@@ -19,7 +20,10 @@ from experiments.model.random_models import EOS_ID, build, byte_tokenizer
 from experiments.stages import resolve
 from experiments.study import ahead, config
 from experiments.study.paths import Paths
+from experiments.training.engine import fit
 from experiments.training.examples import IGNORED, encoded, examples_of, packed
+from experiments.training.settings import TrainSettings
+from methods import registry
 from methods.errors import UserError
 from methods.tools.jsonl import Row
 
@@ -332,3 +336,27 @@ def test_trials_on_a_domain_without_accuracy_are_judged_in_nats():
     tune._judge(record, "d")
     assert [trial["objective"] for trial in trials] == pytest.approx([0.5, 1.1, 0.8, 0.494])
     assert [trial["chosen"] for trial in record["trials"]] == [False, True, False, False, False]
+
+
+@pytest.mark.parametrize(("format", "rows"), [("chat", CHATS), ("pairs", PAIRS), ("text", TEXTS)])
+def test_parts_train_on_every_format_and_the_loss_is_of_the_labelled_tokens(format, rows):
+    """One step over all rows: before it the KL to the base is 0, so the loss is the held-out score of the same rows."""
+    tokenizer, model = byte_tokenizer(), build("llama", seed=0)
+    made, _, _ = formats.standard(rows[:12], format=format, where="d")
+    examples = examples_of(made, tokenizer, 512, domain="d", template=TEMPLATE)
+    sequences = [encode_row(tokenizer, row, template=TEMPLATE)[:2] for row in made]
+    if format == "text":  # packed: one text, with an end between the documents
+        assert len(examples) < len(made)
+        sequences = [(e["input_ids"].tolist(), (e["labels"] != IGNORED).tolist()) for e in examples]
+    losses = token_losses(model, sequences)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    run = {"examples": examples, "seed": 0, "base": base, "general": examples[:1]}
+    settings = TrainSettings(learning_rate=1e-3, batch=len(examples), micro_batch=2, length=512, probes=0)
+    kl = registry.build({"kl": {"strength": 1.0, "text": "domain"}})
+    result = fit(model=model, parts=kl, settings=settings, **run)
+    assert result.tokens == sum(len(e["input_ids"]) for e in examples)
+    nats, tokens = (sum(getattr(one, name) for one in losses) for name in ("nats", "tokens"))
+    assert result.curve[-1]["loss"] == pytest.approx(nats / tokens, rel=1e-5)
+    replay = registry.build({"replay": {"share": 0.5, "mode": "add"}})
+    added = fit(model=build("llama", seed=0), parts=replay, settings=settings, **run).added["replay"]
+    assert added["tokens"] > 0

@@ -34,6 +34,7 @@ def write(path, content):
         "a.jsonl.gz": gzip.compress(JSONL.encode()),
         "bom.jsonl": codecs.BOM_UTF8 + JSONL.encode(),
         "utf16.jsonl": JSONL.encode("utf-16"),
+        "unmarked.jsonl": JSONL.encode("utf-16-le"),
         "a.json": json.dumps(ROWS, indent=2),
         "data.json": json.dumps({"version": "1", "data": ROWS}),
         "lines.json": JSONL,
@@ -146,7 +147,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, name, content, 
 def test_paths_that_are_not_there_and_folders_without_rows(tmp_path):
     with pytest.raises(UserError, match="there is no file or folder"):
         read(str(tmp_path / "none.csv"))
-    with pytest.raises(UserError, match="holds none of the files that rows are read from"):
+    with pytest.raises(UserError, match="is neither a folder of text files"):
         read(str(tmp_path))
     with pytest.raises(UserError, match="names both `jsonl` and `local`"):
         read({"jsonl": "a.jsonl", "local": "b.csv"})
