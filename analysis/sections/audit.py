@@ -100,6 +100,11 @@ def _answers(record: Record) -> str:
 
 def _reading(record: Record) -> list[str]:
     general, notes = record["general"], []
+    if record["plain_prompts"]:
+        notes.append(
+            "Tasks are asked without the chat template that the tuned model’s tokenizer has: --chat-template writes "
+            "their prompts in it."
+        )
     if general and not general["same_ids"]:
         notes.append(
             "Each model reads the general text with its own tokenizer, and is measured in bits per byte. Answers to "

@@ -68,7 +68,7 @@ def main(
     other = resolve(tuned, study=study, work=work, beside=one, same_base=same_base)
     refuse_other_architecture(one, other)
     differ = tokenizers.compare(one.tokenizer, other.tokenizer)
-    progress.step(f"rows of {len(names)} task{'s' if len(names) != 1 else ''} and general text")
+    progress.step(f"rows of {', '.join(names)}, and general text")
     data = _data(study, work, names, rows, text, text_rows)
     settings = schema.Evaluate(**({"batch_size": batch_size} if batch_size else {})).model_dump()
     templates = _templates(chat_template, one, other)
@@ -91,6 +91,7 @@ def main(
     record = found | {
         "base": _about(one, before),
         "tuned": _about(other, after),
+        "plain_prompts": bool(other.tokenizer.chat_template) and not chat_template,
         "tokenizers": {"sentences": differ.sentences, "same_ids": differ.same_ids, "template": differ.template},
         "movement": moved,
         "flips": flips,

@@ -250,6 +250,7 @@ def test_weights_saved_alone_take_the_bases_tokenizer_and_unused_rows_leave_no_k
     assert "different numbers of rows for unused tokens" in (world / "pages/base-alone.html").read_text()
 
 
+@pytest.mark.thorough
 def test_a_damaged_file_of_kept_scores_is_made_again(world, loaded):
     _, first = run(world, "base", "moved")
     for file in (world / "work/local/audit/scores").glob("*/items.csv.gz"):
@@ -273,7 +274,12 @@ def test_prompts_in_chat_templates(world, talkative, tmp_path, capsys):
     plain = run(world, "base", "talkative")[1]
     _, found = run(world, "base", "talkative", chat_template=True)
     assert f"base has no chat template: that of {talkative} is used" in capsys.readouterr().out
-    assert found["scoring"]["chat_template"] and found["general"] == plain["general"]
+    assert (
+        plain["plain_prompts"]
+        and not found["plain_prompts"]
+        and found["scoring"]["chat_template"]
+        and found["general"] == plain["general"]
+    )
     nats = [[task["gold_nll_lost"]["value"] for task in one["tasks"]] for one in (plain, found)]
     assert nats[0] != nats[1]
     file = tmp_path / "own.jinja"
@@ -354,6 +360,7 @@ def test_a_name_of_params_yaml_is_its_converted_model(world):
     assert by_folder["tuned"]["source"] == f"path:{world}/moved"
 
 
+@pytest.mark.thorough
 def test_by_default_the_page_lies_among_the_results_and_no_other_pairs_is_written_over(world):
     for name in ("base", "other"):
         audit.main(str(world / name), str(world / "base"), tasks="colours", root=world, out=None)
@@ -459,6 +466,7 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(world, change, message)
         run(world, "base", "misfit")
 
 
+@pytest.mark.thorough
 def test_adapters_of_both_sides_and_one_that_is_pickled(world):
     _, found = run(world, "adapter", "base")
     _, other = run(world, "base", "adapter")
