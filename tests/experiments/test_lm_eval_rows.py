@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import datasets
 import lm_eval
@@ -19,6 +21,7 @@ from experiments.model.random_models import build, byte_tokenizer
 from experiments.study.schema import Task
 from methods.errors import UserError
 from tests.experiments import hub_folder
+from tests.experiments.hub_server import COMMIT, Hub, run_python
 
 SHOTS = {"include": "bhs__hindi__S_ne_O_V", "num_fewshot": 2, "fewshot_split": "test"}  # of the rows that are scored
 TASKS = {  # by the names of their blocks: lm-eval's name, or a configuration
@@ -297,3 +300,81 @@ def test_without_the_hub_the_setting_that_would_help_is_named(tmp_path, monkeypa
         UserError, match="wants data set openai/gsm8k.*HF_HUB_OFFLINE is set: unset it.*`data.hub: FOLDER`"
     ):
         lm_eval_rows.draw("gsm8k", block, test="all", data_sets=DataSets(folder=None, hashes=tmp_path))
+
+
+DRAW = """
+import sys
+from pathlib import Path
+from experiments.data import lm_eval_rows
+from experiments.data.data_sets import DataSets
+from experiments.study.schema import Task
+sets = DataSets(folder=None, hashes=Path(sys.argv[1]))
+drawn = lm_eval_rows.draw("gsm8k", Task.model_validate({"task": "gsm8k"}), test="all", data_sets=sets)
+print(drawn.source, len(drawn.test["gsm8k"]), len(drawn.examples["gsm8k"]))
+"""
+
+
+@pytest.mark.thorough
+def test_the_commit_that_the_hub_gave_is_recorded_and_its_cache_serves_without_it(hub, tmp_path):
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for file in (hub / "openai" / "gsm8k" / "main").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    listed = "".join(f"  - {{split: {split}, path: {split}-00000-of-00001.parquet}}\n" for split in ("train", "test"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: main\n  data_files:\n{listed}---\n")
+    with Hub(folders={("datasets", "openai/gsm8k"): folder}) as server:
+        (line,) = run_python(DRAW, tmp_path, str(tmp_path), HF_ENDPOINT=server.url).splitlines()
+    assert line == f"hub:openai/gsm8k@{COMMIT}/main 2 9"
+    (again,) = run_python(DRAW, tmp_path, str(tmp_path), HF_HUB_OFFLINE="1").splitlines()
+    assert again == line
+
+
+@pytest.mark.thorough
+def test_the_command_gives_the_same(hub, folder, tmp_path):
+    """`lm_eval run` in a process of its own, with its own index of names."""
+    out, entries = folder
+    model, tokenizer = tmp_path / "model", byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    build("llama", seed=0).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    names = [name for name, task in TASKS.items() if isinstance(task, str)]
+    command = ["-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={model},dtype=float32", "--tasks"]
+    command += [*names, "--batch_size", "4", "--device", "cpu", "--log_samples", "--output_path", str(tmp_path / "out")]
+    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, *command, "--apply_chat_template"], cwd=hub, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (file,) = (tmp_path / "out").rglob("results_*.json")
+    results = json.loads(file.read_text())
+    results["samples"] = {}
+    for file in (tmp_path / "out").rglob("samples_*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        for row in rows:
+            row["filtered_resps"] = [(float(one[0]), one[1]) for one in row["filtered_resps"] if isinstance(one, list)]
+        results["samples"][file.name.removeprefix("samples_").rpartition("_")[0]] = rows
+    scores, items = ours(out, chat_template=TEMPLATE)
+    compare({name: entries[name] for name in names}, scores, items, results)
+
+
+@pytest.mark.thorough
+def test_the_whole_of_mmlu(tmp_path, tmp_path_factory):
+    """57 tasks in four groups, five examples each, as many rows of a task as its number in the group."""
+    hub = tmp_path_factory.mktemp("mmlu")
+    subjects = {one["dataset_name"]: n for n, one in enumerate(catalogue.named("mmlu", name="mmlu").tasks.values())}
+    rows = {
+        subject: {
+            "test": [hub_folder.anatomy(100 * n + i) for i in range(1 + n % 5)],
+            "dev": [hub_folder.anatomy(-1 - i - 10 * n) for i in range(5)],
+        }
+        for subject, n in subjects.items()
+    }
+    hub_folder.put(hub, "cais/mmlu", rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        patch.setitem(TASKS, "mmlu", "mmlu")
+        entries = write(hub, tmp_path, ["mmlu"])
+        scores, items = ours(tmp_path)
+        results = theirs(hub, ["mmlu"])
+    compare(entries, scores, items, results)
+    assert len(scores["tasks"]["mmlu"]["subtasks"]) == 57
