@@ -6,6 +6,7 @@ import shutil
 import sys
 
 import pytest
+from huggingface_hub import constants
 from ruamel.yaml import YAML
 
 from experiments.commands import new
@@ -221,6 +222,20 @@ def test_a_local_folder_and_a_model_of_the_hub(root, capsys):
     said = capsys.readouterr().out
     assert "estimated from letters" in said and "dvc.yaml:model@some-model" in said
     assert study.train.length == 256
+
+
+def test_a_model_in_the_hubs_cache_is_pinned_and_its_tokenizer_counts(root, tmp_path_factory, monkeypatch, capsys):
+    commit, cache = "c" * 40, tmp_path_factory.mktemp("cache")
+    folder = cache / "models--someone--Some-Model"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text(commit)
+    random_models.byte_tokenizer().save_pretrained(folder / "snapshots" / commit)
+    random_models.build("llama", seed=0).config.save_pretrained(folder / "snapshots" / commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    lines(root / "rows.jsonl", PAIRS)
+    study = begin(root, model="hub:someone/Some-Model", methods="full")
+    assert study.models["some-model"].source == f"hub:someone/Some-Model@{commit}"
+    assert "estimated" not in capsys.readouterr().out and study.train.length == 64
 
 
 @pytest.mark.parametrize(
