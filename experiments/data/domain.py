@@ -63,8 +63,7 @@ def draw(domain: str, block: Domain, reader: Reader) -> Drawn:
 def _standard(given: list[Row], block: Domain, reader: Reader, *, where: str) -> tuple[list[Row], dict[int, str]]:
     """The rows in the form of their format, and what identifies each, by the row's `id()`."""
     made, before, left_out = formats.standard(given, format=block.format, where=where)
-    if found := left_out.facts():
-        reader.left_out[f"{where}, {block.format}"] = found
+    reader.note(left_out, where=where)
     if block.question:
         return made, {id(row): rows.text(old, block.question, where=where) for row, old in zip(made, before)}
     return made, {id(row): formats.question(row) for row in made}

@@ -186,8 +186,8 @@ def _texts(folder: Path, encoding: str | None, left_out: LeftOut) -> list[Row]:
     texts = [path for path in files if path.suffix.lower() in TEXTS]
     if not texts:
         raise UserError(
-            f"{folder} is neither a folder of text files (.txt, .md) nor one that `datasets` saved: name a file in it, or "
-            "read a folder of Parquet or JSONL files by `hub: {path: FOLDER, split: train}`"
+            f"{folder} is neither a folder of text files (.txt, .md) nor one that `datasets` saved: name a file in it, "
+            "or read a folder of Parquet or JSONL files by `hub: {path: FOLDER, split: train}`"
         )
     if others := [path for path in files if path not in set(texts)]:
         print(f"{folder}: {len(others)} files are neither .txt nor .md and are not read, such as {others[0].name}")

@@ -9,6 +9,7 @@ from typing import Any
 
 from experiments.data import lm_eval_rows, rows
 from experiments.data.data_sets import DataSets
+from experiments.data.left_out import LeftOut
 from experiments.data.lm_eval_rows import Drawn
 from experiments.study import schema
 from experiments.study.schema import General, Scored
@@ -46,10 +47,14 @@ class Reader:
             source = {"packages": self.study.packages, "prefer": self.study.data.source}
             loaded = rows.read(named, **source, where=where, emptied=block.nulls == "empty")
             shaped = rows.shape(loaded.rows, block, where=where) if isinstance(block, Scored) else loaded.rows
-            if facts := loaded.left_out.facts():
-                self.left_out[where] = facts
+            self.note(loaded.left_out, where=where)
             self.read_before[where] = rows.Rows(rows=shaped, source=loaded.source)
         return self.read_before[where]
+
+    def note(self, left_out: LeftOut, *, where: str) -> None:
+        """Keep what was left out of the rows of a block, for data.json."""
+        for kind, found in left_out.facts().items():
+            self.left_out.setdefault(where, {}).setdefault(kind, {}).update(found)
 
 
 def write_rows(path: Path, lines: Iterable[Row]) -> Path:

@@ -205,7 +205,7 @@ def test_a_few_rows_that_do_not_fit_are_left_out_by_reason_and_many_are_refused(
     rows = {"chat": CHATS, "pairs": PAIRS, "text": TEXTS}[format]
     made = study(tmp_path, [*rows[:20], row, *rows[20:]], format)
     report = write_data(made, tmp_path / "out")
-    ((found, facts),) = report["left_out"][f"domains.d, {format}"]["left_out"].items()
+    ((found, facts),) = report["left_out"]["domains.d"]["left_out"].items()
     assert found.startswith(reason) and facts == {"n": 1, "first": [f"{tmp_path}/rows.jsonl line 21"]}
     assert f"1 of 61 rows cannot be used: 1: {reason}" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"^domains.d: 7 of 67 rows .*{re.escape(reason)}.*more than one in ten"):
@@ -216,7 +216,7 @@ def test_a_few_rows_that_do_not_fit_are_left_out_by_reason_and_many_are_refused(
 def test_turns_without_an_answer_at_the_end_are_left_out_of_the_conversation(tmp_path, capsys):
     rows = [{"messages": conversation("a", "b", "c")}, *CHATS]
     report = write_data(study(tmp_path, rows, "chat"), tmp_path / "out")
-    (facts,) = report["left_out"]["domains.d, chat"]["changed"].values()
+    (facts,) = report["left_out"]["domains.d"]["changed"].values()
     assert facts["n"] == 1 and "1: the last turns have no answer" in capsys.readouterr().out
     kept = [row for path in (tmp_path / "out").rglob("*.jsonl") for row in read_jsonl(path) if "messages" in row]
     assert sum(row["messages"] == conversation("a", "b") for row in kept) == 1 and len(kept) == 61
