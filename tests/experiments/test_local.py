@@ -31,19 +31,19 @@ def write(path, content):
     {
         "a.jsonl": JSONL,
         "a.NDJSON": JSONL.replace("\n", "\r\n\r\n"),
-        "a.jsonl.gz": gzip.compress(JSONL.encode()),
+        "a.jsonl.gz": gzip.compress(JSONL.encode(), mtime=0),
         "bom.jsonl": codecs.BOM_UTF8 + JSONL.encode(),
         "utf16.jsonl": JSONL.encode("utf-16"),
         "unmarked.jsonl": JSONL.encode("utf-16-le"),
         "a.json": json.dumps(ROWS, indent=2),
         "data.json": json.dumps({"version": "1", "data": ROWS}),
         "lines.json": JSONL,
-        "a.json.gz": gzip.compress(json.dumps(ROWS).encode()),
+        "a.json.gz": gzip.compress(json.dumps(ROWS).encode(), mtime=0),
         "a.csv": CSV,
         "excel.csv": codecs.BOM_UTF8 + CSV.replace(",", ";").replace("é;", "é,").encode(),
         "utf16.csv": CSV.encode("utf-16"),
         "a.tsv": CSV.replace(",", "\t").replace("é\t", "é,"),
-        "a.csv.gz": gzip.compress(CSV.encode()),
+        "a.csv.gz": gzip.compress(CSV.encode(), mtime=0),
     }.items(),
 )
 def test_the_same_rows_from_every_kind_of_text(tmp_path, name, content):
