@@ -118,7 +118,7 @@ def _chat(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
     if not answers:
         raise _Unfit("no turn of the assistant")
     if answers[-1] < len(messages):
-        left_out.change("the last turns have no answer and are left out of the conversation", at)
+        left_out.change("the last turns have no answer and are cut off", at)
     return {"messages": messages[: answers[-1]]}
 
 

@@ -41,8 +41,9 @@ class LeftOut:
                 raise UserError(f"{problem}. That is more than one in ten: {remedy}")
             if not quiet:
                 print(f"{WARNING}{problem}. They are left out", flush=True)
-        if self.changed and not quiet:
-            print(f"{WARNING}{where}: {_listed(self.changed)}", flush=True)
+        for what, places in self.changed.items():
+            if not quiet:
+                print(f"{WARNING}{where}: {what} in {len(places)} of {of} rows ({first_of(places)})", flush=True)
 
     def facts(self) -> dict[str, Any]:
         """Counts and first places by reason, for data.json."""
@@ -59,8 +60,10 @@ def first_of(places: list[str]) -> str:
 
 
 def _listed(named: dict[str, list[str]]) -> str:
-    """The reasons with the most places."""
+    """The reasons with the most places, and how many places each has if there are several."""
     most = sorted(named.items(), key=lambda item: -len(item[1]))
+    if len(most) == 1:
+        return f"{most[0][0]} ({first_of(most[0][1])})"
     listed = [f"{len(places)}: {reason} ({first_of(places)})" for reason, places in most[:NAMED]]
     others = sum(len(places) for _, places in most[NAMED:])
     return "; ".join(listed + ([f"{others} for other reasons"] if others else []))

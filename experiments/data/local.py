@@ -93,7 +93,8 @@ def _text(path: Path, encoding: str | None) -> str:
         if encoding:
             remedy = "name the file's own encoding as `encoding`"
         else:
-            remedy = "if another program wrote it, such as Excel, write `encoding: cp1252` beside `local:`'s path"
+            named = f"rows: {{local: {{path: {path}, encoding: cp1252}}}}"
+            remedy = f"if another program wrote it, such as Excel, write `{named}`"
         raise OtherEncoding(
             f"{path} line {line} is not {chosen.upper()} (byte {raw[error.start]:#x}, {error.reason}): {remedy}, or "
             "save the file as UTF-8"
@@ -186,8 +187,7 @@ def _texts(folder: Path, encoding: str | None, left_out: LeftOut) -> list[Row]:
     texts = [path for path in files if path.suffix.lower() in TEXTS]
     if not texts:
         raise UserError(
-            f"{folder} is neither a folder of text files (.txt, .md) nor one that `datasets` saved: name a file in it, "
-            "or read a folder of Parquet or JSONL files by `hub: {path: FOLDER, split: train}`"
+            f"{folder} is neither a folder of text files (.txt, .md) nor one that `datasets` saved: name a file in it"
         )
     if others := [path for path in files if path not in set(texts)]:
         print(f"{folder}: {len(others)} files are neither .txt nor .md and are not read, such as {others[0].name}")

@@ -86,7 +86,7 @@ def _conversations(
             left_out.add(f"no answer ends within {where}.length ({length} tokens)", place(row, number))
             continue
         if sum(fitting[1]) < sum(labels):
-            what = f"turns behind {where}.length ({length} tokens) are cut off, the last whole answer is kept"
+            what = f"turns behind {where}.length ({length} tokens) are cut off"
             left_out.change(what, place(row, number))
         examples.append(_example(*fitting))
     remedy = f"name another `chat_template`, correct the rows, or raise `{where}.length`"

@@ -144,10 +144,10 @@ def test_conversations_that_are_too_long_are_cut_at_a_turn_or_left_out_and_named
     first, *_ = examples_of(rows, tokenizer, 64, domain="d", template=TEMPLATE)
     assert tokenizer.decode(first["input_ids"]) == "user: aaaaa<|eos|>assistant: bbbbb<|eos|>"
     said = capsys.readouterr().out
-    assert "domain d: 1: turns behind train.length (64 tokens) are cut off" in said and "(rows line 1)" in said
+    assert "domain d: turns behind train.length (64 tokens) are cut off" in said and "(rows line 1)" in said
     rows[0] = Row({"messages": conversation("a" * 99, "b")}, at="rows line 1")
     assert len(examples_of(rows, tokenizer, 64, domain="d", template=TEMPLATE)) == 20
-    assert "1 of 21 rows cannot be used: 1: no answer ends within train.length" in capsys.readouterr().out
+    assert "1 of 21 rows cannot be used: no answer ends within train.length" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"domain d: 3 of 5 rows .*more than one in ten: .*raise `train.length`"):
         examples_of(rows[:1] * 3 + rows[1:3], tokenizer, 64, domain="d", template=TEMPLATE)
 
@@ -207,7 +207,7 @@ def test_a_few_rows_that_do_not_fit_are_left_out_by_reason_and_many_are_refused(
     report = write_data(made, tmp_path / "out")
     ((found, facts),) = report["left_out"]["domains.d"]["left_out"].items()
     assert found.startswith(reason) and facts == {"n": 1, "first": [f"{tmp_path}/rows.jsonl line 21"]}
-    assert f"1 of 61 rows cannot be used: 1: {reason}" in capsys.readouterr().out
+    assert f"1 of 61 rows cannot be used: {reason}" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"^domains.d: 7 of 67 rows .*{re.escape(reason)}.*more than one in ten"):
         study_of_many = study(tmp_path, [*rows, *[row] * 7], format)
         write_data(study_of_many, tmp_path / "out")
@@ -217,7 +217,7 @@ def test_turns_without_an_answer_at_the_end_are_left_out_of_the_conversation(tmp
     rows = [{"messages": conversation("a", "b", "c")}, *CHATS]
     report = write_data(study(tmp_path, rows, "chat"), tmp_path / "out")
     (facts,) = report["left_out"]["domains.d"]["changed"].values()
-    assert facts["n"] == 1 and "1: the last turns have no answer" in capsys.readouterr().out
+    assert facts["n"] == 1 and "domains.d: the last turns have no answer" in capsys.readouterr().out
     kept = [row for path in (tmp_path / "out").rglob("*.jsonl") for row in read_jsonl(path) if "messages" in row]
     assert sum(row["messages"] == conversation("a", "b") for row in kept) == 1 and len(kept) == 61
 
@@ -299,7 +299,7 @@ def test_show_prints_what_is_learned_and_what_is_left_out(tmp_path, capsys):
     show.main(made, domain="d", rows=2, model="")
     said = capsys.readouterr().out
     assert re.search(r"^system: s<\|eos\|>user: ask \d+\?<\|eos\|>assistant: «say \d+\.<\|eos\|>»$", said, re.MULTILINE)
-    assert "1 of 61 rows cannot be used: 1: an empty answer" in said and said.count("---") == 2
+    assert "1 of 61 rows cannot be used: an empty answer (" in said and said.count("---") == 2
     assert "d: chat; 51 train, 3 probe, 6 test rows; 51 training examples of at most 64 tokens" in said
     example = {"input_ids": torch.tensor([*b"abc", EOS_ID]), "labels": torch.tensor([IGNORED, IGNORED, 99, EOS_ID])}
     assert show.marked(example, byte_tokenizer(), colour=True) == "ab\033[32mc<|eos|>\033[0m"
