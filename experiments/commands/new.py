@@ -11,21 +11,22 @@ root's. Nothing is fetched, and an existing study is never changed.
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import tempfile
 from dataclasses import replace
-from math import ceil
 from pathlib import Path
 from typing import Any
 
-from evaluation.labelled import encode_row
-from experiments.data import domain, expected
+from evaluation.chance import WARNING
+from experiments.data import domain, token_lengths
 from experiments.data import rows as sources
 from experiments.data.guess import Guess, guess
 from experiments.data.reader import Reader
+from experiments.data.token_lengths import Lengths
 from experiments.study import ahead, clashes, config, first_params, pipeline, schema
 from experiments.study.first_params import Begun
-from experiments.study.named_model import Named, named
+from experiments.study.named_model import named
 from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE, Paths
 from experiments.study.validation import validate
@@ -36,6 +37,7 @@ from methods.tools.names import checked
 METHODS = ("full", "lora", "replay", "wise-ft")
 RETENTION = "general"  # the suite
 PROBED = 2  # retention tasks that are probed
+FEWEST = 10  # rows of a file
 FEW = 100  # scored rows below which an interval is wide
 # trials of methods that the root does not tune, by one of their parts
 TRIED = {
@@ -43,11 +45,6 @@ TRIED = {
     "replay": {"replay.share": [0.05, 0.1, 0.2, 0.4]},
     "wise_ft": {"wise_ft.alpha": [0.2, 0.4, 0.6, 0.8]},
 }
-MEASURED = 2000  # rows whose tokens are counted
-LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096)
-UNMEASURED = 256  # at least, where the tokenizer is not here
-PACKED = 512  # tokens of a block of documents
-MOST = 0.99  # share of the rows that fit whole
 SHOWN = 500  # letters of a row
 
 
@@ -77,12 +74,16 @@ def main(
     chosen = named(model, default)
     block = _rows_block(rows, root, encoding)
     found, loaded = _looked_at(block, rows, format=format, columns=columns)
-    if chat_template and found.format != "chat":
-        raise UserError(f"--chat-template: rows of the format {found.format} have no turns: leave it out")
+    template = _template(chat_template, found)
+    if len(loaded) < FEWEST:
+        raise UserError(
+            f"--rows {rows} has {len(loaded)} rows: they are divided into rows to train on, to probe and to score, "
+            f"which needs at least {FEWEST}"
+        )
     chosen_methods = _names(methods) if methods else [one for one in METHODS if one in default.methods]
     begun = Begun(
         name=name,
-        command=f"python -m experiments new {name} --model {model} --rows {rows}",
+        command=_command(name, {"model": model, "rows": rows, "format": format, "columns": columns}),
         model=chosen.name,
         block=chosen.block,
         domain=_domain(found, loaded, block, chat_template),
@@ -96,8 +97,8 @@ def main(
     )
     study = _built(begun, paths)
     drawn = domain.draw(name, study.domains[name], Reader(study=study))
-    lengths = _lengths(drawn.train, chosen, chat_template)
-    length, about = _length(lengths, format=found.format, cap=chosen.positions, measured=chosen.tokenizer is not None)
+    lengths = token_lengths.count(drawn.train, chosen.tokenizer, template=template)
+    length = token_lengths.choose(lengths, format=found.format, positions=chosen.positions)
     begun = replace(
         begun,
         counts=", ".join(
@@ -106,19 +107,33 @@ def main(
         ),
         probes=[one for one in study.domains[name].retention if study.tasks[one].probe][:PROBED],
         length=length,
-        about_length=about,
+        about_length=lengths.words,
     )
     study = _built(begun, paths)
-    warnings = ahead.look(study)
+    warnings = ahead.look(study) + _about_rows(found, lengths, length, scored=len(drawn.split.test))
     _write(study, first_params.text(begun))
     print(f"{rows}: format {found.format}, of the column{'s'[: len(found.reads) > 1]} {', '.join(found.reads)}")
     print(f"first row: {json.dumps(loaded[0], ensure_ascii=False, default=str)[:SHOWN]}")
-    print(f"rows: {begun.counts}; {about}")
-    if len(drawn.split.test) < FEW:
-        warnings.append(f"warning: {len(drawn.split.test)} rows are scored: differences on them have wide intervals")
-    for line in warnings:
-        print(line)
+    print(f"rows: {begun.counts}; {lengths.words}", *warnings, sep="\n")
     print(f"wrote experiments/studies/{name}/params.yaml and dvc.yaml\n\nnext:\n{_next(study)}")
+
+
+def _about_rows(found: Guess, lengths: Lengths, length: int, *, scored: int) -> list[str]:
+    warnings = []
+    if found.format != "text" and (longer := lengths.share_above(length)) > token_lengths.REST:
+        warnings.append(
+            f"{WARNING}{longer:.0%} of the rows are longer than train.length ({length}): they are cut or left out, as "
+            "docs/your-data.md says"
+        )
+    if scored < FEW:
+        warnings.append(f"{WARNING}{scored} rows are scored: differences on them have wide intervals")
+    return warnings
+
+
+def _command(name: str, options: dict[str, str | None]) -> str:
+    """The command, on one line."""
+    given = [word for option, value in options.items() if value for word in (f"--{option}", value)]
+    return " ".join(shlex.join(["python", "-m", "experiments", "new", name, *given]).split())
 
 
 def _rows_block(rows: str, root: Path, encoding: str | None) -> dict[str, Any]:
@@ -153,6 +168,8 @@ def _columns(given: str | None) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in _names(given or "")]
     if wrong := [new for new, sign, old in pairs if not (new and sign and old)]:
         raise UserError(f"--columns {given!r}: {wrong[0]!r} is no NEW=OLD: write such as prompt=question")
+    if len({new for new, _, _ in pairs}) < len(pairs):
+        raise UserError(f"--columns {given!r} names a new column twice: name each once")
     return {new.strip(): old.strip() for new, _, old in pairs}
 
 
@@ -220,34 +237,16 @@ def _built(begun: Begun, paths: Paths) -> Any:
         return config.build(read_yaml(file), paths=paths)
 
 
-def _lengths(rows: list[Row], chosen: Named, chat_template: str | None) -> list[int]:
-    """Tokens of rows, in order; estimated from their letters where the model's tokenizer is not on this machine."""
-    if chosen.tokenizer is None:
-        return sorted(expected.of_row(row)[0] for row in rows[:MEASURED])
-    template = Path(chat_template).read_text(encoding="utf-8") if chat_template else None
-    counted, refused = [], []
-    for row in rows[:MEASURED]:
-        try:
-            counted.append(len(encode_row(chosen.tokenizer, row, template=template)[0]))
-        except UserError as error:  # training leaves such a row out and counts it
-            refused.append(error)
-    if not counted:
-        raise UserError(f"{refused[0]} (--chat-template FILE)" if "messages" in rows[0] else str(refused[0]))
-    return sorted(counted)
-
-
-def _length(lengths: list[int], *, format: str, cap: int | None, measured: bool) -> tuple[int, str]:
-    """The length at which nearly all rows fit whole, as far as the model takes it, and a sentence about it."""
-    possible = [length for length in LENGTHS if cap is None or length <= cap] or [cap]
-    most = lengths[ceil(MOST * len(lengths)) - 1]
-    wanted = most if measured else max(2 * most, UNMEASURED)
-    chosen = next((length for length in possible if length >= wanted), possible[-1])
-    if format == "text":
-        chosen = min(PACKED, possible[-1])
-    about = (
-        f"tokens of a row: half have at most {lengths[len(lengths) // 2]:,}, 99 % {most:,}, the longest {lengths[-1]:,}"
-    )
-    return chosen, about + ("" if measured else " (estimated from letters: the tokenizer is not on this machine)")
+def _template(given: str | None, found: Guess) -> str | None:
+    """The text of the chat template, if one is given."""
+    if given is None:
+        return None
+    if found.format != "chat":
+        raise UserError(f"--chat-template: rows of the format {found.format} have no turns: leave it out")
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--chat-template {given} cannot be read ({error}): name a file of UTF-8 text") from error
 
 
 def _write(study, text: str) -> None:

@@ -51,17 +51,15 @@ def guess(rows: Sequence[Row], *, where: str, format: str | None = None) -> Gues
     Raises UserError that names the columns if no format fits them.
     """
     looked_at = rows[:LOOKED_AT]
-    counts = Counter(name for row in looked_at for name, value in row.items() if value is not None)
-    examples = {
-        name: next(row[name] for row in looked_at if row.get(name) is not None)
-        for name, count in counts.items()
-        if count > len(looked_at) / 2
-    }
+    counts = Counter(name for row in looked_at for name in row)
+    usual = [name for name, count in counts.items() if count > len(looked_at) / 2]
+    filled = {name: value for row in reversed(looked_at) for name, value in row.items() if value is not None}
+    examples = {name: filled[name] for name in usual if name in filled}
     tried = {
         "chat": lambda: _chat(examples),
         "task": lambda: _task(examples, looked_at),
         "pairs": lambda: _pairs(examples),
-        "text": lambda: _text(examples),
+        "text": lambda: _text(examples, alone=len(counts) == 1),
     }
     for name in [format] if format else FORMATS:
         if found := tried[name]():
@@ -120,9 +118,9 @@ def _renamed(named: Mapping[str, str]) -> dict[str, str]:
     return {new: old for new, old in named.items() if new != old}
 
 
-def _text(examples: Mapping[str, Any]) -> Guess | None:
+def _text(examples: Mapping[str, Any], *, alone: bool) -> Guess | None:
     plain = [name for name, value in examples.items() if isinstance(value, str)]
-    column = _first(TEXT, dict.fromkeys(plain)) or (plain[0] if len(plain) == len(examples) == 1 else None)
+    column = _first(TEXT, dict.fromkeys(plain)) or (plain[0] if plain and alone else None)
     return Guess(format="text", reads=(column,), columns=_renamed({"text": column})) if column else None
 
 

@@ -86,7 +86,9 @@ def _cached(source: str) -> Path | None:
     try:
         found = huggingface_hub.try_to_load_from_cache(name, "config.json", revision=revision or "main")
     except huggingface_hub.errors.HFValidationError as error:
-        raise UserError(f"{source}: write a model of the hub as hub:OWNER/NAME, or hub:OWNER/NAME@REVISION") from error
+        raise UserError(
+            f"{source} is no model: write a model of the hub as hub:OWNER/NAME, or hub:OWNER/NAME@REVISION"
+        ) from error
     return Path(found).parent if isinstance(found, str) else None
 
 

@@ -122,6 +122,18 @@ def test_a_question_with_choices_is_scored_by_the_right_one(tmp_path, rows, want
     assert answers == wanted and task.doc_to_choice(task.eval_docs[0])[:2] == ["x", "y"]
 
 
+def test_empty_cells_do_not_hide_a_column():
+    rows = [Row({"prompt": "a" if k % 4 == 0 else None, "completion": "b"}, at=f"line {k}") for k in range(20)]
+    assert guess(rows, where="rows").reads == ("prompt", "completion")
+
+
+def test_rows_longer_than_the_longest_length_are_said(root, capsys):
+    lines(root / "rows.jsonl", [row | {"answer": "words " * (100 if k % 4 else 1)} for k, row in enumerate(PAIRS)])
+    study = begin(root, methods="full")
+    assert study.train.length == 512  # the positions of the tiny Llama
+    assert "% of the rows are longer than train.length (512)" in capsys.readouterr().out
+
+
 def test_rows_of_no_format_are_refused_by_their_columns():
     rows = [Row({"prompt": "a", "chosen": "b", "rejected": "c"}, at="line 1")]
     with pytest.raises(UserError, match=r"columns chosen, prompt, rejected, which are not those of chat .*--columns"):
@@ -252,6 +264,10 @@ def test_a_model_in_the_hubs_cache_is_pinned_and_its_tokenizer_counts(root, tmp_
         ({"rows": "row.jsonl"}, "--rows row.jsonl: there is no such file or folder"),
         ({"rows": "dvc.yaml"}, "rows are read from .jsonl, .json"),
         ({"format": "chat"}, "columns answer, question, which are not those of chat"),
+        ({"rows": "few.jsonl"}, "--rows few.jsonl has 9 rows.*needs at least 10"),
+        ({"rows": "chat.jsonl", "chat_template": "x.jinja"}, "--chat-template x.jinja cannot be read"),
+        ({"model": "hub:two words"}, "hub:two words is no model: write a model of the hub as hub:OWNER/NAME"),
+        ({"columns": "prompt=question,prompt=answer"}, "names a new column twice"),
         ({"columns": "prompt"}, "'prompt' is no NEW=OLD"),
         ({"columns": "prompt=qestion"}, "has no column 'qestion'"),
         ({"chat_template": "x.jinja"}, "rows of the format pairs have no turns"),
@@ -263,6 +279,8 @@ def test_a_model_in_the_hubs_cache_is_pinned_and_its_tokenizer_counts(root, tmp_
 )
 def test_what_cannot_be_used_is_named_and_nothing_is_written(root, options, message):
     lines(root / "rows.jsonl", PAIRS)
+    lines(root / "few.jsonl", PAIRS[:9])
+    lines(root / "chat.jsonl", CHAT)
     before = sorted((root / "experiments/studies").iterdir())
     with pytest.raises(UserError, match=message):
         begin(root, **({"name": "mine"} | options))
