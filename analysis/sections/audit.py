@@ -280,4 +280,4 @@ def _within(value: str, ends: str) -> str:
 
 
 def _percent(share: float | None) -> str:
-    return "–" if share is None else "0" if not share else f"{100 * share:#.3g}"
+    return "–" if share is None else "0" if not share else f"{100 * share:#.3g}".rstrip(".")

@@ -188,7 +188,7 @@ def _row(row: pd.Series) -> dict:
         "method": row["method"],
         "colour": style.colour(row["method"]),
         "cells": [
-            (f"{row['distance']:#.3g}", ""),
+            (f"{row['distance']:#.3g}".rstrip("."), ""),
             (f"{_percent(row['relative'])} %", ""),
             (f"{numbers.percent(row['changed'])} %", ""),
             ("–" if numbers.missing(rank) else f"{rank:.1f}" if rank < 9.95 else f"{rank:.0f}", matrices),
@@ -234,7 +234,7 @@ def _notes(records: list[dict], methods: pd.DataFrame) -> list[str]:
 
 def _percent(share: float) -> str:
     """A share in percent with three digits, because movement is far below one percent."""
-    return "–" if numbers.missing(share) else f"{100 * share:#.3g}"
+    return "–" if numbers.missing(share) else f"{100 * share:#.3g}".rstrip(".")
 
 
 def _ticks(depth: int) -> list[int]:
