@@ -53,13 +53,17 @@ def described(config: Mapping[str, Any]) -> str:
 
 
 def embedding_rows(folder: Path, base: "Model") -> int | None:
-    """The tokens of the embedding or head that the adapter brings along, where it does."""
+    """The tokens of the embedding or head that the adapter brings along, or of whose tokens it trains some."""
     names = _embedding_names(base)
+    trained = read_config(folder, str(folder)).get("trainable_token_indices") or []
+    listed = [index for own in trained.values() for index in own] if isinstance(trained, dict) else trained
     rows = [
         shape[0]
         for name, (_, shape) in model_folder.headers([folder / WEIGHTS], str(folder)).items()
         if _plain(name) in names and "lora_" not in name
     ]
+    if listed and max(listed) >= base.rows:
+        rows.append(max(listed) + 1)
     return max(rows, default=None)
 
 
@@ -106,7 +110,14 @@ def merge(adapter: Path, *, base: Path, tokenizer, out: Path, given: str, rows: 
                 f"{given} is an adapter of another model: it has {count} tensors, and adapting the base as its "
                 f"adapter_config.json says makes {made}"
             )
+        before = _logits(adapted.eval())
         merged = adapted.merge_and_unload(safe_merge=True)
+        if not torch.allclose(_logits(merged), before, rtol=1e-2, atol=1e-2):
+            raise UserError(
+                f"{given} cannot be merged into its base: the merged model predicts something else than the base with "
+                "the adapter beside it, as where the embedding is adapted and is also the head; save the merged model "
+                "where it was made, with tie_word_embeddings=False"
+            )
     except UserError:
         raise
     except Exception as error:  # the adapter's config and tensors decide how peft fails
@@ -115,7 +126,13 @@ def merge(adapter: Path, *, base: Path, tokenizer, out: Path, given: str, rows: 
         raise UserError(f"{given} cannot be merged into its base by peft: {shortened(error)}") from error
     merged = merged.to(dtype)
     model_folder.refuse_not_finite(dict(merged.named_parameters()), f"{given}, merged", then="save the adapter again")
-    weights.save(merged, tokenizer, out)
+    with weights.quiet():
+        weights.save(merged, tokenizer, out)
+
+
+def _logits(model: torch.nn.Module) -> torch.Tensor:
+    """What a model predicts of a few tokens."""
+    return model(torch.arange(1, 13)[None]).logits
 
 
 def _embedding_names(base: "Model") -> set[str]:

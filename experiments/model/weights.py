@@ -62,7 +62,7 @@ def materialise(*, name: str, block: "Model", packages: Mapping[str, str], out_d
     out_dir = Path(out_dir)
     out_dir.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as fresh, _quiet():
+        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as fresh, quiet():
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
             model, tokenizer, facts = make(rest, block, packages, scratch)
@@ -93,7 +93,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.de
     """
     folder = _checked(Path(folder))
     try:
-        with _quiet():
+        with quiet():
             model, loading = AutoModelForCausalLM.from_pretrained(
                 folder,
                 dtype=as_dtype(dtype),
@@ -120,7 +120,7 @@ def load_tokenizer(folder: Path, *, config: PreTrainedConfig | None = None) -> P
     """The tokenizer of a folder; with the model's config, which can decide its class, if the folder has none."""
     given = {} if config is None else {"config": config}
     try:
-        with _quiet():
+        with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **given)
     except Exception as error:  # the tokenizers library raises plain Exception
         if "trust_remote_code" in str(error):
@@ -319,7 +319,7 @@ def _checked(folder: Path) -> Path:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep transformers' remarks and loading bars off the screen; its settings are restored afterwards."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

@@ -16,6 +16,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from evaluation.encode import encode_rolling
 from experiments.audit import adapters, limits, models, progress, tokenizers
+from experiments.audit.scoring import Folders
 from experiments.commands import audit
 from experiments.model import weights
 from experiments.model.random_models import build, byte_tokenizer
@@ -195,6 +196,58 @@ def test_an_adapter_is_rounded_to_the_bases_dtype(world, tmp_path):
     a, b = (factors[f"base_model.model.{name}lora_{key}.weight"].float() for key in "AB")
     after = load_file(tmp_path / "out/model.safetensors")[f"{name}weight"]
     assert after.dtype == torch.bfloat16 and torch.equal(after, (before.float() + 2 * b @ a).bfloat16())
+
+
+@torch.no_grad()
+def merged_beside(tmp_path: Path, *, tokens: int, tied: bool, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the base with an adapter beside it, and of the model that an audit makes of the two."""
+    base = save(build("llama", seed=0, tie_word_embeddings=tied), tmp_path / "base")
+    model, at = weights.load_model(base, dtype="float32"), tmp_path / "adapter"
+    model.name_or_path = str(base)
+    if tokens > 258:
+        model.resize_token_embeddings(tokens, mean_resizing=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = LoraConfig(r=3, task_type="CAUSAL_LM", init_lora_weights=False, **settings)
+        adapted = get_peft_model(model, config).eval()
+        for p in adapted.parameters():
+            if p.requires_grad:
+                p.add_(0.02 * torch.randn_like(p))
+    adapted.save_pretrained(at)
+    ids = torch.tensor([list(b"What is said here?")])
+    study = audit._study(tmp_path)
+    one = models.resolve(str(base), study=study, work=tmp_path)
+    other = models.resolve(str(at), study=study, work=tmp_path, beside=one)
+    with Folders(tmp_path) as folders:
+        merged = weights.load_model(folders.of(other), dtype="float32")
+    return adapted(ids).logits, merged(ids).logits
+
+
+TRAINED = {"modules_to_save": ["embed_tokens", "lm_head"]}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    ("tokens", "settings"),
+    [
+        (258, {"use_dora": True}),
+        (258, {"use_rslora": True, "target_modules": "all-linear"}),
+        (260, TRAINED),
+        (260, {"modules_to_save": ["embed_tokens"]}),
+        (260, {"trainable_token_indices": [258, 259]}),
+    ],
+)
+def test_adapters_of_every_kind_give_what_peft_gives(tmp_path, tokens, settings, tied):
+    beside, merged = merged_beside(tmp_path, tokens=tokens, tied=tied, **settings)
+    assert torch.allclose(beside, merged, atol=1e-4)
+
+
+def test_an_adapter_with_an_embedding_of_its_own_and_one_whose_merging_would_change_the_head(tmp_path):
+    beside, merged = merged_beside(tmp_path / "a", tokens=260, tied=False, **TRAINED)
+    assert beside.shape == (1, 18, 260) and torch.allclose(beside, merged, atol=1e-4)
+    with pytest.raises(UserError, match="cannot be merged into its base: the merged model predicts something else"):
+        merged_beside(tmp_path / "b", tokens=258, tied=True, target_modules=["q_proj", "embed_tokens"])
 
 
 def test_an_adapters_own_copy_of_the_tokenizer_is_the_bases(world, tmp_path):
