@@ -127,10 +127,10 @@ def gain_against_nats(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         for end in ("", "_low", "_high"):
             data[name + end] = factor * rows[key + end].astype(float).to_numpy()
     data["front"] = nondominated(data["gain"], data["forgetting"])
+    texts = cells.iloc[0]["n"].get("general_text", 0)
     plane = Plane(
         data=data,
-        title=f"Gain against general text lost: {style.where(cells)}, n = {rows.iloc[0]['n_domain']} rows, "
-        f"{cells.iloc[0]['n'].get('general_text', 0)} texts",
+        title=f"Gain against text lost: {style.where(cells)}, n = {rows.iloc[0]['n_domain']} + {texts} texts",
         x=f"gain on the domain, {units.named(unit)} (right is better)",
         y="general text lost, nats per token (down is better)",
         end=math.inf,

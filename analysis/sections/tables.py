@@ -44,12 +44,13 @@ def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
         Column(head="score %", text=lambda row: _score(row, interval=not terminal)),
         Column(head=GAIN, text=_gain),
     ]
-    if known("domain_bits_per_byte"):
+    of_text = (rows["metric"] == units.PER_TOKEN).all()
+    if of_text and known("domain_bits_per_byte"):
         made.append(Column(head="bits/byte", text=lambda row: _plain(row, "domain_bits_per_byte"), terminal=False))
     for key in units.gains(rows):
         task = key.removeprefix("gain_")
         made.append(Column(head=f"{task}: gain", text=lambda row, key=key, task=task: _gain_of(row, key, task)))
-    if known(DOMAIN) and (rows["metric"] != units.PER_TOKEN).all():
+    if known(DOMAIN) and not of_text:
         made.append(Column(head="gain, nats/token", text=lambda row: _bounded(row, DOMAIN, nats), terminal=False))
     made += [
         Column(
@@ -66,7 +67,6 @@ def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
         Column(head="perplexity", text=_perplexity, terminal=False),
         Column(head="prepare", text=lambda row: _cost(row, "seconds_prepare", numbers.seconds), terminal=False),
         Column(head="train", text=lambda row: _cost(row, "seconds_train", numbers.seconds)),
-        Column(head="stored", text=lambda row: _cost(row, "bytes_stored", numbers.size), terminal=False),
         Column(head="n", text=lambda row: f"{row['n_domain']} + {row['n_retention']}"),
     ]
     return [column for column in made if column.terminal or not terminal]
@@ -142,7 +142,8 @@ def legend(table: pd.DataFrame, *, terminal: bool = False) -> list[str]:
     def known(measure: Measure) -> bool:
         return measure.key in methods and bool(methods[measure.key].notna().any())
 
-    absent = [measure.head.split(",")[0] for measure in NATS if not known(measure)]
+    items = len(methods) and (methods["n_retention"] > 0).any()  # without a task above chance nothing is lost
+    absent = [m.head.split(",")[0] for m in NATS if (m.general or items) and not known(m)]
     lines = [
         f"[ , ] is the 95 % confidence interval {'; '.join(scopes)}.",
         *(measure.says for measure in NATS if known(measure) and (measure.key in SHORT or not terminal)),

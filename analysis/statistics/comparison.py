@@ -57,6 +57,7 @@ def _base_row(first: pd.Series) -> dict:
         **_about(first, method="base", seeds=0),
         **_bounds("domain_score", _domain_score(first, first["domain_score_base"])),
         "domain_gain": 0.0,
+        "domain_bits_per_byte": first.get("domain_bits_per_byte_base"),
         **dict.fromkeys((measure.key for measure in NATS), 0.0),
         "forgetting": 0.0 if retention_tasks(first) else None,
         "general_score": first["general_score_base"],
