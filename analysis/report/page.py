@@ -39,7 +39,7 @@ def write_report(
         undefined=jinja2.StrictUndefined,
     )
     show = {"percent": numbers.percent, "points": numbers.points, "seconds": numbers.seconds, "size": numbers.size}
-    environment.filters |= show | {"sha": short, "level": units.level}
+    environment.filters |= show | {"sha": short, "level": units.level, "named": units.named}
     glyphs: dict[str, str] = {}  # drawn once for the whole page
     page = environment.get_template("report/report.html.j2").render(
         title=title,

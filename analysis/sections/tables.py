@@ -39,17 +39,29 @@ def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
     def known(key: str) -> bool:
         return key in rows and rows.loc[rows["method"] != "base", key].notna().any()
 
+    of_text = (rows["metric"] == units.PER_TOKEN).all()
     made = [
         Column(head="method", text=_method),
-        Column(head="score %", text=lambda row: _score(row, interval=not terminal)),
-        Column(head=GAIN, text=_gain),
+        Column(
+            head="nats/token" if of_text else "score %",
+            text=lambda row: _score(row, interval=not terminal, metric=not of_text),
+        ),
+        Column(head="gain, nats/token" if of_text else GAIN, text=lambda row: _gain(row, unit=not of_text)),
     ]
-    of_text = (rows["metric"] == units.PER_TOKEN).all()
     if of_text and known("domain_bits_per_byte"):
         made.append(Column(head="bits/byte", text=lambda row: _plain(row, "domain_bits_per_byte"), terminal=False))
     for key in units.gains(rows):
         task = key.removeprefix("gain_")
-        made.append(Column(head=f"{task}: gain", text=lambda row, key=key, task=task: _gain_of(row, key, task)))
+        unit = rows.loc[rows["method"] != "base", f"unit_{task}"].iloc[0]
+        made.append(
+            Column(
+                head=f"{task}: gain, {units.named(unit)}",
+                short=f"{task}: gain",
+                text=lambda row, key=key, unit=unit: _bounded(
+                    row, key, lambda value: units.change(value, unit), interval=not terminal
+                ),
+            )
+        )
     if known(DOMAIN) and not of_text:
         made.append(Column(head="gain, nats/token", text=lambda row: _bounded(row, DOMAIN, nats), terminal=False))
     made += [
@@ -83,23 +95,18 @@ def _method(row: pd.Series) -> str:
     return row["method"] + ("*" if row.get("note") and isinstance(row["note"], str) else "")
 
 
-def _score(row: pd.Series, *, interval: bool) -> str:
+def _score(row: pd.Series, *, interval: bool, metric: bool) -> str:
     unit = row.get("unit", units.SHARE)
     # the heads of the columns name the unit of shares; any other is written behind the number
-    metric = "" if unit == units.SHARE else f" {units.named(row['metric'])}"
+    after = "" if unit == units.SHARE or not metric else f" {row['metric']}"
     bounds = _range(row, "domain_score", lambda value: units.level(value, unit)) if interval else ""
-    return f"{units.level(row['domain_score'], unit)}{metric}{bounds}"
+    return f"{units.level(row['domain_score'], unit)}{after}{bounds}"
 
 
-def _gain(row: pd.Series) -> str:
-    unit = row.get("unit", units.SHARE)
-    own_unit = "" if unit == units.SHARE or unit == row["metric"] else f" {unit}"
-    return _bounded(row, "domain_gain", lambda value: units.change(value, unit), after=own_unit)
-
-
-def _gain_of(row: pd.Series, key: str, task: str) -> str:
-    unit = row[f"unit_{task}"] if isinstance(row.get(f"unit_{task}"), str) else units.SHARE
-    return _bounded(row, key, lambda value: units.change(value, unit), after=f" {units.named(unit)}")
+def _gain(row: pd.Series, *, unit: bool) -> str:
+    own = row.get("unit", units.SHARE)
+    after = "" if own in (units.SHARE, row["metric"]) or not unit else f" {own}"
+    return _bounded(row, "domain_gain", lambda value: units.change(value, own), after=after)
 
 
 def _bounded(row: pd.Series, key: str, show, *, after: str = "", interval: bool = True) -> str:

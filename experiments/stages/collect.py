@@ -23,6 +23,7 @@ OF_TASK = (
     "change_error",
     "change_low",
     "change_high",
+    "subtasks",
 )
 # What must be equal where two scores are compared: of a task, and of the general text.
 THING = {
