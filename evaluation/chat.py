@@ -21,8 +21,12 @@ from methods.errors import UserError, shortened
 Message = Mapping[str, str]  # {"role": system, user or assistant, "content": text}
 ROLES = ("system", "user", "assistant")
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# Llama's templates would write the day on which they are rendered; this is the date that Meta's own falls back to
-DATE = {"date_string": "26 Jul 2024"}
+# Templates of Llama and Mistral write the day on which they are rendered. They get the date that Llama's own falls back
+# to: a macro in front of a template stands in the way of transformers' `strftime_now`.
+_DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
+_DATE |= {"%H": "00", "%M": "00", "%S": "00"}
+_REPLACED = "".join(f".replace('{sign}', '{text}')" for sign, text in _DATE.items())
+FIXED_DATE = "{%- macro strftime_now(format) -%}{{- format" + _REPLACED + " -}}{%- endmacro -%}"
 
 
 def template_of(tokenizer: Any, template: str | None = None) -> str:
@@ -49,9 +53,9 @@ def encode(
 ) -> tuple[list[int], list[bool], int]:
     """Ids of the rendered conversation, whether each is labelled, and bytes of the assistant's text.
 
-    The ids are those of `apply_chat_template`: nothing is added to what the template writes, so that a BOS that it
-    writes is there once. A token that lies partly in an answer is labelled. Raises UserError for a conversation that
-    the template does not take, or does not write as a text that grows turn by turn.
+    The ids are those of `apply_chat_template` (but for a date): nothing is added to what the template writes, so that a
+    BOS that it writes is there once. A token that lies partly in an answer is labelled. Raises UserError for a
+    conversation that the template does not take, or does not write as a text that grows turn by turn.
     """
     text, spans = marked(tokenizer, messages, template=template)
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
@@ -152,10 +156,10 @@ def _render(
     try:
         texts, spans = render_jinja_template(
             [list(messages)],
-            chat_template=template,
+            chat_template=FIXED_DATE + template if "strftime_now" in template else template,
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=marks,
-            **DATE | tokenizer.special_tokens_map,
+            **tokenizer.special_tokens_map,
         )
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"the chat template is not valid Jinja: line {error.lineno}: {error.message}") from error

@@ -113,6 +113,18 @@ def test_labels_are_those_that_transformers_gives_where_a_template_marks_them(to
         assert chat.learns_to_stop(tokenizer, ids, labels)
 
 
+def test_a_template_that_writes_the_date_writes_one_day(tokenizer):
+    """As Llama's and Mistral's do."""
+    llama = "{%- if not today is defined %}{%- set today = strftime_now('%d %b %Y') %}{%- endif %}{{- today }}"
+    for written, date in (
+        (llama, "26 Jul 2024"),
+        ("{{ 'On ' + strftime_now('%Y-%m-%d, %A %B') }}", "On 2024-07-26, Friday July"),
+    ):
+        ids, labels, _ = encode_row(tokenizer, {"messages": LONG[1:]}, template=written + chatml(marks=True))
+        _, plain, _ = encode_row(tokenizer, {"messages": LONG[1:]}, template=date + chatml(marks=True))
+        assert tokenizer.decode(ids).startswith(f"{date}<|im_start|>user") and labels == plain
+
+
 def test_a_bos_that_the_template_writes_is_there_once(tokenizer):
     ids, _, _ = encode_row(tokenizer, {"messages": LONG[1:3]}, template=llama2(marks=False))
     assert ids.count(tokenizer.bos_token_id) == 1 == [tokenizer.decode(token) for token in ids].count("<s>")
