@@ -96,6 +96,7 @@ def test_dvc_keeps_a_model_that_is_taken_over_apart_from_its_source(tmp_path):
     """With real DVC: the second study's stage takes over, and a later change of its model changes only its own."""
     demo = YAML(typ="safe").load(HERE / "experiments/studies/demo/params.yaml")
     project_of(tmp_path, demo)
+    run(tmp_path, "dvc", "config", "cache.type", "hardlink")  # a copy on write could not write through
     pipeline, mine = "experiments/studies/mine/dvc.yaml", Paths(study="mine", root=tmp_path)
     own = {"grid": demo["grid"], "domains": demo["domains"], "train": demo["train"]}
     write(mine.folder, own)
@@ -106,6 +107,7 @@ def test_dvc_keeps_a_model_that_is_taken_over_apart_from_its_source(tmp_path):
     done = run(tmp_path, "dvc", "repro", f"{pipeline}:model@llama-tiny")
     assert "taken over from work/models/llama-tiny" in done.stdout
     assert lock.folder_md5(taken) == before
+    assert (taken / "model.safetensors").samefile(made / "model.safetensors")  # on the disk once, DVC's cache included
     status = ("dvc", "status", "model@llama-tiny", f"{pipeline}:model@llama-tiny")
     assert "up to date" in run(tmp_path, *status).stdout
     write(mine.folder, own | {"models": {"llama-tiny": demo["models"]["llama-tiny"] | {"seed": 1}}})
