@@ -91,7 +91,8 @@ def main(
         retention=_names(retention) if retention is not None else _retention(default),
         methods=chosen_methods,
         seeds=_seeds(seeds),
-        train=dict(default.train.as_written),
+        data={} if default.data == schema.Data() else default.data.as_written,
+        train=default.train.as_written,
         tune=_tune(default, chosen_methods),
         where_chosen=f"{', '.join(default.grid.domains)} on {', '.join(default.grid.models)}",
     )

@@ -18,6 +18,7 @@ class Begun:
     command       that wrote it
     block         of the model; None for one of the root's
     domain        its keys but for the split and the tasks
+    data          the root's, where it differs from the defaults
     train         settings of the root, whose rates are taken
     tune          trials by method
     where_chosen  the domains and models for which the root's rates were chosen
@@ -31,6 +32,7 @@ class Begun:
     retention: list[str]
     methods: list[str]
     seeds: list[int]
+    data: Mapping[str, Any]
     train: Mapping[str, Any]
     tune: Mapping[str, Any]
     where_chosen: str
@@ -43,7 +45,8 @@ class Begun:
 
 def text(begun: Begun) -> str:
     """The file's text."""
-    return "\n".join(filter(None, [_head(begun), _model(begun), _domain(begun), _train(begun), _tune(begun)]))
+    data = f"data: {flow(begun.data)}\n" if begun.data else ""
+    return "\n".join(filter(None, [_head(begun), data, _model(begun), _domain(begun), _train(begun), _tune(begun)]))
 
 
 def _head(begun: Begun) -> str:

@@ -180,6 +180,13 @@ def test_a_study_is_written_that_loads_and_says_what_to_run(root, capsys):
     assert max(map(len, text.splitlines())) <= 125 and text.count("#") > 8
 
 
+def test_where_the_root_reads_its_rows_the_study_does(root):
+    lines(root / "rows.jsonl", PAIRS)
+    assert "\ndata:" not in begin(root, methods="full").paths.params.read_text()
+    write(root, ROOT | {"data": {"source": "hub"}})
+    assert begin(root, "other", methods="full").data.source == "hub"
+
+
 def test_a_line_divides_a_prompt_from_its_completion(root):
     from experiments.data import domain
     from experiments.data.reader import Reader
