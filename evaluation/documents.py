@@ -113,7 +113,9 @@ def kept(
     def download(self, *_: Any, **__: Any) -> None:
         self.dataset = {}
 
-    task = _built(name, config, {"download": download, "eval_docs": dataset(docs), "fewshot_docs": fewshot_docs})
+    task = _built(
+        name, config, {"download": download, "rows": docs, "eval_docs": dataset(docs), "fewshot_docs": fewshot_docs}
+    )
     task._aggregation_list = measure.bounded(task._aggregation_list)
     task.metric = metric or next(iter(task.aggregation()))
     task.set_fewshot_seed(SEED)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from evaluation import catalogue, documents, groups, guessing
 from evaluation.catalogue import Named
 from evaluation.task import render
@@ -43,7 +45,7 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
     docs: dict[str, list[dict]] = {}
     examples: dict[str, list[dict]] = {}
     sources: dict[str, None] = {}
-    for task, config in named.tasks.items():
+    for task, config in tqdm(named.tasks.items(), desc=f"data sets of {name}", disable=None, leave=False):
         read = documents.read(task, config, functools.partial(_load, name, task, config, data_sets, sources))
         docs[task] = list(read.eval_docs)
         if documents.shots(read) and not documents.states_examples(read):
@@ -122,13 +124,12 @@ def entry(name: str, block: Task, role: str, drawn: Drawn, *, folder: Path) -> t
     stated = {"name": name, "role": role, "file": f"{name}.jsonl", "task": block.task, "documents": True}
     stated |= _metric(block, drawn.named)
     tasks = documents.load(stated, folder)
-    guessed = groups.mean(
-        [guessing.chance(task) for task in tasks],
-        [len(task.eval_docs) for task in tasks],
-        by_size=stated.get("weight_by_size", True),
-    )
-    metric = stated["metric"] or tasks[0].metric
-    return stated | {"metric": metric, "chance": guessed if block.chance is None else block.chance}, tasks
+    chance = block.chance
+    if chance is None:
+        guessed = [guessing.chance(task) for task in tasks]
+        sizes = [len(task.eval_docs) for task in tasks]
+        chance = groups.mean(guessed, sizes, by_size=stated.get("weight_by_size", True))
+    return stated | {"metric": stated["metric"] or tasks[0].metric, "chance": chance}, tasks
 
 
 def _metric(block: Task, named: Named) -> dict[str, Any]:

@@ -48,8 +48,8 @@ def write_scored(
                 )
             seen[content] = name
             _refuse_taught(written.tasks, taught, where=f"{where}.{role} lists {name!r}")
-            for made in written.tasks:
-                warn_of_spaces(f"tasks.{name}", made)
+            if not written.entry.get("documents"):  # what lm-eval's own tasks write is not the user's
+                warn_of_spaces(f"tasks.{name}", written.tasks[0])
             listed.append(written.entry)
             tasks[name] = written.facts | {"role": role}
     return listed, tasks
@@ -151,8 +151,8 @@ def _refuse_taught(tasks: Iterable[LocalTask], taught: set[str], *, where: str) 
 
 def entry(name: str, block: Scored, role: str, task: LocalTask) -> dict[str, Any]:
     """The entry of tasks.json; metric and chance level are the task's where the block states none."""
-    stated = {"task": block.task, "metric": task.metric, "chance": guessing.chance(task)}
-    stated |= {} if block.chance is None else {"chance": block.chance}
+    chance = guessing.chance(task) if block.chance is None else block.chance
+    stated = {"task": block.task, "metric": task.metric, "chance": chance}
     return {"name": name, "role": role, "file": f"{name}.jsonl"} | stated
 
 

@@ -82,10 +82,14 @@ def model(study, name: str) -> dict:
 
 
 def data(study) -> dict:
-    domains = {
-        name: {key: value for key, value in study.domains[name].as_written.items() if key in DOMAIN_KEYS}
-        for name in study.grid.domains
-    }
+    domains = {}
+    for name in study.grid.domains:
+        block = study.domains[name]
+        domains[name] = {key: value for key, value in block.as_written.items() if key in DOMAIN_KEYS}
+        # names that stand for several tasks: what a suite holds may change
+        domains[name] |= {
+            role: getattr(block, role) for role in ROLES if getattr(block, role) != (block.as_written.get(role) or [])
+        }
     tasks = {name: study.tasks[name].as_written for name in _tasks(study)}
     wheels = [rows.pypi.package for rows in _rows(study) if rows.pypi and study.data.source == "pypi"]
     return {
