@@ -113,6 +113,10 @@ def known_shape(study, model: str) -> Shape | None:
 
 def _rows(study) -> None:
     """Refuse rows without a source for `data.source`, without the checksum of their wheel, or without their file."""
+    if study.data.hub and not Path(study.data.hub).expanduser().is_dir():
+        raise UserError(
+            f"data.hub is {study.data.hub!r}: there is no such folder; give one in which data sets lie as OWNER/NAME"
+        )
     for path, named in _rows_blocks(study).items():
         kind = rows.choose(named, prefer=study.data.source, where=path)
         if kind == "pypi":

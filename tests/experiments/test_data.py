@@ -84,6 +84,18 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_without_a_metric_and_a_chance_level_they_are_the_tasks(study, tmp_path):
+    for block in (study.domains["birds"], study.tasks["fish"]):
+        del block["metric"], block["chance"]
+    write(study, tmp_path / "out")
+    listed = json.loads((tmp_path / "out/evaluate/birds/tasks.json").read_text())
+    assert [(entry["metric"], entry["chance"]) for entry in listed[:3]] == [
+        ("acc", 1 / 3),
+        ("acc", 1 / 3),
+        ("acc", 0.33),
+    ]
+
+
 def test_a_local_jsonl_domain_needs_its_block_and_nothing_else(study, tmp_path):
     report = write(study, tmp_path / "out")
     train = lines(tmp_path / "out/train/birds/train.jsonl")
