@@ -35,7 +35,7 @@ from methods.tools.jsonl import Row
 from methods.tools.names import checked
 
 METHODS = ("full", "lora", "replay", "wise-ft")
-RETENTION = "general"  # the suite
+SCORED = 1000  # rows of each task whose block states no number
 PROBED = 2  # retention tasks that are probed
 FEWEST = 10  # rows of a file
 FEW = 100  # scored rows below which an interval is wide
@@ -88,10 +88,10 @@ def main(
         block=chosen.block,
         domain=_domain(found, loaded, block, chat_template),
         split=_split(len(loaded), tested="test_rows" in block),
-        retention=_names(retention) if retention is not None else _retention(default),
+        retention=_names(retention) if retention is not None else default.domains[default.grid.domains[0]].retention,
         methods=chosen_methods,
         seeds=_seeds(seeds),
-        data={} if default.data == schema.Data() else default.data.as_written,
+        data={} if default.data == schema.Data() else dict(default.data.as_written),
         train=default.train.as_written,
         tune=_tune(default, chosen_methods),
         where_chosen=f"{', '.join(default.grid.domains)} on {', '.join(default.grid.models)}",
@@ -106,6 +106,7 @@ def main(
             f"{len(part):,} to {use}"
             for part, use in ((drawn.train, "train on"), (drawn.probe, "probe"), (drawn.split.test, "score"))
         ),
+        data=begun.data | ({"test": SCORED} if _whole_tasks(study) and "test" not in begun.data else {}),
         probes=[one for one in study.domains[name].retention if study.tasks[one].probe][:PROBED],
         length=length,
         about_length=lengths.words,
@@ -117,6 +118,12 @@ def main(
     print(f"first row: {json.dumps(loaded[0], ensure_ascii=False, default=str)[:SHOWN]}")
     print(f"rows: {begun.counts}; {lengths.words}", *warnings, sep="\n")
     print(f"wrote experiments/studies/{name}/params.yaml and dvc.yaml\n\nnext:\n{_next(study)}")
+
+
+def _whole_tasks(study) -> list[str]:
+    """The retention tasks of which all rows would be scored."""
+    names = study.domains[study.name].retention
+    return [name for name in names if study.tasks[name].test is None and study.data.test == "all"]
 
 
 def _about_rows(found: Guess, lengths: Lengths, length: int, *, scored: int) -> list[str]:
@@ -182,15 +189,6 @@ def _seeds(given: str) -> list[int]:
     if not _names(given) or not all(seed.isdecimal() for seed in _names(given)):
         raise UserError(f"--seeds {given!r}: write whole numbers from 0, such as 0,1,2")
     return [int(seed) for seed in _names(given)]
-
-
-def _retention(default) -> list[str]:
-    """The suite `general` of the root, or else the retention tasks of its first domain."""
-    return (
-        [RETENTION]
-        if RETENTION in getattr(default, "suites", {})
-        else default.domains[default.grid.domains[0]].retention
-    )
 
 
 def _domain(found: Guess, rows: list[Row], block: dict[str, Any], chat_template: str | None) -> dict[str, Any]:

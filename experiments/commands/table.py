@@ -64,7 +64,7 @@ COMMANDS = {
             argument("--encoding", metavar="NAME", help="encoding of the file, such as cp1252 (default: UTF-8)"),
             argument("--chat-template", metavar="FILE", help="chat template (default: the tokenizer's own)"),
             argument("--methods", metavar="A,B,…", help="methods of the root (default: full,lora,replay,wise-ft)"),
-            argument("--retention", metavar="A,B,…", help="tasks or suites that show forgetting (default: general)"),
+            argument("--retention", metavar="A,B,…", help="tasks or suites (default: the default study's)"),
             argument("--seeds", default="0", metavar="0,1,…", help="default: 0"),
         ),
         study=False,

@@ -8,6 +8,7 @@ from experiments.study.params_text import WIDTH, flow
 
 BATCH = 8
 TOKENS = 8192  # of a micro-batch at most
+TESTED = "  # test: a fixed sample of each task that states no `test` of its own, or all"
 SEEDS = "  # with [0, 1, 2], intervals cover the order of the rows, too"
 
 
@@ -45,7 +46,8 @@ class Begun:
 
 def text(begun: Begun) -> str:
     """The file's text."""
-    data = f"data: {flow(begun.data)}\n" if begun.data else ""
+    tested = TESTED if "test" in begun.data else ""
+    data = f"data: {flow(begun.data)}{tested}\n" if begun.data else ""
     return "\n".join(filter(None, [_head(begun), data, _model(begun), _domain(begun), _train(begun), _tune(begun)]))
 
 
@@ -77,7 +79,8 @@ domains:
   {begun.name}:
 {_keys(begun.domain, indent=4)}\
     split: {flow(begun.split)}{f"  # {begun.counts}" if begun.counts else ""}
-    # what shows forgetting: leave out tasks that the rows may teach, and name them under `transfer`
+    # What shows forgetting: blocks and suites of the root's file, or tasks by lm-eval's names (from the hub). Those that
+    # the rows may teach belong under `transfer`.
     retention: {flow(begun.retention)}
     probes: {flow(begun.probes)}  # scored during training and by `tune`
 """

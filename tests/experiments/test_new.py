@@ -187,6 +187,16 @@ def test_where_the_root_reads_its_rows_the_study_does(root):
     assert begin(root, "other", methods="full").data.source == "hub"
 
 
+def test_the_retention_of_the_default_study_or_any_that_is_named(root):
+    lines(root / "rows.jsonl", PAIRS)
+    assert begin(root, methods="full", retention=None).domains["mine"].retention == ["colours"]
+    write(root, ROOT | {"suites": {"general": ["colours", "hellaswag"]}})
+    study = begin(root, "other", methods="full", retention="general,piqa")
+    assert study.domains["other"].as_written["retention"] == ["general", "piqa"]
+    assert study.domains["other"].retention == ["colours", "hellaswag", "piqa"]
+    assert study.domains["other"].probes == ["colours"] and study.data.test == 1000
+
+
 def test_a_line_divides_a_prompt_from_its_completion(root):
     from experiments.data import domain
     from experiments.data.reader import Reader
