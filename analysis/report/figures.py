@@ -65,9 +65,11 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     retention = [c for c in names if c not in (f"probe_{domain}_nll", "probe_general_nll")]
     data = curves[["cell", "step", "tokens"]].copy()
     data["domain_accuracy"] = curves.get(f"probe_{domain}")
+    if data["domain_accuracy"].isna().all():  # a domain of text has no right answers
+        data["domain_nats"] = curves.get(f"probe_{domain}_nll")
     data["retention_nats"] = curves[retention].mean(axis=1) if retention else np.nan
     data["general_perplexity"] = curves.get("probe_perplexity")
-    shown = ["domain_accuracy", "retention_nats", "general_perplexity"]
+    shown = [column for column in data if column not in ("cell", "step", "tokens")]
     data = data.dropna(subset=shown, how="all")
     shown = [key for key in shown if data[key].notna().any()]
     if data.empty:
@@ -75,6 +77,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     data.insert(1, "method", data["cell"].map(cells["method"]))
     titles = {
         "domain_accuracy": f"Learning: right answers on {domain} probes, % (up is better)",
+        "domain_nats": f"Learning: nats per token of {domain} probes (down is better)",
         "retention_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
         "general_perplexity": "Forgetting: perplexity of general text (down is better)",
     }

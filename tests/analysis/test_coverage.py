@@ -6,6 +6,7 @@ from scipy.stats import norm
 
 from analysis.statistics.crossed import crossed
 from analysis.statistics.intervals import Z, of_arrays, of_shares, per_token, perplexity_ratio
+from analysis.statistics.nats import Change
 
 STUDIES = 1000
 GRID = [(seeds, n, spread) for seeds in (3, 5) for n in (100, 500) for spread in (0, 1, 2, 5)]
@@ -144,3 +145,45 @@ def test_the_perplexity_ratio_over_seeds_covers(spread):
         found = perplexity_ratio(per_token(nats * tokens, tokens.astype(float)))
         inside += found.low <= np.exp(0.1) <= found.high
     assert 0.93 <= inside / STUDIES <= 0.99
+
+
+def heavy_text(draw, *, seeds: int, spread: float):
+    """Nats per token of 128 passages of unequal length, with Student's tails of 3 degrees of freedom between items."""
+    tokens = draw.integers(80, 400, size=128).astype(float)
+    shift = 0.02 * spread * draw.standard_normal((seeds, 1))
+    rate = 0.1 + shift + 0.05 * draw.standard_t(3, 128) + 0.03 * draw.standard_t(3, (seeds, 128))
+    return Change(tasks=[rate * tokens], tokens=tokens), 0.1
+
+
+def divergence(draw, *, seeds: int, spread: float):
+    """KL per token: never negative, its logarithm normal between items, which makes a long right tail."""
+    tokens, scale = draw.integers(80, 400, size=128).astype(float), 0.6
+    shift = np.exp(0.1 * spread * draw.standard_normal((seeds, 1)) - (0.1 * spread) ** 2 / 2)
+    rest = np.exp(0.3 * draw.standard_normal((seeds, 128)) - 0.3**2 / 2)
+    rate = 0.05 * shift * np.exp(scale * draw.standard_normal(128) - scale**2 / 2) * rest
+    return Change(tasks=[rate * tokens], tokens=tokens), 0.05
+
+
+def heavy_answers(draw, *, seeds: int, spread: float):
+    """Nats per item of three retention tasks: a few right answers lose many nats, most hardly any."""
+    shift, tasks = 0.1 * spread * draw.standard_normal((seeds, 1)), []
+    for n in (100, 200, 200):
+        item = draw.standard_exponential(n) ** 1.5 - 1.3293403881791370  # its mean, Γ(2.5)
+        tasks.append(0.3 + shift + item + 0.5 * draw.standard_t(3, (seeds, n)))
+    return Change(tasks=tasks), 0.3
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("study", (heavy_text, divergence, heavy_answers))
+@pytest.mark.parametrize("seeds", (1, 3, 5))
+def test_intervals_in_nats_cover_where_tails_are_heavy(study, seeds):
+    """At least 93 of 100 studies, also of divergences, whose tail is on one side."""
+    shares = {}
+    for spread in (0, 1, 3) if seeds > 1 else (0,):  # of one run, the interval is about this run
+        draw, inside = np.random.default_rng([11, seeds, spread]), 0
+        for _ in range(STUDIES):
+            change, truth = study(draw, seeds=seeds, spread=spread)
+            found = change.interval
+            inside += found.low <= truth <= found.high
+        shares[spread] = inside / STUDIES
+    assert min(shares.values()) >= 0.93 and max(shares.values()) <= 0.99
