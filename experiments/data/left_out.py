@@ -2,12 +2,14 @@
 run stops.
 """
 
+import re
 from typing import Any
 
 from evaluation.chance import WARNING
 from methods.errors import UserError
 
 FEW = 0.1  # share of the rows up to which they are left out
+_QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 NAMED = 3  # places, and reasons, that a message names
 
 
@@ -22,8 +24,11 @@ class LeftOut:
     def __init__(self) -> None:
         self.places: dict[str, list[str]] = {}
         self.changed: dict[str, list[str]] = {}
+        self._alike: dict[str, str] = {}
 
     def add(self, reason: str, place: str) -> None:
+        """Count a row. Reasons that differ in what they quote and in numbers are one, in the words of the first."""
+        reason = self._alike.setdefault(_QUOTED.sub("…", reason), reason)
         self.places.setdefault(reason, []).append(place)
 
     def change(self, what: str, place: str) -> None:

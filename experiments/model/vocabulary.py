@@ -5,12 +5,11 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from evaluation import chat
-from evaluation.encode import appended, encode_text, prefix_token
+from evaluation.encode import appended, encode_text, prefix_token, shown
 from evaluation.labelled import encode_row, template_in
 from evaluation.rendered import read_jsonl
 from experiments.data.left_out import LeftOut
 from methods.errors import UserError
-from methods.tools.jsonl import place
 
 AHEAD = 500  # training rows that are encoded as a check before training
 TRIED = ("a", "A b.", "Question: 1 + 1?\nAnswer:")
@@ -70,17 +69,18 @@ def check(*, rows: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
 def refuse_answers(*, domain: str, file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise UserError if one of the first training rows (sorted by a hash) cannot be encoded with its answer.
 
-    Of conversations, if the chat template does not take more than a few of them.
+    Of conversations and of written answers, if more than a few cannot be encoded.
     """
     rows, left_out, template = read_jsonl(file)[:AHEAD], LeftOut(), template_in(file.parent)
     if rows and "messages" in rows[0]:
         chat.template_of(tokenizer, template)  # refuses a tokenizer without one
-    for number, row in enumerate(rows, 1):
+    for row in rows:
         try:
             encode_row(tokenizer, row, template=template)
         except UserError as error:
-            if "messages" not in row:
+            if "messages" not in row and not row.get("end"):
                 raise UserError(f"domain {domain}, a training row: {error}") from error
-            left_out.add(str(error), place(row, number))
-    remedy = f"name another `chat_template` in domains.{domain}, or correct the rows"
+            begins = row["messages"][0]["content"] if "messages" in row else row["context"]
+            left_out.add(str(error), f"the row {shown(begins)}")  # its file may be a temporary one
+    remedy = "name another `chat_template`, correct the rows, or choose a model with another tokenizer"
     left_out.settle(where=f"domain {domain}", of=len(rows), remedy=remedy, quiet=True)

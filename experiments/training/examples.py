@@ -104,19 +104,24 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
     """A row whose answer leaves no room for a token of its prompt is left out, because it would teach the rest of an
     answer to no question.
     """
-    examples, cut, long = [], [], []
+    examples, cut, long, left_out = [], [], [], LeftOut()
     for number, row in enumerate(rows, 1):
         what = f"training row {shown(row['context'], end=True)}"
         try:
             ids, labels, _ = encode_row(tokenizer, row)
         except UserError as error:
-            raise UserError(f"{domain}, a training row: {error}") from error
+            if not row.get("end"):  # of a task with choices: its delimiter is wrong for all rows
+                raise UserError(f"{domain}, a training row: {error}") from error
+            left_out.add(str(error), place(row, number))
+            continue
         if sum(labels) >= length:
             long.append((sum(labels), what))
             continue
         if len(ids) > length:
             cut.append(place(row, number))
         examples.append(_example(ids[-length:], labels[-length:]))
+    remedy = "correct the rows, or choose a model with another tokenizer"
+    left_out.settle(where=domain, of=len(rows), remedy=remedy, quiet=not processes.first())
     if long:
         problem = (
             f"{domain}: the answers of {len(long)} of {len(rows)} training rows leave no room for their prompts in "
