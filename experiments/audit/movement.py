@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from evaluation.progress import Bar
 from experiments.audit import kept
 from experiments.audit.models import Model
 from experiments.audit.scoring import Folders
@@ -38,12 +39,16 @@ def _measured(base: Model, tuned: Model, *, folders: Folders, where: torch.devic
     rows: list[list] = []
 
     def shared() -> Iterator[tuple[str, Tensor]]:
-        for name in both:
-            old, new = before[name], after[name]
-            if old.shape != new.shape:
-                rows.append([name, len(old), len(new)])
-                new = new[: len(old)]
-            yield name, new
+        entries = {name: before[name].numel() for name in both}
+        bar = {"unit": "weight", "unit_scale": True, "disable": None}  # hidden if stderr is no terminal
+        with Bar(total=sum(entries.values()), desc="movement of the weights", **bar) as progress:
+            for name in both:
+                old, new = before[name], after[name]
+                if old.shape != new.shape:
+                    rows.append([name, len(old), len(new)])
+                    new = new[: len(old)]
+                yield name, new
+                progress.update(entries[name])
 
     shorter = Lazy(both, lambda name: before[name][: len(after[name])] if before[name].dim() else before[name])
     measured = drift.measure(base=shorter, tuned=shared(), roles=drift.roles(shape), device=where)

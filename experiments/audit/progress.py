@@ -31,7 +31,7 @@ class Progress:
         """Score the model `name`, `after` which so many models are left; `like` took about as long."""
         known = like.seconds * (1 + after) if like else None
         self.step(f"scoring {name}" + (f", about {seconds(known)} left" if known and known > 2 else ""))
-        with _told(name, models=after):
+        with told(name, models=after):
             scores = work()
         if scores.again:
             print(f"audit: the scores of {name} are kept from before", flush=True)
@@ -39,8 +39,8 @@ class Progress:
 
 
 @contextmanager
-def _told(name: str, *, models: int) -> Iterator[None]:
-    """Tell now and then how far the scoring of a model is, with `models` of its kind behind it."""
+def told(name: str, *, models: int = 0) -> Iterator[None]:
+    """Tell now and then how far the work on a model is, with as much work for each of `models` others behind it."""
     began = seen = said = perf_counter()
     starts: dict[str, float] = {}  # of each pass: the last update before its first one
 

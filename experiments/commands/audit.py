@@ -22,7 +22,7 @@ from analysis.report import audit as page
 from experiments.audit import comparison, limits, movement, tokenizers
 from experiments.audit import data as datasets
 from experiments.audit.models import Model, refuse_other_architecture, resolve
-from experiments.audit.progress import Progress
+from experiments.audit.progress import Progress, told
 from experiments.audit.scoring import Folders, Scores, score
 from experiments.model.base import load_tensors
 from experiments.model.weights import as_dtype
@@ -84,7 +84,8 @@ def main(
             how |= {"template": templates[1], "reference": reference}
             after = progress.scoring(other.given, lambda: score(other, **how), after=0, like=before)
         progress.step("movement of the weights")
-        moved = movement.measure(one, other, folders=folders, work=work, where=where)
+        with told(other.given):
+            moved = movement.measure(one, other, folders=folders, work=work, where=where)
     found = comparison.compare(before, after, same_ids=differ.same_ids)
     asked = {"rows": rows, "text": text, "chat_template": bool(chat_template)}
     flips = comparison.flipped(before, after, data)

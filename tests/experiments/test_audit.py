@@ -583,4 +583,6 @@ def test_the_time_left_of_the_whole_audit_is_told_now_and_then(world, monkeypatc
     monkeypatch.setattr(progress, "EVERY", 0.0)
     run(world, "base", "moved", batch_size=7)
     said = capsys.readouterr().err
+    run(world, "moved", "base", batch_size=7)
+    assert "base: movement of the weights, 100 %; about 0 s left in all" in capsys.readouterr().err
     assert "base: scoring choices, 100 %; about" in said and "moved: scoring text, 100 %; about 0 s left in all" in said
