@@ -8,6 +8,7 @@ from evaluation import chat
 from evaluation.encode import appended, encode_text, prefix_token, shown
 from evaluation.labelled import encode_row, template_in
 from evaluation.rendered import read_jsonl
+from experiments.data.formats import question
 from experiments.data.left_out import LeftOut
 from methods.errors import UserError
 
@@ -80,7 +81,6 @@ def refuse_answers(*, domain: str, file: Path, tokenizer: PreTrainedTokenizerBas
         except UserError as error:
             if "messages" not in row and not row.get("end"):
                 raise UserError(f"domain {domain}, a training row: {error}") from error
-            begins = row["messages"][0]["content"] if "messages" in row else row["context"]
-            left_out.add(str(error), f"the row {shown(begins)}")  # its file may be a temporary one
+            left_out.add(str(error), f"the row {shown(question(row))}")  # its file may be a temporary one
     remedy = "name another `chat_template`, correct the rows, or choose a model with another tokenizer"
     left_out.settle(where=f"domain {domain}", of=len(rows), remedy=remedy, quiet=True)
