@@ -207,7 +207,7 @@ def test_a_mistake_in_a_chat_domain_is_told_before_anything_runs(tmp_path):
         ({"chat_template": "none.jinja"}, "chat_template is 'none.jinja': there is no such file"),
         (
             {"chat_template": str(tmp_path / "rows.jsonl")},
-            r"the row 'ask \d+\?', the row '.*, …. That is more than one in ten: name another `chat_template`",
+            r"the row 'ask \d+\?', the row '.*, …[)][.] That is more than one in ten: name another `chat_template`",
         ),
     ):
         with pytest.raises(UserError, match=message):
