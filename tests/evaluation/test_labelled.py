@@ -1,6 +1,10 @@
 """Labels of conversations against transformers' own marks, and by decoding what is labelled."""
 
 import pytest
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
+from tokenizers.trainers import BpeTrainer
+from transformers import PreTrainedTokenizerFast
 
 from evaluation import chat
 from evaluation.encode import encode_rolling
@@ -111,6 +115,30 @@ def test_labels_are_those_that_transformers_gives_where_a_template_marks_them(to
         assert labelled == "".join(before + text + ENDS[template] for text in answers)
         assert size == sum(len(text.encode()) for text in answers)
         assert chat.learns_to_stop(tokenizer, ids, labels)
+
+
+@pytest.mark.parametrize("template", ENDS, ids=lambda template: template.__name__)
+def test_a_token_over_the_border_is_labelled_as_transformers_labels_it(tokenizer, template):
+    """A tokenizer whose tokens run over every border but those of special tokens, such as a line and an answer."""
+    messages = [turn for turn in LONG if turn["role"] != "system"]
+    texts = [
+        tokenizer.apply_chat_template(messages[:count], chat_template=template(marks=False), tokenize=False)
+        for count in (2, 4, 6)
+    ]
+    merged = Tokenizer(BPE())
+    merged.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    merged.train_from_iterator(
+        texts * 9, BpeTrainer(vocab_size=500, initial_alphabet=alphabet, special_tokens=SPECIAL, show_progress=False)
+    )
+    other = PreTrainedTokenizerFast(tokenizer_object=merged, bos_token="<s>", eos_token="</s>")
+    theirs = other.apply_chat_template(
+        messages, chat_template=template(marks=True), return_assistant_tokens_mask=True, return_dict=True
+    )
+    for marks in (True, False):
+        ids, labels, _ = encode_row(other, {"messages": messages}, template=template(marks=marks))
+        assert ids == theirs["input_ids"] and labels == [bool(mask) for mask in theirs["assistant_masks"]]
+    assert len(ids) < len(texts[-1]) / 2
 
 
 def test_a_template_that_writes_the_date_writes_one_day(tokenizer):
