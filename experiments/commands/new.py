@@ -91,7 +91,7 @@ def main(
         retention=_names(retention) if retention is not None else default.domains[default.grid.domains[0]].retention,
         methods=chosen_methods,
         seeds=_seeds(seeds),
-        data={} if default.data == schema.Data() else dict(default.data.as_written),
+        data={} if default.data.model_dump() == schema.Data().model_dump() else dict(default.data.as_written),
         train=default.train.as_written,
         tune=_tune(default, chosen_methods),
         where_chosen=f"{', '.join(default.grid.domains)} on {', '.join(default.grid.models)}",

@@ -182,6 +182,7 @@ def test_a_study_is_written_that_loads_and_says_what_to_run(root, capsys):
 
 def test_where_the_root_reads_its_rows_the_study_does(root):
     lines(root / "rows.jsonl", PAIRS)
+    write(root, ROOT | {"data": {"source": "pypi"}})
     assert "\ndata:" not in begin(root, methods="full").paths.params.read_text()
     write(root, ROOT | {"data": {"source": "hub"}})
     assert begin(root, "other", methods="full").data.source == "hub"
