@@ -7,6 +7,7 @@ Groups are put together by lm-eval's own code.
 import contextlib
 import difflib
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -69,7 +70,7 @@ def _naming(file: Path, known: dict[Path, dict[str, Any]]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     includes = found.pop("include", [])
     for included in [includes] if isinstance(includes, str) else includes:
-        merged |= _naming((file.parent / included).resolve(), known)
+        merged |= _naming(Path(os.path.normpath(file.parent / included)), known)
     known[file] = merged | found
     return known[file]
 

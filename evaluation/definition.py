@@ -44,7 +44,10 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
         config = shipped_config(config.pop("include")) | config
     config = deepcopy(config)
     if "class" in config:
-        raise UserError(f"task {name}: {task!r} is written in Python, not YAML, and cannot run on local rows")
+        raise UserError(
+            f"task {name}: {task!r} is written in Python, not YAML, and cannot run on rows of one's own: leave `rows` "
+            "out of its block under `tasks`, and it runs on lm-eval's"
+        )
     refuse_unsafe(name, config)
     config.pop("unsafe_code", None)
     for key in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
@@ -64,7 +67,7 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     if config.get("num_fewshot") and not shots.get("samples"):
         raise UserError(
             f"task {name}: num_fewshot is {config['num_fewshot']}, but the rows scored are no examples to "
-            "show: give `fewshot_config: {samples: [...]}`, or num_fewshot 0"
+            "show: give `fewshot_config: {samples: [...]}`, or num_fewshot 0, or leave `rows` out for lm-eval's own"
         )
     if isinstance(shots.get("samples"), list) and (config.get("num_fewshot") or 0) > len(shots["samples"]):
         raise UserError(

@@ -51,15 +51,13 @@ def truth(number: int) -> dict:
 
 
 def anatomy(number: int) -> dict:
-    return {"question": f"Which bone is {number}?", "choices": ["a", "b", "c", "d"], "answer": number % 4}
+    answer = 9 if number == 2 else number % 4  # which is no choice: lm-eval counts it as wrong
+    return {"question": f"Which bone is {number}?", "choices": ["a", "b", "c", "d"], "answer": answer}
 
 
 def sentence(number: int) -> dict:
-    return {
-        "context": f"The {number}",
-        "ending_good": " dogs bark.",
-        "ending_bad": " dogs barks now." + "!" * (number % 2),
-    }
+    context = None if number == 4 else f"The {number}"  # which lm-eval writes as the word None
+    return {"context": context, "ending_good": " dogs bark.", "ending_bad": f" dogs barks now{'!' * (number % 2)}"}
 
 
 def made(hub: Path) -> Path:
