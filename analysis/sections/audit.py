@@ -33,7 +33,7 @@ def section(record: Record) -> dict[str, Any]:
         "tuned": _short(record["tuned"]["given"]),
         "answer": answer(record),
         "verdict": record["verdict"],
-        "notes": record["tokenizers"]["sentences"] + _reading(record),
+        "notes": record["tokenizers"] + _reading(record),
         "heads": HEADS,
         "tasks": [_task(task) for task in record["tasks"]] + _mean(record),
         "at_chance": record["overall"]["at_chance"],

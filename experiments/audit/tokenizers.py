@@ -20,16 +20,12 @@ _STEPS = {  # parts of tokenizer.json between a text and its ids
 class Difference:
     """What differs.
 
-    sentences   each a whole sentence; empty where nothing does
-    same_ids    whether every text becomes the same ids, so that both models predict the same tokens
-    template    whether the chat templates differ
-    added       tokens that the second has and the first lacks
+    sentences        each a whole sentence; empty where nothing does
+    same_vocabulary  whether both have the same tokens with the same numbers
     """
 
     sentences: list[str]
-    same_ids: bool
-    template: bool
-    added: list[str]
+    same_vocabulary: bool
 
 
 def facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -82,11 +78,10 @@ def compare(base: PreTrainedTokenizerBase, tuned: PreTrainedTokenizerBase) -> Di
             sentences.append(f"The {name.replace('_', ' ')} is {said}.")
     if one["class"] != other["class"]:
         sentences.append(f"The tokenizers are of different kinds ({one['class']} and {other['class']}).")
-    same_ids, template = not sentences, one["template"] != other["template"]
-    if template:
+    if one["template"] != other["template"]:
         alone = next((who for who, own in (("base", other), ("tuned model", one)) if own["template"] is None), None)
         sentences.append(f"Only the {alone} has a chat template." if alone else "The chat templates differ.")
-    return Difference(sentences=sentences, same_ids=same_ids, template=template, added=added)
+    return Difference(sentences=sentences, same_vocabulary=before == after)
 
 
 def _tokens(tokens: list[str]) -> str:

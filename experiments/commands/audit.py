@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 
 from analysis.report import audit as page
+from evaluation import harness
 from experiments.audit import comparison, limits, movement, tokenizers
 from experiments.audit import data as datasets
 from experiments.audit.models import Model, refuse_other_architecture, resolve
@@ -73,27 +74,29 @@ def main(
     settings = schema.Evaluate(**({"batch_size": batch_size} if batch_size else {})).model_dump()
     templates = _templates(chat_template, one, other)
     computing = _dtype(dtype, [one, other], where)
+    read = [harness.general_passages(data.folder, model.tokenizer) for model in (one, other)]
+    same_ids = differ.same_vocabulary and read[0] == read[1]
     with Folders(work) as folders:
         how = {"data": data, "folders": folders, "work": work, "settings": settings, "dtype": computing, "where": where}
-        same = _same(one, other) and differ.same_ids and not differ.template
+        same = _same(one, other)
         before = progress.scoring(one.given, lambda: score(one, template=templates[0], **how), after=0 if same else 1)
         if same:
             after = _itself(before)
         else:
-            reference = one if differ.same_ids and one.rows == other.rows else None
+            reference = one if same_ids and one.rows == other.rows else None
             how |= {"template": templates[1], "reference": reference}
             after = progress.scoring(other.given, lambda: score(other, **how), after=0, like=before)
         progress.step("movement of the weights")
         with told(other.given):
             moved = movement.measure(one, other, folders=folders, work=work, where=where)
-    found = comparison.compare(before, after, same_ids=differ.same_ids)
+    found = comparison.compare(before, after, same_ids=same_ids)
     asked = {"rows": rows, "text": text, "chat_template": bool(chat_template)}
     flips = comparison.flipped(before, after, data)
     record = found | {
         "base": _about(one, before),
         "tuned": _about(other, after),
         "plain_prompts": bool(other.tokenizer.chat_template) and not chat_template,
-        "tokenizers": {"sentences": differ.sentences, "same_ids": differ.same_ids, "template": differ.template},
+        "tokenizers": differ.sentences,
         "movement": moved,
         "flips": flips,
         "verdict": limits.verdict(found, allowed),
@@ -177,7 +180,9 @@ def _checkpoint_dtype(model: Model) -> torch.dtype:
 
 
 def _same(one: Model, other: Model) -> bool:
-    return (one.weights, one.config_sha256) == (other.weights, other.config_sha256)
+    """Whether the two models predict the same of every text."""
+    alike = ("weights", "config_sha256", "tokenizer_sha256")
+    return all(getattr(one, key) == getattr(other, key) for key in alike)
 
 
 def _itself(base: Scores) -> Scores:

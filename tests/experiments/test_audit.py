@@ -99,7 +99,7 @@ def test_a_model_against_itself_lost_exactly_nothing(world, loaded):
     assert found["overall"]["forgetting"]["value"] == found["overall"]["gold_nll_lost"]["value"] == 0
     assert [found["general"][key]["value"] for key in ("nll_lost", "bits_per_byte_lost", "kl", "kl_reverse")] == [0] * 4
     assert found["movement"]["overall"]["distance"] == 0 and found["flips"] == []
-    assert found["tokenizers"] == {"same_ids": True, "sentences": [], "template": False}
+    assert found["tokenizers"] == [] and found["general"]["same_ids"]
 
 
 @torch.no_grad()
@@ -276,9 +276,9 @@ def talkative(world) -> Path:
 def test_added_tokens_are_said_and_text_is_measured_in_bits_per_byte(world, talkative):
     _, found = run(world, "base", "talkative")
     _, same = run(world, "base", "moved")
-    said = " ".join(found["tokenizers"]["sentences"])
+    said = " ".join(found["tokenizers"])
     assert "2 tokens ('<|user|>', '<|end|>') that the base's lacks" in said
-    assert "Only the tuned model has a chat template" in said and not found["tokenizers"]["same_ids"]
+    assert "Only the tuned model has a chat template" in said and not found["general"]["same_ids"]
     general = found["general"]
     assert general["nll_lost"] is None and general["kl"] is None
     per_token = general["nats_lost_per_base_token"]["value"]
@@ -299,7 +299,7 @@ def test_weights_saved_alone_take_the_bases_tokenizer_and_unused_rows_leave_no_k
     model.save_pretrained(world / "alone")
     _, found = run(world, "base", "alone")
     assert "alone has no tokenizer: that of" in capsys.readouterr().out
-    assert found["tokenizers"]["same_ids"] and found["general"]["nll_lost"] and found["general"]["kl"] is None
+    assert found["general"]["same_ids"] and found["general"]["nll_lost"] and found["general"]["kl"] is None
     assert "different numbers of rows for unused tokens" in (world / "pages/base-alone.html").read_text()
 
 
@@ -319,7 +319,7 @@ def test_another_template_alone_is_said_and_changes_nothing(world):
     save(moved(build("llama", seed=0)), world / "template", tokenizer)
     _, found = run(world, "base", "template")
     _, same = run(world, "base", "moved")
-    assert found["tokenizers"]["sentences"] == ["Only the tuned model has a chat template."]
+    assert found["tokenizers"] == ["Only the tuned model has a chat template."]
     assert found["general"] == same["general"]
 
 
@@ -366,6 +366,21 @@ def test_tasks_and_groups_of_lm_eval_by_name_without_a_params_yaml(world, tmp_pa
     assert found["flips"] and all(flip["question"] and flip["right"] for flip in found["flips"])
     with pytest.raises(UserError, match="unknown task 'helaswag'|--tasks.*'helaswag'"):
         audit.main(*models_given, tasks="helaswag", **options)
+
+
+def test_another_end_of_text_is_said_and_decides_only_where_texts_begin_with_it(world):
+    """The byte tokenizer has no BOS, so that a text begins with its EOS."""
+    other_end, bos_too = byte_tokenizer(), byte_tokenizer()
+    other_end.eos_token = "<|pad|>"
+    save(moved(build("llama", seed=0)), world / "other-end", other_end)
+    _, found = run(world, "base", "other-end")
+    assert found["tokenizers"] == ["The eos token is '<|eos|>' in the base and '<|pad|>' in the tuned model."]
+    assert not found["general"]["same_ids"] and found["general"]["kl"] is None
+    bos_too.bos_token = "<|eos|>"
+    save(moved(build("llama", seed=0)), world / "bos-too", bos_too)
+    _, found = run(world, "base", "bos-too")
+    assert found["tokenizers"] == ["The bos token is None in the base and '<|eos|>' in the tuned model."]
+    assert found["general"] == run(world, "base", "moved")[1]["general"]
 
 
 def test_limits_decide_the_exit_status(world):
