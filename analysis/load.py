@@ -123,7 +123,8 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         if (path := run / "curve.csv").exists():
             curves.append(_table(path, columns=CURVE).assign(cell=name))
         if (path := run / "items.csv.gz").exists():
-            items.append(_table(path, columns=ITEMS, numeric=NUMBERS).assign(cell=name))
+            # of the base's items alone it matters what there was to choose from
+            items.append(_table(path, columns=ITEMS, numeric=NUMBERS, without=("choices",)).assign(cell=name))
         if (path := root / "prepared" / model / method / seed / "prepare.json").exists():
             prepared[name] = read_json(path)
         if (path := run / "drift.json").exists():
@@ -257,13 +258,16 @@ def _checked(path: Path, kinds: dict) -> dict:
     return content
 
 
-def _table(path: Path, *, columns: tuple[str, ...], numeric: tuple[str, ...] | None = None) -> pd.DataFrame:
-    """A CSV file with at least `columns`; the `numeric` ones (all, by default) hold numbers only."""
+def _table(
+    path: Path, *, columns: tuple[str, ...], numeric: tuple[str, ...] | None = None, without: tuple[str, ...] = ()
+) -> pd.DataFrame:
+    """A CSV file with at least `columns`; the `numeric` ones (all, by default) hold numbers only; `without` some."""
     try:
         head = pd.read_csv(path, nrows=0).columns
         # by default pandas reads a task called `nan` or `null` as missing, and a task called `01` as a number
         missing = {name: ["", "nan"] for name in head if name != "task"}
-        frame = pd.read_csv(path, dtype={"task": str}, keep_default_na=False, na_values=missing)
+        options = {"usecols": [name for name in head if name not in without], "keep_default_na": False}
+        frame = pd.read_csv(path, dtype={"task": str}, na_values=missing, **options)
     except (ValueError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error
     for column in columns:

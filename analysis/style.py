@@ -7,6 +7,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
+import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
 from analysis import numbers  # noqa: E402
@@ -143,7 +144,7 @@ def label_points(
     inside = axes.get_window_extent(renderer)
     pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
     along = [(x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60) for x0, y0, x1, y1 in bars for k in range(61)]
-    lines = [axes.transData.transform(place) for place in along]
+    lines = axes.transData.transform(along) if along else np.empty((0, 2))
     taken = []
     places = [(9, 9, "left", "bottom"), (-9, 9, "right", "bottom"), (9, -9, "left", "top"), (-9, -9, "right", "top")]
     places += [(dx * k, dy * k, ha, va) for k in (1.8, 2.7, 3.6) for dx, dy, ha, va in places[:4]]
@@ -154,7 +155,8 @@ def label_points(
             note = axes.annotate(text, (x, y), color=shade, fontsize=size, fontweight="bold", **place)
             box = note.get_window_extent(renderer).expanded(1.04, 1.1)
             cost = sum(box.overlaps(other) for other in taken) * 4 + sum(box.contains(*pixel) for pixel in pixels) * 2
-            cost += 0.15 * sum(box.contains(*pixel) for pixel in lines) + 0.02 * (abs(dx) - 9)
+            crossed = ((lines >= box.min) & (lines <= box.max)).all(axis=1).sum()
+            cost += 0.15 * float(crossed) + 0.02 * (abs(dx) - 9)
             cost += 4 * (box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1)
             if best is None or cost < best[0]:
                 if best:
