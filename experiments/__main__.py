@@ -103,7 +103,10 @@ def main() -> int:
     try:
         return run(options)
     except UserError as error:
-        message = of_study(str(error), study)
+        from experiments.study import inheritance
+        from experiments.study.paths import Paths
+
+        message = of_study(inheritance.attributed(str(error), Paths(study=study)), study)
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] in OURS:
             raise

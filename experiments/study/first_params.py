@@ -79,8 +79,8 @@ domains:
   {begun.name}:
 {_keys(begun.domain, indent=4)}\
     split: {flow(begun.split)}{f"  # {begun.counts}" if begun.counts else ""}
-    # What shows forgetting: blocks and suites of the root's file, or lm-eval's names (from the hub). Tasks that the rows
-    # may teach belong under `transfer`.
+    # What shows forgetting: blocks and suites of the root's file, or lm-eval's names (from the hub). Tasks that the
+    # rows may teach belong under `transfer`.
     retention: {flow(begun.retention)}
     probes: {flow(begun.probes)}  # scored during training and by `tune`
 """

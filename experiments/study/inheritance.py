@@ -7,6 +7,7 @@ lengths (`train:`) are chosen for its models and domains, so that a change of th
 of every other study again. An archive takes nothing over.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,6 +57,21 @@ def completed(own: Mapping[str, Any], *, paths: Paths) -> Mapping[str, Any]:
         elif name != "general" and isinstance(written, dict):
             whole[name] = blocks | written
     return whole
+
+
+def attributed(message: str, paths: Paths) -> str:
+    """The message, with the root's file named if it begins with the path of a block that the study takes over."""
+    begins = re.match(r"(models|tasks|methods|general)\b(?:\.([a-z0-9_-]+))?", message)
+    if begins is None or not file(paths) or message.endswith(FROM_ROOT):
+        return message
+    kind, name = begins.groups()
+    try:
+        own = read_yaml(paths.params)
+    except UserError:
+        return message
+    written = own.get(kind) or {}
+    taken_over = not written if kind == "general" else name is not None and name not in written
+    return message + FROM_ROOT if taken_over and not own.get("archive") else message
 
 
 def _from_root(name: str, block: Any, root: Mapping[str, Any]) -> Any:

@@ -9,7 +9,7 @@ from ruamel.yaml import YAML
 
 from experiments.commands import sweep
 from experiments.stages import resolve
-from experiments.study import cells, config, pipeline
+from experiments.study import cells, config, inheritance, pipeline
 from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE, Paths
 from experiments.study.schema import TAKEN_OVER
@@ -146,6 +146,23 @@ def test_whose_mistake_it_is(tmp_path):
     (tmp_path / "params.yaml").write_text("a: [1")
     with pytest.raises(UserError, match="not valid YAML.*in the root's params.yaml"):
         config.load("mine", root=tmp_path)
+
+
+def test_what_is_found_later_names_the_roots_file_too(tmp_path):
+    own = OWN | {"tasks": {"piqa": ROOT["tasks"]["piqa"]}}
+    paths = load(tmp_path, own).paths
+    of_root = " (in the root's params.yaml, from which the study takes over what it does not write)"
+    for path, whose in (
+        ("tasks.copa.rows.pypi: no checksum", of_root),
+        ("tasks.piqa.rows.pypi: no checksum", ""),
+        ("models.llama-tiny.source is wrong", of_root),
+        ("general.rows has no 'hub' source", of_root),
+        ("domains.mine.rows: no file", ""),
+        ("generally speaking", ""),
+        (f"models.x is wrong{of_root}", ""),
+    ):
+        assert inheritance.attributed(path, paths) == path + whose
+        assert inheritance.attributed(path, Paths(root=tmp_path)) == path
 
 
 def test_a_method_of_the_root_that_the_study_does_not_use_is_no_hindrance(tmp_path):
