@@ -32,6 +32,13 @@ def look(study, *, model: str, tokenizer: Any | None) -> list[str]:
             f"evaluate.chat_template is true, and the tokenizer of {model} has no chat template: name a file with one, "
             "such as `chat_template: chat.jinja`, or leave the key out"
         )
+    for domain in study.grid.domains:
+        block = study.domains[domain]
+        if block.format == "chat" and not block.chat_template and tokenizer is not None and not own:
+            raise UserError(
+                f"domains.{domain} is of the format chat, and the tokenizer of {model} has no chat template: name a "
+                "file with one, such as `chat_template: chat.jinja`"
+            )
     tuned = _TUNED.search(f"{model} {Path(study.models[model].source.partition('@')[0]).name}")
     if chosen or not tuned or (tokenizer is not None and not own):
         return []

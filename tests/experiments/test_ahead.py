@@ -283,8 +283,7 @@ def test_a_cell_that_a_rule_ends_says_so_in_its_record(tmp_path, capsys):
     assert collect._costs(record, prepared, {"seconds_evaluate": 1.0})["stopped"] == stopped
 
 
-def test_a_rule_on_a_domain_of_conversations_without_a_split(tmp_path):
-    """A share of its rows is probed, by nats alone."""
+def test_a_domain_of_conversations_needs_a_template_and_is_probed_by_nats_alone(tmp_path):
     talk = [{"messages": [{"role": r, "content": f"{r} {k}"} for r in ("user", "assistant")]} for k in range(40)]
     (tmp_path / "template").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     block = {"format": "chat", "rows": rows(tmp_path / "talk.jsonl", talk), "chat_template": f"{tmp_path}/template"}
@@ -292,6 +291,9 @@ def test_a_rule_on_a_domain_of_conversations_without_a_split(tmp_path):
     ahead.look(study(tmp_path, *chat))
     with pytest.raises(UserError, match="unknown probe 'sums' in train.stop: did you mean 'sums_nll'"):
         ahead.look(study(tmp_path, *chat, ("train/stop", {"sums": -0.1})))
+    del block["chat_template"]
+    with pytest.raises(UserError, match="domains.sums is of the format chat, and the tokenizer of llama-tiny has no"):
+        ahead.look(study(tmp_path, *chat))
 
 
 def test_trials_are_refused_where_nothing_judges_them(tmp_path):
