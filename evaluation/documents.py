@@ -20,7 +20,7 @@ from evaluation import catalogue, measure, nulls
 from evaluation.definition import refuse_unusable
 from evaluation.local import Quiet, dataset, quiet
 from evaluation.shipped import lacks_package
-from evaluation.task import SEED, read_rows, requests
+from evaluation.task import SEED, read_rows, refuse_metric, requests
 from methods.errors import UserError, shortened
 
 Load = Callable[[str, str | None, dict[str, Any]], Mapping[str, Any]]  # (path, name, arguments) -> splits
@@ -67,10 +67,14 @@ def load(entry: Mapping[str, Any], folder: Path) -> list[ConfigurableTask]:
             f"{entry['file']} has rows of {min(unknown)}, which lm-eval's {entry['name']} does not have: another "
             "version of lm-eval read them; run the `data` stage again"
         )
-    return [
-        kept(name, known.tasks[name], docs=docs[name], examples=examples.get(name, ()), metric=entry["metric"])
-        for name in docs
-    ]
+    try:
+        return [
+            kept(name, known.tasks[name], docs=docs[name], examples=examples.get(name, ()), metric=entry["metric"])
+            for name in docs
+        ]
+    except UserError as error:
+        inside = "" if entry["name"] in docs else f"{entry['name']}: one of its {len(docs)} tasks cannot be scored: "
+        raise UserError(f"{inside}{error}") from error
 
 
 def lines(docs: Mapping[str, Sequence[dict]], examples: Mapping[str, Sequence[dict]]) -> Iterator[str]:
@@ -118,6 +122,7 @@ def kept(
     )
     task._aggregation_list = measure.bounded(task._aggregation_list)
     task.metric = metric or next(iter(task.aggregation()))
+    refuse_metric(task)
     task.set_fewshot_seed(SEED)
     with quiet():
         task.measure = measure.measured(task, task.metric, [requests(task, doc) for doc in docs[:TRIED]])

@@ -64,15 +64,9 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
                 LocalTask(rows=rows, config=config)
         raise
     made.metric = metric = metric or next(iter(made.aggregation()))
-    known = sorted(made.aggregation())
     perplexity = task == "general_text" and metric == "perplexity"  # ours: exp(nats per token)
-    if metric.partition(",")[0] not in known and not perplexity:
-        raise UserError(f"task {name}: metric {metric!r} is not one of its metrics {known}: name one of them")
-    filters = [one.name for one in made._filters]
-    if metric.partition(",")[2] not in ("", *filters):
-        raise UserError(
-            f"task {name}: metric {metric!r} names none of its filters {filters}: write METRIC,FILTER with one of them"
-        )
+    if not perplexity:
+        refuse_metric(made)
     if made.OUTPUT_TYPE == "generate_until" and made.config.repeats != 1:
         raise UserError(
             f"task {name}: repeats is {made.config.repeats}, but greedy answers are all the same: set `repeats: 1`"
@@ -80,6 +74,19 @@ def make_task(name: str, task: str | Mapping[str, Any], rows: Path | Sequence[Ro
     instances = check(made)
     made.measure = None if perplexity else measured(made, metric, instances)
     return made
+
+
+def refuse_metric(task: LocalTask) -> None:
+    """Refuse a metric or a filter that the task does not have."""
+    name, (metric, _, filter) = task.config.task, task.metric.partition(",")
+    known, filters = sorted(task.aggregation()), [one.name for one in task._filters]
+    if metric not in known:
+        raise UserError(f"task {name}: metric {task.metric!r} is not one of its metrics {known}: name one of them")
+    if filter not in ("", *filters):
+        raise UserError(
+            f"task {name}: metric {task.metric!r} names none of its filters {filters}: write METRIC,FILTER with one of "
+            "them"
+        )
 
 
 def check(task: LocalTask) -> list[list[Instance]]:

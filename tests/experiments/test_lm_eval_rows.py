@@ -279,6 +279,24 @@ def test_rows_that_are_not_to_be_had_are_told_by_name(hub, name, message):
         drawn(hub, name)
 
 
+@pytest.mark.parametrize(
+    ("name", "metric", "message"),
+    [
+        (
+            "bhs_hindi",
+            "f1",
+            "bhs_hindi: one of its 6 tasks cannot be scored: task bhs__hindi__S_O_V: metric 'f1' is not",
+        ),
+        ("gsm8k", "exact_match,any", "task gsm8k: metric 'exact_match,any' names none of its filters"),
+    ],
+)
+def test_a_metric_that_the_tasks_do_not_have_is_refused(hub, tmp_path, name, metric, message):
+    block, rows = drawn(hub, name, metric=metric)
+    lm_eval_rows.write(tmp_path / f"{name}.jsonl", rows)
+    with pytest.raises(UserError, match=message):
+        lm_eval_rows.entry(name, block, "retention", rows, folder=tmp_path)
+
+
 def test_a_metric_that_is_code_of_others_is_refused_with_the_rows(hub, tmp_path):
     block, rows = drawn(hub, "squadv2")
     lm_eval_rows.write(tmp_path / "squadv2.jsonl", rows)

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.model.random_models import byte_tokenizer
+from experiments.stages import resolve
 from experiments.study import chat_templates, config
 from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE, Paths
@@ -97,6 +98,22 @@ def test_an_instruct_model_without_its_template_is_warned_about(tmp_path):
     assert not chat_templates.look(asked, model=model, tokenizer=tokenizer)
     base = with_model(tmp_path, "hub:someone/Tiny-1B@main")
     assert not chat_templates.look(base, model=model, tokenizer=tokenizer)
+
+
+def test_a_template_from_a_file_is_its_text_in_what_scoring_depends_on(tmp_path):
+    file = tmp_path / "chat.jinja"
+    file.write_text("{{ messages }}")
+    study = with_model(tmp_path, "random:llama", chat_template=str(file))
+    assert resolve.evaluate(study, "llama-tiny")["chat_template"] == "{{ messages }}"
+    assert str(file) in resolve.local_inputs(study)
+    plain = resolve.evaluate(with_model(tmp_path, "random:llama"), "llama-tiny")
+    assert not {"chat_template", "fewshot_as_multiturn"} & plain.keys()
+
+
+def test_what_a_suite_holds_is_in_what_the_rows_depend_on(tmp_path):
+    studies = [built(tmp_path, suites={"s": held}, retention=["s"]) for held in (["gsm8k"], ["gsm8k", "piqa"])]
+    first, second = (resolve.data(study)["domains"]["sums"] for study in studies)
+    assert first["retention"] == ["gsm8k"] and second["retention"] == ["gsm8k", "piqa"]
 
 
 @pytest.mark.parametrize(
