@@ -66,7 +66,7 @@ def answer(record: Record) -> list[str]:
     elif general:
         said.append(
             f"General text: {_nats(general['bits_per_byte_lost'])} bits per byte lost on {general['n']:,} passages of "
-            f"{general['bytes']:,} bytes. The two models divide a text into different tokens, so that nats per token "
+            f"{general['bytes']:,} bytes. The two models do not predict the same tokens, so that nats per token "
             "and KL are not defined."
         )
     tasks = len(overall["tasks"])
@@ -107,8 +107,8 @@ def _reading(record: Record) -> list[str]:
         )
     if general and not general["same_ids"]:
         notes.append(
-            "Each model reads the general text with its own tokenizer, and is measured in bits per byte. Answers to "
-            "tasks are the same texts for both, so that their nats can be compared."
+            "Each model reads the general text with its own tokenizer, and the text is measured in bits per byte. "
+            "Answers to tasks are the same texts for both, so that their nats can be compared."
         )
     elif general and not general["kl"]:
         notes.append("The two models have different numbers of rows for unused tokens, so that KL is not defined.")

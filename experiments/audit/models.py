@@ -138,15 +138,9 @@ def _whole(
     model_folder.refuse_incomplete(folder, given)
     tensors = sorted(folder.glob("*.safetensors"))
     if not tensors:
-        pickled = any(folder.glob("*.bin"))
         raise UserError(
-            f"{given} holds no safetensors"
-            + (
-                ": its .bin files can run code and are not read; save the model with safetensors, or write a block "
-                "under `models:` in params.yaml with `bin_sha256` and give that block's name"
-                if pickled
-                else ": fetch the folder again, whole"
-            )
+            f"{given} holds no safetensors. Its .bin files can run code and are not read: save the model with "
+            "safetensors, or write a block under `models:` in params.yaml with `bin_sha256` and give that block's name"
         )
     model_folder.refuse_codes(model_folder.headers(tensors, given), given)
     rows = config.get_text_config().vocab_size
@@ -171,6 +165,9 @@ def _whole(
 def _no_model(given: str, folder: Path) -> str:
     if (folder / "weights.json").is_file() and (folder / "delta.safetensors").is_file():
         return f"{given} holds the kept weights of a cell: write them as a model with `python -m experiments export`"
+    inside = [file.parent for name in ("config.json", _ADAPTER[0]) for file in folder.glob(f"*/{name}")]
+    if inside:
+        return f"{given} is not a model folder (no config.json): give the one inside it, such as {max(inside)}"
     return model_folder.no_config(folder)
 
 

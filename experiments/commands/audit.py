@@ -225,7 +225,7 @@ def _write(record: dict[str, Any], *, out: str | None, results: Path) -> Path:
     flips = pd.DataFrame(record["flips"], columns=comparison.FLIP)
     flips.to_csv(file.parent / f"{stem}flips.csv", index=False)
     write_json(file.parent / (f"{stem}json" if stem else "audit.json"), record)
-    return page.write(record, path=file)
+    return page.write(record, path=file, flips=f"{stem}flips.csv")
 
 
 def _short(given: str) -> str:

@@ -466,6 +466,12 @@ def without_config(folder: Path) -> None:
     (folder / "config.json").unlink()
 
 
+def checkpoints(folder: Path) -> None:
+    for file in list(folder.iterdir()):
+        (folder / "checkpoint-20").mkdir(exist_ok=True)
+        file.rename(folder / "checkpoint-20" / file.name)
+
+
 def not_a_number(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] = math.nan
@@ -476,7 +482,8 @@ def not_a_number(folder: Path) -> None:
     ("spoil", "message"),
     [
         (without_config, r"spoiled is not a model folder \(no config.json\)"),
-        (pickled, r"its .bin files can run code and are not read.*`bin_sha256`"),
+        (checkpoints, "is not a model folder .*: give the one inside it, such as .*spoiled/checkpoint-20"),
+        (pickled, r"Its .bin files can run code and are not read.*`bin_sha256`"),
         (cut_off, "model.safetensors is no safetensors file, or damaged or cut off"),
         (not_a_number, "model.norm.weight is damaged, 1 of its 32 values are NaN or infinite"),
     ],
