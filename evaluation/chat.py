@@ -26,7 +26,7 @@ _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _DATE = {"%d": "26", "%b": "Jul", "%B": "July", "%m": "07", "%Y": "2024", "%y": "24", "%A": "Friday", "%a": "Fri"}
 _DATE |= {"%H": "00", "%M": "00", "%S": "00"}
 _REPLACED = "".join(f".replace('{sign}', '{text}')" for sign, text in _DATE.items())
-FIXED_DATE = "{%- macro strftime_now(format) -%}{{- format" + _REPLACED + " -}}{%- endmacro -%}"
+_MACRO = "{%- macro strftime_now(format) -%}{{- format" + _REPLACED + " -}}{%- endmacro -%}"
 
 
 def template_of(tokenizer: Any, template: str | None = None) -> str:
@@ -36,6 +36,12 @@ def template_of(tokenizer: Any, template: str | None = None) -> str:
             "the model's tokenizer has no chat template: name a file with one as `chat_template` in the domain's block"
         )
     return tokenizer.get_chat_template(template)
+
+
+def dated(template: str) -> str:
+    """The template with one date in place of the day on which it is rendered."""
+    written = "strftime_now" in template and not template.startswith(_MACRO)
+    return _MACRO + template if written else template
 
 
 def refuse_template(template: str) -> None:
@@ -156,7 +162,7 @@ def _render(
     try:
         texts, spans = render_jinja_template(
             [list(messages)],
-            chat_template=FIXED_DATE + template if "strftime_now" in template else template,
+            chat_template=dated(template),
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=marks,
             **tokenizer.special_tokens_map,

@@ -106,6 +106,8 @@ def score(
     for entry, task in load_tasks(tasks_dir):
         tasks.setdefault(entry["name"], []).append(task)
     listed = entries(tasks_dir)
+    # before a template is chosen for prompts: a domain of conversations is scored in the one it was trained in
+    read = {entry["name"]: _texts(entry, tasks, tasks_dir, tokenizer) for entry in listed if _is_text(entry)}
     chat = {"chat_template": templates.choose(tokenizer, chat_template)} if chat_template else {}
     if chat:
         chat["fewshot_as_multiturn"] = fewshot_as_multiturn is not False
@@ -113,7 +115,6 @@ def score(
         language_model, scorer = models.build(model, tokenizer, scorer=scorer, batch_size=batch_size, kept=kept)
         asked = {_key(entry, task): task for entry in listed if not _is_text(entry) for task in tasks[entry["name"]]}
         results = _evaluated(language_model, asked, **chat)
-        read = {entry["name"]: _texts(entry, tasks, tasks_dir, tokenizer) for entry in listed if _is_text(entry)}
         losses = {
             entry["name"]: token_losses(
                 model,

@@ -10,6 +10,7 @@ from evaluation import encode, harness
 from evaluation.labelled import encode_row
 from evaluation.retention import change
 from experiments.model.random_models import build
+from experiments.model.random_models import byte_tokenizer as tokenizer
 from methods.errors import UserError
 from tests.evaluation.conftest import TEXT, write_rows
 
@@ -68,6 +69,19 @@ def test_score_of_a_domain_is_the_nats_of_its_labelled_tokens(folder, tiny_gptj,
     other, _ = harness.score(model=build("gptj", seed=5), tokenizer=byte_tokenizer, tasks_dir=folder)
     gain = change(other["tasks"]["own"], found)
     assert gain == {"change": other["tasks"]["own"]["value"] - found["value"], "unit": "nats"}
+
+
+@pytest.mark.parametrize("folder", ["chat"], indirect=True)
+def test_the_template_of_prompts_is_not_that_of_a_domain_of_conversations(folder, tiny_llama):
+    """It is scored in the tokenizer's own template, in which it was trained, and prompts are written on one day."""
+    (entry, general), own = harness.entries(folder), tokenizer()
+    (folder / "tasks.json").write_text(json.dumps([entry | {"template": None}, general]))
+    own.chat_template = TEMPLATE
+    scores, _ = harness.score(model=tiny_llama, tokenizer=own, tasks_dir=folder)
+    prompts = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+    other, _ = harness.score(model=tiny_llama, tokenizer=own, tasks_dir=folder, chat_template=prompts)
+    assert other["tasks"]["own"] == scores["tasks"]["own"]
+    assert own.apply_chat_template(CHAT[1]["messages"], tokenize=False).startswith("26 Jul 2024user: ")
 
 
 @pytest.mark.parametrize("folder", ["chat"], indirect=True)
