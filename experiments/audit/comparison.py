@@ -83,7 +83,7 @@ def _task(
 
 
 def _known(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+    return float(value) if np.isfinite(value) else None
 
 
 def _overall(items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
@@ -124,11 +124,11 @@ def _general(base: Scores, tuned: Scores, items: pd.DataFrame, same_ids: bool) -
 
 
 def _difference(items: pd.DataFrame, column: str) -> np.ndarray | None:
-    """The base's values less the tuned model's, (1, n); None where the items have none."""
+    """The base's values less the tuned model's, (1, n); None where an item has none."""
     if f"{column}_base" not in items or not len(items):
         return None
     values = (items[f"{column}_base"] - items[column]).to_numpy(dtype=float)
-    return None if np.isnan(values).any() else values[None]
+    return values[None] if np.isfinite(values).all() else None  # an answer may be impossible to a model
 
 
 def _lost(items: pd.DataFrame, column: str, moved: float = 0.0) -> Interval | None:

@@ -1,5 +1,6 @@
 """Scores of a model on the rows of an audit, kept by everything that they depend on."""
 
+import gc
 import json
 import zlib
 from collections.abc import Mapping
@@ -149,6 +150,10 @@ def _scored(
 def _loaded(model: Model, folder: Path, *, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model to score; UserError where memory has no room for it, or where it is damaged."""
     needed = Shape(config=model.config).parameters * dtype.itemsize
+    if (hardware.available_memory(device) or 0) < 2 * needed:
+        gc.collect()  # the model before this one
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     if (free := hardware.available_memory(device)) is not None and free < needed:
         raise UserError(
             f"too little memory to score {model.given}: {needed / 2**30:.1f} GiB needed on {device.type} in "

@@ -62,6 +62,8 @@ def main(
     for name, number in (("--rows", rows), ("--text-rows", text_rows), ("--batch-size", batch_size)):
         if number is not None and number < 1:
             raise UserError(f"{name} {number}: it must be a whole number from 1")
+    if out and Path(out).suffix != ".html":
+        raise UserError(f"--out {out}: name the page, which ends in .html")
     began, study, where = perf_counter(), _study(root), hardware.device(device)
     work, progress = study.paths.local / "audit", Progress()
     names = _tasks(study, suite, tasks)
@@ -212,8 +214,6 @@ def _write(record: dict[str, Any], *, out: str | None, results: Path) -> Path:
     """Write the page, and audit.json and flips.csv beside it; an audit of other weights is not written over."""
     if out:
         file = Path(out).expanduser()
-        if file.suffix != ".html":
-            raise UserError(f"--out {out}: name the page, which ends in .html")
         stem = "" if file.stem == "audit" else f"{file.stem}."
     else:
         pair = "--".join(re.sub(r"[^A-Za-z0-9._-]+", "-", _short(record[who]["given"])) for who in ("base", "tuned"))
