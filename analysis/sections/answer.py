@@ -23,7 +23,7 @@ def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: st
         forgotten = _forgetting(methods, tests, tasks=tasks)
     else:
         apart = list(dict.fromkeys(task for tasks in methods.get("apart", pd.Series()).dropna() for task in tasks))
-        forgotten = "No retention task is above chance for the base model, so this comparison cannot show forgetting."
+        forgotten = "No retention task is above chance for the base model, so right answers cannot show forgetting."
         if apart:
             forgotten = (
                 "No retention task is a proportion of rows above chance for the base model; shown in its own unit: "
@@ -72,8 +72,8 @@ def _beside(methods: pd.DataFrame) -> str:
     text = ""
     for key in units.gains(methods):
         task, unit = key.removeprefix("gain_"), methods.iloc[0][f"unit_{key.removeprefix('gain_')}"]
-        text += f"; {task} gains {_spread(methods, key, lambda value, unit=unit: units.change(value, unit))} "
-        text += units.named(unit)
+        spread = _spread(methods, key, lambda value, unit=unit: units.change(value, unit))
+        text += f"; on {task} they gain {spread}, in {units.named(unit)}"
     return text
 
 

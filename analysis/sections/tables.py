@@ -63,7 +63,9 @@ def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
             )
         )
     if known(DOMAIN) and not of_text:
-        made.append(Column(head="gain, nats/token", text=lambda row: _bounded(row, DOMAIN, nats), terminal=False))
+        made.append(
+            Column(head="gain, nats/token", text=lambda row: _bounded(row, DOMAIN, numbers.nats), terminal=False)
+        )
     made += [
         Column(
             head=measure.head,
@@ -87,10 +89,6 @@ def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
 SHORT = {"general_nll_lost": "text lost, nats", "general_kl": "KL", "gold_nll_lost": "answers lost, nats"}
 
 
-def nats(value: float | None) -> str:
-    return numbers.nats(value)
-
-
 def _method(row: pd.Series) -> str:
     return row["method"] + ("*" if row.get("note") and isinstance(row["note"], str) else "")
 
@@ -106,7 +104,12 @@ def _score(row: pd.Series, *, interval: bool, metric: bool) -> str:
 def _gain(row: pd.Series, *, unit: bool) -> str:
     own = row.get("unit", units.SHARE)
     after = "" if own in (units.SHARE, row["metric"]) or not unit else f" {own}"
-    return _bounded(row, "domain_gain", lambda value: units.change(value, own), after=after)
+    show = numbers.nats if row["metric"] == units.PER_TOKEN else lambda value: units.change(value, own)
+    return _bounded(row, "domain_gain", show, after=after)
+
+
+def _gain_in_nats(row: pd.Series) -> str:
+    return _bounded(row, DOMAIN, numbers.nats)
 
 
 def _bounded(row: pd.Series, key: str, show, *, after: str = "", interval: bool = True) -> str:

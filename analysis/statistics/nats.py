@@ -79,15 +79,19 @@ class Changes:
         """Nats per token gained on a task's rows: of their labelled text, or of the right answers."""
         return self._per_token(task, runs, "log_likelihood")
 
+    def tokens_of(self, task: str) -> np.ndarray | None:
+        """The tokens of a task's items, (n,), or None where they are not known."""
+        tokens = self._tokens[self._places[task]] if self.known and task in self._places else np.array([np.nan])
+        return None if np.isnan(tokens).any() else tokens
+
     def of_task(self, task: str, runs: Sequence[str], *, value: str) -> Change | None:
         """What is lost per item of one task in `value`, a column of the items."""
         change = self._change(task, runs, value, sign=-1.0)
         return None if change is None else Change(tasks=[change])
 
     def _per_token(self, task: str, runs: Sequence[str], value: str) -> Change | None:
-        change = self._change(task, runs, value, sign=1.0)
-        tokens = None if change is None else self._tokens[self._places[task]]
-        if tokens is None or np.isnan(tokens).any() or not tokens.sum():
+        change, tokens = self._change(task, runs, value, sign=1.0), self.tokens_of(task)
+        if change is None or tokens is None or not tokens.sum():
             return None
         return Change(tasks=[change * tokens if value in DIVERGENCES else change], tokens=tokens)
 

@@ -122,9 +122,10 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     methods = list(dict.fromkeys(cells["method"]))
     families = ([(a, "base") for a in methods], [(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]])
     rows, changes = [], Changes(loaded, cells)
+    tokens = changes.tokens_of(domain) if units.per_token(cells.iloc[0], domain) else None
     for family in families:
         each = [(a, b, kind) for a, b in family for kind in counted]
-        tested = [_row(pairs, cells, kind=kind, a=a, b=b, tasks=counted[kind]) for a, b, kind in each]
+        tested = [_row(pairs, cells, kind=kind, a=a, b=b, tasks=counted[kind], tokens=tokens) for a, b, kind in each]
         tested = [row for row in tested if row is not None]
         for row, p in zip(tested, holm([row["p"] for row in tested])):
             errors = row.pop("errors")
@@ -180,7 +181,10 @@ def _wide(loaded: Loaded, *, model: str, domain: str):
     return paired(base, tuned), cells, counted
 
 
-def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str, tasks: list[str]) -> dict | None:
+def _row(
+    pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str, tasks: list[str], tokens: np.ndarray | None
+) -> dict | None:
+    """One test; with `tokens` of the domain's rows the gain is a mean over them, and its interval is a ratio's."""
     by_seed, shared = _by_seed(cells, a, b)
     if not shared:
         return None
@@ -196,7 +200,11 @@ def _row(pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str,
     means = [seeds.mean(axis=0) for seeds in differences]
     unit = units.of_domain(cells.iloc[0]) if kind == "gain" else units.SHARE
     step = units.step(unit)
-    whole, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
+    if kind == "gain" and tokens is not None:  # a row's part is n · change / Σ tokens
+        change = Change(tasks=[differences[0] * tokens.sum() / len(tokens)], tokens=tokens)
+        whole, items = change.interval, change.over_seeds().interval
+    else:
+        whole, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
     one = step / (len(tasks) * max(map(len, means)))
     about = _about(kind, a, b, unit=unit, whole=whole, items=items, fewest=one, means=means)
     return about | {"p": sign_flip(means)}

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from analysis import numbers, units, write_summary
+from analysis import numbers, write_summary
 from analysis.load import load_cells
 from analysis.measures import GENERAL, GOLD, NATS
 from analysis.sections.tables import as_markdown, as_text
@@ -154,10 +154,11 @@ def test_a_domain_of_text_is_compared_per_token_and_told_in_nats_and_bits(chats)
     tests = all_of(loaded, **PAIR)
     gain = tests[(tests["kind"] == "gain") & (tests["a"] == "full") & (tests["b"] == "base")].iloc[0]
     assert gain["difference"] == pytest.approx(np.mean(gains)) and gain["unit"] == "nats" and gain["p"] < 1e-4
+    assert (gain["low"], gain["high"]) == pytest.approx((row["domain_gain_low"], row["domain_gain_high"]))
     text = as_text(loaded, comparison(loaded))
     head, line = text.splitlines()[1], next(line for line in text.splitlines() if line.startswith("full"))
     assert re.search("nats/token +gain, nats/token", head)
-    assert f"{row['domain_score']:.4g}" in line and f"{units.change(row['domain_gain'], 'nats')} [" in line
+    assert f"{row['domain_score']:.4g}" in line and f"{numbers.nats(row['domain_gain'])} [" in line
     assert "the gain of science in nats per token of its test rows" in text
     markdown = as_markdown(loaded, comparison(loaded))
     assert "bits/byte" in markdown and f"| {row['domain_bits_per_byte']:.3f} |" in markdown
@@ -191,7 +192,7 @@ def test_the_whole_report_of_a_domain_of_text(chats, tmp_path):
     write_summary(results_root=root, summary_dir=tmp_path, cells=names, title="Conversations")
     page = (tmp_path / "report.html").read_text()
     assert "hellaswag (200 rows in 2 subtasks)" in page and "films 150, howtos 50" in page
-    assert "arc_easy gains" in page and "Gain against forgetting, in nats" in page
+    assert "on arc_easy they gain" in page and "Gain against forgetting, in nats" in page
     assert "nats per token; after fine-tuning, the methods reach" in page and "nats_per_token" not in page
     assert (
         "gain on the domain, nats (right is better)"
