@@ -203,7 +203,7 @@ def test_keys_of_another_format_are_refused_by_name(tmp_path, format, block, mes
 
 def test_a_mistake_in_a_chat_domain_is_told_before_anything_runs(tmp_path):
     for block, message in (
-        ({}, "models.tiny: the model's tokenizer has no chat template: name a file"),
+        ({}, "domains.d is of the format chat, and the tokenizer of tiny has no chat template: name a file"),
         ({"chat_template": "none.jinja"}, "chat_template is 'none.jinja': there is no such file"),
         (
             {"chat_template": str(tmp_path / "rows.jsonl")},
