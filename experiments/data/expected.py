@@ -1,6 +1,12 @@
 """Estimate the tokens of a study's data before a tokenizer is here, from characters, or by assumption without rows."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 from evaluation.rendered import read_jsonl
+from methods.tools.files import read_json
+from methods.tools.jsonl import read as read_rows
 
 CHARACTERS_PER_TOKEN = 4.0
 # What is assumed of data that is not here yet.
@@ -52,4 +58,16 @@ def scored(study, domain: str) -> int:
     folder = study.paths.data / "evaluate" / domain
     if not folder.is_dir():
         return SCORED
-    return int(sum(path.stat().st_size for path in folder.glob("*.jsonl")) / CHARACTERS_PER_TOKEN)
+    entries = read_json(folder / "tasks.json", kind=list)
+    return int(sum(_asked(folder / entry["file"], entry) for entry in entries) / CHARACTERS_PER_TOKEN)
+
+
+def _asked(file: Path, entry: dict[str, Any]) -> float:
+    """Bytes of the rows that are scored, with the few-shot examples before each."""
+    if "num_fewshot" not in entry:
+        return file.stat().st_size
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for row in read_rows(file):
+        sizes["doc" in row].append(len(json.dumps(row)))
+    shown = sum(sizes[False]) / max(len(sizes[False]), 1)
+    return sum(sizes[True]) + entry["num_fewshot"] * shown * len(sizes[True])

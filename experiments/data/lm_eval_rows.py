@@ -124,6 +124,8 @@ def entry(name: str, block: Task, role: str, drawn: Drawn, *, folder: Path) -> t
     stated = {"name": name, "role": role, "file": f"{name}.jsonl", "task": block.task, "documents": True}
     stated |= _metric(block, drawn.named)
     tasks = documents.load(stated, folder)
+    if shown := max(map(documents.shots, tasks)):
+        stated["num_fewshot"] = shown
     chance = block.chance
     if chance is None:
         guessed = [guessing.chance(task) for task in tasks]

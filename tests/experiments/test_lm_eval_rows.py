@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import datasets
 import lm_eval
@@ -15,9 +16,10 @@ from lm_eval.tasks import TaskManager
 from evaluation import catalogue, harness, lm, nulls
 from evaluation.documents import load
 from evaluation.task import doc_hash, quiet
-from experiments.data import lm_eval_rows
+from experiments.data import expected, lm_eval_rows
 from experiments.data.data_sets import DataSets
 from experiments.model.random_models import build, byte_tokenizer
+from experiments.study.paths import Paths
 from experiments.study.schema import Task
 from methods.errors import UserError
 from tests.experiments import hub_folder
@@ -211,6 +213,15 @@ def test_the_chance_level_is_of_each_rows_choices(folder):
     # two and three choices in turn, and a group's rows weigh alike: 3, 6 and 2 rows
     assert entries["leaderboard_musr"]["chance"] == pytest.approx((6 * 1 / 2 + 5 * 1 / 3) / 11)
     assert entries["leaderboard_musr"]["metric"] == "acc_norm" and entries["gsm8k"]["metric"] == "exact_match"
+
+
+def test_the_tokens_to_score_count_the_examples_before_each_row(hub, tmp_path):
+    paths = Paths(root=tmp_path)
+    folder = paths.data / "evaluate" / "d"
+    folder.mkdir(parents=True)
+    write(hub, folder, ["gsm8k"])
+    tokens = expected.scored(SimpleNamespace(paths=paths), "d")
+    assert 5 * 2 < tokens / (len("What is 0+0? Twice 0. 0") / 4) < 5 * 2 * 5  # two rows, each behind five like it
 
 
 def test_a_blocks_own_chance_and_metric_win(hub, tmp_path):
