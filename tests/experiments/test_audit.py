@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pandas as pd
@@ -22,6 +23,7 @@ from experiments.model import weights
 from experiments.model.random_models import build, byte_tokenizer
 from experiments.study import schema
 from experiments.study.paths import HERE
+from experiments.training import hardware
 from methods.errors import UserError
 from methods.tools.files import read_json
 from tests.experiments import hub_folder, hub_server
@@ -311,6 +313,16 @@ def test_a_damaged_file_of_kept_scores_is_made_again(world, loaded):
     loaded.clear()
     _, again = run(world, "base", "moved")
     assert loaded == ["base", "moved"] and again["tasks"] == first["tasks"] and again["general"] == first["general"]
+
+
+def test_memory_and_disk_without_room_are_refused_by_name(world, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(hardware, "available_memory", lambda where: 1000)
+        with pytest.raises(UserError, match=r"too little memory to score .*base: 0.0 GiB needed on cpu in float32"):
+            run(world, "base", "adapter", batch_size=11)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1000))
+    with pytest.raises(UserError, match="too little disk for .*adapter, merged"):
+        run(world, "base", "adapter", batch_size=11)
 
 
 def test_another_template_alone_is_said_and_changes_nothing(world):
