@@ -1,6 +1,5 @@
 """Rows of lm-eval's own tasks and groups: read from where lm-eval gets them, sampled, and kept for scoring."""
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +45,8 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
     examples: dict[str, list[dict]] = {}
     sources: dict[str, None] = {}
     for task, config in tqdm(named.tasks.items(), desc=f"data sets of {name}", disable=None, leave=False):
-        read = documents.read(task, config, functools.partial(_load, name, task, config, data_sets, sources))
+        load = _loader(name, task, config, data_sets=data_sets, sources=sources)
+        read = documents.read(task, config, load)
         docs[task] = list(read.eval_docs)
         if documents.shots(read) and not documents.states_examples(read):
             examples[task] = list(read.fewshot_docs())
@@ -66,7 +66,10 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
 
 
 def shared_out(sizes: Mapping[str, int], number: int, *, least: int = 1) -> dict[str, int]:
-    """`number` rows shared out in proportion to `sizes` by largest remainder; at least `least` of each that has any."""
+    """`number` rows shared out in proportion to `sizes` by largest remainder, and at least `least` of each task.
+
+    There are more than `number` only where the tasks are more.
+    """
     total = sum(sizes.values())
     if number >= total:
         return dict(sizes)
@@ -75,6 +78,8 @@ def shared_out(sizes: Mapping[str, int], number: int, *, least: int = 1) -> dict
     for task in sorted(exact, key=lambda task: (int(exact[task]) - exact[task], task)):
         if sum(shares.values()) < number and shares[task] < sizes[task] and shares[task] <= exact[task]:
             shares[task] += 1
+    while sum(shares.values()) > number and max(shares.values()) > least:
+        shares[max(shares, key=lambda task: (shares[task], task))] -= 1
     return shares
 
 
@@ -84,29 +89,26 @@ def _chosen(docs: Sequence[dict], *, test: int, probe: int) -> tuple[list[dict],
     return [docs[i] for i in sorted(order[:test])], [docs[i] for i in sorted(order[test : test + probe])]
 
 
-def _load(
-    name: str,
-    task: str,
-    config: Mapping[str, Any],
-    data_sets: DataSets,
-    sources: dict[str, None],
-    path: str,
-    subset: str | None,
-    arguments: Mapping[str, Any],
-) -> Mapping[str, Any]:
-    """The data set that lm-eval's task asks for; its source is added to `sources`."""
-    wanted = dict.fromkeys(config.get(f"{kind}_split") for kind in ("test", "validation", "fewshot"))
-    listed = ", ".join(split for split in wanted if split)
-    what = f"data set {path}" + (f", configuration {subset}" if subset else "") + (f", {listed}" if listed else "")
-    try:
-        rows, source = data_sets(path, subset, arguments)
-    except UserError as error:
-        raise UserError(
-            f"tasks.{name}: task {task} of lm-eval wants {what}: {error}. `data.hub: FOLDER` reads it from a folder in "
-            f"the hub's layout, and `tasks.{name}.rows` reads other rows"
-        ) from error
-    sources[source] = None
-    return rows
+def _loader(
+    block: str, task: str, config: Mapping[str, Any], *, data_sets: DataSets, sources: dict[str, None]
+) -> documents.Load:
+    """Reads the data set that lm-eval's task asks for, and adds its source to `sources`."""
+    splits_wanted = dict.fromkeys(config.get(f"{kind}_split") for kind in ("test", "validation", "fewshot"))
+
+    def load(path: str, subset: str | None, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        try:
+            rows, source = data_sets(path, subset, arguments)
+        except UserError as error:
+            wanted = [f"data set {path}", subset and f"configuration {subset}", *splits_wanted]
+            others = f", and `tasks.{block}.rows` reads other rows" if task == block else ""
+            raise UserError(
+                f"tasks.{block}: task {task} of lm-eval wants {', '.join(filter(None, wanted))}: {error}. `data.hub: "
+                f"FOLDER` reads it from a folder in the hub's layout{others}"
+            ) from error
+        sources[source] = None
+        return rows
+
+    return load
 
 
 def write(file: Path, drawn: Drawn) -> Path:

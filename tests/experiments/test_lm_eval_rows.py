@@ -237,6 +237,7 @@ def test_a_blocks_own_chance_and_metric_win(hub, tmp_path):
     [
         ({"a": 10, "b": 30, "c": 60}, 10, {"a": 1, "b": 3, "c": 6}),
         ({"a": 1, "b": 1000}, 10, {"a": 1, "b": 9}),  # each task keeps a row
+        ({"a": 1, "b": 1, "c": 100}, 3, {"a": 1, "b": 1, "c": 1}),  # and there are no more for it
         ({"a": 3, "b": 3, "c": 3}, 5, {"a": 2, "b": 2, "c": 1}),
         ({"a": 2, "b": 3}, 9, {"a": 2, "b": 3}),
         ({"a": 5, "b": 5, "c": 5}, 1, {"a": 1, "b": 1, "c": 1}),
@@ -318,10 +319,11 @@ def test_a_metric_that_is_code_of_others_is_refused_with_the_rows(hub, tmp_path)
 def test_without_the_hub_the_setting_that_would_help_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    block = Task.model_validate({"task": "gsm8k"})
-    with pytest.raises(
-        UserError, match="wants data set openai/gsm8k.*HF_HUB_OFFLINE is set: unset it.*`data.hub: FOLDER`"
-    ):
+    block = Task.model_validate({"task": {"include": "gsm8k", "dataset_path": "nobody/sums"}})
+    said = (
+        "task gsm8k of lm-eval wants data set nobody/sums, configuration main, test, train: .*HF_HUB_OFFLINE is set: "
+    )
+    with pytest.raises(UserError, match=said + "unset it.*`data.hub: FOLDER`"):
         lm_eval_rows.draw("gsm8k", block, test="all", data_sets=DataSets(folder=None, hashes=tmp_path))
 
 
