@@ -16,7 +16,7 @@ from analysis.statistics.intervals import KEYS, Interval, of_arrays, per_token
 from analysis.units import step
 from evaluation.harness import load_tasks
 from evaluation.retention import change, forgetting
-from evaluation.task import doc_hash, requests
+from evaluation.task import doc_hash, gold_index, requests
 from experiments.audit.data import Data
 from experiments.audit.scoring import Scores
 from experiments.commands.flips import questions
@@ -172,11 +172,19 @@ def flipped(base: Scores, tuned: Scores, data: Data) -> list[dict[str, Any]]:
 
 
 def _asked(task: Any) -> list[dict[str, Any]]:
-    """The rows of a task in words; of one whose answers cannot be written down, the prompts alone."""
+    """The rows of a task in words; if not all can be written down, each as far as it can."""
     try:
         return questions(task)
-    except Exception:  # the task's own Python
-        return [{"id": doc_hash(doc), "context": requests(task, doc)[0].args[0]} for doc in task.eval_docs]
+    except Exception:  # a gold answer that is no choice, or the task's own Python
+        return [_row(task, doc) for doc in task.eval_docs]
+
+
+def _row(task: Any, doc: Mapping[str, Any]) -> dict[str, Any]:
+    row = {"id": doc_hash(doc), "context": requests(task, doc)[0].args[0]}
+    try:
+        return row | {"choices": task.doc_to_choice(doc), "gold": gold_index(task, doc)}
+    except Exception:  # as above
+        return row
 
 
 def _worded(row: Mapping[str, Any] | None, item: Any) -> dict[str, str | None]:

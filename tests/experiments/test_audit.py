@@ -369,9 +369,13 @@ def test_tasks_and_groups_of_lm_eval_by_name_without_a_params_yaml(world, tmp_pa
         audit.main(*models_given, tasks="hellaswag", **options)
     hub = schema.Data(hub=str(hub_folder.made(tmp_path / "hub")))
     monkeypatch.setattr(audit, "_study", lambda root: empty.model_copy(update={"data": hub}))
-    audit.main(*models_given, tasks="leaderboard_musr,hellaswag", rows=9, **options)
+    audit.main(*models_given, tasks="leaderboard_musr,hellaswag,mmlu_anatomy", rows=9, **options)
     found = read_json(tmp_path / "page.json")
-    assert {task["name"]: task["n"] for task in found["tasks"]} == {"leaderboard_musr": 9, "hellaswag": 5}
+    assert {task["name"]: task["n"] for task in found["tasks"]} == {
+        "leaderboard_musr": 9,
+        "hellaswag": 5,
+        "mmlu_anatomy": 3,
+    }
     for task in found["tasks"]:
         flips = [flip["kind"] for flip in found["flips"] if flip["task"] == task["name"]]
         assert {kind: flips.count(kind) for kind in ("lost", "gained")}.items() <= task["answers"].items()
