@@ -43,6 +43,7 @@ def shipped_config(name: str) -> dict[str, Any]:
     file = shipped_yaml(name)
     with named_errors(f"task {name!r}", file):
         refuse_unsafe(name, load_yaml(file, resolve_func=False))
+        refuse_downloads(name, file)
         return dict(load_yaml(file))
 
 
@@ -52,6 +53,23 @@ def refuse_unsafe(name: str, config: Mapping[str, Any]) -> None:
             f"task {name!r} runs the programs that a model writes (unsafe_code), and these are never run here: "
             "choose another task"
         )
+
+
+def refuse_downloads(name: str, file: Path) -> None:
+    """Let the functions of the task in `file` ask NLTK for data in vain, which they would fetch when they are imported.
+
+    With the data on this machine they do not ask. Otherwise their UserError says how to fetch it.
+    """
+    if any("nltk.download" in source.read_text(encoding="utf-8") for source in file.parent.glob("*.py")):
+        import nltk  # takes a second
+
+        def refuse(resource: str, *_: Any, **__: Any) -> None:
+            raise UserError(
+                f"task {name!r} needs the data {resource!r} of NLTK, which is not on this machine: fetch it with "
+                f"`python -m nltk.downloader {resource}`, or choose another task"
+            )
+
+        nltk.download = refuse
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@ import sys
 import pytest
 from lm_eval.utils import env as jinja_env
 
-from evaluation.shipped import SHIPPED, shipped_yaml
+from evaluation.catalogue import named
+from evaluation.shipped import SHIPPED, shipped_config, shipped_yaml
 from evaluation.task import doc_hash, make_task, read_rows, render
 from methods.errors import UserError
 from tests.evaluation.conftest import HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
@@ -296,6 +297,22 @@ def test_a_package_that_a_task_needs_is_named(tmp_path, monkeypatch, task, packa
         UserError, match=f"task {task!r} needs the Python package .*not installed: `pip install '{package}'`"
     ):
         made(tmp_path, [{"prompt": "x"}], task)
+
+
+@pytest.mark.parametrize("task", ["ifeval", "leaderboard_ifeval"])
+def test_data_that_a_tasks_code_would_fetch_is_named_and_not_fetched(monkeypatch, task):
+    import nltk
+
+    for module in list(sys.modules):
+        if module.startswith(("lm_eval.tasks.ifeval", "lm_eval.tasks.leaderboard.ifeval")):
+            monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(nltk, "download", nltk.download)  # which is restored behind the test
+    monkeypatch.setattr(nltk.data, "path", [])
+    wanted = f"task '{task}' needs the data 'punkt_tab' of NLTK.*fetch it with `python -m nltk.downloader punkt_tab`"
+    with pytest.raises(UserError, match=wanted):
+        named(task, name=task)
+    with pytest.raises(UserError, match=wanted):
+        shipped_config(task)
 
 
 @pytest.mark.parametrize("function", ["process_results", "aggregation"])
