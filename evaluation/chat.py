@@ -109,6 +109,8 @@ def _start(tokenizer: Any, template: str, messages: Sequence[Message], number: i
     """Where the answer of turn `number` begins: after all that the model reads when it is asked for it."""
     try:
         before, _ = _render(tokenizer, template, messages[:number], generation_prompt=True)
+        if not number and before == _render(tokenizer, template, [])[0]:
+            before = None  # it asks only behind a turn
     except UserError:
         if number:
             raise
@@ -134,8 +136,6 @@ def _end(
     all that the template writes for the turn if it has no such token. `end` is the beginning of the next answer.
     """
     content = messages[number]["content"].strip()
-    alone = text if number + 1 == len(messages) else _render(tokenizer, template, messages[: number + 1])[0]
-    whole = len(os.path.commonprefix([alone, text]))
     place = text.find(content, start, end)
     if place < 0:
         raise UserError(
@@ -143,12 +143,19 @@ def _end(
             "part out of the rows, or name another template as `chat_template`"
         )
     place += len(content)
-    if whole >= place:  # else the template writes this turn differently at the end of a conversation
-        end = min(end, whole)
+    if number + 1 < len(messages):  # of the turn is what follows its answer where it is the last turn, too
+        alone, _ = _render(tokenizer, template, messages[: number + 1])
+        behind = alone.rpartition(content)[2]
+        common = os.path.commonprefix([behind, text[place:end]])
+        if (
+            common != behind
+        ):  # something else ends a conversation, and may begin as the next turn does: only whole lines
+            common = common[: common.rfind("\n") + 1] or common
+        end = place + len(common)
     after = tokenizer(text[place:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     special = _special(tokenizer)
-    closing = (last for (_, last), token in zip(after["offset_mapping"], after["input_ids"]) if token in special)
-    return place + next(closing, end - place)
+    ends = (last for (_, last), token in zip(after["offset_mapping"], after["input_ids"]) if token in special)
+    return place + next(ends, end - place)
 
 
 def _special(tokenizer: Any) -> set[int]:

@@ -200,6 +200,28 @@ def test_what_a_template_writes_for_the_last_answer_alone_is_labelled_there(toke
     assert tokenizer.decode([token for token, labelled in zip(ids, labels) if labelled]) == expected
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        chatml(False).replace(
+            "m['content'] + '<|im_end|>' }}{% else",
+            "('<think></think>' if loop.last else '') + m['content'] + '<|im_end|>' }}{% else",
+        ),
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ '<|endoftext|>' }}{% endif %}",
+    ],
+    ids=["thinking before the last answer", "an end behind the last turn"],
+)
+def test_a_turn_of_the_user_is_not_labelled_where_the_tokens_of_turns_are_plain_text(template):
+    """A template of another model: this tokenizer has none of its tokens."""
+    plain = byte_tokenizer()
+    ids, labels, _ = encode_row(plain, {"messages": LONG[1:5]}, template=template)
+    labelled = plain.decode([token for token, labelled in zip(ids, labels) if labelled])
+    first, last = (turn["content"] + "<|im_end|>\n" for turn in LONG[2:5:2])
+    before, behind = ("<think></think>", "") if "think" in template else ("", "<|endoftext|>")
+    assert labelled == first + before + last + behind
+
+
 SYSTEM_LAST = (  # Mistral's third template writes the system turn into the last turn of the user
     "{% set system = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
     "{% for m in messages if m['role'] != 'system' %}{% if m['role'] == 'user' %}"
@@ -231,6 +253,12 @@ SYSTEM_LAST = (  # Mistral's third template writes the system turn into the last
         (
             "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}"
             + chatml(False),
+            LONG[2:],
+            "it begins with a turn of the assistant, for which",
+        ),
+        (
+            "{% for m in messages %}{{ '<|' + m['role'] + '|>\n' + m['content'] + '</s>' }}"
+            "{% if loop.last and add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}{% endfor %}",
             LONG[2:],
             "it begins with a turn of the assistant, for which",
         ),
