@@ -325,6 +325,7 @@ def test_memory_and_disk_without_room_are_refused_by_name(world, monkeypatch):
         run(world, "base", "adapter", batch_size=11)
 
 
+@pytest.mark.thorough
 def test_another_template_alone_is_said_and_changes_nothing(world):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}"
@@ -384,6 +385,7 @@ def test_tasks_and_groups_of_lm_eval_by_name_without_a_params_yaml(world, tmp_pa
         audit.main(*models_given, tasks="helaswag", **options)
 
 
+@pytest.mark.thorough
 def test_another_end_of_text_is_said_and_decides_only_where_texts_begin_with_it(world):
     """The byte tokenizer has no BOS, so that a text begins with its EOS."""
     other_end, bos_too = byte_tokenizer(), byte_tokenizer()
