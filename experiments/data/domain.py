@@ -36,9 +36,12 @@ class Drawn:
 def draw(domain: str, block: Domain, reader: Reader) -> Drawn:
     """Read and split the rows of a domain. Raises UserError that names the block for rows that do not fit it."""
     where = f"domains.{domain}"
-    loaded = reader(block, block.rows, where=where)
     tested = rows.has(block.test_rows, prefer=reader.study.data.source)
-    held_out = reader(block, block.test_rows, where=f"{where}.test_rows") if tested else None
+    if block.rows is None:
+        loaded, held_out = reader.of_training(domain, block)
+    else:
+        loaded = reader(block, block.rows, where=where)
+        held_out = reader(block, block.test_rows, where=f"{where}.test_rows") if tested else None
     sources = [loaded.source, *([held_out.source] if held_out else [])]
     if block.format == "task":
         split = splits.three_way(

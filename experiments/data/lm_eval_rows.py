@@ -12,7 +12,8 @@ from evaluation.catalogue import Named
 from evaluation.task import render
 from experiments.data import splits
 from experiments.data.data_sets import DataSets
-from experiments.study.schema import Task
+from experiments.data.rows import Rows, placed
+from experiments.study.schema import Domain, Task
 from methods.errors import UserError
 
 
@@ -45,7 +46,8 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
     examples: dict[str, list[dict]] = {}
     sources: dict[str, None] = {}
     for task, config in tqdm(named.tasks.items(), desc=f"data sets of {name}", disable=None, leave=False):
-        load = _loader(name, task, config, data_sets=data_sets, sources=sources)
+        group = bool(named.aggregates)
+        load = _loader(f"tasks.{name}", task, config, data_sets=data_sets, sources=sources, group=group)
         read = documents.read(task, config, load)
         docs[task] = list(read.eval_docs)
         if documents.shots(read) and not documents.states_examples(read):
@@ -89,8 +91,36 @@ def _chosen(docs: Sequence[dict], *, test: int, probe: int) -> tuple[list[dict],
     return [docs[i] for i in sorted(order[:test])], [docs[i] for i in sorted(order[test : test + probe])]
 
 
+def training(domain: str, block: Domain, *, data_sets: DataSets) -> tuple[Rows, Rows | None]:
+    """The rows of a domain's task as lm-eval reads them: its training split, and the split that it scores."""
+    where = f"domains.{domain}"
+    named = catalogue.named(block.task, name=domain)
+    if named.aggregates:
+        raise UserError(
+            f"{where}.task is a group of lm-eval's tasks: name one of {', '.join(named.tasks)}, or add `rows`"
+        )
+    ((task, config),) = named.tasks.items()
+    split, scored = config.get("training_split"), config.get("test_split") or config.get("validation_split")
+    if not split or not config.get("dataset_path"):
+        raise UserError(f"{where} has no `rows`, and lm-eval has no training split of {task}: add `rows`")
+    sources: dict[str, None] = {}
+    arguments = {
+        key: value for key, value in (config.get("dataset_kwargs") or {}).items() if key != "trust_remote_code"
+    }
+    load = _loader(where, task, config | {"fewshot_split": split}, data_sets=data_sets, sources=sources)
+    read = load(config["dataset_path"], config.get("dataset_name"), arguments)
+    (source,) = sources
+    return tuple(placed(read[one], f"{source}/{one}") if one else None for one in (split, scored))
+
+
 def _loader(
-    block: str, task: str, config: Mapping[str, Any], *, data_sets: DataSets, sources: dict[str, None]
+    where: str,
+    task: str,
+    config: Mapping[str, Any],
+    *,
+    data_sets: DataSets,
+    sources: dict[str, None],
+    group: bool = False,
 ) -> documents.Load:
     """Reads the data set that lm-eval's task asks for, and adds its source to `sources`."""
     splits_wanted = dict.fromkeys(config.get(f"{kind}_split") for kind in ("test", "validation", "fewshot"))
@@ -100,9 +130,9 @@ def _loader(
             rows, source = data_sets(path, subset, arguments)
         except UserError as error:
             wanted = [f"data set {path}", subset and f"configuration {subset}", *splits_wanted]
-            others = f", and `tasks.{block}.rows` reads other rows" if task == block else ""
+            others = "" if group else f", and `{where}.rows` reads other rows"
             raise UserError(
-                f"tasks.{block}: task {task} of lm-eval wants {', '.join(filter(None, wanted))}: {error}. `data.hub: "
+                f"{where}: task {task} of lm-eval wants {', '.join(filter(None, wanted))}: {error}. `data.hub: "
                 f"FOLDER` reads it from a folder in the hub's layout{others}"
             ) from error
         sources[source] = None

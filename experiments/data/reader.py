@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from evaluation import nulls
 from experiments.data import lm_eval_rows, rows
 from experiments.data.data_sets import DataSets
 from experiments.data.left_out import LeftOut
 from experiments.data.lm_eval_rows import Drawn
 from experiments.study import schema
-from experiments.study.schema import General, Scored
+from experiments.study.schema import Domain, General, Scored
+from methods.tools import jsonl
 
 Row = dict[str, Any]
 
@@ -41,6 +43,21 @@ class Reader:
             test = block.test or self.study.data.test
             self.drawn_before[name] = lm_eval_rows.draw(name, block, test=test, data_sets=self.data_sets)
         return self.drawn_before[name]
+
+    def of_training(self, domain: str, block: Domain) -> tuple[rows.Rows, rows.Rows | None]:
+        """The rows of a domain without `rows` and those that are scored: lm-eval says where they are."""
+        where = f"domains.{domain}"
+
+        def shaped(read: rows.Rows | None) -> rows.Rows | None:
+            if read is None:
+                return None
+            given = read.rows
+            if block.nulls == "empty":
+                given = [jsonl.Row(nulls.emptied(row), at=row.at) for row in given]
+            return rows.Rows(rows=rows.shape(given, block, where=where), source=read.source)
+
+        train, scored = lm_eval_rows.training(domain, block, data_sets=self.data_sets)
+        return shaped(train), shaped(scored)
 
     def __call__(self, block: General | Scored, named: schema.Rows, *, where: str) -> rows.Rows:
         if where not in self.read_before:

@@ -149,7 +149,7 @@ def _pypi(block: schema.Pypi, checksums: Mapping[str, str]) -> Rows:
     else:
         folders = [inside] if isinstance(inside, str) else inside
         rows = [row for folder in folders for row in _saved(wheel, folder)]
-    return _placed(rows, f"pypi:{spec}/{inside if isinstance(inside, str) else ','.join(inside)}")
+    return placed(rows, f"pypi:{spec}/{inside if isinstance(inside, str) else ','.join(inside)}")
 
 
 def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
@@ -208,7 +208,7 @@ def _hub(block: schema.Hub, _: Mapping[str, str]) -> Rows:
             "download that revision with HF_HUB_OFFLINE unset"
         )
     at = next(iter(cached), commit or "unknown revision")
-    return _placed(rows, f"hub:{path}@{at}/{','.join(names) + '/' if name else ''}{split}")
+    return placed(rows, f"hub:{path}@{at}/{','.join(names) + '/' if name else ''}{split}")
 
 
 def _jsonl(block: schema.Jsonl, _: Mapping[str, str]) -> Rows:
@@ -227,7 +227,7 @@ def _local(block: schema.Local, _: Mapping[str, str]) -> Rows:
     return Rows(rows=placed, source=f"local:{block.path}", left_out=left_out)
 
 
-def _placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
+def placed(rows: Iterable[dict[str, Any]], source: str) -> Rows:
     """Rows of a data set as JSON values, each with its number; NaN, a table's missing value, becomes null."""
     placed = [Row(_without_nan(row), at=f"{source} row {number}") for number, row in enumerate(rows, 1)]
     for row in placed:

@@ -121,7 +121,8 @@ def _asked(study) -> dict:
     """What else `data:` decides: the number of rows, and the folder, of tasks whose blocks do not."""
     tasks = [study.tasks[name] for name in _tasks(study)]
     asked = {"test": study.data.test} if any(task.test is None for task in tasks) else {}
-    hub = study.data.hub if any(task.rows is None for task in tasks) else None
+    domains = [study.domains[name] for name in study.grid.domains]
+    hub = study.data.hub if any(block.rows is None for block in [*tasks, *domains]) else None
     return asked | ({"hub": hub} if hub else {})
 
 

@@ -26,7 +26,7 @@ from experiments.model.positions import (
 from experiments.model.shape import Shape, shape_of
 from experiments.study import cells, chat_templates
 from experiments.study.clashes import ROLES
-from experiments.study.schema import General, Rows, Scored
+from experiments.study.schema import Domain, General, Rows, Scored
 from experiments.training import memory
 from experiments.training.stopping import rule_of
 from methods.errors import UserError
@@ -164,7 +164,7 @@ def _configs(name: str, block: Scored) -> list[dict[str, Any]]:
     from evaluation import catalogue  # imports lm-eval
     from evaluation.definition import config_of, refuse_unusable
 
-    if block.rows is not None:
+    if block.rows is not None or isinstance(block, Domain):  # a domain's own rows pass through its task as rows do
         return [config_of(name, block.task)]
     known = catalogue.named(block.task, name=name)
     for task, config in known.tasks.items():

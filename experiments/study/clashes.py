@@ -83,6 +83,8 @@ def refuse(params: Params) -> None:
 def _refuse_format(domain: str, block: Domain) -> None:
     """Refuse a domain without the keys of its format, or with those of another."""
     of_task = ("task", "metric", "chance")
+    if block.rows is None and block.format != "task":
+        raise UserError(f"domains.{domain} has no `rows`: add them")
     if block.format == "task":
         for key in ("task", "question", "split"):
             if getattr(block, key) is None:

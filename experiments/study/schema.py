@@ -267,6 +267,9 @@ class Domain(Scored):
     metric: Metric = key("Metric of the task that is reported; only for the format task.", None)
     chance: Share = key("Score of guessing, as a share of 1; only for the format task.", None)
     chat_template: Text = key("File of the chat template, for the format chat; without it the tokenizer's own.", None)
+    rows: Rows = key(
+        "Where the rows are read from; for the format task, without it, lm-eval's training and test splits.", None
+    )
     question: Text = key(
         "Column, or Jinja template, of the text by whose hash rows are split; by default the text, the prompt or the "
         "first turn of the user.",

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,11 +16,14 @@ from lm_eval.tasks import TaskManager
 
 from evaluation import catalogue, harness, lm, nulls
 from evaluation.documents import load
-from evaluation.task import doc_hash, quiet
+from evaluation.task import doc_hash, quiet, read_rows
 from experiments.data import expected, lm_eval_rows
 from experiments.data.data_sets import DataSets
+from experiments.data.prepared_rows import write_data
 from experiments.model.random_models import build, byte_tokenizer
-from experiments.study.paths import Paths
+from experiments.study import config
+from experiments.study.params_text import read_yaml
+from experiments.study.paths import HERE, Paths
 from experiments.study.schema import Task
 from methods.errors import UserError
 from tests.experiments import hub_folder
@@ -222,6 +226,22 @@ def test_the_tokens_to_score_count_the_examples_before_each_row(hub, tmp_path):
     write(hub, folder, ["gsm8k"])
     tokens = expected.scored(SimpleNamespace(paths=paths), "d")
     assert 5 * 2 < tokens / (len("What is 0+0? Twice 0. 0") / 4) < 5 * 2 * 5  # two rows, each behind five like it
+
+
+def test_a_domain_without_rows_trains_on_lm_evals_training_split(hub, tmp_path):
+    raw = read_yaml(HERE / "experiments" / "studies" / "demo" / "params.yaml")
+    split = {"train": 2, "probe": 1, "test": 4}
+    own = {"task": "hellaswag", "question": "{{ctx_a}} {{ctx_b}}", "split": split, "retention": ["truthfulqa_mc1"]}
+    raw |= {"domains": {"endings": own}, "grid": raw["grid"] | {"domains": ["endings"]}, "data": {"hub": str(hub)}}
+    study = config.build(raw, paths=Paths(root=tmp_path))
+    report = write_data(study, tmp_path / "out")["domains"]["endings"]
+    assert report["n"] == split
+    assert re.fullmatch(r"(folder:Rowan/hellaswag@\w{16})/train ; test: \1/validation", report["source"])
+    trained = read_rows(tmp_path / "out" / "train" / "endings" / "train.jsonl")
+    known = {f"Baking: A man has {n} eggs.. He Eats" for n in (9, 10, 11)}  # which are in the training split
+    assert len(trained) == 2 and {row["context"] for row in trained} < known
+    entries = json.loads((tmp_path / "out" / "evaluate" / "endings" / "tasks.json").read_text())
+    assert [(one["name"], one["metric"], one["chance"]) for one in entries[:1]] == [("endings", "acc", 0.25)]
 
 
 def test_a_blocks_own_chance_and_metric_win(hub, tmp_path):
