@@ -47,7 +47,7 @@ def _cells(row: pd.Series, seeds: int) -> list[tuple[str, str]]:
     show = "{:.0f}".format if seeds == 1 else "{:.1f}".format
     known = [("–" if numbers.missing(row[key]) else _signed(row[key]), "") for key in ("lost_known", "gained_known")]
     sign = "+" if row["net"] > 0 else numbers.MINUS if row["net"] < 0 else ""
-    share = f"{numbers.percent(row['lost'] / row['right'])} % of the right ones" if row["right"] else ""
+    share = f"{numbers.percent(row['lost'] / row['right'])} % of {row['right']:,.0f}" if row["right"] else ""
     return [
         (show(row["lost"]), share),
         known[0],

@@ -86,6 +86,7 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame, changes: Changes) -> dict:
         "domain_bits_per_byte": mean("domain_bits_per_byte"),
         **_score_tasks(cells, by_items),
         **{key: value for m in NATS for key, value in _bounds(m.key, by_items.get(m.key), mean(m.key)).items()},
+        "general_bits_per_byte_lost": mean("general_bits_per_byte_lost"),
         **_bounds("forgetting", by_items.get("forgetting"), mean("forgetting")),
         "general_score": mean("general_score"),
         "perplexity": mean("general_perplexity"),

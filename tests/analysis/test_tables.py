@@ -40,6 +40,8 @@ def test_numbers_are_those_of_the_metrics(root, loaded):
             "seconds_train",
             "bytes_weights_delta",
             "peak_memory_bytes",
+            "general_bits_per_byte_lost",
+            "gold_nll_lost",
         ):
             assert row[key] == metrics[key], key
         assert row["perplexity_ratio"] == metrics["general_perplexity"] / metrics["general_perplexity_base"]
