@@ -28,7 +28,9 @@ ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:"
 )
-SHAREGPT = {"human": "user", "gpt": "assistant"}  # its names of roles
+OTHER_NAMES = {"human": "user", "developer": "system"} | dict.fromkeys(
+    ("gpt", "bot", "chatbot", "ai", "model"), "assistant"
+)  # of roles: of ShareGPT, OpenAI, LangChain and Gemini
 NEEDED = {
     "text": "`text`",
     "pairs": "`prompt` and `completion`, or `instruction` and `output`",
@@ -104,7 +106,7 @@ def _pairs(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
 
 
 def _chat(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
-    column = "messages" if "messages" in row else "conversations"
+    column = "conversations" if row.get("messages") is None and "conversations" in row else "messages"
     turns = row[column]
     if isinstance(turns, str):  # as a table holds them
         try:
@@ -114,6 +116,8 @@ def _chat(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise _Unfit(f"`{column}` is no list of turns")
     messages = [_turn(turn) for turn in turns]
+    if isinstance(system := row.get("system"), str) and system.strip() and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": system})
     answers = [number for number, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
     if not answers:
         raise _Unfit("no turn of the assistant")
@@ -123,22 +127,23 @@ def _chat(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
 
 
 def _turn(turn: dict[str, Any]) -> dict[str, str]:
-    role = turn.get("role", turn.get("from"))
-    content = turn["content"] if "content" in turn else turn.get("value")
+    role = turn.get("from") if turn.get("role") is None else turn["role"]
+    content = turn.get("value") if turn.get("content") is None else turn["content"]
     if role is None:
         raise _Unfit("a turn without a role")
-    role = SHAREGPT.get(role, role) if isinstance(role, str) else role
-    if role not in ROLES:
+    known = role.strip().lower() if isinstance(role, str) else ""
+    if (known := OTHER_NAMES.get(known, known)) not in ROLES:
         raise _Unfit(f"a turn has the role {role!r:.40}, not one of {', '.join(ROLES)}")
     if turn.get("tool_calls"):
         raise _Unfit("a turn calls tools")
-    if content is None or content == "":
-        content = ""
-    elif not isinstance(content, str):
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text") or "") for part in content)
+    content = "" if content is None else content
+    if not isinstance(content, str):
         raise _Unfit("the content of a turn is not a text")
-    if role != "system" and not content.strip():
-        raise _Unfit("an empty answer" if role == "assistant" else "an empty turn of the user")
-    return {"role": role, "content": content}
+    if known != "system" and not content.strip():
+        raise _Unfit("an empty answer" if known == "assistant" else "an empty turn of the user")
+    return {"role": known, "content": content}
 
 
 def _filled(row: Row, column: str) -> str:

@@ -10,12 +10,7 @@ from methods.errors import UserError
 
 FEW = 0.1  # share of the rows up to which they are left out
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
-NAMED = 3  # places, and reasons, that a message names
-
-
-def are_many(left_out: int, rows: int) -> bool:
-    """Whether so many of `rows` cannot be used that the run stops."""
-    return left_out > FEW * rows
+NAMED = 3  # places that a message names for each reason
 
 
 class LeftOut:
@@ -42,7 +37,7 @@ class LeftOut:
         """Say what was left out of `of` rows, unless `quiet`; raises UserError where it is more than a few."""
         if self.rows:
             problem = f"{where}: {self.rows} of {of} rows cannot be used: {_listed(self.places)}"
-            if are_many(self.rows, of):
+            if self.rows > FEW * of:
                 raise UserError(f"{problem}. That is more than one in ten: {remedy}")
             if not quiet:
                 print(f"{WARNING}{problem}. They are left out", flush=True)
@@ -51,9 +46,9 @@ class LeftOut:
                 print(f"{WARNING}{where}: {what} in {len(places)} of {of} rows ({first_of(places)})", flush=True)
 
     def facts(self) -> dict[str, Any]:
-        """Counts and first places by reason, for data.json."""
+        """Counts and places by reason, for data.json."""
         return {
-            kind: {reason: {"n": len(places), "first": places[:NAMED]} for reason, places in sorted(named.items())}
+            kind: {reason: {"n": len(places), "rows": places} for reason, places in sorted(named.items())}
             for kind, named in (("left_out", self.places), ("changed", self.changed))
             if named
         }
@@ -65,10 +60,7 @@ def first_of(places: list[str]) -> str:
 
 
 def _listed(named: dict[str, list[str]]) -> str:
-    """The reasons with the most places, and how many places each has if there are several."""
+    """The reasons, those with the most places first, and how many places each has if there are several."""
     most = sorted(named.items(), key=lambda item: -len(item[1]))
-    if len(most) == 1:
-        return f"{most[0][0]} ({first_of(most[0][1])})"
-    listed = [f"{len(places)}: {reason} ({first_of(places)})" for reason, places in most[:NAMED]]
-    others = sum(len(places) for _, places in most[NAMED:])
-    return "; ".join(listed + ([f"{others} for other reasons"] if others else []))
+    count = len(most) > 1
+    return "; ".join(f"{len(places)}: " * count + f"{reason} ({first_of(places)})" for reason, places in most)

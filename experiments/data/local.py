@@ -1,17 +1,18 @@
 """Rows of files that people have: JSONL, JSON, CSV, TSV, Parquet, folders of text files, and what `datasets` saved.
 
-    .jsonl .ndjson   one object a line
+    .jsonl .ndjson   one object a line, or a list of objects
     .json            a list of objects, or an object in which one column is such a list ({"data": [...]})
     .csv .tsv        a header and rows; every value stays the text that is written, such as 007 or NA
     .parquet         a table; every value keeps its type
     a folder         text files (.txt, .md), one document each, or what `save_to_disk` of `datasets` has written
 
 The texts among them may be packed by gzip, bzip2 or xz, and are UTF-8, or what their byte order mark or `encoding:`
-says. A line that is not JSON, or that has more or fewer cells than its header, and a document of a folder that is in
-another encoding, is left out and counted.
+says. Left out and counted are a line that is not JSON, or that has more or fewer cells than its header; a line that is
+not UTF-8 in a file whose other lines are; and a document of a folder that is in another encoding.
 """
 
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -32,6 +33,7 @@ from methods.tools.jsonl import Row
 TEXTS = (".txt", ".md")
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet, a folder of .txt or .md files, or a folder saved by `datasets`"
 _PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
+NOT_UTF8 = "not UTF-8, as other lines of the file are"
 _PACKED_NAMES = (".gz", ".bz2", ".xz")
 
 
@@ -65,7 +67,8 @@ def read(path: Path, *, encoding: str | None, split: str | None) -> tuple[list[R
     if kind not in readers:
         hint = "a text file is one document: put it into a folder of text files" if kind in TEXTS else ""
         raise UserError(f"{path}: rows are read from {KINDS}, {hint or f'not from {kind or chr(39) * 2} files'}")
-    return list(readers[kind](path, _text(path, encoding), left_out)), left_out
+    text = _text(path, encoding, by_line=kind != ".json")
+    return list(readers[kind](path, text, left_out)), left_out
 
 
 def size(path: Path) -> int:
@@ -74,8 +77,10 @@ def size(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _text(path: Path, encoding: str | None) -> str:
-    """The decoded content of a file."""
+def _text(path: Path, encoding: str | None, *, by_line: bool = False) -> str:
+    """The decoded content of a file. With `by_line` the lines of a UTF-8 file that are not UTF-8 stay undecoded: they
+    hold halves of surrogate pairs, which `_decoded` tells.
+    """
     raw = path.read_bytes()
     unpack = next((unpack for magic, unpack in _PACKED.items() if raw.startswith(magic)), None)
     try:
@@ -89,6 +94,10 @@ def _text(path: Path, encoding: str | None) -> str:
     except LookupError as error:
         raise UserError(f"{path}: there is no encoding {chosen!r}: write one such as cp1252 or utf-16-le") from error
     except UnicodeDecodeError as error:
+        if by_line and found == "utf-8" and not encoding:
+            text = raw.decode("utf-8", "surrogateescape")
+            if any(_decoded(line) for line in text.splitlines() if not line.isascii()):
+                return text
         line = raw[: error.start].count(b"\n") + 1
         if encoding:
             remedy = "name the file's own encoding as `encoding`"
@@ -101,7 +110,19 @@ def _text(path: Path, encoding: str | None) -> str:
         ) from error
 
 
+def _decoded(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _lines(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
+    if text.lstrip().startswith("["):
+        with contextlib.suppress(Broken):
+            yield from _elements(path, _parsed(text), left_out)
+            return
     for number, line in enumerate(io.StringIO(text, newline=None), 1):
         line = line.removeprefix("\ufeff")  # within the file where files were concatenated
         at = f"{path} line {number}"
@@ -109,7 +130,7 @@ def _lines(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
             try:
                 yield _row(_parsed(line), at)
             except Broken as error:
-                left_out.add(str(error), at)
+                left_out.add(str(error) if _decoded(line) else NOT_UTF8, at)
 
 
 def _json(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
@@ -135,7 +156,11 @@ def _json(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
         whole = whole[lists[0]]
     if not isinstance(whole, list):
         raise UserError(f"{path} holds neither a list of rows nor an object with one: write a list of objects")
-    for number, value in enumerate(whole, 1):
+    yield from _elements(path, whole, left_out)
+
+
+def _elements(path: Path, values: list[Any], left_out: LeftOut) -> Iterator[Row]:
+    for number, value in enumerate(values, 1):
         at = f"{path} row {number}"
         try:
             yield _row(value, at)
@@ -153,12 +178,14 @@ def _csv(path: Path, text: str, left_out: LeftOut) -> Iterator[Row]:
     try:
         for cells in table:
             at, begins = f"{path} line {begins}", table.line_num + 1
-            if not cells:
+            if not cells or (not columns and cells[0].lower() == "sep="):  # a first line that tells Excel the delimiter
                 continue
             if not columns:
-                columns = cells
+                columns = [name.strip() for name in cells]
                 if twice := [name for name in columns if columns.count(name) > 1]:
                     raise UserError(f"{at} names the column {twice[0]!r} twice: rename one of them")
+            elif not all(map(_decoded, cells)):
+                left_out.add(NOT_UTF8, at)
             elif len(cells) == len(columns):
                 yield Row(dict(zip(columns, cells)), at=at)
             else:
@@ -194,7 +221,8 @@ def _texts(folder: Path, encoding: str | None, left_out: LeftOut) -> list[Row]:
     rows = []
     for path in texts:
         try:
-            rows.append(Row({"id": path.relative_to(folder).as_posix(), "text": _text(path, encoding)}, at=str(path)))
+            text = io.StringIO(_text(path, encoding), newline=None).read()  # CR LF becomes LF
+            rows.append(Row({"id": path.relative_to(folder).as_posix(), "text": text}, at=str(path)))
         except OtherEncoding:
             kind = (encoding or "utf-8").upper()
             left_out.add(f"not {kind}: save it as UTF-8, or name the encoding of all files as `encoding`", str(path))
@@ -211,6 +239,7 @@ def _saved(folder: Path, split: str | None) -> list[Row]:
     sets = folder / "dataset_dict.json"
     if sets.is_file():
         names = read_json(sets, "splits")["splits"]
+        split = names[0] if split is None and len(names) == 1 else split
         if split not in names:
             stated = f"`split` is {split!r}" if split else "it has several sets"
             raise UserError(f"{folder}: {stated}: write `split:` with one of {', '.join(names)}")

@@ -88,7 +88,8 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
     """Apply `set` and then `columns` of `block` to the rows.
 
     `set: {column: value}` adds or replaces columns; a string is a Jinja template over the row ("" empties a column).
-    `columns: {new: old}` renames columns and keeps the others; `columns: [a, b]` keeps only these.
+    `columns: {new: old}` renames columns and keeps the others; `columns: [a, b]` keeps only these. Where no column is
+    called `a.b`, it is `b` within the column `a`.
     """
     templates: dict[str, Any] = {}
     for name, value in block.set.items():
@@ -113,11 +114,27 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
             raise UserError(f"{where}: {at}, `set`: {nulls.describe(given)}") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
             raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
-        if missing := [old for old in renamed.values() if old not in row]:
-            raise UserError(f"{where}: {at} has no column {missing[0]!r} (it has {', '.join(row)}): correct `columns`")
+        try:
+            found = {new: _column(row, old) for new, old in renamed.items()}
+        except KeyError as error:
+            raise UserError(
+                f"{where}: {at} has no column {error} (it has {', '.join(row)}): correct `columns`"
+            ) from None
         kept = {} if not isinstance(columns, dict) else {k: v for k, v in row.items() if k not in renamed.values()}
-        shaped.append(Row(kept | {new: row[old] for new, old in renamed.items()}, at=at))
+        shaped.append(Row(kept | found, at=at))
     return shaped
+
+
+def _column(row: Mapping[str, Any], name: str) -> Any:
+    """A column, or with dots in its name one within another. Raises KeyError of the name."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise KeyError(name)
+        value = value[part]
+    return value
 
 
 def text(row: dict[str, Any], expression: str, *, where: str) -> str:

@@ -16,10 +16,9 @@ from tqdm import tqdm
 
 from evaluation import chat
 from evaluation.chance import WARNING
-from evaluation.encode import shown
 from evaluation.labelled import encode_row, shortened, template_in
 from evaluation.rendered import read_jsonl
-from experiments.data.left_out import LeftOut, are_many, first_of
+from experiments.data.left_out import LeftOut, first_of
 from experiments.training import processes
 from experiments.training.batches import Example
 from methods.errors import UserError
@@ -104,9 +103,8 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
     """A row whose answer leaves no room for a token of its prompt is left out, because it would teach the rest of an
     answer to no question.
     """
-    examples, cut, long, left_out = [], [], [], LeftOut()
+    examples, cut, longest, left_out = [], [], 0, LeftOut()
     for number, row in enumerate(rows, 1):
-        what = f"training row {shown(row['context'], end=True)}"
         try:
             ids, labels, _ = encode_row(tokenizer, row)
         except UserError as error:
@@ -115,22 +113,20 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
             left_out.add(str(error), place(row, number))
             continue
         if sum(labels) >= length:
-            long.append((sum(labels), what))
+            longest = max(longest, sum(labels))
+            left_out.add(
+                f"the answer leaves no room for its prompt in {where}.length ({length} tokens)", place(row, number)
+            )
             continue
         if len(ids) > length:
             cut.append(place(row, number))
         examples.append(_example(ids[-length:], labels[-length:]))
-    remedy = "correct the rows, or choose a model with another tokenizer"
+    remedy = (
+        f"set `{where}.length` to {longest + 1} or more, or train on shorter rows"
+        if longest
+        else ("correct the rows, or choose a model with another tokenizer")
+    )
     left_out.settle(where=domain, of=len(rows), remedy=remedy, quiet=not processes.first())
-    if long:
-        problem = (
-            f"{domain}: the answers of {len(long)} of {len(rows)} training rows leave no room for their prompts in "
-            f"{where}.length ({length} tokens); the longest has {max(long)[0]} tokens: {max(long)[1]}"
-        )
-        if are_many(len(long), len(rows)):
-            raise UserError(f"{problem}. Set `{where}.length` to {max(long)[0] + 1} or more, or train on shorter rows")
-        if processes.first():
-            print(f"{problem}. They are left out", flush=True)
     if cut and processes.first():
         print(
             f"{domain}: {len(cut)} of {len(rows)} training rows are longer than {where}.length ({length} tokens): "

@@ -115,6 +115,42 @@ def test_alpaca_and_sharegpt_are_read_as_their_authors_write_them():
         assert row["messages"] == conversation("u", "a", system="s")
 
 
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"messages": [{"role": "Human", "content": "u"}, {"role": "bot", "content": "a"}]}, conversation("u", "a")),
+        (
+            {"messages": [{"role": "developer", "content": "s"}, *conversation("u", "a")]},
+            conversation("u", "a", system="s"),
+        ),
+        (  # parts, as OpenAI's API and multimodal templates write them
+            {
+                "messages": [
+                    turn | {"content": [{"type": "text", "text": part} for part in turn["content"]]}
+                    for turn in conversation("u 1", "a, b")
+                ]
+            },
+            conversation("u 1", "a, b"),
+        ),
+        (  # a table of two kinds of files has the columns of both
+            {
+                "messages": None,
+                "conversations": [
+                    {"role": None, "content": None, "from": "human", "value": "u"},
+                    {"role": "assistant", "content": "a", "from": None, "value": None, "tool_calls": None},
+                ],
+            },
+            conversation("u", "a"),
+        ),
+        ({"system": "s", "conversations": conversation("u", "a")}, conversation("u", "a", system="s")),
+        ({"system": "t", "messages": conversation("u", "a", system="s")}, conversation("u", "a", system="s")),
+    ],
+)
+def test_conversations_are_read_in_the_dialects_that_people_have(row, messages):
+    ((made,), _, left_out) = formats.standard([row], format="chat", where="d")
+    assert made["messages"] == messages and not left_out.facts()
+
+
 BROKEN = {
     "chat": [
         ({"messages": [{"content": "a"}]}, "a turn without a role"),
@@ -125,6 +161,9 @@ BROKEN = {
         ({"messages": []}, "`messages` is no list of turns"),
         ({"messages": "hello"}, "`messages` is a text, not a list of turns"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "the content of a turn is not a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "the content of a turn is not a text"),
+        ({"messages": [*conversation("a", "b"), {"role": "tool", "content": "c"}]}, "a turn has the role 'tool', not"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "a turn calls tools"),
         ({"other": 1}, "no columns `messages`, or `conversations`"),
     ],
     "pairs": [
@@ -146,7 +185,7 @@ def test_a_few_rows_that_do_not_fit_are_left_out_by_reason_and_many_are_refused(
     made = study(tmp_path, [*rows[:20], row, *rows[20:]], format)
     report = write_data(made, tmp_path / "out")
     ((found, facts),) = report["left_out"]["domains.d"]["left_out"].items()
-    assert found.startswith(reason) and facts == {"n": 1, "first": [f"{tmp_path}/rows.jsonl line 21"]}
+    assert found.startswith(reason) and facts == {"n": 1, "rows": [f"{tmp_path}/rows.jsonl line 21"]}
     assert f"1 of 61 rows cannot be used: {reason}" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"^domains.d: 7 of 67 rows .*{re.escape(reason)}.*more than one in ten"):
         study_of_many = study(tmp_path, [*rows, *[row] * 7], format)

@@ -36,11 +36,13 @@ def write(path, content):
         "utf16.jsonl": JSONL.encode("utf-16"),
         "unmarked.jsonl": JSONL.encode("utf-16-le"),
         "a.json": json.dumps(ROWS, indent=2),
+        "list.jsonl": json.dumps(ROWS, indent=2),
         "data.json": json.dumps({"version": "1", "data": ROWS}),
         "lines.json": JSONL,
         "a.json.gz": gzip.compress(json.dumps(ROWS).encode(), mtime=0),
         "a.csv": CSV,
         "excel.csv": codecs.BOM_UTF8 + CSV.replace(",", ";").replace("é;", "é,").encode(),
+        "told.csv": "sep=;\r\n" + CSV.replace(",", ";").replace("é;", "é,").replace("q;a", "q; a"),
         "utf16.csv": CSV.encode("utf-16"),
         "a.tsv": CSV.replace(",", "\t").replace("é\t", "é,"),
         "a.csv.gz": gzip.compress(CSV.encode(), mtime=0),
@@ -60,9 +62,11 @@ def test_values_of_a_table_keep_their_types(tmp_path):
     saved.to_parquet(tmp_path / "a.parquet")
     saved.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"train": saved, "test": saved.select([])}).save_to_disk(tmp_path / "sets")
+    datasets.DatasetDict({"train": saved}).save_to_disk(tmp_path / "one")
     for block in (
         str(tmp_path / "a.parquet"),
         str(tmp_path / "saved"),
+        str(tmp_path / "one"),
         {"local": {"path": str(tmp_path / "sets"), "split": "train"}},
     ):
         assert [dict(row) for row in read(block).rows] == [dict(row) for row in saved]
@@ -73,11 +77,11 @@ def test_values_of_a_table_keep_their_types(tmp_path):
 
 
 def test_a_folder_of_texts_is_a_document_a_file(tmp_path, capsys):
-    for name, text in {"b.txt": "b", "a/é.md": "ä\n", ".hidden/c.txt": "x", "d.pdf": "%PDF"}.items():
+    for name, text in {"b.txt": "b", "a/é.md": "ä\r\nb\n", ".hidden/c.txt": "x", "d.pdf": "%PDF"}.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, text)
     assert [dict(row) for row in read(str(tmp_path)).rows] == [
-        {"id": "a/é.md", "text": "ä\n"},
+        {"id": "a/é.md", "text": "ä\nb\n"},
         {"id": "b.txt", "text": "b"},
     ]
     assert "1 files are neither .txt nor .md and are not read, such as d.pdf" in capsys.readouterr().out
@@ -108,6 +112,17 @@ def test_a_document_in_another_encoding_is_left_out_and_many_are_refused(tmp_pat
     assert read({"local": {"path": str(tmp_path), "encoding": "latin-1"}}).rows[0]["text"] == "ä 0"
 
 
+@pytest.mark.parametrize(("name", "head", "line"), [("a.jsonl", "", '{{"q": "{}"}}\n'), ("a.csv", "q\n", "{}\n")])
+def test_a_line_in_another_encoding_is_left_out_of_a_file_in_utf_8(tmp_path, capsys, name, head, line):
+    lines = [line.format(f"ü {number}").encode() for number in range(20)]
+    path = write(tmp_path / name, head.encode() + b"".join([*lines, line.format("é").encode("cp1252"), *lines]))
+    loaded = read(path)
+    number = 21 + bool(head)
+    assert [row["q"] for row in loaded.rows] == [f"ü {number}" for number in range(20)] * 2
+    problem = f"1 of 41 rows cannot be used: not UTF-8, as other lines of the file are ({path} line {number})"
+    assert problem in capsys.readouterr().out
+
+
 def test_a_few_broken_lines_are_left_out_and_named_and_many_are_refused(tmp_path, capsys):
     good = ['{"q": 1}'] * 40
     bad = ["{", "[1]", '{"q": NaN}', '{"q": "\\ud83d"}']
@@ -116,7 +131,8 @@ def test_a_few_broken_lines_are_left_out_and_named_and_many_are_refused(tmp_path
     assert len(loaded.rows) == 40 and loaded.rows[20].at == f"{path} line 25"
     said = capsys.readouterr().out
     assert "warning: domains.d: 4 of 44 rows cannot be used: 1: not JSON (" in said and f"{path} line 22" in said
-    assert loaded.left_out.facts()["left_out"]["not JSON"] == {"n": 1, "first": [f"{path} line 21"]}
+    assert loaded.left_out.facts()["left_out"]["not JSON"] == {"n": 1, "rows": [f"{path} line 21"]}
+    assert all(f"{path} line {number}" in said for number in range(21, 25))
     with pytest.raises(UserError, match="domains.d: 4 of 24 rows .* more than one in ten: correct the file"):
         read(write(tmp_path / "b.jsonl", "\n".join(good[:20] + bad)))
     table = ["q,a"] + ["1,2"] * 30 + ["1,2,3", "1", '"x\ny",2']
@@ -160,3 +176,9 @@ def test_columns_are_renamed_in_the_block_of_the_source_too(tmp_path):
     path = write(tmp_path / "a.csv", CSV)
     block = {"local": {"path": path, "set": {"q": "Q: {{q}}"}, "columns": {"prompt": "q"}}}
     assert dict(read(block).rows[0]) == {"a": "NA", "prompt": "Q: 007"}
+    nested = write(tmp_path / "a.jsonl", json.dumps({"data": {"q": [1]}, "a.b": 2}))
+    block = {"local": {"path": nested, "columns": {"prompt": "data.q", "c": "a.b"}}}
+    assert dict(read(block).rows[0]) == {"data": {"q": [1]}, "prompt": [1], "c": 2}
+    block["local"]["columns"] = {"prompt": "data.r"}
+    with pytest.raises(UserError, match=r"a.jsonl line 1 has no column 'data.r' \(it has data, a.b\)"):
+        read(block)

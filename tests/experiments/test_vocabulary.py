@@ -76,12 +76,10 @@ def test_training_rows_keep_their_answers_whole(tmp_path, capsys):
     assert len(examples) == 19 and bytes(examples[18]["input_ids"].tolist()) == b"ng question? no"[-14:]
     assert [(e["labels"] >= 0).sum().item() for e in examples] == [4] * 18 + [3]
     said = capsys.readouterr().out
-    assert (
-        "answers of 1 of 20 training rows leave no room" in said
-        and "the longest has 14 tokens: training row 'Q'. They are left out" in said
-    )
+    problem = "the answer leaves no room for its prompt in train.length (14 tokens)"
+    assert f"1 of 20 rows cannot be used: {problem} ({path} line 20). They are left out" in said
     assert "1 of 20 training rows are longer than train.length (14 tokens): their prompts lose the beginning" in said
-    with pytest.raises(UserError, match="domain sums: the answers of 20 of 20 .*Set `train.length` to 15 or more"):
+    with pytest.raises(UserError, match="domain sums: 20 of 20 rows .*: set `train.length` to 15 or more"):
         encoded(path, make_tokenizer(), 3)
     assert len(encoded(path, make_tokenizer(), 15)) == 20
 
