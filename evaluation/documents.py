@@ -5,6 +5,7 @@ that were read before. Prompts, choices, draws of examples and metrics are lm-ev
 also null cells and gold answers that are no choice.
 """
 
+import contextlib
 import inspect
 import json
 import random
@@ -13,8 +14,9 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.defaults import DEFAULT_RANDOM_SEED
+from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
 from evaluation import catalogue, measure, nulls
 from evaluation.definition import refuse_unusable
@@ -138,6 +140,19 @@ def states_examples(task: ConfigurableTask) -> bool:
     return bool(shots(task) and task.fewshot_cfg.split is None and task.fewshot_cfg.samples is not None)
 
 
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
+    """The seeds of the `lm_eval` command, for tasks that shuffle choices while they read; states stay as they were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    random.seed(DEFAULT_RANDOM_SEED)
+    np.random.seed(DEFAULT_OTHER_SEED)
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
 def _built(name: str, config: Mapping[str, Any], own: Mapping[str, Any]) -> ConfigurableTask:
     """An instance of the task's class, or of lm-eval's general one, in which the attributes of `own` are replaced."""
     refuse_unusable(name, config)
@@ -145,9 +160,8 @@ def _built(name: str, config: Mapping[str, Any], own: Mapping[str, Any]) -> Conf
     kind = type(written.__name__, (_AsInLmEval, written), dict(own))
     config = deepcopy({key: value for key, value in config.items() if key != "class"} | {"task": name})
     takes_config = "config" in inspect.signature(written.__init__).parameters
-    random.seed(DEFAULT_RANDOM_SEED)  # as the `lm_eval` command does: some tasks shuffle choices while they read
     try:
-        with quiet(), nulls.written():
+        with quiet(), nulls.written(), _seeded():
             task = kind(config=config) if takes_config else kind()
     except UserError:
         raise

@@ -49,9 +49,9 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
         group = bool(named.aggregates)
         load = _loader(f"tasks.{name}", task, config, data_sets=data_sets, sources=sources, group=group)
         read = documents.read(task, config, load)
-        docs[task] = list(read.eval_docs)
+        docs[task] = list(read.task_docs)  # as lm-eval made them first: another look would shuffle some anew
         if documents.shots(read) and not documents.states_examples(read):
-            examples[task] = list(read.fewshot_docs())
+            examples[task] = list(read.sampler.df)
     sizes = {task: len(own) for task, own in docs.items()}
     free = max(sum(sizes.values()) - block.probe, 1)
     tested = shared_out(sizes, free if test == "all" else min(test, free))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -154,7 +155,9 @@ def test_scores_and_items_are_lm_evals(hub, folder, chat):
     out, entries = folder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets, "load_dataset", None)  # nothing is fetched once the rows are kept
+        state = random.getstate()
         scores, items = ours(out, **CHATS[chat])
+        assert random.getstate() == state
     compare(entries, scores, items, theirs(hub, TASKS, **CHATS[chat]))
     assert ("chat_template" in scores["scoring"]) == (chat != "plain")
 
