@@ -37,9 +37,10 @@ def encode_row(
         return chat.encode(tokenizer, row["messages"], template=template)
     if "text" in row:
         return _document(tokenizer, row["text"])
-    answer = row["choices"][row["gold"]]
-    ids, start = answer_pair(tokenizer, row["context"], answer, end=row.get("end", False))
-    return ids, [False] * start + [True] * (len(ids) - start), len(answer.encode())
+    context, answer = row["context"], row["choices"][row["gold"]]
+    ids, start = answer_pair(tokenizer, context, answer, end=row.get("end", False))
+    spaces = context[len(context.rstrip()) :]  # of the answer (`encode_pair`)
+    return ids, [False] * start + [True] * (len(ids) - start), len((spaces + answer).encode())
 
 
 def _document(tokenizer: Any, text: str) -> tuple[list[int], list[bool], int]:

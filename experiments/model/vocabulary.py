@@ -1,16 +1,18 @@
 """Check a model's tokenizer before anything is encoded with it."""
 
+import contextlib
+import io
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from evaluation import chat
 from evaluation.encode import appended, encode_text, prefix_token, shown
-from evaluation.labelled import encode_row, template_in
+from evaluation.labelled import template_in
 from evaluation.rendered import read_jsonl
 from experiments.data.formats import question
-from experiments.data.left_out import LeftOut
+from experiments.training.examples import examples_of
 from methods.errors import UserError
+from methods.tools.jsonl import Row
 
 AHEAD = 500  # training rows that are encoded as a check before training
 TRIED = ("a", "A b.", "Question: 1 + 1?\nAnswer:")
@@ -67,20 +69,12 @@ def check(*, rows: int, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return notes
 
 
-def refuse_answers(*, domain: str, file: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise UserError if one of the first training rows (sorted by a hash) cannot be encoded with its answer.
+def refuse_answers(*, domain: str, file: Path, tokenizer: PreTrainedTokenizerBase, length: int, where: str) -> None:
+    """Raise UserError where training would refuse the first rows of a file (sorted by a hash).
 
-    Of conversations and of written answers, if more than a few cannot be encoded.
+    where   the block that states `length`
     """
-    rows, left_out, template = read_jsonl(file)[:AHEAD], LeftOut(), template_in(file.parent)
-    if rows and "messages" in rows[0]:
-        chat.template_of(tokenizer, template)  # refuses a tokenizer without one
-    for row in rows:
-        try:
-            encode_row(tokenizer, row, template=template)
-        except UserError as error:
-            if "messages" not in row and not row.get("end"):
-                raise UserError(f"domain {domain}, a training row: {error}") from error
-            left_out.add(str(error), f"the row {shown(question(row))}")  # its file may be a temporary one
-    remedy = "name another `chat_template`, correct the rows, or choose a model with another tokenizer"
-    left_out.settle(where=f"domain {domain}", of=len(rows), remedy=remedy, quiet=True)
+    rows = read_jsonl(file)[:AHEAD]
+    named = [Row(row, at=f"the row {shown(question(row))}") for row in rows]  # their file may be a temporary one
+    with contextlib.redirect_stdout(io.StringIO()):  # training itself says what it leaves out
+        examples_of(named, tokenizer, length, domain=domain, where=where, template=template_in(file.parent))

@@ -77,13 +77,17 @@ def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) 
 
 
 def refuse_encoding(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) -> None:
-    """Refuse a tokenizer that does not fit the model, or that encodes a training answer without a token or an end."""
+    """Refuse a tokenizer that does not fit the model, and training rows that it, or `train.length`, does not fit."""
     with _at(f"models.{model}: "):
         vocabulary.check(rows=shape.config.get_text_config().vocab_size, tokenizer=tokenizer)
         trained = [name for name in study.grid.methods if not _provides_weights(study, name)]
         for domain in study.grid.domains:
             if trained and (file := data / "train" / domain / "train.jsonl").is_file():
-                vocabulary.refuse_answers(domain=domain, file=file, tokenizer=tokenizer)
+                lengths = {}
+                for names in ({"model": model, "domain": domain, "method": method} for method in trained):
+                    lengths.setdefault(study.settings(**names).length, study.written("length", **names))
+                for length, where in lengths.items():
+                    vocabulary.refuse_answers(domain=domain, file=file, tokenizer=tokenizer, length=length, where=where)
 
 
 def _provides_weights(study, method: str) -> bool:

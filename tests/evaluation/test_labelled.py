@@ -296,3 +296,4 @@ def test_a_pair_is_labelled_on_its_completion_and_end():
     ids, labels, size = encode_row(byte_tokenizer(), row)
     assert [token for token, labelled in zip(ids, labels) if labelled] == [*b" A", EOS_ID] and size == 2
     assert ids[:5] == [*"Q: é".encode()]
+    assert encode_row(byte_tokenizer(), row | {"context": "Q: é ", "choices": ["A"]}) == (ids, labels, size)

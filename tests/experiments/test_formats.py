@@ -89,7 +89,11 @@ def test_from_a_file_to_training_rows_probes_and_scored_rows(tmp_path, capsys, f
     assert all(len(e["input_ids"]) <= 64 and bool((e["labels"][1:] != IGNORED).any()) for e in examples)
     lengths, labelled = expected.train_rows(made, "d", length=64)
     assert 0.1 < sum(lengths) / sum(len(e["input_ids"]) for e in examples) < 1 and 0 < labelled <= 2 * sum(lengths)
-    vocabulary.refuse_answers(domain="d", file=train / "train.jsonl", tokenizer=tokenizer)
+    told = {"domain": "d", "file": train / "train.jsonl", "tokenizer": tokenizer, "where": "train"}
+    vocabulary.refuse_answers(**told, length=64)
+    if format != "text":
+        with pytest.raises(UserError, match=r"domain d: 51 of 51 rows .*in train.length \(2 tokens\) \(the row '"):
+            vocabulary.refuse_answers(**told, length=2)
 
 
 def test_alpaca_and_sharegpt_are_read_as_their_authors_write_them():
