@@ -7,6 +7,8 @@
 A row that does not fit is left out and counted by its reason (experiments/data/left_out.py).
 """
 
+import ast
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -108,11 +110,8 @@ def _pairs(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
 def _chat(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
     column = "conversations" if row.get("messages") is None and "conversations" in row else "messages"
     turns = row[column]
-    if isinstance(turns, str):  # as a table holds them
-        try:
-            turns = json.loads(turns)
-        except ValueError:
-            raise _Unfit(f"`{column}` is a text, not a list of turns") from None
+    if isinstance(turns, str) and (turns := turns_in(turns)) is None:
+        raise _Unfit(f"`{column}` is a text, not a list of turns")
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise _Unfit(f"`{column}` is no list of turns")
     messages = [_turn(turn) for turn in turns]
@@ -126,6 +125,14 @@ def _chat(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
     return {"messages": messages[: answers[-1]]}
 
 
+def turns_in(text: str) -> Any:
+    """The turns that a table holds as text: JSON, or a list as Python writes it (pandas' `to_csv`); None if neither."""
+    for parse in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            return parse(text)
+    return None
+
+
 def _turn(turn: dict[str, Any]) -> dict[str, str]:
     role = turn.get("from") if turn.get("role") is None else turn["role"]
     content = turn.get("value") if turn.get("content") is None else turn["content"]
@@ -136,14 +143,19 @@ def _turn(turn: dict[str, Any]) -> dict[str, str]:
         raise _Unfit(f"a turn has the role {role!r:.40}, not one of {', '.join(ROLES)}")
     if turn.get("tool_calls"):
         raise _Unfit("a turn calls tools")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
-        content = "".join(str(part.get("text") or "") for part in content)
+    if isinstance(content, list) and all(map(_is_text, content)):
+        content = "".join(part["text"] for part in content)
     content = "" if content is None else content
     if not isinstance(content, str):
         raise _Unfit("the content of a turn is not a text")
     if known != "system" and not content.strip():
         raise _Unfit("an empty answer" if known == "assistant" else "an empty turn of the user")
     return {"role": known, "content": content}
+
+
+def _is_text(part: Any) -> bool:
+    """Whether a part of a turn's content is a text: OpenAI's types are text, input_text and output_text."""
+    return isinstance(part, dict) and str(part.get("type")).endswith("text") and isinstance(part.get("text"), str)
 
 
 def _filled(row: Row, column: str) -> str:

@@ -1,11 +1,11 @@
 """In which format the rows of a file are, and which of their columns are which, from the columns' names and values."""
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from experiments.data.formats import turns_in
 from methods.errors import UserError
 from methods.tools.jsonl import Row
 
@@ -79,11 +79,8 @@ def _first(names: Sequence[str], examples: Mapping[str, Any]) -> str | None:
 
 
 def _turns(value: Any) -> bool:
-    if isinstance(value, str) and value.lstrip().startswith("["):  # as a table holds them
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return False
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        value = turns_in(value)
     return (
         isinstance(value, list)
         and bool(value)

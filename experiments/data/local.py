@@ -82,6 +82,8 @@ def _text(path: Path, encoding: str | None, *, by_line: bool = False) -> str:
     hold halves of surrogate pairs, which `_decoded` tells.
     """
     raw = path.read_bytes()
+    if other := next((what for magic, what in jsonl.OTHERS.items() if raw.startswith(magic)), None):
+        raise UserError(f"{path} is {other}, whatever its name: save its rows as {KINDS}")
     unpack = next((unpack for magic, unpack in _PACKED.items() if raw.startswith(magic)), None)
     try:
         raw = unpack(raw) if unpack else raw

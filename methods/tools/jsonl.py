@@ -20,7 +20,7 @@ from typing import Any
 from methods.errors import UserError
 
 _PACKED = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ\x00": lzma.open}
-_OTHERS = {
+OTHERS = {  # how files of other kinds begin
     b"PK\x03\x04": "a zip archive or a spreadsheet",
     b"PAR1": "a Parquet file",
     b"\x28\xb5\x2f\xfd": "packed by zstd",
@@ -70,7 +70,7 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
     try:
         with open(path, "rb") as raw:
             start = raw.read(8)
-        for magic, what in _OTHERS.items():
+        for magic, what in OTHERS.items():
             if start.startswith(magic):
                 raise UserError(f"{path} is {what}, not JSONL: {_ONE_A_LINE}")
         opened = next((opened for magic, opened in _PACKED.items() if start.startswith(magic)), open)

@@ -114,7 +114,7 @@ def test_alpaca_and_sharegpt_are_read_as_their_authors_write_them():
     assert made[1]["context"].endswith("completes the request.\n\n### Instruction:\nGreet.\n\n### Response:")
     assert [row["choices"] for row in made] == [["3"], ["Hi."], ["7"]]
     turns = [{"from": "system", "value": "s"}, {"from": "human", "value": "u"}, {"from": "gpt", "value": "a"}]
-    for given in (turns, json.dumps(turns)):
+    for given in (turns, json.dumps(turns), str(turns)):
         ((row,), _, _) = formats.standard([{"conversations": given}], format="chat", where="d")
         assert row["messages"] == conversation("u", "a", system="s")
 
@@ -135,6 +135,15 @@ def test_alpaca_and_sharegpt_are_read_as_their_authors_write_them():
                 ]
             },
             conversation("u 1", "a, b"),
+        ),
+        (
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "input_text", "text": "u"}]},
+                    *conversation("u", "a")[1:],
+                ]
+            },
+            conversation("u", "a"),
         ),
         (  # a table of two kinds of files has the columns of both
             {
@@ -163,6 +172,7 @@ BROKEN = {
         ({"messages": conversation(" ", "a")}, "an empty turn of the user"),
         ({"messages": conversation("a")}, "no turn of the assistant"),
         ({"messages": []}, "`messages` is no list of turns"),
+        ({"messages": "[{'role': f()}]"}, "`messages` is a text, not a list of turns"),
         ({"messages": "hello"}, "`messages` is a text, not a list of turns"),
         ({"messages": [{"role": "user", "content": ["a"]}]}, "the content of a turn is not a text"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "the content of a turn is not a text"),

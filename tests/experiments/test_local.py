@@ -147,6 +147,8 @@ def test_a_few_broken_lines_are_left_out_and_named_and_many_are_refused(tmp_path
         ("a.xlsx", b"PK", "rows are read from .jsonl, .json, .csv, .* not from .xlsx files"),
         ("a.txt", "x", "a text file is one document: put it into a folder"),
         ("rows", "x", "not from '' files"),
+        ("a.csv", b"PK\x03\x04\xff", "a.csv is a zip archive or a spreadsheet, whatever its name: save its rows as"),
+        ("a.jsonl", b"PAR1", "a.jsonl is a Parquet file, whatever its name"),
         ("a.csv.gz", b"\x1f\x8bxx", "a.csv.gz is packed, and damaged or cut off"),
         ("a.json", '{"a": [1], "b": [2]}', r"is an object with 2 lists \(a, b\)"),
         ("a.json", "7", "holds neither a list of rows nor an object with one"),

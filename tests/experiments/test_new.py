@@ -128,7 +128,10 @@ def test_empty_cells_do_not_hide_a_column():
 
 
 def test_rows_longer_than_the_longest_length_are_said(root, capsys):
-    lines(root / "rows.jsonl", [row | {"answer": "words " * (100 if k % 4 else 1)} for k, row in enumerate(PAIRS)])
+    lines(
+        root / "rows.jsonl",
+        [row | {"question": "words " * (k % 4) * 40 + row["question"]} for k, row in enumerate(PAIRS)],
+    )
     study = begin(root, methods="full")
     assert study.train.length == 512  # the positions of the tiny Llama
     assert "% of the rows are longer than train.length (512)" in capsys.readouterr().out
