@@ -121,7 +121,7 @@ def main() -> int:
             "disk space, and run the same command again"
         )
     except (MemoryError, RuntimeError) as error:
-        from experiments.study.failures import out_of_memory
+        from methods.errors import out_of_memory
 
         if not out_of_memory(error):
             raise

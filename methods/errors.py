@@ -36,3 +36,12 @@ def lacks(error: ModuleNotFoundError) -> str:
     else:
         remedy = "`make setup` makes the project's environment, and `source .venv/bin/activate` enters it"
     return f"the package {name} is not installed for {sys.executable}: {remedy}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch's CPU allocator says so only in its message."""
+    import torch  # which messages about missing packages do without
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    )

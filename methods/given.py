@@ -11,8 +11,12 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.errors import UserError
-from methods.part import Part, register, setting
-from methods.tools import model_folder
+from methods.part import Part, Run, register, setting
+from methods.tools import model_folder, peft_adapter
+from methods.tools.architecture import plain
+
+EXTRA = "has tensors that the base does not have:"
+AUDIT = "compare it with its base by `python -m experiments audit`, which takes such models"
 
 
 @register(
@@ -24,12 +28,14 @@ from methods.tools import model_folder
 )
 @dataclass(frozen=True, kw_only=True)
 class Given(Part):
+    shares = ("methods.tools.peft_adapter",)
+
     neutral = "none: nothing is trained"
     frozen = "its weights are made elsewhere"
     trial = {"path": "{checkpoint}"}
 
     path: str = setting(
-        "", path=True, help="folder with the checkpoint's safetensors; a relative path starts at the project's root"
+        "", path=True, help="folder of a checkpoint or a peft adapter; a relative path starts at the project's root"
     )
 
     def __post_init__(self):
@@ -44,38 +50,72 @@ class Given(Part):
         fits(self.path, {})  # so that a wrong path is refused before anything else is done
 
     def finish(self, *, run, state, final, measure=None):
-        return load(self.path, run.base)
+        return merged(self.path, run) if peft_adapter.is_adapter(self.path) else load(self.path, run.base)
 
     def report(self, *, run, state):
-        return {"path": self.path}
+        if not peft_adapter.is_adapter(self.path):
+            return {"path": self.path}
+        config = peft_adapter.read_config(Path(self.path), f"given.path: {self.path}")
+        about = {"adapter": peft_adapter.described(config), "adapter_of": config.get("base_model_name_or_path")}
+        return {"path": self.path} | about
 
 
-def load(path: str, base: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def merged(path: str, run: Run) -> dict[str, torch.Tensor]:
+    """The base's tensors with the folder's adapter merged in by peft, by base parameter name, at the first process.
+
+    They are in float32 (float64 where the base is). Raises UserError like `load`, and for an adapter that peft cannot
+    merge.
+    """
+    if not run.shards.first:
+        return {}
+    fits(path, _shapes(run.base))
+    config = plain(run.model).config
+    config = type(config).from_dict(config.to_dict())  # a copy, because building a model changes it
+    with torch.device("meta"):
+        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+    dtype = torch.promote_types(next(iter(run.base.values())).dtype, torch.float32)
+    model = kind.from_pretrained(None, config=config, state_dict=dict(run.base), dtype=dtype)
+    model = peft_adapter.merged(model, Path(path), f"given.path: {path}")
+    return _whole(path, {name: p.detach() for name, p in model.named_parameters()}, run.base)
+
+
+def load(path: str, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The folder's tensors by base parameter name, in float32 (float64 ones stay float64).
 
     Raises UserError unless the folder has exactly the tensors of the base, with their shapes and without NaN and
     infinity. A tied head saved beside its embedding and the attention buffers of older files are ignored.
     """
-    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
+    shapes = _shapes(base)
     fits(path, shapes)
     tensors: dict[str, torch.Tensor] = {}
     for file in files(path):
         tensors |= load_file(file)
     if set(shapes) - set(tensors):
         tensors = _loaded_by_transformers(path)
+    return _whole(path, tensors, base)
+
+
+def _whole(path: str, tensors: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors that the base has, in float32 or float64. Raises UserError for others, NaN and infinity."""
     extra = [
         name
         for name in tensors
         if name not in base and not name.endswith(model_folder.BUFFERS) and not _is_copy(name, tensors, base)
     ]
-    _refuse(path, "has tensors that the base does not have:", extra)
+    _refuse(path, EXTRA, extra)
     tensors = {name: tensors[name] for name in base}
     model_folder.refuse_not_finite(tensors, f"given.path: {path}", then="fetch it again, or give another checkpoint")
     return {name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in tensors.items()}
 
 
 def fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises UserError unless the folder is a checkpoint of a base whose tensors have these shapes; reads no tensor."""
+    """Raises UserError unless the folder is a checkpoint, or an adapter, of a base whose tensors have these shapes.
+
+    No tensor is read.
+    """
+    if peft_adapter.is_adapter(path):
+        _adapter_fits(path, shapes)
+        return
     headers = model_folder.headers(files(path), f"given.path: {path}")
     model_folder.refuse_codes(headers, f"given.path: {path}")
     wanted = {name: list(shape) for name, shape in shapes.items()}
@@ -85,10 +125,25 @@ def fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
     _refuse(path, "lacks", missing)
     for name, shape in wanted.items():
         if headers[name][1] != shape:
-            raise UserError(
-                f"given.path: {name} in {path} has shape {headers[name][1]}, the base's is {shape}: "
-                "it is not a checkpoint of this base model"
-            )
+            raise _other_shape(path, name, headers[name][1], shape)
+
+
+def _adapter_fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
+    folder, where = Path(path), f"given.path: {path}"
+    peft_adapter.read_config(folder, where)
+    model_folder.refuse_codes(model_folder.headers([folder / peft_adapter.WEIGHTS], where), where)
+    if not shapes:
+        return
+    brought = peft_adapter.brought(folder, where, shapes)
+    _refuse(path, EXTRA, [name for name in brought if name not in shapes])
+    for name, shape in brought.items():
+        if shape != list(shapes[name]):
+            raise _other_shape(path, name, shape, shapes[name])
+    peft_adapter.refuse_other_shapes(folder, where, shapes, "the base")
+
+
+def _shapes(base: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in base.items()}
 
 
 def _shapes_by_transformers(path: str) -> dict[str, list[int]]:
@@ -112,16 +167,25 @@ def _loaded_by_transformers(path: str) -> dict[str, torch.Tensor]:
         output_loading_info=True,
     )
     _refuse(path, "lacks", sorted(about["missing_keys"]))
-    _refuse(path, "has tensors that the base does not have:", sorted(about["unexpected_keys"]))
+    _refuse(path, EXTRA, sorted(about["unexpected_keys"]))
     return model.state_dict()
 
 
 def _refuse(path: str, kind: str, names: list[str]) -> None:
     if names:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        hint = f"; if it is the head, {AUDIT}" if kind == EXTRA and not more else ""
         raise UserError(
-            f"given.path: {path} {kind} {sorted(names)[0]}{more}: it is not a checkpoint of this base model"
+            f"given.path: {path} {kind} {sorted(names)[0]}{more}: it is not a checkpoint of this base model{hint}"
         )
+
+
+def _other_shape(path: str, name: str, shape: Sequence[int], wanted: Sequence[int]) -> UserError:
+    hint = f"; if its vocabulary was resized, {AUDIT}" if list(shape[1:]) == list(wanted[1:]) else ""
+    return UserError(
+        f"given.path: {name} in {path} has shape {list(shape)}, the base's is {list(wanted)}: it is not a checkpoint "
+        f"of this base model{hint}"
+    )
 
 
 def files(path: str) -> list[Path]:
@@ -139,15 +203,13 @@ def files(path: str) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    if (folder / "adapter_config.json").is_file():
-        raise UserError(f"given.path: {path} is an adapter; merge it into its base and save that")
     raise UserError(
         f"given.path: {path} has no model.safetensors; nothing else is read, because .bin files can run code: "
         "load the model where it was made and save it with safe_serialization"
     )
 
 
-def _is_copy(name: str, tensors: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> bool:
+def _is_copy(name: str, tensors: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> bool:
     """Whether an extra tensor equals one of the base's, as a tied head that is saved in full does."""
     return any(
         other in base and other != name and torch.equal(tensor, tensors[name]) for other, tensor in tensors.items()

@@ -17,11 +17,11 @@ from experiments.model import hub, vocabulary, weights
 from experiments.model.shape import Shape
 from methods.errors import UserError
 from methods.tools import files as disk
-from methods.tools import model_folder
+from methods.tools import model_folder, peft_adapter
 from methods.tools.names import unknown
 
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-_ADAPTER = ["adapter_config.json", "adapter_model.safetensors"]
+_ADAPTER = [peft_adapter.CONFIG, peft_adapter.WEIGHTS]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,7 +70,7 @@ def resolve(given: str, *, study, work: Path, beside: Model | None = None, same_
         names = {str(folder), folder.resolve().name}
     else:
         raise UserError(_nothing(given, known))
-    if _is_adapter(folder):
+    if peft_adapter.is_adapter(folder):
         return _adapted(given, folder, names, about, study=study, work=work, beside=beside, same_base=same_base)
     names = frozenset(names | _names_inside(folder))
     return _whole(given, folder, names, about, work=work, beside=beside)
@@ -111,11 +111,6 @@ def _by_name(name: str, study) -> tuple[Path, set[str], dict[str, Any]]:
     kind, _, rest = block.source.partition(":")
     named = {name, rest.partition("@")[0] if kind == "hub" else rest}
     return folder, named, {"source": block.source} | ({"note": block.note} if block.note else {})
-
-
-def _is_adapter(folder: Path) -> bool:
-    whole = ("model.safetensors", "model.safetensors.index.json")
-    return (folder / "adapter_config.json").is_file() and not any((folder / name).is_file() for name in whole)
 
 
 def _names_inside(folder: Path) -> set[str]:
@@ -198,14 +193,14 @@ def _adapted(
     given: str, folder: Path, names: set[str], about: dict, *, study, work: Path, beside: Model | None, same_base: bool
 ) -> Model:
     """An adapter beside its base: BASE, BASE's own base where that is an adapter too, or the folder it names."""
-    config = adapters.read_config(folder, given)
+    config = peft_adapter.read_config(folder, given)
     named = config.get("base_model_name_or_path") or None
     base = _base_of(given, named, study=study, work=work, beside=beside, same_base=same_base)
     adapters.refuse_other_shapes(folder, given, base)
     rows = max(adapters.embedding_rows(folder, base) or 0, base.config.get_text_config().vocab_size)
     has = any((folder / name).is_file() for name in _TOKENIZER)
     tokenizer = _tokenizer(given, folder, rows=rows, config=base.config) if has else base.tokenizer
-    file = folder / adapters.WEIGHTS
+    file = folder / peft_adapter.WEIGHTS
     digest = kept.of_files([file], folder=work / "hashes", name="file", compute=lambda: disk.sha256(file))
     return Model(
         given=given,
@@ -219,7 +214,7 @@ def _adapted(
         rows=rows,
         weights=kept.digest([base.weights, digest, config, adapters.VERSION]),
         config_sha256=base.config_sha256,
-        about=about | {"adapter_of": named, "adapter": adapters.described(config)},
+        about=about | {"adapter_of": named, "adapter": peft_adapter.described(config)},
     )
 
 
@@ -234,7 +229,8 @@ def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model 
         return candidates[0]
     here = _here(named, study=study, work=work)
     for model in candidates:
-        if any(_alike(named, name) for name in model.names) if here is None else here.weights == model.weights:
+        alike = any(peft_adapter.alike(named, name) for name in model.names)
+        if alike if here is None else here.weights == model.weights:
             return model
     if candidates:
         raise UserError(
@@ -258,12 +254,6 @@ def _here(named: str | None, *, study, work: Path) -> Model | None:
     if named is None or not (named in study.models or Path(named).expanduser().is_dir()):
         return None
     return resolve(named, study=study, work=work)
-
-
-def _alike(one: str, other: str) -> bool:
-    """Whether two names of models may be of the same: a copy has another owner or folder, and the same last part."""
-    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (one, other)]
-    return last[0] == last[1]
 
 
 def refuse_other_architecture(base: Model, tuned: Model) -> None:

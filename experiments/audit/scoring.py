@@ -23,9 +23,8 @@ from experiments.audit.models import Model
 from experiments.model import reference as references
 from experiments.model import weights
 from experiments.model.shape import Shape
-from experiments.study.failures import out_of_memory
 from experiments.training import hardware
-from methods.errors import UserError
+from methods.errors import UserError, out_of_memory
 from methods.tools import model_folder
 from methods.tools.files import read_json, write_json
 

@@ -36,8 +36,7 @@ from experiments.model import hub, packages, random_models, trial, vocabulary
 from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.delta import sha256_of
-from experiments.study.failures import out_of_memory
-from methods.errors import UserError, shortened
+from methods.errors import UserError, out_of_memory, shortened
 from methods.tools import files, model_folder
 from methods.tools.files import need_room, writing
 

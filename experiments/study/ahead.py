@@ -24,7 +24,7 @@ from experiments.model.positions import (
     refuse_long_rows,
 )
 from experiments.model.shape import Shape, shape_of
-from experiments.study import cells, chat_templates
+from experiments.study import cells, chat_templates, files_of_parts
 from experiments.study.clashes import ROLES
 from experiments.study.schema import Domain, General, Rows, Scored
 from experiments.training import memory
@@ -49,6 +49,7 @@ def look(study) -> list[str]:
     ]
     for model in study.grid.models:
         warnings += chat_templates.look(study, model=model, tokenizer=tokenizer(study, model))
+        warnings += files_of_parts.look(study, model=model)
     with _data(study) as (folder, about_data):
         for model in study.grid.models:
             if folder is not None and (shape := known_shape(study, model)) and (encoder := tokenizer(study, model)):
@@ -200,7 +201,6 @@ def _model(study, model: str) -> None:
             f"models.{model}.processes is {block.processes}, and this machine has {devices} CUDA devices: each process "
             "takes one"
         )
-    _files(study, model)
     if (shape := known_shape(study, model)) is None:
         return
     if shape.positions is not None:
@@ -209,16 +209,6 @@ def _model(study, model: str) -> None:
         if adapters := memory.adapting(study.methods[method].parts):
             with _at(f"methods.{method}.", f" (model {model})"):
                 shape.build(parts=adapters)
-
-
-def _files(study, model: str) -> None:
-    """Let parts check the files that they read, with the shapes of the base's tensors if the base is here."""
-    made = sorted(study.paths.model(model).glob("*.safetensors"))
-    shapes = {name: shape for name, (_, shape) in model_folder.headers(made, f"models.{model}").items()}
-    for method in study.grid.methods:
-        for part in study.methods[method].parts:
-            with _at(f"methods.{method}.", f" (model {model})"):
-                part.look(shapes=shapes)
 
 
 def _answers_fit(study, model: str, positions: int) -> None:

@@ -5,13 +5,11 @@ import signal
 import time
 from contextlib import contextmanager
 
-import torch
-
 from experiments.study.advice import of_study
 from experiments.study.provenance import git, now
 from experiments.training import processes
 from experiments.training.log import TrainingFailed
-from methods.errors import MissingInput, UserError
+from methods.errors import MissingInput, UserError, out_of_memory
 from methods.tools.files import read_json, write_json
 
 
@@ -64,13 +62,6 @@ def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
     parts = {part.key: part.settings() for part in study.methods[cell.method].parts}
     record = {"cell": cell.name, "stage": stage, "kind": kind, "reason": reason, "when": now()}
     return record | {"git": git(study.paths.root), "settings": settings, "parts": parts}
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch's CPU allocator says so only in its message."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "allocate memory" in str(error)
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -201,7 +201,8 @@ def _json(file: Path, name: str) -> dict[str, Any]:
     if file.name == "config.json" and not file.is_file() and (file.parent / "adapter_config.json").is_file():
         raise UserError(
             f"{name} {_adapter(file.parent)}, not a model: merge it into its base (peft's merge_and_unload, then "
-            "save_pretrained) and name that folder"
+            "save_pretrained) and name that folder; or name its base here and give the adapter as a method, "
+            "`NAME: {given: {path: FOLDER}}`; without a study, `python -m experiments audit` compares the two"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
