@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evaluation.chance import WARNING
 from evaluation.encode import encode_rolling
 from evaluation.labelled import encode_row
 from evaluation.task import LocalTask, doc_hash, read_rows
@@ -83,19 +84,22 @@ def labelled(entry: Mapping[str, Any], folder: Path, tokenizer: Any) -> Texts:
     A row that cannot be encoded with this tokenizer is left out, which is said; UserError where none is left.
     """
     template = (folder / entry["template"]).read_text(encoding="utf-8") if entry.get("template") else None
-    found, first = [], None
+    found, refused = [], {}
     rows = read_rows(folder / entry["file"])
     for number, row in enumerate(rows):
         try:
             ids, labels, size = encode_row(tokenizer, row, template=template)
         except UserError as error:
-            first = first or f"row {number + 1}: {error}"
+            refused[number + 1] = error
         else:
             found.append(((ids, labels), number, doc_hash(row), size))
-    if first:
-        print(f"{entry['name']}: {len(rows) - len(found)} of {len(rows)} rows are not scored, {first}", flush=True)
+    reason = next((f"row {number}: {error}" for number, error in refused.items()), "")
     if not found:
-        raise UserError(f"{entry['name']}: none of its rows can be scored with this tokenizer, {first}")
+        raise UserError(f"{entry['name']}: none of its rows can be scored with this tokenizer, {reason}")
+    if refused:
+        problem = f"{len(refused)} of {len(rows)} rows of {entry['file']} are not scored, {reason}"
+        others = f" (and rows {', '.join(map(str, list(refused)[1:]))})" * (len(refused) > 1)
+        print(f"{WARNING}{entry['name']}: {problem}{others}", flush=True)
     sequences, numbers, hashes, sizes = zip(*found)
     return Texts(name=entry["name"], sequences=sequences, rows=numbers, hashes=hashes, sizes=sizes)
 

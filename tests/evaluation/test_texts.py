@@ -89,12 +89,11 @@ def test_rows_that_a_tokenizer_does_not_take_are_counted_and_the_others_scored(
     folder, tiny_llama, byte_tokenizer, capsys
 ):
     strange = {"id": "c", "messages": [{"role": "user", "content": "Only a question?"}]}
-    write_rows(folder / "own.jsonl", [CHAT[0], strange, CHAT[1]])
+    write_rows(folder / "own.jsonl", [CHAT[0], strange, CHAT[1], strange])
     scores, items = harness.score(model=tiny_llama, tokenizer=byte_tokenizer, tasks_dir=folder)
     assert items[items.task == "own"].doc_id.tolist() == [0, 2] and scores["tasks"]["own"]["n"] == 2
-    assert (
-        "own: 1 of 3 rows are not scored, row 2: no token of it is written by the assistant" in capsys.readouterr().out
-    )
+    problem = "row 2: no token of it is written by the assistant (and rows 4)"
+    assert f"warning: own: 2 of 4 rows of own.jsonl are not scored, {problem}" in capsys.readouterr().out
     write_rows(folder / "own.jsonl", [strange])
     with pytest.raises(UserError, match="own: none of its rows can be scored with this tokenizer, row 1"):
         harness.score(model=tiny_llama, tokenizer=byte_tokenizer, tasks_dir=folder)
