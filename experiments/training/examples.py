@@ -18,7 +18,7 @@ from evaluation import chat
 from evaluation.chance import WARNING
 from evaluation.labelled import encode_row, shortened, template_in
 from evaluation.rendered import read_jsonl
-from experiments.data.left_out import LeftOut, first_of
+from experiments.data.left_out import LeftOut
 from experiments.training import processes
 from experiments.training.batches import Example
 from methods.errors import UserError
@@ -103,7 +103,8 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
     """A row whose answer leaves no room for a token of its prompt is left out, because it would teach the rest of an
     answer to no question.
     """
-    examples, cut, longest, left_out = [], [], 0, LeftOut()
+    examples, longest, left_out = [], 0, LeftOut()
+    room = f"{where}.length ({length} tokens)"
     for number, row in enumerate(rows, 1):
         try:
             ids, labels, _ = encode_row(tokenizer, row)
@@ -114,25 +115,15 @@ def _answers(rows: Sequence[Row], tokenizer: Any, length: int, *, domain: str, w
             continue
         if sum(labels) >= length:
             longest = max(longest, sum(labels))
-            left_out.add(
-                f"the answer leaves no room for its prompt in {where}.length ({length} tokens)", place(row, number)
-            )
+            left_out.add(f"the answer leaves no room for its prompt in {room}", place(row, number))
             continue
         if len(ids) > length:
-            cut.append(place(row, number))
+            left_out.change(f"the prompt loses its beginning, to fit into {room},", place(row, number))
         examples.append(_example(ids[-length:], labels[-length:]))
-    remedy = (
-        f"set `{where}.length` to {longest + 1} or more, or train on shorter rows"
-        if longest
-        else ("correct the rows, or choose a model with another tokenizer")
-    )
+    remedy = "correct the rows, or choose a model with another tokenizer"
+    if longest:
+        remedy = f"set `{where}.length` to {longest + 1} or more, or train on shorter rows"
     left_out.settle(where=domain, of=len(rows), remedy=remedy, quiet=not processes.first())
-    if cut and processes.first():
-        print(
-            f"{domain}: {len(cut)} of {len(rows)} training rows are longer than {where}.length ({length} tokens): "
-            f"their prompts lose the beginning ({first_of(cut)})",
-            flush=True,
-        )
     return examples
 
 

@@ -78,7 +78,8 @@ def test_training_rows_keep_their_answers_whole(tmp_path, capsys):
     said = capsys.readouterr().out
     problem = "the answer leaves no room for its prompt in train.length (14 tokens)"
     assert f"1 of 20 rows cannot be used: {problem} ({path} line 20). They are left out" in said
-    assert "1 of 20 training rows are longer than train.length (14 tokens): their prompts lose the beginning" in said
+    problem = "the prompt loses its beginning, to fit into train.length (14 tokens), in 1 of 20 rows"
+    assert f"{problem} ({path} line 19)" in said
     with pytest.raises(UserError, match="domain sums: 20 of 20 rows .*: set `train.length` to 15 or more"):
         encoded(path, make_tokenizer(), 3)
     assert len(encoded(path, make_tokenizer(), 15)) == 20
