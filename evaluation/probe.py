@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from evaluation import encode, shared_prefix
+from evaluation.chance import WARNING
 from evaluation.labelled import encode_row, template_in
 from evaluation.preserve import preserved
 from evaluation.rendered import read_jsonl
@@ -66,13 +67,16 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
         raise UserError(f"no probe sets (*.jsonl) in {folder}: run the `data` stage first")
     template, sets = template_in(Path(folder).parent), {}
     for file in files:
-        rows = _rows(file)
+        rows, refused = _rows(file), []
         if file.stem != GENERAL and rows[0].keys() & {"text", "messages"}:
-            sets[file.stem] = labelled(rows, tokenizer, template=template)
-            if left_out := len(rows) - len(sets[file.stem]):
-                print(f"{file.stem}: {left_out} of {len(rows)} probe rows cannot be encoded: not probed", flush=True)
+            sets[file.stem] = labelled(rows, tokenizer, template=template, refused=refused)
         else:
-            sets[file.stem] = encoded(rows, tokenizer)
+            sets[file.stem] = encoded(rows, tokenizer, refused=refused)
+        if refused:
+            problem = f"{file.stem}: {len(refused)} of {len(rows)} probe rows cannot be encoded ({refused[0]})"
+            if len(refused) == len(rows):
+                raise UserError(f"{problem}: correct the rows, or write `probe: 0` under `split`")
+            print(f"{WARNING}{problem}. They are left out", flush=True)
     if empty := [name for name, items in sets.items() if not items]:
         raise UserError(
             f"probe set {empty[0]}: its texts have no token to score, because this tokenizer adds no token before "
@@ -81,16 +85,19 @@ def load_probes(folder: Path, tokenizer: Any) -> Sets:
     return sets
 
 
-def labelled(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, template: str | None = None) -> list[Item]:
+def labelled(
+    rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, template: str | None, refused: list[UserError]
+) -> list[Item]:
     """Documents and conversations: a request for each run of labelled tokens, after all that precedes it.
 
-    A conversation that the chat template does not take is left out, as it is in training.
+    A conversation that the chat template does not take is left out, as it is in training; `refused` gets the reason.
     """
     items = []
     for row in rows:
         try:
             ids, labels, _ = encode_row(tokenizer, row, template=template)
-        except UserError:
+        except UserError as error:
+            refused.append(error)
             continue
         starts = [i for i in range(1, len(ids)) if labels[i] and (i == 1 or not labels[i - 1])]
         ends = [next((j for j in range(i, len(ids)) if not labels[j]), len(ids)) for i in starts]
@@ -99,8 +106,10 @@ def labelled(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, template: str
     return items
 
 
-def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
-    """Rows as HFLM would encode them."""
+def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any, *, refused: list[UserError] | None = None) -> list[Item]:
+    """Rows as HFLM would encode them. `refused` gets the reasons of written answers that are left out, as in training;
+    UserError without it, and for a row with choices.
+    """
     items = []
     for row in rows:
         if "text" in row:
@@ -112,7 +121,10 @@ def encoded(rows: Iterable[Mapping[str, Any]], tokenizer: Any) -> list[Item]:
         try:
             requests = _requests(tokenizer, row["context"], row["choices"], end=written)
         except UserError as error:
-            raise UserError(f"a probe row: {error}") from error
+            if not written or refused is None:
+                raise UserError(f"a probe row: {error}") from error
+            refused.append(error)
+            continue
         if row.get("less"):
             less = _requests(tokenizer, "", row["choices"])
         norm = tuple(row["norm"]) if row.get("norm") else None

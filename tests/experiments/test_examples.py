@@ -128,7 +128,7 @@ def test_parts_train_on_every_format_and_the_loss_is_of_the_labelled_tokens(form
     assert added["tokens"] > 0
 
 
-def test_a_completion_without_a_token_of_its_own_is_left_out_and_many_are_refused(capsys):
+def test_a_completion_without_a_token_of_its_own_is_left_out_and_many_are_refused(tmp_path, capsys):
     """A token of this tokenizer runs over the border between prompt and completion."""
     tokenizer = Tokenizer(BPE(vocab={"a": 0, ":": 1, ")": 2, ":)": 3, "<e>": 4}, merges=[(":", ")")]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<e>")
@@ -139,3 +139,11 @@ def test_a_completion_without_a_token_of_its_own_is_left_out_and_many_are_refuse
     assert "domain d: 1 of 20 rows cannot be used: the answer ')' has no token of its own" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"domain d: 1 of 2 rows cannot be used: the answer '.' .*more than one in ten"):
         examples_of(made[-2:], tokenizer, 8, domain="d")
+    (tmp_path / "probe").mkdir()
+    write(tmp_path / "probe" / "d.jsonl", made[-2:])
+    (probed,) = load_probes(tmp_path / "probe", tokenizer)["d"]
+    assert probed.requests == (([0, 1], [0, 4]),)
+    assert "d: 1 of 2 probe rows cannot be encoded (the answer ')' has no token of" in capsys.readouterr().out
+    write(tmp_path / "probe" / "d.jsonl", made[-1:])
+    with pytest.raises(UserError, match="d: 1 of 1 probe rows cannot be encoded"):
+        load_probes(tmp_path / "probe", tokenizer)
