@@ -8,7 +8,7 @@ The first line of each params.yaml names the file for editors that use the YAML 
 import json
 from pathlib import Path
 
-from experiments.study.schema import json_schema
+from experiments.study.json_schema import json_schema
 from methods import registry
 
 FILE = "params.schema.json"

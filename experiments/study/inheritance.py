@@ -13,9 +13,10 @@ from typing import Any
 
 from pydantic import create_model
 
+from experiments.study.blocks import Block, key
 from experiments.study.params_text import read_yaml, refuse_odd
 from experiments.study.paths import Paths
-from experiments.study.schema import TAKEN_OVER, Block, Params, key
+from experiments.study.schema import TAKEN_OVER, Params
 from experiments.study.validation import check_models, validate
 from methods.errors import UserError
 

@@ -5,7 +5,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic import ValidationError
 
-from experiments.study.schema import Block, Form, Model
+from experiments.study.blocks import Block, Form
+from experiments.study.schema import Model
 from methods.errors import UserError
 from methods.settings import describe, hint, shown
 from methods.tools.names import checked, unknown

@@ -14,9 +14,9 @@ from pydantic.fields import FieldInfo
 
 from experiments.commands.schema import text
 from experiments.study import config, schema
+from experiments.study.blocks import Block
 from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE, Paths
-from experiments.study.schema import Block
 from methods import registry
 from methods.errors import UserError
 from methods.part import Part
