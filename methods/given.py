@@ -192,7 +192,7 @@ def files(path: str) -> list[Path]:
     """The safetensors of a checkpoint folder, whole or sharded. Raises UserError where there are none."""
     folder = Path(path)
     if not folder.is_dir():
-        raise UserError(f"given.path is {path!r}: no such folder; give a Hugging Face folder with model.safetensors")
+        raise UserError(f"given.path is {path!r}: no such folder; give one with model.safetensors, or an adapter's")
     index = folder / "model.safetensors.index.json"
     if (folder / "config.json").is_file():
         model_folder.refuse_quantised(folder, f"given.path: {path}")
@@ -203,6 +203,8 @@ def files(path: str) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
+    if message := model_folder.elsewhere(folder):
+        raise UserError(f"given.path: {message}")
     raise UserError(
         f"given.path: {path} has no model.safetensors; nothing else is read, because .bin files can run code: "
         "load the model where it was made and save it with safe_serialization"

@@ -128,7 +128,7 @@ def _whole(
 ) -> Model:
     """A folder with all weights; refused by name where it is not a causal language model in safetensors."""
     if not (folder / "config.json").is_file():
-        raise UserError(_no_model(given, folder))
+        raise UserError(model_folder.no_config(folder))
     config = model_folder.config_of(folder, given)
     model_folder.refuse_incomplete(folder, given)
     tensors = sorted(folder.glob("*.safetensors"))
@@ -155,15 +155,6 @@ def _whole(
         config_sha256=_config_sha256(folder),
         about=about,
     )
-
-
-def _no_model(given: str, folder: Path) -> str:
-    if (folder / "weights.json").is_file() and (folder / "delta.safetensors").is_file():
-        return f"{given} holds the kept weights of a cell: write them as a model with `python -m experiments export`"
-    inside = [file.parent for name in ("config.json", _ADAPTER[0]) for file in folder.glob(f"*/{name}")]
-    if inside:
-        return f"{given} is not a model folder (no config.json): give the one inside it, such as {max(inside)}"
-    return model_folder.no_config(folder)
 
 
 def _tokenizer(

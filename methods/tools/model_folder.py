@@ -67,11 +67,19 @@ def config_of(folder: Path, name: str) -> PreTrainedConfig:
 
 
 def no_config(folder: Path) -> str:
-    """The message for a folder without config.json; in the hub's cache the model is in a folder further inside."""
-    inside = next(iter(sorted(file.parent for file in folder.glob("snapshots/*/config.json"))), None)
-    if inside is None:
-        return f"{folder} is not a model folder (no config.json): give a folder in Hugging Face layout"
-    return f"{folder} is a folder of the hub's cache, and no model folder: give the one inside it, such as {inside}"
+    """The message for a folder without config.json."""
+    return elsewhere(folder) or f"{folder} is not a model folder (no config.json): give a folder in Hugging Face layout"
+
+
+def elsewhere(folder: Path) -> str | None:
+    """Where the model is that a folder was given for, if it is inside it or has to be written first."""
+    if (folder / "weights.json").is_file() and (folder / "delta.safetensors").is_file():
+        return f"{folder} holds the kept weights of a cell: write them as a model with `python -m experiments export`"
+    if inside := sorted(file.parent for file in folder.glob("snapshots/*/config.json")):
+        kind, at = "a folder of the hub's cache, and no model folder", inside[0]
+    elif inside := [f.parent for name in ("config.json", "adapter_config.json") for f in folder.glob(f"*/{name}")]:
+        kind, at = "not a model folder (no config.json)", max(inside)
+    return f"{folder} is {kind}: give the one inside it, such as {at}" if inside else None
 
 
 def refuse_quantised(folder: Path, name: str) -> None:

@@ -37,7 +37,7 @@ def read_config(folder: Path, given: str) -> dict[str, Any]:
 
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = config["peft_type"]
+        kind = str(config["peft_type"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{given}: {CONFIG} is no adapter's config ({shortened(error)}): save the adapter again"
@@ -69,7 +69,8 @@ def described(config: Mapping[str, Any]) -> str:
 
 def base_of(folder: Path) -> str | None:
     """The name of an adapter's base, if its config gives one."""
-    return read_config(folder, str(folder)).get("base_model_name_or_path") or None
+    named = read_config(folder, str(folder)).get("base_model_name_or_path")
+    return named if isinstance(named, str) and named else None
 
 
 def alike(one: str, other: str) -> bool:
@@ -87,11 +88,10 @@ def brought(folder: Path, given: str, shapes: Mapping[str, Sequence[int]]) -> di
              adapters that have no name in the base are their own
     """
     config, found = read_config(folder, given), {}
-    listed = config.get("trainable_token_indices") or []
+    trained = _indices(config.get("trainable_token_indices"))
     for name, (_, shape) in model_folder.headers([folder / WEIGHTS], given).items():
         plain = _plain(name)
         if name.endswith(_TOKENS) and plain in shapes:
-            trained = [index for own in listed.values() for index in own] if isinstance(listed, dict) else listed
             rows, *others = shapes[plain]
             found[plain] = [max([rows, *(index + 1 for index in trained)]), *others]
         elif "lora_" not in name and (plain in shapes or config["peft_type"] == "LORA"):
@@ -106,19 +106,24 @@ def refuse_other_shapes(folder: Path, given: str, shapes: Mapping[str, Sequence[
     base     what a message calls the base
     """
     headers = model_folder.headers([folder / WEIGHTS], given)
+    targets = read_config(folder, given).get("target_parameters")
     fitting = {**shapes, **brought(folder, given, shapes)}
     for name, (_, shape) in headers.items():
         a = next((end for end in _FACTORS if name.endswith(end)), None)
         if a is None:
             continue
         of = _plain(name.removesuffix(a) + ".weight")
-        b = headers.get(name.removesuffix(a) + _FACTORS[a], ("", [None]))[1]
+        if (other := name.removesuffix(a) + _FACTORS[a]) not in headers:
+            raise UserError(f"{given} lacks {other}: fetch the folder again, whole")
+        update = [*headers[other][1][:1], *shape[1:2]]
+        if of not in fitting and targets:
+            continue  # a matrix that is no layer of its own, as those of experts: peft knows its name
         if of not in fitting:
             raise UserError(f"{given} is an adapter of another model: {base} has no {of}, which it adapts")
-        if sorted(fitting[of]) != sorted([b[0], shape[1]]):
+        if sorted(fitting[of]) != sorted(update):
             raise UserError(
-                f"{given} is an adapter of another model: its update of {of} is {[b[0], shape[1]]}, and that of "
-                f"{base} is {list(fitting[of])}"
+                f"{given} is an adapter of another model: its update of {of} is {update}, and that of {base} is "
+                f"{list(fitting[of])}"
             )
 
 
@@ -166,6 +171,12 @@ def merged(model: nn.Module, folder: Path, given: str) -> nn.Module:
 def _logits(model: nn.Module) -> torch.Tensor:
     """What a model predicts of a few tokens."""
     return model(torch.arange(1, 13)[None]).logits
+
+
+def _indices(value: Any) -> list[int]:
+    """All numbers in lists and dicts of them."""
+    inside = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+    return [value] if isinstance(value, int) else [index for one in inside for index in _indices(one)]
 
 
 def _plain(name: str) -> str:

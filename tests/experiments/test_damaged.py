@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from evaluation import harness
@@ -63,6 +64,12 @@ def a_given_folder(base, tmp):
     there = dict(load_tensors(base))
     for file in ("model.safetensors.index.json", "config.json", sorted((tmp / "given").glob("*.safetensors"))[0].name):
         yield tmp / "given" / file, lambda: given.load(str(tmp / "given"), there)
+    model = build("llama", seed=0)
+    run = Run(model=model, weights={}, base=there, seed=0, device="cpu")
+    made = {"modules_to_save": ["norm"], "trainable_token_indices": [3], "init_lora_weights": False}
+    get_peft_model(build("llama", seed=0), LoraConfig(r=2, task_type="CAUSAL_LM", **made)).save_pretrained(tmp / "peft")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        yield tmp / "peft" / file, lambda: given.merged(str(tmp / "peft"), run)
 
 
 def a_delta(base, tmp):

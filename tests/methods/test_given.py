@@ -96,6 +96,10 @@ def test_folders_without_safetensors_are_named(base, tmp_path):
         Given()
     with pytest.raises(UserError, match="no such folder"):
         Given(path=str(tmp_path / "absent")).begin(run=None, state={}, examples=[])
+    (tmp_path / "outer/checkpoint-20").mkdir(parents=True)
+    (tmp_path / "outer/checkpoint-20/adapter_config.json").touch()
+    with pytest.raises(UserError, match="given.path: .* give the one inside it, such as .*outer/checkpoint-20"):
+        Given(path=str(tmp_path / "outer")).begin(run=None, state={}, examples=[])
     (tmp_path / "pytorch_model.bin").touch()
     with pytest.raises(UserError, match="no model.safetensors; nothing else is read"):
         Given(path=str(tmp_path)).begin(run=None, state={}, examples=[])
