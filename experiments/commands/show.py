@@ -6,7 +6,7 @@ from typing import Any
 
 from experiments.data import domain as domains
 from experiments.data.reader import Reader
-from experiments.study import ahead
+from experiments.study import named_model
 from experiments.training.batches import Example
 from experiments.training.examples import IGNORED, examples_of
 from methods.errors import UserError
@@ -25,7 +25,7 @@ def main(study, *, domain: str, rows: int, model: str) -> None:
     if rows < 1:
         raise UserError(f"--rows is {rows}: it must be a whole number from 1")
     model = model or study.grid.models[0]
-    if (tokenizer := ahead.tokenizer(study, model)) is None:
+    if (tokenizer := named_model.of_study(study, model).tokenizer) is None:
         raise UserError(
             f"the tokenizer of {model} is not on this machine yet: `dvc repro model@{model}` fetches it, or name a "
             "model that is here with --model"

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from experiments.model import random_models, weights
 from experiments.model.shape import shape_of
+from experiments.study.params_text import read_yaml
+from experiments.study.paths import Paths
 from experiments.study.schema import Model
 from experiments.study.validation import validate
 from methods.errors import UserError
@@ -61,6 +63,16 @@ def named(given: str, default) -> Named:
     name = _name(source)
     block = {"source": source}
     return _known(f"{name}-own" if name in default.models else name, block, validate(Model, block, where="--model"))
+
+
+def of_study(study, model: str) -> Named:
+    """A model of the study's grid. Where only the default study has it yet, from the same block, it is that one."""
+    block, default = study.models[model], Paths(root=study.paths.root)
+    converted = study.paths.model(model)
+    if not (converted / "config.json").is_file() and default.params.is_file():
+        if read_yaml(default.params).get("models", {}).get(model) == block.as_written:
+            converted = default.model(model)
+    return _known(model, None, block, converted=converted)
 
 
 def _known(name: str, keys: dict[str, Any] | None, block: Model, *, converted: Path | None = None) -> Named:

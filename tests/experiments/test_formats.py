@@ -11,7 +11,7 @@ from experiments.commands import show
 from experiments.data import expected, formats
 from experiments.data.prepared_rows import write_data
 from experiments.model import vocabulary
-from experiments.model.random_models import EOS_ID, byte_tokenizer
+from experiments.model.random_models import EOS_ID, build, byte_tokenizer
 from experiments.stages import resolve
 from experiments.study import ahead, config
 from experiments.study.paths import Paths
@@ -288,6 +288,14 @@ def test_show_prints_what_is_learned_and_what_is_left_out(tmp_path, capsys):
     away = made.model_copy(update={"models": {"tiny": made.models["tiny"].model_copy(update={"source": "hub:a/b"})}})
     with pytest.raises(UserError, match="the tokenizer of tiny is not on this machine yet: `dvc repro model@tiny`"):
         show.main(away, domain="d", rows=1, model="")
+    # a study that takes the model over from the default study, where it is
+    (tmp_path / "params.yaml").write_text("models: {tiny: {source: hub:a/b}}")
+    byte_tokenizer().save_pretrained(default := Paths(root=tmp_path).model("tiny"))
+    build("llama", seed=0).config.save_pretrained(default)
+    block = type(made.models["tiny"]).model_validate({"source": "hub:a/b"})
+    own = {"paths": Paths(root=tmp_path, study="own"), "models": {"tiny": block}}
+    show.main(made.model_copy(update=own), domain="d", rows=1, model="")
+    assert "tokenizer of tiny" in capsys.readouterr().out
 
 
 def test_a_changed_file_folder_or_template_makes_the_data_stale(tmp_path, monkeypatch):
