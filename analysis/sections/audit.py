@@ -60,12 +60,12 @@ def answer(record: Record) -> list[str]:
     if general and general["nll_lost"]:
         kl = f", and KL(base‖tuned) is {_nats(general['kl'], sign=False)} nats per token" if general["kl"] else ""
         said.append(
-            f"General text: {_nats(general['nll_lost'])} nats per token lost{kl}, on {general['n']:,} passages of "
+            f"General text: {_nats(general['nll_lost'])} nats per token lost{kl}, on {_passages(general)} of "
             f"{general['tokens']['base']:,} tokens."
         )
     elif general:
         said.append(
-            f"General text: {_nats(general['bits_per_byte_lost'])} bits per byte lost on {general['n']:,} passages of "
+            f"General text: {_nats(general['bits_per_byte_lost'])} bits per byte lost on {_passages(general)} of "
             f"{general['bytes']:,} bytes. The two models do not predict the same tokens, so that nats per token "
             "and KL are not defined."
         )
@@ -88,6 +88,10 @@ def answer(record: Record) -> list[str]:
     return said
 
 
+def _passages(general: Mapping[str, Any]) -> str:
+    return f"{general['n']:,} passage{'s' if general['n'] != 1 else ''}"
+
+
 def _answers(record: Record) -> str:
     counted = [task["answers"] for task in record["tasks"] if task["counts"] and "answers" in task]
     if not counted:
@@ -95,14 +99,15 @@ def _answers(record: Record) -> str:
     lost, gained, right = (sum(one[key] for one in counted) for key in ("lost", "gained", "right"))
     known = [one["lost_known"] for one in counted]
     guessing = "" if None in known else f" ({sum(known):.1f} less what guessing would lose)"
-    return f": of {right:,} right answers {lost:,} were lost{guessing}, and {gained:,} others gained"
+    answers = "answer" if right == 1 else "answers"
+    return f": of {right:,} right {answers} {lost:,} were lost{guessing}, and the tuned model gained {gained:,}"
 
 
 def _reading(record: Record) -> list[str]:
     general, notes = record["general"], []
     if record["plain_prompts"]:
         notes.append(
-            "Tasks are asked without the chat template that the tuned model’s tokenizer has: --chat-template writes "
+            "Tasks are asked without the chat template that the tuned model's tokenizer has: --chat-template writes "
             "their prompts in it."
         )
     if general and not general["same_ids"]:
@@ -116,10 +121,9 @@ def _reading(record: Record) -> list[str]:
         notes.append(
             f"{name} has {ours:,} rows in the base and {theirs:,} in the tuned model: the shared ones are compared."
         )
-    for who, key in (("base", "only_base"), ("tuned model", "only_tuned")):
-        if names := record["movement"][key]:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            notes.append(f"Only the {who} has the weights {names[0]}{more}.")
+    for who, other, key in (("base", "tuned model", "only_base"), ("tuned model", "base", "only_tuned")):
+        for name in record["movement"][key]:
+            notes.append(f"Only the {who} has a head of its own: {name} is compared with the {other}'s embedding.")
     if (one := record["base"]["dtype"]) != (other := record["tuned"]["dtype"]):
         notes.append(f"The base is stored in {one} and the tuned model in {other}: rounding is a part of the movement.")
     return notes
@@ -129,7 +133,7 @@ def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     unit, answers = task["unit"], task.get("answers")
     right = f"of {answers['right']:,} right" if answers else ""
     known = {key: None if answers is None else answers[f"{key}_known"] for key in ("lost", "gained")}
-    less = {key: "" if value is None else f"{value:.1f} less guessing" for key, value in known.items()}
+    less = {key: "" if value is None else f"{value:.1f} without guessing" for key, value in known.items()}
     return {
         "name": task["name"],
         "note": task["metric"] + ("" if task["counts"] else ", not in the mean"),

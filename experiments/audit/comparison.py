@@ -26,9 +26,10 @@ GENERAL = "general"
 FLIP = ("task", "doc_hash", "kind", "question", "right", "base", "tuned", "gold_change")  # columns of flips.csv
 
 
-def compare(base: Scores, tuned: Scores, *, same_ids: bool) -> dict[str, Any]:
+def compare(base: Scores, tuned: Scores, *, same: bool, same_ids: bool) -> dict[str, Any]:
     """{"tasks", "overall", "general"} of audit.json.
 
+    same       whether both are one model: then no answer can differ, and intervals have no width
     same_ids   whether both models predict the same tokens: nats per token and KL are not defined otherwise
     """
     items = joined(base.items, tuned.items)
@@ -36,10 +37,10 @@ def compare(base: Scores, tuned: Scores, *, same_ids: bool) -> dict[str, Any]:
     answers = flips_of(base, tuned)
     counts = {} if answers.empty else by_task(answers).set_index("task").to_dict("index")
     tasks = [
-        _task(name, base.scores["tasks"][name], score, items[items["task"] == name], lost, counts.get(name))
+        _task(name, base.scores["tasks"][name], score, items[items["task"] == name], lost, counts.get(name), same)
         for name, score in tuned.scores["tasks"].items()
     ]
-    return {"tasks": tasks, "overall": _overall(items, lost), "general": _general(base, tuned, items, same_ids)}
+    return {"tasks": tasks, "overall": _overall(items, lost, same), "general": _general(base, tuned, items, same_ids)}
 
 
 def flips_of(base: Scores, tuned: Scores) -> pd.DataFrame:
@@ -64,7 +65,7 @@ def joined(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
 
 
 def _task(
-    name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: Mapping, counts: Mapping | None
+    name: str, base: Mapping, tuned: Mapping, items: pd.DataFrame, lost: Mapping, counts: Mapping | None, same: bool
 ) -> dict[str, Any]:
     about = {key: tuned.get(key) for key in ("metric", "chance", "n")} | {
         "name": name,
@@ -72,7 +73,7 @@ def _task(
     }
     changed = change(base, tuned)
     about |= {"unit": changed["unit"], "base": base["value"], "tuned": tuned["value"]}
-    about["lost"] = _shown(_lost(items, "score", step(changed["unit"])), value=0.0 - changed["change"])
+    about["lost"] = _shown(_lost(items, "score", 0.0 if same else step(changed["unit"])), value=0.0 - changed["change"])
     if changed.get("change_low") is not None:  # a metric of the whole set: bootstrap over rows
         about["lost"] |= {"low": -changed["change_high"], "high": -changed["change_low"]}
     about |= {f"{key}_lost": _shown(_lost(items, column)) for key, column in NATS.items()}
@@ -86,13 +87,13 @@ def _known(value: float) -> float | None:
     return float(value) if np.isfinite(value) else None
 
 
-def _overall(items: pd.DataFrame, lost: Mapping) -> dict[str, Any]:
+def _overall(items: pd.DataFrame, lost: Mapping, same: bool) -> dict[str, Any]:
     """The means over the tasks that count, which are those on which the base is above chance."""
     kept = list(lost["by_task"])
     each = {task: items[items["task"] == task] for task in kept}
     found: dict[str, Any] = {"tasks": kept, "at_chance": lost["at_chance"], "apart": sorted(lost["apart"])}
     found["forgetting"] = _shown(
-        _mean([_difference(own, "score") for own in each.values()], 1.0), value=lost["forgetting"]
+        _mean([_difference(own, "score") for own in each.values()], 0.0 if same else 1.0), value=lost["forgetting"]
     )
     for key, column in NATS.items():
         changes = [_difference(own, column) for own in each.values()]

@@ -5,6 +5,7 @@ folder in Hugging Face layout; an adapter's becomes one when it is merged (exper
 """
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from experiments.audit import adapters, kept, tokenizers
 from experiments.model import hub, vocabulary, weights
-from experiments.model.shape import Shape
 from methods.errors import UserError
 from methods.tools import files as disk
 from methods.tools import model_folder, peft_adapter
@@ -131,12 +131,9 @@ def _whole(
         raise UserError(model_folder.no_config(folder))
     config = model_folder.config_of(folder, given)
     model_folder.refuse_incomplete(folder, given)
-    tensors = sorted(folder.glob("*.safetensors"))
+    tensors = model_folder.weight_files(folder)
     if not tensors:
-        raise UserError(
-            f"{given} holds no safetensors. Its .bin files can run code and are not read: save the model with "
-            "safetensors, or write a block under `models:` in params.yaml with `bin_sha256` and give that block's name"
-        )
+        raise UserError(f"{given} holds no safetensors{_instead(folder)}")
     model_folder.refuse_codes(model_folder.headers(tensors, given), given)
     rows = config.get_text_config().vocab_size
     tokenizer = _tokenizer(given, folder, rows=rows, instead=beside)
@@ -155,6 +152,18 @@ def _whole(
         config_sha256=_config_sha256(folder),
         about=about,
     )
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without safetensors holds, and what to do."""
+    if any(folder.glob("*.bin")):
+        return (
+            ". Its .bin files can run code and are not read: save the model with safetensors, or write a block under "
+            "`models:` in params.yaml with `bin_sha256` and give that block's name"
+        )
+    if any(folder.glob("*.gguf")):
+        return ", and a GGUF file is not read: give the folder in Hugging Face layout that it was made from"
+    return ": give a folder with the model's weights, or save or fetch it again"
 
 
 def _tokenizer(
@@ -224,9 +233,10 @@ def _base_of(given: str, named: str | None, *, study, work: Path, beside: Model 
         if alike if here is None else here.weights == model.weights:
             return model
     if candidates:
+        wanted = f"hub:{named}" if here is None and re.fullmatch(r"[\w.-]+/[\w.-]+", named) else named
         raise UserError(
             f"{given} is an adapter of another model: its adapter_config.json names {named!r} as its base, and BASE is "
-            f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {named} as BASE; if BASE "
+            f"{beside.given}{', whose weights are others' if here is not None else ''}. Give {wanted} as BASE; if BASE "
             "is that model under another name, say so with --same-base"
         )
     if here is None and named and given.startswith("hub:"):
@@ -245,30 +255,3 @@ def _here(named: str | None, *, study, work: Path) -> Model | None:
     if named is None or not (named in study.models or Path(named).expanduser().is_dir()):
         return None
     return resolve(named, study=study, work=work)
-
-
-def refuse_other_architecture(base: Model, tuned: Model) -> None:
-    """Raise UserError unless both have the same tensors; the rows of embedding and head may differ in number."""
-    kinds = [model.config.model_type for model in (base, tuned)]
-    if kinds[0] != kinds[1]:
-        raise UserError(
-            f"{base.given} is a {kinds[0]} and {tuned.given} a {kinds[1]}: an audit compares a model with what it was "
-            "tuned from, which has the same architecture"
-        )
-    shapes, embedding = [], set()
-    for model in (base, tuned):
-        built = Shape(config=model.config).build()
-        shapes.append({name: tuple(p.shape) for name, p in built.named_parameters()})
-        inside = {id(p): name for name, p in built.named_parameters()}
-        layers = [layer for layer in (built.get_input_embeddings(), built.get_output_embeddings()) if layer is not None]
-        embedding |= {inside[id(p)] for layer in layers for p in layer.parameters() if id(p) in inside}
-    for name in dict.fromkeys([*shapes[0], *shapes[1]]):
-        ours, theirs = (shape.get(name) for shape in shapes)
-        if name in embedding and (ours is None or theirs is None or ours[1:] == theirs[1:]):
-            continue  # added tokens, or a head that is no longer the embedding
-        if ours != theirs:
-            said = [list(shape) if shape else "nothing" for shape in (ours, theirs)]
-            raise UserError(
-                f"{base.given} and {tuned.given} are {kinds[0]}s of different sizes: {name} is {said[0]} in the first "
-                f"and {said[1]} in the second, so one was not tuned from the other"
-            )

@@ -16,13 +16,14 @@ from experiments.model.base import Lazy, load_tensors
 from experiments.model.shape import Shape
 from methods.tools.files import read_json, write_json
 
-VERSION = 1  # raised when the same two models would give other numbers
+VERSION = 2  # raised when the same two models would give other numbers
 
 
 def measure(base: Model, tuned: Model, *, folders: Folders, work: Path, where: torch.device) -> dict[str, Any]:
     """What experiments/model/drift.py measures, kept by the weights of both models, and beside it:
 
-    only_base, only_tuned   parameters that one of the two models has
+    only_base, only_tuned   heads that one of the two models has apart from its embedding; the other's embedding, which
+                            is its head, is what they are compared with
     rows                    [name, the base's rows, the tuned model's] of a tensor whose shared rows alone are compared
     """
     key = {"base": base.weights, "tuned": tuned.weights, "version": VERSION}
@@ -33,9 +34,10 @@ def measure(base: Model, tuned: Model, *, folders: Folders, work: Path, where: t
 
 
 def _measured(base: Model, tuned: Model, *, folders: Folders, where: torch.device) -> dict[str, Any]:
-    shape = Shape(config=base.config).build()
+    built = [Shape(config=model.config).build() for model in (base, tuned)]
+    own, others = ([name for name, _ in shape.named_parameters()] for shape in built)
     before, after = _parameters(base, folders.of(base)), _parameters(tuned, folders.of(tuned))
-    both = [name for name in before if name in after]
+    both = list(dict.fromkeys([*own, *others]))
     rows: list[list] = []
 
     def shared() -> Iterator[tuple[str, Tensor]]:
@@ -51,16 +53,27 @@ def _measured(base: Model, tuned: Model, *, folders: Folders, where: torch.devic
                 progress.update(entries[name])
 
     shorter = Lazy(both, lambda name: before[name][: len(after[name])] if before[name].dim() else before[name])
-    measured = drift.measure(base=shorter, tuned=shared(), roles=drift.roles(shape), device=where)
-    beside = {"only_base": sorted(set(before) - set(after)), "only_tuned": sorted(set(after) - set(before))}
+    roles = drift.roles(built[1]) | drift.roles(built[0])
+    measured = drift.measure(base=shorter, tuned=shared(), roles=roles, device=where)
+    beside = {"only_base": sorted(set(own) - set(others)), "only_tuned": sorted(set(others) - set(own))}
     return measured | beside | {"rows": rows, "rank_limit": drift.LARGEST}
 
 
 def _parameters(model: Model, folder: Path) -> Mapping[str, Tensor]:
-    """The model's parameters by the names that this version of transformers gives them, read one at a time."""
-    names = [name for name, _ in Shape(config=model.config).build().named_parameters()]
+    """The model's parameters by the names that this version of transformers gives them, read one at a time.
+
+    A head that is the embedding is there under both names.
+    """
+    stored = _stored(Shape(config=model.config).build())
     tensors = load_tensors(folder)
-    if set(names) <= set(tensors):
-        return Lazy(names, tensors.__getitem__)
-    loaded = dict(weights.load_model(folder, dtype="auto").named_parameters())  # a file with older names
-    return Lazy(list(loaded), lambda name: loaded[name].detach())
+    if set(stored.values()) <= set(tensors):
+        return Lazy(stored, lambda name: tensors[stored[name]])
+    loaded = weights.load_model(folder, dtype="auto")  # a file with older names
+    parameters = dict(loaded.named_parameters(remove_duplicate=False))
+    return Lazy(parameters, lambda name: parameters[name].detach())
+
+
+def _stored(model: torch.nn.Module) -> dict[str, str]:
+    """The name under which a file holds each parameter: the first of those that share it."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(p), name) for name, p in model.named_parameters(remove_duplicate=False)}

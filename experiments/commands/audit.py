@@ -22,7 +22,8 @@ from analysis.report import audit as page
 from evaluation import harness
 from experiments.audit import comparison, limits, movement, tokenizers
 from experiments.audit import data as datasets
-from experiments.audit.models import Model, refuse_other_architecture, resolve
+from experiments.audit.architecture import refuse_other_architecture
+from experiments.audit.models import Model, resolve
 from experiments.audit.progress import Progress, told
 from experiments.audit.scoring import Folders, Scores, score
 from experiments.model.base import load_tensors
@@ -91,7 +92,7 @@ def main(
         progress.step("movement of the weights")
         with told(other.given):
             moved = movement.measure(one, other, folders=folders, work=work, where=where)
-    found = comparison.compare(before, after, same_ids=same_ids)
+    found = comparison.compare(before, after, same=same, same_ids=same_ids)
     asked = {"rows": rows, "text": text, "chat_template": bool(chat_template)}
     flips = comparison.flipped(before, after, data)
     record = found | {

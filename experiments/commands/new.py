@@ -70,6 +70,13 @@ def main(
             f"the study {name} exists already and is not changed: choose another name, or edit "
             f"experiments/studies/{name}/params.yaml"
         )
+    options = {"model": model, "rows": rows, "format": format, "columns": columns, "encoding": encoding}
+    options |= {
+        "chat-template": chat_template,
+        "methods": methods,
+        "retention": retention,
+        "seeds": None if seeds == "0" else seeds,
+    }
     default = config.load(root=root)
     chosen = named(model, default)
     block = _rows_block(rows, root, encoding)
@@ -77,13 +84,13 @@ def main(
     template = _template(chat_template, found)
     if len(loaded) < FEWEST:
         raise UserError(
-            f"--rows {rows} has {len(loaded)} rows: they are divided into rows to train on, to probe and to score, "
-            f"which needs at least {FEWEST}"
+            f"--rows {rows} has {len(loaded)} row{'s'[: len(loaded) != 1]}, and needs at least {FEWEST}: they are "
+            "divided into rows to train on, to probe and to score"
         )
     chosen_methods = _names(methods) if methods else [one for one in METHODS if one in default.methods]
     begun = Begun(
         name=name,
-        command=_command(name, {"model": model, "rows": rows, "format": format, "columns": columns}),
+        command=_command(name, options),
         model=chosen.name,
         block=chosen.block,
         domain=_domain(found, loaded, block, chat_template),
@@ -140,7 +147,7 @@ def _about_rows(found: Guess, lengths: Lengths, length: int, *, scored: int) -> 
 
 def _command(name: str, options: dict[str, str | None]) -> str:
     """The command, on one line."""
-    given = [word for option, value in options.items() if value for word in (f"--{option}", value)]
+    given = [word for option, value in options.items() if value is not None for word in (f"--{option}", value)]
     return " ".join(shlex.join(["python", "-m", "experiments", "new", name, *given]).split())
 
 

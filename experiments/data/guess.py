@@ -21,7 +21,7 @@ CHOICES = ("choices", "options", "answers", "endings")
 GOLD = ("answer", "gold", "label", "answerKey", "answer_key", "answer_idx", "answer_index", "correct", "target")
 LETTERS = "ABCDEFGHIJ"
 LOOKED_AT = 1000  # rows
-FIRST = {"chat": "messages", "task": "question", "pairs": "prompt", "text": "text"}
+COLUMNS = {"chat": ["messages"], "task": ["question"], "pairs": ["prompt", "completion"], "text": ["text"]}
 NEEDED = {
     "chat": "messages, a list of turns with role and content",
     "task": "a question, its choices and the answer",
@@ -67,10 +67,13 @@ def guess(rows: Sequence[Row], *, where: str, format: str | None = None) -> Gues
     needed = [f"{name} ({NEEDED[name]})" for name in ([format] if format else FORMATS)]
     turns = [name for name, value in examples.items() if _turns(value)]
     hint = f"; `{turns[0]}` is a list of turns: give a whole conversation in one column" if turns else ""
+    wanted = COLUMNS[format or "pairs"]
+    new = next((name for name in wanted if name not in counts), wanted[0])
+    old = next((name for name in sorted(counts) if name not in wanted), "old")
     raise UserError(
         f"{where} has the columns {', '.join(sorted(counts)) or 'none'}, which are not those of "
         f"{' or '.join(needed)}{hint}. Say which are meant with --columns NEW=OLD, such as --columns "
-        f"{FIRST[format or 'pairs']}={next(iter(sorted(counts)), 'old')}"
+        f"{new}={old}"
     )
 
 

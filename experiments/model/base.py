@@ -8,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from methods.errors import UserError
+from methods.tools import model_folder
 
 
 class Lazy(Mapping[str, Tensor]):
@@ -30,11 +31,11 @@ class Lazy(Mapping[str, Tensor]):
 
 
 def load_tensors(folder: Path) -> Lazy:
-    """The tensors, as stored, of a safetensors file or of all those in a folder; each is mapped when it is read.
+    """The tensors, as stored, of a safetensors file or of a model's folder; each is mapped when it is read.
 
     Raises UserError where there is no file, or where one is damaged.
     """
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    files = model_folder.weight_files(folder) if folder.is_dir() else [folder]
     if not files:
         raise UserError(f"no safetensors in {folder}: run `dvc repro` to make it")
     where = {name: opened for opened in map(_opened, files) for name in opened.keys()}  # noqa: SIM118 (no mapping)

@@ -227,7 +227,7 @@ def _from_folder(folder: Path, block: "Model", name: str) -> tuple[PreTrainedMod
             f"{name} holds no safetensors. Pickled weights are read only if the block states `bin_sha256`, "
             "the sha256 of its pytorch_model.bin"
         )
-    model_folder.refuse_codes(model_folder.headers(sorted(folder.glob("*.safetensors")), name), name)
+    model_folder.refuse_codes(model_folder.headers(model_folder.weight_files(folder), name), name)
     return load_model(folder, dtype=dtype), tokenizer
 
 

@@ -19,6 +19,7 @@ from experiments.study.paths import Paths
 from experiments.study.schema import TAKEN_OVER, Params
 from experiments.study.validation import check_models, validate
 from methods.errors import UserError
+from methods.tools.names import unknown
 
 FROM_ROOT = " (in the root's params.yaml, from which the study takes over what it does not write)"
 
@@ -42,6 +43,8 @@ def completed(own: Mapping[str, Any], *, paths: Paths) -> Mapping[str, Any]:
         return own
     try:
         raw = read_yaml(paths.root / "params.yaml")
+        if wrong := [name for name in raw if name not in Params.model_fields]:
+            raise unknown("key", wrong[0], Params.model_fields, where="params.yaml")
         root = {name: raw[name] for name in TAKEN_OVER if raw.get(name)}
         refuse_odd(root)
         check_models(validate(_Root, root).models or {})

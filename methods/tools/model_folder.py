@@ -68,6 +68,8 @@ def config_of(folder: Path, name: str) -> PreTrainedConfig:
 
 def no_config(folder: Path) -> str:
     """The message for a folder without config.json."""
+    if any(folder.glob("*.gguf")):
+        return f"{folder} holds a GGUF file and no config.json: give the folder in Hugging Face layout it was made from"
     return elsewhere(folder) or f"{folder} is not a model folder (no config.json): give a folder in Hugging Face layout"
 
 
@@ -78,7 +80,8 @@ def elsewhere(folder: Path) -> str | None:
     if inside := sorted(file.parent for file in folder.glob("snapshots/*/config.json")):
         kind, at = "a folder of the hub's cache, and no model folder", inside[0]
     elif inside := [f.parent for name in ("config.json", "adapter_config.json") for f in folder.glob(f"*/{name}")]:
-        kind, at = "not a model folder (no config.json)", max(inside)
+        kind = "not a model folder (no config.json)"
+        at = max(inside, key=lambda one: ([int(number) for number in re.findall(r"\d+", one.name)], one.name))
     return f"{folder} is {kind}: give the one inside it, such as {at}" if inside else None
 
 
@@ -97,6 +100,20 @@ def refuse_quantised(folder: Path, name: str) -> None:
                     "it where its library is installed, call model.dequantize() and save_pretrained, and name that "
                     "folder"
                 )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that transformers reads of a folder: `model.safetensors`, else those of the index.
+
+    A copy that lies beside them, such as a backup or the shards of an earlier save, is none of the model's weights. A
+    folder with neither gives all files; they are no model that transformers would load.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        return [folder / file for file in shards(index, str(folder))]
+    return sorted(folder.glob("*.safetensors"))
 
 
 def refuse_incomplete(folder: Path, name: str) -> None:
@@ -162,7 +179,7 @@ def refuse_partial(folder: Path, model: PreTrainedModel, about: Mapping[str, Any
     """
     if missing := sorted(about["missing_keys"]):
         raise UserError(
-            f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}, …): "
+            f"{folder} lacks {len(missing)} of the model's tensors ({missing[0]}{', …' if missing[1:] else ''}): "
             "it is no whole causal language model"
         )
     if wrong := sorted(about["mismatched_keys"]):

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.utils import save_and_load
 from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -96,9 +97,10 @@ def loaded(monkeypatch) -> list[str]:
 
 
 def test_a_model_against_itself_lost_exactly_nothing(world, loaded):
-    status, found = run(world, "base", "base", max_forgetting=0.0, max_nll_lost=0.0)
+    status, found = run(world, "base", "base", max_forgetting=0.0, max_nll_lost=0.0, confidence=True)
     assert status == 0 and found["verdict"]["exceeded"] == [] and len(loaded) == 1
-    assert found["overall"]["forgetting"]["value"] == found["overall"]["gold_nll_lost"]["value"] == 0
+    nothing = {"value": 0.0, "low": 0.0, "high": 0.0}
+    assert found["overall"]["forgetting"] == found["overall"]["gold_nll_lost"] == found["tasks"][0]["lost"] == nothing
     assert [found["general"][key]["value"] for key in ("nll_lost", "bits_per_byte_lost", "kl", "kl_reverse")] == [0] * 4
     assert found["movement"]["overall"]["distance"] == 0 and found["flips"] == []
     assert found["tokenizers"] == [] and found["general"]["same_ids"]
@@ -203,7 +205,9 @@ def test_an_adapter_is_rounded_to_the_bases_dtype(world, tmp_path):
 
 
 @torch.no_grad()
-def merged_beside(tmp_path: Path, *, tokens: int, tied: bool, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+def merged_beside(
+    tmp_path: Path, *, tokens: int, tied: bool, named: str | None = None, **settings
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the base with an adapter beside it, and of the model that an audit makes of the two."""
     base = save(build("llama", seed=0, tie_word_embeddings=tied), tmp_path / "base")
     model, at = weights.load_model(base, dtype="float32"), tmp_path / "adapter"
@@ -218,6 +222,9 @@ def merged_beside(tmp_path: Path, *, tokens: int, tied: bool, **settings) -> tup
             if p.requires_grad:
                 p.add_(0.02 * torch.randn_like(p))
     adapted.save_pretrained(at)
+    if named:
+        config = read_json(at / "adapter_config.json") | {"base_model_name_or_path": named}
+        (at / "adapter_config.json").write_text(json.dumps(config))
     ids = torch.tensor([list(b"What is said here?")])
     study = audit._study(tmp_path)
     one = models.resolve(str(base), study=study, work=tmp_path)
@@ -245,6 +252,14 @@ TRAINED = {"modules_to_save": ["embed_tokens", "lm_head"]}
 def test_adapters_of_every_kind_give_what_peft_gives(tmp_path, tokens, settings, tied):
     beside, merged = merged_beside(tmp_path, tokens=tokens, tied=tied, **settings)
     assert torch.allclose(beside, merged, atol=1e-4)
+
+
+def test_an_adapter_of_a_base_on_the_hub_brings_the_rows_of_added_tokens(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *name, **_: asked.append(name))
+    beside, merged = merged_beside(tmp_path, tokens=260, tied=True, named="owner/base")
+    assert beside.shape == (1, 18, 260) and torch.allclose(beside, merged, atol=1e-4)
+    assert ("owner/base", "config.json") not in asked
 
 
 def test_an_adapter_with_an_embedding_of_its_own_and_one_whose_merging_would_change_the_head(tmp_path):
@@ -472,6 +487,30 @@ def test_text_of_ones_own(world, tmp_path):
         run(world, "base", "moved", text=str(file))
 
 
+def test_a_copy_of_the_base_beside_the_weights_is_not_read(world):
+    shutil.copytree(world / "moved", world / "backed-up", dirs_exist_ok=True)
+    shutil.copy(world / "base/model.safetensors", world / "backed-up/model_before.safetensors")
+    _, found = run(world, "base", "backed-up")
+    _, alone = run(world, "base", "moved")
+    assert found["tuned"]["weights_sha256"] == alone["tuned"]["weights_sha256"]
+    assert found["movement"] == alone["movement"] and found["general"] == alone["general"]
+
+
+def test_a_head_of_its_own_is_compared_with_the_embedding_that_was_the_head(world):
+    tied, untied = (
+        weights.load_model(world / "base", dtype="float32"),
+        build("llama", seed=0, tie_word_embeddings=False),
+    )
+    untied.load_state_dict(tied.state_dict())
+    with torch.no_grad():
+        untied.lm_head.weight[:5] += 0.5
+    save(untied, world / "untied")
+    _, found = run(world, "base", "untied")
+    assert found["movement"]["only_tuned"] == ["lm_head.weight"] and found["movement"]["only_base"] == []
+    assert found["movement"]["overall"]["distance"] == pytest.approx(math.sqrt(5 * 32) * 0.5, rel=1e-5)
+    assert "lm_head.weight is compared with the base&#39;s embedding" in (world / "pages/base-untied.html").read_text()
+
+
 def pickled(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"not read")
@@ -487,9 +526,15 @@ def without_config(folder: Path) -> None:
 
 
 def checkpoints(folder: Path) -> None:
-    for file in list(folder.iterdir()):
-        (folder / "checkpoint-20").mkdir(exist_ok=True)
-        file.rename(folder / "checkpoint-20" / file.name)
+    files = list(folder.iterdir())
+    for steps in (100, 20):
+        shutil.copytree(folder, folder / f"checkpoint-{steps}", ignore=shutil.ignore_patterns("checkpoint-*"))
+    for file in files:
+        file.unlink()
+
+
+def gguf(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-q4.gguf")
 
 
 def not_a_number(folder: Path) -> None:
@@ -502,7 +547,8 @@ def not_a_number(folder: Path) -> None:
     ("spoil", "message"),
     [
         (without_config, r"spoiled is not a model folder \(no config.json\)"),
-        (checkpoints, "is not a model folder .*: give the one inside it, such as .*spoiled/checkpoint-20"),
+        (checkpoints, "is not a model folder .*: give the one inside it, such as .*spoiled/checkpoint-100"),
+        (gguf, "spoiled holds no safetensors, and a GGUF file is not read"),
         (pickled, r"Its .bin files can run code and are not read.*`bin_sha256`"),
         (cut_off, "model.safetensors is no safetensors file, or damaged or cut off"),
         (not_a_number, "model.norm.weight is damaged, 1 of its 32 values are NaN or infinite"),
@@ -536,7 +582,9 @@ def test_models_that_do_not_belong_together_are_refused_by_name(world, base, tun
 
 def test_an_adapters_base_is_known_by_its_name_or_said(world):
     adapter(world / "base", world / "of-the-hub", named="owner/other-name")
-    with pytest.raises(UserError, match="names 'owner/other-name' as its base, and BASE is .*base. Give .*--same-base"):
+    with pytest.raises(
+        UserError, match="names 'owner/other-name' as its base, and BASE is .*base. Give hub:owner/.*--same-base"
+    ):
         run(world, "base", "of-the-hub")
     assert run(world, "base", "of-the-hub", same_base=True)[1]["tuned"]["adapter_of"] == "owner/other-name"
     adapter(world / "base", world / "alike", named="owner/Base")
@@ -547,6 +595,7 @@ def test_an_adapters_base_is_known_by_its_name_or_said(world):
     ("change", "message"),
     [
         ({"task_type": "SEQ_CLS"}, "is an adapter for SEQ_CLS"),
+        ({"peft_type": "PROMPT_TUNING"}, "is a PROMPT_TUNING adapter, which peft cannot merge into a model's weights"),
         ({"r": 2}, "cannot be merged into its base by peft"),
         ({"target_modules": ["q_proj"]}, "is an adapter of another model: .* makes 4 tensors, and it has 8"),
     ],

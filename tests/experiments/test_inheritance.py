@@ -135,6 +135,8 @@ def test_whose_mistake_it_is(tmp_path):
     assert message(above=wheel).startswith("models.llama-tiny has no `sha256`") and message(above=wheel).endswith(
         of_root
     )
+    misspelt = {{"general": "generall"}.get(name, name): block for name, block in ROOT.items()}
+    assert message(above=misspelt) == "unknown key 'generall' in params.yaml: did you mean 'general'?" + of_root
     rank = ROOT | {"methods": ROOT["methods"] | {"lora": {"lora": {"rank": 0}}}}
     assert message(above=rank).startswith("methods.lora.lora.rank is 0:") and message(above=rank).endswith(of_root)
     mine = OWN | {"methods": {"lora": {"lora": {"rank": 0}}}}

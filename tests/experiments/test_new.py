@@ -139,7 +139,8 @@ def test_rows_longer_than_the_longest_length_are_said(root, capsys):
 
 def test_rows_of_no_format_are_refused_by_their_columns():
     rows = [Row({"prompt": "a", "chosen": "b", "rejected": "c"}, at="line 1")]
-    with pytest.raises(UserError, match=r"columns chosen, prompt, rejected, which are not those of chat .*--columns"):
+    wanted = r"columns chosen, prompt, rejected, which are not those of chat .*--columns completion=chosen"
+    with pytest.raises(UserError, match=wanted):
         guess(rows, where="rows")
     with pytest.raises(UserError, match=r"which are not those of text \(text\)"):
         guess(rows, where="rows", format="text")
