@@ -249,10 +249,7 @@ def _template(given: str | None, found: Guess) -> str | None:
         return None
     if found.format != "chat":
         raise UserError(f"--chat-template: rows of the format {found.format} have no turns: leave it out")
-    try:
-        return Path(given).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--chat-template {given} cannot be read ({error}): name a file of UTF-8 text") from error
+    return domain.read_template(given, where="--chat-template")
 
 
 def _write(study, text: str) -> None:

@@ -140,16 +140,25 @@ def _entry(domain: str, block: Domain) -> dict[str, Any]:
 
 def template(block: Domain, where: str) -> str | None:
     """The text of the block's chat template, if it names one. Raises UserError where it is no valid template."""
-    if not block.chat_template:
-        return None
-    path = Path(block.chat_template).expanduser()
+    return read_template(block.chat_template, where=f"{where}.chat_template:") if block.chat_template else None
+
+
+def read_template(file: str, *, where: str) -> str:
+    """The chat template in a Jinja file, or in a .json file of transformers that has it as `chat_template`."""
+    path = Path(file).expanduser()
     try:
         text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".json":
+            text = json.loads(text)["chat_template"] + ""  # of several templates it is a list
         chat.refuse_template(text)
     except UserError as error:
-        raise UserError(f"{where}.chat_template: {path} {error}") from error
+        raise UserError(f"{where} {path} {error}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{where}.chat_template: {path} cannot be read ({error}): name a file of UTF-8 text") from error
+        raise UserError(f"{where} {path} cannot be read ({error}): name a file of UTF-8 text") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"{where} {path} has no text `chat_template`: name a Jinja file, or one such as tokenizer_config.json"
+        ) from error
     return text
 
 

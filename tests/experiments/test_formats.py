@@ -4,14 +4,12 @@ import json
 import re
 
 import pytest
-import torch
 
 from evaluation.rendered import read_jsonl
-from experiments.commands import show
 from experiments.data import expected, formats
 from experiments.data.prepared_rows import write_data
 from experiments.model import vocabulary
-from experiments.model.random_models import EOS_ID, build, byte_tokenizer
+from experiments.model.random_models import byte_tokenizer
 from experiments.stages import resolve
 from experiments.study import ahead, config
 from experiments.study.paths import Paths
@@ -268,34 +266,15 @@ def test_a_mistake_in_a_chat_domain_is_told_before_anything_runs(tmp_path):
     (tmp_path / "wrong.jinja").write_text("{% for m in messages %}\n{{ m[ }}{% endfor %}")
     with pytest.raises(UserError, match=r"domains.d.chat_template: .*wrong.jinja line 2 is not valid Jinja"):
         ahead.look(study(tmp_path, CHATS, "chat", chat_template=str(tmp_path / "wrong.jinja")))
+    (tmp_path / "wrong.json").write_text('{"chat_template": [{"name": "default"}]}')
+    with pytest.raises(UserError, match=r"domains.d.chat_template: .*wrong.json has no text `chat_template`: name"):
+        ahead.look(study(tmp_path, CHATS, "chat", chat_template=str(tmp_path / "wrong.json")))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    write_data(study(tmp_path, CHATS, "chat", chat_template=str(tmp_path / "tokenizer_config.json")), tmp_path / "out")
+    assert (tmp_path / "out" / "train" / "d" / "chat_template.jinja").read_text() == TEMPLATE
     assert any("no retention tasks" in line for line in ahead.look(study(tmp_path, PAIRS, "pairs")))
     with pytest.raises(UserError, match="chat_template: rows of the format pairs have no turns"):
         ahead.look(study(tmp_path, PAIRS, "pairs", chat_template=template(tmp_path)))
-
-
-def test_show_prints_what_is_learned_and_what_is_left_out(tmp_path, capsys):
-    rows = [*CHATS, {"messages": conversation("a", "")}]
-    made = study(tmp_path, rows, "chat", chat_template=template(tmp_path))
-    show.main(made, domain="d", rows=2, model="")
-    said = capsys.readouterr().out
-    assert re.search(r"^system: s<\|eos\|>user: ask \d+\?<\|eos\|>assistant: «say \d+\.<\|eos\|>»$", said, re.MULTILINE)
-    assert "1 of 61 rows cannot be used: an empty answer (" in said and said.count("---") == 2
-    assert "d: chat; 51 train, 3 probe, 6 test rows; 51 training examples of at most 64 tokens" in said
-    example = {"input_ids": torch.tensor([*b"abc", EOS_ID]), "labels": torch.tensor([IGNORED, IGNORED, 99, EOS_ID])}
-    assert show.marked(example, byte_tokenizer(), colour=True) == "ab\033[32mc<|eos|>\033[0m"
-    with pytest.raises(UserError, match="unknown domain 'e'"):
-        show.main(made, domain="e", rows=1, model="")
-    away = made.model_copy(update={"models": {"tiny": made.models["tiny"].model_copy(update={"source": "hub:a/b"})}})
-    with pytest.raises(UserError, match="the tokenizer of tiny is not on this machine yet: `dvc repro model@tiny`"):
-        show.main(away, domain="d", rows=1, model="")
-    # a study that takes the model over from the default study, where it is
-    (tmp_path / "params.yaml").write_text("models: {tiny: {source: hub:a/b}}")
-    byte_tokenizer().save_pretrained(default := Paths(root=tmp_path).model("tiny"))
-    build("llama", seed=0).config.save_pretrained(default)
-    block = type(made.models["tiny"]).model_validate({"source": "hub:a/b"})
-    own = {"paths": Paths(root=tmp_path, study="own"), "models": {"tiny": block}}
-    show.main(made.model_copy(update=own), domain="d", rows=1, model="")
-    assert "tokenizer of tiny" in capsys.readouterr().out
 
 
 def test_a_changed_file_folder_or_template_makes_the_data_stale(tmp_path, monkeypatch):
