@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks import _factory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
+from evaluation.definition import refuse_keys
 from evaluation.shipped import SHIPPED, named_errors, refuse_downloads, refuse_unsafe
 from methods.errors import UserError
 
@@ -132,24 +134,32 @@ def named(task: str | Mapping[str, Any], *, name: str) -> Named:
     """
     changes = {} if isinstance(task, str) else {key: value for key, value in task.items() if key != "include"}
     start = task if isinstance(task, str) else task.get("include")
-    if not isinstance(start, str):
+    refuse_keys(name, changes)
+    if start is not None and not isinstance(start, str):
+        raise UserError(f"task {name}: include is {start!r}: write the name of a task or group of lm-eval")
+    if start is None:
         changes["task"] = name
         return Named(tasks={name: changes}, aggregates=(), version=(changes.get("metadata") or {}).get("version"))
     entry = registry().get(start)
     if entry is None:
         raise unknown(start)
     if entry.kind is Kind.TAG:
-        raise UserError(f"{start!r} is a tag of several tasks: name it under a role, where it stands for its tasks")
+        raise UserError(_of_several(start, "a tag of several tasks"))
     with named_errors(f"task {start!r}", entry.yaml_path), _stated() as factory:
         built = factory.build(entry, overrides=changes or None, registry=dict(registry()))
     if not isinstance(built, Group):
         return Named(tasks={built.task_name: built.config}, aggregates=(), version=built.version)
     tasks = {leaf.task_name: leaf.config for leaf in _leaves(built)}
     if not built.has_aggregation:
-        raise UserError(
-            f"{start!r} is a group without a score of its own: name it under a role, where it stands for its tasks"
-        )
+        raise UserError(_of_several(start, "a group without a score of its own"))
     return Named(tasks=tasks, aggregates=tuple(built.aggregate_metric_list), version=built.version)
+
+
+def _of_several(name: str, what: str) -> str:
+    return (
+        f"{name!r} is {what}, which no block under `tasks` can change: name it under a role without a block, where it "
+        f"stands for its tasks, or write blocks for these ({', '.join(islice(expanded(name), 3))}, ...)"
+    )
 
 
 class _Stated:

@@ -52,18 +52,13 @@ def config_of(name: str, task: str | Mapping[str, Any]) -> dict[str, Any]:
     config.pop("unsafe_code", None)
     for key in ("tag", "group", "task_list", "task_alias", "dataset_path", "dataset_name", "dataset_kwargs"):
         config.pop(key, None)
-    for key in config:
-        if key not in TASK_KEYS:
-            near = difflib.get_close_matches(key, TASK_KEYS, n=1)
-            raise UserError(f"task {name}: unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    refuse_keys(name, config)
     _refuse_forms(name, config)
     _refuse_generation(name, config.get("generation_kwargs") or {})
     _refuse_metrics(name, config)
     if "doc_to_choice" in config:
         config.setdefault("output_type", "multiple_choice")
     shots = (config.get("fewshot_config") or {}) | {"split": None}
-    if (config.get("num_fewshot") or 0) < 0:
-        raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}: it must be 0 or more")
     if config.get("num_fewshot") and not shots.get("samples"):
         raise UserError(
             f"task {name}: num_fewshot is {config['num_fewshot']}, but the rows scored are no examples to "
@@ -101,6 +96,19 @@ def _refuse_metrics(name: str, config: Mapping[str, Any]) -> None:
             )
 
 
+def refuse_keys(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse keys that lm-eval does not know, and values of another type or range than a key's."""
+    for key in config:
+        if key not in TASK_KEYS:
+            near = difflib.get_close_matches(key, TASK_KEYS, n=1)
+            raise UserError(f"task {name}: unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else ""))
+    for key, kind in FORMS.items():
+        if config.get(key) is not None and not callable(config[key]):
+            refuse(config[key], kind, where=f"task {name}: {key}")
+    if (config.get("num_fewshot") or 0) < 0:
+        raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}: it must be 0 or more")
+
+
 def refuse_unusable(name: str, config: Mapping[str, Any]) -> None:
     """Refuse a task of lm-eval's own that cannot be scored here; `config` is its YAML file's with its functions."""
     refuse_unsafe(name, config)
@@ -117,9 +125,6 @@ def refuse_unusable(name: str, config: Mapping[str, Any]) -> None:
 
 def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
     """Refuse values at which lm-eval would fail without naming the key, or which it would ignore."""
-    for key, kind in FORMS.items():
-        if config.get(key) is not None and not callable(config[key]):
-            refuse(config[key], kind, where=f"task {name}: {key}")
     for key in ("process_docs", "process_results", "custom_dataset"):
         if isinstance(config.get(key), str):
             raise UserError(

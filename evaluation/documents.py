@@ -30,16 +30,24 @@ TRIED = 20  # documents whose metrics are tried on invented answers
 
 
 class _AsInLmEval(Quiet):
-    """Beside the task's own class: null is written as lm-eval writes it."""
+    """Beside the task's own class: null is written as lm-eval writes it, and a document that does not fit is named."""
 
     def place(self, number: int) -> str:
         return f"document {number} of those scored"
 
 
-def _writing_null(name: str) -> Callable:
-    def method(self, *arguments: Any, **named: Any) -> Any:
-        with nulls.written():
-            return getattr(super(_AsInLmEval, self), name)(*arguments, **named)
+def _as_in_lm_eval(name: str) -> Callable:
+    def method(self, doc: Any, *arguments: Any, **named: Any) -> Any:
+        try:
+            with nulls.written():
+                return getattr(super(_AsInLmEval, self), name)(doc, *arguments, **named)
+        except UserError:
+            raise
+        except Exception as error:  # the task's templates and its own Python
+            raise UserError(
+                f"task {self.config.task}: lm-eval cannot use the document {doc!r:.200} ({shortened(error)}): correct "
+                "the data set, or choose another task"
+            ) from error
 
     return method
 
@@ -53,7 +61,7 @@ for _name in (
     "construct_requests",
     "process_results",
 ):
-    setattr(_AsInLmEval, _name, _writing_null(_name))
+    setattr(_AsInLmEval, _name, _as_in_lm_eval(_name))
 
 
 def load(entry: Mapping[str, Any], folder: Path) -> list[ConfigurableTask]:
@@ -95,9 +103,14 @@ def lines(docs: Mapping[str, Sequence[dict]], examples: Mapping[str, Sequence[di
 
 
 def read(name: str, config: Mapping[str, Any], load: Load) -> ConfigurableTask:
-    """lm-eval's task `name` with the documents of the data set that `load` returns."""
+    """lm-eval's task `name` with the documents of the data set that `load` returns. Call it within `seeded`."""
 
     def download(self, dataset_kwargs: dict | None = None, **_: Any) -> None:
+        if not self.DATASET_PATH:
+            raise UserError(
+                f"task {name}: it names no data set (`dataset_path`) from which its rows could be read: name one, "
+                "write `rows` in its block under `tasks`, or choose another task"
+            )
         arguments = {key: value for key, value in (dataset_kwargs or {}).items() if key != "trust_remote_code"}
         self.dataset = load(self.DATASET_PATH, self.DATASET_NAME, arguments)
 
@@ -119,9 +132,9 @@ def kept(
     def download(self, *_: Any, **__: Any) -> None:
         self.dataset = {}
 
-    task = _built(
-        name, config, {"download": download, "rows": docs, "eval_docs": dataset(docs), "fewshot_docs": fewshot_docs}
-    )
+    own = {"download": download, "rows": docs, "eval_docs": dataset(docs), "fewshot_docs": fewshot_docs}
+    with seeded():
+        task = _built(name, config, own)
     task._aggregation_list = measure.bounded(task._aggregation_list)
     task.metric = metric or next(iter(task.aggregation()))
     refuse_metric(task)
@@ -141,8 +154,11 @@ def states_examples(task: ConfigurableTask) -> bool:
 
 
 @contextlib.contextmanager
-def _seeded() -> Iterator[None]:
-    """The seeds of the `lm_eval` command, for tasks that shuffle choices while they read; states stay as they were."""
+def seeded() -> Iterator[None]:
+    """The seeds of the `lm_eval` command, for tasks that shuffle choices while they read; states stay as they were.
+
+    One after the other, the tasks of a group draw from the same state.
+    """
     python, numpy = random.getstate(), np.random.get_state()
     random.seed(DEFAULT_RANDOM_SEED)
     np.random.seed(DEFAULT_OTHER_SEED)
@@ -161,7 +177,7 @@ def _built(name: str, config: Mapping[str, Any], own: Mapping[str, Any]) -> Conf
     config = deepcopy({key: value for key, value in config.items() if key != "class"} | {"task": name})
     takes_config = "config" in inspect.signature(written.__init__).parameters
     try:
-        with quiet(), nulls.written(), _seeded():
+        with quiet(), nulls.written():
             task = kind(config=config) if takes_config else kind()
     except UserError:
         raise

@@ -104,6 +104,8 @@ def lacks_package(what: str, error: ImportError) -> str:
     named = {re.split(r"[^\w.-]", need)[0].lower().replace("-", "_"): need for need in needed}
     distribution = _PACKAGES.get(module, module)
     package = named.get(module.lower()) or named.get(distribution.replace("-", "_")) or distribution
+    if "antlr4" in package:
+        return f"{what} needs antlr4 4.11, and DVC, which runs the stages, needs 4.9: choose another task"
     return (
         f"{what} needs the Python package {module}, which is not installed: `pip install '{package}'`, "
         "or choose another task"

@@ -42,6 +42,8 @@ class DataSets:
         at, commit = path, None
         if self.folder is not None:
             at = str(self.folder / path)
+            if not self.folder.is_dir():
+                raise UserError(f"data.hub is {str(self.folder)!r}, which is no folder: correct the path")
             if not Path(at).is_dir():
                 raise UserError(
                     f"{self.folder} (data.hub) has no folder {path}: put the files of that data set's repository "

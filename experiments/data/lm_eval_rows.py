@@ -45,13 +45,14 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
     docs: dict[str, list[dict]] = {}
     examples: dict[str, list[dict]] = {}
     sources: dict[str, None] = {}
-    for task, config in tqdm(named.tasks.items(), desc=f"data sets of {name}", disable=None, leave=False):
-        group = bool(named.aggregates)
-        load = _loader(f"tasks.{name}", task, config, data_sets=data_sets, sources=sources, group=group)
-        read = documents.read(task, config, load)
-        docs[task] = list(read.task_docs)  # as lm-eval made them first: another look would shuffle some anew
-        if documents.shots(read) and not documents.states_examples(read):
-            examples[task] = list(read.sampler.df)
+    with documents.seeded():
+        for task, config in tqdm(named.tasks.items(), desc=f"data sets of {name}", disable=None, leave=False):
+            group = bool(named.aggregates)
+            load = _loader(f"tasks.{name}", task, config, data_sets=data_sets, sources=sources, group=group)
+            read = documents.read(task, config, load)
+            docs[task] = list(read.task_docs)  # as lm-eval made them first: another look would shuffle some anew
+            if documents.shots(read) and not documents.states_examples(read):
+                examples[task] = _examples(read, f"tasks.{name}")
     sizes = {task: len(own) for task, own in docs.items()}
     free = max(sum(sizes.values()) - block.probe, 1)
     tested = shared_out(sizes, free if test == "all" else min(test, free))
@@ -65,6 +66,18 @@ def draw(name: str, block: Task, *, test: int | str, data_sets: DataSets) -> Dra
         sources=tuple(sources),
         total=sum(sizes.values()),
     )
+
+
+def _examples(task: Any, where: str) -> list[dict]:
+    """The documents that the task's few-shot examples are drawn from."""
+    examples = list(task.sampler.df)
+    scored = task.fewshot_cfg.split == task.config.test_split
+    if documents.shots(task) > len(examples) - scored:  # a scored row is never its own example
+        raise UserError(
+            f"{where}: num_fewshot is {documents.shots(task)}, and the split of {task.config.task} that examples are "
+            f"drawn from has {len(examples)} rows{', one of which is the row asked' if scored else ''}: lower it"
+        )
+    return examples
 
 
 def shared_out(sizes: Mapping[str, int], number: int, *, least: int = 1) -> dict[str, int]:
@@ -130,10 +143,11 @@ def _loader(
             rows, source = data_sets(path, subset, arguments)
         except UserError as error:
             wanted = [f"data set {path}", subset and f"configuration {subset}", *splits_wanted]
-            others = "" if group else f", and `{where}.rows` reads other rows"
+            helps = [] if data_sets.folder else ["`data.hub: FOLDER` reads it from a folder in the hub's layout"]
+            helps += [] if group else [f"`{where}.rows` reads other rows"]
             raise UserError(
-                f"{where}: task {task} of lm-eval wants {', '.join(filter(None, wanted))}: {error}. `data.hub: "
-                f"FOLDER` reads it from a folder in the hub's layout{others}"
+                f"{where}: task {task} of lm-eval wants {', '.join(filter(None, wanted))}: {error}"
+                + (f". {', and '.join(helps)}" if helps else "")
             ) from error
         sources[source] = None
         return rows

@@ -30,6 +30,7 @@ def write_scored(
     listed: list[dict[str, Any]] = []
     tasks: dict[str, Any] = {}
     seen: dict[tuple, str] = {}
+    held: dict[tuple, tuple[str, str]] = {}
     for role in ("retention", "transfer", "score"):
         for name in getattr(block, role):
             written = _written(name, role, reader, folder=folder)
@@ -47,6 +48,7 @@ def write_scored(
                     "and would count twice: leave one of them out"
                 )
             seen[content] = name
+            _refuse_shared(written, role, held, where=where)
             _refuse_taught(written.tasks, taught, where=f"{where}.{role} lists {name!r}")
             if not written.entry.get("documents"):  # what lm-eval's own tasks write is not the user's
                 warn_of_spaces(f"tasks.{name}", written.tasks[0])
@@ -98,6 +100,28 @@ def _written(name: str, role: str, reader: Reader, *, folder: Path) -> _Written:
     lm_eval_rows.write(folder / f"{name}.jsonl", named)
     own, made = lm_eval_rows.entry(name, task, role, named, folder=folder)
     return _Written(entry=own, facts=lm_eval_rows.facts(task, named), tasks=made)
+
+
+def _refuse_shared(written: _Written, role: str, held: dict[tuple, tuple[str, str]], *, where: str) -> None:
+    """Refuse two roles for one of lm-eval's tasks, which groups may hold; warn if it counts twice under one role.
+
+    held  the name and role under which each task was there first; those of `written` are added
+    """
+    if not written.entry.get("documents"):
+        return
+    name, stated = written.entry["name"], written.entry["task"]
+    changes = {} if isinstance(stated, str) else {key: value for key, value in stated.items() if key != "include"}
+    alike = json.dumps([changes, written.entry["metric"]], sort_keys=True)
+    shared: dict[tuple[str, str], str] = {}
+    for task in (one.config.task for one in written.tasks):
+        first = held.setdefault((task, alike), (name, role))
+        if first != (name, role):
+            shared.setdefault(first, task)
+    for (other, its_role), task in shared.items():
+        problem = f"{where}: {task} is in {other!r} under `{its_role}` and in {name!r} under `{role}`"
+        if its_role != role:
+            raise UserError(f"{problem}: leave one of them out")
+        print(f"{WARNING}{problem}, and counts twice", flush=True)
 
 
 def _drawn(name: str, reader: Reader) -> tuple[splits.Split, str]:

@@ -1,0 +1,139 @@
+"""Blocks that change a task of lm-eval's and leave its rows where they are: what cannot be, and what counts twice."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+from lm_eval.api.task import ConfigurableTask
+
+from evaluation import catalogue, documents
+from evaluation.task import quiet
+from experiments.data import lm_eval_rows
+from experiments.data.data_sets import DataSets
+from experiments.data.prepared_rows import write_data
+from experiments.study import config
+from experiments.study.params_text import read_yaml
+from experiments.study.paths import HERE, Paths
+from experiments.study.schema import Task
+from methods.errors import UserError
+from tests.experiments import hub_folder
+
+
+def science(number):
+    return {"Question": f"q {number}", "Correct Answer": "a"} | {
+        f"Incorrect Answer {n}": "bcd"[n - 1] for n in (1, 2, 3)
+    }
+
+
+def fact(number):
+    key = "A " if number == 2 else "A"  # lm-eval takes spaces before the letter away, not those behind it
+    choices = {"text": ["is hot", "sings"], "label": ["A", "B"]}
+    return {"question_stem": f"The sun {number}", "choices": choices, "answerKey": key}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    hub = tmp_path_factory.mktemp("hub")
+    problems = {"train": [hub_folder.problem(n) for n in range(3)], "test": [hub_folder.problem(n) for n in (5, 6)]}
+    hub_folder.put(hub, "openai/gsm8k", {"main": problems})
+    subsets = ("gpqa_diamond", "gpqa_extended", "gpqa_main")
+    hub_folder.put(hub, "Idavidrein/gpqa", {one: {"train": [science(n) for n in range(6)]} for one in subsets})
+    hub_folder.put(hub, "allenai/openbookqa", {"main": {s: [fact(n) for n in range(3)] for s in ("train", "test")}})
+    hub_folder.put(
+        hub,
+        "TAUR-Lab/MuSR",
+        {
+            "default": {
+                split: [hub_folder.murder(n) for n in range(2)]
+                for split in ("murder_mysteries", "object_placements", "team_allocation")
+            }
+        },
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(hub / "cache"))
+        yield hub
+
+
+def drawn(hub, **block):
+    sets = DataSets(folder=Path(hub), hashes=Path(hub).parent / "hashes")
+    return lm_eval_rows.draw("mine", Task.model_validate(block), test="all", data_sets=sets)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"include": "gsm8k", "num_fewshots": 3}, "task mine: unknown key 'num_fewshots': did you mean 'num_fewshot'?"),
+        ({"include": "gsm8k", "num_fewshot": "5"}, "task mine: num_fewshot is '5': it must be a whole number"),
+        ({"include": "gsm8k", "num_fewshot": -1}, "task mine: num_fewshot is -1: it must be 0 or more"),
+        ({"include": "gsm8k", "num_fewshot": 4}, "tasks.mine: num_fewshot is 4, and the split of gsm8k .* has 3 rows"),
+        (
+            {"include": "gsm8k", "num_fewshot": 2, "fewshot_split": "test"},
+            "num_fewshot is 2, .* has 2 rows, one of which is the row asked: lower it",
+        ),
+        ({"include": ["gsm8k"]}, r"task mine: include is \['gsm8k'\]: write the name of a task or group"),
+        ({"doc_to_text": "{{q}}", "doc_to_target": "a"}, "task mine: it names no data set .*write `rows` in its block"),
+        ("glue", r"'glue' is a tag .* without a block, .*write blocks for these \(cola, mnli, "),
+        ("openllm", r"'openllm' is a group without a score .*\(openllm-arc_challenge, openllm-hellaswag, "),
+        ("leaderboard_math_hard", "needs antlr4 4.11, and DVC, which runs the stages, needs 4.9"),
+    ],
+)
+def test_what_a_block_cannot_say_is_told_by_name(hub, task, message):
+    with pytest.raises(UserError, match=message):
+        drawn(hub, task=task)
+
+
+def test_as_many_examples_as_there_are_can_be_shown(hub):
+    assert len(drawn(hub, task={"include": "gsm8k", "num_fewshot": 3}).examples["gsm8k"]) == 3
+    alone = {"include": "gsm8k", "num_fewshot": 1, "fewshot_split": "test"}
+    assert len(drawn(hub, task=alone).examples["gsm8k"]) == 2
+
+
+def test_a_folder_that_is_not_there_is_told_without_naming_it_as_the_remedy(hub):
+    with pytest.raises(UserError, match="data.hub is '/nowhere', which is no folder: correct the path") as told:
+        drawn("/nowhere", task="gsm8k")
+    assert "data.hub: FOLDER" not in str(told.value)
+
+
+def test_a_document_that_the_task_cannot_use_is_shown(hub, tmp_path):
+    rows = drawn(hub, task="openbookqa")
+    lm_eval_rows.write(tmp_path / "mine.jsonl", rows)
+    block = Task.model_validate({"task": "openbookqa"})
+    with pytest.raises(
+        UserError, match=r"task openbookqa: lm-eval cannot use the document .*The sun 2.*'A ' is not in list"
+    ):
+        lm_eval_rows.entry("mine", block, "retention", rows, folder=tmp_path)
+
+
+def test_the_tasks_of_a_group_shuffle_one_after_the_other(hub, tmp_path, monkeypatch):
+    own = drawn(hub, task="leaderboard_gpqa").test
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path))  # which holds what was shuffled before
+    monkeypatch.chdir(hub)
+    with quiet(), documents.seeded():
+        for name, stated in catalogue.named("leaderboard_gpqa", name="gpqa").tasks.items():
+            task = ConfigurableTask(config=dict(stated))
+            assert own[name] == list(task.eval_docs), name
+    orders = [[doc["answer"] for doc in docs] for docs in own.values()]
+    assert orders[0] != orders[1]
+
+
+def written(hub, tmp_path, **roles):
+    raw = read_yaml(HERE / "experiments" / "studies" / "demo" / "params.yaml")
+    raw["domains"]["sums"] |= {"retention": [], "transfer": [], "probes": []} | roles
+    study = config.build(raw | {"data": {"hub": str(hub)}}, paths=Paths(root=tmp_path))
+    write_data(study, tmp_path / "out")
+    return json.loads((tmp_path / "out" / "evaluate" / "sums" / "tasks.json").read_text())
+
+
+def test_a_task_by_itself_and_in_a_group_is_not_in_two_roles(hub, tmp_path, capsys):
+    group, task = "leaderboard_musr", "leaderboard_musr_object_placements"
+    with pytest.raises(
+        UserError, match=f"{task} is in '{group}' under `retention` and in '{task}' under `transfer`: leave one"
+    ):
+        written(hub, tmp_path, retention=[group], transfer=[task])
+    entries = written(hub, tmp_path, retention=[group, task])
+    assert {group, task} <= {entry["name"] for entry in entries}
+    assert (
+        f"{task} is in '{group}' under `retention` and in '{task}' under `retention`, and counts twice"
+        in capsys.readouterr().out
+    )
