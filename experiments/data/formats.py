@@ -117,6 +117,8 @@ def _chat(row: Row, at: str, left_out: LeftOut) -> dict[str, Any]:
     messages = [_turn(turn) for turn in turns]
     if isinstance(system := row.get("system"), str) and system.strip() and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system})
+    if any(turn.get("weight") == 0 for turn in turns):  # OpenAI's mark of an answer that is not to be learned
+        left_out.change("an answer of `weight` 0 is learned as any other", at)
     answers = [number for number, turn in enumerate(messages, 1) if turn["role"] == "assistant"]
     if not answers:
         raise _Unfit("no turn of the assistant")

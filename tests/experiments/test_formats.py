@@ -206,9 +206,10 @@ def test_a_few_rows_that_do_not_fit_are_left_out_by_reason_and_many_are_refused(
 
 def test_turns_without_an_answer_at_the_end_are_left_out_of_the_conversation(tmp_path, capsys):
     rows = [{"messages": conversation("a", "b", "c")}, *CHATS]
+    rows[1] = {"messages": [turn | {"weight": 0} for turn in rows[1]["messages"]]}
     report = write_data(study(tmp_path, rows, "chat"), tmp_path / "out")
-    (facts,) = report["left_out"]["domains.d"]["changed"].values()
-    assert facts["n"] == 1 and "domains.d: the last turns have no answer" in capsys.readouterr().out
+    weighed, facts = report["left_out"]["domains.d"]["changed"].values()
+    assert facts["n"] == weighed["n"] == 1 and "domains.d: the last turns have no answer" in capsys.readouterr().out
     kept = [row for path in (tmp_path / "out").rglob("*.jsonl") for row in read_jsonl(path) if "messages" in row]
     assert sum(row["messages"] == conversation("a", "b") for row in kept) == 1 and len(kept) == 61
 
