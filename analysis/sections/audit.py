@@ -33,7 +33,7 @@ def section(record: Record) -> dict[str, Any]:
         "tuned": _short(record["tuned"]["given"]),
         "answer": answer(record),
         "verdict": record["verdict"],
-        "notes": record["tokenizers"] + _reading(record),
+        "notes": record["tokenizers"] + record["configs"] + _reading(record),
         "heads": HEADS,
         "tasks": [_task(task) for task in record["tasks"]] + _mean(record),
         "at_chance": record["overall"]["at_chance"],
@@ -76,7 +76,7 @@ def answer(record: Record) -> list[str]:
             said.append(f"Right answers: {_nats(overall['gold_nll_lost'])} nats per item lost on {over}.")
         said.append(f"Accuracy: {_points(overall['forgetting'])} points lost on {over}{_answers(record)}.")
     elif record["tasks"]:
-        said.append("Accuracy: the base answers no task above chance, so that none can show what was lost.")
+        said.append("Accuracy: on no task is the base above chance by its 95 % interval, so that none can show a loss.")
     moved = record["movement"]["overall"]
     if moved["distance"]:
         said.append(

@@ -1,8 +1,12 @@
-"""Whether two models have the same tensors, so that one may have been tuned from the other."""
+"""Whether two models have the same tensors, so that one may be tuned from the other, and how their configs differ."""
 
 from experiments.audit.models import Model
 from experiments.model.shape import Shape
 from methods.errors import UserError
+
+# of a config: what says where it comes from, how it is stored, or what is told elsewhere
+_ASIDE = {"_name_or_path", "architectures", "dtype", "transformers_version", "use_cache", "initializer_range"}
+_ASIDE |= {"vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id"}
 
 
 def refuse_other_architecture(base: Model, tuned: Model) -> None:
@@ -30,3 +34,14 @@ def refuse_other_architecture(base: Model, tuned: Model) -> None:
                 f"{base.given} and {tuned.given} are {kinds[0]}s of different sizes: {name} is {said[0]} in the first "
                 f"and {said[1]} in the second, so one was not tuned from the other"
             )
+
+
+def compare_configs(base: Model, tuned: Model) -> list[str]:
+    """A sentence for each setting of the two configs that differs and may change what the same weights compute."""
+    ours, theirs = (model.config.get_text_config().to_dict() for model in (base, tuned))
+    names = [name for name in dict.fromkeys([*ours, *theirs]) if name not in _ASIDE and not name.endswith("drop")]
+    return [
+        f"The configs differ: {name} is {ours.get(name)} in the base and {theirs.get(name)} in the tuned model."
+        for name in names
+        if ours.get(name) != theirs.get(name) and "dropout" not in name
+    ]

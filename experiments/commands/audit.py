@@ -22,7 +22,7 @@ from analysis.report import audit as page
 from evaluation import harness
 from experiments.audit import comparison, limits, movement, tokenizers
 from experiments.audit import data as datasets
-from experiments.audit.architecture import refuse_other_architecture
+from experiments.audit.architecture import compare_configs, refuse_other_architecture
 from experiments.audit.models import Model, resolve
 from experiments.audit.progress import Progress, told
 from experiments.audit.scoring import Folders, Scores, score
@@ -100,6 +100,7 @@ def main(
         "tuned": _about(other, after),
         "plain_prompts": bool(other.tokenizer.chat_template) and not chat_template,
         "tokenizers": differ.sentences,
+        "configs": compare_configs(one, other),
         "movement": moved,
         "flips": flips,
         "verdict": limits.verdict(found, allowed),

@@ -496,6 +496,15 @@ def test_a_copy_of_the_base_beside_the_weights_is_not_read(world):
     assert found["movement"] == alone["movement"] and found["general"] == alone["general"]
 
 
+def test_a_setting_of_the_config_that_changes_what_the_weights_compute_is_said(world):
+    shutil.copytree(world / "base", world / "stretched", dirs_exist_ok=True)
+    config = read_json(world / "base/config.json") | {"rms_norm_eps": 0.01, "attention_dropout": 0.1}
+    (world / "stretched/config.json").write_text(json.dumps(config))
+    _, found = run(world, "base", "stretched")
+    assert found["configs"] == ["The configs differ: rms_norm_eps is 1e-06 in the base and 0.01 in the tuned model."]
+    assert found["movement"]["overall"]["distance"] == 0 < found["general"]["kl"]["value"]
+
+
 def test_a_head_of_its_own_is_compared_with_the_embedding_that_was_the_head(world):
     tied, untied = (
         weights.load_model(world / "base", dtype="float32"),
