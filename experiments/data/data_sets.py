@@ -33,6 +33,21 @@ class DataSets:
             self.read_before[key] = self._read(path, name, dict(arguments))
         return self.read_before[key]
 
+    def place(self, path: str) -> str:
+        """The folder in `folder` that holds the data set OWNER/NAME."""
+        at = self.folder / path
+        if not at.is_dir():
+            raise UserError(
+                f"{self.folder} (data.hub) has no folder {path}: put the files of that data set's repository there, or "
+                "leave data.hub out to read the hub"
+            )
+        return str(at)
+
+    def source(self, path: str) -> str:
+        """The name of the data set in `folder`, with the hash of its files."""
+        digest = local_files.digests([self.place(path)], kept=self.hashes)[self.place(path)]
+        return f"folder:{path}@{digest[:16]}"
+
     def _read(self, path: str, name: str | None, arguments: dict[str, Any]) -> tuple[Mapping[str, Any], str]:
         import datasets
 
@@ -41,14 +56,7 @@ class DataSets:
         revision = arguments.pop("revision", None)
         at, commit = path, None
         if self.folder is not None:
-            at = str(self.folder / path)
-            if not self.folder.is_dir():
-                raise UserError(f"data.hub is {str(self.folder)!r}, which is no folder: correct the path")
-            if not Path(at).is_dir():
-                raise UserError(
-                    f"{self.folder} (data.hub) has no folder {path}: put the files of that data set's repository "
-                    "there, or leave data.hub out to read the hub"
-                )
+            at = self.place(path)
         elif path not in BUILDERS:
             commit = hub.data_set_commit(path, revision=revision)
         try:
@@ -60,8 +68,7 @@ class DataSets:
             raise _refused(error, path, revision, folder=self.folder) from error
         splits = {"train": splits} if isinstance(splits, datasets.Dataset) else splits
         if self.folder is not None:
-            digest = local_files.digests([at], kept=self.hashes)[at]
-            return splits, f"folder:{path}@{digest[:16]}" + (f"/{name}" if name else "")
+            return splits, self.source(path) + (f"/{name}" if name else "")
         cached = {Path(file["filename"]).parent.name for part in splits.values() for file in part.cache_files}
         found = set(filter(COMMIT.fullmatch, cached)) | ({commit} - {None})
         if len(found) > 1:

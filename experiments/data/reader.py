@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from experiments.data.left_out import LeftOut
 from experiments.data.lm_eval_rows import Drawn
 from experiments.study import schema
 from experiments.study.schema import Domain, General, Scored
+from methods.errors import UserError
 from methods.tools import jsonl
 
 Row = dict[str, Any]
@@ -62,11 +63,24 @@ class Reader:
     def __call__(self, block: General | Scored, named: schema.Rows, *, where: str) -> rows.Rows:
         if where not in self.read_before:
             source = {"packages": self.study.packages, "prefer": self.study.data.source}
-            loaded = rows.read(named, **source, where=where, emptied=block.nulls == "empty")
+            with_hub = named.hub and self.study.data.source == "hub" and self.data_sets.folder
+            read = self._in_folder if with_hub else rows.read
+            loaded = read(named, **source, where=where, emptied=block.nulls == "empty")
             shaped = rows.shape(loaded.rows, block, where=where) if isinstance(block, Scored) else loaded.rows
             self.note(loaded.left_out, where=where)
             self.read_before[where] = rows.Rows(rows=shaped, source=loaded.source)
         return self.read_before[where]
+
+    def _in_folder(self, named: schema.Rows, *, where: str, **settings: Any) -> rows.Rows:
+        """The rows that a block has on the hub, from `data.hub`."""
+        path = named.hub.path
+        try:
+            at, source = self.data_sets.place(path), self.data_sets.source(path)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+        there = named.model_copy(update={"hub": named.hub.model_copy(update={"path": at, "revision": None})})
+        loaded = rows.read(there, where=where, **settings)
+        return replace(loaded, source=loaded.source.replace(f"hub:{at}@unknown revision", source))
 
     def note(self, left_out: LeftOut, *, where: str) -> None:
         """Keep what was left out of the rows of a block, for data.json."""

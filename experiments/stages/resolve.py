@@ -118,12 +118,13 @@ def _rows(study) -> list[Rows]:
 
 
 def _asked(study) -> dict:
-    """What else `data:` decides: the number of rows, and the folder, of tasks whose blocks do not."""
+    """What else `data:` decides: rows of tasks whose blocks state no number, and the folder in place of the hub."""
     tasks = [study.tasks[name] for name in _tasks(study)]
     asked = {"test": study.data.test} if any(task.test is None for task in tasks) else {}
     domains = [study.domains[name] for name in study.grid.domains]
-    hub = study.data.hub if any(block.rows is None for block in [*tasks, *domains]) else None
-    return asked | ({"hub": hub} if hub else {})
+    read = any(block.rows is None for block in [*tasks, *domains])
+    read = read or (study.data.source == "hub" and any(named.hub for named in _rows(study)))
+    return asked | ({"hub": study.data.hub} if study.data.hub and read else {})
 
 
 def _row_files(study) -> list[str]:

@@ -1,6 +1,7 @@
 """Blocks that change a task of lm-eval's and leave its rows where they are: what cannot be, and what counts twice."""
 
 import json
+import re
 from pathlib import Path
 
 import datasets
@@ -8,10 +9,11 @@ import pytest
 from lm_eval.api.task import ConfigurableTask
 
 from evaluation import catalogue, documents
-from evaluation.task import quiet
+from evaluation.task import quiet, read_rows
 from experiments.data import lm_eval_rows
 from experiments.data.data_sets import DataSets
 from experiments.data.prepared_rows import write_data
+from experiments.stages import resolve
 from experiments.study import config
 from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE, Paths
@@ -89,10 +91,25 @@ def test_as_many_examples_as_there_are_can_be_shown(hub):
     assert len(drawn(hub, task=alone).examples["gsm8k"]) == 2
 
 
-def test_a_folder_that_is_not_there_is_told_without_naming_it_as_the_remedy(hub):
-    with pytest.raises(UserError, match="data.hub is '/nowhere', which is no folder: correct the path") as told:
-        drawn("/nowhere", task="gsm8k")
-    assert "data.hub: FOLDER" not in str(told.value)
+def test_a_folder_without_the_data_set_is_not_told_as_its_own_remedy(hub):
+    with pytest.raises(UserError, match=r"\(data.hub\) has no folder baber/piqa: put the files .* there") as told:
+        drawn(hub, task="piqa")
+    assert "data.hub: FOLDER" not in str(told.value) and "`tasks.mine.rows` reads other rows" in str(told.value)
+
+
+def test_rows_that_a_block_has_on_the_hub_are_read_from_the_folder(hub, tmp_path):
+    rows = {"hub": {"path": "allenai/openbookqa", "name": "main", "split": "train", "revision": "0" * 40}}
+    block = {"rows": rows, "set": {"answerKey": "B"}}
+    entries = written(hub, tmp_path, retention=["openbookqa"], tasks={"openbookqa": block}, source="hub")
+    (entry,) = [entry for entry in entries if entry["name"] == "openbookqa"]
+    assert entry["metric"] == "acc" and entry["chance"] == 0.5
+    scored = read_rows(tmp_path / "out" / "evaluate" / "sums" / "openbookqa.jsonl")
+    assert {row["question_stem"] for row in scored} == {f"The sun {n}" for n in range(3)}
+    report = json.loads((tmp_path / "out" / "data.json").read_text())["domains"]["sums"]
+    assert re.fullmatch(r"folder:allenai/openbookqa@\w{16}/main/train", report["tasks"]["openbookqa"]["source"])
+    block = {"rows": {"hub": {"path": "allenai/sciq", "split": "train"}}}
+    with pytest.raises(UserError, match=r"tasks.sciq: .*\(data.hub\) has no folder allenai/sciq"):
+        written(hub, tmp_path, retention=["sciq"], tasks={"sciq": block}, source="hub")
 
 
 def test_a_document_that_the_task_cannot_use_is_shown(hub, tmp_path):
@@ -117,10 +134,12 @@ def test_the_tasks_of_a_group_shuffle_one_after_the_other(hub, tmp_path, monkeyp
     assert orders[0] != orders[1]
 
 
-def written(hub, tmp_path, **roles):
+def written(hub, tmp_path, *, tasks=None, source="pypi", **roles):
     raw = read_yaml(HERE / "experiments" / "studies" / "demo" / "params.yaml")
     raw["domains"]["sums"] |= {"retention": [], "transfer": [], "probes": []} | roles
-    study = config.build(raw | {"data": {"hub": str(hub)}}, paths=Paths(root=tmp_path))
+    raw["tasks"] |= tasks or {}
+    study = config.build(raw | {"data": {"hub": str(hub), "source": source}}, paths=Paths(root=tmp_path))
+    assert resolve.data(study)["data"]["hub"] == str(hub)
     write_data(study, tmp_path / "out")
     return json.loads((tmp_path / "out" / "evaluate" / "sums" / "tasks.json").read_text())
 
