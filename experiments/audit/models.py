@@ -7,6 +7,7 @@ folder in Hugging Face layout; an adapter's becomes one when it is merged (exper
 import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ def resolve(given: str, *, study, work: Path, beside: Model | None = None, same_
         names = {given.removeprefix("hub:").partition("@")[0]}
     elif given in known:
         folder, names, about = _by_name(given, study)
-    elif Path(given).expanduser().is_dir():
+    elif given and Path(given).expanduser().is_dir():
         folder, about = Path(given).expanduser(), {}
         names = {str(folder), folder.resolve().name}
     else:
@@ -117,7 +118,7 @@ def _names_inside(folder: Path) -> set[str]:
     """Names of the model that its own config.json or base.json gives."""
     named = set()
     for file, key in (("config.json", "_name_or_path"), ("base.json", "source")):
-        if (folder / file).is_file():
+        with suppress(UserError):  # a damaged config.json is refused by name when it is read for the model
             value = disk.read_json(folder / file).get(key)
             named |= {value.removeprefix("hub:").partition("@")[0]} if isinstance(value, str) and value else set()
     return named

@@ -37,7 +37,9 @@ def read_config(folder: Path, given: str) -> dict[str, Any]:
 
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        kind = str(config["peft_type"])
+        kind, base = str(config["peft_type"]), config.get("base_model_name_or_path")
+        if not isinstance(base, str | None):
+            raise TypeError(f"base_model_name_or_path is {base!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{given}: {CONFIG} is no adapter's config ({shortened(error)}): save the adapter again"
@@ -75,7 +77,7 @@ def base_of(folder: Path) -> str | None:
 
 def alike(one: str, other: str) -> bool:
     """Whether two names of models may be of the same: a copy has another owner or folder, and the same last part."""
-    last = [name.rstrip("/").rpartition("/")[2].lower() for name in (one, other)]
+    last = [re.split(r"[/\\]", name.rstrip("/\\"))[-1].lower() for name in (one, other)]
     return last[0] == last[1]
 
 

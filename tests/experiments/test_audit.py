@@ -542,6 +542,10 @@ def checkpoints(folder: Path) -> None:
         file.unlink()
 
 
+def not_json(folder: Path) -> None:
+    (folder / "config.json").write_text("{oops")
+
+
 def gguf(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "model-q4.gguf")
 
@@ -557,6 +561,7 @@ def not_a_number(folder: Path) -> None:
     [
         (without_config, r"spoiled is not a model folder \(no config.json\)"),
         (checkpoints, "is not a model folder .*: give the one inside it, such as .*spoiled/checkpoint-100"),
+        (not_json, "spoiled has no config.json that can be read .*: fetch it again"),
         (gguf, "spoiled holds no safetensors, and a GGUF file is not read"),
         (pickled, r"Its .bin files can run code and are not read.*`bin_sha256`"),
         (cut_off, "model.safetensors is no safetensors file, or damaged or cut off"),
@@ -596,7 +601,7 @@ def test_an_adapters_base_is_known_by_its_name_or_said(world):
     ):
         run(world, "base", "of-the-hub")
     assert run(world, "base", "of-the-hub", same_base=True)[1]["tuned"]["adapter_of"] == "owner/other-name"
-    adapter(world / "base", world / "alike", named="owner/Base")
+    adapter(world / "base", world / "alike", named="C:\\models\\Base")
     assert run(world, "base", "alike")[1]["tuned"]["adapter"] == "LORA, r 3, lora_alpha 6"
 
 
@@ -604,6 +609,7 @@ def test_an_adapters_base_is_known_by_its_name_or_said(world):
     ("change", "message"),
     [
         ({"task_type": "SEQ_CLS"}, "is an adapter for SEQ_CLS"),
+        ({"base_model_name_or_path": 5}, "is no adapter's config .*base_model_name_or_path is 5"),
         ({"peft_type": "PROMPT_TUNING"}, "is a PROMPT_TUNING adapter, which peft cannot merge into a model's weights"),
         ({"r": 2}, "cannot be merged into its base by peft"),
         ({"target_modules": ["q_proj"]}, "is an adapter of another model: .* makes 4 tensors, and it has 8"),
