@@ -43,10 +43,12 @@ def _as_in_lm_eval(name: str) -> Callable:
                 return getattr(super(_AsInLmEval, self), name)(doc, *arguments, **named)
         except UserError:
             raise
-        except Exception as error:  # the task's templates and its own Python
+        except Exception as error:  # the task's templates and its own Python, or the chat template
+            chat = named.get("chat_template")  # the task's own parts are methods, too, and are named by then
+            who, remedy = ("the chat template", "name another") if chat else ("lm-eval", "correct the data set")
             raise UserError(
-                f"task {self.config.task}: lm-eval cannot use the document {doc!r:.200} ({shortened(error)}): correct "
-                "the data set, or choose another task"
+                f"task {self.config.task}: {who} cannot use the document {doc!r:.200} ({shortened(error)}): {remedy}, "
+                "or choose another task"
             ) from error
 
     return method

@@ -194,6 +194,24 @@ def test_a_tokenizer_without_a_template_is_refused(folder):
         ours(folder[0], chat_template=True)
 
 
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for m in messages %}", "evaluate.chat_template cannot write the user's turn 'Why\\?' .*endfor"),
+        ("hello", "evaluate.chat_template writes 'hello' for the user's turn 'Why\\?', which is missing"),
+        (
+            "{% if messages | length > 1 %}{{ raise_exception('one turn only') }}{% endif %}{{ messages[0].content }}",
+            "task gsm8k: the chat template cannot use the document .*one turn only.*: name another, or",
+        ),
+    ],
+)
+def test_a_template_that_does_not_fit_is_told(folder, tmp_path, template, message):
+    (tmp_path / "gsm8k.jsonl").write_bytes((folder[0] / "gsm8k.jsonl").read_bytes())
+    (tmp_path / "tasks.json").write_text(json.dumps([folder[1]["gsm8k"]]))
+    with pytest.raises(UserError, match=message):
+        ours(tmp_path, chat_template=template)
+
+
 def test_a_sample_is_scored_as_lm_eval_scores_these_rows(hub, folder, tmp_path):
     names = ["leaderboard_musr", "bhs_hindi", "gsm8k"]
     entries = write(hub, tmp_path, names, test=7)
