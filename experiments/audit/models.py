@@ -134,7 +134,7 @@ def _whole(
     model_folder.refuse_incomplete(folder, given)
     tensors = model_folder.weight_files(folder)
     if not tensors:
-        raise UserError(f"{given} holds no safetensors{_instead(folder)}")
+        raise UserError(model_folder.no_weights(folder, given))
     model_folder.refuse_codes(model_folder.headers(tensors, given), given)
     rows = config.get_text_config().vocab_size
     tokenizer = _tokenizer(given, folder, rows=rows, instead=beside)
@@ -153,18 +153,6 @@ def _whole(
         config_sha256=_config_sha256(folder),
         about=about,
     )
-
-
-def _instead(folder: Path) -> str:
-    """What a folder without safetensors holds, and what to do."""
-    if any(folder.glob("*.bin")):
-        return (
-            ". Its .bin files can run code and are not read: save the model with safetensors, or write a block under "
-            "`models:` in params.yaml with `bin_sha256` and give that block's name"
-        )
-    if any(folder.glob("*.gguf")):
-        return ", and a GGUF file is not read: give the folder in Hugging Face layout that it was made from"
-    return ": give a folder with the model's weights, or save or fetch it again"
 
 
 def _tokenizer(

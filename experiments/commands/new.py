@@ -78,6 +78,8 @@ def main(
         "seeds": None if seeds == "0" else seeds,
     }
     default = config.load(root=root)
+    if name == "general":
+        raise UserError("a study cannot be called 'general', as its domain would be: general text is scored under it")
     chosen = named(model, default)
     block = _rows_block(rows, root, encoding)
     found, loaded = _looked_at(block, rows, format=format, columns=columns)

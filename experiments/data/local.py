@@ -105,7 +105,7 @@ def _text(path: Path, encoding: str | None, *, by_line: bool = False) -> str:
             remedy = "name the file's own encoding as `encoding`"
         else:
             named = f"rows: {{local: {{path: {path}, encoding: cp1252}}}}"
-            remedy = f"if another program wrote it, such as Excel, write `{named}`"
+            remedy = f"if another program wrote it, such as Excel, write `{named}` (`new`: --encoding cp1252)"
         raise OtherEncoding(
             f"{path} line {line} is not {chosen.upper()} (byte {raw[error.start]:#x}, {error.reason}): {remedy}, or "
             "save the file as UTF-8"

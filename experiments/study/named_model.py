@@ -48,11 +48,13 @@ def named(given: str, default) -> Named:
         source = given
         if cached := _cached(given):
             source = f"{given.partition('@')[0]}@{cached.name}"
-    elif folder.is_dir():
+    elif given and folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(model_folder.no_config(folder))
         model_folder.config_of(folder, given)  # refuses an adapter
         model_folder.refuse_incomplete(folder, given)
+        if not model_folder.weight_files(folder):
+            raise UserError(model_folder.no_weights(folder, given))
         source = f"path:{_from_root(folder, default.paths.root)}"
     elif given.startswith("random:"):
         source = given

@@ -116,6 +116,21 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
+def no_weights(folder: Path, name: str) -> str:
+    """The message for a folder without safetensors: what it holds instead, and what to do."""
+    if any(folder.glob("*.bin")):
+        return (
+            f"{name} holds no safetensors. Its .bin files can run code and are not read: save the model with "
+            "safetensors, or write a block under `models:` in params.yaml with `bin_sha256` and give that block's name"
+        )
+    if any(folder.glob("*.gguf")):
+        return (
+            f"{name} holds no safetensors, and a GGUF file is not read: give the folder in Hugging Face layout that it "
+            "was made from"
+        )
+    return f"{name} holds no safetensors: give a folder with the model's weights, or save or fetch it again"
+
+
 def refuse_incomplete(folder: Path, name: str) -> None:
     """Refuse a folder whose index names files that are missing."""
     index = folder / "model.safetensors.index.json"

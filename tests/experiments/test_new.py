@@ -283,6 +283,9 @@ def test_a_model_in_the_hubs_cache_is_pinned_and_its_tokenizer_counts(root, tmp_
         ({"model": "someone/model"}, "write hub:someone/model for a model of the hub"),
         ({"model": "rows.jsonl"}, "is a file: give the folder"),
         ({"model": "./experiments"}, "no config.json"),
+        ({"model": "./pickled"}, "./pickled holds no safetensors. Its .bin files can run code"),
+        ({"model": ""}, "unknown model ''"),
+        ({"name": "general"}, "a study cannot be called 'general', as its domain would be"),
         ({"rows": "row.jsonl"}, "--rows row.jsonl: there is no such file or folder"),
         ({"rows": "dvc.yaml"}, "rows are read from .jsonl, .json"),
         ({"format": "chat"}, "columns answer, question, which are not those of chat"),
@@ -302,6 +305,8 @@ def test_a_model_in_the_hubs_cache_is_pinned_and_its_tokenizer_counts(root, tmp_
 def test_what_cannot_be_used_is_named_and_nothing_is_written(root, options, message):
     lines(root / "rows.jsonl", PAIRS)
     lines(root / "few.jsonl", PAIRS[:9])
+    random_models.build("llama", seed=0).config.save_pretrained(root / "pickled")
+    (root / "pickled/pytorch_model.bin").write_bytes(b"not read")
     lines(root / "chat.jsonl", CHAT)
     before = sorted((root / "experiments/studies").iterdir())
     with pytest.raises(UserError, match=message):
