@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from datasets import DatasetDict
 from tqdm import tqdm
 
 from evaluation import catalogue, documents, groups, guessing
@@ -138,19 +139,26 @@ def _loader(
     """Reads the data set that lm-eval's task asks for, and adds its source to `sources`."""
     splits_wanted = dict.fromkeys(config.get(f"{kind}_split") for kind in ("test", "validation", "fewshot"))
 
+    def refused(path: str, subset: str | None, problem: object) -> UserError:
+        wanted = [f"data set {path}", subset and f"configuration {subset}", *splits_wanted]
+        helps = [] if data_sets.folder else ["`data.hub: FOLDER` reads it from a folder in the hub's layout"]
+        helps += [] if group else [f"`{where}.rows` reads other rows"]
+        return UserError(
+            f"{where}: task {task} of lm-eval wants {', '.join(filter(None, wanted))}: {problem}"
+            + (f". {', and '.join(helps)}" if helps else "")
+        )
+
     def load(path: str, subset: str | None, arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+        class Splits(DatasetDict):
+            def __missing__(self, split: str) -> NoReturn:
+                raise refused(path, subset, f"it has no split {split!r} (it has {', '.join(self)})")
+
         try:
             rows, source = data_sets(path, subset, arguments)
         except UserError as error:
-            wanted = [f"data set {path}", subset and f"configuration {subset}", *splits_wanted]
-            helps = [] if data_sets.folder else ["`data.hub: FOLDER` reads it from a folder in the hub's layout"]
-            helps += [] if group else [f"`{where}.rows` reads other rows"]
-            raise UserError(
-                f"{where}: task {task} of lm-eval wants {', '.join(filter(None, wanted))}: {error}"
-                + (f". {', and '.join(helps)}" if helps else "")
-            ) from error
+            raise refused(path, subset, error) from error
         sources[source] = None
-        return rows
+        return Splits(rows)
 
     return load
 

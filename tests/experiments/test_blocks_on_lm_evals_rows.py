@@ -112,6 +112,13 @@ def test_rows_that_a_block_has_on_the_hub_are_read_from_the_folder(hub, tmp_path
         written(hub, tmp_path, retention=["sciq"], tasks={"sciq": block}, source="hub")
 
 
+def test_a_split_that_is_not_there_is_told_with_its_data_set(hub):
+    task = {"include": "gsm8k", "test_split": "validation"}
+    said = r"tasks.mine: task gsm8k of lm-eval wants data set openai/gsm8k, configuration main, validation, train: "
+    with pytest.raises(UserError, match=said + r"it has no split 'validation' \(it has train, test\)"):
+        drawn(hub, task=task)
+
+
 def test_a_document_that_the_task_cannot_use_is_shown(hub, tmp_path):
     rows = drawn(hub, task="openbookqa")
     lm_eval_rows.write(tmp_path / "mine.jsonl", rows)
