@@ -8,7 +8,7 @@ from typing import Any
 
 from experiments.model import hub
 from experiments.study import local_files
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 
 COMMIT = re.compile("[0-9a-f]{40}")
 BUILDERS = ("arrow", "csv", "json", "parquet", "text")  # readers of `datasets`, whose files stand in `data_files`
@@ -57,6 +57,8 @@ class DataSets:
         at, commit = path, None
         if self.folder is not None:
             at = self.place(path)
+            # `datasets` would take a changed folder, or another one of this name, for the one it read before
+            arguments["cache_dir"] = str(Path(datasets.config.HF_DATASETS_CACHE) / self.source(path).partition("@")[2])
         elif path not in BUILDERS:
             commit = hub.data_set_commit(path, revision=revision)
         try:
@@ -84,5 +86,6 @@ def _refused(error: Exception, path: str, revision: str | None, *, folder: Path 
     if "Dataset scripts are no longer supported" in message:
         return UserError(f"data set {path!r} is made by a program of its repository, which is not run: {message}")
     if folder is not None:
-        return UserError(f"data set {path!r} in {folder} (data.hub) cannot be read: {message}")
+        inner = f" ({shortened(error.__cause__)})" if error.__cause__ else ""
+        return UserError(f"data set {path!r} in {folder} (data.hub) cannot be read: {message}{inner}")
     return hub.refused(error, kind="data set", name=path, revision=revision)

@@ -10,11 +10,13 @@ Each of them may have its own `set` and `columns` (see `shape`), because sources
 A null cell that a template or a text would print is refused; `nulls: empty` in the block reads every null cell as "".
 """
 
+import contextlib
 import gzip
 import io
 import json
 import math
 import re
+import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -208,9 +210,12 @@ def _hub(block: schema.Hub, _: Mapping[str, str]) -> Rows:
     # offline, or if the hub refuses, `datasets` uses any cached revision: resolve the commit first and check it below
     commit = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)
     which = {"split": split, "revision": commit or revision, "data_files": block.data_files}
+    # `datasets` would take a changed folder, or another one of this name, for the one it read before
+    cache = tempfile.TemporaryDirectory() if Path(path).is_dir() else contextlib.nullcontext()
     try:
-        parts = [datasets.load_dataset(path, one, **which) for one in names]
-        rows = [row for part in parts for row in part]  # decodes images and sounds
+        with cache as cache_dir:
+            parts = [datasets.load_dataset(path, one, cache_dir=cache_dir, **which) for one in names]
+            rows = [row for part in parts for row in part]  # decodes images and sounds
     except ImportError as error:
         raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
     except Exception as error:  # datasets and its HTTP library raise many types

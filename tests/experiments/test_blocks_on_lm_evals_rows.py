@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import datasets
@@ -10,7 +11,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from evaluation import catalogue, documents
 from evaluation.task import quiet, read_rows
-from experiments.data import lm_eval_rows
+from experiments.data import lm_eval_rows, rows
 from experiments.data.data_sets import DataSets
 from experiments.data.prepared_rows import write_data
 from experiments.stages import resolve
@@ -98,8 +99,8 @@ def test_a_folder_without_the_data_set_is_not_told_as_its_own_remedy(hub):
 
 
 def test_rows_that_a_block_has_on_the_hub_are_read_from_the_folder(hub, tmp_path):
-    rows = {"hub": {"path": "allenai/openbookqa", "name": "main", "split": "train", "revision": "0" * 40}}
-    block = {"rows": rows, "set": {"answerKey": "B"}}
+    given = {"hub": {"path": "allenai/openbookqa", "name": "main", "split": "train", "revision": "0" * 40}}
+    block = {"rows": given, "set": {"answerKey": "B"}}
     entries = written(hub, tmp_path, retention=["openbookqa"], tasks={"openbookqa": block}, source="hub")
     (entry,) = [entry for entry in entries if entry["name"] == "openbookqa"]
     assert entry["metric"] == "acc" and entry["chance"] == 0.5
@@ -112,6 +113,21 @@ def test_rows_that_a_block_has_on_the_hub_are_read_from_the_folder(hub, tmp_path
         written(hub, tmp_path, retention=["sciq"], tasks={"sciq": block}, source="hub")
 
 
+def test_a_changed_folder_is_read_anew(tmp_path, monkeypatch):
+    """`datasets` itself would give the rows that a folder of this name held before."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    block = {"rows": {"hub": {"path": str(tmp_path / "openai" / "gsm8k"), "name": "main", "split": "test"}}}
+    found = []
+    for asked in (5, 6):
+        shutil.rmtree(tmp_path / "openai", ignore_errors=True)
+        problems = [hub_folder.problem(n) for n in range(asked)]
+        hub_folder.put(tmp_path, "openai/gsm8k", {"main": {"train": problems, "test": problems}})
+        named = Task.model_validate(block).rows
+        own = rows.read(named, packages={}, prefer="hub", where="tasks.mine")
+        found.append((len(drawn(tmp_path, task="gsm8k").test["gsm8k"]), len(own.rows)))
+    assert found == [(5, 5), (6, 6)]
+
+
 def test_a_split_that_is_not_there_is_told_with_its_data_set(hub):
     task = {"include": "gsm8k", "test_split": "validation"}
     said = r"tasks.mine: task gsm8k of lm-eval wants data set openai/gsm8k, configuration main, validation, train: "
@@ -120,13 +136,13 @@ def test_a_split_that_is_not_there_is_told_with_its_data_set(hub):
 
 
 def test_a_document_that_the_task_cannot_use_is_shown(hub, tmp_path):
-    rows = drawn(hub, task="openbookqa")
-    lm_eval_rows.write(tmp_path / "mine.jsonl", rows)
+    read = drawn(hub, task="openbookqa")
+    lm_eval_rows.write(tmp_path / "mine.jsonl", read)
     block = Task.model_validate({"task": "openbookqa"})
     with pytest.raises(
         UserError, match=r"task openbookqa: lm-eval cannot use the document .*The sun 2.*'A ' is not in list"
     ):
-        lm_eval_rows.entry("mine", block, "retention", rows, folder=tmp_path)
+        lm_eval_rows.entry("mine", block, "retention", read, folder=tmp_path)
 
 
 def test_the_tasks_of_a_group_shuffle_one_after_the_other(hub, tmp_path, monkeypatch):

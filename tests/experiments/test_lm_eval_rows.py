@@ -302,9 +302,8 @@ def test_what_was_read_is_recorded_and_changes_with_the_files(hub, tmp_path):
     before = lm_eval_rows.facts(Task.model_validate({"task": "gsm8k"}), rows)
     assert before["source"].startswith("folder:openai/gsm8k@") and before["source"].endswith("/main")
     assert before["n"] == {"train": 0, "test": 2, "probe": 0} and before["of"] == 2
-    hub_folder.put(
-        tmp_path, "openai/gsm8k", {"main": {"train": [hub_folder.problem(1)], "test": [hub_folder.problem(2)]}}
-    )
+    examples = [hub_folder.problem(number) for number in range(10, 15)]
+    hub_folder.put(tmp_path, "openai/gsm8k", {"main": {"train": examples, "test": [hub_folder.problem(2)]}})
     _, other = drawn(tmp_path, "gsm8k", test=1)
     assert other.source != rows.source
 
