@@ -34,10 +34,13 @@ def write_scored(
     for role in ("retention", "transfer", "score"):
         for name in getattr(block, role):
             written = _written(name, role, reader, folder=folder)
-            same = isinstance(written.entry["task"], str) and written.entry["task"] == block.task
+            # a group may hold it, which may still be scored as a whole
+            by_group = written.entry.get("documents") and role != "score"
+            inside = [one.config.task for one in written.tasks] if by_group else []
+            same = isinstance(block.task, str) and block.task in [written.entry["task"], *inside]
             if same or written.facts["source"] in sources:
                 raise UserError(
-                    f"{where}.{role} lists {name!r}, which is the domain's own task or rows: "
+                    f"{where}.{role} lists {name!r}, which is the domain's own task or rows, or a group with them: "
                     "training data cannot show retention or transfer"
                 )
             stated = [written.entry[key] for key in ("task", "metric")]

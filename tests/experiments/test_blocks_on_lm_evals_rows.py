@@ -179,3 +179,16 @@ def test_a_task_by_itself_and_in_a_group_is_not_in_two_roles(hub, tmp_path, caps
         f"{task} is in '{group}' under `retention` and in '{task}' under `retention`, and counts twice"
         in capsys.readouterr().out
     )
+
+
+def test_a_group_that_holds_the_domains_own_task_is_no_retention(hub, tmp_path):
+    file, own = tmp_path / "own.jsonl", "leaderboard_musr_object_placements"
+    file.write_text("".join(json.dumps(hub_folder.murder(n)) + "\n" for n in range(20, 32)))
+    taught = {"task": own, "question": "narrative", "rows": str(file), "split": {"train": 6, "probe": 2, "test": 2}}
+    taught |= {"metric": "acc_norm"}
+    with pytest.raises(
+        UserError, match="retention lists 'leaderboard_musr', which is the domain's own task .* a group"
+    ):
+        written(hub, tmp_path, retention=["leaderboard_musr"], **taught)
+    entries = written(hub, tmp_path, score=["leaderboard_musr"], **taught)
+    assert "leaderboard_musr" in {entry["name"] for entry in entries}
