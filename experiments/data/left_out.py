@@ -9,6 +9,9 @@ from evaluation.chance import WARNING
 from methods.errors import UserError
 
 FEW = 0.1  # share of the rows up to which they are left out
+SMALL = (
+    10  # so many rows of a small set, whose first mistakes would be more than that share, unless they are most of it
+)
 _QUOTED = re.compile(r"'[^']*'|\"[^\"]*\"|\d+")
 NAMED = 3  # places that a message names for each reason
 
@@ -37,8 +40,9 @@ class LeftOut:
         """Say what was left out of `of` rows, unless `quiet`; raises UserError where it is more than a few."""
         if self.rows:
             problem = f"{where}: {self.rows} of {of} rows cannot be used: {_listed(self.places)}"
-            if self.rows > FEW * of:
-                raise UserError(f"{problem}. That is more than one in ten: {remedy}")
+            if self.rows > max(FEW * of, min(SMALL, of / 2)):
+                share = "more than one in ten" if 2 * self.rows <= of else "most"
+                raise UserError(f"{problem}. That is {share}: {remedy}")
             if not quiet:
                 print(f"{WARNING}{problem}. They are left out", flush=True)
         for what, places in self.changed.items():

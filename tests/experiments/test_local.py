@@ -133,8 +133,8 @@ def test_a_few_broken_lines_are_left_out_and_named_and_many_are_refused(tmp_path
     assert "warning: domains.d: 4 of 44 rows cannot be used: 1: not JSON (" in said and f"{path} line 22" in said
     assert loaded.left_out.facts()["left_out"]["not JSON"] == {"n": 1, "rows": [f"{path} line 21"]}
     assert all(f"{path} line {number}" in said for number in range(21, 25))
-    with pytest.raises(UserError, match="domains.d: 4 of 24 rows .* more than one in ten: correct the file"):
-        read(write(tmp_path / "b.jsonl", "\n".join(good[:20] + bad)))
+    with pytest.raises(UserError, match="domains.d: 12 of 32 rows .* more than one in ten: correct the file"):
+        read(write(tmp_path / "b.jsonl", "\n".join(good[:20] + bad * 3)))
     table = ["q,a"] + ["1,2"] * 30 + ["1,2,3", "1", '"x\ny",2']
     loaded = read(write(tmp_path / "a.csv", "\n".join(table)))
     assert len(loaded.rows) == 31 and loaded.rows[-1].at.endswith("a.csv line 34")
