@@ -3,7 +3,7 @@ import re
 
 import pytest
 
-from analysis import write_summary
+from analysis.compare import write_summary
 from analysis.load import load_cells
 from analysis.sections import bench
 from experiments.bench.race import Goal, Race

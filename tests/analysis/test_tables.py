@@ -211,7 +211,7 @@ def test_points():
 
 def test_a_checkpoint_made_elsewhere_goes_all_the_way(tmp_path):
     """No cost, no curve, no retention task above chance: every form is still made."""
-    from analysis import write_summary
+    from analysis.compare import write_summary
     from experiments.commands.tracked_runs import run_of
 
     planned = write_results(tmp_path, methods=("full", "mine"))
