@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from analysis import numbers, write_summary
+from analysis import numbers
+from analysis.compare import write_summary
 from analysis.load import load_cells
 from analysis.measures import GENERAL, GOLD, NATS
 from analysis.sections.tables import as_markdown, as_text

@@ -4,8 +4,9 @@ import xml.etree.ElementTree as ElementTree
 import pandas as pd
 import pytest
 
-from analysis import numbers, write_summary
+from analysis import numbers
 from analysis.chosen import chosen
+from analysis.compare import write_summary
 from analysis.load import load_cells
 from analysis.report.inline import inline
 from analysis.sections.answer import sentences

@@ -9,7 +9,8 @@ import pandas as pd
 import pytest
 from scipy.stats import t as student
 
-from analysis import units, write_summary
+from analysis import units
+from analysis.compare import write_summary
 from analysis.load import load_cells
 from analysis.sections.tables import as_text
 from analysis.statistics import permutation
