@@ -98,9 +98,13 @@ def _answers(record: Record) -> str:
         return ""
     lost, gained, right = (sum(one[key] for one in counted) for key in ("lost", "gained", "right"))
     known = [one["lost_known"] for one in counted]
-    guessing = "" if None in known else f" ({sum(known):.1f} less what guessing would lose)"
+    guessing = "" if None in known else f" ({_signed(sum(known))} less what guessing would lose)"
     answers = "answer" if right == 1 else "answers"
     return f": of {right:,} right {answers} {lost:,} were lost{guessing}, and the tuned model gained {gained:,}"
+
+
+def _signed(count: float) -> str:
+    return f"{count:.1f}".replace("-", "−")
 
 
 def _reading(record: Record) -> list[str]:
@@ -131,9 +135,8 @@ def _reading(record: Record) -> list[str]:
 
 def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     unit, answers = task["unit"], task.get("answers")
-    right = f"of {answers['right']:,} right" if answers else ""
     known = {key: None if answers is None else answers[f"{key}_known"] for key in ("lost", "gained")}
-    less = {key: "" if value is None else f"{value:.1f} without guessing" for key, value in known.items()}
+    less = {key: "" if value is None else f"{_signed(value)} less guessing" for key, value in known.items()}
     return {
         "name": task["name"],
         "note": task["metric"] + ("" if task["counts"] else ", not in the mean"),
@@ -146,7 +149,7 @@ def _task(task: Mapping[str, Any]) -> dict[str, Any]:
             _ends(task["lost"], lambda value: units.change(value, unit)),
             _ends(task["gold_nll_lost"], numbers.nats),
             _ends(task["margin_lost"], numbers.nats),
-            (f"{answers['lost']:,}", ", ".join(filter(None, (right, less["lost"])))) if answers else ("–", ""),
+            (f"{answers['lost']:,} of {answers['right']:,}", less["lost"]) if answers else ("–", ""),
             (f"{answers['gained']:,}", less["gained"]) if answers else ("–", ""),
         ],
     }
