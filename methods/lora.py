@@ -33,7 +33,7 @@ PIECE = 1 << 17  # entries merged at a time: few enough for the processor's cach
     paper="https://arxiv.org/abs/2106.09685",
     line="Train a low-rank update of chosen linear layers and merge it.",
     phase="adapt",
-    capabilities=frozenset({"adapts"}),
+    capabilities=frozenset({"adapts", "adapter"}),
 )
 @dataclass(frozen=True, kw_only=True)
 class LoRA(Part):

@@ -108,6 +108,7 @@ PHASES = ("adapt", "data", "weights", "loss", "penalty", "projection", "mask", "
 CAPABILITIES = {
     "optimizer": "brings the optimizer; two such parts are refused",
     "adapts": "changes which tensors are trained; preparation is done on the adapted model",
+    "adapter": "wraps linear layers with an adapter; two such parts are refused",
     "importance": "prepares importance, which is stored",
     "general": "reads general text while it trains: `begin` is given it",
     "needs_gradient": "reads the raw task gradient in after_step",
@@ -209,6 +210,7 @@ class Part:
     frozen: ClassVar[str] = ""  # why entries that are not trained may differ from the base afterwards
     decomposed: ClassVar[float] = 0.0  # largest relative error of the base's logits where its weights are kept as a sum
     beside: ClassVar[Mapping[str, Mapping[str, Any]]] = {}  # parts without which it cannot run, with their settings
+    excludes: ClassVar[Mapping[str, str]] = {}  # parts, or capabilities of parts, it cannot run beside → the reason
     trial: ClassVar[Mapping[str, Any]] = {}  # settings for a tiny model, on which the laws run it
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import itertools
 import pkgutil
 import sys
 from collections.abc import Mapping
@@ -79,14 +80,27 @@ def build(block: Mapping[str, Any] | None, *, where: str = "") -> tuple[Part, ..
         except UserError as error:  # what a part itself refuses begins with its key
             raise UserError(f"{where}.{error}" if where else str(error)) from error
     place = f"{where}: " if where else ""
-    optimizers = [part.key for part in built if "optimizer" in part.capabilities]
-    if len(optimizers) > 1:
-        raise UserError(f"{place}{' and '.join(optimizers)} cannot be combined: each brings an optimizer; keep one")
-    if len(built) > 1 and any("provides_weights" in part.capabilities for part in built):
-        raise UserError(
-            f"{place}{' and '.join(part.key for part in built)} cannot be combined: given weights are not trained"
-        )
+    for one, other in itertools.combinations(built, 2):
+        if reason := clash(one, other):
+            raise UserError(f"{place}{one.key} and {other.key} cannot be combined: {reason}")
     return in_order(built)
+
+
+ALONE = {  # capabilities that one part of a method may have
+    "optimizer": "each brings an optimizer; keep one",
+    "adapter": "each wraps linear layers with an adapter; keep one",
+}
+
+
+def clash(one: Part, other: Part) -> str:
+    """Why two parts cannot be parts of one method; empty where they can."""
+    for part, beside in ((one, other), (other, one)):
+        if "provides_weights" in part.capabilities:
+            return "given weights are not trained"
+        for name, reason in part.excludes.items():
+            if name == beside.key or name in beside.capabilities:
+                return reason
+    return next((why for name, why in ALONE.items() if name in one.capabilities & other.capabilities), "")
 
 
 def phase_settings(part: Part, phase: str | None) -> dict[str, Any]:

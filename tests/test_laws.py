@@ -78,9 +78,6 @@ def test_two_processes_give_the_numbers_of_one(trial, tmp_path):
 
 # every pair of parts
 
-REFUSED = {"given": "given weights are not trained"}  # beside any other part
-
-
 def hooks_of(kind):
     """The hooks that a part overrides."""
     return {hook for hook in (*hooks.TRAINING, "finish") if getattr(kind, hook) is not getattr(Part, hook)}
@@ -96,9 +93,10 @@ PAIRS = [
 def test_a_pair_trains_or_is_refused_with_the_reason(trial, one, two):
     trials = [trial(PARTS[key]) for key in (one, two)]
     block = {**trials[0].kind.beside, **trials[1].kind.beside, **{t.kind.key: t.settings() for t in trials}}
-    reason = REFUSED.get(one) or REFUSED.get(two)
-    if reason:
-        with pytest.raises(UserError, match=f"{one} and {two} cannot be combined: {reason}"):
+    wanted = [PARTS[key](**settings) for key, settings in sorted(block.items())]
+    refused = [reason for each in itertools.combinations(wanted, 2) if (reason := registry.clash(*each))]
+    if refused:
+        with pytest.raises(UserError, match=f"cannot be combined: {re.escape(refused[0])}"):
             registry.build(block)
         return
     parts = registry.build(block)
