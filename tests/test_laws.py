@@ -78,6 +78,7 @@ def test_two_processes_give_the_numbers_of_one(trial, tmp_path):
 
 # every pair of parts
 
+
 def hooks_of(kind):
     """The hooks that a part overrides."""
     return {hook for hook in (*hooks.TRAINING, "finish") if getattr(kind, hook) is not getattr(Part, hook)}
