@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from evaluation.retention import SHARE, unit_of
+from evaluation.retention import unit_of
+from evaluation.units import SHARE
 from methods.tools.files import read_json
 
 WARNING = "warning: "

@@ -9,7 +9,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from evaluation.measure import RESAMPLES, SHARE
+from evaluation.measure import RESAMPLES
+from evaluation.units import SHARE
 
 Item = dict[str, Any]
 Reported = Mapping[str, Any]  # an entry of scores.json

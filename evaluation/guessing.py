@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.measure import SHARE
+from evaluation.units import SHARE
 
 PICKED_BY_GOLD = ("acc", "acc_norm", "acc_bytes", "acc_mutual_info")  # 1 where the picked choice is a right one
 FAR = -1e6  # nats: so unlikely that no length of a choice makes up for it

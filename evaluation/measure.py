@@ -22,9 +22,9 @@ from lm_eval.api import metrics
 from lm_eval.api.registry import higher_is_better_registry
 
 from evaluation.shipped import lacks_package
+from evaluation.units import NATS, SHARE
 from methods.errors import UserError, shortened
 
-SHARE, NATS = "share", "nats"
 RESAMPLES = 200  # a standard error from so many is within 10 % in 19 of 20 cases (Efron and Tibshirani 1993, ch. 6)
 SEED = 0  # the base and every cell draw the same rows, so that their differences are paired
 LARGEST = 700.0  # nats, beyond which a perplexity would be infinite, which JSON cannot hold

@@ -27,7 +27,7 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-from evaluation.measure import SHARE
+from evaluation.units import SHARE
 from methods.errors import UserError
 
 Z = 1.6448536269514722  # Φ(z) = 0.95

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers  # whose classes are imported where they are first used: that takes seconds
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from methods.errors import UserError
 from methods.part import Part, Run, register, setting
@@ -72,7 +72,7 @@ def merged(path: str, run: Run) -> dict[str, torch.Tensor]:
     config = plain(run.model).config
     config = type(config).from_dict(config.to_dict())  # a copy, because building a model changes it
     with torch.device("meta"):
-        kind = type(AutoModelForCausalLM.from_config(config, trust_remote_code=False))
+        kind = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     dtype = torch.promote_types(next(iter(run.base.values())).dtype, torch.float32)
     model = kind.from_pretrained(None, config=config, state_dict=dict(run.base), dtype=dtype)
     model = peft_adapter.merged(model, Path(path), f"given.path: {path}")
@@ -150,15 +150,15 @@ def _shapes_by_transformers(path: str) -> dict[str, list[int]]:
     """Shapes by parameter name of the model in the folder's config: other versions of transformers used other names."""
     if not (Path(path) / "config.json").is_file():
         return {}
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _loaded_by_transformers(path: str) -> dict[str, torch.Tensor]:
     """The folder's tensors as transformers renames and joins them. Raises UserError where it leaves any out."""
-    model, about = AutoModelForCausalLM.from_pretrained(
+    model, about = transformers.AutoModelForCausalLM.from_pretrained(
         path,
         dtype="auto",
         local_files_only=True,

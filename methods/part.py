@@ -91,6 +91,7 @@ __all__ = [
     "CAPABILITIES",
     "PHASES",
     "REGISTERED",
+    "TENSORS",
     "Part",
     "Prepared",
     "Row",
@@ -178,6 +179,9 @@ def generator(*key: int | str) -> Generator:
     """Random numbers on the CPU that depend on `key` alone."""
     digest = hashlib.sha256(repr(key).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+
+
+TENSORS = ("calibration", "importance", "start", "carry")  # what is stored of a `Prepared`, a file each
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from experiments.bench.race import Race, race
 from experiments.model import tuned, weights
 from experiments.model.base import load_tensors
-from experiments.stages.prepare import encoded_text
+from experiments.training.prepared import encoded_text
 from methods.ewc import EWC
 from methods.tools.importance import decode, encode
 from methods.tools.stored import load_importance, save_importance

@@ -12,12 +12,12 @@ from transformers import PreTrainedModel
 from experiments.model import weights
 from experiments.model.base import dtype_of, load_tensors
 from experiments.model.random_models import build
-from experiments.stages.prepare import encoded_text
 from experiments.study import config
 from experiments.study.config import Study
 from experiments.training import hardware
 from experiments.training.batches import Example, schedule
 from experiments.training.examples import encoded
+from experiments.training.prepared import encoded_text
 from experiments.training.settings import TrainSettings
 from methods.tools.files import read_json
 

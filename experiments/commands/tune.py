@@ -17,9 +17,9 @@ from experiments.model import tuned, weights
 from experiments.model.base import dtype_of, load_tensors
 from experiments.model.measure import Measure
 from experiments.model.shape import shape_of
-from experiments.stages import prepare, resolve
+from experiments.stages import resolve
 from experiments.study.config import build_method, with_setting
-from experiments.training import hardware, hooks
+from experiments.training import hardware, hooks, prepared
 from experiments.training.engine import TrainingFailed, final_weights, finish, fit
 from experiments.training.examples import encoded
 from experiments.training.stopping import rule_of
@@ -164,8 +164,8 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
     parts = study.methods[method].parts
     states = {}
     if any(map(prepares, parts)):
-        store, _ = prepare.stored(study, model_name, method, SEED)
-        states = prepare.load_states(store / "out", parts)
+        store, _ = prepared.stored(study, model_name, method, SEED)
+        states = prepared.load_states(store / "out", parts)
     examples = encoded(
         study.paths.data / "train" / domain / "train.jsonl",
         tokenizer,
@@ -180,7 +180,7 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
             settings=settings,
             seed=SEED,
             base=base,
-            general=prepare.load_general(study.paths.data / "general" / "importance.jsonl", tokenizer),
+            general=prepared.load_general(study.paths.data / "general" / "importance.jsonl", tokenizer),
             states=states,
             tokenizer=tokenizer,
             device=where,

@@ -28,11 +28,10 @@ from experiments.laws.trial import SETTINGS, Checkpoints, Killed, Trial, texts
 from experiments.model.shape import Shape
 from experiments.training import hardware, memory
 from experiments.training.batches import epoch_steps, steps
-from experiments.training.preparation import TENSORS
 from experiments.training.snapshot import tensors_in
 from methods import listing, registry
 from methods.errors import UserError
-from methods.part import Part, in_order, overrides
+from methods.part import TENSORS, Part, in_order, overrides
 from methods.settings import declared
 from methods.tools.architecture import base_name
 from methods.tools.files import folder_sha256

@@ -19,12 +19,12 @@ from experiments.model.shape import Shape
 from experiments.training import hooks
 from experiments.training.batches import Example, epoch_steps
 from experiments.training.engine import FitResult, final_weights, finish, fit
-from experiments.training.preparation import TENSORS, prepare
+from experiments.training.preparation import prepare
 from experiments.training.resume import Resume
 from experiments.training.services import evaluating
 from experiments.training.settings import TrainSettings
 from methods import registry
-from methods.part import Part, adapted, in_order
+from methods.part import TENSORS, Part, adapted, in_order
 from methods.settings import declared
 from methods.tools.names import unknown
 from methods.tools.process_group import Shards

@@ -18,13 +18,13 @@ from experiments.model.measure import Measure
 from experiments.model.positions import refuse_long_rows
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
-from experiments.stages.prepare import GENERAL, load_general, load_states
+from experiments.stages.prepare import GENERAL
 from experiments.study import ledger, provenance
 from experiments.study.failures import recorded
 from experiments.training import hardware, hooks, memory, processes
 from experiments.training.engine import final_weights, finish, fit
 from experiments.training.examples import encoded
-from experiments.training.flops import mfu
+from experiments.training.prepared import load_general, load_states
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
 from experiments.training.snapshot import tensors_in
@@ -192,7 +192,7 @@ def _fit(
         **({"stopped": result.stopped} if result.stopped else {}),
         "flops": result.flops,
         "added": result.added,
-        "mfu": mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,
+        "mfu": hardware.mfu(result.flops, result.seconds, result.peak_flops) if result.seconds else None,
         "peak_flops": result.peak_flops,
         "peak_flops_basis": hardware.dense_peak(where, measure.dtype)[1],
         "peak_memory_bytes": _everywhere(shards, hardware.peak_memory_bytes(where)),

@@ -73,11 +73,6 @@ def of_pass(made: Pass, counter: Flops, lengths: Sequence[int]) -> float | None:
     return counter.step(lengths=read, labelled=sum(read))
 
 
-def mfu(flops: float | None, seconds: float, peak: float | None) -> float | None:
-    """The share of `peak` (FLOP/s) that `flops` in `seconds` reach; None where it cannot be computed."""
-    return flops / seconds / peak if flops is not None and peak and seconds else None
-
-
 def _whole(model: nn.Module) -> tuple[float, ...]:
     """FLOPs for a token, a labelled token and T² of an example: of forward and backward, then of forward alone.
 

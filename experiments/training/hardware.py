@@ -146,3 +146,8 @@ def _cpu_name() -> str:
     if info.is_file() and (name := re.search(r"^model name\s*:\s*(.+?)\s*$", info.read_text(), re.MULTILINE)):
         return name[1]
     return platform.processor() or platform.machine()
+
+
+def mfu(flops: float | None, seconds: float, peak: float | None) -> float | None:
+    """The share of `peak` (FLOP/s) that `flops` in `seconds` reach; None where it cannot be computed."""
+    return flops / seconds / peak if flops is not None and peak and seconds else None

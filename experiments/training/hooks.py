@@ -10,16 +10,18 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from experiments.training.flops import Flops
 from methods.errors import UserError
 from methods.part import Part, Row, Run, in_order, overrides
 from methods.tools.process_group import Shards
 from methods.tools.token_statistics import TokenStatistics
+
+if TYPE_CHECKING:
+    from experiments.training.flops import Flops
 
 COSTS = ("tokens", "left_out", "flops", "seconds", "bytes")  # left out: tokens of domain rows
 
@@ -36,7 +38,7 @@ class Hooks:
     counted  false while a micro-batch is computed that counts with weight zero: nothing is charged then
     """
 
-    def __init__(self, parts: Sequence[Part], states: Mapping[str, dict], *, flops: Flops, shards: Shards) -> None:
+    def __init__(self, parts: Sequence[Part], states: Mapping[str, dict], *, flops: "Flops", shards: Shards) -> None:
         self.parts = in_order(parts)
         self.states = {part.key: dict(states.get(part.key, {})) for part in self.parts}
         self.added: dict[str, dict[str, float | None]] = {}

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from experiments.training.flops import mfu
+from experiments.training.hardware import mfu
 from methods.errors import UserError
 
 WINDOW = 10  # steps between two reads from a GPU; on the CPU, where a read costs nothing, every step is read

@@ -16,8 +16,6 @@ from experiments.training.settings import TrainSettings
 from methods.part import Part, Prepared, Row, adapted, in_order, overrides
 from methods.tools.process_group import Shards
 
-TENSORS = ("calibration", "importance", "start", "carry")  # what is stored of a `Prepared`, a file each
-
 
 @dataclass(frozen=True, kw_only=True)
 class Preparation:

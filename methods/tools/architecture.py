@@ -10,8 +10,8 @@ from typing import Any
 from unittest import mock
 
 import torch
+import transformers  # whose models are imported where they are first used: that takes seconds
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from methods.errors import UserError
@@ -35,7 +35,7 @@ def backbone(model: nn.Module) -> nn.Module:
 def _backbone_name(model: nn.Module) -> str:
     """The attribute that has the decoder: as the class says, or, where that is something else, the only model in it."""
     inner = plain(model)
-    models = [name for name, child in inner.named_children() if isinstance(child, PreTrainedModel)]
+    models = [name for name, child in inner.named_children() if isinstance(child, transformers.PreTrainedModel)]
     for name in (getattr(inner, "base_model_prefix", ""), models[0] if len(models) == 1 else ""):
         if name and isinstance(getattr(inner, name, None), nn.Module):
             return name
@@ -209,9 +209,10 @@ def numberless(*, packed: bool = False) -> Iterator[None]:
     def nothing(*_: Any, **__: Any) -> None:
         return None
 
-    with mock.patch.object(PreTrainedModel, "warn_if_padding_and_no_attention_mask", nothing):
+    with mock.patch.object(transformers.PreTrainedModel, "warn_if_padding_and_no_attention_mask", nothing):
         # transformers would take a position without a number for that of a packed row
-        with nullcontext() if packed else mock.patch.object(masking_utils, "find_packed_sequence_indices", nothing):
+        masks, looking = transformers.masking_utils, "find_packed_sequence_indices"
+        with nullcontext() if packed else mock.patch.object(masks, looking, nothing):
             yield
 
 

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers  # whose classes are imported where they are first used: that takes seconds
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from methods.errors import UserError, shortened
 
@@ -31,7 +29,7 @@ BUFFERS = (
 )
 
 
-def config_of(folder: Path, name: str) -> PreTrainedConfig:
+def config_of(folder: Path, name: str) -> "transformers.PreTrainedConfig":
     """transformers' config of the folder. Raises UserError naming `name` unless it is a causal language model.
 
     An adapter, quantised weights, an encoder-decoder and an architecture that transformers does not have are refused.
@@ -43,25 +41,25 @@ def config_of(folder: Path, name: str) -> PreTrainedConfig:
             "take the model as it is, or save the merged model"
         )
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in transformers.CONFIG_MAPPING:
         if "auto_map" in config:
             raise UserError(
                 f"{name} needs code of its own (auto_map in config.json), which is never run: choose a model of an "
                 "architecture that transformers has"
             )
         raise UserError(
-            f"{name}: config.json names the model_type {kind!r}, which transformers {transformers_version} does not "
-            f"have: {_CLOSER}"
+            f"{name}: config.json names the model_type {kind!r}, which transformers {transformers.__version__} "
+            f"does not have: {_CLOSER}"
         )
     refuse_quantised(folder, name)
     if config.get("is_encoder_decoder"):
         raise UserError(f"{name} is an encoder and decoder ({kind}), no causal language model: {_CLOSER}")
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind not in transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UserError(
-            f"{name}: {kind} has no causal language model in transformers {transformers_version}: {_CLOSER}"
+            f"{name}: {kind} has no causal language model in transformers {transformers.__version__}: {_CLOSER}"
         )
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # each architecture checks its settings in its own way
         raise UserError(f"{name}: transformers cannot use its config.json ({shortened(error)})") from error
 
@@ -187,7 +185,7 @@ def shards(index: Path, name: str) -> list[str]:
     return files
 
 
-def refuse_partial(folder: Path, model: PreTrainedModel, about: Mapping[str, Any]) -> None:
+def refuse_partial(folder: Path, model: "transformers.PreTrainedModel", about: Mapping[str, Any]) -> None:
     """Refuse a model that transformers loads in part: with random tensors for missing ones, or with too few layers.
 
     about   the loading info of `from_pretrained`

@@ -25,7 +25,7 @@ from experiments.study import ahead, config
 from experiments.study.cells import Cell
 from experiments.study.paths import HERE
 from experiments.study.schema import Model
-from experiments.training import memory
+from experiments.training import memory, prepared
 from experiments.training.flops import Flops
 from experiments.training.settings import TrainSettings
 from methods import registry
@@ -111,8 +111,8 @@ def test_a_part_with_none_of_our_settings_is_planned_and_prepared(study):
     prepare.main(study, model="llama-tiny", method="own", seed=0, cell=Cell("llama-tiny", "sums", "own", 0))
     costs = read_json(study.paths.prepare_costs(model="llama-tiny", method="own", seed=0))
     folder = study.paths.prepared(model="llama-tiny", method="own", seed=0)
-    (states,) = prepare.load_states(folder, study.methods["own"].parts).values()
-    text = [len(row["input_ids"]) for row in prepare.encoded_text(general_text(study), byte_tokenizer())]
+    (states,) = prepared.load_states(folder, study.methods["own"].parts).values()
+    text = [len(row["input_ids"]) for row in prepared.encoded_text(general_text(study), byte_tokenizer())]
     assert costs["tokens_prepare"] == sum(text) and len(states["carry"]["text"]) == max(text)
     # what it adds to every step is recorded beside the domain's tokens, and joined with what it took to prepare
     train.main(study, Cell("llama-tiny", "sums", "own", 0))
@@ -136,12 +136,12 @@ def test_calibration_is_made_on_the_bare_model_and_stored_for_the_adapted_one(st
         study, model="llama-tiny", method="calibrated", seed=0, cell=Cell("llama-tiny", "sums", "calibrated", 0)
     )
     folder = study.paths.prepared(model="llama-tiny", method="calibrated", seed=0)
-    state = prepare.load_states(folder, study.methods["calibrated"].parts)["calibrated"]
+    state = prepared.load_states(folder, study.methods["calibrated"].parts)["calibrated"]
     assert torch.equal(state["carry"]["twice"], 2 * state["calibration"]["mean"])
     assert state["notes"] == {"read": 3, "cut": 2}
     # what it took is recorded for the part, by what it states
     costs = read_json(study.paths.prepare_costs(model="llama-tiny", method="calibrated", seed=0))
-    lengths = [len(row["input_ids"]) for row in prepare.encoded_text(general_text(study), byte_tokenizer())]
+    lengths = [len(row["input_ids"]) for row in prepared.encoded_text(general_text(study), byte_tokenizer())]
     cut = [min(8, length) for length in lengths[:2]]
     counter = Flops(built(study))
     flops = counter.forward(lengths=lengths[:3], predicted=0) + counter.step(lengths=cut, labelled=sum(cut))

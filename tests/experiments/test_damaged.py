@@ -16,10 +16,10 @@ from evaluation.probe import load_probes
 from experiments.model import delta, packages, tuned, weights
 from experiments.model.base import load_tensors
 from experiments.model.random_models import build, byte_tokenizer
-from experiments.stages.prepare import load_states
 from experiments.study import lock, params_text
 from experiments.study.paths import HERE
 from experiments.study.schema import Model
+from experiments.training.prepared import load_states
 from methods import given, registry
 from methods.errors import UserError
 from methods.part import Run

@@ -8,7 +8,8 @@ from transformers.models.gptj.modeling_gptj import GPTJAttention
 
 from experiments.model.random_models import build
 from experiments.training import hardware, loss
-from experiments.training.flops import Flops, mfu
+from experiments.training.flops import Flops
+from experiments.training.hardware import mfu
 from methods.tools import architecture
 
 MODELS = {

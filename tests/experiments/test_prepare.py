@@ -16,6 +16,7 @@ from experiments.stages import data, model, prepare
 from experiments.study import ahead, config
 from experiments.study.cells import Cell
 from experiments.study.paths import HERE
+from experiments.training import prepared
 from experiments.training.hardware import device
 from methods.errors import UserError
 from methods.tools.files import read_json, sha256, write_json
@@ -100,7 +101,7 @@ def test_documents_without_a_token_to_predict_are_left_out(made, texts, capsys):
 def test_general_text_of_single_tokens_is_refused(made, texts, method):
     texts(["a"] * 8)
     with pytest.raises(UserError, match=r"^general: none of the 8 documents of `general.importance`.*`general.rows`"):
-        prepare.stored(load(made), "llama-tiny", method, 0)
+        prepared.stored(load(made), "llama-tiny", method, 0)
     study = load(made)
     with pytest.raises(UserError, match=r"^general: none of the 32 documents"):  # and before any stage runs
         ahead.refuse_long(
@@ -126,7 +127,7 @@ def test_importance_of_zeros_is_refused(made, texts, monkeypatch):
 
     monkeypatch.setattr(EWC, "prepare", nothing)
     with pytest.raises(UserError, match=r"methods\.ewc\.ewc: the importance of every weight came out as 0"):
-        prepare.stored(load(made), "llama-tiny", "ewc", 0)
+        prepared.stored(load(made), "llama-tiny", "ewc", 0)
 
 
 def test_documents_longer_than_the_models_positions_are_refused_by_the_parts_name(made, texts):
@@ -151,7 +152,7 @@ def test_documents_longer_than_the_models_positions_are_refused_by_the_parts_nam
         refuse_long_documents(small, model="llama-tiny", method="ewc", shape=shape, longest=257)
     texts(["a" * 600] * 8)
     with pytest.raises(UserError, match=message):
-        prepare.stored(load(made, written), "llama-tiny", "ewc", 0)
+        prepared.stored(load(made, written), "llama-tiny", "ewc", 0)
     assert run(made, "ewc", default)[2]["tokens_prepare"] == 8 * 512  # the default is what the model takes
 
 
@@ -160,7 +161,7 @@ def test_the_key_of_the_store_says_what_a_preparation_depends_on(made, monkeypat
     where, keys = device("cpu"), {}
 
     def key(study=None, method="ewc", seed=0, at=where):
-        return prepare.store_key(study or load(made), "llama-tiny", method, seed, at)
+        return prepared.store_key(study or load(made), "llama-tiny", method, seed, at)
 
     first = keys["first"] = key()
     assert key(seed=1) == first and key(method="hierarchical", seed=0) != key(method="hierarchical", seed=1)

@@ -10,10 +10,10 @@ from experiments.model import vocabulary
 from experiments.model.random_models import build
 from experiments.model.random_models import byte_tokenizer as make_tokenizer
 from experiments.model.weights import materialise
-from experiments.stages.prepare import encoded_text
 from experiments.stages.train import encoded
 from experiments.study import ahead
 from experiments.study.schema import Model
+from experiments.training.prepared import encoded_text
 from methods.errors import UserError
 from tests.evaluation.test_encode import with_bos, with_end, with_merges, without_specials
 from tests.experiments.test_ahead import rows, study
