@@ -61,15 +61,15 @@ def weighted_nll(
         def compute(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits = logits_of(rows)
             logits = logits.to(_wide(logits.dtype))
-            if weights_of is not None and not known:
-                places = (sent(place[piece], rows.device) for place in (line, column + 1))
-                statistics = dict(zip(("rows", "columns"), places))
+            nll = None if weights_of is None else F.cross_entropy(logits, targets, reduction="none")
+            if nll is not None and not known:
+                places = dict(zip(("rows", "columns"), (sent(at[piece], rows.device) for at in (line, column + 1))))
+                given = {"logits": logits.detach(), "targets": targets, "nll": nll.detach(), **places}
                 with torch.no_grad():
-                    known.append(weights_of(TokenStatistics(logits=logits.detach(), targets=targets, **statistics)))
-            if not known or known[0] is None:
+                    known.append(weights_of(TokenStatistics(**given)))
+            if nll is None or known[0] is None:
                 nll = F.cross_entropy(logits, targets, reduction="sum")
                 return nll, nll.detach()
-            nll = F.cross_entropy(logits, targets, reduction="none")
             return (known[0].to(nll) * nll).sum(), nll.detach().sum()
 
         return compute

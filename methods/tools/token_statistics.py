@@ -17,22 +17,19 @@ class TokenStatistics:
     targets  (n,), the labels
     rows     (n,), the row of the micro-batch that each label stands in
     columns  (n,), the position of the label in that row; the logits are those of the position before it
+    nll      (n,), −log p(label) in nats
     """
 
     logits: Tensor
     targets: Tensor
     rows: Tensor
     columns: Tensor
+    nll: Tensor
 
     @cached_property
     def log_probabilities(self) -> Tensor:
         """log p over the vocabulary, (n, v)."""
         return torch.log_softmax(self.logits, dim=-1)
-
-    @cached_property
-    def nll(self) -> Tensor:
-        """−log p(label) in nats, (n,)."""
-        return -self.log_probabilities.gather(-1, self.targets[:, None])[:, 0]
 
     @property
     def probability(self) -> Tensor:
@@ -42,4 +39,5 @@ class TokenStatistics:
     def entropy(self, top: int | None = None) -> Tensor:
         """Entropy in nats, (n,), of the `top` largest probabilities divided by their sum; None: of all."""
         logits = self.logits if top is None else self.logits.topk(min(top, self.logits.shape[-1]), dim=-1).values
-        return torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)
+        probabilities = torch.softmax(logits, dim=-1)
+        return torch.special.entr(probabilities, out=probabilities).sum(-1)

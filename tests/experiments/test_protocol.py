@@ -188,7 +188,8 @@ def test_rows_of_an_epoch_are_drawn_at_its_beginning_and_survive_a_stop(tmp_path
 def test_statistics_are_those_of_torchs_distributions():
     draw = torch.Generator().manual_seed(0)
     logits, targets = torch.randn(6, 40, generator=draw), torch.randint(0, 40, (6,), generator=draw)
-    found = TokenStatistics(logits=logits, targets=targets, rows=targets, columns=targets)
+    nll = F.cross_entropy(logits, targets, reduction="none")
+    found = TokenStatistics(logits=logits, targets=targets, rows=targets, columns=targets, nll=nll)
     whole = torch.distributions.Categorical(logits=logits)
     torch.testing.assert_close(found.probability, whole.probs.gather(1, targets[:, None])[:, 0])
     torch.testing.assert_close(found.nll, -whole.log_prob(targets))
