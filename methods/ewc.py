@@ -11,16 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from methods.part import Part, Prepared, cut, register, setting
-from methods.tools.architecture import base_name
 from methods.tools.costs import Memory, Pass
-from methods.tools.effective import Full, adapted_names, anchored, base_parameters, effective_weights
+from methods.tools.effective import adapted_names, base_anchor, base_parameters, effective_weights
 from methods.tools.fisher import TOKENS, by_length, diagonal_fisher
 from methods.tools.importance import compact, memory_of_penalty, placed, refuse_missing, totals
 from methods.tools.process_group import Shards
@@ -113,14 +112,8 @@ class EWC(Part):
         return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
 
     def begin(self, *, run, state, examples, general=()):
-        # θ₀ of the trained tensors; an adapter's anchor is zero and takes no memory
-        state["anchor"] = anchored(
-            run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base}
-        )
-        weights = [
-            replace(w, anchor=state["anchor"][w.parameter]) if isinstance(w, Full) else w
-            for w in effective_weights(run)
-        ]
+        state["anchor"] = base_anchor(run)
+        weights = effective_weights(run, anchor=state["anchor"])
         refuse_missing(state["importance"], [w.name for w in weights], part=self.key)
         state["terms"] = [(w, placed(run, state["importance"][w.name])) for w in weights]
 

@@ -43,7 +43,7 @@ part whose hook uses them; a part reports what else it reads or stores with `run
     from methods.tools.effective import effective_weights
 
     @register(
-        key="l2_sp",
+        key="my_l2_sp",
         title="L2-SP",
         paper="https://arxiv.org/abs/1802.01483",
         line="Pull every weight back to the base.",

@@ -212,7 +212,7 @@ def test_the_protocols_example_works_as_printed(tiny_llama, tmp_path):
         spec.loader.exec_module(module)
         _pulls(module.L2SP(strength=0.5), tiny_llama, strength=0.5)
     finally:
-        REGISTERED.pop("l2_sp", None)
+        REGISTERED.pop("my_l2_sp", None)
 
 
 def _pulls(part, model, *, strength):

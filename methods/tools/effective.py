@@ -11,7 +11,7 @@ the whole of A. ∂A is then summed over processes; ∂B is complete in the proc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -119,7 +119,8 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
     """One entry for every adapted layer and then for every trained base tensor, in the model's order.
 
     anchor   what change is measured from, by names of run.weights: rows of trained base tensors and of B, all of A
-             (`anchored`). By default that is the base: θ₀, and zero for an adapter. It is not copied.
+             (`anchored`). Adapters that it does not name are measured from zero (`base_anchor`). By default all is
+             measured from the base: θ₀, and zero for an adapter. It is not copied.
 
     Raises UserError for DoRA, modules_to_save and adapters on embeddings, whose effective update is not s·B·A.
     """
@@ -138,7 +139,7 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
                 b=b,
                 scaling=module.scaling[adapter],
                 transposed=isinstance(module.base_layer, Conv1D),
-                anchor=(anchor[a], anchor[b]) if anchor is not None else None,
+                anchor=(anchor[a], anchor[b]) if anchor and a in anchor else None,
             )
         )
     for parameter in run.weights:
@@ -154,6 +155,11 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
     return weights
 
 
+def penalised(weights: Sequence[Effective]) -> int:
+    """The number of entries of effective weights, of all processes' rows together."""
+    return sum(weight.run.base[weight.name].numel() for weight in weights)
+
+
 def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """An anchor for `effective_weights` on the run's device, from whole tensors by names of run.weights."""
     whole, rows = factors(run.model)
@@ -163,6 +169,11 @@ def anchored(run: Run, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {
         name: (tensor if name in whole else run.shards.local(tensor)).to(run.device) for name, tensor in tensors.items()
     }
+
+
+def base_anchor(run: Run) -> dict[str, Tensor]:
+    """θ₀ of the trained base tensors on the run's device, in the checkpoint's own dtype; adapters take no memory."""
+    return anchored(run, {name: run.base[base_name(name)] for name in run.weights if base_name(name) in run.base})
 
 
 def factors(model: nn.Module) -> tuple[set[str], set[str]]:
