@@ -160,6 +160,9 @@ COMMANDS = {
         arguments=(argument("--show", action="store_true", help="print what is compared as JSON; change nothing"),),
         alone=True,
     ),
+    "methods": Command(
+        help="write docs/methods.md, the table of all parts and what they cost; needs no study", study=False
+    ),
     "schema": Command(
         help="write params.schema.json, by which editors complete params.yaml; needs no study", study=False
     ),
