@@ -129,7 +129,10 @@ def _prepared(part: Part) -> float:
     """Tokens of general text that the part reads while it prepares."""
     if not prepares(part):
         return 0.0
-    return sum(((each.training or {}).get("epochs") or 1.0) * sum(each.cut([LONGEST] * DOCUMENTS)) for each in part.preparation())
+    return sum(
+        ((each.training or {}).get("epochs") or 1.0) * sum(each.cut([LONGEST] * DOCUMENTS))
+        for each in part.preparation()
+    )
 
 
 def _memory(shape: Shape, parts: Sequence[Part], checkpoint: Any) -> Mapping[str, int]:
