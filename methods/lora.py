@@ -7,25 +7,10 @@ the same bits (`merged`).
 
 from __future__ import annotations
 
-import difflib
-import json
-import math
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
-
-from methods.errors import UserError
-from methods.part import Part, register, setting
-from methods.tools.architecture import base_name
-from methods.tools.effective import Factored, effective_weights, factors
-from methods.tools.files import writing
-
-PIECE = 1 << 17  # entries merged at a time: few enough for the processor's cache
+from methods.part import register, setting
+from methods.tools.adapter import Adapter
 
 
 @register(
@@ -36,137 +21,16 @@ PIECE = 1 << 17  # entries merged at a time: few enough for the processor's cach
     capabilities=frozenset({"adapts", "adapter"}),
 )
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Part):
-    shares = ("methods.tools.effective", "methods.tools.importance")
+class LoRA(Adapter):
+    shares = ("methods.tools.adapter", "methods.tools.effective", "methods.tools.importance")
 
     neutral = "none: it trains two factors in place of each matrix"
     trial = {"rank": 2}
 
-    rank: int = setting(8, phase="prepare", within="[1, inf)", help="rank of the update")
-    alpha: float = setting(32.0, phase="prepare", within="(0, inf)", help="the update's scale is alpha/rank")
-    dropout: float = setting(0.0, phase="prepare", within="[0, 1)", help="dropout on the adapter's input")
-    targets: tuple[str, ...] = setting(
-        ("q_proj", "v_proj"), phase="prepare", help="last names of the linear layers to adapt"
-    )
     rslora: bool = setting(False, phase="prepare", help="scale alpha/√rank instead")
 
     def adapt(self, model, *, seed, state=None):
-        from peft import LoraConfig, get_peft_model
+        return self._wrapped(model, seed=seed, use_rslora=self.rslora)
 
-        self._check_targets(model)
-        config = LoraConfig(
-            r=self.rank,
-            lora_alpha=self.alpha,
-            lora_dropout=self.dropout,
-            target_modules=sorted(self.targets),
-            use_rslora=self.rslora,
-            task_type="CAUSAL_LM",
-            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        )
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # peft's advice concerns no setting of this part
-            torch.manual_seed(seed)  # peft draws A in float32 on the CPU, whatever the model's dtype and device
-            return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-    def _check_targets(self, model: nn.Module) -> None:
-        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-        if not self.targets:
-            raise UserError(f"lora.targets is empty: name at least one linear layer of {_known(linear)}")
-        for target in self.targets:
-            named = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
-            if not named:
-                near = difflib.get_close_matches(target, _known(linear), n=3, cutoff=0.4) or _known(linear)
-                raise UserError(
-                    f"lora.targets: {target!r} is no linear layer of this model; "
-                    f"nearest: {', '.join(near)} (all: {', '.join(_known(linear))})"
-                )
-            if any(module is model.get_output_embeddings() for module in named):
-                raise UserError(
-                    f"lora.targets: {target!r} is the head, which cannot be adapted (often it is also the embedding): "
-                    "leave it out"
-                )
-
-    def finish(self, *, run, state, final, measure=None):
-        changed = dict(final)
-        for weight in effective_weights(run):
-            if isinstance(weight, Factored):
-                a, b = run.whole(weight.a), run.whole(weight.b)
-                if run.shards.first:
-                    base = final[weight.name] if weight.name in final else run.base[weight.name]
-                    changed[weight.name] = merged(base, a=a, b=b, scale=weight.scaling, transposed=weight.transposed)
-        return changed
-
-    def save(self, *, run, state, folder):
-        """Write adapter/adapter_model.safetensors and adapter/adapter_config.json, sorted unlike peft's own."""
-        tensors = {
-            name.replace(".default.", "."): run.whole(name).cpu().contiguous()
-            for name in sorted(set.union(*factors(run.model)))
-        }
-        if not run.shards.first:
-            return
-        out = folder / "adapter"
-        out.mkdir(parents=True, exist_ok=True)
-        with writing(out / "adapter_model.safetensors"):
-            save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
-        (out / "adapter_model.safetensors").chmod(0o644)
-        config = {
-            "fan_in_fan_out": any(
-                weight.transposed for weight in effective_weights(run) if isinstance(weight, Factored)
-            ),
-            "base_model_name_or_path": None,
-            "bias": "none",
-            "inference_mode": True,
-            "init_lora_weights": True,
-            "lora_alpha": self.alpha,
-            "lora_dropout": self.dropout,
-            "peft_type": "LORA",
-            "r": self.rank,
-            "target_modules": sorted(self.targets),
-            "task_type": "CAUSAL_LM",
-            "use_rslora": self.rslora,
-        }
-        (out / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-
-    def report(self, *, run, state):
-        adapted = [w for w in effective_weights(run) if isinstance(w, Factored)]
-        entries = sum(math.prod(run.shapes[name]) for w in adapted for name in (w.a, w.b))
-        return {"adapted_layers": len(adapted), "trained_entries": entries, "scale": adapted[0].scaling}
-
-
-def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float, transposed: bool = False) -> Tensor:
-    """W + s·B·A (W out × in, A rank × in, B out × rank) on the CPU, in float32, or in float64 for a float64 W.
-
-    transposed   W is in × out, and (s·B·A)ᵀ is added
-
-    The bits are the same on every machine and with any number of threads: the order of summation in a matrix product is
-    not defined, so the ranks are added one after the other in float64, and the sum is rounded once.
-    """
-    if transposed:
-        return merged(weight.T, a=a, b=b, scale=scale).T.contiguous()
-    a, b = a.detach().cpu().double(), b.detach().cpu().double()
-    out = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-    size = max(1, PIECE // a.shape[1])
-    for at in range(0, len(out), size):
-        rows = slice(at, at + size)
-        total, product = (torch.zeros(len(out[rows]), a.shape[1], dtype=torch.float64) for _ in range(2))
-        for of_b, of_a in zip(b[rows].T, a):
-            total += torch.mul(of_b[:, None], of_a, out=product)  # addcmul rounds only once on some machines
-        out[rows] = total.mul_(scale).add_(weight[rows].cpu())
-    return out
-
-
-def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float, bool]:
-    """The adapter that `save` wrote: (A, B) by base name of the weight, the scale, whether weights are in × out."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    tensors = load_file(folder / "adapter_model.safetensors")
-    pairs = {
-        base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
-        for name, tensor in tensors.items()
-        if name.endswith(".lora_A.weight")
-    }
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    return pairs, scale, config["fan_in_fan_out"]
-
-
-def _known(linear: dict[str, nn.Module]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in linear})
+    def _saved(self):
+        return {"use_rslora": self.rslora}

@@ -26,9 +26,9 @@ from experiments.model.shape import Shape
 from experiments.training import hooks, memory
 from experiments.training.log import TrainingFailed
 from methods.errors import UserError
-from methods.lora import merged, read_adapter
 from methods.part import Part
 from methods.tools import model_folder
+from methods.tools.adapter import merged, read_adapter
 from methods.tools.effective import factors
 from methods.tools.files import need_room, read_json, sha256, write_json, writing
 

@@ -3,7 +3,8 @@
 For a trained base tensor the effective change is θ − θ₀; for a linear layer with LoRA it is s·B·A (rank r: A is r × in,
 B is out × r, s = alpha/r, or alpha/√r with rsLoRA). A gradient D = dL/dθ of the effective tensor becomes the gradient
 D of the tensor itself, or ∂A = s·Bᵀ·D and ∂B = s·D·Aᵀ of the factors. A model that stores W as in × out (Conv1D)
-takes (s·B·A)ᵀ and Dᵀ instead. So a penalty that is written for effective weights works for both.
+takes (s·B·A)ᵀ and Dᵀ instead. So a penalty that is written for effective weights works for both. An adapter that
+starts from factors whose product is not zero (methods/tools/split.py) stands for s·(B·A − B₀·A₀).
 
 Where several processes share the model, each has its own rows of every effective weight: for s·B·A its rows of B times
 the whole of A. ∂A is then summed over processes; ∂B is complete in the process that has its rows.
@@ -12,7 +13,7 @@ the whole of A. ∂A is then summed over processes; ∂B is complete in the proc
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -61,26 +62,56 @@ class Factored:
     run: Run
     name: str  # base parameter name of the adapted weight
     layer: str  # path of the adapted layer in run.model
-    a: str  # names of the factors in run.weights
+    a: str  # names of the factors in run.weights, where one that is not trained is missing
     b: str
     scaling: float
     transposed: bool  # the base tensor is in × out (GPT-2's Conv1D): its rows need the whole of both factors
-    # the factors (as from `parts`) that change is measured from; None: the base, where s·B·A = 0
+    # the factors (as from `parts`) that change is measured from; None: the base, where s·B·A or the difference is 0
     anchor: tuple[Tensor, Tensor] | None
+    start: tuple[Tensor, Tensor] | None = None  # A₀ and B₀, whole, where their product is not zero
 
     def value(self) -> Tensor:
-        """s·B·A − anchor's s·B·A in the base tensor's layout; a new tensor. Exactly zero at the anchor."""
-        value = self.product(*self.parts(self.run.weights).values())
-        return value if self.anchor is None else value.sub_(self.product(*self.anchor).to(value.device))
+        """The weight minus the anchor's, in the base tensor's layout; a new tensor. Exactly zero at the anchor."""
+        a, b = self.parts(self.run.weights).values()
+        if self.anchor is not None:
+            return self.product(a, b).sub_(self.product(*self.anchor).to(a.device))
+        return self.product(*self._difference(a, b, self._own(self.a), self._own(self.b)))
 
     def parts(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The factors of this process's rows, from weights or gradients: all of A, and rows of B or all of it."""
-        a, b = (tensors[name].detach() for name in (self.a, self.b))
-        whole = self.run.shards.whole
-        return {
-            self.a: whole(a, self.run.shapes[self.a]),
-            self.b: whole(b, self.run.shapes[self.b]) if self.transposed else b,
-        }
+        """The factors of this process's rows, from weights or gradients: all of A, and rows of B or all of it.
+
+        A factor that is not trained is what it started as; its gradient is zero.
+        """
+        found = {}
+        for name in (self.a, self.b):
+            if name not in tensors:
+                found[name] = self._own(name) if tensors is self.run.weights else torch.zeros_like(self._own(name))
+            elif name == self.b and not self.transposed:
+                found[name] = tensors[name].detach()
+            else:
+                found[name] = self.run.shards.whole(tensors[name].detach(), self.run.shapes[name])
+        return found
+
+    def update(self) -> tuple[Tensor, Tensor]:
+        """Whole A and B with W' = W + s·B·A, detached; of rank 2r where both differ from a start (`difference`)."""
+        a, b = (self.run.whole(name) if name in self.run.weights else self._start(name) for name in (self.a, self.b))
+        return self._difference(a, b, self._start(self.a), self._start(self.b))
+
+    def _difference(self, a: Tensor, b: Tensor, a0: Tensor | None, b0: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self.start is None:
+            return a, b
+        return difference(a, b, a0, b0, trained=[name in self.run.weights for name in (self.a, self.b)])
+
+    def _start(self, name: str) -> Tensor | None:
+        """A₀ or B₀, whole, in the dtype of trained weights."""
+        start = self.start and self.start[name == self.b]
+        return start if start is None else start.to(torch.promote_types(start.dtype, torch.float32))
+
+    def _own(self, name: str) -> Tensor | None:
+        """A₀ or B₀ as in `parts`."""
+        start = self._start(name)
+        whole = start is None or name == self.a or self.transposed
+        return start if whole else self.run.shards.local(start)
 
     def product(self, a: Tensor, b: Tensor) -> Tensor:
         return self.laid((b @ a).mul_(self.scaling))
@@ -91,12 +122,15 @@ class Factored:
 
     def pull(self, direction: Tensor, *, scale: float = 1.0) -> None:
         """Add scale·∂A and scale·∂B for dL/dθ = direction."""
-        a, b = self.run.weights[self.a], self.run.weights[self.b]
-        direction = direction.to(a.dtype)
+        a, b = self.run.weights.get(self.a), self.run.weights.get(self.b)
+        direction = direction.to((b if a is None else a).dtype)
         if self.transposed:
             direction = self.run.shards.local(self.wholly(direction).T)
-        _add(a, self.run.shards.local(self.run.shards.sum(b.detach().T @ direction)), scale * self.scaling)
-        _add(b, direction @ self.run.whole(self.a).T, scale * self.scaling)
+        if a is not None:
+            rows = self.run.shards.local(self._start(self.b)) if b is None else b.detach()
+            _add(a, self.run.shards.local(self.run.shards.sum(rows.T @ direction)), scale * self.scaling)
+        if b is not None:
+            _add(b, direction @ (self._start(self.a) if a is None else self.run.whole(self.a)).T, scale * self.scaling)
 
     def penalise(self, importance: Tensor | Codes, *, scale: float) -> Tensor:
         """Add the gradient of scale/2·ΣΩ⊙value² to the factors'; returns ΣΩ⊙value², 0-dim."""
@@ -108,8 +142,8 @@ class Factored:
 
     def wholly(self, local: Tensor) -> Tensor:
         """The whole matrix from the rows of all processes, which must all call this."""
-        shape = self.run.shapes[self.b][0], self.run.shapes[self.a][1]
-        return self.run.shards.whole(local, torch.Size(shape[::-1] if self.transposed else shape))
+        shape = self.run.model.get_submodule(self.layer).base_layer.weight.shape
+        return self.run.shards.whole(local, shape)
 
 
 Effective = Full | Factored
@@ -130,18 +164,21 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
         (adapter,) = module.lora_A
         a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
         factors |= {a, b}
-        weights.append(
-            Factored(
-                run=run,
-                name=base_name(f"{path}.base_layer.weight"),
-                layer=path,
-                a=a,
-                b=b,
-                scaling=module.scaling[adapter],
-                transposed=isinstance(module.base_layer, Conv1D),
-                anchor=(anchor[a], anchor[b]) if anchor and a in anchor else None,
-            )
+        weight = Factored(
+            run=run,
+            name=base_name(f"{path}.base_layer.weight"),
+            layer=path,
+            a=a,
+            b=b,
+            scaling=module.scaling[adapter],
+            transposed=isinstance(module.base_layer, Conv1D),
+            anchor=None,
+            start=start_of(module),
         )
+        if anchor and (a in anchor or b in anchor):
+            pair = tuple(anchor[name] if name in anchor else weight._own(name) for name in (a, b))
+            weight = replace(weight, anchor=pair)
+        weights.append(weight)
     for parameter in run.weights:
         if parameter not in factors:
             name = base_name(parameter)
@@ -191,12 +228,34 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         adapters = [*module.lora_A, *module.lora_embedding_A]
         plain = len(adapters) == 1 and len(module.lora_A) == 1 and isinstance(module.base_layer, nn.Linear | Conv1D)
-        if not plain or module.use_dora[adapters[0]] or module.lora_bias[adapters[0]] or module.lora_variant:
+        other = module.lora_variant and start_of(module) is None
+        if not plain or module.use_dora[adapters[0]] or module.lora_bias[adapters[0]] or other:
             kind = "DoRA" if any(module.use_dora.values()) else "this adapter"
             raise UserError(
                 f"{kind} on {path}: the effective update is not s·B·A; use one plain LoRA adapter on linear layers"
             )
         yield path, module
+
+
+def start_of(layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """A₀ and B₀ of a layer whose adapter starts from factors with a product that is not zero."""
+    return (layer.start_A, layer.start_B) if hasattr(layer, "start_A") else None
+
+
+def difference(
+    a: Tensor, b: Tensor, a0: Tensor, b0: Tensor, *, trained: Sequence[bool] = (True, True)
+) -> tuple[Tensor, Tensor]:
+    """(A', B') with B'·A' = B·A − B₀·A₀, exactly zero at the start; of rank 2r, or r where one factor is not trained.
+
+        A' = [A; A − A₀]        B' = [B − B₀, B₀]
+
+    What is subtracted is nearly equal, so that the difference is exact where that of the products would be rounded.
+
+    trained   whether A, and whether B, is trained
+    """
+    if all(trained):
+        return torch.cat((a, a - a0)), torch.cat((b - b0, b0), dim=1)
+    return (a - a0, b0) if trained[0] else (a0, b - b0)
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -8,7 +8,8 @@ from peft import PeftModel
 
 from experiments.training.engine import final_weights
 from methods.errors import UserError
-from methods.lora import LoRA, merged, read_adapter
+from methods.lora import LoRA
+from methods.tools.adapter import merged, read_adapter
 
 
 def logits(model, documents):
@@ -120,7 +121,7 @@ def test_merging_adds_rank_after_rank_in_float64(dtype, monkeypatch):
     ]
     wide = torch.promote_types(dtype, torch.float32)
     for threads, piece in ((1, 1 << 17), (2, 20), (1, 1)):
-        monkeypatch.setattr("methods.lora.PIECE", piece)
+        monkeypatch.setattr("methods.tools.adapter.PIECE", piece)
         torch.set_num_threads(threads)
         actual = merged(weight, a=a, b=b, scale=0.7)
         torch.set_num_threads(1)
