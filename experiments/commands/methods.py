@@ -2,9 +2,9 @@
 
     python -m experiments methods
 
-The costs are those of the first block of the root's params.yaml that has the part, on the study's first model, for one
-optimizer step on `ROWS` rows of `LENGTH` tokens of which `LABELLED` are learned: tokens and FLOPs as `plan` counts them,
-and memory as it predicts it, in float32 weights and the checkpoint's dtype to compute in. Nothing is loaded.
+The costs are those of the block of the root's params.yaml that has the part and the fewest others, on the study's first
+model, for one optimizer step on `ROWS` rows of `LENGTH` tokens, `LABELLED` of which are learned: tokens and FLOPs as
+`plan` counts them, and memory as it predicts it. Nothing is loaded.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,11 +57,12 @@ def page(study: Any) -> str:
         "",
         "## What a part costs",
         "",
-        f"One step of {ROWS} rows of {LENGTH} tokens, {LABELLED} of each learned, of the first block in params.yaml that has",
-        f"the part, on {study.grid.models[0]}, against a step of plain fine-tuning of all weights. Tokens and FLOPs are counted as `plan`",
-        f"counts them, and memory is predicted as it predicts it. Preparation: tokens read or written of {DOCUMENTS} documents of",
-        f"{LONGEST} tokens. Held: what the part keeps beside the weights while it trains. What a run really takes stands in its",
-        "record and in the report; seconds are measured by `make bench steps`.",
+        f"One step of {ROWS} rows of {LENGTH} tokens, {LABELLED} of each learned, on {study.grid.models[0]}, against a",
+        "step of plain fine-tuning of all weights; of the block in params.yaml that has the part and the fewest others.",
+        "Tokens and FLOPs are counted, and memory is predicted, as `python -m experiments plan` does it.",
+        f"*Preparation*: tokens that are read or written, of {DOCUMENTS} documents of {LONGEST} tokens. *Held*: what the parts",
+        "keep in memory beside the weights, their gradients and the moments while they train. What a run really takes",
+        "stands in its record and in the report; seconds are measured by `make bench steps`.",
         "",
         *_table(
             ("part", "block", "preparation, tokens", "added to a step, tokens", "FLOPs", "held, MiB", "peak memory"),
@@ -98,7 +99,7 @@ def _costs(study: Any) -> Iterator[tuple[str, ...]]:
     block = study.models[name]
     shape, checkpoint = shape_of(name, block, study.paths.model(name)), as_dtype(block.dtype or "bfloat16")
     bare = Flops(shape.build())
-    plain, _ = bare.step(lengths=[LENGTH] * ROWS, labelled=LABELLED * ROWS), None
+    plain = bare.step(lengths=[LENGTH] * ROWS, labelled=LABELLED * ROWS)
     least = _memory(shape, (), checkpoint)["total"]
     for key in registry.built_in():
         blocks = _blocks(study, key)
