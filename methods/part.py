@@ -261,7 +261,7 @@ class Part:
         return tuple(made for hook, made in passes.items() if overrides(self, hook))
 
     def added(self) -> Added:
-        """What the part adds to every step of training, in tokens."""
+        """What the part adds to training, in tokens."""
         return Added()
 
     def memory(self, *, counts: Counts, phase: str) -> Memory:

@@ -212,13 +212,15 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
         return 0, 0, 0.0
     lengths, labelled = expected.train_rows(study, cell.domain, length=settings.length)
     epochs = _epochs(len(lengths), settings, settings.epochs)
-    kinds = ("trained", "read", "replaced")
-    trained, read, replaced = (sum(getattr(part.added(), kind) for part in parts) for kind in kinds)
+    kinds = ("trained", "read", "replaced", "begin")
+    trained, read, replaced, begin = (sum(getattr(part.added(), kind) for part in parts) for kind in kinds)
     flops = (1 + trained - replaced) * _number(model.flops(cell.method).step(lengths=lengths, labelled=labelled))
     if read:
         flops += read * _number(model.bare.forward(lengths=lengths, predicted=labelled))
+    once = begin * _number(model.flops(cell.method).forward(lengths=lengths, predicted=labelled)) if begin else 0.0
     tokens = epochs * sum(lengths)
-    return int(tokens * (1 - replaced)), int(tokens * (trained + read)), epochs * flops
+    added = tokens * (trained + read) + begin * sum(lengths)
+    return int(tokens * (1 - replaced)), int(added), epochs * flops + once
 
 
 def _preparation(study, cell, model: _Model, settings) -> tuple[int, float]:

@@ -44,8 +44,9 @@ class Pass:
 
 @dataclass(frozen=True, kw_only=True)
 class Added:
-    """What a part adds to every step of training, in tokens for each token of the domain.
+    """What a part adds to training, in tokens for each token of the domain in every step.
 
+    begin     tokens that pass forward once, before the first step, for each token of the training rows
     trained   tokens that pass forward and backward, such as replayed text
     read      tokens that pass forward only, such as those that a reference model reads
     replaced  tokens of the domain whose place they take
@@ -53,6 +54,7 @@ class Added:
     cut_by    the setting that gives `length`
     """
 
+    begin: float = 0.0
     trained: float = 0.0
     read: float = 0.0
     replaced: float = 0.0
