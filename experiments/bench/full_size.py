@@ -20,7 +20,7 @@ from experiments.bench.stopwatch import Stopwatch
 from experiments.model.shape import Shape
 from experiments.training import hardware, memory
 from experiments.training.engine import FitResult
-from experiments.training.flops import mfu
+from experiments.training.hardware import mfu
 from experiments.training.settings import TrainSettings
 from methods.mofo import MoFO
 from methods.part import Part, overrides

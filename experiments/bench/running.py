@@ -18,7 +18,7 @@ from experiments.training import hardware, preparation
 from experiments.training.engine import FitResult, fit
 from experiments.training.preparation import Fitting
 from experiments.training.settings import TrainSettings
-from methods.part import Part
+from methods.part import TENSORS, Part
 from methods.tools.effective import base_parameters
 from methods.tools.importance import Codes
 from methods.tools.process_group import Shards
@@ -87,8 +87,12 @@ def prepare(
     device: torch.device,
     shards: Shards = Shards(),
     compute_dtype: torch.dtype,
+    tokenizer: Any = None,
 ) -> Preparation:
-    """Every part's preparation in turn, each on a new model. `settings` are those of a part that trains in it."""
+    """Every part's preparation in turn, each on a new model. `settings` are those of a part that trains in it.
+
+    tokenizer  for parts that sample text
+    """
     whole, peak, documents, fits = Preparation(), Peak(device), _Documents(device), []
 
     def timed(*arguments: Any, **named: Any) -> _TimedFitting:
@@ -108,12 +112,13 @@ def prepare(
         fitting=timed,
         device=device,
         compute_dtype=compute_dtype,
+        tokenizer=tokenizer,
     ):
         whole.seconds += made.seconds
         whole.tokens += made.prepared.tokens
         whole.seconds_token = (fits[-1].seconds_token if fits else None) or documents.seconds_token(general)
         state = whole.states.setdefault(made.part.key, {})
-        for kind in preparation.TENSORS:
+        for kind in TENSORS:
             if tensors := getattr(made.prepared, kind):
                 state[kind] = {n: t.cpu() if isinstance(t, Codes) else t.detach().cpu() for n, t in tensors.items()}
                 stored = sum(tensor.nbytes for tensor in state[kind].values())

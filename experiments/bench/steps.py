@@ -1,10 +1,11 @@
 """What a method adds to a step of training: the steps of every method of the default study, and of EWC-LoRA, against
-those of plain fine-tuning, on one and the same batch through the engine itself. All methods train side by side and take
-one step each in turn; loading, preparation and a first step are not counted. Importance is of one document: a penalty
-costs the same whatever its values.
+those of plain fine-tuning, on one and the same batch through the engine itself; then those of one method for each
+other part, against plain fine-tuning or, where the method trains an adapter, against LoRA. All methods of a race train
+side by side and take one step each in turn; loading, preparation and a first step are not counted. Importance is of
+one document: a penalty costs the same whatever its values. Parts that act after training alone train nothing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from statistics import median
@@ -12,14 +13,22 @@ from statistics import median
 import torch
 
 from experiments.bench import full_size, running, subject
-from experiments.bench.race import Race
+from experiments.bench.race import Goal, Race
 from experiments.bench.stepwise import Pausing, race_of_steps
 from experiments.bench.stopwatch import Stopwatch
+from experiments.bench.subject import Subject
+from experiments.training import hooks
 from experiments.training.engine import FitResult, fit
+from methods import registry
+from methods.part import phase_of
 
 TITLE = "A training step of each method"
 PLAIN, LORA = "full", "lora"
-ROUNDS = 7
+ROUNDS, ROUNDS_OF_FIELD = 7, 3
+TOGETHER = 3  # methods in memory beside the one they are compared with
+LIMITS = {"weights": 1.05, "mask": 1.1}  # by the phase of the part, against plain fine-tuning
+KL = {PLAIN: 1.5, LORA: 1.45}  # with a frozen copy of the base, and with adapters that are switched off for it
+ADAPTER = 1.1  # another adapter against LoRA
 PHASES = {
     "forward": ("begin", "forward"),
     "backward": ("forward", "backward"),
@@ -31,12 +40,34 @@ PHASES = {
 
 
 def measure(*, small: bool, rounds: int) -> Iterator[Race]:
-    on, rounds = subject.find(small=small), rounds or ROUNDS
+    on = subject.find(small=small)
     batch = on.batch()
-    methods = {PLAIN: ()} | {
-        name: on.study.methods[name].parts for name in (*on.study.grid.methods, "ewc-lora") if name in on.study.methods
-    }
-    common = {"device": torch.device("cpu"), "compute_dtype": on.dtype}
+    methods = [PLAIN, *(name for name in (*on.study.grid.methods, "ewc-lora") if name in on.study.methods)]
+    title = f"{on.name}: a step of {len(batch)} rows"
+    timed = _race(on, methods, title=title, against=PLAIN, rounds=rounds or ROUNDS)
+    yield timed
+    adapted = [name for name in timed.seconds if _has(on, name, "adapts")]
+    if LORA in adapted and len(adapted) > 1:
+        seconds = {name: timed.seconds[name] for name in sorted(adapted, key=lambda name: name != LORA)}
+        title = f"{on.name}: the same steps against {LORA}"
+        yield replace(timed, title=title, against=LORA, facts={}, seconds=seconds)
+    for against, others in _field(on, methods).items():
+        for at in range(0, len(others), TOGETHER):
+            group = others[at : at + TOGETHER]
+            title = f"{on.name}: {', '.join(group)} against {against}"
+            goals = [goal for name in group if (goal := _goal(on, name, against))]
+            yield _race(
+                on, [against, *group], title=title, against=against, rounds=rounds or ROUNDS_OF_FIELD, goals=goals
+            )
+
+
+def _race(
+    on: Subject, names: Sequence[str], *, title: str, against: str, rounds: int, goals: Sequence[Goal] = ()
+) -> Race:
+    """A race of the steps of these methods on one batch, with the phases of a step and the bytes held as facts."""
+    batch = on.batch()
+    methods = {name: () if name == PLAIN else hooks.trainers(on.study.methods[name].parts) for name in names}
+    common = {"device": torch.device("cpu"), "compute_dtype": on.dtype, "tokenizer": on.tokenizer}
     settings = {name: on.steps(name, batch, 1 + rounds) for name in methods}
     watches = {name: Stopwatch(common["device"]) for name in methods}
     prepared = {
@@ -51,6 +82,7 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             model=on.make(),
             parts=(*methods[name], *watches[name].parts, Pausing(pause=pause)),
             examples=batch,
+            general=on.general[:8],
             seed=0,
             settings=settings[name],
             base=on.base,
@@ -58,10 +90,9 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             **common,
         )
 
-    title = f"{on.name}: a step of {len(batch)} rows"
-    timed, results = race_of_steps(
-        title, {name: partial(training, name) for name in methods}, against=PLAIN, rounds=rounds
-    )
+    works = {name: partial(training, name) for name in methods}
+    timed, results = race_of_steps(title, works, against=against, rounds=rounds)
+    timed = replace(timed, goals=tuple(goals))
     timed.facts.update(on.facts(batch))
     for name, watch in watches.items():
         timed.facts[f"ms of a step, {name}"] = {
@@ -70,9 +101,36 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
     for name, result in results.items():
         held = full_size.held(result, prepared[name])
         timed.facts[f"bytes_held by {name}"] = {kind: count for kind, count in held.items() if count}
-    yield timed
-    adapted = [name for name, parts in methods.items() if any("adapts" in part.capabilities for part in parts)]
-    if LORA in adapted and len(adapted) > 1:
-        seconds = {name: timed.seconds[name] for name in sorted(adapted, key=lambda name: name != LORA)}
-        title = f"{on.name}: the same steps against {LORA}"
-        yield replace(timed, title=title, against=LORA, facts={}, seconds=seconds)
+    return timed
+
+
+def _field(on: Subject, raced: Sequence[str]) -> Mapping[str, list[str]]:
+    """By what they are compared with: one method, that with the fewest parts, for each part that has not been raced."""
+    done = {part.key for name in raced if name != PLAIN for part in on.study.methods[name].parts}
+    field: dict[str, list[str]] = {PLAIN: [], LORA: []}
+    for key in registry.built_in():
+        having = [name for name, method in on.study.methods.items() if key in {part.key for part in method.parts}]
+        if key in done or not having:
+            continue
+        name = min(having, key=lambda name: len(on.study.methods[name].parts))
+        parts = on.study.methods[name].parts
+        if key in {part.key for part in hooks.trainers(parts)}:
+            field[LORA if _has(on, name, "adapter") else PLAIN].append(name)
+    if "kl-lora" in on.study.methods:
+        field[LORA].append("kl-lora")
+    return {against: list(dict.fromkeys(names)) for against, names in field.items() if names}
+
+
+def _goal(on: Subject, name: str, against: str) -> Goal | None:
+    """How long a step of a method may be, where that is a goal."""
+    parts = [part for part in on.study.methods[name].parts if "adapter" not in part.capabilities]
+    if "kl" in {part.key for part in parts}:
+        return Goal(runner=name, limit=KL[against])
+    if against == LORA and not parts:
+        return Goal(runner=name, limit=ADAPTER)
+    limits = [LIMITS.get(phase_of(part)) for part in parts]
+    return Goal(runner=name, limit=limits[0]) if len(limits) == 1 and limits[0] else None
+
+
+def _has(on: Subject, name: str, capability: str) -> bool:
+    return name != PLAIN and any(capability in part.capabilities for part in on.study.methods[name].parts)

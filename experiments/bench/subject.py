@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from transformers import PreTrainedModel
 
 from experiments.model import weights
 from experiments.model.base import dtype_of, load_tensors
-from experiments.model.random_models import build
+from experiments.model.random_models import build, byte_tokenizer
 from experiments.study import config
 from experiments.study.config import Study
 from experiments.training import hardware
@@ -29,6 +30,7 @@ class Subject:
     make     a new model in `dtype`, in which forward and backward run
     base     θ₀ by parameter name, in the checkpoint's own dtype
     domain   examples whose answers alone are labelled; `general` has a label on every token
+    tokenizer  for parts that sample or encode text
     """
 
     name: str
@@ -38,6 +40,7 @@ class Subject:
     base: Mapping[str, Tensor]
     domain: list[Example]
     general: list[Example]
+    tokenizer: Any
 
     def steps(self, method: str, batch: list[Example], count: int) -> TrainSettings:
         """The study's settings of `method` for `count` steps on one batch."""
@@ -93,6 +96,7 @@ def _real(study: Study, folder: Path, train: Path, general: Path) -> Subject:
         base=load_tensors(folder),
         domain=encoded(train, tokenizer, length),
         general=encoded_text(general, tokenizer, length),
+        tokenizer=tokenizer,
     )
 
 
@@ -119,4 +123,5 @@ def _random(study: Study, *, small: bool) -> Subject:
         base={name: p.detach().clone() for name, p in model.named_parameters()},
         domain=examples(64, 0.1),
         general=examples(64, 1.0),
+        tokenizer=byte_tokenizer(),
     )

@@ -9,6 +9,7 @@ model, for one optimizer step on `ROWS` rows of `LENGTH` tokens, `LABELLED` of w
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 from experiments.model.shape import Shape, shape_of
@@ -22,7 +23,15 @@ from methods.part import Part, overrides, prepares
 
 PAGE = Path("docs/methods.md")
 ROWS, LENGTH, LABELLED, DOCUMENTS, LONGEST = 8, 128, 16, 256, 256
-MEBI = 2**20
+MEBI, WIDTH = 2**20, 120
+COSTS = (
+    f"One step of {ROWS} rows of {LENGTH} tokens, {LABELLED} of each learned, on {{model}}, against one of plain "
+    "fine-tuning of all weights; of the block in params.yaml that has the part and the fewest others. Tokens and FLOPs "
+    "are counted, and memory is predicted, as `python -m experiments plan` does it. *Preparation*: tokens that are "
+    f"read or written, of {DOCUMENTS} documents of {LONGEST} tokens. *Held*: what the parts keep in memory beside the "
+    "weights, their gradients and the moments while they train. What a run really takes stands in its record and in "
+    "the report; seconds are measured by `make bench steps`."
+)
 
 LEFT_OUT = {
     "FOGO (2606.10406)": "no official code is published, and the summaries disagree on its constants and on how the "
@@ -57,12 +66,7 @@ def page(study: Any) -> str:
         "",
         "## What a part costs",
         "",
-        f"One step of {ROWS} rows of {LENGTH} tokens, {LABELLED} of each learned, on {study.grid.models[0]}, against a",
-        "step of plain fine-tuning of all weights; of the block in params.yaml that has the part and the fewest others.",
-        "Tokens and FLOPs are counted, and memory is predicted, as `python -m experiments plan` does it.",
-        f"*Preparation*: tokens that are read or written, of {DOCUMENTS} documents of {LONGEST} tokens. *Held*: what the parts",
-        "keep in memory beside the weights, their gradients and the moments while they train. What a run really takes",
-        "stands in its record and in the report; seconds are measured by `make bench steps`.",
+        fill(COSTS.format(model=study.grid.models[0]), WIDTH),
         "",
         *_table(
             ("part", "block", "preparation, tokens", "added to a step, tokens", "FLOPs", "held, MiB", "peak memory"),

@@ -17,6 +17,7 @@ from experiments.bench import command, headline, show, steps, subject
 from experiments.bench.race import Goal, Race, race
 from experiments.bench.stepwise import Stepwise
 from experiments.study.paths import HERE
+from experiments.training import hooks
 from methods.errors import UserError
 
 RACE = Race(
@@ -169,7 +170,7 @@ def test_the_batch_is_a_usual_one():
 
 
 def test_steps_of_every_method_are_against_full_and_hold_what_they_must():
-    whole, adapters = small("steps")
+    whole, adapters, *field = small("steps")
     on = subject.find(small=True)
     assert whole.against == steps.PLAIN and set(whole.seconds) == {*on.study.grid.methods, "ewc-lora"}
     assert (
@@ -183,6 +184,8 @@ def test_steps_of_every_method_are_against_full_and_hold_what_they_must():
     assert full["gradients"] == full["weights"] == 4 * entries and "anchor" not in full and "importance" not in full
     assert ewc["anchor"] == 4 * entries and ewc["importance"] == entries
     assert whole.facts["ms of a step, ewc"].keys() == steps.PHASES.keys()
+    raced = {part.key for race in (whole, *field) for name in race.seconds for part in on.study.methods[name].parts}
+    assert {part.key for method in on.study.methods.values() for part in hooks.trainers(method.parts)} <= raced
 
 
 def test_the_engine_and_the_trainer_learn_the_same():
