@@ -25,9 +25,10 @@ phase follows from the hooks that the part overrides.
 "importance", "start", "carry"), and the part's hooks add to it; checkpoints contain it. The engine reads two keys:
 
     state["anchor"]   tensors, in a dict, that the run compares its weights with; their bytes are recorded
-    state["frozen"]   {name of run.weights: bool mask of this process's rows, or of no dimension for all of them}:
-                      entries that do not move in this step, whatever the optimizer and its weight decay do; their
-                      gradient counts in no norm
+    state["frozen"]   {name of run.weights: bool mask that broadcasts to this process's rows, on their device}: entries
+                      that do not move in this step, whatever the optimizer and its weight decay do; their gradient
+                      counts in no norm. A mask of no dimension stays on the CPU and freezes the tensor whole: the
+                      optimizer keeps no state of it. What is frozen is held twice during the step (`Memory.update`)
 
 Where several processes train one model, each holds some rows of every tensor. A part works on these rows
 (`run.weights`, `run.shards.local`) and sums over processes what belongs to all rows (`run.shards.sum`). All processes

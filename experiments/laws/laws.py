@@ -134,7 +134,7 @@ def frozen(trial: Trial) -> None:
             what="tensors of the model that are not trained and the base's",
             then="change trained entries alone, which are in `run.weights`",
         )
-    masks = trial.trained.result.method.frozen()
+    masks = {n: mask.expand_as(run.weights[n]) for n, mask in trial.trained.result.method.frozen().items()}
     _same(
         {name: run.weights[name].detach()[mask] for name, mask in masks.items()},
         {name: trial.base[base_name(name)][mask] for name, mask in masks.items()},

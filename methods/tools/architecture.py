@@ -13,6 +13,7 @@ import torch
 import transformers  # whose models are imported where they are first used: that takes seconds
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
 from methods.errors import UserError
 
@@ -130,6 +131,19 @@ def alike(blocks: Sequence[nn.Module]) -> bool:
 
 def _is_stack(modules: nn.ModuleList) -> bool:
     return len({type(m) for m in modules}) == 1 and any(True for _ in modules[0].parameters())
+
+
+def linear_weights(model: nn.Module) -> dict[str, int]:
+    """The weights of linear layers in the blocks by parameter name, each with its dimension of inputs.
+
+    That is 1, and 0 where the model stores in × out (GPT-2's Conv1D).
+    """
+    return {
+        f"{path}.{name}.weight": int(not isinstance(module, Conv1D))
+        for path, block in blocks(model)
+        for name, module in block.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
 
 
 @contextmanager

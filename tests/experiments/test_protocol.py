@@ -3,6 +3,7 @@
 import importlib.util
 import sys
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from experiments.stages import data, prepare
 from experiments.stages import model as model_stage
 from experiments.stages import train as train_stage
 from experiments.study.cells import Cell
-from experiments.training import loss, preparation
+from experiments.training import loss, preparation, update
 from experiments.training.engine import final_weights, fit
 from methods import registry
 from methods.errors import UserError
@@ -303,6 +304,49 @@ def test_whole_tensors_may_be_frozen_for_a_while():
     for place, name in enumerate(result.run.weights):
         for step in (0, 1):
             assert torch.equal(seen[step][name], seen[step + 1][name]) == ((place + step) % 2 == 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_frozen_returns_to_the_bit(dtype):
+    """Pieces of bits on the CPU, masks that broadcast, and tensors frozen whole, against a plain selection."""
+    draw = torch.Generator().manual_seed(0)
+    shape = (700, 500)  # more than a piece
+    masks = {
+        "entries": torch.rand(shape, generator=draw) < 0.5,
+        "strided": torch.rand(shape[::-1], generator=draw).T < 0.5,
+        "columns": torch.rand(1, shape[1], generator=draw) < 0.5,
+        "whole": torch.tensor(True),
+        "none": torch.tensor(False),
+    }
+    odd = torch.tensor([0.0, -0.0, torch.nan, torch.inf, -torch.inf, 1e-45, 1.0], dtype=dtype)
+    before, after, gradients = (
+        {name: odd[torch.randint(len(odd), shape, generator=draw)] for name in masks} for _ in range(3)
+    )
+    weights = {name: torch.nn.Parameter(tensor.clone()) for name, tensor in before.items()}
+    for name, weight in weights.items():
+        weight.grad = gradients[name].clone()
+    with torch.no_grad(), update.unmoved(SimpleNamespace(weights=weights), masks):
+        for name, weight in weights.items():
+            cleared = torch.where(masks[name], 0.0, gradients[name])
+            assert weight.grad is None if name == "whole" else bits(weight.grad).equal(bits(cleared)), name
+            weight.copy_(after[name])
+    for name, weight in weights.items():
+        assert torch.equal(bits(weight), torch.where(masks[name], bits(before[name]), bits(after[name]))), name
+    assert not weights["whole"].grad.any()
+
+
+def bits(tensor):
+    return tensor.detach().view(torch.int64 if tensor.dtype == torch.float64 else torch.int32)
+
+
+def test_a_tensor_that_is_frozen_whole_has_no_optimizer_state():
+    def freeze(run, state, **_):
+        state["frozen"] = {name: torch.tensor(".layers.0." in name) for name in run.weights}
+
+    result = train(odd(begin=freeze), weight_decay=0.5)
+    for name, weight in result.run.weights.items():
+        still = ".layers.0." in name
+        assert torch.equal(weight, result.run.base[name]) == still == (weight not in result.optimizer.state)
 
 
 @pytest.mark.parametrize("blocks", [{}, {"mofo": {"fraction": 0.5}}])
