@@ -5,6 +5,13 @@
 F is the diagonal Fisher information of the base model on general text (methods/tools/fisher.py), in nats² per document.
 The gradient is added in closed form once an optimizer step, after accumulation and before clipping. With LoRA θ − θ₀ is
 s·B·A. docs/methods/ewc.md tells how published baselines differ.
+
+For a sequence of domains, each trained from the model of the one before, there is the online form (Schwarz et al. 2018,
+arXiv 1805.06370; EWC-LoRA, arXiv 2602.17559, with γ = 1): one anchor, the model that this training starts from, and
+
+    F = γ·F_earlier + F_new
+
+where F_earlier is what the domain before prepared (`earlier`), which may itself be such a sum.
 """
 
 from __future__ import annotations
@@ -12,17 +19,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from methods.errors import UserError
 from methods.part import Part, Prepared, cut, register, setting
 from methods.tools.costs import Memory, Pass
 from methods.tools.effective import adapted_names, base_anchor, base_parameters, effective_weights
 from methods.tools.fisher import TOKENS, by_length, diagonal_fisher
-from methods.tools.importance import compact, memory_of_penalty, placed, refuse_missing, totals
+from methods.tools.importance import Codes, compact, decode, memory_of_penalty, placed, refuse_missing, totals
 from methods.tools.process_group import Shards
+from methods.tools.stored import load_importance
 
 __all__ = ["EWC", "diagonal_fisher"]
 
@@ -65,6 +75,27 @@ class EWC(Part):
     bits: Literal[8, 32] = setting(8, phase="prepare", help="importance in 8-bit logarithmic codes or as 32-bit floats")
     batch_size: int = setting(8, phase="prepare", within="[1, inf)", help="documents in a batch, only for `batched`")
 
+    earlier: str = setting(
+        "",
+        phase="prepare",
+        path=True,
+        help="folder of an earlier preparation, such as work/prepared/MODEL/METHOD/seed0, whose importance is added",
+    )
+    gamma: float = setting(
+        1.0, phase="prepare", within="[0, 1]", help="γ of F = γ·F_earlier + F_new; only for `earlier`"
+    )
+
+    @property
+    def _earlier(self) -> Path:
+        return Path(self.earlier).expanduser() / f"{self.key}.importance.safetensors"
+
+    def look(self, *, shapes):
+        if self.earlier and not self._earlier.is_file():
+            raise UserError(
+                f"ewc.earlier is {self.earlier!r}, where there is no {self._earlier.name}: name the folder of an "
+                "earlier preparation of this part, such as work/prepared/MODEL/METHOD/seed0"
+            )
+
     def preparation(self):
         batched = {"rows": self.batch_size} if self.estimator == "batched" else {"tokens": TOKENS}
         return (Pass(documents=self.samples, length=self.length, cut_by="length", gradients=self.scope, **batched),)
@@ -76,7 +107,7 @@ class EWC(Part):
         whole = self.scope == "whole-model"
         largest = counts.largest_base if whole else counts.largest_regularised
         return Memory(
-            importance=counts.wide * (counts.base if whole else counts.regularised),
+            importance=counts.wide * (counts.base if whole else counts.regularised) * (2 if self.earlier else 1),
             gradient=(counts.compute + counts.wide * counts.half) * largest,
         )
 
@@ -95,6 +126,8 @@ class EWC(Part):
                 shards=shards,
                 resume=resume,
             )
+        if self.earlier:
+            self._add_earlier(fisher)
         entries = sum(f.numel() for f in fisher.values())
         mean = sum(totals(f)[0] for f in fisher.values()) / entries
         notes = {
@@ -108,8 +141,29 @@ class EWC(Part):
             notes["documents_asked"] = self.samples
         if self.estimator == "batched":
             notes["batch_size"] = self.batch_size
+        if self.earlier:
+            notes["gamma"] = self.gamma
         importance = {name: compact(fisher.pop(name), bits=self.bits, name=name) for name in list(fisher)}
         return Prepared(importance=importance, tokens=sum(len(e["input_ids"]) for e in examples), notes=notes)
+
+    def _add_earlier(self, fisher: dict[str, torch.Tensor]) -> None:
+        """Add γ times the importance that was prepared earlier, in place."""
+        self.look(shapes={})
+        earlier = load_importance(self._earlier)
+        if missing := [name for name in fisher if name not in earlier]:
+            raise UserError(
+                f"ewc.earlier: {self._earlier} has no importance of {missing[0]}, which this method changes: prepare "
+                "the earlier one with `scope: whole-model`"
+            )
+        for name, new in fisher.items():
+            old = earlier.pop(name)
+            old = decode(old.codes, low=old.low, step=old.step) if isinstance(old, Codes) else old
+            if old.shape != new.shape:
+                raise UserError(
+                    f"ewc.earlier: {name} in {self._earlier} has shape {list(old.shape)}, this model's is "
+                    f"{list(new.shape)}: name a preparation of the same architecture"
+                )
+            new.add_(old.to(new), alpha=self.gamma)
 
     def begin(self, *, run, state, examples, general=()):
         state["anchor"] = base_anchor(run)

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from methods.errors import UserError
 from methods.ewc import EWC, diagonal_fisher
 from methods.lora import LoRA
+from methods.tools.stored import save_importance
 
 
 def base_of(model):
@@ -172,3 +173,58 @@ def test_bf16_checkpoints_are_held_in_their_own_dtype(make, documents, train):
     assert all(t.dtype == torch.bfloat16 for t in result.states["ewc"]["anchor"].values())
     assert all(w.dtype == torch.float32 for w in result.run.weights.values())
     assert result.curve[0]["penalty"] == 0 and result.curve[-1]["penalty"] > 0
+
+
+def kept(folder, importance):
+    folder.mkdir()
+    save_importance(importance, folder / "ewc.importance.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+def test_the_online_form_adds_what_was_prepared_earlier(make, documents, drawn, dense, tmp_path, bits):
+    first, second, third = make(), drawn(make(), 1), drawn(make(), 2)  # a model before and after each domain
+    part = EWC(bits=bits, length=7)
+    before = prepared(part, first, documents[:3], {})
+    alone, last = (prepared(replace(part, bits=32), m, documents[3:], {}).importance for m in (second, third))
+    online = replace(part, earlier=kept(tmp_path / "one", before.importance), gamma=0.25, bits=32)
+    both = prepared(online, second, documents[3:], {})
+    old = dense(before.importance)
+    for name, values in both.importance.items():
+        torch.testing.assert_close(values.double(), 0.25 * old[name] + alone[name].double(), rtol=1e-6, atol=0)
+    assert both.notes["gamma"] == 0.25 and "gamma" not in before.notes
+    assert both.tokens == prepared(part, second, documents[3:], {}).tokens  # the earlier text is not read again
+    chained = replace(part, earlier=kept(tmp_path / "two", both.importance), bits=32)  # by default nothing is forgotten
+    for name, values in prepared(chained, third, documents[3:], {}).importance.items():
+        torch.testing.assert_close(values, both.importance[name] + last[name], rtol=1e-6, atol=0)
+
+
+def test_the_second_domain_is_held_to_the_model_it_starts_from(make, documents, train, tmp_path):
+    part = EWC(strength=1e9, bits=32)
+    earlier = prepared(part, make(), documents[:3], {}).importance
+    between = train(make(), (), documents[:3]).run.model
+    base = base_of(between)
+    online = replace(part, earlier=kept(tmp_path / "one", earlier))
+    importance = prepared(online, between, documents, base).importance
+    train(between, (online,), documents, states={"ewc": {"importance": importance}}, clip=1.0, learning_rate=1e-4)
+    held = {n: importance[n] > 1e-3 for n in base}
+    moved = {n: (p.detach() - base[n]).abs() for n, p in between.named_parameters()}
+    start = base_of(make())
+    assert sum(int(mask.sum()) for mask in held.values()) > 100
+    for name, mask in held.items():  # far nearer to where the second training began than to the first model
+        assert moved[name][mask].sum() <= 0.1 * (base[name] - start[name]).abs()[mask].sum()
+
+
+def test_an_earlier_preparation_that_does_not_fit_is_refused(make, documents, tmp_path):
+    fisher = prepared(EWC(bits=32), make(), documents, {}).importance
+    with pytest.raises(UserError, match="ewc.earlier is .*nowhere.*, where there is no ewc.importance.safetensors"):
+        EWC(earlier=str(tmp_path / "nowhere")).look(shapes={})
+    name = next(iter(fisher))
+    for wrong, said in (
+        ({n: f for n, f in fisher.items() if n != name}, f"no importance of {name}.*whole-model"),
+        (fisher | {name: fisher[name][:-1]}, f"{name} in .* has shape .*: name a preparation of the same architecture"),
+    ):
+        part = EWC(earlier=kept(tmp_path / str(len(wrong[name]) if name in wrong else 0), wrong))
+        part.look(shapes={})
+        with pytest.raises(UserError, match=said):
+            prepared(part, make(), documents, {})
