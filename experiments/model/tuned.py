@@ -29,7 +29,7 @@ from methods.errors import UserError
 from methods.part import Part
 from methods.tools import model_folder
 from methods.tools.adapter import merged, read_adapter
-from methods.tools.effective import factors
+from methods.tools.effective import adapter_names
 from methods.tools.files import need_room, read_json, sha256, write_json, writing
 
 VERSION = 1
@@ -81,13 +81,14 @@ def expected_bytes(*, shape: Shape, parts: Sequence[Part], checkpoint: torch.dty
 
 @functools.cache
 def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, int]:
-    """Entries that are trained, and entries of the matrices under adapters where adapters alone are trained, else 0."""
+    """Entries that are trained and 0, or, where adapters alone are trained, theirs and those of the matrices below."""
     model = shape.build(parts=adapting)
-    parameters = dict(model.named_parameters())
+    parameters, adapters = dict(model.named_parameters()), adapter_names(model)
     trained = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
-    if trained.keys() != set.union(*factors(model)):
+    if not adapters or not trained.keys() <= adapters:
         return sum(trained.values()), 0
-    return sum(trained.values()), sum(p.numel() for name, p in parameters.items() if ".base_layer." in name)
+    kept = sum(parameters[name].numel() for name in adapters)
+    return kept, sum(p.numel() for name, p in parameters.items() if ".base_layer." in name)
 
 
 def load(
@@ -195,14 +196,14 @@ def _merged(base: Mapping[str, Tensor], adapter: Path) -> Lazy:
         tensor = base[name]
         if name not in factors_of:
             return tensor
-        a, b = factors_of[name]
+        a, b = (factors_of[name][part] for part in ("a", "b"))
         shape = (a.shape[-1], len(b)) if transposed else (len(b), a.shape[-1])
         if tensor.ndim != 2 or shape != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
             raise UserError(
                 f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: "
                 f"{delta.AGAIN}"
             )
-        return merged(tensor, a=a, b=b, scale=scale, transposed=transposed).to(tensor.dtype)
+        return merged(tensor, **factors_of[name], scale=scale, transposed=transposed).to(tensor.dtype)
 
     return Lazy(base, merge)
 

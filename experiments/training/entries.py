@@ -11,7 +11,7 @@ from methods.errors import UserError
 from methods.part import Part
 from methods.tools import architecture
 from methods.tools.costs import Entries
-from methods.tools.effective import adapted_names, base_parameters, factors, lora_layers
+from methods.tools.effective import adapted_names, adapter_names, base_parameters, lora_layers
 
 
 @functools.cache
@@ -29,7 +29,7 @@ def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
         raise Unknown from error
     inside = {id(p) for block in blocks for p in block}
     root = [p for p in everything.values() if id(p) not in inside]
-    adapters = sum(trained[name] for name in set.union(*factors(model)))
+    adapters = sum(trained.get(name, 0) for name in adapter_names(model))
     return Entries(
         all=sum(p.numel() for p in everything.values()),
         base=sum(p.numel() for p in base.values()),

@@ -21,10 +21,12 @@ from transformers.pytorch_utils import Conv1D
 from methods.errors import UserError
 from methods.part import Part, setting
 from methods.tools.architecture import base_name
-from methods.tools.effective import Factored, effective_weights
+from methods.tools.effective import Factored, adapter_names, factored_weights
 from methods.tools.files import writing
 
 PIECE = 1 << 17  # entries merged at a time: few enough for the processor's cache
+# the ends of names in a saved adapter
+SAVED = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,22 +80,25 @@ class Adapter(Part):
 
     def finish(self, *, run, state, final, measure=None):
         changed = dict(final)
-        for weight in effective_weights(run):
-            if isinstance(weight, Factored):
-                a, b = weight.update()
-                if run.shards.first:
-                    base = final[weight.name] if weight.name in final else run.base[weight.name]
-                    changed[weight.name] = merged(base, a=a, b=b, scale=weight.scaling, transposed=weight.transposed)
+        for weight in factored_weights(run):
+            factors = self._update(weight, state)
+            if run.shards.first:
+                base = final[weight.name] if weight.name in final else run.base[weight.name]
+                changed[weight.name] = merged(base, **factors, scale=weight.scaling, transposed=weight.transposed)
         return changed
+
+    def _update(self, weight: Factored, state: dict) -> dict[str, Tensor]:
+        """The whole tensors that `merged` takes, by their names there; every process must call it."""
+        return dict(zip(("a", "b"), weight.update(), strict=True))
 
     def save(self, *, run, state, folder):
         """Write adapter/adapter_model.safetensors and adapter/adapter_config.json, sorted unlike peft's own."""
-        adapted = [weight for weight in effective_weights(run) if isinstance(weight, Factored)]
-        pairs = {weight.a: weight.update() for weight in adapted}
+        adapted = factored_weights(run)
+        updates = {weight.layer: self._update(weight, state) for weight in adapted}
         tensors = {
-            name.replace(".default.", "."): factor.cpu().contiguous()
-            for weight in adapted
-            for name, factor in zip((weight.a, weight.b), pairs[weight.a], strict=True)
+            f"{layer}.{SAVED[part]}": tensor.cpu().contiguous()
+            for layer, update in updates.items()
+            for part, tensor in update.items()
         }
         if not run.shards.first:
             return
@@ -102,7 +107,7 @@ class Adapter(Part):
         with writing(out / "adapter_model.safetensors"):
             save_file(tensors, out / "adapter_model.safetensors", metadata={"format": "pt"})
         (out / "adapter_model.safetensors").chmod(0o644)
-        rank = len(pairs[adapted[0].a][0])
+        rank = len(updates[adapted[0].layer]["a"])
         config = {
             "fan_in_fan_out": any(weight.transposed for weight in adapted),
             "base_model_name_or_path": None,
@@ -125,21 +130,24 @@ class Adapter(Part):
         return {}
 
     def report(self, *, run, state):
-        adapted = [w for w in effective_weights(run) if isinstance(w, Factored)]
-        entries = sum(math.prod(run.shapes[name]) for w in adapted for name in (w.a, w.b) if name in run.weights)
+        adapted = factored_weights(run)
+        entries = sum(math.prod(run.shapes[name]) for name in adapter_names(run.model) if name in run.weights)
         return {"adapted_layers": len(adapted), "trained_entries": entries, "scale": adapted[0].scaling}
 
 
-def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float, transposed: bool = False) -> Tensor:
+def merged(
+    weight: Tensor, *, a: Tensor, b: Tensor, scale: float, transposed: bool = False, magnitude: Tensor | None = None
+) -> Tensor:
     """W + s·B·A (W out × in, A rank × in, B out × rank) on the CPU, in float32, or in float64 for a float64 W.
 
     transposed   W is in × out, and (s·B·A)ᵀ is added
+    magnitude    DoRA's m (out,): the lengths that the rows of the sum are given
 
     The bits are the same on every machine and with any number of threads: the order of summation in a matrix product is
     not defined, so the ranks are added one after the other in float64, and the sum is rounded once.
     """
     if transposed:
-        return merged(weight.T, a=a, b=b, scale=scale).T.contiguous()
+        return merged(weight.T, a=a, b=b, scale=scale, magnitude=magnitude).T.contiguous()
     a, b = a.detach().cpu().double(), b.detach().cpu().double()
     out = torch.empty(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
     size = max(1, PIECE // a.shape[1])
@@ -148,21 +156,38 @@ def merged(weight: Tensor, *, a: Tensor, b: Tensor, scale: float, transposed: bo
         total, product = (torch.zeros(len(out[rows]), a.shape[1], dtype=torch.float64) for _ in range(2))
         for of_b, of_a in zip(b[rows].T, a):
             total += torch.mul(of_b[:, None], of_a, out=product)  # addcmul rounds only once on some machines
-        out[rows] = total.mul_(scale).add_(weight[rows].cpu())
+        total.mul_(scale).add_(weight[rows].cpu())
+        if magnitude is not None:
+            total.mul_((magnitude[rows].cpu().double() / row_norms(total))[:, None])
+        out[rows] = total
     return out
 
 
-def read_adapter(folder: Path) -> tuple[dict[str, tuple[Tensor, Tensor]], float, bool]:
-    """The adapter that `save` wrote: (A, B) by base name of the weight, the scale, whether weights are in × out."""
+def row_norms(matrix: Tensor) -> Tensor:
+    """‖row‖ of a matrix (rows,), in float64 on the CPU; halves are added, so that the order of summation is fixed."""
+    norms = []
+    for rows in matrix.detach().split(max(1, PIECE // matrix.shape[1])):
+        squares = rows.cpu().double().square()
+        while squares.shape[1] > 1:
+            half = -(-squares.shape[1] // 2)
+            squares[:, : squares.shape[1] - half] += squares[:, half:]
+            squares = squares[:, :half]
+        norms.append(squares[:, 0].sqrt())
+    return torch.cat(norms)
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, bool]:
+    """The adapter that `save` wrote: by base name of each weight what `merged` takes ("a", "b", with DoRA "magnitude"),
+    the scale, and whether weights are in × out."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
-    pairs = {
-        base_name(name).replace(".lora_A.weight", ".weight"): (tensor, tensors[name.replace(".lora_A.", ".lora_B.")])
-        for name, tensor in tensors.items()
-        if name.endswith(".lora_A.weight")
-    }
+    updates: dict[str, dict[str, Tensor]] = {}
+    for part, end in SAVED.items():
+        for name, tensor in tensors.items():
+            if name.endswith(f".{end}"):
+                updates.setdefault(base_name(name).removesuffix(end) + "weight", {})[part] = tensor
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    return pairs, scale, config["fan_in_fan_out"]
+    return updates, scale, config["fan_in_fan_out"]
 
 
 def _known(linear: dict[str, nn.Module]) -> list[str]:

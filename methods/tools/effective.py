@@ -158,12 +158,32 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
 
     Raises UserError for DoRA, modules_to_save and adapters on embeddings, whose effective update is not s·B·A.
     """
-    weights: list[Effective] = []
-    factors = set()
+    weights: list[Effective] = [*factored_weights(run, anchor=anchor)]
+    adapters = adapter_names(run.model)
+    if dora := next((name for name in adapters if ".lora_magnitude_vector." in name), None):
+        raise UserError(
+            f"DoRA on {base_name(dora.partition('.lora_magnitude_vector.')[0])}: the effective update is not s·B·A, "
+            "of which a penalty on weights is; set lora.dora: false"
+        )
+    for parameter in run.weights:
+        if parameter not in adapters:
+            name = base_name(parameter)
+            if name not in run.base:
+                raise UserError(
+                    f"the trained tensor {parameter} has no counterpart in the base model: "
+                    "modules_to_save and prompt tensors cannot be compared with the base"
+                )
+            start = run.shards.local(run.base[name]) if anchor is None else anchor[parameter]
+            weights.append(Full(run=run, name=name, parameter=parameter, anchor=start))
+    return weights
+
+
+def factored_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -> list[Factored]:
+    """One entry for every adapted layer, in the model's order; with DoRA of its s·B·A alone."""
+    weights = []
     for path, module in lora_layers(run.model):
         (adapter,) = module.lora_A
         a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
-        factors |= {a, b}
         weight = Factored(
             run=run,
             name=base_name(f"{path}.base_layer.weight"),
@@ -179,16 +199,6 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
             pair = tuple(anchor[name] if name in anchor else weight._own(name) for name in (a, b))
             weight = replace(weight, anchor=pair)
         weights.append(weight)
-    for parameter in run.weights:
-        if parameter not in factors:
-            name = base_name(parameter)
-            if name not in run.base:
-                raise UserError(
-                    f"the trained tensor {parameter} has no counterpart in the base model: "
-                    "modules_to_save and prompt tensors cannot be compared with the base"
-                )
-            start = run.shards.local(run.base[name]) if anchor is None else anchor[parameter]
-            weights.append(Full(run=run, name=name, parameter=parameter, anchor=start))
     return weights
 
 
@@ -221,18 +231,27 @@ def factors(model: nn.Module) -> tuple[set[str], set[str]]:
     }
 
 
+def adapter_names(model: nn.Module) -> set[str]:
+    """Names of all adapters' parameters: factors, trained or not, and DoRA's magnitudes."""
+    return {
+        f"{path}.{name}"
+        for path, layer in lora_layers(model)
+        for name, _ in layer.named_parameters()
+        if not name.startswith("base_layer.")
+    }
+
+
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers with one plain LoRA adapter, by module path in `model`."""
+    """Linear layers with one LoRA adapter, with DoRA's magnitudes or without, by module path in `model`."""
     for path, module in model.named_modules():
         if not hasattr(module, "lora_A"):
             continue
         adapters = [*module.lora_A, *module.lora_embedding_A]
         plain = len(adapters) == 1 and len(module.lora_A) == 1 and isinstance(module.base_layer, nn.Linear | Conv1D)
-        other = module.lora_variant and start_of(module) is None
-        if not plain or module.use_dora[adapters[0]] or module.lora_bias[adapters[0]] or other:
-            kind = "DoRA" if any(module.use_dora.values()) else "this adapter"
+        other = module.lora_variant and start_of(module) is None and not module.lora_magnitude_vector
+        if not plain or module.lora_bias[adapters[0]] or other:
             raise UserError(
-                f"{kind} on {path}: the effective update is not s·B·A; use one plain LoRA adapter on linear layers"
+                f"this adapter on {path}: the effective update is not s·B·A; use one LoRA adapter on linear layers"
             )
         yield path, module
 
@@ -260,7 +279,7 @@ def difference(
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The base model's parameters by base name, from an adapted model or a plain one; a tied tensor once."""
-    adapters = set.union(*factors(model))
+    adapters = adapter_names(model)
     return {base_name(n): p for n, p in model.named_parameters() if n not in adapters}
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPT2Config
 
 from experiments.model.random_models import build
 
@@ -10,13 +11,19 @@ MODELS = {"llama-tied": ("llama", {}), "llama-untied": ("llama", {"tie_word_embe
 
 @pytest.fixture
 def make():
-    """make(kind, dtype, seed=0): a fresh tiny model with a small vocabulary."""
-    return lambda kind="llama-tied", dtype=torch.float64, seed=0, **config: build(
-        MODELS[kind][0],
-        seed=seed,
-        dtype=dtype,
-        **({"vocab_size": 31, "eos_token_id": 1, "pad_token_id": 0} | MODELS[kind][1] | config),
-    )
+    """make(kind, dtype, seed=0): a fresh tiny model with a small vocabulary; "gpt2" has its matrices in × out."""
+
+    def fresh(kind="llama-tied", dtype=torch.float64, seed=0, **config):
+        tokens = {"vocab_size": 31, "eos_token_id": 1, "pad_token_id": 0}
+        if kind != "gpt2":
+            return build(MODELS[kind][0], seed=seed, dtype=dtype, **(tokens | MODELS[kind][1] | config))
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "initializer_range": 0.2}
+        config = GPT2Config(**(tokens | sizes | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} | config))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    return fresh
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ import torch
 from peft import PeftModel
 
 from experiments.training.engine import final_weights
+from methods import registry
 from methods.errors import UserError
 from methods.lora import LoRA
-from methods.tools.adapter import merged, read_adapter
+from methods.tools.adapter import merged, read_adapter, row_norms
 
 
 def logits(model, documents):
@@ -18,28 +19,34 @@ def logits(model, documents):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("chosen", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
 @pytest.mark.parametrize(
     "kind, targets",
-    [("llama-tied", ("q_proj", "v_proj")), ("gptj", ("q_proj", "fc_in")), ("llama-untied", ("down_proj", "k_proj"))],
+    [
+        ("llama-tied", ("q_proj", "v_proj")),
+        ("gptj", ("q_proj", "fc_in")),
+        ("llama-untied", ("down_proj", "k_proj")),
+        ("gpt2", ("c_attn", "c_fc")),
+    ],
 )
 def test_merged_and_saved_adapters_compute_what_was_trained(
-    make, documents, train, tmp_path, kind, targets, rslora, dtype
+    make, documents, train, tmp_path, kind, targets, chosen, dtype
 ):
     base = {n: p.detach().clone() for n, p in make(kind, dtype).named_parameters()}
-    part = LoRA(rank=3, alpha=6, targets=targets, rslora=rslora, dropout=0.1)
+    part = LoRA(rank=3, alpha=6, targets=targets, dropout=0.1, **chosen)
     result = train(make(kind, dtype), (part,), documents, base=base)
     trained = logits(result.run.model, documents)
-    final = final_weights(result, (part,))
+    final = final_weights(result, result.method.parts)
     assert {n.rsplit(".", 2)[-2] for n in final} == set(targets) and all(t.dtype == dtype for t in final.values())
     merged = make(kind, dtype)
     assert not torch.allclose(logits(merged, documents), trained, atol=1e-5)
     with torch.no_grad():
         for name, tensor in final.items():
             merged.get_parameter(name).copy_(tensor)
-    near = {torch.float64: 1e-5 if kind == "gptj" else 1e-11, torch.float32: 1e-4}[dtype]  # gptj attends in float32
+    attends_in_float32 = kind in ("gptj", "gpt2")
+    near = {torch.float64: 1e-5 if attends_in_float32 else 1e-11, torch.float32: 1e-4}[dtype]
     torch.testing.assert_close(logits(merged, documents), trained, rtol=near, atol=near)
-    part.save(run=result.run, state={}, folder=tmp_path)
+    part.save(run=result.run, state=result.states["lora"], folder=tmp_path)
     loaded = PeftModel.from_pretrained(make(kind, dtype), tmp_path / "adapter", autocast_adapter_dtype=False)
     torch.testing.assert_close(logits(loaded, documents), trained, rtol=near, atol=near)
     beneath = {
@@ -131,12 +138,60 @@ def test_merging_adds_rank_after_rank_in_float64(dtype, monkeypatch):
 
 
 def test_the_saved_adapter_merges_to_the_same_bits(make, documents, train, tmp_path):
-    for kind, rslora in (("llama-tied", True), ("gptj", False)):
-        part = LoRA(rank=3, alpha=7.0, rslora=rslora)
+    for kind, chosen in (("llama-tied", {"rslora": True}), ("gptj", {}), ("gpt2", {"dora": True})):
+        part = LoRA(rank=3, alpha=7.0, targets=("c_attn",) if kind == "gpt2" else ("q_proj", "v_proj"), **chosen)
         result = train(make(kind, torch.float32), (part,), documents)
-        final = part.finish(run=result.run, state={}, final={})
-        part.save(run=result.run, state={}, folder=tmp_path / kind)
-        actual, scale, _ = read_adapter(tmp_path / kind / "adapter")
+        state = result.states["lora"]
+        final = part.finish(run=result.run, state=state, final={})
+        part.save(run=result.run, state=state, folder=tmp_path / kind)
+        actual, scale, transposed = read_adapter(tmp_path / kind / "adapter")
         assert actual.keys() == final.keys()
-        for name, (a, b) in actual.items():
-            assert torch.equal(merged(result.run.base[name], a=a, b=b, scale=scale), final[name])
+        for name, factors in actual.items():
+            assert ("magnitude" in factors) == ("dora" in chosen)
+            again = merged(result.run.base[name], **factors, scale=scale, transposed=transposed)
+            assert torch.equal(again, final[name])
+
+
+def test_dora_gives_each_row_its_magnitude(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    weight, a, b, m = (torch.randn(*shape, generator=draw) for shape in ((13, 9), (5, 9), (13, 5), (13,)))
+    whole = weight.double() + 0.7 * b.double() @ a.double()
+    expected = m.double()[:, None] * whole / whole.norm(dim=1, keepdim=True)
+    actual = merged(weight, a=a, b=b, scale=0.7, magnitude=m)
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-7, atol=1e-9)
+    turned = merged(weight.T, a=a, b=b, scale=0.7, magnitude=m, transposed=True)
+    assert torch.equal(turned.T, actual) and turned.is_contiguous()
+    monkeypatch.setattr("methods.tools.adapter.PIECE", 20)
+    assert torch.equal(merged(weight, a=a, b=b, scale=0.7, magnitude=m), actual)
+    for size in (1, 2, 7, 64):
+        rows = torch.randn(3, size, generator=draw, dtype=torch.float64)
+        torch.testing.assert_close(row_norms(rows), rows.norm(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_untrained_dora_adapter_merges_to_the_base(make, documents, train, dtype):
+    for kind, target in (("llama-tied", "down_proj"), ("gpt2", "c_attn")):
+        part = LoRA(rank=2, targets=(target,), dora=True)
+        result = train(make(kind, dtype), (part,), documents, learning_rate=1e-30)
+        for name, tensor in final_weights(result, result.method.parts).items():
+            base = result.run.base[name]
+            torch.testing.assert_close(tensor, base.float(), rtol=1e-6, atol=0)  # a bfloat16 m would be 4e-3 away
+            assert torch.equal(tensor.to(dtype), base) or dtype == torch.float32
+
+
+def test_dora_trains_the_magnitudes_and_says_so(make, documents, train):
+    result = train(make(), (LoRA(rank=2, dora=True),), documents)
+    magnitudes = {n: w for n, w in result.run.weights.items() if n.endswith("lora_magnitude_vector.default.weight")}
+    starts = result.states["lora"]["magnitudes"]
+    assert magnitudes.keys() == starts.keys() and len(magnitudes) == 4
+    assert all((starts[name] != magnitudes[name].detach()).all() for name in starts)
+    assert result.method.reports(result.run)["lora"]["trained_entries"] == 2 * (2 * (32 + 32) + 2 * (32 + 16) + 32 + 16)
+
+
+def test_dora_beside_importance_is_refused_at_once():
+    for other in ("ewc", "hierarchical"):
+        with pytest.raises(
+            UserError, match=f"{other} and lora cannot be combined: with DoRA the effective update is not"
+        ):
+            registry.build({"lora": {"dora": True}, other: {}})
+        registry.build({"lora": {}, other: {}})
