@@ -19,6 +19,7 @@ ACTS_ON = {
     "examples": "training rows",
     "batch": "micro-batches",
     "token_weights": "token weights",
+    "batch_weights": "token weights",
     "loss": "loss",
     "second_gradient": "gradient",
     "before_clip": "gradient",

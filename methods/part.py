@@ -11,7 +11,8 @@ overrides only the hooks it needs. The engine calls the hooks in this order:
     each step:
         examples            the rows of the global step, before they are cut into micro-batches and shared out
         batch               one micro-batch
-        token_weights       a weight for each labelled token
+        token_weights       a weight for each labelled token, from the prediction there
+        batch_weights       the same, from the nll of all labelled tokens of the micro-batch
         loss                a term in nats
         second_gradient     offsets at which the step's gradient is taken once more
         before_clip         gradients of penalties in closed form, projections
@@ -142,6 +143,7 @@ class Run:
     sample     sample(prompts=, tokens=, temperature=, key=, base=False) → continuations, lists of token ids
     score      score(rows, base=False) → for each row the log-probabilities of its labelled tokens, on the CPU
     encode     text → token ids, as general text is encoded
+    passes     passes(rows) → micro-batches that the processes together compute of a step with these rows
     charge     charge(tokens=, flops=, seconds=, bytes=) adds to what the part that is at work costs
     """
 
@@ -159,6 +161,7 @@ class Run:
     sample: Callable[..., list[list[int]]] | None = None
     score: Callable[..., list[Tensor]] | None = None
     encode: Callable[[str], Sequence[int]] | None = None
+    passes: Callable[[Sequence[Row]], int] | None = None
     charge: Callable[..., None] = lambda **costs: None
 
     def __post_init__(self) -> None:
@@ -346,6 +349,16 @@ class Part:
         """
         return None
 
+    def batch_weights(
+        self, *, run: Run, state: dict, batch: dict[str, Tensor], nll: Tensor, rows: Tensor, columns: Tensor
+    ) -> Tensor | None:
+        """The same for all labelled tokens of a micro-batch together, from their nll (tokens,) alone.
+
+        Called once for each micro-batch, after `token_weights`, with whose weights these are multiplied. rows and
+        columns (tokens,) are the labels' places in the micro-batch, row by row.
+        """
+        return None
+
     def loss(self, *, run: Run, state: dict, batch: dict[str, Tensor], hidden: Tensor) -> Tensor | None:
         """A term in nats summed over the micro-batch's labelled tokens, to be divided by the step's number of them.
 
@@ -419,6 +432,7 @@ PHASE_OF_HOOK = {
     "examples": "data",
     "batch": "data",
     "token_weights": "weights",
+    "batch_weights": "weights",
     "loss": "loss",
     "before_clip": "penalty",
     "optimizer": "mask",

@@ -212,8 +212,9 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
         return 0, 0, 0.0
     lengths, labelled = expected.train_rows(study, cell.domain, length=settings.length)
     epochs = _epochs(len(lengths), settings, settings.epochs)
-    kinds = ("trained", "read", "replaced", "begin")
-    trained, read, replaced, begin = (sum(getattr(part.added(), kind) for part in parts) for kind in kinds)
+    kinds = ("trained", "read", "pooled", "replaced", "begin")
+    trained, read, pooled, replaced, begin = (sum(getattr(part.added(), kind) for part in parts) for kind in kinds)
+    read += pooled * settings.cut(model.block.processes)
     flops = (1 + trained - replaced) * _number(model.flops(cell.method).step(lengths=lengths, labelled=labelled))
     if read:
         flops += read * _number(model.bare.forward(lengths=lengths, predicted=labelled))

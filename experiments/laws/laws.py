@@ -248,7 +248,8 @@ def costs(trial: Trial) -> None:
     if result.tokens == 0 or overrides(part, "finish"):  # what `finish` reads is in no step
         return
     added = part.added()
-    stated = (added.begin + added.trained + added.read) * sum(len(row["input_ids"]) for row in rows)
+    read = added.begin + added.read + added.pooled * trial.training.cut(trial.shards.world)
+    stated = (added.trained + read) * sum(len(row["input_ids"]) for row in rows)
     taken = result.added.get(part.key, {}).get("tokens", 0)
     longest = max(added.length or 0, *(len(row["input_ids"]) for row in rows))
     if abs(stated - taken) > result.steps * longest * bool(stated):

@@ -134,14 +134,22 @@ def shared(examples: list[Example], shards: Shards, settings: TrainSettings) -> 
     Processes that share weights compute together, also what a part computes in its hooks: one with fewer micro-batches
     than another computes the step's first example in their place.
     """
-    shares = [examples[rank :: shards.world] for rank in range(shards.world)]
-    if settings.pack:
-        cuts = [pack([len(e["input_ids"]) for e in share], settings.pack) for share in shares]
-    else:
-        cuts = [list(micro_batches(range(len(share)), settings.micro_batch)) for share in shares]
-    mine = shares[shards.rank]
+    mine, cuts = examples[shards.rank :: shards.world], _cuts(examples, shards, settings)
     joined = collate_packed if settings.pack else collate
     for indices in cuts[shards.rank]:
         yield joined([mine[i] for i in indices]), 1
     for _ in range(max(map(len, cuts)) - len(cuts[shards.rank])):
         yield joined(examples[:1]), 0
+
+
+def passes(examples: Sequence[Example], *, shards: Shards, settings: TrainSettings) -> int:
+    """Micro-batches that all processes together compute of a step with these examples."""
+    return sum(map(len, _cuts(examples, shards, settings)))
+
+
+def _cuts(examples: Sequence[Example], shards: Shards, settings: TrainSettings) -> list[Sequence[Sequence[int]]]:
+    """For each process, how its share of the examples is cut into micro-batches: indices in that share."""
+    shares = [examples[rank :: shards.world] for rank in range(shards.world)]
+    if settings.pack:
+        return [pack([len(e["input_ids"]) for e in share], settings.pack) for share in shares]
+    return [list(micro_batches(range(len(share)), settings.micro_batch)) for share in shares]

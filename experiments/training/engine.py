@@ -5,6 +5,7 @@ the accumulation and the number of processes. Parts act through hooks only; the 
 Hooks shared by several parts run in the order of their phases.
 """
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -130,6 +131,7 @@ def fit(
         moments=update.moments(trained, settings, seed, shards),
         epoch=max(1, epoch),
         charge=method.charge,
+        passes=functools.partial(batches.passes, shards=shards, settings=settings),
     )
     services.offer(run, bare=bare, trained=trained, flops=flops, prompts=settings.micro_batch, tokenizer=tokenizer)
 
@@ -249,8 +251,11 @@ def _loss(model: nn.Module, batch: batches.Example, run: Run, method: Hooks) -> 
     """Σ nll of a micro-batch, detached, and what is minimised: the same with the parts' weights and terms."""
     # padding stands on the right, where a causal model cannot see it: no mask, and the faster attention kernel
     hidden = architecture.hidden_states(model, batch["input_ids"], None, batch.get("position_ids"))
-    weigh = (lambda statistics: method.weigh(run, batch, statistics)) if method.having("token_weights") else None
-    loss, nll = weighted_nll(hidden, batch["labels"], architecture.logits_of(model), weigh)
+    weigh, weigh_batch = (
+        functools.partial(weights, run, batch) if method.having(hook) else None
+        for hook, weights in (("token_weights", method.weigh), ("batch_weights", method.weigh_batch))
+    )
+    loss, nll = weighted_nll(hidden, batch["labels"], architecture.logits_of(model), weigh, weigh_batch)
     return nll, method.loss(run, batch, hidden, loss)
 
 

@@ -155,15 +155,17 @@ class Hooks:
         product = None
         for part in self.having("token_weights"):
             weights = self.call(part, "token_weights", run=run, batch=batch, statistics=statistics)
-            if weights is None:
-                continue
-            if not isinstance(weights, Tensor) or weights.shape != statistics.targets.shape:
-                raise UserError(
-                    f"{part.key}: its `token_weights` gives {_show(weights)}: it must give a tensor of "
-                    f"{list(statistics.targets.shape)}, a weight for each labelled token, or None"
-                )
-            weights = weights.detach().to(statistics.logits)
-            product = weights if product is None else product * weights
+            product = multiplied(part, "token_weights", weights, product, like=statistics.nll)
+        return product
+
+    def weigh_batch(
+        self, run: Run, batch: dict[str, Tensor], nll: Tensor, rows: Tensor, columns: Tensor
+    ) -> Tensor | None:
+        """The product of the weights that parts give the labelled tokens of a micro-batch; None where none has any."""
+        product, given = None, {"batch": batch, "nll": nll, "rows": rows, "columns": columns}
+        for part in self.having("batch_weights"):
+            weights = self.call(part, "batch_weights", run=run, **given)
+            product = multiplied(part, "batch_weights", weights, product, like=nll)
         return product
 
     def loss(self, run: Run, batch: dict[str, Tensor], hidden: Tensor, loss: Tensor) -> Tensor:
@@ -301,6 +303,19 @@ def lengths_of(batch: Mapping[str, Tensor]) -> list[int]:
 def labelled_in(batch: Mapping[str, Tensor]) -> int:
     """Tokens of a micro-batch that a loss is taken of."""
     return int((batch["labels"][:, 1:] != -100).sum())
+
+
+def multiplied(part: Part, hook: str, weights: Any, product: Tensor | None, *, like: Tensor) -> Tensor | None:
+    """The product of token weights, times what a part's hook gives. Raises UserError for what are no weights."""
+    if weights is None:
+        return product
+    if not isinstance(weights, Tensor) or weights.shape != like.shape:
+        raise UserError(
+            f"{part.key}: its `{hook}` gives {_show(weights)}: it must give a tensor of {list(like.shape)}, a weight "
+            "for each labelled token, or None"
+        )
+    weights = weights.detach().to(like)
+    return weights if product is None else product * weights
 
 
 def term(part: Part, hook: str, value: Any, *, like: Tensor) -> Tensor | float | None:

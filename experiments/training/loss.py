@@ -4,6 +4,7 @@ LLaMA-3's logits cost 1.28 MB a token with their gradient; an answer of four tok
 hundred needs four rows of them, not a hundred. A chunk of several is computed again in backward.
 """
 
+import operator
 from collections.abc import Callable
 
 import torch
@@ -46,11 +47,17 @@ def summed_nll(hidden: Tensor, labels: Tensor, logits_of: Logits) -> Tensor:
 
 
 def weighted_nll(
-    hidden: Tensor, labels: Tensor, logits_of: Logits, weights_of: Callable[[TokenStatistics], Tensor | None] | None
+    hidden: Tensor,
+    labels: Tensor,
+    logits_of: Logits,
+    weights_of: Callable[[TokenStatistics], Tensor | None] | None,
+    batch_weights_of: Callable[[Tensor, Tensor, Tensor], Tensor | None] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Σ w·nll over all labelled positions, and Σ nll without a gradient; scalars as `summed_nll` gives them.
 
-    weights_of   statistics of a chunk's n tokens → weights (n,), or None where all are 1; called once for each chunk
+    weights_of         statistics of a chunk's n tokens → weights (n,), or None where all are 1; called once for each
+                       chunk
+    batch_weights_of   nll, row and column of all labelled tokens → their weights, or None; multiplied with the others
     """
     line, column, targets = _labelled(labels)
     rows, targets = _rows(hidden, line, column), sent(targets, hidden.device)
@@ -61,20 +68,30 @@ def weighted_nll(
         def compute(rows: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits = logits_of(rows)
             logits = logits.to(_wide(logits.dtype))
-            nll = None if weights_of is None else F.cross_entropy(logits, targets, reduction="none")
-            if nll is not None and not known:
+            plain = weights_of is None and batch_weights_of is None
+            nll = None if plain else F.cross_entropy(logits, targets, reduction="none")
+            if weights_of is not None and not known:
                 places = dict(zip(("rows", "columns"), (sent(at[piece], rows.device) for at in (line, column + 1))))
                 given = {"logits": logits.detach(), "targets": targets, "nll": nll.detach(), **places}
                 with torch.no_grad():
                     known.append(weights_of(TokenStatistics(**given)))
-            if nll is None or known[0] is None:
+            if batch_weights_of is not None:
+                return nll if not known or known[0] is None else known[0].to(nll) * nll, nll.detach()
+            if plain or known[0] is None:
                 nll = F.cross_entropy(logits, targets, reduction="sum")
                 return nll, nll.detach()
             return (known[0].to(nll) * nll).sum(), nll.detach().sum()
 
         return compute
 
-    return _in_chunks(chunk, rows, targets)
+    if batch_weights_of is None:
+        return _in_chunks(chunk, rows, targets)
+    weighted, nll = _in_chunks(chunk, rows, targets, join=lambda a, b: torch.cat((a, b)))
+    with torch.no_grad():
+        weights = batch_weights_of(nll, *(sent(place, rows.device) for place in (line, column + 1)))
+    if weights is None:  # a sum of single losses is not the sum that cross_entropy makes, to the bit
+        return weighted_nll(hidden, labels, logits_of, weights_of)
+    return (weights.to(nll) * weighted).sum(), nll.sum()
 
 
 def summed_kl(
@@ -118,8 +135,10 @@ def summed_kl(
     return _in_chunks(chunk, hidden, reference)[0]
 
 
-def _in_chunks(chunk: Callable[[slice], Callable[..., tuple]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Sums of what `chunk(piece)(*pieces)` gives for consecutive pieces of tensors with equally many rows."""
+def _in_chunks(
+    chunk: Callable[[slice], Callable[..., tuple]], *tensors: Tensor, join: Callable = operator.add
+) -> tuple[Tensor, ...]:
+    """What `chunk(piece)(*pieces)` gives for consecutive pieces of tensors with equally many rows, added or joined."""
     count = len(tensors[0])
     if count <= CHUNK:
         return chunk(slice(0, count))(*tensors)
@@ -128,7 +147,7 @@ def _in_chunks(chunk: Callable[[slice], Callable[..., tuple]], *tensors: Tensor)
         piece = slice(start, start + CHUNK)
         # recomputed in backward, so that only one chunk of logits is ever held
         values = checkpoint(chunk(piece), *(tensor[piece] for tensor in tensors), use_reentrant=False)
-        totals = values if totals is None else tuple(a + b for a, b in zip(totals, values))
+        totals = values if totals is None else tuple(map(join, totals, values))
     return totals
 
 

@@ -66,6 +66,10 @@ class TrainSettings:
         }
         return {name: value for name, value in vars(self).items() if name not in left_out}
 
+    def cut(self, processes: int | None) -> bool:
+        """Whether a step may be cut into several micro-batches or shared by processes; packing depends on lengths."""
+        return bool(self.pack) or self.batch > self.micro_batch or (processes or 1) > 1
+
     @property
     def acts_on_probes(self) -> bool:
         """Whether a rule on probes can end the run or choose its weights."""

@@ -49,6 +49,8 @@ class Added:
     begin     tokens that pass forward once, before the first step, for each token of the training rows
     trained   tokens that pass forward and backward, such as replayed text
     read      tokens that pass forward only, such as those that a reference model reads
+    pooled    tokens that pass forward only, where a step is cut into several micro-batches or shared by processes:
+              for a statistic of the whole step
     replaced  tokens of the domain whose place they take
     length    tokens of the longest example that the part brings; None: it brings none, or none longer than the domain's
     cut_by    the setting that gives `length`
@@ -57,6 +59,7 @@ class Added:
     begin: float = 0.0
     trained: float = 0.0
     read: float = 0.0
+    pooled: float = 0.0
     replaced: float = 0.0
     length: int | None = None
     cut_by: str = ""

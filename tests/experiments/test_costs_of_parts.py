@@ -248,6 +248,17 @@ def test_what_a_part_adds_to_a_step_is_planned(study, monkeypatch):
     assert found["seconds_train"] == pytest.approx((1.25 * both + 2.0 * forward) * plain["tokens"] / sum(rows))
 
 
+def test_a_pass_for_a_statistic_of_the_step_is_planned_where_the_step_is_cut(study, monkeypatch):
+    monkeypatch.setattr(Replayed, "added", lambda self: Added(pooled=1.0), raising=False)
+    for cut in (False, True):
+        monkeypatch.setattr(TrainSettings, "cut", lambda self, processes, cut=cut: cut)
+        (found,) = plan.make(study)["cells"]
+        assert found["tokens_added"] == cut * found["tokens"] and found["tokens"]
+    monkeypatch.undo()
+    cuts = [({"batch": 8, "micro_batch": 8}, None), ({"micro_batch": 4}, 1), ({"pack": 64}, 1), ({}, 2)]
+    assert [TrainSettings(**settings).cut(processes) for settings, processes in cuts] == [False, True, True, True]
+
+
 def test_a_law_holds_a_part_to_the_costs_that_it_states(tmp_path, monkeypatch):
     def verdict(kind):
         return judge("costs", Trial(kind=kind, architecture="llama", folder=tmp_path))

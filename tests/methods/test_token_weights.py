@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from experiments.training import loss
 from methods import registry
 from methods.part import Part
+from methods.talr import TALR
 
 
 class Watched(Part):
@@ -45,7 +46,7 @@ def labelled_logits(model, row):
     return logits[labels != -100], labels[labels != -100]
 
 
-def assert_step(seen, model, weights_of, *, step=1):
+def assert_step(seen, model, weights_of, *, step=1, rtol=1e-7, atol=1e-9):
     """The gradient of `step` is that of Σ w·nll over the step's labelled tokens, divided by their number."""
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -60,7 +61,7 @@ def assert_step(seen, model, weights_of, *, step=1):
     parameters = dict(model.named_parameters())
     gradient = seen["gradient"][step]
     for name, wanted in zip(gradient, torch.autograd.grad(total / count, [parameters[n] for n in gradient])):
-        torch.testing.assert_close(gradient[name], wanted, rtol=1e-7, atol=1e-9)
+        torch.testing.assert_close(gradient[name], wanted, rtol=rtol, atol=atol)
 
 
 def label_probability(probabilities, labels):
@@ -127,3 +128,91 @@ def test_tokens_that_profit_leaves_out_stay_in_the_denominator_and_come_back(wat
     every = [kept for each in learned.values() for kept in each[0]]
     assert 0 < sum(every) < len(every)
     assert result.added == {} or result.added["profit"]["tokens"] == 0
+
+
+# TALR, whose exponent is a statistic of the whole step
+
+
+def talr_tau(model, rows):
+    means = []
+    for row in rows:
+        logits, labels = labelled_logits(model, row)
+        if len(labels):
+            means.append(float(F.cross_entropy(logits.detach(), labels)))
+    means.sort()
+    middle = len(means) // 2
+    return means[middle] if len(means) % 2 else (means[middle - 1] + means[middle]) / 2
+
+
+@pytest.fixture
+def documents_without_labels(documents):
+    """One of them has no label; batches of four and of three have a median of either kind."""
+    documents[1]["labels"] = torch.full_like(documents[1]["labels"], -100)
+    return documents
+
+
+@pytest.mark.parametrize("floor", [0.01, 0.3])
+@pytest.mark.parametrize(
+    ("settings", "scores"),
+    [
+        ({"micro_batch": 4}, False),
+        ({"micro_batch": 2}, True),
+        ({"pack": 64}, False),
+        ({"pack": 16}, True),
+        ({"batch": 3, "micro_batch": 3}, False),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_talrs_exponent_is_the_median_of_the_whole_step(
+    watch, make, documents_without_labels, settings, scores, floor, monkeypatch
+):
+    """However the step is cut; a pass is added where it has several micro-batches, and charged."""
+    monkeypatch.setattr(loss, "CHUNK", 5)
+    seen, result = watch({"talr": {"floor": floor}}, **settings)
+    model = make()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(seen["weights"][1][name])
+    tau = talr_tau(model, seen["rows"][1])
+    tolerance = {"rtol": 1e-5, "atol": 1e-7} if scores else {}  # scores are float32
+    assert_step(seen, make(), lambda p, y: (label_probability(p, y) ** (1 / tau)).clamp(min=floor), **tolerance)
+    lengths = [[len(row["input_ids"]) for row in rows] for rows in seen["rows"].values()]
+    several = (lambda step: sum(step) > 16) if "pack" in settings else (lambda step: len(step) > 2)
+    read = sum(sum(step) for step in lengths if scores and several(step))
+    assert result.added["talr"]["tokens"] == read and bool(read) == scores
+
+
+def test_a_part_that_adds_rows_later_leaves_the_exponent_as_it_is(make, documents, train):
+    """Although the step is then cut into two micro-batches, of which the second one alone would give another one."""
+    taus = []
+
+    class Adding(Part):
+        key = "adding"
+        phase = "loss"
+
+        def examples(self, *, rows, **_):
+            return [*rows, {"input_ids": torch.arange(2, 9), "labels": torch.arange(2, 9)}]
+
+        def batch_weights(self, *, nll, **_):
+            return torch.ones_like(nll)
+
+    class Seen(TALR):
+        key = "talr"
+
+        def batch_weights(self, *, nll, **arguments):
+            weights = super().batch_weights(nll=nll, **arguments)
+            taus.extend((-nll / weights.log()).tolist())
+            return weights
+
+    train(make(), (Seen(floor=0.0), Adding()), documents, batch=4, micro_batch=4, epochs=0.5)
+    assert len(taus) > 10 and max(taus) - min(taus) < 1e-5 * min(taus)
+
+
+def test_weights_of_tokens_and_of_micro_batches_are_multiplied(watch, make):
+    seen, _ = watch({"dft": {}, "talr": {}}, micro_batch=4)
+    model = make()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(seen["weights"][1][name])
+    tau = talr_tau(model, seen["rows"][1])
+    assert_step(seen, make(), lambda p, y: label_probability(p, y) ** (1 + 1 / tau))
