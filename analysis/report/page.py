@@ -74,10 +74,10 @@ def _comparisons(
     loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, folder: Path, glyphs: dict
 ) -> list[dict]:
     """Everything that the page shows of each (model, domain)."""
-    costed, chosen, made = costs.costs(loaded), reported(loaded), []
+    costed, by_part, chosen, made = costs.costs(loaded), costs.added(loaded), reported(loaded), []
     for model, domain in loaded.comparisons:
-        rows, own_tests, spent = (
-            frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (table, tests, costed)
+        rows, own_tests, spent, parts = (
+            frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (table, tests, costed, by_part)
         )
         cells = loaded.of(model, domain)
         first, methods, shown = cells.iloc[0], list(dict.fromkeys(cells["method"])), tables.columns(rows)
@@ -115,6 +115,10 @@ def _comparisons(
                     "tables": [
                         (costs.SECONDS_HEADS, [costs.seconds_row(row) for _, row in spent.iterrows()]),
                         (costs.BYTES_HEADS, [costs.bytes_row(row) for _, row in spent.iterrows()]),
+                        *(
+                            [(costs.PARTS_HEADS, [costs.part_row(row) for _, row in parts.iterrows()])]
+                            * bool(len(parts))
+                        ),
                     ],
                     "formula": costs.formula(spent),
                 },

@@ -66,6 +66,28 @@ def same_run(loaded: Loaded, *, model: str, method: str) -> tuple[float, str] | 
     return None
 
 
+def added(loaded: Loaded) -> pd.DataFrame:
+    """One row per (model, domain, method, part) for which anything is recorded, means over the method's seeds:
+
+    prepare_K, train_K   what the part added in the preparation and in the training, K of ADDED; None if a run lacks it
+    flops                of the domain's rows in the training, which the two are shown against
+    """
+    rows = []
+    for model, domain in loaded.comparisons:
+        for method, cells in loaded.of(model, domain).groupby("method", sort=False):
+            known = [value if isinstance(value, dict) else {} for value in cells.get("added", [])]
+            phases = {phase: [each.get(phase) or {} for each in known] for phase in ("prepare", "train")}
+            for part in sorted({name for each in phases.values() for costs in each for name in costs}):
+                row = {"model": model, "domain": domain, "method": method, "part": part}
+                for phase, each in phases.items():
+                    for kind in ADDED:
+                        values = pd.Series([costs.get(part, {}).get(kind, 0) for costs in each], dtype=object)
+                        row[f"{phase}_{kind}"] = mean_if_known(values)
+                rows.append(row | {"flops": mean_if_known(cells["flops"]) if "flops" in cells else None})
+    kinds = [f"{phase}_{kind}" for phase in ("prepare", "train") for kind in ADDED]
+    return pd.DataFrame(rows, columns=["model", "domain", "method", "part", *kinds, "flops"])
+
+
 def _measured(loaded: Loaded, cells: pd.DataFrame) -> dict:
     prepared = [loaded.prepared.get(name, {}) for name in cells.index]
     # earlier records count what is carried into training as part of the start
@@ -97,6 +119,19 @@ def _per(row: dict, key: str) -> float | None:
 STEP = f"× {PLAIN}, between runs", f"× {PLAIN}, same run"
 SECONDS_HEADS = ("method", "preparation", "in training tokens", "training", "a training step", *STEP, "scoring")
 BYTES_HEADS = ("method", *BYTES.values())
+ADDED = ("tokens", "flops", "seconds", "bytes")
+PARTS_HEADS = (
+    "method",
+    "part",
+    "preparation: tokens",
+    "FLOPs",
+    "seconds",
+    "stored",
+    "training: tokens",
+    "FLOPs",
+    "seconds in its hooks",
+    "bytes",
+)
 
 
 def seconds_row(row: pd.Series) -> list[tuple[str, str]]:
@@ -139,6 +174,21 @@ def bytes_row(row: pd.Series) -> list[tuple[str, str]]:
     return [(row["method"], ""), *(("–" if row[key] == 0 else numbers.size(row[key]), "") for key in BYTES)]
 
 
+def part_row(row: pd.Series) -> list[tuple[str, str]]:
+    """A part's row under PARTS_HEADS; FLOPs are a share of those of the domain's rows in the training."""
+    cells = [(row["method"], ""), (row["part"], "")]
+    for phase in ("prepare", "train"):
+        tokens, flops, seconds, size = (row[f"{phase}_{kind}"] for kind in ADDED)
+        shown = "unknown" if numbers.missing(flops) or not row["flops"] else f"{flops / row['flops']:.1%}"
+        cells += [
+            ("–" if tokens == 0 else numbers.count(tokens), ""),
+            ("–" if flops == 0 else shown, ""),
+            ("–" if seconds == 0 else numbers.seconds(seconds), ""),
+            ("–" if size == 0 else numbers.size(size), ""),
+        ]
+    return cells
+
+
 def formula(rows: pd.DataFrame) -> list[str]:
     """How the derived columns are computed; `rows` are of one comparison."""
     own = [row["method"] for _, row in rows.iterrows() if row["reference"] == row["method"] != PLAIN]
@@ -155,6 +205,8 @@ def formula(rows: pd.DataFrame) -> list[str]:
         "so a busy machine affects it.",
         f"{STEP[1]}: the median over rounds of results/bench/steps.json, which times the methods' steps in turn in "
         f"one process{measured}.",
+        "Of a part: FLOPs are a share of those of the domain's rows in the training; the seconds of its hooks are the "
+        "host's and are contained in those of the training, but for what the engine does on its behalf.",
         "Kinds of cost are never added up. – means nothing of the kind, or not measured; unknown means a checkpoint "
         "made elsewhere.",
     ]
@@ -167,12 +219,19 @@ def formula(rows: pd.DataFrame) -> list[str]:
 
 def as_markdown(loaded: Loaded) -> str:
     """The tables of seconds and of bytes for each comparison; empty if no cell has finished."""
-    lines, table = [], costs(loaded)
+    lines, table, by_part = [], costs(loaded), added(loaded)
     for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
         lines += ["", f"### Cost: {model}, {domain}"]
-        for heads, show in ((SECONDS_HEADS, seconds_row), (BYTES_HEADS, bytes_row)):
+        parts = by_part[(by_part["model"] == model) & (by_part["domain"] == domain)]
+        for heads, show, of_table in (
+            (SECONDS_HEADS, seconds_row, rows),
+            (BYTES_HEADS, bytes_row, rows),
+            (PARTS_HEADS, part_row, parts),
+        ):
+            if not len(of_table):
+                continue
             lines += ["", f"| {' | '.join(heads)} |", f"|:--|{'--:|' * (len(heads) - 1)}"]
-            for _, row in rows.iterrows():
+            for _, row in of_table.iterrows():
                 cells = [f"{value} ({note})" if note else value for value, note in show(row)]
                 lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *(f"- {line}" for line in formula(rows))]

@@ -167,3 +167,17 @@ def test_carried_state_counts_as_start_in_new_records_as_in_earlier_ones(tmp_pat
     for record in ({"bytes_start": 30}, {"bytes_start": 20, "bytes_carry": 10}):
         change(tmp_path, planned[1], "prepare.json", **record)
         assert of(tmp_path, planned)[1].at["ewc", "bytes_start"] == 30
+
+
+def test_what_each_part_adds(tmp_path):
+    root, planned = tmp_path, write_results(tmp_path)
+    prepared = {"ewc": {"tokens": 40_000, "flops": 3e12, "seconds": 96.4, "bytes": 538_060_000}}
+    trained = {"ewc": {"tokens": 0, "flops": 0, "left_out": 0, "seconds": 2.5, "bytes": 0}, "kl": {"tokens": 500}}
+    for path in (root / "runs").rglob("ewc/*/metrics.json"):
+        added = {"prepare": prepared, "train": trained}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"added": added, "flops": 6e12}))
+    table = costs.added(load_cells(root, planned))
+    assert table[["method", "part"]].values.tolist() == [["ewc", "ewc"], ["ewc", "kl"]]
+    texts = [text for text, _ in costs.part_row(table.iloc[0])]
+    assert texts == ["ewc", "ewc", "40,000", "50.0%", "1 min 36 s", "538 MB", "–", "–", "2.5 s", "–"]
+    assert [text for text, _ in costs.part_row(table.iloc[1])][6] == "500"
