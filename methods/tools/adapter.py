@@ -38,6 +38,10 @@ class Adapter(Part):
         ("q_proj", "v_proj"), phase="prepare", help="last names of the linear layers to adapt"
     )
 
+    @property
+    def _alpha(self) -> float:
+        return self.alpha
+
     def adapt(self, model, *, seed, state=None):
         return self._wrapped(model, seed=seed)
 
@@ -45,10 +49,10 @@ class Adapter(Part):
         """The model with adapters by peft; `config` of LoraConfig beside this part's own settings."""
         from peft import LoraConfig, get_peft_model
 
-        self._check_targets(model)
+        self._layers(model)
         config = LoraConfig(
             r=self.rank,
-            lora_alpha=self.alpha,
+            lora_alpha=self._alpha,
             lora_dropout=self.dropout,
             target_modules=sorted(self.targets),
             task_type="CAUSAL_LM",
@@ -60,12 +64,13 @@ class Adapter(Part):
             torch.manual_seed(seed)  # peft draws A in float32 on the CPU, whatever the model's dtype and device
             return get_peft_model(model, config, autocast_adapter_dtype=False)
 
-    def _check_targets(self, model: nn.Module) -> None:
+    def _layers(self, model: nn.Module) -> dict[str, nn.Module]:
+        """The layers to adapt, by name in the bare model. Raises UserError for a target that cannot be adapted."""
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
         if not self.targets:
             raise UserError(f"{self.key}.targets is empty: name at least one linear layer of {_known(linear)}")
         for target in self.targets:
-            named = [module for name, module in linear.items() if name == target or name.endswith(f".{target}")]
+            named = [module for name, module in linear.items() if _ends(name, target)]
             if not named:
                 near = difflib.get_close_matches(target, _known(linear), n=3, cutoff=0.4) or _known(linear)
                 raise UserError(
@@ -77,6 +82,7 @@ class Adapter(Part):
                     f"{self.key}.targets: {target!r} is the head, which cannot be adapted (often it is also the "
                     "embedding): leave it out"
                 )
+        return {name: module for name, module in linear.items() if any(_ends(name, target) for target in self.targets)}
 
     def finish(self, *, run, state, final, measure=None):
         changed = dict(final)
@@ -114,7 +120,7 @@ class Adapter(Part):
             "bias": "none",
             "inference_mode": True,
             "init_lora_weights": True,
-            "lora_alpha": self.alpha * (rank // self.rank),
+            "lora_alpha": self._alpha * (rank // self.rank),
             "lora_dropout": self.dropout,
             "peft_type": "LORA",
             "r": rank,
@@ -188,6 +194,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, boo
                 updates.setdefault(base_name(name).removesuffix(end) + "weight", {})[part] = tensor
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     return updates, scale, config["fan_in_fan_out"]
+
+
+def _ends(name: str, target: str) -> bool:
+    """Whether a module has this last name, as peft looks for it."""
+    return name == target or name.endswith(f".{target}")
 
 
 def _known(linear: dict[str, nn.Module]) -> list[str]:

@@ -1,0 +1,143 @@
+"""Adapters that start from a part of the weight itself: W' = W + s·(B·A − B₀·A₀), and not from zero.
+
+A₀ (rank × in) and B₀ (out × rank) are chosen components of W, as in PiSSA and its kin, which train W − s·B₀·A₀ plus
+s·B·A. That is the same in real numbers. Here W stays as it is, because a residual in bfloat16 would be another, rounded
+base; the model computes
+
+    y = W·x + s·B'·A'·x        A' = [A; A − A₀]    B' = [B − B₀, B₀]        B'·A' = B·A − B₀·A₀
+
+so that it is exactly the base before the first step. The adapter that is saved is (B', A'), an ordinary one of rank 2r
+(r where one factor is not trained).
+
+`calibrate` computes the components once a model: they depend on no seed and are stored, with s = 1, in float32. Each
+pair of singular vectors has the sign that makes the largest entry of A₀'s row positive.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from methods.errors import UserError
+from methods.part import Prepared, setting
+from methods.tools.adapter import Adapter
+from methods.tools.architecture import base_name
+from methods.tools.costs import Memory, Pass
+from methods.tools.effective import difference, lora_layers, start_of
+from methods.tools.process_group import Shards
+
+# bytes for each entry of a matrix while it is decomposed: in float64 W, its copy, U, V, and what LAPACK works in
+DECOMPOSED = 64
+
+SHARES = (
+    "methods.tools.adapter",
+    "methods.tools.covariance",
+    "methods.tools.effective",
+    "methods.tools.importance",
+    "methods.tools.split",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split(Adapter):
+    """A part with such an adapter; it overrides `_components`."""
+
+    shares = SHARES
+    scratch = ("calibration",)
+    neutral = "none: it trains two factors in place of each matrix"
+
+    alpha: float | None = setting(
+        None, phase="prepare", within="(0, inf)", help="the update's scale is alpha/rank; null: 1, as published"
+    )
+
+    _fixed: ClassVar[str] = ""  # the factor that is not trained: "A" or "B"
+
+    @property
+    def _alpha(self):
+        return float(self.rank) if self.alpha is None else self.alpha
+
+    def _components(self, weight: Tensor, covariance: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(A₀, B₀) of W (out × in), with s = 1; C (in × in) of its input where the part reads text. All are float64."""
+        raise NotImplementedError
+
+    def preparation(self):
+        return (Pass(documents=0, length=1, bare=True, gradients="none"),)
+
+    def memory(self, *, counts, phase):
+        factors = counts.all - counts.base
+        made = counts.wide * factors  # in main memory
+        if phase == "train":
+            return Memory(state=counts.compute * factors + made)
+        # W, the copy that is decomposed, U, V and LAPACK's own, in float64
+        return Memory(gradient=made + DECOMPOSED * counts.largest_adapted)
+
+    def calibrate(self, *, model, general, seed, progress, shards=Shards()):
+        layers = self._layers(model)
+        made = self._made(layers, {}, progress=progress, shards=shards)
+        return Prepared(calibration=made, notes={"layers": len(layers)})
+
+    def _made(self, layers, covariances: dict[str, Tensor], *, progress, shards: Shards) -> dict[str, Tensor]:
+        """The components of every layer, by name: processes decompose the layers in turn."""
+        own = {}
+        with progress(total=len(layers), desc=self.key, unit="layer") if progress else nullcontext() as bar:
+            for index, (name, layer) in enumerate(layers.items()):
+                covariance = covariances.pop(name, None)
+                if index % shards.world == shards.rank:
+                    a, b = self._components(matrix(layer).detach().double(), covariance)
+                    own[f"{name}.A"], own[f"{name}.B"] = (t.to(torch.float32).cpu().contiguous() for t in (a, b))
+                if bar is not None:
+                    bar.update()
+        return {name: tensor for each in shards.all_gather(own) for name, tensor in each.items()}
+
+    def adapt(self, model, *, seed, state=None):
+        made = (state or {}).get("calibration")  # absent on the meta device
+        model = self._wrapped(model, seed=seed)
+        for path, layer in lora_layers(model):
+            name = base_name(f"{path}.base_layer.weight").removesuffix(".weight")
+            if self.rank > min(layer.base_layer.weight.shape):
+                shape = list(layer.base_layer.weight.shape)
+                raise UserError(
+                    f"{self.key}.rank is {self.rank}: {name} is {shape} and has no more components than that"
+                )
+            (adapter,) = layer.lora_A
+            factors = {"A": layer.lora_A[adapter].weight, "B": layer.lora_B[adapter].weight}
+            for letter, factor in factors.items():
+                if made is not None:
+                    factor.data.copy_(made[f"{name}.{letter}"] / layer.scaling[adapter] ** 0.5)
+                layer.register_buffer(f"start_{letter}", factor.detach().clone(), persistent=False)
+                factor.requires_grad_(letter != self._fixed)
+            layer.start_trained = [letter != self._fixed for letter in factors]
+            layer.lora_variant[adapter] = FromStart()
+        return model
+
+
+class FromStart:
+    """What peft's layer computes with such an adapter: a LoraVariant, which is not imported for the time it takes."""
+
+    @staticmethod
+    def forward(module: nn.Module, *, active_adapter: str, x: Tensor, result: Tensor, **_: Any) -> Tensor:
+        """W·x + s·B'·A'·x; `result` is W·x."""
+        pair = module.lora_A[active_adapter].weight, module.lora_B[active_adapter].weight
+        a, b = difference(*pair, *start_of(module), trained=module.start_trained)
+        return (
+            result + F.linear(F.linear(module.lora_dropout[active_adapter](x), a), b) * module.scaling[active_adapter]
+        )
+
+
+def matrix(layer: nn.Module) -> Tensor:
+    """A linear layer's weight as out × in."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def factors(u: Tensor, s: Tensor, vh: Tensor) -> tuple[Tensor, Tensor]:
+    """(A₀, B₀) = (√S·Vᵀ, U·√S), with the largest entry of each row of A₀ positive."""
+    root = s.sqrt()
+    a, b = root[:, None] * vh, u * root
+    sign = torch.where(a.gather(1, a.abs().argmax(dim=1, keepdim=True)) < 0, -1.0, 1.0).to(a.dtype)
+    return a * sign, b * sign.T
