@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from experiments.training import loss
 from methods import registry
+from methods.errors import UserError
 from methods.part import Part
 from methods.talr import TALR
 
@@ -216,3 +217,42 @@ def test_weights_of_tokens_and_of_micro_batches_are_multiplied(watch, make):
             p.copy_(seen["weights"][1][name])
     tau = talr_tau(model, seen["rows"][1])
     assert_step(seen, make(), lambda p, y: label_probability(p, y) ** (1 + 1 / tau))
+
+
+# ASFT
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("estimator", ["full", "label"])
+def test_asft_is_dft_with_a_kl_to_the_base(watch, make, documents, estimator, adapters, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 3)
+    lora = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}} if adapters else {}
+    seen, result = watch({"asft": {"strength": 0.3, "estimator": estimator}} | lora)
+    model, base, total, count = result.run.model, make(), 0.0, 0
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, weight in seen["weights"][1].items():
+            parameters[name].requires_grad_().copy_(weight)
+    for row in seen["rows"][1]:
+        logits, labels = labelled_logits(model, row)
+        theirs = torch.log_softmax(labelled_logits(base, row)[0].detach(), -1)
+        ours = torch.log_softmax(logits, -1)
+        own, other = label_probability(ours, labels), label_probability(theirs, labels)
+        if estimator == "full":
+            kl = (theirs.exp() * (theirs - ours)).sum(-1)
+        else:
+            kl = (other - own).exp() - (other - own) - 1
+        total = total + (-own.detach().exp() * own + 0.3 * kl).sum()
+        count += len(labels)
+    gradient = seen["gradient"][1]
+    tolerance = {"rtol": 1e-6, "atol": 1e-8} if estimator == "full" else {"rtol": 1e-5, "atol": 1e-7}
+    for name, wanted in zip(gradient, torch.autograd.grad(total / count, [parameters[n] for n in gradient])):
+        torch.testing.assert_close(gradient[name], wanted, **tolerance)
+    added = result.added["asft"]
+    assert added["tokens"] == sum(len(row["input_ids"]) for row in documents)
+    assert added["bytes"] == (0 if adapters else sum(p.numel() * 8 for p in base.parameters()))
+
+
+def test_asft_is_refused_beside_dft():
+    with pytest.raises(UserError, match="asft and dft cannot be combined: asft weighs tokens"):
+        registry.build({"asft": {}, "dft": {}})
