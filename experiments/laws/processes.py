@@ -1,7 +1,7 @@
 """The law that the number of processes changes nothing: two real processes (gloo) against one.
 
-In float32, after ten steps, each tensor is within 1e-6 of its norm. A part that brings an optimizer may choose other
-entries to move, at most one in 10⁴: the last bit of a gradient can turn the choice between two.
+In float32, after ten steps, each tensor is within 1e-6 of its norm. A part that brings an optimizer or a mask may
+choose other entries to move, at most one in 10⁴: the last bit of a gradient can turn the choice between two.
 """
 
 import functools
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from experiments.laws.laws import PROCESSES, Broken, Verdict, in_one_line, relative, verdict
 from experiments.laws.trial import Trained, Trial
-from methods.part import Part
+from methods.part import Part, phase_of
 from methods.tools.process_group import Shards
 
 WORLD = 2
@@ -58,7 +58,8 @@ def _compare(trial: Trial, folder: Path, problem: str) -> None:
     errors = {name: relative(tensor, one[name]) for name, tensor in two.items()}
     worst = max(errors, key=errors.get, default="")
     share = _share_of_other_entries(two, one)
-    masked = "optimizer" in trial.kind.capabilities and share <= OTHER_MASKS
+    chooses = "optimizer" in trial.kind.capabilities or phase_of(trial.kind) == "mask"
+    masked = chooses and share <= OTHER_MASKS
     if worst and errors[worst] > WITHIN and not masked:
         raise Broken(
             f"after {STEPS} steps the weights of two processes differ from those of one by {errors[worst]:.2g} of "
