@@ -36,7 +36,7 @@ class ASFT(Part):
     shares = ("methods.tools.token_statistics",)
     excludes = {"dft": "asft weighs tokens with their probability itself; keep one"}
     neutral = {"power": 0.0, "strength": 0.0}
-    trial = {"power": 0.25}  # probabilities of a random model are so small that a KL's rounding would be most of the step
+    trial = {"power": 0.25}  # weighed with a random model's probabilities the loss is less than the rounding of a KL
 
     power: float = setting(1.0, within="[0, inf)", help="exponent of the probability; 0 weighs all tokens alike")
     strength: float = setting(0.1, within="[0, inf)", help="of the KL to the base, against a loss in nats")
