@@ -102,12 +102,14 @@ def generated(
     processors: Sequence[Any] = (),
     criteria: Sequence[Any] = (),
     together: bool = False,
+    ended: bool = False,
 ) -> list[list[int]]:
     """The likeliest continuation of each row of token ids, at most `tokens` ids, without the end of text.
 
     processors   change the logits that the likeliest token is taken of (transformers' LogitsProcessor)
     criteria     end a row early (transformers' StoppingCriteria)
     together     other processes share the model: each goes on until all have finished
+    ended        with the end of text, where a row has come to one
     """
     model = architecture.plain(model)  # adapters stay where they are in it
     pad = padding(model, tokenizer)
@@ -131,7 +133,7 @@ def generated(
         synced_gpus=together,
     )
     return [
-        row[: next((place for place, token in enumerate(row) if token in ends), tokens)]
+        row[: next((place + ended for place, token in enumerate(row) if token in ends), tokens)]
         for row in whole[:, width:].tolist()
     ]
 

@@ -140,7 +140,8 @@ class Run:
 
     reference  the frozen base as a model: `hidden(batch)`, `logits(rows)` and, in chunks of logits,
                `kl(hidden rows, reference's hidden rows, temperature=, weights=, reverse=)` to the trained model
-    sample     sample(prompts=, tokens=, temperature=, key=, base=False) → continuations, lists of token ids
+    sample     sample(prompts=, tokens=, temperature=, key=, ended=False, base=False) → continuations, lists of token
+               ids; `ended`: with the end of text
     score      score(rows, base=False) → for each row the log-probabilities of its labelled tokens, on the CPU
     encode     text → token ids, as general text is encoded
     passes     passes(rows) → micro-batches that the processes together compute of a step with these rows
@@ -294,7 +295,8 @@ class Part:
         progress  progress(total=, desc=, unit=) → a tqdm bar
         shards    the processes; each has the whole model
         resume    checkpoints of a long pass of the part's own; None: there are none
-        sample    sample(model=, prompts=, tokens=, temperature=, key=) → continuations, as `Run.sample` gives them
+        sample    sample(model=, prompts=, tokens=, temperature=, key=, ended=, size=, done=) → continuations, as
+                  `Run.sample` gives them; of `size` prompts together, with done(number) after each batch
         """
         return None
 

@@ -11,8 +11,9 @@ is the mean over all its labelled tokens: every token of a text has a label, and
 completion has.
 """
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,7 +23,7 @@ from torch import Generator
 from methods.errors import UserError
 from methods.part import Part, Row, Run, register, setting
 from methods.tools import jsonl
-from methods.tools.costs import Added
+from methods.tools.mixture import added, mixed
 
 
 @register(
@@ -34,7 +35,7 @@ from methods.tools.costs import Added
 )
 @dataclass(frozen=True, kw_only=True)
 class Replay(Part):
-    shares = ("methods.tools.jsonl",)
+    shares = ("methods.tools.jsonl", "methods.tools.mixture")
     scratch = ("rows",)
     neutral = {"share": 0.0}
     trial = {"share": 0.4}
@@ -48,9 +49,7 @@ class Replay(Part):
             read(self.path)
 
     def added(self):
-        if self.mode == "swap":
-            return Added(trained=self.share, replaced=self.share)
-        return Added(trained=self.share / (1 - self.share))
+        return added(share=self.share, mode=self.mode)
 
     def begin(self, *, run, state, examples, general=()):
         if not self.share:
@@ -71,19 +70,8 @@ class Replay(Part):
     def examples(self, *, run, state, rows, step):
         if not self.share:
             return rows
-        domain = [row for row in rows if "index" in row]  # the others are what another part has added
-        draw = run.generator(self.key, step)
-        if self.mode == "add":
-            return [
-                *rows,
-                *_filled(self._drawn(run, state, step), self.share / (1 - self.share) * _tokens(domain), draw),
-            ]
-        order = torch.randperm(len(domain), generator=draw).tolist()
-        left_out = _filled((domain[i] for i in order), self.share * _tokens(domain), draw)
-        indices = {row["index"] for row in left_out}
-        kept = [row for row in rows if row.get("index") not in indices]
-        replayed = _filled(self._drawn(run, state, step), _tokens(left_out), draw)
-        return [*kept, *replayed] or [next(self._drawn(run, state, step))]  # a step has at least one row
+        drawn = functools.partial(self._drawn, run, state, step)
+        return mixed(rows, drawn, share=self.share, mode=self.mode, draw=run.generator(self.key, step))
 
     def _drawn(self, run: Run, state: dict, step: int) -> Iterator[Row]:
         """Rows to replay in a step, without end."""
@@ -134,19 +122,3 @@ def _cut(row: Row, longest: int, draw: Generator) -> Row:
         return row
     start = excess if row["labels"][0] == -100 else int(torch.randint(excess + 1, (), generator=draw))
     return {name: tensor[start : start + longest] for name, tensor in row.items()}
-
-
-def _filled(rows: Iterable[Row], room: float, draw: Generator) -> list[Row]:
-    """The first rows that hold `room` tokens, to within the last one, and on average exactly."""
-    taken = []
-    for row in rows:
-        size = len(row["input_ids"])
-        if size > room and size * float(torch.rand((), generator=draw)) >= room:
-            break
-        taken.append(row)
-        room -= size
-    return taken
-
-
-def _tokens(rows: Iterable[Row]) -> int:
-    return sum(len(row["input_ids"]) for row in rows)

@@ -10,6 +10,7 @@ from evaluation.labelled import encode_row, template_in
 from evaluation.rendered import read_jsonl
 from experiments.model.shape import Shape
 from methods.errors import UserError
+from methods.tools.costs import Pass
 from methods.tools.jsonl import Row
 
 # tokens that a chat template writes around a conversation, such as a system turn of its own, and around a turn
@@ -31,15 +32,17 @@ def refuse_long_documents(study, *, model: str, method: str, shape: Shape, longe
     for part in study.methods[method].parts:
         block = study.methods[method].block.get(part.key) or {}
         for made in (*part.preparation(), *([part.added()] if part.added().length else [])):
+            written = made.generated if isinstance(made, Pass) else 0
             if longest is None:
-                reached = made.length if made.cut_by in block else None
+                reached = made.length + written if made.cut_by in block else None
             else:
-                reached = min(made.length or longest, longest)
+                reached = min(made.length or longest, longest) + written
             if reached and reached > limit and made.cut_by:
                 where = f"methods.{method}.{part.key}.{made.cut_by}"
+                room = limit - (reached - written if written else 0)
                 raise UserError(
-                    f"{where} is {made.length}, and {model} has {limit} positions: "
-                    f"write `{made.cut_by}: {limit}` or less there"
+                    f"{where} is {written or made.length}, and {model} has {limit} positions: "
+                    f"write `{made.cut_by}: {room}` or less there"
                 )
             if reached and reached > limit:
                 raise UserError(

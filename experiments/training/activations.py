@@ -67,6 +67,7 @@ class _FakePasses:
     gradients  the tensors that get one: "trained" (in training mode), or in evaluation mode "adapted" or "whole-model"
                tensors of the base or "none", as in methods/tools/costs.py
     device     its type; on another one than the CPU attention is SDPA
+    cached     the keys and values of all tokens are kept, as for text that is continued
     """
 
     shape: Shape
@@ -78,6 +79,7 @@ class _FakePasses:
     packed: bool = False
     gradients: str = "trained"
     device: str = "cpu"
+    cached: bool = False
 
     def run(self, *, layers: int | None) -> tuple[int, int]:
         """Bytes alive after the forward pass of the first `layers` blocks (None: all), and the peak of both passes."""
@@ -107,7 +109,8 @@ class _FakePasses:
             row = torch.empty(self.shape.config.hidden_size, dtype=self.dtype, requires_grad=trained)
             embedded = row.expand(self.rows, self.length, -1).clone()
             run = architecture.backbone(model)
-            hidden = run(inputs_embeds=embedded, use_cache=False, **positions).last_hidden_state
+            made = run(inputs_embeds=embedded, use_cache=self.cached, **positions)
+            hidden = made.last_hidden_state
             del embedded
             after_forward = alive.now
             if hidden.requires_grad:

@@ -68,6 +68,8 @@ class Flops:
 def of_pass(made: Pass, counter: Flops, lengths: Sequence[int]) -> float | None:
     """FLOPs of a pass in which a part prepares, over documents of these lengths, which it may cut."""
     read = made.cut(lengths)
+    if made.generated:
+        return counter.forward(lengths=read, predicted=made.generated * len(read))
     if made.gradients == "none":
         return counter.forward(lengths=read, predicted=0)
     return counter.step(lengths=read, labelled=sum(read))

@@ -61,6 +61,7 @@ KINDS = (
     "total",
 )
 HELD = ("weights", "masters", "moments", "anchor", "importance", "state")  # from the first step to the last
+DRAWN = 48  # bytes for each entry of a row's logits while a token is drawn: of noise in float64, and of its copies
 MOST_PROCESSES = 8  # that a refusal proposes
 
 
@@ -177,7 +178,7 @@ class _Prediction:
 
     def preparing(self, part: Part, made: Pass, settings: TrainSettings, longest: int | None) -> dict[str, int]:
         """A pass that a part makes over documents: a training of its own, or forward and backward passes."""
-        length = min(n for n in (made.length or longest or settings.length, longest) if n)
+        length = min(n for n in (made.length or longest or settings.length, longest) if n) + made.generated
         own = part.memory(counts=self.counts, phase="prepare")
         if made.training is None:
             return self._pass(made, own, length)
@@ -185,7 +186,7 @@ class _Prediction:
         return self._fit(dataclasses.replace(settings, **(given | {"length": length, "keep": "last"})), [own])
 
     def _pass(self, made: Pass, own: Memory, length: int) -> dict[str, int]:
-        """Each process has the whole model, and one gradient at a time."""
+        """Each process has the whole model, and one gradient at a time; or, for text, keys and values of all tokens."""
         counts, rows = self.counts, made.rows_at(length)
         alive, work = activations(
             self.shape,
@@ -194,13 +195,15 @@ class _Prediction:
             rows=rows,
             length=length,
             gradients=made.gradients,
+            cached=bool(made.generated),
         )
+        logits = DRAWN * rows if made.generated else 3 * counts.wide * rows * length * (made.gradients != "none")
         kinds = _held([own]) | {
             "weights": counts.compute * (counts.base if made.bare else counts.all),
             "scratch": own.kept + own.gradient,
             "activations": alive,
             "transient": work,
-            "logits": 3 * counts.wide * counts.vocabulary * rows * length * (made.gradients != "none"),
+            "logits": logits * counts.vocabulary,
         }
         return _with_total(kinds, kept=own.kept, passing=alive + max(kinds["logits"], work, own.gradient))
 

@@ -21,7 +21,8 @@ from methods.tools.process_group import Shards
 class Preparation:
     """What a hook of one part has prepared, the seconds inside the hook, and the FLOPs (None: not known).
 
-    FLOPs are those of every `fit`, and those of the passes that the part states over the documents that are there.
+    FLOPs are those of every `fit` and of all text that is sampled, and those of the other passes that the part states,
+    over the documents that are there.
     """
 
     part: Part
@@ -58,15 +59,16 @@ def prepare(
     common = {"general": general, "seed": seed, "progress": progress, "shards": shards}
     states: dict[str, dict] = {}
 
-    def made(part: Part, hook: str, model: nn.Module, loop: Fitting | None = None, **more: Any) -> Preparation | None:
+    def made(part: Part, hook: str, model: nn.Module, **more: Any) -> Preparation | None:
         counter = Flops(model)
-        passes = [each for each in part.preparation() if each.bare == (hook == "calibrate") and each.training is None]
+        stated = [each for each in part.preparation() if each.bare == (hook == "calibrate")]
+        passes = [each for each in stated if each.training is None and not each.generated]
         flops = [of_pass(each, counter, lengths) for each in passes]
         began = time.perf_counter()
         prepared = getattr(part, hook)(model=model, **common, **more)
         seconds = time.perf_counter() - began
-        if loop:
-            flops += loop.flops
+        for service in ("fit", "sample"):
+            flops += more[service].flops if service in more else []
         total = None if None in flops else sum(flops)
         return None if prepared is None else Preparation(part=part, prepared=prepared, seconds=seconds, flops=total)
 
@@ -82,8 +84,8 @@ def prepare(
         kept = resume(part.key)
         arguments = {"settings": settings, "base": base, "shards": shards, "name": f"prepare {part.key}"} | placed
         loop = (fitting or Fitting)(kept, **arguments)
-        sample = services.sampling(tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
-        prepared = made(part, "prepare", model, loop, base=base, resume=kept, fit=loop, sample=sample)
+        sample = services.Sampling(tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
+        prepared = made(part, "prepare", model, base=base, resume=kept, fit=loop, sample=sample)
         del model, loop
         if prepared is not None:
             yield prepared

@@ -211,17 +211,30 @@ class Sampler:
         self._shards, self._together = shards, together
 
     def __call__(
-        self, *, prompts: Sequence[Sequence[int]], tokens: int, temperature: float = 1.0, key: Sequence[int | str] = ()
+        self,
+        *,
+        prompts: Sequence[Sequence[int]],
+        tokens: int,
+        temperature: float = 1.0,
+        key: Sequence[int | str] = (),
+        ended: bool = False,
+        size: int | None = None,
+        done: Callable[[int], Any] | None = None,
     ) -> list[list[int]]:
         """At most `tokens` token ids for each prompt (token ids, not empty), without the end of text.
 
         temperature  of the softmax that tokens are drawn from; 0 takes the likeliest
         key          draws depend on the seed, this key and the number of the prompt, and on nothing else in the batch
+        ended        with the end of text, where a continuation has come to one
+        size         prompts that are continued together, in place of the sampler's own number
+        done         called with the number of prompts that all processes have continued since the last call
         """
         from evaluation.generate import generated
 
         texts: dict[int, list[int]] = {}
-        for indices, counts in _shared(len(prompts), self._size, self._shards):
+        size = size or self._size
+        each = size * self._shards.world
+        for number, (indices, counts) in enumerate(_shared(len(prompts), size, self._shards)):
             draws = [generator(self._seed, "sample", *key, index) for index in indices]
             continuing = functools.partial(
                 generated,
@@ -230,24 +243,35 @@ class Sampler:
                 tokens=tokens,
                 processors=[_Gumbel(temperature, draws)] if temperature else [],
                 together=self._together,
+                ended=ended,
             )
             written = self._compute(lambda model, run=continuing: run(model=model))
             if counts:
                 texts |= dict(zip(indices, written, strict=True))
+            if done:
+                done(min(each, len(prompts) - number * each))
         return _collected(texts, self._shards)
 
 
-def sampling(tokenizer: Any, *, seed: int, size: int, shards: Shards) -> Callable[..., list[list[int]]]:
-    """sample(model=, prompts=, …) for a preparation, in which each process has the whole model; else as `Sampler`."""
+class Sampling:
+    """sample(model=, prompts=, …) for a preparation, in which each process has the whole model; else as `Sampler`.
 
-    def sample(*, model: nn.Module, **arguments: Any) -> list[list[int]]:
+    flops  of each call, in all processes together; None where they are not known
+    """
+
+    def __init__(self, tokenizer: Any, **arguments: Any) -> None:
+        self.flops: list[float | None] = []
+        self._tokenizer, self._arguments = tokenizer, arguments
+
+    def __call__(self, *, model: nn.Module, prompts: Sequence[Sequence[int]], **arguments: Any) -> list[list[int]]:
         def compute(function: Callable[[nn.Module], Any]) -> Any:
             with torch.no_grad(), evaluating(model):
                 return function(model)
 
-        return Sampler(compute, tokenizer, seed=seed, size=size, shards=shards)(**arguments)
-
-    return sample
+        texts = Sampler(compute, self._tokenizer, **self._arguments)(prompts=prompts, **arguments)
+        lengths = [len(prompt) + len(text) for prompt, text in zip(prompts, texts, strict=True)]
+        self.flops.append(Flops(model).forward(lengths=lengths, predicted=sum(map(len, texts))))
+        return texts
 
 
 class _Gumbel(LogitsProcessor):

@@ -5,6 +5,7 @@ The answers follow from settings and sizes alone. What a run really takes is mea
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """A pass of the model over documents of general text, made while a part prepares.
+    """A pass of the model over documents of general text, made while a part prepares; or texts that it continues.
 
     documents  how many it reads; None: all there are
     length     tokens that each document is cut at; None: none is cut
@@ -22,6 +23,8 @@ class Pass:
     tokens     above 0: as many documents as so many tokens hold take the place of `rows`
     gradients  which base tensors get a gradient: those that the method changes, all, or none: forward, without logits
     bare       the model is the base itself, which no part has adapted (`calibrate`)
+    generated  above 0: the model writes at most so many tokens behind each of `documents` beginnings of `length`
+               tokens; where general text has fewer documents, several texts begin alike
     """
 
     documents: int | None = None
@@ -32,9 +35,13 @@ class Pass:
     tokens: int = 0
     gradients: Literal["adapted", "whole-model", "none"] = "adapted"
     bare: bool = False
+    generated: int = 0
 
     def cut(self, lengths: Sequence[int]) -> list[int]:
-        """Tokens that are read of each document, of documents of these lengths."""
+        """Tokens that are read of each document, of documents of these lengths; with those that are written."""
+        if self.generated:
+            begun = itertools.islice(itertools.cycle(lengths or [1]), self.documents)
+            return [min(length, self.length or length) + self.generated for length in begun]
         return [min(length, self.length or length) for length in lengths[: self.documents]]
 
     def rows_at(self, length: int) -> int:
