@@ -57,6 +57,7 @@ class Split(Adapter):
     )
 
     _fixed: ClassVar[str] = ""  # the factor that is not trained: "A" or "B"
+    _scaled: ClassVar[float] = 0.5  # A₀ and B₀ are divided by s to this power
 
     @property
     def _alpha(self):
@@ -109,7 +110,7 @@ class Split(Adapter):
             factors = {"A": layer.lora_A[adapter].weight, "B": layer.lora_B[adapter].weight}
             for letter, factor in factors.items():
                 if made is not None:
-                    factor.data.copy_(made[f"{name}.{letter}"] / layer.scaling[adapter] ** 0.5)
+                    factor.data.copy_(made[f"{name}.{letter}"] / layer.scaling[adapter] ** self._scaled)
                 layer.register_buffer(f"start_{letter}", factor.detach().clone(), persistent=False)
                 factor.requires_grad_(letter != self._fixed)
             layer.start_trained = [letter != self._fixed for letter in factors]
