@@ -6,7 +6,8 @@
 A stage becomes stale with the syntax tree of its parts (methods/tools/source_code.py), also when code is split or
 renamed without a change of numbers. The command computes the settings and golden weights of the old commit and of the
 working tree, and refuses unless the weights are equal bit for bit and all settings are equal; only hashes of source
-files may differ. A setting that no longer exists counts as equal if it had the value without effect (`REMOVED`).
+files may differ. A setting that one of the two trees lacks counts as equal where the other has it at the value without
+effect (`WITHOUT_EFFECT`).
 Results are never changed, and docs/decisions.md has a line for each use.
 """
 
@@ -27,10 +28,13 @@ from experiments.stages import resolve
 from methods.errors import UserError
 
 LOCK = "dvc.lock"
-REMOVED = {  # (part, setting) → the value without effect
+WITHOUT_EFFECT = {  # (part, setting) → the value at which it is as if there were no such setting
     ("ewc", "density"): 1.0,
+    ("ewc", "earlier"): "",
+    ("ewc", "gamma"): 1.0,
     ("hierarchical", "density"): 1.0,
     ("hierarchical", "preset"): "",
+    ("lora", "dora"): False,
 }
 
 
@@ -83,11 +87,11 @@ def without_sources(content):
     return content
 
 
-def without_removed(contents: Mapping) -> dict:
-    """Resolved files without the settings in `REMOVED` that had the value without effect."""
+def with_effect(contents: Mapping) -> dict:
+    """Resolved files without the settings in `WITHOUT_EFFECT` that have the value there."""
 
     def bare(part: str, settings: Mapping) -> dict:
-        return {k: value for k, value in settings.items() if (part, k) not in REMOVED or REMOVED[part, k] != value}
+        return {k: value for k, value in settings.items() if WITHOUT_EFFECT.get((part, k), ...) != value}
 
     contents = dict(contents)
     for name, content in contents.items():
@@ -100,7 +104,7 @@ def without_removed(contents: Mapping) -> dict:
 def refuse_unless_equal(before: Mapping, after: Mapping) -> None:
     """Raise UserError that names the golden cells or resolved files that differ between two trees."""
     for what, kind in (("goldens", "golden weights"), ("settings", "settings")):
-        old, new = without_removed(before[what]), json.loads(json.dumps(after[what]))
+        old, new = with_effect(before[what]), with_effect(json.loads(json.dumps(after[what])))
         differ = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
         if differ:
             raise UserError(

@@ -49,10 +49,14 @@ def test_a_change_of_numbers_or_settings_is_refused(changed, said):
         relock.refuse_unless_equal(before, before | changed)
 
 
-def test_a_removed_setting_counts_as_equal_only_where_it_did_nothing():
+def test_a_setting_that_one_tree_lacks_counts_as_equal_only_where_it_does_nothing():
     def facts(part, **settings):
         return {"goldens": {}, "settings": {"train/a.json": {"parts": {part: {"settings": settings}}}}}
 
+    old, new = facts("lora", rank=8), facts("lora", rank=8, dora=False)
+    relock.refuse_unless_equal(old, new)
+    with pytest.raises(UserError, match="the settings of train/a.json differ"):
+        relock.refuse_unless_equal(old, facts("lora", rank=8, dora=True))
     now = facts("hierarchical", samples=8)
     relock.refuse_unless_equal(facts("hierarchical", samples=8, density=1.0, preset=""), now)
     for part, settings in (
