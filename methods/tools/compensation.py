@@ -1,0 +1,60 @@
+"""Undo a part of a linear layer's change, and let the entries that are left make up for it (Frantar & Alistarh 2023).
+
+For W (out × in), inputs X (in × tokens) and H = XXᵀ, an entry that is set to q changes the layer's output by
+(w − q)·x_j. The entries of later columns in its row can take up most of that: with the upper Cholesky factor U of H⁻¹
+
+    e = (w_j − q) / U_jj        W[:, j+1:] ← W[:, j+1:] − e·U[j, j+1:]
+
+is the least-squares answer for the columns that are left (SparseGPT, arXiv 2301.00774). Columns are worked through from
+left to right, in blocks, whose entries are chosen together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def patched(
+    base: Tensor,
+    tuned: Tensor,
+    moments: Tensor,
+    *,
+    choose: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor],
+    damp: float,
+    block: int,
+    sign: float = -1.0,
+) -> Tensor:
+    """The layer's weights (out × in, float64): chosen entries tuned and compensated, the others exactly the base's.
+
+    moments  H (in × in), of any scale
+    choose   choose(W − W₀, W, d, may) → which entries of a block (out × columns) stay tuned, of the block as the blocks
+             before it have left it. d (columns,) is U's diagonal: w²/d² is what it costs to undo a change of w. `may`
+             is false where W = W₀ from the beginning: such an entry stays the base's, whatever is chosen
+    damp     share of H's mean diagonal that is added to it
+    sign     of the compensation: −1 lowers the error of the layer's output, 0 is none
+    """
+    weight, base = tuned.double().clone(memory_format=torch.contiguous_format), base.double()
+    upper, may = _factor(moments.double(), damp), weight != base
+    for start in range(0, weight.shape[1], block):
+        end = min(start + block, weight.shape[1])
+        part, old, u = weight[:, start:end], base[:, start:end], upper[start:end, start:end]
+        kept = choose(part - old, part, u.diagonal(), may[:, start:end]) & may[:, start:end]
+        errors = torch.empty_like(part)
+        for j in range(end - start):
+            new = torch.where(kept[:, j], part[:, j], old[:, j])
+            errors[:, j] = (part[:, j] - new) / u[j, j]
+            part[:, j] = new
+            part[:, j + 1 :].addr_(errors[:, j], u[j, j + 1 :], alpha=sign)
+        weight[:, end:].addmm_(errors, upper[start:end, end:], alpha=sign)
+    return weight
+
+
+def _factor(moments: Tensor, damp: float) -> Tensor:
+    """U, upper triangular, with H⁻¹ = UᵀU."""
+    mean = moments.diagonal().mean()
+    moments.diagonal().add_(damp * mean if mean else 1.0)  # a layer that reads nothing but zeros
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
