@@ -138,7 +138,7 @@ class SelfReplay(Part):
         labels = sum(int((row["labels"][1:] != -100).sum()) for row in rows)
         others = labels - sampled * (self.objective == "nll")
         # the engine divides by all labels of the step, and each of the two means is to be divided by its own number
-        state["own"], state["other"] = (max(1, labels) / max(1, count) for count in (sampled, others))
+        state["own"], state["other"] = (count and max(1, labels) / count for count in (sampled, others))
         return rows
 
     def token_weights(self, *, run, state, batch, statistics):
@@ -149,7 +149,7 @@ class SelfReplay(Part):
         return other.masked_fill(own, self.strength * state["own"])
 
     def loss(self, *, run, state, batch, hidden):
-        if not self._compares:
+        if not self._compares or not state["own"]:  # no text in this step
             return None
         # every process runs the base for every micro-batch, also where there is nothing to compare; on all of its rows,
         # so that both are rounded alike and the term's gradient is exactly 0 where they agree
@@ -160,10 +160,11 @@ class SelfReplay(Part):
 
 def _first_token(model: nn.Module) -> int:
     """The token that every text begins with: the beginning-of-text token, else the end-of-text token."""
-    named = architecture.plain(model).generation_config
+    named, known = architecture.plain(model).generation_config, model.get_input_embeddings().num_embeddings
     for token in (named.bos_token_id, named.eos_token_id):
-        if token is not None:
-            return token[0] if isinstance(token, list) else token
+        token = token[0] if isinstance(token, list) else token
+        if token is not None and 0 <= token < known:
+            return token
     raise UserError(
         "self_replay.prompt is 0, but the model names neither a beginning-of-text token nor an end-of-text token: let "
         "the texts continue general text, such as prompt: 8"

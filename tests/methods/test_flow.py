@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from experiments.commands import plan
 from methods import registry
 from methods.flow import FLOW
+from tests.experiments.test_prepare import load
 
 LORA = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
 
@@ -85,3 +87,18 @@ def test_a_row_without_labels_takes_no_part(make, documents, train):
     without = train(make(), [FLOW()], documents[1:])
     assert with_it.states["flow"]["temperature"] == pytest.approx(without.states["flow"]["temperature"], rel=1e-6)
     assert all(math.isfinite(line["loss"]) for line in with_it.curve)
+
+
+def test_what_the_base_reads_before_the_first_step_is_planned_once(tmp_path):
+    """Two epochs: the rows are read once, also where a second part has them scored."""
+
+    def change(raw):
+        raw["methods"] = {"full": {}, "flow": {"flow": {}}, "both": {"flow": {}, "stm": {"threshold": 99.0}}}
+        raw["grid"]["methods"] = list(raw["methods"])
+        raw["train"]["epochs"] = 2.0
+        raw["models"]["llama-tiny"]["config"] = {"hidden_size": 4096, "num_hidden_layers": 32, "vocab_size": 99000}
+
+    full, flow, both = plan.make(load(tmp_path, change))["cells"]
+    assert full["tokens"] == flow["tokens"] and full["tokens_added"] == 0
+    assert both["tokens_added"] == 2 * flow["tokens_added"] == full["tokens"]
+    assert flow["seconds_train"] > full["seconds_train"]

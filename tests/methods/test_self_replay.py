@@ -71,7 +71,7 @@ def test_texts_begin_with_the_models_own_token(make):
     own.generation_config.bos_token_id = 7
     texts, _ = prepared(SelfReplay(texts=3, tokens=5), own)
     assert {int(ids[0]) for ids, _ in rows_of(texts.carry)} == {7}
-    own.generation_config.bos_token_id = own.generation_config.eos_token_id = None
+    own.generation_config.bos_token_id, own.generation_config.eos_token_id = None, [99, 3]  # there are 31 tokens
     with pytest.raises(UserError, match="the model names neither a beginning-of-text token nor an end-of-text token"):
         prepared(SelfReplay(), own)
 
@@ -126,9 +126,30 @@ def test_a_steps_gradient_is_that_of_whole_logits(make, documents, general, trai
     for (name, gradient), other in zip(seen["gradient"].items(), wanted, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-6, atol=1e-8, msg=name)
     sampled = [row for step in (0, 1) for row in seen[step] if "index" not in row]
-    read = sum(len(row["input_ids"]) for step in (0, 1) for row in seen[step]) * (objective == "kl")
+    reading = [seen[step] for step in (0, 1) if any("index" not in row for row in seen[step])] * (objective == "kl")
+    read = sum(len(row["input_ids"]) for rows in reading for row in rows)
     assert result.added["self_replay"]["tokens"] == read + sum(len(row["input_ids"]) for row in sampled)
     assert all(row["self_replay"].sum() > 0 for row in sampled)
+
+
+def test_a_step_without_a_text_is_a_plain_one(make, documents, general, train):
+    """A thousandth of a step of about twenty tokens is seldom a text of ten."""
+    part, counts = SelfReplay(texts=3, tokens=8, prompt=2, share=0.001), []
+
+    class Watched(SelfReplay):
+        key = "self_replay"
+
+        def examples(self, **arguments):
+            rows = super().examples(**arguments)
+            counts.append(sum("index" not in row for row in rows))
+            return rows
+
+    states = {"self_replay": {"carry": prepared(part, make(), general)[0].carry}}
+    settings = {name: getattr(part, name) for name in ("texts", "tokens", "prompt", "share")}
+    result = train(make(), [Watched(**settings)], documents, states=states)
+    assert counts == [0, 0, 0] and result.added["self_replay"]["tokens"] == 0
+    plain = train(make(), [], documents)
+    assert all(torch.equal(weight, plain.run.weights[name]) for name, weight in result.run.weights.items())
 
 
 def test_without_a_share_nothing_is_replayed(make, documents, general, train):
@@ -137,8 +158,7 @@ def test_without_a_share_nothing_is_replayed(make, documents, general, train):
     result = train(make(), [part], documents, states=states)
     assert result.added["self_replay"]["tokens"] == 0 and part.added().trained == part.added().read == 0
     plain = train(make(), [], documents)
-    for name, weight in result.run.weights.items():
-        assert torch.equal(weight, plain.run.weights[name])
+    assert all(torch.equal(weight, plain.run.weights[name]) for name, weight in result.run.weights.items())
 
 
 def test_what_sampling_states_before_it_runs():
