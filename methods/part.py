@@ -373,8 +373,10 @@ class Part:
     def second_gradient(self, *, run: Run, state: dict, step: int) -> Mapping[str, Tensor] | None:
         """Offsets by names of `run.weights`: the step's gradient is taken once more at weights plus offsets.
 
-        The first gradient is in `.grad`. The second one replaces it, on the same micro-batches with the same dropout;
-        the step itself is made from the unmoved weights (SAM). At most one part of a method asks for it.
+        The first gradient is in `.grad`, which may be changed in place to make the offsets: the second one replaces it,
+        on the same micro-batches with the same dropout. Both are computed in float32, whatever dtype the run computes
+        in. The step itself is made from the unmoved weights (SAM). At most one part of a method asks for it, and one
+        at its neutral settings does not.
         """
         return None
 

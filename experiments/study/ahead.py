@@ -27,7 +27,7 @@ from experiments.model.shape import Shape, shape_of
 from experiments.study import cells, chat_templates, files_of_parts
 from experiments.study.clashes import ROLES
 from experiments.study.schema import Domain, General, Rows, Scored
-from experiments.training import memory
+from experiments.training import hooks, memory
 from experiments.training.stopping import rule_of
 from methods.errors import UserError
 from methods.tools import model_folder
@@ -195,6 +195,9 @@ def _model(study, model: str) -> None:
     if kind == "pypi":
         with _at(f"models.{model}.source: "):
             packages.checksum(study.packages, rest.partition("/")[0])
+    for method in study.grid.methods if block.processes and (dtype := block.compute_dtype or block.dtype) else ():
+        with _at(f"methods.{method}.", f" (model {model})"):
+            hooks.refuse_second_gradient(study.methods[method].parts, weights.as_dtype(dtype))
     devices = torch.cuda.device_count()
     if study.device != "cpu" and torch.cuda.is_available() and (block.processes or 1) > devices:
         raise UserError(

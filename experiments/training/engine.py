@@ -23,7 +23,6 @@ from experiments.training.log import Log, TrainingFailed
 from experiments.training.loss import weighted_nll
 from experiments.training.master_weights import MasterWeights, compute_in
 from experiments.training.progress import bar as progress
-from experiments.training.random_state import random_state, set_random_state
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings, learning_rate
 from experiments.training.sharded_weights import ShardedWeights
@@ -109,6 +108,8 @@ def fit(
             f"train.pack is {settings.pack}, but {type(architecture.plain(model)).__name__} with this attention lets "
             "packed examples see each other: set train.pack: 0"
         )
+    if shards.active:
+        hooks.refuse_second_gradient(parts, computing)
     if settings.compile:
         architecture.compile_blocks(model)
     trained = (
@@ -206,12 +207,8 @@ def _step(run, method, trained, optimizer, settings, rows, step) -> dict[str, Te
         (method.batch(run, batch, counted=bool(counts)), counts)
         for batch, counts in batches.shared(rows, run.shards, settings)
     ]
-    random = random_state(run.device) if method.having("second_gradient") else None
-    total = _gradient(run, method, trained, pieces, labelled)
-    if random and (offsets := method.offsets(run, rows, step)):
-        set_random_state(random, run.device)  # the same dropout
-        with update.moved(run, trained, offsets):
-            _gradient(run, method, trained, pieces, labelled)
+    gradient = functools.partial(_gradient, run, method, trained, pieces, labelled)
+    total = update.twice(run, trained, method, rows, step, gradient) if method.asking_twice else gradient()
     needed = any("needs_gradient" in part.capabilities for part in method.parts)
     gradient = {n: w.grad.clone() for n, w in run.weights.items()} if needed else None
     with torch.no_grad():

@@ -35,6 +35,7 @@ class Hooks:
 
     added    {part: {kind of `COSTS`: number}}: what this process has charged to each part. Seconds are the host's while
              its hooks run; what all processes know alike is charged by the first one alone.
+    asking_twice  the part that takes each step's gradient once more, if one does
     counted  false while a micro-batch is computed that counts with weight zero: nothing is charged then
     """
 
@@ -42,6 +43,7 @@ class Hooks:
         self.parts = in_order(parts)
         self.states = {part.key: dict(states.get(part.key, {})) for part in self.parts}
         self.added: dict[str, dict[str, float | None]] = {}
+        self.asking_twice = asking_twice(self.parts)
         self.counted = True
         self._flops, self._shards, self._at_work = flops, shards, ""
 
@@ -72,7 +74,7 @@ class Hooks:
         for kind, cost in costs.items():
             sums[kind] = None if cost is None or sums[kind] is None else sums[kind] + cost
 
-    def _charge_rows(self, rows: Sequence[Row], *, part: str) -> None:
+    def charge_rows(self, rows: Sequence[Row], *, part: str) -> None:
         """Charge a training step on rows that all processes know alike."""
         if self._shards.first:
             lengths = [len(row["input_ids"]) for row in rows]
@@ -127,7 +129,7 @@ class Hooks:
             if not rows:
                 raise UserError(f"{part.key}: its `examples` gives no rows at step {step}: give at least one")
         for key in dict.fromkeys(row["part"] for row in rows if "index" not in row):
-            self._charge_rows([row for row in rows if row.get("part") == key], part=key)
+            self.charge_rows([row for row in rows if row.get("part") == key], part=key)
         extra = {name: one for row in rows for name, one in row.items() if isinstance(one, Tensor)}
         if len(extra) > 2:
             rows = [
@@ -184,20 +186,6 @@ class Hooks:
             penalty = penalty if value is None else penalty + value
         return penalty
 
-    @torch.no_grad()
-    def offsets(self, run: Run, rows: Sequence[Row], step: int) -> Mapping[str, Tensor] | None:
-        """Where a part wants a second gradient, as offsets from the weights; the part is charged for it."""
-        asking = self.having("second_gradient")
-        if len(asking) > 1:
-            keys = " and ".join(part.key for part in asking)
-            raise UserError(f"{keys} cannot be combined: each takes the step's gradient at other weights; keep one")
-        for part in asking:
-            offsets = self.call(part, "second_gradient", run=run, step=step)
-            if offsets:
-                self._charge_rows(rows, part=part.key)
-            return offsets
-        return None
-
     def finish(
         self, run: Run, parts: Sequence[Part], final: dict[str, Tensor], measure: Callable | None
     ) -> dict[str, Tensor]:
@@ -220,6 +208,29 @@ class Hooks:
             for name, mask in (state.get("frozen") or {}).items():
                 masks[name] = masks[name] | mask if name in masks else mask
         return masks
+
+
+def asking_twice(parts: Sequence[Part]) -> Part | None:
+    """The part that takes the gradient of a step once more; one at its neutral settings does not. Two are refused."""
+
+    def neutral(part: Part) -> bool:
+        settings = {} if isinstance(part.neutral, str) else part.neutral
+        return bool(settings) and all(getattr(part, name) == value for name, value in settings.items())
+
+    asking = [part for part in parts if overrides(part, "second_gradient") and not neutral(part)]
+    if len(asking) > 1:
+        keys = " and ".join(part.key for part in asking)
+        raise UserError(f"{keys} cannot be combined: each takes the step's gradient at other weights; keep one")
+    return asking[0] if asking else None
+
+
+def refuse_second_gradient(parts: Sequence[Part], dtype: torch.dtype) -> None:
+    """Where processes share the model, refuse to compute in `dtype` at weights that it cannot tell from the others."""
+    if (asking := asking_twice(parts)) and dtype.itemsize < 4:
+        raise UserError(
+            f"{asking.key}: it takes a gradient at weights moved by less than {dtype} can tell, in which processes "
+            "that share the model compute: set `compute_dtype: float32` in the model's block, or no `processes`"
+        )
 
 
 def finishers(parts: Sequence[Part]) -> list[Part]:

@@ -4,7 +4,8 @@ A bf16 weight loses every update smaller than 1/256 of itself; the master keeps 
 already computes in float32 or float64 the master is the parameter itself and nothing is copied.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +88,29 @@ class MasterWeights:
             if id(master) not in self._reached:
                 master.grad.zero_()
                 self._reached.add(id(master))
+
+    @contextmanager
+    def exact(self) -> Iterator[None]:
+        """The module computes with the masters themselves for a time: in float32, and nothing is rounded.
+
+        A gradient then reaches the masters without the module's own parameters. What is not trained is copied to
+        float32, which has all values that fewer bits have.
+        """
+        wide: dict[int, Tensor] = {id(parameter): master for parameter, master in self._copies}
+        put: list[tuple[dict, str, Tensor]] = []
+        for module in self._model.modules():
+            for held in (module._parameters, module._buffers):
+                for name, tensor in held.items():
+                    if tensor is not None and tensor.dtype in (torch.bfloat16, torch.float16):
+                        if id(tensor) not in wide:
+                            wide[id(tensor)] = tensor.detach().float()
+                        put.append((held, name, tensor))
+                        held[name] = wide[id(tensor)]
+        try:
+            yield
+        finally:
+            for held, name, tensor in put:
+                held[name] = tensor
 
     @torch.no_grad()
     def update_model(self) -> None:

@@ -36,7 +36,7 @@ from typing import Any, Literal
 import torch
 
 from experiments.model.shape import Shape
-from experiments.training import loss
+from experiments.training import hooks, loss
 from experiments.training.activations import Unknown, activations
 from experiments.training.entries import entries
 from experiments.training.settings import TrainSettings
@@ -210,13 +210,15 @@ class _Prediction:
     def _fit(self, settings: TrainSettings, own: Sequence[Memory], *, parts: Sequence[Part] = ()) -> dict[str, int]:
         """The engine's loop with `parts`, which hold and take their `own` in it."""
         counts, share, wide, narrow = self.counts, self.counts.share, self.counts.wide, self.counts.compute
+        twice = hooks.asking_twice(parts) is not None  # both gradients are computed in float32
+        computing = torch.promote_types(self.compute_dtype, torch.float32) if twice else self.compute_dtype
         rows, length = settings.micro_batch, settings.length
         if settings.pack:
             rows, length = 1, max(settings.pack, length)
         alive, work = activations(
             self.shape,
             parts=adapting(self.parts),
-            dtype=self.compute_dtype,
+            dtype=computing,
             rows=rows,
             length=length,
             checkpointing=settings.checkpointing,
@@ -236,13 +238,15 @@ class _Prediction:
         else:
             kinds["masters"] = 0
             kinds["weights"] = share(wide * counts.trained + narrow * (counts.all - counts.trained))
-            copies = narrow * (counts.root + 2 * counts.block)
+            copies += narrow * (counts.root + 2 * counts.block)
             copies += (narrow + wide) * max(counts.root_trained, counts.block_trained)
+        if twice:  # the weights before they are moved, and what is not trained in float32
+            copies += share(wide * counts.trained) + counts.half * wide * (counts.all - counts.trained)
         if settings.keep == "best" and self.device_type == "cpu":
             kinds["masters"] += share(wide * counts.trained)
         if labelled > loss.CHUNK:
             # the hidden states that logits are computed from, their gradient, and the head's of the chunks so far
-            kinds["logits"] += 2 * narrow * counts.width * labelled + narrow * counts.head_trained
+            kinds["logits"] += computing.itemsize * (2 * counts.width * labelled + counts.head_trained)
         update = 0
         if settings.moments == "bfloat16":
             update = SCRATCH * counts.piece(share(counts.largest_trained), cpu=CPU_CHUNK, cuda=CHUNK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -112,6 +113,10 @@ class ShardedWeights:
                 )
             gradient = self._parameters[name].grad
             weight.grad = torch.zeros_like(weight) if gradient is None else gradient.to_local()
+
+    def exact(self) -> AbstractContextManager:
+        """The model computes in its own dtype, which the engine refuses where it has fewer than 32 bits."""
+        return nullcontext()
 
     def update_model(self) -> None:
         """The weights are the shards themselves; copies that a forward pass without a backward pass left are freed."""

@@ -1,15 +1,16 @@
 """What an optimizer step does to gradients and weights, and what it begins with."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from experiments.training import hooks
+from experiments.training.random_state import random_state, set_random_state
 from experiments.training.settings import TrainSettings
-from methods.part import Part, Run
+from methods.part import Part, Row, Run
 from methods.tools.adam import CPU_CHUNK, AdamW, Moments
 from methods.tools.process_group import Shards
 
@@ -27,6 +28,36 @@ def moved(run: Run, trained, offsets: Mapping[str, Tensor]) -> Iterator[None]:
         for name, weight in kept.items():
             run.weights[name].copy_(weight)
         trained.update_model()
+
+
+def twice(
+    run: Run, trained, method: hooks.Hooks, rows: Sequence[Row], step: int, gradient: Callable[[], Tensor]
+) -> Tensor:
+    """The gradient at the weights to which a part moves them by their own gradient (`Part.second_gradient`).
+
+    gradient   puts the gradient into `.grad` and returns the loss, which is that at the weights themselves
+
+    Both gradients are computed in float32, and with the same dropout, which may depend on the dtype.
+    """
+    part, random = method.asking_twice, random_state(run.device)
+    with trained.exact():
+        loss = gradient()
+        blank(run, method.frozen())
+        with torch.no_grad():
+            offsets = method.call(part, "second_gradient", run=run, step=step)
+        if offsets:
+            set_random_state(random, run.device)
+            method.charge_rows(rows, part=part.key)
+            with method.working(part), moved(run, trained, offsets):
+                gradient()
+    return loss
+
+
+def blank(run: Run, masks: Mapping[str, Tensor]) -> None:
+    """Take the gradient of entries away."""
+    for name, mask in masks.items():
+        gradient = run.weights[name].grad
+        gradient.masked_fill_(mask.to(gradient.device), 0)
 
 
 @contextmanager

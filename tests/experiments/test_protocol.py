@@ -282,9 +282,13 @@ def test_a_second_gradient_is_that_of_the_moved_weights():
 def test_at_offsets_of_zero_it_is_the_first_one_to_the_bit(dtype):
     """With the same dropout, and from weights that are put back exactly."""
     still = odd(second_gradient=lambda run, **_: {name: torch.zeros_like(w) for name, w in run.weights.items()})
-    plain, twice = (train(*parts, blocks={"lora": LORA}, dtype=dtype, epochs=1.0) for parts in ((), (still,)))
-    assert all(torch.equal(twice.run.weights[name], weight) for name, weight in plain.run.weights.items())
-    assert [row["loss"] for row in twice.curve] == [row["loss"] for row in plain.curve]
+    asked = odd(second_gradient=None)
+    runs = [train(*parts, blocks={"lora": LORA}, dtype=dtype, epochs=1.0) for parts in ((still,), (asked,), ())]
+    twice, once, plain = ((dict(result.run.weights), [row["loss"] for row in result.curve]) for result in runs)
+    assert twice[1] == once[1] and all(torch.equal(twice[0][name], weight) for name, weight in once[0].items())
+    # a part that asks for a second gradient has both computed in float32
+    assert (once[1] == plain[1]) == (dtype == torch.float32)
+    assert {p.dtype for p in runs[0].run.model.parameters()} == {dtype}
 
 
 # entries that do not move
