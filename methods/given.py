@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import transformers  # whose classes are imported where they are first used: that takes seconds
-from safetensors.torch import load_file
-
 from methods.errors import UserError
-from methods.part import Part, Run, register, setting
-from methods.tools import model_folder, peft_adapter
-from methods.tools.architecture import plain
-
-EXTRA = "has tensors that the base does not have:"
-AUDIT = "compare it with its base by `python -m experiments audit`, which takes such models"
+from methods.part import Part, register, setting
+from methods.tools import peft_adapter
+from methods.tools.checkpoint import fits, read
 
 
 @register(
@@ -28,7 +20,7 @@ AUDIT = "compare it with its base by `python -m experiments audit`, which takes 
 )
 @dataclass(frozen=True, kw_only=True)
 class Given(Part):
-    shares = ("methods.tools.peft_adapter",)
+    shares = ("methods.tools.checkpoint", "methods.tools.peft_adapter")
 
     neutral = "none: nothing is trained"
     frozen = "its weights are made elsewhere"
@@ -44,13 +36,13 @@ class Given(Part):
             raise UserError("given.path is missing: name the folder of the checkpoint to evaluate")
 
     def look(self, *, shapes):
-        fits(self.path, shapes)
+        fits(self.path, shapes, where="given.path")
 
     def begin(self, *, run, state, examples, general=()):
-        fits(self.path, {})  # so that a wrong path is refused before anything else is done
+        fits(self.path, {}, where="given.path")  # so that a wrong path is refused before anything else is done
 
     def finish(self, *, run, state, final, measure=None):
-        return merged(self.path, run) if peft_adapter.is_adapter(self.path) else load(self.path, run.base)
+        return read(self.path, run, where="given.path")
 
     def report(self, *, run, state):
         if not peft_adapter.is_adapter(self.path):
@@ -58,161 +50,3 @@ class Given(Part):
         config = peft_adapter.read_config(Path(self.path), f"given.path: {self.path}")
         about = {"adapter": peft_adapter.described(config), "adapter_of": config.get("base_model_name_or_path")}
         return {"path": self.path} | about
-
-
-def merged(path: str, run: Run) -> dict[str, torch.Tensor]:
-    """The base's tensors with the folder's adapter merged in by peft, by base parameter name, at the first process.
-
-    They are in float32 (float64 where the base is). Raises UserError like `load`, and for an adapter that peft cannot
-    merge.
-    """
-    if not run.shards.first:
-        return {}
-    fits(path, _shapes(run.base))
-    config = plain(run.model).config
-    config = type(config).from_dict(config.to_dict())  # a copy, because building a model changes it
-    with torch.device("meta"):
-        kind = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
-    dtype = torch.promote_types(next(iter(run.base.values())).dtype, torch.float32)
-    model = kind.from_pretrained(None, config=config, state_dict=dict(run.base), dtype=dtype)
-    model = peft_adapter.merged(model, Path(path), f"given.path: {path}")
-    return _whole(path, {name: p.detach() for name, p in model.named_parameters()}, run.base)
-
-
-def load(path: str, base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The folder's tensors by base parameter name, in float32 (float64 ones stay float64).
-
-    Raises UserError unless the folder has exactly the tensors of the base, with their shapes and without NaN and
-    infinity. A tied head saved beside its embedding and the attention buffers of older files are ignored.
-    """
-    shapes = _shapes(base)
-    fits(path, shapes)
-    tensors: dict[str, torch.Tensor] = {}
-    for file in files(path):
-        tensors |= load_file(file)
-    if set(shapes) - set(tensors):
-        tensors = _loaded_by_transformers(path)
-    return _whole(path, tensors, base)
-
-
-def _whole(path: str, tensors: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors that the base has, in float32 or float64. Raises UserError for others, NaN and infinity."""
-    extra = [
-        name
-        for name in tensors
-        if name not in base and not name.endswith(model_folder.BUFFERS) and not _is_copy(name, tensors, base)
-    ]
-    _refuse(path, EXTRA, extra)
-    tensors = {name: tensors[name] for name in base}
-    model_folder.refuse_not_finite(tensors, f"given.path: {path}", then="fetch it again, or give another checkpoint")
-    return {name: tensor if tensor.dtype == torch.float64 else tensor.float() for name, tensor in tensors.items()}
-
-
-def fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raises UserError unless the folder is a checkpoint, or an adapter, of a base whose tensors have these shapes.
-
-    No tensor is read.
-    """
-    if peft_adapter.is_adapter(path):
-        _adapter_fits(path, shapes)
-        return
-    headers = model_folder.headers(files(path), f"given.path: {path}")
-    model_folder.refuse_codes(headers, f"given.path: {path}")
-    wanted = {name: list(shape) for name, shape in shapes.items()}
-    missing = [name for name in wanted if name not in headers]
-    if missing and wanted.items() <= _shapes_by_transformers(path).items():
-        return
-    _refuse(path, "lacks", missing)
-    for name, shape in wanted.items():
-        if headers[name][1] != shape:
-            raise _other_shape(path, name, headers[name][1], shape)
-
-
-def _adapter_fits(path: str, shapes: Mapping[str, Sequence[int]]) -> None:
-    folder, where = Path(path), f"given.path: {path}"
-    peft_adapter.read_config(folder, where)
-    model_folder.refuse_codes(model_folder.headers([folder / peft_adapter.WEIGHTS], where), where)
-    if not shapes:
-        return
-    brought = peft_adapter.brought(folder, where, shapes)
-    _refuse(path, EXTRA, [name for name in brought if name not in shapes])
-    for name, shape in brought.items():
-        if shape != list(shapes[name]):
-            raise _other_shape(path, name, shape, shapes[name])
-    peft_adapter.refuse_other_shapes(folder, where, shapes, "the base")
-
-
-def _shapes(base: Mapping[str, torch.Tensor]) -> dict[str, list[int]]:
-    return {name: list(tensor.shape) for name, tensor in base.items()}
-
-
-def _shapes_by_transformers(path: str) -> dict[str, list[int]]:
-    """Shapes by parameter name of the model in the folder's config: other versions of transformers used other names."""
-    if not (Path(path) / "config.json").is_file():
-        return {}
-    config = transformers.AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-
-
-def _loaded_by_transformers(path: str) -> dict[str, torch.Tensor]:
-    """The folder's tensors as transformers renames and joins them. Raises UserError where it leaves any out."""
-    model, about = transformers.AutoModelForCausalLM.from_pretrained(
-        path,
-        dtype="auto",
-        local_files_only=True,
-        use_safetensors=True,
-        trust_remote_code=False,
-        output_loading_info=True,
-    )
-    _refuse(path, "lacks", sorted(about["missing_keys"]))
-    _refuse(path, EXTRA, sorted(about["unexpected_keys"]))
-    return model.state_dict()
-
-
-def _refuse(path: str, kind: str, names: list[str]) -> None:
-    if names:
-        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-        hint = f"; if it is the head, {AUDIT}" if kind == EXTRA and not more else ""
-        raise UserError(
-            f"given.path: {path} {kind} {sorted(names)[0]}{more}: it is not a checkpoint of this base model{hint}"
-        )
-
-
-def _other_shape(path: str, name: str, shape: Sequence[int], wanted: Sequence[int]) -> UserError:
-    hint = f"; if its vocabulary was resized, {AUDIT}" if list(shape[1:]) == list(wanted[1:]) else ""
-    return UserError(
-        f"given.path: {name} in {path} has shape {list(shape)}, the base's is {list(wanted)}: it is not a checkpoint "
-        f"of this base model{hint}"
-    )
-
-
-def files(path: str) -> list[Path]:
-    """The safetensors of a checkpoint folder, whole or sharded. Raises UserError where there are none."""
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"given.path is {path!r}: no such folder; give one with model.safetensors, or an adapter's")
-    index = folder / "model.safetensors.index.json"
-    if (folder / "config.json").is_file():
-        model_folder.refuse_quantised(folder, f"given.path: {path}")
-    if index.is_file():
-        names = model_folder.shards(index, f"given.path: {path}")
-        if absent := [name for name in names if not (folder / name).is_file()]:
-            raise UserError(f"given.path: {path} lacks {absent[0]}, which its index names")
-        return [folder / name for name in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if message := model_folder.elsewhere(folder):
-        raise UserError(f"given.path: {message}")
-    raise UserError(
-        f"given.path: {path} has no model.safetensors; nothing else is read, because .bin files can run code: "
-        "load the model where it was made and save it with safe_serialization"
-    )
-
-
-def _is_copy(name: str, tensors: dict[str, torch.Tensor], base: Mapping[str, torch.Tensor]) -> bool:
-    """Whether an extra tensor equals one of the base's, as a tied head that is saved in full does."""
-    return any(
-        other in base and other != name and torch.equal(tensor, tensors[name]) for other, tensor in tensors.items()
-    )

@@ -113,7 +113,8 @@ def phase_settings(part: Part, phase: str | None) -> dict[str, Any]:
 def paths(part: Part, phase: str | None) -> list[str]:
     """Files and folders that settings of the part name (`setting(path=True)`), as far as the phase depends on them."""
     values = phase_settings(part, phase)
-    return [values[f.name] for f in declared(part) if f.metadata.get("path") and values.get(f.name)]
+    named = [values[f.name] for f in declared(part) if f.metadata.get("path") and values.get(f.name)]
+    return [path for value in named for path in (value if isinstance(value, list) else [value])]
 
 
 def source_files(part: Part | type[Part]) -> list[Path]:

@@ -24,11 +24,11 @@ from experiments.training.flops import Flops
 from experiments.training.loss import summed_nll
 from experiments.training.preparation import Fitting
 from experiments.training.settings import TrainSettings
-from methods import given, registry
+from methods import registry
 from methods.errors import UserError
 from methods.lora import LoRA
 from methods.part import Run
-from methods.tools import architecture
+from methods.tools import architecture, checkpoint
 from methods.tools.effective import effective_weights
 from methods.tools.fisher import diagonal_fisher
 
@@ -405,7 +405,8 @@ def test_tensors_are_named_as_parameters_whatever_a_checkpoint_names_them(kind, 
     )
     base = load_tensors(tmp_path / "base")
     assert set(base) == names
-    found = given.load(str(tmp_path / "given"), base)
+    run = Run(model=model, weights={}, base=base, seed=0, device="cpu")
+    found = checkpoint.load(str(tmp_path / "given"), run, where="given.path")
     assert all(torch.equal(found[name], p) for name, p in moved.named_parameters())
     tuned.keep(tmp_path / "cell", folder=tmp_path / "base", base=base, final=found)
     back, _ = tuned.load(tmp_path / "cell", folder=tmp_path / "base", dtype=torch.float32)

@@ -20,9 +20,10 @@ from experiments.study import lock, params_text
 from experiments.study.paths import HERE
 from experiments.study.schema import Model
 from experiments.training.prepared import load_states
-from methods import given, registry
+from methods import registry
 from methods.errors import UserError
 from methods.part import Run
+from methods.tools import checkpoint
 from methods.tools.files import read_json, write_json
 from methods.tools.importance import Codes
 from methods.tools.stored import load_importance, save_importance
@@ -61,15 +62,13 @@ def a_model(base, tmp):
 
 def a_given_folder(base, tmp):
     build("llama", seed=1).save_pretrained(tmp / "given", max_shard_size="50KB")
-    there = dict(load_tensors(base))
+    run = Run(model=build("llama", seed=0), weights={}, base=dict(load_tensors(base)), seed=0, device="cpu")
     for file in ("model.safetensors.index.json", "config.json", sorted((tmp / "given").glob("*.safetensors"))[0].name):
-        yield tmp / "given" / file, lambda: given.load(str(tmp / "given"), there)
-    model = build("llama", seed=0)
-    run = Run(model=model, weights={}, base=there, seed=0, device="cpu")
+        yield tmp / "given" / file, lambda: checkpoint.read(str(tmp / "given"), run, where="given.path")
     made = {"modules_to_save": ["norm"], "trainable_token_indices": [3], "init_lora_weights": False}
     get_peft_model(build("llama", seed=0), LoraConfig(r=2, task_type="CAUSAL_LM", **made)).save_pretrained(tmp / "peft")
     for file in ("adapter_config.json", "adapter_model.safetensors"):
-        yield tmp / "peft" / file, lambda: given.merged(str(tmp / "peft"), run)
+        yield tmp / "peft" / file, lambda: checkpoint.read(str(tmp / "peft"), run, where="given.path")
 
 
 def a_delta(base, tmp):

@@ -70,11 +70,11 @@ def test_shards_a_repeated_tied_head_and_old_buffers_fit(base, make, tmp_path):
         (lambda t: t.pop("model.norm.weight"), "lacks model.norm.weight: it is not a checkpoint of this base"),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(33)}),
-            r"model.norm.weight in .* has shape \[33\], the base's is \[32\]",
+            r"model.norm.weight has shape \[33\], the base's is \[32\]",
         ),
         (
             lambda t: t.update({"model.embed_tokens.weight": torch.ones(40, 32)}),
-            r"model.embed_tokens.weight in .* has shape \[40, 32\].*experiments audit",
+            r"model.embed_tokens.weight has shape \[40, 32\].*experiments audit",
         ),
         (
             lambda t: t.update({"lm_head.weight": torch.ones(31, 32)}),

@@ -3,10 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 
+from methods import registry
 from methods.dare import DARE
+from methods.errors import UserError
 from methods.fapm import FAPM
 from methods.part import Run
+from methods.ties import TIES, elected
 from methods.tools.task_vector import largest
 
 
@@ -88,3 +93,84 @@ def test_dare_without_rescaling_keeps_tuned_entries_and_without_dropping_all():
     assert ((actual == base.float()) | (actual == tuned)).all() and 20 < (actual == tuned).sum() < 60
     final = {"w": tuned}
     assert finished(DARE(drop=0.0), {"w": base}, final) is final
+
+
+# TIES
+
+
+@pytest.mark.parametrize("trim", ["model", "tensor"])
+def test_ties_of_one_update_trims_and_scales(trim):
+    base = {"a": drawn(6, 5), "b": drawn(40, seed=1)}
+    tuned = {"a": base["a"] + 10 * drawn(6, 5, seed=2), "b": base["b"] + drawn(40, seed=3)}
+    state = {}
+    actual = finished(TIES(fraction=0.3, scale=0.5, trim=trim), base, tuned, state=state)
+    sizes = {name: (tuned[name] - base[name]).abs() for name in base}
+    every = torch.cat([size.flatten() for size in sizes.values()]).sort(descending=True).values
+    for name in base:
+        own = sizes[name].flatten().sort(descending=True).values
+        least = every[20] if trim == "model" else own[int(0.3 * len(own) - 1)]  # of 70 entries 21 are kept
+        wanted = torch.where(sizes[name] >= least, base[name] + 0.5 * (tuned[name] - base[name]), base[name])
+        torch.testing.assert_close(actual[name], wanted, rtol=1e-13, atol=1e-15)
+        assert torch.equal((actual[name] == base[name]), sizes[name] < least)  # the rest is the base, bit for bit
+    assert state["moved"] == 21 / 70
+
+
+def test_ties_averages_what_agrees_with_the_elected_sign():
+    updates = [drawn(50, seed=seed) * (drawn(50, seed=seed + 9) > 0) for seed in range(3)]
+    updates[0][0], updates[1][0], updates[2][0] = 1.0, -1.0, 0.0  # they cancel: no sign
+    actual = elected(updates).tolist()
+    for index, values in enumerate(zip(*[update.tolist() for update in updates], strict=True)):
+        total = values[0] + values[1] + values[2]
+        agree = [value for value in values if value * total > 0]
+        assert actual[index] == pytest.approx(sum(agree) / len(agree) if agree else 0.0, rel=1e-12)
+    assert actual[0] == 0 and torch.equal(elected(updates[:1]), updates[0])
+
+
+@pytest.fixture
+def merging(make, tmp_path):
+    """(base, model, folder of a checkpoint, folder of an adapter, its merged weights)."""
+    model = make(dtype=torch.float32)
+    base = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make(dtype=torch.float32, seed=1).save_pretrained(tmp_path / "other")
+    adapted = get_peft_model(
+        make(dtype=torch.float32), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = dict(adapted.merge_and_unload().named_parameters())
+    return base, model, tmp_path / "other", tmp_path / "adapter", {n: merged[n].detach() for n in base}
+
+
+def test_ties_merges_checkpoints_and_adapters_with_the_run(merging):
+    base, model, other, adapter, merged = merging
+    part = TIES(fraction=1.0, models=[str(other), str(adapter)])
+    assert registry.paths(part, "train") == [str(other), str(adapter)] and registry.paths(TIES(), None) == []
+    part.look(shapes={name: list(tensor.shape) for name, tensor in base.items()})
+    tuned = {"model.norm.weight": base["model.norm.weight"] + drawn(32, seed=4, dtype=torch.float32)}
+    run = Run(model=model, weights={}, base=base, seed=0, device="cpu")
+    state = {}
+    final = part.finish(run=run, state=state, final=tuned)
+    theirs = load_file(other / "model.safetensors")
+    for name, tensor in base.items():
+        updates = [{**base, **tuned}[name] - tensor, theirs[name] - tensor, merged[name] - tensor]
+        sign = sum(updates).sign()
+        agree = torch.stack([torch.where(update.sign() == sign, update, torch.nan) for update in updates])
+        wanted = tensor + torch.where(sign == 0, 0.0, agree.nanmean(0))
+        torch.testing.assert_close(final[name], wanted, rtol=1e-5, atol=1e-6)
+    assert part.report(run=run, state=state)["models"] == 3
+
+
+def test_a_folder_that_cannot_be_merged_is_named(merging, tmp_path):
+    base, _, other, _, _ = merging
+    shapes = {name: list(tensor.shape) for name, tensor in base.items()}
+    with pytest.raises(UserError, match="ties.models is .*absent.*: no such folder"):
+        TIES(models=[str(other), str(tmp_path / "absent")]).look(shapes=shapes)
+    tensors = load_file(other / "model.safetensors")
+    save_file(tensors | {"model.norm.weight": torch.ones(33)}, other / "model.safetensors")
+    with pytest.raises(UserError, match="ties.models: .*other: model.norm.weight has shape"):
+        TIES(models=[str(other)]).look(shapes=shapes)
+
+
+def test_ties_without_trimming_scaling_and_other_models_changes_nothing():
+    base, tuned = {"w": drawn(5, 4)}, {"w": drawn(5, 4, seed=1)}
+    assert finished(TIES(fraction=1.0), base, tuned) is tuned
+    assert torch.equal(finished(TIES(fraction=0.0), base, tuned)["w"], base["w"])
