@@ -16,20 +16,18 @@ where F_earlier is what the domain before prepared (`earlier`), which may itself
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from methods.errors import UserError
 from methods.part import Part, Prepared, cut, register, setting
 from methods.tools.costs import Memory, Pass
 from methods.tools.effective import adapted_names, base_anchor, base_parameters, effective_weights
-from methods.tools.fisher import TOKENS, by_length, diagonal_fisher
+from methods.tools.fisher import TOKENS, batched, diagonal_fisher
 from methods.tools.importance import Codes, compact, decode, memory_of_penalty, placed, refuse_missing, totals
 from methods.tools.process_group import Shards
 from methods.tools.stored import load_importance
@@ -119,7 +117,7 @@ class EWC(Part):
         with progress(total=len(examples), desc="fisher", unit="doc") if progress else nullcontext() as bar:
             fisher = diagonal_fisher(
                 model,
-                _batches(examples, self.batch_size if self.estimator == "batched" else None),
+                batched(examples, self.batch_size if self.estimator == "batched" else None),
                 self.estimator,
                 parameters={name: everything[name] for name in names},
                 progress=None if bar is None else bar.update,
@@ -182,18 +180,3 @@ class EWC(Part):
     def report(self, *, run, state):
         facts = {"strength": self.strength, "estimator": self.estimator, "scope": self.scope}
         return facts | ({"batch_size": self.batch_size} if self.estimator == "batched" else {})
-
-
-def _batches(examples: list[dict], size: int | None) -> Iterator[dict]:
-    """Right-padded batches of `size` documents in order; without a size, groups of similar length for one pass each."""
-    if size is None:
-        groups = by_length([len(e["input_ids"]) for e in examples])
-    else:
-        groups = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
-    for group in groups:
-        ids, labels = ([examples[i][name] for i in group] for name in ("input_ids", "labels"))
-        yield {
-            "input_ids": pad_sequence(ids, batch_first=True),
-            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
-        }

@@ -145,7 +145,8 @@ class Run:
     score      score(rows, base=False) → for each row the log-probabilities of its labelled tokens, on the CPU
     encode     text → token ids, as general text is encoded
     passes     passes(rows) → micro-batches that the processes together compute of a step with these rows
-    charge     charge(tokens=, flops=, seconds=, bytes=) adds to what the part that is at work costs
+    charge     charge(tokens=, flops=, seconds=, bytes=) adds to what the part that is at work costs; charge(rows=) the
+               tokens and FLOPs of a training step on these rows
     """
 
     model: nn.Module

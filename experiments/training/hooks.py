@@ -66,10 +66,17 @@ class Hooks:
             self.charge(seconds=time.perf_counter() - began)
             self._at_work = before
 
-    def charge(self, *, part: str = "", **costs: float | None) -> None:
-        """Add costs to those of `part`, by default the one at work; FLOPs of None are not known."""
+    def charge(self, *, part: str = "", rows: Sequence[Row] = (), **costs: float | None) -> None:
+        """Add costs to those of `part`, by default the one at work; FLOPs of None are not known.
+
+        rows   the tokens and FLOPs of a training step on them are added
+        """
         if not self.counted or not (part or self._at_work):
             return
+        if rows:
+            lengths = [len(row["input_ids"]) for row in rows]
+            flops = self._flops.step(lengths=lengths, labelled=labelled(rows))
+            self.charge(part=part, tokens=sum(lengths), flops=flops)
         sums = self.added.setdefault(part or self._at_work, dict.fromkeys(COSTS, 0))
         for kind, cost in costs.items():
             sums[kind] = None if cost is None or sums[kind] is None else sums[kind] + cost
@@ -77,9 +84,7 @@ class Hooks:
     def charge_rows(self, rows: Sequence[Row], *, part: str) -> None:
         """Charge a training step on rows that all processes know alike."""
         if self._shards.first:
-            lengths = [len(row["input_ids"]) for row in rows]
-            flops = self._flops.step(lengths=lengths, labelled=labelled(rows))
-            self.charge(part=part, tokens=sum(lengths), flops=flops)
+            self.charge(part=part, rows=rows)
 
     def total(self) -> dict[str, dict[str, float | None]]:
         """What each part has cost in all processes together; the seconds are the first one's."""

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from methods.errors import UserError
 from methods.part import Run
 from methods.tools import model_folder, peft_adapter
-from methods.tools.architecture import plain
+from methods.tools.rebuilt import rebuilt
 
 EXTRA = "has tensors that the base does not have:"
 AUDIT = "compare it with its base by `python -m experiments audit`, which takes such models"
@@ -35,13 +35,8 @@ def merged(path: str, run: Run, *, where: str) -> dict[str, torch.Tensor]:
     if not run.shards.first:
         return {}
     fits(path, _shapes(run.base), where=where)
-    config = plain(run.model).config
-    config = type(config).from_dict(config.to_dict())  # a copy, because building a model changes it
-    with torch.device("meta"):
-        kind = type(transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False))
     dtype = torch.promote_types(next(iter(run.base.values())).dtype, torch.float32)
-    model = kind.from_pretrained(None, config=config, state_dict=dict(run.base), dtype=dtype)
-    model = peft_adapter.merged(model, Path(path), f"{where}: {path}")
+    model = peft_adapter.merged(rebuilt(run.model, run.base, dtype=dtype), Path(path), f"{where}: {path}")
     return _whole(f"{where}: {path}", {name: p.detach() for name, p in model.named_parameters()}, run.base)
 
 

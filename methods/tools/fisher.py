@@ -140,6 +140,21 @@ def by_length(lengths: Sequence[int], tokens: int = TOKENS) -> list[list[int]]:
     return groups
 
 
+def batched(examples: Sequence[Mapping[str, Tensor]], size: int | None = None) -> Iterator[dict[str, Tensor]]:
+    """Right-padded batches of `size` documents in order; without a size, groups of similar length for one pass each."""
+    if size is None:
+        groups = by_length([len(e["input_ids"]) for e in examples])
+    else:
+        groups = [range(start, min(start + size, len(examples))) for start in range(0, len(examples), size)]
+    for group in groups:
+        ids, labels = ([examples[i][name] for i in group] for name in ("input_ids", "labels"))
+        yield {
+            "input_ids": pad_sequence(ids, batch_first=True),
+            "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+            "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        }
+
+
 def _backward(
     model: nn.Module,
     documents: list[tuple[Tensor, Tensor]],
