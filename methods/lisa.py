@@ -32,9 +32,6 @@ class LISA(Part):
 
     neutral = {"blocks": 1000}
     frozen = "for a while: the blocks that train are drawn anew"
-    trial = {
-        "every": 3
-    }  # Adam's first step after a draw is g/|g|, which two orders of a sum turn round where g is noise
 
     blocks: int = setting(
         1, within="[1, inf)", help="γ, the number of blocks that train at a time; all from the model's number on"
