@@ -133,6 +133,26 @@ def _is_stack(modules: nn.ModuleList) -> bool:
     return len({type(m) for m in modules}) == 1 and any(True for _ in modules[0].parameters())
 
 
+def units(block: nn.Module) -> dict[str, list[list[str]]]:
+    """The parameters of a transformer block by role: "attention", "ffn" and "norm", each a list of units.
+
+    A unit is a matrix with the biases beside it, or all parameters of a module without a matrix, a norm. Attention is
+    the module that keeps keys and values, which transformers gives the index of its layer; all other matrices are ffn.
+    """
+    roles: dict[str, list[list[str]]] = {"attention": [], "ffn": [], "norm": []}
+    keeping = [name for name, module in block.named_modules() if name and hasattr(module, "layer_idx")]
+    keeping = keeping or [name for name, module in block.named_modules() if name and hasattr(module, "layer_id")]
+    for path, module in block.named_modules():
+        own = {f"{path}.{name}".lstrip("."): p.dim() for name, p in module.named_parameters(recurse=False)}
+        matrices, vectors = ([name for name, dims in own.items() if (dims > 1) == wide] for wide in (True, False))
+        attends = any(path == name or path.startswith(f"{name}.") for name in keeping)
+        role = "norm" if not matrices else "attention" if attends else "ffn"
+        for matrix in matrices or [[]][: bool(vectors)]:
+            roles[role].append([matrix, *vectors] if matrices else vectors)
+            vectors = [] if matrices else vectors
+    return roles
+
+
 def linear_weights(model: nn.Module) -> dict[str, int]:
     """The weights of linear layers in the blocks by parameter name, each with its dimension of inputs.
 
