@@ -141,15 +141,18 @@ def generated(
 def _continued(model: torch.nn.Module, tokenizer: Any, batch: list[Prompt], max_length: int) -> list[str]:
     until, tokens = batch[0].until, batch[0].tokens
     rows = [prompt.ids[-(max_length - tokens) :] for prompt in batch]
-    stop = _StopStrings(tokenizer, until, start=max(map(len, rows)), rows=len(batch))
+    stop = StopStrings(tokenizer, until, start=max(map(len, rows)), rows=len(batch))
     return [
         postprocess_generated_text(tokenizer.decode(row, skip_special_tokens=True), list(until), None)
         for row in generated(model=model, tokenizer=tokenizer, rows=rows, tokens=tokens, criteria=[stop])
     ]
 
 
-class _StopStrings(StoppingCriteria):
-    """Which rows have written one of the strings, looking at as many last tokens as the longest string can take."""
+class StopStrings(StoppingCriteria):
+    """Which rows have written one of the strings, looking at as many last tokens as the longest string can take.
+
+    start   tokens of the padded prompts
+    """
 
     def __init__(self, tokenizer: Any, until: tuple[str, ...], *, start: int, rows: int):
         self.tokenizer, self.until, self.start = tokenizer, [text for text in until if text], start
@@ -165,6 +168,11 @@ class _StopStrings(StoppingCriteria):
                     whole = self.tokenizer.decode(input_ids[row, self.start :], skip_special_tokens=True)
                     self.done[row] = self._in(whole)
         return self.done.to(input_ids.device)
+
+    def cut(self, ids: Sequence[int]) -> list[int]:
+        """What one row has written, up to the token with which the first of the strings is complete."""
+        texts = (self.tokenizer.decode(ids[:count], skip_special_tokens=True) for count in range(1, len(ids)))
+        return list(ids[: next((count for count, text in enumerate(texts, 1) if self._in(text)), len(ids))])
 
     def _in(self, text: str) -> bool:
         return any(stop in text for stop in self.until)

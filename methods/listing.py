@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import typing
 from pathlib import Path
 
@@ -81,6 +82,8 @@ def yaml(value: object) -> str:
     if isinstance(value, float) and (abs(value) >= 1e4 or 0 < abs(value) < 1e-2):
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa)}e{int(exponent):+d}"  # PyYAML reads 1e-3 as text and 1.0e-3 as a number
+    if isinstance(value, str) and "\n" in value:
+        return json.dumps(value)
     return "''" if value == "" else str(value)
 
 

@@ -140,10 +140,14 @@ class Run:
 
     reference  the frozen base as a model: `hidden(batch)`, `logits(rows)` and, in chunks of logits,
                `kl(hidden rows, reference's hidden rows, temperature=, weights=, reverse=)` to the trained model
-    sample     sample(prompts=, tokens=, temperature=, key=, ended=False, base=False) → continuations, lists of token
-               ids; `ended`: with the end of text
+    teacher    teacher(weights): the trained model at other values of its trained tensors, a dict of a part's own by the
+               names of `weights`. It and `reference` have `states(rows)` → the last hidden states that predict each
+               row's labels, read outside a forward pass, and `kl` for the loss
+    sample     sample(prompts=, tokens=, temperature=, key=, until=(), ended=False, base=False) → continuations, lists
+               of token ids; `until`: texts that end one, `ended`: with the end of text
     score      score(rows, base=False) → for each row the log-probabilities of its labelled tokens, on the CPU
     encode     text → token ids, as general text is encoded
+    decode     token ids → text, without special tokens
     passes     passes(rows) → micro-batches that the processes together compute of a step with these rows
     charge     charge(tokens=, flops=, seconds=, bytes=) adds to what the part that is at work costs; charge(rows=) the
                tokens and FLOPs of a training step on these rows
@@ -160,9 +164,11 @@ class Run:
     epoch: int = 1
     clipped: Tensor | None = None
     reference: Any = None
+    teacher: Callable[[dict[str, Tensor]], Any] | None = None
     sample: Callable[..., list[list[int]]] | None = None
     score: Callable[..., list[Tensor]] | None = None
     encode: Callable[[str], Sequence[int]] | None = None
+    decode: Callable[[Sequence[int]], str] | None = None
     passes: Callable[[Sequence[Row]], int] | None = None
     charge: Callable[..., None] = lambda **costs: None
 

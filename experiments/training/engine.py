@@ -177,8 +177,10 @@ def fit(
             rate = learning_rate(settings, step, steps)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            wanted = method.examples(run, [drawn[i] for i in order[place]], step)
-            own = [row for row in wanted if "index" in row]
+            own = [rows[i] for i in order[place]]
+            wanted = method.examples(run, own, [drawn[i] for i in order[place]], step)
+            kept = {row["index"] for row in wanted if "index" in row}
+            own = [row for row in own if row["index"] in kept]
             lengths = [len(row["input_ids"]) for row in own]
             log.step(
                 {"step": step + 1, "learning_rate": rate},

@@ -86,6 +86,17 @@ class Hooks:
         if self._shards.first:
             self.charge(part=part, rows=rows)
 
+    def _charge_changes(self, before: Sequence[Row], after: Sequence[Row], *, part: str) -> None:
+        """Charge what the domain's rows take more after a part has changed them; less is a negative cost."""
+        domain = [[row for row in rows if "index" in row] for rows in (before, after)]
+        (was, labels_were), (now, labels_now) = (
+            (sorted(len(row["input_ids"]) for row in rows), labelled(rows)) for rows in domain
+        )
+        if self._shards.first and (was, labels_were) != (now, labels_now):
+            cost = self._flops.step(lengths=now, labelled=labels_now)
+            flops = None if cost is None else cost - self._flops.step(lengths=was, labelled=labels_were)
+            self.charge(part=part, tokens=sum(now) - sum(was), flops=flops)
+
     def total(self) -> dict[str, dict[str, float | None]]:
         """What each part has cost in all processes together; the seconds are the first one's."""
         everywhere = self._shards.all_gather(self.added)
@@ -122,14 +133,26 @@ class Hooks:
             kept["epoch"] = [row | {"index": index} for index, row in enumerate(drawn)]
         return kept["epoch"]
 
-    def examples(self, run: Run, rows: list[Row], step: int) -> list[Row]:
-        """The rows of a step as the parts change them; a row without an index is charged to the part that adds it."""
+    def examples(self, run: Run, own: list[Row], rows: list[Row], step: int) -> list[Row]:
+        """The rows of a step as the parts change them.
+
+        own   the domain's rows of the step; `rows` are what the parts made of them at the beginning of the epoch
+
+        A row without an index is charged to the part that adds it. So is what a part makes more or less of a domain row
+        that it keeps; one that it leaves out is counted.
+        """
+        if drawing := self.having("epoch"):
+            self._charge_changes(own, rows, part=drawing[-1].key)
         for part in self.having("examples"):
-            before = tokens_of_domain(rows)
+            before = rows
             rows = list(self.call(part, "examples", run=run, rows=rows, step=step))
             refuse_rows(part, "examples", rows)
-            if self._shards.first and (left_out := before - tokens_of_domain(rows)):
-                self.charge(part=part.key, left_out=left_out)
+            kept = {row["index"] for row in rows if "index" in row}
+            left = [row for row in own if row["index"] not in kept]
+            own = [row for row in own if row["index"] in kept]
+            if self._shards.first and left:
+                self.charge(part=part.key, left_out=sum(len(row["input_ids"]) for row in left))
+            self._charge_changes([row for row in before if row.get("index") in kept], rows, part=part.key)
             rows = [row if "index" in row or "part" in row else row | {"part": part.key} for row in rows]
             if not rows:
                 raise UserError(f"{part.key}: its `examples` gives no rows at step {step}: give at least one")
@@ -267,11 +290,6 @@ def refuse_rows(part: Part, hook: str, rows: Sequence[Any]) -> None:
                     f"{part.key}: a row that its `{hook}` gives has {name} {_show(tensor)} beside input_ids "
                     f"{_show(ids)}: each must be (tokens,), of the same length, on the CPU"
                 )
-
-
-def tokens_of_domain(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens of the rows that are the domain's, which have an index."""
-    return sum(len(row["input_ids"]) for row in rows if "index" in row)
 
 
 def labelled(rows: Sequence[Mapping[str, Tensor]]) -> int:

@@ -19,10 +19,13 @@ from experiments.training import hooks
 from experiments.training.batches import collate, micro_batches, sent
 from experiments.training.flops import Flops
 from experiments.training.loss import CHUNK, shifted, summed_kl
+from experiments.training.progress import bar as progress
 from experiments.training.sharded_weights import ShardedWeights
 from methods.part import Row, Run, generator
 from methods.tools import architecture
 from methods.tools.process_group import Shards
+
+SHOWN = 16  # micro-batches of a process from which on sampling shows a bar
 
 
 def skeleton(model: nn.Module) -> nn.Module:
@@ -50,8 +53,8 @@ class Reference:
     as the trained model is.
     """
 
-    def __init__(self, *, bare: nn.Module, run: Run, trained: Any, flops: Flops) -> None:
-        self._bare, self._run, self._trained, self._flops = bare, run, trained, flops
+    def __init__(self, *, bare: nn.Module, run: Run, trained: Any, flops: Flops, size: int) -> None:
+        self._bare, self._run, self._trained, self._flops, self._size = bare, run, trained, flops, size
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """function(the base as a model, *arguments), without a gradient."""
@@ -84,6 +87,23 @@ class Reference:
         logits_of = architecture.logits_of(self._run.model)
         settings = {"temperature": temperature, "weights": weights, "reverse": reverse}
         return summed_kl(hidden, reference, logits_of, self.logits, **settings)
+
+    def states(self, rows: Sequence[Row]) -> list[Tensor]:
+        """The base's last hidden states (labelled tokens, width) that predict each row's labels, on the run's device.
+
+        The processes share the rows out, and each gets those of all rows.
+        """
+        run, states = self._run, {}
+        for indices, counts in _shared(len(rows), self._size, run.shards):
+            batch = collate([rows[i] for i in indices])
+            ids, labels = sent(batch["input_ids"], torch.device(run.device)), batch["labels"]
+            found, _ = shifted(self.compute(architecture.hidden_states, ids, None), labels)
+            if counts:
+                pieces = found.split((labels[:, 1:] != -100).sum(1).tolist())
+                states |= dict(zip(indices, [p if run.shards.world == 1 else p.cpu() for p in pieces], strict=True))
+                lengths = hooks.lengths_of(batch)
+                run.charge(tokens=sum(lengths), flops=self._base_flops.forward(lengths=lengths, predicted=0))
+        return [state.to(run.device) for state in _collected(states, run.shards)]
 
     @functools.cached_property
     def _base_flops(self) -> Flops:
@@ -143,15 +163,73 @@ def _without_adapters(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+class Teacher(Reference):
+    """The trained model at other values of its trained tensors, which a part holds: a mean over the steps, say.
+
+    weights  by the names of `run.weights`, this process's rows in the same dtype
+
+    `states` swaps both values for a time, so that nothing but the part's tensors is held twice, whatever else the
+    model has; therefore it belongs between steps (`examples`), not into a forward pass. `kl` needs the logits in a
+    forward pass: a head that is trained is held once more, as it was at the last `states`, in the dtype to compute in.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], **made: Any) -> None:
+        super().__init__(**made)
+        self._weights, self._head = weights, {}
+
+    def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        run = self._run
+        self._swap()
+        try:
+            with torch.no_grad(), evaluating(run.model):
+                return self._trained.compute(function, *arguments)
+        finally:
+            self._swap()
+
+    def states(self, rows: Sequence[Row]) -> list[Tensor]:
+        run, head = self._run, architecture.head(self._run.model)
+        names = {id(p): name for name, p in run.model.named_parameters()}
+        dtype = architecture.head(self._bare).weight.dtype
+        self._head = {
+            own: run.shards.whole(self._weights[names[id(p)]], run.shapes[names[id(p)]]).to(dtype, copy=True)
+            for own, p in head.named_parameters()
+            if names[id(p)] in run.weights
+        }
+        return super().states(rows)
+
+    @torch.no_grad()
+    def logits(self, rows: Tensor) -> Tensor:
+        model, head = self._run.model, architecture.head(self._run.model)
+        own = {name: head._parameters[name] for name in self._head}
+        head._parameters |= self._head  # other tensors: those that autograd has saved stay as they are
+        try:
+            return architecture.logits_of(model)(rows)
+        finally:
+            head._parameters |= own
+
+    @functools.cached_property
+    def _base_flops(self) -> Flops:
+        return self._flops
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, weight in self._run.weights.items():
+            held = weight.clone()
+            weight.copy_(self._weights[name])
+            self._weights[name].copy_(held)
+        self._trained.update_model()
+
+
 def offer(run: Run, *, bare: nn.Module, trained: Any, flops: Flops, prompts: int, tokenizer: Any) -> None:
     """Give a run its services; `prompts` of them are continued together."""
-    run.reference = Reference(bare=bare, run=run, trained=trained, flops=flops)
+    made = {"bare": bare, "run": run, "trained": trained, "flops": flops, "size": prompts}
+    run.reference, run.teacher = Reference(**made), functools.partial(Teacher, **made)
     services = Services(run=run, trained=trained, flops=flops, size=prompts, tokenizer=tokenizer)
-    run.score, run.sample, run.encode = services.score, services.sample, services.encode
+    run.score, run.sample, run.encode, run.decode = services.score, services.sample, services.encode, services.decode
 
 
 class Services:
-    """`score`, `sample` and `encode` of `methods.part.Run`, on the trained model or on the base."""
+    """`score`, `sample`, `encode` and `decode` of `methods.part.Run`, on the trained model or on the base."""
 
     def __init__(self, *, run: Run, trained: Any, flops: Flops, size: int, tokenizer: Any) -> None:
         self._run, self._trained, self._flops, self._size, self._tokenizer = run, trained, flops, size, tokenizer
@@ -182,7 +260,9 @@ class Services:
         together = run.shards.world > 1
         compute = functools.partial(self.compute, base)
         draw = Sampler(compute, self._tokenizer, seed=run.seed, size=self._size, shards=run.shards, together=together)
-        texts = draw(prompts=prompts, **arguments)
+        few = len(prompts) <= SHOWN * self._size * run.shards.world
+        with progress(total=len(prompts), desc="sample", unit="text", disable=few or not run.shards.first) as bar:
+            texts = draw(prompts=prompts, done=bar.update, **arguments)
         own = slice(run.shards.rank, None, run.shards.world)
         written = [len(text) for text in texts[own]]
         lengths = [len(prompt) + count for prompt, count in zip(prompts[own], written, strict=True)]
@@ -194,6 +274,10 @@ class Services:
         from evaluation.encode import encode_text
 
         return encode_text(self._tokenizer, text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
 
 class Sampler:
@@ -217,6 +301,7 @@ class Sampler:
         tokens: int,
         temperature: float = 1.0,
         key: Sequence[int | str] = (),
+        until: Sequence[str] = (),
         ended: bool = False,
         size: int | None = None,
         done: Callable[[int], Any] | None = None,
@@ -225,28 +310,33 @@ class Sampler:
 
         temperature  of the softmax that tokens are drawn from; 0 takes the likeliest
         key          draws depend on the seed, this key and the number of the prompt, and on nothing else in the batch
+        until        texts that end a continuation, with the token that completes one
         ended        with the end of text, where a continuation has come to one
         size         prompts that are continued together, in place of the sampler's own number
         done         called with the number of prompts that all processes have continued since the last call
         """
-        from evaluation.generate import generated
+        from evaluation.generate import StopStrings, generated
 
         texts: dict[int, list[int]] = {}
         size = size or self._size
         each = size * self._shards.world
         for number, (indices, counts) in enumerate(_shared(len(prompts), size, self._shards)):
             draws = [generator(self._seed, "sample", *key, index) for index in indices]
+            rows = [prompts[index] for index in indices]
+            stop = StopStrings(self._tokenizer, tuple(until), start=max(map(len, rows)), rows=len(rows))
             continuing = functools.partial(
                 generated,
                 tokenizer=self._tokenizer,
-                rows=[prompts[index] for index in indices],
+                rows=rows,
                 tokens=tokens,
                 processors=[_Gumbel(temperature, draws)] if temperature else [],
+                criteria=[stop] if until else [],
                 together=self._together,
                 ended=ended,
             )
             written = self._compute(lambda model, run=continuing: run(model=model))
             if counts:
+                written = [stop.cut(row) for row in written] if until else written
                 texts |= dict(zip(indices, written, strict=True))
             if done:
                 done(min(each, len(prompts) - number * each))
