@@ -22,6 +22,7 @@ def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
     trained = {name: p.numel() for name, p in everything.items() if p.requires_grad}
     regularised = [base[name].numel() for name in adapted_names(model)]
     adapted = [layer.base_layer.weight.numel() for _, layer in lora_layers(model)]
+    squares = [layer.in_features**2 for _, layer in lora_layers(model)]
     try:
         blocks = [list(block.parameters()) for _, block in architecture.blocks(model)]
         head = architecture.head(model).weight
@@ -42,6 +43,8 @@ def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
         largest_trained=max(trained.values(), default=0),
         largest_adapted=max(adapted, default=0),
         largest_regularised=max(regularised, default=0),
+        squares=sum(squares),
+        largest_square=max(squares, default=0),
         root=_entries(root),
         block=max(map(_entries, blocks)),
         root_trained=_entries(p for p in root if p.requires_grad),

@@ -41,6 +41,7 @@ class Flops:
             config.to_json_string(),
             config._attn_implementation,
             tuple((name, tuple(p.shape), p.requires_grad) for name, p in model.named_parameters()),
+            tuple((name, tuple(buffer.shape)) for name, buffer in model.named_buffers()),  # such as an adapter's start
         )
         if key not in _counted:
             try:

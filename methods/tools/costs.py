@@ -115,6 +115,8 @@ class Entries:
     largest_trained: int
     largest_adapted: int
     largest_regularised: int
+    squares: int  # of the inputs of each matrix under an adapter
+    largest_square: int
     root: int
     block: int
     root_trained: int

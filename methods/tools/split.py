@@ -15,8 +15,9 @@ pair of singular vectors has the sign that makes the largest entry of A₀'s row
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,15 +26,16 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from methods.errors import UserError
-from methods.part import Prepared, setting
+from methods.part import Prepared, cut, setting
 from methods.tools.adapter import Adapter
 from methods.tools.architecture import base_name
 from methods.tools.costs import Memory, Pass
+from methods.tools.covariance import covariances
 from methods.tools.effective import difference, lora_layers, start_of
 from methods.tools.process_group import Shards
 
-# bytes for each entry of a matrix while it is decomposed: in float64 W, its copy, U, V, and what LAPACK works in
-DECOMPOSED = 64
+DECOMPOSED = 64  # bytes for each entry of a matrix while it is decomposed: in float64 itself, copies and factors
+COUNTED = 8  # bytes for each entry of C
 
 SHARES = (
     "methods.tools.adapter",
@@ -71,11 +73,10 @@ class Split(Adapter):
         return (Pass(documents=0, length=1, bare=True, gradients="none"),)
 
     def memory(self, *, counts, phase):
-        factors = counts.all - counts.base
-        made = counts.wide * factors  # in main memory
+        factors = counts.all - counts.base  # with one that is not trained
+        made = counts.wide * factors * (counts.device == "cpu")  # what was calibrated stays in main memory
         if phase == "train":
             return Memory(state=counts.compute * factors + made)
-        # W, the copy that is decomposed, U, V and LAPACK's own, in float64
         return Memory(gradient=made + DECOMPOSED * counts.largest_adapted)
 
     def calibrate(self, *, model, general, seed, progress, shards=Shards()):
@@ -86,7 +87,7 @@ class Split(Adapter):
     def _made(self, layers, covariances: dict[str, Tensor], *, progress, shards: Shards) -> dict[str, Tensor]:
         """The components of every layer, by name: processes decompose the layers in turn."""
         own = {}
-        with progress(total=len(layers), desc=self.key, unit="layer") if progress else nullcontext() as bar:
+        with _bar(progress, len(layers), self.key, "layer") as bar:
             for index, (name, layer) in enumerate(layers.items()):
                 covariance = covariances.pop(name, None)
                 if index % shards.world == shards.rank:
@@ -116,6 +117,56 @@ class Split(Adapter):
             layer.start_trained = [letter != self._fixed for letter in factors]
             layer.lora_variant[adapter] = FromStart()
         return model
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitByText(Split):
+    """One whose components depend on what each layer reads in general text (methods/tools/covariance.py)."""
+
+    samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text that are read")
+    length: int = setting(512, phase="prepare", within="[1, inf)", help="each document is cut at this many tokens")
+    passes: int = setting(
+        1, phase="prepare", within="[1, inf)", help="passes over the text: each is for a part of the layers"
+    )
+
+    def preparation(self):
+        return (Pass(documents=self.samples, length=self.length, cut_by="length", bare=True, gradients="none"),) * (
+            self.passes
+        )
+
+    def memory(self, *, counts, phase):
+        memory = super().memory(counts=counts, phase=phase)
+        if phase == "train":
+            return memory
+        held = COUNTED * (-(-counts.squares // self.passes) + counts.largest_square)
+        return replace(memory, state=held, gradient=memory.gradient + DECOMPOSED * counts.largest_square)
+
+    def calibrate(self, *, model, general, seed, progress, shards=Shards()):
+        documents = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
+        tokens = sum(len(document["input_ids"]) for document in documents)
+        layers = list(self._layers(model).items())
+        widest, name = max((matrix(layer).shape[1], name) for name, layer in layers)
+        if tokens < widest:
+            raise UserError(
+                f"{self.key} reads {tokens} tokens, and {name} has {widest} inputs, which so few do not describe: "
+                f"raise {self.key}.samples or {self.key}.length, or `general.importance`"
+            )
+        if self.passes > len(layers):
+            raise UserError(f"{self.key}.passes is {self.passes}, and there are {len(layers)} layers: lower it")
+        made = {}
+        for index in range(self.passes):
+            part = dict(layers[len(layers) * index // self.passes : len(layers) * (index + 1) // self.passes])
+            with _bar(progress, len(documents[shards.rank :: shards.world]), f"{self.key} text", "doc") as bar:
+                found = covariances(model, part, documents, progress=bar and bar.update, shards=shards)
+            made |= self._made(part, found, progress=progress, shards=shards)
+        notes = {"layers": len(layers), "documents": len(documents)}
+        if len(documents) < self.samples:
+            notes["documents_asked"] = self.samples
+        return Prepared(calibration=made, tokens=tokens * self.passes, notes=notes)
+
+
+def _bar(progress: Callable[..., Any] | None, total: int, what: str, unit: str):
+    return progress(total=total, desc=what, unit=unit) if progress else nullcontext()
 
 
 class FromStart:

@@ -3,15 +3,21 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.config import CordaConfig
+from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
 from transformers import AutoModelForCausalLM, GPT2Config
 
 from experiments.training.engine import final_weights
+from methods.corda import CorDA
 from methods.errors import UserError
+from methods.lora_null import LoRANull
 from methods.milora import MiLoRA
 from methods.part import Part
 from methods.pissa import PiSSA
 from methods.tools.adapter import merged, read_adapter
+from methods.tools.covariance import covariances
 from methods.tools.effective import effective_weights, lora_layers
+from methods.tools.process_group import Shards
 from methods.tools.split import matrix
 
 TARGETS = ("q_proj", "down_proj")
@@ -40,6 +46,13 @@ def made(make):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
     return build
+
+
+@pytest.fixture
+def text():
+    """General text of more tokens than any tiny layer has inputs."""
+    draw = torch.Generator().manual_seed(6)
+    return [{"input_ids": torch.randint(2, 31, (4 + size % 9,), generator=draw)} for size in range(30)]
 
 
 def logits(model, documents):
@@ -88,6 +101,117 @@ def test_milora_starts_from_the_smallest_singular_values(make, alpha):
         )
 
 
+def inputs(model, layer, documents):
+    """What a layer reads in each document."""
+    seen = []
+    hook = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0]))
+    with torch.no_grad():
+        for document in documents:
+            model(input_ids=document["input_ids"][None])
+    hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("kind, target", [("llama-tied", "down_proj"), ("gpt2", "c_attn")])
+def test_covariances_are_the_mean_over_documents_of_scaled_inputs(made, text, kind, target):
+    model = made(kind).train()
+    layers = {name: m for name, m in model.named_modules() if name.endswith(f".{target}")}
+    found = covariances(model, layers, text)
+    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
+    model.eval()
+    for name, layer in layers.items():
+        wanted = 0
+        for x in inputs(model, layer, text):
+            x = x / max(x.max(), -x.min())
+            wanted = wanted + sum(torch.outer(row, row) for row in x) / len(text)
+        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-9)
+    backwards = covariances(model, layers, text[::-1])
+    assert all(torch.equal(backwards[name], c) for name, c in found.items())  # the order of a sum changes no bit
+
+
+def test_corda_starts_from_peft_s_own_components(make):
+    part = CorDA(rank=3, targets=TARGETS, alpha=12.0)
+    model, theirs = make(dtype=torch.float32), make(dtype=torch.float32)
+    draw = torch.Generator().manual_seed(0)
+    given = {}
+    for name, layer in part._layers(theirs).items():
+        x = torch.randn(200, layer.in_features, generator=draw) * torch.linspace(0.5, 2, layer.in_features)
+        given[name] = layer.covariance_matrix = x.T @ x / 200
+        layer.corda_method, layer.rank = "kpm", 3
+    config = LoraConfig(
+        r=3,
+        lora_alpha=12.0,
+        target_modules=list(TARGETS),
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="kpm"),
+    )
+    collect_eigens(theirs, config, verbose=False)
+    crop_corda_eigens(theirs, config)
+    theirs = dict(lora_layers(get_peft_model(theirs, config)))
+    layers = part._layers(model)
+    made = part._made(layers, {name: c.double() for name, c in given.items()}, progress=None, shards=Shards())
+    for path, layer in lora_layers(part.adapt(model, seed=0, state={"calibration": made})):
+        product = layer.start_B @ layer.start_A
+        other = theirs[path].lora_B.default.weight @ theirs[path].lora_A.default.weight
+        torch.testing.assert_close(product, other, rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            layer.base_layer.weight - layer.scaling["default"] * product,
+            theirs[path].base_layer.weight,
+            rtol=0,
+            atol=1e-5,
+        )
+
+
+def test_lora_null_starts_where_general_text_is_smallest(make, text):
+    part, model = LoRANull(rank=3, targets=("q_proj",)), make()
+    layers = part._layers(model)
+    found = covariances(model, layers, text)
+    for path, layer in lora_layers(adapted(part, model, text)):
+        weight = layer.base_layer.weight.detach()
+        null = torch.linalg.svd(found[path.removeprefix("base_model.model.")]).U[:, -3:]
+        product = layer.start_B @ layer.start_A
+        torch.testing.assert_close(product, weight @ null @ null.T, rtol=0, atol=1e-6)
+        torch.testing.assert_close(layer.start_A.norm(dim=1), layer.start_B.norm(dim=0))  # √S each
+
+
+@pytest.mark.parametrize("part", [CorDA, LoRANull])
+def test_passes_change_no_component(make, text, part):
+    one, three = (
+        part(rank=2, targets=TARGETS, passes=passes).calibrate(model=make(), general=text, seed=0, progress=None)
+        for passes in (1, 3)
+    )
+    assert all(torch.equal(three.calibration[name], tensor) for name, tensor in one.calibration.items())
+    assert three.tokens == 3 * one.tokens == 3 * sum(len(document["input_ids"]) for document in text)
+    assert one.notes == {"layers": 4, "documents": 30, "documents_asked": 256}
+
+
+def test_too_little_text_and_too_many_passes_are_refused(make, text):
+    with pytest.raises(UserError, match=r"corda reads 4 tokens, and model.layers.*down_proj has 48 inputs"):
+        adapted(CorDA(samples=1, targets=("down_proj",)), make(), text)
+    with pytest.raises(UserError, match="lora_null.passes is 3, and there are 2 layers"):
+        adapted(LoRANull(passes=3, targets=("q_proj",)), make(), text)
+
+
+def test_a_factor_that_is_kept_is_not_trained_and_the_adapter_has_one_rank(make, documents, text, train, tmp_path):
+    part = LoRANull(rank=3, targets=("q_proj",), freeze_down=True)
+    states = {part.key: prepared(part, make(), text)}
+    result = train(make(), (part,), documents, states, weight_decay=0.1)
+    assert all(".lora_B." in name for name in result.run.weights) and len(result.run.weights) == 2
+    final = final_weights(result, (part,))
+    part.save(run=result.run, state={}, folder=tmp_path)
+    pairs, scale, _ = read_adapter(tmp_path / "adapter")
+    for weight in effective_weights(result.run):
+        (layer,) = [layer for path, layer in lora_layers(result.run.model) if path == weight.layer]
+        assert torch.equal(layer.lora_A.default.weight, layer.start_A) and len(pairs[weight.name]["a"]) == 3
+        moved = (layer.lora_B.default.weight - layer.start_B) @ layer.start_A
+        torch.testing.assert_close(final[weight.name] - result.run.base[weight.name], moved.detach())
+        direction = torch.randn(moved.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+        result.run.weights[weight.b].grad = None
+        weight.pull(direction)
+        torch.testing.assert_close(result.run.weights[weight.b].grad, direction @ layer.start_A.T)
+        torch.testing.assert_close(weight.value(), moved.detach())
+
+
 def test_more_components_than_there_are_are_refused(make):
     with pytest.raises(UserError, match=r"pissa.rank is 65: model.layers.0.self_attn.q_proj is \[\d+, \d+\]"):
         adapted(PiSSA(rank=65), make())
@@ -126,12 +250,14 @@ def test_training_is_that_of_the_residual_and_the_adapter(make, documents, train
 @pytest.mark.parametrize(
     "kind, dtype", [("llama-tied", torch.float64), ("gptj", torch.float32), ("gpt2", torch.float32)]
 )
-@pytest.mark.parametrize("chosen", [PiSSA, MiLoRA])
-def test_merged_and_saved_adapters_compute_what_was_trained(made, documents, train, tmp_path, chosen, kind, dtype):
+@pytest.mark.parametrize("chosen", [PiSSA, MiLoRA, CorDA, LoRANull])
+def test_merged_and_saved_adapters_compute_what_was_trained(
+    made, documents, text, train, tmp_path, chosen, kind, dtype
+):
     targets = ("c_attn", "c_proj") if kind == "gpt2" else ("q_proj", "v_proj")
     part = chosen(rank=3, alpha=5.0, targets=targets, dropout=0.1)
     base = {n: p.detach().clone() for n, p in made(kind, dtype).named_parameters()}
-    states = {part.key: prepared(part, made(kind, dtype), documents)}
+    states = {part.key: prepared(part, made(kind, dtype), text)}
     start = logits(part.adapt(made(kind, dtype), seed=0, state=states[part.key]), documents)
     assert torch.equal(start, logits(made(kind, dtype), documents))
     result = train(made(kind, dtype), (part,), documents, states, base=base)
