@@ -25,7 +25,7 @@ from experiments.training.settings import TrainSettings
 from methods.mofo import MoFO
 from methods.part import Part, overrides
 from methods.tools.adam import AdamW, Moments
-from methods.tools.effective import adapter_names
+from methods.tools.adapter import saved_entries
 from methods.tools.process_group import Shards
 
 MFU_GOALS = {("llama3-8b", "full"): 0.45, ("gptj-6b", "full"): 0.40}
@@ -209,8 +209,8 @@ def held(result: FitResult, prepared: running.Preparation) -> dict[str, int]:
 
 def stored(result: FitResult, prepared: running.Preparation, weights: int) -> dict[str, int]:
     """Bytes of what a study would keep: tuned weights or the adapter in their place; importance, start, anchor."""
-    adapter = [result.run.model.get_parameter(name) for name in adapter_names(result.run.model)]
-    kept = {"adapter": _bytes(adapter)} if adapter else {"weights": weights}
+    adapter = saved_entries(result.run.model)
+    kept = {"adapter": 4 * adapter} if adapter else {"weights": weights}
     anchor = _anchor_bytes(result)
     return kept | prepared.bytes_stored | ({"anchor": anchor} if anchor else {})
 

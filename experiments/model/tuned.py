@@ -28,7 +28,7 @@ from experiments.training.log import TrainingFailed
 from methods.errors import UserError
 from methods.part import Part
 from methods.tools import model_folder
-from methods.tools.adapter import merged, read_adapter
+from methods.tools.adapter import merged, read_adapter, saved_entries
 from methods.tools.effective import adapter_names
 from methods.tools.files import need_room, read_json, sha256, write_json, writing
 
@@ -87,8 +87,7 @@ def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, int]:
     trained = {name: p.numel() for name, p in parameters.items() if p.requires_grad}
     if not adapters or not trained.keys() <= adapters:
         return sum(trained.values()), 0
-    kept = sum(parameters[name].numel() for name in adapters)
-    return kept, sum(p.numel() for name, p in parameters.items() if ".base_layer." in name)
+    return saved_entries(model), sum(p.numel() for name, p in parameters.items() if ".base_layer." in name)
 
 
 def load(

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from methods.errors import UserError
 from methods.part import Part, setting
 from methods.tools.architecture import base_name
-from methods.tools.effective import Factored, adapter_names, factored_weights
+from methods.tools.effective import Factored, adapter_names, factored_weights, lora_layers, start_of
 from methods.tools.files import writing
 
 PIECE = 1 << 17  # entries merged at a time: few enough for the processor's cache
@@ -194,6 +194,15 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, boo
                 updates.setdefault(base_name(name).removesuffix(end) + "weight", {})[part] = tensor
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     return updates, scale, config["fan_in_fan_out"]
+
+
+def saved_entries(model: nn.Module) -> int:
+    """Entries of the tensors that `save` writes: two of each factor where both are trained from a start."""
+    entries = 0
+    for _, layer in lora_layers(model):
+        own = sum(p.numel() for name, p in layer.named_parameters() if not name.startswith("base_layer."))
+        entries += own * (2 if start_of(layer) and all(layer.start_trained) else 1)
+    return entries
 
 
 def _ends(name: str, target: str) -> bool:

@@ -14,7 +14,7 @@ from methods.lora_null import LoRANull
 from methods.milora import MiLoRA
 from methods.part import Part
 from methods.pissa import PiSSA
-from methods.tools.adapter import merged, read_adapter
+from methods.tools.adapter import merged, read_adapter, saved_entries
 from methods.tools.covariance import covariances
 from methods.tools.effective import effective_weights, lora_layers
 from methods.tools.process_group import Shards
@@ -200,6 +200,7 @@ def test_a_factor_that_is_kept_is_not_trained_and_the_adapter_has_one_rank(make,
     final = final_weights(result, (part,))
     part.save(run=result.run, state={}, folder=tmp_path)
     pairs, scale, _ = read_adapter(tmp_path / "adapter")
+    assert saved_entries(result.run.model) == sum(t.numel() for pair in pairs.values() for t in pair.values())
     for weight in effective_weights(result.run):
         (layer,) = [layer for path, layer in lora_layers(result.run.model) if path == weight.layer]
         assert torch.equal(layer.lora_A.default.weight, layer.start_A) and len(pairs[weight.name]["a"]) == 3
@@ -272,6 +273,8 @@ def test_merged_and_saved_adapters_compute_what_was_trained(
     for name, factors in pairs.items():
         assert len(factors["a"]) == 6
         assert torch.equal(merged(base[name], **factors, scale=scale, transposed=transposed), final[name])
+    saved = sum(tensor.numel() for factors in pairs.values() for tensor in factors.values())
+    assert saved_entries(result.run.model) == saved
     loaded = PeftModel.from_pretrained(made(kind, dtype), tmp_path / "adapter", autocast_adapter_dtype=False)
     torch.testing.assert_close(logits(loaded, documents), trained, rtol=near, atol=near)
     plain = made(kind, dtype)
