@@ -20,7 +20,7 @@ from methods.tools.checkpoint import fits, read
 )
 @dataclass(frozen=True, kw_only=True)
 class Given(Part):
-    shares = ("methods.tools.checkpoint", "methods.tools.peft_adapter")
+    shares = ("methods.tools.checkpoint", "methods.tools.peft_adapter", "methods.tools.rebuilt")
 
     neutral = "none: nothing is trained"
     frozen = "its weights are made elsewhere"

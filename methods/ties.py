@@ -34,7 +34,12 @@ WHERE = "ties.models"
 )
 @dataclass(frozen=True, kw_only=True)
 class TIES(Part):
-    shares = ("methods.tools.checkpoint", "methods.tools.peft_adapter", "methods.tools.task_vector")
+    shares = (
+        "methods.tools.checkpoint",
+        "methods.tools.peft_adapter",
+        "methods.tools.rebuilt",
+        "methods.tools.task_vector",
+    )
 
     neutral = {"fraction": 1.0, "scale": 1.0}
 

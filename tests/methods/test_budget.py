@@ -9,12 +9,17 @@ import torch
 from experiments.laws.trial import Trial
 from experiments.model import tuned
 from experiments.model.shape import Shape
+from experiments.training import hooks
 from experiments.training.engine import finish
 from methods.budget import Budget
+from methods.dare import DARE
 from methods.errors import UserError
+from methods.fapm import FAPM
+from methods.fisher_merge import FisherMerge
 from methods.lines import LiNeS
 from methods.lora import LoRA
 from methods.part import Run, in_order
+from methods.ties import TIES
 from methods.tools.process_group import Shards
 from methods.wise_ft import WiSEFT
 
@@ -132,6 +137,14 @@ def test_parts_after_training_follow_each_other_and_what_is_measured_is_charged(
     assert report["measured"] == 5
     assert added["budget"]["tokens"] == 5 * tokens[0] / 2  # the first measurement of all also reads it with the base
     assert added["budget"]["flops"] > 0 and added["lines"]["tokens"] == added["wise_ft"]["tokens"] == 0
+
+
+def test_all_that_act_in_finish_alone_share_one_training():
+    lora, merge = LoRA(rank=2), FisherMerge()
+    alone = (DARE(), FAPM(), TIES(), LiNeS(), WiSEFT(), Budget())
+    assert hooks.finishers(in_order((lora, *alone))) == list(alone)
+    # Fisher merging keeps rows of the training, so what comes before it belongs to the training, too
+    assert hooks.finishers(in_order((lora, merge, *alone))) == list(alone[2:])
 
 
 def test_it_measures_weights_as_they_will_be_kept(tmp_path):
