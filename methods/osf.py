@@ -1,0 +1,143 @@
+"""OSF, orthogonal subspace fine-tuning (Nayak et al. 2025, "Sculpting Subspaces", arXiv 2504.07097).
+
+    W₀ = U·S·Vᵀ    U_h (rows × k), V_h (columns × k): the k = ⌊preserved·min(rows, columns)⌋ largest singular values'
+    P(X) = (I − U_h·U_hᵀ)·X·(I − V_h·V_hᵀ)    G ← P(G) before clipping    W ← W₀ + P(W − W₀) after the step
+
+What the base does with its strongest inputs, W₀·V_h, and what it says in its strongest outputs, U_hᵀ·W₀, never changes.
+The published form keeps U_h, S_h, V_h fixed and trains the other factors, with gradients orthogonal to U_h and V_h. The
+weights that it can reach are the same, W₀ + P(X) for any X; here X itself is trained, because peft's layer does not fit:
+it holds three rounded factors for a bfloat16 weight and cancels their start in that dtype; its projection hangs on
+parameters that sharding replaces; and it wraps no matrix that is stored in × out. Adam therefore sees entries of W and
+not of factors, so that rates do not carry over.
+
+Adam's scaling of entries and weight decay leave the subspace. peft projects gradients alone; the authors' trainer also
+projects after the step, as is done here (`restore`). Decay so acts on the free part of W alone.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from methods.errors import UserError
+from methods.part import Part, Prepared, Run, register, setting
+from methods.tools.architecture import linear_weights
+from methods.tools.costs import Memory, Pass
+from methods.tools.effective import base_anchor
+from methods.tools.names import unknown
+from methods.tools.process_group import Shards
+from methods.tools.split import DECOMPOSED
+
+MASKED = "a mask freezes entries of a matrix, which the projection moves together"
+MASKS = ("gmt", "hft", "lisa", "mofo", "random_mask", "spider", "ssu")
+
+
+@register(
+    title="OSF",
+    paper="https://arxiv.org/abs/2504.07097",
+    line="Train matrices orthogonally to the strongest singular directions that they have in the base.",
+    phase="projection",
+    capabilities=frozenset({"adapts"}),
+)
+@dataclass(frozen=True, kw_only=True)
+class OSF(Part):
+    shares = ("methods.tools.effective",)
+    scratch = ("calibration", "anchor", "bases")
+
+    neutral = {"preserved": 0.0, "others": True}
+    excludes = {"adapter": "it trains the matrices themselves, which an adapter freezes"} | dict.fromkeys(MASKS, MASKED)
+
+    preserved: float = setting(
+        0.5, phase="prepare", within="[0, 1]", help="share of each matrix's singular directions that is kept"
+    )
+    targets: tuple[str, ...] | None = setting(
+        None, phase="prepare", help="last names of the linear layers to train; null: all in the blocks"
+    )
+    others: bool = setting(False, phase="prepare", help="train what is no such matrix as well, without a projection")
+    restore: bool = setting(True, help="project the step, too; false: gradients alone, as in peft")
+
+    def preparation(self):
+        return (Pass(documents=0, length=1, bare=True, gradients="none"),)
+
+    def memory(self, *, counts, phase):
+        bases = int(2 * self.preserved * counts.wide * counts.trained)  # at most: of square matrices
+        if phase == "prepare":  # W, the copy that is decomposed, U, V and LAPACK's own, in float64
+            return Memory(gradient=bases + DECOMPOSED * counts.largest_trained)
+        whole = counts.processes is not None and counts.device == "cpu"  # as they were read, of which rows are views
+        return Memory(
+            anchor=counts.share(counts.checkpoint * counts.trained),
+            state=bases if whole else counts.share(bases),
+            update=counts.wide * (counts.share(2 * counts.largest_trained) + counts.largest_trained),
+        )
+
+    def calibrate(self, *, model, general, seed, progress, shards=Shards()):
+        own, matrices = {}, self._matrices(model)
+        with progress(total=len(matrices), desc=self.key, unit="matrix") if progress else nullcontext() as bar:
+            for index, (name, weight) in enumerate(matrices.items()):
+                if index % shards.world == shards.rank:
+                    u, _, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
+                    k, dtype = int(self.preserved * min(weight.shape)), torch.promote_types(weight.dtype, torch.float32)
+                    own[f"{name}.left"], own[f"{name}.right"] = (
+                        basis.to("cpu", dtype, copy=True).contiguous() for basis in (u[:, :k], vh[:k])
+                    )
+                if bar is not None:
+                    bar.update()
+        made = {name: basis for each in shards.all_gather(own) for name, basis in each.items()}
+        return Prepared(calibration=made, notes={"matrices": len(matrices)})
+
+    def adapt(self, model, *, seed, state=None):
+        chosen = self._matrices(model).keys()
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.others or name in chosen)
+        return model
+
+    def _matrices(self, model: nn.Module) -> dict[str, nn.Parameter]:
+        """The matrices to project, by name. Raises UserError for a target that is no linear layer."""
+        linear = {name: name.split(".")[-2] for name in linear_weights(model)}
+        for target in self.targets or ():
+            if target not in linear.values():
+                raise unknown("linear layer", target, sorted(set(linear.values())), where=f"{self.key}.targets")
+        if self.targets == ():
+            raise UserError(f"{self.key}.targets is empty: name linear layers, or write null for all")
+        return {n: model.get_parameter(n) for n, last in linear.items() if self.targets is None or last in self.targets}
+
+    def begin(self, *, run, state, examples, general=()):
+        made = state.pop("calibration")
+        names = [name for name in self._matrices(run.model) if self.preserved and made[f"{name}.left"].shape[1]]
+        state["bases"] = {
+            name: tuple(run.shards.local(made[f"{name}.{side}"]).to(run.device) for side in ("left", "right"))
+            for name in names
+        }
+        anchor = base_anchor(run)
+        state["anchor"] = {name: anchor[name] for name in names}
+
+    def before_clip(self, *, run, state, step):
+        for name, bases in state["bases"].items():
+            _project(run, run.weights[name].grad, *bases)
+
+    def after_step(self, *, run, state, step, gradient):
+        for name, bases in state["bases"].items() if self.restore else ():
+            weight, start = run.weights[name].detach(), state["anchor"][name]
+            weight.copy_(_project(run, weight - start, *bases).add_(start))
+
+    def report(self, *, run, state):
+        """The largest of ‖U_hᵀ·ΔW‖/‖ΔW‖ and ‖ΔW·V_h‖/‖ΔW‖ over all matrices: what left the subspace."""
+        shares = [0.0]
+        for name, (left, right) in state["bases"].items():
+            moved = run.weights[name].detach() - state["anchor"][name]
+            right = run.shards.whole(right, torch.Size((left.shape[1], moved.shape[1])))
+            down = run.shards.sum(left.T @ moved).square().sum()
+            across, size = run.shards.sum(torch.stack([(moved @ right.T).square().sum(), moved.square().sum()]))
+            shares.append((max(down, across) / size).sqrt().item() if size else 0.0)
+        return {"matrices": len(state["bases"]), "outside": float(f"{max(shares):.1e}")}
+
+
+def _project(run: Run, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """P(matrix), in place; of it and of both bases, U_h (rows × k) and V_hᵀ (k × columns), this process's rows."""
+    run.charge(flops=8.0 * matrix.numel() * left.shape[1])
+    matrix.addmm_(left, run.shards.sum(left.T @ matrix), alpha=-1)
+    right = run.shards.whole(right, torch.Size((left.shape[1], matrix.shape[1])))
+    return matrix.addmm_(matrix @ right.T, right, alpha=-1)
