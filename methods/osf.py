@@ -3,12 +3,12 @@
     W₀ = U·S·Vᵀ    U_h (rows × k), V_h (columns × k): the k = ⌊preserved·min(rows, columns)⌋ largest singular values'
     P(X) = (I − U_h·U_hᵀ)·X·(I − V_h·V_hᵀ)    G ← P(G) before clipping    W ← W₀ + P(W − W₀) after the step
 
-What the base does with its strongest inputs, W₀·V_h, and what it says in its strongest outputs, U_hᵀ·W₀, never changes.
-The published form keeps U_h, S_h, V_h fixed and trains the other factors, with gradients orthogonal to U_h and V_h. The
-weights that it can reach are the same, W₀ + P(X) for any X; here X itself is trained, because peft's layer does not fit:
-it holds three rounded factors for a bfloat16 weight and cancels their start in that dtype; its projection hangs on
-parameters that sharding replaces; and it wraps no matrix that is stored in × out. Adam therefore sees entries of W and
-not of factors, so that rates do not carry over.
+What the base does with its strongest inputs, W₀·V_h, and what it says in its strongest outputs, U_hᵀ·W₀, never change.
+The published form keeps U_h, S_h and V_h fixed and trains the other factors, with gradients orthogonal to U_h and V_h.
+It can reach the same weights, W₀ + P(X) for any X. Here X itself is trained, because peft's layer does not fit: it holds
+three rounded factors for a bfloat16 weight and cancels their start in that dtype; its projection hangs on parameters
+that sharding replaces; and it wraps no matrix that is stored in × out. Adam therefore sees entries of W and not of
+factors, so that rates do not carry over.
 
 Adam's scaling of entries and weight decay leave the subspace. peft projects gradients alone; the authors' trainer also
 projects after the step, as is done here (`restore`). Decay so acts on the free part of W alone.
