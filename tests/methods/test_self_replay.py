@@ -11,6 +11,7 @@ from experiments.stages import data, model, prepare, train
 from experiments.study.cells import Cell
 from experiments.training.activations import activations
 from experiments.training.flops import Flops
+from experiments.training.progress import bar
 from experiments.training.services import Sampling
 from methods import registry
 from methods.errors import UserError
@@ -23,10 +24,10 @@ LORA = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
 END = 1  # of text, of the models of these tests
 
 
-def prepared(part, own, general=(), seed=0):
+def prepared(part, own, general=(), progress=None):
     """What the part prepares with the sampler of the stage, and the FLOPs that it counts."""
-    sample = Sampling(None, seed=seed, size=8, shards=Shards())
-    about = {"base": {}, "general": general, "seed": seed, "fit": None, "progress": None}
+    sample = Sampling(None, seed=0, size=8, shards=Shards())
+    about = {"base": {}, "general": general, "seed": 0, "fit": None, "progress": progress}
     return part.prepare(model=own, sample=sample, **about), sample.flops
 
 
@@ -63,8 +64,14 @@ def test_texts_continue_general_text_as_the_base_would(make, general):
 
 
 def test_texts_begin_with_the_models_own_token(make):
-    own = make()
-    texts, _ = prepared(SelfReplay(texts=40, tokens=5), own)
+    own, bars = make(), []
+
+    def progress(**about):
+        bars.append(bar(**about))
+        return bars[-1]
+
+    texts, _ = prepared(SelfReplay(texts=40, tokens=5), own, progress=progress)
+    assert [(one.n, one.total, one.unit) for one in bars] == [(40, 40, "text")]  # in two batches
     assert {int(ids[0]) for ids, _ in rows_of(texts.carry)} == {END}  # there is no beginning of text
     assert len({tuple(ids.tolist()) for ids, _ in rows_of(texts.carry)}) > 20  # each draws for itself
     assert any(len(ids) < 6 and ids[-1] == END for ids, _ in rows_of(texts.carry))
