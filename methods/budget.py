@@ -1,4 +1,4 @@
-"""Budget (after STABLE, Bhoy 2025): the largest share of the update that forgets no more than was asked.
+"""Budget (after STABLE, 2510.16089): the largest share of the update that forgets no more than was asked.
 
     θ = θ₀ + s·(θ_tuned − θ₀)        the largest s in [floor, 1] with cost(s) ≤ nats
 

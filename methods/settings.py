@@ -21,7 +21,7 @@ def setting(
     phase      "prepare" if the preparation depends on the setting: a change prepares and trains again;
                "train" if only the training does: a sweep over it prepares once
     within     the interval a number must lie in, as it is printed: "(0, 1]", "[0, inf)"
-    path       the value is a file or folder that is read: a change of its content makes a cell stale
+    path       the value is a file or folder that is read, or a list of them: a change of its content makes a cell stale
     """
     if phase not in PHASES:
         raise ValueError(f"phase is {phase!r}: it must be one of {', '.join(PHASES)}")
