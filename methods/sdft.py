@@ -109,11 +109,11 @@ class SDFT(Part):
         # no row becomes longer than the domain's longest, which the memory is planned for
         sampled = [own[: max(1, state["longest"] - len(x))] for x, own in zip(prompts, sampled, strict=True)]
         seen = [self._view(run, prompt, answer) for prompt, (_, answer) in zip(prompts, domain, strict=True)]
-        read = [_row(view, own) for view, own in zip(seen, sampled, strict=True)]
+        read = [answers.row_of(view, own) for view, own in zip(seen, sampled, strict=True)]
         state["states"] = torch.cat(state["teacher"].states(read))
         changed, place = [], 0
         for prompt, own in zip(prompts, sampled, strict=True):
-            row = _row(prompt, own)
+            row = answers.row_of(prompt, own)
             row["sdft"] = torch.zeros_like(row["labels"])  # at each sampled token: its place in `states`, from 1
             row["sdft"][len(prompt) :] = torch.arange(place + 1, place + 1 + len(own))
             changed.append(row)
@@ -144,11 +144,3 @@ class SDFT(Part):
         line, column = batch["sdft"][:, 1:].nonzero(as_tuple=True)
         states = state["states"][batch["sdft"][line, column + 1] - 1]
         return state["teacher"].kl(hidden[line, column], states, reverse=self.direction == "reverse")
-
-
-def _row(prompt: list[int], answer: list[int]) -> dict:
-    """A row that teaches an answer."""
-    ids = torch.tensor(prompt + answer)
-    labels = ids.clone()
-    labels[: len(prompt)] = -100
-    return {"input_ids": ids, "labels": labels}

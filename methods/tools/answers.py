@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+import torch
 
 from methods.errors import UserError
 
@@ -32,3 +36,23 @@ def refuse(rows: Sequence[Row], *, part: str) -> None:
 def has_end(run: Run, rows: Sequence[Row]) -> bool:
     """Whether the domain's answers end with a special token, which ends a text; else they are parts of a text."""
     return all(run.decode(divided(row)[1][-1:]) == "" for row in rows)
+
+
+def row_of(prompt: list[int], answer: list[int], rest: Row | None = None) -> Row:
+    """A row that teaches an answer, and behind it whatever `rest` teaches."""
+    ids = torch.tensor(prompt + answer)
+    labels = ids.clone()
+    labels[: len(prompt)] = -100
+    if rest is None:
+        return {"input_ids": ids, "labels": labels}
+    return {"input_ids": torch.cat([ids, rest["input_ids"]]), "labels": torch.cat([labels, rest["labels"]])}
+
+
+def normalised(text: str) -> str:
+    """A text without differences of case, of white space, of compatible characters and of the punctuation around it."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).strip(" \"'`.,;:!?")
+
+
+def contains(text: str, part: str) -> bool:
+    """Whether a text has the part as whole words or a whole number in it."""
+    return bool(part) and bool(re.search(rf"(?<![\w.-]){re.escape(part)}(?!\w|[.,]\d)", text))
