@@ -5,10 +5,10 @@
 
 What the base does with its strongest inputs, W₀·V_h, and what it says in its strongest outputs, U_hᵀ·W₀, never change.
 The published form keeps U_h, S_h and V_h fixed and trains the other factors, with gradients orthogonal to U_h and V_h.
-It can reach the same weights, W₀ + P(X) for any X. Here X itself is trained, because peft's layer does not fit: it holds
-three rounded factors for a bfloat16 weight and cancels their start in that dtype; its projection hangs on parameters
-that sharding replaces; and it wraps no matrix that is stored in × out. Adam therefore sees entries of W and not of
-factors, so that rates do not carry over.
+It can reach the same weights, W₀ + P(X) for any X. Here X itself is trained, because peft's layer does not fit: factors
+and bases are rounded to the model's dtype, so that with bfloat16 the subspace is kept to three digits; the trained ones
+cancel their start, but not to the bit; its projection hangs on parameters that sharding replaces; and it wraps no
+matrix that is stored in × out. Adam therefore sees entries of W and not of factors, so that rates do not carry over.
 
 Adam's scaling of entries and weight decay leave the subspace. peft projects gradients alone; the authors' trainer also
 projects after the step, as is done here (`restore`). Decay so acts on the free part of W alone.
