@@ -4,10 +4,10 @@
     W·C = U·S·Vᵀ      A₀ = √(S_r/s)·V_rᵀ·C⁻¹    B₀ = U_r·√(S_r/s)     of the r smallest singular values
     W' = W + s·(B·A − B₀·A₀)                    A and B are trained from A₀ and B₀
 
-C is damped before it is inverted, with 0.01 of its mean diagonal, doubled until ‖C·C⁻¹ − 1‖ < 0.05. peft does this in
-float32 and divides X by the largest signed value; here it is float64, in which the first damping is enough, and the
-largest magnitude, which is at least as large. The paper's other mode (IPM: the r largest of the domain's own text) is
-left out: what a part prepares never sees the domain.
+C is damped before it is inverted, with 0.01 of its mean diagonal, doubled until ‖C·C⁻¹ − 1‖ < 0.05 (Frobenius). peft
+does this in float32, and divides X by the magnitude of its largest signed value, which can be near zero; here it is
+float64, and the largest magnitude. The paper's other mode (IPM: the r largest components with C of the domain's own
+text) is left out: what a part prepares never sees the domain.
 """
 
 from __future__ import annotations
