@@ -61,9 +61,10 @@ class Spider(Part):
 
     def after_step(self, *, run, state, step, gradient):
         kept = entries = 0
+        masks = torch.empty_like(max(run.weights.values(), key=torch.numel)).view(-1)  # one after the other
         for name, weight in run.weights.items():
-            total, anchor = state["sum"][name].add_(gradient.pop(name)), state["anchor"][name]
-            mask, spread, sums = torch.empty_like(weight), _spread(run, name, total), []
+            total, anchor = state["sum"][name].add_(gradient[name]), state["anchor"][name]
+            mask, spread, sums = masks[: weight.numel()].view_as(weight), _spread(run, name, total), []
             room = _room(weight)
             for share, new, old in pieces(mask, total, anchor):
                 new = _rank(new, *spread, out=room[0, : len(share)])

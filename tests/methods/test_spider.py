@@ -38,7 +38,9 @@ def stepped(base, steps):
             weight += 0.1 * moved
             totals[name] = totals[name] + gradients[name].numpy()
             plain[name], masks[name] = mixed(base[name].numpy(), plain[name] + 0.1 * moved.numpy(), totals[name])
+        given = {name: gradient.clone() for name, gradient in gradients.items()}
         part.after_step(run=run, state=state, step=step, gradient=gradients)
+        assert all(torch.equal(gradients[name], gradient) for name, gradient in given.items())  # other parts read it
     return run, state, plain, masks
 
 
