@@ -61,7 +61,8 @@ class RandomMask(Part):
 
     def report(self, *, run, state):
         masks = {name: mask.expand_as(run.weights[name]) for name, mask in state["frozen"].items()}
-        frozen = run.shards.sum(sum(mask.sum() for mask in masks.values()) + torch.zeros((), dtype=torch.int64))
+        zero = torch.zeros((), dtype=torch.int64, device=run.device)
+        frozen = run.shards.sum(sum((mask.sum().to(run.device) for mask in masks.values()), zero))
         entries = sum(run.shapes[name].numel() for name in masks)
         return {"realised_fraction": 1 - frozen.item() / entries if entries else 1.0}
 
