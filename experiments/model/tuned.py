@@ -197,7 +197,9 @@ def _merged(base: Mapping[str, Tensor], adapter: Path) -> Lazy:
             return tensor
         a, b = (factors_of[name][part] for part in ("a", "b"))
         shape = (a.shape[-1], len(b)) if transposed else (len(b), a.shape[-1])
-        if tensor.ndim != 2 or shape != tensor.shape or a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1]:
+        lengths = factors_of[name].get("magnitude", b[..., 0])
+        odd = a.ndim != 2 or b.ndim != 2 or len(a) != b.shape[1] or lengths.shape != b.shape[:1]
+        if tensor.ndim != 2 or shape != tensor.shape or odd:
             raise UserError(
                 f"{adapter} has factors {list(b.shape)} and {list(a.shape)} for {name} of shape {list(tensor.shape)}: "
                 f"{delta.AGAIN}"

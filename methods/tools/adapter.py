@@ -187,11 +187,9 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, boo
     the scale, and whether weights are in × out."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     tensors = load_file(folder / "adapter_model.safetensors")
-    updates: dict[str, dict[str, Tensor]] = {}
-    for part, end in SAVED.items():
-        for name, tensor in tensors.items():
-            if name.endswith(f".{end}"):
-                updates.setdefault(base_name(name).removesuffix(end) + "weight", {})[part] = tensor
+    parts = [part for part in SAVED if part != "magnitude" or config.get("use_dora")]
+    layers = [name.removesuffix(SAVED["a"]) for name in tensors if name.endswith(f".{SAVED['a']}")]
+    updates = {base_name(f"{layer}weight"): {part: tensors[layer + SAVED[part]] for part in parts} for layer in layers}
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
     return updates, scale, config["fan_in_fan_out"]
 

@@ -19,6 +19,7 @@ from methods.part import Run
 
 BLOCK = {"source": "random:llama", "dtype": "bfloat16", "config": {"vocab_size": 300}}
 PART = LoRA(rank=3, alpha=7.0, targets=("q_proj", "down_proj"))
+DORA = LoRA(rank=3, alpha=7.0, targets=("q_proj", "down_proj"), dora=True)
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,10 @@ def moved(folder):
 
 
 @pytest.fixture
-def adapted(folder, tmp_path):
+def adapted(folder, tmp_path, request):
     """A folder with the adapter of a model that LoRA has wrapped and noise has trained, and its final weights."""
-    model = PART.adapt(weights.load_model(folder, dtype=torch.float32), seed=0)
+    part, state = getattr(request, "param", PART), {}
+    model = part.adapt(weights.load_model(folder, dtype=torch.float32), seed=0)
     run = Run(
         model=model,
         weights={n: p for n, p in model.named_parameters() if p.requires_grad},
@@ -51,13 +53,14 @@ def adapted(folder, tmp_path):
         seed=0,
         device="cpu",
     )
+    part.optimizer_ready(run=run, state=state, optimizer=None)
     draw = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for p in run.weights.values():
             p.add_(0.05 * torch.randn(p.shape, generator=draw))
     out = tmp_path / "adapted"
-    PART.save(run=run, state={}, folder=out)
-    return out, PART.finish(run=run, state={}, final={})
+    part.save(run=run, state=state, folder=out)
+    return out, part.finish(run=run, state=state, final={})
 
 
 def ordinary(folder, final, target):
@@ -99,7 +102,8 @@ def test_a_difference_rebuilds_the_model_and_its_folder(folder, moved, tmp_path)
     } == before  # the model was rebuilt in memory that its file is mapped to
 
 
-def test_an_adapter_is_all_that_is_kept(folder, adapted, tmp_path):
+@pytest.mark.parametrize(("adapted", "part"), [(PART, PART), (DORA, DORA)], indirect=["adapted"], ids=["lora", "dora"])
+def test_an_adapter_is_all_that_is_kept(folder, adapted, part, tmp_path):
     out, final = adapted
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     plain = ordinary(folder, final, tmp_path / "plain")
@@ -111,7 +115,7 @@ def test_an_adapter_is_all_that_is_kept(folder, adapted, tmp_path):
     assert weights.tensor_sha256(tmp_path / "made") == digest
     shape = shape_of("tiny", Model(**BLOCK), folder)
     tensors = load_file(out / "adapter" / "adapter_model.safetensors")
-    assert tuned.expected_bytes(shape=shape, parts=(PART,), checkpoint=torch.bfloat16) == sum(
+    assert tuned.expected_bytes(shape=shape, parts=(part,), checkpoint=torch.bfloat16) == sum(
         t.nbytes for t in tensors.values()
     )
 
@@ -170,6 +174,22 @@ def test_what_does_not_fit_is_refused(folder, moved, adapted, tmp_path):
     file.write_bytes(file.read_bytes()[:-3])
     with pytest.raises(UserError, match="is damaged or no adapter"):
         tuned.load(out, folder=folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("adapted", [DORA], indirect=True)
+def test_an_adapter_without_a_tensor_or_with_one_of_another_length_is_damaged(folder, adapted):
+    out, final = adapted
+    tuned.keep(out, folder=folder, base=load_tensors(folder), final=final)
+    file = out / "adapter" / "adapter_model.safetensors"
+    whole = load_file(file)
+    for end in ("lora_B.weight", "lora_magnitude_vector"):
+        name = next(name for name in whole if name.endswith(end))
+        save_file({n: tensor for n, tensor in whole.items() if n != name}, file)
+        with pytest.raises(UserError, match="is damaged or no adapter"):
+            tuned.load(out, folder=folder, dtype=torch.bfloat16)
+        save_file(whole | {name: whole[name][:-1]}, file)
+        with pytest.raises(UserError, match="has factors"):
+            tuned.load(out, folder=folder, dtype=torch.bfloat16)
 
 
 def test_weights_that_cannot_be_the_bases_are_refused_by_name(folder, moved, tmp_path):

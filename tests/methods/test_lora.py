@@ -9,8 +9,11 @@ from peft import PeftModel
 from experiments.training.engine import final_weights
 from methods import registry
 from methods.errors import UserError
+from methods.kl import KL
+from methods.l2_sp import L2SP
 from methods.lora import LoRA
 from methods.tools.adapter import merged, read_adapter, row_norms
+from methods.wise_ft import WiSEFT
 
 
 def logits(model, documents):
@@ -195,3 +198,15 @@ def test_dora_beside_importance_is_refused_at_once():
         ):
             registry.build({"lora": {"dora": True}, other: {}})
         registry.build({"lora": {}, other: {}})
+
+
+def test_dora_goes_with_what_needs_no_update_of_the_form_s_b_a(make, documents, train):
+    dora = LoRA(rank=2, dora=True)
+    result = train(make(), (dora, KL(strength=5.0), WiSEFT(alpha=0.5)), documents)
+    assert result.added["kl"]["tokens"] > 0 and result.added["kl"]["bytes"] == 0  # the base is the model without it
+    final = final_weights(result, result.method.parts)
+    for name, half in final.items():
+        whole = dora.finish(run=result.run, state=result.states["lora"], final={})[name]
+        torch.testing.assert_close(half, (whole + result.run.base[name]) / 2)
+    with pytest.raises(UserError, match=r"DoRA on .*q_proj: the effective update is not s·B·A.*set lora.dora: false"):
+        train(make(), (dora, L2SP()), documents)
