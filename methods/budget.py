@@ -27,6 +27,7 @@ from methods.tools.task_vector import scaled
     paper="https://arxiv.org/abs/2510.16089",
     line="Keep the largest share of the update whose measured forgetting stays within what was asked.",
     phase="budget",
+    capabilities=frozenset({"measures"}),
 )
 @dataclass(frozen=True, kw_only=True)
 class Budget(Part):

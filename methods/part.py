@@ -114,6 +114,7 @@ CAPABILITIES = {
     "adapter": "wraps linear layers with an adapter; two such parts are refused",
     "importance": "prepares importance, which is stored",
     "general": "reads general text while it trains: `begin` is given it",
+    "measures": "measures finished weights on the general probe rows, which the study must have",
     "needs_gradient": "reads the raw task gradient in after_step",
     "provides_weights": "brings finished weights: nothing is trained, its cost is unknown, it stands alone",
     "seeded_preparation": "its preparation draws, so it is made once a seed",

@@ -169,7 +169,7 @@ def _torchrun(words):
 @pytest.fixture
 def installed(tmp_path, monkeypatch):
     """installed(code, entry points as TOML): the package of a README, on the search path, gone after the test."""
-    before = set(REGISTERED)
+    before = set(registry.parts())
 
     def install(code, points):
         ((name, target),) = tomllib.loads(points)["project"]["entry-points"]["holdfast.parts"].items()

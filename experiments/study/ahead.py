@@ -40,6 +40,7 @@ def look(study) -> list[str]:
     _rows(study)
     _tasks(study)
     _rules(study)
+    _measures(study)
     for model in study.grid.models:
         _model(study, model)
     warnings = [
@@ -114,6 +115,17 @@ def known_shape(study, model: str) -> Shape | None:
         return shape_of(model, block, folder)
     except UserError as error:
         raise UserError(str(error) if str(error).startswith("models.") else f"models.{model}: {error}") from error
+
+
+def _measures(study) -> None:
+    """Refuse parts that measure finished weights where there is no text to measure them on."""
+    for method in study.grid.methods:
+        for part in study.methods[method].parts:
+            if "measures" in part.capabilities and not study.general.probe:
+                raise UserError(
+                    f"methods.{method}.{part.key} measures weights on general probe text, and general.probe is 0: set "
+                    "it to the number of passages, such as 64"
+                )
 
 
 def _rows(study) -> None:

@@ -265,7 +265,7 @@ def finishers(parts: Sequence[Part]) -> list[Part]:
     """The last parts that act in `finish` and in no hook of a training, which cells that differ in them share."""
 
     def trains(part: Part) -> bool:
-        return bool(part.capabilities) or any(overrides(part, hook) for hook in TRAINING)
+        return bool(part.capabilities - {"measures"}) or any(overrides(part, hook) for hook in TRAINING)
 
     finishing = [part for part in parts if overrides(part, "finish")]
     return list(itertools.takewhile(lambda part: not trains(part), reversed(finishing)))[::-1]

@@ -23,7 +23,7 @@ from experiments.model.shape import shape_of
 from experiments.stages import collect, data, model, prepare, train
 from experiments.study import ahead, config
 from experiments.study.cells import Cell
-from experiments.study.paths import HERE
+from experiments.study.paths import HERE, Paths
 from experiments.study.schema import Model
 from experiments.training import memory, prepared
 from experiments.training.flops import Flops
@@ -301,3 +301,13 @@ def test_costs_of_every_part_are_metrics_in_mlflow(tmp_path):
         "added/ewc/train_tokens": 0,
         "added/ewc/train_seconds": 2.5,
     }
+
+
+def test_a_part_that_measures_weights_needs_probe_text():
+    raw = copy.deepcopy(DEMO)
+    raw["general"]["probe"] = 0
+    raw["grid"]["methods"] = ["full", "clipped"]
+    raw["methods"]["clipped"] = {"budget": {"nats": 0.1}}
+    study = config.build(raw, paths=Paths(study="demo"))
+    with pytest.raises(UserError, match="methods.clipped.budget measures weights on general probe text, and .* is 0"):
+        ahead.look(study)
