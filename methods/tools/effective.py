@@ -160,11 +160,12 @@ def effective_weights(run: Run, *, anchor: Mapping[str, Tensor] | None = None) -
     """
     weights: list[Effective] = [*factored_weights(run, anchor=anchor)]
     adapters = adapter_names(run.model)
-    if dora := next((name for name in adapters if ".lora_magnitude_vector." in name), None):
-        raise UserError(
-            f"DoRA on {base_name(dora.partition('.lora_magnitude_vector.')[0])}: the effective update is not s·B·A, "
-            "of which a penalty on weights is; set lora.dora: false"
-        )
+    for path, layer in lora_layers(run.model):
+        if layer.lora_magnitude_vector:
+            raise UserError(
+                f"DoRA on {base_name(path)}: the effective update is not s·B·A, of which a penalty on weights is; set "
+                "lora.dora: false"
+            )
     for parameter in run.weights:
         if parameter not in adapters:
             name = base_name(parameter)
