@@ -308,6 +308,8 @@ def test_pulls_as_autograd_does_and_is_zero_at_the_start(made, run_of, drawn, ki
 def test_small_steps_of_large_components_are_not_rounded_away_in_bfloat16(make):
     """As B·A·x − B₀·A₀·x they would be: these products are as large as the layer's output."""
     model = adapted(PiSSA(rank=8, targets=("q_proj",)), make(dtype=torch.bfloat16))
+    ids = torch.arange(2, 20)[None]
+    assert torch.equal(model(input_ids=ids).logits, make(dtype=torch.bfloat16)(input_ids=ids).logits)
     (_, layer), *_ = lora_layers(model)
     a, b = layer.lora_A.default.weight, layer.lora_B.default.weight
     x = torch.randn(16, a.shape[1], generator=torch.Generator().manual_seed(0), dtype=torch.float64).bfloat16()
