@@ -1,4 +1,4 @@
-"""Source-shielded updates (gucci-j/ssu, ACL 2026): columns of weights that general text relies on are frozen.
+"""Source-shielded updates (Yamaguchi et al., arXiv 2512.04844): columns that general text relies on are frozen.
 
     s_j = ‖W[:, j]‖₂ · ‖X_j‖₂        for each input j of each linear layer in the blocks, after Wanda (arXiv 2306.11695)
     the (1 − fraction)·in columns with the largest s_j do not move
@@ -6,8 +6,8 @@
 X_j is the layer's input j over all tokens of general text, on the bare model; both norms are of whole vectors. With
 GPT-2's Conv1D a column of W is a row of the stored tensor. Embeddings, head, norms and biases train, and so do experts
 that are no linear layers. The published script masks gradients, so that its weight decay (0.01) still moves what it
-froze; here frozen columns are the base's to the bit. It also freezes the embeddings of a chat template's tokens, which
-is not done here.
+froze; here frozen columns are the base's to the bit. It also freezes the embeddings of a chat template's tokens and
+half of the entries of norms and biases, which is not done here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from methods.tools.process_group import Shards
 
 @register(
     title="SSU",
-    paper="https://github.com/gucci-j/ssu",
+    paper="https://arxiv.org/abs/2512.04844",
     line="Freeze the columns of weights whose inputs general text relies on.",
     phase="mask",
 )
