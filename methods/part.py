@@ -331,9 +331,10 @@ class Part:
         """Change the rows of the global step, on the CPU, before they are cut into micro-batches and shared out.
 
         A row of the domain carries its "index". A row without one is the part's own: its tokens and FLOPs are charged
-        to the part and not counted in `tokens_trained`. Further 1-D tensors of a row's length are carried into the
-        micro-batch under their name, zero where a row has none. Every process calls this with the same rows and must
-        get the same rows: draw from `run.generator(self.key, step, row)`.
+        to the part and not counted in `tokens_trained`. A domain row may come back with other tokens and labels:
+        `tokens_trained` counts those it had, and the difference is charged to the part. Further 1-D tensors of a row's
+        length are carried into the micro-batch under their name, zero where a row has none. Every process calls this
+        with the same rows and must get the same rows: draw from `run.generator(self.key, step, row)`.
 
         The step's loss is divided by the labelled tokens of the rows that are returned. A label set to -100 here is
         not counted; a token that is to be counted and not learned gets the weight 0 in `token_weights`.

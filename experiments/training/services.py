@@ -175,27 +175,28 @@ class Teacher(Reference):
 
     def __init__(self, weights: Mapping[str, Tensor], **made: Any) -> None:
         super().__init__(**made)
-        self._weights, self._head = weights, {}
+        run, bare = self._run, architecture.head(self._bare)
+        names = {id(p): name for name, p in run.model.named_parameters()}
+        head = {own: names[id(p)] for own, p in architecture.head(run.model).named_parameters()}
+        self._weights, self._head, self._swapped = weights, {}, False
+        self._trained_head = {own: name for own, name in head.items() if name in run.weights}
+        self._dtype = bare.weight.dtype
+        run.charge(bytes=sum(weight.numel() * weight.element_size() for weight in weights.values()))
+        if run.shards.first:
+            run.charge(bytes=sum(getattr(bare, own).numel() * self._dtype.itemsize for own in self._trained_head))
 
     def compute(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        run = self._run
-        self._swap()
-        try:
-            with torch.no_grad(), evaluating(run.model):
-                return self._trained.compute(function, *arguments)
-        finally:
-            self._swap()
+        with torch.no_grad(), self._in_place(), evaluating(self._run.model):
+            return self._trained.compute(function, *arguments)
 
     def states(self, rows: Sequence[Row]) -> list[Tensor]:
-        run, head = self._run, architecture.head(self._run.model)
-        names = {id(p): name for name, p in run.model.named_parameters()}
-        dtype = architecture.head(self._bare).weight.dtype
+        shards, shapes = self._run.shards, self._run.shapes
         self._head = {
-            own: run.shards.whole(self._weights[names[id(p)]], run.shapes[names[id(p)]]).to(dtype, copy=True)
-            for own, p in head.named_parameters()
-            if names[id(p)] in run.weights
+            own: shards.whole(self._weights[name], shapes[name]).to(self._dtype, copy=True)
+            for own, name in self._trained_head.items()
         }
-        return super().states(rows)
+        with self._in_place():
+            return super().states(rows)
 
     @torch.no_grad()
     def logits(self, rows: Tensor) -> Tensor:
@@ -211,8 +212,21 @@ class Teacher(Reference):
     def _base_flops(self) -> Flops:
         return self._flops
 
+    @contextmanager
+    def _in_place(self) -> Iterator[None]:
+        """The run's weights are this teacher's for a time, and this teacher's the run's."""
+        if self._swapped:
+            yield
+            return
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
     @torch.no_grad()
     def _swap(self) -> None:
+        self._swapped = not self._swapped
         for name, weight in self._run.weights.items():
             held = weight.clone()
             weight.copy_(self._weights[name])

@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from experiments.model.random_models import EOS_ID, build, byte_tokenizer
 from experiments.training import loss
 from experiments.training.engine import fit
 from experiments.training.settings import TrainSettings
 from methods import registry
+from methods.errors import UserError
 from methods.sdft import SDFT
 
 LORA = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
@@ -43,12 +45,13 @@ class Watched(SDFT):
         self.seen[step]["gradient"] = {name: w.grad.clone() for name, w in run.weights.items()}
 
 
-def train(part, *, architecture="llama", blocks=None, rows=None, dtype=torch.float64, config=None, **settings):
-    model = build(architecture, seed=1, dtype=dtype, **(config or {}))
+def train(part, *, parts=(), general=(), architecture="llama", blocks=None, rows=None, config=None, **settings):
+    model = build(architecture, seed=1, dtype=settings.pop("dtype", torch.float64), **(config or {}))
     chosen = {"batch": 3, "micro_batch": 2, "learning_rate": 3e-2, "clip": 0.0, "probes": 0, "warmup": 0.0}
     return fit(
         model=model,
-        parts=(*registry.build(blocks or {}), part),
+        parts=(*registry.build(blocks or {}), *parts, part),
+        general=general,
         examples=rows or domain(),
         settings=TrainSettings(**(chosen | settings)),
         seed=0,
@@ -112,3 +115,100 @@ def test_a_steps_gradient_is_that_of_whole_logits(architecture, blocks, config, 
     gradients = torch.autograd.grad(wanted, [parameters[name] for name in seen[2]["gradient"]])
     for (name, own), gradient in zip(seen[2]["gradient"].items(), gradients, strict=True):
         torch.testing.assert_close(own, gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_other_rows_are_learned_as_usual_and_share_the_denominator(monkeypatch):
+    monkeypatch.setattr(Watched, "seen", {})
+    part = Watched(template="{answer}{prompt}", tokens=7)
+    replayed = registry.build({"replay": {"share": 0.4, "mode": "add"}})[0]
+    texts = [{"input_ids": row["input_ids"], "labels": row["input_ids"].clone()} for row in domain()]
+    result = train(part, parts=(replayed,), general=texts, epochs=0.5)
+    seen, model = part.seen[0], result.run.model.eval()
+    mean = seen["weights"]
+    rows = seen["rows"]
+    assert {"index" in row for row in rows} == {True, False}
+    nll, divergence, count = 0.0, 0.0, 0
+    put(model, mean)  # the teacher is the model itself in the first step
+    for row, asked in zip(rows, seen["asked"], strict=True):
+        ours = model(row["input_ids"][None]).logits[0, :-1]
+        learned = row["labels"][1:] != -100
+        count += int(learned.sum())
+        if "index" not in row:
+            nll = nll + F.cross_entropy(ours[learned], row["labels"][1:][learned], reduction="sum")
+            continue
+        x, a = asked["input_ids"][:-5].tolist(), asked["input_ids"][-5:].tolist()
+        y = row["input_ids"][len(x) :].tolist()
+        with torch.no_grad():
+            theirs = model(torch.tensor([a + x + y])).logits[0, -len(y) - 1 : -1]
+        divergence = divergence + kl(theirs, ours[learned])
+    names = list(seen["gradient"])
+    parameters = dict(model.named_parameters())
+    wanted = torch.autograd.grad((nll + divergence) / count, [parameters[name] for name in names])
+    for name, gradient in zip(names, wanted, strict=True):
+        torch.testing.assert_close(seen["gradient"][name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+
+
+def test_the_frozen_base_as_a_teacher_stays_where_it_was(monkeypatch):
+    monkeypatch.setattr(Watched, "seen", {})
+    part = Watched(teacher="base", template=TEMPLATE, tokens=7)
+    result = train(part, epochs=1.0)
+    model = result.run.model.eval()
+    wanted = brute_force(model, result.run.base, part.seen[1], reverse=False)
+    for name, gradient in zip(part.seen[1]["gradient"], torch.autograd.grad(wanted, list(model.parameters()))):
+        torch.testing.assert_close(part.seen[1]["gradient"][name], gradient, rtol=1e-6, atol=1e-9, msg=name)
+    assert "mean" not in result.states["sdft"]
+
+
+def test_the_mean_is_float32_and_of_what_is_trained_alone(monkeypatch):
+    monkeypatch.setattr(Watched, "seen", {})
+    # a step of it is far below what a bfloat16 weight can move by
+    part = Watched(template=TEMPLATE, rate=1e-4, tokens=3)
+    result = train(part, dtype=torch.bfloat16, blocks=LORA, epochs=1.5, learning_rate=1e-3)
+    seen = part.seen
+    mean = {name: weight.clone() for name, weight in seen[0]["weights"].items()}
+    for step in (1, 2):
+        for name, weight in seen[step]["weights"].items():
+            mean[name] += 1e-4 * (weight - mean[name])
+    own = result.states["sdft"]["mean"]
+    assert own.keys() == result.run.weights.keys() and all("lora_" in name for name in own)
+    for name, weight in own.items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight, mean[name], rtol=1e-6, atol=1e-12)
+    assert any(not torch.equal(weight, seen[0]["weights"][name]) for name, weight in own.items())
+    assert result.added["sdft"]["bytes"] == sum(4 * weight.numel() for weight in own.values())
+
+
+@pytest.mark.parametrize("end", [True, False])
+def test_answers_end_as_the_domains_do_and_fit_into_its_longest_row(end, monkeypatch):
+    monkeypatch.setattr(Watched, "seen", {})
+    rows = domain(end)
+    train(Watched(tokens=12, stop="\ufffd"), rows=rows, epochs=3.0, batch=6)  # half of the bytes are no text
+    longest, stopped, whole = max(len(row["input_ids"]) for row in rows), [], []
+    for step in Watched.seen.values():
+        for row, asked in zip(step["rows"], step["asked"], strict=True):
+            y = row["input_ids"][len(asked["input_ids"]) - 5 :].tolist()
+            assert 1 <= len(y) <= 12 and len(row["input_ids"]) <= longest and EOS_ID not in y[:-1]
+            stopped.append(bytes(min(token, 255) for token in y[:-1]).isascii())
+            whole.append(len(row["input_ids"]) == longest)
+    assert all(stopped) if not end else not all(stopped)
+    assert any(whole) and not all(whole)
+
+
+def test_what_the_teacher_reads_fits_into_the_models_positions(monkeypatch):
+    monkeypatch.setattr(Watched, "seen", {})
+    part = Watched(template="{prompt}{answer}" + "." * 40 + "{prompt}", tokens=6)
+    result = train(part, config={"max_position_embeddings": 30}, epochs=0.5)
+    read = part._view(result.run, list(range(40, 60)), [33, 34])
+    assert read == [*b"." * 4, *range(40, 60)]
+
+
+@pytest.mark.parametrize("template", ["{prompt}", "{answer} {gold}", "{answer", "{answer}{}"])
+def test_a_template_that_names_something_else_is_refused(template):
+    with pytest.raises(UserError, match="sdft.template is "):
+        SDFT(template=template)
+
+
+@pytest.mark.parametrize("other", ["self_sft", "stm", "flow", "eaft", "talr", "dft", "asft", "profit"])
+def test_parts_that_act_on_the_domains_answers_are_refused_beside_it(other):
+    with pytest.raises(UserError, match=f"(sdft and {other}|{other} and sdft) cannot be combined: .*answers"):
+        registry.build({"sdft": {}, other: {}})
