@@ -38,7 +38,7 @@ from methods.tools.effective import lora_layers
 )
 @dataclass(frozen=True, kw_only=True)
 class IST(Part):
-    shares = ("methods.tools.effective",)
+    shares = ("methods.tools.effective", "methods.tools.importance")
 
     neutral = {"fraction": 1.0}
     frozen = "for a while: the blocks that train are drawn anew in each step"

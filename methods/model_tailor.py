@@ -18,7 +18,6 @@ Norms, embeddings, biases and the head return to the base, as the paper keeps at
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,12 +27,11 @@ from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from methods.errors import UserError
-from methods.part import Part, Row, Run, register, setting
+from methods.part import Part, Run, register, setting
 from methods.tools.architecture import base_name, plain
-from methods.tools.compensation import patched
+from methods.tools.compensation import GROUP, groups, moments_of, patched
 from methods.tools.costs import Memory
 
-GROUP = 1 << 30  # bytes of H that are held at once; each group of layers takes a pass over the rows
 SIGNS = {"minus": -1.0, "none": 0.0, "plus": 1.0}
 
 
@@ -81,8 +79,8 @@ class ModelTailor(Part):
         result, kept = (dict(final) if self.rest == "tuned" else {}), 0
         bar = tqdm(total=len(layers), desc=self.key, unit="layer", disable=not run.shards.first, mininterval=1.0)
         with bar:
-            for group in _groups(layers):
-                moments = _moments(run, state["rows"], group)
+            for group in groups(layers):
+                moments = moments_of(run, state["rows"], group)
                 for name in group if run.shards.first else ():
                     result[name] = self._patched(run, final[name], name, moments.pop(name), group[name])
                     kept += int((result[name] != run.base[name].to(result[name])).sum())
@@ -119,47 +117,3 @@ def _linear(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:
     head = plain(model).get_output_embeddings()
     modules = {base_name(f"{path}.weight"): module for path, module in model.named_modules() if module is not head}
     return {name: m for name, m in modules.items() if name in names and isinstance(m, nn.Linear | Conv1D)}
-
-
-def _groups(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    group, size = {}, 0
-    for name, layer in layers.items():
-        if group and size + 4 * _inputs(layer) ** 2 > GROUP:
-            yield group
-            group, size = {}, 0
-        group, size = group | {name: layer}, size + 4 * _inputs(layer) ** 2
-    yield group
-
-
-def _inputs(layer: nn.Module) -> int:
-    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
-
-
-def _moments(run: Run, rows: list[Row], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """H of the layers' inputs over all tokens of the rows, summed over the processes, which take the rows in turn."""
-    wide = torch.promote_types(next(iter(run.weights.values())).dtype, torch.float32)
-    sums = {
-        name: torch.zeros(_inputs(layer), _inputs(layer), dtype=wide, device=run.device)
-        for name, layer in layers.items()
-    }
-    counts, hooks = [False], []
-    for name, layer in layers.items():
-
-        def add(module: nn.Module, arguments: tuple[Tensor, ...], total: Tensor = sums[name]) -> None:
-            if counts[0]:
-                x = arguments[0].flatten(0, -2).to(total.dtype)
-                total.addmm_(x.T, x)
-
-        hooks.append(layer.register_forward_pre_hook(add))
-    try:
-        with torch.compiler.set_stance("force_eager"):  # a compiled block would not call the hooks
-            for at in range(
-                0, len(rows), run.shards.world
-            ):  # a row a process: no padding, and it is known whose counts
-                together = rows[at : at + run.shards.world]
-                counts[0] = run.shards.rank < len(together)
-                run.score(together)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: run.shards.sum(total) for name, total in sums.items()}

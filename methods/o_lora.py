@@ -41,7 +41,12 @@ OWN_START = "its factor A starts from the weight itself, for the earlier adapter
 )
 @dataclass(frozen=True, kw_only=True)
 class OLoRA(Part):
-    shares = ("methods.tools.adapter", "methods.tools.effective", "methods.tools.peft_adapter")
+    shares = (
+        "methods.tools.adapter",
+        "methods.tools.effective",
+        "methods.tools.importance",
+        "methods.tools.peft_adapter",
+    )
     scratch = ("carry", "old")
 
     neutral = {"strength": 0.0}

@@ -11,10 +11,15 @@ left to right, in blocks, whose entries are chosen together.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from methods.part import Row, Run
+
+GROUP = 1 << 30  # bytes of H that are held at once; each group of layers takes a pass over the rows
 
 
 @torch.no_grad()
@@ -58,3 +63,47 @@ def _factor(moments: Tensor, damp: float) -> Tensor:
     mean = moments.diagonal().mean()
     moments.diagonal().add_(damp * mean if mean else 1.0)  # a layer that reads nothing but zeros
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+
+
+def groups(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
+    """The layers in groups whose H together take at most GROUP bytes, or one by one."""
+    group, size = {}, 0
+    for name, layer in layers.items():
+        if group and size + 4 * _inputs(layer) ** 2 > GROUP:
+            yield group
+            group, size = {}, 0
+        group, size = group | {name: layer}, size + 4 * _inputs(layer) ** 2
+    yield group
+
+
+def _inputs(layer: nn.Module) -> int:
+    return layer.weight.shape[0 if isinstance(layer, Conv1D) else 1]
+
+
+def moments_of(run: Run, rows: Sequence[Row], layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """H of the layers' inputs over all tokens of the rows, summed over the processes, which take the rows in turn."""
+    wide = torch.promote_types(next(iter(run.weights.values())).dtype, torch.float32)
+    sums = {
+        name: torch.zeros(_inputs(layer), _inputs(layer), dtype=wide, device=run.device)
+        for name, layer in layers.items()
+    }
+    counts, hooks = [False], []
+    for name, layer in layers.items():
+
+        def add(module: nn.Module, arguments: tuple[Tensor, ...], total: Tensor = sums[name]) -> None:
+            if counts[0]:
+                x = arguments[0].flatten(0, -2).to(total.dtype)
+                total.addmm_(x.T, x)
+
+        hooks.append(layer.register_forward_pre_hook(add))
+    try:
+        with torch.compiler.set_stance("force_eager"):  # a compiled block would not call the hooks
+            # a row a process at a time: there is no padding, and each knows whether its row counts
+            for at in range(0, len(rows), run.shards.world):
+                together = rows[at : at + run.shards.world]
+                counts[0] = run.shards.rank < len(together)
+                run.score(together)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return {name: run.shards.sum(total) for name, total in sums.items()}

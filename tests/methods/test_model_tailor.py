@@ -167,7 +167,7 @@ def test_the_ends_are_the_two_models_and_the_rest_may_stay_tuned(make, documents
 def test_layers_are_measured_in_groups_that_fit(make, documents, train, monkeypatch):
     parts = (ModelTailor(fraction=0.3),)
     at_once = final_weights(train(make(), parts, documents), parts)
-    monkeypatch.setattr("methods.model_tailor.GROUP", 1)
+    monkeypatch.setattr("methods.tools.compensation.GROUP", 1)
     result = train(make(), parts, documents)
     one_by_one = final_weights(result, parts)
     assert all(torch.equal(one_by_one[name], tensor) for name, tensor in at_once.items())
