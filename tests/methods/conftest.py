@@ -27,6 +27,28 @@ def make():
 
 
 @pytest.fixture
+def made(make):
+    """made(kind, dtype): the same tiny model each time; of "gpt2", whose matrices are in × out, too."""
+
+    def build(kind="llama-tied", dtype=torch.float64):
+        if kind != "gpt2":
+            return make(kind, dtype)
+        config = GPT2Config(vocab_size=31, n_embd=12, n_layer=2, n_head=2, n_positions=32, eos_token_id=1)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+    return build
+
+
+@pytest.fixture
+def text():
+    """General text, of more tokens than any tiny layer has inputs."""
+    draw = torch.Generator().manual_seed(6)
+    return [{"input_ids": torch.randint(2, 31, (4 + size % 9,), generator=draw)} for size in range(30)]
+
+
+@pytest.fixture
 def documents():
     """Ragged documents; some tokens carry no label."""
     draw = torch.Generator().manual_seed(5)

@@ -5,7 +5,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.config import CordaConfig
 from peft.tuners.lora.corda import collect_eigens, crop_corda_eigens
-from transformers import AutoModelForCausalLM, GPT2Config
 
 from experiments.training.engine import final_weights
 from methods.corda import CorDA
@@ -31,28 +30,6 @@ def prepared(part, model, general=()):
 
 def adapted(part, model, general=()):
     return part.adapt(model, seed=0, state=prepared(part, model, general))
-
-
-@pytest.fixture
-def made(make):
-    """made(kind, dtype): the same tiny model each time; of "gpt2", whose matrices are in × out, too."""
-
-    def build(kind="llama-tied", dtype=torch.float64):
-        if kind != "gpt2":
-            return make(kind, dtype)
-        config = GPT2Config(vocab_size=31, n_embd=12, n_layer=2, n_head=2, n_positions=32, eos_token_id=1)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-    return build
-
-
-@pytest.fixture
-def text():
-    """General text of more tokens than any tiny layer has inputs."""
-    draw = torch.Generator().manual_seed(6)
-    return [{"input_ids": torch.randint(2, 31, (4 + size % 9,), generator=draw)} for size in range(30)]
 
 
 def logits(model, documents):
@@ -99,34 +76,6 @@ def test_milora_starts_from_the_smallest_singular_values(make, alpha):
         torch.testing.assert_close(
             norms[0] ** 2 * layer.scaling["default"], values[:3].flip(0).sqrt(), rtol=1e-5, atol=0
         )
-
-
-def inputs(model, layer, documents):
-    """What a layer reads in each document."""
-    seen = []
-    hook = layer.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0][0]))
-    with torch.no_grad():
-        for document in documents:
-            model(input_ids=document["input_ids"][None])
-    hook.remove()
-    return seen
-
-
-@pytest.mark.parametrize("kind, target", [("llama-tied", "down_proj"), ("gpt2", "c_attn")])
-def test_covariances_are_the_mean_over_documents_of_scaled_inputs(made, text, kind, target):
-    model = made(kind).train()
-    layers = {name: m for name, m in model.named_modules() if name.endswith(f".{target}")}
-    found = covariances(model, layers, text)
-    assert model.training and not any(m._forward_pre_hooks for m in model.modules())
-    model.eval()
-    for name, layer in layers.items():
-        wanted = 0
-        for x in inputs(model, layer, text):
-            x = x / max(x.max(), -x.min())
-            wanted = wanted + sum(torch.outer(row, row) for row in x) / len(text)
-        torch.testing.assert_close(found[name], wanted, rtol=0, atol=1e-9)
-    backwards = covariances(model, layers, text[::-1])
-    assert all(torch.equal(backwards[name], c) for name, c in found.items())  # the order of a sum changes no bit
 
 
 def test_corda_starts_from_peft_s_own_components(make):
