@@ -27,10 +27,9 @@ from methods.part import Part, Prepared, Run, register, setting
 from methods.tools.architecture import linear_weights
 from methods.tools.costs import Memory, Pass
 from methods.tools.effective import base_anchor
-from methods.tools.names import unknown
 from methods.tools.process_group import Shards
-from methods.tools.split import DECOMPOSED
 
+DECOMPOSED = 64  # bytes for each entry of a matrix: in float64 W, the copy that is decomposed, U, V and LAPACK's own
 MASKED = "a mask freezes entries of a matrix, which the projection moves together"
 MASKS = ("gmt", "hft", "lisa", "mofo", "random_mask", "spider", "ssu")
 
@@ -44,7 +43,7 @@ MASKS = ("gmt", "hft", "lisa", "mofo", "random_mask", "spider", "ssu")
 )
 @dataclass(frozen=True, kw_only=True)
 class OSF(Part):
-    shares = ("methods.tools.effective",)
+    shares = ("methods.tools.effective", "methods.tools.importance")
     scratch = ("calibration", "anchor", "bases")
 
     neutral = {"preserved": 0.0, "others": True}
@@ -64,7 +63,7 @@ class OSF(Part):
 
     def memory(self, *, counts, phase):
         bases = int(2 * self.preserved * counts.wide * counts.trained)  # at most: of square matrices
-        if phase == "prepare":  # W, the copy that is decomposed, U, V and LAPACK's own, in float64
+        if phase == "prepare":
             return Memory(gradient=bases + DECOMPOSED * counts.largest_trained)
         whole = counts.processes is not None and counts.device == "cpu"  # as they were read, of which rows are views
         return Memory(
@@ -99,7 +98,10 @@ class OSF(Part):
         linear = {name: name.split(".")[-2] for name in linear_weights(model)}
         for target in self.targets or ():
             if target not in linear.values():
-                raise unknown("linear layer", target, sorted(set(linear.values())), where=f"{self.key}.targets")
+                known = ", ".join(sorted(set(linear.values())))
+                raise UserError(
+                    f"{self.key}.targets: {target!r} is no linear layer of this model's blocks: name {known}"
+                )
         if self.targets == ():
             raise UserError(f"{self.key}.targets is empty: name linear layers, or write null for all")
         return {n: model.get_parameter(n) for n, last in linear.items() if self.targets is None or last in self.targets}

@@ -113,7 +113,7 @@ def test_pefts_own_form_moves_within_the_same_weights(make, documents):
 
 
 def test_wrong_targets_are_refused(make):
-    with pytest.raises(UserError, match=r"unknown linear layer 'q_prj' in osf.targets.*q_proj"):
+    with pytest.raises(UserError, match=r"osf.targets: 'q_prj' is no linear layer of .* q_proj"):
         OSF(targets=("q_prj",)).adapt(make(), seed=0)
     with pytest.raises(UserError, match="osf.targets is empty"):
         OSF(targets=()).adapt(make(), seed=0)
