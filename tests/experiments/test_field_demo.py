@@ -7,9 +7,16 @@ import pytest
 from experiments.stages import collect, compare, data, drift, evaluate, model, prepare, resolve, train
 from experiments.study import cells, config
 from experiments.study.paths import HERE
+from methods import registry
 from methods.tools.files import read_json
 
 STUDY = "field-demo"
+
+
+def test_it_has_a_method_for_each_part():
+    study = config.load(STUDY)
+    used = {part.key for name in study.grid.methods for part in study.methods[name].parts}
+    assert set(registry.built_in()) - used <= {"given"}  # whose checkpoint a user brings
 
 
 @pytest.fixture(scope="module")
