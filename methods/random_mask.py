@@ -32,8 +32,6 @@ from methods.tools.costs import Memory
 )
 @dataclass(frozen=True, kw_only=True)
 class RandomMask(Part):
-    shares = ("methods.tools.adam",)
-
     neutral = {"fraction": 1.0}
 
     fraction: float = setting(0.1, within="[0, 1]", help="probability with which an entry, column or matrix moves")

@@ -33,12 +33,12 @@ def test_what_is_drawn_moves_and_nothing_else(make, documents, train, kind, by):
         assert all(mask.shape == (1, base[name].shape[1]) for name, mask in masks.items())
 
 
-def drawn(shape, *, seed=0, draw=0, shards=Shards(), **settings):
+def drawn(shape, *, seed=0, draw=0, inputs=1, shards=Shards(), **settings):
     weight = torch.zeros(shape)
     own = {"w": shards.local(weight)}
     run = Run(model=torch.nn.Module(), weights=own, base={}, seed=seed, device="cpu", shards=shards)
     run.shapes = {"w": weight.shape}
-    return RandomMask(**settings)._mask(run, "w", draw, inputs=1)
+    return RandomMask(**settings)._mask(run, "w", draw, inputs=inputs)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.1, 0.5, 0.999])
@@ -54,6 +54,10 @@ def test_the_draw_is_of_the_seed_and_not_of_the_processes():
     rows = [drawn((700, 500), fraction=0.3, shards=Shards(rank=rank, world=3)) for rank in range(3)]
     assert torch.equal(torch.cat(rows), whole)
     assert torch.equal(drawn((700, 500), fraction=0.3), whole)
+    stored = {"fraction": 0.3, "by": "column", "inputs": 0}  # in × out, so that a column is a row
+    rows = [drawn((70, 50), **stored, shards=Shards(rank=rank, world=3)) for rank in range(3)]
+    assert torch.equal(torch.cat(rows), drawn((70, 50), **stored))
+    assert torch.equal(torch.cat(rows).T, drawn((50, 70), **stored | {"inputs": 1}))
     for other in ({"seed": 1}, {"draw": 1}):
         assert 0.5 < (drawn((700, 500), fraction=0.3, **other) == whole).float().mean() < 0.65  # .7² + .3² = .58
     assert (drawn((700, 500), fraction=0.2) >= whole).all()  # a smaller fraction moves some of the same entries

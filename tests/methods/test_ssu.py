@@ -7,7 +7,9 @@ from transformers.pytorch_utils import Conv1D
 
 from methods import registry
 from methods.errors import UserError
+from methods.part import Run
 from methods.ssu import SourceShielded
+from methods.tools.process_group import Shards
 
 TEXTS = [torch.tensor(ids) for ids in ([3, 5, 7, 2, 9, 11, 4], [6, 8, 12], [20, 3, 3, 14, 25])]
 GENERAL = [{"input_ids": ids, "labels": ids} for ids in TEXTS]
@@ -78,6 +80,23 @@ def test_scores_and_frozen_columns(made, documents, train, kind):
         "layers": len(frozen),
         "frozen_columns": sum(map(len, frozen.values())),
     }
+
+
+@pytest.mark.parametrize("kind", ["gptj", "gpt2"])
+def test_each_process_has_the_columns_of_its_rows(made, kind):
+    model = made(kind)
+    base = {name: p.detach() for name, p in model.named_parameters()}
+    scores = calibrated(model, SourceShielded()).calibration
+    masks = []
+    for shards in (Shards(), Shards(rank=0, world=2), Shards(rank=1, world=2)):
+        own = {name: shards.local(tensor) for name, tensor in base.items()}
+        run = Run(model=model, weights=own, base=base, seed=0, device="cpu", shards=shards)
+        state = {"calibration": scores}
+        SourceShielded().begin(run=run, state=state, examples=[])
+        masks.append({name: mask.expand_as(own[name]) for name, mask in state["frozen"].items()})
+    alone, *pair = masks
+    for name, mask in alone.items():
+        assert torch.equal(torch.cat([rows[name] for rows in pair]), mask), name
 
 
 def test_without_general_text_it_is_refused(made):
