@@ -21,7 +21,7 @@ def logits(model, documents):
         return model.eval()(input_ids=documents[0]["input_ids"][None]).logits
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.thorough)])
 @pytest.mark.parametrize("chosen", [{}, {"rslora": True}, {"dora": True}], ids=["lora", "rslora", "dora"])
 @pytest.mark.parametrize(
     "kind, targets",

@@ -24,8 +24,16 @@ def complements(weight, k):
     return torch.eye(len(u)) - u[:, :k] @ u[:, :k].T, torch.eye(vh.shape[1]) - vh[:k].T @ vh[:k]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["llama-tied", "gptj", "gpt2"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("llama-tied", torch.float64),
+        ("gpt2", torch.bfloat16),
+        pytest.param("llama-tied", torch.bfloat16, marks=pytest.mark.thorough),
+        pytest.param("gptj", torch.float64, marks=pytest.mark.thorough),
+        pytest.param("gpt2", torch.float64, marks=pytest.mark.thorough),
+    ],
+)
 def test_strong_directions_and_everything_else_stay(make, documents, train, kind, dtype):
     result = fitted(make, documents, train, OSF(preserved=0.4), kind=kind, dtype=dtype, weight_decay=0.3)
     base, final = result.run.base, final_weights(result, result.method.parts)
@@ -88,12 +96,12 @@ def test_others_are_trained_without_a_projection(make, documents, train):
     assert len(result.run.weights) == len(dict(make().named_parameters())) and len(result.states["osf"]["bases"]) == 2
 
 
-def test_pefts_own_form_moves_within_the_same_weights(make, documents):
-    """Steps of plain gradient descent, whose momentum and scaling leave nothing."""
+@pytest.mark.parametrize(("adam", "least", "most"), [(False, 0.0, 1e-3), (True, 0.1, 0.5)])
+def test_pefts_own_form_moves_within_the_same_weights_until_adam_leaves_them(make, documents, adam, least, most):
     model = get_peft_model(make(dtype=torch.float32), OSFConfig(target_modules=["q_proj", "down_proj"]))
     base = {name: p.detach() for name, p in make(dtype=torch.float32).named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=0.3)
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.0) if adam else torch.optim.SGD(trained, lr=0.3)
     for row in documents[:4]:
         loss = model(input_ids=row["input_ids"][None], labels=row["input_ids"][None]).loss
         optimizer.zero_grad()
@@ -105,7 +113,7 @@ def test_pefts_own_form_moves_within_the_same_weights(make, documents):
         if name.split(".")[-2] in ("q_proj", "down_proj"):
             left, right = complements(base[name], min(tensor.shape) // 2)
             assert moved.norm() > 0.02
-            assert (moved - left @ moved @ right).norm() < 1e-3 * moved.norm()
+            assert least <= (moved - left @ moved @ right).norm() / moved.norm() < most
             changed += 1
         else:
             assert not moved.any()
