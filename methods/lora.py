@@ -40,8 +40,8 @@ class LoRA(Adapter):
 
     @property
     def excludes(self):
-        reason = "with DoRA the effective update is not s·B·A, which the importance belongs to; set lora.dora: false"
-        return {"importance": reason} if self.dora else {}
+        reason = "with DoRA the effective update is not s·B·A, of which the penalty is; set lora.dora: false"
+        return dict.fromkeys(("ewc", "hierarchical", "l1", "l2_sp"), reason) if self.dora else {}
 
     def adapt(self, model, *, seed, state=None):
         return self._wrapped(model, seed=seed, use_rslora=self.rslora, use_dora=self.dora)

@@ -13,7 +13,8 @@ the default; `compensation: plus` is the code's. H is of the tuned model with al
 patched one.
 
 Norms, embeddings, biases and the head return to the base, as the paper keeps at most a tenth of the tuned weights
-(`rest: tuned` leaves them). `fraction: 1` keeps all tuned weights and `fraction: 0` the base's, both bit for bit.
+(`rest: tuned` leaves them). `fraction: 1` keeps all tuned weights, these among them, and `fraction: 0` gives layers the
+base's, both bit for bit.
 """
 
 from __future__ import annotations
@@ -61,17 +62,18 @@ class ModelTailor(Part):
     block: int = setting(128, within="[1, inf)", help="columns whose entries are chosen together")
 
     def memory(self, *, counts, phase):
-        if phase != "train" or self.fraction in (0.0, 1.0):
+        if phase != "train" or self.fraction == 1:
             return Memory()
-        return Memory(update=min(GROUP, 4 * counts.wide * counts.base) + 6 * 8 * counts.largest_regularised)
+        matrices = 6 * 8 * counts.largest_regularised + 6 * 8 * counts.largest_square  # in float64: W's copies, and H's
+        return Memory(update=min(GROUP, 4 * counts.wide * counts.base) + matrices)
 
     def begin(self, *, run, state, examples, general=()):
         drawn = torch.randperm(len(examples), generator=run.generator(self.key))[: self.samples]
         state["rows"] = [examples[index] for index in drawn.tolist()]
 
     def finish(self, *, run, state, final, measure=None):
-        if self.fraction in (0.0, 1.0):
-            return final if self.fraction else {}
+        if self.fraction == 1:
+            return final
         changed = [name for name, tuned in final.items() if not torch.equal(tuned, run.base[name].to(tuned))]
         layers = _linear(run.model, set(run.shards.broadcast(changed)))
         if not layers:
@@ -108,8 +110,9 @@ class ModelTailor(Part):
 
 
 def _standard(values: Tensor) -> Tensor:
-    """Each row less its mean, over its standard deviation; 0 where a row does not vary."""
-    return (values - values.mean(1, keepdim=True)) / values.std(1, correction=0, keepdim=True).clamp_min(1e-300)
+    """Each row of values ≥ 0 less its mean, over its standard deviation; 0 where it varies by rounding alone."""
+    mean, std = values.mean(1, keepdim=True), values.std(1, correction=0, keepdim=True)
+    return (values - mean) / torch.where(std > 1e-12 * mean, std, torch.inf)
 
 
 def _linear(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:

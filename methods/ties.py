@@ -7,10 +7,10 @@ checkpoint or an adapter of the same base. The mean is over the models that have
 no other model the part trims and scales: θ = θ₀ + λ·Δ̃.
 
 The share `fraction` of an update's entries with the largest |Δ| is kept, counted over all tensors that the model
-changed together, as in the paper, or within each tensor (`trim: tensor`), as in peft and mergekit. What a LoRA run does
-not adapt is no part of the count: with all entries of the model in it, the largest 20 % would be its whole update. Of
-equal sizes the first are kept. Where the updates cancel exactly there is no sign, and the entry is the base's; the
-published code takes the sign that most entries of the model have.
+changed together, as in the paper, or within each tensor (`trim: tensor`), as in peft and mergekit. Tensors that equal
+the base's, such as those that a LoRA run does not adapt, are no part of the count: with them in it, the largest 20 %
+would be its whole update. Of equal sizes the first are kept. Where the updates cancel exactly there is no sign, and the
+entry is the base's; the published code takes the sign that most entries of the model have.
 """
 
 from dataclasses import dataclass
@@ -70,6 +70,7 @@ class TIES(Part):
     def _trimmed(self, base, tuned) -> dict[str, Tensor]:
         """Δ̃ of one model by name."""
         updates = {name: tensor - base[name].to(tensor) for name, tensor in tuned.items()}
+        updates = {name: update for name, update in updates.items() if update.any()}
         if self.trim == "tensor":
             masks = [largest(update.abs(), self.fraction) for update in updates.values()]
         else:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from experiments.training.engine import final_weights
+from methods import registry
 from methods.errors import UserError
 from methods.ewc import EWC
 from methods.fisher_merge import FisherMerge
@@ -73,8 +74,10 @@ def test_it_is_the_average_by_both_fishers(make, documents, train, kind, setting
     assert report["rows"] == len(documents) and 0 < report["share_of_tuned"] < 1
 
 
-def test_with_an_adapter_the_merged_weights_are_averaged(make, documents, train):
-    part, lora = FisherMerge(**SETTINGS), LoRA(rank=2, targets=["q_proj", "up_proj"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_with_an_adapter_the_merged_weights_are_averaged(make, documents, train, dora):
+    part, lora = FisherMerge(**SETTINGS), LoRA(rank=2, targets=["q_proj", "up_proj"], dora=dora)
+    registry.build({"lora": {"dora": dora}, "fisher_merge": {}})  # it is not refused
     base, tuned, merged, _, _ = trained(part, make, documents, train, kind="llama-tied", parts=(lora,))
     cut = [{name: tensor[:8] for name, tensor in row.items()} for row in documents[::-1][:4]]
     f0, f1 = fisher(make(), cut), fisher(filled(make(), tuned), documents)

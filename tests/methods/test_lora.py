@@ -191,8 +191,8 @@ def test_dora_trains_the_magnitudes_and_says_so(make, documents, train):
     assert result.method.reports(result.run)["lora"]["trained_entries"] == 2 * (2 * (32 + 32) + 2 * (32 + 16) + 32 + 16)
 
 
-def test_dora_beside_importance_is_refused_at_once():
-    for other in ("ewc", "hierarchical"):
+def test_dora_beside_a_penalty_of_the_update_is_refused_at_once():
+    for other in ("ewc", "hierarchical", "l1", "l2_sp"):
         with pytest.raises(
             UserError, match=f"{other} and lora cannot be combined: with DoRA the effective update is not"
         ):

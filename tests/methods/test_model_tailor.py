@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from experiments.training.engine import final_weights
 from methods.errors import UserError
 from methods.lora import LoRA
-from methods.model_tailor import ModelTailor
+from methods.model_tailor import ModelTailor, _standard
 from methods.part import Part
 from methods.tools.compensation import patched
 
@@ -153,15 +153,24 @@ def test_a_run_patches_the_layers_with_the_inputs_of_its_own_rows(make, document
 
 def test_the_ends_are_the_two_models_and_the_rest_may_stay_tuned(make, documents, train):
     tuned = final_weights(train(make(), (), documents), ())
-    for settings in ({"fraction": 1.0}, {"fraction": 0.0}, {"fraction": 0.5, "rest": "tuned"}):
-        parts = (ModelTailor(**settings),)
-        final = final_weights(train(make(), parts, documents), parts)
-        if settings["fraction"] == 0:
-            assert final == {}
-            continue
-        same = [name for name in tuned if torch.equal(final[name], tuned[name])]
-        assert final.keys() == tuned.keys()
-        assert len(same) == len(tuned) if settings["fraction"] == 1 else all("norm" in n or "embed" in n for n in same)
+    result = train(make(), (ModelTailor(),), documents)
+    base, rest = base_of(make()), {name for name in tuned if "norm" in name or "embed" in name}
+    for fraction in (0.0, 0.5, 1.0):
+        for other in ("base", "tuned"):
+            final = final_weights(result, (ModelTailor(fraction=fraction, rest=other),))
+            assert final.keys() == (tuned.keys() if other == "tuned" or fraction == 1 else tuned.keys() - rest)
+            same = {name for name, tensor in final.items() if torch.equal(tensor, tuned[name])}
+            assert same == (tuned.keys() if fraction == 1 else rest & final.keys())
+            if fraction == 0:
+                assert all(torch.equal(tensor, base[name]) for name, tensor in final.items() if name not in rest)
+
+
+def test_a_row_whose_changes_are_all_of_one_size_has_no_score():
+    """Less its mean it varies by rounding alone, which must not become a score."""
+    values = torch.rand(3, 7, dtype=torch.float64)
+    values[1], values[2] = 0.1, 0.0
+    scores = _standard(values)
+    assert (scores[1:] == 0).all() and scores[0].std(correction=0).item() == pytest.approx(1)
 
 
 def test_layers_are_measured_in_groups_that_fit(make, documents, train, monkeypatch):

@@ -155,8 +155,29 @@ def test_ties_merges_checkpoints_and_adapters_with_the_run(merging):
         sign = sum(updates).sign()
         agree = torch.stack([torch.where(update.sign() == sign, update, torch.nan) for update in updates])
         wanted = tensor + torch.where(sign == 0, 0.0, agree.nanmean(0))
-        torch.testing.assert_close(final[name], wanted, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(final.get(name, tensor), wanted, rtol=1e-5, atol=1e-6)
     assert part.report(run=run, state=state)["models"] == 3
+
+
+@pytest.mark.parametrize("trim", ["model", "tensor"])
+def test_tensors_that_another_model_did_not_change_are_no_part_of_its_count(merging, tmp_path, trim):
+    """The whole checkpoint of a model tuned with an adapter is trimmed as the adapter itself."""
+    base, model, _, adapter, merged = merging
+    save_file(merged, tmp_path / "whole.safetensors")
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole.safetensors").rename(tmp_path / "whole" / "model.safetensors")
+    run = Run(model=model, weights={}, base=base, seed=0, device="cpu")
+    name = "model.norm.weight"
+    final = {}
+    for folder in (adapter, tmp_path / "whole"):
+        part = TIES(fraction=0.2, models=[str(folder)], trim=trim)
+        final[folder] = part.finish(run=run, state={}, final={name: base[name] + 1})
+    one, two = final.values()
+    changed = {n for n, tensor in base.items() if not torch.equal(merged[n], tensor)}
+    assert one.keys() == two.keys() == changed | {name}
+    assert all(torch.equal(one[n], two[n]) for n in one)
+    moved = sum(int((two[n] != base[n]).sum()) for n in changed)
+    assert moved == pytest.approx(0.2 * sum(base[n].numel() for n in changed), abs=len(changed))
 
 
 def test_a_folder_that_cannot_be_merged_is_named(merging, tmp_path):
