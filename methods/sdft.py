@@ -25,7 +25,6 @@ import torch
 from methods.errors import UserError
 from methods.part import Part, register, setting
 from methods.tools import answers
-from methods.tools.architecture import plain
 from methods.tools.costs import Added, Memory
 
 CHUNK = 1024  # rows of logits that are held at once
@@ -105,19 +104,18 @@ class SDFT(Part):
         if not prompts:
             return rows
         given = {"tokens": self.tokens, "temperature": self.temperature, "until": state["until"]}
-        sampled = run.sample(prompts=prompts, key=(self.key, step), ended=True, **given)
+        asked = [answers.fitting(run, prompt, tokens=self.tokens) for prompt in prompts]
+        sampled = run.sample(prompts=asked, key=(self.key, step), ended=True, **given)
         # no row becomes longer than the domain's longest, which the memory is planned for
         sampled = [own[: max(1, state["longest"] - len(x))] for x, own in zip(prompts, sampled, strict=True)]
-        seen = [self._view(run, prompt, answer) for prompt, (_, answer) in zip(prompts, domain, strict=True)]
-        read = [answers.row_of(view, own) for view, own in zip(seen, sampled, strict=True)]
+        views = [self._view(run, prompt, answer) for prompt, (_, answer) in zip(prompts, domain, strict=True)]
+        read = [answers.row_of(view, own) for view, own in zip(views, sampled, strict=True)]
         state["states"] = torch.cat(state["teacher"].states(read))
-        changed, place = [], 0
-        for prompt, own in zip(prompts, sampled, strict=True):
-            row = answers.row_of(prompt, own)
-            row["sdft"] = torch.zeros_like(row["labels"])  # at each sampled token: its place in `states`, from 1
-            row["sdft"][len(prompt) :] = torch.arange(place + 1, place + 1 + len(own))
-            changed.append(row)
-            place += len(own)
+        changed, count = [answers.row_of(prompt, own) for prompt, own in zip(prompts, sampled, strict=True)], 0
+        for row in changed:
+            learned = row["labels"] != -100
+            row["sdft"] = torch.where(learned, learned.cumsum(0) + count, 0)  # a token's place in `states`, from 1
+            count += int(learned.sum())
         left = iter(changed)
         return [next(left) | {"index": row["index"]} if "index" in row else row for row in rows]
 
@@ -129,8 +127,7 @@ class SDFT(Part):
         ids = begin if begun else []
         for text, name, _, _ in string.Formatter().parse(self.template):
             ids = ids + list(run.encode(text))[len(begin) :] * bool(text) + fields[name]
-        positions = getattr(plain(run.model).config, "max_position_embeddings", None)
-        return ids[-(positions - self.tokens) :] if positions and positions > self.tokens else ids
+        return answers.fitting(run, ids, tokens=self.tokens)
 
     def token_weights(self, *, run, state, batch, statistics):
         if "sdft" not in batch:

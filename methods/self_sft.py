@@ -86,7 +86,8 @@ class SelfSFT(Part):
         if epoch and self.refresh == "once":
             return state["drawn"]
         rows = [answers.divided(row) for row in examples]
-        asked = [prompt or answer[:1] for prompt, answer in rows for _ in range(self.samples)]
+        prompts = [answers.fitting(run, prompt or answer[:1], tokens=self.tokens) for prompt, answer in rows]
+        asked = [prompt for prompt in prompts for _ in range(self.samples)]
         until = (self.stop,) if self.stop and not state["ended"] else ()
         given = {"tokens": self.tokens, "temperature": self.temperature, "key": (self.key, epoch), "ended": True}
         sampled = iter(run.sample(prompts=asked, until=until, **given))

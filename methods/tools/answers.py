@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from methods.errors import UserError
+from methods.tools.architecture import plain
 
 if TYPE_CHECKING:
     from methods.part import Row, Run
@@ -31,6 +32,13 @@ def refuse(rows: Sequence[Row], *, part: str) -> None:
             f"{part}: the domain's rows have no prompt before what is learned, so that no answer can be sampled: take "
             "a domain of questions or conversations"
         )
+
+
+def fitting(run: Run, prompt: list[int], *, tokens: int) -> list[int]:
+    """The end of a prompt that leaves room for `tokens` tokens in the model's positions, as in scoring."""
+    config = plain(run.model).config.get_text_config(decoder=True)
+    positions = getattr(config, "max_position_embeddings", None) or len(prompt) + tokens
+    return prompt[-max(1, positions - tokens) :]
 
 
 def has_end(run: Run, rows: Sequence[Row]) -> bool:
