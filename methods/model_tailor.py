@@ -95,7 +95,12 @@ class ModelTailor(Part):
         turned = isinstance(layer, Conv1D)  # GPT-2 stores in × out
         base, weight = (t.T if turned else t for t in (run.base[name].to(run.device), tuned.to(run.device)))
         settings = {"damp": self.damp, "block": self.block, "sign": SIGNS[self.compensation]}
-        value = patched(base, weight, moments, choose=self._choose, **settings).to("cpu", tuned.dtype)
+        try:
+            value = patched(base, weight, moments, choose=self._choose, **settings).to("cpu", tuned.dtype)
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"model_tailor.damp is {self.damp:g}: with it the inputs' products of {name} have no inverse: raise it"
+            ) from error
         return value.T.contiguous() if turned else value
 
     def _choose(self, moved: Tensor, weight: Tensor, d: Tensor, may: Tensor) -> Tensor:

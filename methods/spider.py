@@ -41,7 +41,7 @@ class Spider(Part):
     shares = ("methods.tools.effective", "methods.tools.importance")
     neutral = "none: it has no setting"
     excludes = {
-        "adapter": "it ranks the base's own weights by their size, and an adapter's factors have none in the base"
+        "adapter": "spider ranks the base's own weights by their size, and an adapter's factors have none in the base"
     }
 
     def memory(self, *, counts, phase):

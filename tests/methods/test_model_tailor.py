@@ -173,6 +173,12 @@ def test_a_row_whose_changes_are_all_of_one_size_has_no_score():
     assert (scores[1:] == 0).all() and scores[0].std(correction=0).item() == pytest.approx(1)
 
 
+def test_a_damping_too_small_for_few_inputs_is_named(make, documents, train):
+    parts = (ModelTailor(samples=1, damp=1e-30),)
+    with pytest.raises(UserError, match="model_tailor.damp is 1e-30: with it the inputs' products of .*weight have no"):
+        final_weights(train(make(), parts, documents), parts)
+
+
 def test_layers_are_measured_in_groups_that_fit(make, documents, train, monkeypatch):
     parts = (ModelTailor(fraction=0.3),)
     at_once = final_weights(train(make(), parts, documents), parts)

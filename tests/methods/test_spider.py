@@ -97,5 +97,5 @@ def test_it_takes_the_tasks_gradient_in_a_run(make, documents, train):
 
 
 def test_an_adapter_beside_it_is_refused():
-    with pytest.raises(UserError, match="lora and spider cannot be combined: it ranks the base's own weights"):
+    with pytest.raises(UserError, match="lora and spider cannot be combined: spider ranks the base's own weights"):
         registry.build({"spider": {}, "lora": {"rank": 2}})
