@@ -5,13 +5,11 @@
 F₀ is the diagonal Fisher of the base on general text, F₁ that of the tuned model on rows of the domain, both exact for
 each example (methods/tools/fisher.py), in nats² per document and per row. Each is divided by its Euclidean norm over
 all entries that were tuned, as in the authors' code, so that λ compares the two whatever the lengths of their texts;
-`normalise: false` leaves it out. By default labels are drawn from the model, which estimates the true Fisher, as in the
-paper; the empirical Fisher of a tuned model on what it has learned is small, because its gradients are.
+`normalise: false` leaves it out. By default labels are drawn from the model: the true Fisher, as in the paper.
 
-F₀ is prepared like EWC's importance and read again after training. F₁ is computed once after training, at the first
-process, on a model built from the finished weights: so adapters count with the merged weights, and processes that share
-the trained model do not matter. Where F₀ and F₁ are both 0 the tuned weight is kept. `floor` is the least value that F₁
-is taken to have; the authors' code puts 1e-6 there, which is more than most entries of a large model have.
+F₀ is prepared like EWC's importance. F₁ is computed after training, at the first process, on a model built from the
+finished weights, adapters merged. Where F₀ and F₁ are both 0 the tuned weight is kept. `floor` is the least value that
+F₁ is taken to have; the authors' code puts 1e-6 there, which is more than most entries of a large model have.
 """
 
 import math
@@ -41,14 +39,11 @@ from methods.tools.rebuilt import rebuilt
 @dataclass(frozen=True, kw_only=True)
 class FisherMerge(Part):
     shares = ("methods.ewc", *EWC.shares, "methods.tools.rebuilt")
-
     scratch = ("rows",)
     neutral = {"strength": 0.0}
     trial = {"samples": 4, "length": 24, "rows": 6, "bits": 32}
 
-    strength: float = setting(
-        1.0, within="[0, inf)", help="λ, the weight of the base's Fisher beside the tuned model's"
-    )
+    strength: float = setting(1.0, within="[0, inf)", help="λ, the weight of F₀ beside F₁")
     rows: int = setting(256, within="[1, inf)", help="training rows of the domain, drawn from the seed, for F₁")
     normalise: bool = setting(True, help="divide each Fisher by its norm")
     floor: float = setting(0.0, within="[0, inf)", help="the least value that an entry of F₁ is taken to have")

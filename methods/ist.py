@@ -5,18 +5,15 @@
     adapters' output by `scale`;    reward r = exp(−loss);    s_l += rate·(r − mean r)·σ(s_l)·(1 − σ(s_l))
 
 The score s_l of a block starts at 0 and rises where the loss is lower than in the other trials although the block is
-suppressed: a high score means that the block matters little. This is the authors' code. Its trials read one batch
-of 16, which is the batch of a step; here they read the domain's rows of the step, each time the same ones, so that the
-rewards differ in the blocks alone. The loss is in nats per labelled token, without dropout. The scores change after all
-trials. A block that does not train has no gradient in that step, and its adapters' moments stay as they are. Gradients
-of all blocks are computed here, so that the memory that the paper saves is not saved; its aim is not retention.
+suppressed: a high score means that the block matters little. This is the authors' code, whose trials read one batch.
+Here they read the domain's rows of the step, each time the same ones. The loss is in nats per labelled token, without
+dropout. All gradients are computed, so that the memory that the paper saves is not saved.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,7 +36,6 @@ from methods.tools.effective import lora_layers
 @dataclass(frozen=True, kw_only=True)
 class IST(Part):
     shares = ("methods.tools.effective", "methods.tools.importance")
-
     neutral = {"fraction": 1.0}
     frozen = "for a while: the blocks that train are drawn anew in each step"
     trial = {"every": 1}
@@ -92,30 +88,20 @@ class IST(Part):
 
     def _try(self, run, state, rows, step) -> None:
         """One round of trials, which changes the scores."""
+        from peft.helpers import rescale_adapter_scale
+
         layers, sets, losses = dict(lora_layers(run.model)), [], []
         for trial in range(self.trials):
             sets.append(_drawn(state["scores"], self.suppressed, run.generator(self.key, "suppress", step, trial)))
             prefixes = tuple(f"{state['blocks'][block]}." for block in sets[-1])
-            with scaled([layer for path, layer in layers.items() if path.startswith(prefixes)], self.scale):
+            suppressed = nn.ModuleList(layer for path, layer in layers.items() if path.startswith(prefixes))
+            with rescale_adapter_scale(suppressed, self.scale):
                 scores = torch.cat(run.score(rows)).double()
             losses.append(-scores.sum().item() / max(1, len(scores)))
         state["scores"] = updated(state["scores"], sets=sets, losses=losses, rate=self.rate)
 
     def report(self, *, run, state):
         return {"steps_by_block": state["steps"], "scores": [round(score, 6) for score in state["scores"].tolist()]}
-
-
-@contextmanager
-def scaled(layers: Sequence[nn.Module], factor: float) -> Iterator[None]:
-    """Adapters whose output is multiplied by `factor` for a time; then by the very same scale as before."""
-    kept = [dict(layer.scaling) for layer in layers]
-    for layer in layers:
-        layer.scaling.update({name: factor * scale for name, scale in layer.scaling.items()})
-    try:
-        yield
-    finally:
-        for layer, before in zip(layers, kept, strict=True):
-            layer.scaling.update(before)
 
 
 def updated(scores: Tensor, *, sets: Sequence[Sequence[int]], losses: Sequence[float], rate: float) -> Tensor:

@@ -9,12 +9,10 @@ For each linear layer of the blocks, with W its tuned weights, Δ = W − W₀, 
 (methods/tools/compensation.py). The second term is the optimal-brain-surgeon cost of undoing an entry's change: the
 paper's text. The published code takes W² in its place (`sensitivity: weight`), and adds the compensation with a plus,
 where SparseGPT, from which it is taken, subtracts it. Only the minus lowers the error of the layer's output, so it is
-the default; `compensation: plus` is the code's. H is of the tuned model with all its changes, not layer by layer of the
-patched one.
+the default; `compensation: plus` is the code's. H is of the tuned model.
 
 Norms, embeddings, biases and the head return to the base, as the paper keeps at most a tenth of the tuned weights
-(`rest: tuned` leaves them). `fraction: 1` keeps all tuned weights, these among them, and `fraction: 0` gives layers the
-base's, both bit for bit.
+(`rest: tuned` leaves them).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from methods.errors import UserError
-from methods.ist import IST, scaled, updated
+from methods.ist import IST, updated
 from methods.lora import LoRA
 from methods.part import Part
 
@@ -107,14 +107,10 @@ def test_what_matters_trains_and_what_does_not_is_suppressed(make, documents, tr
     assert all(3 not in blocks for blocks in chosen) and len(chosen) == 6
 
 
-def test_the_scale_is_put_back_exactly(make):
-    model = LoRA(rank=3, alpha=0.7).adapt(make(), seed=0)
-    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
-    before = layers[0].scaling["default"]
-    with pytest.raises(ValueError), scaled(layers, 0.1):
-        assert layers[-1].scaling["default"] == 0.1 * before
-        raise ValueError
-    assert layers[0].scaling["default"] == before == 0.7 / 3
+def test_the_scale_is_put_back_exactly(make, documents, train):
+    result = train(make(num_hidden_layers=4), (LoRA(rank=3, alpha=0.7), IST(every=1)), documents)
+    layers = [module for module in result.run.model.modules() if hasattr(module, "lora_A")]
+    assert len(layers) == 8 and all(layer.scaling == {"default": 0.7 / 3} for layer in layers)
 
 
 def test_random_choice_scores_nothing(make, documents, train):
