@@ -72,7 +72,7 @@ class OSF(Part):
             update=counts.wide * (counts.share(2 * counts.largest_trained) + counts.largest_trained),
         )
 
-    def calibrate(self, *, model, general, seed, progress, shards=Shards()):
+    def calibrate(self, *, model, general, seed, progress, shards=Shards(), sample=None):
         own, matrices = {}, self._matrices(model)
         with progress(total=len(matrices), desc=self.key, unit="matrix") if progress else nullcontext() as bar:
             for index, (name, weight) in enumerate(matrices.items()):

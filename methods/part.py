@@ -251,10 +251,12 @@ class Part:
         seed: int,
         progress: Callable[..., Any] | None,
         shards: Shards = Shards(),
+        sample: Callable[..., list[list[int]]] | None = None,
     ) -> Prepared | None:
-        """Statistics of the bare model on general text, before any part adapts it: `Prepared.calibration`, for `adapt`.
+        """What the method needs of the bare model, before any part adapts it; `Prepared.calibration` is for `adapt`.
 
         Each process has the whole model, which must be left as it is. The other arguments are those of `prepare`.
+        Methods with other adapters share what is made here, unless a part of them has `prepare`.
         """
         return None
 

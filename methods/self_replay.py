@@ -6,7 +6,7 @@
         nll   −log p(x_t|x<t)                                                         (2505.13811)
 
 The base p₀ writes the texts once a model, before it sees the domain, from the beginning-of-text token alone or behind
-the first tokens of general text, which are not learned. They do not depend on the seed. A text ends at `tokens` tokens
+the first tokens of general text, which are not learned. They depend neither on the seed nor on an adapter. A text ends at `tokens` tokens
 or with the end-of-text token, which belongs to it. Of a step's tokens `share` are of these texts, as with `replay`; the
 means are taken apart, so that `share` does not change the weight of the domain. 2605.26097 draws 64 texts a step from
 1,024; it and 2505.13811 add their texts to the domain's batch, as `mode: add` does.
@@ -68,7 +68,7 @@ class SelfReplay(Part):
     def preparation(self):
         start = self.prompt or 1
         rows = min(self.texts, TOGETHER)
-        written = {"generated": self.tokens, "cut_by": "tokens", "rows": rows, "gradients": "none"}
+        written = {"generated": self.tokens, "cut_by": "tokens", "rows": rows, "gradients": "none", "bare": True}
         return (Pass(documents=self.texts, length=start, **written),)
 
     def added(self):
@@ -84,7 +84,7 @@ class SelfReplay(Part):
         copy = counts.share(counts.compute * counts.base) if counts.trained_base else 0
         return Memory(state=copy, forward=5 * counts.wide * counts.vocabulary * CHUNK)
 
-    def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None, sample=None):
+    def calibrate(self, *, model, general, seed, progress, shards=Shards(), sample=None):
         if self.prompt:
             documents = itertools.islice(itertools.cycle(general), self.texts)
             prompts = [document["input_ids"][: self.prompt].tolist() for document in documents]

@@ -48,7 +48,7 @@ class SourceShielded(Part):
         """What has frozen columns is held once more during a step; masks and scores have an entry for each column."""
         return Memory(update=counts.share(counts.wide * counts.trained) if phase == "train" else 0)
 
-    def calibrate(self, *, model, general, seed, progress, shards=Shards()):
+    def calibrate(self, *, model, general, seed, progress, shards=Shards(), sample=None):
         """s of each linear layer's inputs by the name of its weight, (in,), float32."""
         documents = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not documents:

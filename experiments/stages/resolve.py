@@ -23,7 +23,7 @@ from experiments.training import hardware, hooks
 from experiments.training.settings import NUMERICS, TrainSettings
 from methods import registry
 from methods.errors import UserError
-from methods.part import Part, prepares
+from methods.part import Part, overrides, prepares
 from methods.tools import source_code
 from methods.tools.costs import Pass
 from methods.tools.files import write_json
@@ -184,8 +184,9 @@ def prepare(study, model: str, method: str) -> dict:
     if not any(map(prepares, parts)):
         return copied
     resolved = {"numerics": NUMERICS, "device": study.device, "parts": {}}
+    on_adapted = any(overrides(part, "prepare") for part in parts)  # `calibrate` is of the bare model
     for part in parts:
-        if prepares(part) or "adapts" in part.capabilities:
+        if prepares(part) or (on_adapted and "adapts" in part.capabilities):
             resolved["parts"][part.key] = _part(study, part, "prepare")
     for part in parts:
         for made in part.preparation():

@@ -1,5 +1,6 @@
 """Let the parts of a method prepare: first on the bare model (`calibrate`), then on the adapted one (`prepare`)."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -57,6 +58,7 @@ def prepare(
     """
     lengths = [len(document["input_ids"]) for document in general]
     common = {"general": general, "seed": seed, "progress": progress, "shards": shards}
+    sampling = functools.partial(services.Sampling, tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
     states: dict[str, dict] = {}
 
     def made(part: Part, hook: str, model: nn.Module, **more: Any) -> Preparation | None:
@@ -73,7 +75,7 @@ def prepare(
         return None if prepared is None else Preparation(part=part, prepared=prepared, seconds=seconds, flops=total)
 
     for part in (part for part in in_order(parts) if overrides(part, "calibrate")):
-        calibrated = made(part, "calibrate", make(False))
+        calibrated = made(part, "calibrate", make(False), sample=sampling())
         if calibrated is not None:
             states[part.key] = {"calibration": calibrated.prepared.calibration}
             yield calibrated
@@ -84,8 +86,7 @@ def prepare(
         kept = resume(part.key)
         arguments = {"settings": settings, "base": base, "shards": shards, "name": f"prepare {part.key}"} | placed
         loop = (fitting or Fitting)(kept, **arguments)
-        sample = services.Sampling(tokenizer, seed=seed, size=settings.micro_batch, shards=shards)
-        prepared = made(part, "prepare", model, base=base, resume=kept, fit=loop, sample=sample)
+        prepared = made(part, "prepare", model, base=base, resume=kept, fit=loop, sample=sampling())
         del model, loop
         if prepared is not None:
             yield prepared

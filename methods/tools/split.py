@@ -79,7 +79,7 @@ class Split(Adapter):
             return Memory(state=counts.compute * factors + made)
         return Memory(gradient=made + DECOMPOSED * counts.largest_adapted)
 
-    def calibrate(self, *, model, general, seed, progress, shards=Shards()):
+    def calibrate(self, *, model, general, seed, progress, shards=Shards(), sample=None):
         layers = self._layers(model)
         made = self._made(layers, {}, progress=progress, shards=shards)
         return Prepared(calibration=made, notes={"layers": len(layers)})
@@ -141,7 +141,7 @@ class SplitByText(Split):
         held = COUNTED * (-(-counts.squares // self.passes) + counts.largest_square)
         return replace(memory, state=held, gradient=memory.gradient + DECOMPOSED * counts.largest_square)
 
-    def calibrate(self, *, model, general, seed, progress, shards=Shards()):
+    def calibrate(self, *, model, general, seed, progress, shards=Shards(), sample=None):
         documents = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         tokens = sum(len(document["input_ids"]) for document in documents)
         layers = list(self._layers(model).items())

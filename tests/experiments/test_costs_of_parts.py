@@ -64,7 +64,7 @@ class Calibrated(Part):
     def preparation(self):
         return Pass(bare=True, gradients="none", documents=3), Pass(documents=2, length=8)
 
-    def calibrate(self, *, model, general, seed, progress, shards):
+    def calibrate(self, *, model, general, seed, progress, shards, sample):
         assert not hasattr(model, "directions")
         with torch.no_grad():
             hidden = [model.model(e["input_ids"][None]).last_hidden_state[0] for e in general[:3]]

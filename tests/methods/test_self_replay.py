@@ -21,14 +21,15 @@ from methods.tools.process_group import Shards
 from tests.experiments.test_prepare import load
 
 LORA = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
+KL = {"objective": "kl"}
 END = 1  # of text, of the models of these tests
 
 
 def prepared(part, own, general=(), progress=None):
     """What the part prepares with the sampler of the stage, and the FLOPs that it counts."""
     sample = Sampling(None, seed=0, size=8, shards=Shards())
-    about = {"base": {}, "general": general, "seed": 0, "fit": None, "progress": progress}
-    return part.prepare(model=own, sample=sample, **about), sample.flops
+    about = {"general": general, "seed": 0, "progress": progress}
+    return part.calibrate(model=own, sample=sample, **about), sample.flops
 
 
 def rows_of(carry):
@@ -180,26 +181,27 @@ def test_what_sampling_states_before_it_runs():
     assert kept - plain == 2 * 2 * (2 * 8) * 4 * 3 * 11
 
 
-def test_prepared_once_for_all_seeds_and_trained_by_the_stages(tmp_path):
+def test_prepared_once_for_all_seeds_and_adapters_and_trained_by_the_stages(tmp_path):
     block = {"self_replay": {"texts": 6, "tokens": 9, "prompt": 2, "share": 0.3, "objective": "nll"}}
 
     def change(raw):
-        raw["methods"] = {"full": {}, "own": block}
-        raw["grid"] |= {"methods": ["full", "own"], "seeds": [0, 1]}
+        lora = {"lora": {"rank": 2, "targets": ["q_proj"], "dora": True}, "self_replay": block["self_replay"] | KL}
+        raw["methods"] = {"full": {}, "own": block, "own-lora": lora}
+        raw["grid"] |= {"methods": [*raw["methods"]], "seeds": [0, 1]}
 
     study = load(tmp_path, change)
     model.main(study, model="llama-tiny")
     data.main(study)
     planned = {one["cell"]: one for one in plan.make(study)["cells"]}
     costs, files = [], []
-    for seed in (0, 1):
-        cell = Cell("llama-tiny", "sums", "own", seed)
-        prepare.main(study, model="llama-tiny", method="own", seed=seed, cell=cell)
-        costs.append(read_json(study.paths.prepare_costs(model="llama-tiny", method="own", seed=seed)))
-        folder = study.paths.prepared(model="llama-tiny", method="own", seed=seed)
+    for method, seed in (("own", 0), ("own-lora", 0), ("own", 1)):
+        cell = Cell("llama-tiny", "sums", method, seed)
+        prepare.main(study, model="llama-tiny", method=method, seed=seed, cell=cell)
+        costs.append(read_json(study.paths.prepare_costs(model="llama-tiny", method=method, seed=seed)))
+        folder = study.paths.prepared(model="llama-tiny", method=method, seed=seed)
         files.append((folder / "self_replay.carry.safetensors").read_bytes())
-    first, second = costs
-    assert (first["reused"], second["reused"]) == (False, True) and files[0] == files[1]
+    first, *others = costs
+    assert [one["reused"] for one in costs] == [False, True, True] and len(set(files)) == 1
     notes = read_json(folder / "prepared.json")["self_replay"]
     assert notes["texts"] == 6 and first["added"]["self_replay"]["flops"] > 0
     assert first["tokens_prepare"] == notes["tokens"] + 6 * 2 <= planned[cell.name]["tokens_prepare"] == 6 * (2 + 9)
