@@ -6,10 +6,10 @@
         nll   −log p(x_t|x<t)                                                         (2505.13811)
 
 The base p₀ writes the texts once a model, before it sees the domain, from the beginning-of-text token alone or behind
-the first tokens of general text, which are not learned. They depend neither on the seed nor on an adapter. A text ends at `tokens` tokens
-or with the end-of-text token, which belongs to it. Of a step's tokens `share` are of these texts, as with `replay`; the
-means are taken apart, so that `share` does not change the weight of the domain. 2605.26097 draws 64 texts a step from
-1,024; it and 2505.13811 add their texts to the domain's batch, as `mode: add` does.
+the first tokens of general text, which are not learned. They depend neither on the seed nor on an adapter. A text
+ends at `tokens` tokens or with the end-of-text token, which belongs to it. Of a step's tokens `share` are of these
+texts, as with `replay`; the means are taken apart, so that `share` does not change the weight of the domain. 2605.26097
+draws 64 texts a step from 1,024; it and 2505.13811 add their texts to the domain's batch, as `mode: add` does.
 """
 
 import itertools
@@ -73,8 +73,7 @@ class SelfReplay(Part):
 
     def added(self):
         length = {"length": (self.prompt or 1) + self.tokens, "cut_by": "tokens"} if self.share else {}
-        both = mixture.added(share=self.share, mode=self.mode)
-        read = 1 + both.trained - both.replaced if self._compares else 0.0
+        read = mixture.added(share=self.share, mode=self.mode).trained if self._compares else 0.0
         return mixture.added(share=self.share, mode=self.mode, read=read, **length)
 
     def memory(self, *, counts, phase):
@@ -151,11 +150,29 @@ class SelfReplay(Part):
     def loss(self, *, run, state, batch, hidden):
         if not self._compares or not state["own"]:  # no text in this step
             return None
-        # every process runs the base for every micro-batch, also where there is nothing to compare; on all of its rows,
-        # so that both are rounded alike and the term's gradient is exactly 0 where they agree
-        line, column = batch["self_replay"][:, 1:].nonzero(as_tuple=True)
-        reference = run.reference.hidden(batch)[line, column]
-        return self.strength * state["own"] * run.reference.kl(hidden[line, column], reference)
+        texts = _texts(batch)
+        reference = run.reference.hidden(texts)[texts["self_replay"][:, 1:].nonzero(as_tuple=True)]
+        own = hidden[batch["self_replay"][:, 1:].nonzero(as_tuple=True)]
+        return self.strength * state["own"] * run.reference.kl(own, reference)
+
+
+def _texts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The sequences of a micro-batch with sampled tokens, or one token of any, for every process must read something.
+
+    Rows keep their padding, so that the base's numbers are rounded as the model's are, which on the CPU makes the
+    gradient of their KL exactly 0 where they agree.
+    """
+    mark, positions = batch["self_replay"], batch.get("position_ids")
+    given = {
+        name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "self_replay") if name in batch
+    }
+    if not mark.any():
+        return {name: tensor[:1, :1] for name, tensor in given.items()}
+    if positions is None:
+        return {name: tensor[mark.any(1)] for name, tensor in given.items()}
+    number = (positions == 0).cumsum(1)  # of each sequence of a packed row
+    kept = torch.isin(number, number[mark])
+    return {name: tensor[kept][None] for name, tensor in given.items()}
 
 
 def _first_token(model: nn.Module) -> int:

@@ -116,8 +116,8 @@ def _field(on: Subject, raced: Sequence[str]) -> Mapping[str, list[str]]:
         parts = on.study.methods[name].parts
         if key in {part.key for part in hooks.trainers(parts)}:
             field[LORA if _has(on, name, "adapter") else PLAIN].append(name)
-    if "kl-lora" in on.study.methods:
-        field[LORA].append("kl-lora")
+    if "lora-kl" in on.study.methods:
+        field[LORA].append("lora-kl")
     return {against: list(dict.fromkeys(names)) for against, names in field.items() if names}
 
 
