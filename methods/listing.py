@@ -13,8 +13,8 @@ from methods.settings import declared, describe
 BEGIN, END = "<!-- from the registry: begin -->", "<!-- from the registry: end -->"
 DOCS = Path(__file__).parent.parent / "docs" / "methods"
 ACTS_ON = {
-    "calibrate": "general text (before training)",
-    "prepare": "general text (before training)",
+    "calibrate": "the base before training",
+    "prepare": "the base before training",
     "adapt": "the model",
     "epoch": "training rows",
     "examples": "training rows",
@@ -107,23 +107,9 @@ def with_block(text: str, part: type[Part]) -> str:
     return before + block(part) + after
 
 
-def index() -> str:
-    """The page that lists the built-in parts."""
-    lines = [
-        "# Methods",
-        "",
-        "Written by `python -m methods docs`; [docs/parts.md](../parts.md) explains the columns.",
-        "",
-    ]
-    kinds = [registry.parts()[key] for key in registry.built_in()]
-    lines += [f"| part | what it does | {' | '.join(facts(kinds[0]))} |", "|---" * (2 + len(facts(kinds[0]))) + "|"]
-    lines += [f"| [`{kind.key}`]({kind.key}.md) | {kind.line} | {' | '.join(facts(kind).values())} |" for kind in kinds]
-    return "\n".join(lines) + "\n"
-
-
 def write_docs() -> list[Path]:
-    """Bring the pages of the built-in parts and their list up to date; returns those that changed."""
-    pages = {DOCS / "README.md": index()}
+    """Bring the pages of the built-in parts up to date; returns those that changed."""
+    pages: dict[Path, str] = {}
     for key in registry.built_in():
         part, path = registry.parts()[key], DOCS / f"{key}.md"
         old = path.read_text() if path.is_file() else f"# {part.title}\n\n{BEGIN}\n{END}\n"

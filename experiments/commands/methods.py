@@ -62,7 +62,7 @@ def page(study: Any) -> str:
         "Written by `python -m experiments methods`. A method is a composition of parts, a block under `methods:` in",
         f"params.yaml; these {len(kinds)} parts are built in. [parts.md](parts.md) tells how to write your own.",
         "",
-        *_table(("part", "what it does", "acts on", "phase", "needs", "paper", "blocks in params.yaml"), _facts(study)),
+        *_table(("part", "what it does", "acts on", "phase", "needs", "paper", "blocks in params.yaml"), facts(study)),
         "",
         "## What a part costs",
         "",
@@ -80,7 +80,8 @@ def page(study: Any) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _facts(study: Any) -> Iterator[tuple[str, ...]]:
+def facts(study: Any) -> Iterator[tuple[str, ...]]:
+    """The rows of the first table."""
     for key in registry.built_in():
         kind = registry.parts()[key]
         own = listing.facts(kind)
