@@ -10,7 +10,9 @@ change. There is no setting. As in the authors' code the sum is of signed gradie
 cancel, and M is computed anew in every step: a weight whose M falls to 0 loses all of its change.
 
 The gradient is the task's, before penalties and clipping; the authors' code takes what is in `.grad`. The standard
-deviation is that of the whole tensor (not n − 1); where it is 0, as in a norm of ones, every rank is ½.
+deviation is that of the whole tensor (not n − 1). As in that code a tensor of zeros has the rank 0: a bias that is 0 in
+the base trains freely, and a tensor without a gradient returns to the base. Of another tensor that does not vary, as a
+norm of ones, every rank is ½; the authors' code divides 0 by 0 there, and such a tensor never trains.
 """
 
 from __future__ import annotations
@@ -91,7 +93,10 @@ def _room(tensor: Tensor) -> Tensor:
 
 
 def _spread(run: Run, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of |tensor| over all processes' rows of it; infinite where it does not vary."""
+    """Mean and standard deviation of |tensor| over all processes' rows of it, for `_rank`.
+
+    The deviation is infinite where the tensor does not vary, for a rank of ½; of zeros the rank is almost 0.
+    """
     count, room = math.prod(run.shapes[name]), _room(run.weights[name])[0]
 
     def mean_of(values: Iterable[Tensor]) -> Tensor:
@@ -103,7 +108,8 @@ def _spread(run: Run, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
 
     mean = mean_of(absolute(piece).sum() for (piece,) in pieces(tensor))
     std = mean_of(absolute(piece).sub_(mean).square_().sum() for (piece,) in pieces(tensor)).sqrt()
-    return mean, torch.where(std > 1e-6 * mean, std, math.inf)
+    std = torch.where(std > 1e-6 * mean, std, math.inf)
+    return torch.where(mean > 0, mean, 64.0), torch.where(mean > 0, std, 1.0)  # sigmoid(−64) = 1.6e-28
 
 
 def _rank(values: Tensor, mean: Tensor, std: Tensor, *, out: Tensor) -> Tensor:

@@ -11,8 +11,10 @@ from methods.spider import Spider
 
 
 def rank(values):
-    """½ where a tensor does not vary, as a norm of ones."""
+    """½ where a tensor does not vary, as a norm of ones, and 0 where it is 0."""
     size = np.abs(values)
+    if not size.any():
+        return np.zeros_like(size)
     return np.full_like(size, 0.5) if np.ptp(size) == 0 else 1 / (1 + np.exp(-(size - size.mean()) / size.std()))
 
 
@@ -60,6 +62,19 @@ def test_weights_are_mixed_by_the_formula(small_pieces, monkeypatch):
         assert torch.equal(weight[still], base[name][still])  # the base's own bits, not nearly
     share = np.concatenate([mask.ravel() > 0 for mask in masks.values()]).mean()
     assert Spider().report(run=run, state=state)["moving"].item() == pytest.approx(share)
+
+
+def test_a_tensor_of_zeros_has_no_rank():
+    """A bias that is 0 in the base trains freely; what the task has no gradient for is the base's."""
+    base = {"bias": torch.zeros(6), "unused": torch.randn(6), "nothing": torch.zeros(6)}
+    weights = {name: tensor + 1 for name, tensor in base.items()}
+    run, state = Run(model=torch.nn.Module(), weights=weights, base=base, seed=0, device="cpu"), {}
+    Spider().begin(run=run, state=state, examples=())
+    gradient = {"bias": torch.randn(6), "unused": torch.zeros(6), "nothing": torch.zeros(6)}
+    Spider().after_step(run=run, state=state, step=0, gradient=gradient)
+    assert torch.equal(run.weights["bias"], torch.ones(6))
+    assert all(torch.equal(run.weights[name], base[name]) for name in ("unused", "nothing"))
+    assert state["moving"] == pytest.approx(6 / 18)
 
 
 def test_a_bf16_base_is_kept_in_its_own_dtype():
