@@ -27,10 +27,11 @@ MEBI, WIDTH = 2**20, 120
 COSTS = (
     f"One step of {ROWS} rows of {LENGTH} tokens, {LABELLED} of each learned, on {{model}}, against one of plain "
     "fine-tuning of all weights; of the block in params.yaml that has the part and the fewest others. Tokens and FLOPs "
-    "are counted, and memory is predicted, as `python -m experiments plan` does it. *Preparation*: tokens that are "
-    f"read or written, of {DOCUMENTS} documents of {LONGEST} tokens. *Held*: what the parts keep in memory beside the "
-    "weights, their gradients and the moments while they train. What a run really takes stands in its record and in "
-    "the report; seconds are measured by `make bench steps`."
+    "are counted, and memory is predicted, as `python -m experiments plan` does it; work on weights alone, such as "
+    "that of `muon`, is not among these FLOPs. *Preparation*: tokens that are read or written, of "
+    f"{DOCUMENTS} documents of {LONGEST} tokens, and the training rows where they are read before the first step. "
+    "*Held*: what the parts keep in memory beside the weights, their gradients and the moments while they train. What "
+    "a run really takes stands in its record and in the report; seconds are measured by `make bench steps`."
 )
 
 LEFT_OUT = {
@@ -123,7 +124,7 @@ def _costs(study: Any) -> Iterator[tuple[str, ...]]:
         yield (
             f"`{key}`",
             f"`{blocks[0]}`",
-            f"{_prepared(part):,.0f}",
+            f"{_prepared(part):,.0f}" + (f" + {own.begin:.0%} of the training rows'" if own.begin else ""),
             f"{own.trained + own.read:.0%}",
             f"{step / plain:.2f} ×",
             f"{held / MEBI:,.0f}",
