@@ -57,7 +57,7 @@ class ModelTailor(Part):
     )
     rest: Literal["base", "tuned"] = setting("base", help="what norms, embeddings, biases and the head become")
     damp: float = setting(0.01, within="(0, inf)", help="share of H's mean diagonal that is added to it")
-    block: int = setting(128, within="[1, inf)", help="columns whose entries are chosen together")
+    block: int = setting(128, within="[2, inf)", help="columns whose entries are chosen together")
 
     def memory(self, *, counts, phase):
         if phase != "train" or self.fraction == 1:

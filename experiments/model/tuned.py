@@ -23,10 +23,10 @@ from transformers import PreTrainedModel
 from experiments.model import delta, weights
 from experiments.model.base import Lazy, load_tensors
 from experiments.model.shape import Shape
-from experiments.training import hooks, memory
+from experiments.training import memory
 from experiments.training.log import TrainingFailed
 from methods.errors import UserError
-from methods.part import Part
+from methods.part import Part, overrides
 from methods.tools import model_folder
 from methods.tools.adapter import merged, read_adapter, saved_entries
 from methods.tools.effective import adapter_names
@@ -66,15 +66,16 @@ def kept_bytes(out: Path) -> int:
 
 
 def expected_bytes(*, shape: Shape, parts: Sequence[Part], checkpoint: torch.dtype) -> int:
-    """Bytes that a cell will keep: its adapter's tensors, or the difference of every trained weight.
+    """Bytes that a cell will keep: its adapter's tensors, or the difference of every trained weight, or both.
 
+    Both where a part beside the adapter's changes the finished weights, which the adapter alone does not give then.
     A weight in bf16 takes `BITS` bits where it changed by 1 % (1 bit for 0.1 %, 7.3 for 10 %), and one more for each
     further bit of mantissa.
     """
     trained, adapted = _trained(shape, memory.adapting(parts))
     bits = 64 if checkpoint == torch.float64 else BITS - 7 - math.log2(torch.finfo(checkpoint).eps)
     adapter = trained * (8 if checkpoint == torch.float64 else 4) if adapted else 0
-    if adapted and not hooks.finishers(parts):
+    if adapted and all("adapts" in part.capabilities for part in parts if overrides(part, "finish")):
         return adapter
     return adapter + int((adapted or trained) * bits / 8)
 

@@ -126,7 +126,8 @@ def _fit(
     prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
     checkpoint = dtype_of(info)
     shape = shape_of(cell.model, study.models[cell.model], folder)
-    needed = 2 * tuned.expected_bytes(shape=shape, parts=parts, checkpoint=checkpoint)
+    every = study.methods[cell.method].parts  # with those that act in `finish` alone
+    needed = 2 * tuned.expected_bytes(shape=shape, parts=every, checkpoint=checkpoint)
     if resolve.store_of(study, cell):
         needed += shape.parameters * max(4, checkpoint.itemsize)
     need_room(paths.work, needed, f"the weights of {cell.name}")

@@ -14,8 +14,12 @@ from experiments.model.shape import shape_of
 from experiments.study.schema import Model
 from experiments.training.log import TrainingFailed
 from methods.errors import UserError
+from methods.ewc import EWC
+from methods.fisher_merge import FisherMerge
 from methods.lora import LoRA
+from methods.model_tailor import ModelTailor
 from methods.part import Run
+from methods.wise_ft import WiSEFT
 
 BLOCK = {"source": "random:llama", "dtype": "bfloat16", "config": {"vocab_size": 300}}
 PART = LoRA(rank=3, alpha=7.0, targets=("q_proj", "down_proj"))
@@ -140,6 +144,17 @@ def test_expected_bytes():
     entries = shape.parameters
     for dtype, bits in ((torch.bfloat16, 4), (torch.float16, 7), (torch.float32, 20), (torch.float64, 64)):
         assert tuned.expected_bytes(shape=shape, parts=(), checkpoint=dtype) == entries * bits // 8
+
+
+def test_a_part_that_changes_finished_weights_keeps_their_difference_beside_the_adapter():
+    shape, lora = shape_of("tiny", Model(**BLOCK), Path("nowhere")), LoRA(rank=2)
+    alone = tuned.expected_bytes(shape=shape, parts=(lora,), checkpoint=torch.bfloat16)
+    assert tuned.expected_bytes(shape=shape, parts=(lora, EWC()), checkpoint=torch.bfloat16) == alone
+    sizes = {  # WiSE-FT shares the adapter's training, and Fisher merging trains by itself
+        tuned.expected_bytes(shape=shape, parts=(lora, part), checkpoint=torch.bfloat16)
+        for part in (WiSEFT(), FisherMerge(), ModelTailor())
+    }
+    assert len(sizes) == 1 and sizes.pop() > alone
 
 
 def test_what_does_not_fit_is_refused(folder, moved, adapted, tmp_path):
