@@ -5,29 +5,25 @@
 
 What the base does with its strongest inputs, W₀·V_h, and what it says in its strongest outputs, U_hᵀ·W₀, never change.
 The published form keeps U_h, S_h and V_h fixed and trains the other factors, with gradients orthogonal to U_h and V_h.
-It can reach the same weights, W₀ + P(X) for any X. Here X itself is trained, because peft's layer does not fit: factors
-and bases are rounded to the model's dtype, so that with bfloat16 the subspace is kept to three digits; the trained ones
-cancel their start, but not to the bit; its projection hangs on parameters that sharding replaces; and it wraps no
-matrix that is stored in × out. Adam therefore sees entries of W and not of factors, so that rates do not carry over.
+It can reach the same weights, W₀ + P(X) for any X. Here X itself is trained, because peft's layer loses digits of the
+subspace in bfloat16 and does not wrap GPT-2's layers. Adam then sees entries of W, and rates do not carry over.
 
 Adam's scaling of entries and weight decay leave the subspace. peft projects gradients alone; the authors' trainer also
-projects after the step, as is done here (`restore`). Decay so acts on the free part of W alone.
+projects after the step, as is done here (`restore`). Weight decay then acts on the free part of W alone.
 """
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from methods.errors import UserError
 from methods.part import Part, Prepared, Run, register, setting
 from methods.tools.architecture import linear_weights
 from methods.tools.costs import Memory, Pass
 from methods.tools.effective import base_anchor
-from methods.tools.process_group import Shards
+from methods.tools.process_group import Shards, in_turn
 
 DECOMPOSED = 64  # bytes for each entry of a matrix: in float64 W, the copy that is decomposed, U, V and LAPACK's own
 MASKED = "a mask freezes entries of a matrix, which the projection moves together"
@@ -45,15 +41,11 @@ MASKS = ("gmt", "hft", "lisa", "mofo", "random_mask", "spider", "ssu")
 class OSF(Part):
     shares = ("methods.tools.effective", "methods.tools.importance")
     scratch = ("calibration", "anchor", "bases")
-
     neutral = {"preserved": 0.0, "others": True}
     excludes = {"adapter": "it trains the matrices themselves, which an adapter freezes"} | dict.fromkeys(MASKS, MASKED)
 
     preserved: float = setting(
         0.5, phase="prepare", within="[0, 1]", help="share of each matrix's singular directions that is kept"
-    )
-    targets: tuple[str, ...] | None = setting(
-        None, phase="prepare", help="last names of the linear layers to train; null: all in the blocks"
     )
     others: bool = setting(False, phase="prepare", help="train what is no such matrix as well, without a projection")
     restore: bool = setting(True, help="project the step, too; false: gradients alone, as in peft")
@@ -73,42 +65,25 @@ class OSF(Part):
         )
 
     def calibrate(self, *, model, general, seed, progress, shards=Shards(), sample=None):
-        own, matrices = {}, self._matrices(model)
-        with progress(total=len(matrices), desc=self.key, unit="matrix") if progress else nullcontext() as bar:
-            for index, (name, weight) in enumerate(matrices.items()):
-                if index % shards.world == shards.rank:
-                    u, _, vh = torch.linalg.svd(weight.detach().double(), full_matrices=False)
-                    k, dtype = int(self.preserved * min(weight.shape)), torch.promote_types(weight.dtype, torch.float32)
-                    own[f"{name}.left"], own[f"{name}.right"] = (
-                        basis.to("cpu", dtype, copy=True).contiguous() for basis in (u[:, :k], vh[:k])
-                    )
-                if bar is not None:
-                    bar.update()
-        made = {name: basis for each in shards.all_gather(own) for name, basis in each.items()}
-        return Prepared(calibration=made, notes={"matrices": len(matrices)})
+        def bases(name: str) -> dict[str, Tensor]:
+            weight = model.get_parameter(name).detach()
+            u, _, vh = torch.linalg.svd(weight.double(), full_matrices=False)
+            k, dtype = int(self.preserved * min(weight.shape)), torch.promote_types(weight.dtype, torch.float32)
+            return {f"{name}.left": u[:, :k].to(dtype), f"{name}.right": vh[:k].to(dtype)}
+
+        names = linear_weights(model)
+        made = in_turn(names, bases, desc=self.key, unit="matrix", progress=progress, shards=shards)
+        return Prepared(calibration=made, notes={"matrices": len(names)})
 
     def adapt(self, model, *, seed, state=None):
-        chosen = self._matrices(model).keys()
+        matrices = linear_weights(model)
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(self.others or name in chosen)
+            parameter.requires_grad_(self.others or name in matrices)
         return model
-
-    def _matrices(self, model: nn.Module) -> dict[str, nn.Parameter]:
-        """The matrices to project, by name. Raises UserError for a target that is no linear layer."""
-        linear = {name: name.split(".")[-2] for name in linear_weights(model)}
-        for target in self.targets or ():
-            if target not in linear.values():
-                known = ", ".join(sorted(set(linear.values())))
-                raise UserError(
-                    f"{self.key}.targets: {target!r} is no linear layer of this model's blocks: name {known}"
-                )
-        if self.targets == ():
-            raise UserError(f"{self.key}.targets is empty: name linear layers, or write null for all")
-        return {n: model.get_parameter(n) for n, last in linear.items() if self.targets is None or last in self.targets}
 
     def begin(self, *, run, state, examples, general=()):
         made = state.pop("calibration")
-        names = [name for name in self._matrices(run.model) if self.preserved and made[f"{name}.left"].shape[1]]
+        names = [name for name in linear_weights(run.model) if self.preserved and made[f"{name}.left"].shape[1]]
         state["bases"] = {
             name: tuple(run.shards.local(made[f"{name}.{side}"]).to(run.device) for side in ("left", "right"))
             for name in names

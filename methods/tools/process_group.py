@@ -7,6 +7,8 @@ every operation returns what it is given.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,3 +75,26 @@ class Shards:
         box = [value]
         dist.broadcast_object_list(box)
         return box[0]
+
+
+def in_turn(
+    names: Iterable[str],
+    make: Callable[[str], Mapping[str, Tensor]],
+    *,
+    desc: str,
+    unit: str,
+    progress: Callable[..., Any] | None = None,
+    shards: Shards = Shards(),
+) -> dict[str, Tensor]:
+    """Copies, on the CPU, of the tensors that `make` returns for each name.
+
+    Processes take the names in turn, and each is given what all have made; every process must call it.
+    """
+    own, names = {}, list(names)
+    with progress(total=len(names), desc=desc, unit=unit) if progress else nullcontext() as bar:
+        for index, name in enumerate(names):
+            if index % shards.world == shards.rank:
+                own |= {key: t.cpu().clone(memory_format=torch.contiguous_format) for key, t in make(name).items()}
+            if bar is not None:
+                bar.update()
+    return {key: tensor for each in shards.all_gather(own) for key, tensor in each.items()}

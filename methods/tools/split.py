@@ -15,7 +15,6 @@ pair of singular vectors has the sign that makes the largest entry of A₀'s row
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
@@ -32,7 +31,7 @@ from methods.tools.architecture import base_name
 from methods.tools.costs import Memory, Pass
 from methods.tools.covariance import covariances
 from methods.tools.effective import difference, lora_layers, start_of
-from methods.tools.process_group import Shards
+from methods.tools.process_group import Shards, in_turn
 
 DECOMPOSED = 64  # bytes for each entry of a matrix while it is decomposed: in float64 itself, copies and factors
 COUNTED = 8  # bytes for each entry of C
@@ -85,17 +84,15 @@ class Split(Adapter):
         return Prepared(calibration=made, notes={"layers": len(layers)})
 
     def _made(self, layers, covariances: dict[str, Tensor], *, progress, shards: Shards) -> dict[str, Tensor]:
-        """The components of every layer, by name: processes decompose the layers in turn."""
-        own = {}
-        with _bar(progress, len(layers), self.key, "layer") as bar:
-            for index, (name, layer) in enumerate(layers.items()):
-                covariance = covariances.pop(name, None)
-                if index % shards.world == shards.rank:
-                    a, b = self._components(matrix(layer).detach().double(), covariance)
-                    own[f"{name}.A"], own[f"{name}.B"] = (t.to(torch.float32).cpu().contiguous() for t in (a, b))
-                if bar is not None:
-                    bar.update()
-        return {name: tensor for each in shards.all_gather(own) for name, tensor in each.items()}
+        """The components of every layer, by name; `covariances` is used up."""
+
+        def factors_of(name: str) -> dict[str, Tensor]:
+            a, b = self._components(matrix(layers[name]).detach().double(), covariances.pop(name, None))
+            return {f"{name}.A": a.to(torch.float32), f"{name}.B": b.to(torch.float32)}
+
+        made = in_turn(layers, factors_of, desc=self.key, unit="layer", progress=progress, shards=shards)
+        covariances.clear()  # those that other processes have decomposed
+        return made
 
     def adapt(self, model, *, seed, state=None):
         made = (state or {}).get("calibration")  # absent on the meta device
@@ -156,17 +153,14 @@ class SplitByText(Split):
         made = {}
         for index in range(self.passes):
             part = dict(layers[len(layers) * index // self.passes : len(layers) * (index + 1) // self.passes])
-            with _bar(progress, len(documents[shards.rank :: shards.world]), f"{self.key} text", "doc") as bar:
+            total = len(documents[shards.rank :: shards.world])
+            with progress(total=total, desc=f"{self.key} text", unit="doc") if progress else nullcontext() as bar:
                 found = covariances(model, part, documents, progress=bar and bar.update, shards=shards)
             made |= self._made(part, found, progress=progress, shards=shards)
         notes = {"layers": len(layers), "documents": len(documents)}
         if len(documents) < self.samples:
             notes["documents_asked"] = self.samples
         return Prepared(calibration=made, tokens=tokens * self.passes, notes=notes)
-
-
-def _bar(progress: Callable[..., Any] | None, total: int, what: str, unit: str):
-    return progress(total=total, desc=what, unit=unit) if progress else nullcontext()
 
 
 class FromStart:
