@@ -72,7 +72,7 @@ class Reference:
 
     def logits(self, rows: Tensor) -> Tensor:
         """The base's logits (rows, vocabulary) of its last hidden states (rows, width)."""
-        return self.compute(lambda model: architecture.logits_of(model)(rows))
+        return self.compute(_logits, rows)
 
     def kl(self, hidden: Tensor, reference: Tensor, *, temperature=1.0, weights=None, reverse=False) -> Tensor:
         """Σ over rows of w·KL(base‖model) in nats; `reverse`: KL(model‖base). Logits are held in chunks.
@@ -204,7 +204,7 @@ class Teacher(Reference):
         own = {name: head._parameters[name] for name in self._head}
         head._parameters |= self._head  # other tensors: those that autograd has saved stay as they are
         try:
-            return architecture.logits_of(model)(rows)
+            return _logits(model, rows)
         finally:
             head._parameters |= own
 
@@ -407,6 +407,11 @@ def _collected(own: Mapping[int, Any], shards: Shards) -> list:
     """The values of all processes, in the order of their indices."""
     together = {index: value for each in shards.all_gather(dict(own)) for index, value in each.items()}
     return [together[index] for index in sorted(together)]
+
+
+def _logits(model: nn.Module, rows: Tensor) -> Tensor:
+    """Logits of hidden states, which may be older than a time in which the model computes in float32 (`exact`)."""
+    return architecture.logits_of(model)(rows.to(architecture.plain(model).get_output_embeddings().weight.dtype))
 
 
 def _log_probabilities(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:

@@ -178,6 +178,20 @@ def test_the_mean_is_float32_and_of_what_is_trained_alone(monkeypatch):
     assert result.added["sdft"]["bytes"] == sum(4 * weight.numel() for weight in own.values())
 
 
+@pytest.mark.parametrize("teacher", ["ema", "base"])
+@pytest.mark.parametrize("blocks", [{}, LORA])
+def test_beside_sam_what_the_teacher_read_in_bfloat16_is_compared_in_float32(blocks, teacher, monkeypatch):
+    monkeypatch.setattr(Watched, "seen", {})
+    part = Watched(template=TEMPLATE, tokens=7, teacher=teacher)
+    result = train(part, dtype=torch.bfloat16, blocks=blocks | {"sam": {"rho": 1e-4}}, epochs=0.5)
+    seen, model = part.seen[0], result.run.model.double().eval()
+    wanted = brute_force(model, seen["weights"], seen, reverse=False)  # the teacher is the model in the first step
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(wanted, [parameters[name] for name in seen["gradient"]])
+    own, right = (torch.cat([g.flatten().double() for g in every]) for every in (seen["gradient"].values(), gradients))
+    assert (own - right).norm() < 0.05 * right.norm()
+
+
 @pytest.mark.parametrize("end", [True, False])
 def test_answers_end_as_the_domains_do_and_fit_into_its_longest_row(end, monkeypatch):
     monkeypatch.setattr(Watched, "seen", {})
