@@ -55,11 +55,12 @@ class HalfFineTuning(Part):
                     parameter.requires_grad_(False)
         return model
 
-    def before_clip(self, *, run, state, step):
+    def examples(self, *, run, state, rows, step):
         epoch, place = divmod(step, run.epoch)
         if self.redraw == "epoch" and place == 0:
             still = self._frozen(run.model, run.seed, epoch)
             state["frozen"] = {name: torch.tensor(True) for name in run.weights if name in still}
+        return rows
 
     def report(self, *, run, state):
         inside = {name: p for path, _ in blocks(run.model) for name, p in _under(run.model, path)}

@@ -73,8 +73,9 @@ class IST(Part):
     def examples(self, *, run, state, rows, step):
         if self.fraction == 1:
             return rows
-        if self._tries and (step + 1) % self.every == 0:
-            self._try(run, state, [row for row in rows if "index" in row], step)
+        domain = [row for row in rows if "index" in row]
+        if self._tries and (step + 1) % self.every == 0 and domain:  # replayed text may have taken all of it
+            self._try(run, state, domain, step)
         trained = _drawn(-state["scores"], self.fraction, run.generator(self.key, "train", step))
         for block in trained:
             state["steps"][block] += 1
@@ -117,4 +118,5 @@ def updated(scores: Tensor, *, sets: Sequence[Sequence[int]], losses: Sequence[f
 def _drawn(scores: Tensor, share: float, generator: torch.Generator) -> list[int]:
     """A share of the blocks, drawn without replacement with weights σ(score)."""
     count = max(1, round(share * len(scores)))
-    return torch.multinomial(torch.sigmoid(scores), count, generator=generator).tolist()
+    weights = torch.sigmoid(scores).clamp_min(torch.finfo(scores.dtype).tiny)  # zeros cannot be drawn
+    return torch.multinomial(weights, count, generator=generator).tolist()

@@ -52,18 +52,19 @@ class LISA(Part):
     def optimizer_ready(self, *, run, state, optimizer):
         state["optimizer"] = optimizer
 
-    def before_clip(self, *, run, state, step):
+    def examples(self, *, run, state, rows, step):
         draw = run.generator(self.key, step // self.every)
         drawn = torch.randperm(len(state["steps"]), generator=draw)[: self.blocks].tolist()
         for index in drawn:
             state["steps"][index] += 1
         if step % self.every:
-            return
+            return rows
         before = state.get("frozen", {})
         state["frozen"] = {name: torch.tensor(index not in drawn) for name, index in state["block"].items()}
         for name, frozen in state["frozen"].items():
             if frozen or before.get(name, False):
                 state["optimizer"].state.pop(run.weights[name], None)
+        return rows
 
     def report(self, *, run, state):
         return {"steps_by_block": state["steps"]}

@@ -52,8 +52,10 @@ def facts(part: type[Part]) -> dict[str, str]:
         )
     if part.beside:
         exceptions.append(f"it runs beside {' and '.join(part.beside)}")
+    # such a part chooses before a step what it does not move
+    acts_on = ACTS_ON | ({"examples": "which weights move"} if phase_of(part) in ("adapt", "mask") else {})
     return {
-        "acts on": ", ".join(dict.fromkeys(words for hook, words in ACTS_ON.items() if overrides(part, hook))),
+        "acts on": ", ".join(dict.fromkeys(words for hook, words in acts_on.items() if overrides(part, hook))),
         "phase": phase_of(part),
         "neutral setting": neutral or "not declared",
         "exceptions": "; ".join(exceptions) or "none",

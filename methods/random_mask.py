@@ -53,9 +53,10 @@ class RandomMask(Part):
     def begin(self, *, run, state, examples, general=()):
         state["frozen"] = self._drawn(run, 0)
 
-    def before_clip(self, *, run, state, step):
+    def examples(self, *, run, state, rows, step):
         if self.every and step and step % self.every == 0:
             state["frozen"] = self._drawn(run, step // self.every)
+        return rows
 
     def report(self, *, run, state):
         masks = {name: mask.expand_as(run.weights[name]) for name, mask in state["frozen"].items()}

@@ -229,13 +229,24 @@ class Hooks:
         """The parts' reports by key."""
         return {part.key: report(part, run=run, state=self.states[part.key]) for part in self.parts}
 
-    def frozen(self) -> dict[str, Tensor]:
-        """Entries that no step may move, by the names of `run.weights`: those of all parts together."""
+    def frozen(self, *, before: bool = False) -> dict[str, Tensor]:
+        """Entries that the step may not move, by the names of `run.weights`: those of all parts together.
+
+        before   the step's gradient is not known yet: without those that a part chooses by it, and calls scratch
+        """
         masks: dict[str, Tensor] = {}
-        for state in self.states.values():
-            for name, mask in (state.get("frozen") or {}).items():
-                masks[name] = masks[name] | mask if name in masks else mask
+        for part in self.parts:
+            if before and "frozen" in part.scratch:
+                continue
+            for name, mask in (self.states[part.key].get("frozen") or {}).items():
+                masks[name] = _either(masks[name], mask) if name in masks else mask
         return masks
+
+
+def _either(one: Tensor, other: Tensor) -> Tensor:
+    """What one of two masks freezes; where one freezes the tensor whole it stays a mask of no dimension."""
+    whole = [mask for mask in (one, other) if mask.dim() == 0 and mask.device.type == "cpu" and mask]
+    return whole[0] if whole else one | other
 
 
 def asking_twice(parts: Sequence[Part]) -> Part | None:

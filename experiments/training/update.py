@@ -42,7 +42,7 @@ def twice(
     part, random = method.asking_twice, random_state(run.device)
     with trained.exact():
         loss = gradient()
-        blank(run, method.frozen())
+        blank(run, method.frozen(before=True))
         with torch.no_grad():
             offsets = method.call(part, "second_gradient", run=run, step=step)
         if offsets:

@@ -190,8 +190,8 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, boo
     parts = [part for part in SAVED if part != "magnitude" or config.get("use_dora")]
     layers = [name.removesuffix(SAVED["a"]) for name in tensors if name.endswith(f".{SAVED['a']}")]
     updates = {base_name(f"{layer}weight"): {part: tensors[layer + SAVED[part]] for part in parts} for layer in layers}
-    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config["use_rslora"] else config["r"])
-    return updates, scale, config["fan_in_fan_out"]
+    scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
+    return updates, scale, config.get("fan_in_fan_out", False)
 
 
 def saved_entries(model: nn.Module) -> int:

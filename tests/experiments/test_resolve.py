@@ -5,6 +5,7 @@ being named here, and fails until `expected` or `OTHER` describes it.
 """
 
 import copy
+import dataclasses
 import importlib
 import importlib.metadata as metadata
 import os
@@ -17,7 +18,7 @@ from experiments.study import config, local_files, pipeline, schema
 from experiments.study.paths import Paths
 from experiments.training.settings import TrainSettings
 from methods import registry
-from methods.part import Part
+from methods.part import prepares
 from methods.settings import declared
 
 A, B = "a" * 64, "b" * 64
@@ -96,7 +97,9 @@ OTHER = {  # another value of a key that its type and interval do not give
     "test": 100,
     "source of data": "hub",
     "moments": "bfloat16",
-    "stop": {"general_nll": 0.1},
+    "stop of training": {"general_nll": 0.1},
+    "template": "{prompt}, {answer}",
+    "models": ("elsewhere",),
 }
 
 
@@ -154,12 +157,17 @@ def changes():
         for key, (hint, default) in train.items():
             if place[:1] == ("methods",) and key == "moments":
                 continue  # one precision for all methods
-            yield (*place, "train", key), other(key, hint, at(STUDY, (*place, "train"), {}).get(key, default))
+            name = "stop of training" if key == "stop" else key
+            yield (*place, "train", key), other(name, hint, at(STUDY, (*place, "train"), {}).get(key, default))
     for method, block in STUDY["methods"].items():
-        for part in registry.build({key: value for key, value in block.items() if key != "train"}):
+        parts = registry.build({key: value for key, value in block.items() if key != "train"})
+        for part in parts:
             hints = typing.get_type_hints(type(part))
             for field in declared(part):
                 value = other(field.name, hints[field.name], part.settings()[field.name])
+                changed = dataclasses.replace(part, **{field.name: value})
+                if any(registry.clash(changed, beside) for beside in parts if beside is not part):
+                    continue  # it is changed where the part stands alone
                 yield ("methods", method, part.key, field.name), list(value) if isinstance(value, tuple) else value
 
 
@@ -187,9 +195,7 @@ def changed(path, value):
 def preparing(method):
     """Keys of the parts of a method that prepare something, by whether they train there."""
     parts = registry.build({key: value for key, value in STUDY["methods"][method].items() if key != "train"})
-    return {
-        part.key: "seeded_preparation" in part.capabilities for part in parts if type(part).prepare is not Part.prepare
-    }
+    return {part.key: any(one.training for one in part.preparation()) for part in parts if prepares(part)}
 
 
 def expected(path):

@@ -107,6 +107,24 @@ def test_what_matters_trains_and_what_does_not_is_suppressed(make, documents, tr
     assert all(3 not in blocks for blocks in chosen) and len(chosen) == 6
 
 
+def test_scores_however_large_can_be_drawn_from(make, documents, train):
+    result = train(make(num_hidden_layers=4), (LORA, IST(every=1, rate=1e12)), documents)
+    assert result.states["ist"]["scores"].abs().max() > 1e3 and sum(result.states["ist"]["steps"]) == 3
+
+
+def test_a_step_of_replayed_text_alone_tries_nothing(make, documents, train):
+    class Replaced(Part):
+        key = "replaced"
+        phase = "data"
+
+        def examples(self, *, rows, step, **_):
+            return [{name: row[name] for name in ("input_ids", "labels")} for row in rows] if step else rows
+
+    result = train(make(num_hidden_layers=4), (LORA, Replaced(), IST(every=1, trials=2)), documents)
+    charged = result.added["ist"]["tokens"]
+    assert sum(result.states["ist"]["steps"]) == 3 and charged == 2 * result.tokens > 0
+
+
 def test_the_scale_is_put_back_exactly(make, documents, train):
     result = train(make(num_hidden_layers=4), (LoRA(rank=3, alpha=0.7), IST(every=1)), documents)
     layers = [module for module in result.run.model.modules() if hasattr(module, "lora_A")]

@@ -7,6 +7,7 @@ from experiments.laws.laws import judge
 from experiments.laws.trial import Trial
 from methods import registry
 from methods.lisa import LISA
+from methods.random_mask import RandomMask
 
 EVERY, STEPS = 2, 8
 
@@ -56,6 +57,14 @@ def test_a_block_that_is_drawn_again_begins_with_a_fresh_state(make, documents, 
     within = [ages[name] for name in block if name in ages]
     assert len(within) == len(block) // 2 and max(within) < 12
     assert all(age == 12 for name, age in ages.items() if name not in block)
+
+
+def test_a_block_that_is_frozen_has_no_state_beside_another_mask_either(make, documents, train):
+    parts = (LISA(every=100), RandomMask(fraction=0.5))
+    result = train(make(num_hidden_layers=2), parts, documents, weight_decay=0.1)
+    block, frozen = result.states["lisa"]["block"], result.states["lisa"]["frozen"]
+    held = {name for name, weight in result.run.weights.items() if weight in result.optimizer.state}
+    assert held == result.run.weights.keys() - {name for name in block if frozen[name]}
 
 
 def test_the_draw_is_of_the_seed(make, documents, train):

@@ -130,6 +130,9 @@ def test_folders_that_cannot_be_used_are_refused(make, documents, train, tmp_pat
     with pytest.raises(UserError, match="is of other layers than this method's"):
         train(make(), (LoRA(targets=("down_proj",)), part), documents, states={"o_lora": {"carry": old}})
     config = json.loads((folder / "adapter_config.json").read_text())
+    old_form = {name: value for name, value in config.items() if name not in ("use_rslora", "fan_in_fan_out")}
+    (folder / "adapter_config.json").write_text(json.dumps(old_form))
+    assert OLoRA(path=str(folder)).look(shapes={}) is None  # written by an earlier peft
     (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
     with pytest.raises(UserError, match="is a LOHA adapter, which has no factor A"):
         OLoRA(path=str(folder)).look(shapes={})

@@ -8,7 +8,11 @@ from experiments.study import ahead
 from experiments.study.paths import HERE
 from methods import registry
 from methods.errors import UserError
+from methods.gmt import GradientMask
+from methods.hft import HalfFineTuning
+from methods.lisa import LISA
 from methods.part import Part
+from methods.random_mask import RandomMask
 from methods.sam import SAM
 from tests.experiments import worlds
 from tests.experiments.test_ahead import study
@@ -134,3 +138,35 @@ def test_it_is_refused_before_anything_runs():
         ahead.look(flat(processes=2, compute_dtype="bfloat16"))
     for settings in ({"processes": 2}, {"compute_dtype": "bfloat16"}):
         ahead.look(flat(**settings))
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        (GradientMask, {"mask": "update"}),
+        (RandomMask, {"fraction": 0.5, "every": 1}),
+        (LISA, {"every": 1}),
+        (HalfFineTuning, {"redraw": "epoch"}),
+    ],
+)
+def test_the_weights_are_moved_where_this_step_may_move_them(make, documents, train, kind, settings):
+    """Not where the last one did. A mask that is chosen by the step's gradient is not known yet."""
+    still, frozen = [], []
+
+    class Recorded(SAM):
+        def second_gradient(self, *, run, **arguments):
+            still.append({n: w.grad == 0 for n, w in run.weights.items() if n.endswith("proj.weight")})
+            return super().second_gradient(run=run, **arguments)
+
+    class Masking(kind):
+        key = "masking"
+
+        def after_step(self, *, run, state, **_):
+            frozen.append(state.get("frozen", {}))
+
+    train(make(), (Masking(**settings), Recorded(rho=0.1)), documents, epochs=2.0)
+    for step, (one, masks) in enumerate(zip(still, frozen, strict=True)):
+        for name, zero in one.items():
+            mask = torch.tensor(False) if kind is GradientMask else masks.get(name, torch.tensor(False))
+            assert torch.equal(zero, mask.expand_as(zero)), (step, name)
+    assert any(mask.any() for mask in frozen[-1].values())
