@@ -3,33 +3,27 @@
     penalty = strength · Σ_layers Σ_ij |(A_old·Aᵀ)_ij|        gradient of A: strength · sign(A_old·Aᵀ)ᵀ·A_old,
     A_old, A: rank × in                                       with sign(0) = 0
 
-The loss is in nats per labelled token; the sum is over all pairs of rows of all layers, as published, and is divided by
-nothing. The rows of A_old span the inputs that the earlier adapter reads, as an estimate of the gradients of what it
-learned. In the paper it learned the tasks before this one in a sequence. With one domain there is none, so an
-adapter like `lora`'s is first fitted on general text, from a draw of its own, once for all seeds; or `path` names one.
-
-The earlier adapter is only avoided. The paper also keeps it in the model; here the domain phase would then start from a
-model that was trained on general text, and not from the base as every other method does. In a sequence the base has it
-merged already. The paper's second term, λ₂·Σ‖·‖ with λ₂ = 0 in its scripts, is left out.
+The loss is in nats per labelled token; the sum over pairs of rows and layers is divided by nothing, as published.
+In the paper the earlier adapter has learned the tasks before this one and stays in the model. With one domain there is
+none, so one like `lora`'s is first fitted on general text, from a draw of its own; or `path` names one. It is only
+avoided: with it in the model the domain phase would not start from the base. The paper's second term is left out.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from methods.errors import UserError
 from methods.part import Part, Prepared, Run, cut, generator, register, setting
-from methods.tools import peft_adapter
-from methods.tools.adapter import read_adapter
+from methods.tools.adapter import read_a, redraw
 from methods.tools.costs import Memory, Pass
-from methods.tools.effective import Factored, factored_weights
+from methods.tools.effective import factored_weights
 from methods.tools.process_group import Shards
 
+WHERE = "o_lora.path"
 OWN_START = "its factor A starts from the weight itself, for the earlier adapter as for the new one"
 
 
@@ -48,7 +42,6 @@ class OLoRA(Part):
         "methods.tools.peft_adapter",
     )
     scratch = ("carry", "old")
-
     neutral = {"strength": 0.0}
     trial = {"samples": 4, "length": 24}
     beside = {"lora": {"rank": 2}}
@@ -61,13 +54,11 @@ class OLoRA(Part):
     samples: int = setting(256, phase="prepare", within="[1, inf)", help="documents of general text it is fitted on")
     length: int = setting(512, phase="prepare", within="[2, inf)", help="each document is cut at this many tokens")
     epochs: float = setting(1.0, phase="prepare", within="(0, inf)", help="epochs over them")
-    learning_rate: float | None = setting(
-        None, phase="prepare", within="(0, inf)", help="of the fit on general text; null: the method's own"
-    )
+    learning_rate: float | None = setting(None, phase="prepare", within="(0, inf)", help="null: the method's own")
 
     def look(self, *, shapes):
         if self.path:
-            _earlier(self.path, shapes)
+            read_a(self.path, where=WHERE, shapes=shapes)
 
     def preparation(self):
         if self.path:
@@ -81,33 +72,26 @@ class OLoRA(Part):
 
     def prepare(self, *, model, base, general, seed, fit, progress, shards=Shards(), resume=None, sample=None):
         if self.path:
-            old = _earlier(self.path, {name: tensor.shape for name, tensor in base.items()})
+            old = read_a(self.path, where=WHERE, shapes={name: tensor.shape for name, tensor in base.items()})
             return Prepared(carry=old, notes={"layers": len(old)})
         examples = cut(general, samples=self.samples, length=self.length, part=self if shards.first else None)
         if not examples:
             raise UserError("o_lora: there is no general text to fit an adapter on: set `general.importance`")
-        draw = generator(self.key, seed)  # with the seed alone A would start where the new adapter's does
-        with torch.no_grad():
-            for module in model.modules():
-                for factor in getattr(module, "lora_A", {}).values():
-                    start = nn.init.kaiming_uniform_(torch.empty(factor.weight.shape), a=math.sqrt(5), generator=draw)
-                    factor.weight.copy_(start)
-        (fitted,) = self.preparation()
-        result = fit(model=model, parts=(), examples=examples, seed=seed, **fitted.training)
-        old = {weight.name: result.run.whole(weight.a).cpu().clone() for weight in _adapted(result.run)}
+        redraw(model, generator(self.key, seed))  # with the seed alone A would start where the new adapter's does
+        training = self.preparation()[0].training
+        result = fit(model=model, parts=(), examples=examples, seed=seed, **training)
+        old = {weight.name: result.run.whole(weight.a).cpu().clone() for weight in factored_weights(result.run)}
         return Prepared(carry=old, tokens=result.tokens, notes={"layers": len(old), "documents": len(examples)})
 
     def begin(self, *, run, state, examples, general=()):
-        adapted = _adapted(run)
-        state["old"] = {
-            weight.a: state["carry"][weight.name].to(run.device, run.weights[weight.a].dtype)
-            for weight in adapted
-            if weight.name in state["carry"]
-        }
+        if not (adapted := factored_weights(run)):
+            raise UserError("o_lora: the method has no adapters: add `lora` to its block")
+        carry = state["carry"]
+        state["old"] = {w.a: carry[w.name].to(run.device, run.weights[w.a].dtype) for w in adapted if w.name in carry}
         if not state["old"]:
             raise UserError(
                 f"o_lora.path: the adapter in {self.path} is of other layers than this method's: of "
-                f"{', '.join(list(state['carry'])[:3])}, and here {adapted[0].name} is adapted first"
+                f"{', '.join(list(carry)[:3])}, and here {adapted[0].name} is adapted first"
             )
         state["at_start"] = _overlap(run, state["old"])
 
@@ -125,32 +109,11 @@ class OLoRA(Part):
         return {"overlap_at_start": state["at_start"], "overlap": _overlap(run, state["old"])}
 
 
-def _adapted(run: Run) -> list[Factored]:
-    if not (adapted := factored_weights(run)):
-        raise UserError("o_lora: the method has no adapters: add `lora` to its block")
-    return adapted
-
-
 def _overlap(run: Run, old: dict[str, Tensor]) -> float:
     """The mean |cosine| of a row of A_old and one of A, over all pairs and layers."""
-    total, pairs = torch.zeros((), dtype=torch.float64), 0
+    total, pairs = torch.zeros((), dtype=torch.float64, device=run.device), 0
     for name, other in old.items():
-        one, other = (
-            nn.functional.normalize(matrix.detach().double().cpu(), dim=1) for matrix in (run.weights[name], other)
-        )
-        total += (other @ one.T).abs().sum()
+        new, other = (nn.functional.normalize(matrix.detach().double(), dim=1) for matrix in (run.weights[name], other))
+        total += (other @ new.T).abs().sum()
         pairs += len(other) * run.shapes[name][0]
-    return run.shards.sum(total.to(run.device)).item() / pairs
-
-
-def _earlier(path: str, shapes: dict) -> dict[str, Tensor]:
-    """A of an adapter's folder by base name of the weight. Raises UserError for what is no such adapter, or not of the
-    model with these shapes."""
-    given, folder = f"o_lora.path: {path}", Path(path)
-    if not peft_adapter.is_adapter(folder):
-        raise UserError(f"{given} is no folder of a peft adapter: name one with {peft_adapter.CONFIG}")
-    if (kind := peft_adapter.read_config(folder, given)["peft_type"]) != "LORA":
-        raise UserError(f"{given} is a {kind} adapter, which has no factor A: name a LoRA adapter's folder")
-    if shapes:
-        peft_adapter.refuse_other_shapes(folder, given, shapes, "the base")
-    return {name: update["a"].float().contiguous() for name, update in read_adapter(folder)[0].items()}
+    return run.shards.sum(total).item() / pairs
