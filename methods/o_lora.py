@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from methods.errors import UserError
 from methods.part import Part, Prepared, Run, cut, generator, register, setting
-from methods.tools.adapter import read_a, redraw
 from methods.tools.costs import Memory, Pass
+from methods.tools.earlier_adapter import read_a, redraw
 from methods.tools.effective import factored_weights
 from methods.tools.process_group import Shards
 
@@ -37,6 +37,7 @@ OWN_START = "its factor A starts from the weight itself, for the earlier adapter
 class OLoRA(Part):
     shares = (
         "methods.tools.adapter",
+        "methods.tools.earlier_adapter",
         "methods.tools.effective",
         "methods.tools.importance",
         "methods.tools.peft_adapter",

@@ -10,7 +10,6 @@ import difflib
 import json
 import math
 import warnings
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from transformers.pytorch_utils import Conv1D
 
 from methods.errors import UserError
 from methods.part import Part, setting
-from methods.tools import peft_adapter
 from methods.tools.architecture import base_name
 from methods.tools.effective import Factored, adapter_names, factored_weights, lora_layers, start_of
 from methods.tools.files import writing
@@ -194,31 +192,6 @@ def read_adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, boo
     updates = {base_name(f"{layer}weight"): {part: tensors[layer + SAVED[part]] for part in parts} for layer in layers}
     scale = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     return updates, scale, config.get("fan_in_fan_out", False)
-
-
-def read_a(path: str, *, where: str, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    """The factors A (rank × in) of a LoRA adapter's folder, float32, by base name of the weight.
-
-    shapes  of the base's tensors by name; empty where they are not known
-    Raises UserError, which begins with `where`, for what is no such adapter, or one of another model.
-    """
-    given, folder = f"{where}: {path}", Path(path)
-    if not peft_adapter.is_adapter(folder):
-        raise UserError(f"{given} is no folder of a peft adapter: name one with {peft_adapter.CONFIG}")
-    if (kind := peft_adapter.read_config(folder, given)["peft_type"]) != "LORA":
-        raise UserError(f"{given} is a {kind} adapter, which has no factor A: name a LoRA adapter's folder")
-    if shapes:
-        peft_adapter.refuse_other_shapes(folder, given, shapes, "the base")
-    return {name: update["a"].float().contiguous() for name, update in read_adapter(folder)[0].items()}
-
-
-@torch.no_grad()
-def redraw(model: nn.Module, draw: torch.Generator) -> None:
-    """Draw the factor A of every adapter anew, as peft draws it."""
-    for _, layer in lora_layers(model):
-        for factor in layer.lora_A.values():
-            start = torch.empty(factor.weight.shape)
-            factor.weight.copy_(nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=draw))
 
 
 def saved_entries(model: nn.Module) -> int:
