@@ -13,9 +13,11 @@ import pandas as pd  # noqa: E402
 from analysis import numbers  # noqa: E402
 from analysis.families import families, family  # noqa: E402
 
-MANY = 10  # methods beyond which the blocks of a sweep are not labelled
+MANY = 10  # methods beyond which figures change: of a sweep one block is labelled, and numbers become shades
+ROW = 0.145  # inches of a line of small text: with more methods than MANY, figures grow by this for each
 WIDTH = 6.8  # inches: text stays readable on a phone that scrolls the figure, and on a printed page
 INK, MUTED, FAINT, GRID, PAPER, RED = "#1b1f24", "#5b636d", "#a4abb3", "#d9dde2", "#ffffff", "#c5221f"
+DARK, LIGHT = "#10141a", "#fdfdfd"  # text on a filled square, which is the same on the light and the dark page
 
 # Okabe and Ito's colours, darkened or lightened until each stands out 3:1 on white and on the dark page
 FIXED = {"full": "#6e7781", "lora": "#0f7ac0", "ewc": "#d15600", "mofo": "#008f68", "hierarchical": "#b5588e"}
@@ -64,7 +66,8 @@ def colour(method: str) -> str:
 def marker(method: str) -> str:
     """A method's marker, so that no reader has to distinguish methods by hue alone."""
     method = family(method)
-    return MARKERS.get(method) or OTHER_MARKERS[zlib.crc32(method.encode()) % len(OTHER_MARKERS)]
+    # independent of the colour, so that two methods of one colour seldom have one shape too
+    return MARKERS.get(method) or OTHER_MARKERS[zlib.crc32(method.encode()) // len(OTHERS) % len(OTHER_MARKERS)]
 
 
 def line(method: str, *, size: float) -> dict:
@@ -94,6 +97,11 @@ def named(methods) -> list[str]:
     if len(methods) <= MANY:
         return methods
     return [name if name in own else own[0] for name, own in families(methods).items()]
+
+
+def height(least: float, methods) -> float:
+    """Inches of a panel of lines whose ends are labelled: at least `least`, and room for every label."""
+    return max(least, 0.6 + ROW * len(named(methods)))
 
 
 def house():
@@ -130,14 +138,50 @@ def bars(value: float, low, high):
     return None if numbers.missing(low) or numbers.missing(high) else [[value - low], [high - value]]
 
 
+def shaded(values: pd.DataFrame, *, norm, bar: str, show=None, rows: int):
+    """A new figure of a table as squares, darker for more, and its axes; no square where a value is missing.
+
+    norm   matplotlib's, from values to shades
+    bar    what the colour bar says
+    show   the text of a value, written into its square; None without
+    rows   methods, one a line, which decide on the height
+    """
+    figure, axes = new(WIDTH, 1.1 + ROW * rows)
+    shades = matplotlib.colors.ListedColormap(matplotlib.colormaps["Blues"](np.linspace(0.08, 0.9, 64)))
+    look = {"cmap": shades, "norm": norm, "edgecolors": PAPER, "linewidth": 0.6}
+    mesh = axes.pcolormesh(np.ma.masked_invalid(values.to_numpy(dtype=float)), **look)
+    for y, row in enumerate(values.to_numpy(dtype=float)) if show else ():
+        for x, value in enumerate(row):
+            if value == value:
+                dark = norm(value) > 0.7
+                place = {"ha": "center", "va": "center", "fontsize": 7}
+                axes.text(x + 0.5, y + 0.5, show(value), color=LIGHT if dark else DARK, **place)
+    axes.invert_yaxis()
+    axes.set_yticks(np.arange(len(values)) + 0.5, values.index, fontsize=7.5)
+    axes.tick_params(length=0)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    scale = figure.colorbar(mesh, ax=axes, location="bottom", shrink=0.5, fraction=0.4 / (1.1 + ROW * rows), aspect=40)
+    scale.outline.set_visible(False)
+    scale.set_label(bar, fontsize=8)
+    scale.ax.tick_params(labelsize=7.5)
+    return figure, axes
+
+
 def label_points(
     axes,
     points: list[tuple[float, float, str, str]],
     *,
     bars: list[tuple[float, float, float, float]] = (),
     size: float = 9,
-) -> None:
-    """Write each (x, y, text, colour) beside its point, away from other labels, points and bars (x0, y0, x1, y1)."""
+    always: int | None = None,
+) -> list[str]:
+    """Write each (x, y, text, colour) beside its point, away from other labels, points and bars (x0, y0, x1, y1).
+
+    always   how many of the first points are labelled even where there is no room; all by default
+    Returns the texts for which there was no room.
+    """
     figure = axes.figure
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
@@ -145,10 +189,11 @@ def label_points(
     pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
     along = [(x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60) for x0, y0, x1, y1 in bars for k in range(61)]
     lines = axes.transData.transform(along) if along else np.empty((0, 2))
-    taken = []
+    taken, without = [], []
+    always = len(points) if always is None else always
     places = [(9, 9, "left", "bottom"), (-9, 9, "right", "bottom"), (9, -9, "left", "top"), (-9, -9, "right", "top")]
     places += [(dx * k, dy * k, ha, va) for k in (1.8, 2.7, 3.6) for dx, dy, ha, va in places[:4]]
-    for x, y, text, shade in points:
+    for number, (x, y, text, shade) in enumerate(points):
         best = None
         for dx, dy, ha, va in places:
             place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va}
@@ -164,18 +209,32 @@ def label_points(
                 best = (cost, note, box)
             else:
                 note.remove()
+        if number >= always and best[0] >= 2:  # over another label or point, or outside
+            best[1].remove()
+            without.append(text)
+            continue
         best[1].set_in_layout(False)
         taken.append(best[2])
+    return without
 
 
 def label_ends(axes, ends: list[tuple[float, float, str, str]], *, gap: float) -> None:
-    """Write each (x, y, text, colour) right of the axes, level with its line's end; `gap` is a share of the height."""
+    """Write each (x, y, text, colour) right of the axes, level with its line's end; `gap` is a share of the height.
+
+    Of more than MANY labels, which move far from their lines, each is joined to its line's end by a thin line.
+    """
     axes.set_ylim(axes.get_ylim())  # labels are placed by height, which must not change
     heights = [float(axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[1]) for x, y, _, _ in ends]
-    for (_, _, text, shade), place in zip(ends, spread(heights, gap)):
+    many = len(ends) > MANY
+    gap, edge = min(gap, 1 / len(ends)) if ends else gap, 1.03 if many else 1
+    for (x, y, text, shade), level, place in zip(ends, heights, spread(heights, gap)):
         right = {"xytext": (5, 0), "xycoords": "axes fraction", "textcoords": "offset points", "va": "center"}
-        look = {"fontsize": 8, "fontweight": "bold", "color": shade, "annotation_clip": False}
-        axes.annotate(text, (1, place), **right, **look)
+        look = {"fontsize": 7.5 if many else 8, "fontweight": "bold", "color": shade, "annotation_clip": False}
+        axes.annotate(text, (edge, place), **right, **look)
+        if many:
+            start = axes.transAxes.inverted().transform(axes.transData.transform((x, y)))[0]
+            across = {"transform": axes.transAxes, "clip_on": False, "scalex": False, "scaley": False}
+            axes.plot([start, 1, edge + 0.008], [level, level, place], color=shade, linewidth=0.5, alpha=0.5, **across)
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
@@ -184,7 +243,8 @@ def spread(heights: list[float], gap: float) -> list[float]:
     groups: list[list[int]] = []
 
     def centre(group: list[int]) -> float:
-        return sum(heights[i] for i in group) / len(group)
+        reach = gap * (len(group) - 1) / 2
+        return min(max(sum(heights[i] for i in group) / len(group), reach), max(1 - reach, reach))
 
     def close(one: list[int], other: list[int]) -> bool:
         return centre(other) - centre(one) < gap * (len(one) + len(other)) / 2
@@ -197,7 +257,5 @@ def spread(heights: list[float], gap: float) -> list[float]:
     placed = list(heights)
     for group in groups:
         for position, i in enumerate(group):
-            reach = gap * (len(group) - 1) / 2
-            middle = min(max(centre(group), reach), max(1 - reach, reach))
-            placed[i] = middle + gap * (position - (len(group) - 1) / 2)
+            placed[i] = centre(group) + gap * (position - (len(group) - 1) / 2)
     return placed

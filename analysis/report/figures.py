@@ -81,8 +81,9 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
         "retention_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
         "general_perplexity": "Forgetting: perplexity of general text (down is better)",
     }
-    figure, panels = style.new(style.WIDTH, 0.5 + 2.05 * len(shown), len(shown), sharex=True, squeeze=False)
     methods = list(dict.fromkeys(data["method"]))
+    height = 0.5 + style.height(2.05, methods) * len(shown)
+    figure, panels = style.new(style.WIDTH, height, len(shown), sharex=True, squeeze=False)
     for axes, key in zip(panels[:, 0], shown):
         axes.set_title(titles[key])
         ends = []
@@ -136,7 +137,9 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     if data[keys].isna().all(axis=None):
         return None
     methods = list(data["method"])
-    figure, grid = style.new(style.WIDTH, 1.2 + 0.6 * len(methods), len(COST_PANELS), 4, sharey=True)
+    many = len(methods) > style.MANY
+    height = 1.2 + len(COST_PANELS) * (style.ROW if many else 0.2) * len(methods)
+    figure, grid = style.new(style.WIDTH, height, len(COST_PANELS), 4, sharey=True)
     for line, (kind, show, panels) in zip(grid, COST_PANELS):
         values = data[list(panels)].astype(float)
         widest = values.max(axis=None)
@@ -149,14 +152,14 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             axes.set_xlim(0, 1.95 * widest if widest > 0 else 1)
             axes.set_title(title, fontsize=8.5)
             axes.set_xticks([])
-            axes.set_yticks(range(len(methods)), methods)
+            axes.set_yticks(range(len(methods)), methods, fontsize=7.5 if many else 8.5)
             axes.tick_params(axis="y", length=0)
             axes.grid(visible=False)
             axes.spines["bottom"].set_visible(False)
         for axes in line[len(panels) :]:
             axes.set_axis_off()
         line[0].set_ylabel(kind, fontweight="bold")
-    grid[0, 0].invert_yaxis()
+    grid[0, 0].set_ylim(len(methods) - 0.4, -0.6)
     figure.supxlabel(style.where(cells), fontsize=8.5, color=style.MUTED)
     caption = (
         "Measured on the machine named under provenance. The panels of a row share one scale. – means nothing of the "

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from analysis import numbers, style, units
+from analysis import numbers, style, units, words
 from analysis.chosen import reported
 from analysis.families import family
 from analysis.load import Loaded, retention_tasks
@@ -57,6 +57,7 @@ def write_report(
         claim=next((bench.claim(record) for file, record in loaded.bench.items() if file.stem == bench.HEADLINE), None),
         claims=claims.section(loaded, table),
         benchmarks=[_benchmark(file, record, path.parent, glyphs) for file, record in loaded.bench.items()],
+        many=style.MANY,
         colours={method: style.colour(method) for method in dict.fromkeys(table["method"])} if len(table) else {},
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -115,10 +116,7 @@ def _comparisons(
                     "tables": [
                         (costs.SECONDS_HEADS, [costs.seconds_row(row) for _, row in spent.iterrows()]),
                         (costs.BYTES_HEADS, [costs.bytes_row(row) for _, row in spent.iterrows()]),
-                        *(
-                            [(costs.PARTS_HEADS, [costs.part_row(row) for _, row in parts.iterrows()])]
-                            * bool(len(parts))
-                        ),
+                        *[(costs.PARTS_HEADS, [costs.part_row(row) for _, row in parts.iterrows()])][: len(parts)],
                     ],
                     "formula": costs.formula(spent),
                 },
@@ -192,15 +190,17 @@ def _rules(cells: pd.DataFrame) -> list[tuple[str, str]]:
 
     def by_method(key: str, text) -> str:
         shown = cells[key].map(lambda value: "unknown" if numbers.missing(value) else text(value))
-        own = shown.groupby(cells["method"], sort=False)
-        return ", ".join(f"{method} {' / '.join(dict.fromkeys(values))}" for method, values in own)
+        own = shown.groupby(cells["method"], sort=False).agg(lambda values: " / ".join(dict.fromkeys(values)))
+        if len(own) <= style.MANY and own.nunique() > 1:
+            return ", ".join(f"{method} {value}" for method, value in own.items())
+        common, *others = own.value_counts().index
+        named = [f"{value} for {words.few(own.index[own == value])}" for value in others]
+        return "; ".join([*named, f"{common} for {'the others' if named else 'every method'}"])
 
-    tokens = list(dict.fromkeys(cells["tokens_trained"].dropna()))
-    same = f"{tokens[0]:,.0f} for every method" if len(tokens) == 1 else ""
     limit = each("no limit" if s.get("limit") is None else f"limit {s['limit']}" for s in scoring)
     settings = f"{scorer('scorer')}, batch size {scorer('batch_size')}, {limit}, lm-eval {scorer('lm_eval')}"
     return [
-        ("training tokens", same or by_method("tokens_trained", "{:,.0f}".format)),
+        ("training tokens", by_method("tokens_trained", "{:,.0f}".format)),
         ("learning rate", by_method("learning_rate", "{:g}".format)),
         ("scorer", settings),
         ("weights scored in", each(cells["dtype"])),
@@ -283,7 +283,7 @@ def _provenance(loaded: Loaded) -> dict:
         for cell, value in cells[key].items():
             names.setdefault(show(value or {}), []).append(cell)
         for text, own in names.items():
-            groups.append((key, text, "all cells" if len(own) == len(cells) else ", ".join(own)))
+            groups.append((key, text, "all cells" if len(own) == len(cells) else words.few(own)))
     keys = ("weights_sha256", "base_sha256", "data_sha256", "dtype", "device", "when")
     records = [{"cell": cell, **{key: row.get(key) for key in keys}} for cell, row in cells.iterrows()]
     return {"cells": records, "groups": groups}

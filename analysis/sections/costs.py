@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from analysis import numbers
+from analysis import numbers, words
 from analysis.load import Loaded
 from analysis.statistics.comparison import mean_if_known
 
@@ -123,14 +123,8 @@ ADDED = ("tokens", "flops", "seconds", "bytes")
 PARTS_HEADS = (
     "method",
     "part",
-    "preparation: tokens",
-    "FLOPs",
-    "seconds",
-    "stored",
-    "training: tokens",
-    "FLOPs",
-    "seconds in its hooks",
-    "bytes",
+    *(f"preparation: {kind}" for kind in ("tokens", "FLOPs", "seconds", "stored")),
+    *(f"training: {kind}" for kind in ("tokens", "FLOPs", "seconds in its hooks", "bytes")),
 )
 
 
@@ -195,7 +189,7 @@ def formula(rows: pd.DataFrame) -> list[str]:
     plain = PLAIN if PLAIN in set(rows["reference"]) else "the method itself"
     but = ""
     if own and plain == PLAIN:
-        but = f" (for {', '.join(own)} of the method itself: no {PLAIN} run on the same machine)"
+        but = f" (for {words.few(own)} of the method itself: no {PLAIN} run on the same machine)"
     races = [race for race in dict.fromkeys(rows["same_run"]) if race]
     measured = f" ({'; '.join(races)})" if races else "; not measured on this model (python -m experiments bench steps)"
     lines = [

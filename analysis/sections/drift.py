@@ -4,12 +4,18 @@ experiments/model/drift.py has the formulas. All numbers are of the weights as t
 checkpoint's dtype. `loaded.drift` is drift.json by cell name. Over seeds the numbers are means.
 """
 
+import matplotlib
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style
+from analysis import numbers, style, words
 from analysis.load import Loaded
 
+BY_LAYER = (
+    "Movement from the base relative to the weights' own norm, block by block; embedding, final norm and head are "
+    "shown beside the blocks."
+)
+SHADED = "Shades are on a logarithmic scale; blank is what a method does not change."
 ALIKE = 0.1  # an overlap within this of 1 counts as ignoring importance
 HEADS = (
     "method",
@@ -64,6 +70,15 @@ def movement_by_layer(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         return None
     depth = int(data["layer"].max()) + 1 if data["layer"].notna().any() else 0
     outside = [group for group in dict.fromkeys(data[data["layer"].isna()]["group"]) if group != "embedding"]
+    title = f"How far the weights moved: {style.where(cells)}"
+    if shown["method"].nunique() > style.MANY:
+        order = ["embedding", *(f"block.{layer}" for layer in range(depth)), *outside]
+        figure, axes = _shaded(shown, "group", order, title)
+        ticks, apart = _ticks(depth), [k for k, group in enumerate(order) if not group.startswith("block.")]
+        labels = [*map(str, ticks), *(order[k].replace("_", "\n") for k in apart)]
+        axes.set_xticks([*(order.index(f"block.{layer}") + 0.5 for layer in ticks), *(k + 0.5 for k in apart)], labels)
+        axes.set_xlabel("block")
+        return figure, data, "Movement by layer", f"{BY_LAYER} {SHADED}"
     step = max(1.5, 0.1 * depth)
     places = {"embedding": -step} | {group: depth - 1 + step * (k + 1) for k, group in enumerate(outside)}
     figure, axes = style.new(style.WIDTH, 3.6)
@@ -87,11 +102,8 @@ def movement_by_layer(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     axes.set_xticks([*ticks, *(places[group] for group in named)], labels)
     axes.set_xlabel("block")
     axes.set_ylabel("‖Δ‖ / ‖θ₀‖, %")
-    axes.set_title(f"How far the weights moved: {style.where(cells)}")
-    caption = (
-        "Movement from the base relative to the weights' own norm, block by block; embedding, final norm and head are "
-        "shown beside the blocks. What a method does not change is not drawn. The axis is logarithmic."
-    )
+    axes.set_title(title)
+    caption = f"{BY_LAYER} What a method does not change is not drawn. The axis is logarithmic."
     return figure, data, "Movement by layer", caption
 
 
@@ -107,6 +119,16 @@ def movement_by_kind(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     kinds = [kind for kind in dict.fromkeys(data["kind"]) if kind in set(shown["kind"])]
     if not kinds:
         return None
+    if shown["method"].nunique() > style.MANY:
+        whole = groups[groups["layer"].notna()]
+        whole = whole.assign(moved=whole["distance"] ** 2, size=whole["base_norm"] ** 2)
+        whole = whole.groupby(["method", "kind"], sort=False, as_index=False)[["moved", "size"]].sum()
+        whole["relative"] = 100 * np.sqrt(whole["moved"] / whole["size"])
+        title = f"Movement by kind of matrix, all blocks, %: {style.where(cells)}"
+        figure, axes = _shaded(whole[whole["relative"] > 0], "kind", kinds, title, show=lambda value: f"{value:.2g}")
+        axes.set_xticks(np.arange(len(kinds)) + 0.5, kinds, fontsize=7.5)
+        caption = "Movement relative to the weights' own norm for each kind of matrix, over all blocks."
+        return figure, data, "Movement by kind of matrix", f"{caption} {SHADED} The CSV has each block."
     lines = -(-len(kinds) // 2)
     figure, panels = style.new(style.WIDTH, 0.7 + 1.55 * lines, lines, 2, sharex=True, sharey=True, squeeze=False)
     panels[0, 0].set_yscale("log")
@@ -135,6 +157,16 @@ def movement_by_kind(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         "A method that is missing from a panel did not change that kind."
     )
     return figure, data, "Movement by kind of matrix", caption
+
+
+def _shaded(shown: pd.DataFrame, key: str, order: list[str], title: str, *, show=None):
+    """The movement `relative` of many methods, one a line, as shades on a logarithmic scale; `order` of the columns."""
+    methods = list(dict.fromkeys(shown["method"]))
+    table = shown.pivot(index="method", columns=key, values="relative").reindex(index=methods, columns=order)
+    norm = matplotlib.colors.LogNorm(shown["relative"].min(), shown["relative"].max())
+    figure, axes = style.shaded(table, norm=norm, bar="‖Δ‖ / ‖θ₀‖, %", show=show, rows=len(methods))
+    axes.set_title(title)
+    return figure, axes
 
 
 FIGURES = (movement_by_layer, movement_by_kind)
@@ -174,7 +206,7 @@ def _sentences(methods: pd.DataFrame) -> list[str]:
         ("moved them as if importance did not matter", known[(known["overlap"] - 1).abs() <= ALIKE]),
     ):
         if len(rows):
-            each = ", ".join(f"{row.method} ({numbers.times(row.overlap)})" for row in rows.itertuples())
+            each = words.few(f"{row.method} ({numbers.times(row.overlap)})" for row in rows.itertuples())
             sentences.append(f"{each} {text}.")
     return sentences
 

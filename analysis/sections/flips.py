@@ -4,13 +4,17 @@ import matplotlib
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style
+from analysis import numbers, style, words
 from analysis.load import Loaded
 from analysis.statistics.flips import by_task, flips, most_forgotten, overlap, pairs, total
 
 ROLES = ("domain", "score", "retention", "transfer")
 SURE = 2.58  # standard deviations beyond which sharing is called more than chance
-DARK, LIGHT = "#10141a", "#fdfdfd"  # text on a filled square, which is the same on the light and the dark page
+COMMON = (
+    "Items of the retention tasks that count in forgetting which both methods lost, as a multiple of what independent "
+    "draws of as many items would share (×1 is chance)"
+)
+DIAGONAL = "The diagonal compares the seeds of one method, if there are several."
 
 
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
@@ -39,7 +43,7 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
 
 
 def _forgotten(row) -> dict:
-    lost_by, methods = f"{row.lost_by} of {row.of}", ", ".join(row.methods)
+    lost_by, methods = f"{row.lost_by} of {row.of}", words.few(row.methods)
     return {"task": row.task, "hash": row.doc_hash[:12], "lost_by": lost_by, "methods": methods}
 
 
@@ -87,7 +91,7 @@ def _sentences(totals: pd.DataFrame, shared: pd.DataFrame) -> list[str]:
         )
     same = known[known["method_a"] == known["method_b"]]
     if len(same):
-        each = ", ".join(f"{row.method_a} {numbers.times(row.ratio)}" for row in same.itertuples())
+        each = words.few(f"{row.method_a} {numbers.times(row.ratio)}" for row in same.itertuples())
         sentences.append(f"Between two seeds of one method the ratio is: {each}.")
     return sentences
 
@@ -102,7 +106,7 @@ def answers_lost_and_gained(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFr
     tasks = sorted(roles.index, key=lambda task: ROLES.index(roles[task]))
     methods = list(dict.fromkeys(data["method"]))
     lines = -(-len(tasks) // 2)
-    height = 0.6 + lines * (0.42 + 0.17 * len(methods))
+    height = 0.6 + lines * (0.42 + (0.17 if len(methods) <= style.MANY else style.ROW) * len(methods))
     figure, panels = style.new(style.WIDTH, height, lines, 2, sharex=True, sharey=True, squeeze=False)
     title = f"Right answers lost and gained: {style.where(cells)}"
     figure.suptitle(title, fontsize=9.5, fontweight="bold", x=0.01, ha="left")
@@ -121,11 +125,11 @@ def answers_lost_and_gained(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFr
         first = own.iloc[0]
         chance = ", at chance" if first["role"] == "retention" and not first["counts"] else ""
         axes.set_title(f"{task} ({first['role']}, n = {first['n']:.0f}){chance}", fontsize=8.5)
-        axes.set_yticks(list(y), methods)
+        axes.set_yticks(list(y), methods, fontsize=8.5 if len(methods) <= style.MANY else 7.5)
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="y", visible=False)
         axes.spines["left"].set_visible(False)
-    panels[0, 0].invert_yaxis()
+    panels[0, 0].set_ylim(len(methods) - 0.4, -0.6)
     panels[0, 0].set_xlim(-1.25 * widest, 1.25 * widest)
     panels[0, 0].xaxis.set_major_formatter(lambda x, _: f"{abs(x):g}")
     for axes in panels.flat[len(tasks) :]:
@@ -148,6 +152,10 @@ def lost_in_common(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     data = overlap(pairs(items), methods)
     if data.empty or data["ratio"].isna().all():
         return None
+    title = f"Lost in common: {style.where(cells)}"
+    if len(methods) > style.MANY:
+        caption = f"{COMMON}. Darker is more, up to the 99th percentile; blank is not known; the CSV has each pair."
+        return _in_shades(data, methods, title), data, "Lost in common", f"{caption} {DIAGONAL}"
     place = {method: k for k, method in enumerate(methods)}
     side = max(2.6, 0.5 + 0.62 * len(methods))
     figure, axes = style.new(min(style.WIDTH, side + 1.5), min(style.WIDTH, side) + 0.4)
@@ -155,7 +163,7 @@ def lost_in_common(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     shades, top = matplotlib.colormaps["Blues"], max(2.0, float(data["ratio"].max()))
     for row in data.dropna(subset=["ratio"]).itertuples():
         depth = 0.08 + 0.82 * min(1.0, max(0.0, np.log(max(row.ratio, 1e-9)) / np.log(top)))
-        text = {"ha": "center", "va": "center", "color": LIGHT if depth > 0.7 else DARK}
+        text = {"ha": "center", "va": "center", "color": style.LIGHT if depth > 0.7 else style.DARK}
         for x, y in {(place[row.method_a], place[row.method_b]), (place[row.method_b], place[row.method_a])}:
             corner, look = (x - 0.48, y - 0.48), {"facecolor": shades(depth), "linewidth": 0}
             axes.add_patch(matplotlib.patches.Rectangle(corner, 0.96, 0.96, **look))
@@ -170,13 +178,22 @@ def lost_in_common(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.set_title(f"Lost in common: {style.where(cells)}", x=0, fontsize=8.5)
-    caption = (
-        "Items of the retention tasks that count in forgetting which both methods lost, as a multiple of what "
-        "independent draws of as many items would share (×1 is chance), and below it their share of all items that "
-        "either lost. The diagonal compares the seeds of one method, if there are several."
-    )
+    axes.set_title(title, x=0, fontsize=8.5)
+    caption = f"{COMMON}, and below it their share of all items that either lost. {DIAGONAL}"
     return figure, data, "Lost in common", caption
+
+
+def _in_shades(data: pd.DataFrame, methods: list[str], title: str):
+    """The matrix without numbers, which many methods leave no room for."""
+    ratio = data.pivot(index="method_a", columns="method_b", values="ratio").reindex(index=methods, columns=methods)
+    ratio = ratio.combine_first(ratio.T).reindex(index=methods, columns=methods)
+    top = max(2.0, float(np.nanquantile(ratio, 0.99)))  # one pair of few items would leave all others pale
+    norm = matplotlib.colors.Normalize(1, top, clip=True)
+    bar = "shared lost items, times what independent draws would share"
+    figure, axes = style.shaded(ratio, norm=norm, bar=bar, rows=len(methods))
+    axes.set_xticks(np.arange(len(methods)) + 0.5, methods, rotation=90, fontsize=min(7.5, 330 / len(methods)))
+    axes.set_title(title)
+    return figure
 
 
 FIGURES = (answers_lost_and_gained, lost_in_common)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style, units
+from analysis import numbers, style, units, words
 from analysis.chosen import choices
 from analysis.families import family
 from analysis.load import Loaded
@@ -20,7 +20,7 @@ CAPTION = (
     "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they "
     "reach together"
 )
-CROWDED = 16  # points up to which the blocks of a sweep are named too, "s1" beside their method's colour and shape
+CROWDED = 16  # points up to which all are named, the blocks of a sweep as "s1" beside their method's colour and shape
 FEW = 8  # points up to which each is drawn with its intervals
 
 
@@ -139,13 +139,8 @@ def gain_against_nats(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
         "Forgetting as the nats per token by which general text became less likely: it shows differences that "
         f"accuracy cannot. {CAPTION}. {_bars(data)}"
     )
-    return _drawn(plane), data, "Gain against forgetting, in nats", caption
-
-
-CAPTION = (
-    "Filled points are on the front: no other gains as much and forgets as little. The wide grey line is what they"
-)
-CAPTION += " reach together"
+    figure, unnamed = _drawn(plane)
+    return figure, data, "Gain against forgetting, in nats", caption + unnamed
 
 
 def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
@@ -168,7 +163,8 @@ def gain_forgetting_front(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFram
         f"Forgetting as right answers lost. {CAPTION}, towards the reference point of the hypervolume (gain 0, "
         f"forgetting {100 * made.reference:.0f} points). {_bars(data)}"
     )
-    return _drawn(plane), data, "The front of gain against forgetting, in right answers", caption
+    figure, unnamed = _drawn(plane)
+    return figure, data, "The front of gain against forgetting, in right answers", caption + unnamed
 
 
 def _bars(data: pd.DataFrame) -> str:
@@ -177,14 +173,18 @@ def _bars(data: pd.DataFrame) -> str:
 
 
 def _drawn(plane: Plane):
-    """The figure of a plane, every family named at least once."""
+    """The figure of a plane, and a sentence about the points without a name.
+
+    Up to CROWDED points every family is named at least once; of more, the front is, and of the others those for which
+    there is room.
+    """
     data = plane.data
-    figure, axes = style.new(style.WIDTH, 4.5 if len(data) <= FEW else 5.6)
+    figure, axes = style.new(style.WIDTH, 4.5 if len(data) <= FEW else 5.6 if len(data) <= CROWDED else 7.5)
     axes.axhline(0, color=style.MUTED, linewidth=0.8)
     axes.axvline(0, color=style.MUTED, linewidth=0.8)
     axes.plot(0, 0, "+", color=style.INK, markersize=10, markeredgewidth=1.6)
     axes.set_title(plane.title)
-    labels, bars = [(0, 0, "base", style.INK)], []
+    labels, others, bars = [(0, 0, "base", style.INK)], [], []
     named = set(data[data["front"] | (data["family"] == data["method"])]["method"])
     for name, own in data.groupby("family", sort=False):
         shade = style.colour(name)
@@ -198,7 +198,8 @@ def _drawn(plane: Plane):
             axes.plot(point.gain, point.forgetting, style.marker(name), **look)
             if point.method in named or len(data) <= CROWDED:
                 label = point.method if point.method in named else point.method.removeprefix(f"{name}-")
-                labels.append((point.gain, point.forgetting, label, shade))
+                where = labels if point.front or len(data) <= CROWDED else others
+                where.append((point.gain, point.forgetting, label, shade))
     axes.set_xlabel(plane.x)
     axes.set_ylabel(plane.y)
     axes.margins(0.1)
@@ -209,8 +210,9 @@ def _drawn(plane: Plane):
     axes.plot(*zip(*line), color=style.FAINT, linewidth=4, alpha=0.6, zorder=1, solid_joinstyle="miter")
     bars += [(x0, min(y0, top), x1, min(y1, top)) for (x0, y0), (x1, y1) in zip(line, line[1:])]
     bars += [(left, 0, right, 0), (0, bottom, 0, top)]
-    style.label_points(axes, labels, bars=bars, size=8.5)
-    return figure
+    size = 8.5 if len(data) <= CROWDED else 7.5
+    unnamed = style.label_points(axes, labels + others, bars=bars, size=size, always=len(labels))
+    return figure, f" Without a name for want of room: {words.few(unnamed)}." if unnamed else ""
 
 
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
@@ -223,7 +225,7 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     picked = table[table["chosen"]].set_index("family")["method"].to_dict()
     sentence = "No method is on the front: the bare base gains as much and forgets as little."
     if len(best):
-        sentence = f"On the front: {', '.join(_place(point) for point in best.itertuples())}."
+        sentence = f"On the front: {words.few(_place(point) for point in best.itertuples())}."
     families = made.volumes[made.volumes["family"] != ALL]
     return {
         "sentence": sentence,

@@ -3,7 +3,7 @@
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style
+from analysis import numbers, style, words
 from analysis.families import family
 from analysis.load import Loaded
 from analysis.statistics.matched import BARELY, Trajectories, gaps, levels, matched, trajectories
@@ -27,7 +27,7 @@ def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     data["matched_gain"] = scale * marks["matched"] if marks else np.nan
     if "forgetting" in runs.measures:
         data["forgetting"] *= 100
-    height, count = 0.6 + 2.7 * len(runs.measures), len(runs.measures)
+    height, count = 0.6 + style.height(2.7, runs.methods) * len(runs.measures), len(runs.measures)
     figure, panels = style.new(style.WIDTH, height, count, sharex=True, squeeze=False)
     for axes, measure in zip(panels[:, 0], runs.measures):
         axes.set_title(TITLES[measure])
@@ -104,14 +104,14 @@ def _sweeps(loaded: Loaded, model: str, domain: str) -> list[dict]:
 
 def _rule(runs: Trajectories, marks: dict[str, float], at: pd.DataFrame) -> str:
     barely = list(at[at["reached"] < at["seeds"]]["method"])
-    but = f" except {', '.join(barely)}" if barely else ""
+    but = f" except {words.few(barely)}" if barely else ""
     text = (
         f"Methods are compared at a gain of {_gain(runs, marks['matched'])} on the domain's probes, the largest that "
         f"every run of every method{but} reaches."
     )
     if early := list(at[at["early"]]["method"]):
         text += (
-            f" {len(early)} of {len(at)} methods ({', '.join(early)}) passed it before their first probe after "
+            f" {len(early)} of {len(at)} methods ({words.few(early)}) passed it before their first probe after "
             "training began: their values are read from a straight line that begins where training does, and more "
             "probes (train.probes) would locate them better."
         )
@@ -139,7 +139,7 @@ def _verdict(runs: Trajectories, at: pd.DataFrame) -> list[str]:
     parts = []
     for side, rows in (("less", sure[sure["difference"] < 0]), ("more", sure[sure["difference"] > 0])):
         if len(rows):
-            each = ", ".join(f"{row.method} ({show(row.difference)})" for row in rows.itertuples())
+            each = words.few(f"{row.method} ({show(row.difference)})" for row in rows.itertuples())
             parts.append(f"{side} than {reference}: {each}")
     unit = HEADS[runs.measures[0]].split(", ")[1]
     return [
@@ -193,8 +193,8 @@ def _notes(runs: Trajectories, table: pd.DataFrame) -> list[str]:
         )
     if table["begins"].any():
         lines.append("† starts beyond this gain, with weights of its own preparation: the value is at its first probe.")
-    own = "is compared with its own first probe, because the base's probes are not recorded."
-    return lines + [f"{method} {own}" for method in runs.from_own_start]
+    own = "compared with its own first probe, because the base's probes are not recorded."
+    return lines + ([f"{words.few(runs.from_own_start)}: {own}"] if runs.from_own_start else [])
 
 
 def _probe_rows(runs: Trajectories) -> str:

@@ -2,12 +2,13 @@
 
 import pandas as pd
 
-from analysis import numbers, units
+from analysis import numbers, style, units, words
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY, GENERAL, GOLD, KL
 from analysis.statistics.permutation import FLIPS, LEVEL, mcnemar
 
 SHOWN = ("gain", GENERAL.key, KL.key, GOLD.key, ACCURACY)  # tests.csv has the other measures too
+PAIRS = 60  # pairs of methods on the page: a study of 40 methods has 780, which tests.csv has
 NAMED = 6  # methods or pairs named one by one in a sentence; more are counted, and the table names them
 
 
@@ -25,24 +26,30 @@ def section(loaded: Loaded, tests: pd.DataFrame, *, model: str, domain: str) -> 
     with_base, between = shown[shown["b"] == "base"], shown[shown["b"] != "base"]
     return {
         "with_base": _table(with_base, what="method"),
-        "between": _table(between, what="pair"),
+        "between": _table(between, what="pair", most=PAIRS),
         "mcnemar": _by_task(mcnemar(loaded, model=model, domain=domain)),
         "legend": _legend(tests) + _not_tested(loaded, model=model, domain=domain),
     }
 
 
-def _table(tests: pd.DataFrame, *, what: str) -> dict:
-    """The sentences, heads and rows about one family of tests."""
+def _table(tests: pd.DataFrame, *, what: str, most: int | None = None) -> dict:
+    """The sentences, heads and rows about one family of tests; of more than `most` rows those of the smallest p."""
     kinds = [kind for kind in SHOWN if (tests["kind"] == kind).any()]
     heads = [_head(tests[tests["kind"] == kind].iloc[0]) for kind in kinds]
-    return {"sentences": _summary(tests, kinds, what=what), "heads": heads, "rows": _rows(tests, kinds)}
+    least = tests.groupby(["a", "b"], sort=False)["p"].min()
+    shown = tests
+    if most is not None and len(least) > most:
+        kept = least.sort_values(kind="stable").index[:most]
+        shown = tests[pd.MultiIndex.from_frame(tests[["a", "b"]]).isin(kept)]
+    rows = _rows(shown, kinds)
+    return {"sentences": _summary(tests, kinds, what=what), "heads": heads, "rows": rows, "of": len(least)}
 
 
 def _not_tested(loaded: Loaded, *, model: str, domain: str) -> list[str]:
     cells, lines = loaded.of(model, domain), []
     scored = set(loaded.items["cell"].unique())
     if absent := [cell for cell in cells.index if cell not in scored]:
-        lines.append(f"Not tested, because their items.csv.gz is missing: {', '.join(absent)}.")
+        lines.append(f"Not tested, because their items.csv.gz is missing: {words.few(absent)}.")
     first = cells.iloc[0]
     if units.of_domain(first) != units.SHARE:
         lines.append(f"Gain is in {units.of_domain(first)}, not in points.")
@@ -157,14 +164,14 @@ def _cell(test: pd.Series) -> dict:
 
 
 def _by_task(table: pd.DataFrame) -> dict:
-    """McNemar's counts, one row per task and seed, one column per method."""
+    """McNemar's counts, one row per task and seed, one column per method; of many methods the other way round."""
     methods = list(dict.fromkeys(table["method"]))
     rows = []
     for (task, seed), own in table.groupby(["task", "seed"], sort=False):
         by_method = {row.method: (f"{row.lost} / {row.gained}", _p(row.p)) for row in own.itertuples()}
         cells = [by_method.get(method, ("–", "")) for method in methods]
         rows.append({"task": task, "role": own["role"].iloc[0], "seed": seed, "n": own["n"].iloc[0], "cells": cells})
-    return {"methods": methods, "rows": rows}
+    return {"methods": methods, "rows": rows, "turned": len(methods) > style.MANY}
 
 
 def _legend(tests: pd.DataFrame) -> list[str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import numbers, units
+from analysis import numbers, units, words
 from analysis.load import NOT_STARTED, Loaded
 from analysis.measures import KL, NATS, Measure
 from analysis.statistics.intervals import SCOPES
@@ -177,7 +177,7 @@ def _other_units(table: pd.DataFrame) -> list[str]:
             values = [f"{row['method']} {units.change(row[f'apart_{task}'], unit)}" for _, row in rows.iterrows()]
             lines.append(
                 f"{task} ({domain}) is not a proportion of rows and not in the mean; its own forgetting, in {unit}: "
-                f"{', '.join(values)}."
+                f"{words.few(values)}."
             )
     others = table[table["unit"] != units.SHARE].drop_duplicates("domain") if "unit" in table else table[:0]
     if len(others):
