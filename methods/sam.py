@@ -48,7 +48,7 @@ class SAM(Part):
         norms = torch.stack(torch._foreach_norm(list(offsets.values())))
         norm = run.shards.sum(norms.square().sum()).sqrt()
         self._scale(run)
-        torch._foreach_mul_(list(offsets.values()), self.rho / norm.clamp_min(torch.finfo(norm.dtype).tiny))
+        torch._foreach_mul_(list(offsets.values()), self.rho / norm.clamp_min(1e-12))
         return offsets
 
     def _scale(self, run):

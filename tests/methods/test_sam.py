@@ -122,6 +122,15 @@ def test_both_gradients_have_the_same_dropout(make, documents, train, dtype):
         assert (two - one).norm() < 1e-3 * one.norm()
 
 
+def test_a_step_without_labels_moves_nothing(make, documents, train):
+    """However large ρ is: there is no gradient, and so no direction."""
+    rows = [row | {"labels": torch.full_like(row["labels"], -100)} for row in documents]
+    model = make(dtype=torch.float32)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    after = train(model, (SAM(rho=5.0),), rows, epochs=0.5).run.weights
+    assert all(torch.equal(weight, before[name]) for name, weight in after.items())
+
+
 def test_without_a_distance_a_bfloat16_run_computes_in_bfloat16(make, documents, train):
     plain, none = (train(make(dtype=torch.bfloat16), parts, documents) for parts in ((), (SAM(rho=0.0),)))
     assert all(torch.equal(none.run.weights[name], weight) for name, weight in plain.run.weights.items())
