@@ -22,8 +22,6 @@ import torch
 from methods.part import Part, register, setting
 from methods.tools.costs import Added, Memory
 
-CHUNK = 1024  # rows of logits that are held at once
-
 
 @register(
     title="ASFT",
@@ -54,9 +52,7 @@ class ASFT(Part):
     def memory(self, *, counts, phase):
         if phase != "train" or not self.strength:
             return Memory()
-        # as for the part `kl`: adapters are switched off; where base tensors are trained, the base is there twice
-        copy = counts.share(counts.compute * counts.base) if counts.trained_base else 0
-        return Memory(state=copy, forward=0 if self._of_labels else 5 * counts.wide * counts.vocabulary * CHUNK)
+        return Memory(state=counts.frozen_base, forward=0 if self._of_labels else counts.distributions)
 
     def examples(self, *, run, state, rows, step):
         if not self._of_labels:

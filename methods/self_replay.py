@@ -5,30 +5,26 @@
         kl    KL( p₀(·|x<t) ‖ p(·|x<t) ), forward, over the whole vocabulary, in nats (2605.26097: strength 10)
         nll   −log p(x_t|x<t)                                                         (2505.13811)
 
-The base p₀ writes the texts once a model, before it sees the domain, from the beginning-of-text token alone or behind
-the first tokens of general text, which are not learned. They depend neither on the seed nor on an adapter. A text
-ends at `tokens` tokens or with the end-of-text token, which belongs to it. Of a step's tokens `share` are of these
-texts, as with `replay`; the means are taken apart, so that `share` does not change the weight of the domain. 2605.26097
-draws 64 texts a step from 1,024; it and 2505.13811 add their texts to the domain's batch, as `mode: add` does.
+The base p₀ writes the texts once a model, from the beginning-of-text token alone or behind the first tokens of general
+text, which are not learned. A text ends at `tokens` tokens or with the end-of-text token, which belongs to it. Of a
+step's tokens `share` are of these texts, as with `replay`; the means are taken apart, so that `share` does not change
+the weight of the domain. Both papers add their texts to the domain's batch, as `mode: add` does.
 """
 
 import itertools
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from methods.errors import UserError
-from methods.part import Part, Prepared, Row, register, setting
-from methods.tools import architecture, mixture
+from methods.part import Part, Row, register, setting
+from methods.tools import mixture
 from methods.tools.costs import Memory, Pass
 from methods.tools.process_group import Shards
-
-TOGETHER = 32  # texts that are written at once
-CHUNK = 1024  # rows of logits that are held at once while predictions are compared
+from methods.tools.sequences import marked
+from methods.tools.written import TOGETHER, beginnings, texts, written
 
 
 @register(
@@ -40,7 +36,7 @@ CHUNK = 1024  # rows of logits that are held at once while predictions are compa
 )
 @dataclass(frozen=True, kw_only=True)
 class SelfReplay(Part):
-    shares = ("methods.tools.mixture",)
+    shares = ("methods.tools.mixture", "methods.tools.sequences", "methods.tools.written")
     scratch = ("rows",)
     neutral = {"share": 0.0}
     trial = {"texts": 6, "tokens": 12, "share": 0.4}
@@ -48,14 +44,9 @@ class SelfReplay(Part):
     texts: int = setting(256, phase="prepare", within="[1, inf)", help="texts that the base writes")
     tokens: int = setting(128, phase="prepare", within="[1, inf)", help="tokens that it writes of each, at most")
     prompt: int = setting(
-        0,
-        phase="prepare",
-        within="[0, inf)",
-        help="tokens of a document of general text that each text continues; 0: the beginning-of-text token alone",
+        0, phase="prepare", within="[0, inf)", help="tokens of general text that each continues; 0: beginning of text"
     )
-    temperature: float = setting(
-        1.0, phase="prepare", within="[0, inf)", help="of the softmax that tokens are drawn from; 0: the likeliest"
-    )
+    temperature: float = setting(1.0, phase="prepare", within="[0, inf)", help="of the draws; 0: the likeliest token")
     objective: Literal["kl", "nll"] = setting("kl", help="what is taken on the texts: KL to the base, or cross-entropy")
     strength: float = setting(10.0, within="[0, inf)", help="λ of the mean over the sampled tokens, in nats")
     share: float = setting(0.25, within="[0, 1)", help="share of a step's tokens that are of these texts")
@@ -66,10 +57,8 @@ class SelfReplay(Part):
         return self.objective == "kl" and self.share > 0
 
     def preparation(self):
-        start = self.prompt or 1
-        rows = min(self.texts, TOGETHER)
-        written = {"generated": self.tokens, "cut_by": "tokens", "rows": rows, "gradients": "none", "bare": True}
-        return (Pass(documents=self.texts, length=start, **written),)
+        made = {"documents": self.texts, "length": self.prompt or 1, "generated": self.tokens, "cut_by": "tokens"}
+        return (Pass(**made, rows=min(self.texts, TOGETHER), gradients="none", bare=True),)
 
     def added(self):
         length = {"length": (self.prompt or 1) + self.tokens, "cut_by": "tokens"} if self.share else {}
@@ -79,41 +68,15 @@ class SelfReplay(Part):
     def memory(self, *, counts, phase):
         if phase != "train" or not self._compares:
             return Memory()
-        # adapters are switched off for the base's predictions; where base tensors are trained, the base is there twice
-        copy = counts.share(counts.compute * counts.base) if counts.trained_base else 0
-        return Memory(state=copy, forward=5 * counts.wide * counts.vocabulary * CHUNK)
+        return Memory(state=counts.frozen_base, forward=counts.distributions)
 
     def calibrate(self, *, model, general, seed, progress, shards=Shards(), sample=None):
-        if self.prompt:
-            documents = itertools.islice(itertools.cycle(general), self.texts)
-            prompts = [document["input_ids"][: self.prompt].tolist() for document in documents]
-        else:
-            prompts = [[_first_token(model)]] * self.texts
-        with progress(total=self.texts, desc="self_replay", unit="text") if progress else nullcontext() as bar:
-            written = sample(
-                model=model,
-                prompts=prompts,
-                tokens=self.tokens,
-                temperature=self.temperature,
-                key=(self.key,),
-                ended=True,
-                size=TOGETHER,
-                done=None if bar is None else bar.update,
-            )
-        texts = [prompt + text for prompt, text in zip(prompts, written, strict=True)]
-        carry = {
-            "ids": torch.tensor(list(itertools.chain(*texts)), dtype=torch.int32),
-            "lengths": torch.tensor([len(text) for text in texts], dtype=torch.int32),
-            "prompts": torch.tensor([len(prompt) for prompt in prompts], dtype=torch.int32),
-        }
-        count = sum(map(len, written))
-        notes = {"texts": len(texts), "tokens": count, "ended": sum(len(text) < self.tokens for text in written)}
-        return Prepared(carry=carry, tokens=sum(map(len, texts)), notes=notes)
+        prompts = beginnings(model, general, texts=self.texts, tokens=self.prompt, where=f"{self.key}.prompt")
+        settings = {"tokens": self.tokens, "temperature": self.temperature}
+        return written(model, prompts, sample=sample, progress=progress, key=self.key, **settings)
 
     def begin(self, *, run, state, examples, general=()):
-        kept = state["carry"]
-        whole = kept["ids"].long().split(kept["lengths"].tolist())
-        state["rows"] = [self._row(ids, prompt) for ids, prompt in zip(whole, kept["prompts"].tolist(), strict=True)]
+        state["rows"] = [self._row(ids, prompt) for ids, prompt in texts(state["carry"])]
 
     def _row(self, ids: Tensor, prompt: int) -> Row:
         """A text, with a mark where its tokens were sampled; these are labels where they are learned."""
@@ -150,39 +113,7 @@ class SelfReplay(Part):
     def loss(self, *, run, state, batch, hidden):
         if not self._compares or not state["own"]:  # no text in this step
             return None
-        texts = _texts(batch)
-        reference = run.reference.hidden(texts)[texts["self_replay"][:, 1:].nonzero(as_tuple=True)]
+        read = marked(batch, self.key)
+        reference = run.reference.hidden(read)[read[self.key][:, 1:].nonzero(as_tuple=True)]
         own = hidden[batch["self_replay"][:, 1:].nonzero(as_tuple=True)]
         return self.strength * state["own"] * run.reference.kl(own, reference)
-
-
-def _texts(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The sequences of a micro-batch with sampled tokens, or one token of any, for every process must read something.
-
-    Rows keep their padding, so that the base's numbers are rounded as the model's are, which on the CPU makes the
-    gradient of their KL exactly 0 where they agree.
-    """
-    mark, positions = batch["self_replay"], batch.get("position_ids")
-    given = {
-        name: batch[name] for name in ("input_ids", "attention_mask", "position_ids", "self_replay") if name in batch
-    }
-    if not mark.any():
-        return {name: tensor[:1, :1] for name, tensor in given.items()}
-    if positions is None:
-        return {name: tensor[mark.any(1)] for name, tensor in given.items()}
-    number = (positions == 0).cumsum(1)  # of each sequence of a packed row
-    kept = torch.isin(number, number[mark])
-    return {name: tensor[kept][None] for name, tensor in given.items()}
-
-
-def _first_token(model: nn.Module) -> int:
-    """The token that every text begins with: the beginning-of-text token, else the end-of-text token."""
-    named, known = architecture.plain(model).generation_config, model.get_input_embeddings().num_embeddings
-    for token in (named.bos_token_id, named.eos_token_id):
-        token = token[0] if isinstance(token, list) else token
-        if token is not None and 0 <= token < known:
-            return token
-    raise UserError(
-        "self_replay.prompt is 0, but the model names neither a beginning-of-text token nor an end-of-text token: let "
-        "the texts continue general text, such as prompt: 8"
-    )

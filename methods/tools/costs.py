@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+CHUNK = 1024  # rows of logits that are held at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
@@ -149,6 +151,16 @@ class Counts(Entries):
     def half(self) -> bool:
         """Whether the model computes in fewer bits than its trained weights have."""
         return self.compute < self.wide
+
+    @property
+    def frozen_base(self) -> int:
+        """Bytes of a copy of the base; 0 where nothing but adapters is trained, which are switched off instead."""
+        return self.share(self.compute * self.base) if self.trained_base else 0
+
+    @property
+    def distributions(self) -> int:
+        """Bytes that are taken while whole distributions over the vocabulary are compared."""
+        return 5 * self.wide * self.vocabulary * CHUNK
 
     def share(self, count: int) -> int:
         """What one process has of `count` bytes or entries that are cut evenly."""
