@@ -33,7 +33,7 @@ from methods.tools.costs import Memory
 @dataclass(frozen=True, kw_only=True)
 class HalfFineTuning(Part):
     neutral = {"fraction": 1.0}
-    excludes = {"adapter": "it freezes matrices of the base, and beside an adapter none of them trains"}
+    excludes = {"adapter": "hft freezes matrices of the base, and beside an adapter none of them trains"}
 
     fraction: float = setting(
         0.5, phase="prepare", within="[0, 1]", help="share of a block's matrices, and of its norms, that train"

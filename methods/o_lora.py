@@ -24,7 +24,7 @@ from methods.tools.effective import factored_weights
 from methods.tools.process_group import Shards
 
 WHERE = "o_lora.path"
-OWN_START = "its factor A starts from the weight itself, for the earlier adapter as for the new one"
+OWN_START = "the adapter's factor A starts from the weight itself, for the earlier adapter as for the new one"
 
 
 @register(

@@ -42,7 +42,9 @@ class OSF(Part):
     shares = ("methods.tools.effective", "methods.tools.importance")
     scratch = ("calibration", "anchor", "bases")
     neutral = {"preserved": 0.0, "others": True}
-    excludes = {"adapter": "it trains the matrices themselves, which an adapter freezes"} | dict.fromkeys(MASKS, MASKED)
+    excludes = {"adapter": "osf trains the matrices themselves, which an adapter freezes"} | dict.fromkeys(
+        MASKS, MASKED
+    )
 
     preserved: float = setting(
         0.5, phase="prepare", within="[0, 1]", help="share of each matrix's singular directions that is kept"

@@ -6,7 +6,7 @@ import importlib.util
 import itertools
 import pkgutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
@@ -101,6 +101,16 @@ def clash(one: Part, other: Part) -> str:
             if name == beside.key or name in beside.capabilities:
                 return reason
     return next((why for name, why in ALONE.items() if name in one.capabilities & other.capabilities), "")
+
+
+def refuse_alone(parts: Sequence[Part]) -> None:
+    """Raises UserError for a part that cannot run without another one; any adapter does where it names one."""
+    for part in parts:
+        for key in part.beside:
+            others = [other for other in parts if other is not part]
+            adapts = "adapter" in REGISTERED[key].capabilities
+            if not any(other.key == key or (adapts and "adapter" in other.capabilities) for other in others):
+                raise UserError(f"{part.key}: it runs beside another part: add `{key}` to the method's block")
 
 
 def phase_settings(part: Part, phase: str | None) -> dict[str, Any]:

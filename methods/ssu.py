@@ -34,7 +34,7 @@ from methods.tools.process_group import Shards
 @dataclass(frozen=True, kw_only=True)
 class SourceShielded(Part):
     neutral = {"fraction": 1.0}
-    excludes = {"adapter": "it freezes columns of the base's matrices, which do not train beside an adapter"}
+    excludes = {"adapter": "ssu freezes columns of the base's matrices, which do not train beside an adapter"}
     trial = {"samples": 4, "length": 24}
 
     fraction: float = setting(0.5, within="[0, 1]", help="share of each linear layer's columns that move")

@@ -29,6 +29,7 @@ from experiments.study.clashes import ROLES
 from experiments.study.schema import Domain, General, Rows, Scored
 from experiments.training import hooks, memory
 from experiments.training.stopping import rule_of
+from methods import registry
 from methods.errors import UserError
 from methods.tools import model_folder
 
@@ -40,7 +41,7 @@ def look(study) -> list[str]:
     _rows(study)
     _tasks(study)
     _rules(study)
-    _measures(study)
+    _parts(study)
     for model in study.grid.models:
         _model(study, model)
     warnings = [
@@ -117,9 +118,11 @@ def known_shape(study, model: str) -> Shape | None:
         raise UserError(str(error) if str(error).startswith("models.") else f"models.{model}: {error}") from error
 
 
-def _measures(study) -> None:
-    """Refuse parts that measure finished weights where there is no text to measure them on."""
+def _parts(study) -> None:
+    """Refuse parts that measure finished weights where there is no text for it, and those that lack another part."""
     for method in study.grid.methods:
+        with _at(f"methods.{method}."):
+            registry.refuse_alone(study.methods[method].parts)
         for part in study.methods[method].parts:
             if "measures" in part.capabilities and not study.general.probe:
                 raise UserError(

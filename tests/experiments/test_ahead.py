@@ -59,6 +59,10 @@ def rows(path, content):
         ([("general/rows", {"pypi": {"package": "a==1"}})], "general.rows.pypi has neither `path` nor `requests`"),
         ([("tasks/colours/task", "sciqq")], "tasks.colours.task: "),
         (
+            [("methods/alone", {"ist": {}}), ("grid/methods", ["full", "alone"])],
+            "methods.alone.ist: it runs beside another part: add `lora` to the method's block",
+        ),
+        (
             [("tasks/colours/task", "SciQ")],
             "tasks.colours.task: task 'SciQ' is not shipped with lm-eval: did you mean 'sciq'?",
         ),

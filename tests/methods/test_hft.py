@@ -102,7 +102,7 @@ def test_what_is_frozen_does_not_move_and_has_no_state(made, documents, train, r
 
 
 def test_beside_an_adapter_it_is_refused():
-    with pytest.raises(UserError, match="hft and lora cannot be combined: it freezes matrices of the base"):
+    with pytest.raises(UserError, match="hft and lora cannot be combined: hft freezes matrices of the base"):
         registry.build({"hft": {}, "lora": {}})
 
 

@@ -105,5 +105,5 @@ def test_without_general_text_it_is_refused(made):
 
 
 def test_beside_an_adapter_it_is_refused():
-    with pytest.raises(UserError, match="lora and ssu cannot be combined: it freezes columns"):
+    with pytest.raises(UserError, match="lora and ssu cannot be combined: ssu freezes columns"):
         registry.build({"ssu": {}, "lora": {}})
