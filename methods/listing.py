@@ -30,15 +30,27 @@ ACTS_ON = {
 }
 
 
+def lines() -> str:
+    """All parts, a line each, for a terminal."""
+    parts = registry.parts()
+    width = max(map(len, parts))
+    return "\n".join(f"{key:{width}}  {part.line}" for key, part in parts.items())
+
+
 def described(part: type[Part]) -> str:
-    """Title, paper, one line and settings of a part, for a terminal."""
+    """Title, paper, one line, settings and what it cannot run beside, for a terminal."""
     lines = [f"{part.key}  ({part.title})  {part.paper}".rstrip(), f"    {part.line}"]
     rows = settings(part)
     width = max((len(row[0]) for row in rows), default=0)
     shown = max((len(row[2]) for row in rows), default=0)
     for name, kind, default, help, _ in rows:
         lines.append(f"    {name:{width}}  {default:{shown}}  {help}" + (f" ({kind})" if help else kind))
-    return "\n".join([*lines, *(f"    {name}: {text}" for name, text in facts(part).items())])
+    lines += [f"    {name}: {text}" for name, text in facts(part).items()]
+    excludes = {} if isinstance(part.excludes, property) else part.excludes  # a property: it depends on settings
+    for reason in dict.fromkeys(excludes.values()):
+        names = ", ".join(name for name, why in excludes.items() if why == reason)
+        lines.append(f"    not beside {names}: {reason}")
+    return "\n".join(lines)
 
 
 def facts(part: type[Part]) -> dict[str, str]:

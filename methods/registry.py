@@ -31,6 +31,14 @@ def parts() -> dict[str, type[Part]]:
     return dict(sorted(REGISTERED.items()))
 
 
+def part(key: str) -> type[Part]:
+    """The part under this key. Raises UserError where there is none."""
+    known = parts()
+    if key not in known:
+        raise unknown("part", key, known)
+    return known[key]
+
+
 def built_in() -> list[str]:
     """Keys of the parts in this folder."""
     return [key for key, part in parts().items() if part.__module__.rpartition(".")[0] == methods.__name__]

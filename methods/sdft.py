@@ -28,7 +28,7 @@ from methods.tools import answers
 from methods.tools.costs import Added, Memory
 
 CHUNK = 1024  # rows of logits that are held at once
-NO_ANSWER = "it acts on the domain's answers in the loss, which sdft does not learn"
+NO_ANSWER = "sdft does not learn the domain's answers, on which the other acts in the loss"
 
 
 @register(

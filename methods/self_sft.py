@@ -99,6 +99,12 @@ class SelfSFT(Part):
         if self.take == "likeliest":
             found = self._likeliest(run, [prompt for prompt, _ in rows], found)
         state["accepted"].append(sum(map(bool, found)) / len(found))
+        if not any(found) and run.shards.first:
+            print(
+                f"self_sft: no sampled answer was accepted in epoch {epoch + 1}, so that nothing of the model's own is "
+                "learned: look at `extract`, `accept` and `stop`, or take a model that answers better",
+                flush=True,
+            )
         drawn = [self._row(*each) for each in zip(examples, rows, found, strict=True)]
         if self.refresh == "once":
             state["drawn"] = drawn

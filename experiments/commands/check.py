@@ -15,21 +15,18 @@ from experiments.laws.laws import LAWS, ONCE, PROCESSES, Verdict, judge
 from experiments.laws.trial import ARCHITECTURES, Trial
 from experiments.training.progress import bar
 from methods import registry
-from methods.tools.names import unknown
 
 
 def main(name: str) -> int:
     """Print the verdicts on the part `name`; returns the exit status. Raises UserError where there is no such part."""
-    known = registry.parts()
-    if name not in known:
-        raise unknown("part", name, known)
+    kind = registry.part(name)
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or torch's profiler writes a line each time it starts and stops
     failed = False
     with (
         tempfile.TemporaryDirectory() as folder,
         bar(total=len(LAWS) + 1, desc=f"check {name}", unit="law") as progress,
     ):
-        trials = [Trial(kind=known[name], architecture=a, folder=Path(folder) / a) for a in ARCHITECTURES]
+        trials = [Trial(kind=kind, architecture=a, folder=Path(folder) / a) for a in ARCHITECTURES]
         for law in (*LAWS, PROCESSES):
             verdicts = _verdicts(law, trials, Path(folder))
             shown = next((verdict for verdict in verdicts if verdict.status == "failed"), verdicts[0])

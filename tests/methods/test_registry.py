@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import json
+import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -293,6 +294,9 @@ def test_the_list_and_the_pages_say_what_the_registry_says(capsys):
     from methods import listing
 
     assert main([]) == 0
+    listed = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert listed == [[key, part.line] for key, part in registry.parts().items()] and len(listed) >= 30
+    assert main(list(registry.parts())) == 0
     shown = capsys.readouterr().out
     for key, part in registry.parts().items():
         page = (ROOT / "docs/methods" / f"{key}.md").read_text()
@@ -300,4 +304,15 @@ def test_the_list_and_the_pages_say_what_the_registry_says(capsys):
         for text in (part.title, part.paper, part.line, *(f.name for f in dataclasses.fields(part))):
             assert text in shown and text in page
     assert "fraction   0.1" in shown and "strength         1.0e-3" in shown and "(0, 1]" in shown
-    assert main(["lits"]) == 2 and "python -m methods docs" in capsys.readouterr().err
+    assert main(["sam", "muon"]) == 0
+    shown = capsys.readouterr().out
+    assert [line.split()[0] for line in shown.splitlines() if line[:1].strip()] == ["sam", "muon"]
+    assert f"not beside adapter: {registry.part('muon').excludes['adapter']}" in shown
+    assert main(["mun"]) == 2 and "unknown part 'mun': did you mean 'muon'?" in capsys.readouterr().err
+    assert main(["--help"]) == 0 and "python -m methods KEY" in capsys.readouterr().out
+
+
+def test_a_list_that_is_not_read_to_its_end_is_no_error():
+    command = f"'{sys.executable}' -m methods {' '.join(registry.built_in())} | true"
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stderr == ""

@@ -126,7 +126,7 @@ def test_the_first_right_answer_takes_the_place_and_the_others_keep_the_domains(
     assert result.curve[0]["loss"] == pytest.approx(nll / count, rel=1e-6)
 
 
-def test_rows_without_a_right_answer_can_be_left_out(written):
+def test_rows_without_a_right_answer_can_be_left_out(written, capsys):
     end, own = written
     right = first_finished(own[1], end)[:-1]
     rows = rows_of([b"something else", bytes(right), b"nor this, is it", b"x"], end=end)
@@ -135,7 +135,9 @@ def test_rows_without_a_right_answer_can_be_left_out(written):
     left = sum(len(row["input_ids"]) for index, row in enumerate(rows) if index != 1)
     assert list(step) == [1] and result.tokens == len(rows[1]["input_ids"])
     assert result.added["self_sft"]["left_out"] == left
+    assert "self_sft" not in capsys.readouterr().out
     nothing, seen = train({"otherwise": "leave-out"}, rows_of([b"something else"] * 4, end=end), end=end)
+    assert "self_sft: no sampled answer was accepted in epoch 1" in capsys.readouterr().out
     assert len(seen["steps"][0]) == 1 and nothing.curve[0]["loss"] == 0
 
 
