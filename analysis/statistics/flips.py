@@ -140,12 +140,13 @@ def pairs(items: pd.DataFrame) -> pd.DataFrame:
     lost = lost[[cell for cell in dict.fromkeys(items["cell"]) if cell in lost]].dropna().astype(bool)
     methods = items.drop_duplicates("cell").set_index("cell")["method"]
     task = lost.index.get_level_values("task")
-    n, each = lost.groupby(task).size(), lost.groupby(task).sum()
+    n, each = lost.groupby(task).size().to_numpy(), lost.groupby(task).sum()
+    once = {cell: (lost[cell].to_numpy(), each[cell].to_numpy()) for cell in lost}  # pandas is slow in a loop of pairs
     rows = []
     for a, b in combinations(lost.columns, 2):
-        first, second = each[a], each[b]
-        both = int((lost[a] & lost[b]).sum())
-        variance = first * second * (n - first) * (n - second) / (n**2 * (n - 1).clip(lower=1))
+        (lost_a, first), (lost_b, second) = once[a], once[b]
+        both = int((lost_a & lost_b).sum())
+        variance = first * second * (n - first) * (n - second) / (n**2 * (n - 1).clip(min=1))
         row = {"a": a, "b": b, "method_a": methods[a], "method_b": methods[b]}
         row |= {"lost_a": int(first.sum()), "lost_b": int(second.sum()), "both": both}
         row |= {"union": row["lost_a"] + row["lost_b"] - both}

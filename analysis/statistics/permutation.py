@@ -27,6 +27,7 @@ AT_ONCE = 4_000_000  # signs held at a time
 LEVEL = 0.05
 POWER = 0.8
 TESTED = ["kind", "a", "b", "difference", "low", "high", "p", "p_holm", "detectable"]
+BySeed = dict[str, dict[int, str]]  # method -> seed -> cell
 COLUMNS = [*TESTED, "n", "items_differing", "seeds", "scope", "unit"]
 
 
@@ -121,17 +122,20 @@ def tests_of(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     pairs, cells, counted = wide
     methods = list(dict.fromkeys(cells["method"]))
     families = ([(a, "base") for a in methods], [(a, b) for i, a in enumerate(methods) for b in methods[i + 1 :]])
-    rows, changes = [], Changes(loaded, cells)
-    tokens = changes.tokens_of(domain) if units.per_token(cells.iloc[0], domain) else None
+    rows, changes, first = [], Changes(loaded, cells), cells.iloc[0]
+    by_seed = {method: dict(zip(own["seed"], own.index)) for method, own in cells.groupby("method")}
+    items = {kind: [pairs[pairs["task"] == task] for task in tasks] for kind, tasks in counted.items()}
+    unit = {"gain": units.of_domain(first), "forgetting": units.SHARE}
+    tokens = changes.tokens_of(domain) if units.per_token(first, domain) else None
     for family in families:
-        each = [(a, b, kind) for a, b in family for kind in counted]
-        tested = [_row(pairs, cells, kind=kind, a=a, b=b, tasks=counted[kind], tokens=tokens) for a, b, kind in each]
-        tested = [row for row in tested if row is not None]
+        each = ((a, b, kind) for a, b in family for kind in counted)
+        every = (_row(items[k], by_seed, kind=k, a=a, b=b, unit=unit[k], tokens=tokens) for a, b, k in each)
+        tested = list(filter(None, every))
         for row, p in zip(tested, holm([row["p"] for row in tested])):
             errors = row.pop("errors")
             rows.append(row | {"p_holm": float(p), "detectable": errors and could_find(**errors, tests=len(tested))})
     for measure in NATS:
-        rows += _in_nats(changes, cells, measure, families)
+        rows += _in_nats(changes, by_seed, measure, families)
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -182,45 +186,41 @@ def _wide(loaded: Loaded, *, model: str, domain: str):
 
 
 def _row(
-    pairs: pd.DataFrame, cells: pd.DataFrame, *, kind: str, a: str, b: str, tasks: list[str], tokens: np.ndarray | None
+    own: list[pd.DataFrame], by_seed: BySeed, *, kind: str, a: str, b: str, unit: str, tokens: np.ndarray | None
 ) -> dict | None:
     """One test; with `tokens` of the domain's rows the gain is a mean over them, and its interval is a ratio's."""
-    by_seed, shared = _by_seed(cells, a, b)
+    shared = _shared(by_seed, a, b)
     if not shared:
         return None
-    sign = 1.0 if kind == "gain" else -1.0
+    sign, step = 1.0 if kind == "gain" else -1.0, units.step(unit)
 
     def scores(method: str, rows: pd.DataFrame) -> np.ndarray:
         if method not in by_seed:
             return rows["base"].to_numpy(dtype=float)
         return by_run(rows[[by_seed[method][seed] for seed in shared]])
 
-    own = [pairs[pairs["task"] == task] for task in tasks]
     differences = [sign * (scores(a, rows) - scores(b, rows)) for rows in own]
     means = [seeds.mean(axis=0) for seeds in differences]
-    unit = units.of_domain(cells.iloc[0]) if kind == "gain" else units.SHARE
-    step = units.step(unit)
     if kind == "gain" and tokens is not None:  # a row's part is n · change / Σ tokens
         change = Change(tasks=[differences[0] * tokens.sum() / len(tokens)], tokens=tokens)
         whole, items = change.interval, change.over_seeds().interval
     else:
         whole, items = of_arrays(differences, step=step), of_arrays([mean[None] for mean in means], step=step)
-    one = step / (len(tasks) * max(map(len, means)))
+    one = step / (len(means) * max(map(len, means)))
     about = _about(kind, a, b, unit=unit, whole=whole, items=items, fewest=one, means=means)
     return about | {"p": sign_flip(means)}
 
 
-def _by_seed(cells: pd.DataFrame, a: str, b: str) -> tuple[dict[str, dict[int, str]], list[int]]:
-    """The cells of a, and of b if it is a method, by seed, and their common seeds: they are compared seed by seed."""
-    by_seed = {m: dict(zip(own["seed"], own.index)) for m, own in cells[cells["method"].isin([a, b])].groupby("method")}
-    return by_seed, sorted(set.intersection(*map(set, by_seed.values())))
+def _shared(by_seed: BySeed, a: str, b: str) -> list[int]:
+    """The seeds of a that b has too, if b is a method: they are compared seed by seed."""
+    return sorted(set(by_seed[a]) & set(by_seed.get(b, by_seed[a])))
 
 
-def _in_nats(changes: Changes, cells: pd.DataFrame, measure: Measure, families: Sequence) -> list[dict]:
+def _in_nats(changes: Changes, by_seed: BySeed, measure: Measure, families: Sequence) -> list[dict]:
     """The tests of one measure in nats, each family corrected by Holm's method in itself."""
     compared: list[tuple[str, str, Change]] = []
     for a, b in (pair for family in families for pair in family):
-        by_seed, shared = _by_seed(cells, a, b)
+        shared = _shared(by_seed, a, b)
         if not shared or (b == "base" and not measure.signed):
             continue
         change = changes.of(measure, [by_seed[a][seed] for seed in shared])
