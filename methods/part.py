@@ -29,9 +29,9 @@ phase follows from the hooks that the part overrides.
     state["frozen"]   {name of run.weights: bool mask that broadcasts to this process's rows, on their device}: entries
                       that do not move in this step, whatever the optimizer and its weight decay do; their gradient
                       counts in no norm. A mask of no dimension stays on the CPU and freezes the tensor whole: the
-                      optimizer keeps no state of it. What is frozen is held twice during the step (`Memory.update`)
-                      What is drawn is set in `begin` or `examples`, before a part takes a second gradient; what is chosen
-                      by the step's gradient in `before_clip`, with "frozen" in `scratch`
+                      optimizer keeps no state of it. What is frozen is held twice during the step (`Memory.update`).
+                      What is drawn is set in `begin` or `examples`, before a part takes a second gradient; what the
+                      step's gradient chooses in `before_clip`, with "frozen" in `scratch`
 
 Where several processes train one model, each holds some rows of every tensor. A part works on these rows
 (`run.weights`, `run.shards.local`) and sums over processes what belongs to all rows (`run.shards.sum`). All processes
