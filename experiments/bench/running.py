@@ -168,13 +168,13 @@ class _Documents:
     def __exit__(self, *_: Any) -> None:
         pass
 
-    def update(self, count: int) -> None:
+    def update(self, count: int = 1) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._times += [perf_counter()] * count
 
     def seconds_token(self, general: Sequence[dict]) -> float | None:
-        if len(self._times) <= WARM:
+        if min(len(self._times), len(general)) <= WARM:
             return None
         tokens = sum(len(e["input_ids"]) for e in general[WARM : len(self._times)])
         return (self._times[-1] - self._times[WARM - 1]) / tokens
