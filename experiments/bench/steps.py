@@ -1,8 +1,8 @@
 """What a method adds to a step of training: the steps of every method of the default study, and of EWC-LoRA, against
-those of plain fine-tuning, on one and the same batch through the engine itself; then those of one method for each
-other part, against plain fine-tuning or, where the method trains an adapter, against LoRA. All methods of a race train
-side by side and take one step each in turn; loading, preparation and a first step are not counted. Importance is of
-one document: a penalty costs the same whatever its values. Parts that act after training alone train nothing.
+those of plain fine-tuning, on one and the same batch through the engine itself; then those of one method for each other
+part, against plain fine-tuning or, where the method trains an adapter, against LoRA. All methods of a race train side
+by side and take one step each in turn; loading, preparation and a first step are not counted. Importance is of eight
+documents: a penalty costs the same whatever its values. Parts that act after training alone train nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -56,23 +56,34 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
             group = others[at : at + TOGETHER]
             title = f"{on.name}: {', '.join(group)} against {against}"
             goals = [goal for name in group if (goal := _goal(on, name, against))]
-            yield _race(
-                on, [against, *group], title=title, against=against, rounds=rounds or ROUNDS_OF_FIELD, goals=goals
-            )
+            settings = {"rounds": rounds or ROUNDS_OF_FIELD, "goals": goals, "trial": on.tiny}
+            yield _race(on, [against, *group], title=title, against=against, **settings)
 
 
 def _race(
-    on: Subject, names: Sequence[str], *, title: str, against: str, rounds: int, goals: Sequence[Goal] = ()
+    on: Subject,
+    names: Sequence[str],
+    *,
+    title: str,
+    against: str,
+    rounds: int,
+    goals: Sequence[Goal] = (),
+    trial: bool = False,
 ) -> Race:
-    """A race of the steps of these methods on one batch, with the phases of a step and the bytes held as facts."""
+    """A race of the steps of these methods on one batch, with the phases of a step and the bytes held as facts.
+
+    trial  with the parts' settings for a tiny model, whose predictions are not what the study's are for
+    """
     batch = on.batch()
     methods = {name: () if name == PLAIN else hooks.trainers(on.study.methods[name].parts) for name in names}
+    if trial:
+        methods = {name: tuple(replace(part, **part.trial) for part in parts) for name, parts in methods.items()}
     common = {"device": torch.device("cpu"), "compute_dtype": on.dtype, "tokenizer": on.tokenizer}
     settings = {name: on.steps(name, batch, 1 + rounds) for name in methods}
     watches = {name: Stopwatch(common["device"]) for name in methods}
     prepared = {
         name: running.prepare(
-            parts=parts, make=on.make, base=on.base, general=on.general[:1], settings=settings[name], **common
+            parts=parts, make=on.make, base=on.base, general=on.general[:8], settings=settings[name], **common
         )
         for name, parts in methods.items()
     }

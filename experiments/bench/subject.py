@@ -42,6 +42,10 @@ class Subject:
     general: list[Example]
     tokenizer: Any
 
+    @property
+    def tiny(self) -> bool:
+        return sum(tensor.numel() for tensor in self.base.values()) < 1e6
+
     def steps(self, method: str, batch: list[Example], count: int) -> TrainSettings:
         """The study's settings of `method` for `count` steps on one batch."""
         model, domain = _first(self.study)
