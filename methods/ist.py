@@ -5,9 +5,8 @@
     adapters' output by `scale`;    reward r = exp(−loss);    s_l += rate·(r − mean r)·σ(s_l)·(1 − σ(s_l))
 
 The score s_l of a block starts at 0 and rises where the loss is lower than in the other trials although the block is
-suppressed: a high score means that the block matters little. This is the authors' code, whose trials read one batch.
-Here they read the domain's rows of the step, each time the same ones. The loss is in nats per labelled token, without
-dropout. All gradients are computed, so that the memory that the paper saves is not saved.
+suppressed: a high score means that the block matters little. This is the authors' code, whose trials read one batch;
+here they read the domain's rows of the step. The loss is in nats per labelled token, without dropout.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ class IST(Part):
     def examples(self, *, run, state, rows, step):
         if self.fraction == 1:
             return rows
-        domain = [row for row in rows if "index" in row]
-        if self._tries and (step + 1) % self.every == 0 and domain:  # replayed text may have taken all of it
+        domain = [row for row in rows if "index" in row]  # none where other text has taken the place of all
+        if self._tries and (step + 1) % self.every == 0 and domain:
             self._try(run, state, domain, step)
         trained = _drawn(-state["scores"], self.fraction, run.generator(self.key, "train", step))
         for block in trained:

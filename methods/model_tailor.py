@@ -27,8 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from methods.errors import UserError
 from methods.part import Part, Run, register, setting
-from methods.tools.architecture import base_name, plain
-from methods.tools.compensation import GROUP, groups, moments_of, patched
+from methods.tools.compensation import GROUP, groups, linear_layers, moments_of, patched
 from methods.tools.costs import Memory
 
 SIGNS = {"minus": -1.0, "none": 0.0, "plus": 1.0}
@@ -73,7 +72,7 @@ class ModelTailor(Part):
         if self.fraction == 1:
             return final
         changed = [name for name, tuned in final.items() if not torch.equal(tuned, run.base[name].to(tuned))]
-        layers = _linear(run.model, set(run.shards.broadcast(changed)))
+        layers = linear_layers(run.model, set(run.shards.broadcast(changed)))
         if not layers:
             raise UserError("model_tailor: training changed no linear layer of the model's blocks: take the part out")
         result, kept = (dict(final) if self.rest == "tuned" else {}), 0
@@ -116,10 +115,3 @@ def _standard(values: Tensor) -> Tensor:
     """Each row of values ≥ 0 less its mean, over its standard deviation; 0 where it varies by rounding alone."""
     mean, std = values.mean(1, keepdim=True), values.std(1, correction=0, keepdim=True)
     return (values - mean) / torch.where(std > 1e-12 * mean, std, torch.inf)
-
-
-def _linear(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:
-    """Linear layers other than the head, by the base names of their weights, which are among `names`."""
-    head = plain(model).get_output_embeddings()
-    modules = {base_name(f"{path}.weight"): module for path, module in model.named_modules() if module is not head}
-    return {name: m for name, m in modules.items() if name in names and isinstance(m, nn.Linear | Conv1D)}

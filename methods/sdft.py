@@ -9,25 +9,19 @@ For every row of a step, with the prompt x and the domain's answer a:
 KL over the whole vocabulary, in nats, on the tokens of y, its end of text included. There is no cross-entropy on a. The
 text of the paper has the reverse KL(p_θ‖p_φ), its authors' runs the forward one, which is the default here; TRL's
 trainer takes half of each on the 100 likeliest tokens and the base as the teacher. No gradient flows through y.
-
-A row keeps its place and its index: its tokens are x and y in place of x and a. `tokens_trained` counts those of x and
-a, and the difference is charged to this part, like the tokens that are sampled and those that the teacher reads.
 """
 
 from __future__ import annotations
 
-import string
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from methods.errors import UserError
 from methods.part import Part, register, setting
 from methods.tools import answers
 from methods.tools.costs import Added, Memory
 
-CHUNK = 1024  # rows of logits that are held at once
 NO_ANSWER = "sdft does not learn the domain's answers, on which the other acts in the loss"
 
 
@@ -61,14 +55,7 @@ class SDFT(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        try:
-            names = {name for _, name, _, _ in string.Formatter().parse(self.template) if name is not None}
-        except ValueError as error:
-            raise UserError(f"sdft.template is {self.template!r}: {error}; write a brace as two") from error
-        if "answer" not in names or names - {"answer", "prompt"}:
-            raise UserError(
-                f"sdft.template is {self.template!r}: name {{answer}}, {{prompt}} and nothing else in braces"
-            )
+        answers.refuse_template(self.template, where="sdft.template")
 
     def added(self):
         return Added(read=1.0 + self.template.count("{prompt}"))  # to sample, and by the teacher
@@ -76,13 +63,11 @@ class SDFT(Part):
     def memory(self, *, counts, phase):
         if phase != "train":
             return Memory()
-        forward = 5 * counts.wide * counts.vocabulary * CHUNK
         if self.teacher == "base":
-            copy = counts.share(counts.compute * counts.base) if counts.trained_base else 0
-            return Memory(state=copy, forward=forward)
-        head = counts.compute * counts.head_trained
+            return Memory(state=counts.frozen_base, forward=counts.distributions)
+        mean = counts.share(counts.wide * counts.trained) + counts.compute * counts.head_trained
         swapped = counts.share(counts.wide * counts.largest_trained)
-        return Memory(state=counts.share(counts.wide * counts.trained) + head, forward=forward, update=swapped)
+        return Memory(state=mean, forward=counts.distributions, update=swapped)
 
     def begin(self, *, run, state, examples, general=()):
         answers.refuse(examples, part=self.key)
@@ -108,8 +93,10 @@ class SDFT(Part):
         sampled = run.sample(prompts=asked, key=(self.key, step), ended=True, **given)
         # no row becomes longer than the domain's longest, which the memory is planned for
         sampled = [own[: max(1, state["longest"] - len(x))] for x, own in zip(prompts, sampled, strict=True)]
-        views = [self._view(run, prompt, answer) for prompt, (_, answer) in zip(prompts, domain, strict=True)]
-        read = [answers.row_of(view, own) for view, own in zip(views, sampled, strict=True)]
+        read = []
+        for prompt, (_, answer), own in zip(prompts, domain, sampled, strict=True):
+            view = answers.filled(run, self.template, prompt=prompt, answer=answer, tokens=self.tokens)
+            read.append(answers.row_of(view, own))
         state["states"] = torch.cat(state["teacher"].states(read))
         changed, count = [answers.row_of(prompt, own) for prompt, own in zip(prompts, sampled, strict=True)], 0
         for row in changed:
@@ -118,16 +105,6 @@ class SDFT(Part):
             count += int(learned.sum())
         left = iter(changed)
         return [next(left) | {"index": row["index"]} if "index" in row else row for row in rows]
-
-    def _view(self, run, prompt: list[int], answer: list[int]) -> list[int]:
-        """What the teacher reads before a sampled answer: the template, behind what begins every text."""
-        begin = list(run.encode(""))
-        begun = bool(begin) and prompt[: len(begin)] == begin
-        fields = {"prompt": prompt[len(begin) * begun :], "answer": answer, None: []}
-        ids = begin if begun else []
-        for text, name, _, _ in string.Formatter().parse(self.template):
-            ids = ids + list(run.encode(text))[len(begin) :] * bool(text) + fields[name]
-        return answers.fitting(run, ids, tokens=self.tokens)
 
     def token_weights(self, *, run, state, batch, statistics):
         if "sdft" not in batch:

@@ -1,21 +1,16 @@
 """Self-SFT: learn right answers in the model's own words, drawn anew in each epoch (2510.18874).
 
-At the beginning of an epoch the model as it is then answers the prompt of every row `samples` times. An answer that is
-accepted takes the place of the domain's:
+At the beginning of an epoch the model as it is then answers the prompt of every row `samples` times. The first answer
+that is accepted takes the place of the domain's:
 
     accept   equal      it is the domain's answer, but for case, white space and the punctuation around it
              contains   the domain's answer stands in it as words
              any        whatever it is
-    take     first      the first one that is accepted
-             likeliest  the accepted one with the largest mean log-probability of its tokens, by the model
 
 The loss stays the mean cross-entropy of the step's labelled tokens. Data of the initial policy alone (`refresh: once`)
 does not keep what on-policy data keeps, says the paper; it draws anew with reinforcement learning, of which this is the
 part without a reward model: rejection sampling. An answer counts only where it has ended: with the end of text where
 the domain's answers have one, else with that or with `stop`, neither of which is then learned.
-
-`tokens_trained` counts the domain's own rows. What is sampled is charged to this part, and so is the difference that
-other answers make to the rows.
 """
 
 from __future__ import annotations
@@ -42,18 +37,13 @@ from methods.tools.costs import Added
 class SelfSFT(Part):
     shares = ("methods.tools.answers",)
     neutral = {"samples": 0}
-    trial = {
-        "samples": 2,
-        "tokens": 4,
-        "accept": "any",
-        "stop": "\ufffd",
-    }  # bytes that are no text, of which there are many
+    # many answers end with bytes that are no text
+    trial = {"samples": 2, "tokens": 4, "accept": "any", "stop": "\ufffd"}
 
     samples: int = setting(4, within="[0, inf)", help="answers sampled for each row")
     tokens: int = setting(64, within="[1, inf)", help="most tokens of a sampled answer")
     temperature: float = setting(0.8, within="[0, inf)", help="of the softmax that answers are drawn from")
     accept: Literal["equal", "contains", "any"] = setting("equal", help="which answers may take the domain's place")
-    take: Literal["first", "likeliest"] = setting("first", help="which of the accepted answers does")
     extract: str = setting("", help="regular expression: its last match in both answers is compared; empty: the whole")
     otherwise: Literal["keep", "leave-out"] = setting("keep", help="rows without an accepted answer: keep the domain's")
     refresh: Literal["epoch", "once"] = setting("epoch", help="sample in each epoch, or in the first one alone")
@@ -67,8 +57,7 @@ class SelfSFT(Part):
             raise UserError(f"self_sft.extract is {self.extract!r}, which is no regular expression: {error}") from error
 
     def added(self):
-        # to sample, and to score what is accepted, as if it were a quarter
-        return Added(read=self.samples * (1.25 if self.take == "likeliest" else 1.0))
+        return Added(read=float(self.samples))
 
     def begin(self, *, run, state, examples, general=()):
         if not self.samples:
@@ -77,7 +66,7 @@ class SelfSFT(Part):
         state["longest"] = max(len(row["input_ids"]) for row in examples)
         state["ended"] = answers.has_end(run, examples)
         state["accepted"] = []  # share of the rows, by epoch
-        if self.accept != "any" and not any(self._compared(run, answers.divided(row)[1]) for row in examples):
+        if not any(self._accepts(run, answer, answer) for _, answer in map(answers.divided, examples)):
             raise UserError(f"self_sft.extract is {self.extract!r}, which matches no answer of the domain: correct it")
 
     def epoch(self, *, run, state, examples, epoch):
@@ -96,8 +85,6 @@ class SelfSFT(Part):
             own = [self._finished(run, state, next(sampled), answer) for _ in range(self.samples)]
             room = state["longest"] - len(row["labels"]) + len(answer)
             found.append([ids for ids in own if 0 < len(ids) <= room and self._accepts(run, ids, answer)])
-        if self.take == "likeliest":
-            found = self._likeliest(run, [prompt for prompt, _ in rows], found)
         state["accepted"].append(sum(map(bool, found)) / len(found))
         if not any(found) and run.shards.first:
             print(
@@ -120,23 +107,8 @@ class SelfSFT(Part):
     def _accepts(self, run, ids: list[int], answer: list[int]) -> bool:
         if self.accept == "any":
             return True
-        own, right = self._compared(run, ids), self._compared(run, answer)
+        own, right = (answers.normalised(answers.extracted(run.decode(each), self.extract)) for each in (ids, answer))
         return bool(right) and (own == right if self.accept == "equal" else answers.contains(own, right))
-
-    def _compared(self, run, ids: list[int]) -> str:
-        """What is compared of an answer; empty where `extract` finds nothing."""
-        text = run.decode(ids)
-        if self.extract:
-            matches = list(re.finditer(self.extract, text))
-            text = (matches[-1][1] if matches[-1].re.groups else matches[-1][0]) if matches else ""
-        return answers.normalised(text or "")
-
-    def _likeliest(self, run, prompts: list, found: list[list]) -> list[list]:
-        """Of each row's accepted answers the one with the largest mean log-probability."""
-        asked = [answers.row_of(prompt, ids) for prompt, own in zip(prompts, found, strict=True) for ids in own]
-        scores = iter([float(score.mean()) for score in run.score(asked)])
-        ranked = [[(next(scores), ids) for ids in own] for own in found]
-        return [[max(own, key=lambda scored: scored[0])[1]] if own else [] for own in ranked]
 
     def _row(self, row, parts: tuple, found: list):
         if found:

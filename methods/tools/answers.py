@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 import unicodedata
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -54,6 +55,41 @@ def row_of(prompt: list[int], answer: list[int], rest: Row | None = None) -> Row
     if rest is None:
         return {"input_ids": ids, "labels": labels}
     return {"input_ids": torch.cat([ids, rest["input_ids"]]), "labels": torch.cat([labels, rest["labels"]])}
+
+
+def refuse_template(template: str, *, where: str) -> None:
+    """Raises UserError for a template without {answer}, or with anything else in braces than that and {prompt}."""
+    try:
+        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+    except ValueError as error:
+        raise UserError(f"{where} is {template!r}: {error}; write a brace as two") from error
+    if "answer" not in names or names - {"answer", "prompt"}:
+        raise UserError(f"{where} is {template!r}: name {{answer}}, {{prompt}} and nothing else in braces")
+
+
+def filled(run: Run, template: str, *, prompt: list[int], answer: list[int], tokens: int) -> list[int]:
+    """Token ids of the template with a row's own in it: the end of them that leaves room for `tokens` more.
+
+    In front stands what begins every text, such as a beginning-of-text token, where the prompt has it, too.
+    """
+    begin = list(run.encode(""))
+    begun = bool(begin) and prompt[: len(begin)] == begin
+    fields = {"prompt": prompt[len(begin) * begun :], "answer": answer, None: []}
+    ids = begin if begun else []
+    for text, name, _, _ in string.Formatter().parse(template):
+        ids = ids + list(run.encode(text))[len(begin) :] * bool(text) + fields[name]
+    return fitting(run, ids, tokens=tokens)
+
+
+def extracted(text: str, expression: str) -> str:
+    """The last match of a regular expression, or of its first group if it has any; empty where nothing matches.
+
+    The whole text for an empty expression.
+    """
+    matches = list(re.finditer(expression, text)) if expression else []
+    if not matches:
+        return "" if expression else text
+    return matches[-1][1 if matches[-1].re.groups else 0] or ""
 
 
 def normalised(text: str) -> str:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from methods.part import Row, Run
+from methods.tools.architecture import base_name, plain
 
 GROUP = 1 << 30  # bytes of H that are held at once; each group of layers takes a pass over the rows
 
@@ -63,6 +64,13 @@ def _factor(moments: Tensor, damp: float) -> Tensor:
     mean = moments.diagonal().mean()
     moments.diagonal().add_(damp * mean if mean else 1.0)  # a layer that reads nothing but zeros
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(moments)), upper=True)
+
+
+def linear_layers(model: nn.Module, names: set[str]) -> dict[str, nn.Module]:
+    """Linear layers other than the head, by the base names of their weights, which are among `names`."""
+    head = plain(model).get_output_embeddings()
+    modules = {base_name(f"{path}.weight"): module for path, module in model.named_modules() if module is not head}
+    return {name: m for name, m in modules.items() if name in names and isinstance(m, nn.Linear | Conv1D)}
 
 
 def groups(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:

@@ -11,6 +11,7 @@ from experiments.training.settings import TrainSettings
 from methods import registry
 from methods.errors import UserError
 from methods.sdft import SDFT
+from methods.tools import answers
 
 LORA = {"lora": {"rank": 2, "targets": ["q_proj", "v_proj"]}}
 RATE = 0.3
@@ -212,7 +213,7 @@ def test_what_the_teacher_reads_fits_into_the_models_positions(monkeypatch):
     monkeypatch.setattr(Watched, "seen", {})
     part = Watched(template="{prompt}{answer}" + "." * 40 + "{prompt}", tokens=6)
     result = train(part, config={"max_position_embeddings": 30}, epochs=0.5)
-    read = part._view(result.run, list(range(40, 60)), [33, 34])
+    read = answers.filled(result.run, part.template, prompt=list(range(40, 60)), answer=[33, 34], tokens=6)
     assert read == [*b"." * 4, *range(40, 60)]
 
 

@@ -141,24 +141,6 @@ def test_rows_without_a_right_answer_can_be_left_out(written, capsys):
     assert len(seen["steps"][0]) == 1 and nothing.curve[0]["loss"] == 0
 
 
-def test_the_likeliest_answer_is_by_the_models_mean_log_probability(written):
-    end, own = written
-    rows = rows_of([b"a long answer of the domain"] * 4, end=end)
-    _, seen = train({"accept": "any", "take": "likeliest"}, rows, end=end)
-    model = writer(end=end)
-    mark = EOS_ID if end else ord("\n")
-    for index, row in seen["steps"][0].items():
-        prompt, best = list(PROMPTS[index]), None
-        for ids in own[index]:
-            ids = (ids if end else ids[:-1]) if ids[-1] == mark else []
-            if len(ids) > end:
-                with torch.no_grad():
-                    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1]
-                score = -F.cross_entropy(logits, torch.tensor(ids)).item()
-                best = max(best or (score, ids), (score, ids))
-        assert row["input_ids"][len(prompt) :].tolist() == best[1]
-
-
 def test_answers_are_drawn_anew_in_each_epoch_or_once(written):
     end, _ = written
     rows = rows_of([b"a long answer of the domain"] * 4, end=end)
