@@ -41,9 +41,7 @@ class IST(Part):
     beside = {"lora": {"rank": 2}}
 
     fraction: float = setting(0.25, within="(0, 1]", help="share of the blocks that train in a step, at least one")
-    choice: Literal["importance", "random"] = setting(
-        "importance", help="how they are drawn: by score, or all alike and without trials (RST, the paper's control)"
-    )
+    choice: Literal["importance", "random"] = setting("importance", help="by score, or all alike without trials (RST)")
     every: int = setting(10, within="[1, inf)", help="optimizer steps from one round of trials to the next")
     trials: int = setting(3, within="[2, inf)", help="trials in a round")
     suppressed: float = setting(0.5, within="(0, 1)", help="share of the blocks that a trial suppresses, at least one")
