@@ -7,15 +7,14 @@ that is accepted takes the place of the domain's:
              contains   the domain's answer stands in it as words
              any        whatever it is
 
-The loss stays the mean cross-entropy of the step's labelled tokens. Data of the initial policy alone (`refresh: once`)
-does not keep what on-policy data keeps, says the paper; it draws anew with reinforcement learning, of which this is the
-part without a reward model: rejection sampling. An answer counts only where it has ended: with the end of text where
-the domain's answers have one, else with that or with `stop`, neither of which is then learned.
+The loss stays the mean cross-entropy of the step's labelled tokens. This is rejection sampling; the paper draws anew
+with reinforcement learning, and finds that data of the initial policy alone (`refresh: once`) keeps less. An answer
+counts only where it has ended: with the end of text where the domain's answers have one, else with that or with `stop`,
+neither of which is then learned.
 """
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,10 +50,7 @@ class SelfSFT(Part):
 
     def __post_init__(self):
         super().__post_init__()
-        try:
-            re.compile(self.extract)
-        except re.error as error:
-            raise UserError(f"self_sft.extract is {self.extract!r}, which is no regular expression: {error}") from error
+        answers.refuse_expression(self.extract, where="self_sft.extract")
 
     def added(self):
         return Added(read=float(self.samples))

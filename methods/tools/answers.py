@@ -81,6 +81,14 @@ def filled(run: Run, template: str, *, prompt: list[int], answer: list[int], tok
     return fitting(run, ids, tokens=tokens)
 
 
+def refuse_expression(expression: str, *, where: str) -> None:
+    """Raises UserError for what is no regular expression."""
+    try:
+        re.compile(expression)
+    except re.error as error:
+        raise UserError(f"{where} is {expression!r}, which is no regular expression: {error}") from error
+
+
 def extracted(text: str, expression: str) -> str:
     """The last match of a regular expression, or of its first group if it has any; empty where nothing matches.
 
