@@ -78,7 +78,8 @@ class SelfSFT(Part):
         sampled = iter(run.sample(prompts=asked, until=until, **given))
         found = []
         for row, (_, answer) in zip(examples, rows, strict=True):
-            own = [self._finished(run, state, next(sampled), answer) for _ in range(self.samples)]
+            end = answer[-1] if state["ended"] else None
+            own = [answers.finished(run, next(sampled), end=end, stop=self.stop) for _ in range(self.samples)]
             room = state["longest"] - len(row["labels"]) + len(answer)
             found.append([ids for ids in own if 0 < len(ids) <= room and self._accepts(run, ids, answer)])
         state["accepted"].append(sum(map(bool, found)) / len(found))
@@ -92,13 +93,6 @@ class SelfSFT(Part):
         if self.refresh == "once":
             state["drawn"] = drawn
         return drawn
-
-    def _finished(self, run, state, ids: list[int], answer: list[int]) -> list[int]:
-        """A sampled answer as it would be learned; nothing where it has not ended, or has no more than its end."""
-        if state["ended"]:
-            return ids if len(ids) > 1 and ids[-1] == answer[-1] else []
-        ended = run.decode(ids[-1:]) == "" or (self.stop and self.stop in run.decode(ids))
-        return ids[:-1] if ended else []
 
     def _accepts(self, run, ids: list[int], answer: list[int]) -> bool:
         if self.accept == "any":

@@ -47,6 +47,18 @@ def has_end(run: Run, rows: Sequence[Row]) -> bool:
     return all(run.decode(divided(row)[1][-1:]) == "" for row in rows)
 
 
+def finished(run: Run, ids: list[int], *, end: int | None, stop: str) -> list[int]:
+    """A sampled answer as it would be learned; nothing where it has not ended, or has no more than its end.
+
+    end   the token that the domain's answers end with, which is learned; None: they have none
+    stop  text that ends an answer where they have none, as an end of text does; neither is learned
+    """
+    if end is not None:
+        return ids if len(ids) > 1 and ids[-1] == end else []
+    ended = run.decode(ids[-1:]) == "" or (stop and stop in run.decode(ids))
+    return ids[:-1] if ended else []
+
+
 def row_of(prompt: list[int], answer: list[int], rest: Row | None = None) -> Row:
     """A row that teaches an answer, and behind it whatever `rest` teaches."""
     ids = torch.tensor(prompt + answer)

@@ -167,7 +167,7 @@ def test_what_is_compared_is_what_extract_finds_last():
         (False, [*b"ab", EOS_ID], [*b"ab"]),
         (False, [*b"abab"], []),
     ):
-        assert part._finished(run, {"ended": ended}, ids, [97, EOS_ID]) == learned
+        assert answers.finished(run, ids, end=EOS_ID if ended else None, stop="\n") == learned
     with pytest.raises(UserError, match=r"self_sft.extract is 'Answer .*', which matches no answer of the domain"):
         train({"extract": r"Answer (\d)"}, rows, end=False)
     with pytest.raises(UserError, match=r"self_sft.extract is '\(', which is no regular expression"):
