@@ -28,7 +28,7 @@ from methods.tools.costs import Added
 class FLOW(Part):
     scratch = ("exponents",)
     neutral = {"strength": 0.0}
-    excludes = {"self_sft": "its rows are drawn anew each epoch, and the base has scored those of the data"}
+    excludes = {"self_sft": "self_sft draws its rows anew in each epoch, and the base has scored those of the data"}
 
     strength: float = setting(
         1.0, within="[0, inf)", help="s of exp(−s·ℓ/τ): 1 is the paper's, 0 weighs all rows alike"

@@ -30,7 +30,7 @@ class STM(Part):
     scratch = ("labels",)
     neutral = {"threshold": 0.0}
     trial = {"threshold": 500.0}
-    excludes = {"self_sft": "its rows are drawn anew each epoch, and the base has scored those of the data"}
+    excludes = {"self_sft": "self_sft draws its rows anew in each epoch, and the base has scored those of the data"}
 
     threshold: float = setting(
         2.5, within="[0, inf)", help="perplexity under the base above which a token is not learned; 0: all are learned"

@@ -90,9 +90,9 @@ REFUSED = [  # parts of the one group beside those of the other, and words of th
     (("osf",), MASKS, "a mask freezes entries of a matrix, which the projection moves together"),
     (("muon",), ("mofo",), "each brings an optimizer"),
     (("asft",), ("dft",), "asft weighs tokens with their probability itself"),
-    (("sdft",), WEIGHS, "acts on the domain's answers in the loss, which sdft does not learn"),
+    (("sdft",), WEIGHS, "sdft does not learn the domain's answers, on which the other acts"),
     (("sdft",), ("self_sft",), "each puts sampled answers in the place of the domain's"),
-    (("self_sft",), ("flow", "stm"), "its rows are drawn anew each epoch"),
+    (("self_sft",), ("flow", "stm"), "self_sft draws its rows anew in each epoch"),
 ]
 
 

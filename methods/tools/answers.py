@@ -72,10 +72,11 @@ def row_of(prompt: list[int], answer: list[int], rest: Row | None = None) -> Row
 def refuse_template(template: str, *, where: str) -> None:
     """Raises UserError for a template without {answer}, or with anything else in braces than that and {prompt}."""
     try:
-        names = {name for _, name, _, _ in string.Formatter().parse(template) if name is not None}
+        fields = [field for _, *field in string.Formatter().parse(template) if field[0] is not None]
     except ValueError as error:
         raise UserError(f"{where} is {template!r}: {error}; write a brace as two") from error
-    if "answer" not in names or names - {"answer", "prompt"}:
+    plain = [["answer", "", None], ["prompt", "", None]]  # name, format and conversion
+    if plain[0] not in fields or any(field not in plain for field in fields):
         raise UserError(f"{where} is {template!r}: name {{answer}}, {{prompt}} and nothing else in braces")
 
 

@@ -217,7 +217,9 @@ def test_what_the_teacher_reads_fits_into_the_models_positions(monkeypatch):
     assert read == [*b"." * 4, *range(40, 60)]
 
 
-@pytest.mark.parametrize("template", ["{prompt}", "{answer} {gold}", "{answer", "{answer}{}"])
+@pytest.mark.parametrize(
+    "template", ["{prompt}", "{answer} {gold}", "{answer", "{answer}{}", "{answer!r}", "{answer}{prompt:>9}"]
+)
 def test_a_template_that_names_something_else_is_refused(template):
     with pytest.raises(UserError, match="sdft.template is "):
         SDFT(template=template)
