@@ -42,9 +42,7 @@ class OSF(Part):
     shares = ("methods.tools.effective", "methods.tools.importance")
     scratch = ("calibration", "anchor", "bases")
     neutral = {"preserved": 0.0, "others": True}
-    excludes = {"adapter": "osf trains the matrices themselves, which an adapter freezes"} | dict.fromkeys(
-        MASKS, MASKED
-    )
+    excludes = dict.fromkeys(MASKS, MASKED) | {"adapter": "osf trains the matrices, which an adapter freezes"}
 
     preserved: float = setting(
         0.5, phase="prepare", within="[0, 1]", help="share of each matrix's singular directions that is kept"
