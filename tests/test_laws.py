@@ -17,11 +17,10 @@ from experiments.laws import processes
 from experiments.laws.laws import LAWS, ONCE, PROCESSES, judge
 from experiments.laws.trial import ARCHITECTURES, Trial
 from experiments.study.paths import HERE
-from experiments.training import hooks
-from methods import registry
+from methods import listing, registry
 from methods.errors import UserError
 from methods.lora import LoRA
-from methods.part import Part, setting
+from methods.part import Part, overrides, setting
 from methods.settings import declared
 from methods.tools.effective import effective_weights, lora_layers
 
@@ -44,7 +43,12 @@ def trial(tmp_path_factory):
 
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize(
-    ("law", "architecture"), [(law, a) for law in LAWS for a in (ARCHITECTURES[:1] if law in ONCE else ARCHITECTURES)]
+    ("law", "architecture"),
+    [
+        pytest.param(law, a, marks=[] if a == ARCHITECTURES[0] else pytest.mark.thorough)
+        for law in LAWS
+        for a in (ARCHITECTURES[:1] if law in ONCE else ARCHITECTURES)
+    ],
 )
 def test_law(trial, part, law, architecture):
     verdict = judge(law, trial(PARTS[part], architecture))
@@ -101,9 +105,12 @@ def reason_against(one, two):
     return next((why for a, b, why in REFUSED if (one in a and two in b) or (two in a and one in b)), "")
 
 
+ACTING = set(listing.ACTS_ON) - {"calibrate", "prepare"}  # hooks in which the order of two parts matters
+
+
 def hooks_of(kind):
-    """The hooks that a part overrides."""
-    return {hook for hook in (*hooks.TRAINING, "finish") if getattr(kind, hook) is not getattr(Part, hook)}
+    """The hooks by which a part acts on a training, or on its weights afterwards."""
+    return {hook for hook in ACTING if overrides(kind, hook)}
 
 
 PAIRS = [

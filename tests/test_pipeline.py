@@ -400,6 +400,7 @@ def test_an_interrupted_run_is_recorded_and_goes_on(project):
     assert not (project / "results/failures/llama-tiny/sums/full/seed0.json").exists()
 
 
+@pytest.mark.thorough
 def test_dvc_exp_run_sets_one_setting_of_one_part(project):
     run(project, "git", "add", "-A")
     run(project, "git", "commit", "-qm", "before exp", check=False)
@@ -421,6 +422,7 @@ def test_dvc_exp_run_sets_one_setting_of_one_part(project):
     )  # MLflow's tag DVC_EXP_NAME
 
 
+@pytest.mark.thorough
 def test_a_given_checkpoint_is_scored_and_its_cost_unknown(project):
     exported = project / "given"
     shutil.copytree(project / "work/models/llama-tiny", exported)

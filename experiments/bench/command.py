@@ -45,7 +45,10 @@ def main(options: argparse.Namespace) -> int:
     for name in options.names or known:
         module = import_module(f"experiments.bench.{name}")
         print(f"{name}: {module.TITLE}", flush=True)
-        races = [race.record() for race in module.measure(small=options.small, rounds=options.rounds)]
+        races = []
+        for race in module.measure(small=options.small, rounds=options.rounds):
+            races.append(race.record())
+            print(f"  done: {race.title}", flush=True)
         record = {
             "name": name,
             "title": module.TITLE,

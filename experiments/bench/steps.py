@@ -5,6 +5,7 @@ by side and take one step each in turn; loading, preparation and a first step ar
 documents: a penalty costs the same whatever its values. Parts that act after training alone train nothing.
 """
 
+import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,7 +26,7 @@ from methods.part import phase_of
 TITLE = "A training step of each method"
 PLAIN, LORA = "full", "lora"
 ROUNDS, ROUNDS_OF_FIELD = 7, 3
-TOGETHER = 3  # methods in memory beside the one they are compared with
+TOGETHER = 2  # methods in memory beside the one they are compared with
 LIMITS = {"weights": 1.05, "mask": 1.1}  # by the phase of the part, against plain fine-tuning
 KL = {PLAIN: 1.5, LORA: 1.45}  # with a frozen copy of the base, and with adapters that are switched off for it
 ADAPTER = 1.1  # another adapter against LoRA
@@ -74,6 +75,7 @@ def _race(
 
     trial  with the parts' settings for a tiny model, whose predictions are not what the study's are for
     """
+    gc.collect()  # the models of the race before, which would else be held beside these
     batch = on.batch()
     methods = {name: () if name == PLAIN else hooks.trainers(on.study.methods[name].parts) for name in names}
     if trial:

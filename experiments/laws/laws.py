@@ -393,9 +393,12 @@ def _in_many_lives(run: Callable[..., Any], folder: Path) -> tuple[Any, int]:
 
 def _allocated(run: Callable[[], object]) -> int:
     """The most bytes that the CPU's allocator held while `run` ran, beyond what it held before."""
-    gc.collect()  # what was left by others would be freed meanwhile
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
+    gc.freeze()  # what was left by others would be freed meanwhile
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            run()
+    finally:
+        gc.unfreeze()
     changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes), default=0)
 

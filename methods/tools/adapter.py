@@ -184,8 +184,11 @@ def row_norms(matrix: Tensor) -> Tensor:
 
 def read_adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, bool]:
     """The adapter that `save` wrote: by base name of each weight what `merged` takes ("a", "b", with DoRA "magnitude"),
-    the scale, and whether weights are in × out."""
+    the scale, and whether weights are in × out. Raises ValueError, LookupError, TypeError or SafetensorError for files
+    that are damaged."""
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError("adapter_config.json is no object")
     tensors = load_file(folder / "adapter_model.safetensors")
     parts = [part for part in SAVED if part != "magnitude" or config.get("use_dora")]
     layers = [name.removesuffix(SAVED["a"]) for name in tensors if name.endswith(f".{SAVED['a']}")]
