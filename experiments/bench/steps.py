@@ -21,15 +21,18 @@ from experiments.bench.subject import Subject
 from experiments.training import hooks
 from experiments.training.engine import FitResult, fit
 from methods import registry
-from methods.part import phase_of
 
 TITLE = "A training step of each method"
 PLAIN, LORA = "full", "lora"
 ROUNDS, ROUNDS_OF_FIELD = 7, 3
 TOGETHER = 2  # methods in memory beside the one they are compared with
-LIMITS = {"weights": 1.05, "mask": 1.1}  # by the phase of the part, against plain fine-tuning
-KL = {PLAIN: 1.5, LORA: 1.45}  # with a frozen copy of the base, and with adapters that are switched off for it
-ADAPTER = 1.1  # another adapter against LoRA
+LIMITS = {  # of a step with the part, against plain fine-tuning
+    **dict.fromkeys(("dft", "eaft", "flow", "profit", "stm", "talr"), 1.05),
+    **dict.fromkeys(("gmt", "hft", "lisa", "random_mask", "ssu"), 1.1),
+    **dict.fromkeys(("asft", "kl"), 1.5),  # with a frozen copy of the base
+}
+LIMITS_WITH_ADAPTERS = {"kl": 1.45}  # against LoRA: the adapters are switched off for the base's predictions
+ADAPTER = 1.1  # of another adapter alone, against LoRA
 PHASES = {
     "forward": ("begin", "forward"),
     "backward": ("forward", "backward"),
@@ -136,13 +139,11 @@ def _field(on: Subject, raced: Sequence[str]) -> Mapping[str, list[str]]:
 
 def _goal(on: Subject, name: str, against: str) -> Goal | None:
     """How long a step of a method may be, where that is a goal."""
-    parts = [part for part in on.study.methods[name].parts if "adapter" not in part.capabilities]
-    if "kl" in {part.key for part in parts}:
-        return Goal(runner=name, limit=KL[against])
-    if against == LORA and not parts:
+    others = [part.key for part in on.study.methods[name].parts if "adapter" not in part.capabilities]
+    if against == LORA and not others:
         return Goal(runner=name, limit=ADAPTER)
-    limits = [LIMITS.get(phase_of(part)) for part in parts]
-    return Goal(runner=name, limit=limits[0]) if len(limits) == 1 and limits[0] else None
+    limits = LIMITS if against == PLAIN else LIMITS_WITH_ADAPTERS
+    return Goal(runner=name, limit=limits[others[0]]) if len(others) == 1 and others[0] in limits else None
 
 
 def _has(on: Subject, name: str, capability: str) -> bool:
