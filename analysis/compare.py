@@ -1,12 +1,17 @@
 """Write results/summary/: the tables, the tests, the figures and the report."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
+from analysis.also import beside
 from analysis.chosen import reported
 from analysis.comparable import guarded
 from analysis.load import load_cells
 from analysis.report.figures import write_figures
 from analysis.report.page import write_report
+from analysis.roles import Roles
 from analysis.sections import costs
 from analysis.sections.tables import as_csv, as_markdown, as_text
 from analysis.statistics.comparison import comparison
@@ -14,18 +19,29 @@ from analysis.statistics.permutation import all_tests
 
 
 def write_summary(
-    *, results_root: Path | str, summary_dir: Path | str, cells, title: str, planned=None, archive=None
+    *,
+    results_root: Path | str,
+    summary_dir: Path | str,
+    cells,
+    title: str,
+    planned=None,
+    archive=None,
+    roles: Roles = Roles(),
+    also: Mapping[str, tuple[Path, Sequence[str]]] = MappingProxyType({}),
 ) -> str:
     """Write the summary of `cells` and return the comparison as text for the terminal.
 
     cells    cells to compare, names `model/domain/method/seed0` or objects with a `.name`
     planned  every cell of the study, if that is more than `cells`: those without a result are named
     archive  {"commit", "known"} of a study that is kept as it was made, shown at the top of table.md and of the report
+    roles    leaders, compositions and controls among the methods
+    also     name of another study -> its folder of results and its cells, which are shown beside and never tested
     The paired tests are of the chosen settings. Figures of an earlier summary are removed.
     """
     root, folder = Path(results_root), Path(summary_dir)
     names = [getattr(cell, "name", cell) for cell in [*(planned or ()), *cells]]
     loaded = guarded(load_cells(root, dict.fromkeys(names)))
+    loaded = replace(loaded, roles=roles, also=beside(loaded, also))
     table, tests = comparison(loaded), all_tests(reported(loaded))
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "figures").glob("*.*"):

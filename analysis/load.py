@@ -1,7 +1,7 @@
 """Read what the stages wrote into results/, for every planned cell, so that nothing goes missing silently."""
 
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from numbers import Real
@@ -10,6 +10,7 @@ from types import NoneType
 
 import pandas as pd
 
+from analysis.roles import Roles
 from methods.errors import UserError
 from methods.tools.files import AGAIN, read_json
 
@@ -47,6 +48,8 @@ class Loaded:
     planned   the names of all cells, in order
     gpu       the newest GPU check (results/gpu/*.json, docs/gpu-check.md), or None
     bench     path -> benchmark record (results/bench/*.json), the newest of each name, in alphabetical order
+    roles     leaders, compositions and controls, as params.yaml names them
+    also      study -> results of another study that are shown beside these, never pooled or tested (analysis/also.py)
     """
 
     cells: pd.DataFrame
@@ -60,6 +63,8 @@ class Loaded:
     planned: tuple[str, ...] = ()
     gpu: dict | None = None
     bench: dict[Path, dict] = field(default_factory=dict)
+    roles: Roles = Roles()
+    also: Mapping[str, "Loaded"] = field(default_factory=dict)
 
     @property
     def not_a_result(self) -> bool:

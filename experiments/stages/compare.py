@@ -1,8 +1,10 @@
 """compare: the tables, figures and report of a study, from the files of exactly its own cells."""
 
 from analysis.compare import write_summary
+from analysis.roles import Roles
 from evaluation.chance import below_chance
 from experiments.study import cells
+from experiments.study.config import also
 
 
 def main(study) -> None:
@@ -12,6 +14,8 @@ def main(study) -> None:
         cells=[cell.name for cell in cells.grid(study)],
         title=study.title,
         archive=study.archive and study.archive.as_written,
+        roles=Roles(leaders=study.leaders, compositions=study.compositions, controls=study.controls),
+        also={name: (other.paths.results, [c.name for c in cells.grid(other)]) for name, other in also(study).items()},
     )
     for model in study.grid.models:
         for line in below_chance(study, model):

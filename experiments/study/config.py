@@ -104,6 +104,7 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     methods = _methods(params, own=raw.get("methods") or {})
     _tune(params.tune.methods, methods)
     _grid(params)
+    _named(params)
     clashes.refuse(params)
     written = {name: getattr(params, name) for name in params.model_fields_set}
     title = params.title or paths.study or "default study"
@@ -151,6 +152,25 @@ def _grid(params: Params) -> None:
                 raise unknown(kind[:-1], name, getattr(params, kind), where=f"grid.{kind}")
         if len(set(names)) != len(names):
             raise UserError(f"grid.{kind} names one entry twice: {names}")
+
+
+def _named(params: Params) -> None:
+    """Refuse leaders, compositions and controls that are no methods of the grid."""
+    kinds = {"leaders": params.leaders, "compositions": params.compositions}
+    for where, names in (kinds | {"controls": [*params.controls, *params.controls.values()]}).items():
+        for name in names:
+            if name not in params.grid.methods:
+                raise unknown("method", name, params.grid.methods, where=where)
+
+
+def also(study: Study) -> dict[str, Study]:
+    """The studies whose finished cells are shown beside those of `study`, by name.
+
+    Raises UserError if there is no such study, or if it is the study itself.
+    """
+    if study.name in study.also:
+        raise UserError(f"also names the study {study.name} itself: leave it out")
+    return {name: load(name, root=study.paths.root) for name in study.also}
 
 
 def _tune(tune: Mapping[str, Any], methods: Mapping[str, Method]) -> None:

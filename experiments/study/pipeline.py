@@ -14,6 +14,7 @@ from experiments.model import drift
 from experiments.stages import resolve
 from experiments.study import cells, inheritance, stale
 from experiments.study.advice import of_study
+from experiments.study.config import also
 from experiments.study.paths import Paths
 
 OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
@@ -33,9 +34,18 @@ def compare_inputs(study) -> list[str]:
     files += [study.paths.base(model) / name for model in study.grid.models for name in BASE]
     trials = [study.paths.tuning(model, domain) for model in study.grid.models for domain in study.grid.domains]
     files += [path for path in trials if path.is_file()]
+    files += [path for other in also(study).values() for path in _finished(other)]
     machines = [study.paths.root / "results" / kind for kind in ("gpu", "bench")]
     files += [path for folder in machines for path in sorted(folder.glob("*.json"))]
     return list(dict.fromkeys(path.relative_to(study.paths.root).as_posix() for path in files))
+
+
+def _finished(study) -> list[Path]:
+    """The files of a study shown beside another, of its cells that have a result."""
+    scored = [cell for cell in cells.grid(study) if (study.paths.run(cell) / "metrics.json").is_file()]
+    files = [study.paths.run(cell) / name for cell in scored for name in OUTPUTS]
+    files += [study.paths.base(model) / name for model in dict.fromkeys(cell.model for cell in scored) for name in BASE]
+    return [path for path in files if path.is_file()]
 
 
 def local_inputs(study) -> list[str]:

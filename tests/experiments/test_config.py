@@ -44,6 +44,8 @@ def put(path, value):
         ("grid/models", ["llama"], "unknown model 'llama' in grid.models: did you mean 'llama-tiny'"),
         ("grid/domains", ["sum"], "unknown domain 'sum'.*did you mean 'sums'"),
         ("grid/seeds", [], "grid.seeds"),
+        ("leaders", ["ful"], "unknown method 'ful' in leaders: did you mean 'full'"),
+        ("controls", {"full": "lor"}, "unknown method 'lor' in controls: did you mean 'lora'"),
         ("grid/seeds", [0, 0], "grid.seeds names one entry twice"),
         ("grid/seeds", ["a"], "whole numbers"),
         ("models/llama-tiny/dtpye", "float32", "unknown key 'dtpye' in models.llama-tiny: did you mean 'dtype'"),

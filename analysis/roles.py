@@ -1,0 +1,37 @@
+"""What a study's params.yaml says of its methods: leaders, compositions and controls."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from analysis.families import family
+
+PLAIN = "full"  # plain fine-tuning, to which every remedy is compared
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Roles of methods, by the name of a method or of its family.
+
+    leaders        methods whose pairs are tested; without it, those of `leading`
+    compositions   methods that combine several remedies
+    controls       a method that trains on general text -> the same with strength 0
+    """
+
+    leaders: tuple[str, ...] = ()
+    compositions: tuple[str, ...] = ()
+    controls: Mapping[str, str] = field(default_factory=dict)
+
+    def leading(self, methods: Iterable[str]) -> list[str]:
+        """The leaders among `methods`: those named, or else all but plain fine-tuning, controls and compositions."""
+        if self.leaders:
+            return [method for method in methods if _among(method, self.leaders)]
+        others = {PLAIN, *self.controls.values(), *self.compositions}
+        return [method for method in methods if not _among(method, others)]
+
+    def composed(self, methods: Iterable[str]) -> list[str]:
+        """The compositions among `methods`."""
+        return [method for method in methods if _among(method, self.compositions)]
+
+
+def _among(method: str, names: Iterable[str]) -> bool:
+    return bool({method, family(method)} & set(names))
