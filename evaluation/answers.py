@@ -1,8 +1,10 @@
 """Items of a task whose answers are given: what the model makes of the choices of each row.
 
-    log_likelihood  of the gold answer, in nats
+    choices         the log-likelihoods of all choices in their order, in nats, `;` between them; from them follow
+    log_likelihood  that of the gold answer
     margin          the right answer's log-likelihood minus the best wrong choice's: positive where `acc` counts 1
-    brier           Σ_c (p_c − [c is right])², p = softmax of the choices' log-likelihoods: lm-eval's brier_score
+    brier           Σ_c (p_c − [c is right])², p = softmax of the choices' log-likelihoods: lm-eval's brier_score;
+                    items.csv.gz leaves it out
     tokens, bytes   of the gold answer as it is scored, with the delimiter before it
 
 None is of the metric, which may divide by lengths or ask what the model would write.
@@ -17,6 +19,7 @@ import numpy as np
 from evaluation.task import LocalTask, gold_index
 from methods.errors import UserError
 
+DIGITS = "%.7g"  # of a number in items.csv.gz: a float32 has no more
 MEANS = ("margin", "brier")
 Item = dict[str, Any]
 
@@ -33,7 +36,7 @@ def item(name: str, task: LocalTask, sample: Mapping[str, Any], *, tokens: Mappi
         choices, gold = task.doc_to_choice(sample["doc"]), _gold(task, sample["doc"])
         row |= {"choice": _choice(task.measure.metric, choices, sample["filtered_resps"], gold), "gold": gold}
         values = [float(value) for value, _ in sample["filtered_resps"][: len(choices)]]
-        row["choices"] = ";".join(f"{value:.6g}" for value in values)
+        row["choices"] = ";".join(DIGITS % value for value in values)
         if gold is None:
             return row
         row |= _among(values, right=_right(task, sample["doc"], gold), gold=gold)

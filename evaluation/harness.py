@@ -21,7 +21,7 @@ from evaluation import chat_template as templates
 from evaluation import lm as models
 from evaluation.lm import TOKENS_PER_BATCH_SIZE
 from evaluation.preserve import preserved
-from evaluation.task import SEED, LocalTask, check, make_task, quiet, render
+from evaluation.task import HASH_DIGITS, SEED, LocalTask, check, make_task, quiet, render
 from evaluation.texts import Texts
 from evaluation.token_losses import HiddenRows, Labelled, token_losses
 from methods.errors import UserError
@@ -30,7 +30,7 @@ from methods.tools.files import AGAIN, read_json
 __all__ = ["check", "load_tasks", "make_task", "render", "save", "score"]
 
 ROLES = ("domain", "retention", "transfer", "score", "perplexity")
-NUMBERS = ["log_likelihood", "margin", "brier", "tokens", "bytes", "kl", "kl_reverse"]
+NUMBERS = ["log_likelihood", "margin", "tokens", "bytes", "kl", "kl_reverse"]
 COLUMNS = ["task", "doc_id", "doc_hash", "score", "choice", "gold", *NUMBERS, "choices"]
 WHOLE = ("choice", "gold", "tokens", "bytes")
 TYPES = {column: "Int64" if column in WHOLE else "float64" for column in COLUMNS[3:-1]}
@@ -219,11 +219,16 @@ def _answered(
 
 
 def save(scores: Mapping[str, Any], items: pd.DataFrame, folder: Path) -> None:
-    """Write scores.json and items.csv.gz; equal scores give equal bytes."""
+    """Write scores.json and items.csv.gz; equal scores give equal bytes.
+
+    Items are written with 7 significant digits and the first 16 of each hash, because they are kept in git.
+    """
     Path(folder).mkdir(parents=True, exist_ok=True)
     text = json.dumps(scores, indent=2, sort_keys=True, allow_nan=False) + "\n"
     (Path(folder) / "scores.json").write_text(text, encoding="utf-8")
-    items.to_csv(Path(folder) / "items.csv.gz", index=False, compression={"method": "gzip", "mtime": 0})
+    items = items.assign(doc_hash=items["doc_hash"].str[:HASH_DIGITS])
+    form = {"index": False, "float_format": answers.DIGITS, "compression": {"method": "gzip", "mtime": 0}}
+    items.to_csv(Path(folder) / "items.csv.gz", **form)
 
 
 def _refuse_no_numbers(items: list[dict[str, Any]]) -> None:

@@ -29,6 +29,7 @@ from methods.tools.jsonl import Row, place
 
 __all__ = ["LocalTask", "check", "doc_hash", "gold_index", "make_task", "quiet", "read_rows", "render"]
 
+HASH_DIGITS = 16  # of a doc_hash in items.csv.gz: two of a million rows are alike in 1 of 10^7 sets
 SEED = 1234  # of the draw of few-shot examples: lm-eval's own default
 
 

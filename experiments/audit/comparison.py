@@ -16,7 +16,7 @@ from analysis.statistics.intervals import KEYS, Interval, of_arrays, per_token
 from analysis.units import step
 from evaluation.harness import load_tasks
 from evaluation.retention import change, forgetting
-from evaluation.task import doc_hash, gold_index, requests
+from evaluation.task import HASH_DIGITS, doc_hash, gold_index, requests
 from experiments.audit.data import Data
 from experiments.audit.scoring import Scores
 from experiments.commands.flips import questions
@@ -161,10 +161,10 @@ def flipped(base: Scores, tuned: Scores, data: Data) -> list[dict[str, Any]]:
     items = items[items["lost"] | items["gained"]].merge(nats[[*KEYS, "choice_base", "gold_change"]], on=KEYS)
     wanted = set(items["task"])
     asked = [(entry["name"], task) for entry, task in load_tasks(data.folder) if entry["name"] in wanted]
-    texts = {(name, row["id"]): row for name, task in asked for row in _asked(task)}
+    texts = {(name, row["id"][:HASH_DIGITS]): row for name, task in asked for row in _asked(task)}
     made = [
         {"task": item.task, "doc_hash": item.doc_hash, "kind": "lost" if item.lost else "gained"}
-        | _worded(texts.get((item.task, item.doc_hash)), item)
+        | _worded(texts.get((item.task, item.doc_hash[:HASH_DIGITS])), item)
         | {"gold_change": _known(item.gold_change)}
         for item in items.itertuples()
     ]

@@ -16,7 +16,7 @@ from analysis.comparable import guarded
 from analysis.load import load_cells
 from analysis.statistics.flips import by_task, flips, most_forgotten, total
 from evaluation.harness import load_tasks
-from evaluation.task import LocalTask, doc_hash, gold_index, render
+from evaluation.task import HASH_DIGITS, LocalTask, doc_hash, gold_index, render
 from experiments.study import cells
 from methods.errors import UserError
 
@@ -56,11 +56,11 @@ def text(items: pd.DataFrame, *, folder: Path, title: str, top: int) -> str:
         by = f" by two or more of {runs} runs" if runs > 1 else ""
         return f"{title}: no correct answer of the base was lost{by}\n"
     scored = [(entry["name"], task) for entry, task in load_tasks(folder) if entry["name"] in set(worst["task"])]
-    texts = {(name, row["id"]): row for name, task in scored for row in questions(task)}
+    texts = {(name, row["id"][:HASH_DIGITS]): row for name, task in scored for row in questions(task)}
     pieces = [*_counts(items), ""]
     pieces += [f"{title}: correct answers of the base that most of {runs} run{'s' if runs > 1 else ''} lost", ""]
     for number, item in enumerate(worst.itertuples(), 1):
-        row = texts.get((item.task, item.doc_hash))
+        row = texts.get((item.task, item.doc_hash[:HASH_DIGITS]))
         if row is None:
             raise UserError(
                 f"{folder} has no row {item.doc_hash[:12]} of {item.task}: these are not the rows that were scored; "

@@ -110,7 +110,7 @@ def in_nats(items: pd.DataFrame, *, draw, domain: str, lost: float = 0.0, learne
             p = np.exp(nats - nats.max()) / np.exp(nats - nats.max()).sum()
             brier = float(((p - (np.arange(len(p)) == 0)) ** 2).sum())
             row |= {"choice": int(nats.argmax()), "margin": margin, "brier": brier}
-            row["choices"] = ";".join(f"{value:.6g}" for value in nats)
+            row["choices"] = ";".join(f"{value:.7g}" for value in nats)
         rows.append(row)
     return pd.DataFrame(rows, columns=COLUMNS)
 
