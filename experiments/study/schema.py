@@ -277,7 +277,7 @@ class Params(Block):
     archive: Archive = key("Marks a study whose results are kept as they are.", None)
     leaders: Names = key("Methods of the grid whose pairs are tested; by default all but controls and the like.", [])
     compositions: Names = key("Methods of the grid that combine several remedies.", [])
-    controls: dict[Name, Name] = key("For a method that trains on general text, its control with strength 0.", {})
+    controls: dict[Name, Text] = key("For a method that trains on general text, its control with strength 0.", {})
     also: Names = key("Studies whose finished cells the report shows beside its own, untested.", [])
 
 

@@ -131,6 +131,10 @@ FULL = {  # every key of every block, with a right value
     "evaluate": {"scorer": "hflm", "batch_size": 4, "chat_template": True, "fewshot_as_multiturn": False},
     "tune": {"epochs": 0.5, "methods": {"lora": {"lora.rank": [2, 4]}}},
     "archive": {"commit": "b" * 40, "known": ["nothing"]},
+    "leaders": ["lora"],
+    "compositions": ["lora"],
+    "controls": {"lora": "lora"},
+    "also": ["other"],
 }
 PATHS = (schema.Jsonl, schema.Local, schema.Rows)  # blocks that may be a path alone
 OTHERS = ["text", 1.5, 7, True, None, ["a"], [1], [["a"]], {"a": 1}, [None]]  # one of each type that YAML writes
