@@ -42,7 +42,12 @@ class TrainSettings:
     checkpoint_seconds: float = setting(
         900.0, within="[0, inf)", help="seconds between two checkpoints of a run; 0: after every step"
     )
-    probes: int = setting(4, within="[0, inf)", help="number of times a run is probed during training")
+    probes: Literal["doubling"] | int = setting(
+        "doubling",
+        within="[0, inf)",
+        help="when a run is probed besides its last step: before its first one and after 1, 2, 4, 8, 16, … steps "
+        "(doubling), or so many times at equal distances",
+    )
     stop: dict[str, float] | None = setting(
         None,
         help="by how much a probe may change for the worse from step 0 before the run ends at a probe, by its name: "

@@ -8,7 +8,7 @@ never interrupted, and before it acts a run has the same bits as a run without i
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -83,13 +83,24 @@ def rule_of(settings: TrainSettings, *, domain: str, where: str = "train") -> Ru
     """
     if not settings.acts_on_probes:
         return None
-    if settings.probes < 2:
+    if settings.probes in (0, 1):
         which = "only the first and the last step are" if settings.probes else "no step is"
         raise UserError(
             f"{where} has a rule on probes, but `probes` is {settings.probes}, so that {which} probed: "
-            "set it to 2 or more"
+            "set it to doubling, or to 2 or more"
         )
     return Rule(stop=settings.stop or {}, best=f"{domain}_nll" if settings.keep == "best" else None, where=where)
+
+
+def due(times: int | Literal["doubling"], *, steps: int) -> set[int]:
+    """After how many steps a run of `steps` is probed, without its last one.
+
+    A model forgets most in its first steps, so those are probed most often: 0, 1, 2, 4, 8, … with "doubling". A number
+    gives so many probes at equal distances.
+    """
+    if times == "doubling":
+        return {0, *(2**i for i in range(steps.bit_length()) if 2**i < steps)} if steps else set()
+    return {round(i * steps / times) for i in range(times)}
 
 
 def told(record: Mapping[str, Any]) -> str:
@@ -105,7 +116,7 @@ class Probes:
     """Probes one run, outside timed training, and applies its rule.
 
     probe    probe(model) → {name: value}; None: the run is not probed
-    times    how often it is probed before its last step; the last one is probed, too
+    times    `train.probes` (`due`); the last step is probed, too
     steps    of the whole run
 
     weights  the trained tensors of the best step so far, by name, on the CPU; none where the last step is kept.
@@ -117,7 +128,7 @@ class Probes:
         probe: Callable[[nn.Module], dict[str, float]] | None,
         *,
         rule: Rule | None,
-        times: int,
+        times: int | Literal["doubling"],
         steps: int,
         run: Run,
         trained: Any,
@@ -125,7 +136,7 @@ class Probes:
     ) -> None:
         self._probe, self._rule, self._run, self._trained, self._log = probe, rule, run, trained, log
         self._steps = steps
-        self._due = {round(i * steps / times) for i in range(times)} if probe else set()
+        self._due = due(times, steps=steps) if probe else set()
         self.stopped_at: int | None = None  # steps that were done when the rule ended the run
         best = rule is not None and rule.best is not None
         self.weights = {n: torch.empty_like(w, device="cpu") for n, w in run.weights.items()} if best else {}

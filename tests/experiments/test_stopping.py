@@ -11,7 +11,7 @@ from experiments.model.random_models import build, byte_tokenizer
 from experiments.training.engine import final_weights, fit
 from experiments.training.resume import Resume
 from experiments.training.settings import TrainSettings
-from experiments.training.stopping import Rule, rule_of, told
+from experiments.training.stopping import Rule, due, rule_of, told
 from methods import registry
 from methods.errors import UserError
 from tests.experiments import worlds
@@ -104,7 +104,7 @@ def test_the_best_step_has_the_least_nats_of_those_within_the_limits(nats, gener
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stop": {"general_nll": 0.1}, "probes": 0}, "`probes` is 0, so that no step is probed: set it to 2"),
+        ({"stop": {"general_nll": 0.1}, "probes": 0}, "`probes` is 0, so that no step is probed: set it to doubling"),
         ({"keep": "best", "probes": 1}, "`probes` is 1, so that only the first and the last step are probed"),
     ],
 )
@@ -138,6 +138,32 @@ def test_settings_without_a_rule_are_those_of_a_version_that_had_none():
         "stop": {"general_nll": 0.1},
         "keep": "best",
     }
+
+
+@pytest.mark.parametrize(
+    ("times", "steps", "wanted"),
+    [
+        ("doubling", 75, [0, 1, 2, 4, 8, 16, 32, 64]),
+        ("doubling", 64, [0, 1, 2, 4, 8, 16, 32]),  # the last step is probed in any case
+        ("doubling", 1, [0]),
+        ("doubling", 0, []),
+        (3, 75, [0, 25, 50]),
+        (0, 75, []),
+    ],
+)
+def test_when_a_run_is_probed(times, steps, wanted):
+    assert sorted(due(times, steps=steps)) == wanted
+
+
+def test_probing_at_doubled_steps_leaves_the_bits_and_writes_the_nats_of_every_set():
+    plain, _ = trained(blocks=LORA, probes=0)
+    final, result = trained(blocks=LORA, probes="doubling")
+    equal(final, plain)
+    probed = {row["step"]: row for row in result.curve if "probe_general_nll" in row}
+    assert list(probed) == [0, 1, 2, 4, 8, 12] and all("probe_science_nll" in row for row in probed.values())
+    rule = rule_of(settings(probes="doubling", stop={"general_nll": 0.25}), domain="science")
+    _, ended = trained(probes="doubling", rule=rule, values=falling_until(3))
+    assert ended.stopped["stopped_at"] == ended.steps == 4  # at the fourth probe, after 0, 1 and 2
 
 
 KINDS = {
