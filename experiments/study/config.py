@@ -11,7 +11,7 @@ from experiments.study import clashes, inheritance, names_of_tasks
 from experiments.study.params_text import read_yaml, refuse_odd
 from experiments.study.paths import Paths
 from experiments.study.schema import MethodTrain, Params
-from experiments.study.validation import check_models, validate
+from experiments.study.validation import check_models, validate, with_sources
 from experiments.training.settings import TrainSettings
 from methods import registry
 from methods.errors import UserError
@@ -108,7 +108,8 @@ def build(raw: Mapping[str, Any], *, paths: Paths) -> Study:
     clashes.refuse(params)
     written = {name: getattr(params, name) for name in params.model_fields_set}
     title = params.title or paths.study or "default study"
-    return Study(**written | {"title": title, "methods": methods, "paths": paths})
+    models = with_sources(params.models)
+    return Study(**written | {"title": title, "methods": methods, "models": models, "paths": paths})
 
 
 def _methods(params: Params, *, own: Mapping[str, Any]) -> dict[str, Method]:

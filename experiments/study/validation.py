@@ -11,6 +11,9 @@ from methods.errors import UserError
 from methods.settings import describe, hint, shown
 from methods.tools.names import checked, unknown
 
+# of a settled model they are those of the block that it is made of
+SOURCE_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "architecture", "seed")
+
 
 def validate(kind: type[Block], raw: Any, *, where: str = "") -> Any:
     """Build the typed block of `raw`. Raises UserError with the path of the first mistake, below `where`."""
@@ -55,10 +58,37 @@ def _refusal(error: ValidationError, kind: Any, value: Any, where: str) -> UserE
 def check_models(models: Mapping[str, Model]) -> None:
     """Refuse a model whose keys do not go together."""
     for name, model in models.items():
-        if model.source.startswith("pypi:") and not model.sha256:
+        if (model.source is None) == (model.settle is None):
+            raise UserError(f"models.{name} needs one of `source` and `settle`: the second makes it of another block")
+        if model.settle is not None:
+            _check_settled(name, model, models)
+        elif model.source.startswith("pypi:") and not model.sha256:
             raise UserError(f"models.{name} has no `sha256`: a pypi source needs that of its file in the wheel")
         if beside := {"seed", "dtype", "architecture"} & model.config.keys():
             raise UserError(
                 f"models.{name}.config names `{min(beside)}`: write it in the block beside `config`, which takes "
                 "transformers' own names"
             )
+
+
+def _check_settled(name: str, model: Model, models: Mapping[str, Model]) -> None:
+    """Refuse a settled model of an unknown or of another settled model, and one that says how to make itself."""
+    start = getattr(model.settle, "from")
+    if start not in models:
+        raise unknown("model", start, models, where=f"models.{name}.settle.from")
+    if models[start].settle is not None:
+        raise UserError(f"models.{name}.settle.from names {start!r}, which is settled itself: name the block it is of")
+    if own := [key for key in SOURCE_KEYS if key in model.as_written]:
+        raise UserError(f"models.{name} has `{own[0]}`, which is that of models.{start}: leave it out")
+
+
+def with_sources(models: Mapping[str, Model]) -> dict[str, Model]:
+    """The models, in which a settled one has the keys of the block that it is made of where it does not write them."""
+    whole = {}
+    for name, model in models.items():
+        taken = {}
+        if model.settle is not None:
+            start = models[getattr(model.settle, "from")]
+            taken = {key: getattr(start, key) for key in start.model_fields_set - model.model_fields_set}
+        whole[name] = model.model_copy(update=taken)
+    return whole

@@ -93,7 +93,18 @@ FULL = {  # every key of every block, with a right value
             "width": 8,
             "processes": 2,
             "train": TRAIN,
-        }
+        },
+        "settled": {
+            "settle": {
+                "from": "m",
+                "mix": {"general": 1, "t": 0.5},
+                "lora": {"rank": 2, "alpha": 4},
+                "train": TRAIN,
+                "gate": {"learning_rate": 1e-3, "steps": 4, "nats": 0.1, "every": 8, "most": 16},
+                "adapter_sha256": SHA,
+                "sha256": SHA,
+            }
+        },
     },
     "tasks": {"t": SCORED | {"test": 20, "probe": 4}},
     "suites": {"s": ["t"]},
@@ -156,12 +167,16 @@ def put(path: tuple[str, ...], value: Any) -> dict:
 def keys(block: type[Block], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], FieldInfo]]:
     """Every key of a block and of the blocks in it; of named blocks, the one that FULL has."""
     for name, field in block.model_fields.items():
+        if field.annotation is schema.Settle:  # in a block of its own, for a model has either this or `source`
+            yield ("models", "settled", name), field
+            yield from keys(field.annotation, ("models", "settled", name))
+            continue
         yield (*path, name), field
         inner = typing.get_args(field.annotation)[1:] if typing.get_origin(field.annotation) is dict else ()
         if isinstance(field.annotation, type) and issubclass(field.annotation, Block):
             yield from keys(field.annotation, (*path, name))
         elif inner and isinstance(inner[0], type) and issubclass(inner[0], Block):
-            yield from keys(inner[0], (*path, name, *FULL[name]))
+            yield from keys(inner[0], (*path, name, next(iter(FULL[name]))))
 
 
 EVERY = [*keys(schema.Params), *keys(schema.MethodTrain, ("methods", "lora", "train"))]
