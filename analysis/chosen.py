@@ -1,34 +1,49 @@
-"""Choose which block of a swept family to report: by probe rows at the end of training, never by a test row.
+"""Choose which setting of a swept family to report: the one that learns its domain best on probe rows.
 
-The rule is that of the tuning trials (`python -m experiments tune`): the highest objective, which is domain gain minus
-forgetting in accuracy on probe rows, with forgetting the mean loss over the probe tasks. Blocks less than half a point
-below the best count as equal, and of these the one with the lowest perplexity on the probe passages wins. Base scores
-are the same for all blocks of a (model, domain), so the objective here leaves them out: domain probe + mean of the
-probe tasks.
+A setting is judged by its nats per token on the domain's probe rows, at the weights that the run delivers, and by
+nothing else: a choice by what was forgotten would make plain fine-tuning look as if it did not forget, and accuracy
+does not tell close settings apart. `python -m experiments tune` judges its trials by the same rule (`least`). Every
+model and domain chooses for itself, and of settings that are equal to the last digit the first one is taken.
 """
+
+from collections.abc import Mapping
 
 import pandas as pd
 
 from analysis.families import families
 from analysis.load import Loaded
 
-EQUAL = 0.005  # half a point, as in experiments/commands/tune.py
-PREFIX = "probe_"
-SCORES = ["domain_probe", "retention_probe", "perplexity_probe", "objective"]
-COLUMNS = ["family", "method", "seeds", *SCORES, "chosen"]
+RULE = "the setting with the least nats per token on the domain's probe rows; of equal ones the first"
+COLUMNS = ["family", "method", "seeds", "domain_nll_probe", "setting", "value", "chosen", "tied", "end"]
+
+
+def least(nats: Mapping[str, float]) -> list[str]:
+    """The names with the least nats, in their order: the first is chosen, and any others are equal to it."""
+    best = min(nats.values(), default=None)
+    return [name for name, value in nats.items() if value == best]
+
+
+def end_of(chosen: float | None, values: list) -> str:
+    """'lowest' or 'highest' if the chosen one of several values lies at that end of them, so that others may be better.
+
+    Values that are no numbers have no ends.
+    """
+    if len(values) < 2 or any(isinstance(value, bool) or not isinstance(value, int | float) for value in values):
+        return ""
+    return {min(values): "lowest", max(values): "highest"}.get(chosen, "")
 
 
 def chosen(loaded: Loaded, family: str, *, model: str, domain: str) -> str | None:
-    """The chosen block of a family; None if none of its blocks has probe scores on a domain that has accuracy."""
+    """The chosen setting of a family; None if none of its settings was probed to its end."""
     table = choices(loaded, model=model, domain=domain)
-    blocks = table[(table["family"] == family) & table["chosen"]]["method"]
-    return None if blocks.empty else str(blocks.iloc[0])
+    settings = table[(table["family"] == family) & table["chosen"]]["method"]
+    return None if settings.empty else str(settings.iloc[0])
 
 
 def reported(loaded: Loaded) -> Loaded:
-    """The results with one block per family, so that no setting is picked by its test scores.
+    """The results with one setting per family, so that none is picked by its test scores.
 
-    It is the chosen block; in a family without probe scores the method itself, or else its first block.
+    It is the chosen one; in a family without probes the method itself, or else its first setting.
     """
     dropped: list[str] = []
     for model, domain in loaded.comparisons:
@@ -41,44 +56,69 @@ def reported(loaded: Loaded) -> Loaded:
 
 
 def choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
-    """One row per block, families together: family, method, seeds, the three probe scores, objective, chosen.
+    """One row per setting, families together.
 
-    Scores are those of a run's last step, averaged over the seeds that all probed blocks of the family share. A block
-    that was not probed to the end, or shares no seed with the others, has no score and is not chosen. A family of one
-    block needs no choice but is marked in the same way.
+    domain_nll_probe  nats per token on the domain's probe rows, the mean over the seeds that all probed settings of the
+                      family share; a setting that was not probed to its end, or shares no seed, has none
+    setting, value    the one setting in which the family's blocks differ, with its value; '' and None if there are more
+    chosen, tied      whether it is chosen, and whether it is equal to the chosen one without being it
+    end               of the chosen one: 'lowest' or 'highest' if its value lies at that end of the family's
     """
     ends = _ends(loaded, model=model, domain=domain)
-    rows = []
-    cells = loaded.of(model, domain)
+    cells, rows = loaded.of(model, domain), []
     for name, blocks in families(dict.fromkeys(cells["method"]) if len(cells) else ()).items():
         probed = [seeds for block in blocks if (seeds := {seed for method, seed in ends if method == block})]
         common = sorted(set.intersection(*probed)) if probed else []
-        own = []
+        scores = {block: [ends[block, seed] for seed in common if (block, seed) in ends] for block in blocks}
+        nats = {block: sum(own) / len(own) for block, own in scores.items() if own}
+        (best, *equal), (setting, values) = least(nats) or [None], varied(cells, blocks)
         for block in blocks:
-            scores = [ends[block, seed] for seed in common if (block, seed) in ends]
-            mean = pd.DataFrame(scores).mean() if scores else dict.fromkeys(SCORES)
-            row = {"family": name, "method": block, "seeds": len(scores), "chosen": False}
-            own.append(row | {key: mean[key] for key in SCORES})
-        if scored := [row for row in own if row["seeds"]]:
-            best = max(row["objective"] for row in scored)
-            equal = [row for row in scored if row["objective"] > best - EQUAL]
-            min(equal, key=lambda row: row["perplexity_probe"])["chosen"] = True
-        rows += own
-    return pd.DataFrame(rows, columns=COLUMNS)
+            end = end_of(values.get(block), list(values.values())) if block == best else ""
+            about = (name, block, len(scores[block]), nats.get(block), setting, values.get(block))
+            rows.append((*about, block == best, block in equal, end))
+    table = pd.DataFrame(rows, columns=COLUMNS)
+    return table.astype({"domain_nll_probe": float, "value": object})
 
 
-def _ends(loaded: Loaded, *, model: str, domain: str) -> dict[tuple[str, int], dict[str, float]]:
-    """The probe scores at the last step of each finished run, by (method, seed)."""
-    ends = {}
-    for cell, run in loaded.curves.groupby("cell", sort=False) if len(loaded.curves) else ():
-        if cell not in loaded.cells.index or tuple(cell.split("/")[:2]) != (model, domain):
+def varied(cells: pd.DataFrame, blocks: list[str]) -> tuple[str, dict]:
+    """The one setting in which the blocks of a family differ, such as train.learning_rate, and its value in each.
+
+    '' and {} if there is one block, or if they differ in several settings.
+    """
+    written = {block: _flat(cells[cells["method"] == block].iloc[0]) for block in blocks}
+    names = dict.fromkeys(key for flat in written.values() for key in flat)
+    differing = [key for key in names if len({repr(flat.get(key)) for flat in written.values()}) > 1]
+    if len(differing) != 1 or any(differing[0] not in flat for flat in written.values()):
+        return "", {}
+    return differing[0], {block: flat[differing[0]] for block, flat in written.items()}
+
+
+def _flat(cell: pd.Series) -> dict:
+    """The settings of a cell's parts and of its training, by name: {"ewc.strength": 1.0, "train.learning_rate": …}."""
+    parts = {key: block for key, block in cell["parts"].items() if isinstance(block, dict) and key != "train"}
+    trained = cell.get("settings")
+    parts["train"] = trained if isinstance(trained, dict) else cell["parts"].get("train") or {}
+    return {f"{part}.{key}": value for part, block in parts.items() for key, value in block.items()}
+
+
+def _ends(loaded: Loaded, *, model: str, domain: str) -> dict[tuple[str, int], float]:
+    """Nats per token on the domain's probe rows of the weights that each run delivers, by (method, seed).
+
+    They are those of the last probe, or of the step whose weights a rule kept; or of the weights after the parts that
+    change them once training has ended (`finished` in train.json), if there are any.
+    """
+    ends, key = {}, f"probe_{domain}_nll"
+    curves = dict(list(loaded.curves.groupby("cell", sort=False))) if len(loaded.curves) else {}
+    for name, cell in loaded.of(model, domain).iterrows():
+        finished, run = cell.get("finished"), curves.get(name)
+        if isinstance(finished, dict):
+            nats = (finished.get("probe") or {}).get(key.removeprefix("probe_"))
+        elif run is None or key not in run:
             continue
-        last = run.loc[run["step"].idxmax()].dropna()
-        scores = {key.removeprefix(PREFIX): value for key, value in last.items() if key.startswith(PREFIX)}
-        tasks = [key for key in scores if key not in (domain, "perplexity") and not key.endswith("_nll")]
-        if domain not in scores or not tasks or "perplexity" not in scores:
-            continue
-        retention = sum(scores[task] for task in tasks) / len(tasks)
-        values = (scores[domain], retention, scores["perplexity"], scores[domain] + retention)
-        ends[loaded.cells.at[cell, "method"], int(loaded.cells.at[cell, "seed"])] = dict(zip(SCORES, values))
+        else:
+            stopped = cell.get("stopped")
+            last = stopped["kept_step"] if isinstance(stopped, dict) else run["step"].max()
+            nats = run.set_index("step")[key].get(last)
+        if nats is not None and nats == nats:
+            ends[cell["method"], int(cell["seed"])] = float(nats)
     return ends

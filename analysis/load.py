@@ -35,8 +35,8 @@ CURVE = ("step", "tokens", "seconds")
 class Loaded:
     """One study's results.
 
-    cells     one row per finished cell: metrics.json, with `settings`, `device`, `when` and `steps` of train.json and
-              its peak as `peak_memory_train_bytes`; the preparation's peak is in `prepared`
+    cells     one row per finished cell: metrics.json, with `settings`, `device`, `when`, `steps` and `finished` of
+              train.json and its peak as `peak_memory_train_bytes`; the preparation's peak is in `prepared`
     curves    curve.csv of all finished cells, with a `cell` column
     items     items.csv.gz of all finished cells, with a `cell` column: the score of every item
     failures  one row per cell without a result: cell, stage, kind, reason, when ('not run' is the kind where nothing is
@@ -123,7 +123,7 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
             continue
         train = _train(run / "train.json")
         row = _metrics(run / "metrics.json") | {"cell": name}
-        row |= {key: train[key] for key in ("settings", "device", "when", "steps") if key in train}
+        row |= {key: train[key] for key in ("settings", "device", "when", "steps", "finished") if key in train}
         rows.append(row | {"peak_memory_train_bytes": train.get("peak_memory_bytes")})
         if (path := run / "curve.csv").exists():
             curves.append(_table(path, columns=CURVE).assign(cell=name))

@@ -209,18 +209,24 @@ def _rules(cells: pd.DataFrame) -> list[tuple[str, str]]:
 
 
 def _tuning(pair: tuple[str, str], record: dict) -> dict:
-    base, domain = record.get("base") or {}, pair[1]
-    tasks = [key for key in base if key not in (domain, "perplexity") and not key.endswith("_nll")]
-    retention = sum(base[key] for key in tasks) / len(tasks) if tasks else None
-    probes = {"domain": base.get(domain), "retention": retention, "perplexity": base.get("perplexity")}
-    keys = ("domain_probe", "retention_probe", "general_perplexity_probe", "objective", "seconds", "failed")
+    """The trials of one (model, domain), and the bare base, in nats per token on probe rows."""
+
+    def probed(values: dict) -> dict:
+        tasks = [key for key in values if key.endswith("_nll") and key not in (f"{pair[1]}_nll", "general_nll")]
+        retention = sum(values[key] for key in tasks) / len(tasks) if tasks else None
+        return {"nats": values.get(f"{pair[1]}_nll"), "retention": retention, "perplexity": values.get("perplexity")}
+
     trials = []
     for trial in record.get("trials", []):
         values = {k: f"{v:g}" if isinstance(v, float) else v for k, v in trial["settings"].items()}
         text = ", ".join(f"{key} = {value}" for key, value in values.items())
-        nats = trial.get(f"{domain}_nll") if "domain_probe" not in trial else None  # a domain without accuracy
-        trials.append(dict.fromkeys(keys) | trial | {"text": text, "domain_nats": nats})
-    return {"model": pair[0], "domain": domain, "rule": record.get("rule", ""), "trials": trials, "base": probes}
+        outcome = "failed" if trial.get("failed") else "yes" if trial.get("chosen") else ""
+        outcome = "equal" if trial.get("tied") else outcome
+        outcome += f", the {trial['end']} value: others may be better" if trial.get("end") else ""
+        about = {"method": trial["method"], "text": text, "chosen": outcome}
+        trials.append(about | {key: trial.get(key) for key in ("seconds", "failed")} | probed(trial))
+    base = probed(record.get("base") or {})
+    return {"model": pair[0], "domain": pair[1], "rule": record.get("rule", ""), "trials": trials, "base": base}
 
 
 def _gpu(check: dict | None) -> dict | None:

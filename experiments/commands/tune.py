@@ -1,8 +1,9 @@
 """tune: try learning rates and strengths on probe rows, with the same number of trials for every method.
 
 `tune:` in params.yaml gives each method one setting and its values. Every trial trains for `tune.epochs` (or the cell's
-own epochs) with seed 0 and is scored on the probe rows of the domain, on those of its probe tasks and on the probe
-passages, none of which is a test row. Every trial is recorded as it ends; a second call runs only the missing ones.
+own epochs) with seed 0 and is probed on rows that are no test rows. What is chosen is the value with the least nats per
+token on the domain's probe rows, for each model and domain by itself (analysis/chosen.py); what a trial forgot is
+recorded beside it and decides nothing. Every trial is recorded as it ends; a second call runs only the missing ones.
 """
 
 from hashlib import sha256
@@ -11,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from analysis.chosen import RULE, end_of, least
 from analysis.families import family
 from evaluation.probe import load_probes, probe
 from experiments.model import tuned, weights
@@ -24,21 +26,11 @@ from experiments.training.engine import TrainingFailed, final_weights, finish, f
 from experiments.training.examples import encoded
 from experiments.training.stopping import rule_of
 from methods.errors import UserError
-from methods.part import overrides, prepares
+from methods.part import prepares
 from methods.tools.files import folder_sha256, read_json, write_json
 from methods.tools.names import unknown
 from methods.tools.process_group import Shards
 
-RULE = (
-    "highest objective = domain gain - forgetting, in accuracy on probe rows (forgetting is the mean loss over the "
-    "probe tasks); trials less than half a point below the best count as equal, and of these the lowest perplexity wins"
-)
-# of a domain whose rows are no questions: it has no accuracy
-RULE_IN_NATS = (
-    "highest objective = nats a token gained on the domain's probe rows - nats a token lost on the probe passages; "
-    "trials less than 0.005 below the best count as equal, and of these the lowest perplexity wins"
-)
-EQUAL = 0.005
 SEED = 0
 
 
@@ -64,18 +56,11 @@ def main(study, methods: list[str]) -> None:
 
 
 def _refuse_without_probes(study, domain: str) -> None:
-    """Trials are judged on probe rows, and equal ones by the perplexity of the probe passages."""
-    block = study.domains[domain]
-    for missing, path in (
-        (block.split and not block.split.probe, f"domains.{domain}.split.probe is 0"),
-        (block.format == "task" and not block.probes, f"domains.{domain}.probes is empty"),
-        (not study.general.probe, "general.probe is 0"),
-    ):
-        if missing:
-            raise UserError(
-                f"{path}: trials are judged on probe rows of the domain, of its probe tasks and of the general text; "
-                "give it some"
-            )
+    split = study.domains[domain].split
+    if split and not split.probe:
+        raise UserError(
+            f"domains.{domain}.split.probe is 0: trials are judged on probe rows of the domain; give it some"
+        )
 
 
 def _trials(knob: dict[str, list]) -> list[tuple[str, Any]]:
@@ -87,18 +72,12 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     path = study.paths.tuning(model_name, domain)
     folder, rows = study.paths.model(model_name), study.paths.data / "train" / domain
     judged_on = {"base_sha256": read_json(folder / "base.json", "sha256")["sha256"], "data_sha256": folder_sha256(rows)}
-    rule = RULE if study.domains[domain].format == "task" else RULE_IN_NATS
-    record = earlier(path, judged_on) | {"rule": rule, "epochs": study.tune.epochs, "judged_on": judged_on}
+    record = earlier(path, judged_on) | {"rule": RULE, "epochs": study.tune.epochs, "judged_on": judged_on}
     where = hardware.device(study.device)
     base = load_tensors(folder)
     computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
     tokenizer = weights.load_tokenizer(folder)
     sets = load_probes(rows / "probe", tokenizer)
-    if rule is RULE and (written := [name for name, items in sets.items() if items[0].written]):
-        raise UserError(
-            f"domain {domain}: {written[0]} is scored on generated answers, which probes do not give, so trials "
-            "cannot be judged: set its rates and strengths by hand"
-        )
     record["base"] = probe(model=weights.load_model(folder, dtype=computing, device=where), sets=sets)
     for method in methods:
         for knob, value in _trials(study.tune.methods[method]):
@@ -110,18 +89,42 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
             scores = _run(trial_study, model_name, domain, method, model, base, tokenizer, sets, where)
             record["trials"] = [t for t in record["trials"] if (t["method"], t["settings"]) != (method, {knob: value})]
             record["trials"].append({"method": method, "settings": {knob: value}, "key": key} | scores)
-            _judge(record, domain)
+            judge(record["trials"], domain=domain)
             write_json(path, record)
             print(
                 f"{method} {knob}={value}: "
                 + ", ".join(f"{k} {v:.4g}" for k, v in scores.items() if isinstance(v, float)),
                 flush=True,
             )
-    _judge(record, domain)
+    judge(record["trials"], domain=domain)
     write_json(path, record)
-    for trial in record["trials"]:
-        if trial["chosen"]:
-            print(f"chosen for {model_name}/{domain}: methods.{trial['method']} {trial['settings']}")
+    for method in methods:
+        for line in advice(record["trials"], method=method, where=f"{model_name}/{domain}"):
+            print(line)
+
+
+def advice(trials: list[dict], *, method: str, where: str) -> list[str]:
+    """What was chosen for a method, whether others are equal or better ones may lie beyond, and how to run more."""
+    own = [trial for trial in trials if trial["method"] == method and "failed" not in trial]
+    picked = next((trial for trial in own if trial["chosen"]), None)
+    if picked is None:
+        return [f"nothing is chosen for {method} on {where}: every trial failed"]
+    ((knob, value),) = picked["settings"].items()
+    values = [trial["settings"].get(knob) for trial in own]
+    lines = [f"chosen for {method} on {where}: {knob} = {value}"]
+    if equal := [trial["settings"][knob] for trial in own if trial["tied"]]:
+        lines[0] += f", the first of equal ones (also {', '.join(map(str, equal))})"
+    if picked["end"]:
+        lines.append(
+            f"  it is the {picked['end']} value tried, so a better one may lie beyond: widen tune.methods.{method}"
+        )
+    elif len(values) > 2 and all(isinstance(one, int | float) for one in values):
+        around = [max(one for one in values if one < value), min(one for one in values if one > value)]
+        lines.append(
+            f"  for a curve, write it into methods.{method} and run the values on either side, too: "
+            f"python -m experiments sweep {method} {knob} {','.join(f'{one:g}' for one in around)}"
+        )
+    return lines
 
 
 def earlier(path: Path, judged_on: dict[str, str]) -> dict:
@@ -196,7 +199,7 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
 
 def _finished(study, model_name, domain, result, parts, base, where) -> nn.Module:
     """The model that judges a trial: the trained one, or one with the weights that parts change after training."""
-    if all("adapts" in part.capabilities for part in parts if overrides(part, "finish")):  # merging computes the same
+    if not hooks.changers(parts):
         return result.run.model
     folder, probes = study.paths.model(model_name), study.paths.data / "train" / domain / "probe"
     computing = study.compute_dtype(model_name, dtype_of(read_json(folder / "base.json", "dtype")), where)
@@ -204,29 +207,17 @@ def _finished(study, model_name, domain, result, parts, base, where) -> nn.Modul
     final = final_weights(result, hooks.trainers(parts), measure=measure)
     shape = shape_of(model_name, study.models[model_name], folder)
     final, _, _ = finish(parts, final=final, measure=measure, shape=shape, base=base, seed=SEED, device=where)
-    model = weights.load_model(folder, dtype=computing, device=where)
-    tuned.fill(model, tuned.rounded(base, final).items())
-    return model
+    return tuned.loaded(folder, base=base, final=final, dtype=computing, device=where)
 
 
-def _judge(record: dict, domain: str) -> None:
-    """Add the objective to each trial and mark the chosen trial of every method."""
-    base = record["base"]
-    tasks = [k for k in base if k != domain and not k.endswith("_nll") and k != "perplexity"]
-    for trial in record["trials"]:
-        trial["chosen"] = False
-        if "failed" not in trial and domain not in base:
-            gained = base[f"{domain}_nll"] - trial[f"{domain}_nll"]
-            trial["general_perplexity_probe"] = trial["perplexity"]
-            trial["objective"] = gained - (trial["general_nll"] - base["general_nll"])
-        elif "failed" not in trial:
-            trial["domain_probe"] = trial[domain]
-            trial["retention_probe"] = sum(trial[t] for t in tasks) / len(tasks)
-            trial["general_perplexity_probe"] = trial["perplexity"]
-            lost = sum(base[t] - trial[t] for t in tasks) / len(tasks)
-            trial["objective"] = trial[domain] - base[domain] - lost
-    for method in {t["method"] for t in record["trials"]}:
-        done = [t for t in record["trials"] if t["method"] == method and "failed" not in t]
-        if done:
-            best = max(t["objective"] for t in done)
-            min((t for t in done if t["objective"] > best - EQUAL), key=lambda t: t["perplexity"])["chosen"] = True
+def judge(trials: list[dict], *, domain: str) -> None:
+    """Mark the chosen trial of every method (`chosen`), others that are equal (`tied`), and an `end` of the values."""
+    key = f"{domain}_nll"
+    for method in dict.fromkeys(trial["method"] for trial in trials):
+        own = [trial for trial in trials if trial["method"] == method]
+        done = {str(place): trial[key] for place, trial in enumerate(own) if "failed" not in trial}
+        best = least(done)
+        for place, trial in enumerate(own):
+            values = [value for each in own for value in each["settings"].values()]
+            trial["chosen"], trial["tied"] = [str(place)] == best[:1], str(place) in best[1:]
+            trial["end"] = end_of(*trial["settings"].values(), values) if trial["chosen"] else ""

@@ -115,6 +115,15 @@ def fill(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
         state[name].copy_(tensor)
 
 
+def loaded(
+    folder: Path, *, base: Mapping[str, Tensor], final: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    """The base of `folder` with the weights `final`, rounded as they are kept, to compute in `dtype`."""
+    model = weights.load_model(folder, dtype=dtype, device=device)
+    fill(model, rounded(base, final).items())
+    return model
+
+
 def write_folder(out: Path, *, folder: Path, target: Path) -> str:
     """Write the tuned model as an ordinary Hugging Face folder; returns the hash of its weights.
 

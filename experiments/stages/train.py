@@ -70,6 +70,7 @@ def _train(study, cell) -> None:
     final, reports, added = finish(parts, final=final, measure=measure, shape=shape, **run)
     if not shards.first:
         return
+    finished = _finished(study, cell, final=final, measure=measure)
     write_curve(paths.run(cell) / "curve.csv", record.pop("curve"))
     digest = tuned.keep(out, folder=folder, base=base, final=final)
     ledger.note(study, stage="train", cell=cell.name, weights=digest)
@@ -85,9 +86,27 @@ def _train(study, cell) -> None:
             "when": provenance.now(),
             "parts": record["parts"] | reports,
             "added": record["added"] | added,
+            "finished": finished,
         },
     )
     _resume(study, cell, shards=shards, identity=identity).clear()
+
+
+def _finished(study, cell, *, final: Mapping[str, Tensor], measure: Measure) -> dict | None:
+    """The parts that changed the weights after training, and the probes of what they made; None if there are none."""
+    changers = hooks.changers(study.methods[cell.method].parts)
+    if not changers:
+        return None
+    sets, folder = {}, measure.folder
+    if study.settings(model=cell.model, domain=cell.domain, method=cell.method).probes:
+        sets = (
+            load_probes(measure.probes, weights.load_tokenizer(folder)) if any(measure.probes.glob("*.jsonl")) else {}
+        )
+    probed = {}
+    if sets:
+        made = tuned.loaded(folder, base=measure.base, final=final, dtype=measure.dtype, device=measure.device)
+        probed = probe(model=made, sets=sets)
+    return {"parts": [part.key for part in changers], "probe": probed}
 
 
 def _identity(study, cell, *, info: dict, where: torch.device, computing: torch.dtype) -> dict:

@@ -12,9 +12,7 @@ from methods.errors import UserError
 GENERAL = ("general", "general_text", "perplexity")
 NATS = "_nll"  # suffix of a probe's nats per token
 # what a trial of `tune` records beside its scores
-TRIAL = (
-    "method settings key chosen objective failed seconds domain_probe retention_probe general_perplexity_probe".split()
-)
+TRIAL = "method settings key chosen tied end failed seconds".split()
 BASE = "base"  # the row of the bare model among the methods
 # folders of the default study in results/ and work/, where every other study has a folder of its own name
 STUDIES = (

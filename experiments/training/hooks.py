@@ -282,6 +282,14 @@ def finishers(parts: Sequence[Part]) -> list[Part]:
     return list(itertools.takewhile(lambda part: not trains(part), reversed(finishing)))[::-1]
 
 
+def changers(parts: Sequence[Part]) -> list[Part]:
+    """Those that change the weights in `finish`, so that probes during training are not of the weights that are kept.
+
+    Merging what a part adapted computes the same and does not count.
+    """
+    return [part for part in parts if overrides(part, "finish") and "adapts" not in part.capabilities]
+
+
 def trainers(parts: Sequence[Part]) -> list[Part]:
     """All other parts."""
     return [part for part in parts if part not in finishers(parts)]

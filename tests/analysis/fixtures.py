@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.chosen import RULE
 from experiments.bench import show
 from experiments.bench.race import Race
 
@@ -503,12 +504,13 @@ def write_tuning(root: Path, *, methods: tuple[str, ...], model: str, domain: st
                 {
                     "method": method,
                     "settings": {"train.learning_rate": [5e-6, 1e-5, 2e-5][k]},
-                    "domain_probe": 0.7 + 0.02 * k,
-                    "retention_probe": 0.5 - 0.01 * k,
-                    "general_perplexity_probe": 21 + k,
-                    "objective": 0.2 + 0.01 * (k == 1),
+                    f"{domain}_nll": 1.2 - 0.1 * (k == 1),
+                    "hellaswag_nll": 2.7,
+                    "perplexity": 21.0 + k,
                     "seconds": 60.0 + k,
                     "chosen": k == 1,
+                    "tied": False,
+                    "end": "",
                 }
             )
     if "mofo" in methods:
@@ -521,7 +523,7 @@ def write_tuning(root: Path, *, methods: tuple[str, ...], model: str, domain: st
     write_json(
         root / "tuning" / model / f"{domain}.json",
         {
-            "rule": "highest domain probe gain minus retention probe loss",
+            "rule": RULE,
             "trials": trials,
             "base": {
                 domain: 0.6,

@@ -72,7 +72,7 @@ def test_the_page_says_what_a_sceptic_asks(summary):
     assert NOTE in page and "At chance, cannot show loss:</strong> copa" in page
     assert "this run, not this method" in page and "No cell has finished" not in page
     assert "make repro" in page and "0123456789abcdef" in page and "shared-prefix" in page
-    assert "domain 60.0 %, retention 55.0 %" in page and "train.learning_rate = 1: loss is NaN at step 3" in page
+    assert "has 1.500 nats per token there" in page and "train.learning_rate = 1: loss is NaN at step 3" in page
     assert "highest domain probe gain" in page and page.count("<td>yes</td>") == len(METHODS)
     assert "Nothing: every planned cell has a result" in page and BANNER not in page
     assert "prefers-color-scheme: dark" in page and "@media print" in page and "width=device-width" in page

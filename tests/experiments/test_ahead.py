@@ -303,14 +303,9 @@ def test_a_domain_of_conversations_needs_a_template_and_is_probed_by_nats_alone(
 def test_trials_are_refused_where_nothing_judges_them(tmp_path):
     from experiments.commands import tune
 
-    for path, value, name in (
-        ("domains/sums/split/probe", 0, "domains.sums.split.probe is 0"),
-        ("domains/sums/probes", [], "domains.sums.probes is empty"),
-        ("general/probe", 0, "general.probe is 0"),
-    ):
-        found = study(tmp_path, (path, value), ("tune", {"methods": {"full": {"train.learning_rate": [1e-3]}}}))
-        with pytest.raises(UserError, match=f"{name}: trials are judged"):
-            tune.main(found, [])
+    tried = ("tune", {"methods": {"full": {"train.learning_rate": [1e-3]}}})
+    with pytest.raises(UserError, match="domains.sums.split.probe is 0: trials are judged"):
+        tune.main(study(tmp_path, ("domains/sums/split/probe", 0), tried), [])
     found = study(tmp_path)
     with pytest.raises(UserError, match="tune.methods does not name full: add a setting with the values to try"):
         tune.main(found, [])

@@ -1,7 +1,5 @@
 """What training reads of documents, pairs and conversations: examples, probes, trials, and runs with parts."""
 
-import math
-
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -13,7 +11,6 @@ from evaluation.labelled import encode_row
 from evaluation.probe import load_probes, probe
 from evaluation.rendered import read_jsonl
 from evaluation.token_losses import token_losses
-from experiments.commands import tune
 from experiments.data import formats
 from experiments.data.prepared_rows import write_data
 from experiments.model import positions
@@ -92,16 +89,6 @@ def test_rows_longer_than_the_model_has_positions(tmp_path):
 def _file(folder, rows):
     write(folder / "train.jsonl", rows)
     return folder / "train.jsonl"
-
-
-def test_trials_on_a_domain_without_accuracy_are_judged_in_nats():
-    base = {"d_nll": 3.0, "general_nll": 2.0, "perplexity": math.e**2}
-    found = [(2.0, 2.5), (1.0, 2.9), (1.0, 3.2), (2.5, 2.006)]  # gains less losses: 0.5, 1.1, 0.8, 0.494
-    trials = [{"method": "full", "d_nll": d, "general_nll": g, "perplexity": math.exp(g)} for d, g in found]
-    record = {"base": base, "trials": trials + [{"method": "full", "failed": "nan"}]}
-    tune._judge(record, "d")
-    assert [trial["objective"] for trial in trials] == pytest.approx([0.5, 1.1, 0.8, 0.494])
-    assert [trial["chosen"] for trial in record["trials"]] == [False, True, False, False, False]
 
 
 @pytest.mark.parametrize(("format", "rows"), [("chat", CHATS), ("pairs", PAIRS), ("text", TEXTS)])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from evaluation.probe import load_probes, probe
 from experiments.commands import plan, tune
 from experiments.model import tuned
 from experiments.model.measure import Measure
@@ -92,8 +93,14 @@ def test_cells_that_differ_in_finish_alone_train_once(made):
     found, _ = tuned.tensors(study.paths.weights(cell("third")), folder=study.paths.model("llama-tiny"))
     for name, tensor in trained.items():
         assert torch.equal(found[name], (tensor / 3)) or torch.allclose(found[name], tensor / 3, rtol=1e-7)
-    run(made, "lora")
+    merged = run(made, "lora")
     assert kept(made) == [manifest]  # no other cell could begin from it
+    # probes during training are not of the weights that are kept where a part changes these, beyond merging
+    assert full["finished"] is None and merged["finished"] is None
+    delivered = load_model(study.paths.model("llama-tiny"), dtype=torch.float32)
+    tuned.fill(delivered, found.items())
+    sets = load_probes(study.paths.data / "train" / "sums" / "probe", byte_tokenizer())
+    assert third["finished"] == {"parts": ["scaled"], "probe": pytest.approx(probe(model=delivered, sets=sets))}
 
 
 def test_what_is_kept_is_the_same_as_what_is_trained_again(made):
