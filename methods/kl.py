@@ -67,7 +67,7 @@ class KL(Part):
         if self._general:
             state["general"] = [row["input_ids"] for row in general if len(row["input_ids"]) > 1]
             if not state["general"]:
-                raise UserError(f"kl.text is {self.text!r}, but there is no general text: set `general.importance`")
+                raise UserError(f"kl.text is {self.text!r}, but there is no general text: set `general.replay`")
 
     def examples(self, *, run, state, rows, step):
         if not self.strength:

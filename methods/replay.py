@@ -55,7 +55,7 @@ class Replay(Part):
         if not self.share:
             return
         if not self.path and not general:
-            raise UserError("replay: there is no general text: set `general.importance`, or name rows in replay.path")
+            raise UserError("replay: there is no general text: set `general.replay`, or name rows in replay.path")
         longest = state["longest"] = max(len(row["input_ids"]) for row in examples)  # no replayed row is longer
         rows = [_encoded(row, run) for row in read(self.path)] if self.path else general
         state["rows"] = [row for row in rows if _is_learnable(row, longest)]

@@ -265,7 +265,7 @@ def test_the_readmes_domain_makes_its_rows(tmp_path, monkeypatch):
     )
     whole = read_yaml(HERE / "params.yaml") | {
         "domains": {"birds": block},
-        "general": {"rows": {"jsonl": "text.jsonl"}, "importance": 4, "perplexity": 4, "probe": 2},
+        "general": {"rows": {"jsonl": "text.jsonl"}, "importance": 4, "replay": 0, "probe": 2, "test": 4},
     }
     whole["grid"] = whole["grid"] | {"domains": ["birds"]}
     YAML().dump(whole, tmp_path / "params.yaml")

@@ -68,14 +68,14 @@ def write(*, study, work: Path, names: Sequence[str], number: int | None, text: 
 
 
 def _general(study, reader: Reader, number: int | None) -> tuple[list[dict], dict]:
-    """The passages of `general:` whose perplexity a study measures, so that the two are comparable."""
+    """The passages of `general:` that a study scores, so that the two are comparable."""
     block = study.general
     if block is None:
         return [], {}
-    wanted = {"importance": 1, "probe": 0, "perplexity": number or block.perplexity}
-    drawn = general_text.lines(block.model_copy(update=wanted), reader)
+    wanted = dict.fromkeys(general_text.SETS, 0) | {"test": number or block.test}
+    drawn, _ = general_text.lines(block.model_copy(update=wanted), reader)
     source = reader(block, block.rows, where="general").source
-    return drawn["perplexity"], {"source": source, "licence": block.licence}
+    return drawn["test"], {"source": source, "licence": block.licence}
 
 
 def _own(file: Path, number: int) -> tuple[list[dict], dict]:

@@ -183,7 +183,7 @@ def _run(study, model_name, domain, method, model, base, tokenizer, sets, where)
             settings=settings,
             seed=SEED,
             base=base,
-            general=prepared.load_general(study.paths.data / "general" / "importance.jsonl", tokenizer),
+            general=prepared.load_general(study.paths.data / "general" / "replay.jsonl", tokenizer),
             states=states,
             tokenizer=tokenizer,
             device=where,

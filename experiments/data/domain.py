@@ -1,6 +1,7 @@
 """A domain: its rows split once, as training and probes read them, and kept as they are for scoring."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from evaluation import chat
 from evaluation.chance import WARNING
 from evaluation.labelled import TEMPLATE
 from evaluation.task import make_task
-from experiments.data import formats, general_text, rows, scored_tasks, splits
+from experiments.data import formats, rows, scored_tasks, splits
 from experiments.data.reader import Reader, Row, write_rows
 from experiments.data.sameness import sameness
 from experiments.data.scored_tasks import entry, facts, question, rendered, warn_of_spaces
@@ -81,14 +82,16 @@ def _shares(count: int, *, domain: str, tested: bool) -> dict[str, Any]:
     return {"train": "all", "probe": probe, "test": "all" if tested else test}
 
 
-def write(domain: str, block: Domain, reader: Reader, out: Path) -> dict[str, Any]:
-    """Write the rows of a domain and of the tasks that it names, and return their facts for data.json."""
+def write(domain: str, block: Domain, reader: Reader, out: Path, *, general: Mapping[str, list[Row]]) -> dict[str, Any]:
+    """Write the rows of a domain and of the tasks that it names, and return their facts for data.json.
+
+    general   the sets of general text, of which `probe` and `test` are written beside the domain's
+    """
     where, drawn = f"domains.{domain}", draw(domain, block, reader)
     split, folder, evaluate = drawn.split, out / "train" / domain, out / "evaluate" / domain
     write_rows(folder / "train.jsonl", drawn.train)
     if block.format in ("task", "pairs"):
         _warn_of_answers(where, drawn.train, task=block.format == "task")
-    general = general_text.lines(reader.study.general, reader)
     for name, probe in ((domain, drawn.probe), ("general", general["probe"])):
         if probe:  # with 0 probe rows there is no file, not an empty one
             write_rows(folder / "probe" / f"{name}.jsonl", probe)
@@ -108,7 +111,7 @@ def write(domain: str, block: Domain, reader: Reader, out: Path) -> dict[str, An
         domain, block, reader, folder=evaluate, taught=taught, sources=drawn.sources
     )
     listed += more
-    write_rows(evaluate / "general.jsonl", general["perplexity"])
+    write_rows(evaluate / "general.jsonl", general["test"])
     perplexity = {"task": "general_text", "metric": "perplexity", "chance": None}
     listed.append({"name": "general", "role": "perplexity", "file": "general.jsonl"} | perplexity)
     (evaluate / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

@@ -1,7 +1,7 @@
 """Write the domains, tasks and general text of a study as files, split once and the same for every cell.
 
 data/train/<domain>/train.jsonl, probe/<name>.jsonl     questions as the task renders them, or rows of other formats
-data/general/importance.jsonl                           text that importance is computed on
+data/general/{settle,importance,replay}.jsonl           text that is settled, prepared and trained on
 data/evaluate/<domain>/<task>.jsonl, tasks.json         rows that lm-eval scores, and the role of each file
 data/data.json                                          sources, counts, dropped duplicates, checksums
 """
@@ -30,9 +30,10 @@ def write_data(study, out_dir: Path) -> dict[str, Any]:
     for part in PARTS:
         shutil.rmtree(out / part, ignore_errors=True)
     reader = Reader(study=study)
-    report: dict[str, Any] = {"general": general_text.write(study.general, reader, out), "domains": {}}
+    general, facts = general_text.write(study.general, reader, out)
+    report: dict[str, Any] = {"general": facts, "domains": {}}
     for domain in study.grid.domains:
-        report["domains"][domain] = domains.write(domain, study.domains[domain], reader, out)
+        report["domains"][domain] = domains.write(domain, study.domains[domain], reader, out, general=general)
     if reader.left_out:
         report["left_out"] = reader.left_out
     files = [path for part in PARTS for path in sorted((out / part).rglob("*")) if path.is_file()]

@@ -8,7 +8,8 @@ import hashlib
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,20 +123,33 @@ def three_way(
     )
 
 
-def halves(texts: Iterable[str]) -> tuple[list[str], list[str], int]:
-    """Distinct texts in two halves by the first bit of their hash, each sorted by hash, and the number of copies."""
-    by_key: dict[tuple[str, str], str] = {}
-    texts = list(texts)
-    for text in texts:
-        by_key.setdefault((text_hash(text), sameness(text)), text)
-    first, second, known = [], [], set()
-    for key in sorted(by_key):
-        if key[1] in known:  # the same text in two spellings with different hashes
-            continue
-        known.add(key[1])
-        # the first bit chooses the half and the rest the order, so a larger sample never moves a text to the other half
-        (first if int(key[0][0], 16) < 8 else second).append(by_key[key])
-    return first, second, len(texts) - len(first) - len(second)
+def by_article(
+    texts: Iterable[tuple[str, str]], *, sizes: Mapping[str, int]
+) -> tuple[dict[str, list[str]], list[list[str]], int]:
+    """Disjoint sets of texts that share no article: (the texts of each set, articles that are left, copies dropped).
+
+    texts   (article, text); without an article, a text is its own
+    sizes   texts of each set, in the order in which they are filled; one that cannot be filled is shorter
+
+    Articles are sorted by the hash of their name. The set `test` takes whole articles from the front and the others
+    from the end, so that other sizes of the others never change what is scored; the texts of a set's last article that
+    are too many are in no set.
+    """
+    texts, known = list(texts), set()
+    articles: dict[str, list[str]] = {}
+    keyed = ((text_hash(text), sameness(text), text, article) for article, text in texts)
+    for _, same, text, article in sorted(keyed):
+        if same not in known:
+            known.add(same)
+            articles.setdefault(text_hash(article or text), []).append(text)
+    left = deque(articles[key] for key in sorted(articles))
+    sets: dict[str, list[str]] = {}
+    for name, size in sizes.items():
+        drawn = sets[name] = []
+        while left and len(drawn) < size:
+            drawn += left.popleft() if name == "test" else left.pop()
+        del drawn[size:]
+    return sets, list(left), len(texts) - len(known)
 
 
 def _pair(copy: Row, kept: Row, question: Callable[[Row], str]) -> str:

@@ -71,13 +71,12 @@ def refuse_long_rows(study, *, model: str, domain: str, method: str, shape: Shap
         )
 
 
-def refuse_documents_without_a_label(longest: int, *, count: int) -> None:
-    """Raises UserError where each of `count` documents of general text is a single token, with nothing to predict."""
+def refuse_documents_without_a_label(longest: int, *, name: str, count: int) -> None:
+    """Raises UserError where each of the `count` documents of a set of general text is a single token."""
     if longest < 2:
         raise UserError(
-            f"general: none of the {count} documents of `general.importance` is longer than a token, so there is "
-            "nothing to predict in them and no importance to learn: name longer text under `general.rows`, or another "
-            "column as `general.text`"
+            f"general: none of the {count} documents of `general.{name}` is longer than a token, so there is nothing "
+            "to predict in them: name longer text under `general.rows`, or another column as `general.text`"
         )
 
 

@@ -49,4 +49,4 @@ def _prepare(study, model: str, method: str, seed: int) -> None:
 def _copy_general(study, method: str, out: Path) -> None:
     """Copy general text beside the preparation where a part reads it in training, which then depends on it."""
     if any("general" in part.capabilities for part in study.methods[method].parts):
-        shutil.copyfile(study.paths.data / "general" / "importance.jsonl", out / GENERAL)
+        shutil.copyfile(study.paths.data / "general" / "replay.jsonl", out / GENERAL)

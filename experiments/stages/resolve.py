@@ -30,7 +30,7 @@ from methods.tools.files import write_json
 
 # raise one when the stage writes other bytes from the same settings
 MODEL_FORMAT = 2
-DATA_FORMAT = 2
+DATA_FORMAT = 3
 
 MODEL_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "seed")
 DOMAIN_KEYS = Domain.model_fields.keys() - {"why", "train"}  # what enters its rows and their scores

@@ -62,11 +62,17 @@ def look(study) -> list[str]:
 
 def refuse_long(study, *, model: str, shape: Shape, tokenizer: Any, data: Path) -> None:
     """Refuse rows and documents that have more tokens than the model has positions, and documents of a single token."""
-    general = data / "general" / "importance.jsonl"
-    documents = longest_document(general, tokenizer) if general.is_file() else 0
     parts = [part for method in study.grid.methods for part in study.methods[method].parts]
-    if documents and any(part.preparation() or "general" in part.capabilities for part in parts):
-        refuse_documents_without_a_label(documents, count=study.general.importance)
+    read = {
+        "importance": any(part.preparation() for part in parts),
+        "replay": any("general" in part.capabilities for part in parts),
+    }
+    documents = 0
+    for name, is_read in read.items():
+        file = data / "general" / f"{name}.jsonl"
+        if is_read and file.is_file() and (longest := longest_document(file, tokenizer)):
+            refuse_documents_without_a_label(longest, name=name, count=getattr(study.general, name))
+            documents = max(documents, longest)
     if shape.positions is None:
         return
     files = {domain: data / "train" / domain / "train.jsonl" for domain in study.grid.domains}
@@ -119,11 +125,16 @@ def known_shape(study, model: str) -> Shape | None:
 
 
 def _parts(study) -> None:
-    """Refuse parts that measure finished weights where there is no text for it, and those that lack another part."""
+    """Refuse parts for which there is no general text, and those that lack another part."""
     for method in study.grid.methods:
         with _at(f"methods.{method}."):
             registry.refuse_alone(study.methods[method].parts)
         for part in study.methods[method].parts:
+            if part.preparation() and not study.general.importance:
+                raise UserError(
+                    f"methods.{method}.{part.key} prepares on general text, and general.importance is 0: set it to the "
+                    "number of passages, such as 512"
+                )
             if "measures" in part.capabilities and not study.general.probe:
                 raise UserError(
                     f"methods.{method}.{part.key} measures weights on general probe text, and general.probe is 0: set "

@@ -1,10 +1,10 @@
 """What a block of params.yaml is made of: typed keys with bounds, default and help, and the kinds of values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, WrapValidator, create_model, model_validator
 
@@ -35,6 +35,7 @@ class Block(BaseModel):
     """A block of params.yaml. Null stands for an empty block, list or mapping, and counts as missing if required."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, allow_inf_nan=False)
+    renamed: ClassVar[Mapping[str, str]] = {}  # former names of keys, and what they are called now
     _written: dict = PrivateAttr(default_factory=dict)
 
     @property

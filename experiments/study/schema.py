@@ -199,14 +199,18 @@ class Domain(Scored):
 
 
 class General(Block):
-    """General text: importance is computed on one half, perplexity on the other."""
+    """General text in disjoint sets, for settling, preparing, training, probing and scoring."""
 
+    renamed = {"perplexity": "test"}
     rows: Rows = key("Where the text is read from.")
     text: Text = key("Column, or Jinja template, of the text.", "text")
     nulls: Literal["empty"] = key('"empty" reads every null cell as "", which is an error otherwise.', None)
-    importance: Count = key("Documents that parts prepare from.", 512)
-    perplexity: Count = key("Documents whose perplexity is measured.", 128)
+    article: Text = key("Column, or Jinja template, of a text's article: no article is in two sets.", None)
+    settle: CountOrNone = key("Documents that a model is settled on.", 0)
+    importance: CountOrNone = key("Documents that parts prepare from.", 512)
+    replay: CountOrNone = key("Documents that parts read while they train, such as replay.", 256)
     probe: CountOrNone = key("Documents for probes during training and for `tune`.", 16)
+    test: Count = key("Documents that are scored.", 128)
     max_words: Count = key("Words after which a document is cut.", None)
     licence: str = key("Licence of the text.", "")
     note: str = key("A sentence about the text.", None)
@@ -271,7 +275,7 @@ class Params(Block):
     tasks: dict[Name, Task] = key("Tasks by name, for `retention`, `transfer` and `probes` of domains.", {})
     suites: dict[Name, Suite] = key("Several tasks under one name: names of tasks, of lm-eval's groups, of suites.", {})
     domains: dict[Name, Domain] = key("Domains by name.")
-    general: General = key("General text, on which importance and perplexity are computed.")
+    general: General = key("General text, which methods may learn from and on which forgetting is measured.")
     methods: dict[Name, dict | None] = key("Methods by name: each is its parts with their settings.")
     train: Train = key("Training settings; precedence train < domain < model < method.")
     evaluate: Evaluate = key("How weights are scored.", Evaluate)

@@ -43,6 +43,9 @@ def _refusal(error: ValidationError, kind: Any, value: Any, where: str) -> UserE
     name, form = ".".join(path), next((entry for entry in metadata if isinstance(entry, Form)), None)
     if last == "[key]":
         return UserError(f"{name} names {key!r}: it must be {form.words}") if form else checked(f"{name}:", key)
+    if first["type"] == "extra_forbidden" and last in getattr(kind, "renamed", {}):
+        new, given = kind.renamed[last], shown(value.get(last))
+        return UserError(f"{name}.{last} is called `{new}` now: write `{new}: {given}` in its place")
     if first["type"] == "extra_forbidden":
         return unknown("key", last, kind.model_fields, where=name or "params.yaml")
     if first["type"] == "missing":

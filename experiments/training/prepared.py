@@ -89,7 +89,8 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     computing = study.compute_dtype(model_name, checkpoint, where)
     tokenizer = weights.load_tokenizer(folder)
     settings = study.prepare_settings(model=model_name, method=method)
-    general = _learnable(encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer), warn=shards.first)
+    general = encoded_text(study.paths.data / "general" / "importance.jsonl", tokenizer)
+    general = _learnable(general, name="importance", warn=shards.first)
     parts, shape = study.methods[method].parts, shape_of(model_name, study.models[model_name], folder)
     longest = max(len(example["input_ids"]) for example in general)
     refuse_long_documents(study, model=model_name, method=method, shape=shape, longest=longest)
@@ -192,11 +193,11 @@ def encoded_text(path: Path, tokenizer, length: int | None = None) -> list[dict]
     return examples
 
 
-def _learnable(examples: list[dict], *, warn: bool) -> list[dict]:
+def _learnable(examples: list[dict], *, name: str, warn: bool) -> list[dict]:
     """The documents with a token to predict. One of a single token has no gradient, but would count in every mean."""
     learnable = [example for example in examples if (example["labels"][1:] != -100).any()]
     if not learnable:
-        refuse_documents_without_a_label(1, count=len(examples))
+        refuse_documents_without_a_label(1, name=name, count=len(examples))
     if warn and (left_out := len(examples) - len(learnable)):
         print(
             f"general: {left_out} of {len(examples)} documents are a single token with nothing to predict: "
@@ -219,8 +220,9 @@ def load_states(folder: Path, parts) -> dict[str, dict]:
 
 
 def load_general(path: Path, tokenizer) -> list[dict]:
-    """General text for parts that read it in training, encoded as for `prepare`; empty without such a file."""
-    return _learnable(encoded_text(path, tokenizer), warn=False) if path.is_file() else []
+    """General text for parts that read it in training, encoded as for `prepare`; empty without such a file or text."""
+    examples = encoded_text(path, tokenizer) if path.is_file() else []
+    return _learnable(examples, name="replay", warn=False) if examples else []
 
 
 def _whole(store: Path) -> bool:

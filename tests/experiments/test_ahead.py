@@ -70,7 +70,7 @@ def rows(path, content):
         ([("domains/sums/metric", "accuracy")], "metric 'accuracy' is not one of its metrics"),
         ([("domains/sums/question", "questoin")], "domains.sums: no column 'questoin'"),
         ([("domains/sums/split/train", 10_000)], "domains.sums: 10000 train rows are requested"),
-        ([("general/perplexity", 10_000)], "general.perplexity is 10000 texts"),
+        ([("general/test", 10_000)], "general.test is 10000 texts"),
         ([("train/stop", {"general_nl": 0.1})], "unknown probe 'general_nl' in train.stop: did you mean 'general_nll'"),
         (
             [("train/stop", {"general_nll": 0.1}), ("general/probe", 0)],

@@ -42,7 +42,7 @@ def world(tmp_path_factory) -> Path:
     raw["tasks"]["sums"] = raw["tasks"]["colours"] | {"rows": {"jsonl": str(ROWS / "sums.jsonl")}, "test": 10}
     raw["tasks"]["colours"] = raw["tasks"]["colours"] | {"rows": {"jsonl": str(ROWS / "colours.jsonl")}}
     raw["domains"]["sums"] |= {"rows": {"jsonl": str(ROWS / "sums.jsonl")}}
-    raw["general"] |= {"rows": {"jsonl": str(ROWS / "text.jsonl")}, "perplexity": 8}
+    raw["general"] |= {"rows": {"jsonl": str(ROWS / "text.jsonl")}, "test": 8}
     YAML().dump(raw, root / "params.yaml")
     save(build("llama", seed=0), root / "base")
     save(moved(build("llama", seed=0)), root / "moved")

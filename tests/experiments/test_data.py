@@ -72,7 +72,8 @@ def study(tmp_path):
             },
             "trees": block | {"rows": questions(tmp_path / "trees.jsonl", 12, word="tree")},
         },
-        general={"rows": {"jsonl": str(passages)}, "text": "passage", "importance": 20, "perplexity": 20, "probe": 4},
+        general={"rows": {"jsonl": str(passages)}, "text": "passage"}
+        | {"importance": 20, "replay": 10, "probe": 4, "test": 20},
     )
 
 
@@ -208,11 +209,39 @@ def test_the_same_task_under_two_names_is_refused(study, tmp_path):
     assert write(study, tmp_path / "out")["domains"]["birds"]["tasks"]["trees"]["n"]["test"] == 20
 
 
-def test_general_texts_are_three_disjoint_sets(study, tmp_path):
+GENERAL = {name: f"general/{name}.jsonl" for name in ("settle", "importance", "replay")} | {
+    "probe": "train/birds/probe/general.jsonl",
+    "test": "evaluate/birds/general.jsonl",
+}
+
+
+def test_general_texts_are_five_sets_that_share_no_article(study, tmp_path):
+    articles = [{"passage": f"Passage {i} of {i * i}.", "title": f"Article {i // 3}"} for i in range(120)]
+    (tmp_path / "passages.jsonl").write_text("".join(json.dumps(row) + "\n" for row in articles))
+    sizes = {"settle": 31, "importance": 20, "replay": 10, "probe": 4, "test": 20}
+    study.general |= sizes | {"article": "{{title | upper}}"}
+    report = write(study, tmp_path / "out")
+    assert report["general"]["n"] == sizes
+    title = {row["passage"]: row["title"] for row in articles}
+
+    def drawn():
+        return {name: [row["text"] for row in lines(tmp_path / "out" / file)] for name, file in GENERAL.items()}
+
+    first = drawn()
+    assert {name: len(texts) for name, texts in first.items()} == sizes
+    sets = [{title[text] for text in texts} for texts in first.values()]
+    assert sum(map(len, sets)) == len(set.union(*sets))
+    # other numbers of the others change nothing that is scored, and a larger test set keeps the smaller one
+    study.general |= {"settle": 0, "importance": 5, "test": 25}
     write(study, tmp_path / "out")
-    files = ("general/importance.jsonl", "train/birds/probe/general.jsonl", "evaluate/birds/general.jsonl")
-    texts = [{row["text"] for row in lines(tmp_path / "out" / file)} for file in files]
-    assert [len(part) for part in texts] == [20, 4, 20] and len(set.union(*texts)) == 44
+    second = drawn()
+    assert second["test"][:20] == first["test"] and second["settle"] == []
+    study.general["replay"] = 100
+    with pytest.raises(UserError, match=r"general.replay is 100 texts, and \d+ of 120 are left for it \(test 25, "):
+        write(study, tmp_path / "out")
+    study.general["perplexity"] = 20
+    with pytest.raises(UserError, match="general.perplexity is called `test` now: write `test: 20` in its place"):
+        write(study, tmp_path / "out")
 
 
 def test_the_same_bytes_twice_and_old_files_gone(study, tmp_path):

@@ -48,7 +48,7 @@ def study(folder, rows, format, **block):
         "models": {"tiny": {"source": "random:llama"}},
         "methods": {"full": {}},
         "train": {"length": 64},
-        "general": {"rows": general, "importance": 8, "perplexity": 8, "probe": 2},
+        "general": {"rows": general, "importance": 8, "replay": 8, "probe": 2, "test": 8},
         "domains": {"d": {"format": format, "rows": write(folder / "rows.jsonl", rows)} | block},
     }
     return config.build(raw, paths=Paths(root=folder))

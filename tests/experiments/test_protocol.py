@@ -392,7 +392,7 @@ def test_general_text_reaches_the_part_and_its_costs_the_record(tmp_path):
         records[method] = read_json(study.paths.run(cell) / "train.json")
     prepared = study.paths.prepared(model="llama-tiny", method="kl", seed=0) / prepare.GENERAL
     # train depends on the folder of what is prepared: other general text makes the cell stale
-    assert prepared.read_bytes() == (study.paths.data / "general" / "importance.jsonl").read_bytes()
+    assert prepared.read_bytes() == (study.paths.data / "general" / "replay.jsonl").read_bytes()
     trained, added = records["full"]["tokens_trained"], records["kl"]["added"]["kl"]
     assert records["full"]["added"] == {} and records["kl"]["tokens_trained"] == trained
     # general text is read by the model and by the base, the domain's by the base

@@ -127,9 +127,12 @@ FULL = {  # every key of every block, with a right value
     "general": {
         "rows": ROWS,
         "text": "passage",
+        "article": "title",
+        "settle": 0,
         "importance": 4,
-        "perplexity": 4,
+        "replay": 0,
         "probe": 0,
+        "test": 4,
         "max_words": 100,
         "nulls": "empty",
         "licence": "MIT",

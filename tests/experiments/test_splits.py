@@ -4,6 +4,7 @@ import re
 import pytest
 
 from experiments.data import splits
+from experiments.data.sameness import sameness
 from methods.errors import UserError
 from methods.tools.jsonl import Row
 
@@ -70,13 +71,17 @@ def test_too_few_rows_are_refused():
         splits.three_way(numbered(10), question=question, train="al", probe=2, test=3)
 
 
-def test_halves_are_disjoint_and_stable_when_text_is_added():
-    texts = [f"Passage number {i}." for i in range(200)]
-    first, second, copies = splits.halves([*texts, "passage NUMBER 7"])
-    assert copies == 1 and sorted(first + second) == sorted(texts)
-    assert 70 < len(first) < 130
-    more, _, _ = splits.halves([*texts, *(f"Another {i}" for i in range(100))])
-    assert set(first) <= set(more)
+def test_texts_of_an_article_are_in_one_set_whatever_the_numbers():
+    texts = [(f"Article {i % 70}", f"Passage number {i}.") for i in range(200)]
+    wanted = {"test": 40, "settle": 60, "probe": 17}
+    sets, left, copies = splits.by_article([*texts, ("Another", "passage NUMBER 7")], sizes=wanted)
+    assert copies == 1 and {name: len(drawn) for name, drawn in sets.items()} == wanted
+    of = dict(map(reversed, texts))
+    articles = [{of[text] for text in drawn} for drawn in (*sets.values(), *left)]
+    assert sum(map(len, articles)) == len(set.union(*articles)) == 70
+    assert splits.by_article(reversed(texts), sizes=wanted)[0] == sets  # the order of the rows is no matter
+    alone, _, _ = splits.by_article([("", text) for _, text in texts], sizes={"test": 150, "probe": 60})
+    assert len(alone["test"]) == 150 and len(alone["probe"]) == 50 and not set(alone["test"]) & set(alone["probe"])
 
 
 def test_sums_that_differ_in_a_sign_are_no_copies():
@@ -118,8 +123,9 @@ def test_copies_are_shown_by_one_pair_with_their_lines():
 
 
 def test_general_texts_that_differ_in_a_sign_are_both_kept():
-    first, second, copies = splits.halves(["a + b", "a - b", "A - B?", "naïve", "nai\u0308ve"])
-    assert copies == 2 and sorted(first + second) == ["a + b", "a - b", "naïve"]
+    texts = [("", text) for text in ("a + b", "a - b", "A - B?", "naïve", "nai\u0308ve")]
+    sets, _, copies = splits.by_article(texts, sizes={"test": 9})
+    assert copies == 2 and set(map(sameness, sets["test"])) == {"a+b", "a-b", "naïve"} and len(sets["test"]) == 3
 
 
 def test_normalising():

@@ -242,9 +242,13 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         raw["tune"] = {"methods": {"full": {"train.learning_rate": [1.0e-3]}}}
         raw["general"] |= {
             "rows": {"jsonl": str(tmp_path / "text.jsonl")},
+            "text": "passage",
+            "article": "{{passage}}",
+            "settle": 0,
             "importance": 4,
-            "perplexity": 4,
+            "replay": 4,
             "probe": 2,
+            "test": 4,
         }
 
     monkeypatch.chdir(tmp_path)

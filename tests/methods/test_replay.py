@@ -145,7 +145,7 @@ def test_a_wrong_line_is_named_before_anything_runs(tmp_path, line, message):
 
 
 def test_without_text_it_says_what_to_set():
-    with pytest.raises(UserError, match="set `general.importance`, or name rows in replay.path"):
+    with pytest.raises(UserError, match="set `general.replay`, or name rows in replay.path"):
         begun(Replay(), general=())
     with pytest.raises(UserError, match="no row of the general text can be learned in 30 tokens"):
         begun(Replay(), general=[{"input_ids": torch.tensor([5]), "labels": torch.tensor([5])}])
