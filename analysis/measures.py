@@ -1,8 +1,18 @@
-"""The measures of forgetting in nats, those that resolve the smallest differences first, and what each of them says.
+"""What a run gained and forgot, in the one order in which every table, test, figure and command shows it.
 
-Each is the bare base's minus the tuned model's, so that more is more forgotten, and has the name that it has in
-metrics.json. A nat is the unit of a natural logarithm: 0.1 nats per token lost means that the tuned model gives a text
-of 10 tokens 1/e of the probability that the base gives it. Accuracy (`forgetting`, in points) stands beside them.
+Gain comes first: nats per token of the domain's scored rows, then its score. Then what was forgotten, the measures
+that resolve the smallest differences first (the right answers of one run move one by one, nats with every item):
+
+    domain_nll_gained, domain_gain
+    general_nll_lost    nats per token of general text
+    general_kl          KL(base‖tuned) of the next token there, exact over the vocabulary
+    gold_nll_lost       nats of the right answers to retention items
+    margin_lost         nats of the right answer's lead over the best wrong choice
+    forgetting          accuracy on retention items
+
+Each of the latter is the base's number minus the tuned model's, so that more is more forgotten, and has the name that
+it has in metrics.json. A nat is the unit of a natural logarithm: 0.1 nats per token lost means that the tuned model
+gives a text of 10 tokens 1/e of the probability that the base gives it.
 """
 
 from collections.abc import Mapping
@@ -10,12 +20,13 @@ from dataclasses import dataclass
 
 from analysis import numbers
 
+GAIN = ("domain_nll_gained", "domain_gain")
 ACCURACY = "forgetting"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measure:
-    """One measure.
+    """One measure of forgetting in nats; accuracy's unit is the point.
 
     key     its name in metrics.json, in the tables and in tests.csv
     head    the head of its column
@@ -61,17 +72,6 @@ KL = Measure(
     general=True,
     signed=False,
 )
-KL_REVERSE = Measure(
-    key="general_kl_reverse",
-    head="reverse KL, nats/token",
-    name="the reverse divergence from the base",
-    unit="nats per token",
-    says="Reverse KL: the same with the two models exchanged, KL(tuned‖base); it grows where the tuned model expects "
-    "tokens that the base did not.",
-    value="kl_reverse",
-    general=True,
-    signed=False,
-)
 GOLD = Measure(
     key="gold_nll_lost",
     head="right answers lost, nats/item",
@@ -92,5 +92,7 @@ MARGIN = Measure(
     value="margin",
     general=False,
 )
-NATS = (GENERAL, KL, KL_REVERSE, GOLD, MARGIN)
+NATS = (GENERAL, KL, GOLD, MARGIN)
 BY_KEY: Mapping[str, Measure] = {measure.key: measure for measure in NATS}
+FORGETTING = (*BY_KEY, ACCURACY)  # keys, as in ORDER
+ORDER = (*GAIN, *FORGETTING)

@@ -59,7 +59,6 @@ def test_general_text_by_hand(root, full):
     for key, change in (
         ("general_nll_lost", (before["log_likelihood"] - after["log_likelihood"]).to_numpy()),
         ("general_kl", (after["kl"] * after["tokens"]).to_numpy()),
-        ("general_kl_reverse", (after["kl_reverse"] * after["tokens"]).to_numpy()),
     ):
         ratio = change.sum() / tokens.sum()
         half = half_of([len(tokens) * (change - ratio * tokens) / tokens.sum()])
@@ -126,7 +125,7 @@ def test_earlier_results_are_compared_as_before(root, loaded, tmp_path):
     assert old.loc[methods, ["general_kl", "margin_lost", "domain_nll_gained"]].isna().all(axis=None)
     earlier = load_cells(tmp_path / "results", names)
     text = as_text(earlier, old)
-    assert "Not known of results that were scored before it was recorded: KL, reverse KL, margin lost." in text
+    assert "Not known of results that were scored before it was recorded: KL, margin lost." in text
     assert "KL" not in text.splitlines()[1]
     assert set(all_of(earlier, **PAIR)["kind"]) == {"gain", "forgetting", "general_nll_lost", "gold_nll_lost"}
 
