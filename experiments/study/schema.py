@@ -59,7 +59,9 @@ class Pypi(Shaped):
 
     package: Package = key("NAME==VERSION of the wheel, whose sha256 stands under `packages:`.")
     path: str | list[str] = key("Folder of a saved data set inside the wheel, or several.", None)
-    requests: Text = key("Evaluation request file inside the wheel: a JSON object with a `doc` on each line.", None)
+    requests: str | list[str] = key(
+        "Evaluation request file inside the wheel, or several: a JSON object with a `doc` on each line.", None
+    )
 
 
 class Jsonl(Shaped):
@@ -161,6 +163,7 @@ class Split(Block):
     train: CountOrAll = key("Rows that are trained on, or all that are left.")
     probe: CountOrNone = key("Rows for probes during training and for `tune`.")
     test: CountOrAll = key("Rows that are scored, or all that are left.")
+    distinct: bool = key("Whether no two rows that are probed or scored ask the same, as in several languages.", False)
 
 
 class Domain(Scored):

