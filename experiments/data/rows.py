@@ -6,7 +6,7 @@ A `rows:` block names one or more of
     hub:   {path: OWNER/NAME, name: CONFIG or [CONFIG, …], split: SPLIT, revision: COMMIT, data_files: FILES}
     jsonl: FILE                                                      one JSON object a line; path from the project root
     local: PATH                                                      a file or folder of experiments/data/local.py
-Each of them may have its own `set` and `columns` (see `shape`), because sources name their columns differently.
+Each of them may have its own `keep`, `set` and `columns` (see `shape`), because sources name their columns differently.
 A null cell that a template or a text would print is refused; `nulls: empty` in the block reads every null cell as "".
 """
 
@@ -88,8 +88,9 @@ def read(block: schema.Rows, *, packages: Mapping[str, str], prefer: str, where:
 
 
 def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]:
-    """Apply `set` and then `columns` of `block` to the rows.
+    """Apply `keep`, then `set`, then `columns` of `block` to the rows.
 
+    `keep: "level < 4"` is a Jinja expression over the row; rows for which it is false are not read.
     `set: {column: value}` adds or replaces columns; a string is a Jinja template over the row ("" empties a column).
     `columns: {new: old}` renames columns and keeps the others; `columns: [a, b]` keeps only these. Where no column is
     called `a.b`, it is `b` within the column `a`.
@@ -108,7 +109,7 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
     columns = block.columns or {}
     renamed = columns if isinstance(columns, dict) else {name: name for name in columns}
     shaped = []
-    for number, given in enumerate(rows, 1):
+    for number, given in enumerate(_kept(rows, block.keep, where=where) if block.keep else rows, 1):
         at, row = place(given, number), given
         try:
             rendered = {k: v.render(row) if isinstance(v, jinja2.Template) else v for k, v in templates.items()}
@@ -126,6 +127,26 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
         kept = {} if not isinstance(columns, dict) else {k: v for k, v in row.items() if k not in renamed.values()}
         shaped.append(Row(kept | found, at=at))
     return shaped
+
+
+def _kept(rows: Iterable[Row], expression: str, *, where: str) -> list[Row]:
+    """The rows for which the expression is true. Raises UserError where it is not valid, or true for none."""
+    kept, rows = [], list(rows)
+    try:
+        holds = _JINJA.compile_expression(expression, undefined_to_none=False)
+    except jinja2.TemplateError as error:
+        raise UserError(f"{where}: `keep`, {expression!r}, is not a valid expression: {error}") from error
+    for number, row in enumerate(rows, 1):
+        try:
+            if holds(row):
+                kept.append(row)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+            raise UserError(
+                f"{where}: {place(row, number)} does not fit `keep`: {error} (columns: {', '.join(row)})"
+            ) from error
+    if rows and not kept:
+        raise UserError(f"{where}: `keep`, {expression!r}, is true for none of {len(rows)} rows: correct it")
+    return kept
 
 
 def _column(row: Mapping[str, Any], name: str) -> Any:

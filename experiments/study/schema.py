@@ -38,8 +38,9 @@ TAKEN_OVER = ("models", "tasks", "methods", "general", "packages", "suites")
 
 
 class Shaped(Block):
-    """What changes the columns of rows."""
+    """What chooses rows and changes their columns."""
 
+    keep: Text = key("Jinja expression over a row: rows for which it is false are not read.", None)
     set: dict = key('Columns added or replaced: a value, or a Jinja template over the row ("" empties a column).', {})
     columns: list[str] | dict[str, str] = key("Columns that are kept, or new names for old ones: {new: old}.", [])
 

@@ -113,6 +113,23 @@ def test_columns_are_renamed_kept_or_emptied():
         rows.shape(given, Shaped(**{"set": {"q": "{{c}}"}}), where="w")
 
 
+def test_rows_are_kept_by_an_expression():
+    given = [{"level": level, "kind": kind} for level in range(4) for kind in "ab"]
+
+    def kept(expression):
+        return rows.shape(given, Shaped(keep=expression, set={"level": 9}), where="domains.x")
+
+    assert [row["kind"] for row in kept("level < 2 and kind != 'a'")] == ["b", "b"] and kept("kind")[0]["level"] == 9
+    for expression, message in (
+        ("level <", "domains.x: `keep`, 'level <', is not a valid expression"),
+        ("grade < 2", r"domains.x: row 1 does not fit `keep`: 'grade' is undefined \(columns: level, kind\)"),
+        ("level < kind", "domains.x: row 1 does not fit `keep`: '<' not supported"),
+        ("level > 7", "domains.x: `keep`, 'level > 7', is true for none of 8 rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            kept(expression)
+
+
 def test_text_is_a_column_or_a_template():
     assert rows.text({"a": "x", "b": 1}, "a", where="w") == "x"
     assert rows.text({"a": "x", "b": 1}, "{{a}}-{{b}}", where="w") == "x-1"

@@ -30,12 +30,15 @@ ROWS = {
         "split": "test",
         "revision": "main",
         "data_files": "x.json",
+        "keep": "p",
         "set": {"q": "{{p}}"},
         "columns": ["q"],
     },
-    "pypi": {"package": "a-b==1", "path": "x/y", "requests": "z.jsonl.gz", "set": {"q": 1}, "columns": {"q": "p"}},
-    "jsonl": {"path": "rows.jsonl", "set": {"q": ""}, "columns": ["q"]},
-    "local": {"path": "rows.csv", "split": "train", "encoding": "cp1252", "set": {"q": ""}, "columns": ["q"]},
+    "pypi": {"package": "a-b==1", "path": "x/y", "requests": "z.jsonl.gz", "keep": "p", "set": {"q": 1}}
+    | {"columns": {"q": "p"}},
+    "jsonl": {"path": "rows.jsonl", "keep": "p", "set": {"q": ""}, "columns": ["q"]},
+    "local": {"path": "rows.csv", "split": "train", "encoding": "cp1252", "keep": "p", "set": {"q": ""}}
+    | {"columns": ["q"]},
 }
 SCORED = {
     "task": "sciq",
@@ -44,6 +47,7 @@ SCORED = {
     "licence": "MIT",
     "rows": ROWS,
     "nulls": "empty",
+    "keep": "a < 3",
     "set": {"a": ""},
     "columns": {"a": "b"},
 }
