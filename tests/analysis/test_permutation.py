@@ -128,7 +128,7 @@ def test_families_are_corrected_apart(tests):
     rows = tests.reset_index()
     assert set(rows["kind"]) == {"gain", "forgetting", *BY_KEY}
     assert rows.groupby("kind").size()["general_kl"] == 3  # between methods only
-    assert len(tests) == 3 * 2 + 3 * 2 + 3 * 3 + 5 * 3
+    assert len(tests) == 3 * 2 + 3 * 2 + 3 * 3 + 4 * 3
     together = rows[rows["kind"].isin(("gain", "forgetting"))]
     families = [together[(together["b"] == "base") == with_base] for with_base in (True, False)]
     families += [own[own["b"] == "base"] for _, own in rows[rows["kind"].isin(BY_KEY)].groupby("kind")]
