@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from analysis import words
 from analysis.families import families
 from analysis.load import Loaded
 
@@ -53,6 +54,23 @@ def reported(loaded: Loaded) -> Loaded:
             kept = next((block for block in blocks if block in picked), name if name in blocks else blocks[0])
             dropped += list(cells.index[cells["method"].isin(set(blocks) - {kept})])
     return loaded.without(dropped) if dropped else loaded
+
+
+def settings_said(loaded: Loaded, *, model: str, domain: str) -> list[str]:
+    """Sentences about how the settings of swept methods were chosen: the rule, ties, and ends of ranges."""
+    table = choices(loaded, model=model, domain=domain)
+    table = table[table["family"].duplicated(keep=False)]
+    if table.empty:
+        return []
+    lines = [f"Of a method with several settings, {domain} has chosen {RULE}; never what was forgotten, nor accuracy."]
+    if tied := list(table[table["tied"]]["method"]):
+        lines.append(f"Equal to the chosen one were {words.few(tied)}.")
+    ends = [f"{row.method} ({row.setting} = {row.value:g})" for row in table[table["end"] != ""].itertuples()]
+    if ends:
+        what = "was chosen at the end of its range, which should be widened"
+        what = what if len(ends) == 1 else "were chosen at the ends of their ranges, which should be widened"
+        lines.append(f"{words.few(ends)} {what}: another value may learn the domain better.")
+    return lines
 
 
 def choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:

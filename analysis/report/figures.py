@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import numbers, style
 from analysis.families import family
 from analysis.load import Loaded
-from analysis.sections import by_task, drift, flips, front, matched
+from analysis.sections import by_task, drift, flips, front
 from analysis.sections.costs import costs
 
 
@@ -31,8 +31,6 @@ def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[
     made = []
     draws = (
         front.gain_against_nats,
-        front.gain_forgetting_front,
-        matched.matched_gain,
         *by_task.FIGURES,
         forgetting_over_training,
         *flips.FIGURES,

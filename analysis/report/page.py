@@ -107,7 +107,7 @@ def _comparisons(
                     for number, figure in enumerate(figures)
                     if (figure.model, figure.domain) == (model, domain)
                 },
-                "front": front.section(loaded, model=model, domain=domain),
+                "front": front.section(loaded, rows, model=model, domain=domain),
                 "significance": significance.section(loaded, tests, model=model, domain=domain),
                 "matched": matched.section(loaded, model=model, domain=domain),
                 "flips": flips.section(loaded, model=model, domain=domain),

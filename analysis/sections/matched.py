@@ -1,213 +1,137 @@
-"""Forgetting at the same gain (analysis/statistics/matched.py) as a figure and a section of the report."""
+"""What methods lose at the same gain (analysis/statistics/matched.py), as the report shows it."""
 
-import numpy as np
 import pandas as pd
 
 from analysis import numbers, style, words
-from analysis.families import family
+from analysis.chosen import reported
 from analysis.load import Loaded
-from analysis.statistics.matched import BARELY, Trajectories, gaps, levels, matched, trajectories
-from analysis.statistics.resample import resampled
+from analysis.measures import ACCURACY, BY_KEY
+from analysis.roles import PLAIN
+from analysis.statistics.matched import BARELY, Equal, equal_gain, level, matched
+from analysis.statistics.nats import DOMAIN
+from analysis.statistics.resample import Resampled, resampled
+from analysis.statistics.trajectories import Trajectories, along, trajectories
 
-TITLES = {
-    "forgetting": "Forgetting: right answers lost on retention probes, points (down is better)",
-    "forgetting_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
-}
-HEADS = {"forgetting": "forgetting, points", "forgetting_nats": "forgetting, nats per token"}
-
-
-def matched_gain(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Trajectories in the plane of gain and forgetting, the matched gain as a vertical line; one panel per measure."""
-    runs = trajectories(loaded, model=cells.iloc[0]["model"], domain=cells.iloc[0]["domain"])
-    if runs is None:
-        return None
-    scale, marks = 100 if runs.gain == "accuracy" else 1, levels(runs)
-    data = runs.points[["cell", "method", "seed", "step", "tokens", "gain", *runs.measures]].copy()
-    data["gain"] *= scale
-    data["matched_gain"] = scale * marks["matched"] if marks else np.nan
-    if "forgetting" in runs.measures:
-        data["forgetting"] *= 100
-    height, count = 0.6 + style.height(2.7, runs.methods) * len(runs.measures), len(runs.measures)
-    figure, panels = style.new(style.WIDTH, height, count, sharex=True, squeeze=False)
-    for axes, measure in zip(panels[:, 0], runs.measures):
-        axes.set_title(TITLES[measure])
-        axes.axhline(0, color=style.MUTED, linewidth=0.8)
-        ends = []
-        for method, own in data.groupby("method", sort=False):
-            end = style.course(axes, own, method=method, x="gain", y=measure, size=4)
-            if method in style.named(runs.methods):
-                ends.append((*end, method, style.colour(method)))
-        axes.margins(x=0.03, y=0.08)
-        style.label_ends(axes, ends, gap=0.075)
-        if marks:
-            axes.axvline(scale * marks["matched"], color=style.INK, linewidth=1.1, linestyle=(0, (4, 3)), zorder=1)
-    if marks:
-        place = {"xytext": (-5, -3), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-        look = {"ha": "right", "va": "top", "fontsize": 8, "color": style.INK}
-        text = f"matched gain {_gain(runs, marks['matched'])}"
-        panels[0, 0].annotate(text, (scale * marks["matched"], 1), **place, **look)
-    unit = "points" if runs.gain == "accuracy" else "nats per token"
-    panels[-1, 0].set_xlabel(f"gain on the domain's probes, {unit} (right is better); {style.where(cells)}")
-    caption = (
-        "Each line is a method from its first probe to its last, against the bare base: lower at one gain is better."
-    )
-    if cells["seed"].nunique() > 1:
-        caption += " Faint lines are its seeds, the other line is their mean at each probe."
-    if marks:
-        caption += " The vertical dashed line is the gain at which methods are compared."
-    else:
-        caption += " No method gained on the probes, so there is no gain at which to compare."
-    if any(method != family(method) for method in runs.methods):
-        caption += " Dashed lines are the blocks of a sweep."
-    count = _probe_rows(runs) or "their number is not recorded"
-    caption += f" Probe rows are few ({count}) and disjoint from the scored rows."
-    return figure, data, "Forgetting at the same gain", caption
+PROBES = {"general_nll_lost": "general text lost, nats/token", "gold_nll_lost": "right answers lost, nats/token"}
 
 
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
-    """What matched.html.j2 shows of one comparison; None if the runs were not probed."""
-    runs = trajectories(loaded, model=model, domain=domain)
-    if runs is None:
+    """What matched.html.j2 shows of one comparison; None if no gain or loss in nats is known."""
+    made = resampled(loaded, model=model, domain=domain)
+    if made is None or not made.losses:
         return None
-    marks, table, sweeps = levels(runs), matched(runs), _sweeps(loaded, model, domain)
-    if not marks:
-        none = "No method gained on the domain's probes, so there is no gain at which forgetting could be compared."
-        return {"sentences": [none], "heads": [], "rows": [], "notes": [], "sweeps": sweeps}
-    at = table[table["level"] == "matched"]
-    heads = ["method", *(HEADS[measure] for measure in runs.measures), f"against {at['reference'].iloc[0]}"]
-    heads += [f"at {level} ({_gain(runs, gain)})" for level, gain in marks.items() if level != "matched"]
-    first = at[at["measure"] == runs.measures[0]]
+    runs = trajectories(reported(loaded), model=model, domain=domain)
+    at = level(made)
+    if at is None:
+        none = "No method gained on the domain, so there is no gain at which losses could be compared."
+        return {"sentences": [none], "heads": [], "rows": [], "notes": [], "along": None}
+    table, against = matched(made), _against(made)
+    shown = list(made.losses)
+    heads = ["method", "settings", "gains, nats/token", *(_head(key) for key in shown)]
+    heads += [f"against {PLAIN}, at the most that both gain"] if against else []
     return {
-        "sentences": [_rule(runs, marks, first), *_verdict(runs, first)],
+        "sentences": [_rule(made, at[0]), *_verdict(against, shown[0])],
         "heads": heads,
-        "rows": [_line(runs, table[table["method"] == method], marks) for method in runs.methods],
-        "notes": _notes(runs, table),
-        "sweeps": sweeps,
+        "rows": [_line(made, table[table["family"] == name], against) for name in made.families],
+        "notes": _notes(made, bool(against)),
+        "along": _along(runs) if runs is not None else None,
     }
 
 
-def _sweeps(loaded: Loaded, model: str, domain: str) -> list[dict]:
-    """The gaps between families on the scored rows as text; empty if nothing was swept."""
-    draws, rows = resampled(loaded, model=model, domain=domain), []
-    for row in gaps(draws).itertuples() if draws else ():
-        blocks = [len(draws.families[name]) for name in (row.a, row.b)]
-        names = [f"{name} ({n})" if len(set(blocks)) > 1 else name for name, n in zip((row.a, row.b), blocks)]
-        text = {"pair": " − ".join(names), "gains": "no gain in common", "value": "–", "interval": ""}
-        if not numbers.missing(row.difference):
-            text["gains"] = " to ".join(dict.fromkeys(map(numbers.points, (row.gain_low, row.gain_high))))
-            text["value"] = numbers.points(row.difference)
-        if not numbers.missing(row.low):
-            text["interval"] = f"[{numbers.points(row.low)}, {numbers.points(row.high)}]"
-        rows.append(text)
-    return rows
+def _against(made: Resampled) -> dict[str, Equal]:
+    """Each family against plain fine-tuning in the first measure; {} without it."""
+    others = [name for name in made.families if name != PLAIN] if PLAIN in made.families else []
+    found = {name: equal_gain(made, name, PLAIN, key=made.losses[0]) for name in others}
+    return {name: one for name, one in found.items() if one is not None}
 
 
-def _rule(runs: Trajectories, marks: dict[str, float], at: pd.DataFrame) -> str:
-    barely = list(at[at["reached"] < at["seeds"]]["method"])
+def _rule(made: Resampled, gain: float) -> str:
+    most = {name: made.values[DOMAIN][own].max() for name, own in made.families.items()}
+    barely = [name for name, value in most.items() if not value >= gain]
     but = f" except {words.few(barely)}" if barely else ""
-    text = (
-        f"Methods are compared at a gain of {_gain(runs, marks['matched'])} on the domain's probes, the largest that "
-        f"every run of every method{but} reaches."
+    return (
+        f"Methods are compared at a gain of {numbers.nats(gain)} nats per token on the domain's scored rows, the "
+        f"largest that every method{but} reaches at one of its settings."
     )
-    if early := list(at[at["early"]]["method"]):
-        text += (
-            f" {len(early)} of {len(at)} methods ({words.few(early)}) passed it before their first probe after "
-            "training began: their values are read from a straight line that begins where training does, and more "
-            "probes (train.probes) would locate them better."
-        )
-    return text
 
 
-def _verdict(runs: Trajectories, at: pd.DataFrame) -> list[str]:
-    """Which methods differ significantly from the reference in the first measure; plainly none if none do."""
-    compared = at[at["difference"].notna()]
-    if compared.empty:
+def _verdict(against: dict[str, Equal], key: str) -> list[str]:
+    """Which methods lose significantly less or more than plain fine-tuning where both gain as much."""
+    known = {name: one for name, one in against.items() if one.p is not None}
+    if not known:
         return []
-    reference, show = at["reference"].iloc[0], _shower(runs.measures[0])
-    bounded = compared[compared["difference_low"].notna()]
-    if bounded.empty:
-        return [
-            f"A difference from {reference} has no interval: there is one seed, and what other probe rows would "
-            "change is not known."
-        ]
-    sure = bounded[(bounded["difference_low"].astype(float) > 0) | (bounded["difference_high"].astype(float) < 0)]
-    if sure.empty:
-        return [
-            f"At this gain no method's forgetting differs significantly from that of {reference}: every 95 % "
-            "confidence interval of the difference includes 0."
-        ]
-    parts = []
-    for side, rows in (("less", sure[sure["difference"] < 0]), ("more", sure[sure["difference"] > 0])):
-        if len(rows):
-            each = words.few(f"{row.method} ({show(row.difference)})" for row in rows.itertuples())
-            parts.append(f"{side} than {reference}: {each}")
-    unit = HEADS[runs.measures[0]].split(", ")[1]
-    return [
-        "The methods whose 95 % confidence interval of the difference excludes 0 forget "
-        f"{'; '.join(parts)} (in {unit}, not corrected for the number of methods)."
-    ]
+    sure = {name: one for name, one in known.items() if one.p < 0.05}
+    less = [f"{n} ({_show(key)(one.difference)})" for n, one in sure.items() if one.less]
+    more = [f"{n} ({_show(key)(one.difference)})" for n, one in sure.items() if one.difference > 0 and one.beyond != n]
+    parts = [f"{word} than {PLAIN}: {words.few(names)}" for word, names in (("less", less), ("more", more)) if names]
+    if not parts:
+        return [f"Where both gain as much, no method's loss differs significantly from that of {PLAIN}."]
+    return [f"Where both gain as much, these lose {'; '.join(parts)} (5 %, not corrected for the number of methods)."]
 
 
-def _line(runs: Trajectories, own: pd.DataFrame, marks: dict[str, float]) -> dict:
-    by_place, main = own.set_index(["level", "measure"]), runs.measures[0]
-    cells = [_bounded(by_place.loc[("matched", measure)], measure, key="value") for measure in runs.measures]
-    cells.append(_bounded(by_place.loc[("matched", main)], main, key="difference"))
-    others = [level for level in marks if level != "matched"]
-    cells += [(_bounded(by_place.loc[(level, main)], main, key="value")[0], "") for level in others]
-    method = own["method"].iloc[0]
-    return {"name": method, "colour": style.colour(method), "cells": cells}
+def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict:
+    name = own["family"].iloc[0]
+    gains = sorted(made.values[DOMAIN][made.families[name]])
+    ends = " to ".join(dict.fromkeys(map(numbers.nats, (gains[0], gains[-1]))))
+    cells = [(str(len(gains)), ""), (ends, "")]
+    first = True
+    for row in own.itertuples():
+        if row.why:
+            cells.append(("–", row.why if first else ""))
+        else:
+            cells.append(_bounded(row.value, row.low, row.high, show=_show(row.measure)))
+        first = False
+    if against:
+        cells.append(_compared(against[name], key=made.losses[0]) if name in against else ("", ""))
+    return {"name": name, "colour": style.colour(name), "cells": cells}
 
 
-def _bounded(row: pd.Series, measure: str, *, key: str) -> tuple[str, str]:
-    """A value and its interval as texts."""
-    show, prefix = _shower(measure), "" if key == "value" else f"{key}_"
-    low, high = row[f"{prefix}low"], row[f"{prefix}high"]
-    if numbers.missing(row[key]):
-        if key == "difference":
-            return "–", ""
-        return "did not reach it", "" if row["seeds"] == 1 else f"{row['reached']} of {row['seeds']} seeds did"
-    mark = "†" if row["begins"] and key == "value" else ""
-    return show(row[key]) + mark, "" if numbers.missing(low) else f"[{show(low)}, {show(high)}]"
+def _compared(one: Equal, *, key: str) -> tuple[str, str]:
+    value, bounds = _bounded(one.difference, one.low, one.high, show=_show(key))
+    at = f"at {numbers.nats(one.gain)}" + (f", {one.beyond} gains more" if one.beyond else "")
+    return ("≤ " if one.beyond == one.a else "≥ " if one.beyond else "") + value, f"{bounds} {at}".strip()
 
 
-def _notes(runs: Trajectories, table: pd.DataFrame) -> list[str]:
-    covers = set(table["covers"])
+def _bounded(value: float, low: float | None, high: float | None, *, show) -> tuple[str, str]:
+    return show(value), "" if numbers.missing(low) else f"[{show(low)}, {show(high)}]"
+
+
+def _notes(made: Resampled, compared: bool) -> list[str]:
+    several = max(made.seeds.values()) > 1
+    covers = "redrawn items and seeds" if several else "redrawn items: these runs, not these methods"
     lines = [
-        "A run's forgetting at a gain is read on the straight line between the two probes around its first crossing of "
-        f"that gain; later probes do not count. A method that stays below {100 * BARELY:.0f} % of the best one's final "
-        "gain has barely learned and sets no level.",
-        "The quarters are of the best method's final gain. Gain and forgetting are on probe rows, against the bare "
-        "base, not on the scored rows.",
+        "A method's curve goes through its settings on the scored rows; a setting that gains less and loses more than "
+        "another one of the same method is left out, between the others the line is straight, and before the first and "
+        "beyond the last there is no number (–, with the reason).",
+        f"[ , ] is a 95 % confidence interval from {covers}; the gain at which methods are compared is redrawn with "
+        f"them. A method that gains less than {100 * BARELY:.0f} % of what the best one gains sets no level.",
     ]
-    if covers & {"seeds and rows", "rows"}:
-        whose = "over seeds and probe rows" if "seeds and rows" in covers else "over the probe rows alone, one seed"
+    if compared:
         lines.append(
-            f"[ , ] of right answers is a 95 % confidence interval {whose} (at least: {_probe_rows(runs)}). How much "
-            "answers vary by row is taken from the scored rows of the same tasks after training, because curves hold "
-            "no items."
+            f"Against {PLAIN}: each method at the largest gain that both reach. ≤ and ≥: one of the two gains more "
+            "than the other ever does, and is taken at its first setting, so that its loss at that gain may be smaller."
         )
-    if "seeds" in covers:
-        lines.append(
-            "[ , ] of nats is a 95 % confidence interval over seeds alone (Student's t), all probed on the same few "
-            "rows: it does not cover what other rows would change."
-        )
-    if table["begins"].any():
-        lines.append("† starts beyond this gain, with weights of its own preparation: the value is at its first probe.")
-    own = "compared with its own first probe, because the base's probes are not recorded."
-    return lines + ([f"{words.few(runs.from_own_start)}: {own}"] if runs.from_own_start else [])
+    return lines
 
 
-def _probe_rows(runs: Trajectories) -> str:
-    return ", ".join(f"{column.removeprefix('probe_')} {n}" for column, n in runs.rows.items())
+def _along(runs: Trajectories) -> dict:
+    """The table along training."""
+    table = along(runs)
+    without = "; ".join(f"{method}: {why}" for method, why in runs.without.items())
+    gain = f"{numbers.nats(table['gain'].iloc[0])} nats per token" if len(table) else ""
+    rows = []
+    for method, own in table.groupby("method", sort=False):
+        cells = [
+            ("–", row.why) if row.why else _bounded(row.value, row.low, row.high, show=numbers.nats)
+            for row in own.itertuples()
+        ]
+        rows.append({"name": method, "colour": style.colour(method), "cells": cells})
+    return {"gain": gain, "heads": ["method", *(PROBES[key] for key in runs.losses)], "rows": rows, "without": without}
 
 
-def _shower(measure: str):
-    return numbers.points if measure == "forgetting" else _nats
+def _head(key: str) -> str:
+    return "right answers lost, points" if key == ACCURACY else BY_KEY[key].head
 
 
-def _nats(value: float) -> str:
-    return f"{value:+.3f}".replace("-", numbers.MINUS)
-
-
-def _gain(runs: Trajectories, value: float) -> str:
-    return f"{numbers.points(value)} points" if runs.gain == "accuracy" else f"{_nats(value)} nats per token"
+def _show(key: str):
+    return numbers.points if key == ACCURACY else BY_KEY[key].show

@@ -1,37 +1,41 @@
-"""Gain and forgetting of every method under the same redrawn items and seeds, for numbers that mix methods (fronts)."""
+"""What every method gained and lost under the same redrawn items and seeds, for numbers that mix methods and measures.
 
+A number at equal gain, or a front, takes both of its axes from the same runs, and compares methods that answered the
+same items and saw the data in the same order. So items are drawn with replacement within each task, the same draw for
+every method and measure, and the seeds' part is drawn with one number a seed for all of them.
+"""
+
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 from scipy.stats import chi2
 
-from analysis import units
 from analysis.families import families
 from analysis.load import Loaded, retention_tasks
-from analysis.statistics.intervals import KEYS
+from analysis.measures import ACCURACY, BY_KEY
+from analysis.statistics.intervals import GENERAL_TEXT
+from analysis.statistics.nats import DOMAIN, Change, Changes
 
 DRAWS = 2000
+# (measure, method, variance between seeds, degrees of freedom) -> the same, moderated by other methods
+Moderate = Callable[[str, str, float, float], tuple[float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resampled:
-    """The M methods of one (model, domain); every number is a share of 1.
+    """The M methods of one (model, domain).
 
-    gain, forgetting      (M,) the reported values, means over seeds
-    gains, forgettings    (draws, M) the same redrawn; NaN for a method without all of its items
-    seeds                 number of seeds by method
-    n_domain, n_retention number of scored rows behind a gain and behind a forgetting
+    values   measure -> (M,) the reported values, means over seeds; DOMAIN is the gain in nats per token, all others are
+             losses: those in nats, and ACCURACY as a share of 1. A measure that no method has is missing
+    draws    measure -> (draws, M) the same redrawn; NaN for a method without all of its items
+    seeds    number of seeds by method
     """
 
     methods: tuple[str, ...]
-    gain: np.ndarray
-    forgetting: np.ndarray
-    gains: np.ndarray
-    forgettings: np.ndarray
+    values: dict[str, np.ndarray]
+    draws: dict[str, np.ndarray]
     seeds: dict[str, int]
-    n_domain: int
-    n_retention: int
 
     @property
     def families(self) -> dict[str, list[int]]:
@@ -39,50 +43,76 @@ class Resampled:
         place = self.methods.index
         return {name: [place(method) for method in blocks] for name, blocks in families(self.methods).items()}
 
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The measures of forgetting that are known, the most sensitive first."""
+        return tuple(key for key in self.values if key != DOMAIN)
 
-def resampled(loaded: Loaded, *, model: str, domain: str, draws: int = DRAWS, seed: int = 0) -> Resampled | None:
-    """Redraw items and seeds together for all methods of one comparison.
 
-    None if no method has both numbers, or if the gain is not of shares. Items are drawn with replacement within each
-    task, the same draw for every method, whose scores are first averaged over its seeds. For a method with S > 1 seeds
-    their part is added: Σ_s z_s d_s / sqrt(S (S − 1)), with d_s the deviation of seed s from the method's mean and
-    z_s ~ N(0, 1) shared by all methods, over sqrt(χ²/df) of S − 1 degrees of freedom. Its covariance is that of the
-    mean over seeds and its tails are Student's; drawing 3 seeds out of 3 would make the seeds' part a third too small.
-    What differs between items by seed is in both parts, which errs on the wide side.
+def resampled(
+    loaded: Loaded,
+    *,
+    model: str,
+    domain: str,
+    draws: int = DRAWS,
+    seed: int = 0,
+    changes: Changes | None = None,
+    moderate: Moderate | None = None,
+) -> Resampled | None:
+    """Redraw items and seeds together for all methods of one comparison; None if no gain in nats is known.
+
+    A mean over tokens is redrawn as the ratio of redrawn sums. For a method with S > 1 seeds their part is added to
+    each draw: Σ_s z_s d_s / sqrt(S (S − 1)), with d_s the deviation of seed s from the method's mean and z_s ~ N(0, 1)
+    shared by all methods and measures, over sqrt(χ²/df) of S − 1 degrees of freedom. Its covariance is that of the mean
+    over seeds and its tails are Student's; drawing 3 seeds out of 3 would make the seeds' part a third too small. What
+    differs between items by seed is in both parts, which errs on the wide side. `moderate` replaces a method's own
+    variance and degrees of freedom.
     """
     cells = loaded.of(model, domain)
-    cells = cells.dropna(subset=["domain_gain", "forgetting"]) if len(cells) else cells
-    if cells.empty:
+    if cells.empty or not loaded.base_items(model).size:
         return None
-    first, methods = cells.iloc[0], tuple(dict.fromkeys(cells["method"]))
-    if units.of_domain(first) != units.SHARE:  # gain in nats against forgetting in points has no area
-        return None
-    tasks = retention_tasks(first)
-    counts = {task: first["n"].get(task, 0) for task in [domain, *tasks]}
-    means = cells.groupby("method")[["domain_gain", "forgetting"]].mean().astype(float).loc[list(methods)]
+    changes = changes or Changes(loaded, cells)
+    runs = {method: own.sort_values("seed") for method, own in cells.groupby("method", sort=False)}
+    seeds = sorted(cells["seed"].unique())
     rng = np.random.default_rng(seed)
-    change = changes(loaded, cells, counts=counts)
-    drawn = {task: _redrawn(values, draws=draws, rng=rng) for task, values in change.items()}
-    gains, forgettings = drawn[domain], -np.mean([drawn[task] for task in tasks], axis=0)
-    shift_gain, shift_forgetting = _seeds_part(cells, methods, draws=draws, rng=rng)
+    z, u = rng.standard_normal((draws, len(seeds))), rng.random((draws, 1))
+    weights: dict[str, np.ndarray] = {}
+
+    def redrawn(task: str, n: int) -> np.ndarray:
+        if task not in weights:
+            weights[task] = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32)
+        return weights[task]
+
+    values, again = {}, {}
+    for key in (DOMAIN, *BY_KEY, ACCURACY):
+        found = {method: change_of(changes, list(own.index), key) for method, own in runs.items()}
+        if not any(found.values()):
+            continue
+        values[key], again[key] = np.full(len(runs), np.nan), np.full((draws, len(runs)), np.nan)
+        for column, method in enumerate(runs):
+            if found[method] is None:
+                continue
+            tasks, change = found[method]
+            by_seed = np.mean(_means(change), axis=0)
+            each = [_drawn(change, k, redrawn(task, change.tasks[k].shape[1])) for k, task in enumerate(tasks)]
+            values[key][column], again[key][:, column] = by_seed.mean(), np.mean(each, axis=0)
+            if (count := len(by_seed)) > 1:
+                shared = z[:, [seeds.index(one) for one in runs[method]["seed"]]]
+                scale = _scale(by_seed, u, key=key, method=method, moderate=moderate) / np.sqrt(count * (count - 1))
+                again[key][:, column] += shared @ (by_seed - by_seed.mean()) * scale
+    if DOMAIN not in values:
+        return None
     return Resampled(
-        methods=methods,
-        gain=means["domain_gain"].to_numpy(),
-        forgetting=means["forgetting"].to_numpy(),
-        gains=gains + shift_gain,
-        forgettings=forgettings + shift_forgetting,
-        seeds=cells.groupby("method").size().to_dict(),
-        n_domain=counts[domain],
-        n_retention=sum(counts[task] for task in tasks),
+        methods=tuple(runs), values=values, draws=again, seeds={method: len(own) for method, own in runs.items()}
     )
 
 
 def reversed_interval(value: float, draws: np.ndarray) -> tuple[float | None, float | None]:
     """The reverse percentile ("basic") bootstrap interval, 2 · value − quantiles (Davison and Hinkley 1997, eq. 5.6).
 
-    A front takes the best of several noisy points, so its redraws lie above it as it lies above the truth; simulated
-    for five equally good points, percentiles of the redraws cover 7 to 77 %, these intervals 85 to 96 %. None, None if
-    a draw is missing.
+    The best of several noisy settings looks better than it is, and in the redraws once more, so these intervals turn
+    the redraws round; simulated for a front of five equally good points, percentiles of the redraws cover 7 to 77 %,
+    these intervals 85 to 96 %. None, None if a draw is missing.
     """
     if not len(draws) or np.isnan(draws).any():
         return None, None
@@ -90,48 +120,47 @@ def reversed_interval(value: float, draws: np.ndarray) -> tuple[float | None, fl
     return float(2 * value - high), float(2 * value - low)
 
 
-def changes(loaded: Loaded, cells: pd.DataFrame, *, counts: dict[str, int]) -> dict[str, np.ndarray]:
-    """task -> (items, methods): tuned − base, mean over a method's seeds; NaN for a method without all its items."""
-    methods = list(dict.fromkeys(cells["method"]))
-    base, tuned = loaded.base_items(cells.iloc[0]["model"]), loaded.items_of(cells)
-    absent = {task: np.full((1, len(methods)), np.nan) for task in counts}
-    if not len(base) or not len(loaded.items):
-        return absent
-    tuned = tuned.assign(method=tuned["cell"].map(cells["method"]))
-    runs = cells.groupby("method").size()
-    made = {}
-    for task, n in counts.items():
-        before = base[base["task"] == task].set_index(KEYS)["score"]
-        own = tuned[tuned["task"] == task].groupby([*KEYS, "method"])["score"].agg(["mean", "count"])
-        own = own["mean"].where(own["count"] == runs.loc[own.index.get_level_values("method")].to_numpy())
-        wide = own.unstack("method").reindex(index=before.index, columns=methods)
-        change = wide.sub(before, axis=0).to_numpy(dtype=float)
-        if len(change) != n or not n:
-            return absent
-        made[task] = np.where(np.isnan(change).any(axis=0), np.nan, change)
-    return made
+def reversed_p(value: float, draws: np.ndarray) -> float | None:
+    """Two-sided p of no difference: the level at which `reversed_interval` begins to include 0; None like there."""
+    if not len(draws) or np.isnan(draws).any():
+        return None
+    turned = 2 * value - draws
+    least = min((turned <= 0).sum(), (turned >= 0).sum())
+    return float(min(1.0, 2 * (least + 1) / (len(draws) + 1)))
 
 
-def _redrawn(change: np.ndarray, *, draws: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, methods) means over n items drawn with replacement, the same draw for all methods."""
-    n = len(change)
-    return rng.multinomial(n, np.full(n, 1 / n), size=draws) @ change / n
+def change_of(changes: Changes, runs: list[str], key: str) -> tuple[list[str], Change] | None:
+    """The tasks behind a measure, and what `runs` gained of the domain or lost otherwise; None if it is not known."""
+    first = changes.first
+    if key == DOMAIN:
+        tasks, change = [first["domain"]], changes.per_token(first["domain"], runs)
+    elif key in BY_KEY:
+        measure = BY_KEY[key]
+        tasks = [GENERAL_TEXT] if measure.general else changes.tasks(measure, runs)
+        change = changes.of(measure, runs)
+    else:
+        tasks = retention_tasks(first)
+        each = [changes.of_task(task, runs, value="score") for task in tasks]
+        change = Change(tasks=[one.tasks[0] for one in each]) if each and None not in each else None
+    return None if change is None else (tasks, change)
 
 
-def _seeds_part(
-    cells: pd.DataFrame, methods: tuple[str, ...], *, draws: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """(draws, methods) shifts of gain and of forgetting; zero for a method with one seed."""
-    every = sorted(cells["seed"].unique())
-    z, u = rng.standard_normal((draws, len(every))), rng.random((draws, 1))
-    shifts = np.zeros((2, draws, len(methods)))
-    for column, method in enumerate(methods):
-        own = cells[cells["method"] == method]
-        if (s := len(own)) < 2:
-            continue
-        scale = np.sqrt((s - 1) / chi2.ppf(u, s - 1)) / np.sqrt(s * (s - 1))
-        shared = z[:, [every.index(k) for k in own["seed"]]]
-        for measure, key in enumerate(("domain_gain", "forgetting")):
-            values = own[key].to_numpy(dtype=float)
-            shifts[measure][:, column] = shared @ (values - values.mean()) * scale[:, 0]
-    return shifts[0], shifts[1]
+def _means(change: Change) -> list[np.ndarray]:
+    """Each task's mean by seed."""
+    if change.tokens is not None:
+        return [task.sum(axis=1) / change.tokens.sum() for task in change.tasks]
+    return [task.mean(axis=1) for task in change.tasks]
+
+
+def _drawn(change: Change, place: int, weights: np.ndarray) -> np.ndarray:
+    """A task's redrawn mean, (draws,)."""
+    whole = weights @ change.tokens if change.tokens is not None else weights.sum(axis=1)
+    return weights @ change.tasks[place].mean(axis=0) / whole
+
+
+def _scale(by_seed: np.ndarray, u: np.ndarray, *, key: str, method: str, moderate: Moderate | None) -> np.ndarray:
+    """What turns normal shifts by seed into Student's, (draws,)."""
+    own, df = float(by_seed.var(ddof=1)), float(len(by_seed) - 1)
+    variance, df = moderate(key, method, own, df) if moderate else (own, df)
+    ratio = np.sqrt(variance / own) if own > 0 else 0.0
+    return (ratio * np.sqrt(df / chi2.ppf(u, df)))[:, 0]

@@ -11,8 +11,6 @@ from tests.analysis.fixtures import METHODS, coefficients, write_results
 
 NAMES = [
     "gain_against_nats",
-    "gain_forgetting_front",
-    "matched_gain",
     "nats_lost_by_task",
     "forgetting_by_task",
     "forgetting_over_training",
@@ -53,12 +51,9 @@ def test_every_figure_is_there_in_three_forms(drawn):
 def test_csv_holds_what_was_drawn(drawn):
     root, loaded, table, figures = drawn
     rows = table.set_index("method")
-    points = csv(figures["gain_forgetting_front"]).set_index("method")
-    assert points["forgetting"].to_list() == pytest.approx([100 * rows.at[m, "forgetting"] for m in METHODS])
-    assert points["domain_gain_low"].to_list() == pytest.approx([100 * rows.at[m, "domain_gain_low"] for m in METHODS])
-    nats = csv(figures["gain_against_nats"]).set_index("method")
-    assert nats["forgetting"].to_list() == pytest.approx([rows.at[m, "general_nll_lost"] for m in METHODS])
-    assert nats["forgetting_high"].to_list() == pytest.approx([rows.at[m, "general_nll_lost_high"] for m in METHODS])
+    points = csv(figures["gain_against_nats"]).set_index("method")
+    for key in ("domain_nll_gained", "domain_nll_gained_low", "general_nll_lost", "general_nll_lost_high"):
+        assert points[key].to_list() == pytest.approx([rows.at[m, key] for m in METHODS])
     lost = csv(figures["nats_lost_by_task"])
     own = lost[(lost["method"] == "full") & ~lost["at_chance"]]
     assert own["nats_lost"].mean() == pytest.approx(rows.at["full", "gold_nll_lost"]) and len(own) == 3
@@ -114,7 +109,6 @@ def test_without_items_and_curves_the_rest_is_still_drawn(tmp_path):
     loaded = load_cells(tmp_path, planned)
     assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == [
         "gain_against_nats",
-        "gain_forgetting_front",
         "forgetting_by_task",
         "cost",
     ]

@@ -1,77 +1,212 @@
-from math import sqrt
+"""What is lost at the same gain: curves through settings by hand and by brute force, redraws, and trajectories."""
 
 import numpy as np
 import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import style
 from analysis.load import Loaded, load_cells
-from analysis.sections.matched import matched_gain, section
+from analysis.measures import ACCURACY, BY_KEY, GENERAL, GOLD
+from analysis.sections.matched import section
 from analysis.statistics.comparison import comparison
-from analysis.statistics.matched import crossing, curve, gap, gaps, levels, matched, rows_behind, trajectories
-from analysis.statistics.resample import resampled
+from analysis.statistics.matched import curve, curves, equal_gain, level, matched
+from analysis.statistics.nats import DOMAIN
+from analysis.statistics.resample import Resampled, resampled, reversed_p
+from analysis.statistics.trajectories import along, crossing, trajectories
 from tests.analysis.fixtures import write_results
-from tests.analysis.test_front import page
+from tests.analysis.test_front import WHERE, page
 
-WHERE = {"model": "m", "domain": "d"}
-FIXTURE = {"model": "smollm2-135m", "domain": "science"}
-ROLES = {"d": "domain", "a": "retention", "b": "retention", "low": "retention", "school": "transfer"}
+KEY = GENERAL.key
 
 
-ROWS = 40  # scored rows a task, all right in the base
+def drawn(methods, *, noise=0.0, draws=400, seed=0, shared=True):
+    """A Resampled of {method: (gain, lost)}, redrawn with normal `noise`, of which half is shared by all."""
+    rng, values = np.random.default_rng(seed), np.array(list(methods.values()), dtype=float).T
 
+    def again(point):
+        common = rng.normal(size=(draws, 1)) if shared else 0.0
+        return point + noise * (common + rng.normal(size=(draws, len(point)))) / np.sqrt(2)
 
-def study(runs, *, starts=(), tuning=None, columns=("d", "a", "b"), wrong=None):
-    """A Loaded of runs {(method, seed): [[probe scores in percent, a row a step], ...]}, of 100 rows each.
-
-    wrong  {(method, seed): {task: how many of its first ROWS scored rows are wrong}}; None for no items
-    """
-    cells, curves, base, tuned = [], [], [], []
-
-    def item(task, k, score):
-        return {"task": task, "doc_id": k, "doc_hash": f"{task}{k}", "score": float(score), "gold": 1.0}
-
-    for task in ("a", "b") if wrong else ():
-        base += [item(task, k, 1) for k in range(ROWS)]
-        tuned += [
-            item(task, k, k >= lost[task]) | {"cell": f"m/d/{m}/seed{s}"}
-            for (m, s), lost in wrong.items()
-            for k in range(ROWS)
-        ]
-    for (method, seed), scores in runs.items():
-        name = f"m/d/{method}/seed{seed}"
-        about = {task: {"role": role} for task, role in ROLES.items()}
-        cells.append(
-            {
-                "cell": name,
-                "model": "m",
-                "domain": "d",
-                "method": method,
-                "seed": seed,
-                "scores_by_task": about,
-                "at_chance": ["low"],
-                "domain_gain": None,
-                "forgetting": None,
-                "n": dict.fromkeys(("a", "b"), ROWS) if wrong else {},
-            }
-        )
-        values = np.array(scores) / (1 if any(c.endswith("_nll") for c in columns) else 100)
-        frame = pd.DataFrame(values, columns=[f"probe_{c}" for c in columns])
-        curves.append(frame.assign(cell=name, step=range(len(frame)), tokens=range(len(frame))))
-    return Loaded(
-        cells=pd.DataFrame(cells).set_index("cell", drop=False),
-        curves=pd.concat(curves, ignore_index=True),
-        items=pd.DataFrame(tuned),
-        failures=pd.DataFrame(),
-        prepared={name: {"bytes_start": 5} for name in starts},
-        tuning=tuning or {},
-        base={"m": {"items": pd.DataFrame(base)}},
+    keys = (DOMAIN, KEY)
+    return Resampled(
+        methods=tuple(methods),
+        values=dict(zip(keys, values)),
+        draws={key: again(point) for key, point in zip(keys, values)},
+        seeds=dict.fromkeys(methods, 3),
     )
 
 
-def rows_at(table, level="matched", measure="forgetting"):
-    return table[(table["level"] == level) & (table["measure"] == measure)].set_index("method")
+def test_a_curve_by_hand():
+    """The setting at 0.15 is beaten by the one at 0.2, which gains more for less."""
+    found = curve(np.array([0.3, 0.1, 0.2, 0.15]), np.array([0.08, 0.0, 0.02, 0.06]))
+    at = [float(found.at(gain)) for gain in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.31)]
+    assert at == pytest.approx([np.nan, 0.0, 0.01, 0.02, 0.05, 0.08, np.nan], nan_ok=True)
+    assert (float(found.first), float(found.last)) == (0.1, 0.3)
+    assert float(found.at(0.05, bound=True)) == 0.0 and np.isnan(found.at(0.31, bound=True))
+    too_harsh = curve(np.array([0.19, 0.27]), np.array([0.154, 0.031]))  # at the higher rate less is gained
+    assert float(too_harsh.first) == float(too_harsh.last) == 0.27 and np.isnan(too_harsh.at(0.22))
+
+
+def test_curves_of_many_draws_are_those_of_each_by_brute_force():
+    rng = np.random.default_rng(1)
+    gain, lost = rng.integers(0, 6, (300, 4)) / 4, rng.integers(-2, 6, (300, 4)) / 4  # coarse, so that ties occur
+    levels = rng.uniform(-0.2, 1.4, 300)
+    made = curve(gain, lost).at(levels)
+    for g, f, at, value in zip(gain, lost, levels, made):
+        kept = {(x, y) for x, y in zip(g, f) if not any(a >= x and b <= y and (a, b) != (x, y) for a, b in zip(g, f))}
+        x, y = map(np.array, zip(*sorted(kept)))
+        expected = np.interp(at, x, y) if x[0] <= at <= x[-1] else np.nan
+        assert value == pytest.approx(expected, nan_ok=True)
+
+
+def test_methods_are_compared_where_all_that_learned_gain_as_much():
+    made = drawn(
+        {"full": (0.3, 0.1), "full-s1": (0.1, 0.02), "ewc": (0.24, 0.03), "ewc-s1": (0.4, 0.2), "idle": (0.04, 0.0)}
+        | {"late": (0.28, 0.01)},
+        noise=0.0,
+    )
+    at, again = level(made)
+    assert at == 0.28 and (again == 0.28).all()
+    table = matched(made).set_index("family")
+    assert table.at["full", "value"] == pytest.approx(0.02 + 0.9 * 0.08)
+    assert table.at["ewc", "value"] == pytest.approx(0.03 + 0.25 * 0.17) and table.at["late", "value"] == 0.01
+    assert table.at["idle", "why"] == "gains at most +0.040" and pd.isna(table.at["idle", "value"])
+    assert table.at["full", "low"] == pytest.approx(table.at["full", "value"])
+    far = drawn({"full": (0.3, 0.1), "mofo": (0.2, 0.05)})
+    assert matched(far).set_index("family").at["full", "why"] == "gains more at its first setting (+0.300)"
+    assert level(drawn({"full": (-0.1, 0.0)})) is None and matched(drawn({"full": (-0.1, 0.0)})).empty
+
+
+def test_two_methods_at_the_most_that_both_gain():
+    made = drawn({"full": (0.2, 0.05), "full-s1": (0.3, 0.15), "ewc": (0.25, 0.04), "both": (0.4, 0.01)}, noise=0.005)
+    one = equal_gain(made, "ewc", "full", key=KEY)
+    assert (one.gain, one.beyond) == (0.25, "") and one.difference == pytest.approx(0.04 - 0.10)
+    assert one.low < one.difference < one.high < 0 and one.p < 0.01 and one.less
+    other = equal_gain(made, "full", "ewc", key=KEY)
+    assert other.difference == -one.difference and other.low == pytest.approx(-one.high) and not other.less
+    # a composition that gains more than the remedy ever does, and loses less: its loss there can only be smaller
+    more = equal_gain(made, "both", "full", key=KEY)
+    assert (more.gain, more.beyond) == (0.3, "both") and more.difference == pytest.approx(0.01 - 0.15) and more.less
+    # the other way round, nothing is known of what it would lose at the remedy's gain
+    worse = equal_gain(drawn({"full": (0.3, 0.02), "both": (0.2, 0.01)}, noise=1e-4), "both", "full", key=KEY)
+    assert worse.beyond == "full" and worse.difference == pytest.approx(-0.01) and worse.p < 0.01 and not worse.less
+    assert equal_gain(made, "ewc", "none", key=KEY) is None and equal_gain(made, "ewc", "full", key=GOLD.key) is None
+
+
+def test_p_is_the_level_at_which_the_interval_begins_to_include_zero():
+    draws = np.random.default_rng(0).normal(1.0, 0.5, size=100_000)
+    assert reversed_p(1.0, draws) == pytest.approx(2 * stats.norm.sf(2), rel=0.05)
+    assert reversed_p(0.0, draws - 1.0) == pytest.approx(1.0, abs=0.02) and reversed_p(1.0, np.array([np.nan])) is None
+
+
+def test_a_difference_at_equal_gain_covers_the_truth_and_is_seldom_found_where_there_is_none():
+    """Two methods of two settings with the same curve, whose settings lie at other places of it."""
+    rng, studies, found, covered = np.random.default_rng(5), 300, 0, 0
+    gain = {"full": 0.2, "full-s1": 0.3, "ewc": 0.18, "ewc-s1": 0.28}
+    for number in range(studies):
+        point = {m: (g + rng.normal(0, 0.01), 0.5 * g + rng.normal(0, 0.008)) for m, g in gain.items()}
+        one = equal_gain(
+            _redrawn(point, errors=(0.01, 0.008), rng=np.random.default_rng(number)), "ewc", "full", key=KEY
+        )
+        found += one.p < 0.05
+        covered += one.low <= 0 <= one.high
+    assert found / studies < 0.09 and covered / studies > 0.91
+
+
+def _redrawn(point, *, errors, rng, draws=300):
+    values = np.array(list(point.values())).T
+    keys = (DOMAIN, KEY)
+    again = {key: v + e * rng.normal(size=(draws, len(v))) for key, v, e in zip(keys, values, errors)}
+    return Resampled(methods=tuple(point), values=dict(zip(keys, values)), draws=again, seeds=dict.fromkeys(point, 5))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    root = tmp_path_factory.mktemp("results")
+    methods = ("full", "lora", "ewc-s1", "ewc-s2", "mofo-s1", "mofo-s2", "mofo-s3")
+    return load_cells(root, write_results(root, methods=methods, seeds=(0, 1, 2)))
+
+
+def test_redraws_have_the_values_and_errors_of_the_reported_numbers(tmp_path):
+    loaded = load_cells(tmp_path, write_results(tmp_path, methods=("full", "lora")))
+    found, rows = resampled(loaded, **WHERE), comparison(loaded).set_index("method")
+    assert found.seeds == {"full": 1, "lora": 1} and found.losses == (*BY_KEY, ACCURACY)
+    for column, method in enumerate(found.methods):
+        for key in (DOMAIN, *BY_KEY, ACCURACY):
+            value, again = found.values[key][column], found.draws[key][:, column]
+            half = (rows.at[method, f"{key}_high"] - rows.at[method, f"{key}_low"]) / 2
+            assert value == pytest.approx(rows.at[method, key]) and again.mean() == pytest.approx(value, abs=half / 10)
+            assert 1.97 * again.std() == pytest.approx(half, rel=0.1)
+    again = resampled(loaded, **WHERE)
+    assert all((again.draws[key] == found.draws[key]).all() for key in found.draws)
+
+
+def test_one_redraw_serves_every_method_and_measure(tmp_path):
+    loaded = load_cells(tmp_path, write_results(tmp_path, methods=("full", "lora")))
+    own = loaded.items[loaded.items["cell"].str.contains("/full/")]
+    twin = own.assign(cell="smollm2-135m/science/lora/seed0").sample(frac=1, random_state=0)
+    found = resampled(Loaded(**loaded.__dict__ | {"items": pd.concat([own, twin])}), **WHERE)
+    for key in (DOMAIN, *BY_KEY, ACCURACY):
+        assert np.allclose(found.draws[key][:, 0], found.draws[key][:, 1])
+
+
+def test_seeds_come_in_with_the_tails_of_student_or_those_of_a_moderated_variance(tmp_path):
+    swept = load_cells(tmp_path, write_results(tmp_path, methods=("full",), seeds=(0, 1, 2)))
+    whole = resampled(swept, **WHERE, draws=8000)
+    by_seed = swept.of(**WHERE).query("method == 'full'").sort_values("seed")[KEY].to_numpy()
+    less = resampled(swept, **WHERE, draws=8000, moderate=lambda key, method, variance, df: (0.0, df))
+    part = whole.draws[KEY] - less.draws[KEY]  # the same items: what is left are the seeds
+    expected = stats.t.ppf(0.975, 2) * by_seed.std(ddof=1) / np.sqrt(3)
+    assert np.quantile(part[:, 0], 0.975) == pytest.approx(expected, rel=0.1)
+    pooled = resampled(swept, **WHERE, draws=8000, moderate=lambda key, method, variance, df: (4 * variance, 20.0))
+    part = pooled.draws[KEY] - less.draws[KEY]
+    expected = stats.t.ppf(0.975, 20) * 2 * by_seed.std(ddof=1) / np.sqrt(3)
+    assert np.quantile(part[:, 0], 0.975) == pytest.approx(expected, rel=0.1)
+
+
+def test_the_section_says_a_number_or_why_there_is_none(swept):
+    made = resampled(swept, **WHERE)
+    html = page("matched", matched=section(swept, **WHERE))
+    assert html.count("<tr>") == 1 + len(made.families) and "redrawn items and seeds" in html
+    assert all(name in curves(made, KEY) for name in made.families)
+    assert f"{level(made)[0]:.3f} nats per token on the domain" in html and "against full" in html
+    missing = matched(made)["why"]
+    assert missing[missing != ""].str.contains("gains").all()
+
+
+def test_without_items_there_is_no_section(tmp_path):
+    planned = write_results(tmp_path, methods=("full",))
+    (tmp_path / "runs" / planned[0] / "items.csv.gz").unlink()
+    assert section(load_cells(tmp_path, planned), **WHERE) is None
+
+
+# along training
+
+
+def study(runs, *, finished=None, starts=(), tuning=None, columns=("d", "general", "a")):
+    """A Loaded of runs {(method, seed): [[nats per token of the probes], ...]}, probed after 0, 1, 2, 4, … steps."""
+    cells, curves = [], []
+    for method, seed in runs:
+        name = f"m/d/{method}/seed{seed}"
+        tasks = {"d": {"role": "domain"}, "a": {"role": "retention"}, "low": {"role": "retention"}}
+        about = {"cell": name, "model": "m", "domain": "d", "method": method, "seed": seed, "scores_by_task": tasks}
+        known = {} if finished is False else {"finished": (finished or {}).get(method)}
+        cells.append(about | {"at_chance": ["low"]} | known)
+        frame = pd.DataFrame(runs[method, seed], columns=[f"probe_{column}_nll" for column in columns])
+        steps = [0, *(2**k for k in range(len(frame) - 1))]
+        curves.append(frame.assign(cell=name, step=steps, tokens=steps))
+    return Loaded(
+        cells=pd.DataFrame(cells).set_index("cell", drop=False),
+        curves=pd.concat(curves, ignore_index=True),
+        items=pd.DataFrame(),
+        failures=pd.DataFrame(),
+        prepared={f"m/d/{method}/seed0": {"bytes_start": 5} for method in starts},
+        tuning=tuning or {},
+    )
+
+
+D = {"model": "m", "domain": "d"}
+BASE = [2.0, 3.0, 4.0]
 
 
 def test_the_first_crossing_counts():
@@ -80,226 +215,66 @@ def test_the_first_crossing_counts():
     assert crossing([5, 8], 4) == (0, 1.0) and crossing([0, 3], 4) is None
 
 
-def test_rows_behind_shares():
-    assert rows_behind([0.38, 0.36, 1.0]) == 50 and rows_behind([29 / 48, 30 / 48]) == 48
-    assert rows_behind([0.5, 0.25]) == 4  # a divisor of what it may be: wider, never narrower
-    assert rows_behind([2**0.5 / 2]) is None and rows_behind([1 / 9973, 1 / 9967]) is None
-
-
-def test_forgetting_at_the_same_gain_by_hand():
-    """full reaches 10, 20, 30 points, ewc 12, 24, idle 4: the level is 24, 40 % of full's way from 20 to 30."""
-    found = trajectories(
+def test_losses_along_training_by_hand():
+    """full gains 0.2, 0.4, 0.6, ewc 0.1, 0.5, idle 0.1: the level is 0.5, half of full's way from 0.4 to 0.6."""
+    runs = trajectories(
         study(
             {
-                ("full", 0): [[50, 60, 70], [60, 58, 70], [70, 50, 66], [80, 40, 56]],
-                ("ewc", 0): [[50, 60, 70], [62, 60, 68], [74, 57, 65]],
-                ("idle", 0): [[50, 60, 70], [54, 60, 70]],
+                ("full", 0): [BASE, [1.8, 3.0, 4.1], [1.6, 3.1, 4.2], [1.4, 3.3, 4.6]],
+                ("ewc", 0): [BASE, [1.9, 3.0, 4.0], [1.5, 3.1, 4.0]],
+                ("idle", 0): [BASE, [1.9, 3.0, 4.0]],
+                ("fast", 0): [BASE, [1.2, 3.2, 4.0]],
             }
         ),
-        **WHERE,
+        **D,
     )
-    assert levels(found) == pytest.approx({"matched": 0.24, "25 %": 0.075, "50 %": 0.15, "75 %": 0.225})
-    table = rows_at(matched(found))
-    assert table.at["full", "value"] == pytest.approx(0.07 + 0.4 * (0.17 - 0.07)) and table.at[
-        "ewc", "value"
-    ] == pytest.approx(0.04)
-    assert table.at["ewc", "difference"] == pytest.approx(0.04 - 0.11) and table.at["idle", "reached"] == 0
-    assert (
-        pd.isna(table.at["idle", "value"])
-        and pd.isna(table.at["idle", "difference"])
-        and pd.isna(table.at["full", "difference"])
+    table = along(runs).set_index(["measure", "method"])
+    assert table["gain"].to_list() == pytest.approx([0.5] * len(table))
+    assert table.at[(KEY, "full"), "value"] == pytest.approx(0.2) and table.at[(KEY, "ewc"), "value"] == pytest.approx(
+        0.1
     )
-    assert rows_at(matched(found), "25 %").at["ewc", "early"] and not table.at["ewc", "early"]
+    assert table.at[(GOLD.key, "full"), "value"] == pytest.approx(0.4)
+    assert table.at[(KEY, "idle"), "why"] == "gains at most +0.100"
+    assert table.at[(KEY, "fast"), "why"] == "passed it before its first probe (step 1)"
+    assert table["low"].isna().all()  # one seed
+    assert along(trajectories(study({("full", 0): [BASE, [2.1, 3.0, 4.0]]}), **D)).empty
 
 
-def moved(*changes):
-    """The variance of changes of each task's rows, with one more up and one more down, over 100 probe rows and T^2."""
-    return sum(np.append(change, [1, -1]).var(ddof=1) / 100 for change in changes) / len(changes) ** 2
+def test_several_seeds_have_students_interval():
+    ends = [3.2, 3.26, 3.17]
+    runs = {("full", seed): [BASE, [1.9, 3.0, 4.0], [1.5, end, 4.0]] for seed, end in enumerate(ends)}
+    row = along(trajectories(study(runs), **D)).iloc[0]
+    expected = stats.ttest_1samp(np.array(ends) - 3.0, 0).confidence_interval(0.95)
+    assert (row["low"], row["high"]) == pytest.approx((expected.low, expected.high)) and row["seeds"] == 3
 
 
-def lost(n):
-    return -1.0 * (np.arange(ROWS) < n)
-
-
-def test_one_seed_has_the_rows_part_from_the_scored_rows():
-    runs = {("full", 0): [[50, 61, 71], [70, 41, 53]], ("ewc", 0): [[50, 61, 71], [70, 57, 69]]}
-    found = trajectories(study(runs, wrong={("full", 0): {"a": 8, "b": 6}, ("ewc", 0): {"a": 3, "b": 0}}), **WHERE)
-    assert found.rows == {"probe_a": 100, "probe_b": 100}
-    table = rows_at(matched(found))
-    assert table.at["full", "high"] - table.at["full", "value"] == pytest.approx(
-        1.959964 * sqrt(moved(lost(8), lost(6))), rel=1e-6
-    )
-    between = moved(lost(3) - lost(8), lost(0) - lost(6))  # paired: what both methods lost does not count
-    assert table.at["ewc", "difference_high"] - table.at["ewc", "difference"] == pytest.approx(
-        1.959964 * sqrt(between), rel=1e-6
-    )
-    assert set(table["covers"]) == {"rows"}
-    bare = rows_at(matched(trajectories(study(runs), **WHERE)))
-    assert bare["low"].isna().all() and set(bare["covers"]) == {""}  # without items nothing says how much answers vary
-
-
-def test_several_seeds_have_students_part_too_and_differences_are_paired():
-    ends = {"full": [20, 26, 17], "ewc": [12, 17, 10]}
-    runs = {
-        (method, seed): [[50, 60, 70], [70, 60 - value, 70 - value]]
-        for method, values in ends.items()
-        for seed, value in enumerate(values)
-    }
-    table = rows_at(matched(trajectories(study(runs), **WHERE)))
-    one = stats.ttest_1samp(np.array(ends["full"]) / 100, 0).confidence_interval(0.95)
-    assert (table.at["full", "low"], table.at["full", "high"]) == pytest.approx((one.low, one.high)) and set(
-        table["covers"]
-    ) == {"seeds"}
-    two = stats.ttest_rel(np.array(ends["ewc"]) / 100, np.array(ends["full"]) / 100).confidence_interval(0.95)
-    assert (table.at["ewc", "difference_low"], table.at["ewc", "difference_high"]) == pytest.approx((two.low, two.high))
-    wrong = {(method, seed): {"a": 8 if method == "full" else 3, "b": 0} for method, seed in runs}
-    both = rows_at(matched(trajectories(study(runs, wrong=wrong), **WHERE)))
-    half = sqrt((one.high - one.low) ** 2 / 4 + 1.959964**2 * moved(lost(8), lost(0)))
-    assert both.at["full", "high"] - both.at["full", "value"] == pytest.approx(half, rel=1e-6) and set(
-        both["covers"]
-    ) == {"seeds and rows"}
-
-
-def test_seeds_that_agree_on_the_same_rows_are_no_certainty():
-    alike = {("full", seed): [[50, 60, 70], [70, 60, 69]] for seed in range(3)}
-    row = rows_at(matched(trajectories(study(alike), **WHERE))).loc["full"]
-    assert row["value"] == pytest.approx(0.005) and pd.isna(row["low"])
-    row = rows_at(matched(trajectories(study(alike, wrong={run: {"a": 0, "b": 0} for run in alike}), **WHERE))).loc[
-        "full"
-    ]
-    assert row["low"] < 0 < row["value"] < row["high"]
-
-
-def test_a_seed_that_does_not_reach_the_gain_is_not_left_out():
-    base, ends = (
-        [50, 60, 70],
-        {("full", 0): [80, 50, 60], ("full", 1): [80, 50, 60], ("ewc", 0): [80, 55, 65], ("ewc", 1): [60, 60, 70]},
-    )
-    loaded = study({run: [base, end] for run, end in ends.items()})
-    table = rows_at(matched(trajectories(loaded, **WHERE)))
-    assert table.at["full", "gain"] == pytest.approx(0.3)
-    assert (table.at["ewc", "reached"], table.at["ewc", "seeds"]) == (1, 2) and pd.isna(table.at["ewc", "value"])
-    html = page("matched", matched=section(loaded, **WHERE))
-    assert "did not reach it<small>1 of 2 seeds did</small>" in html and "every method except ewc reaches" in html
-
-
-def test_weights_of_a_preparation_are_set_against_the_bare_base():
-    own = "m/d/hierarchical/seed0"
+def test_a_method_whose_weights_are_changed_after_training_has_no_trajectory():
+    run = [BASE, [1.9, 3.0, 4.0], [1.5, 3.2, 4.0]]
     loaded = study(
-        {("hierarchical", 0): [[56, 64, 72], [70, 50, 60]], ("full", 0): [[50, 60, 70], [70, 50, 60]]}, starts=[own]
+        {("full", 0): run, ("half", 0): run, ("warm", 0): [[1.7, 2.9, 4.0], [1.4, 3.2, 4.0]]},
+        finished={"half": {"parts": ["wise_ft"], "probe": {}}},
+        starts=("warm",),
     )
-    found = trajectories(loaded, **WHERE)
-    first = found.points[found.points["cell"] == own].iloc[0]
-    assert (
-        first["gain"] == pytest.approx(0.06)
-        and first["forgetting"] == pytest.approx(-0.03)
-        and not found.from_own_start
-    )
-    early = rows_at(matched(found), "25 %").loc["hierarchical"]
-    assert early["begins"] and early["value"] == pytest.approx(-0.03)
-    alone = {("hierarchical", 0): [[56, 64, 72], [70, 50, 60]]}
-    recorded = {("m", "d"): {"base": {"d": 0.5, "a": 0.6, "b": 0.7}}}
-    assert trajectories(study(alone, starts=[own], tuning=recorded), **WHERE).points["gain"].iloc[0] == pytest.approx(
-        0.06
-    )
-    unknown = trajectories(study(alone, starts=[own]), **WHERE)
-    assert unknown.from_own_start == ("hierarchical",) and unknown.points["gain"].iloc[0] == 0
+    runs = trajectories(loaded, **D)
+    assert runs.without == {"half": "wise_ft changes the weights after training"}
+    table = along(runs)
+    assert list(dict.fromkeys(table["method"])) == ["full", "warm"]
+    assert trajectories(study({("full", 0): run}, finished=False), **D) is None
+    assert runs.points.groupby("method")["gain"].first().to_dict() == pytest.approx({"full": 0.0, "warm": 0.3})
+
+
+def test_the_base_of_runs_that_start_elsewhere_is_the_tunings():
+    run = {("warm", 0): [[1.7, 2.9, 4.0], [1.4, 3.2, 4.0]]}
+    recorded = {("m", "d"): {"base": {"d_nll": 2.0, "general_nll": 3.0, "a_nll": 4.0}}}
+    assert trajectories(study(run, starts=["warm"], tuning=recorded), **D).points["gain"].iloc[0] == pytest.approx(0.3)
+    assert trajectories(study(run, starts=["warm"]), **D) is None
 
 
 def test_only_retention_above_chance_counts():
-    columns = ("d", "a", "low", "school")
-    found = trajectories(study({("full", 0): [[50, 60, 50, 40], [70, 50, 20, 60]]}, columns=columns), **WHERE)
-    assert found.right == ("probe_a",) and found.points["forgetting"].iloc[-1] == pytest.approx(0.1)
-    assert trajectories(study({("full", 0): [[50, 60], [70, 50]]}, columns=("d", "school")), **WHERE) is None
-
-
-def test_a_domain_without_accuracy_is_measured_in_nats():
-    loaded = study(
-        {("full", 0): [[2.0, 3.0], [1.2, 3.4]], ("ewc", 0): [[2.0, 3.0], [1.4, 3.1]]}, columns=("d_nll", "a_nll")
-    )
-    found = trajectories(loaded, **WHERE)
-    assert (
-        found.gain == "nats"
-        and found.measures == ("forgetting_nats",)
-        and levels(found)["matched"] == pytest.approx(0.6)
-    )
-    table = rows_at(matched(found), measure="forgetting_nats")
-    assert table.at["full", "value"] == pytest.approx(0.3) and set(table["covers"]) == {""}
-    texts = section(loaded, **WHERE)
-    assert "+0.600 nats per token" in texts["sentences"][0] and "no interval" in texts["sentences"][1]
-
-
-def test_nothing_learned_is_said():
-    loaded = study({("full", 0): [[50, 60, 70], [48, 60, 70]]})
-    assert levels(trajectories(loaded, **WHERE)) == {} and matched(trajectories(loaded, **WHERE)).empty
-    assert "No method gained" in page("matched", matched=section(loaded, **WHERE))
-
-
-def test_curve_of_a_family():
-    gain, forgetting = (
-        np.array([0.3, 0.1, 0.2, 0.15]),
-        np.array([0.08, 0.0, 0.02, 0.06]),
-    )  # the block at 0.15 is worse than the one at 0.2
-    at = np.array([0.05, 0.1, 0.125, 0.15, 0.25, 0.3, 0.31])
-    assert curve(gain, forgetting, at) == pytest.approx([np.nan, 0.0, 0.01, 0.02, 0.05, 0.08, np.nan], nan_ok=True)
-
-
-def test_gap_is_the_mean_distance_over_shared_gains():
-    rising, flat = (np.array([0.0, 0.4]), np.array([0.0, 0.4])), (np.array([0.1, 0.5]), np.array([0.1, 0.1]))
-    value, low, high = gap(rising, flat)
-    assert (value, low, high) == pytest.approx((0.25 - 0.1, 0.1, 0.4))
-    point = (np.array([0.2]), np.array([0.5]))
-    assert gap(point, rising)[0] == pytest.approx(0.3) and np.isnan(gap((np.array([0.7]), np.array([0.1])), rising)[0])
-    stacked = gap(*[tuple(np.stack([part, part]) for part in one) for one in (rising, flat)])[0]
-    assert stacked == pytest.approx([0.15, 0.15])
-
-
-def test_sweeps_are_compared_on_the_scored_rows(tmp_path):
-    methods = ("full", "lora", "ewc-s1", "ewc-s2", "mofo-s1", "mofo-s2", "mofo-s3")
-    loaded = load_cells(tmp_path, write_results(tmp_path, methods=methods))
-    table = gaps(resampled(loaded, **FIXTURE))
-    assert set(zip(table["a"], table["b"])) == {
-        ("full", "ewc"),
-        ("lora", "ewc"),
-        ("full", "mofo"),
-        ("lora", "mofo"),
-        ("ewc", "mofo"),
-    }
-    bounded = table.dropna(subset=["low"])
-    assert (
-        (bounded["low"] < bounded["difference"]).all()
-        and (bounded["difference"] < bounded["high"]).all()
-        and (bounded["shared"] >= 0.95).all()
-    )
-    assert table.loc[table["difference"].isna(), "shared"].eq(0).all() and table["difference"].notna().any()
-    html = page("matched", matched=section(loaded, **FIXTURE))
-    assert "ewc (2) − mofo (3)" in html and "full − lora" not in html
-
-
-def test_figure_and_section(tmp_path):
-    loaded = load_cells(tmp_path, write_results(tmp_path, seeds=(0, 1, 2)))
-    table = comparison(loaded)
-    with style.house():
-        figure, data, title, caption = matched_gain(loaded, table[table["method"] != "base"], loaded.of(**FIXTURE))
-        style.save(figure, data, stem=tmp_path / "matched", not_a_result=False)
-    found, kept = trajectories(loaded, **FIXTURE), pd.read_csv(tmp_path / "matched.csv")
-    assert kept["gain"].to_list() == pytest.approx((100 * found.points["gain"]).to_list()) and len(kept) == 5 * 3 * 6
-    assert (
-        kept["matched_gain"].iloc[0] == pytest.approx(100 * levels(found)["matched"])
-        and "vertical dashed line" in caption
-        and title
-    )
-    html = page("matched", matched=section(loaded, **FIXTURE))
-    assert (
-        html.count("<tr>") == 6
-        and "over seeds and probe rows" in html
-        and "over seeds alone (Student" in html
-        and "copa" not in found.right
-    )
-
-
-def test_without_curves_there_is_nothing(tmp_path):
-    planned = write_results(tmp_path, methods=("full",))
-    (tmp_path / "runs" / planned[0] / "curve.csv").unlink()
-    loaded = load_cells(tmp_path, planned)
-    assert section(loaded, **FIXTURE) is None and matched_gain(loaded, comparison(loaded), loaded.of(**FIXTURE)) is None
+    columns = ("d", "general", "a", "low", "school")
+    run = {("full", 0): [[2.0, 3.0, 4.0, 5.0, 6.0], [1.5, 3.1, 4.4, 9.0, 9.0]]}
+    runs = trajectories(study(run, columns=columns), **D)
+    assert runs.points[GOLD.key].iloc[-1] == pytest.approx(0.4)
+    none = trajectories(study({("full", 0): [[2.0, 3.0], [1.5, 3.1]]}, columns=("d", "general")), **D)
+    assert none.losses == [KEY]
+    assert trajectories(study({("full", 0): [[2.0], [1.5]]}, columns=("d",)), **D) is None

@@ -17,8 +17,6 @@ from analysis.statistics import permutation
 from analysis.statistics.comparison import comparison
 from analysis.statistics.flips import flips
 from analysis.statistics.intervals import of_set
-from analysis.statistics.matched import trajectories
-from analysis.statistics.resample import resampled
 from experiments.commands import tracked_runs
 from tests.analysis.fixtures import write_items, write_json, write_results
 
@@ -95,7 +93,6 @@ def test_a_domain_in_nats_is_compared_row_by_row_and_said_in_nats(tmp_path):
         tests.loc[tests["kind"] == "forgetting", "unit"]
     ) == {"share"}
     assert tests.loc[tests["kind"] == "gain", "difference"].iloc[0] == pytest.approx(changed.mean())
-    assert resampled(loaded, **PAIR) is None  # no area of nats times points
     assert "science" not in set(flips(loaded, **PAIR)["task"])
 
 
@@ -113,7 +110,6 @@ def test_a_metric_of_the_set_goes_through_the_whole_summary_without_a_paired_tes
     page = (tmp_path / "summary/report.html").read_text()
     assert "Gain is not tested: mcc is one number of all rows" in page
     loaded = load_cells(tmp_path / "results", names)
-    assert "probe_piqa" not in trajectories(loaded, **PAIR).right
     row = comparison(loaded).set_index("method").loc["full"]
     gains = loaded.cells.loc[loaded.cells["method"] == "full", "domain_gain"].to_numpy(dtype=float)
     half = math.sqrt(1.959964**2 * 0.04**2 + student.ppf(0.975, 1) ** 2 * gains.var(ddof=1) / 2)
