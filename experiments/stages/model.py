@@ -8,11 +8,13 @@ link, because DVC and `materialise` delete the old files before they write new o
 import os
 import shutil
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from hashlib import md5
 from pathlib import Path
 
-from experiments.model.weights import materialise
+from experiments.model import settled
+from experiments.model.weights import building, materialise
 from experiments.stages import resolve
 from experiments.study import lock
 from methods.errors import UserError
@@ -26,15 +28,40 @@ def main(study, *, model: str) -> None:
         name = source.relative_to(study.paths.root)
         print(f"model {model!r}: taken over from {name}, which was made from the same settings", flush=True)
     else:
-        materialise(name=model, block=study.models[model], packages=study.packages, out_dir=out)
+        make(study, model, out)
 
 
-def made_before(study, model: str) -> Path | None:
-    """The folder of another `model` stage that, by its dvc.lock, ran with the same settings and files.
+def make(study, model: str, out: Path) -> None:
+    """Make the model anew in the folder `out`, which appears whole or not at all."""
+    block = study.models[model]
+    if block.settle is None:
+        materialise(name=model, block=block, packages=study.packages, out_dir=out)
+        return
+    with folder_of(study, getattr(block.settle, "from")) as start, building(model, out) as (_, made):
+        settled.write(made, folder=start, adapter=study.paths.adapter(model), stated=block.settle)
+
+
+@contextmanager
+def folder_of(study, model: str) -> Iterator[Path]:
+    """A folder with the model: one that a study has made from the same settings, else one that is there for a time."""
+    own = study.paths.model(model)
+    if found := made_before(study, model, own=True):
+        yield found
+        return
+    own.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=own.parent, prefix=f".{own.name}-") as fresh:
+        make(study, model, Path(fresh) / own.name)
+        yield Path(fresh) / own.name
+
+
+def made_before(study, model: str, *, own: bool = False) -> Path | None:
+    """The folder of a `model` stage that, by its dvc.lock, ran with the same settings and files.
+
+    own   whether the study's own folder counts
 
     A folder whose content is no longer what DVC recorded is passed over.
     """
-    root, own = study.paths.root, study.paths.model(model)
+    root = study.paths.root
     settings = md5(resolve.text(resolve.model(study, model)).encode()).hexdigest()
     for file in [root / "dvc.lock", *sorted((root / "experiments" / "studies").glob("*/dvc.lock"))]:
         stages = {}
@@ -44,7 +71,11 @@ def made_before(study, model: str) -> Path | None:
             if name.startswith("model@") and [dep.get("md5") for dep in stage["deps"]] == [settings]:
                 for out in stage["outs"]:
                     folder = root / out["path"]
-                    if folder != own and folder.is_dir() and lock.folder_md5(folder) == out.get("md5"):
+                    if (
+                        (own or folder != study.paths.model(model))
+                        and folder.is_dir()
+                        and lock.folder_md5(folder) == out.get("md5")
+                    ):
                         return folder
     return None
 

@@ -74,6 +74,12 @@ def content(study, path: str) -> dict:
 
 def model(study, name: str) -> dict:
     block = study.models[name]
+    if block.settle is not None:
+        stated = {key: getattr(block.settle, key) for key in ("from", "adapter_sha256", "sha256")}
+        resolved = model(study, stated["from"])
+        path = study.paths.adapter(name)
+        found = local_files.digests([str(path)], kept=study.paths.local / "hashes")[str(path)]
+        return resolved | {"settle": stated | {"file": found}}
     resolved = {key: value for key, value in block.as_written.items() if key in MODEL_KEYS} | {"format": MODEL_FORMAT}
     kind, _, rest = block.source.partition(":")
     if kind == "pypi":
@@ -257,6 +263,7 @@ def local_inputs(study) -> list[str]:
     """Paths whose content is hashed: files and folders that the study reads, and code of parts outside the project."""
     parts = [part for method in study.grid.methods for part in study.methods[method].parts]
     paths = [path for name in study.grid.models for path in local_files.of_model(study.models[name])]
+    paths += [str(study.paths.adapter(name)) for name in study.grid.models if study.models[name].settle]
     paths += [path for part in parts for path in registry.paths(part, None)]
     paths += [study.evaluate.chat_template] if isinstance(study.evaluate.chat_template, str) else []
     return sorted({*paths, *_row_files(study), *local_files.of_code(parts)})

@@ -16,8 +16,8 @@ TRIAL = "method settings key chosen tied end failed seconds".split()
 BASE = "base"  # the row of the bare model among the methods
 # folders of the default study in results/ and work/, where every other study has a folder of its own name
 STUDIES = (
-    "audits base bench cells data default downloads failures gpu gpu-check local models prepared resolved runs summary "
-    "tuning"
+    "audits base bench cells data default downloads failures gpu gpu-check local models prepared resolved runs settled "
+    "summary tuning"
 ).split()
 
 

@@ -57,6 +57,10 @@ class Paths:
     def base(self, model: str) -> Path:
         return self.results / "base" / model
 
+    def adapter(self, model: str) -> Path:
+        """The committed adapter of a settled model, the same for every study; settle.json lies beside it."""
+        return self.root / "results" / "settled" / model / "adapter.safetensors"
+
     def tuning(self, model: str, domain: str) -> Path:
         return self.results / "tuning" / model / f"{domain}.json"
 

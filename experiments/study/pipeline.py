@@ -65,7 +65,7 @@ def local_inputs(study) -> list[str]:
 
 def _made(inside: tuple[str, ...] | None) -> bool:
     """Whether stages write to a path of the root or below it: results/, and folders of work/ and work/STUDY/."""
-    if not inside or inside[0] not in ("work", "results"):
+    if not inside or inside[0] not in ("work", "results") or inside[:2] == ("results", "settled"):
         return False
     made = {"resolved", "models", "data", "prepared", "cells"}
     return inside[0] == "results" or len(inside) == 1 or not made.isdisjoint(inside[1:3])

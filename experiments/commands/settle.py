@@ -1,0 +1,151 @@
+"""settle: make the adapter of a settled model, and write it with the gates' numbers to results/settled/NAME.
+
+It runs by this command alone: the adapter is committed, and the stage `model` merges it. An interrupted run continues
+where it stopped when the same command is given again.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from hashlib import sha256 as new_sha256
+from typing import Any
+
+import torch
+
+import evaluation
+from evaluation.chance import WARNING
+from evaluation.labelled import encode_row
+from experiments.data import general_text, mix
+from experiments.data.reader import Reader, Row
+from experiments.model import delta, settled, weights
+from experiments.model.base import dtype_of
+from experiments.model.shape import shape_of
+from experiments.stages.model import folder_of
+from experiments.study import provenance
+from experiments.training import hardware, memory, settling
+from experiments.training.batches import Example
+from experiments.training.examples import examples_of
+from experiments.training.resume import Resume
+from experiments.training.settings import NUMERICS, TrainSettings
+from methods.errors import UserError
+from methods.tools.files import read_json, sha256, write_json
+from methods.tools.names import unknown
+
+
+def main(study, *, model: str) -> None:
+    if model not in study.models:
+        raise unknown("model", model, study.models)
+    if (block := study.models[model].settle) is None:
+        raise UserError(f"models.{model} has no `settle`: say there of which model and on what it is made")
+    with folder_of(study, getattr(block, "from")) as folder:
+        _settle(study, model, block, folder)
+
+
+def _settle(study, model: str, block: Any, folder) -> None:
+    where, info = hardware.device(study.device), read_json(folder / "base.json", "sha256", "dtype")
+    computing = study.compute_dtype(model, dtype_of(info), where)
+    tokenizer = weights.load_tokenizer(folder)
+    train = replace(TrainSettings(**block.train.as_written), epochs=1.0, probes=0)
+    reader = Reader(study=study)
+    probes = general_text.lines(study.general, reader)[0]["probe"]
+    if len(probes) < 2:
+        raise UserError("general.probe is below 2: the gate is measured on probe texts; set it to 64")
+    sources = mix.rows(study, block.mix, reader)
+    read = {"mix": sources, "probe": probes}
+    data = new_sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()
+    encoded = {name: _examples(rows, tokenizer, train.length, where=model) for name, rows in sources.items()}
+    fresh, rest = mix.reserved(encoded, block.mix, block.gate.steps * train.batch)
+    rows = mix.interleaved(rest, block.mix, block.gate.most * train.batch)
+    memory.refuse(
+        what=f"the gate of {model}",
+        available=hardware.available_memory(where),
+        phase="train",
+        shape=shape_of(model, study.models[model], folder),
+        parts=(),
+        settings=replace(train, length=max(len(example["input_ids"]) for example in rows)),
+        checkpoint_dtype=dtype_of(info),
+        compute_dtype=computing,
+        device_type=where.type,
+        processes=None,
+    )
+    settings = {key: value for key, value in block.as_written.items() if key not in ("adapter_sha256", "sha256")}
+    identity = {
+        "base": info["sha256"],
+        "settings": settings,
+        "data": data,
+        "numerics": NUMERICS,
+        "device": where.type,
+        "compute_dtype": str(computing),
+        "versions": evaluation.versions(),
+    }
+    work = study.paths.resume / "settle" / model
+    resume = Resume(work, every=train.checkpoint_seconds, identity=identity)
+    candidate = study.paths.local / "settle" / model / "adapter.safetensors"
+    done = settling.Settling(
+        folder=folder,
+        adapter=candidate,
+        rows=rows,
+        fresh=fresh,
+        texts=settling.passages([row["text"] for row in probes], tokenizer),
+        rank=block.lora.rank,
+        alpha=block.lora.alpha,
+        train=train,
+        gate=block.gate,
+        dtype=computing,
+        device=where,
+        resume=resume,
+    ).run(lambda gate: print(f"{model}: {told(gate, block.gate)}", flush=True))
+    holds = done["gates"][-1]["holds"]
+    out = study.paths.adapter(model)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(candidate, out)
+    hashes = {"adapter_sha256": sha256(out), "sha256": delta.sha256_of(settled.candidate(folder, out))}
+    write_json(
+        out.parent / "settle.json",
+        done
+        | hashes
+        | {
+            "settled": holds,
+            "adapter_bytes": out.stat().st_size,
+            "block": settings,
+            "from_sha256": info["sha256"],
+            "data_sha256": data,
+            "rows": {name: len(own) for name, own in sources.items()},
+            "texts": len(probes),
+            "compute_dtype": str(computing).removeprefix("torch."),
+            "device": where.type,
+            "hardware": hardware.describe(where),
+            "versions": provenance.versions(),
+            "git": provenance.git(study.paths.root),
+            "when": provenance.now(),
+        },
+    )
+    resume.clear()
+    if not holds:
+        print(f"{WARNING}{model} is not settled after {done['steps']} steps: the report will say so")
+    print(
+        f"wrote {out.relative_to(study.paths.root)} and settle.json; commit both, and write into models.{model}.settle:"
+    )
+    print("\n".join(f"      {name}: {value}" for name, value in hashes.items()))
+
+
+def told(gate: Mapping[str, Any], asked: Any) -> str:
+    """A gate in a sentence."""
+    return (
+        f"after {gate['steps']} steps general text has {gate['nats']:.3f} nats a token; {asked.steps} steps of plain "
+        f"fine-tuning lower that by {gate['improvement']:.4f} (95 % interval {gate['low']:.4f} to {gate['high']:.4f}): "
+        + ("settled" if gate["holds"] else f"not settled, for {asked.nats:g} or more is possible")
+    )
+
+
+def _examples(rows: Sequence[Row], tokenizer: Any, length: int, *, where: str) -> list[Example]:
+    """An example for each row; a document is cut at `length` tokens."""
+    if "text" not in rows[0]:
+        return examples_of(rows, tokenizer, length, domain=where, where=f"models.{where}.settle.train")
+    examples = []
+    for row in rows:
+        ids, labels, _ = encode_row(tokenizer, row)
+        ids, labels = torch.tensor(ids[:length]), torch.tensor(labels[:length])
+        examples.append({"input_ids": ids, "labels": ids.where(labels, torch.tensor(-100))})
+    return examples

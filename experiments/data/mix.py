@@ -1,0 +1,51 @@
+"""The mix that a model is settled on: rows of several sources by weight, none of which is scored or probed."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TypeVar
+
+from experiments.data import general_text
+from experiments.data.reader import Reader, Row
+from methods.errors import UserError
+
+T = TypeVar("T")
+
+
+def rows(study, weights: Mapping[str, float], reader: Reader) -> dict[str, list[Row]]:
+    """The rows of each source of a mix, in an order that depends on their content alone."""
+    return {"general": general_text.lines(study.general, reader)[0]["settle"]}
+
+
+def reserved(
+    sources: Mapping[str, Sequence[T]], weights: Mapping[str, float], count: int
+) -> tuple[list[T], dict[str, list[T]]]:
+    """`count` rows of the mix, and of each source those that are left. Raises UserError where a source is too small."""
+    drawn = list(islice(_order(weights), count))
+    taken = {name: drawn.count(name) for name in sources}
+    for name, own in sources.items():
+        if len(own) < 2 * taken[name]:
+            raise UserError(
+                f"settle.mix.{name}: {len(own)} rows are there, and twice the {taken[name]} of the gate are needed: "
+                "lower its weight or settle.gate.steps, or give it more rows"
+            )
+    fresh = interleaved({name: list(own[: taken[name]]) for name, own in sources.items()}, weights, count)
+    return fresh, {name: list(own[taken[name] :]) for name, own in sources.items()}
+
+
+def interleaved(sources: Mapping[str, Sequence[T]], weights: Mapping[str, float], count: int) -> list[T]:
+    """`count` rows of the mix, each source's in its own order and again from its first row after the last."""
+    at, found = dict.fromkeys(sources, 0), []
+    for name in islice(_order(weights), count):
+        found.append(sources[name][at[name] % len(sources[name])])
+        at[name] += 1
+    return found
+
+
+def _order(weights: Mapping[str, float]) -> Iterator[str]:
+    """Names of sources so that each has its share of every beginning: the next is the one most behind its share."""
+    total, taken, drawn = sum(weights.values()), dict.fromkeys(weights, 0), 0
+    while True:
+        drawn += 1
+        name = max(weights, key=lambda one: weights[one] / total * drawn - taken[one])
+        taken[name] += 1
+        yield name

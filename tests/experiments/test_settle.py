@@ -1,0 +1,236 @@
+"""A settled model: trained until a gate holds, committed as an adapter, and merged to the same bits everywhere."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from scipy import stats
+
+from experiments.commands import settle
+from experiments.data import mix
+from experiments.model import settled, weights
+from experiments.stages import model as stage
+from experiments.stages import resolve
+from experiments.study import config, pipeline
+from experiments.study.params_text import read_yaml
+from experiments.study.paths import HERE, Paths
+from experiments.training import settling
+from methods.errors import UserError
+from methods.tools.files import read_json, sha256
+
+GATE = {"learning_rate": 1.0e-3, "steps": 3, "every": 10, "most": 20, "nats": 0.12}
+BLOCK = {
+    "from": "llama-tiny",
+    "mix": {"general": 1.0},
+    "lora": {"rank": 4},
+    "train": {"learning_rate": 5.0e-3, "length": 64, "batch": 4},
+    "gate": GATE,
+}
+
+
+def study(root, **changes):
+    """The demo with a settled model, whose block has these changes."""
+    raw = json.loads(json.dumps(read_yaml(HERE / "experiments/studies/demo/params.yaml")))
+    raw["models"]["calm"] = {"settle": BLOCK | changes}
+    raw["grid"]["models"] = ["calm"]
+    raw["general"] |= {"settle": 40, "probe": 16}
+    return config.build(raw, paths=Paths(root=root))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A project in which the model was settled, and the hashes that params.yaml states then."""
+    root = tmp_path_factory.mktemp("made")
+    settle.main(study(root), model="calm")
+    record = read_json(root / "results/settled/calm/settle.json")
+    return root, {name: record[name] for name in ("adapter_sha256", "sha256")}, record
+
+
+def test_a_model_is_settled_until_plain_fine_tuning_gains_too_little(made):
+    _, _, record = made
+    assert [gate["steps"] for gate in record["gates"]] == list(range(10, record["steps"] + 1, 10))
+    assert [gate["high"] < 0.12 for gate in record["gates"]] == [gate["holds"] for gate in record["gates"]]
+    assert record["settled"] is True
+    assert [gate["holds"] for gate in record["gates"][:-1]] == [False] * (len(record["gates"]) - 1)
+    assert record["gates"][-1]["nats"] < record["nats"] - 1  # of texts that settling never read
+
+
+def test_the_gates_interval_is_students_over_texts():
+    before, after, tokens = (np.array(x, float) for x in ([30, 50, 41, 80], [28, 49, 42, 71], [10, 20, 15, 30]))
+    found = settling.improvement((before, tokens), (after, tokens))
+    ratio = (before - after).sum() / tokens.sum()
+    spread = np.std(before - after - ratio * tokens, ddof=1) / np.sqrt(4) / tokens.mean()
+    assert found.value == pytest.approx(ratio)
+    assert found.high == pytest.approx(ratio + stats.t.ppf(0.975, 3) * spread)
+
+
+def test_a_clone_with_an_empty_cache_gives_the_same_model(made, tmp_path):
+    root, hashes, _ = made
+    shutil.copytree(root / "results", tmp_path / "results")  # what git has
+    clone = study(tmp_path, **hashes)
+    stage.main(clone, model="calm")
+    folder = clone.paths.model("calm")
+    assert weights.tensor_sha256(folder) == hashes["sha256"] == read_json(folder / "base.json")["sha256"]
+    stage.make(clone, "llama-tiny", tmp_path / "tiny")
+    base, tensors = load_file(tmp_path / "tiny/model.safetensors"), load_file(folder / "model.safetensors")
+    factors, about = load_file(clone.paths.adapter("calm")), 32.0 / 4
+    moved = [name for name in base if not torch.equal(base[name], tensors[name])]
+    assert sorted(moved) == sorted({name.rpartition(".")[0] for name in factors})
+    for name in moved:
+        exact = base[name].double() + about * factors[f"{name}.b"].double() @ factors[f"{name}.a"].double()
+        assert torch.allclose(tensors[name].double(), exact, rtol=1e-6, atol=1e-7)
+    files = {path.name for path in (tmp_path / "tiny").iterdir()} - {"base.json", "model.safetensors"}
+    assert files and all((tmp_path / "tiny" / name).read_bytes() == (folder / name).read_bytes() for name in files)
+    weights.load_model(folder, dtype="auto")
+
+
+def test_merging_does_not_depend_on_the_number_of_threads(made, tmp_path):
+    root, hashes, _ = made
+    stage.make(study(root), "llama-tiny", tmp_path / "tiny")
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            tensors = settled.candidate(tmp_path / "tiny", Paths(root=root).adapter("calm"))
+            assert weights.sha256_of(tensors) == hashes["sha256"]
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("change", "stated", "message"),
+    [
+        (
+            "remove",
+            {},
+            r"adapter.safetensors is missing: restore it with git, or run `python -m experiments settle calm`",
+        ),
+        ("alter", {}, r"adapter.safetensors has the sha256 \w{64}, and settle.adapter_sha256 is \w{64}"),
+        (
+            "keep",
+            {"adapter_sha256": None},
+            r"settle.adapter_sha256 is missing: write this one if calm was just settled",
+        ),
+        ("keep", {"sha256": "0" * 64}, r"merged weights have the sha256 \w{64}, and settle.sha256 is 0{64}"),
+        ("cut", {}, r"adapter.safetensors is damaged or no adapter of a settled model"),
+        ("other", {}, r"adapter.safetensors belongs to the weights \w{12}, and those of .* are \w{12}"),
+    ],
+)
+def test_what_is_not_the_committed_adapter_is_refused(made, tmp_path, change, stated, message):
+    root, hashes, _ = made
+    shutil.copytree(root / "results", tmp_path / "results")
+    path = Paths(root=tmp_path).adapter("calm")
+    if change == "remove":
+        path.unlink()
+    elif change == "alter":
+        factors = load_file(path)
+        save_file({name: 2 * factor for name, factor in factors.items()}, path)
+    elif change == "cut":
+        path.write_bytes(path.read_bytes()[:-8])
+    elif change == "other":
+        layer = {"model.layers.0.mlp.up_proj.weight": {"a": torch.ones(1, 2), "b": torch.ones(2, 1)}}
+        settled.save_adapter(path, updates=layer, scale=1.0, transposed=False, base_sha256="f" * 64)
+    named = hashes if change in ("remove", "alter", "keep") else hashes | {"adapter_sha256": sha256(path)}
+    changes = {key: value for key, value in (named | stated).items() if value}
+    with pytest.raises(UserError, match=message):
+        stage.main(study(tmp_path, **changes), model="calm")
+    assert not Paths(root=tmp_path).model("calm").exists()
+
+
+def test_an_adapter_too_large_to_commit_is_refused(tmp_path):
+    large = {"w": {"a": torch.ones(16, 200_000), "b": torch.ones(120_000, 16)}}
+    with pytest.raises(UserError, match=r"the adapter has 10.2 MB, and 10 MB may be committed: lower settle.lora.rank"):
+        settled.save_adapter(tmp_path / "a", updates=large, scale=1.0, transposed=False, base_sha256="0")
+
+
+def test_settling_that_was_interrupted_ends_with_the_same_adapter(made, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    real, calls = settling.fit, []
+
+    def stopping(**arguments):
+        calls.append(arguments["name"])
+        if len(calls) in (2, 4):
+            raise Stopped
+        return real(**arguments)
+
+    monkeypatch.setattr(settling, "fit", stopping)
+    for _ in range(2):
+        with pytest.raises(Stopped):
+            settle.main(study(tmp_path), model="calm")
+    settle.main(study(tmp_path), model="calm")
+    assert calls[:4] == [
+        "settle, steps 1 to 10",
+        "gate after 10 steps",
+        "gate after 10 steps",
+        "settle, steps 11 to 20",
+    ]
+    assert sha256(Paths(root=tmp_path).adapter("calm")) == made[1]["adapter_sha256"]
+    assert read_json(tmp_path / "results/settled/calm/settle.json")["gates"] == made[2]["gates"]
+    assert not list((tmp_path / "work/local/resume").rglob("save-*"))
+
+
+def test_a_gate_that_never_holds_is_recorded(tmp_path, capsys):
+    settle.main(study(tmp_path, gate=GATE | {"nats": 1e-6, "most": 5}), model="calm")
+    record = read_json(tmp_path / "results/settled/calm/settle.json")
+    assert record["settled"] is False
+    assert [gate["steps"] for gate in record["gates"]] == [5]
+    assert "calm is not settled after 5 steps" in capsys.readouterr().out
+
+
+def test_the_model_depends_on_the_adapter_and_on_the_model_it_is_made_of(made, tmp_path):
+    root, hashes, _ = made
+    shutil.copytree(root / "results", tmp_path / "results")
+    now = study(tmp_path, **hashes)
+    first = resolve.model(now, "calm")
+    assert first["source"] == "random:llama"
+    assert first["settle"] == {"from": "llama-tiny", "file": hashes["adapter_sha256"]} | hashes
+    assert "results/settled/calm/adapter.safetensors" in pipeline.local_inputs(now)
+    assert resolve.model(study(tmp_path, **hashes, mix={"general": 2.0}), "calm") == first  # the bytes are the same
+    start = now.models["llama-tiny"]
+    other = now.model_copy(update={"models": now.models | {"llama-tiny": start.model_copy(update={"seed": 1})}})
+    other.models["llama-tiny"]._written = start.as_written | {"seed": 1}
+    assert resolve.model(other, "calm") != first
+    now.paths.adapter("calm").write_bytes(b"")
+    assert resolve.model(now, "calm") != first
+
+
+@pytest.mark.parametrize(
+    ("block", "message"),
+    [
+        (
+            {"settle": BLOCK | {"from": "llama-tin"}},
+            "unknown model 'llama-tin' in models.calm.settle.from: did you mean",
+        ),
+        ({"settle": BLOCK | {"from": "calm"}}, "models.calm.settle.from names 'calm', which is settled itself"),
+        ({"settle": BLOCK, "source": "random:llama"}, "models.calm needs one of `source` and `settle`"),
+        ({"note": "n"}, "models.calm needs one of `source` and `settle`"),
+        ({"settle": BLOCK, "dtype": "float32"}, "models.calm has `dtype`, which is that of models.llama-tiny"),
+    ],
+)
+def test_a_block_that_does_not_fit_is_refused(tmp_path, block, message):
+    raw = json.loads(json.dumps(read_yaml(HERE / "experiments/studies/demo/params.yaml")))
+    raw["models"]["calm"] = block
+    with pytest.raises(UserError, match=message):
+        config.build(raw, paths=Paths(root=tmp_path))
+
+
+def test_a_mix_has_each_source_by_its_weight_from_the_first_row_on():
+    sources, shares = {"a": ["a1", "a2", "a3", "a4", "a5"], "b": ["b1", "b2", "b3"]}, {"a": 2.0, "b": 1.0}
+    assert mix.interleaved(sources, shares, 9) == ["a1", "b1", "a2", "a3", "b2", "a4", "a5", "b3", "a1"]
+    fresh, rest = mix.reserved(sources, shares, 3)
+    assert fresh == ["a1", "b1", "a2"]
+    assert rest == {"a": ["a3", "a4", "a5"], "b": ["b2", "b3"]}
+    with pytest.raises(UserError, match=r"settle.mix.b: 3 rows are there, and twice the 2 of the gate are needed"):
+        mix.reserved(sources, {"a": 1.0, "b": 1.0}, 4)
+
+
+def test_every_linear_layer_but_the_head_is_adapted(tmp_path):
+    stage.make(study(tmp_path), "llama-tiny", tmp_path / "tiny")
+    model = weights.load_model(tmp_path / "tiny", dtype="auto")
+    targets = settling.adapter(model, rank=2, alpha=4.0).targets
+    assert sorted(targets) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
