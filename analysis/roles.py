@@ -14,12 +14,15 @@ class Roles:
 
     leaders        methods whose pairs are tested; without it, those of `leading`
     compositions   methods that combine several remedies
-    controls       a method that trains on general text -> the same with strength 0
+    controls       a method that trains on general text -> the same with strength 0, as params.yaml names them
+    control_of     every method of the grid that trains on general text -> its control there, '' if there is none
+                   (experiments/study/controls.py)
     """
 
     leaders: tuple[str, ...] = ()
     compositions: tuple[str, ...] = ()
     controls: Mapping[str, str] = field(default_factory=dict)
+    control_of: Mapping[str, str] = field(default_factory=dict)
 
     def leading(self, methods: Iterable[str]) -> list[str]:
         """The leaders among `methods`: those named, or else all but plain fine-tuning, controls and compositions."""

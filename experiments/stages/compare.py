@@ -3,7 +3,7 @@
 from analysis.compare import write_summary
 from analysis.roles import Roles
 from evaluation.chance import below_chance
-from experiments.study import cells
+from experiments.study import cells, controls
 from experiments.study.config import also
 
 
@@ -14,7 +14,12 @@ def main(study) -> None:
         cells=[cell.name for cell in cells.grid(study)],
         title=study.title,
         archive=study.archive and study.archive.as_written,
-        roles=Roles(leaders=study.leaders, compositions=study.compositions, controls=study.controls),
+        roles=Roles(
+            leaders=study.leaders,
+            compositions=study.compositions,
+            controls=study.controls,
+            control_of=controls.of_grid(study),
+        ),
         also={name: (other.paths.results, [c.name for c in cells.grid(other)]) for name, other in also(study).items()},
     )
     for model in study.grid.models:

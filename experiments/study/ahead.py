@@ -24,7 +24,7 @@ from experiments.model.positions import (
     refuse_long_rows,
 )
 from experiments.model.shape import Shape, shape_of
-from experiments.study import cells, chat_templates, files_of_parts
+from experiments.study import cells, chat_templates, controls, files_of_parts
 from experiments.study.clashes import ROLES
 from experiments.study.schema import Domain, General, Rows, Scored
 from experiments.training import hooks, memory
@@ -57,6 +57,7 @@ def look(study) -> list[str]:
             if folder is not None and (shape := known_shape(study, model)) and (encoder := tokenizer(study, model)):
                 refuse_long(study, model=model, shape=shape, tokenizer=encoder, data=folder)
                 refuse_encoding(study, model=model, shape=shape, tokenizer=encoder, data=folder)
+    warnings += controls.look(study)
     return warnings + about_data + [line for model in study.grid.models for line in below_chance(study, model)]
 
 
