@@ -13,7 +13,7 @@ from evaluation.task import LocalTask, make_task, render
 from experiments.data import lm_eval_rows, splits
 from experiments.data.reader import Reader, Row, write_rows
 from experiments.data.sameness import sameness
-from experiments.study.schema import Domain, Scored
+from experiments.study.schema import Domain, Scored, Task
 from methods.errors import UserError
 from methods.tools.files import sha256
 
@@ -69,8 +69,8 @@ def write_probes(domain: str, block: Domain, reader: Reader, *, folder: Path) ->
         if task.rows is None:
             scored_rows, drawn_rows = lm_eval_rows.rendered(name, task, reader.of_lm_eval(name))
         else:
-            drawn, _ = _drawn(name, reader)
-            scored_rows, drawn_rows = rendered(name, task, drawn.test), rendered(name, task, drawn.probe)
+            split, _ = drawn(name, reader)
+            scored_rows, drawn_rows = rendered(name, task, split.test), rendered(name, task, split.probe)
         scored = {question(row) for row in scored_rows}
         probe = [row for row in drawn_rows if question(row) not in scored]
         if not probe:
@@ -95,10 +95,10 @@ class _Written:
 def _written(name: str, role: str, reader: Reader, *, folder: Path) -> _Written:
     task = reader.study.tasks[name]
     if task.rows is not None:
-        drawn, source = _drawn(name, reader)
-        write_rows(folder / f"{name}.jsonl", drawn.test)
-        made = make_task(name, task.task, drawn.test, metric=task.metric)
-        return _Written(entry=entry(name, task, role, made), facts=facts(task, drawn, source), tasks=[made])
+        split, source = drawn(name, reader)
+        write_rows(folder / f"{name}.jsonl", split.test)
+        made = make_task(name, task.task, split.test, metric=task.metric)
+        return _Written(entry=entry(name, task, role, made), facts=facts(task, split, source), tasks=[made])
     named = reader.of_lm_eval(name)
     lm_eval_rows.write(folder / f"{name}.jsonl", named)
     own, made = lm_eval_rows.entry(name, task, role, named, folder=folder)
@@ -127,12 +127,12 @@ def _refuse_shared(written: _Written, role: str, held: dict[tuple, tuple[str, st
         print(f"{WARNING}{problem}, and counts twice", flush=True)
 
 
-def _drawn(name: str, reader: Reader) -> tuple[splits.Split, str]:
-    """The scored and the probed rows of a task with rows of its own, and their source."""
+def drawn(name: str, reader: Reader) -> tuple[splits.Split, str]:
+    """The scored and the probed rows of a task with rows of its own, as `train` those of a mix, and their source."""
     block = reader.study.tasks[name]
     loaded = reader(block, block.rows, where=f"tasks.{name}")
     test = block.test or reader.study.data.test
-    return splits.sample(loaded.rows, test=test, probe=block.probe), loaded.source
+    return splits.sample(loaded.rows, test=test, probe=block.probe, settle=block.settle), loaded.source
 
 
 def warn_of_spaces(where: str, task: LocalTask) -> None:
@@ -149,9 +149,9 @@ def warn_of_spaces(where: str, task: LocalTask) -> None:
         )
 
 
-def rendered(name: str, block: Scored, drawn: list[Row]) -> list[Row]:
+def rendered(name: str, block: Scored, given: list[Row]) -> list[Row]:
     """The rows as lm-eval's task renders them: {"id", "context", "choices", "gold"}."""
-    return render(make_task(name, block.task, drawn, metric=block.metric)) if drawn else []
+    return render(make_task(name, block.task, given, metric=block.metric)) if given else []
 
 
 def question(row: Row) -> str:
@@ -184,7 +184,8 @@ def entry(name: str, block: Scored, role: str, task: LocalTask) -> dict[str, Any
 
 
 def facts(block: Scored, split: splits.Split, source: str) -> dict[str, Any]:
-    counts = {"train": len(split.train), "probe": len(split.probe), "test": len(split.test)}
+    trained = 0 if isinstance(block, Task) else len(split.train)  # those of a task are a mix's
+    counts = {"train": trained, "probe": len(split.probe), "test": len(split.test)}
     duplicates = {"within": split.duplicates_within, "between": split.duplicates_between}
     duplicates |= {"pair": split.pair} if split.pair else {}
     return {"source": source, "licence": block.licence, "n": counts, "duplicates": duplicates}

@@ -65,14 +65,16 @@ def without_copies(rows: Iterable[Row]) -> tuple[list[Row], int]:
     return [by_hash[key] for key in sorted(by_hash)], len(rows) - len(by_hash)
 
 
-def sample(rows: Iterable[Row], *, test: int | str, probe: int) -> Split:
-    """The first `test` rows by hash and the next `probe` rows; if there are fewer, test gets its rows first.
+def sample(rows: Iterable[Row], *, test: int | str, probe: int, settle: int = 0) -> Split:
+    """The first `test` rows by hash, the next `probe` rows, and as `train` the last `settle` rows.
 
-    "all" leaves the last rows to the probe.
+    If there are fewer, test gets its rows before the probe, and settling gets only what both leave. "all" leaves these
+    rows to the others.
     """
     ordered, copies = without_copies(rows)
-    test = max(len(ordered) - probe, 1) if test == "all" else test
-    drawn = {"train": [], "probe": ordered[test : test + probe], "test": ordered[:test]}
+    test = max(len(ordered) - probe - settle, 1) if test == "all" else test
+    last = ordered[max(test + probe, len(ordered) - settle) :]
+    drawn = {"train": last, "probe": ordered[test : test + probe], "test": ordered[:test]}
     return Split(**drawn, duplicates_within=copies)
 
 

@@ -156,6 +156,7 @@ class Task(Scored):
     rows: Rows = key("Where the rows are read from; without it, from where lm-eval reads them.", None)
     test: CountOrAll = key("Rows that are scored at most, a fixed sample, or all; without it, `data.test`.", None)
     probe: CountOrNone = key("Rows, disjoint from the test rows, for probes during training and for `tune`.", 0)
+    settle: CountOrNone = key("Rows, disjoint from these, that a model is settled on if its mix names the task.", 0)
 
 
 class Split(Block):

@@ -5,8 +5,10 @@ from types import SimpleNamespace
 import pytest
 
 from evaluation.rendered import read_jsonl
-from experiments.data import expected
+from evaluation.task import doc_hash
+from experiments.data import expected, settling_rows
 from experiments.data import prepared_rows as data
+from experiments.data.reader import Reader
 from experiments.data.splits import normalised
 from experiments.study import config
 from experiments.study.paths import Paths
@@ -242,6 +244,35 @@ def test_general_texts_are_five_sets_that_share_no_article(study, tmp_path):
     study.general["perplexity"] = 20
     with pytest.raises(UserError, match="general.perplexity is called `test` now: write `test: 20` in its place"):
         write(study, tmp_path / "out")
+
+
+def test_a_mix_takes_the_last_rows_and_whole_texts(study, tmp_path):
+    study.general["settle"] = 9
+    study.tasks["fish"]["settle"] = 7
+    texts = {"task": "general_text", "metric": "perplexity", "rows": study.general["rows"]}
+    study.tasks["texts"] = texts | {"set": {"text": "{{passage}}"}, "columns": ["text"], "settle": 5}
+
+    def mixed(*names):
+        return settling_rows.of(names, Reader(study=config.build(vars(study), paths=Paths(root=tmp_path))))
+
+    found = mixed("general", "fish", "texts")
+    assert {name: len(rows) for name, rows in found.items()} == {"general": 9, "fish": 7, "texts": 5}
+    assert found["fish"][0]["context"].startswith("Q: Which fish") and found["texts"][0].keys() == {"id", "text"}
+    write(study, tmp_path / "out")
+    scored = {doc_hash(row) for row in lines(tmp_path / "out/evaluate/birds/fish.jsonl")}
+    probed = {row["id"] for row in lines(tmp_path / "out/train/birds/probe/fish.jsonl")}
+    assert not (scored | probed) & {row["id"] for row in found["fish"]}
+    study.tasks["fish"]["settle"] = 30
+    for name, message in (
+        ("fish", "tasks.fish.settle is 30, and 12 rows are left after 20 that are scored and 8 that are probed"),
+        ("trees", "tasks.trees has no `settle`"),
+        ("tree", "unknown task 'tree' in a mix: did you mean 'trees'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            mixed(name)
+    study.general["settle"] = 0
+    with pytest.raises(UserError, match="general.settle is 0"):
+        mixed("general")
 
 
 def test_the_same_bytes_twice_and_old_files_gone(study, tmp_path):

@@ -110,7 +110,7 @@ FULL = {  # every key of every block, with a right value
             }
         },
     },
-    "tasks": {"t": SCORED | {"test": 20, "probe": 4}},
+    "tasks": {"t": SCORED | {"test": 20, "probe": 4, "settle": 2}},
     "suites": {"s": ["t"]},
     "domains": {
         "d": SCORED

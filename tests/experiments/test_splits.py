@@ -65,6 +65,16 @@ def test_the_sample_is_not_the_first_rows():
     assert [row["id"] for row in splits.sample(numbered(50), test=10, probe=0).test] != list(range(10))
 
 
+def test_rows_to_settle_on_are_the_last_whatever_is_scored():
+    rows = numbered(50)
+    first, other = splits.sample(rows, test=10, probe=4, settle=8), splits.sample(rows, test=30, probe=0, settle=8)
+    assert first.train == other.train and len(first.train) == 8 and first.test == other.test[:10]
+    whole = splits.sample(rows, test="all", probe=4, settle=8)
+    assert whole.train == first.train and len(whole.test) == 38
+    assert {row["id"] for part in (whole.test, whole.probe, whole.train) for row in part} == set(range(50))
+    assert len(splits.sample(rows, test=45, probe=4, settle=8).train) == 1
+
+
 def test_too_few_rows_are_refused():
     with pytest.raises(UserError, match="domains.x: 8 train rows are requested, and 5 of 10 are available"):
         splits.three_way(numbered(10), question=question, train=8, probe=2, test=3, where="domains.x")
