@@ -6,7 +6,6 @@ from pathlib import Path
 from types import MappingProxyType
 
 from analysis.also import beside
-from analysis.chosen import reported
 from analysis.comparable import guarded
 from analysis.load import load_cells
 from analysis.report.figures import write_figures
@@ -15,7 +14,7 @@ from analysis.roles import Roles
 from analysis.sections import costs
 from analysis.sections.tables import as_csv, as_markdown, as_text
 from analysis.statistics.comparison import comparison
-from analysis.statistics.permutation import all_tests
+from analysis.statistics.tests import all_tests
 
 
 def write_summary(
@@ -36,13 +35,13 @@ def write_summary(
     archive  {"commit", "known"} of a study that is kept as it was made, shown at the top of table.md and of the report
     roles    leaders, compositions and controls among the methods
     also     name of another study -> its folder of results and its cells, which are shown beside and never tested
-    The paired tests are of the chosen settings. Figures of an earlier summary are removed.
+    Figures of an earlier summary are removed.
     """
     root, folder = Path(results_root), Path(summary_dir)
     names = [getattr(cell, "name", cell) for cell in [*(planned or ()), *cells]]
     loaded = guarded(load_cells(root, dict.fromkeys(names)))
     loaded = replace(loaded, roles=roles, also=beside(loaded, also))
-    table, tests = comparison(loaded), all_tests(reported(loaded))
+    table, tests = comparison(loaded), all_tests(loaded)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "figures").glob("*.*"):
         if old.suffix in (".png", ".svg", ".csv"):

@@ -5,6 +5,7 @@ import pandas as pd
 from analysis import numbers, units
 from analysis.measures import GENERAL, GOLD, KL
 from analysis.sections.significance import is_significant
+from analysis.statistics.contrasts import GAIN
 
 NAMED = 3  # methods named one by one in a sentence
 
@@ -15,7 +16,7 @@ def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: st
     A sentence each; the one in nats is left out where they are not known.
 
     rows   its rows of the comparison table with the base, each method at the setting chosen on probe rows
-    tests  its rows of `permutation.all_tests`, which decide what is significant
+    tests  its rows of `all_tests`, which decide what is significant
     tasks  those that count in forgetting
     """
     base, methods = rows[rows["method"] == "base"].iloc[0], rows[rows["method"] != "base"]
@@ -60,7 +61,7 @@ def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, do
         return units.change(share if unit == units.SHARE else row["domain_gain"], unit)
 
     before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {score(base)}"
-    tested = f"{units.named(unit)}{_significance(tests, 'gain')}{_beside(methods)}."
+    tested = f"{units.named(unit)}{_significance(tests, GAIN)}{_beside(methods)}."
     if worst is best:
         return f"{before}; {best['method']} reaches {score(best)}, a gain of {gain(best)} {tested}"
     ends = " to ".join(f"{score(row)} ({row['method']})" for row in (worst, best))
@@ -127,9 +128,9 @@ def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str])
     return text + "."
 
 
-def _significance(tests: pd.DataFrame, kind: str) -> str:
+def _significance(tests: pd.DataFrame, measure: str) -> str:
     """For which methods gain or forgetting is significantly different from zero; empty if nothing was tested."""
-    tests = tests[(tests["kind"] == kind) & (tests["b"] == "base")]
+    tests = tests[(tests["measure"] == measure) & (tests["b"] == "base") & ~tests["descriptive"].astype(bool)]
     sure = [test["a"] for _, test in tests.iterrows() if is_significant(test)]
     unclear = [name for name in tests["a"] if name not in sure]
     if len(tests) < 2:

@@ -5,8 +5,9 @@ import pandas as pd
 
 from analysis import units
 from analysis.load import Loaded, retention_tasks, score_tasks
-from analysis.measures import GENERAL, NATS
+from analysis.measures import ACCURACY, GENERAL, NATS
 from analysis.statistics import intervals
+from analysis.statistics.contrasts import BASE, GAIN, Contrasts
 from analysis.statistics.intervals import Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
 from analysis.statistics.nats import DOMAIN, Changes, intervals_in_nats
 
@@ -33,8 +34,8 @@ def comparison(loaded: Loaded) -> pd.DataFrame:
     for model, domain in loaded.comparisons:
         cells = loaded.of(model, domain)
         rows.append(_base_row(cells.iloc[0]))
-        changes = Changes(loaded, cells)
-        rows += [_method_row(loaded, own, changes) for _, own in cells.groupby("method", sort=False)]
+        contrasts = Contrasts(loaded, model=model, domain=domain)
+        rows += [_method_row(loaded, own, contrasts) for _, own in cells.groupby("method", sort=False)]
     return pd.DataFrame(rows)
 
 
@@ -66,13 +67,15 @@ def _base_row(first: pd.Series) -> dict:
     }
 
 
-def _method_row(loaded: Loaded, cells: pd.DataFrame, changes: Changes) -> dict:
+def _method_row(loaded: Loaded, cells: pd.DataFrame, contrasts: Contrasts) -> dict:
     first = cells.iloc[0]
 
     def mean(key: str) -> float | None:
         return mean_if_known(cells[key]) if key in cells else None
 
-    by_items = item_intervals(loaded, cells, changes)
+    by_items = item_intervals(loaded, cells, contrasts.changes)
+    if by_items and len(cells) > 1:
+        by_items |= _of_the_model(contrasts, first["method"])
     score = by_items.get("domain_score") or _domain_score(first, mean("domain_score"))
     ratio = mean("general_perplexity") / first["general_perplexity_base"] if mean("general_perplexity") else None
     if len(cells) > 1 and "perplexity_ratio" in by_items:
@@ -102,6 +105,17 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame, changes: Changes) -> dict:
             if key in cells:
                 row |= {f"{key}_min": cells[key].min(), f"{key}_max": cells[key].max()}
     return row
+
+
+def _of_the_model(contrasts: Contrasts, method: str) -> dict[str, Interval]:
+    """The intervals of a method of several seeds that are those of the tests, with the seeds of the other methods."""
+    pair, made = (method, BASE), {}
+    for key in (*(measure.key for measure in NATS), ACCURACY, DOMAIN, GAIN):
+        if interval := contrasts.of(key, [pair]).get(pair):
+            made[key] = interval
+    if GENERAL.key in made:
+        made["perplexity_ratio"] = perplexity_ratio(made[GENERAL.key])
+    return made
 
 
 def _score_tasks(cells: pd.DataFrame, by_items: dict[str, Interval]) -> dict:

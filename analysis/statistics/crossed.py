@@ -7,21 +7,24 @@ estimate is the mean over tasks, with equal weight, of a task's mean over seeds 
     seeds   Var_s(F_s) / S − Σ_t MS_rest,t / (S n_t) / T²    what other seeds would change; F_s is seed s's own estimate
 
 For one task this is (MS_seed + MS_item − MS_rest) / (S n), two-way random effects (Searle, Casella and McCulloch 1992,
-ch. 4). A negative seeds' part is set to 0, so that an interval is never narrower than one over items alone.
+ch. 4). A negative seeds' part is set to 0, so that an interval is never narrower than one over items alone. In place of
+Var_s(F_s) stands the moderated variance where other methods say how much seeds usually differ (seeds.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import stdtridf
 from scipy.stats import t as student
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The mean, its standard error, half the 95 % interval and the degrees of freedom, over the input's leading axes.
+    """The mean, its standard error, half the interval and the degrees of freedom, over the input's leading axes.
 
-    All but `value` are NaN if a task has fewer than two items.
+    df is that of the t which makes half = t(df) · error, so that a p value from it agrees with the interval. All but
+    `value` are NaN if a task has fewer than two items.
     """
 
     value: np.ndarray
@@ -30,8 +33,16 @@ class Estimate:
     df: np.ndarray
 
 
-def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95, step: float = 0.0) -> Estimate:
+def crossed(
+    tasks: Sequence[np.ndarray],
+    *,
+    level: float = 0.95,
+    step: float = 0.0,
+    moderated: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Estimate:
     """The mean over `tasks`, arrays (..., S seeds, n_t items) in any unit, with its interval at `level`.
+
+    moderated: the variance between seeds and its degrees of freedom, in place of Var_s(F_s) and S − 1.
 
     Half the interval is the larger of t(df) · error, with Satterthwaite's df of the mean squares (Satterthwaite 1946;
     the negative one counts too), and sqrt(t(S−1)² · seeds + t(df_items)² · items), each part with the t of its own
@@ -60,19 +71,23 @@ def crossed(tasks: Sequence[np.ndarray], *, level: float = 0.95, step: float = 0
     squares = squares_items
     between = np.zeros_like(items)
     if seeds > 1:
-        whole = by_seed.var(axis=-1, ddof=1) / seeds
+        variance, df_seeds = moderated or (by_seed.var(axis=-1, ddof=1), seeds - 1)
+        whole = variance / seeds
         between = np.maximum(whole - rest, 0)
-        squares = squares + whole**2 / (seeds - 1)
+        squares = squares + whole**2 / df_seeds
         squares = squares + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in parts)
     point = (1 + level) / 2
-    variance = items + between
-    df = _degrees(variance, squares)
-    half = student.ppf(point, df) * np.sqrt(variance)
+    error = np.sqrt(items + between)
+    df = _degrees(items + between, squares)
+    half = student.ppf(point, df) * error
     if seeds > 1:
-        by_seeds = student.ppf(point, seeds - 1) ** 2 * between
+        by_seeds = student.ppf(point, df_seeds) ** 2 * between
         by_items = student.ppf(point, _degrees(items, squares_items)) ** 2 * items
-        half = np.maximum(half, np.sqrt(by_seeds + by_items))
-    return Estimate(value=by_seed.mean(axis=-1), error=np.sqrt(variance), half=half, df=df)
+        wider = np.sqrt(by_seeds + by_items)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            df = np.where(wider > half, stdtridf(point, wider / error), df)
+        half = np.maximum(half, wider)
+    return Estimate(value=by_seed.mean(axis=-1), error=error, half=half, df=df)
 
 
 def two_more(values: np.ndarray, *, step: float) -> np.ndarray:

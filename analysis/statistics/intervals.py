@@ -39,10 +39,24 @@ class Interval:
     error: float | None = None
     df: float | None = None
 
+    @property
+    def p(self) -> float | None:
+        """Two-sided p of no difference, by the t that the bounds are of; None for one run or an unknown error."""
+        if self.scope != "method" or self.error is None:
+            return None
+        return float(p_value(self.value, self.error, self.df))
+
     def __neg__(self) -> "Interval":
         """The interval of the negated number, because forgetting is the negated change."""
         low, high = (None if bound is None else -bound for bound in (self.high, self.low))
         return Interval(-self.value, low, high, self.n, self.seeds, self.scope, self.error, self.df)
+
+
+def p_value(value: np.ndarray, error: np.ndarray, df: np.ndarray) -> np.ndarray:
+    """Two-sided p of t = value / error; 1 where there is neither a difference nor an error."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        p = 2 * student.sf(np.abs(value) / error, df)
+    return np.where((np.asarray(value) == 0) & (np.asarray(error) == 0), 1.0, p)
 
 
 def paired(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
@@ -54,9 +68,7 @@ def paired(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
     runs = dict(list(tuned.groupby("cell", sort=False))) if "cell" in tuned else {"run": tuned}
     pairs = base[[*KEYS, "score", "gold"]].rename(columns={"score": "base"})
     for name, rows in {"base": base, **runs}.items():
-        if rows.duplicated(KEYS).any():
-            twice = rows[rows.duplicated(KEYS)].iloc[0]
-            raise UserError(f"{name}: row {twice['doc_hash']} of task {twice['task']} is scored twice: score it again")
+        _refuse_twice(name, rows)
     for name, rows in runs.items():
         pairs = pairs.merge(rows[[*KEYS, "score"]].rename(columns={"score": name}), on=KEYS, validate="one_to_one")
     pairs["tuned"] = pairs[list(runs)].mean(axis=1)
@@ -115,7 +127,7 @@ def of_set(changes: Sequence[float], errors: Sequence[float | None], *, n: int) 
 
 
 def refuse_unequal(*, base: pd.DataFrame, tuned: pd.DataFrame, tasks: list[str]) -> None:
-    """Raise UserError if a run of `tuned` was not scored on exactly the base's rows (KEYS) of `tasks`."""
+    """Raise UserError if a run of `tuned` was not scored on exactly the base's rows (KEYS) of `tasks`, each once."""
 
     def rows(items: pd.DataFrame) -> set[tuple]:
         return set(items.loc[items["task"].isin(tasks), KEYS].itertuples(index=False, name=None))
@@ -130,6 +142,13 @@ def refuse_unequal(*, base: pd.DataFrame, tuned: pd.DataFrame, tasks: list[str])
                 f"{name} and its base do not have the same rows: {len(different)} are in one of them only, first "
                 f"{digest} of {task}: score both again"
             )
+        _refuse_twice(name, items)
+
+
+def _refuse_twice(name: str, rows: pd.DataFrame) -> None:
+    if (again := rows.duplicated(KEYS)).any():
+        twice = rows[again].iloc[0]
+        raise UserError(f"{name}: row {twice['doc_hash']} of task {twice['task']} is scored twice: score it again")
 
 
 def wilson(right: float, n: float, *, z: float = Z) -> Interval:

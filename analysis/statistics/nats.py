@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.load import Loaded, retention_tasks
 from analysis.measures import NATS, Measure
-from analysis.statistics.intervals import GENERAL_TEXT, KEYS, Interval, of_arrays, per_token, tokens_of
+from analysis.statistics.intervals import GENERAL_TEXT, KEYS, Interval, of_arrays, per_token, refuse_unequal, tokens_of
 
 DIVERGENCES = {measure.value for measure in NATS if not measure.signed}  # of the base from itself: 0
 DOMAIN = "domain_nll_gained"  # nats per token of the domain's test rows, the sign turned: more is better
@@ -30,23 +30,29 @@ class Change:
     tokens: np.ndarray | None = None
 
     @property
-    def parts(self) -> list[np.ndarray]:
-        """The items' parts, (S seeds, n items) per task: the measure is the mean over tasks of their means."""
+    def linear(self) -> list[np.ndarray]:
+        """The items' parts, (S seeds, n items) per task: the measure is the mean over tasks of their means.
+
+        Those of a mean over tokens are linearised: with r the run's own ratio, r + n (change_i − r · tokens_i) / Σ
+        tokens, whose variance over items is the ratio estimator's (Cochran 1977, ch. 6).
+        """
         if self.tokens is None:
             return self.tasks
-        return [change * len(self.tokens) / self.tokens.sum() for change in self.tasks]
+        whole = self.tokens.sum()
+        ratios = [change.sum(axis=1, keepdims=True) / whole for change in self.tasks]
+        n = len(self.tokens)
+        return [r + n * (change - r * self.tokens) / whole for r, change in zip(ratios, self.tasks)]
 
     @property
     def interval(self) -> Interval:
         """The measure with its 95 % interval over items, and seeds if there are several."""
         return of_arrays(self.tasks, step=0) if self.tokens is None else per_token(self.tasks[0], self.tokens)
 
-    def over_seeds(self) -> "Change":
-        """The same with the mean over seeds as its only run."""
-        return Change(tasks=[task.mean(axis=0, keepdims=True) for task in self.tasks], tokens=self.tokens)
-
     def __sub__(self, other: "Change") -> "Change":
         return Change(tasks=[a - b for a, b in zip(self.tasks, other.tasks)], tokens=self.tokens)
+
+    def __neg__(self) -> "Change":
+        return Change(tasks=[-task for task in self.tasks], tokens=self.tokens)
 
 
 class Changes:
@@ -64,6 +70,15 @@ class Changes:
             self._places = {task: np.array(places) for task, places in self.base.groupby("task").indices.items()}
             self._tokens = tokens_of(self.base).to_numpy(dtype=float)
 
+    def refuse_unequal(self, tasks: Sequence[str]) -> None:
+        """Raise UserError if a cell was not scored on exactly the base's rows of `tasks`, each once."""
+        if not self.known:
+            return
+        own, wanted = self.tuned["task"].isin(tasks).to_numpy(), self.base["task"].isin(tasks).sum()
+        counts = np.bincount(self._cell[own], minlength=len(self.column))[np.unique(self._cell)]
+        if set(tasks) - set(self._places) or (self._row[own] < 0).any() or (counts != wanted).any():
+            refuse_unequal(base=self.base, tuned=self.tuned, tasks=list(tasks))
+
     def of(self, measure: Measure, runs: Sequence[str]) -> Change | None:
         """The change of `runs` in a measure, or None where it is not known of every item."""
         if measure.general:
@@ -74,6 +89,11 @@ class Changes:
     def tasks(self, measure: Measure, runs: Sequence[str]) -> list[str]:
         """The retention tasks above chance whose items all have the measure."""
         return [t for t in retention_tasks(self.first) if self._change(t, runs, measure.value, sign=1.0) is not None]
+
+    def scored(self, tasks: Sequence[str], runs: Sequence[str]) -> Change | None:
+        """tuned − base of the items' scores, or None without tasks or where one is not known of every item."""
+        changes = [self._change(task, runs, "score", sign=1.0) for task in tasks]
+        return Change(tasks=changes) if changes and all(change is not None for change in changes) else None
 
     def per_token(self, task: str, runs: Sequence[str]) -> Change | None:
         """Nats per token gained on a task's rows: of their labelled text, or of the right answers."""

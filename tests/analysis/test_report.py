@@ -142,9 +142,10 @@ def test_many_methods_are_counted_and_not_listed():
         }
     )
     tests = pd.DataFrame(
-        {"kind": "forgetting", "a": names, "b": "base", "difference": 0.03, "p_holm": [0.06, 0.2, 1, 1, 0.01]}
+        {"measure": "forgetting", "a": names, "b": "base", "difference": 0.03, "p_holm": [0.06, 0.2, 1, 1, 0.01]}
     )
-    gains = tests.assign(kind="gain", p_holm=[0.2, 0.01, 0.01, 0.01, 0.01])
+    tests["descriptive"] = False
+    gains = tests.assign(measure="domain_gain", p_holm=[0.2, 0.01, 0.01, 0.01, 0.01])
     learned, forgotten, cost = sentences(rows, pd.concat([tests, gains]), domain="sums", model="m", tasks=["a", "b"])
     assert "a gain of +10.0 to +45.0 points, not significantly different from zero for full" in learned
     assert (

@@ -13,10 +13,10 @@ from analysis import units
 from analysis.compare import write_summary
 from analysis.load import load_cells
 from analysis.sections.tables import as_text
-from analysis.statistics import permutation
 from analysis.statistics.comparison import comparison
 from analysis.statistics.flips import flips
 from analysis.statistics.intervals import of_set
+from analysis.statistics.tests import paired_tests
 from experiments.commands import tracked_runs
 from tests.analysis.fixtures import write_items, write_json, write_results
 
@@ -88,11 +88,8 @@ def test_a_domain_in_nats_is_compared_row_by_row_and_said_in_nats(tmp_path):
     assert (
         re.search(r"full .* perplexity +\+0\.\d+ nats \[", text) and "the gain of science in nats of perplexity" in text
     )
-    tests = permutation.tests_of(loaded, **PAIR)
-    assert set(tests.loc[tests["kind"] == "gain", "unit"]) == {"nats"} and set(
-        tests.loc[tests["kind"] == "forgetting", "unit"]
-    ) == {"share"}
-    assert tests.loc[tests["kind"] == "gain", "difference"].iloc[0] == pytest.approx(changed.mean())
+    tests = paired_tests(loaded, **PAIR)
+    assert tests.loc[tests["measure"] == "domain_gain", "difference"].iloc[0] == pytest.approx(changed.mean())
     assert "science" not in set(flips(loaded, **PAIR)["task"])
 
 
@@ -106,9 +103,9 @@ def test_a_metric_of_the_set_goes_through_the_whole_summary_without_a_paired_tes
         and "piqa (science) is not a proportion of rows and not in the mean; its own forgetting, in nats" in text
     )
     tests = pd.read_csv(tmp_path / "summary/tests.csv")
-    assert "gain" not in set(tests["kind"]) and "forgetting" in set(tests["kind"])
+    assert "domain_gain" not in set(tests["measure"]) and "forgetting" in set(tests["measure"])
     page = (tmp_path / "summary/report.html").read_text()
-    assert "Gain is not tested: mcc is one number of all rows" in page
+    assert "Gain in mcc is not tested: it is one number of all rows" in page
     loaded = load_cells(tmp_path / "results", names)
     row = comparison(loaded).set_index("method").loc["full"]
     gains = loaded.cells.loc[loaded.cells["method"] == "full", "domain_gain"].to_numpy(dtype=float)

@@ -15,7 +15,7 @@ import torch
 from analysis.load import load_cells, newest_gpu_check
 from analysis.report.page import write_report
 from analysis.statistics.comparison import comparison
-from analysis.statistics.permutation import all_tests
+from analysis.statistics.tests import all_tests
 from experiments.__main__ import parser
 from experiments.bench import full_size, sizes
 from experiments.bench.running import process_group

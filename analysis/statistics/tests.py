@@ -1,0 +1,127 @@
+"""The tests of a study: each method against the base and against plain fine-tuning, leaders in pairs, compositions.
+
+Differences, intervals and p values are of one model (contrasts.py). Of each measure, over all settings of one (model,
+domain), Holm's correction is made in each of these families by itself:
+
+    base          every method against the base
+    full          every method against plain fine-tuning at the same setting
+    leaders       every two leaders at the same setting (`leaders:` of params.yaml)
+    compositions  every composition against all single remedies at the same setting at once
+
+A composition is said to forget less only if it does so against every single remedy, each at .05: the
+intersection-union test (Berger 1982), whose p is the largest of them and needs no correction for their number. Each p
+is the two-sided one, or 1 where the composition does not forget less: then, before Holm's correction, the claim stands
+if and only if all 95 % intervals lie below 0.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+
+from analysis.load import Loaded
+from analysis.measures import ACCURACY, KL, KL_REVERSE, NATS
+from analysis.roles import PLAIN
+from analysis.statistics.contrasts import BASE, GAIN, Contrasts, Pair
+from analysis.statistics.detectable import detectable, holm
+from analysis.statistics.intervals import Interval
+from analysis.statistics.nats import DOMAIN
+
+FORGETTING = (*(measure.key for measure in NATS if measure is not KL_REVERSE), ACCURACY)
+MEASURES = (*FORGETTING, DOMAIN, GAIN)
+TESTED = ["measure", "a", "b", "family", "difference", "low", "high", "p", "p_holm", "df"]
+COLUMNS = ["model", "domain", *TESTED, "seeds", "items", "detectable", "descriptive", "p_run"]
+
+
+def all_tests(loaded: Loaded) -> pd.DataFrame:
+    """`paired_tests` every comparison."""
+    rows = [paired_tests(loaded, model=model, domain=domain) for model, domain in loaded.comparisons]
+    return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=COLUMNS)
+
+
+def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
+    """Every test of one comparison, one row each.
+
+    measure                 what is compared (MEASURES), in nats or in shares of 1; a's − b's, b may be "base"
+    family                  base, full, leaders or compositions
+    difference, low, high   with its 95 % interval, not corrected
+    p, p_holm, df           two-sided p by t with df degrees of freedom, raw and corrected within measure and family
+    seeds, items            the number of seeds that both have, and of items
+    detectable              the true difference that 80 of 100 such studies find at the first step of the correction
+    descriptive             one seed: the interval covers other items, not other seeds, and there is no p
+    p_run                   of one seed, the sign-flip p over its items: it describes this run, not the method
+
+    Of a composition b is the single remedy from which it is told apart least. A divergence is not tested against the
+    base, which has none from itself. Raises UserError if a cell was not scored on the base's rows.
+    """
+    contrasts, rows = Contrasts(loaded, model=model, domain=domain), []
+    first = contrasts.cells.iloc[0]
+    contrasts.changes.refuse_unequal([task for task in first["scores_by_task"] if first["n"].get(task)])
+    for key in MEASURES:
+        for name, pairs in _families(contrasts, loaded).items():
+            if name == BASE and key == KL.key:
+                continue
+            rows += _rows(key, name, found := contrasts.of(key, list(pairs)))
+            if one := [pair for pair, interval in found.items() if interval.seeds == 1]:
+                p = dict(zip(one, contrasts.of_runs(key, one)))
+                rows[-len(found) :] = [row | {"p_run": p.get((row["a"], row["b"]))} for row in rows[-len(found) :]]
+        if key in FORGETTING:
+            rows += _compositions(contrasts, loaded, key)
+    numbers = ["difference", "low", "high", "p", "p_holm", "df", "detectable", "p_run"]
+    table = pd.DataFrame(rows, columns=COLUMNS).assign(model=model, domain=domain)
+    return table.astype(dict.fromkeys(numbers, float) | {"descriptive": bool})
+
+
+def _families(contrasts: Contrasts, loaded: Loaded) -> dict[str, Iterator[Pair]]:
+    """The pairs of each family."""
+    at = contrasts.at_settings()
+    plain = {setting: next((m for m in methods if m in contrasts.plain), None) for setting, methods in at.items()}
+    leading = {setting: loaded.roles.leading(methods) for setting, methods in at.items()}
+    return {
+        BASE: ((m, BASE) for methods in at.values() for m in methods),
+        PLAIN: ((m, plain[s]) for s, methods in at.items() if plain[s] for m in methods if m != plain[s]),
+        "leaders": ((a, b) for leaders in leading.values() for i, a in enumerate(leaders) for b in leaders[i + 1 :]),
+    }
+
+
+def _rows(key: str, family: str, found: dict[Pair, Interval], p: dict[Pair, float] | None = None) -> list[dict]:
+    """The rows of a family, with Holm's correction over those of several seeds; `p` in place of the intervals' own."""
+    raw = {pair: (p or {}).get(pair, interval.p) for pair, interval in found.items()}
+    tested = [pair for pair, value in raw.items() if value is not None]
+    corrected = dict(zip(tested, holm([raw[pair] for pair in tested])))
+    errors, df = (np.array([getattr(found[pair], name) for pair in tested]) for name in ("error", "df"))
+    could = dict(zip(tested, detectable(errors, df, tests=len(tested)))) if tested else {}
+    return [
+        {
+            "measure": key,
+            "a": a,
+            "b": b,
+            "family": family,
+            "difference": interval.value,
+            "low": interval.low,
+            "high": interval.high,
+            "p": raw[a, b],
+            "p_holm": corrected.get((a, b)),
+            "df": interval.df,
+            "seeds": interval.seeds,
+            "items": interval.n,
+            "detectable": could.get((a, b)),
+            "descriptive": interval.seeds < 2,
+        }
+        for (a, b), interval in found.items()
+    ]
+
+
+def _compositions(contrasts: Contrasts, loaded: Loaded, key: str) -> list[dict]:
+    """One row for each composition: its p is the largest against any single remedy of several seeds."""
+    worst, p = {}, {}
+    for methods in contrasts.at_settings().values():
+        composed = loaded.roles.composed(methods)
+        singles = [method for method in methods if method not in composed]
+        for a in composed:
+            found = contrasts.of(key, [(a, b) for b in singles])
+            each = {pair: i.p if i.value < 0 else 1.0 for pair, i in found.items() if i.p is not None}
+            if each:
+                pair = max(each, key=lambda pair: (each[pair], found[pair].value))
+                worst[pair], p[pair] = found[pair], each[pair]
+    return _rows(key, "compositions", worst, p)
