@@ -5,7 +5,7 @@ import pandas as pd
 from analysis import numbers, units
 from analysis.measures import GENERAL, GOLD, KL
 from analysis.sections.significance import is_significant
-from analysis.statistics.contrasts import GAIN
+from analysis.statistics.contrasts import SCORE
 
 NAMED = 3  # methods named one by one in a sentence
 
@@ -61,7 +61,7 @@ def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, do
         return units.change(share if unit == units.SHARE else row["domain_gain"], unit)
 
     before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {score(base)}"
-    tested = f"{units.named(unit)}{_significance(tests, GAIN)}{_beside(methods)}."
+    tested = f"{units.named(unit)}{_significance(tests, SCORE)}{_beside(methods)}."
     if worst is best:
         return f"{before}; {best['method']} reaches {score(best)}, a gain of {gain(best)} {tested}"
     ends = " to ".join(f"{score(row)} ({row['method']})" for row in (worst, best))

@@ -5,9 +5,9 @@ import pandas as pd
 
 from analysis import units
 from analysis.load import Loaded, retention_tasks, score_tasks
-from analysis.measures import ACCURACY, GENERAL, NATS
+from analysis.measures import GENERAL, NATS, ORDER
 from analysis.statistics import intervals
-from analysis.statistics.contrasts import BASE, GAIN, Contrasts
+from analysis.statistics.contrasts import BASE, Contrasts
 from analysis.statistics.intervals import Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
 from analysis.statistics.nats import DOMAIN, Changes, intervals_in_nats
 
@@ -110,7 +110,7 @@ def _method_row(loaded: Loaded, cells: pd.DataFrame, contrasts: Contrasts) -> di
 def _of_the_model(contrasts: Contrasts, method: str) -> dict[str, Interval]:
     """The intervals of a method of several seeds that are those of the tests, with the seeds of the other methods."""
     pair, made = (method, BASE), {}
-    for key in (*(measure.key for measure in NATS), ACCURACY, DOMAIN, GAIN):
+    for key in ORDER:
         if interval := contrasts.of(key, [pair]).get(pair):
             made[key] = interval
     if GENERAL.key in made:

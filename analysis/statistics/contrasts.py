@@ -28,7 +28,7 @@ from analysis.statistics.seeds import Prior, of_methods, of_pairs
 from analysis.statistics.signs import sign_flips
 
 BASE = "base"
-GAIN = "domain_gain"
+SCORE = "domain_gain"
 AT_ONCE = 4_000_000  # numbers held at a time
 Pair = tuple[str, str]
 
@@ -216,9 +216,9 @@ def _change(changes: Changes, runs: Sequence[str], key: str) -> tuple[Change, fl
     first, domain = changes.first, changes.first["domain"]
     if key in BY_KEY:
         change, step = changes.of(BY_KEY[key], runs), 0.0
-    elif key == DOMAIN or (key == GAIN and units.per_token(first, domain)):
+    elif key == DOMAIN or (key == SCORE and units.per_token(first, domain)):
         change, step = changes.per_token(domain, runs), 0.0
-    elif key == GAIN:
+    elif key == SCORE:
         known = units.per_item(first, domain)
         change, step = changes.scored([domain], runs) if known else None, units.step(units.of_domain(first))
     else:

@@ -20,15 +20,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.load import Loaded
-from analysis.measures import ACCURACY, KL, KL_REVERSE, NATS
+from analysis.measures import FORGETTING, KL, ORDER
 from analysis.roles import PLAIN
-from analysis.statistics.contrasts import BASE, GAIN, Contrasts, Pair
+from analysis.statistics.contrasts import BASE, Contrasts, Pair
 from analysis.statistics.detectable import detectable, holm
 from analysis.statistics.intervals import Interval
-from analysis.statistics.nats import DOMAIN
 
-FORGETTING = (*(measure.key for measure in NATS if measure is not KL_REVERSE), ACCURACY)
-MEASURES = (*FORGETTING, DOMAIN, GAIN)
 TESTED = ["measure", "a", "b", "family", "difference", "low", "high", "p", "p_holm", "df"]
 COLUMNS = ["model", "domain", *TESTED, "seeds", "items", "detectable", "descriptive", "p_run"]
 
@@ -42,7 +39,7 @@ def all_tests(loaded: Loaded) -> pd.DataFrame:
 def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     """Every test of one comparison, one row each.
 
-    measure                 what is compared (MEASURES), in nats or in shares of 1; a's − b's, b may be "base"
+    measure                 of analysis/measures.py, in nats or in shares of 1; a's − b's, and b may be "base"
     family                  base, full, leaders or compositions
     difference, low, high   with its 95 % interval, not corrected
     p, p_holm, df           two-sided p by t with df degrees of freedom, raw and corrected within measure and family
@@ -57,7 +54,7 @@ def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     contrasts, rows = Contrasts(loaded, model=model, domain=domain), []
     first = contrasts.cells.iloc[0]
     contrasts.changes.refuse_unequal([task for task in first["scores_by_task"] if first["n"].get(task)])
-    for key in MEASURES:
+    for key in ORDER:
         for name, pairs in _families(contrasts, loaded).items():
             if name == BASE and key == KL.key:
                 continue
