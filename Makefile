@@ -51,8 +51,7 @@ bench: setup
 	@python -m experiments bench
 
 ui: setup
-	@python -m experiments track
-	@mlflow ui --backend-store-uri sqlite:///mlflow.db
+	@python -m experiments ui
 
 clean-cells: setup
 	@python -m experiments clean-cells

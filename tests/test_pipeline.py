@@ -267,12 +267,12 @@ def test_mlflow_is_a_mirror_that_can_be_rebuilt(project):
         client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("default") or client.search_experiments()[0]
         return {
-            r.data.tags["holdfast.cell"]: (
+            r.data.tags["holdfast.key"]: (
                 r.info.run_id,
                 r.data.metrics["forgetting"] if "forgetting" in r.data.metrics else None,
             )
             for r in client.search_runs([experiment.experiment_id])
-            if "holdfast.cell" in r.data.tags
+            if r.data.tags.get("row") == "cell"
         }
 
     first = runs()

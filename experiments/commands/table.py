@@ -157,6 +157,7 @@ COMMANDS = {
         study=False,
     ),
     "track": Command(help="copy the results into MLflow's database", archive=True),
+    "ui": Command(help="copy the results into MLflow's database, and serve its pages to this machine", archive=True),
     "pipeline": Command(help="write dvc.yaml for the study's grid", module="experiments.study.pipeline", alone=True),
     "summary": Command(help="print the comparison, the outcome of each cell and the path of the report", archive=True),
     "clean-cells": Command(help="delete the weights of finished cells and keep their results", alone=True),

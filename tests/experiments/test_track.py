@@ -1,12 +1,18 @@
 import json
 import os
+import re
 import shutil
 import socket
 from pathlib import Path
+from urllib.parse import parse_qs
 
+import pandas as pd
 import pytest
 
+from analysis import numbers
+from analysis.measures import ORDER
 from experiments.commands.track import track
+from experiments.commands.tracked_page import CURVES, first_link
 from methods.errors import UserError
 from tests.analysis.fixtures import METHODS, write_results
 
@@ -22,17 +28,14 @@ def client(database: Path):
 def runs_of(database: Path, study: str = "default", *, kind: str = "cell") -> dict:
     found = client(database)
     experiment = found.get_experiment_by_name(study)
-    return {
-        run.data.tags[f"holdfast.{kind}"]: run
-        for run in found.search_runs([experiment.experiment_id])
-        if f"holdfast.{kind}" in run.data.tags
-    }
+    every = found.search_runs([experiment.experiment_id])
+    return {run.data.tags["holdfast.key"]: run for run in every if run.data.tags.get("row") == kind}
 
 
 def content(database: Path) -> dict:
     """All that a rebuilt store must have again: no run ids."""
     found, all_of_it = client(database), {}
-    every = {key: run for kind in ("cell", "group", "base") for key, run in runs_of(database, kind=kind).items()}
+    every = {key: run for kind in ("cell", "method", "base") for key, run in runs_of(database, kind=kind).items()}
     keys = {run.info.run_id: key for key, run in every.items()}
     for cell, run in every.items():
         points = {
@@ -79,69 +82,106 @@ def results(tmp_path) -> Path:
     return tmp_path / "results"
 
 
-def test_a_run_holds_parameters_curves_scores_costs_data_and_files(database, results):
-    figure = results / "summary/figures/cost-smollm2-135m-science.png"
-    figure.parent.mkdir(parents=True)
-    figure.write_bytes(b"picture")
-    (results / "summary/report.html").write_text("<p>report")
+def test_a_cell_holds_settings_headlines_curves_costs_as_text_and_its_files(database, results):
+    folder = results / "runs" / CELL("ewc")
+    (folder / "details.json").write_text("{}")
     made = track(results_root=results, cells=[CELL(m) for m in METHODS], study="default", database=database)
     assert list(made) == [CELL(m) for m in METHODS]
-    runs = runs_of(database)
-    run, metrics = runs[CELL("ewc")], json.loads((results / "runs" / CELL("ewc") / "metrics.json").read_text())
+    runs, metrics = runs_of(database), json.loads((folder / "metrics.json").read_text())
+    run = runs[CELL("ewc")]
     assert len(runs) == 5 and run.info.run_id == made[CELL("ewc")] and run.info.status == "FINISHED"
-    assert (
-        run.data.params["ewc.strength"] == "10000.0"
-        and run.data.params["scoring.scorer"] == "shared-prefix"
-        and run.data.params["seed"] == "0"
-    )
-    costs = ("seconds_train", "seconds_prepare", "bytes_anchor", "peak_memory_bytes")
-    nats = ("general_nll_lost", "general_kl", "general_kl_reverse", "gold_nll_lost", "margin_lost", "domain_nll_gained")
-    for key in ("forgetting", "domain_gain", *costs, *nats):
-        assert (
-            run.data.metrics[key] == pytest.approx(metrics[key], rel=1e-5)
-            and len(repr(run.data.metrics[key]).split(".")[-1]) <= 8
-        )
-    assert run.data.metrics["forgetting/hellaswag"] == pytest.approx(
-        metrics["forgetting_by_task"]["hellaswag"], rel=1e-5
-    )
-    for measure in ("gold_nll_lost", "margin_lost"):
-        by_task = metrics[f"{measure}_by_task"]
-        assert run.data.metrics[f"{measure}/hellaswag"] == pytest.approx(by_task["hellaswag"], rel=1e-5)
-    assert run.data.metrics["bytes_weights_delta"] == metrics["bytes_weights_delta"]  # whole numbers keep every digit
+    assert run.data.params["ewc.strength"] == "10000.0" and run.data.params["scoring.scorer"] == "shared-prefix"
+    for key in ORDER:
+        assert run.data.metrics[key] == pytest.approx(metrics[key], rel=1e-5)
+        assert len(repr(run.data.metrics[key]).split(".")[-1]) <= 8
     found = client(database)
-    loss = found.get_metric_history(run.info.run_id, "curve/loss")
+    loss = found.get_metric_history(run.info.run_id, "loss")
     assert [m.step for m in loss] == list(range(1, 61)) and loss[-1].timestamp - loss[0].timestamp == pytest.approx(
         268_000 * 59 / 60, abs=2
     )
-    assert [m.step for m in found.get_metric_history(run.info.run_id, "probe/hellaswag")] == [0, 12, 24, 36, 48, 60]
+    accuracy = found.get_metric_history(run.info.run_id, "probe/accuracy")
+    curve = pd.read_csv(folder / "curve.csv").set_index("step")
+    tasks = [f"probe_{task}" for task in metrics["forgetting_by_task"] if task not in metrics["at_chance"]]
+    assert len(tasks) > 1 and {m.step: m.value for m in accuracy} == pytest.approx(
+        curve[tasks].dropna().mean(axis=1).to_dict(), rel=1e-5
+    )
+    assert set(run.data.metrics) == {*ORDER, *CURVES}  # whatever else is a number has no chart of one point
     tags = run.data.tags
+    assert tags["training time"] == "4 min 28 s" and tags["peak memory"] == numbers.size(metrics["peak_memory_bytes"])
+    assert tags["mlflow.source.git.commit"] == metrics["git"]["commit"] and tags["git.dirty"] == "False"
     assert (
-        tags["git.commit"] == metrics["git"]["commit"]
-        and tags["git.dirty"] == "False"
-        and tags["not_a_result"] == "False"
+        tags["weights_sha256"] == metrics["weights_sha256"] and tags["weights"] == f"work/cells/{CELL('ewc')}/weights"
     )
-    assert tags["mlflow.note.content"].count("\n\n") == 1 and "ewc" in tags["mlflow.note.content"]
-    assert tags["data_sha256"] == metrics["data_sha256"] and tags["weights_sha256"] == metrics["weights_sha256"]
-    assert tags["weights"] == f"work/cells/{CELL('ewc')}/weights"
-    assert {f.path for f in found.list_artifacts(run.info.run_id)} == {
-        "metrics.json",
-        "train.json",
-        "curve.csv",
-        "scores.json",
-        "evaluate.json",
-    }
-    assert (database.parent / "mlartifacts").is_dir()
-    # numbers about the machine are where MLflow shows system metrics
-    assert (
-        run.data.metrics["system/peak_memory_train_bytes"] == 3_100_000_000
-        and run.data.metrics["system/peak_memory_prepare_bytes"] == 2_000_000_000
-    )
-    assert len(found.get_metric_history(run.info.run_id, "system/tokens_per_second")) == 60
-    above = runs_of(database, kind="group")[CELL("ewc").rsplit("/", 1)[0]]
-    assert {f.path for f in found.list_artifacts(above.info.run_id)} == {"report.html", "figures"}
-    assert [f.path for f in found.list_artifacts(above.info.run_id, "figures")] == [
-        "figures/cost-smollm2-135m-science.png"
+    logged = {file.path for file in found.list_artifacts(run.info.run_id)}
+    assert logged == {path.name for path in folder.iterdir()} >= {"metrics.json", "details.json", "items.csv.gz"}
+
+
+def test_the_base_holds_the_report_and_the_front_as_large_as_it_is(database, results):
+    from PIL import Image
+
+    figures = results / "summary/figures"
+    figures.mkdir(parents=True)
+    for name in ("gain_against_nats-smollm2-135m-science", "cost-smollm2-135m-science", "cost-smollm2-135m-physical"):
+        Image.new("RGB", (900, 600)).save(figures / f"{name}.png")
+    (results / "summary/report.html").write_text("<p>report")
+    track(results_root=results, cells=[CELL("full")], study="default", database=database)
+    base = runs_of(database, kind="base")["smollm2-135m/science"]
+    found = client(database)
+    assert {file.path for file in found.list_artifacts(base.info.run_id)} == {"report.html", "figures", "images"}
+    own = ["figures/cost-smollm2-135m-science.png", "figures/gain_against_nats-smollm2-135m-science.png"]
+    assert [file.path for file in found.list_artifacts(base.info.run_id, "figures")] == own
+    folder = database.parent / "mlartifacts/default" / base.info.run_id / "artifacts/images"
+    assert {Image.open(file).size for file in folder.iterdir()} == {(900, 600)} and len(list(folder.iterdir())) == 2
+
+
+def test_the_link_opens_a_view_of_the_first_comparison(database, tmp_path):
+    cells = [
+        cell
+        for domain in ("science", "physical")
+        for cell in write_results(tmp_path / "two", methods=("full", "ewc"), domain=domain)
     ]
+    track(results_root=tmp_path / "two", cells=cells, study="default", database=database)
+    experiment = client(database).get_experiment_by_name("default")
+    address = first_link(experiment.experiment_id)
+    assert address.startswith(f"http://holdfast.localhost:5000/#/experiments/{experiment.experiment_id}/runs?")
+    key = parse_qs(address.partition("?")[2])["viewStateShareKey"][0]
+    views = {k: json.loads(v) for k, v in experiment.tags.items() if k.startswith("mlflow.sharedViewState.")}
+    assert len(views) == 2 and len(set(views)) == 2
+    state = json.loads(views[f"mlflow.sharedViewState.{key}"]["state"])
+    rows = client(database).search_runs(
+        [experiment.experiment_id], state["searchFilter"], order_by=[f"{state['orderByKey']} ASC"]
+    )
+    assert {(row.data.tags["domain"], row.data.tags["row"]) for row in rows} == {
+        ("science", "base"),
+        ("science", "method"),
+    }
+    lost = [row.data.metrics["general_nll_lost"] for row in rows]
+    assert len(rows) == 3 and lost == sorted(lost)
+    method = next(row for row in rows if row.data.tags["method"] == "ewc").data
+    shown = [column.removeprefix("tags.`").rstrip("`") for column in state["selectedColumns"]]
+    assert [head[:2] for head in shown[:7]] == [f"{n} " for n in range(1, 8)]
+    text = method.tags[shown[2]]
+    assert re.fullmatch(r"\+0\.\d{3} \[[+−]0\.\d+, \+0\.\d+\]", text)
+    assert text.startswith(numbers.nats(method.metrics["general_nll_lost"]))
+    charts = [chart for chart in state["compareRunCharts"] if not chart["deleted"]]
+    assert [chart.get("metricKey") for chart in charts[2:]] == list(CURVES)
+    hidden = {chart["metricKey"] for chart in state["compareRunCharts"] if chart["deleted"]}
+    assert hidden == set(method.metrics) - set(CURVES)
+    assert all(
+        f"/experiments/{experiment.experiment_id}/runs?" in line
+        for line in experiment.tags["mlflow.note.content"].split("\n\n")[:2]
+    )
+
+
+def test_a_reason_with_markup_stays_text(database, tmp_path):
+    reason = "<img src=x onerror=alert(1)>\n[click](javascript:alert(1)) **bold**"
+    write_results(tmp_path / "results", methods=("full", "mofo"), failed={"mofo": reason})
+    track(results_root=tmp_path / "results", cells=[CELL("full"), CELL("mofo")], study="default", database=database)
+    for kind, key in (("cell", CELL("mofo")), ("method", CELL("mofo").rsplit("/", 1)[0])):
+        note = runs_of(database, kind=kind)[key].data.tags["mlflow.note.content"]
+        # four spaces and an empty line before them make a block of code in Markdown
+        assert "\n\n" + "\n".join(f"    {line}" for line in reason.splitlines()) in note
+        assert note.count("onerror") == 1
 
 
 def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_path):
@@ -151,7 +191,7 @@ def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_pat
     root = tmp_path / "seeds"
     cells = write_results(root, methods=("full", "ewc"), seeds=(0, 1, 2))
     made = track(results_root=root, cells=cells, study="default", database=database)
-    above, children = runs_of(database, kind="group"), runs_of(database)
+    above, children = runs_of(database, kind="method"), runs_of(database)
     assert set(above) == {"smollm2-135m/science/full", "smollm2-135m/science/ewc"} and set(children) == set(
         made
     ) == set(cells)
@@ -160,29 +200,18 @@ def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_pat
     row, run = comparison(load_cells(root, cells)).set_index("method").loc["ewc"], above["smollm2-135m/science/ewc"]
     own = [children[cell] for cell in cells if "/ewc/" in cell]
     assert len({child.data.metrics["forgetting"] for child in own}) > 1
-    for key in (
-        "forgetting",
-        "forgetting_low",
-        "forgetting_high",
-        "domain_gain",
-        "domain_gain_low",
-        "perplexity_ratio",
-        "seconds_train",
-        "bytes_anchor",
-    ):
-        assert run.data.metrics[key] == pytest.approx(row[key], rel=1e-5)
+    assert run.data.metrics["forgetting"] == pytest.approx(row["forgetting"], rel=1e-5)
     assert run.data.metrics["forgetting"] == pytest.approx(
         sum(child.data.metrics["forgetting"] for child in own) / 3, rel=1e-5
     )
+    interval = f"{numbers.points(row['forgetting_low'])}, {numbers.points(row['forgetting_high'])}"
+    assert run.data.tags["7 accuracy lost: points"] == f"{numbers.points(row['forgetting'])} [{interval}]"
     assert (
         run.info.end_time - run.info.start_time == own[0].info.end_time - own[0].info.start_time
     )  # as long as a seed took
-    assert run.data.metrics["forgetting/piqa"] == pytest.approx(
-        sum(child.data.metrics["forgetting/piqa"] for child in own) / 3, rel=1e-5
-    )
 
     def last(found):
-        history = client(database).get_metric_history(found.info.run_id, "curve/loss")
+        history = client(database).get_metric_history(found.info.run_id, "loss")
         return [point.value for point in history if point.step == 60]
 
     assert last(run) == [pytest.approx(sum(last(child)[0] for child in own) / 3, rel=1e-5)]
@@ -191,15 +220,12 @@ def test_a_method_is_a_run_with_the_comparison_above_its_seeds(database, tmp_pat
         and run.data.params["ewc.strength"] == "10000.0"
         and "seed" not in run.data.params
     )
-    assert run.data.tags["git.commit"] == own[0].data.tags["git.commit"] and run.data.tags["git.dirty"] == "False"
-    assert (
-        run.data.tags["mlflow.note.content"].count("\n\n") == 1
-        and "mean of 3 seeds" in run.data.tags["mlflow.note.content"]
-    )
+    assert "mean of 3 seeds" in run.data.tags["mlflow.note.content"] and run.data.tags["seeds"] == "3"
     base = runs_of(database, kind="base")["smollm2-135m/science"]
     assert (
         base.data.metrics["forgetting"] == base.data.metrics["domain_gain"] == 0
-        and base.data.metrics["domain_score"] == own[0].data.metrics["domain_score_base"]
+        and f"score there is {numbers.percent(row['domain_score'] - row['domain_gain'])} %"
+        in base.data.tags["mlflow.note.content"]
     )
 
 
@@ -207,13 +233,13 @@ def test_a_seed_more_changes_the_run_above_and_no_other_child(database, tmp_path
     root = tmp_path / "seeds"
     cells = write_results(root, methods=("full",), seeds=(0, 1))
     first = track(results_root=root, cells=cells[:1], study="default", database=database)
-    alone = runs_of(database, kind="group")["smollm2-135m/science/full"]
-    assert "one seed: this run, not this method" in alone.data.tags["mlflow.note.content"]
+    alone = runs_of(database, kind="method")["smollm2-135m/science/full"]
+    assert "of this run, not of this method" in alone.data.tags["mlflow.note.content"]
     second = track(results_root=root, cells=cells, study="default", database=database)
-    above = runs_of(database, kind="group")["smollm2-135m/science/full"]
+    above = runs_of(database, kind="method")["smollm2-135m/science/full"]
     assert (
         above.info.run_id != alone.info.run_id
-        and above.data.metrics["seeds"] == 2
+        and above.data.tags["seeds"] == "2"
         and second[cells[0]] == first[cells[0]]
     )
     assert {run.data.tags["mlflow.parentRunId"] for run in runs_of(database).values()} == {above.info.run_id}
@@ -225,18 +251,15 @@ def test_a_cell_under_other_rules_is_shown_and_not_in_the_mean(database, tmp_pat
     other = root / "runs" / "smollm2-135m/science/ewc/seed2" / "metrics.json"
     other.write_text(json.dumps(json.loads(other.read_text()) | {"numerics": 2}))
     track(results_root=root, cells=cells, study="default", database=database)
-    runs, above = runs_of(database), runs_of(database, kind="group")["smollm2-135m/science/ewc"]
+    runs, above = runs_of(database), runs_of(database, kind="method")["smollm2-135m/science/ewc"]
     out, kept = runs[cells[5]], [runs[cell] for cell in cells[3:5]]
     assert out.info.status == above.info.status == "FINISHED" and "forgetting" in out.data.metrics
-    assert (
-        "numerics" in out.data.tags["not_comparable"].lower()
-        and out.data.tags["not_comparable"] in out.data.tags["mlflow.note.content"]
-    )
+    assert "numerics" in out.data.tags["not_comparable"].lower() and out.data.tags["not_comparable"]
     assert (
         above.data.tags["not_comparable"] == cells[5]
         and "mean of 2 of 3 seeds" in above.data.tags["mlflow.note.content"]
     )
-    for key in ("forgetting", "forgetting/piqa"):
+    for key in ("forgetting", "general_nll_lost"):
         assert above.data.metrics[key] == pytest.approx(sum(run.data.metrics[key] for run in kept) / 2, rel=1e-5)
         assert above.data.metrics[key] != pytest.approx(
             sum(run.data.metrics[key] for run in [*kept, out]) / 3, rel=1e-4
@@ -270,7 +293,7 @@ def test_a_rerun_with_another_setting_replaces_the_run_and_no_other(database, re
     assert len(client(database).search_runs([client(database).get_experiment_by_name("default").experiment_id])) == 5
     run = runs_of(database)[CELL("ewc")]
     assert run.data.params["ewc.strength"] == "10.0" and "ewc.samples" not in run.data.params
-    assert len(client(database).get_metric_history(run.info.run_id, "curve/loss")) == 9
+    assert len(client(database).get_metric_history(run.info.run_id, "loss")) == 9
 
 
 def test_a_failed_cell_shows_failed_with_its_reason_and_recovers(database, tmp_path):
@@ -281,17 +304,17 @@ def test_a_failed_cell_shows_failed_with_its_reason_and_recovers(database, tmp_p
     run = runs_of(database)[CELL("mofo")]
     assert run.info.status == "FAILED" and "loss is NaN at step 12" in run.data.tags["failure.reason"]
     assert "loss is NaN at step 12" in run.data.tags["mlflow.note.content"] and run.data.metrics == {}
-    above = runs_of(database, kind="group")["smollm2-135m/science/mofo"]
+    above = runs_of(database, kind="method")["smollm2-135m/science/mofo"]
     assert above.info.status == "FAILED" and "loss is NaN at step 12" in above.data.tags["mlflow.note.content"]
-    assert [f.path for f in client(database).list_artifacts(run.info.run_id)] == ["failure"]
+    assert [f.path for f in client(database).list_artifacts(run.info.run_id)] == ["seed0.json"]
     shutil.rmtree(root)
     write_results(root, methods=("full", "mofo"))
     second = track(results_root=root, cells=cells, study="default", database=database)
     assert second[CELL("full")] == first[CELL("full")]
     run = runs_of(database)[CELL("mofo")]
     assert run.info.status == "FINISHED" and "failure.reason" not in run.data.tags and "forgetting" in run.data.metrics
-    assert not client(database).list_artifacts(run.info.run_id, "failure")
-    above = runs_of(database, kind="group")["smollm2-135m/science/mofo"]
+    assert "seed0.json" not in {f.path for f in client(database).list_artifacts(run.info.run_id)}
+    above = runs_of(database, kind="method")["smollm2-135m/science/mofo"]
     assert (
         above.info.status == "FINISHED"
         and "failure.reason" not in above.data.tags
@@ -307,7 +330,7 @@ def test_a_cell_that_never_ran_has_no_run_and_one_that_is_gone_loses_it(database
     }
     shutil.rmtree(results / "runs" / CELL("lora"))
     track(results_root=results, cells=cells, study="default", database=database)
-    assert set(runs_of(database)) == {CELL("full")} and set(runs_of(database, kind="group")) == {
+    assert set(runs_of(database)) == {CELL("full")} and set(runs_of(database, kind="method")) == {
         "smollm2-135m/science/full"
     }
 
@@ -321,10 +344,7 @@ def test_cells_that_left_the_grid_disappear_and_the_runs_of_others_stay(database
     track(results_root=results, cells=[CELL("full")], study="default", database=database)
     assert set(runs_of(database)) == {CELL("full")}
     names = {run.info.run_name for run in store.search_runs([experiment])}
-    assert names == {f"{m} science smollm2-135m" for m in ("base", "full")} | {
-        "full science smollm2-135m seed0",
-        "of the user",
-    }
+    assert names == {"base", "full", "full seed0", "of the user"}
     theirs = store.get_experiment_by_name("theirs")
     assert theirs.lifecycle_stage == "active" and len(store.search_runs([theirs.experiment_id])) == 1
 
@@ -373,7 +393,7 @@ def test_a_dvc_experiment_is_a_run_of_its_own_and_the_plain_run_stays(database, 
     above = [
         run
         for run in found.search_runs([found.get_experiment_by_name("default").experiment_id])
-        if run.data.tags.get("holdfast.group", "").endswith("/full")
+        if run.data.tags.get("holdfast.key", "").endswith("/full")
     ]
     assert sorted(run.data.tags.get("DVC_EXP_NAME", "") for run in above) == ["", "high-lr"]
     path.write_text(was)
@@ -415,10 +435,11 @@ def test_without_a_name_every_study_with_results_is_tracked_and_a_bad_store_is_n
         "cells of study default" in output
         and "cells of study demo" in output
         and "unrun" not in output
-        and output.count("http://127.0.0.1:5000/#/experiments/") == 2
+        and output.count("http://holdfast.localhost:5000/#/experiments/") == 1
     )
     command.main(config.load("demo", root=root))
-    assert "default" not in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "default" not in output and "http" not in output  # no cell of its grid is there
     (root / "mlflow.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(
         UserError, match=r"mlflow.db cannot be written .*delete it and run `python -m experiments track`"

@@ -1,7 +1,7 @@
 """MLflow's own page in a real browser: what a person sees without any set-up. Skipped where there is no Chromium."""
 
-import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -12,6 +12,8 @@ import urllib.request
 import pytest
 
 from experiments.commands.track import track
+from experiments.commands.tracked_page import HOST, first_link
+from experiments.commands.ui import environment
 from tests.analysis.fixtures import write_results
 from tests.experiments.browser import NAMES, Browser, end, executable
 
@@ -24,7 +26,6 @@ pytestmark = [
 ]
 
 METHODS = ("full", "lora", "ewc", "mofo")
-RUNS = {f"{method} {domain} smollm2-135m" for domain in ("science", "physical") for method in ("base", *METHODS)}
 
 
 @pytest.fixture(scope="module")
@@ -52,28 +53,13 @@ def address(store):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "mlflow",
-        "ui",
-        "--backend-store-uri",
-        f"sqlite:///{store}",
-        "--port",
-        str(port),
-        "--workers",
-        "1",
-    ]
-    environment = os.environ | {
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "DO_NOT_TRACK": "true",
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    }
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("MLFLOW_PORT", str(port))
+        variables = environment(os.environ)
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{store}", "--workers", "1"]
     log = store.parent / "ui.log"
     with open(log, "wb") as out:
-        ui = subprocess.Popen(
-            command, cwd=store.parent, env=environment, stdout=out, stderr=out, start_new_session=True
-        )
+        ui = subprocess.Popen(command, cwd=store.parent, env=variables, stdout=out, stderr=out, start_new_session=True)
     try:
         until = time.monotonic() + 90
         while not _answers(f"http://127.0.0.1:{port}/health"):
@@ -81,7 +67,7 @@ def address(store):
                 f"mlflow ui does not answer:\n{log.read_text()[-2000:]}"
             )
             time.sleep(0.3)
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://{HOST}:{port}"
     finally:
         end(ui)
     with pytest.raises(ProcessLookupError):
@@ -90,7 +76,8 @@ def address(store):
 
 @pytest.fixture(scope="module")
 def page(store):
-    with Browser(store.parent) as browser:
+    # as high as the whole page, because MLflow draws only the charts that are on the screen
+    with Browser(store.parent, width=1280, height=2800) as browser:
         yield browser
 
 
@@ -101,13 +88,34 @@ def _answers(address: str) -> bool:
         return False
 
 
-def test_the_experiment_shows_a_row_per_method_with_its_seeds_folded_below(page, store, address):
+@pytest.fixture(scope="module")
+def charts(page, store, address):
+    """The page that the command's link opens, in a profile that has never seen MLflow."""
     from mlflow import MlflowClient
 
-    experiment = MlflowClient(f"sqlite:///{store}").get_experiment_by_name("default").experiment_id
-    page.open(f"{address}/#/experiments/{experiment}/runs")
-    page.wait(f"{json.dumps(sorted(RUNS))}.every(name => document.body.innerText.includes(name))", seconds=40)
-    page.screenshot(store.parent / "table.png")
+    number = MlflowClient(f"sqlite:///{store}").get_experiment_by_name("default").experiment_id
+    page.open(address + "/#" + first_link(number).partition("#")[2])
+    page.wait("document.body.innerText.includes('probe/domain_nll')", seconds=40)
+    return page
+
+
+def test_the_link_opens_the_methods_the_front_and_the_curves_and_nothing_over_them(charts, store):
+    charts.screenshot(store.parent / "charts.png")
+    shown = charts.text()
+    assert all(name in shown for name in ("base", "full", "ewc", "mofo", "Front", "1 domain gained: nats/token"))
+    assert "seed0" not in shown and "physical" not in shown.replace("smollm2-135m on physical", "")
+    assert "Assistant" not in shown and "forgetting" not in shown  # no panel in front, no chart of one number
+
+
+def test_the_table_has_a_row_for_each_method_with_its_interval(charts, store):
+    charts.run("[...document.querySelectorAll('a')].find(link => link.innerText == 'table').click()")
+    head = "3 general text lost: nats/token"
+    charts.wait(
+        f"document.body.innerText.includes({head!r}) && !document.body.innerText.includes('probe/')", seconds=40
+    )
+    charts.screenshot(store.parent / "table.png")
+    rows = charts.run("[...document.querySelectorAll('.ag-center-cols-container .ag-row')].map(row => row.innerText)")
+    assert len(rows) == 5 and sum(bool(re.search(r"\[[+−]0\.\d+, [+−]0\.\d+\]", row)) for row in rows) == 3
 
 
 def test_a_crashed_cell_says_why_on_its_own_page(page, store, address):
@@ -118,11 +126,9 @@ def test_a_crashed_cell_says_why_on_its_own_page(page, store, address):
     run = next(
         run
         for run in client.search_runs([experiment])
-        if run.data.tags.get("holdfast.cell", "").endswith("science/mofo/seed1")
+        if run.data.tags["holdfast.key"].endswith("science/mofo/seed1")
     )
     page.open(f"{address}/#/experiments/{experiment}/runs/{run.info.run_id}")
     page.wait("document.body.innerText.includes('loss is NaN at step 12')", seconds=40)
     assert "Failed" in page.text()
-    page.wait(
-        "[...document.querySelectorAll('a')].some(link => link.innerText.trim() == 'mofo science smollm2-135m')"
-    )  # the way up
+    page.wait("[...document.querySelectorAll('a')].some(link => link.innerText.trim() == 'mofo')")  # the way up

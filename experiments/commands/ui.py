@@ -1,0 +1,32 @@
+"""Fill MLflow's database from results/, then serve it to this machine: python -m experiments ui
+
+`MLFLOW_PORT=5001 python -m experiments ui` takes another port than 5000.
+"""
+
+import os
+import sys
+
+from experiments.commands import track
+from experiments.commands.tracked_page import HOST, port
+
+
+def main(study) -> None:
+    track.main(study)
+    database = study.paths.root / "mlflow.db"
+    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment(os.environ))
+
+
+def environment(known: dict[str, str]) -> dict[str, str]:
+    """The environment of MLflow's server: no telemetry, no background jobs, and no names of this machine but these."""
+    names = [f"{name}:{port()}" for name in (HOST, "localhost", "127.0.0.1")]
+    return {
+        **known,
+        "MLFLOW_PORT": port(),
+        "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(names),
+        "MLFLOW_SERVER_CORS_ALLOWED_ORIGINS": f"http://{names[0]}",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+    }
