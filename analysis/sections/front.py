@@ -6,9 +6,9 @@ from analysis import numbers, style, words
 from analysis.chosen import settings_said
 from analysis.load import Loaded
 from analysis.measures import GENERAL
+from analysis.statistics.contrasts import redrawn
 from analysis.statistics.front import points
 from analysis.statistics.nats import DOMAIN
-from analysis.statistics.resample import resampled
 
 CROWDED = 16  # points up to which all are named, the blocks of a sweep as "s1" beside their method's colour and shape
 FEW = 8  # points up to which each is drawn with its intervals
@@ -63,7 +63,7 @@ def _bars(data: pd.DataFrame) -> str:
 
 def section(loaded: Loaded, rows: pd.DataFrame, *, model: str, domain: str) -> list[str]:
     """Sentences about the front of one comparison and the settings on it; none for fewer than two settings."""
-    data = points(loaded, rows, model=model, domain=domain, draws=resampled(loaded, model=model, domain=domain))
+    data = points(loaded, rows, model=model, domain=domain, draws=redrawn(loaded, model=model, domain=domain))
     if len(data) < 2:
         return []
     best, said = data[data["front"]].sort_values(DOMAIN), settings_said(loaded, model=model, domain=domain)

@@ -7,9 +7,10 @@ from analysis.chosen import reported
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY
 from analysis.roles import PLAIN
+from analysis.statistics.contrasts import redrawn
 from analysis.statistics.matched import BARELY, Equal, equal_gain, level, matched
 from analysis.statistics.nats import DOMAIN
-from analysis.statistics.resample import Resampled, resampled
+from analysis.statistics.resample import Resampled
 from analysis.statistics.trajectories import Trajectories, along, trajectories
 
 PROBES = {"general_nll_lost": "general text lost, nats/token", "gold_nll_lost": "right answers lost, nats/token"}
@@ -17,7 +18,7 @@ PROBES = {"general_nll_lost": "general text lost, nats/token", "gold_nll_lost": 
 
 def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     """What matched.html.j2 shows of one comparison; None if no gain or loss in nats is known."""
-    made = resampled(loaded, model=model, domain=domain)
+    made = redrawn(loaded, model=model, domain=domain)
     if made is None or not made.losses:
         return None
     runs = trajectories(reported(loaded), model=model, domain=domain)

@@ -17,10 +17,8 @@ TITLES = {
     BASE: ("Against the base", "method"),
     "full": ("Against plain fine-tuning", "method − full"),
     "leaders": ("Leaders, in pairs", "first − second"),
-    "compositions": (
-        "Compositions, each against the single remedy from which it is told apart least",
-        "first − second",
-    ),
+    "compositions": ("Compositions, each against the single remedy that comes nearest", "first − second"),
+    "equal_gain": ("Compositions at equal gain", "first − second"),
 }
 UNITS = {ACCURACY: units.SHARE, DOMAIN: "nats per token"}
 

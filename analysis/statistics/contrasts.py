@@ -24,6 +24,7 @@ from analysis.roles import PLAIN
 from analysis.statistics.crossed import crossed
 from analysis.statistics.intervals import Interval
 from analysis.statistics.nats import DOMAIN, Change, Changes
+from analysis.statistics.resample import Resampled, resampled
 from analysis.statistics.seeds import Prior, of_methods, of_pairs
 from analysis.statistics.signs import sign_flips
 
@@ -99,6 +100,13 @@ class Contrasts:
     def priors(self, key: str, setting: int) -> tuple[Prior, Prior]:
         """What the methods of a setting say about the variance of a method's seeds, and of a difference by seed."""
         return self._priors[key, setting]
+
+    def moderate(self, key: str, method: str, variance: float, df: float) -> tuple[float, float]:
+        """A method's variance between seeds in a measure, moderated, and its degrees of freedom (resample.py)."""
+        if self.unchanged(method):
+            return variance, df
+        moderated, own = self.priors(key, self.settings[method])[0].moderate(np.array(variance), np.array(df))
+        return float(moderated), float(own)
 
     @cached_property
     def _priors(self) -> Mapping:
@@ -243,3 +251,9 @@ def settings_of(loaded: Loaded, *, model: str, domain: str) -> dict[str, int]:
         for place, block in enumerate(own):
             settings[block] = place if len(own) == len(plain) else usual if block in shown else -place - 1
     return settings
+
+
+def redrawn(loaded: Loaded, *, model: str, domain: str) -> Resampled | None:
+    """Gains and losses redrawn with items and seeds (resample.py), the spread of seeds moderated as in the tests."""
+    own = Contrasts(loaded, model=model, domain=domain)
+    return resampled(loaded, model=model, domain=domain, changes=own.changes, moderate=own.moderate)

@@ -7,6 +7,7 @@ domain), Holm's correction is made in each of these families by itself:
     full          every method against plain fine-tuning at the same setting
     leaders       every two leaders at the same setting (`leaders:` of params.yaml)
     compositions  every composition against all single remedies at the same setting at once
+    equal_gain    the same, each pair at the largest gain that both reach with any of their settings (matched.py)
 
 A composition is said to forget less only if it does so against every single remedy, each at .05: the
 intersection-union test (Berger 1982), whose p is the largest of them and needs no correction for their number. Each p
@@ -19,12 +20,15 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import FORGETTING, KL, ORDER
 from analysis.roles import PLAIN
 from analysis.statistics.contrasts import BASE, Contrasts, Pair
 from analysis.statistics.detectable import detectable, holm
-from analysis.statistics.intervals import Interval
+from analysis.statistics.intervals import Interval, Z
+from analysis.statistics.matched import equal_gain
+from analysis.statistics.resample import Resampled, resampled
 
 TESTED = ["measure", "a", "b", "family", "difference", "low", "high", "p", "p_holm", "df"]
 COLUMNS = ["model", "domain", *TESTED, "seeds", "items", "detectable", "descriptive", "p_run"]
@@ -51,7 +55,7 @@ def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     Of a composition b is the single remedy from which it is told apart least. A divergence is not tested against the
     base, which has none from itself. Raises UserError if a cell was not scored on the base's rows.
     """
-    contrasts, rows = Contrasts(loaded, model=model, domain=domain), []
+    contrasts, rows, made = Contrasts(loaded, model=model, domain=domain), [], None
     first = contrasts.cells.iloc[0]
     contrasts.changes.refuse_unequal([task for task in first["scores_by_task"] if first["n"].get(task)])
     for key in ORDER:
@@ -62,8 +66,12 @@ def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
             if one := [pair for pair, interval in found.items() if interval.seeds == 1]:
                 p = dict(zip(one, contrasts.of_runs(key, one)))
                 rows[-len(found) :] = [row | {"p_run": p.get((row["a"], row["b"]))} for row in rows[-len(found) :]]
-        if key in FORGETTING:
-            rows += _compositions(contrasts, loaded, key)
+        if key in FORGETTING and (composed := loaded.roles.composed(contrasts.methods)):
+            rows += _compositions(contrasts, composed, key)
+            made = made or resampled(
+                loaded, model=model, domain=domain, changes=contrasts.changes, moderate=contrasts.moderate
+            )
+            rows += _at_equal_gain(contrasts, composed, key, made) if made else []
     numbers = ["difference", "low", "high", "p", "p_holm", "df", "detectable", "p_run"]
     table = pd.DataFrame(rows, columns=COLUMNS).assign(model=model, domain=domain)
     return table.astype(dict.fromkeys(numbers, float) | {"descriptive": bool})
@@ -109,16 +117,33 @@ def _rows(key: str, family: str, found: dict[Pair, Interval], p: dict[Pair, floa
     ]
 
 
-def _compositions(contrasts: Contrasts, loaded: Loaded, key: str) -> list[dict]:
+def _compositions(contrasts: Contrasts, composed: list[str], key: str) -> list[dict]:
     """One row for each composition: its p is the largest against any single remedy of several seeds."""
     worst, p = {}, {}
     for methods in contrasts.at_settings().values():
-        composed = loaded.roles.composed(methods)
         singles = [method for method in methods if method not in composed]
-        for a in composed:
+        for a in filter(composed.__contains__, methods):
             found = contrasts.of(key, [(a, b) for b in singles])
             each = {pair: i.p if i.value < 0 else 1.0 for pair, i in found.items() if i.p is not None}
             if each:
                 pair = max(each, key=lambda pair: (each[pair], found[pair].value))
                 worst[pair], p[pair] = found[pair], each[pair]
     return _rows(key, "compositions", worst, p)
+
+
+def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Resampled) -> list[dict]:
+    """One row for each composition's family, by redrawn seeds and items; the error is that of its interval."""
+    several = {name for name, own in made.families.items() if min(made.seeds[made.methods[k]] for k in own) > 1}
+    composed = list(dict.fromkeys(map(family, composed)))
+    singles = [name for name in made.families if name in several and name not in composed]
+    n, worst, p = contrasts.measured(key), {}, {}
+    for a in filter(several.__contains__, composed):
+        found = {b: equal for b in singles if (equal := equal_gain(made, a, b, key=key)) and equal.p is not None}
+        each = {b: equal.p if equal.less else 1.0 for b, equal in found.items()}
+        if each:
+            b = max(each, key=lambda b: (each[b], found[b].difference))
+            seeds = min(made.seeds[made.methods[k]] for name in (a, b) for k in made.families[name])
+            error = (found[b].high - found[b].low) / (2 * Z)
+            bounds = (found[b].difference, found[b].low, found[b].high)
+            worst[a, b], p[a, b] = Interval(*bounds, n.n, seeds, "method", error, np.inf), each[b]
+    return _rows(key, "equal_gain", worst, p)

@@ -105,6 +105,9 @@ def test_a_composition_must_forget_less_than_every_single_remedy(loaded):
         sign = np.where(pairs["b"] == "ewc", -1, 1)
         pairs = pairs.assign(lower=sign * pairs["difference"] < 0)[(pairs["a"] == "ewc") | (pairs["b"] == "ewc")]
         assert test["p"] == pytest.approx(pairs["p"].where(pairs["lower"], 1.0).max()), test["measure"]
+    equal = composed[composed["family"] == "equal_gain"].set_index("measure")
+    assert list(equal.index) == list(FORGETTING) and (equal["low"] < equal["high"]).all()
+    assert equal.loc["general_nll_lost", "p"] == 1.0  # some gain more at once than it ever does
     harsh = paired_tests(replace(loaded, roles=Roles(compositions=("full",))), **PAIR)
     assert (harsh.loc[harsh["family"] == "compositions", "p"] == 1).all()
     assert "ewc" not in set(composed.loc[composed["family"] == "leaders", ["a", "b"]].to_numpy().ravel())
