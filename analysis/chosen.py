@@ -120,23 +120,30 @@ def _flat(cell: pd.Series) -> dict:
 
 
 def _ends(loaded: Loaded, *, model: str, domain: str) -> dict[tuple[str, int], float]:
-    """Nats per token on the domain's probe rows of the weights that each run delivers, by (method, seed).
+    """Nats per token on the domain's probe rows of the weights that each run delivers, by (method, seed)."""
+    found = probed(loaded, f"{domain}_nll", model=model, domain=domain)
+    return {run: last for run, (_, last) in found.items()}
 
-    They are those of the last probe, or of the step whose weights a rule kept; or of the weights after the parts that
-    change them once training has ended (`finished` in train.json), if there are any.
+
+def probed(loaded: Loaded, name: str, *, model: str, domain: str) -> dict[tuple[str, int], tuple[float, float]]:
+    """A probe's value before the first step (NaN where the run was not probed there) and at the weights that each run
+    delivers, by (method, seed).
+
+    The latter are those of the last probe, or of the step whose weights a rule kept; or of the weights after the parts
+    that change them once training has ended (`finished` in train.json), if there are any.
     """
-    ends, key = {}, f"probe_{domain}_nll"
+    ends, key = {}, f"probe_{name}"
     curves = dict(list(loaded.curves.groupby("cell", sort=False))) if len(loaded.curves) else {}
-    for name, cell in loaded.of(model, domain).iterrows():
-        finished, run = cell.get("finished"), curves.get(name)
+    for cell_name, cell in loaded.of(model, domain).iterrows():
+        finished, run = cell.get("finished"), curves.get(cell_name)
+        probes = {} if run is None or key not in run else run.set_index("step")[key]
         if isinstance(finished, dict):
-            nats = (finished.get("probe") or {}).get(key.removeprefix("probe_"))
-        elif run is None or key not in run:
+            nats = (finished.get("probe") or {}).get(name)
+        elif not len(probes):
             continue
         else:
             stopped = cell.get("stopped")
-            last = stopped["kept_step"] if isinstance(stopped, dict) else run["step"].max()
-            nats = run.set_index("step")[key].get(last)
+            nats = probes.get(stopped["kept_step"] if isinstance(stopped, dict) else run["step"].max())
         if nats is not None and nats == nats:
-            ends[cell["method"], int(cell["seed"])] = float(nats)
+            ends[cell["method"], int(cell["seed"])] = float(probes.get(0, float("nan"))), float(nats)
     return ends

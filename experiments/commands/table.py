@@ -105,6 +105,7 @@ COMMANDS = {
         ),
         alone=True,
     ),
+    "leaders": Command(help="order the methods of a screen by what they lose on general probe text at one gain"),
     "gate": Command(
         help="exit with status 1 if a finished cell forgot more than a limit, for continuous integration",
         arguments=(

@@ -1,0 +1,55 @@
+"""Rank the families of a study by what they lose on general probe text at one gain on the domain's probe rows.
+
+A screen chooses which methods are worth five seeds, and must not choose by the rows that those seeds are scored on: it
+reads probe rows alone. Two numbers are taken of each setting, at the weights that its run delivers (`chosen.probed`):
+the nats per token gained on the domain's probe rows and lost on the general ones, against the base. A family's curve
+through its settings is that of the matched gain (analysis/statistics/matched.py). All families are compared at
+
+    L = SHARE · the gain of plain fine-tuning at its chosen setting
+
+and ordered by their loss there. A family that gains more than L at its first setting has that setting's loss, which is
+too high; one that never gains L has none.
+"""
+
+import numpy as np
+import pandas as pd
+
+from analysis import chosen
+from analysis.families import families
+from analysis.load import Loaded
+from analysis.roles import PLAIN
+from analysis.statistics.matched import curve
+
+SHARE = 0.8
+COLUMNS = ["family", "lost", "chosen", "second", "gains", "losses"]
+
+
+def ranking(loaded: Loaded, *, model: str, domain: str) -> tuple[float, pd.DataFrame]:
+    """L in nats per token, and one row per family in the order of its loss at L; those without one come last.
+
+    lost            nats per token of general probe text at L; NaN for a family that never gains L
+    chosen, second  the setting with the least domain nats, and of the others the one whose gain is nearest to L
+    gains, losses   of each setting, {method: nats per token}
+
+    Raises ValueError where plain fine-tuning was not probed.
+    """
+    domain_nats = chosen.probed(loaded, f"{domain}_nll", model=model, domain=domain)
+    general_nats = chosen.probed(loaded, "general_nll", model=model, domain=domain)
+    table, rows = {}, []
+    for method in dict.fromkeys(method for method, _ in domain_nats):
+        seeds = [seed for name, seed in domain_nats if name == method]
+        gained = np.mean([domain_nats[method, seed][0] - domain_nats[method, seed][1] for seed in seeds])
+        lost = np.mean([general_nats[method, seed][1] - general_nats[method, seed][0] for seed in seeds])
+        table[method] = float(gained), float(lost)
+    best = {name: max(own, key=lambda method: table[method][0]) for name, own in families(table).items()}
+    if PLAIN not in best:
+        raise ValueError(f"{PLAIN} was not probed on {domain}")
+    level = SHARE * table[best[PLAIN]][0]
+    for name, own in families(table).items():
+        gains, losses = (np.array([table[method][k] for method in own]) for k in (0, 1))
+        others = [method for method in own if method != best[name]]
+        second = min(others, key=lambda method: abs(table[method][0] - level), default="")
+        lost = float(curve(gains, losses).at(level, bound=True))
+        about = [{method: table[method][k] for method in own} for k in (0, 1)]
+        rows.append((name, lost, best[name], second, *about))
+    return level, pd.DataFrame(rows, columns=COLUMNS).sort_values("lost", kind="stable", ignore_index=True)

@@ -1,0 +1,47 @@
+"""The families of a screen in the order of what they lose on probe rows at one gain."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from analysis import leaders
+from analysis.load import Loaded
+
+
+def screened(ends):
+    """Runs method -> (gain, loss) on probe rows, each from 2 nats of the domain and 3 of general text."""
+    cells, curves = [], []
+    for method, (gain, lost) in ends.items():
+        cell = f"m/math/{method}/seed0"
+        cells.append({"cell": cell, "model": "m", "domain": "math", "method": method, "seed": 0, "parts": {}})
+        for step, share in ((0, 0.0), (1, 5.0), (8, 1.0)):
+            row = {"probe_math_nll": 2 - share * gain, "probe_general_nll": 3 + share * lost}
+            curves.append({"cell": cell, "step": step} | row)
+    frame = pd.DataFrame(cells).set_index("cell", drop=False)
+    return Loaded(cells=frame, curves=pd.DataFrame(curves), items=pd.DataFrame(), failures=pd.DataFrame())
+
+
+def test_the_order_is_that_of_the_loss_at_four_fifths_of_the_plain_gain():
+    ends = {
+        "full": (0.4, 0.10),
+        "full-s1": (0.5, 0.20),
+        "full-s2": (0.45, 0.40),  # beaten by full-s1
+        "kl": (0.3, 0.02),
+        "kl-s1": (0.5, 0.06),
+        "quick": (0.6, 0.05),  # gains more than L at its first setting: its loss there
+        "slow": (0.39, 0.01),  # never gains L
+    }
+    level, table = leaders.ranking(screened(ends), model="m", domain="math")
+    assert level == pytest.approx(0.8 * 0.5) and list(table["family"]) == ["kl", "quick", "full", "slow"]
+    assert np.allclose(table["lost"][:3], [0.04, 0.05, 0.10]) and math.isnan(table["lost"][3])
+    full = table.set_index("family").loc["full"]
+    assert (full["chosen"], full["second"]) == ("full-s1", "full")
+    assert full["gains"]["full-s2"] == pytest.approx(0.45) and full["losses"]["full-s2"] == pytest.approx(0.40)
+    assert list(table["second"][[1, 3]]) == ["", ""]
+
+
+def test_without_plain_fine_tuning_there_is_no_level():
+    with pytest.raises(ValueError, match="full was not probed on math"):
+        leaders.ranking(screened({"kl": (0.3, 0.02)}), model="m", domain="math")
