@@ -68,11 +68,11 @@ CLAIMED = (
         ),
     ),
     (
-        "storage of our importance, share of theirs",
+        "storage of our importance in the same bits, share of theirs",
         _shares,
         (
             "paper: share of the storage",
-            "share of EWC-LoRA's storage",
+            "share of EWC-LoRA's entries",
             "share of the storage of a Fisher of the adapted matrices",
         ),
     ),
@@ -86,9 +86,15 @@ def claim(record: dict) -> dict:
         values = race["facts"]
         claims = [claim for claim in CLAIMED if values.keys() >= {*claim[2]}]
         rows = [(what, *(show(values[key]) for key in keys)) for what, show, keys in claims]
-        block = {"title": race["title"], "sentence": str(values.get("sentence", "")), "rows": rows}
+        sentence = " ".join(filter(None, [str(values.get("sentence", "")), once(race)]))
+        block = {"title": race["title"], "sentence": sentence, "rows": rows}
         races.append(block | {"facts": [] if rows else facts(values)})
     return {"title": record["title"], "races": races}
+
+
+def once(race: dict) -> str:
+    """What to know of a race of one round; '' for others."""
+    return "Timed in one round, which a busy machine changes." if race.get("rounds") == 1 else ""
 
 
 def _race(race: dict) -> dict:
@@ -108,7 +114,7 @@ def _race(race: dict) -> dict:
         **{key: race[key] for key in ("title", "against", "rounds")},
         "rows": rows,
         "goals": bool(goals),
-        "sentence": str(race["facts"].get("sentence", "")),
+        "sentence": " ".join(filter(None, [str(race["facts"].get("sentence", "")), once(race)])),
         "facts": facts(race["facts"]),
     }
 

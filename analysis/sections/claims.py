@@ -4,6 +4,9 @@ agrees          the measured value, with its whole interval, lies within what th
 disagrees       none of it does
 not comparable  measured, but on other models or data than a claim about scores, or under unequal settings
 not measured    nothing was measured, a time was taken once, or the interval lies only partly within (too few rows)
+
+A claim that is looked for in several places has one verdict: that of the places that agree or disagree, "mixed" where
+these differ, and otherwise "not comparable" before "not measured".
 """
 
 import math
@@ -24,7 +27,8 @@ from methods.errors import UserError
 from methods.tools.names import unknown
 
 FILE = Path(__file__).resolve().parents[2] / "docs" / "claims.yaml"
-VERDICTS = ("agrees", "disagrees", "not comparable", "not measured")
+MIXED = "mixed"
+VERDICTS = ("agrees", "disagrees", MIXED, "not comparable", "not measured")
 SEEN = {
     "abstract": "the paper's abstract",
     "review": "public reviews of the paper",
@@ -95,6 +99,11 @@ class Claim(Strict):
     def other_unit(self, table: Table) -> bool:
         """Whether a place holds nats and the claim is in points, or the other way round."""
         return table.way != "ratio" and (table.metric in BY_KEY) != (self.unit == "nats")
+
+    @property
+    def one_sided(self) -> bool:
+        """Whether any value beyond the number agrees, however far."""
+        return self.direction != "about"
 
     @property
     def range(self) -> tuple[float, float]:
@@ -169,22 +178,37 @@ def table(loaded: Loaded, comparison: pd.DataFrame, *, path: Path = FILE) -> pd.
     return pd.DataFrame(rows)
 
 
+def of_claims(rows: pd.DataFrame) -> dict[str, str]:
+    """name -> the verdict of a claim over all its places."""
+    found = {}
+    for name, verdicts in rows.groupby("name", sort=False)["verdict"]:
+        given = set(verdicts) & {"agrees", "disagrees"}
+        first = next(verdict for verdict in VERDICTS if verdict in set(verdicts))
+        found[name] = MIXED if len(given) > 1 else first
+    return found
+
+
 def section(loaded: Loaded, comparison: pd.DataFrame) -> dict:
     """What analysis/sections/claims.html.j2 shows: the papers, their claims, and what was measured of each."""
     rows, file = table(loaded, comparison), load()
-    papers = []
+    verdicts, papers = of_claims(rows), []
     for name, paper in file.papers.items():
         claims = []
         for key, claim in file.claims.items():
             if claim.paper == name:
                 about = {"claim": claim.claim, "setting": claim.setting, "seen": SEEN[claim.seen]}
-                about |= {"claimed": _claimed(claim), "accepted": _accepted(claim)}
+                about |= {"claimed": _claimed(claim), "accepted": _accepted(claim), "verdict": verdicts[key]}
                 own = rows[rows["name"] == key].to_dict("records")
                 claims.append(about | {"rows": [_place(row, _shower(claim, row["metric"])) for row in own]})
         papers.append({"title": paper.title, "source": paper.source.split("://")[-1], "claims": claims})
-    counted = Counter(rows["verdict"])
-    verdicts = ", ".join(f"{verdict} {counted[verdict]}" for verdict in VERDICTS)
-    return {"papers": papers, "sentence": f"{len(file.claims)} claims, looked for in {len(rows)} places: {verdicts}."}
+    counted = Counter(verdicts.values())
+    each = ", ".join(f"{verdict} {counted[verdict]}" for verdict in VERDICTS if counted[verdict])
+    sentence = f"{len(file.claims)} claims, each counted once: {each}."
+    wide = sum(verdict == "agrees" and file.claims[name].one_sided for name, verdict in verdicts.items())
+    if wide:
+        those = "that agrees is" if wide == 1 else "of those that agree are"
+        sentence += f" {wide} {those} one-sided: any value beyond agrees."
+    return {"papers": papers, "sentence": sentence}
 
 
 def _shower(claim: Claim, metric: str):
@@ -210,4 +234,6 @@ def _claimed(claim: Claim) -> str:
 
 def _accepted(claim: Claim) -> str:
     low, high = (SHOW[claim.unit](end) if math.isfinite(end) else "" for end in claim.accepted)
-    return f"agrees from {low}" + (f" to {high}" if high else "") if low else f"agrees up to {high}"
+    if low and high:
+        return f"agrees from {low} to {high}"
+    return f"one-sided: anything from {low} on agrees" if low else f"one-sided: anything up to {high} agrees"

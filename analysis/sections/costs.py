@@ -23,15 +23,18 @@ MEASURED = ("seconds_prepare", "tokens_prepare", *TRAINING, "seconds_evaluate", 
 def costs(loaded: Loaded) -> pd.DataFrame:
     """One row per (model, domain, method): MEASURED, the mean over its seeds, None if a run lacks it, and
 
-    reused                     whether a seed took its preparation from the store, with the seconds of its computation
+    reused                     whether a seed took its preparation from the store, with the seconds of its computation,
+                               which then count once in the mean
     training_reused            whether a seed took the training of another method, with the costs of that training
+    timings_prepare, timings_train
+                               how often the preparation and the training were timed for this method
     reference                  `full` if it ran on the same hardware in this study, else the method itself, or ''
     prepare_token_equivalents  seconds_prepare / (seconds_train / tokens_trained of the reference): the number of tokens
                                that could have been trained on meanwhile
     seconds_per_step           seconds_train / steps
     step_ratio                 seconds_per_step / that of `full`, of runs at different hours
     step_ratio_same_run        the same from results/bench/steps.json, the median over rounds that time all methods
-    same_run                   the title of that race
+    same_run                   the title of that race, and its number of rounds in `same_run_rounds`
     """
     rows = []
     for model, domain in loaded.comparisons:
@@ -48,13 +51,14 @@ def costs(loaded: Loaded) -> pd.DataFrame:
             row = {"model": model, "domain": domain, "method": method, **row, "reference": reference}
             row["prepare_token_equivalents"] = prepare / rate if rate and prepare is not None else None
             row["seconds_per_step"], row["step_ratio"] = step, step / of_plain if step and of_plain else None
-            row["step_ratio_same_run"], row["same_run"] = race or (None, "")
+            row["step_ratio_same_run"], row["same_run"], row["same_run_rounds"] = race or (None, "", 0)
             rows.append(row)
     return pd.DataFrame(rows)
 
 
-def same_run(loaded: Loaded, *, model: str, method: str) -> tuple[float, str] | None:
-    """The median ratio of `method` to plain fine-tuning in the race of results/bench/steps.json on `model`; its title.
+def same_run(loaded: Loaded, *, model: str, method: str) -> tuple[float, str, int] | None:
+    """The median ratio of `method` to plain fine-tuning in the race of results/bench/steps.json on `model`; its title
+    and number of rounds.
 
     A race is on a model if its title begins with the model's name and a comma.
     """
@@ -62,7 +66,7 @@ def same_run(loaded: Loaded, *, model: str, method: str) -> tuple[float, str] | 
         for race in record["races"] if path.stem == "steps" else ():
             for row in race["rows"]:
                 if (row["runner"], race["against"], race["title"].split(",")[0]) == (method, PLAIN, model):
-                    return row["ratio_median"], race["title"]
+                    return row["ratio_median"], race["title"], race["rounds"]
     return None
 
 
@@ -98,8 +102,13 @@ def _measured(loaded: Loaded, cells: pd.DataFrame) -> dict:
     # scoring is measured here even for a checkpoint that was made elsewhere
     keys = [key for key in MEASURED if key in own and (known or key == "seconds_evaluate")]
     means = {key: mean_if_known(own[key]) for key in keys}
-    shared = "training_reused" in cells and cells["training_reused"].eq(True).any()
-    reused = {"reused": any(record.get("reused") for record in prepared), "training_reused": bool(shared)}
+    shared = cells["training_reused"].eq(True) if "training_reused" in cells else cells["seed"] < 0
+    reused = {"reused": any(record.get("reused") for record in prepared), "training_reused": bool(shared.any())}
+    reused |= {"timings_prepare": 0, "timings_train": int((~shared).sum()) if known else 0}
+    if known and means.get("seconds_prepare") is not None:
+        stored = pd.Series([record.get("seconds_prepare") for record in prepared], index=cells.index, dtype=float)
+        once = own["seconds_prepare"].groupby(stored.fillna(own["seconds_prepare"])).mean()
+        means["seconds_prepare"], reused["timings_prepare"] = mean_if_known(once), len(once)
     return dict.fromkeys(MEASURED) | means | reused
 
 
@@ -134,14 +143,20 @@ def seconds_row(row: pd.Series) -> list[tuple[str, str]]:
     seen = f"{row['tokens_prepare']:,.0f} seen" if prepared and row["tokens_prepare"] > 0 else ""
     return [
         (row["method"], ""),
-        (numbers.seconds(row["seconds_prepare"]), "from the store" if row["reused"] else ""),
+        (numbers.seconds(row["seconds_prepare"]), _timed(row) if prepared else ""),
         (numbers.count(row["prepare_token_equivalents"]) if prepared else "–", seen),
         (numbers.seconds(row["seconds_train"]), _tokens(row)),
         (_step(row["seconds_per_step"]), ""),
         (numbers.times(row["step_ratio"]), ""),
-        (numbers.times(row["step_ratio_same_run"]), ""),
+        (numbers.times(row["step_ratio_same_run"]), "one round" if row["same_run_rounds"] == 1 else ""),
         (numbers.seconds(row["seconds_evaluate"]), ""),
     ]
+
+
+def _timed(row: pd.Series) -> str:
+    """How often the preparation was timed, and whether it came from the store."""
+    count = "timed once" if row["timings_prepare"] == 1 else f"timed {row['timings_prepare']} times"
+    return f"{count}, from the store" if row["reused"] else count
 
 
 def _tokens(row: pd.Series) -> str:
@@ -190,7 +205,8 @@ def formula(rows: pd.DataFrame) -> list[str]:
     but = ""
     if own and plain == PLAIN:
         but = f" (for {words.few(own)} of the method itself: no {PLAIN} run on the same machine)"
-    races = [race for race in dict.fromkeys(rows["same_run"]) if race]
+    named = dict(zip(rows["same_run"], rows["same_run_rounds"]))
+    races = [f"{race}, {n} round{'s' if n != 1 else ''}" for race, n in named.items() if race]
     measured = f" ({'; '.join(races)})" if races else "; not measured on this model (python -m experiments bench steps)"
     lines = [
         f"In training tokens = seconds of preparation ÷ (seconds of training ÷ tokens trained, of {plain}): what could "
@@ -205,7 +221,9 @@ def formula(rows: pd.DataFrame) -> list[str]:
         "made elsewhere.",
     ]
     if rows["reused"].any():
-        lines.append("From the store: the same preparation had been computed before; its seconds are of that time.")
+        lines.append(
+            "From the store: the same preparation had been computed before; its seconds are of then and count once."
+        )
     if rows["training_reused"].any():
         lines.append("Shared: one training from which several methods begin and differ after it; each shows its costs.")
     return lines

@@ -2,10 +2,11 @@
 
 A score comes with its interval over items and seeds. A cost measured with several seeds comes with its lowest and
 highest seed; a race with the ratio of its fastest rounds beside the median of the ratios, so that a verdict has to hold
-by both.
+by both. Seconds count as often as they were measured: a preparation or a training that several cells share was timed
+once, and so was a race of one round.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,8 @@ from methods.tools.names import unknown
 
 SCORES = ("forgetting", "domain_gain", "domain_score", "general_score")
 IN_NATS = tuple(measure.key for measure in NATS)
-PREPARE = "seconds_prepare"  # cells that took one preparation from the store share its timing
+PREPARE, TRAIN = "seconds_prepare", "seconds_train"
+ALIKE = 0.01  # two timings, or numbers of tokens, that differ by less than this share of the larger count as one
 
 
 class Strict(BaseModel):
@@ -134,7 +136,7 @@ def _race(loaded: Loaded, place: Bench) -> Measured:
             median, fastest, rounds = float(row["ratio_median"]), float(row["ratio_min"]), race["rounds"]
             ends = {"low": min(median, fastest), "high": max(median, fastest), "ends": "fastest rounds and median"}
             n = f"{rounds} round{'s' if rounds != 1 else ''}"
-            return Measured(where=where, value=median, n=n, **(ends if rounds > 1 else {}))
+            return Measured(where=where, value=median, n=n, once=rounds == 1, **(ends if rounds > 1 else {}))
     return Measured(where=where, why=f"`python -m experiments bench {place.record}` has not measured it")
 
 
@@ -155,7 +157,7 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Measure) -> Iterat
     place = measure.table or measure.drift
     metric, methods = place.metric, list(filter(None, (place.method, place.against)))
     what = f"{metric} of {' against '.join(methods)}"
-    compared, timed = 0, set()
+    compared, timed = 0, []
     for model, domain in loaded.comparisons if len(loaded.cells) else ():
         cells = loaded.of(model, domain)
         if not set(methods) <= set(cells["method"]):
@@ -181,11 +183,12 @@ def _cells(loaded: Loaded, comparison: pd.DataFrame, measure: Measure) -> Iterat
         elif metric in SCORES:
             entry = _score(loaded, groups, metric, place.way)
         else:
-            entry = _cost(groups, metric, place.way)
+            timings = [_timings(loaded, group, metric) for group in groups]
+            entry = _cost(groups, metric, place.way, timings=timings)
             if metric == PREPARE:
-                if _timings(groups) <= timed:
-                    continue  # the cells of another domain took the same preparation from the store
-                timed |= _timings(groups)
+                if any(timings == earlier for earlier in timed):
+                    continue  # the cells of another domain took the same preparations from the store
+                timed.append(timings)
         why = _unequal(loaded, groups, measure.equal, metric)
         yield Measured(**about | entry | ({"why": why} if why else {}))
     if not compared:
@@ -197,10 +200,20 @@ def _unequal(loaded: Loaded, groups: list[pd.DataFrame], equal: Sequence[str], m
     if loaded.not_a_result:
         return "demo or random weights: not a result"
     for key in [*equal, *(["hardware"] if metric.startswith("seconds_") else [])]:
-        values = dict.fromkeys(str(value) for group in groups for value in (group[key] if key in group else [None]))
-        if len(values) > 1:
-            return f"{key.replace('_', ' ')} is not equal: {' and '.join(values)}"
+        values = [value for group in groups for value in _settings(group, key)]
+        if key.startswith("tokens_") and all(isinstance(value, int | float) for value in values):
+            values = _distinct(values)  # parts cut documents in ways of their own
+        if len(shown := dict.fromkeys(map(str, values))) > 1:
+            return f"{key.replace('_', ' ')} is not equal: {' and '.join(shown)}"
     return ""
+
+
+def _settings(cells: pd.DataFrame, key: str) -> list:
+    """A column of the cells, or else what their parts' blocks say under this name."""
+    if key in cells:
+        return cells[key].to_list()
+    blocks = [block for parts in cells["parts"] for block in parts.values() if isinstance(block, dict)]
+    return [block[key] for block in blocks if key in block] or [None]
 
 
 def _value(comparison: pd.DataFrame, cells: pd.DataFrame, metric: str) -> dict:
@@ -262,21 +275,39 @@ def _arrays(loaded: Loaded, cells: pd.DataFrame, tasks: list[str]) -> list[np.nd
     return arrays if complete else None
 
 
-def _cost(groups: list[pd.DataFrame], metric: str, way: str) -> dict:
-    """A cost's ratio or difference, seed by seed."""
+def _cost(groups: list[pd.DataFrame], metric: str, way: str, *, timings: list[list[float]] = ()) -> dict:
+    """A cost's ratio or difference, seed by seed; `timings` are the distinct ones of each method, if it is a time."""
     values = [group[metric].astype(float).to_numpy() if metric in group else np.array([np.nan]) for group in groups]
     if any(np.isnan(group).any() for group in values) or (way == "ratio" and not values[1].all()):
         return {"why": f"{metric} is unknown or zero"}
     each = values[0] / values[1] if way == "ratio" else values[0] - values[1]
-    times = len(_timings(groups)) if metric == PREPARE else len(each)
+    if metric == TRAIN and len(groups) > 1 and timings[0] == timings[1]:
+        return {"why": "both take the time of one training, from which they begin"}
+    timed = metric.startswith("seconds_")
+    times = min(map(len, timings)) if timed else len(each)
     ends = {"low": float(each.min()), "high": float(each.max()), "ends": "lowest and highest seed"} if times > 1 else {}
-    n = f"{times} timing{'s' if times != 1 else ''}" if metric == PREPARE else _n(0, len(each))
-    return {"value": float(each.mean()), "n": n, "once": metric.startswith("seconds_") and times == 1} | ends
+    n = f"{times} timing{'s' if times != 1 else ''}" if timed else _n(0, len(each))
+    return {"value": float(each.mean()), "n": n, "once": timed and times == 1} | ends
 
 
-def _timings(groups: list[pd.DataFrame]) -> set[tuple[float, ...]]:
-    """The seconds of the preparations, seed by seed: if equal to the last digit, cells took one from the store."""
-    return set(zip(*(group[PREPARE].astype(float) for group in groups)))
+def _timings(loaded: Loaded, cells: pd.DataFrame, metric: str) -> list[float]:
+    """The seconds that were measured: one for all cells that took one preparation from the store, or one training."""
+    if metric not in cells:
+        return []
+    seconds = cells[metric].astype(float)
+    if metric == PREPARE:  # a cell's own work before its first step, which is added to it, is timed for each
+        stored = [loaded.prepared.get(cell, {}).get(PREPARE) for cell in cells.index]
+        seconds = [own if kept is None else kept for own, kept in zip(seconds, stored)]
+    return _distinct(seconds)
+
+
+def _distinct(values: Iterable[float]) -> list[float]:
+    """The values in ascending order without those that are ALIKE the one before."""
+    kept: list[float] = []
+    for value in sorted(values):
+        if not kept or value - kept[-1] > ALIKE * abs(value):
+            kept.append(value)
+    return kept
 
 
 def _movement(loaded: Loaded, groups: list[pd.DataFrame], metric: str) -> dict:

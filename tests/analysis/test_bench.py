@@ -149,7 +149,7 @@ def test_facts_in_words(value, text):
 def test_a_claim_with_other_facts_shows_them_all():
     known = {
         "paper: share of the storage": [0.1, 0.15],
-        "share of EWC-LoRA's storage": 0.0341,
+        "share of EWC-LoRA's entries": 0.0341,
         "share of the storage of a Fisher of the adapted matrices": "n/a",
     }
     record = {
@@ -159,6 +159,7 @@ def test_a_claim_with_other_facts_shows_them_all():
     other, storage = bench.claim(record)["races"]
     assert (other["sentence"], other["rows"], other["facts"]) == ("So.", [], [("times", "3")])
     assert (
-        storage["rows"] == [("storage of our importance, share of theirs", "10 % to 15 %", "3.41 %", "n/a")]
+        storage["rows"]
+        == [("storage of our importance in the same bits, share of theirs", "10 % to 15 %", "3.41 %", "n/a")]
         and storage["facts"] == []
     )

@@ -240,12 +240,19 @@ def test_a_ratio_of_scores_has_an_interval(results, tmp_path):
 def test_costs_are_compared_seed_by_seed_on_one_machine(results, tmp_path):
     asked = {"table": {"metric": "seconds_train", "method": "mofo", "against": "full", "as": "ratio"}}
     row = measure(results, tmp_path, asked, number=1.19, unit="times")
-    assert row["value"] == pytest.approx(301.2 / 252.3) and row["n"] == "2 seeds" and row["verdict"] == "agrees"
+    assert row["value"] == pytest.approx(301.2 / 252.3) and row["n"] == "1 timing"  # the fixture's seeds are alike
+    assert (row["verdict"], row["why"][:10]) == ("not measured", "timed once")
     loaded = load_cells(*results)
+    loaded.cells.loc["smollm2-135m/science/full/seed1", "seconds_train"] *= 1.02
+    loaded.cells.loc["smollm2-135m/science/mofo/seed1", "seconds_train"] *= 1.02
+    (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    assert row["n"] == "2 timings" and row["verdict"] == "agrees"
+    loaded = load_cells(*results)
+    loaded.cells.loc["smollm2-135m/science/full/seed1", "seconds_train"] *= 1.02
     loaded.cells.loc["smollm2-135m/science/mofo/seed0", "seconds_train"] *= 2
     (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
     assert (
-        row["low"] == pytest.approx(301.2 / 252.3)
+        row["low"] == pytest.approx(301.2 / 252.3 / 1.02)
         and row["high"] == pytest.approx(602.4 / 252.3)
         and row["verdict"] == "not measured"
     )
@@ -254,23 +261,60 @@ def test_costs_are_compared_seed_by_seed_on_one_machine(results, tmp_path):
     assert row["verdict"] == "not comparable" and "hardware is not equal" in row["why"]
 
 
-def test_a_time_taken_once_is_no_verdict_and_a_reused_preparation_counts_once(results, tmp_path):
-    asked = {"table": {"metric": "seconds_train", "method": "mofo", "against": "full", "as": "ratio"}}
-    assert measure(results, tmp_path, asked, number=1.19, unit="times")["verdict"] == "agrees"
-    alone = load_cells(results[0], [cell for cell in results[1] if cell.endswith("seed0")])
-    (row,) = claims.table(alone, comparison(alone), path=tmp_path / "claims.yaml").to_dict("records")
-    assert row["value"] == pytest.approx(301.2 / 252.3) and (row["verdict"], row["why"][:10]) == (
-        "not measured",
-        "timed once",
-    )
+def test_a_reused_preparation_or_training_counts_once(results, tmp_path):
     asked = {"table": {"metric": "seconds_prepare", "method": "hierarchical", "against": "ewc", "as": "ratio"}}
-    assert (
-        measure(results, tmp_path, asked, unit="times")["n"] == "1 timing"
-    )  # both seeds have the same seconds to the last digit
-    loaded = load_cells(*results)
-    loaded.cells.loc["smollm2-135m/science/ewc/seed1", "seconds_prepare"] *= 1.1
-    (row,) = claims.table(loaded, comparison(loaded), path=tmp_path / "claims.yaml").to_dict("records")
+    assert measure(results, tmp_path, asked, unit="times")["n"] == "1 timing"
+
+    whole = load_cells(*results)
+    table = comparison(whole)
+
+    def found_in(**seconds):
+        loaded = replace(whole, cells=whole.cells.copy(), prepared=dict(whole.prepared))
+        for method, (stored, added) in seconds.items():
+            cell = f"smollm2-135m/science/{method}/seed1"
+            loaded.prepared[cell] = loaded.prepared[cell] | {"seconds_prepare": stored}
+            loaded.cells.loc[cell, "seconds_prepare"] = stored + added
+        (row,) = claims.table(loaded, table, path=tmp_path / "claims.yaml").to_dict("records")
+        return row
+
+    # what a cell does itself before its first step is added, so that the sums of one preparation differ
+    assert found_in(ewc=(96.4, 9.0), hierarchical=(88.7, 0.1))["n"] == "1 timing"
+    assert found_in(ewc=(96.4, 0.0), hierarchical=(99.0, 0.0))["n"] == "1 timing"  # of two methods, the fewer
+    row = found_in(ewc=(106.0, 0.0), hierarchical=(99.0, 0.0))
     assert row["n"] == "2 timings" and row["low"] < row["high"]
+    place = {"metric": "seconds_train", "method": "mofo", "against": "full", "as": "ratio"}
+    path = written(tmp_path, measures=[{"table": place}])
+    whole.cells["seconds_train"] = 252.3  # mofo begins from full's training
+    (row,) = claims.table(whole, table, path=path).to_dict("records")
+    assert row["verdict"] == "not measured" and row["why"].startswith("both take the time of one training")
+
+
+def test_preparations_are_compared_with_tolerance_and_storage_in_equal_bits(results, tmp_path):
+    place = {"table": {"metric": "bytes_importance", "method": "hierarchical", "against": "ewc", "as": "ratio"}}
+    path = written(tmp_path, unit="share", measures=[place | {"equal": ["tokens_prepare", "bits"]}])
+    loaded = load_cells(*results)
+    whole = comparison(loaded)
+
+    def verdict():
+        (row,) = claims.table(loaded, whole, path=path).to_dict("records")
+        return row["verdict"], row["why"]
+
+    own = loaded.cells["method"] == "ewc"
+    loaded.cells.loc[own, "tokens_prepare"] *= 0.995
+    assert verdict() == ("disagrees", "")
+    for cell in loaded.cells.index[own]:
+        loaded.cells.at[cell, "parts"] = {"ewc": {"bits": 32}}
+    assert verdict() == ("not comparable", "bits is not equal: None and 32")
+    loaded.cells.loc[own, "tokens_prepare"] *= 0.9
+    assert verdict()[1].startswith("tokens prepare is not equal: 35820")
+
+
+def test_a_claim_counts_once_however_many_places_it_has():
+    def of(*verdicts):
+        return claims.of_claims(pd.DataFrame({"name": "one", "verdict": verdicts}))["one"]
+
+    assert of("not measured", "agrees", "not comparable") == "agrees" and of("agrees", "disagrees") == "mixed"
+    assert of("not measured", "not comparable") == "not comparable" and of("not measured") == "not measured"
 
 
 def test_what_must_be_equal_and_is_not_is_not_comparable(results, tmp_path):
@@ -393,12 +437,14 @@ def test_the_section_shows_every_claim_and_escapes(results):
     page = partial.render(claims=made)
     table = claims.table(loaded, comparison(loaded))
     assert page.count("<tr><td") == len(table) and page.count('scope="rowgroup"') == table["name"].nunique()
+    assert made["sentence"].startswith(f"{len(claims.load().claims)} claims, each counted once: ")
+    assert "one-sided: anything up to" in page and "one-sided: anything from" in page
     assert "arxiv.org/abs/2407.20999" in page and "http" not in page  # the report asks nothing of a network
     made["papers"][0]["claims"][0]["claim"] = "<b>"
     assert "&lt;b&gt;" in partial.render(claims=made) and partial.render(claims=None).strip() == ""
 
 
-def test_a_record_of_one_round_is_a_value(results, tmp_path):
+def test_a_record_of_one_round_is_no_verdict(results, tmp_path):
     race = Race(title="t", against="a", seconds={"a": [1.0], "b": [2.0]})
     write_json(
         tmp_path / "results/bench/other.json",
@@ -411,4 +457,5 @@ def test_a_record_of_one_round_is_a_value(results, tmp_path):
         number=2,
         tolerance=0,
     )
-    assert row["verdict"] == "agrees" and pd.isna(row["low"]) and row["n"] == "1 round"
+    assert row["verdict"] == "not measured" and pd.isna(row["low"]) and row["n"] == "1 round"
+    assert row["why"].startswith("timed once")

@@ -50,7 +50,7 @@ def test_numbers_by_hand(tmp_path):
     assert table["step_ratio_same_run"].isna().all()
     assert costs.seconds_row(ewc) == [
         ("ewc", ""),
-        ("1 min 36 s", ""),
+        ("1 min 36 s", "timed once"),
         ("20,600", "40,000 seen"),
         ("4 min 28 s", "54,000 tokens"),
         ("4.47 s", ""),
@@ -80,9 +80,10 @@ def test_the_ratio_of_the_same_run_is_the_median_of_the_rounds(tmp_path):
     assert table.at["ewc", "step_ratio_same_run"] == pytest.approx(1.2) and pd.isna(
         table.at["mofo", "step_ratio_same_run"]
     )
-    assert "(smollm2-135m, science: a step)" in " ".join(costs.formula(table)) and costs.seconds_row(table.loc["ewc"])[
-        6
-    ] == ("×1.20", "")
+    assert "(smollm2-135m, science: a step, 3 rounds)" in " ".join(costs.formula(table))
+    assert costs.seconds_row(table.loc["ewc"])[6] == ("×1.20", "")
+    table.at["ewc", "same_run_rounds"] = 1
+    assert costs.seconds_row(table.loc["ewc"])[6] == ("×1.20", "one round")
 
 
 def test_without_full_the_tokens_are_of_the_method_itself(tmp_path):
@@ -126,18 +127,28 @@ def test_unknown_costs_stay_unknown_and_scoring_is_known(tmp_path):
 def test_seeds_are_averaged_and_a_stored_preparation_says_so(tmp_path):
     planned = write_results(tmp_path, methods=("full", "ewc"), seeds=(0, 1))
     change(tmp_path, planned[3], seconds_prepare=196.4)
-    change(tmp_path, planned[3], "prepare.json", bytes_start=100, reused=True)
+    change(tmp_path, planned[3], "prepare.json", seconds_prepare=196.4, bytes_start=100)
     _, table = of(tmp_path, planned)
     assert table.at["ewc", "seconds_prepare"] == pytest.approx(146.4) and table.at["ewc", "bytes_start"] == 50
-    assert (
-        costs.seconds_row(table.loc["ewc"])[1][1] == "from the store" and "From the store" in costs.formula(table)[-1]
-    )
+    assert costs.seconds_row(table.loc["ewc"])[1][1] == "timed 2 times" and "store" not in costs.formula(table)[-1]
+
+
+def test_a_preparation_from_the_store_counts_once(tmp_path):
+    """Two seeds share one of 60 s, to which each adds its own work before its first step; the third took 90 s."""
+    planned = write_results(tmp_path, methods=("full", "ewc"), seeds=(0, 1, 2))
+    for cell, (stored, own) in zip(planned[3:], ((60.0, 60.1), (60.0, 60.3), (90.0, 90.0))):
+        change(tmp_path, cell, seconds_prepare=own)
+        change(tmp_path, cell, "prepare.json", seconds_prepare=stored, reused=own == 60.3)
+    _, table = of(tmp_path, planned)
+    assert table.at["ewc", "seconds_prepare"] == pytest.approx((60.2 + 90.0) / 2)
+    assert costs.seconds_row(table.loc["ewc"])[1][1] == "timed 2 times, from the store"
+    assert "From the store" in costs.formula(table)[-1] and table.at["ewc", "timings_train"] == 3
 
 
 def test_markdown_holds_both_tables_or_nothing(tmp_path):
     loaded, _ = of(tmp_path, write_results(tmp_path, methods=("full", "ewc")))
     text = costs.as_markdown(loaded)
-    assert "| ewc | 1 min 36 s | 20,600 (40,000 seen) |" in text and text.count("\n| ewc |") == 2
+    assert "| ewc | 1 min 36 s (timed once) | 20,600 (40,000 seen) |" in text and text.count("\n| ewc |") == 2
     assert costs.as_markdown(load_cells(tmp_path, ["m/d/full/seed0"])) == ""
 
 
