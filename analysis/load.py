@@ -16,7 +16,7 @@ from methods.tools.files import AGAIN, read_json
 
 NOT_STARTED = "has not been run"
 KINDS = {dict: "a mapping", str: "a text", Real: "a number", list: "a list", bool: "true or false"}
-METRICS = {  # what metrics.json must hold before anything is computed from it
+METRICS = {  # what metrics.json and details.json must hold before anything is computed from it
     **dict.fromkeys(("scores_by_task", "forgetting_by_task", "transfer_by_task", "n", "scoring", "parts"), dict),
     **dict.fromkeys(("model", "domain", "method", "dtype", "base_sha256", "weights_sha256"), str),
     **dict.fromkeys(("seed", "numerics", "domain_score", "domain_score_base", "domain_gain"), Real),
@@ -35,8 +35,9 @@ CURVE = ("step", "tokens", "seconds")
 class Loaded:
     """One study's results.
 
-    cells     one row per finished cell: metrics.json, with `settings`, `device`, `when`, `steps` and `finished` of
-              train.json and its peak as `peak_memory_train_bytes`; the preparation's peak is in `prepared`
+    cells     one row per finished cell: metrics.json and details.json, with `settings`, `device`, `when`, `steps` and
+              `finished` of train.json and its peak as `peak_memory_train_bytes`; the preparation's peak is in
+              `prepared`
     curves    curve.csv of all finished cells, with a `cell` column
     items     items.csv.gz of all finished cells, with a `cell` column: the score of every item
     failures  one row per cell without a result: cell, stage, kind, reason, when ('not run' is the kind where nothing is
@@ -118,11 +119,11 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         if failure.exists():
             failures.append({**_checked(failure, FAILURE), "cell": name})
             continue
-        if not (run / "metrics.json").exists():
+        if (found := record(run)) is None:
             failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _progress(run), "when": ""})
             continue
         train = _train(run / "train.json")
-        row = _metrics(run / "metrics.json") | {"cell": name}
+        row = _complete(run, found) | {"cell": name}
         row |= {key: train[key] for key in ("settings", "device", "when", "steps", "finished") if key in train}
         rows.append(row | {"peak_memory_train_bytes": train.get("peak_memory_bytes")})
         if (path := run / "curve.csv").exists():
@@ -151,6 +152,17 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         gpu=newest_gpu_check(root),
         bench=newest_benchmarks(root),
     )
+
+
+def record(run: Path) -> dict | None:
+    """What `collect` wrote of a cell: details.json and metrics.json together; None without a metrics.json.
+
+    Results from before there was a details.json have all in metrics.json.
+    """
+    metrics, details = run / "metrics.json", run / "details.json"
+    if not metrics.is_file():
+        return None
+    return (read_json(details) if details.is_file() else {}) | read_json(metrics)
 
 
 def newest_gpu_check(root: Path) -> dict | None:
@@ -232,8 +244,10 @@ def _progress(run: Path) -> str:
     return "trained, but not scored yet" if (run / "train.json").exists() else NOT_STARTED
 
 
-def _metrics(path: Path) -> dict:
-    content = _checked(path, METRICS)
+def _complete(run: Path, content: dict) -> dict:
+    """What `record` read, which has all METRICS."""
+    path = run / ("details.json" if (run / "details.json").is_file() else "metrics.json")
+    _holds(path, content, METRICS)
     for task, score in content["scores_by_task"].items():
         if not isinstance(score, dict) or (missing := [key for key in SCORE if key not in score]):
             what = "is not a mapping" if not isinstance(score, dict) else f"lacks {', '.join(missing)}"
@@ -254,7 +268,10 @@ def _train(path: Path) -> dict:
 
 def _checked(path: Path, kinds: dict) -> dict:
     """The mapping in a JSON file, whose keys `kinds` are there and of their kind."""
-    content = read_json(path)
+    return _holds(path, read_json(path), kinds)
+
+
+def _holds(path: Path, content: dict, kinds: dict) -> dict:
     for key, kind in kinds.items():
         if key not in content:
             raise _damaged(path, f"{key} is missing")

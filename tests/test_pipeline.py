@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from analysis.load import record
 from experiments.study.paths import HERE
 
 COPIED = ("experiments", "methods", "evaluation", "analysis", "docs", "dvc.yaml", ".dvcignore", ".gitignore")
@@ -96,9 +97,7 @@ def project(tmp_path_factory):
 
 
 def metrics(folder: Path, method: str, seed: int = 0) -> dict:
-    return json.loads(
-        (folder / "results" / "runs" / f"llama-tiny/sums/{method}/seed{seed}" / "metrics.json").read_text()
-    )
+    return record(folder / "results" / "runs" / f"llama-tiny/sums/{method}/seed{seed}")
 
 
 def test_files_of_a_cell(project):
@@ -163,7 +162,7 @@ def test_files_of_a_cell(project):
         "probe_colours",
         "probe_perplexity",
     } <= curve[0].keys()
-    assert [row["step"] for row in curve if row["probe_sums"]] == ["0", "4", "8"]
+    assert [row["step"] for row in curve if row["probe_sums"]] == ["0", "1", "2", "4", "8"]
     scores = (run_folder / "scores.json").read_text()
     assert not re.search(r"second|host|commit|\bwhen\b", scores)
     with gzip.open(run_folder / "items.csv.gz", "rt") as file:

@@ -2,8 +2,8 @@
 
 import sys
 
+from analysis.load import record
 from experiments.study import cells, ledger
-from methods.tools.files import read_json
 
 
 def main(study) -> None:
@@ -15,8 +15,7 @@ def main(study) -> None:
     bad = 0
     width = max(len(cell.name) for cell in grid)
     for cell in grid:
-        path = study.paths.run(cell) / "metrics.json"
-        verdict = ledger.verdict(study, cell, read_json(path) if path.is_file() else None)
+        verdict = ledger.verdict(study, cell, record(study.paths.run(cell)))
         bad += verdict.startswith(("FAILED", "not run"))
         print(f"{cell.name:<{width}}  {verdict}")
     print(f"\nreport:    {study.paths.summary / 'report.html'}")

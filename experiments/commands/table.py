@@ -198,7 +198,7 @@ STAGES = {
     "prepare": Command(help="compute what a method needs before it sees the domain", arguments=(MODEL, METHOD, SEED)),
     "train": Command(help="fine-tune one cell", arguments=(CELL,)),
     "evaluate": Command(help="score the weights of one cell with lm-eval", arguments=(CELL,)),
-    "collect": Command(help="join the files of a cell into metrics.json", arguments=(CELL,)),
+    "collect": Command(help="join the files of a cell into metrics.json and details.json", arguments=(CELL,)),
     "drift": Command(help="measure how far the weights of a cell moved from the base, and where", arguments=(CELL,)),
     "compare": Command(help="write the tables, figures and report of the study", archive=True),
 }

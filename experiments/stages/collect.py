@@ -1,7 +1,12 @@
-"""collect: one metrics.json a cell, joined from training, preparation, scores and the base's scores."""
+"""collect: join training, preparation, scores and the base's scores of a cell.
+
+metrics.json has the headline numbers, in the names and order of analysis/measures.py; details.json all others, and what
+they are of: scores by task, costs, hashes, hardware, settings.
+"""
 
 from collections.abc import Iterator
 
+from analysis.measures import ORDER
 from evaluation.chance import below_chance
 from evaluation.retention import bits_per_byte, change, forgetting, lost_in_nats, nats_per_token
 from methods.errors import UserError
@@ -43,7 +48,7 @@ TEXT = {
     "prompt": "the digest",
 }
 
-# Keys of train.json that metrics.json takes over: costs, and where the weights come from.
+# Keys of train.json that details.json takes over: costs, and where the weights come from.
 COSTS = (
     "seconds_train",
     "bytes_anchor",
@@ -67,6 +72,15 @@ ORIGIN = (
     "when",
     "settings",
 )
+HEADLINE = (
+    *ORDER,
+    "domain_score",
+    "seconds_prepare",
+    "seconds_train",
+    "seconds_evaluate",
+    "bytes_importance",
+    "bytes_weights_delta",
+)
 TRAIN = (*COSTS, *ORIGIN, "cost_known", "seconds_begin", "peak_memory_bytes", "parts")
 SCORES = ("tasks", "general", "scoring", "weights_sha256")
 
@@ -86,29 +100,28 @@ def main(study, cell) -> None:
     evaluated = read_json(paths.run(cell) / "evaluate.json", "seconds_evaluate")
     model = study.models[cell.model]
     comparable(cell, scores=scores, base=base, train=train, study=study.name)
-    write_json(
-        paths.run(cell) / "metrics.json",
-        (
-            {
-                "cell": cell.name,
-                "model": cell.model,
-                "domain": cell.domain,
-                "method": cell.method,
-                "seed": cell.seed,
-                "parts": dict(study.methods[cell.method].block),
-                "model_note": model.note,
-                "not_a_result": study.not_a_result or model.source.startswith("random:"),
-            }
-            | _scores(scores, base, cell.domain)
-            | _costs(train, prepared, evaluated)
-            | {key: train[key] for key in ORIGIN}
-            | {
-                "learning_rate": train["settings"]["learning_rate"],
-                "scoring": scores["scoring"],
-                "parts_report": train["parts"],
-            }
-        ),
+    found = (
+        {
+            "cell": cell.name,
+            "model": cell.model,
+            "domain": cell.domain,
+            "method": cell.method,
+            "seed": cell.seed,
+            "parts": dict(study.methods[cell.method].block),
+            "model_note": model.note,
+            "not_a_result": study.not_a_result or model.source.startswith("random:"),
+        }
+        | _scores(scores, base, cell.domain)
+        | _costs(train, prepared, evaluated)
+        | {key: train[key] for key in ORIGIN}
+        | {
+            "learning_rate": train["settings"]["learning_rate"],
+            "scoring": scores["scoring"],
+            "parts_report": train["parts"],
+        }
     )
+    write_json(paths.run(cell) / "details.json", {key: found[key] for key in found.keys() - set(HEADLINE)})
+    write_json(paths.run(cell) / "metrics.json", {key: found[key] for key in HEADLINE})
     # The cell is complete. A stage that failed before is not run again where DVC finds equal weights, so that only this
     # stage can remove its record.
     paths.failure(cell).unlink(missing_ok=True)

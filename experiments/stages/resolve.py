@@ -168,7 +168,7 @@ def evaluation_settings(study) -> dict:
 
 
 def collect(study, model: str, method: str) -> dict:
-    """What metrics.json takes directly from params.yaml."""
+    """What details.json takes directly from params.yaml."""
     return {
         "note": study.models[model].note,
         "not_a_result": study.not_a_result,

@@ -17,7 +17,7 @@ from experiments.study.advice import of_study
 from experiments.study.config import also
 from experiments.study.paths import Paths
 
-OUTPUTS = ("metrics.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
+OUTPUTS = ("metrics.json", "details.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
 BASE = ("scores.json", "items.csv.gz")
 # the code that `resolve` hashes, and the files with the numbers that it writes: SCORING, NUMERICS and its own formats
 CODE = ("methods", "evaluation/__init__.py", "experiments/training/settings.py", "experiments/stages/resolve.py")

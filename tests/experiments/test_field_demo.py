@@ -4,11 +4,11 @@ import shutil
 
 import pytest
 
+from analysis.load import record
 from experiments.stages import collect, compare, data, drift, evaluate, model, prepare, resolve, train
 from experiments.study import cells, config
 from experiments.study.paths import HERE
 from methods import registry
-from methods.tools.files import read_json
 
 STUDY = "field-demo"
 
@@ -43,7 +43,7 @@ def test_every_method_goes_from_its_block_to_the_report(study):
         evaluate.main(study, cell)
         collect.main(study, cell)
         drift.main(study, cell)
-        metrics = read_json(study.paths.run(cell) / "metrics.json")
+        metrics = record(study.paths.run(cell))
         assert metrics["domain_score"] is not None, cell.name
     compare.main(study)
     assert not list((study.paths.results / "failures").rglob("*.json"))

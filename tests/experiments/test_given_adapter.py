@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from analysis.load import record
 from experiments.model import weights
 from experiments.model.random_models import byte_tokenizer
 from experiments.stages import collect, data, evaluate, model, prepare, resolve, train
@@ -45,13 +46,13 @@ def test_an_adapter_goes_through_the_stages_like_its_merged_model(tmp_path, caps
         train.main(found, cell)
         evaluate.main(found, cell)
         collect.main(found, cell)
-        metrics[method] = read_json(found.paths.run(cell) / "metrics.json")
+        metrics[method] = record(found.paths.run(cell))
         scores[method] = (found.paths.run(cell) / "scores.json").read_bytes()
     assert metrics["theirs"]["weights_sha256"] == metrics["merged"]["weights_sha256"]
     assert scores["theirs"] == scores["merged"] and metrics["theirs"]["general_kl"] > 0
     assert metrics["theirs"]["cost_known"] is False and metrics["theirs"]["seconds_train"] is None
-    record = read_json(found.paths.run(Cell("llama-tiny", "sums", "theirs", 0)) / "train.json")
-    assert record["parts"]["given"]["adapter_of"] == "owner/another"
+    trained = read_json(found.paths.run(Cell("llama-tiny", "sums", "theirs", 0)) / "train.json")
+    assert trained["parts"]["given"]["adapter_of"] == "owner/another"
 
     before = resolve.contents(found)  # an adapter that is trained on makes its cell stale, and no other
     tensors = load_file(tmp_path / "theirs/adapter_model.safetensors")

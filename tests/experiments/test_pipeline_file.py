@@ -3,6 +3,7 @@
 import pytest
 from ruamel.yaml import YAML
 
+from analysis.load import record
 from experiments.__main__ import parser, run
 from experiments.stages import resolve
 from experiments.study import cells, config, pipeline
@@ -60,7 +61,7 @@ def test_the_committed_default_study_is_of_the_code_in_git():
     study = config.load()
     lock = Lock(study)
     for cell in cells.grid(study):
-        metrics = read_json(study.paths.run(cell) / "metrics.json")
+        metrics = record(study.paths.run(cell))
         assert metrics["settings"] == study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()
         assert lock.recorded(f"train@{cell.stage}"), (
             f"{cell.name}: dvc.lock is of other settings or sources: run `dvc repro`"

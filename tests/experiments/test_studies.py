@@ -10,6 +10,7 @@ import torch
 from ruamel.yaml import YAML
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from analysis.load import record
 from evaluation.shipped import shipped_yaml
 from evaluation.task import make_task
 from experiments.commands import tune
@@ -263,7 +264,7 @@ def test_a_study_with_written_answers_runs_from_rows_to_forgetting(tmp_path, mon
         train.main(study, cell)
         evaluate.main(study, cell)
         collect.main(study, cell)
-        metrics = read_json(study.paths.run(cell) / "metrics.json")
+        metrics = record(study.paths.run(cell))
         math = metrics["scores_by_task"]["math"]
         assert math | {"version": 0, "prompt": ""} == {
             "value": 0.0,
