@@ -4,9 +4,11 @@ import pandas as pd
 
 from analysis import numbers, style, words
 from analysis.chosen import reported
+from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY
 from analysis.roles import PLAIN
+from analysis.sections.credit import apart, sentences
 from analysis.statistics.contrasts import redrawn
 from analysis.statistics.matched import BARELY, Equal, equal_gain, level, matched
 from analysis.statistics.nats import DOMAIN
@@ -26,12 +28,12 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     if at is None:
         none = "No method gained on the domain, so there is no gain at which losses could be compared."
         return {"sentences": [none], "heads": [], "rows": [], "notes": [], "along": None}
-    table, against = matched(made), _against(made)
+    table, against = matched(made), _against(made, apart(loaded))
     shown = list(made.losses)
     heads = ["method", "settings", "gains, nats/token", *(_head(key) for key in shown)]
-    heads += [f"against {PLAIN}, at the most that both gain"] if against else []
+    heads += [f"against {PLAIN} or its control, at the most that both gain"] if against else []
     return {
-        "sentences": [_rule(made, at[0]), *_verdict(against, shown[0])],
+        "sentences": [_rule(made, at[0]), *_verdict(against, shown[0]), *sentences(loaded, model=model, domain=domain)],
         "heads": heads,
         "rows": [_line(made, table[table["family"] == name], against) for name in made.families],
         "notes": _notes(made, bool(against)),
@@ -39,10 +41,14 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     }
 
 
-def _against(made: Resampled) -> dict[str, Equal]:
-    """Each family against plain fine-tuning in the first measure; {} without it."""
-    others = [name for name in made.families if name != PLAIN] if PLAIN in made.families else []
-    found = {name: equal_gain(made, name, PLAIN, key=made.losses[0]) for name in others}
+def _against(made: Resampled, controls: dict[str, str]) -> dict[str, Equal]:
+    """Each family against plain fine-tuning in the first measure, or against its control if it has one of its own.
+
+    Families without the one that they are compared with are missing.
+    """
+    reference = {family(method): family(control) for method, control in controls.items()}
+    pairs = [(name, reference.get(name, PLAIN)) for name in made.families if name != PLAIN]
+    found = {a: equal_gain(made, a, b, key=made.losses[0]) for a, b in pairs}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -58,7 +64,7 @@ def _rule(made: Resampled, gain: float) -> str:
 
 def _verdict(against: dict[str, Equal], key: str) -> list[str]:
     """Which methods lose significantly less or more than plain fine-tuning where both gain as much."""
-    known = {name: one for name, one in against.items() if one.p is not None}
+    known = {name: one for name, one in against.items() if one.p is not None and one.b == PLAIN}
     if not known:
         return []
     sure = {name: one for name, one in known.items() if one.p < 0.05}
@@ -90,6 +96,7 @@ def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict
 def _compared(one: Equal, *, key: str) -> tuple[str, str]:
     value, bounds = _bounded(one.difference, one.low, one.high, show=_show(key))
     at = f"at {numbers.nats(one.gain)}" + (f", {one.beyond} gains more" if one.beyond else "")
+    at += f", against {one.b}" if one.b != PLAIN else ""
     return ("≤ " if one.beyond == one.a else "≥ " if one.beyond else "") + value, f"{bounds} {at}".strip()
 
 
@@ -109,7 +116,8 @@ def _notes(made: Resampled, compared: bool) -> list[str]:
     ]
     if compared:
         lines.append(
-            f"Against {PLAIN}: each method at the largest gain that both reach. ≤ and ≥: one of the two gains more "
+            f"Against {PLAIN}, or its control if a method trains on general text: each at the largest gain that both "
+            "reach; without a control there is no number. ≤ and ≥: one of the two gains more "
             "than the other ever does, and is taken at its first setting, so that its loss at that gain may be smaller."
         )
     return lines

@@ -1,0 +1,47 @@
+"""What a method does beyond the general text that it trains on: its comparison with its control.
+
+A method that trains on general text before the domain forgets less for two reasons, its remedy and that text. Its
+control (`controls:` of params.yaml, experiments/study/controls.py) has the text without the remedy, so that their
+difference is the remedy's; the difference from plain fine-tuning is of both and is credited to neither. Where plain
+fine-tuning itself is the control, as of replay, nothing changes.
+"""
+
+from analysis import numbers
+from analysis.chosen import reported
+from analysis.families import family
+from analysis.load import Loaded
+from analysis.measures import GENERAL
+from analysis.roles import PLAIN
+from analysis.statistics.contrasts import Contrasts
+
+
+def apart(loaded: Loaded) -> dict[str, str]:
+    """Each method that trains on general text and whose control is not plain fine-tuning -> that control, or ''."""
+    return {method: control for method, control in loaded.roles.control_of.items() if family(control) != PLAIN}
+
+
+def sentences(loaded: Loaded, *, model: str, domain: str) -> list[str]:
+    """A sentence for each of these methods of one comparison, at its chosen setting: its loss against its control."""
+    cells = loaded.of(model, domain)
+    shown = set(reported(loaded).of(model, domain)["method"]) if len(cells) else set()
+    pairs = [(method, control) for method, control in apart(loaded).items() if method in shown]
+    there = [pair for pair in pairs if pair[1] in set(cells["method"])]
+    found = Contrasts(loaded, model=model, domain=domain).of(GENERAL.key, there) if there else {}
+    lines = []
+    for method, control in pairs:
+        own = cells[cells["method"] == method]
+        tokens = own["tokens_prepare"].mean() + (own["tokens_added"].fillna(0).mean() if "tokens_added" in own else 0)
+        amount = "" if numbers.missing(float(tokens)) else f"{numbers.count(tokens)} tokens of "
+        reads = f"{method} also trains on {amount}general text"
+        if (method, control) in found:
+            one = found[method, control]
+            bounds = "" if one.low is None else f" [{GENERAL.show(one.low)}, {GENERAL.show(one.high)}]"
+            p = "" if one.p is None else ", p < .001" if one.p < 0.001 else f", p = {one.p:.3f}"
+            lines.append(
+                f"{reads}; against {control}, which reads the same without its remedy, it loses "
+                f"{GENERAL.show(one.value)}{bounds} {GENERAL.unit} of general text{p}"
+            )
+        else:
+            why = f"its control {control} has no result" if control else "the study has no control for it"
+            lines.append(f"{reads}, and {why}: what its remedy does and what that text does cannot be told apart")
+    return [f"{line}." for line in lines]
