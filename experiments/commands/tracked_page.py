@@ -115,7 +115,7 @@ def _view(runs: list, *, pair: str, title: str) -> str:
     intervals = [f"tags.`{headline.head}`" for headline in HEADLINES.values()]
     order = ["attributes.`Run Name`", *columns, "runDateAndNestInfo", "duration"]
     sections = {
-        "methods": ("Methods: mean and 95 % interval, nats or points", 1, 385),
+        "methods": ("Methods, with 95 % intervals", 1, 385),
         "front": ("Front", 1, 760),
         "curves": ("Learning curves on probe rows", 2, 360),
     }

@@ -1,9 +1,8 @@
 """What MLflow's runs hold, as plain values read from results/: parameters, points of metrics, tags, times and files.
 
-Three kinds of run: a cell; above it the (model, domain, method) with its row of the comparison and the mean curves of
-its seeds; and the bare base of a (model, domain), which holds the study's report. MLflow draws a chart of every metric,
-so only the headline numbers and what changes along training are metrics. Numbers with intervals and costs are tags, as
-people write them, and everything else is in the files. MLflow itself is used by `experiments.commands.track`.
+Three kinds of run: a cell; above it the method with its row of the comparison and the mean curves of its seeds; and the
+bare base of a (model, domain), with the study's report. MLflow draws a chart of every metric, so only the headline
+numbers and what changes along training are metrics. Intervals and costs are tags, as people write them.
 """
 
 import hashlib
@@ -25,8 +24,7 @@ from analysis.statistics.comparison import comparison
 from experiments.commands.tracked_page import HEADLINES, ROW, shown
 from methods.tools.files import sha256
 
-RESULTS = ("metrics.json", "details.json", "train.json", "scores.json", "evaluate.json", "drift.json")
-FILES = (*RESULTS, "curve.csv", "items.csv.gz")
+FILES = "metrics.json details.json train.json scores.json evaluate.json drift.json curve.csv items.csv.gz".split()
 PAGES = ("report.html", "bench.html", "details.html", "table.csv", "tests.csv")  # of the study's summary
 FRONT = "gain_against_nats"  # the figure that names every method's point, which MLflow's own scatter chart cannot
 EXPERIMENT = "DVC_EXP_NAME"  # the tag of a run made within `dvc exp run`
@@ -98,7 +96,6 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
     curve = loaded.curves[loaded.curves["cell"] == cell] if len(loaded.curves) else pd.DataFrame()
     end = _milliseconds(row["when"])
     start = end - round(1000 * float(curve["seconds"].max())) if len(curve) else end
-    parts = row["parts"] if isinstance(row.get("parts"), dict) else {}
     about = {key: row[key] for key in ("model", "domain", "method", "seed", "dtype", "numerics", "scoring")}
     stored = (row.get("bytes_importance"), row.get("bytes_anchor"))
     values = {**row, "unit": units.of_domain(row)}
@@ -116,7 +113,7 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
         key=cell,
         start=start,
         end=end,
-        parameters=_texts(_flat({**parts, **row["settings"], **about})),
+        parameters=_texts(_flat({**row["parts"], **row["settings"], **about})),
         metrics=_headlines(values, end) + (_curves(curve, row, start) if len(curve) else []),
         files=[(file, "") for name in FILES if (file := root / "runs" / cell / name).is_file()],
         tags=_tags(cell, tags | shown(values)),
@@ -125,9 +122,7 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
 
 def _failed(failure: dict, *, root: Path) -> Run:
     cell, when = failure["cell"], _milliseconds(failure["when"])
-    settings, parts, git = (
-        failure[key] if isinstance(failure[key], dict) else {} for key in ("settings", "parts", "git")
-    )
+    known = {key: failure[key] if isinstance(failure[key], dict) else {} for key in ("parts", "settings", "git")}
     about = {f"failure.{key}": failure[key] for key in ("kind", "stage", "reason")}
     about["mlflow.note.content"] = f"Failed:\n\n{_verbatim(failure['reason'])}"
     return Run(
@@ -135,21 +130,21 @@ def _failed(failure: dict, *, root: Path) -> Run:
         status="FAILED",
         start=when,
         end=when,
-        parameters=_texts(_flat({**parts, **settings})),
+        parameters=_texts(_flat(known["parts"] | known["settings"])),
         files=[(root / "failures" / f"{cell}.json", "")],
-        tags=_tags(cell, _commit(git) | about),
+        tags=_tags(cell, _commit(known["git"]) | about),
     )
 
 
 def _commit(git: dict) -> dict:
-    tags = {"mlflow.source.git.commit": git.get("commit"), "git.dirty": git.get("dirty")}
-    return tags | {EXPERIMENT: git.get("experiment")}
+    keys = {"mlflow.source.git.commit": "commit", "git.dirty": "dirty", EXPERIMENT: "experiment"}
+    return {tag: git.get(key) for tag, key in keys.items()}
 
 
 def group_of(group: str, *, table: pd.DataFrame, planned: int, children: list[Run]) -> Run:
     """The run of a method, above its `children`; FAILED where one of them is.
 
-    Its numbers are the method's row of the comparison `table`, and its curves means over the seeds that are compared.
+    Its numbers are the method's row of the comparison `table`; its curves are means over the seeds that are compared.
     """
     failed = [run for run in children if run.status == "FAILED"]
     excluded = [run for run in children if "not_comparable" in run.tags]
@@ -199,9 +194,8 @@ def base_of(loaded: Loaded, pair: str, *, table: pd.DataFrame, root: Path) -> Ru
         "not_a_result": not_a_result,
         **_commit(about.get("git", {})),
     }
-    figures = sorted((summary / "figures").glob("*.png"))
-    # the name of a figure has no "-", so what follows the first one is the comparison
-    own = [file for file in figures if file.stem.partition("-")[2] == f"{model}-{domain}"]
+    figures = sorted((summary / "figures").glob(f"*-{model}-{domain}.png"))
+    own = [file for file in figures if "-" not in file.stem.removesuffix(f"-{model}-{domain}")]  # not of another model
     return Run(
         key=pair,
         start=end - round(1000 * (about.get("seconds_evaluate") or 0)),
@@ -215,10 +209,9 @@ def base_of(loaded: Loaded, pair: str, *, table: pd.DataFrame, root: Path) -> Ru
 
 
 def _note(group: str, *, planned: int, counted: list[Run], failed: list[Run], excluded: list[Run]) -> str:
-    model, domain, method = group.split("/")
     means = f"mean of {planned if len(counted) == planned else f'{len(counted)} of {planned}'} seeds, 95 % intervals"
     one = "one seed; the intervals are of this run, not of this method"
-    text = f"{model} fine-tuned on {domain} with **{method}**: {one if planned == 1 else means}."
+    text = "{} fine-tuned on {} with **{}**: {}.".format(*group.split("/"), one if planned == 1 else means)
     if any(run.tags["not_a_result"] == "True" for run in counted):
         text += f" **{BANNER}.**"
     if excluded:
@@ -245,8 +238,8 @@ def _row(table: pd.DataFrame, key: str) -> dict:
 
 
 def _headlines(values: dict, when: int) -> list[Point]:
-    known = {key: values[key] for key in HEADLINES if not numbers.missing(values.get(key))}
-    return [(key, _rounded(value), when, 0) for key, value in known.items()]
+    known = [key for key in HEADLINES if not numbers.missing(values.get(key))]
+    return [(key, _rounded(values[key]), when, 0) for key in known]
 
 
 def _curves(curve: pd.DataFrame, cell: pd.Series, start: int) -> list[Point]:

@@ -89,7 +89,7 @@ class Browser:
     def screenshot(self, file: Path) -> None:
         file.write_bytes(base64.b64decode(self._send("Page.captureScreenshot", format="png")["data"]))
 
-    def _send(self, method: str, *, seconds: float = 30, **parameters) -> dict:
+    def _send(self, method: str, *, seconds: float = 120, **parameters) -> dict:
         self._count += 1
         message = {
             "id": self._count,

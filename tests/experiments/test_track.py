@@ -457,12 +457,15 @@ def test_many_parameters_and_long_values_fit_mlflows_limits(database, results):
     assert params["knob249"] == "249" and len(params["long"]) == 5000
 
 
-def test_tracking_opens_no_connection(database, results, monkeypatch):
+def test_tracking_opens_no_connection_and_writes_no_token(database, results, monkeypatch):
     def refuse(self, address, *rest):
         raise AssertionError(f"a connection to {address}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setenv("HF_TOKEN", "hf_a_secret")
     track(results_root=results, cells=[CELL("full")], study="default", database=database)
+    written = [file.read_bytes() for file in database.parent.rglob("*") if file.is_file()]
+    assert len(written) > 5 and not any(b"hf_a_secret" in content for content in written)
     from mlflow.telemetry.utils import is_telemetry_disabled
 
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true" and is_telemetry_disabled()
