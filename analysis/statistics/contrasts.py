@@ -91,6 +91,11 @@ class Contrasts:
         """Plain fine-tuning, at each of its settings."""
         return [method for method in self.methods if family(method) == PLAIN]
 
+    def differences(self, measured: "Measured", a: str, b: str, seeds: list[int]) -> list[np.ndarray]:
+        """a − b by item, (S seeds, n_t items) per task."""
+        first, second = (self._rows(measured, [(method, seeds)])[0] for method in (a, b))
+        return [task[first] - task[second] for task in measured.tasks]
+
     def measured(self, key: str) -> "Measured | None":
         """The items of all cells that have a measure, or None if none has."""
         if key not in self._measured:

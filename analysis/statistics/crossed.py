@@ -63,11 +63,11 @@ def crossed(
     if any(scores.shape[-2] != seeds for scores in tasks):
         raise ValueError(f"tasks have different numbers of seeds: {[scores.shape[-2] for scores in tasks]}")
     by_seed = np.mean([scores.mean(axis=-1) for scores in tasks], axis=0)
-    parts = [_parts(scores, step) for scores in tasks]
+    squared = [parts(scores, step) for scores in tasks]
     share = 1 / len(tasks) ** 2
-    items = share * sum(item for item, _, _ in parts)
-    rest = share * sum(rest for _, rest, _ in parts)
-    squares_items = share**2 * sum(item**2 / df for item, _, df in parts)
+    items = share * sum(item for item, _, _ in squared)
+    rest = share * sum(rest for _, rest, _ in squared)
+    squares_items = share**2 * sum(item**2 / df for item, _, df in squared)
     squares = squares_items
     between = np.zeros_like(items)
     if seeds > 1:
@@ -75,7 +75,7 @@ def crossed(
         whole = variance / seeds
         between = np.maximum(whole - rest, 0)
         squares = squares + whole**2 / df_seeds
-        squares = squares + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in parts)
+        squares = squares + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in squared)
     point = (1 + level) / 2
     error = np.sqrt(items + between)
     df = _degrees(items + between, squares)
@@ -96,7 +96,7 @@ def two_more(values: np.ndarray, *, step: float) -> np.ndarray:
     return np.concatenate([values, moved], axis=-1) if step else values
 
 
-def _parts(scores: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray, float]:
+def parts(scores: np.ndarray, step: float) -> tuple[np.ndarray, np.ndarray, float]:
     """MS_item / (S n), MS_rest / (S n) and n - 1 of one task; NaN if n < 2, no rest with one seed."""
     seeds, n = scores.shape[-2:]
     if n < 2:

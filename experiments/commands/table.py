@@ -124,6 +124,17 @@ COMMANDS = {
             argument("--top", type=int, default=10, metavar="N", help="questions per model and domain (default: 10)"),
         ),
     ),
+    "power": Command(
+        help="print how many seeds and items it takes to tell a difference between a method and plain fine-tuning",
+        arguments=(
+            argument("--difference", type=float, required=True, metavar="X", help="nats, or a share of 1 for accuracy"),
+            argument("--measure", default="general_nll_lost", metavar="NAME", help="default: general_nll_lost"),
+            argument("--seeds", default="2,3,5,8,12,20", metavar="A,B,…", help="default: 2,3,5,8,12,20"),
+            argument("--items", default="", metavar="A,B,…", help="scored items (default: multiples of the study's)"),
+            argument("--tests", type=int, metavar="N", help="tests in the family (default: methods of the grid − 1)"),
+        ),
+        archive=True,
+    ),
     "audit": Command(
         help="compare a fine-tuned model with its base: what it forgot, on one page; needs no study",
         arguments=(
