@@ -8,11 +8,14 @@ from types import MappingProxyType
 from analysis.also import beside
 from analysis.comparable import guarded
 from analysis.load import load_cells
+from analysis.report.beside import write_bench, write_details
 from analysis.report.figures import write_figures
 from analysis.report.page import write_report
 from analysis.roles import Roles
 from analysis.sections import costs
-from analysis.sections.tables import as_csv, as_markdown, as_text
+from analysis.sections.overview import also as also_compared
+from analysis.sections.tables import BANNER, as_csv, as_markdown, as_text
+from analysis.sections.told import with_told
 from analysis.statistics.comparison import comparison
 from analysis.statistics.tests import all_tests
 
@@ -41,12 +44,14 @@ def write_summary(
     names = [getattr(cell, "name", cell) for cell in [*(planned or ()), *cells]]
     loaded = guarded(load_cells(root, dict.fromkeys(names)))
     loaded = replace(loaded, roles=roles, also=beside(loaded, also))
-    table, tests = comparison(loaded), all_tests(loaded)
+    tests = all_tests(loaded)
+    table = with_told(comparison(loaded), tests)
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "figures").glob("*.*"):
         if old.suffix in (".png", ".svg", ".csv"):
             old.unlink()
-    figures = write_figures(loaded, table, folder=folder / "figures")
+    beside_it = also_compared(loaded)
+    figures = write_figures(loaded, table, beside_it, folder=folder / "figures")
     markdown = _archived(archive) + as_markdown(loaded, table) + costs.as_markdown(loaded)
     files = {
         "table.csv": as_csv(loaded, table),
@@ -58,7 +63,10 @@ def write_summary(
         (folder / name).write_text(text, encoding="utf-8")
     study = "" if root.name == "results" else root.name
     path = folder / "report.html"
-    write_report(loaded, table, tests, figures, path=path, title=title, study=study, archive=archive)
+    write_report(loaded, table, tests, figures, beside_it, path=path, title=title, study=study, archive=archive)
+    banner = BANNER if loaded.not_a_result else ""
+    write_details(loaded, path=folder / "details.html", title=title, banner=banner)
+    write_bench(loaded, path=folder / "bench.html", title=title)
     return files["table.txt"]
 
 

@@ -2,27 +2,14 @@
 
 from pathlib import Path
 
-import jinja2
-
+from analysis.report.pages import write_page
 from analysis.sections import audit
 from analysis.sections.audit import Record
-
-TEMPLATES = Path(__file__).parents[1]
 
 
 def write(record: Record, *, path: Path, flips: str) -> Path:
     """Write the page to `path` and return it; `flips` is the name of the file beside it with all flipped answers."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    page = environment.get_template("report/audit.html.j2").render(audit.section(record), flips_file=flips)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
-    return path
+    return write_page("report/audit.html.j2", path=path, **audit.section(record), flips_file=flips)
 
 
 def summary(record: Record) -> str:

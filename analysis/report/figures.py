@@ -10,7 +10,7 @@ import pandas as pd
 from analysis import numbers, style
 from analysis.families import family
 from analysis.load import Loaded
-from analysis.sections import by_task, drift, flips, front
+from analysis.sections import by_task, drift, flips, overview
 from analysis.sections.costs import costs
 
 
@@ -26,18 +26,22 @@ class Figure:
     domain: str
 
 
-def write_figures(loaded: Loaded, table: pd.DataFrame, *, folder: Path) -> list[Figure]:
-    """Write every figure that the data allow as folder/<figure>-<model>-<domain>.{png,svg,csv}."""
+def write_figures(
+    loaded: Loaded, table: pd.DataFrame, beside: pd.DataFrame = pd.DataFrame(), *, folder: Path
+) -> list[Figure]:
+    """Write every figure that the data allow as folder/<figure>-<model>-<domain>.{png,svg,csv}.
+
+    The first two are of all comparisons: overview, and overview_phone, the same for a narrow page. `beside` are rows of
+    other studies (`overview.also`).
+    """
     made = []
-    draws = (
-        front.gain_against_nats,
-        *by_task.FIGURES,
-        forgetting_over_training,
-        *flips.FIGURES,
-        *drift.FIGURES,
-        layer_coefficients,
-        cost,
-    )
+    data = overview.points(loaded, table, beside)
+    for name in ("overview", "overview_phone") if len(data) else ():
+        with style.house():
+            figure, data, title, caption = overview.figure(loaded, data, phone=name == "overview_phone")
+            style.save(figure, data, stem=folder / name, not_a_result=loaded.not_a_result)
+        made.append(Figure(name=name, title=title, caption=caption, stem=folder / name, model="", domain=""))
+    draws = (*by_task.FIGURES, forgetting_over_training, *flips.FIGURES, *drift.FIGURES, layer_coefficients, cost)
     for model, domain in loaded.comparisons:
         rows = table[(table["model"] == model) & (table["domain"] == domain) & (table["method"] != "base")]
         cells = loaded.of(model, domain)

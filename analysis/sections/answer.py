@@ -1,186 +1,211 @@
-"""The answer in four sentences, every number computed from the comparison."""
+"""The answer in three sentences over all models and domains, every number computed from the comparison.
+
+1. What plain fine-tuning gains and loses. 2. Which remedies forget less, at which gain. 3. What they cost, and what
+could not be told apart. With one seed intervals are of the run, and nothing is said of methods.
+"""
 
 import pandas as pd
 
-from analysis import numbers, units
-from analysis.measures import GENERAL, GOLD, KL
-from analysis.sections.significance import is_significant
-from analysis.statistics.contrasts import SCORE
+from analysis import numbers, units, words
+from analysis.chosen import reported
+from analysis.families import family
+from analysis.load import Loaded
+from analysis.measures import ACCURACY, BY_KEY, GENERAL
+from analysis.roles import PLAIN
+from analysis.statistics.detectable import LEVEL
+from analysis.statistics.nats import DOMAIN
 
 NAMED = 3  # methods named one by one in a sentence
 
 
-def sentences(rows: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: str, tasks: list[str]) -> list[str]:
-    """What one comparison shows: what was learned, what was forgotten in nats and in right answers, what it cost.
+def sentences(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
+    """Three sentences about all comparisons, each method at the setting that was chosen on probe rows.
 
-    A sentence each; the one in nats is left out where they are not known.
-
-    rows   its rows of the comparison table with the base, each method at the setting chosen on probe rows
-    tests  its rows of `all_tests`, which decide what is significant
-    tasks  those that count in forgetting
+    table   all rows of `comparison`
+    tests   all rows of `all_tests`, which decide what is told apart
     """
-    base, methods = rows[rows["method"] == "base"].iloc[0], rows[rows["method"] != "base"]
-    if methods["forgetting"].notna().any():
-        forgotten = _forgetting(methods, tests, tasks=tasks)
-    else:
-        apart = list(dict.fromkeys(task for tasks in methods.get("apart", pd.Series()).dropna() for task in tasks))
-        forgotten = "No retention task is above chance for the base model, so right answers cannot show forgetting."
-        if apart:
-            forgotten = (
-                "No retention task is a proportion of rows above chance for the base model; shown in its own unit: "
-                f"{_and(apart)}."
-            )
-    learned = _learning(base, methods, tests, domain=domain, model=model)
-    return [learned, *_in_nats(methods, tests, tasks=tasks), forgotten, _cost(methods)]
+    chosen = {cell.rpartition("/")[0] for cell in reported(loaded).cells.index}
+    names = table["model"] + "/" + table["domain"] + "/" + table["method"]
+    of_chosen, parts = table[names.isin(chosen)], [[], [], []]
+    models = of_chosen["model"].nunique()
+    for model, domain in loaded.comparisons:
+        rows, own = (frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (of_chosen, tests))
+        where = f"on {domain}" + (f" ({model})" if models > 1 else "")
+        parts[0].append(_plain(rows, own, where=where))
+        parts[1].append(_remedies(loaded, rows, own, where=where if len(loaded.comparisons) > 1 else ""))
+        parts[2].append(_untold(rows, own, where=where if len(loaded.comparisons) > 1 else ""))
+    costs = _costs(of_chosen)
+    return [_sentence(parts[0]), _sentence(parts[1]), _sentence([costs, *parts[2]])]
 
 
-def reading(rows: pd.DataFrame, *, tested: bool, chosen: list[str]) -> str:
-    """What the answer's intervals cover, and what it leaves out; `chosen` are the chosen settings of swept methods."""
-    seeds = set(rows[rows["method"] != "base"]["seeds"])
-    text = "The intervals are over seeds and scored items."
+def reading(loaded: Loaded, table: pd.DataFrame) -> str:
+    """What the intervals are about."""
+    seeds = set(table[table["method"] != "base"]["seeds"])
     if seeds == {1}:
-        text = "There is one seed: the intervals cover the scored items of this run, not another run of the method."
-    elif 1 in seeds:
-        text = "The intervals are over seeds and scored items, or over items alone for a method with one seed."
-    if tested:
-        text += " Significance is that of a paired test at 5 % after Holm's correction."
-    if chosen:
-        text += f" Methods with several settings appear at the one chosen on probe rows ({', '.join(chosen)})."
-    return f"{text} The methods did not learn equally much, so read each one's forgetting beside its gain."
+        return "There is one seed: the intervals cover the scored items of this run, not another run of the method."
+    text = "Intervals are 95 % and over seeds and scored items"
+    text += ", or over items alone for a method with one seed." if 1 in seeds else "."
+    return text + " A method with several settings is in the answer and the tests at the one chosen on probe rows."
 
 
-def _learning(base: pd.Series, methods: pd.DataFrame, tests: pd.DataFrame, *, domain: str, model: str) -> str:
-    unit = base.get("unit", units.SHARE)
-    worst, best = _ends(methods, "domain_score" if unit == units.SHARE else "domain_gain")
-
-    def score(row: pd.Series) -> str:
-        return f"{units.level(row['domain_score'], unit)} {'%' if unit == units.SHARE else units.named(row['metric'])}"
-
-    def gain(row: pd.Series) -> str:
-        share = row["domain_score"] - base["domain_score"]
-        return units.change(share if unit == units.SHARE else row["domain_gain"], unit)
-
-    before = f"On {domain} ({base['n_domain']} test rows) the bare {model} scores {score(base)}"
-    tested = f"{units.named(unit)}{_significance(tests, SCORE)}{_beside(methods)}."
-    if worst is best:
-        return f"{before}; {best['method']} reaches {score(best)}, a gain of {gain(best)} {tested}"
-    ends = " to ".join(f"{score(row)} ({row['method']})" for row in (worst, best))
-    return f"{before}; after fine-tuning, the methods reach {ends}, a gain of {gain(worst)} to {gain(best)} {tested}"
+def without_accuracy(table: pd.DataFrame) -> list[str]:
+    """A line for each domain on which right answers cannot show forgetting, because the base is at chance."""
+    lines = []
+    for (model, domain), rows in table[table["method"] != "base"].groupby(["model", "domain"], sort=False):
+        if rows[ACCURACY].isna().all():
+            apart = dict.fromkeys(task for tasks in rows.get("apart", pd.Series()).dropna() for task in tasks)
+            units_ = f" Shown in its own unit: {_and(list(apart))}." if apart else ""
+            lines.append(
+                f"On {domain} no retention task is a proportion of rows on which {model} is above chance, so right "
+                f"answers cannot show forgetting.{units_}"
+            )
+    return lines
 
 
-def _beside(methods: pd.DataFrame) -> str:
-    """The gain of the tasks that score the domain beside its own score."""
-    text = ""
-    for key in units.gains(methods):
-        task, unit = key.removeprefix("gain_"), methods.iloc[0][f"unit_{key.removeprefix('gain_')}"]
-        spread = _spread(methods, key, lambda value, unit=unit: units.change(value, unit))
-        text += f"; on {task} they gain {spread}, in {units.named(unit)}"
+def _sentence(parts: list[str]) -> str:
+    text = "; ".join(dict.fromkeys(filter(None, parts)))
+    return f"{text[:1].upper()}{text[1:]}." if text else ""
+
+
+def _main(rows: pd.DataFrame) -> str:
+    """The key of the measure of forgetting that resolves most among those that are known."""
+    return next((key for key in (GENERAL.key, ACCURACY) if key in rows and rows[key].notna().any()), "")
+
+
+def _gain(row: pd.Series, *, bounds: bool = True) -> str:
+    """A method's gain with its unit: in nats, if they are known."""
+    if not numbers.missing(row.get(DOMAIN)):
+        return f"{_bounded(row, DOMAIN, numbers.nats, bounds=bounds)} nats per token"
+    unit = row["unit"]
+    return f"{_bounded(row, 'domain_gain', lambda v: units.change(v, unit), bounds=bounds)} {units.named(unit)}"
+
+
+def _lost(row: pd.Series, key: str, *, bounds: bool = True) -> str:
+    show = BY_KEY[key].show if key in BY_KEY else numbers.points
+    return _bounded(row, key, show, bounds=bounds)
+
+
+def _what(key: str) -> str:
+    return "nats per token of general text" if key == GENERAL.key else "points of accuracy on retention tasks"
+
+
+def _bounded(row: pd.Series, key: str, show, *, bounds: bool) -> str:
+    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
+    known = bounds and not numbers.missing(low) and not numbers.missing(high)
+    return f"{show(row[key])} [{show(low)}, {show(high)}]" if known else show(row[key])
+
+
+def _plain(rows: pd.DataFrame, tests: pd.DataFrame, *, where: str) -> str:
+    """What plain fine-tuning gains and loses; without it, the method that loses most."""
+    plain, key = rows[rows["method"].map(family) == PLAIN], _main(rows)
+    row = plain.iloc[0] if len(plain) else rows.loc[rows[key].astype(float).idxmax()] if key else rows.iloc[0]
+    who = "plain fine-tuning" if len(plain) else row["method"]
+    gained = f"{who} {where} gains {_gain(row)}"
+    if not key:
+        return f"{gained}; no retention task is above chance for the base model, so nothing can show forgetting"
+    own = tests[(tests["a"] == row["method"]) & (tests["b"] == "base") & (tests["measure"] == key)]
+    known = own["p_holm"].dropna()
+    p = f", p\u00a0{_p(known.iloc[0])}" if len(known) else ""
+    seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else "one seed"
+    return f"{gained} and loses {_lost(row, key)} {_what(key)} ({seeds}{p})"
+
+
+def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where: str) -> str:
+    """Which remedies are told apart from plain fine-tuning, pairs of leaders from each other, and compositions."""
+    key, others = _main(rows), rows[rows["method"].map(family) != PLAIN]
+    if not key or others.empty:
+        return f"{where} there is no remedy to compare".strip()
+    against = _against_plain(rows, tests, key)
+    if against.empty:
+        ordered = others.dropna(subset=[key]).sort_values(key)
+        each = [f"{row['method']} {_lost(row, key)}" for _, row in ordered.iterrows()]
+        spread = _and(each) if len(each) <= NAMED + 1 else f"{', '.join(each[:NAMED])}, … and {each[-1]}"
+        return f"{where} the methods of this run lose, from the least, {spread} {_what(key)}".strip()
+    by_method, found = rows.set_index("method"), []
+    for side, sign in (("less", -1), ("more", 1)):
+        sure = against[against["sure"] & (against["difference"] * sign > 0)]
+        if len(sure):
+            ordered = sure.sort_values("difference", key=lambda values: -values.abs())["a"]
+            each = [f"{m} ({_lost(by_method.loc[m], key, bounds=False)} {_at(by_method.loc[m])})" for m in ordered]
+            named = f"{', '.join(each[:NAMED])}{f' and {len(each) - NAMED} others' if len(each) > NAMED else ''}"
+            found.append(
+                f"{len(sure)} of {len(against)} remedies lose significantly {side} after Holm's correction: {named}"
+            )
+    text = (
+        "; ".join(found) or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
+    )
+    return f"{where} {text}{_pairs(tests, key)}{_composed(tests, key)}".strip()
+
+
+def _against_plain(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The tests of the methods in `rows` against plain fine-tuning, with `sure`; empty with one seed."""
+    own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
+    return own[own["a"].isin(rows["method"])].assign(sure=lambda rows: rows["p_holm"] < LEVEL)
+
+
+def _at(row: pd.Series) -> str:
+    return f"at a gain of {_gain(row, bounds=False).partition(' ')[0]}"
+
+
+def _pairs(tests: pd.DataFrame, key: str) -> str:
+    """How many pairs of leaders are told apart."""
+    own = tests[(tests["family"] == "leaders") & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
+    apart = int((own["p_holm"] < LEVEL).sum())
+    pairs = "pair of leaders" if len(own) == 1 else "pairs of leaders"
+    return f"; {apart} of {len(own)} {pairs} {'is' if apart == 1 else 'are'} told apart" if len(own) else ""
+
+
+def _composed(tests: pd.DataFrame, key: str) -> str:
+    """Whether a composition forgets less than every single remedy."""
+    own = tests[(tests["family"] == "compositions") & (tests["measure"] == key)]
+    if own.empty:
+        return ""
+    sure = own[own["p_holm"] < LEVEL]
+    if sure.empty:
+        return "; no composition loses less than every single remedy"
+    each = _and([f"{row['a']} (p\u00a0{_p(row['p_holm'])})" for _, row in sure.iterrows()])
+    return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy"
+
+
+def _untold(rows: pd.DataFrame, tests: pd.DataFrame, *, where: str) -> str:
+    """Which remedies could not be told apart from plain fine-tuning, and what could have been detected."""
+    key = _main(rows)
+    against = _against_plain(rows, tests, key)
+    unsure = against[~against["sure"]] if len(against) else against
+    if unsure.empty:
+        return ""
+    sizes = (1 if key in BY_KEY else 100) * unsure["detectable"].dropna()
+    unit = _what(key).partition(" of ")[0]
+    ends = _range([f"{sizes.min():.2g}", f"{sizes.max():.2g}"])
+    could = f" (a difference of {ends} {unit} would have been found)" if len(sizes) else ""
+    return f"{where} not told apart from plain fine-tuning: {words.few(unsure['a'], most=NAMED)}{could}".strip()
+
+
+def _costs(rows: pd.DataFrame) -> str:
+    """Tokens beside the domain, seconds of training and bytes to keep, from the least to the most of all methods."""
+    known = rows.dropna(subset=["seconds_train"]) if "seconds_train" in rows else rows[:0]
+    if known.empty:
+        return "what the methods cost is not known"
+    beside = known[["tokens_prepare", "tokens_added"]].astype(float).fillna(0).sum(axis=1)
+    tokens = _range([f"{beside.min():,.0f}", f"{beside.max():,.0f}"])
+    took = _ends(known, "seconds_train", numbers.seconds)
+    text = f"the methods read {tokens} tokens beside the domain, train for {took}"
+    if known["bytes_weights_delta"].notna().any():
+        text += f" and keep {_ends(known, 'bytes_weights_delta', numbers.size)}"
     return text
 
 
-def _in_nats(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str]) -> list[str]:
-    """The sentence about forgetting in nats, the measures that resolve most; none where they are not known."""
-    parts = []
-    for measure, text in (
-        (GENERAL, "On general text the methods lose {} nats per token{}"),
-        (KL, "their predictions there are {} nats per token (KL) from the base's{}"),
-        (GOLD, f"the right answers of {_counted(tasks)} lose {{}} nats an item{{}}"),
-    ):
-        if measure.key in methods and methods[measure.key].notna().any():
-            spread = _spread(methods, measure.key, measure.show)
-            parts.append(text.format(spread, _significance(tests, measure.key) if measure.signed else ""))
-    text = "; ".join(parts)
-    return [f"{text[0].upper()}{text[1:]}."] if parts else []
+def _ends(rows: pd.DataFrame, key: str, show) -> str:
+    values = rows[key].astype(float)
+    return _range([show(values.min()), show(values.max())])
 
 
-def _counted(tasks: list[str]) -> str:
-    return f"{len(tasks)} retention task{'' if len(tasks) == 1 else 's'}"
+def _range(ends: list[str]) -> str:
+    return " to ".join(dict.fromkeys(ends))
 
 
-def _spread(methods: pd.DataFrame, key: str, show) -> str:
-    """The lowest and the highest value with their intervals and methods, or the one value there is."""
-    low, high = _ends(methods, key)
-
-    def bounded(row: pd.Series) -> str:
-        bounds = [row.get(f"{key}_{end}") for end in ("low", "high")]
-        text = show(row[key]) if any(map(numbers.missing, bounds)) else ""
-        return f"{text or f'{show(row[key])} [{show(bounds[0])}, {show(bounds[1])}]'} ({row['method']})"
-
-    return bounded(low) if low is high else f"{bounded(low)} to {bounded(high)}"
-
-
-def _forgetting(methods: pd.DataFrame, tests: pd.DataFrame, *, tasks: list[str]) -> str:
-    least, most = _ends(methods, "forgetting")
-    text = f"Over {_counted(tasks)} ({int(methods['n_retention'].iloc[0])} rows) "
-    if least is most:
-        text += f"{most['method']} forgets {_with_range(most)} points of accuracy"
-    else:
-        text += f"forgetting in accuracy ranges from {_with_range(least)} points ({least['method']}) "
-        text += f"to {_with_range(most)} ({most['method']})"
-    text += _significance(tests, "forgetting")
-    ratios = methods.dropna(subset=["perplexity_ratio"])
-    in_nats = GENERAL.key in methods and methods[GENERAL.key].notna().any()  # which is its logarithm
-    if len(ratios) and not in_nats:
-        low, high = _ends(ratios, "perplexity_ratio")
-        spread = f"×{low['perplexity_ratio']:.2f} ({low['method']})"
-        spread += "" if low is high else f" to ×{high['perplexity_ratio']:.2f} ({high['method']})"
-        text += f"; perplexity on general text is {spread} of the base's"
-    return text + "."
-
-
-def _significance(tests: pd.DataFrame, measure: str) -> str:
-    """For which methods gain or forgetting is significantly different from zero; empty if nothing was tested."""
-    tests = tests[(tests["measure"] == measure) & (tests["b"] == "base") & ~tests["descriptive"].astype(bool)]
-    sure = [test["a"] for _, test in tests.iterrows() if is_significant(test)]
-    unclear = [name for name in tests["a"] if name not in sure]
-    if len(tests) < 2:
-        return ", which is not significantly different from zero" if unclear else ""
-    if not unclear:
-        below = set(tests["difference"] < 0)
-        which = "different from" if len(below) > 1 else "below" if True in below else "above"
-        return f", significantly {which} zero for every method"
-    if len(unclear) == len(tests):
-        return ", not significantly different from zero for any method"
-    if len(sure) <= NAMED < len(unclear):
-        return f", significantly different from zero for {_and(sure)} alone"
-    whose = _and(unclear) if len(unclear) <= NAMED else f"{len(unclear)} of {len(tests)} methods"
-    return f", not significantly different from zero for {whose}"
-
-
-def _cost(methods: pd.DataFrame) -> str:
-    known = methods.dropna(subset=["seconds_train"])
-    if known.empty:
-        return "What the methods cost is not known."
-    quick, slow = _ends(known, "seconds_train")
-    text = f"Training took {numbers.seconds(quick['seconds_train'])} ({quick['method']})"
-    text += "" if quick is slow else f" to {numbers.seconds(slow['seconds_train'])} ({slow['method']})"
-    prepared = known[known["seconds_prepare"].fillna(0) >= 0.0005]  # a method that prepares nothing takes microseconds
-    if len(prepared):
-        text += "; preparation took " + _each(prepared, "seconds_prepare", numbers.seconds)
-    stored = known[known["bytes_stored"].fillna(0) > 0]
-    if len(stored):
-        text += "; importance and anchor take " + _each(stored, "bytes_stored", numbers.size)
-    return text + "."
-
-
-def _each(methods: pd.DataFrame, key: str, show) -> str:
-    """The value of each method; of more than NAMED, the lowest and the highest."""
-    if len(methods) <= NAMED:
-        return _and([f"{show(row[key])} for {row['method']}" for _, row in methods.iterrows()])
-    low, high = _ends(methods, key)
-    return f"{show(low[key])} ({low['method']}) to {show(high[key])} ({high['method']})"
-
-
-def _ends(methods: pd.DataFrame, key: str) -> tuple[pd.Series, pd.Series]:
-    """The rows with the lowest and the highest value; the same object if they are of one method."""
-    values = methods[key].astype(float).dropna()
-    low, high = methods.loc[values.idxmin()], methods.loc[values.idxmax()]
-    return (low, low) if low["method"] == high["method"] else (low, high)
-
-
-def _with_range(row: pd.Series) -> str:
-    text, low, high = numbers.points(row["forgetting"]), row.get("forgetting_low"), row.get("forgetting_high")
-    return text if numbers.missing(low) else f"{text} [{numbers.points(low)}, {numbers.points(high)}]"
+def _p(p: float) -> str:
+    return "<\u00a00.001" if p < 0.001 else f"=\u00a0{p:.3f}"
 
 
 def _and(texts: list[str]) -> str:

@@ -140,7 +140,7 @@ def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "name": task["name"],
         "note": task["metric"] + ("" if task["counts"] else ", not in the mean"),
-        "counts": task["counts"],
+        "class": "" if task["counts"] else "aside",
         "cells": [
             (f"{task['n']:,}", ""),
             (numbers.percent(task["chance"]) if unit == units.SHARE else "–", ""),
@@ -163,11 +163,11 @@ def _mean(record: Record) -> list[dict[str, Any]]:
     blank = ("", "")
     cells = [blank, blank, blank, blank, _ends(overall["forgetting"], numbers.points)]
     cells += [_ends(overall[f"{key}_lost"], numbers.nats) for key in ("gold_nll", "margin")]
-    return [{"name": f"mean of {len(overall['tasks'])}", "note": "", "counts": True, "cells": [*cells, blank, blank]}]
+    return [{"name": f"mean of {len(overall['tasks'])}", "class": "mean", "cells": [*cells, blank, blank]}]
 
 
-def _general(general: Mapping[str, Any] | None) -> list[tuple[str, str, str, tuple[str, str]]] | None:
-    """Rows (measure, base, tuned, lost with its interval) of general text; None where none was scored."""
+def _general(general: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
+    """Rows of general text, each a measure with base, tuned and lost; None where none was scored."""
     if general is None:
         return None
     rows = []
@@ -179,7 +179,7 @@ def _general(general: Mapping[str, Any] | None) -> list[tuple[str, str, str, tup
     if general["kl"]:
         rows.append(("KL(base‖tuned), nats per token", "0", "", _ends(general["kl"], _unsigned)))
         rows.append(("KL(tuned‖base), nats per token", "0", "", _ends(general["kl_reverse"], _unsigned)))
-    return rows
+    return [{"name": name, "cells": [(base, ""), (tuned, ""), lost]} for name, base, tuned, lost in rows]
 
 
 def _flip(flip: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,10 +201,10 @@ def _movement(moved: Mapping[str, Any]) -> dict[str, Any]:
         }
         for name, (relative, _) in groups.items()
     ]
-    kinds = {
-        kind: (f"{_percent(relative)} %", f"{numbers.percent(changed)} %", _rank(moved["groups"], kind))
-        for kind, (relative, changed) in _relative(moved["groups"], "kind").items()
-    }
+    kinds = []
+    for kind, (relative, changed) in _relative(moved["groups"], "kind").items():
+        texts = (f"{_percent(relative)} %", f"{numbers.percent(changed)} %", _rank(moved["groups"], kind))
+        kinds.append({"name": kind, "cells": [(text, "") for text in texts]})
     overall = moved["overall"]
     return {
         "bars": bars,

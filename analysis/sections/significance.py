@@ -8,7 +8,6 @@ from analysis.measures import ACCURACY, BY_KEY, GENERAL, GOLD, KL
 from analysis.statistics.contrasts import BASE
 from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
-from analysis.statistics.signs import mcnemar
 
 SHOWN = (DOMAIN, GENERAL.key, KL.key, GOLD.key, ACCURACY)  # tests.csv has the other measures too
 PAIRS = 15  # pairs of leaders on the page, those with the smallest p; tests.csv has all
@@ -37,7 +36,6 @@ def section(loaded: Loaded, tests: pd.DataFrame, *, model: str, domain: str) -> 
     families = [_family(name, shown[shown["family"] == name]) for name in TITLES]
     return {
         "families": [family for family in families if family["rows"]],
-        "mcnemar": by_task(mcnemar(loaded, model=model, domain=domain)),
         "legend": _legend(tests) + _not_tested(loaded, model=model, domain=domain),
     }
 

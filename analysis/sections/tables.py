@@ -1,143 +1,17 @@
 """The comparison as people read it: in the terminal, as CSV and as Markdown."""
 
 import textwrap
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis import numbers, units, words
+from analysis import units, words
 from analysis.load import NOT_STARTED, Loaded
-from analysis.measures import KL, NATS, Measure
+from analysis.measures import NATS, Measure
+from analysis.sections.columns import SHORT, columns, others
 from analysis.statistics.intervals import SCOPES
-from analysis.statistics.nats import DOMAIN
 
 BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
 WIDTH = 140  # characters of a line of the legend in the terminal
-GAIN, FORGETTING = "gain, points", "forgetting, points"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column of the comparison: its head, and the text of a row of `comparison`; `short` heads it in the terminal.
-
-    terminal  whether the terminal shows it, which has room for some 150 characters
-    """
-
-    head: str
-    text: Callable[[pd.Series], str]
-    short: str = ""
-    terminal: bool = True
-
-
-def columns(rows: pd.DataFrame, *, terminal: bool = False) -> list[Column]:
-    """The columns of one comparison: what was learned, what was forgotten (in nats first), what it cost.
-
-    A measure that is known of no method, as in results before it was recorded, has no column.
-    """
-
-    def known(key: str) -> bool:
-        return key in rows and rows.loc[rows["method"] != "base", key].notna().any()
-
-    of_text = (rows["metric"] == units.PER_TOKEN).all()
-    made = [
-        Column(head="method", text=_method),
-        Column(
-            head="nats/token" if of_text else "score %",
-            text=lambda row: _score(row, interval=not terminal, metric=not of_text),
-        ),
-        Column(head="gain, nats/token" if of_text else GAIN, text=lambda row: _gain(row, unit=not of_text)),
-    ]
-    if of_text and known("domain_bits_per_byte"):
-        made.append(Column(head="bits/byte", text=lambda row: _plain(row, "domain_bits_per_byte"), terminal=False))
-    for key in units.gains(rows):
-        task = key.removeprefix("gain_")
-        unit = rows.loc[rows["method"] != "base", f"unit_{task}"].iloc[0]
-        made.append(
-            Column(
-                head=f"{task}: gain, {units.named(unit)}",
-                short=f"{task}: gain",
-                text=lambda row, key=key, unit=unit: _bounded(
-                    row, key, lambda value: units.change(value, unit), interval=not terminal
-                ),
-            )
-        )
-    if known(DOMAIN) and not of_text:
-        made.append(
-            Column(head="gain, nats/token", text=lambda row: _bounded(row, DOMAIN, numbers.nats), terminal=False)
-        )
-    made += [
-        Column(
-            head=measure.head,
-            short=SHORT.get(measure.key, ""),
-            text=lambda row, m=measure: _bounded(row, m.key, m.show, interval=not (terminal and m is KL)),
-            terminal=measure.key in SHORT,
-        )
-        for measure in NATS
-        if known(measure.key)
-    ]
-    made += [
-        Column(head=FORGETTING, text=lambda row: _bounded(row, "forgetting", numbers.points)),
-        Column(head="perplexity", text=_perplexity, terminal=False),
-        Column(head="prepare", text=lambda row: _cost(row, "seconds_prepare", numbers.seconds), terminal=False),
-        Column(head="train", text=lambda row: _cost(row, "seconds_train", numbers.seconds)),
-        Column(head="n", text=lambda row: f"{row['n_domain']} + {row['n_retention']}"),
-    ]
-    return [column for column in made if column.terminal or not terminal]
-
-
-SHORT = {"general_nll_lost": "text lost, nats", "general_kl": "KL", "gold_nll_lost": "answers lost, nats"}
-
-
-def _method(row: pd.Series) -> str:
-    return row["method"] + ("*" if row.get("note") and isinstance(row["note"], str) else "")
-
-
-def _score(row: pd.Series, *, interval: bool, metric: bool) -> str:
-    unit = row.get("unit", units.SHARE)
-    # the heads of the columns name the unit of shares; any other is written behind the number
-    after = "" if unit == units.SHARE or not metric else f" {row['metric']}"
-    bounds = _range(row, "domain_score", lambda value: units.level(value, unit)) if interval else ""
-    return f"{units.level(row['domain_score'], unit)}{after}{bounds}"
-
-
-def _gain(row: pd.Series, *, unit: bool) -> str:
-    own = row.get("unit", units.SHARE)
-    after = "" if own in (units.SHARE, row["metric"]) or not unit else f" {own}"
-    show = numbers.nats if row["metric"] == units.PER_TOKEN else lambda value: units.change(value, own)
-    return _bounded(row, "domain_gain", show, after=after)
-
-
-def _gain_in_nats(row: pd.Series) -> str:
-    return _bounded(row, DOMAIN, numbers.nats)
-
-
-def _bounded(row: pd.Series, key: str, show, *, after: str = "", interval: bool = True) -> str:
-    """A method's number with its interval; nothing for the base, from which all differences are."""
-    if row["method"] == "base" and row["seeds"] == 0:
-        return ""
-    return f"{show(row[key])}{after}{_range(row, key, show) if interval else ''}"
-
-
-def _cost(row: pd.Series, key: str, show) -> str:
-    return "" if row["method"] == "base" else show(row.get(key))
-
-
-def _plain(row: pd.Series, key: str) -> str:
-    return "–" if numbers.missing(row.get(key)) else f"{row[key]:.3f}"
-
-
-def _perplexity(row: pd.Series) -> str:
-    if row["method"] == "base":
-        return f"{row['perplexity']:.1f}"
-    if numbers.missing(row["perplexity_ratio"]):
-        return "–"
-    return f"×{row['perplexity_ratio']:.2f}{_range(row, 'perplexity_ratio', '{:.2f}'.format)}"
-
-
-def _range(row: pd.Series, key: str, show) -> str:
-    low, high = row.get(f"{key}_low"), row.get(f"{key}_high")
-    return "" if numbers.missing(low) or numbers.missing(high) else f" [{show(low)}, {show(high)}]"
 
 
 def legend(table: pd.DataFrame, *, terminal: bool = False) -> list[str]:
@@ -161,11 +35,27 @@ def legend(table: pd.DataFrame, *, terminal: bool = False) -> list[str]:
         "All are against the bare base model, and above 0 more is forgotten. Forgetting in points is the share of "
         "right answers lost, the mean over retention tasks above chance: it sees only the answers that turned.",
         *_other_units(table),
-        "n is domain + retention rows.",
+        *(_of_columns(methods) if not terminal else []),
     ]
     if "note" in table:
         notes = table[table["note"].fillna("") != ""].drop_duplicates("method")
         lines += [f"* {row['method']}: {row['note']}." for _, row in notes.iterrows()]
+    return lines
+
+
+def _of_columns(methods: pd.DataFrame) -> list[str]:
+    """What the columns besides gain and forgetting mean, which the terminal has no room for."""
+    lines = [
+        "+ tokens: what a method reads beside the domain, in its preparation and in its training.",
+        "Seconds are of training, + of a preparation; bytes are of the weights or adapter to keep, + of importance and "
+        "anchor. They are measured, and differ from run to run.",
+        "n is domain + retention rows.",
+    ]
+    if "told" in methods and methods["told"].notna().any():
+        lines.append(
+            "Less, more or no: whether a method loses significantly less or more general text than plain fine-tuning "
+            "at the same setting, after Holm's correction; below it the other measures that tell the two apart."
+        )
     return lines
 
 
@@ -218,13 +108,16 @@ def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
     """For the terminal: aligned, about 150 columns."""
     lines = [BANNER, ""] if loaded.not_a_result else []
     for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
-        shown = columns(rows, terminal=True)
-        texts = [[column.short or column.head, *(column.text(row) for _, row in rows.iterrows())] for column in shown]
+        shown = [column for column in [*columns(rows), *others(rows)[1:]] if column.terminal]
+        texts = [
+            [column.short or column.head, *((column.brief or column.text)(row) for _, row in rows.iterrows())]
+            for column in shown
+        ]
         widths = [max(map(len, column)) for column in texts]
         seeds = int(rows["seeds"].max())
         lines.append(f"{model}, {domain}, {seeds} seed{'s' if seeds != 1 else ''}")
-        for first, *others in zip(*texts):
-            cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(others, widths[1:]))]
+        for first, *rest in zip(*texts):
+            cells = [first.ljust(widths[0]), *(text.rjust(width) for text, width in zip(rest, widths[1:]))]
             lines.append("  ".join(cells).rstrip())
         lines.append("")
     told = legend(table, terminal=True) if len(table) else ["No cell has finished."]
@@ -237,7 +130,7 @@ def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
 def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
     lines = [f"**{BANNER}**", ""] if loaded.not_a_result else []
     for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
-        shown = columns(rows)
+        shown = [*columns(rows), *others(rows)[1:]]
         heads = " | ".join(column.head for column in shown)
         lines += [f"### {model}, {domain}", "", f"| {heads} |", f"|:--|{'--:|' * (len(shown) - 1)}"]
         for _, row in rows.iterrows():

@@ -21,6 +21,7 @@ COSTS = (
     "bytes_weights_delta",
     "bytes_optimizer_state",
     "tokens_prepare",
+    "tokens_added",
     "tokens_trained",
 )
 

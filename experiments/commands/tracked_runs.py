@@ -26,7 +26,7 @@ from methods.tools.files import sha256
 
 FILES = "metrics.json details.json train.json scores.json evaluate.json drift.json curve.csv items.csv.gz".split()
 PAGES = ("report.html", "bench.html", "details.html", "table.csv", "tests.csv")  # of the study's summary
-FRONT = "gain_against_nats"  # the figure that names every method's point, which MLflow's own scatter chart cannot
+FRONT = "overview"  # the figure that names every method's point, which MLflow's own scatter chart cannot
 EXPERIMENT = "DVC_EXP_NAME"  # the tag of a run made within `dvc exp run`
 KEY, ROWS = "holdfast.key", ("base", "method", "cell")  # the tag of a run's key; what a run is, by the key's length
 CHARACTERS, DIGITS = 5000, 6  # of a parameter or tag, as MLflow limits it; of a fraction, for MLflow shows them all
@@ -196,6 +196,7 @@ def base_of(loaded: Loaded, pair: str, *, table: pd.DataFrame, root: Path) -> Ru
     }
     figures = sorted((summary / "figures").glob(f"*-{model}-{domain}.png"))
     own = [file for file in figures if "-" not in file.stem.removesuffix(f"-{model}-{domain}")]  # not of another model
+    own += [file for file in [summary / "figures" / f"{FRONT}.png"] if file.is_file()]  # of all comparisons
     return Run(
         key=pair,
         start=end - round(1000 * (about.get("seconds_evaluate") or 0)),
@@ -204,7 +205,7 @@ def base_of(loaded: Loaded, pair: str, *, table: pd.DataFrame, root: Path) -> Ru
         tags=_tags(pair, tags | shown(row)),
         files=[(file, "") for name in PAGES if (file := summary / name).is_file()]
         + [(file, "figures") for file in own],
-        image=next((file for file in own if file.stem.startswith(f"{FRONT}-")), None),
+        image=next((file for file in own if file.stem == FRONT), None),
     )
 
 

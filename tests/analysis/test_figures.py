@@ -10,7 +10,8 @@ from analysis.statistics.comparison import comparison
 from tests.analysis.fixtures import METHODS, coefficients, write_results
 
 NAMES = [
-    "gain_against_nats",
+    "overview",
+    "overview_phone",
     "nats_lost_by_task",
     "forgetting_by_task",
     "forgetting_over_training",
@@ -42,7 +43,8 @@ def test_every_figure_is_there_in_three_forms(drawn):
     _, _, _, figures = drawn
     assert list(figures) == NAMES
     for figure in figures.values():
-        assert figure.stem.name == f"{figure.name}-smollm2-135m-science"
+        where = "" if figure.name.startswith("overview") else "-smollm2-135m-science"
+        assert figure.stem.name == figure.name + where
         assert figure.stem.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
         assert "<svg" in figure.stem.with_suffix(".svg").read_text()
         assert len(csv(figure)) and figure.caption
@@ -51,9 +53,10 @@ def test_every_figure_is_there_in_three_forms(drawn):
 def test_csv_holds_what_was_drawn(drawn):
     root, loaded, table, figures = drawn
     rows = table.set_index("method")
-    points = csv(figures["gain_against_nats"]).set_index("method")
-    for key in ("domain_nll_gained", "domain_nll_gained_low", "general_nll_lost", "general_nll_lost_high"):
-        assert points[key].to_list() == pytest.approx([rows.at[m, key] for m in METHODS])
+    points = csv(figures["overview"]).set_index("method").loc[list(METHODS)]
+    for key, name in (("gain", "domain_nll_gained"), ("lost", "general_nll_lost")):
+        for end in ("", "_low", "_high"):
+            assert points[key + end].to_list() == pytest.approx([rows.at[m, name + end] for m in METHODS])
     lost = csv(figures["nats_lost_by_task"])
     own = lost[(lost["method"] == "full") & ~lost["at_chance"]]
     assert own["nats_lost"].mean() == pytest.approx(rows.at["full", "gold_nll_lost"]) and len(own) == 3
@@ -108,7 +111,8 @@ def test_without_items_and_curves_the_rest_is_still_drawn(tmp_path):
         (tmp_path / "runs" / cell / "curve.csv").unlink()
     loaded = load_cells(tmp_path, planned)
     assert [figure.name for figure in write_figures(loaded, comparison(loaded), folder=tmp_path / "figures")] == [
-        "gain_against_nats",
+        "overview",
+        "overview_phone",
         "forgetting_by_task",
         "cost",
     ]

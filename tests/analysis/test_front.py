@@ -4,15 +4,13 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
-import pandas as pd
 import pytest
 
 import analysis
-from analysis import style
 from analysis.families import family
 from analysis.load import load_cells
 from analysis.measures import ACCURACY, GENERAL
-from analysis.sections.front import gain_against_nats, section
+from analysis.sections.front import section
 from analysis.statistics.comparison import comparison
 from analysis.statistics.front import nondominated, points
 from analysis.statistics.nats import DOMAIN
@@ -84,17 +82,9 @@ def test_points_are_those_of_the_comparison_in_the_order_of_the_setting(swept):
     assert points(swept, rows.drop(columns=DOMAIN), **WHERE).empty
 
 
-def test_figure_and_sentence(swept, tmp_path):
-    table, cells = comparison(swept), swept.of(**WHERE)
-    with style.house():
-        figure, data, title, caption = gain_against_nats(swept, table[table["method"] != "base"], cells)
-        style.save(figure, data, stem=tmp_path / "front", not_a_result=False)
-    kept = pd.read_csv(tmp_path / "front.csv")
-    assert kept[DOMAIN].to_list() == pytest.approx(data[DOMAIN].to_list()) and kept[f"{GENERAL.key}_low"].notna().all()
-    assert "settings of one method" in caption and title
-    (axes,) = figure.axes
-    lines = [line for line in axes.lines if len(line.get_xdata()) == 3]
-    assert len(lines) == 1 and list(lines[0].get_xdata()) == data.loc[data["family"] == "ewc", DOMAIN].to_list()
+def test_the_front_in_sentences(swept):
+    table = comparison(swept)
+    data = points(swept, table, **WHERE)
     said, rule, tied, end = section(swept, table, **WHERE)
     assert "science has chosen the setting with the least nats" in rule and tied.startswith("Equal to the chosen one")
     assert "was chosen at the end of its range, which should be widened" in end and end.startswith("ewc-s")

@@ -157,7 +157,7 @@ def test_a_domain_of_text_is_compared_per_token_and_told_in_nats_and_bits(chats)
     assert (gain["low"], gain["high"]) == pytest.approx((row["domain_gain_low"], row["domain_gain_high"]))
     text = as_text(loaded, comparison(loaded))
     head, line = text.splitlines()[1], next(line for line in text.splitlines() if line.startswith("full"))
-    assert re.search("nats/token +gain, nats/token", head)
+    assert re.search("gain, nats/token .* nats/token", head)
     assert f"{row['domain_score']:.4g}" in line and f"{numbers.nats(row['domain_gain'])} [" in line
     assert "the gain of science in nats per token of its test rows" in text
     markdown = as_markdown(loaded, comparison(loaded))
@@ -192,13 +192,7 @@ def test_the_whole_report_of_a_domain_of_text(chats, tmp_path):
     write_summary(results_root=root, summary_dir=tmp_path, cells=names, title="Conversations")
     page = (tmp_path / "report.html").read_text()
     assert "hellaswag (200 rows in 2 subtasks)" in page and "films 150, howtos 50" in page
-    assert "on arc_easy they gain" in page and "Gain against forgetting, in nats" in page
-    assert "nats per token; after fine-tuning, the methods reach" in page and "nats_per_token" not in page
-    assert (
-        "gain on the domain, nats (right is better)"
-        in (tmp_path / "figures").joinpath("gain_against_nats-smollm2-135m-science.csv").read_text()
-        or (tmp_path / "figures/gain_against_nats-smollm2-135m-science.png").is_file()
-    )
-    data = pd.read_csv(tmp_path / "figures/gain_against_nats-smollm2-135m-science.csv").set_index("method")
+    assert "arc_easy: gain" in page and "nats_per_token" not in page
+    data = pd.read_csv(tmp_path / "figures/overview.csv").set_index("method")
     row = comparison(load_cells(root, names)).set_index("method").loc["full"]
     assert data.at["full", "gain"] == pytest.approx(row["domain_gain"])  # nats, not hundredths of them

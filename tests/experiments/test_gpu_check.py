@@ -13,9 +13,7 @@ import pytest
 import torch
 
 from analysis.load import load_cells, newest_gpu_check
-from analysis.report.page import write_report
-from analysis.statistics.comparison import comparison
-from analysis.statistics.tests import all_tests
+from analysis.report.beside import write_bench
 from experiments.__main__ import parser
 from experiments.bench import full_size, sizes
 from experiments.bench.running import process_group
@@ -306,10 +304,7 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
     planned = write_results(root)
 
     def page():
-        loaded = load_cells(root, planned)
-        return write_report(
-            loaded, comparison(loaded), all_tests(loaded), [], path=root / "summary/report.html", title="x", study=""
-        ).read_text()
+        return write_bench(load_cells(root, planned), path=root / "summary/bench.html", title="x").read_text()
 
     assert "Not measured: there is no file in results/gpu/" in page()
     whole = json.loads(guarded[0].read_text())

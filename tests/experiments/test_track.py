@@ -121,14 +121,14 @@ def test_the_base_holds_the_report_and_the_front_as_large_as_it_is(database, res
 
     figures = results / "summary/figures"
     figures.mkdir(parents=True)
-    for name in ("gain_against_nats-smollm2-135m-science", "cost-smollm2-135m-science", "cost-smollm2-135m-physical"):
+    for name in ("overview", "overview_phone", "cost-smollm2-135m-science", "cost-smollm2-135m-physical"):
         Image.new("RGB", (900, 600)).save(figures / f"{name}.png")
     (results / "summary/report.html").write_text("<p>report")
     track(results_root=results, cells=[CELL("full")], study="default", database=database)
     base = runs_of(database, kind="base")["smollm2-135m/science"]
     found = client(database)
     assert {file.path for file in found.list_artifacts(base.info.run_id)} == {"report.html", "figures", "images"}
-    own = ["figures/cost-smollm2-135m-science.png", "figures/gain_against_nats-smollm2-135m-science.png"]
+    own = ["figures/cost-smollm2-135m-science.png", "figures/overview.png"]
     assert [file.path for file in found.list_artifacts(base.info.run_id, "figures")] == own
     folder = database.parent / "mlartifacts/default" / base.info.run_id / "artifacts/images"
     assert {Image.open(file).size for file in folder.iterdir()} == {(900, 600)} and len(list(folder.iterdir())) == 2

@@ -1,0 +1,32 @@
+"""Which methods are told apart from plain fine-tuning at the same setting, and by which measures."""
+
+import pandas as pd
+
+from analysis.measures import FORGETTING
+from analysis.roles import PLAIN
+from analysis.statistics.detectable import LEVEL
+
+MEASURES = dict(zip(FORGETTING, ("text", "KL", "answers", "margin", "accuracy")))
+
+
+def with_told(table: pd.DataFrame, tests: pd.DataFrame) -> pd.DataFrame:
+    """The comparison with `told` and `told_also` of each method: how it differs from plain fine-tuning.
+
+    told       'less', 'more' or 'no' by the measure that resolves most; None without several seeds
+    told_also  the other measures that tell the two apart, 'also KL, answers; more by margin'
+    """
+    tests = tests[(tests["family"] == PLAIN) & ~tests["descriptive"].astype(bool)]
+    by_method = {key: own.set_index("measure") for key, own in tests.groupby(["model", "domain", "a"], sort=False)}
+    told, also = [], []
+    for row in table.itertuples():
+        own = by_method.get((row.model, row.domain, row.method))
+        sides = {} if own is None else {key: _side(own.loc[key]) for key in MEASURES if key in own.index}
+        told.append(first := sides.pop(next(iter(sides))) if sides else None)
+        others = {side: [MEASURES[key] for key, its in sides.items() if its == side] for side in ("less", "more")}
+        texts = {side: "also" if side == first else f"{side} by" for side in others}
+        also.append("; ".join(f"{texts[side]} {', '.join(names)}" for side, names in others.items() if names))
+    return table.assign(told=told, told_also=also)
+
+
+def _side(test: pd.Series) -> str:
+    return "no" if not test["p_holm"] < LEVEL else "less" if test["difference"] < 0 else "more"

@@ -1,0 +1,116 @@
+"""The answer's three sentences: every number in them is recomputed here from the tables."""
+
+import re
+
+import pandas as pd
+import pytest
+
+from analysis import numbers
+from analysis.load import load_cells
+from analysis.roles import Roles
+from analysis.sections.answer import reading, sentences, without_accuracy
+from analysis.sections.told import with_told
+from analysis.statistics.comparison import comparison
+from analysis.statistics.tests import all_tests
+from tests.analysis.fixtures import without_nats, write_results
+
+
+def made(root, cells):
+    loaded = load_cells(root, cells)
+    return loaded, comparison(loaded), all_tests(loaded)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    root = tmp_path_factory.mktemp("several")
+    return made(root, write_results(root, methods=("full", "lora", "ewc", "mofo"), seeds=(0, 1, 2)))
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    root = tmp_path_factory.mktemp("alone")
+    return made(root, write_results(root, methods=("full", "lora", "ewc")))
+
+
+def test_three_sentences_hold_the_numbers_of_the_table_and_the_tests(several):
+    loaded, table, tests = several
+    first, second, third = sentences(loaded, table, tests)
+    rows = table.set_index("method")
+    for key in ("domain_nll_gained", "general_nll_lost"):
+        low, high = (numbers.nats(rows.at["full", f"{key}_{end}"]) for end in ("low", "high"))
+        assert f"{numbers.nats(rows.at['full', key])} [{low}, {high}]" in first, key
+    assert "3 seeds, p" in first
+    own = tests[(tests["family"] == "full") & (tests["measure"] == "general_nll_lost")]
+    less = own[(own["p_holm"] < 0.05) & (own["difference"] < 0)]
+    assert f"{len(less)} of 3 remedies lose significantly less after Holm's correction" in second
+    for name in less["a"]:
+        lost, gained = (numbers.nats(rows.at[name, key]) for key in ("general_nll_lost", "domain_nll_gained"))
+        assert f"{name} ({lost} at a gain of {gained})" in second
+    pairs = tests[(tests["family"] == "leaders") & (tests["measure"] == "general_nll_lost")]
+    assert f"{(pairs['p_holm'] < 0.05).sum()} of 3 pairs of leaders" in second
+    assert "0 to 40,000 tokens beside the domain" in third and "2 min 52 s to 5 min 01 s" in third
+    assert "1.8 MB to 269 MB" in third
+
+
+def test_what_could_not_be_told_apart_stands_with_what_could_have_been(several):
+    loaded, table, tests = several
+    assert "not told apart" not in sentences(loaded, table, tests)[2]
+    own = (tests["family"] == "full") & (tests["measure"] == "general_nll_lost") & (tests["a"] != "ewc")
+    unsure = tests.assign(p_holm=tests["p_holm"].where(~own, 0.2), detectable=tests["detectable"].where(~own, 0.031))
+    _, second, third = sentences(loaded, table, unsure)
+    assert second.startswith("1 of 3 remedies") and "ewc" in second
+    assert "not told apart from plain fine-tuning: lora, mofo (a difference of 0.031 nats per token" in third
+
+
+def test_a_composition_must_beat_every_single_remedy(several):
+    loaded, table, tests = several
+    row = tests.iloc[[0]].assign(measure="general_nll_lost", family="compositions", a="both", b="ewc", difference=-0.01)
+    for p, text in (
+        (0.01, "both (p\u00a0=\u00a00.010) loses less than every single"),
+        (0.2, "no composition loses less"),
+    ):
+        assert text in sentences(loaded, table, pd.concat([tests, row.assign(p_holm=p)]))[1]
+
+
+def test_one_seed_orders_runs_and_says_nothing_of_methods(alone):
+    loaded, table, tests = alone
+    first, second, _ = sentences(loaded, table, tests)
+    assert "(one seed)" in first and "p\u00a0" not in first + second and "significant" not in second
+    names = re.findall("(full|lora|ewc) [+−]", second)
+    rows = table.set_index("method")["general_nll_lost"].astype(float)
+    assert names == list(rows[["lora", "ewc"]].sort_values().index) and "of this run" in second
+    assert "not another run" in reading(loaded, table) and with_told(table, tests)["told"].isna().all()
+
+
+def test_one_method_without_plain_fine_tuning(tmp_path):
+    loaded, table, tests = made(tmp_path, write_results(tmp_path, methods=("lora",)))
+    first, second, third = sentences(loaded, table, tests)
+    assert first.startswith("Lora on science gains") and "lora" in second and "2 min 52 s" in third
+
+
+def test_results_without_nats_are_said_in_points(tmp_path):
+    cells = write_results(tmp_path, methods=("full", "lora"))
+    without_nats(tmp_path)
+    first, second, _ = sentences(*made(tmp_path, cells))
+    assert re.search(r"gains \+[\d.]+ \[.*\] points and loses", first) and "lora" in second
+
+
+def test_several_models_and_domains_have_a_clause_each(alone, tmp_path):
+    cells = write_results(tmp_path, methods=("full",))
+    cells += write_results(tmp_path, methods=("full",), domain="code", model="llama-tiny")
+    for sentence in sentences(*made(tmp_path, cells))[:2]:
+        assert "on science (smollm2-135m)" in sentence.lower() and "on code (llama-tiny)" in sentence.lower()
+
+
+def test_a_base_at_chance_is_named(alone):
+    _, table, _ = alone
+    assert without_accuracy(table) == []
+    (line,) = without_accuracy(table.assign(forgetting=None))
+    assert "right answers cannot show forgetting" in line
+
+
+def test_roles_change_who_leads(several):
+    from dataclasses import replace
+
+    loaded = replace(several[0], roles=Roles(leaders=("lora", "ewc")))
+    assert "of 1 pair of leaders" in sentences(loaded, several[1], all_tests(loaded))[1]

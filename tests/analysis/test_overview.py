@@ -1,0 +1,61 @@
+"""The first page's figure and table."""
+
+from dataclasses import replace
+
+import matplotlib.pyplot as plt
+import pytest
+
+from analysis import style
+from analysis.also import beside
+from analysis.load import load_cells
+from analysis.roles import Roles
+from analysis.sections import overview
+from analysis.statistics.comparison import comparison
+from tests.analysis.fixtures import write_results
+
+
+@pytest.fixture(scope="module")
+def track(tmp_path_factory):
+    """Two methods at two settings and three seeds, and a screen with one seed of one of them and another."""
+    root = tmp_path_factory.mktemp("track")
+    cells = write_results(root / "own", methods=("full", "full-s1", "ewc", "ewc-s1", "lora"), seeds=(0, 1))
+    screen = write_results(root / "screen", methods=("ewc", "mofo", "mofo-s1"))
+    loaded = load_cells(root / "own", cells)
+    loaded = replace(loaded, roles=Roles(leaders=("ewc",)), also=beside(loaded, {"screen": (root / "screen", screen)}))
+    return loaded, comparison(loaded), overview.also(loaded)
+
+
+def test_the_table_has_at_most_ten_columns_and_mutes_what_is_not_tested(track):
+    heads, (group, *rows) = overview.table(*track)
+    assert len(heads) <= 10 and group == {"title": "smollm2-135m on science"}
+    names = [row["name"] for row in rows]
+    assert names[:5] == ["full", "full-s1", "ewc", "ewc-s1", "lora"] and len(names) == 6  # mofo at its chosen setting
+    assert rows[2]["note"] == "+40,000 tokens" and rows[5]["note"] == "screen, 1 seed" and rows[5]["class"] == "aside"
+    assert {len(row["cells"]) for row in rows} == {len(heads) - 1}
+    muted = [row["class"] == "aside" for row in rows[:4]]
+    assert muted[0] != muted[1] and muted[2] != muted[3]  # of a method with two settings the one that was not chosen
+
+
+def test_points_of_other_studies_stand_apart_and_keep_their_numbers(track):
+    loaded, table, there = track
+    data = overview.points(loaded, table, there)
+    assert data.groupby("study").size().to_dict() == {"": 5, "screen": 3}
+    own = data[data["study"] == ""].set_index("method")
+    for row in table[table["method"] != "base"].itertuples():
+        assert (own.at[row.method, "gain"], own.at[row.method, "lost"]) == (row.domain_nll_gained, row.general_nll_lost)
+
+
+@pytest.mark.parametrize("phone", [False, True])
+def test_leaders_and_plain_fine_tuning_are_named_and_the_rest_is_grey(track, phone):
+    loaded, table, there = track
+    with style.house():
+        figure, data, _, caption = overview.figure(loaded, overview.points(loaded, table, there), phone=phone)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.texts] == ["full", "ewc"] and "screen" in caption
+    grey = [line for line in axes.lines if line.get_color() == style.FAINT]
+    assert sorted(len(line.get_xdata()) for line in grey) == [1, 1, 2]  # lora, the screen's ewc, and its mofo
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    named = data[(data["study"] == "") & data["family"].isin(["full", "ewc"])]
+    assert named["gain"].between(left, right).all() and named["lost"].between(bottom, top).all()
+    assert right - left < 2 * (data["gain"].max() - data["gain"].min())  # the axes are cut to the data
+    plt.close(figure)
