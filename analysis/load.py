@@ -42,7 +42,8 @@ class Loaded:
     items     items.csv.gz of all finished cells, with a `cell` column: the score of every item
     failures  one row per cell without a result: cell, stage, kind, reason, when ('not run' is the kind where nothing is
               recorded), and settings, parts, git where they are recorded
-    base      model -> {"scores": scores.json, "items": DataFrame, "evaluate": evaluate.json}
+    base      model -> {"scores": scores.json, "items": DataFrame, "evaluate": evaluate.json, "start": start.json,
+              "settle": settle.json of a settled model, else {}}
     tuning    (model, domain) -> the record of the tuning trials
     prepared  cell -> prepare.json
     drift     cell -> drift.json
@@ -144,7 +145,7 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
         items=pd.concat(items, ignore_index=True) if items else pd.DataFrame(),
         failures=pd.DataFrame(failures, columns=columns),
-        base={model: _read_base(folder) for model, folder in bases.items() if (folder / "scores.json").exists()},
+        base={model: _read_base(root, folder) for model, folder in bases.items() if (folder / "scores.json").exists()},
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
         prepared=prepared,
         drift=drift,
@@ -228,12 +229,14 @@ def _not_a_benchmark(record) -> str:
     return ""
 
 
-def _read_base(folder: Path) -> dict:
-    items, evaluate = folder / "items.csv.gz", folder / "evaluate.json"
+def _read_base(root: Path, folder: Path) -> dict:
+    items, evaluate, start = (folder / name for name in ("items.csv.gz", "evaluate.json", "start.json"))
     return {
         "scores": read_json(folder / "scores.json"),
         "items": _table(items, columns=ITEMS, numeric=NUMBERS) if items.exists() else pd.DataFrame(),
         "evaluate": read_json(evaluate) if evaluate.exists() else {},
+        "start": read_json(start) if start.exists() else {},
+        "settle": next((read_json(path) for path in _shared_files(root, f"settled/{folder.name}")), {}),
     }
 
 

@@ -6,26 +6,21 @@ where it stopped when the same command is given again.
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256 as new_sha256
 from typing import Any
 
-import torch
-
 import evaluation
 from evaluation.chance import WARNING
-from evaluation.labelled import encode_row
-from experiments.data import general_text, mix
-from experiments.data.reader import Reader, Row
+from experiments.data import general_text, mix, settling_rows
+from experiments.data.reader import Reader
 from experiments.model import delta, settled, weights
 from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
 from experiments.stages.model import folder_of
 from experiments.study import provenance
 from experiments.training import hardware, memory, settling
-from experiments.training.batches import Example
-from experiments.training.examples import examples_of
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS, TrainSettings
 from methods.errors import UserError
@@ -51,10 +46,10 @@ def _settle(study, model: str, block: Any, folder) -> None:
     probes = general_text.lines(study.general, reader)[0]["probe"]
     if len(probes) < 2:
         raise UserError("general.probe is below 2: the gate is measured on probe texts; set it to 64")
-    sources = mix.rows(study, block.mix, reader)
+    sources = settling_rows.of(block.mix, reader)
     read = {"mix": sources, "probe": probes}
     data = new_sha256(json.dumps(read, sort_keys=True, default=str).encode()).hexdigest()
-    encoded = {name: _examples(rows, tokenizer, train.length, where=model) for name, rows in sources.items()}
+    encoded = {name: settling.documents(rows, tokenizer, train.length) for name, rows in sources.items()}
     fresh, rest = mix.reserved(encoded, block.mix, block.gate.steps * train.batch)
     rows = mix.interleaved(rest, block.mix, block.gate.most * train.batch)
     memory.refuse(
@@ -137,15 +132,3 @@ def told(gate: Mapping[str, Any], asked: Any) -> str:
         f"fine-tuning lower that by {gate['improvement']:.4f} (95 % interval {gate['low']:.4f} to {gate['high']:.4f}): "
         + ("settled" if gate["holds"] else f"not settled, for {asked.nats:g} or more is possible")
     )
-
-
-def _examples(rows: Sequence[Row], tokenizer: Any, length: int, *, where: str) -> list[Example]:
-    """An example for each row; a document is cut at `length` tokens."""
-    if "text" not in rows[0]:
-        return examples_of(rows, tokenizer, length, domain=where, where=f"models.{where}.settle.train")
-    examples = []
-    for row in rows:
-        ids, labels, _ = encode_row(tokenizer, row)
-        ids, labels = torch.tensor(ids[:length]), torch.tensor(labels[:length])
-        examples.append({"input_ids": ids, "labels": ids.where(labels, torch.tensor(-100))})
-    return examples

@@ -1,19 +1,12 @@
-"""The mix that a model is settled on: rows of several sources by weight, none of which is scored or probed."""
+"""The order in which a model that is settled reads the sources of its mix (experiments/data/settling_rows.py)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from typing import TypeVar
 
-from experiments.data import general_text
-from experiments.data.reader import Reader, Row
 from methods.errors import UserError
 
 T = TypeVar("T")
-
-
-def rows(study, weights: Mapping[str, float], reader: Reader) -> dict[str, list[Row]]:
-    """The rows of each source of a mix, in an order that depends on their content alone."""
-    return {"general": general_text.lines(study.general, reader)[0]["settle"]}
 
 
 def reserved(

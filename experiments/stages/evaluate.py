@@ -15,9 +15,10 @@ from experiments.model import tuned, weights
 from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
+from experiments.stages.model import folder_of
 from experiments.study import ahead, chat_templates, ledger, provenance
 from experiments.study.failures import recorded
-from experiments.training import hardware
+from experiments.training import hardware, improvable
 from methods.errors import UserError
 from methods.tools.files import read_json, sha256, write_json
 
@@ -41,6 +42,23 @@ def base(study, *, model: str) -> None:
         loaded, digest = weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder)
         out = study.paths.base(model)
         _score(study, model, loaded, digest, tasks=Path(together), out=out, reference=loaded)
+        start = {"unsettled": _unsettled(study, model, tasks=Path(together), settled=loaded), "improvable": None}
+    if test := improvable.settings(study, model):
+        general = study.paths.data / "general"
+        start["improvable"] = improvable.improvable(folder, general, steps=test["steps"], dtype=dtype, device=where)
+    write_json(out / "start.json", start)
+
+
+def _unsettled(study, model: str, *, tasks: Path, settled: torch.nn.Module) -> dict[str, Any] | None:
+    """The scores of the model that a settled one is made of, with the KL on general text from the settled one."""
+    if (block := study.models[model].settle) is None:
+        return None
+    name, (dtype, where) = getattr(block, "from"), _computing(study, model)
+    with folder_of(study, name) as folder:
+        digest = weights.tensor_sha256(folder)
+        unsettled = weights.load_model(folder, dtype=dtype, device=where)
+        scores, _ = _scores(study, model, unsettled, digest, tasks=tasks, reference=settled)
+    return {"model": name, "scores": scores}
 
 
 def merged(folders: Sequence[Path]) -> list[dict]:
@@ -98,14 +116,8 @@ def _reference(study, folder: Path, *, tasks: Path, dtype: torch.dtype, device: 
     )
 
 
-def _score(
-    study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path, reference: Any
-) -> None:
-    """Score a model whose weights have the hash `digest`, and write scores, items and costs to `out`."""
-    where = hardware.device(study.device)
-    hardware.reset_peak(where)
-    began = perf_counter()
-    scores, items = harness.score(
+def _scores(study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, reference: Any):
+    return harness.score(
         model=model,
         tokenizer=weights.load_tokenizer(study.paths.model(model_name)),
         tasks_dir=tasks,
@@ -114,6 +126,16 @@ def _score(
         reference=reference,
         **resolve.evaluation_settings(study),
     )
+
+
+def _score(
+    study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path, reference: Any
+) -> None:
+    """Score a model whose weights have the hash `digest`, and write scores, items and costs to `out`."""
+    where = hardware.device(study.device)
+    hardware.reset_peak(where)
+    began = perf_counter()
+    scores, items = _scores(study, model_name, model, digest, tasks=tasks, reference=reference)
     seconds = perf_counter() - began
     harness.save(scores, items, out)
     write_json(

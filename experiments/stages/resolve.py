@@ -19,7 +19,7 @@ from experiments.study import cells, local_files
 from experiments.study.advice import of_study
 from experiments.study.clashes import ROLES
 from experiments.study.schema import Domain, Rows
-from experiments.training import hardware, hooks
+from experiments.training import hardware, hooks, improvable
 from experiments.training.settings import NUMERICS, TrainSettings
 from methods import registry
 from methods.errors import UserError
@@ -59,7 +59,7 @@ def contents(study) -> dict[str, dict]:
     models, domains, methods = study.grid.models, study.grid.domains, study.grid.methods
     pairs = [f"{name}/{method}" for name in models for method in methods]
     paths = ["data.json", "compare.json"]
-    paths += [f"{kind}/{name}.json" for kind in ("model", "evaluate") for name in models]
+    paths += [f"{kind}/{name}.json" for kind in ("model", "base", "evaluate") for name in models]
     paths += [f"{kind}/{pair}.json" for kind in ("prepare", "collect") for pair in pairs]
     paths += [f"train/{name}/{domain}/{method}.json" for name in models for domain in domains for method in methods]
     return {path: content(study, path) for path in paths}
@@ -68,7 +68,7 @@ def contents(study) -> dict[str, dict]:
 def content(study, path: str) -> dict:
     """The content of the resolved file `path`, such as train/MODEL/DOMAIN/METHOD.json."""
     kind, *names = path.removesuffix(".json").split("/")
-    stages = (model, data, evaluate, prepare, train, collect, compare)
+    stages = (model, data, base, evaluate, prepare, train, collect, compare)
     return {stage.__name__: stage for stage in stages}[kind](study, *names)
 
 
@@ -140,6 +140,11 @@ def _row_files(study) -> list[str]:
     return [*filter(None, [*templates, _asked(study).get("hub")]), *(path for paths in sources for path in paths)]
 
 
+def base(study, model: str) -> dict:
+    """What the stage `base` depends on: scoring, and the test of whether training could improve the model."""
+    return evaluate(study, model) | {"improvable": improvable.settings(study, model)}
+
+
 def evaluate(study, model: str) -> dict:
     """What the scores of the base and of cells depend on besides weights and rows; `collect` compares the same."""
     resolved = evaluation_settings(study) | {
@@ -161,7 +166,8 @@ def evaluate(study, model: str) -> dict:
 
 def evaluation_settings(study) -> dict:
     """The block `evaluate` without what is off; a template from a file is its text."""
-    settings = {key: value for key, value in study.evaluate.model_dump().items() if value not in (None, False)}
+    settings = study.evaluate.model_dump(exclude={"improve"})
+    settings = {key: value for key, value in settings.items() if value not in (None, False)}
     if isinstance(file := settings.get("chat_template"), str):
         settings["chat_template"] = local_files.text(file, where="evaluate.chat_template")
     return settings

@@ -18,7 +18,7 @@ from experiments.study.config import also
 from experiments.study.paths import Paths
 
 OUTPUTS = ("metrics.json", "details.json", "curve.csv", "train.json", "items.csv.gz", "drift.json")
-BASE = ("scores.json", "items.csv.gz")
+BASE = ("scores.json", "items.csv.gz", "start.json")
 # the code that `resolve` hashes, and the files with the numbers that it writes: SCORING, NUMERICS and its own formats
 CODE = ("methods", "evaluation/__init__.py", "experiments/training/settings.py", "experiments/stages/resolve.py")
 
@@ -32,6 +32,9 @@ def compare_inputs(study) -> list[str]:
     files = [study.paths.run(cell) / name for cell in grid for name in OUTPUTS]
     files += [study.paths.prepare_costs(model=cell.model, method=cell.method, seed=cell.seed) for cell in grid]
     files += [study.paths.base(model) / name for model in study.grid.models for name in BASE]
+    files += [
+        study.paths.adapter(model).with_name("settle.json") for model in study.grid.models if study.models[model].settle
+    ]
     trials = [study.paths.tuning(model, domain) for model in study.grid.models for domain in study.grid.domains]
     files += [path for path in trials if path.is_file()]
     files += [path for other in also(study).values() for path in _finished(other)]

@@ -238,6 +238,11 @@ class Evaluate(Block):
     )
     batch_size: Count = key("Requests in a forward pass.", 16)
     chat_template: bool | str = key("Whether prompts are written in the tokenizer's chat template, or a file's.", False)
+    improve: CountOrNone = key(
+        "Steps on general text alone by which `base` tests whether training on anything would improve it; 0: no test. "
+        "Settled and random models are not tested.",
+        30,
+    )
     fewshot_as_multiturn: bool = key(
         "Whether few-shot examples are turns of their own; without it, where there is a chat template.", None
     )

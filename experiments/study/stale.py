@@ -12,7 +12,7 @@ from methods.tools.files import read_json
 FILES = {
     "model": "model/{model}.json",
     "data": "data.json",
-    "base": "evaluate/{model}.json",
+    "base": "base/{model}.json",
     "prepare": "prepare/{model}/{method}.json",
     "train": "train/{model}/{domain}/{method}.json",
     "evaluate": "evaluate/{model}.json",

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from analysis.statistics.intervals import Interval, per_token
 from evaluation.encode import encode_rolling
+from evaluation.labelled import encode_row
 from evaluation.preserve import preserved
 from evaluation.token_losses import Labelled, token_losses
 from experiments.model import settled, tuned, weights
@@ -163,6 +164,17 @@ def adapter(model: nn.Module, *, rank: int, alpha: float) -> Part:
     targets = sorted({name.rpartition(".")[2] for name, module in linear if module is not head})
     (part,) = registry.build({"lora": {"rank": rank, "alpha": alpha, "targets": targets}})
     return part
+
+
+def documents(rows: Sequence[Mapping[str, Any]], tokenizer: Any, length: int) -> list[Example]:
+    """An example for each row, cut at `length` tokens; of a question and its answer all tokens are learned, too."""
+    examples = []
+    for row in rows:
+        text = row["text"] if "text" in row else row["context"] + row["choices"][row["gold"]]
+        ids, labels, _ = encode_row(tokenizer, {"text": text})
+        ids, labels = torch.tensor(ids[:length]), torch.tensor(labels[:length])
+        examples.append({"input_ids": ids, "labels": ids.where(labels, torch.tensor(-100))})
+    return examples
 
 
 def passages(texts: Sequence[str], tokenizer: Any) -> list[Labelled]:

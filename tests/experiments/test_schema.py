@@ -146,7 +146,7 @@ FULL = {  # every key of every block, with a right value
         "lora": {"lora": {}, "ewc": {}, "train": {key: value for key, value in TRAIN.items() if key != "moments"}}
     },
     "train": TRAIN,
-    "evaluate": {"scorer": "hflm", "batch_size": 4, "chat_template": True, "fewshot_as_multiturn": False},
+    "evaluate": {"scorer": "hflm", "batch_size": 4, "chat_template": True, "fewshot_as_multiturn": False, "improve": 5},
     "tune": {"epochs": 0.5, "methods": {"lora": {"lora.rank": [2, 4]}}},
     "archive": {"commit": "b" * 40, "known": ["nothing"]},
     "leaders": ["lora"],

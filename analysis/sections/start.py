@@ -1,0 +1,95 @@
+"""The start of a comparison: whether the base was settled, in sentences, and losses against the unsettled one."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+
+from analysis import numbers
+from analysis.load import Loaded, retention_tasks
+
+
+def sentences(loaded: Loaded, model: str) -> list[str]:
+    """What is known of a model's start: the last gate of a settled one, the test of another; empty if nothing is."""
+    base = loaded.base.get(model, {})
+    if record := base.get("settle"):
+        return [_settled(record, model)]
+    test = base.get("start", {}).get("improvable")
+    return [_tested(test)] if test else []
+
+
+def is_settled(loaded: Loaded, model: str) -> bool | None:
+    """Whether plain fine-tuning on general text could not have improved the base; None if it was not tested.
+
+    Where it is False, the report warns: what a method loses is hidden behind what any training repairs.
+    """
+    base = loaded.base.get(model, {})
+    if record := base.get("settle"):
+        return record["settled"]
+    test = base.get("start", {}).get("improvable")
+    return None if not test or test["low"] is None else test["low"] <= 0
+
+
+def against_unsettled(loaded: Loaded, cell: pd.Series) -> dict[str, float]:
+    """What a cell lost against the model that its base was settled from, by the name of the measure; {} without one.
+
+    It is the loss against the settled base and what settling itself lost on the same rows, which is negative where it
+    improved them. There is none of KL, which does not add up.
+    """
+    base = loaded.base.get(cell["model"], {})
+    unsettled = (base.get("start") or {}).get("unsettled")
+    if not unsettled:
+        return {}
+    shift = _lost_by_settling(unsettled["scores"], base["scores"], retention_tasks(cell))
+    return {key: cell[key] + lost for key, lost in shift.items() if cell.get(key) is not None}
+
+
+def _lost_by_settling(before: Mapping[str, Any], after: Mapping[str, Any], tasks: list[str]) -> dict[str, float]:
+    """From the contents of two scores.json; the mean over the tasks that have the number."""
+    lost = {"general_nll_lost": after["general"]["nats_per_token"] - before["general"]["nats_per_token"]}
+    for key, name, sign in (
+        ("gold_nll_lost", "gold_nll", 1),
+        ("margin_lost", "margin", -1),
+        ("forgetting", "value", -1),
+    ):
+        pairs = [(before["tasks"][task].get(name), after["tasks"][task].get(name)) for task in tasks]
+        changes = [sign * (new - old) for old, new in pairs if None not in (old, new)]
+        if changes:
+            lost[key] = sum(changes) / len(changes)
+    return lost
+
+
+def _settled(record: Mapping[str, Any], model: str) -> str:
+    gate, block = record["gates"][-1], record["block"]
+    asked = block["gate"]
+    found = (
+        f"{asked.get('steps', 40)} more steps of plain fine-tuning at a rate of {asked['learning_rate']:g} change "
+        f"general nats by {numbers.nats(-gate['improvement'])} a token (95 % interval {numbers.nats(-gate['high'])} to "
+        f"{numbers.nats(-gate['low'])})"
+    )
+    begun = (
+        f"{model} is {block['from']} after {record['steps']} steps on general text and rows in the form of the "
+        f"retention tasks, none of which is scored: {record['nats']:.3f} nats a token became {gate['nats']:.3f}."
+    )
+    least = f"{asked.get('nats', 0.01):g}"
+    if record["settled"]:
+        return f"{begun} It is settled: {found}, so training no longer improves it by {least} or more."
+    return (
+        f"{begun} It is not settled: {found}, so training still repairs it, and what a method loses is partly hidden."
+    )
+
+
+def _tested(test: Mapping[str, Any]) -> str:
+    found = (
+        f"{test['steps']} steps on general text alone change the base's general nats by "
+        f"{numbers.nats(-test['improvement'])} a token"
+    )
+    if test["low"] is None:
+        return f"{found}; there are too few texts to say more."
+    found += f" (95 % interval {numbers.nats(-test['high'])} to {numbers.nats(-test['low'])})"
+    if test["low"] > 0:
+        return (
+            f"Warning: the base is not settled. {found}: any training can repair it, and what a method loses is hidden "
+            "behind that. Settle it first (`settle:` in its block; docs/guide.md)."
+        )
+    return f"{found}: training on general text does not improve it."
