@@ -54,7 +54,7 @@ def write(*, study, work: Path, names: Sequence[str], number: int | None, text: 
         out = Path(fresh) / "rows"
         # as a domain would name them, without rows of its own
         named = schema.Domain.model_construct(retention=tasks, task=None)
-        listed, facts = write_scored("audit", named, reader, folder=out, taught=set(), sources=())
+        listed, facts, _ = write_scored("audit", named, reader, folder=out, taught=set(), sources=())
         passages, facts["general"] = _own(text, texts or TEXTS) if text else _general(study, reader, texts)
         if passages:
             write_rows(out / "general.jsonl", passages)

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from evaluation.chance import WARNING
 from evaluation.labelled import TEMPLATE
 from evaluation.task import make_task
 from experiments.data import formats, rows, scored_tasks, splits
+from experiments.data.overlaps import Held
 from experiments.data.reader import Reader, Row, write_rows
 from experiments.data.sameness import sameness
 from experiments.data.scored_tasks import entry, facts, question, rendered, warn_of_spaces
@@ -25,12 +27,14 @@ PROBED, SCORED = (0.05, 100), (0.1, 500)
 class Drawn:
     """A domain's rows, split: `train` and `probe` as training reads them, and `split` with the rows to score.
 
+    asked     what rows of `train` and `probe` ask, by these names
     sources   where the rows come from
     """
 
     split: splits.Split
     train: list[Row]
     probe: list[Row]
+    asked: Mapping[str, list[str]]
     sources: list[str]
 
 
@@ -45,15 +49,20 @@ def draw(domain: str, block: Domain, reader: Reader) -> Drawn:
         held_out = reader(block, block.test_rows, where=f"{where}.test_rows") if tested else None
     sources = [loaded.source, *([held_out.source] if held_out else [])]
     if block.format == "task":
+
+        def asks(row: Row) -> str:
+            return rows.text(row, block.question, where=where)
+
         split = splits.three_way(
             loaded.rows,
-            question=lambda row: rows.text(row, block.question, where=where),
+            question=asks,
             where=where,
             test_rows=held_out.rows if held_out else None,
             **block.split.model_dump(),
         )
         train, probe = (rendered(domain, block, drawn) for drawn in (split.train, split.probe))
-        return Drawn(split=split, train=train, probe=probe, sources=sources)
+        said = {"train": [*map(asks, split.train)], "probe": [*map(asks, split.probe)]}
+        return Drawn(split=split, train=train, probe=probe, asked=said, sources=sources)
     given, asked = _standard(loaded.rows, block, reader, where=where)
     tests = None
     if held_out:
@@ -61,7 +70,8 @@ def draw(domain: str, block: Domain, reader: Reader) -> Drawn:
         asked |= asked_there
     numbers = block.split.model_dump() if block.split else _shares(len(given), domain=domain, tested=tested)
     split = splits.three_way(given, question=lambda row: asked[id(row)], where=where, test_rows=tests, **numbers)
-    return Drawn(split=split, train=split.train, probe=split.probe, sources=sources)
+    said = {part: [*map(formats.question, own)] for part, own in (("train", split.train), ("probe", split.probe))}
+    return Drawn(split=split, train=split.train, probe=split.probe, asked=said, sources=sources)
 
 
 def _standard(given: list[Row], block: Domain, reader: Reader, *, where: str) -> tuple[list[Row], dict[int, str]]:
@@ -82,32 +92,31 @@ def _shares(count: int, *, domain: str, tested: bool) -> dict[str, Any]:
     return {"train": "all", "probe": probe, "test": "all" if tested else test}
 
 
-def write(domain: str, block: Domain, reader: Reader, out: Path, *, general: Mapping[str, list[Row]]) -> dict[str, Any]:
+def write(
+    domain: str, block: Domain, reader: Reader, out: Path, *, general: Mapping[str, list[Row]], held: Held
+) -> dict[str, Any]:
     """Write the rows of a domain and of the tasks that it names, and return their facts for data.json.
 
     general   the sets of general text, of which `probe` and `test` are written beside the domain's
+    held      these and the mixes of settled models, of which no row may be here
     """
     where, drawn = f"domains.{domain}", draw(domain, block, reader)
-    split, folder, evaluate = drawn.split, out / "train" / domain, out / "evaluate" / domain
-    write_rows(folder / "train.jsonl", drawn.train)
-    if block.format in ("task", "pairs"):
-        _warn_of_answers(where, drawn.train, task=block.format == "task")
-    for name, probe in ((domain, drawn.probe), ("general", general["probe"])):
-        if probe:  # with 0 probe rows there is no file, not an empty one
-            write_rows(folder / "probe" / f"{name}.jsonl", probe)
-    write_rows(evaluate / f"{domain}.jsonl", split.test)
+    folder, evaluate = out / "train" / domain, out / "evaluate" / domain
+    test = drawn.split.test
+    write_rows(evaluate / f"{domain}.jsonl", test)
     if block.format == "task":
-        scored = make_task(domain, block.task, split.test, metric=block.metric)  # checks every row
-        warn_of_spaces(where, scored)
-        listed = [entry(domain, block, "domain", scored)]
+        made = make_task(domain, block.task, test, metric=block.metric)  # checks every row
+        warn_of_spaces(where, made)
+        listed, test = [entry(domain, block, "domain", made)], scored_tasks.asked([made])
         taught = {question(row) for row in drawn.train}
     else:
         listed = [_entry(domain, block)]
         taught = {sameness(formats.question(row)) for row in drawn.train}
         if (text := template(block, where)) is not None:
             for place in (folder, evaluate):
+                place.mkdir(parents=True, exist_ok=True)
                 (place / TEMPLATE).write_text(text, encoding="utf-8")
-    more, tasks = scored_tasks.write_scored(
+    more, tasks, asked = scored_tasks.write_scored(
         domain, block, reader, folder=evaluate, taught=taught, sources=drawn.sources
     )
     listed += more
@@ -115,23 +124,74 @@ def write(domain: str, block: Domain, reader: Reader, out: Path, *, general: Map
     perplexity = {"task": "general_text", "metric": "perplexity", "chance": None}
     listed.append({"name": "general", "role": "perplexity", "file": "general.jsonl"} | perplexity)
     (evaluate / "tasks.json").write_text(json.dumps(listed, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
-    probes = scored_tasks.write_probes(domain, block, reader, folder=folder)
+    probes, probed = scored_tasks.write_probes(
+        domain, block, reader, folder=folder, asked=chain.from_iterable(asked.values())
+    )
+    scored = {f"tasks.{name}": given for name, given in asked.items()}
+    scored |= {f"tasks.{name} (probe)": given for name, given in probed.items()}
+    drawn, left_out = _without_scored(where, drawn, scored)
+    _refuse_shared(where, block, drawn, test=test, scored=scored, held=held)
+    write_rows(folder / "train.jsonl", drawn.train)
+    if block.format in ("task", "pairs"):
+        _warn_of_answers(where, drawn.train, task=block.format == "task")
+    for name, probe in ((domain, drawn.probe), ("general", general["probe"])):
+        if probe:  # with 0 probe rows there is no file, not an empty one
+            write_rows(folder / "probe" / f"{name}.jsonl", probe)
+    split = drawn.split
     print(
         f"data: {domain}: {len(split.train)} train, {len(split.probe)} probe, {len(split.test)} test rows; "
         f"{len(tasks)} other tasks",
         flush=True,
     )
-    if split.duplicates_within:
-        print(f"data: {domain}: rows left out as exact copies of others: {split.duplicates_within}", flush=True)
-    if split.duplicates_between:
-        print(
-            f"data: {domain}: rows left out because a row of an earlier set asks the same: {split.duplicates_between}, "
-            f"such as {split.pair}",
-            flush=True,
-        )
+    for why, count, such in (
+        ("as exact copies of others", split.duplicates_within, ""),
+        ("because a row of an earlier set asks the same", split.duplicates_between, f", such as {split.pair}"),
+        (f"because {' and '.join(left_out)} asks the same", sum(left_out.values()), ""),
+    ):
+        if count:
+            print(f"data: {domain}: rows left out {why}: {count}{such}", flush=True)
     source, *test_source = drawn.sources
     source += "".join(f" ; test: {name}" for name in test_source)
-    return facts(block, split, source) | {"tasks": tasks, "probes": probes}
+    found = facts(block, split, source) | {"tasks": tasks, "probes": probes}
+    found["duplicates"] |= {"tasks": left_out} if left_out else {}
+    return found
+
+
+def _without_scored(where: str, drawn: Drawn, scored: Mapping[str, list[Row]]) -> tuple[Drawn, dict[str, int]]:
+    """The domain without rows to learn from, or to probe, that one of its tasks asks; how many there were, by task."""
+    tasks, left_out, kept = Held(), {}, {}
+    for name, given in scored.items():
+        tasks.hold(name, given)
+    for part in ("train", "probe"):
+        given = getattr(drawn, part)
+        found = {number: name for number, name, _ in tasks.shared(given, asked=drawn.asked[part])}
+        for name in found.values():
+            left_out[name] = left_out.get(name, 0) + 1
+        stays = [number for number in range(len(given)) if number not in found]
+        if given and not stays:
+            raise UserError(f"{where}: its tasks ask all of its {len(given)} {part} rows: {', '.join(left_out)}")
+        each = (given, getattr(drawn.split, part), drawn.asked[part])
+        kept[part] = [[own[number] for number in stays] for own in each]
+    rendered, split, said = ({part: own[at] for part, own in kept.items()} for at in range(3))
+    return replace(drawn, split=replace(drawn.split, **split), asked=said, **rendered), left_out
+
+
+def _refuse_shared(
+    where: str, block: Domain, drawn: Drawn, *, test: list[Row], scored: Mapping[str, list[Row]], held: Held
+) -> None:
+    """Refuse a row that is in two sets, but for those that are left out of the rows to learn from."""
+    remedy = "no set may hold a row of another one: take other rows for one of them"
+    for part, given in (("train", drawn.train), ("probe", drawn.probe), ("test", test)):
+        held.refuse(f"{where} ({part})", given, asked=drawn.asked.get(part, ()), remedy=remedy)
+    for name, given in scored.items():
+        held.refuse(name, given, remedy=remedy)
+    retained = Held()
+    for name in block.retention:
+        retained.hold(f"tasks.{name}", scored[f"tasks.{name}"])
+    remedy = f"what may rise cannot show what is forgotten: leave one of them out of {where}"
+    retained.refuse(f"{where} (test)", test, remedy=remedy)
+    for name in (*block.transfer, *block.score):
+        retained.refuse(f"tasks.{name}", scored[f"tasks.{name}"], remedy=remedy)
 
 
 def _entry(domain: str, block: Domain) -> dict[str, Any]:

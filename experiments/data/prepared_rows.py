@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.data import domain as domains
-from experiments.data import general_text
-from experiments.data.reader import Reader
+from experiments.data import general_text, settling_rows
+from experiments.data.overlaps import Held
+from experiments.data.reader import Reader, Row
 from methods.tools.files import sha256
 
 PARTS = ("train", "evaluate", "general")
@@ -31,9 +32,12 @@ def write_data(study, out_dir: Path) -> dict[str, Any]:
         shutil.rmtree(out / part, ignore_errors=True)
     reader = Reader(study=study)
     general, facts = general_text.write(study.general, reader, out)
+    held = _held(study, general, reader)
     report: dict[str, Any] = {"general": facts, "domains": {}}
     for domain in study.grid.domains:
-        report["domains"][domain] = domains.write(domain, study.domains[domain], reader, out, general=general)
+        report["domains"][domain] = domains.write(
+            domain, study.domains[domain], reader, out, general=general, held=held
+        )
     if reader.left_out:
         report["left_out"] = reader.left_out
     files = [path for part in PARTS for path in sorted((out / part).rglob("*")) if path.is_file()]
@@ -42,6 +46,18 @@ def write_data(study, out_dir: Path) -> dict[str, Any]:
         facts["sha256"] = {part: _digest(report["files"], f"{part}/{domain}/") for part in ("train", "evaluate")}
     (out / "data.json").write_text(json.dumps(report, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
     return report
+
+
+def _held(study, general: Mapping[str, list[Row]], reader: Reader) -> Held:
+    """General text, and what the grid's models are settled on. Raises UserError for a row in both."""
+    held = Held()
+    for name, rows in general.items():
+        held.hold(f"general.{name}", rows)
+    mixed = {name for model in study.grid.models if (made := study.models[model].settle) for name in made.mix}
+    for name, rows in settling_rows.of(sorted(mixed - {settling_rows.GENERAL}), reader).items():
+        held.refuse(f"tasks.{name} (settle)", rows, remedy="take other rows for the mix")
+        held.hold(f"tasks.{name} (settle)", rows)
+    return held
 
 
 def _digest(files: Mapping[str, str], prefix: str) -> str:

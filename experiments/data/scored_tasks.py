@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from methods.tools.files import sha256
 
 def write_scored(
     domain: str, block: Domain, reader: Reader, *, folder: Path, taught: set[str], sources: Iterable[str]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Write the rows of each task that the domain names under a role: their entries of tasks.json, and their facts.
+) -> tuple[list[dict[str, Any]], dict[str, Any], dict[str, list[Row]]]:
+    """Write the rows of each task that the domain names under a role.
+
+    Their entries of tasks.json, their facts, and their rows as they are asked, as far as they have one context.
 
     taught   questions of the domain's training rows, as `question` gives them
     sources  where the domain's own rows come from
@@ -29,6 +31,7 @@ def write_scored(
     where = f"domains.{domain}"
     listed: list[dict[str, Any]] = []
     tasks: dict[str, Any] = {}
+    asked_by: dict[str, list[Row]] = {}
     seen: dict[tuple, str] = {}
     held: dict[tuple, tuple[str, str]] = {}
     for role in ("retention", "transfer", "score"):
@@ -52,18 +55,25 @@ def write_scored(
                 )
             seen[content] = name
             _refuse_shared(written, role, held, where=where)
-            _refuse_taught(written.tasks, taught, where=f"{where}.{role} lists {name!r}")
+            asked_by[name] = asked(written.tasks)
+            _refuse_taught(asked_by[name], taught, where=f"{where}.{role} lists {name!r}")
             if not written.entry.get("documents"):  # what lm-eval's own tasks write is not the user's
                 warn_of_spaces(f"tasks.{name}", written.tasks[0])
             listed.append(written.entry)
             tasks[name] = written.facts | {"role": role}
-    return listed, tasks
+    return listed, tasks, asked_by
 
 
-def write_probes(domain: str, block: Domain, reader: Reader, *, folder: Path) -> dict[str, Any]:
-    """Write the probe rows of each task that the domain names under `probes`, and return their facts."""
+def write_probes(
+    domain: str, block: Domain, reader: Reader, *, folder: Path, asked: Iterable[Row]
+) -> tuple[dict[str, Any], dict[str, list[Row]]]:
+    """Write the probe rows of each task that the domain names under `probes`: their facts, and the rows.
+
+    asked   rows that are scored, of which none is probed
+    """
     where = f"domains.{domain}"
-    probes = {}
+    probes, written = {}, {}
+    everywhere = {question(row) for row in asked}
     for name in block.probes:
         task = reader.study.tasks[name]
         if task.rows is None:
@@ -71,7 +81,7 @@ def write_probes(domain: str, block: Domain, reader: Reader, *, folder: Path) ->
         else:
             split, _ = drawn(name, reader)
             scored_rows, drawn_rows = rendered(name, task, split.test), rendered(name, task, split.probe)
-        scored = {question(row) for row in scored_rows}
+        scored = everywhere | {question(row) for row in scored_rows}
         probe = [row for row in drawn_rows if question(row) not in scored]
         if not probe:
             raise UserError(
@@ -80,7 +90,8 @@ def write_probes(domain: str, block: Domain, reader: Reader, *, folder: Path) ->
             )
         write_rows(folder / "probe" / f"{name}.jsonl", probe)
         probes[name] = {"n": len(probe), "duplicates": {"between": len(drawn_rows) - len(probe)}}
-    return probes
+        written[name] = probe
+    return probes, written
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,21 +170,23 @@ def question(row: Row) -> str:
     return sameness(row.get("asked", row["context"]))
 
 
-def _refuse_taught(tasks: Iterable[LocalTask], taught: set[str], *, where: str) -> None:
-    """Refuse a task if most of its questions are training questions, whatever its name or file; warn if some are."""
-    asked: list[Row] = []
+def asked(tasks: Iterable[LocalTask]) -> list[Row]:
+    """The rows of tasks as they are asked; without those whose choices are in the context."""
+    rows: list[Row] = []
     for task in tasks:
-        with contextlib.suppress(UserError):  # choices inside the context: training prompts are never of this kind
-            asked += render(task)
-    if not (known := [row for row in asked if question(row) in taught]):
-        return
-    problem = (
-        f"{where}, but {len(known)} of its {len(asked)} test rows ask the same as training rows of the domain, "
-        f"such as {known[0]['context'][-80:]!r}"
-    )
+        with contextlib.suppress(UserError):  # training prompts are never of this kind
+            rows += render(task)
+    return rows
+
+
+def _refuse_taught(asked: Sequence[Row], taught: set[str], *, where: str) -> None:
+    """Refuse a task if most of its questions are training questions, whatever its name or file."""
+    known = [row for row in asked if question(row) in taught]
     if len(known) > len(asked) / 2:
-        raise UserError(f"{problem}: training data cannot show retention or transfer; choose other rows")
-    print(f"{WARNING}{problem}", flush=True)
+        raise UserError(
+            f"{where}, but {len(known)} of its {len(asked)} test rows ask the same as training rows of the domain, "
+            f"such as {known[0]['context'][-80:]!r}: training data cannot show retention or transfer; choose other rows"
+        )
 
 
 def entry(name: str, block: Scored, role: str, task: LocalTask) -> dict[str, Any]:

@@ -110,9 +110,11 @@ def data(study) -> dict:
 
 
 def _tasks(study) -> list[str]:
-    """Names of the tasks that the grid's domains use."""
+    """Names of the tasks that the grid's domains use, and its models' mixes, whose rows `data` compares with these."""
     domains = [study.domains[name] for name in study.grid.domains]
-    return sorted({task for domain in domains for role in ROLES for task in getattr(domain, role)})
+    mixes = [made.mix for name in study.grid.models if (made := study.models[name].settle)]
+    named = {task for mix in mixes for task in mix if task in study.tasks}
+    return sorted(named | {task for domain in domains for role in ROLES for task in getattr(domain, role)})
 
 
 def _rows(study) -> list[Rows]:

@@ -181,7 +181,7 @@ def test_copies_are_counted_on_the_screen_and_shown_by_a_pair(study, tmp_path, c
     assert f"because a row of an earlier set asks the same: {said['between']}, such as {said['pair']}" in shown
 
 
-def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_called(study, tmp_path, capsys):
+def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_called(study, tmp_path):
     birds = lines(Path(study.domains["birds"]["rows"]["jsonl"]))
     (tmp_path / "copy.jsonl").write_text("".join(json.dumps(row | {"note": i}) + "\n" for i, row in enumerate(birds)))
     study.tasks["fish"] |= {"rows": {"jsonl": str(tmp_path / "copy.jsonl")}, "test": 60}
@@ -190,12 +190,85 @@ def test_a_task_of_the_domains_own_questions_is_refused_whatever_its_file_is_cal
         match="birds.retention lists 'fish', but 30 of its 60 test rows|birds.probes lists 'fish', but no rows",
     ):
         write(study, tmp_path / "out")
-    assert (
-        "30 of its 60 test rows ask the same as training rows of the domain, such as 'Q: Which bird"
-        in capsys.readouterr().out
-    )
     study.domains["birds"]["split"] = {"train": 40, "probe": 10, "test": 10}
     with pytest.raises(UserError, match="retention lists 'fish', but 40 of its 60 test rows .*cannot show retention"):
+        write(study, tmp_path / "out")
+
+
+def with_rows(study, task, rows):
+    """Add rows of the domain, as they are trained on or scored, to the file of a task, of which all are scored."""
+    path, own = Path(study.tasks[task]["rows"]["jsonl"]), []
+    for row in rows:
+        own.append({"question": row["context"][3:-3], "choices": [c.strip() for c in row["choices"]]})
+        own[-1]["gold"] = row["gold"]
+    path.write_text(path.read_text() + "".join(json.dumps(row) + "\n" for row in own))
+    study.tasks[task] |= {"test": "all", "probe": 0}
+
+
+def test_rows_that_a_task_asks_are_left_out_of_what_is_learned_and_counted(study, tmp_path, capsys):
+    study.domains["birds"]["probes"] = []
+    write(study, tmp_path / "out")
+    folder = tmp_path / "out/train/birds"
+    train, probe = lines(folder / "train.jsonl"), lines(folder / "probe/birds.jsonl")
+    with_rows(study, "fish", [*train[:3], probe[0]])
+    said = write(study, tmp_path / "out")["domains"]["birds"]
+    assert said["n"] == {"train": 27, "probe": len(probe) - 1, "test": 20}
+    assert said["duplicates"]["tasks"] == {"tasks.fish": 4}
+    assert "data: birds: rows left out because tasks.fish asks the same: 4\n" in capsys.readouterr().out
+    left = [lines(folder / "train.jsonl"), lines(folder / "probe/birds.jsonl")]
+    assert left == [train[3:], probe[1:]]
+
+
+def test_a_row_in_two_sets_is_refused_with_both_and_the_row(study, tmp_path):
+    write(study, tmp_path / "out")
+    passages = Path(study.general["rows"]["jsonl"])
+    texts, fish = passages.read_text(), (tmp_path / "fish.jsonl").read_text()
+    scored = lines(tmp_path / "out/evaluate/birds/birds.jsonl")[0]
+    long = "A passage of which the first twelve words stand in a prompt, is the same passage as the one there, too."
+    question = {"question": f"{long} Is it?", "choices": ["yes", "no"], "gold": 0}
+    study.tasks["fish"] |= {"test": "all", "probe": 0}
+    study.domains["birds"]["probes"] = []
+
+    def refused(match):
+        with pytest.raises(UserError, match=match):
+            write(study, tmp_path / "out")
+        passages.write_text(texts)
+        (tmp_path / "fish.jsonl").write_text(fish)
+
+    study.general |= {"importance": 70, "replay": 0, "probe": 0, "test": 11}  # all of 81 texts
+    passages.write_text(json.dumps({"passage": long}) + "\n" + texts)
+    (tmp_path / "fish.jsonl").write_text(fish + json.dumps(question) + "\n")
+    refused("tasks.fish and general.(importance|test) have 1 row in common, such as .*the one there, too. Is it")
+    study.general["importance"] = 69
+    (tmp_path / "fish.jsonl").write_text(fish + json.dumps(scored) + "\n")
+    refused(r"domains.birds \(test\) and tasks.fish have 1 row in common, such as 'Q: Which bird has number")
+    study.general["importance"] = 70
+    passages.write_text(json.dumps({"passage": f"Q: {scored['question']}\nA:"}) + "\n" + texts)
+    refused(r"domains.birds \(test\) and general.(importance|test) have 1 row in common")
+    study.general["importance"] = 69
+    (tmp_path / "fish.jsonl").write_text(fish + json.dumps(scored | {"choices": ["a", "b", "c"]}) + "\n")
+    write(study, tmp_path / "out")  # another answer: another item
+
+
+def test_what_a_model_is_settled_on_is_in_no_other_set(study, tmp_path):
+    study.models["settled"] = {
+        "settle": {"from": study.grid["models"][0], "mix": {"trees": 1}, "gate": {"learning_rate": 1e-3}}
+        | {"adapter_sha256": "a" * 64, "sha256": "a" * 64}
+    }
+    study.grid["models"] = ["settled"]
+    study.domains["birds"]["transfer"] = []
+    study.tasks["trees"] |= {"test": 2, "settle": 10}
+    write(study, tmp_path / "out")
+    with_rows(study, "trees", lines(tmp_path / "out/train/birds/train.jsonl")[:2])
+    study.tasks["trees"] |= {"test": 1, "settle": 13}
+    with pytest.raises(
+        UserError, match=r"domains.birds \(train\) and tasks.trees \(settle\) have [12] rows? in common"
+    ):
+        write(study, tmp_path / "out")
+    study.tasks["trees"]["settle"] = 39
+    fish = lines(tmp_path / "fish.jsonl")
+    (tmp_path / "trees.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fish))
+    with pytest.raises(UserError, match=r"tasks.fish and tasks.trees \(settle\) have \d+ rows in common"):
         write(study, tmp_path / "out")
 
 
@@ -208,6 +281,9 @@ def test_the_same_task_under_two_names_is_refused(study, tmp_path):
     ):
         write(study, tmp_path / "out")
     study.tasks["trees"]["metric"] = "acc"  # another measure of the same answers
+    with pytest.raises(UserError, match="tasks.trees and tasks.fish have 20 rows in common, such as 'Q: Which fish"):
+        write(study, tmp_path / "out")
+    study.domains["birds"] |= {"retention": ["fish", "trees"], "transfer": []}
     assert write(study, tmp_path / "out")["domains"]["birds"]["tasks"]["trees"]["n"]["test"] == 20
 
 
