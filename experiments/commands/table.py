@@ -41,6 +41,7 @@ METHOD = argument("method", help="name of a block under `methods:` in params.yam
 SEED = argument("seed", type=int, help="a seed of the grid")
 MODEL_GIVEN = "a folder, a peft adapter's folder, hub:NAME[@REV], or a model's name in params.yaml"
 SHARE = {"type": float, "metavar": "SHARE"}
+NATS = {"type": float, "metavar": "NATS"}
 
 COMMANDS = {
     "new": Command(
@@ -110,9 +111,13 @@ COMMANDS = {
         help="exit with status 1 if a finished cell forgot more than a limit, for continuous integration",
         arguments=(
             CELLS,
-            argument("--max-forgetting", help="most that may be forgotten: 0.02 is 2 points of accuracy", **SHARE),
-            argument("--max-nll-lost", type=float, metavar="NATS", help="the same in nats per token of general text"),
-            argument("--min-gain", help="least that must be gained on the domain", **SHARE),
+            argument("--min-nll-gained", help="least that must be gained: nats per token of the domain", **NATS),
+            argument("--min-gain", help="the same of its score: 0.02 is 2 points of accuracy", **SHARE),
+            argument("--max-nll-lost", help="most that may be lost: nats per token of general text", **NATS),
+            argument("--max-kl", help="most that KL(base‖tuned) may be there, in nats per token", **NATS),
+            argument("--max-gold-lost", help="most that the right retention answers may lose, in nats an item", **NATS),
+            argument("--max-margin-lost", help="most that they may lose against the best wrong choice", **NATS),
+            argument("--max-forgetting", help="most of the accuracy there: 0.02 is 2 points", **SHARE),
             argument("--confidence", action="store_true", help="compare the ends of the 95 %% confidence intervals"),
         ),
         archive=True,

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from analysis.measures import ORDER
 from experiments.__main__ import parser, run
 from experiments.commands import gate
 from experiments.study import config
@@ -62,7 +63,11 @@ def test_a_tie_passes_however_a_mean_is_rounded_and_the_limit_is_said_in_full(st
     path.write_text(json.dumps(found | {"domain_gain": 0.16999999999999993, "forgetting": 0.00125 + 1e-17}))
     assert judged(study, capsys, "*/full/*", max_forgetting=0.00125, min_gain=0.17)[0] == 0
     status, lines = judged(study, capsys, "*/full/*", max_forgetting=0.00124, min_gain=0.17)
-    assert status == 1 and "is above +0.124" in lines[0] and "at most +0.124 points, gain at least +17" in lines[1]
+    assert (
+        status == 1
+        and "is above +0.124" in lines[0]
+        and "gain at least +17 points, forgetting at most +0.124 points" in lines[1]
+    )
 
 
 def test_confidence_asks_for_the_upper_end_and_the_lower_end(study, capsys):
@@ -115,6 +120,21 @@ def test_general_text_has_a_limit_in_nats(study, capsys):
     assert judged(study, capsys, cell, max_nll_lost=9.0)[0] == 0  # it needs no retention task
 
 
+def test_every_measure_has_a_limit_in_its_order(study, capsys):
+    _, found = metrics(study, "ewc")
+    limits = {bound.option[2:].replace("-", "_"): found[key] for key, bound in gate.BOUNDS.items()}
+    assert tuple(gate.BOUNDS) == ORDER and None not in limits.values()
+    status, lines = judged(study, capsys, "*/ewc/*", **limits)
+    names = [bound.name for bound in gate.BOUNDS.values()]
+    assert status == 0 and [lines[0].index(f"{name} ") for name in names] == sorted(
+        lines[0].index(f"{n} ") for n in names
+    )
+    for option, value in limits.items():
+        worse = {option: value + (1e-6 if option.startswith("min") else -1e-6)}
+        status, lines = judged(study, capsys, "*/ewc/*", **{"max_forgetting": 0.9} | worse)
+        assert status == 1 and lines[0].count(": is ") == 1, option
+
+
 def test_a_cell_that_learned_too_little_fails(study, capsys):
     _, found = metrics(study, "lora")
     status, lines = judged(study, capsys, "*/lora/*", max_forgetting=0.5, min_gain=found["domain_gain"] + 1e-6)
@@ -156,7 +176,11 @@ def test_without_items_only_the_values_can_be_judged(study, capsys):
         ([], {"max_forgetting": float("nan")}, "--max-forgetting nan"),
         ([], {"max_forgetting": 0.1, "min_gain": 5.0}, "--min-gain 5.0"),
         ([], {"max_nll_lost": float("inf")}, "--max-nll-lost inf: it must be a number of nats per token"),
-        ([], {"min_gain": 0.1}, "no limit is given: add --max-forgetting 0.02"),
+        (
+            [],
+            {"min_gain": 0.1, "min_nll_gained": 0.1},
+            "no limit of what may be forgotten is given: add --max-nll-lost 0.05",
+        ),
     ],
 )
 def test_bad_input(study, patterns, limits, message):
