@@ -2,10 +2,13 @@
 
     python -m experiments sweep ewc ewc.strength 1e2..1e6 --points 5
     python -m experiments sweep mofo mofo.fraction 0.05,0.1,0.2
+    python -m experiments sweep full train.learning_rate x2
 
 writes `ewc-s1: {like: ewc, ewc: {strength: 100.0}}` and so on after `ewc`, adds the names to grid.methods and rewrites
-dvc.yaml. The cells are ordinary ones, and they share a preparation that does not depend on the setting. The best block
-of a family is chosen on probe rows (analysis/chosen.py), so every family should have the same number of blocks.
+dvc.yaml. `x2` stands for the values on either side of the method's own, half and twice of it: with them a chosen
+setting has a curve of gain against loss around it. The cells are ordinary ones, and they share a preparation that does
+not depend on the setting. Which block of a family is reported is chosen on probe rows (analysis/chosen.py), so every
+family should have the same number of blocks.
 """
 
 import typing
@@ -37,7 +40,8 @@ DIGITS = 4  # significant digits of a value between the ends of a range
 def main(study, *, method: str, knob: str, values: str, points: int | None = None, linear: bool = False) -> None:
     """Write the blocks and dvc.yaml, and print the families of the grid and the expected cost.
 
-    values   `LOW..HIGH`, with `points` (5) values of equal ratio, or of equal distance if `linear`; or a list `A,B,C`
+    values   `LOW..HIGH`, with `points` (5) values of equal ratio, or of equal distance if `linear`; a list `A,B,C`; or
+             `xR`, the method's own value divided and multiplied by R
 
     Raises UserError and leaves params.yaml unchanged for a method, setting or value that does not exist or that its
     part refuses, and if a block of that name has other settings.
@@ -79,7 +83,10 @@ def make(study, *, method: str, knob: str, values: str, points: int | None, line
     if not (part and dot and setting):
         raise UserError(f"knob {knob!r}: write PART.SETTING, such as ewc.strength, or train.learning_rate")
     kind, own = _knob(study, method, part, setting)
-    wanted = spread(values, knob=knob, whole=kind is int, points=points, linear=linear)
+    if values.startswith("x"):
+        wanted = beside(own[0] if own else None, values, knob=knob, whole=kind is int)
+    else:
+        wanted = spread(values, knob=knob, whole=kind is int, points=points, linear=linear)
     if kind is float:
         wanted = [float(value) if _number(value) else value for value in wanted]
     if double := [value for value, count in Counter(wanted).items() if count > 1]:
@@ -90,6 +97,23 @@ def make(study, *, method: str, knob: str, values: str, points: int | None, line
     if not wanted:
         raise UserError(f"{knob} {values}: {method} has this value itself: there is nothing to add")
     return {member(method, k): {"like": method, part: {setting: value}} for k, value in enumerate(wanted, 1)}
+
+
+def beside(own: Any, values: str, *, knob: str, whole: bool) -> list:
+    """The values on either side of a method's own: `x2` stands for half and twice of it."""
+    try:
+        ratio = float(values[1:])
+    except ValueError:
+        raise UserError(f"{knob} {values}: write x and a number above 1, such as x2") from None
+    if not 1 < ratio < float("inf"):
+        raise UserError(f"{knob} {values}: the values on either side need a number above 1, such as x2")
+    if not _number(own) or not own:
+        raise UserError(
+            f"{knob} {values}: the method's own value is {own!r}, which has no sides: write a range LOW..HIGH, or a "
+            "list A,B,C"
+        )
+    around = [float(f"{value:.{DIGITS}g}") for value in (own / ratio, own * ratio)]
+    return [round(value) for value in around] if whole else around
 
 
 def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: bool) -> list:

@@ -100,7 +100,9 @@ COMMANDS = {
         arguments=(
             METHOD,
             argument("knob", metavar="SETTING", help="PART.SETTING, such as ewc.strength, or train.learning_rate"),
-            argument("values", metavar="VALUES", help="a range LOW..HIGH with equal ratios, or a list A,B,C"),
+            argument(
+                "values", metavar="VALUES", help="LOW..HIGH in equal ratios, a list A,B,C, or x2: half and twice of it"
+            ),
             argument("--points", type=int, metavar="N", help="number of values in a range (default: 5)"),
             argument("--linear", action="store_true", help="space the values of a range by equal distances"),
         ),

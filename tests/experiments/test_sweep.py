@@ -106,6 +106,16 @@ def test_cells_of_one_preparation_pay_for_it_once(demo, monkeypatch):
     assert "about 2.0 min" in sweep.cost(again(demo), ["ewc-s1", "ewc-s2"])  # 60 + 30 + 30 seconds
 
 
+def test_both_sides_of_a_methods_own_value(demo):
+    sweep.main(demo, method="ewc", knob="ewc.strength", values="x10")
+    sweep.main(again(demo), method="lora", knob="train.learning_rate", values="x2")
+    study = again(demo)
+    assert [study.methods[f"ewc-s{k}"].parts[0].strength for k in (1, 2)] == [10.0, 1000.0]
+    own = study.settings(model="llama-tiny", domain="sums", method="lora").learning_rate
+    rates = [study.settings(model="llama-tiny", domain="sums", method=f"lora-s{k}").learning_rate for k in (1, 2)]
+    assert rates == [own / 2, own * 2]
+
+
 def test_training_rates_whole_numbers_and_names_of_choices(demo):
     sweep.main(demo, method="lora", knob="train.learning_rate", values="1e-4..1e-2", points=3)
     sweep.main(again(demo), method="ewc", knob="ewc.samples", values="4..30", points=3, linear=True)
@@ -133,6 +143,9 @@ def test_training_rates_whole_numbers_and_names_of_choices(demo):
     [
         (("ewd", "ewc.strength", "1,2"), "unknown method 'ewd'.*did you mean 'ewc'"),
         (("ewc", "strength", "1,2"), "write PART.SETTING"),
+        (("ewc", "ewc.strength", "x1"), "need a number above 1"),
+        (("ewc", "ewc.strength", "xx"), "write x and a number above 1, such as x2"),
+        (("ewc", "ewc.scope", "x2"), "which has no sides: write a range"),
         (("ewc", "ewx.strength", "1,2"), "unknown part 'ewx'.*did you mean 'ewc'"),
         (("ewc", "ewc.strenght", "1,2"), "unknown setting 'strenght'.*did you mean 'strength'"),
         (("ewc", "train.learning_rat", "1,2"), "unknown setting 'learning_rat'.*learning_rate"),
