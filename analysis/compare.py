@@ -13,6 +13,7 @@ from analysis.report.figures import write_figures
 from analysis.report.page import write_report
 from analysis.roles import Roles
 from analysis.sections import costs
+from analysis.sections.credit import apart
 from analysis.sections.overview import also as also_compared
 from analysis.sections.tables import BANNER, as_csv, as_markdown, as_text
 from analysis.sections.told import with_told
@@ -45,7 +46,7 @@ def write_summary(
     loaded = guarded(load_cells(root, dict.fromkeys(names)))
     loaded = replace(loaded, roles=roles, also=beside(loaded, also))
     tests = all_tests(loaded)
-    table = with_told(comparison(loaded), tests)
+    table = with_told(comparison(loaded), tests, mixed=apart(loaded))
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "figures").glob("*.*"):
         if old.suffix in (".png", ".svg", ".csv"):

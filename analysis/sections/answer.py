@@ -12,6 +12,7 @@ from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY, GENERAL
 from analysis.roles import PLAIN
+from analysis.sections.credit import against_control, apart
 from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
 
@@ -33,7 +34,7 @@ def sentences(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame) -> list[
         where = f"on {domain}" + (f" ({model})" if models > 1 else "")
         parts[0].append(_plain(rows, own, where=where))
         parts[1].append(_remedies(loaded, rows, own, where=where if len(loaded.comparisons) > 1 else ""))
-        parts[2].append(_untold(rows, own, where=where if len(loaded.comparisons) > 1 else ""))
+        parts[2].append(_untold(loaded, rows, own, where=where if len(loaded.comparisons) > 1 else ""))
     costs = _costs(of_chosen)
     return [_sentence(parts[0]), _sentence(parts[1]), _sentence([costs, *parts[2]])]
 
@@ -115,7 +116,7 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     key, others = _main(rows), rows[rows["method"].map(family) != PLAIN]
     if not key or others.empty:
         return f"{where} there is no remedy to compare".strip()
-    against = _against_plain(rows, tests, key)
+    against = _against_plain(loaded, rows, tests, key)
     if against.empty:
         ordered = others.dropna(subset=[key]).sort_values(key)
         each = [f"{row['method']} {_lost(row, key)}" for _, row in ordered.iterrows()]
@@ -134,13 +135,17 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     text = (
         "; ".join(found) or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
     )
-    return f"{where} {text}{_pairs(tests, key)}{_composed(tests, key)}".strip()
+    return f"{where} {text}{_pairs(tests, key)}{_composed(tests, key)}{_credited(loaded, rows)}".strip()
 
 
-def _against_plain(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> pd.DataFrame:
-    """The tests of the methods in `rows` against plain fine-tuning, with `sure`; empty with one seed."""
+def _against_plain(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The tests of the methods in `rows` against plain fine-tuning, with `sure`; empty with one seed.
+
+    A method that trains on general text is left out: it is compared with its control (analysis/sections/credit.py).
+    """
     own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
-    return own[own["a"].isin(rows["method"])].assign(sure=lambda rows: rows["p_holm"] < LEVEL)
+    own = own[own["a"].isin(rows["method"]) & ~own["a"].isin(set(apart(loaded)))]
+    return own.assign(sure=lambda rows: rows["p_holm"] < LEVEL)
 
 
 def _at(row: pd.Series) -> str:
@@ -167,10 +172,23 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
     return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy"
 
 
-def _untold(rows: pd.DataFrame, tests: pd.DataFrame, *, where: str) -> str:
+def _credited(loaded: Loaded, rows: pd.DataFrame) -> str:
+    """What each method that trains on general text loses against its control, which trains on it too."""
+    text, first = "", rows.iloc[0]
+    for (method, control), one in against_control(loaded, model=first["model"], domain=first["domain"]).items():
+        text += f"; {method} also trains on general text and "
+        if one is None:
+            text += "has no control here that tells its remedy from that text"
+        else:
+            bounds = "" if one.low is None else f" [{numbers.nats(one.low)}, {numbers.nats(one.high)}]"
+            text += f"loses {numbers.nats(one.value)}{bounds} against its control {control}"
+    return text
+
+
+def _untold(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where: str) -> str:
     """Which remedies could not be told apart from plain fine-tuning, and what could have been detected."""
     key = _main(rows)
-    against = _against_plain(rows, tests, key)
+    against = _against_plain(loaded, rows, tests, key)
     unsure = against[~against["sure"]] if len(against) else against
     if unsure.empty:
         return ""

@@ -13,6 +13,7 @@ from analysis.load import Loaded
 from analysis.measures import GENERAL
 from analysis.roles import PLAIN
 from analysis.statistics.contrasts import Contrasts
+from analysis.statistics.intervals import Interval
 
 
 def apart(loaded: Loaded) -> dict[str, str]:
@@ -20,21 +21,26 @@ def apart(loaded: Loaded) -> dict[str, str]:
     return {method: control for method, control in loaded.roles.control_of.items() if family(control) != PLAIN}
 
 
-def sentences(loaded: Loaded, *, model: str, domain: str) -> list[str]:
-    """A sentence for each of these methods of one comparison, at its chosen setting: its loss against its control."""
+def against_control(loaded: Loaded, *, model: str, domain: str) -> dict[tuple[str, str], Interval | None]:
+    """(method, control) of each of these methods of one comparison, at its chosen setting, with the difference of their
+    losses of general text; None without a result of the control."""
     cells = loaded.of(model, domain)
     shown = set(reported(loaded).of(model, domain)["method"]) if len(cells) else set()
     pairs = [(method, control) for method, control in apart(loaded).items() if method in shown]
     there = [pair for pair in pairs if pair[1] in set(cells["method"])]
     found = Contrasts(loaded, model=model, domain=domain).of(GENERAL.key, there) if there else {}
-    lines = []
-    for method, control in pairs:
+    return {pair: found.get(pair) for pair in pairs}
+
+
+def sentences(loaded: Loaded, *, model: str, domain: str) -> list[str]:
+    """A sentence for each of these methods of one comparison: its loss against its control."""
+    cells, lines = loaded.of(model, domain), []
+    for (method, control), one in against_control(loaded, model=model, domain=domain).items():
         own = cells[cells["method"] == method]
         tokens = own["tokens_prepare"].mean() + (own["tokens_added"].fillna(0).mean() if "tokens_added" in own else 0)
         amount = "" if numbers.missing(float(tokens)) else f"{numbers.count(tokens)} tokens of "
         reads = f"{method} also trains on {amount}general text"
-        if (method, control) in found:
-            one = found[method, control]
+        if one is not None:
             bounds = "" if one.low is None else f" [{GENERAL.show(one.low)}, {GENERAL.show(one.high)}]"
             p = "" if one.p is None else ", p < .001" if one.p < 0.001 else f", p = {one.p:.3f}"
             lines.append(

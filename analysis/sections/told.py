@@ -1,5 +1,7 @@
 """Which methods are told apart from plain fine-tuning at the same setting, and by which measures."""
 
+from collections.abc import Collection
+
 import pandas as pd
 
 from analysis.measures import FORGETTING
@@ -7,13 +9,16 @@ from analysis.roles import PLAIN
 from analysis.statistics.detectable import LEVEL
 
 MEASURES = dict(zip(FORGETTING, ("text", "KL", "answers", "margin", "accuracy")))
+MIXED = "remedy and text together"
 
 
-def with_told(table: pd.DataFrame, tests: pd.DataFrame) -> pd.DataFrame:
+def with_told(table: pd.DataFrame, tests: pd.DataFrame, *, mixed: Collection[str] = ()) -> pd.DataFrame:
     """The comparison with `told` and `told_also` of each method: how it differs from plain fine-tuning.
 
     told       'less', 'more' or 'no' by the measure that resolves most; None without several seeds
     told_also  the other measures that tell the two apart, 'also KL, answers; more by margin'
+
+    mixed  methods that train on general text, whose difference is that of remedy and text together
     """
     tests = tests[(tests["family"] == PLAIN) & ~tests["descriptive"].astype(bool)]
     by_method = {key: own.set_index("measure") for key, own in tests.groupby(["model", "domain", "a"], sort=False)}
@@ -24,7 +29,8 @@ def with_told(table: pd.DataFrame, tests: pd.DataFrame) -> pd.DataFrame:
         told.append(first := sides.pop(next(iter(sides))) if sides else None)
         others = {side: [MEASURES[key] for key, its in sides.items() if its == side] for side in ("less", "more")}
         texts = {side: "also" if side == first else f"{side} by" for side in others}
-        also.append("; ".join(f"{texts[side]} {', '.join(names)}" for side, names in others.items() if names))
+        names = "; ".join(f"{texts[side]} {', '.join(names)}" for side, names in others.items() if names)
+        also.append(MIXED if first and row.method in mixed else names)
     return table.assign(told=told, told_also=also)
 
 

@@ -1,6 +1,7 @@
 """The answer's three sentences: every number in them is recomputed here from the tables."""
 
 import re
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -72,6 +73,15 @@ def test_a_composition_must_beat_every_single_remedy(several):
         assert text in sentences(loaded, table, pd.concat([tests, row.assign(p_holm=p)]))[1]
 
 
+def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone(several):
+    loaded = replace(several[0], roles=Roles(control_of={"ewc": "lora"}))
+    _, second, third = sentences(loaded, *several[1:])
+    assert second.startswith("2 of 2 remedies") and "ewc (" not in second and "ewc" not in third
+    assert re.search(r"ewc also trains on general text and loses −0\.\d+ \[.*\] against its control lora", second)
+    row = with_told(*several[1:], mixed={"ewc"}).set_index("method").loc["ewc"]
+    assert (row["told"], row["told_also"]) == ("less", "remedy and text together")
+
+
 def test_one_seed_orders_runs_and_says_nothing_of_methods(alone):
     loaded, table, tests = alone
     first, second, _ = sentences(loaded, table, tests)
@@ -110,7 +120,5 @@ def test_a_base_at_chance_is_named(alone):
 
 
 def test_roles_change_who_leads(several):
-    from dataclasses import replace
-
     loaded = replace(several[0], roles=Roles(leaders=("lora", "ewc")))
     assert "of 1 pair of leaders" in sentences(loaded, several[1], all_tests(loaded))[1]
