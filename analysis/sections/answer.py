@@ -121,7 +121,7 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
         ordered = others.dropna(subset=[key]).sort_values(key)
         each = [f"{row['method']} {_lost(row, key)}" for _, row in ordered.iterrows()]
         spread = _and(each) if len(each) <= NAMED + 1 else f"{', '.join(each[:NAMED])}, … and {each[-1]}"
-        return f"{where} the methods of this run lose, from the least, {spread} {_what(key)}".strip()
+        return f"{where} the remedies of this run lose, from the least, {spread} {_what(key)}".strip()
     by_method, found = rows.set_index("method"), []
     for side, sign in (("less", -1), ("more", 1)):
         sure = against[against["sure"] & (against["difference"] * sign > 0)]

@@ -88,7 +88,7 @@ def test_one_seed_orders_runs_and_says_nothing_of_methods(alone):
     assert "(one seed)" in first and "p\u00a0" not in first + second and "significant" not in second
     names = re.findall("(full|lora|ewc) [+−]", second)
     rows = table.set_index("method")["general_nll_lost"].astype(float)
-    assert names == list(rows[["lora", "ewc"]].sort_values().index) and "of this run" in second
+    assert names == list(rows[["lora", "ewc"]].sort_values().index) and "remedies of this run" in second
     assert "not another run" in reading(loaded, table) and with_told(table, tests)["told"].isna().all()
 
 
