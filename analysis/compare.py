@@ -15,6 +15,7 @@ from analysis.roles import Roles
 from analysis.sections import costs
 from analysis.sections.credit import apart
 from analysis.sections.overview import also as also_compared
+from analysis.sections.start import with_unsettled
 from analysis.sections.tables import BANNER, as_csv, as_markdown, as_text
 from analysis.sections.told import with_told
 from analysis.statistics.comparison import comparison
@@ -46,7 +47,7 @@ def write_summary(
     loaded = guarded(load_cells(root, dict.fromkeys(names)))
     loaded = replace(loaded, roles=roles, also=beside(loaded, also))
     tests = all_tests(loaded)
-    table = with_told(comparison(loaded), tests, mixed=apart(loaded))
+    table = with_unsettled(loaded, with_told(comparison(loaded), tests, mixed=apart(loaded)))
     folder.mkdir(parents=True, exist_ok=True)
     for old in (folder / "figures").glob("*.*"):
         if old.suffix in (".png", ".svg", ".csv"):

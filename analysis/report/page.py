@@ -21,6 +21,7 @@ from analysis.sections import (
     matched,
     overview,
     significance,
+    start,
     tables,
 )
 
@@ -80,14 +81,21 @@ def write_report(
     )
 
 
-def _notes(loaded: Loaded, table: pd.DataFrame) -> list[str]:
-    """Lines below the figure: how much of the study is there, and what the intervals are about."""
+def _notes(loaded: Loaded, table: pd.DataFrame) -> list[tuple[str, bool]]:
+    """Lines below the figure: how each base began, how much of the study is there, and what the intervals are about.
+
+    True marks the line of a base that is not settled.
+    """
     done, planned = len(loaded.cells), len(loaded.planned)
     lines = [f"{done} of {planned} planned cells have a result{'.' if done == planned else '; the others are listed.'}"]
     if len(table):
         lines[0] += f" {answer.reading(loaded, table)}"
         lines += answer.without_accuracy(table)
-    return lines
+    begun = []
+    for model in dict.fromkeys(model for model, _ in loaded.comparisons):
+        begun += [(line, start.is_settled(loaded, model) is False) for line in start.sentences(loaded, model)]
+        begun += [(line, False) for line in start.beside(loaded, table, model)]
+    return [*begun, *((line, False) for line in lines)]
 
 
 def _overview(figures: list[Figure], folder: Path, glyphs: dict) -> dict | None:

@@ -7,7 +7,8 @@ from functools import partial
 import pandas as pd
 
 from analysis import numbers, units
-from analysis.measures import ACCURACY, GOLD, KL, NATS
+from analysis.measures import ACCURACY, GENERAL, GOLD, KL, NATS
+from analysis.sections.start import UNSETTLED
 from analysis.statistics.nats import DOMAIN
 
 GAIN, GAIN_NATS, FORGETTING = "gain, points", "gain, nats/token", "forgetting, points"
@@ -92,6 +93,9 @@ def others(rows: pd.DataFrame) -> list[Column]:
                 brief=lambda row, key=key, show=show: _bounded(row, key, show, interval=False),
             )
         )
+    if known(lost := f"{UNSETTLED}{GENERAL.key}"):
+        text = partial(_bounded, key=lost, show=numbers.nats)
+        made.append(Column(head="text lost against the unsettled base, nats/token", text=text, terminal=False))
     return made + [
         Column(head="perplexity", text=_perplexity, terminal=False),
         Column(head="prepare", text=lambda row: _cost(row, "seconds_prepare", numbers.seconds), terminal=False),

@@ -7,6 +7,9 @@ import pandas as pd
 
 from analysis import numbers
 from analysis.load import Loaded, retention_tasks
+from analysis.roles import PLAIN
+
+UNSETTLED = "unsettled_"  # before the key of a measure in the table
 
 
 def sentences(loaded: Loaded, model: str) -> list[str]:
@@ -42,6 +45,30 @@ def against_unsettled(loaded: Loaded, cell: pd.Series) -> dict[str, float]:
         return {}
     shift = _lost_by_settling(unsettled["scores"], base["scores"], retention_tasks(cell))
     return {key: cell[key] + lost for key, lost in shift.items() if cell.get(key) is not None}
+
+
+def with_unsettled(loaded: Loaded, table: pd.DataFrame) -> pd.DataFrame:
+    """The comparison with `unsettled_KEY` of each method: its mean loss against the model that its base was settled
+    from; without such a model the comparison as it is."""
+    rows = {name: against_unsettled(loaded, cell) for name, cell in loaded.cells.iterrows()}
+    if not any(rows.values()):
+        return table
+    by_cell = pd.DataFrame.from_dict(rows, orient="index").add_prefix(UNSETTLED)
+    means = by_cell.groupby(by_cell.index.str.rpartition("/").get_level_values(0)).mean()
+    return table.join(means, on=table["model"] + "/" + table["domain"] + "/" + table["method"])
+
+
+def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
+    """A sentence about what plain fine-tuning of a settled model lost against the one that it was settled from."""
+    unsettled, lost = (loaded.base.get(model, {}).get("start") or {}).get("unsettled"), f"{UNSETTLED}general_nll_lost"
+    rows = table[(table["model"] == model) & (table["method"] == PLAIN)]
+    if not unsettled or rows.empty or lost not in rows:
+        return []
+    each = " and ".join(f"{numbers.nats(row[lost])} on {row['domain']}" for _, row in rows.iterrows())
+    return [
+        f"Against {unsettled['model']} as it was before settling, plain fine-tuning loses {each} nats per token of "
+        "general text; the domain's table of scores has every method."
+    ]
 
 
 def _lost_by_settling(before: Mapping[str, Any], after: Mapping[str, Any], tasks: list[str]) -> dict[str, float]:

@@ -1,0 +1,54 @@
+"""What the report says of a settled base, of one that is not, and of losses against the unsettled one."""
+
+import json
+
+import pytest
+
+from analysis import numbers
+from analysis.load import load_cells
+from analysis.sections import start
+from analysis.sections.columns import others
+from analysis.statistics.comparison import comparison
+from tests.analysis.fixtures import write_json, write_results
+
+MODEL, DOMAIN = "smollm2-135m", "science"
+
+
+@pytest.fixture
+def begun(tmp_path):
+    cells = write_results(tmp_path, methods=("full", "lora"))
+
+    def load(**content):
+        write_json(tmp_path / f"base/{MODEL}/start.json", {"unsettled": None, "improvable": None} | content)
+        return load_cells(tmp_path, cells)
+
+    return tmp_path, load
+
+
+@pytest.mark.parametrize(("low", "settled"), [(0.02, False), (-0.01, True)])
+def test_a_base_that_training_on_general_text_improves_is_warned_of(begun, low, settled):
+    loaded = begun[1](improvable={"steps": 40, "improvement": 0.05, "low": low, "high": 0.08})
+    (line,) = start.sentences(loaded, MODEL)
+    assert line.startswith("Warning") is not settled and start.is_settled(loaded, MODEL) is settled
+
+
+def test_losses_against_the_unsettled_base_are_those_of_settling_and_of_the_method(begun):
+    root, load = begun
+    after = json.loads((root / f"base/{MODEL}/scores.json").read_text())
+    before = json.loads(json.dumps(after))
+    before["general"]["nats_per_token"] += 0.25  # settling made general text more likely
+    loaded = load(unsettled={"model": "raw", "scores": before})
+    table = start.with_unsettled(loaded, comparison(loaded))
+    rows = table.set_index("method")
+    for method in ("full", "lora"):
+        lost = rows.at[method, "general_nll_lost"] - 0.25
+        assert rows.at[method, "unsettled_general_nll_lost"] == pytest.approx(lost)
+    (line,) = start.beside(loaded, table, MODEL)
+    assert "Against raw" in line and numbers.nats(rows.at["full", "unsettled_general_nll_lost"]) in line
+    assert any("unsettled base" in column.head for column in others(table))
+
+
+def test_without_a_settled_base_the_table_is_as_it_was(begun):
+    loaded = begun[1]()
+    table = comparison(loaded)
+    assert start.with_unsettled(loaded, table) is table and start.beside(loaded, table, MODEL) == []
