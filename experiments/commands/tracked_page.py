@@ -18,6 +18,7 @@ from analysis.measures import ACCURACY, BY_KEY, GENERAL, ORDER
 HOST = "holdfast.localhost"
 IMAGE = "front"  # the figure among the charts, by its key in MLflow
 TAG, KEY = "mlflow.sharedViewState.", "holdfast"  # the tag of a view, before its key; the key, before its number
+KIND = {"workflowType": "machine_learning"}  # else MLflow shows what it has for language models in production
 ROW = "row"  # the tag of what a run is: a cell, a method or the base
 
 
@@ -80,7 +81,9 @@ def tags(runs: list, *, ids: dict[str, str], experiment: str, study: str) -> dic
         made[f"{TAG}{KEY}{number}"] = _view(own, pair=pair, title=title)
         links = {"charts": _address(experiment, number), "table": _address(experiment, number, charts=False)}
         if report := next((run for run in own if any(file.name == "report.html" for file, _ in run.files)), None):
-            links["report"] = f"#/experiments/{experiment}/runs/{ids[report.key]}/artifacts/report.html"
+            links["report"] = (
+                f"#/experiments/{experiment}/runs/{ids[report.key]}/artifacts/report.html?{urlencode(KIND)}"
+            )
         lines.append(f"{title}: {', '.join(f'[{text}]({address})' for text, address in links.items())}")
     lines.append(f"Study {study} of Holdfast, a mirror of results/ that `python -m experiments track` writes.")
     return made | {"mlflow.note.content": "\n\n".join(lines)}
@@ -98,7 +101,7 @@ def first_link(experiment: str) -> str:
 
 def _address(experiment: str, number: int, *, charts: bool = True) -> str:
     mode = {"compareRunsMode": "CHART" if charts else "TABLE"}
-    query = {"viewStateShareKey": f"{KEY}{number}", "workflowType": "machine_learning"} | mode
+    query = {"viewStateShareKey": f"{KEY}{number}"} | KIND | mode
     return f"#/experiments/{experiment}/runs?{urlencode(query)}"
 
 
@@ -115,7 +118,7 @@ def _view(runs: list, *, pair: str, title: str) -> str:
     intervals = [f"tags.`{headline.head}`" for headline in HEADLINES.values()]
     order = ["attributes.`Run Name`", *columns, "runDateAndNestInfo", "duration"]
     sections = {
-        "methods": ("Methods, with 95 % intervals", 1, 385),
+        "methods": ("Methods, with 95 % intervals", 1, 352),
         "front": ("Front", 1, 760),
         "curves": ("Learning curves on probe rows", 2, 360),
     }

@@ -14,7 +14,8 @@ def main(study) -> None:
     track.main(study)
     database = study.paths.root / "mlflow.db"
     command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{database}", "--workers", "1"]
-    sys.stdout.flush()
+    command += ["--uvicorn-opts", "--log-level warning"]  # or it prints an address of its own
+    print("in a few seconds; Ctrl-C ends it", flush=True)
     os.execve(sys.executable, command, environment(os.environ))
 
 
