@@ -31,7 +31,7 @@ from experiments.stages import resolve
 from experiments.study import ahead, cells
 from experiments.study.lock import Lock
 from experiments.study.schema import Model
-from experiments.training import batches, hardware, memory
+from experiments.training import batches, hardware, improvable, memory
 from experiments.training.flops import Flops, of_pass
 from methods.part import Part
 from methods.tools.files import read_json
@@ -75,6 +75,11 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
             "too_large": sum(cell["fits"] is False for cell in planned),
         },
         "basis": {name: model.rate[1] for name, model in models.items()},
+        "seconds_improvable": {
+            name: _known(_number(improvable.flops(model.bare, study.evaluate.improve)) / model.rate[0])
+            for name, model in models.items()
+            if improvable.applies(study, name)
+        },
         "warnings": warnings,
     }
 
@@ -305,6 +310,11 @@ def text(plan: dict) -> str:
         "further bit of mantissa",
     ]
     lines += [f"{model}: time estimated from {basis}" for model, basis in plan["basis"].items()]
+    lines += [
+        f"{model}: `base` takes {_minutes(seconds)} more to test whether training on general text alone would improve "
+        "it (evaluate.improve: 0 switches that off)"
+        for model, seconds in plan["seconds_improvable"].items()
+    ]
     return "\n".join(lines + plan["warnings"])
 
 

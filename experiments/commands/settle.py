@@ -20,6 +20,7 @@ from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
 from experiments.stages.model import folder_of
 from experiments.study import provenance
+from experiments.study.validation import HASHES
 from experiments.training import hardware, memory, settling
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS, TrainSettings
@@ -64,7 +65,7 @@ def _settle(study, model: str, block: Any, folder) -> None:
         device_type=where.type,
         processes=None,
     )
-    settings = {key: value for key, value in block.as_written.items() if key not in ("adapter_sha256", "sha256")}
+    settings = {key: value for key, value in block.as_written.items() if key not in HASHES}
     identity = {
         "base": info["sha256"],
         "settings": settings,

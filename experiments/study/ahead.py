@@ -24,7 +24,7 @@ from experiments.model.positions import (
     refuse_long_rows,
 )
 from experiments.model.shape import Shape, shape_of
-from experiments.study import cells, chat_templates, controls, files_of_parts
+from experiments.study import cells, chat_templates, controls, files_of_parts, settled_models
 from experiments.study.clashes import ROLES
 from experiments.study.schema import Domain, General, Rows, Scored
 from experiments.training import hooks, memory
@@ -52,6 +52,7 @@ def look(study) -> list[str]:
     for model in study.grid.models:
         warnings += chat_templates.look(study, model=model, tokenizer=tokenizer(study, model))
         warnings += files_of_parts.look(study, model=model)
+        warnings += settled_models.look(study, model=model)
     with _data(study) as (folder, about_data):
         for model in study.grid.models:
             if folder is not None and (shape := known_shape(study, model)) and (encoder := tokenizer(study, model)):

@@ -11,6 +11,7 @@ from methods.errors import UserError
 from methods.settings import describe, hint, shown
 from methods.tools.names import checked, unknown
 
+HASHES = ("adapter_sha256", "sha256")  # of `settle:`, which are written when the adapter was made
 # of a settled model they are those of the block that it is made of
 SOURCE_KEYS = ("source", "sha256", "bin_sha256", "dtype", "config", "architecture", "seed")
 

@@ -4,22 +4,26 @@ import json
 import shutil
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from scipy import stats
 
+from analysis.load import Loaded, load_cells
+from analysis.sections import start as begun
 from experiments.commands import settle
 from experiments.data import mix
+from experiments.data.reader import write_rows
 from experiments.model import settled, weights
+from experiments.stages import data, evaluate, resolve
 from experiments.stages import model as stage
-from experiments.stages import resolve
-from experiments.study import config, pipeline
+from experiments.study import config, pipeline, settled_models
 from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE, Paths
-from experiments.training import settling
+from experiments.training import improvable, settling
 from methods.errors import UserError
-from methods.tools.files import read_json, sha256
+from methods.tools.files import read_json, sha256, write_json
 
 GATE = {"learning_rate": 1.0e-3, "steps": 3, "every": 10, "most": 20, "nats": 0.12}
 BLOCK = {
@@ -234,3 +238,77 @@ def test_every_linear_layer_but_the_head_is_adapted(tmp_path):
     model = weights.load_model(tmp_path / "tiny", dtype="auto")
     targets = settling.adapter(model, rank=2, alpha=4.0).targets
     assert sorted(targets) == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+def test_base_scores_the_unsettled_model_beside_the_settled_one(made, tmp_path):
+    root, hashes, record = made
+    shutil.copytree(root / "results", tmp_path / "results")
+    own = study(tmp_path, **hashes)
+    data.main(own)
+    stage.main(own, model="calm")
+    evaluate.base(own, model="calm")
+    start, scores = (read_json(own.paths.base("calm") / f"{name}.json") for name in ("start", "scores"))
+    before = start["unsettled"]["scores"]
+    assert (start["unsettled"]["model"], start["improvable"]) == ("llama-tiny", None)
+    assert before["weights_sha256"] == record["from_sha256"] and before["scoring"] == scores["scoring"]
+    assert before["general"]["kl"] > 0 == scores["general"]["kl"]  # KL from the settled model
+    lost = {"general_nll_lost": 0.5, "gold_nll_lost": 2.0, "forgetting": 0.1, "margin_lost": None}
+    cell = pd.Series({"model": "calm", "forgetting_by_task": {"colours": 0.1}, "at_chance": []} | lost)
+    loaded = load_cells(own.paths.results, ["calm/sums/full/seed0"])
+    against = begun.against_unsettled(loaded, cell)
+    nats = {name: found["general"]["nats_per_token"] for name, found in (("now", scores), ("then", before))}
+    assert against["general_nll_lost"] == pytest.approx(0.5 + nats["now"] - nats["then"])
+    gold = [found["tasks"]["colours"]["gold_nll"] for found in (scores, before)]
+    assert against["gold_nll_lost"] == pytest.approx(2.0 + gold[0] - gold[1])
+    right = [found["tasks"]["colours"]["value"] for found in (scores, before)]
+    assert against["forgetting"] == pytest.approx(0.1 + right[1] - right[0])
+    assert against.keys() == {"general_nll_lost", "gold_nll_lost", "forgetting"}
+    assert begun.is_settled(loaded, "calm") is True
+    assert "calm is llama-tiny after" in begun.sentences(loaded, "calm")[0]
+    assert "It is settled: 3 more steps" in begun.sentences(loaded, "calm")[0]
+
+
+def test_training_on_general_text_improves_a_random_model(tmp_path):
+    own = study(tmp_path)
+    data.main(own)
+    stage.make(own, "llama-tiny", tmp_path / "tiny")
+    texts = [{"text": f"Text {number}: the cat sat on mat {number % 7}."} for number in range(120)]
+    for name, rows in (("settle", texts), ("importance", texts[:3])):
+        write_rows(tmp_path / "general" / f"{name}.jsonl", rows)
+    found = improvable.improvable(
+        tmp_path / "tiny", tmp_path / "general", steps=6, dtype=torch.float32, device=torch.device("cpu")
+    )
+    assert found["low"] > 0 and found["steps"] == 6 and found["texts"] == 64
+    loaded = Loaded(
+        **dict.fromkeys(("cells", "curves", "items", "failures"), pd.DataFrame()),
+        base={"random": {"start": {"improvable": found}}, "fine": {"start": {"improvable": found | {"low": -0.1}}}},
+    )
+    assert begun.is_settled(loaded, "random") is False and begun.is_settled(loaded, "fine") is True
+    assert begun.sentences(loaded, "random")[0].startswith("Warning: the base is not settled. 6 steps on general text")
+    assert "does not improve it" in begun.sentences(loaded, "fine")[0]
+    assert begun.is_settled(loaded, "unknown") is None and begun.sentences(loaded, "unknown") == []
+
+
+def test_the_test_is_made_of_models_that_are_neither_settled_nor_random():
+    root = config.load()
+    assert improvable.settings(root, "smollm2-135m")["steps"] == 30
+    assert improvable.settings(root, "smollm2-135m-settled") == {}
+    off = root.model_copy(update={"evaluate": root.evaluate.model_copy(update={"improve": 0})})
+    assert improvable.settings(off, "smollm2-135m") == {}
+    assert improvable.settings(config.load("demo"), "llama-tiny") == {}
+    assert resolve.base(off, "smollm2-135m") != resolve.base(root, "smollm2-135m")
+    assert resolve.evaluate(off, "smollm2-135m") == resolve.evaluate(root, "smollm2-135m")  # no cell is scored again
+
+
+def test_what_a_settled_model_showed_is_said_before_a_study_runs(made, tmp_path):
+    root, hashes, record = made
+    shutil.copytree(root / "results", tmp_path / "results")
+    assert settled_models.look(study(tmp_path, **hashes), model="calm") == []  # plain fine-tuning has 1e-3 there
+    assert settled_models.look(study(tmp_path), model="llama-tiny") == []
+    (line,) = settled_models.look(study(tmp_path, mix={"general": 2.0}), model="calm")
+    assert "models.calm.settle is not what the adapter was made with (results/settled/calm/settle.json)" in line
+    block = {"block": BLOCK | {"gate": GATE | {"learning_rate": 0.1}}}
+    write_json(tmp_path / "results/settled/calm/settle.json", record | block | {"settled": False})
+    rate, gate = settled_models.look(study(tmp_path, gate=GATE | {"learning_rate": 0.1}), model="calm")
+    assert "gate.learning_rate is 0.1, and plain fine-tuning in this study has 0.001" in rate
+    assert f"calm is not settled after {record['steps']} steps" in gate
