@@ -1,5 +1,7 @@
 """The first page's table and figure: every method of every comparison, and what other studies add."""
 
+from collections.abc import Collection
+
 import pandas as pd
 
 from analysis import numbers, style, units, words
@@ -25,9 +27,11 @@ def table(loaded: Loaded, compared: pd.DataFrame, beside: pd.DataFrame) -> tuple
     for model, domain in loaded.comparisons:
         rows.append({"title": f"{model} on {domain}"})
         own = compared[(compared["model"] == model) & (compared["domain"] == domain)]
+        shades = colours(labelled(loaded, points(loaded, own, beside[:0])))
         for _, row in own[own["method"] != "base"].iterrows():
             aside = f"{model}/{domain}/{row['method']}" not in chosen
-            rows.append(row_of(row, shown) | {"class": "aside" if aside else ""})
+            shade = shades.get(family(row["method"]), style.FAINT)
+            rows.append(row_of(row, shown) | {"class": "aside" if aside else "", "colour": shade})
         there = beside[(beside["model"] == model) & (beside["domain"] == domain)] if len(beside) else beside
         for _, row in there[~there["method"].isin(own["method"]) & there["chosen"]].iterrows() if len(there) else ():
             seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
@@ -111,18 +115,28 @@ def _best_known(rows: pd.DataFrame, *keys: str) -> tuple[str, str, float]:
     return other, units.named(unit), 100.0 if unit == units.SHARE else 1.0
 
 
-def labelled(loaded: Loaded, data: pd.DataFrame) -> set[str]:
+def labelled(loaded: Loaded, data: pd.DataFrame) -> list[str]:
     """The families with a colour and a name: plain fine-tuning, leaders and compositions; without named leaders all of
     them, or, of more than style.MANY, those that no other exceeds in both gain and loss."""
     methods = list(data[data["study"] == ""]["method"])
     own = families(methods)
     shown = {PLAIN, *map(family, [*loaded.roles.leading(methods), *loaded.roles.composed(methods)])}
     if not loaded.roles.leaders and len(own) <= style.MANY:
-        return set(own)
+        return list(own)
     if not loaded.roles.leaders:
         best = data[(data["study"] == "") & nondominated(data["gain"], data["lost"])]
         shown = {PLAIN, *best["family"], *map(family, loaded.roles.composed(methods))}
-    return shown & set(own)
+    return [name for name in own if name in shown]
+
+
+def colours(named: Collection[str]) -> dict[str, str]:
+    """A colour for each named family, its own unless another one has it already."""
+    made: dict[str, str] = {}
+    for name in named:
+        free = [shade for shade in (*style.FIXED.values(), *style.OTHERS) if shade not in made.values()]
+        shade = style.INK if name == PLAIN else style.colour(name)
+        made[name] = free[-1] if shade in made.values() and free else shade
+    return made
 
 
 def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
@@ -152,17 +166,17 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
     return drawn, data, "Gain against forgetting", caption
 
 
-def _panel(axes, data: pd.DataFrame, *, named: set[str]) -> int:
+def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> int:
     """Draw one panel; the number of grey points that lie outside it."""
     front = data["family"].isin(named) & (data["study"] == "")
-    texts, bars = [], []
+    texts, bars, shades = [], [], colours(named)
     for (_, name, bright), own in data.assign(bright=front).groupby(["study", "family", "bright"], sort=False):
         if not bright:
             axes.plot(
                 own["gain"], own["lost"], "o-", color=style.FAINT, markersize=2.6, linewidth=0.7, alpha=0.8, zorder=1
             )
             continue
-        shade = style.INK if name == PLAIN else style.colour(name)
+        shade = shades[name]
         axes.plot(
             own["gain"], own["lost"], color=shade, marker=style.marker(name), markersize=5, linewidth=1.5, zorder=3
         )
