@@ -25,7 +25,7 @@ from analysis.statistics.crossed import crossed
 from analysis.statistics.intervals import Interval
 from analysis.statistics.nats import DOMAIN, Change, Changes
 from analysis.statistics.resample import Resampled, resampled
-from analysis.statistics.seeds import Prior, of_methods, of_pairs
+from analysis.statistics.seeds import Prior, moderated, of_methods, of_pairs
 from analysis.statistics.signs import sign_flips
 
 BASE = "base"
@@ -110,8 +110,8 @@ class Contrasts:
         """A method's variance between seeds in a measure, moderated, and its degrees of freedom (resample.py)."""
         if self.unchanged(method):
             return variance, df
-        moderated, own = self.priors(key, self.settings[method])[0].moderate(np.array(variance), np.array(df))
-        return float(moderated), float(own)
+        (own,), (worth,) = moderated([self.priors(key, self.settings[method])[0]], np.array([variance]), df)
+        return float(own), float(worth)
 
     @cached_property
     def _priors(self) -> Mapping:
@@ -149,14 +149,11 @@ class Contrasts:
         """The differences of pairs that share `count` seeds each."""
         first, second = (self._rows(measured, [(pair[side], seeds) for pair, seeds in group]) for side in (0, 1))
         tasks = [task[first] - task[second] for task in measured.tasks]
-        moderated = None
+        seeds = None
         if count > 1:
             own = (measured.means[first] - measured.means[second]).var(axis=1, ddof=1)
-            both = [
-                self._prior(measured.key, pair).moderate(s2, np.array(count - 1.0)) for (pair, _), s2 in zip(group, own)
-            ]
-            moderated = tuple(np.array(column) for column in zip(*both))
-        found = crossed(tasks, step=measured.step, moderated=moderated)
+            seeds = moderated([self._prior(measured.key, pair) for pair, _ in group], own, count - 1)
+        found = crossed(tasks, step=measured.step, moderated=seeds)
         scope, low, high = "method" if count > 1 else "run", found.value - found.half, found.value + found.half
         columns = (found.value, low, high, found.error, found.df)
         return {

@@ -11,6 +11,7 @@ and methods whose seeds move together count as fewer. And d0_k = d0 · P(F(d_k, 
 would be odd among the others keeps its own seeds (the idea of Phipson et al. 2016, Annals of Applied Statistics 10).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,12 +27,13 @@ class Prior:
     df: float = 0.0
     most: float = 0.0
 
-    def moderate(self, variance: np.ndarray, df: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The moderated variances and their degrees of freedom."""
-        if not self.df:
-            return variance, np.asarray(df, dtype=float)
-        own = self.df * fisher.sf(variance / self.variance, df, np.maximum(self.most, df))
-        return (own * self.variance + df * variance) / (own + df), own + df
+
+def moderated(priors: Sequence[Prior], variances: np.ndarray, df: float) -> tuple[np.ndarray, np.ndarray]:
+    """K variances of `df` degrees of freedom moderated by a prior each, and their degrees of freedom then, (K,)."""
+    usual, worth, most = (np.array([getattr(prior, name) for prior in priors]) for name in ("variance", "df", "most"))
+    odd = fisher.sf(variances / np.where(usual > 0, usual, 1.0), df, np.maximum(most, df))
+    own = worth * odd
+    return (own * usual + df * variances) / (own + df), own + df
 
 
 def of_methods(values: np.ndarray) -> Prior:

@@ -1,5 +1,7 @@
 """How often the 95 % interval covers the truth in simulated studies: at least 93 in 100 in all of them."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.stats import norm
@@ -7,6 +9,9 @@ from scipy.stats import norm
 from analysis.statistics.crossed import crossed
 from analysis.statistics.intervals import Z, of_arrays, of_shares, per_token, perplexity_ratio
 from analysis.statistics.nats import Change
+from analysis.statistics.seeds import Prior, moderated, of_methods, of_pairs
+from tests.analysis import simulated as studies
+from tests.analysis.simulated import Setting, simulated
 
 STUDIES = 1000
 GRID = [(seeds, n, spread) for seeds in (3, 5) for n in (100, 500) for spread in (0, 1, 2, 5)]
@@ -187,3 +192,55 @@ def test_intervals_in_nats_cover_where_tails_are_heavy(study, seeds):
             inside += found.low <= truth <= found.high
         shares[spread] = inside / STUDIES
     assert min(shares.values()) >= 0.93 and max(shares.values()) <= 0.99
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        Setting(title="alike", methods=20, seeds=5),
+        Setting(title="one is odd", methods=5, seeds=5, spreads=(3.2, 0.8), odd=True),
+        Setting(title="heavy tails", methods=20, seeds=3, kind="tails", spreads=(4.0, 4.0)),
+    ],
+    ids=lambda setting: setting.title,
+)
+def test_the_model_of_the_tests_covers_and_errs_seldom(setting):
+    found = simulated(setting, studies=100)
+    assert found.covers >= 0.93 and found.least >= 0.9 and found.wrong <= 0.06
+    assert found.full <= 0.1 and found.width < 1  # of 100 studies; the table of docs/rules.md has more
+
+
+def test_the_spread_of_a_study_shows_and_one_odd_method_is_not_swamped():
+    """Methods whose seeds are alike lend each other theirs; an odd one keeps its own, and the others keep theirs."""
+    values = np.array([[0.8, -0.8, 0.1], [0.7, -0.9, 0.3], [-0.6, 0.9, -0.2], [0.9, -0.2, -0.7], [0.5, 0.4, -1.0]])
+    prior, own = of_methods(values), values.var(axis=1, ddof=1)
+    variances, df = moderated([prior] * 5, own, 2)
+    assert (np.abs(np.log(variances / prior.variance)) <= np.abs(np.log(own / prior.variance)) + 1e-12).all()
+    assert (df > 2).all() and df.max() <= 2 * 5
+    odd = np.vstack([values, 20 * values[0]])
+    prior, own = of_methods(odd), odd.var(axis=1, ddof=1)
+    variances, df = moderated([prior] * 6, own, 2)
+    assert variances[-1] > 0.6 * own[-1] and df[-1] < 2.3
+    assert of_methods(values[:1]) == Prior() == of_pairs(values[:2])  # one of a kind has nothing to lend
+    alone, own_df = moderated([Prior()], np.array([0.5]), 2)
+    assert (alone[0], own_df[0]) == (0.5, 2)
+
+
+def test_seeds_that_move_together_count_as_fewer():
+    draw = np.random.default_rng(0)
+    shared = draw.standard_normal(5)
+    together = of_methods(shared + 0.05 * draw.standard_normal((10, 5)))
+    apart = of_methods(draw.standard_normal((10, 5)))
+    assert together.most < 5 < 20 < apart.most <= 40
+    assert of_pairs(shared + 0.05 * draw.standard_normal((10, 5))).variance == pytest.approx(2 * 0.05**2, rel=0.4)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    "setting", studies.GRID, ids=lambda setting: f"{setting.title}-{setting.methods}-{setting.seeds}"
+)
+def test_coverage_and_errors_are_what_the_rules_say(setting):
+    found = simulated(setting, studies=400, seed=1)
+    edge = setting.kind == "accuracy" and setting.spreads == (4.0, 4.0)
+    assert found.covers >= (0.83 if edge else 0.93) and found.wrong <= 0.06
+    assert found.full <= (0.16 if setting.odd and setting.seeds == 3 else 0.08) and found.pairs <= 0.1
+    assert f"| {setting.title} |" in Path("docs/rules.md").read_text(encoding="utf-8")
