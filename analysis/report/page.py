@@ -120,7 +120,7 @@ def _comparisons(
         first, methods, shown = cells.iloc[0], list(dict.fromkeys(cells["method"])), columns.others(rows)
         answering = list(dict.fromkeys(chosen.of(model, domain)["method"]))  # at the setting chosen on probe rows
         sections = {
-            "front": front.section(loaded, rows, model=model, domain=domain),
+            "front": front.section(loaded, model=model, domain=domain),
             "significance": significance.section(loaded, tests, model=model, domain=domain),
             "matched": matched.section(loaded, model=model, domain=domain),
             "flips": flips.section(loaded, model=model, domain=domain),

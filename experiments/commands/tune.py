@@ -99,11 +99,11 @@ def _tune(study, model_name: str, domain: str, methods: list[str]) -> None:
     judge(record["trials"], domain=domain)
     write_json(path, record)
     for method in methods:
-        for line in advice(record["trials"], method=method, where=f"{model_name}/{domain}"):
+        for line in advice(record["trials"], method=method, where=f"{model_name}/{domain}", study=study.name):
             print(line)
 
 
-def advice(trials: list[dict], *, method: str, where: str) -> list[str]:
+def advice(trials: list[dict], *, method: str, where: str, study: str = "") -> list[str]:
     """What was chosen for a method, whether others are equal or better ones may lie beyond, and how to run more."""
     own = [trial for trial in trials if trial["method"] == method and "failed" not in trial]
     picked = next((trial for trial in own if trial["chosen"]), None)
@@ -119,10 +119,11 @@ def advice(trials: list[dict], *, method: str, where: str) -> list[str]:
             f"  it is the {picked['end']} value tried, so a better one may lie beyond: widen tune.methods.{method}"
         )
     elif len(values) > 2 and all(isinstance(one, int | float) for one in values):
+        option = f" --study {study}" if study else ""
         around = [max(one for one in values if one < value), min(one for one in values if one > value)]
         lines.append(
             f"  for a curve, write it into methods.{method} and run the values on either side, too: "
-            f"python -m experiments sweep {method} {knob} {','.join(f'{one:g}' for one in around)}"
+            f"python -m experiments sweep {method} {knob} {','.join(f'{one:g}' for one in around)}{option}"
         )
     return lines
 

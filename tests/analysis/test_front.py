@@ -9,10 +9,10 @@ import pytest
 import analysis
 from analysis.families import family
 from analysis.load import load_cells
-from analysis.measures import ACCURACY, GENERAL
+from analysis.measures import GENERAL
 from analysis.sections.front import section
 from analysis.statistics.comparison import comparison
-from analysis.statistics.front import nondominated, points
+from analysis.statistics.front import front, nondominated
 from analysis.statistics.nats import DOMAIN
 from analysis.statistics.resample import resampled
 from tests.analysis.fixtures import write_results
@@ -64,33 +64,27 @@ def test_families_by_name():
     assert {name: family(name) for name in names} == names
 
 
-def test_points_are_those_of_the_comparison_in_the_order_of_the_setting(swept):
-    rows = comparison(swept)
+def test_the_front_is_of_the_comparisons_own_numbers(swept):
+    data, table = front(resampled(swept, **WHERE)).set_index("method"), comparison(swept).set_index("method")
+    assert list(data.index) == list(SWEPT)
+    for name, key in (("gain", DOMAIN), ("lost", GENERAL.key)):
+        assert list(data[name]) == pytest.approx([table.at[method, key] for method in SWEPT])
+    assert list(data["front"]) == list(nondominated(data["gain"], data["lost"]))
+    assert data["share"].between(0, 1).all() and data.loc[data["front"], "share"].min() > 0
+
+
+def test_the_sentences_name_the_front_and_how_settings_were_chosen(swept):
     strength = {"ewc": 2.0, "ewc-s1": 1.0, "ewc-s2": 4.0}
     for cell, method in swept.cells["method"].items():
         swept.cells.at[cell, "parts"] = {"ewc": {"strength": strength.get(method, 0.0)}}
         swept.cells.at[cell, "settings"] = {"learning_rate": 1e-3}
-    data = points(swept, rows, **WHERE, draws=resampled(swept, **WHERE))
-    assert list(data["method"]) == ["full", "lora", "ewc-s1", "ewc", "ewc-s2"]
-    assert list(data["setting"]) == ["", "", *["ewc.strength"] * 3] and list(data["value"][2:]) == [1.0, 2.0, 4.0]
-    table = rows.set_index("method")
-    for key in (DOMAIN, GENERAL.key, ACCURACY):
-        for end in ("", "_low", "_high"):
-            assert list(data[key + end]) == pytest.approx([table.at[m, key + end] for m in data["method"]])
-    assert list(data["front"]) == list(nondominated(data[DOMAIN], data[GENERAL.key])) and data["chosen"].sum() == 3
-    assert data["front_share"].between(0, 1).all() and data.loc[data["front"], "front_share"].min() > 0
-    assert points(swept, rows.drop(columns=DOMAIN), **WHERE).empty
-
-
-def test_the_front_in_sentences(swept):
-    table = comparison(swept)
-    data = points(swept, table, **WHERE)
-    said, rule, tied, end = section(swept, table, **WHERE)
+    said, rule, tied, end = section(swept, **WHERE)
     assert "science has chosen the setting with the least nats" in rule and tied.startswith("Equal to the chosen one")
     assert "was chosen at the end of its range, which should be widened" in end and end.startswith("ewc-s")
+    data = front(resampled(swept, **WHERE))
     assert all(f"{name} (" in said for name in data[data["front"]]["method"]) and "of the redraws" in said
 
 
 def test_one_method_alone_has_no_front(tmp_path):
     loaded = load_cells(tmp_path, write_results(tmp_path, methods=("full",)))
-    assert section(loaded, comparison(loaded), **WHERE) == []
+    assert section(loaded, **WHERE) == []
