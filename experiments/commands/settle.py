@@ -108,6 +108,7 @@ def _settle(study, model: str, block: Any, folder) -> None:
             "from_sha256": info["sha256"],
             "data_sha256": data,
             "rows": {name: len(own) for name, own in sources.items()},
+            "rows_sha256": settling_rows.digests(sources),
             "texts": len(probes),
             "compute_dtype": str(computing).removeprefix("torch."),
             "device": where.type,

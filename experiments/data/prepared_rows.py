@@ -53,10 +53,17 @@ def _held(study, general: Mapping[str, list[Row]], reader: Reader) -> Held:
     held = Held()
     for name, rows in general.items():
         held.hold(f"general.{name}", rows)
-    mixed = {name for model in study.grid.models if (made := study.models[model].settle) for name in made.mix}
-    for name, rows in settling_rows.of(sorted(mixed - {settling_rows.GENERAL}), reader).items():
-        held.refuse(f"tasks.{name} (settle)", rows, remedy="take other rows for the mix")
-        held.hold(f"tasks.{name} (settle)", rows)
+    mixed: dict[str, list[Row]] = {}
+    for model in study.grid.models:
+        if made := study.models[model].settle:
+            sources = settling_rows.of(made.mix, reader)
+            record = study.paths.adapter(model).with_name("settle.json")
+            settling_rows.refuse_others(sources, record, where=f"models.{model}")
+            mixed |= sources
+    for name in mixed.keys() - {settling_rows.GENERAL}:
+        held.refuse(f"tasks.{name} (settle)", mixed[name], remedy="take other rows for the mix")
+    for name in mixed.keys() - {settling_rows.GENERAL}:
+        held.hold(f"tasks.{name} (settle)", mixed[name])
     return held
 
 

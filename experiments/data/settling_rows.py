@@ -4,16 +4,21 @@ They are chosen from the end of the order that scored rows are taken from the fr
 rows does not move what a model was settled on.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 from evaluation.task import doc_hash, make_task, render
 from experiments.data import general_text, scored_tasks
 from experiments.data.reader import Reader, Row
 from methods.errors import UserError
+from methods.tools.files import read_json
 from methods.tools.names import unknown
 
 GENERAL = "general"
+TEXTS = ("text", "context", "choices", "gold")
 
 
 def of(names: Iterable[str], reader: Reader) -> dict[str, list[Row]]:
@@ -25,6 +30,23 @@ def of(names: Iterable[str], reader: Reader) -> dict[str, list[Row]]:
     not known, and for a source without so many rows.
     """
     return {name: _general(reader) if name == GENERAL else _of_task(name, reader) for name in names}
+
+
+def digests(sources: Mapping[str, Sequence[Row]]) -> dict[str, str]:
+    """The sha256 of the texts of each source, the same whatever its rows are called."""
+    texts = {name: [[row.get(key) for key in TEXTS] for row in rows] for name, rows in sources.items()}
+    return {name: sha256(json.dumps(own).encode()).hexdigest() for name, own in texts.items()}
+
+
+def refuse_others(sources: Mapping[str, Sequence[Row]], record: Path, *, where: str) -> None:
+    """Raises UserError where a model was settled on other rows, by its settle.json, for they may be scored now."""
+    made_on = read_json(record).get("rows_sha256", {}) if record.is_file() else {}
+    now = digests(sources)
+    if other := [name for name in made_on if made_on[name] != now.get(name)]:
+        raise UserError(
+            f"{where} was settled on other rows of {', '.join(other)} than its mix gives now, and may have seen what is "
+            "scored: write these blocks as they were, or settle it again (`python -m experiments settle`)"
+        )
 
 
 def _general(reader: Reader) -> list[Row]:

@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from experiments.data.splits import normalised
 from experiments.study import config
 from experiments.study.paths import Paths
 from methods.errors import UserError
+from methods.tools.files import write_json
 
 # a multiple-choice question from a local file, in lm-eval's own keys
 TASK = {
@@ -259,7 +261,15 @@ def test_what_a_model_is_settled_on_is_in_no_other_set(study, tmp_path):
     study.domains["birds"]["transfer"] = []
     study.tasks["trees"] |= {"test": 2, "settle": 10}
     write(study, tmp_path / "out")
-    with_rows(study, "trees", lines(tmp_path / "out/train/birds/train.jsonl")[:2])
+    trained = lines(tmp_path / "out/train/birds/train.jsonl")
+    made_on = tmp_path / "out/results/settled/settled/settle.json"
+    rows = settling_rows.of(["trees"], Reader(study=config.build(vars(study), paths=Paths(root=tmp_path))))
+    for digests, told in ((settling_rows.digests(rows), None), ({"trees": "a" * 64}, "on other rows of trees than")):
+        write_json(made_on, {"rows_sha256": digests})
+        with pytest.raises(UserError, match=told) if told else nullcontext():
+            write(study, tmp_path / "out")
+    made_on.unlink()
+    with_rows(study, "trees", trained[:2])
     study.tasks["trees"] |= {"test": 1, "settle": 13}
     with pytest.raises(
         UserError, match=r"domains.birds \(train\) and tasks.trees \(settle\) have [12] rows? in common"
