@@ -44,8 +44,8 @@ def refuse_others(sources: Mapping[str, Sequence[Row]], record: Path, *, where: 
     now = digests(sources)
     if other := [name for name in made_on if made_on[name] != now.get(name)]:
         raise UserError(
-            f"{where} was settled on other rows of {', '.join(other)} than its mix gives now, and may have seen what is "
-            "scored: write these blocks as they were, or settle it again (`python -m experiments settle`)"
+            f"{where} was settled on other rows of {', '.join(other)} than its mix gives now, and may have seen what "
+            "is scored: write these blocks as they were, or settle it again (`python -m experiments settle`)"
         )
 
 
