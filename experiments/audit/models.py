@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from experiments.audit import adapters, kept, tokenizers
 from experiments.model import hub, vocabulary, weights
+from experiments.stages.model import make
 from methods.errors import UserError
 from methods.tools import files as disk
 from methods.tools import model_folder, peft_adapter
@@ -103,14 +104,16 @@ def _by_name(name: str, study) -> tuple[Path, set[str], dict[str, Any]]:
     block, folder = study.models[name], study.paths.model(name)
     if not (folder / "base.json").is_file():
         print(f"model {name!r} is not converted yet: {block.source} is read", flush=True)
-        weights.materialise(name=name, block=block, packages=study.packages, out_dir=folder)
+        make(study, name, folder)
     if (source := disk.read_json(folder / "base.json").get("source")) != block.source:
         raise UserError(
             f"model {name!r}: {folder} was made of {source}, and params.yaml says {block.source}: run `dvc repro "
             f"model@{name}`"
         )
     kind, _, rest = block.source.partition(":")
-    named = {name, rest.partition("@")[0] if kind == "hub" else rest}
+    named = {name}
+    if block.settle is None:  # a settled model is not the one that its source names
+        named.add(rest.partition("@")[0] if kind == "hub" else rest)
     return folder, named, {"source": block.source} | ({"note": block.note} if block.note else {})
 
 
