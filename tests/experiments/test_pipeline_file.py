@@ -30,7 +30,29 @@ def test_compare_lists_exactly_its_own_cells(name):
     study = config.load(name)
     deps = YAML(typ="safe").load(study.paths.folder / "dvc.yaml")["stages"]["compare"]["deps"]
     listed = {d for d in deps if d.endswith("metrics.json")}
-    assert listed == {(study.paths.run(c) / "metrics.json").relative_to(HERE).as_posix() for c in cells.grid(study)}
+    own = {study.paths.run(cell) / "metrics.json" for cell in cells.grid(study)}
+    others = [s.paths.run(c) / "metrics.json" for s in config.also(study).values() for c in cells.grid(s)]
+    assert listed == {p.relative_to(HERE).as_posix() for p in (*own, *(p for p in others if p.is_file()))}
+
+
+def test_of_a_study_shown_beside_compare_lists_the_files_of_its_finished_cells(tmp_path):
+    raw = YAML(typ="safe").load(HERE / "experiments/studies/demo/params.yaml")
+    for name, also in (("track", ["screen"]), ("screen", [])):
+        folder = tmp_path / "experiments" / "studies" / name
+        folder.mkdir(parents=True)
+        YAML().dump(raw | {"also": also}, folder / "params.yaml")
+    track, screen = (config.load(name, root=tmp_path) for name in ("track", "screen"))
+    first, second, *_ = cells.grid(screen)
+    for cell, files in ((first, ("metrics.json", "items.csv.gz")), (second, ("items.csv.gz",))):
+        screen.paths.run(cell).mkdir(parents=True)
+        for file in files:
+            (screen.paths.run(cell) / file).touch()
+    listed = [path for path in pipeline.compare_inputs(track) if path.startswith("results/screen/")]
+    assert listed == [f"results/screen/runs/{first.name}/{file}" for file in ("metrics.json", "items.csv.gz")]
+    for name, message in (("track", "names the study track itself"), ("scren", "unknown study 'scren'.*'screen'")):
+        YAML().dump(raw | {"also": [name]}, track.paths.params)
+        with pytest.raises(UserError, match=message):
+            config.also(config.load("track", root=tmp_path))
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
