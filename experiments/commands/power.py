@@ -61,13 +61,14 @@ def text(spread: Spread, table: pd.DataFrame, *, measure: str, wanted: float, te
     """A table of `needed` in words: what is assumed, the differences that can be told, and the least that is enough."""
     source = f"the median of {spread.pairs} pairs of methods of this study"
     if not spread.pairs:
-        source = "an earlier study of SmolLM2-135M, for here no two methods have several seeds yet"
+        source = "from an earlier study of SmolLM2-135M, because here no two methods have several seeds yet"
+    others = f" The spread of the other methods is worth {spread.df:.1f} more seeds." if spread.df >= 0.05 else ""
     lines = [
         f"{measure}, in {_unit(measure)}: the difference between a method and full that 80 of 100 studies tell "
         f"(at 5 %, first of {tests} tests by Holm)",
         f"Assumed: a difference has a standard deviation of {_size(measure, spread.seed)} between seeds and "
-        f"{_size(measure, spread.item)} between items ({source}), and what other methods say about that counts "
-        f"as {spread.df:.1f} more seeds. Methods that lose more spread more: a harsher setting needs more than this.",
+        f"{_size(measure, spread.item)} between items ({source}).{others} Methods that lose more spread more: a "
+        "harsher setting needs more than this.",
         "",
         " seeds" + "".join(f"{n:>10,}" for n in table) + "  items",
     ]
