@@ -8,7 +8,10 @@ analysis/families.py) has a curve of gain against loss through them:
     below the first and beyond the last there is no number
 
 The curve is what the method can do if its setting is chosen well. Everything is redrawn with items and seeds crossed
-(analysis/statistics/resample.py), the level at which methods are compared included.
+(analysis/statistics/resample.py), the level at which methods are compared included. Simulated for two methods of two
+settings each whose curves are the same (seeds that differ by 0.02 and 0.015 nats, 300 and 256 texts): a difference is
+found at 5 % in .043 of 300 studies of five seeds and .057 of three, and the interval covers 0 in .95 and .94; with the
+variance between seeds moderated by these four settings, .060 and .93 with five seeds.
 """
 
 from dataclasses import dataclass
