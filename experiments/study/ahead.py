@@ -299,8 +299,10 @@ def _is_local(study, domain: str) -> bool:
 
 
 def _used(study, domains: list[str] | None = None) -> dict[str, General | Scored]:
-    """The blocks that the domains use, by path: general text, domains and tasks."""
+    """The blocks that the domains use, by path: general text, domains and tasks, also those of models' mixes."""
     used: dict[str, General | Scored] = {"general": study.general}
+    mixes = [made.mix for model in study.grid.models if (made := study.models[model].settle)]
+    used |= {f"tasks.{name}": study.tasks[name] for mix in mixes for name in mix if name in study.tasks}
     for domain in domains or study.grid.domains:
         block = study.domains[domain]
         used[f"domains.{domain}"] = block
