@@ -169,4 +169,4 @@ def table(*, studies: int) -> str:
 
 
 if __name__ == "__main__":
-    print(table(studies=1000))
+    print(table(studies=200))
