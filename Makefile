@@ -34,7 +34,7 @@ repro: setup
 # -k: a cell that fails is recorded and the others go on; the summary names it and the exit status tells
 study: setup
 	@python -m experiments pipeline --study "$(NAME)"
-	@status=0; dvc repro -k $(if $(NAME),experiments/studies/$(NAME)/dvc.yaml,dvc.yaml) || status=$$?; \
+	@status=0; python -m experiments repro --study "$(NAME)" || status=$$?; \
 	  python -m experiments pipeline --study "$(NAME)" && python -m experiments track --study "$(NAME)" && python -m experiments summary --study "$(NAME)" && exit $$status
 
 test-all: setup

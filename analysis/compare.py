@@ -7,6 +7,7 @@ from types import MappingProxyType
 
 from analysis.also import beside
 from analysis.comparable import guarded
+from analysis.dvc_metrics import write_metrics
 from analysis.load import load_cells
 from analysis.report.beside import write_bench, write_details
 from analysis.report.figures import write_figures
@@ -32,6 +33,7 @@ def write_summary(
     archive=None,
     roles: Roles = Roles(),
     also: Mapping[str, tuple[Path, Sequence[str]]] = MappingProxyType({}),
+    metrics_dir: Path | None = None,
 ) -> str:
     """Write the summary of `cells` and return the comparison as text for the terminal.
 
@@ -40,6 +42,8 @@ def write_summary(
     archive  {"commit", "known"} of a study that is kept as it was made, shown at the top of table.md and of the report
     roles    leaders, compositions and controls among the methods
     also     name of another study -> its folder of results and its cells, which are shown beside and never tested
+    metrics_dir  where the numbers go that DVC shows (analysis/dvc_metrics.py)
+
     Figures of an earlier summary are removed.
     """
     root, folder = Path(results_root), Path(summary_dir)
@@ -49,6 +53,8 @@ def write_summary(
     tests = all_tests(loaded)
     table = with_unsettled(loaded, with_told(comparison(loaded), tests, mixed=apart(loaded)))
     folder.mkdir(parents=True, exist_ok=True)
+    if metrics_dir is not None:
+        write_metrics(table, metrics_dir)
     for old in (folder / "figures").glob("*.*"):
         if old.suffix in (".png", ".svg", ".csv"):
             old.unlink()

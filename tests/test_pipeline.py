@@ -78,9 +78,13 @@ def project(tmp_path_factory):
     edit(folder, lambda raw: raw["grid"].update(methods=["full", "ewc"]))
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "start")
-    ran = repro(folder)
+    done = run(folder, sys.executable, "-m", "experiments", "repro").stdout  # as `make repro` runs it
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "results")
+    ran = re.findall(r"Running stage '([^']+)'", done)
+    order = [f"{stage}@llama-tiny-sums-{method}-0" for method in ("full", "ewc") for stage in ("train", "collect")]
+    assert [stage for stage in ran if stage in order] == order  # one cell after another, not all trainings first
+    assert done.count("/seed0: gain ") == 2 and ran[-1] == "compare"
     assert {name.partition("@")[0] for name in ran} == {
         "resolve",
         "model",

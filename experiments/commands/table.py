@@ -109,6 +109,8 @@ COMMANDS = {
         alone=True,
     ),
     "leaders": Command(help="order the methods of a screen by what they lose on general probe text at one gain"),
+    "repro": Command(help="run the study by `dvc repro`, one cell after another", alone=True),
+    "watch": Command(help="print each cell's result as it finishes, and the time that is left"),
     "gate": Command(
         help="exit with status 1 if a finished cell forgot more than a limit, for continuous integration",
         arguments=(

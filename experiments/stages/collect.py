@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from analysis.measures import ORDER
 from evaluation.chance import below_chance
 from evaluation.retention import bits_per_byte, change, forgetting, lost_in_nats, nats_per_token
+from experiments.study import outcome
 from methods.errors import UserError
 from methods.tools.files import read_json, write_json
 
@@ -125,6 +126,7 @@ def main(study, cell) -> None:
     # The cell is complete. A stage that failed before is not run again where DVC finds equal weights, so that only this
     # stage can remove its record.
     paths.failure(cell).unlink(missing_ok=True)
+    print(f"{cell.name}: {outcome.line(found)}")
     for line in below_chance(study, cell.model, scores["tasks"]):
         print(line)
 

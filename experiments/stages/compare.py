@@ -20,6 +20,7 @@ def main(study) -> None:
             controls=study.controls,
             control_of=controls.of_grid(study),
         ),
+        metrics_dir=study.paths.results / "metrics",
         also={name: (other.paths.results, [c.name for c in cells.grid(other)]) for name, other in also(study).items()},
     )
     for model in study.grid.models:

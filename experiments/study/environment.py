@@ -7,6 +7,8 @@ from pathlib import Path
 from experiments.study.paths import HERE
 from methods.errors import UserError
 
+LOCK = Path(".dvc", "tmp", "rwlock")  # from the root
+
 
 def at_root(*, here: Path = HERE) -> None:
     """Raise UserError unless the working directory is the project's root; paths in params.yaml are relative to it."""
@@ -19,17 +21,22 @@ def at_root(*, here: Path = HERE) -> None:
 
 def alone(study) -> None:
     """Raise UserError if a running `dvc` writes files of this study, according to its lock file."""
-    lock = study.paths.root / ".dvc" / "tmp" / "rwlock"
+    if (process := running(study)) is not None:
+        raise UserError(
+            f"process {process} (`dvc`) is running this study: wait until it ends, or stop it with Ctrl-C "
+            f"where it was started; if it is not `dvc`, delete {LOCK}"
+        )
+
+
+def running(study) -> int | None:
+    """The process of a `dvc` that writes files of this study, according to its lock file; None where there is none."""
     try:
-        held = {path: int(holder["pid"]) for path, holder in json.loads(lock.read_text())["write"].items()}
+        text = (study.paths.root / LOCK).read_text()
+        held = {path: int(holder["pid"]) for path, holder in json.loads(text)["write"].items()}
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return  # there is no lock, or DVC is just writing it
-    for path, process in held.items():
-        if _study_of(Path(path), study.paths.root) == study.name and _runs(process):
-            raise UserError(
-                f"process {process} (`dvc`) is running this study: wait until it ends, or stop it with Ctrl-C "
-                f"where it was started; if it is not `dvc`, delete {lock.relative_to(study.paths.root)}"
-            )
+        return None  # there is no lock, or DVC is just writing it
+    writing = (process for path, process in held.items() if _study_of(Path(path), study.paths.root) == study.name)
+    return next(filter(_runs, writing), None)
 
 
 def _study_of(path: Path, root: Path) -> str | None:

@@ -22,15 +22,19 @@ def note(study, *, stage: str, cell: str, weights: str) -> None:
         file.write(json.dumps({"stage": stage, "cell": cell, "weights": weights, "when": now()}) + "\n")
 
 
+def entries(study) -> list[dict]:
+    """What `note` wrote of this study, in order."""
+    return jsonl.read(_path(study)) if _path(study).is_file() else []
+
+
 def verdict(study, cell, metrics: dict | None) -> str:
     """How the cell's scores were obtained on this machine, in words."""
     if study.paths.failure(cell).is_file():
         return "FAILED: " + read_json(study.paths.failure(cell)).get("reason", "no reason recorded")
     if metrics is None:
         return "not run yet"
-    ran = jsonl.read(_path(study)) if _path(study).is_file() else []
     same = (cell.name, metrics.get("weights_sha256"))
-    here = {entry.get("stage") for entry in ran if (entry.get("cell"), entry.get("weights")) == same}
+    here = {entry.get("stage") for entry in entries(study) if (entry.get("cell"), entry.get("weights")) == same}
     if "evaluate" in here:
         return "trained and scored here"
     if "train" in here:

@@ -1,7 +1,7 @@
 """pipeline: write the parts of dvc.yaml that DVC's own language cannot express.
 
 These are the cell files that `compare` depends on, the local files that `resolve` hashes, the importance that `drift`
-measures against and what `dvc plots` shows. A study's dvc.yaml is the root's with the study's folders.
+measures against and what `dvc metrics` and `dvc plots` show. A study's dvc.yaml is the root's with the study's folders.
 """
 
 import io
@@ -82,6 +82,14 @@ def drift_inputs(study) -> list[str]:
     return [folder.relative_to(study.paths.root).as_posix()]
 
 
+def metrics(study) -> list[str]:
+    """What `dvc metrics` shows, relative to dvc.yaml: the folder that `compare` writes, once it is there; of a demo
+    nothing.
+    """
+    folder = study.paths.results / "metrics"
+    return [os.path.relpath(folder, study.paths.folder)] if folder.is_dir() and not study.not_a_result else []
+
+
 def plots(study) -> list:
     """What `dvc plots` shows, relative to dvc.yaml: the figures that exist, and the loss of the grid's cells over
     tokens.
@@ -134,6 +142,9 @@ def rendered(study) -> str:
     deps[:] = [*params, *CODE, *local_inputs(study)]
     deps = document["stages"]["drift"]["deps"]
     deps[:] = [path for path in deps if "/prepared/" not in path] + drift_inputs(study)
+    document.pop("metrics", None)
+    if shown := metrics(study):
+        document["metrics"] = shown
     document.pop("plots", None)
     if shown := plots(study):
         document["plots"] = shown
