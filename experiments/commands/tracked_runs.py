@@ -239,8 +239,7 @@ def _row(table: pd.DataFrame, key: str) -> dict:
 
 
 def _headlines(values: dict, when: int) -> list[Point]:
-    known = [key for key in HEADLINES if not numbers.missing(values.get(key))]
-    return [(key, _rounded(values[key]), when, 0) for key in known]
+    return [(key, _rounded(values[key]), when, 0) for key in HEADLINES if not numbers.missing(values.get(key))]
 
 
 def _curves(curve: pd.DataFrame, cell: pd.Series, start: int) -> list[Point]:
