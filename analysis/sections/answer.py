@@ -17,6 +17,7 @@ from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
 
 NAMED = 3  # methods named one by one in a sentence
+SPELLED = 2  # pairs of model and domain that have a clause each; more are summed up
 
 
 def sentences(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
@@ -36,7 +37,27 @@ def sentences(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame) -> list[
         parts[1].append(_remedies(loaded, rows, own, where=where if len(loaded.comparisons) > 1 else ""))
         parts[2].append(_untold(loaded, rows, own, where=where if len(loaded.comparisons) > 1 else ""))
     costs = _costs(of_chosen)
+    if len(loaded.comparisons) > SPELLED and (many := _over_many(loaded, of_chosen, tests)):
+        return [*many, _sentence([costs])]
     return [_sentence(parts[0]), _sentence(parts[1]), _sentence([costs, *parts[2]])]
+
+
+def _over_many(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame) -> list[str]:
+    """The first two sentences over many models and domains: ranges and counts; none without plain fine-tuning."""
+    plain, key = rows[rows["method"].map(family) == PLAIN], GENERAL.key
+    if plain.empty or not {DOMAIN, key} <= set(rows) or plain[[DOMAIN, key]].isna().any(axis=None):
+        return []
+    gained, lost = (_ends(plain, name, numbers.nats) for name in (DOMAIN, key))
+    first = f"Over {len(plain)} pairs of model and domain plain fine-tuning gains {gained} nats per token"
+    own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
+    own = own.merge(rows[["model", "domain", "method"]].rename(columns={"method": "a"}))
+    own = own[~own["a"].isin(set(apart(loaded)))]
+    sure = own[own["p_holm"] < LEVEL]
+    less, more = ((sure["difference"] * sign > 0).sum() for sign in (-1, 1))
+    second = f"Of {len(own)} comparisons of a remedy with it, {less} show significantly less loss and {more} more"
+    if own.empty:
+        second = "With one seed, the runs are described and no method is told apart from it"
+    return [f"{first} and loses {lost} {_what(key)}.", f"{second}; the table and the parts below have each one."]
 
 
 def reading(loaded: Loaded, table: pd.DataFrame) -> str:

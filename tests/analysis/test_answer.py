@@ -112,6 +112,14 @@ def test_several_models_and_domains_have_a_clause_each(alone, tmp_path):
         assert "on science (smollm2-135m)" in sentence.lower() and "on code (llama-tiny)" in sentence.lower()
 
 
+def test_of_many_models_and_domains_there_are_ranges_and_counts(tmp_path):
+    cells = [c for d in ("a", "b", "c") for c in write_results(tmp_path, methods=("full", "lora"), domain=d)]
+    loaded, table, tests = made(tmp_path, cells)
+    first, second, _ = sentences(loaded, table, tests)
+    assert first.startswith("Over 3 pairs of model and domain plain fine-tuning gains") and len(first) < 200
+    assert "no method is told apart" in second
+
+
 def test_a_base_at_chance_is_named(alone):
     _, table, _ = alone
     assert without_accuracy(table) == []
