@@ -58,11 +58,18 @@ def _named(study, method: str) -> str:
 
 
 def _control(study, method: str) -> str:
-    """The control of a method: the one that `controls` names, at the method's own setting, or the first that is one."""
+    """The control of a method, of the family that `controls` names if it does; at the same rate if there is one."""
     named = _named(study, method)
     among = [name for name in study.grid.methods if name != method]
     among = [name for name in among if named in (name, family(name))] if named else among
-    return next((name for name in among if _is_control(study, name, method)), "")
+    found = [name for name in among if _is_control(study, name, method)]
+    return next((name for name in found if _training(study, name) == _training(study, method)), next(iter(found), ""))
+
+
+def _training(study, method: str) -> list:
+    """The training settings of a method on every model and domain."""
+    pairs = [(model, domain) for model in study.grid.models for domain in study.grid.domains]
+    return [study.settings(model=model, domain=domain, method=method) for model, domain in pairs]
 
 
 def _is_control(study, name: str, method: str) -> bool:
