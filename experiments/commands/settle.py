@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256 as new_sha256
+from pathlib import Path
 from typing import Any
 
 import evaluation
@@ -78,6 +79,11 @@ def _settle(study, model: str, block: Any, folder) -> None:
     work = study.paths.resume / "settle" / model
     resume = Resume(work, every=train.checkpoint_seconds, identity=identity)
     candidate = study.paths.local / "settle" / model / "adapter.safetensors"
+    out = study.paths.adapter(model)
+    begun = _begun(out, settings=settings, data=data, base=info["sha256"])
+    if begun:  # another gate: the committed adapter is taken through it
+        candidate.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(out, candidate)
     done = settling.Settling(
         folder=folder,
         adapter=candidate,
@@ -91,9 +97,8 @@ def _settle(study, model: str, block: Any, folder) -> None:
         dtype=computing,
         device=where,
         resume=resume,
-    ).run(lambda gate: print(f"{model}: {told(gate, block.gate)}", flush=True))
+    ).run(lambda gate: print(f"{model}: {told(gate)}", flush=True), begun=begun)
     holds = done["gates"][-1]["holds"]
-    out = study.paths.adapter(model)
     out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(candidate, out)
     hashes = {"adapter_sha256": sha256(out), "sha256": delta.sha256_of(settled.candidate(folder, out))}
@@ -127,10 +132,24 @@ def _settle(study, model: str, block: Any, folder) -> None:
     print("\n".join(f"      {name}: {value}" for name, value in hashes.items()))
 
 
-def told(gate: Mapping[str, Any], asked: Any) -> str:
+def _begun(adapter: Path, *, settings: dict, data: str, base: str) -> dict[str, Any] | None:
+    """What was recorded beside an adapter that is of these settings, but for the gate, of these rows and this base."""
+    path = adapter.with_name("settle.json")
+    if not path.is_file() or not adapter.is_file():
+        return None
+    record = read_json(path, "block", "data_sha256", "from_sha256", "adapter_sha256")
+    ours = [{key: value for key, value in block.items() if key != "gate"} for block in (record["block"], settings)]
+    known = [record["data_sha256"], record["from_sha256"], record["adapter_sha256"]]
+    if ours[0] != ours[1] or known != [data, base, sha256(adapter)]:
+        return None
+    return {key: record[key] for key in ("nats", "gates", "steps", "tokens", "seconds")}
+
+
+def told(gate: Mapping[str, Any]) -> str:
     """A gate in a sentence."""
     return (
-        f"after {gate['steps']} steps general text has {gate['nats']:.3f} nats a token; {asked.steps} steps of plain "
-        f"fine-tuning lower that by {gate['improvement']:.4f} (95 % interval {gate['low']:.4f} to {gate['high']:.4f}): "
-        + ("settled" if gate["holds"] else f"not settled, for {asked.nats:g} or more is possible")
+        f"after {gate['steps']} steps general text has {gate['nats']:.3f} nats a token; {gate['of']} steps of plain "
+        f"fine-tuning at {gate['learning_rate']:g} lower that by {gate['improvement']:.4f} (95 % interval "
+        f"{gate['low']:.4f} to {gate['high']:.4f}): "
+        + ("settled" if gate["holds"] else f"not settled, for {gate['nats_allowed']:g} or more is possible")
     )

@@ -58,24 +58,23 @@ def save_adapter(
     return sha256(path)
 
 
+def starts(adapter: Path) -> dict[str, Tensor]:
+    """The factors of an adapter by the names that they have in training, from which it can be trained on."""
+    factors, _ = _read(adapter)
+    names = {"a": "lora_A.default.weight", "b": "lora_B.default.weight"}
+    return {
+        f"base_model.model.{name.removesuffix('weight')}{names[part]}": tensor.float()
+        for name, update in factors.items()
+        for part, tensor in update.items()
+    }
+
+
 def candidate(folder: Path, adapter: Path) -> Mapping[str, Tensor]:
     """The tensors of the model in `folder` with the adapter merged into them, each made when it is read.
 
     Raises UserError for an adapter that is missing, damaged, or of another model.
     """
-    try:
-        file = safe_open(adapter, framework="pt")
-        about = json.loads((file.metadata() or {})["holdfast"])
-        if about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']!r}")
-        named = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118 (no mapping)
-        factors = {name: {part: file.get_tensor(f"{name}.{part}") for part in ("a", "b")} for name in named}
-    except FileNotFoundError:
-        raise UserError(f"{adapter} is missing: {_again(adapter)}") from None
-    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise UserError(
-            f"{adapter} is damaged or no adapter of a settled model ({error}): {_again(adapter)}"
-        ) from error
+    factors, about = _read(adapter)
     base, own = load_tensors(folder), read_json(folder / "base.json", "sha256")["sha256"]
     if about["base_sha256"] != own:
         raise UserError(
@@ -92,6 +91,24 @@ def candidate(folder: Path, adapter: Path) -> Mapping[str, Tensor]:
         )
 
     return Lazy(base, merge)
+
+
+def _read(adapter: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """{base name of a weight: {"a": A, "b": B}}, and the metadata. Raises UserError for a missing or damaged file."""
+    try:
+        file = safe_open(adapter, framework="pt")
+        about = json.loads((file.metadata() or {})["holdfast"])
+        if about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']!r}")
+        named = {name.rpartition(".")[0] for name in file.keys()}  # noqa: SIM118 (no mapping)
+        factors = {name: {part: file.get_tensor(f"{name}.{part}") for part in ("a", "b")} for name in named}
+    except FileNotFoundError:
+        raise UserError(f"{adapter} is missing: {_again(adapter)}") from None
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{adapter} is damaged or no adapter of a settled model ({error}): {_again(adapter)}"
+        ) from error
+    return factors, about
 
 
 def write(out: Path, *, folder: Path, adapter: Path, stated: Any) -> dict[str, Any]:

@@ -64,24 +64,29 @@ class Settling:
     device: torch.device
     resume: Resume
 
-    def run(self, told: Callable[[dict], None]) -> dict[str, Any]:
+    def run(self, told: Callable[[dict], None], *, begun: dict[str, Any] | None = None) -> dict[str, Any]:
         """Rounds and gates until one holds; resumes where it stopped.
 
         Returns {"nats": of the texts before, per token, "gates": [...], "steps", "tokens", "seconds"}.
 
 
-        told   is called with each gate's record
+        told    is called with each gate's record
+        begun   what an earlier call returned, whose candidate is still there: it is taken through this gate and, where
+                that does not hold, trained on
         """
-        factors, at = self.resume.load({}) or ({}, {"gates": [], "steps": 0, "tokens": 0, "seconds": 0.0})
+        fresh = {"gates": [], "steps": 0, "tokens": 0, "seconds": 0.0}
+        factors, at = self.resume.load({}) or (settled.starts(self.adapter) if begun else {}, begun or fresh)
+        asked = {"learning_rate": self.gate.learning_rate, "of": self.gate.steps, "nats_allowed": self.gate.nats}
         if "nats" not in at:
             model = weights.load_model(self.folder, dtype=self.dtype, device=self.device)
             at["nats"] = per_token_of(nats(model, self.texts, description="general text before settling"))
         while True:
             gates, began = at["gates"], time.perf_counter()
-            if len(gates) * self.gate.every < at["steps"]:
-                gates.append(self._pass_gate(at["steps"]))
+            passed = bool(gates) and gates[-1].items() >= (asked | {"steps": at["steps"]}).items()
+            if at["steps"] and not passed:
+                gates.append(asked | self._pass_gate(at["steps"]))
                 told(gates[-1])
-            elif gates and (gates[-1]["holds"] or at["steps"] >= self.gate.most):
+            elif passed and (gates[-1]["holds"] or at["steps"] >= self.gate.most):
                 return at
             else:
                 steps = min(self.gate.every, self.gate.most - at["steps"])

@@ -178,6 +178,23 @@ def test_settling_that_was_interrupted_ends_with_the_same_adapter(made, tmp_path
     assert not list((tmp_path / "work/local/resume").rglob("save-*"))
 
 
+def test_another_gate_is_passed_by_the_adapter_that_is_there_or_it_is_trained_on(made, tmp_path, monkeypatch):
+    root, hashes, record = made
+    shutil.copytree(root / "results", tmp_path / "results")
+    path, calls, real = tmp_path / "results/settled/calm/settle.json", [], settling.fit
+    monkeypatch.setattr(settling, "fit", lambda **given: (calls.append(given["name"]), real(**given))[1])
+    settle.main(study(tmp_path, gate=GATE | {"nats": 1.0}), model="calm")
+    again, steps = read_json(path), record["steps"]
+    assert calls == [f"gate after {steps} steps"] and again["settled"]
+    assert {key: again[key] for key in hashes} == hashes
+    assert again["gates"] == [*record["gates"], record["gates"][-1] | {"nats_allowed": 1.0}]
+    settle.main(study(tmp_path, gate=GATE | {"nats": 1e-6, "most": steps + 5}), model="calm")
+    stricter = read_json(path)
+    assert calls[2:] == [f"settle, steps {steps + 1} to {steps + 5}", f"gate after {steps + 5} steps"]
+    assert not stricter["settled"] and stricter["steps"] == steps + 5
+    assert stricter["gates"][-1]["nats"] < record["gates"][-1]["nats"]  # it went on from where the other had ended
+
+
 def test_a_gate_that_never_holds_is_recorded(tmp_path, capsys):
     settle.main(study(tmp_path, gate=GATE | {"nats": 1e-6, "most": 5}), model="calm")
     record = read_json(tmp_path / "results/settled/calm/settle.json")
