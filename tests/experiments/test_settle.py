@@ -329,3 +329,15 @@ def test_what_a_settled_model_showed_is_said_before_a_study_runs(made, tmp_path)
     rate, gate = settled_models.look(study(tmp_path, gate=GATE | {"learning_rate": 0.1}), model="calm")
     assert "gate.learning_rate is 0.1, and plain fine-tuning in this study has 0.001" in rate
     assert f"calm is not settled after {record['steps']} steps" in gate
+
+
+def test_committed_adapters_are_those_that_params_names_and_their_gates_hold():
+    root = config.load()
+    names = [name for name, block in root.models.items() if block.settle]
+    assert names
+    for name in names:
+        adapter, record = root.paths.adapter(name), read_json(root.paths.adapter(name).with_name("settle.json"))
+        stated = {key: getattr(root.models[name].settle, key) for key in ("adapter_sha256", "sha256")}
+        assert stated == {key: record[key] for key in stated} and stated["adapter_sha256"] == sha256(adapter)
+        assert adapter.stat().st_size < 10e6 and record["settled"] and record["gates"][-1]["holds"]
+        assert settled_models.look(root, model=name) == []
