@@ -142,8 +142,12 @@ class Contrasts:
 
     def unchanged(self, method: str) -> bool:
         """Whether all runs of a method are the base: it trains nothing, or nothing of it is kept."""
-        cells = self.cells[self.cells["method"] == method]
-        return bool((cells["weights_sha256"] == cells["base_sha256"]).all())
+        return method in self._unchanged
+
+    @cached_property
+    def _unchanged(self) -> set[str]:
+        same = (self.cells["weights_sha256"] == self.cells["base_sha256"]).groupby(self.cells["method"]).all()
+        return set(same.index[same])
 
     def _together(self, measured: "Measured", group: list[tuple[Pair, list[int]]], count: int) -> dict[Pair, Interval]:
         """The differences of pairs that share `count` seeds each."""
