@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from analysis.dvc_metrics import NAMES
 from analysis.load import record
 from experiments.study.paths import HERE
 
@@ -102,6 +103,17 @@ def project(tmp_path_factory):
 
 def metrics(folder: Path, method: str, seed: int = 0) -> dict:
     return record(folder / "results" / "runs" / f"llama-tiny/sums/{method}/seed{seed}")
+
+
+def test_what_dvc_shows_of_a_study(project):
+    """A line a method, which fits a terminal, with the measures in their order; an experiment without running it."""
+    head, *rows = run(project, "dvc", "metrics", "show", "results/metrics").stdout.splitlines()
+    assert head.split() == ["Path", *(name for key, name in NAMES.items() if key.startswith(("domain", "general")))]
+    assert [row.split()[0] for row in rows] == ["results/metrics/ewc.json", "results/metrics/full.json"]
+    assert max(map(len, (head, *rows))) <= 120 and sorted(NAMES.values()) == list(NAMES.values())
+    assert float(rows[1].split()[1]) == round(metrics(project, "full")["domain_nll_gained"], 4)
+    dry = run(project, "dvc", "exp", "run", "--dry", "-f").stdout
+    assert dry.count("Running stage") == 15 and "train@llama-tiny-sums-ewc-0" in dry
 
 
 def test_files_of_a_cell(project):
