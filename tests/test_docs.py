@@ -120,7 +120,8 @@ def _dvc(words):
     from dvc.cli import parse_args
 
     options = parse_args(words)
-    for target in getattr(options, "targets", None) or []:
+    stages = words[0] not in ("metrics", "plots")  # whose targets are files
+    for target in (stages and getattr(options, "targets", None)) or []:
         file, _, stage = target.rpartition(":")
         if not getattr(options, "glob", False):
             assert stage in _stages(HERE / (file or "dvc.yaml")), f"no stage {stage} in {file or 'dvc.yaml'}"

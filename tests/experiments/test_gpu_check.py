@@ -12,7 +12,8 @@ import warnings
 import pytest
 import torch
 
-from analysis.load import load_cells, newest_gpu_check
+from analysis.load import load_cells
+from analysis.machines import newest_gpu_check
 from analysis.report.beside import write_bench
 from experiments.__main__ import parser
 from experiments.bench import full_size, sizes
