@@ -3,6 +3,7 @@ where they only read.
 """
 
 import contextlib
+import csv
 import importlib.util
 import io
 import json
@@ -276,3 +277,17 @@ def test_the_readmes_domain_makes_its_rows(tmp_path, monkeypatch):
     assert said["domains"]["birds"]["n"] == {"train": 5, "probe": 2, "test": 3}
     first = json.loads((tmp_path / "out/train/birds/train.jsonl").read_text().splitlines()[0])
     assert re.fullmatch(r"Q: Bird number \d+\?\nA:", first["context"]) and first["choices"] == [" a", " b", " c"]
+
+
+def test_the_readmes_numbers_are_recomputed_from_items(capsys, monkeypatch):
+    monkeypatch.chdir(HERE)
+    [text] = [text for page, text in blocks("python") if page == "docs/recompute.md"]
+    exec(compile(text, "docs/recompute.md", "exec"), {})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    printed = {method: [float(number) for number in numbers] for method, *numbers in lines}
+    with open(HERE / "results/summary/table.csv") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    keys = [f"{key}{end}" for key in ("domain_nll_gained", "general_nll_lost") for end in ("", "_low", "_high")]
+    assert printed.keys() == rows.keys() - {"base"}
+    for method, numbers in printed.items():
+        assert numbers == pytest.approx([float(rows[method][key]) for key in keys], abs=6e-4), method
