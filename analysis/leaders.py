@@ -11,6 +11,8 @@ and ordered by their loss there. A family that gains more than L at its first se
 too high; one that never gains L has none.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -31,16 +33,17 @@ def ranking(loaded: Loaded, *, model: str, domain: str) -> tuple[float, pd.DataF
     chosen, second  the setting with the least domain nats, and of the others the one whose gain is nearest to L
     gains, losses   of each setting, {method: nats per token}
 
-    Raises ValueError where plain fine-tuning was not probed.
+    Raises ValueError where plain fine-tuning was not probed, or no run that starts from the base.
     """
     domain_nats = chosen.probed(loaded, f"{domain}_nll", model=model, domain=domain)
     general_nats = chosen.probed(loaded, "general_nll", model=model, domain=domain)
+    runs = [run for run in domain_nats if run in general_nats]
+    base = _base(loaded, domain_nats, general_nats, model=model, domain=domain)
     table, rows = {}, []
-    for method in dict.fromkeys(method for method, _ in domain_nats):
-        seeds = [seed for name, seed in domain_nats if name == method]
-        gained = np.mean([domain_nats[method, seed][0] - domain_nats[method, seed][1] for seed in seeds])
-        lost = np.mean([general_nats[method, seed][1] - general_nats[method, seed][0] for seed in seeds])
-        table[method] = float(gained), float(lost)
+    for method in dict.fromkeys(method for method, _ in runs):
+        own = [run for run in runs if run[0] == method]
+        ends = (float(np.mean([nats[run][1] for run in own])) for nats in (domain_nats, general_nats))
+        table[method] = base[0] - next(ends), next(ends) - base[1]
     best = {name: max(own, key=lambda method: table[method][0]) for name, own in families(table).items()}
     if PLAIN not in best:
         raise ValueError(f"{PLAIN} was not probed on {domain}")
@@ -53,3 +56,17 @@ def ranking(loaded: Loaded, *, model: str, domain: str) -> tuple[float, pd.DataF
         about = [{method: table[method][k] for method in own} for k in (0, 1)]
         rows.append((name, lost, best[name], second, *about))
     return level, pd.DataFrame(rows, columns=COLUMNS).sort_values("lost", kind="stable", ignore_index=True)
+
+
+def _base(loaded: Loaded, *probes: Mapping, model: str, domain: str) -> list[float]:
+    """What the bare base has in each of the probes: their values before the first step of a run that starts from it.
+
+    A method whose preparation trains starts elsewhere, and its own first probe would hide what the preparation did.
+    """
+    for cell, row in loaded.of(model, domain).iterrows():
+        run = row["method"], int(row["seed"])
+        firsts = [probe[run][0] for probe in probes if run in probe]
+        known = len(firsts) == len(probes) and not np.isnan(firsts).any()
+        if known and not loaded.prepared.get(cell, {}).get("bytes_start"):
+            return firsts
+    raise ValueError(f"no run on {domain} that starts from the base was probed before its first step")

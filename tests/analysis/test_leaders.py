@@ -42,6 +42,17 @@ def test_the_order_is_that_of_the_loss_at_four_fifths_of_the_plain_gain():
     assert list(table["second"][[1, 3]]) == ["", ""]
 
 
+def test_what_a_method_prepared_is_part_of_what_it_gained_and_lost():
+    """A warm-up on general text lowers its nats before the first step, and is not counted as a loss of them later."""
+    loaded = screened({"full": (0.5, 0.2), "warm": (0.4, 0.1)})
+    warm = loaded.curves["cell"] == "m/math/warm/seed0"
+    loaded.curves.loc[warm & (loaded.curves["step"] == 0), ["probe_math_nll", "probe_general_nll"]] = [1.9, 2.8]
+    loaded.prepared["m/math/warm/seed0"] = {"bytes_start": 7}
+    table = leaders.ranking(loaded, model="m", domain="math")[1].set_index("family")
+    assert table.at["warm", "gains"]["warm"] == pytest.approx(0.4)
+    assert table.at["warm", "losses"]["warm"] == pytest.approx(0.1)
+
+
 def test_without_plain_fine_tuning_there_is_no_level():
     with pytest.raises(ValueError, match="full was not probed on math"):
         leaders.ranking(screened({"kl": (0.3, 0.02)}), model="m", domain="math")
