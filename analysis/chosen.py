@@ -133,10 +133,11 @@ def probed(loaded: Loaded, name: str, *, model: str, domain: str) -> dict[tuple[
     that change them once training has ended (`finished` in train.json), if there are any.
     """
     ends, key = {}, f"probe_{name}"
-    curves = dict(list(loaded.curves.groupby("cell", sort=False))) if len(loaded.curves) else {}
+    known = len(loaded.curves) and key in loaded.curves
+    curves = dict(list(loaded.curves[["cell", "step", key]].groupby("cell", sort=False))) if known else {}
     for cell_name, cell in loaded.of(model, domain).iterrows():
         finished, run = cell.get("finished"), curves.get(cell_name)
-        probes = {} if run is None or key not in run else run.set_index("step")[key]
+        probes = {} if run is None else run.set_index("step")[key]
         if isinstance(finished, dict):
             nats = (finished.get("probe") or {}).get(name)
         elif not len(probes):

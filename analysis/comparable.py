@@ -98,6 +98,8 @@ def _rules(cell: pd.Series, rows: dict[str, str]) -> dict[str, object]:
 
 def _differences(one: dict, other: dict) -> list[str]:
     """Names of the rules that differ. Rows or a budget that only one cell has are unknown of the other, and ignored."""
+    if one == other:  # as almost all cells of a study are, of which every two are compared
+        return []
     differ = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
     both = one.keys() & other.keys()
     return [key for key in differ if key in both or not (key == BUDGET or key.startswith(ROWS))]

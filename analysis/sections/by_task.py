@@ -6,7 +6,7 @@ import pandas as pd
 from analysis import numbers, style, units
 from analysis.load import Loaded
 from analysis.measures import GOLD
-from analysis.statistics.intervals import mean_difference, paired
+from analysis.statistics.intervals import of_arrays
 from analysis.statistics.nats import Changes
 
 ACROSS = 4  # panels side by side
@@ -38,18 +38,15 @@ def nats_lost_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
 
 def forgetting_by_task(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     """Base minus tuned for each retention task; tasks at chance in grey."""
-    first, records = cells.iloc[0], []
-    base, roles = loaded.base_items(first["model"]), {t: score["role"] for t, score in first["scores_by_task"].items()}
-    shown = [t for t, role in roles.items() if role == "retention" and units.of_task(first, t) == units.SHARE]
-    base = base[base["task"].isin(shown)] if len(base) else base
+    first, changes, records = cells.iloc[0], Changes(loaded, cells), []
+    retention = [task for task, score in first["scores_by_task"].items() if score["role"] == "retention"]
+    shown = [task for task in retention if units.of_task(first, task) == units.SHARE]
     for method, own in cells.groupby("method", sort=False):
-        items = loaded.items_of(own)
-        pairs = paired(base, items[items["task"].isin(shown)]) if len(base) and len(items) else pd.DataFrame()
         for task in shown:
             values = [100 * np.mean([scores[task]["base"] - scores[task]["value"] for scores in own["scores_by_task"]])]
-            if len(pairs) and (pairs["task"] == task).sum() > 1:
-                change = mean_difference(pairs, [task])
-                values += [-100 * change.high, -100 * change.low]
+            if (change := changes.scored([task], list(own.index))) and first["n"][task] > 1:
+                found = of_arrays(change.tasks)
+                values += [-100 * found.high, -100 * found.low]
             values += [None] * (3 - len(values))
             records.append((task, method, task in first["at_chance"], first["n"][task], *values))
     if not records:

@@ -6,9 +6,8 @@ import pandas as pd
 from analysis import units
 from analysis.load import Loaded, retention_tasks, score_tasks
 from analysis.measures import GENERAL, NATS, ORDER
-from analysis.statistics import intervals
 from analysis.statistics.contrasts import BASE, Contrasts
-from analysis.statistics.intervals import Interval, mean_difference, of_set, paired, perplexity_ratio, wilson
+from analysis.statistics.intervals import Interval, of_arrays, of_set, of_shares, perplexity_ratio, wilson
 from analysis.statistics.nats import DOMAIN, Changes, intervals_in_nats
 
 COSTS = (
@@ -151,18 +150,10 @@ def item_intervals(loaded: Loaded, cells: pd.DataFrame, changes: Changes | None 
 
     `changes` are those of cells that include `cells`, so that a table of many methods matches the items once.
     """
-    first = cells.iloc[0]
-    base, tuned = loaded.base_items(first["model"]), loaded.items_of(cells)
-    if base.empty or tuned.empty or tuned["cell"].nunique() < len(cells):
+    first, changes, runs = cells.iloc[0], changes or Changes(loaded, cells), list(cells.index)
+    if not set(runs) <= changes.answered:
         return {}
-    pairs = paired(base, tuned)
-    counts = pairs["task"].value_counts()
-
-    def complete(tasks: list[str]) -> bool:
-        return bool(tasks) and all(counts.get(task, 0) == first["n"].get(task) for task in tasks)
-
-    kept, made, domain, unit = retention_tasks(first), {}, first["domain"], units.of_domain(first)
-    changes, runs = changes or Changes(loaded, cells), list(cells.index)
+    domain, kept = first["domain"], retention_tasks(first)
     made = intervals_in_nats(changes, runs)
     for task in [domain, *score_tasks(first)]:
         key, own = ("domain_gain" if task == domain else f"gain_{task}"), units.of_task(first, task)
@@ -172,12 +163,12 @@ def item_intervals(loaded: Loaded, cells: pd.DataFrame, changes: Changes | None 
             scores = [by_task[task] for by_task in cells["scores_by_task"]]
             values, errors = [score["change"] for score in scores], [score.get("change_error") for score in scores]
             made[key] = of_set(values, errors, n=first["n"][task])
-        elif complete([task]):
-            made[key] = mean_difference(pairs, [task], step=units.step(own))
-    if unit == units.SHARE and "domain_gain" in made:
-        made["domain_score"] = intervals.score(tuned, domain)
-    if complete(kept):
-        made["forgetting"] = -mean_difference(pairs, kept)
+        elif change := changes.scored([task], runs):
+            made[key] = of_arrays(change.tasks, step=units.step(own))
+    if units.of_domain(first) == units.SHARE and "domain_gain" in made:
+        made["domain_score"] = of_shares(changes.scores(domain, runs))
+    if change := changes.scored(kept, runs):
+        made["forgetting"] = -of_arrays(change.tasks)
     if GENERAL.key in made:
         made["perplexity_ratio"] = perplexity_ratio(made[GENERAL.key])
     return made

@@ -65,14 +65,21 @@ def paired(base: pd.DataFrame, tuned: pd.DataFrame) -> pd.DataFrame:
     Rows that the base or any run lacks are left out, so compare counts before treating it as complete. Without a column
     `cell`, `tuned` is one run, "run". Raises UserError if a run has a row twice.
     """
-    runs = dict(list(tuned.groupby("cell", sort=False))) if "cell" in tuned else {"run": tuned}
-    pairs = base[[*KEYS, "score", "gold"]].rename(columns={"score": "base"})
-    for name, rows in {"base": base, **runs}.items():
-        _refuse_twice(name, rows)
-    for name, rows in runs.items():
-        pairs = pairs.merge(rows[[*KEYS, "score"]].rename(columns={"score": name}), on=KEYS, validate="one_to_one")
-    pairs["tuned"] = pairs[list(runs)].mean(axis=1)
-    return pairs[[*FIXED, *runs]]
+    tuned = tuned if "cell" in tuned else tuned.assign(cell="run")
+    _refuse_twice("base", base)
+    if (again := tuned.duplicated(["cell", *KEYS])).any():
+        name = tuned.loc[again, "cell"].iloc[0]
+        _refuse_twice(name, tuned[tuned["cell"] == name])
+    place = {name: column for column, name in enumerate(dict.fromkeys(tuned["cell"]))}
+    rows, own = (pd.MultiIndex.from_frame(frame[KEYS]) for frame in (base, tuned))
+    row, column = rows.get_indexer(own), tuned["cell"].map(place).to_numpy(dtype=int)
+    scores, there = np.full((len(base), len(place)), np.nan), np.zeros((len(base), len(place)), dtype=bool)
+    known = row >= 0
+    scores[row[known], column[known]] = tuned["score"].to_numpy(dtype=float)[known]
+    there[row[known], column[known]] = True
+    runs = pd.DataFrame(scores, columns=list(place), index=base.index)
+    pairs = base[[*KEYS, "score", "gold"]].rename(columns={"score": "base"}).assign(tuned=runs.mean(axis=1))
+    return pd.concat([pairs, runs], axis=1)[there.all(axis=1)].reset_index(drop=True)
 
 
 def tokens_of(items: pd.DataFrame) -> pd.Series:
@@ -100,12 +107,6 @@ def of_arrays(tasks: Sequence[np.ndarray], *, step: float = 1.0) -> Interval:
     if half != half:
         return Interval(value, None, None, n, seeds, scope)
     return Interval(value, value - half, value + half, n, seeds, scope, float(estimate.error), float(estimate.df))
-
-
-def mean_difference(pairs: pd.DataFrame, tasks: list[str], *, step: float = 1.0) -> Interval:
-    """tuned − base, averaged over `tasks` with equal weight, with its interval; `step` as in `of_arrays`."""
-    own = [pairs[pairs["task"] == task] for task in tasks]
-    return of_arrays([by_run(rows) - rows["base"].to_numpy(dtype=float) for rows in own], step=step)
 
 
 def of_set(changes: Sequence[float], errors: Sequence[float | None], *, n: int) -> Interval:
@@ -157,13 +158,6 @@ def wilson(right: float, n: float, *, z: float = Z) -> Interval:
     middle = (p + z2 / (2 * n)) / (1 + z2 / n)
     half = z / (1 + z2 / n) * sqrt(p * (1 - p) / n + z2 / (4 * n * n))
     return Interval(p, middle - half, middle + half, round(n), error=sqrt(p * (1 - p) / n), df=float("inf"))
-
-
-def score(items: pd.DataFrame, task: str) -> Interval:
-    """The share of right answers to a task, the mean over the runs of `items`, on the rows that all runs have."""
-    own = items[items["task"] == task]
-    first = own if "cell" not in own else own[own["cell"] == own["cell"].iloc[0]]
-    return of_shares(by_run(paired(first, own)))
 
 
 def of_shares(scores: np.ndarray) -> Interval:

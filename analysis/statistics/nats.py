@@ -63,6 +63,7 @@ class Changes:
         self.base, self.tuned = loaded.base_items(cells.iloc[0]["model"]), loaded.items_of(cells)
         self.first, self.column = cells.iloc[0], {cell: column for column, cell in enumerate(cells.index)}
         self._wide: dict[str, np.ndarray | None] = {}
+        self.answered = set(self.tuned["cell"].unique()) if len(self.tuned) and len(self.base) else set()
         self.known = bool(len(self.base) and len(self.tuned)) and not self.base.duplicated(KEYS).any()
         if self.known:
             rows, tuned = (pd.MultiIndex.from_frame(frame[KEYS]) for frame in (self.base, self.tuned))
@@ -94,6 +95,11 @@ class Changes:
         """tuned − base of the items' scores, or None without tasks or where one is not known of every item."""
         changes = [self._change(task, runs, "score", sign=1.0) for task in tasks]
         return Change(tasks=changes) if changes and all(change is not None for change in changes) else None
+
+    def scores(self, task: str, runs: Sequence[str]) -> np.ndarray:
+        """The items' scores of a task that is `scored`, (S runs, n items)."""
+        base = self.base["score"].to_numpy(dtype=float)[self._places[task]]
+        return self.scored([task], runs).tasks[0] + base
 
     def per_token(self, task: str, runs: Sequence[str]) -> Change | None:
         """Nats per token gained on a task's rows: of their labelled text, or of the right answers."""

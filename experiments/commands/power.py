@@ -41,7 +41,7 @@ def main(
     if not (math.isfinite(difference) and difference > 0):
         raise UserError(f"--difference {difference}: it must be above 0, in nats or a share of 1 (0.02 is 2 points)")
     of_seeds, of_items = _counts("--seeds", seeds, least=2), _counts("--items", items, least=2) if items else []
-    tests = tests or max(len(study.grid.methods) - 1, 1)
+    tests = max(len(study.grid.methods) - 1, 1) if tests is None else tests
     if tests < 1:
         raise UserError(f"--tests {tests}: it must be a whole number from 1")
     found = spreads(guarded(load_cells(study.paths.results, [cell.name for cell in cells.grid(study)])), measure)

@@ -7,14 +7,13 @@ from scipy.stats import t as student
 
 from analysis.statistics.crossed import crossed
 from analysis.statistics.intervals import (
-    mean_difference,
+    by_run,
     of_arrays,
     of_shares,
     paired,
     per_token,
     perplexity_ratio,
     refuse_unequal,
-    score,
     wilson,
 )
 from methods.errors import UserError
@@ -26,6 +25,12 @@ def items(task, scores, gold=0, cell=None):
         {"task": task, "doc_id": range(len(scores)), "doc_hash": hashes, "score": scores, "gold": gold}
     )
     return frame if cell is None else frame.assign(cell=cell)
+
+
+def difference(base, tuned):
+    """tuned − base on the items that both have, over all tasks."""
+    tasks = [rows for _, rows in paired(base, tuned).groupby("task")]
+    return of_arrays([by_run(rows) - rows["base"].to_numpy(dtype=float) for rows in tasks])
 
 
 def test_wilson_by_hand():
@@ -58,7 +63,7 @@ def test_a_row_scored_twice_is_refused():
 def test_mean_difference_weights_tasks_equally():
     base = pd.concat([items("a", [1, 1, 1, 0]), items("b", [1, 0])])
     tuned = pd.concat([items("a", [0, 1, 1, 0]), items("b", [1, 1])])
-    found = mean_difference(paired(base, tuned), ["a", "b"])
+    found = difference(base, tuned)
     # differences a: -1 0 0 0 and two more, +1 -1, of 6: sum -1, squares 3, s^2 17/30
     # differences b: 0 1 and two more, +1 -1, of 4: sum 1, squares 3, s^2 11/12
     first, second = 17 / 30 / 6 / 4, 11 / 12 / 4 / 4  # one seed, so items alone with Satterthwaite's t
@@ -124,7 +129,7 @@ def test_a_grid_of_studies_is_each_study():
 
 def test_items_that_do_not_move_leave_a_width_and_one_item_has_no_bounds():
     base = items("a", [1, 0] * 50)
-    found = mean_difference(paired(base, base), ["a"])
+    found = difference(base, base)
     assert found.value == 0 and found.high == -found.low == pytest.approx(
         student.ppf(0.975, 99) * math.sqrt(2 / 101 / 102)
     )
@@ -133,7 +138,7 @@ def test_items_that_do_not_move_leave_a_width_and_one_item_has_no_bounds():
         and of_arrays([np.zeros((3, 4))], step=0).high == 0
     )
     one = items("a", [1])
-    alone = mean_difference(paired(one, one), ["a"])
+    alone = difference(one, one)
     assert alone.low is None and (-alone).high is None
 
 
@@ -145,7 +150,7 @@ def test_a_difference_is_the_mean_over_tasks_and_other_rows_are_refused():
     ]
     tuned = pd.concat([rows.assign(cell=f"seed{k}") for k, rows in enumerate(runs)])
     refuse_unequal(base=base, tuned=tuned, tasks=["a", "b"])
-    found = -mean_difference(paired(base, tuned), ["a", "b"])
+    found = -difference(base, tuned)
     assert found.value == pytest.approx(-np.mean([(-0.25 + 0.5) / 2, (-0.5 + 0) / 2])) and (
         found.seeds,
         found.n,
@@ -160,13 +165,10 @@ def test_a_difference_is_the_mean_over_tasks_and_other_rows_are_refused():
 
 def test_score_is_wilsons_for_one_seed_and_stays_inside_for_several():
     right = [1] * 8 + [0] * 2
-    one = score(items("a", right), "a")
-    assert (one.low, one.high) == (wilson(8, 10).low, wilson(8, 10).high)
-    assert (score(items("a", right, cell="seed0"), "a").low, one.scope) == (one.low, "run")
-    alike = pd.concat([items("a", right, cell="seed0"), items("a", right, cell="seed1")])
-    both = score(
-        alike, "a"
-    )  # seeds that agree leave the items' variance p(1-p)/(n-1): Wilson's for n - 1 rows, with its t for z
+    one = of_shares(np.array([right]))
+    assert (one.low, one.high, one.scope) == (wilson(8, 10).low, wilson(8, 10).high, "run")
+    # seeds that agree leave the items' variance p(1-p)/(n-1): Wilson's for n - 1 rows, with its t for z
+    both = of_shares(np.array([right, right], dtype=float))
     by_hand = wilson(0.8 * 9, 9, z=student.ppf(0.975, 9))
     assert (both.low, both.high, both.scope, both.seeds) == (
         pytest.approx(by_hand.low),
