@@ -182,15 +182,20 @@ def _pairs(tests: pd.DataFrame, key: str) -> str:
 
 
 def _composed(tests: pd.DataFrame, key: str) -> str:
-    """Whether a composition forgets less than every single remedy."""
-    own = tests[(tests["family"] == "compositions") & (tests["measure"] == key)]
-    if own.empty:
+    """Whether a composition forgets less than every single remedy: at equal gain, or where that is not known, at the
+    same setting."""
+    tested = {
+        name: tests[(tests["family"] == name) & (tests["measure"] == key)] for name in ("equal_gain", "compositions")
+    }
+    own = next((rows for rows in tested.values() if len(rows)), None)
+    if own is None:
         return ""
+    at = " at equal gain" if own is tested["equal_gain"] else ""
     sure = own[own["p_holm"] < LEVEL]
     if sure.empty:
-        return "; no composition loses less than every single remedy"
+        return f"; no composition loses significantly less than every single remedy{at}"
     each = _and([f"{row['a']} (p\u00a0{_p(row['p_holm'])})" for _, row in sure.iterrows()])
-    return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy"
+    return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy{at}"
 
 
 def _credited(loaded: Loaded, rows: pd.DataFrame) -> str:

@@ -4,9 +4,9 @@ import pandas as pd
 
 from analysis import numbers, words
 from analysis.load import Loaded
+from analysis.roles import PLAIN
 from analysis.statistics.comparison import mean_if_known
 
-PLAIN = "full"
 BYTES = {
     "peak_memory_prepare_bytes": "peak memory, preparation",
     "peak_memory_train_bytes": "peak memory, training",

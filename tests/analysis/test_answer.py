@@ -68,9 +68,13 @@ def test_a_composition_must_beat_every_single_remedy(several):
     row = tests.iloc[[0]].assign(measure="general_nll_lost", family="compositions", a="both", b="ewc", difference=-0.01)
     for p, text in (
         (0.01, "both (p\u00a0=\u00a00.010) loses less than every single"),
-        (0.2, "no composition loses less"),
+        (0.2, "no composition loses significantly less"),
     ):
-        assert text in sentences(loaded, table, pd.concat([tests, row.assign(p_holm=p)]))[1]
+        same = row.assign(p_holm=p)
+        assert text in sentences(loaded, table, pd.concat([tests, same]))[1]
+        equal = pd.concat([tests, same.assign(p_holm=0.5), same.assign(family="equal_gain")])  # the claim that counts
+        found = sentences(loaded, table, equal)[1]
+        assert text in found and "every single remedy at equal gain" in found
 
 
 def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone(several):
