@@ -137,12 +137,14 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     key, others = _main(rows), rows[rows["method"].map(family) != PLAIN]
     if not key or others.empty:
         return f"{where} there is no remedy to compare".strip()
-    against = _against_plain(loaded, rows, tests, key)
+    against, beyond = _against_plain(loaded, rows, tests, key), f"{_pairs(tests, key)}{_composed(tests, key)}"
+    beyond += _credited(loaded, rows)
     if against.empty:
         ordered = others.dropna(subset=[key]).sort_values(key)
         each = [f"{row['method']} {_lost(row, key)}" for _, row in ordered.iterrows()]
         spread = _and(each) if len(each) <= NAMED + 1 else f"{', '.join(each[:NAMED])}, … and {each[-1]}"
-        return f"{where} the remedies of this run lose, from the least, {spread} {_what(key)}".strip()
+        who = "the remedies of this run lose" if (others["seeds"] == 1).all() else "the remedies lose"
+        return f"{where} {who}, from the least, {spread} {_what(key)}{beyond}".strip()
     by_method, found = rows.set_index("method"), []
     for side, sign in (("less", -1), ("more", 1)):
         sure = against[against["sure"] & (against["difference"] * sign > 0)]
@@ -156,7 +158,7 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     text = (
         "; ".join(found) or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
     )
-    return f"{where} {text}{_pairs(tests, key)}{_composed(tests, key)}{_credited(loaded, rows)}".strip()
+    return f"{where} {text}{beyond}".strip()
 
 
 def _against_plain(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> pd.DataFrame:

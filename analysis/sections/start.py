@@ -66,8 +66,8 @@ def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
         return []
     each = " and ".join(f"{numbers.nats(row[lost])} on {row['domain']}" for _, row in rows.iterrows())
     return [
-        f"Against {unsettled['model']} as it was before settling, plain fine-tuning loses, in nats per token of general "
-        f"text, {each}; the domain's table of scores has every method."
+        f"Against {unsettled['model']} as it was before settling, plain fine-tuning loses, in nats per token of "
+        f"general text, {each}; the domain's table of scores has every method."
     ]
 
 

@@ -219,7 +219,7 @@ def _settings(cells: pd.DataFrame, key: str) -> list:
 def _value(comparison: pd.DataFrame, cells: pd.DataFrame, metric: str) -> dict:
     """The comparison's own number and interval."""
     keys, first = ["model", "domain", "method"], cells.iloc[0]
-    row = comparison[(comparison[keys] == tuple(first[keys])).all(axis=1)].iloc[0]
+    row = comparison[(comparison[keys] == list(first[keys])).all(axis=1)].iloc[0]
     keys = (metric, f"{metric}_low", f"{metric}_high")
     value, low, high = (None if pd.isna(row.get(key)) else float(row[key]) for key in keys)
     rows = row["n_domain"] if metric.startswith("domain") else row["n_retention"]

@@ -86,6 +86,17 @@ def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone
     assert (row["told"], row["told_also"]) == ("less", "remedy and text together")
 
 
+def test_without_a_comparison_with_plain_fine_tuning_the_rest_is_said(several):
+    """A method whose control is missing is not credited, and of several seeds no run is spoken of."""
+    loaded = several[0]
+    two = loaded.without([cell for cell in loaded.cells.index if cell.split("/")[2] in ("lora", "mofo")])
+    two = replace(two, roles=Roles(control_of={"ewc": ""}))
+    second = sentences(two, comparison(two), all_tests(two))[1]
+    assert "this run" not in second and "ewc also trains on general text and has no control here" in second
+    bare = loaded.without([cell for cell in loaded.cells.index if cell.split("/")[2] == "full"])
+    assert "of 3 pairs of leaders" in sentences(bare, comparison(bare), all_tests(bare))[1]
+
+
 def test_one_seed_orders_runs_and_says_nothing_of_methods(alone):
     loaded, table, tests = alone
     first, second, _ = sentences(loaded, table, tests)
