@@ -174,6 +174,12 @@ def test_the_section_says_a_number_or_why_there_is_none(swept):
     assert missing[missing != ""].str.contains("gains").all()
 
 
+def test_of_one_seed_it_is_said_of_the_runs(swept, tmp_path):
+    one = load_cells(tmp_path, write_results(tmp_path, methods=("full", "lora")))
+    assert "in these runs of one seed" in section(one, **WHERE)["sentences"][1]
+    assert "in these runs" not in " ".join(section(swept, **WHERE)["sentences"])
+
+
 def test_without_items_there_is_no_section(tmp_path):
     planned = write_results(tmp_path, methods=("full",))
     (tmp_path / "runs" / planned[0] / "items.csv.gz").unlink()
