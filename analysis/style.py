@@ -192,22 +192,29 @@ def label_points(
     lines = axes.transData.transform(along) if along else np.empty((0, 2))
     taken, without = [], []
     always = len(points) if always is None else always
-    places = [(9, 9, "left", "bottom"), (-9, 9, "right", "bottom"), (9, -9, "left", "top"), (-9, -9, "right", "top")]
-    places += [(dx * k, dy * k, ha, va) for k in (1.8, 2.7, 3.6) for dx, dy, ha, va in places[:4]]
+    sides = [(1, 1), (-1, 1), (1, -1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)]
+    places = [(across * far, up * far) for far in (5, 11, 17, 24, 32) for across, up in sides]
     for number, (x, y, text, shade) in enumerate(points):
         best = None
-        for dx, dy, ha, va in places:
-            place = {"xytext": (dx, dy), "textcoords": "offset points", "ha": ha, "va": va}
-            note = axes.annotate(text, (x, y), color=shade, fontsize=size, fontweight="bold", **place)
+        for dx, dy in places:
+            place = {"xytext": (dx, dy), "textcoords": "offset points"}
+            place |= {
+                "ha": ("center", "left", "right")[int(np.sign(dx))],
+                "va": ("center", "bottom", "top")[int(np.sign(dy))],
+            }
+            look = {"color": shade, "fontsize": size, "fontweight": "bold", "zorder": 5}
+            note = axes.annotate(text, (x, y), **place, **look)
             box = note.get_window_extent(renderer).expanded(1.04, 1.1)
-            cost = sum(box.overlaps(other) for other in taken) * 4 + sum(box.contains(*pixel) for pixel in pixels) * 2
+            own, *others = [away(box, *pixel) for pixel in [pixels[number], *pixels[:number], *pixels[number + 1 :]]]
+            cost = sum(box.overlaps(other) for other in taken) * 4 + sum(away < 4 for away in others) * 2
+            cost += any(away <= own for away in others)  # it would read as another point's
             crossed = ((lines >= box.min) & (lines <= box.max)).all(axis=1).sum()
-            cost += 0.15 * float(crossed) + 0.02 * (abs(dx) - 9)
+            cost += 0.15 * float(crossed) + 0.03 * (max(abs(dx), abs(dy)) - 5)
             cost += 4 * (box.x0 < inside.x0 or box.x1 > inside.x1 or box.y0 < inside.y0 or box.y1 > inside.y1)
             if best is None or cost < best[0]:
                 if best:
                     best[1].remove()
-                best = (cost, note, box)
+                best = (cost, note, box, max(abs(dx), abs(dy)) > 11)
             else:
                 note.remove()
         if number >= always and best[0] >= 2:  # over another label or point, or outside
@@ -216,7 +223,16 @@ def label_points(
             continue
         best[1].set_in_layout(False)
         taken.append(best[2])
+        if best[3]:  # far from its point, to which a thin line joins it
+            (px, py), box = pixels[number], best[2]
+            across, up = axes.transData.inverted().transform((np.clip(px, box.x0, box.x1), np.clip(py, box.y0, box.y1)))
+            axes.plot([x, across], [y, up], color=shade, linewidth=0.6, gid=text, scalex=False, scaley=False)
     return without
+
+
+def away(box, x: float, y: float) -> float:
+    """Pixels from a point to a box; 0 inside it."""
+    return float(np.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1)))
 
 
 def label_ends(axes, ends: list[tuple[float, float, str, str]], *, gap: float) -> None:

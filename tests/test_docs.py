@@ -269,7 +269,7 @@ def test_the_readmes_domain_makes_its_rows(tmp_path, monkeypatch):
         "domains": {"birds": block},
         "general": {"rows": {"jsonl": "text.jsonl"}, "importance": 4, "replay": 0, "probe": 2, "test": 4},
     }
-    whole["grid"] = whole["grid"] | {"domains": ["birds"]}
+    whole["grid"] = whole["grid"] | {"domains": ["birds"], "models": ["smollm2-135m"]}
     YAML().dump(whole, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     with contextlib.redirect_stdout(io.StringIO()):

@@ -140,11 +140,7 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     against, beyond = _against_plain(loaded, rows, tests, key), f"{_pairs(tests, key)}{_composed(tests, key)}"
     beyond += _credited(loaded, rows)
     if against.empty:
-        ordered = others.dropna(subset=[key]).sort_values(key)
-        each = [f"{row['method']} {_lost(row, key)}" for _, row in ordered.iterrows()]
-        spread = _and(each) if len(each) <= NAMED + 1 else f"{', '.join(each[:NAMED])}, … and {each[-1]}"
-        who = "the remedies of this run lose" if (others["seeds"] == 1).all() else "the remedies lose"
-        return f"{where} {who}, from the least, {spread} {_what(key)}{beyond}".strip()
+        return f"{where} {_ordered(loaded, others, key)}{beyond}".strip()
     by_method, found = rows.set_index("method"), []
     for side, sign in (("less", -1), ("more", 1)):
         sure = against[against["sure"] & (against["difference"] * sign > 0)]
@@ -159,6 +155,24 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
         "; ".join(found) or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
     )
     return f"{where} {text}{beyond}".strip()
+
+
+def _ordered(loaded: Loaded, others: pd.DataFrame, key: str) -> str:
+    """What untested remedies lose, from the least, without controls and the methods that are compared with theirs."""
+    controls = {*loaded.roles.controls.values(), *loaded.roles.control_of.values()}
+    own = others[~others["method"].isin({*apart(loaded), *controls})].dropna(subset=[key]).sort_values(key)
+    each = [(row["method"], _lost(row, key), _at(row)) for _, row in own.iterrows()]
+    if not each:
+        return "no remedy here trains on the domain alone"
+    least, *others = each
+    text = f"{least[0]} loses {'least, ' if others else ''}{least[1]} {_what(key)} {least[2]}"
+    more = [f"{method} loses {lost} {gained}" for method, lost, gained in others[: NAMED - 1]]
+    if len(each) > NAMED:
+        more.append(f"{len(each) - NAMED} others lose up to {_lost(own.iloc[-1], key, bounds=False)}")
+    once = (own["seeds"] == 1).all()
+    if not others:
+        return f"in one run {text}" if once else text
+    return f"of {len(each)} remedies{', each run once,' if once else ''} {_and([text, *more])}"
 
 
 def _against_plain(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> pd.DataFrame:
@@ -201,15 +215,19 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
 
 
 def _credited(loaded: Loaded, rows: pd.DataFrame) -> str:
-    """What each method that trains on general text loses against its control, which trains on it too."""
-    text, first = "", rows.iloc[0]
-    for (method, control), one in against_control(loaded, model=first["model"], domain=first["domain"]).items():
+    """How the loss of each method that trains on general text differs from its control's, which trains on it too."""
+    first = rows.iloc[0]
+    found = against_control(loaded, model=first["model"], domain=first["domain"])
+    if len(found) > NAMED:
+        return f"; {len(found)} methods also train on general text and are compared with their controls below"
+    text = ""
+    for (method, control), one in found.items():
         text += f"; {method} also trains on general text and "
         if one is None:
             text += "has no control here that tells its remedy from that text"
         else:
             bounds = "" if one.low is None else f" [{numbers.nats(one.low)}, {numbers.nats(one.high)}]"
-            text += f"loses {numbers.nats(one.value)}{bounds} against its control {control}"
+            text += f"differs in loss from its control {control} by {numbers.nats(one.value)}{bounds}"
     return text
 
 

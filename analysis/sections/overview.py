@@ -146,9 +146,11 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
     lines = -(-len(pairs) // columns_)
     width, height = (3.75, 3.0) if phone else (style.WIDTH, 3.9) if columns_ == 1 else (9.6, 3.7)
     drawn, panels = style.new(width, height * lines, lines, columns_, squeeze=False)
-    outside = 0
+    outside, wide = 0, []
     for axes, ((model, domain), own) in zip(panels.flat, pairs):
-        outside += _panel(axes, own, named=labelled(loaded, own))
+        beyond, without = _panel(axes, own, named=labelled(loaded, own))
+        outside += beyond
+        wide += [f"{width:.2g} {own['unit' if key == 'gain' else 'measure'].iloc[0]} ({key})" for key, width in without]
         axes.set_title(style.where(loaded.of(model, domain)))
         unit = own["measure"].iloc[0]
         of = "" if phone else " of general text" if unit == "nats per token" else " of right answers"
@@ -159,6 +161,11 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
     swept = (data.groupby(["model", "domain", "study", "family"]).size() > 1).any()
     caption = "Each point is a method" + (" at one setting; lines join the settings of a method." if swept else ".")
     caption += " Light bars are 95 % confidence intervals."
+    if wide:
+        caption += (
+            f" Those that do not fit the axes, of up to {words.few(dict.fromkeys(wide))}, stand in the table alone;"
+        )
+        caption += " the intervals of differences stand with the tests."
     if loaded.also:
         caption += f" Grey without a name: other methods, and one-seed runs of {words.few(loaded.also)}."
     if outside:
@@ -166,10 +173,12 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
     return drawn, data, "Gain against forgetting", caption
 
 
-def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> int:
-    """Draw one panel; the number of grey points that lie outside it."""
+def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> tuple[int, list[tuple[str, float]]]:
+    """Draw one panel; how many grey points lie outside it, and each axis whose bars are left out with the widest's
+    width."""
     front = data["family"].isin(named) & (data["study"] == "")
-    texts, bars, shades = [], [], colours(named)
+    ends = {key: _cut(axes, data, front, key) for key in ("gain", "lost")}
+    texts, lines, shades = [], [], colours(named)
     for (_, name, bright), own in data.assign(bright=front).groupby(["study", "family", "bright"], sort=False):
         if not bright:
             axes.plot(
@@ -181,27 +190,39 @@ def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> int:
             own["gain"], own["lost"], color=shade, marker=style.marker(name), markersize=5, linewidth=1.5, zorder=3
         )
         for point in own.itertuples():
-            for ends in ("gain", "lost"):
-                low, high = (getattr(point, f"{ends}_{end}") for end in ("low", "high"))
-                along = ([low, high], [point.lost] * 2) if ends == "gain" else ([point.gain] * 2, [low, high])
-                axes.plot(*along, color=shade, linewidth=0.9, alpha=0.35, zorder=2)
+            bars = {
+                "gain": (point.gain_low, point.lost, point.gain_high, point.lost),
+                "lost": (point.gain, point.lost_low, point.gain, point.lost_high),
+            }
+            for key, (x0, y0, x1, y1) in bars.items():
+                if ends[key] is None:
+                    axes.plot([x0, x1], [y0, y1], color=shade, linewidth=0.9, alpha=0.35, zorder=2)
+                    lines.append((x0, y0, x1, y1))
         last = own.iloc[-1]
         texts.append((last["gain"], last["lost"], name, shade))
-        bars += list(zip(own["gain"], own["lost"], own["gain"].shift(-1), own["lost"].shift(-1)))[:-1]
-    inside = [_cut(axes, data, front, key) for key in ("gain", "lost")]
-    style.label_points(axes, texts, bars=bars, size=8)
-    return int((~(inside[0] & inside[1])).sum())
+        lines += list(zip(own["gain"], own["lost"], own["gain"].shift(-1), own["lost"].shift(-1)))[:-1]
+    style.label_points(axes, texts, bars=[bar for bar in lines if not any(map(numbers.missing, bar))], size=8)
+    inside = data["gain"].between(*axes.get_xlim()) & data["lost"].between(*axes.get_ylim())
+    return int((~inside).sum()), [(key, width) for key, width in ends.items() if width is not None]
 
 
-def _cut(axes, data: pd.DataFrame, front: pd.Series, key: str) -> pd.Series:
-    """Cut an axis to the points with a name, and to others that lie near them; which points are inside."""
+def _cut(axes, data: pd.DataFrame, front: pd.Series, key: str) -> float | None:
+    """Cut an axis to the points with a name, their bars, and others that lie near them.
+
+    Bars that would make it more than twice as long are left out; the result is then the width of the widest.
+    """
     main = data[front] if front.any() else data
     low, high = main[key].min(), main[key].max()
     reach = 0.5 * (high - low) or abs(high) or 1.0
     near = data[data[key].between(low - reach, high + reach)][key]
-    low, high = near.min(), near.max()
+    low, high, wide = near.min(), near.max(), None
+    least, most = min(low, main[f"{key}_low"].min()), max(high, main[f"{key}_high"].max())
+    if low < high and most - least > 2 * (high - low):
+        wide = float((main[f"{key}_high"] - main[f"{key}_low"]).max())
+    else:
+        low, high = least, most
     margin = 0.09 * (high - low) or 0.1 * reach
     (axes.set_xlim if key == "gain" else axes.set_ylim)(low - margin, high + margin)
     if key == "lost" and low - margin < 0 < high + margin:
         axes.axhline(0, color=style.MUTED, linewidth=0.8, zorder=1)
-    return data[key].between(low, high)
+    return wide

@@ -64,10 +64,10 @@ def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
     rows = table[(table["model"] == model) & (table["method"] == PLAIN)]
     if not unsettled or rows.empty or lost not in rows:
         return []
-    each = " and ".join(f"{numbers.nats(row[lost])} on {row['domain']}" for _, row in rows.iterrows())
+    each = " and ".join(f"{numbers.nats(row[lost])} ({row['domain']})" for _, row in rows.iterrows())
     return [
-        f"Against {unsettled['model']} as it was before settling, plain fine-tuning loses, in nats per token of "
-        f"general text, {each}; the domain's table of scores has every method."
+        f"Against {unsettled['model']}, the model before settling, plain fine-tuning loses {each} nats per token of "
+        "general text; below 0 it is still better than that model was. The table of scores has every method."
     ]
 
 
@@ -87,23 +87,30 @@ def _lost_by_settling(before: Mapping[str, Any], after: Mapping[str, Any], tasks
 
 
 def _settled(record: Mapping[str, Any], model: str) -> str:
-    gate, block = record["gates"][-1], record["block"]
-    asked = block["gate"]
-    found = (
-        f"{asked.get('steps', 40)} more steps of plain fine-tuning at a rate of {asked['learning_rate']:g} change "
-        f"general nats by {numbers.nats(-gate['improvement'])} a token (95 % interval {numbers.nats(-gate['high'])} to "
-        f"{numbers.nats(-gate['low'])})"
-    )
-    begun = (
-        f"{model} is {block['from']} after {record['steps']} steps on general text and rows in the form of the "
-        f"retention tasks, none of which is scored: {record['nats']:.3f} nats a token became {gate['nats']:.3f}."
-    )
-    least = f"{asked.get('nats', 0.01):g}"
-    if record["settled"]:
-        return f"{begun} It is settled: {found}, so training no longer improves it by {least} or more."
-    return (
-        f"{begun} It is not settled: {found}, so training still repairs it, and what a method loses is partly hidden."
-    )
+    gate, block, least = record["gates"][-1], record["block"], record["block"]["gate"].get("nats", 0.01)
+    others = [other for other in record["gates"][:-1] if other["steps"] == gate["steps"] and "learning_rate" in other]
+    lines = [
+        f"{model} is {block['from']} after {record['steps']} steps on general text and on rows in the form of the "
+        f"retention tasks, none of which is scored. They took the general text of the probes from {record['nats']:.3f} "
+        f"to {gate['nats']:.3f} nats per token.",
+        f"{block['gate'].get('steps', 40)} more steps of plain fine-tuning at a rate of "
+        f"{block['gate']['learning_rate']:g} change that by {_changed(gate)}: the base counts as "
+        + (
+            f"settled at that rate, because they do not lower it by {least:g} or more."
+            if record["settled"]
+            else "not settled, because they still lower it, and what a method loses is partly hidden."
+        ),
+    ]
+    if others:
+        each = " and ".join(f"{_changed(other)} at {other['learning_rate']:g}" for other in others)
+        lines.append(f"At other rates such steps changed it by {each}.")
+    return " ".join(lines)
+
+
+def _changed(gate: Mapping[str, Any]) -> str:
+    """By how much a test changed general nats, with its 95 % interval."""
+    low, high = (numbers.nats(-gate[end]) for end in ("high", "low"))
+    return f"{numbers.nats(-gate['improvement'])} [{low}, {high}]"
 
 
 def _tested(test: Mapping[str, Any]) -> str:

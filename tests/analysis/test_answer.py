@@ -81,7 +81,9 @@ def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone
     loaded = replace(several[0], roles=Roles(control_of={"ewc": "lora"}))
     _, second, third = sentences(loaded, *several[1:])
     assert second.startswith("2 of 2 remedies") and "ewc (" not in second and "ewc" not in third
-    assert re.search(r"ewc also trains on general text and loses −0\.\d+ \[.*\] against its control lora", second)
+    assert re.search(
+        r"ewc also trains on general text and differs in loss from its control lora by −0\.\d+ \[.*\]", second
+    )
     row = with_told(*several[1:], mixed={"ewc"}).set_index("method").loc["ewc"]
     assert (row["told"], row["told_also"]) == ("less", "remedy and text together")
 
@@ -101,10 +103,19 @@ def test_one_seed_orders_runs_and_says_nothing_of_methods(alone):
     loaded, table, tests = alone
     first, second, _ = sentences(loaded, table, tests)
     assert "(one seed)" in first and "p\u00a0" not in first + second and "significant" not in second
-    names = re.findall("(full|lora|ewc) [+−]", second)
+    names = re.findall("(full|lora|ewc) loses", second)
     rows = table.set_index("method")["general_nll_lost"].astype(float)
-    assert names == list(rows[["lora", "ewc"]].sort_values().index) and "remedies of this run" in second
+    assert names == list(rows[["lora", "ewc"]].sort_values().index) and "2 remedies, each run once" in second
     assert "not another run" in reading(loaded, table) and with_told(table, tests)["told"].isna().all()
+
+
+def test_with_one_seed_a_control_is_no_remedy_and_its_method_stands_beside_it(alone):
+    loaded = replace(alone[0], roles=Roles(controls={"ewc": "lora"}, control_of={"ewc": "lora"}))
+    assert sentences(loaded, *alone[1:])[1].startswith(
+        "No remedy here trains on the domain alone; ewc also trains on general text and differs in loss from its"
+    )
+    one = replace(loaded, roles=Roles(controls={"osf": "lora"}))
+    assert sentences(one, *alone[1:])[1].startswith("In one run ewc loses ")
 
 
 def test_one_method_without_plain_fine_tuning(tmp_path):

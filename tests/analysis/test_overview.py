@@ -59,3 +59,22 @@ def test_leaders_and_plain_fine_tuning_are_named_and_the_rest_is_grey(track, pho
     assert named["gain"].between(left, right).all() and named["lost"].between(bottom, top).all()
     assert right - left < 2 * (data["gain"].max() - data["gain"].min())  # the axes are cut to the data
     plt.close(figure)
+
+
+def test_bars_wider_than_their_axis_are_left_out_and_the_caption_says_how_wide(track):
+    loaded, table, there = track
+    data = overview.points(loaded, table, there)
+    for reach, drawn in ((0.001, True), (5.0, False)):
+        near = data.assign(gain_low=data["gain"] - reach, gain_high=data["gain"] + reach)
+        with style.house():
+            figure, _, _, caption = overview.figure(loaded, near)
+        (axes,) = figure.axes
+        left, right = axes.get_xlim()
+        level = [tuple(line.get_xdata()) for line in axes.lines if line.get_alpha() == 0.35 and _is_level(line)]
+        assert bool(level) is drawn and all(left <= low <= high <= right for low, high in level)
+        assert ("of up to 10 nats per token (gain)" in caption) is not drawn
+        plt.close(figure)
+
+
+def _is_level(line):
+    return line.get_ydata()[0] == line.get_ydata()[1]

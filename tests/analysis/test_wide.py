@@ -39,6 +39,28 @@ def test_points_are_labelled_where_there_is_room():
     assert {*written, *without} == {"alone", *(text for _, _, text, _ in crowd)} and len(written + without) == 41
 
 
+def test_a_label_is_nearest_to_its_own_point_or_joined_to_it():
+    points = [
+        (4, 2.5, "lora", "C0"),
+        (4.6, 2.4, "hierarchical", "C1"),
+        (5.2, 3, "lora-warm", "C2"),
+        (5.5, 1, "ewc", "C3"),
+    ]
+    with style.house():
+        figure, axes = style.new(3.75, 3)
+        axes.set(xlim=(3, 10), ylim=(0, 9))
+        style.label_points(axes, points, size=8)
+        figure.canvas.draw()
+        pixels = {text: axes.transData.transform((x, y)) for x, y, text, _ in points}
+        boxes = {note.get_text(): note.get_window_extent() for note in axes.texts}
+        joined = {line.get_gid() for line in axes.lines}
+        plt.close(figure)
+    for text in pixels:
+        nearest = min(pixels, key=lambda other: style.away(boxes[text], *pixels[other]))
+        assert nearest == text or text in joined, text
+    assert not any(boxes[a].overlaps(boxes[b]) for a in boxes for b in boxes if a < b)
+
+
 def test_methods_of_one_colour_differ_in_shape():
     names = [f"method-{k}" for k in range(200)]
     assert len({(style.colour(name), style.marker(name)) for name in names}) > len(style.OTHERS)
