@@ -84,6 +84,9 @@ def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone
     assert re.search(
         r"ewc also trains on general text and differs in loss from its control lora by −0\.\d+ \[.*\]", second
     )
+    warm = several[1].assign(tokens_prepare=several[1]["tokens_prepare"].where(several[1]["method"] != "lora", 9.0))
+    found = sentences(loaded, warm, several[2])[1]  # a control with the same preparation is no remedy
+    assert found.startswith("1 of 1 remedies") and "mofo (" in found and "lora (" not in found
     row = with_told(*several[1:], mixed={"ewc"}).set_index("method").loc["ewc"]
     assert (row["told"], row["told_also"]) == ("less", "remedy and text together")
 
