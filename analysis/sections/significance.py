@@ -55,6 +55,9 @@ def _family(name: str, tests: pd.DataFrame) -> dict:
         for a, b in kept
     ]
     sentences = [_summary(name, key, tests[tests["measure"] == key]) for key in keys]
+    if tests["descriptive"].all():
+        sentences = ["Nothing in this table is tested: there is one seed."]
+        rows = [row | {"cells": [cell and cell | {"p": ""} for cell in row["cells"]]} for row in rows]
     heads = [_head(key) for key in keys]
     return {"title": title, "head": head, "sentences": sentences, "heads": heads, "rows": rows, "of": len(least)}
 
