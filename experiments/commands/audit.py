@@ -74,7 +74,8 @@ def main(
     differ = tokenizers.compare(one.tokenizer, other.tokenizer)
     progress.step(f"rows of {', '.join(names)}, and general text")
     data = _data(study, work, names, rows, text, text_rows)
-    settings = schema.Evaluate(**({"batch_size": batch_size} if batch_size else {})).model_dump()
+    block = schema.Evaluate(**({"batch_size": batch_size} if batch_size else {}))
+    settings = block.model_dump(exclude={"improve"})  # which is of a study's base
     templates = _templates(chat_template, one, other)
     computing = _dtype(dtype, [one, other], where)
     read = [harness.general_passages(data.folder, model.tokenizer) for model in (one, other)]

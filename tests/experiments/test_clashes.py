@@ -6,7 +6,7 @@ import json
 import pytest
 
 from evaluation import harness
-from experiments.commands import tracked_runs, tune
+from experiments.commands import tune
 from experiments.stages.collect import comparable
 from experiments.stages.evaluate import merged
 from experiments.study import cells, config
@@ -209,12 +209,3 @@ def test_trials_of_other_rows_or_another_base_are_put_aside(tmp_path, capsys):
         assert "its 1 trials are of other rows or of another base, and are now in sums." in capsys.readouterr().out
     path.write_text(json.dumps({"trials": [1]}))  # made before this was recorded
     assert tune.earlier(path, now)["trials"] == [1]
-
-
-def test_a_models_figures_are_not_those_of_a_model_whose_name_ends_alike(tmp_path):
-    folder = tmp_path / "summary" / "figures"
-    folder.mkdir(parents=True)
-    for name in ("cost-tiny-sums", "cost-llama-tiny-sums", "cost-tiny-other-sums"):
-        (folder / f"{name}.png").touch()
-    files = tracked_runs.group_files(tmp_path, "tiny/sums/full")
-    assert [file.stem for file, folder in files if folder == "figures"] == ["cost-tiny-sums"]

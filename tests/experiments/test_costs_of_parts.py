@@ -11,9 +11,7 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from analysis.load import load_cells
 from experiments.commands import plan
-from experiments.commands.tracked_runs import _points, _scores
 from experiments.data import expected
 from experiments.laws.laws import judge
 from experiments.laws.trial import Trial
@@ -33,8 +31,7 @@ from methods.errors import UserError
 from methods.part import REGISTERED, Part, Prepared, register, setting
 from methods.settings import declared
 from methods.tools.costs import Added, Memory, Pass
-from methods.tools.files import read_json, write_json
-from tests.analysis.fixtures import write_results
+from methods.tools.files import read_json
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 
@@ -285,22 +282,6 @@ def test_no_setting_of_a_part_is_read_by_name():
                 if isinstance(name, ast.Constant) and name.value in settings - COMMON:
                     found.append(f"{path.name}:{node.lineno} {name.value}")
     assert not found
-
-
-def test_costs_of_every_part_are_metrics_in_mlflow(tmp_path):
-    planned = write_results(tmp_path, methods=("ewc",))
-    path = tmp_path / "runs" / planned[0] / "metrics.json"
-    added = {"prepare": {"ewc": {"tokens": 5, "flops": None}}, "train": {"ewc": {"tokens": 0, "seconds": 2.5}}}
-    write_json(path, read_json(path) | {"added": added, "tokens_added": 7})
-    loaded = load_cells(tmp_path, planned)
-    points = {name: value for name, value, _, _ in _points(_scores(loaded, loaded.cells.iloc[0]), 0)}
-    own = {name: value for name, value in points.items() if "added" in name}
-    assert own == {
-        "tokens_added": 7,
-        "added/ewc/prepare_tokens": 5,
-        "added/ewc/train_tokens": 0,
-        "added/ewc/train_seconds": 2.5,
-    }
 
 
 def test_a_part_that_measures_weights_needs_probe_text():

@@ -9,6 +9,7 @@ from analysis.measures import ORDER
 from experiments.__main__ import parser, run
 from experiments.commands import gate
 from experiments.study import config
+from experiments.study.params_text import read_yaml
 from experiments.study.paths import HERE
 from methods.errors import UserError
 from tests.analysis.fixtures import write_json, write_results
@@ -18,8 +19,10 @@ METHODS = ("full", "lora", "ewc", "mofo", "hierarchical")
 
 @pytest.fixture
 def study(tmp_path):
-    """The default study's grid over made-up results: nothing is a measurement."""
-    shutil.copy(HERE / "params.yaml", tmp_path)
+    """Another grid of the default study's blocks, over made-up results: nothing is a measurement."""
+    raw = read_yaml(HERE / "params.yaml")
+    raw["grid"] = {"models": ["smollm2-135m"], "domains": ["science"], "methods": list(METHODS), "seeds": [0]}
+    (tmp_path / "params.yaml").write_text(json.dumps(raw))
     write_results(tmp_path / "results", methods=METHODS)
     return config.load(root=tmp_path)
 

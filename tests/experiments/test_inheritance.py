@@ -117,7 +117,7 @@ def test_a_method_like_its_own_name_begins_from_the_roots(tmp_path):
     own["methods"] = {"hierarchical-paper": {"like": "hierarchical-paper", "hierarchical": {"strength": 1.0}}}
     block = load(tmp_path, own).methods["hierarchical-paper"].block
     assert block["hierarchical"]["strength"] == 1.0 and block["hierarchical"]["groups"] == "blocks"
-    assert block["lora"] == ROOT["methods"]["hierarchical"]["lora"]
+    assert block["lora"] == ROOT["methods"]["lora"]["lora"]
     with pytest.raises(UserError, match="methods.mine: `like` leads back to itself"):
         load(tmp_path, OWN | {"methods": {"mine": {"like": "mine"}}})
 

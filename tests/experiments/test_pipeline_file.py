@@ -10,7 +10,6 @@ from experiments.study import cells, config, pipeline
 from experiments.study.lock import Lock
 from experiments.study.paths import HERE
 from methods.errors import UserError
-from methods.tools.files import read_json
 
 STUDIES = ["", *sorted(p.parent.name for p in (HERE / "experiments" / "studies").glob("*/params.yaml"))]
 ARCHIVES = [name for name in STUDIES if config.load(name).archive]
@@ -88,23 +87,6 @@ def test_the_committed_default_study_is_of_the_code_in_git():
         assert lock.recorded(f"train@{cell.stage}"), (
             f"{cell.name}: dvc.lock is of other settings or sources: run `dvc repro`"
         )
-
-
-def test_every_method_had_the_same_number_of_trials_and_got_what_they_chose():
-    study = config.load()
-    for model in study.grid.models:
-        for domain in study.grid.domains:
-            trials = read_json(study.paths.tuning(model, domain))["trials"]
-            counts = {m: sum(t["method"] == m for t in trials) for m in study.grid.methods}
-            assert len(set(counts.values())) == 1, counts
-            for trial in (t for t in trials if t["chosen"] and t["method"] in counts):
-                ((knob, value),) = trial["settings"].items()
-                part, setting = knob.split(".", 1)
-                if part == "train":
-                    used = getattr(study.settings(model=model, domain=domain, method=trial["method"]), setting)
-                else:
-                    used = {p.key: p for p in study.methods[trial["method"]].parts}[part].settings()[setting]
-                assert used == value, f"{trial['method']}: tuning chose {knob} {value}, params.yaml has {used}"
 
 
 def test_a_study_without_a_pipeline_file_is_told_how_to_make_it(tmp_path):
