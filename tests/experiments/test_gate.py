@@ -22,6 +22,7 @@ def study(tmp_path):
     """Another grid of the default study's blocks, over made-up results: nothing is a measurement."""
     raw = read_yaml(HERE / "params.yaml")
     raw["grid"] = {"models": ["smollm2-135m"], "domains": ["science"], "methods": list(METHODS), "seeds": [0]}
+    del raw["controls"]
     (tmp_path / "params.yaml").write_text(json.dumps(raw))
     write_results(tmp_path / "results", methods=METHODS)
     return config.load(root=tmp_path)

@@ -158,7 +158,7 @@ def test_a_study_is_written_that_loads_and_says_what_to_run(root, capsys):
     }
     block = study.domains["mine"]
     assert (block.format, block.retention, block.probes) == ("pairs", ["colours"], ["colours"])
-    assert block.split.model_dump() == {"train": "all", "probe": 6, "test": 12}
+    assert block.split.model_dump() == {"train": "all", "probe": 6, "test": 12, "distinct": False}
     assert study.models["llama-tiny"].as_written == ROOT["models"]["llama-tiny"]
     assert study.train.learning_rate == ROOT["train"]["learning_rate"]
     # the byte tokenizer: 25 letters of the longest questions, a line, 3 of their answers, and an end
