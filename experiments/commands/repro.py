@@ -36,6 +36,7 @@ def committed(path: str) -> bool:
 
     dvc.lock has their hashes, so that a clone need not train a study again to know that its results are current.
     """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     logger = logging.getLogger("dvc")
@@ -44,5 +45,7 @@ def committed(path: str) -> bool:
     try:
         with Repo() as repo:
             return not repo.reproduce(path, dry=True, allow_missing=True)
+    except DvcException:  # a dry run stops at a stage whose inputs another stage has yet to make
+        return False
     finally:
         logger.setLevel(level)
