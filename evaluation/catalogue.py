@@ -22,7 +22,7 @@ from lm_eval.tasks import _factory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 
 from evaluation.definition import refuse_keys
-from evaluation.shipped import SHIPPED, named_errors, refuse_downloads, refuse_unsafe
+from evaluation.shipped import SHIPPED, named_errors, refuse_programs, refuse_unsafe
 from methods.errors import UserError
 
 NAMING = ("class", "group", "include", "tag", "task")
@@ -175,7 +175,7 @@ class _Factory(_factory.TaskFactory):
     def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> _Stated:
         # before its functions are imported, which may fetch program code
         refuse_unsafe(entry.name, _factory.load_yaml(entry.yaml_path, resolve_func=False))
-        refuse_downloads(entry.name, entry.yaml_path)
+        refuse_programs(entry.name, entry.yaml_path)
         return _Stated(self._load_full_config(entry, overrides))
 
 

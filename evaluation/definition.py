@@ -11,9 +11,9 @@ import jinja2.meta
 import lm_eval.api.metrics  # noqa: F401 (which registers them)
 from lm_eval.api.registry import metric_registry
 from lm_eval.config.task import TaskConfig
-from lm_eval.utils import env as jinja_env
 
 from evaluation.shipped import refuse_unsafe, shipped_config
+from evaluation.templates import environment
 from methods.errors import UserError
 from methods.settings import refuse, shown
 
@@ -105,6 +105,11 @@ def refuse_keys(name: str, config: Mapping[str, Any]) -> None:
     for key, kind in FORMS.items():
         if config.get(key) is not None and not callable(config[key]):
             refuse(config[key], kind, where=f"task {name}: {key}")
+    if ".yaml" in str(config.get("use_prompt") or ""):
+        raise UserError(
+            f"task {name}: use_prompt is {config['use_prompt']!r}, a file that lm-eval would read outside of this "
+            "project's checks: write its templates as `doc_to_text` and `doc_to_target`"
+        )
     if (config.get("num_fewshot") or 0) < 0:
         raise UserError(f"task {name}: num_fewshot is {config['num_fewshot']}: it must be 0 or more")
 
@@ -168,8 +173,8 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
     for key in TEMPLATES:
         if isinstance(template := config.get(key), str):
             try:
-                jinja_env.parse(template)
-                jinja_env.from_string(template)
+                environment.parse(template)
+                environment.from_string(template)
             except jinja2.TemplateError as error:
                 raise UserError(f"task {name}: {key} {template[:60]!r} is not a valid template: {error}") from error
 
@@ -208,7 +213,7 @@ def columns_named(config: Mapping[str, Any]) -> set[str]:
         column
         for template in _templates(config)
         if "{" in template
-        for column in jinja2.meta.find_undeclared_variables(jinja_env.parse(template))
+        for column in jinja2.meta.find_undeclared_variables(environment.parse(template))
     }
 
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 from lm_eval.utils import apply_template
-from lm_eval.utils import env as jinja_env
 
+from evaluation.templates import environment
 from methods.errors import UserError
 
 _EXPRESSION = re.compile(r"\{\{-?((?:(?!\{\{|\}\}).)*?)-?\}\}", re.DOTALL)
@@ -58,7 +58,7 @@ def _value(template: str, doc: Mapping[str, Any]) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _compiled(expression: str) -> Callable[..., Any]:
-    return jinja_env.compile_expression(expression, undefined_to_none=False)
+    return environment.compile_expression(expression, undefined_to_none=False)
 
 
 def refuse_marks(gold: Any, choices: list[str]) -> None:

@@ -11,17 +11,11 @@ from typing import Any
 import datasets
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.utils import apply_template
-from lm_eval.utils import env as jinja_env
 
 from evaluation import gold as golds
 from evaluation import measure, nulls
 from evaluation.definition import SPLIT
 from methods.tools.jsonl import Row, place
-
-# lm-eval compiles a template again at every use: most of the time that scoring spends outside the model
-if not hasattr(jinja_env.from_string, "cache_info"):
-    jinja_env.from_string = functools.lru_cache(maxsize=256)(jinja_env.from_string)
-jinja_env.finalize = nulls.finalize
 
 
 class Unfit(ValueError):

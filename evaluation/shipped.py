@@ -22,6 +22,10 @@ OWN = Path(__file__).parent / "tasks"  # tasks lm-eval has no YAML for, such as 
 os.environ["HF_EVALUATE_OFFLINE"] = "1"
 # a task's folder almost always begins with the first word of its name; these are looked for where they are
 HOMES = {"boolq": "super_glue", "copa": "super_glue", "social_iqa": "siqa"}
+# how a task's Python evaluates a text; sympy's parse_expr is eval, and `model.eval()` is another thing
+_RUNS = re.compile(
+    r"(?<![\w.])(?:eval|exec)(?=\()|\bparse_expr\b|\bsubprocess\b(?=\.)|\bos\.system\b|\bpickle\.loads?\b"
+)
 
 
 @functools.cache
@@ -43,7 +47,7 @@ def shipped_config(name: str) -> dict[str, Any]:
     file = shipped_yaml(name)
     with named_errors(f"task {name!r}", file):
         refuse_unsafe(name, load_yaml(file, resolve_func=False))
-        refuse_downloads(name, file)
+        refuse_programs(name, file)
         return dict(load_yaml(file))
 
 
@@ -55,12 +59,19 @@ def refuse_unsafe(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def refuse_downloads(name: str, file: Path) -> None:
-    """Let the functions of the task in `file` ask NLTK for data in vain, which they would fetch when they are imported.
+def refuse_programs(name: str, file: Path) -> None:
+    """Refuse the task in `file` if its functions run a text as a program, such as an answer that a model wrote.
 
-    With the data on this machine they do not ask. Otherwise their UserError says how to fetch it.
+    Functions that would fetch data of NLTK when they are imported ask for it in vain: with the data on this machine
+    they do not ask, and otherwise their UserError says how to fetch it.
     """
-    if any("nltk.download" in source.read_text(encoding="utf-8") for source in file.parent.glob("*.py")):
+    sources = {one: one.read_text(encoding="utf-8") for one in sorted(file.parent.glob("[!_]*.py"))}
+    if runs := [f"{match[0]} in {one.name}" for one, text in sources.items() if (match := _RUNS.search(text))]:
+        raise UserError(
+            f"task {name!r} runs texts as programs ({runs[0]}), also those that a model writes, which is never done "
+            "here: choose another task"
+        )
+    if any("nltk.download" in text for text in sources.values()):
         import nltk  # takes a second
 
         def refuse(resource: str, *_: Any, **__: Any) -> None:

@@ -3,11 +3,11 @@
 import sys
 
 import pytest
-from lm_eval.utils import env as jinja_env
 
 from evaluation.catalogue import named
 from evaluation.shipped import SHIPPED, shipped_config, shipped_yaml
 from evaluation.task import doc_hash, make_task, read_rows, render
+from evaluation.templates import environment
 from methods.errors import UserError
 from tests.evaluation.conftest import HELLASWAG, LAMBADA, SCIQ, WINOGRANDE, write_rows
 
@@ -25,9 +25,9 @@ def test_shipped_prompt_on_local_rows(tmp_path):
 
 
 def test_a_template_is_compiled_once(tmp_path, monkeypatch):
-    compiled, real = [], jinja_env.compile
+    compiled, real = [], environment.compile
     monkeypatch.setattr(
-        jinja_env,
+        environment,
         "compile",
         lambda source, *args, **settings: compiled.append(source) or real(source, *args, **settings),
     )
