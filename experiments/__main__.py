@@ -2,7 +2,7 @@
 
 python -m experiments plan                         cells, what is cached, time, memory and disk
 python -m experiments train MODEL/DOMAIN/METHOD/seed0
-python -m experiments export CELL DIR              an ordinary Hugging Face folder
+python -m experiments export CELL [DIR]            an ordinary Hugging Face folder; without DIR its hash is compared
 """
 
 import argparse

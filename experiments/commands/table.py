@@ -83,8 +83,11 @@ COMMANDS = {
         ),
     ),
     "export": Command(
-        help="write the weights of a finished cell as an ordinary Hugging Face folder",
-        arguments=(CELL, argument("folder", metavar="DIR", help="the new folder")),
+        help="rebuild the weights of a finished cell, compare their hash, and write an ordinary Hugging Face folder",
+        arguments=(
+            CELL,
+            argument("folder", metavar="DIR", nargs="?", help="the new folder (default: nothing is written)"),
+        ),
     ),
     "tune": Command(
         help="try values of one setting on probe rows, the same number of values for every method",

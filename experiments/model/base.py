@@ -12,10 +12,13 @@ from methods.tools import model_folder
 
 
 class Lazy(Mapping[str, Tensor]):
-    """Tensors by name, each made by `get(name)` when it is read, and not held afterwards."""
+    """Tensors by name, each made by `get(name)` when it is read, and not held afterwards.
 
-    def __init__(self, names: Collection[str], get: Callable[[str], Tensor]):
-        self._names, self._get = names, get
+    changed   of tuned tensors, the names of those that may differ from the base's
+    """
+
+    def __init__(self, names: Collection[str], get: Callable[[str], Tensor], *, changed: Collection[str] = ()):
+        self._names, self._get, self.changed = names, get, changed
 
     def __getitem__(self, name: str) -> Tensor:
         return self._get(name)
@@ -33,13 +36,14 @@ class Lazy(Mapping[str, Tensor]):
 def load_tensors(folder: Path) -> Lazy:
     """The tensors, as stored, of a safetensors file or of a model's folder; each is mapped when it is read.
 
+    The mapping ends with the tensor: one opened file would keep in memory every tensor that was ever read from it.
     Raises UserError where there is no file, or where one is damaged.
     """
     files = model_folder.weight_files(folder) if folder.is_dir() else [folder]
     if not files:
         raise UserError(f"no safetensors in {folder}: run `dvc repro` to make it")
-    where = {name: opened for opened in map(_opened, files) for name in opened.keys()}  # noqa: SIM118 (no mapping)
-    return Lazy(where, lambda name: where[name].get_tensor(name))
+    where = {name: file for file in files for name in _opened(file).keys()}  # noqa: SIM118 (no mapping)
+    return Lazy(where, lambda name: _opened(where[name]).get_tensor(name))
 
 
 def _opened(file: Path):

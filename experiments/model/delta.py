@@ -9,6 +9,7 @@ import hashlib
 import json
 import struct
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -105,15 +106,14 @@ class Delta(Lazy):
         super().__init__(base, self._decoded)
         self._path, self._base = path, base
         try:
-            self._file = safe_open(path, framework="numpy")
-            metadata = self._file.metadata() or {}
+            metadata = safe_open(path, framework="numpy").metadata() or {}
             if metadata.get("format") != "holdfast-delta" or metadata["version"] != VERSION:
                 raise UserError(
                     f"{path} is {metadata.get('format', 'no delta')} of version {metadata.get('version')}, this "
                     f"program reads holdfast-delta of version {VERSION}: train the cell again"
                 )
             self.sha256, made_beside = metadata["sha256"], metadata["base_sha256"]
-            self._about = json.loads(metadata["tensors"])
+            self.changed = self._about = json.loads(metadata["tensors"])
         except FileNotFoundError:
             raise UserError(f"{path} is missing: train the cell again") from None
         except (SafetensorError, KeyError, ValueError) as error:
@@ -134,7 +134,7 @@ class Delta(Lazy):
                 "it is another base"
             )
         try:
-            coded = self._file.get_tensor(name)
+            coded = safe_open(self._path, framework="numpy").get_tensor(name)
             if base.dtype in FLOATS:
                 return decode(base, coded)
             return torch.from_numpy(coded).view(base.dtype).reshape(base.shape)
@@ -143,12 +143,19 @@ class Delta(Lazy):
 
 
 def verified(tensors: Mapping[str, Tensor], *, sha256: str, what: object) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by sorted name; after the last one, UserError naming `what` where their hash is not `sha256`."""
+    """Every tensor by sorted name; after the last one, UserError naming `what` where their hash is not `sha256`.
+
+    A tensor is hashed while the caller works on it, so it may not be changed in place; two are in memory at a time.
+    """
     digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        update(digest, name, tensor)
-        yield name, tensor
+    with ThreadPoolExecutor(1) as pool:
+        hashed = None
+        for name in sorted(tensors):
+            tensor = tensors[name]
+            if hashed:
+                hashed.result()
+            hashed = pool.submit(update, digest, name, tensor)
+            yield name, tensor
     if digest.hexdigest() != sha256:
         raise UserError(
             f"{what} gives weights {digest.hexdigest()[:12]}, not the {sha256[:12]} it was made from: {AGAIN}"

@@ -9,14 +9,16 @@ Config and tokenizer are the base's. Rebuilt weights are compared with their has
 
 import functools
 import hashlib
+import json
 import math
 import shutil
+import struct
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,7 +32,7 @@ from methods.part import Part, overrides
 from methods.tools import model_folder
 from methods.tools.adapter import merged, read_adapter, saved_entries
 from methods.tools.effective import adapter_names
-from methods.tools.files import need_room, read_json, sha256, write_json, writing
+from methods.tools.files import need_room, read_json, sha256, write_json
 
 VERSION = 1
 BITS = 4.0  # bits for the difference of a weight trained in bf16 that moved by 1 %: the estimate before it is known
@@ -94,7 +96,7 @@ def _trained(shape: Shape, adapting: tuple[Part, ...]) -> tuple[int, int]:
 def load(
     out: Path, *, folder: Path, dtype: torch.dtype, device: torch.device | str = "cpu"
 ) -> tuple[PreTrainedModel, str]:
-    """The tuned model in `dtype`, in evaluation mode, and the hash of its weights; memory holds one further tensor.
+    """The tuned model in `dtype`, in evaluation mode, and the hash of its weights; memory holds two further tensors.
 
     Raises UserError where the files do not fit the base in `folder`, or are damaged.
     """
@@ -109,10 +111,16 @@ def load(
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Copy tensors, such as those of `rounded`, into a model by name."""
+    """Copy tensors, such as those of `rounded`, into a model by name.
+
+    What is equal bit for bit is not written: a model on the CPU is mapped from its files, and whatever is written to
+    it takes memory of its own.
+    """
     state = model.state_dict()
     for name, tensor in tensors:
-        state[name].copy_(tensor)
+        own = state[name]
+        if own.dtype != tensor.dtype or own.device != tensor.device or not delta.same(own, tensor):
+            own.copy_(tensor)
 
 
 def loaded(
@@ -127,19 +135,34 @@ def loaded(
 def write_folder(out: Path, *, folder: Path, target: Path) -> str:
     """Write the tuned model as an ordinary Hugging Face folder; returns the hash of its weights.
 
-    Raises UserError like `load`, and for lack of room.
+    Its files are divided like the base's, and written tensor by tensor. `target` appears when what was written has been
+    read again and has the hash of the weights. Raises UserError like `load`, and for lack of room.
     """
     kept, digest = tensors(out, folder=folder)
     needed = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
     need_room(target.parent.resolve(), needed, str(target))
-    whole = dict(delta.verified(kept, sha256=digest, what=out))
-    target.mkdir(parents=True)
-    with writing(target / "model.safetensors"):
-        save_file(whole, target / "model.safetensors", metadata={"format": "pt"})
-    (target / "model.safetensors").chmod(0o644)
-    for path in other_files(folder):
-        shutil.copyfile(path, target / path.name)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as fresh:
+        made = Path(fresh) / target.name
+        made.mkdir()
+        for file in model_folder.weight_files(folder):
+            write_like(file, kept, made / file.name)
+        for path in [*other_files(folder), *folder.glob("*.index.json")]:
+            shutil.copyfile(path, made / path.name)
+        for _ in delta.verified(load_tensors(made), sha256=digest, what=out):
+            pass
+        made.replace(target)
     return digest
+
+
+def write_like(file: Path, tensors: Mapping[str, Tensor], target: Path) -> None:
+    """Write a safetensors file with the header of `file`, and `tensors` in the place of its own: one at a time."""
+    with file.open("rb") as source, target.open("wb") as made:
+        size = source.read(8)
+        text = source.read(struct.unpack("<Q", size)[0])
+        made.write(size + text)
+        header = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        for name in sorted(header, key=lambda name: header[name]["data_offsets"]):
+            made.write(tensors[name].contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 def weights_sha256(out: Path) -> str:
@@ -147,7 +170,7 @@ def weights_sha256(out: Path) -> str:
     return _about(out)["weights_sha256"]
 
 
-def tensors(out: Path, *, folder: Path) -> tuple[Mapping[str, Tensor], str]:
+def tensors(out: Path, *, folder: Path) -> tuple[Lazy, str]:
     """The tuned tensors by name, each rebuilt when it is read, and their hash, which the caller has to compare."""
     about, info = _about(out), read_json(folder / "base.json", "sha256")
     for key, own in (("base_sha256", info["sha256"]), ("base_files_sha256", files_sha256(folder))):
@@ -216,7 +239,7 @@ def _merged(base: Mapping[str, Tensor], adapter: Path) -> Lazy:
             )
         return merged(tensor, **factors_of[name], scale=scale, transposed=transposed).to(tensor.dtype)
 
-    return Lazy(base, merge)
+    return Lazy(base, merge, changed=factors_of.keys())
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:

@@ -39,7 +39,7 @@ def base(study, *, model: str) -> None:
     with tempfile.TemporaryDirectory() as together:
         entries = merged([study.paths.data / "evaluate" / domain for domain in study.grid.domains])
         (Path(together) / "tasks.json").write_text(json.dumps(entries))
-        loaded, digest = weights.load_model(folder, dtype=dtype, device=where), weights.tensor_sha256(folder)
+        digest, loaded = weights.tensor_sha256(folder), weights.load_model(folder, dtype=dtype, device=where)
         out = study.paths.base(model)
         _score(study, model, loaded, digest, tasks=Path(together), out=out, reference=loaded)
         start = {"unsettled": _unsettled(study, model, tasks=Path(together), settled=loaded), "improvable": None}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from experiments.model import tuned, weights
 from experiments.model.base import load_tensors
+from experiments.model.random_models import build
 from experiments.model.shape import shape_of
 from experiments.study.schema import Model
 from experiments.training.log import TrainingFailed
@@ -137,6 +138,48 @@ def test_what_another_part_changed_is_kept_beside_the_adapter(folder, adapted, t
         == digest
         == weights.tensor_sha256(ordinary(folder, final, tmp_path / "plain"))
     )
+
+
+def test_a_folder_is_written_in_the_files_of_its_base(adapted, tmp_path):
+    out, final = adapted
+    folder = tmp_path / "sharded"
+    build("llama", seed=0, dtype=torch.bfloat16, vocab_size=300).save_pretrained(folder, max_shard_size=20_000)
+    (folder / "base.json").write_text(json.dumps({"sha256": weights.tensor_sha256(folder)}))
+    digest = tuned.keep(out, folder=folder, base=load_tensors(folder), final=final)
+    tuned.write_folder(out, folder=folder, target=tmp_path / "made")
+    files = {path.name for path in folder.iterdir()} - {"base.json"}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == files and len(files) > 4
+    found, expected = load_tensors(tmp_path / "made"), tuned.rounded(load_tensors(folder), final)
+    assert weights.tensor_sha256(tmp_path / "made") == digest and sorted(found) == sorted(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    loaded = weights.load_model(tmp_path / "made", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_model_takes_memory_of_its_own_for_changed_tensors_alone(folder, tmp_path):
+    """The pages of a mapped file that are written to become the process's own."""
+    base = load_tensors(folder)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tuned.keep(tmp_path / "cell", folder=folder, base=base, final={name: -base[name].float()})
+    kept, _ = tuned.tensors(tmp_path / "cell", folder=folder)
+    assert set(kept.changed) == {name}
+    model = weights.load_model(folder, dtype=torch.bfloat16)
+    before = {key: tensor._version for key, tensor in model.state_dict().items()}
+    tuned.fill(model, kept.items())
+    assert {key for key, tensor in model.state_dict().items() if tensor._version != before[key]} == {name}
+    zero = torch.zeros_like(base["model.norm.weight"])
+    tuned.fill(model, [("model.norm.weight", zero), ("model.norm.weight", -zero)])
+    assert model.state_dict()["model.norm.weight"].signbit().all()
+
+
+def test_tensors_that_were_read_are_not_held(tmp_path):
+    save_file({f"t{i}": torch.zeros(1 << 18) for i in range(32)}, tmp_path / "x.safetensors")  # a MiB each
+    tensors = load_tensors(tmp_path / "x.safetensors")
+    assert sum(tensor.sum().item() for tensor in tensors.values()) == 0  # every page is read
+    mapped = Path("/proc/self/smaps")
+    if not mapped.is_file():
+        pytest.skip("this system does not tell what is mapped")
+    assert str(tmp_path) not in mapped.read_text()
 
 
 def test_expected_bytes():
