@@ -259,6 +259,12 @@ def _notes(records: list[dict], methods: pd.DataFrame) -> list[str]:
     if skipped := sum(len(d["rank_skipped"]) for d in records):
         limit = max(d["rank_limit"] for d in records)
         notes.append(f"{skipped} matrices whose smaller side exceeds {limit:,} have no effective rank.")
+    if any(d.get("rank_estimated") for d in records):
+        limit = max(d["rank_limit"] for d in records)
+        notes.append(
+            f"Effective ranks of matrices whose smaller side exceeds {limit:,} are estimated, to about 2 %; those of "
+            "adapters are exact, of the update before it is rounded."
+        )
     if methods["seeds"].max() > 1:
         notes.append("Numbers are means over the seeds.")
     return notes

@@ -56,7 +56,7 @@ def _measured(base: Model, tuned: Model, *, folders: Folders, where: torch.devic
     roles = drift.roles(built[1]) | drift.roles(built[0])
     measured = drift.measure(base=shorter, tuned=shared(), roles=roles, device=where)
     beside = {"only_base": sorted(set(own) - set(others)), "only_tuned": sorted(set(others) - set(own))}
-    return measured | beside | {"rows": rows, "rank_limit": drift.LARGEST}
+    return measured | beside | {"rows": rows, "rank_limit": drift.EXACT}
 
 
 def _parameters(model: Model, folder: Path) -> Mapping[str, Tensor]:

@@ -1,5 +1,8 @@
 """Seconds and bytes of full-size models with random weights: each method's preparation and steps, and optimizers alone.
 
+Of a slice (`Size.blocks`) the bytes are of interest: the first blocks of a model at its real width and vocabulary take
+what a whole model takes for each weight, and fit into the memory of a machine that the model does not fit into.
+
 The goals are stated for one H200 (docs/gpu-check.md); a goal that is missed is a number and no failure.
 """
 
@@ -33,23 +36,38 @@ MOFO_GOAL = 1.3  # times fused AdamW
 PENALTY_GOAL = 0.03  # of a step
 STEPS = 6  # counted, after the warm-up
 DOCUMENTS = 16  # of a Fisher pass, likewise
-SPARE = 1 << 30  # of a GPU's memory, for what is not predicted
+MEMORY_GOAL = 0.1  # of the predicted bytes, by which those measured may differ
+SPARE = 1 << 30  # of the memory, for what is not predicted
 PREPARED_LENGTH = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What a speed piece is of."""
+    """What a speed piece is of.
+
+    blocks  of a slice, how many it has; None: the whole model
+    """
 
     model: str
     tiny: bool
     rows: int
     length: int
     compile: bool = False
+    blocks: int | None = None
 
     @property
     def shape(self) -> Shape:
-        return sizes.shape_named(self.model, tiny=self.tiny)
+        return sizes.shape_named(self.model, tiny=self.tiny, blocks=self.blocks)
+
+    @property
+    def steps(self) -> int:
+        """Steps that are counted, after the warm-up."""
+        return 1 if self.blocks else STEPS
+
+    @property
+    def documents(self) -> int:
+        """Documents of a Fisher pass that are counted, likewise."""
+        return 1 if self.blocks else DOCUMENTS
 
     @property
     def tokens(self) -> int:
@@ -79,25 +97,37 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
     preparing, predicted_prepare = _fitting(size, preparing, phase="prepare", what=f"preparing {method}", **given)
     settings, predicted = _fitting(size, settings, phase="train", what=f"training {method}", **given)
 
-    make = partial(sizes.build_named, size.model, tiny=size.tiny, device=device, dtype=torch.bfloat16)
+    of = {"tiny": size.tiny, "blocks": size.blocks}
+    make = partial(sizes.build_named, size.model, device=device, dtype=torch.bfloat16, **of)
     vocabulary = size.shape.config.vocab_size
     base = running.base_of(make, parts)
     among = shards if layout == "sharded" else Shards()
     common = {"base": base, "device": device, "shards": among, "compute_dtype": torch.bfloat16}
 
     trains = any(made.training is not None for part in parts for made in part.preparation())
-    count = (running.WARM + STEPS) * preparing.batch if trains else running.WARM + DOCUMENTS
+    count = (running.WARM + size.steps) * preparing.batch if trains else running.WARM + size.documents
     general = sizes.random_examples(count, preparing.length, vocabulary=vocabulary, seed=1)
     prepared = running.prepare(
-        parts=sizes.parts_of(method, documents=count), make=make, general=general, settings=preparing, **common
+        parts=sizes.parts_of(method, documents=count),
+        make=make,
+        general=general,
+        settings=preparing,
+        resident=bool(size.blocks),
+        **common,
     )
 
-    peak = running.Peak(device)
+    peak = running.Peak(device, resident=bool(size.blocks))
     model = make()
     written = sum(p.nbytes for p in model.parameters())
-    examples = sizes.random_examples((running.WARM + STEPS) * size.rows, size.length, vocabulary=vocabulary)
+    examples = sizes.random_examples((running.WARM + size.steps) * size.rows, size.length, vocabulary=vocabulary)
     result, watch = running.train(
-        parts=parts, model=model, states=prepared.states, examples=examples, settings=settings, **common
+        parts=parts,
+        model=model,
+        states=prepared.states,
+        examples=examples,
+        general=general,
+        settings=settings,
+        **common,
     )
 
     def seconds(first: str, second: str) -> float:
@@ -112,6 +142,8 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
     if penalty is not None:
         goals.append(_goal("share_penalty", penalty / step, "<=", PENALTY_GOAL))
     most = peak.bytes()
+    if size.blocks and most:
+        goals.append(_goal("memory / predicted", abs(most / predicted["total"] - 1), "<=", MEMORY_GOAL))
     return {
         "layout": layout,
         "rows": size.rows,
@@ -119,7 +151,8 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
         "compiled": size.compile,
         "checkpointing": settings.checkpointing,
         "moments": settings.moments,
-        "steps": STEPS,
+        "blocks": size.blocks,
+        "steps": size.steps,
         "seconds_step": step,
         "seconds_steps": watch.steps(skip=running.WARM),
         "tokens_per_second": size.tokens / step,
@@ -139,6 +172,10 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
             **_passing(watch, peak.before),
             "peak": most,
             "predicted_over_peak": most and predicted["total"] / most,
+            "bytes_a_weight": {
+                "predicted": predicted["total"] / size.shape.parameters,
+                "peak": most and most / size.shape.parameters,
+            },
         },
         "bytes": stored(result, prepared, written),
         "goals": [] if size.tiny else goals,
@@ -226,7 +263,7 @@ def _fitting(
     what: str,
 ) -> tuple[TrainSettings, dict]:
     """The settings, with checkpointing where only that fits, and what they are predicted to take."""
-    room = _room(device)
+    room = _room(device, of_process=bool(size.blocks))
     for checkpointing in (False, True):
         chosen = dataclasses.replace(settings, checkpointing=checkpointing)
         predicted = memory.predict(
@@ -247,9 +284,11 @@ def _fitting(
     )
 
 
-def _room(device: torch.device) -> int | None:
+def _room(device: torch.device, *, of_process: bool = False) -> int | None:
+    """Bytes that may be taken on a GPU or, with `of_process`, in main memory; None: it is not looked at."""
     if device.type != "cuda":
-        return None
+        available = hardware.available_memory(device) if of_process else None
+        return available and available - SPARE
     running.forget(device)
     return torch.cuda.mem_get_info(device)[0] - SPARE
 

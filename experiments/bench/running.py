@@ -5,6 +5,7 @@ import gc
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import mean
 from time import perf_counter
 from typing import Any
@@ -23,6 +24,7 @@ from methods.tools.effective import base_parameters
 from methods.tools.importance import Codes
 from methods.tools.process_group import Shards
 
+RESET = Path("/proc/self/clear_refs")
 WARM = 2  # steps or documents that are not counted: kernels are chosen and memory is fetched in them
 
 
@@ -58,16 +60,33 @@ def forget(device: torch.device) -> None:
 
 
 class Peak:
-    """The largest number of bytes allocated on a GPU from here on, without what was there; None on a CPU."""
+    """The largest number of bytes in use from here on, without what was there before.
 
-    def __init__(self, device: torch.device):
+    On a GPU they are those of torch's allocator. On a CPU, with `resident`, they are the process's resident set as
+    Linux counts it, with the libraries' buffers; else None.
+    """
+
+    def __init__(self, device: torch.device, *, resident: bool = False):
         forget(device)
         hardware.reset_peak(device)
         self._device = device
-        self.before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+        self._resident = resident and device.type == "cpu" and RESET.exists()
+        if self._resident:
+            gc.collect()
+            RESET.write_text("5")  # sets the peak to what is resident now
+        self.before = self._now("VmRSS")
 
     def bytes(self) -> int | None:
-        return hardware.peak_memory_bytes(self._device) - self.before if self._device.type == "cuda" else None
+        return self._now("VmHWM") - self.before if self._resident or self._device.type == "cuda" else None
+
+    def _now(self, of_process: str) -> int:
+        if self._device.type == "cuda":
+            peak = of_process == "VmHWM"
+            return hardware.peak_memory_bytes(self._device) if peak else torch.cuda.memory_allocated(self._device)
+        if not self._resident:
+            return 0
+        lines = dict(line.split(":", 1) for line in RESET.with_name("status").read_text().splitlines())
+        return 1024 * int(lines[of_process].split()[0])
 
 
 def base_of(make: Callable[[], nn.Module], parts: Sequence[Part]) -> dict[str, Tensor]:
@@ -88,12 +107,14 @@ def prepare(
     shards: Shards = Shards(),
     compute_dtype: torch.dtype,
     tokenizer: Any = None,
+    resident: bool = False,
 ) -> Preparation:
     """Every part's preparation in turn, each on a new model. `settings` are those of a part that trains in it.
 
     tokenizer  for parts that sample text
+    resident   as `Peak` takes it
     """
-    whole, peak, documents, fits = Preparation(), Peak(device), _Documents(device), []
+    whole, peak, documents, fits = Preparation(), Peak(device, resident=resident), _Documents(device), []
 
     def timed(*arguments: Any, **named: Any) -> _TimedFitting:
         fits.append(_TimedFitting(*arguments, **named))

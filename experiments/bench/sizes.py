@@ -37,12 +37,9 @@ _MODELS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
 }
 
-# the parts of each method, with their default settings
-METHODS: dict[str, tuple[str, ...]] = {
-    **{name: (name,) for name in ("mofo", "ewc", "hierarchical", "lora")},
-    "full": (),
-    "hierarchical-lora": ("hierarchical", "lora"),
-}
+# the parts of methods that are not named like their only part
+METHODS: dict[str, tuple[str, ...]] = {"full": (), "hierarchical-lora": ("hierarchical", "lora")}
+BLOCKS = {"gptj": "n_layer", "llama": "num_hidden_layers"}  # what each architecture calls their number
 
 
 class Skipped(Exception):
@@ -55,23 +52,28 @@ def build(architecture: str, *, device: torch.device, dtype: torch.dtype, **conf
         return random_models.build(architecture, seed=0, dtype=dtype, **config)
 
 
-def build_named(name: str, *, tiny: bool, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def build_named(
+    name: str, *, tiny: bool, device: torch.device, dtype: torch.dtype, blocks: int | None = None
+) -> PreTrainedModel:
+    """The model, or its first `blocks` blocks with its real width and vocabulary."""
     architecture, full, small = _MODELS[name]
-    return build(architecture, device=device, dtype=dtype, **(small if tiny else full))
+    config = (small if tiny else full) | ({BLOCKS[architecture]: blocks} if blocks else {})
+    return build(architecture, device=device, dtype=dtype, **config)
 
 
 @cache
-def shape_named(name: str, *, tiny: bool) -> Shape:
-    return Shape(config=build_named(name, tiny=tiny, device=torch.device("meta"), dtype=torch.float32).config)
+def shape_named(name: str, *, tiny: bool, blocks: int | None = None) -> Shape:
+    meta = torch.device("meta")
+    return Shape(config=build_named(name, tiny=tiny, device=meta, dtype=torch.float32, blocks=blocks).config)
 
 
 def parts_of(method: str, *, documents: int | None = None) -> tuple[Part, ...]:
-    """The method's parts with default settings, but for the `documents` that they prepare on.
+    """The parts of a method, or the part of that name, with default settings but for the `documents` they prepare on.
 
     Raises Skipped where peft is needed and not installed.
     """
     samples = {"samples": documents} if documents else {}
-    block = {part: samples if part in ("ewc", "hierarchical") else {} for part in METHODS[method]}
+    block = {part: samples if part in ("ewc", "hierarchical") else {} for part in METHODS.get(method, (method,))}
     if "lora" in block:
         try:
             import peft  # noqa: F401

@@ -2,6 +2,10 @@
 
     python -m experiments gpu-check
     python -m experiments gpu-check --parts speed --models llama3-8b
+    python -m experiments gpu-check --blocks 2 --minutes 240
+
+The last one measures memory alone, on a CPU, too: of the first two blocks of each model, at their real width and
+vocabulary, trained by each method that trains all weights; what is measured is set against what `plan` predicts.
 
 The checks are the tests of tests/gpu, which `python -m pytest -m gpu` runs too; the speed part is
 experiments/bench/full_size.py. Only torch and transformers have to be installed. Every piece is written to
@@ -31,20 +35,27 @@ from methods.errors import UserError
 PARTS = ("checks", "speed")
 MODELS = ("gptj-6b", "llama3-8b")
 METHODS = ("full", "mofo", "ewc", "hierarchical", "lora", "hierarchical-lora")
+# those that train all weights, of which a slice is measured; each is one part with its default settings
+WHOLE = ("full", "mofo", "ewc", "hierarchical", "l2_sp", "l1", "spider", "kl", "dft", "talr", "asft", "flow", "gmt")
+WHOLE += ("hft", "random_mask", "ssu", "lisa", "sam")
 LAYOUTS = ("plain", "sharded")
 FORMAT = 1
 DONE = ("passed", "measured", "out of memory")  # not repeated while the code is the same
-SECONDS = {"checks": 10.0, "speed": 60.0}  # expected of a piece before one of its part was timed
+SECONDS = {"checks": 10.0, "speed": 60.0, "memory": 120.0}  # expected of a piece before one of its part was timed
 SECONDS_COMPILING, SECONDS_TINY = 120.0, 2.0
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--parts", type=_among(PARTS), default=PARTS, metavar="LIST", help="of checks,speed")
     command.add_argument("--models", type=_among(MODELS), default=MODELS, metavar="LIST", help=f"of {','.join(MODELS)}")
-    text = f"of {','.join(METHODS)} (default: all but the last)"
-    command.add_argument("--methods", type=_among(METHODS), default=METHODS[:5], metavar="LIST", help=text)
-    command.add_argument("--layouts", type=_among(LAYOUTS), default=LAYOUTS, metavar="LIST", help="of plain,sharded")
-    text = "of a micro-batch (default: 4x2048)"
+    every = (*METHODS, *(name for name in WHOLE if name not in METHODS))
+    text = f"of {','.join(every)} (default: {','.join(METHODS[:5])}; with --blocks those that train all weights)"
+    command.add_argument("--methods", type=_among(every), metavar="LIST", help=text)
+    text = "of plain,sharded (default: both; with --blocks plain)"
+    command.add_argument("--layouts", type=_among(LAYOUTS), metavar="LIST", help=text)
+    text = "memory alone, of the first N blocks of each model; on a CPU, too"
+    command.add_argument("--blocks", type=_blocks, metavar="N", help=text)
+    text = "of a micro-batch (default: 4x2048; with --blocks 1x128)"
     command.add_argument("--shape", type=_shape, metavar="ROWSxLENGTH", help=text)
     command.add_argument("--compile", action="store_true", help="torch.compile each block in the speed part")
     command.add_argument("--only", default="", metavar="TEXT", help="only pieces whose name contains TEXT")
@@ -83,12 +94,13 @@ def main(options: argparse.Namespace) -> int:
     from experiments.training import hardware
 
     device = hardware.device("auto")
-    if device.type != "cuda" and not options.tiny:
+    if device.type != "cuda" and not options.tiny and not options.blocks:
         raise UserError(
             "gpu-check: torch finds no CUDA GPU here, and full sizes need one: use --tiny, which measures nothing and "
             "shows that the command works, or run it on a machine with a GPU"
         )
-    record = Record(options.out or file_of(device, tiny=options.tiny), device=device, tiny=options.tiny)
+    file = options.out or file_of(device, tiny=options.tiny, blocks=options.blocks)
+    record = Record(file, device=device, tiny=options.tiny)
     clock = _Clock(minutes=options.minutes, tiny=options.tiny)
     with _process_group(device) as shards:
         pieces = [piece for piece in _pieces(options, device, shards) if options.only in piece.name]
@@ -107,6 +119,9 @@ def _pieces(options: argparse.Namespace, device, shards) -> Iterator[Piece]:
     from experiments.bench import full_size
     from tests.gpu.checks import checks
 
+    if options.blocks:
+        yield from _slices(options, device, shards)
+        return
     if "checks" in options.parts:
         for name, check in checks(tiny=options.tiny, shards=shards).items():
             yield Piece(name=f"checks/{name}", measure=functools.partial(check, device), compiles="flex" in name)
@@ -117,13 +132,27 @@ def _pieces(options: argparse.Namespace, device, shards) -> Iterator[Piece]:
             size = full_size.Size(model=model, tiny=options.tiny, rows=rows, length=length, compile=options.compile)
             measure = functools.partial(full_size.optimizers, size, device=device)
             yield Piece(name=f"speed/{model}/optimizers", measure=measure)
-            for method in options.methods:
-                for layout in options.layouts:
+            for method in options.methods or METHODS[:5]:
+                for layout in options.layouts or LAYOUTS:
                     measure = functools.partial(
                         full_size.steps, size, method=method, layout=layout, device=device, shards=shards
                     )
                     name = f"speed/{model}/{method}/{layout}/{ending}"
                     yield Piece(name=name, measure=measure, compiles=options.compile)
+
+
+def _slices(options: argparse.Namespace, device, shards) -> Iterator[Piece]:
+    """Each method on the first blocks of each model."""
+    from experiments.bench import full_size
+
+    rows, length = options.shape or (1, 32 if options.tiny else 128)
+    for model in options.models:
+        size = full_size.Size(model=model, tiny=options.tiny, rows=rows, length=length, blocks=options.blocks)
+        for method in options.methods or WHOLE:
+            for layout in options.layouts or LAYOUTS[:1]:
+                given = {"method": method, "layout": layout, "device": device, "shards": shards}
+                name = f"memory/{model}/{options.blocks}-blocks/{method}/{layout}/{rows}x{length}"
+                yield Piece(name=name, measure=functools.partial(full_size.steps, size, **given))
 
 
 def _measured(piece: Piece, record: "Record", clock: "_Clock", device) -> dict:
@@ -244,13 +273,17 @@ class Record:
         write_json(self.path, json.loads(json.dumps(self._content), parse_constant=lambda _: None))
 
 
-def file_of(device, *, tiny: bool) -> Path:
-    """results/gpu/NAME.json; a tiny check measures nothing and is kept outside the results."""
+def file_of(device, *, tiny: bool, blocks: int | None = None) -> Path:
+    """results/gpu/NAME.json, of slices results/memory/NAME.json; a tiny check measures nothing and is kept outside."""
     from experiments.study.paths import HERE
     from experiments.training import hardware
 
     name = re.sub(r"[^a-z0-9]+", "-", (hardware.describe(device)["gpu"] or "cpu").lower()).strip("-")
-    return HERE / "work" / "gpu-check" / f"{name}-tiny.json" if tiny else HERE / "results" / "gpu" / f"{name}.json"
+    return (
+        HERE / "work" / "gpu-check" / f"{name}-tiny.json"
+        if tiny
+        else HERE / "results" / ("memory" if blocks else "gpu") / f"{name}.json"
+    )
 
 
 def facts(device) -> dict:
@@ -308,6 +341,8 @@ def _read(path: Path, *, expected: dict) -> dict:
 def _in_short(outcome: dict[str, Any]) -> str:
     formats = {"tokens_per_second": "{:,.0f} tokens/s", "mfu": "MFU {:.1%}", "seconds": "took {:.1f} s"}
     numbers = [text.format(outcome[key]) for key, text in formats.items() if outcome.get(key)]
+    if outcome.get("blocks") and (bytes_a_weight := outcome["memory"]["bytes_a_weight"])["peak"]:
+        numbers[:-1] = ["{peak:.2f} bytes a weight, {predicted:.2f} predicted".format(**bytes_a_weight)]
     return ", ".join(filter(None, [outcome["status"], outcome.get("reason", "")[:160], *numbers]))
 
 
@@ -343,6 +378,12 @@ def _shape(text: str) -> tuple[int, int]:
     if not (rows.isdecimal() and length.isdecimal() and int(rows) > 0 and int(length) > 1):
         raise argparse.ArgumentTypeError(f"{text!r} is not ROWSxLENGTH, such as 4x2048")
     return int(rows), int(length)
+
+
+def _blocks(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _positive(text: str) -> float:

@@ -6,11 +6,14 @@ rows that are not here yet are assumed (experiments/data/expected.py). Parts say
 prepare and what they add to each step (`Part.preparation`, `Part.added`).
 Memory: experiments/training/memory.py, by kind, for both phases, with examples as long as `length` allows. A cell that
 does not fit into the memory that is free here is marked.
-Disk: what is kept of a cell's weights (experiments/model/tuned.py): an adapter, or the difference from the base. Cells
-that differ in `finish` alone share one training, which is counted once, with its trained weights in full precision.
+Disk: models and preparations that are not here yet (experiments/study/room.py), and what is kept of a cell's weights
+(experiments/model/tuned.py): an adapter, or the difference from the base. Cells that
+differ in `finish` alone share one training, which is counted once, with its trained weights in full precision. A plan
+that the disk has no room for is refused.
 Nothing is loaded or fetched.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -28,8 +31,9 @@ from experiments.model.positions import refuse_long_documents
 from experiments.model.shape import Shape, shape_of
 from experiments.model.weights import as_dtype
 from experiments.stages import resolve
-from experiments.study import ahead, cells
+from experiments.study import ahead, cells, room
 from experiments.study.lock import Lock
+from experiments.study.room import Room
 from experiments.study.schema import Model
 from experiments.training import batches, hardware, improvable, memory
 from experiments.training.flops import Flops, of_pass
@@ -42,8 +46,11 @@ REFERENCE = "NVIDIA H200"  # the device whose time is predicted for a study on C
 
 
 def main(study, *, as_json: bool, patterns: Sequence[str] = ()) -> None:
+    """Print the plan. Raises UserError afterwards where the disk has too little room for it."""
     plan = make(study, patterns=patterns)
-    print(json.dumps(plan, indent=1) if as_json else text(plan))
+    print(json.dumps(plan, indent=1) if as_json else text(plan), flush=True)
+    if _is_here(_device(study)):  # else it is a plan for another machine, with another disk
+        Room(**plan["disk"]).refuse()
 
 
 def make(study, *, patterns: Sequence[str] = ()) -> dict:
@@ -61,6 +68,17 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
     begun: set[Path] = set()
     planned = [_cell(study, cell, models[cell.model], lock.cell(cell), available, begun) for cell in chosen]
     to_run = [cell for cell in planned if not cell["cached"]["scored"]]
+    preparations = {
+        (cell.model, cell.method, cell.seed): made["prepared_bytes"]
+        for cell, made in zip(chosen, planned, strict=True)
+        if not made["cached"]["prepared"]
+    }
+    needed = room.of(
+        study,
+        models={name: models[name].bytes for name in {cell.model for cell in chosen}},
+        prepared=sum(preparations.values()),
+        cells=sum(cell["disk_bytes"] for cell in to_run),
+    )
     return {
         "study": study.title,
         "cells": planned,
@@ -74,6 +92,7 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
             "available_memory_bytes": available,
             "too_large": sum(cell["fits"] is False for cell in planned),
         },
+        "disk": dataclasses.asdict(needed),
         "basis": {name: model.rate[1] for name, model in models.items()},
         "seconds_improvable": {
             name: _known(_number(improvable.flops(model.bare, study.evaluate.improve)) / model.rate[0])
@@ -111,6 +130,15 @@ class _Model:
             return as_dtype(read_json(made, "dtype")["dtype"])
         default = "float32" if self.block.source.startswith("random:") else "bfloat16"
         return as_dtype(self.block.dtype or default)
+
+    @functools.cached_property
+    def bytes(self) -> int:
+        """Of its weights on the disk; of a settled one with those of the model that it is made of."""
+        return self.shape.parameters * self.checkpoint.itemsize * (2 if self.block.settle else 1)
+
+    @functools.cached_property
+    def characters(self) -> float:
+        return expected.characters_per_token(self.block)
 
     @functools.cached_property
     def compute(self) -> torch.dtype:
@@ -175,21 +203,19 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
         begun.add(store)
         disk += model.shape.parameters * max(4, model.checkpoint.itemsize)
     prepare_tokens, prepare = _preparation(study, cell, model, preparing)
-    scored = expected.scored(study, cell.domain)
-    evaluate = _number(model.bare.forward(lengths=[256] * (scored // 256), predicted=scored))
+    scored = expected.scored(study, cell.domain, characters=model.characters)
+    evaluate = _number(model.bare.forward(lengths=[*[256] * (scored // 256), scored % 256], predicted=scored))
     stages = {"prepared": ("prepare", prepare), "trained": ("train", train), "scored": ("evaluate", evaluate)}
     seconds = {name: 0.0 if cached[done] else _known(flops / rate) for done, (name, flops) in stages.items()}
+    about = {
+        "shape": model.shape,
+        "parts": parts,
+        "checkpoint_dtype": model.checkpoint,
+        "compute_dtype": model.compute,
+        "device_type": model.device.type,
+    }
     kinds = {
-        phase: memory.predict(
-            phase=phase,
-            shape=model.shape,
-            parts=parts,
-            settings=of_phase,
-            checkpoint_dtype=model.checkpoint,
-            compute_dtype=model.compute,
-            device_type=model.device.type,
-            processes=model.block.processes,
-        )
+        phase: memory.predict(phase=phase, settings=of_phase, processes=model.block.processes, **about)
         for phase, of_phase in (("prepare", preparing), ("train", settings))
     }
     peak = _largest(phase["total"] for phase in kinds.values())
@@ -200,12 +226,14 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
         "tokens": trained,
         "tokens_added": added,
         "tokens_prepare": prepare_tokens,
+        "tokens_score": scored,
         "seconds": _sum(seconds.values()),
         **{f"seconds_{stage}": value for stage, value in seconds.items()},
         "memory_bytes": peak,
         "memory": kinds,
         "fits": None if None in (available, peak) else together * peak <= available,
         "disk_bytes": disk,
+        "prepared_bytes": memory.stored(**about),
         "training_reused": reused,
     }
 
@@ -215,7 +243,7 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
     parts = study.methods[cell.method].parts
     if any("provides_weights" in part.capabilities for part in parts):
         return 0, 0, 0.0
-    lengths, labelled = expected.train_rows(study, cell.domain, length=settings.length)
+    lengths, labelled = expected.train_rows(study, cell.domain, length=settings.length, characters=model.characters)
     epochs = _epochs(len(lengths), settings, settings.epochs)
     kinds = ("trained", "read", "pooled", "replaced", "begin")
     trained, read, pooled, replaced, begin = (sum(getattr(part.added(), kind) for part in parts) for kind in kinds)
@@ -232,7 +260,7 @@ def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
 def _preparation(study, cell, model: _Model, settings) -> tuple[int, float]:
     """Tokens and FLOPs of every pass over general text in which the parts prepare; NaN where FLOPs are unknown."""
     tokens, flops = 0.0, 0.0
-    documents = expected.general_text(study)
+    documents = expected.general_text(study, characters=model.characters)
     for made in (made for part in study.methods[cell.method].parts for made in part.preparation()):
         count = study.general.importance
         lengths = documents or [(made.length or UNKNOWN_LENGTH) // 2] * count
@@ -305,6 +333,8 @@ def text(plan: dict) -> str:
         )
     lines += [
         "by parts: tokens that the parts of a method read, while they prepare and beside the domain's in training",
+        f"models that are not here yet: {_gib(plan['disk']['needed']['models'])} of disk, preparations at most "
+        f"{_gib(plan['disk']['needed']['preparations'])}; {_gib(plan['disk']['free'])} are free",
         f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other "
         f"weights as their difference from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each "
         "further bit of mantissa",

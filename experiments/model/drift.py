@@ -6,9 +6,11 @@ importance:
     distance        ‖Δ‖, the root of the sum of squares over all entries
     base_norm       ‖θ₀‖; `relative` is ‖Δ‖ / ‖θ₀‖
     changed         share of entries that changed
-    effective_rank  exp(H) of a matrix's Δ, H the entropy in nats of its singular values over their sum (Roy & Vetterli
-                    2007, "The effective rank"): 1 where all columns move alike, the matrix's rank where all directions
-                    move equally; of several matrices the median
+    effective_rank  exp(H) of a matrix's Δ, H the entropy in nats of its singular values over their sum
+                    (effective_rank.py): 1 where all columns move alike, the matrix's rank where all directions move
+                    equally; of several matrices the median. Of a matrix whose smaller side exceeds `EXACT` it is
+                    estimated, to about 2 %; where an adapter alone moved such a matrix, it is the exact value of the
+                    adapter's update s·B·A, before this is rounded to the checkpoint's dtype
     overlap         (ΣFΔ² / ΣΔ²) / mean F: 1 where movement is independent of importance, below 1 where it avoided
                     important weights
     overlap_within  ΣFΔ² / Σ_tensor (mean F of the tensor · its ΣΔ²): the same relative to how much each tensor moved,
@@ -19,20 +21,22 @@ A measure that is not defined is None: a ratio to zero, the effective rank of no
 importance.
 """
 
+import dataclasses
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from experiments.model import delta
+from experiments.model.effective_rank import effective_rank, estimated, of_factors
 from methods.tools.architecture import blocks, group_of
 from methods.tools.importance import Codes, encode, pieces
 
 TOP = 0.10
-LARGEST = 4096  # smaller side of the largest matrix whose effective rank is computed: the time grows with its cube
+EXACT = 1024  # smaller side of the largest matrix whose effective rank is exact: the time grows with its cube
 OUTSIDE = "other"  # the group of tensors in a file that are no parameters of the model
 DIGITS = 6  # digits that are kept, so that the order of additions does not show
 
@@ -55,37 +59,42 @@ def measure(
     tuned: Iterable[tuple[str, Tensor]],
     roles: Mapping[str, tuple[str, str]],
     importance: Mapping[str, Tensor | Codes] | None = None,
+    factors: Mapping[str, Mapping[str, Tensor]] | None = None,
+    still: Container[str] = (),
     device: torch.device | str = "cpu",
 ) -> dict:
-    """{"overall": {...}, "groups": [{"group", "kind", ...}], "rank_skipped": [names]} in the measures above.
+    """{"overall": {...}, "groups": [{"group", "kind", ...}], "rank_skipped": []} in the measures above.
+
+    With "rank_estimated": [names] where the effective rank of a matrix is estimated.
 
     base        θ₀ by name
     tuned       (name, θ), one tensor at a time, shaped like the base's
     roles       (group, kind) by name, see `roles`; effective ranks are of matrices in blocks
     importance  F by name, non-negative, read in 8-bit steps (each value to 5.6 %); its measures leave out tensors that
                 it lacks
+    factors     {"a": A, "b": B} by name, of the matrices that an adapter alone has moved, by s·B·A
+    still       names of tensors that are known not to have moved
     device      where singular values are computed
     Numbers have `DIGITS` digits.
     """
     groups: dict[tuple[str, str], list[_Moved]] = {}
-    skipped = []
+    rank_estimated = []
     for name, theta in tuned:
         if not theta.is_floating_point():
             continue
-        role = roles.get(name, (OUTSIDE, OUTSIDE))
-        ranked = role[0].startswith("block.") and theta.dim() == 2
-        if ranked and min(theta.shape) > LARGEST:
-            skipped.append(name)
-            ranked = False
-        groups.setdefault(role, []).append(
-            _moved(name, base[name], theta, (importance or {}).get(name), device=device if ranked else None)
-        )
+        role, before = roles.get(name, (OUTSIDE, OUTSIDE)), theta if name in still else base[name]
+        moved = _moved(name, before, theta, (importance or {}).get(name))
+        if moved.changed and role[0].startswith("block.") and theta.dim() == 2:
+            rank, is_estimate = _rank(before, theta, (factors or {}).get(name), device)
+            moved = dataclasses.replace(moved, rank=rank)
+            rank_estimated += [name] * is_estimate
+        groups.setdefault(role, []).append(moved)
     order = sorted(groups, key=lambda role: (_place(role[0]), role[1]))
     return {
         "groups": [{"group": group, "kind": kind} | _summary(groups[group, kind]) for group, kind in order],
         "overall": _summary([moved for role in order for moved in groups[role]]),
-        "rank_skipped": sorted(skipped),
-    }
+        "rank_skipped": [],  # by earlier versions large matrices were
+    } | ({"rank_estimated": sorted(rank_estimated)} if rank_estimated else {})
 
 
 def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
@@ -122,28 +131,13 @@ def reference(study) -> tuple[str, str] | None:
     return None
 
 
-def effective_rank(matrix: Tensor) -> float | None:
-    """exp of the entropy of the singular values of a 2-D tensor over their sum; None for a matrix of zeros.
-
-    Computed from the eigenvalues of the smaller Gram matrix in float64; values below its rounding count as 0.
-    """
-    wide = matrix.double()
-    wide = wide.T if wide.shape[0] > wide.shape[1] else wide
-    squares = torch.linalg.eigvalsh(wide @ wide.T).cpu()
-    singular = squares[squares > squares[-1] * len(squares) * torch.finfo(torch.float64).eps].sqrt()
-    if not len(singular):
-        return None
-    share = singular / singular.sum()
-    return math.exp(-(share * share.log()).sum().item())
-
-
 @torch.no_grad()
-def _moved(name: str, before: Tensor, after: Tensor, importance: Tensor | Codes | None, *, device) -> _Moved:
-    """The sums of one tensor; `device` None leaves out the effective rank."""
+def _moved(name: str, before: Tensor, after: Tensor, importance: Tensor | Codes | None) -> _Moved:
+    """The sums of one tensor."""
     if importance is not None and not isinstance(importance, Codes):
         importance = encode(importance, name=name)
     before, after = before.contiguous(), after.contiguous()
-    still = delta.same(before, after)
+    still = before is after or delta.same(before, after)
     rows = [before] if still else [before, after, *([importance.codes.contiguous()] if importance else [])]
     changed, movement, size, moved = 0, 0.0, 0.0, torch.zeros(256, dtype=torch.float64)
     for old, *rest in pieces(*rows):
@@ -160,10 +154,18 @@ def _moved(name: str, before: Tensor, after: Tensor, importance: Tensor | Codes 
     if importance:
         counts, values = importance.histogram()
         bins = torch.stack([values, counts, moved])
-    rank = None
-    if not still and device is not None:
-        rank = effective_rank(after.to(device).double() - before.to(device).double())
-    return _Moved(entries=before.numel(), changed=changed, movement=movement, size=size, rank=rank, bins=bins)
+    return _Moved(entries=before.numel(), changed=changed, movement=movement, size=size, bins=bins)
+
+
+def _rank(
+    before: Tensor, after: Tensor, factors: Mapping[str, Tensor] | None, device: torch.device | str
+) -> tuple[float | None, bool]:
+    """The effective rank of a matrix's Δ, and whether it is an estimate."""
+    if min(after.shape) <= EXACT:
+        return effective_rank(after.to(device).double() - before.to(device).double()), False
+    if factors:
+        return of_factors(**factors), False
+    return estimated(after.to(device).float() - before.to(device).float()), True
 
 
 def _summary(tensors: Sequence[_Moved]) -> dict:

@@ -185,6 +185,13 @@ def tensors(out: Path, *, folder: Path) -> tuple[Lazy, str]:
     return delta.Delta(out / "delta.safetensors", base=base, base_sha256=info["sha256"]), about["weights_sha256"]
 
 
+def factors(out: Path) -> dict[str, dict[str, Tensor]]:
+    """{"a": A, "b": B} of each weight that an adapter's s·B·A alone has moved; DoRA's update is no such product."""
+    if _about(out)["kind"] != "adapter":
+        return {}
+    return {name: found for name, found in _adapter(out / "adapter")[0].items() if "magnitude" not in found}
+
+
 def _again(out: Path) -> str:
     """The command that trains the cell of a weights folder again, even where DVC takes it for finished."""
     model, domain, method, seed = out.parts[-5:-1] if len(out.parts) > 4 else ("MODEL", "DOMAIN", "METHOD", "seedN")
@@ -218,11 +225,16 @@ def rounded(base: Mapping[str, Tensor], final: Mapping[str, Tensor]) -> Mapping[
     return Lazy(base, round_once)
 
 
-def _merged(base: Mapping[str, Tensor], adapter: Path) -> Lazy:
+def _adapter(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float, bool]:
+    """As `read_adapter`. Raises UserError for files that are damaged."""
     try:
-        factors_of, scale, transposed = read_adapter(adapter)
+        return read_adapter(folder)
     except (OSError, SafetensorError, LookupError, TypeError, ValueError, ArithmeticError) as error:
-        raise UserError(f"{adapter} is damaged or no adapter ({error}): {delta.AGAIN}") from error
+        raise UserError(f"{folder} is damaged or no adapter ({error}): {delta.AGAIN}") from error
+
+
+def _merged(base: Mapping[str, Tensor], adapter: Path) -> Lazy:
+    factors_of, scale, transposed = _adapter(adapter)
 
     def merge(name: str) -> Tensor:
         tensor = base[name]

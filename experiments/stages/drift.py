@@ -13,13 +13,16 @@ from methods.tools.stored import load_importance
 def main(study, cell) -> None:
     folder, out = study.paths.model(cell.model), study.paths.weights(cell)
     tensors, digest = tuned.tensors(out, folder=folder)
+    base = load_tensors(folder)
     model = shape_of(cell.model, study.models[cell.model], folder).build()
     against, importance = _importance(study, cell)
     measured = drift.measure(
-        base=load_tensors(folder),
+        base=base,
         tuned=verified(tensors, sha256=digest, what=out),
         roles=drift.roles(model),
         importance=importance,
+        factors=tuned.factors(out),
+        still=base.keys() - set(tensors.changed),
         device=hardware.device(study.device),
     )
     write_json(
@@ -30,7 +33,7 @@ def main(study, cell) -> None:
             "base_sha256": read_json(folder / "base.json", "sha256")["sha256"],
             "reference": against,
             "top": drift.TOP,
-            "rank_limit": drift.LARGEST,
+            "rank_limit": drift.EXACT,
         }
         | measured,
     )

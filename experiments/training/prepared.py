@@ -45,9 +45,7 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     if shards.first:
         shutil.rmtree(store, ignore_errors=True)
         need_room(
-            study.paths.work,
-            8 * sum(f.stat().st_size for f in study.paths.model(model).glob("*.safetensors")),
-            f"the preparation of {method} on {model}",
+            study.paths.work, 2 * _expected_bytes(study, model, method), f"the preparation of {method} on {model}"
         )
     costs = _compute(study, model, method, seed, fresh / "out", key=key, shards=shards)
     if shards.first:
@@ -57,6 +55,18 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
         shutil.rmtree(study.paths.resume / "prepare" / key, ignore_errors=True)
     shards.barrier()
     return store, False
+
+
+def _expected_bytes(study, model: str, method: str) -> int:
+    folder, where = study.paths.model(model), hardware.device(study.device)
+    checkpoint = dtype_of(read_json(folder / "base.json", "dtype"))
+    return memory.stored(
+        shape=shape_of(model, study.models[model], folder),
+        parts=study.methods[method].parts,
+        checkpoint_dtype=checkpoint,
+        compute_dtype=study.compute_dtype(model, checkpoint, where),
+        device_type=where.type,
+    )
 
 
 def store_key(study, model: str, method: str, seed: int, where: torch.device) -> str:

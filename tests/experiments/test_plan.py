@@ -21,7 +21,7 @@ from methods.errors import UserError
 
 DEMO = YAML(typ="safe").load(HERE / "experiments" / "studies" / "demo" / "params.yaml")
 DEFAULT = YAML(typ="safe").load(HERE / "params.yaml")
-ANSWER, QUESTION = 40, 200  # characters: 10 and 50 tokens
+ANSWER, QUESTION = 10, 50  # characters, of which the tokenizer of random models makes a token each
 
 
 def study(tmp_path, **changes):
@@ -208,7 +208,8 @@ def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tm
         "ewc": {"ewc": {"samples": 3, "length": 40}},
         "hierarchical": {"hierarchical": {"samples": 4, "length": 40, "epochs": 2.0}},
     }
-    model = SimpleNamespace(flops=lambda method: SimpleNamespace(step=lambda lengths, labelled: sum(lengths)))
+    step = SimpleNamespace(step=lambda lengths, labelled: sum(lengths))
+    model = SimpleNamespace(flops=lambda method: step, characters=plan.expected.BYTES)
     for length in (16, 512):
         train = {"batch": 2, "micro_batch": 2, "length": length}
         here = study(tmp_path, train=train, methods=methods, grid={"methods": list(methods)})
@@ -217,7 +218,9 @@ def test_a_preparation_reads_its_parts_documents_whatever_the_rows_are_cut_at(tm
             settings = here.prepare_settings(model="llama-tiny", method=method)
             cell, read = Cell("llama-tiny", "sums", method, 0), []
             for documents in ([100, 10, 30, 50, 60], None):
-                monkeypatch.setattr(plan.expected, "general_text", lambda study, documents=documents: documents)
+                monkeypatch.setattr(
+                    plan.expected, "general_text", lambda study, characters, documents=documents: documents
+                )
                 tokens, flops = plan._preparation(here, cell, model, settings)
                 assert tokens == flops
                 read.append(tokens)
