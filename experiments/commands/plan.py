@@ -41,6 +41,7 @@ from methods.part import Part
 from methods.tools.files import read_json
 
 UNKNOWN_LENGTH = 512  # tokens at which a part cuts documents, where it states no length
+STAGES = ("prepared", "trained", "scored")  # what may be cached of a cell
 REACHED = 0.4  # share of a device's peak rate that training reaches
 REFERENCE = "NVIDIA H200"  # the device whose time is predicted for a study on CUDA, on a machine without such a device
 
@@ -53,10 +54,11 @@ def main(study, *, as_json: bool, patterns: Sequence[str] = ()) -> None:
         Room(**plan["disk"]).refuse()
 
 
-def make(study, *, patterns: Sequence[str] = ()) -> dict:
+def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
     """{"cells": [...], "total": {...}, "basis": {...}, "warnings": [...]}: seconds, bytes, and what they rest on.
 
-    Only the cells whose names match one of `patterns`, if there are any (see `cells.matching`, which raises UserError).
+    Only the cells whose names match one of `patterns`, if there are any (see `cells.matching`, which raises UserError);
+    with `anew` as if none of their stages had run.
     None stands for FLOPs and memory of an architecture that are not known, and for totals that include them.
     """
     warnings = ahead.look(study)
@@ -66,7 +68,8 @@ def make(study, *, patterns: Sequence[str] = ()) -> dict:
     device = _device(study)
     available = hardware.available_memory(device) if _is_here(device) else None
     begun: set[Path] = set()
-    planned = [_cell(study, cell, models[cell.model], lock.cell(cell), available, begun) for cell in chosen]
+    cached = {cell: dict.fromkeys(STAGES, False) if anew else lock.cell(cell) for cell in chosen}
+    planned = [_cell(study, cell, models[cell.model], cached[cell], available, begun) for cell in chosen]
     to_run = [cell for cell in planned if not cell["cached"]["scored"]]
     preparations = {
         (cell.model, cell.method, cell.seed): made["prepared_bytes"]

@@ -113,6 +113,29 @@ COMMANDS = {
     ),
     "leaders": Command(help="order the methods of a screen by what they lose on general probe text at one gain"),
     "repro": Command(help="run the study by `dvc repro`, one cell after another", alone=True),
+    "launch": Command(
+        help="run the study's unfinished stages on Ray, many cells at once, on this machine or a cluster",
+        arguments=(
+            CELLS,
+            argument(
+                "--address", default="", metavar="HOST:PORT", help="a Ray cluster, or auto (default: this machine)"
+            ),
+            argument("--workers", type=int, metavar="N", help="cells at once on this machine, which share its cores"),
+            argument(
+                "--slurm", dest="template", default="", metavar="TEMPLATE", help="write array jobs in place of running"
+            ),
+            argument("--submit", action="store_true", help="submit them with sbatch"),
+            argument("--gather", action="store_true", help="take over what array jobs made, and run nothing else"),
+            argument(
+                "--simulate",
+                dest="simulated",
+                type=int,
+                metavar="CELLS",
+                help="print how long so many cells take on --workers N (default: 256), by the plan; run nothing",
+            ),
+        ),
+        alone=True,
+    ),
     "watch": Command(help="print each cell's result as it finishes, and the time that is left"),
     "gate": Command(
         help="exit with status 1 if a finished cell forgot more than a limit, for continuous integration",

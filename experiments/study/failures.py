@@ -56,6 +56,11 @@ def recorded(study, cell, stage: str):
     raise UserError(f"{cell.name}: {reason}")
 
 
+def keep(study, cell, *, stage: str, kind: str, reason: str) -> None:
+    """Record a failure that the stage could not record itself, because its process was killed or never began."""
+    write_json(study.paths.failure(cell), _record(study, cell, stage, kind, of_study(reason, study.name)))
+
+
 def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
     """What failed, with the settings and the code: a reader looks for the learning rate that gave the NaN."""
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()

@@ -1,13 +1,13 @@
 """Read from dvc.lock which cells are done and unchanged, without running DVC."""
 
-import json
-from hashlib import file_digest, md5
+from hashlib import md5
 from pathlib import Path
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from experiments.stages import resolve
+from experiments.study.md5 import folder_md5 as folder_md5  # read by the stage `model`
 from methods.errors import UserError
 
 
@@ -26,18 +26,6 @@ def stages(path: Path) -> dict[str, dict]:
             f"{path} is not a lock of DVC ({' '.join(str(error).split())[:300]}): "
             "it may have merge markers or be cut off; restore it with git"
         ) from error
-
-
-def folder_md5(folder: Path) -> str:
-    """The hash of a folder in dvc.lock: md5 of DVC's list of its files with theirs, and `.dir`."""
-    listed = []
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest = file_digest(file, md5).hexdigest()
-            listed.append({"md5": digest, "relpath": path.relative_to(folder).as_posix()})
-    listed.sort(key=lambda entry: entry["relpath"])
-    return md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
 
 
 class Lock:

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from experiments.study.blocks import (
     Block,
@@ -109,6 +109,16 @@ class Rows(Block):
         return {"local": value} if isinstance(value, str) else value
 
 
+class Needs(Block):
+    """What a cell of the model takes of the machine on which `launch` places it; it changes no result."""
+
+    gpus: Annotated[float, Field(ge=0), Form("a number from 0")] = key(
+        "GPUs, or a share of one: with 0.5 two cells share it; without it, one for each of the model's processes.", None
+    )
+    cores: Count = key("Cores, and threads; without it, OMP_NUM_THREADS, or all on a CPU, as in a serial run.", None)
+    memory: Positive = key("Main memory in GiB; without it, what `plan` predicts on a CPU.", None)
+
+
 class Model(Block):
     """A model to fine-tune."""
 
@@ -126,6 +136,7 @@ class Model(Block):
     parameters: Count = key("Number of weights.", None)
     layers: Count = key("Number of transformer blocks.", None)
     width: Count = key("Size of the hidden states.", None)
+    needs: Needs = key("What a cell takes of the machine on which `launch` places it.", Needs)
     processes: Count = key("Number of processes that share the model, each with a device of its own.", None)
     train: Train = key("Training settings for this model; precedence train < domain < model < method.", Train)
 

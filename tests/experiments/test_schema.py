@@ -95,6 +95,7 @@ FULL = {  # every key of every block, with a right value
             "parameters": 5,
             "layers": 2,
             "width": 8,
+            "needs": {"gpus": 0.5, "cores": 4, "memory": 16},
             "processes": 2,
             "train": TRAIN,
         },

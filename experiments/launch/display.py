@@ -1,0 +1,104 @@
+"""One display of a launch: every cell with what it does, and the time that is left."""
+
+import sys
+import time
+from typing import Any
+
+from analysis import numbers
+from analysis.load import record
+from experiments.launch.tasks import OF_CELL
+from experiments.study import outcome
+
+STATES = ("running", "set aside", "waiting", "finished")
+
+
+class Display:
+    """On a terminal one table that is drawn anew; elsewhere a line for each cell that ends."""
+
+    def __init__(self, study: Any, cells: list):
+        self._study, self._cells = study, cells
+        self._live: Any = None
+        if sys.stdout.isatty():
+            from rich.live import Live
+
+            self._live = Live(refresh_per_second=2, transient=False)
+            self._live.start()
+        self._said = 0.0
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self._live:
+            self._live.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def done(self, launch: Any, name: str) -> None:
+        """A finished cell's gain and loss, in one line."""
+        if name.startswith("collect@") and (found := record(self._study.paths.run(launch.names.cells[name]))):
+            self.say(f"{launch.names.cells[name].name}: {outcome.line(found)}")
+            if not self._live:
+                self.say(self.line(launch))
+
+    def update(self, launch: Any) -> None:
+        if self._live and time.monotonic() > self._said + 0.5:
+            self._said = time.monotonic()
+            self._live.update(self._table(launch))
+
+    def stopping(self, launch: Any) -> None:
+        self.say("stopping: each stage that runs writes its checkpoint first")
+
+    def close(self, launch: Any) -> None:
+        if self._live:
+            self._live.update(self._table(launch))
+            self._live.stop()
+            self._live = None
+
+    def state(self, launch: Any, cell: Any) -> tuple[str, str]:
+        """What a cell does: one of STATES, and more in words."""
+        schedule = launch.schedule
+        own = [name for kind in OF_CELL if (name := f"{kind}@{cell.stage}") in schedule.tasks]
+        if all(name in schedule.done for name in own):
+            return "finished", ""
+        before = [f"prepare@{cell.model}-{cell.method}-{cell.seed}", f"base@{cell.model}"]
+        for name in [*own, *before]:
+            if name in schedule.running:
+                elapsed = time.monotonic() - launch.began.get(name, time.monotonic())
+                about = launch.estimate.seconds(name)
+                left = f", about {numbers.seconds(max(0.0, about - elapsed))} to go" if about else ""
+                return "running", f"{name.partition('@')[0]} for {numbers.seconds(elapsed)}{left}"
+        if any(name in schedule.aside for name in own):
+            reason = next((launch.reasons[name] for name in [*own, *before] if name in launch.reasons), "")
+            return "set aside", reason
+        return "waiting", ""
+
+    def line(self, launch: Any) -> str:
+        """How many cells are finished, run, wait or were set aside, and how long the rest takes."""
+        counts = dict.fromkeys(STATES, 0)
+        for cell in self._cells:
+            counts[self.state(launch, cell)[0]] += 1
+        told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        return f"{len(self._cells)} cells: {told}; {self._left(launch)}"
+
+    def _left(self, launch: Any) -> str:
+        now = time.monotonic()
+        elapsed = {name: now - launch.began.get(name, now) for name in launch.schedule.running}
+        shapes = [task.needs for task in launch.schedule.tasks.values() if not task.needs.here]
+        slots = launch.workers.slots(shapes[0]) if shapes else 1.0
+        left = launch.estimate.left(launch.schedule, slots=slots, elapsed=elapsed)
+        factor = launch.estimate.factor
+        return f"about {numbers.seconds(left)} to go" + (f" (measured {factor:.2g} × the plan)" if factor else "")
+
+    def _table(self, launch: Any) -> Any:
+        from rich.table import Table
+
+        states = {cell.name: self.state(launch, cell) for cell in self._cells}
+        order = sorted(self._cells, key=lambda cell: STATES.index(states[cell.name][0]))
+        room = max(5, self._live.console.height - 4)
+        table = Table(title=self.line(launch), box=None, title_justify="left", pad_edge=False)
+        for heading in ("cell", "state", ""):
+            table.add_column(heading, no_wrap=True)
+        for cell in order[:room]:
+            table.add_row(cell.name, *states[cell.name])
+        if len(order) > room:
+            table.add_row(f"… {len(order) - room} more", "", "")
+        return table

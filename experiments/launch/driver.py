@@ -1,0 +1,220 @@
+"""The loop of a launch: give ready tasks to workers, commit what ends well, retry or set aside what does not."""
+
+import math
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from experiments.launch import work
+from experiments.launch.dvc_stages import Stages
+from experiments.launch.estimate import Estimate
+from experiments.launch.schedule import Needs, Schedule, Task
+from experiments.launch.tasks import Names
+from experiments.study import failures
+from methods.errors import UserError
+from methods.tools.files import read_json
+
+TRIES = 2
+CERTAIN = ("nan",)  # kinds of failure that another try would only repeat
+INTERVAL = 0.5  # seconds between two looks at the workers
+
+
+class Workers(Protocol):
+    """Where stages run."""
+
+    def fits(self, needs: Needs) -> bool:
+        """Whether a task with these needs may be given now."""
+
+    def never(self, needs: Needs) -> str:
+        """Why no machine can ever take a task with these needs; '' if one can."""
+
+    def give(self, job: work.Job, needs: Needs) -> None: ...
+
+    def ended(self, seconds: float) -> dict[str, work.Outcome]:
+        """Outcomes of jobs that have ended, by name; waits for so many seconds at most."""
+
+    def stop(self) -> None:
+        """Stop all jobs, each with its checkpoint, and wait for that."""
+
+    def slots(self, needs: Needs) -> float:
+        """How many tasks with these needs run at once."""
+
+
+@dataclass(kw_only=True, eq=False)
+class Launch:
+    """One launch of a study."""
+
+    study: Any
+    stages: Stages
+    schedule: Schedule
+    estimate: Estimate
+    names: Names
+    workers: Workers
+    show: Any
+    environment: Mapping[str, str] = field(default_factory=dict)
+    threads: Mapping[str, int | None] = field(default_factory=dict)  # OMP_NUM_THREADS by model
+    records_from: float = math.inf  # records of stages that did not run here are read from this time of day on
+    began: dict[str, float] = field(default_factory=dict)
+    tries: dict[str, int] = field(default_factory=dict)
+    jobs: dict[str, work.Job] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)  # of stages that were set aside
+    ran: list[str] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Run until every task is done or set aside. On Ctrl-C everything is stopped, and what has ended is kept."""
+        try:
+            while not self.schedule.ended:
+                self._begin()
+                if self.schedule.ended:
+                    break
+                for name, outcome in self.workers.ended(INTERVAL).items():
+                    self._end(name, outcome)
+                self._write()
+                self.show.update(self)
+        except KeyboardInterrupt:
+            self.show.stopping(self)
+            self.workers.stop()  # what ended well meanwhile has its note, by which the next launch takes it over
+            raise
+        finally:
+            self._write(now=True)
+            self.show.close(self)
+
+    def _begin(self) -> None:
+        """Give workers all that is ready and fits; stages that are up to date are done without."""
+        while (name := self.schedule.take(self.workers.fits)) is not None:
+            try:
+                if job := self._prepared(name):
+                    self.jobs[name] = job
+                    self.began[name] = time.monotonic()
+                    self.stages.hold(name)
+                    self.workers.give(job, self.schedule.tasks[name].needs)
+            except UserError as error:
+                record = self._record(name)
+                self._set_aside(name, record["reason"] if record else str(error))
+            except Exception as error:
+                from dvc.exceptions import DvcException
+
+                if not isinstance(error, DvcException | OSError):
+                    raise
+                self._set_aside(name, f"{name}: {error}")
+            self.show.update(self)
+
+    def _prepared(self, name: str) -> work.Job | None:
+        """The job of a stage, its old outputs removed; None if the stage is done without it."""
+        if not self.stages.changed(name):
+            self.schedule.finish(name)
+            return None
+        job = self._job(name)
+        if note := work.noted(job, self.study.paths.root):  # it has run, and its driver ended before it was committed
+            self.stages.commit(name)
+            self._done(name, note["seconds"])
+            return None
+        if why := self.workers.never(self.schedule.tasks[name].needs):
+            raise UserError(why)
+        if self.stages.restored(name):
+            self.stages.commit(name)
+            self._done(name, 0.0)
+            return None
+        return job
+
+    def unfinished(self, tasks: Iterable[Task]) -> dict[str, work.Job]:
+        """The jobs of stages that are out of date, or will be once those before them have run; in DVC's order.
+
+        Their inputs have no md5 yet.
+        """
+        found: dict[str, work.Job] = {}
+        for task in Schedule(tasks).in_order():
+            if any(other in found for other in task.after) or self.stages.changed(task.name):
+                found[task.name] = self._job(task.name, hashed=False)
+        return found
+
+    def _job(self, name: str, *, hashed: bool = True) -> work.Job:
+        stage = self.stages[name]
+        return work.Job(
+            name=name,
+            address=stage.addressing,
+            command=stage.cmd,
+            deps=self.stages.inputs(name, hashed=hashed),
+            outs=tuple(self.stages.outputs(name)),
+            folder=self.folder,
+            threads=self.threads.get(self.names.model(name) or ""),
+            environment=self.environment,
+        )
+
+    @property
+    def folder(self) -> str:
+        return f"work/local/launch/{self.study.name or 'default'}"
+
+    def _done(self, name: str, seconds: float) -> None:
+        self.schedule.finish(name)
+        self.ran.append(name)
+        if seconds:
+            self.estimate.measured(name, seconds)
+        self.show.done(self, name)
+
+    def _end(self, name: str, outcome: work.Outcome) -> None:
+        """Commit a stage that ended well; try one that did not once more, or set it aside."""
+        if outcome.status == 0:
+            try:
+                self.stages.commit(name)
+            except OSError as error:
+                return self._failed(name, f"its outputs cannot be kept: {error.strerror or error}", kind="error")
+            except Exception as error:
+                from dvc.exceptions import DvcException
+
+                if not isinstance(error, DvcException):
+                    raise
+                return self._failed(name, f"its outputs cannot be kept: {error}", kind="error")
+            self.stages.let_go(name)
+            return self._done(name, outcome.seconds)
+        record = self._record(name)
+        last = next((line for line in reversed(outcome.tail.splitlines()) if line.strip()), work.LOST)
+        reason = record["reason"] if record else last.removeprefix("error: ")
+        if outcome.status < 0 and not record:
+            reason = (
+                f"{work.LOST if outcome.tail == work.LOST else f'killed by signal {-outcome.status}'} during {name}"
+            )
+        self._failed(name, reason, kind=record["kind"] if record else "killed" if outcome.status < 0 else "error")
+
+    def _failed(self, name: str, reason: str, *, kind: str) -> None:
+        self.stages.let_go(name)
+        self.tries[name] = self.tries.get(name, 0) + 1
+        if self.tries[name] < TRIES and kind not in CERTAIN:
+            self.show.say(f"{name}: {reason}; it is tried once more")
+            return self.schedule.again(name)
+        self._set_aside(name, reason, kind=kind)
+
+    def _record(self, name: str) -> dict | None:
+        """The record of a failure that the stage itself has written."""
+        cell = self.names.cells.get(name) or self.names.prepared.get(name)
+        path = self.study.paths.failure(cell) if cell else None
+        if path is None or not path.is_file() or path.stat().st_mtime < self._since(name):
+            return None
+        found = read_json(path)
+        return found if {"kind", "reason"} <= found.keys() else None
+
+    def _since(self, name: str) -> float:
+        """The time of day from which a record is of this try."""
+        if name not in self.began:
+            return self.records_from
+        return time.time() - (time.monotonic() - self.began[name]) - 1.0
+
+    def _set_aside(self, name: str, reason: str, *, kind: str = "error") -> None:
+        """Leave a stage, and all that needs it, to the next launch; each of their cells has a record of the reason."""
+        self.stages.let_go(name)
+        self.reasons[name] = reason
+        lost = self.schedule.set_aside(name)
+        self.show.say(f"{name}: set aside: {reason}")
+        told = {cell} if (cell := self.names.cells.get(name)) and self._record(name) else set()
+        for other in [name, *lost]:
+            if (cell := self.names.cells.get(other)) and cell not in told:
+                told.add(cell)
+                why = reason if other == name else f"{name} failed: {reason}"
+                failures.keep(self.study, cell, stage=name.partition("@")[0], kind=kind, reason=why)
+
+    def _write(self, *, now: bool = False) -> None:
+        """Write dvc.lock if it is time; then the notes of the stages in it have done their service."""
+        for name in self.stages.write(now=now):
+            if job := self.jobs.get(name):
+                work.note_of(job, self.study.paths.root).unlink(missing_ok=True)

@@ -1,0 +1,129 @@
+"""What a worker does: run the command of one stage as `dvc repro` would, and note that it ended well.
+
+Only the standard library is imported: the functions travel to Ray's workers by value. A worker never writes dvc.lock;
+the note of a finished stage (its command, and the md5 of what it read) lets the driver take the stage over later, also
+after the driver itself was killed, or where a job of Slurm ran it.
+"""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PATIENCE = 120.0  # seconds that a stopped stage has to write its checkpoint and its record
+TAIL = 4000  # bytes of a stage's output that are shown
+LOST = "the worker was lost"
+# run by Python before the stage's command: the stage ends when its worker is killed, and so never writes beside a retry
+TIED = """
+import os, signal, sys
+if sys.platform == "linux":
+    import ctypes
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    if os.getppid() != int(sys.argv[1]): sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One stage to run.
+
+    name     of the stage, such as train@MODEL-DOMAIN-METHOD-SEED
+    address  as DVC names it in DVC_STAGE
+    deps     md5 of what it reads, by path from the root
+    folder   where its log and its note lie, from the root
+    threads  OMP_NUM_THREADS of its process; None leaves it unset
+    """
+
+    name: str
+    address: str
+    command: str
+    deps: Mapping[str, str]
+    outs: tuple[str, ...]
+    folder: str
+    threads: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a stage ended: its exit status (0 for well, negative for a signal), seconds, host, and last lines."""
+
+    status: int
+    seconds: float = 0.0
+    host: str = ""
+    tail: str = ""
+
+
+def run(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False) -> Outcome:
+    """Run the stage in the folder `root`. A KeyboardInterrupt, or `stop`, ends it as Ctrl-C ends `dvc repro`."""
+    folder = Path(root, job.folder)
+    log, note = folder / f"{job.name}.log", note_of(job, root)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    note.unlink(missing_ok=True)
+    began = time.time()
+    with log.open("wb") as output:
+        command = [sys.executable, "-c", TIED, str(os.getpid()), *shlex.split(job.command)]
+        process = subprocess.Popen(
+            command, cwd=root, env=_environment(job, root), stdout=output, stderr=output, start_new_session=True
+        )
+        status = _wait(process, stop)
+    seconds = time.time() - began
+    if status == 0:
+        write(note, {"command": job.command, "deps": dict(job.deps), "seconds": seconds, "host": os.uname().nodename})
+    tail = log.read_bytes()[-TAIL:].decode(errors="replace")
+    return Outcome(status=status, seconds=seconds, host=os.uname().nodename, tail=tail)
+
+
+def _environment(job: Job, root: str) -> dict[str, str]:
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "OMP_NUM_THREADS"))}
+    environment |= {"DVC_ROOT": root, "DVC_STAGE": job.address, **job.environment}
+    if job.threads:
+        environment["OMP_NUM_THREADS"] = str(job.threads)
+    environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])
+    return environment
+
+
+def _wait(process: subprocess.Popen, stop: Callable[[], bool]) -> int:
+    """The exit status. The process is looked at again and again, for Ray's interrupts do not end a system call."""
+    stopped = None  # when the process was asked to end
+    while True:
+        try:
+            return process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            wanted = stop()
+        except KeyboardInterrupt:
+            wanted = True
+        if wanted and stopped is None:
+            stopped = time.monotonic()
+            process.terminate()
+        if stopped is not None and time.monotonic() > stopped + PATIENCE:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def note_of(job: Job, root: str) -> Path:
+    """The file that says that the stage ended well."""
+    return Path(root, job.folder, f"{job.name}.json")
+
+
+def noted(job: Job, root: str) -> dict | None:
+    """The note of a stage that ended well on the files that are there now; None where there is none."""
+    try:
+        note = json.loads(note_of(job, root).read_text())
+    except (OSError, ValueError):
+        return None
+    same = isinstance(note, dict) and note.get("command") == job.command and note.get("deps") == dict(job.deps)
+    return note if same and all(Path(root, out).exists() for out in job.outs) else None
+
+
+def write(path: Path, value: object) -> None:
+    """Write JSON and move it into place, so that the file is whole or not there."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part.write_text(json.dumps(value, sort_keys=True) + "\n")
+    part.replace(path)
