@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from analysis import spreadsheet
 from analysis.also import beside
 from analysis.comparable import guarded
 from analysis.dvc_metrics import write_metrics
@@ -63,7 +64,7 @@ def write_summary(
     markdown = _archived(archive) + as_markdown(loaded, table) + costs.as_markdown(loaded)
     files = {
         "table.csv": as_csv(loaded, table),
-        "tests.csv": tests.to_csv(index=False, lineterminator="\n", float_format="%.6g"),
+        "tests.csv": spreadsheet.text(tests, digits="%.6g"),
         "table.md": markdown,
         "table.txt": as_text(loaded, table),
     }

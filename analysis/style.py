@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt  # noqa: E402 - the backend is chosen first
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
-from analysis import numbers  # noqa: E402
+from analysis import numbers, spreadsheet  # noqa: E402
 from analysis.families import families, family  # noqa: E402
 
 MANY = 10  # methods beyond which figures change: of a sweep one block is labelled, and numbers become shades
@@ -124,7 +124,7 @@ def save(figure, data: pd.DataFrame, *, stem: Path, not_a_result: bool) -> list[
     figure.set_layout_engine("none")  # everything has its place now, and finding it takes as long as drawing
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     plt.close(figure)
-    data.to_csv(stem.with_suffix(".csv"), index=False, lineterminator="\n", float_format="%.10g")
+    stem.with_suffix(".csv").write_text(spreadsheet.text(data, digits="%.10g"), encoding="utf-8")
     return [stem.with_suffix(suffix) for suffix in (".png", ".svg", ".csv")]
 
 

@@ -19,6 +19,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (before importing code that an old
 from experiments.commands.table import COMMANDS, STAGES, Command
 from experiments.study import environment
 from experiments.study.advice import of_study
+from experiments.study.screen import Screen, shown
 from experiments.training import allocator
 from methods.errors import UserError, lacks
 
@@ -135,9 +136,10 @@ def main() -> int:
             stopped = "stopped; scores of a model that are complete are kept for the next run of the same command"
         print(of_study(stopped, study), file=sys.stderr)
         return 130
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {shown(message)}", file=sys.stderr)
     return 2
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)  # for good: a traceback is printed after `main`
     sys.exit(main())

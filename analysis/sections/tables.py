@@ -4,7 +4,7 @@ import textwrap
 
 import pandas as pd
 
-from analysis import units, words
+from analysis import spreadsheet, units, words
 from analysis.load import NOT_STARTED, Loaded
 from analysis.measures import NATS, Measure
 from analysis.sections.columns import SHORT, columns, others
@@ -123,7 +123,7 @@ def as_text(loaded: Loaded, table: pd.DataFrame) -> str:
     told = legend(table, terminal=True) if len(table) else ["No cell has finished."]
     lines += [part for line in told for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
     if without := failure_lines(loaded):
-        lines += ["", "Without a result:", *("  " + line for line in without)]
+        lines += ["", "Without a result:", *("  " + words.visible(line) for line in without)]
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +138,7 @@ def as_markdown(loaded: Loaded, table: pd.DataFrame) -> str:
         lines.append("")
     lines += [f"- {line}".replace("*", r"\*") for line in legend(table)] if len(table) else ["No cell has finished."]
     if without := failure_lines(loaded):
-        lines += ["", "Without a result:", "", *(f"- {line}" for line in without)]
+        lines += ["", "Without a result:", "", *(f"- {words.markdown(line)}" for line in without)]
     return "\n".join(lines) + "\n"
 
 
@@ -152,4 +152,4 @@ def as_csv(loaded: Loaded, table: pd.DataFrame) -> str:
     if rows:
         without = pd.DataFrame(rows).assign(not_a_result=loaded.not_a_result)
         whole = pd.concat([whole, without], ignore_index=True)
-    return whole.to_csv(index=False, lineterminator="\n", float_format="%.10g")
+    return spreadsheet.text(whole, digits="%.10g")

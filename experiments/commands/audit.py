@@ -18,7 +18,9 @@ from typing import Any
 import pandas as pd
 import torch
 
+from analysis import spreadsheet
 from analysis.report import audit as page
+from analysis.words import visible
 from evaluation import harness
 from experiments.audit import comparison, limits, movement, tokenizers
 from experiments.audit import data as datasets
@@ -115,7 +117,7 @@ def main(
         "when": provenance.now(),
     }
     written = _write(record, out=out, results=study.paths.results)
-    print(page.summary(record))
+    print(visible(page.summary(record)))
     print(f"wrote {written}")
     return int(bool(record["verdict"]["exceeded"]))
 
@@ -226,7 +228,7 @@ def _write(record: dict[str, Any], *, out: str | None, results: Path) -> Path:
         file = folder / "audit.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     flips = pd.DataFrame(record["flips"], columns=comparison.FLIP)
-    flips.to_csv(file.parent / f"{stem}flips.csv", index=False)
+    (file.parent / f"{stem}flips.csv").write_text(spreadsheet.text(flips), encoding="utf-8")
     write_json(file.parent / (f"{stem}json" if stem else "audit.json"), record)
     return page.write(record, path=file, flips=f"{stem}flips.csv")
 

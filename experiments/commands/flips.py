@@ -15,6 +15,7 @@ import pandas as pd
 from analysis.comparable import guarded
 from analysis.load import load_cells
 from analysis.statistics.flips import by_task, flips, most_forgotten, total
+from analysis.words import visible
 from evaluation.harness import load_tasks
 from evaluation.task import HASH_DIGITS, LocalTask, doc_hash, gold_index, render
 from experiments.study import cells
@@ -119,5 +120,5 @@ def _instead(lost: pd.DataFrame, choices: list[str]) -> list[str]:
 
 
 def _wrapped(passage: str) -> list[str]:
-    lines = [line for part in passage.splitlines() for line in textwrap.wrap(part, WIDTH - 3)]
+    lines = [line for part in passage.splitlines() for line in textwrap.wrap(visible(part), WIDTH - 3)]
     return [f"   {line}" for line in lines]

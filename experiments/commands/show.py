@@ -4,6 +4,7 @@ import sys
 from itertools import groupby
 from typing import Any
 
+from analysis.words import visible
 from experiments.data import domain as domains
 from experiments.data.reader import Reader
 from experiments.study import named_model
@@ -70,6 +71,6 @@ def marked(example: Example, tokenizer: Any, *, colour: bool) -> str:
     before, after = (COLOUR, PLAIN) if colour else ("«", "»")
     text = ""
     for is_learned, run in groupby(zip(ids, labels), key=lambda pair: pair[1] != IGNORED):
-        piece = tokenizer.decode([token for token, _ in run], skip_special_tokens=False)
+        piece = visible(tokenizer.decode([token for token, _ in run], skip_special_tokens=False))
         text += f"{before}{piece}{after}" if is_learned else piece
     return text

@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.model import hub
 from experiments.study import local_files
+from experiments.study.secrets import redacted
 from methods.errors import UserError, shortened
 
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -82,10 +83,10 @@ class DataSets:
 
 
 def _refused(error: Exception, path: str, revision: str | None, *, folder: Path | None) -> UserError:
-    message = " ".join(str(error).split())[:300]
+    message = " ".join(redacted(str(error)).split())[:300]
     if "Dataset scripts are no longer supported" in message:
         return UserError(f"data set {path!r} is made by a program of its repository, which is not run: {message}")
     if folder is not None:
-        inner = f" ({shortened(error.__cause__)})" if error.__cause__ else ""
+        inner = f" ({redacted(shortened(error.__cause__))})" if error.__cause__ else ""
         return UserError(f"data set {path!r} in {folder} (data.hub) cannot be read: {message}{inner}")
     return hub.refused(error, kind="data set", name=path, revision=revision)

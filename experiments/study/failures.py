@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from experiments.study.advice import of_study
 from experiments.study.provenance import git, now
+from experiments.study.screen import shown
 from experiments.training import processes
 from experiments.training.log import TrainingFailed
 from methods.errors import MissingInput, UserError, out_of_memory
@@ -62,10 +63,13 @@ def keep(study, cell, *, stage: str, kind: str, reason: str) -> None:
 
 
 def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
-    """What failed, with the settings and the code: a reader looks for the learning rate that gave the NaN."""
+    """What failed, with the settings and the code: a reader looks for the learning rate that gave the NaN.
+
+    No token and no control character of a library's message is written.
+    """
     settings = study.settings(model=cell.model, domain=cell.domain, method=cell.method).numeric()
     parts = {part.key: part.settings() for part in study.methods[cell.method].parts}
-    record = {"cell": cell.name, "stage": stage, "kind": kind, "reason": reason, "when": now()}
+    record = {"cell": cell.name, "stage": stage, "kind": kind, "reason": shown(reason), "when": now()}
     return record | {"git": git(study.paths.root), "settings": settings, "parts": parts}
 
 

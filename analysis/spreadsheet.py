@@ -1,0 +1,32 @@
+"""CSV files that people open in a spreadsheet, which takes some texts for formulas and computes them.
+
+A text that begins with =, +, -, @, a tab or a line's end gets an apostrophe in front, and a carriage return within a
+text is written as \\n, so that it begins no row. Numbers stay numbers, also those written as text, such as -0.5.
+"""
+
+import re
+
+import pandas as pd
+
+_FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n]")
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf", re.IGNORECASE)
+
+
+def text(frame: pd.DataFrame, *, digits: str | None = None) -> str:
+    """The table as CSV, with a head and no index; `digits` is the format of floats."""
+    plain = frame.rename(columns=_plain)
+    for name, column in plain.items():
+        if not pd.api.types.is_numeric_dtype(column) and any(map(_dangerous, column)):
+            plain[name] = pd.Series(map(_plain, column), index=plain.index, dtype=object)
+    return plain.to_csv(index=False, lineterminator="\n", float_format=digits)
+
+
+def _plain(value):
+    if not _dangerous(value):
+        return value
+    value = value.replace("\r\n", "\n").replace("\r", "\n")  # pandas puts no quotes around a lone \r
+    return f"'{value}" if _FORMULA.match(value) else value
+
+
+def _dangerous(value) -> bool:
+    return isinstance(value, str) and ("\r" in value or bool(_FORMULA.match(value))) and not _NUMBER.fullmatch(value)
