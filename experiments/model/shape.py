@@ -11,11 +11,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from experiments.model import random_models
+from experiments.model import claims, random_models
 from experiments.model.attention import with_sdpa
 from methods.errors import UserError, shortened
 from methods.part import Part, in_order
-from methods.tools import architecture, model_folder
+from methods.tools import architecture
 from methods.tools.architecture import base_name
 
 if TYPE_CHECKING:
@@ -105,13 +105,13 @@ def shape_of(name: str, block: "Model", folder: Path) -> Shape:
     Raises UserError where there is neither, and for a config that transformers cannot read.
     """
     if (folder / "config.json").is_file():
-        return Shape(config=model_folder.config_of(folder, f"models.{name}: {folder}"))
+        return Shape(config=claims.config_of(folder, f"models.{name}: {folder}"))
     kind, _, rest = block.source.partition(":")
     if kind == "random":
         with torch.device("meta"):
             return Shape(config=random_models.build(rest, seed=0, **block.config).config)
     if kind == "path" and Path(rest).expanduser().is_dir():
-        return Shape(config=model_folder.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
+        return Shape(config=claims.config_of(Path(rest).expanduser(), f"models.{name}: {rest}"))
     if "model_type" not in block.architecture:
         raise UserError(
             f"models.{name}: not fetched yet, so its size is unknown: make it with `dvc repro model@{name}`, or add to "

@@ -32,10 +32,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from experiments.model import hub, packages, random_models, trial, vocabulary
+from experiments.model import claims, hub, packages, random_models, trial, vocabulary
 from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.delta import sha256_of
+from experiments.model.shape import Shape
 from methods.errors import UserError, out_of_memory, shortened
 from methods.tools import files, model_folder
 from methods.tools.files import need_room, writing
@@ -173,7 +174,7 @@ def _from_hub(rest: str, block: "Model", _: Mapping[str, str], scratch: Path) ->
     weights = ["pytorch_model.bin"] if block.bin_sha256 else SAFETENSORS
     known = block.parameters and block.dtype
     small = hub.snapshot(name, revision=revision or "main", patterns=TOKENIZER_FILES, copy_to=scratch)
-    model_folder.config_of(small, name)  # refused before gigabytes are fetched
+    claims.config_of(small, name)  # refused before gigabytes are fetched
     folder = hub.snapshot(
         name,
         revision=small.name,
@@ -224,7 +225,7 @@ def _from_wheel(rest: str, block: "Model", checksums: Mapping[str, str], scratch
 
 def _from_folder(folder: Path, block: "Model", name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     dtype = as_dtype(block.dtype or "auto")
-    config = model_folder.config_of(folder, name)
+    config = claims.config_of(folder, name)
     tokenizer = load_tokenizer(folder)
     if block.bin_sha256:
         return _from_bin(folder, block.bin_sha256, dtype, config), tokenizer
@@ -235,6 +236,7 @@ def _from_folder(folder: Path, block: "Model", name: str) -> tuple[PreTrainedMod
             "the sha256 of its pytorch_model.bin"
         )
     model_folder.refuse_codes(model_folder.headers(model_folder.weight_files(folder), name), name)
+    claims.refuse_other_size(Shape(config=config), folder, name)
     return load_model(folder, dtype=dtype), tokenizer
 
 
@@ -257,6 +259,8 @@ def _from_bin(folder: Path, sha256: str, dtype: torch.dtype | str, config: PreTr
     values = tensors.values() if isinstance(tensors, dict) else ()
     if not values or not all(isinstance(tensor, torch.Tensor) for tensor in values):
         raise UserError(f"{file.name} holds more than tensors by name, and is not read: convert it to safetensors")
+    if huge := next((name for name, tensor in tensors.items() if tensor.nbytes > file.stat().st_size), None):
+        raise UserError(f"{file.name} claims that {huge} is larger than the file itself: do not use it")
     if dtype == "auto":
         dtype = next(t.dtype for t in tensors.values() if t.is_floating_point())
     try:

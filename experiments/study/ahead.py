@@ -15,7 +15,7 @@ import torch
 
 from evaluation.chance import WARNING, below_chance
 from experiments.data import local, rows
-from experiments.model import packages, random_models, vocabulary, weights
+from experiments.model import claims, packages, random_models, vocabulary, weights
 from experiments.model.positions import (
     longest_document,
     longest_row,
@@ -217,7 +217,7 @@ def _model(study, model: str) -> None:
     kind, _, rest = block.source.partition(":")
     folder = Path(rest).expanduser()
     if kind == "path" and (folder / "adapter_config.json").is_file():
-        model_folder.config_of(folder, f"models.{model}: {rest}")  # refuses an adapter
+        claims.config_of(folder, f"models.{model}: {rest}")  # refuses an adapter
     if kind == "path" and not any((f / "config.json").is_file() for f in (folder, study.paths.model(model))):
         raise UserError(f"models.{model}.source is {block.source!r}: {model_folder.no_config(folder)}")
     if kind == "pypi":

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from experiments.model import claims
 from methods import registry
 from methods.errors import UserError
 from methods.part import Part
@@ -21,6 +22,8 @@ def look(study, *, model: str) -> list[str]:
     for method in study.grid.methods:
         for part in study.methods[method].parts:
             try:
+                for path in registry.paths(part, None):
+                    claims.look(Path(path).expanduser(), f"{part.key}: {path}")
                 part.look(shapes=shapes)
             except UserError as error:
                 raise UserError(f"methods.{method}.{error} (model {model})") from error

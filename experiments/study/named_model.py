@@ -9,7 +9,7 @@ from typing import Any
 import huggingface_hub
 from transformers import PreTrainedTokenizerBase
 
-from experiments.model import random_models, weights
+from experiments.model import claims, random_models, weights
 from experiments.model.shape import shape_of
 from experiments.study.params_text import read_yaml
 from experiments.study.paths import Paths
@@ -51,7 +51,7 @@ def named(given: str, default) -> Named:
     elif given and folder.is_dir():
         if not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
             raise UserError(model_folder.no_config(folder))
-        model_folder.config_of(folder, given)  # refuses an adapter
+        claims.config_of(folder, given)  # refuses an adapter
         model_folder.refuse_incomplete(folder, given)
         if not model_folder.weight_files(folder):
             raise UserError(model_folder.no_weights(folder, given))

@@ -22,6 +22,7 @@ from methods.settings import shown
 
 PLAIN = re.compile(r"[A-Za-z/][\w./@+-]*(?::[\w./@+-]+)*")  # text that needs no quotes
 WORDS = ("yes", "no", "on", "off", "true", "false", "null")  # of YAML 1.1 or 1.2
+MOST, DEPTH = 1_000_000, 100  # values in a file of settings, and how deep they lie
 WIDTH = 120  # a one-line list that would become longer continues on the next line
 QUOTED = "a text that begins with one of { [ % @ ` must be in quotes"
 REMEDIES = {  # part of the parser's message → what to do
@@ -63,7 +64,22 @@ def read_yaml(path: Path) -> dict:
             f"{path.name} {'is empty' if raw is None else 'must be a mapping of blocks'}: "
             "it needs at least grid, domains and train; models, general and methods also, unless the root's has them"
         )
+    if (size := _size(raw, {})) > MOST:
+        raise UserError(
+            f"{path.name} has {size:,} values when its aliases (*) are written out, and a study has at most {MOST:,}: "
+            "write out what is meant"
+        )
     return raw
+
+
+def _size(value: Any, known: dict[int, int], depth: int = 0) -> int:
+    """The number of values in YAML, those behind an alias each time; `known` are the sizes of lists and mappings."""
+    if not isinstance(value, dict | list) or depth > DEPTH:  # a list within itself is refused by name later
+        return 1
+    if id(value) not in known:
+        inside = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(inner, known, depth + 1) for inner in inside)
+    return known[id(value)]
 
 
 def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen: set[int] | None = None) -> None:

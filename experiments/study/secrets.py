@@ -14,7 +14,9 @@ _VARIABLE = re.compile(r"(TOKEN|SECRET|SECRET_ACCESS_KEY|PASSWORD|API_KEY)$")
 _SHAPES = [
     re.compile(r"\b()hf_[A-Za-z0-9]{16,}"),  # a token of the hub, whosever it is
     re.compile(r"(://)[^/\s@'\"]+(?=@)"),  # user and password of an address
-    re.compile(r"([?&][\w.-]*(?:token|signature|credential|secret|password|api.?key|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE),
+    re.compile(
+        r"([?&][\w.-]*(?:token|signature|credential|secret|password|api.?key|sig)[\w.-]*=)[^&\s'\"]+", re.IGNORECASE
+    ),
     re.compile(r"\b((?:Bearer|Basic)\s+)[\w.~+/=-]{8,}(?:\\x[0-9a-f]{2}|\\[a-z]|[\w.~+/=-])*"),  # a header
 ]
 

@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -13,7 +12,7 @@ import pytest
 
 from experiments.commands.track import track
 from experiments.commands.tracked_page import HOST, first_link
-from experiments.commands.ui import environment
+from experiments.commands.ui import command, environment
 from tests.analysis.fixtures import write_results
 from tests.experiments.browser import NAMES, Browser, end, executable
 
@@ -56,10 +55,11 @@ def address(store):
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("MLFLOW_PORT", str(port))
         variables = environment(os.environ)
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", f"sqlite:///{store}", "--workers", "1"]
     log = store.parent / "ui.log"
     with open(log, "wb") as out:
-        ui = subprocess.Popen(command, cwd=store.parent, env=variables, stdout=out, stderr=out, start_new_session=True)
+        ui = subprocess.Popen(
+            command(store), cwd=store.parent, env=variables, stdout=out, stderr=out, start_new_session=True
+        )
     try:
         until = time.monotonic() + 90
         while not _answers(f"http://127.0.0.1:{port}/health"):
