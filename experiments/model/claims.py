@@ -27,6 +27,7 @@ _LIMITS = (  # names of settings, and what none of them exceeds
     (re.compile(r"size|dim|embd|inner|width|^n_|^num_"), 2**28),
 )
 _UNBOUNDED = re.compile(r"position|ctx|max|token|ids?$|window|seed|theta")
+_ROOM = 2**28  # weights that any machine has room for
 _BUFFERS = 2**30  # bytes; masks and tables that a model computes are smaller
 _FETCHING = {"XLORA": "adapters", "SHADOW": "shadow_model"}  # kinds of adapters, and what names other models in them
 
@@ -53,13 +54,19 @@ def refuse_absurd(file: Path, name: str) -> None:
 
 
 def refuse_other_size(shape: "Shape", folder: Path, name: str) -> None:
-    """Refuse a config that describes far more weights than the folder's files hold, or tables of gigabytes."""
+    """Refuse a config that describes far more weights than the folder's files hold, or tables of gigabytes.
+
+    What differs by less, or cannot be built, is told tensor by tensor when the model is loaded.
+    """
     files = model_folder.weight_files(folder)
     held = sum(prod(shape) for _, shape in model_folder.headers(files, name).values())
-    tables = sum(buffer.nbytes for buffer in shape.build().buffers())
-    if shape.parameters > 2 * held:  # a head that is tied is stored once
+    try:
+        described, tables = shape.parameters, sum(buffer.nbytes for buffer in shape.build().buffers())
+    except UserError:
+        return
+    if described > 2 * held + _ROOM:  # a head that is tied is stored once
         raise UserError(
-            f"{name} does not fit its config.json, which describes {shape.parameters:,} weights, and its files hold "
+            f"{name} does not fit its config.json, which describes {described:,} weights, and its files hold "
             f"{held:,}: fetch the folder again"
         )
     if tables > max(_BUFFERS, 2 * held):
