@@ -22,16 +22,16 @@ from analysis.load import Loaded
 from analysis.roles import PLAIN
 from analysis.statistics.matched import curve
 
-SHARE = 0.8
-COLUMNS = ["family", "lost", "chosen", "second", "gains", "losses"]
+SHARE = 0.95
+COLUMNS = ["family", "lost", "chosen", "gains", "losses"]
 
 
 def ranking(loaded: Loaded, *, model: str, domain: str) -> tuple[float, pd.DataFrame]:
     """L in nats per token, and one row per family in the order of its loss at L; those without one come last.
 
-    lost            nats per token of general probe text at L; NaN for a family that never gains L
-    chosen, second  the setting with the least domain nats, and of the others the one whose gain is nearest to L
-    gains, losses   of each setting, {method: nats per token}
+    lost           nats per token of general probe text at L; NaN for a family that never gains L
+    chosen         the setting with the least domain nats
+    gains, losses  of each setting, {method: nats per token}
 
     Raises ValueError where plain fine-tuning was not probed, or no run that starts from the base.
     """
@@ -50,11 +50,9 @@ def ranking(loaded: Loaded, *, model: str, domain: str) -> tuple[float, pd.DataF
     level = SHARE * table[best[PLAIN]][0]
     for name, own in families(table).items():
         gains, losses = (np.array([table[method][k] for method in own]) for k in (0, 1))
-        others = [method for method in own if method != best[name]]
-        second = min(others, key=lambda method: abs(table[method][0] - level), default="")
         lost = float(curve(gains, losses).at(level, bound=True))
         about = [{method: table[method][k] for method in own} for k in (0, 1)]
-        rows.append((name, lost, best[name], second, *about))
+        rows.append((name, lost, best[name], *about))
     return level, pd.DataFrame(rows, columns=COLUMNS).sort_values("lost", kind="stable", ignore_index=True)
 
 

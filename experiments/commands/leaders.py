@@ -7,7 +7,7 @@ from methods.errors import UserError
 
 
 def main(study) -> None:
-    """Print, for each model and domain, the families in order, with each one's chosen and second setting."""
+    """Print, for each model and domain, the families in order, with each one's chosen setting."""
     loaded = load_cells(study.paths.results, cells.grid(study))
     if not loaded.comparisons:
         raise UserError("no cell of the grid has finished: run the study first")
@@ -23,4 +23,4 @@ def main(study) -> None:
         for _, row in table.iterrows():
             lost = "never gains it" if row["lost"] != row["lost"] else f"{row['lost']:+.4f}"
             each = ", ".join(f"{m} {g:.3f} {row['losses'][m]:+.4f}" for m, g in row["gains"].items())
-            print(f"  {row['family']:<{width}}  {lost:<14}  {row['chosen']}, {row['second']}   ({each})")
+            print(f"  {row['family']:<{width}}  {lost:<14}  {row['chosen']}   ({each})")
