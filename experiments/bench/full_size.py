@@ -100,7 +100,7 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
     of = {"tiny": size.tiny, "blocks": size.blocks}
     make = partial(sizes.build_named, size.model, device=device, dtype=torch.bfloat16, **of)
     vocabulary = size.shape.config.vocab_size
-    base = running.base_of(make, parts)
+    base = running.base_of(make, parts, whole=bool(size.blocks))
     among = shards if layout == "sharded" else Shards()
     common = {"base": base, "device": device, "shards": among, "compute_dtype": torch.bfloat16}
 
@@ -264,6 +264,8 @@ def _fitting(
 ) -> tuple[TrainSettings, dict]:
     """The settings, with checkpointing where only that fits, and what they are predicted to take."""
     room = _room(device, of_process=bool(size.blocks))
+    if room is not None and size.blocks:
+        room -= torch.bfloat16.itemsize * size.shape.parameters  # the base beside the model
     for checkpointing in (False, True):
         chosen = dataclasses.replace(settings, checkpointing=checkpointing)
         predicted = memory.predict(

@@ -89,9 +89,9 @@ class Peak:
         return 1024 * int(lines[of_process].split()[0])
 
 
-def base_of(make: Callable[[], nn.Module], parts: Sequence[Part]) -> dict[str, Tensor]:
-    """θ₀ of a new model on the CPU, where a study has it too, if a part keeps some of it; else nothing."""
-    if not any("importance" in part.capabilities for part in parts):
+def base_of(make: Callable[[], nn.Module], parts: Sequence[Part], *, whole: bool = False) -> dict[str, Tensor]:
+    """θ₀ of a new model on the CPU, where a study has it too, if a part keeps some of it or `whole`; else nothing."""
+    if not (whole or any("importance" in part.capabilities for part in parts)):
         return {}
     return {name: p.detach().to("cpu", copy=True) for name, p in base_parameters(make()).items()}
 

@@ -17,7 +17,7 @@ from analysis.machines import newest_gpu_check
 from analysis.report.beside import write_bench
 from experiments.__main__ import parser
 from experiments.bench import full_size, sizes
-from experiments.bench.running import process_group
+from experiments.bench.running import RESET, Peak, process_group
 from experiments.bench.stopwatch import Stopwatch
 from experiments.commands import gpu_check as command
 from experiments.commands.gpu_check import Record
@@ -328,3 +328,29 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
     assert "not measured, out of memory: Tried to allocate 1 GiB" in shown
     measured = whole["pieces"]["speed/llama3-8b/full/plain/2x32"]
     assert f"<td>{measured['tokens_per_second']:,.0f}</td>" in shown and "mofo, bfloat16 moments" in shown
+
+
+def test_a_slice_is_measured_on_a_cpu(tmp_path):
+    out = tmp_path / "slice.json"
+    assert run("--blocks", 1, "--models", "gptj-6b", "--methods", "full,ewc,l2_sp", "--out", out) == 0
+    found = pieces(out)
+    assert set(found) == {f"memory/gptj-6b/1-blocks/{method}/plain/1x32" for method in ("full", "ewc", "l2_sp")}
+    parameters = sizes.shape_named("gptj-6b", tiny=True, blocks=1).parameters
+    assert parameters < sizes.shape_named("gptj-6b", tiny=True).parameters
+    for name, piece in found.items():
+        memory = piece["memory"]
+        assert piece["status"] == "measured" and piece["blocks"] == 1
+        assert memory["bytes_a_weight"]["predicted"] == memory["predicted"]["total"] / parameters
+        for kind in ("weights", "masters", "gradients", "moments"):
+            assert memory["held"][kind] == pytest.approx(memory["predicted"][kind], rel=0.05), (name, kind)
+
+
+@pytest.mark.skipif(not RESET.exists(), reason="this system does not tell the peak of a process")
+def test_the_resident_peak_counts_what_came_and_went():
+    peak = Peak(CPU, resident=True)
+    torch.ones(1 << 26)  # 256 MiB
+    kept = torch.ones(1 << 24)
+    assert peak.bytes() == pytest.approx(1 << 28, rel=0.1)
+    again = Peak(CPU, resident=True)
+    assert again.bytes() < 1 << 25 and kept.sum() > 0
+    assert Peak(CPU).bytes() is None
