@@ -4,6 +4,7 @@
 # make demo    tiny random models through the whole pipeline (not a result)
 # make ui      refill MLflow's database from results/, then open its server
 # make bench   each fast path against its counterpart, ratios and figures in results/bench
+# make faults  a tiny study killed, cut short and starved for an hour: nothing may be lost
 # make study NAME=...   another study of experiments/studies
 SHELL := /bin/bash
 # The newest of the accepted versions that runs here; `make PYTHON=/path/to/python` names another one.
@@ -15,7 +16,7 @@ export DVC_NO_ANALYTICS := 1
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := true
 
-.PHONY: repro test test-all demo ui bench study setup clean-cells
+.PHONY: repro test test-all demo ui bench faults study setup clean-cells
 .DEFAULT_GOAL := repro
 
 setup: .venv/installed
@@ -49,6 +50,9 @@ test: setup
 
 bench: setup
 	@python -m experiments bench
+
+faults: setup
+	@python -m experiments faults
 
 ui: setup
 	@python -m experiments ui

@@ -6,8 +6,12 @@ python -m experiments export CELL [DIR]            an ordinary Hugging Face fold
 """
 
 import argparse
+import ctypes
 import errno
+import os
+import signal
 import sys
+from contextlib import nullcontext
 from importlib import import_module
 
 if sys.version_info < (3, 11):  # noqa: UP036 (before importing code that an older Python cannot read)
@@ -26,6 +30,7 @@ from methods.errors import UserError, lacks
 DISK_ERRORS = {
     getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ENOTDIR EISDIR ENAMETOOLONG".split()
 }
+PR_SET_PDEATHSIG = 1
 OURS = ("analysis", "evaluation", "experiments", "methods")
 
 
@@ -55,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if not command.study:
         call = _function(options.command, command)
         return (call(options) if command.add_options else call(**arguments)) or 0
-    from experiments.study import cells, config
+    from experiments.study import cells, config, failures
 
     study = config.load(getattr(options, "study", ""))
     if study.archive and not command.archive:
@@ -64,13 +69,14 @@ def run(options: argparse.Namespace) -> int:
             f"study {study.name} is an archive of commit {study.archive.commit[:10]}: its results are read ({reading}) "
             "and never run again; copy its folder under another name, without the block `archive:`, to run it"
         )
+    if not study.archive:
+        failures.find_killed(study)
     if command.alone:
         environment.alone(study)
     if "cell" in arguments:
         arguments["cell"] = cells.parse(options.cell, study)
-    if options.command in STAGES:
-        _check_stage(study, options.command, arguments)
-    return _function(options.command, command)(study, **arguments) or 0
+    with _stage(study, options.command, arguments) if options.command in STAGES else nullcontext():
+        return _function(options.command, command)(study, **arguments) or 0
 
 
 def _function(name: str, command: Command):
@@ -79,9 +85,12 @@ def _function(name: str, command: Command):
     return getattr(import_module(module), function or "main")
 
 
-def _check_stage(study, stage: str, arguments: dict) -> None:
-    """Refuse unknown names, and a stage whose inputs are not those of params.yaml; `prepare` also gets a cell."""
-    from experiments.study import cells, stale
+def _stage(study, stage: str, arguments: dict):
+    """What a stage runs in: it runs once at a time. `prepare` also gets a cell.
+
+    Refuses unknown names, and a stage whose inputs are not those of params.yaml.
+    """
+    from experiments.study import cells, failures, running, stale
     from methods.tools.names import unknown
 
     for kind, known in (("model", study.models), ("method", study.methods)):
@@ -93,14 +102,21 @@ def _check_stage(study, stage: str, arguments: dict) -> None:
     if cell := arguments.get("cell"):
         names = {"model": cell.model, "domain": cell.domain, "method": cell.method}
     stale.refuse(study, stage, **names)
+    seed = arguments.get("seed", cell.seed if cell else None)
     if stage == "prepare":  # it never sees the domain; a failure is recorded with the first cell that needs it
-        arguments["cell"] = cells.Cell(names["model"], study.grid.domains[0], names["method"], arguments["seed"])
+        cell = arguments["cell"] = cells.Cell(names["model"], study.grid.domains[0], names["method"], arguments["seed"])
+    if "DVC_STAGE" in os.environ and sys.platform == "linux":  # so that it stops when `dvc` is killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    numbered = [] if seed is None else [f"seed{seed}"]
+    of_cell = cell if stage in failures.RECORDED else None
+    return running.alone(study, stage, *names.values(), *numbered, cell=of_cell)
 
 
 def main() -> int:
     """Run the command of the command line; what a person can correct is one line, without a traceback."""
     options = parser().parse_args()
     study = getattr(options, "study", "")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by the system is handled like Ctrl-C
     try:
         return run(options)
     except UserError as error:
@@ -112,19 +128,19 @@ def main() -> int:
         if (error.name or "").partition(".")[0] in OURS:
             raise
         message = lacks(error)
-    except OSError as error:
+    except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
             return 1
-        if error.errno not in DISK_ERRORS:
-            raise
-        message = (
-            f"{error.filename or 'a file'}: {error.strerror.lower()}; correct the path, make it writable or free some "
-            "disk space, and run the same command again"
-        )
-    except (MemoryError, RuntimeError) as error:
-        from methods.errors import out_of_memory
+        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+            print(
+                f"error: {error.filename or 'a file'}: {error.strerror.lower()}; correct the path, make it writable or "
+                "free some disk space, and run the same command again",
+                file=sys.stderr,
+            )
+            return 2
+        from experiments.study.failures import lacked_memory
 
-        if not out_of_memory(error):
+        if not lacked_memory(error):
             raise
         message = (
             f"out of memory ({str(error).strip().partition(chr(10))[0] or 'MemoryError'}): lower evaluate.batch_size "

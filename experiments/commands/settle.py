@@ -20,7 +20,7 @@ from experiments.model import delta, settled, weights
 from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
 from experiments.stages.model import folder_of
-from experiments.study import provenance
+from experiments.study import provenance, whole
 from experiments.study.validation import HASHES
 from experiments.training import hardware, memory, settling
 from experiments.training.resume import Resume
@@ -100,7 +100,8 @@ def _settle(study, model: str, block: Any, folder) -> None:
     ).run(lambda gate: print(f"{model}: {told(gate)}", flush=True), begun=begun)
     holds = done["gates"][-1]["holds"]
     out.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(candidate, out)
+    with whole.file(out) as made:
+        shutil.copyfile(candidate, made)
     hashes = {"adapter_sha256": sha256(out), "sha256": delta.sha256_of(settled.candidate(folder, out))}
     write_json(
         out.parent / "settle.json",

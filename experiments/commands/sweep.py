@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 from analysis.families import families, family, member
 from experiments.commands import plan
 from experiments.stages import resolve
-from experiments.study import cells, config, pipeline
+from experiments.study import cells, config, pipeline, whole
 from experiments.study.params_text import read_yaml, with_methods
 from experiments.training.settings import TrainSettings
 from methods.errors import UserError
@@ -61,7 +61,7 @@ def main(study, *, method: str, knob: str, values: str, points: int | None = Non
     if new or added:
         text = with_methods(path.read_text(), blocks=new, grid=added, behind=method, where=path.name)
         _check(study, text)
-        path.write_text(text)
+        whole.write_text(path, text)
         study = config.load(study.name, root=study.paths.root)
     part, setting = knob.split(".", 1)
     for name, block in blocks.items():

@@ -6,6 +6,7 @@ from typing import Any
 
 from experiments.bench import command as bench
 from experiments.commands import gpu_check
+from experiments.faults import command as faults
 
 
 def argument(*names: str, **options: Any) -> tuple[tuple[str, ...], dict[str, Any]]:
@@ -228,6 +229,12 @@ COMMANDS = {
         help="test and measure this machine's GPU with random weights; needs no study",
         study=False,
         add_options=gpu_check.add_options,
+    ),
+    "faults": Command(
+        help="disturb a tiny study on purpose, and compare what is left with the undisturbed run; needs no study",
+        module="experiments.faults.command",
+        study=False,
+        add_options=faults.add_options,
     ),
     "bench": Command(
         help="time each fast path against its plain or library counterpart; needs no study",

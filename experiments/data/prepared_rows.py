@@ -23,7 +23,7 @@ PARTS = ("train", "evaluate", "general")
 
 
 def write_data(study, out_dir: Path) -> dict[str, Any]:
-    """Write the data of the domains in `study.grid` to `out_dir` and return the content of data.json.
+    """Write the data of the domains in `study.grid` to the folder `out_dir` and return the content of data.json.
 
     Raises a UserError that names the block for a missing source or column, a wrong gold answer, or an empty split.
     """

@@ -6,11 +6,9 @@ class's own forward, in which only what lies behind the decoder has weights. A d
 may be deleted at any time. Scores are the same with and without them.
 """
 
-import contextlib
 import gc
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from evaluation import encode, versions
 from evaluation.token_losses import HiddenRows, Labelled, hidden_rows
 from experiments.model import delta, weights
 from experiments.model.base import load_tensors
+from experiments.study import whole
 from methods.tools import architecture, model_folder
 
 CHECKED = 64  # rows of which the head's logits are compared with the base's
@@ -117,17 +116,13 @@ def _read(file: Path, counts: Sequence[int]) -> list[Tensor] | None:
             rows, digest = opened.get_tensor("rows"), opened.metadata()["sha256"]
     except (OSError, SafetensorError, LookupError, TypeError):
         return None
-    whole = len(rows) == sum(counts) and delta.sha256_of({"rows": rows}) == digest
-    return list(rows.split(list(counts))) if whole else None
+    undamaged = len(rows) == sum(counts) and delta.sha256_of({"rows": rows}) == digest
+    return list(rows.split(list(counts))) if undamaged else None
 
 
 def _write(file: Path, rows: Tensor) -> None:
-    part = file.with_suffix(f".{os.getpid()}.part")  # cells may be scored side by side
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"rows": rows}, part, metadata={"sha256": delta.sha256_of({"rows": rows})})
-        part.replace(file)
+        with whole.file(file) as made:
+            save_file({"rows": rows}, made, metadata={"sha256": delta.sha256_of({"rows": rows})})
     except (OSError, SafetensorError) as error:
         print(f"{file} cannot be written ({error}): the next model reads the texts with the base again", flush=True)
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)

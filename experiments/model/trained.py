@@ -10,10 +10,8 @@ A folder holds one training:
 
 import hashlib
 import json
-import os
 import shutil
 import sys
-import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from experiments.model.base import load_tensors
+from experiments.study import whole
 from methods.errors import UserError
 from methods.tools.files import folder_sha256, read_json, write_json, writing
 
@@ -37,21 +36,17 @@ def keep(store: Path, *, identity: dict, final: Mapping[str, Tensor], files: Pat
     files     the folder in which the parts saved what they keep beside the weights
     Where the disk does not take it, a line on stderr says so; the cell is finished, and other cells train again.
     """
-    fresh = store.with_name(f"{store.name}.{uuid.uuid4().hex[:8]}")
-    out = fresh / "out"
     try:
-        shutil.copytree(files, out / "files")
-        with writing(out / "weights.safetensors"):
-            save_file({name: tensor.contiguous() for name, tensor in final.items()}, out / "weights.safetensors")
-        write_json(out / "record.json", record)
-        write_json(fresh / "manifest.json", {"identity": identity, "sha256": folder_sha256(out)})
-        shutil.rmtree(store, ignore_errors=True)
-        os.replace(fresh, store)
+        with whole.folder(store) as made:
+            out = made / "out"
+            shutil.copytree(files, out / "files")
+            with writing(out / "weights.safetensors"):
+                save_file({name: tensor.contiguous() for name, tensor in final.items()}, out / "weights.safetensors")
+            write_json(out / "record.json", record)
+            write_json(made / "manifest.json", {"identity": identity, "sha256": folder_sha256(out)})
     except OSError as error:
         if not is_kept(store, identity=identity):  # else another process has kept the same training meanwhile
             print(f"the training is not kept for other cells: {error}; they train again", file=sys.stderr, flush=True)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def is_kept(store: Path, *, identity: dict) -> bool:
@@ -72,5 +67,6 @@ def load(store: Path, *, files: Path) -> tuple[Mapping[str, Tensor], dict]:
 def prune(folder: Path, *, used: Collection[Path | None]) -> None:
     """Remove every training MODEL/DOMAIN/SEED/NAME below `folder` that is not among `used`."""
     for store in folder.glob("*/*/*/*"):
-        if store.with_name(store.name.partition(".")[0]) not in used:
+        named = store.name.lstrip(".").partition("-")[0]  # .NAME-1234.part is being written
+        if store.with_name(named) not in used:
             shutil.rmtree(store, ignore_errors=True)

@@ -12,8 +12,6 @@ model that keeps its dtype, and one copy of a model that is cast. Files of at mo
 """
 
 import json
-import shutil
-import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -37,6 +35,7 @@ from experiments.model.attention import with_sdpa
 from experiments.model.base import load_tensors
 from experiments.model.delta import sha256_of
 from experiments.model.shape import Shape
+from experiments.study import whole
 from methods.errors import UserError, out_of_memory, shortened
 from methods.tools import files, model_folder
 from methods.tools.files import need_room, writing
@@ -79,13 +78,8 @@ def building(name: str, out: Path) -> Iterator[tuple[Path, Path]]:
     """A scratch folder and an empty one that becomes `out` at the end, whole or not at all; errors name the model."""
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as fresh, quiet():
-            scratch, made = Path(fresh) / "scratch", Path(fresh) / "made"
-            scratch.mkdir()
-            made.mkdir()
+        with whole.beside(out) as scratch, whole.folder(out) as made, quiet():
             yield scratch, made
-            shutil.rmtree(out, ignore_errors=True)
-            made.replace(out)
     except UserError as error:
         raise UserError(f"model {name!r}: {error}") from error
     except OSError as error:
@@ -152,6 +146,17 @@ def tensor_sha256(folder: Path) -> str:
     It does not depend on how the tensors are divided among files.
     """
     return sha256_of(load_tensors(_checked(Path(folder))))
+
+
+def verified(folder: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors of a model's folder, as stored. Raises UserError where they are not those of its base.json."""
+    stated = files.read_json(folder / "base.json", "sha256")["sha256"]
+    if tensor_sha256(folder) != stated:
+        raise UserError(
+            f"the weights in {folder} are not those of its base.json, {stated[:12]}: something has changed the file; "
+            f"make it again with `dvc repro --force --single-item model@{folder.name}`"
+        )
+    return load_tensors(folder)
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:

@@ -1,10 +1,9 @@
 """data: rows of domains and tasks, split once; rendered for training, kept raw for scoring."""
 
-import shutil
-
 from experiments.data.prepared_rows import write_data
+from experiments.study import whole
 
 
 def main(study) -> None:
-    shutil.rmtree(study.paths.data, ignore_errors=True)
-    write_data(study, study.paths.data)
+    with whole.folder(study.paths.data) as made:
+        write_data(study, made)

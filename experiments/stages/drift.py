@@ -4,6 +4,7 @@ from experiments.model import drift, tuned
 from experiments.model.base import load_tensors
 from experiments.model.delta import verified
 from experiments.model.shape import shape_of
+from experiments.study.distrust import distrusted
 from experiments.training import hardware
 from methods.tools.files import read_json, write_json
 from methods.tools.importance import totals
@@ -12,19 +13,19 @@ from methods.tools.stored import load_importance
 
 def main(study, cell) -> None:
     folder, out = study.paths.model(cell.model), study.paths.weights(cell)
-    tensors, digest = tuned.tensors(out, folder=folder)
-    base = load_tensors(folder)
-    model = shape_of(cell.model, study.models[cell.model], folder).build()
     against, importance = _importance(study, cell)
-    measured = drift.measure(
-        base=base,
-        tuned=verified(tensors, sha256=digest, what=out),
-        roles=drift.roles(model),
-        importance=importance,
-        factors=tuned.factors(out),
-        still=base.keys() - set(tensors.changed),
-        device=hardware.device(study.device),
-    )
+    with distrusted(folder, out):
+        tensors, digest = tuned.tensors(out, folder=folder)
+        base = load_tensors(folder)
+        measured = drift.measure(
+            base=base,
+            tuned=verified(tensors, sha256=digest, what=out),
+            roles=drift.roles(shape_of(cell.model, study.models[cell.model], folder).build()),
+            importance=importance,
+            factors=tuned.factors(out),
+            still=base.keys() - set(tensors.changed),
+            device=hardware.device(study.device),
+        )
     write_json(
         study.paths.run(cell) / "drift.json",
         {

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 
 from evaluation import harness
+from experiments.data.damage import refuse_damaged
 from experiments.model import reference as references
 from experiments.model import tuned, weights
 from experiments.model.base import dtype_of
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
 from experiments.stages.model import folder_of
-from experiments.study import ahead, chat_templates, ledger, provenance
+from experiments.study import ahead, chat_templates, ledger, provenance, whole
+from experiments.study.distrust import distrusted
 from experiments.study.failures import recorded
 from experiments.training import hardware, improvable
 from methods.errors import UserError
@@ -26,6 +28,9 @@ from methods.tools.files import read_json, sha256, write_json
 def base(study, *, model: str) -> None:
     """Score the bare model once, on the tasks of every domain of the grid."""
     folder, (dtype, where) = study.paths.model(model), _computing(study, model)
+    with distrusted(folder, study.paths.data):
+        refuse_damaged(study.paths.data, "evaluate")
+        weights.verified(folder)
     # the first stage that has both rows and tokenizer: refuse now, and not after hours of preparation
     known = {
         "shape": shape_of(model, study.models[model], folder),
@@ -88,8 +93,10 @@ def main(study, cell) -> None:
         dtype, where = _computing(study, cell.model)
         paths = study.paths
         folder, tasks = paths.model(cell.model), paths.data / "evaluate" / cell.domain
-        base = _reference(study, folder, tasks=tasks, dtype=dtype, device=where)
-        model, digest = tuned.load(paths.weights(cell), folder=folder, dtype=dtype, device=where)
+        with distrusted(folder, paths.data, paths.weights(cell)):
+            refuse_damaged(paths.data, f"evaluate/{cell.domain}")
+            base = _reference(study, folder, tasks=tasks, dtype=dtype, device=where)
+            model, digest = tuned.load(paths.weights(cell), folder=folder, dtype=dtype, device=where)
         if digest == read_json(folder / "base.json", "sha256")["sha256"]:
             base = model  # nothing was changed, which is to be 0 and not a rounding error
         _score(study, cell.model, model, digest, tasks=tasks, out=paths.run(cell), reference=base)
@@ -132,20 +139,27 @@ def _score(
     study, model_name: str, model: torch.nn.Module, digest: str, *, tasks: Path, out: Path, reference: Any
 ) -> None:
     """Score a model whose weights have the hash `digest`, and write scores, items and costs to `out`."""
+    files = ("items.csv.gz", "evaluate.json", "scores.json")
+    for name in files:  # what there is belongs together, also where this is an evaluation by hand that is killed
+        (out / name).unlink(missing_ok=True)
     where = hardware.device(study.device)
     hardware.reset_peak(where)
     began = perf_counter()
     scores, items = _scores(study, model_name, model, digest, tasks=tasks, reference=reference)
     seconds = perf_counter() - began
-    harness.save(scores, items, out)
-    write_json(
-        out / "evaluate.json",
-        {
-            "seconds_evaluate": seconds,
-            "peak_memory_bytes": hardware.peak_memory_bytes(where),
-            "hardware": hardware.describe(where),
-            "versions": provenance.versions(),
-            "git": provenance.git(study.paths.root),
-            "when": provenance.now(),
-        },
-    )
+    with whole.beside(out) as made:
+        harness.save(scores, items, made)
+        write_json(
+            made / "evaluate.json",
+            {
+                "seconds_evaluate": seconds,
+                "peak_memory_bytes": hardware.peak_memory_bytes(where),
+                "hardware": hardware.describe(where),
+                "versions": provenance.versions(),
+                "git": provenance.git(study.paths.root),
+                "when": provenance.now(),
+            },
+        )
+        out.mkdir(exist_ok=True)
+        for name in files:  # the scores last: with them the others are there
+            (made / name).replace(out / name)

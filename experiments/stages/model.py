@@ -7,7 +7,6 @@ link, because DVC and `materialise` delete the old files before they write new o
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from hashlib import md5
@@ -16,7 +15,7 @@ from pathlib import Path
 from experiments.model import settled
 from experiments.model.weights import building, materialise
 from experiments.stages import resolve
-from experiments.study import lock
+from experiments.study import lock, whole
 from methods.errors import UserError
 from methods.tools.files import need_room
 
@@ -48,10 +47,9 @@ def folder_of(study, model: str) -> Iterator[Path]:
     if found := made_before(study, model, own=True):
         yield found
         return
-    own.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=own.parent, prefix=f".{own.name}-") as fresh:
-        make(study, model, Path(fresh) / own.name)
-        yield Path(fresh) / own.name
+    with whole.beside(own) as fresh:
+        make(study, model, fresh / own.name)
+        yield fresh / own.name
 
 
 def made_before(study, model: str, *, own: bool = False) -> Path | None:
@@ -85,10 +83,7 @@ def take_over(source: Path, out: Path) -> None:
 
     `out` appears whole or not at all.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as fresh:
-        made = Path(fresh) / "made"
-        made.mkdir()
+    with whole.folder(out) as made:
         for file in sorted(source.iterdir()):
             if file.suffix == ".safetensors":
                 try:
@@ -97,5 +92,3 @@ def take_over(source: Path, out: Path) -> None:
                 except OSError:  # another disk, or one without hard links
                     need_room(made, file.stat().st_size, f"a copy of {file}")
             shutil.copyfile(file, made / file.name)
-        shutil.rmtree(out, ignore_errors=True)
-        made.replace(out)

@@ -7,6 +7,9 @@ Cells with another seed, domain or strength reuse it, and their records say so.
 import shutil
 from pathlib import Path
 
+from experiments.data.damage import refuse_damaged
+from experiments.study import whole
+from experiments.study.distrust import distrusted
 from experiments.study.failures import recorded
 from experiments.training import processes
 from methods.part import TENSORS, prepares
@@ -18,7 +21,8 @@ GENERAL = "general.jsonl"  # a copy of general text, for parts that read it whil
 def main(study, *, model: str, method: str, seed: int, cell) -> None:
     needed = any(map(prepares, study.methods[method].parts))
     if needed and (count := processes.to_start(study.models[model])):
-        processes.start(count, ["prepare", model, method, str(seed), "--study", study.name])
+        with recorded(study, cell, "prepare"):
+            processes.start(count, ["prepare", model, method, str(seed), "--study", study.name])
         return
     with recorded(study, cell, "prepare"):
         _prepare(study, model, method, seed)
@@ -27,23 +31,30 @@ def main(study, *, model: str, method: str, seed: int, cell) -> None:
 
 def _prepare(study, model: str, method: str, seed: int) -> None:
     out = study.paths.prepared(model=model, method=method, seed=seed)
+    with distrusted(study.paths.data):
+        refuse_damaged(study.paths.data, "general/importance.jsonl", "general/replay.jsonl")
     costs_file = study.paths.prepare_costs(model=model, method=method, seed=seed)
+    if processes.first():
+        costs_file.unlink(missing_ok=True)  # it is there with what it describes alone
     if not any(map(prepares, study.methods[method].parts)):
-        shutil.rmtree(out, ignore_errors=True)
-        write_json(out / "prepared.json", {})
+        with whole.folder(out) as made:
+            write_json(made / "prepared.json", {})
+            _copy_general(study, method, made)
         nothing = {"seconds_prepare": 0.0, "tokens_prepare": 0, "peak_memory_bytes": 0, "added": {}, "reused": False}
         write_json(costs_file, nothing | {f"bytes_{kind}": 0 for kind in TENSORS})
-        _copy_general(study, method, out)
         return
     # a method that prepares nothing needs neither transformers nor lm-eval, which take seconds to import
+    from experiments.model import weights
     from experiments.training import prepared
 
+    with distrusted(study.paths.model(model), study.paths.data):
+        weights.verified(study.paths.model(model))
     store, reused = prepared.stored(study, model, method, seed)
     if processes.first():
-        shutil.rmtree(out, ignore_errors=True)
-        shutil.copytree(store / "out", out)
+        with whole.folder(out) as made:
+            shutil.copytree(store / "out", made, dirs_exist_ok=True)
+            _copy_general(study, method, made)
         write_json(costs_file, read_json(store / "costs.json") | {"reused": reused})
-        _copy_general(study, method, out)
 
 
 def _copy_general(study, method: str, out: Path) -> None:

@@ -12,14 +12,16 @@ from torch import Tensor
 
 import evaluation
 from evaluation.probe import load_probes, probe
+from experiments.data.damage import refuse_damaged
 from experiments.model import trained, tuned, weights
-from experiments.model.base import dtype_of, load_tensors
+from experiments.model.base import dtype_of
 from experiments.model.measure import Measure
 from experiments.model.positions import refuse_long_rows
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
 from experiments.stages.prepare import GENERAL
-from experiments.study import ledger, provenance
+from experiments.study import ledger, provenance, whole
+from experiments.study.distrust import distrusted
 from experiments.study.failures import recorded
 from experiments.training import hardware, hooks, memory, processes
 from experiments.training.engine import final_weights, finish, fit
@@ -37,7 +39,8 @@ COLUMNS = ["step", "tokens", "seconds", "loss", "grad_norm", "penalty", "learnin
 
 def main(study, cell) -> None:
     if count := processes.to_start(study.models[cell.model]):
-        processes.start(count, ["train", cell.name, "--study", study.name])
+        with recorded(study, cell, "train"):
+            processes.start(count, ["train", cell.name, "--study", study.name])
         return
     with recorded(study, cell, "train"):
         _train(study, cell)
@@ -50,13 +53,18 @@ def _train(study, cell) -> None:
     where = hardware.device(study.device)
     shards = processes.join(where)
     folder, out, probes = paths.model(cell.model), paths.weights(cell), paths.data / "train" / cell.domain / "probe"
-    base, info = load_tensors(folder), read_json(folder / "base.json", "sha256", "dtype")
+    prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
+    with distrusted(folder, paths.data, prepared):
+        refuse_damaged(paths.data, f"train/{cell.domain}")
+        base, info = weights.verified(folder), read_json(folder / "base.json", "sha256", "dtype")
     computing = study.compute_dtype(cell.model, dtype_of(info), where)
     measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=shards)
     identity = _identity(study, cell, info=info, where=where, computing=computing)
     store = resolve.store_of(study, cell)
     reused = shards.broadcast(shards.first and store is not None and trained.is_kept(store, identity=identity))
     if shards.first:
+        for name in ("train.json", "curve.csv"):  # they are there with the weights that they describe alone
+            (paths.run(cell) / name).unlink(missing_ok=True)
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
     if reused:
@@ -239,9 +247,8 @@ def _everywhere(shards: Shards, count: int) -> int:
 
 def write_curve(path: Path, curve: list[dict]) -> None:
     """A CSV file of the loop's columns and then the probes'; a probe's field is empty where a step was not probed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     probes = sorted({key for row in curve for key in row if key.startswith("probe_")})
-    with path.open("w", newline="") as file:
+    with whole.file(path) as made, made.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS + probes, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(curve)

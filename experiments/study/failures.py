@@ -1,10 +1,15 @@
 """Record why a cell failed, so that a failure is never a zero and never missing."""
 
 import errno
+import os
+import re
 import signal
-import time
 from contextlib import contextmanager
+from pathlib import Path
 
+from safetensors import SafetensorError
+
+from experiments.study import cells, running
 from experiments.study.advice import of_study
 from experiments.study.provenance import git, now
 from experiments.study.screen import shown
@@ -12,6 +17,10 @@ from experiments.training import processes
 from experiments.training.log import TrainingFailed
 from methods.errors import MissingInput, UserError, out_of_memory
 from methods.tools.files import read_json, write_json
+
+RECORDED = ("prepare", "train", "evaluate")
+AGAIN = "`dvc repro` continues with this cell"
+_FOR_THREAD_OR_FILE = re.compile(r"start new thread|os error 12\b")
 
 
 @contextmanager
@@ -21,22 +30,28 @@ def recorded(study, cell, stage: str):
     A missing input leaves no record, because the cell may be complete from an earlier run.
     """
     path = study.paths.failure(cell)
-    began = time.time()
+    before = running.stamp(path)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by the system is handled like Ctrl-C
     try:
         yield
     except KeyboardInterrupt:
-        kind, reason = "interrupted", f"stopped during {stage}; `dvc repro` continues with this cell"
-        if not processes.first() or (path.exists() and path.stat().st_mtime > began):
+        kind, reason = "interrupted", f"stopped during {stage}; {AGAIN}"
+        if not processes.first() or running.stamp(path) != before:
             raise  # another process of this run failed and has recorded the reason
     except TrainingFailed as error:
         kind, reason = "nan", str(error)
     except MissingInput as error:
         raise UserError(f"{cell.name}: {error}") from error
+    except processes.Killed as error:
+        if running.stamp(path) != before:
+            raise  # another one has recorded the reason
+        kind, reason = "killed", f"{error}, by the system or by hand; {AGAIN}"
+    except processes.Failed:
+        raise  # it has recorded its reason, if there is one to record
     except UserError as error:
         kind, reason = "error", str(error)
     except Exception as error:
-        if out_of_memory(error):
+        if lacked_memory(error):
             kind = "out of memory"
             reason = (
                 f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
@@ -46,20 +61,49 @@ def recorded(study, cell, stage: str):
             at = f" ({error.filename})" if error.filename else ""
             kind, reason = "error", f"the disk is full{at}: free some space, then run `dvc repro` again"
         else:  # a fault of the program: recorded for the report, and the traceback is still shown
-            write_json(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
+            _write(path, _record(study, cell, stage, "error", f"{type(error).__name__}: {_first_line(error)}"))
             raise
     else:
         if processes.first() and path.exists() and read_json(path).get("stage") == stage:
             path.unlink()
         return
     reason = of_study(reason, study.name)
-    write_json(path, _record(study, cell, stage, kind, reason))
+    _write(path, _record(study, cell, stage, kind, reason))
     raise UserError(f"{cell.name}: {reason}")
 
 
 def keep(study, cell, *, stage: str, kind: str, reason: str) -> None:
     """Record a failure that the stage could not record itself, because its process was killed or never began."""
-    write_json(study.paths.failure(cell), _record(study, cell, stage, kind, of_study(reason, study.name)))
+    _write(study.paths.failure(cell), _record(study, cell, stage, kind, of_study(reason, study.name)))
+
+
+def lacked_memory(error: BaseException) -> bool:
+    """Whether memory ran out: for a tensor, for a thread, or for the mapping of a file."""
+    if isinstance(error, RuntimeError | SafetensorError) and _FOR_THREAD_OR_FILE.search(str(error)):
+        return True
+    return out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+
+
+def find_killed(study) -> None:
+    """Record the stages of cells that were killed, which could not do it themselves."""
+    for stage, names, about in running.left(study):
+        if stage == "prepare":  # recorded with the first cell that needs it
+            names = [names[0], study.grid.domains[0], *names[1:]]
+        try:
+            cell = cells.parse("/".join(names), study)
+        except UserError:  # a stage of no cell, or a cell that params.yaml no longer has
+            continue
+        if stage not in RECORDED or running.stamp(study.paths.failure(cell)) != about.get("record"):
+            continue  # who started it has recorded it
+        reason = f"killed during {stage}, or stopped by a full disk before it could say more"
+        if about.get("ended") is not None and (running.ended() or 0) > about["ended"]:
+            reason += (
+                "; the system has ended processes for want of memory since it began: lower train.micro_batch or "
+                "train.length, or set train.checkpointing: true"
+            )
+        reason += f"; {AGAIN}"
+        record = _record(study, cell, stage, "killed", of_study(reason, study.name))
+        _write(study.paths.failure(cell), record | {"when": about.get("when", record["when"])})
 
 
 def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
@@ -71,6 +115,12 @@ def _record(study, cell, stage: str, kind: str, reason: str) -> dict:
     parts = {part.key: part.settings() for part in study.methods[cell.method].parts}
     record = {"cell": cell.name, "stage": stage, "kind": kind, "reason": shown(reason), "when": now()}
     return record | {"git": git(study.paths.root), "settings": settings, "parts": parts}
+
+
+def _write(path: Path, record: dict) -> None:
+    own = path.with_name(f".{path.name}.{os.getpid()}")  # several processes of a run may fail at once
+    write_json(own, record)
+    os.replace(own, path)
 
 
 def _first_line(error: BaseException) -> str:

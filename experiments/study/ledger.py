@@ -5,9 +5,9 @@ the weights came out equal bit for bit.
 """
 
 import json
+from contextlib import suppress
 
 from experiments.study.provenance import now
-from methods.tools import jsonl
 from methods.tools.files import read_json
 
 
@@ -18,13 +18,18 @@ def _path(study):
 def note(study, *, stage: str, cell: str, weights: str) -> None:
     path = _path(study)
     path.parent.mkdir(parents=True, exist_ok=True)
+    line = json.dumps({"stage": stage, "cell": cell, "weights": weights, "when": now()})
     with path.open("a") as file:
-        file.write(json.dumps({"stage": stage, "cell": cell, "weights": weights, "when": now()}) + "\n")
+        file.write(f"\n{line}\n")  # on a line of its own, also behind one that was cut off
 
 
 def entries(study) -> list[dict]:
-    """What `note` wrote of this study, in order."""
-    return jsonl.read(_path(study)) if _path(study).is_file() else []
+    """What `note` wrote of this study, in order; a line that was cut off, as on a full disk, is passed over."""
+    found = []
+    for line in _path(study).read_bytes().splitlines() if _path(study).is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [entry for entry in found if isinstance(entry, dict) and {"cell", "when"} <= entry.keys()]
 
 
 def verdict(study, cell, metrics: dict | None) -> str:

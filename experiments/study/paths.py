@@ -83,6 +83,11 @@ class Paths:
         return self.local / "trained" / (self.study or "default")
 
     @property
+    def running(self) -> Path:
+        """A file for each stage that runs; of this root alone, whose results they are about."""
+        return self.root / "work" / "local" / "running" / (self.study or "default")
+
+    @property
     def resume(self) -> Path:
         """Checkpoints of interrupted runs."""
         return self.local / "resume" / (self.study or "default")

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from experiments.model import drift
 from experiments.stages import resolve
-from experiments.study import cells, inheritance, stale
+from experiments.study import cells, inheritance, stale, whole
 from experiments.study.advice import of_study
 from experiments.study.config import also
 from experiments.study.paths import Paths
@@ -118,7 +118,7 @@ def main(study) -> None:
     path = study.paths.folder / "dvc.yaml"
     text = rendered(study)
     if not path.is_file() or path.read_text() != text:
-        path.write_text(text)
+        whole.write_text(path, text)
         print(f"wrote {path.relative_to(study.paths.root)}")
     if difference := stale.forget(study):
         print(of_study(f"{difference}: `dvc repro` looks at all settings again", study.name))

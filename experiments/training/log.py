@@ -70,9 +70,11 @@ class Log:
             row |= dict(zip(keys, values[i * len(keys) :], strict=False))
             used = mfu(flops, seconds, self._peak)
             self.curve.append(row | {"seconds": self.seconds, "tokens_per_second": tokens / seconds, "mfu": used})
-            if not math.isfinite(row["loss"]):
+            broken = "loss" if not math.isfinite(row["loss"]) else "gradient's norm"
+            if broken == "loss" or math.isnan(row.get("grad_norm", 0.0)):  # before the weights are in a checkpoint
+                value = row["loss" if broken == "loss" else "grad_norm"]
                 raise TrainingFailed(
-                    f"{self._name}: the loss is {row['loss']} at step {row['step']} of {self._steps}; "
+                    f"{self._name}: the {broken} is {value} at step {row['step']} of {self._steps}; "
                     f"lower train.learning_rate ({self._rate}) or a part's strength"
                 )
         self._bar.set_postfix(

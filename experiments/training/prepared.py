@@ -1,9 +1,8 @@
 """Preparations in the local store, each by the hash of everything that it depends on, and what a training loads."""
 
-import os
 import shutil
-import uuid
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from experiments.model.base import dtype_of, load_tensors
 from experiments.model.positions import refuse_documents_without_a_label, refuse_long_documents
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
-from experiments.study import provenance
+from experiments.study import provenance, whole
 from experiments.training import hardware, memory, preparation, processes
 from experiments.training.progress import bar
 from experiments.training.resume import Resume
@@ -38,20 +37,18 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     shards = processes.join(where)
     key = store_key(study, model, method, seed, where)
     store = study.paths.local / "prepared" / key
-    whole = shards.first and _whole(store)
-    if shards.broadcast(whole):
+    if shards.broadcast(shards.first and _whole(store)):
         return store, True
-    fresh = store.with_name(f"{store.name}.{shards.broadcast(uuid.uuid4().hex[:8])}")
     if shards.first:
-        shutil.rmtree(store, ignore_errors=True)
         need_room(
             study.paths.work, 2 * _expected_bytes(study, model, method), f"the preparation of {method} on {model}"
         )
-    costs = _compute(study, model, method, seed, fresh / "out", key=key, shards=shards)
+    with whole.folder(store) if shards.first else nullcontext(store) as made:
+        costs = _compute(study, model, method, seed, made / "out", key=key, shards=shards)
+        if shards.first:
+            write_json(made / "costs.json", costs)
+            write_json(made / "manifest.json", {"sha256": folder_sha256(made / "out")})
     if shards.first:
-        write_json(fresh / "costs.json", costs)
-        write_json(fresh / "manifest.json", {"sha256": folder_sha256(fresh / "out")})
-        os.replace(fresh, store)  # complete, or not there at all
         shutil.rmtree(study.paths.resume / "prepare" / key, ignore_errors=True)
     shards.barrier()
     return store, False

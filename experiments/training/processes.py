@@ -19,6 +19,14 @@ PR_SET_PDEATHSIG = 1
 STARTED = "TORCHELASTIC_RUN_ID"  # the environment variable that torchrun sets
 
 
+class Failed(UserError):
+    """A process of this run failed, after it had given its reason."""
+
+
+class Killed(Failed):
+    """A process of this run was ended by a signal, so that it gave no reason."""
+
+
 def join(device: torch.device) -> Shards:
     """This process among those that torchrun started, or a single process where it did not."""
     if STARTED not in os.environ:
@@ -50,8 +58,9 @@ def to_start(model) -> int | None:
 def start(count: int, arguments: list[str]) -> None:
     """Run `python -m experiments ARGUMENTS` in `count` processes on this machine, as torchrun would.
 
-    Raises UserError where one of them fails, which has then printed its own error.
+    Raises `Failed` where one of them fails, and `Killed` where one is killed.
     """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -63,4 +72,8 @@ def start(count: int, arguments: list[str]) -> None:
         elastic_launch(config, sys.executable)("-m", "experiments", *arguments)
     except ChildFailedError as error:
         number, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
-        raise UserError(f"process {number} of {count} failed with exit status {failure.exitcode}") from None
+        if failure.exitcode < 0:
+            raise Killed(f"process {number} of {count} was killed by signal {-failure.exitcode}") from None
+        raise Failed(f"process {number} of {count} failed with exit status {failure.exitcode}") from None
+    except SignalException:  # torchrun's own word for a stop, after it has stopped the processes
+        raise KeyboardInterrupt from None

@@ -1,0 +1,1 @@
+"""Disturb a tiny study on purpose, again and again: no result may be lost, halved or taken for another."""

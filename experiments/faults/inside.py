@@ -1,0 +1,18 @@
+"""What goes wrong inside a command's own process."""
+
+import torch
+
+from experiments.training import update
+
+
+def gradient_is_not_a_number(step: int) -> None:
+    """One entry of one gradient is NaN at a step, counted from 0, as an overflow or a broken chip leaves it."""
+    clip, done = update.clip, [0]
+
+    def broken(run, limit):
+        if done[0] == step:
+            next(iter(run.weights.values())).grad.view(-1)[0] = torch.nan
+        done[0] += 1
+        return clip(run, limit)
+
+    update.clip = broken
