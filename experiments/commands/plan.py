@@ -106,6 +106,12 @@ def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
     }
 
 
+def refuse_models(study) -> None:
+    """Refuse a study whose models, as far as their sizes are known, have no room on the disk."""
+    known = [name for name in study.grid.models if ahead.known_shape(study, name)]
+    room.of(study, models={name: _Model(study=study, name=name).bytes for name in known}, prepared=0, cells=0).refuse()
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Model:
     """A model of the grid without its weights: its FLOPs and bytes, and the rate at which it trains."""

@@ -11,7 +11,10 @@ from importlib import import_module
 
 
 def main(study) -> int:
-    """Run the study; the exit status is DVC's: a cell that fails is recorded, and the others go on."""
+    """Run the study; the exit status is DVC's: a cell that fails is recorded, and the others go on.
+
+    Raises UserError before anything is written where the disk has no room for the models that are not here yet.
+    """
     import networkx
     from dvc.cli import main as dvc
 
@@ -27,6 +30,10 @@ def main(study) -> int:
     if study.name and committed(path):
         print(f"study {study.name} is up to date: the committed results are those of this code and these settings")
         return 0
+    if any(not (study.paths.model(name) / "base.json").is_file() for name in study.grid.models):
+        from experiments.commands import plan  # imports torch
+
+        plan.refuse_models(study)
     reproduce.plan_repro = cell_by_cell
     return dvc(["repro", "-k", path])
 

@@ -1,5 +1,7 @@
 """drift: one drift.json a cell, with how far its weights moved, in which directions, and how important these are."""
 
+from time import perf_counter
+
 from experiments.model import drift, tuned
 from experiments.model.base import load_tensors
 from experiments.model.delta import verified
@@ -12,6 +14,7 @@ from methods.tools.stored import load_importance
 
 
 def main(study, cell) -> None:
+    began = perf_counter()
     folder, out = study.paths.model(cell.model), study.paths.weights(cell)
     against, importance = _importance(study, cell)
     with distrusted(folder, out):
@@ -38,6 +41,10 @@ def main(study, cell) -> None:
         }
         | measured,
     )
+    seconds, record = perf_counter() - began, study.paths.run(cell) / "train.json"
+    trained = read_json(record).get("seconds_train") if record.is_file() else None
+    share = f", {seconds / trained:.1%} of the training" if trained else ""
+    print(f"{cell.name}: drift in {seconds:.1f} s{share}", flush=True)
 
 
 def _importance(study, cell) -> tuple[dict | None, dict | None]:

@@ -7,7 +7,7 @@ from collections import namedtuple
 import pytest
 from ruamel.yaml import YAML
 
-from experiments.commands import plan
+from experiments.commands import plan, repro
 from experiments.data import expected
 from experiments.model import weights
 from experiments.study import config, room
@@ -55,6 +55,16 @@ def test_full_size_fits_into_40_gb_and_24_gb_of_memory(tmp_path, monkeypatch, ca
         UserError, match=r"too little disk: 26\.\d GiB would be written \(models 26.2 GiB.* 26.1 GiB are"
     ):
         plan.main(study(tmp_path), as_json=True)
+    assert not (tmp_path / "work" / "models").exists()
+
+
+def test_a_study_without_room_for_its_models_is_not_begun(tmp_path, monkeypatch):
+    with_free(monkeypatch, 26 * GB)  # enough for either of them
+    monkeypatch.setattr(repro, "committed", lambda path: False)
+    with pytest.raises(
+        UserError, match=r"too little disk: 26.2 GiB would be written \(models 26.2 GiB\), and 24.2 GiB"
+    ):
+        repro.main(study(tmp_path))
     assert not (tmp_path / "work" / "models").exists()
 
 
