@@ -2,8 +2,8 @@
 
 The training of a matrix is its three products (forward, and the gradients of inputs and of weights) for 65,536 tokens
 in bf16, of which an eighth is timed; the optimizer and all that lies between matrices are left out. Drift is every
-measure of the matrix. Its effective rank is exact up to a width of 1,024 and estimated beyond, or read from an adapter's
-factors; how far the estimate is from the exact value is among the facts.
+measure of the matrix. Its effective rank is exact up to a width of 1,024 and estimated beyond, or read from the factors
+of an adapter; how far the estimate is from the exact value is among the facts.
 """
 
 from collections.abc import Iterator
