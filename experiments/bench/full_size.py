@@ -7,14 +7,15 @@ The goals are stated for one H200 (docs/gpu-check.md); a goal that is missed is 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from types import SimpleNamespace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from experiments.bench import running, sizes
@@ -22,7 +23,7 @@ from experiments.bench.sizes import Skipped
 from experiments.bench.stopwatch import Stopwatch
 from experiments.model.shape import Shape
 from experiments.training import hardware, memory
-from experiments.training.engine import FitResult
+from experiments.training.engine import FitResult, final_weights
 from experiments.training.hardware import mfu
 from experiments.training.settings import TrainSettings
 from methods.mofo import MoFO
@@ -74,8 +75,29 @@ class Size:
         return self.rows * self.length
 
 
-def steps(size: Size, *, method: str, layout: str, device: torch.device, shards: Shards) -> dict:
-    """Prepare one method in one layout and train it in steps of one micro-batch. Raises Skipped if it will not fit."""
+def steps(size: Size, *, device: torch.device, **given: Any) -> dict:
+    """Prepare one method in one layout and train it in steps of one micro-batch. Raises Skipped if it will not fit.
+
+    given   the name of the `method`, the `layout` ("plain" or "sharded"), and `shards`
+    """
+    of = {"tiny": size.tiny, "blocks": size.blocks}
+    make = partial(sizes.build_named, size.model, device=device, dtype=torch.bfloat16, **of)
+    if not size.blocks:
+        return _steps(size, make=make, base=None, device=device, **given)
+    with running.mapped(make, dtype=torch.bfloat16, device=device) as (make, base):
+        return _steps(size, make=make, base=base, device=device, **given)
+
+
+def _steps(
+    size: Size,
+    *,
+    make: Callable[[], nn.Module],
+    base: Mapping[str, Tensor] | None,
+    method: str,
+    layout: str,
+    device: torch.device,
+    shards: Shards,
+) -> dict:
     parts = sizes.parts_of(method)
     if size.length > (longest := size.shape.config.max_position_embeddings):
         raise Skipped(f"{size.model} takes {longest} tokens, not {size.length}")
@@ -97,10 +119,8 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
     preparing, predicted_prepare = _fitting(size, preparing, phase="prepare", what=f"preparing {method}", **given)
     settings, predicted = _fitting(size, settings, phase="train", what=f"training {method}", **given)
 
-    of = {"tiny": size.tiny, "blocks": size.blocks}
-    make = partial(sizes.build_named, size.model, device=device, dtype=torch.bfloat16, **of)
     vocabulary = size.shape.config.vocab_size
-    base = running.base_of(make, parts, whole=bool(size.blocks))
+    base = running.base_of(make, parts) if base is None else base
     among = shards if layout == "sharded" else Shards()
     common = {"base": base, "device": device, "shards": among, "compute_dtype": torch.bfloat16}
 
@@ -141,6 +161,8 @@ def steps(size: Size, *, method: str, layout: str, device: torch.device, shards:
         goals.append(_goal("mfu", reached, ">=", goal))
     if penalty is not None:
         goals.append(_goal("share_penalty", penalty / step, "<=", PENALTY_GOAL))
+    if size.blocks:
+        final_weights(result, parts)  # which merges adapters
     most = peak.bytes()
     if size.blocks and most:
         goals.append(_goal("memory / predicted", abs(most / predicted["total"] - 1), "<=", MEMORY_GOAL))

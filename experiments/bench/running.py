@@ -3,8 +3,10 @@
 import contextlib
 import gc
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -13,8 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from experiments.bench.stopwatch import Stopwatch
+from experiments.study.paths import HERE
 from experiments.training import hardware, preparation
 from experiments.training.engine import FitResult, fit
 from experiments.training.preparation import Fitting
@@ -89,11 +93,28 @@ class Peak:
         return 1024 * int(lines[of_process].split()[0])
 
 
-def base_of(make: Callable[[], nn.Module], parts: Sequence[Part], *, whole: bool = False) -> dict[str, Tensor]:
-    """θ₀ of a new model on the CPU, where a study has it too, if a part keeps some of it or `whole`; else nothing."""
-    if not (whole or any("importance" in part.capabilities for part in parts)):
+def base_of(make: Callable[[], nn.Module], parts: Sequence[Part]) -> dict[str, Tensor]:
+    """θ₀ of a new model on the CPU, where a study has it too, if a part keeps some of it; else nothing."""
+    if not any("importance" in part.capabilities for part in parts):
         return {}
     return {name: p.detach().to("cpu", copy=True) for name, p in base_parameters(make()).items()}
+
+
+@contextlib.contextmanager
+def mapped(
+    make: Callable[[], PreTrainedModel], *, dtype: torch.dtype, device: torch.device
+) -> Iterator[tuple[Callable[[], nn.Module], Mapping[str, Tensor]]]:
+    """What makes the model, and θ₀, both mapped from a folder that is there for a time, as a study's model is."""
+    from experiments.model import weights
+    from experiments.model.base import load_tensors
+
+    work = HERE / "work"
+    work.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=work, prefix="slice-") as fresh:
+        folder = Path(fresh)
+        with weights.quiet():
+            make().save_pretrained(folder, save_original_format=False)
+        yield partial(weights.load_model, folder, dtype=dtype, device=device), load_tensors(folder)
 
 
 def prepare(

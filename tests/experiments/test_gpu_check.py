@@ -332,9 +332,10 @@ def test_the_report_shows_the_newest_check_or_that_there_is_none(tmp_path, guard
 
 def test_a_slice_is_measured_on_a_cpu(tmp_path):
     out = tmp_path / "slice.json"
-    assert run("--blocks", 1, "--models", "gptj-6b", "--methods", "full,ewc,l2_sp", "--out", out) == 0
+    methods = ("full", "ewc", "l2_sp", "hierarchical-lora")
+    assert run("--blocks", 1, "--models", "gptj-6b", "--methods", ",".join(methods), "--out", out) == 0
     found = pieces(out)
-    assert set(found) == {f"memory/gptj-6b/1-blocks/{method}/plain/1x32" for method in ("full", "ewc", "l2_sp")}
+    assert set(found) == {f"memory/gptj-6b/1-blocks/{method}/plain/1x32" for method in methods}
     parameters = sizes.shape_named("gptj-6b", tiny=True, blocks=1).parameters
     assert parameters < sizes.shape_named("gptj-6b", tiny=True).parameters
     for name, piece in found.items():
