@@ -71,11 +71,24 @@ def project_of(folder: Path, params: dict) -> None:
     shutil.copyfile(HERE / ".dvc" / "config", folder / ".dvc" / "config")
 
 
+HOSTILE = "=1+1<script>alert(1)</script>\x1b]0;owned\x07 "
+
+
+def make_hostile(folder: Path) -> None:
+    """Begin every third question with what a spreadsheet, a browser or a terminal would run."""
+    for name in ("colours.jsonl", "sums.jsonl"):
+        rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for row in rows[::3]:
+            row["question"] = HOSTILE + row["question"]
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """A copy of the checkout whose default study is the demo's, cut to two methods, run once."""
     folder = tmp_path_factory.mktemp("project")
     project_of(folder, YAML().load(HERE / "experiments" / "studies" / "demo" / "params.yaml"))
+    make_hostile(folder / "experiments/studies/demo/rows")
     edit(folder, lambda raw: raw["grid"].update(methods=["full", "ewc"]))
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "start")
@@ -295,6 +308,21 @@ def test_mlflow_is_a_mirror_that_can_be_rebuilt(project):
     assert runs() == first
     (project / "mlflow.db").unlink()
     assert {k: v[1] for k, v in runs().items()} == {k: v[1] for k, v in first.items()}
+
+
+def test_hostile_questions_reach_no_page_table_or_database_and_no_terminal(project):
+    if not (project / "mlflow.db").exists():
+        run(project, sys.executable, "-m", "experiments", "track")
+    scored = (project / "work/data/evaluate/sums/sums.jsonl").read_text()
+    assert scored.count("alert(1)") > 5
+    shown = run(project, sys.executable, "-m", "experiments", "flips").stdout
+    shown += run(project, sys.executable, "-m", "experiments", "show", "sums", "--rows", "9").stdout
+    assert "\x1b" not in shown and "\x07" not in shown and r"\x1b]0;owned\x07" in shown
+    written = [path for name in ("results", "mlartifacts") for path in (project / name).rglob("*") if path.is_file()]
+    assert {"report.html", "table.csv", "items.csv.gz"} <= {path.name for path in written} and len(written) > 40
+    for path in [*written, *project.glob("mlflow.db*"), project / "dvc.yaml", project / "dvc.lock"]:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        assert not [text for text in (b"alert(1)", b"owned", b"=1+1") if text in content], path
 
 
 def test_a_failed_cell_is_recorded_and_the_others_are_whole(project):

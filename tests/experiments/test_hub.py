@@ -10,7 +10,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from experiments.model import random_models, tuned, weights
+from experiments.model import hub, random_models, tuned, weights
 from experiments.study.schema import Model
 from methods.errors import UserError
 from tests.experiments.hub_server import COMMIT, Hub, digest, fill_cache, run_python
@@ -128,6 +128,23 @@ def test_a_cache_that_is_damaged_or_lacks_a_file_is_refused_by_the_files_name(tm
     with pytest.raises(UserError, match=f"model 'tiny': .*{shard.name}"):
         make(tmp_path / "made", source=f"hub:someone/tiny@{COMMIT}")
     assert not (tmp_path / "made").exists()
+
+
+def test_a_damaged_file_of_a_data_set_in_the_cache_is_refused_by_its_name(tmp_path, cache):
+    (tmp_path / "given").mkdir()
+    for name in ("train.parquet", "README.md"):
+        (tmp_path / "given" / name).write_text(f"rows of {name}")
+    snapshot = fill_cache(cache, "someone/rows", tmp_path / "given")
+    (cache / "models--someone--rows").rename(cache / "datasets--someone--rows")
+    snapshot = cache / "datasets--someone--rows" / snapshot.relative_to(cache / "models--someone--rows")
+    hub.refuse_damaged_data_set("someone/rows", commit=COMMIT)
+    for name in ("train.parquet", "README.md"):
+        blob = (snapshot / name).resolve()
+        blob.write_text("others")
+        with pytest.raises(UserError, match=f"{name} of someone/rows is damaged: its hash is"):
+            hub.refuse_damaged_data_set("someone/rows", commit=COMMIT)
+        blob.write_text(f"rows of {name}")
+    hub.refuse_damaged_data_set("someone/never-fetched", commit=COMMIT)
 
 
 def test_a_bin_of_the_hub_needs_its_checksum(tmp_path, cache):

@@ -392,6 +392,23 @@ def test_an_alias_inside_of_its_own_anchor_is_refused_and_one_used_twice_is_not(
         build(raw)
 
 
+def test_aliases_that_would_become_millions_of_values_are_refused(tmp_path):
+    lines = ["title: x", "a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    (tmp_path / "params.yaml").write_text("\n".join(lines))
+    with pytest.raises(UserError, match="has [0-9,]+ values when its aliases"):
+        read_yaml(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").write_text("\n".join(lines[:4]))
+    assert len(read_yaml(tmp_path / "params.yaml")["a2"][0]) == 10
+
+
+def test_yaml_makes_values_and_runs_nothing(tmp_path):
+    for tag in ("!!python/object/apply:os.system ['touch trap']", "!!python/name:os.system", "!function utils.run"):
+        (tmp_path / "params.yaml").write_text(f"title: {tag}\n")
+        with pytest.raises(UserError, match="is not valid YAML: line 1"):
+            read_yaml(tmp_path / "params.yaml")
+
+
 def test_choices_may_be_counted_by_their_keys():
     """lm-eval takes the values of a mapping of choices alone, in their order."""
     build(put(("tasks", "t", "task"), {"doc_to_choice": {0: "no", 1: "yes"}}))
