@@ -55,6 +55,7 @@ class DataSets:
 
         datasets.logging.set_verbosity_error()
         datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every load is reported to a counter outside the hub
+        refuse_reader(path)
         revision = arguments.pop("revision", None)
         at, commit = path, None
         if self.folder is not None:
@@ -84,6 +85,20 @@ class DataSets:
         for one in found:
             hub.refuse_damaged_data_set(path, commit=one)
         return splits, f"hub:{path}@{next(iter(found), 'unknown revision')}" + (f"/{name}" if name else "")
+
+
+def refuse_reader(path: str) -> None:
+    """Refuse readers of `datasets` that are named in place of a data set, other than those of plain tables and texts.
+
+    Among the others are some that open databases, catalogues on the network and archives.
+    """
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    if path in {*_PACKAGED_DATASETS_MODULES, "sql", "spark", "generator", "cache"} - {*BUILDERS}:
+        raise UserError(
+            f"data set {path!r} is a reader of the library `datasets`, and of these only {', '.join(BUILDERS)} are "
+            "used: save the rows as one of them"
+        )
 
 
 def _refused(error: Exception, path: str, revision: str | None, *, folder: Path | None) -> UserError:

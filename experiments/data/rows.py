@@ -27,7 +27,7 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from evaluation import nulls
-from experiments.data import local, media
+from experiments.data import data_sets, local, media
 from experiments.data.left_out import LeftOut
 from experiments.model import archives, hub, packages
 from experiments.study import schema
@@ -236,6 +236,7 @@ def _hub(block: schema.Hub, _: Mapping[str, str]) -> Rows:
     datasets.logging.set_verbosity_error()
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # else every load is reported to a counter outside the hub
     path, name, split, revision = block.path, block.name, block.split, block.revision
+    data_sets.refuse_reader(path)
     names = name if isinstance(name, list) else [name]
     # offline, or if the hub refuses, `datasets` uses any cached revision: resolve the commit first and check it below
     commit = None if Path(path).is_dir() else hub.data_set_commit(path, revision=revision)

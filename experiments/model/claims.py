@@ -39,12 +39,19 @@ def config_of(folder: Path, name: str) -> PreTrainedConfig:
 
 
 def refuse_absurd(file: Path, name: str) -> None:
-    """Refuse a JSON file whose numbers no model has; a file that cannot be read is left to its reader."""
+    """Refuse a JSON file with numbers that no model has, or a name of code; a damaged one is left to its reader."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return
-    for key, value in _numbers(content):
+    for key, value in _values(content):
+        if isinstance(value, str):
+            if key.endswith("implementation") and "/" in value:
+                raise UserError(
+                    f"{name}: {file.name} states {key}: {value!r}, program code of the hub, which is never fetched: "
+                    "take the setting out"
+                )
+            continue
         most = next((most for names, most in _LIMITS if names.search(key) and not _UNBOUNDED.search(key)), None)
         if most is not None and abs(value) > most:
             raise UserError(
@@ -94,13 +101,13 @@ def look(folder: Path, name: str) -> None:
     refuse_absurd(folder / "config.json", name)
 
 
-def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
-    """Every number in a JSON value by the nearest name above it."""
+def _values(value: Any, key: str = "") -> Iterator[tuple[str, int | float | str]]:
+    """Every number and text in a JSON value by the nearest name above it."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _numbers(inner, key if name.isdigit() or "." in name else name)
+            yield from _values(inner, key if name.isdigit() or "." in name else name)
     elif isinstance(value, list):
         for inner in value:
-            yield from _numbers(inner, key)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from _values(inner, key)
+    elif isinstance(value, int | float | str) and not isinstance(value, bool):
         yield key, value

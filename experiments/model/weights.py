@@ -133,7 +133,7 @@ def load_tokenizer(folder: Path, *, config: PreTrainedConfig | None = None) -> P
             f"{folder} holds no tokenizer that transformers can load ({shortened(error)}): "
             "fetch tokenizer.json and tokenizer_config.json again"
         ) from error
-    if not isinstance(length := tokenizer.model_max_length, int | float):
+    if not isinstance(length := getattr(tokenizer, "model_max_length", None), int | float):
         raise UserError(
             f"{folder}: model_max_length in tokenizer_config.json is {length!r}: write a number, without quotes"
         )

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from experiments.data import media, rows
 from experiments.data.data_sets import DataSets
 from experiments.study import schema
+from methods.errors import UserError
 from tests.experiments.hub_server import Hub
 
 STRUCT = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
@@ -58,6 +59,18 @@ def test_a_picture_that_lies_on_the_network_is_not_fetched(tmp_path, hub):
         assert found[0]["image"] == found[0]["more"][0] == {"bytes": None, "path": f"{hub.url}/someone/0.png"}
         assert found[0]["any"] == {"a": [1, "b"]}
     assert hub.asked == []
+
+
+@pytest.mark.parametrize("reader", ["sql", "pandas", "iceberg", "xml", "webdataset"])
+def test_readers_that_open_databases_networks_or_archives_are_refused(tmp_path, reader):
+    block = schema.Rows.model_validate({"hub": {"path": reader, "split": "train"}})
+    for read in (
+        lambda: rows.read(block, packages={}, prefer="hub", where="tasks.own"),
+        lambda: DataSets(folder=None, hashes=tmp_path)(reader, None, {"con": f"sqlite:///{tmp_path}/made.db"}),
+    ):
+        with pytest.raises(UserError, match=f"{reader}' is a reader of the library `datasets`, and of these only"):
+            read()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_data_set_without_files_is_the_same_object():
