@@ -58,7 +58,7 @@ def build(architecture: str, *, seed: int, dtype: torch.dtype = torch.float32, *
         model_config = config_class(**({"initializer_range": 1 / math.sqrt(width)} | settings))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # the type of error depends on the sizes
         raise UserError(f"random:{architecture} cannot be built from {given}: {shortened(error)}") from error
     return with_sdpa(model).eval()

@@ -39,7 +39,9 @@ class Shape:
                 config.layer_types = config.layer_types[:layers]
         with torch.device("meta"):
             try:
-                model: nn.Module = with_sdpa(AutoModelForCausalLM.from_config(config, dtype=dtype))
+                model: nn.Module = with_sdpa(
+                    AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+                )
             except Exception as error:  # of any kind, depending on the config's sizes
                 raise UserError(
                     f"transformers cannot build a {config.model_type} of its config ({shortened(error)}): "

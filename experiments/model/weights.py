@@ -216,9 +216,13 @@ def _from_wheel(rest: str, block: "Model", checksums: Mapping[str, str], scratch
         # without `dequantize` transformers 5 refuses to save; float32 is exact for every GGUF type and rounded once
         # below
         model = AutoModelForCausalLM.from_pretrained(
-            scratch, gguf_file=file.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            scratch,
+            gguf_file=file.name,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            trust_remote_code=False,
         )
-        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(scratch, gguf_file=file.name, trust_remote_code=False)
     except Exception as error:  # the file decides how reading it fails
         if out_of_memory(error):
             raise
