@@ -6,9 +6,12 @@ shortened, coordinates are rounded to a tenth of a point, and a glyph is defined
 
 import re
 from html import escape
+from xml.etree import ElementTree
 
 from analysis import style
+from methods.errors import UserError
 
+DRAWN = {"svg", "defs", "style", "g", "path", "use", "clipPath", "rect", "image"}  # elements that matplotlib writes
 SHADES = {style.INK: "ink", style.MUTED: "muted", style.GRID: "grid", style.PAPER: "paper"}
 
 
@@ -43,7 +46,29 @@ def inline(svg: str, *, prefix: str, label: str, drawn: dict[str, str] | None = 
     svg = re.sub(r'<path id="([^"]*)"([^>]*)/>', once, svg)
     svg = re.sub(r'href="#([^"]+)', lambda m: f'href="#{again.get(m[1], m[1])}', svg)
     svg = re.sub(r"<defs></defs>|<g></g>", "", svg)
+    _refuse_active(svg, label)
     return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def _refuse_active(svg: str, label: str) -> None:
+    """Refuse what matplotlib never draws: a figure's file may be a stranger's, and the page takes it as it is."""
+    try:
+        elements = list(ElementTree.fromstring(svg).iter()) if "<!" not in svg else []
+    except ElementTree.ParseError:
+        elements = []
+    found = {element.tag for element in elements} - DRAWN or {
+        f"{name}={value[:40]!r}"
+        for element in elements
+        for name, value in element.attrib.items()
+        if name.startswith("on")
+        or (name.endswith("href") and not value.startswith(("#", "data:image/png;base64,")))
+        or re.search(r"url\((?!#)", value)
+    }
+    if found or not elements or re.search(r"@import|url\((?!#)", svg):
+        raise UserError(
+            f"the SVG file of the figure {label!r:.80} holds {min(found, default='what no figure has')}, and is not as "
+            "this program draws it: delete it, and draw the figure again"
+        )
 
 
 def _styled_once(group: re.Match) -> str:

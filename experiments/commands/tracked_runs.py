@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis import numbers, style, units
+from analysis import numbers, style, units, words
 from analysis.comparable import KIND, guarded
 from analysis.load import Loaded, load_cells, retention_tasks
 from analysis.sections.tables import BANNER
@@ -185,7 +185,9 @@ def base_of(loaded: Loaded, pair: str, *, table: pd.DataFrame, root: Path) -> Ru
         return None
     about, summary, metric = base["evaluate"], root / "summary", units.named(row["metric"])
     end, not_a_result = _milliseconds(about.get("when")), bool(loaded.of(model, domain)["not_a_result"].any())
-    score = units.level(row["domain_score"], row["unit"]) + (" %" if row["unit"] == units.SHARE else f" {metric}")
+    score = units.level(row["domain_score"], row["unit"]) + (
+        " %" if row["unit"] == units.SHARE else f" {words.markdown(metric)}"
+    )
     tags = {
         "mlflow.note.content": f"{model} before any fine-tuning, to which every method on {domain} is compared. Its "
         f"score there is {score}. The study's report and figures are among the artifacts of this run."

@@ -9,6 +9,7 @@ from analysis.load import load_cells
 from analysis.report.inline import inline
 from analysis.sections.tables import BANNER
 from analysis.statistics.comparison import comparison
+from methods.errors import UserError
 from tests.analysis.fixtures import METHODS, NOTE, steps_race, write_bench, write_results
 
 PAGES = ("report.html", "details.html", "bench.html")
@@ -139,3 +140,24 @@ def test_inline_svg_is_well_formed_and_follows_the_page(summary):
         text = inline(path.read_text(), prefix="p", label='a "label"')
         ElementTree.fromstring(text)
         assert "var(--ink)" in text and "metadata" not in text and "&quot;label" in text
+
+
+@pytest.mark.parametrize(
+    "active",
+    [
+        "<script>alert(1)</script>",
+        '<g onload="alert(1)"/>',
+        "<foreignObject><body/></foreignObject>",
+        '<use href="https://example.org/a.svg#x"/>',
+        '<a href="javascript:alert(1)"><g/></a>',
+        '<image href="https://example.org/seen.png"/>',
+        "<style>@import url(https://example.org/a.css);</style>",
+        '<g style="fill: url(https://example.org/a)"/>',
+        "<![CDATA[<script>alert(1)</script>]]>",
+        "<g>",
+        "<title><img src=x onerror=alert(1)></title>",
+    ],
+)
+def test_a_figure_that_someone_else_drew_brings_nothing_active_into_the_page(active):
+    with pytest.raises(UserError, match="the SVG file of the figure 'drawn' holds .* delete it"):
+        inline(f'<?xml version="1.0"?><svg width="1pt" height="1pt">{active}</svg>', prefix="p", label="drawn")

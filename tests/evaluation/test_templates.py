@@ -1,16 +1,20 @@
 """Templates of a stranger's params.yaml reach rows and nothing else."""
 
+from copy import copy
+
 import lm_eval.utils
 import pytest
 import yaml
 from jinja2 import BaseLoader, Environment, StrictUndefined
 from jinja2.exceptions import SecurityError
 
-from evaluation import documents, gold
+from evaluation import chat, chat_template, documents, gold
 from evaluation.catalogue import named
 from evaluation.shipped import SHIPPED, shipped_config
 from evaluation.task import make_task, render
 from evaluation.templates import environment
+from experiments.data import rows
+from experiments.study.schema import Shaped
 from methods.errors import UserError
 from tests.evaluation.conftest import SCIQ, write_rows
 
@@ -43,6 +47,20 @@ def test_neither_does_a_template_of_lm_evals_own_rows(tmp_path):
         documents.kept("own", config, docs=[{"question": "q"}], examples=())
     with pytest.raises(SecurityError, match="unsafe"):
         gold.is_text(RUN % trap, {"question": "q"})
+    assert not trap.exists()
+
+
+def test_neither_does_a_chat_template_or_a_template_of_rows(tmp_path, byte_tokenizer):
+    trap, turns = tmp_path / "trap", [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    with pytest.raises(UserError, match="unsafe"):
+        chat_template.choose(copy(byte_tokenizer), RUN % trap)
+    with pytest.raises(UserError, match="unsafe"):
+        chat.encode(byte_tokenizer, turns, template=RUN % trap)
+    for shaped in ({"set": {"a": RUN % trap}}, {"keep": RUN.strip("{} ") % trap}):
+        with pytest.raises(UserError, match="unsafe"):
+            rows.shape([{"a": "b"}], Shaped(**shaped), where="tasks.own")
+    with pytest.raises(UserError, match="unsafe"):
+        rows.text({"a": "b"}, RUN % trap, where="general")
     assert not trap.exists()
 
 
