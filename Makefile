@@ -36,7 +36,8 @@ repro: setup
 study: setup
 	@python -m experiments pipeline --study "$(NAME)"
 	@status=0; python -m experiments repro --study "$(NAME)" || status=$$?; \
-	  python -m experiments pipeline --study "$(NAME)" && python -m experiments track --study "$(NAME)" && python -m experiments summary --study "$(NAME)" && exit $$status
+	  python -m experiments pipeline --study "$(NAME)" && { python -m experiments track --study "$(NAME)" || status=$$?; \
+	  python -m experiments summary --study "$(NAME)" && exit $$status; }
 
 test-all: setup
 	@python -m pytest -m ""

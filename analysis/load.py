@@ -129,7 +129,11 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         row |= {key: train[key] for key in ("settings", "device", "when", "steps", "finished") if key in train}
         rows.append(row | {"peak_memory_train_bytes": train.get("peak_memory_bytes")})
         if (path := run / "curve.csv").exists():
-            curves.append(_table(path, columns=CURVE).assign(cell=name))
+            curve = _table(path, columns=CURVE)
+            last = int(curve["step"].max()) if len(curve) else 0
+            if last != train.get("steps", last):  # cut off between two lines, where CSV does not show it
+                raise _damaged(path, f"it ends at step {last}, and train.json at {train['steps']}")
+            curves.append(curve.assign(cell=name))
         if (path := run / "items.csv.gz").exists():
             # of the base's items alone it matters what there was to choose from
             items.append(_table(path, columns=ITEMS, numeric=NUMBERS, without=("choices",)).assign(cell=name))

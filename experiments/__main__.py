@@ -30,7 +30,7 @@ from methods.errors import UserError, lacks
 DISK_ERRORS = {
     getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ENOTDIR EISDIR ENAMETOOLONG".split()
 }
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG, PR_GET_PDEATHSIG = 1, 2
 OURS = ("analysis", "evaluation", "experiments", "methods")
 
 
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if not command.study:
         call = _function(options.command, command)
         return (call(options) if command.add_options else call(**arguments)) or 0
-    from experiments.study import cells, config, failures
+    from experiments.study import cells, config, failures, lock_copy
 
     study = config.load(getattr(options, "study", ""))
     if study.archive and not command.archive:
@@ -73,6 +73,8 @@ def run(options: argparse.Namespace) -> int:
         failures.find_killed(study)
     if command.alone:
         environment.alone(study)
+        if mended := lock_copy.mend(study):
+            print(mended, flush=True)
     if "cell" in arguments:
         arguments["cell"] = cells.parse(options.cell, study)
     with _stage(study, options.command, arguments) if options.command in STAGES else nullcontext():
@@ -90,7 +92,7 @@ def _stage(study, stage: str, arguments: dict):
 
     Refuses unknown names, and a stage whose inputs are not those of params.yaml.
     """
-    from experiments.study import cells, failures, running, stale
+    from experiments.study import cells, failures, lock_copy, running, stale
     from methods.tools.names import unknown
 
     for kind, known in (("model", study.models), ("method", study.methods)):
@@ -105,11 +107,21 @@ def _stage(study, stage: str, arguments: dict):
     seed = arguments.get("seed", cell.seed if cell else None)
     if stage == "prepare":  # it never sees the domain; a failure is recorded with the first cell that needs it
         cell = arguments["cell"] = cells.Cell(names["model"], study.grid.domains[0], names["method"], arguments["seed"])
-    if "DVC_STAGE" in os.environ and sys.platform == "linux":  # so that it stops when `dvc` is killed
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if "DVC_STAGE" in os.environ:
+        _end_with_parent()
+        lock_copy.keep(study)
     numbered = [] if seed is None else [f"seed{seed}"]
     of_cell = cell if stage in failures.RECORDED else None
     return running.alone(study, stage, *names.values(), *numbered, cell=of_cell)
+
+
+def _end_with_parent() -> None:
+    """Stop when the process that started this one is killed, unless that has chosen a signal for it already."""
+    if sys.platform == "linux":
+        system, chosen = ctypes.CDLL(None), ctypes.c_int()
+        system.prctl(PR_GET_PDEATHSIG, ctypes.byref(chosen))
+        if not chosen.value:
+            system.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def main() -> int:

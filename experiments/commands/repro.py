@@ -8,6 +8,9 @@ files one cell after another. What runs and what is up to date DVC decides, as i
 import logging
 import os
 from importlib import import_module
+from pathlib import Path
+
+from experiments.study import whole
 
 
 def main(study) -> int:
@@ -35,7 +38,23 @@ def main(study) -> int:
 
         plan.refuse_models(study)
     reproduce.plan_repro = cell_by_cell
+    keep_locks_whole()
     return dvc(["repro", "-k", path])
+
+
+def keep_locks_whole() -> None:
+    """Let DVC replace dvc.lock as a whole in this process: it would write into the old one.
+
+    A kill, or a full disk, then left a part of it, and the cells of the rest were not known to be finished.
+    """
+    common, yaml = (import_module(f"dvc.utils.serialize.{name}") for name in ("_common", "_yaml"))
+    dump = common._dump_data
+
+    def dump_whole(path, data, dumper, fs=None, **options) -> None:
+        with whole.file(Path(path)) as made:
+            dump(made, data, dumper, **options)
+
+    common._dump_data = yaml._dump_data = dump_whole
 
 
 def committed(path: str) -> bool:

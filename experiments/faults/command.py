@@ -66,7 +66,9 @@ def project_of(folder: Path) -> None:
         else:
             shutil.copyfile(name, folder / name)
     shutil.copyfile("experiments/faults/params.yaml", folder / "params.yaml")
-    shutil.copytree(".dvc", folder / ".dvc", ignore=shutil.ignore_patterns("cache", "tmp"))
+    (folder / ".dvc").mkdir()
+    settings = Path(".dvc/config").read_text()
+    (folder / ".dvc" / "config").write_text(settings.replace("[core]", "[core]\n    no_scm = true"))
 
 
 def mounting(folder: Path) -> list[str]:

@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from experiments.faults import disks, surroundings  # noqa: F401 (which register their kinds)
+from experiments.faults import disks, pipelines, surroundings  # noqa: F401 (which register their kinds)
 from experiments.faults.kinds import KINDS, Skipped
 from experiments.faults.warm import Warm
 from experiments.faults.world import Lost, World

@@ -112,8 +112,10 @@ def _run(words: tuple[str, ...], log: Path, inside: Inside) -> None:
         os.dup2(handle, stream)
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     os.environ.update(inside.environment)
-    from experiments import __main__ as command
-
+    if words[0] == "dvc":
+        from dvc.cli import main
+    else:
+        from experiments.__main__ import main
     sys.argv = ["python -m experiments", *words]
     if inside.at is not None:
         sys.addaudithook(_counting(inside, log))
@@ -122,7 +124,7 @@ def _run(words: tuple[str, ...], log: Path, inside: Inside) -> None:
     if inside.room is not None:
         taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (taken + inside.room, resource.RLIM_INFINITY))
-    sys.exit(command.main())
+    sys.exit(main(list(words[1:])) if words[0] == "dvc" else main())
 
 
 def _counting(inside: Inside, log: Path) -> Callable[[str, tuple], None]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import evaluation
 from evaluation.probe import load_probes, probe
-from experiments.data.damage import refuse_damaged
+from experiments.data import damage
 from experiments.model import trained, tuned, weights
 from experiments.model.base import dtype_of
 from experiments.model.measure import Measure
@@ -23,10 +23,9 @@ from experiments.stages.prepare import GENERAL
 from experiments.study import ledger, provenance, whole
 from experiments.study.distrust import distrusted
 from experiments.study.failures import recorded
-from experiments.training import hardware, hooks, memory, processes
+from experiments.training import hardware, hooks, memory, prepared, processes
 from experiments.training.engine import final_weights, finish, fit
 from experiments.training.examples import encoded
-from experiments.training.prepared import load_general, load_states
 from experiments.training.resume import Resume
 from experiments.training.settings import NUMERICS
 from experiments.training.snapshot import tensors_in
@@ -53,9 +52,9 @@ def _train(study, cell) -> None:
     where = hardware.device(study.device)
     shards = processes.join(where)
     folder, out, probes = paths.model(cell.model), paths.weights(cell), paths.data / "train" / cell.domain / "probe"
-    prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
-    with distrusted(folder, paths.data, prepared):
-        refuse_damaged(paths.data, f"train/{cell.domain}")
+    with distrusted(folder, paths.data, paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)):
+        damage.refuse_damaged(paths.data, f"train/{cell.domain}")
+        prepared.refuse_damaged(study, cell)
         base, info = weights.verified(folder), read_json(folder / "base.json", "sha256", "dtype")
     computing = study.compute_dtype(cell.model, dtype_of(info), where)
     measure = Measure(folder=folder, probes=probes, base=base, dtype=computing, device=where, shards=shards)
@@ -150,7 +149,7 @@ def _fit(
     parts = hooks.trainers(study.methods[cell.method].parts)
     folder, out = paths.model(cell.model), paths.weights(cell)
     info = read_json(folder / "base.json", "sha256", "dtype")
-    prepared = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
+    states = paths.prepared(model=cell.model, method=cell.method, seed=cell.seed)
     checkpoint = dtype_of(info)
     shape = shape_of(cell.model, study.models[cell.model], folder)
     every = study.methods[cell.method].parts  # with those that act in `finish` alone
@@ -194,8 +193,8 @@ def _fit(
         shards=shards,
         compute_dtype=measure.dtype,
         resume=_resume(study, cell, shards=shards, identity=identity),
-        states=load_states(prepared, parts),
-        general=load_general(prepared / GENERAL, tokenizer),
+        states=prepared.load_states(states, parts),
+        general=prepared.load_general(states / GENERAL, tokenizer),
         tokenizer=tokenizer,
         probe=(lambda m: probe(model=m, sets=sets)) if sets else None,
         rule=rule_of(settings, domain=cell.domain, where=study.rule_written(cell)),

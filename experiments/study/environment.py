@@ -2,12 +2,14 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 from experiments.study.paths import HERE
 from methods.errors import UserError
 
 LOCK = Path(".dvc", "tmp", "rwlock")  # from the root
+PATIENCE = 1.0  # seconds in which `dvc` has written it whole
 
 
 def at_root(*, here: Path = HERE) -> None:
@@ -20,7 +22,11 @@ def at_root(*, here: Path = HERE) -> None:
 
 
 def alone(study) -> None:
-    """Raise UserError if a running `dvc` writes files of this study, according to its lock file."""
+    """Raise UserError if a running `dvc` writes files of this study, according to its lock file.
+
+    A lock file that was cut off when `dvc` was killed, or when the disk was full, is removed: DVC would stop at it.
+    """
+    _remove_cut_off(study.paths.root / LOCK)
     if (process := running(study)) is not None:
         raise UserError(
             f"process {process} (`dvc`) is running this study: wait until it ends, or stop it with Ctrl-C "
@@ -37,6 +43,18 @@ def running(study) -> int | None:
         return None  # there is no lock, or DVC is just writing it
     writing = (process for path, process in held.items() if _study_of(Path(path), study.paths.root) == study.name)
     return next(filter(_runs, writing), None)
+
+
+def _remove_cut_off(lock: Path) -> None:
+    for _ in range(int(PATIENCE / 0.1)):
+        try:
+            json.loads(lock.read_text())
+            return
+        except FileNotFoundError:
+            return
+        except ValueError:  # a `dvc` may just be writing it
+            time.sleep(0.1)
+    lock.unlink(missing_ok=True)
 
 
 def _study_of(path: Path, root: Path) -> str | None:

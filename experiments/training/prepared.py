@@ -17,12 +17,13 @@ from experiments.model.base import dtype_of, load_tensors
 from experiments.model.positions import refuse_documents_without_a_label, refuse_long_documents
 from experiments.model.shape import shape_of
 from experiments.stages import resolve
+from experiments.stages.prepare import GENERAL
 from experiments.study import provenance, whole
 from experiments.training import hardware, memory, preparation, processes
 from experiments.training.progress import bar
 from experiments.training.resume import Resume
 from methods.errors import UserError
-from methods.part import TENSORS, Prepared
+from methods.part import TENSORS, Prepared, prepares
 from methods.tools import source_code
 from methods.tools import stored as layout
 from methods.tools.files import folder_sha256, need_room, read_json, sha256, write_json, writing
@@ -238,6 +239,27 @@ def _whole(store: Path) -> bool:
         return read_json(store / "manifest.json", "sha256")["sha256"] == folder_sha256(store / "out")
     except UserError:
         return False
+
+
+def refuse_damaged(study, cell) -> None:
+    """Raise UserError where the cell's preparation is not, byte for byte, the one in the local store, if that is there.
+
+    Text that was copied beside it is compared with the rows of the stage `data`.
+    """
+    out, stated = study.paths.prepared(model=cell.model, method=cell.method, seed=cell.seed), {}
+    if any(map(prepares, study.methods[cell.method].parts)):
+        key = store_key(study, cell.model, cell.method, cell.seed, hardware.device(study.device))
+        store = study.paths.local / "prepared" / key
+        if _whole(store):
+            stated = {path.name: sha256(path) for path in (store / "out").iterdir()}
+    if (out / GENERAL).is_file():
+        stated[GENERAL] = sha256(study.paths.data / "general" / "replay.jsonl")
+    for name, digest in stated.items():
+        if not (out / name).is_file() or sha256(out / name) != digest:
+            raise UserError(
+                f"{out / name} is not what the stage `prepare` wrote (it is cut off, changed or missing): run "
+                f"`dvc repro --force --single-item prepare@{cell.model}-{cell.method}-{cell.seed}`"
+            )
 
 
 def _bytes(out: Path, pattern: str) -> int:

@@ -96,6 +96,11 @@ def test_a_broken_file_is_named(tmp_path):
             "column step holds something that is not a number",
         ),
         ("curve.csv", lambda text: text.replace("seconds", "minutes", 1), "column seconds is missing"),
+        (
+            "curve.csv",
+            lambda text: "".join(text.splitlines(keepends=True)[:9]),
+            "it ends at step 7, and train.json at 60",
+        ),
     ],
 )
 def test_a_damaged_file_is_named_with_what_is_wrong_and_what_restores_it(tmp_path, file, damage, message):

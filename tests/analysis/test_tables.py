@@ -228,6 +228,7 @@ def test_a_checkpoint_made_elsewhere_goes_all_the_way(tmp_path):
     }
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "curve.csv").write_text("step,tokens,seconds,loss\n")
+    (folder / "train.json").write_text(json.dumps(json.loads((folder / "train.json").read_text()) | {"steps": 0}))
     text = write_summary(results_root=tmp_path, summary_dir=tmp_path / "summary", cells=planned, title="t")
     assert "mine*" in text and "unknown" in text
     assert "tasks above chance" in text and "forgetting" not in {

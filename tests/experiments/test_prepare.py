@@ -60,18 +60,23 @@ def run(root, method, change=lambda raw: None):
     )
 
 
-def general(root, texts):
+def general(root, text):
     """Put other general text in the place of the data stage's."""
-    path = root / "work" / "data" / "general" / "importance.jsonl"
-    path.write_text("".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(texts)))
+    folder = root / "work" / "data"
+    path = folder / "general" / "importance.jsonl"
+    path.write_text(text)
+    facts = read_json(folder / "data.json")
+    facts["files"]["general/importance.jsonl"] = sha256(path)
+    write_json(folder / "data.json", facts)
 
 
 @pytest.fixture
 def texts(made):
-    path = made / "work" / "data" / "general" / "importance.jsonl"
-    before = path.read_text()
-    yield lambda found: general(made, found)
-    path.write_text(before)
+    before = (made / "work" / "data" / "general" / "importance.jsonl").read_text()
+    yield lambda found: general(
+        made, "".join(json.dumps({"id": str(i), "text": text}) + "\n" for i, text in enumerate(found))
+    )
+    general(made, before)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -185,3 +190,17 @@ def test_the_key_of_the_store_says_what_a_preparation_depends_on(made, monkeypat
     monkeypatch.setattr("evaluation.version", lambda name: "9.9")
     keys["versions"] = key()
     assert len(set(keys.values())) == len(keys)
+
+
+def test_a_preparation_that_changed_after_it_was_written_is_refused_by_name(made):
+    run(made, "ewc")
+    cell, study = Cell("llama-tiny", "sums", "ewc", 0), load(made)
+    prepared.refuse_damaged(study, cell)
+    file = study.paths.prepared(model="llama-tiny", method="ewc", seed=0) / "ewc.importance.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(
+        UserError, match="ewc.importance.safetensors is not what .*--single-item prepare@llama-tiny-ewc-0"
+    ):
+        prepared.refuse_damaged(study, cell)

@@ -10,7 +10,7 @@ import torch
 from experiments.data.damage import refuse_damaged
 from experiments.model import weights
 from experiments.stages.train import write_curve
-from experiments.study import cells, config, failures, ledger, running, whole
+from experiments.study import cells, config, failures, ledger, lock_copy, running, whole
 from experiments.study.distrust import distrusted
 from experiments.study.paths import Paths
 from experiments.study.schema import Model
@@ -213,3 +213,29 @@ def test_a_curve_appears_whole(tmp_path):
     write_curve(tmp_path / "run" / "curve.csv", [{"step": 1, "loss": 2.0, "probe_a": 3.0}])
     assert (tmp_path / "run" / "curve.csv").read_text().splitlines()[0].startswith("step,tokens")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["curve.csv"]
+
+
+LOCK = "schema: '2.0'\nstages:\n  a:\n    cmd: 'true'\n  b:\n    cmd: 'true'\n  c:\n    cmd: 'true'\n"
+
+
+@pytest.mark.parametrize(
+    "left, mended",
+    [
+        (LOCK[:-21], True),  # between two stages
+        (LOCK[:-3], True),  # within one
+        ("", True),
+        (LOCK, False),
+        (LOCK.replace("  b:", "  d:"), False),  # other stages, as of another commit
+    ],
+)
+def test_a_dvc_lock_that_was_cut_off_is_put_back(study, left, mended):
+    path = study.paths.folder / "dvc.lock"
+    path.parent.mkdir(parents=True)
+    path.write_text(LOCK)
+    lock_copy.keep(study)
+    path.write_text(left)
+    lock_copy.keep(study)  # not within a minute of the first copy
+    assert ("dvc.lock was cut off" in lock_copy.mend(study)) == mended
+    assert path.read_text() == (LOCK if mended else left)
+    path.unlink()  # a user's wish
+    assert lock_copy.mend(study) == "" and not path.exists()

@@ -285,6 +285,7 @@ def test_a_rerun_with_another_setting_replaces_the_run_and_no_other(database, re
     folder = results / "runs" / CELL("ewc")
     train = json.loads((folder / "train.json").read_text())
     train["settings"]["ewc"] = {"strength": 10.0}
+    train["steps"] = 9
     (folder / "train.json").write_text(json.dumps(train))
     lines = (folder / "curve.csv").read_text().splitlines()
     (folder / "curve.csv").write_text("\n".join(lines[:11]) + "\n")
