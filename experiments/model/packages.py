@@ -59,7 +59,7 @@ def fetch(spec: str, *, sha256: str) -> Path:
         raise UserError(f"package {spec!r} is not of the form NAME==VERSION")
     folder = cache_folder()
     name, version = re.sub(r"[-_.]+", "_", match[1]).lower(), match[2]
-    if cached := sorted(folder.glob(f"{name}-{version}-*.whl")):
+    if cached := sorted(path for path in folder.glob(f"{name}-{version}-*.whl") if path.is_file()):
         _verify(cached[0], spec, sha256, f"Delete {cached[0]} to download it again; if it still differs, do not use it")
         return cached[0]
     try:

@@ -55,6 +55,17 @@ def test_a_cached_wheel_is_verified_every_time(index):
         packages.fetch("tiny-rows==1.0", sha256=sha(index))
 
 
+def test_what_takes_the_place_of_a_cached_wheel_is_never_read(index, tmp_path):
+    wheel = packages.fetch("tiny-rows==1.0", sha256=sha(index))
+    wheel.unlink()
+    wheel.symlink_to(tmp_path / "nowhere")
+    assert packages.fetch("tiny-rows==1.0", sha256=sha(index)) == wheel and not wheel.is_symlink()
+    wheel.unlink()
+    wheel.mkdir()
+    with pytest.raises(UserError, match="cannot be stored in"):
+        packages.fetch("tiny-rows==1.0", sha256=sha(index))
+
+
 def test_a_package_that_is_not_there(index):
     with pytest.raises(UserError, match="tiny-rows==2.0 cannot be downloaded: .*Check the name and version"):
         packages.fetch("tiny-rows==2.0", sha256="0" * 64)
