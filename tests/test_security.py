@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ruamel.yaml import YAML
+
+from tests.test_pipeline import project_of, run
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted(
@@ -58,3 +61,19 @@ def test_templates_of_pages_leave_nothing_unescaped_but_our_own_drawings():
                 assert what.strip() in ("overview.wide", "overview.phone", "figure.svg"), f"{path.name}:{line}"
             assert "autoescape false" not in text and not re.search(r"(href|src)=\"\{\{(?! ?(c\.|file ))", text), line
             assert not re.search(r"<script[^>]*>[^<]*\{\{|on\w+=\"[^\"]*\{\{", text), f"{path.name}:{line}"
+
+
+@pytest.mark.thorough
+def test_names_of_a_strangers_study_reach_no_shell(tmp_path):
+    """`dvc repro` itself reads params.yaml, and puts its names into commands."""
+    params = YAML().load(ROOT / "experiments" / "studies" / "demo" / "params.yaml")
+    name = "x; touch trap #"
+    params["models"][name] = params["models"]["llama-tiny"]
+    params["grid"]["models"] = [name]
+    project_of(tmp_path, params)
+    for path in re.findall(r"results/settled/\S+", (tmp_path / "dvc.yaml").read_text()):  # of the default study
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text("")
+    done = run(tmp_path, "dvc", "repro", "-k", check=False)
+    assert done.returncode and "a name is lower-case letters, digits" in done.stderr, done.stderr[-2000:]
+    assert "Running stage 'resolve'" in done.stdout and not list(tmp_path.rglob("trap"))
