@@ -1,4 +1,4 @@
-"""Seconds and bytes of full-size models with random weights: each method's preparation and steps, and optimizers alone.
+"""Seconds and bytes of full-size models with random weights: each method's preparation and its steps.
 
 Of a slice (`Size.blocks`) the bytes are of interest: the first blocks of a model at its real width and vocabulary take
 what a whole model takes for each weight, and fit into the memory of a machine that the model does not fit into.
@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,14 +25,11 @@ from experiments.training import hardware, memory
 from experiments.training.engine import FitResult, final_weights
 from experiments.training.hardware import mfu
 from experiments.training.settings import TrainSettings
-from methods.mofo import MoFO
 from methods.part import Part, overrides
-from methods.tools.adam import AdamW, Moments
 from methods.tools.adapter import saved_entries
 from methods.tools.process_group import Shards
 
 MFU_GOALS = {("llama3-8b", "full"): 0.45, ("gptj-6b", "full"): 0.40}
-MOFO_GOAL = 1.3  # times fused AdamW
 PENALTY_GOAL = 0.03  # of a step
 STEPS = 6  # counted, after the warm-up
 DOCUMENTS = 16  # of a Fisher pass, likewise
@@ -67,7 +63,6 @@ class Size:
 
     @property
     def documents(self) -> int:
-        """Documents of a Fisher pass that are counted, likewise."""
         return 1 if self.blocks else DOCUMENTS
 
     @property
@@ -124,6 +119,7 @@ def _steps(
     among = shards if layout == "sharded" else Shards()
     common = {"base": base, "device": device, "shards": among, "compute_dtype": torch.bfloat16}
 
+    since = running.Peak(device, resident=True) if size.blocks else None
     trains = any(made.training is not None for part in parts for made in part.preparation())
     count = (running.WARM + size.steps) * preparing.batch if trains else running.WARM + size.documents
     general = sizes.random_examples(count, preparing.length, vocabulary=vocabulary, seed=1)
@@ -132,11 +128,11 @@ def _steps(
         make=make,
         general=general,
         settings=preparing,
-        resident=bool(size.blocks),
+        since=since,
         **common,
     )
 
-    peak = running.Peak(device, resident=bool(size.blocks))
+    peak = running.Peak(device, resident=bool(size.blocks), since=since)
     model = make()
     written = sum(p.nbytes for p in model.parameters())
     examples = sizes.random_examples((running.WARM + size.steps) * size.rows, size.length, vocabulary=vocabulary)
@@ -158,14 +154,14 @@ def _steps(
     penalty = seconds("backward", "penalty") if any(overrides(part, "before_clip") for part in parts) else None
     goals = []
     if goal := MFU_GOALS.get((size.model, method)):
-        goals.append(_goal("mfu", reached, ">=", goal))
+        goals.append(goal_of("mfu", reached, ">=", goal))
     if penalty is not None:
-        goals.append(_goal("share_penalty", penalty / step, "<=", PENALTY_GOAL))
+        goals.append(goal_of("share_penalty", penalty / step, "<=", PENALTY_GOAL))
     if size.blocks:
         final_weights(result, parts)  # which merges adapters
     most = peak.bytes()
     if size.blocks and most:
-        goals.append(_goal("memory / predicted", abs(most / predicted["total"] - 1), "<=", MEMORY_GOAL))
+        goals.append(goal_of("memory / predicted", abs(most / predicted["total"] - 1), "<=", MEMORY_GOAL))
     return {
         "layout": layout,
         "rows": size.rows,
@@ -200,52 +196,6 @@ def _steps(
             },
         },
         "bytes": stored(result, prepared, written),
-        "goals": [] if size.tiny else goals,
-    }
-
-
-def optimizers(size: Size, *, device: torch.device) -> dict:
-    """A step of each optimizer alone, on float32 tensors of the model's shapes: all of them, or the first that fit."""
-    shapes = [p.shape for p in size.shape.build().parameters()]
-    chosen = _first_that_fit(shapes, _room(device))
-    if not chosen:
-        raise Skipped("not even the first tensor fits, with its gradient and moments")
-    draw = torch.Generator(device).manual_seed(0)
-    weights = [torch.empty(shape, device=device).normal_(std=0.02, generator=draw).requires_grad_() for shape in chosen]
-    for weight in weights:
-        weight.grad = torch.empty_like(weight, requires_grad=False).normal_(std=1e-3, generator=draw)
-    # the path of several processes, which this one plays alone
-    alone = SimpleNamespace(rank=0, world=2, sum=lambda tensor: tensor)
-    pieces = {"shards": alone, "sizes": [weight.numel() for weight in weights]}
-    makers: dict[str, Callable[[Moments, Moments], torch.optim.Optimizer]] = {
-        "adamw fused, float32 moments": lambda wide, half: torch.optim.AdamW(weights, lr=1e-6, fused=True),
-        "adamw, bfloat16 moments": lambda wide, half: AdamW(weights, lr=1e-6, moments=half),
-        "mofo, float32 moments": lambda wide, half: MoFO(weights, lr=1e-6, moments=wide),
-        "mofo, bfloat16 moments": lambda wide, half: MoFO(weights, lr=1e-6, moments=half),
-        "mofo by histogram, bfloat16 moments": lambda wide, half: MoFO(weights, lr=1e-6, moments=half, **pieces),
-    }
-    seconds, peaks = {}, {}
-    for name, maker in makers.items():
-        half = Moments(dtype="bfloat16")
-        for index, weight in enumerate(weights):
-            half.place(weight, name=str(index))
-        peak = running.Peak(device)
-        optimizer = maker(Moments(), half)
-        seconds[name] = _seconds(optimizer.step, device)
-        peaks[name] = peak.bytes()
-        del optimizer
-    fused = seconds["adamw fused, float32 moments"]
-    times = {name: value / fused for name, value in seconds.items()}
-    entries, all_entries = (sum(shape.numel() for shape in some) for some in (chosen, shapes))
-    goals = [_goal(f"{name} / adamw fused", times[name], "<=", MOFO_GOAL) for name in times if name.startswith("mofo,")]
-    return {
-        "seconds_by_optimizer": seconds,
-        "times_fused_adamw": times,
-        "bytes_beside_weights": peaks,
-        "tensors": len(chosen),
-        "tensors_of": len(shapes),
-        "entries": entries,
-        "entries_of": all_entries,
         "goals": [] if size.tiny else goals,
     }
 
@@ -285,7 +235,7 @@ def _fitting(
     what: str,
 ) -> tuple[TrainSettings, dict]:
     """The settings, with checkpointing where only that fits, and what they are predicted to take."""
-    room = _room(device, of_process=bool(size.blocks))
+    room = room_on(device, of_process=bool(size.blocks))
     if room is not None and size.blocks:
         room -= torch.bfloat16.itemsize * size.shape.parameters  # the base beside the model
     for checkpointing in (False, True):
@@ -308,7 +258,7 @@ def _fitting(
     )
 
 
-def _room(device: torch.device, *, of_process: bool = False) -> int | None:
+def room_on(device: torch.device, *, of_process: bool = False) -> int | None:
     """Bytes that may be taken on a GPU or, with `of_process`, in main memory; None: it is not looked at."""
     if device.type != "cuda":
         available = hardware.available_memory(device) if of_process else None
@@ -338,28 +288,7 @@ def _passing(watch: Stopwatch, before: int) -> dict:
     return {"between_steps": watch.bytes_held - before, "forward": watch.bytes_forward - watch.bytes_held}
 
 
-def _first_that_fit(shapes: Sequence[torch.Size], room: int | None) -> list[torch.Size]:
-    """Tensors in the model's order: weight, gradient and both moments in float32, and MoFO's scratch on the largest."""
-    chosen, held, largest = [], 0, 0
-    for shape in shapes:
-        held, largest = held + 16 * shape.numel(), max(largest, shape.numel())
-        if room is not None and held + 16 * largest > room:
-            break
-        chosen.append(shape)
-    return chosen
-
-
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
-    """The median of some calls, by the device's own clock."""
-    watch = Stopwatch(device)
-    for _ in range(running.WARM + STEPS):
-        watch.mark("begin")
-        step()
-        watch.end()
-    return median(watch.between("begin", "end", skip=running.WARM))
-
-
-def _goal(what: str, value: float | None, sign: str, goal: float) -> dict:
+def goal_of(what: str, value: float | None, sign: str, goal: float) -> dict:
     met = None if value is None else value >= goal if sign == ">=" else value <= goal
     return {"what": what, "value": value, "goal": f"{sign} {goal:g}", "stated_for": "NVIDIA H200", "met": met}
 

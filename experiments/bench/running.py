@@ -1,6 +1,7 @@
 """Prepare and train as the stages do, without their files, and with what the GPU holds read beside the times."""
 
 import contextlib
+import ctypes
 import gc
 import io
 import tempfile
@@ -56,9 +57,9 @@ def process_group(device: torch.device) -> Iterator[Shards]:
 
 
 def forget(device: torch.device) -> None:
-    """Give back what the last piece held on a GPU, so that the next one begins with an empty device."""
+    """Give back what the last piece held, so that the next one begins with an empty device."""
+    gc.collect()
     if device.type == "cuda":
-        gc.collect()
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
 
@@ -68,17 +69,20 @@ class Peak:
 
     On a GPU they are those of torch's allocator. On a CPU, with `resident`, they are the process's resident set as
     Linux counts it, with the libraries' buffers; else None.
+
+    since   an earlier peak: what was there before that is left out, and what has stayed since then counts
     """
 
-    def __init__(self, device: torch.device, *, resident: bool = False):
+    def __init__(self, device: torch.device, *, resident: bool = False, since: "Peak | None" = None):
         forget(device)
         hardware.reset_peak(device)
         self._device = device
         self._resident = resident and device.type == "cpu" and RESET.exists()
         if self._resident:
-            gc.collect()
+            with contextlib.suppress(AttributeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)  # freed memory that is not given back would count
             RESET.write_text("5")  # sets the peak to what is resident now
-        self.before = self._now("VmRSS")
+        self.before = since.before if since else self._now("VmRSS")
 
     def bytes(self) -> int | None:
         return self._now("VmHWM") - self.before if self._resident or self._device.type == "cuda" else None
@@ -128,14 +132,15 @@ def prepare(
     shards: Shards = Shards(),
     compute_dtype: torch.dtype,
     tokenizer: Any = None,
-    resident: bool = False,
+    since: Peak | None = None,
 ) -> Preparation:
     """Every part's preparation in turn, each on a new model. `settings` are those of a part that trains in it.
 
     tokenizer  for parts that sample text
-    resident   as `Peak` takes it
+    since      as `Peak` takes it, which then counts what is resident
     """
-    whole, peak, documents, fits = Preparation(), Peak(device, resident=resident), _Documents(device), []
+    peak = Peak(device, resident=since is not None, since=since)
+    whole, documents, fits = Preparation(), _Documents(device), []
 
     def timed(*arguments: Any, **named: Any) -> _TimedFitting:
         fits.append(_TimedFitting(*arguments, **named))

@@ -116,7 +116,7 @@ def main(options: argparse.Namespace) -> int:
 
 
 def _pieces(options: argparse.Namespace, device, shards) -> Iterator[Piece]:
-    from experiments.bench import full_size
+    from experiments.bench import full_size, optimizers
     from tests.gpu.checks import checks
 
     if options.blocks:
@@ -130,7 +130,7 @@ def _pieces(options: argparse.Namespace, device, shards) -> Iterator[Piece]:
         ending = f"{rows}x{length}{'-compiled' if options.compile else ''}"
         for model in options.models:
             size = full_size.Size(model=model, tiny=options.tiny, rows=rows, length=length, compile=options.compile)
-            measure = functools.partial(full_size.optimizers, size, device=device)
+            measure = functools.partial(optimizers.optimizers, size, device=device)
             yield Piece(name=f"speed/{model}/optimizers", measure=measure)
             for method in options.methods or METHODS[:5]:
                 for layout in options.layouts or LAYOUTS:

@@ -16,7 +16,7 @@ from analysis.load import load_cells
 from analysis.machines import newest_gpu_check
 from analysis.report.beside import write_bench
 from experiments.__main__ import parser
-from experiments.bench import full_size, sizes
+from experiments.bench import optimizers, sizes
 from experiments.bench.running import RESET, Peak, process_group
 from experiments.bench.stopwatch import Stopwatch
 from experiments.commands import gpu_check as command
@@ -280,9 +280,9 @@ def test_steps_are_timed_from_end_to_end_and_by_their_inside():
 
 def test_tensors_that_do_not_fit_are_left_out():
     shapes = [torch.Size([100, 10]), torch.Size([50]), torch.Size([1000, 10])]
-    assert full_size._first_that_fit(shapes, None) == shapes
-    assert full_size._first_that_fit(shapes, 16 * (1050 + 1000)) == shapes[:2]
-    assert full_size._first_that_fit(shapes, 16 * 2000 - 1) == []
+    assert optimizers._first_that_fit(shapes, None) == shapes
+    assert optimizers._first_that_fit(shapes, 16 * (1050 + 1000)) == shapes[:2]
+    assert optimizers._first_that_fit(shapes, 16 * 2000 - 1) == []
 
 
 def test_waits_are_counted_by_place():
