@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from experiments.faults.kinds import Skipped, again, kind, somewhere, told
+from experiments.faults.warm import Inside
 from experiments.faults.world import FOLDERS, World, expect
 
 # files by how their paths begin, and the stages that read them
@@ -116,3 +117,27 @@ def full(world: World, draw: random.Random) -> str:
         expect(seen.get(stage.cell, "named") != "whole" or not noted, "the failure left no record")
     again(world, stage)
     return f"{' '.join(stage.words)} with {room >> 10} KB: {ended.said if ended.status else 'it was enough'}"
+
+
+@kind("checkpoint")
+def checkpoint_damaged(world: World, draw: random.Random) -> str:
+    """A training is killed, and a file of its checkpoint is damaged: it is not used, and the training ends equal."""
+    stage = draw.choice([s for s in world.stages if s.name == "train" and s.changes > 8])
+    world.before(stage)
+    at = draw.randint(stage.changes // 2, stage.changes)
+    world.run(stage, Inside(at=at))
+    files = sorted(path for path in Path("work/local/resume").rglob("*") if path.is_file())
+    said = "there was none"
+    if files:
+        path = draw.choice(files)
+        content = bytearray(path.read_bytes())
+        where = draw.randrange(max(1, len(content)))
+        if draw.random() < 0.5 or not content:
+            os.truncate(path, where)
+        else:
+            content[where] ^= draw.randrange(1, 256)
+            path.write_bytes(content)
+        said = f"{path.name} of {path.parent.name} was damaged at byte {where}"
+    world.look()
+    again(world, stage)
+    return f"{stage.cell} killed before change {at}: {said}"

@@ -3,6 +3,7 @@
 python -m experiments.faults.driver REPORT OPTIONS      from experiments/faults/command.py
 """
 
+import itertools
 import json
 import os
 import random
@@ -22,10 +23,12 @@ from methods.errors import UserError
 from methods.tools.files import write_json
 from methods.tools.names import unknown
 
+STOPS = ("sigkill", "sigterm")
+
 
 def main(report: Path, *, minutes: float, count: int | None, seed: int, first: int, kinds: str, **_: object) -> int:
     """Run faults until the count or the time is reached; the exit status is 1 where one was not survived."""
-    names = [name for name in kinds.split(",") if name] or list(KINDS)
+    names = [name for name in kinds.split(",") if name] or order()
     for name in names:
         if name not in KINDS:
             raise unknown("kind", name, KINDS, where="--kinds")
@@ -33,38 +36,39 @@ def main(report: Path, *, minutes: float, count: int | None, seed: int, first: i
     world = World(Warm(report.parent / "logs"), Path("undisturbed"))
     print("the undisturbed run", flush=True)
     world.undisturbed()
-    found: dict[str, Counter] = {name: Counter() for name in names}
-    entries, skipped, number = [], {}, first
+    entries: list[dict] = []
+    skipped: dict[str, str] = {}
     with bar(total=count or int(60 * minutes), desc="faults", unit="fault" if count else "s") as shown:
-        while time.monotonic() < until and (count is None or number < first + count) and len(skipped) < len(names):
-            draw = random.Random(f"{seed} {number}")
+        for number in itertools.count(first) if count is None else range(first, first + count):
             name = names[number % len(names)]
-            number += 1
+            if time.monotonic() > until or skipped.keys() >= set(names):
+                break
             if name in skipped:
                 continue
             began = time.monotonic()
             try:
-                outcome, what = "survived", KINDS[name](world, draw)
+                outcome, what = "survived", KINDS[name](world, random.Random(f"{seed} {number}"))
             except Skipped as reason:
                 skipped[name] = str(reason)
                 shown.write(f"{name} is skipped: {reason}")
                 continue
+            except KeyboardInterrupt:
+                shown.write("stopped; the report is of what was done")
+                break
             except (Lost, TimeoutError, UserError) as problem:
                 outcome, what = "lost", f"{type(problem).__name__}: {problem}"
-            found[name][outcome] += 1
-            took = time.monotonic() - began
-            entries.append(
-                {"number": number - 1, "kind": name, "outcome": outcome, "what": what, "seconds": round(took, 1)}
-            )
-            shown.write(f"{number - 1} {name}: {outcome}, {what} ({took:.0f} s)")
+            took = round(time.monotonic() - began, 1)
+            entries.append({"number": number, "kind": name, "outcome": outcome, "what": what, "seconds": took})
+            shown.write(f"{number} {name}: {outcome}, {what} ({took:.0f} s)")
             shown.update(1 if count else int(took))
     lost = [entry for entry in entries if entry["outcome"] == "lost"]
+    counts = {name: Counter(entry["outcome"] for entry in entries if entry["kind"] == name) for name in KINDS}
     write_json(
         report,
         {
             "faults": len(entries),
             "survived": len(entries) - len(lost),
-            "kinds": {name: dict(counts) for name, counts in found.items() if name not in skipped},
+            "kinds": {name: dict(found) for name, found in counts.items() if found},
             "skipped": skipped,
             "lost": lost,
             "entries": entries,
@@ -77,11 +81,15 @@ def main(report: Path, *, minutes: float, count: int | None, seed: int, first: i
             "when": provenance.now(),
         },
     )
-    print(
-        f"{len(entries)} faults, {len(entries) - len(lost)} survived"
-        + f", {len(skipped)} kinds skipped" * bool(skipped)
-    )
+    left_out = f", kinds that were skipped: {', '.join(skipped)}" if skipped else ""
+    print(f"{len(entries)} faults, {len(entries) - len(lost)} survived{left_out}")
     return int(bool(lost))
+
+
+def order() -> list[str]:
+    """The kinds in turn; every second fault is a stage that is killed or stopped."""
+    others = [name for name in KINDS if name not in STOPS]
+    return [name for pair in zip(itertools.cycle(STOPS), others) for name in pair]
 
 
 if __name__ == "__main__":

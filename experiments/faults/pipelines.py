@@ -26,7 +26,7 @@ def known_to_dvc(world: World) -> None:
     shutil.rmtree("work/local/running", ignore_errors=True)
     if not KEPT.is_file():
         told(world.run(Stage(words=("pipeline",), makes=())), 0)
-        ended = world.warm.run("dvc", "commit", "--force", inside=BY_DVC)
+        ended = world.warm.run("dvc", "commit", "--force", "dvc.yaml", inside=BY_DVC)
         expect(ended.status == 0 and LOCK.is_file(), f"`dvc commit` fails: {ended.text[-1500:]}")
         shutil.rmtree(".dvc/cache/runs", ignore_errors=True)  # what it has is not run again
         shutil.copyfile(LOCK, KEPT)
@@ -41,7 +41,7 @@ def finished_by_dvc(world: World) -> Ended:
     ended = world.run(REPRO, BY_DVC)
     told(ended, 0)
     world.equal()
-    status = world.warm.run("dvc", "status", "--json", inside=BY_DVC)
+    status = world.warm.run("dvc", "status", "--json", "dvc.yaml", inside=BY_DVC)
     clean = next((line for line in status.text.splitlines() if line.startswith("{")), "")
     expect(clean and json.loads(clean) == {}, f"`dvc status` is not clean: {status.text[-1500:]}")
     return ended
