@@ -7,6 +7,7 @@ import functools
 import os
 import re
 from pathlib import Path
+from urllib.parse import quote
 
 REMOVED = "[removed]"
 LEAST = 8  # characters of a token; a shorter value of a variable is a switch
@@ -24,7 +25,10 @@ _SHAPES = [
 def redacted(text: str) -> str:
     """The text without tokens: those of this environment and of the hub's login, and all that has the look of one."""
     for secret in _known():
-        text = text.replace(secret, REMOVED)
+        for written in {secret, quote(secret, safe="")}:
+            text = text.replace(written, REMOVED)
+            # a message may have been shortened within it
+            text = re.sub(rf"{re.escape(written[:LEAST])}[^\s…]*…", f"{REMOVED}…", text)
     for shape in _SHAPES:
         text = shape.sub(rf"\1{REMOVED}", text)
     return text

@@ -84,6 +84,9 @@ def test_a_secret_of_the_environment_is_known_by_its_variable(monkeypatch):
     monkeypatch.setenv("SOME_REGISTRY_TOKEN", "no-shape-at-all")
     monkeypatch.setenv("HF_HUB_DISABLE_IMPLICIT_TOKEN", "1")
     assert redacted("1 no-shape-at-all 1") == f"1 {REMOVED} 1"
+    assert redacted("not allowed: no-shape-a…") == f"not allowed: {REMOVED}…"
+    monkeypatch.setenv("SOME_REGISTRY_TOKEN", "with/slashes+and=")
+    assert redacted("?x=with%2Fslashes%2Band%3D&y") == f"?x={REMOVED}&y"
 
 
 def test_the_screen_shows_control_characters_and_lets_bars_pass(monkeypatch):
