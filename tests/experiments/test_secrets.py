@@ -3,10 +3,17 @@
 import io
 import sys
 
+import huggingface_hub
 import pytest
 
+from experiments.model import hub
+from experiments.study import config
+from experiments.study.cells import Cell
+from experiments.study.failures import recorded
+from experiments.study.paths import Paths
 from experiments.study.screen import Screen, shown
 from experiments.study.secrets import REMOVED, redacted
+from methods.errors import UserError
 from tests.experiments.hub_server import Hub, run_python
 
 TOKEN = "hf_" + "SecretOfAPerson" * 2 + "1234"
@@ -43,7 +50,31 @@ print("a login", token, flush=True)
 """
 
 
-def test_a_token_is_in_nothing_that_a_failing_access_to_the_hub_writes(tmp_path):
+def test_a_token_is_in_nothing_that_a_failing_access_to_the_hub_writes(tmp_path, monkeypatch, capsys):
+    """The hub repeats the header that it was sent."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    repeated = f"the header Authorization: Bearer {TOKEN} is refused"
+    study = config.load("demo").model_copy(update={"paths": Paths(study="demo", root=tmp_path)})
+    with (
+        Hub(faults={"someone/echo": (418, "", repeated)}) as server,
+        pytest.raises(UserError) as raised,
+        recorded(study, Cell("llama-tiny", "sums", "full", 0), "train"),
+    ):
+        try:
+            huggingface_hub.HfApi(endpoint=server.url, token=TOKEN).dataset_info("someone/echo")
+        except huggingface_hub.errors.HfHubHTTPError as error:
+            assert TOKEN in str(error)
+            raise hub.refused(error, kind="data set", name="someone/echo", revision=None) from error
+    print(raised.value)
+    written = [file.read_text() for file in tmp_path.rglob("*") if file.is_file()]
+    for text in (capsys.readouterr().out, *written):
+        assert TOKEN not in text and f"Bearer {REMOVED} is refused" in text
+    assert len(written) == 1
+
+
+@pytest.mark.thorough
+def test_a_token_is_in_nothing_that_a_process_with_a_login_writes(tmp_path):
     """The hub repeats what it was sent; one token is in the environment, another in the file of a login."""
     secrets = {"HF_TOKEN": TOKEN, "OTHER": "of-another-registry-00"}
     repeated = f"the header Authorization: Bearer {TOKEN} is refused, and so is {secrets['OTHER']}"
