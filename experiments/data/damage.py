@@ -7,10 +7,12 @@ from methods.tools.files import read_json, sha256
 
 
 def refuse_damaged(data: Path, *parts: str) -> None:
-    """Raise UserError unless these files and folders of `data` are as data.json says: all there, and unchanged.
+    """Raise UserError unless these files and folders of `data` are as data.json says, if it is there: whole, unchanged.
 
     A file of rows that is cut off between two of them would otherwise be read as a shorter one.
     """
+    if not (data / "data.json").is_file():  # a machine that was sent the folders of one stage alone
+        return
     known = read_json(data / "data.json", "files")["files"]
     for part in parts:
         there = {path.relative_to(data).as_posix() for path in (data / part).rglob("*") if path.is_file()}

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -35,7 +35,12 @@ def alone(study, stage: str, *names: str, cell=None) -> Iterator[None]:
         yield
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    if (file := _locked(path)) is None:
+    try:
+        file = _locked(path)
+    except OSError:  # a disk without locks, as of some clusters
+        yield
+        return
+    if file is None:
         raise UserError(
             f"{' '.join((stage, *names))} is running already, in process {_about(path).get('process', 'unknown')}: "
             "wait until it ends, or stop it with Ctrl-C where it was started"
@@ -63,11 +68,12 @@ def alone(study, stage: str, *names: str, cell=None) -> Iterator[None]:
 def left(study) -> Iterator[tuple[str, list[str], dict]]:
     """Stage, names and what `alone` noted of each stage that was killed; its file is removed after that."""
     for path in sorted(study.paths.running.glob("*@*")):
-        if path.is_file() and (file := _locked(path)):
-            with file:
-                stage, _, names = path.name.partition("@")
-                yield stage, names.split("+"), _about(path)
-                path.unlink()
+        with suppress(OSError):  # a disk without locks
+            if path.is_file() and (file := _locked(path)):
+                with file:
+                    stage, _, names = path.name.partition("@")
+                    yield stage, names.split("+"), _about(path)
+                    path.unlink()
 
 
 def ended() -> int | None:
