@@ -62,7 +62,7 @@ def main(
         else:
             memory = hardware.available_memory(torch.device("cpu"))
             on_ray.start(address=address, cores=made.all_cores, gpus=made.gpus, memory=memory)
-            launch = made.launch(on_ray.RayWorkers(root=study.paths.root))
+            launch = made.launch(on_ray.RayWorkers(study=study, names=tasks.names(study), cached=stages.outputs))
         launch.run()
     return _finish(study, launch)
 

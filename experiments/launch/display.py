@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from analysis import numbers
@@ -10,6 +11,7 @@ from experiments.launch.tasks import OF_CELL
 from experiments.study import outcome
 
 STATES = ("running", "set aside", "waiting", "finished")
+INTERVAL, SHARE = 0.5, 0.05  # seconds between two drawings at least, and the share of the time that they may take
 
 
 class Display:
@@ -23,7 +25,7 @@ class Display:
 
             self._live = Live(refresh_per_second=2, transient=False)
             self._live.start()
-        self._said = 0.0
+        self._next = 0.0
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -37,21 +39,29 @@ class Display:
         if name.startswith("collect@") and (found := record(self._study.paths.run(launch.names.cells[name]))):
             self.say(f"{launch.names.cells[name].name}: {outcome.line(found)}")
             if not self._live:
-                self.say(self.line(launch))
+                self._draw(lambda: self.say(self.line(launch)))
 
     def update(self, launch: Any) -> None:
-        if self._live and time.monotonic() > self._said + 0.5:
-            self._said = time.monotonic()
-            self._live.update(self._table(launch))
+        if self._live:
+            self._draw(lambda: self._live.update(self._table(launch)))
+
+    def _draw(self, draw: Callable[[], None]) -> None:
+        """Draw if it is time: with many cells a drawing takes long, and the driver has other work."""
+        if (began := time.monotonic()) >= self._next:
+            draw()
+            self._next = began + max(INTERVAL, (time.monotonic() - began) / SHARE)
 
     def stopping(self, launch: Any) -> None:
         self.say("stopping: each stage that runs writes its checkpoint first")
 
     def close(self, launch: Any) -> None:
+        """The last state of all cells."""
         if self._live:
             self._live.update(self._table(launch))
             self._live.stop()
             self._live = None
+        elif self._cells:
+            self.say(self.line(launch))
 
     def state(self, launch: Any, cell: Any) -> tuple[str, str]:
         """What a cell does: one of STATES, and more in words."""
@@ -77,28 +87,31 @@ class Display:
         for cell in self._cells:
             counts[self.state(launch, cell)[0]] += 1
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        return f"{len(self._cells)} cells: {told}; {self._left(launch)}"
+        return f"{len(self._cells)} cells: {told}{self._left(launch)}"
 
     def _left(self, launch: Any) -> str:
+        if launch.schedule.ended:
+            return ""
         now = time.monotonic()
         elapsed = {name: now - launch.began.get(name, now) for name in launch.schedule.running}
         shapes = [task.needs for task in launch.schedule.tasks.values() if not task.needs.here]
         slots = launch.workers.slots(shapes[0]) if shapes else 1.0
         left = launch.estimate.left(launch.schedule, slots=slots, elapsed=elapsed)
         factor = launch.estimate.factor
-        return f"about {numbers.seconds(left)} to go" + (f" (measured {factor:.2g} × the plan)" if factor else "")
+        return f"; about {numbers.seconds(left)} to go" + (f" (measured {factor:.2g} × the plan)" if factor else "")
 
     def _table(self, launch: Any) -> Any:
         from rich.table import Table
+        from rich.text import Text  # of which nothing is read as markup
 
         states = {cell.name: self.state(launch, cell) for cell in self._cells}
         order = sorted(self._cells, key=lambda cell: STATES.index(states[cell.name][0]))
         room = max(5, self._live.console.height - 4)
-        table = Table(title=self.line(launch), box=None, title_justify="left", pad_edge=False)
+        table = Table(title=Text(self.line(launch)), box=None, title_justify="left", pad_edge=False)
         for heading in ("cell", "state", ""):
             table.add_column(heading, no_wrap=True)
         for cell in order[:room]:
-            table.add_row(cell.name, *states[cell.name])
+            table.add_row(*map(Text, (cell.name, *states[cell.name])))
         if len(order) > room:
             table.add_row(f"… {len(order) - room} more", "", "")
         return table

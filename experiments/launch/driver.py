@@ -37,6 +37,9 @@ class Workers(Protocol):
     def stop(self) -> None:
         """Stop all jobs, each with its checkpoint, and wait for that."""
 
+    def close(self) -> None:
+        """Let go of the machines."""
+
     def slots(self, needs: Needs) -> float:
         """How many tasks with these needs run at once."""
 
@@ -77,15 +80,15 @@ class Launch:
             self.workers.stop()  # what ended well meanwhile has its note, by which the next launch takes it over
             raise
         finally:
-            self._write(now=True)
             self.show.close(self)
+            self.workers.close()
+            self._write(now=True)
 
     def _begin(self) -> None:
         """Give workers all that is ready and fits; stages that are up to date are done without."""
         while (name := self.schedule.take(self.workers.fits)) is not None:
             try:
                 if job := self._prepared(name):
-                    self.jobs[name] = job
                     self.began[name] = time.monotonic()
                     self.stages.hold(name)
                     self.workers.give(job, self.schedule.tasks[name].needs)
@@ -97,7 +100,7 @@ class Launch:
 
                 if not isinstance(error, DvcException | OSError):
                     raise
-                self._set_aside(name, f"{name}: {error}")
+                self._set_aside(name, str(error))
             self.show.update(self)
 
     def _prepared(self, name: str) -> work.Job | None:
@@ -105,15 +108,15 @@ class Launch:
         if not self.stages.changed(name):
             self.schedule.finish(name)
             return None
-        job = self._job(name)
+        self.jobs[name] = job = self._job(name)
         if note := work.noted(job, self.study.paths.root):  # it has run, and its driver ended before it was committed
-            self.stages.commit(name)
+            self._commit(name)
             self._done(name, note["seconds"])
             return None
         if why := self.workers.never(self.schedule.tasks[name].needs):
             raise UserError(why)
         if self.stages.restored(name):
-            self.stages.commit(name)
+            self._commit(name)
             self._done(name, 0.0)
             return None
         return job
@@ -146,6 +149,16 @@ class Launch:
     def folder(self) -> str:
         return f"work/local/launch/{self.study.name or 'default'}"
 
+    def _commit(self, name: str) -> None:
+        """Put the outputs into DVC's cache. Raises UserError where that fails, as on a full disk."""
+        from dvc.exceptions import DvcException
+
+        try:
+            self.stages.commit(name)
+        except (OSError, DvcException) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"its outputs cannot be kept: {reason}") from error
+
     def _done(self, name: str, seconds: float) -> None:
         self.schedule.finish(name)
         self.ran.append(name)
@@ -157,24 +170,17 @@ class Launch:
         """Commit a stage that ended well; try one that did not once more, or set it aside."""
         if outcome.status == 0:
             try:
-                self.stages.commit(name)
-            except OSError as error:
-                return self._failed(name, f"its outputs cannot be kept: {error.strerror or error}", kind="error")
-            except Exception as error:
-                from dvc.exceptions import DvcException
-
-                if not isinstance(error, DvcException):
-                    raise
-                return self._failed(name, f"its outputs cannot be kept: {error}", kind="error")
+                self._commit(name)
+            except UserError as error:
+                return self._failed(name, str(error), kind="error")
             self.stages.let_go(name)
             return self._done(name, outcome.seconds)
         record = self._record(name)
         last = next((line for line in reversed(outcome.tail.splitlines()) if line.strip()), work.LOST)
         reason = record["reason"] if record else last.removeprefix("error: ")
         if outcome.status < 0 and not record:
-            reason = (
-                f"{work.LOST if outcome.tail == work.LOST else f'killed by signal {-outcome.status}'} during {name}"
-            )
+            told = f"killed by signal {-outcome.status}" if outcome.host else outcome.tail
+            reason = f"{told} during {name.partition('@')[0]}"
         self._failed(name, reason, kind=record["kind"] if record else "killed" if outcome.status < 0 else "error")
 
     def _failed(self, name: str, reason: str, *, kind: str) -> None:
@@ -206,7 +212,7 @@ class Launch:
         self.reasons[name] = reason
         lost = self.schedule.set_aside(name)
         self.show.say(f"{name}: set aside: {reason}")
-        told = {cell} if (cell := self.names.cells.get(name)) and self._record(name) else set()
+        told = {self.names.cells.get(name) or self.names.prepared.get(name)} if self._record(name) else set()
         for other in [name, *lost]:
             if (cell := self.names.cells.get(other)) and cell not in told:
                 told.add(cell)
@@ -215,6 +221,12 @@ class Launch:
 
     def _write(self, *, now: bool = False) -> None:
         """Write dvc.lock if it is time; then the notes of the stages in it have done their service."""
-        for name in self.stages.write(now=now):
+        try:
+            written = self.stages.write(now=now)
+        except OSError as error:  # a full disk: the notes stay, and the entries are written later
+            if now:
+                raise
+            return self.show.say(f"dvc.lock cannot be written now: {error.strerror}")
+        for name in written:
             if job := self.jobs.get(name):
                 work.note_of(job, self.study.paths.root).unlink(missing_ok=True)

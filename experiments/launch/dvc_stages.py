@@ -42,12 +42,16 @@ class Stages:
             return self._stages[name].changed()
 
     def inputs(self, name: str, *, hashed: bool = True) -> dict[str, str]:
-        """The md5 of each input by path from the root, or '' for each. Raises DvcException where one is missing."""
-        stage, root = self._stages[name], self.repo.root_dir
-        if hashed:
-            with self._locked():
-                stage.save_deps()
-        return {os.path.relpath(dep.fs_path, root): dep.hash_info.value if hashed else "" for dep in stage.deps}
+        """The md5 of each input by path from the root, or '' for each. Raises DvcException where one is missing.
+
+        The stage itself keeps the hashes of dvc.lock, by which DVC finds earlier runs in its cache.
+        """
+        root = self.repo.root_dir
+        with self._locked():
+            return {
+                os.path.relpath(dep.fs_path, root): dep.get_hash().value if hashed else ""
+                for dep in self._stages[name].deps
+            }
 
     def outputs(self, name: str) -> dict[str, bool]:
         """Paths of the outputs from the root, and whether each is kept in DVC's cache."""
@@ -103,7 +107,7 @@ class Stages:
 
         if not self._pending or not (now or time.monotonic() >= self._next):
             return []
-        began = time.monotonic()
+        began, self._next = time.monotonic(), time.monotonic() + 30  # if it fails
         with self._locked():
             text = self.lock_file.read_text() if self.lock_file.is_file() else ""
             data = parse_yaml_for_update(text, str(self.lock_file)) or {"schema": "2.0"}

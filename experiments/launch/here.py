@@ -40,3 +40,6 @@ class Here:
     def stop(self) -> None:
         self._stop.set()
         self._pool.shutdown(cancel_futures=True)
+
+    def close(self) -> None:
+        self._pool.shutdown()

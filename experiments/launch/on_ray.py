@@ -1,14 +1,20 @@
 """Ray's workers: Ray finds a machine for each stage and tells of those that are lost."""
 
+import json
 import os
 import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from experiments.launch import work
+from experiments.launch import exchange, work
 from experiments.launch.here import Here
 from experiments.launch.schedule import Needs
-from methods.errors import UserError
+from experiments.launch.tasks import Names
+from experiments.study import ledger, provenance
+from methods.errors import UserError, shortened
 
 OBJECTS = 100 * 2**20  # bytes of Ray's object store: nothing large passes through it
 PASSED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "DVC_EXP_NAME")  # to other machines; never a token
@@ -25,34 +31,41 @@ def start(*, address: str, cores: int, gpus: int, memory: int | None) -> None:
         import ray
     except ModuleNotFoundError as error:
         raise UserError(
-            "launch needs Ray, which is not installed here: `pip install -r requirements-launch.lock` adds it; without "
-            "it, `make study` runs one cell after another, and `launch --slurm TEMPLATE` an array job"
+            "launch needs Ray, which is not installed here: `python -m pip install -r requirements-launch.lock`; "
+            "without it, `make study` runs one cell after another, and `launch --slurm TEMPLATE` an array job"
         ) from error
     own = {"num_cpus": cores, "num_gpus": gpus, "object_store_memory": OBJECTS, "include_dashboard": False}
     own |= {"_memory": memory} if memory else {}
     try:
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
-    except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
-        raise UserError(
-            f"--address {address}: no Ray cluster answers there ({str(error).strip().splitlines()[0]}): look with `ray "
-            "status` on its head node"
-            if address
-            else f"Ray does not start here: {error}"
-        ) from error
+    except Exception as error:  # Ray raises what comes, also a plain Exception
+        if address:
+            raise UserError(
+                f"--address {address}: no Ray cluster answers there ({shortened(error)}): look with `ray status` on "
+                "its head node"
+            ) from error
+        raise UserError(f"Ray does not start here: {shortened(error)}; run the same command again") from error
     ray.cloudpickle.register_pickle_by_value(work)  # other machines need not have this file
 
 
 class RayWorkers:
     """Jobs on Ray, and those that run here."""
 
-    def __init__(self, *, root: Path):
+    def __init__(self, *, study: Any, names: Names, cached: Callable[[str], Mapping[str, bool]]):
+        """cached  whether each output of a stage lies in DVC's cache"""
         import ray
 
-        self._ray, self._root = ray, str(root)
-        self._here = Here(str(root))
+        self._ray, self._study, self._names, self._cached = ray, study, names, cached
+        self._root = str(study.paths.root)
+        self._here = Here(self._root)
         self._refs: dict[Any, str] = {}
-        self._taken: dict[str, Needs] = {}
+        self._given: dict[str, tuple[work.Job, Needs]] = {}
         self._looked, self._all = 0.0, {}
+        self._apart: _Apart | None = None  # known once a machine does not see this disk
+        self._token = f"work/local/launch/{uuid.uuid4().hex}.seen"
+        token = Path(self._root, self._token)
+        token.parent.mkdir(parents=True, exist_ok=True)
+        token.touch()
 
     def _capacity(self) -> dict[str, float]:
         """What all machines have together; looked at anew every few seconds, for machines come and go."""
@@ -63,12 +76,14 @@ class RayWorkers:
     def fits(self, needs: Needs) -> bool:
         """Whether less is taken than there is of everything that the task needs.
 
-        So one task more than fits may wait in Ray, which places it as soon as it can.
+        So one task more than fits may wait in Ray, which places it as soon as it can. What no machine has at all is for
+        `never` to refuse.
         """
         if needs.here:
             return self._here.fits(needs)
         capacity = self._capacity()
-        return all(sum(_asked(n)[kind] for n in self._taken.values()) < capacity.get(kind, 0) for kind in _used(needs))
+        taken = {kind: sum(_asked(own)[kind] for _, own in self._given.values()) for kind in _used(needs)}
+        return all(taken[kind] < capacity[kind] for kind in taken if capacity.get(kind))
 
     def never(self, needs: Needs) -> str:
         if needs.here:
@@ -92,11 +107,26 @@ class RayWorkers:
         if needs.here:
             self._here.give(job, needs)
             return
-        remote = self._ray.remote(work.run).options(
+        code = None
+        if self._apart is not None:
+            exchange.send(self._apart.store, self._root, self._apart.new(job.deps))
+            code, job = self._apart.code, replace(job, environment={**job.environment, "HOLDFAST_GIT": self._apart.git})
+        remote = self._ray.remote(work.run_anywhere).options(
             num_cpus=needs.cores, num_gpus=needs.gpus, memory=needs.memory or None, max_retries=0, name=job.name
         )
-        self._refs[remote.remote(job, self._root)] = job.name
-        self._taken[job.name] = needs
+        self._refs[remote.remote(job, self._root, self._token, code, self._asked(job))] = job.name
+        self._given[job.name] = (job, needs)
+
+    def _asked(self, job: work.Job) -> dict[str, Any]:
+        """What a machine without this disk sends back."""
+        cell = self._names.cells.get(job.name) or self._names.prepared.get(job.name)
+        root = self._study.paths.root
+        return {
+            "cached": [out for out, kept in self._cached(job.name).items() if kept],
+            "records": [self._study.paths.failure(cell).relative_to(root).as_posix()] if cell else [],
+            "ledger": os.path.relpath(ledger.path(self._study), root),
+            "cell": cell.name if cell else "",
+        }
 
     def ended(self, seconds: float) -> dict[str, work.Outcome]:
         outcomes = self._here.ended(0.0 if self._refs else seconds)
@@ -104,20 +134,37 @@ class RayWorkers:
             done, _ = self._ray.wait(list(self._refs), timeout=0.0 if outcomes else seconds, num_returns=1)
             for ref in done:
                 name = self._refs.pop(ref)
-                self._taken.pop(name)
-                outcomes[name] = self._outcome(ref)
+                job, needs = self._given.pop(name)
+                outcome = self._outcome(ref)
+                if outcome.apart and self._apart is None:
+                    self._apart = _Apart(self._study.paths.root)
+                if outcome.apart:
+                    self.give(job, needs)
+                    continue
+                outcomes[name] = self._taken_over(outcome)
         return outcomes
 
+    def _taken_over(self, outcome: work.Outcome) -> work.Outcome:
+        """The outcome, with what another machine has sent on this disk."""
+        if outcome.answer is None:
+            return outcome
+        try:
+            exchange.receive(self._apart.store, self._root, outcome.answer, ledger=ledger.path(self._study))
+        except (UserError, OSError) as error:
+            return work.Outcome(status=1, host=outcome.host, tail=f"error: its files did not arrive: {error}")
+        return outcome
+
     def _outcome(self, ref: Any) -> work.Outcome:
-        from ray.exceptions import OutOfMemoryError, RayError
+        from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
 
         try:
             return self._ray.get(ref)
         except OutOfMemoryError:
             return work.Outcome(status=-9, tail="its machine ran out of memory, and Ray ended it")
-        except RayError as error:
-            told = isinstance(error, self._ray.exceptions.RayTaskError)
-            return work.Outcome(status=1, tail=str(error)) if told else work.Outcome(status=-9, tail=work.LOST)
+        except RayTaskError as error:
+            return work.Outcome(status=1, tail=str(error))
+        except RayError:
+            return work.Outcome(status=-9, tail=work.LOST)
 
     def stop(self) -> None:
         for ref in self._refs:
@@ -126,7 +173,28 @@ class RayWorkers:
         self._ray.wait(
             list(self._refs), num_returns=len(self._refs), timeout=work.PATIENCE + 30
         ) if self._refs else None
-        self._refs, self._taken = {}, {}
+        self._refs, self._given = {}, {}
+
+    def close(self) -> None:
+        """End the connection to Ray, and Ray itself where it was started here."""
+        Path(self._root, self._token).unlink(missing_ok=True)
+        self._ray.shutdown()
+
+
+class _Apart:
+    """What machines without this disk are sent: the code once, and each input once."""
+
+    def __init__(self, root: Path):
+        self.store = exchange.remote(str(root))
+        self.code = exchange.archive(root)
+        self.git = json.dumps(provenance.git(root))
+        self._sent: set[tuple[str, str]] = set()
+
+    def new(self, deps: Mapping[str, str]) -> dict[str, str]:
+        """Those of the inputs that were not sent yet."""
+        fresh = {path: digest for path, digest in deps.items() if (path, digest) not in self._sent}
+        self._sent |= set(fresh.items())
+        return fresh
 
 
 def _asked(needs: Needs) -> dict[str, float]:

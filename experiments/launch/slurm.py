@@ -45,20 +45,21 @@ def lines(tasks: Iterable[Task], jobs: Mapping[str, work.Job], *, cell_of) -> di
     cell_of  the cell of a stage's name
     """
     chains: dict[tuple[int, Needs, str], dict[str, list[work.Job]]] = {}
-    shared: dict[str, str] = {}
-    for task in tasks:
-        kind = task.name.partition("@")[0]
-        if task.name not in jobs or kind not in FIRST + SECOND:
-            continue
-        own = task.name if kind in FIRST else cell_of(task.name).name
-        shared.setdefault(own, task.once or own)
-        key = (1 if kind in FIRST else 2, task.needs, shared[own])
-        chains.setdefault(key, {}).setdefault(own, []).append(jobs[task.name])
+    wanted = [task for task in tasks if task.name in jobs and task.name.partition("@")[0] in FIRST + SECOND]
+    own = {task.name: task.name if _phase(task.name) == 1 else cell_of(task.name).name for task in wanted}
+    shared = {own[task.name]: task.once for task in wanted if task.once}
+    for task in wanted:
+        key = (_phase(task.name), task.needs, shared.get(own[task.name], own[task.name]))
+        chains.setdefault(key, {}).setdefault(own[task.name], []).append(jobs[task.name])
     found: dict[tuple[int, Needs], list[str]] = {}
     for (phase, needs, _), by_cell in chains.items():
         ordered = [sorted(chain, key=_place) for chain in by_cell.values()]
         found.setdefault((phase, needs), []).append(array.line(ordered))
     return found
+
+
+def _phase(name: str) -> int:
+    return 1 if name.partition("@")[0] in FIRST else 2
 
 
 def _place(job: work.Job) -> int:

@@ -5,16 +5,22 @@ the note of a finished stage (its command, and the md5 of what it read) lets the
 after the driver itself was killed, or where a job of Slurm ran it.
 """
 
+import hashlib
+import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 PATIENCE = 120.0  # seconds that a stopped stage has to write its checkpoint and its record
 TAIL = 4000  # bytes of a stage's output that are shown
@@ -35,7 +41,7 @@ class Job:
     """One stage to run.
 
     name     of the stage, such as train@MODEL-DOMAIN-METHOD-SEED
-    address  as DVC names it in DVC_STAGE
+    address  as DVC names it in DVC_STAGE; empty where the stage shall not compare its settings with `resolve`'s files
     deps     md5 of what it reads, by path from the root
     folder   where its log and its note lie, from the root
     threads  OMP_NUM_THREADS of its process; None leaves it unset
@@ -53,12 +59,18 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How a stage ended: its exit status (0 for well, negative for a signal), seconds, host, and last lines."""
+    """How a stage ended: its exit status (0 for well, negative for a signal), seconds, host, and last lines.
+
+    answer  of a machine without the driver's disk: what it sends back (experiments/launch/exchange.py)
+    apart   that the stage has not run, because such a machine was not sent its inputs
+    """
 
     status: int
     seconds: float = 0.0
     host: str = ""
     tail: str = ""
+    answer: Mapping[str, Any] | None = None
+    apart: bool = False
 
 
 def run(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False) -> Outcome:
@@ -81,9 +93,49 @@ def run(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False) -> Out
     return Outcome(status=status, seconds=seconds, host=os.uname().nodename, tail=tail)
 
 
+def run_anywhere(job: Job, root: str, token: str, code: bytes | None, asked: Mapping[str, Any]) -> Outcome:
+    """Run the stage in `root` on a machine that sees the file `token` there, else in a folder of its own.
+
+    code   an archive of the project; None where inputs do not lie in the DVC remote yet
+    asked  what the driver wants to have back
+    """
+    if Path(root, token).is_file() and "HOLDFAST_TREE" not in os.environ:
+        return run(job, root)
+    if code is None:
+        return Outcome(status=1, host=os.uname().nodename, apart=True)
+    tree = _unpacked(code)
+    folder = Path(tree, job.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{job.name}.asked.json"
+    answer = Path(f"{file}.answer")
+    answer.unlink(missing_ok=True)
+    write(file, {"job": asdict(replace(job, address="")), **asked})
+    command = f"python -m experiments.launch.exchange {shlex.quote(str(file))}"
+    outcome = run(replace(job, name=f"{job.name}.exchange", address="", command=command), tree)
+    return replace(outcome, answer=json.loads(answer.read_text()) if answer.is_file() else None)
+
+
+def _unpacked(code: bytes) -> str:
+    """The folder with the code, unpacked once on each machine."""
+    above = Path(os.environ.get("HOLDFAST_TREE") or Path(tempfile.gettempdir(), f"holdfast-{os.getuid()}"))
+    tree = above / hashlib.sha256(code).hexdigest()[:16]
+    if not tree.is_dir():
+        above.mkdir(parents=True, exist_ok=True, mode=0o700)
+        fresh = tempfile.mkdtemp(dir=above)
+        with tarfile.open(fileobj=io.BytesIO(code)) as tar:
+            tar.extractall(fresh, filter="data")
+        try:
+            os.replace(fresh, tree)
+        except OSError:  # another worker of this machine was faster
+            shutil.rmtree(fresh, ignore_errors=True)
+    return str(tree)
+
+
 def _environment(job: Job, root: str) -> dict[str, str]:
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "OMP_NUM_THREADS"))}
-    environment |= {"DVC_ROOT": root, "DVC_STAGE": job.address, **job.environment}
+    environment |= {"DVC_ROOT": root, **job.environment}
+    if job.address:
+        environment["DVC_STAGE"] = job.address
     if job.threads:
         environment["OMP_NUM_THREADS"] = str(job.threads)
     environment["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", os.defpath)])

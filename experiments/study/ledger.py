@@ -6,27 +6,29 @@ the weights came out equal bit for bit.
 
 import json
 from contextlib import suppress
+from pathlib import Path
 
 from experiments.study.provenance import now
 from methods.tools.files import read_json
 
 
-def _path(study):
+def path(study) -> Path:
+    """The file of the notes."""
     return study.paths.local / f"ledger{'-' + study.name if study.name else ''}.jsonl"
 
 
 def note(study, *, stage: str, cell: str, weights: str) -> None:
-    path = _path(study)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    file_path = path(study)
+    file_path.parent.mkdir(parents=True, exist_ok=True)
     line = json.dumps({"stage": stage, "cell": cell, "weights": weights, "when": now()})
-    with path.open("a") as file:
+    with file_path.open("a") as file:
         file.write(f"\n{line}\n")  # on a line of its own, also behind one that was cut off
 
 
 def entries(study) -> list[dict]:
     """What `note` wrote of this study, in order; a line that was cut off, as on a full disk, is passed over."""
     found = []
-    for line in _path(study).read_bytes().splitlines() if _path(study).is_file() else ():
+    for line in path(study).read_bytes().splitlines() if path(study).is_file() else ():
         with suppress(ValueError):
             found.append(json.loads(line))
     return [entry for entry in found if isinstance(entry, dict) and {"cell", "when"} <= entry.keys()]

@@ -1,5 +1,6 @@
 """Record where a number comes from: the versions of the packages and the commit of the code."""
 
+import json
 import os
 import platform
 import subprocess
@@ -31,7 +32,12 @@ def versions() -> dict[str, str]:
 
 
 def git(root: Path) -> dict:
-    """The commit, whether code or settings differ from it (None outside a repository), and the `experiment` of DVC."""
+    """The commit, whether code or settings differ from it (None outside a repository), and the `experiment` of DVC.
+
+    On a machine to which `launch` sent the code they are those of the repository that it was sent from.
+    """
+    if sent := os.environ.get("HOLDFAST_GIT"):
+        return json.loads(sent)
     commit = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--", *CODE)
     facts = {"commit": commit, "dirty": None if changed is None else bool(changed)}
