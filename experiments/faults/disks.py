@@ -124,7 +124,7 @@ def checkpoint_damaged(world: World, draw: random.Random) -> str:
     """A training is killed, and a file of its checkpoint is damaged: it is not used, and the training ends equal."""
     stage = draw.choice([s for s in world.stages if s.name == "train" and s.changes > 8])
     world.before(stage)
-    at = draw.randint(stage.changes // 2, stage.changes)
+    at = draw.randint(stage.changes // 4, 2 * stage.changes // 3)
     world.run(stage, Inside(at=at))
     files = sorted(path for path in Path("work/local/resume").rglob("*") if path.is_file())
     said = "there was none"

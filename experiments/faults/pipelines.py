@@ -15,8 +15,14 @@ from experiments.faults.world import Stage, World, expect
 from experiments.study import cells
 
 REPRO = Stage(words=("repro",), makes=())
-ENVIRONMENT = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "DVC_NO_ANALYTICS": "1"}
-BY_DVC = Inside(environment=ENVIRONMENT, call=os.setsid)
+BY_DVC = Inside(
+    environment={
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": f"{os.getcwd()}/site",  # what DVC notes outside of a project
+    },
+    call=os.setsid,
+)
 LOCK, KEPT = Path("dvc.lock"), Path("undisturbed/dvc.lock")
 
 
@@ -82,16 +88,21 @@ def killed_repro(world: World, draw: random.Random) -> str:
 
 @kind("dvc-lock")
 def lock_of_dvc(world: World, draw: random.Random) -> str:
-    """DVC's lock files are of a dead process or cut off; dvc.lock is cut off, and git has it."""
+    """DVC's lock files are of a dead process or cut off; dvc.lock is cut off, and git or its copy has the rest."""
     known_to_dvc(world)
-    how = draw.choice(["rwlock of a dead process", "rwlock cut off", "dvc.lock cut off"])
+    how = draw.choice(["rwlock of a dead process", "rwlock cut off", "dvc.lock cut off", "dvc.lock, with a copy"])
     temporary = Path(".dvc/tmp")
     temporary.mkdir(exist_ok=True)
     (temporary / "lock").touch()
     held = {"pid": 2**22 - 1, "cmd": "dvc repro"}
     text = json.dumps({"write": {os.path.abspath("results/metrics"): held}, "read": {}})
     said = ""
-    if how == "dvc.lock cut off":
+    if how == "dvc.lock, with a copy":
+        copy = world.study.paths.local / "locks" / "default.lock"
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(LOCK, copy)
+        os.truncate(LOCK, draw.randrange(1, LOCK.stat().st_size))
+    elif how == "dvc.lock cut off":
         os.truncate(LOCK, draw.randrange(1, LOCK.stat().st_size))
         ended = world.run(Stage(words=("plan",), makes=()))
         told(ended, 0, 2)
