@@ -68,24 +68,24 @@ def test_a_study_without_room_for_its_models_is_not_begun(tmp_path, monkeypatch)
     assert not (tmp_path / "work" / "models").exists()
 
 
+@pytest.mark.thorough
 def test_a_plan_for_another_machine_is_not_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "_is_here", lambda device: device.type == "cpu")
     with_free(monkeypatch, GB)
     plan.main(study(tmp_path, lambda raw: raw.update(device="cuda")), as_json=True)
 
 
-def test_models_that_are_here_are_not_counted(tmp_path, monkeypatch):
+def test_models_that_are_here_are_not_counted(tmp_path):
     def tiny(raw):
         raw["models"]["gptj"]["config"] = raw["models"]["llama"]["config"] = {"vocab_size": 300}
 
     here = study(tmp_path, tiny)
-    both = plan.make(here)["disk"]["needed"]["models"]
-    for name in ("gptj", "llama"):
+    sizes = {name: plan._Model(study=here, name=name).bytes for name in here.grid.models}
+    for name in here.grid.models:
+        assert room.of(here, models=sizes, prepared=3, cells=4).total == sum(sizes.values()) + 7
         weights.materialise(name=name, block=here.models[name], packages={}, out_dir=here.paths.model(name))
-        made = sum(p.nbytes for p in weights.load_tensors(here.paths.model(name)).values())
-        assert plan.make(here)["disk"]["needed"]["models"] == both - made
-        both -= made
-    assert both == 0
+        assert sizes.pop(name) == sum(p.nbytes for p in weights.load_tensors(here.paths.model(name)).values())
+    assert room.of(here, models=dict.fromkeys(here.grid.models, 5), prepared=3, cells=4).total == 7
 
 
 def test_rows_to_score_are_those_that_are_asked_for(tmp_path):
