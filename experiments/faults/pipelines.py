@@ -33,7 +33,7 @@ def known_to_dvc(world: World) -> None:
     if not KEPT.is_file():
         told(world.run(Stage(words=("pipeline",), makes=())), 0)
         ended = world.warm.run("dvc", "commit", "--force", "dvc.yaml", inside=BY_DVC)
-        expect(ended.status == 0 and LOCK.is_file(), f"`dvc commit` fails: {ended.text[-1500:]}")
+        expect(ended.status == 0 and LOCK.is_file(), f"DVC cannot commit the undisturbed run: {ended.text[-1500:]}")
         shutil.rmtree(".dvc/cache/runs", ignore_errors=True)  # what it has is not run again
         shutil.copyfile(LOCK, KEPT)
         shutil.copytree(".dvc", "undisturbed/.dvc")
