@@ -20,7 +20,7 @@ import torch
 
 from analysis import numbers
 from experiments.commands import plan as planning
-from experiments.commands import track
+from experiments.commands import repro, track
 from experiments.launch import dvc_stages, on_ray, simulate, slurm, tasks
 from experiments.launch.display import Display
 from experiments.launch.driver import Launch
@@ -53,8 +53,15 @@ def main(
     pipeline.main(study)
     if simulated:
         return _simulate(study, cells_wanted=simulated, workers=workers or 256)
-    with dvc_stages.opened(os.path.relpath(study.paths.folder / "dvc.yaml")) as stages:
-        made = _Made(study, chosen, stages, workers=workers)
+    path = os.path.relpath(study.paths.folder / "dvc.yaml")
+    if study.name and not patterns and repro.committed(path):
+        print(f"study {study.name} is up to date: the committed results are those of this code and these settings")
+        return 0
+    if any(not (study.paths.model(name) / "base.json").is_file() for name in study.grid.models):
+        planning.refuse_models(study)
+    with dvc_stages.opened(path) as stages:
+        plan = planning.make(study, patterns=patterns)
+        made = _Made(study, chosen, stages, plan=plan, workers=workers)
         if template:
             return _array_jobs(made, Path(template), submit=submit)
         if gather:
@@ -70,9 +77,8 @@ def main(
 class _Made:
     """What a launch is made of: the study's tasks, and what they need of a machine."""
 
-    def __init__(self, study, chosen: list, stages: dvc_stages.Stages, *, workers: int | None):
+    def __init__(self, study, chosen: list, stages: dvc_stages.Stages, *, plan: Mapping, workers: int | None):
         self.study, self.chosen, self.stages = study, chosen, stages
-        plan = planning.make(study, patterns=[cell.name for cell in chosen])
         cores = os.cpu_count() or 1
         self.gpus = torch.cuda.device_count() if study.device != "cpu" else 0
         self.needs = tasks.needs(study, plan, cores=max(1, cores // (workers or 1)), gpus=self.gpus)
@@ -143,8 +149,7 @@ def _array_jobs(made: _Made, template: Path, *, submit: bool) -> int:
 
 def _simulate(study, *, cells_wanted: int, workers: int) -> int:
     """Print the makespan of so many cells of this study by the plan's costs, against the lower bound."""
-    first = [cell.name for cell in cells.grid(study) if cell.seed == study.grid.seeds[0]]
-    plan = planning.make(study, patterns=first, anew=True)
+    plan = planning.make(study, patterns=[f"*/seed{study.grid.seeds[0]}"], anew=True)
     with dvc_stages.opened(os.path.relpath(study.paths.folder / "dvc.yaml")) as stages:
         made, count = simulate.with_seeds(study, after=stages.after, plan=plan, cells=cells_wanted)
     for spread, words in ((0.0, "as long as planned"), (simulate.SPREAD, "each stage off by a fifth")):

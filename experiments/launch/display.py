@@ -98,7 +98,9 @@ class Display:
         slots = launch.workers.slots(shapes[0]) if shapes else 1.0
         left = launch.estimate.left(launch.schedule, slots=slots, elapsed=elapsed)
         factor = launch.estimate.factor
-        return f"; about {numbers.seconds(left)} to go" + (f" (measured {factor:.2g} × the plan)" if factor else "")
+        return f"; about {numbers.seconds(left)} to go" + (
+            f" (measured {factor:.{2 if factor < 10 else 0}f} × the plan)" if factor else ""
+        )
 
     def _table(self, launch: Any) -> Any:
         from rich.table import Table

@@ -15,6 +15,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from experiments.study import whole
+
 SHARE = 0.1  # of the time, spent on writing dvc.lock
 
 
@@ -112,9 +114,7 @@ class Stages:
             text = self.lock_file.read_text() if self.lock_file.is_file() else ""
             data = parse_yaml_for_update(text, str(self.lock_file)) or {"schema": "2.0"}
             data.setdefault("stages", {}).update(self._pending)
-            part = self.lock_file.with_name("dvc.lock.part")
-            part.write_text(dumps_yaml(data))
-            part.replace(self.lock_file)
+            whole.write_text(self.lock_file, dumps_yaml(data))
         written, self._pending = list(self._pending), {}
         self._next = time.monotonic() + (time.monotonic() - began) / SHARE
         return written
