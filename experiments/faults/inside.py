@@ -1,5 +1,8 @@
 """What goes wrong inside a command's own process."""
 
+import errno
+import socket
+
 import torch
 
 from experiments.training import update
@@ -16,3 +19,16 @@ def gradient_is_not_a_number(step: int) -> None:
         return clip(run, limit)
 
     update.clip = broken
+
+
+def no_network() -> None:
+    """No address outside of this machine is reached, nor found."""
+
+    def unreachable(*_, **__):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+
+    socket.socket.connect = socket.socket.connect_ex = unreachable
+    socket.getaddrinfo = unknown

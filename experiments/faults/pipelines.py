@@ -79,9 +79,8 @@ def killed_repro(world: World, draw: random.Random) -> str:
         started.send(number)
     started.wait()
     until = time.monotonic() + 60
-    while any(Path("work/local/running/default").glob("*")) and time.monotonic() < until and not together:
+    while world.look() and any(Path("work/local/running/default").glob("*")) and time.monotonic() < until:
         time.sleep(0.2)  # its stage sees that it was killed, and stops
-    world.look()
     finished_by_dvc(world)
     return f"{' '.join(stage.words)}, signal {int(number)} to {'all' if together else 'dvc'} after {after:.1f} s"
 

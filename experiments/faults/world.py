@@ -157,7 +157,23 @@ class World:
                 raise Lost(f"{path} is missing")
             if path not in self.facts:
                 raise Lost(f"{path} was left behind")
-            expect(now[path] == self.facts[path], f"{path} differs from the undisturbed run")
+            expect(now[path] == self.facts[path], f"{path} differs from the undisturbed run{_where(self.kept, path)}")
+
+
+def _where(kept: Path, path: str) -> str:
+    """The first entry in which a JSON file differs, with both values; '' for others."""
+    try:
+        then, now = (_flat(_lasting(json.loads((root / path).read_text()))) for root in (kept, Path(".")))
+    except ValueError:
+        return ""
+    odd = next((key for key in sorted(then.keys() | now.keys()) if then.get(key) != now.get(key)), "")
+    return f": {odd} was {then.get(odd)} and is {now.get(odd)}"
+
+
+def _flat(value, key: str = "") -> dict:
+    if isinstance(value, dict):
+        return {name: leaf for own, entry in value.items() for name, leaf in _flat(entry, f"{key}.{own}").items()}
+    return {key: value}
 
 
 def expect(holds: object, otherwise: str) -> None:
