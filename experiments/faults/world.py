@@ -83,6 +83,7 @@ def stages(study) -> list[Stage]:
             Stage(words=("collect", cell.name), makes=(f"{run}/metrics.json", f"{run}/details.json")),
             Stage(words=("drift", cell.name), makes=(f"{run}/drift.json",)),
         ]
+    found.sort(key=lambda stage: stage.name == "drift")  # it reads what another method prepared
     return [*found, Stage(words=("compare",), makes=("results/summary", "results/metrics"))]
 
 
@@ -171,9 +172,9 @@ def _where(kept: Path, path: str) -> str:
 
 
 def _flat(value, key: str = "") -> dict:
-    if isinstance(value, dict):
-        return {name: leaf for own, entry in value.items() for name, leaf in _flat(entry, f"{key}.{own}").items()}
-    return {key: value}
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    found = {name: leaf for own, entry in entries for name, leaf in _flat(entry, f"{key}.{own}").items()}
+    return found or {key: value}
 
 
 def expect(holds: object, otherwise: str) -> None:
