@@ -8,6 +8,7 @@ over and commits the stage as any other. What was fetched or sent is compared wi
 
 import base64
 import contextlib
+import fcntl
 import io
 import json
 import os
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from hashlib import md5 as new_md5
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ def fetch(store: Any, root: str, paths: Mapping[str, str]) -> None:
     """
     for path, digest in paths.items():
         place = Path(root, path)
-        if place.exists() and md5.of(place) == digest:
+        if _is_here(root, path, digest):
             continue
         if digest.endswith(".dir"):
             shutil.rmtree(place, ignore_errors=True)
@@ -89,6 +90,10 @@ def fetch(store: Any, root: str, paths: Mapping[str, str]) -> None:
             raise UserError(f"{path}: what the DVC remote has is not what its md5 {digest} says")
 
 
+def _is_here(root: str, path: str, digest: str) -> bool:
+    return Path(root, path).exists() and md5.of(Path(root, path)) == digest
+
+
 def _fetch_file(store: Any, digest: str, place: Path) -> None:
     place.parent.mkdir(parents=True, exist_ok=True)
     part = place.with_name(f"{place.name}.part")
@@ -97,6 +102,32 @@ def _fetch_file(store: Any, digest: str, place: Path) -> None:
     except FileNotFoundError as error:
         raise UserError(f"the DVC remote does not have {place.name} with md5 {digest}") from error
     part.replace(place)
+
+
+@contextlib.contextmanager
+def fetched(store: Any, root: str, paths: Mapping[str, str], *, passing: Iterable[str]) -> Iterator[None]:
+    """Have the files and folders here for a time; other stages on this machine may use the same ones meanwhile.
+
+    passing  those that are removed when the last of these stages has ended: the others stay for the next ones
+    """
+    with contextlib.ExitStack() as held:
+        locks = {}
+        for path, digest in paths.items():
+            file = Path(root, "work/local/launch/locks", new_md5(path.encode()).hexdigest())
+            file.parent.mkdir(parents=True, exist_ok=True)
+            locks[path] = lock = held.enter_context(file.open("w"))
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            while not _is_here(root, path, digest):
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                fetch(store, root, {path: digest})
+                fcntl.flock(lock, fcntl.LOCK_SH)  # another stage may end, and remove it, between the two locks
+        try:
+            yield
+        finally:
+            for path in passing:
+                with contextlib.suppress(BlockingIOError):  # another stage still uses it
+                    fcntl.flock(locks[path], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(Path(root, path), ignore_errors=True)
 
 
 def archive(root: Path) -> bytes:
@@ -119,8 +150,8 @@ def main() -> int:
     job = work.Job(**asked["job"] | {"outs": tuple(asked["job"]["outs"])})
     try:
         store = remote(root)
-        fetch(store, root, job.deps)
-        outcome = work.run(job, root)
+        with fetched(store, root, job.deps, passing=asked["passing"]):
+            outcome = work.run(job, root)
         print(outcome.tail, flush=True)
         sent = _answer(job, root, asked, store, well=outcome.status == 0)
     except UserError as error:
@@ -136,8 +167,8 @@ def _answer(job: work.Job, root: str, asked: Mapping, store: Any, *, well: bool)
     send(store, root, cached)
     small = [out for out in job.outs if out not in cached] if well else asked["records"]
     files = {name: Path(root, name) for name in small}
-    for out in cached:  # they would fill the disk; the base and the rows stay for the next stage
-        shutil.rmtree(Path(root, out), ignore_errors=True)
+    for path in cached:  # they would fill the disk
+        shutil.rmtree(Path(root, path), ignore_errors=True)
     return {
         "cached": cached,
         "files": {name: base64.b64encode(path.read_bytes()).decode() for name, path in files.items() if path.is_file()},

@@ -123,6 +123,7 @@ class RayWorkers:
         root = self._study.paths.root
         return {
             "cached": [out for out, kept in self._cached(job.name).items() if kept],
+            "passing": [path for path in job.deps if path.endswith("/weights")],  # weights of cells
             "records": [self._study.paths.failure(cell).relative_to(root).as_posix()] if cell else [],
             "ledger": os.path.relpath(ledger.path(self._study), root),
             "cell": cell.name if cell else "",

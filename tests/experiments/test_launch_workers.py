@@ -110,10 +110,23 @@ def test_files_go_through_the_remote_by_their_md5(project):
         exchange.fetch(store, str(there / "deep/tree"), {"work/cell": digest})
 
 
+def test_a_cells_weights_stay_on_a_machine_until_the_last_stage_that_uses_them_has_ended(project):
+    place, there = project / "work/weights", project.parent / "there"
+    place.mkdir(parents=True)
+    (place / "w").write_text("weights")
+    store, paths = exchange.remote(str(project)), {"work/weights": md5.of(place)}
+    exchange.send(store, str(project), paths)
+    with exchange.fetched(store, str(there), paths, passing=paths):
+        with exchange.fetched(store, str(there), paths, passing=paths):
+            assert (there / "work/weights/w").read_text() == "weights"
+        assert (there / "work/weights/w").is_file()
+    assert not (there / "work/weights").exists()
+
+
 def test_a_machine_without_the_disk_runs_the_stage_in_a_folder_of_its_own(project, monkeypatch):
     """The worker's own process, with the project's code as it is sent; only the machine is this one."""
     there = project.parent / "there"
-    asked = {"cached": ["out"], "records": ["failed.json"], "ledger": "ledger.jsonl", "cell": CELL}
+    asked = {"cached": ["out"], "passing": [], "records": ["failed.json"], "ledger": "ledger.jsonl", "cell": CELL}
     monkeypatch.setenv("HOLDFAST_TREE", str(there / "trees"))
     for room in ("experiments", "methods"):
         shutil.copytree(HERE / room, project / room, ignore=shutil.ignore_patterns("__pycache__", "studies"))
