@@ -143,15 +143,15 @@ def main() -> int:
     except (OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, BrokenPipeError):
             return 1
-        if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        from experiments.study.failures import lacked_memory, number_of
+
+        if isinstance(error, OSError) and (number := number_of(error)) in DISK_ERRORS:
             print(
-                f"error: {error.filename or 'a file'}: {error.strerror.lower()}; correct the path, make it writable or "
-                "free some disk space, and run the same command again",
+                f"error: {error.filename or 'a file'}: {os.strerror(number).lower()}; correct the path, make it "
+                "writable or free some disk space, and run the same command again",
                 file=sys.stderr,
             )
             return 2
-        from experiments.study.failures import lacked_memory
-
         if not lacked_memory(error):
             raise
         message = (

@@ -57,7 +57,7 @@ def recorded(study, cell, stage: str):
                 f"out of memory during {stage}: {_first_line(error)}. Lower train.micro_batch or train.length, "
                 "or set train.checkpointing: true"
             )
-        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        elif isinstance(error, OSError) and number_of(error) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             at = f" ({error.filename})" if error.filename else ""
             kind, reason = "error", f"the disk is full{at}: free some space, then run `dvc repro` again"
         else:  # a fault of the program: recorded for the report, and the traceback is still shown
@@ -77,11 +77,18 @@ def keep(study, cell, *, stage: str, kind: str, reason: str) -> None:
     _write(study.paths.failure(cell), _record(study, cell, stage, kind, of_study(reason, study.name)))
 
 
+def number_of(error: OSError) -> int | None:
+    """The system's number of an error; `shutil.copytree` gathers those of its files and has none of its own."""
+    if error.errno is None and (told := re.search(r"\[Errno (\d+)\]", str(error))):
+        return int(told[1])
+    return error.errno
+
+
 def lacked_memory(error: BaseException) -> bool:
     """Whether memory ran out: for a tensor, for a thread, or for the mapping of a file."""
     if isinstance(error, RuntimeError | SafetensorError) and _FOR_THREAD_OR_FILE.search(str(error)):
         return True
-    return out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    return out_of_memory(error) or (isinstance(error, OSError) and number_of(error) == errno.ENOMEM)
 
 
 def find_killed(study) -> None:

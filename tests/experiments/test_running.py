@@ -1,6 +1,7 @@
 """No stage runs twice at a time; one that is killed leaves a record; what is written appears whole or not at all."""
 
 import os
+import shutil
 import signal
 import time
 
@@ -238,3 +239,9 @@ def test_a_dvc_lock_that_was_cut_off_is_put_back(study, left, mended):
     assert path.read_text() == (LOCK if mended else left)
     path.unlink()  # a user's wish
     assert lock_copy.mend(study) == "" and not path.exists()
+
+
+def test_a_copy_of_a_folder_that_the_disk_does_not_take_is_a_full_disk(study):
+    with pytest.raises(UserError, match="the disk is full"), failures.recorded(study, CELL, "prepare"):
+        raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'a' -> 'b'")])
+    assert read_json(study.paths.failure(CELL))["reason"].startswith("the disk is full")
