@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from experiments.model import claims
-from methods import registry
 from methods.errors import UserError
 from methods.part import Part
+from methods.settings import declared
 from methods.tools import model_folder, peft_adapter
 
 
@@ -22,8 +22,8 @@ def look(study, *, model: str) -> list[str]:
     for method in study.grid.methods:
         for part in study.methods[method].parts:
             try:
-                for path in registry.paths(part, None):
-                    claims.look(Path(path).expanduser(), f"{part.key}: {path}")
+                for setting, path in _named(part):
+                    claims.look(Path(path).expanduser(), f"{part.key}.{setting}: {path}")
                 part.look(shapes=shapes)
             except UserError as error:
                 raise UserError(f"methods.{method}.{error} (model {model})") from error
@@ -36,8 +36,16 @@ def look(study, *, model: str) -> list[str]:
     return lines
 
 
+def _named(part: Part) -> Iterator[tuple[str, str]]:
+    """The settings of a part that name files or folders, with each path."""
+    for field in declared(part):
+        value = getattr(part, field.name)
+        if field.metadata.get("path") and value:
+            yield from ((field.name, path) for path in (value if isinstance(value, list | tuple) else [value]))
+
+
 def _bases(part: Part) -> Iterator[tuple[str, str]]:
     """The folders of adapters that a part reads, and the names of their bases, where they give one."""
-    for path in registry.paths(part, None):
+    for _, path in _named(part):
         if peft_adapter.is_adapter(path) and (base := peft_adapter.base_of(Path(path))):
             yield path, base

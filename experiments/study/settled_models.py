@@ -18,15 +18,16 @@ def look(study, *, model: str) -> list[str]:
         if not study.methods[method].parts and family(method) == method
     }
     lines = []
-    if rates and block.gate.learning_rate not in rates:
+    path = study.paths.adapter(model).with_name("settle.json")
+    record = read_json(path, "settled", "block", "steps", "gates") if path.is_file() else {"gates": []}
+    passed = {gate["learning_rate"] for gate in record["gates"] if gate["holds"]}
+    if rates and not rates & {block.gate.learning_rate, *passed}:
         trained = " and ".join(f"{rate:g}" for rate in sorted(rates))
         lines.append(
             f"models.{model}.settle.gate.learning_rate is {block.gate.learning_rate:g}, and plain fine-tuning in this "
             f"study has {trained}: at another rate the gate says nothing about this study"
         )
-    path = study.paths.adapter(model).with_name("settle.json")
     if path.is_file():
-        record = read_json(path, "settled", "block", "steps")
         if record["block"] != {key: value for key, value in block.as_written.items() if key not in HASHES}:
             lines.append(
                 f"models.{model}.settle is not what the adapter was made with ({path.relative_to(study.paths.root)}): "

@@ -182,7 +182,7 @@ def test_an_adapter_that_names_others_or_has_absurd_sizes_is_refused(whole, adap
         change(adapter / "adapter_config.json", **settings)
         with pytest.raises(UserError, match=message):
             audited(adapter, work=tmp_path / "work", beside=beside)
-        with pytest.raises(UserError, match=f"methods.theirs.given: .*{message}"):
+        with pytest.raises(UserError, match=f"methods.theirs.given.path: .*{message}"):
             files_of_parts.look(found, model="llama-tiny")
 
 

@@ -93,6 +93,7 @@ OTHER = {  # another value of a key that its type and interval do not give
     "text": "gold",
     "targets": ("k_proj",),
     "path": "elsewhere",
+    "needs": {"gpus": 2},
     "scorer": "hflm",
     "test": 100,
     "source of data": "hub",
@@ -253,7 +254,7 @@ def expected(path):
             "dtype": {f"model/{name}.json"} | scored([name]),
             "note": collected([name]),
             "compute_dtype": scored([name]) | prepared([name]) | trained([name]),
-            **dict.fromkeys(("licence", "parameters", "layers", "width", "architecture", "processes"), set()),
+            **dict.fromkeys(("licence", "needs", "parameters", "layers", "width", "architecture", "processes"), set()),
         }[key]
     if top in ("domains", "tasks"):
         return set() if key == "why" or name == "unused" else {"data.json"}

@@ -138,7 +138,10 @@ def test_every_command_that_a_message_prints_is_one():
                     for w in words[2:]
                     if not w.startswith("-") and w.isascii() and "dvc.yaml" not in w
                 ]
-                assert words[1] in ("repro", "status", "checkout", "exp", "plots", "metrics", "queue", "remote"), (path, command)
+                assert words[1] in ("repro", "status", "checkout", "exp", "plots", "metrics", "queue", "remote"), (
+                    path,
+                    command,
+                )
                 assert words[1] != "repro" or set(stages) <= {"resolve", "compare", *stale.FILES, "drift"}, (
                     path,
                     command,
