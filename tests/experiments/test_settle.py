@@ -326,7 +326,7 @@ def test_what_a_settled_model_showed_is_said_before_a_study_runs(made, tmp_path)
     (line,) = settled_models.look(study(tmp_path, mix={"general": 2.0}), model="calm")
     assert "models.calm.settle is not what the adapter was made with (results/settled/calm/settle.json)" in line
     block = {"block": BLOCK | {"gate": GATE | {"learning_rate": 0.1}}}
-    write_json(tmp_path / "results/settled/calm/settle.json", record | block | {"settled": False})
+    write_json(tmp_path / "results/settled/calm/settle.json", record | block | {"settled": False, "gates": []})
     rate, gate = settled_models.look(study(tmp_path, gate=GATE | {"learning_rate": 0.1}), model="calm")
     assert "gate.learning_rate is 0.1, and plain fine-tuning in this study has 0.001" in rate
     assert f"calm is not settled after {record['steps']} steps" in gate
