@@ -203,6 +203,8 @@ def _complete(run: Path, content: dict) -> dict:
     """What `record` read, which has all METRICS."""
     path = run / ("details.json" if (run / "details.json").is_file() else "metrics.json")
     _holds(path, content, METRICS)
+    if (of := "{model}/{domain}/{method}/seed{seed}".format_map(content)) != "/".join(run.parts[-4:]):
+        raise _damaged(path, f"it is of the cell {of}")
     for task, score in content["scores_by_task"].items():
         if not isinstance(score, dict) or (missing := [key for key in SCORE if key not in score]):
             what = "is not a mapping" if not isinstance(score, dict) else f"lacks {', '.join(missing)}"

@@ -210,6 +210,8 @@ def test_base_is_unchanged_and_a_copy_of_it_forgets_nothing(project):
 def test_a_second_repro_runs_nothing(project):
     assert repro(project) == []
     assert json.loads(run(project, "dvc", "status", "--json", "dvc.yaml").stdout) == {}
+    said = run(project, sys.executable, "-m", "experiments", "launch").stdout  # needs Ray only where something is left
+    assert said.splitlines()[-1].startswith("nothing is left to run")
 
 
 def test_editing_a_part_reruns_its_cells_only(project):

@@ -28,8 +28,7 @@ from experiments.audit.architecture import compare_configs, refuse_other_archite
 from experiments.audit.models import Model, resolve
 from experiments.audit.progress import Progress, told
 from experiments.audit.scoring import Folders, Scores, score
-from experiments.model.base import load_tensors
-from experiments.model.weights import as_dtype
+from experiments.model.base import as_dtype, load_tensors
 from experiments.study import config, local_files, provenance, schema
 from experiments.study.paths import HERE, Paths
 from experiments.training import hardware

@@ -64,6 +64,9 @@ def main(
         made = _Made(study, chosen, stages, plan=plan, workers=workers)
         if template:
             return _array_jobs(made, Path(template), submit=submit)
+        if not any(stages.changed(task.name) for task in made.tasks):
+            print("nothing is left to run: the results are those of this code and these settings")
+            return 0
         if gather:
             launch = made.launch(Here(str(study.paths.root)), records_from=0.0)
         else:

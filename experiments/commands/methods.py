@@ -12,8 +12,8 @@ from pathlib import Path
 from textwrap import fill
 from typing import Any
 
+from experiments.model.base import as_dtype
 from experiments.model.shape import Shape, shape_of
-from experiments.model.weights import as_dtype
 from experiments.study import config
 from experiments.training import memory
 from experiments.training.flops import Flops

@@ -27,9 +27,9 @@ import torch
 
 from experiments.data import expected
 from experiments.model import tuned
+from experiments.model.base import as_dtype
 from experiments.model.positions import refuse_long_documents
 from experiments.model.shape import Shape, shape_of
-from experiments.model.weights import as_dtype
 from experiments.stages import resolve
 from experiments.study import ahead, cells, room
 from experiments.study.lock import Lock
@@ -37,6 +37,7 @@ from experiments.study.room import Room
 from experiments.study.schema import Model
 from experiments.training import batches, hardware, improvable, memory
 from experiments.training.flops import Flops, of_pass
+from methods.errors import UserError
 from methods.part import Part
 from methods.tools.files import read_json
 
@@ -162,7 +163,10 @@ class _Model:
         here = hardware.describe(self.device) if _is_here(self.device) else None
         reached = []
         for path in sorted((self.study.paths.results / "runs" / self.name).glob("*/*/*/train.json")):
-            train = read_json(path, "cell", "hardware", "seconds_train", "tokens_trained")
+            try:
+                train = read_json(path, "cell", "hardware", "seconds_train", "tokens_trained")
+            except UserError:  # a damaged record: `compare` names it, and the estimate does without
+                continue
             method = train["cell"].split("/")[2]
             if train["hardware"] == here and train["seconds_train"] and method in self.study.methods:
                 # earlier records have no FLOPs; their rows were short, so attention's share of the FLOPs is small

@@ -33,7 +33,8 @@ def no_network(world: World, draw: random.Random) -> str:
     text = world.params.replace("source: random:llama", stated)
     text += f'packages: {{"holdfast-none-such==1.0": "{unknown}"}}\n'
     Path("params.yaml").write_text(text)
-    cache = {"HOLDFAST_CACHE": f"{os.getcwd()}/work/local/downloads", "HF_HOME": f"{os.getcwd()}/work/local/hub"}
+    local = Path("work", "local").resolve()
+    cache = {"HOLDFAST_CACHE": str(local / "downloads"), "HF_HOME": str(local / "hub")}
     ended = world.run(stage, Inside(environment=OFFLINE | cache, call=inside.no_network))
     told(ended, 2)
     expect("cannot be downloaded" in ended.said or "HF_HUB_OFFLINE is set" in ended.said, ended.said)

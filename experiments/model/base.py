@@ -65,3 +65,15 @@ def dtype_of(info: dict) -> torch.dtype:
             "the `model` stage again"
         )
     return dtype
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
+    """A torch dtype from its name; "auto" stays."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    named = getattr(torch, str(dtype), None)
+    if named not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        raise UserError(
+            f"dtype {dtype!r} is no floating-point type of torch: use bfloat16, float16, float32 or float64"
+        )
+    return named

@@ -32,7 +32,7 @@ from transformers import (
 
 from experiments.model import claims, hub, packages, random_models, trial, vocabulary
 from experiments.model.attention import with_sdpa
-from experiments.model.base import load_tensors
+from experiments.model.base import as_dtype, load_tensors
 from experiments.model.delta import sha256_of
 from experiments.model.shape import Shape
 from experiments.study import whole
@@ -157,18 +157,6 @@ def verified(folder: Path) -> Mapping[str, torch.Tensor]:
             f"make it again with `dvc repro --force --single-item model@{folder.name}`"
         )
     return load_tensors(folder)
-
-
-def as_dtype(dtype: torch.dtype | str) -> torch.dtype | str:
-    """A torch dtype from its name; "auto" stays."""
-    if isinstance(dtype, torch.dtype) or dtype == "auto":
-        return dtype
-    named = getattr(torch, str(dtype), None)
-    if named not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
-        raise UserError(
-            f"dtype {dtype!r} is no floating-point type of torch: use bfloat16, float16, float32 or float64"
-        )
-    return named
 
 
 Source = tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any]]

@@ -16,6 +16,7 @@ import torch
 from evaluation.chance import WARNING, below_chance
 from experiments.data import local, rows
 from experiments.model import claims, packages, random_models, vocabulary, weights
+from experiments.model.base import as_dtype
 from experiments.model.positions import (
     longest_document,
     longest_row,
@@ -225,7 +226,7 @@ def _model(study, model: str) -> None:
             packages.checksum(study.packages, rest.partition("/")[0])
     for method in study.grid.methods if block.processes and (dtype := block.compute_dtype or block.dtype) else ():
         with _at(f"methods.{method}.", f" (model {model})"):
-            hooks.refuse_second_gradient(study.methods[method].parts, weights.as_dtype(dtype))
+            hooks.refuse_second_gradient(study.methods[method].parts, as_dtype(dtype))
     devices = torch.cuda.device_count()
     if study.device != "cpu" and torch.cuda.is_available() and (block.processes or 1) > devices:
         raise UserError(

@@ -70,7 +70,7 @@ class Study(Params):
 
     def compute_dtype(self, model: str, checkpoint: "torch.dtype", where: "torch.device") -> "torch.dtype":
         """The dtype of forward and backward: the model's `compute_dtype`, else what suits checkpoint and device."""
-        from experiments.model.weights import as_dtype
+        from experiments.model.base import as_dtype
         from experiments.training import hardware
 
         chosen = self.models[model].compute_dtype

@@ -11,10 +11,6 @@ from typing import Any
 
 import torch
 
-from experiments.model import weights
-from experiments.model.base import load_tensors
-from experiments.training import settling
-from experiments.training.engine import fit
 from experiments.training.flops import Flops
 from experiments.training.settings import NUMERICS, TrainSettings
 
@@ -52,6 +48,12 @@ def improvable(folder: Path, general: Path, *, steps: int, dtype: torch.dtype, d
 
     general   the folder with the sets of general text: `settle`, or `importance` where that is small
     """
+    # other stages ask for the settings alone, and transformers' models take seconds to import
+    from experiments.model import weights
+    from experiments.model.base import load_tensors
+    from experiments.training import settling
+    from experiments.training.engine import fit
+
     began, tokenizer = time.perf_counter(), weights.load_tokenizer(folder)
     sets = [(general / f"{name}.jsonl").read_text(encoding="utf-8").splitlines() for name in ("settle", "importance")]
     texts = [json.loads(line)["text"] for line in max(sets, key=len)]

@@ -69,6 +69,7 @@ def test_a_broken_file_is_named(tmp_path):
     [
         ("metrics.json", lambda text: "{}", "scores_by_task is missing"),
         ("metrics.json", lambda text: "[]", "it is not a mapping"),
+        ("metrics.json", lambda text: text.replace('"full"', '"ewc"', 1), "it is of the cell .*/ewc/seed0"),
         ("metrics.json", lambda text: json.dumps(json.loads(text) | {"n": None}), "n is not a mapping"),
         (
             "metrics.json",

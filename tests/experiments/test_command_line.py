@@ -15,9 +15,9 @@ from experiments.study.paths import HERE, Paths
 from methods.errors import UserError
 
 
-def call(*arguments, **environment):
+def call(*arguments, option="-m", **environment):
     return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=HERE, capture_output=True, text=True, env=os.environ | environment
+        [sys.executable, option, *arguments], cwd=HERE, capture_output=True, text=True, env=os.environ | environment
     )
 
 
@@ -174,3 +174,11 @@ def test_methods_lists_the_parts():
     listed = [line.split()[0] for line in call("methods").stdout.splitlines()]
     assert {"ewc", "given", "hierarchical", "lora", "mofo"} <= set(listed)
     assert "https://arxiv.org/abs/2407.20999" in call("methods", "mofo").stdout
+
+
+def test_stages_without_a_model_do_not_wait_for_the_import_of_transformers_models():
+    """`collect`, `compare` and a preparation of nothing begin for every cell; that import takes them seconds."""
+    stages = "from experiments.stages import collect, compare, prepare, resolve; from experiments.study import config; "
+    settings = "resolve.contents(config.load('demo')); import sys; "
+    done = call(stages + settings + "print('transformers.modeling_utils' in sys.modules)", option="-c")
+    assert done.stdout == "False\n", done.stderr

@@ -105,6 +105,8 @@ def test_training_time_is_flops_over_the_rate_of_earlier_cells(tmp_path):
         assert cell["tokens"] == 2 * 6 * 60
     path.write_text(json.dumps(earlier | {"hardware": {"cpu": "another"}}))
     assert plan.make(here)["basis"]["llama-tiny"].endswith("TFLOP/s (matrix product measured here)")
+    path.write_text(json.dumps(earlier)[:40])  # cut off
+    assert plan.make(here)["basis"]["llama-tiny"].endswith("TFLOP/s (matrix product measured here)")
     path.write_text(
         json.dumps({k: v for k, v in earlier.items() if k != "flops"})
     )  # as records were before they had FLOPs
