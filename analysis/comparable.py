@@ -55,13 +55,20 @@ def groups(
         # a cell of unknown budget fits to several groups, so it gathers only others of unknown budget
         return (BUDGET in one or BUDGET not in other) and not _differences(one, other)
 
-    members = {one: [other for other in rules if gathers(rules[one], rules[other])] for one in rules}
-    best = max(rules, key=lambda one: (len(members[one]), max(when[member] for member in members[one])), default=None)
+    alike: dict[str, list[str]] = {}  # almost all cells of a study have equal rules, and one of them is compared
+    for cell, own in rules.items():
+        alike.setdefault(repr(own), []).append(cell)
+    firsts = {same[0]: same for same in alike.values()}
+    members = {
+        one: [cell for other, same in firsts.items() if gathers(rules[one], rules[other]) for cell in same]
+        for one in firsts
+    }
+    best = max(members, key=lambda one: (len(members[one]), max(when[member] for member in members[one])), default=None)
     if best is None:
         return cells, []
-    kept = members[best]
+    kept = set(members[best])
     out = [(cell, _reason(rules[cell], rules[best], count=len(kept))) for cell in rules if cell not in kept]
-    return cells.loc[kept], out
+    return cells.loc[[cell for cell in rules if cell in kept]], out
 
 
 def rows_of(items: pd.DataFrame) -> dict[str, dict[str, str]]:
@@ -98,8 +105,6 @@ def _rules(cell: pd.Series, rows: dict[str, str]) -> dict[str, object]:
 
 def _differences(one: dict, other: dict) -> list[str]:
     """Names of the rules that differ. Rows or a budget that only one cell has are unknown of the other, and ignored."""
-    if one == other:  # as almost all cells of a study are, of which every two are compared
-        return []
     differ = [key for key in dict.fromkeys([*one, *other]) if one.get(key) != other.get(key)]
     both = one.keys() & other.keys()
     return [key for key in differ if key in both or not (key == BUDGET or key.startswith(ROWS))]

@@ -4,10 +4,12 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import cached_property
 from numbers import Real
 from pathlib import Path
 from types import NoneType
 
+import numpy as np
 import pandas as pd
 
 from analysis.machines import newest_benchmarks, newest_gpu_check, shared_files
@@ -103,7 +105,26 @@ class Loaded:
 
     def items_of(self, cells: pd.DataFrame) -> pd.DataFrame:
         """The scored items of `cells`; empty if there are none."""
-        return self.items[self.items["cell"].isin(cells.index)] if len(self.items) else pd.DataFrame()
+        return _rows_of(self.items, self._places_of_items, cells) if len(self.items) else pd.DataFrame()
+
+    def curves_of(self, cells: pd.DataFrame) -> pd.DataFrame:
+        """The curves of `cells`; empty if there are none."""
+        return _rows_of(self.curves, self._places_of_curves, cells) if len(self.curves) else pd.DataFrame()
+
+    # looked up once: a search of all rows for each of many comparisons would take the square of their number
+    @cached_property
+    def _places_of_items(self) -> dict[str, np.ndarray]:
+        return self.items.groupby("cell", sort=False).indices
+
+    @cached_property
+    def _places_of_curves(self) -> dict[str, np.ndarray]:
+        return self.curves.groupby("cell", sort=False).indices
+
+
+def _rows_of(frame: pd.DataFrame, places: Mapping[str, np.ndarray], cells: pd.DataFrame) -> pd.DataFrame:
+    """The rows of `cells`, in the frame's order."""
+    found = [places[cell] for cell in cells.index if cell in places]
+    return frame.take(np.sort(np.concatenate(found))) if found else frame.iloc[:0]
 
 
 def load_cells(results_root: Path | str, cells) -> Loaded:

@@ -51,7 +51,7 @@ def trajectories(loaded: Loaded, *, model: str, domain: str) -> Trajectories | N
     ]
     kept = [column for column in kept if column in loaded.curves]
     used = [gain, "probe_general_nll", *kept]
-    curves = loaded.curves[loaded.curves["cell"].isin(cells.index)]
+    curves = loaded.curves_of(cells)
     curves = curves[["cell", "step", "tokens", *used]].dropna(subset=used[:2]).sort_values(["cell", "step"])
     base = _base(loaded, curves, used, cells=cells)
     without = {method: _why(own, curves) for method, own in cells.groupby("method", sort=False)}

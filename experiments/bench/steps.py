@@ -25,7 +25,7 @@ from methods import registry
 TITLE = "A training step of each method"
 PLAIN, LORA = "full", "lora"
 ROUNDS, ROUNDS_OF_FIELD = 7, 3
-TOGETHER = 2  # methods in memory beside the one they are compared with
+TOGETHER = 2  # methods in memory beside the one they are compared with, of a model that is not tiny
 LIMITS = {  # of a step with the part, against plain fine-tuning
     **dict.fromkeys(("dft", "eaft", "flow", "profit", "stm", "talr"), 1.05),
     **dict.fromkeys(("gmt", "hft", "lisa", "random_mask", "ssu"), 1.1),
@@ -56,8 +56,9 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         title = f"{on.name}: the same steps against {LORA}"
         yield replace(timed, title=title, against=LORA, facts={}, seconds=seconds)
     for against, others in _field(on, methods).items():
-        for at in range(0, len(others), TOGETHER):
-            group = others[at : at + TOGETHER]
+        together = len(others) if on.tiny else TOGETHER
+        for at in range(0, len(others), together):
+            group = others[at : at + together]
             title = f"{on.name}: {', '.join(group)} against {against}"
             goals = [goal for name in group if (goal := _goal(on, name, against))]
             settings = {"rounds": rounds or ROUNDS_OF_FIELD, "goals": goals, "trial": on.tiny}

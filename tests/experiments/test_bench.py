@@ -151,7 +151,10 @@ def test_benchmarks_are_found_without_helpers():
     assert not {"race", "show", "command", "subject", "stepwise", "__init__"} & set(command.names())
 
 
-@pytest.mark.parametrize("name", command.names())
+THOROUGH = {"growth": pytest.mark.thorough}  # seconds of new processes, whose commands other tests run, too
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=THOROUGH.get(name, ())) for name in command.names()])
 def test_every_benchmark_gives_a_record_that_can_be_shown(name, tmp_path):
     module = importlib.import_module(f"experiments.bench.{name}")
     races = [race.record() for race in small(name)]
