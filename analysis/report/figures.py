@@ -62,7 +62,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     if loaded.curves.empty:
         return None
     domain = cells.iloc[0]["domain"]
-    curves = loaded.curves[loaded.curves["cell"].isin(cells.index)]
+    curves = loaded.curves_of(cells)
     names = [c for c in curves.columns if c.startswith("probe_") and c.endswith("_nll") and curves[c].notna().any()]
     retention = [c for c in names if c not in (f"probe_{domain}_nll", "probe_general_nll")]
     data = curves[["cell", "step", "tokens"]].copy()
