@@ -15,6 +15,7 @@ from analysis.report.figures import write_figures
 from analysis.report.page import write_report
 from analysis.roles import Roles
 from analysis.sections import costs
+from analysis.sections.answer import sentences
 from analysis.sections.credit import apart
 from analysis.sections.overview import also as also_compared
 from analysis.sections.start import with_unsettled
@@ -66,7 +67,7 @@ def write_summary(
         "table.csv": as_csv(loaded, table),
         "tests.csv": spreadsheet.text(tests, digits="%.6g"),
         "table.md": markdown,
-        "table.txt": as_text(loaded, table),
+        "table.txt": as_text(loaded, table, answer=sentences(loaded, table, tests) if len(table) else ()),
     }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8")

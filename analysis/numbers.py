@@ -1,6 +1,7 @@
 """Numbers as people read them: points, seconds, bytes."""
 
 import math
+from decimal import ROUND_HALF_UP, Decimal
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -11,15 +12,20 @@ def missing(value) -> bool:
 
 def percent(share: float | None) -> str:
     """0.4837 -> '48.4'."""
-    return "–" if missing(share) else f"{100 * share:.1f}"
+    return "–" if missing(share) else f"{_tenths(100 * share)}"
 
 
 def points(share: float | None) -> str:
     """A signed difference in percentage points: 0.0312 -> '+3.1'."""
     if missing(share):
         return "–"
-    text = f"{100 * share:+.1f}"
+    text = f"{_tenths(100 * share):+}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", MINUS)
+
+
+def _tenths(value: float) -> Decimal:
+    """Rounded to a tenth, halves away from 0; what a sum adds behind the ninth digit does not decide."""
+    return Decimal(repr(round(value, 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
 
 
 def nats(value: float | None) -> str:

@@ -58,7 +58,7 @@ def write_figures(
 
 
 def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Probe curves: the domain, the retention tasks, and general perplexity, over training tokens."""
+    """Probe curves in the order of the measures: the domain, general text, the retention tasks; over training tokens."""
     if loaded.curves.empty:
         return None
     domain = cells.iloc[0]["domain"]
@@ -69,8 +69,8 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     data["domain_accuracy"] = curves.get(f"probe_{domain}")
     if data["domain_accuracy"].isna().all():  # a domain of text has no right answers
         data["domain_nats"] = curves.get(f"probe_{domain}_nll")
+    data["general_nats"] = curves.get("probe_general_nll")
     data["retention_nats"] = curves[retention].mean(axis=1) if retention else np.nan
-    data["general_perplexity"] = curves.get("probe_perplexity")
     shown = [column for column in data if column not in ("cell", "step", "tokens")]
     data = data.dropna(subset=shown, how="all")
     shown = [key for key in shown if data[key].notna().any()]
@@ -80,8 +80,8 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     titles = {
         "domain_accuracy": f"Learning: right answers on {domain} probes, % (up is better)",
         "domain_nats": f"Learning: nats per token of {domain} probes (down is better)",
+        "general_nats": "Forgetting: nats per token of general probe text (down is better)",
         "retention_nats": "Forgetting: nats per token of right answers, retention probes (down is better)",
-        "general_perplexity": "Forgetting: perplexity of general text (down is better)",
     }
     methods = list(dict.fromkeys(data["method"]))
     height = 0.5 + style.height(2.05, methods) * len(shown)

@@ -152,7 +152,8 @@ def _told(row: pd.Series, *, all_measures: bool = True) -> str:
     """Whether a method is told apart from plain fine-tuning by general text, and in brackets by other measures."""
     if numbers.missing(row.get("told")):
         return "" if row["method"] == "base" else "–"
-    return f"{row['told']} [{row['told_also']}]" if row["told_also"] and all_measures else row["told"]
+    detects = "" if numbers.missing(row["told_detects"]) else f", detects {row['told_detects']:.2g}"
+    return row["told"] + detects + (f" [{row['told_also']}]" if row["told_also"] and all_measures else "")
 
 
 def _seconds(row: pd.Series) -> str:

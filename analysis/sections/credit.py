@@ -13,6 +13,7 @@ from analysis.load import Loaded
 from analysis.measures import GENERAL
 from analysis.roles import PLAIN
 from analysis.statistics.contrasts import Contrasts
+from analysis.statistics.detectable import holm
 from analysis.statistics.intervals import Interval
 
 
@@ -33,16 +34,20 @@ def against_control(loaded: Loaded, *, model: str, domain: str) -> dict[tuple[st
 
 
 def sentences(loaded: Loaded, *, model: str, domain: str) -> list[str]:
-    """A sentence for each of these methods of one comparison: its loss against its control."""
-    cells, lines = loaded.of(model, domain), []
-    for (method, control), one in against_control(loaded, model=model, domain=domain).items():
+    """A sentence for each of these methods of one comparison: its loss against its control, with p after Holm's
+    correction over these methods."""
+    cells, lines, found = loaded.of(model, domain), [], against_control(loaded, model=model, domain=domain)
+    tested = {pair: one.p for pair, one in found.items() if one is not None and one.p is not None}
+    corrected = dict(zip(tested, holm(list(tested.values()))))
+    for (method, control), one in found.items():
         own = cells[cells["method"] == method]
         tokens = own["tokens_prepare"].mean() + (own["tokens_added"].fillna(0).mean() if "tokens_added" in own else 0)
         amount = "" if numbers.missing(float(tokens)) else f"{numbers.count(tokens)} tokens of "
         reads = f"{method} also trains on {amount}general text"
         if one is not None:
             bounds = "" if one.low is None else f" [{GENERAL.show(one.low)}, {GENERAL.show(one.high)}]"
-            p = "" if one.p is None else ", p < .001" if one.p < 0.001 else f", p = {one.p:.3f}"
+            known = corrected.get((method, control))
+            p = "" if known is None else ", p < .001" if known < 0.001 else f", p = {known:.3f}"
             lines.append(
                 f"{reads}; against {control}, which reads the same without its remedy, it loses "
                 f"{GENERAL.show(one.value)}{bounds} {GENERAL.unit} of general text{p}"

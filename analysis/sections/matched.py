@@ -1,5 +1,6 @@
 """What methods lose at the same gain (analysis/statistics/matched.py), as the report shows it."""
 
+import numpy as np
 import pandas as pd
 
 from analysis import numbers, style, words
@@ -10,6 +11,8 @@ from analysis.measures import ACCURACY, BY_KEY
 from analysis.roles import PLAIN
 from analysis.sections.credit import apart, sentences
 from analysis.statistics.contrasts import redrawn
+from analysis.statistics.detectable import LEVEL, detectable, holm
+from analysis.statistics.intervals import Z
 from analysis.statistics.matched import BARELY, Equal, equal_gain, level, matched
 from analysis.statistics.nats import DOMAIN
 from analysis.statistics.resample import Resampled
@@ -67,23 +70,33 @@ def _rule(made: Resampled, gain: float) -> str:
 
 
 def _verdict(made: Resampled, against: dict[str, Equal], key: str) -> list[str]:
-    """Which methods lose significantly less or more than plain fine-tuning where both gain as much.
-
-    Without two of several seeds it is said of the runs, and not of the methods.
-    """
-    known = {name: one for name, one in against.items() if one.p is not None and one.b == PLAIN}
-    tested = {name: one for name, one in known.items() if min(_seeds(made, name), _seeds(made, PLAIN)) > 1}
-    if not known:
+    """Which methods lose significantly less or more than plain fine-tuning where both gain as much, after Holm's
+    correction, and what could have been found of the others; nothing of methods with one seed."""
+    tested = {
+        name: one
+        for name, one in against.items()
+        if one.p is not None and not one.beyond and one.b == PLAIN and min(_seeds(made, name), _seeds(made, PLAIN)) > 1
+    }
+    if not tested:
         return []
-    where = "Where both gain as much" if tested else "Where both gain as much, in these runs of one seed"
-    known = tested or known
-    sure = {name: one for name, one in known.items() if one.p < 0.05}
-    less = [f"{n} ({_show(key)(one.difference)})" for n, one in sure.items() if one.less]
-    more = [f"{n} ({_show(key)(one.difference)})" for n, one in sure.items() if one.difference > 0 and one.beyond != n]
-    parts = [f"{word} than {PLAIN}: {words.few(names)}" for word, names in (("less", less), ("more", more)) if names]
-    if not parts:
-        return [f"{where}, no method's loss differs significantly from that of {PLAIN}."]
-    return [f"{where}, these lose {'; '.join(parts)} (5 %, not corrected for the number of methods)."]
+    corrected = dict(zip(tested, holm([one.p for one in tested.values()])))
+    sure = {name: one for name, one in tested.items() if corrected[name] < LEVEL}
+    sides = {
+        word: [f"{name} ({_show(key)(one.difference)})" for name, one in sure.items() if one.difference * sign > 0]
+        for word, sign in (("less", -1), ("more", 1))
+    }
+    parts = [f"these lose {word} than {PLAIN}: {words.few(names)}" for word, names in sides.items() if names]
+    if others := [one for name, one in tested.items() if name not in sure]:
+        errors = np.array([(one.high - one.low) / (2 * Z) for one in others])
+        sizes = detectable(errors, np.full(len(errors), np.inf), tests=len(tested))
+        ends = " to ".join(dict.fromkeys(f"{size:.2g}" for size in (sizes.min(), sizes.max())))
+        rest = "the others'" if sure else "no method's"
+        verb = "loss does not differ" if sure else "loss differs"
+        unit = "points" if key == ACCURACY else BY_KEY[key].unit
+        parts.append(
+            f"{rest} {verb} significantly from that of {PLAIN} (a difference of {ends} {unit} would have been found)"
+        )
+    return [f"Where both gain as much, {'; '.join(parts)} (5 %, after Holm's correction)."]
 
 
 def _seeds(made: Resampled, name: str) -> int:
@@ -109,10 +122,11 @@ def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict
 
 
 def _compared(one: Equal, *, key: str) -> tuple[str, str]:
+    against = f", against {one.b}" if one.b != PLAIN else ""
+    if one.beyond:
+        return "–", f"{one.beyond} gains more at its first setting than the other ever does{against}"
     value, bounds = _bounded(one.difference, one.low, one.high, show=_show(key))
-    at = f"at {numbers.nats(one.gain)}" + (f", {one.beyond} gains more" if one.beyond else "")
-    at += f", against {one.b}" if one.b != PLAIN else ""
-    return ("≤ " if one.beyond == one.a else "≥ " if one.beyond else "") + value, f"{bounds} {at}".strip()
+    return value, f"{bounds} at {numbers.nats(one.gain)}{against}".strip()
 
 
 def _bounded(value: float, low: float | None, high: float | None, *, show) -> tuple[str, str]:
@@ -132,8 +146,8 @@ def _notes(made: Resampled, compared: bool) -> list[str]:
     if compared:
         lines.append(
             f"Against {PLAIN}, or its control if a method trains on general text: each at the largest gain that both "
-            "reach; without a control there is no number. ≤ and ≥: one of the two gains more "
-            "than the other ever does, and is taken at its first setting, so that its loss at that gain may be smaller."
+            "reach; without a control, or where one of the two gains more at its first setting than the other ever "
+            "does, there is no number."
         )
     return lines
 

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import numbers
+from analysis.families import family
 from analysis.load import Loaded, retention_tasks
 from analysis.roles import PLAIN
 
@@ -13,10 +14,10 @@ UNSETTLED = "unsettled_"  # before the key of a measure in the table
 
 
 def sentences(loaded: Loaded, model: str) -> list[str]:
-    """What is known of a model's start: the last gate of a settled one, the test of another; empty if nothing is."""
+    """What is known of a model's start: the gate of a settled one, the test of another; empty if nothing is."""
     base = loaded.base.get(model, {})
     if record := base.get("settle"):
-        return [_settled(record, model)]
+        return [_settled(record, model, gate=_gate(loaded, model, record))]
     test = base.get("start", {}).get("improvable")
     return [_tested(test)] if test else []
 
@@ -28,7 +29,7 @@ def is_settled(loaded: Loaded, model: str) -> bool | None:
     """
     base = loaded.base.get(model, {})
     if record := base.get("settle"):
-        return record["settled"]
+        return _gate(loaded, model, record)["holds"]
     test = base.get("start", {}).get("improvable")
     return None if not test or test["low"] is None else test["low"] <= 0
 
@@ -55,7 +56,8 @@ def with_unsettled(loaded: Loaded, table: pd.DataFrame) -> pd.DataFrame:
         return table
     by_cell = pd.DataFrame.from_dict(rows, orient="index").add_prefix(UNSETTLED)
     means = by_cell.groupby(by_cell.index.str.rpartition("/").get_level_values(0)).mean()
-    return table.join(means, on=table["model"] + "/" + table["domain"] + "/" + table["method"])
+    names = table["model"] + "/" + table["domain"] + "/" + table["method"]
+    return table.assign(**means.reindex(names).set_axis(table.index))
 
 
 def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
@@ -86,18 +88,27 @@ def _lost_by_settling(before: Mapping[str, Any], after: Mapping[str, Any], tasks
     return lost
 
 
-def _settled(record: Mapping[str, Any], model: str) -> str:
-    gate, block, least = record["gates"][-1], record["block"], record["block"]["gate"].get("nats", 0.01)
-    others = [other for other in record["gates"][:-1] if other["steps"] == gate["steps"] and "learning_rate" in other]
+def _gate(loaded: Loaded, model: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The gate at the rate of plain fine-tuning, or else the last one."""
+    cells, last, rates = loaded.cells, record["gates"][-1], set()
+    if "learning_rate" in cells:
+        rates = set(cells[(cells["model"] == model) & (cells["method"].map(family) == PLAIN)]["learning_rate"])
+    own = [g for g in record["gates"] if g["steps"] == last["steps"] and g.get("learning_rate") in rates]
+    return (own or [last])[-1]
+
+
+def _settled(record: Mapping[str, Any], model: str, *, gate: Mapping[str, Any]) -> str:
+    block, least = record["block"], record["block"]["gate"].get("nats", 0.01)
+    others = [g for g in record["gates"] if g is not gate and g["steps"] == gate["steps"] and "learning_rate" in g]
     lines = [
         f"{model} is {block['from']} after {record['steps']} steps on general text and on rows in the form of the "
         f"retention tasks, none of which is scored. They took the general text of the probes from {record['nats']:.3f} "
         f"to {gate['nats']:.3f} nats per token.",
-        f"{block['gate'].get('steps', 40)} more steps of plain fine-tuning at a rate of "
-        f"{block['gate']['learning_rate']:g} change that by {_changed(gate)}: the base counts as "
+        f"{gate['of']} more steps of plain fine-tuning at a rate of {gate['learning_rate']:g} change that by "
+        f"{_changed(gate)}: the base counts as "
         + (
             f"settled at that rate, because they do not lower it by {least:g} or more."
-            if record["settled"]
+            if gate["holds"]
             else "not settled, because they still lower it, and what a method loses is partly hidden."
         ),
     ]

@@ -140,7 +140,7 @@ def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Re
     for a in filter(several.__contains__, composed):
         found = {b: equal for b in singles if (equal := equal_gain(made, a, b, key=key)) and equal.p is not None}
         each = {b: equal.p if equal.less else 1.0 for b, equal in found.items()}
-        if each:
+        if each and len(each) == len(singles):  # a claim about every single remedy needs all of them
             b = max(each, key=lambda b: (each[b], found[b].difference))
             seeds = min(made.seeds[made.methods[k]] for name in (a, b) for k in made.families[name])
             error = (found[b].high - found[b].low) / (2 * Z)

@@ -190,8 +190,14 @@ def _refuse_shared(
         retained.hold(f"tasks.{name}", scored[f"tasks.{name}"])
     remedy = f"what may rise cannot show what is forgotten: leave one of them out of {where}"
     retained.refuse(f"{where} (test)", test, remedy=remedy)
-    for name in (*block.transfer, *block.score):
-        retained.refuse(f"tasks.{name}", scored[f"tasks.{name}"], remedy=remedy)
+    others = Held()
+    others.hold(f"{where} (test)", test)
+    for name in (*block.transfer, *block.score, *(f"{name} (probe)" for name in block.probes)):
+        given = scored[f"tasks.{name}"]
+        if "(probe)" not in name:
+            retained.refuse(f"tasks.{name}", given, remedy=remedy)
+        others.refuse(f"tasks.{name}", given, remedy="no set may hold a row of another one: leave one of them out")
+        others.hold(f"tasks.{name}", given)
 
 
 def _entry(domain: str, block: Domain) -> dict[str, Any]:

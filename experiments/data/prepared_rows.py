@@ -60,9 +60,8 @@ def _held(study, general: Mapping[str, list[Row]], reader: Reader) -> Held:
             record = study.paths.adapter(model).with_name("settle.json")
             settling_rows.refuse_others(sources, record, where=f"models.{model}")
             mixed |= sources
-    for name in mixed.keys() - {settling_rows.GENERAL}:
+    for name in sorted(mixed.keys() - {settling_rows.GENERAL}):
         held.refuse(f"tasks.{name} (settle)", mixed[name], remedy="take other rows for the mix")
-    for name in mixed.keys() - {settling_rows.GENERAL}:
         held.hold(f"tasks.{name} (settle)", mixed[name])
     return held
 

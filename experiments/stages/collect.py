@@ -1,6 +1,6 @@
 """collect: join training, preparation, scores and the base's scores of a cell.
 
-metrics.json has the headline numbers, in the names and order of analysis/measures.py; details.json all others, and what
+metrics.json has the headline numbers, by their names in analysis/measures.py; details.json all others, and what
 they are of: scores by task, costs, hashes, hardware, settings.
 """
 

@@ -79,9 +79,9 @@ def test_csv_holds_what_was_drawn(drawn):
         pd.read_csv(root / "runs/smollm2-135m/science/lora/seed0/curve.csv"),
     )
     asked = [f"probe_{task}_nll" for task in ("hellaswag", "piqa", "lambada_openai", "copa")]
-    expected = curve.dropna(subset=["probe_perplexity"])
+    expected = curve.dropna(subset=["probe_general_nll"])
     own = probes[probes.method == "lora"]
-    assert own["general_perplexity"].to_list() == pytest.approx(expected["probe_perplexity"].to_list())
+    assert own["general_nats"].to_list() == pytest.approx(expected["probe_general_nll"].to_list())
     assert own["retention_nats"].to_list() == pytest.approx(expected[asked].mean(axis=1).to_list())
     layers = csv(figures["layer_coefficients"])
     assert dict(zip(layers["group"], layers["coefficient"])) == pytest.approx(coefficients())

@@ -55,16 +55,20 @@ def test_without_a_settled_base_the_table_is_as_it_was(begun):
 
 
 @pytest.mark.parametrize("settled", [True, False])
-def test_a_settled_base_shows_its_last_test_and_those_at_other_rates(begun, settled):
+def test_a_settled_base_shows_its_last_test_or_that_at_the_rate_of_plain_fine_tuning(begun, settled):
     loaded = begun[1]()
     gates = [
         {"steps": 50, "learning_rate": 0.1, "improvement": 0.5, "low": 0.4, "high": 0.6, "nats": 3.5},  # before the end
         {"steps": 100, "learning_rate": 0.2, "improvement": 0.012, "low": -0.002, "high": 0.025, "nats": 3.0},
         {"steps": 100, "learning_rate": 0.3, "improvement": -0.024, "low": -0.044, "high": -0.004, "nats": 3.0},
     ]
+    gates = [gate | {"of": 40, "holds": settled} for gate in gates]
     block = {"from": "raw", "gate": {"steps": 40, "learning_rate": 0.3}}
     loaded.base[MODEL]["settle"] = {"gates": gates, "block": block, "steps": 100, "nats": 3.3, "settled": settled}
     (line,) = start.sentences(loaded, MODEL)
     assert "from 3.300 to 3.000" in line and "rate of 0.3 change that by +0.024 [+0.004, +0.044]" in line
     assert "changed it by −0.012 [−0.025, +0.002] at 0.2." in line and "0.1" not in line
-    assert ("not settled" in line) is not settled
+    assert ("not settled" in line) is not settled and start.is_settled(loaded, MODEL) is settled
+    loaded.cells["learning_rate"] = 0.2
+    (line,) = start.sentences(loaded, MODEL)
+    assert "rate of 0.2 change that by −0.012 [−0.025, +0.002]" in line and "by +0.024 [+0.004, +0.044] at 0.3" in line
