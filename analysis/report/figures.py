@@ -58,7 +58,7 @@ def write_figures(
 
 
 def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Probe curves in the order of the measures: the domain, general text, the retention tasks; over training tokens."""
+    """Probe curves over training tokens, in the order of the measures: domain, general text, retention tasks."""
     if loaded.curves.empty:
         return None
     domain = cells.iloc[0]["domain"]

@@ -77,6 +77,8 @@ def measure(*, small: bool, rounds: int) -> Iterator[Race]:
         commands: dict[str, Any] = {name: partial(_run, name) for name in ("resolve", "plan", "launch", "compare")}
         if browser := next(filter(None, map(shutil.which, BROWSERS)), None):
             commands["report"] = partial(_open, browser)
+        else:
+            print(f"  no Chromium ({', '.join(BROWSERS)}) is on PATH: the report is left out", flush=True)
         for name, call in commands.items():
             if name == "plan":  # `resolve` has run, and what it wrote has its hash
                 for project in projects.values():
@@ -146,6 +148,9 @@ def lock() -> None:
         entries: dict[str, Any] = {}
         for name in stages.after:
             stage = stages[name]
+            for out in stage.outs:  # `plan` takes a stage for done if its outputs are there
+                if out.use_cache:
+                    Path(out.fs_path).mkdir(parents=True, exist_ok=True)
             for item in (*stage.deps, *stage.outs):
                 if item.exists:
                     item.save()

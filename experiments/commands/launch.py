@@ -9,10 +9,12 @@ The driver decides by DVC's own rules what has to run, as `dvc repro` does, and 
 DVC; workers run the stages' commands and nothing else. At the end the results are copied into MLflow's database.
 """
 
+import fcntl
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +48,13 @@ def main(
     """Run the cells that match; the exit status is 1 if one was set aside."""
     if submit and not template:
         raise UserError("--submit goes with --slurm TEMPLATE: it submits what that writes")
-    if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: it must be a whole number from 1")
+    for option, number in (("--workers", workers), ("--simulate", simulated)):
+        if number is not None and number < 1:
+            raise UserError(f"{option} {number}: it must be a whole number from 1")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by the system is handled like Ctrl-C
     chosen = cells.matching(study, patterns)
     pipeline.main(study)
-    if simulated:
+    if simulated is not None:
         return _simulate(study, cells_wanted=simulated, workers=workers or 256)
     path = os.path.relpath(study.paths.folder / "dvc.yaml")
     if study.name and not patterns and repro.committed(path):
@@ -59,12 +62,13 @@ def main(
         return 0
     if any(not (study.paths.model(name) / "base.json").is_file() for name in study.grid.models):
         planning.refuse_models(study)
-    with dvc_stages.opened(path) as stages:
+    with _alone(study), dvc_stages.opened(path) as stages:
         plan = planning.make(study, patterns=patterns)
         made = _Made(study, chosen, stages, plan=plan, workers=workers)
         if template:
             return _array_jobs(made, Path(template), submit=submit)
         if not any(stages.changed(task.name) for task in made.tasks):
+            track.main(study)  # an earlier launch may have been stopped before that
             print("nothing is left to run: the results are those of this code and these settings")
             return 0
         if gather:
@@ -75,6 +79,24 @@ def main(
             launch = made.launch(on_ray.RayWorkers(study=study, names=tasks.names(study), cached=stages.outputs))
         launch.run()
     return _finish(study, launch)
+
+
+@contextmanager
+def _alone(study) -> Iterator[None]:
+    """Refuse a second launch of the study beside one at work: it would remove what that one is writing."""
+    path = study.paths.local / "launch" / (study.name or "default") / "driver"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                "another `launch` of this study is at work: wait until it ends, or stop it with Ctrl-C where it was "
+                "started"
+            ) from error
+        except OSError:  # a disk without locks
+            pass
+        yield
 
 
 class _Made:
@@ -121,7 +143,7 @@ def _finish(study, launch: Launch) -> int:
     pipeline.main(study)
     if launch.ran:
         track.main(study)
-    aside = {cell.name for name in launch.schedule.aside if (cell := launch.names.cells.get(name))}
+    aside = {name for name in launch.schedule.aside if name.startswith("collect@")}
     for name, reason in launch.reasons.items():
         print(f"set aside: {name}: {reason}", file=sys.stderr)
     if aside:

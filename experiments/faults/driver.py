@@ -61,6 +61,15 @@ def main(report: Path, *, minutes: float, count: int | None, seed: int, first: i
             entries.append({"number": number, "kind": name, "outcome": outcome, "what": what, "seconds": took})
             shown.write(f"{number} {name}: {outcome}, {what} ({took:.0f} s)")
             shown.update(1 if count else int(took))
+            _write(report, entries, skipped, seed=seed, first=first)  # an error in this program would lose the others
+    lost = _write(report, entries, skipped, seed=seed, first=first)
+    left_out = f", kinds that were skipped: {', '.join(skipped)}" if skipped else ""
+    print(f"{len(entries)} faults, {len(entries) - len(lost)} survived{left_out}")
+    return int(bool(lost))
+
+
+def _write(report: Path, entries: list[dict], skipped: dict[str, str], *, seed: int, first: int) -> list[dict]:
+    """Write the report; the faults that were not survived."""
     lost = [entry for entry in entries if entry["outcome"] == "lost"]
     counts = {name: Counter(entry["outcome"] for entry in entries if entry["kind"] == name) for name in KINDS}
     write_json(
@@ -81,9 +90,7 @@ def main(report: Path, *, minutes: float, count: int | None, seed: int, first: i
             "when": provenance.now(),
         },
     )
-    left_out = f", kinds that were skipped: {', '.join(skipped)}" if skipped else ""
-    print(f"{len(entries)} faults, {len(entries) - len(lost)} survived{left_out}")
-    return int(bool(lost))
+    return lost
 
 
 def order() -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from experiments.launch import work
 from experiments.study import md5
+from experiments.study.screen import Screen
 
 VARIABLE = "SLURM_ARRAY_TASK_ID"
 
@@ -73,4 +74,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     sys.exit(main())

@@ -20,6 +20,10 @@ CERTAIN = ("nan",)  # kinds of failure that another try would only repeat
 INTERVAL = 0.5  # seconds between two looks at the workers
 
 
+class Elsewhere(UserError):
+    """No machine here can take a stage: no failure of its cell, which another machine may be at work on."""
+
+
 class Workers(Protocol):
     """Where stages run."""
 
@@ -90,17 +94,20 @@ class Launch:
             try:
                 if job := self._prepared(name):
                     self.began[name] = time.monotonic()
-                    self.stages.hold(name)
                     self.workers.give(job, self.schedule.tasks[name].needs)
+            except Elsewhere as error:
+                self._set_aside(name, str(error), recorded=False)
             except UserError as error:
                 record = self._record(name)
                 self._set_aside(name, record["reason"] if record else str(error))
             except Exception as error:
                 from dvc.exceptions import DvcException
+                from dvc.lock import LockError
 
                 if not isinstance(error, DvcException | OSError):
                     raise
-                self._set_aside(name, str(error))
+                # a `dvc` that is at work on the same files may finish them
+                self._set_aside(name, str(error), recorded=not isinstance(error, LockError))
             self.show.update(self)
 
     def _prepared(self, name: str) -> work.Job | None:
@@ -114,9 +121,11 @@ class Launch:
             self._done(name, note["seconds"])
             return None
         if why := self.workers.never(self.schedule.tasks[name].needs):
-            raise UserError(why)
+            raise Elsewhere(why)
+        self.stages.hold(name)  # before its old outputs are removed
         if self.stages.restored(name):
             self._commit(name)
+            self.stages.let_go(name)
             self._done(name, 0.0)
             return None
         return job
@@ -185,8 +194,9 @@ class Launch:
 
     def _failed(self, name: str, reason: str, *, kind: str) -> None:
         self.stages.let_go(name)
-        self.tries[name] = self.tries.get(name, 0) + 1
-        if self.tries[name] < TRIES and kind not in CERTAIN:
+        shared = self.schedule.tasks[name].once or name  # what fails for one fails for all that share it
+        self.tries[shared] = self.tries.get(shared, 0) + 1
+        if self.tries[shared] < TRIES and kind not in CERTAIN:
             self.show.say(f"{name}: {reason}; it is tried once more")
             return self.schedule.again(name)
         self._set_aside(name, reason, kind=kind)
@@ -206,15 +216,21 @@ class Launch:
             return self.records_from
         return time.time() - (time.monotonic() - self.began[name]) - 1.0
 
-    def _set_aside(self, name: str, reason: str, *, kind: str = "error") -> None:
-        """Leave a stage, and all that needs it, to the next launch; each of their cells has a record of the reason."""
+    def _set_aside(self, name: str, reason: str, *, kind: str = "error", recorded: bool = True) -> None:
+        """Leave a stage, and all that needs it, to the next launch.
+
+        Each cell that has no result for it has a record of the reason. One whose drift alone is missing has its result.
+        """
         self.stages.let_go(name)
         self.reasons[name] = reason
         lost = self.schedule.set_aside(name)
         self.show.say(f"{name}: set aside: {reason}")
         told = {self.names.cells.get(name) or self.names.prepared.get(name)} if self._record(name) else set()
-        for other in [name, *lost]:
-            if (cell := self.names.cells.get(other)) and cell not in told:
+        for other in [name, *lost] if recorded else ():
+            cell = self.names.cells.get(other)
+            result = cell and f"collect@{cell.stage}"
+            lacks = result in self.schedule.aside or result not in self.schedule.tasks
+            if cell and cell not in told and lacks:
                 told.add(cell)
                 why = reason if other == name else f"{name} failed: {reason}"
                 failures.keep(self.study, cell, stage=name.partition("@")[0], kind=kind, reason=why)

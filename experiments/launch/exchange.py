@@ -9,6 +9,7 @@ over and commits the stage as any other. What was fetched or sent is compared wi
 import base64
 import contextlib
 import fcntl
+import gzip
 import io
 import json
 import os
@@ -24,6 +25,7 @@ from typing import Any
 
 from experiments.launch import work
 from experiments.study import md5
+from experiments.study.screen import Screen
 from methods.errors import UserError
 
 LEFT_OUT = ("results/", "tests/", "docs/")
@@ -135,7 +137,9 @@ def archive(root: Path) -> bytes:
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=root, capture_output=True, check=True).stdout.decode().split("\0")
     data = io.BytesIO()
-    with tarfile.open(fileobj=data, mode="w:gz") as tar:
+    # without the time: its hash names the folder on other machines, which has checkpoints and models of earlier launches
+    packed = gzip.GzipFile(fileobj=data, mode="wb", mtime=0)
+    with packed, tarfile.open(fileobj=packed, mode="w") as tar:
         for name in sorted(filter(None, names)):
             if not name.startswith(LEFT_OUT) and (root / name).is_file():
                 tar.add(root / name, arcname=name, recursive=False)
@@ -201,4 +205,5 @@ def receive(store: Any, root: str, answer: Mapping, *, ledger: Path) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     sys.exit(main())

@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -45,6 +47,7 @@ def start(*, address: str, cores: int, gpus: int, memory: int | None) -> None:
                 "its head node"
             ) from error
         raise UserError(f"Ray does not start here: {shortened(error)}; run the same command again") from error
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own in its place
     ray.cloudpickle.register_pickle_by_value(work)  # other machines need not have this file
 
 
@@ -74,9 +77,9 @@ class RayWorkers:
         return self._all
 
     def fits(self, needs: Needs) -> bool:
-        """Whether less is taken than there is of everything that the task needs.
+        """Whether some of everything that the task needs is still free.
 
-        So one task more than fits may wait in Ray, which places it as soon as it can. What no machine has at all is for
+        One task too many may be given: Ray starts it as soon as there is room. What no machine has at all is for
         `never` to refuse.
         """
         if needs.here:
@@ -137,13 +140,19 @@ class RayWorkers:
                 name = self._refs.pop(ref)
                 job, needs = self._given.pop(name)
                 outcome = self._outcome(ref)
-                if outcome.apart and self._apart is None:
-                    self._apart = _Apart(self._study.paths.root)
-                if outcome.apart:
-                    self.give(job, needs)
-                    continue
-                outcomes[name] = self._taken_over(outcome)
+                outcome = self._sent(job, needs) if outcome.apart else self._taken_over(outcome)
+                if outcome is not None:
+                    outcomes[name] = outcome
         return outcomes
+
+    def _sent(self, job: work.Job, needs: Needs) -> work.Outcome | None:
+        """Send a machine without this disk what the job reads, and give it the job again; an outcome if that fails."""
+        try:
+            self._apart = self._apart or _Apart(self._study.paths.root)
+            self.give(job, needs)
+        except (UserError, OSError, subprocess.CalledProcessError) as error:
+            return work.Outcome(status=1, tail=f"error: its inputs cannot be sent: {error}")
+        return None
 
     def _taken_over(self, outcome: work.Outcome) -> work.Outcome:
         """The outcome, with what another machine has sent on this disk."""

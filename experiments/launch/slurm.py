@@ -1,7 +1,8 @@
 """Array jobs for a cluster without Ray, from a template of the user's.
 
 Two arrays, one behind the other: the bases' scores and the preparations, then a task for each cell; behind both a job
-that takes over what they made (`launch --gather`). Scripts, lists of stages and logs lie in work/local/launch.
+that takes over what they made (`launch --gather`). Scripts, lists of stages and logs of each call lie in a folder of
+their own in work/local/launch.
 
 In the template these are filled in:
 
@@ -72,9 +73,14 @@ def write(study, *, template: Path, folder: Path, found: Mapping[tuple[int, Need
         text = template.read_text()
     except OSError as error:
         raise UserError(f"--slurm {template}: {error.strerror.lower()}: give the path of a template") from error
+    if "{{log}}" in text and re.search(r"[\s%]", str(folder.absolute())):
+        raise UserError(
+            f"{{{{log}}}} would be in {folder.absolute()}, and Slurm reads no path with a space or a % there"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.iterdir():
-        old.unlink()
+    earlier = [int(old.name) for old in folder.iterdir() if old.name.isdigit()]
+    folder = folder / f"{max(earlier, default=0) + 1:03}"  # tasks of an earlier call may still read theirs
+    folder.mkdir()
     title, option = f"holdfast-{study.name or 'default'}", f" --study {study.name}" if study.name else ""
     made = []
     for (phase, needs), every in sorted(found.items(), key=lambda item: (item[0][0], str(item[0][1]))):

@@ -12,6 +12,7 @@ import os
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tarfile
@@ -88,7 +89,8 @@ def run(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False) -> Out
         status = _wait(process, stop)
     seconds = time.time() - began
     if status == 0:
-        write(note, {"command": job.command, "deps": dict(job.deps), "seconds": seconds, "host": os.uname().nodename})
+        made = {"outs": _sizes(job, root), "seconds": seconds, "host": os.uname().nodename}
+        write(note, {"command": job.command, "deps": dict(job.deps)} | made)
     tail = log.read_bytes()[-TAIL:].decode(errors="replace")
     return Outcome(status=status, seconds=seconds, host=os.uname().nodename, tail=tail)
 
@@ -118,9 +120,16 @@ def run_anywhere(job: Job, root: str, token: str, code: bytes | None, asked: Map
 def _unpacked(code: bytes) -> str:
     """The folder with the code, unpacked once on each machine."""
     above = Path(os.environ.get("HOLDFAST_TREE") or Path(tempfile.gettempdir(), f"holdfast-{os.getuid()}"))
+    above.mkdir(parents=True, exist_ok=True, mode=0o700)
+    about = above.lstat()
+    others = about.st_uid != os.getuid() or about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    if "HOLDFAST_TREE" not in os.environ and (others or not stat.S_ISDIR(about.st_mode)):
+        raise PermissionError(
+            f"{above} is not a folder that only you can write to, and the code in it would be run: remove it, or set "
+            "HOLDFAST_TREE"
+        )
     tree = above / hashlib.sha256(code).hexdigest()[:16]
     if not tree.is_dir():
-        above.mkdir(parents=True, exist_ok=True, mode=0o700)
         fresh = tempfile.mkdtemp(dir=above)
         with tarfile.open(fileobj=io.BytesIO(code)) as tar:
             tar.extractall(fresh, filter="data")
@@ -165,13 +174,20 @@ def note_of(job: Job, root: str) -> Path:
 
 
 def noted(job: Job, root: str) -> dict | None:
-    """The note of a stage that ended well on the files that are there now; None where there is none."""
+    """The note of a stage that ended well on the files that are there now, and whose outputs are whole, else None."""
     try:
         note = json.loads(note_of(job, root).read_text())
     except (OSError, ValueError):
         return None
     same = isinstance(note, dict) and note.get("command") == job.command and note.get("deps") == dict(job.deps)
-    return note if same and all(Path(root, out).exists() for out in job.outs) else None
+    return note if same and note.get("outs") == _sizes(job, root) else None
+
+
+def _sizes(job: Job, root: str) -> dict[str, int]:
+    """Bytes of each file of the outputs: DVC puts a folder in place file by file, and may be killed over it."""
+    places = [Path(root, out) for out in job.outs]
+    files = [file for place in places for file in (place.rglob("*") if place.is_dir() else [place]) if file.is_file()]
+    return {os.path.relpath(file, root): file.stat().st_size for file in files}
 
 
 def write(path: Path, value: object) -> None:

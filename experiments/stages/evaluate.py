@@ -1,5 +1,6 @@
 """base and evaluate: scores of the base's or a cell's weights on the rows of a domain (or of all, for the base)."""
 
+import gc
 import json
 import tempfile
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def base(study, *, model: str) -> None:
         out = study.paths.base(model)
         _score(study, model, loaded, digest, tasks=Path(together), out=out, reference=loaded)
         start = {"unsettled": _unsettled(study, model, tasks=Path(together), settled=loaded), "improvable": None}
+    del loaded  # the test loads one of its own
+    gc.collect()
     if test := improvable.settings(study, model):
         general = study.paths.data / "general"
         start["improvable"] = improvable.improvable(folder, general, steps=test["steps"], dtype=dtype, device=where)

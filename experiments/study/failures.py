@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import signal
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,6 +101,8 @@ def find_killed(study) -> None:
             cell = cells.parse("/".join(names), study)
         except UserError:  # a stage of no cell, or a cell that params.yaml no longer has
             continue
+        if stage not in RECORDED:
+            print(f"{stage} of {cell.name} was killed; {AGAIN}", file=sys.stderr)
         if stage not in RECORDED or running.stamp(study.paths.failure(cell)) != about.get("record"):
             continue  # who started it has recorded it
         reason = f"killed during {stage}, or stopped by a full disk before it could say more"

@@ -4,6 +4,7 @@ DVC would run again all cells that the part does not have.
 """
 
 import shutil
+import subprocess
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -25,16 +26,24 @@ def keep(study) -> None:
 def mend(study) -> str:
     """Put the copy in the place of a dvc.lock that was cut off; a line about it, or ''.
 
-    Cut off are a lock that cannot be read, and one whose stages are the first of the copy's. The copy makes no stage
-    finished: DVC compares what it says with the files.
+    A lock counts as cut off if it cannot be read, or holds only the first of the copy's stages and is not the one that
+    git has. The copy makes no stage finished: DVC compares what it says with the files.
     """
     path, copy = _places(study)
     known, there = _names(copy), _names(path)
     if not path.is_file() or not known or (there is not None and (there == known or known[: len(there)] != there)):
         return ""
+    if there is not None and _committed(study.paths.root, path):
+        return ""
     with whole.file(path) as made:
         shutil.copyfile(copy, made)
     return f"{path.relative_to(study.paths.root)} was cut off: the stages that ran since its last copy run again"
+
+
+def _committed(root: Path, path: Path) -> bool:
+    """Whether the file is as git has it, as after `git checkout OLDER -- dvc.lock`."""
+    there = subprocess.run(["git", "show", f"HEAD:./{path.relative_to(root)}"], cwd=root, capture_output=True)
+    return there.returncode == 0 and there.stdout == path.read_bytes()
 
 
 def _places(study) -> tuple[Path, Path]:

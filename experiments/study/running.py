@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from experiments.study.provenance import now
 from experiments.training import processes
 from methods.errors import UserError
 
+PATIENCE = 2.0  # seconds
 STARTED = "HOLDFAST_STAGE"  # in the environment of what a stage starts: the file is held already
 
 
@@ -37,6 +39,10 @@ def alone(study, stage: str, *names: str, cell=None) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         file = _locked(path)
+        until = time.monotonic() + PATIENCE
+        while file is None and time.monotonic() < until:  # `left` holds the file of a killed stage for a moment
+            time.sleep(0.1)
+            file = _locked(path)
     except OSError:  # a disk without locks, as of some clusters
         yield
         return
@@ -48,7 +54,8 @@ def alone(study, stage: str, *names: str, cell=None) -> Iterator[None]:
     with file:
         file.truncate(0)
         before = cell and stamp(study.paths.failure(cell))
-        file.write(json.dumps({"process": os.getpid(), "when": now(), "ended": ended(), "record": before}))
+        about = {"process": os.getpid(), "host": os.uname().nodename, "when": now(), "ended": ended(), "record": before}
+        file.write(json.dumps(about))
         file.flush()
         os.environ[STARTED] = path.name
         noted = True
@@ -66,10 +73,14 @@ def alone(study, stage: str, *names: str, cell=None) -> Iterator[None]:
 
 
 def left(study) -> Iterator[tuple[str, list[str], dict]]:
-    """Stage, names and what `alone` noted of each stage that was killed; its file is removed after that."""
+    """Stage, names and what `alone` noted of each stage that was killed; its file is removed after that.
+
+    Stages of other machines that share the disk are left to these: a lock may be unknown here.
+    """
+    host = os.uname().nodename
     for path in sorted(study.paths.running.glob("*@*")):
         with suppress(OSError):  # a disk without locks
-            if path.is_file() and (file := _locked(path)):
+            if path.is_file() and _about(path).get("host", host) == host and (file := _locked(path)):
                 with file:
                     stage, _, names = path.name.partition("@")
                     yield stage, names.split("+"), _about(path)

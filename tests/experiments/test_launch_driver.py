@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from ruamel.yaml import YAML
@@ -160,6 +161,30 @@ def test_a_failed_stage_is_tried_once_more_then_set_aside_and_the_others_go_on(p
     record = read_json(launch.study.paths.failure(CELL))
     assert (record["kind"], record["stage"], record["reason"]) == ("killed", "b", "killed by signal 9 during b")
     assert launched(project).ran == ["b", "join-b", "join-summary"] and status() == {}
+
+
+def test_a_finished_cell_whose_drift_cannot_be_made_keeps_its_result(tmp_path):
+    """Every cell's drift reads what one method prepares: that it fails is a failure of that method's cells alone."""
+    study = config.load("demo").model_copy(update={"paths": Paths(study="demo", root=tmp_path)})
+    lost = Cell("llama-tiny", "sums", "ewc", 0)
+    prepared, here = f"prepare@llama-tiny-ewc-{lost.seed}", Needs(here=True)
+    tasks = [Task(name=prepared, needs=here), Task(name=f"collect@{CELL.stage}", needs=here)]
+    tasks += [Task(name=f"drift@{cell.stage}", after=frozenset({prepared}), needs=here) for cell in (CELL, lost)]
+    tasks += [Task(name=f"train@{lost.stage}", after=frozenset({prepared}), needs=here)]
+    tasks += [Task(name=f"collect@{lost.stage}", after=frozenset({f"train@{lost.stage}"}), needs=here)]
+    kinds = ("train", "collect", "drift")
+    launch = Launch(
+        study=study,
+        stages=SimpleNamespace(let_go=lambda name: None),
+        schedule=Schedule(tasks),
+        estimate=Estimate({}),
+        names=Names(cells={f"{kind}@{c.stage}": c for c in (CELL, lost) for kind in kinds}, prepared={prepared: lost}),
+        workers=Pool(str(tmp_path)),
+        show=Said(),
+    )
+    launch._set_aside(prepared, "no memory")
+    assert read_json(study.paths.failure(lost))["reason"].startswith("no memory")
+    assert not study.paths.failure(CELL).exists()
 
 
 def test_a_diverged_training_is_not_repeated(project):
