@@ -137,7 +137,7 @@ def archive(root: Path) -> bytes:
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     names = subprocess.run(listed, cwd=root, capture_output=True, check=True).stdout.decode().split("\0")
     data = io.BytesIO()
-    # without the time: its hash names the folder on other machines, which has checkpoints and models of earlier launches
+    # without the time: its hash names the folder on other machines, where an earlier launch has left checkpoints
     packed = gzip.GzipFile(fileobj=data, mode="wb", mtime=0)
     with packed, tarfile.open(fileobj=packed, mode="w") as tar:
         for name in sorted(filter(None, names)):

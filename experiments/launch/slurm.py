@@ -73,10 +73,8 @@ def write(study, *, template: Path, folder: Path, found: Mapping[tuple[int, Need
         text = template.read_text()
     except OSError as error:
         raise UserError(f"--slurm {template}: {error.strerror.lower()}: give the path of a template") from error
-    if "{{log}}" in text and re.search(r"[\s%]", str(folder.absolute())):
-        raise UserError(
-            f"{{{{log}}}} would be in {folder.absolute()}, and Slurm reads no path with a space or a % there"
-        )
+    if "{{log}}" in text and re.search(r"[\s%]", place := str(folder.absolute())):
+        raise UserError(f"{{{{log}}}} would be in {place}, and Slurm reads no path with a space or a % there")
     folder.mkdir(parents=True, exist_ok=True)
     earlier = [int(old.name) for old in folder.iterdir() if old.name.isdigit()]
     folder = folder / f"{max(earlier, default=0) + 1:03}"  # tasks of an earlier call may still read theirs
