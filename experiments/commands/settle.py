@@ -42,6 +42,8 @@ def main(study, *, model: str) -> None:
 def _settle(study, model: str, block: Any, folder) -> None:
     where, info = hardware.device(study.device), read_json(folder / "base.json", "sha256", "dtype")
     computing = study.compute_dtype(model, dtype_of(info), where)
+    shape = shape_of(model, study.models[model], folder)
+    settled.refuse_size(settling.adapter_bytes(shape.build(), rank=block.lora.rank))
     tokenizer = weights.load_tokenizer(folder)
     train = replace(TrainSettings(**block.train.as_written), epochs=1.0, probes=0)
     reader = Reader(study=study)
@@ -58,7 +60,7 @@ def _settle(study, model: str, block: Any, folder) -> None:
         what=f"the gate of {model}",
         available=hardware.available_memory(where),
         phase="train",
-        shape=shape_of(model, study.models[model], folder),
+        shape=shape,
         parts=(),
         settings=replace(train, length=max(len(example["input_ids"]) for example in rows)),
         checkpoint_dtype=dtype_of(info),

@@ -29,6 +29,15 @@ MOST_BYTES = 10_000_000  # of an adapter, which is committed to git
 FORMAT = "holdfast-settled-1"
 
 
+def refuse_size(size: int) -> None:
+    """Raise UserError for an adapter of more than `MOST_BYTES`."""
+    if size > MOST_BYTES:
+        raise UserError(
+            f"the adapter has {size / 1e6:.1f} MB, and {MOST_BYTES / 1e6:.0f} MB may be committed: lower "
+            "settle.lora.rank"
+        )
+
+
 def save_adapter(
     path: Path, *, updates: Mapping[str, Mapping[str, Tensor]], scale: float, transposed: bool, base_sha256: str
 ) -> str:
@@ -45,11 +54,7 @@ def save_adapter(
         for name, update in updates.items()
         for part, factor in update.items()
     }
-    if (size := sum(tensor.nbytes for tensor in tensors.values())) > MOST_BYTES:
-        raise UserError(
-            f"the adapter has {size / 1e6:.1f} MB, and {MOST_BYTES / 1e6:.0f} MB may be committed: lower "
-            "settle.lora.rank"
-        )
+    refuse_size(sum(tensor.nbytes for tensor in tensors.values()))
     about = {"format": FORMAT, "scale": scale, "transposed": transposed, "base_sha256": base_sha256}
     path.parent.mkdir(parents=True, exist_ok=True)
     with writing(path):  # one entry of metadata, for safetensors writes several in an order of its own

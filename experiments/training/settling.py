@@ -162,11 +162,20 @@ class Settling:
         )
 
 
-def adapter(model: nn.Module, *, rank: int, alpha: float) -> Part:
-    """LoRA on every linear layer but the head."""
+def _adapted(model: nn.Module) -> dict[str, nn.Module]:
     head = model.get_output_embeddings()
     linear = (entry for entry in model.named_modules() if isinstance(entry[1], nn.Linear | Conv1D))
-    targets = sorted({name.rpartition(".")[2] for name, module in linear if module is not head})
+    return {name: module for name, module in linear if module is not head}
+
+
+def adapter_bytes(model: nn.Module, *, rank: int) -> int:
+    """Bytes of the adapter's factors (rank × in and out × rank of each layer) in bf16, as they are committed."""
+    return 2 * rank * sum(sum(module.weight.shape) for module in _adapted(model).values())
+
+
+def adapter(model: nn.Module, *, rank: int, alpha: float) -> Part:
+    """LoRA on every linear layer but the head."""
+    targets = sorted({name.rpartition(".")[2] for name in _adapted(model)})
     (part,) = registry.build({"lora": {"rank": rank, "alpha": alpha, "targets": targets}})
     return part
 
