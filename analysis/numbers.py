@@ -25,7 +25,7 @@ def points(share: float | None) -> str:
 
 def _tenths(value: float) -> Decimal:
     """Rounded to a tenth, halves away from 0; what a sum adds behind the ninth digit does not decide."""
-    return Decimal(repr(round(value, 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
+    return Decimal(repr(round(float(value), 9))).quantize(Decimal("0.1"), ROUND_HALF_UP)
 
 
 def nats(value: float | None) -> str:

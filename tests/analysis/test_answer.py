@@ -10,6 +10,7 @@ from analysis import numbers
 from analysis.load import load_cells
 from analysis.roles import Roles
 from analysis.sections.answer import reading, sentences, without_accuracy
+from analysis.sections.tables import as_markdown
 from analysis.sections.told import with_told
 from analysis.statistics.comparison import comparison
 from analysis.statistics.tests import all_tests
@@ -61,6 +62,20 @@ def test_what_could_not_be_told_apart_stands_with_what_could_have_been(several):
     _, second, third = sentences(loaded, table, unsure)
     assert second.startswith("1 of 3 remedies") and "ewc" in second
     assert "not told apart from plain fine-tuning: lora, mofo (a difference of 0.031 nats per token" in third
+    shown = as_markdown(loaded, with_told(table, unsure))
+    assert shown.count("| no, detects 0.031") == 2 and "detects" not in as_markdown(loaded, with_told(table, tests))
+    pairs = unsure.assign(p_holm=unsure["p_holm"].where(unsure["family"] != "leaders", 0.5))
+    assert re.search(
+        r"0 of 3 pairs of leaders are told apart \(a difference of .* found\)", sentences(loaded, table, pairs)[1]
+    )
+
+
+def test_a_setting_that_was_not_chosen_decides_nothing_in_the_answer(several):
+    """Of ewc another setting was chosen than of full, and the tests compare it with full's setting of that place."""
+    loaded, table, tests = several
+    own = (tests["family"] == "full") & (tests["a"] == "ewc")
+    second = sentences(loaded, table, tests.assign(b=tests["b"].where(~own, "full-s1")))[1]
+    assert second.startswith("2 of 2 remedies") and "ewc (" not in second and "compares ewc with full-s1" in second
 
 
 def test_a_composition_must_beat_every_single_remedy(several):
@@ -158,4 +173,5 @@ def test_a_base_at_chance_is_named(alone):
 
 def test_roles_change_who_leads(several):
     loaded = replace(several[0], roles=Roles(leaders=("lora", "ewc")))
-    assert "of 1 pair of leaders" in sentences(loaded, several[1], all_tests(loaded))[1]
+    second = sentences(loaded, several[1], all_tests(loaded))[1]
+    assert "of 1 pair of leaders" in second and second.startswith("2 of 2 remedies")  # mofo is a control beside them

@@ -1,5 +1,8 @@
 """What is lost at the same gain: curves through settings by hand and by brute force, redraws, and trajectories."""
 
+import re
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,7 +10,7 @@ from scipy import stats
 
 from analysis.load import Loaded, load_cells
 from analysis.measures import ACCURACY, BY_KEY, GENERAL, GOLD
-from analysis.sections.matched import section
+from analysis.sections.matched import _compared, _verdict, section
 from analysis.statistics.comparison import comparison
 from analysis.statistics.matched import curve, curves, equal_gain, level, matched
 from analysis.statistics.nats import DOMAIN
@@ -174,10 +177,23 @@ def test_the_section_says_a_number_or_why_there_is_none(swept):
     assert missing[missing != ""].str.contains("gains").all()
 
 
-def test_of_one_seed_it_is_said_of_the_runs(swept, tmp_path):
-    one = load_cells(tmp_path, write_results(tmp_path, methods=("full", "lora")))
-    assert "in these runs of one seed" in section(one, **WHERE)["sentences"][1]
-    assert "in these runs" not in " ".join(section(swept, **WHERE)["sentences"])
+def test_methods_of_several_seeds_are_judged_after_holms_correction_and_runs_of_one_are_not():
+    points = {"full": (0.2, 0.05), "full-s1": (0.3, 0.15), "ewc": (0.25, 0.04), "lora": (0.25, 0.101)}
+    made = drawn(points, noise=0.005)
+    against = {name: equal_gain(made, name, "full", key=KEY) for name in ("ewc", "lora")}
+    (verdict,) = _verdict(made, against, KEY)
+    assert "these lose less than full: ewc (" in verdict and "lora" not in verdict
+    assert re.search(r"the others' loss does not differ .* \(a difference of 0\.0\d+ nats per token would", verdict)
+    nearly = {name: replace(one, p=0.03) for name, one in against.items()}  # two at .03 are none after the correction
+    (verdict,) = _verdict(made, nearly, KEY)
+    assert "no method's loss differs significantly" in verdict
+    assert _verdict(replace(made, seeds=dict.fromkeys(points, 1)), against, KEY) == []
+
+
+def test_a_gain_that_is_passed_before_the_first_setting_has_a_reason_and_no_number():
+    made = drawn({"full": (0.2, 0.05), "both": (0.4, 0.01)}, noise=0.005)
+    value, why = _compared(equal_gain(made, "both", "full", key=KEY), key=KEY)
+    assert (value, why) == ("–", "both gains more at its first setting than the other ever does")
 
 
 def test_without_items_there_is_no_section(tmp_path):

@@ -40,6 +40,7 @@ def test_losses_against_the_unsettled_base_are_those_of_settling_and_of_the_meth
     loaded = load(unsettled={"model": "raw", "scores": before})
     table = start.with_unsettled(loaded, comparison(loaded))
     rows = table.set_index("method")
+    assert all(column.startswith(start.UNSETTLED) for column in set(table) - set(comparison(loaded)))
     for method in ("full", "lora"):
         lost = rows.at[method, "general_nll_lost"] - 0.25
         assert rows.at[method, "unsettled_general_nll_lost"] == pytest.approx(lost)

@@ -128,7 +128,7 @@ def test_a_machine_without_the_disk_runs_the_stage_in_a_folder_of_its_own(projec
     there = project.parent / "there"
     asked = {"cached": ["out"], "passing": [], "records": ["failed.json"], "ledger": "ledger.jsonl", "cell": CELL}
     monkeypatch.setenv("HOLDFAST_TREE", str(there / "trees"))
-    for room in ("experiments", "methods"):
+    for room in ("experiments", "methods", "analysis"):
         shutil.copytree(HERE / room, project / room, ignore=shutil.ignore_patterns("__pycache__", "studies"))
     (project / "in.txt").write_text("seven")
     store = exchange.remote(str(project))
