@@ -183,7 +183,7 @@ def test_a_finished_cell_whose_drift_cannot_be_made_keeps_its_result(tmp_path):
         show=Said(),
     )
     launch._set_aside(prepared, "no memory")
-    assert read_json(study.paths.failure(lost))["reason"].startswith("no memory")
+    assert read_json(study.paths.failure(lost))["reason"] == f"{prepared} failed: no memory"
     assert not study.paths.failure(CELL).exists()
 
 

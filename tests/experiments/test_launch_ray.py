@@ -230,13 +230,13 @@ def test_slurms_array_jobs_make_the_same_files_and_leave_dvc_nothing_to_do(tmp_p
     done = run(folder, *LAUNCH, "--slurm", "job.sh", "--submit", PATH=path)
     scripts = "work/local/launch/default/slurm"
     assert [line.split("/slurm/")[1] for line in done.stdout.splitlines() if scripts in line] == [
-        "00-base-and-prepare.sh: 4 tasks",  # the base, two preparations of `full`, and the one that `ewc` shares
-        "01-cells.sh: 4 tasks",
-        "02-gather.sh: 1 task",
+        "001/00-base-and-prepare.sh: 4 tasks",  # the base, two preparations of `full`, and the one that `ewc` shares
+        "001/01-cells.sh: 4 tasks",
+        "001/02-gather.sh: 1 task",
     ]
     submitted = (folder / "submitted").read_text().splitlines()
     assert [line.split()[0] for line in submitted[1:]] == ["--dependency=afterany:100", "--dependency=afterany:100:101"]
     check_equal(folder, serial)
     assert tracked(folder) == set(CELLS)
     again = run(folder, *LAUNCH, "--slurm", "job.sh", PATH=path)
-    assert "02-" not in again.stdout and "00-gather.sh" in again.stdout  # nothing is left to run
+    assert "/01-" not in again.stdout and "002/00-gather.sh" in again.stdout  # nothing is left to run
