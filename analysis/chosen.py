@@ -42,18 +42,25 @@ def chosen(loaded: Loaded, family: str, *, model: str, domain: str) -> str | Non
 
 
 def reported(loaded: Loaded) -> Loaded:
-    """The results with one setting per family, so that none is picked by its test scores.
-
-    It is the chosen one; in a family without probes the method itself, or else its first setting.
-    """
+    """The results with one setting per family, so that none is picked by its test scores."""
     dropped: list[str] = []
     for model, domain in loaded.comparisons:
-        cells, table = loaded.of(model, domain), choices(loaded, model=model, domain=domain)
-        picked = set(table[table["chosen"]]["method"])
-        for name, blocks in families(dict.fromkeys(cells["method"])).items():
-            kept = next((block for block in blocks if block in picked), name if name in blocks else blocks[0])
-            dropped += list(cells.index[cells["method"].isin(set(blocks) - {kept})])
+        cells = loaded.of(model, domain)
+        dropped += list(cells.index[~cells["method"].isin(reported_methods(loaded, model=model, domain=domain))])
     return loaded.without(dropped) if dropped else loaded
+
+
+def reported_methods(loaded: Loaded, *, model: str, domain: str) -> set[str]:
+    """The methods of one comparison that `reported` keeps: of each family the chosen setting; in a family without
+    probes the method itself, or else its first setting."""
+    cells = loaded.of(model, domain)
+    if cells.empty:
+        return set()
+    table, kept = choices(loaded, model=model, domain=domain), set()
+    picked = set(table[table["chosen"]]["method"])
+    for name, blocks in families(dict.fromkeys(cells["method"])).items():
+        kept.add(next((block for block in blocks if block in picked), name if name in blocks else blocks[0]))
+    return kept
 
 
 def settings_said(loaded: Loaded, *, model: str, domain: str) -> list[str]:
@@ -82,6 +89,12 @@ def choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     chosen, tied      whether it is chosen, and whether it is equal to the chosen one without being it
     end               of the chosen one: 'lowest' or 'highest' if its value lies at that end of the family's
     """
+    if (model, domain) not in loaded.choices:
+        loaded.choices[model, domain] = _choices(loaded, model=model, domain=domain)
+    return loaded.choices[model, domain]
+
+
+def _choices(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     ends = _ends(loaded, model=model, domain=domain)
     cells, rows = loaded.of(model, domain), []
     for name, blocks in families(dict.fromkeys(cells["method"]) if len(cells) else ()).items():
@@ -133,9 +146,9 @@ def probed(loaded: Loaded, name: str, *, model: str, domain: str) -> dict[tuple[
     that change them once training has ended (`finished` in train.json), if there are any.
     """
     ends, key = {}, f"probe_{name}"
-    known = len(loaded.curves) and key in loaded.curves
-    curves = dict(list(loaded.curves[["cell", "step", key]].groupby("cell", sort=False))) if known else {}
-    for cell_name, cell in loaded.of(model, domain).iterrows():
+    cells, known = loaded.of(model, domain), len(loaded.curves) and key in loaded.curves
+    curves = dict(list(loaded.curves_of(cells)[["cell", "step", key]].groupby("cell", sort=False))) if known else {}
+    for cell_name, cell in cells.iterrows():
         finished, run = cell.get("finished"), curves.get(cell_name)
         probes = {} if run is None else run.set_index("step")[key]
         if isinstance(finished, dict):

@@ -55,6 +55,7 @@ class Loaded:
     bench     path -> benchmark record (results/bench/*.json), the newest of each name, in alphabetical order
     roles     leaders, compositions and controls, as params.yaml names them
     also      study -> results of another study that are shown beside these, never pooled or tested (analysis/also.py)
+    choices   what analysis/chosen.py has found of these results, by (model, domain)
     """
 
     cells: pd.DataFrame
@@ -70,6 +71,7 @@ class Loaded:
     bench: dict[Path, dict] = field(default_factory=dict)
     roles: Roles = Roles()
     also: Mapping[str, "Loaded"] = field(default_factory=dict)
+    choices: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def not_a_result(self) -> bool:

@@ -1,7 +1,14 @@
 """The figures of one comparison (model, domain): each as PNG, SVG and the CSV behind it."""
 
+import os
 import re
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -41,20 +48,45 @@ def write_figures(
             figure, data, title, caption = overview.figure(loaded, data, phone=name == "overview_phone")
             style.save(figure, data, stem=folder / name, not_a_result=loaded.not_a_result)
         made.append(Figure(name=name, title=title, caption=caption, stem=folder / name, model="", domain=""))
-    draws = (*by_task.FIGURES, forgetting_over_training, *flips.FIGURES, *drift.FIGURES, layer_coefficients, cost)
-    for model, domain in loaded.comparisons:
-        rows = table[(table["model"] == model) & (table["domain"] == domain) & (table["method"] != "base")]
-        cells = loaded.of(model, domain)
-        for draw in draws:
-            stem = folder / f"{draw.__name__}-{model}-{domain}"
-            with style.house():
-                drawn = draw(loaded, rows, cells)
-                if drawn is None:
-                    continue
-                figure, data, title, caption = drawn
-                style.save(figure, data, stem=stem, not_a_result=loaded.not_a_result)
-            made.append(Figure(name=draw.__name__, title=title, caption=caption, stem=stem, model=model, domain=domain))
+    own = _side_by_side(partial(_of_comparison, loaded, table, folder), loaded.comparisons)
+    return [*made, *chain.from_iterable(own)]
+
+
+def _of_comparison(loaded: Loaded, table: pd.DataFrame, folder: Path, model: str, domain: str) -> list[Figure]:
+    """Write the figures of one comparison."""
+    rows = table[(table["model"] == model) & (table["domain"] == domain) & (table["method"] != "base")]
+    cells, made = loaded.of(model, domain), []
+    for draw in (*by_task.FIGURES, forgetting_over_training, *flips.FIGURES, *drift.FIGURES, layer_coefficients, cost):
+        stem = folder / f"{draw.__name__}-{model}-{domain}"
+        with style.house():
+            drawn = draw(loaded, rows, cells)
+            if drawn is None:
+                continue
+            figure, data, title, caption = drawn
+            style.save(figure, data, stem=stem, not_a_result=loaded.not_a_result)
+        made.append(Figure(name=draw.__name__, title=title, caption=caption, stem=stem, model=model, domain=domain))
     return made
+
+
+def _side_by_side(draw: Callable, pairs: Sequence[tuple[str, str]]) -> list[list[Figure]]:
+    """draw(model, domain) of each pair: drawing is most of what a summary takes, so on Linux every core draws."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    if min(cores, len(pairs)) < 2:
+        return [draw(*pair) for pair in pairs]
+    # forked processes have the results without a copy
+    with ProcessPoolExecutor(min(cores, len(pairs)), get_context("fork"), _begin, (draw,)) as pool:
+        return list(pool.map(_drawn, pairs))
+
+
+_begun: list[Callable] = []  # of a forked process, what it draws with
+
+
+def _begin(draw: Callable) -> None:
+    _begun.append(draw)
+
+
+def _drawn(pair: tuple[str, str]) -> list[Figure]:
+    return _begun[-1](*pair)
 
 
 def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):

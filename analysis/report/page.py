@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import numbers, style, units, words
-from analysis.chosen import reported
+from analysis.chosen import reported_methods
 from analysis.load import Loaded, retention_tasks
 from analysis.report.figures import Figure
 from analysis.report.inline import inline
@@ -111,14 +111,14 @@ def _comparisons(
     loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, folder: Path, glyphs: dict
 ) -> list[dict]:
     """Everything that the page shows of each (model, domain)."""
-    costed, by_part, chosen, made = costs.costs(loaded), costs.added(loaded), reported(loaded), []
+    costed, by_part, made = costs.costs(loaded), costs.added(loaded), []
     for model, domain in loaded.comparisons:
         rows, own_tests, spent, parts = (
             frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (table, tests, costed, by_part)
         )
         cells = loaded.of(model, domain)
         first, methods, shown = cells.iloc[0], list(dict.fromkeys(cells["method"])), columns.others(rows)
-        answering = list(dict.fromkeys(chosen.of(model, domain)["method"]))  # at the setting chosen on probe rows
+        answering = reported_methods(loaded, model=model, domain=domain)  # at the setting chosen on probe rows
         sections = {
             "front": front.section(loaded, model=model, domain=domain),
             "significance": significance.section(loaded, tests, model=model, domain=domain),

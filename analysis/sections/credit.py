@@ -7,7 +7,7 @@ fine-tuning itself is the control, as of replay, nothing changes.
 """
 
 from analysis import numbers
-from analysis.chosen import reported
+from analysis.chosen import reported_methods
 from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import GENERAL
@@ -26,8 +26,8 @@ def against_control(loaded: Loaded, *, model: str, domain: str) -> dict[tuple[st
     """(method, control) of each of these methods of one comparison, at its chosen setting, with the difference of their
     losses of general text; None without a result of the control."""
     cells = loaded.of(model, domain)
-    shown = set(reported(loaded).of(model, domain)["method"]) if len(cells) else set()
-    pairs = [(method, control) for method, control in apart(loaded).items() if method in shown]
+    chosen = reported_methods(loaded, model=model, domain=domain)
+    pairs = [(method, control) for method, control in apart(loaded).items() if method in chosen]
     there = [pair for pair in pairs if pair[1] in set(cells["method"])]
     found = Contrasts(loaded, model=model, domain=domain).of(GENERAL.key, there) if there else {}
     return {pair: found.get(pair) for pair in pairs}

@@ -49,7 +49,8 @@ def by_group(loaded: Loaded, cells: pd.DataFrame) -> pd.DataFrame:
 
 def _frame(cells: pd.DataFrame, records: dict[str, list[dict]]) -> pd.DataFrame:
     """The records of all cells with their method, their measures as floats."""
-    rows = [{"method": cells.at[cell, "method"], **row} for cell, own in records.items() for row in own]
+    methods = cells["method"].to_dict()
+    rows = [{"method": methods[cell], **row} for cell, own in records.items() for row in own]
     frame = pd.DataFrame(rows)
     measures = frame.columns.difference(["method", "group", "kind"], sort=False)
     frame[measures] = frame[measures].astype(float)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import numbers, style, words
-from analysis.chosen import reported
+from analysis.chosen import reported_methods
 from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY
@@ -26,7 +26,8 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     made = redrawn(loaded, model=model, domain=domain)
     if made is None or not made.losses:
         return None
-    runs = trajectories(reported(loaded), model=model, domain=domain)
+    chosen = reported_methods(loaded, model=model, domain=domain)
+    runs = trajectories(loaded, model=model, domain=domain, methods=chosen)
     at = level(made)
     if at is None:
         none = "No method gained on the domain, so there is no gain at which losses could be compared."

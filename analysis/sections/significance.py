@@ -82,7 +82,8 @@ def _summary(name: str, key: str, rows: pd.DataFrame) -> str:
 
 def _not_tested(loaded: Loaded, *, model: str, domain: str) -> list[str]:
     cells, lines = loaded.of(model, domain), []
-    scored = set(loaded.items["cell"].unique())
+    items = loaded.items_of(cells)
+    scored = set(items["cell"].unique()) if len(items) else set()
     if absent := [cell for cell in cells.index if cell not in scored]:
         lines.append(f"Not tested, because their items.csv.gz is missing: {words.few(absent)}.")
     first = cells.iloc[0]

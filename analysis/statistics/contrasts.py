@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import units
-from analysis.chosen import reported
+from analysis.chosen import reported_methods
 from analysis.families import families, family
 from analysis.load import Loaded, retention_tasks
 from analysis.measures import BY_KEY
@@ -249,13 +249,13 @@ def settings_of(loaded: Loaded, *, model: str, domain: str) -> dict[str, int]:
     setting of its own kind (−1, −2, …), which is not tested.
     """
     blocks = families(dict.fromkeys(loaded.of(model, domain)["method"]))
-    shown = set(reported(loaded).of(model, domain)["method"])
+    chosen = reported_methods(loaded, model=model, domain=domain)
     plain = blocks.get(PLAIN, [])
-    usual = next((place for place, block in enumerate(plain) if block in shown), 0)
+    usual = next((place for place, block in enumerate(plain) if block in chosen), 0)
     settings = {}
     for own in blocks.values():
         for place, block in enumerate(own):
-            settings[block] = place if len(own) == len(plain) else usual if block in shown else -place - 1
+            settings[block] = place if len(own) == len(plain) else usual if block in chosen else -place - 1
     return settings
 
 

@@ -7,6 +7,7 @@ its gain first reaches it, on the straight line between the two probes around; l
 such line begins at the first probe after training began: before it there is no number.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,9 +40,13 @@ class Trajectories:
         return [key for key in LOSSES if self.points[key].notna().all()]
 
 
-def trajectories(loaded: Loaded, *, model: str, domain: str) -> Trajectories | None:
-    """The trajectories of one comparison; None if no run was probed on its domain and on general text."""
+def trajectories(
+    loaded: Loaded, *, model: str, domain: str, methods: Collection[str] | None = None
+) -> Trajectories | None:
+    """The trajectories of one comparison, of all its methods by default; None if no run was probed on its domain and on
+    general text."""
     cells, gain = loaded.of(model, domain), f"probe_{domain}_nll"
+    cells = cells if methods is None or cells.empty else cells[cells["method"].isin(methods)]
     if loaded.curves.empty or cells.empty or gain not in loaded.curves or "probe_general_nll" not in loaded.curves:
         return None
     kept = [
