@@ -1,5 +1,6 @@
 """Lost and gained answers: counts by hand, chance by enumeration, figures and section."""
 
+from dataclasses import replace
 from itertools import combinations, product
 
 import jinja2
@@ -84,7 +85,7 @@ def test_lost_gained_net_and_churn_by_hand():
 
 def test_without_items_there_is_nothing():
     loaded = study(BASE, {"full/seed0": {}})
-    bare = Loaded(**(vars(loaded) | {"base": {}}))
+    bare = replace(loaded, base={})
     assert flips.flips(bare, model="m", domain="sums").empty and section.section(bare, model="m", domain="sums") is None
     assert (
         section.answers_lost_and_gained(bare, None, bare.cells) is None
@@ -152,7 +153,7 @@ def test_what_guessing_loses_is_seen_whatever_the_share_that_is_guessed_anew(ane
         if listed:
             base.loc[base["task"] == task, "choices"] = [";".join(["-1"] * k) for k in c]
         loaded.cells.iloc[0]["scores_by_task"][task]["chance"] = 0.5 if task == "maps" else 0.25
-    whole = flips.flips(_with(loaded, items=tuned, base={"m": {"items": base}}), model="m", domain="sums")
+    whole = flips.flips(replace(loaded, items=tuned, base={"m": {"items": base}}), model="m", domain="sums")
     found = flips.by_task(whole).set_index("task")
     for task in sizes:
         assert found.at[task, "by_guess"] == pytest.approx(truth[task], rel=0.08 if anew > 0.1 else 0.16), task
@@ -240,10 +241,6 @@ def test_most_forgotten_are_lost_by_most():
     assert found.at[0, "methods"] == ["a", "b"] and len(flips.most_forgotten(items, top=1)) == 1
     single = flips.flips(study(BASE, {"a/seed0": {"maps": "010"}}), model="m", domain="sums")
     assert flips.most_forgotten(single)["doc_hash"].to_list() == [digest("maps 0")]
-
-
-def _with(loaded, **changed):
-    return Loaded(**(vars(loaded) | changed))
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Settings in the plane of gain and loss, and their front."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jinja2
@@ -75,6 +76,7 @@ def test_the_front_is_of_the_comparisons_own_numbers(swept):
 
 def test_the_sentences_name_the_front_and_how_settings_were_chosen(swept):
     strength = {"ewc": 2.0, "ewc-s1": 1.0, "ewc-s2": 4.0}
+    swept = replace(swept, cells=swept.cells.copy())
     for cell, method in swept.cells["method"].items():
         swept.cells.at[cell, "parts"] = {"ewc": {"strength": strength.get(method, 0.0)}}
         swept.cells.at[cell, "settings"] = {"learning_rate": 1e-3}

@@ -148,7 +148,7 @@ def test_one_redraw_serves_every_method_and_measure(tmp_path):
     loaded = load_cells(tmp_path, write_results(tmp_path, methods=("full", "lora")))
     own = loaded.items[loaded.items["cell"].str.contains("/full/")]
     twin = own.assign(cell="smollm2-135m/science/lora/seed0").sample(frac=1, random_state=0)
-    found = resampled(Loaded(**loaded.__dict__ | {"items": pd.concat([own, twin])}), **WHERE)
+    found = resampled(replace(loaded, items=pd.concat([own, twin], ignore_index=True)), **WHERE)
     for key in (DOMAIN, *BY_KEY, ACCURACY):
         assert np.allclose(found.draws[key][:, 0], found.draws[key][:, 1])
 
