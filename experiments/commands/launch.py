@@ -66,19 +66,26 @@ def main(
         plan = planning.make(study, patterns=patterns)
         made = _Made(study, chosen, stages, plan=plan, workers=workers)
         if template:
-            return _array_jobs(made, Path(template), submit=submit)
-        if not any(stages.changed(task.name) for task in made.tasks):
+            launch, scripts = _array_jobs(made, Path(template))
+        elif not any(stages.changed(task.name) for task in made.tasks):
             track.main(study)  # an earlier launch may have been stopped before that
             print("nothing is left to run: the results are those of this code and these settings")
             return 0
-        if gather:
+        elif gather:
             launch = made.launch(Here(str(study.paths.root)), records_from=0.0)
+            launch.run()
         else:
             memory = hardware.available_memory(torch.device("cpu"))
             on_ray.start(address=address, cores=made.all_cores, gpus=made.gpus, memory=memory)
             launch = made.launch(on_ray.RayWorkers(study=study, names=tasks.names(study), cached=stages.outputs))
-        launch.run()
-    return _finish(study, launch)
+            launch.run()
+    if not template or launch.reasons:
+        return _finish(study, launch)
+    if submit:  # now that this launch is over, beside which the last job would be refused
+        print(f"submitted as {', '.join(slurm.submit(scripts))}; the last one takes over what the others made")
+    else:
+        print("submit them in this order, each after the ones before it has ended (or all with --submit)")
+    return 0
 
 
 @contextmanager
@@ -151,25 +158,21 @@ def _finish(study, launch: Launch) -> int:
     return int(bool(launch.reasons))
 
 
-def _array_jobs(made: _Made, template: Path, *, submit: bool) -> int:
-    """Run what belongs to this machine (models and rows), then write the array jobs, and submit them if asked to."""
+def _array_jobs(made: _Made, template: Path) -> tuple[Launch, list[slurm.Script]]:
+    """Run what belongs to this machine (models and rows), then write the array jobs, if that went well."""
     study = made.study
     first = [task for task in made.tasks if task.name.partition("@")[0] in ("resolve", "model", "data")]
     launch = made.launch(Here(str(study.paths.root)), only=first)
     launch.run()
     if launch.reasons:
-        return _finish(study, launch)
+        return launch, []
     jobs = launch.unfinished(made.tasks)
     found = slurm.lines(made.tasks, jobs, cell_of=lambda name: launch.names.cells[name])
     folder = study.paths.root / launch.folder / "slurm"
     scripts = slurm.write(study, template=template, folder=folder, found=found)
     for script in scripts:
         print(f"{os.path.relpath(script.path)}: {script.tasks} task{'s' if script.tasks > 1 else ''}")
-    if submit:
-        print(f"submitted as {', '.join(slurm.submit(scripts))}; the last one takes over what the others made")
-    else:
-        print("submit them in this order, each after the ones before it has ended (or all with --submit)")
-    return 0
+    return launch, scripts
 
 
 def _simulate(study, *, cells_wanted: int, workers: int) -> int:
