@@ -181,11 +181,11 @@ def label_points(
     """Write each (x, y, text, colour) beside its point, away from other labels, points and bars (x0, y0, x1, y1).
 
     always   how many of the first points are labelled even where there is no room; all by default
+
+    Call it after `figure.draw_without_rendering()`, which gives everything else its place.
     Returns the texts for which there was no room.
     """
-    figure = axes.figure
-    figure.canvas.draw()
-    renderer = figure.canvas.get_renderer()
+    renderer = axes.figure.canvas.get_renderer()
     inside = axes.get_window_extent(renderer)
     pixels = [axes.transData.transform((x, y)) for x, y, _, _ in points]
     along = [(x0 + (x1 - x0) * k / 60, y0 + (y1 - y0) * k / 60) for x0, y0, x1, y1 in bars for k in range(61)]

@@ -146,10 +146,11 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
     lines = -(-len(pairs) // columns_)
     width, height = (3.75, 3.0) if phone else (style.WIDTH, 3.9) if columns_ == 1 else (9.6, 3.7)
     drawn, panels = style.new(width, height * lines, lines, columns_, squeeze=False)
-    outside, wide = 0, []
+    outside, wide, labels = 0, [], []
     for axes, ((model, domain), own) in zip(panels.flat, pairs):
-        beyond, without = _panel(axes, own, named=labelled(loaded, own))
+        beyond, without, texts, bars = _panel(axes, own, named=labelled(loaded, own))
         outside += beyond
+        labels.append((axes, texts, bars))
         wide += [f"{width:.2g} {own['unit' if key == 'gain' else 'measure'].iloc[0]} ({key})" for key, width in without]
         axes.set_title(style.where(loaded.of(model, domain)))
         unit = own["measure"].iloc[0]
@@ -158,6 +159,9 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
         axes.set_ylabel(f"{unit}{of} lost (down is better)")
     for axes in list(panels.flat)[len(pairs) :]:
         axes.set_axis_off()
+    drawn.draw_without_rendering()  # once for all panels, whose places labels depend on
+    for axes, texts, bars in labels:
+        style.label_points(axes, texts, bars=bars, size=8)
     swept = (data.groupby(["model", "domain", "study", "family"]).size() > 1).any()
     caption = "Each point is a method" + (" at one setting; lines join the settings of a method." if swept else ".")
     caption += " Light bars are 95 % confidence intervals."
@@ -173,9 +177,9 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
     return drawn, data, "Gain against forgetting", caption
 
 
-def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> tuple[int, list[tuple[str, float]]]:
-    """Draw one panel; how many grey points lie outside it, and each axis whose bars are left out with the widest's
-    width."""
+def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> tuple[int, list[tuple[str, float]], list, list]:
+    """Draw one panel without its labels: how many grey points lie outside it, each axis whose bars are left out with the
+    widest's width, and the points to label and the bars that `style.label_points` keeps them away from."""
     front = data["family"].isin(named) & (data["study"] == "")
     ends = {key: _cut(axes, data, front, key) for key in ("gain", "lost")}
     texts, lines, shades = [], [], colours(named)
@@ -190,20 +194,20 @@ def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> tuple[int, li
             own["gain"], own["lost"], color=shade, marker=style.marker(name), markersize=5, linewidth=1.5, zorder=3
         )
         for point in own.itertuples():
-            bars = {
+            each = {
                 "gain": (point.gain_low, point.lost, point.gain_high, point.lost),
                 "lost": (point.gain, point.lost_low, point.gain, point.lost_high),
             }
-            for key, (x0, y0, x1, y1) in bars.items():
+            for key, (x0, y0, x1, y1) in each.items():
                 if ends[key] is None:
                     axes.plot([x0, x1], [y0, y1], color=shade, linewidth=0.9, alpha=0.35, zorder=2)
                     lines.append((x0, y0, x1, y1))
         last = own.iloc[-1]
         texts.append((last["gain"], last["lost"], name, shade))
         lines += list(zip(own["gain"], own["lost"], own["gain"].shift(-1), own["lost"].shift(-1)))[:-1]
-    style.label_points(axes, texts, bars=[bar for bar in lines if not any(map(numbers.missing, bar))], size=8)
+    bars = [bar for bar in lines if not any(map(numbers.missing, bar))]
     inside = data["gain"].between(*axes.get_xlim()) & data["lost"].between(*axes.get_ylim())
-    return int((~inside).sum()), [(key, width) for key, width in ends.items() if width is not None]
+    return int((~inside).sum()), [(key, width) for key, width in ends.items() if width is not None], texts, bars
 
 
 def _cut(axes, data: pd.DataFrame, front: pd.Series, key: str) -> float | None:

@@ -32,6 +32,7 @@ def test_points_are_labelled_where_there_is_room():
         axes.set_xlim(-1, 11)
         axes.set_ylim(-1, 11)
         crowd = [(5 + 0.02 * k, 5, f"number {k}", style.INK) for k in range(40)]
+        figure.draw_without_rendering()
         without = style.label_points(axes, [(1, 1, "alone", style.INK), *crowd], always=2)
         written = [text.get_text() for text in axes.texts]
         plt.close(figure)
@@ -49,6 +50,7 @@ def test_a_label_is_nearest_to_its_own_point_or_joined_to_it():
     with style.house():
         figure, axes = style.new(3.75, 3)
         axes.set(xlim=(3, 10), ylim=(0, 9))
+        figure.draw_without_rendering()
         style.label_points(axes, points, size=8)
         figure.canvas.draw()
         pixels = {text: axes.transData.transform((x, y)) for x, y, text, _ in points}
