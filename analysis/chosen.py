@@ -50,6 +50,11 @@ def reported(loaded: Loaded) -> Loaded:
     return loaded.without(dropped) if dropped else loaded
 
 
+def reported_names(loaded: Loaded) -> set[str]:
+    """model/domain/method of every method that `reported` keeps."""
+    return {cell.rpartition("/")[0] for cell in reported(loaded).cells.index}
+
+
 def reported_methods(loaded: Loaded, *, model: str, domain: str) -> set[str]:
     """The methods of one comparison that `reported` keeps: of each family the chosen setting; in a family without
     probes the method itself, or else its first setting."""

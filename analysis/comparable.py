@@ -14,6 +14,7 @@ from dataclasses import replace
 import pandas as pd
 
 from analysis.load import Loaded
+from analysis.numbers import missing
 
 SAME = ("base_sha256", "data_sha256", "dtype", "compute_dtype", "numerics", "general_perplexity_base")
 OF_TASK = ("version", "metric", "chance", "role", "n", "prompt", "base")
@@ -91,16 +92,16 @@ def _rules(cell: pd.Series, rows: dict[str, str]) -> dict[str, object]:
     rules |= {f"{ROWS}{task}": digest for task, digest in rows.items()}
     settings = _mapping(cell.get("settings"))
     tokens, epochs = cell.get("tokens_trained"), settings.get("epochs")
-    if not _unknown(tokens):
+    if not missing(tokens):
         # a part that replays other text in place of domain rows keeps the budget: tokens it leaves out are part of it
-        tokens += 0 if _unknown(cell.get("tokens_left_out")) else cell["tokens_left_out"]
+        tokens += 0 if missing(cell.get("tokens_left_out")) else cell["tokens_left_out"]
         # a run that a rule on probes may end has the budget of its last step
         tokens = _mapping(cell.get("stopped")).get("tokens_planned", tokens)
         # part of an epoch takes other rows for every seed, so tokens differ a little where the budget does not
         whole = epochs is None or float(epochs).is_integer()
         part = f"epochs of {settings.get('length')} tokens a row, {settings.get('batch')} rows a step"
         rules[BUDGET] = f"{tokens:,.0f} tokens" if whole else f"{epochs:g} {part}"
-    return {key: None if _unknown(value) else value for key, value in rules.items()}
+    return {key: None if missing(value) else value for key, value in rules.items()}
 
 
 def _differences(one: dict, other: dict) -> list[str]:
@@ -126,10 +127,6 @@ def _shown(value: object) -> str:
     if isinstance(value, str) and len(value) == 64:
         return value[:12]
     return "unknown" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def _unknown(value: object) -> bool:
-    return value is None or (isinstance(value, float) and value != value)
 
 
 def _mapping(value: object) -> dict:

@@ -44,7 +44,7 @@ def ranking(loaded: Loaded, *, model: str, domain: str) -> tuple[float, pd.DataF
         own = [run for run in runs if run[0] == method]
         ends = (float(np.mean([nats[run][1] for run in own])) for nats in (domain_nats, general_nats))
         table[method] = base[0] - next(ends), next(ends) - base[1]
-    best = {name: max(own, key=lambda method: table[method][0]) for name, own in families(table).items()}
+    best = {name: chosen.chosen(loaded, name, model=model, domain=domain) for name in families(table)}
     if PLAIN not in best:
         raise ValueError(f"{PLAIN} was not probed on {domain}")
     level = SHARE * table[best[PLAIN]][0]

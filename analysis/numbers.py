@@ -15,6 +15,16 @@ def percent(share: float | None) -> str:
     return "–" if missing(share) else f"{_tenths(100 * share)}"
 
 
+def change(value: float) -> str:
+    """A difference of counts with one decimal place: -1.25 -> '−1.2'."""
+    return f"{value:.1f}".replace("-", MINUS)
+
+
+def fine_percent(share: float | None) -> str:
+    """Three digits of a percentage, for shares far below one percent: 0.000123 -> '0.0123'."""
+    return "–" if missing(share) else f"{100 * share:#.3g}".rstrip(".") if share else "0"
+
+
 def points(share: float | None) -> str:
     """A signed difference in percentage points: 0.0312 -> '+3.1'."""
     if missing(share):
@@ -36,6 +46,17 @@ def nats(value: float | None) -> str:
     if float(text) == 0:
         text = f"{value:+.1g}" if abs(value) > 1e-9 else "0"
     return text.replace("-", MINUS)
+
+
+def p(value: float | None) -> str:
+    """A p value: 0.0123 -> 'p = 0.012', 0.0004 -> 'p < 0.001', with spaces at which no line breaks; '' if missing."""
+    if missing(value):
+        return ""
+    return (
+        "p\N{NO-BREAK SPACE}<\N{NO-BREAK SPACE}0.001"
+        if value < 0.001
+        else f"p\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{value:.3f}"
+    )
 
 
 def seconds(value: float | None) -> str:

@@ -110,6 +110,8 @@ def _stage(study, stage: str, arguments: dict):
     if "DVC_STAGE" in os.environ:
         _end_with_parent()
         lock_copy.keep(study)
+        noted = study.paths.local / "launch" / (study.name or "default")  # by an earlier launch, of other outputs
+        (noted / f"{os.environ['DVC_STAGE'].rpartition(':')[2]}.json").unlink(missing_ok=True)
     numbered = [] if seed is None else [f"seed{seed}"]
     of_cell = cell if stage in failures.RECORDED else None
     return running.alone(study, stage, *names.values(), *numbered, cell=of_cell)

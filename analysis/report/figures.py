@@ -164,9 +164,7 @@ COST_PANELS = (
 
 def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
     """Seconds, memory and bytes by kind: one row of panels each, on one scale, never added up across kinds."""
-    table = costs(loaded)
-    own = (table["model"] == cells.iloc[0]["model"]) & (table["domain"] == cells.iloc[0]["domain"])
-    data = table[own].drop(columns=["model", "domain"])
+    data = costs(loaded, (cells.iloc[0]["model"], cells.iloc[0]["domain"])).drop(columns=["model", "domain"])
     keys = [key for _, _, panels in COST_PANELS for key in panels if key != "seconds_evaluate"]
     if data[keys].isna().all(axis=None):
         return None

@@ -25,7 +25,6 @@ from analysis.sections import (
     tables,
 )
 
-ROLES = ["domain", "score", "retention", "transfer"]
 PARTS_HEADS = [head.split(": ")[-1] for head in costs.PARTS_HEADS]
 PARTS_ABOVE = [("", 2), ("added to the preparation", 4), ("added to the training", 4)]
 SUFFIXES = ("png", "svg", "csv")
@@ -175,7 +174,7 @@ def _tasks(cells: pd.DataFrame, methods: list[str], kept: list[str]) -> list[dic
         means = by_cell.groupby(cells["method"], sort=False).mean()
         about = {"name": name, **score, "unit": units.of_task(first, name), "counts": name in kept}
         tasks.append(about | {"at_chance": name in first["at_chance"], "by_method": [means[m] for m in methods]})
-    return sorted(tasks, key=lambda task: ROLES.index(task["role"]) if task["role"] in ROLES else len(ROLES))
+    return sorted(tasks, key=lambda task: (*flips.ROLES, task["role"]).index(task["role"]))
 
 
 def _spent(rows: pd.DataFrame, texts) -> list[dict]:

@@ -7,7 +7,7 @@ could not be told apart. With one seed intervals are of the run, and nothing is 
 import pandas as pd
 
 from analysis import numbers, units, words
-from analysis.chosen import reported
+from analysis.chosen import reported_names
 from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY, GENERAL
@@ -26,7 +26,7 @@ def sentences(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame) -> list[
     table   all rows of `comparison`
     tests   all rows of `all_tests`, which decide what is told apart
     """
-    chosen = {cell.rpartition("/")[0] for cell in reported(loaded).cells.index}
+    chosen = reported_names(loaded)
     names = table["model"] + "/" + table["domain"] + "/" + table["method"]
     of_chosen, parts = table[names.isin(chosen)], [[], [], []]
     models = of_chosen["model"].nunique()
@@ -129,7 +129,7 @@ def _plain(rows: pd.DataFrame, tests: pd.DataFrame, *, where: str) -> str:
         return f"{gained}; no retention task is above chance for the base model, so nothing can show forgetting"
     own = tests[(tests["a"] == row["method"]) & (tests["b"] == "base") & (tests["measure"] == key)]
     known = own["p_holm"].dropna()
-    p = f", p\u00a0{_p(known.iloc[0])}" if len(known) else ""
+    p = f", {numbers.p(known.iloc[0])}" if len(known) else ""
     seeds = f"{row['seeds']} seeds" if row["seeds"] > 1 else "one seed"
     return f"{gained} and loses {_lost(row, key)} {_what(key)} ({seeds}{p})"
 
@@ -217,7 +217,7 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
     sure = own[own["p_holm"] < LEVEL]
     if sure.empty:
         return f"; no composition loses significantly less than every single remedy{at}{_found_from(own, key)}"
-    each = _and([f"{row['a']} (p\u00a0{_p(row['p_holm'])})" for _, row in sure.iterrows()])
+    each = _and([f"{row['a']} ({numbers.p(row['p_holm'])})" for _, row in sure.iterrows()])
     return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy{at}"
 
 
@@ -287,10 +287,6 @@ def _ends(rows: pd.DataFrame, key: str, show) -> str:
 
 def _range(ends: list[str]) -> str:
     return " to ".join(dict.fromkeys(ends))
-
-
-def _p(p: float) -> str:
-    return "<\u00a00.001" if p < 0.001 else f"=\u00a0{p:.3f}"
 
 
 def _and(texts: list[str]) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from analysis import numbers, units
+from analysis.measures import KL
 
 TOP = 12  # answers lost that the page shows, and half as many gained
 CUT = 700  # characters of a question on the page: its end, where the question is asked
@@ -80,8 +81,8 @@ def answer(record: Record) -> list[str]:
     moved = record["movement"]["overall"]
     if moved["distance"]:
         said.append(
-            f"The weights moved by {_percent(moved['relative'])} % of their norm; {numbers.percent(moved['changed'])} "
-            "% of them changed."
+            f"The weights moved by {numbers.fine_percent(moved['relative'])} % of their norm; "
+            f"{numbers.percent(moved['changed'])} % of them changed."
         )
     else:
         said.append("No weight moved.")
@@ -98,13 +99,9 @@ def _answers(record: Record) -> str:
         return ""
     lost, gained, right = (sum(one[key] for one in counted) for key in ("lost", "gained", "right"))
     known = [one["lost_known"] for one in counted]
-    guessing = "" if None in known else f" ({_signed(sum(known))} less what guessing would lose)"
+    guessing = "" if None in known else f" ({numbers.change(sum(known))} less what guessing would lose)"
     answers = "answer" if right == 1 else "answers"
     return f": of {right:,} right {answers} {lost:,} were lost{guessing}, and the tuned model gained {gained:,}"
-
-
-def _signed(count: float) -> str:
-    return f"{count:.1f}".replace("-", "−")
 
 
 def _reading(record: Record) -> list[str]:
@@ -136,7 +133,7 @@ def _reading(record: Record) -> list[str]:
 def _task(task: Mapping[str, Any]) -> dict[str, Any]:
     unit, answers = task["unit"], task.get("answers")
     known = {key: None if answers is None else answers[f"{key}_known"] for key in ("lost", "gained")}
-    less = {key: "" if value is None else f"{_signed(value)} less guessing" for key, value in known.items()}
+    less = {key: "" if value is None else f"{numbers.change(value)} less guessing" for key, value in known.items()}
     return {
         "name": task["name"],
         "note": task["metric"] + ("" if task["counts"] else ", not in the mean"),
@@ -177,8 +174,8 @@ def _general(general: Mapping[str, Any] | None) -> list[dict[str, Any]] | None:
     base, tuned = (f"{general['bits_per_byte'][who]:.4f}" for who in ("base", "tuned"))
     rows.append(("bits per byte", base, tuned, _ends(general["bits_per_byte_lost"], numbers.nats)))
     if general["kl"]:
-        rows.append(("KL(base‖tuned), nats per token", "0", "", _ends(general["kl"], _unsigned)))
-        rows.append(("KL(tuned‖base), nats per token", "0", "", _ends(general["kl_reverse"], _unsigned)))
+        rows.append(("KL(base‖tuned), nats per token", "0", "", _ends(general["kl"], KL.show)))
+        rows.append(("KL(tuned‖base), nats per token", "0", "", _ends(general["kl_reverse"], KL.show)))
     return [{"name": name, "cells": [(base, ""), (tuned, ""), lost]} for name, base, tuned, lost in rows]
 
 
@@ -197,20 +194,20 @@ def _movement(moved: Mapping[str, Any]) -> dict[str, Any]:
         {
             "name": name.replace("block.", "block ").replace("_", " "),
             "share": 100 * (relative or 0.0) / largest if largest else 0.0,
-            "text": f"{_percent(relative)} %",
+            "text": f"{numbers.fine_percent(relative)} %",
         }
         for name, (relative, _) in groups.items()
     ]
     kinds = []
     for kind, (relative, changed) in _relative(moved["groups"], "kind").items():
-        texts = (f"{_percent(relative)} %", f"{numbers.percent(changed)} %", _rank(moved["groups"], kind))
+        texts = (f"{numbers.fine_percent(relative)} %", f"{numbers.percent(changed)} %", _rank(moved["groups"], kind))
         kinds.append({"name": kind, "cells": [(text, "") for text in texts]})
     overall = moved["overall"]
     return {
         "bars": bars,
         "kinds": kinds,
         "moved": bool(overall["distance"]),
-        "overall": (f"{_percent(overall['relative'])} %", f"{numbers.percent(overall['changed'])} %"),
+        "overall": (f"{numbers.fine_percent(overall['relative'])} %", f"{numbers.percent(overall['changed'])} %"),
         "skipped": len(moved["rank_skipped"]),
         "rank_limit": moved["rank_limit"],
     }
@@ -270,12 +267,8 @@ def _ends(interval: Mapping[str, Any] | None, show) -> tuple[str, str]:
     return show(interval["value"]), f"{show(interval['low'])} to {show(interval['high'])}"
 
 
-def _unsigned(value: float) -> str:
-    return numbers.nats(value).removeprefix("+")
-
-
 def _nats(interval: Mapping[str, Any], *, sign: bool = True) -> str:
-    return _within(*_ends(interval, numbers.nats if sign else _unsigned))
+    return _within(*_ends(interval, numbers.nats if sign else KL.show))
 
 
 def _points(interval: Mapping[str, Any]) -> str:
@@ -284,7 +277,3 @@ def _points(interval: Mapping[str, Any]) -> str:
 
 def _within(value: str, ends: str) -> str:
     return f"{value} [{ends}]" if ends else value
-
-
-def _percent(share: float | None) -> str:
-    return "–" if share is None else "0" if not share else f"{100 * share:#.3g}".rstrip(".")

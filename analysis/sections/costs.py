@@ -20,8 +20,9 @@ TRAINING = ("seconds_train", "tokens_trained", "tokens_added", "flops", "flops_a
 MEASURED = ("seconds_prepare", "tokens_prepare", *TRAINING, "seconds_evaluate", *BYTES)
 
 
-def costs(loaded: Loaded) -> pd.DataFrame:
-    """One row per (model, domain, method): MEASURED, the mean over its seeds, None if a run lacks it, and
+def costs(loaded: Loaded, *pairs: tuple[str, str]) -> pd.DataFrame:
+    """One row per (model, domain, method) of `pairs`, by default of all: MEASURED, the mean over its seeds, None if a
+    run lacks it, and
 
     reused                     whether a seed took its preparation from the store, with the seconds of its computation,
                                which then count once in the mean
@@ -37,7 +38,7 @@ def costs(loaded: Loaded) -> pd.DataFrame:
     same_run                   the title of that race, and its number of rounds in `same_run_rounds`
     """
     rows = []
-    for model, domain in loaded.comparisons:
+    for model, domain in pairs or loaded.comparisons:
         groups = dict(list(loaded.of(model, domain).groupby("method", sort=False)))
         measured = {method: _measured(loaded, cells) for method, cells in groups.items()}
         machine = {method: _machine(cells.iloc[0]) for method, cells in groups.items()}

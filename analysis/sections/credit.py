@@ -47,7 +47,7 @@ def sentences(loaded: Loaded, *, model: str, domain: str) -> list[str]:
         if one is not None:
             bounds = "" if one.low is None else f" [{GENERAL.show(one.low)}, {GENERAL.show(one.high)}]"
             known = corrected.get((method, control))
-            p = "" if known is None else ", p < .001" if known < 0.001 else f", p = {known:.3f}"
+            p = "" if known is None else f", {numbers.p(known)}"
             lines.append(
                 f"{reads}; against {control}, which reads the same without its remedy, it loses "
                 f"{GENERAL.show(one.value)}{bounds} {GENERAL.unit} of general text{p}"

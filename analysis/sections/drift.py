@@ -197,8 +197,8 @@ def _sentences(methods: pd.DataFrame) -> list[str]:
     if len(moved) > 1:
         first, last = moved.iloc[0], moved.iloc[-1]
         sentences.append(
-            f"{first['method']} moved the weights farthest, by {_percent(first['relative'])} % of their norm, "
-            f"{last['method']} least, by {_percent(last['relative'])} %."
+            f"{first['method']} moved the weights farthest, by {numbers.fine_percent(first['relative'])} % of their "
+            f"norm, {last['method']} least, by {numbers.fine_percent(last['relative'])} %."
         )
     known = moved.dropna(subset=["overlap"]).sort_values("overlap")
     for text, rows in (
@@ -222,7 +222,7 @@ def _row(row: pd.Series) -> dict:
         "colour": style.colour(row["method"]),
         "cells": [
             (f"{row['distance']:#.3g}".rstrip("."), ""),
-            (f"{_percent(row['relative'])} %", ""),
+            (f"{numbers.fine_percent(row['relative'])} %", ""),
             (f"{numbers.percent(row['changed'])} %", ""),
             ("–" if numbers.missing(rank) else f"{rank:.1f}" if rank < 9.95 else f"{rank:.0f}", matrices),
             (numbers.times(row["overlap"]), share),
@@ -269,11 +269,6 @@ def _notes(records: list[dict], methods: pd.DataFrame) -> list[str]:
     if methods["seeds"].max() > 1:
         notes.append("Numbers are means over the seeds.")
     return notes
-
-
-def _percent(share: float) -> str:
-    """A share in percent with three digits, because movement is far below one percent."""
-    return "–" if numbers.missing(share) else f"{100 * share:#.3g}".rstrip(".")
 
 
 def _ticks(depth: int) -> list[int]:

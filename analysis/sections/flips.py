@@ -49,7 +49,9 @@ def _forgotten(row) -> dict:
 
 def _cells(row: pd.Series, seeds: int) -> list[tuple[str, str]]:
     show = "{:.0f}".format if seeds == 1 else "{:.1f}".format
-    known = [("–" if numbers.missing(row[key]) else _signed(row[key]), "") for key in ("lost_known", "gained_known")]
+    known = [
+        ("–" if numbers.missing(row[key]) else numbers.change(row[key]), "") for key in ("lost_known", "gained_known")
+    ]
     sign = "+" if row["net"] > 0 else numbers.MINUS if row["net"] < 0 else ""
     share = f"{numbers.percent(row['lost'] / row['right'])} % of {row['right']:,.0f}" if row["right"] else ""
     return [
@@ -60,10 +62,6 @@ def _cells(row: pd.Series, seeds: int) -> list[tuple[str, str]]:
         (sign + show(abs(row["net"])), ""),
         (f"{numbers.percent(row['churn'] / row['n'])} %", f"of {row['n']:,.0f}"),
     ]
-
-
-def _signed(value: float) -> str:
-    return f"{value:.1f}".replace("-", numbers.MINUS)
 
 
 def _sentences(totals: pd.DataFrame, shared: pd.DataFrame) -> list[str]:
@@ -77,7 +75,7 @@ def _sentences(totals: pd.DataFrame, shared: pd.DataFrame) -> list[str]:
         )
     if totals["lost_known"].notna().all():
         low, high = totals["lost_known"].min(), totals["lost_known"].max()
-        ends = _signed(low) if low == high else f"{_signed(low)} to {_signed(high)}"
+        ends = numbers.change(low) if low == high else f"{numbers.change(low)} to {numbers.change(high)}"
         sentences.append(f"Less what guessing alone would lose, the methods lost {ends} right answers.")
     known = shared.dropna(subset=["ratio"]) if len(shared) else pd.DataFrame(columns=["method_a", "method_b"])
     between = known[known["method_a"] != known["method_b"]]

@@ -12,7 +12,6 @@ from analysis.roles import PLAIN
 from analysis.sections.credit import apart, sentences
 from analysis.statistics.contrasts import redrawn
 from analysis.statistics.detectable import LEVEL, detectable, holm
-from analysis.statistics.intervals import Z
 from analysis.statistics.matched import BARELY, Equal, equal_gain, level, matched
 from analysis.statistics.nats import DOMAIN
 from analysis.statistics.resample import Resampled
@@ -76,7 +75,7 @@ def _verdict(made: Resampled, against: dict[str, Equal], key: str) -> list[str]:
     tested = {
         name: one
         for name, one in against.items()
-        if one.p is not None and not one.beyond and one.b == PLAIN and min(_seeds(made, name), _seeds(made, PLAIN)) > 1
+        if one.p is not None and not one.beyond and one.b == PLAIN and min(map(made.seeds_of, (name, PLAIN))) > 1
     }
     if not tested:
         return []
@@ -88,7 +87,7 @@ def _verdict(made: Resampled, against: dict[str, Equal], key: str) -> list[str]:
     }
     parts = [f"these lose {word} than {PLAIN}: {words.few(names)}" for word, names in sides.items() if names]
     if others := [one for name, one in tested.items() if name not in sure]:
-        errors = np.array([(one.high - one.low) / (2 * Z) for one in others])
+        errors = np.array([one.error for one in others])
         sizes = detectable(errors, np.full(len(errors), np.inf), tests=len(tested))
         ends = " to ".join(dict.fromkeys(f"{size:.2g}" for size in (sizes.min(), sizes.max())))
         rest = "the others'" if sure else "no method's"
@@ -98,11 +97,6 @@ def _verdict(made: Resampled, against: dict[str, Equal], key: str) -> list[str]:
             f"{rest} {verb} significantly from that of {PLAIN} (a difference of {ends} {unit} would have been found)"
         )
     return [f"Where both gain as much, {'; '.join(parts)} (5 %, after Holm's correction)."]
-
-
-def _seeds(made: Resampled, name: str) -> int:
-    """The least number of seeds of a family's settings."""
-    return min(made.seeds[made.methods[place]] for place in made.families[name])
 
 
 def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict:

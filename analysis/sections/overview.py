@@ -5,7 +5,7 @@ from collections.abc import Collection
 import pandas as pd
 
 from analysis import numbers, style, units, words
-from analysis.chosen import choices, reported
+from analysis.chosen import choices, reported_names
 from analysis.families import families, family
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, GENERAL
@@ -23,7 +23,7 @@ def table(loaded: Loaded, compared: pd.DataFrame, beside: pd.DataFrame) -> tuple
     """
     if compared.empty:
         return [], []
-    shown, rows, chosen = columns(compared), [], _chosen(loaded)
+    shown, rows, chosen = columns(compared), [], reported_names(loaded)
     for model, domain in loaded.comparisons:
         rows.append({"title": f"{model} on {domain}"})
         own = compared[(compared["model"] == model) & (compared["domain"] == domain)]
@@ -62,15 +62,10 @@ def also(loaded: Loaded) -> pd.DataFrame:
     """The comparison of the cells of other studies, with `study`, and `chosen` of the setting chosen on probe rows."""
     frames = []
     for study, other in loaded.also.items():
-        picked, made = _chosen(other), comparison(other)
+        picked, made = reported_names(other), comparison(other)
         names = made["model"] + "/" + made["domain"] + "/" + made["method"]
         frames.append(made[made["method"] != "base"].assign(study=study, chosen=names.isin(picked)))
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
-
-
-def _chosen(loaded: Loaded) -> set[str]:
-    """model/domain/method of each method at the setting that was chosen on probe rows."""
-    return {cell.rpartition("/")[0] for cell in reported(loaded).cells.index}
 
 
 def points(loaded: Loaded, compared: pd.DataFrame, beside: pd.DataFrame) -> pd.DataFrame:
@@ -178,8 +173,8 @@ def figure(loaded: Loaded, data: pd.DataFrame, *, phone: bool = False):
 
 
 def _panel(axes, data: pd.DataFrame, *, named: Collection[str]) -> tuple[int, list[tuple[str, float]], list, list]:
-    """Draw one panel without its labels: how many grey points lie outside it, each axis whose bars are left out with the
-    widest's width, and the points to label and the bars that `style.label_points` keeps them away from."""
+    """Draw one panel without its labels: how many grey points lie outside it, each axis whose bars are left out with
+    the widest's width, and the points to label and the bars that `style.label_points` keeps them away from."""
     front = data["family"].isin(named) & (data["study"] == "")
     ends = {key: _cut(axes, data, front, key) for key in ("gain", "lost")}
     texts, lines, shades = [], [], colours(named)

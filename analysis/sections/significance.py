@@ -120,17 +120,13 @@ def _size(key: str, value: float) -> str:
     return f"{100 * value:.1f}" if key == ACCURACY else f"{value:.3g}"
 
 
-def _p(p: float) -> str:
-    return "" if numbers.missing(p) else "p < 0.001" if p < 0.0005 else f"p {p:.3f}"
-
-
 def _cell(key: str, test: pd.Series) -> dict:
     difference, low, high = (_show(key, test[name]) for name in ("difference", "low", "high"))
     sure = is_significant(test)
     return {
         "difference": difference,
         "bounds": "" if numbers.missing(test["low"]) else f"[{low}, {high}]",
-        "p": "one seed" if test["descriptive"] else _p(test["p_holm"]),
+        "p": "one seed" if test["descriptive"] else numbers.p(test["p_holm"]),
         "significant": sure,
         "detectable": "" if sure or numbers.missing(test["detectable"]) else _size(key, test["detectable"]),
     }
@@ -141,9 +137,7 @@ def by_task(table: pd.DataFrame) -> dict:
     methods = list(dict.fromkeys(table["method"]))
     rows = []
     for (task, seed), own in table.groupby(["task", "seed"], sort=False):
-        by_method = {
-            row.method: (f"{row.lost} / {row.gained}", _p(row.p).removeprefix("p ")) for row in own.itertuples()
-        }
+        by_method = {row.method: (f"{row.lost} / {row.gained}", numbers.p(row.p)) for row in own.itertuples()}
         cells = [by_method.get(method, ("–", "")) for method in methods]
         rows.append({"task": task, "role": own["role"].iloc[0], "seed": seed, "n": own["n"].iloc[0], "cells": cells})
     return {"methods": methods, "rows": rows, "turned": len(methods) > style.MANY}

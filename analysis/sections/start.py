@@ -68,8 +68,8 @@ def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
         return []
     each = " and ".join(f"{numbers.nats(row[lost])} ({row['domain']})" for _, row in rows.iterrows())
     return [
-        f"Against {unsettled['model']}, the model before settling, plain fine-tuning changes the loss on general text by "
-        f"{each} nats per token; a negative number is an improvement. The table of scores has every method."
+        f"Against {unsettled['model']}, the model before settling, plain fine-tuning changes the loss on general text "
+        f"by {each} nats per token; a negative number is an improvement. The table of scores has every method."
     ]
 
 
@@ -102,8 +102,8 @@ def _settled(record: Mapping[str, Any], model: str, *, gate: Mapping[str, Any]) 
     others = [g for g in record["gates"] if g is not gate and g["steps"] == gate["steps"] and "learning_rate" in g]
     lines = [
         f"{model} is {block['from']} after {record['steps']} steps on general text and on rows of the retention "
-        f"tasks' data sets, none of which is scored. They took the general text of the probes from {record['nats']:.3f} "
-        f"to {gate['nats']:.3f} nats per token.",
+        f"tasks' data sets, none of which is scored. They took the general text of the probes from "
+        f"{record['nats']:.3f} to {gate['nats']:.3f} nats per token.",
         f"{gate['of']} more steps of plain fine-tuning at a rate of {gate['learning_rate']:g} change that by "
         f"{_changed(gate)}: the base counts as "
         + (

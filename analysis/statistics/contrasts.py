@@ -8,7 +8,7 @@ like all others. With one shared seed there is the items' part alone: a descript
 """
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -46,6 +46,7 @@ class Contrasts:
         for cell, row in self.cells.iterrows():
             self._seeds[row["method"]][row["seed"]] = cell
         self._measured: dict[str, Measured | None] = {}
+        self._priors: dict[tuple[str, int], tuple[Prior, Prior]] = {}
 
     def of(self, key: str, pairs: Sequence[Pair]) -> dict[Pair, Interval]:
         """a − b in the measure `key`, for those `pairs` (b may be "base") that share a seed of which it is known."""
@@ -104,6 +105,8 @@ class Contrasts:
 
     def priors(self, key: str, setting: int) -> tuple[Prior, Prior]:
         """What the methods of a setting say about the variance of a method's seeds, and of a difference by seed."""
+        if (key, setting) not in self._priors:
+            self._priors[key, setting] = self._pooled(key, setting)
         return self._priors[key, setting]
 
     def moderate(self, key: str, method: str, variance: float, df: float) -> tuple[float, float]:
@@ -112,10 +115,6 @@ class Contrasts:
             return variance, df
         (own,), (worth,) = moderated([self.priors(key, self.settings[method])[0]], np.array([variance]), df)
         return float(own), float(worth)
-
-    @cached_property
-    def _priors(self) -> Mapping:
-        return _Lazy(self._pooled)
 
     def _pooled(self, key: str, setting: int) -> tuple[Prior, Prior]:
         measured = self.measured(key)
@@ -180,18 +179,6 @@ class Contrasts:
             return Prior()
         of_one, of_two = self.priors(key, self.settings[trained[0]])
         return of_one if len(trained) == 1 else of_two
-
-
-class _Lazy(dict):
-    """What a function of the key makes, made once."""
-
-    def __init__(self, make) -> None:
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, key):
-        self[key] = self.make(*key)
-        return self[key]
 
 
 @dataclass(frozen=True, kw_only=True)

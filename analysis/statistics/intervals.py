@@ -180,14 +180,19 @@ def of_shares(scores: np.ndarray) -> Interval:
 
 
 def per_token(change: np.ndarray, tokens: np.ndarray) -> Interval:
-    """Σ change / Σ tokens over n texts: `change` (S seeds, n) in nats, `tokens` (n,).
+    """Σ change / Σ tokens over n texts: `change` (S seeds, n) in nats, `tokens` (n,)."""
+    return of_arrays([linearised(change, tokens)], step=0)
 
-    With r the ratio, its variance is that of the mean of the linearised values r + n (change_i − r · tokens_i) / Σ
-    tokens, with each run's own r, crossed with seeds; for one run it is the ratio estimator's,
-    Σ (change_i − r · tokens_i)² · n/(n−1) / (Σ tokens)² (Cochran 1977, ch. 6).
+
+def linearised(change: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The parts of n texts in Σ change / Σ tokens, of which it is the mean: `change` (S seeds, n), `tokens` (n,).
+
+    With r the ratio of a run, r + n (change_i − r · tokens_i) / Σ tokens. The variance of their mean is, for one run,
+    the ratio estimator's, Σ (change_i − r · tokens_i)² · n/(n−1) / (Σ tokens)² (Cochran 1977, ch. 6).
     """
-    ratios = change.sum(axis=1, keepdims=True) / tokens.sum()
-    return of_arrays([ratios + len(tokens) * (change - ratios * tokens) / tokens.sum()], step=0)
+    whole = tokens.sum()
+    ratios = change.sum(axis=1, keepdims=True) / whole
+    return ratios + len(tokens) * (change - ratios * tokens) / whole
 
 
 def perplexity_ratio(lost: Interval) -> Interval:

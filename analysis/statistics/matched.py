@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import numbers
+from analysis.statistics.intervals import Z
 from analysis.statistics.nats import DOMAIN
 from analysis.statistics.resample import Resampled, reversed_interval, reversed_p
 
@@ -152,6 +153,11 @@ class Equal:
     high: float | None
     p: float | None
     beyond: str = ""
+
+    @property
+    def error(self) -> float:
+        """The standard error that the width of the interval stands for."""
+        return (self.high - self.low) / (2 * Z)
 
     @property
     def less(self) -> bool:

@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis.load import Loaded, retention_tasks
 from analysis.measures import NATS, Measure
-from analysis.statistics.intervals import GENERAL_TEXT, KEYS, Interval, of_arrays, per_token, refuse_unequal, tokens_of
+from analysis.statistics.intervals import GENERAL_TEXT, KEYS, Interval, linearised, of_arrays, refuse_unequal, tokens_of
 
 DIVERGENCES = {measure.value for measure in NATS if not measure.signed}  # of the base from itself: 0
 DOMAIN = "domain_nll_gained"  # nats per token of the domain's test rows, the sign turned: more is better
@@ -31,22 +31,13 @@ class Change:
 
     @property
     def linear(self) -> list[np.ndarray]:
-        """The items' parts, (S seeds, n items) per task: the measure is the mean over tasks of their means.
-
-        Those of a mean over tokens are linearised: with r the run's own ratio, r + n (change_i − r · tokens_i) / Σ
-        tokens, whose variance over items is the ratio estimator's (Cochran 1977, ch. 6).
-        """
-        if self.tokens is None:
-            return self.tasks
-        whole = self.tokens.sum()
-        ratios = [change.sum(axis=1, keepdims=True) / whole for change in self.tasks]
-        n = len(self.tokens)
-        return [r + n * (change - r * self.tokens) / whole for r, change in zip(ratios, self.tasks)]
+        """The items' parts, (S seeds, n items) per task: the measure is the mean over tasks of their means."""
+        return self.tasks if self.tokens is None else [linearised(change, self.tokens) for change in self.tasks]
 
     @property
     def interval(self) -> Interval:
         """The measure with its 95 % interval over items, and seeds if there are several."""
-        return of_arrays(self.tasks, step=0) if self.tokens is None else per_token(self.tasks[0], self.tokens)
+        return of_arrays(self.linear, step=0)
 
     def __sub__(self, other: "Change") -> "Change":
         return Change(tasks=[a - b for a, b in zip(self.tasks, other.tasks)], tokens=self.tokens)

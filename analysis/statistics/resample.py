@@ -43,6 +43,10 @@ class Resampled:
         place = self.methods.index
         return {name: [place(method) for method in blocks] for name, blocks in families(self.methods).items()}
 
+    def seeds_of(self, family: str) -> int:
+        """The least number of seeds of a family's settings."""
+        return min(self.seeds[self.methods[place]] for place in self.families[family])
+
     @property
     def losses(self) -> tuple[str, ...]:
         """The measures of forgetting that are known, the most sensitive first."""
@@ -139,9 +143,8 @@ def change_of(changes: Changes, runs: list[str], key: str) -> tuple[list[str], C
         tasks = [GENERAL_TEXT] if measure.general else changes.tasks(measure, runs)
         change = changes.of(measure, runs)
     else:
-        tasks = retention_tasks(first)
-        each = [changes.of_task(task, runs, value="score") for task in tasks]
-        change = Change(tasks=[one.tasks[0] for one in each]) if each and None not in each else None
+        tasks, gained = retention_tasks(first), changes.scored(retention_tasks(first), runs)
+        change = None if gained is None else -gained
     return None if change is None else (tasks, change)
 
 

@@ -26,7 +26,7 @@ from analysis.measures import FORGETTING, KL, ORDER
 from analysis.roles import PLAIN
 from analysis.statistics.contrasts import BASE, Contrasts, Pair
 from analysis.statistics.detectable import detectable, holm
-from analysis.statistics.intervals import Interval, Z
+from analysis.statistics.intervals import Interval
 from analysis.statistics.matched import equal_gain
 from analysis.statistics.resample import Resampled, resampled
 
@@ -133,7 +133,7 @@ def _compositions(contrasts: Contrasts, composed: list[str], key: str) -> list[d
 
 def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Resampled) -> list[dict]:
     """One row for each composition's family, by redrawn seeds and items; the error is that of its interval."""
-    several = {name for name, own in made.families.items() if min(made.seeds[made.methods[k]] for k in own) > 1}
+    several = {name for name in made.families if made.seeds_of(name) > 1}
     composed = list(dict.fromkeys(map(family, composed)))
     singles = [name for name in made.families if name in several and name not in composed]
     n, worst, p = contrasts.measured(key), {}, {}
@@ -142,8 +142,6 @@ def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Re
         each = {b: equal.p if equal.less else 1.0 for b, equal in found.items()}
         if each and len(each) == len(singles):  # a claim about every single remedy needs all of them
             b = max(each, key=lambda b: (each[b], found[b].difference))
-            seeds = min(made.seeds[made.methods[k]] for name in (a, b) for k in made.families[name])
-            error = (found[b].high - found[b].low) / (2 * Z)
-            bounds = (found[b].difference, found[b].low, found[b].high)
-            worst[a, b], p[a, b] = Interval(*bounds, n.n, seeds, "method", error, np.inf), each[b]
+            seeds, bounds = min(map(made.seeds_of, (a, b))), (found[b].difference, found[b].low, found[b].high)
+            worst[a, b], p[a, b] = Interval(*bounds, n.n, seeds, "method", found[b].error, np.inf), each[b]
     return _rows(key, "equal_gain", worst, p)

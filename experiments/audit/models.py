@@ -18,6 +18,7 @@ from experiments.audit import adapters, kept, tokenizers
 from experiments.model import claims, hub, vocabulary, weights
 from experiments.model.shape import Shape
 from experiments.stages.model import make
+from experiments.study.local_files import remembered
 from methods.errors import UserError
 from methods.tools import files as disk
 from methods.tools import model_folder, peft_adapter
@@ -143,9 +144,7 @@ def _whole(
     claims.refuse_other_size(Shape(config=config), folder, given)
     rows = config.get_text_config().vocab_size
     tokenizer = _tokenizer(given, folder, rows=rows, instead=beside)
-    digest = kept.of_files(
-        tensors, folder=work / "hashes", name="weights", compute=lambda: weights.tensor_sha256(folder)
-    )
+    digest = remembered(tensors, folder=work / "hashes", name="weights", compute=lambda: weights.tensor_sha256(folder))
     return Model(
         given=given,
         folder=folder,
@@ -196,7 +195,7 @@ def _adapted(
     has = any((folder / name).is_file() for name in _TOKENIZER)
     tokenizer = _tokenizer(given, folder, rows=rows, config=base.config) if has else base.tokenizer
     file = folder / peft_adapter.WEIGHTS
-    digest = kept.of_files([file], folder=work / "hashes", name="file", compute=lambda: disk.sha256(file))
+    digest = remembered([file], folder=work / "hashes", name="file", compute=lambda: disk.sha256(file))
     return Model(
         given=given,
         folder=base.folder,

@@ -51,7 +51,9 @@ def main(
     for option, number in (("--workers", workers), ("--simulate", simulated)):
         if number is not None and number < 1:
             raise UserError(f"{option} {number}: it must be a whole number from 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by the system is handled like Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):  # the end of a terminal, too, but not below nohup
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
     chosen = cells.matching(study, patterns)
     pipeline.main(study)
     if simulated is not None:
@@ -62,30 +64,38 @@ def main(
         return 0
     if any(not (study.paths.model(name) / "base.json").is_file() for name in study.grid.models):
         planning.refuse_models(study)
-    with _alone(study), dvc_stages.opened(path) as stages:
-        plan = planning.make(study, patterns=patterns)
-        made = _Made(study, chosen, stages, plan=plan, workers=workers)
-        if template:
-            launch, scripts = _array_jobs(made, Path(template))
-        elif not any(stages.changed(task.name) for task in made.tasks):
-            track.main(study)  # an earlier launch may have been stopped before that
-            print("nothing is left to run: the results are those of this code and these settings")
-            return 0
-        elif gather:
-            launch = made.launch(Here(str(study.paths.root)), records_from=0.0)
-            launch.run()
-        else:
-            memory = hardware.available_memory(torch.device("cpu"))
-            on_ray.start(address=address, cores=made.all_cores, gpus=made.gpus, memory=memory)
-            launch = made.launch(on_ray.RayWorkers(study=study, names=tasks.names(study), cached=stages.outputs))
-            launch.run()
-    if not template or launch.reasons:
-        return _finish(study, launch)
+    with _alone(study):
+        with dvc_stages.opened(path) as stages:
+            plan = planning.make(study, patterns=patterns)
+            made = _Made(study, chosen, stages, plan=plan, workers=workers)
+            if template:
+                launch, scripts = _array_jobs(made, Path(template))
+            elif not any(stages.changed(task.name) for task in made.tasks):
+                track.main(study)  # an earlier launch may have been stopped before that
+                print("nothing is left to run: the results are those of this code and these settings")
+                return 0
+            elif gather:
+                launch = made.launch(Here(str(study.paths.root)), records_from=0.0)
+                launch.run()
+            else:
+                memory = hardware.available_memory(torch.device("cpu"))
+                on_ray.start(address=address, cores=made.all_cores, gpus=made.gpus, memory=memory)
+                launch = made.launch(on_ray.RayWorkers(study=study, names=tasks.names(study), cached=stages.outputs))
+                launch.run()
+        if not template or launch.reasons:
+            return _finish(study, launch)
     if submit:  # now that this launch is over, beside which the last job would be refused
         print(f"submitted as {', '.join(slurm.submit(scripts))}; the last one takes over what the others made")
     else:
         print("submit them in this order, each after the ones before it has ended (or all with --submit)")
     return 0
+
+
+def _stop(number: int, frame: Any) -> None:
+    """Stop as Ctrl-C does, once: a second signal would end the stages' own stop."""
+    for other in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(other, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 @contextmanager

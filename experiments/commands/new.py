@@ -96,7 +96,7 @@ def main(
         model=chosen.name,
         block=chosen.block,
         domain=_domain(found, loaded, block, chat_template),
-        split=_split(len(loaded), tested="test_rows" in block),
+        split=domain.shares(len(loaded), tested="test_rows" in block),
         retention=_names(retention) if retention is not None else default.domains[default.grid.domains[0]].retention,
         methods=chosen_methods,
         seeds=_seeds(seeds),
@@ -218,13 +218,6 @@ def _joined(rows: list[Row], prompt: str, completion: str) -> bool:
     ends = [(str(row.get(prompt) or " ")[-1], str(row.get(completion) or " ")[0]) for row in rows]
     joined = sum(not (one.isspace() or other.isspace()) for one, other in ends)
     return completion.isidentifier() and joined > len(rows) / 2
-
-
-def _split(count: int, *, tested: bool) -> dict[str, Any]:
-    """The split that the `data` stage would take for a domain that states none."""
-    (share, most), (scored, most_scored) = domain.PROBED, domain.SCORED
-    probe, test = (max(1, min(round(part * count), upper)) for part, upper in ((share, most), (scored, most_scored)))
-    return {"train": "all", "probe": probe, "test": "all" if tested else test}
 
 
 def _tune(default, methods: list[str]) -> dict[str, Any]:

@@ -11,11 +11,11 @@ def main(study) -> None:
     table = study.paths.summary / "table.txt"
     if table.is_file():
         print(table.read_text())
-    grid = cells.grid(study)
+    grid, notes = cells.grid(study), ledger.entries(study)
     bad = 0
     width = max(len(cell.name) for cell in grid)
     for cell in grid:
-        verdict = ledger.verdict(study, cell, record(study.paths.run(cell)))
+        verdict = ledger.verdict(study, cell, record(study.paths.run(cell)), notes=notes)
         bad += verdict.startswith(("FAILED", "not run"))
         print(f"{cell.name:<{width}}  {verdict}")
     print(f"\nreport:    {study.paths.summary / 'report.html'}")

@@ -74,6 +74,7 @@ def runs_of(root: Path, cells, *, work: str = "work") -> Iterator[Run]:
     compared = guarded(loaded)
     table = comparison(compared)
     excluded = {row["cell"]: row["reason"] for row in compared.failures.to_dict("records") if row["kind"] == KIND}
+    failures = {row["cell"]: row for row in loaded.failures.to_dict("records")}
     groups = defaultdict(list)
     for cell in loaded.planned:
         groups[cell.rsplit("/", 1)[0]].append(cell)
@@ -81,19 +82,20 @@ def runs_of(root: Path, cells, *, work: str = "work") -> Iterator[Run]:
         if (base := base_of(compared, pair, table=table, root=root)) is not None:
             yield base
     for group, planned in groups.items():
-        every = [run_of(loaded, cell, root=root, work=work, excluded=excluded.get(cell, "")) for cell in planned]
-        if children := [run for run in every if run]:
+        children = []
+        for cell in planned:
+            if cell not in failures:
+                children.append(run_of(loaded, cell, root=root, work=work, excluded=excluded.get(cell, "")))
+            elif failures[cell]["kind"] != "not run":
+                children.append(_failed(failures[cell], root=root))
+        if children:
             yield group_of(group, table=table, planned=len(planned), children=children)
             yield from children
 
 
-def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work", excluded: str = "") -> Run | None:
-    """The run of a finished or failed cell, None for one that has not run; `excluded` says why it is not compared."""
-    failure = next((row for row in loaded.failures.to_dict("records") if row["cell"] == cell), None)
-    if failure:
-        return None if failure["kind"] == "not run" else _failed(failure, root=root)
-    row = loaded.cells.loc[cell]
-    curve = loaded.curves[loaded.curves["cell"] == cell] if len(loaded.curves) else pd.DataFrame()
+def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work", excluded: str = "") -> Run:
+    """The run of a finished cell; `excluded` says why it is not compared."""
+    row, curve = loaded.cells.loc[cell], loaded.curves_of(loaded.cells.loc[[cell]])
     end = _milliseconds(row["when"])
     start = end - round(1000 * float(curve["seconds"].max())) if len(curve) else end
     about = {key: row[key] for key in ("model", "domain", "method", "seed", "dtype", "numerics", "scoring")}
@@ -101,7 +103,7 @@ def run_of(loaded: Loaded, cell: str, *, root: Path = Path(), work: str = "work"
     values = {**row, "unit": units.of_domain(row)}
     values["bytes_stored"] = None if any(map(numbers.missing, stored)) else sum(stored)
     tags = {
-        **_commit(row["git"]),
+        **_commit(row["git"] or {}),
         "not_comparable": excluded,
         "not_a_result": bool(row["not_a_result"]),
         "device": row["device"],

@@ -212,13 +212,14 @@ def _finished(study, model_name, domain, result, parts, base, where) -> nn.Modul
 
 
 def judge(trials: list[dict], *, domain: str) -> None:
-    """Mark the chosen trial of every method (`chosen`), others that are equal (`tied`), and an `end` of the values."""
+    """Mark the chosen trial of every method (`chosen`), others that are equal (`tied`), and an `end` of the values of
+    those that did not fail."""
     key = f"{domain}_nll"
     for method in dict.fromkeys(trial["method"] for trial in trials):
         own = [trial for trial in trials if trial["method"] == method]
         done = {str(place): trial[key] for place, trial in enumerate(own) if "failed" not in trial}
         best = least(done)
+        values = [value for each in own if "failed" not in each for value in each["settings"].values()]
         for place, trial in enumerate(own):
-            values = [value for each in own for value in each["settings"].values()]
             trial["chosen"], trial["tied"] = [str(place)] == best[:1], str(place) in best[1:]
             trial["end"] = end_of(*trial["settings"].values(), values) if trial["chosen"] else ""

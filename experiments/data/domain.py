@@ -68,7 +68,14 @@ def draw(domain: str, block: Domain, reader: Reader) -> Drawn:
     if held_out:
         tests, asked_there = _standard(held_out.rows, block, reader, where=f"{where}.test_rows")
         asked |= asked_there
-    numbers = block.split.model_dump() if block.split else _shares(len(given), domain=domain, tested=tested)
+    numbers = block.split.model_dump() if block.split else shares(len(given), tested=tested)
+    if not block.split:
+        scored = "all of `test_rows` are" if tested else f"{numbers['test']} rows are"
+        print(
+            f"data: {domain}: no `split`: {scored} scored (a tenth, at most {SCORED[1]}), and {numbers['probe']} "
+            f"probed (a twentieth, at most {PROBED[1]})",
+            flush=True,
+        )
     split = splits.three_way(given, question=lambda row: asked[id(row)], where=where, test_rows=tests, **numbers)
     said = {part: [*map(formats.question, own)] for part, own in (("train", split.train), ("probe", split.probe))}
     return Drawn(split=split, train=split.train, probe=split.probe, asked=said, sources=sources)
@@ -83,12 +90,9 @@ def _standard(given: list[Row], block: Domain, reader: Reader, *, where: str) ->
     return made, {id(row): formats.question(row) for row in made}
 
 
-def _shares(count: int, *, domain: str, tested: bool) -> dict[str, Any]:
-    """The numbers of a domain without `split`, which are printed."""
-    (share, most), (scored, most_scored) = PROBED, SCORED
-    probe, test = (max(1, min(round(s * count), m)) for s, m in ((share, most), (scored, most_scored)))
-    how = "all of `test_rows` are scored" if tested else f"{test} rows are scored (a tenth, at most {most_scored})"
-    print(f"data: {domain}: no `split`: {how}, and {probe} probed (a twentieth, at most {most})", flush=True)
+def shares(count: int, *, tested: bool) -> dict[str, Any]:
+    """The split of a domain of `count` rows that states none; `tested` ones have their own test rows."""
+    probe, test = (max(1, min(round(share * count), most)) for share, most in (PROBED, SCORED))
     return {"train": "all", "probe": probe, "test": "all" if tested else test}
 
 

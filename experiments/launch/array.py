@@ -7,9 +7,10 @@ more; then the rest of its chain is left out. DVC is not used: the notes of what
 
 import json
 import os
-import shutil
 import signal
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -35,18 +36,18 @@ def hashed(job: work.Job, root: str) -> work.Job:
     return replace(job, deps={path: md5.of(file) if file.exists() else "" for path, file in paths.items()})
 
 
-def run_line(chains: list[list[work.Job]], root: str) -> bool:
-    """Run the chains one after another; whether all stages ended well."""
+def run_line(chains: list[list[work.Job]], root: str, stop: Callable[[], bool] = lambda: False) -> bool:
+    """Run the chains one after another until `stop`; whether all stages ended well."""
     well = True
     for chain in chains:
         for job in chain:
-            if not _run(hashed(job, root), root):
+            if stop() or not _run(hashed(job, root), root, stop):
                 well = False
                 break
     return well
 
 
-def _run(job: work.Job, root: str) -> bool:
+def _run(job: work.Job, root: str, stop: Callable[[], bool]) -> bool:
     if missing := [path for path, digest in job.deps.items() if not digest]:
         print(f"{job.name}: {missing[0]} is missing: what makes it has failed", flush=True)
         return False
@@ -54,23 +55,23 @@ def _run(job: work.Job, root: str) -> bool:
         print(f"{job.name}: has run", flush=True)
         return True
     for left in (1, 0):
-        for out in job.outs:  # as DVC does before it runs a stage
-            path = Path(root, out)
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        outcome = work.run(job, root)
+        outcome = work.run(job, root, stop=stop, clear=True)
         print(f"{job.name}: status {outcome.status} after {outcome.seconds:.0f} s", flush=True)
         if outcome.status == 0:
             return True
         print(outcome.tail, file=sys.stderr, flush=True)
+        if outcome.lost or stop():
+            return False
         if left:
             print(f"{job.name}: is tried once more", flush=True)
     return False
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Slurm's sign that the time is over: write a checkpoint
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())  # Slurm's sign that the time is over: write a checkpoint
     lines = Path(sys.argv[1]).read_text().splitlines()
-    return 0 if run_line(read(lines[int(os.environ[VARIABLE])]), os.getcwd()) else 1
+    return 0 if run_line(read(lines[int(os.environ[VARIABLE])]), os.getcwd(), stopped.is_set) else 1
 
 
 if __name__ == "__main__":

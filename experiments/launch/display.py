@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from analysis import numbers
@@ -29,10 +30,11 @@ class Display:
 
     def say(self, line: str) -> None:
         """A line that stays."""
-        if self._live:
-            self._live.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, flush=True)
+        with suppress(OSError):  # a terminal that is gone
+            if self._live:
+                self._live.console.print(line, markup=False, highlight=False)
+            else:
+                print(line, flush=True)
 
     def done(self, launch: Any, name: str) -> None:
         """A finished cell's gain and loss, in one line."""
@@ -48,17 +50,19 @@ class Display:
     def _draw(self, draw: Callable[[], None]) -> None:
         """Draw if it is time: with many cells a drawing takes long, and the driver has other work."""
         if (began := time.monotonic()) >= self._next:
-            draw()
+            with suppress(OSError):
+                draw()
             self._next = began + max(INTERVAL, (time.monotonic() - began) / SHARE)
 
     def stopping(self, launch: Any) -> None:
-        self.say("stopping: each stage that runs writes its checkpoint first")
+        self.say("stopping: each training that runs ends its step and writes its checkpoint first")
 
     def close(self, launch: Any) -> None:
         """The last state of all cells."""
         if self._live:
-            self._live.update(self._table(launch))
-            self._live.stop()
+            with suppress(OSError):
+                self._live.update(self._table(launch))
+                self._live.stop()
             self._live = None
         elif self._cells:
             self.say(self.line(launch))

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,12 +17,17 @@ from methods.errors import UserError
 from methods.tools.files import read_json
 
 TRIES = 2
+LOSSES = 5  # times that a stage is given again because its machine went away, which is no failure of its own
 CERTAIN = ("nan",)  # kinds of failure that another try would only repeat
 INTERVAL = 0.5  # seconds between two looks at the workers
 
 
 class Elsewhere(UserError):
     """No machine here can take a stage: no failure of its cell, which another machine may be at work on."""
+
+
+class Gone(UserError):
+    """There are no workers any more."""
 
 
 class Workers(Protocol):
@@ -64,12 +70,16 @@ class Launch:
     records_from: float = math.inf  # records of stages that did not run here are read from this time of day on
     began: dict[str, float] = field(default_factory=dict)
     tries: dict[str, int] = field(default_factory=dict)
+    losses: dict[str, int] = field(default_factory=dict)
     jobs: dict[str, work.Job] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)  # of stages that were set aside
     ran: list[str] = field(default_factory=list)
 
     def run(self) -> None:
-        """Run until every task is done or set aside. On Ctrl-C everything is stopped, and what has ended is kept."""
+        """Run until every task is done or set aside. On Ctrl-C everything is stopped, and what has ended is kept.
+
+        Raises Gone where the workers have gone as a whole.
+        """
         try:
             while not self.schedule.ended:
                 self._begin()
@@ -79,14 +89,18 @@ class Launch:
                     self._end(name, outcome)
                 self._write()
                 self.show.update(self)
-        except KeyboardInterrupt:
+        except Gone:
+            raise
+        except BaseException:
+            self.stages.patience = 10.0
             self.show.stopping(self)
             self.workers.stop()  # what ended well meanwhile has its note, by which the next launch takes it over
             raise
         finally:
-            self.show.close(self)
-            self.workers.close()
-            self._write(now=True)
+            with ExitStack() as last:  # the last one first, and each of them whatever the others raise
+                last.callback(self.workers.close)
+                last.callback(self.show.close, self)
+                last.callback(self._write, now=True)
 
     def _begin(self) -> None:
         """Give workers all that is ready and fits; stages that are up to date are done without."""
@@ -95,6 +109,8 @@ class Launch:
                 if job := self._prepared(name):
                     self.began[name] = time.monotonic()
                     self.workers.give(job, self.schedule.tasks[name].needs)
+            except Gone:
+                raise
             except Elsewhere as error:
                 self._set_aside(name, str(error), recorded=False)
             except UserError as error:
@@ -122,13 +138,16 @@ class Launch:
             return None
         if why := self.workers.never(self.schedule.tasks[name].needs):
             raise Elsewhere(why)
-        self.stages.hold(name)  # before its old outputs are removed
-        if self.stages.restored(name):
-            self._commit(name)
-            self.stages.let_go(name)
-            self._done(name, 0.0)
-            return None
-        return job
+        with work.alone(job, self.study.paths.root, stop=lambda: True) as alone:
+            if not alone and name not in self.began:
+                raise Elsewhere("another process is at work on it")
+            self.stages.hold(name)  # before its old outputs are removed
+            if not self.stages.restored(name):
+                return job
+        self._commit(name)
+        self.stages.let_go(name)
+        self._done(name, 0.0)
+        return None
 
     def unfinished(self, tasks: Iterable[Task]) -> dict[str, work.Job]:
         """The jobs of stages that are out of date, or will be once those before them have run; in DVC's order.
@@ -190,6 +209,11 @@ class Launch:
         if outcome.status < 0 and not record:
             told = f"killed by signal {-outcome.status}" if outcome.host else outcome.tail
             reason = f"{told} during {name.partition('@')[0]}"
+        if outcome.lost and self.losses.get(name, 0) < LOSSES:
+            self.losses[name] = self.losses.get(name, 0) + 1
+            self.stages.let_go(name)
+            self.show.say(f"{name}: {reason}; it is given to another worker")
+            return self.schedule.again(name)
         self._failed(name, reason, kind=record["kind"] if record else "killed" if outcome.status < 0 else "error")
 
     def _failed(self, name: str, reason: str, *, kind: str) -> None:
@@ -233,7 +257,10 @@ class Launch:
             if cell and cell not in told and lacks:
                 told.add(cell)
                 why = reason if other == name else f"{name} failed: {reason}"
-                failures.keep(self.study, cell, stage=name.partition("@")[0], kind=kind, reason=why)
+                try:
+                    failures.keep(self.study, cell, stage=name.partition("@")[0], kind=kind, reason=why)
+                except OSError as error:
+                    self.show.say(f"{cell.name}: its failure cannot be recorded: {error.strerror}")
 
     def _write(self, *, now: bool = False) -> None:
         """Write dvc.lock if it is time; then the notes of the stages in it have done their service."""

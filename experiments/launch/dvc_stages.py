@@ -7,15 +7,17 @@ written as a whole; until then the workers' notes keep what has ended (experimen
 """
 
 import logging
+import math
 import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from experiments.study import whole
+from methods.errors import UserError
 
 SHARE = 0.1  # of the time, spent on writing dvc.lock
 
@@ -34,6 +36,7 @@ class Stages:
         self._pending: dict[str, dict] = {}
         self._busy: dict[str, ExitStack] = {}
         self._next = 0.0
+        self.patience = math.inf  # seconds that another `dvc` command is waited for
 
     def __getitem__(self, name: str) -> Any:
         return self._stages[name]
@@ -86,8 +89,11 @@ class Stages:
         self._busy[name] = held
 
     def let_go(self, name: str) -> None:
+        from dvc.exceptions import DvcException
+
         if held := self._busy.pop(name, None):
-            held.close()
+            with suppress(DvcException, OSError):  # a full disk: DVC passes over marks of processes that have ended
+                held.close()
 
     def commit(self, name: str) -> None:
         """Hash the outputs and put them into the cache; the entry is written by the next `write`."""
@@ -124,17 +130,21 @@ class Stages:
         """DVC's lock of the repository, for a moment only: other `dvc` commands may run beside a launch."""
         from dvc.lock import LockError
 
-        while True:
-            try:
-                self.repo.lock.lock()
-                break
-            except LockError:  # after three seconds, in which another command had it
-                continue
+        until = time.monotonic() + self.patience
         try:
+            while not self.repo.lock.is_locked:
+                try:
+                    self.repo.lock.lock()
+                except LockError as error:  # after three seconds, in which another command had it
+                    if time.monotonic() > until:
+                        raise UserError(
+                            "another `dvc` command is at work: the next `launch` takes over what has ended here"
+                        ) from error
             with self.repo.scm_context(quiet=True):
                 yield
         finally:
-            self.repo.lock.unlock()
+            if self.repo.lock.is_locked:
+                self.repo.lock.unlock()
 
 
 @contextmanager

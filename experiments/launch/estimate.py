@@ -18,7 +18,7 @@ class Estimate:
         self._measured: dict[str, list[float]] = defaultdict(list)  # kind: [planned, measured, number]
 
     def measured(self, name: str, seconds: float) -> None:
-        for kind in (name.partition("@")[0], ""):
+        for kind in (name.partition("@")[0], "") if self._planned.get(name) else (name.partition("@")[0],):
             sums = self._measured.setdefault(kind, [0.0, 0.0, 0])
             sums[0] += self._planned.get(name, 0.0)
             sums[1] += seconds
@@ -44,5 +44,6 @@ class Estimate:
         elapsed  seconds for which the running tasks have run
         """
         rest = {name: max(0.0, self.seconds(name) - elapsed.get(name, 0.0)) for name in schedule.open()}
-        longest = max((schedule.path[name] * (self.factor or 1.0) for name in rest), default=0.0)
+        paths = (schedule.path[name] * (self.factor or 1.0) - elapsed.get(name, 0.0) for name in rest)
+        longest = max(paths, default=0.0)
         return max(sum(rest.values()) / max(slots, 1.0), longest)

@@ -35,7 +35,7 @@ class Here:
             return {}
         done, _ = wait(self._running.values(), timeout=seconds, return_when=FIRST_COMPLETED)
         names = [name for name, future in self._running.items() if future in done]
-        return {name: self._running.pop(name).result() for name in names}
+        return {name: _outcome(self._running.pop(name)) for name in names}
 
     def stop(self) -> None:
         self._stop.set()
@@ -43,3 +43,10 @@ class Here:
 
     def close(self) -> None:
         self._pool.shutdown()
+
+
+def _outcome(future: Future) -> work.Outcome:
+    try:
+        return future.result()
+    except OSError as error:  # of its log, as on a full disk
+        return work.Outcome(status=1, tail=f"error: {error}")

@@ -1,6 +1,7 @@
 """Ray's workers: Ray finds a machine for each stage and tells of those that are lost."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -12,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from experiments.launch import exchange, work
+from experiments.launch.driver import Gone
 from experiments.launch.here import Here
 from experiments.launch.schedule import Needs
 from experiments.launch.tasks import Names
 from experiments.study import ledger, provenance
 from methods.errors import UserError, shortened
 
+ABSENCE = 600.0  # seconds for which tasks wait for a machine that has gone away: it may restart
 OBJECTS = 100 * 2**20  # bytes of Ray's object store: nothing large passes through it
 PASSED = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "HF_HUB_OFFLINE", "DVC_EXP_NAME")  # to other machines; never a token
 
@@ -36,6 +39,7 @@ def start(*, address: str, cores: int, gpus: int, memory: int | None) -> None:
             "launch needs Ray, which is not installed here: `python -m pip install -r requirements-launch.lock`; "
             "without it, `make study` runs one cell after another, and `launch --slurm TEMPLATE` an array job"
         ) from error
+    handler = signal.getsignal(signal.SIGTERM)
     own = {"num_cpus": cores, "num_gpus": gpus, "object_store_memory": OBJECTS, "include_dashboard": False}
     own |= {"_memory": memory} if memory else {}
     try:
@@ -47,7 +51,7 @@ def start(*, address: str, cores: int, gpus: int, memory: int | None) -> None:
                 "its head node"
             ) from error
         raise UserError(f"Ray does not start here: {shortened(error)}; run the same command again") from error
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put a handler of its own in its place
+    signal.signal(signal.SIGTERM, handler)  # Ray has put one of its own in its place
     ray.cloudpickle.register_pickle_by_value(work)  # other machines need not have this file
 
 
@@ -63,18 +67,33 @@ class RayWorkers:
         self._here = Here(self._root)
         self._refs: dict[Any, str] = {}
         self._given: dict[str, tuple[work.Job, Needs]] = {}
-        self._looked, self._all = 0.0, {}
+        self._looked, self._nodes = -math.inf, []
+        self._seen: dict[frozenset, float] = {}  # when a machine with these resources was there last
         self._apart: _Apart | None = None  # known once a machine does not see this disk
         self._token = f"work/local/launch/{uuid.uuid4().hex}.seen"
         token = Path(self._root, self._token)
         token.parent.mkdir(parents=True, exist_ok=True)
         token.touch()
 
+    def _machines(self) -> list[dict[str, float]]:
+        """What each machine has; looked at anew every few seconds, for machines come and go."""
+        if (now := time.monotonic()) > self._looked + 5:
+            nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+            self._looked, self._nodes = now, [{kind: node.get(kind, 0) for kind in KINDS} for node in nodes]
+            self._seen |= {frozenset(node.items()): now for node in self._nodes}
+        return self._nodes
+
     def _capacity(self) -> dict[str, float]:
-        """What all machines have together; looked at anew every few seconds, for machines come and go."""
-        if time.monotonic() > self._looked + 5:
-            self._looked, self._all = time.monotonic(), self._ray.cluster_resources()
-        return self._all
+        """What all machines have together."""
+        return {kind: sum(node[kind] for node in self._machines()) for kind in KINDS}
+
+    def _away(self, needs: Needs) -> float:
+        """Seconds since a machine that can take the task was there: 0 if one is, infinite if none ever was."""
+        asked = _asked(needs)
+        if any(all(node[kind] >= asked[kind] for kind in KINDS) for node in self._machines()):
+            return 0.0
+        seen = [at for node, at in self._seen.items() if all(dict(node)[kind] >= asked[kind] for kind in KINDS)]
+        return time.monotonic() - max(seen, default=-math.inf)
 
     def fits(self, needs: Needs) -> bool:
         """Whether some of everything that the task needs is still free.
@@ -84,18 +103,17 @@ class RayWorkers:
         """
         if needs.here:
             return self._here.fits(needs)
+        if away := self._away(needs):
+            return away > ABSENCE
         capacity = self._capacity()
         taken = {kind: sum(_asked(own)[kind] for _, own in self._given.values()) for kind in _used(needs)}
         return all(taken[kind] < capacity[kind] for kind in taken if capacity.get(kind))
 
     def never(self, needs: Needs) -> str:
-        if needs.here:
+        if needs.here or self._away(needs) <= ABSENCE:
             return ""
         asked = {kind: _asked(needs)[kind] for kind in _used(needs)}
-        machines = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        if any(all(machine.get(kind, 0) >= amount for kind, amount in asked.items()) for machine in machines):
-            return ""
-        largest = {kind: max((machine.get(kind, 0) for machine in machines), default=0) for kind in asked}
+        largest = {kind: max((machine[kind] for machine in self._machines()), default=0) for kind in asked}
         return (
             f"a cell needs {_words(asked)}, and no machine has that (the most of each: {_words(largest)}): see `needs` "
             "in the model's block of params.yaml"
@@ -112,7 +130,10 @@ class RayWorkers:
             return
         code = None
         if self._apart is not None:
-            exchange.send(self._apart.store, self._root, self._apart.new(job.deps))
+            try:
+                exchange.send(self._apart.store, self._root, self._apart.new(job.deps))
+            except Exception as error:  # a remote's library raises what it likes
+                raise UserError(f"its inputs cannot be sent: {shortened(error)}") from error
             code, job = self._apart.code, replace(job, environment={**job.environment, "HOLDFAST_GIT": self._apart.git})
         remote = self._ray.remote(work.run_anywhere).options(
             num_cpus=needs.cores, num_gpus=needs.gpus, memory=needs.memory or None, max_retries=0, name=job.name
@@ -143,6 +164,11 @@ class RayWorkers:
                 outcome = self._sent(job, needs) if outcome.apart else self._taken_over(outcome)
                 if outcome is not None:
                     outcomes[name] = outcome
+            for ref, name in list(self._refs.items()):
+                if self._away(self._given[name][1]) > ABSENCE:  # Ray itself would wait for ever
+                    self._ray.cancel(ref)
+                    del self._refs[ref], self._given[name]
+                    outcomes[name] = work.Outcome(status=-9, tail=work.LOST, lost=True)
         return outcomes
 
     def _sent(self, job: work.Job, needs: Needs) -> work.Outcome | None:
@@ -150,7 +176,9 @@ class RayWorkers:
         try:
             self._apart = self._apart or _Apart(self._study.paths.root)
             self.give(job, needs)
-        except (UserError, OSError, subprocess.CalledProcessError) as error:
+        except UserError as error:
+            return work.Outcome(status=1, tail=f"error: {error}")
+        except (OSError, subprocess.CalledProcessError) as error:
             return work.Outcome(status=1, tail=f"error: its inputs cannot be sent: {error}")
         return None
 
@@ -160,12 +188,12 @@ class RayWorkers:
             return outcome
         try:
             exchange.receive(self._apart.store, self._root, outcome.answer, ledger=ledger.path(self._study))
-        except (UserError, OSError) as error:
+        except Exception as error:  # a remote's library raises what it likes
             return work.Outcome(status=1, host=outcome.host, tail=f"error: its files did not arrive: {error}")
         return outcome
 
     def _outcome(self, ref: Any) -> work.Outcome:
-        from ray.exceptions import OutOfMemoryError, RayError, RayTaskError
+        from ray.exceptions import LocalRayletDiedError, OutOfMemoryError, RayError, RayTaskError
 
         try:
             return self._ray.get(ref)
@@ -173,16 +201,19 @@ class RayWorkers:
             return work.Outcome(status=-9, tail="its machine ran out of memory, and Ray ended it")
         except RayTaskError as error:
             return work.Outcome(status=1, tail=str(error))
+        except LocalRayletDiedError as error:
+            raise Gone("Ray on this machine has ended: what has ended is kept; run the same command again") from error
         except RayError:
-            return work.Outcome(status=-9, tail=work.LOST)
+            return work.Outcome(status=-9, tail=work.LOST, lost=True)
 
     def stop(self) -> None:
+        until = time.monotonic() + work.PATIENCE + 30
         for ref in self._refs:
             self._ray.cancel(ref, force=False)
         self._here.stop()
-        self._ray.wait(
-            list(self._refs), num_returns=len(self._refs), timeout=work.PATIENCE + 30
-        ) if self._refs else None
+        if self._refs:
+            left = max(0.0, until - time.monotonic())
+            self._ray.wait(list(self._refs), num_returns=len(self._refs), timeout=left)
         self._refs, self._given = {}, {}
 
     def close(self) -> None:
@@ -205,6 +236,9 @@ class _Apart:
         fresh = {path: digest for path, digest in deps.items() if (path, digest) not in self._sent}
         self._sent |= set(fresh.items())
         return fresh
+
+
+KINDS = ("CPU", "GPU", "memory")
 
 
 def _asked(needs: Needs) -> dict[str, float]:

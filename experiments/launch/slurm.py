@@ -125,6 +125,11 @@ def submit(scripts: Iterable[Script]) -> list[str]:
     Raises UserError where sbatch is missing or refuses.
     """
     numbers: dict[int, list[str]] = {}
+
+    def others() -> str:
+        ids = " ".join(number for own in numbers.values() for number in own)
+        return f"; submitted already are {ids} (`scancel {ids}` takes them back)" if ids else ""
+
     for script in scripts:
         before = [number for phase, ids in numbers.items() if phase < script.phase for number in ids]
         behind = [f"--dependency=afterany:{':'.join(before)}"] if before else []
@@ -134,9 +139,9 @@ def submit(scripts: Iterable[Script]) -> list[str]:
             raise UserError("sbatch is not on this machine: submit where Slurm is") from error
         except subprocess.CalledProcessError as error:
             last = (error.stderr or error.stdout or "").strip().splitlines()
-            raise UserError(f"sbatch refuses {script.path}: {last[-1] if last else error}") from error
+            raise UserError(f"sbatch refuses {script.path}: {last[-1] if last else error}{others()}") from error
         found = re.findall(r"\d+", done.stdout)
         if not found:
-            raise UserError(f"sbatch has printed no job number for {script.path}: {done.stdout.strip()!r}")
+            raise UserError(f"sbatch has printed no job number for {script.path}: {done.stdout.strip()!r}{others()}")
         numbers.setdefault(script.phase, []).append(found[-1])
     return [number for ids in numbers.values() for number in ids]

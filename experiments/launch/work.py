@@ -5,6 +5,8 @@ the note of a finished stage (its command, and the md5 of what it read) lets the
 after the driver itself was killed, or where a job of Slurm ran it.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import io
 import json
@@ -18,7 +20,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ class Outcome:
 
     answer  of a machine without the driver's disk: what it sends back (experiments/launch/exchange.py)
     apart   that the stage has not run, because such a machine was not sent its inputs
+    lost    that it did not end by itself: its machine or its worker went away, or another process is at work on it
     """
 
     status: int
@@ -72,10 +75,48 @@ class Outcome:
     tail: str = ""
     answer: Mapping[str, Any] | None = None
     apart: bool = False
+    lost: bool = False
 
 
-def run(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False) -> Outcome:
-    """Run the stage in the folder `root`. A KeyboardInterrupt, or `stop`, ends it as Ctrl-C ends `dvc repro`."""
+@contextlib.contextmanager
+def alone(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False) -> Iterator[bool]:
+    """Whether no other process that sees this disk is at work on the stage. Waits for it until `stop`, at most
+    PATIENCE: where a machine has died, a network disk keeps its lock for a while."""
+    path = Path(root, job.folder, f"{job.name}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    until, own = time.monotonic() + PATIENCE, None
+    with path.open("a") as file:
+        while own is None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                own = True
+            except BlockingIOError:
+                if stop() or time.monotonic() > until:
+                    own = False
+                else:
+                    time.sleep(0.5)
+            except OSError:  # a disk without locks
+                own = True
+        yield own
+
+
+def run(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False, clear: bool = False) -> Outcome:
+    """Run the stage in the folder `root`. A KeyboardInterrupt, or `stop`, ends it as Ctrl-C ends `dvc repro`.
+
+    clear  remove its old outputs before, as DVC does; where another process has ended it meanwhile, it does not run
+    """
+    with alone(job, root, stop=stop) as own:
+        if not own:
+            tail = f"error: another process is at work on {job.name}"
+            return Outcome(status=1, host=os.uname().nodename, tail=tail, lost=True)
+        if clear and (note := noted(job, root)):
+            return Outcome(status=0, seconds=note["seconds"], host=note["host"])
+        for path in (Path(root, out) for out in job.outs if clear):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        return _run(job, root, stop)
+
+
+def _run(job: Job, root: str, stop: Callable[[], bool]) -> Outcome:
     folder = Path(root, job.folder)
     log, note = folder / f"{job.name}.log", note_of(job, root)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -90,7 +131,8 @@ def run(job: Job, root: str, *, stop: Callable[[], bool] = lambda: False) -> Out
     seconds = time.time() - began
     if status == 0:
         made = {"outs": _sizes(job, root), "seconds": seconds, "host": os.uname().nodename}
-        write(note, {"command": job.command, "deps": dict(job.deps)} | made)
+        with contextlib.suppress(OSError):  # a full disk: the stage has ended all the same
+            write(note, {"command": job.command, "deps": dict(job.deps)} | made)
     tail = log.read_bytes()[-TAIL:].decode(errors="replace")
     return Outcome(status=status, seconds=seconds, host=os.uname().nodename, tail=tail)
 

@@ -34,14 +34,14 @@ def entries(study) -> list[dict]:
     return [entry for entry in found if isinstance(entry, dict) and {"cell", "when"} <= entry.keys()]
 
 
-def verdict(study, cell, metrics: dict | None) -> str:
-    """How the cell's scores were obtained on this machine, in words."""
+def verdict(study, cell, metrics: dict | None, *, notes: list[dict]) -> str:
+    """How the cell's scores were obtained on this machine, in words; `notes` are the study's `entries`."""
     if study.paths.failure(cell).is_file():
         return "FAILED: " + read_json(study.paths.failure(cell)).get("reason", "no reason recorded")
     if metrics is None:
         return "not run yet"
     same = (cell.name, metrics.get("weights_sha256"))
-    here = {entry.get("stage") for entry in entries(study) if (entry.get("cell"), entry.get("weights")) == same}
+    here = {entry.get("stage") for entry in notes if (entry.get("cell"), entry.get("weights")) == same}
     if "evaluate" in here:
         return "trained and scored here"
     if "train" in here:

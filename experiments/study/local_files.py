@@ -7,9 +7,10 @@ inode change.
 
 import contextlib
 import glob
+import json
 import os
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -80,20 +81,28 @@ def _digest(path: Path, kept: Path) -> str | None:
 
 
 def _file(path: Path, kept: Path) -> str:
-    """Hex sha256 of a file, remembered while its size, times and inode are the same."""
-    facts = path.stat()
-    same = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
-    note = kept / f"{sha256(os.path.realpath(path).encode()).hexdigest()[:32]}.json"
-    try:
+    return remembered([path], folder=kept, name="sha256", compute=lambda: files.sha256(path))
+
+
+def remembered(paths: list[Path], *, folder: Path, name: str, compute: Callable[[], str]) -> str:
+    """`compute()`, a text that depends on these files alone; remembered in `folder` until one of them changes.
+
+    A file has changed if its size, times or inode have. `name` is what the text is, such as "sha256".
+    """
+    facts = []
+    for path in paths:
+        about = path.stat()
+        facts.append([path.name, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino])
+    places = json.dumps([name, *(os.path.realpath(path) for path in paths)])
+    note = folder / f"{sha256(places.encode()).hexdigest()[:32]}.json"
+    with contextlib.suppress(UserError, KeyError, TypeError):
         known = files.read_json(note)
-        if known["file"] == same:
-            return known["sha256"]
-    except (files.UserError, KeyError, TypeError):
-        pass
-    digest = files.sha256(path)
+        if known["files"] == facts:
+            return known["value"]
+    value = compute()
     with contextlib.suppress(OSError):  # a full disk, or another process that writes the same note
-        files.write_json(note, {"file": same, "sha256": digest})
-    return digest
+        files.write_json(note, {"files": facts, "value": value})
+    return value
 
 
 def _list(value: Any) -> list:

@@ -8,6 +8,7 @@ Hooks shared by several parts run in the order of their phases.
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -167,30 +168,32 @@ def fit(
             bar.update(result.resumed)
         trained.update_model()
         order: list[list[int]] = []  # of the epoch, once it is known
-        for step in range(result.resumed, steps):
-            if probes.end_run(step):
-                break
-            number, place = divmod(step, run.epoch)
-            if place == 0 or not order:
-                drawn = method.epoch(run, rows, number, begins=place == 0)
-                order = batches.epoch_order([len(row["input_ids"]) for row in drawn], settings.batch, seed, number)
-            rate = learning_rate(settings, step, steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            own = [rows[i] for i in order[place]]
-            wanted = method.examples(run, own, [drawn[i] for i in order[place]], step)
-            kept = {row["index"] for row in wanted if "index" in row}
-            own = [row for row in own if row["index"] in kept]
-            lengths = [len(row["input_ids"]) for row in own]
-            log.step(
-                {"step": step + 1, "learning_rate": rate},
-                tokens=sum(lengths),
-                read=_step(run, method, trained, optimizer, settings, wanted, step),
-                flops=flops.step(lengths=lengths, labelled=hooks.labelled(own)),
-            )
-            if resume is not None and step + 1 < steps and resume.due():
-                with log.pause():
-                    interruption.save(step + 1)
+        with resume.stops_after_a_step() if resume is not None else nullcontext():
+            for step in range(result.resumed, steps):
+                if probes.end_run(step):
+                    break
+                number, place = divmod(step, run.epoch)
+                if place == 0 or not order:
+                    drawn = method.epoch(run, rows, number, begins=place == 0)
+                    order = batches.epoch_order([len(row["input_ids"]) for row in drawn], settings.batch, seed, number)
+                rate = learning_rate(settings, step, steps)
+                for group in optimizer.param_groups:
+                    group["lr"] = rate
+                own = [rows[i] for i in order[place]]
+                wanted = method.examples(run, own, [drawn[i] for i in order[place]], step)
+                kept = {row["index"] for row in wanted if "index" in row}
+                own = [row for row in own if row["index"] in kept]
+                lengths = [len(row["input_ids"]) for row in own]
+                log.step(
+                    {"step": step + 1, "learning_rate": rate},
+                    tokens=sum(lengths),
+                    read=_step(run, method, trained, optimizer, settings, wanted, step),
+                    flops=flops.step(lengths=lengths, labelled=hooks.labelled(own)),
+                )
+                if resume is not None and resume.due(last=step + 1 == steps):
+                    with log.pause():
+                        interruption.save(step + 1)
+                    resume.end_if_asked()
         log.flush()
         probes.finish()
     trained.release()

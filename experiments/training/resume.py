@@ -11,11 +11,15 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -45,6 +49,7 @@ class Resume:
         self.identity = json.loads(json.dumps(identity | here))
         self._last = monotonic()
         self._warned = False
+        self._stop = False  # somebody asks for the end
 
     def within(self, name: str) -> "Resume":
         """The checkpoints of one phase of this run, in a folder of their own."""
@@ -78,9 +83,44 @@ class Resume:
                 print(f"checkpoint {path} is not used: {reason}; {then}", file=sys.stderr)
         return used
 
-    def due(self) -> bool:
-        """Whether `every` seconds have passed since the last save; the first process's clock decides for all."""
-        return not math.isinf(self.every) and self._from_first(lambda: monotonic() - self._last >= self.every)
+    def due(self, *, last: bool = False) -> bool:
+        """Whether a checkpoint is to be written after this step; the first process decides for all.
+
+        It is if `every` seconds have passed since the last save and the step is not the `last` one, or if a stop waits.
+        """
+        if math.isinf(self.every):
+            return False
+        return self._from_first(lambda: self._stop or not last and monotonic() - self._last >= self.every)
+
+    @contextmanager
+    def stops_after_a_step(self) -> Iterator[None]:
+        """Let Ctrl-C and SIGTERM wait until the step has ended and has a checkpoint. A second Ctrl-C does not wait."""
+        if math.isinf(self.every) or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def wait(number: int, frame: Any) -> None:
+            if self._stop and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            if not self._stop and self._shards.first:
+                print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
+            self._stop = True
+
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}
+        for number in heeded:
+            signal.signal(number, wait)
+        try:
+            yield
+            self.end_if_asked()
+        finally:
+            for number, handler in heeded.items():
+                signal.signal(number, handler)
+
+    def end_if_asked(self) -> None:
+        """Raises KeyboardInterrupt if a stop waits."""
+        if self._from_first(lambda: self._stop):
+            raise KeyboardInterrupt
 
     def save(self, tensors: Mapping[str, Tensor], position: dict, *, problem: str | None = None) -> None:
         """Write this process's `tensors` and `position` (JSON), then remove the older checkpoints.

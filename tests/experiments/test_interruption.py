@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import random
 import re
+import signal
 import typing
 
 import numpy as np
@@ -321,6 +322,44 @@ def test_whatever_changes_in_a_state_is_kept(tmp_path):
         assert found["view"].data_ptr() == found["whole"][2:].data_ptr() and found["weight"] is next(
             iter(again.run.weights.values())
         )
+
+
+class Signals(Part):
+    """Sends this process a signal in the middle of a step, as Ctrl-C does."""
+
+    key = "signals"
+
+    def __init__(self, at, numbers):
+        self.at, self.numbers = at, numbers
+
+    def before_clip(self, *, run, state, step):
+        if step == self.at:
+            for number in self.numbers:
+                signal.raise_signal(number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_waits_for_the_end_of_the_step_and_loses_none(tmp_path, number, capsys):
+    before, whole = signal.getsignal(number), run([Hoard()])
+    signal.signal(number, signal.default_int_handler)
+    try:
+        for step in (0, 3, 6):  # the last of seven, too
+            with pytest.raises(KeyboardInterrupt):
+                run([Hoard(), Signals(step, [number])], tmp_path / str(step), every=900.0)
+            assert signal.getsignal(number) is signal.default_int_handler
+            again = run([Hoard()], tmp_path / str(step), every=900.0)
+            assert again.resumed == step + 1 and same(weights(again), weights(whole))
+    finally:
+        signal.signal(number, before)
+    assert capsys.readouterr().err.count("stopping after this step, with a checkpoint") == 3
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        run([Hoard(), Signals(3, [signal.SIGTERM, signal.SIGTERM, signal.SIGINT])], tmp_path, every=900.0)
+    assert not list(tmp_path.glob("**/save-*"))
+    with pytest.raises(KeyboardInterrupt):  # no checkpoints, so that nothing is waited for
+        run([Hoard(), Signals(3, [signal.SIGINT])])
 
 
 @pytest.mark.parametrize(

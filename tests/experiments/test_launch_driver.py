@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from experiments.launch import dvc_stages, work
-from experiments.launch.driver import Launch
+from experiments.launch.driver import LOSSES, TRIES, Gone, Launch
 from experiments.launch.estimate import Estimate
 from experiments.launch.here import Here
 from experiments.launch.schedule import Needs, Schedule, Task
@@ -230,6 +230,38 @@ def test_a_full_disk_sets_a_stage_aside_and_leaves_the_lock_whole(project, monke
     assert launch.reasons == {"a": "its outputs cannot be kept: No space left on device"}
     assert set(YAML(typ="safe").load(project / "dvc.lock")["stages"]) == {"data", "b", "join-b"}
     monkeypatch.setattr(dvc_stages.Stages, "commit", commit)
+    launched(project)
+    assert status() == {}
+
+
+@pytest.mark.parametrize("times, lost", [(LOSSES, False), (LOSSES + TRIES, True)])
+def test_a_machine_that_goes_away_is_no_failure_of_its_stage(project, times, lost):
+    class Going(Pool):
+        left = times
+
+        def ended(self, seconds):
+            outcomes = super().ended(seconds)
+            if "a" in outcomes and self.left:
+                self.left -= 1
+                (project / "work/local/launch/demo/a.json").unlink()  # the note that it has ended
+                outcomes["a"] = work.Outcome(status=-9, tail=work.LOST, lost=True)
+            return outcomes
+
+    launch = launched(project, workers=Going(str(project)))
+    assert set(launch.reasons) == ({"a"} if lost else set())
+    assert lost or status() == {}
+
+
+def test_without_workers_a_launch_ends_and_keeps_what_has_ended(project):
+    class Ended(Pool):
+        def ended(self, seconds):
+            if "b" in (outcomes := super().ended(seconds)):
+                raise Gone("Ray on this machine has ended")
+            return outcomes
+
+    with pytest.raises(Gone):
+        launched(project, workers=Ended(str(project)))
+    assert "data" in YAML(typ="safe").load(project / "dvc.lock")["stages"]
     launched(project)
     assert status() == {}
 

@@ -116,4 +116,7 @@ def test_the_time_left_is_the_plans_corrected_by_what_was_measured():
     assert estimate.seconds("train@b") == 24.0 and estimate.seconds("evaluate@b") == 6.0
     assert estimate.left(schedule, slots=1, elapsed={}) == pytest.approx(24 + 6 + 6)
     estimate.measured("collect@x", 5.0)  # of which the plan knows nothing
-    assert estimate.seconds("collect@a") == 5.0
+    assert estimate.seconds("collect@a") == 5.0 and estimate.factor == 3.0
+    schedule.take(anything)
+    schedule.take(anything)
+    assert estimate.left(schedule, slots=9, elapsed={"train@b": 20.0}) == pytest.approx(3 * (8 + 2) - 20)

@@ -71,6 +71,20 @@ def test_a_stopped_worker_lets_its_stage_write_its_checkpoint(tmp_path):
     assert outcome.status == 2 and (tmp_path / "kept").exists() and not list((tmp_path / "log").glob("*.json"))
 
 
+def test_a_stage_runs_once_at_a_time_and_its_outputs_are_left_to_the_one_that_runs_it(tmp_path):
+    made = job(tmp_path, "open('out', 'w').write('new')")
+    made = work.Job(**{**made.__dict__, "outs": ("out",)})
+    (tmp_path / "out").write_text("written by the other one")
+    with work.alone(made, str(tmp_path)) as own:
+        outcome = work.run(made, str(tmp_path), stop=lambda: True, clear=True)
+        assert own and outcome.lost and "another process is at work" in outcome.tail
+        assert (tmp_path / "out").read_text() == "written by the other one"
+    assert work.run(made, str(tmp_path), clear=True).status == 0 and (tmp_path / "out").read_text() == "new"
+    (tmp_path / "log/train@x.log").unlink()
+    assert work.run(made, str(tmp_path), clear=True).status == 0  # it has run meanwhile
+    assert not (tmp_path / "log/train@x.log").exists()
+
+
 @pytest.fixture
 def project(tmp_path, monkeypatch):
     """A project of DVC and git with a remote in `store`, and the code in which a worker runs."""
