@@ -237,7 +237,8 @@ def _fitting(
     """The settings, with checkpointing where only that fits, and what they are predicted to take."""
     room = room_on(device, of_process=bool(size.blocks))
     if room is not None and size.blocks:
-        room -= torch.bfloat16.itemsize * size.shape.parameters  # the base beside the model
+        # the base beside the model is mapped, and of its pages only those of the tensor at hand are needed
+        room -= torch.bfloat16.itemsize * max(p.numel() for p in size.shape.build().parameters())
     for checkpointing in (False, True):
         chosen = dataclasses.replace(settings, checkpointing=checkpointing)
         predicted = memory.predict(

@@ -1,7 +1,6 @@
 """Prepare and train as the stages do, without their files, and with what the GPU holds read beside the times."""
 
 import contextlib
-import ctypes
 import gc
 import io
 import tempfile
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 
 from experiments.bench.stopwatch import Stopwatch
 from experiments.study.paths import HERE
-from experiments.training import hardware, preparation
+from experiments.training import allocator, hardware, preparation
 from experiments.training.engine import FitResult, fit
 from experiments.training.preparation import Fitting
 from experiments.training.settings import TrainSettings
@@ -79,8 +78,7 @@ class Peak:
         self._device = device
         self._resident = resident and device.type == "cpu" and RESET.exists()
         if self._resident:
-            with contextlib.suppress(AttributeError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)  # freed memory that is not given back would count
+            allocator.give_back()  # or it would count
             RESET.write_text("5")  # sets the peak to what is resident now
         self.before = since.before if since else self._now("VmRSS")
 

@@ -30,6 +30,7 @@ def write_data(study, out_dir: Path) -> dict[str, Any]:
     out = Path(out_dir)
     for part in PARTS:
         shutil.rmtree(out / part, ignore_errors=True)
+    (out / "data.json").unlink(missing_ok=True)  # DVC's cache may have a hard link to it
     reader = Reader(study=study)
     general, facts = general_text.write(study.general, reader, out)
     held = _held(study, general, reader)

@@ -9,8 +9,8 @@ importance:
     effective_rank  exp(H) of a matrix's Δ, H the entropy in nats of its singular values over their sum
                     (effective_rank.py): 1 where all columns move alike, the matrix's rank where all directions move
                     equally; of several matrices the median. Of a matrix whose smaller side exceeds `EXACT` it is
-                    estimated, to about 2 %; where an adapter alone moved such a matrix, it is the exact value of the
-                    adapter's update s·B·A, before this is rounded to the checkpoint's dtype
+                    estimated, to about 2 %; where an adapter alone moved a matrix of which one side exceeds it, it is
+                    the exact value of the adapter's update s·B·A, before this is rounded to the checkpoint's dtype
     overlap         (ΣFΔ² / ΣΔ²) / mean F: 1 where movement is independent of importance, below 1 where it avoided
                     important weights
     overlap_within  ΣFΔ² / Σ_tensor (mean F of the tensor · its ΣΔ²): the same relative to how much each tensor moved,
@@ -36,7 +36,7 @@ from methods.tools.architecture import blocks, group_of
 from methods.tools.importance import Codes, encode, pieces
 
 TOP = 0.10
-EXACT = 1024  # smaller side of the largest matrix whose effective rank is exact: the time grows with its cube
+EXACT = 1024  # of matrices with a smaller side above it the effective rank is estimated: the time grows with its cube
 OUTSIDE = "other"  # the group of tensors in a file that are no parameters of the model
 DIGITS = 6  # digits that are kept, so that the order of additions does not show
 
@@ -161,10 +161,10 @@ def _rank(
     before: Tensor, after: Tensor, factors: Mapping[str, Tensor] | None, device: torch.device | str
 ) -> tuple[float | None, bool]:
     """The effective rank of a matrix's Δ, and whether it is an estimate."""
+    if factors and max(after.shape) > EXACT:
+        return of_factors(**factors), False
     if min(after.shape) <= EXACT:
         return effective_rank(after.to(device).double() - before.to(device).double()), False
-    if factors:
-        return of_factors(**factors), False
     return estimated(after.to(device).float() - before.to(device).float()), True
 
 

@@ -23,7 +23,7 @@ from experiments.stages.prepare import GENERAL
 from experiments.study import ledger, provenance, whole
 from experiments.study.distrust import distrusted
 from experiments.study.failures import recorded
-from experiments.training import hardware, hooks, memory, prepared, processes
+from experiments.training import allocator, hardware, hooks, memory, prepared, processes
 from experiments.training.engine import final_weights, finish, fit
 from experiments.training.examples import encoded
 from experiments.training.resume import Resume
@@ -166,7 +166,7 @@ def _fit(
     )
     longest = max(len(e["input_ids"]) for e in examples)
     refuse_long_rows(study, model=cell.model, domain=cell.domain, method=cell.method, shape=shape, longest=longest)
-    memory.refuse(
+    predicted = memory.refuse(
         what=f"training {cell.name}",
         available=hardware.available_memory(where),
         phase="train",
@@ -203,6 +203,7 @@ def _fit(
     if shards.first and result.stopped:
         print(f"{cell.name}: {told(result.stopped)}", flush=True)
     known = not any("provides_weights" in part.capabilities for part in parts)
+    allocator.give_back()
     final = final_weights(result, parts, measure=measure)
     for part in parts:
         part.save(run=result.run, state=result.states[part.key], folder=out)
@@ -223,6 +224,7 @@ def _fit(
         "peak_flops": result.peak_flops,
         "peak_flops_basis": hardware.dense_peak(where, measure.dtype)[1],
         "peak_memory_bytes": _everywhere(shards, hardware.peak_memory_bytes(where)),
+        "predicted_memory_bytes": predicted,
         "processes": shards.world,
         "sharded": shards.active,
         "base_sha256": info["sha256"],

@@ -4,6 +4,7 @@ The first access to a page costs more than the arithmetic on it, above all in a 
 returns blocks of more than 32 MB to the system whenever they are freed, and a training step frees gigabytes.
 """
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -18,3 +19,9 @@ def keep_memory() -> None:
     if sys.platform == "linux" and not chosen and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_MMAP_THRESHOLD, 1 << 30)
         library.mallopt(_TRIM_THRESHOLD, (1 << 31) - 1)
+
+
+def give_back() -> None:
+    """Return freed memory to the system: between two phases, when the next one needs other sizes."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from experiments.training import services
+from experiments.training import allocator, services
 from experiments.training.engine import FitResult, fit
 from experiments.training.flops import Flops, of_pass
 from experiments.training.resume import Resume
@@ -116,4 +116,5 @@ class Fitting:
             **self._arguments,
         )
         self.flops.append(result.flops)
+        allocator.give_back()
         return result

@@ -102,7 +102,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
     parts, shape = study.methods[method].parts, shape_of(model_name, study.models[model_name], folder)
     longest = max(len(example["input_ids"]) for example in general)
     refuse_long_documents(study, model=model_name, method=method, shape=shape, longest=longest)
-    memory.refuse(
+    predicted = memory.refuse(
         what=f"preparing {method} on {model_name}",
         available=hardware.available_memory(where),
         phase="prepare",
@@ -166,6 +166,7 @@ def _compute(study, model_name: str, method: str, seed: int, out: Path, *, key: 
         "seconds_prepare": sum(costs["seconds"] for costs in added.values()),
         "tokens_prepare": sum(costs["tokens"] for costs in added.values()),
         "peak_memory_bytes": peak,
+        "predicted_memory_bytes": predicted,
         "added": {name: costs | {"bytes": _bytes(out, f"{name}.*")} for name, costs in added.items()},
         **{f"bytes_{kind}": _bytes(out, f"*.{kind}") for kind in TENSORS},
         "processes": shards.world,
