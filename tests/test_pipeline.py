@@ -118,6 +118,11 @@ def metrics(folder: Path, method: str, seed: int = 0) -> dict:
     return record(folder / "results" / "runs" / f"llama-tiny/sums/{method}/seed{seed}")
 
 
+def test_a_model_is_on_the_disk_once(project):
+    file = project / "work/models/llama-tiny/model.safetensors"
+    assert any(kept.samefile(file) for kept in (project / ".dvc/cache/files").rglob("*") if kept.is_file())
+
+
 def test_what_dvc_shows_of_a_study(project):
     """A line a method, which fits a terminal, with the measures in their order; an experiment without running it."""
     head, *rows = run(project, "dvc", "metrics", "show", "results/metrics").stdout.splitlines()
