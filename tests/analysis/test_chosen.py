@@ -136,4 +136,6 @@ def test_trials_say_what_is_chosen_and_how_to_run_the_values_on_either_side():
         "the lowest value tried, so a better one may lie beyond: widen tune.methods.full"
     )
     assert trials(2.0, 1.0, 1.0)[0].endswith("the first of equal ones (also 0.001)")
+    beyond = trials(3.0, 2.0, 1.0, None, values=(1e-4, 3e-4, 1e-3, 3e-3))[1]  # the highest that did not fail
+    assert "the highest value tried" in beyond
     assert trials(None, None, None) == ["nothing is chosen for full on m/d: every trial failed"]

@@ -31,7 +31,7 @@ def test_the_comparison_named_is_with_the_control(loaded):
     one = Contrasts(loaded, **WHERE).of(KEY, [("hierarchical", "lora")])["hierarchical", "lora"]
     (line,) = sentences(known, **WHERE)
     assert line.startswith("hierarchical also trains on 40,000 tokens of general text; against lora, which reads")
-    assert f"it loses {one.value:+.3f} [".replace("-", "\N{MINUS SIGN}") in line and ", p " in line
+    assert f"it loses {one.value:+.3f} [".replace("-", "\N{MINUS SIGN}") in line and ", p\N{NO-BREAK SPACE}" in line
 
 
 @pytest.mark.parametrize(("control", "why"), [("", "the study has no control"), ("warm", "its control warm has no")])

@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib import pyplot as plt
 
-from analysis import style
+from analysis import numbers, style
 from analysis.load import load_cells
-from analysis.sections import audit, drift
+from analysis.sections import drift
 from tests.analysis.fixtures import write_results
 
 KINDS = {"q_proj": 40, "down_proj": 60, "norm": 2}
@@ -179,6 +179,8 @@ def test_by_group_numbers_blocks_and_nothing_else(loaded):
     assert isinstance(found, pd.DataFrame) and len(found) == 3 * (3 * len(KINDS) + 2)
 
 
-@pytest.mark.parametrize(("share", "text"), [(1.951, "195"), (0.1, "10.0"), (0.00012345, "0.0123")])
+@pytest.mark.parametrize(
+    ("share", "text"), [(1.951, "195"), (0.1, "10.0"), (0.00012345, "0.0123"), (0.0, "0"), (None, "–")]
+)
 def test_a_share_in_percent_has_three_digits(share, text):
-    assert drift._percent(share) == audit._percent(share) == text
+    assert numbers.fine_percent(share) == text
