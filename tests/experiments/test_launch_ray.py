@@ -167,7 +167,7 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_cell_is_replaced(launched, s
     os.kill(worker, signal.SIGKILL)
     told, _ = process.communicate()
     assert process.returncode == 0, told
-    assert "the worker was lost during train; it is tried once more" in told
+    assert "the worker was lost during train; it is given to another worker" in told
     check_equal(launched, serial)
 
 
