@@ -30,26 +30,16 @@ def main(study) -> int:
         return order + [stage for stage in networkx.dfs_postorder_nodes(needed) if stage not in set(order)]
 
     path = os.path.relpath(study.paths.folder / "dvc.yaml")
-    if finished(study, path):
-        return 0
-    reproduce.plan_repro = cell_by_cell
-    keep_locks_whole()
-    return dvc(["repro", "-k", path])
-
-
-def finished(study, path: str) -> bool:
-    """Whether nothing is left to run of a study with a name, which is said; where something is, whether there is room.
-
-    Raises UserError where the disk has no room for the models that are not here yet.
-    """
     if study.name and committed(path):
         print(f"study {study.name} is up to date: the committed results are those of this code and these settings")
-        return True
+        return 0
     if any(not (study.paths.model(name) / "base.json").is_file() for name in study.grid.models):
         from experiments.commands import plan  # imports torch
 
         plan.refuse_models(study)
-    return False
+    reproduce.plan_repro = cell_by_cell
+    keep_locks_whole()
+    return dvc(["repro", "-k", path])
 
 
 def keep_locks_whole() -> None:
