@@ -29,7 +29,7 @@ from experiments.launch.driver import Launch
 from experiments.launch.estimate import Estimate
 from experiments.launch.here import Here
 from experiments.launch.schedule import Schedule, Task
-from experiments.study import cells, pipeline
+from experiments.study import cells, missing, pipeline
 from experiments.training import hardware
 from methods.errors import UserError
 
@@ -65,9 +65,13 @@ def main(
     if any(not (study.paths.model(name) / "base.json").is_file() for name in study.grid.models):
         planning.refuse_models(study)
     with _alone(study):
+        if study.name:
+            missing.begin(path)
         with dvc_stages.opened(path) as stages:
             plan = planning.make(study, patterns=patterns)
             made = _Made(study, chosen, stages, plan=plan, workers=workers)
+            if study.name:  # the default study is for everybody to run, as with `repro`
+                stages.restore_for(task.name for task in made.tasks)
             if template:
                 launch, scripts = _array_jobs(made, Path(template))
             elif not any(stages.changed(task.name) for task in made.tasks):

@@ -72,14 +72,16 @@ def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
     cached = {cell: dict.fromkeys(STAGES, False) if anew else lock.cell(cell) for cell in chosen}
     planned = [_cell(study, cell, models[cell.model], cached[cell], available, begun) for cell in chosen]
     to_run = [cell for cell in planned if not cell["cached"]["scored"]]
+    chosen_models = list(dict.fromkeys(cell.model for cell in chosen))
     preparations = {
         (cell.model, cell.method, cell.seed): made["prepared_bytes"]
         for cell, made in zip(chosen, planned, strict=True)
         if not made["cached"]["prepared"]
     }
+    bases = {name: 0.0 if lock.done(f"base@{name}") and not anew else _base(study, models[name]) for name in chosen_models}
     needed = room.of(
         study,
-        models={name: models[name].bytes for name in {cell.model for cell in chosen}},
+        models={name: models[name].bytes for name in chosen_models},
         prepared=sum(preparations.values()),
         cells=sum(cell["disk_bytes"] for cell in to_run),
     )
@@ -89,7 +91,7 @@ def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
         "total": {
             "cells": len(planned),
             "to_run": len(to_run),
-            "seconds": _sum(cell["seconds"] for cell in to_run),
+            "seconds": _sum([*(cell["seconds"] for cell in to_run), *bases.values()]),
             "disk_bytes": sum(cell["disk_bytes"] for cell in to_run),
             "disk_bytes_all": sum(cell["disk_bytes"] for cell in planned),
             "peak_memory_bytes": _largest(cell["memory_bytes"] for cell in planned),
@@ -98,9 +100,10 @@ def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
         },
         "disk": dataclasses.asdict(needed),
         "basis": {name: model.rate[1] for name, model in models.items()},
+        "seconds_base": bases,
         "seconds_improvable": {
-            name: _known(_number(improvable.flops(model.bare, study.evaluate.improve)) / model.rate[0])
-            for name, model in models.items()
+            name: _known(_improvable(study, models[name]) / models[name].rate[0])
+            for name in chosen_models
             if improvable.applies(study, name)
         },
         "warnings": warnings,
@@ -216,8 +219,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
         begun.add(store)
         disk += model.shape.parameters * max(4, model.checkpoint.itemsize)
     prepare_tokens, prepare = _preparation(study, cell, model, preparing)
-    scored = expected.scored(study, cell.domain, characters=model.characters)
-    evaluate = _number(model.bare.forward(lengths=[*[256] * (scored // 256), scored % 256], predicted=scored))
+    scored, evaluate = _scoring(study, cell.domain, model)
     stages = {"prepared": ("prepare", prepare), "trained": ("train", train), "scored": ("evaluate", evaluate)}
     seconds = {name: 0.0 if cached[done] else _known(flops / rate) for done, (name, flops) in stages.items()}
     about = {
@@ -249,6 +251,24 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
         "prepared_bytes": memory.stored(**about),
         "training_reused": reused,
     }
+
+
+def _scoring(study, domain: str, model: _Model) -> tuple[int, float]:
+    """Tokens that are scored for a cell of the domain, and their FLOPs; NaN where these are unknown."""
+    tokens = expected.scored(study, domain, characters=model.characters)
+    return tokens, _number(model.bare.forward(lengths=[*[256] * (tokens // 256), tokens % 256], predicted=tokens))
+
+
+def _improvable(study, model: _Model) -> float:
+    """FLOPs of the test whether training on general text alone would improve the base; NaN where they are unknown."""
+    return _number(improvable.flops(model.bare, study.evaluate.improve))
+
+
+def _base(study, model: _Model) -> float | None:
+    """Seconds of the base's scores, on the tasks of every domain."""
+    flops = sum(_scoring(study, domain, model)[1] for domain in study.grid.domains)
+    more = _improvable(study, model) if improvable.applies(study, model.name) else 0.0
+    return _known((flops + more) / model.rate[0])
 
 
 def _training(study, cell, model: _Model, settings) -> tuple[int, int, float]:
@@ -345,6 +365,8 @@ def text(plan: dict) -> str:
             "and a run says what would help"
         )
     lines += [
+        "in these times: the base's scores, and each cell's preparation, training and scores. `drift` takes at most a "
+        "tenth of a training more, and models are read, written and hashed between the stages",
         "by parts: tokens that the parts of a method read, while they prepare and beside the domain's in training",
         f"models that are not here yet: {_gib(plan['disk']['needed']['models'])} of disk, preparations at most "
         f"{_gib(plan['disk']['needed']['preparations'])}; {_gib(plan['disk']['free'])} are free",
@@ -354,7 +376,7 @@ def text(plan: dict) -> str:
     ]
     lines += [f"{model}: time estimated from {basis}" for model, basis in plan["basis"].items()]
     lines += [
-        f"{model}: `base` takes {_minutes(seconds)} more to test whether training on general text alone would improve "
+        f"{model}: of these `base` takes {_minutes(seconds)} to test whether training on general text alone would improve "
         "it (evaluate.improve: 0 switches that off)"
         for model, seconds in plan["seconds_improvable"].items()
     ]

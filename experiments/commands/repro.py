@@ -10,7 +10,7 @@ import os
 from importlib import import_module
 from pathlib import Path
 
-from experiments.study import whole
+from experiments.study import missing, whole
 
 
 def main(study) -> int:
@@ -39,7 +39,11 @@ def main(study) -> int:
         plan.refuse_models(study)
     reproduce.plan_repro = cell_by_cell
     keep_locks_whole()
-    return dvc(["repro", "-k", path])
+    if not study.name:  # the default study is for everybody to run, and a clone has its results already
+        return dvc(["repro", "-k", path])
+    missing.begin(path)
+    with missing.only_needed():
+        return dvc(["repro", "-k", path])
 
 
 def keep_locks_whole() -> None:

@@ -72,6 +72,7 @@ class Launch:
     tries: dict[str, int] = field(default_factory=dict)
     losses: dict[str, int] = field(default_factory=dict)
     jobs: dict[str, work.Job] = field(default_factory=dict)
+    looked: set[str] = field(default_factory=set)  # stages that were ready, and looked at
     reasons: dict[str, str] = field(default_factory=dict)  # of stages that were set aside
     ran: list[str] = field(default_factory=list)
 
@@ -104,6 +105,7 @@ class Launch:
 
     def _begin(self) -> None:
         """Give workers all that is ready and fits; stages that are up to date are done without."""
+        self._pass_over_finished()
         while (name := self.schedule.take(self.workers.fits)) is not None:
             try:
                 if job := self._prepared(name):
@@ -126,10 +128,18 @@ class Launch:
                 self._set_aside(name, str(error), recorded=not isinstance(error, LockError))
             self.show.update(self)
 
+    def _pass_over_finished(self) -> None:
+        """Let stages that are up to date be done, each looked at once, so that the display and the time left know it."""
+        while new := [name for name in self.schedule.ready() if name not in self.looked]:
+            self.looked.update(new)
+            for name in new:
+                if not self.stages.changed(name):
+                    self.schedule.finish(name, ran=False)
+
     def _prepared(self, name: str) -> work.Job | None:
         """The job of a stage, its old outputs removed; None if the stage is done without it."""
         if not self.stages.changed(name):
-            self.schedule.finish(name)
+            self.schedule.finish(name, ran=False)
             return None
         self.jobs[name] = job = self._job(name)
         if note := work.noted(job, self.study.paths.root):  # it has run, and its driver ended before it was committed

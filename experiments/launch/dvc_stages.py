@@ -11,12 +11,12 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from experiments.study import whole
+from experiments.study import missing, whole
 from methods.errors import UserError
 
 SHARE = 0.1  # of the time, spent on writing dvc.lock
@@ -31,8 +31,9 @@ class Stages:
         self.repo = repo
         self.lock_file = Path(path).with_suffix(".lock").absolute()
         self._stages = {stage.name: stage for stage in repo.stage.load_all(path)}
-        graph = build_graph(list(self._stages.values()))
-        self.after = {stage.name: frozenset(other.name for other in graph.successors(stage)) for stage in graph}
+        self._graph = build_graph(list(self._stages.values()))
+        self.after = {stage.name: frozenset(maker.name for maker in self._makers(stage)) for stage in self._graph}
+        self._restored: set[str] | None = None  # finished stages that run again; None: all whose outputs are missing
         self._pending: dict[str, dict] = {}
         self._busy: dict[str, ExitStack] = {}
         self._next = 0.0
@@ -41,10 +42,21 @@ class Stages:
     def __getitem__(self, name: str) -> Any:
         return self._stages[name]
 
-    def changed(self, name: str) -> bool:
-        """Whether DVC would run the stage, or restore it from its cache of runs, now that its inputs are there."""
+    def _makers(self, stage: Any) -> list:
+        """The stages that it reads from."""
+        return list(self._graph.successors(stage))
+
+    def restore_for(self, names: Iterable[str]) -> None:
+        """Let finished stages run again only where one of these stages, which is not finished, reads what is missing."""
         with self._locked():
-            return self._stages[name].changed()
+            self._restored = missing.to_restore(self._graph.subgraph([self._stages[name] for name in names]))
+
+    def changed(self, name: str) -> bool:
+        """Whether the stage is to run, or to be restored from DVC's cache of runs, now that its inputs are there."""
+        stage = self._stages[name]
+        finished = self._restored is not None and name not in self._restored
+        with self._locked():
+            return stage.changed(allow_missing=finished, upstream=self._makers(stage))
 
     def inputs(self, name: str, *, hashed: bool = True) -> dict[str, str]:
         """The md5 of each input by path from the root, or '' for each. Raises DvcException where one is missing.

@@ -91,7 +91,7 @@ class Schedule:
             _, needs = min(heads)
             name = heapq.heappop(self._ready[needs])[2]
             once = self.tasks[name].once
-            if name in self.aside:
+            if name in self.aside or name in self.done:
                 continue
             if once in self._held:
                 self._held[once].append(name)
@@ -102,13 +102,22 @@ class Schedule:
             return name
         return None
 
-    def finish(self, name: str) -> None:
-        """The task is done: those that waited for it alone are ready."""
-        self.running.discard(name)
+    def ready(self) -> list[str]:
+        """Tasks that could begin now, if there were room."""
+        waiting = (name for ready in self._ready.values() for *_, name in ready)
+        return [name for name in waiting if name not in self.aside and name not in self.done]
+
+    def finish(self, name: str, *, ran: bool = True) -> None:
+        """The task is done, or was before: those that waited for it alone are ready.
+
+        ran  whether it has run in this launch, so that the work that it shares with others is kept
+        """
+        if name in self.running:
+            self.running.discard(name)
+            if ran and (once := self.tasks[name].once):
+                self._kept.add(once)
+            self._release(name)
         self.done.add(name)
-        if once := self.tasks[name].once:
-            self._kept.add(once)
-        self._release(name)
         for other in self._behind[name]:
             self._before[other].discard(name)
             if not self._before[other]:

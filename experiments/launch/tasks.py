@@ -83,16 +83,12 @@ def seconds(study, plan: Mapping) -> dict[str, float]:
     """Seconds of each stage by the plan. Where the plan does not know them they are the mean of those it knows."""
     every = {cell.name: cell for cell in grid(study)}
     costs: dict[str, float | None] = {}
-    bases: dict[str, dict[str, float | None]] = {}
     for planned in plan["cells"]:
         cell = every[planned["cell"]]
         costs[f"prepare@{cell.model}-{cell.method}-{cell.seed}"] = planned["seconds_prepare"]
         costs[f"train@{cell.stage}"] = planned["seconds_train"]
         costs[f"evaluate@{cell.stage}"] = planned["seconds_evaluate"]
-        bases.setdefault(cell.model, {}).setdefault(cell.domain, planned["seconds_evaluate"])
-    for model, scored in bases.items():  # the base is scored on every domain's tasks
-        improvable = plan["seconds_improvable"].get(model) or 0.0
-        costs[f"base@{model}"] = None if None in scored.values() else sum(scored.values()) + improvable
+    costs |= {f"base@{model}": seconds for model, seconds in plan["seconds_base"].items()}
     found = [value for value in costs.values() if value]
     mean = sum(found) / len(found) if found else 1.0
     return {name: mean if value is None else value for name, value in costs.items()}

@@ -143,6 +143,8 @@ def run_anywhere(job: Job, root: str, token: str, code: bytes | None, asked: Map
     code   an archive of the project; None where inputs do not lie in the DVC remote yet
     asked  what the driver wants to have back
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a launch in the background of a script: Ray's stop needs it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if Path(root, token).is_file() and "HOLDFAST_TREE" not in os.environ:
         return run(job, root)
     if code is None:

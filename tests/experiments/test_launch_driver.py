@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -100,10 +101,12 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def launched(project: Path, *targets: str, workers=None, names: Names | None = None) -> Launch:
+def launched(project: Path, *targets: str, workers=None, names: Names | None = None, named: bool = False) -> Launch:
     study = config.load("demo").model_copy(update={"paths": Paths(study="demo", root=project)})
     with dvc_stages.opened("dvc.yaml") as stages:
         chosen = needed(stages.after, targets or ["join-summary"])
+        if named:
+            stages.restore_for(chosen)
         tasks = [Task(name=name, after=stages.after[name], needs=Needs(here=True)) for name in chosen]
         launch = Launch(
             study=study,
@@ -148,6 +151,22 @@ def test_a_launch_leaves_the_lock_of_a_serial_run_and_a_second_one_runs_nothing(
     for name in ("dvc.lock", "work", "results"):
         subprocess.run(["rm", "-rf", name], check=True)
     assert YAML(typ="safe").load(serial(project)) == lock
+
+
+def test_in_a_clone_of_a_named_study_finished_stages_run_only_for_what_is_read_of_them(project):
+    serial(project)
+    for name in ("work", ".dvc/cache"):
+        shutil.rmtree(project / name)
+    assert launched(project, named=True).ran == []
+    (project / "results/b.json").unlink()
+    assert launched(project, named=True).ran == []  # it is missing, and nothing that will run reads it
+    with Path("dvc.yaml").open() as file:
+        pipeline = YAML().load(file)
+    pipeline["stages"]["join-summary"]["cmd"] = pipeline["stages"]["join-summary"]["cmd"].replace("python", "python -B")
+    with Path("dvc.yaml").open("w") as file:
+        YAML().dump(pipeline, file)
+    assert launched(project, named=True).ran == ["data", "b", "join-b", "join-summary"]
+    assert not (project / "work/a").exists() and launched(project).ran == ["a"]
 
 
 def test_a_failed_stage_is_tried_once_more_then_set_aside_and_the_others_go_on(project):

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from experiments.launch import work
 from experiments.study.paths import HERE
 from tests.test_pipeline import project_of, run
 
@@ -151,10 +152,12 @@ def stage_of(folder: Path, kind: str) -> int:
     raise AssertionError(f"no {kind} runs")
 
 
-def begin(folder: Path, *arguments: str) -> subprocess.Popen:
+def begin(folder: Path, *arguments: str, background: bool = False) -> subprocess.Popen:
+    """Start a launch; in the background of a script it is not to heed Ctrl-C."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [*(["bash", "-c", "trap '' INT; exec \"$@\"", "--"] if background else []), *LAUNCH, *arguments]
     return subprocess.Popen(
-        [*LAUNCH, *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
@@ -172,13 +175,14 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_cell_is_replaced(launched, s
 
 
 @with_ray
-def test_ctrl_c_stops_all_stages_and_the_next_launch_goes_on(launched, serial):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_stop_ends_all_stages_and_the_next_launch_goes_on(launched, serial, background):
     for cell in CELLS[:2]:
         forget(launched, cell)
-    process = begin(launched, "--workers", "2")
+    process = begin(launched, "--workers", "2", background=background)
     stage = stage_of(launched, "train")
-    process.send_signal(signal.SIGINT)
-    told, _ = process.communicate()
+    process.send_signal(signal.SIGTERM if background else signal.SIGINT)
+    told, _ = process.communicate(timeout=work.PATIENCE)
     assert process.returncode == 130 and "stopping" in told and "Traceback" not in told, told
     assert not Path("/proc", str(stage)).exists()
     run(launched, *LAUNCH, "--workers", "2")

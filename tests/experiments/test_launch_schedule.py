@@ -50,6 +50,16 @@ def test_a_shared_preparation_is_made_by_one_and_waited_for_by_the_others():
     assert taken(schedule) == ["prepare@2"]
 
 
+def test_a_stage_that_was_finished_before_this_launch_has_made_nothing_that_others_share():
+    schedule = Schedule([Task(name=name, once="shared") for name in ("train@1", "train@2", "train@3")])
+    assert schedule.ready() == ["train@1", "train@2", "train@3"]
+    schedule.finish("train@1", ran=False)
+    assert schedule.ready() == ["train@2", "train@3"]
+    assert schedule.take(anything) == "train@2" and schedule.take(anything) is None  # 3 waits for what 2 makes
+    schedule.finish("train@2")
+    assert schedule.take(anything) == "train@3"
+
+
 def test_what_needs_a_failed_stage_is_set_aside_and_the_others_go_on():
     schedule = Schedule([*cell("a", seconds=2.0), *cell("b", seconds=1.0)])
     assert taken(schedule) == ["train@a", "train@b"]
