@@ -536,6 +536,37 @@ def test_cells_that_differ_in_finish_alone_train_once(project):
 
 
 @pytest.mark.thorough
+def test_a_clone_of_a_named_study_trains_only_what_is_new(project, tmp_path):
+    """`make study` where the committed results are there, and weights and rows are not."""
+    study = project / "experiments/studies/named/params.yaml"
+    params = YAML().load(HERE / "experiments/studies/demo/params.yaml")
+    params["grid"].update(methods=["full", "ewc"], seeds=[0])
+
+    def repro_named(folder: Path) -> list[str]:
+        run(folder, sys.executable, "-m", "experiments", "pipeline", "--study", "named")
+        told = run(folder, sys.executable, "-m", "experiments", "repro", "--study", "named").stdout
+        return re.findall(r"Running stage '[^':]*:?([^']+)'", told) or told
+
+    study.parent.mkdir()
+    YAML().dump(params, study)
+    assert "train@llama-tiny-sums-ewc-0" in repro_named(project)
+    run(project, "git", "add", "-A")
+    run(project, "git", "commit", "-qm", "a named study")
+    run(tmp_path, "git", "clone", "-q", str(project), "clone")
+    clone = tmp_path / "clone"
+    assert "study named is up to date" in repro_named(clone)
+    params["grid"].update(seeds=[0, 1])
+    YAML().dump(params, clone / study.relative_to(project))
+    first, again = repro_named(clone), repro_named(clone)
+    assert [name for name in first if name.startswith("train@")] == [
+        "train@llama-tiny-sums-full-1",
+        "train@llama-tiny-sums-ewc-1",
+    ]
+    assert {"resolve", "data", "model@llama-tiny", "compare"} < set(first) and "base@llama-tiny" not in first
+    assert "up to date" in again
+
+
+@pytest.mark.thorough
 def test_an_upgraded_library_is_told_and_the_advice_works(project, tmp_path):
     """The base is scored, transformers is upgraded, another cell is asked for: both are scored again, once the
     advice is followed.

@@ -78,7 +78,9 @@ def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
         for cell, made in zip(chosen, planned, strict=True)
         if not made["cached"]["prepared"]
     }
-    bases = {name: 0.0 if lock.done(f"base@{name}") and not anew else _base(study, models[name]) for name in chosen_models}
+    bases = {
+        name: 0.0 if lock.done(f"base@{name}") and not anew else _base(study, models[name]) for name in chosen_models
+    }
     needed = room.of(
         study,
         models={name: models[name].bytes for name in chosen_models},
@@ -376,8 +378,8 @@ def text(plan: dict) -> str:
     ]
     lines += [f"{model}: time estimated from {basis}" for model, basis in plan["basis"].items()]
     lines += [
-        f"{model}: of these `base` takes {_minutes(seconds)} to test whether training on general text alone would improve "
-        "it (evaluate.improve: 0 switches that off)"
+        f"{model}: of these `base` takes {_minutes(seconds)} to test whether training on general text alone would "
+        "improve it (evaluate.improve: 0 switches that off)"
         for model, seconds in plan["seconds_improvable"].items()
     ]
     return "\n".join(lines + plan["warnings"])

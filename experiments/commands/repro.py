@@ -37,11 +37,12 @@ def main(study) -> int:
         from experiments.commands import plan  # imports torch
 
         plan.refuse_models(study)
-    reproduce.plan_repro = cell_by_cell
     keep_locks_whole()
+    if study.name:
+        missing.begin(path)
+    reproduce.plan_repro = cell_by_cell
     if not study.name:  # the default study is for everybody to run, and a clone has its results already
         return dvc(["repro", "-k", path])
-    missing.begin(path)
     with missing.only_needed():
         return dvc(["repro", "-k", path])
 

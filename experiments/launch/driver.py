@@ -129,7 +129,7 @@ class Launch:
             self.show.update(self)
 
     def _pass_over_finished(self) -> None:
-        """Let stages that are up to date be done, each looked at once, so that the display and the time left know it."""
+        """Let stages that are up to date be done, each looked at once: the display and the time left count them."""
         while new := [name for name in self.schedule.ready() if name not in self.looked]:
             self.looked.update(new)
             for name in new:

@@ -47,7 +47,7 @@ class Stages:
         return list(self._graph.successors(stage))
 
     def restore_for(self, names: Iterable[str]) -> None:
-        """Let finished stages run again only where one of these stages, which is not finished, reads what is missing."""
+        """Let finished stages run again only where one of these stages will run and reads what is missing of theirs."""
         with self._locked():
             self._restored = missing.to_restore(self._graph.subgraph([self._stages[name] for name in names]))
 
