@@ -198,6 +198,17 @@ def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
     assert any(line.endswith("3.74 GiB") or "3.74 GiB " in line for line in text.splitlines()) and "MiB" in text
 
 
+def test_the_base_is_scored_once_on_the_tasks_of_every_domain(tmp_path):
+    domains = DEMO["domains"] | {"more": DEMO["domains"]["sums"]}
+    made = plan.make(study(tmp_path, domains=domains, grid={"models": ["gptj-6b"], "domains": ["sums", "more"]}))
+    first, *_, last = made["cells"]
+    assert first["cell"].split("/")[1:3] == ["sums", "full"] and last["cell"].split("/")[1:3] == ["more", "ewc"]
+    scores = first["seconds_evaluate"] + last["seconds_evaluate"] + sum(made["seconds_improvable"].values())
+    assert made["seconds_base"] == {"gptj-6b": pytest.approx(scores, abs=0.2)} and scores > 1
+    cells = sum(cell["seconds"] for cell in made["cells"])
+    assert made["total"]["seconds"] == pytest.approx(cells + scores, abs=0.5)
+
+
 def test_only_the_cells_that_are_asked_for(tmp_path):
     made = plan.make(study(tmp_path), patterns=["*/full/seed0", "*/ewc/*"])
     assert [c["cell"].split("/")[2] for c in made["cells"]] == ["full", "ewc"] and made["total"]["cells"] == 2
