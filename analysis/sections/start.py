@@ -100,6 +100,7 @@ def _gate(loaded: Loaded, model: str, record: Mapping[str, Any]) -> Mapping[str,
 def _settled(record: Mapping[str, Any], model: str, *, gate: Mapping[str, Any]) -> str:
     block, least = record["block"], record["block"]["gate"].get("nats", 0.01)
     others = [g for g in record["gates"] if g is not gate and g["steps"] == gate["steps"] and "learning_rate" in g]
+    still = "still" if (gate["low"] or 0) > 0 else "may still"  # the interval of the improvement
     lines = [
         f"{model} is {block['from']} after {record['steps']} steps on general text and on rows of the retention "
         f"tasks' data sets, none of which is scored. They took the general text of the probes from "
@@ -109,7 +110,7 @@ def _settled(record: Mapping[str, Any], model: str, *, gate: Mapping[str, Any]) 
         + (
             f"settled at that rate, because they do not lower it by {least:g} or more."
             if gate["holds"]
-            else "not settled, because they still lower it, and what a method loses is partly hidden."
+            else f"not settled, because they {still} lower it, and what a method loses is partly hidden."
         ),
     ]
     if others:

@@ -212,8 +212,8 @@ def _finished(study, model_name, domain, result, parts, base, where) -> nn.Modul
 
 
 def judge(trials: list[dict], *, domain: str) -> None:
-    """Mark the chosen trial of every method (`chosen`), others that are equal (`tied`), and an `end` of the values of
-    those that did not fail."""
+    """Mark the chosen trial of every method (`chosen`), others that are equal to it (`tied`), and whether its value is
+    the lowest or highest of those that did not fail (`end`)."""
     key = f"{domain}_nll"
     for method in dict.fromkeys(trial["method"] for trial in trials):
         own = [trial for trial in trials if trial["method"] == method]

@@ -70,10 +70,10 @@ def draw(domain: str, block: Domain, reader: Reader) -> Drawn:
         asked |= asked_there
     numbers = block.split.model_dump() if block.split else shares(len(given), tested=tested)
     if not block.split:
-        scored = "all of `test_rows` are" if tested else f"{numbers['test']} rows are"
+        scored = f"{numbers['test']} rows are scored (a tenth, at most {SCORED[1]})"
         print(
-            f"data: {domain}: no `split`: {scored} scored (a tenth, at most {SCORED[1]}), and {numbers['probe']} "
-            f"probed (a twentieth, at most {PROBED[1]})",
+            f"data: {domain}: no `split`: {'all of `test_rows` are scored' if tested else scored}, and "
+            f"{numbers['probe']} probed (a twentieth, at most {PROBED[1]})",
             flush=True,
         )
     split = splits.three_way(given, question=lambda row: asked[id(row)], where=where, test_rows=tests, **numbers)

@@ -1,6 +1,5 @@
 """How long the rest of a launch takes: the plan's seconds of each stage, corrected by what was measured."""
 
-from collections import defaultdict
 from collections.abc import Mapping
 
 from experiments.launch.schedule import Schedule
@@ -15,7 +14,7 @@ class Estimate:
 
     def __init__(self, planned: Mapping[str, float]):
         self._planned = planned
-        self._measured: dict[str, list[float]] = defaultdict(list)  # kind: [planned, measured, number]
+        self._measured: dict[str, list[float]] = {}  # kind: [planned, measured, number]
 
     def measured(self, name: str, seconds: float) -> None:
         for kind in (name.partition("@")[0], "") if self._planned.get(name) else (name.partition("@")[0],):
@@ -44,6 +43,7 @@ class Estimate:
         elapsed  seconds for which the running tasks have run
         """
         rest = {name: max(0.0, self.seconds(name) - elapsed.get(name, 0.0)) for name in schedule.open()}
-        paths = (schedule.path[name] * (self.factor or 1.0) - elapsed.get(name, 0.0) for name in rest)
-        longest = max(paths, default=0.0)
+        factor = self.factor or 1.0
+        ran = {name: min(elapsed.get(name, 0.0), factor * schedule.tasks[name].seconds) for name in rest}
+        longest = max((factor * schedule.path[name] - ran[name] for name in rest), default=0.0)
         return max(sum(rest.values()) / max(slots, 1.0), longest)

@@ -217,7 +217,8 @@ class RayWorkers:
         self._refs, self._given = {}, {}
 
     def close(self) -> None:
-        """End the connection to Ray, and Ray itself where it was started here."""
+        """Wait for the stages that run here, then leave Ray, and end it where it was started here."""
+        self._here.close()
         Path(self._root, self._token).unlink(missing_ok=True)
         self._ray.shutdown()
 

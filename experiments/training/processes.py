@@ -15,6 +15,7 @@ from methods.errors import UserError
 from methods.tools.process_group import Shards
 
 PATIENCE = timedelta(hours=6)  # other processes wait while the first one writes weights or looks for a preparation
+STOPPING = 90  # seconds in which stopped processes end their step and write a checkpoint; torchrun's own are 30
 PR_SET_PDEATHSIG = 1
 STARTED = "TORCHELASTIC_RUN_ID"  # the environment variable that torchrun sets
 
@@ -65,7 +66,9 @@ def start(count: int, arguments: list[str]) -> None:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     nodes = {"min_nodes": 1, "max_nodes": 1, "rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
-    config = LaunchConfig(nproc_per_node=count, run_id=uuid.uuid4().hex, max_restarts=0, **nodes)
+    config = LaunchConfig(
+        nproc_per_node=count, run_id=uuid.uuid4().hex, max_restarts=0, shutdown_timeout=STOPPING, **nodes
+    )
     # each process prints its own error; torchrun would add a page of traceback
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     try:

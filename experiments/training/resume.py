@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -102,9 +102,10 @@ class Resume:
         def wait(number: int, frame: Any) -> None:
             if self._stop and number == signal.SIGINT:
                 raise KeyboardInterrupt
-            if not self._stop and self._shards.first:
-                print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
-            self._stop = True
+            told, self._stop = self._stop, True
+            if not told and self._shards.first:
+                with suppress(OSError, RuntimeError):  # a terminal that is gone, or that is written to at this moment
+                    print("stopping after this step, with a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
 
         before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         heeded = {number: handler for number, handler in before.items() if handler not in (None, signal.SIG_IGN)}

@@ -73,3 +73,6 @@ def test_a_settled_base_shows_its_last_test_or_that_at_the_rate_of_plain_fine_tu
     loaded.cells["learning_rate"] = 0.2
     (line,) = start.sentences(loaded, MODEL)
     assert "rate of 0.2 change that by −0.012 [−0.025, +0.002]" in line and "by +0.024 [+0.004, +0.044] at 0.3" in line
+    assert settled or "because they may still lower it" in line  # the interval has 0
+    gates[1]["low"] = 0.001
+    assert settled or "because they still lower it" in start.sentences(loaded, MODEL)[0]

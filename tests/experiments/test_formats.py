@@ -232,11 +232,12 @@ def test_no_first_turn_prompt_or_text_is_in_two_sets(tmp_path):
     assert sum(map(len, asked)) == len(set.union(*asked)) <= 20
 
 
-def test_own_test_rows_are_all_scored_where_no_split_is_written(tmp_path):
+def test_own_test_rows_are_all_scored_where_no_split_is_written(tmp_path, capsys):
     tests = write(tmp_path / "test.jsonl", TEXTS[:4])
     made = study(tmp_path, TEXTS, "text", test_rows=tests)
     facts = write_data(made, tmp_path / "out")["domains"]["d"]
     assert facts["n"] == {"train": 53, "probe": 3, "test": 4} and facts["duplicates"]["between"] == 4
+    assert "no `split`: all of `test_rows` are scored, and 3 probed (a twentieth" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

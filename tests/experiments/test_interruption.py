@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from experiments.model.random_models import build
+from experiments.training import resume
 from experiments.training.engine import fit
 from experiments.training.resume import Resume
 from methods import registry
@@ -352,6 +353,17 @@ def test_a_stop_waits_for_the_end_of_the_step_and_loses_none(tmp_path, number, c
     finally:
         signal.signal(number, before)
     assert capsys.readouterr().err.count("stopping after this step, with a checkpoint") == 3
+
+
+def test_a_stop_is_heeded_where_nothing_can_be_printed(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise BrokenPipeError(32, "Broken pipe")
+
+    with monkeypatch.context() as gone:
+        gone.setattr(resume, "print", broken, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            run([Hoard(), Signals(3, [signal.SIGTERM])], tmp_path, every=900.0)
+    assert run([Hoard()], tmp_path, every=900.0).resumed == 4
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path):

@@ -130,3 +130,5 @@ def test_the_time_left_is_the_plans_corrected_by_what_was_measured():
     schedule.take(anything)
     schedule.take(anything)
     assert estimate.left(schedule, slots=9, elapsed={"train@b": 20.0}) == pytest.approx(3 * (8 + 2) - 20)
+    # a stage that takes longer than it should leaves all that waits for it
+    assert estimate.left(schedule, slots=9, elapsed={"train@b": 100.0}) == pytest.approx(3 * 2)

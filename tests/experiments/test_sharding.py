@@ -13,9 +13,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from experiments.launch.work import PATIENCE
 from experiments.model.random_models import build
 from experiments.model.weights import load_model
 from experiments.study.paths import HERE
+from experiments.training import processes
 from experiments.training.engine import final_weights, fit
 from experiments.training.sharded_weights import ShardedWeights
 from methods import registry
@@ -209,6 +211,16 @@ def test_runs_of_two_processes_go_on_too(tmp_path):
         for name, tensor in whole["final"].items():
             assert torch.equal(again["final"][name], tensor), f"{method}: {name}"
         assert again["curve"] == whole["curve"]
+
+
+def test_stopped_processes_have_time_for_a_step_and_a_checkpoint(monkeypatch):
+    from torch.distributed.launcher import api
+
+    configs = []
+    monkeypatch.setattr(api, "elastic_launch", lambda config, program: lambda *command: configs.append(config))
+    processes.start(2, ["train", "a/b/c/seed0"])
+    assert [(c.nproc_per_node, c.shutdown_timeout) for c in configs] == [(2, processes.STOPPING)]
+    assert 30 < processes.STOPPING < PATIENCE  # torchrun's own seconds; those after which `launch` kills a stage
 
 
 def test_a_number_is_whole_in_every_process():
