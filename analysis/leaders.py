@@ -45,7 +45,7 @@ def ranking(loaded: Loaded, *, model: str, domain: str) -> tuple[float, pd.DataF
         ends = (float(np.mean([nats[run][1] for run in own])) for nats in (domain_nats, general_nats))
         table[method] = base[0] - next(ends), next(ends) - base[1]
     best = {name: chosen.chosen(loaded, name, model=model, domain=domain) for name in families(table)}
-    if PLAIN not in best:
+    if best.get(PLAIN) not in table:
         raise ValueError(f"{PLAIN} was not probed on {domain}")
     level = SHARE * table[best[PLAIN]][0]
     for name, own in families(table).items():

@@ -42,7 +42,8 @@ def start(*, address: str, cores: int, gpus: int, memory: int | None) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     own = {"num_cpus": cores, "num_gpus": gpus, "object_store_memory": OBJECTS, "include_dashboard": False}
     own |= {"_memory": memory} if memory else {}
-    try:
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})  # Ray's processes inherit it: a terminal that
+    try:  # ends tells them too, and they are to go on until the trainings have written their checkpoints
         ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR", **({} if address else own))
     except Exception as error:  # Ray raises what comes, also a plain Exception
         if address:
@@ -51,6 +52,8 @@ def start(*, address: str, cores: int, gpus: int, memory: int | None) -> None:
                 "its head node"
             ) from error
         raise UserError(f"Ray does not start here: {shortened(error)}; run the same command again") from error
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
     signal.signal(signal.SIGTERM, handler)  # Ray has put one of its own in its place
     ray.cloudpickle.register_pickle_by_value(work)  # other machines need not have this file
 

@@ -146,7 +146,7 @@ def run_anywhere(job: Job, root: str, token: str, code: bytes | None, asked: Map
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a launch in the background of a script: Ray's stop needs it
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if Path(root, token).is_file() and "HOLDFAST_TREE" not in os.environ:
-        return run(job, root)
+        return run(job, root, clear=True)  # the driver leaves them where a worker that it has lost may still write
     if code is None:
         return Outcome(status=1, host=os.uname().nodename, apart=True)
     tree = _unpacked(code)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -119,6 +120,12 @@ def launched(project: Path, *targets: str, workers=None, names: Names | None = N
         )
         launch.run()
     return launch
+
+
+def launch_job(project: Path, name: str) -> work.Job:
+    """A job by whose name the lock of a stage is found."""
+    folder = "work/local/launch/demo"
+    return work.Job(name=name, address="", command="", deps={}, outs=(), folder=folder)
 
 
 def serial(project: Path) -> str:
@@ -269,6 +276,33 @@ def test_a_machine_that_goes_away_is_no_failure_of_its_stage(project, times, los
     launch = launched(project, workers=Going(str(project)))
     assert set(launch.reasons) == ({"a"} if lost else set())
     assert lost or status() == {}
+
+
+def test_outputs_are_left_to_a_lost_worker_that_still_writes(project):
+    """It holds the stage's lock: the driver gives the stage to another worker, which waits, and removes nothing."""
+    held = ExitStack()
+
+    class Apart(Pool):
+        given = 0
+
+        def give(self, job, needs):
+            self.given += job.name == "a"
+            if self.given == 2 and job.name == "a":
+                assert (project / "work/a/part.txt").exists()
+                held.close()
+            super().give(job, needs)
+
+        def ended(self, seconds):
+            outcomes = super().ended(seconds)
+            if "a" in outcomes and self.given == 1:
+                (project / "work/local/launch/demo/a.json").unlink()  # its note: it has not ended yet
+                held.enter_context(work.alone(launch_job(project, "a"), str(project)))
+                outcomes["a"] = work.Outcome(status=-9, tail=work.LOST, lost=True)
+            return outcomes
+
+    workers = Apart(str(project))
+    launch = launched(project, workers=workers)
+    assert workers.given == 2 and not launch.reasons and status() == {}
 
 
 def test_without_workers_a_launch_ends_and_keeps_what_has_ended(project):

@@ -153,12 +153,11 @@ def stage_of(folder: Path, kind: str) -> int:
 
 
 def begin(folder: Path, *arguments: str, background: bool = False) -> subprocess.Popen:
-    """Start a launch; in the background of a script it is not to heed Ctrl-C."""
+    """Start a launch in a session of its own; in the background of a script it is not to heed Ctrl-C."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [*(["bash", "-c", "trap '' INT; exec \"$@\"", "--"] if background else []), *LAUNCH, *arguments]
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **pipes)
 
 
 @with_ray
@@ -175,13 +174,20 @@ def test_a_worker_that_is_killed_in_the_middle_of_a_cell_is_replaced(launched, s
 
 
 @with_ray
-@pytest.mark.parametrize("background", [False, True])
-def test_a_stop_ends_all_stages_and_the_next_launch_goes_on(launched, serial, background):
+@pytest.mark.parametrize(
+    ("sent", "background"),
+    [(signal.SIGINT, False), (signal.SIGTERM, True), (signal.SIGHUP, False)],
+    ids=["ctrl-c", "in the background of a script", "the end of the terminal"],
+)
+def test_a_stop_ends_all_stages_and_the_next_launch_goes_on(launched, serial, sent, background):
     for cell in CELLS[:2]:
         forget(launched, cell)
     process = begin(launched, "--workers", "2", background=background)
     stage = stage_of(launched, "train")
-    process.send_signal(signal.SIGTERM if background else signal.SIGINT)
+    if sent == signal.SIGTERM:
+        process.send_signal(sent)
+    else:  # a terminal sends it to all processes
+        os.killpg(process.pid, sent)
     told, _ = process.communicate(timeout=work.PATIENCE)
     assert process.returncode == 130 and "stopping" in told and "Traceback" not in told, told
     assert not Path("/proc", str(stage)).exists()
