@@ -27,7 +27,7 @@ class Here:
         return os.cpu_count() or 1
 
     def give(self, job: work.Job, needs: Needs) -> None:
-        self._running[job.name] = self._pool.submit(work.run, job, self._root, stop=self._stop.is_set)
+        self._running[job.name] = self._pool.submit(work.run, job, self._root, stop=self._stop.is_set, clear=True)
 
     def ended(self, seconds: float) -> dict[str, work.Outcome]:
         """Outcomes of jobs that have ended; waits for so many seconds at most."""
