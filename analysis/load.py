@@ -18,6 +18,7 @@ from methods.errors import UserError
 from methods.tools.files import AGAIN, read_json
 
 NOT_STARTED = "has not been run"
+TRAINED_AGAIN = "trained again, and its scores are of the weights before"
 KINDS = {dict: "a mapping", str: "a text", Real: "a number", list: "a list", bool: "true or false"}
 METRICS = {  # what metrics.json and details.json must hold before anything is computed from it
     **dict.fromkeys(("scores_by_task", "forgetting_by_task", "transfer_by_task", "n", "scoring", "parts"), dict),
@@ -142,12 +143,16 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         model, _, method, seed = name.split("/")
         run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
         if failure.exists():
-            failures.append({**_checked(failure, FAILURE), "cell": name})
+            failures.append({**_dated(failure, _checked(failure, FAILURE)), "cell": name})
             continue
         if (found := record(run)) is None:
             failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _progress(run), "when": ""})
             continue
         train = _train(run / "train.json")
+        scored = found.get("weights_sha256")
+        if scored is not None and train.get("weights_sha256", scored) != scored:
+            failures.append({"cell": name, "stage": "", "kind": "not run", "reason": TRAINED_AGAIN, "when": ""})
+            continue
         row = _complete(run, found) | {"cell": name}
         row |= {key: train[key] for key in ("settings", "device", "when", "steps", "finished") if key in train}
         rows.append(row | {"peak_memory_train_bytes": train.get("peak_memory_bytes")})
@@ -238,7 +243,11 @@ def _complete(run: Path, content: dict) -> dict:
 def _train(path: Path) -> dict:
     if not path.exists():
         return {}
-    content = _checked(path, {})
+    return _dated(path, _checked(path, {}))
+
+
+def _dated(path: Path, content: dict) -> dict:
+    """The content, whose `when` is a time where there is one."""
     try:
         datetime.fromisoformat(content.get("when") or "2000-01-01")
     except (TypeError, ValueError):
@@ -265,6 +274,8 @@ def _table(
 ) -> pd.DataFrame:
     """A CSV file with at least `columns`; the `numeric` ones (all, by default) hold numbers only; `without` some."""
     try:
+        if path.suffix == ".csv" and not path.read_bytes().endswith(b"\n"):  # the end of a number may be missing
+            raise _damaged(path, "its last line is cut off")
         head = pd.read_csv(path, nrows=0).columns
         # by default pandas reads a task called `nan` or `null` as missing, and a task called `01` as a number
         missing = {name: ["", "nan"] for name in head if name != "task"}

@@ -14,7 +14,7 @@ from lm_eval.config.task import TaskConfig
 
 from evaluation.shipped import refuse_unsafe, shipped_config
 from evaluation.templates import environment
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 from methods.settings import refuse, shown
 
 SPLIT = "test"
@@ -175,8 +175,9 @@ def _refuse_forms(name: str, config: Mapping[str, Any]) -> None:
             try:
                 environment.parse(template)
                 environment.from_string(template)
-            except jinja2.TemplateError as error:
-                raise UserError(f"task {name}: {key} {template[:60]!r} is not a valid template: {error}") from error
+            except Exception as error:  # a template is a program, and may raise anything while it is compiled
+                why = str(error) if isinstance(error, jinja2.TemplateError) else shortened(error)
+                raise UserError(f"task {name}: {key} {template[:60]!r} is not a valid template: {why}") from error
 
 
 def _refuse_generation(name: str, settings: Mapping[str, Any]) -> None:

@@ -25,7 +25,7 @@ from experiments.study import environment
 from experiments.study.advice import of_study
 from experiments.study.screen import Screen, shown
 from experiments.training import allocator
-from methods.errors import UserError, lacks
+from methods.errors import UserError, lacks, shortened
 
 DISK_ERRORS = {
     getattr(errno, name) for name in "EACCES EPERM EROFS ENOSPC EDQUOT EFBIG EIO ENOTDIR EISDIR ENAMETOOLONG".split()
@@ -154,20 +154,39 @@ def main() -> int:
                 file=sys.stderr,
             )
             return 2
-        if not lacked_memory(error):
+        if "home directory" in str(error):  # pathlib's, which does not name the path
+            message = "a path begins with ~ and a name that no user of this machine has: write the whole path"
+        elif lacked_memory(error):
+            message = (
+                f"out of memory ({str(error).strip().partition(chr(10))[0] or 'MemoryError'}): lower "
+                "evaluate.batch_size or train.micro_batch, or use a machine with more"
+            )
+        else:
             raise
-        message = (
-            f"out of memory ({str(error).strip().partition(chr(10))[0] or 'MemoryError'}): lower evaluate.batch_size "
-            "or train.micro_batch, or use a machine with more"
-        )
     except KeyboardInterrupt:
         stopped = "stopped; finished cells are complete, and `dvc repro` continues from here"
         if options.command == "audit":
             stopped = "stopped; scores of a model that are complete are kept for the next run of the same command"
         print(of_study(stopped, study), file=sys.stderr)
         return 130
+    except BaseException as error:
+        if not _of_tokenizer(error):
+            raise
+        message = (
+            f"a tokenizer fails ({shortened(error)}): its tokenizer.json is damaged, or has no token for text that it "
+            "does not know; fetch the model's folder again, or choose another model"
+        )
     print(f"error: {shown(message)}", file=sys.stderr)
     return 2
+
+
+def _of_tokenizer(error: BaseException) -> bool:
+    """Whether the library tokenizers raised it: as a panic of its Rust code, or as a plain Exception."""
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    plain = type(error) is Exception and frame and "tokeniz" in frame.tb_frame.f_code.co_filename
+    return bool(plain) or type(error).__name__ == "PanicException"
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def inline(svg: str, *, prefix: str, label: str, drawn: dict[str, str] | None = 
     drawn   the page's definitions so far, each with its id; known ones are used again, new ones are added
     """
     drawn = {} if drawn is None else drawn
-    svg = svg[svg.index("<svg") :]
+    svg = svg[max(svg.find("<svg"), 0) :]  # without one it is refused below
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.S)
     svg = re.sub(r'\sxmlns(:xlink)?="[^"]*"', "", svg).replace("xlink:href=", "href=")
     used = dict.fromkeys(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', svg))

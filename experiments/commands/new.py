@@ -11,6 +11,7 @@ root's. Nothing is fetched, and an existing study is never changed.
 import contextlib
 import io
 import json
+import re
 import shlex
 import shutil
 import tempfile
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluation.chance import WARNING
-from experiments.data import domain, token_lengths
+from experiments.data import domain, local, token_lengths
 from experiments.data import rows as sources
 from experiments.data.guess import Guess, guess
 from experiments.data.reader import Reader
@@ -160,9 +161,9 @@ def _rows_block(rows: str, root: Path, encoding: str | None) -> dict[str, Any]:
         raise UserError(f"--rows {rows}: there is no such file or folder; give a path from the project's root")
     inside = path.resolve().is_relative_to(root.resolve())
     place = path.resolve().relative_to(root.resolve()).as_posix() if inside else str(path.absolute())
-    if not (saved := path / "dataset_dict.json").is_file():
+    if not (path / "dataset_dict.json").is_file():
         return {"rows": {"local": {"path": place, "encoding": encoding}} if encoding else place}
-    splits = json.loads(saved.read_text(encoding="utf-8"))["splits"]
+    splits = local.splits(path)
     first = "train" if "train" in splits else splits[0]
     found = {"rows": {"local": {"path": place, "split": first}}}
     return found | ({"test_rows": {"local": {"path": place, "split": "test"}}} if "test" in splits != first else {})
@@ -195,7 +196,7 @@ def _names(given: str) -> list[str]:
 
 
 def _seeds(given: str) -> list[int]:
-    if not _names(given) or not all(seed.isdecimal() for seed in _names(given)):
+    if not _names(given) or not all(re.fullmatch("[0-9]{1,19}", seed) for seed in _names(given)):
         raise UserError(f"--seeds {given!r}: write whole numbers from 0, such as 0,1,2")
     return [int(seed) for seed in _names(given)]
 

@@ -20,6 +20,7 @@ from methods.errors import UserError
 from methods.tools.names import unknown
 
 SEEDS = "2,3,5,8,12,20"
+MOST = 10**9  # seeds, items or tests
 
 
 def main(
@@ -42,8 +43,8 @@ def main(
         raise UserError(f"--difference {difference}: it must be above 0, in nats or a share of 1 (0.02 is 2 points)")
     of_seeds, of_items = _counts("--seeds", seeds, least=2), _counts("--items", items, least=2) if items else []
     tests = max(len(study.grid.methods) - 1, 1) if tests is None else tests
-    if tests < 1:
-        raise UserError(f"--tests {tests}: it must be a whole number from 1")
+    if not 1 <= tests <= MOST:
+        raise UserError(f"--tests {tests}: it must be a whole number from 1 to {MOST:,}")
     found = spreads(guarded(load_cells(study.paths.results, [cell.name for cell in cells.grid(study)])), measure)
     if not found and measure not in USUAL:
         raise UserError(
@@ -93,8 +94,8 @@ def _counts(name: str, written: str, *, least: int) -> list[int]:
         counts = [int(part) for part in written.split(",")]
     except ValueError:
         counts = []
-    if not counts or min(counts) < least:
-        raise UserError(f"{name} {written}: it must be whole numbers from {least}, such as 3,5,8")
+    if not counts or min(counts) < least or max(counts) > MOST:
+        raise UserError(f"{name} {written}: it must be whole numbers from {least} to {MOST:,}, such as 3,5,8")
     return counts
 
 

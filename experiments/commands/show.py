@@ -20,12 +20,12 @@ def main(study, *, domain: str, rows: int, model: str) -> None:
     """Print the first `rows` training examples of a domain, encoded with a model's tokenizer (default: the first of the
     grid). Rows are read as the `data` stage reads them, so that it need not have run.
     """
-    for kind, name, known in (("domain", domain, study.domains), ("model", model, ["", *study.models])):
+    model = model or study.grid.models[0]
+    for kind, name, known in (("domain", domain, study.domains), ("model", model, study.models)):
         if name not in known:
             raise unknown(kind, name, known)
     if rows < 1:
         raise UserError(f"--rows is {rows}: it must be a whole number from 1")
-    model = model or study.grid.models[0]
     if (tokenizer := named_model.of_study(study, model).tokenizer) is None:
         raise UserError(
             f"the tokenizer of {model} is not on this machine yet: `dvc repro model@{model}` fetches it, or name a "

@@ -16,10 +16,12 @@ from collections import Counter
 from dataclasses import fields
 from math import isfinite
 from pathlib import Path
+from sys import float_info
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from analysis.families import families, family, member
 from experiments.commands import plan
@@ -112,6 +114,8 @@ def beside(own: Any, values: str, *, knob: str, whole: bool) -> list:
             f"{knob} {values}: the method's own value is {own!r}, which has no sides: write a range LOW..HIGH, or a "
             "list A,B,C"
         )
+    if not isfinite(own * ratio):
+        raise UserError(f"{knob} {values}: {own} times {ratio:g} is too large a number: take a smaller one, such as x2")
     around = [float(f"{value:.{DIGITS}g}") for value in (own / ratio, own * ratio)]
     return [round(value) for value in around] if whole else around
 
@@ -137,6 +141,8 @@ def spread(values: str, *, knob: str, whole: bool, points: int | None, linear: b
             f"{knob} {values}: equal ratios need ends above 0; --linear spaces values evenly, and a list A,B,C may "
             "contain 0"
         )
+    if not isfinite(high - low if linear else high / low):
+        raise UserError(f"{knob} {values}: the ends are too far apart: write a range that a setting can have")
     steps = [step / (count - 1) for step in range(count)]
     spaced = [low + (high - low) * s if linear else low * (high / low) ** s for s in steps]
     spaced = [low, *(float(f"{value:.{DIGITS}g}") for value in spaced[1:-1]), high]
@@ -224,10 +230,13 @@ def _scalar(text: str, *, knob: str) -> Any:
             value = kind(text)
         except ValueError:
             continue
-        if not isfinite(value):
-            raise UserError(f"{knob}: {text!r} is not a finite number")
+        if not abs(value) <= float_info.max:  # `isfinite` fails on a whole number beyond it
+            raise UserError(f"{knob}: {text[:60]!r} is not a finite number")
         return value
-    value = YAML(typ="safe", pure=True).load(text) if text else None
+    try:
+        value = YAML(typ="safe", pure=True).load(text) if text else None
+    except (YAMLError, ValueError, LookupError):
+        value = None
     if not isinstance(value, str | bool):
         raise UserError(f"{knob}: {text!r} is not a value: write a range LOW..HIGH or a list A,B,C")
     return value

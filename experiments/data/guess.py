@@ -1,5 +1,6 @@
 """In which format the rows of a file are, and which of their columns are which, from the columns' names and values."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -137,14 +138,15 @@ def _task(examples: Mapping[str, Any], rows: Sequence[Row]) -> Guess | None:
         labels_of = [list(LETTERS)] * len(rows)
     elif column and isinstance(examples[column], list):
         reads, choices, labels = [column], column, repr(LETTERS)
-        texts_of, labels_of = [row.get(column) or [] for row in rows], [list(LETTERS)] * len(rows)
+        texts_of, labels_of = [_list(row.get(column)) for row in rows], [list(LETTERS)] * len(rows)
     elif column and examples[column].keys() >= {"text", "label"}:  # as ARC has them
         reads, choices, labels = [column], f"{column}.text", f"{column}.label"
-        texts_of, labels_of = ([(row.get(column) or {}).get(key) or [] for row in rows] for key in ("text", "label"))
+        inside = [value if isinstance(value := row.get(column), dict) else {} for row in rows]
+        texts_of, labels_of = ([_list(value.get(key)) for value in inside] for key in ("text", "label"))
     else:
         return None
     answers = [row.get(gold) for row in rows]
-    places = [int(value) if str(value).isdigit() else -1 for value in answers]
+    places = [int(value) if re.fullmatch("[0-9]{1,9}", str(value)) else -1 for value in answers]
     counts = [len(texts) for texts in texts_of]
     if all(0 <= place < count for place, count in zip(places, counts)):
         target = gold
@@ -164,3 +166,7 @@ def _task(examples: Mapping[str, Any], rows: Sequence[Row]) -> Guess | None:
     }
     block = {"task": task, "metric": "acc", "question": question}
     return Guess(format="task", reads=(question, *reads, gold), block=block)
+
+
+def _list(value: Any) -> list:
+    return value if isinstance(value, list) else []

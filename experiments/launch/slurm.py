@@ -71,8 +71,9 @@ def write(study, *, template: Path, folder: Path, found: Mapping[tuple[int, Need
     """Write the scripts and their lists. Raises UserError for a template that lacks what it needs."""
     try:
         text = template.read_text()
-    except OSError as error:
-        raise UserError(f"--slurm {template}: {error.strerror.lower()}: give the path of a template") from error
+    except (OSError, UnicodeDecodeError) as error:
+        why = (getattr(error, "strerror", None) or "it is not UTF-8 text").lower()
+        raise UserError(f"--slurm {template}: {why}: give the path of a template") from error
     if "{{log}}" in text and re.search(r"[\s%]", place := str(folder.absolute())):
         raise UserError(f"{{{{log}}}} would be in {place}, and Slurm reads no path with a space or a % there")
     folder.mkdir(parents=True, exist_ok=True)

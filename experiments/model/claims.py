@@ -105,7 +105,8 @@ def _values(value: Any, key: str = "") -> Iterator[tuple[str, int | float | str]
     """Every number and text in a JSON value by the nearest name above it."""
     if isinstance(value, dict):
         for name, inner in value.items():
-            yield from _values(inner, key if name.isdigit() or "." in name else name)
+            kept = name.isdigit() or "." in name or key.endswith("implementation")  # the last: one for each sub-config
+            yield from _values(inner, key if kept else name)
     elif isinstance(value, list):
         for inner in value:
             yield from _values(inner, key)

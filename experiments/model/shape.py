@@ -73,7 +73,7 @@ def _adapted(model: nn.Module, part: Part) -> nn.Module:
         model = part.adapt(model, seed=0)
     except UserError:
         raise
-    except ValueError as error:
+    except (ValueError, TypeError, RuntimeError) as error:  # the last two: sizes beyond 64 bits
         raise UserError(f"{part.key}: {name} cannot be adapted as this block says: {shortened(error)}") from error
     for path, module in model.named_modules():
         if not hasattr(module, "lora_A"):

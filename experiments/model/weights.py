@@ -123,7 +123,9 @@ def load_tokenizer(folder: Path, *, config: PreTrainedConfig | None = None) -> P
     try:
         with quiet():
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **given)
-    except Exception as error:  # the tokenizers library raises plain Exception
+    except BaseException as error:  # the tokenizers library raises plain Exception, or its Rust code panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         if "trust_remote_code" in str(error):
             raise UserError(
                 f"{folder} has a tokenizer that needs code of its own (auto_map in tokenizer_config.json), which is "

@@ -1,6 +1,7 @@
 """A cell: one (model, domain, method, seed), written `model/domain/method/seed0`."""
 
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -54,7 +55,7 @@ def matching(study, patterns: Sequence[str]) -> list[Cell]:
 def parse(text: str, study) -> Cell:
     """The cell written `model/domain/method/seed0`. Raises UserError for an unknown name, with the nearest one."""
     pieces = text.strip("/").split("/")
-    if len(pieces) != 4 or not pieces[3].startswith("seed") or not pieces[3][4:].isdigit():
+    if len(pieces) != 4 or not re.fullmatch("seed[0-9]{1,19}", pieces[3]):
         raise UserError(f"cell {text!r} must be written model/domain/method/seed0")
     for kind, name, known in zip(("model", "domain", "method"), pieces, (study.models, study.domains, study.methods)):
         if name not in known:

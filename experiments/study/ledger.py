@@ -6,6 +6,7 @@ the weights came out equal bit for bit.
 
 import json
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 
 from experiments.study.provenance import now
@@ -26,12 +27,14 @@ def note(study, *, stage: str, cell: str, weights: str) -> None:
 
 
 def entries(study) -> list[dict]:
-    """What `note` wrote of this study, in order; a line that was cut off, as on a full disk, is passed over."""
+    """What `note` wrote of this study, in order; a line that was cut off or damaged is passed over."""
     found = []
     for line in path(study).read_bytes().splitlines() if path(study).is_file() else ():
-        with suppress(ValueError):
-            found.append(json.loads(line))
-    return [entry for entry in found if isinstance(entry, dict) and {"cell", "when"} <= entry.keys()]
+        with suppress(ValueError, TypeError, KeyError):
+            entry = json.loads(line)
+            if datetime.fromisoformat(entry["when"]).tzinfo and isinstance(entry["cell"], str):
+                found.append(entry)
+    return found
 
 
 def verdict(study, cell, metrics: dict | None, *, notes: list[dict]) -> str:

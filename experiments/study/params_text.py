@@ -56,8 +56,8 @@ def read_yaml(path: Path) -> dict:
         ) from error
     except RecursionError as error:
         raise UserError(f"{path.name} is not valid YAML: it nests lists or mappings without end") from error
-    # ValueError: a date that does not exist; LookupError: `!!bool maybe`
-    except (YAMLError, ValueError, LookupError) as error:
+    # ValueError: a date that does not exist; LookupError: `!!bool maybe`; OverflowError: "\UFFFFFFFF"
+    except (YAMLError, ValueError, LookupError, OverflowError) as error:
         raise UserError(f"{path.name} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
         raise UserError(
@@ -83,8 +83,9 @@ def _size(value: Any, known: dict[int, int], depth: int = 0) -> int:
 
 
 def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen: set[int] | None = None) -> None:
-    """Refuse YAML that a file of settings cannot hold: keys that are not text, dates, bytes, sets, half characters, and
-    aliases inside their own anchor. The message names the path of keys.
+    """Refuse YAML that a file of settings cannot hold: keys that are not text, dates, bytes, sets, half characters,
+    zero characters, whole numbers of more than 64 bits, and aliases inside their own anchor. The message names the path
+    of keys.
     """
     seen = set() if seen is None else seen
     if id(value) in above:
@@ -93,6 +94,8 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             half = "half of a character (\\ud800 to \\udfff)"
             raise UserError(f"{where} is {shown(value)}: it has {half}; write the character itself")
+        if "\0" in value:
+            raise UserError(f"{where} is {shown(value)}: it has a zero character (\\0): take it out")
     elif isinstance(value, dict | list):
         if id(value) in seen:
             return
@@ -106,8 +109,12 @@ def refuse_odd(value: Any, *, where: str = "", above: tuple[int, ...] = (), seen
             elif isinstance(key, int) and where.endswith(".doc_to_choice"):  # lm-eval takes the values alone
                 path = where
             else:
+                if isinstance(key, int):  # of so many digits that it cannot be shown
+                    refuse_odd(key, where=f"a key of {where or 'params.yaml'}")
                 raise UserError(f"{where or 'params.yaml'}: the key {shown(key)} is not text: put it in quotes")
             refuse_odd(inner, where=path, above=(*above, id(value)), seen=seen)
+    elif isinstance(value, int) and value.bit_length() > 64:  # no library takes it, and Python may not even write it
+        raise UserError(f"{where} is a whole number of {value.bit_length()} bits: write one of at most 63")
     elif isinstance(value, date):
         raise UserError(f"{where} is {value}, which YAML reads as a date: put it in quotes")
     elif value is not None and not isinstance(value, bool | int | float):

@@ -102,6 +102,7 @@ def test_a_broken_file_is_named(tmp_path):
             lambda text: "".join(text.splitlines(keepends=True)[:9]),
             "it ends at step 7, and train.json at 60",
         ),
+        ("curve.csv", lambda text: text[:-2], "its last line is cut off"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_is_wrong_and_what_restores_it(tmp_path, file, damage, message):
@@ -128,6 +129,21 @@ def test_damaged_items_and_failures_are_named(tmp_path):
     failure.write_text("{}")
     with pytest.raises(UserError, match=r"seed0.json is not what its stage writes \(stage is missing"):
         load_cells(tmp_path, planned)
+    failure.write_text('{"stage": "train", "kind": "nan", "reason": "r", "when": "yesterday"}')
+    with pytest.raises(UserError, match=r"seed0.json is not what its stage writes \(when is 'yesterday', not a time"):
+        load_cells(tmp_path, planned)
+
+
+def test_scores_of_the_weights_before_are_not_those_of_a_cell_that_was_trained_again(tmp_path):
+    planned = write_results(tmp_path, methods=("full", "lora"), seeds=(0,))
+    path = tmp_path / "runs" / planned[0] / "train.json"
+    train = json.loads(path.read_text())
+    known = json.loads((path.parent / "metrics.json").read_text())["weights_sha256"]
+    for digest, found in ((known, planned), ("f" * 64, planned[1:])):
+        path.write_text(json.dumps(train | {"weights_sha256": digest}))
+        loaded = load_cells(tmp_path, planned)
+        assert list(loaded.cells.index) == list(found) and set(loaded.curves["cell"]) == set(found)
+    assert loaded.failures["reason"].to_list() == ["trained again, and its scores are of the weights before"]
 
 
 def test_cells_may_be_objects_with_a_name(tmp_path):

@@ -139,6 +139,8 @@ def test_what_did_not_train_or_shares_a_training_is_not_pooled(tmp_path):
             full = tmp_path / "runs" / name.replace("copy", "full") / "metrics.json"
             metrics["weights_sha256"] = json.loads(full.read_text())["weights_sha256"]
         path.write_text(json.dumps(metrics))
+        train = path.with_name("train.json")
+        train.write_text(json.dumps(json.loads(train.read_text()) | {"weights_sha256": metrics["weights_sha256"]}))
     alone, all_of = (paired_tests(load_cells(tmp_path, cells), **PAIR) for cells in (few, names))
     merged = alone.merge(all_of, on=["measure", "a", "b", "family"], suffixes=("", "_all"))
     assert len(merged) == len(alone)

@@ -71,6 +71,7 @@ def audited(folder: Path, *, work: Path, **how):
         ({"hidden_size": 10**12}, "states hidden_size"),
         ({"attn_implementation": "someone/kernel"}, "states attn_implementation: .*program code of the hub"),
         ({"text_config": {"_attn_implementation": "someone/kernel"}}, "states _attn_implementation: .*program code"),
+        ({"attn_implementation": {"": "someone/kernel"}}, "states attn_implementation: .*program code of the hub"),
         ({"vocab_size": 10**8, "intermediate_size": 10**8}, "describes .* weights, and its files hold"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "num_groups": 10**9}}, "states num_groups"),
     ],

@@ -59,6 +59,12 @@ def answer(monkeypatch, capsys):
     [
         (("train", "smollm2-135m/science/ewd/seed0"), "unknown method 'ewd'.*did you mean 'ewc'"),
         (("train", "nonsense"), "must be written model/domain/method/seed0"),
+        (("train", "smollm2-135m/science/ewc/seed²"), "must be written model/domain/method/seed0"),
+        (("train", f"smollm2-135m/science/ewc/seed{'9' * 5000}"), "must be written model/domain/method/seed0"),
+        (
+            ("audit", "~no-user-of-this-name/model", "other"),
+            "a path begins with ~ and a name that no user of this machine has",
+        ),
         (("plan", "*/nonsense/*"), r"no cell of the grid matches \*/nonsense/\*"),
         (("check", "mofoo"), "unknown part .mofoo.: did you mean .mofo."),
         (("model", "smolm2-135m"), "unknown model 'smolm2-135m': did you mean 'smollm2-135m'"),
@@ -90,6 +96,21 @@ def test_a_disk_that_refuses_is_named_without_a_traceback(monkeypatch, answer):
         status == 2
         and "error: results/summary/table.csv: read-only file system; correct the path, make it writable" in said
     )
+
+
+def test_a_tokenizer_that_fails_is_named_without_a_traceback(monkeypatch, answer):
+    """The library's Rust code raises plain Exceptions, and where it panics an error that is none."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    from experiments import __main__ as command
+
+    lacking = Tokenizer(models.WordLevel({"a": 0}, unk_token="<unk>"))
+    strip = decoders.Strip(content="a", left=0, right=5).decode
+    for fail in (lambda options: PreTrainedTokenizerFast(tokenizer_object=lacking)("b"), lambda options: strip(["a"])):
+        monkeypatch.setattr(command, "run", fail)
+        status, _, said = answer("compare")
+        assert status == 2 and "error: a tokenizer fails (" in said and "its tokenizer.json is damaged" in said
 
 
 def test_away_from_the_root_the_way_back_is_told(monkeypatch, answer, tmp_path):

@@ -81,6 +81,7 @@ def put(path, value):
         ("train/moments", "float16", "train.moments is 'float16': it must be one of float32, bfloat16"),
         ("models/llama-tiny/processes", 0, "models.llama-tiny.processes is 0: it must be a whole number from 1"),
         ("device", "tpu", "device is 'tpu'"),
+        ("evaluate/chat_template", "a\0b", "evaluate.chat_template is 'a.x00b': it has a zero character"),
         ("evaluate", {"batchsize": 4}, "unknown key 'batchsize' in evaluate: did you mean 'batch_size'"),
     ],
 )
@@ -109,6 +110,10 @@ def test_mistakes_are_named(tmp_path, path, value, message):
         (b"- a\n", "params.yaml must be a mapping of blocks"),
         (b"a: 1\nb: \xff\n", "params.yaml line 2 has bytes that are not UTF-8"),
         (b"a: 2024-99-99\n", "params.yaml is not valid YAML: month"),
+        (b'a: "\\UFFFFFFFF"\n', "params.yaml is not valid YAML: "),
+        pytest.param(b"a: 1" + b"0" * 400, "a is a whole number of 1329 bits: write one of at most 63", id="no float"),
+        pytest.param(b"a: 0x" + b"f" * 5000, "a is a whole number of 20000 bits", id="not to be shown"),
+        pytest.param(b"? 0x" + b"f" * 5000 + b"\n: a", "a key of params.yaml is a whole number of", id="as a key"),
     ],
 )
 def test_broken_yaml_is_named_with_its_line(tmp_path, text, message):

@@ -76,6 +76,9 @@ def test_the_template_is_filled_in_and_a_wrong_one_is_refused(study, tmp_path, m
             slurm.write(study, template=template, folder=folder, found=found)
     with pytest.raises(UserError, match="give the path of a template"):
         slurm.write(study, template=tmp_path / "none", folder=folder, found=found)
+    template.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="it is not utf-8 text: give the path of a template"):
+        slurm.write(study, template=template, folder=folder, found=found)
 
 
 def test_each_phase_waits_for_those_before_it(study, tmp_path, monkeypatch):

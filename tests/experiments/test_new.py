@@ -137,6 +137,33 @@ def test_rows_longer_than_the_longest_length_are_said(root, capsys):
     assert "% of the rows are longer than train.length (512)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"question": "q", "choices": ["a", "b"], "answer": "²"}],
+        [{"question": "q", "choices": ["a", "b"], "answer": "9" * 5000}],
+        [{"question": "q", "choices": ["a", "b"], "answer": 1}, {"question": "q", "choices": 5, "answer": 1}],
+        [{"question": "q", "choices": {"text": 5, "label": 6}, "answer": "A"}],
+        [{"question": "q", "choices": {"text": ["a"], "label": ["A"]}, "answer": "A"}]
+        + [{"question": "q", "choices": ["a"], "answer": "A"}],
+    ],
+)
+def test_choices_and_answers_of_another_kind_are_no_task(rows):
+    with pytest.raises(UserError, match="which are not those of task"):
+        guess(rows, where="r", format="task")
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [("{", "is not JSON"), ('{"splits": []}', "names no sets"), ('{"splits": ["..", "a"]}', "names no sets")],
+)
+def test_a_saved_data_set_without_the_names_of_its_sets_is_refused(root, damaged, message):
+    (root / "saved").mkdir()
+    (root / "saved/dataset_dict.json").write_text(damaged)
+    with pytest.raises(UserError, match=message):
+        begin(root, name="mine", rows="saved")
+
+
 def test_rows_of_no_format_are_refused_by_their_columns():
     rows = [Row({"prompt": "a", "chosen": "b", "rejected": "c"}, at="line 1")]
     wanted = r"columns chosen, prompt, rejected, which are not those of chat .*--columns completion=chosen"

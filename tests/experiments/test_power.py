@@ -52,6 +52,8 @@ def test_a_study_states_its_own(study, capsys):
         ({"difference": 1.0, "seeds": "1,3"}, "from 2"),
         ({"difference": 1.0, "items": "many"}, "whole numbers"),
         ({"difference": 1.0, "tests": -1}, "from 1"),
+        ({"difference": 1.0, "tests": 10**400}, "from 1 to 1,000,000,000"),
+        ({"difference": 1.0, "seeds": f"2,{10**400}"}, "from 2 to 1,000,000,000"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(study, wrong, said):

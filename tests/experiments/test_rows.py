@@ -113,6 +113,27 @@ def test_columns_are_renamed_kept_or_emptied():
         rows.shape(given, Shaped(**{"set": {"q": "{{c}}"}}), where="w")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ q | dictsort }}",  # AttributeError
+        "{{ q | truncate(-1) }}",  # AssertionError
+        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",  # RecursionError
+        "{{ cycler() }}",  # RuntimeError
+        "{% for a in q %}" * 25 + "{% endfor %}" * 25,  # SyntaxError, when it is compiled
+        f"{{{{ {'[' * 300}{']' * 300} }}}}",  # RecursionError, when it is compiled
+    ],
+)
+def test_whatever_a_template_raises_is_told_in_one_line(template):
+    with pytest.raises(UserError, match="w: `set` of 'q', .* is not a valid template|w: row 1 does not fit `set`"):
+        rows.shape([{"q": "abc"}], Shaped(set={"q": template}), where="w")
+    with pytest.raises(UserError, match="w: .* does not fit row 1"):
+        rows.text({"q": "abc"}, template + "{{ q }}", where="w")
+    if template.startswith("{{"):
+        with pytest.raises(UserError, match="w: `keep`, .* is not a valid expression|w: row 1 does not fit `keep`"):
+            rows.shape([{"q": "abc"}], Shaped(keep=template.strip("{} ")), where="w")
+
+
 def test_rows_are_kept_by_an_expression():
     given = [{"level": level, "kind": kind} for level in range(4) for kind in "ab"]
 

@@ -166,6 +166,8 @@ def test_a_line_of_the_ledger_that_was_cut_off_costs_that_line_alone(study):
     ledger.note(study, stage="train", cell="a", weights="1")
     (path,) = study.paths.local.glob("ledger*")
     path.write_bytes(path.read_bytes() + b'{"stage": "train", "cell": "b", "wei')
+    with path.open("a") as file:
+        file.write('{"cell": "b", "when": "yesterday"}\n{"cell": "b", "when": 3}\n[]\n{"cell": "b"}\n')
     ledger.note(study, stage="train", cell="c", weights="3")
     assert [entry["cell"] for entry in ledger.entries(study)] == ["a", "c"]
 

@@ -160,6 +160,12 @@ def test_training_rates_whole_numbers_and_names_of_choices(demo):
         (("ewc", "ewc.strength", "1,,2"), "'' is not a value"),
         (("ewc", "ewc.strength", "nan,1"), "'nan' is not a finite number"),
         (("ewc", "ewc.strength", "1,1e400"), "'1e400' is not a finite number"),
+        (("ewc", "ewc.strength", f"1,1{'0' * 400}"), "'10+' is not a finite number"),
+        (("ewc", "ewc.scope", "[a"), r"'\[a' is not a value"),
+        (("ewc", "ewc.scope", "*a"), r"'\*a' is not a value"),
+        (("ewc", "ewc.scope", "!!int a"), "'!!int a' is not a value"),
+        (("ewc", "ewc.samples", "x1e308"), "16 times 1e.308 is too large a number"),
+        (("ewc", "ewc.samples", "1e-320..1e308"), "the ends are too far apart"),
         (("full", "train.epochs", "1,2"), "train.epochs changes the tokens.*a study of its own"),
         (("full", "train.length", "128,512"), "train.length changes the tokens"),
         (

@@ -158,6 +158,10 @@ IN_WEIGHTS = {
         "holds no tokenizer that transformers can load",
     ),
     "an empty tokenizer": (content("tokenizer.json", "{}"), "holds no tokenizer"),
+    "a tokenizer at which its library panics": (
+        content("tokenizer.json", '{"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}'),
+        "holds no tokenizer that transformers can load",
+    ),
     "a length in quotes": (
         content("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": "512"}'),
         "model_max_length in tokenizer_config.json is '512': write a number",
