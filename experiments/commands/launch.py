@@ -33,6 +33,8 @@ from experiments.study import cells, missing, pipeline
 from experiments.training import hardware
 from methods.errors import UserError
 
+MOST = 1_000_000  # workers, and cells of a simulation
+
 
 def main(
     study,
@@ -49,8 +51,8 @@ def main(
     if submit and not template:
         raise UserError("--submit goes with --slurm TEMPLATE: it submits what that writes")
     for option, number in (("--workers", workers), ("--simulate", simulated)):
-        if number is not None and number < 1:
-            raise UserError(f"{option} {number}: it must be a whole number from 1")
+        if number is not None and not 1 <= number <= MOST:
+            raise UserError(f"{option} {number}: it must be a whole number from 1 to {MOST:,}")
     for number in (signal.SIGTERM, signal.SIGHUP):  # the end of a terminal, too, but not below nohup
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
