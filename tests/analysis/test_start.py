@@ -5,6 +5,7 @@ import json
 import pytest
 
 from analysis import numbers
+from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.sections import start
 from analysis.sections.columns import others
@@ -73,3 +74,19 @@ def test_a_settled_base_shows_its_last_test_or_that_at_the_rate_of_plain_fine_tu
     loaded.cells["learning_rate"] = 0.2
     (line,) = start.sentences(loaded, MODEL)
     assert "rate of 0.2 change that by −0.012 [−0.025, +0.002]" in line and "by +0.024 [+0.004, +0.044] at 0.3" in line
+
+
+def test_the_test_shown_is_at_the_rate_that_was_chosen_for_plain_fine_tuning(tmp_path):
+    """A second setting of it, at a rate at which the base counts as settled, changes nothing."""
+    cells = write_results(tmp_path, methods=("full", "full-s1"))
+    loaded = load_cells(tmp_path, cells)
+    gates = [
+        {"steps": 100, "learning_rate": rate, "improvement": 0.01, "low": 0.0, "high": 0.02, "nats": 3.0, "of": 40}
+        | {"holds": rate == 0.4}
+        for rate in (0.1, 0.4)
+    ]
+    block = {"from": "raw", "gate": {"steps": 40, "learning_rate": 0.4}}
+    loaded.base[MODEL]["settle"] = {"gates": gates, "block": block, "steps": 100, "nats": 3.3, "settled": True}
+    best = chosen(loaded, "full", model=MODEL, domain=DOMAIN)
+    loaded.cells["learning_rate"] = [0.1 if best == method else 0.4 for method in loaded.cells["method"]]
+    assert start.is_settled(loaded, MODEL) is False and "rate of 0.1" in start.sentences(loaded, MODEL)[0]
