@@ -69,7 +69,7 @@ def reading(loaded: Loaded, table: pd.DataFrame) -> str:
         return "There is one seed: the intervals cover the scored items of this run, not another run of the method."
     text = "Intervals are 95 % and over seeds and scored items"
     text += ", or over items alone for a method with one seed." if 1 in seeds else "."
-    return text + " A method with several settings is in the answer and the tests at the one chosen on probe rows."
+    return text + " Of a method with several settings, the answer takes the one chosen on probe rows."
 
 
 def without_accuracy(table: pd.DataFrame) -> list[str]:
@@ -139,8 +139,8 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     key, others = _main(rows), rows[rows["method"].map(family) != PLAIN]
     if not key or others.empty:
         return f"{where} there is no remedy to compare".strip()
-    against, beyond = _against_plain(loaded, rows, tests, key), f"{_pairs(tests, key)}{_composed(tests, key)}"
-    beyond += _credited(loaded, rows) + _elsewhere(loaded, rows, tests, key)
+    against, beyond = _against_plain(loaded, rows, tests, key), _pairs(rows, tests, key)
+    beyond += _composed(tests, key) + _credited(loaded, rows)
     if against.empty:
         return f"{where} {_ordered(loaded, others, key)}{beyond}".strip()
     by_method, found = rows.set_index("method"), []
@@ -195,9 +195,10 @@ def _at(row: pd.Series) -> str:
     return f"at a gain of {_gain(row, bounds=False).partition(' ')[0]}"
 
 
-def _pairs(tests: pd.DataFrame, key: str) -> str:
-    """How many pairs of leaders are told apart."""
+def _pairs(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
+    """How many pairs of the leaders in `rows` are told apart."""
     own = tests[(tests["family"] == "leaders") & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
+    own = own[own["a"].isin(rows["method"]) & own["b"].isin(rows["method"])]
     apart = int((own["p_holm"] < LEVEL).sum())
     pairs = "pair of leaders" if len(own) == 1 else "pairs of leaders"
     could = _found_from(own[~(own["p_holm"] < LEVEL)], key)
@@ -254,16 +255,6 @@ def _found_from(unsure: pd.DataFrame, key: str) -> str:
     sizes = (1 if key in BY_KEY else 100) * unsure["detectable"].dropna()
     ends = _range([f"{sizes.min():.2g}", f"{sizes.max():.2g}"]) if len(sizes) else ""
     return f" (a difference of {ends} {_what(key).partition(' of ')[0]} would have been found)" if ends else ""
-
-
-def _elsewhere(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
-    """The remedies whose chosen setting is tested against another setting of plain fine-tuning than the chosen one."""
-    own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
-    own = own[own["a"].isin(loaded.roles.leading(rows["method"])) & ~own["b"].isin(rows["method"])]
-    if own.empty:
-        return ""
-    each = [f"{row['a']} with {row['b']}" for _, row in own.iterrows()]
-    return f"; of those chosen at another setting the table below compares {words.few(each, most=NAMED)}"
 
 
 def _costs(rows: pd.DataFrame) -> str:
