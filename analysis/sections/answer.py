@@ -16,7 +16,7 @@ from analysis.sections.credit import against_control, apart
 from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
 
-NAMED = 3  # methods named one by one in a sentence
+NAMED = 5  # methods named one by one in a sentence
 SPELLED = 2  # pairs of model and domain that have a clause each; more are summed up
 
 
@@ -149,7 +149,8 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
         if len(sure):
             ordered = sure.sort_values("difference", key=lambda values: -values.abs())["a"]
             each = [f"{m} ({_lost(by_method.loc[m], key, bounds=False)} {_at(by_method.loc[m])})" for m in ordered]
-            named = f"{', '.join(each[:NAMED])}{f' and {len(each) - NAMED} others' if len(each) > NAMED else ''}"
+            rest = len(each) - NAMED
+            named = ", ".join(each[:NAMED]) + (f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else "")
             found.append(
                 f"{len(sure)} of {len(against)} remedies lose significantly {side} after Holm's correction: {named}"
             )
@@ -170,7 +171,8 @@ def _ordered(loaded: Loaded, others: pd.DataFrame, key: str) -> str:
     text = f"{least[0]} loses {'least, ' if others else ''}{least[1]} {_what(key)} {least[2]}"
     more = [f"{method} loses {lost} {gained}" for method, lost, gained in others[: NAMED - 1]]
     if len(each) > NAMED:
-        more.append(f"{len(each) - NAMED} others lose up to {_lost(own.iloc[-1], key, bounds=False)}")
+        rest = f"{len(each) - NAMED} others lose" if len(each) > NAMED + 1 else "one other loses"
+        more.append(f"{rest} up to {_lost(own.iloc[-1], key, bounds=False)}")
     once = (own["seeds"] == 1).all()
     if not others:
         return f"in one run {text}" if once else text
@@ -246,7 +248,7 @@ def _untold(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where: s
     unsure = against[~against["sure"]] if len(against) else against
     if unsure.empty:
         return ""
-    named = words.few(unsure["a"], most=NAMED)
+    named = words.few(unsure["a"])
     return f"{where} not told apart from plain fine-tuning: {named}{_found_from(unsure, key)}".strip()
 
 

@@ -10,7 +10,7 @@ from analysis import numbers
 from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.roles import Roles
-from analysis.sections.answer import reading, sentences, without_accuracy
+from analysis.sections.answer import _remedies, _untold, reading, sentences, without_accuracy
 from analysis.sections.tables import as_markdown
 from analysis.sections.told import with_told
 from analysis.statistics.comparison import comparison
@@ -69,6 +69,18 @@ def test_what_could_not_be_told_apart_stands_with_what_could_have_been(several):
     assert re.search(
         r"0 of 3 pairs of leaders are told apart \(a difference of .* found\)", sentences(loaded, table, pairs)[1]
     )
+
+
+def test_five_remedies_have_a_name_each(several):
+    loaded, table, tests = several
+    names = ["one", "two", "three", "four", "five"]
+    rows = [table, *(table[table["method"] == "ewc"].assign(method=name) for name in names)]
+    own = tests[(tests["family"] == "full") & (tests["measure"] == "general_nll_lost") & (tests["a"] == "ewc")]
+    other = replace(loaded, roles=Roles(leaders=tuple(names)))
+    for p, place in ((0.01, 1), (0.2, 2)):
+        more = pd.concat([own.assign(a=name, p_holm=p) for name in names])
+        with_names = [_remedies, _untold][place - 1](other, pd.concat(rows), more, where="")
+        assert all(name in with_names for name in names) and "others" not in with_names
 
 
 def test_a_setting_that_was_not_chosen_decides_nothing_in_the_answer(tmp_path):
