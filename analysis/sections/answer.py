@@ -219,9 +219,18 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
     at = " at equal gain" if own is tested["equal_gain"] else ""
     sure = own[own["p_holm"] < LEVEL]
     if sure.empty:
-        return f"; no composition loses significantly less than every single remedy{at}{_found_from(own, key)}"
+        why = f"{_found_from(own, key)}{_not_reached(own) if at else ''}"
+        return f"; no composition loses significantly less than every single remedy{at}{why}"
     each = _and([f"{row['a']} ({numbers.p(row['p_holm'])})" for _, row in sure.iterrows()])
     return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy{at}"
+
+
+def _not_reached(unsure: pd.DataFrame) -> str:
+    """The compositions that never gain as much as another method does at its first setting, of which nothing can be
+    found at equal gain (analysis/statistics/tests.py)."""
+    names = list(unsure.loc[unsure["detectable"].isna(), "a"])
+    never = "it never does" if len(names) == 1 else "they never do"
+    return f" ({_and(names)} cannot be judged: another method gains at its first setting what {never})" if names else ""
 
 
 def _credited(loaded: Loaded, rows: pd.DataFrame) -> str:

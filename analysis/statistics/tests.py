@@ -139,7 +139,10 @@ def _compositions(contrasts: Contrasts, composed: list[str], key: str) -> list[d
 
 
 def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Resampled) -> list[dict]:
-    """One row for each composition's family, by redrawn seeds and items; the error is that of its interval."""
+    """One row for each composition's family, by redrawn seeds and items; the error is that of its interval.
+
+    It is NaN where the other gains more at its first setting than the composition ever does: nothing can be found.
+    """
     several = {name for name in made.families if made.seeds_of(name) > 1}
     composed = list(dict.fromkeys(map(family, composed)))
     singles = [name for name in made.families if name in several and name not in composed]
@@ -148,7 +151,8 @@ def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Re
         found = {b: equal for b in singles if (equal := equal_gain(made, a, b, key=key)) and equal.p is not None}
         each = {b: equal.p if equal.less else 1.0 for b, equal in found.items()}
         if each and len(each) == len(singles):  # a claim about every single remedy needs all of them
-            b = max(each, key=lambda b: (each[b], found[b].difference))
+            b = max(each, key=lambda b: (each[b], found[b].beyond == b, found[b].difference))
             seeds, bounds = min(map(made.seeds_of, (a, b))), (found[b].difference, found[b].low, found[b].high)
-            worst[a, b], p[a, b] = Interval(*bounds, n.n, seeds, "method", found[b].error, np.inf), each[b]
+            error = np.nan if found[b].beyond == b else found[b].error
+            worst[a, b], p[a, b] = Interval(*bounds, n.n, seeds, "method", error, np.inf), each[b]
     return _rows(key, "equal_gain", worst, p)

@@ -108,6 +108,8 @@ def test_a_composition_must_beat_every_single_remedy(several):
         equal = pd.concat([tests, same.assign(p_holm=0.5), same.assign(family="equal_gain")])  # the claim that counts
         found = sentences(loaded, table, equal)[1]
         assert text in found and "every single remedy at equal gain" in found
+    beyond = sentences(loaded, table, pd.concat([tests, row.assign(family="equal_gain", p_holm=1.0, detectable=None)]))
+    assert "both cannot be judged: another method gains at its first setting what it never does" in beyond[1]
 
 
 def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone(several):

@@ -111,6 +111,7 @@ def test_a_composition_must_forget_less_than_every_single_remedy(loaded):
     equal = composed[composed["family"] == "equal_gain"].set_index("measure")
     assert list(equal.index) == list(FORGETTING) and (equal["low"] < equal["high"]).all()
     assert equal.loc["general_nll_lost", "p"] == 1.0  # some gain more at once than it ever does
+    assert np.isnan(equal.loc["general_nll_lost", "detectable"])  # so that no difference could have been found
     harsh = paired_tests(replace(loaded, roles=Roles(compositions=("full",))), **PAIR)
     assert (harsh.loc[harsh["family"] == "compositions", "p"] == 1).all()
     assert "ewc" not in set(composed.loc[composed["family"] == "leaders", ["a", "b"]].to_numpy().ravel())
