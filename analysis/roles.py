@@ -31,6 +31,12 @@ class Roles:
         others = {PLAIN, *self.controls.values(), *self.compositions}
         return [method for method in methods if not _among(method, others)]
 
+    def setting_levels(self, families: Iterable[str]) -> list[str]:
+        """The families that decide at which gain all are compared: plain fine-tuning, the leaders that are named and
+        the compositions, or without named leaders all."""
+        deciding = {PLAIN, *map(family, [*self.leaders, *self.compositions])}
+        return [name for name in families if not self.leaders or name in deciding]
+
     def composed(self, methods: Iterable[str]) -> list[str]:
         """The compositions among `methods`."""
         return [method for method in methods if _among(method, self.compositions)]

@@ -16,7 +16,7 @@ from analysis.sections.credit import against_control, apart
 from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
 
-NAMED = 3  # methods named one by one in a sentence
+NAMED = 5  # methods named one by one in a sentence
 SPELLED = 2  # pairs of model and domain that have a clause each; more are summed up
 
 
@@ -69,7 +69,7 @@ def reading(loaded: Loaded, table: pd.DataFrame) -> str:
         return "There is one seed: the intervals cover the scored items of this run, not another run of the method."
     text = "Intervals are 95 % and over seeds and scored items"
     text += ", or over items alone for a method with one seed." if 1 in seeds else "."
-    return text + " A method with several settings is in the answer and the tests at the one chosen on probe rows."
+    return text + " Of a method with several settings, the answer takes the one chosen on probe rows."
 
 
 def without_accuracy(table: pd.DataFrame) -> list[str]:
@@ -139,8 +139,8 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     key, others = _main(rows), rows[rows["method"].map(family) != PLAIN]
     if not key or others.empty:
         return f"{where} there is no remedy to compare".strip()
-    against, beyond = _against_plain(loaded, rows, tests, key), f"{_pairs(tests, key)}{_composed(tests, key)}"
-    beyond += _credited(loaded, rows) + _elsewhere(loaded, rows, tests, key)
+    against, beyond = _against_plain(loaded, rows, tests, key), _pairs(rows, tests, key)
+    beyond += _composed(tests, key) + _credited(loaded, rows)
     if against.empty:
         return f"{where} {_ordered(loaded, others, key)}{beyond}".strip()
     by_method, found = rows.set_index("method"), []
@@ -149,7 +149,8 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
         if len(sure):
             ordered = sure.sort_values("difference", key=lambda values: -values.abs())["a"]
             each = [f"{m} ({_lost(by_method.loc[m], key, bounds=False)} {_at(by_method.loc[m])})" for m in ordered]
-            named = f"{', '.join(each[:NAMED])}{f' and {len(each) - NAMED} others' if len(each) > NAMED else ''}"
+            rest = len(each) - NAMED
+            named = ", ".join(each[:NAMED]) + (f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else "")
             found.append(
                 f"{len(sure)} of {len(against)} remedies lose significantly {side} after Holm's correction: {named}"
             )
@@ -170,7 +171,8 @@ def _ordered(loaded: Loaded, others: pd.DataFrame, key: str) -> str:
     text = f"{least[0]} loses {'least, ' if others else ''}{least[1]} {_what(key)} {least[2]}"
     more = [f"{method} loses {lost} {gained}" for method, lost, gained in others[: NAMED - 1]]
     if len(each) > NAMED:
-        more.append(f"{len(each) - NAMED} others lose up to {_lost(own.iloc[-1], key, bounds=False)}")
+        rest = f"{len(each) - NAMED} others lose" if len(each) > NAMED + 1 else "one other loses"
+        more.append(f"{rest} up to {_lost(own.iloc[-1], key, bounds=False)}")
     once = (own["seeds"] == 1).all()
     if not others:
         return f"in one run {text}" if once else text
@@ -195,9 +197,10 @@ def _at(row: pd.Series) -> str:
     return f"at a gain of {_gain(row, bounds=False).partition(' ')[0]}"
 
 
-def _pairs(tests: pd.DataFrame, key: str) -> str:
-    """How many pairs of leaders are told apart."""
+def _pairs(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
+    """How many pairs of the leaders in `rows` are told apart."""
     own = tests[(tests["family"] == "leaders") & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
+    own = own[own["a"].isin(rows["method"]) & own["b"].isin(rows["method"])]
     apart = int((own["p_holm"] < LEVEL).sum())
     pairs = "pair of leaders" if len(own) == 1 else "pairs of leaders"
     could = _found_from(own[~(own["p_holm"] < LEVEL)], key)
@@ -216,9 +219,18 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
     at = " at equal gain" if own is tested["equal_gain"] else ""
     sure = own[own["p_holm"] < LEVEL]
     if sure.empty:
-        return f"; no composition loses significantly less than every single remedy{at}{_found_from(own, key)}"
+        why = f"{_found_from(own, key)}{_not_reached(own) if at else ''}"
+        return f"; no composition loses significantly less than every single remedy{at}{why}"
     each = _and([f"{row['a']} ({numbers.p(row['p_holm'])})" for _, row in sure.iterrows()])
     return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy{at}"
+
+
+def _not_reached(unsure: pd.DataFrame) -> str:
+    """The compositions that never gain as much as another method does at its first setting, of which nothing can be
+    found at equal gain (analysis/statistics/tests.py)."""
+    names = list(unsure.loc[unsure["detectable"].isna(), "a"])
+    never = "it never does" if len(names) == 1 else "they never do"
+    return f" ({_and(names)} cannot be judged: another method gains at its first setting what {never})" if names else ""
 
 
 def _credited(loaded: Loaded, rows: pd.DataFrame) -> str:
@@ -245,7 +257,7 @@ def _untold(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where: s
     unsure = against[~against["sure"]] if len(against) else against
     if unsure.empty:
         return ""
-    named = words.few(unsure["a"], most=NAMED)
+    named = words.few(unsure["a"])
     return f"{where} not told apart from plain fine-tuning: {named}{_found_from(unsure, key)}".strip()
 
 
@@ -254,16 +266,6 @@ def _found_from(unsure: pd.DataFrame, key: str) -> str:
     sizes = (1 if key in BY_KEY else 100) * unsure["detectable"].dropna()
     ends = _range([f"{sizes.min():.2g}", f"{sizes.max():.2g}"]) if len(sizes) else ""
     return f" (a difference of {ends} {_what(key).partition(' of ')[0]} would have been found)" if ends else ""
-
-
-def _elsewhere(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
-    """The remedies whose chosen setting is tested against another setting of plain fine-tuning than the chosen one."""
-    own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
-    own = own[own["a"].isin(loaded.roles.leading(rows["method"])) & ~own["b"].isin(rows["method"])]
-    if own.empty:
-        return ""
-    each = [f"{row['a']} with {row['b']}" for _, row in own.iterrows()]
-    return f"; of those chosen at another setting the table below compares {words.few(each, most=NAMED)}"
 
 
 def _costs(rows: pd.DataFrame) -> str:

@@ -35,8 +35,8 @@ def columns(rows: pd.DataFrame) -> list[Column]:
 
     A measure that is known of no method, as in results before it was recorded, has no column.
     """
-    known = _knows(rows)
-    made = [Column(head="method", text=_method, brief=_named)]
+    known, most = _knows(rows), rows["seeds"].max()
+    made = [Column(head="method", text=partial(_method, most=most), brief=_named)]
     if known(DOMAIN):
         made.append(Column(head=GAIN_NATS, text=lambda row: _bounded(row, DOMAIN, numbers.nats)))
     else:
@@ -115,11 +115,14 @@ def _of_text(rows: pd.DataFrame) -> bool:
     return bool((rows["metric"] == units.PER_TOKEN).all())
 
 
-def _method(row: pd.Series) -> str:
-    """A method and what it saw beside the domain, which is part of its name."""
+def _method(row: pd.Series, *, most: int) -> str:
+    """A method, what it saw beside the domain, which is part of its name, and its seeds if others have more."""
     beside = [row.get(key) for key in ("tokens_prepare", "tokens_added")]
     tokens = sum(value for value in beside if not numbers.missing(value))
-    return _named(row) + (f" (+{tokens:,.0f} tokens)" if tokens else "")
+    about = [f"+{tokens:,.0f} tokens"] if tokens else []
+    if 0 < row["seeds"] < most:
+        about.append(f"{row['seeds']} seed{'s' if row['seeds'] > 1 else ''}")
+    return _named(row) + (f" ({', '.join(about)})" if about else "")
 
 
 def _named(row: pd.Series) -> str:

@@ -1,5 +1,7 @@
 """What methods lose at the same gain (analysis/statistics/matched.py), as the report shows it."""
 
+from collections.abc import Collection
+
 import numpy as np
 import pandas as pd
 
@@ -27,24 +29,25 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
         return None
     chosen = reported_methods(loaded, model=model, domain=domain)
     runs = trajectories(loaded, model=model, domain=domain, methods=chosen)
-    at = level(made)
+    deciding = loaded.roles.setting_levels(made.families)
+    at = level(made, deciding)
     if at is None:
         none = "No method gained on the domain, so there is no gain at which losses could be compared."
         return {"sentences": [none], "heads": [], "rows": [], "notes": [], "along": None}
-    table, against = matched(made), _against(made, apart(loaded))
+    table, against = matched(made, deciding), _against(made, apart(loaded))
     shown = list(made.losses)
     heads = ["method", "settings", "gains, nats/token", *(_head(key) for key in shown)]
     heads += [f"against {PLAIN} or its control, at the most that both gain"] if against else []
     return {
         "sentences": [
-            _rule(made, at[0]),
+            _rule(made, at[0], deciding),
             *_verdict(made, against, shown[0]),
             *sentences(loaded, model=model, domain=domain),
         ],
         "heads": heads,
         "rows": [_line(made, table[table["family"] == name], against) for name in made.families],
         "notes": _notes(made, bool(against)),
-        "along": _along(runs) if runs is not None else None,
+        "along": _along(runs, deciding) if runs is not None else None,
     }
 
 
@@ -59,13 +62,14 @@ def _against(made: Resampled, controls: dict[str, str]) -> dict[str, Equal]:
     return {name: one for name, one in found.items() if one is not None}
 
 
-def _rule(made: Resampled, gain: float) -> str:
-    most = {name: made.values[DOMAIN][own].max() for name, own in made.families.items()}
+def _rule(made: Resampled, gain: float, deciding: Collection[str]) -> str:
+    most = {name: made.values[DOMAIN][made.families[name]].max() for name in deciding}
     barely = [name for name, value in most.items() if not value >= gain]
     but = f" except {words.few(barely)}" if barely else ""
+    every = "every method" if len(deciding) == len(made.families) else f"every one of {words.few(deciding, most=12)}"
     return (
         f"Methods are compared at a gain of {numbers.nats(gain)} nats per token on the domain's scored rows, the "
-        f"largest that every method{but} reaches at one of its settings."
+        f"largest that {every}{but} reaches at one of its settings."
     )
 
 
@@ -147,9 +151,9 @@ def _notes(made: Resampled, compared: bool) -> list[str]:
     return lines
 
 
-def _along(runs: Trajectories) -> dict:
+def _along(runs: Trajectories, deciding: Collection[str]) -> dict:
     """The table along training."""
-    table = along(runs)
+    table = along(runs, deciding)
     without = "; ".join(f"{method}: {why}" for method, why in runs.without.items())
     gain = f"{numbers.nats(table['gain'].iloc[0])} nats per token" if len(table) else ""
     rows = []

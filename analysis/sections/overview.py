@@ -33,7 +33,9 @@ def table(loaded: Loaded, compared: pd.DataFrame, beside: pd.DataFrame) -> tuple
             shade = shades.get(family(row["method"]), style.FAINT)
             rows.append(row_of(row, shown) | {"class": "aside" if aside else "", "colour": shade})
         there = beside[(beside["model"] == model) & (beside["domain"] == domain)] if len(beside) else beside
-        for _, row in there[~there["method"].isin(own["method"]) & there["chosen"]].iterrows() if len(there) else ():
+        if len(there):  # methods of which this study has no setting, each at its chosen one
+            there = there[~there["method"].map(family).isin(own["method"].map(family)) & there["chosen"]]
+        for _, row in there.iterrows():
             seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
             rows.append(row_of(row, shown) | {"class": "aside", "note": f"{row['study']}, {seeds}", "colour": ""})
     return [column.head.replace(", ", "|", 1) for column in shown], rows

@@ -5,6 +5,7 @@ import pandas as pd
 from analysis import numbers, style, units, words
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY, NATS
+from analysis.roles import PLAIN
 from analysis.statistics.contrasts import BASE
 from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
@@ -14,7 +15,7 @@ PAIRS = 15  # pairs of leaders on the page, those with the smallest p; tests.csv
 NAMED = 6  # methods or pairs named one by one in a sentence; more are counted, and the table names them
 TITLES = {
     BASE: ("Against the base", "method"),
-    "full": ("Against plain fine-tuning", "method − full"),
+    PLAIN: ("Against plain fine-tuning", "method − full"),
     "leaders": ("Leaders, in pairs", "first − second"),
     "compositions": ("Compositions, each against the single remedy that comes nearest", "first − second"),
     "equal_gain": ("Compositions at equal gain", "first − second"),
@@ -49,7 +50,7 @@ def _family(name: str, tests: pd.DataFrame) -> dict:
     by_pair = {pair: own.set_index("measure") for pair, own in tests.groupby(["a", "b"], sort=False)}
     rows = [
         {
-            "name": a if b == BASE or name == "full" else f"{a} {numbers.MINUS} {b}",
+            "name": a if b == BASE or (name == PLAIN and b == PLAIN) else f"{a} {numbers.MINUS} {b}",
             "cells": [_cell(key, by_pair[a, b].loc[key]) if key in by_pair[a, b].index else None for key in keys],
         }
         for a, b in kept
@@ -64,7 +65,7 @@ def _family(name: str, tests: pd.DataFrame) -> dict:
 
 def _summary(name: str, key: str, rows: pd.DataFrame) -> str:
     """Which differences of one measure are significant, and how large the others could have been."""
-    tested, what = rows[~rows["descriptive"]], "method" if name in (BASE, "full") else "pair"
+    tested, what = rows[~rows["descriptive"]], "method" if name in (BASE, PLAIN) else "pair"
     if tested.empty:
         return f"{_first_up(_name(key))} is described and not tested: there is one seed."
     names = tested["a"] if what == "method" else tested["a"] + " and " + tested["b"]

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import numbers
+from analysis.chosen import reported, reported_names
 from analysis.families import family
 from analysis.load import Loaded, retention_tasks
 from analysis.roles import PLAIN
@@ -63,7 +64,9 @@ def with_unsettled(loaded: Loaded, table: pd.DataFrame) -> pd.DataFrame:
 def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
     """A sentence about what plain fine-tuning of a settled model lost against the one that it was settled from."""
     unsettled, lost = (loaded.base.get(model, {}).get("start") or {}).get("unsettled"), f"{UNSETTLED}general_nll_lost"
-    rows = table[(table["model"] == model) & (table["method"] == PLAIN)]
+    names = table["model"] + "/" + table["domain"] + "/" + table["method"]
+    plain = table["method"].map(family) == PLAIN
+    rows = table[(table["model"] == model) & plain & names.isin(reported_names(loaded))]
     if not unsettled or rows.empty or lost not in rows:
         return []
     each = " and ".join(f"{numbers.nats(row[lost])} ({row['domain']})" for _, row in rows.iterrows())
@@ -89,8 +92,8 @@ def _lost_by_settling(before: Mapping[str, Any], after: Mapping[str, Any], tasks
 
 
 def _gate(loaded: Loaded, model: str, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The gate at the rate of plain fine-tuning, or else the last one."""
-    cells, last, rates = loaded.cells, record["gates"][-1], set()
+    """The gate at the rate of plain fine-tuning, at its chosen setting, or else the last one."""
+    cells, last, rates = reported(loaded).cells, record["gates"][-1], set()
     if "learning_rate" in cells:
         rates = set(cells[(cells["model"] == model) & (cells["method"].map(family) == PLAIN)]["learning_rate"])
     own = [g for g in record["gates"] if g["steps"] == last["steps"] and g.get("learning_rate") in rates]

@@ -55,8 +55,9 @@ def _of_columns(methods: pd.DataFrame) -> list[str]:
     if "told" in methods and methods["told"].notna().any():
         lines.append(
             "Less, more or no: whether a method loses significantly less or more general text than plain fine-tuning "
-            "at the same setting, after Holm's correction; behind a no the true difference that 80 of 100 such studies "
-            "would find; below it the other measures that tell the two apart."
+            "(the chosen setting of each, or another at the same setting), after Holm's correction; behind a no the "
+            "true difference that 80 of 100 such studies would find; below it the other measures that tell the two "
+            "apart."
         )
     return lines
 

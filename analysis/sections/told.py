@@ -1,4 +1,4 @@
-"""Which methods are told apart from plain fine-tuning at the same setting, and by which measures."""
+"""Which methods are told apart from plain fine-tuning, and by which measures."""
 
 from collections.abc import Collection
 

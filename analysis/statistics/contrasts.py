@@ -42,6 +42,7 @@ class Contrasts:
         self.methods = list(dict.fromkeys(self.cells["method"]))
         self.changes = changes or Changes(loaded, self.cells)
         self.settings = settings_of(loaded, model=model, domain=domain)
+        self.chosen = reported_methods(loaded, model=model, domain=domain)
         self._seeds: dict[str, dict[int, str]] = defaultdict(dict)
         for cell, row in self.cells.iterrows():
             self._seeds[row["method"]][row["seed"]] = cell
@@ -177,8 +178,8 @@ class Contrasts:
         trained = [method for method in pair if method != BASE and not self.unchanged(method)]
         if not trained:
             return Prior()
-        of_one, of_two = self.priors(key, self.settings[trained[0]])
-        return of_one if len(trained) == 1 else of_two
+        found = [self.priors(key, self.settings[method])[len(trained) - 1] for method in trained]
+        return max(found, key=lambda prior: prior.variance)  # of two settings that of the one whose seeds differ more
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ found at 5 % in .043 of 300 studies of five seeds and .057 of three, and the int
 variance between seeds moderated by these four settings, .060 and .93 with five seeds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,13 +87,15 @@ def curves(made: Resampled, key: str, names: Iterable[str] | None = None) -> dic
     return {name: pair for name, pair in found.items() if not np.isnan(pair[0].gain).any()}
 
 
-def level(made: Resampled) -> tuple[float, np.ndarray] | None:
+def level(made: Resampled, deciding: Collection[str] | None = None) -> tuple[float, np.ndarray] | None:
     """The gain at which all methods are compared, as measured and redrawn (draws,); None if none learned.
 
-    It is the largest that every family reaches, ignoring those that barely learned.
+    It is the largest that every one of the families `deciding` reaches, all by default, ignoring those that barely
+    learned.
     """
-    most = {name: made.values[DOMAIN][own].max() for name, own in made.families.items()}
-    best = np.nanmax(list(most.values()))
+    among = made.families if deciding is None else deciding
+    most = {name: made.values[DOMAIN][made.families[name]].max() for name in among}
+    best = np.nanmax(list(most.values()), initial=-np.inf)
     kept = [name for name, value in most.items() if value >= BARELY * best]
     if not best > 0:
         return None
@@ -101,8 +103,8 @@ def level(made: Resampled) -> tuple[float, np.ndarray] | None:
     return float(min(most[name] for name in kept)), again
 
 
-def matched(made: Resampled) -> pd.DataFrame:
-    """One row per (measure, family): what is lost at the gain of `level`; empty if no method learned.
+def matched(made: Resampled, deciding: Collection[str] | None = None) -> pd.DataFrame:
+    """One row per (measure, family): what is lost at the gain of `level`; empty if none of the deciding learned.
 
     gain    the level
     value, low, high
@@ -110,7 +112,7 @@ def matched(made: Resampled) -> pd.DataFrame:
             interval where fewer than ENOUGH of the redraws have a number
     why     the reason where there is no value
     """
-    at, rows = level(made), []
+    at, rows = level(made, deciding), []
     for key in made.losses if at else ():
         found = curves(made, key)
         for name in made.families:

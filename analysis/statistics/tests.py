@@ -4,10 +4,12 @@ Differences, intervals and p values are of one model (contrasts.py). Of each mea
 domain), Holm's correction is made in each of these families by itself:
 
     base          every method against the base
-    full          every method against plain fine-tuning at the same setting
-    leaders       every two leaders at the same setting (`leaders:` of params.yaml)
+    full          every method against plain fine-tuning
+    leaders       every two leaders (`leaders:` of params.yaml)
     compositions  every composition against all single remedies at the same setting at once
     equal_gain    the same, each pair at the largest gain that both reach with any of their settings (matched.py)
+
+The chosen setting of a method is compared with the chosen ones of the others, any other setting at the same one.
 
 A composition is said to forget less only if it does so against every single remedy, each at .05: the
 intersection-union test (Berger 1982), whose p is the largest of them and needs no correction for their number. Each p
@@ -79,13 +81,18 @@ def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
 
 def _families(contrasts: Contrasts, loaded: Loaded) -> dict[str, Iterator[Pair]]:
     """The pairs of each family."""
-    at = contrasts.at_settings()
+    at, chosen = contrasts.at_settings(), contrasts.chosen
     plain = {setting: next((m for m in methods if m in contrasts.plain), None) for setting, methods in at.items()}
-    leading = {setting: loaded.roles.leading(methods) for setting, methods in at.items()}
+    best = next((m for m in contrasts.plain if m in chosen), None)
+    against = {m: best if m in chosen else plain[s] for s, methods in at.items() for m in methods}
+    leading = [loaded.roles.leading(methods) for methods in at.values()]
+    together = [(a, b) for leaders in leading for i, a in enumerate(leaders) for b in leaders[i + 1 :]]
+    picked = [leader for leaders in leading for leader in leaders if leader in chosen]
+    together += [(a, b) for i, a in enumerate(picked) for b in picked[i + 1 :]]
     return {
         BASE: ((m, BASE) for methods in at.values() for m in methods),
-        PLAIN: ((m, plain[s]) for s, methods in at.items() if plain[s] for m in methods if m != plain[s]),
-        "leaders": ((a, b) for leaders in leading.values() for i, a in enumerate(leaders) for b in leaders[i + 1 :]),
+        PLAIN: ((m, full) for m, full in against.items() if full and m != full),
+        "leaders": iter(dict.fromkeys(together)),
     }
 
 
@@ -132,7 +139,10 @@ def _compositions(contrasts: Contrasts, composed: list[str], key: str) -> list[d
 
 
 def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Resampled) -> list[dict]:
-    """One row for each composition's family, by redrawn seeds and items; the error is that of its interval."""
+    """One row for each composition's family, by redrawn seeds and items; the error is that of its interval.
+
+    It is NaN where the other gains more at its first setting than the composition ever does: nothing can be found.
+    """
     several = {name for name in made.families if made.seeds_of(name) > 1}
     composed = list(dict.fromkeys(map(family, composed)))
     singles = [name for name in made.families if name in several and name not in composed]
@@ -141,7 +151,8 @@ def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Re
         found = {b: equal for b in singles if (equal := equal_gain(made, a, b, key=key)) and equal.p is not None}
         each = {b: equal.p if equal.less else 1.0 for b, equal in found.items()}
         if each and len(each) == len(singles):  # a claim about every single remedy needs all of them
-            b = max(each, key=lambda b: (each[b], found[b].difference))
+            b = max(each, key=lambda b: (each[b], found[b].beyond == b, found[b].difference))
             seeds, bounds = min(map(made.seeds_of, (a, b))), (found[b].difference, found[b].low, found[b].high)
-            worst[a, b], p[a, b] = Interval(*bounds, n.n, seeds, "method", found[b].error, np.inf), each[b]
+            error = np.nan if found[b].beyond == b else found[b].error
+            worst[a, b], p[a, b] = Interval(*bounds, n.n, seeds, "method", error, np.inf), each[b]
     return _rows(key, "equal_gain", worst, p)

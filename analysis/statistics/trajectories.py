@@ -15,6 +15,7 @@ import pandas as pd
 from scipy.stats import t as student
 
 from analysis import numbers
+from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import GENERAL, GOLD
 from analysis.statistics.matched import BARELY
@@ -112,24 +113,27 @@ def crossing(gain: np.ndarray, level: float) -> tuple[int, float] | None:
     return (0, 1.0) if k == 0 else (k, float((level - gain[k - 1]) / (gain[k] - gain[k - 1])))
 
 
-def level(runs: Trajectories) -> float | None:
+def level(runs: Trajectories, deciding: Collection[str] | None = None) -> float | None:
     """The largest gain that every seed of every method reaches, but for methods that barely learned; None if none did.
 
+    deciding  families whose methods decide, all by default; of others only if none of these has a trajectory
     A method has barely learned if a seed stays below BARELY of the best method's gain, the mean over its seeds.
     """
-    most = runs.points.groupby(["method", "cell"], sort=False)["gain"].max()
+    points = runs.points[runs.points["method"].map(family).isin(deciding or ())]
+    points = points if len(points) else runs.points
+    most = points.groupby(["method", "cell"], sort=False)["gain"].max()
     best, least = float(most.groupby("method").mean().max()), most.groupby("method").min()
     return float(least[least >= BARELY * best].min()) if best > 0 and (least >= BARELY * best).any() else None
 
 
-def along(runs: Trajectories) -> pd.DataFrame:
+def along(runs: Trajectories, deciding: Collection[str] | None = None) -> pd.DataFrame:
     """One row per (measure, method): what is lost at the gain of `level`, the mean over seeds; empty if none learned.
 
     gain, value, low, high, seeds, why
             low and high are the 95 % interval over seeds alone (Student's t), because curves hold no items; without a
             value, `why` says the reason
     """
-    at, rows = level(runs), []
+    at, rows = level(runs, deciding), []
     for key in runs.losses if at is not None else ():
         for method, own in runs.points.groupby("method", sort=False):
             values, reasons = [], []

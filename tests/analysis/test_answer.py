@@ -7,9 +7,10 @@ import pandas as pd
 import pytest
 
 from analysis import numbers
+from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.roles import Roles
-from analysis.sections.answer import reading, sentences, without_accuracy
+from analysis.sections.answer import _remedies, _untold, reading, sentences, without_accuracy
 from analysis.sections.tables import as_markdown
 from analysis.sections.told import with_told
 from analysis.statistics.comparison import comparison
@@ -70,12 +71,29 @@ def test_what_could_not_be_told_apart_stands_with_what_could_have_been(several):
     )
 
 
-def test_a_setting_that_was_not_chosen_decides_nothing_in_the_answer(several):
-    """Of ewc another setting was chosen than of full, and the tests compare it with full's setting of that place."""
+def test_five_remedies_have_a_name_each(several):
     loaded, table, tests = several
-    own = (tests["family"] == "full") & (tests["a"] == "ewc")
-    second = sentences(loaded, table, tests.assign(b=tests["b"].where(~own, "full-s1")))[1]
-    assert second.startswith("2 of 2 remedies") and "ewc (" not in second and "compares ewc with full-s1" in second
+    names = ["one", "two", "three", "four", "five"]
+    rows = [table, *(table[table["method"] == "ewc"].assign(method=name) for name in names)]
+    own = tests[(tests["family"] == "full") & (tests["measure"] == "general_nll_lost") & (tests["a"] == "ewc")]
+    other = replace(loaded, roles=Roles(leaders=tuple(names)))
+    for p, place in ((0.01, 1), (0.2, 2)):
+        more = pd.concat([own.assign(a=name, p_holm=p) for name in names])
+        with_names = [_remedies, _untold][place - 1](other, pd.concat(rows), more, where="")
+        assert all(name in with_names for name in names) and "others" not in with_names
+
+
+def test_a_setting_that_was_not_chosen_decides_nothing_in_the_answer(tmp_path):
+    """Of ewc and mofo the second setting is chosen, of full the first: each counts once, and so does their pair."""
+    cells = write_results(tmp_path, methods=("full", "full-s1", "ewc", "ewc-s1", "mofo", "mofo-s1"), seeds=(0, 1, 2))
+    loaded = load_cells(tmp_path, cells)
+    tests = all_tests(loaded)
+    second = sentences(loaded, comparison(loaded), tests)[1]
+    picked = {chosen(loaded, name, model="smollm2-135m", domain="science") for name in ("ewc", "mofo")}
+    own = tests[(tests["measure"] == "general_nll_lost") & tests["a"].isin(picked)]
+    against, pairs = (own[(own["family"] == name) & own["b"].isin({"full", *picked})] for name in ("full", "leaders"))
+    assert len(against) == 2 and len(pairs) == 1 and "ewc-s1" in picked
+    assert f"{(against['p_holm'] < 0.05).sum()} of 2 remedies" in second and "of 1 pair of leaders" in second
 
 
 def test_a_composition_must_beat_every_single_remedy(several):
@@ -90,6 +108,8 @@ def test_a_composition_must_beat_every_single_remedy(several):
         equal = pd.concat([tests, same.assign(p_holm=0.5), same.assign(family="equal_gain")])  # the claim that counts
         found = sentences(loaded, table, equal)[1]
         assert text in found and "every single remedy at equal gain" in found
+    beyond = sentences(loaded, table, pd.concat([tests, row.assign(family="equal_gain", p_holm=1.0, detectable=None)]))
+    assert "both cannot be judged: another method gains at its first setting what it never does" in beyond[1]
 
 
 def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone(several):

@@ -10,7 +10,8 @@ from scipy import stats
 
 from analysis.load import Loaded, load_cells
 from analysis.measures import ACCURACY, BY_KEY, GENERAL, GOLD
-from analysis.sections.matched import _compared, _verdict, section
+from analysis.roles import Roles
+from analysis.sections.matched import _compared, _rule, _verdict, section
 from analysis.statistics.comparison import comparison
 from analysis.statistics.matched import curve, curves, equal_gain, level, matched
 from analysis.statistics.nats import DOMAIN
@@ -78,6 +79,26 @@ def test_methods_are_compared_where_all_that_learned_gain_as_much():
     far = drawn({"full": (0.3, 0.1), "mofo": (0.2, 0.05)})
     assert matched(far).set_index("family").at["full", "why"] == "gains more at its first setting (+0.300)"
     assert level(drawn({"full": (-0.1, 0.0)})) is None and matched(drawn({"full": (-0.1, 0.0)})).empty
+
+
+def test_leaders_that_are_named_decide_at_which_gain_methods_are_compared():
+    """A control that gains less does not put the level before the first setting of every other method."""
+    made = drawn({"full": (0.2, 0.02), "full-s1": (0.3, 0.1), "ewc": (0.25, 0.03), "lora": (0.16, 0.05)})
+    assert level(made)[0] == 0.16 and matched(made).set_index("family").at["full", "why"].startswith("gains more")
+    deciding = Roles(leaders=("ewc",)).setting_levels(made.families)
+    assert deciding == ["full", "ewc"] and Roles().setting_levels(made.families) == ["full", "ewc", "lora"]
+    table = matched(made, deciding).set_index("family")
+    assert level(made, deciding)[0] == 0.25 and table.at["full", "value"] == pytest.approx(0.06)
+    assert table.at["lora", "why"] == "gains at most +0.160" and level(made, []) is None
+    assert "every one of full, ewc reaches" in _rule(made, 0.25, deciding)
+    runs = {
+        ("full", 0): [BASE, [1.8, 3.0, 4.1], [1.4, 3.2, 4.2]],
+        ("lora", 0): [BASE, [1.9, 3.0, 4.0], [1.7, 3.0, 4.0]],
+    }
+    during = trajectories(study(runs), **D)
+    assert along(during)["gain"].iloc[0] == pytest.approx(0.3)
+    found = along(during, deciding).set_index("method")
+    assert found["gain"].iloc[0] == pytest.approx(0.6) and found.loc["lora", "why"].iloc[0] == "gains at most +0.300"
 
 
 def test_two_methods_at_the_most_that_both_gain():

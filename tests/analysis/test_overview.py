@@ -16,10 +16,10 @@ from tests.analysis.fixtures import write_results
 
 @pytest.fixture(scope="module")
 def track(tmp_path_factory):
-    """Two methods at two settings and three seeds, and a screen with one seed of one of them and another."""
+    """Two methods at two settings and two seeds; a screen with one seed, of one at other settings, and of another."""
     root = tmp_path_factory.mktemp("track")
     cells = write_results(root / "own", methods=("full", "full-s1", "ewc", "ewc-s1", "lora"), seeds=(0, 1))
-    screen = write_results(root / "screen", methods=("ewc", "mofo", "mofo-s1"))
+    screen = write_results(root / "screen", methods=("ewc", "ewc-s2", "mofo", "mofo-s1"))
     loaded = load_cells(root / "own", cells)
     loaded = replace(loaded, roles=Roles(leaders=("ewc",)), also=beside(loaded, {"screen": (root / "screen", screen)}))
     return loaded, comparison(loaded), overview.also(loaded)
@@ -36,10 +36,18 @@ def test_the_table_has_at_most_ten_columns_and_mutes_what_is_not_tested(track):
     assert muted[0] != muted[1] and muted[2] != muted[3]  # of a method with two settings the one that was not chosen
 
 
+def test_a_method_with_fewer_seeds_than_others_says_so(track):
+    loaded, _, _ = track
+    less = loaded.without([cell for cell in loaded.cells.index if cell.endswith(("/ewc/seed1", "/lora/seed1"))])
+    _, (_, *rows) = overview.table(less, comparison(less), comparison(less)[:0])
+    notes = {row["name"]: row["note"] for row in rows}
+    assert notes == {"full": "", "full-s1": "", "ewc": "+40,000 tokens, 1 seed", "ewc-s1": "", "lora": "1 seed"}
+
+
 def test_points_of_other_studies_stand_apart_and_keep_their_numbers(track):
     loaded, table, there = track
     data = overview.points(loaded, table, there)
-    assert data.groupby("study").size().to_dict() == {"": 5, "screen": 3}
+    assert data.groupby("study").size().to_dict() == {"": 5, "screen": 4}
     own = data[data["study"] == ""].set_index("method")
     for row in table[table["method"] != "base"].itertuples():
         assert (own.at[row.method, "gain"], own.at[row.method, "lost"]) == (row.domain_nll_gained, row.general_nll_lost)
@@ -53,7 +61,7 @@ def test_leaders_and_plain_fine_tuning_are_named_and_the_rest_is_grey(track, pho
     (axes,) = figure.axes
     assert [text.get_text() for text in axes.texts] == ["full", "ewc"] and "screen" in caption
     grey = [line for line in axes.lines if line.get_color() == style.FAINT]
-    assert sorted(len(line.get_xdata()) for line in grey) == [1, 1, 2]  # lora, the screen's ewc, and its mofo
+    assert sorted(len(line.get_xdata()) for line in grey) == [1, 2, 2]  # lora, the screen's ewc, and its mofo
     (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
     named = data[(data["study"] == "") & data["family"].isin(["full", "ewc"])]
     assert named["gain"].between(left, right).all() and named["lost"].between(bottom, top).all()

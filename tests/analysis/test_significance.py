@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import binomtest
 from scipy.stats import t as student
 
+from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.measures import FORGETTING, ORDER
 from analysis.roles import Roles
@@ -110,18 +111,28 @@ def test_a_composition_must_forget_less_than_every_single_remedy(loaded):
     equal = composed[composed["family"] == "equal_gain"].set_index("measure")
     assert list(equal.index) == list(FORGETTING) and (equal["low"] < equal["high"]).all()
     assert equal.loc["general_nll_lost", "p"] == 1.0  # some gain more at once than it ever does
+    assert np.isnan(equal.loc["general_nll_lost", "detectable"])  # so that no difference could have been found
     harsh = paired_tests(replace(loaded, roles=Roles(compositions=("full",))), **PAIR)
     assert (harsh.loc[harsh["family"] == "compositions", "p"] == 1).all()
     assert "ewc" not in set(composed.loc[composed["family"] == "leaders", ["a", "b"]].to_numpy().ravel())
 
 
-def test_each_setting_is_compared_with_plain_fine_tuning_at_the_same(tmp_path):
-    methods = ("full", "full-s1", "ewc", "ewc-s1", "lora")
-    found = paired_tests(load_cells(tmp_path, write_results(tmp_path, methods=methods, seeds=(0, 1))), **PAIR)
-    full = found[(found["family"] == "full") & (found["measure"] == "forgetting")]
-    assert {("ewc", "full"), ("ewc-s1", "full-s1")} < set(zip(full["a"], full["b"])) and len(full) == 3
-    pairs = found[(found["family"] == "leaders") & (found["measure"] == "forgetting")]
-    assert ("ewc", "ewc-s1") not in set(zip(pairs["a"], pairs["b"]))
+def test_chosen_settings_are_compared_with_chosen_ones_and_others_at_the_same(tmp_path):
+    """Of ewc the second setting is chosen, of full the first, so that both of ewc are compared with that of full."""
+    methods = ("full", "full-s1", "ewc", "ewc-s1", "mofo", "mofo-s1", "lora")
+    loaded = load_cells(tmp_path, write_results(tmp_path, methods=methods, seeds=(0, 1)))
+    best = {name: chosen(loaded, name, **PAIR) for name in ("full", "ewc", "mofo")}
+    assert best == {"full": "full", "ewc": "ewc-s1", "mofo": "mofo"}
+    found = paired_tests(loaded, **PAIR)
+    own = dict(list(found[found["measure"] == "forgetting"].groupby("family")))
+    full = list(zip(own["full"]["a"], own["full"]["b"]))
+    assert len(full) == 5 and dict(full) == dict.fromkeys(("ewc", "ewc-s1", "mofo", "lora"), "full") | {
+        "mofo-s1": "full-s1"
+    }
+    pairs = {frozenset(pair) for pair in zip(own["leaders"]["a"], own["leaders"]["b"])}
+    assert len(pairs) == len(own["leaders"]) and frozenset(("ewc", "ewc-s1")) not in pairs
+    chosen_ones = {frozenset(pair) for pair in (("ewc-s1", "mofo"), ("ewc-s1", "lora"), ("mofo", "lora"))}
+    assert chosen_ones | {frozenset(("ewc", "mofo")), frozenset(("ewc-s1", "mofo-s1"))} < pairs
 
 
 def test_what_did_not_train_or_shares_a_training_is_not_pooled(tmp_path):

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from analysis import numbers
+from analysis.chosen import chosen
 from analysis.load import load_cells
 from analysis.sections import start
 from analysis.sections.columns import others
@@ -76,3 +77,19 @@ def test_a_settled_base_shows_its_last_test_or_that_at_the_rate_of_plain_fine_tu
     assert settled or "because they may still lower it" in line  # the interval has 0
     gates[1]["low"] = 0.001
     assert settled or "because they still lower it" in start.sentences(loaded, MODEL)[0]
+
+
+def test_the_test_shown_is_at_the_rate_that_was_chosen_for_plain_fine_tuning(tmp_path):
+    """A second setting of it, at a rate at which the base counts as settled, changes nothing."""
+    cells = write_results(tmp_path, methods=("full", "full-s1"))
+    loaded = load_cells(tmp_path, cells)
+    gates = [
+        {"steps": 100, "learning_rate": rate, "improvement": 0.01, "low": 0.0, "high": 0.02, "nats": 3.0, "of": 40}
+        | {"holds": rate == 0.4}
+        for rate in (0.1, 0.4)
+    ]
+    block = {"from": "raw", "gate": {"steps": 40, "learning_rate": 0.4}}
+    loaded.base[MODEL]["settle"] = {"gates": gates, "block": block, "steps": 100, "nats": 3.3, "settled": True}
+    best = chosen(loaded, "full", model=MODEL, domain=DOMAIN)
+    loaded.cells["learning_rate"] = [0.1 if best == method else 0.4 for method in loaded.cells["method"]]
+    assert start.is_settled(loaded, MODEL) is False and "rate of 0.1" in start.sentences(loaded, MODEL)[0]
