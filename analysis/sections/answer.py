@@ -152,7 +152,8 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
             rest = len(each) - NAMED
             named = ", ".join(each[:NAMED]) + (f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else "")
             found.append(
-                f"{len(sure)} of {len(against)} remedies lose significantly {side} after Holm's correction: {named}"
+                f"{len(sure)} of {len(against)} remedies lose significantly {side} than plain fine-tuning after Holm's "
+                f"correction: {named}"
             )
     text = (
         "; ".join(found) or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
@@ -208,8 +209,8 @@ def _pairs(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
 
 
 def _composed(tests: pd.DataFrame, key: str) -> str:
-    """Whether a composition forgets less than every single remedy: at equal gain, or where that is not known, at the
-    same setting."""
+    """Whether a composition forgets less than every single method, controls included: at equal gain, or where that is
+    not known, at the same setting."""
     tested = {
         name: tests[(tests["family"] == name) & (tests["measure"] == key)] for name in ("equal_gain", "compositions")
     }
@@ -220,9 +221,10 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
     sure = own[own["p_holm"] < LEVEL]
     if sure.empty:
         why = f"{_found_from(own, key)}{_not_reached(own) if at else ''}"
-        return f"; no composition loses significantly less than every single remedy{at}{why}"
+        nearest = _and(list(dict.fromkeys(own["b"])))
+        return f"; no composition loses significantly less{at} than every single method (nearest: {nearest}){why}"
     each = _and([f"{row['a']} ({numbers.p(row['p_holm'])})" for _, row in sure.iterrows()])
-    return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less than every single remedy{at}"
+    return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less{at} than every single method, controls included"
 
 
 def _not_reached(unsure: pd.DataFrame) -> str:
@@ -276,7 +278,7 @@ def _costs(rows: pd.DataFrame) -> str:
     beside = known[["tokens_prepare", "tokens_added"]].astype(float).fillna(0).sum(axis=1)
     tokens = _range([f"{beside.min():,.0f}", f"{beside.max():,.0f}"])
     took = _ends(known, "seconds_train", numbers.seconds)
-    text = f"the methods read {tokens} tokens beside the domain, train for {took}"
+    text = f"besides the domain's rows the methods read {tokens} tokens; they train for {took}"
     if known["bytes_weights_delta"].notna().any():
         text += f" and keep {_ends(known, 'bytes_weights_delta', numbers.size)}"
     return text

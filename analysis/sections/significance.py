@@ -17,7 +17,7 @@ TITLES = {
     BASE: ("Against the base", "method"),
     PLAIN: ("Against plain fine-tuning", "method − full"),
     "leaders": ("Leaders, in pairs", "first − second"),
-    "compositions": ("Compositions, each against the single remedy that comes nearest", "first − second"),
+    "compositions": ("Compositions, each against the single method that comes nearest", "first − second"),
     "equal_gain": ("Compositions at equal gain", "first − second"),
 }
 UNITS = {ACCURACY: units.SHARE, DOMAIN: "nats per token"}
@@ -154,8 +154,8 @@ def _legend(tests: pd.DataFrame) -> list[str]:
     ]
     if (tests["family"] == "compositions").any():
         lines.append(
-            "A composition’s p is its largest against any single remedy of several seeds at the same setting: it is "
-            "said to forget less only if it forgets less than each of them."
+            "A composition’s p is its largest against any single method of several seeds, controls included, at the "
+            "same setting: it is said to forget less only if it forgets less than each of them."
         )
     if tests["descriptive"].any():
         lines.append(

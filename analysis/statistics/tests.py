@@ -6,12 +6,12 @@ domain), Holm's correction is made in each of these families by itself:
     base          every method against the base
     full          every method against plain fine-tuning
     leaders       every two leaders (`leaders:` of params.yaml)
-    compositions  every composition against all single remedies at the same setting at once
+    compositions  every composition against all single methods, controls included, at the same setting at once
     equal_gain    the same, each pair at the largest gain that both reach with any of their settings (matched.py)
 
 The chosen setting of a method is compared with the chosen ones of the others, any other setting at the same one.
 
-A composition is said to forget less only if it does so against every single remedy, each at .05: the
+A composition is said to forget less only if it does so against every single method, each at .05: the
 intersection-union test (Berger 1982), whose p is the largest of them and needs no correction for their number. Each p
 is the two-sided one, or 1 where the composition does not forget less: then, before Holm's correction, the claim stands
 if and only if all 95 % intervals lie below 0.
@@ -54,7 +54,7 @@ def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
     descriptive             one seed: the interval covers other items, not other seeds, and there is no p
     p_run                   of one seed, the sign-flip p over its items: it describes this run, not the method
 
-    Of a composition b is the single remedy from which it is told apart least. A divergence is not tested against the
+    Of a composition b is the single method from which it is told apart least. A divergence is not tested against the
     base, which has none from itself. Raises UserError if a cell was not scored on the base's rows.
     """
     contrasts, rows, made = Contrasts(loaded, model=model, domain=domain), [], None
@@ -125,7 +125,7 @@ def _rows(key: str, family: str, found: dict[Pair, Interval], p: dict[Pair, floa
 
 
 def _compositions(contrasts: Contrasts, composed: list[str], key: str) -> list[dict]:
-    """One row for each composition: its p is the largest against any single remedy of several seeds."""
+    """One row for each composition: its p is the largest against any single method of several seeds."""
     worst, p = {}, {}
     for methods in contrasts.at_settings().values():
         singles = [method for method in methods if method not in composed]
@@ -150,7 +150,7 @@ def _at_equal_gain(contrasts: Contrasts, composed: list[str], key: str, made: Re
     for a in filter(several.__contains__, composed):
         found = {b: equal for b in singles if (equal := equal_gain(made, a, b, key=key)) and equal.p is not None}
         each = {b: equal.p if equal.less else 1.0 for b, equal in found.items()}
-        if each and len(each) == len(singles):  # a claim about every single remedy needs all of them
+        if each and len(each) == len(singles):  # a claim about every single method needs all of them
             b = max(each, key=lambda b: (each[b], found[b].beyond == b, found[b].difference))
             seeds, bounds = min(map(made.seeds_of, (a, b))), (found[b].difference, found[b].low, found[b].high)
             error = np.nan if found[b].beyond == b else found[b].error

@@ -98,7 +98,7 @@ def test_two_methods_are_compared_on_the_seeds_both_have(tmp_path):
 
 
 def test_a_composition_must_forget_less_than_every_single_remedy(loaded):
-    """Its p is the largest of those against the single remedies, and 1 where it forgets more than one of them."""
+    """Its p is the largest of those against the single methods, and 1 where it forgets more than one of them."""
     composed = paired_tests(replace(loaded, roles=Roles(compositions=("ewc",))), **PAIR)
     own = composed[composed["family"] == "compositions"]
     assert list(own["measure"]) == list(FORGETTING) and set(own["a"]) == {"ewc"}

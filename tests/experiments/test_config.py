@@ -81,7 +81,7 @@ def put(path, value):
         ("train/moments", "float16", "train.moments is 'float16': it must be one of float32, bfloat16"),
         ("models/llama-tiny/processes", 0, "models.llama-tiny.processes is 0: it must be a whole number from 1"),
         ("device", "tpu", "device is 'tpu'"),
-        ("evaluate/chat_template", "a\0b", "evaluate.chat_template is 'a.x00b': it has a zero character"),
+        ("models/llama-tiny/note", "a\0b", "models.llama-tiny.note is 'a.x00b': it has a zero character"),
         ("evaluate", {"batchsize": 4}, "unknown key 'batchsize' in evaluate: did you mean 'batch_size'"),
     ],
 )
