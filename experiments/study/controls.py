@@ -2,8 +2,9 @@
 
 A part that trains on general text before the domain (`preparation` with `training`) starts from, or holds on to, what
 that text taught. Its control is the same method with the part at its neutral setting, such as strength 0, after the
-same preparation: plain fine-tuning from the same start. A part that reads general text beside the domain (capability
-"general") has the method without it, or with it at its neutral setting, as its control.
+same preparation: plain fine-tuning from the same start. A part that trains on general text beside the domain
+(capability "general", and tokens that it adds or puts in the domain's place) has the method without it, or with it at
+its neutral setting, as its control.
 """
 
 from analysis.families import family
@@ -35,8 +36,13 @@ def of_grid(study) -> dict[str, str]:
 
 def _trained_on_general(study, method: str) -> list[Part]:
     """The parts of a method that train on general text, if not at neutral settings; those before the domain first."""
-    parts = [part for part in study.methods[method].parts if _warms(part) or "general" in part.capabilities]
+    parts = [part for part in study.methods[method].parts if _warms(part) or _mixes(part)]
     return sorted((part for part in parts if not _is_neutral(part)), key=lambda part: not _warms(part))
+
+
+def _mixes(part: Part) -> bool:
+    added = part.added()  # `kl` with `text: domain` has the capability and adds nothing
+    return "general" in part.capabilities and bool(added.trained or added.replaced)
 
 
 def _warms(part: Part) -> bool:

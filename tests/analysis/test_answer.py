@@ -51,7 +51,10 @@ def test_three_sentences_hold_the_numbers_of_the_table_and_the_tests(several):
         assert f"{name} ({lost} at a gain of {gained})" in second
     pairs = tests[(tests["family"] == "leaders") & (tests["measure"] == "general_nll_lost")]
     assert f"{(pairs['p_holm'] < 0.05).sum()} of 3 pairs of leaders" in second
-    assert "besides the domain's rows the methods read 0 to 40,000 tokens" in third.replace("Besides", "besides") and "2 min 52 s to 5 min 01 s" in third
+    assert (
+        "besides the domain's rows the methods read 0 to 40,000 tokens" in third.replace("Besides", "besides")
+        and "2 min 52 s to 5 min 01 s" in third
+    )
     assert "1.8 MB to 269 MB" in third
 
 

@@ -30,6 +30,10 @@ def study(tmp_path, methods, **named):
         ({"warm": LORA | WARM, "off": LORA | OFF | {"train": {"learning_rate": 0.1}}}, {"warm": ""}),  # in the warm-up
         ({"full": {}, "replay": {"replay": {}}, "both": LORA | {"replay": {}}}, {"replay": "full", "both": ""}),
         ({"none": {"replay": {"share": 0.0}}, "replay": {"replay": {}}}, {"replay": "none"}),
+        (
+            {"full": {}, "kl": {"kl": {}}, "both": {"kl": {"text": "both"}}},
+            {"both": "full"},
+        ),  # kl: the domain's own text
     ],
 )
 def test_the_control_of_a_method(tmp_path, methods, found):
