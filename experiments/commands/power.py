@@ -12,8 +12,10 @@ import pandas as pd
 
 from analysis import units
 from analysis.comparable import guarded
+from analysis.families import family
 from analysis.load import load_cells
 from analysis.measures import ACCURACY, BY_KEY, FORGETTING, GENERAL
+from analysis.roles import PLAIN
 from analysis.statistics.power import USUAL, Spread, needed, spreads
 from experiments.study import cells
 from methods.errors import UserError
@@ -42,7 +44,8 @@ def main(
     if not (math.isfinite(difference) and difference > 0):
         raise UserError(f"--difference {difference}: it must be above 0, in nats or a share of 1 (0.02 is 2 points)")
     of_seeds, of_items = _counts("--seeds", seeds, least=2), _counts("--items", items, least=2) if items else []
-    tests = max(len(study.grid.methods) - 1, 1) if tests is None else tests
+    others = [method for method in study.grid.methods if family(method) != PLAIN]
+    tests = max(len(others), 1) if tests is None else tests
     if not 1 <= tests <= MOST:
         raise UserError(f"--tests {tests}: it must be a whole number from 1 to {MOST:,}")
     found = spreads(guarded(load_cells(study.paths.results, [cell.name for cell in cells.grid(study)])), measure)

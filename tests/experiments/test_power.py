@@ -18,7 +18,9 @@ from tests.analysis.fixtures import write_results
 def study(tmp_path, monkeypatch):
     """Three methods of three seeds; `cells.grid` is the study's own list of cells."""
     made = SimpleNamespace(
-        grid=SimpleNamespace(methods=["full", "lora", "ewc"]), paths=SimpleNamespace(results=tmp_path), names=[]
+        grid=SimpleNamespace(methods=["full", "full-s1", "lora", "ewc"]),
+        paths=SimpleNamespace(results=tmp_path),
+        names=[],
     )
     monkeypatch.setattr(cells, "grid", lambda study: [SimpleNamespace(name=name) for name in study.names])
     return made
