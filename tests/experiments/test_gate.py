@@ -147,7 +147,13 @@ def test_a_cell_that_learned_too_little_fails(study, capsys):
 
 def test_failed_and_missing_cells_fail_the_gate(study, capsys):
     cell = "smollm2-135m/science/ewc/seed0"
-    failed = {"cell": cell, "stage": "train", "reason": "loss is NaN", "kind": "nan", "when": "x"}
+    failed = {
+        "cell": cell,
+        "stage": "train",
+        "reason": "loss is NaN",
+        "kind": "nan",
+        "when": "2026-01-01T00:00:00+00:00",
+    }
     write_json(study.paths.results / "failures" / f"{cell}.json", failed)
     shutil.rmtree(study.paths.results / "runs/smollm2-135m/science/mofo")
     status, lines = judged(study, capsys, max_forgetting=0.9)

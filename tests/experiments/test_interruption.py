@@ -366,7 +366,15 @@ def test_a_stop_is_heeded_where_nothing_can_be_printed(tmp_path, monkeypatch):
     assert run([Hoard()], tmp_path, every=900.0).resumed == 4
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path):
+@pytest.fixture
+def heeded():
+    """Ctrl-C is heeded, also where the tests run in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, heeded):
     with pytest.raises(KeyboardInterrupt):
         run([Hoard(), Signals(3, [signal.SIGTERM, signal.SIGTERM, signal.SIGINT])], tmp_path, every=900.0)
     assert not list(tmp_path.glob("**/save-*"))
