@@ -11,7 +11,7 @@ from analysis.load import record
 from experiments.launch.tasks import OF_CELL
 from experiments.study import outcome
 
-STATES = ("running", "set aside", "waiting", "finished")
+STATES = ("running", "set aside", "waiting", "scored", "finished")
 INTERVAL, SHARE = 0.5, 0.05  # seconds between two drawings at least, and the share of the time that they may take
 
 
@@ -83,10 +83,12 @@ class Display:
         if any(name in schedule.aside for name in own):
             reason = next((launch.reasons[name] for name in [*own, *before] if name in launch.reasons), "")
             return "set aside", reason
+        if f"collect@{cell.stage}" in schedule.done:
+            return "scored", f"{', '.join(name.partition('@')[0] for name in own if name not in schedule.done)} to come"
         return "waiting", ""
 
     def line(self, launch: Any) -> str:
-        """How many cells are finished, run, wait or were set aside, and how long the rest takes."""
+        """How many cells are in each state, and how long the rest takes."""
         counts = dict.fromkeys(STATES, 0)
         for cell in self._cells:
             counts[self.state(launch, cell)[0]] += 1

@@ -1,0 +1,43 @@
+"""What the display of a launch says of a cell."""
+
+from types import SimpleNamespace
+
+from experiments.launch.display import Display
+from experiments.launch.estimate import Estimate
+from experiments.launch.here import Here
+from experiments.launch.schedule import Schedule, Task
+from experiments.study.cells import Cell
+
+CELL = Cell("llama-tiny", "sums", "full", 0)
+CHAIN = ("train", "evaluate", "collect")
+
+
+def test_a_cell_waits_runs_is_scored_and_is_finished(tmp_path):
+    stages = [f"{kind}@{CELL.stage}" for kind in CHAIN]
+    tasks = [Task(name=name, seconds=1.0, after=frozenset(stages[:i][-1:])) for i, name in enumerate(stages)]
+    drift = Task(name=f"drift@{CELL.stage}", after=frozenset(stages[:1]))
+    schedule = Schedule([*tasks, drift])
+    launch = SimpleNamespace(schedule=schedule, began={}, estimate=Estimate({}), reasons={}, workers=Here(tmp_path))
+    display = Display(None, [CELL])
+
+    def state():
+        return display.state(launch, CELL)
+
+    assert state() == ("waiting", "")
+    for name in stages:
+        assert schedule.take(lambda needs: True) == name  # drift is the shortest, and last
+        assert state()[0] == "running" and state()[1].startswith(f"{name.partition('@')[0]} for ")
+        schedule.finish(name)
+    assert state() == ("scored", "drift to come")
+    assert display.line(launch).startswith("1 cells: 1 scored; ")
+    schedule.finish(drift.name)
+    assert state() == ("finished", "")
+
+
+def test_a_scored_cell_whose_drift_fails_is_set_aside():
+    collect, drift = (Task(name=f"{kind}@{CELL.stage}") for kind in ("collect", "drift"))
+    schedule = Schedule([collect, drift])
+    schedule.finish(collect.name)
+    schedule.set_aside(drift.name)
+    launch = SimpleNamespace(schedule=schedule, began={}, reasons={drift.name: "no room"})
+    assert Display(None, [CELL]).state(launch, CELL) == ("set aside", "no room")
