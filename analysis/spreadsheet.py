@@ -1,7 +1,9 @@
 """CSV files that people open in a spreadsheet, which takes some texts for formulas and computes them.
 
-A text that begins with =, +, -, @, a tab or a line's end gets an apostrophe in front, and a carriage return within a
-text is written as \\n, so that it begins no row. Numbers stay numbers, also those written as text, such as -0.5.
+A text that begins with =, +, -, @, a tab or a line's end gets an apostrophe in front. So does, within a text, one of
+these signs behind a semicolon, a tab or a line's end, because a spreadsheet that splits at semicolons or tabs begins a
+cell there. A carriage return within a text is written as \\n, so that it begins no row. Numbers stay numbers, also
+those written as text, such as -0.5.
 """
 
 import re
@@ -9,6 +11,7 @@ import re
 import pandas as pd
 
 _FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n]")
+_WITHIN = re.compile(r"([;\t\r\n][\s\"]*)(?=[=+\-@＝＋－＠])")
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf", re.IGNORECASE)
 
 
@@ -25,8 +28,11 @@ def _plain(value):
     if not _dangerous(value):
         return value
     value = value.replace("\r\n", "\n").replace("\r", "\n")  # pandas puts no quotes around a lone \r
+    value = _WITHIN.sub(r"\1'", value)
     return f"'{value}" if _FORMULA.match(value) else value
 
 
 def _dangerous(value) -> bool:
-    return isinstance(value, str) and ("\r" in value or bool(_FORMULA.match(value))) and not _NUMBER.fullmatch(value)
+    if not isinstance(value, str) or _NUMBER.fullmatch(value):
+        return False
+    return "\r" in value or bool(_FORMULA.match(value) or _WITHIN.search(value))

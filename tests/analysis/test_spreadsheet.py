@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 
 import numpy as np
 import pandas as pd
@@ -29,13 +30,22 @@ FORMULAS = [
 def test_a_text_that_a_spreadsheet_would_compute_begins_with_an_apostrophe(formula):
     written = spreadsheet.text(pd.DataFrame({formula: [formula, "plain"], "n": [1, 2]}))
     head, first, second = csv.reader(io.StringIO(written))
-    text = "'" + formula.replace("\r", "\n")
+    text = "'" + re.sub(r"^(\s)=", r"\1'=", formula.replace("\r", "\n"))  # behind a tab or a line's end a second one
     assert head == [text, "n"] and first == [text, "1"] and second == ["plain", "2"]
 
 
 def test_a_line_within_a_cell_begins_no_row():
     written = spreadsheet.text(pd.DataFrame({"text": ["a\r=1+1", "b\r\n=2+2", "c"]}))
-    assert written == 'text\n"a\n=1+1"\n"b\n=2+2"\nc\n'
+    assert written == 'text\n"a\n\'=1+1"\n"b\n\'=2+2"\nc\n'
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+@pytest.mark.parametrize("inner", ["{}=1+1", "{} @SUM(1)", '{}"=1+1"', "{}＝1+1{}-2+3", "\n=1+1", "\r\n+1+1"])
+def test_no_cell_is_a_formula_in_a_spreadsheet_that_splits_at_another_sign(separator, inner):
+    text = f"asked{inner.replace('{}', separator)}; then nothing"
+    written = spreadsheet.text(pd.DataFrame({"cell": ["a"], "reason": [text]}))
+    cells = [cell for row in csv.reader(io.StringIO(written), delimiter=separator) for cell in row]
+    assert len(cells) > 2 and not any(re.match(r"[\s\"]*[=+\-@＝＋－＠]", cell) for cell in cells)
 
 
 def test_all_else_is_written_as_before():
