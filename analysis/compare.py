@@ -32,7 +32,6 @@ def write_summary(
     cells,
     title: str,
     planned=None,
-    archive=None,
     roles: Roles = Roles(),
     also: Mapping[str, tuple[Path, Sequence[str]]] = MappingProxyType({}),
     metrics_dir: Path | None = None,
@@ -41,7 +40,6 @@ def write_summary(
 
     cells    cells to compare, names `model/domain/method/seed0` or objects with a `.name`
     planned  every cell of the study, if that is more than `cells`: those without a result are named
-    archive  {"commit", "known"} of a study that is kept as it was made, shown at the top of table.md and of the report
     roles    leaders, compositions and controls among the methods
     also     name of another study -> its folder of results and its cells, which are shown beside and never tested
     metrics_dir  where the numbers go that DVC shows (analysis/dvc_metrics.py)
@@ -62,7 +60,7 @@ def write_summary(
             old.unlink()
     beside_it = also_compared(loaded)
     figures = write_figures(loaded, table, beside_it, folder=folder / "figures")
-    markdown = _archived(archive) + as_markdown(loaded, table) + costs.as_markdown(loaded)
+    markdown = as_markdown(loaded, table) + costs.as_markdown(loaded)
     files = {
         "table.csv": as_csv(loaded, table),
         "tests.csv": spreadsheet.text(tests, digits="%.6g"),
@@ -73,17 +71,8 @@ def write_summary(
         (folder / name).write_text(text, encoding="utf-8")
     study = "" if root.name == "results" else root.name
     path = folder / "report.html"
-    write_report(loaded, table, tests, figures, beside_it, path=path, title=title, study=study, archive=archive)
+    write_report(loaded, table, tests, figures, beside_it, path=path, title=title, study=study)
     banner = BANNER if loaded.not_a_result else ""
     write_details(loaded, path=folder / "details.html", title=title, banner=banner)
     write_bench(loaded, path=folder / "bench.html", title=title)
     return files["table.txt"]
-
-
-def _archived(archive) -> str:
-    if not archive:
-        return ""
-    first = (
-        f"This study is an archive of commit {archive['commit'][:10]}. It is read and never run again. Its known flaws:"
-    )
-    return "\n".join([first, "", *(f"- {line}" for line in archive["known"]), "", ""])

@@ -63,14 +63,7 @@ def run(options: argparse.Namespace) -> int:
     from experiments.study import cells, config, failures, lock_copy
 
     study = config.load(getattr(options, "study", ""))
-    if study.archive and not command.archive:
-        reading = ", ".join(name for name, known in (STAGES | COMMANDS).items() if known.archive)
-        raise UserError(
-            f"study {study.name} is an archive of commit {study.archive.commit[:10]}: its results are read ({reading}) "
-            "and never run again; copy its folder under another name, without the block `archive:`, to run it"
-        )
-    if not study.archive:
-        failures.find_killed(study)
+    failures.find_killed(study)
     if command.alone:
         environment.alone(study)
         if mended := lock_copy.mend(study):

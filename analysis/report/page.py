@@ -52,9 +52,8 @@ def write_report(
     path: Path,
     title: str,
     study: str,
-    archive=None,
 ) -> Path:
-    """Write the page; `study` is the study's name, empty for the default one; `archive` as in `write_summary`."""
+    """Write the page; `study` is the study's name, empty for the default one."""
     glyphs: dict[str, str] = {}  # drawn once for the whole page
     heads, rows = overview.table(loaded, table, beside)
     return write_page(
@@ -62,7 +61,6 @@ def write_report(
         path=path,
         title=title,
         study=study,
-        archive=archive,
         banner=tables.BANNER if loaded.not_a_result else "",
         answer=answer.sentences(loaded, table, tests) if len(table) else [],
         overview=_overview(figures, path.parent, glyphs),

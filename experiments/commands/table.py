@@ -20,7 +20,6 @@ class Command:
 
     module       its `main` (or the function after a colon) is called with the study and the arguments by name;
                  by default the module of the command's name in experiments/commands or experiments/stages
-    archive      whether it may be used on a study that is an archive
     alone        whether it is refused during `dvc repro`, because it writes what that reads
     study        whether it works on a study
     add_options  adds arguments that are not in `arguments`; `main` gets them as one namespace
@@ -29,7 +28,6 @@ class Command:
     help: str
     module: str = ""
     arguments: tuple = ()
-    archive: bool = False
     alone: bool = False
     study: bool = True
     add_options: Callable | None = None
@@ -151,7 +149,6 @@ COMMANDS = {
             argument("--max-forgetting", help="most of the accuracy there: 0.02 is 2 points", **SHARE),
             argument("--confidence", action="store_true", help="compare the ends of the 95 %% confidence intervals"),
         ),
-        archive=True,
     ),
     "flips": Command(
         help="print the questions that most runs forgot, with their text from the local rows",
@@ -169,7 +166,6 @@ COMMANDS = {
             argument("--items", default="", metavar="A,B,…", help="scored items (default: multiples of the study's)"),
             argument("--tests", type=int, metavar="N", help="tests in the family (default: methods of the grid − 1)"),
         ),
-        archive=True,
     ),
     "audit": Command(
         help="compare a fine-tuned model with its base: what it forgot, on one page; needs no study",
@@ -204,10 +200,10 @@ COMMANDS = {
         ),
         study=False,
     ),
-    "track": Command(help="copy the results into MLflow's database", archive=True),
-    "ui": Command(help="copy the results into MLflow's database, and serve its pages to this machine", archive=True),
+    "track": Command(help="copy the results into MLflow's database"),
+    "ui": Command(help="copy the results into MLflow's database, and serve its pages to this machine"),
     "pipeline": Command(help="write dvc.yaml for the study's grid", module="experiments.study.pipeline", alone=True),
-    "summary": Command(help="print the comparison, the outcome of each cell and the path of the report", archive=True),
+    "summary": Command(help="print the comparison, the outcome of each cell and the path of the report"),
     "clean-cells": Command(help="delete the weights of finished cells and keep their results", alone=True),
     "relock": Command(
         help="rewrite dvc.lock after a change of form, if golden weights and settings are equal before and after",
@@ -253,5 +249,5 @@ STAGES = {
     "evaluate": Command(help="score the weights of one cell with lm-eval", arguments=(CELL,)),
     "collect": Command(help="join the files of a cell into metrics.json and details.json", arguments=(CELL,)),
     "drift": Command(help="measure how far the weights of a cell moved from the base, and where", arguments=(CELL,)),
-    "compare": Command(help="write the tables, figures and report of the study", archive=True),
+    "compare": Command(help="write the tables, figures and report of the study"),
 }

@@ -14,7 +14,6 @@ def main(study) -> None:
             summary_dir=summary,
             cells=[cell.name for cell in cells.grid(study)],
             title=study.title,
-            archive=study.archive and study.archive.as_written,
             roles=Roles(
                 leaders=study.leaders,
                 compositions=study.compositions,

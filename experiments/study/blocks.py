@@ -99,7 +99,6 @@ Source = text(
     r"^(hub:[^@\s]+(@\S*)?|pypi:[^/\s]+==[^/\s]+/.+\.gguf|path:.+|random:.+)$",
     "hub:NAME@REVISION, pypi:PACKAGE==VERSION/FILE.gguf, path:DIR or random:ARCHITECTURE",
 )
-Commit = text("^[0-9a-f]{40}$", "the 40 hexadecimal digits of the commit that made the results")
 Count = Annotated[int, Field(ge=1), Form("a whole number from 1")]
 CountOrNone = Annotated[int, Field(ge=0), Form("a whole number from 0")]
 CountOrAll = Annotated[

@@ -4,7 +4,7 @@
 in place of the root's of the same name, as a whole. A method may say `like:` its own name to begin from the root's.
 `general` is taken over as a whole. Nothing else is: the grid and the domains are the study's question, and rates and
 lengths (`train:`) are chosen for its models and domains, so that a change of the default study's would train the cells
-of every other study again. An archive takes nothing over.
+of every other study again.
 """
 
 import re
@@ -39,7 +39,7 @@ def completed(own: Mapping[str, Any], *, paths: Paths) -> Mapping[str, Any]:
 
     Raises UserError that names the root's file for a mistake in the root's blocks.
     """
-    if own.get("archive") or not file(paths):
+    if not file(paths):
         return own
     try:
         raw = read_yaml(paths.root / "params.yaml")
@@ -75,7 +75,7 @@ def attributed(message: str, paths: Paths) -> str:
         return message
     written = own.get(kind) or {}
     taken_over = not written if kind == "general" else name is not None and name not in written
-    return message + FROM_ROOT if taken_over and not own.get("archive") else message
+    return message + FROM_ROOT if taken_over else message
 
 
 def _from_root(name: str, block: Any, root: Mapping[str, Any]) -> Any:

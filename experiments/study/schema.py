@@ -7,7 +7,6 @@ from pydantic import ConfigDict, Field, model_validator
 from experiments.study.blocks import (
     Block,
     Chosen,
-    Commit,
     Configured,
     Count,
     CountOrAll,
@@ -276,13 +275,6 @@ class Data(Block):
     )
 
 
-class Archive(Block):
-    """Marks a study whose results are kept as they are."""
-
-    commit: Commit = key("Commit that made the results.")
-    known: Chosen = key("What is known against the results, in sentences.")
-
-
 class Params(Block):
     """Every knob of a study."""
 
@@ -301,7 +293,6 @@ class Params(Block):
     train: Train = key("Training settings; precedence train < domain < model < method.")
     evaluate: Evaluate = key("How weights are scored.", Evaluate)
     tune: Tune = key("Trials of rates and strengths, by `python -m experiments tune`.", Tune)
-    archive: Archive = key("Marks a study whose results are kept as they are.", None)
     leaders: Names = key("Methods of the grid whose pairs are tested; by default all but controls and the like.", [])
     compositions: Names = key("Methods of the grid that combine several remedies.", [])
     controls: dict[Name, Text] = key("For a method that trains on general text, its control with strength 0.", {})

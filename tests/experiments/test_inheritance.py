@@ -52,7 +52,7 @@ def copied(own, above=ROOT):
 @pytest.mark.parametrize("name", STUDIES)
 def test_a_study_resolves_to_what_it_would_if_it_copied_the_roots_blocks(name):
     raw, study = read_yaml(Paths(study=name).params), config.load(name)
-    plain = config.build(raw if "archive" in raw else copied(raw), paths=Paths())
+    plain = config.build(copied(raw), paths=Paths())
     moved = plain.model_copy(update={"paths": study.paths, "title": study.title})
     assert resolve.contents(study) == resolve.contents(moved)
     for cell in cells.grid(study):
@@ -60,14 +60,6 @@ def test_a_study_resolves_to_what_it_would_if_it_copied_the_roots_blocks(name):
         assert study.settings(**names) == plain.settings(**names)
     pairs = [(study.grid, plain.grid), (study.general.as_written, plain.general.as_written)]
     assert all(ours == theirs for ours, theirs in pairs)
-
-
-def test_an_archive_takes_nothing_over():
-    for name in STUDIES:
-        study, raw = config.load(name), read_yaml(Paths(study=name).params)
-        if study.archive:
-            assert study.methods.keys() == raw["methods"].keys() and study.models.keys() == raw["models"].keys()
-            assert study.tasks.keys() == raw["tasks"].keys() and study.packages == raw["packages"]
 
 
 def test_a_study_needs_a_grid_domains_and_train_alone(tmp_path):

@@ -4,7 +4,6 @@ import pytest
 from ruamel.yaml import YAML
 
 from analysis.load import record
-from experiments.__main__ import parser, run
 from experiments.stages import resolve
 from experiments.study import cells, config, pipeline
 from experiments.study.lock import Lock
@@ -12,11 +11,9 @@ from experiments.study.paths import HERE
 from methods.errors import UserError
 
 STUDIES = ["", *sorted(p.parent.name for p in (HERE / "experiments" / "studies").glob("*/params.yaml"))]
-ARCHIVES = [name for name in STUDIES if config.load(name).archive]
-RUN = [name for name in STUDIES if name not in ARCHIVES]
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", STUDIES)
 def test_dvc_yaml_is_what_the_command_writes(name):
     study = config.load(name)
     assert (study.paths.folder / "dvc.yaml").read_text() == pipeline.rendered(study), (
@@ -24,7 +21,7 @@ def test_dvc_yaml_is_what_the_command_writes(name):
     )
 
 
-@pytest.mark.parametrize("name", RUN)
+@pytest.mark.parametrize("name", STUDIES)
 def test_compare_lists_exactly_its_own_cells(name):
     study = config.load(name)
     deps = YAML(typ="safe").load(study.paths.folder / "dvc.yaml")["stages"]["compare"]["deps"]
@@ -52,18 +49,6 @@ def test_of_a_study_shown_beside_compare_lists_the_files_of_its_finished_cells(t
         YAML().dump(raw | {"also": [name]}, track.paths.params)
         with pytest.raises(UserError, match=message):
             config.also(config.load("track", root=tmp_path))
-
-
-@pytest.mark.parametrize("name", ARCHIVES)
-def test_an_archive_is_read_and_never_run(name, capsys):
-    study = config.load(name)
-    assert not (study.paths.folder / "dvc.yaml").exists() and not (study.paths.folder / "dvc.lock").exists()
-    for command in (["pipeline"], ["model", study.grid.models[0]], ["train", cells.grid(study)[0].name]):
-        with pytest.raises(UserError, match=f"{name} is an archive of commit {study.archive.commit[:10]}"):
-            run(parser().parse_args([*command, "--study", name]))
-    report = (study.paths.summary / "report.html").read_text()
-    assert study.archive.commit[:10] in report
-    assert all(" ".join(line.split())[:60] in report.replace("&#39;", "'") for line in study.archive.known)
 
 
 def test_a_study_keeps_to_its_own_folders():
