@@ -217,10 +217,11 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
     own = next((rows for rows in tested.values() if len(rows)), None)
     if own is None:
         return ""
-    at = " at equal gain" if own is tested["equal_gain"] else ""
+    equal = own is tested["equal_gain"]
+    at = " at equal gain" if equal else " at the same setting"
     sure = own[own["p_holm"] < LEVEL]
     if sure.empty:
-        why = f"{_found_from(own, key)}{_not_reached(own) if at else ''}"
+        why = f"{_found_from(own, key)}{_not_reached(own) if equal else ''}"
         nearest = _and(list(dict.fromkeys(own["b"])))
         return f"; no composition loses significantly less{at} than every single method (nearest: {nearest}){why}"
     each = _and([f"{row['a']} ({numbers.p(row['p_holm'])})" for _, row in sure.iterrows()])

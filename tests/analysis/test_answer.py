@@ -107,7 +107,7 @@ def test_a_composition_must_beat_every_single_method(several):
         (0.2, "no composition loses significantly less{} than every single method (nearest: ewc)"),
     ):
         same = row.assign(p_holm=p)
-        assert text.format("") in sentences(loaded, table, pd.concat([tests, same]))[1]
+        assert text.format(" at the same setting") in sentences(loaded, table, pd.concat([tests, same]))[1]
         equal = pd.concat([tests, same.assign(p_holm=0.5), same.assign(family="equal_gain")])  # the claim that counts
         assert text.format(" at equal gain") in sentences(loaded, table, equal)[1]
     beyond = sentences(loaded, table, pd.concat([tests, row.assign(family="equal_gain", p_holm=1.0, detectable=None)]))
