@@ -280,14 +280,33 @@ def test_the_readmes_domain_makes_its_rows(tmp_path, monkeypatch):
 
 
 def test_the_readmes_numbers_are_recomputed_from_items(capsys, monkeypatch):
+    """Means are those of the report. So are intervals over texts with one seed; with several the report's are wider."""
     monkeypatch.chdir(HERE)
     [text] = [text for page, text in blocks("python") if page == "docs/recompute.md"]
     exec(compile(text, "docs/recompute.md", "exec"), {})
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    printed = {method: [float(number) for number in numbers] for method, *numbers in lines}
-    with open(HERE / "results/summary/table.csv") as file:
-        rows = {row["method"]: row for row in csv.DictReader(file)}
-    keys = [f"{key}{end}" for key in ("domain_nll_gained", "general_nll_lost") for end in ("", "_low", "_high")]
-    assert printed.keys() == rows.keys() - {"base"}
-    for method, numbers in printed.items():
-        assert numbers == pytest.approx([float(rows[method][key]) for key in keys], abs=6e-4), method
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {}
+    for study in ("results/summary", "results/track/summary"):
+        with open(HERE / study / "table.csv") as file:
+            rows |= {(r["domain"], r["method"]): r for r in csv.DictReader(file) if r["method"] != "base"}
+    assert {(domain, method) for domain, method, *_ in printed} == rows.keys()
+    for domain, method, seeds, *numbers in printed:
+        row = rows[domain, method]
+        assert seeds == row["seeds"]
+        for key, own in zip(("domain_nll_gained", "general_nll_lost"), (numbers[:3], numbers[3:])):
+            value, low, high = (float(row[f"{key}{end}"]) for end in ("", "_low", "_high"))
+            ours = [float(number) for number in own]
+            assert ours[0] == pytest.approx(value, abs=6e-5), (domain, method, key)
+            if seeds == "1":
+                assert ours[1:] == pytest.approx([low, high], abs=6e-4), (domain, method, key)
+            else:
+                assert low < ours[1] + 1e-4 < ours[2] < high + 2e-4, (domain, method, key)
+
+
+def test_the_readmes_table_is_the_reports():
+    """Each row of the README's table stands in results/summary/table.md, which has more columns."""
+    table = [line for line in (HERE / "README.md").read_text().splitlines() if line.startswith("| full |")]
+    reported = (HERE / "results/summary/table.md").read_text()
+    block = (HERE / "README.md").read_text().partition(table[0])[2].partition("\n\n")[0]
+    for line in (table[0], *filter(None, block.splitlines())):
+        assert line.removesuffix(" |") in reported, line
