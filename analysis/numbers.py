@@ -39,12 +39,12 @@ def _tenths(value: float) -> Decimal:
 
 
 def nats(value: float | None) -> str:
-    """A signed number of nats: 0.4512 -> '+0.451', 0.00042 -> '+0.0004'."""
+    """A signed number of nats: 0.4512 -> '+0.451', 0.00042 -> '+0.0004', 0.00007 -> '+0.00007'."""
     if missing(value):
         return "–"
     text = f"{value:+.3f}"
     if float(text) == 0:
-        text = f"{value:+.1g}" if abs(value) > 1e-9 else "0"
+        text = f"{value:+.{-math.floor(math.log10(abs(value)))}f}" if abs(value) > 1e-9 else "0"
     return text.replace("-", MINUS)
 
 

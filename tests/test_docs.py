@@ -310,3 +310,11 @@ def test_the_readmes_table_is_the_reports():
     block = (HERE / "README.md").read_text().partition(table[0])[2].partition("\n\n")[0]
     for line in (table[0], *filter(None, block.splitlines())):
         assert line.removesuffix(" |") in reported, line
+
+
+def test_the_readme_quotes_the_answer_of_the_track():
+    answer = (HERE / "results/track/summary/table.txt").read_text().partition("\n\n")[0]
+    quoted = [line.removeprefix(">") for line in (HERE / "README.md").read_text().splitlines() if line.startswith(">")]
+    assert " ".join(quoted).split() == answer.split()
+    ran = len([*(HERE / "results/track/runs").rglob("metrics.json")])
+    assert f"So far {ran} of the track's 110 cells have run" in " ".join((HERE / "README.md").read_text().split())

@@ -56,7 +56,7 @@ def _over_many(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame) -> list[
     sure = own[own["p_holm"] < LEVEL]
     less, more = ((sure["difference"] * sign > 0).sum() for sign in (-1, 1))
     second = f"Of {len(own)} comparisons of a remedy with it, {less} show significantly less loss and {more} more"
-    second += _found_from(own[~(own["p_holm"] < LEVEL)], key)
+    second += _bracketed(_found_from(own[~(own["p_holm"] < LEVEL)], key))
     if own.empty:
         second = "With one seed, the runs are described and no method is told apart from it"
     return [f"{first} and loses {lost} {_what(key)}.", f"{second}; the table and the parts below have each one."]
@@ -204,7 +204,7 @@ def _pairs(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
     own = own[own["a"].isin(rows["method"]) & own["b"].isin(rows["method"])]
     apart = int((own["p_holm"] < LEVEL).sum())
     pairs = "pair of leaders" if len(own) == 1 else "pairs of leaders"
-    could = _found_from(own[~(own["p_holm"] < LEVEL)], key)
+    could = _bracketed(_found_from(own[~(own["p_holm"] < LEVEL)], key))
     return f"; {apart} of {len(own)} {pairs} {'is' if apart == 1 else 'are'} told apart{could}" if len(own) else ""
 
 
@@ -221,9 +221,9 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
     at = " at equal gain" if equal else " at the same setting"
     sure = own[own["p_holm"] < LEVEL]
     if sure.empty:
-        why = f"{_found_from(own, key)}{_not_reached(own) if equal else ''}"
-        nearest = _and(list(dict.fromkeys(own["b"])))
-        return f"; no composition loses significantly less{at} than every single method (nearest: {nearest}){why}"
+        nearest = f"nearest: {_and(list(dict.fromkeys(own['b'])))}"
+        why = _bracketed(nearest, _found_from(own, key), _not_reached(own) if equal else "")
+        return f"; no composition loses significantly less{at} than every single method{why}"
     each = _and([f"{row['a']} ({numbers.p(row['p_holm'])})" for _, row in sure.iterrows()])
     return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less{at} than every single method, controls included"
 
@@ -233,7 +233,7 @@ def _not_reached(unsure: pd.DataFrame) -> str:
     found at equal gain (analysis/statistics/tests.py)."""
     names = list(unsure.loc[unsure["detectable"].isna(), "a"])
     never = "it never does" if len(names) == 1 else "they never do"
-    return f" ({_and(names)} cannot be judged: another method gains at its first setting what {never})" if names else ""
+    return f"{_and(names)} cannot be judged: another method gains at its first setting what {never}" if names else ""
 
 
 def _credited(loaded: Loaded, rows: pd.DataFrame) -> str:
@@ -261,14 +261,19 @@ def _untold(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where: s
     if unsure.empty:
         return ""
     named = words.few(unsure["a"])
-    return f"{where} not told apart from plain fine-tuning: {named}{_found_from(unsure, key)}".strip()
+    return f"{where} not told apart from plain fine-tuning: {named}{_bracketed(_found_from(unsure, key))}".strip()
 
 
 def _found_from(unsure: pd.DataFrame, key: str) -> str:
-    """In brackets the true difference that 80 of 100 such studies would have found; '' where none is known."""
+    """The true difference that 80 of 100 such studies would have found; '' where none is known."""
     sizes = (1 if key in BY_KEY else 100) * unsure["detectable"].dropna()
     ends = _range([f"{sizes.min():.2g}", f"{sizes.max():.2g}"]) if len(sizes) else ""
-    return f" (a difference of {ends} {_what(key).partition(' of ')[0]} would have been found)" if ends else ""
+    return f"a difference of {ends} {_what(key).partition(' of ')[0]} would have been found" if ends else ""
+
+
+def _bracketed(*texts: str) -> str:
+    """The texts in one pair of brackets; '' if all are empty."""
+    return f" ({'; '.join(filter(None, texts))})" if any(texts) else ""
 
 
 def _costs(rows: pd.DataFrame) -> str:

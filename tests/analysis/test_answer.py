@@ -104,7 +104,7 @@ def test_a_composition_must_beat_every_single_method(several):
     row = tests.iloc[[0]].assign(measure="general_nll_lost", family="compositions", a="both", b="ewc", difference=-0.01)
     for p, text in (
         (0.01, "both (p\u00a0=\u00a00.010) loses less{} than every single method, controls included"),
-        (0.2, "no composition loses significantly less{} than every single method (nearest: ewc)"),
+        (0.2, "no composition loses significantly less{} than every single method (nearest: ewc"),
     ):
         same = row.assign(p_holm=p)
         assert text.format(" at the same setting") in sentences(loaded, table, pd.concat([tests, same]))[1]
