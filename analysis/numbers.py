@@ -48,6 +48,14 @@ def nats(value: float | None) -> str:
     return text.replace("-", MINUS)
 
 
+def rate(value: float) -> str:
+    """A learning rate: 0.00015 -> '1.5e-4', 0.1 -> '0.1'."""
+    if not value or value >= 0.01:
+        return f"{value:g}"
+    digits, exponent = f"{value:.3e}".split("e")
+    return f"{float(digits):g}e{int(exponent)}"
+
+
 def p(value: float | None) -> str:
     """A p value: 0.0123 -> 'p = 0.012', 0.0004 -> 'p < 0.001', with spaces at which no line breaks; '' if missing."""
     if missing(value):

@@ -217,7 +217,7 @@ def _rules(cells: pd.DataFrame) -> list[tuple[str, str]]:
     settings = f"{scorer('scorer')}, batch size {scorer('batch_size')}, {limit}, lm-eval {scorer('lm_eval')}"
     return [
         ("training tokens", by_method("tokens_trained", "{:,.0f}".format)),
-        ("learning rate", by_method("learning_rate", "{:g}".format)),
+        ("learning rate", by_method("learning_rate", numbers.rate)),
         ("scorer", settings),
         ("weights scored in", each(cells["dtype"])),
         ("numerics, scoring", f"{each(cells['numerics'])}, {scorer('scoring')}"),

@@ -108,7 +108,7 @@ def _settled(record: Mapping[str, Any], model: str, *, gate: Mapping[str, Any]) 
         f"{model} is {block['from']} after {record['steps']} steps on general text and on rows of the retention "
         f"tasks' data sets, none of which is scored. They took the general text of the probes from "
         f"{record['nats']:.3f} to {gate['nats']:.3f} nats per token.",
-        f"{gate['of']} more steps of plain fine-tuning at a rate of {gate['learning_rate']:g} change that by "
+        f"{gate['of']} more steps of plain fine-tuning at a rate of {numbers.rate(gate['learning_rate'])} change that by "
         f"{_changed(gate)}: the base counts as "
         + (
             f"settled at that rate, because they do not lower it by {least:g} or more."
@@ -117,7 +117,7 @@ def _settled(record: Mapping[str, Any], model: str, *, gate: Mapping[str, Any]) 
         ),
     ]
     if others:
-        each = " and ".join(f"{_changed(other)} at {other['learning_rate']:g}" for other in others)
+        each = " and ".join(f"{_changed(other)} at {numbers.rate(other['learning_rate'])}" for other in others)
         lines.append(f"At other rates such steps changed it by {each}.")
     return " ".join(lines)
 

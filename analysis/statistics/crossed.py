@@ -47,8 +47,9 @@ def crossed(
     Half the interval is the larger of t(df) · error, with Satterthwaite's df of the mean squares (Satterthwaite 1946;
     the negative one counts too), and sqrt(t(S−1)² · seeds + t(df_items)² · items), each part with the t of its own
     degrees of freedom (after Cochran 1964). Satterthwaite's alone covers .91 to .93 with three seeds that differ much:
-    if they lie close together by chance, the error is small and the df large at once. With one seed there is only the
-    items' part, with t.
+    if they lie close together by chance, the error is small and the df large at once. His df are never taken to be
+    fewer than those of seeds and of items: where seeds move items in opposite ways, MS_item is near 0, and the formula
+    gives a fraction of one and an interval of any width. With one seed there is only the items' part, with t.
 
     step > 0 is for answers that are right or wrong: how far one item moves if its answer changes. MS_item is then that
     of the items and two more per task, one moved up and one down (as for paired proportions: Bonett and Price 2012),
@@ -69,16 +70,17 @@ def crossed(
     rest = share * sum(rest for _, rest, _ in squared)
     squares_items = share**2 * sum(item**2 / df for item, _, df in squared)
     squares = squares_items
-    between = np.zeros_like(items)
+    between, fewest = np.zeros_like(items), np.zeros_like(items)
     if seeds > 1:
         variance, df_seeds = moderated or (by_seed.var(axis=-1, ddof=1), seeds - 1)
         whole = variance / seeds
         between = np.maximum(whole - rest, 0)
+        fewest = np.minimum(df_seeds, min(df for _, _, df in squared)) + fewest
         squares = squares + whole**2 / df_seeds
         squares = squares + share**2 * sum(rest**2 / (df * (seeds - 1)) for _, rest, df in squared)
     point = (1 + level) / 2
     error = np.sqrt(items + between)
-    df = _degrees(items + between, squares)
+    df = np.maximum(_degrees(items + between, squares), fewest)
     half = student.ppf(point, df) * error
     if seeds > 1:
         by_seeds = student.ppf(point, df_seeds) ** 2 * between

@@ -111,6 +111,16 @@ def test_an_interval_over_items_alone_fails_where_seeds_differ():
         assert by_items_only(*alike) > 0.92  # what fails it is the seeds
 
 
+@pytest.mark.parametrize("seeds", (2, 3, 5))
+def test_seeds_that_move_items_in_opposite_ways_have_an_interval_of_usual_width(seeds):
+    """The mean square of items is near 0 then, and Satterthwaite's df a fraction of one: intervals of 1e11 and more."""
+    draw = np.random.default_rng([11, seeds])
+    item, sign = draw.standard_t(3, (STUDIES, 1, 100)), draw.choice([-1.0, 1.0], (STUDIES, seeds, 100))
+    found = crossed([item * sign])
+    assert (np.abs(found.value) <= found.half).mean() >= 0.93
+    assert found.df.min() >= seeds - 1 and found.half.max() < 30 * np.median(found.half)
+
+
 def test_tasks_of_unequal_size_and_a_single_seed_cover():
     draw = np.random.default_rng(4)
     assert 0.93 <= covered(*normal(draw, seeds=4, sizes=(100, 200, 300), spread=1)) <= 0.98
