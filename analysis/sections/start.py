@@ -108,8 +108,8 @@ def _settled(record: Mapping[str, Any], model: str, *, gate: Mapping[str, Any]) 
         f"{model} is {block['from']} after {record['steps']} steps on general text and on rows of the retention "
         f"tasks' data sets, none of which is scored. They took the general text of the probes from "
         f"{record['nats']:.3f} to {gate['nats']:.3f} nats per token.",
-        f"{gate['of']} more steps of plain fine-tuning at a rate of {numbers.rate(gate['learning_rate'])} change that by "
-        f"{_changed(gate)}: the base counts as "
+        f"{gate['of']} more steps of plain fine-tuning at a rate of {numbers.rate(gate['learning_rate'])} change that "
+        f"by {_changed(gate)}: the base counts as "
         + (
             f"settled at that rate, because they do not lower it by {least:g} or more."
             if gate["holds"]
