@@ -32,9 +32,9 @@ class Roles:
         return [method for method in methods if not _among(method, others)]
 
     def setting_levels(self, families: Iterable[str]) -> list[str]:
-        """The families that decide at which gain all are compared: plain fine-tuning, the leaders that are named and
-        the compositions, or without named leaders all."""
-        deciding = {PLAIN, *map(family, [*self.leaders, *self.compositions])}
+        """The families that decide at which gain all are compared: plain fine-tuning and the leaders that are named, or
+        without named leaders all. A composition that gains little would leave no number for the others."""
+        deciding = {PLAIN, *map(family, self.leaders)}
         return [name for name in families if not self.leaders or name in deciding]
 
     def composed(self, methods: Iterable[str]) -> list[str]:

@@ -90,7 +90,8 @@ def _drawn(pair: tuple[str, str]) -> list[Figure]:
 
 
 def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
-    """Probe curves over training tokens, in the order of the measures: domain, general text, retention tasks."""
+    """Probe curves over training tokens, in the order of the measures: domain, general text, retention tasks. None
+    where no run was probed between its start and its end."""
     if loaded.curves.empty:
         return None
     domain = cells.iloc[0]["domain"]
@@ -106,7 +107,7 @@ def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataF
     shown = [column for column in data if column not in ("cell", "step", "tokens")]
     data = data.dropna(subset=shown, how="all")
     shown = [key for key in shown if data[key].notna().any()]
-    if data.empty:
+    if data.empty or data.groupby("cell").size().max() <= 2:
         return None
     data.insert(1, "method", data["cell"].map(cells["method"]))
     titles = {

@@ -47,7 +47,7 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
         "heads": heads,
         "rows": [_line(made, table[table["family"] == name], against) for name in made.families],
         "notes": _notes(made, bool(against)),
-        "along": _along(runs, deciding) if runs is not None else None,
+        "along": _along(runs, deciding) if runs is not None and runs.between else None,
     }
 
 

@@ -40,6 +40,11 @@ class Trajectories:
     def losses(self) -> list[str]:
         return [key for key in LOSSES if self.points[key].notna().all()]
 
+    @property
+    def between(self) -> bool:
+        """Whether a run was probed between its start and its end."""
+        return self.points.groupby("cell").size().max() > 2
+
 
 def trajectories(
     loaded: Loaded, *, model: str, domain: str, methods: Collection[str] | None = None

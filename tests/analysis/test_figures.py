@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 
 from analysis import style
 from analysis.load import load_cells
-from analysis.report.figures import write_figures
+from analysis.report.figures import forgetting_over_training, write_figures
 from analysis.statistics.comparison import comparison
 from tests.analysis.fixtures import METHODS, coefficients, write_results
 
@@ -85,6 +86,16 @@ def test_csv_holds_what_was_drawn(drawn):
     assert own["retention_nats"].to_list() == pytest.approx(expected[asked].mean(axis=1).to_list())
     layers = csv(figures["layer_coefficients"])
     assert dict(zip(layers["group"], layers["coefficient"])) == pytest.approx(coefficients())
+
+
+def test_two_probes_are_no_curve(drawn):
+    """A run that was probed at its start and its end alone has no figure of its course."""
+    _, loaded, table, _ = drawn
+    probed = loaded.curves.dropna(subset=["probe_general_nll"]).groupby("cell")
+    ends = replace(loaded, curves=pd.concat([probed.head(1), probed.tail(1)]))
+    cells = loaded.cells
+    assert len(forgetting_over_training(loaded, table, cells)) == 4
+    assert forgetting_over_training(ends, table, cells) is None
 
 
 def test_the_same_data_give_the_same_bytes(drawn, tmp_path):

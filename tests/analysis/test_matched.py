@@ -85,7 +85,7 @@ def test_leaders_that_are_named_decide_at_which_gain_methods_are_compared():
     """A control that gains less does not put the level before the first setting of every other method."""
     made = drawn({"full": (0.2, 0.02), "full-s1": (0.3, 0.1), "ewc": (0.25, 0.03), "lora": (0.16, 0.05)})
     assert level(made)[0] == 0.16 and matched(made).set_index("family").at["full", "why"].startswith("gains more")
-    deciding = Roles(leaders=("ewc",)).setting_levels(made.families)
+    deciding = Roles(leaders=("ewc",), compositions=("lora",)).setting_levels(made.families)
     assert deciding == ["full", "ewc"] and Roles().setting_levels(made.families) == ["full", "ewc", "lora"]
     table = matched(made, deciding).set_index("family")
     assert level(made, deciding)[0] == 0.25 and table.at["full", "value"] == pytest.approx(0.06)
@@ -280,7 +280,8 @@ def test_losses_along_training_by_hand():
     assert table.at[(KEY, "idle"), "why"] == "gains at most +0.100"
     assert table.at[(KEY, "fast"), "why"] == "passed it before its first probe (step 1)"
     assert table["low"].isna().all()  # one seed
-    assert along(trajectories(study({("full", 0): [BASE, [2.1, 3.0, 4.0]]}), **D)).empty
+    ends = trajectories(study({("full", 0): [BASE, [2.1, 3.0, 4.0]]}), **D)
+    assert along(ends).empty and runs.between and not ends.between
 
 
 def test_several_seeds_have_students_interval():
