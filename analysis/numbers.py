@@ -44,7 +44,8 @@ def nats(value: float | None) -> str:
         return "–"
     text = f"{value:+.3f}"
     if float(text) == 0:
-        text = f"{value:+.{-math.floor(math.log10(abs(value)))}f}" if abs(value) > 1e-9 else "0"
+        first = float(f"{value:.0e}")
+        text = f"{first:+.{-math.floor(math.log10(abs(first)))}f}" if abs(value) > 1e-9 else "0"
     return text.replace("-", MINUS)
 
 

@@ -33,9 +33,9 @@ class Roles:
 
     def setting_levels(self, families: Iterable[str]) -> list[str]:
         """The families that decide at which gain all are compared: plain fine-tuning and the leaders that are named, or
-        without named leaders all. A composition that gains little would leave no number for the others."""
-        deciding = {PLAIN, *map(family, self.leaders)}
-        return [name for name in families if not self.leaders or name in deciding]
+        without named leaders all but compositions. One that gains little would leave no number for the others."""
+        named, composed = {PLAIN, *map(family, self.leaders)}, set(map(family, self.compositions))
+        return [name for name in families if (name in named if self.leaders else name not in composed)]
 
     def composed(self, methods: Iterable[str]) -> list[str]:
         """The compositions among `methods`."""

@@ -1,18 +1,23 @@
 """CSV files that people open in a spreadsheet, which takes some texts for formulas and computes them.
 
-A text that begins with =, +, -, @, a tab or a line's end gets an apostrophe in front. So does, within a text, one of
-these signs behind a semicolon, a tab or a line's end, because a spreadsheet that splits at semicolons or tabs begins a
-cell there. A carriage return within a text is written as \\n, so that it begins no row. Numbers stay numbers, also
-those written as text, such as -0.5.
+A text that begins with =, +, -, @, a tab or a line's end gets an apostrophe in front. Within a text one goes in front
+of =, +, - and @ behind a semicolon, a tab or a line's end, because a spreadsheet that splits there begins a cell there.
+A carriage return within a text is written as \\n, so that it begins no row. Numbers stay numbers, also those written as
+text, such as -0.5.
 """
 
 import re
 
 import pandas as pd
 
-_FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\r\n]")
-_WITHIN = re.compile(r"([;\t\r\n][\s\"]*)(?=[=+\-@＝＋－＠])")
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?|[-+]?inf", re.IGNORECASE)
+_NO_WIDTH = r"\ufeff\u200b-\u200d\u2060"
+_SIGN = r"[=+\-@＝＋－＠]"
+_AMOUNT = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?|[-+]?inf"
+_FORMULA = re.compile(rf"[\s{_NO_WIDTH}]*{_SIGN}|[\t\r\n]")
+_WITHIN = re.compile(
+    rf'([;\t\r\n](?:[^\S\t\r\n]|["{_NO_WIDTH}])*)(?={_SIGN})(?!(?:{_AMOUNT})\s*(?:[;\t\r\n]|$))', re.IGNORECASE
+)
+_NUMBER = re.compile(_AMOUNT, re.IGNORECASE)
 
 
 def text(frame: pd.DataFrame, *, digits: str | None = None) -> str:

@@ -140,7 +140,7 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     if not key or others.empty:
         return f"{where} there is no remedy to compare".strip()
     against, beyond = _against_plain(loaded, rows, tests, key), _pairs(rows, tests, key)
-    beyond += _composed(tests, key) + _credited(loaded, rows)
+    beyond += _composed(loaded, rows, tests, key) + _credited(loaded, rows)
     if against.empty:
         return f"{where} {_ordered(loaded, others, key)}{beyond}".strip()
     by_method, found = rows.set_index("method"), []
@@ -152,8 +152,8 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
             rest = len(each) - NAMED
             named = ", ".join(each[:NAMED]) + (f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else "")
             found.append(
-                f"{len(sure)} of {len(against)} remedies lose significantly {side} than plain fine-tuning after Holm's "
-                f"correction: {named}"
+                f"{len(sure)} of {len(against)} remedies, at their chosen settings, lose significantly {side} than "
+                f"plain fine-tuning after Holm's correction: {named}"
             )
     text = (
         "; ".join(found) or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
@@ -208,7 +208,7 @@ def _pairs(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
     return f"; {apart} of {len(own)} {pairs} {'is' if apart == 1 else 'are'} told apart{could}" if len(own) else ""
 
 
-def _composed(tests: pd.DataFrame, key: str) -> str:
+def _composed(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> str:
     """Whether a composition forgets less than every single method, controls included: at equal gain, or where that is
     not known, at the same setting."""
     tested = {
@@ -219,13 +219,18 @@ def _composed(tests: pd.DataFrame, key: str) -> str:
         return ""
     equal = own is tested["equal_gain"]
     at = " at equal gain" if equal else " at the same setting"
-    sure = own[own["p_holm"] < LEVEL]
+    sure, unsure = own[own["p_holm"] < LEVEL], own[~(own["p_holm"] < LEVEL)]
+    others = [name for name in loaded.roles.composed(rows["method"]) if name not in set(own["a"])]
+    why = _bracketed(
+        _and([f"{row['a']} not than {row['b']}" for _, row in unsure.iterrows()]) if len(unsure) else "",
+        _found_from(unsure, key),
+        _not_reached(unsure) if equal else "",
+        f"not tested, for want of seeds: {_and(others)}" if others else "",
+    )
     if sure.empty:
-        nearest = f"nearest: {_and(list(dict.fromkeys(own['b'])))}"
-        why = _bracketed(nearest, _found_from(own, key), _not_reached(own) if equal else "")
         return f"; no composition loses significantly less{at} than every single method{why}"
     each = _and([f"{row['a']} ({numbers.p(row['p_holm'])})" for _, row in sure.iterrows()])
-    return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less{at} than every single method, controls included"
+    return f"; {each} {'loses' if len(sure) == 1 else 'lose'} less{at} than every single method, controls included{why}"
 
 
 def _not_reached(unsure: pd.DataFrame) -> str:
@@ -277,14 +282,15 @@ def _bracketed(*texts: str) -> str:
 
 
 def _costs(rows: pd.DataFrame) -> str:
-    """Tokens beside the domain, seconds of training and bytes to keep, from the least to the most of all methods."""
+    """Tokens that are read on top of training on the domain, seconds of training and bytes to keep: the least and the
+    most of all methods."""
     known = rows.dropna(subset=["seconds_train"]) if "seconds_train" in rows else rows[:0]
     if known.empty:
         return "what the methods cost is not known"
     beside = known[["tokens_prepare", "tokens_added"]].astype(float).fillna(0).sum(axis=1)
     tokens = _range([f"{beside.min():,.0f}", f"{beside.max():,.0f}"])
     took = _ends(known, "seconds_train", numbers.seconds)
-    text = f"besides the domain's rows the methods read {tokens} tokens; they train for {took}"
+    text = f"on top of training on the domain's rows the methods read {tokens} tokens; they train for {took}"
     if known["bytes_weights_delta"].notna().any():
         text += f" and keep {_ends(known, 'bytes_weights_delta', numbers.size)}"
     return text

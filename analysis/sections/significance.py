@@ -17,7 +17,7 @@ TITLES = {
     BASE: ("Against the base", "method"),
     PLAIN: ("Against plain fine-tuning", "method − full"),
     "leaders": ("Leaders, in pairs", "first − second"),
-    "compositions": ("Compositions, each against the single method that comes nearest", "first − second"),
+    "compositions": ("Compositions, each against the single method with the largest p value", "first − second"),
     "equal_gain": ("Compositions at equal gain", "first − second"),
 }
 UNITS = {ACCURACY: units.SHARE, DOMAIN: "nats per token"}

@@ -47,7 +47,7 @@ def legend(table: pd.DataFrame, *, terminal: bool = False) -> list[str]:
 def _of_columns(methods: pd.DataFrame) -> list[str]:
     """What the columns besides gain and forgetting mean, which the terminal has no room for."""
     lines = [
-        "+ tokens: what a method reads beside the domain, in its preparation and in its training.",
+        "+ tokens: what a method reads on top of training on the domain's rows, while it prepares or trains.",
         "Seconds are of training, + of a preparation; bytes are of the weights or adapter to keep, + of importance and "
         "anchor. They are measured, and differ from run to run.",
         "n is domain + retention rows.",

@@ -48,8 +48,9 @@ def crossed(
     the negative one counts too), and sqrt(t(S−1)² · seeds + t(df_items)² · items), each part with the t of its own
     degrees of freedom (after Cochran 1964). Satterthwaite's alone covers .91 to .93 with three seeds that differ much:
     if they lie close together by chance, the error is small and the df large at once. His df are never taken to be
-    fewer than those of seeds and of items: where seeds move items in opposite ways, MS_item is near 0, and the formula
-    gives a fraction of one and an interval of any width. With one seed there is only the items' part, with t.
+    fewer than the smaller of those of seeds (moderated) and of items: where seeds move items in opposite ways, MS_item
+    is near 0, and the formula gives a fraction of one and an interval of any width. With one seed there is only the
+    items' part, with t.
 
     step > 0 is for answers that are right or wrong: how far one item moves if its answer changes. MS_item is then that
     of the items and two more per task, one moved up and one down (as for paired proportions: Bonett and Price 2012),

@@ -93,7 +93,7 @@ class Display:
         for cell in self._cells:
             counts[self.state(launch, cell)[0]] += 1
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-        return f"{len(self._cells)} cells: {told}{self._left(launch)}"
+        return f"{len(self._cells)} cell{'s' if len(self._cells) != 1 else ''}: {told}{self._left(launch)}"
 
     def _left(self, launch: Any) -> str:
         if launch.schedule.ended:

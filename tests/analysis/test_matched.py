@@ -86,6 +86,7 @@ def test_leaders_that_are_named_decide_at_which_gain_methods_are_compared():
     made = drawn({"full": (0.2, 0.02), "full-s1": (0.3, 0.1), "ewc": (0.25, 0.03), "lora": (0.16, 0.05)})
     assert level(made)[0] == 0.16 and matched(made).set_index("family").at["full", "why"].startswith("gains more")
     deciding = Roles(leaders=("ewc",), compositions=("lora",)).setting_levels(made.families)
+    assert Roles(compositions=("lora",)).setting_levels(made.families) == ["full", "ewc"]
     assert deciding == ["full", "ewc"] and Roles().setting_levels(made.families) == ["full", "ewc", "lora"]
     table = matched(made, deciding).set_index("family")
     assert level(made, deciding)[0] == 0.25 and table.at["full", "value"] == pytest.approx(0.06)

@@ -23,7 +23,7 @@ NONE = (None, math.nan)
         (numbers.nats, 0.00049, "+0.0005"),
         (numbers.nats, -0.0005, "−0.001"),
         (numbers.nats, 0.00007, "+0.00007"),
-        (numbers.nats, -0.000096, "−0.00010"),
+        (numbers.nats, -0.000096, "−0.0001"),
         (numbers.nats, 1e-10, "0"),
         (numbers.points, 0.0005, "+0.1"),
         (numbers.points, -0.0004, "0.0"),

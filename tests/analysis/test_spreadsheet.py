@@ -40,12 +40,16 @@ def test_a_line_within_a_cell_begins_no_row():
 
 
 @pytest.mark.parametrize("separator", [";", "\t"])
-@pytest.mark.parametrize("inner", ["{}=1+1", "{} @SUM(1)", '{}"=1+1"', "{}＝1+1{}-2+3", "\n=1+1", "\r\n+1+1"])
+@pytest.mark.parametrize(
+    "inner", ["{}=1+1", "{} @SUM(1)", '{}"=1+1"', "{}＝1+1{}-2+3", "\n=1+1", "\r\n+1+1", "{}\u200b=1"]
+)
 def test_no_cell_is_a_formula_in_a_spreadsheet_that_splits_at_another_sign(separator, inner):
     text = f"asked{inner.replace('{}', separator)}; then nothing"
     written = spreadsheet.text(pd.DataFrame({"cell": ["a"], "reason": [text]}))
     cells = [cell for row in csv.reader(io.StringIO(written), delimiter=separator) for cell in row]
-    assert len(cells) > 2 and not any(re.match(r"[\s\"]*[=+\-@＝＋－＠]", cell) for cell in cells)
+    assert len(cells) > 2 and not any(re.match(r"[\s\"\u200b]*[=+\-@＝＋－＠]", cell) for cell in cells)
+    numbers = pd.DataFrame({"reason": [f"lost{separator} -0.5{separator}+3e-2"]})
+    assert spreadsheet.text(numbers) == numbers.to_csv(index=False, lineterminator="\n")
 
 
 def test_all_else_is_written_as_before():

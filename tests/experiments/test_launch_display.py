@@ -29,7 +29,7 @@ def test_a_cell_waits_runs_is_scored_and_is_finished(tmp_path):
         assert state()[0] == "running" and state()[1].startswith(f"{name.partition('@')[0]} for ")
         schedule.finish(name)
     assert state() == ("scored", "drift to come")
-    assert display.line(launch).startswith("1 cells: 1 scored; ")
+    assert display.line(launch).startswith("1 cell: 1 scored; ")
     schedule.finish(drift.name)
     assert state() == ("finished", "")
 
