@@ -12,7 +12,7 @@ from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY, GENERAL
 from analysis.roles import PLAIN
-from analysis.sections.credit import against_control, apart
+from analysis.sections import credit
 from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
 
@@ -52,7 +52,7 @@ def _over_many(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame) -> list[
     own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
     for side in ("a", "b"):  # both at the settings that were chosen
         own = own.merge(rows[["model", "domain", "method"]].rename(columns={"method": side}))
-    own = own[own["a"].isin(loaded.roles.leading(own["a"])) & ~own["a"].isin(set(apart(loaded)))]
+    own = own[own["a"].isin(loaded.roles.leading(own["a"])) & ~own["a"].isin(set(credit.apart(loaded)))]
     sure = own[own["p_holm"] < LEVEL]
     less, more = ((sure["difference"] * sign > 0).sum() for sign in (-1, 1))
     second = f"Of {len(own)} comparisons of a remedy with it, {less} show significantly less loss and {more} more"
@@ -140,7 +140,9 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     if not key or others.empty:
         return f"{where} there is no remedy to compare".strip()
     against, beyond = _against_plain(loaded, rows, tests, key), _pairs(rows, tests, key)
-    beyond += _composed(loaded, rows, tests, key) + _credited(loaded, rows)
+    beyond += _composed(loaded, rows, tests, key) + credit.clause(
+        loaded, model=rows["model"].iloc[0], domain=rows["domain"].iloc[0], most=NAMED
+    )
     if against.empty:
         return f"{where} {_ordered(loaded, others, key)}{beyond}".strip()
     by_method, found = rows.set_index("method"), []
@@ -187,7 +189,7 @@ def _against_plain(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key:
     with its control (analysis/sections/credit.py).
     """
     own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
-    mixed = apart(loaded)
+    mixed = credit.apart(loaded)
     warm = set(mixed.values()) & set(rows.loc[rows["tokens_prepare"].astype(float) > 0, "method"])
     remedies = set(loaded.roles.leading(rows["method"])) - {*mixed, *warm}
     own = own[own["a"].isin(remedies) & own["b"].isin(rows["method"])]
@@ -239,23 +241,6 @@ def _not_reached(unsure: pd.DataFrame) -> str:
     names = list(unsure.loc[unsure["detectable"].isna(), "a"])
     never = "it never does" if len(names) == 1 else "they never do"
     return f"{_and(names)} cannot be judged: another method gains at its first setting what {never}" if names else ""
-
-
-def _credited(loaded: Loaded, rows: pd.DataFrame) -> str:
-    """How the loss of each method that trains on general text differs from its control's, which trains on it too."""
-    first = rows.iloc[0]
-    found = against_control(loaded, model=first["model"], domain=first["domain"])
-    if len(found) > NAMED:
-        return f"; {len(found)} methods also train on general text and are compared with their controls below"
-    text = ""
-    for (method, control), one in found.items():
-        text += f"; {method} also trains on general text and "
-        if one is None:
-            text += "has no control here that tells its remedy from that text"
-        else:
-            bounds = "" if one.low is None else f" [{numbers.nats(one.low)}, {numbers.nats(one.high)}]"
-            text += f"differs in loss from its control {control} by {numbers.nats(one.value)}{bounds}"
-    return text
 
 
 def _untold(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where: str) -> str:

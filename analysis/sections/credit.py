@@ -56,3 +56,19 @@ def sentences(loaded: Loaded, *, model: str, domain: str) -> list[str]:
             why = f"its control {control} has no result" if control else "the study has no control for it"
             lines.append(f"{reads}, and {why}: what its remedy does and what that text does cannot be told apart")
     return [f"{line}." for line in lines]
+
+
+def clause(loaded: Loaded, *, model: str, domain: str, most: int) -> str:
+    """The same of one comparison for the answer at the top of the report: more than `most` methods are counted."""
+    found = against_control(loaded, model=model, domain=domain)
+    if len(found) > most:
+        return f"; {len(found)} methods also train on general text and are compared with their controls below"
+    text = ""
+    for (method, control), one in found.items():
+        text += f"; {method} also trains on general text and "
+        if one is None:
+            text += "has no control here that tells its remedy from that text"
+        else:
+            bounds = "" if one.low is None else f" [{numbers.nats(one.low)}, {numbers.nats(one.high)}]"
+            text += f"differs in loss from its control {control} by {numbers.nats(one.value)}{bounds}"
+    return text
