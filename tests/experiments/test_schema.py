@@ -159,7 +159,7 @@ OTHERS = ["text", 1.5, 7, True, None, ["a"], [1], [["a"]], {"a": 1}, [None]]  # 
 
 
 def build(raw):
-    return config.build(raw, paths=Paths(study="all"))
+    return config.build(raw, paths=Paths())  # the root's own, which takes no block over from another file
 
 
 def put(path: tuple[str, ...], value: Any) -> dict:
