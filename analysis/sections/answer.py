@@ -165,7 +165,7 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
 
 def _ordered(loaded: Loaded, others: pd.DataFrame, key: str) -> str:
     """What untested remedies lose, from the least, without controls and the methods that are compared with theirs."""
-    remedies = set(loaded.roles.leading(others["method"])) - {*apart(loaded), *loaded.roles.control_of.values()}
+    remedies = set(loaded.roles.leading(others["method"])) - {*credit.apart(loaded), *loaded.roles.control_of.values()}
     own = others[others["method"].isin(remedies)].dropna(subset=[key]).sort_values(key)
     each = [(row["method"], _lost(row, key), _at(row)) for _, row in own.iterrows()]
     if not each:
