@@ -181,7 +181,7 @@ def cost(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):
             for y, value in enumerate(values[key]):
                 text = "–" if value < 0.0005 else show(value)
                 place = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
-                axes.annotate(text, (0 if value != value else value, y), fontsize=7.5, color=style.INK, **place)
+                axes.annotate(text, (0 if value != value else value, y), **place, **style.INSIDE)
             axes.set_xlim(0, 1.95 * widest if widest > 0 else 1)
             axes.set_title(title, fontsize=8.5)
             axes.set_xticks([])

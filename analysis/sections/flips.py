@@ -119,7 +119,7 @@ def answers_lost_and_gained(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFr
         for k, (lost, gained) in enumerate(zip(own["lost"], own["gained"])):
             for value, side, ha in ((lost, -1, "right"), (gained, 1, "left")):
                 place = {"xytext": (3 * side, 0), "textcoords": "offset points", "va": "center", "ha": ha}
-                axes.annotate(f"{value:.3g}", (side * value, k), fontsize=7.5, color=style.INK, **place)
+                axes.annotate(f"{value:.3g}", (side * value, k), **place, **style.INSIDE)
         first = own.iloc[0]
         chance = ", at chance" if first["role"] == "retention" and not first["counts"] else ""
         axes.set_title(f"{task} ({first['role']}, n = {first['n']:.0f}){chance}", fontsize=8.5)
