@@ -24,7 +24,7 @@ FIXED = {"full": "#6e7781", "lora": "#0f7ac0", "ewc": "#d15600", "mofo": "#008f6
 OTHERS = ("#a07800", "#7a68d8", "#2f8fa3", "#a8543c", "#6b8e23", "#c2477f")
 MARKERS = {"full": "o", "lora": "s", "ewc": "D", "mofo": "^", "hierarchical": "v"}
 OTHER_MARKERS = ("P", "X", "<", ">", "p", "h")
-# a number inside of its axes, whose place the layout need not know: to ask each text for its size takes as long as to draw it
+# a number inside of its axes, which the layout need not measure: measuring a text takes as long as drawing it
 INSIDE = {"fontsize": 7.5, "color": INK, "in_layout": False}
 
 SETTINGS = {
