@@ -57,6 +57,7 @@ class Loaded:
     roles     leaders, compositions and controls, as params.yaml names them
     also      study -> results of another study that are shown beside these, never pooled or tested (analysis/also.py)
     choices   what analysis/chosen.py has found of these results, by (model, domain)
+    redraws   the same of analysis/statistics/contrasts.py
     """
 
     cells: pd.DataFrame
@@ -73,6 +74,7 @@ class Loaded:
     roles: Roles = Roles()
     also: Mapping[str, "Loaded"] = field(default_factory=dict)
     choices: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+    redraws: dict = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def not_a_result(self) -> bool:

@@ -3,7 +3,7 @@
 from collections import Counter
 from pathlib import Path
 
-from analysis import numbers, words
+from analysis import numbers, parallel, words
 from analysis.load import Loaded
 from analysis.report.inline import inline
 from analysis.report.pages import write_page
@@ -13,17 +13,18 @@ from analysis.statistics.signs import mcnemar
 
 def write_details(loaded: Loaded, *, path: Path, title: str, banner: str) -> Path:
     """How settings were chosen, McNemar's counts by task and seed, hashes, versions, machines and commits."""
-    comparisons = [
-        {"model": model, "domain": domain, "mcnemar": significance.by_task(mcnemar(loaded, model=model, domain=domain))}
-        for model, domain in loaded.comparisons
-    ]
+
+    def by_task(model: str, domain: str) -> dict:
+        tests = significance.by_task(mcnemar(loaded, model=model, domain=domain))
+        return {"model": model, "domain": domain, "mcnemar": tests}
+
     return write_page(
         "report/details.html.j2",
         path=path,
         title=title,
         banner=banner,
         tuning=[_tuning(pair, record) for pair, record in loaded.tuning.items()],
-        comparisons=comparisons,
+        comparisons=parallel.each(by_task, loaded.comparisons),
         provenance=_provenance(loaded),
     )
 

@@ -1,20 +1,15 @@
 """The figures of one comparison (model, domain): each as PNG, SVG and the CSV behind it."""
 
-import os
 import re
-import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from analysis import numbers, style
+from analysis import numbers, parallel, style
 from analysis.families import family
 from analysis.load import Loaded
 from analysis.sections import by_task, drift, flips, overview
@@ -48,7 +43,7 @@ def write_figures(
             figure, data, title, caption = overview.figure(loaded, data, phone=name == "overview_phone")
             style.save(figure, data, stem=folder / name, not_a_result=loaded.not_a_result)
         made.append(Figure(name=name, title=title, caption=caption, stem=folder / name, model="", domain=""))
-    own = _side_by_side(partial(_of_comparison, loaded, table, folder), loaded.comparisons)
+    own = parallel.each(partial(_of_comparison, loaded, table, folder), loaded.comparisons)
     return [*made, *chain.from_iterable(own)]
 
 
@@ -66,27 +61,6 @@ def _of_comparison(loaded: Loaded, table: pd.DataFrame, folder: Path, model: str
             style.save(figure, data, stem=stem, not_a_result=loaded.not_a_result)
         made.append(Figure(name=draw.__name__, title=title, caption=caption, stem=stem, model=model, domain=domain))
     return made
-
-
-def _side_by_side(draw: Callable, pairs: Sequence[tuple[str, str]]) -> list[list[Figure]]:
-    """draw(model, domain) of each pair: drawing is most of what a summary takes, so on Linux every core draws."""
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if min(cores, len(pairs)) < 2:
-        return [draw(*pair) for pair in pairs]
-    # forked processes have the results without a copy
-    with ProcessPoolExecutor(min(cores, len(pairs)), get_context("fork"), _begin, (draw,)) as pool:
-        return list(pool.map(_drawn, pairs))
-
-
-_begun: list[Callable] = []  # of a forked process, what it draws with
-
-
-def _begin(draw: Callable) -> None:
-    _begun.append(draw)
-
-
-def _drawn(pair: tuple[str, str]) -> list[Figure]:
-    return _begun[-1](*pair)
 
 
 def forgetting_over_training(loaded: Loaded, rows: pd.DataFrame, cells: pd.DataFrame):

@@ -1,10 +1,11 @@
 """The report: one self-contained HTML page from the loaded results, the comparison table and the figures."""
 
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
-from analysis import numbers, style, units, words
+from analysis import numbers, parallel, style, units, words
 from analysis.chosen import reported_methods
 from analysis.load import Loaded, retention_tasks
 from analysis.report.figures import Figure
@@ -109,20 +110,14 @@ def _comparisons(
 ) -> list[dict]:
     """Everything that the page shows of each (model, domain)."""
     costed, by_part, made = costs.costs(loaded), costs.added(loaded), []
-    for model, domain in loaded.comparisons:
-        rows, own_tests, spent, parts = (
-            frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (table, tests, costed, by_part)
+    all_sections = parallel.each(partial(_sections, loaded, tests), loaded.comparisons)
+    for (model, domain), sections in zip(loaded.comparisons, all_sections):
+        rows, spent, parts = (
+            frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (table, costed, by_part)
         )
         cells = loaded.of(model, domain)
         first, methods, shown = cells.iloc[0], list(dict.fromkeys(cells["method"])), columns.others(rows)
         answering = reported_methods(loaded, model=model, domain=domain)  # at the setting chosen on probe rows
-        sections = {
-            "front": front.section(loaded, model=model, domain=domain),
-            "significance": significance.section(loaded, tests, model=model, domain=domain),
-            "matched": matched.section(loaded, model=model, domain=domain),
-            "flips": flips.section(loaded, model=model, domain=domain),
-            "drift": drift.section(loaded, model=model, domain=domain),
-        }
         absent = {"tests" if key == "significance" else key for key, shown in sections.items() if not shown}
         made.append(
             sections
@@ -162,6 +157,16 @@ def _comparisons(
             }
         )
     return made
+
+
+def _sections(loaded: Loaded, tests: pd.DataFrame, model: str, domain: str) -> dict:
+    return {
+        "front": front.section(loaded, model=model, domain=domain),
+        "significance": significance.section(loaded, tests, model=model, domain=domain),
+        "matched": matched.section(loaded, model=model, domain=domain),
+        "flips": flips.section(loaded, model=model, domain=domain),
+        "drift": drift.section(loaded, model=model, domain=domain),
+    }
 
 
 def _tasks(cells: pd.DataFrame, methods: list[str], kept: list[str]) -> list[dict]:

@@ -1,9 +1,12 @@
 """The comparison: one row per method, with every reported number and its 95 % interval."""
 
+from functools import partial
+from itertools import chain
+
 import numpy as np
 import pandas as pd
 
-from analysis import units
+from analysis import parallel, units
 from analysis.load import Loaded, retention_tasks, score_tasks
 from analysis.measures import GENERAL, NATS, ORDER
 from analysis.statistics.contrasts import BASE, Contrasts
@@ -30,13 +33,13 @@ def comparison(loaded: Loaded) -> pd.DataFrame:
 
     `*_low` and `*_high` are 95 % bounds. Over several seeds every number is the mean, `*_min` and `*_max` its range.
     """
-    rows = []
-    for model, domain in loaded.comparisons:
-        cells = loaded.of(model, domain)
-        rows.append(_base_row(cells.iloc[0]))
-        contrasts = Contrasts(loaded, model=model, domain=domain)
-        rows += [_method_row(loaded, own, contrasts) for _, own in cells.groupby("method", sort=False)]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(chain.from_iterable(parallel.each(partial(_rows, loaded), loaded.comparisons)))
+
+
+def _rows(loaded: Loaded, model: str, domain: str) -> list[dict]:
+    cells, contrasts = loaded.of(model, domain), Contrasts(loaded, model=model, domain=domain)
+    methods = [_method_row(loaded, own, contrasts) for _, own in cells.groupby("method", sort=False)]
+    return [_base_row(cells.iloc[0]), *methods]
 
 
 def _about(first: pd.Series, *, method: str, seeds: int) -> dict:

@@ -249,5 +249,8 @@ def settings_of(loaded: Loaded, *, model: str, domain: str) -> dict[str, int]:
 
 def redrawn(loaded: Loaded, *, model: str, domain: str) -> Resampled | None:
     """Gains and losses redrawn with items and seeds (resample.py), the spread of seeds moderated as in the tests."""
-    own = Contrasts(loaded, model=model, domain=domain)
-    return resampled(loaded, model=model, domain=domain, changes=own.changes, moderate=own.moderate)
+    if (model, domain) not in loaded.redraws:
+        own = Contrasts(loaded, model=model, domain=domain)
+        made = resampled(loaded, model=model, domain=domain, changes=own.changes, moderate=own.moderate)
+        loaded.redraws[model, domain] = made
+    return loaded.redraws[model, domain]

@@ -7,6 +7,7 @@ every method and measure, and the seeds' part is drawn with one number a seed fo
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.stats import chi2
@@ -82,6 +83,10 @@ def resampled(
     z, u = rng.standard_normal((draws, len(seeds))), rng.random((draws, 1))
     weights: dict[str, np.ndarray] = {}
 
+    @cache  # methods with as many seeds share their degrees of freedom, and a quantile takes longer than the rest
+    def tails(df: float) -> np.ndarray:
+        return np.sqrt(df / chi2.ppf(u, df))
+
     def redrawn(task: str, n: int) -> np.ndarray:
         if task not in weights:
             weights[task] = rng.multinomial(n, np.full(n, 1 / n), size=draws).astype(np.float32)
@@ -102,7 +107,7 @@ def resampled(
             values[key][column], again[key][:, column] = by_seed.mean(), np.mean(each, axis=0)
             if (count := len(by_seed)) > 1:
                 shared = z[:, [seeds.index(one) for one in runs[method]["seed"]]]
-                scale = _scale(by_seed, u, key=key, method=method, moderate=moderate) / np.sqrt(count * (count - 1))
+                scale = _scale(by_seed, tails, key=key, method=method, moderate=moderate) / np.sqrt(count * (count - 1))
                 again[key][:, column] += shared @ (by_seed - by_seed.mean()) * scale
     if DOMAIN not in values:
         return None
@@ -161,9 +166,9 @@ def _drawn(change: Change, place: int, weights: np.ndarray) -> np.ndarray:
     return weights @ change.tasks[place].mean(axis=0) / whole
 
 
-def _scale(by_seed: np.ndarray, u: np.ndarray, *, key: str, method: str, moderate: Moderate | None) -> np.ndarray:
-    """What turns normal shifts by seed into Student's, (draws,)."""
+def _scale(by_seed: np.ndarray, tails, *, key: str, method: str, moderate: Moderate | None) -> np.ndarray:
+    """What turns normal shifts by seed into Student's, (draws,); tails(df) is √(df/χ²) of each draw."""
     own, df = float(by_seed.var(ddof=1)), float(len(by_seed) - 1)
     variance, df = moderate(key, method, own, df) if moderate else (own, df)
     ratio = np.sqrt(variance / own) if own > 0 else 0.0
-    return (ratio * np.sqrt(df / chi2.ppf(u, df)))[:, 0]
+    return (ratio * tails(df))[:, 0]

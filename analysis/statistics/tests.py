@@ -22,15 +22,16 @@ from collections.abc import Iterator
 import numpy as np
 import pandas as pd
 
+from analysis import parallel
 from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import FORGETTING, KL, ORDER
 from analysis.roles import PLAIN
-from analysis.statistics.contrasts import BASE, Contrasts, Pair
+from analysis.statistics.contrasts import BASE, Contrasts, Pair, redrawn
 from analysis.statistics.detectable import detectable, holm
 from analysis.statistics.intervals import Interval
 from analysis.statistics.matched import equal_gain
-from analysis.statistics.resample import Resampled, resampled
+from analysis.statistics.resample import Resampled
 
 TESTED = ["measure", "a", "b", "family", "difference", "low", "high", "p", "p_holm", "df"]
 COLUMNS = ["model", "domain", *TESTED, "seeds", "items", "detectable", "descriptive", "p_run"]
@@ -38,7 +39,7 @@ COLUMNS = ["model", "domain", *TESTED, "seeds", "items", "detectable", "descript
 
 def all_tests(loaded: Loaded) -> pd.DataFrame:
     """`paired_tests` every comparison."""
-    rows = [paired_tests(loaded, model=model, domain=domain) for model, domain in loaded.comparisons]
+    rows = parallel.each(lambda model, domain: paired_tests(loaded, model=model, domain=domain), loaded.comparisons)
     return pd.concat(rows, ignore_index=True) if rows else pd.DataFrame(columns=COLUMNS)
 
 
@@ -70,9 +71,7 @@ def paired_tests(loaded: Loaded, *, model: str, domain: str) -> pd.DataFrame:
                 rows[-len(found) :] = [row | {"p_run": p.get((row["a"], row["b"]))} for row in rows[-len(found) :]]
         if key in FORGETTING and (composed := loaded.roles.composed(contrasts.methods)):
             rows += _compositions(contrasts, composed, key)
-            made = made or resampled(
-                loaded, model=model, domain=domain, changes=contrasts.changes, moderate=contrasts.moderate
-            )
+            made = made or redrawn(loaded, model=model, domain=domain)
             rows += _at_equal_gain(contrasts, composed, key, made) if made else []
     numbers = ["difference", "low", "high", "p", "p_holm", "df", "detectable", "p_run"]
     table = pd.DataFrame(rows, columns=COLUMNS).assign(model=model, domain=domain)
