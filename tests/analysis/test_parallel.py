@@ -1,6 +1,7 @@
 """Work on several comparisons at once."""
 
 import os
+import sys
 
 import pytest
 
@@ -15,7 +16,7 @@ def test_results_come_in_the_order_of_the_comparisons(monkeypatch, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
     found = parallel.each(lambda model, domain: (f"{model}/{domain}", os.getpid()), PAIRS)
     assert [name for name, _ in found] == [f"{model}/math" for model, _ in PAIRS]
-    assert (os.getpid() in {process for _, process in found}) == (len(cores) == 1)
+    assert (os.getpid() in {process for _, process in found}) == (len(cores) == 1 or sys.platform != "linux")
     assert parallel.each(lambda model, domain: model, []) == []
 
 
