@@ -9,7 +9,7 @@ import pandas as pd
 
 from analysis import numbers
 
-SHARE = "share"
+SHARE, NATS = "share", "nats"
 PER_TOKEN = "nats_per_token"  # the metric of held-out text
 
 
@@ -46,15 +46,20 @@ def level(value: float | None, unit: str) -> str:
     """A score as text: a share in percent, anything else as it is."""
     if unit == SHARE or numbers.missing(value):
         return numbers.percent(value)
-    return f"{value:.4g}".replace("-", numbers.MINUS)
+    return _digits(value, ".4g", unit)
 
 
 def change(value: float | None, unit: str) -> str:
     """A signed difference as text: of shares in points, of anything else as it is."""
     if unit == SHARE or numbers.missing(value):
         return numbers.points(value)
-    text = f"{value:+.3g}"
-    return "0" if float(text) == 0 else text.replace("-", numbers.MINUS)
+    text = _digits(value, "+.3g", unit)
+    return "0" if float(f"{value:.3g}") == 0 else text
+
+
+def _digits(value: float, digits: str, unit: str) -> str:
+    """The value; nats, which are compared from row to row, keep zeros at the end: 1.120 beside 1.151."""
+    return f"{value:{digits.replace('.', '#.') if unit == NATS else digits}}".rstrip(".").replace("-", numbers.MINUS)
 
 
 def named(unit: str) -> str:
