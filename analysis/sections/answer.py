@@ -12,7 +12,7 @@ from analysis.families import family
 from analysis.load import Loaded
 from analysis.measures import ACCURACY, BY_KEY, GENERAL
 from analysis.roles import PLAIN
-from analysis.sections import credit
+from analysis.sections import credit, matched
 from analysis.statistics.detectable import LEVEL
 from analysis.statistics.nats import DOMAIN
 
@@ -29,16 +29,15 @@ def sentences(loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame) -> list[
     chosen = reported_names(loaded)
     names = table["model"] + "/" + table["domain"] + "/" + table["method"]
     of_chosen, parts = table[names.isin(chosen)], [[], [], []]
-    models = of_chosen["model"].nunique()
+    costs, models = _costs(of_chosen), of_chosen["model"].nunique()
+    if len(loaded.comparisons) > SPELLED and (many := _over_many(loaded, of_chosen, tests)):
+        return [*many, _sentence([costs])]
     for model, domain in loaded.comparisons:
         rows, own = (frame[(frame["model"] == model) & (frame["domain"] == domain)] for frame in (of_chosen, tests))
         where = f"on {domain}" + (f" ({model})" if models > 1 else "")
         parts[0].append(_plain(rows, own, where=where))
         parts[1].append(_remedies(loaded, rows, own, where=where if len(loaded.comparisons) > 1 else ""))
         parts[2].append(_untold(loaded, rows, own, where=where if len(loaded.comparisons) > 1 else ""))
-    costs = _costs(of_chosen)
-    if len(loaded.comparisons) > SPELLED and (many := _over_many(loaded, of_chosen, tests)):
-        return [*many, _sentence([costs])]
     return [_sentence(parts[0]), _sentence(parts[1]), _sentence([costs, *parts[2]])]
 
 
@@ -140,9 +139,8 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     if not key or others.empty:
         return f"{where} there is no remedy to compare".strip()
     against, beyond = _against_plain(loaded, rows, tests, key), _pairs(rows, tests, key)
-    beyond += _composed(loaded, rows, tests, key) + credit.clause(
-        loaded, model=rows["model"].iloc[0], domain=rows["domain"].iloc[0], most=NAMED
-    )
+    of = {"model": rows["model"].iloc[0], "domain": rows["domain"].iloc[0]}
+    beyond += _composed(loaded, rows, tests, key) + credit.clause(loaded, most=NAMED, **of)
     if against.empty:
         return f"{where} {_ordered(loaded, others, key)}{beyond}".strip()
     by_method, found = rows.set_index("method"), []
@@ -157,10 +155,10 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
                 f"{len(sure)} of {len(against)} remedies, at their chosen settings, lose significantly {side} than "
                 f"plain fine-tuning after Holm's correction: {named}"
             )
-    text = (
-        "; ".join(found) or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
-    )
-    return f"{where} {text}{beyond}".strip()
+    text = "; ".join(found)
+    text = text or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
+    equal = matched.clause(loaded, against["a"], key=key, **of)
+    return f"{where} {text}{equal}{beyond}".strip()
 
 
 def _ordered(loaded: Loaded, others: pd.DataFrame, key: str) -> str:

@@ -51,6 +51,19 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
     }
 
 
+def clause(loaded: Loaded, methods: Collection[str], *, key: str, model: str, domain: str) -> str:
+    """How many of `methods` lose significantly less and more than plain fine-tuning where both gain as much, for the
+    answer at the top of the report; '' if none can be tested in the measure `key`."""
+    made = redrawn(loaded, model=model, domain=domain)
+    if made is None or key not in made.losses[:1]:
+        return ""
+    tested = _tested(made, _against(made, apart(loaded)))
+    own = [tested[name] for name in dict.fromkeys(map(family, methods)) if name in tested]
+    less, more = (sum(p < LEVEL and one.difference * sign > 0 for one, p in own) for sign in (-1, 1))
+    beside = f" and {more} more" if more else ""
+    return f"; at equal gain {less} of {len(own)} lose significantly less{beside}" if own else ""
+
+
 def _against(made: Resampled, controls: dict[str, str]) -> dict[str, Equal]:
     """Each family against plain fine-tuning in the first measure, or against its control if it has one of its own.
 
@@ -74,23 +87,18 @@ def _rule(made: Resampled, gain: float, deciding: Collection[str]) -> str:
 
 
 def _verdict(made: Resampled, against: dict[str, Equal], key: str) -> list[str]:
-    """Which methods lose significantly less or more than plain fine-tuning where both gain as much, after Holm's
-    correction, and what could have been found of the others; nothing of methods with one seed."""
-    tested = {
-        name: one
-        for name, one in against.items()
-        if one.p is not None and not one.beyond and one.b == PLAIN and min(map(made.seeds_of, (name, PLAIN))) > 1
-    }
+    """Which methods lose significantly less or more than plain fine-tuning where both gain as much, and what could have
+    been found of the others."""
+    tested = _tested(made, against)
     if not tested:
         return []
-    corrected = dict(zip(tested, holm([one.p for one in tested.values()])))
-    sure = {name: one for name, one in tested.items() if corrected[name] < LEVEL}
+    sure = {name: one for name, (one, p) in tested.items() if p < LEVEL}
     sides = {
         word: [f"{name} ({_show(key)(one.difference)})" for name, one in sure.items() if one.difference * sign > 0]
         for word, sign in (("less", -1), ("more", 1))
     }
     parts = [f"these lose {word} than {PLAIN}: {words.few(names)}" for word, names in sides.items() if names]
-    if others := [one for name, one in tested.items() if name not in sure]:
+    if others := [one for name, (one, _) in tested.items() if name not in sure]:
         errors = np.array([one.error for one in others])
         sizes = detectable(errors, np.full(len(errors), np.inf), tests=len(tested))
         ends = " to ".join(dict.fromkeys(f"{size:.2g}" for size in (sizes.min(), sizes.max())))
@@ -101,6 +109,18 @@ def _verdict(made: Resampled, against: dict[str, Equal], key: str) -> list[str]:
             f"{rest} {verb} significantly from that of {PLAIN} (a difference of {ends} {unit} would have been found)"
         )
     return [f"Where both gain as much, {'; '.join(parts)} (5 %, after Holm's correction)."]
+
+
+def _tested(made: Resampled, against: dict[str, Equal]) -> dict[str, tuple[Equal, float]]:
+    """Each family that is compared with plain fine-tuning and can be tested, both of several seeds, with its p after
+    Holm's correction over all of them."""
+    tested = {
+        name: one
+        for name, one in against.items()
+        if one.p is not None and not one.beyond and one.b == PLAIN and min(map(made.seeds_of, (name, PLAIN))) > 1
+    }
+    corrected = holm([one.p for one in tested.values()]) if tested else ()
+    return {name: (one, p) for (name, one), p in zip(tested.items(), corrected)}
 
 
 def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict:

@@ -14,6 +14,8 @@ from analysis.sections.answer import _remedies, _untold, reading, sentences, wit
 from analysis.sections.tables import as_markdown
 from analysis.sections.told import with_told
 from analysis.statistics.comparison import comparison
+from analysis.statistics.contrasts import redrawn
+from analysis.statistics.matched import equal_gain
 from analysis.statistics.tests import all_tests
 from tests.analysis.fixtures import without_nats, write_results
 
@@ -73,6 +75,22 @@ def test_what_could_not_be_told_apart_stands_with_what_could_have_been(several):
     assert re.search(
         r"0 of 3 pairs of leaders are told apart \(a difference of .* found\)", sentences(loaded, table, pairs)[1]
     )
+
+
+def test_how_many_lose_less_at_equal_gain_is_counted(tmp_path):
+    methods = [f"{name}{setting}" for name in ("full", "ewc", "mofo", "lora") for setting in ("", "-s1")]
+    loaded, table, tests = made(tmp_path, write_results(tmp_path, methods=methods, seeds=(0, 1, 2)))
+    drawn = redrawn(loaded, model="smollm2-135m", domain="science")
+    found = [equal_gain(drawn, name, "full", key="general_nll_lost") for name in ("lora", "ewc", "mofo")]
+    tested, sure = [one for one in found if not one.beyond], []
+    for rank, one in enumerate(sorted(tested, key=lambda one: one.p)):  # Holm's steps, until the first that fails
+        if one.p * (len(tested) - rank) >= 0.05:
+            break
+        sure.append(one)
+    less, more = (sum(sign * one.difference > 0 for one in sure) for sign in (-1, 1))
+    assert less and more
+    text = f"; at equal gain {less} of {len(tested)} lose significantly less and {more} more; "
+    assert text in sentences(loaded, table, tests)[1]
 
 
 def test_five_remedies_have_a_name_each(several):
