@@ -13,6 +13,7 @@ from analysis.statistics.intervals import SCOPES
 
 BANNER = "NOT A RESULT: demo or random weights; these numbers mean nothing"
 WIDTH = 140  # characters of a line of the legend in the terminal
+LINES = {"subsequent_indent": "  ", "break_on_hyphens": False}  # names of methods have hyphens
 
 
 def legend(table: pd.DataFrame, *, terminal: bool = False) -> list[str]:
@@ -110,7 +111,7 @@ def failure_lines(loaded: Loaded) -> list[str]:
 def as_text(loaded: Loaded, table: pd.DataFrame, *, answer: Sequence[str] = ()) -> str:
     """For the terminal: the answer's sentences and the table, aligned, about 150 columns."""
     lines = [BANNER, ""] if loaded.not_a_result else []
-    lines += [part for sentence in answer for part in textwrap.wrap(sentence, WIDTH, subsequent_indent="  ")]
+    lines += [part for sentence in answer for part in textwrap.wrap(sentence, WIDTH, **LINES)]
     lines += [""] if answer else []
     for (model, domain), rows in table.groupby(["model", "domain"], sort=False) if len(table) else ():
         shown = [column for column in [*columns(rows), *others(rows)[1:]] if column.terminal]
@@ -126,7 +127,7 @@ def as_text(loaded: Loaded, table: pd.DataFrame, *, answer: Sequence[str] = ()) 
             lines.append("  ".join(cells).rstrip())
         lines.append("")
     told = legend(table, terminal=True) if len(table) else ["No cell has finished."]
-    lines += [part for line in told for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
+    lines += [part for line in told for part in textwrap.wrap(line, WIDTH, **LINES)]
     if without := failure_lines(loaded):
         lines += ["", "Without a result:", *("  " + words.visible(line) for line in without)]
     return "\n".join(lines) + "\n"

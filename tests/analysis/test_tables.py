@@ -109,6 +109,13 @@ def test_no_cell_at_all(tmp_path):
     assert "not run" in as_csv(none, table)
 
 
+def test_lines_of_the_answer_break_between_words_and_never_in_a_name(tmp_path):
+    loaded = load_cells(tmp_path, write_results(tmp_path))
+    name = "self-replay-wise-ft"
+    lines = as_text(loaded, comparison(loaded), answer=[f"{name} " * 40]).splitlines()
+    assert sum(line.split().count(name) for line in lines) == 40 and len(lines[0]) <= 140
+
+
 def test_cells_that_nobody_has_begun_take_one_line(tmp_path):
     planned = write_results(
         tmp_path, methods=("full", "lora", "ewc"), seeds=(0, 1), failed={"ewc": "loss is NaN"}, missing=("lora",)
