@@ -34,6 +34,7 @@ class Stages:
         self._graph = build_graph(list(self._stages.values()))
         self.after = {stage.name: frozenset(maker.name for maker in self._makers(stage)) for stage in self._graph}
         self._restored: set[str] | None = None  # finished stages that run again; None: all whose outputs are missing
+        self._before: dict[str, tuple] = {}  # of finished stages that run again, what they had made
         self._pending: dict[str, dict] = {}
         self._busy: dict[str, ExitStack] = {}
         self._next = 0.0
@@ -93,6 +94,10 @@ class Stages:
         from dvc.rwlock import rwlock
 
         stage = self._stages[name]
+        if name in (self._restored or ()) and name not in self._before:
+            with self._locked():
+                if not stage.changed(allow_missing=True, upstream=self._makers(stage)):
+                    self._before[name] = missing.results_of(stage), missing.made_by(stage)
         read, written = ([item.fs_path for item in items] for items in (stage.deps, stage.outs))
         hardlink = self.repo.config["core"].get("hardlink_lock", False)
         held = ExitStack()
@@ -114,6 +119,8 @@ class Stages:
         stage = self._stages[name]
         kept = all(out.use_cache for out in stage.outs if not (out.is_metric or out.is_plot))
         with self._locked():
+            if name in self._before:
+                missing.put_back(stage, *self._before[name])
             stage.save(run_cache=kept)
             stage.commit()
         self._pending |= to_lockfile(stage)

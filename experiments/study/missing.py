@@ -2,15 +2,18 @@
 
 For DVC a stage whose outputs are missing is out of date, so that one new cell would train the whole study again. Here a
 stage is finished if its entry in dvc.lock is current, and runs again only where a stage that is not finished reads what
-is missing of its outputs.
+is missing of its outputs. If that makes the same again, its results stay those of the first run: other seconds in them
+would make what reads them out of date.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from experiments.study import whole
 
 FIRST = ("data", "model")  # stages behind `resolve` that every cell reads
 
@@ -40,6 +43,27 @@ def to_restore(graph: Any) -> set[str]:
     return restored
 
 
+def results_of(stage: Any) -> dict[str, bytes]:
+    """The contents, by path, of a finished stage's outputs that are in git; {} if one is not as dvc.lock says."""
+    kept = [out for out in stage.outs if not out.use_cache]
+    if not all(Path(out.fs_path).is_file() and out.get_hash() == out.hash_info for out in kept):
+        return {}
+    return {out.fs_path: Path(out.fs_path).read_bytes() for out in kept}
+
+
+def made_by(stage: Any) -> dict[str, Any]:
+    """The hashes in dvc.lock of a finished stage's other outputs, by path."""
+    return {out.fs_path: out.hash_info for out in stage.outs if out.use_cache}
+
+
+def put_back(stage: Any, results: Mapping[str, bytes], made: Mapping[str, Any]) -> None:
+    """After a finished stage has run again: write what `results_of` had found, if it made what `made_by` had found."""
+    if all(out.exists and out.get_hash() == made[out.fs_path] for out in stage.outs if out.use_cache):
+        for path, content in results.items():
+            with whole.file(Path(path)) as fresh:
+                fresh.write_bytes(content)
+
+
 @contextmanager
 def only_needed() -> Iterator[None]:
     """Let DVC in this process run what is needed alone."""
@@ -53,9 +77,17 @@ def only_needed() -> Iterator[None]:
         return order
 
     def needed(stage: Any, *, upstream: list, force: bool, **options: Any) -> Any:
-        if force or stage.name in restored or stage.changed(allow_missing=True, upstream=upstream):
+        if force or stage.changed(allow_missing=True, upstream=upstream):
             return one(stage, upstream=upstream, force=force, **options)
-        return None
+        if stage.name not in restored:
+            return None
+        results, made = results_of(stage), made_by(stage)
+        ran = one(stage, upstream=upstream, force=force, **options)
+        if ran and not options.get("dry"):
+            put_back(stage, results, made)
+            stage.save_outs()
+            stage.dump(update_pipeline=False)
+        return ran
 
     dvc.plan_repro, dvc._reproduce = planned, partial(reproduce, repro_fn=needed)
     try:

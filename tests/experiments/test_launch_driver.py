@@ -176,6 +176,31 @@ def test_in_a_clone_of_a_named_study_finished_stages_run_only_for_what_is_read_o
     assert not (project / "work/a").exists() and launched(project).ran == ["a"]
 
 
+def test_what_runs_for_its_outputs_alone_keeps_its_results_and_leaves_its_readers_current(project):
+    def edited(change):
+        with Path("dvc.yaml").open() as file:
+            pipeline = YAML().load(file)
+        change(pipeline["stages"])
+        with Path("dvc.yaml").open("w") as file:
+            YAML().dump(pipeline, file)
+
+    def with_seconds(stages):
+        stages["a"]["cmd"] += " && date +%s%N > results/seconds"
+        stages["a"]["outs"].append({"results/seconds": {"cache": False}})
+        told = {"cmd": "cp results/seconds results/told", "deps": ["results/seconds"]}
+        stages["told"] = told | {"outs": [{"results/told": {"cache": False}}]}
+
+    edited(with_seconds)
+    (project / "results").mkdir()
+    serial(project)
+    first = (project / "results/seconds").read_text()
+    for name in ("work", ".dvc/cache"):
+        shutil.rmtree(project / name)
+    edited(lambda stages: stages["join-a"].update(cmd=stages["join-a"]["cmd"].replace("python", "python -B")))
+    assert launched(project, "join-a", named=True).ran == ["data", "a", "join-a"]
+    assert (project / "results/seconds").read_text() == first and "told" not in status()
+
+
 def test_a_failed_stage_is_tried_once_more_then_set_aside_and_the_others_go_on(project):
     (project / "plans/a").write_text("broken")
     (project / "plans/b").write_text("killed killed")

@@ -20,23 +20,28 @@ STAGES = {  # name: inputs and outputs; results are in git, all others are not
 
 
 def made(stages: dict) -> None:
-    """Write the pipeline. Each stage copies its inputs; `resolved-x` takes the line of `params` that names x."""
+    """Write the pipeline. Each stage copies its inputs; `resolved-x` takes the line of `params` that names x.
+
+    A second output is the time, as of a stage that says how long it took; `processor` decides on bits, and is no input.
+    """
     of_resolve = "for x in a b c; do grep ^$x params > resolved-$x; done; true"
     of_data = "head -1 rows > trained; tail -1 rows > scored"
     found = {}
     for name, (deps, outs) in stages.items():
-        command = {"resolve": of_resolve, "data": of_data}.get(name, f"cat {' '.join(deps)} > {outs[0]}")
+        command = {"resolve": of_resolve, "data": of_data}.get(name, f"cat {' '.join(deps)} processor > {outs[0]}")
+        command += "; date +%s%N > ".join(["", *outs[1:]]) if name.startswith("train") else ""
         kept = [{out: {"cache": not out.startswith("results")}} for out in outs]
         found[name] = {"cmd": command, "deps": deps, "outs": kept}
     with open("dvc.yaml", "w") as file:
         YAML().dump({"stages": found}, file)
 
 
-@pytest.fixture
-def clone(tmp_path, monkeypatch):
+def begun(tmp_path, monkeypatch) -> None:
+    """A clone with the results of STAGES."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "params").write_text("a 1\nb 1\n")
     (tmp_path / "rows").write_text("row to train on\nrow to score\n")
+    (tmp_path / "processor").touch()
     made(STAGES)
     for command in ("git init -q", "dvc init -q", "dvc repro -q"):
         subprocess.run(command.split(), check=True)
@@ -44,6 +49,11 @@ def clone(tmp_path, monkeypatch):
         for path in tmp_path.glob(pattern):
             path.unlink()
     shutil.rmtree(tmp_path / ".dvc/cache")
+
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    begun(tmp_path, monkeypatch)
     return tmp_path
 
 
@@ -77,6 +87,22 @@ def test_a_cell_that_is_only_scored_again_trains_again_where_its_weights_are_mis
 def test_rows_that_only_scores_read_change_every_score(clone):
     (clone / "rows").write_text("row to train on\nanother row\n")
     assert ran() == ["score-a", "score-b", "summary", "train-a", "train-b"]
+
+
+def test_what_runs_for_its_weights_alone_keeps_its_results_unless_they_are_other_weights(tmp_path, monkeypatch):
+    timed = {"train-a": (["resolved-a", "trained"], ["weights-a", "results-time"])}
+    monkeypatch.setitem(STAGES, "train-a", timed["train-a"])
+    monkeypatch.setitem(STAGES, "told", (["results-time"], ["results-told"]))
+    begun(tmp_path, monkeypatch)
+    first = (tmp_path / "results-time").read_text()
+    (tmp_path / "rows").write_text("row to train on\nanother row\n")
+    assert ran() == ["score-a", "score-b", "summary", "train-a", "train-b"]
+    assert (tmp_path / "results-time").read_text() == first and ran() == []
+    (tmp_path / "weights-a").unlink()
+    (tmp_path / "processor").write_text("other bits")
+    (tmp_path / "rows").write_text("row to train on\na third row\n")
+    assert {"train-a", "told", "score-a"} <= set(ran())
+    assert (tmp_path / "results-time").read_text() != first and ran() == []
 
 
 def test_nothing_runs_where_nothing_has_changed_and_dvc_is_itself_again(clone):
