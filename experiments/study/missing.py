@@ -44,7 +44,7 @@ def to_restore(graph: Any) -> set[str]:
 
 
 def results_of(stage: Any) -> dict[str, bytes]:
-    """The contents, by path, of a finished stage's outputs that are in git; {} if one is not as dvc.lock says."""
+    """The contents, by path, of a finished stage's outputs that are in git; {} if one is missing or was changed."""
     kept = [out for out in stage.outs if not out.use_cache]
     if not all(Path(out.fs_path).is_file() and out.get_hash() == out.hash_info for out in kept):
         return {}

@@ -90,8 +90,7 @@ def test_rows_that_only_scores_read_change_every_score(clone):
 
 
 def test_what_runs_for_its_weights_alone_keeps_its_results_unless_they_are_other_weights(tmp_path, monkeypatch):
-    timed = {"train-a": (["resolved-a", "trained"], ["weights-a", "results-time"])}
-    monkeypatch.setitem(STAGES, "train-a", timed["train-a"])
+    monkeypatch.setitem(STAGES, "train-a", (["resolved-a", "trained"], ["weights-a", "results-time"]))
     monkeypatch.setitem(STAGES, "told", (["results-time"], ["results-told"]))
     begun(tmp_path, monkeypatch)
     first = (tmp_path / "results-time").read_text()
