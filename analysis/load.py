@@ -4,14 +4,16 @@ import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from numbers import Real
 from pathlib import Path
 from types import NoneType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from analysis import parallel
 from analysis.machines import newest_benchmarks, newest_gpu_check, shared_files
 from analysis.roles import Roles
 from methods.errors import UserError
@@ -33,6 +35,8 @@ SCORE = ("value", "base", "n", "role", "metric", "chance")
 ITEMS = ("task", "doc_id", "doc_hash", "score", "gold")
 NUMBERS = ("score", "gold", "log_likelihood", "margin", "tokens", "kl", "kl_reverse")  # where they are there
 CURVE = ("step", "tokens", "seconds")
+AT_ONCE = 25  # cells that one process reads before it hands them over
+READ = ("row", "curve", "items", "failure", "prepared", "drift")  # what there may be of a cell
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,54 +144,57 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
     """
     root = Path(results_root)
     names = [getattr(cell, "name", cell) for cell in cells]
-    rows, curves, items, failures, prepared, drift = [], [], [], [], {}, {}
-    for name in names:
-        model, _, method, seed = name.split("/")
-        run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
-        if failure.exists():
-            failures.append({**_dated(failure, _checked(failure, FAILURE)), "cell": name})
-            continue
-        if (found := record(run)) is None:
-            failures.append({"cell": name, "stage": "", "kind": "not run", "reason": _progress(run), "when": ""})
-            continue
-        train = _train(run / "train.json")
-        scored = found.get("weights_sha256")
-        if scored is not None and train.get("weights_sha256", scored) != scored:
-            failures.append({"cell": name, "stage": "", "kind": "not run", "reason": TRAINED_AGAIN, "when": ""})
-            continue
-        row = _complete(run, found) | {"cell": name}
-        row |= {key: train[key] for key in ("settings", "device", "when", "steps", "finished") if key in train}
-        rows.append(row | {"peak_memory_train_bytes": train.get("peak_memory_bytes")})
-        if (path := run / "curve.csv").exists():
-            curve = _table(path, columns=CURVE)
-            last = int(curve["step"].max()) if len(curve) else 0
-            if last != train.get("steps", last):  # cut off between two lines, where CSV does not show it
-                raise _damaged(path, f"it ends at step {last}, and train.json at {train['steps']}")
-            curves.append(curve.assign(cell=name))
-        if (path := run / "items.csv.gz").exists():
-            # of the base's items alone it matters what there was to choose from
-            items.append(_table(path, columns=ITEMS, numeric=NUMBERS, without=("choices",)).assign(cell=name))
-        if (path := root / "prepared" / model / method / seed / "prepare.json").exists():
-            prepared[name] = read_json(path)
-        if (path := run / "drift.json").exists():
-            drift[name] = read_json(path)
+    found = dict(zip(names, parallel.each(partial(_cell, root), [(name,) for name in names], at_once=AT_ONCE)))
+    read = {key: {name: own[key] for name, own in found.items() if key in own} for key in READ}
     bases = {model: root / "base" / model for model in dict.fromkeys(name.split("/")[0] for name in names)}
     pairs = dict.fromkeys(tuple(name.split("/")[:2]) for name in names)
     tuning = {pair: root / "tuning" / pair[0] / f"{pair[1]}.json" for pair in pairs}
     columns = ["cell", "stage", "kind", "reason", "when", "settings", "parts", "git"]
     return Loaded(
-        cells=pd.DataFrame(rows, index=[row["cell"] for row in rows]) if rows else pd.DataFrame(),
-        curves=pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(),
-        items=pd.concat(items, ignore_index=True) if items else pd.DataFrame(),
-        failures=pd.DataFrame(failures, columns=columns),
+        cells=pd.DataFrame(read["row"].values(), index=list(read["row"])) if read["row"] else pd.DataFrame(),
+        curves=pd.concat(read["curve"].values(), ignore_index=True) if read["curve"] else pd.DataFrame(),
+        items=pd.concat(read["items"].values(), ignore_index=True) if read["items"] else pd.DataFrame(),
+        failures=pd.DataFrame(read["failure"].values(), columns=columns),
         base={model: _read_base(root, folder) for model, folder in bases.items() if (folder / "scores.json").exists()},
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
-        prepared=prepared,
-        drift=drift,
+        prepared=read["prepared"],
+        drift=read["drift"],
         planned=tuple(names),
         gpu=newest_gpu_check(root),
         bench=newest_benchmarks(root),
     )
+
+
+def _cell(root: Path, name: str) -> dict[str, Any]:
+    """What is there of READ of one cell: either its failure or its row and what goes with it."""
+    model, _, method, seed = name.split("/")
+    run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
+    if failure.exists():
+        return {"failure": _dated(failure, _checked(failure, FAILURE)) | {"cell": name}}
+    not_run = {"cell": name, "stage": "", "kind": "not run", "when": ""}
+    if (found := record(run)) is None:
+        return {"failure": not_run | {"reason": _progress(run)}}
+    train = _train(run / "train.json")
+    scored = found.get("weights_sha256")
+    if scored is not None and train.get("weights_sha256", scored) != scored:
+        return {"failure": not_run | {"reason": TRAINED_AGAIN}}
+    trained = {key: train[key] for key in ("settings", "device", "when", "steps", "finished") if key in train}
+    trained["peak_memory_train_bytes"] = train.get("peak_memory_bytes")
+    read: dict[str, Any] = {"row": _complete(run, found) | {"cell": name} | trained}
+    if (path := run / "curve.csv").exists():
+        curve = _table(path, columns=CURVE)
+        last = int(curve["step"].max()) if len(curve) else 0
+        if last != train.get("steps", last):  # cut off between two lines, where CSV does not show it
+            raise _damaged(path, f"it ends at step {last}, and train.json at {train['steps']}")
+        read["curve"] = curve.assign(cell=name)
+    if (path := run / "items.csv.gz").exists():
+        # of the base's items alone it matters what there was to choose from
+        read["items"] = _table(path, columns=ITEMS, numeric=NUMBERS, without=("choices",)).assign(cell=name)
+    if (path := root / "prepared" / model / method / seed / "prepare.json").exists():
+        read["prepared"] = read_json(path)
+    if (path := run / "drift.json").exists():
+        read["drift"] = read_json(path)
+    return read
 
 
 def record(run: Path) -> dict | None:

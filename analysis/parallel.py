@@ -1,4 +1,4 @@
-"""Work on several comparisons at once: most of what a summary of many takes is done for each (model, domain) alone."""
+"""Work on many parts of a study at once, such as its cells or each (model, domain)."""
 
 import os
 import sys
@@ -10,18 +10,19 @@ from typing import Any
 _work: list[Callable] = []  # of a forked process, what it does
 
 
-def each(work: Callable[[str, str], Any], comparisons: Sequence[tuple[str, str]]) -> list[Any]:
-    """work(model, domain) of each comparison, in order; on Linux every core takes some of them.
+def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) -> list[Any]:
+    """work(*part) of each part, in order; on Linux every core takes some of them, `at_once` at a time.
 
     What `work` remembers in its arguments stays in the forked process, and its results come back pickled.
     """
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
-    if min(cores, len(comparisons)) < 2:
-        return [work(*pair) for pair in comparisons]
+    processes = min(cores, -(-len(parts) // at_once))
+    if processes < 2:
+        return [work(*part) for part in parts]
     # forked processes have the study's results without a copy
-    with ProcessPoolExecutor(min(cores, len(comparisons)), get_context("fork"), _work.append, (work,)) as pool:
-        return list(pool.map(_of, comparisons))
+    with ProcessPoolExecutor(processes, get_context("fork"), _work.append, (work,)) as pool:
+        return list(pool.map(_of, parts, chunksize=at_once))
 
 
-def _of(pair: tuple[str, str]) -> Any:
-    return _work[-1](*pair)
+def _of(part: tuple) -> Any:
+    return _work[-1](*part)

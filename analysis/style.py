@@ -123,7 +123,7 @@ def save(figure, data: pd.DataFrame, *, stem: Path, not_a_result: bool) -> list[
         figure.suptitle("NOT A RESULT", color=RED, fontsize=13, fontweight="bold")
         data = data.assign(not_a_result=True)
     figure.savefig(stem.with_suffix(".png"), dpi=160, metadata={"Software": None})
-    figure.set_layout_engine("none")  # everything has its place now, and finding it takes as long as drawing
+    figure.set_layout_engine(None)  # everything has its place now; with "none" matplotlib would draw once for nothing
     figure.savefig(stem.with_suffix(".svg"), metadata={"Date": None, "Creator": None})
     plt.close(figure)
     stem.with_suffix(".csv").write_text(spreadsheet.text(data, digits="%.10g"), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 
@@ -14,6 +13,8 @@ from analysis.families import family
 from analysis.load import Loaded
 from analysis.sections import by_task, drift, flips, overview
 from analysis.sections.costs import costs
+
+OVERVIEWS = ("overview", "overview_phone")  # of all comparisons, the second for a narrow page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,18 +34,24 @@ def write_figures(
 ) -> list[Figure]:
     """Write every figure that the data allow as folder/<figure>-<model>-<domain>.{png,svg,csv}.
 
-    The first two are of all comparisons: overview, and overview_phone, the same for a narrow page. `beside` are rows of
-    other studies (`overview.also`).
+    The first are OVERVIEWS. `beside` are rows of other studies (`overview.also`).
     """
-    made = []
     data = overview.points(loaded, table, beside)
-    for name in ("overview", "overview_phone") if len(data) else ():
-        with style.house():
-            figure, data, title, caption = overview.figure(loaded, data, phone=name == "overview_phone")
-            style.save(figure, data, stem=folder / name, not_a_result=loaded.not_a_result)
-        made.append(Figure(name=name, title=title, caption=caption, stem=folder / name, model="", domain=""))
-    own = parallel.each(partial(_of_comparison, loaded, table, folder), loaded.comparisons)
-    return [*made, *chain.from_iterable(own)]
+
+    def draw(*part: str) -> list[Figure]:
+        of_all = len(part) == 1
+        return _overview(loaded, data, folder, *part) if of_all else _of_comparison(loaded, table, folder, *part)
+
+    parts = [(name,) for name in OVERVIEWS if len(data)] + loaded.comparisons
+    return list(chain.from_iterable(parallel.each(draw, parts)))
+
+
+def _overview(loaded: Loaded, data: pd.DataFrame, folder: Path, name: str) -> list[Figure]:
+    """Write the figure of all comparisons."""
+    with style.house():
+        figure, data, title, caption = overview.figure(loaded, data, phone=name == "overview_phone")
+        style.save(figure, data, stem=folder / name, not_a_result=loaded.not_a_result)
+    return [Figure(name=name, title=title, caption=caption, stem=folder / name, model="", domain="")]
 
 
 def _of_comparison(loaded: Loaded, table: pd.DataFrame, folder: Path, model: str, domain: str) -> list[Figure]:

@@ -8,7 +8,7 @@ import pandas as pd
 from analysis import numbers, parallel, style, units, words
 from analysis.chosen import reported_methods
 from analysis.load import Loaded, retention_tasks
-from analysis.report.figures import Figure
+from analysis.report.figures import OVERVIEWS, Figure
 from analysis.report.inline import inline
 from analysis.report.pages import write_page
 from analysis.sections import (
@@ -98,10 +98,10 @@ def _notes(loaded: Loaded, table: pd.DataFrame) -> list[tuple[str, bool]]:
 
 def _overview(figures: list[Figure], folder: Path, glyphs: dict) -> dict | None:
     """The figure of the first screen, drawn for a wide page and for a phone; None if nothing can be drawn."""
-    drawn = {figure.name: figure for figure in figures if figure.name in ("overview", "overview_phone")}
+    drawn = {figure.name: figure for figure in figures if figure.name in OVERVIEWS}
     if not drawn:
         return None
-    wide, phone = (_figure(drawn[name], folder, prefix=name, glyphs=glyphs) for name in ("overview", "overview_phone"))
+    wide, phone = (_figure(drawn[name], folder, prefix=name, glyphs=glyphs) for name in OVERVIEWS)
     return wide | {"wide": wide["svg"], "phone": phone["svg"]}
 
 

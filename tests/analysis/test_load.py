@@ -1,8 +1,11 @@
 import gzip
 import json
+import os
 
+import pandas as pd
 import pytest
 
+from analysis import load
 from analysis.load import load_cells
 from methods.errors import UserError
 from tests.analysis.fixtures import write_results
@@ -20,6 +23,18 @@ def test_every_finished_cell_is_a_row_with_its_own_numbers(tmp_path):
     assert loaded.comparisons == [("smollm2-135m", "science")]
     assert set(loaded.base) == {"smollm2-135m"} and len(loaded.tuning) == 1
     assert not loaded.not_a_result
+
+
+def test_many_processes_read_the_same_as_one(tmp_path, monkeypatch):
+    planned = write_results(tmp_path, failed={"mofo": "loss is NaN at step 12"}, missing=("ewc",))
+    monkeypatch.setattr(load, "AT_ONCE", 2)
+    found = []
+    for cores in ({0}, {0, 1}):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
+        found.append(load_cells(tmp_path, planned))
+    for frame in ("cells", "curves", "items", "failures"):
+        pd.testing.assert_frame_equal(getattr(found[0], frame), getattr(found[1], frame))
+    assert found[0].prepared == found[1].prepared and found[0].drift == found[1].drift
 
 
 def test_missing_and_failed_cells_are_named_with_their_reason(tmp_path):
