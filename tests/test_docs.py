@@ -328,3 +328,21 @@ def test_the_readme_quotes_the_answer_of_the_track():
     planned = len(cells.grid(config.load("track")))
     said = " ".join((HERE / "README.md").read_text().split())
     assert f"So far {ran} of the track's {planned} cells have run" in said
+
+
+def test_the_readme_states_the_limits_of_the_track_in_its_numbers():
+    with open(HERE / "results/track/summary/table.csv") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file) if row["general_nll_lost"]}
+    lost, low, high = (
+        {method: f"{float(rows[method][f'general_nll_lost{end}']):.3f}" for method in ("full", "full-s1", "full-s2")}
+        for end in ("", "_low", "_high")
+    )
+    gains = [float(rows[method]["domain_nll_gained"]) for method in ("full", "full-s1")]
+    settled = json.loads((HERE / "results/settled/smollm2-135m-settled/settle.json").read_text())
+    gates = {gate["learning_rate"]: [gate[key] for key in ("improvement", "low", "high")] for gate in settled["gates"]}
+    said = " ".join((HERE / "README.md").read_text().split())
+    assert f"{lost['full-s1']} for {lost['full']}, and costs {gains[0] - gains[1]:.3f} of its gain" in said
+    assert f"it is {lost['full']}, and {lost['full-s2']} [{low['full-s2']}, {high['full-s2']}]" in said
+    assert "lower its loss on general text by {:.3f} [{:.3f}, {:.3f}] nats".format(*gates[7.5e-5]) in said
+    raised, high, low = (-number for number in gates[3e-4])
+    assert f"raise its loss on general text by {raised:.3f} [{low:.3f}, {high:.3f}] nats" in said
