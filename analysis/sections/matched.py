@@ -157,8 +157,8 @@ def _notes(made: Resampled, compared: bool) -> list[str]:
     covers = "redrawn items and seeds" if several else "redrawn items: these runs, not these methods"
     lines = [
         "A method's curve goes through its settings on the scored rows; a setting that gains less and loses more than "
-        "another one of the same method is left out, between the others the line is straight, and before the first and "
-        "beyond the last there is no number (–, with the reason).",
+        "another one of the same method is replaced by that one, between the others the line is straight, and below "
+        "the least gain of a method and above its largest there is no number (–, with the reason).",
         f"[ , ] is a 95 % confidence interval from {covers}; the gain at which methods are compared is redrawn with "
         f"them. A method that gains less than {100 * BARELY:.0f} % of what the best one gains sets no level.",
     ]

@@ -5,7 +5,8 @@ analysis/families.py) has a curve of gain against loss through them:
 
     settings that another one of the method beats, with as much gained and as little lost, are left out
     between the others, in the order of their gains, the line is straight
-    below the first and beyond the last there is no number
+    from the least gain of all settings to the first of the others, the loss is that of the first, which gains more
+    below the least gain and beyond the last there is no number
 
 The curve is what the method can do if its setting is chosen well. Everything is redrawn with items and seeds crossed
 (analysis/statistics/resample.py), the level at which methods are compared included. Simulated for two methods of two
@@ -33,15 +34,12 @@ ENOUGH = 0.95  # an interval is given if at least this share of the redraws has 
 class Curve:
     """The settings of a family that count, (..., k) in the order of their gains; a setting left out repeats its better.
 
-    Of one comparison (k,), or of all its redraws (draws, k).
+    Of one comparison (k,), or of all its redraws (draws, k). `least` is the least gain of all settings, (...).
     """
 
     gain: np.ndarray
     lost: np.ndarray
-
-    @property
-    def first(self) -> np.ndarray:
-        return self.gain[..., 0]
+    least: np.ndarray
 
     @property
     def last(self) -> np.ndarray:
@@ -49,8 +47,8 @@ class Curve:
 
     def at(self, gain: np.ndarray | float, *, bound: bool = False) -> np.ndarray:
         """What is lost at a gain, (...); NaN outside the curve, but with `bound` the first setting's loss before it."""
-        gain = np.broadcast_to(gain, self.first.shape)
-        level = np.maximum(gain, self.first) if bound else gain
+        gain = np.broadcast_to(gain, self.least.shape)
+        level = np.maximum(gain, self.least) if bound else gain
         k = np.clip((self.gain < level[..., None]).sum(axis=-1), 0, self.gain.shape[-1] - 1)[..., None]
         before = np.maximum(k - 1, 0)
         g0, g1, f0, f1 = (
@@ -58,7 +56,7 @@ class Curve:
             for values, place in ((self.gain, before), (self.gain, k), (self.lost, before), (self.lost, k))
         )
         share = np.divide(level - g0, g1 - g0, out=np.ones_like(level), where=g1 > g0)
-        outside = (level < self.first) | (level > self.last)
+        outside = (level < self.least) | (level > self.last)
         return np.where(outside, np.nan, (1 - share) * f0 + share * f1)
 
 
@@ -71,7 +69,8 @@ def curve(gain: np.ndarray, lost: np.ndarray) -> Curve:
         beaten = f[..., place] >= f[..., place + 1]
         g[..., place] = np.where(beaten, g[..., place + 1], g[..., place])
         f[..., place] = np.where(beaten, f[..., place + 1], f[..., place])
-    return Curve(gain=np.where(unknown, np.nan, g), lost=np.where(unknown, np.nan, f))
+    least = np.where(unknown[..., 0], np.nan, gain.min(axis=-1))
+    return Curve(gain=np.where(unknown, np.nan, g), lost=np.where(unknown, np.nan, f), least=least)
 
 
 def curves(made: Resampled, key: str, names: Iterable[str] | None = None) -> dict[str, tuple[Curve, Curve]]:
@@ -135,7 +134,7 @@ def matched(made: Resampled, deciding: Collection[str] | None = None) -> pd.Data
 def _why(point: Curve, gain: float) -> str:
     if point.last < gain:
         return f"gains at most {numbers.nats(float(point.last))}"
-    return f"gains more at its first setting ({numbers.nats(float(point.first))})"
+    return f"gains more at its first setting ({numbers.nats(float(point.least))})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,6 +179,6 @@ def equal_gain(made: Resampled, a: str, b: str, *, key: str) -> Equal | None:
     value = float(one.at(gain, bound=True) - other.at(gain, bound=True))
     drawn = ones.at(gains, bound=True) - others.at(gains, bound=True)
     low, high = reversed_interval(value, drawn)
-    beyond = a if gain < one.first else b if gain < other.first else ""
+    beyond = a if gain < one.least else b if gain < other.least else ""
     bounds = {"low": low, "high": high, "p": reversed_p(value, drawn)}
     return Equal(a=a, b=b, gain=float(gain), difference=value, beyond=beyond, **bounds)

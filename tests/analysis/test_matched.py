@@ -45,10 +45,12 @@ def test_a_curve_by_hand():
     found = curve(np.array([0.3, 0.1, 0.2, 0.15]), np.array([0.08, 0.0, 0.02, 0.06]))
     at = [float(found.at(gain)) for gain in (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.31)]
     assert at == pytest.approx([np.nan, 0.0, 0.01, 0.02, 0.05, 0.08, np.nan], nan_ok=True)
-    assert (float(found.first), float(found.last)) == (0.1, 0.3)
+    assert (float(found.least), float(found.last)) == (0.1, 0.3)
     assert float(found.at(0.05, bound=True)) == 0.0 and np.isnan(found.at(0.31, bound=True))
     too_harsh = curve(np.array([0.19, 0.27]), np.array([0.154, 0.031]))  # at the higher rate less is gained
-    assert float(too_harsh.first) == float(too_harsh.last) == 0.27 and np.isnan(too_harsh.at(0.22))
+    at = [float(too_harsh.at(gain)) for gain in (0.18, 0.19, 0.22, 0.27, 0.28)]  # below 0.27 the lower rate does better
+    assert at == pytest.approx([np.nan, 0.031, 0.031, 0.031, np.nan], nan_ok=True)
+    assert float(too_harsh.least) == 0.19 and float(too_harsh.at(0.1, bound=True)) == 0.031
 
 
 def test_curves_of_many_draws_are_those_of_each_by_brute_force():
@@ -59,7 +61,7 @@ def test_curves_of_many_draws_are_those_of_each_by_brute_force():
     for g, f, at, value in zip(gain, lost, levels, made):
         kept = {(x, y) for x, y in zip(g, f) if not any(a >= x and b <= y and (a, b) != (x, y) for a, b in zip(g, f))}
         x, y = map(np.array, zip(*sorted(kept)))
-        expected = np.interp(at, x, y) if x[0] <= at <= x[-1] else np.nan
+        expected = np.interp(at, x, y) if min(g) <= at <= x[-1] else np.nan  # interp holds y[0] before x[0]
         assert value == pytest.approx(expected, nan_ok=True)
 
 

@@ -1,11 +1,16 @@
 """Work on several comparisons at once."""
 
 import os
+import signal
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
 from analysis import parallel
+from experiments.study.paths import HERE
 from methods.errors import UserError
 
 PAIRS = [(model, "math") for model in "abcde"]
@@ -28,3 +33,44 @@ def test_bad_input_is_named_as_by_one_process(monkeypatch):
 
     with pytest.raises(UserError, match="^a has no items$"):
         parallel.each(refuse, PAIRS)
+
+
+WAITING = """
+import os, signal, sys, time
+from pathlib import Path
+from analysis import parallel
+
+def wait(name):
+    Path(sys.argv[1], str(os.getpid())).touch()
+    time.sleep(600)
+
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # as every command does
+os.sched_getaffinity = lambda _: {0, 1}
+parallel.each(wait, [(name,) for name in "abcd"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is one process")
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_no_process_outlives_the_command(tmp_path, how):
+    """A process that did would hold the command's lock, so that it could not be started again."""
+    command = subprocess.Popen([sys.executable, "-c", WAITING, str(tmp_path)], cwd=HERE, stderr=subprocess.PIPE)
+    assert until(lambda: len(list(tmp_path.iterdir())) == 2)
+    command.send_signal(how)
+    said = command.communicate(timeout=30)[1].decode()
+    assert until(lambda: not any(Path("/proc", path.name).exists() for path in tmp_path.iterdir()))
+    assert said.count("Traceback") == (how != signal.SIGKILL) and "ForkProcess" not in said
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is one process")
+def test_a_process_that_is_killed_is_named(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    with pytest.raises(UserError, match="was killed, perhaps by the system for want of memory"):
+        parallel.each(lambda model, domain: os.kill(os.getpid(), signal.SIGKILL), PAIRS)
+
+
+def until(holds, seconds: float = 30.0) -> bool:
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        time.sleep(0.05)
+    return holds()
