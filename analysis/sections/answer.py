@@ -143,6 +143,7 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
     beyond += _composed(loaded, rows, tests, key) + credit.clause(loaded, most=NAMED, **of)
     if against.empty:
         return f"{where} {_ordered(loaded, others, key)}{beyond}".strip()
+    kind = "leaders" if loaded.roles.leaders else "remedies"
     by_method, found = rows.set_index("method"), []
     for side, sign in (("less", -1), ("more", 1)):
         sure = against[against["sure"] & (against["difference"] * sign > 0)]
@@ -152,13 +153,14 @@ def _remedies(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, *, where:
             rest = len(each) - NAMED
             named = ", ".join(each[:NAMED]) + (f" and {rest} other{'s' if rest > 1 else ''}" if rest > 0 else "")
             found.append(
-                f"{len(sure)} of {len(against)} remedies, at their chosen settings, lose significantly {side} than "
+                f"{len(sure)} of {len(against)} {kind}, at their chosen settings, lose significantly {side} than "
                 f"plain fine-tuning after Holm's correction: {named}"
             )
     text = "; ".join(found)
-    text = text or f"none of {len(against)} remedies loses significantly less or more after Holm's correction"
-    equal = matched.clause(loaded, against["a"], key=key, **of)
-    return f"{where} {text}{equal}{beyond}".strip()
+    text = text or f"none of {len(against)} {kind} loses significantly less or more after Holm's correction"
+    text += matched.clause(loaded, against["a"], key=key, **of)
+    text += credit.others(loaded, _with_plain(rows, tests, key), leaders=against["a"])
+    return f"{where} {text}{beyond}".strip()
 
 
 def _ordered(loaded: Loaded, others: pd.DataFrame, key: str) -> str:
@@ -186,12 +188,16 @@ def _against_plain(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key:
     Controls and compositions are no remedies. A method that trains on general text is left out, too: it is compared
     with its control (analysis/sections/credit.py).
     """
-    own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
-    mixed = credit.apart(loaded)
+    mixed, own = credit.apart(loaded), _with_plain(rows, tests, key)
     warm = set(mixed.values()) & set(rows.loc[rows["tokens_prepare"].astype(float) > 0, "method"])
-    remedies = set(loaded.roles.leading(rows["method"])) - {*mixed, *warm}
-    own = own[own["a"].isin(remedies) & own["b"].isin(rows["method"])]
-    return own.assign(sure=lambda rows: rows["p_holm"] < LEVEL)
+    return own[own["a"].isin(set(loaded.roles.leading(rows["method"])) - {*mixed, *warm})]
+
+
+def _with_plain(rows: pd.DataFrame, tests: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The tests of all methods in `rows` against plain fine-tuning in `rows`, with `sure`; empty with one seed."""
+    own = tests[(tests["family"] == PLAIN) & (tests["measure"] == key) & ~tests["descriptive"].astype(bool)]
+    own = own[own["a"].isin(rows["method"]) & own["b"].isin(rows["method"])]
+    return own.assign(sure=own["p_holm"] < LEVEL)
 
 
 def _at(row: pd.Series) -> str:

@@ -93,9 +93,10 @@ def others(rows: pd.DataFrame) -> list[Column]:
                 brief=lambda row, key=key, show=show: _bounded(row, key, show, interval=False),
             )
         )
-    if known(lost := f"{UNSETTLED}{GENERAL.key}"):
-        text = partial(_bounded, key=lost, show=numbers.nats)
-        made.append(Column(head="text lost against the unsettled base, nats/token", text=text, terminal=False))
+    for key, what in ((DOMAIN, "gain"), (GENERAL.key, "text lost")):
+        if known(column := f"{UNSETTLED}{key}"):
+            text = partial(_bounded, key=column, show=numbers.nats)
+            made.append(Column(head=f"{what} against the unsettled base, nats/token", text=text, terminal=False))
     return made + [
         Column(head="perplexity", text=_perplexity, terminal=False),
         Column(head="prepare", text=lambda row: _cost(row, "seconds_prepare", numbers.seconds), terminal=False),

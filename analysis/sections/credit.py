@@ -1,4 +1,4 @@
-"""What a method does beyond the general text that it trains on: its comparison with its control.
+"""What a method does beyond the general text that it trains on: its comparison with its control. And the controls.
 
 A method that trains on general text before the domain forgets less for two reasons, its remedy and that text. Its
 control (`controls:` of params.yaml, experiments/study/controls.py) has the text without the remedy, so that their
@@ -6,7 +6,11 @@ difference is the remedy's; the difference from plain fine-tuning is of both and
 fine-tuning itself is the control, as of replay, nothing changes.
 """
 
-from analysis import numbers
+from collections.abc import Collection
+
+import pandas as pd
+
+from analysis import numbers, words
 from analysis.chosen import reported_methods
 from analysis.families import family
 from analysis.load import Loaded
@@ -72,3 +76,19 @@ def clause(loaded: Loaded, *, model: str, domain: str, most: int) -> str:
             bounds = "" if one.low is None else f" [{numbers.nats(one.low)}, {numbers.nats(one.high)}]"
             text += f"differs in loss from its control {control} by {numbers.nats(one.value)}{bounds}"
     return text
+
+
+def others(loaded: Loaded, tests: pd.DataFrame, *, leaders: Collection[str]) -> str:
+    """Which methods beside the `leaders`, where params.yaml names those, and beside compositions lose significantly
+    more or less than plain fine-tuning: a study's controls, for the answer at the top of the report.
+
+    tests   of one comparison and one measure, methods against plain fine-tuning, with `sure`
+    """
+    if not loaded.roles.leaders:
+        return ""
+    aside = {*leaders, *loaded.roles.composed(tests["a"]), *apart(loaded)}
+    own, parts = tests[tests["sure"] & ~tests["a"].isin(aside)], []
+    for word, sign in (("more", 1), ("less", -1)):
+        if names := list(own.loc[own["difference"] * sign > 0, "a"]):
+            parts.append(f"{words.few(names)} significantly {word}")
+    return f"; of the other methods, {' and '.join(parts)}" if parts else ""

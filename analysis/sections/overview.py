@@ -36,8 +36,9 @@ def table(loaded: Loaded, compared: pd.DataFrame, beside: pd.DataFrame) -> tuple
         if len(there):  # methods of which this study has no setting, each at its chosen one
             there = there[~there["method"].map(family).isin(own["method"].map(family)) & there["chosen"]]
         for _, row in there.iterrows():
-            seeds = f"{row['seeds']} seed{'s' if row['seeds'] != 1 else ''}"
-            rows.append(row_of(row, shown) | {"class": "aside", "note": f"{row['study']}, {seeds}", "colour": ""})
+            made = row_of(row, shown)
+            note = ", ".join(filter(None, (row["study"], made["note"])))
+            rows.append(made | {"class": "aside", "note": note, "colour": ""})
     return [column.head.replace(", ", "|", 1) for column in shown], rows
 
 

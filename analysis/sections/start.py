@@ -1,4 +1,4 @@
-"""The start of a comparison: whether the base was settled, in sentences, and losses against the unsettled one."""
+"""The start of a comparison: whether the base was settled, in sentences; gain and loss against the unsettled one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,7 @@ from analysis.chosen import reported, reported_names
 from analysis.families import family
 from analysis.load import Loaded, retention_tasks
 from analysis.roles import PLAIN
+from analysis.statistics.nats import DOMAIN
 
 UNSETTLED = "unsettled_"  # before the key of a measure in the table
 
@@ -36,22 +37,28 @@ def is_settled(loaded: Loaded, model: str) -> bool | None:
 
 
 def against_unsettled(loaded: Loaded, cell: pd.Series) -> dict[str, float]:
-    """What a cell lost against the model that its base was settled from, by the name of the measure; {} without one.
+    """What a cell gained and lost against the model that its base was settled from, by the name of the measure; {}
+    without one.
 
-    It is the loss against the settled base and what settling itself lost on the same rows, which is negative where it
-    improved them. There is none of KL, which does not add up.
+    A loss is that against the settled base and what settling itself lost on the same rows, which is negative where it
+    improved them; a gain is that against the settled base less what settling lost of the domain. There is none of KL,
+    which does not add up.
     """
     base = loaded.base.get(cell["model"], {})
     unsettled = (base.get("start") or {}).get("unsettled")
     if not unsettled:
         return {}
-    shift = _lost_by_settling(unsettled["scores"], base["scores"], retention_tasks(cell))
+    before, after = unsettled["scores"], base["scores"]
+    shift = _lost_by_settling(before, after, retention_tasks(cell))
+    nats = [_nats_per_token(scores["tasks"].get(cell["domain"], {})) for scores in (before, after)]
+    if None not in nats:
+        shift[DOMAIN] = nats[0] - nats[1]
     return {key: cell[key] + lost for key, lost in shift.items() if cell.get(key) is not None}
 
 
 def with_unsettled(loaded: Loaded, table: pd.DataFrame) -> pd.DataFrame:
-    """The comparison with `unsettled_KEY` of each method: its mean loss against the model that its base was settled
-    from; without such a model the comparison as it is."""
+    """The comparison with `unsettled_KEY` of each method: its mean gain and losses against the model that its base was
+    settled from; without such a model the comparison as it is."""
     rows = {name: against_unsettled(loaded, cell) for name, cell in loaded.cells.iterrows()}
     if not any(rows.values()):
         return table
@@ -62,7 +69,7 @@ def with_unsettled(loaded: Loaded, table: pd.DataFrame) -> pd.DataFrame:
 
 
 def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
-    """A sentence about what plain fine-tuning of a settled model lost against the one that it was settled from."""
+    """What plain fine-tuning of a settled model gained and lost against the one that it was settled from."""
     unsettled, lost = (loaded.base.get(model, {}).get("start") or {}).get("unsettled"), f"{UNSETTLED}general_nll_lost"
     names = table["model"] + "/" + table["domain"] + "/" + table["method"]
     plain = table["method"].map(family) == PLAIN
@@ -70,10 +77,17 @@ def beside(loaded: Loaded, table: pd.DataFrame, model: str) -> list[str]:
     if not unsettled or rows.empty or lost not in rows:
         return []
     each = " and ".join(f"{numbers.nats(row[lost])} ({row['domain']})" for _, row in rows.iterrows())
-    return [
+    text = (
         f"Against {unsettled['model']}, the model before settling, plain fine-tuning changes the loss on general text "
-        f"by {each} nats per token; a negative number is an improvement. The table of scores has every method."
-    ]
+        f"by {each} nats per token; a negative number is an improvement."
+    )
+    if (gained := f"{UNSETTLED}{DOMAIN}") in rows:
+        known = [row for _, row in rows.iterrows() if not numbers.missing(row[gained]) and row[gained] < row[DOMAIN]]
+        each = " and ".join(
+            f"{numbers.nats(row[gained])} of {numbers.nats(row[DOMAIN])} on {row['domain']}" for row in known
+        )
+        text += f" It gains {each}: the rest makes up for what settling lost of the domain." if known else ""
+    return [f"{text} The table of scores has every method."]
 
 
 def _lost_by_settling(before: Mapping[str, Any], after: Mapping[str, Any], tasks: list[str]) -> dict[str, float]:
@@ -89,6 +103,13 @@ def _lost_by_settling(before: Mapping[str, Any], after: Mapping[str, Any], tasks
         if changes:
             lost[key] = sum(changes) / len(changes)
     return lost
+
+
+def _nats_per_token(score: Mapping[str, Any]) -> float | None:
+    """Of a task's labelled text, or of its gold answers, as in evaluation/retention.py."""
+    if score.get("format"):
+        return score["value"]
+    return score["gold_nll"] * score["n"] / score["tokens"] if {"gold_nll", "tokens"} <= score.keys() else None
 
 
 def _gate(loaded: Loaded, model: str, record: Mapping[str, Any]) -> Mapping[str, Any]:

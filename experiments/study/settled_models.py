@@ -20,8 +20,9 @@ def look(study, *, model: str) -> list[str]:
     lines = []
     path = study.paths.adapter(model).with_name("settle.json")
     record = read_json(path, "settled", "block", "steps", "gates") if path.is_file() else {"gates": []}
-    passed = {gate["learning_rate"] for gate in record["gates"] if gate["holds"]}
-    if rates and not rates & {block.gate.learning_rate, *passed}:
+    held = {gate["learning_rate"]: gate["holds"] for gate in record["gates"]}  # the last one at each rate
+    unsettled = [f"{rate:g}" for rate in sorted(rates) if held.get(rate) is False]
+    if rates and not rates & {block.gate.learning_rate, *held}:
         trained = " and ".join(f"{rate:g}" for rate in sorted(rates))
         lines.append(
             f"models.{model}.settle.gate.learning_rate is {block.gate.learning_rate:g}, and plain fine-tuning in this "
@@ -33,6 +34,11 @@ def look(study, *, model: str) -> list[str]:
                 f"models.{model}.settle is not what the adapter was made with ({path.relative_to(study.paths.root)}): "
                 f"restore the block, or run `python -m experiments settle {model}`"
             )
-        if not record["settled"]:
+        if unsettled:
+            lines.append(
+                f"{model} is not settled at a rate of {' or '.join(unsettled)}, with which this study trains: training "
+                "still repairs it, and what a method loses is partly hidden"
+            )
+        elif not record["settled"]:
             lines.append(f"{model} is not settled after {record['steps']} steps: training still repairs it")
     return [WARNING + line for line in lines]

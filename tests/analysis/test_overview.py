@@ -26,11 +26,13 @@ def track(tmp_path_factory):
 
 
 def test_the_table_has_at_most_ten_columns_and_mutes_what_is_not_tested(track):
-    heads, (group, *rows) = overview.table(*track)
+    loaded, table, there = track
+    heads, (group, *rows) = overview.table(loaded, table, there.assign(tokens_prepare=12_977))
     assert len(heads) <= 10 and group == {"title": "smollm2-135m on science"}
     names = [row["name"] for row in rows]
     assert names[:5] == ["full", "full-s1", "ewc", "ewc-s1", "lora"] and len(names) == 6  # mofo at its chosen setting
-    assert rows[2]["note"] == "+40,000 tokens" and rows[5]["note"] == "screen, 1 seed" and rows[5]["class"] == "aside"
+    assert rows[2]["note"] == "+40,000 tokens" and rows[5]["class"] == "aside"
+    assert rows[5]["note"] == "screen, +12,977 tokens, 1 seed"
     assert {len(row["cells"]) for row in rows} == {len(heads) - 1}
     muted = [row["class"] == "aside" for row in rows[:4]]
     assert muted[0] != muted[1] and muted[2] != muted[3]  # of a method with two settings the one that was not chosen

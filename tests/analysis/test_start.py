@@ -36,8 +36,12 @@ def test_a_base_that_training_on_general_text_improves_is_warned_of(begun, low, 
 def test_losses_against_the_unsettled_base_are_those_of_settling_and_of_the_method(begun):
     root, load = begun
     after = json.loads((root / f"base/{MODEL}/scores.json").read_text())
+    n = after["tasks"][DOMAIN]["n"]
+    after["tasks"][DOMAIN] |= {"gold_nll": 2.0, "tokens": 4 * n}
+    write_json(root / f"base/{MODEL}/scores.json", after)
     before = json.loads(json.dumps(after))
     before["general"]["nats_per_token"] += 0.25  # settling made general text more likely
+    before["tasks"][DOMAIN]["gold_nll"] -= 0.5  # and the right answers of the domain less likely
     loaded = load(unsettled={"model": "raw", "scores": before})
     table = start.with_unsettled(loaded, comparison(loaded))
     rows = table.set_index("method")
@@ -45,9 +49,14 @@ def test_losses_against_the_unsettled_base_are_those_of_settling_and_of_the_meth
     for method in ("full", "lora"):
         lost = rows.at[method, "general_nll_lost"] - 0.25
         assert rows.at[method, "unsettled_general_nll_lost"] == pytest.approx(lost)
+        gained = rows.at[method, "domain_nll_gained"] - 0.5 / 4  # an item has four tokens
+        assert rows.at[method, "unsettled_domain_nll_gained"] == pytest.approx(gained)
     (line,) = start.beside(loaded, table, MODEL)
     assert "Against raw" in line and numbers.nats(rows.at["full", "unsettled_general_nll_lost"]) in line
-    assert any("unsettled base" in column.head for column in others(table))
+    of = [rows.at["full", key] for key in ("unsettled_domain_nll_gained", "domain_nll_gained")]
+    assert "It gains {} of {} on science: the rest makes up".format(*map(numbers.nats, of)) in line
+    heads = [column.head.partition(" against")[0] for column in others(table) if "unsettled base" in column.head]
+    assert heads == ["gain", "text lost"]
 
 
 def test_without_a_settled_base_the_table_is_as_it_was(begun):

@@ -12,6 +12,7 @@ from scipy import stats
 
 from analysis.load import Loaded, load_cells
 from analysis.sections import start as begun
+from evaluation.retention import nats_per_token
 from experiments.commands import settle
 from experiments.data import mix
 from experiments.data.reader import write_rows
@@ -271,7 +272,8 @@ def test_base_scores_the_unsettled_model_beside_the_settled_one(made, tmp_path):
     assert before["weights_sha256"] == record["from_sha256"] and before["scoring"] == scores["scoring"]
     assert before["general"]["kl"] > 0 == scores["general"]["kl"]  # KL from the settled model
     lost = {"general_nll_lost": 0.5, "gold_nll_lost": 2.0, "forgetting": 0.1, "margin_lost": None}
-    cell = pd.Series({"model": "calm", "forgetting_by_task": {"colours": 0.1}, "at_chance": []} | lost)
+    of = {"model": "calm", "domain": "sums", "domain_nll_gained": 1.0}
+    cell = pd.Series(of | {"forgetting_by_task": {"colours": 0.1}, "at_chance": []} | lost)
     loaded = load_cells(own.paths.results, ["calm/sums/full/seed0"])
     against = begun.against_unsettled(loaded, cell)
     nats = {name: found["general"]["nats_per_token"] for name, found in (("now", scores), ("then", before))}
@@ -280,7 +282,9 @@ def test_base_scores_the_unsettled_model_beside_the_settled_one(made, tmp_path):
     assert against["gold_nll_lost"] == pytest.approx(2.0 + gold[0] - gold[1])
     right = [found["tasks"]["colours"]["value"] for found in (scores, before)]
     assert against["forgetting"] == pytest.approx(0.1 + right[1] - right[0])
-    assert against.keys() == {"general_nll_lost", "gold_nll_lost", "forgetting"}
+    then, now = (nats_per_token(found["tasks"]["sums"]) for found in (before, scores))
+    assert against["domain_nll_gained"] == pytest.approx(1.0 + then - now)
+    assert against.keys() == {"general_nll_lost", "gold_nll_lost", "forgetting", "domain_nll_gained"}
     assert begun.is_settled(loaded, "calm") is True
     assert "calm is llama-tiny after" in begun.sentences(loaded, "calm")[0]
     assert "the base counts as settled" in begun.sentences(loaded, "calm")[0]
@@ -330,6 +334,10 @@ def test_what_a_settled_model_showed_is_said_before_a_study_runs(made, tmp_path)
     rate, gate = settled_models.look(study(tmp_path, gate=GATE | {"learning_rate": 0.1}), model="calm")
     assert "gate.learning_rate is 0.1, and plain fine-tuning in this study has 0.001" in rate
     assert f"calm is not settled after {record['steps']} steps" in gate
+    failed = [{"learning_rate": rate, "holds": rate == 0.1} for rate in (0.001, 0.1)]
+    write_json(tmp_path / "results/settled/calm/settle.json", record | {"gates": failed})
+    (line,) = settled_models.look(study(tmp_path, **hashes), model="calm")
+    assert "calm is not settled at a rate of 0.001, with which this study trains" in line
 
 
 def test_committed_adapters_are_those_that_params_names_and_their_gates_hold():
@@ -342,3 +350,5 @@ def test_committed_adapters_are_those_that_params_names_and_their_gates_hold():
         assert stated == {key: record[key] for key in stated} and stated["adapter_sha256"] == sha256(adapter)
         assert adapter.stat().st_size < 10e6 and record["settled"] and record["gates"][-1]["holds"]
         assert settled_models.look(root, model=name) == []
+    (line,) = settled_models.look(config.load("track"), model="smollm2-135m-settled")
+    assert "smollm2-135m-settled is not settled at a rate of 7.5e-05" in line
