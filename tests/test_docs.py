@@ -346,3 +346,14 @@ def test_the_readme_states_the_limits_of_the_track_in_its_numbers():
     assert "lower its loss on general text by {:.3f} [{:.3f}, {:.3f}] nats".format(*gates[7.5e-5]) in said
     raised, high, low = (-number for number in gates[3e-4])
     assert f"raise its loss on general text by {raised:.3f} [{low:.3f}, {high:.3f}] nats" in said
+
+
+def test_the_studies_page_says_which_choices_of_the_screen_lie_at_an_end(capsys):
+    leaders.main(config.load("track-screen"))
+    ends = capsys.readouterr().out.splitlines()[-1]
+    ended = set(re.findall(r"[:,] (\S+) \(\S+ [\d.]+, the (?:lowest|highest)\)", ends))
+    several = {method.removesuffix("-s1") for method in config.load("track-screen").grid.methods if "-s1" in method}
+    assert several - ended == {"full", "asft"} and len(several) == 14 and ended < several
+    assert "all but `full` and `asft` chose the one at an end" in " ".join(
+        (HERE / "docs/studies.md").read_text().split()
+    )

@@ -14,7 +14,7 @@ from analysis.roles import PLAIN
 from analysis.sections.credit import apart, sentences
 from analysis.statistics.contrasts import redrawn
 from analysis.statistics.detectable import LEVEL, detectable, holm
-from analysis.statistics.matched import BARELY, Equal, equal_gain, level, matched
+from analysis.statistics.matched import BARELY, ENOUGH, Equal, equal_gain, level, matched
 from analysis.statistics.nats import DOMAIN
 from analysis.statistics.resample import Resampled
 from analysis.statistics.trajectories import Trajectories, along, trajectories
@@ -133,7 +133,8 @@ def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict
         if row.why:
             cells.append(("–", row.why if first else ""))
         else:
-            cells.append(_bounded(row.value, row.low, row.high, show=_show(row.measure)))
+            value, bounds = _bounded(row.value, row.low, row.high, show=_show(row.measure))
+            cells.append((value, bounds or "no interval"))
         first = False
     if against:
         cells.append(_compared(against[name], key=made.losses[0]) if name in against else ("", ""))
@@ -160,7 +161,8 @@ def _notes(made: Resampled, compared: bool) -> list[str]:
         "another one of the same method is replaced by that one, between the others the line is straight, and below "
         "the least gain of a method and above its largest there is no number (–, with the reason).",
         f"[ , ] is a 95 % confidence interval from {covers}; the gain at which methods are compared is redrawn with "
-        f"them. A method that gains less than {100 * BARELY:.0f} % of what the best one gains sets no level.",
+        f"them. There is none where in more than {100 * (1 - ENOUGH):.0f} % of the redraws a method's settings do not "
+        f"reach it. A method that gains less than {100 * BARELY:.0f} % of what the best one gains sets no level.",
     ]
     if compared:
         lines.append(

@@ -1,6 +1,6 @@
 """leaders: order the families of a screen by what they lose on probe rows at one gain (analysis/leaders.py)."""
 
-from analysis import leaders
+from analysis import chosen, leaders
 from analysis.load import load_cells
 from experiments.study import cells
 from methods.errors import UserError
@@ -24,3 +24,8 @@ def main(study) -> None:
             lost = "never gains it" if row["lost"] != row["lost"] else f"{row['lost']:+.4f}"
             each = ", ".join(f"{m} {g:.3f} {row['losses'][m]:+.4f}" for m, g in row["gains"].items())
             print(f"  {row['family']:<{width}}  {lost:<14}  {row['chosen']}   ({each})")
+        choices = chosen.choices(loaded, model=model, domain=domain)
+        ends = choices[choices["chosen"] & (choices["end"] != "")]
+        if len(ends):
+            each = ", ".join(f"{c.family} ({c.setting} {c.value:g}, the {c.end})" for c in ends.itertuples())
+            print(f"  chosen at an end of its values, beyond which another one may learn more: {each}")

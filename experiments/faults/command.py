@@ -49,11 +49,14 @@ def main(options: argparse.Namespace) -> int:
             print("no small disk: this system lets neither root nor a user mount one")
             command = words
         environment = os.environ | {"HOLDFAST_SMALL_DISK": str(int(bool(prefix)))}
-        status = subprocess.run(command, cwd=project, env=environment).returncode
+        try:
+            status = subprocess.run(command, cwd=project, env=environment).returncode
+        finally:  # Ctrl-C, too: the report is of the faults until then
+            if report.is_file():
+                RESULT.parent.mkdir(exist_ok=True)
+                shutil.copyfile(report, RESULT)
         if not report.is_file():
             raise UserError(f"the faults ended with status {status} before there was a report: see the lines above")
-        RESULT.parent.mkdir(exist_ok=True)
-        shutil.copyfile(report, RESULT)
     return status
 
 

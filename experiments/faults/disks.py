@@ -20,10 +20,10 @@ READ_BY = {
     "work/cells": ("evaluate", "drift"),
     "results/base": ("compare",),
     "results/prepared": ("collect",),
-    "results/runs": ("compare",),
+    "results/runs": ("collect", "compare"),
     "work/local/prepared": ("prepare",),
     "work/local/trained": ("train",),
-    "work/local": ("resolve", "train", "evaluate"),
+    "work/local": ("train", "evaluate"),
 }
 
 
@@ -32,7 +32,7 @@ def damaged(world: World, draw: random.Random, path: Path, how: str) -> str:
     name = path.as_posix()
     readers = next(stages for start, stages in READ_BY.items() if name.startswith(start))
     candidates = [stage for stage in world.stages if stage.name in readers]
-    own = [stage for stage in candidates if stage.cell and stage.cell in name] or candidates
+    own = [stage for stage in candidates if "/" not in stage.words[-1] or stage.words[-1] in name] or candidates
     reader = draw.choice(own)
     kept = path.read_bytes()
     ended = world.run(reader)
@@ -40,6 +40,8 @@ def damaged(world: World, draw: random.Random, path: Path, how: str) -> str:
     outcome = f"{name} {how}, read by {' '.join(reader.words)}: {ended.said if ended.status else 'it ended equal'}"
     if ended.status:
         expect(path.name in ended.text or path.parent.name in ended.text or "damaged" in ended.text, f"{outcome}")
+    else:
+        world.made_equal(reader)
     world.look()
     if path.is_file() and path.read_bytes() == kept:  # who made it makes it again
         for maker in world.stages:

@@ -9,8 +9,10 @@ import os
 import random
 import sys
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from experiments.faults import disks, pipelines, surroundings  # noqa: F401 (which register their kinds)
 from experiments.faults.kinds import KINDS, Skipped
@@ -38,6 +40,7 @@ def main(report: Path, *, minutes: float, count: int | None, seed: int, first: i
     world.undisturbed()
     entries: list[dict] = []
     skipped: dict[str, str] = {}
+    ended = "all of --count" if count else "the minutes were up"
     with bar(total=count or int(60 * minutes), desc="faults", unit="fault" if count else "s") as shown:
         for number in itertools.count(first) if count is None else range(first, first + count):
             name = names[number % len(names)]
@@ -54,22 +57,25 @@ def main(report: Path, *, minutes: float, count: int | None, seed: int, first: i
                 continue
             except KeyboardInterrupt:
                 shown.write("stopped; the report is of what was done")
+                ended = "stopped by hand"
                 break
             except (Lost, TimeoutError, UserError) as problem:
                 outcome, what = "lost", f"{type(problem).__name__}: {problem}"
+            except Exception:  # of this program: the other faults go on, and this one counts as lost
+                outcome, what = "lost", traceback.format_exc()[-3000:]
             took = round(time.monotonic() - began, 1)
             entries.append({"number": number, "kind": name, "outcome": outcome, "what": what, "seconds": took})
             shown.write(f"{number} {name}: {outcome}, {what} ({took:.0f} s)")
             shown.update(1 if count else int(took))
-            _write(report, entries, skipped, seed=seed, first=first)  # an error in this program would lose the others
-    lost = _write(report, entries, skipped, seed=seed, first=first)
+            _write(report, entries, skipped, seed=seed, first=first, ended="killed")
+    lost = _write(report, entries, skipped, seed=seed, first=first, ended=ended)
     left_out = f", kinds that were skipped: {', '.join(skipped)}" if skipped else ""
     print(f"{len(entries)} faults, {len(entries) - len(lost)} survived{left_out}")
     return int(bool(lost))
 
 
-def _write(report: Path, entries: list[dict], skipped: dict[str, str], *, seed: int, first: int) -> list[dict]:
-    """Write the report; the faults that were not survived."""
+def _write(report: Path, entries: list[dict], skipped: dict[str, str], **about: Any) -> list[dict]:
+    """Write the report, with `about` how it was made; the faults that were not survived."""
     lost = [entry for entry in entries if entry["outcome"] == "lost"]
     counts = {name: Counter(entry["outcome"] for entry in entries if entry["kind"] == name) for name in KINDS}
     write_json(
@@ -81,8 +87,7 @@ def _write(report: Path, entries: list[dict], skipped: dict[str, str], *, seed: 
             "skipped": skipped,
             "lost": lost,
             "entries": entries,
-            "seed": seed,
-            "first": first,
+            **about,
             "seconds": round(sum(entry["seconds"] for entry in entries), 1),
             "load": round(os.getloadavg()[0], 2),
             "hardware": hardware.describe(hardware.device("cpu")),

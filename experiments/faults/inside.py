@@ -2,6 +2,7 @@
 
 import errno
 import socket
+import time
 
 import torch
 
@@ -32,3 +33,14 @@ def no_network() -> None:
 
     socket.socket.connect = socket.socket.connect_ex = unreachable
     socket.getaddrinfo = unknown
+
+
+def clock_steps_back(seconds: float, after: int) -> None:
+    """The clock is `seconds` earlier from the time it is read for the `after`-th time on."""
+    now, read = time.time, [0]
+
+    def stepped() -> float:
+        read[0] += 1
+        return now() - (seconds if read[0] > after else 0)
+
+    time.time = stepped

@@ -150,6 +150,18 @@ class World:
             kinds[name] = "whole"
         return kinds
 
+    def made_equal(self, stage: Stage) -> None:
+        """Raise `Lost` unless a stage has made what it made in the undisturbed run; of `compare`, tables and numbers."""
+        for made in stage.makes:
+            kept = self.kept / made
+            for path in sorted(kept.rglob("*")) if kept.is_dir() else [kept]:
+                name = path.relative_to(self.kept).as_posix()
+                drawn = name.startswith("results/summary/") and path.suffix != ".csv"
+                if path.is_file() and not drawn:
+                    now = Path(name)
+                    expect(now.is_file(), f"{name} is missing")
+                    expect(_digest(now, name) == _digest(path, name), f"{name} is another one, and nobody said why")
+
     def equal(self) -> None:
         """Raise `Lost` unless everything is as in the undisturbed run."""
         now = facts(Path("."))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -42,6 +43,28 @@ def test_the_file_of_a_stage_that_runs_is_where_it_is_looked_for(tmp_path):
             arguments["cell"] = cells.parse(arguments["cell"], study)
         with command._stage(study, stage.name, arguments):
             assert (tmp_path / stage.marker).is_file(), stage.words
+
+
+def test_a_stage_that_ends_well_with_other_numbers_is_lost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here = world.World(None, Path("kept"))
+    stage = world.Stage(words=("compare",), makes=("results/metrics", "results/summary", "work/data"))
+    for root in ("kept", "."):
+        for name in ("results/metrics/full.json", "results/summary/table.csv", "work/data/rows.jsonl"):
+            path = Path(root, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text('{"kl": 0.1, "seconds_train": 1.0}')
+        Path(root, "results/summary/report.html").write_text(root)
+    here.made_equal(stage)
+    for name, text in {"results/summary/table.csv": "", "results/metrics/full.json": '{"kl": 0.0}'}.items():
+        before = Path(name).read_text()
+        Path(name).write_text(text)
+        with pytest.raises(world.Lost, match=f"{name} is another one, and nobody said why"):
+            here.made_equal(stage)
+        Path(name).write_text(before)
+    Path("work/data/rows.jsonl").unlink()
+    with pytest.raises(world.Lost, match="rows.jsonl is missing"):
+        here.made_equal(stage)
 
 
 def test_every_second_fault_is_a_stop_and_each_kind_has_its_turn(tmp_path):
