@@ -151,7 +151,7 @@ class World:
         return kinds
 
     def made_equal(self, stage: Stage) -> None:
-        """Raise `Lost` unless a stage has made what it made in the undisturbed run; of `compare`, tables and numbers."""
+        """Raise `Lost` unless a stage has made what it had made undisturbed; of `compare`, tables and numbers."""
         for made in stage.makes:
             kept = self.kept / made
             for path in sorted(kept.rglob("*")) if kept.is_dir() else [kept]:
