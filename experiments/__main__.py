@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command and return the exit status; only the modules that it needs are imported."""
+    if options.command in STAGES and "DVC_STAGE" in os.environ:
+        _end_with_parent()  # before seconds of imports, in which DVC may be killed
     allocator.keep_memory()
     command = (COMMANDS | STAGES)[options.command]
     if options.command != "gpu-check":  # it runs where only torch and transformers are installed, also away from git
@@ -101,7 +103,6 @@ def _stage(study, stage: str, arguments: dict):
     if stage == "prepare":  # it never sees the domain; a failure is recorded with the first cell that needs it
         cell = arguments["cell"] = cells.Cell(names["model"], study.grid.domains[0], names["method"], arguments["seed"])
     if "DVC_STAGE" in os.environ:
-        _end_with_parent()
         lock_copy.keep(study)
         noted = study.paths.local / "launch" / (study.name or "default")  # by an earlier launch, of other outputs
         (noted / f"{os.environ['DVC_STAGE'].rpartition(':')[2]}.json").unlink(missing_ok=True)

@@ -20,6 +20,7 @@ import torch
 from ruamel.yaml import YAML
 
 from experiments.__main__ import parser, run
+from experiments.commands import leaders
 from experiments.data import prepared_rows as data
 from experiments.study import cells, config
 from experiments.study.params_text import read_yaml

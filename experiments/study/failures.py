@@ -100,6 +100,8 @@ def find_killed(study) -> None:
         try:
             cell = cells.parse("/".join(names), study)
         except UserError:  # a stage of no cell, or a cell that params.yaml no longer has
+            if stage not in (*RECORDED, "collect", "drift"):
+                print(f"{' '.join((stage, *names)).strip()} was killed; `dvc repro` runs it again", file=sys.stderr)
             continue
         if stage not in RECORDED:
             print(f"{stage} of {cell.name} was killed; {AGAIN}", file=sys.stderr)

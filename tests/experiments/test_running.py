@@ -94,12 +94,15 @@ def test_want_of_memory_is_named_where_the_system_counted_it(study, monkeypatch)
     )
 
 
-def test_a_file_that_was_cut_off_and_a_cell_that_is_no_more(study):
+def test_a_file_that_was_cut_off_and_a_cell_that_is_no_more(study, capsys):
     study.paths.running.mkdir(parents=True)
     (study.paths.running / "evaluate@llama-tiny+sums+ewc+seed0").write_text('{"proc')
     (study.paths.running / "train@llama-tiny+sums+gone+seed0").write_text("{}")
     (study.paths.running / "data@").write_text("{}")
+    (study.paths.running / "base@llama-tiny").write_text("{}")
     failures.find_killed(study)
+    said = [line.partition(" was killed")[0] for line in capsys.readouterr().err.splitlines()]
+    assert said == ["base llama-tiny", "data"]
     assert read_json(study.paths.failure(CELL))["stage"] == "evaluate"
     assert [path.name for path in (study.paths.results / "failures").rglob("*.json")] == ["seed0.json"]
     assert not list(study.paths.running.iterdir())
