@@ -37,6 +37,7 @@ def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) 
                 "same command again while nothing else runs, or on a machine with more memory"
             ) from None
         except BaseException:  # bad input or Ctrl-C: nobody waits for the other parts
+            pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
                 process.kill()
             raise
