@@ -90,5 +90,6 @@ def others(loaded: Loaded, tests: pd.DataFrame, *, leaders: Collection[str]) -> 
     own, parts = tests[tests["sure"] & ~tests["a"].isin(aside)], []
     for word, sign in (("more", 1), ("less", -1)):
         if names := list(own.loc[own["difference"] * sign > 0, "a"]):
-            parts.append(f"{words.few(names)} significantly {word}")
-    return f"; of the other methods, {' and '.join(parts)}" if parts else ""
+            named = words.few(names, join=" and " if len(names) == 2 else ", ")
+            parts.append(f"{named} lose{'s' * (len(names) == 1)} significantly {word}")
+    return f"; of the other methods {' and '.join(parts)}" if parts else ""
