@@ -15,6 +15,7 @@ from methods.errors import UserError
 PR_SET_PDEATHSIG = 1
 
 _work: list[Callable] = []  # of a forked process, what it does
+_now = {"busy": False, "stopped": False}  # of a forked process
 
 
 def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) -> list[Any]:
@@ -37,9 +38,8 @@ def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) 
                 "same command again while nothing else runs, or on a machine with more memory"
             ) from None
         except BaseException:  # bad input or Ctrl-C: nobody waits for the other parts
-            pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
-                process.kill()
+                os.kill(process.pid, signal.SIGUSR1)
             raise
 
 
@@ -47,11 +47,25 @@ def _begin(work: Callable[..., Any], parent: int) -> None:
     """Of a forked process: leave Ctrl-C to the parent, and end when that ends, with the locks that were inherited."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, _stop)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
     _work.append(work)
 
 
+def _stop(*_: Any) -> None:
+    """End the part at work and begin no other; a process that is killed would leave the pool to print its errors."""
+    _now["stopped"] = True
+    if _now["busy"]:
+        raise KeyboardInterrupt
+
+
 def _of(part: tuple) -> Any:
-    return _work[-1](*part)
+    if _now["stopped"]:
+        raise KeyboardInterrupt
+    _now["busy"] = True
+    try:
+        return _work[-1](*part)
+    finally:
+        _now["busy"] = False

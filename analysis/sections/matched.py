@@ -36,8 +36,9 @@ def section(loaded: Loaded, *, model: str, domain: str) -> dict | None:
         return {"sentences": [none], "heads": [], "rows": [], "notes": [], "along": None}
     table, against = matched(made, deciding), _against(made, apart(loaded))
     shown = list(made.losses)
-    heads = ["method", "settings", "gains, nats/token", *(_head(key) for key in shown)]
+    heads = ["method", "settings", "gains, nats/token"]
     heads += [f"against {PLAIN} or its control, at the most that both gain"] if against else []
+    heads += [_head(key) for key in shown]
     return {
         "sentences": [
             _rule(made, at[0], deciding),
@@ -128,6 +129,8 @@ def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict
     gains = sorted(made.values[DOMAIN][made.families[name]])
     ends = " to ".join(dict.fromkeys(map(numbers.nats, (gains[0], gains[-1]))))
     cells = [(str(len(gains)), ""), (ends, "")]
+    if against:
+        cells.append(_compared(against[name], key=made.losses[0]) if name in against else ("", ""))
     first = True
     for row in own.itertuples():
         if row.why:
@@ -136,8 +139,6 @@ def _line(made: Resampled, own: pd.DataFrame, against: dict[str, Equal]) -> dict
             value, bounds = _bounded(row.value, row.low, row.high, show=_show(row.measure))
             cells.append((value, bounds or "no interval"))
         first = False
-    if against:
-        cells.append(_compared(against[name], key=made.losses[0]) if name in against else ("", ""))
     return {"name": name, "colour": style.colour(name), "cells": cells}
 
 
