@@ -65,7 +65,7 @@ def text(spread: Spread, table: pd.DataFrame, *, measure: str, wanted: float, te
     """A table of `needed` in words: what is assumed, the differences that can be told, and the least that is enough."""
     source = f"the median of {spread.pairs} pairs of methods of this study"
     if not spread.pairs:
-        source = "from an earlier study of SmolLM2-135M, because here no two methods have several seeds yet"
+        source = "from the study `track` of SmolLM2-135M, because here no two methods have several seeds yet"
     others = f" The spread of the other methods is worth {spread.df:.1f} more seeds." if spread.df >= 0.05 else ""
     lines = [
         f"{measure}, in {_unit(measure)}: the difference between a method and full that 80 of 100 studies tell "

@@ -1,5 +1,6 @@
 """power: the seeds and items it takes to tell a difference, from a study's own spread or from the usual one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +8,9 @@ import pytest
 
 from analysis.load import load_cells
 from analysis.statistics.contrasts import Measured
-from analysis.statistics.power import USUAL, Spread, _components, needed, spreads
+from analysis.statistics.power import USUAL, _components, needed, spreads
 from experiments.commands import power
-from experiments.study import cells
+from experiments.study import cells, config
 from methods.errors import UserError
 from tests.analysis.fixtures import write_results
 
@@ -29,7 +30,7 @@ def study(tmp_path, monkeypatch):
 def test_before_a_study_ran_the_usual_spread_is_stated(study, capsys):
     power.main(study, difference=0.03)
     said = capsys.readouterr().out
-    assert "0.018 between seeds and 0.044 between items (from an earlier study" in said and "128" in said
+    assert "0.0015 between seeds and 0.018 between items" in said and "(from the study `track`" in said and "128" in said
     assert "first of 2 tests" in said and "* tells a difference of 0.03 nats per token; the fewest seeds" in said
     power.main(study, difference=0.0001, seeds="3,5")
     assert "Nothing in this table tells" in capsys.readouterr().out
@@ -66,10 +67,20 @@ def test_what_cannot_be_meant_is_refused(study, wrong, said):
 def test_more_seeds_and_items_tell_less():
     table = needed(USUAL["general_nll_lost"], seeds=[3, 5, 10], items=[64, 128, 256], tests=8).to_numpy()
     assert (np.diff(table, axis=0) < 0).all() and (np.diff(table[1:], axis=1) < 0).all()
-    pooled = needed(Spread(seed=0.018, item=0.044, df=8.0), seeds=[3], items=[128], tests=8).to_numpy()
+    pooled = needed(replace(USUAL["general_nll_lost"], df=8.0), seeds=[3], items=[128], tests=8).to_numpy()
     assert pooled[0, 0] < table[0, 1]
     # with 16 seeds and 2,700 items, 1 point of accuracy is told 80 times in 100, without a correction
     assert needed(USUAL["forgetting"], seeds=[16], items=[2700], tests=1).iloc[0, 0] == pytest.approx(0.01, rel=0.15)
+
+
+@pytest.mark.parametrize("measure", USUAL)
+def test_the_usual_spread_is_that_of_the_track(measure):
+    study = config.load("track")
+    found = spreads(load_cells(study.paths.results, cells.grid(study)), measure)
+    (spread,) = found.values()
+    usual = USUAL[measure]
+    assert spread.pairs > 20
+    assert [spread.seed, spread.item, spread.rest] == pytest.approx([usual.seed, usual.item, usual.rest], rel=0.1)
 
 
 def test_the_spread_of_a_study_is_what_was_drawn():
