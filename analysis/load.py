@@ -1,40 +1,21 @@
 """Read what the stages wrote into results/, for every planned cell, so that nothing goes missing silently."""
 
-import zlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from functools import cached_property, partial
-from numbers import Real
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis import parallel
+from analysis import checked, parallel
 from analysis.machines import newest_benchmarks, newest_gpu_check, shared_files
 from analysis.roles import Roles
-from methods.errors import UserError
-from methods.tools.files import AGAIN, read_json
+from methods.tools.files import read_json
 
 NOT_STARTED = "has not been run"
 TRAINED_AGAIN = "trained again, and its scores are of the weights before"
-KINDS = {dict: "a mapping", str: "a text", Real: "a number", list: "a list", bool: "true or false"}
-METRICS = {  # what metrics.json and details.json must hold before anything is computed from it
-    **dict.fromkeys(("scores_by_task", "forgetting_by_task", "transfer_by_task", "n", "scoring", "parts"), dict),
-    **dict.fromkeys(("model", "domain", "method", "dtype", "base_sha256", "weights_sha256"), str),
-    **dict.fromkeys(("seed", "numerics", "domain_score", "domain_score_base", "domain_gain"), Real),
-    **dict.fromkeys(("git", "hardware", "versions"), (dict, NoneType)),
-    "at_chance": list,
-    "not_a_result": bool,
-}
-FAILURE = dict.fromkeys(("stage", "kind", "reason"), str)
-SCORE = ("value", "base", "n", "role", "metric", "chance")
-ITEMS = ("task", "doc_id", "doc_hash", "score", "gold")
-NUMBERS = ("score", "gold", "log_likelihood", "margin", "tokens", "kl", "kl_reverse")  # where they are there
-CURVE = ("step", "tokens", "seconds")
 AT_ONCE = 25  # cells that one process reads before it hands them over
 READ = ("row", "curve", "items", "failure", "prepared", "drift")  # what there may be of a cell
 
@@ -170,7 +151,7 @@ def _cell(root: Path, name: str) -> dict[str, Any]:
     model, _, method, seed = name.split("/")
     run, failure = root / "runs" / name, root / "failures" / f"{name}.json"
     if failure.exists():
-        return {"failure": _dated(failure, _checked(failure, FAILURE)) | {"cell": name}}
+        return {"failure": checked.dated(failure, checked.mapping(failure, checked.FAILURE)) | {"cell": name}}
     not_run = {"cell": name, "stage": "", "kind": "not run", "when": ""}
     if (found := record(run)) is None:
         return {"failure": not_run | {"reason": _progress(run)}}
@@ -180,16 +161,16 @@ def _cell(root: Path, name: str) -> dict[str, Any]:
         return {"failure": not_run | {"reason": TRAINED_AGAIN}}
     trained = {key: train[key] for key in ("settings", "device", "when", "steps", "finished") if key in train}
     trained["peak_memory_train_bytes"] = train.get("peak_memory_bytes")
-    read: dict[str, Any] = {"row": _complete(run, found) | {"cell": name} | trained}
+    read: dict[str, Any] = {"row": checked.complete(run, found) | {"cell": name} | trained}
     if (path := run / "curve.csv").exists():
-        curve = _table(path, columns=CURVE)
+        curve = checked.table(path, columns=checked.CURVE)
         last = int(curve["step"].max()) if len(curve) else 0
         if last != train.get("steps", last):  # cut off between two lines, where CSV does not show it
-            raise _damaged(path, f"it ends at step {last}, and train.json at {train['steps']}")
+            raise checked.damaged(path, f"it ends at step {last}, and train.json at {train['steps']}")
         read["curve"] = curve.assign(cell=name)
     if (path := run / "items.csv.gz").exists():
         # of the base's items alone it matters what there was to choose from
-        read["items"] = _table(path, columns=ITEMS, numeric=NUMBERS, without=("choices",)).assign(cell=name)
+        read["items"] = checked.items(path, without=("choices",)).assign(cell=name)
     if (path := root / "prepared" / model / method / seed / "prepare.json").exists():
         read["prepared"] = read_json(path)
     if (path := run / "drift.json").exists():
@@ -222,7 +203,7 @@ def _read_base(root: Path, folder: Path) -> dict:
     items, evaluate, start = (folder / name for name in ("items.csv.gz", "evaluate.json", "start.json"))
     return {
         "scores": read_json(folder / "scores.json"),
-        "items": _table(items, columns=ITEMS, numeric=NUMBERS) if items.exists() else pd.DataFrame(),
+        "items": checked.items(items) if items.exists() else pd.DataFrame(),
         "evaluate": read_json(evaluate) if evaluate.exists() else {},
         "start": read_json(start) if start.exists() else {},
         "settle": next((read_json(path) for path in shared_files(root, f"settled/{folder.name}")), {}),
@@ -236,71 +217,7 @@ def _progress(run: Path) -> str:
     return "trained, but not scored yet" if (run / "train.json").exists() else NOT_STARTED
 
 
-def _complete(run: Path, content: dict) -> dict:
-    """What `record` read, which has all METRICS."""
-    path = run / ("details.json" if (run / "details.json").is_file() else "metrics.json")
-    _holds(path, content, METRICS)
-    if (of := "{model}/{domain}/{method}/seed{seed}".format_map(content)) != "/".join(run.parts[-4:]):
-        raise _damaged(path, f"it is of the cell {of}")
-    for task, score in content["scores_by_task"].items():
-        if not isinstance(score, dict) or (missing := [key for key in SCORE if key not in score]):
-            what = "is not a mapping" if not isinstance(score, dict) else f"lacks {', '.join(missing)}"
-            raise _damaged(path, f"scores_by_task.{task} {what}")
-    return content
-
-
 def _train(path: Path) -> dict:
     if not path.exists():
         return {}
-    return _dated(path, _checked(path, {}))
-
-
-def _dated(path: Path, content: dict) -> dict:
-    """The content, whose `when` is a time where there is one."""
-    try:
-        datetime.fromisoformat(content.get("when") or "2000-01-01")
-    except (TypeError, ValueError):
-        raise _damaged(path, f"when is {content['when']!r}, not a time") from None
-    return content
-
-
-def _checked(path: Path, kinds: dict) -> dict:
-    """The mapping in a JSON file, whose keys `kinds` are there and of their kind."""
-    return _holds(path, read_json(path), kinds)
-
-
-def _holds(path: Path, content: dict, kinds: dict) -> dict:
-    for key, kind in kinds.items():
-        if key not in content:
-            raise _damaged(path, f"{key} is missing")
-        if not isinstance(content[key], kind):
-            raise _damaged(path, f"{key} is not {KINDS[kind[0] if isinstance(kind, tuple) else kind]}")
-    return content
-
-
-def _table(
-    path: Path, *, columns: tuple[str, ...], numeric: tuple[str, ...] | None = None, without: tuple[str, ...] = ()
-) -> pd.DataFrame:
-    """A CSV file with at least `columns`; the `numeric` ones (all, by default) hold numbers only; `without` some."""
-    try:
-        if path.suffix == ".csv" and not path.read_bytes().endswith(b"\n"):  # the end of a number may be missing
-            raise _damaged(path, "its last line is cut off")
-        head = pd.read_csv(path, nrows=0).columns
-        # by default pandas reads a task called `nan` or `null` as missing, and a task called `01` as a number
-        missing = {name: ["", "nan"] for name in head if name != "task"}
-        options = {"usecols": [name for name in head if name not in without], "keep_default_na": False}
-        frame = pd.read_csv(path, dtype={"task": str}, na_values=missing, **options)
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read ({error}): {AGAIN}") from error
-    for column in columns:
-        if column not in frame:
-            raise _damaged(path, f"column {column} is missing")
-    for column in frame.columns if numeric is None else numeric:
-        known = column in frame and len(frame)  # a checkpoint from elsewhere has no curve
-        if known and not pd.api.types.is_numeric_dtype(frame[column]):
-            raise _damaged(path, f"column {column} holds something that is not a number")
-    return frame
-
-
-def _damaged(path: Path, why: str) -> UserError:
-    return UserError(f"{path} is not what its stage writes ({why}): {AGAIN}")
+    return checked.dated(path, checked.mapping(path, {}))

@@ -227,8 +227,9 @@ def _composed(loaded: Loaded, rows: pd.DataFrame, tests: pd.DataFrame, key: str)
     at = " at equal gain" if equal else " at the same setting"
     sure, unsure = own[own["p_holm"] < LEVEL], own[~(own["p_holm"] < LEVEL)]
     others = [name for name in loaded.roles.composed(rows["method"]) if name not in set(own["a"])]
+    judged = unsure[unsure["detectable"].notna()] if equal else unsure
     why = _bracketed(
-        _and([f"{row['a']} not than {row['b']}" for _, row in unsure.iterrows()]) if len(unsure) else "",
+        _and([f"{row['a']} not than {row['b']}" for _, row in judged.iterrows()]) if len(judged) else "",
         _found_from(unsure, key),
         _not_reached(unsure) if equal else "",
         f"not tested, for want of seeds: {_and(others)}" if others else "",

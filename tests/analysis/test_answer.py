@@ -131,6 +131,7 @@ def test_a_composition_must_beat_every_single_method(several):
         assert text.format(" at equal gain") in sentences(loaded, table, equal)[1]
     beyond = sentences(loaded, table, pd.concat([tests, row.assign(family="equal_gain", p_holm=1.0, detectable=None)]))
     assert "both cannot be judged: another method gains at its first setting what it never does" in beyond[1]
+    assert "both not than" not in beyond[1]
 
 
 def test_a_method_that_trains_on_general_text_is_compared_with_its_control_alone(several):
