@@ -246,6 +246,11 @@ def _notes(records: list[dict], methods: pd.DataFrame) -> list[str]:
             f"Importance is what {method} prepared ({part}, {entries} weights) from general text before any training; "
             "a method that it regularises has a low overlap by design."
         )
+    if len({d["reference"]["settings_sha256"] for d in records if "settings_sha256" in (d["reference"] or {})}) > 1:
+        notes.append(
+            "Importance was prepared with different settings for some of these cells, so that their overlaps are not "
+            "comparable: remove their drift.json and run them again."
+        )
     if references:
         notes.append(
             "Overlap is the movement’s mean importance, (ΣFΔ² / ΣΔ²) over the mean F: ×1 as if movement ignored "

@@ -83,7 +83,6 @@ def stages(study) -> list[Stage]:
             Stage(words=("collect", cell.name), makes=(f"{run}/metrics.json", f"{run}/details.json")),
             Stage(words=("drift", cell.name), makes=(f"{run}/drift.json",)),
         ]
-    found.sort(key=lambda stage: stage.name == "drift")  # it reads what another method prepared
     return [*found, Stage(words=("compare",), makes=("results/summary", "results/metrics"))]
 
 

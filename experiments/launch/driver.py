@@ -172,11 +172,13 @@ class Launch:
 
     def _job(self, name: str, *, hashed: bool = True) -> work.Job:
         stage = self.stages[name]
+        also = self.names.computes.get(name)
+        also = self.stages.inputs(also, hashed=hashed) if also else {}
         return work.Job(
             name=name,
             address=stage.addressing,
             command=stage.cmd,
-            deps=self.stages.inputs(name, hashed=hashed),
+            deps=also | self.stages.inputs(name, hashed=hashed),
             outs=tuple(self.stages.outputs(name)),
             folder=self.folder,
             threads=self.threads.get(self.names.model(name) or ""),

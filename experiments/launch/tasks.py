@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from experiments.launch.schedule import Needs, Task
+from experiments.model import drift
 from experiments.stages import resolve
 from experiments.study.cells import Cell, grid
 from methods.part import prepares
@@ -22,6 +23,7 @@ class Names:
     cells: Mapping[str, Cell] = field(default_factory=dict)  # of stages of a cell
     prepared: Mapping[str, Cell] = field(default_factory=dict)  # the first cell that needs a preparation
     models: Mapping[str, str] = field(default_factory=dict)
+    computes: Mapping[str, str] = field(default_factory=dict)  # of `drift`, the preparation that it may have to compute
 
     def model(self, stage: str) -> str | None:
         cell = self.cells.get(stage) or self.prepared.get(stage)
@@ -33,10 +35,14 @@ def names(study) -> Names:
     prepared: dict[str, Cell] = {}
     for cell in every:
         prepared.setdefault(f"prepare@{cell.model}-{cell.method}-{cell.seed}", cell)
+    computes = {}
+    if reference := drift.reference(study):
+        computes = {f"drift@{cell.stage}": f"prepare@{cell.model}-{reference[0]}-{cell.seed}" for cell in every}
     return Names(
         cells={f"{kind}@{cell.stage}": cell for cell in every for kind in OF_CELL},
         prepared=prepared,
         models={f"{kind}@{name}": name for name in study.grid.models for kind in ("model", "base")},
+        computes=computes,
     )
 
 

@@ -1,22 +1,41 @@
-"""drift: one drift.json a cell, with how far its weights moved, in which directions, and how important these are."""
+"""drift: one drift.json a cell, with how far its weights moved, in which directions, and how important these are.
 
+Importance is what the reference method (experiments/model/drift.py) prepares, from the local store, or computed into it
+where it is not there yet. It is no dependency in DVC, because another processor computes other last digits: a cell that
+is added to a finished study would make the drift of every other cell out of date. drift.json names what it used.
+"""
+
+from hashlib import sha256 as new_sha256
 from time import perf_counter
 
-from experiments.model import drift, tuned
+from experiments.data.damage import refuse_damaged
+from experiments.model import drift, tuned, weights
 from experiments.model.base import load_tensors
 from experiments.model.delta import verified
 from experiments.model.shape import shape_of
+from experiments.stages import resolve
 from experiments.study.distrust import distrusted
-from experiments.training import hardware
-from methods.tools.files import read_json, write_json
+from experiments.training import hardware, prepared, processes
+from methods.tools.files import read_json, sha256, write_json
 from methods.tools.importance import totals
 from methods.tools.stored import load_importance
 
 
 def main(study, cell) -> None:
+    method, part = drift.reference(study) or (None, None)
+    if method and (count := processes.to_start(study.models[cell.model])):
+        if not prepared.in_store(study, cell.model, method, cell.seed):
+            processes.start(count, ["drift", cell.name, "--study", study.name])
+            return
+    against, importance = _importance(study, cell, method, part) if method else (None, None)
+    if processes.first():
+        _measure(study, cell, against, importance)
+    processes.leave()
+
+
+def _measure(study, cell, against: dict | None, importance: dict | None) -> None:
     began = perf_counter()
     folder, out = study.paths.model(cell.model), study.paths.weights(cell)
-    against, importance = _importance(study, cell)
     with distrusted(folder, out):
         tensors, digest = tuned.tensors(out, folder=folder)
         base = load_tensors(folder)
@@ -47,15 +66,24 @@ def main(study, cell) -> None:
     print(f"{cell.name}: drift in {seconds:.1f} s{share}", flush=True)
 
 
-def _importance(study, cell) -> tuple[dict | None, dict | None]:
-    """What the reference method prepared for this model and seed: a description and importance; None without one."""
-    if (reference := drift.reference(study)) is None:
-        return None, None
-    method, part = reference
-    path = study.paths.prepared(model=cell.model, method=method, seed=cell.seed) / f"{part}.importance.safetensors"
-    if not path.is_file():
-        return None, None
+def _importance(study, cell, method: str, part: str) -> tuple[dict, dict]:
+    """What the reference method prepares for this model and seed: a description, and importance by weight."""
+    folder, data = study.paths.model(cell.model), study.paths.data
+    with distrusted(folder, data):
+        refuse_damaged(data, "general/importance.jsonl", "general/replay.jsonl")
+        weights.verified(folder)
+    store, _ = prepared.stored(study, cell.model, method, cell.seed)
+    path = store / "out" / f"{part}.importance.safetensors"
     importance = load_importance(path)
     entries = sum(values.numel() for values in importance.values())
     mean = sum(totals(values)[0] for values in importance.values()) / entries
-    return {"method": method, "part": part, "entries": entries, "mean": float(f"{mean:.4g}")}, importance
+    settings = resolve.text(resolve.prepare(study, cell.model, method))
+    described = {
+        "method": method,
+        "part": part,
+        "entries": entries,
+        "mean": float(f"{mean:.4g}"),
+        "sha256": sha256(path),
+        "settings_sha256": new_sha256(settings.encode()).hexdigest(),
+    }
+    return described, importance

@@ -1,7 +1,7 @@
 """pipeline: write the parts of dvc.yaml that DVC's own language cannot express.
 
-These are the cell files that `compare` depends on, the local files that `resolve` hashes, the importance that `drift`
-measures against and what `dvc metrics` and `dvc plots` show. A study's dvc.yaml is the root's with the study's folders.
+These are the cell files that `compare` depends on, the local files that `resolve` hashes and what `dvc metrics` and
+`dvc plots` show. A study's dvc.yaml is the root's with the study's folders.
 """
 
 import io
@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ruamel.yaml import YAML
 
-from experiments.model import drift
 from experiments.stages import resolve
 from experiments.study import cells, inheritance, stale, whole
 from experiments.study.advice import of_study
@@ -74,14 +73,6 @@ def _made(inside: tuple[str, ...] | None) -> bool:
     return inside[0] == "results" or len(inside) == 1 or not made.isdisjoint(inside[1:3])
 
 
-def drift_inputs(study) -> list[str]:
-    """The folder with the importance that drift is measured against, where a method of the grid has one."""
-    if (reference := drift.reference(study)) is None:
-        return []
-    folder = study.paths.work / "prepared" / "${item.model}" / reference[0] / "seed${item.seed}"
-    return [folder.relative_to(study.paths.root).as_posix()]
-
-
 def metrics(study) -> list[str]:
     """What `dvc metrics` shows, relative to dvc.yaml: the folder that `compare` writes, once it is there; of a demo
     nothing.
@@ -140,8 +131,6 @@ def rendered(study) -> str:
         *filter(None, [inheritance.file(study.paths)]),
     ]
     deps[:] = [*params, *CODE, *local_inputs(study)]
-    deps = document["stages"]["drift"]["deps"]
-    deps[:] = [path for path in deps if "/prepared/" not in path] + drift_inputs(study)
     document.pop("metrics", None)
     if shown := metrics(study):
         document["metrics"] = shown

@@ -1,8 +1,9 @@
 """Preparations in the local store, each by the hash of everything that it depends on, and what a training loads."""
 
+import fcntl
 import shutil
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 
@@ -38,21 +39,43 @@ def stored(study, model: str, method: str, seed: int) -> tuple[Path, bool]:
     shards = processes.join(where)
     key = store_key(study, model, method, seed, where)
     store = study.paths.local / "prepared" / key
-    if shards.broadcast(shards.first and _whole(store)):
-        return store, True
-    if shards.first:
-        need_room(
-            study.paths.work, 2 * _expected_bytes(study, model, method), f"the preparation of {method} on {model}"
-        )
-    with whole.folder(store) if shards.first else nullcontext(store) as made:
-        costs = _compute(study, model, method, seed, made / "out", key=key, shards=shards)
+    resume = study.paths.resume / "prepare" / key
+    with _one_at_a_time(resume.with_suffix(".lock")) if shards.first else nullcontext():
+        if shards.broadcast(shards.first and _whole(store)):
+            return store, True
         if shards.first:
-            write_json(made / "costs.json", costs)
-            write_json(made / "manifest.json", {"sha256": folder_sha256(made / "out")})
-    if shards.first:
-        shutil.rmtree(study.paths.resume / "prepare" / key, ignore_errors=True)
+            need_room(
+                study.paths.work, 2 * _expected_bytes(study, model, method), f"the preparation of {method} on {model}"
+            )
+        with whole.folder(store) if shards.first else nullcontext(store) as made:
+            costs = _compute(study, model, method, seed, made / "out", key=key, shards=shards)
+            if shards.first:
+                write_json(made / "costs.json", costs)
+                write_json(made / "manifest.json", {"sha256": folder_sha256(made / "out")})
+        if shards.first:
+            shutil.rmtree(resume, ignore_errors=True)
     shards.barrier()
     return store, False
+
+
+def in_store(study, model: str, method: str, seed: int) -> bool:
+    """Whether `stored` would find this preparation."""
+    key = store_key(study, model, method, seed, hardware.device(study.device))
+    return _whole(study.paths.local / "prepared" / key)
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait while another process computes the same preparation: `prepare` and `drift` may ask for it together."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        with suppress(OSError):  # a disk without locks
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print("another process computes this preparation: waiting for it", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _expected_bytes(study, model: str, method: str) -> int:

@@ -1,5 +1,6 @@
 """Drift in the report: what cells' drift.json say, as table, figures and section."""
 
+import copy
 from dataclasses import replace
 
 import jinja2
@@ -138,6 +139,15 @@ def test_section_says_who_avoided_important_weights(loaded):
         and "5.0 % in the top 10 %" in page
         and "means over the seeds" in page
     )
+
+
+def test_overlaps_with_importance_of_different_settings_are_named(loaded):
+    assert "different settings" not in str(drift.section(loaded, model="smollm2-135m", domain="science")["notes"])
+    found = {cell: copy.deepcopy(kept) for cell, kept in loaded.drift.items()}
+    for name, kept in zip("ab", found.values()):
+        kept["reference"]["settings_sha256"] = name
+    notes = drift.section(replace(loaded, drift=found), model="smollm2-135m", domain="science")["notes"]
+    assert any(note.startswith("Importance was prepared with different settings") for note in notes)
 
 
 def test_without_importance_ranks_or_records(loaded):

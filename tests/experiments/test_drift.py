@@ -3,20 +3,23 @@
 import dataclasses
 import json
 import math
+from hashlib import sha256 as new_sha256
 
 import pytest
 import torch
+from ruamel.yaml import YAML
 
 from experiments.model import drift, tuned, weights
 from experiments.model.base import load_tensors
 from experiments.model.random_models import build
+from experiments.stages import data, prepare, resolve
 from experiments.stages import drift as stage
 from experiments.study import cells, config, pipeline
 from methods.lora import LoRA
 from methods.part import Run
-from methods.tools.files import read_json
-from methods.tools.importance import encode
-from methods.tools.stored import save_importance
+from methods.tools.files import read_json, sha256
+from methods.tools.importance import Codes, decode, encode
+from methods.tools.stored import load_importance
 
 CELL = cells.Cell("llama-tiny", "sums", "full", 0)
 
@@ -177,8 +180,18 @@ def small(tmp_path, **grid):
     return study
 
 
-def test_stage_of_a_difference_with_and_without_an_importance(tmp_path):
-    study = small(tmp_path)
+def importance_of(path):
+    return [
+        (
+            name,
+            decode(kept.codes, low=kept.low, step=kept.step, dtype=torch.float64) if isinstance(kept, Codes) else kept,
+        )
+        for name, kept in load_importance(path).items()
+    ]
+
+
+def test_stage_of_a_difference_with_and_without_an_importance(tmp_path, capsys):
+    study = small(tmp_path, methods=["full"])
     folder, out = study.paths.model("llama-tiny"), study.paths.weights(CELL)
     base = load_tensors(folder)
     digest = tuned.keep(out, folder=folder, base=base, final=noise({name: base[name].float() for name in base}))
@@ -189,20 +202,33 @@ def test_stage_of_a_difference_with_and_without_an_importance(tmp_path):
         found["reference"] is None and found["overall"]["overlap"] is None and found["overall"]["effective_rank"] > 10
     )
 
-    prepared = study.paths.prepared(model="llama-tiny", method="ewc", seed=0)
-    prepared.mkdir(parents=True)
-    save_importance(
-        {name: encode(torch.full(base[name].shape, 0.5)) for name in base}, prepared / "ewc.importance.safetensors"
-    )
-    stage.main(study, CELL)
+    study = small(tmp_path)
+    data.main(study)
+    capsys.readouterr()
+    stage.main(study, CELL)  # before `prepare`: it computes the importance itself
     again = read_json(study.paths.run(CELL) / "drift.json")
+    prepare.main(study, model="llama-tiny", method="ewc", seed=0, cell=CELL)
+    costs = read_json(study.paths.prepare_costs(model="llama-tiny", method="ewc", seed=0))
+    path = study.paths.prepared(model="llama-tiny", method="ewc", seed=0) / "ewc.importance.safetensors"
+    assert costs["reused"] is True and again["reference"].pop("sha256") == sha256(path)
+    values = {name: decoded.double() for name, decoded in importance_of(path)}
+    entries = sum(base[name].numel() for name in base)
+    mean = sum(value.sum() for value in values.values()).item() / entries
+    settings = resolve.text(resolve.prepare(study, "llama-tiny", "ewc"))
     assert again["reference"] == {
         "method": "ewc",
         "part": "ewc",
-        "entries": sum(base[n].numel() for n in base),
-        "mean": 0.5,
+        "entries": entries,
+        "mean": pytest.approx(mean, rel=1e-3),
+        "settings_sha256": new_sha256(settings.encode()).hexdigest(),
     }
-    assert (again["overall"]["overlap"], again["overall"]["top_share"]) == pytest.approx((1.0, 0.1), rel=1e-5)
+    changes = {
+        name: (p.double() - base[name].double()).square() for name, p in tuned.tensors(out, folder=folder)[0].items()
+    }
+    weighted = sum((values[name] * changes[name]).sum() for name in base).item()
+    assert again["overall"]["overlap"] == pytest.approx(
+        weighted / sum(change.sum() for change in changes.values()).item() / mean, rel=1e-4
+    )
     assert {k: v for k, v in again["overall"].items() if v != found["overall"][k]}.keys() == {
         "overlap",
         "overlap_within",
@@ -214,7 +240,7 @@ def test_stage_of_a_difference_with_and_without_an_importance(tmp_path):
 
 
 def test_stage_of_an_adapter(tmp_path, monkeypatch):
-    study = small(tmp_path)
+    study = small(tmp_path, methods=["lora"])
     folder, out = study.paths.model("llama-tiny"), study.paths.weights(CELL)
     part = LoRA(rank=2, targets=("q_proj",))
     base = load_tensors(folder)
@@ -264,5 +290,4 @@ def test_reference_is_the_first_importance_of_the_whole_model():
         drift.reference(with_grid("full", "lora", "mofo", "hierarchical")) is None
     )  # Ω of an adapter's matrices alone
     assert drift.reference(with_grid("hierarchical", "ewc-lora", "ewc")) == ("ewc-lora", "ewc")
-    assert pipeline.drift_inputs(with_grid("full")) == []
-    assert pipeline.drift_inputs(paper) == ["work/paper/prepared/${item.model}/ewc/seed${item.seed}"]
+    assert not [path for path in YAML().load(pipeline.rendered(paper))["stages"]["drift"]["deps"] if "prepared" in path]

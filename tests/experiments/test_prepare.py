@@ -1,8 +1,10 @@
 """The stage `prepare`: what general text a part reads, and when a preparation is made again."""
 
 import copy
+import fcntl
 import io
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -204,3 +206,21 @@ def test_a_preparation_that_changed_after_it_was_written_is_refused_by_name(made
         UserError, match="ewc.importance.safetensors is not what .*--single-item prepare@llama-tiny-ewc-0"
     ):
         prepared.refuse_damaged(study, cell)
+
+
+def test_who_asks_for_a_preparation_that_is_being_computed_waits_for_it(made, capsys):
+    """`drift` computes the importance where `prepare` has not yet, and both may run at the same time."""
+    study = load(made, lambda raw: raw["methods"]["ewc"]["ewc"].update(length=24))
+    key = prepared.store_key(study, "llama-tiny", "ewc", 0, device(study.device))
+    folder = study.paths.resume / "prepare"
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor() as pool, (folder / f"{key}.lock").open("a") as busy:
+        fcntl.flock(busy, fcntl.LOCK_EX)
+        waiting = pool.submit(prepared.stored, study, "llama-tiny", "ewc", 0)
+        with pytest.raises(TimeoutError):
+            waiting.result(timeout=1.0)
+        assert not prepared.in_store(study, "llama-tiny", "ewc", 0)
+        fcntl.flock(busy, fcntl.LOCK_UN)
+        assert waiting.result(timeout=60.0) == (study.paths.local / "prepared" / key, False)
+    assert "another process computes this preparation: waiting for it" in capsys.readouterr().out
+    assert prepared.stored(study, "llama-tiny", "ewc", 0)[1] and prepared.in_store(study, "llama-tiny", "ewc", 0)
