@@ -36,6 +36,7 @@ DOCUMENTS = 16  # of a Fisher pass, likewise
 MEMORY_GOAL = 0.1  # of the predicted bytes, by which those measured may differ
 SPARE = 1 << 30  # of the memory, for what is not predicted
 PREPARED_LENGTH = 512
+MOMENTS = {"muon": "float32"}  # of methods that refuse the dtype of the others
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,7 @@ def _steps(
         length=size.length,
         learning_rate=1e-6,
         schedule="constant",
-        moments="bfloat16",
+        moments=MOMENTS.get(method, "bfloat16"),
         compile=size.compile,
         probes=0,
     )

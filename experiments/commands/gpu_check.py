@@ -37,7 +37,7 @@ MODELS = ("gptj-6b", "llama3-8b")
 METHODS = ("full", "mofo", "ewc", "hierarchical", "lora", "hierarchical-lora")
 # those that train all weights, of which a slice is measured; each is one part with its default settings
 WHOLE = ("full", "mofo", "ewc", "hierarchical", "l2_sp", "l1", "spider", "kl", "dft", "talr", "asft", "flow", "gmt")
-WHOLE += ("hft", "random_mask", "ssu", "lisa", "sam", "profit", "eaft", "osf")
+WHOLE += ("hft", "random_mask", "ssu", "lisa", "sam", "profit", "eaft", "osf", "muon")
 LAYOUTS = ("plain", "sharded")
 FORMAT = 1
 DONE = ("passed", "measured", "out of memory")  # not repeated while the code is the same

@@ -78,13 +78,17 @@ def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
         for cell, made in zip(chosen, planned, strict=True)
         if not made["cached"]["prepared"]
     }
+    stores = {  # the local store has a copy of each, which seeds share where the preparation draws no random numbers
+        (model, method, seed if resolve.seeded(study.methods[method].parts) else None): size
+        for (model, method, seed), size in preparations.items()
+    }
     bases = {
         name: 0.0 if lock.done(f"base@{name}") and not anew else _base(study, models[name]) for name in chosen_models
     }
     needed = room.of(
         study,
         models={name: models[name].bytes for name in chosen_models},
-        prepared=sum(preparations.values()),
+        prepared=sum(preparations.values()) + sum(stores.values()),
         cells=sum(cell["disk_bytes"] for cell in to_run),
     )
     return {
@@ -371,7 +375,9 @@ def text(plan: dict) -> str:
         "tenth of a training more, and models are read, written and hashed between the stages",
         "by parts: tokens that the parts of a method read, while they prepare and beside the domain's in training",
         f"models that are not here yet: {_gib(plan['disk']['needed']['models'])} of disk, preparations at most "
-        f"{_gib(plan['disk']['needed']['preparations'])}; {_gib(plan['disk']['free'])} are free",
+        f"{_gib(plan['disk']['needed']['preparations'])}, with the copy of the local store; "
+        f"{_gib(plan['disk']['free'])} are free. Checkpoints are not counted: a training that has no room for one says "
+        "so and goes on",
         f"disk of all {total['cells']} cells: {_gib(total['disk_bytes_all'])}. An adapter is kept as it is, other "
         f"weights as their difference from the base: about {tuned.BITS:g} bits a weight in bf16, one more for each "
         "further bit of mantissa",

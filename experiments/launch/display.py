@@ -13,10 +13,11 @@ from experiments.study import outcome
 
 STATES = ("running", "set aside", "waiting", "scored", "finished")
 INTERVAL, SHARE = 0.5, 0.05  # seconds between two drawings at least, and the share of the time that they may take
+QUIET = 300.0  # seconds after which a log says how far the launch is, where no cell has ended meanwhile
 
 
 class Display:
-    """On a terminal one table that is drawn anew; elsewhere a line for each cell that ends."""
+    """On a terminal one table that is drawn anew; elsewhere a line for each cell that ends, and some between."""
 
     def __init__(self, study: Any, cells: list):
         self._study, self._cells = study, cells
@@ -27,6 +28,7 @@ class Display:
             self._live = Live(refresh_per_second=2, transient=False)
             self._live.start()
         self._next = 0.0
+        self._quiet = 0.0  # until then a log has no line
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -42,10 +44,14 @@ class Display:
             self.say(f"{launch.names.cells[name].name}: {outcome.line(found)}")
             if not self._live:
                 self._draw(lambda: self.say(self.line(launch)))
+                self._quiet = time.monotonic() + QUIET
 
     def update(self, launch: Any) -> None:
         if self._live:
             self._draw(lambda: self._live.update(self._table(launch)))
+        elif self._cells and time.monotonic() >= self._quiet:
+            self.say(self.line(launch))
+            self._quiet = time.monotonic() + QUIET
 
     def _draw(self, draw: Callable[[], None]) -> None:
         """Draw if it is time: with many cells a drawing takes long, and the driver has other work."""

@@ -1,8 +1,9 @@
 """What the display of a launch says of a cell."""
 
+import time
 from types import SimpleNamespace
 
-from experiments.launch.display import Display
+from experiments.launch.display import QUIET, Display
 from experiments.launch.estimate import Estimate
 from experiments.launch.here import Here
 from experiments.launch.schedule import Schedule, Task
@@ -41,3 +42,17 @@ def test_a_scored_cell_whose_drift_fails_is_set_aside():
     schedule.set_aside(drift.name)
     launch = SimpleNamespace(schedule=schedule, began={}, reasons={drift.name: "no room"})
     assert Display(None, [CELL]).state(launch, CELL) == ("set aside", "no room")
+
+
+def test_a_log_says_how_far_a_launch_is_at_the_start_and_where_nothing_ends(tmp_path, monkeypatch, capsys):
+    schedule = Schedule([Task(name=f"train@{CELL.stage}", seconds=60.0)])
+    launch = SimpleNamespace(schedule=schedule, began={}, estimate=Estimate({}), reasons={}, workers=Here(tmp_path))
+    display, now = Display(None, [CELL]), time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    for _ in range(3):
+        display.update(launch)
+    assert capsys.readouterr().out == "1 cell: 1 waiting; about 1 min 00 s to go\n"
+    now += QUIET
+    display.update(launch)
+    display.update(launch)
+    assert capsys.readouterr().out.count("about 1 min 00 s to go") == 1

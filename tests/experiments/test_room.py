@@ -40,6 +40,8 @@ def test_full_size_fits_into_40_gb_and_24_gb_of_memory(tmp_path, monkeypatch, ca
     made = json.loads(capsys.readouterr().out)
     assert "models that are not here yet: 26.23 GiB of disk" in plan.text(made)
     assert made["disk"]["needed"]["models"] == 2 * sum(PARAMETERS.values())
+    # in the pipeline, and in the local store
+    assert made["disk"]["needed"]["preparations"] == 2 * sum(cell["prepared_bytes"] for cell in made["cells"])
     assert made["total"]["peak_memory_bytes"] < 20 * GB
     for cell in made["cells"]:
         model, _, method, _ = cell["cell"].split("/")
@@ -52,7 +54,7 @@ def test_full_size_fits_into_40_gb_and_24_gb_of_memory(tmp_path, monkeypatch, ca
     made["disk"]["free"] = 28 * GB
     monkeypatch.setattr(plan, "make", lambda *_, **__: made)
     with pytest.raises(
-        UserError, match=r"too little disk: 26\.\d GiB would be written \(models 26.2 GiB.* 26.1 GiB are"
+        UserError, match=r"too little disk: 27\.\d GiB would be written \(models 26.2 GiB.* 26.1 GiB are"
     ):
         plan.main(study(tmp_path), as_json=True)
     assert not (tmp_path / "work" / "models").exists()
