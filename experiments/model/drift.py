@@ -24,8 +24,11 @@ importance.
 import dataclasses
 import math
 import statistics
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +40,7 @@ from methods.tools.importance import Codes, encode, pieces
 
 TOP = 0.10
 EXACT = 1024  # of matrices with a smaller side above it the effective rank is estimated: the time grows with its cube
+AT_ONCE = 4  # tensors on a CPU: each is in memory twice
 OUTSIDE = "other"  # the group of tensors in a file that are no parameters of the model
 DIGITS = 6  # digits that are kept, so that the order of additions does not show
 
@@ -77,24 +81,47 @@ def measure(
     device      where singular values are computed
     Numbers have `DIGITS` digits.
     """
+
+    def one(given: tuple[str, Tensor, Tensor]) -> tuple[str, _Moved, bool]:
+        name, before, after = given
+        moved = _moved(name, before, after, (importance or {}).get(name))
+        if not moved.changed or after.dim() != 2 or not roles.get(name, ("",))[0].startswith("block."):
+            return name, moved, False
+        rank, is_estimate = _rank(before, after, (factors or {}).get(name), device)
+        return name, dataclasses.replace(moved, rank=rank), is_estimate
+
+    on_cpu = torch.device(device).type == "cpu"
+    pairs = (
+        (name, theta if name in still else base[name], theta) for name, theta in tuned if theta.is_floating_point()
+    )
     groups: dict[tuple[str, str], list[_Moved]] = {}
     rank_estimated = []
-    for name, theta in tuned:
-        if not theta.is_floating_point():
-            continue
-        role, before = roles.get(name, (OUTSIDE, OUTSIDE)), theta if name in still else base[name]
-        moved = _moved(name, before, theta, (importance or {}).get(name))
-        if moved.changed and role[0].startswith("block.") and theta.dim() == 2:
-            rank, is_estimate = _rank(before, theta, (factors or {}).get(name), device)
-            moved = dataclasses.replace(moved, rank=rank)
-            rank_estimated += [name] * is_estimate
-        groups.setdefault(role, []).append(moved)
+    for name, moved, is_estimate in _side_by_side(one, pairs, at_once=AT_ONCE if on_cpu else 1):
+        rank_estimated += [name] * is_estimate
+        groups.setdefault(roles.get(name, (OUTSIDE, OUTSIDE)), []).append(moved)
     order = sorted(groups, key=lambda role: (_place(role[0]), role[1]))
     return {
         "groups": [{"group": group, "kind": kind} | _summary(groups[group, kind]) for group, kind in order],
         "overall": _summary([moved for role in order for moved in groups[role]]),
         "rank_skipped": [],  # by earlier versions large matrices were
     } | ({"rank_estimated": sorted(rank_estimated)} if rank_estimated else {})
+
+
+def _side_by_side(function: Callable[[Any], Any], given: Iterable, *, at_once: int) -> Iterator:
+    """The results in order, computed side by side with torch's threads shared out: a matrix alone uses few of them."""
+    threads = torch.get_num_threads()
+    at_once = min(at_once, threads)
+    torch.set_num_threads(each := threads // at_once)
+    try:
+        with ThreadPoolExecutor(at_once, initializer=torch.set_num_threads, initargs=(each,)) as pool:
+            begun: deque[Future] = deque()
+            for one in given:
+                begun.append(pool.submit(function, one))
+                if len(begun) > at_once:  # what comes after is not read yet
+                    yield begun.popleft().result()
+            yield from (one.result() for one in begun)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def roles(model: nn.Module) -> dict[str, tuple[str, str]]:
