@@ -371,8 +371,8 @@ def text(plan: dict) -> str:
             "and a run says what would help"
         )
     lines += [
-        "in these times: the base's scores, and each cell's preparation, training and scores. `drift` takes less than "
-        "a tenth of a training more, unless that is very short, and models are read, written and hashed between the stages",
+        "in these times: the base's scores, and each cell's preparation, training and scores. `drift` takes at most a "
+        "tenth of a training more, unless that is very short, and models are read, written and hashed in between",
         "by parts: tokens that the parts of a method read, while they prepare and beside the domain's in training",
         f"models that are not here yet: {_gib(plan['disk']['needed']['models'])} of disk, preparations at most "
         f"{_gib(plan['disk']['needed']['preparations'])}, with the copy of the local store; "
