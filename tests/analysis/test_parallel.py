@@ -45,6 +45,7 @@ def wait(name):
     time.sleep(600)
 
 signal.signal(signal.SIGTERM, signal.default_int_handler)  # as every command does
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell lets its background jobs ignore
 os.sched_getaffinity = lambda _: {0, 1}
 parallel.each(wait, [(name,) for name in "abcd"])
 """
