@@ -1,6 +1,7 @@
 """Work on many parts of a study at once, such as its cells or each (model, domain)."""
 
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -28,7 +29,9 @@ def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) 
     processes = min(cores, -(-len(parts) // at_once))
     if processes < 2:
         return [work(*part) for part in parts]
-    # forked processes have the study's results without a copy
+    # forked processes have the study's results without a copy; what is garbage here is not theirs to collect: an object
+    # that waits for a thread of this process as it goes would end them
+    gc.freeze()
     with ProcessPoolExecutor(processes, get_context("fork"), _begin, (work, os.getpid())) as pool:
         try:
             return list(pool.map(_of, parts, chunksize=at_once))
@@ -41,6 +44,8 @@ def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) 
             for process in active_children():
                 os.kill(process.pid, signal.SIGUSR1)
             raise
+        finally:
+            gc.unfreeze()
 
 
 def _begin(work: Callable[..., Any], parent: int) -> None:

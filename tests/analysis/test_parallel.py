@@ -1,5 +1,6 @@
 """Work on several comparisons at once."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -33,6 +34,27 @@ def test_bad_input_is_named_as_by_one_process(monkeypatch):
 
     with pytest.raises(UserError, match="^a has no items$"):
         parallel.each(refuse, PAIRS)
+
+
+class Garbage:
+    """A cycle that ends any process but its own as it is collected, as a group of torch.distributed may."""
+
+    def __init__(self) -> None:
+        self.itself, self.owner = self, os.getpid()
+
+    def __del__(self) -> None:
+        if os.getpid() != self.owner:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is one process")
+def test_garbage_is_collected_by_its_own_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    gc.collect()
+    Garbage()
+    assert len(parallel.each(lambda model, domain: gc.collect(), PAIRS)) == len(PAIRS)
+    assert gc.get_freeze_count() == 0
+    assert gc.collect() > 0
 
 
 WAITING = """
