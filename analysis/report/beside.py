@@ -5,7 +5,7 @@ from pathlib import Path
 
 from analysis import numbers, parallel, words
 from analysis.load import Loaded
-from analysis.report.inline import inline
+from analysis.report.inline import Drawn, inline
 from analysis.report.pages import write_page
 from analysis.sections import bench, significance
 from analysis.statistics.signs import mcnemar
@@ -31,14 +31,14 @@ def write_details(loaded: Loaded, *, path: Path, title: str, banner: str) -> Pat
 
 def write_bench(loaded: Loaded, *, path: Path, title: str) -> Path:
     """The headline claim, every benchmark and the newest check of a GPU."""
-    glyphs: dict[str, str] = {}
+    drawn = Drawn()
     headline = next((record for file, record in loaded.bench.items() if file.stem == bench.HEADLINE), None)
     return write_page(
         "report/bench.html.j2",
         path=path,
         title=title,
         claim=headline and bench.claim(headline),
-        benchmarks=[_benchmark(file, record, path.parent, glyphs) for file, record in loaded.bench.items()],
+        benchmarks=[_benchmark(file, record, path.parent, drawn) for file, record in loaded.bench.items()],
         gpu=_gpu(loaded.gpu),
     )
 
@@ -64,7 +64,7 @@ def _tuning(pair: tuple[str, str], record: dict) -> dict:
     return {"model": pair[0], "domain": pair[1], "rule": record.get("rule", ""), "trials": trials, "base": base}
 
 
-def _benchmark(file: Path, record: dict, folder: Path, glyphs: dict) -> dict:
+def _benchmark(file: Path, record: dict, folder: Path, drawn: Drawn) -> dict:
     """A benchmark with its figure as an element of the page."""
     block = bench.shown(file, record, folder=folder)
     label = f"{record['title']}: times the reference of each race"
@@ -75,7 +75,7 @@ def _benchmark(file: Path, record: dict, folder: Path, glyphs: dict) -> dict:
         _pairs(block["versions"]),
         _commit(block["git"]),
     ]
-    svg = inline(block["svg"], prefix=f"bench-{file.stem}", label=label, drawn=glyphs) if block["svg"] else ""
+    svg = inline(block["svg"], prefix=f"bench-{file.stem}", label=label, drawn=drawn) if block["svg"] else ""
     caption = "Bars are median ratios, ticks are the ratios of the fastest rounds, crosses are goals; the axis is "
     caption += "logarithmic."
     return block | {"svg": svg, "caption": caption, "lead": "; ".join(filter(None, lead))}

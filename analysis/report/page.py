@@ -9,7 +9,7 @@ from analysis import numbers, parallel, style, units, words
 from analysis.chosen import reported_methods
 from analysis.load import Loaded, retention_tasks
 from analysis.report.figures import OVERVIEWS, Figure
-from analysis.report.inline import inline
+from analysis.report.inline import Drawn, inline
 from analysis.report.pages import write_page
 from analysis.sections import (
     answer,
@@ -55,7 +55,7 @@ def write_report(
     study: str,
 ) -> Path:
     """Write the page; `study` is the study's name, empty for the default one."""
-    glyphs: dict[str, str] = {}  # drawn once for the whole page
+    drawn = Drawn()  # once for the whole page
     heads, rows = overview.table(loaded, table, beside)
     return write_page(
         "report/report.html.j2",
@@ -64,12 +64,12 @@ def write_report(
         study=study,
         banner=tables.BANNER if loaded.not_a_result else "",
         answer=answer.sentences(loaded, table, tests) if len(table) else [],
-        overview=_overview(figures, path.parent, glyphs),
+        overview=_overview(figures, path.parent, drawn),
         notes=_notes(loaded, table),
         heads=heads,
         rows=rows,
         legend=tables.legend(table) if len(table) else [],
-        comparisons=_comparisons(loaded, table, tests, figures, folder=path.parent, glyphs=glyphs),
+        comparisons=_comparisons(loaded, table, tests, figures, folder=path.parent, drawn=drawn),
         claims=claims.section(loaded, table),
         failures=tables.missing(loaded),
         planned=len(loaded.planned),
@@ -96,17 +96,17 @@ def _notes(loaded: Loaded, table: pd.DataFrame) -> list[tuple[str, bool]]:
     return [*begun, *((line, False) for line in lines)]
 
 
-def _overview(figures: list[Figure], folder: Path, glyphs: dict) -> dict | None:
+def _overview(figures: list[Figure], folder: Path, drawn: Drawn) -> dict | None:
     """The figure of the first screen, drawn for a wide page and for a phone; None if nothing can be drawn."""
-    drawn = {figure.name: figure for figure in figures if figure.name in OVERVIEWS}
-    if not drawn:
+    first = {figure.name: figure for figure in figures if figure.name in OVERVIEWS}
+    if not first:
         return None
-    wide, phone = (_figure(drawn[name], folder, prefix=name, glyphs=glyphs) for name in OVERVIEWS)
+    wide, phone = (_figure(first[name], folder, prefix=name, drawn=drawn) for name in OVERVIEWS)
     return wide | {"wide": wide["svg"], "phone": phone["svg"]}
 
 
 def _comparisons(
-    loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, folder: Path, glyphs: dict
+    loaded: Loaded, table: pd.DataFrame, tests: pd.DataFrame, figures: list[Figure], *, folder: Path, drawn: Drawn
 ) -> list[dict]:
     """Everything that the page shows of each (model, domain)."""
     costed, by_part, made = costs.costs(loaded), costs.added(loaded), []
@@ -136,7 +136,7 @@ def _comparisons(
                 "at_chance": first["at_chance"],
                 "rules": _rules(cells),
                 "figures": {
-                    figure.name: _figure(figure, folder, prefix=f"f{number}", glyphs=glyphs)
+                    figure.name: _figure(figure, folder, prefix=f"f{number}", drawn=drawn)
                     for number, figure in enumerate(figures)
                     if (figure.model, figure.domain) == (model, domain)
                 },
@@ -188,13 +188,13 @@ def _spent(rows: pd.DataFrame, texts) -> list[dict]:
     ]
 
 
-def _figure(figure: Figure, folder: Path, *, prefix: str, glyphs: dict) -> dict:
+def _figure(figure: Figure, folder: Path, *, prefix: str, drawn: Drawn) -> dict:
     stem, label = figure.stem.relative_to(folder).as_posix(), f"{figure.title}. {figure.caption}"
     svg = figure.stem.with_suffix(".svg").read_text(encoding="utf-8")
     return {
         "title": figure.title,
         "caption": figure.caption,
-        "svg": inline(svg, prefix=prefix, label=label, drawn=glyphs),
+        "svg": inline(svg, prefix=prefix, label=label, drawn=drawn),
         "files": [(suffix.upper(), f"{stem}.{suffix}") for suffix in SUFFIXES],
     }
 
