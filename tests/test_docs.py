@@ -352,6 +352,20 @@ def test_the_readme_states_the_limits_of_the_track_in_its_numbers():
     assert f"raise its loss on general text by {raised:.3f} [{low:.3f}, {high:.3f}] nats" in said
 
 
+def test_the_studies_page_states_the_memory_of_the_full_sizes():
+    files = [
+        *Paths(study="full-size").results.rglob("train.json"),
+        *Paths(study="full-size").results.rglob("prepare.json"),
+    ]
+    found = [record for path in files if "predicted_memory_bytes" in (record := json.loads(path.read_text()))]
+    above = [
+        record["peak_memory_bytes"] / (record["predicted_memory_bytes"]["total"] + 0.6 * 2**30) - 1 for record in found
+    ]
+    assert len(found) == 6
+    stated = f"is {100 * min(above):.0f} to {100 * max(above):.0f} % above the plan's"
+    assert stated in (HERE / "docs/studies.md").read_text()
+
+
 def test_the_studies_page_says_which_choices_of_the_screen_lie_at_an_end(capsys):
     leaders.main(config.load("track-screen"))
     ends = capsys.readouterr().out.splitlines()[-1]
