@@ -21,7 +21,7 @@ if sys.version_info < (3, 11):  # noqa: UP036 (before importing code that an old
     )
 
 from experiments.commands.table import COMMANDS, STAGES, Command
-from experiments.study import environment
+from experiments.study import environment, stops
 from experiments.study.advice import of_study
 from experiments.study.screen import Screen, shown
 from experiments.training import allocator
@@ -124,9 +124,9 @@ def main() -> int:
     """Run the command of the command line; what a person can correct is one line, without a traceback."""
     options = parser().parse_args()
     study = getattr(options, "study", "")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by the system is handled like Ctrl-C
     try:
-        return run(options)
+        with stops.heeded():
+            return run(options)
     except UserError as error:
         from experiments.study import inheritance
         from experiments.study.paths import Paths

@@ -63,6 +63,7 @@ def main(report: Path, *, minutes: float, count: int | None, seed: int, first: i
                 outcome, what = "lost", f"{type(problem).__name__}: {problem}"
             except Exception:  # of this program: the other faults go on, and this one counts as lost
                 outcome, what = "lost", traceback.format_exc()[-3000:]
+            what = _without_folders(what)
             took = round(time.monotonic() - began, 1)
             entries.append({"number": number, "kind": name, "outcome": outcome, "what": what, "seconds": took})
             shown.write(f"{number} {name}: {outcome}, {what} ({took:.0f} s)")
@@ -96,6 +97,13 @@ def _write(report: Path, entries: list[dict], skipped: dict[str, str], **about: 
         },
     )
     return lost
+
+
+def _without_folders(text: str) -> str:
+    """A traceback, or what a command said, without where this machine keeps the project and its Python."""
+    for folder in (os.getcwd(), sys.prefix, sys.base_prefix):
+        text = text.replace(f"{folder}{os.sep}", "")
+    return text
 
 
 def order() -> list[str]:

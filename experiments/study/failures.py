@@ -3,14 +3,13 @@
 import errno
 import os
 import re
-import signal
 import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from experiments.study import cells, running
+from experiments.study import cells, running, stops
 from experiments.study.advice import of_study
 from experiments.study.provenance import git, now
 from experiments.study.screen import shown
@@ -32,9 +31,9 @@ def recorded(study, cell, stage: str):
     """
     path = study.paths.failure(cell)
     before = running.stamp(path)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop by the system is handled like Ctrl-C
     try:
-        yield
+        with stops.heeded():
+            yield
     except KeyboardInterrupt:
         kind, reason = "interrupted", f"stopped during {stage}; {AGAIN}"
         if not processes.first() or running.stamp(path) != before:

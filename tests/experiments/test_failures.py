@@ -13,7 +13,7 @@ import torch
 from evaluation.kept import KeptTokens
 from experiments.model import delta, weights
 from experiments.model.random_models import byte_tokenizer
-from experiments.study import cells, config
+from experiments.study import cells, config, stops
 from experiments.study.failures import recorded
 from experiments.study.paths import HERE, Paths
 from experiments.study.provenance import git
@@ -66,6 +66,31 @@ def test_interrupted_by_keyboard_or_by_the_system(study):
     record, message = fail(study, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert record["kind"] == "interrupted"
     assert "dvc repro" in message
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_a_library_answers_with_an_error_of_its_own_is_a_stop(study, sent):
+    def library():
+        try:
+            os.kill(os.getpid(), sent)
+        except KeyboardInterrupt:
+            raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
+
+    before = signal.getsignal(sent)
+    try:
+        signal.signal(sent, signal.default_int_handler)
+        record, message = fail(study, library)
+        assert record["kind"] == "interrupted" and "stopped during train" in message
+        assert signal.getsignal(sent) is signal.default_int_handler
+    finally:
+        signal.signal(sent, before)
+
+
+def test_a_stop_leaves_what_a_person_can_correct(study):
+    with pytest.raises(UserError, match="as it was"), stops.heeded():
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise UserError("as it was")
 
 
 def test_our_own_mistake_is_recorded_and_still_shown(study):

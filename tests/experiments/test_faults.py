@@ -76,6 +76,12 @@ def test_every_second_fault_is_a_stop_and_each_kind_has_its_turn(tmp_path):
         driver.main(tmp_path / "report.json", kinds="sigkil", **known)
 
 
+def test_the_report_has_no_folder_of_the_machine():
+    line = f'File "{os.getcwd()}/methods/part.py", File "{os.__file__}", File "{pytest.__file__}"'
+    assert driver._without_folders(line).startswith('File "methods/part.py", File "lib')
+    assert os.getcwd() not in driver._without_folders(line) and sys.prefix not in driver._without_folders(line)
+
+
 @pytest.mark.thorough
 def test_faults_are_survived(tmp_path):
     report = HERE / "results" / "faults.json"
