@@ -58,6 +58,7 @@ def process_group(device: torch.device) -> Iterator[Shards]:
 def forget(device: torch.device) -> None:
     """Give back what the last piece held, so that the next one begins with an empty device."""
     gc.collect()
+    allocator.give_back()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -78,7 +79,6 @@ class Peak:
         self._device = device
         self._resident = resident and device.type == "cpu" and RESET.exists()
         if self._resident:
-            allocator.give_back()  # or it would count
             RESET.write_text("5")  # sets the peak to what is resident now
         self.before = since.before if since else self._now("VmRSS")
 
