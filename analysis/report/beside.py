@@ -40,6 +40,7 @@ def write_bench(loaded: Loaded, *, path: Path, title: str) -> Path:
         claim=headline and bench.claim(headline),
         benchmarks=[_benchmark(file, record, path.parent, drawn) for file, record in loaded.bench.items()],
         gpu=_gpu(loaded.gpu),
+        drawn=drawn,
     )
 
 

@@ -76,6 +76,7 @@ def write_report(
         tuned=bool(loaded.tuning),
         example=next(iter(loaded.cells.index), ""),
         many=style.MANY,
+        drawn=drawn,
     )
 
 
