@@ -1,6 +1,8 @@
 """Tiny real models: random GPT-J and Llama, float32, and the byte-level tokenizer they share."""
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # two test processes on two cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -11,6 +13,7 @@ import torch
 
 from experiments.model.random_models import build
 from experiments.model.random_models import byte_tokenizer as make_tokenizer
+from tests import warm_python
 
 torch.set_num_threads(1)
 
@@ -33,6 +36,20 @@ def tiny_gptj():
 @pytest.fixture(scope="session")
 def byte_tokenizer():
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def warm_folder(tmp_path_factory):
+    with warm_python.folder(tmp_path_factory.mktemp("warm")) as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def warm_python_on_path(warm_folder):
+    """`python` and `dvc` start without importing libraries, while a module's tests run; see warm_python.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", f"{warm_folder}:{Path(sys.executable).parent}:{os.environ['PATH']}")
+        yield
 
 
 SLOW = ("test_pipeline.py", "test_interruption.py", "test_sharding.py")

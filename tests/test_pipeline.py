@@ -20,16 +20,17 @@ from analysis.dvc_metrics import NAMES
 from analysis.load import record
 from experiments.study.paths import HERE
 
+pytestmark = pytest.mark.usefixtures("warm_python_on_path")
+
 COPIED = ("experiments", "methods", "evaluation", "analysis", "docs", "dvc.yaml", ".dvcignore", ".gitignore")
 CELL = "llama-tiny/sums/{}/seed0"
+BIN = str(Path(sys.executable).parent)
 
 
 def run(folder: Path, *command: str, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
-    env = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "OMP_NUM_THREADS": "1",
-        "DVC_NO_ANALYTICS": "1",
-    }
+    path = os.environ["PATH"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DVC_NO_ANALYTICS": "1"}
+    env |= {"PATH": path if BIN in path.split(":") else f"{BIN}:{path}"}
     env.pop("PYTEST_CURRENT_TEST", None)
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env | environment)
     if check and done.returncode:
@@ -51,7 +52,7 @@ def edit(folder: Path, change) -> None:
     raw = yaml.load(path)
     change(raw)
     yaml.dump(raw, path)
-    run(folder, sys.executable, "-m", "experiments", "pipeline")
+    run(folder, "python", "-m", "experiments", "pipeline")
 
 
 def project_of(folder: Path, params: dict) -> None:
@@ -92,7 +93,7 @@ def project(tmp_path_factory):
     edit(folder, lambda raw: raw["grid"].update(methods=["full", "ewc"]))
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "start")
-    done = run(folder, sys.executable, "-m", "experiments", "repro").stdout  # as `make repro` runs it
+    done = run(folder, "python", "-m", "experiments", "repro").stdout  # as `make repro` runs it
     run(folder, "git", "add", "-A")
     run(folder, "git", "commit", "-qm", "results")
     ran = re.findall(r"Running stage '([^']+)'", done)
@@ -215,7 +216,7 @@ def test_base_is_unchanged_and_a_copy_of_it_forgets_nothing(project):
 def test_a_second_repro_runs_nothing(project):
     assert repro(project) == []
     assert json.loads(run(project, "dvc", "status", "--json", "dvc.yaml").stdout) == {}
-    said = run(project, sys.executable, "-m", "experiments", "launch").stdout  # needs Ray only where something is left
+    said = run(project, "python", "-m", "experiments", "launch").stdout  # needs Ray only where something is left
     assert said.splitlines()[-1].startswith("nothing is left to run")
 
 
@@ -298,7 +299,7 @@ def test_mlflow_is_a_mirror_that_can_be_rebuilt(project):
     import mlflow
 
     def runs():
-        run(project, sys.executable, "-m", "experiments", "track")
+        run(project, "python", "-m", "experiments", "track")
         client = mlflow.MlflowClient(f"sqlite:///{project / 'mlflow.db'}")
         experiment = client.get_experiment_by_name("default") or client.search_experiments()[0]
         return {
@@ -319,11 +320,11 @@ def test_mlflow_is_a_mirror_that_can_be_rebuilt(project):
 
 def test_hostile_questions_reach_no_page_table_or_database_and_no_terminal(project):
     if not (project / "mlflow.db").exists():
-        run(project, sys.executable, "-m", "experiments", "track")
+        run(project, "python", "-m", "experiments", "track")
     scored = (project / "work/data/evaluate/sums/sums.jsonl").read_text()
     assert scored.count("alert(1)") > 5
-    shown = run(project, sys.executable, "-m", "experiments", "flips").stdout
-    shown += run(project, sys.executable, "-m", "experiments", "show", "sums", "--rows", "9").stdout
+    shown = run(project, "python", "-m", "experiments", "flips").stdout
+    shown += run(project, "python", "-m", "experiments", "show", "sums", "--rows", "9").stdout
     assert "\x1b" not in shown and "\x07" not in shown and r"\x1b]0;owned\x07" in shown
     written = [path for name in ("results", "mlartifacts") for path in (project / name).rglob("*") if path.is_file()]
     assert {"report.html", "table.csv", "items.csv.gz"} <= {path.name for path in written} and len(written) > 40
@@ -342,7 +343,7 @@ def test_a_failed_cell_is_recorded_and_the_others_are_whole(project):
     assert record["kind"] == "nan"
     assert "learning_rate" in record["reason"]
     assert metrics(project, "full") == before
-    shown = run(project, sys.executable, "-m", "experiments", "summary", check=False)
+    shown = run(project, "python", "-m", "experiments", "summary", check=False)
     assert shown.returncode == 1
     assert "FAILED" in shown.stdout
     edit(project, lambda raw: raw["methods"]["ewc"].pop("train"))
@@ -351,7 +352,7 @@ def test_a_failed_cell_is_recorded_and_the_others_are_whole(project):
 
 
 def test_export_loads_in_lm_eval_and_scores_the_same(project, tmp_path):
-    run(project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"))
+    run(project, "python", "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"))
     from tests.evaluation.test_command import LM_EVAL
 
     (tmp_path / "tasks").mkdir()
@@ -394,7 +395,7 @@ def test_export_loads_in_lm_eval_and_scores_the_same(project, tmp_path):
         == metrics(project, "full")["domain_score"]
     )
     again = run(
-        project, sys.executable, "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"), check=False
+        project, "python", "-m", "experiments", "export", CELL.format("full"), str(tmp_path / "out"), check=False
     )
     assert again.returncode == 2
     assert "already exists" in again.stderr
@@ -409,14 +410,14 @@ def test_a_fresh_clone_trains_again_and_keeps_equal_scores(project, tmp_path):
     assert "train@llama-tiny-sums-full-0" in ran
     assert "evaluate@llama-tiny-sums-full-0" not in ran  # weights equal bit for bit: DVC keeps the committed scores
     repro(clone, "collect@llama-tiny-sums-full-0")
-    shown = run(clone, sys.executable, "-m", "experiments", "summary", check=False).stdout
+    shown = run(clone, "python", "-m", "experiments", "summary", check=False).stdout
     assert re.search(r"sums/full/seed0\s+reproduced here bit for bit", shown)
     assert re.search(r"sums/ewc/seed0\s+kept from git", shown)
 
 
 def test_clean_cells_frees_weights_and_keeps_results(project):
     before = metrics(project, "full")
-    run(project, sys.executable, "-m", "experiments", "clean-cells")
+    run(project, "python", "-m", "experiments", "clean-cells")
     assert not list((project / "work" / "cells").rglob("*.safetensors"))
     assert metrics(project, "full") == before
 
@@ -543,8 +544,8 @@ def test_a_clone_of_a_named_study_trains_only_what_is_new(project, tmp_path):
     params["grid"].update(methods=["full", "ewc"], seeds=[0])
 
     def repro_named(folder: Path) -> list[str]:
-        run(folder, sys.executable, "-m", "experiments", "pipeline", "--study", "named")
-        told = run(folder, sys.executable, "-m", "experiments", "repro", "--study", "named").stdout
+        run(folder, "python", "-m", "experiments", "pipeline", "--study", "named")
+        told = run(folder, "python", "-m", "experiments", "repro", "--study", "named").stdout
         return re.findall(r"Running stage '[^':]*:?([^']+)'", told) or told
 
     study.parent.mkdir()

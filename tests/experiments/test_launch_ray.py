@@ -62,10 +62,10 @@ def made(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def serial(tmp_path_factory):
+def serial(tmp_path_factory, warm_folder):
     """The project after `dvc repro`, one cell after another."""
     folder = made(tmp_path_factory.mktemp("serial"))
-    run(folder, sys.executable, "-m", "experiments", "repro")
+    run(folder, "python", "-m", "experiments", "repro", PATH=f"{warm_folder}:{os.environ['PATH']}")
     return folder
 
 
