@@ -1,6 +1,6 @@
 """`python -m …` and `dvc` in processes forked from one that has imported the libraries.
 
-A stage of a tiny study takes a second, and importing torch, transformers, lm-eval and MLflow takes several. The tests of
+A stage of a tiny study takes a second, importing torch, transformers, lm-eval and MLflow takes several. The tests of
 the whole pipeline put `folder()` first on PATH: its `python` and `dvc` hand their arguments, working directory,
 environment and streams to a server, whose fork runs the module as Python would have. What this checkout imports from
 its own folders is not in the server: a fork imports it from its working directory. Anything but `-m`, and what sets

@@ -16,12 +16,19 @@ from methods.tools.process_group import Shards
 
 
 @contextmanager
-def moved(run: Run, trained, offsets: Mapping[str, Tensor]) -> Iterator[None]:
-    """The weights plus `offsets` for a time; then the very same weights again."""
+def moved(run: Run, trained, offsets: dict[str, Tensor]) -> Iterator[None]:
+    """The weights plus `offsets` for a time; then the very same weights again.
+
+    The weights as they were take the place of the offsets in memory, which are let go, and so are gradients: they often
+    are the same tensors.
+    """
+    kept: dict[str, Tensor] = {}
     with torch.no_grad():
-        kept = {name: run.weights[name].detach().clone() for name in offsets}
-        for name, offset in offsets.items():
-            run.weights[name].add_(offset)
+        for name in list(offsets):
+            weight = run.weights[name]
+            kept[name] = weight.detach().clone()
+            weight.add_(offsets.pop(name))
+            weight.grad = None
         trained.update_model()
     yield
     with torch.no_grad():
@@ -44,7 +51,7 @@ def twice(
         loss = gradient()
         blank(run, method.frozen(before=True))
         with torch.no_grad():
-            offsets = method.call(part, "second_gradient", run=run, step=step)
+            offsets = dict(method.call(part, "second_gradient", run=run, step=step) or {})
         if offsets:
             set_random_state(random, run.device)
             method.charge_rows(rows, part=part.key)

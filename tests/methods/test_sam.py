@@ -1,5 +1,7 @@
 """SAM against a plain loop, and the point at which it takes the second gradient."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -120,6 +122,28 @@ def test_both_gradients_have_the_same_dropout(make, documents, train, dtype):
     for one, two in zip(first, second, strict=True):
         one, two = (torch.cat([g.flatten() for g in gradient.values()]) for gradient in (one, two))
         assert (two - one).norm() < 1e-3 * one.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_second_pass_holds_neither_the_first_gradient_nor_the_offsets(make, documents, train, dtype):
+    """What it needs to go back are the weights alone, as `plan` counts."""
+    first, alive = [], []
+
+    class Recorded(SAM):
+        def second_gradient(self, *, run, **arguments):
+            offsets = super().second_gradient(run=run, **arguments)
+            first.append([weakref.ref(tensor) for tensor in offsets.values()])
+            return offsets
+
+    class Looking(Part):
+        key = "looking"
+        phase = "mask"
+
+        def loss(self, **_):
+            alive.append(sum(tensor() is not None for tensor in first[-1]) if first else 0)
+
+    train(make(dtype=dtype), (Recorded(rho=0.1), Looking()), documents, micro_batch=1, epochs=0.5)
+    assert first and all(first) and set(alive) == {0}
 
 
 def test_a_step_without_labels_moves_nothing(make, documents, train):
