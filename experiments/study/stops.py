@@ -1,6 +1,9 @@
 """A stop by Ctrl-C (SIGINT), or by the system or a scheduler (SIGTERM), which are handled alike."""
 
+import os
 import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,19 +17,29 @@ def heeded() -> Iterator[None]:
 
     A library that is at work at that moment may raise an error of its own instead: torch, that a storage has no shape,
     where the stop kept it from asking for its length. That comes out as KeyboardInterrupt, too; a UserError, which says
-    what a stop ended, comes out as it is.
+    what a stop ended, comes out as it is. Python lets no error out of a finalizer: a stop that meets one comes again.
     """
     asked: list[int] = []
+    again: list[threading.Timer] = []
+    show = sys.unraisablehook
 
     def stop(number: int, frame: Any) -> None:
         asked.append(number)
         raise KeyboardInterrupt
+
+    def ignored(error: Any) -> None:
+        if asked and error.exc_type is KeyboardInterrupt:
+            again.append(threading.Timer(0.01, os.kill, (os.getpid(), asked[-1])))
+            again[-1].start()
+        else:
+            show(error)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if before[signal.SIGINT] is signal.SIG_IGN:
         del before[signal.SIGINT]
     for number in before:
         signal.signal(number, stop)
+    sys.unraisablehook = ignored
     try:
         yield
     except (KeyboardInterrupt, SystemExit, UserError):
@@ -36,5 +49,8 @@ def heeded() -> Iterator[None]:
             raise KeyboardInterrupt from error
         raise
     finally:
+        for timer in again:
+            timer.cancel()
+        sys.unraisablehook = show
         for number, handler in before.items():
             signal.signal(number, handler)

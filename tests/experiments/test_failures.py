@@ -6,6 +6,9 @@ import json
 import os
 import resource
 import signal
+import sys
+import time
+import weakref
 
 import pytest
 import torch
@@ -84,6 +87,32 @@ def test_a_stop_that_a_library_answers_with_an_error_of_its_own_is_a_stop(study,
         assert signal.getsignal(sent) is signal.default_int_handler
     finally:
         signal.signal(sent, before)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_that_meets_a_finalizer_comes_again(study, sent, capfd):
+    """Python prints the error of a finalizer with its traceback, and goes on."""
+    met = []
+
+    def library():
+        last = set()
+        weakref.finalize(last, lambda: (met.append(sent), os.kill(os.getpid(), sent), time.sleep(5)))
+        del last
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    shown = sys.unraisablehook
+    record, message = fail(study, library)
+    assert met and record["kind"] == "interrupted" and "stopped during train" in message
+    assert "Traceback" not in capfd.readouterr().err and sys.unraisablehook is shown
+
+
+def test_another_error_of_a_finalizer_is_shown_as_ever(monkeypatch):
+    shown = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: shown.append(error.exc_type))
+    with stops.heeded():
+        weakref.finalize(set(), lambda: 1 / 0)
+    assert shown == [ZeroDivisionError]
 
 
 def test_a_stop_leaves_what_a_person_can_correct(study):
