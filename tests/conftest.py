@@ -39,8 +39,8 @@ def byte_tokenizer():
 
 
 @pytest.fixture(scope="session")
-def warm_folder(tmp_path_factory):
-    with warm_python.folder(tmp_path_factory.mktemp("warm")) as folder:
+def warm_folder():
+    with warm_python.folder() as folder:
         yield folder
 
 

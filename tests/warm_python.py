@@ -2,18 +2,20 @@
 
 A stage of a tiny study takes a second, importing torch, transformers, lm-eval and MLflow takes several. The tests of
 the whole pipeline put `folder()` first on PATH: its `python` and `dvc` hand their arguments, working directory,
-environment and streams to a server, whose fork runs the module as Python would have. What this checkout imports from
-its own folders is not in the server: a fork imports it from its working directory. Anything but `-m`, and what sets
-PYTHONPATH, starts an ordinary Python.
+environment and streams to a server, whose fork runs the module as Python would have. The server imports nothing of this
+checkout: a fork does, from its working directory. Anything but `-m`, and whatever sets PYTHONPATH, starts an ordinary
+Python.
 """
 
 import json
 import os
 import runpy
+import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -25,13 +27,13 @@ IMPORTED = (
     "transformers.models.gptj.modeling_gptj transformers.models.llama.modeling_llama"
 ).split()
 
-CLIENT = """#!{python} -SEs
+CLIENT = """
 import json, os, signal, socket, sys
-words = ["-m", "dvc", *sys.argv[1:]] if sys.argv[0].endswith("/dvc") else sys.argv[1:]
+words = sys.argv[1:]
 if words[:1] != ["-m"] or "PYTHONPATH" in os.environ:
-    os.execv({python!r}, [{python!r}, *words])
+    os.execv(sys.executable, [sys.executable, *words])
 server = socket.socket(socket.AF_UNIX)
-server.connect({address!r})
+server.connect(os.path.join(os.path.dirname(__file__), "server"))
 request = json.dumps([words[1], words[2:], os.getcwd(), dict(os.environ)]).encode()
 socket.send_fds(server, [len(request).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(request)
@@ -44,22 +46,25 @@ sys.exit(int(answers.readline()))
 
 
 @contextmanager
-def folder(where: Path):
+def folder():
     """A folder with `python` and `dvc` in it, which work until the end of the block."""
-    address = where / "server"
-    for name in ("python", "dvc"):
-        client = where / name
-        client.write_text(CLIENT.format(python=sys.executable, address=str(address)))
-        client.chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.DEVNULL)
-    try:
-        while not address.exists():
-            assert server.poll() is None, "the server of warm Pythons did not start"
-            time.sleep(0.05)
-        yield where
-    finally:
-        server.terminate()
-        server.wait()
+    with tempfile.TemporaryDirectory() as where:  # pytest's folders can be too deep for the name of a socket
+        address, client = Path(where, "server"), Path(where, "client.py")
+        client.write_text(CLIENT)
+        for name, module in (("python", ""), ("dvc", "-m dvc")):
+            # -S, -E and -s: nothing of the environment is imported here, which would take most of the time
+            words = f"{shlex.quote(sys.executable)} -SEs {shlex.quote(str(client))} {module}"
+            Path(where, name).write_text(f'#!/bin/sh\nexec {words} "$@"\n')
+            Path(where, name).chmod(0o755)
+        server = subprocess.Popen([sys.executable, __file__, str(address)], stdin=subprocess.DEVNULL)
+        try:
+            while not address.exists():
+                assert server.poll() is None, "the server of warm Pythons did not start"
+                time.sleep(0.05)
+            yield where
+        finally:
+            server.terminate()
+            server.wait()
 
 
 def serve(address: str) -> None:
