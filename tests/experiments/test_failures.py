@@ -71,7 +71,14 @@ def test_interrupted_by_keyboard_or_by_the_system(study):
     assert "dvc repro" in message
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.fixture(params=[signal.SIGINT, signal.SIGTERM])
+def sent(request):
+    """A signal that is not ignored, as SIGINT is in what a shell started in the background."""
+    before = signal.signal(request.param, signal.default_int_handler)
+    yield request.param
+    signal.signal(request.param, before)
+
+
 def test_a_stop_that_a_library_answers_with_an_error_of_its_own_is_a_stop(study, sent):
     def library():
         try:
@@ -79,17 +86,11 @@ def test_a_stop_that_a_library_answers_with_an_error_of_its_own_is_a_stop(study,
         except KeyboardInterrupt:
             raise ValueError("could not determine the shape of object type 'torch.storage.UntypedStorage'") from None
 
-    before = signal.getsignal(sent)
-    try:
-        signal.signal(sent, signal.default_int_handler)
-        record, message = fail(study, library)
-        assert record["kind"] == "interrupted" and "stopped during train" in message
-        assert signal.getsignal(sent) is signal.default_int_handler
-    finally:
-        signal.signal(sent, before)
+    record, message = fail(study, library)
+    assert record["kind"] == "interrupted" and "stopped during train" in message
+    assert signal.getsignal(sent) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_that_meets_a_finalizer_comes_again(study, sent, capfd):
     """Python prints the error of a finalizer with its traceback, and goes on."""
     met = []
