@@ -116,6 +116,7 @@ def mapped(
         folder = Path(fresh)
         with weights.quiet():
             make().save_pretrained(folder, save_original_format=False)
+        forget(device)  # what was saved is mapped from here on, and has no part in what is free
         yield partial(weights.load_model, folder, dtype=dtype, device=device), load_tensors(folder)
 
 
