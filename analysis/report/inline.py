@@ -74,6 +74,7 @@ def _refuse_active(svg: str, label: str) -> None:
         for element in elements
         for name, value in element.attrib.items()
         if name.startswith("on")
+        or not {"<", ">", '"', "'"}.isdisjoint(value)  # `inline` would take one for the end of a value or tag
         or (name.endswith("href") and not value.startswith(("#", "data:image/png;base64,")))
         or re.search(r"url\((?!#)", value)
     }

@@ -167,6 +167,9 @@ def test_a_glyph_is_defined_once_for_all_figures_and_outside_of_them():
         "<![CDATA[<script>alert(1)</script>]]>",
         "<g>",
         "<title><img src=x onerror=alert(1)></title>",
+        """<use href="#a"/><path id="a" style='x/>'/>""",
+        """<use href="#b"/><path id="b" d="' onclick=alert(1) x='"/>""",
+        '<use href="#c"/><path id="c" d="&#62;&#60;script&#62;"/>',
     ],
 )
 def test_a_figure_that_someone_else_drew_brings_nothing_active_into_the_page(active):
