@@ -21,7 +21,7 @@ from experiments.bench import running, sizes
 from experiments.bench.sizes import Skipped
 from experiments.bench.stopwatch import Stopwatch
 from experiments.model.shape import Shape
-from experiments.training import hardware, memory
+from experiments.training import allocator, hardware, memory
 from experiments.training.engine import FitResult, final_weights
 from experiments.training.hardware import mfu
 from experiments.training.settings import TrainSettings
@@ -159,6 +159,7 @@ def _steps(
     if penalty is not None:
         goals.append(goal_of("share_penalty", penalty / step, "<=", PENALTY_GOAL))
     if size.blocks:
+        allocator.give_back()  # as the `train` stage does
         final_weights(result, parts)  # which merges adapters
     most = peak.bytes()
     if size.blocks and most:
