@@ -80,25 +80,31 @@ class Display:
         if all(name in schedule.done for name in own):
             return "finished", ""
         before = [f"prepare@{cell.model}-{cell.method}-{cell.seed}", f"base@{cell.model}"]
-        for name in [*own, *before]:
-            if name in schedule.running:
-                elapsed = time.monotonic() - launch.began.get(name, time.monotonic())
-                about = launch.estimate.seconds(name)
-                left = f", about {numbers.seconds(max(0.0, about - elapsed))} to go" if about else ""
-                return "running", f"{name.partition('@')[0]} for {numbers.seconds(elapsed)}{left}"
+        if running := next((name for name in own if name in schedule.running), None):
+            return "running", self._running(launch, running)
         if any(name in schedule.aside for name in own):
             reason = next((launch.reasons[name] for name in [*own, *before] if name in launch.reasons), "")
             return "set aside", reason
         if f"collect@{cell.stage}" in schedule.done:
             return "scored", f"{', '.join(name.partition('@')[0] for name in own if name not in schedule.done)} to come"
-        return "waiting", ""
+        shared = next((name for name in before if name in schedule.running), None)
+        return "waiting", f"while this runs: {self._running(launch, shared)}" if shared else ""
+
+    def _running(self, launch: Any, name: str) -> str:
+        """Which stage runs, for how long, and how long it takes yet."""
+        elapsed = time.monotonic() - launch.began.get(name, time.monotonic())
+        about = launch.estimate.seconds(name)
+        left = f", about {numbers.seconds(max(0.0, about - elapsed))} to go" if about else ""
+        return f"{name.partition('@')[0]} for {numbers.seconds(elapsed)}{left}"
 
     def line(self, launch: Any) -> str:
-        """How many cells are in each state, and how long the rest takes."""
+        """How many cells are in each state, how many stages run that several share, and how long the rest takes."""
         counts = dict.fromkeys(STATES, 0)
         for cell in self._cells:
             counts[self.state(launch, cell)[0]] += 1
         told = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+        if shared := sum(name.partition("@")[0] not in OF_CELL for name in launch.schedule.running):
+            told += f"; {shared} shared stage{'s' if shared != 1 else ''} running"
         return f"{len(self._cells)} cell{'s' if len(self._cells) != 1 else ''}: {told}{self._left(launch)}"
 
     def _left(self, launch: Any) -> str:

@@ -35,6 +35,26 @@ def test_a_cell_waits_runs_is_scored_and_is_finished(tmp_path):
     assert state() == ("finished", "")
 
 
+def test_cells_wait_while_what_they_share_runs(tmp_path):
+    cells = [CELL, Cell("llama-tiny", "sums", "full", 1)]
+    base = Task(name=f"base@{CELL.model}", seconds=60.0)
+    trains = [Task(name=f"train@{cell.stage}", seconds=60.0, after=frozenset([base.name])) for cell in cells]
+    schedule = Schedule([base, *trains])
+    launch = SimpleNamespace(
+        schedule=schedule, began={}, estimate=Estimate({base.name: 60.0}), reasons={}, workers=Here(tmp_path)
+    )
+    display = Display(None, cells)
+    assert schedule.take(lambda needs: True) == base.name
+    for cell in cells:
+        state, more = display.state(launch, cell)
+        assert state == "waiting" and more.startswith("while this runs: base for ") and "1 min 00 s to go" in more
+    assert display.line(launch).startswith("2 cells: 2 waiting; 1 shared stage running; ")
+    schedule.finish(base.name)
+    schedule.take(lambda needs: True)
+    assert [display.state(launch, cell)[0] for cell in cells].count("running") == 1
+    assert display.line(launch).startswith("2 cells: 1 running, 1 waiting; about ")
+
+
 def test_a_scored_cell_whose_drift_fails_is_set_aside():
     collect, drift = (Task(name=f"{kind}@{CELL.stage}") for kind in ("collect", "drift"))
     schedule = Schedule([collect, drift])
