@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 
 from analysis import checked, parallel
 from analysis.machines import newest_benchmarks, newest_gpu_check, shared_files
@@ -133,8 +134,8 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
     columns = ["cell", "stage", "kind", "reason", "when", "settings", "parts", "git"]
     return Loaded(
         cells=pd.DataFrame(read["row"].values(), index=list(read["row"])) if read["row"] else pd.DataFrame(),
-        curves=pd.concat(read["curve"].values(), ignore_index=True) if read["curve"] else pd.DataFrame(),
-        items=pd.concat(read["items"].values(), ignore_index=True) if read["items"] else pd.DataFrame(),
+        curves=_joined(read["curve"].values()),
+        items=_joined(read["items"].values()),
         failures=pd.DataFrame(read["failure"].values(), columns=columns),
         base={model: _read_base(root, folder) for model, folder in bases.items() if (folder / "scores.json").exists()},
         tuning={pair: read_json(path) for pair, path in tuning.items() if path.exists()},
@@ -144,6 +145,20 @@ def load_cells(results_root: Path | str, cells) -> Loaded:
         gpu=newest_gpu_check(root),
         bench=newest_benchmarks(root),
     )
+
+
+def _joined(frames: Collection[pd.DataFrame]) -> pd.DataFrame:
+    """The rows of all frames, in order; empty if there are none.
+
+    Text columns are made one piece: `concat` leaves one for each cell, and taking some rows would copy all the pieces.
+    """
+    if not frames:
+        return pd.DataFrame()
+    joined = pd.concat(frames, ignore_index=True)
+    for name, column in joined.select_dtypes("str").items():
+        if isinstance(pieces := pa.array(column), pa.ChunkedArray):
+            joined[name] = pd.array(pieces.combine_chunks(), dtype=column.dtype)
+    return joined
 
 
 def _cell(root: Path, name: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@ import json
 import os
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from analysis import load
@@ -23,6 +24,9 @@ def test_every_finished_cell_is_a_row_with_its_own_numbers(tmp_path):
     assert loaded.comparisons == [("smollm2-135m", "science")]
     assert set(loaded.base) == {"smollm2-135m"} and len(loaded.tuning) == 1
     assert not loaded.not_a_result
+    for frame in (loaded.curves, loaded.items):  # a text column of a piece for each cell is slow to take rows of
+        texts = frame.select_dtypes("str")
+        assert len(texts.columns) and not any(isinstance(pa.array(texts[name]), pa.ChunkedArray) for name in texts)
 
 
 def test_many_processes_read_the_same_as_one(tmp_path, monkeypatch):
