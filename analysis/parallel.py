@@ -1,7 +1,6 @@
 """Work on many parts of a study at once, such as its cells or each (model, domain)."""
 
 import ctypes
-import gc
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from multiprocessing import active_children, get_context
 from typing import Any
 
 from methods.errors import UserError
+from methods.tools import garbage
 
 PR_SET_PDEATHSIG = 1
 
@@ -31,8 +31,7 @@ def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) 
         return [work(*part) for part in parts]
     # forked processes have the study's results without a copy; what is garbage here is not theirs to collect: an object
     # that waits for a thread of this process as it goes would end them
-    gc.freeze()
-    with ProcessPoolExecutor(processes, get_context("fork"), _begin, (work, os.getpid())) as pool:
+    with garbage.frozen(), ProcessPoolExecutor(processes, get_context("fork"), _begin, (work, os.getpid())) as pool:
         try:
             return list(pool.map(_of, parts, chunksize=at_once))
         except BrokenProcessPool:
@@ -44,8 +43,6 @@ def each(work: Callable[..., Any], parts: Sequence[tuple], *, at_once: int = 1) 
             for process in active_children():
                 os.kill(process.pid, signal.SIGUSR1)
             raise
-        finally:
-            gc.unfreeze()
 
 
 def _begin(work: Callable[..., Any], parent: int) -> None:

@@ -1,5 +1,6 @@
 """Tiny real models: random GPT-J and Llama, float32, and the byte-level tokenizer they share."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,13 @@ from experiments.model.random_models import byte_tokenizer as make_tokenizer
 from tests import warm_python
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries_are_not_searched_for_garbage():
+    """A collection takes a fifth of a second where every object of torch, transformers and MLflow is looked at."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

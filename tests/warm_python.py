@@ -7,6 +7,7 @@ checkout: a fork does, from its working directory. Anything but `-m`, and whatev
 Python.
 """
 
+import gc
 import json
 import os
 import runpy
@@ -71,6 +72,7 @@ def serve(address: str) -> None:
     """Fork a process for each client, which forks the one that runs its module and waits for that."""
     for name in IMPORTED:
         import_module(name)
+    gc.freeze()  # a fork that ends does not take apart what is shared, of which each page would be copied
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(address)

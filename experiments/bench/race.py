@@ -13,6 +13,8 @@ from statistics import median
 from time import perf_counter
 from typing import Any
 
+from methods.tools import garbage
+
 
 @dataclass(frozen=True, kw_only=True)
 class Goal:
@@ -91,8 +93,7 @@ def race(
     names = list(runners)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     gc.collect()
-    gc.freeze()  # the libraries' objects are not walked through again by every collection
-    try:
+    with garbage.frozen():  # the libraries' objects are not walked through again by every collection
         for turn in range(warm + rounds):
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
@@ -102,6 +103,4 @@ def race(
                 took = returned if own_clock else perf_counter() - began
                 if turn >= warm:
                     seconds[name].append(took)
-    finally:
-        gc.unfreeze()
     return Race(title=title, against=against, seconds=seconds, goals=tuple(goals), facts=dict(facts or {}))

@@ -5,7 +5,6 @@ The law that two processes give the numbers of one stands in experiments/laws/pr
 
 import contextlib
 import functools
-import gc
 import io
 import itertools
 import math
@@ -33,6 +32,7 @@ from methods import listing, registry
 from methods.errors import UserError
 from methods.part import TENSORS, Part, in_order, overrides
 from methods.settings import declared
+from methods.tools import garbage
 from methods.tools.architecture import base_name
 from methods.tools.files import folder_sha256
 
@@ -393,12 +393,10 @@ def _in_many_lives(run: Callable[..., Any], folder: Path) -> tuple[Any, int]:
 
 def _allocated(run: Callable[[], object]) -> int:
     """The most bytes that the CPU's allocator held while `run` ran, beyond what it held before."""
-    gc.freeze()  # what was left by others would be freed meanwhile
-    try:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            run()
-    finally:
-        gc.unfreeze()
+    cpu = [torch.profiler.ProfilerActivity.CPU]
+    # what was left by others would be freed meanwhile
+    with garbage.frozen(), torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
+        run()
     changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     return max(itertools.accumulate(changes), default=0)
 
