@@ -53,8 +53,10 @@ class Muon(Part):
     def memory(self, *, counts, phase):
         if phase != "train":
             return Memory()
+        # of a matrix of the blocks one moment, of all else two
+        moments = counts.share(counts.wide * (2 * counts.trained - counts.matrices))
         # of the largest matrix: its update, the whole one where rows are shared, and what Newton and Schulz take
-        return Memory(optimizer=7 * counts.wide * min(counts.largest_trained, counts.block_trained))
+        return Memory(moments=moments, optimizer=7 * counts.wide * counts.largest_matrix)
 
     def optimizer(self, *, run, learning_rate, betas, eps, weight_decay):
         if run.moments.dtype != "float32":

@@ -30,6 +30,7 @@ def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
         raise Unknown from error
     inside = {id(p) for block in blocks for p in block}
     root = [p for p in everything.values() if id(p) not in inside]
+    matrices = [p.numel() for block in blocks for p in block if p.requires_grad and p.dim() == 2]
     adapters = sum(trained.get(name, 0) for name in adapter_names(model))
     return Entries(
         all=sum(p.numel() for p in everything.values()),
@@ -49,6 +50,8 @@ def entries(shape: Shape, parts: tuple[Part, ...]) -> Entries:
         block=max(map(_entries, blocks)),
         root_trained=_entries(p for p in root if p.requires_grad),
         block_trained=max(_entries(p for p in block if p.requires_grad) for block in blocks),
+        matrices=sum(matrices),
+        largest_matrix=max(matrices, default=0),
         head_trained=head.numel() if head.requires_grad else 0,
         vocabulary=head.shape[0],
         width=head.shape[1],

@@ -12,7 +12,8 @@ Bytes that are held for each weight (c: bytes of the compute dtype, w: 4, or 8 f
 `train.keep: best` holds the trained weights once more, at w bytes each, in main memory: they count as masters where the
 model is on the CPU, too.
 
-Parts answer for what they hold (`Part.memory`): anchor, importance, state, scratch.
+Parts answer for what they hold (`Part.memory`): anchor, importance, state, scratch, and the moments of an optimizer that
+they bring.
 
 What comes and goes: activations (all that is alive at the end of the forward pass of one micro-batch of the longest
 examples), logits (of one chunk, with their log-softmax and its gradient), transient (the most that the backward pass
@@ -245,11 +246,11 @@ class _Prediction:
             packed=bool(settings.pack),
             device=self.device_type,
         )
-        moment = 2 if settings.moments == "bfloat16" else wide
+        two_moments = share(2 * (2 if settings.moments == "bfloat16" else wide) * counts.trained)
         labelled, copies = rows * length, 0
         kinds = _held(own) | {
             "gradients": share(wide * counts.trained),
-            "moments": share(2 * moment * counts.trained),
+            "moments": next((memory.moments for memory in own if memory.moments is not None), two_moments),
             "logits": 3 * wide * counts.vocabulary * min(labelled, loss.CHUNK),
         }
         if self.processes is None:

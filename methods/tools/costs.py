@@ -81,6 +81,7 @@ class Memory:
     anchor      held: weights that the trained ones are compared with
     importance  held: importance of the weights
     state       held: anything else
+    moments     held: by the optimizer that the part brings, in place of two moments of each trained weight; None: those
     kept        scratch that is made once and kept
     forward     scratch taken in the forward and backward pass of a micro-batch
     gradient    scratch taken for one gradient at a time, in a pass of the part's own
@@ -91,6 +92,7 @@ class Memory:
     anchor: int = 0
     importance: int = 0
     state: int = 0
+    moments: int | None = None
     kept: int = 0
     forward: int = 0
     gradient: int = 0
@@ -123,6 +125,8 @@ class Entries:
     block: int
     root_trained: int
     block_trained: int
+    matrices: int  # entries of the trained matrices in the blocks
+    largest_matrix: int  # of those
     head_trained: int
     vocabulary: int
     width: int
