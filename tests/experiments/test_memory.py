@@ -53,6 +53,7 @@ METHODS = {
         "lora": {"lora": {}},
         "ewc-lora": {"lora": {}, "ewc": {}},
         "hierarchical-lora": {"lora": {}, "hierarchical": {}},
+        "muon": {"muon": {}},
     }.items()
 }
 HERE = Path("nowhere")
@@ -282,6 +283,20 @@ def test_bytes_of_real_state(tiny_llama):
         assert kinds["moments"] == sum(
             state[k].nbytes for state in optimizer.state.values() for k in ("exp_avg", "exp_avg_sq")
         )
+
+
+def test_muon_holds_one_moment_of_each_matrix_of_the_blocks(tiny_llama):
+    ids, base = torch.arange(8), {name: p.detach().clone() for name, p in tiny_llama.named_parameters()}
+    example, chosen = {"input_ids": ids, "labels": ids}, TrainSettings(batch=1, micro_batch=1, length=8, probes=0)
+    result = fit(model=tiny_llama, parts=METHODS["muon"], examples=[example] * 2, settings=chosen, seed=0, base=base)
+    state = [value for state in result.optimizer.state.values() for value in state.values()]
+    assert predict(tiny("llama"), "muon", dtype=torch.float32)["moments"] == sum(m.nbytes for m in state if m.dim())
+    shared = predict(tiny("llama"), "muon", dtype=torch.float32, processes=2)["moments"]
+    assert shared == predict(tiny("llama"), "muon", dtype=torch.float32)["moments"] // 2
+
+
+def test_muons_scratch_is_that_of_the_largest_matrix_not_of_the_block(llama3):
+    assert predict(llama3, "muon")["scratch"] == 7 * 4 * 4096 * 14336
 
 
 def test_masters_are_the_parameters_where_they_are_wide():
