@@ -12,8 +12,8 @@ Bytes that are held for each weight (c: bytes of the compute dtype, w: 4, or 8 f
 `train.keep: best` holds the trained weights once more, at w bytes each, in main memory: they count as masters where the
 model is on the CPU, too.
 
-Parts answer for what they hold (`Part.memory`): anchor, importance, state, scratch, and the moments of an optimizer that
-they bring.
+Parts answer for what they hold (`Part.memory`): anchor, importance, state, scratch, and the moments of an optimizer
+that they bring.
 
 What comes and goes: activations (all that is alive at the end of the forward pass of one micro-batch of the longest
 examples), logits (of one chunk, with their log-softmax and its gradient), transient (the most that the backward pass
