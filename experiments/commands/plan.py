@@ -101,6 +101,7 @@ def make(study, *, patterns: Sequence[str] = (), anew: bool = False) -> dict:
             "disk_bytes": sum(cell["disk_bytes"] for cell in to_run),
             "disk_bytes_all": sum(cell["disk_bytes"] for cell in planned),
             "peak_memory_bytes": _largest(cell["memory_bytes"] for cell in planned),
+            "resident_bytes": max((cell["resident_bytes"] or 0 for cell in planned), default=0) or None,
             "available_memory_bytes": available,
             "too_large": sum(cell["fits"] is False for cell in planned),
         },
@@ -251,6 +252,7 @@ def _cell(study, cell, model: _Model, cached: dict, available: int | None, begun
         "seconds": _sum(seconds.values()),
         **{f"seconds_{stage}": value for stage, value in seconds.items()},
         "memory_bytes": peak,
+        "resident_bytes": _largest(map(memory.resident, kinds.values())) if model.device.type == "cpu" else None,
         "memory": kinds,
         "fits": None if None in (available, peak) else together * peak <= available,
         "disk_bytes": disk,
@@ -363,9 +365,10 @@ def text(plan: dict) -> str:
     lines += [
         "",
         f"to run: {_minutes(total['seconds'])}, disk {_gib(total['disk_bytes'])}, peak memory "
-        f"{'' if peak is None else 'about '}{_gib(peak)}{'' if free is None else f' of {_gib(free)} free here'}"
-        "; on a CPU, Python and its libraries take about 0.6 GiB more",
+        f"{'' if peak is None else 'about '}{_gib(peak)}{'' if free is None else f' of {_gib(free)} free here'}",
     ]
+    if total["resident_bytes"]:
+        lines[-1] += f"; in all, a process on the CPU takes about {_gib(total['resident_bytes'])}"
     if total["too_large"]:
         lines.append(
             f"{total['too_large']} cells do not fit here; --json shows the kinds of memory, "

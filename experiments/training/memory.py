@@ -25,13 +25,13 @@ and no numbers.
 with all gradients only if a step accumulates several passes, or if masters are on the CPU; the update, with all
 gradients and without activations; and, on the CPU, the end, when adapters are merged into copies in float32. It is
 therefore less than the sum of the kinds. Processes on the CPU that share a model and compute in another dtype than its
-checkpoint's each begin with a whole copy, which can be more. CUDA's own context, the gaps of its allocator and, on the
-CPU, what Python and its libraries take (about 0.6 GiB) are not included.
+checkpoint's each begin with a whole copy, which can be more. CUDA's own context and the gaps of its allocator are not
+included; on the CPU see `resident`.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -63,6 +63,7 @@ KINDS = (
     "total",
 )
 HELD = ("weights", "masters", "moments", "anchor", "importance", "state")  # from the first step to the last
+LIBRARIES = int(0.6 * 2**30)  # bytes that Python and its libraries take
 DRAWN = 48  # bytes for each entry of a row's logits while a token is drawn: of noise in float64, and of its copies
 MOST_PROCESSES = 8  # that a refusal proposes
 
@@ -86,6 +87,17 @@ def predict(
     except Unknown:
         return dict.fromkeys(KINDS)
     return max(passes, key=lambda kinds: kinds["total"], default=_with_total({}))
+
+
+def resident(kinds: Mapping[str, int | None]) -> int | None:
+    """Bytes of a process on the CPU as the system counts them, from a prediction by kind; None where that is unknown.
+
+    total + Python and its libraries + activations + logits: what is freed is kept, and tensors of rows of other lengths
+    do not fit into it, which comes to about as much again.
+    """
+    if kinds["total"] is None:
+        return None
+    return kinds["total"] + LIBRARIES + kinds["activations"] + kinds["logits"]
 
 
 def stored(*, parts: Sequence[Part], **model: Any) -> int:

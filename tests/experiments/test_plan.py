@@ -66,6 +66,13 @@ def test_the_target_models_are_planned_without_being_fetched(tmp_path):
             assert cell["fits"] == (cell["memory_bytes"] <= available)
     assert made["total"]["too_large"] == sum(not c["fits"] for c in cells.values())
     assert made["total"]["peak_memory_bytes"] == max(c["memory_bytes"] for c in cells.values())
+    if not torch.cuda.is_available():
+        kinds = cells["gptj-6b/sums/lora/seed0"]["memory"]["train"]
+        counted = kinds["total"] + int(0.6 * 2**30) + kinds["activations"] + kinds["logits"]
+        assert cells["gptj-6b/sums/lora/seed0"]["resident_bytes"] == counted
+        most = max(c["resident_bytes"] for c in cells.values())
+        assert made["total"]["resident_bytes"] == most > made["total"]["peak_memory_bytes"]
+        assert f"a process on the CPU takes about {most / 2**30:.2f} GiB" in plan.text(made)
     json.dumps(made)
 
 
@@ -147,7 +154,7 @@ def test_a_study_on_cuda_is_planned_where_there_is_none(tmp_path):
     (cell,) = made["cells"]
     assert cell["fits"] is None and made["total"]["available_memory_bytes"] is None
     assert cell["memory"]["train"]["weights"] == 2 * 8_030_261_248  # bf16, as a GPU computes
-    assert "free here" not in plan.text(made)
+    assert "free here" not in plan.text(made) and made["total"]["resident_bytes"] is None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
@@ -177,7 +184,7 @@ def test_text_marks_what_does_not_fit(tmp_path):
 
 def test_disk_of_thirty_cells_of_full_size(tmp_path, monkeypatch):
     # memory and time have tests of their own
-    monkeypatch.setattr(plan.memory, "predict", lambda **_: {"total": 0})
+    monkeypatch.setattr(plan.memory, "predict", lambda **_: dict.fromkeys(memory.KINDS, 0))
     monkeypatch.setattr(plan._Model, "flops", lambda self, method: SimpleNamespace(step=lambda **_: 0.0))
     monkeypatch.setattr(plan._Model, "bare", SimpleNamespace(forward=lambda **_: 0.0))
     methods = DEMO["methods"] | {"more": {"ewc": {"strength": 1.0, "samples": 16}}}
